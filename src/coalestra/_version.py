@@ -1,0 +1,3 @@
+"""The version of the package: the one place that the build and the code read it from."""
+
+__version__ = "0.6.0"

@@ -1,0 +1,94 @@
+"""Runs every ``async def`` test on a fresh loop in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.support import ShuffledLoop, VirtualLoop, run_real, run_virtual
+
+# Examples are timed on the clock of a machine that may be busy with something else.
+settings.register_profile(
+    "coalestra", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("coalestra")
+
+LOOPS = ("virtual", "debug", "shuffled", "eager")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--loop",
+        choices=LOOPS,
+        default="virtual",
+        help="the loop of async tests: virtual time; also in debug, shuffled or eager-task mode",
+    )
+    parser.addoption(
+        "--loop-seed", type=int, default=0, help="the seed of --loop=shuffled (default: 0)"
+    )
+    parser.addoption(
+        "--installed",
+        action="store_true",
+        help="refuse to start unless coalestra comes from an installation, not from src",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--installed"):
+        found = importlib.util.find_spec("coalestra")
+        origin = "nowhere" if found is None or found.origin is None else found.origin
+        if "site-packages" not in origin:
+            raise pytest.UsageError(f"--installed, but coalestra comes from {origin}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    function = pyfuncitem.obj
+    property_test = getattr(function, "hypothesis", None)
+    if property_test is not None:
+        if inspect.iscoroutinefunction(property_test.inner_test):
+            property_test.inner_test = _plain(pyfuncitem, property_test.inner_test)
+        return None
+    if not inspect.iscoroutinefunction(function):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    _plain(pyfuncitem, function)(**{name: pyfuncitem.funcargs[name] for name in names})
+    return True
+
+
+def _plain(
+    item: pytest.Function, function: Callable[..., Coroutine[Any, Any, object]]
+) -> Callable[..., None]:
+    """The same test as a plain function that brings its own loop."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if item.get_closest_marker("real_loop") is not None:
+            run_real(function(*args, **kwargs))
+            return
+        loop = _loop_for(item.config)
+        leaks_allowed = item.get_closest_marker("expects_leaks") is not None
+        run_virtual(function(*args, **kwargs), loop=loop, leaks_allowed=leaks_allowed)
+
+    return run
+
+
+def _loop_for(config: pytest.Config) -> VirtualLoop:
+    kind = config.getoption("--loop")
+    if kind == "shuffled":
+        return ShuffledLoop(config.getoption("--loop-seed"))
+    eager = getattr(asyncio, "eager_task_factory", None)
+    if kind == "eager" and eager is None:
+        pytest.skip("eager tasks came with Python 3.12")
+    loop = VirtualLoop()
+    loop.set_debug(kind == "debug")
+    if kind == "eager":
+        loop.set_task_factory(eager)
+    return loop

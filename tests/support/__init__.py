@@ -1,0 +1,25 @@
+"""Virtual time, clocks, gates and leak checks for the tests."""
+
+from tests.support.cancellation import cancel_at_every_await
+from tests.support.clocks import EPOCH, LoopClock, ManualClock
+from tests.support.gates import Gate, ThreadGate
+from tests.support.leaks import no_leaks, settle
+from tests.support.running import Leak, run_real, run_virtual
+from tests.support.virtual_loop import Deadlock, ShuffledLoop, VirtualLoop
+
+__all__ = [
+    "EPOCH",
+    "Deadlock",
+    "Gate",
+    "Leak",
+    "LoopClock",
+    "ManualClock",
+    "ShuffledLoop",
+    "ThreadGate",
+    "VirtualLoop",
+    "cancel_at_every_await",
+    "no_leaks",
+    "run_real",
+    "run_virtual",
+    "settle",
+]

@@ -1,0 +1,41 @@
+"""What must be at rest once the work is over."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from tests.support.virtual_loop import VirtualLoop
+
+_AT_REST = (
+    "background_refreshes",
+    "singleflight_in_flight",
+    "active_dispatch_workers",
+    "waiting_for_capacity",
+    "active_payload_copies",
+    "waiting_for_copy_capacity",
+)
+
+
+async def settle() -> None:
+    """Wait until nothing more can happen unless (virtual) time moves."""
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, VirtualLoop):
+        await loop.settled()
+        return
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+async def no_leaks(builder: Any) -> None:
+    """Assert that a builder at rest holds no slot, waiter, flight, refresh, probe or copy."""
+    await settle()
+    health = await builder.health_snapshot()
+    held: dict[str, Any] = {name: getattr(health, name) for name in _AT_REST}
+    for name, limiter in health.capacity.items():
+        held[f"slots of {name}"] = limiter.in_use
+        held[f"waiting for {name}"] = limiter.waiting
+    for identity, circuit in health.circuits.items():
+        held[f"probe of {identity}"] = circuit.half_open_probe_active
+    held = {name: count for name, count in held.items() if count}
+    assert not held, f"still held at rest: {held}"

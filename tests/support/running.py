@@ -1,0 +1,96 @@
+"""Run one coroutine on a fresh loop and look at what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from tests.support.gates import release_threads
+from tests.support.virtual_loop import Deadlock, VirtualLoop, callback_of, describe
+
+T = TypeVar("T")
+
+
+class Leak(AssertionError):
+    """A test ended and something of it was still alive."""
+
+
+def run_virtual(
+    coroutine: Coroutine[Any, Any, T],
+    *,
+    loop: VirtualLoop | None = None,
+    leaks_allowed: bool = False,
+) -> T:
+    """Run ``coroutine`` on a virtual loop; raise ``Leak`` if a task, timer or fault is left.
+
+    Args:
+        coroutine: the main task of the run.
+        loop: a fresh loop to use (and close) instead of a new ``VirtualLoop``.
+        leaks_allowed: clean up silently instead.
+    """
+    loop = VirtualLoop() if loop is None else loop
+    try:
+        result = loop.run_until_complete(coroutine)
+        left = leftovers(loop)
+        faults = list(loop.faults)
+    finally:
+        _wind_up(loop)
+    if leaks_allowed:
+        return result
+    if left:
+        raise Leak("left behind at the end:" + "".join(f"\n  {line}" for line in left))
+    if faults:
+        error = next((fault["exception"] for fault in faults if "exception" in fault), None)
+        raise Leak(
+            "reported to the event loop and handled by nobody: "
+            + "; ".join(str(fault.get("message")) for fault in faults)
+        ) from error
+    return result
+
+
+def run_real(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run ``coroutine`` on a plain loop in debug mode; raise ``Leak`` if a task is left."""
+
+    async def main() -> tuple[T, list[str]]:
+        result = await coroutine
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        return result, [describe(task) for task in others if not task.done()]
+
+    result, left = asyncio.run(main(), debug=True)
+    if left:
+        raise Leak("left behind at the end:" + "".join(f"\n  {line}" for line in left))
+    return result
+
+
+def leftovers(loop: VirtualLoop) -> list[str]:
+    """Every task and timer still alive on a loop that has stopped, one line each."""
+    tasks = [f"task {describe(task)}" for task in asyncio.all_tasks(loop) if not task.done()]
+    timers = [
+        f"timer due in {handle.when() - loop.time():g} s: {callback_name(handle)}"
+        for handle in loop.live_timers()
+    ]
+    return sorted(tasks) + sorted(timers)
+
+
+def callback_name(handle: asyncio.Handle) -> str:
+    """The name of what a handle will call."""
+    callback = callback_of(handle)
+    module = getattr(callback, "__module__", "?")
+    return f"{module}.{getattr(callback, '__qualname__', repr(callback))}"
+
+
+def _wind_up(loop: VirtualLoop) -> None:
+    """Let held threads go, cancel what is left, and close the loop."""
+    try:
+        release_threads()
+        tasks = [task for task in asyncio.all_tasks(loop) if not task.done()]
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(Deadlock):  # what led here is the better story
+            if tasks:
+                loop.run_until_complete(asyncio.wait(tasks, timeout=60))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()

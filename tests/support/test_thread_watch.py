@@ -1,0 +1,66 @@
+"""Which threads may still post something, decided without waiting for luck."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+from coalestra.concurrency.threads import WorkerThreads
+from tests.support import ThreadGate, settle
+from tests.support.thread_watch import BLOCKED_SECONDS, ThreadWatch, library_jobs
+from tests.support.virtual_loop import PATIENCE
+
+
+async def test_a_job_counts_as_work_before_its_thread_has_woken_up() -> None:
+    threads = WorkerThreads()
+    await threads.run(int)
+    await settle()  # until the thread is back in its loop
+    assert ThreadWatch().working(jobs=0) == []
+    assert ThreadWatch().working(jobs=1) == ["1 call(s) handed to a thread"]
+    threads.close()
+
+
+async def test_the_jobs_of_the_library_are_counted_until_the_loop_knows_their_end() -> None:
+    threads, gate = WorkerThreads(), ThreadGate()
+    before = library_jobs()
+    call = asyncio.create_task(threads.run(gate.pass_))
+    await settle()
+    assert library_jobs() - before == 1
+    gate.open()
+    await call
+    assert library_jobs() == before
+    threads.close()
+
+
+def test_a_thread_held_at_a_gate_is_no_work_until_the_gate_opens() -> None:
+    watch = ThreadWatch()
+    gate = ThreadGate()
+    thread = threading.Thread(target=gate.pass_, name="visitor")
+    thread.start()
+    gate.wait_arrived()
+    began = time.monotonic()
+    assert watch.working(jobs=0) == []
+    assert time.monotonic() - began < BLOCKED_SECONDS
+    gate.open()
+    thread.join()
+    assert watch.working(jobs=0) == []
+
+
+def test_a_thread_that_was_there_before_the_loop_is_none_of_its_business() -> None:
+    release = threading.Event()
+    older = threading.Thread(target=release.wait)
+    older.start()
+    assert ThreadWatch().working(jobs=0) == []
+    release.set()
+    older.join()
+
+
+async def test_a_blocked_thread_is_given_up_long_before_the_end_of_patience() -> None:
+    released = threading.Event()
+    call = asyncio.create_task(asyncio.to_thread(released.wait, 10))
+    began = time.monotonic()
+    await settle()
+    assert BLOCKED_SECONDS <= time.monotonic() - began < PATIENCE
+    released.set()
+    await call

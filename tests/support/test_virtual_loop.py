@@ -1,0 +1,282 @@
+"""The virtual loop moves time only when nothing else can happen, and notices when nothing can."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.support import Deadlock, Leak, ShuffledLoop, VirtualLoop, run_virtual, settle
+from tests.support.virtual_loop import PATIENCE, START
+
+
+async def never() -> None:
+    """Wait for something that nobody will do."""
+    await asyncio.get_running_loop().create_future()
+
+
+def ring() -> None:
+    """What a forgotten timer would do."""
+
+
+async def test_an_hour_of_sleep_takes_no_real_time() -> None:
+    loop = asyncio.get_running_loop()
+    before, real_before = loop.time(), time.monotonic()
+    await asyncio.sleep(3600)
+    assert loop.time() - before == 3600
+    assert time.monotonic() - real_before < PATIENCE
+
+
+async def test_timers_fire_in_order_and_at_their_exact_time() -> None:
+    loop = asyncio.get_running_loop()
+    fired: list[float] = []
+    delays = [0.3, 0.1, 0.1 + 1e-9, 0.2, 86_400.0 * 3]
+    start = loop.time()
+
+    def note(due: float) -> None:
+        fired.append(loop.time() - due)
+
+    for delay in delays:
+        loop.call_at(start + delay, note, start + delay)
+    await asyncio.sleep(86_400.0 * 4)
+    assert fired == pytest.approx([0.0] * len(delays), abs=1e-6)
+
+
+async def test_time_stands_still_while_anything_is_ready() -> None:
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(0.001, lambda: None)
+    before = loop.time()
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert loop.time() == before
+    timer.cancel()
+
+
+def test_a_task_that_waits_for_nothing_is_a_deadlock_naming_its_innermost_line() -> None:
+    async def outer() -> None:
+        await never()
+
+    with pytest.raises(Deadlock, match=r"in never: await asyncio.get_running_loop") as caught:
+        run_virtual(outer())
+    assert len(caught.value.waiting) == 1
+    assert "outer" in caught.value.waiting[0]
+
+
+def test_a_deadlock_names_every_waiting_task() -> None:
+    async def main() -> None:
+        await asyncio.gather(never(), never())
+
+    with pytest.raises(Deadlock) as caught:
+        run_virtual(main())
+    assert len(caught.value.waiting) == 3
+
+
+def test_a_timer_at_infinity_is_no_way_out_of_a_deadlock() -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().call_at(math.inf, lambda: None)
+        await never()
+
+    with pytest.raises(Deadlock, match="never fire"):
+        run_virtual(main())
+
+
+def test_a_timer_that_renews_itself_for_ever_is_a_deadlock_in_the_end() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        def tick() -> None:
+            loop.call_later(86_400 * 30, tick)
+
+        tick()
+        await never()
+
+    with pytest.raises(Deadlock, match="on and on"):
+        run_virtual(main())
+
+
+async def test_time_stands_still_while_an_executor_works() -> None:
+    loop = asyncio.get_running_loop()
+    asleep = asyncio.ensure_future(asyncio.sleep(1000))
+    before = loop.time()
+    assert await asyncio.to_thread(sum, range(200_000)) == 19_999_900_000
+    assert loop.time() == before
+    assert not asleep.done()
+    await asleep
+
+
+async def test_a_foreign_thread_may_finish_in_real_time() -> None:
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[int] = loop.create_future()
+
+    def work() -> None:
+        total = sum(number * number for number in range(100_000))
+        loop.call_soon_threadsafe(answer.set_result, total)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert await answer == 333328333350000
+    assert loop.time() == START
+    thread.join()
+
+
+async def test_a_thread_blocked_on_a_lock_does_not_stop_time() -> None:
+    released = threading.Event()
+    call = asyncio.create_task(asyncio.to_thread(released.wait, 10))
+    await asyncio.sleep(500)
+    assert not call.done()
+    released.set()
+    assert await call is True
+
+
+async def test_a_socket_is_given_real_time() -> None:
+    loop = asyncio.get_running_loop()
+    left, right = socket.socketpair()
+    with left, right:
+        left.setblocking(False)
+        reading = asyncio.create_task(loop.sock_recv(left, 10))
+        await settle()
+        threading.Thread(target=right.sendall, args=(b"hello",)).start()
+        assert await reading == b"hello"
+
+
+async def test_a_call_from_another_thread_must_be_the_thread_safe_one() -> None:
+    loop = asyncio.get_running_loop()
+
+    def stray() -> str:
+        with pytest.raises(RuntimeError, match="call_soon_threadsafe"):
+            loop.call_soon(print)
+        with pytest.raises(RuntimeError, match="call_soon_threadsafe"):
+            loop.call_later(1, print)
+        return "refused"
+
+    assert await asyncio.to_thread(stray) == "refused"
+
+
+async def test_settling_runs_everything_that_needs_no_time() -> None:
+    loop = asyncio.get_running_loop()
+    seen: list[str] = []
+
+    async def steps() -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        seen.append("stepped")
+        await asyncio.sleep(1)
+        seen.append("slept")
+
+    task = asyncio.create_task(steps())
+    await settle()
+    assert seen == ["stepped"]
+    assert loop.time() == START
+    await task
+
+
+async def test_settling_waits_for_threads_at_work() -> None:
+    task = asyncio.create_task(asyncio.to_thread(sum, range(500_000)))
+    await settle()
+    assert task.done()
+
+
+def test_an_interrupt_strikes_at_the_step_asked_for() -> None:
+    struck: list[int] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        begun = loop.steps
+        loop.interrupt(3, lambda: struck.append(loop.steps - begun))
+        withdraw = loop.interrupt(4, lambda: struck.append(-1))
+        withdraw()
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    run_virtual(main())
+    assert struck == [3]
+
+
+def order_of_tasks(loop: VirtualLoop) -> list[int]:
+    seen: list[int] = []
+
+    async def note(number: int) -> None:
+        seen.append(number)
+
+    async def main() -> None:
+        await asyncio.gather(*(note(number) for number in range(8)))
+
+    run_virtual(main(), loop=loop)
+    return seen
+
+
+def test_a_shuffled_loop_repeats_its_order_for_a_seed_and_changes_it_with_the_seed() -> None:
+    orders = {tuple(order_of_tasks(ShuffledLoop(seed))) for seed in range(20)}
+    assert len(orders) > 15
+    assert order_of_tasks(ShuffledLoop(7)) == order_of_tasks(ShuffledLoop(7))
+    assert order_of_tasks(VirtualLoop()) == list(range(8))
+
+
+def test_a_shuffled_loop_keeps_plain_callbacks_in_their_order() -> None:
+    seen: list[int] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for number in range(8):
+            loop.call_soon(seen.append, number)
+        await settle()
+
+    for seed in range(10):
+        run_virtual(main(), loop=ShuffledLoop(seed))
+    assert seen == list(range(8)) * 10
+
+
+def test_a_task_left_behind_is_a_leak_and_is_cancelled() -> None:
+    cancelled: list[bool] = []
+
+    async def straggler() -> None:
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    kept: list[object] = []
+
+    async def main() -> None:
+        kept.append(asyncio.create_task(straggler(), name="Bob"))
+        await settle()
+
+    with pytest.raises(Leak, match=r"task Bob .*straggler"):
+        run_virtual(main())
+    assert cancelled == [True]
+
+
+def test_a_timer_left_behind_is_a_leak() -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().call_later(30, ring)
+
+    with pytest.raises(Leak, match=r"timer due in 30 s: .*ring"):
+        run_virtual(main())
+
+
+def test_a_callback_that_fails_is_a_leak() -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().call_soon(int, "not a number")
+        await settle()
+
+    with pytest.raises(Leak, match="handled by nobody") as caught:
+        run_virtual(main())
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.expects_leaks
+async def test_a_test_may_leave_something_behind_on_purpose() -> None:
+    asyncio.get_running_loop().call_later(30, ring)
+
+
+@pytest.mark.real_loop
+async def test_the_real_loop_runs_in_debug_mode_and_in_real_time() -> None:
+    loop = asyncio.get_running_loop()
+    assert not isinstance(loop, VirtualLoop)
+    assert loop.get_debug()

@@ -1,0 +1,153 @@
+"""What the virtual loop has to know about threads: may one of them still send it something?
+
+Virtual time stands still while a thread works on something the loop was promised. It may move
+again once every such thread is *parked*: held at a ``ThreadGate``, or blocked on a lock for
+``BLOCKED_SECONDS`` of real time, so that only the test (or a timer) can set it going.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+BLOCKED_SECONDS = 0.05
+"""A thread that sat at the same lock for so long (in real seconds) counts as parked."""
+
+_WAITING_MODULES = frozenset({"threading", "queue", "selectors", "concurrent.futures._base"})
+_WORKER_LOOPS = frozenset(
+    {("concurrent.futures.thread", "_worker"), ("coalestra.concurrency.threads", "_serve")}
+)
+_WORKER_NAMES = ("coalestra-worker", "asyncio_", "ThreadPoolExecutor")
+
+_parked: dict[int, object] = {}
+_parking = threading.Lock()
+
+
+@contextmanager
+def parked_here(place: object) -> Iterator[None]:
+    """Mark the calling thread as held at ``place`` until it goes on or ``unpark(place)``."""
+    ident = threading.get_ident()
+    with _parking:
+        _parked[ident] = place
+    try:
+        yield
+    finally:
+        with _parking:
+            _parked.pop(ident, None)
+
+
+def unpark(place: object) -> None:
+    """Count every thread held at ``place`` as working again, before it has even woken up."""
+    with _parking:
+        for ident in [ident for ident, held_at in _parked.items() if held_at is place]:
+            del _parked[ident]
+
+
+def parked_threads() -> dict[int, object]:
+    """The threads held at this moment: identifier to place."""
+    with _parking:
+        return dict(_parked)
+
+
+def threads_held() -> list[str]:
+    """Every thread held somewhere, in words."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return [
+        f"thread {names.get(ident, ident)} held at {place!r}"
+        for ident, place in parked_threads().items()
+    ]
+
+
+def library_jobs() -> int:
+    """How many calls the library's own worker threads have accepted and not yet reported."""
+    module = sys.modules.get("coalestra.concurrency.threads")
+    return 0 if module is None else int(module.jobs_in_flight())
+
+
+class ThreadWatch:
+    """One loop's view of the threads beside it."""
+
+    def __init__(self) -> None:
+        self._older = weakref.WeakSet(threading.enumerate())
+        self._sightings: dict[int, tuple[int, int, float]] = {}
+
+    def look_afresh(self) -> None:
+        """Forget who seemed blocked: the loop has run since, and may have released them."""
+        self._sightings.clear()
+
+    def working(self, jobs: int) -> list[str]:
+        """Name the threads that may still post something; empty once time may move on.
+
+        Args:
+            jobs: calls handed to an executor of the loop and not yet answered.
+        """
+        if threading.active_count() == 1:
+            return []
+        jobs += library_jobs()
+        frames = sys._current_frames()
+        parked = parked_threads()
+        names: list[str] = []
+        held = 0
+        for thread in threading.enumerate():
+            ident = thread.ident
+            if ident is None or ident == threading.get_ident() or ident not in frames:
+                continue
+            is_worker = thread.name.startswith(_WORKER_NAMES)
+            if thread in self._older and not is_worker:
+                continue
+            place = _own_frame(frames[ident])
+            if _is_idle(place, is_worker=is_worker):
+                self._sightings.pop(ident, None)
+            elif ident in parked or self._is_blocked(ident, frames[ident]):
+                held += is_worker
+            else:
+                names.append(thread.name)
+        if not names and jobs > held:
+            names.append(f"{jobs - held} call(s) handed to a thread")
+        return names
+
+    def _is_blocked(self, ident: int, frame: FrameType) -> bool:
+        """Whether the thread has been waiting at one and the same place for long enough."""
+        if not _is_waiting(frame):
+            self._sightings.pop(ident, None)
+            return False
+        now = time.monotonic()
+        place, instruction, since = self._sightings.get(ident, (0, 0, now))
+        if (place, instruction) != (id(frame), frame.f_lasti):
+            since = now
+        self._sightings[ident] = (id(frame), frame.f_lasti, since)
+        return now - since >= BLOCKED_SECONDS
+
+
+def _module(frame: FrameType | None) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__"))
+
+
+def _is_waiting(frame: FrameType) -> bool:
+    return _module(frame) in _WAITING_MODULES
+
+
+def _own_frame(frame: FrameType) -> FrameType | None:
+    """The innermost frame that is not part of a lock, a queue or a selector."""
+    current: FrameType | None = frame
+    while current is not None and _is_waiting(current):
+        current = current.f_back
+    return current
+
+
+def _is_idle(frame: FrameType | None, *, is_worker: bool) -> bool:
+    """Whether a thread whose own innermost frame this is waits for work to be given to it.
+
+    A worker does so in its loop, and nowhere else. Any other thread of the library (a buffer,
+    the loop of the blocking facade) does when it waits in the library's own code.
+    """
+    if frame is None:
+        return True
+    if is_worker:
+        return (_module(frame), frame.f_code.co_name) in _WORKER_LOOPS
+    return _module(frame).startswith("coalestra.") or _module(frame).startswith("asyncio.")
