@@ -1,0 +1,198 @@
+"""How old a value may be: the policies, and the rules that judge by them.
+
+Ages are seconds since the value was observed, by the wall clock, and never negative.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from coalestra.core.keyed_policies import KeyedPolicies
+from coalestra.core.keys import ResourceKey
+from coalestra.core.validation import choice, flag, instance, number, span
+
+
+class RefreshMode(str, enum.Enum):
+    """When a cached value is replaced, and who waits for that."""
+
+    BLOCKING = "blocking"
+    """Once it is stale; the reader waits for the new one."""
+
+    STALE_WHILE_REVALIDATE = "stale_while_revalidate"
+    """Once it is stale; the reader gets the stale one while a refresh runs in the background."""
+
+    REFRESH_AHEAD = "refresh_ahead"
+    """Shortly before it goes stale, in the background; a stale one is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreshnessPolicy:
+    """How long a value is fresh, how long it is of use, and how it is renewed.
+
+    Attributes:
+        ttl_seconds: the age up to which it is fresh; may be infinite.
+        max_stale_seconds: the age up to which it is usable at all, so at least ``ttl_seconds``;
+            may be infinite.
+        allow_stale_on_error: whether a stale value may stand in when every source fails.
+        refresh_mode: when and how it is renewed.
+        refresh_ahead_seconds: how long before the end of ``ttl_seconds`` to begin; only with
+            ``RefreshMode.REFRESH_AHEAD``, and not more than a finite ``ttl_seconds``.
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for a number out of these bounds.
+    """
+
+    ttl_seconds: float
+    max_stale_seconds: float = 0.0
+    allow_stale_on_error: bool = True
+    refresh_mode: RefreshMode = RefreshMode.BLOCKING
+    refresh_ahead_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        ttl = span("ttl_seconds", self.ttl_seconds)
+        stale = span("max_stale_seconds", self.max_stale_seconds)
+        flag("allow_stale_on_error", self.allow_stale_on_error)
+        choice("refresh_mode", self.refresh_mode, RefreshMode)
+        ahead = number("refresh_ahead_seconds", self.refresh_ahead_seconds, minimum=0)
+        if stale < ttl:
+            raise ValueError(
+                f"max_stale_seconds must be at least ttl_seconds ({ttl:g}), got {stale:g}; both "
+                "are ages since observation, so give the sum of the fresh and the stale time"
+            )
+        if ahead and self.refresh_mode is not RefreshMode.REFRESH_AHEAD:
+            raise ValueError(
+                f"refresh_ahead_seconds must be 0 with refresh_mode {self.refresh_mode.name}, got "
+                f"{ahead:g}; it belongs to REFRESH_AHEAD"
+            )
+        if ahead > ttl:
+            raise ValueError(
+                f"refresh_ahead_seconds must be at most ttl_seconds ({ttl:g}), got {ahead:g}"
+            )
+
+    def should_refresh_ahead(self, age_seconds: float) -> bool:
+        """Whether a value of this age is due for renewal; never if it does not go stale."""
+        return (
+            self.refresh_mode is RefreshMode.REFRESH_AHEAD
+            and age_seconds >= self.ttl_seconds - self.refresh_ahead_seconds
+        )
+
+
+class Freshness(enum.Enum):
+    """What a value of some age is worth."""
+
+    FRESH = enum.auto()
+    STALE = enum.auto()
+    EXPIRED = enum.auto()
+
+
+def age_of(observed_at: float, now: float) -> float:
+    """Return the age in seconds; what was observed ahead of the clock has none."""
+    return max(0.0, now - observed_at)
+
+
+def judge(age_seconds: float, policy: FreshnessPolicy) -> Freshness:
+    """Return what a value of this age is worth by ``policy``; both bounds are inclusive."""
+    if age_seconds <= policy.ttl_seconds:
+        return Freshness.FRESH
+    if age_seconds <= policy.max_stale_seconds:
+        return Freshness.STALE
+    return Freshness.EXPIRED
+
+
+@dataclass(frozen=True, slots=True)
+class ObservationPolicy:
+    """What to do about observations that are ahead of the clock.
+
+    Attributes:
+        future_tolerance_seconds: how far ahead is put down to clocks that differ.
+        reject_future_observations: whether anything further ahead is refused.
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for a tolerance that is negative or not finite.
+    """
+
+    future_tolerance_seconds: float = 1.0
+    reject_future_observations: bool = True
+
+    def __post_init__(self) -> None:
+        number("future_tolerance_seconds", self.future_tolerance_seconds, minimum=0)
+        flag("reject_future_observations", self.reject_future_observations)
+
+
+class FutureObservation(ValueError):
+    """An observation is further ahead of the clock than the policy tolerates.
+
+    Internal: whoever judges turns it into an error that also names the source.
+
+    Attributes:
+        observed_at, now: the two times, in wall-clock seconds since the epoch.
+        skew_seconds: how far ahead it is.
+        tolerance_seconds: how far it may be.
+    """
+
+    def __init__(self, observed_at: float, now: float, tolerance_seconds: float) -> None:
+        self.observed_at = observed_at
+        self.now = now
+        self.skew_seconds = observed_at - now
+        self.tolerance_seconds = tolerance_seconds
+        super().__init__(
+            f"observed_at must be at most {tolerance_seconds:g} s ahead of the clock, got "
+            f"{self.skew_seconds:g} s ahead; compare the clocks, or raise future_tolerance_seconds"
+        )
+
+    def __reduce__(self) -> tuple[type[FutureObservation], tuple[float, float, float]]:
+        return type(self), (self.observed_at, self.now, self.tolerance_seconds)
+
+
+def judge_observation(observed_at: float, now: float, policy: ObservationPolicy) -> float:
+    """Return by how many seconds an accepted observation is ahead of the clock; 0.0 if it is not.
+
+    Raises:
+        FutureObservation: if the policy refuses it.
+    """
+    if observed_at <= now:
+        return 0.0
+    tolerance = policy.future_tolerance_seconds
+    if policy.reject_future_observations and observed_at > now + tolerance:
+        raise FutureObservation(observed_at, now, tolerance)
+    return observed_at - now
+
+
+FreshnessResolver = Callable[[ResourceKey], "FreshnessPolicy | None"]
+"""What chooses a policy for a key at run time; None leaves it to the default."""
+
+
+class FreshnessPolicyProvider(Protocol):
+    """Whoever knows the policy of every key."""
+
+    def resolve(self, key: ResourceKey) -> FreshnessPolicy:
+        """Return the policy of ``key``."""
+
+
+class PolicyResolver(KeyedPolicies[FreshnessPolicy]):
+    """The freshness policy of every key: its override, else the dynamic answer, else the default.
+
+    Attributes:
+        default: the policy of everything that is not mentioned.
+        overrides: policies by key; read-only.
+        dynamic: asked for keys without an override, or None.
+
+    Raises:
+        TypeError: for anything of another type, also what ``dynamic`` returns.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        default: FreshnessPolicy,
+        overrides: Mapping[ResourceKey, FreshnessPolicy] | None = None,
+        dynamic: FreshnessResolver | None = None,
+    ) -> None:
+        instance("default", default, FreshnessPolicy)
+        super().__init__(default, overrides, dynamic)

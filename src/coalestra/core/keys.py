@@ -1,0 +1,272 @@
+"""Names of resources: what a value is a value of.
+
+Laws:
+
+1. Two keys are equal exactly if their normalized namespace, name, subject and qualifiers are; the
+   normalizer that made them so does not count.
+2. A key never changes; its hash is computed once, its text at most once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+from urllib.parse import urlencode
+
+from coalestra.core.drafts import become, draft_of, refuse_subclass
+from coalestra.core.normalizers import (
+    CASE_INSENSITIVE_KEY_NORMALIZER,
+    LEGACY_KEY_NORMALIZER,
+    PRESERVE_KEY_NORMALIZER,
+    KeyNormalizer,
+)
+from coalestra.core.validation import instance, refusal, wrong_type
+
+__all__ = [
+    "CASE_INSENSITIVE_KEY_NORMALIZER",
+    "LEGACY_KEY_NORMALIZER",
+    "PRESERVE_KEY_NORMALIZER",
+    "KeyNormalizer",
+    "QualifierInput",
+    "ResourceKey",
+    "distinct_keys",
+]
+
+QualifierInput = Mapping[str, Any] | Iterable[tuple[str, Any]]
+"""Qualifiers as they may be given: a mapping, or pairs of name and value."""
+
+_strip = str.strip
+
+
+class _Kept:
+    """What a key keeps besides its fields, so that nothing is worked out twice."""
+
+    __slots__ = ("_hash", "_normalizer", "_parts", "_text")
+
+    _hash: int
+    _normalizer: KeyNormalizer
+    _parts: tuple[str, str, str, tuple[tuple[str, str], ...]]
+    _text: str | None
+
+
+@final
+@dataclass(frozen=True, order=True, init=False, slots=True)
+class ResourceKey(_Kept):
+    """The identity of a resource: immutable, hashable, ordered by its fields.
+
+    Attributes:
+        namespace: the area it belongs to; never empty.
+        name: what it is within that area; never empty.
+        subject: which one of its kind; may be empty.
+        qualifiers: pairs of name and value, sorted by name.
+
+    Raises:
+        TypeError: for a part that is not a string, or qualifiers that are not pairs.
+        ValueError: for an empty namespace, name or qualifier name, or a qualifier name given
+            twice, all judged after normalizing.
+    """
+
+    namespace: str
+    name: str
+    subject: str
+    qualifiers: tuple[tuple[str, str], ...]
+
+    def __init__(
+        self,
+        namespace: str,
+        name: str,
+        subject: str = "",
+        qualifiers: QualifierInput | None = None,
+        *,
+        normalizer: KeyNormalizer | None = None,
+    ) -> None:
+        if normalizer is None:
+            normalizer = PRESERVE_KEY_NORMALIZER
+            try:
+                namespace, name, subject = _strip(namespace), _strip(name), _strip(subject)
+            except TypeError:
+                raise _not_strings(namespace, name, subject) from None
+        else:
+            instance("normalizer", normalizer, KeyNormalizer)
+            namespace = normalizer.normalize_namespace(namespace)
+            name = normalizer.normalize_name(name)
+            subject = normalizer.normalize_subject(subject)
+        if not namespace or not name:
+            part = "name" if namespace else "namespace"
+            raise ValueError(refusal(part, "a non-empty string", ""))
+        pairs = () if qualifiers is None else _sorted_pairs(qualifiers, normalizer)
+        _fill(self, (namespace, name, subject, pairs), normalizer)
+
+    @classmethod
+    def legacy(
+        cls,
+        namespace: str,
+        name: str,
+        subject: str = "",
+        qualifiers: QualifierInput | None = None,
+    ) -> ResourceKey:
+        """Return a key in the form of ``LEGACY_KEY_NORMALIZER``."""
+        return cls(namespace, name, subject, qualifiers, normalizer=LEGACY_KEY_NORMALIZER)
+
+    @property
+    def normalizer(self) -> KeyNormalizer:
+        """What brought the parts of this key into their form."""
+        return self._normalizer
+
+    def qualifier(self, name: str, default: str | None = None) -> str | None:
+        """Return the value of the qualifier ``name``, or ``default`` if there is none."""
+        wanted = self._normalizer.normalize_qualifier_name(name)
+        for known, value in self.qualifiers:
+            if known == wanted:
+                return value
+        return default
+
+    def with_qualifiers(
+        self, qualifiers: QualifierInput | None = None, **additional: Any
+    ) -> ResourceKey:
+        """Return this key with more qualifiers; a new one replaces an old one of the same name.
+
+        Among the new ones, those given by keyword replace those of ``qualifiers``.
+
+        Raises:
+            TypeError, ValueError: as on making a key.
+        """
+        merged = dict(self.qualifiers)
+        for given in (qualifiers, additional):
+            if given is not None:
+                merged.update(_sorted_pairs(given, self._normalizer))
+        return self._with_pairs(tuple(sorted(merged.items())))
+
+    def without_qualifiers(self, *names: str) -> ResourceKey:
+        """Return this key without the qualifiers named, those it has; without names, with none."""
+        dropped = {self._normalizer.normalize_qualifier_name(name) for name in names}
+        kept = (pair for pair in self.qualifiers if names and pair[0] not in dropped)
+        return self._with_pairs(tuple(kept))
+
+    def normalized(self, normalizer: KeyNormalizer) -> ResourceKey:
+        """Return this key in the form of another normalizer, which it keeps from then on.
+
+        Raises:
+            ValueError: if that leaves a part empty, or makes two qualifier names equal.
+        """
+        return ResourceKey(
+            self.namespace, self.name, self.subject, self.qualifiers, normalizer=normalizer
+        )
+
+    def _with_pairs(self, pairs: tuple[tuple[str, str], ...]) -> ResourceKey:
+        return _restored(self.namespace, self.name, self.subject, pairs, self._normalizer)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if other.__class__ is not ResourceKey:
+            return NotImplemented
+        return self._parts == other._parts
+
+    def __str__(self) -> str:
+        text = self._text
+        if text is None:
+            text = ":".join(part for part in self._parts[:3] if part)
+            if self.qualifiers:
+                text = f"{text}?{urlencode(self.qualifiers)}"
+            object.__setattr__(self, "_text", text)
+        return text
+
+    def __copy__(self) -> ResourceKey:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResourceKey:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Neither normalized again nor with its hash, which differs from process to process.
+        return _restored, (*self._parts, self._normalizer)
+
+    def __init_subclass__(cls) -> None:
+        refuse_subclass("ResourceKey")
+
+
+_Draft = draft_of(ResourceKey)
+
+
+def _fill(
+    key: ResourceKey,
+    parts: tuple[str, str, str, tuple[tuple[str, str], ...]],
+    normalizer: KeyNormalizer,
+) -> None:
+    draft: Any = key
+    hashed = hash(parts)
+    become(draft, _Draft)
+    draft.namespace, draft.name, draft.subject, draft.qualifiers = draft._parts = parts
+    draft._hash = hashed
+    draft._text = None
+    draft._normalizer = normalizer
+    draft.__class__ = ResourceKey
+
+
+def _restored(
+    namespace: str,
+    name: str,
+    subject: str,
+    qualifiers: tuple[tuple[str, str], ...],
+    normalizer: KeyNormalizer,
+) -> ResourceKey:
+    key = object.__new__(ResourceKey)
+    _fill(key, (namespace, name, subject, qualifiers), normalizer)
+    return key
+
+
+def _not_strings(namespace: object, name: object, subject: object) -> TypeError:
+    parts = {"namespace": namespace, "name": name, "subject": subject}
+    part = next(part for part, value in parts.items() if not isinstance(value, str))
+    return wrong_type(part, "a string", parts[part])
+
+
+def _sorted_pairs(
+    qualifiers: QualifierInput, normalizer: KeyNormalizer
+) -> tuple[tuple[str, str], ...]:
+    found: dict[str, str] = {}
+    for given, plain in _given_pairs(qualifiers):
+        name, value = normalizer.normalize_qualifier(given, plain)
+        if not name:
+            raise ValueError(refusal("qualifier name", "a non-empty string", given))
+        if name in found:
+            raise ValueError(
+                f"qualifiers must have different names, got {name!r} twice; leave one of them out"
+            )
+        found[name] = value
+    return tuple(sorted(found.items()))
+
+
+def _given_pairs(qualifiers: object) -> Iterable[tuple[str, Any]]:
+    if isinstance(qualifiers, Mapping):
+        return qualifiers.items()
+    rule = "a mapping, or pairs of name and value"
+    if isinstance(qualifiers, (str, bytes)) or not isinstance(qualifiers, Iterable):
+        raise wrong_type("qualifiers", rule, qualifiers)
+    pairs = list(qualifiers)
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise wrong_type("qualifiers", rule, pair)
+    return pairs
+
+
+def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
+    """Return each of ``keys`` once, in the order given.
+
+    Raises:
+        TypeError: unless they are resource keys; the message says ``name``.
+    """
+    found: tuple[Any, ...]
+    try:
+        found = tuple(keys)
+    except TypeError:
+        raise wrong_type(name, "a collection of ResourceKey", keys) from None
+    for key in found:
+        if key.__class__ is not ResourceKey:
+            instance(name, key, ResourceKey)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,216 @@
+"""What an application may bring along: sources, caches and sinks, told by their structure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from coalestra.core.context import FetchContext
+from coalestra.core.freshness import FreshnessPolicy
+from coalestra.core.keys import ResourceKey
+from coalestra.core.records import CacheLookup, CacheWriteResult
+from coalestra.core.snapshot import Snapshot
+from coalestra.core.values import SnapshotValue, SourcePayload
+
+# Sources ------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class SourceBase(Protocol):
+    """What every source has."""
+
+    @property
+    def name(self) -> str:
+        """The name it goes by, unique in a builder."""
+
+    @property
+    def priority(self) -> int:
+        """When it is asked: the highest first."""
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """How long one call may take; None for no limit of its own."""
+
+    def supports(self, key: ResourceKey) -> bool:
+        """Whether it can be asked for ``key``; answers at once, and always the same."""
+
+
+@runtime_checkable
+class SnapshotSource(SourceBase, Protocol):
+    """A source that is asked for one key at a time."""
+
+    async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
+        """Return the value of ``key``, bare or as a payload, or raise."""
+
+
+@runtime_checkable
+class BatchSnapshotSource(SourceBase, Protocol):
+    """A source that is asked for many keys in one call."""
+
+    async def fetch_many(
+        self, keys: Collection[ResourceKey], context: FetchContext
+    ) -> Mapping[ResourceKey, SourcePayload[Any]]:
+        """Return the values of ``keys``; those it leaves out go on to the next source."""
+
+
+@runtime_checkable
+class DerivedSource(SourceBase, Protocol):
+    """A source that makes a value out of other resources."""
+
+    def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
+        """Return the keys that the value of ``key`` is made from; answers at once."""
+
+    async def derive(
+        self, key: ResourceKey, dependencies: Snapshot, context: FetchContext
+    ) -> SourcePayload[Any]:
+        """Return the value of ``key``, made from the snapshot of its dependencies, or raise."""
+
+
+Source = SnapshotSource | BatchSnapshotSource | DerivedSource
+"""Any kind of source."""
+
+
+@runtime_checkable
+class BatchSizedSource(Protocol):
+    """A source that takes only so many keys in one call."""
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """The most keys in one call; None for any number."""
+
+
+@runtime_checkable
+class ConcurrencyLimitedSource(Protocol):
+    """A source that takes only so many calls at a time."""
+
+    @property
+    def max_concurrency(self) -> int | None:
+        """The most calls at a time; None for no limit of its own."""
+
+
+@runtime_checkable
+class ResilienceConfiguredSource(Protocol):
+    """A source that brings its own rules for retries and circuits."""
+
+    @property
+    def resilience_policy(self) -> Any:
+        """Its ``SourceResiliencePolicy``; None for the default."""
+
+
+@runtime_checkable
+class BlockingSourceTimeoutConfigured(Protocol):
+    """A source that declares whether it blocks a thread, and what ends that."""
+
+    @property
+    def blocking_io(self) -> bool:
+        """Whether its calls block a thread."""
+
+    @property
+    def blocking_io_offloaded(self) -> bool:
+        """Whether that is a worker thread, not the event loop's."""
+
+    @property
+    def transport_timeout_seconds(self) -> float | None:
+        """After how long its own transport gives up; None if it does not say."""
+
+
+# Caches -------------------------------------------------------------------------------------------
+
+
+class AsyncCache(Protocol):
+    """What every cache can do.
+
+    A cache may also have ``validates_dependency_versions = True``, if its reads never give a
+    derived value whose dependencies have changed.
+    """
+
+    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        """Return what there is for ``key``, judged at ``now`` (wall-clock seconds)."""
+
+    async def set(self, value: SnapshotValue[Any]) -> None:
+        """Store ``value`` under its key, whatever is there."""
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        """Remove what there is for ``key``, if anything."""
+
+    async def clear(self) -> None:
+        """Remove everything."""
+
+
+@runtime_checkable
+class AtomicAsyncCache(AsyncCache, Protocol):
+    """A cache that compares and stores in one step."""
+
+    async def set_if_newer(
+        self, value: SnapshotValue[Any], *, force: bool = False, replace_equal: bool = False
+    ) -> CacheWriteResult:
+        """Store ``value`` if the write order prefers it to what is there."""
+
+
+@runtime_checkable
+class BatchAsyncCache(Protocol):
+    """A cache that takes many keys in one call."""
+
+    async def get_many(
+        self,
+        keys: Collection[ResourceKey],
+        *,
+        now: float,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+    ) -> Mapping[ResourceKey, CacheLookup]:
+        """Return what there is for each key, by its own policy."""
+
+    async def set_many(self, values: Collection[SnapshotValue[Any]]) -> None:
+        """Store the values under their keys, whatever is there."""
+
+    async def invalidate_many(self, keys: Collection[ResourceKey]) -> None:
+        """Remove what there is for the keys."""
+
+
+@runtime_checkable
+class BatchAtomicAsyncCache(BatchAsyncCache, Protocol):
+    """A cache that compares and stores many values in one call."""
+
+    async def set_many_if_newer(
+        self,
+        values: Collection[SnapshotValue[Any]],
+        *,
+        force: bool = False,
+        replace_equal: bool = False,
+    ) -> Mapping[ResourceKey, CacheWriteResult]:
+        """Store those values that the write order prefers to what is there."""
+
+
+@runtime_checkable
+class AuthorityAwareCache(Protocol):
+    """A cache that says whether its writes compare authority."""
+
+    @property
+    def validates_source_authority(self) -> bool:
+        """Whether a value of lower rank never replaces one of higher rank."""
+
+
+# Sinks --------------------------------------------------------------------------------------------
+
+
+class EventSink(Protocol):
+    """Where events go.
+
+    A sink with ``coalestra_non_blocking = True`` is called directly; any other from a thread.
+    """
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        """Take one event."""
+
+
+class MetricsSink(Protocol):
+    """Where counts and measurements go.
+
+    A sink with ``coalestra_non_blocking = True`` is called directly; any other from a thread.
+    """
+
+    def increment(self, metric: str, value: int = 1, **labels: str) -> None:
+        """Count ``value`` more of something."""
+
+    def observe(self, metric: str, value: float, **labels: str) -> None:
+        """Take one measurement, in the unit that the name of the metric ends in."""

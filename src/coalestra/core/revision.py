@@ -1,0 +1,56 @@
+"""One revision of a resource as the library keeps it: sealed, shared, never handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.keys import ResourceKey
+
+
+@dataclass(eq=False, kw_only=True, repr=False, slots=True)
+class Revision:
+    """A sealed value with its provenance; equal to nothing but itself.
+
+    Attributes:
+        key: the resource.
+        payload: the value in its sealed form; only ``seal`` knows how to open it.
+        seal: how to open it.
+        source: the name of the source it came from.
+        observed_at, fetched_at: when it was true and when it was got, in wall-clock seconds.
+        latency_ms: how long getting it took.
+        attempts: how many calls that took; 0 if it was published.
+        metadata: sealed too.
+        authority_rank: how much its source counts in the write order.
+        version: what tells this revision from every other one.
+        dependency_versions: the versions it was derived from, by key.
+        dependencies: the very revisions it was derived from, where they are known.
+        checked: the epoch of the store at which it was last seen to rest on current revisions,
+            or -1. The one attribute that may be written.
+    """
+
+    key: ResourceKey
+    payload: Any
+    seal: Any
+    source: str
+    observed_at: float
+    fetched_at: float
+    version: str
+    latency_ms: float = 0.0
+    attempts: int = 1
+    metadata: FrozenDict[str, Any] = field(default_factory=lambda: EMPTY)
+    authority_rank: int = 0
+    dependency_versions: Mapping[ResourceKey, str] = field(default_factory=lambda: EMPTY)
+    dependencies: tuple[Revision, ...] = ()
+    checked: int = field(default=-1, init=False)
+
+    def __post_init__(self) -> None:
+        if type(self.dependency_versions) is not FrozenDict:
+            self.dependency_versions = FrozenDict(self.dependency_versions)
+
+    def __repr__(self) -> str:
+        rests_on = len(self.dependency_versions)
+        derived = f", derived from {rests_on}" if rests_on else ""
+        return f"<Revision {self.key} {self.version} from {self.source}{derived}>"

@@ -1,0 +1,82 @@
+"""Turning whatever a record holds into values that ``json.dumps`` takes as they are.
+
+Law: the result consists of dicts with string keys, lists, strings, ints, finite floats, bools and
+None, whatever went in; nothing of an unknown object is shown but its type, because its ``repr``
+may hold secrets, addresses or megabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Set
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+_MAX_DEPTH = 32
+_SEQUENCES = (list, tuple, deque)
+
+
+def json_safe(value: Any) -> Any:
+    """Return ``value`` as JSON-safe data.
+
+    Dataclasses and mappings become dicts (keys by ``str``), enums their values, sequences and
+    sets lists, floats that are not finite ``nan``, ``infinity`` and ``-infinity``, and anything
+    else the name of its type. So does what contains itself, or is nested deeper than 32 levels.
+    """
+    return _safe(value, ())
+
+
+def _safe(value: Any, path: tuple[int, ...]) -> Any:
+    if isinstance(value, Enum):
+        return _safe(value.value, path)
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, render in _SCALARS:
+        if isinstance(value, kind):
+            return render(value)
+    if id(value) in path or len(path) >= _MAX_DEPTH:
+        return qualified_type(value)
+    return _safe_container(value, (*path, id(value)))
+
+
+def _safe_container(value: Any, path: tuple[int, ...]) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _safe(getattr(value, item.name), path) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {_key(key): _safe(item, path) for key, item in value.items()}
+    if isinstance(value, _SEQUENCES):
+        return [_safe(item, path) for item in value]
+    if isinstance(value, Set):
+        # Sets have no order of their own; two equal ones shall give equal JSON.
+        return sorted((_safe(item, path) for item in value), key=repr)
+    return qualified_type(value)
+
+
+def qualified_type(value: object) -> str:
+    """Return the full name of the type of ``value``, module included."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _key(key: object) -> str:
+    try:
+        return str.__str__(key) if isinstance(key, str) else str(key)
+    except Exception:
+        return qualified_type(key)
+
+
+def _finite(value: float) -> float | str:
+    if math.isfinite(value):
+        return float(value)
+    if math.isnan(value):
+        return "nan"
+    return "infinity" if value > 0 else "-infinity"
+
+
+# Subclasses are reduced to the built-in type: theirs may render themselves in other ways.
+_SCALARS: tuple[tuple[type, Any], ...] = (
+    (str, str.__str__),
+    (int, int),
+    (float, _finite),
+)

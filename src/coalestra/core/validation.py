@@ -1,0 +1,237 @@
+"""Checks of what a caller passed in: each returns the value, or raises with a full sentence.
+
+A wrong type is a `TypeError`, a wrong value a `ValueError`. Every message has the same form: the
+name of the parameter, the rule, what was given, and the remedy where there is one.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, overload
+
+from coalestra.core.frozen import EMPTY
+
+T = TypeVar("T")
+E = TypeVar("E", bound=enum.Enum)
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """Return a short representation of ``value`` that never raises."""
+    try:
+        text = _brief.repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def refusal(name: str, rule: str, value: object, remedy: str = "") -> str:
+    """Return the sentence of an error: what ``name`` must be, what it was, and what to do."""
+    sentence = f"{name} must be {rule}, got {shown(value)}"
+    return f"{sentence}; {remedy}" if remedy else sentence
+
+
+def wrong_type(name: str, rule: str, value: object, remedy: str = "") -> TypeError:
+    """Return the error for a value of another type; the message names that type too."""
+    kind = type(value).__name__
+    sentence = f"{name} must be {rule}, got {shown(value)} of type {kind}"
+    return TypeError(f"{sentence}; {remedy}" if remedy else sentence)
+
+
+@overload
+def number(
+    name: str,
+    value: object,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    optional: Literal[False] = False,
+) -> float: ...
+
+
+@overload
+def number(
+    name: str,
+    value: object,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    optional: bool,
+) -> float | None: ...
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    optional: bool = False,
+) -> float | None:
+    """Return a finite int or float within its bounds, or None if that is allowed.
+
+    ``minimum`` and ``maximum`` are inclusive, ``above`` is not.
+    """
+    if value is None and optional:
+        return None
+    rule = _ranged("a finite number", minimum, above, maximum, optional)
+    checked = _real(name, rule, value)
+    if not _is_finite(checked) or _outside(checked, minimum, above, maximum):
+        raise ValueError(refusal(name, rule, value))
+    return checked
+
+
+def span(name: str, value: object) -> float:
+    """Return a length of time that is not negative but may be infinite."""
+    rule = _ranged("a number", 0, None, None, optional=False)
+    checked = _real(name, rule, value)
+    if not (checked == math.inf or (_is_finite(checked) and checked >= 0)):
+        raise ValueError(refusal(name, rule, value))
+    return checked
+
+
+@overload
+def integer(
+    name: str, value: object, *, minimum: int | None = None, optional: Literal[False] = False
+) -> int: ...
+
+
+@overload
+def integer(
+    name: str, value: object, *, minimum: int | None = None, optional: bool
+) -> int | None: ...
+
+
+def integer(
+    name: str, value: object, *, minimum: int | None = None, optional: bool = False
+) -> int | None:
+    """Return an int of at least ``minimum``, or None if that is allowed."""
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise wrong_type(name, _ranged("an integer", minimum, None, None, optional), value)
+    if minimum is not None and value < minimum:
+        rule = _ranged("an integer", minimum, None, None, optional)
+        raise ValueError(refusal(name, rule, value))
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """Return a bool; nothing else counts as one."""
+    if not isinstance(value, bool):
+        raise wrong_type(name, "True or False", value)
+    return value
+
+
+def text(name: str, value: object, *, empty: bool = False) -> str:
+    """Return a string; unless ``empty``, one with more in it than white space."""
+    if not isinstance(value, str):
+        raise wrong_type(name, "a string" if empty else "a non-empty string", value)
+    if not empty and not value.strip():
+        raise ValueError(refusal(name, "a non-empty string", value))
+    return value
+
+
+@overload
+def instance(
+    name: str, value: object, kinds: type[T], *, optional: Literal[False] = False
+) -> T: ...
+
+
+@overload
+def instance(name: str, value: object, kinds: type[T], *, optional: bool) -> T | None: ...
+
+
+@overload
+def instance(
+    name: str, value: object, kinds: tuple[type[Any], ...], *, optional: bool = False
+) -> Any: ...
+
+
+def instance(
+    name: str,
+    value: object,
+    kinds: type[Any] | tuple[type[Any], ...],
+    *,
+    optional: bool = False,
+) -> Any:
+    """Return an instance of ``kinds``, or None if that is allowed."""
+    if isinstance(value, kinds) or (value is None and optional):
+        return value
+    accepted = kinds if isinstance(kinds, tuple) else (kinds,)
+    names = [f"{_article(kind.__name__)} {kind.__name__}" for kind in accepted]
+    raise wrong_type(name, " or ".join([*names, "None"] if optional else names), value)
+
+
+def mapping(name: str, value: object, *, optional: bool = False) -> Mapping[Any, Any]:
+    """Return a mapping; None becomes an empty one if it is allowed."""
+    if value is None and optional:
+        return EMPTY
+    if not isinstance(value, Mapping):
+        raise wrong_type(name, "a mapping or None" if optional else "a mapping", value)
+    return value
+
+
+def callable_(name: str, value: T, *, optional: bool = False) -> T:
+    """Return something that can be called, or None if that is allowed."""
+    if callable(value) or (value is None and optional):
+        return value
+    raise wrong_type(name, "a callable or None" if optional else "a callable", value)
+
+
+def choice(name: str, value: object, kind: type[E]) -> E:
+    """Return a member of the enumeration ``kind``; its bare value is not one."""
+    if isinstance(value, kind):
+        return value
+    members = ", ".join(str(member.name) for member in kind)
+    raise wrong_type(
+        name, f"{_article(kind.__name__)} {kind.__name__}", value, f"choose from {members}"
+    )
+
+
+def _real(name: str, rule: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise wrong_type(name, rule, value)
+    return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
+
+
+def _outside(
+    value: float, minimum: float | None, above: float | None, maximum: float | None
+) -> bool:
+    return (
+        (minimum is not None and value < minimum)
+        or (above is not None and value <= above)
+        or (maximum is not None and value > maximum)
+    )
+
+
+def _ranged(
+    noun: str, minimum: float | None, above: float | None, maximum: float | None, optional: bool
+) -> str:
+    bounds = [
+        f"{word} {bound:g}"
+        for word, bound in (("of at least", minimum), ("above", above), ("of at most", maximum))
+        if bound is not None
+    ]
+    rule = " ".join([noun, " and ".join(bounds)]) if bounds else noun
+    return f"{rule}, or None" if optional else rule
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[:1].lower() in "aeiou" else "a"

@@ -1,0 +1,293 @@
+"""Acceptance: rules for single values, requirements for several, judged at the given moment."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from coalestra.core.acceptance import (
+    ResourceAcceptanceRule,
+    SnapshotAcceptancePolicy,
+    SnapshotAcceptanceReason,
+    SnapshotAcceptanceViolation,
+    SnapshotRequirement,
+)
+from coalestra.core.freshness import FreshnessPolicy, PolicyResolver
+from coalestra.core.judgement import violations_of
+from coalestra.core.keys import ResourceKey
+from coalestra.core.snapshot import Snapshot
+from coalestra.core.values import SnapshotValue
+
+A, B, C = (ResourceKey("n", name) for name in "abc")
+NOW = 1_700_000_000.0
+FRESH = ResourceAcceptanceRule(allow_stale=False)
+YOUNG = ResourceAcceptanceRule(max_age_seconds=5.0)
+RANKED = ResourceAcceptanceRule(minimum_authority_rank=3)
+ANYTHING = ResourceAcceptanceRule()
+
+
+def value(key: ResourceKey, **changes: Any) -> SnapshotValue[Any]:
+    facts: dict[str, Any] = {
+        "key": key,
+        "value": 1,
+        "source": "rest",
+        "observed_at": NOW,
+        "fetched_at": NOW,
+        "age_seconds": 0.0,
+        "stale": False,
+        "from_cache": False,
+        "latency_ms": 0.0,
+    }
+    return SnapshotValue(**{**facts, **changes})
+
+
+def old(key: ResourceKey) -> SnapshotValue[Any]:
+    return value(key, observed_at=NOW - 9.0)
+
+
+def found(
+    policy: SnapshotAcceptancePolicy,
+    *values: SnapshotValue[Any],
+    required: tuple[ResourceKey, ...] = (A, B, C),
+    optional: tuple[ResourceKey, ...] = (),
+    freshness: PolicyResolver | None = None,
+) -> list[tuple[Any, ...]]:
+    snapshot = Snapshot("id", NOW, {each.key: each for each in values})
+    violations = violations_of(policy, required, optional, snapshot, NOW, freshness)
+    return [
+        (each.reason.value, each.key, each.requirement_name) if each.requirement_name
+        else (each.reason.value, each.key)
+        for each in violations
+    ]  # fmt: skip
+
+
+def only(
+    policy: SnapshotAcceptancePolicy, *values: SnapshotValue[Any]
+) -> SnapshotAcceptanceViolation:
+    snapshot = Snapshot("id", NOW, {each.key: each for each in values})
+    (violation,) = violations_of(policy, tuple(snapshot), (), snapshot, NOW)
+    return violation
+
+
+class TestRules:
+    def test_a_good_value_passes_every_rule(self) -> None:
+        rule = ResourceAcceptanceRule(5.0, False, 3)
+        good = value(A, observed_at=NOW - 5.0, authority_rank=3)
+        assert found(SnapshotAcceptancePolicy(rule), good) == []
+
+    def test_a_stale_value_is_reported_with_its_age(self) -> None:
+        violation = only(
+            SnapshotAcceptancePolicy(FRESH), value(A, stale=True, observed_at=NOW - 2.0)
+        )
+        assert violation == SnapshotAcceptanceViolation(
+            SnapshotAcceptanceReason.STALE,
+            (A,),
+            "n:a must be fresh, got a stale value observed 2 s ago",
+            key=A,
+            current_age_seconds=2.0,
+            stale=True,
+        )
+
+    def test_an_old_value_is_reported_with_both_ages(self) -> None:
+        violation = only(SnapshotAcceptancePolicy(YOUNG), old(A))
+        assert violation == SnapshotAcceptanceViolation(
+            SnapshotAcceptanceReason.TOO_OLD,
+            (A,),
+            "n:a must be at most 5 s old, got 9 s",
+            key=A,
+            current_age_seconds=9.0,
+            max_age_seconds=5.0,
+        )
+
+    def test_a_low_rank_is_reported_with_both_ranks(self) -> None:
+        violation = only(SnapshotAcceptancePolicy(RANKED), value(A, authority_rank=2))
+        assert violation == SnapshotAcceptanceViolation(
+            SnapshotAcceptanceReason.INSUFFICIENT_AUTHORITY,
+            (A,),
+            "n:a must have an authority rank of at least 3, got 2 from source rest",
+            key=A,
+            authority_rank=2,
+            minimum_authority_rank=3,
+        )
+
+    def test_a_value_may_break_several_rules_at_once(self) -> None:
+        policy = SnapshotAcceptancePolicy(ResourceAcceptanceRule(5.0, False, 3))
+        assert found(policy, value(A, stale=True, age_seconds=9.0)) == [
+            ("stale", A),
+            ("too_old", A),
+            ("insufficient_authority", A),
+        ]
+
+    def test_a_value_is_never_younger_than_when_it_was_delivered(self) -> None:
+        policy = SnapshotAcceptancePolicy(YOUNG)
+        assert found(policy, value(A, age_seconds=6.0, observed_at=NOW + 60.0)) == [("too_old", A)]
+        assert found(policy, value(A, age_seconds=1.0, observed_at=NOW + 60.0)) == []
+
+    def test_a_value_that_went_stale_since_delivery_counts_as_stale(self) -> None:
+        policy = SnapshotAcceptancePolicy(FRESH)
+        delivered = value(A, observed_at=NOW - 3.0, age_seconds=0.0)
+        assert found(policy, delivered) == []
+        for ttl, expected in ((2.9, [("stale", A)]), (3.0, [])):
+            freshness = PolicyResolver(FreshnessPolicy(ttl, 60.0))
+            assert found(policy, delivered, freshness=freshness) == expected
+
+    def test_a_value_that_was_stale_stays_stale(self) -> None:
+        freshness = PolicyResolver(FreshnessPolicy(math.inf, math.inf))
+        assert found(
+            SnapshotAcceptancePolicy(FRESH), value(A, stale=True), freshness=freshness
+        ) == [("stale", A)]
+
+    def test_a_missing_value_breaks_no_rule(self) -> None:
+        assert found(SnapshotAcceptancePolicy(YOUNG, {A: FRESH})) == []
+
+
+class TestWhichRule:
+    def test_the_default_is_for_required_values_only(self) -> None:
+        policy = SnapshotAcceptancePolicy(YOUNG)
+        assert found(policy, old(A), old(B), required=(A,), optional=(B,)) == [("too_old", A)]
+
+    def test_the_default_is_for_optional_ones_too_if_they_are_included(self) -> None:
+        policy = SnapshotAcceptancePolicy(YOUNG, include_optional_resources=True)
+        values = old(A), old(B)
+        assert found(policy, *values, required=(A,), optional=(B,)) == [
+            ("too_old", A),
+            ("too_old", B),
+        ]
+
+    def test_a_rule_of_its_own_always_applies(self) -> None:
+        policy = SnapshotAcceptancePolicy(resource_rules={B: YOUNG})
+        assert found(policy, old(A), old(B), required=(A,), optional=(B,)) == [("too_old", B)]
+
+    def test_a_rule_of_its_own_replaces_the_default(self) -> None:
+        policy = SnapshotAcceptancePolicy(YOUNG, {A: ANYTHING})
+        assert found(policy, old(A), old(B)) == [("too_old", B)]
+        assert (policy.rule_for(A), policy.rule_for(B)) == (ANYTHING, YOUNG)
+
+
+class TestRequirements:
+    POLICY = SnapshotAcceptancePolicy(
+        YOUNG, requirements=(SnapshotRequirement.at_least(2, [A, B, C], name="prices"),)
+    )
+
+    def judged(self, *values: SnapshotValue[Any]) -> list[tuple[Any, ...]]:
+        return found(self.POLICY, *values, required=(), optional=(A, B, C))
+
+    def test_enough_acceptable_alternatives_satisfy_it_whatever_the_others_are(self) -> None:
+        assert self.judged(value(A), value(B), old(C)) == []
+        assert self.judged(value(A), value(B)) == []
+
+    def test_if_it_fails_its_rejected_alternatives_are_reported_too(self) -> None:
+        assert self.judged(value(A), old(B), old(C)) == [
+            ("requirement_unsatisfied", None, "prices"),
+            ("too_old", B, "prices"),
+            ("too_old", C, "prices"),
+        ]
+
+    def test_missing_alternatives_do_not_count_and_are_not_reported(self) -> None:
+        assert self.judged(value(A)) == [("requirement_unsatisfied", None, "prices")]
+
+    def test_the_violation_has_the_counts(self) -> None:
+        policy = SnapshotAcceptancePolicy(requirements=(SnapshotRequirement.all_of([A, B]),))
+        assert only(policy, value(A)) == SnapshotAcceptanceViolation(
+            SnapshotAcceptanceReason.REQUIREMENT_UNSATISFIED,
+            (A, B),
+            "a requirement must have 2 acceptable of 2 resources, got 1",
+            accepted_count=1,
+            required_count=2,
+        )
+
+    def test_an_alternative_that_breaks_its_own_rule_is_reported_once(self) -> None:
+        policy = SnapshotAcceptancePolicy(
+            resource_rules={B: YOUNG},
+            requirements=(
+                SnapshotRequirement.all_of([A, B], name="one"),
+                SnapshotRequirement.all_of([B, C], name="two"),
+            ),
+        )
+        assert found(policy, value(A), old(B), value(C)) == [
+            ("too_old", B),
+            ("requirement_unsatisfied", None, "one"),
+            ("requirement_unsatisfied", None, "two"),
+        ]
+
+    def test_an_alternative_of_two_failed_requirements_is_reported_for_the_first(self) -> None:
+        policy = SnapshotAcceptancePolicy(
+            YOUNG,
+            requirements=(
+                SnapshotRequirement.any_of([B], name="one"),
+                SnapshotRequirement.any_of([B, C], name="two"),
+            ),
+        )
+        assert found(policy, old(B), required=(), optional=(B, C)) == [
+            ("requirement_unsatisfied", None, "one"),
+            ("too_old", B, "one"),
+            ("requirement_unsatisfied", None, "two"),
+        ]
+
+
+class TestMaking:
+    def test_a_requirement_counts_each_key_once(self) -> None:
+        requirement = SnapshotRequirement.all_of(iter([A, B, A]), name="pair")
+        assert requirement == SnapshotRequirement([A, B], minimum_count=2, name="pair")
+        assert SnapshotRequirement.any_of([A, B]).minimum_count == 1
+        assert SnapshotRequirement.at_least(2, [A, B, C]).minimum_count == 2
+
+    @pytest.mark.parametrize(
+        "make, error, name",
+        [
+            (lambda: SnapshotRequirement.all_of([]), ValueError, "keys"),
+            (lambda: SnapshotRequirement.any_of([]), ValueError, "keys"),
+            (lambda: SnapshotRequirement.at_least(0, [A]), ValueError, "minimum_count"),
+            (lambda: SnapshotRequirement.at_least(2, [A, A]), ValueError, "minimum_count"),
+            (lambda: SnapshotRequirement.at_least(True, [A]), TypeError, "minimum_count"),
+            (lambda: SnapshotRequirement.any_of("n:a"), TypeError, "keys"),  # type: ignore[arg-type]
+            (lambda: SnapshotRequirement.any_of([A], name=1), TypeError, "name"),  # type: ignore[arg-type]
+            (lambda: ResourceAcceptanceRule(-1), ValueError, "max_age_seconds"),
+            (lambda: ResourceAcceptanceRule(math.inf), ValueError, "max_age_seconds"),
+            (lambda: ResourceAcceptanceRule(True), TypeError, "max_age_seconds"),
+            (lambda: ResourceAcceptanceRule(allow_stale=0), TypeError, "allow_stale"),  # type: ignore[arg-type]
+            (
+                lambda: ResourceAcceptanceRule(minimum_authority_rank=1.0),  # type: ignore[arg-type]
+                TypeError,
+                "minimum_authority_rank",
+            ),
+            (lambda: SnapshotAcceptancePolicy(YOUNG, [A]), TypeError, "resource_rules"),  # type: ignore[arg-type]
+            (lambda: SnapshotAcceptancePolicy(YOUNG, {"a": YOUNG}), TypeError, "resource_rules"),  # type: ignore[dict-item]
+            (lambda: SnapshotAcceptancePolicy(YOUNG, {A: 5}), TypeError, "resource_rules"),  # type: ignore[dict-item]
+            (lambda: SnapshotAcceptancePolicy(YOUNG, {}, (A,)), TypeError, "requirements"),  # type: ignore[arg-type]
+            (lambda: SnapshotAcceptancePolicy(YOUNG, {}, 5), TypeError, "requirements"),  # type: ignore[arg-type]
+            (lambda: SnapshotAcceptancePolicy(5), TypeError, "default_rule"),  # type: ignore[arg-type]
+            (SnapshotAcceptancePolicy, ValueError, "acceptance policy"),
+            (
+                lambda: SnapshotAcceptancePolicy(resource_rules={A: ANYTHING}),
+                ValueError,
+                "acceptance policy",
+            ),
+        ],
+    )
+    def test_everything_is_checked(self, make: Any, error: type[Exception], name: str) -> None:
+        with pytest.raises(error, match=f"^{name}.* must"):
+            make()
+
+    @pytest.mark.parametrize("rule", [FRESH, YOUNG, RANKED, ResourceAcceptanceRule(0)])
+    def test_a_rule_that_refuses_anything_has_constraints(
+        self, rule: ResourceAcceptanceRule
+    ) -> None:
+        assert rule.has_constraints
+        assert not ANYTHING.has_constraints
+
+    def test_a_policy_references_the_keys_of_its_rules_and_requirements(self) -> None:
+        policy = SnapshotAcceptancePolicy(
+            resource_rules={A: YOUNG}, requirements=(SnapshotRequirement.any_of([B, C]),)
+        )
+        assert policy.referenced_keys == {A, B, C}
+        assert SnapshotAcceptancePolicy(YOUNG).referenced_keys == frozenset()
+
+    def test_a_policy_keeps_no_tie_to_what_it_was_made_of(self) -> None:
+        rules, requirements = {A: YOUNG}, [SnapshotRequirement.any_of([B])]
+        policy = SnapshotAcceptancePolicy(YOUNG, rules, requirements)  # type: ignore[arg-type]
+        rules.clear()
+        requirements.clear()
+        assert policy.referenced_keys == {A, B}

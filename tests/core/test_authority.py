@@ -1,0 +1,87 @@
+"""Authority: the rank of a source, by policy and key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
+from coalestra.core.keys import ResourceKey
+
+KEY, OTHER = ResourceKey("n", "a"), ResourceKey("n", "b")
+POLICY = SourceAuthorityPolicy({"exchange": 10, "guess": -5}, default_rank=1)
+
+
+def test_a_source_has_its_own_rank_or_the_default() -> None:
+    assert [POLICY.rank_for(name) for name in ("exchange", "guess", "other")] == [10, -5, 1]
+    assert SourceAuthorityPolicy().rank_for("anyone") == 0
+
+
+def test_ranks_are_kept_apart_from_what_was_given() -> None:
+    given = {"exchange": 10}
+    policy = SourceAuthorityPolicy(given)
+    given["exchange"] = 0
+    assert policy.rank_for("exchange") == 10
+    with pytest.raises(TypeError):
+        policy.source_ranks["exchange"] = 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, name",
+    [
+        (([("a", 1)],), TypeError, "source_ranks"),
+        (({1: 1},), TypeError, "source_ranks key"),
+        (({"": 1},), ValueError, "source_ranks key"),
+        (({"a": 1.0},), TypeError, r"source_ranks\['a'\]"),
+        (({"a": True},), TypeError, r"source_ranks\['a'\]"),
+        (({}, None), TypeError, "default_rank"),
+    ],
+)
+def test_a_policy_is_checked(arguments: Any, error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=f"^{name} must be"):
+        SourceAuthorityPolicy(*arguments)
+
+
+def test_an_override_goes_before_the_dynamic_answer_and_that_before_the_default() -> None:
+    resolver = AuthorityPolicyResolver(
+        SourceAuthorityPolicy(default_rank=1),
+        {KEY: SourceAuthorityPolicy(default_rank=2)},
+        lambda key: SourceAuthorityPolicy(default_rank=3) if key == OTHER else None,
+    )
+    keys = KEY, OTHER, ResourceKey("n", "c")
+    assert [resolver.rank_for(key, "any") for key in keys] == [2, 3, 1]
+    assert resolver.resolve(KEY).default_rank == 2
+
+
+@pytest.mark.parametrize(
+    "resolver, ruled",
+    [
+        (AuthorityPolicyResolver(), False),
+        (AuthorityPolicyResolver(SourceAuthorityPolicy({})), False),
+        (AuthorityPolicyResolver(POLICY), True),
+        (AuthorityPolicyResolver(None, {KEY: POLICY}), True),
+        (AuthorityPolicyResolver(None, None, lambda key: None), True),
+    ],
+)
+def test_there_are_rules_as_soon_as_a_rank_may_differ_from_zero(
+    resolver: AuthorityPolicyResolver, ruled: bool
+) -> None:
+    assert resolver.has_rules is ruled
+
+
+def test_a_resolver_without_rules_ranks_everybody_zero() -> None:
+    assert AuthorityPolicyResolver().rank_for(KEY, "anyone") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        (({"a": 1},), "default"),
+        ((POLICY, {KEY: 5}), r"overrides\[n:a\]"),
+        ((POLICY, {}, POLICY), "dynamic"),
+    ],
+)
+def test_a_resolver_is_checked(arguments: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be"):
+        AuthorityPolicyResolver(*arguments)

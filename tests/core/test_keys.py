@@ -1,0 +1,332 @@
+"""Keys: one resource has one key, and a key costs its hash and its text once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coalestra.core.keys import (
+    CASE_INSENSITIVE_KEY_NORMALIZER,
+    LEGACY_KEY_NORMALIZER,
+    PRESERVE_KEY_NORMALIZER,
+    KeyNormalizer,
+    ResourceKey,
+    distinct_keys,
+)
+
+KEY = ResourceKey("market", "price", "BTC", {"venue": "x", "depth": 5})
+
+parts = st.text(min_size=1, max_size=5).map(str.strip).filter(bool)
+keys = st.builds(
+    ResourceKey,
+    parts,
+    parts,
+    st.text(max_size=5),
+    st.dictionaries(parts, st.text(max_size=3), max_size=3),
+)
+
+
+def test_the_default_normalizer_strips_and_keeps_the_case() -> None:
+    key = ResourceKey(" Market ", "\tPrice", " btc\n", {" Venue ": " X "})
+    assert (key.namespace, key.name, key.subject) == ("Market", "Price", "btc")
+    assert key.qualifiers == (("Venue", "X"),)
+    assert key.normalizer is PRESERVE_KEY_NORMALIZER
+
+
+def test_the_legacy_normalizer_lowers_names_and_raises_subjects() -> None:
+    key = ResourceKey.legacy(" Market ", "Price", " btc", {" Venue ": " Xy "})
+    assert (key.namespace, key.name, key.subject) == ("market", "price", "BTC")
+    assert key.qualifiers == (("venue", "Xy"),)
+    assert key.normalizer is LEGACY_KEY_NORMALIZER
+
+
+def test_the_case_insensitive_normalizer_folds_all_five_parts() -> None:
+    key = ResourceKey("STRASSE", "A", "Straße", {"Q": "ß"}, normalizer=_folding())
+    assert key == ResourceKey("straße", "a", "STRASSE", {"q": "SS"}, normalizer=_folding())
+    assert key.qualifiers == (("q", "ss"),)
+
+
+def _folding() -> KeyNormalizer:
+    return CASE_INSENSITIVE_KEY_NORMALIZER
+
+
+def test_qualifiers_may_be_pairs_and_are_kept_as_sorted_strings() -> None:
+    pairs = [("z", 1), ("a", None), ["m", True]]
+    expected = (("a", "None"), ("m", "True"), ("z", "1"))
+    assert ResourceKey("n", "k", "", iter(pairs)).qualifiers == expected  # type: ignore[arg-type]
+    assert ResourceKey("n", "k", "", []).qualifiers == ()
+    assert ResourceKey("n", "k", "", {}).qualifiers == ()
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (("", "k"), "namespace"),
+        ((" ", "k"), "namespace"),
+        (("n", ""), "name"),
+        (("n", "\n"), "name"),
+        (("n", "k", "", {" ": 1}), "qualifier name"),
+    ],
+)
+def test_an_empty_part_is_a_value_error_that_names_it(arguments: Any, part: str) -> None:
+    with pytest.raises(ValueError, match=f"^{part} must be a non-empty string"):
+        ResourceKey(*arguments)
+
+
+def test_a_qualifier_name_given_twice_after_normalizing_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match=r"different names, got 'a' twice"):
+        ResourceKey("n", "k", "", [("a", 1), (" a", 1)])
+    with pytest.raises(ValueError, match="different names"):
+        ResourceKey.legacy("n", "k", "", {"A": 1, "a": 1})
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        ((1, "k"), "namespace"),
+        (("n", None), "name"),
+        (("n", b"k"), "name"),
+        (("n", "k", 7), "subject"),
+        (("n", "k", "", "ab"), "qualifiers"),
+        (("n", "k", "", 5), "qualifiers"),
+        (("n", "k", "", ["ab"]), "qualifiers"),
+        (("n", "k", "", [("a", 1, 2)]), "qualifiers"),
+        (("n", "k", "", {1: 2}), "qualifier name"),
+    ],
+)
+@pytest.mark.parametrize("normalizer", [None, LEGACY_KEY_NORMALIZER])
+def test_a_part_of_another_type_is_a_type_error_that_names_it(
+    arguments: Any, part: str, normalizer: KeyNormalizer | None
+) -> None:
+    with pytest.raises(TypeError, match=f"^{part} must be "):
+        ResourceKey(*arguments, normalizer=normalizer)
+
+
+def test_a_normalizer_must_be_one_and_its_transforms_must_be_callable() -> None:
+    with pytest.raises(TypeError, match=r"^normalizer must be a KeyNormalizer"):
+        ResourceKey("n", "k", normalizer=str.strip)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^subject must be a callable"):
+        KeyNormalizer(subject="upper")  # type: ignore[arg-type]
+
+
+def test_a_transform_that_returns_no_string_is_a_type_error() -> None:
+    broken = KeyNormalizer(name=lambda value: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match=r"^normalized name must be a string"):
+        ResourceKey("n", "k", normalizer=broken)
+
+
+def test_a_normalizer_can_be_asked_part_by_part() -> None:
+    legacy = LEGACY_KEY_NORMALIZER
+    assert legacy.normalize_namespace(" A") == "a"
+    assert legacy.normalize_name("B ") == "b"
+    assert legacy.normalize_subject(" c") == "C"
+    assert legacy.normalize_qualifier(" D", 1.5) == ("d", "1.5")
+
+
+def test_parts_out_of_a_string_subclass_are_plain_strings() -> None:
+    class Name(str):
+        __slots__ = ()
+
+    for normalizer in (None, KeyNormalizer(namespace=Name, name=Name, qualifier_value=Name)):
+        key = ResourceKey(Name("n"), Name("k"), "", [(Name("a"), Name("b"))], normalizer=normalizer)
+        found = {type(part) for part in (key.namespace, key.name, *key.qualifiers[0])}
+        assert found == {str}
+
+
+@pytest.mark.parametrize(
+    "key, text",
+    [
+        (ResourceKey("n", "k"), "n:k"),
+        (ResourceKey("n", "k", "s"), "n:k:s"),
+        (ResourceKey("n", "k", "", {"a": 1}), "n:k?a=1"),
+        (ResourceKey("n", "k", "s", {"b": "x y", "a": "&=é"}), "n:k:s?a=%26%3D%C3%A9&b=x+y"),
+    ],
+)
+def test_the_text_has_colons_and_encoded_qualifiers(key: ResourceKey, text: str) -> None:
+    assert str(key) == text
+    assert str(key) is str(key)
+
+
+def test_equality_and_hash_ignore_the_normalizer() -> None:
+    plain = ResourceKey("market", "price", "BTC")
+    legacy = ResourceKey.legacy("MARKET", "Price", "btc")
+    assert plain == legacy
+    assert hash(plain) == hash(legacy)
+    assert {plain: 1}[legacy] == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ResourceKey("other", "price", "BTC", KEY.qualifiers),
+        ResourceKey("market", "other", "BTC", KEY.qualifiers),
+        ResourceKey("market", "price", "ETH", KEY.qualifiers),
+        ResourceKey("market", "price", "BTC"),
+        ("market", "price", "BTC", KEY.qualifiers),
+        str(KEY),
+    ],
+)
+def test_a_key_is_equal_to_nothing_that_differs_in_a_part(other: object) -> None:
+    assert other != KEY
+    assert KEY.__eq__(other) in (False, NotImplemented)
+
+
+@given(keys, keys)
+def test_keys_are_ordered_and_equal_as_their_parts_are(a: ResourceKey, b: ResourceKey) -> None:
+    def fields(key: ResourceKey) -> tuple[Any, ...]:
+        return key.namespace, key.name, key.subject, key.qualifiers
+
+    assert (a == b) == (fields(a) == fields(b))
+    assert (a < b) == (fields(a) < fields(b))
+    assert (a >= b) == (fields(a) >= fields(b))
+    assert a != b or hash(a) == hash(b)
+
+
+@given(keys)
+def test_a_key_made_of_the_parts_of_another_is_equal_to_it(key: ResourceKey) -> None:
+    assert ResourceKey(key.namespace, key.name, key.subject, key.qualifiers) == key
+    assert pickle.loads(pickle.dumps(key)) == key
+
+
+@pytest.mark.parametrize("name", ["namespace", "qualifiers", "_hash", "other"])
+def test_a_key_cannot_be_changed(name: str) -> None:
+    with pytest.raises((AttributeError, TypeError)):
+        setattr(KEY, name, "x")
+    with pytest.raises((AttributeError, TypeError)):
+        delattr(KEY, name)
+
+
+def test_a_key_is_a_frozen_ordered_dataclass_of_four_fields() -> None:
+    names = [field.name for field in dataclasses.fields(ResourceKey)]
+    assert names == ["namespace", "name", "subject", "qualifiers"]
+    assert dataclasses.replace(KEY, subject="ETH") == ResourceKey(
+        "market", "price", "ETH", KEY.qualifiers
+    )
+    assert repr(ResourceKey("n", "k", "s")) == (
+        "ResourceKey(namespace='n', name='k', subject='s', qualifiers=())"
+    )
+    assert not hasattr(KEY, "__dict__")
+
+
+def test_keys_cannot_be_subclassed() -> None:
+    with pytest.raises(TypeError, match="ResourceKey is final"):
+        type("Special", (ResourceKey,), {})
+
+
+def test_copies_of_a_key_are_the_key() -> None:
+    assert copy.copy(KEY) is KEY
+    assert copy.deepcopy([KEY])[0] is KEY
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickled_key_keeps_its_normalizer_and_is_not_normalized_again(protocol: int) -> None:
+    grown = KeyNormalizer(subject=_grown)
+    key = pickle.loads(pickle.dumps(ResourceKey("n", "k", "s", normalizer=grown), protocol))
+    assert key.subject == "s+"
+    assert key.normalizer == grown
+    assert (hash(key), str(key)) == (hash(ResourceKey("n", "k", "s+")), "n:k:s+")
+
+
+def _grown(value: str) -> str:
+    return f"{value}+"
+
+
+def test_a_key_pickled_in_another_process_is_found_in_this_one() -> None:
+    script = (
+        "import pickle, sys; from coalestra.core.keys import ResourceKey;"
+        "sys.stdout.buffer.write(pickle.dumps(ResourceKey('n', 'k', 's', {'a': 1})))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "17", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, check=True
+    )
+    assert pickle.loads(done.stdout) in {ResourceKey("n", "k", "s", {"a": 1})}
+
+
+def test_a_hash_is_computed_once() -> None:
+    class Counting(tuple):  # type: ignore[type-arg]
+        hashed = 0
+
+        def __hash__(self) -> int:
+            Counting.hashed += 1
+            return 1
+
+    key = ResourceKey("n", "k", "s")
+    first = hash(key)
+    assert first == hash(("n", "k", "s", ()))
+    object.__setattr__(key, "_parts", Counting(("n", "k", "s", ())))
+    assert (hash(key), Counting.hashed) == (first, 0)
+
+
+class TestQualifiers:
+    def test_one_is_found_by_its_normalized_name(self) -> None:
+        key = ResourceKey.legacy("n", "k", "", {"Venue": "x"})
+        assert key.qualifier(" VENUE ") == "x"
+        assert key.qualifier("depth") is None
+        assert key.qualifier("depth", "5") == "5"
+
+    def test_new_ones_replace_old_ones_of_the_same_name(self) -> None:
+        key = KEY.with_qualifiers({"depth": 7}, side="bid")
+        assert key.qualifiers == (("depth", "7"), ("side", "bid"), ("venue", "x"))
+
+    def test_those_given_by_keyword_replace_those_given_as_a_mapping(self) -> None:
+        assert KEY.with_qualifiers({"depth": 7}, depth=8).qualifier("depth") == "8"
+
+    def test_none_given_changes_nothing(self) -> None:
+        assert KEY.with_qualifiers() == KEY
+
+    def test_two_new_ones_of_one_name_are_a_value_error(self) -> None:
+        with pytest.raises(ValueError, match="different names"):
+            ResourceKey.legacy("n", "k").with_qualifiers(A=1, a=2)
+
+    def test_named_ones_are_left_out_and_unknown_names_do_not_matter(self) -> None:
+        assert KEY.without_qualifiers("depth", "unknown").qualifiers == (("venue", "x"),)
+
+    def test_all_are_left_out_if_none_is_named(self) -> None:
+        assert KEY.without_qualifiers() == ResourceKey("market", "price", "BTC")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda key: key.with_qualifiers(B=1),
+            lambda key: key.without_qualifiers("a"),
+        ],
+    )
+    def test_the_changed_key_keeps_the_normalizer(
+        self, change: Callable[[ResourceKey], ResourceKey]
+    ) -> None:
+        changed = change(ResourceKey.legacy("n", "k", "s", {"a": 1}))
+        assert changed.normalizer is LEGACY_KEY_NORMALIZER
+        assert changed.with_qualifiers(C=1).qualifier("c") == "1"
+
+    def test_the_other_parts_are_not_normalized_again(self) -> None:
+        key = ResourceKey("n", "k", "s", normalizer=KeyNormalizer(subject=_grown))
+        assert key.with_qualifiers(a=1).subject == "s+"
+        assert key.without_qualifiers().subject == "s+"
+
+
+def test_a_key_normalized_anew_keeps_the_new_normalizer() -> None:
+    key = ResourceKey("N", "K", "s").normalized(LEGACY_KEY_NORMALIZER)
+    assert (key.namespace, key.name, key.subject) == ("n", "k", "S")
+    assert key.normalizer is LEGACY_KEY_NORMALIZER
+
+
+def test_distinct_keys_come_once_and_in_order() -> None:
+    a, b = ResourceKey("n", "a"), ResourceKey("n", "b")
+    assert distinct_keys("keys", iter([b, a, ResourceKey("n", "b")])) == (b, a)
+
+
+@pytest.mark.parametrize("wrong", ["n:k", [KEY, "n:k"], KEY, None, 5])
+def test_distinct_keys_refuse_anything_but_keys(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^wanted must be "):
+        distinct_keys("wanted", wrong)

@@ -1,0 +1,121 @@
+"""Sources, caches and sinks are told by what they have; records and contexts say what they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any, get_origin
+
+import pytest
+
+import coalestra.core as core
+from coalestra.core.context import FetchContext
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.protocols import (
+    AtomicAsyncCache,
+    AuthorityAwareCache,
+    BatchAsyncCache,
+    BatchAtomicAsyncCache,
+    BatchSizedSource,
+    BatchSnapshotSource,
+    BlockingSourceTimeoutConfigured,
+    ConcurrencyLimitedSource,
+    DerivedSource,
+    ResilienceConfiguredSource,
+    SnapshotSource,
+    SourceBase,
+)
+from coalestra.core.records import (
+    CacheWriteResult,
+    CacheWriteStatus,
+    PublishResult,
+    PublishStatus,
+)
+from coalestra.core.values import SnapshotValue
+
+SOURCE = {"name": "rest", "priority": 1, "timeout_seconds": None, "supports": bool}
+SINGLE = dict.fromkeys(("get", "set", "invalidate", "clear"), print)
+BATCH = dict.fromkeys(("get_many", "set_many", "invalidate_many"), print)
+
+
+@pytest.mark.parametrize(
+    "protocol, members",
+    [
+        (SourceBase, SOURCE),
+        (SnapshotSource, {**SOURCE, "fetch": print}),
+        (BatchSnapshotSource, {**SOURCE, "fetch_many": print}),
+        (DerivedSource, {**SOURCE, "dependencies": print, "derive": print}),
+        (BatchSizedSource, {"max_batch_size": 5}),
+        (ConcurrencyLimitedSource, {"max_concurrency": 5}),
+        (ResilienceConfiguredSource, {"resilience_policy": None}),
+        (
+            BlockingSourceTimeoutConfigured,
+            {
+                "blocking_io": True,
+                "blocking_io_offloaded": True,
+                "transport_timeout_seconds": 1.0,
+            },
+        ),
+        (AtomicAsyncCache, {**SINGLE, "set_if_newer": print}),
+        (BatchAsyncCache, BATCH),
+        (BatchAtomicAsyncCache, {**BATCH, "set_many_if_newer": print}),
+        (AuthorityAwareCache, {"validates_source_authority": True}),
+    ],
+)
+def test_an_object_is_what_it_has_all_the_members_of(protocol: Any, members: Any) -> None:
+    assert isinstance(SimpleNamespace(**members), protocol)
+    for missing in members:
+        rest = {name: value for name, value in members.items() if name != missing}
+        assert not isinstance(SimpleNamespace(**rest), protocol)
+
+
+def test_every_name_the_core_exports_is_there_once_and_documented() -> None:
+    assert len(core.__all__) == len(set(core.__all__))
+    for name in core.__all__:
+        exported = getattr(core, name)
+        if get_origin(exported) is None and isinstance(exported, type):
+            assert exported.__doc__, name
+
+
+VALUE = SnapshotValue(ResourceKey("n", "a"), 1, "rest", 1.0, 1.0, 0.0, False, False, 0.0)
+
+
+@pytest.mark.parametrize("status", CacheWriteStatus)
+def test_a_value_is_stored_only_with_the_status_that_says_so(status: CacheWriteStatus) -> None:
+    assert CacheWriteResult(status, VALUE).stored is (status.value == "stored")
+
+
+@pytest.mark.parametrize("status", PublishStatus)
+def test_a_value_is_published_only_with_the_status_that_says_so(status: PublishStatus) -> None:
+    assert PublishResult(status, VALUE).published is (status.value == "published")
+
+
+class TestContext:
+    def test_its_metadata_is_read_only_and_apart_from_what_was_given(self) -> None:
+        given = {"tenant": "x"}
+        context = FetchContext(1.0, metadata=given)
+        given.clear()
+        assert context.metadata == {"tenant": "x"}
+        assert type(context.metadata) is FrozenDict
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            context.snapshot_id = "other"  # type: ignore[misc]
+        assert FetchContext(1.0, metadata=context.metadata).metadata is context.metadata
+
+    @pytest.mark.parametrize(
+        "settings, error, name",
+        [
+            ({"requested_at": math.nan}, ValueError, "requested_at"),
+            ({"requested_at": True}, TypeError, "requested_at"),
+            ({"requested_at": 1.0, "deadline_at": math.inf}, ValueError, "deadline_at"),
+            ({"requested_at": 1.0, "deadline_monotonic": "1"}, TypeError, "deadline_monotonic"),
+            ({"requested_at": 1.0, "metadata": [1]}, TypeError, "metadata"),
+            ({"requested_at": 1.0, "snapshot_id": None}, TypeError, "snapshot_id"),
+        ],
+    )
+    def test_it_is_checked(
+        self, settings: dict[str, Any], error: type[Exception], name: str
+    ) -> None:
+        with pytest.raises(error, match=f"^{name} must be"):
+            FetchContext(**settings)

@@ -1,0 +1,107 @@
+"""A snapshot is an immutable mapping that also knows what it lacks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from coalestra.core.diagnostics import SnapshotDiagnostics
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.snapshot import Snapshot
+from coalestra.core.values import SnapshotValue
+
+A, B, C = (ResourceKey("n", name) for name in "abc")
+
+
+def value(key: ResourceKey, payload: Any, *, stale: bool = False) -> SnapshotValue[Any]:
+    return SnapshotValue(key, payload, "rest", 1.0, 1.0, 0.0, stale, False, 0.0)
+
+
+ERROR = LookupError("c")
+SNAPSHOT = Snapshot(
+    "id-1", 9.0, {B: value(B, "b", stale=True), A: value(A, 1)}, {C: ERROR}, SnapshotDiagnostics()
+)
+
+
+def test_it_is_a_mapping_in_the_order_of_the_request() -> None:
+    assert isinstance(SNAPSHOT, Mapping)
+    assert (list(SNAPSHOT), len(SNAPSHOT)) == ([B, A], 2)
+    assert (A in SNAPSHOT, C in SNAPSHOT) == (True, False)
+    assert SNAPSHOT[A].value == 1
+    assert [item.value for item in SNAPSHOT.values()] == ["b", 1]
+    assert SNAPSHOT.get(C) is None
+    with pytest.raises(KeyError):
+        SNAPSHOT[C]
+
+
+def test_a_value_is_given_bare_and_of_the_expected_type() -> None:
+    assert SNAPSHOT.value(A) == 1
+    assert SNAPSHOT.value(A, int) == 1
+    assert SNAPSHOT.maybe_value(B, str) == "b"
+
+
+def test_a_missing_value_is_a_key_error_or_none() -> None:
+    with pytest.raises(KeyError):
+        SNAPSHOT.value(C)
+    with pytest.raises(KeyError):
+        SNAPSHOT.value(C, int)
+    assert SNAPSHOT.maybe_value(C) is None
+    assert SNAPSHOT.maybe_value(C, int) is None
+
+
+def test_a_value_of_another_type_is_a_type_error_that_names_the_key() -> None:
+    for read in (SNAPSHOT.value, SNAPSHOT.maybe_value):
+        with pytest.raises(TypeError, match=r"^value of n:a must be a str, got 1 of type int"):
+            read(A, str)
+
+
+def test_a_value_that_is_none_is_not_a_missing_one() -> None:
+    snapshot = Snapshot("id", 1.0, {A: value(A, None)})
+    assert snapshot.value(A) is None
+    with pytest.raises(TypeError):
+        snapshot.maybe_value(A, int)
+
+
+def test_errors_are_found_by_key_and_make_it_incomplete() -> None:
+    assert SNAPSHOT.error_for(C) is ERROR
+    assert SNAPSHOT.error_for(A) is None
+    assert not SNAPSHOT.complete
+    assert Snapshot("id", 1.0, {}).complete
+
+
+def test_stale_keys_are_those_of_stale_values() -> None:
+    assert SNAPSHOT.stale_keys == (B,)
+
+
+def test_it_cannot_be_changed_through_anything_it_was_made_of() -> None:
+    resources, errors = {A: value(A, 1)}, {B: Exception()}
+    snapshot = Snapshot("id", 1.0, resources, errors)
+    resources.clear()
+    errors.clear()
+    assert (len(snapshot), snapshot.complete) == (1, False)
+    with pytest.raises(TypeError):
+        snapshot.resources[A] = value(A, 2)  # type: ignore[index]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        snapshot.errors = {}  # type: ignore[misc]
+
+
+def test_frozen_mappings_are_taken_over_as_they_are() -> None:
+    resources = FrozenDict({A: value(A, 1)})
+    assert Snapshot("id", 1.0, resources).resources is resources
+
+
+def test_it_pickles_and_deep_copies() -> None:
+    snapshot = Snapshot("id", 1.0, {A: value(A, [1])})
+    for twin in (pickle.loads(pickle.dumps(snapshot)), copy.deepcopy(snapshot)):
+        assert twin == snapshot
+        assert twin.value(A) is not snapshot.value(A)
+
+
+def test_its_representation_counts_and_shows_no_payload() -> None:
+    assert repr(SNAPSHOT) == "Snapshot(snapshot_id='id-1', resources=2, errors=1, stale=1)"

@@ -1,0 +1,163 @@
+"""Checks return the value, or raise with the name of the parameter, the rule and the value."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coalestra.core.validation import (
+    callable_,
+    choice,
+    flag,
+    instance,
+    integer,
+    mapping,
+    number,
+    shown,
+    span,
+    text,
+)
+
+
+class Size(str, enum.Enum):
+    SMALL = "small"
+    LARGE = "large"
+
+
+ACCEPTED: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = [
+    (number, 0, {}),
+    (number, -1.5, {}),
+    (number, 0, {"minimum": 0}),
+    (number, 1e-9, {"above": 0}),
+    (number, 1, {"maximum": 1}),
+    (number, None, {"optional": True}),
+    (span, 0, {}),
+    (span, math.inf, {}),
+    (integer, -3, {}),
+    (integer, 1, {"minimum": 1}),
+    (integer, None, {"optional": True}),
+    (flag, False, {}),
+    (text, "a", {}),
+    (text, "", {"empty": True}),
+    (instance, "a", {"kinds": str}),
+    (instance, None, {"kinds": str, "optional": True}),
+    (instance, 1, {"kinds": (str, int)}),
+    (mapping, {"a": 1}, {}),
+    (callable_, len, {}),
+    (callable_, None, {"optional": True}),
+    (choice, Size.LARGE, {"kind": Size}),
+]
+
+WRONG_TYPE: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = [
+    (number, True, {}),
+    (number, "1", {}),
+    (number, None, {}),
+    (span, True, {}),
+    (span, None, {}),
+    (integer, True, {}),
+    (integer, 1.0, {}),
+    (integer, None, {}),
+    (flag, 1, {}),
+    (flag, None, {}),
+    (text, b"a", {}),
+    (text, None, {"empty": True}),
+    (instance, 1, {"kinds": str}),
+    (instance, None, {"kinds": str}),
+    (mapping, [("a", 1)], {}),
+    (mapping, None, {}),
+    (callable_, 1, {}),
+    (callable_, None, {}),
+    (choice, "large", {"kind": Size}),
+]
+
+WRONG_VALUE: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = [
+    (number, math.nan, {}),
+    (number, math.inf, {}),
+    (number, 10**400, {}),
+    (number, -0.1, {"minimum": 0}),
+    (number, 0, {"above": 0}),
+    (number, 1.1, {"maximum": 1}),
+    (span, math.nan, {}),
+    (span, -math.inf, {}),
+    (span, -1, {}),
+    (span, 10**400, {}),
+    (integer, 0, {"minimum": 1}),
+    (text, "", {}),
+    (text, " \t", {}),
+]
+
+
+@pytest.mark.parametrize("check, value, rule", ACCEPTED)
+def test_what_obeys_the_rule_is_returned_as_it_is(
+    check: Callable[..., Any], value: Any, rule: dict[str, Any]
+) -> None:
+    assert check("limit", value, **rule) is value
+
+
+@pytest.mark.parametrize("check, value, rule", WRONG_TYPE)
+def test_another_type_is_a_type_error_that_names_the_parameter(
+    check: Callable[..., Any], value: Any, rule: dict[str, Any]
+) -> None:
+    with pytest.raises(TypeError, match=r"^limit must be .*, got .* of type"):
+        check("limit", value, **rule)
+
+
+@pytest.mark.parametrize("check, value, rule", WRONG_VALUE)
+def test_another_value_is_a_value_error_that_names_the_parameter(
+    check: Callable[..., Any], value: Any, rule: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"^limit must be .*, got "):
+        check("limit", value, **rule)
+
+
+def test_an_optional_mapping_that_is_missing_becomes_an_empty_one() -> None:
+    assert mapping("limits", None, optional=True) == {}
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (
+            lambda: number("delay", -1, minimum=0, maximum=2, optional=True),
+            "delay must be a finite number of at least 0 and of at most 2, or None, got -1",
+        ),
+        (lambda: number("delay", 0, above=0), "delay must be a finite number above 0, got 0"),
+        (
+            lambda: span("ttl", "1"),
+            "ttl must be a number of at least 0, got '1' of type str",
+        ),
+        (
+            lambda: integer("limit", True, minimum=1),
+            "limit must be an integer of at least 1, got True of type bool",
+        ),
+        (lambda: text("name", " "), "name must be a non-empty string, got ' '"),
+        (
+            lambda: instance("size", 1, (Size, str), optional=True),
+            "size must be a Size or a str or None, got 1 of type int",
+        ),
+        (
+            lambda: choice("size", "large", Size),
+            "size must be a Size, got 'large' of type str; choose from SMALL, LARGE",
+        ),
+    ],
+)
+def test_the_sentence_has_rule_value_and_remedy(call: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert str(caught.value) == sentence
+
+
+def test_a_long_or_unprintable_value_cannot_spoil_the_message() -> None:
+    class Unprintable:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    assert len(shown("x" * 10_000)) < 100
+    assert len(shown([["x" * 10_000] * 50] * 50)) <= 200
+    assert len(shown(10**5_000)) < 100
+    assert "Unprintable" in shown(Unprintable())
+    assert "Unprintable" in shown([Unprintable()])

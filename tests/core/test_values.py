@@ -1,0 +1,233 @@
+"""Payloads, updates, values and revisions: what they keep, refuse and compare."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import math
+import os
+import pickle
+from typing import Any
+
+import pytest
+
+from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.revision import Revision
+from coalestra.core.values import ResourceUpdate, SnapshotValue, SourcePayload, next_version
+
+KEY, BASE = ResourceKey("n", "a"), ResourceKey("n", "b")
+
+
+def value(**changes: Any) -> SnapshotValue[Any]:
+    facts: dict[str, Any] = {
+        "key": KEY,
+        "value": [1],
+        "source": "rest",
+        "observed_at": 10.0,
+        "fetched_at": 11.0,
+        "age_seconds": 1.0,
+        "stale": False,
+        "from_cache": False,
+        "latency_ms": 2.0,
+    }
+    return SnapshotValue(**{**facts, **changes})
+
+
+class TestPayload:
+    def test_it_has_a_value_and_nothing_else_to_say_by_default(self) -> None:
+        payload = SourcePayload(5)
+        assert (payload.value, payload.observed_at, payload.metadata) == (5, None, {})
+
+    def test_its_metadata_is_read_only_and_apart_from_what_was_given(self) -> None:
+        given = {"a": 1}
+        payload = SourcePayload(5, 1.0, given)
+        given["a"] = 2
+        assert payload.metadata == {"a": 1}
+        with pytest.raises(TypeError):
+            payload.metadata["a"] = 3  # type: ignore[index]
+
+    @pytest.mark.parametrize("time", [math.nan, math.inf, -math.inf])
+    def test_a_time_that_is_not_finite_is_a_value_error(self, time: float) -> None:
+        with pytest.raises(ValueError, match="^observed_at must be a finite number"):
+            SourcePayload(5, time)
+
+    @pytest.mark.parametrize(
+        "arguments, name", [((5, True), "observed_at"), ((5, "1"), "observed_at"), ((5, 1, 2), "m")]
+    )
+    def test_another_type_is_a_type_error(self, arguments: Any, name: str) -> None:
+        with pytest.raises(TypeError, match=f"^{name}"):
+            SourcePayload(*arguments)
+
+
+class TestUpdate:
+    def test_it_keeps_what_it_was_given(self) -> None:
+        update = ResourceUpdate(KEY, 5, "feed", 1.0, {"a": 1})
+        assert (update.key, update.value, update.source) == (KEY, 5, "feed")
+        assert (update.observed_at, update.metadata) == (1.0, {"a": 1})
+        assert type(update.metadata) is FrozenDict
+
+    @pytest.mark.parametrize(
+        "arguments, error, name",
+        [
+            (("n:a", 5, "feed"), TypeError, "key"),
+            ((KEY, 5, None), TypeError, "source"),
+            ((KEY, 5, " "), ValueError, "source"),
+            ((KEY, 5, "feed", math.nan), ValueError, "observed_at"),
+            ((KEY, 5, "feed", True), TypeError, "observed_at"),
+            ((KEY, 5, "feed", 1.0, [1]), TypeError, "metadata"),
+        ],
+    )
+    def test_it_is_checked(self, arguments: Any, error: type[Exception], name: str) -> None:
+        with pytest.raises(error, match=f"^{name} must be"):
+            ResourceUpdate(*arguments)
+
+
+class TestValue:
+    def test_all_fourteen_fields_come_in_order(self) -> None:
+        given = (KEY, 5, "s", 1.0, 2.0, 3.0, True, True, 4.0, 2, {"a": 1}, 7, "v", {BASE: "w"})
+        made: SnapshotValue[int] = SnapshotValue(*given)
+        names = [field.name for field in dataclasses.fields(SnapshotValue)]
+        assert tuple(getattr(made, name) for name in names) == given
+
+    def test_defaults_are_one_attempt_no_rank_and_a_version_of_its_own(self) -> None:
+        made = value()
+        assert (made.attempts, made.authority_rank) == (1, 0)
+        assert (made.metadata, made.dependency_versions) == ({}, {})
+        assert made.version != value().version
+
+    @pytest.mark.parametrize("name", ["metadata", "dependency_versions"])
+    def test_its_mappings_are_frozen_copies(self, name: str) -> None:
+        given = {"a": 1}
+        made = value(**{name: given})
+        given["a"] = 2
+        assert type(getattr(made, name)) is FrozenDict
+        assert getattr(made, name) == {"a": 1}
+        assert getattr(value(**{name: EMPTY}), name) is EMPTY
+        with pytest.raises(TypeError, match=f"^{name} must be a mapping"):
+            value(**{name: [1]})
+
+    def test_rank_version_and_dependencies_take_no_part_in_equality(self) -> None:
+        other = value(authority_rank=9, version="v", dependency_versions={BASE: "w"})
+        assert value() == other
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"value": [2]}, {"stale": True}, {"attempts": 2}, {"metadata": {"a": 1}}, {"key": BASE}],
+    )
+    def test_everything_else_does(self, change: dict[str, Any]) -> None:
+        assert value() != value(**change)
+
+    @pytest.mark.parametrize("name", ["value", "version"])
+    def test_it_cannot_be_changed(self, name: str) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value(), name, 1)
+        assert not hasattr(value(), "__dict__")
+
+    def test_replacing_a_field_keeps_the_version(self) -> None:
+        made = value()
+        changed = dataclasses.replace(made, stale=True)
+        assert (changed.stale, changed.version) == (True, made.version)
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        SourcePayload([1], 1.0, {"a": [1]}),
+        ResourceUpdate(KEY, [1], "feed", 1.0, {"a": [1]}),
+        value(metadata={"a": [1]}, dependency_versions={BASE: "w"}),
+    ],
+    ids=lambda thing: type(thing).__name__,
+)
+class TestCopies:
+    @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+    def test_a_pickled_one_comes_back_the_same(self, thing: Any, protocol: int) -> None:
+        self._same(thing, pickle.loads(pickle.dumps(thing, protocol)))
+
+    def test_a_deep_copy_is_the_same_and_shares_nothing_mutable(self, thing: Any) -> None:
+        twin = copy.deepcopy(thing)
+        self._same(thing, twin)
+        assert twin.value is not thing.value
+        assert twin.metadata["a"] is not thing.metadata["a"]
+
+    def _same(self, thing: Any, twin: Any) -> None:
+        assert type(twin) is type(thing)
+        for field in dataclasses.fields(thing):
+            assert getattr(twin, field.name) == getattr(thing, field.name)
+        assert type(twin.metadata) is FrozenDict
+
+    def test_it_is_known_by_its_own_type_once_it_is_made(self, thing: Any) -> None:
+        kind = type(thing)
+        assert isinstance(thing, kind)
+        assert not [each for each in gc.get_objects() if type(each).__name__.endswith("Draft")]
+
+
+@pytest.mark.parametrize("kind", [SourcePayload, SnapshotValue])
+def test_the_types_built_by_draft_cannot_be_subclassed(kind: type) -> None:
+    with pytest.raises(TypeError, match=f"{kind.__name__} is final"):
+        type("Special", (kind,), {})
+
+
+class TestVersions:
+    def test_no_two_are_the_same(self) -> None:
+        assert len({next_version() for _ in range(1_000)}) == 1_000
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_forked_child_issues_none_that_its_parent_does(self) -> None:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(write, " ".join(next_version() for _ in range(50)).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(write)
+        with os.fdopen(read) as issued:
+            theirs = set(issued.read().split())
+        ours = {next_version() for _ in range(50)}
+        assert len(theirs) == 50
+        assert not theirs & ours
+        assert {version.split("-")[0] for version in theirs} != {
+            version.split("-")[0] for version in ours
+        }
+
+
+class TestRevision:
+    def revision(self, **changes: Any) -> Revision:
+        facts: dict[str, Any] = {
+            "key": KEY,
+            "payload": 5,
+            "seal": "open",
+            "source": "rest",
+            "observed_at": 1.0,
+            "fetched_at": 2.0,
+            "version": "v1",
+        }
+        return Revision(**{**facts, **changes})
+
+    def test_it_is_equal_to_nothing_but_itself(self) -> None:
+        one, other = self.revision(), self.revision()
+        assert one == one
+        assert one != other
+        assert {one: 1}[one] == 1
+
+    def test_it_has_not_been_checked_and_rests_on_nothing_at_first(self) -> None:
+        made = self.revision()
+        assert (made.checked, made.dependencies, made.dependency_versions) == (-1, (), {})
+        made.checked = 3
+        assert made.checked == 3
+
+    def test_its_dependency_versions_are_frozen(self) -> None:
+        made = self.revision(dependency_versions={BASE: "w"})
+        assert type(made.dependency_versions) is FrozenDict
+
+    def test_its_representation_names_key_version_and_source(self) -> None:
+        derived = self.revision(dependency_versions={BASE: "w"})
+        assert repr(self.revision()) == "<Revision n:a v1 from rest>"
+        assert repr(derived) == "<Revision n:a v1 from rest, derived from 1>"
+
+    def test_it_is_slotted_and_takes_its_facts_by_name_only(self) -> None:
+        assert not hasattr(self.revision(), "__dict__")
+        with pytest.raises(TypeError):
+            Revision(KEY, 5)  # type: ignore[call-arg]
