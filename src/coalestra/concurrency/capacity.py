@@ -1,0 +1,224 @@
+"""How many source operations may run at once: over a whole builder, and for each source.
+
+Laws:
+
+1. A free slot and a waiter that could take it never exist at the same time, so whoever finds a slot
+   free may take it without overtaking anybody.
+2. A slot goes straight from the one who releases it to the longest waiting.
+3. A cancelled `acquire` holds nothing, also when the slot was handed over in the same loop step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from coalestra.concurrency.waiting import WaitQueue
+from coalestra.core.validation import integer, text
+
+GLOBAL = "__global__"
+"""The name under which a controller reports its limit over all sources."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapacitySnapshot:
+    """A limiter at one moment: slots in all, slots taken, tasks waiting for one."""
+
+    limit: int
+    in_use: int
+    waiting: int
+
+
+class CapacityLimiter:
+    """A fixed number of slots, given out first come, first served.
+
+    A limiter is bound to no event loop. Use it from one loop at a time, not from several threads.
+
+    Raises:
+        TypeError, ValueError: if `limit` is not a whole number of at least 1.
+    """
+
+    __slots__ = ("_in_use", "_limit", "_queue")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = integer("limit", limit, minimum=1)
+        self._in_use = 0
+        self._queue = WaitQueue()
+
+    @property
+    def limit(self) -> int:
+        """How many slots there are."""
+        return self._limit
+
+    def try_acquire(self) -> bool:
+        """Take a slot if one is free; never waits, never overtakes a waiting task."""
+        if self._in_use >= self._limit:
+            return False
+        self._in_use += 1
+        return True
+
+    async def acquire(self) -> None:
+        """Take a slot, waiting for one in turn if none is free."""
+        if not self.try_acquire():
+            await self._queue.wait(self.release)
+
+    def release(self) -> None:
+        """Give a slot back: to the longest waiting task if there is one.
+
+        Raises:
+            RuntimeError: if no slot is taken.
+        """
+        if not self._in_use:
+            raise RuntimeError(
+                "release() was called more often than acquire(): all "
+                f"{self._limit} slots are free already; release each slot once"
+            )
+        if not self._queue.wake_next():
+            self._in_use -= 1
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Hold a slot for the length of an ``async with`` block."""
+        await self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def view(self) -> CapacitySnapshot:
+        """Return the present figures."""
+        return CapacitySnapshot(self._limit, self._in_use, len(self._queue))
+
+    async def snapshot(self) -> CapacitySnapshot:
+        """Return the present figures."""
+        return self.view()
+
+    def __repr__(self) -> str:
+        return (
+            f"<CapacityLimiter limit={self._limit} in_use={self._in_use} "
+            f"waiting={len(self._queue)}>"
+        )
+
+
+class CapacityLease:
+    """The slots held for one source operation, until `release`."""
+
+    __slots__ = ("_held", "source")
+
+    def __init__(self, source: str, held: tuple[CapacityLimiter, ...]) -> None:
+        self.source = source
+        self._held = held
+
+    @property
+    def released(self) -> bool:
+        """Whether the slots have been given back."""
+        return not self._held
+
+    def release(self) -> None:
+        """Give the slots back; further calls do nothing."""
+        held, self._held = self._held, ()
+        for limiter in held:
+            limiter.release()
+
+    def __repr__(self) -> str:
+        return f"<CapacityLease {self.source!r} {'released' if self.released else 'held'}>"
+
+
+class CapacityController:
+    """One limit over all sources, and one for each source that has its own.
+
+    Args:
+        global_limit: how many operations may run at once, whatever their source.
+        source_limits: limits by source name; they win over what sources declare.
+
+    Raises:
+        TypeError, ValueError: if a limit is not a whole number of at least 1, or a limited source
+            is named like the global limit, ``__global__``.
+    """
+
+    __slots__ = ("_global", "_sources")
+
+    def __init__(
+        self, *, global_limit: int, source_limits: Mapping[str, int] | None = None
+    ) -> None:
+        self._global = CapacityLimiter(integer("global_limit", global_limit, minimum=1))
+        self._sources: dict[str, CapacityLimiter] = {}
+        for source, limit in (source_limits or {}).items():
+            integer(f"source_limits[{source!r}]", limit, minimum=1)
+            self.register_source(source, limit)
+
+    def register_source(self, source: str, limit: int | None) -> None:
+        """Give a source the limit that it declares; None is none of its own.
+
+        A source that has a limit already, given at construction or registered before, keeps it.
+        """
+        text("source", source)
+        if limit is None:
+            return
+        integer("limit", limit, minimum=1)
+        if source == GLOBAL:
+            raise ValueError(
+                f"source must not be {GLOBAL!r}, the name of the limit over all sources; "
+                "rename the source"
+            )
+        if source not in self._sources:
+            self._sources[source] = CapacityLimiter(limit)
+
+    def limit_for(self, source: str) -> int | None:
+        """Return the limit of a source's own, or None if only the global one applies."""
+        limiter = self._sources.get(source)
+        return None if limiter is None else limiter.limit
+
+    def try_acquire(self, source: str) -> CapacityLease | None:
+        """Return a lease if everything it needs is free now, else None; never waits."""
+        own = self._sources.get(source)
+        if own is not None and not own.try_acquire():
+            return None
+        if self._global.try_acquire():
+            return self._lease(source, own)
+        if own is not None:
+            own.release()
+        return None
+
+    async def acquire(self, source: str) -> CapacityLease:
+        """Wait for a slot of the source, then for a global one; both in turn.
+
+        The order keeps a crowd at one source from blocking all others: those who wait for their
+        source hold no global slot.
+        """
+        own = self._sources.get(source)
+        if own is not None:
+            await own.acquire()
+        try:
+            await self._global.acquire()
+        except BaseException:
+            if own is not None:
+                own.release()
+            raise
+        return self._lease(source, own)
+
+    def _lease(self, source: str, own: CapacityLimiter | None) -> CapacityLease:
+        return CapacityLease(source, (self._global,) if own is None else (self._global, own))
+
+    @asynccontextmanager
+    async def slot(self, source: str) -> AsyncIterator[None]:
+        """Hold the slots for one operation of a source for the length of an ``async with``."""
+        lease = await self.acquire(source)
+        try:
+            yield
+        finally:
+            lease.release()
+
+    def view(self) -> dict[str, CapacitySnapshot]:
+        """Return the present figures by source name; the global ones under ``__global__``."""
+        figures = {GLOBAL: self._global.view()}
+        figures.update((name, limiter.view()) for name, limiter in self._sources.items())
+        return figures
+
+    async def snapshot(self) -> dict[str, CapacitySnapshot]:
+        """Return the present figures by source name; the global ones under ``__global__``."""
+        return self.view()
+
+    def __repr__(self) -> str:
+        return f"<CapacityController global={self._global!r} sources={sorted(self._sources)}>"

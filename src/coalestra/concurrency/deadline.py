@@ -1,0 +1,188 @@
+"""Deadlines, and cutting off what runs past one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+
+from coalestra.concurrency.cancellation import OwnCancellation, own_cancellation
+from coalestra.core.clock import Clock
+
+_NOTHING_LEFT_SECONDS = 1e-6
+"""Less than this is no time left: timers may fire early by their clock's resolution."""
+
+
+class Deadline:
+    """One absolute instant, seen on the builder's clock and on the event loop's.
+
+    The two clocks may run apart (a clock moved by hand does), so the deadline has passed as soon
+    as either says so. Its place on the loop's clock is fixed at creation or, outside of a running
+    loop, when it is first asked for inside of one.
+
+    Args:
+        clock: the builder's clock.
+        monotonic_at: the instant on `clock.monotonic()`, in seconds.
+    """
+
+    __slots__ = ("_clock", "_loop", "_loop_at", "budget_seconds", "monotonic_at")
+
+    def __init__(self, clock: Clock, monotonic_at: float) -> None:
+        self._clock = clock
+        self.monotonic_at = monotonic_at
+        self.budget_seconds = monotonic_at - clock.monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_at = 0.0
+        self._find_loop()
+
+    @classmethod
+    def after(cls, clock: Clock, seconds: float) -> Deadline:
+        """Return the deadline `seconds` from now."""
+        deadline = cls(clock, clock.monotonic() + seconds)
+        deadline.budget_seconds = seconds
+        return deadline
+
+    def _find_loop(self) -> asyncio.AbstractEventLoop | None:
+        if self._loop is None:
+            try:
+                self._loop = asyncio.get_running_loop()
+            except RuntimeError:
+                return None
+            self._loop_at = self._loop.time() + (self.monotonic_at - self._clock.monotonic())
+        return self._loop
+
+    @property
+    def loop_time(self) -> float:
+        """The instant on the event loop's clock, for timers.
+
+        Raises:
+            RuntimeError: if it has not been fixed yet and no event loop is running.
+        """
+        if self._find_loop() is None:
+            raise RuntimeError(
+                "loop_time is not known before the deadline was used in a running event loop"
+            )
+        return self._loop_at
+
+    def remaining(self) -> float:
+        """Return the seconds left, by whichever clock is further; 0.0 once it has passed."""
+        left = self.monotonic_at - self._clock.monotonic()
+        loop = self._find_loop()
+        if loop is not None:
+            left = min(left, self._loop_at - loop.time())
+        return left if left > _NOTHING_LEFT_SECONDS else 0.0
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline has passed on either clock."""
+        return not self.remaining()
+
+    def cut_off(self, on_expire: Callable[[], object] | None = None) -> CutOff:
+        """Return a cut-off at this deadline, at once if it has passed already."""
+        loop = asyncio.get_running_loop()
+        return CutOff(min(self.loop_time, loop.time() + self.remaining()), on_expire)
+
+    def __repr__(self) -> str:
+        return f"<Deadline budget={self.budget_seconds:g} s remaining={self.remaining():.3f} s>"
+
+
+class CutOffExpired(Exception):
+    """The block of a `CutOff` was ended because its time was up, and for no other reason."""
+
+    def __init__(self, when: float) -> None:
+        self.when = when
+        super().__init__(f"cut off at {when:.6f} on the event loop's clock")
+
+
+class CutOff:
+    """Ends what the current task awaits inside a ``with`` block once its time is up.
+
+    It costs one timer handle. When the time comes, `on_expire` is called synchronously, then the
+    task is cancelled, and the block ends with `CutOffExpired`. Three things to know:
+
+    - If anybody else asked for the task's cancellation meanwhile, even in the same step of the
+      loop, the block ends with `CancelledError`: a cancellation is never swallowed.
+    - Cut-offs nest. When several strike together the outermost of them reports.
+    - If the block survives (it caught the cancellation, or raised something else) its own outcome
+      stands, and `expired` tells.
+
+    Args:
+        when: the instant on the event loop's clock, or None for never.
+        on_expire: called when the time is up, before anything is cancelled.
+
+    Raises:
+        RuntimeError: on entering outside of a task, or a second time.
+    """
+
+    __slots__ = ("_cancellation", "_expired", "_handle", "_left", "_on_expire", "when")
+
+    def __init__(self, when: float | None, on_expire: Callable[[], object] | None = None) -> None:
+        self.when = when
+        self._on_expire = on_expire
+        self._handle: asyncio.TimerHandle | None = None
+        self._cancellation: OwnCancellation | None = None
+        self._expired = False
+        self._left = False
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time was up before the block had ended."""
+        return self._expired
+
+    def move(self, when: float | None) -> bool:
+        """Set another time, or none; return False if it comes too late to matter."""
+        if self._expired or self._left:
+            return False
+        self.when = when
+        if self._cancellation is not None:
+            self._arm()
+        return True
+
+    def _arm(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        if self.when is not None:
+            self._handle = asyncio.get_running_loop().call_at(self.when, self._expire)
+
+    def _expire(self) -> None:
+        self._handle = None
+        self._expired = True
+        try:
+            if self._on_expire is not None:
+                self._on_expire()
+        finally:
+            if self._cancellation is not None:
+                self._cancellation.request()
+
+    def __enter__(self) -> CutOff:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a cut-off needs a task to cut off; enter it inside of one")
+        if self._cancellation is not None or self._left:
+            raise RuntimeError("a cut-off can be entered only once; make a new one")
+        self._cancellation = own_cancellation(task)
+        self._arm()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._left = True
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        cancellation, self._cancellation = self._cancellation, None
+        if cancellation is None:
+            return
+        alone = self._expired and cancellation.withdraw()
+        cancellation.end()
+        if alone and self.when is not None and isinstance(error, asyncio.CancelledError):
+            raise CutOffExpired(self.when) from error
+
+    def __repr__(self) -> str:
+        state = "expired" if self._expired else "left" if self._left else "open"
+        return f"<CutOff when={self.when} {state}>"

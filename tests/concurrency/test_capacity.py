@@ -1,0 +1,409 @@
+"""Capacity: limits hold, order holds, and no slot is ever lost or doubled."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from coalestra.concurrency.capacity import (
+    CapacityController,
+    CapacityLimiter,
+    CapacitySnapshot,
+)
+from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from tests.support import cancel_at_every_await, run_virtual, settle
+
+
+async def finish(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+# The limiter ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit: int) -> None:
+    """A limiter without slots would block for ever."""
+    with pytest.raises(ValueError, match="limit"):
+        CapacityLimiter(limit)
+
+
+@pytest.mark.parametrize("limit", [True, 1.5, "2", None])
+def test_a_limit_that_is_no_whole_number_is_refused(limit: Any) -> None:
+    """A bool is not a number."""
+    with pytest.raises(TypeError, match="limit"):
+        CapacityLimiter(limit)
+
+
+async def test_no_more_than_limit_hold_a_slot_at_once() -> None:
+    """And all of them do at some moment."""
+    limiter, inside, most = CapacityLimiter(3), 0, 0
+
+    async def work() -> None:
+        nonlocal inside, most
+        async with limiter.slot():
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(1)
+            inside -= 1
+
+    await asyncio.gather(*(work() for _ in range(10)))
+    assert most == 3
+    assert await limiter.snapshot() == CapacitySnapshot(limit=3, in_use=0, waiting=0)
+
+
+async def test_slots_are_given_out_in_the_order_of_asking() -> None:
+    """Also to one that asks just as a slot changes hands: it may not overtake."""
+    limiter, order = CapacityLimiter(1), []
+
+    async def work(name: str) -> None:
+        await limiter.acquire()
+        order.append(name)
+
+    await limiter.acquire()
+    tasks = []
+    for name in "abc":
+        tasks.append(asyncio.create_task(work(name)))
+        await settle()
+    limiter.release()
+    assert not limiter.try_acquire()
+    tasks.append(asyncio.create_task(work("late")))
+    for _ in range(4):
+        await settle()
+        limiter.release()
+    await asyncio.gather(*tasks)
+    assert order == ["a", "b", "c", "late"]
+
+
+async def test_a_slot_released_to_a_waiter_stays_in_use_all_the_time() -> None:
+    """It goes from hand to hand, so nobody can slip in between."""
+    limiter = CapacityLimiter(1)
+    await limiter.acquire()
+    waiter = asyncio.create_task(limiter.acquire())
+    await settle()
+    limiter.release()
+    assert limiter.view() == CapacitySnapshot(1, 1, 0)
+    await waiter
+    limiter.release()
+
+
+async def test_a_release_too_many_is_refused_and_changes_nothing() -> None:
+    """Otherwise the limiter would grow."""
+    limiter = CapacityLimiter(1)
+    with pytest.raises(RuntimeError, match="more often"):
+        limiter.release()
+    await limiter.acquire()
+    assert not limiter.try_acquire()
+
+
+async def test_a_cancelled_waiter_takes_no_slot() -> None:
+    """The slot it waited for goes to the next in the queue."""
+    limiter = CapacityLimiter(1)
+    await limiter.acquire()
+    first = asyncio.create_task(limiter.acquire())
+    await settle()
+    second = asyncio.create_task(limiter.acquire())
+    await settle()
+    first.cancel()
+    limiter.release()
+    await second
+    assert limiter.view() == CapacitySnapshot(1, 1, 0)
+    await asyncio.wait([first])
+    assert limiter.view() == CapacitySnapshot(1, 1, 0)
+
+
+async def test_a_waiter_cancelled_in_the_step_of_the_hand_over_passes_the_slot_on() -> None:
+    """The slot was its own already, yet it will never run to use it."""
+    limiter = CapacityLimiter(1)
+    await limiter.acquire()
+    first = asyncio.create_task(limiter.acquire())
+    await settle()
+    second = asyncio.create_task(limiter.acquire())
+    await settle()
+    limiter.release()
+    first.cancel()
+    await second
+    assert first.cancelled()
+    limiter.release()
+    assert limiter.view() == CapacitySnapshot(1, 0, 0)
+
+
+async def test_a_slot_is_free_again_when_its_only_waiter_was_cancelled_in_the_hand_over() -> None:
+    """And newcomers find it free at once."""
+    limiter = CapacityLimiter(1)
+    await limiter.acquire()
+    waiter = asyncio.create_task(limiter.acquire())
+    await settle()
+    limiter.release()
+    waiter.cancel()
+    await asyncio.wait([waiter])
+    assert limiter.try_acquire()
+
+
+async def test_a_free_slot_is_taken_past_waiters_that_are_cancelled_but_still_queued() -> None:
+    """Queueing behind the dead would wait for a wake-up that never comes."""
+    limiter = CapacityLimiter(1)
+    await limiter.acquire()
+    waiter = asyncio.create_task(limiter.acquire())
+    await settle()
+    waiter.cancel()
+    limiter.release()
+    await limiter.acquire()
+    assert limiter.view() == CapacitySnapshot(1, 1, 0)
+    await asyncio.wait([waiter])
+
+
+async def test_a_cut_off_in_the_step_of_the_hand_over_passes_the_slot_on() -> None:
+    """Time-outs go through cancellation, and obey the same law."""
+    limiter = CapacityLimiter(1)
+    loop = asyncio.get_running_loop()
+    await limiter.acquire()
+    loop.call_at(loop.time() + 1, limiter.release)
+    with pytest.raises(CutOffExpired):
+        with CutOff(loop.time() + 1):
+            await limiter.acquire()
+    assert limiter.view() == CapacitySnapshot(1, 0, 0)
+
+
+def test_one_limiter_serves_several_event_loops_in_turn() -> None:
+    """It is bound to none of them."""
+    limiter = CapacityLimiter(1)
+
+    async def crowd() -> None:
+        async def work() -> None:
+            async with limiter.slot():
+                await asyncio.sleep(1)
+
+        await asyncio.gather(*(work() for _ in range(3)))
+
+    for _ in range(3):
+        run_virtual(crowd())
+    assert limiter.view() == CapacitySnapshot(1, 0, 0)
+
+
+def test_a_loop_that_ends_with_waiters_leaves_the_limiter_usable() -> None:
+    """Its tasks are cancelled as it ends; the next loop finds every slot."""
+    limiter = CapacityLimiter(1)
+
+    async def ends_early() -> None:
+        await limiter.acquire()
+        tasks = [asyncio.create_task(limiter.acquire()) for _ in range(3)]
+        await asyncio.sleep(0)
+        await finish(*tasks)
+        limiter.release()
+
+    async def later() -> None:
+        async with limiter.slot():
+            assert not limiter.try_acquire()
+
+    run_virtual(ends_early())
+    run_virtual(later())
+    assert limiter.view() == CapacitySnapshot(1, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_random_arrivals_cancellations_and_releases_never_lose_a_slot(seed: int) -> None:
+    """After any of many schedules everything is free, and the limit held throughout."""
+    rng = random.Random(seed)
+    limiter, inside = CapacityLimiter(2), 0
+    loop = asyncio.get_running_loop()
+
+    async def work() -> None:
+        nonlocal inside
+        async with limiter.slot():
+            inside += 1
+            assert inside <= 2
+            try:
+                await asyncio.sleep(rng.choice([0, 0, 1]))
+            finally:
+                inside -= 1
+
+    tasks = [loop.create_task(work()) for _ in range(30)]
+    for task in tasks:
+        if rng.random() < 0.5:
+            loop.call_at(loop.time() + rng.choice([0, 1, 1, 2, 3]), task.cancel)
+    await asyncio.wait(tasks)
+    await asyncio.sleep(3)
+    assert all(task.cancelled() or task.exception() is None for task in tasks)
+    assert limiter.view() == CapacitySnapshot(2, 0, 0)
+
+
+# The controller ------------------------------------------------------------------------------
+
+
+def test_an_explicit_limit_wins_over_what_the_source_declares() -> None:
+    """The builder's settings are the application's word."""
+    controller = CapacityController(global_limit=8, source_limits={"rest": 2})
+    controller.register_source("rest", 5)
+    controller.register_source("db", 4)
+    controller.register_source("free", None)
+    limits = [controller.limit_for(name) for name in ("rest", "db", "free", "unknown")]
+    assert limits == [2, 4, None, None]
+
+
+def test_the_first_registered_limit_of_a_source_stays() -> None:
+    """Slots may be in use already; a limiter is not exchanged under them."""
+    controller = CapacityController(global_limit=8)
+    controller.register_source("db", 4)
+    controller.register_source("db", 1)
+    assert controller.limit_for("db") == 4
+
+
+def test_a_limited_source_may_not_be_named_like_the_global_limit() -> None:
+    """Its figures would hide the global ones."""
+    with pytest.raises(ValueError, match="__global__"):
+        CapacityController(global_limit=1, source_limits={"__global__": 1})
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_limits_below_one_are_refused_by_name(limit: int) -> None:
+    """The message names the parameter."""
+    with pytest.raises(ValueError, match="global_limit"):
+        CapacityController(global_limit=limit)
+    with pytest.raises(ValueError, match=r"source_limits\['a'\]"):
+        CapacityController(global_limit=1, source_limits={"a": limit})
+    with pytest.raises(ValueError, match="limit"):
+        CapacityController(global_limit=1).register_source("a", limit)
+
+
+@pytest.mark.parametrize("limit", [True, 2.0, "3"])
+def test_limits_that_are_no_whole_numbers_are_refused(limit: Any) -> None:
+    """A bool is not a number."""
+    with pytest.raises(TypeError, match="global_limit"):
+        CapacityController(global_limit=limit)
+    with pytest.raises(TypeError, match="limit"):
+        CapacityController(global_limit=1).register_source("a", limit)
+
+
+async def test_a_crowd_at_one_source_leaves_the_global_slots_to_others() -> None:
+    """Those who wait for their source hold no global slot."""
+    controller = CapacityController(global_limit=2, source_limits={"slow": 1})
+    held = await controller.acquire("slow")
+    crowd = [asyncio.create_task(controller.acquire("slow")) for _ in range(5)]
+    await settle()
+    other = controller.try_acquire("fast")
+    assert other is not None
+    figures = await controller.snapshot()
+    assert figures["__global__"] == CapacitySnapshot(2, 2, 0)
+    assert figures["slow"] == CapacitySnapshot(1, 1, 5)
+    await finish(*crowd)
+    held.release()
+    other.release()
+
+
+async def test_leases_that_wait_for_the_global_slot_get_it_in_turn() -> None:
+    """Whatever their sources are, and whether these have limits."""
+    controller = CapacityController(global_limit=1, source_limits={"a": 3, "b": 3})
+    order = []
+    held = await controller.acquire("a")
+
+    async def work(source: str) -> None:
+        lease = await controller.acquire(source)
+        order.append(source)
+        lease.release()
+
+    tasks = []
+    for source in ("a", "free", "b", "a"):
+        tasks.append(asyncio.create_task(work(source)))
+        await settle()
+    held.release()
+    await asyncio.gather(*tasks)
+    assert order == ["a", "free", "b", "a"]
+
+
+async def test_trying_without_waiting_leaves_nothing_behind_when_it_fails() -> None:
+    """Neither when the source is full nor when only the global limit is."""
+    controller = CapacityController(global_limit=1, source_limits={"a": 1, "b": 1})
+    lease = controller.try_acquire("a")
+    assert lease is not None
+    assert controller.try_acquire("a") is None
+    assert controller.try_acquire("b") is None
+    assert controller.try_acquire("free") is None
+    assert controller.view()["b"] == CapacitySnapshot(1, 0, 0)
+    lease.release()
+    assert controller.view()["__global__"] == CapacitySnapshot(1, 0, 0)
+
+
+async def test_releasing_a_lease_twice_gives_its_slots_back_once() -> None:
+    """A second release might free somebody else's slot."""
+    controller = CapacityController(global_limit=2, source_limits={"a": 2})
+    first, second = await controller.acquire("a"), await controller.acquire("a")
+    first.release()
+    first.release()
+    assert [lease.released for lease in (first, second)] == [True, False]
+    assert controller.view() == {
+        "__global__": CapacitySnapshot(2, 1, 0),
+        "a": CapacitySnapshot(2, 1, 0),
+    }
+    second.release()
+
+
+async def test_cancelling_an_acquire_at_any_await_leaves_no_slot_taken() -> None:
+    """In the queue of the source, in the global queue, and in the step of each hand-over."""
+    controller = CapacityController(global_limit=1, source_limits={"a": 1})
+
+    async def use(source: str) -> None:
+        async with controller.slot(source):
+            await asyncio.sleep(0)
+
+    async def scenario() -> None:
+        tasks = [asyncio.create_task(use(source)) for source in ("a", "free", "a")]
+        try:
+            async with controller.slot("a"):
+                await asyncio.sleep(0)
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def at_rest() -> None:
+        assert all(not f.in_use and not f.waiting for f in controller.view().values())
+
+    assert await cancel_at_every_await(scenario, at_rest) > 3
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+async def test_an_acquire_cancelled_after_any_number_of_steps_holds_nothing(steps: int) -> None:
+    """The waiter itself is struck, while slots are being handed to it."""
+    controller = CapacityController(global_limit=1, source_limits={"a": 1})
+    loop = asyncio.get_running_loop()
+    own, free = controller.try_acquire("a"), None
+    assert own is not None
+    waiter = asyncio.create_task(controller.acquire("a"))
+    free_task = asyncio.create_task(controller.acquire("free"))
+    withdraw = loop.interrupt(steps, waiter.cancel)  # type: ignore[attr-defined]  # virtual loop
+    await asyncio.sleep(0)
+    own.release()
+    free = await free_task
+    await asyncio.sleep(0)
+    free.release()
+    await asyncio.wait([waiter])
+    withdraw()
+    if not waiter.cancelled():
+        waiter.result().release()
+    assert all(not f.in_use and not f.waiting for f in controller.view().values())
+
+
+async def test_a_slot_is_held_for_the_length_of_a_block() -> None:
+    """Also when the block ends with an error."""
+    controller = CapacityController(global_limit=1)
+    with pytest.raises(KeyError):
+        async with controller.slot("a"):
+            assert controller.view()["__global__"].in_use == 1
+            raise KeyError
+    assert controller.view()["__global__"].in_use == 0
+
+
+async def test_capacity_tells_about_itself() -> None:
+    """Every stateful object can be looked into."""
+    controller = CapacityController(global_limit=2, source_limits={"a": 1})
+    lease = await controller.acquire("a")
+    assert repr(lease) == "<CapacityLease 'a' held>"
+    assert "limit=2 in_use=1 waiting=0" in repr(controller)
+    lease.release()
+    assert repr(lease) == "<CapacityLease 'a' released>"

@@ -1,0 +1,574 @@
+"""What ``PayloadCopies`` promises about one payload: who gets the same object, who a copy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import decimal
+import enum
+import functools
+import gc
+import threading
+import types
+import uuid
+import weakref
+import zoneinfo
+from typing import Any, NamedTuple
+
+import pytest
+
+from coalestra.concurrency.copying import (
+    OFFLOADED,
+    PayloadCopies,
+    PayloadIsolator,
+    Seal,
+    deepcopy_payload,
+)
+from coalestra.core.errors import PayloadCopySubsystemClosedError, PayloadIsolationError
+from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.values import SnapshotValue
+
+
+class Side(enum.Enum):
+    BUY = "buy"
+
+
+class Color(enum.Flag):
+    RED = 1
+    BLUE = 2
+
+
+class Willful(enum.Enum):
+    ONE = 1
+
+    def __deepcopy__(self, memo: object) -> Willful:
+        return self
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Trade:
+    price: Any
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlimTrade:
+    price: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembering:
+    price: int
+
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        return []
+
+
+class Loosened(Trade):
+    """A subclass of a frozen dataclass that is not one itself: it takes new attributes."""
+
+
+class Marked(str):
+    """A string that can carry more than its characters."""
+
+
+class OddZone(datetime.tzinfo):
+    def utcoffset(self, when: datetime.datetime | None) -> datetime.timedelta:
+        return datetime.timedelta(0)
+
+    def dst(self, when: datetime.datetime | None) -> None:
+        return None
+
+    def tzname(self, when: datetime.datetime | None) -> None:
+        return None
+
+
+@dataclasses.dataclass
+class Quote:
+    bid: float
+    levels: list[int]
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Named:
+    name: str
+
+
+class Watched:
+    __slots__ = ("level",)
+    level: int
+
+    def __setattr__(self, name: str, value: int) -> None:
+        object.__setattr__(self, name, value + 1)
+
+
+class Stubborn:
+    """Cannot be copied."""
+
+    def __deepcopy__(self, memo: object) -> Stubborn:
+        raise ValueError("one of a kind")
+
+
+class Foreign:
+    """Copied by its own rule only, and remembers where."""
+
+    def __init__(self, thread: str = "") -> None:
+        self.thread = thread
+
+    def __deepcopy__(self, memo: object) -> Foreign:
+        return Foreign(threading.current_thread().name)
+
+
+IMMUTABLE = [
+    None,
+    True,
+    1,
+    1.5,
+    2j,
+    "text",
+    b"bytes",
+    range(3),
+    len,
+    int,
+    decimal.Decimal("1.0"),
+    uuid.UUID(int=1),
+    datetime.date(2024, 1, 2),
+    datetime.timedelta(1),
+    datetime.timezone.utc,
+    datetime.datetime(2024, 1, 2),
+    datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc),
+    datetime.time(1, 2, tzinfo=zoneinfo.ZoneInfo("UTC")),
+    Side.BUY,
+    Color.RED | Color.BLUE,
+    (1, (2, "three")),
+    frozenset({1, (2, 3)}),
+    Point(1, (2,)),
+    Trade((1, Side.BUY)),
+    SlimTrade(Trade(1)),
+]
+
+MUTABLE = [
+    [],
+    {},
+    set(),
+    bytearray(b"x"),
+    Marked("m"),
+    ([],),
+    Point(1, []),
+    Trade([1]),
+    SlimTrade([1]),
+    Remembering(1),
+    Loosened(1),
+    datetime.datetime(2024, 1, 2, tzinfo=OddZone()),
+    Quote(1.0, [1]),
+    {"deep": [{"er": (1, {2})}]},
+]
+
+
+@pytest.fixture
+def copies() -> PayloadCopies:
+    return PayloadCopies("builder")
+
+
+def opened(copies: PayloadCopies, value: Any) -> Any:
+    """What a reader receives of a payload that is sealed and opened right here."""
+    sealed = copies.seal_now(value, context="test")
+    assert sealed is not None
+    return copies.open_now(*sealed, context="test")
+
+
+async def seal(copies: PayloadCopies, value: Any, context: str = "test") -> tuple[Any, Seal]:
+    """Seal as the library does: at once if that is possible."""
+    sealed = copies.seal_now(value, context=context)
+    return await copies.seal(value, context=context) if sealed is None else sealed
+
+
+async def unseal(copies: PayloadCopies, payload: Any, seal: Seal) -> Any:
+    """Open as the library does: at once if that is possible."""
+    result = copies.open_now(payload, seal, context="test")
+    return await copies.open(payload, seal, context="test") if result is OFFLOADED else result
+
+
+@pytest.mark.parametrize("value", IMMUTABLE, ids=repr)
+def test_an_immutable_payload_is_passed_as_it_is(copies: PayloadCopies, value: Any) -> None:
+    """Copying what nobody can change would cost and give nothing."""
+    sealed = copies.seal_now(value, context="test")
+    assert sealed == (value, Seal.SHARED)
+    assert sealed[0] is value
+    assert copies.open_now(*sealed, context="test") is value
+
+
+@pytest.mark.parametrize("value", MUTABLE, ids=lambda value: type(value).__name__)
+async def test_whatever_could_be_changed_is_a_copy_on_either_side(
+    copies: PayloadCopies, value: Any
+) -> None:
+    """In doubt, as with a subclass of ``str`` or a cached property, there is a copy."""
+    payload, kind = await seal(copies, value)
+    first, second = await unseal(copies, payload, kind), await unseal(copies, payload, kind)
+    assert len({id(value), id(payload), id(first), id(second)}) == 4
+    assert type(first) is type(value)
+    assert repr(first) == repr(copy.deepcopy(value)) or isinstance(value, datetime.datetime)
+
+
+@pytest.mark.parametrize("value", [{Named("a"): 1}, {Named("a")}, [{Named("a")}]], ids=repr)
+async def test_objects_used_as_keys_are_copied_too(copies: PayloadCopies, value: Any) -> None:
+    """A key that compares by value can still be changed."""
+    payload, _ = await seal(copies, value)
+    keys = [next(iter(each[0] if isinstance(each, list) else each)) for each in (value, payload)]
+    assert payload == value
+    assert keys[0] is not keys[1]
+
+
+async def test_an_instance_that_brings_its_own_way_to_be_copied_is_asked(
+    copies: PayloadCopies,
+) -> None:
+    """Even if its class does not."""
+    quote = Quote(1.0, [])
+    vars(quote)["__deepcopy__"] = lambda memo: "a likeness"
+    assert await seal(copies, [quote]) == (["a likeness"], Seal.DEEP)
+
+
+async def test_a_slotted_class_that_watches_assignments_sees_those_of_its_copies(
+    copies: PayloadCopies,
+) -> None:
+    """``copy.deepcopy`` assigns slots the ordinary way."""
+    watched = Watched()
+    watched.level = 1
+    payload, _ = await seal(copies, watched)
+    assert payload.level == 3
+
+
+def test_a_property_cached_by_one_reader_is_not_seen_by_another(copies: PayloadCopies) -> None:
+    """A frozen dataclass can still keep a list in its dictionary."""
+    value = {"trade": Remembering(1)}
+    first, second = opened(copies, value), opened(copies, value)
+    first["trade"].rows.append(1)
+    assert second["trade"].rows == []
+
+
+def test_references_that_a_payload_shares_stay_shared(copies: PayloadCopies) -> None:
+    """Aliasing and cycles are part of a payload's meaning."""
+    row = [1]
+    value: dict[str, Any] = {"a": row, "b": row, "pair": (row, (row,))}
+    value["self"] = value
+    result = opened(copies, value)
+    assert result["a"] is result["b"] is result["pair"][0] is result["pair"][1][0]
+    assert result["a"] is not row
+    assert result["self"] is result
+
+
+def test_a_tuple_met_before_the_tuple_that_holds_it_is_whole_in_both(
+    copies: PayloadCopies,
+) -> None:
+    """Tuples cannot be completed later, so they are made from the inside out."""
+    inner = ([1],)
+    outer = (inner, [2])
+    result = opened(copies, [outer, inner])
+    assert result == [(([1],), [2]), ([1],)]
+    assert result[0][0] is result[1]
+
+
+def test_nesting_is_bounded_by_memory_and_not_by_the_stack() -> None:
+    """``copy.deepcopy`` itself gives up at a few hundred levels."""
+    value: list[Any] = []
+    for _ in range(20_000):
+        value = [value]
+    result, depth = opened(PayloadCopies("builder", run_in_thread=False), value), 0
+    while result:
+        result, depth = result[0], depth + 1
+    assert depth == 20_000
+
+
+def test_tuples_that_share_parts_many_times_over_are_judged_once_each(
+    copies: PayloadCopies,
+) -> None:
+    """Without a memory for verdicts this would take two to the power of forty steps."""
+    value: Any = (1, (2,))
+    for _ in range(40):
+        value = (value, value)
+    sealed = copies.seal_now(value, context="test")
+    assert sealed is not None
+    assert sealed[0] is value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        list(range(120_000)),
+        dict.fromkeys(range(120_000), 0.5),
+        {"rows": [[number] for number in range(6_000)]},
+        {"all": (list(range(110_000)), dict.fromkeys(range(110_000)))},
+    ],
+    ids=["long list", "large dict", "many rows", "huge parts"],
+)
+async def test_a_large_payload_is_sealed_and_opened_in_a_thread(
+    copies: PayloadCopies, value: Any
+) -> None:
+    """The event loop is for everybody."""
+    assert copies.seal_now(value, context="test") is None
+    payload, kind = await copies.seal(value, context="test")
+    assert copies.open_now(payload, kind, context="test") is OFFLOADED
+    result = await copies.open(payload, kind, context="test")
+    assert result == payload == value
+    assert len({id(result), id(payload), id(value)}) == 3
+
+
+async def test_classes_with_a_copy_of_their_own_are_asked_in_a_thread(
+    copies: PayloadCopies,
+) -> None:
+    """Nobody knows what they do, nor how long it takes them."""
+    payload, kind = await seal(copies, [Foreign()])
+    assert kind is Seal.DEEP
+    result = await unseal(copies, payload, kind)
+    assert payload[0].thread.startswith("coalestra")
+    assert result[0].thread.startswith("coalestra")
+
+
+async def test_a_reader_who_cannot_wait_gets_even_a_large_payload_at_once(
+    copies: PayloadCopies,
+) -> None:
+    """A synchronous snapshot has no event loop to wait on."""
+    payload, kind = await seal(copies, [Foreign()])
+    (result,) = copies.open_here(payload, kind, context="test")
+    assert result.thread == threading.current_thread().name
+    assert copies.open_here(5, Seal.SHARED, context="test") == 5
+
+
+@pytest.mark.parametrize(
+    "copier, wanted, reads_back",
+    [
+        (None, None, True),
+        (None, True, True),
+        (None, False, False),
+        (deepcopy_payload, None, True),
+        (copy.deepcopy, None, False),
+        (copy.deepcopy, True, True),
+        (copy.deepcopy, False, False),
+    ],
+)
+async def test_threads_are_used_as_told_and_said(
+    copier: Any, wanted: bool | None, reads_back: bool
+) -> None:
+    """None is automatic: for the default copier where it takes long, for another one never."""
+    copies = PayloadCopies("cache", copier=copier, run_in_thread=wanted)
+    assert copies.run_in_thread is reads_back
+    assert copies.health().run_in_thread is reads_back
+    assert copies.uses_default_copier is (copier is not copy.deepcopy)
+    (payload,), kind = await seal(copies, [Foreign()])
+    assert payload.thread.startswith("coalestra") is reads_back
+    brief = copies.seal_now({"price": 1}, context="test")
+    assert (brief is None) is (wanted is True)
+    assert (await unseal(copies, [payload], kind))[0] is not payload
+
+
+def test_a_custom_copier_copies_every_payload_on_the_way_in_and_out() -> None:
+    """Also those that the default copier would share."""
+    seen: list[Any] = []
+
+    def copier(value: Any) -> Any:
+        seen.append(value)
+        return value
+
+    assert opened(PayloadCopies("builder", copier=copier), 5) == 5
+    assert seen == [5, 5]
+
+
+async def test_a_component_with_a_copier_of_its_own_uses_it_for_payloads_others_sealed() -> None:
+    """The cache's copier is the cache's, whoever put the payload there."""
+    sealed = PayloadCopies("builder").seal_now([1], context="test")
+    assert sealed is not None
+    cache = PayloadCopies("cache", copier=lambda value: ("mine", value))
+    assert cache.open_now(*sealed, context="test") == ("mine", [1])
+
+
+@pytest.mark.parametrize("run_in_thread", [None, True, False])
+@pytest.mark.parametrize("copier", [None, copy.deepcopy])
+async def test_a_payload_that_cannot_be_copied_is_named(
+    copier: Any, run_in_thread: bool | None
+) -> None:
+    """The error says what was copied for what; its cause says why it failed."""
+    copies = PayloadCopies("builder", copier=copier, run_in_thread=run_in_thread)
+    with pytest.raises(PayloadIsolationError) as caught:
+        await seal(copies, Stubborn(), "value of feed")
+    assert (caught.value.context, caught.value.value_type) == ("value of feed", "Stubborn")
+    assert str(caught.value.__cause__) == "one of a kind"
+    health = copies.health()
+    assert (health.started_count, health.completed_count, health.failure_count) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("run_in_thread", [True, False])
+async def test_a_copier_that_stops_an_iteration_fails_like_any_other(run_in_thread: bool) -> None:
+    """``StopIteration`` cannot pass through a coroutine."""
+
+    def copier(value: Any) -> Any:
+        raise StopIteration
+
+    copies = PayloadCopies("builder", copier=copier, run_in_thread=run_in_thread)
+    with pytest.raises(PayloadIsolationError):
+        await seal(copies, 1)
+
+
+def test_a_module_is_refused_with_an_error_of_the_library(copies: PayloadCopies) -> None:
+    """What ``copy.deepcopy`` refuses is refused."""
+    inline = PayloadCopies("builder", run_in_thread=False)
+    with pytest.raises(PayloadIsolationError):
+        inline.seal_now({"module": types}, context="test")
+    assert copies.seal_now({"module": types}, context="test") is None
+
+
+async def test_every_copy_is_counted_and_sharing_is_not(copies: PayloadCopies) -> None:
+    """Health tells what copying was done, in threads or not."""
+    opened(copies, 1)
+    opened(copies, {"a": 1})
+    await seal(copies, [Foreign()])
+    health = copies.health()
+    assert (health.started_count, health.completed_count, health.failure_count) == (3, 3, 0)
+
+
+def test_a_closed_component_refuses_every_payload(copies: PayloadCopies) -> None:
+    """Immutable ones on the way in, too, so that the answer does not hang on the payload."""
+    sealed = copies.seal_now([1], context="test")
+    assert sealed is not None
+    copies.close()
+    assert copies.closed
+    for value in ([1], 1):
+        with pytest.raises(PayloadCopySubsystemClosedError):
+            copies.seal_now(value, context="test")
+    with pytest.raises(PayloadCopySubsystemClosedError):
+        copies.open_now(*sealed, context="test")
+
+
+def test_nothing_of_the_source_is_kept_alive(copies: PayloadCopies) -> None:
+    """What the library keeps is its own copy, so what the source made can go."""
+    quote = Quote(1.0, [])
+    holder = [(quote,), Trade(quote)]
+    value: Any = {"row": [quote], "pair": (quote, holder)}
+    source = weakref.ref(quote)
+    sealed = copies.seal_now(value, context="test")
+    del value, quote, holder
+    gc.collect()
+    assert source() is None
+    assert sealed is not None
+    assert copies.open_now(*sealed, context="test") == sealed[0]
+
+
+@pytest.mark.parametrize("metadata", [{}, EMPTY, FrozenDict()])
+def test_empty_metadata_costs_nothing(copies: PayloadCopies, metadata: Any) -> None:
+    """There is one empty mapping for all."""
+    sealed = copies.seal_metadata_now(metadata, context="test")
+    assert sealed is EMPTY
+    assert copies.open_metadata_now(sealed, context="test") is EMPTY
+
+
+def test_metadata_of_immutable_values_is_shared_once_sealed(copies: PayloadCopies) -> None:
+    """A frozen dictionary of such is itself immutable."""
+    given = {"published": True, "side": Side.BUY, "pair": (1, 2)}
+    sealed = copies.seal_metadata_now(given, context="test")
+    assert type(sealed) is FrozenDict
+    assert sealed == given
+    assert copies.open_metadata_now(sealed, context="test") is sealed
+
+
+def test_metadata_with_mutable_values_is_copied_for_every_reader(copies: PayloadCopies) -> None:
+    """Also when a reader hands it in again."""
+    given: dict[str, Any] = {"rows": [1]}
+    sealed = copies.seal_metadata_now(given, context="test")
+    first = copies.open_metadata_now(sealed, context="test")
+    again = copies.seal_metadata_now(first, context="test")
+    second = copies.open_metadata_now(again, context="test")
+    assert given == sealed == first == again == second
+    assert type(first) is type(second) is FrozenDict
+    assert len({id(each["rows"]) for each in (given, sealed, first, again, second)}) == 5
+
+
+def test_metadata_that_cannot_be_copied_is_named(copies: PayloadCopies) -> None:
+    """It fails like a payload."""
+    with pytest.raises(PayloadIsolationError, match="while copying for metadata of feed"):
+        copies.seal_metadata_now({"it": Stubborn()}, context="metadata of feed")
+
+
+@pytest.mark.parametrize(
+    "arguments, error, name",
+    [
+        ({"copier": 1}, TypeError, "payload_copier"),
+        ({"run_in_thread": 1}, TypeError, "run_payload_copies_in_thread"),
+        ({"max_concurrency": 0}, ValueError, "max_copy_concurrency"),
+        ({"max_concurrency": True}, TypeError, "max_copy_concurrency"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_its_public_name(
+    arguments: dict[str, Any], error: type[Exception], name: str
+) -> None:
+    """The application never sees the inner names."""
+    with pytest.raises(error, match=name):
+        PayloadCopies("builder", **arguments)
+
+
+def test_a_seal_and_its_owner_can_be_looked_at(copies: PayloadCopies) -> None:
+    """Their representations say what matters."""
+    assert repr(Seal.DEEP) == "<Seal deep, takes a thread>"
+    assert repr(OFFLOADED) == "OFFLOADED"
+    assert "builder" in repr(copies)
+    assert "active=0/4" in repr(copies)
+
+
+class TestPayloadIsolator:
+    """The public face for copying at once."""
+
+    def test_copies_are_deep_copies(self) -> None:
+        """By default it works as ``copy.deepcopy``."""
+        value = {"rows": [1, Foreign()]}
+        result = PayloadIsolator().copy(value, context="test")
+        assert result["rows"][0] == 1
+        assert result["rows"] is not value["rows"]
+
+    def test_the_default_copier_is_recognised_however_it_is_given(self) -> None:
+        """Naming the default explicitly changes nothing."""
+        assert PayloadIsolator().uses_default_copier
+        assert PayloadIsolator(deepcopy_payload).uses_default_copier
+        assert not PayloadIsolator(copy.deepcopy).uses_default_copier
+
+    def test_a_failure_names_context_and_type(self) -> None:
+        """As everywhere."""
+        with pytest.raises(PayloadIsolationError) as caught:
+            PayloadIsolator().copy(Stubborn(), context="here")
+        assert (caught.value.context, caught.value.value_type) == ("here", "Stubborn")
+
+    def test_metadata_comes_back_as_a_dictionary_of_its_own(self) -> None:
+        """Even where a copier for payloads would not understand it."""
+        given = FrozenDict({"rows": [1]})
+        result = PayloadIsolator(lambda value: None).copy_metadata(given, context="test")
+        assert result == {"rows": [1]}
+        assert type(result) is dict
+        assert result["rows"] is not given["rows"]
+
+    def test_a_cloned_value_shares_nothing_and_keeps_its_version(self) -> None:
+        """Only the facts that were given change."""
+        value: SnapshotValue[list[int]] = SnapshotValue(
+            ResourceKey("n", "a"),
+            [1],
+            "feed",
+            1.0,
+            2.0,
+            0.5,
+            False,
+            True,
+            7.0,
+            metadata={"rows": [1]},
+        )
+        clone = PayloadIsolator().clone_snapshot_value(
+            value, context="test", age_seconds=3.0, stale=True, metadata={"other": 1}
+        )
+        assert (clone.age_seconds, clone.stale, clone.fetched_at) == (3.0, True, 2.0)
+        assert clone.metadata == {"other": 1}
+        assert (clone.key, clone.version) == (value.key, value.version)
+        assert clone.value == value.value
+        assert clone.value is not value.value

@@ -1,0 +1,442 @@
+"""Cut-offs: what runs too long ends, and nobody else's cancellation is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from tests.support import Gate, settle
+
+
+def soon(seconds: float = 1.0) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def outcome(task: asyncio.Task[Any]) -> str:
+    """Tell in one word how a task ended."""
+    await asyncio.wait([task])
+    if task.cancelled():
+        return "cancelled"
+    return "done" if task.exception() is None else type(task.exception()).__name__
+
+
+async def test_what_runs_too_long_ends_with_its_time() -> None:
+    """At that instant, not later."""
+    when = soon(1.5)
+    with pytest.raises(CutOffExpired) as caught:
+        with CutOff(when) as cut:
+            await asyncio.sleep(10)
+    assert asyncio.get_running_loop().time() == when
+    assert cut.expired
+    assert caught.value.when == when
+
+
+async def test_what_ends_in_time_leaves_no_timer() -> None:
+    """The test loop fails any test that does."""
+    with CutOff(soon()) as cut:
+        result = await asyncio.sleep(0.5, "in time")
+    assert result == "in time"
+    assert not cut.expired
+
+
+async def test_without_a_time_nothing_is_cut_off() -> None:
+    """None means never."""
+    with CutOff(None) as cut:
+        await asyncio.sleep(1_000)
+    assert not cut.expired
+
+
+async def test_an_error_of_the_block_passes_through() -> None:
+    """And the timer is gone."""
+    with pytest.raises(KeyError):
+        with CutOff(soon()):
+            raise KeyError
+
+
+async def test_the_task_can_wait_again_after_it_was_cut_off() -> None:
+    """No request for cancellation is left on it."""
+    with pytest.raises(CutOffExpired):
+        with CutOff(soon()):
+            await asyncio.sleep(10)
+    await asyncio.sleep(5)
+    task = asyncio.current_task()
+    assert task is not None
+    assert not getattr(task, "cancelling", int)()
+
+
+async def test_the_callback_runs_at_the_time_before_anything_is_cancelled() -> None:
+    """Whoever waits for the result learns of the expiry even if the block goes on for long."""
+    order: list[str] = []
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(10)
+        finally:
+            order.append("cancelled")
+            await asyncio.sleep(5)
+            order.append("ended")
+
+    began = soon(0)
+    with pytest.raises(CutOffExpired):
+        with CutOff(soon(1), lambda: order.append(f"expired at {soon(0) - began:g}")):
+            await stubborn()
+    assert order == ["expired at 1", "cancelled", "ended"]
+    assert soon(0) - began == 6
+
+
+async def test_a_failing_callback_does_not_keep_the_block_from_ending() -> None:
+    """Its error goes to the loop, as that of any callback."""
+    loop, seen = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _loop, context: seen.append(context["exception"]))
+
+    def fail() -> None:
+        raise KeyError("callback")
+
+    with pytest.raises(CutOffExpired):
+        with CutOff(soon(), fail):
+            await asyncio.sleep(10)
+    assert [type(error) for error in seen] == [KeyError]
+
+
+# Somebody else's cancellation ------------------------------------------------------------------
+
+
+async def cut_off_at(when: float) -> None:
+    with CutOff(when):
+        await asyncio.sleep(10)
+
+
+async def test_a_cancellation_from_outside_stays_one() -> None:
+    """Long before the time is up."""
+    task = asyncio.create_task(cut_off_at(soon(5)))
+    await asyncio.sleep(1)
+    task.cancel()
+    assert await outcome(task) == "cancelled"
+
+
+@pytest.mark.parametrize("who", ["outside first", "expiry first"])
+async def test_a_cancellation_in_the_step_of_the_expiry_is_not_swallowed(who: str) -> None:
+    """Whichever of the two callbacks runs first."""
+    loop, when = asyncio.get_running_loop(), soon()
+    task: asyncio.Task[None] | None = None
+
+    def cancel() -> None:
+        assert task is not None
+        task.cancel()
+
+    if who == "outside first":
+        loop.call_at(when, cancel)
+    task = asyncio.create_task(cut_off_at(when))
+    await settle()
+    if who == "expiry first":
+        loop.call_at(when, cancel)
+    assert await outcome(task) == "cancelled"
+
+
+@pytest.mark.parametrize("who", ["outside first", "expiry first"])
+async def test_both_may_strike_a_task_that_was_just_about_to_go_on(who: str) -> None:
+    """What it waited for has come in the same step, so there is nothing left to cancel but it."""
+    loop, when = asyncio.get_running_loop(), soon()
+    arrived: asyncio.Future[None] = loop.create_future()
+
+    async def work() -> None:
+        with CutOff(when):
+            await arrived
+            await asyncio.sleep(10)
+
+    task: asyncio.Task[None] | None = None
+
+    def cancel() -> None:
+        assert task is not None
+        task.cancel()
+
+    loop.call_at(when, arrived.set_result, None)
+    if who == "outside first":
+        loop.call_at(when, cancel)
+    task = asyncio.create_task(work())
+    await settle()
+    if who == "expiry first":
+        loop.call_at(when, cancel)
+    assert await outcome(task) == "cancelled"
+
+
+async def test_both_may_strike_a_task_that_waits_for_another() -> None:
+    """The message of a cancellation is no evidence: the inner task decides which comes out."""
+    loop, when = asyncio.get_running_loop(), soon()
+
+    async def work() -> None:
+        with CutOff(when):
+            await asyncio.create_task(asyncio.sleep(10))
+
+    task = asyncio.create_task(work())
+    await settle()
+    loop.call_at(when, task.cancel)
+    assert await outcome(task) == "cancelled"
+
+
+async def test_a_cancellation_while_the_cut_off_block_cleans_up_is_not_swallowed() -> None:
+    """The block has been told to end, takes its time, and then the whole task is cancelled."""
+    cleaning = Gate("clean-up")
+
+    async def work() -> None:
+        with CutOff(soon(1)):
+            try:
+                await asyncio.sleep(10)
+            finally:
+                await cleaning.pass_()
+
+    task = asyncio.create_task(work())
+    await cleaning.wait_arrived()
+    task.cancel()
+    assert await outcome(task) == "cancelled"
+
+
+async def test_an_expiry_while_a_cancelled_block_cleans_up_changes_nothing() -> None:
+    """The cancellation came first and stays."""
+
+    async def work() -> None:
+        with CutOff(soon(2)):
+            try:
+                await asyncio.sleep(10)
+            finally:
+                await asyncio.sleep(10)
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(1)
+    task.cancel()
+    assert await outcome(task) == "cancelled"
+
+
+async def test_a_cancellation_asked_for_earlier_and_caught_is_not_taken_for_a_new_one() -> None:
+    """A task may go on after a cancellation; cut-offs then work as before."""
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            await cut_off_at(soon(1))
+
+    task = asyncio.create_task(work())
+    await settle()
+    task.cancel()
+    assert await outcome(task) == "CutOffExpired"
+
+
+async def test_a_source_that_cancels_itself_is_not_taken_for_expired() -> None:
+    """The time was not up."""
+
+    async def work() -> None:
+        with CutOff(soon(1)):
+            raise asyncio.CancelledError
+
+    assert await outcome(asyncio.create_task(work())) == "cancelled"
+
+
+async def test_a_new_cancelled_error_raised_in_answer_to_the_cut_off_counts_as_expiry() -> None:
+    """Code under way may replace the exception; nobody else asked for anything."""
+
+    async def work() -> None:
+        with CutOff(soon(1)):
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                raise asyncio.CancelledError("reworded") from None
+
+    assert await outcome(asyncio.create_task(work())) == "CutOffExpired"
+
+
+async def test_a_block_that_survives_its_cut_off_keeps_its_result() -> None:
+    """`expired` tells that it came too late."""
+    with CutOff(soon(1)) as cut:
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            result = "stubborn"
+    assert result == "stubborn"
+    assert cut.expired
+    await asyncio.sleep(1)
+
+
+async def test_a_block_that_answers_with_another_error_keeps_that_error() -> None:
+    """And no request for cancellation is left on the task."""
+    with pytest.raises(KeyError):
+        with CutOff(soon(1)):
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                raise KeyError from None
+    await asyncio.sleep(1)
+
+
+# Nesting -----------------------------------------------------------------------------------------
+
+
+async def nested(outer: float, inner: float) -> str:
+    try:
+        with CutOff(soon(outer)):
+            try:
+                with CutOff(soon(inner)):
+                    await asyncio.sleep(10)
+            except CutOffExpired:
+                return "inner"
+    except CutOffExpired:
+        return "outer"
+    return "neither"
+
+
+@pytest.mark.parametrize("outer,inner,struck", [(2, 1, "inner"), (1, 2, "outer"), (1, 1, "outer")])
+async def test_of_nested_cut_offs_the_one_whose_time_is_up_reports(
+    outer: float, inner: float, struck: str
+) -> None:
+    """The outermost when both are."""
+    assert await nested(outer, inner) == struck
+
+
+async def test_an_outer_cut_off_that_strikes_while_the_inner_cleans_up_reports() -> None:
+    """The inner one must not claim a cancellation that both asked for."""
+    order = []
+    with pytest.raises(CutOffExpired) as caught:
+        with CutOff(soon(2)) as outer:
+            try:
+                with CutOff(soon(1)):
+                    try:
+                        await asyncio.sleep(10)
+                    finally:
+                        await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                order.append("inner stays out of it")
+                raise
+    assert order == ["inner stays out of it"]
+    assert caught.value.when == outer.when
+
+
+@pytest.mark.parametrize("inner", [1.0, 2.0])
+async def test_a_cancellation_with_two_cut_offs_striking_is_not_swallowed(inner: float) -> None:
+    """Three requests in one step, one exception, and the one from outside must survive."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(nested(1, inner))
+    await settle()
+    loop.call_at(soon(1), task.cancel)
+    assert await outcome(task) == "cancelled"
+
+
+async def test_a_cut_off_inside_one_that_has_been_left_by_the_task_works_alone() -> None:
+    """The bookkeeping of one block does not leak into the next."""
+    for _ in range(3):
+        assert await nested(2, 1) == "inner"
+        with pytest.raises(CutOffExpired):
+            await cut_off_at(soon(1))
+
+
+# Moving ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "move,ends", [(lambda: soon(3), 3.0), (lambda: soon(0.5), 0.5), (lambda: None, 10.0)]
+)
+async def test_a_cut_off_can_be_moved_while_it_runs(
+    move: Callable[[], float | None], ends: float
+) -> None:
+    """Later, earlier, and away."""
+    began = soon(0)
+    cut = CutOff(soon(1))
+    mover = asyncio.create_task(_move(cut, move))
+    try:
+        with cut:
+            await asyncio.sleep(10)
+    except CutOffExpired:
+        pass
+    assert await mover
+    assert soon(0) - began == pytest.approx(ends)
+
+
+async def _move(cut: CutOff, when: Callable[[], float | None]) -> bool:
+    return cut.move(when())
+
+
+async def test_a_cut_off_without_a_time_can_be_given_one() -> None:
+    """The deadline of a later reader may bound a call that began without any."""
+    cut = CutOff(None)
+    mover = asyncio.create_task(_move(cut, lambda: soon(2)))
+    with pytest.raises(CutOffExpired):
+        with cut:
+            await asyncio.sleep(10)
+    assert await mover
+
+
+async def test_moving_an_expired_cut_off_comes_too_late() -> None:
+    """It says so, and sets no timer."""
+    cut = CutOff(soon(1), lambda: moved.append(cut.move(soon(5))))
+    moved: list[bool] = []
+    with pytest.raises(CutOffExpired):
+        with cut:
+            await asyncio.sleep(10)
+    assert moved == [False]
+    assert not cut.move(soon(1))
+
+
+async def test_moving_before_the_block_begins_sets_its_time() -> None:
+    """No timer runs before."""
+    cut = CutOff(soon(1))
+    assert cut.move(soon(3))
+    began = soon(0)
+    with pytest.raises(CutOffExpired):
+        with cut:
+            await asyncio.sleep(10)
+    assert soon(0) - began == 3
+
+
+# Misuse ------------------------------------------------------------------------------------------
+
+
+async def test_a_cut_off_serves_one_block_only() -> None:
+    """A second would inherit the expiry of the first."""
+    cut = CutOff(None)
+    with cut:
+        with pytest.raises(RuntimeError, match="once"):
+            cut.__enter__()
+    with pytest.raises(RuntimeError, match="once"):
+        cut.__enter__()
+
+
+def test_a_cut_off_needs_a_task() -> None:
+    """There is nothing to cancel outside of one."""
+    loop = asyncio.new_event_loop()
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            CutOff(None).__enter__()
+        except RuntimeError as error:
+            errors.append(error)
+        loop.stop()
+
+    loop.call_soon(enter)
+    loop.run_forever()
+    loop.close()
+    assert "task" in str(errors[0])
+
+
+async def test_it_tells_about_itself() -> None:
+    """Every stateful object can be looked into."""
+    cut = CutOff(None)
+    states = [repr(cut)]
+    with cut:
+        await asyncio.sleep(0)
+    states.append(repr(cut))
+    assert states == ["<CutOff when=None open>", "<CutOff when=None left>"]
+
+
+async def test_the_task_is_left_as_it_was_found() -> None:
+    """On Python 3.10 the count of cancellations is kept on the task for the time of the block."""
+    task = asyncio.current_task()
+    assert task is not None
+    before = repr(task.cancel)
+    with CutOff(None):
+        with CutOff(None):
+            await asyncio.sleep(0)
+    assert repr(task.cancel) == before

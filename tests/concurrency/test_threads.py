@@ -1,0 +1,334 @@
+"""Worker threads: results, errors, context, and callers who may not leave before the thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import queue
+import threading
+from typing import Any
+
+import pytest
+
+from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from coalestra.concurrency.threads import (
+    ThreadsSnapshot,
+    WorkerThreads,
+    current_threads,
+    jobs_in_flight,
+    threads_of_context,
+)
+from tests.support import ThreadGate, settle
+
+VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
+
+
+@pytest.fixture
+def threads() -> Any:
+    """Threads of the test's own, ended after it."""
+    own = WorkerThreads()
+    token = current_threads.set(own)
+    yield own
+    current_threads.reset(token)
+    own.close()
+    assert own.idle == 0
+
+
+def ident() -> int:
+    return threading.get_ident()
+
+
+async def test_a_function_runs_in_another_thread_and_its_result_comes_back(
+    threads: WorkerThreads,
+) -> None:
+    """With its arguments."""
+    assert await threads.run(max, 3, 7) == 7
+    assert await threads.run(ident) != ident()
+
+
+async def test_an_error_of_the_function_comes_back(threads: WorkerThreads) -> None:
+    """The very same exception."""
+    error = KeyError("mine")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        await threads.run(fail)
+    assert caught.value is error
+
+
+async def test_the_function_sees_the_callers_context_and_cannot_change_it(
+    threads: WorkerThreads,
+) -> None:
+    """It runs in a copy."""
+
+    def look_and_set() -> str:
+        seen = VARIABLE.get()
+        VARIABLE.set("changed")
+        return seen
+
+    VARIABLE.set("callers")
+    assert await threads.run(look_and_set) == "callers"
+    assert VARIABLE.get() == "callers"
+
+
+async def test_calls_one_after_the_other_share_one_thread(threads: WorkerThreads) -> None:
+    """The thread is at rest before its result is told."""
+    assert len({await threads.run(ident) for _ in range(20)}) == 1
+    assert threads.view() == ThreadsSnapshot(busy={}, idle=1, closed=False)
+
+
+async def test_calls_side_by_side_have_a_thread_each(threads: WorkerThreads) -> None:
+    """Nothing queues behind a blocked thread."""
+    gate = ThreadGate()
+    calls = [asyncio.create_task(threads.run(gate.pass_, label="blocked")) for _ in range(3)]
+    await settle()
+    gate.wait_arrived(3)
+    assert threads.busy == {"blocked": 3}
+    gate.open()
+    await asyncio.gather(*calls)
+    assert threads.busy == {}
+    assert threads.idle == 3
+
+
+async def test_calls_are_counted_under_the_functions_name_by_default(
+    threads: WorkerThreads,
+) -> None:
+    """The name that is told when a thread hangs at closing time."""
+    gate = ThreadGate()
+    call = asyncio.create_task(threads.run(gate.pass_))
+    await settle()
+    assert dict(threads.busy) == {"ThreadGate.pass_": 1}
+    assert repr(threads) == "<WorkerThreads busy={'ThreadGate.pass_': 1} idle=0 closed=False>"
+    gate.open()
+    await call
+
+
+async def test_a_cancelled_caller_stays_until_its_thread_has_ended(threads: WorkerThreads) -> None:
+    """However often it is cancelled: the slot it holds is the thread's."""
+    gate, order = ThreadGate(), []
+
+    async def call() -> None:
+        try:
+            await threads.run(gate.pass_)
+        finally:
+            order.append("caller left")
+
+    task = asyncio.create_task(call())
+    await settle()
+    for _ in range(3):
+        task.cancel()
+        await settle()
+    assert order == []
+    gate.open()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert threads.busy == {}
+
+
+async def test_a_call_cancelled_as_its_result_arrives_is_cancelled(threads: WorkerThreads) -> None:
+    """The request is never lost, the result is."""
+    loop = asyncio.get_running_loop()
+    task: asyncio.Task[None] | None = None
+
+    def function() -> None:
+        loop.call_soon_threadsafe(lambda: task and task.cancel())
+
+    task = asyncio.create_task(threads.run(function))
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_the_error_of_a_cancelled_call_is_dropped(threads: WorkerThreads) -> None:
+    """Nobody asks for it; the loop must not complain of an exception never retrieved."""
+    gate = ThreadGate()
+
+    def fail() -> None:
+        gate.pass_()
+        raise KeyError
+
+    task = asyncio.create_task(threads.run(fail))
+    await settle()
+    task.cancel()
+    gate.open()
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_a_cut_off_tells_at_its_time_and_ends_with_the_thread(threads: WorkerThreads) -> None:
+    """Its callback is how the others learn in time."""
+    gate, told = ThreadGate(), []
+    loop = asyncio.get_running_loop()
+    when = loop.time() + 1
+
+    def expire() -> None:
+        told.append(loop.time())
+        gate.open()
+
+    with pytest.raises(CutOffExpired):
+        with CutOff(when, expire):
+            await threads.run(gate.pass_)
+    assert told == [when]
+
+
+async def test_closed_threads_refuse_work_and_end(threads: WorkerThreads) -> None:
+    """Closing waits for those at rest."""
+    before = threading.active_count()
+    await threads.run(ident)
+    assert threading.active_count() == before + 1
+    threads.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        await threads.run(ident)
+    assert threads.view() == ThreadsSnapshot(busy={}, idle=0, closed=True)
+
+
+async def test_a_thread_at_work_while_closing_ends_with_its_work(threads: WorkerThreads) -> None:
+    """It cannot be stopped, its result still arrives, and it does not stay."""
+    gate, seen = ThreadGate(), []
+
+    def work() -> str:
+        seen.append(threading.current_thread())
+        gate.pass_()
+        return "late"
+
+    call = asyncio.create_task(threads.run(work))
+    await settle()
+    gate.wait_arrived()
+    threads.close()
+    assert threads.busy
+    gate.open()
+    assert await call == "late"
+    assert threads.idle == 0
+    seen[0].join()
+    assert threads.view() == ThreadsSnapshot(busy={}, idle=0, closed=True)
+
+
+async def test_threads_can_be_ended_without_closing(threads: WorkerThreads) -> None:
+    """The next call starts a new one."""
+    await threads.run(ident)
+    threads.end_idle()
+    assert threads.idle == 0
+    assert await threads.run(max, 1, 2) == 2
+
+
+async def test_a_thread_without_work_ends_after_its_idle_time() -> None:
+    """At once here."""
+    threads, seen = WorkerThreads(idle_seconds=0), []
+    await threads.run(lambda: seen.append(threading.current_thread()))
+    seen[0].join()
+    assert threads.idle == 0
+    for _ in range(50):
+        assert await threads.run(max, 1, 2) == 2
+    threads.close()
+
+
+class LateBox(queue.SimpleQueue[Any]):
+    """A letter box in which the wait for the second letter times out just as it is posted."""
+
+    def __init__(self) -> None:
+        self.posted = threading.Semaphore(0)
+        self.waits = 0
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item)
+        self.posted.release()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        self.waits += 1
+        if self.waits == 2:
+            self.posted.acquire()
+            raise queue.Empty
+        if self.waits != 3:
+            self.posted.acquire()
+        return super().get()
+
+
+async def test_work_assigned_to_a_thread_that_is_about_to_end_is_still_done(
+    threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its wait timed out in the moment between the assignment and the look into the box."""
+    monkeypatch.setattr(queue, "SimpleQueue", LateBox)
+    first = await threads.run(ident)
+    monkeypatch.undo()
+    assert await threads.run(ident) == first
+
+
+async def test_a_thread_that_cannot_be_started_is_not_counted(
+    threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may have no more to give."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="start"):
+        await threads.run(ident)
+    assert threads.busy == {}
+
+
+def test_a_call_whose_loop_has_closed_is_no_longer_counted(threads: WorkerThreads) -> None:
+    """The thread ends some time, and tells nobody."""
+    gate = ThreadGate()
+    loop = asyncio.new_event_loop()
+    coroutine = threads.run(gate.pass_)
+    task = loop.create_task(coroutine)
+    loop.run_until_complete(asyncio.sleep(0))
+    gate.wait_arrived()
+    loop.close()
+    assert sum(threads.busy.values()) == 1
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own switch
+    coroutine.close()
+    gate.open()
+
+    async def next_call() -> None:
+        while threads.busy:
+            await threads.run(int)
+
+    asyncio.run(next_call())
+
+
+async def test_the_threads_of_a_context_are_those_set_in_it(threads: WorkerThreads) -> None:
+    """Those of a builder while it calls a source; else those that the process shares."""
+    assert threads_of_context() is threads
+    bare = contextvars.Context()
+    shared = bare.run(threads_of_context)
+    assert shared is not threads
+    assert shared is bare.run(threads_of_context)
+
+
+async def test_jobs_in_flight_counts_all_threads_of_the_process(threads: WorkerThreads) -> None:
+    """Whoever they belong to."""
+    gate, other = ThreadGate(), WorkerThreads()
+    before = jobs_in_flight()
+    calls = [asyncio.create_task(each.run(gate.pass_)) for each in (threads, other)]
+    await settle()
+    assert jobs_in_flight() == before + 2
+    gate.open()
+    await asyncio.gather(*calls)
+    assert jobs_in_flight() == before
+    other.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_starts_without_threads(threads: WorkerThreads) -> None:
+    """Those of its parent do not exist in it, and must not be given work."""
+    asyncio.run(threads.run(ident))
+    assert threads.idle == 1
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if threads.idle == 0 and threads.busy == {} else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert threads.idle == 1
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_an_impossible_idle_time_is_refused(seconds: float) -> None:
+    """By name."""
+    with pytest.raises(ValueError, match="idle_seconds"):
+        WorkerThreads(idle_seconds=seconds)

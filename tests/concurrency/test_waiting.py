@@ -1,0 +1,184 @@
+"""The waiting primitive: order, hand-over, and what a cancelled waiter leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from coalestra.concurrency.waiting import WaitQueue
+from tests.support import settle
+
+
+def nothing() -> None:
+    """Give nothing back."""
+
+
+async def ended_cancelled(task: asyncio.Task[Any]) -> bool:
+    await asyncio.wait([task])
+    return task.cancelled()
+
+
+async def test_every_waiter_is_woken_once() -> None:
+    """And then there is nobody left to wake."""
+    queue, order = WaitQueue(), []
+
+    async def wait(name: int) -> None:
+        await queue.wait(nothing)
+        order.append(name)
+
+    tasks = [asyncio.create_task(wait(name)) for name in range(5)]
+    await settle()
+    assert len(queue) == len(tasks)
+    for _ in tasks:
+        assert queue.wake_next()
+        await settle()
+    assert sorted(order) == list(range(5))
+    assert not queue.wake_next()
+
+
+async def test_the_longest_waiting_is_woken_first() -> None:
+    """Order of arrival is forced here, whatever order the loop runs tasks in."""
+    queue = WaitQueue()
+    first, second = queue.enqueue(), queue.enqueue()
+    queue.wake_next()
+    assert (first.done(), second.done()) == (True, False)
+    queue.wake_next()
+    assert second.done()
+
+
+async def test_a_cancelled_waiter_is_passed_over_in_the_very_step_of_its_cancellation() -> None:
+    """Its task has not run yet, but nobody may waste a wake-up on it."""
+    queue = WaitQueue()
+    given_back: list[str] = []
+    first = asyncio.create_task(queue.wait(lambda: given_back.append("first")))
+    await settle()
+    second = asyncio.create_task(queue.wait(nothing))
+    await settle()
+    first.cancel()
+    assert len(queue) == 1
+    assert queue.wake_next()
+    await second
+    assert await ended_cancelled(first)
+    assert given_back == []
+    assert not queue
+
+
+async def test_a_waiter_cancelled_after_it_was_woken_gives_its_turn_back() -> None:
+    """Woken and cancelled in one step of the loop: the turn must go on to the next."""
+    queue = WaitQueue()
+    first = asyncio.create_task(queue.wait(queue.wake_next))
+    await settle()
+    second = asyncio.create_task(queue.wait(queue.wake_next))
+    await settle()
+    queue.wake_next()
+    first.cancel()
+    await second
+    assert await ended_cancelled(first)
+
+
+async def test_a_waiter_cancelled_before_it_was_woken_leaves_without_giving_back() -> None:
+    """Nothing was handed to it, so it has nothing to return."""
+    queue, given_back = WaitQueue(), []
+    task = asyncio.create_task(queue.wait(lambda: given_back.append(1)))
+    await settle()
+    task.cancel()
+    assert await ended_cancelled(task)
+    assert (len(queue), given_back) == (0, [])
+
+
+async def test_wake_all_wakes_everybody_and_counts_them() -> None:
+    """Those cancelled meanwhile do not count."""
+    queue = WaitQueue()
+    tasks = [asyncio.create_task(queue.wait(nothing)) for _ in range(3)]
+    await settle()
+    tasks[1].cancel()
+    assert queue.wake_all() == 2
+    await asyncio.wait(tasks)
+    assert [task.cancelled() for task in tasks].count(True) == 1
+
+
+async def test_refused_waiters_get_an_exception_each() -> None:
+    """One shared exception would collect the tracebacks of all."""
+    queue = WaitQueue()
+    tasks = [asyncio.create_task(queue.wait(nothing)) for _ in range(3)]
+    await settle()
+    assert queue.refuse_all(lambda: LookupError("closed")) == 3
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert len(set(map(id, errors))) == 3
+    assert all(isinstance(error, LookupError) for error in errors)
+
+
+async def test_a_waiter_refused_and_cancelled_in_one_step_is_cancelled_and_gives_nothing_back() -> (
+    None
+):
+    """A refusal hands nothing over."""
+    queue, given_back = WaitQueue(), []
+    task = asyncio.create_task(queue.wait(lambda: given_back.append(1)))
+    await settle()
+    queue.refuse_all(lambda: LookupError("closed"))
+    task.cancel()
+    assert await ended_cancelled(task)
+    assert given_back == []
+
+
+def run_and_abandon(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> Any:
+    """Start work on a loop and close the loop under it."""
+    task = loop.create_task(work)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    return task
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_waiter_whose_loop_was_closed_is_passed_over() -> None:
+    """Waking it would raise, and it could never go on."""
+    queue = WaitQueue()
+    task = run_and_abandon(asyncio.new_event_loop(), queue.wait(nothing))
+
+    async def wait_here() -> None:
+        waiting = asyncio.ensure_future(queue.wait(nothing))
+        await asyncio.sleep(0)
+        assert queue.wake_next()
+        await waiting
+
+    asyncio.run(wait_here())
+    assert not queue.wake_next()
+    task._log_destroy_pending = False
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_woken_waiter_whose_coroutine_is_dropped_gives_its_turn_back() -> None:
+    """The loop ended between the wake-up and the waiter's next step."""
+    queue, given_back = WaitQueue(), []
+    loop = asyncio.new_event_loop()
+    coroutine = queue.wait(lambda: given_back.append(1))
+    task = loop.create_task(coroutine)
+    loop.run_until_complete(asyncio.sleep(0))
+    queue.wake_next()
+    loop.close()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own switch
+    coroutine.close()
+    del task
+    gc.collect()
+    assert given_back == [1]
+
+
+async def test_its_repr_tells_how_many_wait() -> None:
+    """Every stateful object can be looked into."""
+    queue = WaitQueue()
+    queue.enqueue()
+    assert repr(queue) == "<WaitQueue waiting=1>"
+
+
+async def test_leaving_ten_thousand_waiters_from_the_front_is_linear() -> None:
+    """A queue that searched for each leaver would need a hundred million steps here."""
+    queue = WaitQueue()
+    waiters = [queue.enqueue() for _ in range(10_000)]
+    for waiter in waiters:
+        waiter.cancel()
+        queue.leave(waiter)
+    assert not queue

@@ -1,0 +1,241 @@
+"""The graph of who waits for whom: it agrees with a naive search, and stays fast."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Hashable, Iterable
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coalestra.concurrency.waits_for import WaitsFor
+
+
+class NaiveGraph:
+    """The same by searching the whole graph each time."""
+
+    def __init__(self) -> None:
+        self.edges: set[tuple[int, int]] = set()
+
+    def reaches(self, start: int, goal: int) -> bool:
+        seen, stack = {start}, [start]
+        while stack:
+            node = stack.pop()
+            if node == goal:
+                return True
+            following = {target for waiter, target in self.edges if waiter == node} - seen
+            seen |= following
+            stack.extend(following)
+        return False
+
+    def add(self, waiter: int, target: int) -> bool:
+        if self.reaches(target, waiter):
+            return False
+        self.edges.add((waiter, target))
+        return True
+
+
+def is_way(cycle: tuple[int, ...], edges: Iterable[tuple[int, int]]) -> bool:
+    return set(pairwise(cycle)) <= set(edges)
+
+
+NODES = st.integers(0, 9)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), NODES, NODES),
+        st.tuples(st.just("add"), NODES, NODES),
+        st.tuples(st.just("remove"), NODES, NODES),
+        st.tuples(st.just("discard"), NODES, NODES),
+    ),
+    max_size=80,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(STEPS)
+def test_it_agrees_with_a_naive_search_after_any_changes(steps: list[tuple[str, int, int]]) -> None:
+    """Same edges, same refusals, and every reported cycle is one."""
+    graph: WaitsFor[int] = WaitsFor()
+    naive = NaiveGraph()
+    for step, waiter, target in steps:
+        if step == "add":
+            cycle = graph.add(waiter, target)
+            assert (cycle is None) == naive.add(waiter, target)
+            if cycle is not None:
+                assert cycle[0] == cycle[-1] == waiter
+                assert cycle[1] == target
+                assert len(set(cycle)) == len(cycle) - 1
+                assert is_way(cycle, naive.edges | {(waiter, target)})
+        elif step == "remove":
+            graph.remove(waiter, target)
+            naive.edges.discard((waiter, target))
+        else:
+            graph.discard(waiter)
+            naive.edges = {edge for edge in naive.edges if waiter not in edge}
+        assert set(graph.edges()) == naive.edges
+        assert len(graph) == len({node for edge in naive.edges for node in edge})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.permutations([(a, b) for a in range(7) for b in range(a + 1, 7)]))
+def test_an_acyclic_graph_is_accepted_in_any_order_of_its_edges(
+    edges: list[tuple[int, int]],
+) -> None:
+    """And each of the reversed edges is then refused."""
+    graph: WaitsFor[int] = WaitsFor()
+    assert all(graph.add(waiter, target) is None for waiter, target in edges)
+    assert all(graph.add(target, waiter) is not None for waiter, target in edges)
+
+
+def test_waiting_for_oneself_is_a_cycle() -> None:
+    """The shortest there is."""
+    graph: WaitsFor[str] = WaitsFor()
+    assert graph.add("a", "a") == ("a", "a")
+    assert len(graph) == 0
+
+
+def test_a_cycle_is_named_from_the_waiter_and_back() -> None:
+    """Waiter first, then whom it would wait for, and so on round."""
+    graph: WaitsFor[str] = WaitsFor()
+    graph.add("a", "b")
+    graph.add("b", "c")
+    assert graph.add("c", "a") == ("c", "a", "b", "c")
+    assert graph.add("b", "a") == ("b", "a", "b")
+
+
+def test_a_refused_edge_leaves_the_graph_as_it_was() -> None:
+    """Also one with a node it did not know."""
+    graph: WaitsFor[str] = WaitsFor()
+    graph.add("a", "b")
+    graph.add("b", "a")
+    graph.add("z", "z")
+    assert graph.edges() == (("a", "b"),)
+    assert "z" not in graph
+
+
+def test_an_edge_added_twice_is_removed_at_once() -> None:
+    """It is there or not."""
+    graph: WaitsFor[str] = WaitsFor()
+    graph.add("a", "b")
+    graph.add("a", "b")
+    graph.remove("a", "b")
+    assert graph.add("b", "a") is None
+
+
+def test_nodes_without_edges_are_forgotten() -> None:
+    """State is held for present waits only."""
+    graph: WaitsFor[str] = WaitsFor()
+    for waiter, target in [("a", "b"), ("a", "c"), ("b", "c")]:
+        graph.add(waiter, target)
+    graph.discard("a")
+    assert "a" not in graph
+    assert graph.edges() == (("b", "c"),)
+    graph.remove("b", "c")
+    graph.remove("b", "c")
+    graph.discard("unknown")
+    assert len(graph) == 0
+    assert repr(graph) == "<WaitsFor nodes=0 edges=0>"
+
+
+# Work, counted in calls of Python functions rather than in seconds ------------------------------
+
+
+def calls_in(work: Callable[[], object]) -> int:
+    """Count the Python functions that are entered while `work` runs."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def add_all(graph: WaitsFor[Hashable], edges: Iterable[tuple[Hashable, Hashable]]) -> None:
+    for waiter, target in edges:
+        assert graph.add(waiter, target) is None
+
+
+def discard_all(graph: WaitsFor[Hashable], nodes: Iterable[Hashable]) -> None:
+    for node in nodes:
+        graph.discard(node)
+
+
+def chain_of(nodes: Iterable[Hashable]) -> list[tuple[Hashable, Hashable]]:
+    return list(pairwise(nodes))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["from the top", "from the bottom"])
+def test_a_chain_of_ten_thousand_is_built_checked_and_dropped_in_linear_work(order: int) -> None:
+    """Deeper than any stack, in whichever direction it grows."""
+    graph: WaitsFor[Hashable] = WaitsFor()
+    length = 10_000
+    edges = chain_of(range(length))[::order]
+    assert calls_in(lambda: add_all(graph, edges)) < 20 * length
+    cycle = graph.add(length - 1, 0)
+    assert cycle is not None
+    assert len(cycle) == length + 1
+    assert calls_in(lambda: discard_all(graph, range(length))) < 20 * length
+    assert len(graph) == 0
+
+
+def test_many_who_join_one_in_the_middle_of_a_chain_cost_little_each() -> None:
+    """New waiters, each with somebody who waits for it, join a node that itself waits."""
+    graph: WaitsFor[Hashable] = WaitsFor()
+    add_all(graph, chain_of(range(5_000)))
+    joins: list[tuple[Hashable, Hashable]] = []
+    for number in range(5_000):
+        joins += [(("reader", number), ("derived", number)), (("derived", number), 2_500)]
+    assert calls_in(lambda: add_all(graph, joins)) < 60 * len(joins)
+
+
+def test_one_that_many_wait_for_may_wait_for_a_short_chain_at_little_cost() -> None:
+    """The search goes on from both ends, and ends with the shorter."""
+    graph: WaitsFor[Hashable] = WaitsFor()
+    add_all(graph, [("low", "lower")])
+    add_all(graph, [(number, "base") for number in range(10_000)])
+    add_all(graph, [("low", "lowest")])
+    assert calls_in(lambda: add_all(graph, [("base", "low")])) < 200
+
+
+def test_joining_two_long_chains_costs_no_more_than_their_length() -> None:
+    """Once; after that the order holds."""
+    graph: WaitsFor[Hashable] = WaitsFor()
+    add_all(graph, chain_of(range(5_000)))
+    add_all(graph, chain_of(range(5_000, 10_000)))
+    assert calls_in(lambda: add_all(graph, [(9_999, 0)])) < 20 * 5_000
+    assert calls_in(lambda: add_all(graph, [(5_100, 100)])) < 10
+
+
+def test_a_second_build_may_lean_on_every_node_of_a_deep_first_one() -> None:
+    """Node by node each new edge runs against the order; none may cost a walk along the chain."""
+    graph: WaitsFor[Hashable] = WaitsFor()
+    length = 5_000
+    add_all(graph, chain_of(range(length)))
+    leaning: list[tuple[Hashable, Hashable]] = []
+    for number in range(length - 1):
+        leaning.append((("new", number), ("new", number + 1)))
+        leaning.append((("new", number), number))
+    assert calls_in(lambda: add_all(graph, leaning)) < 60 * len(leaning)
+
+
+def test_a_layered_graph_in_any_order_of_its_edges_stays_far_from_quadratic() -> None:
+    """Five thousand nodes, twenty-five thousand edges, shuffled."""
+    graph: WaitsFor[Hashable] = WaitsFor()
+    rng = random.Random(1)
+    edges = [
+        ((layer, place), (layer + 1, rng.randrange(100)))
+        for layer in range(49)
+        for place in range(100)
+        for _ in range(5)
+    ]
+    rng.shuffle(edges)
+    assert calls_in(lambda: add_all(graph, edges)) < 150 * len(edges)
