@@ -1,0 +1,95 @@
+"""Which retry and circuit policy applies to a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from coalestra.core.validation import callable_, instance, text
+from coalestra.resilience.backoff import RetryPolicy
+from coalestra.resilience.circuit import CircuitBreakerPolicy
+
+
+@dataclass(frozen=True)
+class SourceResiliencePolicy:
+    """How calls to a source are retried, and when they stop.
+
+    Raises:
+        TypeError: for a field of the wrong type.
+    """
+
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    circuit: CircuitBreakerPolicy = field(default_factory=CircuitBreakerPolicy)
+
+    def __post_init__(self) -> None:
+        instance("retry", self.retry, RetryPolicy)
+        instance("circuit", self.circuit, CircuitBreakerPolicy)
+
+
+ResilienceResolver = Callable[[str], SourceResiliencePolicy | None]
+"""Chooses a policy by the name of a source; None leaves the choice to what comes next."""
+
+
+class ResiliencePolicyResolver:
+    """Chooses the policy of a source: by name, else dynamically, else as declared, else default.
+
+    Args:
+        default: for sources that nothing else covers.
+        overrides: policies by source name; they win.
+        dynamic: asked next, with the name of the source.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+    """
+
+    __slots__ = ("_default", "_dynamic", "_overrides")
+
+    def __init__(
+        self,
+        default: SourceResiliencePolicy | None = None,
+        overrides: Mapping[str, SourceResiliencePolicy] | None = None,
+        dynamic: ResilienceResolver | None = None,
+    ) -> None:
+        instance("default", default, SourceResiliencePolicy, optional=True)
+        callable_("dynamic", dynamic, optional=True)
+        self._default = default or SourceResiliencePolicy()
+        self._overrides = dict(overrides or {})
+        self._dynamic = dynamic
+        for source, policy in self._overrides.items():
+            text("overrides key", source)
+            instance(f"overrides[{source!r}]", policy, SourceResiliencePolicy)
+
+    @property
+    def default(self) -> SourceResiliencePolicy:
+        """The policy for sources that nothing else covers."""
+        return self._default
+
+    def resolve(
+        self, source: str, *, declared: SourceResiliencePolicy | None = None
+    ) -> SourceResiliencePolicy:
+        """Return the policy for a source.
+
+        Args:
+            source: its name.
+            declared: the policy that the source itself declares, if any.
+
+        Raises:
+            TypeError: if `declared`, or what the dynamic resolver returned, is not a policy.
+        """
+        override = self._overrides.get(source)
+        if override is not None:
+            return override
+        if self._dynamic is not None:
+            chosen = self._dynamic(source)
+            instance("dynamic result", chosen, SourceResiliencePolicy, optional=True)
+            if chosen is not None:
+                return chosen
+        instance("declared", declared, SourceResiliencePolicy, optional=True)
+        return self._default if declared is None else declared
+
+    def __repr__(self) -> str:
+        dynamic = "yes" if self._dynamic is not None else "no"
+        return (
+            f"<ResiliencePolicyResolver overrides={sorted(self._overrides)} dynamic={dynamic} "
+            f"default={self._default!r}>"
+        )

@@ -1,0 +1,273 @@
+"""The circuit breaker: which circuit a call belongs to, and what is remembered."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coalestra.core.clock import SystemClock
+from coalestra.core.errors import CircuitOpenError
+from coalestra.core.keys import ResourceKey
+from coalestra.resilience.circuit import (
+    CircuitBreakerPolicy,
+    CircuitIdentity,
+    CircuitScope,
+    CircuitSnapshot,
+    CircuitState,
+)
+from coalestra.resilience.circuit_breaker import CircuitBreaker
+from coalestra.resilience.circuits import Circuits
+from tests.support import ManualClock
+
+BTC = ResourceKey("market", "price", "BTC")
+ETH = ResourceKey("market", "price", "ETH")
+CONFIG = ResourceKey("app", "config")
+
+
+def breaker_at(clock: ManualClock) -> CircuitBreaker:
+    return CircuitBreaker(failure_threshold=2, recovery_timeout_seconds=10.0, clock=clock)
+
+
+async def open_it(breaker: CircuitBreaker, source: str = "rest", **how: Any) -> None:
+    for _ in range(2):
+        await breaker.before_call(source, **how)
+        await breaker.record_failure(source, **how)
+
+
+async def test_failures_in_a_row_open_the_circuit_and_calls_are_refused() -> None:
+    """Until its time is over."""
+    clock = ManualClock()
+    breaker = breaker_at(clock)
+    await open_it(breaker)
+    assert await breaker.state_for("rest") is CircuitState.OPEN
+    with pytest.raises(CircuitOpenError, match=r"circuit rest .* 2 failures .* in 10 s"):
+        await breaker.before_call("rest")
+    clock.advance(10)
+    assert await breaker.state_for("rest") is CircuitState.HALF_OPEN
+
+
+async def test_a_success_in_between_begins_the_count_anew() -> None:
+    """Only failures in a row count."""
+    breaker = breaker_at(ManualClock())
+    for _ in range(5):
+        await breaker.record_failure("rest")
+        await breaker.record_success("rest")
+    assert await breaker.state_for("rest") is CircuitState.CLOSED
+
+
+async def test_of_a_hundred_callers_at_a_half_open_circuit_one_gets_through() -> None:
+    """All ask at the same moment."""
+    clock = ManualClock()
+    breaker = breaker_at(clock)
+    await open_it(breaker)
+    clock.advance(10)
+    answers = await asyncio.gather(
+        *(breaker.before_call("rest") for _ in range(100)), return_exceptions=True
+    )
+    assert sum(isinstance(answer, CircuitIdentity) for answer in answers) == 1
+    refusals = [answer for answer in answers if isinstance(answer, CircuitOpenError)]
+    assert "the one call that probes it is under way" in str(refusals[0])
+    await breaker.record_success("rest")
+    await breaker.before_call("rest")
+
+
+async def test_a_cancelled_probe_reopens_and_a_skipped_one_frees_its_place() -> None:
+    """Two ways to end without a result."""
+    clock = ManualClock()
+    breaker = breaker_at(clock)
+    await open_it(breaker)
+    clock.advance(10)
+    await breaker.before_call("rest")
+    await breaker.record_skipped("rest")
+    await breaker.before_call("rest")
+    await breaker.record_abandoned("rest")
+    assert await breaker.state_for("rest") is CircuitState.OPEN
+    assert await breaker.snapshot() == {
+        CircuitIdentity("rest", CircuitScope.SOURCE): CircuitSnapshot(
+            CircuitState.OPEN, 2, clock.monotonic(), False
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    "scope,key,part",
+    [
+        (CircuitScope.SOURCE, BTC, ""),
+        (CircuitScope.NAMESPACE, BTC, "market"),
+        (CircuitScope.SUBJECT, BTC, "BTC"),
+        (CircuitScope.SUBJECT, CONFIG, "app:config"),
+        (CircuitScope.RESOURCE, BTC, "market:price:BTC"),
+    ],
+)
+def test_the_scope_decides_which_keys_share_a_circuit(
+    scope: CircuitScope, key: ResourceKey, part: str
+) -> None:
+    """A key without a subject falls back to its namespace and name."""
+    breaker = CircuitBreaker()
+    identity = breaker.identity_for("rest", key=key, scope=scope)
+    assert identity == CircuitIdentity("rest", scope, part)
+
+
+async def test_one_subject_that_fails_leaves_the_others_alone() -> None:
+    """The circuits of a scope are apart."""
+    breaker = breaker_at(ManualClock())
+    policy = CircuitBreakerPolicy(scope=CircuitScope.SUBJECT, failure_threshold=2)
+    await open_it(breaker, key=BTC, policy=policy)
+    with pytest.raises(CircuitOpenError):
+        await breaker.before_call("rest", key=BTC, policy=policy)
+    await breaker.before_call("rest", key=ETH, policy=policy)
+    await breaker.before_call("other", key=BTC, policy=policy)
+
+
+@pytest.mark.parametrize(
+    "scope", [CircuitScope.NAMESPACE, CircuitScope.SUBJECT, CircuitScope.RESOURCE]
+)
+async def test_a_scope_below_the_source_needs_a_key(scope: CircuitScope) -> None:
+    """Nothing else tells the circuits apart."""
+    breaker = CircuitBreaker(default_policy=CircuitBreakerPolicy(scope=scope))
+    with pytest.raises(ValueError, match="key"):
+        await breaker.before_call("rest")
+
+
+async def test_a_disabled_policy_lets_everything_through_and_counts_nothing() -> None:
+    """Also through a circuit that another policy has opened."""
+    breaker = breaker_at(ManualClock())
+    off = CircuitBreakerPolicy(failure_threshold=1, enabled=False)
+    await open_it(breaker, policy=off)
+    assert len(breaker) == 0
+    await open_it(breaker)
+    identity = await breaker.before_call("rest", policy=off)
+    assert not breaker.peek_open(identity, off)
+    await breaker.record_success("rest", policy=off)
+    await breaker.record_abandoned("rest", policy=off)
+    await breaker.record_skipped("rest", policy=off)
+    assert await breaker.state_for("rest") is CircuitState.OPEN
+
+
+async def test_circuits_at_rest_are_not_remembered() -> None:
+    """State must not grow with the number of keys ever seen."""
+    clock = ManualClock()
+    breaker = breaker_at(clock)
+    policy = CircuitBreakerPolicy(scope=CircuitScope.RESOURCE)
+    for number in range(100):
+        key = ResourceKey("market", "price", str(number))
+        await breaker.before_call("rest", key=key, policy=policy)
+        await breaker.record_success("rest", key=key, policy=policy)
+        await breaker.record_failure("rest", key=key, policy=policy)
+        await breaker.record_success("rest", key=key, policy=policy)
+    assert await breaker.snapshot() == {}
+
+
+def failing(circuits: Circuits, name: str, policy: CircuitBreakerPolicy) -> CircuitIdentity:
+    identity = CircuitIdentity(name, CircuitScope.SOURCE)
+    circuits.fail(identity, policy)
+    return identity
+
+
+def test_of_more_circuits_than_may_be_kept_the_longest_unused_is_forgotten() -> None:
+    """Keys that failed once and never came back would stay for ever otherwise."""
+    policy = CircuitBreakerPolicy(failure_threshold=1)
+    circuits = Circuits(policy, clock=ManualClock(), max_circuits=2)
+    first, second = (failing(circuits, name, policy) for name in ("first", "second"))
+    with pytest.raises(CircuitOpenError):
+        circuits.admit("first", None, policy)
+    failing(circuits, "third", policy)
+    assert circuits.peek_open(first, policy)
+    assert not circuits.peek_open(second, policy)
+    assert len(circuits) == 2
+
+
+def test_a_circuit_whose_probe_is_under_way_is_not_forgotten_before_others() -> None:
+    """There would be a second probe."""
+    clock = ManualClock()
+    policy = CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=1)
+    circuits = Circuits(policy, clock=clock, max_circuits=2)
+    failing(circuits, "first", policy)
+    clock.advance(1)
+    probed = circuits.admit("first", None, policy)
+    second = failing(circuits, "second", policy)
+    failing(circuits, "third", policy)
+    assert circuits.peek_open(probed, policy)
+    assert not circuits.peek_open(second, policy)
+
+
+async def test_peeking_does_not_take_the_probe() -> None:
+    """A planner may look before it decides."""
+    clock = ManualClock()
+    breaker = breaker_at(clock)
+    identity = breaker.identity_for("rest")
+    policy = breaker.default_policy
+    assert not breaker.peek_open(identity, policy)
+    await open_it(breaker)
+    assert breaker.peek_open(identity, policy)
+    clock.advance(10)
+    assert not breaker.peek_open(identity, policy)
+    await breaker.before_call("rest")
+    assert breaker.peek_open(identity, policy)
+
+
+async def test_resetting_closes_one_circuit_all_of_a_source_or_everything() -> None:
+    """As if nothing had failed."""
+    breaker = breaker_at(ManualClock())
+    policy = CircuitBreakerPolicy(scope=CircuitScope.SUBJECT, failure_threshold=2)
+    for source in ("a", "b"):
+        for key in (BTC, ETH):
+            await open_it(breaker, source, key=key, policy=policy)
+    await breaker.reset("a", key=BTC, policy=policy)
+    assert [str(identity) for identity in await breaker.snapshot()] == [
+        "a:subject:ETH",
+        "b:subject:BTC",
+        "b:subject:ETH",
+    ]
+    await breaker.reset("a")
+    assert {identity.source for identity in await breaker.snapshot()} == {"b"}
+    await breaker.reset()
+    assert await breaker.snapshot() == {}
+    with pytest.raises(ValueError, match="source"):
+        await breaker.reset(key=BTC)
+
+
+def test_the_defaults_are_three_failures_ten_seconds_and_the_systems_clock() -> None:
+    """Of the whole source."""
+    breaker = CircuitBreaker()
+    assert breaker.default_policy == CircuitBreakerPolicy(CircuitScope.SOURCE, 3, 10.0, True)
+    assert isinstance(breaker.clock, SystemClock)
+    assert repr(breaker) == "<CircuitBreaker all at rest>"
+    assert breaker, "a breaker is not taken for none because nothing has failed yet"
+
+
+def test_a_given_default_policy_replaces_the_one_made_of_numbers() -> None:
+    """It says everything."""
+    policy = CircuitBreakerPolicy(failure_threshold=7)
+    clock = ManualClock()
+    breaker = CircuitBreaker(failure_threshold=1, default_policy=policy, clock=clock)
+    assert breaker.default_policy is policy
+    assert breaker.clock is clock
+
+
+@pytest.mark.parametrize(
+    "field,value,error",
+    [
+        ("failure_threshold", 0, ValueError),
+        ("failure_threshold", True, TypeError),
+        ("recovery_timeout_seconds", -1, ValueError),
+        ("recovery_timeout_seconds", float("nan"), ValueError),
+        ("default_policy", "strict", TypeError),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(field: str, value: Any, error: type[Exception]) -> None:
+    """The message names the parameter."""
+    with pytest.raises(error, match=field):
+        CircuitBreaker(**{field: value})
+
+
+async def test_it_tells_how_many_circuits_are_in_which_state() -> None:
+    """Every stateful object can be looked into."""
+    clock = ManualClock()
+    breaker = breaker_at(clock)
+    await open_it(breaker, "a")
+    await open_it(breaker, "b")
+    await breaker.record_failure("c")
+    assert repr(breaker) == "<CircuitBreaker closed=1 open=2>"
