@@ -1,0 +1,510 @@
+"""The two buffered sinks: what is accepted, delivered and dropped, and how they close."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import queue
+import threading
+import weakref
+from typing import Any
+
+import pytest
+
+from coalestra.observability import (
+    BufferedEventSink,
+    BufferedMetricsSink,
+    BufferedSinkStats,
+    BufferOverflowPolicy,
+    MetricRecord,
+)
+from tests.observability.recording import PATIENCE, Held, Raising, Recorder
+
+
+def workers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.endswith("-buffer")}
+
+
+def held_buffer(max_pending: int, overflow: BufferOverflowPolicy) -> tuple[Held, BufferedEventSink]:
+    """A buffer whose worker is held with the event ``first`` in its hands."""
+    held = Held()
+    sink = BufferedEventSink(held, max_pending=max_pending, overflow=overflow)
+    sink.emit("first")
+    held.wait_arrived()
+    return held, sink
+
+
+# Delivery
+
+
+def test_events_arrive_in_order_with_their_payload() -> None:
+    downstream = Recorder()
+    with BufferedEventSink(downstream) as sink:
+        for number in range(100):
+            sink.emit("counted", number=number)
+        assert sink.flush(PATIENCE)
+
+    assert [event.payload["number"] for event in downstream.events] == list(range(100))
+
+
+def test_counts_and_observations_arrive_as_they_were_made() -> None:
+    downstream = Recorder()
+    with BufferedMetricsSink(downstream) as sink:
+        sink.increment("calls", 3, source="a")
+        sink.observe("latency", 1.5, source="a")
+        sink.increment("calls")
+        assert sink.flush(PATIENCE)
+
+    assert downstream.metrics == [
+        MetricRecord("increment", "calls", 3, {"source": "a"}),
+        MetricRecord("observe", "latency", 1.5, {"source": "a"}),
+        MetricRecord("increment", "calls", 1, {}),
+    ]
+
+
+def test_delivery_happens_in_one_daemon_thread_of_its_own() -> None:
+    threads = set()
+
+    class Noting(Recorder):
+        def emit(self, event_type: str, **payload: Any) -> None:
+            threads.add(threading.current_thread())
+
+    with BufferedEventSink(Noting()) as sink:
+        for _ in range(20):
+            sink.emit("noted")
+        assert sink.flush(PATIENCE)
+
+    (thread,) = threads
+    assert thread is not threading.current_thread()
+    assert thread.daemon
+
+
+def test_without_a_record_there_is_no_thread() -> None:
+    before = workers()
+
+    sink = BufferedEventSink(Recorder())
+
+    assert workers() <= before
+    assert sink.stats().worker_alive
+    assert sink.close(timeout=0)
+
+
+def test_a_payload_is_delivered_as_it_was_when_it_was_emitted() -> None:
+    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
+    payload = {"number": 1}
+    sink.emit("counted", **payload)
+    payload["number"] = 2
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+
+    assert held.events[1].payload == {"number": 1}
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), SystemExit(1), KeyboardInterrupt()])
+def test_what_a_sink_raises_is_counted_and_the_worker_goes_on(error: BaseException) -> None:
+    downstream = Raising(error)
+    with BufferedEventSink(downstream) as sink:
+        sink.emit("first")
+        sink.emit("second")
+        assert sink.flush(PATIENCE)
+        stats = sink.stats()
+
+    assert downstream.calls == 2
+    assert (stats.failures, stats.delivered, stats.worker_alive) == (2, 0, True)
+
+
+def test_a_sink_may_emit_into_the_buffer_that_feeds_it() -> None:
+    class Echo(Recorder):
+        def emit(self, event_type: str, **payload: Any) -> None:
+            super().emit(event_type, **payload)
+            if event_type == "call":
+                sink.emit("echo")
+
+    downstream = Echo()
+    sink = BufferedEventSink(downstream)
+    sink.emit("call")
+    assert sink.flush(PATIENCE)
+    assert sink.flush(PATIENCE)
+
+    assert downstream.emitted == ["call", "echo"]
+    assert sink.close(timeout=PATIENCE)
+
+
+def test_records_from_many_threads_all_arrive_each_threads_in_order() -> None:
+    downstream = Recorder()
+    start = threading.Barrier(6)
+
+    def emit(name: int) -> None:
+        start.wait()
+        for number in range(200):
+            sink.emit("counted", thread=name, number=number)
+
+    with BufferedEventSink(downstream) as sink:
+        threads = [threading.Thread(target=emit, args=(name,)) for name in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sink.flush(PATIENCE)
+
+    for name in range(6):
+        payloads = [event.payload for event in downstream.events]
+        numbers = [payload["number"] for payload in payloads if payload["thread"] == name]
+        assert numbers == list(range(200))
+
+
+# Overflow
+
+
+def test_the_default_is_to_drop_the_oldest() -> None:
+    held = Held()
+    sink = BufferedEventSink(held, max_pending=2)
+    sink.emit("first")
+    held.wait_arrived()
+    for name in ("second", "third", "fourth"):
+        sink.emit(name)
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+
+    assert held.emitted == ["first", "third", "fourth"]
+    assert sink.stats().dropped == 1
+
+
+def test_drop_newest_keeps_what_waits() -> None:
+    held, sink = held_buffer(2, BufferOverflowPolicy.DROP_NEWEST)
+    for name in ("second", "third", "fourth"):
+        sink.emit(name)
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+
+    assert held.emitted == ["first", "second", "third"]
+    assert sink.stats().dropped == 1
+
+
+def test_raise_tells_the_caller_that_the_buffer_is_full() -> None:
+    held, sink = held_buffer(1, BufferOverflowPolicy.RAISE)
+    sink.emit("second")
+
+    with pytest.raises(queue.Full, match="1 records wait"):
+        sink.emit("third")
+
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+    assert held.emitted == ["first", "second"]
+    assert sink.stats().dropped == 1
+
+
+def test_metrics_overflow_by_the_same_rules() -> None:
+    held = Held()
+    sink = BufferedMetricsSink(held, max_pending=1, overflow=BufferOverflowPolicy.RAISE)
+    sink.increment("first")
+    held.wait_arrived()
+    sink.increment("second")
+
+    with pytest.raises(queue.Full):
+        sink.observe("third", 1.0)
+
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+
+
+def test_a_flooded_buffer_never_has_more_pending_than_it_may() -> None:
+    held, sink = held_buffer(3, BufferOverflowPolicy.DROP_OLDEST)
+    for _ in range(50):
+        sink.emit("again")
+        assert sink.stats().pending <= 3
+
+    stats = sink.stats()
+    assert (stats.pending, stats.peak_pending, stats.max_pending) == (3, 3, 3)
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("overflow", list(BufferOverflowPolicy))
+def test_every_record_ends_as_delivered_failed_or_dropped(overflow: BufferOverflowPolicy) -> None:
+    held, sink = held_buffer(2, overflow)
+    for _ in range(5):
+        with contextlib.suppress(queue.Full):
+            sink.emit("again")
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+    sink.emit("too late")
+
+    stats = sink.stats()
+    assert stats.delivered + stats.failures + stats.dropped == 1 + 5 + 1
+    assert stats.pending == 0
+    assert len(held.events) == stats.delivered == 3
+
+
+# Waiting for delivery
+
+
+def test_flush_says_whether_all_was_dealt_with_in_time() -> None:
+    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
+
+    assert not sink.flush(timeout=0)
+    held.let_through()
+    assert sink.flush(PATIENCE)
+    assert sink.close(timeout=PATIENCE)
+
+
+def test_flush_of_an_empty_buffer_returns_at_once() -> None:
+    assert BufferedEventSink(Recorder()).flush()
+
+
+def test_flush_waits_for_the_record_in_delivery_though_later_ones_were_dropped() -> None:
+    held, sink = held_buffer(1, BufferOverflowPolicy.DROP_OLDEST)
+    for _ in range(5):
+        sink.emit("again")
+
+    assert not sink.flush(timeout=0)
+    held.let_through()
+    assert sink.flush(PATIENCE)
+    assert held.emitted == ["first", "again"]
+    assert sink.close(timeout=PATIENCE)
+
+
+def test_flush_and_close_in_the_worker_itself_do_not_wait_for_themselves() -> None:
+    answers: list[bool] = []
+
+    class Impatient(Recorder):
+        def emit(self, event_type: str, **payload: Any) -> None:
+            answers.extend([sink.flush(), sink.close(timeout=None)])
+
+    sink = BufferedEventSink(Impatient())
+    sink.emit("first")
+
+    assert sink.close(timeout=PATIENCE)
+    assert answers == [False, False]
+
+
+# Closing
+
+
+def test_close_delivers_what_is_pending_and_ends_the_thread() -> None:
+    before = workers()
+    downstream = Recorder()
+    sink = BufferedEventSink(downstream)
+    for _ in range(10):
+        sink.emit("again")
+
+    assert sink.close()
+    assert len(downstream.events) == 10
+    assert workers() <= before
+    assert not sink.stats().worker_alive
+
+
+def test_close_can_be_called_again() -> None:
+    sink = BufferedEventSink(Recorder())
+    sink.emit("first")
+
+    assert sink.close()
+    assert sink.close()
+    assert sink.stats().shutdown_timeout_count == 0
+
+
+def test_close_without_draining_discards_all_but_the_record_in_delivery() -> None:
+    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
+    sink.emit("second")
+    sink.emit("third")
+
+    assert not sink.close(timeout=0, drain=False)
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+
+    assert held.emitted == ["first"]
+    assert sink.stats().dropped == 2
+
+
+def test_a_sink_that_blocks_does_not_hold_close_beyond_its_timeout() -> None:
+    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
+
+    assert not sink.close(timeout=0)
+    stats = sink.stats()
+    assert (stats.closed, stats.worker_alive, stats.pending) == (True, True, 1)
+    assert stats.shutdown_timeout_count == 1
+
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+    assert sink.stats().shutdown_timeout_count == 1
+
+
+def test_the_worker_goes_on_after_a_close_that_ran_out_of_time() -> None:
+    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
+    sink.emit("second")
+    assert not sink.close(timeout=0)
+
+    held.let_through()
+
+    assert sink.close(timeout=PATIENCE)
+    assert held.emitted == ["first", "second"]
+
+
+@pytest.mark.parametrize("overflow", list(BufferOverflowPolicy))
+def test_what_comes_after_closing_is_dropped_without_an_error(
+    overflow: BufferOverflowPolicy,
+) -> None:
+    downstream = Recorder()
+    sink = BufferedEventSink(downstream, overflow=overflow)
+    sink.close()
+
+    sink.emit("too late")
+
+    stats = sink.stats()
+    assert downstream.events == []
+    assert (stats.dropped, stats.enqueued, stats.pending) == (1, 0, 0)
+
+
+def test_leaving_the_block_closes() -> None:
+    downstream = Recorder()
+
+    with BufferedMetricsSink(downstream) as sink:
+        sink.increment("calls")
+
+    assert sink.stats().closed
+    assert len(downstream.metrics) == 1
+
+
+def test_a_forgotten_buffer_delivers_what_it_has_and_its_thread_ends() -> None:
+    before = workers()
+    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
+    sink.emit("second")
+    (worker,) = workers() - before
+    gone = weakref.ref(sink)
+
+    del sink
+    gc.collect()
+    held.let_through()
+    worker.join(PATIENCE)
+
+    assert gone() is None
+    assert not worker.is_alive()
+    assert held.emitted == ["first", "second"]
+
+
+def test_a_thread_that_cannot_start_costs_the_record_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    sink = BufferedEventSink(Recorder())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        sink.emit("lost")
+
+    assert (sink.stats().dropped, sink.stats().pending) == (1, 0)
+    sink.emit("kept")
+    assert sink.close(timeout=PATIENCE)
+    assert sink.stats().delivered == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_delivers_its_own_records_and_not_the_parents() -> None:
+    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
+    sink.emit("second")
+
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            held.let_through()
+            sink.emit("of the child")
+            if sink.flush(PATIENCE) and held.emitted == ["of the child"]:
+                status = 0
+        finally:
+            os._exit(status)
+    _, result = os.waitpid(child, 0)
+
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+    assert os.waitstatus_to_exitcode(result) == 0
+    assert held.emitted == ["first", "second"]
+
+
+# Looking in, and settings
+
+
+def test_the_statistics_add_up() -> None:
+    downstream = Recorder()
+    sink = BufferedEventSink(downstream, max_pending=5)
+    sink.emit("first")
+    sink.close()
+
+    assert sink.stats() == BufferedSinkStats(
+        enqueued=1,
+        delivered=1,
+        dropped=0,
+        failures=0,
+        pending=0,
+        closed=True,
+        max_pending=5,
+        peak_pending=1,
+        worker_alive=False,
+        shutdown_timeout_count=0,
+    )
+
+
+def test_statistics_cannot_be_changed() -> None:
+    stats = BufferedEventSink(Recorder()).stats()
+
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(stats, "pending", 5)  # noqa: B010
+
+
+def test_a_buffer_tells_its_state() -> None:
+    sink = BufferedEventSink(Recorder(), max_pending=5)
+    sink.emit("first")
+    sink.close()
+
+    assert repr(sink) == (
+        "<BufferedEventSink to Recorder closed pending=0/5 delivered=1 dropped=0 failures=0>"
+    )
+
+
+def test_the_sink_behind_can_be_read() -> None:
+    downstream = Recorder()
+
+    assert BufferedEventSink(downstream).downstream is downstream
+    assert BufferedMetricsSink(downstream).downstream is downstream
+
+
+def test_buffered_sinks_say_that_they_never_block() -> None:
+    assert BufferedEventSink.coalestra_non_blocking is True
+    assert BufferedMetricsSink.coalestra_non_blocking is True
+
+
+class Wrong:
+    """No sink at all."""
+
+
+@pytest.mark.parametrize("kind", [BufferedEventSink, BufferedMetricsSink])
+@pytest.mark.parametrize(
+    "settings, error, parameter",
+    [
+        ({"max_pending": 0}, ValueError, "max_pending"),
+        ({"max_pending": True}, TypeError, "max_pending"),
+        ({"max_pending": 2.0}, TypeError, "max_pending"),
+        ({"overflow": "raise"}, TypeError, "overflow"),
+        ({"downstream": Wrong()}, TypeError, "downstream"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(
+    kind: Any, settings: dict[str, Any], error: type[Exception], parameter: str
+) -> None:
+    with pytest.raises(error, match=parameter):
+        kind(**{"downstream": Recorder(), **settings})
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])
+def test_a_timeout_must_be_a_finite_number_of_seconds(timeout: float) -> None:
+    sink = BufferedEventSink(Recorder())
+
+    with pytest.raises(ValueError, match="timeout"):
+        sink.flush(timeout)
+    with pytest.raises(ValueError, match="timeout"):
+        sink.close(timeout=timeout)
+    assert not sink.stats().closed

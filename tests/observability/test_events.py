@@ -1,0 +1,76 @@
+"""The event sinks that come with the library."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from coalestra.observability import LoggingEventSink, NullEventSink
+
+
+def test_an_event_is_logged_at_info_to_the_logger_of_the_library(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="coalestra"):
+        LoggingEventSink().emit("cache_hit", resource="a:b", freshness="fresh")
+
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("coalestra", logging.INFO)
+    assert record.getMessage() == "cache_hit {'resource': 'a:b', 'freshness': 'fresh'}"
+
+
+def test_a_log_record_has_type_and_payload_for_structured_formatters(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="coalestra"):
+        LoggingEventSink().emit("cache_hit", resource="a:b")
+
+    attributes = vars(caplog.records[0])
+    assert attributes["event_type"] == "cache_hit"
+    assert attributes["event_payload"] == {"resource": "a:b"}
+
+
+def test_a_payload_may_use_the_names_of_log_record_attributes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="coalestra"):
+        LoggingEventSink().emit("custom", name="x", message="y", args="z")
+
+    assert len(caplog.records) == 1
+
+
+def test_events_go_to_the_logger_that_was_given(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("tests.of.events")
+    sink = LoggingEventSink(logger)
+
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        sink.emit("cache_hit")
+
+    assert sink.logger is logger
+    assert [record.name for record in caplog.records] == ["tests.of.events"]
+
+
+def test_what_is_no_logger_is_refused_by_name() -> None:
+    wrong: Any = "coalestra"
+
+    with pytest.raises(TypeError, match="logger"):
+        LoggingEventSink(wrong)
+
+
+def test_logging_may_block_and_null_may_not() -> None:
+    assert not hasattr(LoggingEventSink, "coalestra_non_blocking")
+    assert NullEventSink.coalestra_non_blocking is True
+
+
+def test_a_null_sink_takes_everything_and_keeps_nothing() -> None:
+    sink = NullEventSink()
+
+    sink.emit("cache_hit", resource="a:b")
+
+    assert repr(sink) == "NullEventSink()"
+
+
+def test_a_logging_sink_tells_its_logger() -> None:
+    assert "coalestra" in repr(LoggingEventSink())

@@ -1,0 +1,134 @@
+"""The metric sinks that come with the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import pytest
+
+from coalestra.observability import (
+    InMemoryMetrics,
+    MetricRecord,
+    NullMetrics,
+    ObservationSummary,
+)
+
+
+def test_a_counter_adds_up() -> None:
+    metrics = InMemoryMetrics()
+
+    metrics.increment("calls", source="a")
+    metrics.increment("calls", 4, source="a")
+
+    assert metrics.counter("calls", source="a") == 5
+
+
+def test_counters_with_other_labels_are_other_counters() -> None:
+    metrics = InMemoryMetrics()
+
+    metrics.increment("calls", source="a")
+
+    assert metrics.counter("calls", source="b") == 0
+    assert metrics.counter("calls") == 0
+    assert metrics.counter("other", source="a") == 0
+
+
+def test_the_order_of_labels_does_not_matter() -> None:
+    metrics = InMemoryMetrics()
+
+    metrics.increment("calls", source="a", status="ok")
+
+    assert metrics.counter("calls", status="ok", source="a") == 1
+
+
+def test_observations_are_summed_up() -> None:
+    metrics = InMemoryMetrics()
+
+    for value in (4.0, 1.0, 7.0):
+        metrics.observe("latency", value, source="a")
+
+    summary = metrics.summary("latency", source="a")
+    assert summary == ObservationSummary(count=3, total=12.0, minimum=1.0, maximum=7.0)
+    assert summary is not None
+    assert summary.average == 4.0
+
+
+def test_what_was_never_observed_has_no_summary() -> None:
+    assert InMemoryMetrics().summary("latency") is None
+
+
+def test_memory_grows_with_label_sets_and_not_with_calls() -> None:
+    metrics = InMemoryMetrics()
+
+    for value in range(1_000):
+        metrics.observe("latency", float(value))
+        metrics.increment("calls")
+
+    kept = metrics.snapshot()
+    assert len(kept.counters) == len(kept.observations) == 1
+
+
+def test_a_snapshot_does_not_move_with_the_metrics() -> None:
+    metrics = InMemoryMetrics()
+    metrics.increment("calls", source="a")
+    before = metrics.snapshot()
+
+    metrics.increment("calls", source="a")
+
+    assert before.counters == {("calls", (("source", "a"),)): 1}
+
+
+def test_counts_from_many_threads_are_not_lost() -> None:
+    metrics = InMemoryMetrics()
+    start = threading.Barrier(8)
+
+    def count() -> None:
+        start.wait()
+        for _ in range(500):
+            metrics.increment("calls")
+            metrics.observe("latency", 1.0)
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    summary = metrics.summary("latency")
+    assert metrics.counter("calls") == 4_000
+    assert summary is not None
+    assert summary.count == 4_000
+
+
+def test_metrics_in_memory_tell_how_much_they_keep() -> None:
+    metrics = InMemoryMetrics()
+    metrics.increment("calls")
+
+    assert repr(metrics) == "<InMemoryMetrics counters=1 observations=0>"
+
+
+def test_null_metrics_take_everything_and_keep_nothing() -> None:
+    metrics = NullMetrics()
+
+    metrics.increment("calls", 2, source="a")
+    metrics.observe("latency", 1.0)
+
+    assert repr(metrics) == "NullMetrics()"
+
+
+def test_the_sinks_that_never_block_say_so() -> None:
+    assert NullMetrics.coalestra_non_blocking is True
+    assert InMemoryMetrics.coalestra_non_blocking is True
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        MetricRecord("increment", "calls", 1, {"source": "a"}),
+        ObservationSummary(1, 2.0, 2.0, 2.0),
+    ],
+)
+def test_records_cannot_be_changed(record: MetricRecord | ObservationSummary) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(record, dataclasses.fields(record)[0].name, None)

@@ -1,0 +1,182 @@
+"""The reporter as such: which sides it serves, and what happens when a sink fails."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coalestra.core.failures import SourceFailure
+from coalestra.core.keys import ResourceKey
+from coalestra.observability import (
+    BufferedEventSink,
+    BufferedMetricsSink,
+    BufferOverflowPolicy,
+    NullEventSink,
+    NullMetrics,
+)
+from coalestra.observability.reporting import Reporter, reporter_for
+from tests.observability.recording import PATIENCE, Held, Raising, Recorder
+
+PRICE = ResourceKey("market", "price", "BTC")
+
+
+class Unrenderable:
+    """A key that must not be rendered."""
+
+    namespace = "market"
+    name = "price"
+
+    def __str__(self) -> str:
+        raise AssertionError("rendered although nobody listens to events")
+
+
+class Unlabelled:
+    """A key that must not be turned into labels."""
+
+    @property
+    def namespace(self) -> str:
+        raise AssertionError("labelled although nobody listens to metrics")
+
+    def __str__(self) -> str:
+        return "the key"
+
+
+def reporter(metrics: Any, events: Any) -> Reporter:
+    report = reporter_for(metrics, events)
+    assert report is not None
+    return report
+
+
+def test_without_a_listener_there_is_no_reporter() -> None:
+    assert reporter_for(NullMetrics(), NullEventSink()) is None
+
+
+def test_null_sinks_behind_buffers_do_not_listen_either() -> None:
+    metrics, events = BufferedMetricsSink(NullMetrics()), BufferedEventSink(NullEventSink())
+
+    assert reporter_for(metrics, events) is None
+
+
+def test_a_subclass_of_a_null_sink_may_listen() -> None:
+    class Listening(NullEventSink):
+        pass
+
+    assert reporter_for(NullMetrics(), Listening()) is not None
+
+
+def test_without_events_no_key_is_rendered() -> None:
+    sink = Recorder()
+    report = reporter(sink, NullEventSink())
+    key: Any = Unrenderable()
+
+    report.cache_hit(key, "fresh")
+    report.source_failed(key, "exchange", ValueError())
+
+    assert report.failures == 0
+    assert [record.metric for record in sink.metrics] == [
+        "cache_access_total",
+        "source_fetch_total",
+    ]
+
+
+def test_without_metrics_no_labels_are_built() -> None:
+    sink = Recorder()
+    report = reporter(NullMetrics(), sink)
+    key: Any = Unlabelled()
+
+    report.cache_hit(key, "fresh")
+
+    assert sink.events[0].payload == {"resource": "the key", "freshness": "fresh"}
+
+
+def test_what_a_sink_raises_is_counted_and_goes_no_further() -> None:
+    sink = Raising(RuntimeError("the disk is full"))
+    report = reporter(sink, sink)
+
+    report.cache_hit(PRICE, "fresh")
+    report.batch_size("exchange", 3)
+
+    assert sink.calls == 3
+    assert report.failures == 3
+
+
+def test_a_failing_metrics_sink_does_not_keep_the_event_back() -> None:
+    events = Recorder()
+    report = reporter(Raising(ValueError()), events)
+
+    report.cache_hit(PRICE, "fresh")
+
+    assert events.emitted == ["cache_hit"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), asyncio.CancelledError()])
+def test_interrupts_and_cancellation_pass_through(error: BaseException) -> None:
+    report = reporter(Raising(error), NullEventSink())
+
+    with pytest.raises(type(error)):
+        report.cache_missed(PRICE)
+
+    assert report.failures == 0
+
+
+def test_a_full_buffer_that_raises_is_a_failing_sink_like_any_other() -> None:
+    held = Held()
+    with BufferedEventSink(held, max_pending=1, overflow=BufferOverflowPolicy.RAISE) as buffer:
+        report = reporter(NullMetrics(), buffer)
+        report.cache_bypassed(PRICE, "first")
+        held.wait_arrived()
+        report.cache_bypassed(PRICE, "second")
+        report.cache_bypassed(PRICE, "third")
+        held.let_through()
+        assert buffer.flush(PATIENCE)
+
+    assert report.failures == 1
+    assert [event.payload["reason"] for event in held.events] == ["first", "second"]
+
+
+class Unreadable(Exception):
+    """An error whose message cannot be had."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no message for you")
+
+
+def reported_error(error: BaseException | SourceFailure) -> tuple[str, str]:
+    sink = Recorder()
+    report = reporter(NullMetrics(), sink)
+    report.source_failed(PRICE, "exchange", error)
+    assert report.failures == 0
+    payload = sink.events[0].payload
+    return payload["error_type"], payload["error"]
+
+
+def test_an_error_is_told_by_its_type_and_its_message() -> None:
+    assert reported_error(ConnectionError("line down")) == ("ConnectionError", "line down")
+
+
+def test_a_recorded_failure_is_told_like_the_error_it_was_made_of() -> None:
+    failure = SourceFailure("exchange", "TimeoutError", "took too long")
+
+    assert reported_error(failure) == ("TimeoutError", "took too long")
+
+
+def test_a_message_is_told_in_one_bounded_line() -> None:
+    _, text = reported_error(ValueError("one\ntwo\n" + "x" * 1_000_000))
+
+    assert text.startswith("one two xxx")
+    assert len(text) == 300
+
+
+def test_an_error_whose_message_cannot_be_read_is_still_reported() -> None:
+    kind, text = reported_error(Unreadable())
+
+    assert kind == "Unreadable"
+    assert "RuntimeError" in text
+
+
+def test_a_reporter_tells_which_sides_it_serves() -> None:
+    report = reporter(NullMetrics(), Recorder())
+
+    assert repr(report) == "<Reporter metrics=off events=Recorder failures=0>"
