@@ -1,0 +1,348 @@
+"""The entry store: bounds, counts, the truth of derived entries, and who hears of what."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coalestra.cache.entries import EntryStore
+from coalestra.core.freshness import FreshnessPolicy, PolicyResolver
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.records import CacheWriteStatus
+from coalestra.core.revision import Revision
+from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, revision_of
+
+NOTHING: tuple[Revision, ...] = ()
+
+
+def found(store: EntryStore, *keys: ResourceKey) -> list[ResourceKey]:
+    return [key for key in keys if store.find(key, NOW, POLICY) is not None]
+
+
+def numbered(number: int) -> ResourceKey:
+    return ResourceKey("test", "entry", str(number))
+
+
+def test_the_least_recently_used_entry_leaves_first() -> None:
+    store = EntryStore(2)
+    store.put(revision_of(A))
+    store.put(revision_of(B))
+    assert found(store, A) == [A]
+    store.put(revision_of(C))
+    assert found(store, A, B, C) == [A, C]
+    assert store.stats().evictions == 1
+
+
+def test_rewriting_an_entry_makes_it_recent() -> None:
+    store = EntryStore(2)
+    store.put(revision_of(A))
+    store.put(revision_of(B))
+    store.put(revision_of(A), replace_equal=True)
+    store.put(revision_of(C))
+    assert found(store, A, B, C) == [A, C]
+
+
+def test_peeking_counts_and_moves_nothing() -> None:
+    store = EntryStore(2)
+    store.put(revision_of(A, observed_at=NOW - 999))
+    store.put(revision_of(B))
+    assert store.peek(A) is not None
+    store.put(revision_of(C))
+    assert store.peek(A) is None
+    assert (store.stats().hits, store.stats().misses) == (0, 0)
+
+
+def test_an_unbounded_store_keeps_everything() -> None:
+    store = EntryStore(None)
+    for number in range(20_000):
+        store.put(revision_of(numbered(number)))
+    assert len(store) == 20_000
+    assert store.stats().max_entries is None
+
+
+def test_every_outcome_is_counted() -> None:
+    store = EntryStore(10)
+    store.put(revision_of(A))
+    store.put(revision_of(A, observed_at=NOW - 1))
+    store.put(revision_of(B, observed_at=NOW - 6))
+    store.put(revision_of(C, observed_at=NOW - 31))
+    assert found(store, A, B, C, numbered(1)) == [A, B]
+    store.drop([A, numbered(2)])
+    stats = store.stats()
+    assert (stats.size, stats.max_entries, stats.sets) == (1, 10, 3)
+    assert (stats.hits, stats.fresh_hits, stats.stale_hits, stats.misses) == (2, 1, 1, 2)
+    assert (stats.invalidations, stats.expirations, stats.evictions) == (1, 1, 0)
+
+
+def test_an_ignored_write_returns_what_stayed_and_moves_nothing() -> None:
+    store = EntryStore(10)
+    old = revision_of(A)
+    store.put(old)
+    epoch = store.epoch
+    status, current, previous = store.put(revision_of(A, observed_at=NOW - 1))
+    assert (status, current, previous) == (CacheWriteStatus.IGNORED_OLDER, old, old)
+    assert store.epoch == epoch
+
+
+def test_a_stored_write_returns_itself_and_what_was_before() -> None:
+    store = EntryStore(10)
+    old, new = revision_of(A), revision_of(A, observed_at=NOW + 1)
+    assert store.put(old) == (CacheWriteStatus.STORED, old, None)
+    assert store.put(new) == (CacheWriteStatus.STORED, new, old)
+
+
+def test_every_change_of_what_is_stored_moves_the_epoch() -> None:
+    store = EntryStore(2)
+    epochs = [store.epoch]
+    changes: list[Callable[[], object]] = [
+        lambda: store.put(revision_of(A)),
+        lambda: store.put(revision_of(A), force=True),
+        lambda: store.put(revision_of(B, observed_at=NOW - 99)),
+        lambda: store.put(revision_of(C)),
+        lambda: store.find(B, NOW, POLICY),
+        lambda: store.drop([C]),
+    ]
+    for change in changes:
+        change()
+        epochs.append(store.epoch)
+    assert epochs == sorted(set(epochs))
+
+
+def test_a_derived_entry_ends_when_a_dependency_is_replaced_dropped_expired_or_evicted() -> None:
+    def replaced(store: EntryStore) -> None:
+        store.put(revision_of(A), force=True)
+
+    def dropped(store: EntryStore) -> None:
+        store.drop([A])
+
+    def expired(store: EntryStore) -> None:
+        store.find(A, NOW + 99, POLICY)
+
+    def evicted(store: EntryStore) -> None:
+        for number in range(3):
+            store.find(B, NOW, POLICY)
+            store.put(revision_of(numbered(number)))
+
+    for ending in (replaced, dropped, expired, evicted):
+        store = EntryStore(3)
+        base = revision_of(A)
+        store.put(base)
+        store.put(revision_of(B, rests_on=[base]))
+        assert found(store, B) == [B], ending
+        ending(store)
+        assert found(store, B) == [], ending
+
+
+def test_a_changed_root_ends_a_chain_of_ten_thousand() -> None:
+    store = EntryStore(None)
+    last = revision_of(A)
+    store.put(last)
+    for number in range(10_000):
+        last = revision_of(numbered(number), rests_on=[last])
+        last.dependencies = NOTHING
+        store.put(last)
+    assert store.find(last.key, NOW, POLICY) is last
+    store.put(revision_of(A), force=True)
+    assert store.find(last.key, NOW, POLICY) is None
+    assert found(store, *map(numbered, range(10_000))) == []
+
+
+def test_a_derived_entry_put_back_with_what_it_rests_on_is_current_again() -> None:
+    store = EntryStore(None)
+    base = revision_of(A)
+    derived = revision_of(B, rests_on=[base])
+    store.put(base)
+    store.put(derived)
+    store.put(revision_of(A), force=True)
+    assert store.find(B, NOW, POLICY) is None
+    store.put(base, force=True)
+    store.put(derived)
+    assert store.find(B, NOW, POLICY) is derived
+
+
+def test_rewriting_an_outdated_derived_entry_makes_it_recent() -> None:
+    store = EntryStore(3)
+    base = revision_of(A)
+    store.put(base)
+    store.put(revision_of(B, rests_on=[base]))
+    store.put(revision_of(A), force=True)
+    store.put(revision_of(C))
+    store.put(revision_of(B))
+    store.put(revision_of(numbered(1)))
+    assert found(store, A, B, C, numbered(1)) == [B, C, numbered(1)]
+
+
+def test_a_derived_entry_found_current_is_joined_to_what_it_rests_on() -> None:
+    store = EntryStore(None)
+    base = revision_of(A)
+    derived = revision_of(B, rests_on=[base])
+    derived.dependencies = NOTHING
+    store.put(derived)
+    store.put(base)
+    assert store.find(B, NOW, POLICY) is derived
+    assert derived.dependencies == (base,)
+
+
+def test_entries_that_claim_to_rest_on_each_other_are_never_current() -> None:
+    store = EntryStore(None)
+    one, two = revision_of(A), revision_of(B)
+    circular = revision_of(A, rests_on=[two])
+    circular.version = one.version
+    two_on_one = revision_of(B, rests_on=[one])
+    two_on_one.version = two.version
+    store.put(circular)
+    store.put(two_on_one)
+    assert found(store, A, B) == []
+
+
+class CountedVersions(FrozenDict[ResourceKey, str]):
+    """Dependency versions that count how often they are walked."""
+
+    walks = 0
+
+    def items(self) -> Any:
+        CountedVersions.walks += 1
+        return super().items()
+
+
+def test_each_derived_entry_is_walked_once_however_many_are_asked_for() -> None:
+    store = EntryStore(None)
+    last = revision_of(A)
+    store.put(last)
+    expired = [revision_of(ResourceKey("old", str(n)), observed_at=NOW - 99) for n in range(500)]
+    for each in expired:
+        store.put(each)
+    keys = [numbered(number) for number in range(500)]
+    for key in keys:
+        last = _counted(revision_of(key, rests_on=[last]))
+        store.put(last)
+    CountedVersions.walks = 0
+    for key, old in zip(keys, expired, strict=True):
+        assert store.find(key, NOW, POLICY) is not None
+        assert store.find(old.key, NOW, POLICY) is None
+    assert CountedVersions.walks == 500
+    store.put(revision_of(A), force=True)
+    for key in reversed(keys):
+        assert store.find(key, NOW, POLICY) is None
+    assert CountedVersions.walks == 1_000
+
+
+def _counted(revision: Revision) -> Revision:
+    revision.dependency_versions = CountedVersions(revision.dependency_versions)
+    return revision
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_validity_agrees_with_looking_at_everything(seed: int) -> None:
+    chance = random.Random(seed)
+    store = EntryStore(None)
+    held: dict[ResourceKey, Revision] = {}
+    keys = [numbered(number) for number in range(16)]
+
+    def current(key: ResourceKey) -> bool:
+        return key in held and all(
+            current(each) and held[each].version == version
+            for each, version in held[key].dependency_versions.items()
+        )
+
+    for _ in range(300):
+        level = chance.randrange(16)
+        key = keys[level]
+        below = [held[each] for each in keys[:level] if each in held]
+        action = chance.random()
+        if action < 0.7:
+            rests_on = chance.sample(below, min(len(below), chance.randrange(3)))
+            held[key] = revision_of(key, rests_on=rests_on)
+            store.put(held[key], force=True)
+        elif action < 0.8:
+            store.drop([key])
+            held.pop(key, None)
+        elif action < 0.9 or not current(key):
+            assert (store.find(key, NOW, POLICY) is not None) == current(key)
+            if not current(key):
+                held.pop(key, None)
+        else:
+            store.find(key, NOW + 99, POLICY)
+            held.pop(key)
+        for each in chance.sample(keys, 5):
+            assert (store.peek(each) is not None) == current(each)
+
+
+def test_pruning_drops_what_nobody_can_use() -> None:
+    store = EntryStore(None)
+    base = revision_of(A, observed_at=NOW - 31)
+    store.put(base)
+    store.put(revision_of(B, rests_on=[base]))
+    store.put(revision_of(C))
+    assert set(store.prune(NOW, PolicyResolver(POLICY))) == {A, B}
+    assert list(store) == [C]
+    assert store.prune(NOW, PolicyResolver(POLICY)) == ()
+
+
+def test_infinite_policies_never_expire_an_entry() -> None:
+    store = EntryStore(1)
+    store.put(revision_of(A, observed_at=0.0))
+    endless = FreshnessPolicy(float("inf"), float("inf"))
+    assert store.find(A, NOW, endless) is not None
+
+
+def test_listeners_hear_of_writes_and_invalidations_in_order() -> None:
+    store = EntryStore(2)
+    witness = Witness()
+    store.subscribe(witness)
+    store.subscribe(witness)
+    revision = revision_of(A)
+    store.put(revision)
+    store.put(revision_of(A, observed_at=NOW - 1))
+    store.drop([A, B])
+    assert witness.heard == [
+        ("revised", A, revision.version),
+        ("invalidating", (A, B)),
+        ("revised", A, None),
+    ]
+
+
+def test_listeners_hear_of_invalidation_by_rule_with_the_rule() -> None:
+    store = EntryStore(2)
+    witness = Witness()
+    store.put(revision_of(A))
+    store.subscribe(witness)
+    assert store.drop_where(lambda key: key != B) == (A,)
+    store.clear()
+    assert witness.heard == [
+        ("invalidating_where", (A, C)),
+        ("revised", A, None),
+        ("invalidating_where", (A, B, C)),
+    ]
+
+
+def test_eviction_and_expiry_are_not_news() -> None:
+    store = EntryStore(1)
+    store.put(revision_of(A, observed_at=NOW - 99))
+    witness = Witness()
+    store.subscribe(witness)
+    store.find(A, NOW, POLICY)
+    store.put(revision_of(B))
+    store.put(revision_of(C))
+    assert [(name, key) for name, key, _ in witness.heard] == [("revised", B), ("revised", C)]
+
+
+def test_a_rule_that_fails_changes_nothing() -> None:
+    store = EntryStore(2)
+    store.put(revision_of(A))
+
+    def fail(_: ResourceKey) -> bool:
+        raise LookupError("no idea")
+
+    with pytest.raises(LookupError):
+        store.drop_where(fail)
+    assert found(store, A) == [A]
+
+
+def test_the_store_describes_itself() -> None:
+    assert repr(EntryStore(5)) == "EntryStore(0 entries, max 5, epoch 0)"
+    assert repr(EntryStore(None)) == "EntryStore(0 entries, unbounded, epoch 0)"

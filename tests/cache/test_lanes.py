@@ -1,0 +1,116 @@
+"""Turns per key: order, no circles, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from coalestra.cache.lanes import KeyLanes
+from coalestra.core.keys import ResourceKey
+from tests.contracts.samples import A, B, C, begun
+from tests.support import cancel_at_every_await, settle
+
+
+async def test_operations_on_one_key_run_one_after_the_other_in_order() -> None:
+    lanes = KeyLanes()
+    log: list[str] = []
+
+    async def operate(name: str) -> None:
+        async with lanes.turn([A]):
+            log.append(f"{name} begins")
+            await asyncio.sleep(1)
+            log.append(f"{name} ends")
+
+    await asyncio.gather(*[await begun(operate(name)) for name in "123"])
+    assert log == [f"{name} {what}" for name in "123" for what in ("begins", "ends")]
+    assert len(lanes) == 0
+
+
+async def test_operations_on_different_keys_run_side_by_side() -> None:
+    lanes = KeyLanes()
+
+    async def operate(key: ResourceKey) -> None:
+        async with lanes.turn([key]):
+            await asyncio.sleep(1)
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await asyncio.gather(operate(A), operate(B), operate(C))
+    assert loop.time() - began == pytest.approx(1)
+
+
+async def test_overlapping_groups_of_keys_cannot_block_each_other() -> None:
+    lanes = KeyLanes()
+    chance = random.Random(1)
+    busy: set[ResourceKey] = set()
+
+    async def operate(keys: list[ResourceKey]) -> None:
+        async with lanes.turn(keys):
+            assert not busy.intersection(keys)
+            busy.update(keys)
+            await asyncio.sleep(chance.random())
+            busy.difference_update(keys)
+
+    groups = [chance.sample([A, B, C], chance.randrange(1, 4)) for _ in range(200)]
+    await asyncio.gather(*map(operate, groups))
+    assert len(lanes) == 0
+
+
+async def test_a_cancelled_waiter_lets_nobody_overtake() -> None:
+    lanes = KeyLanes()
+    log: list[str] = []
+
+    async def operate(name: str) -> None:
+        async with lanes.turn([A]):
+            log.append(name)
+            await asyncio.sleep(1)
+            log.append(name)
+
+    tasks = [await begun(operate(name)) for name in "123"]
+    tasks[1].cancel()
+    await settle()
+    assert log == ["1"]
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert log == ["1", "1", "3", "3"]
+    assert len(lanes) == 0
+
+
+async def test_ten_thousand_abandoned_turns_end_without_recursion() -> None:
+    lanes = KeyLanes()
+
+    async def operate() -> None:
+        async with lanes.turn([A]):
+            await asyncio.sleep(1)
+
+    first = asyncio.ensure_future(operate())
+    await settle()
+    others = [asyncio.ensure_future(operate()) for _ in range(10_000)]
+    await settle()
+    for task in others:
+        task.cancel()
+    await asyncio.gather(first, *others, return_exceptions=True)
+    assert len(lanes) == 0
+
+
+async def test_cancelling_at_any_await_leaves_the_lanes_idle() -> None:
+    lanes = KeyLanes()
+
+    async def operate(keys: list[ResourceKey]) -> None:
+        async with lanes.turn(keys):
+            await asyncio.sleep(0.1)
+
+    async def work() -> None:
+        await asyncio.gather(operate([A, B]), operate([B, C]), operate([C, A]), operate([A]))
+
+    def check() -> None:
+        assert len(lanes) == 0
+
+    assert await cancel_at_every_await(work, check) > 3
+
+
+def test_lanes_describe_themselves() -> None:
+    lanes = KeyLanes()
+    assert repr(lanes) == "KeyLanes(0 busy)"
+    assert repr(lanes.turn([A, B])) == "Turn(2 keys, behind 0)"

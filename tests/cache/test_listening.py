@@ -1,0 +1,52 @@
+"""Listeners are heard in order, held weakly, and told everything."""
+
+from __future__ import annotations
+
+from coalestra.cache.listening import Listeners
+from tests.contracts.samples import A, B, Witness, revision_of
+
+
+def test_every_kind_of_news_reaches_every_listener() -> None:
+    listeners = Listeners()
+    one, two = Witness(), Witness()
+    listeners.subscribe(one)
+    listeners.subscribe(two)
+    revision = revision_of(A)
+    listeners.announced([revision])
+    listeners.revised(A, revision)
+    listeners.concluded([revision])
+    listeners.invalidating([A, B])
+    listeners.invalidating_where(lambda key: key == B)
+    assert one.heard == two.heard
+    assert [what for what, *_ in one.heard] == [
+        "announced",
+        "revised",
+        "concluded",
+        "invalidating",
+        "invalidating_where",
+    ]
+
+
+def test_a_listener_is_not_kept_alive() -> None:
+    listeners = Listeners()
+    listeners.subscribe(Witness())
+    assert listeners.references == ()
+    assert repr(listeners) == "Listeners(0)"
+
+
+def test_unsubscribing_a_stranger_does_nothing() -> None:
+    listeners = Listeners()
+    known = Witness()
+    listeners.subscribe(known)
+    listeners.unsubscribe(Witness())
+    listeners.revised(A, None)
+    assert known.heard == [("revised", A, None)]
+
+
+def test_listeners_can_listen_to_listeners() -> None:
+    outer, inner = Listeners(), Listeners()
+    witness = Witness()
+    inner.subscribe(witness)
+    outer.subscribe(inner)
+    outer.revised(A, None)
+    assert witness.heard == [("revised", A, None)]

@@ -1,0 +1,266 @@
+"""`AsyncMemoryCache`: what it adds to the entry store."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from typing import Any
+
+import pytest
+
+from coalestra.cache.memory import AsyncMemoryCache
+from coalestra.core.errors import (
+    PayloadCopyShutdownTimeoutError,
+    PayloadCopySubsystemClosedError,
+    PayloadIsolationError,
+)
+from coalestra.core.freshness import PolicyResolver
+from coalestra.core.keys import ResourceKey
+from coalestra.core.records import CacheStats
+from tests.contracts.samples import NOW, POLICY, A, B, C, begun, value_of
+from tests.support import settle
+
+
+async def payload_of(cache: AsyncMemoryCache, key: ResourceKey = A) -> Any:
+    value = (await cache.get(key, now=NOW, policy=POLICY)).value
+    return None if value is None else value.value
+
+
+async def test_values_and_metadata_are_isolated_on_the_way_in_and_out() -> None:
+    cache = AsyncMemoryCache()
+    payload, tags = {"levels": [1]}, ["x"]
+    await cache.set(value_of(payload=payload, metadata={"tags": tags}))
+    payload["levels"].append(2)
+    tags.append("y")
+    for _ in range(2):
+        value = (await cache.get(A, now=NOW, policy=POLICY)).value
+        assert value is not None
+        assert value.value == {"levels": [1]}
+        assert value.metadata == {"tags": ["x"]}
+        value.value["levels"].append(9)
+        value.metadata["tags"].append("z")
+
+
+async def test_a_read_value_says_it_comes_from_the_cache_and_how_old_it_is() -> None:
+    cache = AsyncMemoryCache()
+    await cache.set(value_of(observed_at=NOW - 6))
+    lookup = await cache.get(A, now=NOW, policy=POLICY)
+    assert lookup.value is not None
+    assert (lookup.value.from_cache, lookup.value.stale, lookup.value.age_seconds) == (
+        True,
+        True,
+        6,
+    )
+    assert (lookup.fresh, lookup.usable_stale, lookup.age_seconds) == (False, True, 6)
+
+
+async def test_a_write_result_is_a_copy_of_what_is_stored() -> None:
+    cache = AsyncMemoryCache()
+    offered = value_of(payload=[1])
+    result = await cache.set_if_newer(offered)
+    assert result.stored
+    assert result.value == offered
+    assert result.value.value is not offered.value
+    result.value.value.append(2)
+    assert await payload_of(cache) == [1]
+
+
+async def test_a_batch_read_needs_a_policy_for_each_key() -> None:
+    cache = AsyncMemoryCache()
+    with pytest.raises(KeyError):
+        await cache.get_many([A, B], now=NOW, policies={A: POLICY})
+
+
+async def test_an_expired_entry_is_dropped_when_it_is_read() -> None:
+    cache = AsyncMemoryCache()
+    await cache.set(value_of(observed_at=NOW - 31))
+    assert await cache.size() == 1
+    assert (await cache.get(A, now=NOW, policy=POLICY)).value is None
+    assert await cache.size() == 0
+
+
+async def test_a_batch_may_hold_derived_values_before_what_they_rest_on() -> None:
+    cache = AsyncMemoryCache()
+    base = value_of(A)
+    await cache.set_many([value_of(B, rests_on=[base]), base])
+    assert await payload_of(cache, B) == 1.0
+    await cache.set(value_of(A, observed_at=NOW - 1))
+    assert await payload_of(cache, B) is None
+
+
+async def test_matching_keys_are_invalidated_and_returned() -> None:
+    cache = AsyncMemoryCache()
+    await cache.set_many([value_of(A), value_of(B), value_of(C)])
+    assert set(await cache.invalidate_matching(lambda key: key.subject > "A")) == {B, C}
+    assert await cache.size() == 1
+    with pytest.raises(TypeError, match="predicate"):
+        await cache.invalidate_matching("A")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "narrowing, left",
+    [
+        ({}, {("b", "x", "")}),
+        ({"name": "x"}, {("a", "y", "1"), ("b", "x", "")}),
+        ({"name": "x", "subject": "1"}, {("a", "x", ""), ("a", "y", "1"), ("b", "x", "")}),
+        ({"subject": ""}, {("a", "x", "1"), ("a", "y", "1"), ("b", "x", "")}),
+    ],
+)
+async def test_a_namespace_is_invalidated_as_narrowly_as_asked(
+    narrowing: dict[str, str], left: set[tuple[str, str, str]]
+) -> None:
+    cache = AsyncMemoryCache()
+    parts = [("a", "x", ""), ("a", "x", "1"), ("a", "y", "1"), ("b", "x", "")]
+    await cache.set_many([value_of(ResourceKey(*each)) for each in parts])
+    dropped = await cache.invalidate_namespace("a", **narrowing)
+    assert {(key.namespace, key.name, key.subject) for key in dropped} == set(parts) - left
+    assert await cache.size() == len(left)
+
+
+async def test_pruning_drops_by_the_policy_of_each_key_and_returns_the_keys() -> None:
+    cache = AsyncMemoryCache()
+    old = value_of(A, observed_at=NOW - 31)
+    await cache.set_many([old, value_of(B), value_of(C, rests_on=[old])])
+    dropped = await cache.prune(now=NOW, policy_resolver=PolicyResolver(POLICY))
+    assert set(dropped) == {A, C}
+    assert await cache.size() == 1
+
+
+async def test_statistics_add_up() -> None:
+    cache = AsyncMemoryCache(max_entries=1)
+    await cache.set(value_of(A))
+    await cache.set(value_of(B))
+    await payload_of(cache, A)
+    await payload_of(cache, B)
+    await cache.clear()
+    assert await cache.stats() == CacheStats(
+        size=0,
+        max_entries=1,
+        hits=1,
+        misses=1,
+        fresh_hits=1,
+        stale_hits=0,
+        sets=2,
+        invalidations=1,
+        evictions=1,
+        expirations=0,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, error",
+    [
+        ({"max_entries": 0}, ValueError),
+        ({"max_entries": True}, TypeError),
+        ({"max_entries": 1.5}, TypeError),
+        ({"max_copy_concurrency": 0}, ValueError),
+        ({"max_copy_concurrency": "4"}, TypeError),
+        ({"run_payload_copies_in_thread": 1}, TypeError),
+        ({"payload_copier": 3}, TypeError),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(
+    settings: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=next(iter(settings))):
+        AsyncMemoryCache(**settings)
+
+
+def test_settings_read_back() -> None:
+    cache = AsyncMemoryCache()
+    assert (cache.max_entries, cache.max_copy_concurrency) == (10_000, 4)
+    assert cache.run_payload_copies_in_thread is True
+    custom = AsyncMemoryCache(max_entries=None, payload_copier=lambda value: value)
+    assert custom.max_entries is None
+    assert custom.run_payload_copies_in_thread is False
+    assert "EntryStore(0 entries, unbounded" in repr(custom)
+
+
+@pytest.mark.parametrize("now", [math.nan, math.inf])
+async def test_an_instant_that_is_not_finite_is_refused(now: float) -> None:
+    cache = AsyncMemoryCache()
+    with pytest.raises(ValueError, match="now"):
+        await cache.get(A, now=now, policy=POLICY)
+    with pytest.raises(ValueError, match="now"):
+        await cache.prune(now=now, policy_resolver=PolicyResolver(POLICY))
+
+
+async def test_something_other_than_a_snapshot_value_is_refused() -> None:
+    cache = AsyncMemoryCache()
+    with pytest.raises(TypeError, match="value"):
+        await cache.set("x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="values"):
+        await cache.set_many([value_of(), "x"])  # type: ignore[list-item]
+    assert await cache.size() == 0
+
+
+class Uncopyable:
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("one of a kind")
+
+
+async def test_a_payload_that_cannot_be_copied_is_refused_and_nothing_stored() -> None:
+    cache = AsyncMemoryCache()
+    with pytest.raises(PayloadIsolationError):
+        await cache.set(value_of(payload=Uncopyable()))
+    assert await cache.size() == 0
+
+
+async def test_a_custom_copier_is_used_both_ways() -> None:
+    copied = []
+
+    def copier(payload: Any) -> Any:
+        copied.append(payload)
+        return list(payload)
+
+    cache = AsyncMemoryCache(payload_copier=copier)
+    await cache.set(value_of(payload=[1]))
+    assert await payload_of(cache) == [1]
+    assert copied == [[1], [1]]
+
+
+async def test_a_small_read_never_gives_the_loop_away() -> None:
+    cache = AsyncMemoryCache()
+    await cache.set(value_of(payload={"a": [1]}))
+    reading = cache.get(A, now=NOW, policy=POLICY)
+    with pytest.raises(StopIteration):
+        reading.send(None)
+
+
+class Slow:
+    """Its copy takes as long as the test wants."""
+
+    release = threading.Event()
+
+    def __deepcopy__(self, memo: Any) -> Slow:
+        assert self.release.wait(10)
+        return self
+
+
+async def test_closing_waits_for_copies_and_names_what_is_late() -> None:
+    Slow.release.clear()
+    cache = AsyncMemoryCache()
+    storing = await begun(cache.set(value_of(payload=Slow())))
+    try:
+        with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
+            await cache.aclose_payload_copies(timeout_seconds=0.0)
+    finally:
+        Slow.release.set()
+    assert caught.value.active_copies == 1
+    assert dict(caught.value.active_components) == {"cache": 1}
+    await asyncio.wait([storing])
+    await settle()
+    await cache.aclose()
+    health = cache.copy_health_snapshot()
+    assert (health.accepting_copies, health.shutdown_complete) == (False, True)
+    with pytest.raises(PayloadCopySubsystemClosedError):
+        await cache.set(value_of(payload=[1]))
+
+
+async def test_closing_an_idle_cache_is_immediate_and_idempotent() -> None:
+    cache = AsyncMemoryCache()
+    await cache.aclose()
+    await cache.aclose()
+    with pytest.raises(ValueError, match="timeout_seconds"):
+        await cache.aclose_payload_copies(timeout_seconds=-1.0)

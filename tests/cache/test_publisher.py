@@ -1,0 +1,269 @@
+"""`ResourcePublisher`: announcements, sharing with a builder, closing, and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from coalestra.cache.access import access_to
+from coalestra.cache.memory import AsyncMemoryCache
+from coalestra.cache.publication import PublicationRules
+from coalestra.cache.publisher import PublisherParts, ResourcePublisher
+from coalestra.concurrency.copying import PayloadCopies
+from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
+from coalestra.core.errors import (
+    PayloadCopyShutdownTimeoutError,
+    PayloadCopySubsystemClosedError,
+    PayloadIsolationError,
+)
+from coalestra.core.freshness import ObservationPolicy, PolicyResolver
+from coalestra.core.keys import ResourceKey
+from coalestra.core.protocols import AsyncCache
+from coalestra.core.values import ResourceUpdate
+from coalestra.observability import NullEventSink, NullMetrics
+from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
+from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun, revision_of
+from tests.support import ManualClock, cancel_at_every_await, settle
+
+
+def parts_for(cache: AsyncCache, **settings: Any) -> PublisherParts:
+    copies = PayloadCopies("builder")
+    rules = PublicationRules(ManualClock(NOW), PolicyResolver(POLICY), ObservationPolicy())
+    defaults: dict[str, Any] = {
+        "access": access_to(cache, copies, 4),
+        "copies": copies,
+        "rules": rules,
+        "metrics": NullMetrics(),
+        "events": NullEventSink(),
+        "reporter": None,
+        "max_pending_tasks": 4,
+    }
+    return PublisherParts(**{**defaults, **settings})
+
+
+def standalone(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
+    defaults: dict[str, Any] = {
+        "clock": ManualClock(NOW),
+        "policy_resolver": PolicyResolver(POLICY),
+        "metrics": NullMetrics(),
+        "events": NullEventSink(),
+    }
+    return ResourcePublisher(cache=cache, **{**defaults, **settings})
+
+
+async def test_with_a_foreign_cache_an_event_is_announced_before_anything_is_awaited() -> None:
+    parts = parts_for(SingleKeyCache())
+    witness = Witness()
+    parts.access.subscribe(witness)
+    publisher = ResourcePublisher.from_parts(parts)
+    publishing = publisher.publish(A, 1, source="s")
+    publishing.send(None)
+    assert witness.heard == [("announced", (A,))]
+    publishing.close()
+    assert witness.heard == [("announced", (A,)), ("concluded", (A,))]
+
+
+async def test_an_announcement_is_followed_by_the_outcome_and_then_concluded() -> None:
+    parts = parts_for(BatchAtomicCache())
+    witness = Witness()
+    parts.access.subscribe(witness)
+    await parts.access.write([revision_of(A, observed_at=NOW + 9)])
+    witness.heard.clear()
+    publisher = ResourcePublisher.from_parts(parts)
+    results = await publisher.publish_many([ResourceUpdate(A, 1, "s"), ResourceUpdate(B, 2, "s")])
+    assert not results[A].published
+    assert witness.heard == [
+        ("announced", (A, B)),
+        ("revised", B, results[B].value.version),
+        ("concluded", (A, B)),
+    ]
+
+
+async def test_with_the_memory_cache_a_small_event_needs_no_announcement() -> None:
+    parts = parts_for(AsyncMemoryCache())
+    witness = Witness()
+    parts.access.subscribe(witness)
+    result = await ResourcePublisher.from_parts(parts).publish(A, [1], source="s")
+    assert witness.heard == [("revised", A, result.value.version)]
+
+
+class Slow:
+    release = threading.Event()
+
+    def __deepcopy__(self, memo: Any) -> Slow:
+        assert self.release.wait(10)
+        return self
+
+
+async def test_an_event_whose_copy_takes_long_is_announced_first() -> None:
+    Slow.release.clear()
+    parts = parts_for(AsyncMemoryCache())
+    witness = Witness()
+    parts.access.subscribe(witness)
+    publishing = await begun(ResourcePublisher.from_parts(parts).publish(A, Slow(), source="s"))
+    heard = list(witness.heard)
+    Slow.release.set()
+    await publishing
+    assert heard == [("announced", (A,))]
+    assert [what for what, *_ in witness.heard] == ["announced", "revised", "concluded"]
+
+
+async def test_a_failed_publication_is_concluded() -> None:
+    cache = SingleKeyCache()
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("the cache is away")
+
+    cache.set = refuse  # type: ignore[method-assign]
+    parts = parts_for(cache)
+    witness = Witness()
+    parts.access.subscribe(witness)
+    with pytest.raises(ConnectionError):
+        await ResourcePublisher.from_parts(parts).publish(A, 1, source="s")
+    assert witness.heard == [("announced", (A,)), ("concluded", (A,))]
+
+
+async def test_cancelled_publications_leave_no_announcement_open() -> None:
+    parts = parts_for(SingleKeyCache())
+    witness = Witness()
+    parts.access.subscribe(witness)
+    publisher = ResourcePublisher.from_parts(parts)
+    updates = [ResourceUpdate(key, 1, "s") for key in (A, B, C)]
+
+    def check() -> None:
+        heard = [what for what, *_ in witness.heard]
+        assert heard.count("announced") == heard.count("concluded")
+
+    assert await cancel_at_every_await(lambda: publisher.publish_many(updates), check) > 1
+
+
+async def test_an_invalidation_hears_of_keys_the_cache_does_not_hold() -> None:
+    parts = parts_for(AsyncMemoryCache())
+    witness = Witness()
+    parts.access.subscribe(witness)
+    await ResourcePublisher.from_parts(parts).invalidate(A)
+    assert witness.heard == [("invalidating", (A,))]
+
+
+async def test_a_publisher_shares_what_a_builder_gives_it_and_closes_none_of_it() -> None:
+    cache = AsyncMemoryCache()
+    parts = parts_for(cache)
+    publisher = ResourcePublisher.from_parts(parts)
+    assert publisher.cache is cache
+    assert publisher.clock is parts.rules.clock
+    assert (publisher.metrics, publisher.events) == (parts.metrics, parts.events)
+    assert publisher.max_pending_tasks == 4
+    await publisher.aclose()
+    assert (await publisher.publish(A, [1], source="s")).published
+
+
+async def test_the_owner_may_refuse_further_publications() -> None:
+    def closed() -> None:
+        raise RuntimeError("closed")
+
+    publisher = ResourcePublisher.from_parts(parts_for(AsyncMemoryCache(), check_open=closed))
+    for work in (
+        publisher.publish(A, 1, source="s"),
+        publisher.publish_many([]),
+        publisher.invalidate(A),
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            await work
+
+
+async def test_a_closed_standalone_publisher_refuses_new_copies() -> None:
+    publisher = standalone(AsyncMemoryCache())
+    await publisher.aclose()
+    await publisher.aclose()
+    with pytest.raises(PayloadCopySubsystemClosedError):
+        await publisher.publish(A, [1], source="s")
+
+
+async def test_closing_names_copies_that_are_late() -> None:
+    Slow.release.clear()
+    publisher = standalone(AsyncMemoryCache())
+    publishing = await begun(publisher.publish(A, Slow(), source="s"))
+    try:
+        with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
+            await publisher.aclose(timeout_seconds=0.0)
+    finally:
+        Slow.release.set()
+    assert dict(caught.value.active_components) == {"publisher": 1}
+    await asyncio.wait([publishing])
+    await settle()
+
+
+class Uncopyable:
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("one of a kind")
+
+
+async def test_a_value_that_cannot_be_copied_is_refused_and_nothing_is_written() -> None:
+    cache = AsyncMemoryCache()
+    updates: list[ResourceUpdate[Any]] = [
+        ResourceUpdate(A, 1, "s"),
+        ResourceUpdate(B, Uncopyable(), "s"),
+    ]
+    with pytest.raises(PayloadIsolationError):
+        await standalone(cache).publish_many(updates)
+    assert await cache.size() == 0
+
+
+@pytest.mark.parametrize(
+    "settings, error",
+    [
+        ({"max_pending_tasks": 0}, ValueError),
+        ({"lock_stripes": 0}, ValueError),
+        ({"lock_stripes": True}, TypeError),
+        ({"max_copy_concurrency": 0}, ValueError),
+        ({"observation_policy": 1.0}, TypeError),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(
+    settings: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=next(iter(settings))):
+        standalone(AsyncMemoryCache(), **settings)
+
+
+async def test_wrong_arguments_are_refused_by_name() -> None:
+    publisher: Any = standalone(AsyncMemoryCache())
+    with pytest.raises(TypeError, match="key"):
+        await publisher.publish("a:b", 1, source="s")
+    with pytest.raises(TypeError, match="force"):
+        await publisher.publish(A, 1, source="s", force=1)
+    with pytest.raises(TypeError, match="updates"):
+        await publisher.publish_many([(A, 1)])
+    with pytest.raises(TypeError, match="update"):
+        await publisher.publish_update((A, 1))
+    with pytest.raises(TypeError, match="keys"):
+        await publisher.invalidate_many(["a:b"])
+    with pytest.raises(TypeError, match="reason"):
+        await publisher.invalidate(A, reason=None)
+
+
+def test_authority_rules_need_a_cache_that_enforces_them() -> None:
+    rules = AuthorityPolicyResolver(SourceAuthorityPolicy({"local": 1}))
+    with pytest.raises(ValueError, match="validates_source_authority = True"):
+        standalone(SingleKeyCache(), authority_resolver=rules)
+    standalone(SingleKeyCache(), authority_resolver=AuthorityPolicyResolver())
+    standalone(AsyncMemoryCache(), authority_resolver=rules)
+
+
+async def test_publishing_many_events_gives_the_loop_back_in_every_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With slices of no length, each event takes a turn to be judged, sealed, put, copied out."""
+    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    publisher = standalone(AsyncMemoryCache())
+    updates = [ResourceUpdate(ResourceKey("t", "e", str(n)), n, "s") for n in range(10)]
+    publishing = asyncio.ensure_future(publisher.publish_many(updates))
+    turns = 0
+    while not publishing.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(publishing.result()) == 10
+    assert turns > 4 * 10

@@ -1,0 +1,132 @@
+"""Small third-party caches of every capability, each with an await inside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from coalestra.cache.memory import AsyncMemoryCache
+from coalestra.cache.write_order import best_per_key, decide
+from coalestra.core.freshness import FreshnessPolicy
+from coalestra.core.keys import ResourceKey
+from coalestra.core.protocols import AsyncCache
+from coalestra.core.records import CacheLookup, CacheWriteResult, CacheWriteStatus
+from coalestra.core.values import SnapshotValue
+
+Value = SnapshotValue[Any]
+
+
+class SingleKeyCache:
+    """A dictionary with the four single-key methods."""
+
+    def __init__(self) -> None:
+        self.held: dict[ResourceKey, Value] = {}
+        self.calls: list[str] = []
+        self.running = 0
+        self.peak_running = 0
+
+    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        await self._travel("get")
+        return self._lookup(key, now, policy)
+
+    async def set(self, value: Value) -> None:
+        await self._travel("set")
+        self.held[value.key] = value
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        await self._travel("invalidate")
+        self.held.pop(key, None)
+
+    async def clear(self) -> None:
+        await self._travel("clear")
+        self.held.clear()
+
+    def _lookup(self, key: ResourceKey, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        value = self.held.get(key)
+        if value is None:
+            return CacheLookup(None, False, False)
+        age = max(0.0, now - value.observed_at)
+        return CacheLookup(value, age <= policy.ttl_seconds, age <= policy.max_stale_seconds, age)
+
+    def _offer(self, value: Value, force: bool, replace_equal: bool) -> CacheWriteResult:
+        current = self.held.get(value.key)
+        status = decide(value, current, force=force, replace_equal=replace_equal)
+        if current is None or status is CacheWriteStatus.STORED:
+            self.held[value.key] = value
+            return CacheWriteResult(status, value, current)
+        return CacheWriteResult(status, current, current)
+
+    async def _travel(self, call: str) -> None:
+        self.calls.append(call)
+        self.running += 1
+        self.peak_running = max(self.running, self.peak_running)
+        try:
+            await asyncio.sleep(0.01)
+        finally:
+            self.running -= 1
+
+
+class BatchCache(SingleKeyCache):
+    """The same with batch methods."""
+
+    async def get_many(
+        self,
+        keys: Collection[ResourceKey],
+        *,
+        now: float,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+    ) -> Mapping[ResourceKey, CacheLookup]:
+        await self._travel("get_many")
+        return {key: self._lookup(key, now, policies[key]) for key in keys}
+
+    async def set_many(self, values: Collection[Value]) -> None:
+        await self._travel("set_many")
+        self.held.update({value.key: value for value in values})
+
+    async def invalidate_many(self, keys: Collection[ResourceKey]) -> None:
+        await self._travel("invalidate_many")
+        for key in keys:
+            self.held.pop(key, None)
+
+
+class AtomicCache(SingleKeyCache):
+    """Single keys, with a write that compares."""
+
+    async def set_if_newer(
+        self, value: Value, *, force: bool = False, replace_equal: bool = False
+    ) -> CacheWriteResult:
+        await self._travel("set_if_newer")
+        return self._offer(value, force, replace_equal)
+
+
+class BatchAtomicCache(BatchCache, AtomicCache):
+    """Everything there is."""
+
+    async def set_many_if_newer(
+        self,
+        values: Collection[Value],
+        *,
+        force: bool = False,
+        replace_equal: bool = False,
+    ) -> Mapping[ResourceKey, CacheWriteResult]:
+        await self._travel("set_many_if_newer")
+        best = best_per_key(values)
+        return {key: self._offer(value, force, replace_equal) for key, value in best.items()}
+
+
+class WrappedMemoryCache(AsyncMemoryCache):
+    """The memory cache as somebody's own class, so that it is used through its public methods."""
+
+
+FOREIGN: tuple[Callable[[], SingleKeyCache], ...] = (
+    SingleKeyCache,
+    BatchCache,
+    AtomicCache,
+    BatchAtomicCache,
+)
+MEMORY: tuple[Callable[[], AsyncCache], ...] = (AsyncMemoryCache, WrappedMemoryCache)
+BATCH: tuple[Callable[[], AsyncCache], ...] = (BatchCache, BatchAtomicCache, *MEMORY)
+ATOMIC: tuple[Callable[[], AsyncCache], ...] = (AtomicCache, BatchAtomicCache, *MEMORY)
+BATCH_ATOMIC: tuple[Callable[[], AsyncCache], ...] = (BatchAtomicCache, *MEMORY)
+ALL: tuple[Callable[[], AsyncCache], ...] = (*FOREIGN, *MEMORY)

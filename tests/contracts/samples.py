@@ -1,0 +1,110 @@
+"""Keys, values and revisions for tests of caches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+from coalestra.cache.write_order import Ranked
+from coalestra.concurrency.copying import PayloadCopies
+from coalestra.core.freshness import FreshnessPolicy
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.revision import Revision
+from coalestra.core.values import SnapshotValue, next_version
+
+_T = TypeVar("_T")
+
+NOW = 1_700_000_000.0
+POLICY = FreshnessPolicy(5.0, 30.0)
+A, B, C = (ResourceKey("market", "price", subject) for subject in "ABC")
+
+
+def value_of(
+    key: ResourceKey = A,
+    payload: Any = 1.0,
+    *,
+    observed_at: float = NOW,
+    rank: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+    rests_on: Collection[SnapshotValue[Any]] = (),
+) -> SnapshotValue[Any]:
+    return SnapshotValue(
+        key=key,
+        value=payload,
+        source="test",
+        observed_at=observed_at,
+        fetched_at=NOW,
+        age_seconds=max(0.0, NOW - observed_at),
+        stale=False,
+        from_cache=False,
+        latency_ms=1.5,
+        metadata=metadata or {},
+        authority_rank=rank,
+        dependency_versions={each.key: each.version for each in rests_on},
+    )
+
+
+def revision_of(
+    key: ResourceKey = A,
+    payload: Any = 1.0,
+    *,
+    observed_at: float = NOW,
+    rank: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+    rests_on: Sequence[Revision] = (),
+    copies: PayloadCopies | None = None,
+) -> Revision:
+    sealed = (copies or PayloadCopies("test")).seal_now(payload, context="test")
+    assert sealed is not None
+    return Revision(
+        key=key,
+        payload=sealed[0],
+        seal=sealed[1],
+        source="test",
+        observed_at=observed_at,
+        fetched_at=NOW,
+        latency_ms=1.5,
+        attempts=1,
+        metadata=FrozenDict(metadata or {}),
+        authority_rank=rank,
+        version=next_version(),
+        dependency_versions=FrozenDict({each.key: each.version for each in rests_on}),
+        dependencies=tuple(rests_on),
+    )
+
+
+async def begun(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+    """Start work, and return once it has come to its first await."""
+    beginning = asyncio.Event()
+
+    async def run() -> _T:
+        beginning.set()
+        return await work
+
+    task = asyncio.ensure_future(run())
+    await beginning.wait()
+    return task
+
+
+class Witness:
+    """A listener that writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+
+    def revised(self, key: ResourceKey, revision: Revision | None) -> None:
+        self.heard.append(("revised", key, revision and revision.version))
+
+    def announced(self, publications: Sequence[Ranked]) -> None:
+        self.heard.append(("announced", tuple(each.key for each in publications)))
+
+    def concluded(self, publications: Sequence[Ranked]) -> None:
+        self.heard.append(("concluded", tuple(each.key for each in publications)))
+
+    def invalidating(self, keys: Collection[ResourceKey]) -> None:
+        self.heard.append(("invalidating", tuple(keys)))
+
+    def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
+        self.heard.append(("invalidating_where", tuple(key for key in (A, B, C) if matches(key))))

@@ -1,0 +1,243 @@
+"""What publishing must do over any cache."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+
+from coalestra.cache.publisher import ResourcePublisher
+from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
+from coalestra.core.errors import SourceProtocolError
+from coalestra.core.freshness import ObservationPolicy, PolicyResolver
+from coalestra.core.protocols import AsyncCache
+from coalestra.core.records import PublishStatus
+from coalestra.core.values import ResourceUpdate
+from coalestra.observability import InMemoryMetrics
+from tests.contracts.caches import ALL
+from tests.contracts.samples import NOW, POLICY, A, B, C
+from tests.support import ManualClock
+
+
+class Events:
+    """Writes events down."""
+
+    coalestra_non_blocking = True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        self.seen.append((event_type, payload))
+
+
+@pytest.fixture(params=ALL, ids=lambda make: make.__name__)
+def cache(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+def publisher_to(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
+    defaults: dict[str, Any] = {
+        "clock": ManualClock(NOW),
+        "policy_resolver": PolicyResolver(POLICY),
+        "metrics": InMemoryMetrics(),
+        "events": Events(),
+    }
+    return ResourcePublisher(cache=cache, **{**defaults, **settings})
+
+
+async def payload_in(cache: AsyncCache, key: Any = A) -> Any:
+    value = (await cache.get(key, now=NOW, policy=POLICY)).value
+    return None if value is None else value.value
+
+
+async def test_a_published_value_tells_its_provenance(cache: AsyncCache) -> None:
+    result = await publisher_to(cache).publish(A, 1.5, source="stream", metadata={"seq": 7})
+    assert result.published
+    assert result.status is PublishStatus.PUBLISHED
+    assert result.previous is None
+    value = result.value
+    assert (value.key, value.value, value.source) == (A, 1.5, "stream")
+    assert (value.observed_at, value.fetched_at, value.age_seconds) == (NOW, NOW, 0.0)
+    assert (value.attempts, value.from_cache, value.stale) == (0, False, False)
+    assert value.metadata == {"seq": 7, "published": True}
+    assert await payload_in(cache) == 1.5
+
+
+async def test_age_and_staleness_are_judged_by_the_policy_of_the_key(cache: AsyncCache) -> None:
+    result = await publisher_to(cache).publish(A, 1, source="s", observed_at=NOW - 6.0)
+    assert result.value.age_seconds == 6.0
+    assert result.value.stale
+
+
+async def test_an_older_event_is_ignored_and_the_value_that_stayed_returned(
+    cache: AsyncCache,
+) -> None:
+    publisher = publisher_to(cache)
+    await publisher.publish(A, "new", source="s", observed_at=NOW)
+    result = await publisher.publish(A, "old", source="s", observed_at=NOW - 1)
+    assert result.status is PublishStatus.IGNORED_OLDER
+    assert not result.published
+    assert result.value.value == "new"
+    assert result.previous is not None
+    assert result.previous.value == "new"
+
+
+async def test_a_duplicate_is_ignored_unless_equals_are_replaced(cache: AsyncCache) -> None:
+    publisher = publisher_to(cache)
+    await publisher.publish(A, 1, source="s")
+    assert (await publisher.publish(A, 2, source="s")).status is PublishStatus.IGNORED_DUPLICATE
+    result = await publisher.publish(A, 3, source="s", replace_equal=True)
+    assert result.published
+    assert result.previous is not None
+    assert result.previous.value == 1
+
+
+async def test_a_forced_event_replaces_anything_and_counts_as_published(
+    cache: AsyncCache,
+) -> None:
+    publisher = publisher_to(cache)
+    await publisher.publish(A, "new", source="s")
+    result = await publisher.publish(A, "old", source="s", observed_at=NOW - 20, force=True)
+    assert result.status is PublishStatus.PUBLISHED
+    assert await payload_in(cache) == "old"
+
+
+async def test_ranks_come_from_the_resolver_and_decide(cache: AsyncCache) -> None:
+    if not getattr(cache, "validates_source_authority", False):
+        vars(cache)["validates_source_authority"] = True
+    ranks = AuthorityPolicyResolver(SourceAuthorityPolicy({"local": 3, "rest": 1}))
+    publisher = publisher_to(cache, authority_resolver=ranks)
+    assert (await publisher.publish(A, 1, source="local")).value.authority_rank == 3
+    result = await publisher.publish(A, 2, source="rest", observed_at=NOW + 0.5)
+    assert result.status is PublishStatus.IGNORED_LOWER_AUTHORITY
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+async def test_of_many_updates_the_best_per_key_counts_whatever_their_order(
+    cache: AsyncCache, backwards: bool
+) -> None:
+    updates = [
+        ResourceUpdate(A, "late", "s", NOW),
+        ResourceUpdate(A, "early", "s", NOW - 1),
+        ResourceUpdate(B, "only", "s", NOW),
+    ]
+    results = await publisher_to(cache).publish_many(updates[::-1] if backwards else updates)
+    assert {key: result.value.value for key, result in results.items()} == {A: "late", B: "only"}
+    assert await payload_in(cache) == "late"
+
+
+async def test_between_equal_updates_the_later_one_counts(cache: AsyncCache) -> None:
+    updates = [ResourceUpdate(A, 1, "s", NOW), ResourceUpdate(A, 2, "s", NOW)]
+    assert (await publisher_to(cache).publish_many(updates))[A].value.value == 2
+
+
+async def test_publishing_nothing_gives_nothing(cache: AsyncCache) -> None:
+    assert await publisher_to(cache).publish_many([]) == {}
+
+
+async def test_an_observation_too_far_ahead_is_refused_and_nothing_written(
+    cache: AsyncCache,
+) -> None:
+    updates = [ResourceUpdate(B, 1, "s", NOW), ResourceUpdate(A, 1, "s", NOW + 1.5)]
+    with pytest.raises(SourceProtocolError, match="future"):
+        await publisher_to(cache).publish_many(updates)
+    assert await payload_in(cache, B) is None
+
+
+async def test_a_small_clock_skew_is_accepted_and_recorded(cache: AsyncCache) -> None:
+    value = (await publisher_to(cache).publish(A, 1, source="s", observed_at=NOW + 0.5)).value
+    assert value.metadata["clock_skew_seconds"] == pytest.approx(0.5)
+    assert value.age_seconds == 0.0
+
+
+async def test_the_observation_policy_may_allow_the_future(cache: AsyncCache) -> None:
+    lenient = ObservationPolicy(reject_future_observations=False)
+    publisher = publisher_to(cache, observation_policy=lenient)
+    assert (await publisher.publish(A, 1, source="s", observed_at=NOW + 60)).published
+
+
+@pytest.mark.parametrize("observed_at", [math.nan, math.inf, -math.inf])
+async def test_a_time_that_is_not_finite_is_refused(cache: AsyncCache, observed_at: float) -> None:
+    with pytest.raises(ValueError, match="observed_at"):
+        await publisher_to(cache).publish(A, 1, source="s", observed_at=observed_at)
+
+
+async def test_nothing_is_shared_between_producer_cache_and_result(cache: AsyncCache) -> None:
+    payload, notes = {"levels": [1]}, {"tags": ["x"]}
+    publisher = publisher_to(cache)
+    result = await publisher.publish(A, payload, source="s", metadata=notes)
+    payload["levels"].append(2)
+    notes["tags"].append("y")
+    assert result.value.value == {"levels": [1]}
+    assert result.value.metadata["tags"] == ["x"]
+    result.value.value["levels"].append(3)
+    result.value.metadata["tags"].append("z")
+    held = (await cache.get(A, now=NOW, policy=POLICY)).value
+    assert held is not None
+    assert held.value == {"levels": [1]}
+    assert held.metadata["tags"] == ["x"]
+    second = await publisher.publish(A, 2, source="s", replace_equal=True)
+    assert second.previous is not None
+    assert second.previous.value == {"levels": [1]}
+
+
+async def test_invalidated_keys_are_removed_and_reported(cache: AsyncCache) -> None:
+    events, metrics = Events(), InMemoryMetrics()
+    publisher = publisher_to(cache, events=events, metrics=metrics)
+    await publisher.publish_many([ResourceUpdate(key, 1, "s") for key in (A, B, C)])
+    events.seen.clear()
+    await publisher.invalidate(A, reason="gap")
+    await publisher.invalidate_many([B, B])
+    await publisher.invalidate_many([])
+    assert [await payload_in(cache, key) for key in (A, B, C)] == [None, None, 1]
+    assert events.seen == [
+        ("resource_invalidated", {"resource": str(A), "reason": "gap"}),
+        ("resource_invalidated", {"resource": str(B), "reason": ""}),
+    ]
+    labels = {"resource_namespace": "market", "resource_name": "price"}
+    assert metrics.counter("resource_invalidation_total", **labels) == 2
+
+
+async def test_outcomes_are_reported(cache: AsyncCache) -> None:
+    events, metrics = Events(), InMemoryMetrics()
+    publisher = publisher_to(cache, events=events, metrics=metrics)
+    await publisher.publish(A, 1, source="s")
+    await publisher.publish(A, 2, source="s", force=True)
+    await publisher.publish(A, 3, source="s", observed_at=NOW - 1)
+    assert [name for name, _ in events.seen] == [
+        "resource_published",
+        "resource_published",
+        "resource_publish_ignored",
+    ]
+    assert events.seen[1][1] == {
+        "resource": str(A),
+        "source": "s",
+        "observed_at": NOW,
+        "replaced": True,
+        "forced": True,
+        "authority_rank": 0,
+    }
+    assert events.seen[2][1] == {
+        "resource": str(A),
+        "source": "s",
+        "status": "ignored_older",
+        "observed_at": NOW - 1,
+        "cached_observed_at": NOW,
+        "candidate_authority_rank": 0,
+        "cached_authority_rank": 0,
+    }
+    labels = {"resource_namespace": "market", "resource_name": "price", "source": "s"}
+    assert metrics.counter("resource_publish_total", status="published", **labels) == 2
+    assert metrics.counter("resource_publish_total", status="ignored_older", **labels) == 1
+
+
+async def test_publishers_at_the_same_time_leave_the_latest_event(cache: AsyncCache) -> None:
+    publisher = publisher_to(cache)
+    order = (2, 0, 3, 1)
+    await asyncio.gather(
+        *(publisher.publish(A, n, source="s", observed_at=NOW - 9 + n) for n in order)
+    )
+    assert await payload_in(cache) == 3
