@@ -29,9 +29,8 @@ _MISS = CacheLookup(None, fresh=False, usable_stale=False)
 class AsyncMemoryCache:
     """A bounded least-recently-used cache in memory, for one event loop.
 
-    Values and metadata are copied on the way in and out, so nobody shares a mutable object with the
-    cache. Methods wait only while a large payload is copied; between waits changes are atomic.
-
+    Values and metadata are copied on the way in and out: nobody shares a mutable object with it.
+    Methods wait only while a large payload is copied; between waits changes are atomic.
     ``max_entries`` None keeps everything. ``run_payload_copies_in_thread`` None decides by payload
     (inline with a ``payload_copier`` of your own); ``max_copy_concurrency`` bounds copy threads.
     """

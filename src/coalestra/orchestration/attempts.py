@@ -1,0 +1,256 @@
+"""One call to one source for one or many keys: circuits, tries, and what becomes of each key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, Protocol
+
+from coalestra.core.errors import (
+    SnapshotDeadlineExceededError,
+    SourceProtocolError,
+    SourceQueueTimeoutError,
+    SourceUnavailableError,
+)
+from coalestra.core.snapshot import Snapshot
+from coalestra.orchestration.admission import Admission
+from coalestra.orchestration.answers import CallFacts, by_flight
+from coalestra.orchestration.calls import Shift, Try
+from coalestra.orchestration.chains import Link, SourceKind
+from coalestra.orchestration.equipment import Equipment
+from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.harvest import Harvest, Receiver
+from coalestra.orchestration.tally import Tally
+from coalestra.orchestration.work import Work
+from coalestra.resilience.backoff import retryable
+
+
+class Seat(Protocol):
+    """What an attempt needs of the lane that it stands in."""
+
+    link: Link
+    work: Work
+
+    def again(self, attempt: Any) -> None:
+        """Queue the attempt for another try."""
+
+    def write_off(self, shift: Shift) -> None:
+        """Stop counting on the worker of a call that was cut off."""
+
+
+class Desk(Receiver, Protocol):
+    """Where an attempt reports what has become of its keys."""
+
+    equipment: Equipment
+
+    def refused(self, flight: Acquisition, error: Exception, status: str, attempts: int) -> None:
+        """Take note that the source failed for a key."""
+
+    def inputs(self, flight: Acquisition) -> Awaitable[Snapshot]:
+        """Return the dependency snapshot of a derived key."""
+
+
+class Attempt:
+    """A call that carries one key, or a batch of keys, to one source, retries included."""
+
+    __slots__ = (
+        "_admission",
+        "_desk",
+        "_leaving",
+        "_retry",
+        "_seat",
+        "_tally",
+        "_try",
+        "equipment",
+        "flights",
+        "link",
+        "policy",
+        "tries",
+        "work",
+    )
+
+    def __init__(self, desk: Desk, seat: Seat, flights: Sequence[Acquisition]) -> None:
+        self._desk = desk
+        self._seat = seat
+        self.link = seat.link
+        self.work = seat.work
+        self.equipment = desk.equipment
+        self.flights = dict.fromkeys(flights)
+        self.policy = desk.equipment.resilience.resolve(
+            self.link.name, declared=self.link.declared_resilience
+        )
+        self._admission = Admission(desk.equipment.breaker, self.link.name, self.policy.circuit)
+        self._tally = Tally(self.link, self.work.record, desk.equipment.report)
+        self._retry: asyncio.TimerHandle | None = None
+        self._try: Try | None = None
+        self._leaving = False
+        self.tries = 0
+        for flight in self.flights:
+            flight.attempt = self
+
+    # What flights tell the call ---------------------------------------------------------------
+
+    def extend(self) -> None:
+        """Give the call more time: a flight of it is now wanted for longer."""
+        if self._try is not None:
+            self._try.extend()
+
+    def unwanted(self) -> None:
+        """End the call if nobody waits for any of its keys and nothing else bounds it.
+
+        A running call that has a bound goes on to it: its value is worth caching, and may still
+        find a taker.
+        """
+        if any(flight.wanted for flight in self.flights):
+            return
+        if self._try is not None and self._try.bounded:
+            return
+        self._leaving = True
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        if self._try is not None:
+            self._try.abandon()
+            self._try = None
+        self._admission.abandon()
+        self._end(SourceUnavailableError(f"nobody waits for source {self.link.name!r} any more"))
+
+    # One try after the other ------------------------------------------------------------------
+
+    async def run(self, shift: Shift) -> None:
+        """Make one try and report on it; return when the source has really ended."""
+        self._retry = None
+        if not self.flights or self._leaving:
+            return
+        this = self._try = Try(self, shift)
+        try:
+            if self.tries or self._pass_open_circuits():
+                await self._make(this)
+        except asyncio.CancelledError:
+            if not this.over:
+                this.over = True
+                self._admission.abandon()
+                self._end(
+                    SourceUnavailableError(f"source {self.link.name!r} was cancelled from outside")
+                )
+                raise
+            _absorb_cancellation()
+        finally:
+            if self._try is this:
+                self._try = None
+
+    async def _make(self, this: Try) -> None:
+        if self.link.kind is SourceKind.DERIVED:
+            try:
+                this.inputs = (await self._desk.inputs(next(iter(self.flights))),)
+            except Exception as error:
+                self.skipped(error)
+                return
+        answer = await this.answer()
+        if answer is not None:
+            facts = CallFacts(self.link, self.tries, this.elapsed_seconds * 1000)
+            await self._take(answer[0], facts)
+
+    def begin(self) -> bool:
+        """Take part in the circuits and count the try; False if no key may be called for."""
+        if not self.tries:
+            for flight in self._admission.enter(tuple(self.flights)):
+                self.refuse(flight, self._admission.refusal(flight), "circuit_open")
+            if not self.flights:
+                return False
+            self._tally.called(len(self.flights))
+        self.tries += 1
+        for flight in self.flights:
+            flight.began = True
+        return True
+
+    def _pass_open_circuits(self) -> bool:
+        """Refuse the keys whose circuit is open now, so that they need not wait for capacity."""
+        for flight in self._admission.open_now(tuple(self.flights)):
+            self.refuse(flight, self._admission.refusal(flight), "circuit_open")
+        return bool(self.flights)
+
+    # How it ends ------------------------------------------------------------------------------
+
+    def written_off(self, shift: Shift) -> None:
+        """Let the lane take on another worker in place of this one."""
+        self._seat.write_off(shift)
+
+    def failed(self, this: Try, error: Exception) -> None:
+        """Decide whether a failed try is followed by another, and arrange for it."""
+        if self._try is this:
+            self._try = None
+        loop = asyncio.get_running_loop()
+        self._tally.took((loop.time() - this.began) * 1000)
+        retry = self.policy.retry
+        wanted = any(flight.wanted for flight in self.flights)
+        if wanted and self.tries < retry.max_attempts and retryable(error):
+            delay = retry.delay_for_attempt(self.tries)
+            if delay < this.budget.remaining():
+                self.work.record.retries += 1
+                self._retry = loop.call_later(delay, self._seat.again, self)
+                return
+        if isinstance(error, SnapshotDeadlineExceededError):
+            self._admission.abandon()
+        else:
+            self._admission.close(())
+        self._end(error)
+
+    def skipped(self, error: Exception) -> None:
+        """End the call because the source could not be called, now or again."""
+        if self.tries:
+            self._admission.close(())
+        else:
+            self._admission.skip()
+        self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        """Report one failure for every key of the call."""
+        status = "failure"
+        if isinstance(error, SnapshotDeadlineExceededError):
+            self.equipment.counters.deadlines_exceeded += 1
+            status = "deadline_exceeded"
+        elif isinstance(error, SourceQueueTimeoutError):
+            status = "queue_timeout"
+        self._tally.batch_ended(status)
+        for flight in tuple(self.flights):
+            self.refuse(flight, error, "failure")
+
+    def holds(self, flight: Acquisition) -> bool:
+        """Whether the flight still waits for this call."""
+        return flight.attempt is self
+
+    def part_with(self, flight: Acquisition) -> None:
+        """Let a flight go that has its value."""
+        self.flights.pop(flight, None)
+        flight.attempt = None
+
+    def refuse(self, flight: Acquisition, error: Exception, status: str) -> None:
+        """Report that the source has failed for a key."""
+        self.flights.pop(flight, None)
+        if flight.attempt is self:
+            flight.attempt = None
+            self._desk.refused(flight, error, status, self.tries)
+
+    async def _take(self, answer: Any, facts: CallFacts) -> None:
+        self._tally.took(facts.latency_ms)
+        try:
+            values = by_flight(self.link, tuple(self.flights), answer)
+        except SourceProtocolError as error:
+            self._admission.close(())
+            self._end(error)
+            return
+        self._tally.batch_ended("success")
+        harvest = Harvest(self, self._desk, facts)
+        await harvest.bring_in(values)
+        self._admission.close(harvest.fresh)
+
+    def __repr__(self) -> str:
+        return f"<Attempt {self.link.name} keys={len(self.flights)} tries={self.tries}>"
+
+
+def _absorb_cancellation() -> None:
+    """Forget a cancellation that the engine itself asked for, so that the worker can go on."""
+    uncancel = getattr(asyncio.current_task(), "uncancel", None)
+    if uncancel is not None:
+        uncancel()

@@ -1,0 +1,112 @@
+"""Reads of a cache that has to be awaited: grouped by step, shared by everyone who asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from coalestra.core.freshness import FreshnessPolicy
+from coalestra.core.keys import ResourceKey
+from coalestra.core.revision import Revision
+from coalestra.orchestration.equipment import Equipment
+from coalestra.orchestration.flights import Gather, Read
+
+
+class CacheReads:
+    """Carries questions to the cache in groups, and each answer to everyone who asked.
+
+    `answered` is called with each read and what the cache held. A cache that fails to answer is
+    taken to hold nothing: its failure is reported, and the sources are asked.
+    """
+
+    def __init__(
+        self,
+        equipment: Equipment,
+        answered: Callable[[Read, Revision | None], None],
+        tasks: set[asyncio.Task[Any]],
+    ) -> None:
+        self._equipment = equipment
+        self._answered = answered
+        self._tasks = tasks
+        self._open: dict[ResourceKey, Read] = {}
+        self._next: list[Read] = []
+        self._under_way: dict[int, asyncio.Task[Any]] = {}
+
+    def ask(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> Read:
+        """Let `gather` wait for what the cache holds of `key`; return the read to wait for."""
+        read = self._open.get(key)
+        if read is None:
+            if not self._next:
+                self._next = []
+                asyncio.get_running_loop().call_soon(self._send)
+            read = self._open[key] = Read(key, policy, self._next)
+            self._next.append(read)
+        read.waiters[gather] = None
+        gather.pending[key] = read
+        return read
+
+    def find(self, key: ResourceKey) -> Read | None:
+        """Return the read of `key` that newcomers would share."""
+        return self._open.get(key)
+
+    def leave(self, gather: Gather, read: Read) -> None:
+        """Let `gather` wait no longer; a group of reads that nobody waits for is given up."""
+        gather.pending.pop(read.key, None)
+        read.waiters.pop(gather, None)
+        if not any(each.waiters for each in read.group):
+            task = self._under_way.get(id(read.group))
+            if task is not None:
+                task.cancel()
+
+    def hide(self, keys: Iterable[ResourceKey]) -> None:
+        """Keep newcomers from sharing reads that began before now."""
+        for key in keys:
+            self._open.pop(key, None)
+
+    def hide_where(self, matches: Callable[[ResourceKey], bool]) -> None:
+        """Keep newcomers from sharing reads of the matching keys that began before now."""
+        self.hide([key for key in self._open if matches(key)])
+
+    def forget(self) -> None:
+        """Drop everything: the event loop it belonged to has ended."""
+        self._open.clear()
+        self._next = []
+        self._under_way.clear()
+
+    def _send(self) -> None:
+        group, self._next = self._next, []
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._read(group), name="coalestra cache read")
+        self._under_way[id(group)] = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read(self, group: list[Read]) -> None:
+        wanted = [read for read in group if read.waiters]
+        found: Mapping[ResourceKey, Revision] = {}
+        try:
+            if wanted:
+                found = await self._ask(wanted)
+        finally:
+            self._under_way.pop(id(group), None)
+            for read in group:
+                if self._open.get(read.key) is read:
+                    del self._open[read.key]
+        for read in wanted:
+            self._answered(read, found.get(read.key))
+
+    async def _ask(self, reads: list[Read]) -> Mapping[ResourceKey, Revision]:
+        for work in {gather.work for read in reads for gather in read.waiters}:
+            work.record.cache_batch_reads += 1
+        policies = {read.key: read.policy for read in reads}
+        now = self._equipment.clock.now()
+        try:
+            return await self._equipment.access.read(tuple(policies), now, policies)
+        except Exception as error:
+            if self._equipment.report is not None:
+                self._equipment.report.cache_failed("read", error)
+            return {}
+
+    def __repr__(self) -> str:
+        return f"<CacheReads open={len(self._open)} under_way={len(self._under_way)}>"

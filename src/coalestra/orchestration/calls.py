@@ -1,0 +1,249 @@
+"""One try of a call: capacity, budget, the call itself, and the instant that cuts it off.
+
+What a try comes to is decided synchronously, in the callback or the line that learns of it; the
+worker that awaits the source only acts. So a source that ignores its cancellation delays nobody:
+when its time is up its keys go on at once, and only its slot stays taken until it really ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any, Protocol
+
+from coalestra.concurrency.capacity import CapacityLease
+from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from coalestra.core.errors import (
+    SnapshotDeadlineExceededError,
+    SourceQueueTimeoutError,
+    SourceTimeoutError,
+    SourceUnavailableError,
+)
+from coalestra.orchestration.answers import Watched
+from coalestra.orchestration.budget import Budget, Party
+from coalestra.orchestration.chains import SourceKind
+
+
+class Shift:
+    """A worker's time at a lane. `gone`: the lane has stopped counting on it."""
+
+    __slots__ = ("busy", "gone")
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.gone = False
+
+
+class Caller(Party, Protocol):
+    """The attempt that a try belongs to."""
+
+    def begin(self) -> bool:
+        """Take part in the circuits and count the try; False if no key may be called for."""
+
+    def failed(self, this: Try, error: Exception) -> None:
+        """Learn that the source was called and failed."""
+
+    def skipped(self, error: Exception) -> None:
+        """Learn that the source could not be called."""
+
+    def written_off(self, shift: Shift) -> None:
+        """Learn that the worker may take its time to end."""
+
+
+class Try:
+    """One try to call a source for the flights of an attempt.
+
+    `over` is set the moment the outcome is known, which may be before the source has ended.
+    """
+
+    __slots__ = (
+        "_caller",
+        "_cut",
+        "_patience",
+        "_shift",
+        "_task",
+        "began",
+        "budget",
+        "calling",
+        "inputs",
+        "over",
+        "ticks",
+    )
+
+    def __init__(self, caller: Caller, shift: Shift) -> None:
+        self._caller = caller
+        self._shift = shift
+        self._task = asyncio.current_task()
+        self._cut: CutOff | None = None
+        self._patience = math.inf
+        self.budget = Budget(caller)
+        self.inputs: tuple[Any, ...] = ()
+        self.over = False
+        self.calling = False
+        self.began = math.nan
+        self.ticks = math.nan
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the running call ends by itself at some instant."""
+        return self.calling and self.budget.limit(self.began) is not None
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """How long the call has been running, on the builder's clock."""
+        return self._caller.equipment.clock.monotonic() - self.ticks
+
+    def extend(self) -> None:
+        """Move the instant that cuts the call off: some key is wanted for longer."""
+        if self._cut is not None:
+            self._cut.move(self.budget.limit(self.began) if self.calling else self._queue_end())
+
+    def abandon(self) -> None:
+        """End the try: nobody wants its answer."""
+        self.over = True
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+
+    async def answer(self) -> tuple[Any] | None:
+        """Return what the source answered, or None if the caller has been told of a failure."""
+        lease = await self._slot()
+        if lease is None:
+            return None
+        try:
+            refusal = self.budget.refusal()
+            if refusal is not None:
+                self._caller.skipped(refusal)
+                return None
+            return await self._call() if self._caller.begin() else None
+        finally:
+            lease.release()
+
+    # Capacity ---------------------------------------------------------------------------------
+
+    async def _slot(self) -> CapacityLease | None:
+        """Return a lease on the capacity of the source, or None when waiting took too long."""
+        capacity = self._caller.equipment.capacity
+        name = self._caller.link.name
+        lease = capacity.try_acquire(name)
+        if lease is not None:
+            return lease
+        began = asyncio.get_running_loop().time()
+        timeout = self._caller.link.queue_timeout_seconds
+        self._patience = math.inf if timeout is None else began + timeout
+        try:
+            with CutOff(self._queue_end()) as self._cut:
+                return await capacity.acquire(name)
+        except CutOffExpired:
+            self._waited_too_long(self.budget.cutoff() < self._patience, timeout)
+            return None
+        finally:
+            self._cut = None
+            self._report_wait(began)
+
+    def _queue_end(self) -> float | None:
+        end = min(self._patience, self.budget.cutoff())
+        return None if end == math.inf else end
+
+    def _report_wait(self, began: float) -> None:
+        report = self._caller.equipment.report
+        if report is not None:
+            waited = asyncio.get_running_loop().time() - began
+            report.capacity_wait(self._caller.link.name, waited * 1000)
+
+    def _waited_too_long(self, by_deadline: bool, timeout: float | None) -> None:
+        equipment = self._caller.equipment
+        name = self._caller.link.name
+        error: Exception
+        if by_deadline:
+            reason = "snapshot_deadline"
+            error = SnapshotDeadlineExceededError(
+                f"the deadline{self.budget.of_deadline()} passed while waiting for capacity of "
+                f"source {name!r}; raise max_concurrency or the deadline"
+            )
+        else:
+            reason = "queue_timeout"
+            equipment.counters.queue_timeouts += 1
+            error = SourceQueueTimeoutError(
+                f"waited {timeout:g} s for capacity of source {name!r}; raise its max_concurrency, "
+                "the builder's max_concurrency, or queue_timeout_seconds"
+            )
+        if equipment.report is not None:
+            equipment.report.capacity_timeout(name, reason)
+        self._caller.skipped(error)
+
+    # The call ---------------------------------------------------------------------------------
+
+    async def _call(self) -> tuple[Any] | None:
+        caller = self._caller
+        self.began = asyncio.get_running_loop().time()
+        self.ticks = caller.equipment.clock.monotonic()
+        self.calling = True
+        watched: Watched | None = None
+        end = self.budget.limit(self.began)
+        try:
+            if end is None:
+                watched = Watched(caller.link, self._invoke())
+                answer = await watched
+            else:
+                with CutOff(end, self._expire) as self._cut:
+                    watched = Watched(caller.link, self._invoke())
+                    answer = await watched
+        except CutOffExpired:
+            return None
+        except asyncio.CancelledError:
+            if self.over or (watched is not None and watched.interrupted):
+                raise
+            self._fail(SourceUnavailableError(f"source {caller.link.name!r} cancelled itself"))
+            return None
+        except Exception as error:
+            self._fail(error)
+            return None
+        finally:
+            self.calling = False
+            self._cut = None
+        if self.over:
+            return None
+        self.budget.watch_transport(self.elapsed_seconds, "completed_late")
+        return (answer,)
+
+    def _invoke(self) -> Any:
+        link = self._caller.link
+        context = self._caller.work.context
+        keys = tuple(flight.key for flight in self._caller.flights)
+        if link.kind is SourceKind.BATCH:
+            return link.source.fetch_many(keys, context)
+        if link.kind is SourceKind.DERIVED:
+            return link.source.derive(keys[0], *self.inputs, context)
+        return link.source.fetch(keys[0], context)
+
+    def _fail(self, error: Exception) -> None:
+        if not self.over:
+            self.over = True
+            self.budget.watch_transport(self.elapsed_seconds, "failed_late")
+            self._caller.failed(self, error)
+
+    def _expire(self) -> None:
+        """Decide at once what a call that ran out of time comes to; its worker may take longer."""
+        if self.over:
+            return
+        self.over = True
+        caller = self._caller
+        timeout = caller.link.timeout_seconds
+        by_deadline = self.budget.deadline_comes_first(self.began, timeout)
+        self.budget.watch_transport(self.elapsed_seconds, "coalestra_timeout")
+        caller.written_off(self._shift)
+        name = caller.link.name
+        if by_deadline:
+            error: Exception = SnapshotDeadlineExceededError(
+                f"the deadline{self.budget.of_deadline()} passed while source {name!r} was "
+                "running; raise the deadline or lower the source timeout"
+            )
+        else:
+            caller.equipment.counters.source_timeouts += 1
+            error = SourceTimeoutError(
+                f"source {name!r} did not answer within {caller.link.timeout_seconds:g} s"
+            )
+        caller.failed(self, error)
+
+    def __repr__(self) -> str:
+        return f"<Try {self._caller.link.name} calling={self.calling} over={self.over}>"

@@ -1,0 +1,141 @@
+"""How a gather ends: complete and coherent, or at its deadline, or because nobody wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from coalestra.core.errors import (
+    ResourceResolutionError,
+    SnapshotDeadlineExceededError,
+    SourceFailure,
+)
+from coalestra.core.keys import ResourceKey
+from coalestra.orchestration.cache_reads import CacheReads
+from coalestra.orchestration.endings import stale_candidate
+from coalestra.orchestration.flights import Acquisition, Gather, Read
+from coalestra.orchestration.pins import at_odds
+from coalestra.orchestration.readings import Failure
+from coalestra.orchestration.scheduler import Scheduler
+from coalestra.orchestration.work import Work
+
+
+class Conclusions:
+    """Ends gathers, and tells the one who waits. Each is told once."""
+
+    def __init__(self, scheduler: Scheduler, reads: CacheReads) -> None:
+        self._scheduler = scheduler
+        self._equipment = scheduler.equipment
+        self._reads = reads
+        scheduler.completed = self._completed
+
+    def check(self, gather: Gather) -> None:
+        """Conclude a gather that waits for nothing more."""
+        if gather.complete:
+            self._scheduler.agenda.add(self._completed, gather)
+
+    def _completed(self, gather: Gather) -> None:
+        """Tell the one who waits, after readings at odds with the others were derived anew."""
+        if not gather.complete:
+            return
+        if not gather.agrees:
+            gather.agreed = gather.base.generation
+            odd = at_odds(gather.readings, gather.base)
+            if odd:
+                self._derive_anew(gather, odd)
+                return
+        done, gather.done = gather.done, _nobody
+        done(gather)
+
+    def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:
+        """Replace derived readings that rest on other revisions than the rest of the gather."""
+        for key in odd:
+            del gather.readings[key]
+        gather.settle_pins()
+        gather.open = True
+        for key in odd:
+            try:
+                policy = self._equipment.policies.resolve(key)
+            except Exception as error:
+                gather.failures[key] = Failure(key, always(error))
+            else:
+                self._scheduler.acquire_privately(gather, key, policy)
+        gather.open = False
+        self.check(gather)
+
+    def abandon(self, gather: Gather) -> None:
+        """End the waiting without an outcome: the one who waited has gone."""
+        gather.open = False
+        gather.done = _nobody
+        self._leave_all(gather)
+
+    def fail(self, gather: Gather, make: Callable[[], Exception]) -> None:
+        """End the waiting with one failure for every key that is not settled."""
+        gather.open = False
+        self._leave_all(gather)
+        for key in gather.keys:
+            if key not in gather.readings and key not in gather.failures:
+                gather.failures[key] = Failure(key, make)
+        self._finish_now(gather)
+
+    def strike(self, gather: Gather) -> None:
+        """End the waiting at the deadline: a stale value if one will do, else a failure."""
+        gather.open = False
+        self._equipment.counters.deadlines_exceeded += 1
+        pending = dict(gather.pending)
+        self._leave_all(gather)
+        for key in gather.keys:
+            if key not in gather.readings and key not in gather.failures:
+                self._strike_key(gather, key, pending.get(key))
+        self._finish_now(gather)
+
+    def _strike_key(
+        self, gather: Gather, key: ResourceKey, awaited: Acquisition | Read | None
+    ) -> None:
+        failure = _late(gather.work, key, awaited)
+        if isinstance(awaited, Acquisition) and gather.accepts_stale(key):
+            stale = stale_candidate(awaited, failure, self._equipment)
+            if stale is not None:
+                gather.readings[key] = stale
+                if self._equipment.report is not None and stale.fallback is not None:
+                    self._equipment.report.stale_fallback_used(
+                        key, stale.fallback, from_cache=stale.from_cache
+                    )
+                return
+        gather.failures[key] = failure
+
+    def _leave_all(self, gather: Gather) -> None:
+        for awaited in tuple(gather.pending.values()):
+            if isinstance(awaited, Read):
+                self._reads.leave(gather, awaited)
+            else:
+                self._scheduler.leave(gather, awaited)
+
+    def _finish_now(self, gather: Gather) -> None:
+        done, gather.done = gather.done, _nobody
+        done(gather)
+
+    def __repr__(self) -> str:
+        return f"<Conclusions for {self._scheduler!r}>"
+
+
+def _nobody(_gather: Gather) -> None:
+    """Stand in for one who has been told already."""
+
+
+def always(error: Exception) -> Callable[[], Exception]:
+    """Return a maker of errors that has only this one."""
+    return lambda: error
+
+
+def _late(work: Work, key: ResourceKey, awaited: Acquisition | Read | None) -> Failure:
+    """Return the failure of a key whose deadline passed, with what its sources had said so far."""
+    budget = "" if work.deadline is None else f" of {work.deadline.budget_seconds:g} s"
+    text = f"the deadline{budget} passed before {key} was resolved"
+    if isinstance(awaited, Acquisition) and awaited.link is not None:
+        tries = getattr(awaited.attempt, "tries", 0)
+        last = SourceFailure(
+            awaited.link.name, SnapshotDeadlineExceededError.__name__, text, max(1, tries)
+        )
+        failures = (*awaited.failures, last)
+        return Failure(key, lambda: ResourceResolutionError(key, failures))
+    return Failure(key, lambda: SnapshotDeadlineExceededError(text))

@@ -1,0 +1,150 @@
+"""From sealed readings to what a reader may keep: one isolated copy for each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
+from coalestra.concurrency.deadline import Deadline
+from coalestra.core.errors import PayloadIsolationError, SnapshotDeadlineExceededError
+from coalestra.core.keys import ResourceKey
+from coalestra.core.values import SnapshotValue
+from coalestra.orchestration.pace import Pace
+from coalestra.orchestration.readings import Reading
+
+_VALUES_BETWEEN_LOOKS = 32
+
+
+class Deliveries:
+    """Makes the copies that readers get."""
+
+    __slots__ = ("_copies",)
+
+    def __init__(self, copies: PayloadCopies) -> None:
+        self._copies = copies
+
+    def value_now(self, reading: Reading, context: str) -> SnapshotValue[Any] | None:
+        """Return a reader's copy made here and now, or None if it takes a thread."""
+        revision = reading.revision
+        payload = self._copies.open_now(revision.payload, revision.seal, context=context)
+        if payload is OFFLOADED:
+            return None
+        return self._presented(reading, payload, context)
+
+    def value_here(self, reading: Reading, context: str) -> SnapshotValue[Any]:
+        """Return a reader's copy made here and now, however large the payload."""
+        value = self.value_now(reading, context)
+        if value is not None:
+            return value
+        revision = reading.revision
+        payload = self._copies.open_here(revision.payload, revision.seal, context=context)
+        return self._presented(reading, payload, context)
+
+    async def value(
+        self, reading: Reading, context: str, deadline: Deadline | None
+    ) -> SnapshotValue[Any]:
+        """Return a reader's copy, made in a thread if it is large."""
+        value = self.value_now(reading, context)
+        if value is not None:
+            return value
+        revision = reading.revision
+        payload = await self._copies.open(
+            revision.payload, revision.seal, context=context, deadline=deadline
+        )
+        return self._presented(reading, payload, context)
+
+    async def values(
+        self, readings: Mapping[ResourceKey, Reading], deadline: Deadline | None
+    ) -> tuple[dict[ResourceKey, SnapshotValue[Any]], dict[ResourceKey, Exception]]:
+        """Return copies of many readings, and the error for each that cannot be copied.
+
+        Small ones are copied here, in slices; large ones side by side in threads, within
+        `deadline`.
+        """
+        values: dict[ResourceKey, SnapshotValue[Any]] = {}
+        errors: dict[ResourceKey, Exception] = {}
+        large: dict[ResourceKey, Reading] = {}
+        pace = Pace()
+        looks = _VALUES_BETWEEN_LOOKS
+        for key, reading in readings.items():
+            try:
+                value = self.value_now(reading, "snapshot delivery")
+            except PayloadIsolationError as error:
+                errors[key] = error
+                continue
+            if value is None:
+                large[key] = reading
+            else:
+                values[key] = value
+            looks -= 1
+            if not looks:
+                looks = _VALUES_BETWEEN_LOOKS
+                if await pace.keep():
+                    _require_time(deadline)
+        if large:
+            await self._large(large, deadline, values, errors)
+        return values, errors
+
+    async def _large(
+        self,
+        readings: Mapping[ResourceKey, Reading],
+        deadline: Deadline | None,
+        values: dict[ResourceKey, SnapshotValue[Any]],
+        errors: dict[ResourceKey, Exception],
+    ) -> None:
+        """Copy large payloads with as many workers as there are threads for it."""
+        rest = iter(readings.items())
+
+        async def work() -> None:
+            for key, reading in rest:
+                try:
+                    values[key] = await self.value(reading, "snapshot delivery", deadline)
+                except PayloadIsolationError as error:
+                    errors[key] = error
+
+        workers = min(len(readings), self._copies.max_concurrency)
+        await all_or_none(work() for _ in range(workers))
+
+    def _presented(self, reading: Reading, payload: Any, context: str) -> SnapshotValue[Any]:
+        revision = reading.revision
+        metadata: Mapping[str, Any] = revision.metadata
+        if metadata:
+            metadata = self._copies.open_metadata_now(revision.metadata, context=context)
+        if reading.notes:
+            metadata = {**metadata, **reading.notes}
+        return SnapshotValue(
+            revision.key,
+            payload,
+            revision.source,
+            revision.observed_at,
+            revision.fetched_at,
+            reading.age,
+            reading.stale,
+            reading.from_cache,
+            revision.latency_ms,
+            revision.attempts,
+            metadata,
+            revision.authority_rank,
+            revision.version,
+            revision.dependency_versions,
+        )
+
+
+def _require_time(deadline: Deadline | None) -> None:
+    if deadline is not None and deadline.expired:
+        raise SnapshotDeadlineExceededError(
+            f"the deadline of {deadline.budget_seconds:g} s passed while the snapshot was copied"
+        )
+
+
+async def all_or_none(coroutines: Iterable[Any]) -> None:
+    """Run coroutines side by side; if one fails or the caller is cancelled, end all and wait."""
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,80 @@
+"""What a derived key rests on: asking for its dependencies, and handing them to the derivation."""
+
+from __future__ import annotations
+
+from coalestra.core.errors import DependencyResolutionError, SourceProtocolError
+from coalestra.core.keys import ResourceKey
+from coalestra.core.snapshot import Snapshot
+from coalestra.orchestration.chains import Link
+from coalestra.orchestration.deliveries import Deliveries
+from coalestra.orchestration.flights import Acquisition, Gather
+from coalestra.orchestration.lookups import Lookups
+from coalestra.orchestration.pins import Pins, hold
+from coalestra.orchestration.scheduler import Scheduler
+
+
+class Derivations:
+    """Lets derived flights wait for their dependencies, and makes snapshots of those."""
+
+    def __init__(self, scheduler: Scheduler, lookups: Lookups, deliveries: Deliveries) -> None:
+        self._scheduler = scheduler
+        self._lookups = lookups
+        self._deliveries = deliveries
+        scheduler.derive = self.gather_dependencies
+        scheduler.inputs = self.inputs
+
+    def gather_dependencies(self, flight: Acquisition, link: Link) -> None:
+        """Ask for what `flight` is derived from; it goes on when all of it is settled."""
+        try:
+            keys = _dependencies(link, flight.key)
+        except Exception as error:
+            self._scheduler.refused(flight, error, "failure", 0)
+            return
+        pins = Pins() if flight.pins is None else flight.pins
+        gather = Gather(flight.living_sponsor(), keys, pins, owner=flight)
+        flight.gather = gather
+        gather.done = self._gathered
+        self._lookups.open(gather)
+
+    def _gathered(self, gather: Gather) -> None:
+        flight = gather.owner
+        if flight is None or flight.gather is not gather:
+            return
+        if not gather.failures:
+            if flight.pins is not None:
+                hold(flight.pins, gather.readings)
+            self._scheduler.dispatch.ready(flight)
+            return
+        cycles = [f.cycle for f in gather.failures.values() if f.cycle is not None]
+        if cycles:
+            flight.cycle = cycles[0]
+        name = "" if flight.link is None else flight.link.name
+        errors = {key: failure.make() for key, failure in gather.failures.items()}
+        error = DependencyResolutionError(flight.key, name, errors)
+        self._scheduler.refused(flight, error, "failure", 0)
+
+    async def inputs(self, flight: Acquisition) -> Snapshot:
+        """Return the dependencies of a derived key, copied for its derivation alone."""
+        gather = flight.gather
+        work = flight.sponsor
+        values = {}
+        if gather is not None:
+            for key in gather.keys:
+                reading = gather.readings[key]
+                values[key] = await self._deliveries.value(reading, "derived dependency", None)
+        return Snapshot(work.context.snapshot_id, work.context.requested_at, values)
+
+
+def _dependencies(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
+    declared = link.source.dependencies(key)
+    try:
+        keys = tuple(dict.fromkeys(declared))
+    except TypeError:
+        keys = (declared,)
+    for each in keys:
+        if not isinstance(each, ResourceKey):
+            raise SourceProtocolError(
+                f"dependencies() of source {link.name!r} for {key} must be ResourceKeys, got "
+                f"{type(each).__qualname__}"
+            )
+    return keys

@@ -1,0 +1,51 @@
+"""What the engine of one builder works with: fixed collaborators and a few counters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from coalestra.cache.access import CacheAccess
+from coalestra.concurrency.capacity import CapacityController
+from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.threads import WorkerThreads
+from coalestra.core.authority import AuthorityPolicyProvider
+from coalestra.core.clock import Clock
+from coalestra.core.freshness import FreshnessPolicyProvider, ObservationPolicy
+from coalestra.observability.reporting import Reporter
+from coalestra.orchestration.chains import Chains
+from coalestra.resilience.circuit_breaker import CircuitBreaker
+from coalestra.resilience.policies import ResiliencePolicyResolver
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Cumulative counts since the builder was made, for its health."""
+
+    queue_timeouts: int = 0
+    source_timeouts: int = 0
+    deadlines_exceeded: int = 0
+    revalidation_attempts: int = 0
+    revalidation_failures: int = 0
+    transport_violations: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Equipment:
+    """The parts that every stage of the engine shares for the life of a builder."""
+
+    clock: Clock
+    chains: Chains
+    policies: FreshnessPolicyProvider
+    authority: AuthorityPolicyProvider
+    observation: ObservationPolicy
+    capacity: CapacityController
+    breaker: CircuitBreaker
+    resilience: ResiliencePolicyResolver
+    access: CacheAccess
+    copies: PayloadCopies
+    report: Reporter | None
+    threads: WorkerThreads
+    max_concurrency: int
+    max_pending_tasks: int
+    transport_grace_seconds: float
+    counters: Counters = dataclasses.field(default_factory=Counters)

@@ -1,0 +1,94 @@
+"""The board of flights: who has started one, who waits for it, and who waits for whom."""
+
+from __future__ import annotations
+
+from coalestra.concurrency.waits_for import WaitsFor
+from coalestra.core.keys import ResourceKey
+from coalestra.observability.reporting import Reporter
+from coalestra.orchestration.flights import Acquisition, Gather
+from coalestra.orchestration.readings import Failure
+
+
+class FlightBoard:
+    """Keeps at most one flight per key for newcomers to join, and never lets a cycle in.
+
+    `flights` are those that may be joined; `deriving` those that have dependencies of their own.
+    """
+
+    def __init__(self, report: Reporter | None) -> None:
+        self._report = report
+        self.flights: dict[ResourceKey, Acquisition] = {}
+        self.deriving: dict[Acquisition, None] = {}
+        self._waits: WaitsFor[Acquisition] = WaitsFor()
+
+    def join(self, gather: Gather, flight: Acquisition) -> None:
+        """Let `gather` wait for `flight`; a wait that would close a cycle fails instead."""
+        owner = gather.owner
+        if owner is not None:
+            cycle = self._waits.add(owner, flight)
+            if cycle is not None:
+                path = tuple(member.key for member in cycle)
+                gather.failures[flight.key] = Failure.of_cycle(flight.key, path)
+                return
+        joined = flight.sponsor is not gather.work
+        if joined:
+            gather.work.record.coalesced_requests += 1
+            if self._report is not None:
+                self._report.flight_joined(flight.key)
+        flight.waiters[gather] = joined
+        gather.pending[flight.key] = flight
+        self.extend(flight, gather.cutoff)
+
+    def extend(self, flight: Acquisition, cutoff: float) -> None:
+        """Keep a flight, and what it waits for, wanted until `cutoff`."""
+        stack = [flight]
+        while stack:
+            each = stack.pop()
+            if cutoff <= each.cutoff:
+                continue
+            each.cutoff = cutoff
+            if each.attempt is not None:
+                each.attempt.extend()
+            if each.gather is not None:
+                stack += [
+                    one for one in each.gather.pending.values() if isinstance(one, Acquisition)
+                ]
+
+    def leave(self, gather: Gather, flight: Acquisition) -> None:
+        """Let `gather` wait no longer."""
+        gather.pending.pop(flight.key, None)
+        flight.waiters.pop(gather, None)
+        if gather.owner is not None:
+            self._waits.remove(gather.owner, flight)
+
+    def hide(self, flight: Acquisition, *, cacheable: bool) -> None:
+        """Keep newcomers from joining a flight, and from those that wait for its value."""
+        stack = [flight]
+        seen: set[int] = set()
+        while stack:
+            each = stack.pop()
+            if id(each) in seen:
+                continue
+            seen.add(id(each))
+            if self.flights.get(each.key) is each:
+                del self.flights[each.key]
+            if not cacheable:
+                each.cacheable = False
+            stack += [waiter.owner for waiter in each.waiters if waiter.owner is not None]
+
+    def take_off(self, flight: Acquisition) -> dict[Gather, bool]:
+        """Remove a flight that has ended; return who waited for it, and whether they had joined.
+
+        It removes only itself, never a successor under the same key.
+        """
+        if self.flights.get(flight.key) is flight:
+            del self.flights[flight.key]
+        if flight.pins is not None and flight.pins.private.get(flight.key) is flight:
+            del flight.pins.private[flight.key]
+        self.deriving.pop(flight, None)
+        self._waits.discard(flight)
+        waiters, flight.waiters = flight.waiters, {}
+        return waiters
+
+    def __repr__(self) -> str:
+        return f"<FlightBoard flights={len(self.flights)} waiting={len(self._waits)}>"

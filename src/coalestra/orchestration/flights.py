@@ -1,0 +1,269 @@
+"""Flights and those who wait for them.
+
+An `Acquisition` is one key on its way through its chain of sources, shared by everyone who needs
+the key. A `Gather` is somebody who waits for a set of keys: a stage of a build, or a derivation.
+Both are plain state; the scheduler moves them.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+from coalestra.core.errors import SourceFailure
+from coalestra.core.freshness import FreshnessPolicy
+from coalestra.core.keys import ResourceKey
+from coalestra.core.revision import Revision
+from coalestra.orchestration.chains import Link
+from coalestra.orchestration.pins import Pins, hold
+from coalestra.orchestration.readings import Failure, Reading, Settlement
+from coalestra.orchestration.work import Work
+
+
+class Call(Protocol):
+    """The call to a source that a flight takes part in, as far as a flight cares."""
+
+    def extend(self) -> None:
+        """Learn that a flight of the call is wanted for longer."""
+
+    def unwanted(self) -> None:
+        """Learn that nobody waits for one of the flights any more."""
+
+
+class Phase(enum.Enum):
+    """Where a flight stands. `SETTLED` is the only phase that it never leaves."""
+
+    CHOOSING = "choosing the next source"
+    GATHERING = "waiting for dependencies"
+    READY = "ready for a source"
+    CALLING = "being fetched"
+    WRITING = "being written to the cache"
+    SETTLED = "settled"
+
+
+class Acquisition:
+    """The one flight that acquires a key; any number of gathers wait for it.
+
+    `cutoff` is the latest deadline that any waiter ever had. `cacheable` turns false when the key
+    is invalidated under way; `event` is what was published for it meanwhile. `offered` is the
+    value on its way to the cache, with whether its source dated it. `pins` is set for a private
+    derivation, which serves one unit of work alone and is never joined by others. `missed` says
+    that the cache had nothing of use for the key.
+    """
+
+    __slots__ = (
+        "attempt",
+        "began",
+        "cacheable",
+        "cached",
+        "candidate",
+        "cutoff",
+        "cycle",
+        "event",
+        "failures",
+        "forced",
+        "gather",
+        "key",
+        "link",
+        "missed",
+        "offered",
+        "phase",
+        "pins",
+        "policy",
+        "position",
+        "settlement",
+        "sponsor",
+        "waiters",
+    )
+
+    def __init__(
+        self,
+        key: ResourceKey,
+        policy: FreshnessPolicy,
+        sponsor: Work,
+        *,
+        forced: bool = False,
+        pins: Pins | None = None,
+    ) -> None:
+        self.key = key
+        self.policy = policy
+        self.sponsor = sponsor
+        self.forced = forced
+        self.pins = pins
+        self.waiters: dict[Gather, bool] = {}
+        self.cutoff = -math.inf
+        self.phase = Phase.CHOOSING
+        self.position = 0
+        self.link: Link | None = None
+        self.failures: list[SourceFailure] = []
+        self.cycle: tuple[ResourceKey, ...] | None = None
+        self.cached: Revision | None = None
+        self.candidate: Revision | None = None
+        self.event: Revision | None = None
+        self.offered: tuple[Revision, bool] | None = None
+        self.cacheable = True
+        self.began = False
+        self.missed = False
+        self.gather: Gather | None = None
+        self.attempt: Call | None = None
+        self.settlement: Settlement | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone still waits."""
+        return bool(self.waiters)
+
+    def living_sponsor(self) -> Work:
+        """Return the work to act for: the first that waits, directly or through derived keys.
+
+        The work that started the flight keeps it for as long as it lives.
+        """
+        if not self.sponsor.over:
+            return self.sponsor
+        seen = {id(self)}
+        stack = [self]
+        while stack:
+            for gather in stack.pop().waiters:
+                owner = gather.owner
+                if owner is None:
+                    if not gather.work.over:
+                        self.sponsor = gather.work
+                        return gather.work
+                elif id(owner) not in seen:
+                    seen.add(id(owner))
+                    stack.append(owner)
+        return self.sponsor
+
+    def __repr__(self) -> str:
+        return f"<Acquisition {self.key} {self.phase.value}, waiters={len(self.waiters)}>"
+
+
+class Read:
+    """One key on its way out of a cache that has to be awaited, shared by everyone who asks.
+
+    `flight` is an acquisition of the key that was under way meanwhile, whatever became of it.
+    """
+
+    __slots__ = ("flight", "group", "key", "policy", "waiters")
+
+    def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: list[Read]) -> None:
+        self.key = key
+        self.policy = policy
+        self.group = group
+        self.waiters: dict[Gather, None] = {}
+        self.flight: Acquisition | None = None
+
+    def __repr__(self) -> str:
+        return f"<Read {self.key} waiters={len(self.waiters)}>"
+
+
+class Demand(NamedTuple):
+    """What somebody who waits insists on, beyond any usable value.
+
+    `forced` keys bypass the cache and accept no stale value; those of them that are `private` are
+    derived under the pins. A `refresh` bypasses the cache and accepts fresh values only.
+    """
+
+    forced: frozenset[ResourceKey] = frozenset()
+    private: frozenset[ResourceKey] = frozenset()
+    refresh: bool = False
+
+
+class Gather:
+    """A set of keys that somebody waits for, and what has become of each so far.
+
+    A stage waits for its keys under the pins of its session. A derived acquisition (`owner`)
+    waits for its dependencies. Once every key has a reading or a failure, `done` is called, once.
+    """
+
+    __slots__ = (
+        "done",
+        "failures",
+        "forced",
+        "keys",
+        "open",
+        "owner",
+        "pending",
+        "agreed",
+        "base",
+        "pins",
+        "private",
+        "readings",
+        "refresh",
+        "strike",
+        "work",
+    )
+
+    def __init__(
+        self,
+        work: Work,
+        keys: Iterable[ResourceKey],
+        pins: Pins,
+        *,
+        demand: Demand | None = None,
+        owner: Acquisition | None = None,
+    ) -> None:
+        self.work = work
+        self.keys = dict.fromkeys(keys)
+        self.base = self.pins = pins
+        self.forced, self.private, self.refresh = Demand() if demand is None else demand
+        self.owner = owner
+        self.readings: dict[ResourceKey, Reading] = {}
+        self.failures: dict[ResourceKey, Failure] = {}
+        self.pending: dict[ResourceKey, Acquisition | Read] = {}
+        self.open = False
+        self.agreed: int | None = None
+        self.done: Callable[[Gather], None] = _nobody
+        self.strike: Callable[[], None] = _nothing
+
+    @property
+    def cutoff(self) -> float:
+        """The latest instant, on the loop's clock, at which anyone still wants the keys."""
+        return self.work.cutoff if self.owner is None else self.owner.cutoff
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the readings were found to agree with the pins as they are now."""
+        return self.agreed == self.base.generation
+
+    @property
+    def complete(self) -> bool:
+        """Whether every key has come to a reading or a failure."""
+        return not self.open and not self.pending
+
+    def accepts_stale(self, key: ResourceKey) -> bool:
+        """Whether a stale value may stand in for a failed `key`."""
+        return not self.refresh and key not in self.forced
+
+    def settle_pins(self) -> None:
+        """Hold fast to what has been read so far, so that what is derived anew agrees with it.
+
+        A stage does so on a copy of its session's pins: they change only when the stage is over.
+        """
+        if self.owner is None:
+            self.pins = Pins(self.base)
+        hold(self.pins, self.readings)
+
+    def receive(self, key: ResourceKey, settlement: Settlement, *, joined: bool = False) -> None:
+        """Take what a flight ended with; `joined` says that another unit of work had started it."""
+        if settlement.reading is not None:
+            reading = settlement.reading
+            self.readings[key] = reading.noted(coalesced_request=True) if joined else reading
+        elif settlement.stale is not None and self.accepts_stale(key):
+            self.readings[key] = settlement.stale
+        elif settlement.failure is not None:
+            self.failures[key] = settlement.failure
+
+    def __repr__(self) -> str:
+        for_whom = "stage" if self.owner is None else str(self.owner.key)
+        return f"<Gather for {for_whom}: {len(self.readings)} of {len(self.keys)}>"
+
+
+def _nobody(_gather: Gather) -> None:
+    """Stand in until somebody wants to know."""
+
+
+def _nothing() -> None:
+    """Stand in until the gather has been opened."""

@@ -1,0 +1,107 @@
+"""What a source answered, handed over key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from coalestra.core.errors import SourceUnavailableError
+from coalestra.core.revision import Revision
+from coalestra.orchestration.answers import OMITTED, CallFacts, sealed_revision, was_future
+from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.pace import Pace
+from coalestra.orchestration.work import Work
+
+
+class StaleSourceData(Exception):
+    """A source answered with a value older than the policy's time to live."""
+
+
+class Receiver(Protocol):
+    """Where fresh and outdated values go."""
+
+    def delivered(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
+        """Take a fresh value."""
+
+    def outdated(self, flight: Acquisition, revision: Revision) -> None:
+        """Take a value that is too old to count, but may stand in when all else fails."""
+
+    def hold(self, work: Work) -> None:
+        """Hold back further calls of the work: keys for them are about to be refused."""
+
+    def release(self, work: Work) -> None:
+        """Take back one `hold`."""
+
+
+class Answered(Protocol):
+    """The attempt whose call was answered."""
+
+    work: Work
+    equipment: Any
+
+    def holds(self, flight: Acquisition) -> bool:
+        """Whether the flight still waits for this call."""
+
+    def refuse(self, flight: Acquisition, error: Exception, status: str) -> None:
+        """Report that the source has failed for a key."""
+
+    def part_with(self, flight: Acquisition) -> None:
+        """Let a flight go that has its value."""
+
+
+class Harvest:
+    """Seals the values of one answer and hands them over, without holding the loop for long."""
+
+    __slots__ = ("_attempt", "_facts", "_receiver", "fresh")
+
+    def __init__(self, attempt: Answered, receiver: Receiver, facts: CallFacts) -> None:
+        self._attempt = attempt
+        self._receiver = receiver
+        self._facts = facts
+        self.fresh: set[Acquisition] = set()
+
+    async def bring_in(self, values: Sequence[tuple[Acquisition, Any]]) -> None:
+        """Hand over every value; `fresh` tells which of them were fresh."""
+        await self._refuse_omitted([flight for flight, value in values if value is OMITTED])
+        pace = Pace()
+        for flight, value in values:
+            if self._attempt.holds(flight):
+                await self._hand_over(flight, value)
+            await pace.keep()
+
+    async def _refuse_omitted(self, flights: Sequence[Acquisition]) -> None:
+        """Let the keys that were left out go on, together, to where they are served next."""
+        name = self._facts.link.name
+        error = SourceUnavailableError(f"source {name!r} left the key out of its answer")
+        work = self._attempt.work
+        self._receiver.hold(work)
+        try:
+            pace = Pace()
+            for flight in flights:
+                self._attempt.refuse(flight, error, "failure")
+                await pace.keep()
+        finally:
+            self._receiver.release(work)
+
+    async def _hand_over(self, flight: Acquisition, value: Any) -> None:
+        attempt = self._attempt
+        try:
+            revision, dated = await sealed_revision(attempt.equipment, flight, value, self._facts)
+        except Exception as error:
+            future = was_future(error)
+            attempt.work.record.future_timestamp_rejections += future
+            attempt.refuse(flight, error, "invalid_timestamp" if future else "failure")
+            return
+        age = revision.fetched_at - revision.observed_at
+        ttl = flight.policy.ttl_seconds
+        if age > ttl:
+            self._receiver.outdated(flight, revision)
+            text = f"the value is {age:g} s old, the policy allows {ttl:g} s"
+            attempt.refuse(flight, StaleSourceData(text), "stale")
+            return
+        attempt.part_with(flight)
+        self.fresh.add(flight)
+        self._receiver.delivered(flight, revision, dated)
+
+    def __repr__(self) -> str:
+        return f"<Harvest of source {self._facts.link.name} fresh={len(self.fresh)}>"

@@ -1,0 +1,183 @@
+"""Where a key is looked for first: what is pinned, then the cache, then a flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from coalestra.core.freshness import FreshnessPolicy, RefreshMode
+from coalestra.core.keys import ResourceKey
+from coalestra.core.revision import Revision
+from coalestra.orchestration.cache_reads import CacheReads
+from coalestra.orchestration.conclusions import Conclusions, always
+from coalestra.orchestration.flights import Acquisition, Gather, Read
+from coalestra.orchestration.readings import Failure, Reading
+from coalestra.orchestration.scheduler import Scheduler
+from coalestra.orchestration.work import Work
+
+_KEYS_PER_STEP = 64
+
+
+class Lookups:
+    """Opens gathers, and brings them the readings that need no source.
+
+    `refresh` schedules a background refresh of a key for a reason, and says whether it is a new
+    one.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, refresh: Callable[[ResourceKey, str, Work], bool]
+    ) -> None:
+        self._scheduler = scheduler
+        self._equipment = scheduler.equipment
+        self._refresh = refresh
+        self.reads = CacheReads(self._equipment, self._answered, scheduler.tasks)
+        self.conclusions = Conclusions(scheduler, self.reads)
+
+    # Open -------------------------------------------------------------------------------------
+
+    def open(self, gather: Gather) -> None:
+        """Begin to look for every key of a gather; its `done` is called when all are settled."""
+        gather.open = True
+        gather.strike = partial(self.conclusions.strike, gather)
+        self._scheduler.hold(gather.work)
+        if self._equipment.access.store is not None and not (gather.forced or gather.refresh):
+            gather.work.record.cache_batch_reads += 1
+        self._scheduler.agenda.add(self._continue, gather, iter(gather.keys))
+
+    def _continue(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
+        now = self._equipment.clock.now()
+        for _ in range(_KEYS_PER_STEP):
+            key = next(rest, None)
+            if key is None or not gather.open:
+                if gather.open:
+                    gather.open = False
+                    self.conclusions.check(gather)
+                self._scheduler.release(gather.work)
+                return
+            self._look_for(gather, key, now)
+        self._scheduler.agenda.add(self._continue, gather, rest)
+
+    def _look_for(self, gather: Gather, key: ResourceKey, now: float) -> None:
+        pin = gather.pins.get(key)
+        if pin is not None:
+            gather.readings[key] = pin
+            return
+        try:
+            policy = self._equipment.policies.resolve(key)
+        except Exception as error:
+            gather.failures[key] = Failure(key, always(error))
+            return
+        store = self._equipment.access.store
+        if key in gather.forced:
+            if self._equipment.report is not None:
+                self._equipment.report.cache_bypassed(key, "force_refresh")
+            self._acquire_forced(gather, key, policy)
+        elif gather.refresh:
+            self._acquire(gather, key, policy)
+        elif store is None:
+            self._ask_cache(gather, key, policy)
+        else:
+            revision = store.find(key, now, policy)
+            if revision is None or not self._serve(gather, key, policy, revision, now):
+                self._missed(gather, key, policy, revision)
+
+    def _acquire_forced(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
+        """Derive privately what must agree with pins; share what only has to be new."""
+        if key in gather.private:
+            self._scheduler.acquire_privately(gather, key, policy)
+        else:
+            self._acquire(gather, key, policy)
+
+    def _acquire(
+        self,
+        gather: Gather,
+        key: ResourceKey,
+        policy: FreshnessPolicy,
+        cached: Revision | None = None,
+    ) -> None:
+        self._scheduler.acquire(gather, key, policy, cached)
+        read = self.reads.find(key)
+        if read is not None:
+            read.flight = self._scheduler.board.flights.get(key)
+
+    # The cache --------------------------------------------------------------------------------
+
+    def _serve(
+        self,
+        gather: Gather,
+        key: ResourceKey,
+        policy: FreshnessPolicy,
+        revision: Revision,
+        now: float,
+    ) -> bool:
+        """Take a cached revision if the policy lets a reader have it; schedule a refresh if due."""
+        age = max(0.0, now - revision.observed_at)
+        stale = age > policy.ttl_seconds
+        mode = policy.refresh_mode
+        notes: dict[str, Any] | None = None
+        if stale:
+            if mode is not RefreshMode.STALE_WHILE_REVALIDATE or age > policy.max_stale_seconds:
+                return False
+            notes = {
+                "refresh_mode": mode.value,
+                "refresh_scheduled": self._refresh(key, mode.value, gather.work),
+            }
+        elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
+            notes = {"refresh_scheduled": self._refresh(key, mode.value, gather.work)}
+        gather.work.record.cache_hits += 1
+        if self._equipment.report is not None:
+            freshness = mode.value if stale else "fresh"
+            self._equipment.report.cache_hit(key, freshness)
+        gather.readings[key] = Reading(revision, age, stale=stale, from_cache=True, notes=notes)
+        return True
+
+    def _missed(
+        self,
+        gather: Gather,
+        key: ResourceKey,
+        policy: FreshnessPolicy,
+        cached: Revision | None,
+    ) -> None:
+        gather.work.record.cache_misses += 1
+        if self._equipment.report is not None:
+            self._equipment.report.cache_missed(key)
+        self._acquire(gather, key, policy, cached)
+
+    def _ask_cache(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
+        """Read a cache that has to be awaited, unless a flight has done so in vain."""
+        flight = self._scheduler.board.flights.get(key)
+        if flight is not None and flight.missed:
+            self._missed(gather, key, policy, None)
+            return
+        read = self.reads.ask(gather, key, policy)
+        if flight is not None:
+            read.flight = flight
+
+    def _answered(self, read: Read, revision: Revision | None) -> None:
+        """Pass on what the cache held: a reading, or the way to the sources."""
+        now = self._equipment.clock.now()
+        waiters, read.waiters = read.waiters, {}
+        for gather in waiters:
+            gather.pending.pop(read.key, None)
+            if revision is not None and self._serve(gather, read.key, read.policy, revision, now):
+                self.conclusions.check(gather)
+            elif read.flight is not None and _has_value(read.flight):
+                settlement = read.flight.settlement
+                if settlement is not None:
+                    self._scheduler.hand(gather, read.key, settlement, joined=True)
+            else:
+                self._missed(gather, read.key, read.policy, revision)
+                flight = self._scheduler.board.flights.get(read.key)
+                if flight is not None:
+                    flight.missed = True
+                self.conclusions.check(gather)
+
+    def __repr__(self) -> str:
+        return f"<Lookups {self.reads!r}>"
+
+
+def _has_value(flight: Acquisition) -> bool:
+    settlement = flight.settlement
+    return settlement is not None and settlement.reading is not None

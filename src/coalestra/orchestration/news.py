@@ -1,0 +1,87 @@
+"""What flights learn of publications and invalidations that happen while they are under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from coalestra.cache.write_order import Ranked
+from coalestra.core.keys import ResourceKey
+from coalestra.core.revision import Revision
+from coalestra.orchestration.cache_reads import CacheReads
+from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.pins import rests_on
+from coalestra.orchestration.scheduler import Scheduler
+
+
+class News:
+    """Listens to the cache for the scheduler, so that a read never undoes newer knowledge."""
+
+    def __init__(self, scheduler: Scheduler, reads: CacheReads) -> None:
+        self._scheduler = scheduler
+        self._reads = reads
+        self._open: dict[ResourceKey, int] = {}
+        self._held: dict[ResourceKey, list[Acquisition]] = {}
+        scheduler.offers.held_back = self.hold_back
+
+    def revised(self, key: ResourceKey, revision: Revision | None) -> None:
+        """Learn of a key's new current revision, unless it is a flight's own."""
+        flight = self._scheduler.board.flights.get(key)
+        if flight is not None and revision is not None:
+            if flight.offered is not None and flight.offered[0] is revision:
+                return
+            flight.event = revision
+            self._scheduler.board.hide(flight, cacheable=True)
+        self._reads.hide((key,))
+        version = None if revision is None else revision.version
+        self._outdate(lambda taken: taken.key == key and taken.version != version)
+
+    def announced(self, publications: Sequence[Ranked]) -> None:
+        """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
+        for publication in publications:
+            self._open[publication.key] = self._open.get(publication.key, 0) + 1
+
+    def concluded(self, publications: Sequence[Ranked]) -> None:
+        """Learn that publications have ended: values held back go to the cache, or give way."""
+        for publication in publications:
+            key = publication.key
+            left = self._open.pop(key, 1) - 1
+            if left:
+                self._open[key] = left
+                continue
+            for flight in self._held.pop(key, ()):
+                self._scheduler.agenda.add(self._scheduler.offers.make, flight)
+
+    def hold_back(self, flight: Acquisition) -> bool:
+        """Keep a fetched value from the cache while a publication of its key is open."""
+        if flight.key not in self._open:
+            return False
+        self._held.setdefault(flight.key, []).append(flight)
+        return True
+
+    def invalidating(self, keys: Collection[ResourceKey]) -> None:
+        """Learn that keys are invalidated: what was read before is not cached nor joined."""
+        for key in keys:
+            flight = self._scheduler.board.flights.get(key)
+            if flight is not None:
+                self._scheduler.board.hide(flight, cacheable=False)
+        self._reads.hide(keys)
+        gone = frozenset(keys)
+        self._outdate(lambda taken: taken.key in gone)
+
+    def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
+        """Learn that all matching keys are invalidated."""
+        self.invalidating([key for key in self._scheduler.board.flights if matches(key)])
+        self._reads.hide_where(matches)
+        self._outdate(lambda revision: matches(revision.key))
+
+    def _outdate(self, changed: Callable[[Revision], bool]) -> None:
+        """Hide the derivations that have taken in a revision which is no longer current."""
+        for flight in tuple(self._scheduler.board.deriving):
+            gather = flight.gather
+            if gather is not None and gather.readings:
+                taken = [reading.revision for reading in gather.readings.values()]
+                if rests_on(taken, changed):
+                    self._scheduler.board.hide(flight, cacheable=False)
+
+    def __repr__(self) -> str:
+        return f"<News open={len(self._open)} held={len(self._held)}>"

@@ -1,0 +1,132 @@
+"""The values one unit of work has settled on, and whether new readings agree with them.
+
+A derived value is only as good as the revisions it was made from. Readings that arrive on different
+ways (one from the cache, one from a source) may rest on different revisions of the same key. The
+rules here find that out. They know nothing of time, tasks or sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from coalestra.core.keys import ResourceKey
+from coalestra.core.revision import Revision
+from coalestra.orchestration.readings import Reading
+
+
+class Pins(dict[ResourceKey, Reading]):
+    """The readings that a unit of work, or one derivation, must stay consistent with.
+
+    `private` holds the derivations under way that serve these pins alone; `generation` counts how
+    often pinned readings were replaced.
+    """
+
+    __slots__ = ("generation", "private")
+
+    def __init__(self, readings: Mapping[ResourceKey, Reading] | None = None) -> None:
+        super().__init__(readings or {})
+        self.private: dict[ResourceKey, Any] = {}
+        self.generation = 0
+
+
+def lineage(revisions: Iterable[Revision]) -> dict[int, Revision]:
+    """Return every revision that the given ones rest on, themselves included, each once."""
+    found: dict[int, Revision] = {}
+    stack = list(revisions)
+    while stack:
+        revision = stack.pop()
+        if id(revision) not in found:
+            found[id(revision)] = revision
+            stack.extend(revision.dependencies)
+    return found
+
+
+def newest_hidden(
+    readings: Mapping[ResourceKey, Reading], pins: Mapping[ResourceKey, Reading]
+) -> dict[ResourceKey, Revision]:
+    """Return, for keys known only as somebody's dependency, the revision that was fetched last."""
+    hidden: dict[ResourceKey, Revision] = {}
+    for revision in lineage(_derived(readings).values()).values():
+        key = revision.key
+        if key not in readings and key not in pins:
+            known = hidden.get(key)
+            if known is None or known.fetched_at < revision.fetched_at:
+                hidden[key] = revision
+    return hidden
+
+
+def at_odds(
+    readings: Mapping[ResourceKey, Reading], pins: Mapping[ResourceKey, Reading]
+) -> set[ResourceKey]:
+    """Return the keys whose derived values rest on other revisions than the rest of the readings.
+
+    What is pinned stands. Then comes what was read in its own right, then the newest of what is
+    known only as a dependency. Linear in the number of entries and dependencies.
+    """
+    derived = _derived(readings)
+    if not derived or (len(readings) == 1 and not pins):
+        return set()
+    chosen = {key: revision.version for key, revision in newest_hidden(readings, pins).items()}
+    chosen.update((key, reading.revision.version) for key, reading in readings.items())
+    chosen.update((key, pin.revision.version) for key, pin in pins.items())
+    wrong: dict[int, bool] = {}
+    for revision in derived.values():
+        _judge(revision, chosen, wrong)
+    return {key for key, revision in derived.items() if wrong[id(revision)]}
+
+
+def _derived(readings: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Revision]:
+    return {k: r.revision for k, r in readings.items() if r.revision.dependency_versions}
+
+
+def _judge(root: Revision, chosen: dict[ResourceKey, str], wrong: dict[int, bool]) -> None:
+    """Enter for `root` and all it rests on whether anything below it differs from `chosen`."""
+    stack = [root]
+    while stack:
+        revision = stack[-1]
+        if id(revision) in wrong:
+            stack.pop()
+            continue
+        unknown = [each for each in revision.dependencies if id(each) not in wrong]
+        if unknown:
+            stack.extend(unknown)
+            continue
+        stack.pop()
+        wrong[id(revision)] = any(
+            chosen.setdefault(name, version) != version
+            for name, version in revision.dependency_versions.items()
+        ) or any(wrong[id(each)] for each in revision.dependencies)
+
+
+def rests_on(revisions: Iterable[Revision], changed: Callable[[Revision], bool]) -> bool:
+    """Whether any of the revisions is, or rests on, one that has changed since."""
+    return any(changed(revision) for revision in lineage(revisions).values())
+
+
+def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
+    """Pin readings, and out of sight what they rest on, unless other values are pinned already."""
+    hidden = newest_hidden(readings, pins)
+    for key, reading in readings.items():
+        pins.setdefault(key, reading)
+    for key, revision in hidden.items():
+        age = max(0.0, revision.fetched_at - revision.observed_at)
+        pins[key] = Reading(revision, age, from_cache=True)
+
+
+def dependents(
+    pins: Mapping[ResourceKey, Reading], keys: Iterable[ResourceKey]
+) -> set[ResourceKey]:
+    """Return `keys` and every pinned key that was derived from one of them, directly or not."""
+    used_by: dict[ResourceKey, list[ResourceKey]] = {}
+    for key, reading in pins.items():
+        for name in reading.revision.dependency_versions:
+            used_by.setdefault(name, []).append(key)
+    found = set(keys)
+    stack = list(found)
+    while stack:
+        for key in used_by.get(stack.pop(), ()):
+            if key not in found:
+                found.add(key)
+                stack.append(key)
+    return found

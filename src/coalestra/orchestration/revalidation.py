@@ -1,0 +1,101 @@
+"""Revalidation: replacing pinned values, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from coalestra.core.errors import SnapshotBuildError
+from coalestra.core.keys import ResourceKey
+from coalestra.core.snapshot import Snapshot
+from coalestra.orchestration.flights import Demand, Gather
+from coalestra.orchestration.judging import Judge
+from coalestra.orchestration.pins import Pins, dependents, hold
+from coalestra.orchestration.readings import Failure, Reading
+from coalestra.orchestration.unit import Unit
+
+
+class Revalidation:
+    """One attempt to replace the named pinned values, and every pinned value derived from them.
+
+    Everything is acquired, judged and copied beside the pinned state. Only then, in one step,
+    does it take that state's place. Whatever fails before leaves everything as it was.
+    """
+
+    __slots__ = ("_readings", "_unit", "affected", "failures", "forced", "named", "_generation")
+
+    def __init__(self, unit: Unit, named: Mapping[ResourceKey, None], *, forced: bool) -> None:
+        self._unit = unit
+        self.named = named
+        self.forced = forced
+        self.affected: set[ResourceKey] = set()
+        self.failures: dict[ResourceKey, Failure] = {}
+        self._readings: dict[ResourceKey, Reading] = {}
+        self._generation = -1
+
+    async def acquire(self) -> None:
+        """Read anew what is affected, under the pins that are not; failures are kept as facts."""
+        unit = self._unit
+        self.affected = dependents(unit.pins, self.named)
+        self._generation = unit.pins.generation
+        kept = Pins({k: r for k, r in unit.pins.items() if k not in self.affected})
+        derived = [k for k in self.affected if unit.pins[k].revision.dependency_versions]
+        forced = frozenset(self.affected) if self.forced else frozenset()
+        order = [key for key in unit.pins if key in self.affected]
+        demand = Demand(forced, frozenset(derived) & forced)
+        gather = Gather(unit.work, order, kept, demand=demand)
+        await unit.engine.run(gather, self._take)
+
+    def _take(self, gather: Gather) -> None:
+        self._readings = gather.readings
+        self.failures = gather.failures
+
+    def candidate(self) -> dict[ResourceKey, Reading]:
+        """Return what the session would show after the commit."""
+        pinned = self._unit.visible()
+        return {key: self._readings.get(key, reading) for key, reading in pinned.items()}
+
+    async def proposed(self, judge: Judge) -> Snapshot:
+        """Return the snapshot that a commit would deliver, copied within the deadline and judged.
+
+        Raises:
+            SnapshotBuildError: the copying did not fit the deadline, or a policy is violated.
+        """
+        unit = self._unit
+        errors = {key: error for key, error in unit.errors().items() if key not in self._readings}
+        snapshot = await unit.snapshot(readings=self.candidate(), errors=errors)
+        uncopied: dict[ResourceKey, Exception] = {
+            key: snapshot.errors[key] for key in self.affected if key in snapshot.errors
+        }
+        if uncopied:
+            raise SnapshotBuildError(uncopied, snapshot=await unit.snapshot(bound=False))
+        judge.judge(snapshot, tuple(self.named))
+        return snapshot
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the session has meanwhile pinned more that is derived from what is replaced."""
+        pins = self._unit.pins
+        return dependents(pins, self.named) != self.affected or (
+            pins.generation != self._generation
+        )
+
+    def commit(self) -> None:
+        """Put the new readings in the place of the old ones."""
+        pins = self._unit.pins
+        for key in self.affected:
+            pins.pop(key, None)
+            self._unit.failures.pop(key, None)
+        hold(pins, self._readings)
+        pins.generation += 1
+
+    def outcome(self, **more: Any) -> dict[str, Any]:
+        """Return the facts of this attempt for its report."""
+        return {
+            "requested": len(self.named),
+            "affected": len(self.affected),
+            "refreshed": len(self._readings),
+            "failed": len(self.failures),
+            "force_refresh": self.forced,
+            **more,
+        }

@@ -1,0 +1,198 @@
+"""The state of one unit of work: what was asked for, what is pinned, and what failed."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from coalestra.concurrency.copying import deepcopy_payload
+from coalestra.concurrency.deadline import Deadline
+from coalestra.core.context import FetchContext
+from coalestra.core.diagnostics import SnapshotDiagnostics
+from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
+from coalestra.core.keys import ResourceKey
+from coalestra.core.snapshot import Snapshot
+from coalestra.core.validation import instance, number, text
+from coalestra.core.values import SnapshotValue
+from coalestra.orchestration.engine import Engine
+from coalestra.orchestration.flights import Gather
+from coalestra.orchestration.pins import Pins, hold
+from coalestra.orchestration.readings import Failure, Reading
+from coalestra.orchestration.work import Work
+
+
+def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
+    """Return the keys without repetitions, in order; `TypeError` for anything but keys."""
+    if isinstance(keys, ResourceKey):
+        raise TypeError(
+            "keys must be an iterable of ResourceKey, got a single one; put it in a list"
+        )
+    found = dict.fromkeys(keys)
+    for key in found:
+        if not isinstance(key, ResourceKey):
+            raise TypeError(f"keys must be ResourceKeys, got {type(key).__qualname__}")
+    return found
+
+
+class Unit:
+    """Acquires keys for one unit of work, stage by stage, and makes its snapshots.
+
+    With `lasting`, stages to come are kept in agreement with those before: what derived values
+    rest on is pinned too, out of sight.
+    """
+
+    __slots__ = (
+        "created_at",
+        "engine",
+        "failures",
+        "lasting",
+        "pins",
+        "requested",
+        "work",
+        "_began",
+    )
+
+    def __init__(self, engine: Engine, work: Work, *, lasting: bool) -> None:
+        self.engine = engine
+        self.work = work
+        self.lasting = lasting
+        self.created_at = work.context.requested_at
+        self.requested: dict[ResourceKey, None] = {}
+        self.pins = Pins()
+        self.failures: dict[ResourceKey, Failure] = {}
+        self._began = engine.equipment.clock.monotonic()
+
+    async def acquire(
+        self, keys: Mapping[ResourceKey, None], *, retry_errors: bool = False
+    ) -> bool:
+        """Settle every key that is not settled yet; return whether the deadline struck."""
+        self.engine.require_open()
+        if retry_errors:
+            wanted = [key for key in keys if key not in self.pins]
+        else:
+            wanted = [key for key in keys if key not in self.pins and key not in self.failures]
+        self.requested.update(keys)
+        if not wanted:
+            return False
+        gather = Gather(self.work, wanted, self.pins)
+        await self.engine.run(gather, self._keep)
+        return self.work.expired
+
+    def _keep(self, gather: Gather) -> None:
+        """Pin what a stage has read, in the very step in which it was complete."""
+        if self.lasting:
+            hold(self.pins, gather.readings)
+        else:
+            self.pins.update(gather.readings)
+        for key in gather.keys:
+            if key in gather.failures:
+                self.failures[key] = gather.failures[key]
+            else:
+                self.failures.pop(key, None)
+
+    def visible(self) -> dict[ResourceKey, Reading]:
+        """Return the readings of what was asked for, in the order of asking."""
+        pins = self.pins
+        return {key: pins[key] for key in self.requested if key in pins}
+
+    def errors(self) -> dict[ResourceKey, Exception]:
+        """Return a fresh error for every key that was asked for and has none but a failure."""
+        return {key: self.failures[key].make() for key in self.requested if key in self.failures}
+
+    async def snapshot(
+        self,
+        *,
+        bound: bool = True,
+        readings: Mapping[ResourceKey, Reading] | None = None,
+        errors: Mapping[ResourceKey, Exception] | None = None,
+    ) -> Snapshot:
+        """Return an isolated snapshot, within the deadline if `bound`.
+
+        Raises:
+            SnapshotBuildError: without a snapshot, if not even the copying fitted the deadline.
+        """
+        readings = self.visible() if readings is None else readings
+        try:
+            values, uncopied = await self.engine.deliveries.values(
+                readings, self.work.deadline if bound else None
+            )
+        except SnapshotDeadlineExceededError as late:
+            report = self.engine.equipment.report
+            self.engine.equipment.counters.deadlines_exceeded += 1
+            if report is not None:
+                report.copy_deadline_exceeded(self.work.context.snapshot_id, "snapshot_delivery")
+            text = str(late)
+            raise SnapshotBuildError(
+                {key: SnapshotDeadlineExceededError(text) for key in readings}
+            ) from late
+        return self._assembled(
+            values, {**(self.errors() if errors is None else errors), **uncopied}
+        )
+
+    def snapshot_now(self) -> Snapshot:
+        """Return an isolated snapshot without waiting, however long the copying takes."""
+        values: dict[ResourceKey, SnapshotValue[object]] = {}
+        errors = self.errors()
+        for key, reading in self.visible().items():
+            values[key] = self.engine.deliveries.value_here(reading, "snapshot delivery")
+        return self._assembled(values, errors)
+
+    def _assembled(
+        self,
+        values: Mapping[ResourceKey, SnapshotValue[object]],
+        errors: Mapping[ResourceKey, Exception],
+    ) -> Snapshot:
+        return Snapshot(
+            self.work.context.snapshot_id,
+            self.created_at,
+            values,
+            errors,
+            self._diagnostics(values, len(errors)),
+        )
+
+    def _diagnostics(
+        self, values: Mapping[ResourceKey, SnapshotValue[object]], failed: int
+    ) -> SnapshotDiagnostics:
+        observed = [value.observed_at for value in values.values()]
+        elapsed = self.engine.equipment.clock.monotonic() - self._began
+        return self.work.record.freeze(
+            duration_ms=elapsed * 1000,
+            requested_resources=len(self.requested),
+            resolved_resources=len(values),
+            failed_resources=failed,
+            stale_values=sum(value.stale for value in values.values()),
+            observation_skew_ms=(max(observed) - min(observed)) * 1000 if observed else 0.0,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Unit {self.work.context.snapshot_id} pins={len(self.pins)}>"
+
+
+def open_unit(
+    engine: Engine,
+    deadline_seconds: float | None,
+    metadata: Mapping[str, Any] | None,
+    snapshot_id: str | None,
+    *,
+    lasting: bool,
+) -> Unit:
+    """Begin a unit of work; `TypeError` or `ValueError` names the argument that is wrong."""
+    engine.require_open()
+    number("deadline_seconds", deadline_seconds, above=0, optional=True)
+    instance("metadata", metadata, Mapping, optional=True)
+    if snapshot_id is not None:
+        text("snapshot_id", snapshot_id)
+    clock = engine.equipment.clock
+    deadline = None
+    if deadline_seconds is not None:
+        deadline = Deadline.after(clock, deadline_seconds)
+    now = clock.now()
+    context = FetchContext(
+        requested_at=now,
+        deadline_at=None if deadline_seconds is None else now + deadline_seconds,
+        deadline_monotonic=None if deadline is None else deadline.monotonic_at,
+        metadata=deepcopy_payload(dict(metadata)) if metadata else {},
+        snapshot_id=uuid.uuid4().hex if snapshot_id is None else snapshot_id,
+    )
+    return Unit(engine, Work(context, deadline=deadline), lasting=lasting)

@@ -1,0 +1,135 @@
+"""Sources that do as a test tells them, and count what they are asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from coalestra import (
+    FetchContext,
+    FreshnessPolicy,
+    ResourceKey,
+    RetryPolicy,
+    Snapshot,
+    SnapshotBuilder,
+    SourceResiliencePolicy,
+)
+from tests.support import LoopClock
+
+LASTING = FreshnessPolicy(1_000.0, 2_000.0)
+ONCE = SourceResiliencePolicy(retry=RetryPolicy(max_attempts=1))
+
+
+def key(name: str, subject: str = "") -> ResourceKey:
+    """A key of the namespace that all scripted sources serve."""
+    return ResourceKey("test", name, subject)
+
+
+class Scripted:
+    """What every scripted source shares: a name, and the keys it serves by their name."""
+
+    blocking_io = False
+    queue_timeout_seconds: float | None = None
+    max_concurrency: int | None = None
+    resilience_policy: SourceResiliencePolicy | None = ONCE
+
+    def __init__(
+        self, name: str, *names: str, priority: int = 10, timeout: float | None = None
+    ) -> None:
+        self.name = name
+        self.names = names or (name,)
+        self.priority = priority
+        self.timeout_seconds = timeout
+        self.calls: list[Any] = []
+
+    def supports(self, key: ResourceKey) -> bool:
+        return key.name in self.names
+
+
+Fetch = Callable[[ResourceKey, FetchContext], Awaitable[Any]]
+
+
+async def echo(key: ResourceKey, context: FetchContext) -> Any:
+    """Answer at once with the subject of the key."""
+    return key.subject
+
+
+class Single(Scripted):
+    """Serves one key at a time, as `fetch` says."""
+
+    def __init__(self, name: str, *names: str, fetch: Fetch = echo, **more: Any) -> None:
+        super().__init__(name, *names, **more)
+        self.answer = fetch
+
+    async def fetch(self, key: ResourceKey, context: FetchContext) -> Any:
+        self.calls.append(key)
+        return await self.answer(key, context)
+
+
+class Batch(Scripted):
+    """Serves many keys at a time, after passing through `before`."""
+
+    max_batch_size: int | None = None
+
+    def __init__(
+        self,
+        name: str,
+        *names: str,
+        before: Callable[[], Awaitable[None]] | None = None,
+        answer: Callable[[ResourceKey], Any] = lambda key: key.subject,
+        **more: Any,
+    ) -> None:
+        super().__init__(name, *names, **more)
+        self.before = before
+        self.answer = answer
+
+    async def fetch_many(
+        self, keys: Collection[ResourceKey], context: FetchContext
+    ) -> Mapping[ResourceKey, Any]:
+        self.calls.append(tuple(keys))
+        if self.before is not None:
+            await self.before()
+        return {key: self.answer(key) for key in keys}
+
+
+class Derived(Scripted):
+    """Derives the tuple of its dependencies' values."""
+
+    def __init__(
+        self,
+        name: str,
+        *names: str,
+        needs: Callable[[ResourceKey], Iterable[ResourceKey]],
+        before: Callable[[], Awaitable[None]] | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(name, *names, **more)
+        self.needs = needs
+        self.before = before
+
+    def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
+        return tuple(self.needs(key))
+
+    async def derive(self, key: ResourceKey, dependencies: Snapshot, context: FetchContext) -> Any:
+        self.calls.append(key)
+        if self.before is not None:
+            await self.before()
+        return tuple(value.value for value in dependencies.values())
+
+
+def latency(seconds: float) -> Fetch:
+    """Answer after `seconds` of virtual time."""
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(seconds)
+        return key.subject
+
+    return fetch
+
+
+def builder(*sources: Any, **settings: Any) -> SnapshotBuilder:
+    """A builder on the loop's own time, whose values last."""
+    settings.setdefault("default_policy", LASTING)
+    settings.setdefault("clock", LoopClock())
+    return SnapshotBuilder(sources, **settings)

@@ -1,0 +1,277 @@
+"""A read never undoes newer knowledge, and derived values never mix old and new (11, 12)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    FetchContext,
+    FreshnessPolicy,
+    PolicyResolver,
+    RefreshMode,
+    ResourceKey,
+    SnapshotBuilder,
+    SourcePayload,
+)
+from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
+from tests.support import Gate, LoopClock, no_leaks, settle
+
+K = key("x", "1")
+
+
+def gated(kind: str, gate: Gate) -> Scripted:
+    """A source of the given kind for keys named x, whose every call passes the gate."""
+    if kind == "batch":
+        return Batch("x", before=gate.pass_, answer=lambda k: "fetched")
+    if kind == "derived":
+        return Derived("x", needs=lambda k: [key("base")], before=gate.pass_)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return "fetched"
+
+    return Single("x", fetch=fetch)
+
+
+KINDS = ["single", "batch", "derived"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_read_that_began_before_a_publication_does_not_undo_it(kind: str) -> None:
+    gate = Gate()
+    building = builder(gated(kind, gate), Single("base"))
+    reader = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    await building.publisher.publish(K, "event", source="stream")
+    await asyncio.sleep(1)
+    gate.open()
+    assert (await reader).value(K) == "event"
+    assert (await building.build([K])).value(K) == "event"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_reader_who_comes_after_a_publication_does_not_join_an_earlier_read(
+    kind: str,
+) -> None:
+    gate = Gate()
+    building = builder(gated(kind, gate), Single("base"))
+    reader = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+    await building.publisher.publish(K, "event", source="stream")
+    assert (await building.build([K])).value(K) == "event"
+    gate.open()
+    await reader
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_read_that_began_before_an_invalidation_is_not_cached_nor_joined(
+    kind: str,
+) -> None:
+    gate = Gate()
+    source = gated(kind, gate)
+    building = builder(source, Single("base"))
+    early = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+    await building.publisher.invalidate(K)
+    late = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived(2)
+    gate.let_through(1)
+    first = await early
+    assert not late.done()
+    gate.open()
+    second = await late
+    assert len(source.calls) == 2
+    assert first[K].version != second[K].version
+    assert (await building.build([K]))[K].version == second[K].version
+
+
+async def test_an_invalidation_of_a_whole_namespace_counts_too() -> None:
+    gate = Gate()
+    cache = AsyncMemoryCache()
+    source = gated("single", gate)
+    building = builder(source, cache=cache)
+    early = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+    await cache.invalidate_namespace("test")
+    gate.open()
+    await early
+    await building.build([K])
+    assert len(source.calls) == 2
+
+
+@pytest.mark.parametrize("change", ["publish", "invalidate"])
+async def test_a_refresh_that_began_before_a_change_neither_undoes_nor_outlives_it(
+    change: str,
+) -> None:
+    gate = Gate(opened=True)
+    policy = FreshnessPolicy(1, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    source = gated("single", gate)
+    building = builder(source, default_policy=policy)
+    await building.build([K])
+    gate.close()
+    await asyncio.sleep(5)
+    stale = await building.build([K])
+    assert stale[K].stale
+    await gate.wait_arrived(2)
+    if change == "publish":
+        await building.publisher.publish(K, "event", source="stream")
+    else:
+        await building.publisher.invalidate(K)
+    gate.open()
+    await building.wait_for_refreshes()
+    after = await building.build([K])
+    if change == "publish":
+        assert after.value(K) == "event"
+    else:
+        assert len(source.calls) == 3
+
+
+async def test_a_derivation_that_took_in_a_value_replaced_since_is_not_joined() -> None:
+    gate = Gate()
+    base = Single("base")
+    derived = Derived("d", needs=lambda k: [key("base")], before=gate.pass_)
+    building = builder(base, derived)
+    early = asyncio.ensure_future(building.build([key("d")]))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    await building.publisher.publish(key("base"), "new", source="stream")
+    late = asyncio.ensure_future(building.build([key("d")]))
+    await gate.wait_arrived(2)
+    gate.open()
+    assert (await early).value(key("d")) == ("",)
+    assert (await late).value(key("d")) == ("new",)
+    assert (await building.build([key("d")])).value(key("d")) == ("new",)
+
+
+async def test_a_dated_read_older_than_the_event_gives_way_and_a_newer_one_wins() -> None:
+    gate = Gate()
+    dated_at = 0.0
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> SourcePayload[str]:
+        await gate.pass_()
+        return SourcePayload("fetched", observed_at=dated_at)
+
+    for offset, expected in ((-1.0, "event"), (+1.0, "fetched")):
+        gate = Gate()
+        clock = LoopClock()
+        building = builder(Single("x", fetch=fetch), clock=clock)
+        reader = asyncio.ensure_future(building.build([K]))
+        await gate.wait_arrived()
+        await asyncio.sleep(5)
+        now = clock.now()
+        await building.publisher.publish(K, "event", source="stream", observed_at=now)
+        dated_at = now + offset
+        await asyncio.sleep(2)
+        gate.open()
+        assert (await reader).value(K) == expected
+        assert (await building.build([K])).value(K) == expected
+
+
+async def test_a_cached_derived_value_is_not_served_once_its_base_has_changed() -> None:
+    building = builder(Single("base"), Derived("d", needs=lambda k: [key("base")]))
+    await building.build([key("d")])
+    await asyncio.sleep(1)
+    await building.publisher.publish(key("base"), "new", source="stream")
+    assert (await building.build([key("d")])).value(key("d")) == ("new",)
+
+
+async def test_a_build_of_base_and_derived_shows_the_derived_value_of_that_very_base() -> None:
+    answers = iter("abcdef")
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        return next(answers)
+
+    policies = FreshnessPolicy(1_000, 2_000)
+    short = FreshnessPolicy(1, 2_000)
+    resolver = PolicyResolver(policies, {key("base"): short})
+    building = builder(
+        Single("base", fetch=fetch),
+        Derived("d", needs=lambda k: [key("base")]),
+        policy_resolver=resolver,
+    )
+    await building.build([key("d")])
+    await asyncio.sleep(10)
+    snapshot = await building.build([key("d"), key("base")])
+    assert snapshot.value(key("d")) == (snapshot.value(key("base")),)
+    assert snapshot[key("d")].dependency_versions[key("base")] == snapshot[key("base")].version
+
+
+async def test_a_session_derives_from_the_values_it_has_pinned() -> None:
+    building = builder(Single("base"), Derived("d", needs=lambda k: [key("base")]))
+    async with building.session() as session:
+        pinned = await session.resolve([key("base")])
+        await asyncio.sleep(1)
+        await building.publisher.publish(key("base"), "new", source="stream")
+        later = await session.resolve([key("d")])
+        assert later.value(key("d")) == (pinned.value(key("base")),)
+    assert (await building.build([key("d")])).value(key("d")) == ("new",)
+
+
+async def test_a_session_shows_the_base_that_its_derived_value_was_made_from() -> None:
+    building = builder(Single("base"), Derived("d", needs=lambda k: [key("base")]))
+    async with building.session() as session:
+        await session.resolve([key("d")])
+        await asyncio.sleep(1)
+        await building.publisher.publish(key("base"), "new", source="stream")
+        later = await session.resolve([key("base")])
+        assert later.value(key("d")) == (later.value(key("base")),)
+        assert later.diagnostics.source_calls == 2
+
+
+async def test_a_derivation_over_two_ways_to_one_base_sees_one_revision_of_it() -> None:
+    gate = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return "other"
+
+    lower = Derived("lower", needs=lambda k: [key("base")])
+    top = Derived("top", needs=lambda k: [key("lower"), key("other"), key("base")])
+    building = builder(Single("base"), lower, top, Single("other", fetch=fetch))
+    reader = asyncio.ensure_future(building.build([key("top"), key("lower"), key("base")]))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    await building.publisher.publish(key("base"), "new", source="stream")
+    gate.open()
+    snapshot = await reader
+    lower_value, _, base_value = snapshot.value(key("top"))
+    assert lower_value == (base_value,)
+    assert snapshot.value(key("lower")) == (snapshot.value(key("base")),)
+    assert snapshot.value(key("base")) == base_value
+
+
+async def test_a_fetch_that_ends_while_a_publication_is_being_written_gives_way_to_it() -> None:
+    at_source, at_write = Gate(), Gate()
+
+    class Store(AsyncMemoryCache):
+        """A cache whose writes of events pass a gate."""
+
+        async def set_many_if_newer(self, values: Any, **how: Any) -> Any:
+            if any(value.source == "stream" for value in values):
+                await at_write.pass_()
+            return await super().set_many_if_newer(values, **how)
+
+        async def set_if_newer(self, value: Any, **how: Any) -> Any:
+            if value.source == "stream":
+                await at_write.pass_()
+            return await super().set_if_newer(value, **how)
+
+    building: SnapshotBuilder = builder(gated("single", at_source), cache=Store())
+    reader = asyncio.ensure_future(building.build([K]))
+    await at_source.wait_arrived()
+    event = asyncio.ensure_future(building.publisher.publish(K, "event", source="stream"))
+    await at_write.wait_arrived()
+    await asyncio.sleep(1)
+    at_source.open()
+    await settle()
+    assert not reader.done()
+    at_write.open()
+    await event
+    assert (await reader).value(K) == "event"
+    assert (await building.build([K])).value(K) == "event"

@@ -1,0 +1,245 @@
+"""Deadlines, cancellations and closing leave nothing behind (8, 9, 10)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    CircuitBreakerPolicy,
+    FetchContext,
+    FreshnessPolicy,
+    RefreshMode,
+    ResourceKey,
+    ResourceResolutionError,
+    RetryPolicy,
+    SnapshotBuildError,
+    SnapshotBuilder,
+    SourceResiliencePolicy,
+)
+from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
+from tests.support import Gate, cancel_at_every_await, no_leaks, settle
+
+X = key("x", "1")
+
+
+def mixed() -> SnapshotBuilder:
+    """A builder with a source of each kind, each of which waits in the midst of its call."""
+
+    async def wait() -> None:
+        await asyncio.sleep(1)
+
+    return builder(
+        Single("single", fetch=latency(1)),
+        Batch("batch", before=wait),
+        Derived("derived", needs=lambda k: [key("single"), key("batch")], before=wait),
+        max_concurrency=1,
+    )
+
+
+async def test_a_build_cancelled_at_any_await_leaves_nothing_behind() -> None:
+    builders: list[SnapshotBuilder] = []
+
+    def start() -> Any:
+        builders.append(mixed())
+        return builders[-1].build([key("derived"), key("single", "2"), key("batch", "3")])
+
+    async def check() -> None:
+        await no_leaks(builders[-1])
+
+    assert await cancel_at_every_await(start, check) > 10
+
+
+async def test_a_build_with_a_deadline_cancelled_at_any_await_is_gone_by_its_deadline() -> None:
+    builders: list[SnapshotBuilder] = []
+
+    def start() -> Any:
+        builders.append(mixed())
+        return builders[-1].build([key("derived"), key("single", "2")], deadline_seconds=30)
+
+    async def check() -> None:
+        await asyncio.sleep(30)
+        await no_leaks(builders[-1])
+
+    assert await cancel_at_every_await(start, check) > 10
+
+
+async def test_an_abandoned_call_runs_on_to_the_last_deadline_and_no_longer() -> None:
+    source = Single("x", fetch=latency(100))
+    building = builder(source)
+    owner = asyncio.ensure_future(building.build([X], deadline_seconds=10))
+    await asyncio.sleep(1)
+    owner.cancel()
+    await settle()
+    assert (await building.capacity_snapshot())["__global__"].in_use == 1
+    await asyncio.sleep(9)
+    await no_leaks(building)
+
+
+async def test_an_abandoned_call_without_any_bound_ends_at_once() -> None:
+    building = builder(Single("x", fetch=latency(100)))
+    owner = asyncio.ensure_future(building.build([X]))
+    await asyncio.sleep(1)
+    owner.cancel()
+    await no_leaks(building)
+
+
+async def test_an_abandoned_call_that_succeeds_in_time_is_cached() -> None:
+    source = Single("x", fetch=latency(5))
+    building = builder(source)
+    owner = asyncio.ensure_future(building.build([X], deadline_seconds=10))
+    await asyncio.sleep(1)
+    owner.cancel()
+    await asyncio.sleep(5)
+    snapshot = await building.build([X])
+    assert snapshot[X].from_cache
+    assert len(source.calls) == 1
+
+
+async def test_a_source_that_ignores_its_cancellation_delays_nobody() -> None:
+    release = Gate()
+
+    async def stubborn(k: ResourceKey, context: FetchContext) -> str:
+        while True:
+            try:
+                await release.pass_()
+                return "late"
+            except asyncio.CancelledError:
+                continue
+
+    first = Single("first", "x", fetch=stubborn, priority=20, timeout=2)
+    second = Single("second", "x", fetch=echo)
+    building = builder(first, second)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await building.build([X])
+    assert loop.time() - began == pytest.approx(2)
+    assert snapshot[X].source == "second"
+    assert (await building.capacity_snapshot())["__global__"].in_use == 1
+    release.open()
+    await no_leaks(building)
+
+
+async def _cancels_itself(k: ResourceKey, context: FetchContext) -> str:
+    raise asyncio.CancelledError
+
+
+async def _cancels_itself_later(k: ResourceKey, context: FetchContext) -> str:
+    await asyncio.sleep(1)
+    raise asyncio.CancelledError
+
+
+def _raises_at_once(k: ResourceKey, context: FetchContext) -> Any:
+    raise LookupError("before the first await")
+
+
+def _returns_no_awaitable(k: ResourceKey, context: FetchContext) -> Any:
+    return 42
+
+
+@pytest.mark.parametrize(
+    "misbehave",
+    [_cancels_itself, _cancels_itself_later, _raises_at_once, _returns_no_awaitable],
+)
+async def test_a_misbehaving_source_fails_its_keys_like_any_other_error(
+    misbehave: Callable[..., Any],
+) -> None:
+    class Odd(Single):
+        def fetch(self, key: ResourceKey, context: FetchContext) -> Any:
+            return misbehave(key, context)
+
+    building = builder(Odd("first", "x", priority=20), Single("second", "x"))
+    snapshot = await building.build([X, key("x", "2")])
+    assert {value.source for value in snapshot.values()} == {"second"}
+    await no_leaks(building)
+
+
+async def test_a_cancelled_probe_reopens_the_circuit() -> None:
+    answers: list[Any] = [ConnectionError("down")]
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        if answers:
+            raise answers.pop()
+        await asyncio.sleep(100)
+        return ""
+
+    source = Single("x", fetch=fetch)
+    source.resilience_policy = SourceResiliencePolicy(
+        retry=RetryPolicy(max_attempts=1),
+        circuit=CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=5),
+    )
+    building = builder(source)
+    await building.build([X], strict=False)
+    await asyncio.sleep(6)
+    probe = asyncio.ensure_future(building.build([X]))
+    await asyncio.sleep(1)
+    probe.cancel()
+    await settle()
+    refused = await building.build([X], strict=False)
+    error = refused.errors[X]
+    assert isinstance(error, ResourceResolutionError)
+    assert error.failures[0].error_type == "CircuitOpenError"
+    await no_leaks(building)
+
+
+async def test_a_deadline_while_waiting_for_capacity_leaves_the_circuit_alone() -> None:
+    source = Single("x", fetch=latency(100))
+    building = builder(source, max_concurrency=1)
+    holder = asyncio.ensure_future(building.build([key("x", "holder")]))
+    await asyncio.sleep(1)
+    with pytest.raises(SnapshotBuildError, match="SnapshotDeadlineExceededError"):
+        await building.build([X], deadline_seconds=2)
+    assert (await building.health_snapshot()).circuits == {}
+    holder.cancel()
+    await no_leaks(building)
+
+
+async def test_a_deadline_falls_back_to_a_stale_cached_value() -> None:
+    source = Single("x")
+    building = builder(source, default_policy=FreshnessPolicy(1, 100))
+    await building.build([X])
+    await asyncio.sleep(5)
+    source.answer = latency(50)
+    snapshot = await building.build([X], deadline_seconds=2)
+    assert snapshot[X].stale
+    assert "SnapshotDeadlineExceededError" in snapshot[X].metadata["fallback_error"]
+
+
+async def test_closing_ends_running_builds_with_a_clear_error_and_leaves_no_task() -> None:
+    building = builder(Single("x", fetch=latency(100)), Batch("y"))
+    running = asyncio.ensure_future(building.build([X, key("y", "1")]))
+    session = building.session()
+    stage = asyncio.ensure_future(session.resolve([key("x", "2")]))
+    await asyncio.sleep(1)
+    await building.aclose()
+    for task in (running, stage):
+        with pytest.raises(RuntimeError, match="closed"):
+            await task
+    with pytest.raises(RuntimeError, match="closed"):
+        await building.build([X])
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_closing_twice_is_closing_once() -> None:
+    building = builder(Single("x"))
+    await asyncio.gather(building.aclose(), building.aclose())
+    await building.aclose()
+    assert building.closed
+
+
+async def test_closing_waits_for_refreshes_unless_told_to_cancel_them() -> None:
+    policy = FreshnessPolicy(1, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    for cancel in (False, True):
+        source = Single("x")
+        building = builder(source, default_policy=policy)
+        await building.build([X])
+        await asyncio.sleep(5)
+        source.answer = latency(10)
+        await building.build([X])
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await building.aclose(cancel_refreshes=cancel)
+        assert loop.time() - began == pytest.approx(0 if cancel else 10)

@@ -1,0 +1,250 @@
+"""Independent work overlaps, ready keys travel together, nothing waits in a circle (2, 4, 5, 6, 7)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    DependencyCycleError,
+    FetchContext,
+    ResourceKey,
+    SnapshotBuildError,
+)
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
+from tests.support import Gate, no_leaks, settle
+
+
+async def test_sources_of_equal_latency_take_one_latency_together() -> None:
+    sources = [Single(f"s{i}", fetch=latency(1), priority=i) for i in range(5)]
+    building = builder(*sources)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await building.build([key(f"s{i}") for i in range(5)])
+    assert loop.time() - began == pytest.approx(1)
+
+
+async def test_a_build_takes_as_long_as_its_longest_chain() -> None:
+    base = Single("base", fetch=latency(2))
+    middle = Derived("middle", needs=lambda k: [key("base")])
+    other = Single("other", fetch=latency(3))
+    building = builder(base, middle, other)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await building.build([key("middle"), key("other"), key("base")])
+    assert loop.time() - began == pytest.approx(3)
+
+
+async def test_a_slow_key_does_not_hold_back_the_fallback_of_another() -> None:
+    async def fetch(key: ResourceKey, context: FetchContext) -> str:
+        if key.subject == "fails":
+            raise ConnectionError("down")
+        await asyncio.sleep(5)
+        return "slow"
+
+    second = Single("second", "x", fetch=latency(5), priority=1)
+    building = builder(Single("first", "x", fetch=fetch), second)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await building.build([key("x", "slow"), key("x", "fails")])
+    assert loop.time() - began == pytest.approx(5)
+    assert snapshot[key("x", "fails")].source == "second"
+
+
+async def test_a_hundred_derived_keys_over_a_hundred_bases_make_one_batch_call() -> None:
+    bases = Batch("base")
+    derived = Derived("derived", needs=lambda k: [key("base", k.subject)])
+    building = builder(bases, derived)
+    snapshot = await building.build([key("derived", str(i)) for i in range(100)])
+    assert [len(call) for call in bases.calls] == [100]
+    assert snapshot.diagnostics.batch_calls == 1
+    assert snapshot.diagnostics.derived_calls == 100
+
+
+async def test_two_levels_of_derivation_make_one_batch_call() -> None:
+    bases = Batch("base")
+    lower = Derived("lower", needs=lambda k: [key("base", k.subject)])
+    upper = Derived("upper", needs=lambda k: [key("lower", k.subject), key("base", "common")])
+    building = builder(bases, lower, upper)
+    await building.build([key("upper", str(i)) for i in range(50)])
+    assert [len(call) for call in bases.calls] == [51]
+
+
+async def test_keys_that_fall_through_one_batch_source_go_to_the_next_together() -> None:
+    first = Batch("first", "x", priority=20, answer=lambda k: k.subject)
+    second = Batch("second", "x")
+
+    async def nothing(keys: object, context: object) -> dict[ResourceKey, str]:
+        return {}
+
+    first.fetch_many = nothing  # type: ignore[method-assign]
+    building = builder(first, second)
+    await building.build([key("x", str(i)) for i in range(300)])
+    assert [len(call) for call in second.calls] == [300]
+
+
+async def test_a_large_batch_is_split_into_chunks_that_run_side_by_side() -> None:
+    async def wait() -> None:
+        await asyncio.sleep(1)
+
+    source = Batch("x", before=wait)
+    source.max_batch_size = 10
+    building = builder(source, max_concurrency=4)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await building.build([key("x", str(i)) for i in range(40)])
+    assert sorted(len(call) for call in source.calls) == [10, 10, 10, 10]
+    assert loop.time() - began == pytest.approx(1)
+    assert snapshot.diagnostics.batch_chunks == 4
+
+
+async def test_two_builds_that_need_each_others_plain_keys_both_finish() -> None:
+    gate = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return k.subject
+
+    plain = Single("plain", fetch=fetch)
+    left = Derived("left", needs=lambda k: [key("plain", "b")])
+    right = Derived("right", needs=lambda k: [key("plain", "a")])
+    building = builder(plain, left, right)
+    first = asyncio.ensure_future(building.build([key("plain", "a"), key("left")]))
+    second = asyncio.ensure_future(building.build([key("plain", "b"), key("right")]))
+    await gate.wait_arrived(2)
+    gate.open()
+    one, two = await asyncio.gather(first, second)
+    assert one.value(key("left")) == ("b",)
+    assert two.value(key("right")) == ("a",)
+    assert len(plain.calls) == 2
+
+
+async def test_a_cycle_in_one_build_is_an_error_that_names_the_path() -> None:
+    source = Derived("d", needs=lambda k: [key("d", "abca"["abc".index(k.subject) + 1])])
+    building = builder(source)
+    snapshot = await building.build([key("d", "a")], strict=False)
+    error = snapshot.errors[key("d", "a")]
+    assert isinstance(error, DependencyCycleError)
+    assert {k.subject for k in error.path} == {"a", "b", "c"}
+    assert error.path[0] == error.path[-1]
+    await no_leaks(building)
+
+
+async def test_a_key_that_depends_on_itself_is_a_cycle() -> None:
+    building = builder(Derived("d", needs=lambda k: [k]))
+    snapshot = await building.build([key("d")], strict=False)
+    assert isinstance(snapshot.errors[key("d")], DependencyCycleError)
+
+
+@pytest.mark.parametrize("builds", [2, 3])
+async def test_a_cycle_closed_over_several_builds_is_an_error_for_all(builds: int) -> None:
+    gate = Gate()
+
+    # Each ring key first waits behind a gated fallback, so that all builds are under way when the
+    # circle closes.
+    class Failing(Single):
+        async def fetch(self, k: ResourceKey, context: FetchContext) -> str:
+            await gate.pass_()
+            raise ConnectionError("try the derived source")
+
+    first = Failing("first", "ring", priority=20)
+    ring = Derived("ring", needs=lambda k: [key("ring", str((int(k.subject) + 1) % builds))])
+    building = builder(first, ring)
+    tasks = [
+        asyncio.ensure_future(building.build([key("ring", str(i))], strict=False))
+        for i in range(builds)
+    ]
+    await gate.wait_arrived(builds)
+    gate.open()
+    for i, snapshot in enumerate(await asyncio.gather(*tasks)):
+        error = snapshot.errors[key("ring", str(i))]
+        assert isinstance(error, DependencyCycleError)
+        assert len(error.path) == builds + 1
+    await no_leaks(building)
+
+
+async def test_a_source_below_the_derived_one_can_break_a_cycle() -> None:
+    ring = Derived("ring", priority=20, needs=lambda k: [key("ring", "ab"["ba".index(k.subject)])])
+    plain = Single("plain", "ring", priority=1)
+    building = builder(ring, plain)
+    snapshot = await building.build([key("ring", "a"), key("ring", "b")])
+    assert "plain" in {value.source for value in snapshot.values()}
+
+
+async def test_workers_are_bounded_however_many_keys_there_are() -> None:
+    most = 0
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        nonlocal most
+        most = max(most, len(asyncio.all_tasks()))
+        await asyncio.sleep(0)
+        return ""
+
+    building = builder(Single("x", fetch=fetch), max_concurrency=64, max_pending_tasks=5)
+    await building.build([key("x", str(i)) for i in range(2_000)])
+    assert most <= 5 + 2
+
+
+async def test_a_chain_of_ten_thousand_derived_keys_resolves_cold_and_warm() -> None:
+    end = 10_000
+
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        step = int(k.subject)
+        return [key("base") if step == end else key("chain", str(step + 1))]
+
+    class Link(Derived):
+        async def derive(self, k: ResourceKey, dependencies: object, context: object) -> int:
+            self.calls.append(k)
+            return int(k.subject)
+
+    chain = Link("chain", needs=needs)
+    building = builder(Single("base"), chain, cache=AsyncMemoryCache(max_entries=None))
+    top = key("chain", "1")
+    assert (await building.build([top])).value(top) == 1
+    assert len(chain.calls) == end
+    warm = await building.build([top])
+    assert warm[top].from_cache
+    assert len(chain.calls) == end
+
+
+async def test_a_failure_at_the_end_of_a_long_chain_reaches_its_top() -> None:
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        return [key("chain", str(int(k.subject) + 1))] if k.subject != "3000" else [key("nobody")]
+
+    building = builder(Derived("chain", needs=needs))
+    snapshot = await building.build([key("chain", "1")], strict=False)
+    assert key("chain", "1") in snapshot.errors
+    await no_leaks(building)
+
+
+async def test_a_diamond_of_thirty_layers_takes_linear_work_cold_and_warm() -> None:
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        layer = int(k.subject[1:])
+        if layer == 30:
+            return [key("base")]
+        return [key("diamond", f"a{layer + 1}"), key("diamond", f"b{layer + 1}")]
+
+    class Node(Derived):
+        async def derive(self, k: ResourceKey, dependencies: object, context: object) -> str:
+            self.calls.append(k)
+            return k.subject
+
+    nodes = Node("diamond", needs=needs)
+    building = builder(Single("base"), nodes)
+    top = key("diamond", "a0")
+    await building.build([top])
+    assert len(nodes.calls) == 61
+    await building.build([top])
+    assert len(nodes.calls) == 61
+
+
+async def test_a_failed_strict_build_carries_the_partial_snapshot() -> None:
+    building = builder(Single("x"))
+    with pytest.raises(SnapshotBuildError) as caught:
+        await building.build([key("x", "1"), key("unknown")])
+    assert caught.value.snapshot is not None
+    assert list(caught.value.snapshot) == [key("x", "1")]
+    assert "no compatible source" in str(caught.value)
+    await settle()
