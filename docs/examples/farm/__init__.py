@@ -1,0 +1,1 @@
+"""The parts of the first run; begin with ``application``."""

@@ -1,0 +1,62 @@
+"""Runs the Python blocks of one page as one program, and compares what they print."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import sys
+import types
+from collections.abc import Iterator
+
+from tests.docs.pages import Block, Page
+
+
+class WrongOutput(AssertionError):
+    """The blocks of a page printed something else than the page says."""
+
+
+def run_page(page: Page) -> int:
+    """Run every block of the page in one namespace, in order; return how many there were.
+
+    Raises:
+        WrongOutput: at the first output block that does not hold.
+        Exception: whatever a block raised, with the page's own lines in the traceback.
+    """
+    ran = 0
+    printed = io.StringIO()
+    with _namespace() as namespace:
+        for block in page.blocks:
+            if block.is_output:
+                _compare(page, block, printed.getvalue())
+                printed = io.StringIO()
+            elif block.runs:
+                # Blank lines in front keep the line numbers of the page.
+                source = "\n" * (block.line - 1) + block.text
+                code = compile(source, str(page.path), "exec")
+                with contextlib.redirect_stdout(printed):
+                    exec(code, namespace)
+                ran += 1
+    return ran
+
+
+@contextlib.contextmanager
+def _namespace() -> Iterator[dict[str, object]]:
+    """The globals of a fresh module, known to the import system as long as the page runs."""
+    module = types.ModuleType("documentation_page")
+    sys.modules[module.__name__] = module
+    try:
+        yield vars(module)
+    finally:
+        del sys.modules[module.__name__]
+
+
+def _compare(page: Page, block: Block, printed: str) -> None:
+    wanted, got = _tidy(block.text), _tidy(printed)
+    if not doctest.OutputChecker().check_output(wanted, got, doctest.ELLIPSIS):
+        where = f"{page.name}:{block.line}"
+        raise WrongOutput(f"{where} says\n\n{wanted}\nbut the blocks above it print\n\n{got}")
+
+
+def _tidy(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"

@@ -1,0 +1,114 @@
+"""Every page tells the truth: its code runs, prints what is shown, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT, Page, page_of, pages
+from tests.docs.running import WrongOutput, run_page
+
+PAGES = pages()
+MAKE_COMMAND = re.compile(r"(?:^|`|\$ )make ([a-z][a-z-]*)", re.MULTILINE)
+
+
+def test_the_readme_shows_code_and_what_it_prints() -> None:
+    (readme,) = [page for page in PAGES if page.name == "README.md"]
+    assert any(block.runs for block in readme.blocks)
+    assert any(block.is_output for block in readme.blocks)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_and_prints_what_is_shown(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page: Page) -> None:
+    broken = [
+        f"{page.name}:{line} {target}"
+        for line, target in page.links
+        if not target.startswith(("http://", "https://", "mailto:"))
+        if not leads_somewhere(page, target)
+    ]
+    assert not broken
+
+
+def leads_somewhere(page: Page, target: str) -> bool:
+    """Whether the file exists and has the heading that is asked for, if any."""
+    path, _, heading = target.partition("#")
+    file = (page.path.parent / path).resolve() if path else page.path
+    if not heading or file.suffix != ".md":
+        return file.exists()
+    return file.exists() and heading in anchors(file)
+
+
+def anchors(file: Path) -> set[str]:
+    """What the headings of a page are called in links."""
+    headings = re.findall(r"^#+ +(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_exist(page: Page) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    shown = [block.text for block in page.blocks if block.language in {"", "console", "sh", "bash"}]
+    shown += [text for _, text in page.prose if "`make " in text]
+    assert set(MAKE_COMMAND.findall("\n".join(shown))) <= targets
+
+
+def page_with(*lines: str) -> Page:
+    return page_of(ROOT / "page.md", "\n".join(lines))
+
+
+def test_blocks_of_a_page_share_their_names() -> None:
+    page = page_with("```python", "x = 2", "```", "", "```python", "assert x == 2", "```")
+    assert run_page(page) == 2
+
+
+def test_a_wrong_output_is_found_and_placed() -> None:
+    block = ["```python", "print(1 + 1)", "```"]
+    good = page_with(*block, "<!-- output -->", "```text", "2", "```")
+    bad = page_with(*block, "<!-- output -->", "```text", "3", "```")
+    run_page(good)
+    with pytest.raises(WrongOutput, match=r"page\.md:6 says"):
+        run_page(bad)
+
+
+def test_dots_in_an_output_stand_for_anything() -> None:
+    run_page(
+        page_with(
+            "```python", "print('id', object())", "```", "", "<!-- output -->", "```text",
+            "id <object ...>", "```",
+        )
+    )  # fmt: skip
+
+
+def test_an_error_in_a_block_points_at_the_line_of_the_page() -> None:
+    page = page_with("words", "", "```python", "a = 1", "a / 0", "```")
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_page(page)
+    assert caught.traceback[-1].lineno + 1 == 5
+
+
+def test_a_block_may_be_shown_only_if_a_reason_is_given() -> None:
+    page = page_with("<!-- no-run: needs a server -->", "```python", "boom", "```")
+    assert run_page(page) == 0
+    with pytest.raises(ValueError, match="gives a reason"):
+        page_with("<!-- no-run -->", "```python", "boom", "```")
+
+
+def test_a_mark_without_its_block_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no block below"):
+        page_with("<!-- output -->", "words")
+    with pytest.raises(ValueError, match="marks a text block"):
+        page_with("<!-- output -->", "```python", "x", "```")
+    with pytest.raises(ValueError, match="no end"):
+        page_with("```python", "x")

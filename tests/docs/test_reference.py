@@ -1,0 +1,76 @@
+"""The reference pages leave out nothing that the library has, and invent nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import coalestra
+from coalestra.orchestration.settings import BuilderSettings
+from tests.docs.pages import ROOT
+
+REFERENCE = ROOT / "docs" / "reference"
+REPORTS = Path(str(coalestra.__file__)).parent / "observability"
+
+
+def text_of(page: str) -> str:
+    return (REFERENCE / page).read_text(encoding="utf-8")
+
+
+def first_cells(page: str) -> set[str]:
+    """Every name in code type in the first cell of a table row."""
+    rows = re.findall(r"^\| ([^|]+) \|", text_of(page), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([\w]+)`", row)}
+
+
+def test_every_public_error_has_its_entry() -> None:
+    public = {
+        name
+        for name in coalestra.__all__
+        if inspect.isclass(kind := getattr(coalestra, name)) and issubclass(kind, Exception)
+    }
+    headings = set(re.findall(r"^### (\w+)$", text_of("errors.md"), re.MULTILINE))
+    assert headings == public - {"CoalestraError"}
+    tree = {name for name in public if re.search(rf"^[│├└─ ]*{name}\b", text_of("errors.md"), re.M)}
+    assert tree == public
+
+
+def test_every_metric_and_event_that_can_be_reported_has_its_row() -> None:
+    source = "\n".join(path.read_text("utf-8") for path in sorted(REPORTS.glob("*_reports.py")))
+    metrics = set(re.findall(r'_(?:count|count_status|observe)\(\s*"(\w+)"', source))
+    events = set(re.findall(r'_tell\(\s*"(\w+)"', source))
+    assert len(metrics) > 15
+    assert len(events) > 15
+    assert first_cells("metrics.md") == metrics | events
+
+
+def test_every_count_of_the_diagnostics_is_named() -> None:
+    fields = {field.name for field in dataclasses.fields(coalestra.SnapshotDiagnostics)}
+    page = text_of("metrics.md").partition("## Diagnostics of a snapshot")[2]
+    assert set(re.findall(r"`(\w+)`", page)) == fields
+
+
+def test_every_setting_of_a_builder_has_its_row() -> None:
+    parameters = set(inspect.signature(coalestra.SnapshotBuilder).parameters) - {"sources"}
+    assert {field.name for field in dataclasses.fields(BuilderSettings)} < parameters
+    assert parameters <= first_cells("settings.md")
+
+
+def test_every_setting_of_sources_and_facades_has_its_row() -> None:
+    kinds = (
+        coalestra.CallableSource,
+        coalestra.CallableBatchSource,
+        coalestra.CallableDerivedSource,
+        coalestra.AsyncMemoryCache,
+        coalestra.SyncSnapshotBuilder,
+    )
+    parameters = {name for kind in kinds for name in inspect.signature(kind).parameters}
+    assert parameters - {"builder"} <= first_cells("settings.md")
+
+
+def test_every_reason_of_health_is_explained() -> None:
+    page = (ROOT / "docs" / "how-to" / "health.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(explained) == sorted(reason.value for reason in coalestra.BuilderHealthReason)
