@@ -18,7 +18,7 @@ from coalestra.orchestration.answers import CallFacts, by_flight
 from coalestra.orchestration.calls import Shift, Try
 from coalestra.orchestration.chains import Link, SourceKind
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.flights import Acquisition, Interest
 from coalestra.orchestration.harvest import Harvest, Receiver
 from coalestra.orchestration.tally import Tally
 from coalestra.orchestration.work import Work
@@ -56,6 +56,7 @@ class Attempt:
     __slots__ = (
         "_admission",
         "_desk",
+        "_interest",
         "_leaving",
         "_retry",
         "_seat",
@@ -76,6 +77,7 @@ class Attempt:
         self.work = seat.work
         self.equipment = desk.equipment
         self.flights = dict.fromkeys(flights)
+        self._interest = Interest(self.flights)
         self.policy = desk.equipment.resilience.resolve(
             self.link.name, declared=self.link.declared_resilience
         )
@@ -101,7 +103,7 @@ class Attempt:
         A running call that has a bound goes on to it: its value is worth caching, and may still
         find a taker.
         """
-        if any(flight.wanted for flight in self.flights):
+        if self._interest.alive:
             return
         if self._try is not None and self._try.bounded:
             return
@@ -183,8 +185,7 @@ class Attempt:
         loop = asyncio.get_running_loop()
         self._tally.took((loop.time() - this.began) * 1000)
         retry = self.policy.retry
-        wanted = any(flight.wanted for flight in self.flights)
-        if wanted and self.tries < retry.max_attempts and retryable(error):
+        if self._interest.alive and self.tries < retry.max_attempts and retryable(error):
             delay = retry.delay_for_attempt(self.tries)
             if delay < this.budget.remaining():
                 self.work.record.retries += 1

@@ -10,7 +10,7 @@ from coalestra.core.freshness import FreshnessPolicy
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Gather, Read
+from coalestra.orchestration.flights import Gather, Read, ReadGroup
 
 
 class CacheReads:
@@ -30,18 +30,17 @@ class CacheReads:
         self._answered = answered
         self._tasks = tasks
         self._open: dict[ResourceKey, Read] = {}
-        self._next: list[Read] = []
-        self._under_way: dict[int, asyncio.Task[Any]] = {}
+        self._next: ReadGroup | None = None
 
     def ask(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> Read:
         """Let `gather` wait for what the cache holds of `key`; return the read to wait for."""
         read = self._open.get(key)
         if read is None:
-            if not self._next:
-                self._next = []
-                asyncio.get_running_loop().call_soon(self._send)
+            if self._next is None:
+                self._next = ReadGroup()
+                asyncio.get_running_loop().call_soon(self._send, self._next)
             read = self._open[key] = Read(key, policy, self._next)
-            self._next.append(read)
+            self._next.reads.append(read)
         read.waiters[gather] = None
         gather.pending[key] = read
         return read
@@ -54,10 +53,8 @@ class CacheReads:
         """Let `gather` wait no longer; a group of reads that nobody waits for is given up."""
         gather.pending.pop(read.key, None)
         read.waiters.pop(gather, None)
-        if not any(each.waiters for each in read.group):
-            task = self._under_way.get(id(read.group))
-            if task is not None:
-                task.cancel()
+        if not read.waiters and read.group.task is not None and not read.group.interest.alive:
+            read.group.task.cancel()
 
     def hide(self, keys: Iterable[ResourceKey]) -> None:
         """Keep newcomers from sharing reads that began before now."""
@@ -71,25 +68,22 @@ class CacheReads:
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
         self._open.clear()
-        self._next = []
-        self._under_way.clear()
+        self._next = None
 
-    def _send(self) -> None:
-        group, self._next = self._next, []
+    def _send(self, group: ReadGroup) -> None:
+        self._next = None
         loop = asyncio.get_running_loop()
-        task = loop.create_task(self._read(group), name="coalestra cache read")
-        self._under_way[id(group)] = task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        group.task = loop.create_task(self._read(group.reads), name="coalestra cache read")
+        self._tasks.add(group.task)
+        group.task.add_done_callback(self._tasks.discard)
 
     async def _read(self, group: list[Read]) -> None:
-        wanted = [read for read in group if read.waiters]
+        wanted = [read for read in group if read.wanted]
         found: Mapping[ResourceKey, Revision] = {}
         try:
             if wanted:
                 found = await self._ask(wanted)
         finally:
-            self._under_way.pop(id(group), None)
             for read in group:
                 if self._open.get(read.key) is read:
                     del self._open[read.key]
@@ -109,4 +103,4 @@ class CacheReads:
             return {}
 
     def __repr__(self) -> str:
-        return f"<CacheReads open={len(self._open)} under_way={len(self._under_way)}>"
+        return f"<CacheReads open={len(self._open)}>"

@@ -9,7 +9,7 @@ from typing import Any
 from coalestra.core.records import CacheWriteStatus
 from coalestra.core.revision import Revision
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.flights import Acquisition, Interest
 
 
 class CacheWrites:
@@ -27,32 +27,32 @@ class CacheWrites:
         self._equipment = equipment
         self._written = written
         self._tasks = tasks
-        self._next: list[Acquisition] = []
-        self._under_way: dict[Acquisition, asyncio.Task[Any]] = {}
+        self._next: dict[Acquisition, None] = {}
+        self._under_way: dict[Acquisition, tuple[asyncio.Task[Any], Interest]] = {}
 
     def add(self, flight: Acquisition) -> None:
         """Write the value that a flight offers, together with the others of this step."""
         if not self._next:
             asyncio.get_running_loop().call_soon(self._send)
-        self._next.append(flight)
+        self._next[flight] = None
 
     def unwanted(self, flight: Acquisition) -> bool:
         """Give up a write if none of its group is waited for; return whether one is under way."""
-        task = self._under_way.get(flight)
-        if task is None:
+        under_way = self._under_way.get(flight)
+        if under_way is None:
             return flight in self._next
-        group = [each for each, under in self._under_way.items() if under is task]
-        if not any(each.wanted for each in group):
+        task, interest = under_way
+        if not interest.alive:
             task.cancel()
         return True
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
-        self._next = []
+        self._next = {}
         self._under_way.clear()
 
     def _send(self) -> None:
-        group, self._next = self._next, []
+        group, self._next = self._next, {}
         for forced in (False, True):
             flights = [flight for flight in group if flight.forced is forced]
             if flights:
@@ -61,7 +61,7 @@ class CacheWrites:
                 )
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-                self._under_way.update(dict.fromkeys(flights, task))
+                self._under_way.update(dict.fromkeys(flights, (task, Interest(flights))))
 
     async def _write(self, flights: list[Acquisition], forced: bool) -> None:
         offers = {flight: flight.offered[0] for flight in flights if flight.offered is not None}

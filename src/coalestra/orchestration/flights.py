@@ -7,9 +7,10 @@ Both are plain state; the scheduler moves them.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from coalestra.core.errors import SourceFailure
@@ -140,6 +141,17 @@ class Acquisition:
         return f"<Acquisition {self.key} {self.phase.value}, waiters={len(self.waiters)}>"
 
 
+class ReadGroup:
+    """The reads that go to the cache together, and the task that carries them."""
+
+    __slots__ = ("interest", "reads", "task")
+
+    def __init__(self) -> None:
+        self.reads: list[Read] = []
+        self.interest = Interest(self.reads)
+        self.task: asyncio.Task[None] | None = None
+
+
 class Read:
     """One key on its way out of a cache that has to be awaited, shared by everyone who asks.
 
@@ -148,7 +160,7 @@ class Read:
 
     __slots__ = ("flight", "group", "key", "policy", "waiters")
 
-    def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: list[Read]) -> None:
+    def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: ReadGroup) -> None:
         self.key = key
         self.policy = policy
         self.group = group
@@ -157,6 +169,45 @@ class Read:
 
     def __repr__(self) -> str:
         return f"<Read {self.key} waiters={len(self.waiters)}>"
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone still waits."""
+        return bool(self.waiters)
+
+
+class Sought(Protocol):
+    """Anything that people may or may not be waiting for."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone waits."""
+
+
+class Interest:
+    """Finds out cheaply, again and again, whether anyone still waits for any of many things.
+
+    It remembers one that was wanted, and looks for another only when that one no longer is.
+    """
+
+    __slots__ = ("_members", "_rest", "_witness")
+
+    def __init__(self, members: Collection[Sought]) -> None:
+        self._members = members
+        self._rest: Iterator[Sought] = iter(())
+        self._witness: Sought | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether anyone waits for any of them."""
+        if self._witness is not None and self._witness.wanted:
+            return True
+        return self._find(self._rest) or self._find(iter(tuple(self._members)))
+
+    def _find(self, rest: Iterator[Sought]) -> bool:
+        self._rest = rest
+        self._witness = next((each for each in rest if each.wanted), None)
+        return self._witness is not None
 
 
 class Demand(NamedTuple):

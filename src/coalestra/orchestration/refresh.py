@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import uuid
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -72,7 +72,7 @@ class Refresher:
         context = FetchContext(
             requested_at=self._equipment.clock.now(),
             metadata=metadata,
-            snapshot_id=uuid.uuid4().hex,
+            snapshot_id=os.urandom(16).hex(),
         )
         work = Work(context, variables=self._variables)
         for key in keys:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -193,6 +193,6 @@ def open_unit(
         deadline_at=None if deadline_seconds is None else now + deadline_seconds,
         deadline_monotonic=None if deadline is None else deadline.monotonic_at,
         metadata=deepcopy_payload(dict(metadata)) if metadata else {},
-        snapshot_id=uuid.uuid4().hex if snapshot_id is None else snapshot_id,
+        snapshot_id=os.urandom(16).hex() if snapshot_id is None else snapshot_id,
     )
     return Unit(engine, Work(context, deadline=deadline), lasting=lasting)
