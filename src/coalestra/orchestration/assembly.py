@@ -149,11 +149,13 @@ def _equipment(
     clock = given.clock if given.clock is not None else SystemClock()
     authority = given.authority_resolver or AuthorityPolicyResolver(given.authority_policy)
     require_authority_aware(cache, authority)
+    threads = WorkerThreads()
     copies = PayloadCopies(
         "builder",
         copier=given.payload_copier,
         run_in_thread=settings.run_payload_copies_in_thread,
         max_concurrency=settings.max_copy_concurrency,
+        threads=threads,
     )
     pending = settings.max_pending_tasks or settings.max_concurrency
     breaker = given.circuit_breaker or CircuitBreaker(clock=clock)
@@ -170,7 +172,7 @@ def _equipment(
         access=access_to(cache, copies, pending),
         copies=copies,
         report=reporter_for(sinks.metrics, sinks.events),
-        threads=WorkerThreads(),
+        threads=threads,
         max_concurrency=settings.max_concurrency,
         max_pending_tasks=pending,
         transport_grace_seconds=settings.source_transport_timeout_grace_seconds,

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from coalestra.core.errors import (
     SnapshotDeadlineExceededError,
-    SourceProtocolError,
     SourceQueueTimeoutError,
     SourceUnavailableError,
 )
@@ -18,8 +17,9 @@ from coalestra.orchestration.answers import CallFacts, by_flight
 from coalestra.orchestration.calls import Shift, Try
 from coalestra.orchestration.chains import Link, SourceKind
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Acquisition, Interest
+from coalestra.orchestration.flights import Acquisition
 from coalestra.orchestration.harvest import Harvest, Receiver
+from coalestra.orchestration.interest import Interest
 from coalestra.orchestration.tally import Tally
 from coalestra.orchestration.work import Work
 from coalestra.resilience.backoff import retryable
@@ -137,6 +137,9 @@ class Attempt:
                 )
                 raise
             _absorb_cancellation()
+        except Exception as error:
+            if not this.over:
+                self.skipped(error)
         finally:
             if self._try is this:
                 self._try = None
@@ -237,7 +240,7 @@ class Attempt:
         self._tally.took(facts.latency_ms)
         try:
             values = by_flight(self.link, tuple(self.flights), answer)
-        except SourceProtocolError as error:
+        except Exception as error:
             self._admission.close(())
             self._end(error)
             return

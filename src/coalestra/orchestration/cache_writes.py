@@ -9,7 +9,8 @@ from typing import Any
 from coalestra.core.records import CacheWriteStatus
 from coalestra.core.revision import Revision
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Acquisition, Interest
+from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.interest import Interest
 
 
 class CacheWrites:

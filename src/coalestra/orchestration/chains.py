@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import inspect
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from coalestra.core.diagnostics import DiagnosticsRecorder
-from coalestra.core.errors import SourceProtocolError
+from coalestra.core.errors import SourceProtocolError, SourceUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source
 from coalestra.core.timeouts import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
@@ -128,7 +129,10 @@ class Chains:
 
 
 def _ask(link: Link, key: ResourceKey) -> bool:
-    answer = link.source.supports(key)
+    try:
+        answer = link.source.supports(key)
+    except asyncio.CancelledError as error:
+        raise SourceUnavailableError(f"source {link.name!r} cancelled itself") from error
     if answer is True or answer is False:
         return answer
     if inspect.isawaitable(answer):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from coalestra.core.errors import DependencyResolutionError, SourceProtocolError
+import asyncio
+
+from coalestra.core.errors import (
+    DependencyResolutionError,
+    SourceProtocolError,
+    SourceUnavailableError,
+)
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.chains import Link
@@ -66,7 +72,10 @@ class Derivations:
 
 
 def _dependencies(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
-    declared = link.source.dependencies(key)
+    try:
+        declared = link.source.dependencies(key)
+    except asyncio.CancelledError as error:
+        raise SourceUnavailableError(f"source {link.name!r} cancelled itself") from error
     try:
         keys = tuple(dict.fromkeys(declared))
     except TypeError:

@@ -41,7 +41,8 @@ def after_write(
     own = flight.offered[0] if flight.offered is not None else current
     now = equipment.clock.now()
     policy = flight.policy
-    if status is not CacheWriteStatus.STORED and current.version != own.version:
+    lost = status is not CacheWriteStatus.STORED and current.version != own.version
+    if lost and _agrees(current, flight):
         winner = reading_of(
             current, now, policy, from_cache=True, notes={"superseded_source": own.source}
         )
@@ -56,25 +57,37 @@ def instead_of_event(flight: Acquisition, own: Revision, equipment: Equipment) -
 
     If something was published for the key meanwhile, and is fresh, that is what the waiters get.
     """
+    event = _event(flight, equipment, {"superseded_source": own.source})
+    if event is not None:
+        return Settlement(event)
+    return Settlement(Reading(own, max(0.0, own.fetched_at - own.observed_at)))
+
+
+def _event(
+    flight: Acquisition, equipment: Equipment, notes: dict[str, Any] | None = None
+) -> Reading | None:
+    """Return what was published for the key of a flight under way, if it is fresh."""
     event = flight.event
     store = equipment.access.store
     if event is not None and store is not None:
         event = store.peek(flight.key) or event
-    if event is not None:
-        reading = reading_of(
-            event,
-            equipment.clock.now(),
-            flight.policy,
-            from_cache=True,
-            notes={"superseded_source": own.source},
-        )
-        if not reading.stale:
-            return Settlement(reading)
-    return Settlement(Reading(own, max(0.0, own.fetched_at - own.observed_at)))
+    if event is None or not _agrees(event, flight):
+        return None
+    now = equipment.clock.now()
+    reading = reading_of(event, now, flight.policy, from_cache=True, notes=notes)
+    return None if reading.stale else reading
+
+
+def _agrees(other: Revision, flight: Acquisition) -> bool:
+    """Whether `other` may take the place of a flight's value: pins allow no other derivation."""
+    return flight.pins is None or not other.dependency_versions
 
 
 def after_failures(flight: Acquisition, equipment: Equipment) -> Settlement:
-    """Return the end of a flight that no source gave a fresh value for."""
+    """Return the end of a flight that no source gave a fresh value for: an event may do."""
+    event = _event(flight, equipment)
+    if event is not None:
+        return Settlement(event)
     if flight.cycle is not None:
         failure = Failure.of_cycle(flight.key, flight.cycle)
     else:

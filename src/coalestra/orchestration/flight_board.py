@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from coalestra.concurrency.waits_for import WaitsFor
 from coalestra.core.keys import ResourceKey
 from coalestra.observability.reporting import Reporter
@@ -13,12 +15,14 @@ class FlightBoard:
     """Keeps at most one flight per key for newcomers to join, and never lets a cycle in.
 
     `flights` are those that may be joined; `deriving` those that have dependencies of their own.
+    Flights out of sight, hidden or private, are kept aside: news of their key concerns them too.
     """
 
     def __init__(self, report: Reporter | None) -> None:
         self._report = report
         self.flights: dict[ResourceKey, Acquisition] = {}
         self.deriving: dict[Acquisition, None] = {}
+        self._aside: dict[ResourceKey, dict[Acquisition, None]] = {}
         self._waits: WaitsFor[Acquisition] = WaitsFor()
 
     def join(self, gather: Gather, flight: Acquisition) -> None:
@@ -72,9 +76,25 @@ class FlightBoard:
             seen.add(id(each))
             if self.flights.get(each.key) is each:
                 del self.flights[each.key]
+                self.set_aside(each)
             if not cacheable:
                 each.cacheable = False
             stack += [waiter.owner for waiter in each.waiters if waiter.owner is not None]
+
+    def set_aside(self, flight: Acquisition) -> None:
+        """Keep a flight that newcomers cannot join, until it ends."""
+        self._aside.setdefault(flight.key, {})[flight] = None
+
+    def under_way(self, key: ResourceKey) -> list[Acquisition]:
+        """Return every flight of `key`, whether it may be joined or not."""
+        flights = list(self._aside.get(key, ()))
+        if key in self.flights:
+            flights.append(self.flights[key])
+        return flights
+
+    def matching(self, matches: Callable[[ResourceKey], bool]) -> list[ResourceKey]:
+        """Return every key with a flight under way for which `matches` is true."""
+        return [key for key in {**self.flights, **self._aside} if matches(key)]
 
     def take_off(self, flight: Acquisition) -> dict[Gather, bool]:
         """Remove a flight that has ended; return who waited for it, and whether they had joined.
@@ -83,12 +103,20 @@ class FlightBoard:
         """
         if self.flights.get(flight.key) is flight:
             del self.flights[flight.key]
+        elif flight.key in self._aside:
+            self._forget_aside(flight)
         if flight.pins is not None and flight.pins.private.get(flight.key) is flight:
             del flight.pins.private[flight.key]
         self.deriving.pop(flight, None)
         self._waits.discard(flight)
         waiters, flight.waiters = flight.waiters, {}
         return waiters
+
+    def _forget_aside(self, flight: Acquisition) -> None:
+        aside = self._aside[flight.key]
+        aside.pop(flight, None)
+        if not aside:
+            del self._aside[flight.key]
 
     def __repr__(self) -> str:
         return f"<FlightBoard flights={len(self.flights)} waiting={len(self._waits)}>"

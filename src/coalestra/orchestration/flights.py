@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from coalestra.core.errors import SourceFailure
@@ -18,6 +18,7 @@ from coalestra.core.freshness import FreshnessPolicy
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.orchestration.chains import Link
+from coalestra.orchestration.interest import Interest
 from coalestra.orchestration.pins import Pins, hold
 from coalestra.orchestration.readings import Failure, Reading, Settlement
 from coalestra.orchestration.work import Work
@@ -176,40 +177,6 @@ class Read:
         return bool(self.waiters)
 
 
-class Sought(Protocol):
-    """Anything that people may or may not be waiting for."""
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anyone waits."""
-
-
-class Interest:
-    """Finds out cheaply, again and again, whether anyone still waits for any of many things.
-
-    It remembers one that was wanted, and looks for another only when that one no longer is.
-    """
-
-    __slots__ = ("_members", "_rest", "_witness")
-
-    def __init__(self, members: Collection[Sought]) -> None:
-        self._members = members
-        self._rest: Iterator[Sought] = iter(())
-        self._witness: Sought | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether anyone waits for any of them."""
-        if self._witness is not None and self._witness.wanted:
-            return True
-        return self._find(self._rest) or self._find(iter(tuple(self._members)))
-
-    def _find(self, rest: Iterator[Sought]) -> bool:
-        self._rest = rest
-        self._witness = next((each for each in rest if each.wanted), None)
-        return self._witness is not None
-
-
 class Demand(NamedTuple):
     """What somebody who waits insists on, beyond any usable value.
 
@@ -299,11 +266,11 @@ class Gather:
 
     def receive(self, key: ResourceKey, settlement: Settlement, *, joined: bool = False) -> None:
         """Take what a flight ended with; `joined` says that another unit of work had started it."""
-        if settlement.reading is not None:
-            reading = settlement.reading
+        reading = settlement.reading
+        if reading is None and self.accepts_stale(key):
+            reading = settlement.stale
+        if reading is not None:
             self.readings[key] = reading.noted(coalesced_request=True) if joined else reading
-        elif settlement.stale is not None and self.accepts_stale(key):
-            self.readings[key] = settlement.stale
         elif settlement.failure is not None:
             self.failures[key] = settlement.failure
 

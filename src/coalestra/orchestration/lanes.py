@@ -48,8 +48,8 @@ class Lane:
             size = self.link.max_batch_size or len(flights)
             if len(flights) > size:
                 self.work.record.batch_chunks += -(-len(flights) // size)
-        for start in range(0, len(flights), size):
-            self._queue.append(self._make(self, flights[start : start + size]))
+        parts = [flights[start : start + size] for start in range(0, len(flights), size)]
+        self._queue.extend([self._make(self, part) for part in parts])
         self._staff()
 
     def again(self, attempt: Attempt) -> None:

@@ -24,16 +24,24 @@ class News:
         scheduler.offers.held_back = self.hold_back
 
     def revised(self, key: ResourceKey, revision: Revision | None) -> None:
-        """Learn of a key's new current revision, unless it is a flight's own."""
-        flight = self._scheduler.board.flights.get(key)
-        if flight is not None and revision is not None:
-            if flight.offered is not None and flight.offered[0] is revision:
-                return
-            flight.event = revision
-            self._scheduler.board.hide(flight, cacheable=True)
+        """Learn of a key's new current revision; to the flight that wrote it, it is no news."""
+        if revision is not None and self._tell_flights(key, revision):
+            return
         self._reads.hide((key,))
         version = None if revision is None else revision.version
         self._outdate(lambda taken: taken.key == key and taken.version != version)
+
+    def _tell_flights(self, key: ResourceKey, revision: Revision) -> bool:
+        """Tell the other flights of a key of a revision; return whether one of them wrote it."""
+        written = False
+        board = self._scheduler.board
+        for flight in board.under_way(key):
+            if flight.offered is not None and flight.offered[0] is revision:
+                written = True
+            else:
+                flight.event = revision
+                board.hide(flight, cacheable=True)
+        return written
 
     def announced(self, publications: Sequence[Ranked]) -> None:
         """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
@@ -61,8 +69,7 @@ class News:
     def invalidating(self, keys: Collection[ResourceKey]) -> None:
         """Learn that keys are invalidated: what was read before is not cached nor joined."""
         for key in keys:
-            flight = self._scheduler.board.flights.get(key)
-            if flight is not None:
+            for flight in self._scheduler.board.under_way(key):
                 self._scheduler.board.hide(flight, cacheable=False)
         self._reads.hide(keys)
         gone = frozenset(keys)
@@ -70,7 +77,7 @@ class News:
 
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         """Learn that all matching keys are invalidated."""
-        self.invalidating([key for key in self._scheduler.board.flights if matches(key)])
+        self.invalidating(self._scheduler.board.matching(matches))
         self._reads.hide_where(matches)
         self._outdate(lambda revision: matches(revision.key))
 

@@ -36,13 +36,15 @@ class Reading:
 
     def noted(self, **notes: Any) -> Reading:
         """Return the same reading with more metadata for this reader only."""
-        return Reading(
+        noted = Reading(
             self.revision,
             self.age,
             stale=self.stale,
             from_cache=self.from_cache,
             notes={**(self.notes or {}), **notes},
         )
+        noted.fallback = self.fallback
+        return noted
 
     def __repr__(self) -> str:
         return f"<Reading {self.revision.key} age={self.age:.3f} stale={self.stale}>"

@@ -84,6 +84,7 @@ class Scheduler:
         flight = Acquisition(key, policy, gather.work, forced=forced, pins=gather.pins)
         flight.cacheable = forced
         gather.pins.private[key] = flight
+        self.board.set_aside(flight)
         self.board.join(gather, flight)
         self._later(flight)
 

@@ -1,0 +1,272 @@
+"""However a function is written, the adapters of all three kinds call it right."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any
+
+import pytest
+
+from coalestra.concurrency.threads import WorkerThreads, current_threads
+from coalestra.core.values import SourcePayload
+from tests.adapters.sample_calls import KINDS, PRICE, VOLUME, adapter, answering, call, payload_in
+from tests.support import ThreadGate, settle
+
+pytestmark = pytest.mark.parametrize("kind", KINDS)
+
+REQUEST = contextvars.ContextVar("request", default="none")
+
+
+def plain(kind: str, seen: list[threading.Thread]) -> Callable[..., Any]:
+    def function(*_: Any) -> Any:
+        seen.append(threading.current_thread())
+        return answering(kind, "value")
+
+    return function
+
+
+async def test_a_plain_function_runs_in_a_worker_thread(kind: str) -> None:
+    seen: list[threading.Thread] = []
+    answer = await call(adapter(kind, plain(kind, seen)))
+    assert payload_in(kind, answer) == SourcePayload("value")
+    assert seen[0] is not threading.current_thread()
+
+
+async def test_a_plain_function_runs_on_the_loop_when_told_so(kind: str) -> None:
+    seen: list[threading.Thread] = []
+    answer = await call(adapter(kind, plain(kind, seen), run_sync_in_thread=False))
+    assert payload_in(kind, answer) == SourcePayload("value")
+    assert seen == [threading.current_thread()]
+
+
+async def test_an_async_function_runs_on_the_loop(kind: str) -> None:
+    seen: list[threading.Thread] = []
+
+    async def function(*_: Any) -> Any:
+        await asyncio.sleep(1)
+        return plain(kind, seen)()
+
+    answer = await call(adapter(kind, function))
+    assert payload_in(kind, answer) == SourcePayload("value")
+    assert seen == [threading.current_thread()]
+
+
+class Service:
+    """An object whose call is async."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    async def __call__(self, *_: Any) -> Any:
+        return answering(self.kind, "value")
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+async def test_every_form_of_async_callable_is_awaited(kind: str, in_thread: bool) -> None:
+    async def function(prefix: str, *_: Any) -> Any:
+        return answering(kind, "value")
+
+    forms: list[Callable[..., Any]] = [
+        Service(kind),
+        functools.partial(function, "prefix"),
+        functools.partial(functools.partial(Service(kind))),
+        lambda *arguments: function("prefix", *arguments),
+        lambda *_: Eventually(answering(kind, "value")),
+    ]
+    for form in forms:
+        answer = await call(adapter(kind, form, run_sync_in_thread=in_thread))
+        assert payload_in(kind, answer) == SourcePayload("value")
+
+
+class Eventually:
+    """An awaitable that is no coroutine."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from asyncio.sleep(0).__await__()
+        return self.value
+
+
+async def test_what_a_thread_returned_to_be_awaited_is_awaited_on_the_loop(kind: str) -> None:
+    called: list[threading.Thread] = []
+    awaited: list[threading.Thread] = []
+
+    async def value() -> Any:
+        awaited.append(threading.current_thread())
+        return answering(kind, "value")
+
+    def function(*_: Any) -> Awaitable[Any]:
+        called.append(threading.current_thread())
+        return value()
+
+    await call(adapter(kind, function))
+    assert called[0] is not threading.current_thread()
+    assert awaited == [threading.current_thread()]
+
+
+async def test_a_payload_is_passed_on_as_it_is(kind: str) -> None:
+    payload = SourcePayload("value", observed_at=5.0, metadata={"page": 3})
+    answer = await call(adapter(kind, lambda *_: answering(kind, payload)))
+    assert payload_in(kind, answer) is payload
+
+
+async def test_a_worker_thread_sees_the_context_variables_of_the_call(kind: str) -> None:
+    REQUEST.set("request 7")
+    answer = await call(adapter(kind, lambda *_: answering(kind, REQUEST.get())))
+    assert payload_in(kind, answer).value == "request 7"
+
+
+async def test_the_worker_threads_are_those_of_the_context(kind: str) -> None:
+    threads = WorkerThreads()
+    gate = ThreadGate()
+    token = current_threads.set(threads)
+    try:
+        task = asyncio.create_task(call(adapter(kind, lambda *_: gate.pass_())))
+        await settle()
+        assert threads.busy == {"rest": 1}
+        gate.open()
+        await task
+    finally:
+        current_threads.reset(token)
+        threads.close()
+
+
+async def test_an_error_of_the_function_arrives_unchanged(kind: str) -> None:
+    error = ConnectionError("no route")
+
+    def function(*_: Any) -> Any:
+        raise error
+
+    for in_thread in (True, False):
+        with pytest.raises(ConnectionError) as caught:
+            await call(adapter(kind, function, run_sync_in_thread=in_thread))
+        assert caught.value is error
+
+
+class Strange(BaseException):
+    """Nothing that belongs into a source."""
+
+
+FORBIDDEN = (StopIteration, asyncio.CancelledError, SystemExit, GeneratorExit, Strange)
+
+
+@pytest.mark.parametrize("kind_of_error", FORBIDDEN)
+@pytest.mark.parametrize("in_thread", [True, False])
+async def test_an_error_that_would_end_more_than_the_call_becomes_an_ordinary_one(
+    kind: str, in_thread: bool, kind_of_error: type[BaseException]
+) -> None:
+    def function(*_: Any) -> Any:
+        raise kind_of_error("odd")
+
+    with pytest.raises(RuntimeError, match="of source 'rest' may raise ordinary") as caught:
+        await call(adapter(kind, function, run_sync_in_thread=in_thread))
+    assert isinstance(caught.value.__cause__, kind_of_error)
+    assert kind_of_error.__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize("kind_of_error", [SystemExit, Strange])
+async def test_the_same_holds_for_an_error_that_was_awaited(
+    kind: str, kind_of_error: type[BaseException]
+) -> None:
+    async def function(*_: Any) -> Any:
+        await asyncio.sleep(0)
+        raise kind_of_error("odd")
+
+    with pytest.raises(RuntimeError, match="may raise ordinary exceptions only"):
+        await call(adapter(kind, function))
+
+
+async def test_a_worker_thread_that_is_interrupted_does_not_interrupt_the_loop(kind: str) -> None:
+    def function(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(RuntimeError, match="got KeyboardInterrupt"):
+        await call(adapter(kind, function))
+
+
+async def test_an_interrupt_of_the_main_thread_is_the_users_and_goes_through(kind: str) -> None:
+    source = adapter(kind, lambda *_: interrupt(), run_sync_in_thread=False)
+    coroutine = call(source)
+    with pytest.raises(KeyboardInterrupt):
+        coroutine.send(None)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+async def test_a_cancellation_from_outside_stays_one(kind: str) -> None:
+    async def function(*_: Any) -> Any:
+        await asyncio.sleep(3600)
+
+    task = asyncio.create_task(call(adapter(kind, function)))
+    await settle()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancelled_call_takes_as_long_as_its_thread(kind: str) -> None:
+    gate = ThreadGate()
+    task = asyncio.create_task(call(adapter(kind, lambda *_: gate.pass_())))
+    await settle()
+    task.cancel()
+    await settle()
+    assert not task.done()
+    gate.open()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_coroutine_that_a_cancelled_thread_still_returns_is_closed(kind: str) -> None:
+    gate = ThreadGate()
+    left: list[Any] = []
+
+    async def value() -> None:
+        pass
+
+    def function(*_: Any) -> Any:
+        gate.pass_()
+        left.append(value())
+        return left[0]
+
+    task = asyncio.create_task(call(adapter(kind, function)))
+    await settle()
+    task.cancel()
+    await settle()
+    gate.open()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert left[0].cr_frame is None
+
+
+async def test_arguments_arrive_in_the_order_of_the_contract(kind: str) -> None:
+    seen: list[Any] = []
+
+    def function(*arguments: Any) -> Any:
+        seen.extend(arguments)
+        return answering(kind, 1)
+
+    await call(adapter(kind, function))
+    assert len(seen) == (3 if kind == "derived" else 2)
+    assert seen[0] == ((PRICE,) if kind == "batch" else PRICE)
+    assert seen[-1].requested_at == 1_700_000_000.0
+    assert VOLUME not in seen
+
+
+async def test_a_function_that_cancels_the_task_it_runs_in_has_cancelled_it(kind: str) -> None:
+    def function(*_: Any) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        return Eventually(answering(kind, 1))
+
+    task = asyncio.create_task(call(adapter(kind, function, run_sync_in_thread=False)))
+    with pytest.raises(asyncio.CancelledError):
+        await task

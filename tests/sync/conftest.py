@@ -1,0 +1,32 @@
+"""After each test no thread of a loop may be left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from coalestra.sync.builder import THREAD_NAME
+from coalestra.sync.loop_thread import LoopThread
+from tests.sync.steps import loop_threads
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Iterator[None]:
+    yield
+    for thread in loop_threads():
+        thread.join(5)
+    assert loop_threads() == []
+
+
+@pytest.fixture
+def loop_thread() -> Iterator[LoopThread]:
+    """A running loop thread, stopped at the end if the test has not done so."""
+    thread = LoopThread(name=THREAD_NAME, owner="the test")
+
+    async def stop() -> None:
+        thread.stop()
+
+    yield thread
+    thread.finish(stop)
+    thread.join()

@@ -1,0 +1,288 @@
+"""The builder without a loop: every call waits for what the async one would return."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from coalestra.core.errors import BuilderClosedError, SnapshotBuildError
+from coalestra.core.keys import ResourceKey
+from coalestra.core.request import SnapshotRequest
+from coalestra.orchestration.builder import SnapshotBuilder
+from coalestra.sync import SyncResourcePublisher, SyncSnapshotBuilder
+from tests.sync.sources import Prices, builder, source
+from tests.sync.steps import PRICE, VOLUME, Door, error_of, in_a_fork, in_thread, outcome
+
+
+@pytest.fixture
+def prices() -> Prices:
+    return Prices()
+
+
+@pytest.fixture
+def sync(prices: Prices) -> Iterator[SyncSnapshotBuilder]:
+    with SyncSnapshotBuilder(builder(prices)) as facade:
+        yield facade
+
+
+def test_what_it_is_made_of_can_be_read_back(prices: Prices) -> None:
+    made = builder(prices)
+    with SyncSnapshotBuilder(
+        made, close_builder=False, shutdown_timeout_seconds=2, max_pending_submissions=7
+    ) as sync:
+        assert sync.builder is made
+        assert isinstance(sync.publisher, SyncResourcePublisher)
+        assert sync.close_builder is False
+        assert sync.shutdown_timeout_seconds == 2
+        assert sync.max_pending_submissions == sync.publisher.max_pending_submissions == 7
+        assert sync.pending_submissions == 0
+        assert not sync.closed
+    assert sync.closed
+    assert not made.closed
+
+
+def test_the_defaults_are_those_of_the_contract(sync: SyncSnapshotBuilder) -> None:
+    assert sync.close_builder is True
+    assert sync.shutdown_timeout_seconds == 5.0
+    assert sync.max_pending_submissions == 1024
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("builder", None, TypeError),
+        ("builder", object(), TypeError),
+        ("close_builder", 1, TypeError),
+        ("shutdown_timeout_seconds", "5", TypeError),
+        ("shutdown_timeout_seconds", True, TypeError),
+        ("shutdown_timeout_seconds", -1, ValueError),
+        ("shutdown_timeout_seconds", math.nan, ValueError),
+        ("shutdown_timeout_seconds", math.inf, ValueError),
+        ("max_pending_submissions", 1.0, TypeError),
+        ("max_pending_submissions", True, TypeError),
+        ("max_pending_submissions", 0, ValueError),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name_and_starts_no_thread(
+    prices: Prices, name: str, value: Any, error: type[Exception]
+) -> None:
+    arguments: dict[str, Any] = {"builder": builder(prices), name: value}
+    with pytest.raises(error, match=f"^{name} must be "):
+        SyncSnapshotBuilder(**arguments)
+
+
+def test_a_snapshot_is_built_on_the_loops_thread(sync: SyncSnapshotBuilder, prices: Prices) -> None:
+    snapshot = sync.build(
+        (key for key in [PRICE]),
+        deadline_seconds=10,
+        metadata={"tenant": "a"},
+        snapshot_id="cycle-1",
+    )
+    assert snapshot.value(PRICE, dict) == {"price": 1}
+    assert snapshot.snapshot_id == "cycle-1"
+    assert prices.contexts[0].metadata == {"tenant": "a"}
+    assert prices.contexts[0].deadline_at is not None
+    assert prices.threads[0].name == "coalestra-sync-loop"
+
+
+def test_keys_are_read_where_they_are_given(sync: SyncSnapshotBuilder) -> None:
+    read_in: list[threading.Thread] = []
+
+    def keys() -> Iterator[ResourceKey]:
+        read_in.append(threading.current_thread())
+        yield PRICE
+
+    sync.build(keys())
+    assert read_in == [threading.current_thread()]
+
+
+def test_a_failed_build_raises_as_the_async_one(sync: SyncSnapshotBuilder) -> None:
+    with pytest.raises(ValueError, match="keys"):
+        sync.build([])
+    with pytest.raises(TypeError, match="keys"):
+        sync.build(["price"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="keys"):
+        sync.build(PRICE)  # type: ignore[arg-type]
+
+
+def test_a_request_is_built(sync: SyncSnapshotBuilder) -> None:
+    snapshot = sync.build_request(
+        SnapshotRequest(required=[PRICE], optional=[VOLUME]),
+        deadline_seconds=10,
+        metadata={},
+        snapshot_id="cycle-2",
+    )
+    assert list(snapshot) == [PRICE, VOLUME]
+    assert snapshot.snapshot_id == "cycle-2"
+
+
+def test_a_build_that_is_not_strict_returns_the_errors() -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("no price")
+
+    with SyncSnapshotBuilder(builder(fail)) as sync:
+        assert PRICE in sync.build([PRICE], strict=False).errors
+        with pytest.raises(SnapshotBuildError, match="no price"):
+            sync.build([PRICE])
+
+
+def test_published_values_are_what_later_builds_return(
+    sync: SyncSnapshotBuilder, prices: Prices
+) -> None:
+    sync.publisher.publish(PRICE, {"price": 100}, source="stream")
+    assert sync.build([PRICE]).value(PRICE) == {"price": 100}
+    future = sync.publisher.submit_publish(PRICE, {"price": 101}, source="stream", force=True)
+    sync.flush_submissions(timeout_seconds=10)
+    assert future.done()
+    assert sync.build([PRICE]).value(PRICE) == {"price": 101}
+    sync.publisher.invalidate(PRICE, reason="gap")
+    assert sync.build([PRICE]).value(PRICE) == {"price": 1}
+
+
+def test_health_tells_the_backlog_too(sync: SyncSnapshotBuilder) -> None:
+    health = sync.health_snapshot()
+    assert (health.pending_submissions, health.max_pending_submissions) == (0, 1024)
+    assert not health.closed
+
+
+def test_refreshes_can_be_waited_for(sync: SyncSnapshotBuilder) -> None:
+    sync.build([PRICE])
+    sync.wait_for_refreshes()
+
+
+def test_many_threads_build_side_by_side(sync: SyncSnapshotBuilder, prices: Prices) -> None:
+    keys = [ResourceKey("market", "price", str(number)) for number in range(20)]
+
+    def work() -> int:
+        return sum(len(sync.build([key, PRICE])) for key in keys)
+
+    assert [outcome(future) for future in [in_thread(work) for _ in range(8)]] == [40] * 8
+    assert prices.calls == 21
+
+
+def test_callers_that_meet_share_one_call_of_the_source(
+    sync: SyncSnapshotBuilder, prices: Prices
+) -> None:
+    prices.door = Door()
+    first = in_thread(lambda: sync.build([PRICE]))
+    prices.door.wait_reached()
+    second = in_thread(lambda: sync.build([PRICE]))
+    prices.door.open()
+    assert outcome(first).value(PRICE) == outcome(second).value(PRICE) == {"price": 1}
+
+
+def test_a_source_that_calls_back_on_the_loop_gets_an_error_and_not_a_deadlock() -> None:
+    facades: list[SyncSnapshotBuilder] = []
+
+    def recursive(*_: Any) -> Any:
+        return facades[0].build([VOLUME])
+
+    made = SnapshotBuilder([source(recursive, run_sync_in_thread=False)])
+    with SyncSnapshotBuilder(made) as sync:
+        facades.append(sync)
+        with pytest.raises(SnapshotBuildError, match="must not be called on its own event loop"):
+            sync.build([PRICE])
+
+
+def test_a_source_in_a_worker_thread_may_call_back() -> None:
+    facades: list[SyncSnapshotBuilder] = []
+
+    def recursive(key: ResourceKey, _: Any) -> Any:
+        return 1 if key == VOLUME else facades[0].build([VOLUME]).value(VOLUME)
+
+    with SyncSnapshotBuilder(builder(recursive)) as sync:
+        facades.append(sync)
+        assert sync.build([PRICE]).value(PRICE) == 1
+
+
+def test_a_closed_facade_refuses_every_call(sync: SyncSnapshotBuilder) -> None:
+    session = sync.session()
+    sync.close()
+    for call in (
+        lambda: sync.build([PRICE]),
+        lambda: sync.build_request(SnapshotRequest(required=[PRICE])),
+        sync.session,
+        sync.health_snapshot,
+        sync.wait_for_refreshes,
+        lambda: session.resolve([PRICE]),
+        lambda: sync.publisher.publish(PRICE, 1, source="stream"),
+        lambda: sync.publisher.submit_invalidate(PRICE),
+    ):
+        with pytest.raises(BuilderClosedError, match="is closed"):
+            call()
+
+
+def test_a_forked_process_is_told_to_make_its_own(sync: SyncSnapshotBuilder) -> None:
+    assert "create a new builder" in in_a_fork(lambda: sync.build([PRICE]))
+    assert in_a_fork(sync.close) == "nothing was raised"
+    assert sync.build([PRICE]).value(PRICE) == {"price": 1}
+
+
+def test_a_forked_process_can_make_its_own(sync: SyncSnapshotBuilder) -> None:
+    def build() -> None:
+        with SyncSnapshotBuilder(builder(Prices())) as own:
+            own.build([PRICE])
+
+    assert in_a_fork(build) == "nothing was raised"
+
+
+def test_a_session_keeps_what_it_has_read(sync: SyncSnapshotBuilder) -> None:
+    with sync.session(
+        deadline_seconds=10, metadata={"tenant": "a"}, snapshot_id="cycle-42"
+    ) as session:
+        assert session.snapshot_id == "cycle-42"
+        assert session.created_at > 0
+        assert session.resolve([PRICE], strict=False, retry_errors=True).value(PRICE) == {
+            "price": 1
+        }
+        sync.publisher.publish(PRICE, {"price": 100}, source="stream")
+        assert session.snapshot().value(PRICE) == {"price": 1}
+        assert list(session.resolve_request(SnapshotRequest(required=[VOLUME]))) == [PRICE, VOLUME]
+        assert session.revalidate([PRICE]).value(PRICE) == {"price": 100}
+        assert session.revalidate([PRICE], force_refresh=True).value(PRICE) != {"price": 100}
+        assert "cycle-42" in repr(session)
+        assert not session.closed
+    assert session.closed
+    session.close()
+
+
+def test_a_session_ends_with_its_builder(sync: SyncSnapshotBuilder) -> None:
+    with sync.session() as session:
+        sync.close()
+        assert session.closed
+
+
+def test_a_session_in_a_forked_process_has_nothing_to_close(sync: SyncSnapshotBuilder) -> None:
+    with sync.session() as session:
+        assert in_a_fork(session.close) == "nothing was raised"
+        assert "create a new builder" in in_a_fork(lambda: session.resolve([PRICE]))
+
+
+def test_sources_see_the_context_variables_of_the_caller() -> None:
+    tenant = contextvars.ContextVar("tenant", default="none")
+    with SyncSnapshotBuilder(builder(lambda *_: tenant.get())) as sync:
+        tenant.set("a")
+        assert sync.build([PRICE]).value(PRICE) == "a"
+        assert outcome(in_thread(lambda: sync.build([VOLUME]))).value(VOLUME) == "none"
+
+
+def test_an_interrupted_caller_leaves_nothing_behind(
+    sync: SyncSnapshotBuilder, prices: Prices
+) -> None:
+    prices.door = Door()
+    waiting = in_thread(lambda: sync.build([PRICE], deadline_seconds=0.02))
+    assert isinstance(error_of(waiting), SnapshotBuildError)
+    prices.door.open()
+    prices.door = None
+    assert sync.health_snapshot().waiting_for_capacity == 0
+
+
+def test_the_representation_tells_the_state(sync: SyncSnapshotBuilder) -> None:
+    assert repr(sync).startswith(
+        "<SyncSnapshotBuilder closed=False <SubmissionBacklog 0/1024> over "
+    )

@@ -1,0 +1,307 @@
+"""Closing drains, cancels what is late, closes the builder and ends the thread; once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from typing import Any
+
+import pytest
+
+from coalestra.core.errors import (
+    BuilderClosedError,
+    ObservabilityShutdownTimeoutError,
+    PayloadCopyShutdownTimeoutError,
+)
+from coalestra.core.freshness import FreshnessPolicy
+from coalestra.orchestration.builder import SnapshotBuilder
+from coalestra.sync import SyncSnapshotBuilder
+from tests.support import ThreadGate
+from tests.sync.sources import SWR, Prices, builder, source
+from tests.sync.steps import (
+    PATIENCE,
+    PRICE,
+    VOLUME,
+    Door,
+    error_of,
+    in_thread,
+    loop_threads,
+    outcome,
+)
+
+
+def test_closing_ends_the_thread_and_the_builder_and_can_be_repeated() -> None:
+    made = builder(Prices())
+    sync = SyncSnapshotBuilder(made)
+    sync.build([PRICE])
+    sync.close()
+    assert loop_threads() == []
+    assert made.closed
+    sync.close()
+
+
+def test_a_facade_that_was_never_used_closes_too() -> None:
+    SyncSnapshotBuilder(builder(Prices())).close()
+    assert loop_threads() == []
+
+
+def test_a_builder_that_is_left_open_can_be_used_on_another_loop() -> None:
+    made = builder(Prices())
+    with SyncSnapshotBuilder(made, close_builder=False) as sync:
+        sync.build([PRICE])
+    assert not made.closed
+
+    async def use() -> Any:
+        async with made:
+            return (await made.build([VOLUME])).value(VOLUME)
+
+    assert asyncio.run(use()) == {"price": 2}
+
+
+def test_a_builder_that_is_closed_already_does_no_harm() -> None:
+    builders: list[SnapshotBuilder] = []
+
+    async def close(*_: Any) -> Any:
+        closing.append(asyncio.create_task(builders[0].aclose()))
+        return 1
+
+    closing: list[asyncio.Task[None]] = []
+    made = builder(close)
+    builders.append(made)
+    sync = SyncSnapshotBuilder(made)
+    sync.build([PRICE], strict=False)
+    wait_until(lambda: made.closed)
+    sync.close()
+    assert loop_threads() == []
+
+
+def test_accepted_submissions_are_done_before_the_end() -> None:
+    with SyncSnapshotBuilder(builder(Prices())) as sync:
+        futures = [
+            sync.publisher.submit_publish(PRICE, number, source="stream", force=True)
+            for number in range(100)
+        ]
+    assert all(outcome(future).published for future in futures)
+
+
+def test_a_call_that_is_under_way_may_end_in_time() -> None:
+    prices = Prices()
+    door = prices.door = Door()
+    sync = SyncSnapshotBuilder(builder(prices))
+    building = in_thread(lambda: sync.build([PRICE]))
+    door.wait_reached()
+    closing = in_thread(sync.close)
+    wait_until(lambda: sync.closed)
+    door.open()
+    assert outcome(building).value(PRICE) == {"price": 1}
+    outcome(closing)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Let other threads go on until it holds."""
+    pause = threading.Event()
+    for _ in range(int(PATIENCE / 0.001)):
+        if condition():
+            return
+        pause.wait(0.001)
+    raise AssertionError("it never came true")
+
+
+def test_a_call_that_takes_too_long_is_told_that_the_facade_was_closed() -> None:
+    prices = Prices()
+    door = prices.door = Door()
+    sync = SyncSnapshotBuilder(builder(prices), shutdown_timeout_seconds=0.01)
+    building = in_thread(lambda: sync.build([PRICE]))
+    door.wait_reached()
+    sync.close()
+    assert isinstance(error_of(building), BuilderClosedError)
+    assert loop_threads() == []
+
+
+class StuckCache:
+    """A cache whose writes wait at a door."""
+
+    def __init__(self) -> None:
+        self.door = Door()
+
+    async def get(self, key: Any, policy: Any = None, *_: Any, **__: Any) -> Any:
+        from coalestra.core.records import CacheLookup
+
+        return CacheLookup(None, False, False, None)
+
+    async def set(self, *_: Any, **__: Any) -> None:
+        await self.door.pass_()
+
+    async def invalidate(self, *_: Any, **__: Any) -> None:
+        await self.door.pass_()
+
+    async def clear(self) -> None:
+        pass
+
+
+def test_submissions_that_take_too_long_are_cancelled() -> None:
+    cache = StuckCache()
+    made = builder(Prices(), cache=cache)
+    sync = SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01)
+    first = sync.publisher.submit_invalidate(PRICE)
+    second = sync.publisher.submit_invalidate(PRICE)
+    cache.door.wait_reached()
+    assert sync.pending_submissions == 2
+    assert sync.health_snapshot().pending_submissions == 2
+    sync.close()
+    for future in (first, second):
+        with pytest.raises(CancelledError):
+            future.result(PATIENCE)
+    assert sync.pending_submissions == 0
+
+
+def test_threads_that_close_together_wait_for_one_closing() -> None:
+    prices = Prices()
+    door = prices.door = Door()
+    sync = SyncSnapshotBuilder(builder(prices))
+    building = in_thread(lambda: sync.build([PRICE]))
+    door.wait_reached()
+    closings = [in_thread(sync.close) for _ in range(8)]
+    wait_until(lambda: sync.closed)
+    assert not any(closing.done() for closing in closings)
+    door.open()
+    for closing in closings:
+        outcome(closing)
+    outcome(building)
+    assert loop_threads() == []
+
+
+def test_refreshes_in_the_background_end_before_the_thread_does() -> None:
+    prices = Prices()
+    now = [1_000.0]
+    made = builder(prices, default_policy=SWR, clock=_Clock(now))
+    with SyncSnapshotBuilder(made) as sync:
+        sync.build([PRICE])
+        now[0] += 10
+        door = prices.door = Door()
+        assert sync.build([PRICE]).value(PRICE) == {"price": 1}
+        door.wait_reached()
+        closing = in_thread(sync.close)
+        wait_until(lambda: sync.closed)
+        door.open()
+        outcome(closing)
+    assert prices.answers == 2
+
+
+def test_refreshes_that_take_too_long_are_cancelled() -> None:
+    prices = Prices()
+    now = [1_000.0]
+    made = builder(prices, default_policy=SWR, clock=_Clock(now))
+    sync = SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01)
+    sync.build([PRICE])
+    prices.door = Door()
+    now[0] += 10
+    sync.build([PRICE])
+    prices.door.wait_reached()
+    sync.close()
+    assert loop_threads() == []
+
+
+class _Clock:
+    """A clock that stands still until the test moves it."""
+
+    def __init__(self, now: list[float]) -> None:
+        self._now = now
+
+    def now(self) -> float:
+        return self._now[0]
+
+    def monotonic(self) -> float:
+        return self._now[0]
+
+
+def test_the_loops_own_thread_cannot_close_the_facade() -> None:
+    facades: list[SyncSnapshotBuilder] = []
+    messages: list[str] = []
+
+    def close(*_: Any) -> Any:
+        try:
+            facades[0].close()
+        except RuntimeError as error:
+            messages.append(str(error))
+        return 1
+
+    made = SnapshotBuilder([source(close, run_sync_in_thread=False)])
+    with SyncSnapshotBuilder(made) as sync:
+        facades.append(sync)
+        sync.build([PRICE])
+        assert not sync.closed
+    assert messages[0].startswith("close() of the sync snapshot builder must not be called on")
+
+
+def test_an_error_of_the_builders_closing_is_raised_and_the_thread_ends() -> None:
+    class Session:
+        def close(self) -> None:
+            raise OSError("already gone")
+
+    prices: Any = source(Prices())
+    prices.close = Session().close
+    made = SnapshotBuilder([prices], manage_lifecycle=True)
+    sync = SyncSnapshotBuilder(made)
+    with pytest.raises(OSError, match="already gone"):
+        sync.close()
+    sync.close()
+    assert loop_threads() == []
+
+
+class Slow:
+    """A payload whose copies wait at a gate."""
+
+    gate = ThreadGate()
+
+    def __deepcopy__(self, memo: Any) -> Slow:
+        Slow.gate.pass_()
+        return self
+
+
+def test_late_copies_keep_the_thread_until_they_end_and_no_longer() -> None:
+    Slow.gate = ThreadGate()
+    made = builder(lambda *_: Slow(), copy_shutdown_timeout_seconds=0.01)
+    sync = SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01)
+    building = in_thread(lambda: sync.build([PRICE]))
+    outcome(in_thread(Slow.gate.wait_arrived))
+    with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
+        sync.close()
+    assert caught.value.active_copies == 1
+    assert isinstance(error_of(building), BuilderClosedError)
+    assert len(loop_threads()) == 1
+    sync.close()
+    Slow.gate.open()
+    wait_until(lambda: not loop_threads())
+
+
+class SlowSink:
+    """An event sink that waits at a gate."""
+
+    def __init__(self) -> None:
+        self.gate = ThreadGate()
+
+    def emit(self, event_type: str, **_: Any) -> None:
+        self.gate.pass_()
+
+
+def test_late_sinks_keep_the_thread_until_they_end_and_no_longer() -> None:
+    events = SlowSink()
+    made = builder(Prices(), events=events, observability_shutdown_timeout_seconds=0.01)
+    sync = SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01)
+    sync.build([PRICE])
+    events.gate.wait_arrived()
+    with pytest.raises(ObservabilityShutdownTimeoutError):
+        sync.close()
+    assert len(loop_threads()) == 1
+    events.gate.open()
+    wait_until(lambda: not loop_threads())
+
+
+def test_the_with_block_raises_its_own_error() -> None:
+    with pytest.raises(KeyError):
+        with SyncSnapshotBuilder(builder(Prices(), default_policy=FreshnessPolicy(1, 2))):
+            raise KeyError
+    assert loop_threads() == []

@@ -1,0 +1,363 @@
+"""A loop in a thread: what is accepted runs, in order, and the thread ends when all of it has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import signal
+import sys
+import threading
+from concurrent.futures import CancelledError
+from typing import Any
+
+import pytest
+
+from coalestra.core.errors import BuilderClosedError
+from coalestra.sync.loop_thread import LoopThread
+from tests.sync.steps import PATIENCE, Door, error_of, in_a_fork, in_thread, outcome
+
+REQUEST = contextvars.ContextVar("request", default="none")
+
+
+async def answer() -> int:
+    return 42
+
+
+def test_work_is_done_in_the_named_daemon_thread(loop_thread: LoopThread) -> None:
+    async def where() -> threading.Thread:
+        return threading.current_thread()
+
+    thread = loop_thread.run("where()", where)
+    assert thread.name == "coalestra-sync-loop"
+    assert thread.daemon
+
+
+def test_an_error_of_the_work_is_raised_where_it_was_asked_for(loop_thread: LoopThread) -> None:
+    async def fail() -> None:
+        raise KeyError("missing")
+
+    with pytest.raises(KeyError, match="missing"):
+        loop_thread.run("fail()", fail)
+
+
+def test_work_that_fails_before_it_can_be_awaited_fails_all_the_same(
+    loop_thread: LoopThread,
+) -> None:
+    def fail() -> Any:
+        raise KeyError("missing")
+
+    with pytest.raises(KeyError, match="missing"):
+        loop_thread.run("fail()", fail)
+
+
+def test_work_sees_the_context_variables_of_its_caller(loop_thread: LoopThread) -> None:
+    async def request() -> str:
+        return REQUEST.get()
+
+    def call() -> str:
+        REQUEST.set("request 7")
+        return loop_thread.run("request()", request)
+
+    assert outcome(in_thread(call)) == "request 7"
+    assert loop_thread.run("request()", request) == "none"
+
+
+def test_work_begins_in_the_order_in_which_it_was_accepted(loop_thread: LoopThread) -> None:
+    begun: list[int] = []
+
+    async def begin(number: int) -> None:
+        begun.append(number)
+
+    operations = [loop_thread.operation(functools.partial(begin, n)) for n in range(200)]
+    for operation in operations:
+        loop_thread.start(operation)
+    for operation in operations:
+        outcome(operation.future)
+    assert begun == list(range(200))
+
+
+def test_waiting_on_the_loops_own_thread_is_refused_with_the_remedy(
+    loop_thread: LoopThread,
+) -> None:
+    async def wait_for_itself() -> None:
+        loop_thread.run("build()", answer)
+
+    with pytest.raises(RuntimeError, match=r"build\(\) of the test must not be called on its own"):
+        loop_thread.run("outer()", wait_for_itself)
+
+
+def test_an_interrupted_wait_cancels_the_work(loop_thread: LoopThread) -> None:
+    cancelled = threading.Event()
+
+    async def interrupt_the_caller() -> None:
+        try:
+            while not caller_waits():  # noqa: ASYNC110 - a blocked thread sets no event
+                await asyncio.sleep(0)
+            signal.pthread_kill(caller, signal.SIGINT)
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def caller_waits() -> bool:
+        frame = sys._current_frames()[caller]
+        return frame.f_code.co_name == "wait" and frame.f_globals["__name__"] == "threading"
+
+    caller = threading.get_ident()
+    with pytest.raises(KeyboardInterrupt):
+        loop_thread.run("build()", interrupt_the_caller)
+    assert cancelled.wait(PATIENCE)
+
+
+def test_a_wait_interrupted_before_it_began_cancels_the_work_too(
+    loop_thread: LoopThread,
+) -> None:
+    cancelled = threading.Event()
+
+    async def interrupt_the_caller() -> None:
+        signal.pthread_kill(caller, signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    caller = threading.get_ident()
+    with pytest.raises(KeyboardInterrupt):
+        loop_thread.run("build()", interrupt_the_caller)
+    assert cancelled.wait(PATIENCE)
+
+
+def test_work_that_cancels_itself_tells_its_caller_so(loop_thread: LoopThread) -> None:
+    async def cancel() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(CancelledError):
+        loop_thread.run("cancel()", cancel)
+
+
+def test_work_cancelled_before_it_began_never_begins(loop_thread: LoopThread) -> None:
+    door = threading.Event()
+    begun: list[int] = []
+
+    async def hold_the_loop() -> None:
+        door.wait(PATIENCE)
+
+    async def begin() -> None:
+        begun.append(1)
+
+    holding = loop_thread.operation(hold_the_loop)
+    loop_thread.start(holding)
+    late = loop_thread.operation(begin)
+    loop_thread.start(late)
+    assert late.future.cancel()
+    door.set()
+    outcome(holding.future)
+    loop_thread.run("answer()", answer)
+    assert begun == []
+
+
+def test_a_task_that_exits_does_not_end_the_loop_for_the_others(loop_thread: LoopThread) -> None:
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        loop_thread.run("leave()", leave)
+    assert loop_thread.run("answer()", answer) == 42
+
+
+def test_only_the_first_last_operation_counts(loop_thread: LoopThread) -> None:
+    async def stop() -> None:
+        loop_thread.stop()
+
+    first = loop_thread.finish(stop)
+    assert loop_thread.finish(stop) is first
+    outcome(first.future)
+    assert loop_thread.join()
+    assert not loop_thread.alive
+
+
+def test_after_the_last_operation_nothing_is_accepted(loop_thread: LoopThread) -> None:
+    async def stop() -> None:
+        loop_thread.stop()
+
+    loop_thread.finish(stop)
+    with pytest.raises(BuilderClosedError, match="the test is closed"):
+        loop_thread.run("answer()", answer)
+    refused = loop_thread.operation(answer)
+    with pytest.raises(BuilderClosedError):
+        loop_thread.start(refused)
+    assert refused.future.cancelled()
+
+
+def test_draining_cancels_what_takes_too_long_and_tells_who_waits(
+    loop_thread: LoopThread,
+) -> None:
+    door = Door()
+
+    async def stop() -> None:
+        await loop_thread.drain(0.01)
+        after_draining.append(repr(loop_thread))
+        loop_thread.stop()
+
+    after_draining: list[str] = []
+    waiting = in_thread(lambda: loop_thread.run("build()", door.pass_))
+    door.wait_reached()
+    outcome(loop_thread.finish(stop).future)
+    assert isinstance(error_of(waiting), BuilderClosedError)
+    assert "operations=1" in after_draining[0]  # the last one itself
+
+
+def test_draining_waits_for_what_ends_in_time(loop_thread: LoopThread) -> None:
+    door = Door()
+
+    async def stop() -> None:
+        draining.set()
+        await loop_thread.drain(PATIENCE)
+        loop_thread.stop()
+
+    draining = threading.Event()
+    waiting = in_thread(lambda: loop_thread.run("build()", door.pass_))
+    door.wait_reached()
+    last = loop_thread.finish(stop)
+    assert draining.wait(PATIENCE)
+    door.open()
+    assert error_of(waiting) is None
+    outcome(last.future)
+
+
+def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
+    loop_thread: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coalestra.sync.loop_life.UNWIND_SECONDS", 0.01)
+    door = Door()
+
+    async def stubborn() -> None:
+        passing = asyncio.ensure_future(door.pass_())
+        while not passing.done():
+            try:
+                await asyncio.shield(passing)
+            except asyncio.CancelledError:
+                if passing.cancelled():  # the loop cancels every task it knows
+                    passing = asyncio.ensure_future(door.pass_())
+
+    kept: list[asyncio.Task[None]] = []
+
+    async def leave_behind() -> None:
+        kept.append(asyncio.create_task(stubborn()))
+
+    async def stop() -> None:
+        loop_thread.stop()
+
+    loop_thread.run("leave_behind()", leave_behind)
+    door.wait_reached()
+    loop_thread.finish(stop)
+    assert not loop_thread.join()
+    assert loop_thread.alive
+    door.open()
+
+
+def test_cancelling_a_future_whose_loop_is_gone_does_no_harm(loop_thread: LoopThread) -> None:
+    async def stop() -> None:
+        loop_thread.stop()
+
+    done = loop_thread.operation(answer)
+    loop_thread.start(done)
+    outcome(loop_thread.finish(stop).future)
+    loop_thread.join()
+    assert not done.future.cancel()
+    assert done.future.result() == 42
+
+
+def test_a_forked_process_is_told_to_make_its_own(loop_thread: LoopThread) -> None:
+    message = in_a_fork(lambda: loop_thread.run("build()", answer))
+    assert "does not survive a fork" in message
+    assert "create a new builder" in message
+    assert loop_thread.run("answer()", answer) == 42
+
+
+def test_the_representation_tells_the_state(loop_thread: LoopThread) -> None:
+    assert repr(loop_thread) == (
+        "<LoopThread coalestra-sync-loop alive=True closing=False operations=0>"
+    )
+    operation = loop_thread.operation(answer)
+    assert repr(operation) == "<Operation begun=False done=False>"
+    operation.discard()
+
+
+def test_a_thread_that_cannot_start_leaves_no_loop_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.new_event_loop()
+    monkeypatch.setattr(asyncio, "new_event_loop", lambda: loop)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        LoopThread(name="x", owner="the test")
+    assert loop.is_closed()
+
+
+def refuse(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_generator_that_was_left_half_way_is_closed(loop_thread: LoopThread) -> None:
+    closed: list[str] = []
+    kept: list[Any] = []
+
+    async def numbers() -> Any:
+        try:
+            yield 1
+        finally:
+            closed.append("closed")
+
+    async def begin() -> None:
+        kept.append(numbers())
+        await kept[0].__anext__()
+
+    async def stop() -> None:
+        loop_thread.stop()
+
+    loop_thread.run("begin()", begin)
+    loop_thread.finish(stop)
+    assert loop_thread.join()
+    assert closed == ["closed"]
+
+
+def test_an_operation_given_up_on_its_way_never_begins(loop_thread: LoopThread) -> None:
+    held = threading.Event()
+    begun: list[int] = []
+
+    async def hold_the_loop() -> None:
+        held.wait(PATIENCE)
+
+    async def begin() -> None:
+        begun.append(1)
+
+    loop_thread.start(loop_thread.operation(hold_the_loop))
+    given_up = loop_thread.operation(begin)
+    loop_thread.start(given_up)
+    given_up.discard()
+    held.set()
+    loop_thread.run("answer()", answer)
+    assert begun == []
+    assert "operations=0" in repr(loop_thread)
+
+
+def test_an_error_that_comes_after_its_waiter_has_gone_is_reported_to_nobody(
+    loop_thread: LoopThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail_on_cancellation() -> None:
+        door_reached.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise KeyError("too late") from None
+
+    door_reached = threading.Event()
+    operation = loop_thread.operation(fail_on_cancellation)
+    loop_thread.start(operation)
+    assert door_reached.wait(PATIENCE)
+    operation.future.cancel()
+    loop_thread.run("answer()", answer)
+    loop_thread.run("answer()", answer)
+    assert operation.future.cancelled()
+    assert caplog.records == []
