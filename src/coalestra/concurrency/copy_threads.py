@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
-from coalestra.concurrency.threads import threads_of_context
+from coalestra.concurrency.threads import WorkerThreads, threads_of_context
 from coalestra.concurrency.waiting import WaitQueue
 from coalestra.core.copy_health import PayloadCopyHealth
 from coalestra.core.errors import PayloadCopySubsystemClosedError, SnapshotDeadlineExceededError
@@ -49,10 +49,14 @@ class Spell:
 class CopyThreads:
     """Bounded copying in threads, with counters and an orderly end."""
 
-    def __init__(self, component: str, limit: int) -> None:
-        """Belong to ``component`` (a name for errors) and run ``limit`` copies at most."""
+    def __init__(self, component: str, limit: int, threads: WorkerThreads | None = None) -> None:
+        """Belong to ``component`` (a name for errors) and run ``limit`` copies at most.
+
+        Without ``threads`` of the component's own, use those of whoever asks for a copy.
+        """
         self.component = component
         self.limit = limit
+        self._threads = threads
         self.active = 0
         self.closed = False
         self._slots = WaitQueue()
@@ -192,7 +196,8 @@ class CopyThreads:
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
-            value = await threads_of_context().run(work, label=f"copy:{self.component}")
+            threads = threads_of_context() if self._threads is None else self._threads
+            value = await threads.run(work, label=f"copy:{self.component}")
         except asyncio.CancelledError:
             self._failed += 1
             result.cancel()

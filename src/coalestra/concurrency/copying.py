@@ -22,6 +22,7 @@ from coalestra.concurrency.isolation import (
 )
 from coalestra.concurrency.sealing import seal_anyhow, seal_briefly, seal_flat
 from coalestra.concurrency.seals import FLAT, Seal, Sealed
+from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.copy_health import PayloadCopyHealth
 from coalestra.core.errors import PayloadIsolationError
 from coalestra.core.frozen import EMPTY, FrozenDict
@@ -78,6 +79,7 @@ class PayloadCopies:
         copier: PayloadCopier | None = None,
         run_in_thread: bool | None = None,
         max_concurrency: int = 4,
+        threads: WorkerThreads | None = None,
     ) -> None:
         """Copy for ``component``.
 
@@ -87,6 +89,7 @@ class PayloadCopies:
             run_in_thread: True always, False never, None where it takes long (with a ``copier``
                 of one's own: never). Immutable payloads need no copy and so no thread.
             max_concurrency: the most copies in threads at a time.
+            threads: the threads to use; by default those of whoever asks for a copy.
         """
         callable_("payload_copier", copier, optional=True)
         if run_in_thread is not None:
@@ -99,7 +102,7 @@ class PayloadCopies:
         self._own_seal = Seal("custom", copier or deepcopy_payload, brief=not self.run_in_thread)
         self._always_threads = run_in_thread is True
         self._is_direct = self.uses_default_copier and not self._always_threads
-        self._threads = CopyThreads(component, self.max_concurrency)
+        self._threads = CopyThreads(component, self.max_concurrency, threads)
         self._inline = 0
         self._inline_failed = 0
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import EMPTY, FrozenDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +103,23 @@ class DiagnosticsRecorder:
         Raises:
             TypeError: if an override names no counter.
         """
-        counted: dict[str, Any] = dict(zip(_NAMES, _read(self), strict=True))
-        return SnapshotDiagnostics(**{**counted, **overrides})
+        unknown = overrides.keys() - _SETTERS.keys()
+        if unknown:
+            raise TypeError(f"no such counters: {', '.join(sorted(unknown))}")
+        frozen = object.__new__(SnapshotDiagnostics)
+        for fill, counted in zip(_SETTERS.values(), _read(self), strict=True):
+            fill(frozen, counted)
+        for name in _MAPPINGS:
+            counts = overrides.pop(name, None) or getattr(self, name)
+            _SETTERS[name](frozen, FrozenDict(counts) if counts else EMPTY)
+        for name, counted in overrides.items():
+            _SETTERS[name](frozen, counted)
+        return frozen
 
 
-_NAMES = tuple(counter.name for counter in fields(SnapshotDiagnostics))
-_read = attrgetter(*_NAMES)
+_MAPPINGS = ("source_calls_by_source", "source_latency_ms_by_source")
+_SETTERS: dict[str, Callable[[SnapshotDiagnostics, Any], None]] = {
+    counter.name: vars(SnapshotDiagnostics)[counter.name].__set__
+    for counter in fields(SnapshotDiagnostics)
+}
+_read = attrgetter(*_SETTERS)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+from coalestra.concurrency.seals import Sealed
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.freshness import FutureObservation, judge_observation
 from coalestra.core.frozen import EMPTY
@@ -87,21 +88,25 @@ def _named(key: object) -> str:
 class CallFacts:
     """What is the same for every key of one answered call."""
 
-    __slots__ = ("attempts", "latency_ms", "link")
+    __slots__ = ("attempts", "context", "latency_ms", "link")
 
     def __init__(self, link: Link, attempts: int, latency_ms: float) -> None:
         self.link = link
+        self.context = f"payload of {link.name}"
         self.attempts = attempts
         self.latency_ms = latency_ms
 
 
-async def sealed_revision(
-    equipment: Equipment, flight: Acquisition, value: Any, facts: CallFacts
-) -> tuple[Revision, bool]:
-    """Return the sealed revision of one value, and whether the source dated it itself.
+def revision_of(
+    equipment: Equipment, flight: Acquisition, value: Any, facts: CallFacts, sealed: Sealed | None
+) -> Revision | None:
+    """Return the sealed revision of one value, or None if sealing it takes a thread.
 
-    Raises `SourceProtocolError` for an observation too far in the future and
-    `PayloadIsolationError` for a value that cannot be copied.
+    In that case seal the payload there, and call again with what it was `sealed` to.
+
+    Raises:
+        SourceProtocolError: the observation lies too far in the future.
+        PayloadIsolationError: the value cannot be copied.
     """
     link = facts.link
     payload = value if isinstance(value, SourcePayload) else SourcePayload(value)
@@ -113,29 +118,25 @@ async def sealed_revision(
     if skew:
         metadata = {**metadata, "clock_skew_seconds": skew}
     copies = equipment.copies
-    context = f"value of {link.name}"
-    sealed = copies.seal_now(payload.value, context=context)
+    sealed = sealed or copies.seal_now(payload.value, context=facts.context)
     if sealed is None:
-        sealed = await copies.seal(payload.value, context=context)
+        return None
     gather = flight.gather
     used = () if gather is None else tuple(r.revision for r in gather.readings.values())
-    return (
-        Revision(
-            key=flight.key,
-            payload=sealed[0],
-            seal=sealed[1],
-            source=link.name,
-            observed_at=observed_at,
-            fetched_at=now,
-            latency_ms=facts.latency_ms,
-            attempts=facts.attempts,
-            metadata=copies.seal_metadata_now(metadata, context=f"metadata of {link.name}"),
-            authority_rank=equipment.authority.rank_for(flight.key, link.name),
-            version=next_version(),
-            dependency_versions={r.key: r.version for r in used} if used else EMPTY,
-            dependencies=used,
-        ),
-        dated,
+    return Revision(
+        key=flight.key,
+        payload=sealed[0],
+        seal=sealed[1],
+        source=link.name,
+        observed_at=observed_at,
+        fetched_at=now,
+        latency_ms=facts.latency_ms,
+        attempts=facts.attempts,
+        metadata=copies.seal_metadata_now(metadata, context=facts.context),
+        authority_rank=equipment.authority.rank_for(flight.key, link.name),
+        version=next_version(),
+        dependency_versions={r.key: r.version for r in used} if used else EMPTY,
+        dependencies=used,
     )
 
 

@@ -57,7 +57,6 @@ class Attempt:
         "_admission",
         "_desk",
         "_interest",
-        "_leaving",
         "_retry",
         "_seat",
         "_tally",
@@ -85,7 +84,6 @@ class Attempt:
         self._tally = Tally(self.link, self.work.record, desk.equipment.report)
         self._retry: asyncio.TimerHandle | None = None
         self._try: Try | None = None
-        self._leaving = False
         self.tries = 0
         for flight in self.flights:
             flight.attempt = self
@@ -107,7 +105,6 @@ class Attempt:
             return
         if self._try is not None and self._try.bounded:
             return
-        self._leaving = True
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
@@ -122,7 +119,7 @@ class Attempt:
     async def run(self, shift: Shift) -> None:
         """Make one try and report on it; return when the source has really ended."""
         self._retry = None
-        if not self.flights or self._leaving:
+        if not self.flights:
             return
         this = self._try = Try(self, shift)
         try:

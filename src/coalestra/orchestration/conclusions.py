@@ -27,6 +27,7 @@ class Conclusions:
         self._equipment = scheduler.equipment
         self._reads = reads
         scheduler.completed = self._completed
+        scheduler.abandon = self.abandon
 
     def check(self, gather: Gather) -> None:
         """Conclude a gather that waits for nothing more."""

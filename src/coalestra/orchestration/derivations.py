@@ -37,7 +37,8 @@ class Derivations:
             self._scheduler.refused(flight, error, "failure", 0)
             return
         pins = Pins() if flight.pins is None else flight.pins
-        gather = Gather(flight.living_sponsor(), keys, pins, owner=flight)
+        work = flight.living_sponsor()
+        gather = Gather(work, keys, pins, demand=pins.demand, owner=flight)
         flight.gather = gather
         gather.done = self._gathered
         self._lookups.open(gather)

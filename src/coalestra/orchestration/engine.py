@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from coalestra.core.errors import BuilderClosedError
 from coalestra.core.keys import ResourceKey
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.derivations import Derivations
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Gather
+from coalestra.orchestration.flights import Gather, nothing
 from coalestra.orchestration.lookups import Lookups
 from coalestra.orchestration.news import News
 from coalestra.orchestration.refresh import Refresher
@@ -63,6 +64,7 @@ class Engine:
                 future.set_result(None)
 
         gather.done = done
+        gather.strike = partial(self.lookups.conclusions.strike, gather)
         self._stages[gather] = None
         try:
             if gather.work.expired:
@@ -76,6 +78,7 @@ class Engine:
         finally:
             self._stages.pop(gather, None)
             gather.work.leave(gather)
+            gather.strike = nothing
             if not ended:
                 self.lookups.conclusions.abandon(gather)
 

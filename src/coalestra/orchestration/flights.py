@@ -11,7 +11,7 @@ import asyncio
 import enum
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from coalestra.core.errors import SourceFailure
 from coalestra.core.freshness import FreshnessPolicy
@@ -19,7 +19,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.orchestration.chains import Link
 from coalestra.orchestration.interest import Interest
-from coalestra.orchestration.pins import Pins, hold
+from coalestra.orchestration.pins import Demand, Pins, hold
 from coalestra.orchestration.readings import Failure, Reading, Settlement
 from coalestra.orchestration.work import Work
 
@@ -177,18 +177,6 @@ class Read:
         return bool(self.waiters)
 
 
-class Demand(NamedTuple):
-    """What somebody who waits insists on, beyond any usable value.
-
-    `forced` keys bypass the cache and accept no stale value; those of them that are `private` are
-    derived under the pins. A `refresh` bypasses the cache and accepts fresh values only.
-    """
-
-    forced: frozenset[ResourceKey] = frozenset()
-    private: frozenset[ResourceKey] = frozenset()
-    refresh: bool = False
-
-
 class Gather:
     """A set of keys that somebody waits for, and what has become of each so far.
 
@@ -234,7 +222,7 @@ class Gather:
         self.open = False
         self.agreed: int | None = None
         self.done: Callable[[Gather], None] = _nobody
-        self.strike: Callable[[], None] = _nothing
+        self.strike: Callable[[], None] = nothing
 
     @property
     def cutoff(self) -> float:
@@ -261,7 +249,7 @@ class Gather:
         A stage does so on a copy of its session's pins: they change only when the stage is over.
         """
         if self.owner is None:
-            self.pins = Pins(self.base)
+            self.pins = Pins(self.base, self.base.demand)
         hold(self.pins, self.readings)
 
     def receive(self, key: ResourceKey, settlement: Settlement, *, joined: bool = False) -> None:
@@ -271,6 +259,8 @@ class Gather:
             reading = settlement.stale
         if reading is not None:
             self.readings[key] = reading.noted(coalesced_request=True) if joined else reading
+            if key in self.forced:
+                self.pins[key] = self.readings[key]
         elif settlement.failure is not None:
             self.failures[key] = settlement.failure
 
@@ -283,5 +273,5 @@ def _nobody(_gather: Gather) -> None:
     """Stand in until somebody wants to know."""
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Stand in until the gather has been opened."""

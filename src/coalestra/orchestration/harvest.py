@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from coalestra.concurrency.seals import Sealed
 from coalestra.core.errors import SourceUnavailableError
 from coalestra.core.revision import Revision
-from coalestra.orchestration.answers import OMITTED, CallFacts, sealed_revision, was_future
+from coalestra.core.values import SourcePayload
+from coalestra.orchestration.answers import OMITTED, CallFacts, revision_of, was_future
 from coalestra.orchestration.flights import Acquisition
 from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.work import Work
@@ -65,9 +67,10 @@ class Harvest:
         await self._refuse_omitted([flight for flight, value in values if value is OMITTED])
         pace = Pace()
         for flight, value in values:
-            if self._attempt.holds(flight):
-                await self._hand_over(flight, value)
-            await pace.keep()
+            if self._attempt.holds(flight) and not self._handed_over(flight, value, None):
+                await self._seal_in_thread(flight, value)
+            if pace.due:
+                await pace.keep()
 
     async def _refuse_omitted(self, flights: Sequence[Acquisition]) -> None:
         """Let the keys that were left out go on, together, to where they are served next."""
@@ -83,25 +86,42 @@ class Harvest:
         finally:
             self._receiver.release(work)
 
-    async def _hand_over(self, flight: Acquisition, value: Any) -> None:
+    async def _seal_in_thread(self, flight: Acquisition, value: Any) -> None:
+        payload = value.value if isinstance(value, SourcePayload) else value
+        try:
+            sealed = await self._attempt.equipment.copies.seal(payload, context=self._facts.context)
+        except Exception as error:
+            self._refuse(flight, error)
+        else:
+            self._handed_over(flight, value, sealed)
+
+    def _refuse(self, flight: Acquisition, error: Exception) -> None:
+        future = was_future(error)
+        self._attempt.work.record.future_timestamp_rejections += future
+        self._attempt.refuse(flight, error, "invalid_timestamp" if future else "failure")
+
+    def _handed_over(self, flight: Acquisition, value: Any, sealed: Sealed | None) -> bool:
+        """Report one value; False if sealing it takes a thread."""
         attempt = self._attempt
         try:
-            revision, dated = await sealed_revision(attempt.equipment, flight, value, self._facts)
+            revision = revision_of(attempt.equipment, flight, value, self._facts, sealed)
         except Exception as error:
-            future = was_future(error)
-            attempt.work.record.future_timestamp_rejections += future
-            attempt.refuse(flight, error, "invalid_timestamp" if future else "failure")
-            return
+            self._refuse(flight, error)
+            return True
+        if revision is None:
+            return False
         age = revision.fetched_at - revision.observed_at
         ttl = flight.policy.ttl_seconds
         if age > ttl:
             self._receiver.outdated(flight, revision)
             text = f"the value is {age:g} s old, the policy allows {ttl:g} s"
             attempt.refuse(flight, StaleSourceData(text), "stale")
-            return
+            return True
         attempt.part_with(flight)
         self.fresh.add(flight)
+        dated = isinstance(value, SourcePayload) and value.observed_at is not None
         self._receiver.delivered(flight, revision, dated)
+        return True
 
     def __repr__(self) -> str:
         return f"<Harvest of source {self._facts.link.name} fresh={len(self.fresh)}>"

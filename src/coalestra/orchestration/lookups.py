@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from coalestra.core.freshness import FreshnessPolicy, RefreshMode
@@ -40,11 +39,13 @@ class Lookups:
     def open(self, gather: Gather) -> None:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
         gather.open = True
-        gather.strike = partial(self.conclusions.strike, gather)
         self._scheduler.hold(gather.work)
         if self._equipment.access.store is not None and not (gather.forced or gather.refresh):
             gather.work.record.cache_batch_reads += 1
-        self._scheduler.agenda.add(self._continue, gather, iter(gather.keys))
+        keys = gather.keys
+        if gather.readings:
+            keys = {key: None for key in keys if key not in gather.readings}
+        self._scheduler.agenda.add(self._continue, gather, iter(keys))
 
     def _continue(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
         now = self._equipment.clock.now()
@@ -60,17 +61,18 @@ class Lookups:
         self._scheduler.agenda.add(self._continue, gather, rest)
 
     def _look_for(self, gather: Gather, key: ResourceKey, now: float) -> None:
-        pin = gather.pins.get(key)
-        if pin is not None:
-            gather.readings[key] = pin
-            return
+        if gather.pins:
+            pin = gather.pins.get(key)
+            if pin is not None:
+                gather.readings[key] = pin
+                return
         try:
             policy = self._equipment.policies.resolve(key)
         except Exception as error:
             gather.failures[key] = Failure(key, always(error))
             return
         store = self._equipment.access.store
-        if key in gather.forced:
+        if gather.forced and key in gather.forced:
             if self._equipment.report is not None:
                 self._equipment.report.cache_bypassed(key, "force_refresh")
             self._acquire_forced(gather, key, policy)
@@ -80,7 +82,9 @@ class Lookups:
             self._ask_cache(gather, key, policy)
         else:
             revision = store.find(key, now, policy)
-            if revision is None or not self._serve(gather, key, policy, revision, now):
+            if revision is None or not self._serve(
+                gather.work, gather.readings, policy, revision, now
+            ):
                 self._missed(gather, key, policy, revision)
 
     def _acquire_forced(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
@@ -98,21 +102,48 @@ class Lookups:
         cached: Revision | None = None,
     ) -> None:
         self._scheduler.acquire(gather, key, policy, cached)
-        read = self.reads.find(key)
+        read = None if self._equipment.access.store is not None else self.reads.find(key)
         if read is not None:
             read.flight = self._scheduler.board.flights.get(key)
 
     # The cache --------------------------------------------------------------------------------
 
+    def at_hand(self, work: Work, keys: Sequence[ResourceKey]) -> dict[ResourceKey, Reading]:
+        """Return the readings of `keys`, up to the first that the memory cache cannot serve fresh.
+
+        For a few keys this spares everything that waiting would take.
+        """
+        readings: dict[ResourceKey, Reading] = {}
+        store = self._equipment.access.store
+        if store is None or len(keys) > _KEYS_PER_STEP:
+            return readings
+        now = self._equipment.clock.now()
+        for key in keys:
+            known = store.peek(key)
+            if known is None:
+                break
+            try:
+                policy = self._equipment.policies.resolve(key)
+            except Exception:
+                break
+            if now - known.observed_at > policy.ttl_seconds:
+                break
+            revision = store.find(key, now, policy)
+            if revision is None or not self._serve(work, readings, policy, revision, now):
+                break
+        work.record.cache_batch_reads += len(readings) == len(keys)
+        return readings
+
     def _serve(
         self,
-        gather: Gather,
-        key: ResourceKey,
+        work: Work,
+        readings: dict[ResourceKey, Reading],
         policy: FreshnessPolicy,
         revision: Revision,
         now: float,
     ) -> bool:
         """Take a cached revision if the policy lets a reader have it; schedule a refresh if due."""
+        key = revision.key
         age = max(0.0, now - revision.observed_at)
         stale = age > policy.ttl_seconds
         mode = policy.refresh_mode
@@ -122,15 +153,15 @@ class Lookups:
                 return False
             notes = {
                 "refresh_mode": mode.value,
-                "refresh_scheduled": self._refresh(key, mode.value, gather.work),
+                "refresh_scheduled": self._refresh(key, mode.value, work),
             }
         elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
-            notes = {"refresh_scheduled": self._refresh(key, mode.value, gather.work)}
-        gather.work.record.cache_hits += 1
+            notes = {"refresh_scheduled": self._refresh(key, mode.value, work)}
+        work.record.cache_hits += 1
         if self._equipment.report is not None:
             freshness = mode.value if stale else "fresh"
             self._equipment.report.cache_hit(key, freshness)
-        gather.readings[key] = Reading(revision, age, stale=stale, from_cache=True, notes=notes)
+        readings[key] = Reading(revision, age, stale=stale, from_cache=True, notes=notes)
         return True
 
     def _missed(
@@ -161,7 +192,9 @@ class Lookups:
         waiters, read.waiters = read.waiters, {}
         for gather in waiters:
             gather.pending.pop(read.key, None)
-            if revision is not None and self._serve(gather, read.key, read.policy, revision, now):
+            if revision is not None and self._serve(
+                gather.work, gather.readings, read.policy, revision, now
+            ):
                 self.conclusions.check(gather)
             elif read.flight is not None and _has_value(read.flight):
                 settlement = read.flight.settlement

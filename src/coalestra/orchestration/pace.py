@@ -17,9 +17,14 @@ class Pace:
     def __init__(self) -> None:
         self._pause_at = time.perf_counter() + SLICE_SECONDS
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time to pause."""
+        return time.perf_counter() > self._pause_at
+
     async def keep(self) -> bool:
         """Pause if it is time to; return whether the loop had a turn."""
-        if time.perf_counter() <= self._pause_at:
+        if not self.due:
             return False
         await asyncio.sleep(0)
         self._pause_at = time.perf_counter() + SLICE_SECONDS

@@ -8,24 +8,41 @@ rules here find that out. They know nothing of time, tasks or sources.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.orchestration.readings import Reading
 
 
+class Demand(NamedTuple):
+    """What somebody who waits insists on, beyond any usable value.
+
+    `forced` keys bypass the cache and accept no stale value; those of them that are `private` are
+    derived under the pins. A `refresh` bypasses the cache and accepts fresh values only.
+    """
+
+    forced: frozenset[ResourceKey] = frozenset()
+    private: frozenset[ResourceKey] = frozenset()
+    refresh: bool = False
+
+
 class Pins(dict[ResourceKey, Reading]):
     """The readings that a unit of work, or one derivation, must stay consistent with.
 
-    `private` holds the derivations under way that serve these pins alone; `generation` counts how
-    often pinned readings were replaced.
+    `demand` is what the derivations that serve these pins ask of their dependencies; `private`
+    holds those under way; `generation` counts how often pinned readings were replaced.
     """
 
-    __slots__ = ("generation", "private")
+    __slots__ = ("demand", "generation", "private")
 
-    def __init__(self, readings: Mapping[ResourceKey, Reading] | None = None) -> None:
+    def __init__(
+        self,
+        readings: Mapping[ResourceKey, Reading] | None = None,
+        demand: Demand | None = None,
+    ) -> None:
         super().__init__(readings or {})
+        self.demand = demand
         self.private: dict[ResourceKey, Any] = {}
         self.generation = 0
 

@@ -11,8 +11,8 @@ from functools import partial
 from coalestra.core.context import FetchContext
 from coalestra.core.keys import ResourceKey
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Demand, Gather
-from coalestra.orchestration.pins import Pins
+from coalestra.orchestration.flights import Gather
+from coalestra.orchestration.pins import Demand, Pins
 from coalestra.orchestration.work import Work
 
 

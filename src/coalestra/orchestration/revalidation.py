@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coalestra.core.errors import SnapshotBuildError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import Snapshot
-from coalestra.orchestration.flights import Demand, Gather
-from coalestra.orchestration.judging import Judge
-from coalestra.orchestration.pins import Pins, dependents, hold
+from coalestra.orchestration.conclusions import always
+from coalestra.orchestration.flights import Gather
+from coalestra.orchestration.pins import Demand, Pins, dependents, hold
 from coalestra.orchestration.readings import Failure, Reading
 from coalestra.orchestration.unit import Unit
 
@@ -38,11 +37,11 @@ class Revalidation:
         unit = self._unit
         self.affected = dependents(unit.pins, self.named)
         self._generation = unit.pins.generation
-        kept = Pins({k: r for k, r in unit.pins.items() if k not in self.affected})
         derived = [k for k in self.affected if unit.pins[k].revision.dependency_versions]
         forced = frozenset(self.affected) if self.forced else frozenset()
-        order = [key for key in unit.pins if key in self.affected]
         demand = Demand(forced, frozenset(derived) & forced)
+        kept = Pins({k: r for k, r in unit.pins.items() if k not in self.affected}, demand)
+        order = [key for key in unit.pins if key in self.affected]
         gather = Gather(unit.work, order, kept, demand=demand)
         await unit.engine.run(gather, self._take)
 
@@ -55,22 +54,23 @@ class Revalidation:
         pinned = self._unit.visible()
         return {key: self._readings.get(key, reading) for key, reading in pinned.items()}
 
-    async def proposed(self, judge: Judge) -> Snapshot:
-        """Return the snapshot that a commit would deliver, copied within the deadline and judged.
+    async def proposed(self) -> Snapshot:
+        """Return the snapshot that a commit would deliver; what cannot be copied is a failure.
 
         Raises:
-            SnapshotBuildError: the copying did not fit the deadline, or a policy is violated.
+            SnapshotBuildError: the copying did not fit the deadline; it holds no snapshot.
         """
         unit = self._unit
         errors = {key: error for key, error in unit.errors().items() if key not in self._readings}
         snapshot = await unit.snapshot(readings=self.candidate(), errors=errors)
-        uncopied: dict[ResourceKey, Exception] = {
-            key: snapshot.errors[key] for key in self.affected if key in snapshot.errors
-        }
-        if uncopied:
-            raise SnapshotBuildError(uncopied, snapshot=await unit.snapshot(bound=False))
-        judge.judge(snapshot, tuple(self.named))
+        for key in self.affected:
+            if key in snapshot.errors:
+                self.failures[key] = Failure(key, always(snapshot.errors[key]))
         return snapshot
+
+    def blamed(self, errors: Mapping[ResourceKey, Exception]) -> dict[ResourceKey, Exception]:
+        """Return those of the errors that concern what was to be replaced."""
+        return {key: error for key, error in errors.items() if key in self.affected}
 
     @property
     def outdated(self) -> bool:

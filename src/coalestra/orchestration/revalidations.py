@@ -72,21 +72,32 @@ class Revalidations:
             late = SnapshotDeadlineExceededError(
                 "the deadline passed while another revalidation of the session was under way"
             )
-            errors: dict[ResourceKey, Exception] = dict.fromkeys(attempt.named, late)
-            return await self._retained(errors, strict), False
+            return await self._retained(dict.fromkeys(attempt.named, late), strict), False
         try:
-            while True:
-                await attempt.acquire()
-                if attempt.failures:
-                    errors = {key: each.make() for key, each in attempt.failures.items()}
-                    return await self._retained(errors, strict), False
-                snapshot = await attempt.proposed(judge)
-                check()
-                if not attempt.outdated:
-                    attempt.commit()
-                    return snapshot, True
+            return await self._replaced(attempt, judge, strict, check)
         finally:
             self._turn.release()
+
+    async def _replaced(
+        self, attempt: Revalidation, judge: Judge, strict: bool, check: Callable[[], None]
+    ) -> tuple[Snapshot, bool]:
+        while True:
+            await attempt.acquire()
+            if not attempt.failures:
+                try:
+                    snapshot = await attempt.proposed()
+                except SnapshotBuildError as late:
+                    if strict:
+                        raise
+                    return await self._retained(attempt.blamed(late.errors), strict), False
+            if attempt.failures:
+                errors = {key: each.make() for key, each in attempt.failures.items()}
+                return await self._retained(errors, strict), False
+            judge.judge(snapshot, tuple(attempt.named))
+            check()
+            if not attempt.outdated:
+                attempt.commit()
+                return snapshot, True
 
     async def _retained(self, errors: Mapping[ResourceKey, Exception], strict: bool) -> Snapshot:
         """Return the state that stays, with the errors of this call; raise them if `strict`."""

@@ -36,7 +36,8 @@ class Scheduler:
     """Starts, joins, advances and settles flights.
 
     `derive` is asked to see to the dependencies of a derived key, `inputs` to make their snapshot,
-    and `completed` is told of gathers that wait for nothing more.
+    `completed` is told of gathers that wait for nothing more, and `abandon` of those that nobody
+    wants any longer.
     """
 
     def __init__(self, equipment: Equipment) -> None:
@@ -49,6 +50,7 @@ class Scheduler:
         self.derive: Callable[[Acquisition, Link], None]
         self.inputs: Callable[[Acquisition], Awaitable[Snapshot]]
         self.completed: Callable[[Gather], None]
+        self.abandon: Callable[[Gather], None]
 
     # Join and leave ---------------------------------------------------------------------------
 
@@ -60,19 +62,20 @@ class Scheduler:
         cached: Revision | None = None,
     ) -> None:
         """Let `gather` wait for the flight of `key`; start one if there is none to join."""
-        forced = key in gather.forced
+        forced = bool(gather.forced) and key in gather.forced
         flight = self.board.flights.get(key)
         if flight is not None and forced and not _serves_forced(flight, gather):
             self.board.hide(flight, cacheable=False)
             flight = None
-        new = flight is None
-        if flight is None:
-            flight = self.board.flights[key] = Acquisition(key, policy, gather.work, forced=forced)
-        if cached is not None:
-            flight.cached = cached
+        if flight is not None:
+            if cached is not None:
+                flight.cached = cached
+            self.board.join(gather, flight)
+            return
+        flight = self.board.flights[key] = Acquisition(key, policy, gather.work, forced=forced)
+        flight.cached = cached
         self.board.join(gather, flight)
-        if new:
-            self._later(flight)
+        self._choose(flight)
 
     def acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
@@ -105,13 +108,11 @@ class Scheduler:
             self._drop(flight)
 
     def _drop(self, flight: Acquisition) -> None:
-        gather, flight.gather = flight.gather, None
+        gather = flight.gather
         error = SourceUnavailableError(f"{flight.key} was given up: nobody waits for it")
         self.settle(flight, Settlement(failure=Failure(flight.key, lambda: error)))
         if gather is not None:
-            for awaited in tuple(gather.pending.values()):
-                if isinstance(awaited, Acquisition):
-                    self.leave(gather, awaited)
+            self.abandon(gather)
 
     # Advance ----------------------------------------------------------------------------------
 

@@ -75,20 +75,29 @@ class Unit:
         self.requested.update(keys)
         if not wanted:
             return False
+        found = {} if self.work.expired else self.engine.lookups.at_hand(self.work, wanted)
+        if len(found) == len(wanted) and not any(
+            reading.revision.dependency_versions for reading in found.values()
+        ):
+            self._pin(found)
+            return False
         gather = Gather(self.work, wanted, self.pins)
+        gather.readings.update(found)
         await self.engine.run(gather, self._keep)
         return self.work.expired
 
     def _keep(self, gather: Gather) -> None:
-        """Pin what a stage has read, in the very step in which it was complete."""
+        """Take over what a stage has come to, in the very step in which it was complete."""
+        self._pin(gather.readings)
+        self.failures.update(gather.failures)
+
+    def _pin(self, readings: Mapping[ResourceKey, Reading]) -> None:
         if self.lasting:
-            hold(self.pins, gather.readings)
+            hold(self.pins, readings)
         else:
-            self.pins.update(gather.readings)
-        for key in gather.keys:
-            if key in gather.failures:
-                self.failures[key] = gather.failures[key]
-            else:
+            self.pins.update(readings)
+        if self.failures:
+            for key in readings:
                 self.failures.pop(key, None)
 
     def visible(self) -> dict[ResourceKey, Reading]:
@@ -98,7 +107,8 @@ class Unit:
 
     def errors(self) -> dict[ResourceKey, Exception]:
         """Return a fresh error for every key that was asked for and has none but a failure."""
-        return {key: self.failures[key].make() for key in self.requested if key in self.failures}
+        failed = (key for key in self.requested if key in self.failures and key not in self.pins)
+        return {key: self.failures[key].make() for key in failed}
 
     async def snapshot(
         self,
