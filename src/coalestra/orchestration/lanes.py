@@ -66,10 +66,11 @@ class Lane:
             self._staff()
 
     def _staff(self) -> None:
-        target = min(self.limit, self._busy + len(self._queue))
-        while self._workers < target:
+        # Looked at anew each time: an eager task may have worked the queue off by now.
+        while self._workers < min(self.limit, self._busy + len(self._queue)):
             self._workers += 1
-            task = self.work.variables.run(self._start)
+            # A copy, as a context cannot be entered twice, and an eager task may come back here.
+            task = self.work.variables.copy().run(self._start)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

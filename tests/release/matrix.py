@@ -1,0 +1,182 @@
+"""Build the wheel once and run the tests against it, in a clean environment per Python.
+
+Usage: python tests/release/matrix.py [--only-this] [--wheel FILE]
+
+The default Python is the one that runs this file; it is never skipped. Of the others supported,
+those that are found on the PATH or among pyenv's versions are tested as well, two at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = ROOT / ".venvs"
+SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")
+TEST_TOOLS = ("pytest", "pytest-randomly", "hypothesis")
+DEFAULT = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the tests went on one Python: everything printed, and whether it is good."""
+
+    version: str
+    passed: bool
+    output: str
+
+    @property
+    def summary(self) -> str:
+        """pytest's closing line, or the last line there is."""
+        lines = self.output.strip().splitlines() or ["nothing printed"]
+        closing = [line for line in lines if re.search(r"\d+ (passed|failed|error)", line)]
+        return (closing or lines)[-1].strip("= ")
+
+
+def build_wheel(directory: Path) -> Path:
+    """Build the wheel of this checkout into an empty directory and return it.
+
+    By way of the source distribution, so that nothing left over from earlier builds gets in.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    run([sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)])
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+def run(command: Sequence[str]) -> str:
+    """Run a command from the checkout; raise with its output if it fails."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    }
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise CommandFailed(command, done.stdout)
+    return done.stdout
+
+
+class CommandFailed(Exception):
+    """A command ended with an error; ``output`` is what it printed."""
+
+    def __init__(self, command: Sequence[str], output: str) -> None:
+        self.output = output
+        super().__init__(f"failed: {' '.join(command)}\n{output}")
+
+
+def interpreter(version: str) -> Path | None:
+    """A working Python of this version, or None."""
+    if version == DEFAULT:
+        return Path(sys.executable)
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    on_path = shutil.which(f"python{version}")
+    candidates = [Path(on_path)] if on_path else []
+    for candidate in [*candidates, *sorted(pyenv.glob(f"{version}.*/bin/python"))]:
+        if is_usable(candidate, version):
+            return candidate
+    return None
+
+
+def is_usable(python: Path, version: str) -> bool:
+    """Whether this runs, is of that version and can make environments."""
+    check = f"import sys, venv, ensurepip; assert sys.version.startswith('{version}.')"
+    try:
+        run([str(python), "-c", check])
+    except (CommandFailed, OSError):
+        return False
+    return True
+
+
+def requirements() -> list[str]:
+    """The test tools with the bounds that the project gives them."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    bounds = dict(re.findall(r'^\s+"([a-z-]+)(>=[^";]*)', text, flags=re.MULTILINE))
+    return [f"{name}{bounds[name]}" for name in TEST_TOOLS]
+
+
+def environment_for(version: str, python: Path) -> Path:
+    """An environment with the test tools and nothing else; made once, then kept."""
+    home = ENVIRONMENTS / version
+    wanted = requirements()
+    mark = hashlib.sha256("\n".join([str(python), *wanted]).encode()).hexdigest()
+    stamp = home / ".tools"
+    mine = home / "bin" / "python"
+    if not (stamp.exists() and stamp.read_text() == mark):
+        run([str(python), "-m", "venv", "--clear", str(home)])
+        run([str(mine), "-m", "pip", "install", "-qq", *wanted])
+        stamp.write_text(mark)
+    return mine
+
+
+def outcome_on(version: str, python: Path, wheel: Path) -> Outcome:
+    """Install the wheel, and only the wheel, and run the tests against it."""
+    try:
+        mine = environment_for(version, python)
+        run([str(mine), "-m", "pip", "uninstall", "-qq", "-y", "coalestra"])
+        run([str(mine), "-m", "pip", "install", "-qq", "--no-index", "--no-deps", str(wheel)])
+        # Without "src" on the path the tests can only find the package that was installed.
+        pytest = [str(mine), "-m", "pytest", "-q", "-o", "pythonpath=.", "--installed"]
+        own_cache = ["-o", f"cache_dir={ENVIRONMENTS / version / '.pytest_cache'}"]
+        output = run([*pytest, *own_cache, "tests", "--ignore=tests/release"])
+    except CommandFailed as failure:
+        return Outcome(version, False, failure.output)
+    return Outcome(version, True, output)
+
+
+def chosen_pythons(only_this: bool) -> dict[str, Path]:
+    """The interpreters to test, the default one last; says which are missing."""
+    if only_this:
+        return {DEFAULT: Path(sys.executable)}
+    found = {}
+    for version in [*(name for name in SUPPORTED if name != DEFAULT), DEFAULT]:
+        python = interpreter(version)
+        if python is None:
+            print(f"Python {version}: skipped, none is installed here", flush=True)
+        else:
+            found[version] = python
+    return found
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    options.add_argument("--only-this", action="store_true", help="only the running Python")
+    options.add_argument("--wheel", type=Path, help="test this wheel instead of building one")
+    chosen = options.parse_args()
+    pythons = chosen_pythons(chosen.only_this)
+    wheel = chosen.wheel or build_wheel(ROOT / "dist")
+    print(f"testing {wheel.name} on Python {', '.join(pythons)}", flush=True)
+    outcomes = []
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        runs = [pool.submit(outcome_on, version, pythons[version], wheel) for version in pythons]
+        for done in runs:
+            outcome = done.result()
+            outcomes.append(outcome)
+            if not outcome.passed:
+                print(outcome.output, flush=True)
+            print(f"Python {outcome.version}: {outcome.summary}", flush=True)
+    print(f"==== {outcomes[-1].summary} ====")
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
