@@ -170,6 +170,16 @@ class CapacityController:
         limiter = self._sources.get(source)
         return None if limiter is None else limiter.limit
 
+    def forget(self) -> None:
+        """Let every slot be free: who held or awaited one was on an event loop that has ended.
+
+        Leases from before keep to the limits of before, so that none of them frees a slot twice.
+        """
+        self._global = CapacityLimiter(self._global.limit)
+        self._sources = {
+            source: CapacityLimiter(limiter.limit) for source, limiter in self._sources.items()
+        }
+
     def try_acquire(self, source: str) -> CapacityLease | None:
         """Return a lease if everything it needs is free now, else None; never waits."""
         own = self._sources.get(source)

@@ -21,8 +21,14 @@ class FrozenDict(dict[K, V]):
     def _refuse(self, *arguments: Any, **named: Any) -> NoReturn:
         raise TypeError("this mapping is read-only; change a copy: dict(mapping)")
 
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
+    __setitem__: Any = _refuse
+    __delitem__: Any = _refuse
+    __ior__: Any = _refuse
+    clear: Any = _refuse
+    pop: Any = _refuse
+    popitem: Any = _refuse
+    setdefault: Any = _refuse
+    update: Any = _refuse
 
     def __copy__(self) -> FrozenDict[K, V]:
         return self

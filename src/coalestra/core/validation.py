@@ -188,6 +188,16 @@ def callable_(name: str, value: T, *, optional: bool = False) -> T:
     raise wrong_type(name, "a callable or None" if optional else "a callable", value)
 
 
+def require_methods(name: str, value: object, *methods: str) -> None:
+    """Raise `TypeError` unless ``value`` has methods of these names."""
+    for method in methods:
+        if not callable(getattr(value, method, None)):
+            raise TypeError(
+                f"{name} must have a method {method}(), got {type(value).__name__}; give an object "
+                f"with {' and '.join(methods)}"
+            )
+
+
 def choice(name: str, value: object, kind: type[E]) -> E:
     """Return a member of the enumeration ``kind``; its bare value is not one."""
     if isinstance(value, kind):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from coalestra.core.protocols import EventSink, MetricsSink
+from coalestra.core.validation import require_methods
 from coalestra.observability.backlog import BufferedSinkStats, BufferOverflowPolicy
 from coalestra.observability.delivery import DeliveryQueue
 from coalestra.observability.events import EventRecord
@@ -192,16 +193,6 @@ class BufferedMetricsSink(BufferedSink[MetricRecord]):
 
     def __repr__(self) -> str:
         return self._described(self.downstream)
-
-
-def require_methods(name: str, sink: object, *methods: str) -> None:
-    """Raise ``TypeError`` naming the parameter unless ``sink`` has these methods."""
-    for method in methods:
-        if not callable(getattr(sink, method, None)):
-            raise TypeError(
-                f"{name} must have a method {method}(), got {type(sink).__name__}; "
-                f"give an object with {' and '.join(methods)}"
-            )
 
 
 def _replay_event(downstream: EventSink, record: EventRecord) -> None:

@@ -7,14 +7,13 @@ import time
 from collections.abc import Mapping
 
 from coalestra.core.protocols import EventSink, MetricsSink
-from coalestra.core.validation import flag
+from coalestra.core.validation import flag, require_methods
 from coalestra.observability.buffered import (
     DEFAULT_MAX_PENDING,
     BufferedEventSink,
     BufferedMetricsSink,
     BufferedSinkStats,
     BufferOverflowPolicy,
-    require_methods,
 )
 from coalestra.observability.events import NullEventSink
 from coalestra.observability.metrics import NullMetrics

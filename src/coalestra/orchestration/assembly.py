@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from coalestra.cache.access import access_to
@@ -12,16 +13,16 @@ from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publication import PublicationRules
 from coalestra.cache.publisher import PublisherParts, ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController
-from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
+from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
-from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
-from coalestra.core.clock import Clock, SystemClock
+from coalestra.core.authority import AuthorityPolicyResolver
+from coalestra.core.clock import SystemClock
 from coalestra.core.freshness import FreshnessPolicy, ObservationPolicy, PolicyResolver
-from coalestra.core.protocols import AsyncCache, EventSink, MetricsSink, Source
+from coalestra.core.protocols import AsyncCache
 from coalestra.core.timeouts import SourceTimeoutGuarantee
-from coalestra.core.validation import instance
 from coalestra.observability.buffering import ObservabilitySinks, buffer_sinks
 from coalestra.observability.reporting import reporter_for
+from coalestra.orchestration.arguments import BuilderArguments, given_or
 from coalestra.orchestration.chains import Chains, Link
 from coalestra.orchestration.closing import Closing
 from coalestra.orchestration.engine import Engine
@@ -30,54 +31,6 @@ from coalestra.orchestration.settings import BuilderSettings
 from coalestra.resilience.backoff import RetryPolicy
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
-
-
-@dataclasses.dataclass(frozen=True)
-class BuilderArguments:
-    """The collaborators that an application hands to a builder; None stands for the default."""
-
-    sources: Iterable[Source]
-    default_policy: FreshnessPolicy | None = None
-    policy_resolver: PolicyResolver | None = None
-    authority_policy: SourceAuthorityPolicy | None = None
-    authority_resolver: AuthorityPolicyResolver | None = None
-    cache: AsyncCache | None = None
-    retry_policy: RetryPolicy | None = None
-    circuit_breaker: CircuitBreaker | None = None
-    default_resilience: SourceResiliencePolicy | None = None
-    source_resilience: Mapping[str, SourceResiliencePolicy] | None = None
-    resilience_resolver: ResiliencePolicyResolver | None = None
-    clock: Clock | None = None
-    metrics: MetricsSink | None = None
-    events: EventSink | None = None
-    observation_policy: ObservationPolicy | None = None
-    payload_copier: PayloadCopier | None = None
-
-    def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            instance(name, getattr(self, name), kind, optional=True)
-        if self.authority_policy is not None and self.authority_resolver is not None:
-            raise ValueError(
-                "authority_policy and authority_resolver were both given; give the resolver alone, "
-                "with the policy as its default"
-            )
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> BuilderArguments:
-        """Return the collaborators among the arguments of a call."""
-        return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
-
-
-_KINDS: Mapping[str, type] = {
-    "default_policy": FreshnessPolicy,
-    "authority_policy": SourceAuthorityPolicy,
-    "retry_policy": RetryPolicy,
-    "circuit_breaker": CircuitBreaker,
-    "default_resilience": SourceResiliencePolicy,
-    "source_resilience": Mapping,
-    "resilience_resolver": ResiliencePolicyResolver,
-    "observation_policy": ObservationPolicy,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +99,10 @@ def _equipment(
     sinks: ObservabilitySinks,
 ) -> Equipment:
     """Return what the engine works with."""
-    clock = given.clock if given.clock is not None else SystemClock()
-    authority = given.authority_resolver or AuthorityPolicyResolver(given.authority_policy)
+    clock = given_or(given.clock, SystemClock)
+    authority = given.authority_resolver
+    if authority is None:
+        authority = AuthorityPolicyResolver(given.authority_policy)
     require_authority_aware(cache, authority)
     threads = WorkerThreads()
     copies = PayloadCopies(
@@ -158,14 +113,13 @@ def _equipment(
         threads=threads,
     )
     pending = settings.max_pending_tasks or settings.max_concurrency
-    breaker = given.circuit_breaker or CircuitBreaker(clock=clock)
+    breaker = given_or(given.circuit_breaker, partial(CircuitBreaker, clock=clock))
     return Equipment(
         clock=clock,
         chains=chains,
-        policies=given.policy_resolver
-        or PolicyResolver(given.default_policy or FreshnessPolicy(1.0, 10.0)),
+        policies=_policies(given),
         authority=authority,
-        observation=given.observation_policy or ObservationPolicy(),
+        observation=given_or(given.observation_policy, ObservationPolicy),
         capacity=_capacity(chains.links, settings),
         breaker=breaker,
         resilience=_resilience(given, breaker),
@@ -177,6 +131,12 @@ def _equipment(
         max_pending_tasks=pending,
         transport_grace_seconds=settings.source_transport_timeout_grace_seconds,
     )
+
+
+def _policies(given: BuilderArguments) -> PolicyResolver:
+    if given.policy_resolver is not None:
+        return given.policy_resolver
+    return PolicyResolver(given_or(given.default_policy, lambda: FreshnessPolicy(1.0, 10.0)))
 
 
 def require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> None:
@@ -256,6 +216,6 @@ def _publisher(
             events=sinks.events,
             reporter=equipment.report,
             max_pending_tasks=equipment.max_pending_tasks,
-            check_open=engine.require_open,
+            check_open=engine.enter,
         )
     )

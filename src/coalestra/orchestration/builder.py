@@ -17,7 +17,8 @@ from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.validation import flag, instance
 from coalestra.observability.buffered import BufferOverflowPolicy
-from coalestra.orchestration.assembly import BuilderArguments, assemble
+from coalestra.orchestration.arguments import BuilderArguments
+from coalestra.orchestration.assembly import assemble
 from coalestra.orchestration.judging import Judge
 from coalestra.orchestration.lifecycle import ClosableBuilder
 from coalestra.orchestration.session import SnapshotSession

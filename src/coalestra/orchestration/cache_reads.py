@@ -54,16 +54,15 @@ class CacheReads:
         gather.pending.pop(read.key, None)
         read.waiters.pop(gather, None)
         if not read.waiters and read.group.task is not None and not read.group.interest.alive:
+            self._close(read.group.reads)
             read.group.task.cancel()
 
-    def hide(self, keys: Iterable[ResourceKey]) -> None:
-        """Keep newcomers from sharing reads that began before now."""
-        for key in keys:
-            self._open.pop(key, None)
+    def hide(self) -> None:
+        """Keep newcomers from sharing reads that began before now, of whatever key.
 
-    def hide_where(self, matches: Callable[[ResourceKey], bool]) -> None:
-        """Keep newcomers from sharing reads of the matching keys that began before now."""
-        self.hide([key for key in self._open if matches(key)])
+        What a derived entry rests on is not known before it has been read.
+        """
+        self._open.clear()
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
@@ -79,16 +78,21 @@ class CacheReads:
 
     async def _read(self, group: list[Read]) -> None:
         wanted = [read for read in group if read.wanted]
+        self._close(read for read in group if not read.wanted)
         found: Mapping[ResourceKey, Revision] = {}
         try:
             if wanted:
                 found = await self._ask(wanted)
         finally:
-            for read in group:
-                if self._open.get(read.key) is read:
-                    del self._open[read.key]
+            self._close(group)
         for read in wanted:
             self._answered(read, found.get(read.key))
+
+    def _close(self, reads: Iterable[Read]) -> None:
+        """Keep newcomers from sharing reads that are over, or will not be made."""
+        for read in reads:
+            if self._open.get(read.key) is read:
+                del self._open[read.key]
 
     async def _ask(self, reads: list[Read]) -> Mapping[ResourceKey, Revision]:
         for work in {gather.work for read in reads for gather in read.waiters}:

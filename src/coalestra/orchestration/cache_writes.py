@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from coalestra.core.records import CacheWriteStatus
@@ -22,10 +23,12 @@ class CacheWrites:
     def __init__(
         self,
         equipment: Equipment,
+        fit: Callable[[Acquisition], bool],
         written: Callable[[Acquisition, CacheWriteStatus, Revision], None],
         tasks: set[asyncio.Task[Any]],
     ) -> None:
         self._equipment = equipment
+        self._fit = fit
         self._written = written
         self._tasks = tasks
         self._next: dict[Acquisition, None] = {}
@@ -53,7 +56,8 @@ class CacheWrites:
         self._under_way.clear()
 
     def _send(self) -> None:
-        group, self._next = self._next, {}
+        group = [flight for flight in self._next if self._fit(flight)]
+        self._next = {}
         for forced in (False, True):
             flights = [flight for flight in group if flight.forced is forced]
             if flights:
@@ -62,7 +66,15 @@ class CacheWrites:
                 )
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(partial(self._ended, flights))
                 self._under_way.update(dict.fromkeys(flights, (task, Interest(flights))))
+
+    def _ended(self, flights: list[Acquisition], task: asyncio.Task[Any]) -> None:
+        """Settle the flights of a write that was given up: who still waits gets the value."""
+        for flight in flights:
+            self._under_way.pop(flight, None)
+            if flight.offered is not None:
+                self._written(flight, CacheWriteStatus.STORED, flight.offered[0])
 
     async def _write(self, flights: list[Acquisition], forced: bool) -> None:
         offers = {flight: flight.offered[0] for flight in flights if flight.offered is not None}
@@ -76,9 +88,6 @@ class CacheWrites:
             outcome = {}
             if self._equipment.report is not None:
                 self._equipment.report.cache_failed("write", error)
-        finally:
-            for flight in flights:
-                self._under_way.pop(flight, None)
         for flight, revision in offers.items():
             written = outcome.get(flight.key)
             if written is None:

@@ -14,7 +14,8 @@ from coalestra.core.errors import SourceProtocolError, SourceUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source
 from coalestra.core.timeouts import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
-from coalestra.core.validation import integer, number, text
+from coalestra.core.validation import instance, integer, number, text
+from coalestra.resilience.policies import SourceResiliencePolicy
 
 
 class SourceKind(enum.Enum):
@@ -167,6 +168,8 @@ def _check_limits(name: str, source: Any) -> None:
     for setting in ("max_concurrency", "max_batch_size"):
         value = getattr(source, setting, None)
         integer(f"{setting} of source {name!r}", value, minimum=1, optional=True)
+    policy = getattr(source, "resilience_policy", None)
+    instance(f"resilience_policy of source {name!r}", policy, SourceResiliencePolicy, optional=True)
 
 
 def timeout_guarantees(links: Iterable[Link]) -> Mapping[str, SourceTimeoutGuarantee]:

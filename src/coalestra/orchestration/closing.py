@@ -42,6 +42,14 @@ class Closing:
         self.unfinished: Mapping[str, int] = {}
         self.task: asyncio.Task[None] | None = None
 
+    @property
+    def begun(self) -> asyncio.Task[None] | None:
+        """The closing under way or done; None also if it ended midway, together with its loop."""
+        task = self.task
+        if task is None or task.cancelled():
+            return None
+        return None if not task.done() and task.get_loop().is_closed() else task
+
     async def close(
         self,
         *,

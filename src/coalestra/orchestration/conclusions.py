@@ -39,7 +39,7 @@ class Conclusions:
         if not gather.complete:
             return
         if not gather.agrees:
-            gather.agreed = gather.base.generation
+            gather.yield_to_pins()
             odd = at_odds(gather.readings, gather.base)
             if odd:
                 self._derive_anew(gather, odd)
@@ -87,6 +87,10 @@ class Conclusions:
         for key in gather.keys:
             if key not in gather.readings and key not in gather.failures:
                 self._strike_key(gather, key, pending.get(key))
+        gather.yield_to_pins()
+        for key in at_odds(gather.readings, gather.base):
+            del gather.readings[key]
+            gather.failures[key] = _late(gather.work, key, None)
         self._finish_now(gather)
 
     def _strike_key(

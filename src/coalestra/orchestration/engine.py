@@ -51,8 +51,8 @@ class Engine:
         Raises:
             RuntimeError: if the builder is closed, before or meanwhile.
         """
-        self.require_open()
-        self.attach()
+        self.enter()
+        loop = asyncio.get_running_loop()
         ended = False
 
         def done(_gather: Gather) -> None:
@@ -73,16 +73,33 @@ class Engine:
                 gather.work.enter(gather)
                 self.lookups.open(gather)
             if not ended:
-                future = self._stages[gather] = asyncio.get_running_loop().create_future()
+                future = self._stages[gather] = loop.create_future()
                 await future
         finally:
             self._stages.pop(gather, None)
             gather.work.leave(gather)
             gather.strike = nothing
-            if not ended:
+            if not ended and not loop.is_closed():
                 self.lookups.conclusions.abandon(gather)
 
     # The event loop ---------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        scheduler = self.scheduler
+        return bool(
+            self._stages or scheduler.dispatch.workers or scheduler.tasks or self.refresher.active
+        )
+
+    def enter(self) -> None:
+        """Begin something on the running event loop, and make that loop the engine's own.
+
+        Raises:
+            RuntimeError: if the builder is closed, or has work under way on another loop.
+        """
+        self.require_open()
+        self.attach()
 
     def attach(self) -> None:
         """Make the running event loop the engine's own.
@@ -94,9 +111,9 @@ class Engine:
         if self._loop is loop:
             return
         if self._loop is not None:
-            if not self._loop.is_closed() and (
-                self._stages or self.scheduler.dispatch.workers or self.scheduler.tasks
-            ):
+            if self._loop.is_closed():
+                self.equipment.capacity.forget()
+            elif self.busy:
                 raise RuntimeError(
                     "this builder has work under way on another event loop; use one builder per "
                     "loop, or a SyncSnapshotBuilder to share one between threads"

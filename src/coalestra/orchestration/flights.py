@@ -220,7 +220,7 @@ class Gather:
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[ResourceKey, Acquisition | Read] = {}
         self.open = False
-        self.agreed: int | None = None
+        self.agreed: tuple[int, int] | None = None
         self.done: Callable[[Gather], None] = _nobody
         self.strike: Callable[[], None] = nothing
 
@@ -232,7 +232,7 @@ class Gather:
     @property
     def agrees(self) -> bool:
         """Whether the readings were found to agree with the pins as they are now."""
-        return self.agreed == self.base.generation
+        return self.agreed == self.base.stamp
 
     @property
     def complete(self) -> bool:
@@ -242,6 +242,14 @@ class Gather:
     def accepts_stale(self, key: ResourceKey) -> bool:
         """Whether a stale value may stand in for a failed `key`."""
         return not self.refresh and key not in self.forced
+
+    def yield_to_pins(self) -> None:
+        """Give up readings of what was pinned otherwise meanwhile: what is pinned stands."""
+        self.agreed = self.base.stamp
+        for key in self.readings.keys() & self.base.keys():
+            pin = self.base[key]
+            if pin.revision is not self.readings[key].revision:
+                self.readings[key] = pin
 
     def settle_pins(self) -> None:
         """Hold fast to what has been read so far, so that what is derived anew agrees with it.

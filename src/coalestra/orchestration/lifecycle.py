@@ -36,6 +36,7 @@ class ClosableBuilder(ConfiguredBuilder):
                 builder's setting by default.
 
         Raises:
+            RuntimeError: the builder has work under way on another event loop.
             SourceTimeoutError: a source still runs in a thread, or ignores its cancellation.
             PayloadCopyShutdownTimeoutError: copies still run.
             ObservabilityShutdownTimeoutError: a buffer has not been emptied.
@@ -50,9 +51,12 @@ class ClosableBuilder(ConfiguredBuilder):
             minimum=0,
             optional=True,
         )
-        if self.parts.closing.task is None:
-            self.parts.closing.task = asyncio.get_running_loop().create_task(
-                self.parts.closing.close(
+        self.parts.engine.attach()
+        closing = self.parts.closing
+        task = closing.begun
+        if task is None:
+            task = closing.task = asyncio.get_running_loop().create_task(
+                closing.close(
                     cancel_refreshes=cancel_refreshes,
                     copy_timeout=_first(copy_timeout, self.copy_shutdown_timeout_seconds),
                     observability_timeout=_first(
@@ -62,9 +66,9 @@ class ClosableBuilder(ConfiguredBuilder):
                 ),
                 name="coalestra closing",
             )
-        elif self.parts.closing.task.done():
+        elif task.done():
             return
-        await asyncio.shield(self.parts.closing.task)
+        await asyncio.shield(task)
 
     async def wait_for_payload_copy_shutdown(self) -> None:
         """Wait, however long, until no payload copy of a closed builder is running."""

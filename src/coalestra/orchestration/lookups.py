@@ -72,7 +72,9 @@ class Lookups:
             gather.failures[key] = Failure(key, always(error))
             return
         store = self._equipment.access.store
-        if gather.forced and key in gather.forced:
+        if key in gather.pins.private:
+            self._scheduler.acquire_privately(gather, key, policy)
+        elif gather.forced and key in gather.forced:
             if self._equipment.report is not None:
                 self._equipment.report.cache_bypassed(key, "force_refresh")
             self._acquire_forced(gather, key, policy)

@@ -24,24 +24,23 @@ class News:
         scheduler.offers.held_back = self.hold_back
 
     def revised(self, key: ResourceKey, revision: Revision | None) -> None:
-        """Learn of a key's new current revision; to the flight that wrote it, it is no news."""
+        """Learn of a key's new current revision; one that a flight has written is no news."""
         if revision is not None and self._tell_flights(key, revision):
             return
-        self._reads.hide((key,))
+        self._reads.hide()
         version = None if revision is None else revision.version
         self._outdate(lambda taken: taken.key == key and taken.version != version)
 
     def _tell_flights(self, key: ResourceKey, revision: Revision) -> bool:
-        """Tell the other flights of a key of a revision; return whether one of them wrote it."""
-        written = False
+        """Tell the flights of a key of an event; return whether it is none, but one's own value."""
         board = self._scheduler.board
-        for flight in board.under_way(key):
-            if flight.offered is not None and flight.offered[0] is revision:
-                written = True
-            else:
-                flight.event = revision
-                board.hide(flight, cacheable=True)
-        return written
+        flights = board.under_way(key)
+        if any(each.offered is not None and each.offered[0] is revision for each in flights):
+            return True
+        for flight in flights:
+            flight.event = revision
+            board.hide(flight, cacheable=True)
+        return False
 
     def announced(self, publications: Sequence[Ranked]) -> None:
         """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
@@ -71,14 +70,13 @@ class News:
         for key in keys:
             for flight in self._scheduler.board.under_way(key):
                 self._scheduler.board.hide(flight, cacheable=False)
-        self._reads.hide(keys)
+        self._reads.hide()
         gone = frozenset(keys)
         self._outdate(lambda taken: taken.key in gone)
 
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         """Learn that all matching keys are invalidated."""
         self.invalidating(self._scheduler.board.matching(matches))
-        self._reads.hide_where(matches)
         self._outdate(lambda revision: matches(revision.key))
 
     def _outdate(self, changed: Callable[[Revision], bool]) -> None:

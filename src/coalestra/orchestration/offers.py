@@ -29,7 +29,7 @@ class Offers:
     ) -> None:
         self._equipment = equipment
         self._settle = settle
-        self.writes = CacheWrites(equipment, self._written, tasks)
+        self.writes = CacheWrites(equipment, self._fit, self._written, tasks)
         self.held_back: Callable[[Acquisition], bool]
 
     def take(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
@@ -45,17 +45,24 @@ class Offers:
 
     def make(self, flight: Acquisition) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
-        if flight.offered is None or flight.phase is Phase.SETTLED:
+        if not self._fit(flight) or flight.offered is None:
             return
-        revision, dated = flight.offered
         store = self._equipment.access.store
-        if not flight.cacheable or (flight.event is not None and not dated):
-            self._settle(flight, instead_of_event(flight, revision, self._equipment))
-        elif store is None:
+        if store is None:
             self.writes.add(flight)
         else:
-            status, current, _ = store.put(revision, replace_equal=flight.forced)
+            status, current, _ = store.put(flight.offered[0], replace_equal=flight.forced)
             self._written(flight, status, current)
+
+    def _fit(self, flight: Acquisition) -> bool:
+        """Whether the value of a flight may be written; if not, the flight ends without that."""
+        if flight.offered is None or flight.phase is Phase.SETTLED:
+            return False
+        revision, dated = flight.offered
+        if flight.cacheable and (flight.event is None or dated):
+            return True
+        self._settle(flight, instead_of_event(flight, revision, self._equipment))
+        return False
 
     def _written(self, flight: Acquisition, status: CacheWriteStatus, current: Revision) -> None:
         if flight.phase is not Phase.SETTLED:

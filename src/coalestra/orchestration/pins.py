@@ -46,6 +46,11 @@ class Pins(dict[ResourceKey, Reading]):
         self.private: dict[ResourceKey, Any] = {}
         self.generation = 0
 
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """What changes with every reading that is pinned anew or replaced."""
+        return self.generation, len(self)
+
 
 def lineage(revisions: Iterable[Revision]) -> dict[int, Revision]:
     """Return every revision that the given ones rest on, themselves included, each once."""

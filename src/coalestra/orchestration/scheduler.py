@@ -202,6 +202,8 @@ class Scheduler:
         flight.phase = Phase.SETTLED
         flight.settlement = settlement
         flight.gather = flight.attempt = None
+        if flight.pins is not None and settlement.reading is not None:
+            flight.pins.setdefault(flight.key, settlement.reading)
         for gather, joined in self.board.take_off(flight).items():
             gather.pending.pop(flight.key, None)
             self.hand(gather, flight.key, settlement, joined=joined)

@@ -1,0 +1,290 @@
+"""What applications read off a builder, its parts and its errors (section 19)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    AuthorityPolicyResolver,
+    BufferedEventSink,
+    BufferedMetricsSink,
+    BufferOverflowPolicy,
+    CallableBatchSource,
+    CallableDerivedSource,
+    CallableSource,
+    CircuitBreaker,
+    CircuitBreakerPolicy,
+    DependencyCycleError,
+    DependencyResolutionError,
+    FreshnessPolicy,
+    InMemoryMetrics,
+    LoggingEventSink,
+    ObservabilityShutdownTimeoutError,
+    ObservationPolicy,
+    PayloadCopyShutdownTimeoutError,
+    PayloadCopySubsystemClosedError,
+    PayloadIsolationError,
+    PolicyResolver,
+    ResiliencePolicyResolver,
+    ResourceKey,
+    ResourcePublisher,
+    ResourceResolutionError,
+    RetryPolicy,
+    SnapshotBuilder,
+    SourceAuthorityPolicy,
+    SourceResiliencePolicy,
+    SubmissionBacklogFullError,
+    SyncSnapshotBuilder,
+)
+from coalestra.concurrency import CapacityController, CapacityLimiter
+from coalestra.core import SystemClock
+from tests.orchestration.scripted import Derived, Single, builder, key
+from tests.orchestration.stock import BASE, Stock
+from tests.support import ManualClock
+
+K = key("k")
+
+
+# The builder
+
+
+def test_collaborators_are_read_back_as_they_were_given() -> None:
+    policy = FreshnessPolicy(1, 2)
+    given: dict[str, Any] = {
+        "policy_resolver": PolicyResolver(policy),
+        "authority_resolver": AuthorityPolicyResolver(SourceAuthorityPolicy({"k": 1})),
+        "cache": AsyncMemoryCache(),
+        "circuit_breaker": CircuitBreaker(),
+        "resilience_resolver": ResiliencePolicyResolver(SourceResiliencePolicy()),
+        "clock": ManualClock(),
+        "observation_policy": ObservationPolicy(2.0),
+        "metrics": InMemoryMetrics(),
+    }
+    building = SnapshotBuilder([Single("k")], **given)
+    for name, value in given.items():
+        if name != "metrics":
+            assert getattr(building, name) is value
+
+
+def test_defaults_stand_where_nothing_was_given() -> None:
+    building = SnapshotBuilder([Single("k")])
+    assert isinstance(building.cache, AsyncMemoryCache)
+    assert isinstance(building.publisher, ResourcePublisher)
+    assert isinstance(building.capacity, CapacityController)
+    assert isinstance(building.circuit_breaker, CircuitBreaker)
+    assert isinstance(building.clock, SystemClock)
+    assert building.policy_resolver.resolve(K) == FreshnessPolicy(1.0, 10.0)
+    assert building.authority_resolver.rank_for(K, "k") == 0
+    assert building.observation_policy == ObservationPolicy()
+    assert building.retry_policy == RetryPolicy()
+    assert building.resilience_resolver.default.retry == RetryPolicy()
+    assert building.closed is False
+
+
+def test_policies_given_alone_are_found_in_their_resolvers() -> None:
+    fresh, rank = FreshnessPolicy(3, 4), SourceAuthorityPolicy({"k": 7})
+    retry = RetryPolicy(max_attempts=5)
+    building = SnapshotBuilder(
+        [Single("k")], default_policy=fresh, authority_policy=rank, retry_policy=retry
+    )
+    assert building.policy_resolver.resolve(K) is fresh
+    assert building.authority_resolver.rank_for(K, "k") == 7
+    assert building.retry_policy is retry
+    assert building.resilience_resolver.default.retry is retry
+
+
+def test_retry_policy_is_the_one_in_force() -> None:
+    default = SourceResiliencePolicy(retry=RetryPolicy(max_attempts=9))
+    building = SnapshotBuilder([Single("k")], default_resilience=default)
+    assert building.resilience_resolver.default is default
+    assert building.retry_policy == default.retry
+
+
+def test_the_circuit_breaker_goes_by_the_clock_of_the_builder() -> None:
+    clock = ManualClock()
+    assert SnapshotBuilder([Single("k")], clock=clock).circuit_breaker.clock is clock
+
+
+async def test_sinks_are_read_back_as_used_so_possibly_buffered() -> None:
+    events, metrics = LoggingEventSink(), InMemoryMetrics()
+    forced = SnapshotBuilder(
+        [Single("k")], events=events, metrics=metrics, buffer_observability=True
+    )
+    assert isinstance(forced.events, BufferedEventSink)
+    assert isinstance(forced.metrics, BufferedMetricsSink)
+    assert forced.events.downstream is events
+    assert forced.metrics.downstream is metrics
+    await forced.aclose()
+    plain = SnapshotBuilder(
+        [Single("k")], events=events, metrics=metrics, buffer_observability=False
+    )
+    assert (plain.events, plain.metrics) == (events, metrics)
+
+
+def test_sources_are_a_tuple_in_the_order_of_asking() -> None:
+    low, high = Single("low", priority=1), Single("high", priority=2)
+    assert SnapshotBuilder([low, high]).sources == (high, low)
+
+
+async def test_the_publisher_works_with_the_parts_of_its_builder() -> None:
+    building = builder(Single("k"), max_pending_tasks=3)
+    publisher = building.publisher
+    assert publisher is building.publisher
+    assert publisher.cache is building.cache
+    assert publisher.clock is building.clock
+    assert publisher.metrics is building.metrics
+    assert publisher.events is building.events
+    assert publisher.max_pending_tasks == 3
+
+
+# Parts
+
+
+def test_the_memory_cache_shows_its_settings() -> None:
+    cache = AsyncMemoryCache(max_entries=5, max_copy_concurrency=2)
+    assert (cache.max_entries, cache.max_copy_concurrency) == (5, 2)
+    assert cache.run_payload_copies_in_thread is True
+    assert AsyncMemoryCache(max_entries=None).max_entries is None
+    custom = AsyncMemoryCache(payload_copier=lambda value: value)
+    assert custom.run_payload_copies_in_thread is False
+
+
+COMMON: dict[str, Any] = {
+    "name": "s",
+    "priority": 3,
+    "timeout_seconds": 9.0,
+    "queue_timeout_seconds": 2.0,
+    "max_concurrency": 4,
+    "resilience_policy": SourceResiliencePolicy(),
+    "cache_supports": False,
+    "run_sync_in_thread": True,
+    "blocking_io": True,
+    "transport_timeout_seconds": 1.0,
+}
+ADAPTERS: list[tuple[Any, dict[str, Any]]] = [
+    (CallableSource, {"fetcher": lambda key, context: 1}),
+    (CallableBatchSource, {"fetcher": lambda keys, context: {}, "max_batch_size": 7}),
+    (
+        CallableDerivedSource,
+        {"dependencies": lambda key: [], "deriver": lambda key, inputs, context: 1},
+    ),
+]
+
+
+@pytest.mark.parametrize("adapter, own", ADAPTERS)
+def test_callable_adapters_show_every_simple_setting(adapter: Any, own: dict[str, Any]) -> None:
+    source = adapter(supports=lambda key: True, **COMMON, **own)
+    for name, value in COMMON.items():
+        assert getattr(source, name) == value
+    if "max_batch_size" in own:
+        assert source.max_batch_size == 7
+    assert source.blocking_io_offloaded is True
+    quick = {"name": "s", "priority": 1, "supports": lambda key: True}
+    inline = adapter(**quick, run_sync_in_thread=False, **own)
+    assert inline.blocking_io_offloaded is False
+
+
+def test_limiters_leases_and_circuits_show_what_they_were_made_with() -> None:
+    assert CapacityLimiter(3).limit == 3
+    lease = CapacityController(global_limit=1).try_acquire("s")
+    assert lease is not None
+    assert lease.released is False
+    lease.release()
+    assert lease.released is True
+    clock, policy = ManualClock(), CircuitBreakerPolicy(failure_threshold=9)
+    breaker = CircuitBreaker(clock=clock, default_policy=policy)
+    assert (breaker.clock, breaker.default_policy) == (clock, policy)
+
+
+def test_the_logging_sink_shows_its_logger() -> None:
+    assert LoggingEventSink().logger.name == "coalestra"
+    logger = logging.getLogger("mine")
+    assert LoggingEventSink(logger).logger is logger
+
+
+def test_the_sync_facade_shows_its_builder_and_publisher() -> None:
+    building = SnapshotBuilder([Single("k")])
+    with SyncSnapshotBuilder(building, max_pending_submissions=3) as facade:
+        assert facade.builder is building
+        assert facade.publisher.max_pending_submissions == 3
+
+
+def test_buffer_settings_are_read_back() -> None:
+    building = SnapshotBuilder(
+        [Single("k")],
+        observability_overflow=BufferOverflowPolicy.DROP_NEWEST,
+        observability_max_pending=3,
+        observability_drain_on_shutdown=False,
+    )
+    assert building.observability_overflow is BufferOverflowPolicy.DROP_NEWEST
+    assert building.observability_max_pending == 3
+    assert building.observability_drain_on_shutdown is False
+
+
+# Errors
+
+
+def test_errors_keep_what_they_were_made_from() -> None:
+    cycle = DependencyCycleError((K, BASE, K))
+    assert cycle.path == (K, BASE, K)
+    isolation = PayloadIsolationError(context="here", value_type="Odd")
+    assert (isolation.context, isolation.value_type) == ("here", "Odd")
+    full = SubmissionBacklogFullError(limit=3, pending=4)
+    assert (full.limit, full.pending) == (3, 4)
+    assert PayloadCopySubsystemClosedError(component="cache").component == "cache"
+    copies = PayloadCopyShutdownTimeoutError(
+        timeout_seconds=2, active_components={"builder": 2, "cache": 1}
+    )
+    assert (copies.timeout_seconds, copies.active_copies) == (2, 3)
+    assert dict(copies.active_components) == {"builder": 2, "cache": 1}
+    late = ObservabilityShutdownTimeoutError(
+        timeout_seconds=2, pending_components={"events": 4, "metrics": 5}
+    )
+    assert (late.timeout_seconds, late.pending_records) == (2, 9)
+    assert dict(late.pending_components) == {"events": 4, "metrics": 5}
+
+
+async def test_errors_of_a_build_keep_their_facts() -> None:
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        return [key("loop", "2" if k.subject == "1" else "1")]
+
+    building = builder(Derived("loop", needs=needs), Derived("d", needs=lambda k: [BASE]))
+    one, two = key("loop", "1"), key("loop", "2")
+    snapshot = await building.build([one, key("d"), BASE], strict=False)
+    error = snapshot.errors[one]
+    assert isinstance(error, DependencyCycleError)
+    assert error.path[0] == error.path[-1]
+    assert set(error.path) == {one, two}
+    missing = snapshot.errors[BASE]
+    assert isinstance(missing, ResourceResolutionError)
+    assert (missing.key, missing.failures) == (BASE, ())
+    assert "no compatible source" in str(missing)
+    derived = snapshot.errors[key("d")]
+    assert isinstance(derived, ResourceResolutionError)
+    (failure,) = derived.failures
+    assert (failure.source, failure.error_type) == ("d", "DependencyResolutionError")
+    made = DependencyResolutionError(key("d"), "d", {BASE: missing})
+    assert (made.key, made.source, dict(made.errors)) == (key("d"), "d", {BASE: missing})
+
+
+async def test_a_custom_source_needs_no_more_than_the_protocol_names() -> None:
+    class Minimal:
+        name = "minimal"
+        priority = 0
+        timeout_seconds = None
+        blocking_io = False
+
+        def supports(self, key: ResourceKey) -> bool:
+            return True
+
+        async def fetch(self, key: ResourceKey, context: Any) -> Any:
+            return key.subject
+
+    building = builder(Minimal())
+    assert (await building.build([key("x", "1")])).value(key("x", "1")) == "1"
+    stock = Stock("k", {"k": 1})
+    assert builder(stock).sources == (stock,)

@@ -1,0 +1,410 @@
+"""Builds work the same over any cache, whatever it can do and however long it takes (section 7)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncCache,
+    FreshnessPolicy,
+    RefreshMode,
+    ResourceKey,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SnapshotDeadlineExceededError,
+    SourceUnavailableError,
+)
+from tests.contracts.caches import (
+    ALL,
+    AtomicCache,
+    BatchAtomicCache,
+    BatchCache,
+    SingleKeyCache,
+)
+from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
+from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
+from tests.support import Gate, cancel_at_every_await, no_leaks, settle
+
+Make = Callable[[], Any]
+SHORT = FreshnessPolicy(10.0, 100.0)
+
+every_cache = pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
+foreign = pytest.mark.parametrize(
+    "make",
+    [SingleKeyCache, BatchCache, AtomicCache, BatchAtomicCache],
+    ids=lambda make: make.__name__,
+)
+
+
+# What is the same for all
+
+
+@every_cache
+async def test_a_value_is_fetched_once_and_then_read_from_the_cache(make: Make) -> None:
+    shop = Shop(cache=make())
+    first = await shop.builder.build([BASE, OTHER])
+    second = await shop.builder.build([OTHER, BASE])
+    assert shown(second) == {OTHER: 10, BASE: 1}
+    assert [value.from_cache for value in first.values()] == [False, False]
+    assert [value.from_cache for value in second.values()] == [True, True]
+    assert [second[key].version for key in first] == [first[key].version for key in first]
+    assert len(shop.stock.calls) == 2
+    await no_leaks(shop.builder)
+
+
+@every_cache
+async def test_readers_at_once_share_one_read_and_one_fetch(make: Make) -> None:
+    shop = Shop(cache=make())
+    snapshots = await asyncio.gather(*(shop.builder.build([TOP, BASE]) for _ in range(5)))
+    assert all(shown(each) == {TOP: ((1,),), BASE: 1} for each in snapshots)
+    assert len(shop.stock.calls) == len(shop.top.calls) == 1
+
+
+@every_cache
+async def test_an_expired_value_is_fetched_again_and_stands_in_if_that_fails(make: Make) -> None:
+    shop = Shop(cache=make(), default_policy=SHORT)
+    await shop.builder.build([BASE])
+    await asyncio.sleep(11)
+    shop.stock.change(base=SourceUnavailableError("down"))
+    stale = (await shop.builder.build([BASE]))[BASE]
+    assert (stale.value, stale.stale, stale.from_cache) == (1, True, True)
+    assert stale.metadata["fallback_error_type"] == "ResourceResolutionError"
+    shop.stock.change(base=2)
+    assert (await shop.builder.build([BASE])).value(BASE) == 2
+    await asyncio.sleep(101)
+    shop.stock.change(base=SourceUnavailableError("down"))
+    with pytest.raises(SnapshotBuildError):
+        await shop.builder.build([BASE])
+
+
+@every_cache
+async def test_stale_while_revalidate_refreshes_in_the_background(make: Make) -> None:
+    policy = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    shop = Shop(cache=make(), default_policy=policy)
+    await shop.builder.build([BASE])
+    await asyncio.sleep(11)
+    shop.stock.change(base=2)
+    assert (await shop.builder.build([BASE])).value(BASE) == 1
+    await shop.builder.wait_for_refreshes()
+    assert (await shop.builder.build([BASE])).value(BASE) == 2
+    await no_leaks(shop.builder)
+
+
+@every_cache
+async def test_events_go_into_the_cache_and_invalidations_out_of_it(make: Make) -> None:
+    shop = Shop(cache=make())
+    await shop.builder.build([BASE])
+    await shop.publish(BASE, 2)
+    assert (await shop.builder.build([BASE])).value(BASE) == 2
+    await shop.builder.publisher.invalidate(BASE)
+    assert (await shop.builder.build([BASE])).value(BASE) == 1
+    assert len(shop.stock.calls) == 2
+
+
+@every_cache
+async def test_derived_values_are_never_served_once_a_dependency_has_changed(make: Make) -> None:
+    shop = Shop(cache=make())
+    assert (await shop.builder.build([TOP])).value(TOP) == ((1,),)
+    await shop.publish(BASE, 2)
+    assert shown(await shop.builder.build([TOP, BASE])) == {TOP: ((2,),), BASE: 2}
+    assert len(shop.stock.calls) == 1
+
+
+@every_cache
+async def test_sessions_pin_and_revalidate_over_any_cache(make: Make) -> None:
+    shop = Shop(cache=make())
+    session = await shop.session(BASE, TOP)
+    await shop.publish(BASE, 2)
+    assert shown(await session.resolve([MIDDLE])) == {BASE: 1, TOP: ((1,),), MIDDLE: (1,)}
+    after = await session.revalidate([BASE])
+    assert shown(after) == {BASE: 2, TOP: ((2,),), MIDDLE: (2,)}
+    shop.stock.change(base=3)
+    await asyncio.sleep(1)
+    forced = await session.revalidate([BASE], force_refresh=True)
+    assert shown(forced) == {BASE: 3, TOP: ((3,),), MIDDLE: (3,)}
+    assert (await shop.builder.build([TOP])).value(TOP) == ((3,),)
+    await no_leaks(shop.builder)
+
+
+@every_cache
+async def test_chains_of_derived_keys_work_cold_and_warm(make: Make) -> None:
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        return [key("link", str(int(k.subject) - 1))] if int(k.subject) else [BASE]
+
+    building = builder(Stock("stock", {"base": 1}), Derived("link", needs=needs), cache=make())
+    last = key("link", "50")
+    first = await building.build([last])
+    second = await building.build([last])
+    assert second[last].version == first[last].version
+    assert second[last].from_cache
+
+
+@every_cache
+async def test_cancelling_a_build_at_any_await_leaves_nothing_behind(make: Make) -> None:
+    shops: list[Shop] = []
+
+    async def work() -> None:
+        shop = Shop(cache=make())
+        shops.append(shop)
+        await shop.builder.build([TOP, OTHER])
+        await shop.builder.publisher.publish(BASE, 1, source="s", force=True)
+        await shop.builder.build([TOP])
+
+    async def check() -> None:
+        if shops:
+            shop = shops.pop()
+            assert (await shop.builder.build([TOP])).value(TOP) == ((1,),)
+            await no_leaks(shop.builder)
+            await shop.builder.aclose()
+
+    assert await cancel_at_every_await(work, check) > 3
+
+
+# Capabilities are used
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (SingleKeyCache, {"get", "set"}),
+        (BatchCache, {"get_many", "set_many"}),
+        (AtomicCache, {"get", "set_if_newer"}),
+        (BatchAtomicCache, {"get_many", "set_many_if_newer"}),
+    ],
+)
+async def test_reads_and_writes_use_the_widest_methods_there_are(
+    make: Make, expected: set[str]
+) -> None:
+    cache = make()
+    await builder(Batch("b"), cache=cache).build([key("b", str(n)) for n in range(4)])
+    used = set(cache.calls)
+    assert expected <= used
+    if "get_many" in expected:
+        assert "get" not in used
+        assert cache.calls.count("get_many") == 1 + ("set_many" in expected)
+
+
+async def test_a_batch_build_over_a_batch_atomic_cache_takes_two_trips() -> None:
+    cache = BatchAtomicCache()
+    building = builder(Batch("b"), cache=cache)
+    snapshot = await building.build([key("b", str(n)) for n in range(100)])
+    assert cache.calls == ["get_many", "set_many_if_newer"]
+    assert snapshot.diagnostics.cache_batch_reads == 1
+    assert snapshot.diagnostics.cache_batch_writes == 1
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_single_key_caches_are_driven_by_no_more_workers_than_allowed(limit: int) -> None:
+    cache = SingleKeyCache()
+    keys = [key("b", str(n)) for n in range(12)]
+    building = builder(Batch("b"), cache=cache, max_pending_tasks=limit)
+    snapshot = await building.build(keys)
+    assert list(snapshot) == keys
+    assert cache.peak_running == limit
+
+
+@foreign
+async def test_the_write_order_holds_for_every_cache(make: Make) -> None:
+    shop = Shop(cache=make())
+    publisher = shop.builder.publisher
+    await asyncio.sleep(10)
+    await publisher.publish(BASE, "new", source="s")
+    older = await publisher.publish(BASE, "old", source="s", observed_at=1.0)
+    assert older.status.value == "ignored_older"
+    assert (await shop.builder.build([BASE])).value(BASE) == "new"
+    forced = await publisher.publish(BASE, "old", source="s", observed_at=1.0, force=True)
+    assert forced.previous is not None
+    assert forced.previous.value == "new"
+
+
+# Dependency validation
+
+
+class Validating(BatchAtomicCache):
+    """Says that it checks dependency versions itself (and does not, so that it shows)."""
+
+    validates_dependency_versions = True
+
+
+async def test_the_library_checks_dependencies_unless_the_cache_says_that_it_does() -> None:
+    for make, value in ((BatchAtomicCache, (2,)), (Validating, (1,))):
+        cache = make()
+        shop = Shop(cache=cache)
+        await shop.builder.build([MIDDLE])
+        held = cache.held[BASE]
+        await shop.publish(BASE, 2)
+        assert cache.held[BASE] is not held
+        assert (await shop.builder.build([MIDDLE])).value(MIDDLE) == value
+
+
+async def test_entries_that_fail_the_check_are_invalidated() -> None:
+    cache = BatchAtomicCache()
+    shop = Shop(cache=cache)
+    await shop.builder.build([TOP])
+    other = builder(Single("none"), cache=cache)
+    await asyncio.sleep(1)
+    await other.publisher.publish(BASE, 2, source="stream")
+    cache.calls.clear()
+    snapshot = await other.build([TOP], strict=False)
+    assert TOP in snapshot.errors
+    assert TOP not in cache.held
+    assert "invalidate_many" in cache.calls
+
+
+async def test_a_value_that_vanished_from_the_cache_is_simply_fetched_again() -> None:
+    cache = SingleKeyCache()
+    shop = Shop(cache=cache)
+    await shop.builder.build([TOP])
+    del cache.held[MIDDLE]
+    await shop.publish(BASE, 5)
+    assert (await shop.builder.build([TOP])).value(TOP) == ((5,),)
+
+
+# Caches that fail
+
+
+class Failing(BatchAtomicCache):
+    """Fails in the calls whose names are in `broken`."""
+
+    def __init__(self, *broken: str) -> None:
+        super().__init__()
+        self.broken = set(broken)
+
+    async def _travel(self, call: str) -> None:
+        await super()._travel(call)
+        if call in self.broken:
+            raise ConnectionError(f"cache lost in {call}")
+
+
+class FailingSingle(SingleKeyCache):
+    """The same with single keys."""
+
+    def __init__(self, *broken: str) -> None:
+        super().__init__()
+        self.broken = set(broken)
+
+    async def _travel(self, call: str) -> None:
+        await super()._travel(call)
+        if call in self.broken:
+            raise ConnectionError(f"cache lost in {call}")
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        Failing("get_many"),
+        Failing("set_many_if_newer"),
+        Failing("get_many", "set_many_if_newer", "invalidate_many"),
+        FailingSingle("get"),
+        FailingSingle("set"),
+        FailingSingle("get", "set", "invalidate"),
+    ],
+)
+async def test_a_cache_that_raises_does_not_fail_a_build(cache: SingleKeyCache) -> None:
+    shop = Shop(cache=cache)
+    for _ in range(2):
+        snapshot = await shop.builder.build([TOP, BASE, OTHER])
+        assert shown(snapshot) == {TOP: ((1,),), BASE: 1, OTHER: 10}
+    session = await shop.session(BASE)
+    shop.stock.change(base=2)
+    after = await session.revalidate([BASE], force_refresh=True)
+    assert shown(after) == {BASE: 2}
+    await no_leaks(shop.builder)
+    await shop.builder.aclose()
+
+
+async def test_a_publication_into_a_cache_that_raises_tells_its_publisher() -> None:
+    shop = Shop(cache=Failing("get_many", "set_many_if_newer"))
+    with pytest.raises(ConnectionError):
+        await shop.builder.publisher.publish(BASE, 1, source="s")
+    assert (await shop.builder.build([BASE])).value(BASE) == 1
+
+
+async def test_stats_that_raise_do_not_fail_health() -> None:
+    class Odd(SingleKeyCache):
+        async def stats(self) -> Any:
+            raise ConnectionError("lost")
+
+    building = builder(Single("k"), cache=Odd())
+    assert (await building.health_snapshot()).cache is None
+
+
+# Caches that hang
+
+
+class Hanging(SingleKeyCache):
+    """Waits at a gate in every call that is named."""
+
+    def __init__(self, *where: str) -> None:
+        super().__init__()
+        self.gate = Gate()
+        self.where = set(where)
+
+    async def _travel(self, call: str) -> None:
+        self.calls.append(call)
+        if call in self.where:
+            await self.gate.pass_()
+
+
+@pytest.mark.parametrize("where", ["get", "set"])
+async def test_the_deadline_bounds_cache_reads_and_writes(where: str) -> None:
+    cache = Hanging(where)
+    building = builder(Single("k"), cache=cache)
+    with pytest.raises(SnapshotBuildError) as caught:
+        await building.build([key("k")], deadline_seconds=3)
+    (error,) = caught.value.errors.values()
+    assert "SnapshotDeadlineExceededError" in f"{type(error).__name__} {error}"
+    cache.gate.open()
+    await settle()
+    await no_leaks(building)
+
+
+async def test_a_hanging_cache_read_does_not_outlive_the_readers_who_left() -> None:
+    cache = Hanging("get")
+    building = builder(Single("k"), cache=cache)
+    task = asyncio.ensure_future(building.build([key("k")]))
+    await cache.gate.wait_arrived()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await settle()
+    assert cache.gate.waiting == 0
+    await no_leaks(building)
+
+
+async def test_closing_ends_cache_calls_under_way() -> None:
+    cache = Hanging("get")
+    building = builder(Single("k"), cache=cache)
+    task = asyncio.ensure_future(building.build([key("k")]))
+    await cache.gate.wait_arrived()
+    await building.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await task
+    assert cache.gate.waiting == 0
+
+
+async def test_a_reader_with_a_later_deadline_is_not_cut_off_with_the_first() -> None:
+    cache = Hanging("get")
+    building = builder(Single("k"), cache=cache)
+    hasty = asyncio.ensure_future(building.build([key("k")], deadline_seconds=2, strict=False))
+    await cache.gate.wait_arrived()
+    patient = asyncio.ensure_future(building.build([key("k")], deadline_seconds=20))
+    late = (await hasty).errors[key("k")]
+    assert isinstance(late, SnapshotDeadlineExceededError)
+    cache.gate.open()
+    assert (await patient).complete
+    await no_leaks(building)
+
+
+async def test_two_builders_may_share_one_cache() -> None:
+    cache: AsyncCache = BatchAtomicCache()
+    source = Single("k")
+    first: SnapshotBuilder = builder(source, cache=cache, default_policy=LASTING)
+    second = builder(Single("k"), cache=cache, default_policy=LASTING)
+    one = await first.build([key("k")])
+    two = await second.build([key("k")])
+    assert two[key("k")].version == one[key("k")].version
+    assert two[key("k")].from_cache

@@ -1,0 +1,291 @@
+"""What health says of a builder at work, and what is made of it (section 15)."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    BuilderHealth,
+    BuilderHealthReason,
+    BuilderHealthSeverity,
+    CacheStats,
+    CallableSource,
+    CircuitBreakerPolicy,
+    FreshnessPolicy,
+    RefreshMode,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SourceResiliencePolicy,
+    SourceUnavailableError,
+)
+from tests.contracts.caches import SingleKeyCache
+from tests.orchestration.scripted import ONCE, Single, builder, key
+from tests.orchestration.stock import BASE, Shop, Stock
+from tests.support import Gate, ThreadGate, settle
+
+K = key("k")
+
+
+def reasons(health: BuilderHealth, **more: Any) -> dict[BuilderHealthReason, str]:
+    return {each.reason: each.severity.value for each in health.assess(**more).findings}
+
+
+async def test_a_builder_at_rest_is_healthy() -> None:
+    shop = Shop()
+    await shop.builder.build([BASE])
+    await settle()
+    health = await shop.builder.health_snapshot()
+    assert health.assess().severity is BuilderHealthSeverity.HEALTHY
+    assert health.assess().findings == ()
+    assert not health.closed
+    assert health.capacity["__global__"].limit == 8
+    assert isinstance(health.cache, CacheStats)
+    assert health.source_support_cache_entries == 1
+    assert set(health.source_timeout_guarantees) == {"stock", "middle", "top"}
+
+
+async def test_it_is_read_without_asking_any_source() -> None:
+    source = Single("k")
+    building = builder(source)
+    await building.health_snapshot()
+    assert source.calls == []
+
+
+async def test_work_under_way_is_seen_while_it_lasts() -> None:
+    gate = Gate()
+    building = builder(Stock("k", {"k": 1}, before=gate.pass_), source_concurrency={"k": 1})
+    tasks = [asyncio.ensure_future(building.build([key("k", str(number))])) for number in range(3)]
+    await gate.wait_arrived()
+    await settle()
+    health = await building.health_snapshot()
+    assert health.singleflight_in_flight == 3
+    assert health.capacity["k"].in_use == 1
+    assert health.waiting_for_capacity == 2
+    assert health.active_dispatch_workers >= 1
+    assert reasons(health) == {BuilderHealthReason.SOURCE_CAPACITY_WAITING: "critical"}
+    (finding,) = health.assess().findings
+    assert finding.component == "k"
+    gate.open()
+    await asyncio.gather(*tasks)
+
+
+async def test_background_refreshes_are_counted() -> None:
+    gate = Gate(opened=True)
+    policy = FreshnessPolicy(5, 50, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(Stock("k", {"k": 1}, before=gate.pass_), default_policy=policy)
+    await building.build([K])
+    await asyncio.sleep(6)
+    gate.close()
+    await building.build([K])
+    assert (await building.health_snapshot()).background_refreshes == 1
+    gate.open()
+    await building.wait_for_refreshes()
+    assert (await building.health_snapshot()).background_refreshes == 0
+
+
+async def test_timeouts_of_each_kind_are_counted_and_their_growth_is_found() -> None:
+    gate = Gate()
+    slow = Stock("slow", {"slow": 1}, before=gate.pass_, timeout=4)
+    queued = Stock("queued", {"queued": 1}, before=gate.pass_)
+    queued.queue_timeout_seconds = 1
+    building = builder(slow, queued, source_concurrency={"queued": 1})
+    before = await building.health_snapshot()
+    holding = asyncio.ensure_future(building.build([key("queued", "1")]))
+    await gate.wait_arrived()
+    await building.build([key("slow")], strict=False)
+    await building.build([key("queued", "2")], strict=False)
+    await building.build([key("slow", "3")], strict=False, deadline_seconds=1)
+    health = await building.health_snapshot()
+    assert health.source_timeout_count == 1
+    assert health.queue_timeout_count == 1
+    assert health.deadline_exceeded_count == 1
+    found = reasons(health, previous=before)
+    for reason in (
+        BuilderHealthReason.SOURCE_TIMEOUTS_INCREASED,
+        BuilderHealthReason.QUEUE_TIMEOUTS_INCREASED,
+        BuilderHealthReason.DEADLINES_EXCEEDED_INCREASED,
+    ):
+        assert found[reason] == "degraded"
+    assert health.assess(previous=before).baseline_used
+    assert not reasons(health, previous=health)
+    gate.open()
+    await holding
+
+
+async def test_open_and_half_open_circuits_degrade() -> None:
+    gate = Gate(opened=True)
+    stock = Stock("k", {"k": SourceUnavailableError("down")}, before=gate.pass_)
+    circuit = CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=10)
+    stock.resilience_policy = SourceResiliencePolicy(retry=ONCE.retry, circuit=circuit)
+    building = builder(stock)
+    with pytest.raises(SnapshotBuildError):
+        await building.build([K])
+    assert reasons(await building.health_snapshot()) == {
+        BuilderHealthReason.CIRCUIT_OPEN: "degraded"
+    }
+    await asyncio.sleep(11)
+    gate.close()
+    probing = asyncio.ensure_future(building.build([K], strict=False))
+    await gate.wait_arrived(2)
+    assert reasons(await building.health_snapshot()) == {
+        BuilderHealthReason.CIRCUIT_HALF_OPEN: "degraded"
+    }
+    gate.open()
+    await probing
+
+
+async def test_revalidations_are_counted_with_their_failures() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    before = await shop.builder.health_snapshot()
+    await session.revalidate([BASE])
+    shop.stock.change(base=SourceUnavailableError("down"))
+    await session.revalidate([BASE], force_refresh=True, strict=False)
+    health = await shop.builder.health_snapshot()
+    assert (health.revalidation_attempt_count, health.revalidation_failure_count) == (2, 1)
+    assert reasons(health, previous=before) == {
+        BuilderHealthReason.REVALIDATION_FAILURES_INCREASED: "degraded"
+    }
+
+
+async def test_a_blocking_call_that_outlives_its_transport_timeout_is_counted_by_source() -> None:
+    gate = ThreadGate()
+    source = CallableSource(
+        name="slow",
+        priority=1,
+        supports=lambda key: True,
+        fetcher=lambda key, context: gate.pass_(),
+        timeout_seconds=2.0,
+        blocking_io=True,
+        transport_timeout_seconds=1.0,
+        resilience_policy=ONCE,
+    )
+    building = builder(source)
+    before = await building.health_snapshot()
+    assert before.protected_blocking_source_count == before.blocking_source_count == 1
+    await building.build([K], strict=False)
+    health = await building.health_snapshot()
+    assert health.source_transport_timeout_violation_count == 1
+    assert health.source_transport_timeout_violations == {"slow": 1}
+    assert BuilderHealthReason.SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED in reasons(
+        health, previous=before
+    )
+    gate.open()
+    await settle()
+    await building.aclose()
+
+
+async def test_a_closed_builder_is_critical() -> None:
+    building = builder(Single("k"))
+    await building.aclose()
+    health = await building.health_snapshot()
+    assert reasons(health) == {BuilderHealthReason.BUILDER_CLOSED: "critical"}
+
+
+class FailingSink:
+    """Raises whatever it is told."""
+
+    coalestra_non_blocking = True
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        raise OSError("disk full")
+
+
+async def test_failing_sinks_are_counted_and_never_reach_a_build() -> None:
+    building = builder(Single("k"), events=FailingSink())
+    before = await building.health_snapshot()
+    assert (await building.build([K])).complete
+    health = await building.health_snapshot()
+    assert health.observability_failure_count > 0
+    found = reasons(health, previous=before)
+    assert BuilderHealthReason.OBSERVABILITY_FAILURES_INCREASED in found
+
+
+class HeldSink:
+    """Holds its worker."""
+
+    def __init__(self) -> None:
+        self.gate = ThreadGate()
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        self.gate.pass_()
+
+
+async def test_a_full_buffer_and_what_it_drops_are_found() -> None:
+    sink = HeldSink()
+    building = builder(Single("k"), events=sink, observability_max_pending=5)
+    before = await building.health_snapshot()
+    await building.build([key("k", str(number)) for number in range(20)])
+    health = await building.health_snapshot()
+    assert health.observability_pending >= 5
+    assert health.observability_dropped_count > 5
+    found = reasons(health, previous=before)
+    assert found[BuilderHealthReason.OBSERVABILITY_BACKLOG_HIGH] == "critical"
+    assert found[BuilderHealthReason.OBSERVABILITY_DROPS_INCREASED] == "critical"
+    sink.gate.open()
+    await building.aclose()
+
+
+async def test_a_cache_without_stats_has_none() -> None:
+    building = builder(Single("k"), cache=SingleKeyCache())
+    assert (await building.health_snapshot()).cache is None
+
+
+async def test_capacity_snapshot_names_the_limit_over_all_sources() -> None:
+    building = builder(Single("k"), source_concurrency={"k": 2}, max_concurrency=3)
+    capacity = await building.capacity_snapshot()
+    assert {name: each.limit for name, each in capacity.items()} == {"__global__": 3, "k": 2}
+
+
+# As data
+
+
+def is_plain(data: Any) -> bool:
+    if isinstance(data, Mapping):
+        return all(isinstance(name, str) and is_plain(each) for name, each in data.items())
+    if isinstance(data, list):
+        return all(is_plain(each) for each in data)
+    if isinstance(data, float):
+        return math.isfinite(data)
+    return data is None or isinstance(data, (str, int, bool))
+
+
+async def worked() -> SnapshotBuilder:
+    """A builder in which a little of everything has happened."""
+    stock = Stock("k", {"k": 1, "bad": SourceUnavailableError("down")})
+    stock.resilience_policy = SourceResiliencePolicy(
+        retry=ONCE.retry, circuit=CircuitBreakerPolicy(failure_threshold=1)
+    )
+    building = builder(stock, source_concurrency={"k": 2})
+    await building.build([K])
+    await building.build([key("bad")], strict=False)
+    return building
+
+
+async def test_to_dict_holds_every_field_as_plain_data() -> None:
+    health = await (await worked()).health_snapshot()
+    data = health.to_dict()
+    assert data["schema"] == "coalestra.builder-health"
+    assert data["schema_version"] == 1
+    assert {each.name for each in dataclasses.fields(health)} <= set(data)
+    assert is_plain(data)
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert data["capacity"]["k"]["limit"] == 2
+    assert data["assessment"]["severity"] == "degraded"
+    assert health.to_dict(include_assessment=False)["assessment"] is None
+
+
+async def test_health_is_a_picture_of_its_moment() -> None:
+    building = await worked()
+    first = await building.health_snapshot()
+    data = first.to_dict()
+    await building.build([key("k", "more")], strict=False)
+    await building.aclose()
+    assert first.to_dict() == data

@@ -1,0 +1,510 @@
+"""No two readers ever share a mutable object, whichever way a payload has come (section 12)."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    FreshnessPolicy,
+    PayloadCopyShutdownTimeoutError,
+    PayloadCopySubsystemClosedError,
+    RefreshMode,
+    ResourceKey,
+    ResourceResolutionError,
+    Snapshot,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SnapshotDeadlineExceededError,
+    SourcePayload,
+)
+from tests.contracts.caches import SingleKeyCache
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key
+from tests.orchestration.stock import Stock
+from tests.support import Gate, ThreadGate, no_leaks, settle
+
+K, D = key("k"), key("d")
+LARGE = [list(range(200)) for _ in range(200)]
+
+
+def mutable() -> dict[str, Any]:
+    return {"list": [1], "set": {1}, "nested": {"deep": [1]}}
+
+
+def spoil(payload: Any) -> None:
+    """Change a payload wherever that is possible."""
+    payload["list"].append("spoilt")
+    payload["set"].add("spoilt")
+    payload["nested"]["deep"].clear()
+    payload["more"] = "spoilt"
+
+
+class Keeping(Single):
+    """A source that keeps a reference to what it has returned, as payload and as metadata."""
+
+    def __init__(self) -> None:
+        super().__init__("k", fetch=self._fetch)
+        self.kept: Any = mutable()
+        self.metadata: Any = {"tags": ["a"]}
+
+    async def _fetch(self, key: ResourceKey, context: Any) -> Any:
+        return SourcePayload(self.kept, metadata=self.metadata)
+
+
+@pytest.fixture(params=["default copier", "in threads", "custom copier", "custom in threads"])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Every way in which a builder may copy."""
+    ways: dict[str, dict[str, Any]] = {
+        "default copier": {},
+        "in threads": {"run_payload_copies_in_thread": True},
+        "custom copier": {"payload_copier": copy.deepcopy},
+        "custom in threads": {
+            "payload_copier": copy.deepcopy,
+            "run_payload_copies_in_thread": True,
+        },
+    }
+    return ways[request.param]
+
+
+@pytest.fixture(params=["memory cache", "custom cache"])
+def cached(request: pytest.FixtureRequest, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the default cache and with one of somebody else's."""
+    if request.param == "custom cache":
+        return {**settings, "cache": SingleKeyCache()}
+    return settings
+
+
+@asynccontextmanager
+async def closing(*sources: Any, **settings: Any) -> AsyncIterator[SnapshotBuilder]:
+    building = builder(*sources, **settings)
+    try:
+        yield building
+        await no_leaks(building)
+    finally:
+        await building.aclose()
+
+
+async def test_a_source_may_change_what_it_returned(cached: dict[str, Any]) -> None:
+    source = Keeping()
+    async with closing(source, **cached) as building:
+        first = await building.build([K])
+        spoil(source.kept)
+        source.metadata["tags"].append("spoilt")
+        for snapshot in (first, await building.build([K])):
+            assert snapshot.value(K) == mutable()
+            assert snapshot[K].metadata["tags"] == ["a"]
+        assert len(source.calls) == 1
+
+
+async def test_a_caller_may_change_what_it_got(cached: dict[str, Any]) -> None:
+    source = Keeping()
+    async with closing(source, **cached) as building:
+        for _ in range(3):
+            snapshot = await building.build([K])
+            assert snapshot.value(K) == mutable()
+            assert snapshot[K].metadata["tags"] == ["a"]
+            spoil(snapshot.value(K))
+            snapshot[K].metadata["tags"].append("spoilt")
+        assert source.kept == mutable()
+        assert source.metadata == {"tags": ["a"]}
+
+
+async def test_callers_who_share_one_fetch_share_no_object(cached: dict[str, Any]) -> None:
+    gate = Gate()
+    source = Stock("k", {"k": mutable()}, before=gate.pass_)
+    async with closing(source, **cached) as building:
+        callers = [asyncio.ensure_future(building.build([K])) for _ in range(3)]
+        await gate.wait_arrived()
+        gate.open()
+        snapshots = await asyncio.gather(*callers)
+        assert len(source.calls) == 1
+        for snapshot in snapshots:
+            assert snapshot.value(K) == mutable()
+            spoil(snapshot.value(K))
+
+
+async def test_a_session_keeps_what_it_pinned_whatever_readers_do(cached: dict[str, Any]) -> None:
+    source = Keeping()
+    async with closing(source, **cached) as building, building.session() as session:
+        for again in range(4):
+            snapshot = await (session.snapshot_async() if again % 2 else session.resolve([K]))
+            assert snapshot.value(K) == session.snapshot().value(K) == mutable()
+            spoil(snapshot.value(K))
+            spoil(session.snapshot().value(K))
+            snapshot[K].metadata["tags"].append("spoilt")
+        assert session.snapshot()[K].metadata["tags"] == ["a"]
+
+
+async def test_a_revalidated_session_pins_a_copy_of_its_own(cached: dict[str, Any]) -> None:
+    source = Keeping()
+    async with closing(source, **cached) as building, building.session() as session:
+        await session.resolve([K])
+        spoil((await session.revalidate([K], force_refresh=True)).value(K))
+        spoil(source.kept)
+        assert session.snapshot().value(K) == mutable()
+
+
+async def test_a_derivation_may_change_its_inputs_and_keep_its_output(
+    cached: dict[str, Any],
+) -> None:
+    outputs: list[Any] = []
+
+    class Careless(Derived):
+        async def derive(self, key: ResourceKey, dependencies: Snapshot, context: Any) -> Any:
+            value = dependencies.value(K)
+            result = copy.deepcopy(value)
+            spoil(value)
+            dependencies[K].metadata["tags"].append("spoilt")
+            outputs.append(result)
+            return result
+
+    source = Keeping()
+    async with closing(source, Careless("d", needs=lambda k: [K]), **cached) as building:
+        first = await building.build([D, K])
+        spoil(outputs[0])
+        second = await building.build([D, K])
+        for snapshot in (first, second):
+            assert snapshot.value(D) == snapshot.value(K) == mutable()
+            assert snapshot[K].metadata["tags"] == ["a"]
+        assert source.kept == mutable()
+
+
+async def test_two_derivations_do_not_share_their_input(cached: dict[str, Any]) -> None:
+    class Careless(Derived):
+        async def derive(self, key: ResourceKey, dependencies: Snapshot, context: Any) -> Any:
+            value = dependencies.value(K)
+            assert value == mutable()
+            spoil(value)
+            return 1
+
+    careless = Careless("d", needs=lambda k: [K])
+    async with closing(Keeping(), careless, **cached) as building:
+        await building.build([key("d", "1"), key("d", "2"), K])
+
+
+async def test_a_publisher_keeps_what_it_gave_and_what_it_got(cached: dict[str, Any]) -> None:
+    async with closing(Single("k"), **cached) as building:
+        given, metadata = mutable(), {"tags": ["a"]}
+        result = await building.publisher.publish(K, given, source="s", metadata=metadata)
+        spoil(given)
+        metadata["tags"].append("spoilt")
+        assert result.value.value == mutable()
+        spoil(result.value.value)
+        snapshot = await building.build([K])
+        assert snapshot.value(K) == mutable()
+        assert snapshot[K].metadata["tags"] == ["a"]
+        spoil(snapshot.value(K))
+        await asyncio.sleep(1)
+        later = await building.publisher.publish(K, "next", source="s")
+        assert later.previous is not None
+        assert later.previous.value == mutable()
+
+
+async def test_a_batch_may_return_one_object_for_many_keys(cached: dict[str, Any]) -> None:
+    shared = mutable()
+    keys = [key("b", str(n)) for n in range(3)]
+    async with closing(Batch("b", answer=lambda k: shared), **cached) as building:
+        snapshot = await building.build(keys)
+        spoil(snapshot.value(keys[0]))
+        assert snapshot.value(keys[1]) == snapshot.value(keys[2]) == mutable()
+        assert shared == mutable()
+
+
+async def test_a_custom_cache_may_change_what_it_was_given(settings: dict[str, Any]) -> None:
+    cache = SingleKeyCache()
+    async with closing(Keeping(), cache=cache, **settings) as building, building.session() as kept:
+        first = await kept.resolve([K])
+        (held,) = cache.held.values()
+        spoil(held.value)
+        assert first.value(K) == kept.snapshot().value(K) == mutable()
+        spoilt = await building.build([K])
+        assert spoilt.value(K) == held.value
+        assert spoilt.value(K) is not held.value
+
+
+async def test_stale_values_and_refreshed_ones_are_isolated_too(settings: dict[str, Any]) -> None:
+    mode = RefreshMode.STALE_WHILE_REVALIDATE
+    policy = FreshnessPolicy(5.0, 100.0, refresh_mode=mode)
+    source = Keeping()
+    async with closing(source, default_policy=policy, **settings) as building:
+        await building.build([K])
+        await asyncio.sleep(6)
+        stale = await building.build([K])
+        assert stale[K].stale
+        spoil(stale.value(K))
+        await building.wait_for_refreshes()
+        spoil(source.kept)
+        refreshed = await building.build([K])
+        assert not refreshed[K].stale
+        assert refreshed.value(K) == mutable()
+
+
+async def test_immutable_payloads_are_handed_on_as_they_are() -> None:
+    payload = (1, "two", frozenset({3}))
+    async with closing(Stock("k", {"k": payload})) as building:
+        assert (await building.build([K])).value(K) is payload
+        health = await building.health_snapshot()
+        assert health.payload_copy_started_count == 0
+
+
+async def test_aliases_and_cycles_within_a_payload_survive() -> None:
+    inner = [1]
+    payload: list[Any] = [inner, inner]
+    payload.append(payload)
+    async with closing(Stock("k", {"k": payload})) as building:
+        value = (await building.build([K])).value(K)
+        assert value[0] is value[1]
+        assert value[2] is value
+
+
+# Payloads that cannot be copied
+
+
+async def test_an_uncopyable_payload_fails_its_key_alone() -> None:
+    values = {"k": (each for each in [1]), "other": 1}
+    async with closing(Stock("stock", values)) as building:
+        snapshot = await building.build([K, key("other")], strict=False)
+        assert snapshot.value(key("other")) == 1
+        error = snapshot.errors[K]
+        assert isinstance(error, ResourceResolutionError)
+        (failure,) = error.failures
+        assert failure.error_type == "PayloadIsolationError"
+        assert "generator" in failure.message
+        assert (await building.health_snapshot()).payload_copy_failure_count >= 1
+
+
+async def test_after_an_uncopyable_payload_the_next_source_is_asked() -> None:
+    first = Stock("first", {"k": threading.Lock()}, priority=20)
+    async with closing(first, Stock("second", {"k": "good"})) as building:
+        assert (await building.build([K])).value(K) == "good"
+
+
+async def test_a_custom_copier_that_fails_is_a_failure_of_the_key() -> None:
+    def copier(value: Any) -> Any:
+        raise RuntimeError("no copies today")
+
+    async with closing(Stock("k", {"k": [1]}), payload_copier=copier) as building:
+        with pytest.raises(SnapshotBuildError, match="PayloadIsolationError"):
+            await building.build([K])
+
+
+# Copiers, threads and their bounds
+
+
+async def test_a_custom_copier_runs_inline_unless_told_otherwise() -> None:
+    places: list[str] = []
+
+    def copier(value: Any) -> Any:
+        places.append(threading.current_thread().name)
+        return copy.deepcopy(value)
+
+    async with closing(Stock("k", {"k": LARGE}), payload_copier=copier) as building:
+        assert building.run_payload_copies_in_thread is False
+        await building.build([K])
+    here = threading.current_thread().name
+    assert set(places) == {here}
+    places.clear()
+    settings = {"payload_copier": copier, "run_payload_copies_in_thread": True}
+    async with closing(Stock("k", {"k": 1}), **settings) as building:
+        assert building.run_payload_copies_in_thread is True
+        await building.build([K])
+    assert here not in places
+    assert places
+
+
+async def test_large_payloads_are_copied_in_threads_and_small_ones_are_not() -> None:
+    async with closing(Stock("k", {"k": LARGE, "small": [1]})) as building:
+        assert building.run_payload_copies_in_thread is True
+        small = (await building.build([key("small")])).value(key("small"))
+        assert small == [1]
+        assert (await building.health_snapshot()).payload_copy_components[
+            "builder"
+        ].peak_active_copies == 0
+        assert (await building.build([K])).value(K) == LARGE
+        assert (await building.health_snapshot()).payload_copy_components[
+            "builder"
+        ].peak_active_copies == 1
+
+
+async def test_no_more_copies_run_at_once_than_allowed() -> None:
+    gate = ThreadGate()
+
+    def copier(value: Any) -> Any:
+        gate.pass_()
+        return value
+
+    keys = [key("b", str(n)) for n in range(5)]
+    async with closing(
+        Batch("b"),
+        payload_copier=copier,
+        run_payload_copies_in_thread=True,
+        max_copy_concurrency=2,
+    ) as building:
+        tasks = [asyncio.ensure_future(building.build(keys)) for _ in range(3)]
+        await settle()
+        gate.open()
+        await asyncio.gather(*tasks)
+        copies = (await building.health_snapshot()).payload_copy_components["builder"]
+        assert copies.peak_active_copies == 2
+        assert copies.peak_waiting_for_capacity >= 1
+
+
+class Stuck:
+    """A copier that passes a gate once it is told to."""
+
+    def __init__(self) -> None:
+        self.gate = ThreadGate()
+        self.armed = False
+
+    def __call__(self, value: Any) -> Any:
+        if self.armed:
+            self.gate.pass_()
+        return copy.deepcopy(value)
+
+
+def with_stuck(*sources: Any, **settings: Any) -> tuple[Stuck, SnapshotBuilder]:
+    stuck = Stuck()
+    building = builder(
+        *sources, payload_copier=stuck, run_payload_copies_in_thread=True, **settings
+    )
+    return stuck, building
+
+
+async def test_the_deadline_bounds_the_copy_for_delivery_and_there_is_no_snapshot_then() -> None:
+    stuck, building = with_stuck(Stock("k", {"k": [1]}))
+    await building.build([K])
+    stuck.armed = True
+    with pytest.raises(SnapshotBuildError) as caught:
+        await building.build([K], deadline_seconds=3)
+    assert caught.value.snapshot is None
+    error = caught.value.errors[K]
+    assert isinstance(error, SnapshotDeadlineExceededError)
+    assert "3 s" in str(error)
+    health = await building.health_snapshot()
+    assert health.active_payload_copies == 1
+    assert health.payload_copy_timeout_count == 1
+    assert health.deadline_exceeded_count == 1
+    stuck.gate.open()
+    await settle()
+    await no_leaks(building)
+    await building.aclose()
+
+
+async def test_a_waiter_for_a_copy_thread_leaves_at_its_deadline() -> None:
+    stuck, building = with_stuck(Stock("k", {"k": [1]}), max_copy_concurrency=1)
+    await building.build([K])
+    stuck.armed = True
+    first = asyncio.ensure_future(building.build([K]))
+    await settle()
+    with pytest.raises(SnapshotBuildError):
+        await building.build([K], deadline_seconds=3)
+    copies = (await building.health_snapshot()).payload_copy_components["builder"]
+    assert (copies.capacity_timeout_count, copies.waiting_for_capacity) == (1, 0)
+    stuck.gate.open()
+    assert (await first).value(K) == [1]
+    await no_leaks(building)
+    await building.aclose()
+
+
+async def test_the_deadline_bounds_the_copy_of_what_a_source_returned() -> None:
+    stuck, building = with_stuck(Stock("k", {"k": [1]}))
+    stuck.armed = True
+    snapshot = await building.build([K], strict=False, deadline_seconds=3)
+    assert "SnapshotDeadlineExceededError" in (
+        f"{type(snapshot.errors[K]).__name__} {snapshot.errors[K]}"
+    )
+    stuck.gate.open()
+    await settle()
+    await no_leaks(building)
+    await building.aclose()
+
+
+async def test_a_cancelled_reader_leaves_the_copy_slot_taken_until_the_thread_ends() -> None:
+    stuck, building = with_stuck(Stock("k", {"k": [1]}))
+    await building.build([K])
+    stuck.armed = True
+    task = asyncio.ensure_future(building.build([K]))
+    await settle()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await building.health_snapshot()).active_payload_copies == 1
+    stuck.gate.open()
+    await settle()
+    await no_leaks(building)
+    await building.aclose()
+
+
+# The end
+
+
+async def test_closing_waits_for_running_copies_and_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    async with closing(Stock("k", {"k": LARGE})) as building:
+        await building.build([K])
+        await building.publisher.publish(key("other"), LARGE, source="s")
+    left = {each for each in threading.enumerate() if each.name.startswith("coalestra")}
+    assert not left - before
+
+
+async def test_closing_that_copies_outlast_says_so_and_health_tells_when_they_end() -> None:
+    stuck, building = with_stuck(Stock("k", {"k": [1]}))
+    await building.build([K])
+    stuck.armed = True
+    reading = asyncio.ensure_future(building.build([K]))
+    await settle()
+    with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
+        await building.aclose(copy_shutdown_timeout_seconds=2)
+    assert caught.value.active_copies == 1
+    assert dict(caught.value.active_components) == {"builder": 1}
+    health = await building.health_snapshot()
+    assert health.payload_copy_shutdown_incomplete
+    assert health.payload_copy_shutdown_timeout_count == 1
+    assert health.payload_copy_active_at_last_shutdown_timeout == 1
+    stuck.gate.open()
+    await building.wait_for_payload_copy_shutdown()
+    health = await building.health_snapshot()
+    assert not health.payload_copy_shutdown_incomplete
+    assert health.payload_copy_components["builder"].shutdown_complete
+    await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_closing_wakes_those_who_wait_for_a_copy_thread() -> None:
+    stuck, building = with_stuck(Stock("k", {"k": [1]}), max_copy_concurrency=1)
+    await building.build([K])
+    stuck.armed = True
+    readers = [asyncio.ensure_future(building.build([K])) for _ in range(2)]
+    await settle()
+    closing_builder = asyncio.ensure_future(building.aclose())
+    await settle()
+    assert [each.done() for each in readers] == [False, True]
+    error = readers[1].exception()
+    assert isinstance(error, PayloadCopySubsystemClosedError | SnapshotBuildError)
+    stuck.gate.open()
+    await closing_builder
+    await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def test_a_session_of_a_closed_builder_makes_no_more_copies() -> None:
+    building = builder(Stock("k", {"k": [1]}))
+    session = building.session()
+    await session.resolve([K])
+    await building.aclose()
+    with pytest.raises(PayloadCopySubsystemClosedError) as caught:
+        session.snapshot()
+    assert caught.value.component == "builder"
+
+
+async def test_health_knows_the_builder_and_the_default_cache_as_components() -> None:
+    async with closing(Single("k")) as building:
+        health = await building.health_snapshot()
+        assert set(health.payload_copy_components) == {"builder", "cache"}
+    async with closing(Single("k"), cache=SingleKeyCache()) as building:
+        health = await building.health_snapshot()
+        assert set(health.payload_copy_components) == {"builder"}

@@ -1,0 +1,737 @@
+"""Closing ends everything, in bounded time and once; a builder outlives its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    CallableSource,
+    CircuitBreakerPolicy,
+    FetchContext,
+    FreshnessPolicy,
+    ObservabilityShutdownTimeoutError,
+    PayloadCopyShutdownTimeoutError,
+    RefreshMode,
+    ResourceKey,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SourceResiliencePolicy,
+    SourceTimeoutError,
+    SourceUnavailableError,
+)
+from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
+from tests.orchestration.scripted import LASTING, ONCE, Batch, Derived, Single, builder, key
+from tests.orchestration.stock import Stock
+from tests.support import Gate, ManualClock, ThreadGate, no_leaks, run_virtual, settle
+
+K = key("k")
+SWR = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+
+
+# Closing
+
+
+async def test_a_closed_builder_refuses_every_call() -> None:
+    building = builder(Single("k"))
+    assert not building.closed
+    await building.aclose()
+    assert building.closed
+    with pytest.raises(RuntimeError, match="closed"):
+        await building.build([K])
+    with pytest.raises(RuntimeError, match="closed"):
+        building.session()
+    with pytest.raises(RuntimeError, match="closed"):
+        await building.publisher.publish(K, 1, source="s")
+    with pytest.raises(RuntimeError, match="closed"):
+        async with building:
+            pass
+    assert "closed" in repr(building)
+    assert (await building.health_snapshot()).closed
+
+
+async def test_closing_again_does_nothing_and_closing_twice_at_once_waits_for_both() -> None:
+    gate = Gate()
+
+    class Slow(Single):
+        closed = 0
+
+        async def aclose(self) -> None:
+            self.closed += 1
+            await gate.pass_()
+
+    source = Slow("k")
+    building = builder(source, manage_lifecycle=True)
+    both = [asyncio.ensure_future(building.aclose()) for _ in range(2)]
+    await gate.wait_arrived()
+    await settle()
+    assert not any(each.done() for each in both)
+    gate.open()
+    await asyncio.gather(*both)
+    await building.aclose()
+    assert source.closed == 1
+
+
+async def test_async_with_closes_the_builder_also_after_an_error() -> None:
+    building = builder(Single("k"))
+    with pytest.raises(KeyError):
+        async with building as entered:
+            assert entered is building
+            raise KeyError
+    assert building.closed
+
+
+async def test_a_caller_that_is_cancelled_while_closing_does_not_stop_the_closing() -> None:
+    gate = Gate()
+
+    class Slow(Single):
+        async def aclose(self) -> None:
+            await gate.pass_()
+
+    building = builder(Slow("k"), manage_lifecycle=True)
+    closing = asyncio.ensure_future(building.aclose())
+    await gate.wait_arrived()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    gate.open()
+    await building.aclose()
+    assert building.closed
+
+
+async def test_builds_under_way_end_with_an_error_when_the_builder_is_closed() -> None:
+    gate = Gate()
+    building = builder(Stock("k", {"k": 1}, before=gate.pass_))
+    reading = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+    await building.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await reading
+    assert gate.waiting == 0
+
+
+async def test_closing_waits_for_refreshes_unless_told_to_cancel_them() -> None:
+    for cancel in (False, True):
+        gate = Gate(opened=True)
+        stock = Stock("k", {"k": 1}, before=gate.pass_)
+        building = builder(stock, default_policy=SWR)
+        await building.build([K])
+        await asyncio.sleep(6)
+        gate.close()
+        await building.build([K])
+        await gate.wait_arrived(2)
+        closing = asyncio.ensure_future(building.aclose(cancel_refreshes=cancel))
+        await settle()
+        assert closing.done() is cancel
+        gate.open()
+        await closing
+        assert (await building.health_snapshot()).background_refreshes == 0
+
+
+async def test_after_closing_no_task_and_no_thread_is_left() -> None:
+    threads = set(threading.enumerate())
+    source = CallableSource(
+        name="k",
+        priority=1,
+        supports=lambda key: True,
+        fetcher=lambda key, context: [list(range(300)) for _ in range(100)],
+    )
+    building = builder(source)
+    await building.build([K])
+    await building.aclose()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    left = set(threading.enumerate()) - threads
+    assert not [each for each in left if each.name.startswith("coalestra")]
+
+
+async def test_a_source_thread_that_cannot_be_ended_is_named_in_the_error_and_in_health() -> None:
+    gate = ThreadGate()
+    source = CallableSource(
+        name="stuck",
+        priority=1,
+        supports=lambda key: True,
+        fetcher=lambda key, context: gate.pass_(),
+    )
+    building = builder(source)
+    reading = asyncio.ensure_future(building.build([K]))
+    await settle()
+    with pytest.raises(SourceTimeoutError, match="stuck"):
+        await building.aclose(copy_shutdown_timeout_seconds=1)
+    assert (await building.health_snapshot()).unfinished_source_calls == {"stuck": 1}
+    with pytest.raises(RuntimeError):
+        await reading
+    gate.open()
+    await settle()
+
+
+# Every stage runs, and the first error is raised
+
+
+class Parts:
+    """Writes down who was closed."""
+
+    def __init__(self) -> None:
+        self.closed: list[str] = []
+
+    def part(self, name: str, error: Exception | None = None, *, plain: bool = False) -> Any:
+        record = self
+
+        class Source(Single):
+            if plain:
+
+                def close(self) -> None:
+                    record.end(name, error)
+            else:
+
+                async def aclose(self) -> None:
+                    record.end(name, error)
+
+        return Source(name)
+
+    def end(self, name: str, error: Exception | None) -> None:
+        self.closed.append(name)
+        if error is not None:
+            raise error
+
+
+async def test_managed_parts_are_closed_all_even_if_some_fail_and_the_first_error_is_raised() -> (
+    None
+):
+    parts = Parts()
+    sources = [
+        parts.part("a", ValueError("first")),
+        parts.part("b", plain=True),
+        parts.part("c", OSError("second"), plain=True),
+        parts.part("d"),
+    ]
+    building = builder(*sources, manage_lifecycle=True)
+    with pytest.raises(ValueError, match="first"):
+        await building.aclose()
+    assert parts.closed == ["a", "b", "c", "d"]
+    await building.aclose()
+
+
+class BlockingSink:
+    """An event sink whose worker is held at a gate."""
+
+    def __init__(self) -> None:
+        self.gate = ThreadGate()
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        self.gate.pass_()
+
+
+async def test_a_stuck_copy_and_a_stuck_sink_hinder_no_later_stage_and_the_copy_is_told() -> None:
+    parts, sink, copying = Parts(), BlockingSink(), ThreadGate()
+    armed = False
+
+    def copier(value: Any) -> Any:
+        if armed:
+            copying.pass_()
+        return value
+
+    building = builder(
+        parts.part("k"),
+        events=sink,
+        manage_lifecycle=True,
+        payload_copier=copier,
+        run_payload_copies_in_thread=True,
+    )
+    await building.build([K])
+    armed = True
+    reading = asyncio.ensure_future(building.build([K]))
+    await settle()
+    with pytest.raises(PayloadCopyShutdownTimeoutError):
+        await building.aclose(
+            copy_shutdown_timeout_seconds=1, observability_shutdown_timeout_seconds=0
+        )
+    assert parts.closed == ["k"]
+    health = await building.health_snapshot()
+    assert health.observability_shutdown_incomplete
+    assert health.payload_copy_shutdown_incomplete
+    copying.open()
+    sink.gate.open()
+    await building.wait_for_background_shutdown()
+    health = await building.health_snapshot()
+    assert not health.observability_shutdown_incomplete
+    assert not health.payload_copy_shutdown_incomplete
+    await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_a_stuck_sink_alone_is_told_with_what_it_still_holds() -> None:
+    sink = BlockingSink()
+    building = builder(Single("k"), events=sink)
+    await building.build([K])
+    with pytest.raises(ObservabilityShutdownTimeoutError) as caught:
+        await building.aclose(observability_shutdown_timeout_seconds=0)
+    assert set(caught.value.pending_components) == {"events"}
+    assert caught.value.pending_records == sum(caught.value.pending_components.values())
+    sink.gate.open()
+    await building.wait_for_observability_shutdown()
+    health = await building.health_snapshot()
+    assert (health.observability_pending, health.observability_shutdown_timeout_count) == (0, 1)
+
+
+@pytest.mark.parametrize("drain", [True, False])
+async def test_closing_delivers_what_waits_in_buffers_or_discards_it(drain: bool) -> None:
+    class Sink:
+        def __init__(self) -> None:
+            self.gate = ThreadGate()
+            self.seen: list[str] = []
+
+        def emit(self, event_type: str, **payload: Any) -> None:
+            self.gate.pass_()
+            self.seen.append(event_type)
+
+    sink = Sink()
+    building = builder(Single("k"), events=sink, observability_drain_on_shutdown=drain)
+    await building.build([K])
+    await building.build([K])
+    await asyncio.to_thread(sink.gate.wait_arrived)
+    closing = asyncio.ensure_future(building.aclose())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    sink.gate.open()
+    await closing
+    assert (sink.seen.count("snapshot_built") == 2) is drain
+
+
+# Managed parts
+
+
+class Closable:
+    """Counts how often it is closed, and where."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def close(self) -> None:
+        self.threads.append(threading.get_ident())
+
+
+class ClosableCache(SingleKeyCache, Closable):
+    def __init__(self) -> None:
+        SingleKeyCache.__init__(self)
+        Closable.__init__(self)
+
+
+class ClosableSink(Closable):
+    """Both sinks at once."""
+
+    coalestra_non_blocking = True
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        """Forget it."""
+
+    def increment(self, metric: str, value: int = 1, **labels: Any) -> None:
+        """Forget it."""
+
+    def observe(self, metric: str, value: float, **labels: Any) -> None:
+        """Forget it."""
+
+
+class ClosableSource(Single, Closable):
+    def __init__(self, name: str) -> None:
+        Single.__init__(self, name)
+        Closable.__init__(self)
+
+
+@pytest.mark.parametrize("managed", [True, False])
+async def test_parts_are_closed_once_each_and_off_the_loop_if_they_are_managed(
+    managed: bool,
+) -> None:
+    source, cache, sink = ClosableSource("k"), ClosableCache(), ClosableSink()
+    building = builder(source, cache=cache, events=sink, metrics=sink, manage_lifecycle=managed)
+    await building.build([K])
+    await building.aclose()
+    for part in (source, cache, sink):
+        assert len(part.threads) == managed
+        assert threading.get_ident() not in part.threads
+
+
+async def test_sinks_behind_a_buffer_are_closed_too_after_what_they_were_sent() -> None:
+    class Sink(ClosableSink):
+        coalestra_non_blocking = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def emit(self, event_type: str, **payload: Any) -> None:
+            assert not self.threads
+            self.seen.append(event_type)
+
+    sink = Sink()
+    building = builder(Single("k"), events=sink, manage_lifecycle=True)
+    await building.build([K])
+    await building.aclose()
+    assert "snapshot_built" in sink.seen
+    assert len(sink.threads) == 1
+
+
+async def test_aclose_goes_before_close_and_a_part_without_either_is_left_alone() -> None:
+    calls: list[str] = []
+
+    class Both(Single):
+        async def aclose(self) -> None:
+            calls.append("aclose")
+
+        def close(self) -> None:
+            calls.append("close")
+
+    class Later(Single):
+        async def close(self) -> None:
+            calls.append("async close")
+
+    building = builder(Both("k"), Later("l"), Single("m"), manage_lifecycle=True)
+    await building.aclose()
+    assert calls == ["aclose", "async close"]
+
+
+async def test_a_managed_memory_cache_is_closed_with_the_builder() -> None:
+    from coalestra import AsyncMemoryCache
+
+    cache = AsyncMemoryCache()
+    await builder(Single("k"), cache=cache, manage_lifecycle=True).aclose()
+    assert cache.copy_health_snapshot().shutdown_complete
+    kept = AsyncMemoryCache()
+    await builder(Single("k"), cache=kept).aclose()
+    assert kept.copy_health_snapshot().accepting_copies
+
+
+# From one event loop to the next
+
+
+def made(*sources: Any, **settings: Any) -> SnapshotBuilder:
+    settings.setdefault("default_policy", LASTING)
+    settings.setdefault("clock", ManualClock())
+    return SnapshotBuilder(sources, **settings)
+
+
+CACHES: list[Callable[[], Any]] = [lambda: None, SingleKeyCache, BatchAtomicCache]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_script_may_call_asyncio_run_again_and_again(cache: Callable[[], Any]) -> None:
+    source = Batch("b")
+    derived = Derived("d", needs=lambda k: [key("b", k.subject)])
+    building = made(source, derived, cache=cache())
+
+    async def read(subject: str) -> Any:
+        return (await building.build([key("d", subject)])).value(key("d", subject))
+
+    assert [asyncio.run(read(each)) for each in ("1", "2", "1")] == [("1",), ("2",), ("1",)]
+    assert len(source.calls) == 2
+    asyncio.run(building.aclose())
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_publishing_and_invalidating_work_on_the_next_loop(cache: Callable[[], Any]) -> None:
+    building = made(Single("k"), cache=cache())
+
+    async def publish(value: int) -> Any:
+        await building.publisher.publish(K, value, source="s", force=True)
+        return (await building.build([K])).value(K)
+
+    assert [asyncio.run(publish(each)) for each in (1, 2)] == [1, 2]
+
+    async def invalidate() -> Any:
+        await building.publisher.invalidate(K)
+        return (await building.build([K])).value(K)
+
+    assert asyncio.run(invalidate()) == ""
+    asyncio.run(building.aclose())
+
+
+def abandoned(building: SnapshotBuilder, *, readers: int = 3, kind: str = "run") -> None:
+    """Leave an event loop with readers of the builder still in the middle of their work."""
+
+    async def leave() -> None:
+        tasks = [
+            asyncio.ensure_future(building.build([key("k", str(number)), K]))
+            for number in range(readers)
+        ]
+        for _ in range(30):
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks)
+
+    if kind == "run":
+        asyncio.run(leave())
+        return
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    for task in asyncio.all_tasks(loop):
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # dropped on purpose
+    loop.close()
+
+
+class Hanging(Single):
+    """Hangs for ever until it is `healed`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, fetch=self._fetch)
+        self.healed = False
+
+    async def _fetch(self, key: ResourceKey, context: FetchContext) -> str:
+        if not self.healed:
+            await asyncio.Event().wait()
+        return "fine"
+
+
+@pytest.mark.parametrize("kind", ["run", "dropped"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_capacity_and_flights_left_over_from_a_loop_that_has_ended_are_free_again(
+    kind: str,
+) -> None:
+    source = Hanging("k")
+    building = made(source, max_concurrency=2, source_concurrency={"k": 1})
+    abandoned(building, kind=kind)
+    source.healed = True
+
+    async def read() -> Any:
+        snapshot = await asyncio.wait_for(building.build([K, key("k", "1")]), 60)
+        await no_leaks(building)
+        return snapshot.value(K)
+
+    assert run_virtual(read()) == "fine"
+    asyncio.run(building.aclose())
+
+
+@pytest.mark.parametrize("kind", ["run", "dropped"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_custom_cache_that_hung_on_the_first_loop_works_on_the_next(kind: str) -> None:
+    class Slow(SingleKeyCache):
+        healed = False
+
+        async def _travel(self, call: str) -> None:
+            if not self.healed:
+                await asyncio.Event().wait()
+
+    cache = Slow()
+    building = made(Single("k"), cache=cache, max_pending_tasks=1)
+    abandoned(building, kind=kind)
+    cache.healed = True
+
+    async def read() -> Any:
+        snapshot = await asyncio.wait_for(building.build([K, key("k", "1")]), 60)
+        await building.publisher.publish(K, "event", source="s", force=True)
+        await no_leaks(building)
+        return snapshot.value(key("k", "1"))
+
+    assert run_virtual(read()) == "1"
+    asyncio.run(building.aclose())
+
+
+@pytest.mark.parametrize("kind", ["run", "dropped"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_refreshes_left_over_from_the_first_loop_do_not_block_later_ones(kind: str) -> None:
+    clock = ManualClock()
+    source = Hanging("k")
+    source.healed = True
+    building = made(source, clock=clock, default_policy=SWR)
+
+    async def read() -> bool:
+        stale = (await building.build([K]))[K].stale
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return stale
+
+    assert not asyncio.run(read())
+    clock.advance(6)
+    source.healed = False
+    if kind == "run":
+        assert asyncio.run(read())
+    else:
+        abandoned(building, readers=0, kind=kind)
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(read())
+        for task in asyncio.all_tasks(loop):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # dropped
+        loop.close()
+    source.healed = True
+
+    async def refreshed() -> bool:
+        first = await building.build([K])
+        assert first[K].stale
+        assert first[K].metadata["refresh_scheduled"]
+        await building.wait_for_refreshes()
+        return (await building.build([K]))[K].stale
+
+    assert not run_virtual(refreshed())
+    asyncio.run(building.aclose())
+
+
+def test_open_circuits_are_remembered_on_the_next_loop_and_probes_are_not_lost() -> None:
+    clock = ManualClock()
+    stock = Stock("k", {"k": SourceUnavailableError("down")})
+    stock.resilience_policy = SourceResiliencePolicy(
+        retry=ONCE.retry,
+        circuit=CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=10),
+    )
+    building = made(stock, clock=clock)
+
+    async def read(*, cut: bool = False) -> Any:
+        reading = asyncio.ensure_future(building.build([K]))
+        if cut:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return None
+        return (await reading).value(K)
+
+    with pytest.raises(SnapshotBuildError, match="down"):
+        asyncio.run(read())
+    with pytest.raises(SnapshotBuildError, match="CircuitOpenError"):
+        asyncio.run(read())
+    clock.advance(11)
+    gate = Gate()
+    stock.before = gate.pass_
+    asyncio.run(read(cut=True))
+    assert gate.arrived == 1
+    stock.before = None
+    stock.change(k="up")
+    with pytest.raises(SnapshotBuildError, match="CircuitOpenError"):
+        asyncio.run(read())
+    clock.advance(11)
+    assert asyncio.run(read()) == "up"
+    asyncio.run(building.aclose())
+
+
+def test_a_session_without_deadline_goes_on_on_the_next_loop() -> None:
+    stock = Stock("stock", {"k": 1, "l": 2})
+    building = made(stock)
+    sessions = []
+
+    async def begin() -> None:
+        session = building.session()
+        sessions.append(session)
+        await session.resolve([K])
+
+    async def go_on() -> dict[ResourceKey, Any]:
+        (session,) = sessions
+        await session.resolve([key("l")])
+        snapshot = await session.revalidate([K], force_refresh=True)
+        return {each: value.value for each, value in snapshot.items()}
+
+    asyncio.run(begin())
+    stock.change(k=3)
+    assert asyncio.run(go_on()) == {K: 3, key("l"): 2}
+    asyncio.run(building.aclose())
+
+
+def in_another_loop(work: Callable[[], Coroutine[Any, Any, Any]]) -> BaseException | None:
+    """Run work on a loop of its own in another thread; return what it raised."""
+    errors: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(work())
+        except BaseException as error:
+            errors.append(error)
+        else:
+            errors.append(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return errors[0]
+
+
+@pytest.mark.parametrize("call", ["build", "session", "publish"])
+async def test_a_second_loop_is_refused_while_the_first_has_work_under_way(call: str) -> None:
+    gate = Gate()
+    building = builder(Stock("k", {"k": 1}, before=gate.pass_), clock=ManualClock())
+    reading = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+
+    async def intrude() -> None:
+        if call == "build":
+            await building.build([K])
+        elif call == "session":
+            await building.session().resolve([key("k", "other")])
+        else:
+            await building.publisher.publish(K, 1, source="s")
+
+    error = in_another_loop(intrude)
+    assert isinstance(error, RuntimeError)
+    assert "event loop" in str(error)
+    assert "SyncSnapshotBuilder" in str(error)
+    gate.open()
+    assert (await reading).value(K) == 1
+    await no_leaks(building)
+
+
+async def test_a_second_loop_is_refused_while_only_a_refresh_is_under_way() -> None:
+    gate = Gate(opened=True)
+    clock = ManualClock()
+    building = builder(Stock("k", {"k": 1}, before=gate.pass_), clock=clock, default_policy=SWR)
+    await building.build([K])
+    clock.advance(6)
+    gate.close()
+    await building.build([K])
+    await gate.wait_arrived(2)
+    error = in_another_loop(lambda: building.build([K]))
+    assert isinstance(error, RuntimeError)
+    gate.open()
+    await building.wait_for_refreshes()
+    await no_leaks(building)
+
+
+async def test_a_second_loop_is_welcome_once_the_first_has_no_work() -> None:
+    building = builder(Single("k"), clock=ManualClock())
+    await building.build([K])
+    await settle()
+    assert in_another_loop(lambda: building.build([key("k", "2")])) is None
+    assert (await building.build([key("k", "3")])).complete
+
+
+async def test_closing_from_a_second_loop_is_refused_while_the_first_has_work() -> None:
+    gate = Gate()
+    building = builder(Stock("k", {"k": 1}, before=gate.pass_), clock=ManualClock())
+    reading = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+    error = in_another_loop(building.aclose)
+    assert isinstance(error, RuntimeError)
+    assert "event loop" in str(error)
+    gate.open()
+    assert (await reading).complete
+    await building.aclose()
+
+
+def test_closing_that_was_cut_short_with_its_loop_is_done_by_the_next_call() -> None:
+    class Slow(Single):
+        ends = 0
+        gate: Gate
+
+        async def aclose(self) -> None:
+            self.ends += 1
+            await self.gate.pass_()
+
+    source = Slow("k")
+    building = made(source, manage_lifecycle=True)
+
+    async def cut_short() -> None:
+        source.gate = Gate()
+        closing = asyncio.ensure_future(building.aclose())
+        await source.gate.wait_arrived()
+        assert not closing.done()
+
+    asyncio.run(cut_short())
+    source.gate.open()
+    asyncio.run(building.aclose())
+    assert source.ends == 2
+
+
+def test_closing_on_another_loop_than_the_work_was_done_on() -> None:
+    building = made(Single("k"))
+    asyncio.run(_discard(building.build([K])))
+    asyncio.run(building.aclose())
+    asyncio.run(building.aclose())
+    assert building.closed
+
+
+async def _discard(work: Coroutine[Any, Any, Any]) -> None:
+    await work

@@ -1,0 +1,474 @@
+"""A request says what is required and what is only welcome, and what the values must live up to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    FreshnessPolicy,
+    InMemoryMetrics,
+    RefreshMode,
+    ResourceAcceptanceError,
+    ResourceAcceptanceRule,
+    ResourceResolutionError,
+    Snapshot,
+    SnapshotAcceptanceError,
+    SnapshotAcceptancePolicy,
+    SnapshotAcceptanceReason,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SnapshotConsistencyError,
+    SnapshotConsistencyPolicy,
+    SnapshotDeadlineExceededError,
+    SnapshotRequest,
+    SnapshotRequirement,
+    SourceAuthorityPolicy,
+    SourcePayload,
+    SourceUnavailableError,
+)
+from tests.orchestration.scripted import builder, key
+from tests.orchestration.stock import BASE, OTHER, TOP, Shop, Stock, shown
+from tests.support import EPOCH, Gate, no_leaks
+
+A, B, C = key("a"), key("b"), key("c")
+DOWN = SourceUnavailableError("down")
+NEAR = SnapshotConsistencyPolicy(5.0)
+
+Ask = Callable[..., Awaitable[Snapshot]]
+
+
+async def in_a_build(building: SnapshotBuilder, request: SnapshotRequest, **more: Any) -> Snapshot:
+    return await building.build_request(request, **more)
+
+
+async def in_a_session(
+    building: SnapshotBuilder, request: SnapshotRequest, **more: Any
+) -> Snapshot:
+    async with building.session(**more) as session:
+        return await session.resolve_request(request)
+
+
+both = pytest.mark.parametrize("ask", [in_a_build, in_a_session])
+
+
+def at(seconds: float, value: Any = "v") -> SourcePayload[Any]:
+    """A payload observed so many seconds after the epoch of the tests."""
+    return SourcePayload(value, observed_at=EPOCH + seconds)
+
+
+def serving(**values: Any) -> SnapshotBuilder:
+    """A builder that serves what is given by name."""
+    return builder(Stock("stock", values))
+
+
+# The request itself
+
+
+def test_a_request_without_keys_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        SnapshotRequest()
+
+
+def test_a_key_in_both_groups_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match=str(A)):
+        SnapshotRequest(required=[A, B], optional=[A])
+
+
+def test_a_policy_may_name_keys_of_the_request_only() -> None:
+    rule = ResourceAcceptanceRule(max_age_seconds=1)
+    with pytest.raises(ValueError, match="acceptance_policy"):
+        SnapshotRequest(
+            required=[A], acceptance_policy=SnapshotAcceptancePolicy(resource_rules={B: rule})
+        )
+    with pytest.raises(ValueError, match="acceptance_policy"):
+        SnapshotRequest(
+            required=[A],
+            acceptance_policy=SnapshotAcceptancePolicy(
+                requirements=(SnapshotRequirement.any_of([A, B]),)
+            ),
+        )
+
+
+def test_keys_are_the_required_ones_and_then_the_optional_ones() -> None:
+    request = SnapshotRequest(required=[B], optional=[C, A])
+    assert tuple(request.keys) == (B, C, A)
+    assert (request.is_required(B), request.is_required(A)) == (True, False)
+
+
+@both
+async def test_anything_but_a_request_is_a_type_error(ask: Ask) -> None:
+    with pytest.raises(TypeError, match="request"):
+        await ask(serving(a=1), [A])
+
+
+# Required and optional
+
+
+@both
+async def test_the_snapshot_holds_all_keys_in_the_order_of_the_request(ask: Ask) -> None:
+    snapshot = await ask(serving(a=1, b=2, c=3), SnapshotRequest(required=[C], optional=[B, A]))
+    assert list(snapshot.items()) == [(C, snapshot[C]), (B, snapshot[B]), (A, snapshot[A])]
+    assert shown(snapshot) == {C: 3, B: 2, A: 1}
+
+
+@both
+async def test_failed_optional_keys_are_told_in_errors_and_raise_nothing(ask: Ask) -> None:
+    snapshot = await ask(serving(a=1, b=DOWN), SnapshotRequest(required=[A], optional=[B]))
+    assert shown(snapshot) == {A: 1}
+    assert isinstance(snapshot.errors[B], ResourceResolutionError)
+    assert not snapshot.complete
+
+
+@both
+async def test_failed_required_keys_raise_with_the_partial_snapshot(ask: Ask) -> None:
+    request = SnapshotRequest(required=[A, B], optional=[C])
+    with pytest.raises(SnapshotBuildError) as caught:
+        await ask(serving(a=1, b=DOWN, c=DOWN), request)
+    assert type(caught.value) is SnapshotBuildError
+    assert list(caught.value.errors) == [B]
+    partial = caught.value.snapshot
+    assert partial is not None
+    assert shown(partial) == {A: 1}
+    assert set(partial.errors) == {B, C}
+
+
+@both
+async def test_all_optional_keys_may_fail(ask: Ask) -> None:
+    snapshot = await ask(serving(a=DOWN), SnapshotRequest(optional=[A]))
+    assert (len(snapshot), list(snapshot.errors)) == (0, [A])
+
+
+@both
+async def test_the_deadline_fails_the_keys_that_are_late(ask: Ask) -> None:
+    gate = Gate()
+    building = builder(Stock("quick", {"a": 1}), Stock("slow", {"b": 2}, before=gate.pass_))
+    snapshot = await ask(building, SnapshotRequest(required=[A], optional=[B]), deadline_seconds=2)
+    assert shown(snapshot) == {A: 1}
+    with pytest.raises(SnapshotBuildError) as caught:
+        await ask(building, SnapshotRequest(required=[B]), deadline_seconds=2)
+    (error,) = caught.value.errors.values()
+    assert isinstance(error, SnapshotDeadlineExceededError | ResourceResolutionError)
+    assert "SnapshotDeadlineExceededError" in f"{type(error).__name__} {error}"
+    gate.open()
+    await no_leaks(building)
+
+
+async def test_a_build_request_takes_id_and_metadata_like_a_build() -> None:
+    snapshot = await serving(a=1).build_request(
+        SnapshotRequest(required=[A]), snapshot_id="mine", metadata={"user": "ann"}
+    )
+    assert snapshot.snapshot_id == "mine"
+
+
+# In a session
+
+
+async def test_a_request_in_a_session_reads_only_what_is_not_pinned() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    snapshot = await session.resolve_request(SnapshotRequest(required=[BASE, TOP]))
+    assert shown(snapshot) == {BASE: 1, TOP: ((1,),)}
+    assert len(shop.stock.calls) == 1
+
+
+async def test_a_request_returns_everything_that_the_session_was_asked_for() -> None:
+    shop = Shop()
+    session = await shop.session(OTHER)
+    snapshot = await session.resolve_request(SnapshotRequest(required=[BASE]))
+    assert list(snapshot) == [OTHER, BASE]
+
+
+async def test_a_failed_key_of_an_earlier_stage_does_not_fail_a_request_without_it() -> None:
+    shop = Shop()
+    shop.stock.change(other=DOWN)
+    session = await shop.session()
+    await session.resolve([OTHER], strict=False)
+    snapshot = await session.resolve_request(SnapshotRequest(required=[BASE]))
+    assert list(snapshot.errors) == [OTHER]
+
+
+async def test_a_request_retries_failed_keys_only_if_told_to() -> None:
+    shop = Shop()
+    shop.stock.change(base=DOWN)
+    session = await shop.session()
+    request = SnapshotRequest(required=[BASE])
+    with pytest.raises(SnapshotBuildError):
+        await session.resolve_request(request)
+    shop.stock.change(base=5)
+    with pytest.raises(SnapshotBuildError):
+        await session.resolve_request(request)
+    assert shown(await session.resolve_request(request, retry_errors=True)) == {BASE: 5}
+    with pytest.raises(TypeError, match="retry_errors"):
+        await session.resolve_request(request, retry_errors=1)  # type: ignore[arg-type]  # so
+
+
+async def test_what_a_refused_request_has_read_stays_pinned() -> None:
+    stock = Stock("stock", {"a": at(0), "b": at(9)})
+    building = builder(stock)
+    await asyncio.sleep(10)
+    session = building.session()
+    request = SnapshotRequest(required=[A, B], consistency_policy=NEAR)
+    with pytest.raises(SnapshotConsistencyError):
+        await session.resolve_request(request)
+    assert list(session.snapshot()) == [A, B]
+    await session.resolve([A, B])
+    assert len(stock.calls) == 2
+
+
+# Consistency
+
+
+@both
+@pytest.mark.parametrize("skew", [0.0, 4.9, 5.0])
+async def test_observations_no_further_apart_than_allowed_pass(ask: Ask, skew: float) -> None:
+    building = serving(a=at(0), b=at(skew))
+    await asyncio.sleep(10)
+    request = SnapshotRequest(required=[A, B], consistency_policy=NEAR)
+    assert len(await ask(building, request)) == 2
+
+
+@both
+async def test_observations_further_apart_raise_with_all_the_facts(ask: Ask) -> None:
+    building = serving(a=at(0), b=at(5.5), c=at(3))
+    await asyncio.sleep(10)
+    request = SnapshotRequest(required=[A, B, C], consistency_policy=NEAR)
+    with pytest.raises(SnapshotConsistencyError) as caught:
+        await ask(building, request)
+    error = caught.value
+    assert (error.oldest_key, error.newest_key) == (A, B)
+    assert (error.oldest_observed_at, error.newest_observed_at) == (EPOCH, EPOCH + 5.5)
+    assert (error.observation_skew_seconds, error.max_observation_skew_seconds) == (5.5, 5.0)
+    assert set(error.keys) == {A, B, C}
+    assert error.snapshot is not None
+    assert len(error.snapshot) == 3
+
+
+@both
+@pytest.mark.parametrize("included", [False, True])
+async def test_optional_keys_take_part_in_consistency_only_if_included(
+    ask: Ask, included: bool
+) -> None:
+    building = serving(a=at(9), b=at(0))
+    await asyncio.sleep(10)
+    policy = SnapshotConsistencyPolicy(5.0, include_optional_resources=included)
+    request = SnapshotRequest(required=[A], optional=[B], consistency_policy=policy)
+    if included:
+        with pytest.raises(SnapshotConsistencyError):
+            await ask(building, request)
+    else:
+        assert len(await ask(building, request)) == 2
+
+
+@both
+async def test_fewer_than_two_resolved_keys_are_always_consistent(ask: Ask) -> None:
+    policy = SnapshotConsistencyPolicy(0.0, include_optional_resources=True)
+    request = SnapshotRequest(required=[A], optional=[B], consistency_policy=policy)
+    assert shown(await ask(serving(a=1, b=DOWN), request)) == {A: 1}
+
+
+async def test_other_keys_of_the_session_take_no_part_in_consistency() -> None:
+    stock = Stock("stock", {"a": at(0), "b": at(9), "c": at(9)})
+    building = builder(stock)
+    await asyncio.sleep(10)
+    session = building.session()
+    await session.resolve([A])
+    request = SnapshotRequest(required=[B, C], consistency_policy=NEAR)
+    assert len(await session.resolve_request(request)) == 3
+
+
+# Acceptance
+
+
+def accepting(**rule: Any) -> SnapshotAcceptancePolicy:
+    return SnapshotAcceptancePolicy(ResourceAcceptanceRule(**rule))
+
+
+def requiring(requirement: SnapshotRequirement, **rule: Any) -> SnapshotAcceptancePolicy:
+    return SnapshotAcceptancePolicy(ResourceAcceptanceRule(**rule), requirements=(requirement,))
+
+
+@both
+async def test_values_older_than_the_rule_allows_are_refused(ask: Ask) -> None:
+    building = serving(a=at(0), b=at(9))
+    await asyncio.sleep(10)
+    request = SnapshotRequest(required=[A, B], acceptance_policy=accepting(max_age_seconds=5))
+    with pytest.raises(SnapshotAcceptanceError) as caught:
+        await ask(building, request)
+    (violation,) = caught.value.violations
+    assert violation.reason is SnapshotAcceptanceReason.TOO_OLD
+    assert (violation.key, violation.keys) == (A, (A,))
+    assert (violation.current_age_seconds, violation.max_age_seconds) == (10, 5)
+    assert isinstance(caught.value.errors[A], ResourceAcceptanceError)
+    assert isinstance(caught.value, SnapshotBuildError)
+    assert caught.value.snapshot is not None
+    assert len(caught.value.snapshot) == 2
+
+
+async def test_age_is_judged_at_the_request_and_not_at_acquisition() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    request = SnapshotRequest(required=[BASE], acceptance_policy=accepting(max_age_seconds=5))
+    assert shown(await session.resolve_request(request)) == {BASE: 1}
+    await asyncio.sleep(6)
+    with pytest.raises(SnapshotAcceptanceError):
+        await session.resolve_request(request)
+
+
+async def test_staleness_is_judged_at_the_request_and_not_at_acquisition() -> None:
+    policy = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    shop = Shop(default_policy=policy)
+    session = await shop.session(BASE)
+    request = SnapshotRequest(required=[BASE], acceptance_policy=accepting(allow_stale=False))
+    await session.resolve_request(request)
+    await asyncio.sleep(6)
+    with pytest.raises(SnapshotAcceptanceError) as caught:
+        await session.resolve_request(request)
+    assert [each.reason for each in caught.value.violations] == [SnapshotAcceptanceReason.STALE]
+
+
+@both
+async def test_values_of_too_low_authority_are_refused(ask: Ask) -> None:
+    stock = Stock("stock", {"a": 1})
+    building = builder(stock, authority_policy=SourceAuthorityPolicy({"stock": 2}))
+    good = SnapshotRequest(required=[A], acceptance_policy=accepting(minimum_authority_rank=2))
+    assert (await ask(building, good))[A].authority_rank == 2
+    bad = SnapshotRequest(required=[A], acceptance_policy=accepting(minimum_authority_rank=3))
+    with pytest.raises(SnapshotAcceptanceError) as caught:
+        await ask(building, bad)
+    (violation,) = caught.value.violations
+    assert violation.reason is SnapshotAcceptanceReason.INSUFFICIENT_AUTHORITY
+    assert (violation.authority_rank, violation.minimum_authority_rank) == (2, 3)
+
+
+@both
+async def test_a_rule_of_its_own_goes_before_the_default_rule_for_optional_keys_too(
+    ask: Ask,
+) -> None:
+    building = serving(a=at(0), b=at(0))
+    await asyncio.sleep(10)
+    policy = SnapshotAcceptancePolicy(
+        ResourceAcceptanceRule(max_age_seconds=5),
+        resource_rules={A: ResourceAcceptanceRule(max_age_seconds=50)},
+    )
+    request = SnapshotRequest(required=[A], optional=[B], acceptance_policy=policy)
+    assert len(await ask(building, request)) == 2
+    strict = SnapshotAcceptancePolicy(resource_rules={B: ResourceAcceptanceRule(max_age_seconds=5)})
+    request = SnapshotRequest(required=[A], optional=[B], acceptance_policy=strict)
+    with pytest.raises(SnapshotAcceptanceError) as caught:
+        await ask(building, request)
+    assert list(caught.value.errors) == [B]
+
+
+@both
+@pytest.mark.parametrize("included", [False, True])
+async def test_the_default_rule_applies_to_optional_keys_only_if_included(
+    ask: Ask, included: bool
+) -> None:
+    building = serving(a=at(9), b=at(0))
+    await asyncio.sleep(10)
+    policy = SnapshotAcceptancePolicy(
+        ResourceAcceptanceRule(max_age_seconds=5), include_optional_resources=included
+    )
+    request = SnapshotRequest(required=[A], optional=[B], acceptance_policy=policy)
+    if included:
+        with pytest.raises(SnapshotAcceptanceError):
+            await ask(building, request)
+    else:
+        assert len(await ask(building, request)) == 2
+
+
+@both
+async def test_a_missing_optional_key_violates_no_rule_but_counts_for_no_requirement(
+    ask: Ask,
+) -> None:
+    building = serving(a=1, b=DOWN, c=3)
+    rule = SnapshotAcceptancePolicy(resource_rules={B: ResourceAcceptanceRule(max_age_seconds=1)})
+    request = SnapshotRequest(required=[A], optional=[B], acceptance_policy=rule)
+    assert shown(await ask(building, request)) == {A: 1}
+    keys = [B, C]
+    for requirement, met in (
+        (SnapshotRequirement.any_of(keys), True),
+        (SnapshotRequirement.at_least(1, keys), True),
+        (SnapshotRequirement.all_of(keys, name="both"), False),
+        (SnapshotRequirement.at_least(2, keys, name="two"), False),
+    ):
+        request = SnapshotRequest(optional=[A, B, C], acceptance_policy=requiring(requirement))
+        if met:
+            assert len(await ask(building, request)) == 2
+        else:
+            with pytest.raises(SnapshotAcceptanceError) as caught:
+                await ask(building, request)
+            (violation,) = caught.value.violations
+            assert violation.reason is SnapshotAcceptanceReason.REQUIREMENT_UNSATISFIED
+            assert violation.requirement_name == requirement.name
+            assert (violation.accepted_count, violation.required_count) == (1, 2)
+
+
+@both
+async def test_the_rejected_alternatives_of_a_requirement_matter_only_if_it_fails(
+    ask: Ask,
+) -> None:
+    building = serving(a=at(0), b=at(9))
+    await asyncio.sleep(10)
+    met = requiring(SnapshotRequirement.any_of([A, B]), max_age_seconds=5)
+    request = SnapshotRequest(optional=[A, B], acceptance_policy=met)
+    assert len(await ask(building, request)) == 2
+    unmet = requiring(SnapshotRequirement.all_of([A, B]), max_age_seconds=5)
+    request = SnapshotRequest(optional=[A, B], acceptance_policy=unmet)
+    with pytest.raises(SnapshotAcceptanceError) as caught:
+        await ask(building, request)
+    reasons = {each.reason for each in caught.value.violations}
+    assert reasons == {
+        SnapshotAcceptanceReason.TOO_OLD,
+        SnapshotAcceptanceReason.REQUIREMENT_UNSATISFIED,
+    }
+
+
+# The order of the checks
+
+
+@both
+async def test_failed_required_keys_come_first_then_consistency_then_acceptance(ask: Ask) -> None:
+    policies: dict[str, Any] = {
+        "consistency_policy": SnapshotConsistencyPolicy(1.0),
+        "acceptance_policy": accepting(max_age_seconds=2),
+    }
+    building = serving(a=at(0), b=at(9), c=DOWN)
+    await asyncio.sleep(10)
+    with pytest.raises(SnapshotBuildError) as first:
+        await ask(building, SnapshotRequest(required=[A, B, C], **policies))
+    assert type(first.value) is SnapshotBuildError
+    with pytest.raises(SnapshotConsistencyError):
+        await ask(building, SnapshotRequest(required=[A, B], optional=[C], **policies))
+    with pytest.raises(SnapshotAcceptanceError):
+        await ask(building, SnapshotRequest(required=[A], optional=[B, C], **policies))
+    assert shown(await ask(building, SnapshotRequest(required=[B], **policies))) == {B: "v"}
+
+
+@both
+async def test_outcomes_of_both_policies_are_counted(ask: Ask) -> None:
+    metrics = InMemoryMetrics()
+    building = builder(Stock("stock", {"a": at(0), "b": at(9)}), metrics=metrics)
+    await asyncio.sleep(10)
+    consistent = SnapshotRequest(
+        required=[B], consistency_policy=NEAR, acceptance_policy=accepting(max_age_seconds=5)
+    )
+    await ask(building, consistent)
+    with pytest.raises(SnapshotConsistencyError):
+        await ask(building, SnapshotRequest(required=[A, B], consistency_policy=NEAR))
+    old = accepting(max_age_seconds=5)
+    with pytest.raises(SnapshotAcceptanceError):
+        await ask(building, SnapshotRequest(required=[A], acceptance_policy=old))
+    count = metrics.counter
+    skew = {"rule": "observation_skew"}
+    assert count("snapshot_consistency_total", status="success", **skew) == 1
+    assert count("snapshot_consistency_total", status="error", **skew) == 1
+    assert count("snapshot_acceptance_total", status="success") == 1
+    assert count("snapshot_acceptance_total", status="error") == 1
+    assert count("snapshot_acceptance_violation_total", reason="too_old") == 1
+    total = "snapshot_build_total" if ask is in_a_build else "snapshot_session_resolve_total"
+    assert (count(total, status="success"), count(total, status="error")) == (1, 2)

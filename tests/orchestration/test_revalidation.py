@@ -1,0 +1,913 @@
+"""Revalidation replaces pinned values and all that was derived from them, or nothing at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    EventRecord,
+    FreshnessPolicy,
+    InMemoryMetrics,
+    ResourceAcceptanceRule,
+    ResourceKey,
+    Snapshot,
+    SnapshotAcceptanceError,
+    SnapshotAcceptancePolicy,
+    SnapshotBuildError,
+    SnapshotConsistencyError,
+    SnapshotConsistencyPolicy,
+    SnapshotDeadlineExceededError,
+    SnapshotSession,
+    SourceAuthorityPolicy,
+    SourcePayload,
+    SourceUnavailableError,
+)
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key
+from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
+from tests.support import EPOCH, Gate, ThreadGate, cancel_at_every_await, no_leaks, settle
+
+SHORT = FreshnessPolicy(10.0, 1_000.0)
+LARGE = [list(range(200)) for _ in range(200)]
+
+
+def unchanged(session: SnapshotSession, before: Snapshot) -> bool:
+    """Whether the session still has the very revisions that a snapshot showed."""
+    after = session.snapshot()
+    return [(k, v.version) for k, v in before.items()] == [
+        (k, v.version) for k, v in after.items()
+    ] and list(before.errors) == list(after.errors)
+
+
+# What is replaced
+
+
+async def test_it_takes_what_was_published_since() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    await shop.publish(BASE, 2)
+    assert shown(await session.revalidate([BASE])) == {BASE: 2, OTHER: 10}
+    assert shown(session.snapshot()) == {BASE: 2, OTHER: 10}
+    assert len(shop.stock.calls) == 2
+
+
+async def test_it_takes_what_others_have_read_since() -> None:
+    shop = Shop(default_policy=SHORT)
+    session = await shop.session(BASE)
+    shop.stock.change(base=2)
+    await asyncio.sleep(11)
+    await shop.builder.build([BASE])
+    assert (await session.revalidate([BASE])).value(BASE) == 2
+    assert len(shop.stock.calls) == 2
+
+
+async def test_it_asks_the_source_if_the_cache_has_nothing_fresh() -> None:
+    shop = Shop(default_policy=SHORT)
+    session = await shop.session(BASE)
+    shop.stock.change(base=2)
+    await asyncio.sleep(11)
+    assert (await session.revalidate([BASE])).value(BASE) == 2
+
+
+async def test_a_value_that_is_still_fresh_in_the_cache_is_kept_without_asking_anyone() -> None:
+    shop = Shop()
+    session = await shop.session(TOP, BASE)
+    before = session.snapshot()
+    shop.stock.change(base=2)
+    after = await session.revalidate([BASE])
+    assert [v.version for v in after.values()] == [v.version for v in before.values()]
+    assert len(shop.stock.calls) == len(shop.top.calls) == 1
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_what_was_derived_from_a_replaced_value_is_replaced_through_chains(
+    force: bool,
+) -> None:
+    shop = Shop()
+    session = await shop.session(BASE, TOP, OTHER)
+    shop.stock.change(base=2)
+    await shop.publish(BASE, 2)
+    after = await session.revalidate([BASE], force_refresh=force)
+    assert shown(after) == {BASE: 2, TOP: ((2,),), OTHER: 10}
+    assert shown(await session.resolve([MIDDLE])) == {**shown(after), MIDDLE: (2,)}
+
+
+async def test_the_new_versions_of_a_chain_refer_to_each_other() -> None:
+    shop = Shop()
+    session = await shop.session(TOP, MIDDLE, BASE)
+    shop.stock.change(base=2)
+    after = await session.revalidate([BASE], force_refresh=True)
+    assert after[TOP].dependency_versions == {MIDDLE: after[MIDDLE].version}
+    assert after[MIDDLE].dependency_versions == {BASE: after[BASE].version}
+
+
+async def test_what_was_not_named_and_is_not_derived_stays_the_very_same_revision() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    version = session.snapshot()[OTHER].version
+    shop.stock.change(base=2, other=20)
+    await shop.publish(OTHER, 30)
+    after = await session.revalidate([BASE], force_refresh=True)
+    assert after[OTHER].version == version
+    assert after.value(OTHER) == 10
+
+
+async def test_a_derived_key_revalidated_alone_agrees_with_its_pinned_dependencies() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, MIDDLE)
+    await shop.publish(BASE, 2)
+    assert (await shop.builder.build([MIDDLE])).value(MIDDLE) == (2,)
+    assert shown(await session.revalidate([MIDDLE])) == {BASE: 1, MIDDLE: (1,)}
+    again = await session.revalidate([MIDDLE], force_refresh=True)
+    assert shown(again) == {BASE: 1, MIDDLE: (1,)}
+    assert again[MIDDLE].dependency_versions == {BASE: again[BASE].version}
+
+
+async def test_a_revalidated_snapshot_keeps_the_identity_and_the_order_of_the_session() -> None:
+    shop = Shop()
+    session = await shop.session(OTHER, BASE)
+    after = await session.revalidate([BASE])
+    assert list(after) == [OTHER, BASE]
+    assert (after.snapshot_id, after.created_at) == (session.snapshot_id, session.created_at)
+
+
+async def test_a_snapshot_given_out_before_does_not_change() -> None:
+    shop = Shop()
+    session = await shop.session(TOP, BASE)
+    before = session.snapshot()
+    shop.stock.change(base=2)
+    await session.revalidate([BASE], force_refresh=True)
+    assert shown(before) == {TOP: ((1,),), BASE: 1}
+
+
+async def test_revalidating_again_starts_from_the_replaced_values() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, TOP)
+    for amount in (2, 3, 4):
+        shop.stock.change(base=amount)
+        after = await session.revalidate([BASE], force_refresh=True)
+        assert shown(after) == {BASE: amount, TOP: ((amount,),)}
+
+
+async def test_keys_named_twice_count_once() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    await session.revalidate([BASE, BASE], force_refresh=True)
+    assert len(shop.stock.calls) == 2
+
+
+async def test_batch_sources_get_all_named_keys_in_one_call() -> None:
+    source = Batch("b")
+    session = builder(source).session()
+    keys = [key("b", str(n)) for n in range(5)]
+    await session.resolve(keys)
+    await session.revalidate(keys, force_refresh=True)
+    assert [len(call) for call in source.calls] == [5, 5]
+
+
+# force_refresh
+
+
+async def test_force_refresh_passes_the_cache_by_though_it_is_fresh() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    shop.stock.change(base=2)
+    assert (await session.revalidate([BASE], force_refresh=True)).value(BASE) == 2
+    assert len(shop.stock.calls) == 2
+
+
+async def test_force_refresh_tells_others_what_it_has_read() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    shop.stock.change(base=2)
+    await asyncio.sleep(1)
+    await session.revalidate([BASE], force_refresh=True)
+    assert (await shop.builder.build([BASE])).value(BASE) == 2
+    assert len(shop.stock.calls) == 2
+
+
+async def test_force_refresh_derives_every_affected_key_anew() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, TOP)
+    await session.revalidate([BASE], force_refresh=True)
+    assert len(shop.stock.calls) == len(shop.middle.calls) == len(shop.top.calls) == 2
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_force_refresh_forbids_stale_values_and_without_it_they_may_stand_in(
+    force: bool,
+) -> None:
+    shop = Shop(default_policy=SHORT)
+    session = await shop.session(BASE)
+    before = session.snapshot()
+    await asyncio.sleep(11)
+    shop.stock.change(base=SourceUnavailableError("down"))
+    if force:
+        with pytest.raises(SnapshotBuildError) as caught:
+            await session.revalidate([BASE], force_refresh=True)
+        assert list(caught.value.errors) == [BASE]
+        assert unchanged(session, before)
+    else:
+        after = await session.revalidate([BASE])
+        assert after[BASE].stale
+        assert after[BASE].metadata["fallback_error_type"] == "ResourceResolutionError"
+
+
+async def test_force_refresh_accepts_no_stale_payload_either() -> None:
+    shop = Shop(default_policy=SHORT)
+    session = await shop.session(BASE)
+    await asyncio.sleep(20)
+    shop.stock.change(base=SourcePayload(2, observed_at=EPOCH + 5))
+    with pytest.raises(SnapshotBuildError, match="StaleSourceData"):
+        await session.revalidate([BASE], force_refresh=True)
+    assert shown(session.snapshot()) == {BASE: 1}
+
+
+async def test_force_refresh_forbids_stale_values_of_derived_keys_too() -> None:
+    failing = False
+
+    class Fragile(Derived):
+        async def derive(self, key: ResourceKey, dependencies: Snapshot, context: Any) -> Any:
+            if failing:
+                raise SourceUnavailableError("no more")
+            return await super().derive(key, dependencies, context)
+
+    stock = Stock("stock", {"base": 1})
+    building = builder(stock, Fragile("d", needs=lambda k: [BASE]), default_policy=SHORT)
+    session = building.session()
+    await session.resolve([BASE, key("d")])
+    before = session.snapshot()
+    failing = True
+    await asyncio.sleep(11)
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.revalidate([BASE], force_refresh=True)
+    assert list(caught.value.errors) == [key("d")]
+    assert unchanged(session, before)
+
+
+# All or nothing
+
+
+async def test_one_failed_key_keeps_everything_as_it_was() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, TOP, OTHER)
+    before = session.snapshot()
+    shop.stock.change(base=2, other=SourceUnavailableError("down"))
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.revalidate([BASE, OTHER], force_refresh=True)
+    assert list(caught.value.errors) == [OTHER]
+    retained = caught.value.snapshot
+    assert retained is not None
+    assert shown(retained) == shown(before)
+    assert list(retained.errors) == [OTHER]
+    assert unchanged(session, before)
+
+
+async def test_a_failed_derivation_keeps_everything_as_it_was() -> None:
+    fail = False
+
+    async def before_deriving() -> None:
+        if fail:
+            raise SourceUnavailableError("cannot derive")
+
+    stock = Stock("stock", {"base": 1})
+    building = builder(stock, Derived("d", needs=lambda k: [BASE], before=before_deriving))
+    session = building.session()
+    await session.resolve([BASE, key("d")])
+    before = session.snapshot()
+    fail = True
+    stock.change(base=2)
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.revalidate([BASE], force_refresh=True)
+    assert list(caught.value.errors) == [key("d")]
+    assert unchanged(session, before)
+    fail = False
+    assert shown(await session.revalidate([BASE], force_refresh=True)) == {BASE: 2, key("d"): (2,)}
+
+
+async def test_a_hidden_link_of_the_chain_that_fails_is_named_in_the_errors() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, TOP)
+    before = session.snapshot()
+    shop.stock.change(base=SourceUnavailableError("down"))
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.revalidate([BASE], force_refresh=True)
+    assert BASE in caught.value.errors
+    assert unchanged(session, before)
+
+
+async def test_not_strict_returns_what_is_retained_with_the_errors_of_this_call_only() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    before = session.snapshot()
+    shop.stock.change(base=SourceUnavailableError("down"))
+    retained = await session.revalidate([BASE, OTHER], strict=False, force_refresh=True)
+    assert shown(retained) == {BASE: 1, OTHER: 10}
+    assert list(retained.errors) == [BASE]
+    assert not session.snapshot().errors
+    assert not (await session.resolve([BASE])).errors
+    assert unchanged(session, before)
+
+
+async def test_an_earlier_failure_of_another_key_stays_and_does_not_matter() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    shop.stock.change(other=SourceUnavailableError("down"))
+    await session.resolve([OTHER], strict=False)
+    shop.stock.change(base=2)
+    after = await session.revalidate([BASE], force_refresh=True)
+    assert shown(after) == {BASE: 2}
+    assert list(after.errors) == [OTHER]
+    assert list(session.snapshot().errors) == [OTHER]
+
+
+async def test_a_payload_that_cannot_be_copied_keeps_everything_as_it_was() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, TOP)
+    before = session.snapshot()
+    shop.stock.change(base=(each for each in [1]))
+    with pytest.raises(SnapshotBuildError, match="PayloadIsolationError"):
+        await session.revalidate([BASE], force_refresh=True)
+    assert unchanged(session, before)
+
+
+async def test_a_new_value_that_cannot_be_delivered_keeps_everything_as_it_was() -> None:
+    class Once:
+        """Can be copied on the way in, but not on the way out."""
+
+        copies = 0
+
+        def __deepcopy__(self, memo: object) -> Once:
+            if type(self).copies:
+                raise ValueError("not again")
+            type(self).copies += 1
+            return self
+
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    before = session.snapshot()
+    shop.stock.change(base=Once())
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.revalidate([BASE], force_refresh=True)
+    assert list(caught.value.errors) == [BASE]
+    assert unchanged(session, before)
+    Once.copies = 0
+    retained = await session.revalidate([BASE], force_refresh=True, strict=False)
+    assert shown(retained) == {BASE: 1, OTHER: 10}
+    assert list(retained.errors) == [BASE]
+    assert unchanged(session, before)
+    await shop.builder.aclose()
+
+
+# Policies
+
+
+NEAR = SnapshotConsistencyPolicy(5.0)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+async def test_a_consistency_violation_always_raises_and_changes_nothing(strict: bool) -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    before = session.snapshot()
+    shop.stock.change(
+        base=SourcePayload(2, observed_at=EPOCH + 10), other=SourcePayload(20, observed_at=EPOCH)
+    )
+    await asyncio.sleep(10)
+    with pytest.raises(SnapshotConsistencyError) as caught:
+        await session.revalidate(
+            [BASE, OTHER], strict=strict, force_refresh=True, consistency_policy=NEAR
+        )
+    assert caught.value.snapshot is not None
+    assert shown(caught.value.snapshot) == {BASE: 2, OTHER: 20}
+    assert unchanged(session, before)
+
+
+async def test_consistency_is_asked_of_the_named_keys_only() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    await asyncio.sleep(100)
+    after = await session.revalidate([BASE], force_refresh=True, consistency_policy=NEAR)
+    assert after[BASE].observed_at - after[OTHER].observed_at == 100
+
+
+async def test_consistent_new_values_pass() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    await asyncio.sleep(100)
+    shop.stock.change(base=2, other=20)
+    after = await session.revalidate([BASE, OTHER], force_refresh=True, consistency_policy=NEAR)
+    assert shown(after) == {BASE: 2, OTHER: 20}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+async def test_an_acceptance_violation_always_raises_and_changes_nothing(strict: bool) -> None:
+    shop = Shop(authority_policy=SourceAuthorityPolicy({"stock": 3}))
+    session = await shop.session(BASE)
+    before = session.snapshot()
+    shop.stock.change(base=2)
+    policy = SnapshotAcceptancePolicy(ResourceAcceptanceRule(minimum_authority_rank=5))
+    with pytest.raises(SnapshotAcceptanceError) as caught:
+        await session.revalidate(
+            [BASE], strict=strict, force_refresh=True, acceptance_policy=policy
+        )
+    assert list(caught.value.errors) == [BASE]
+    assert unchanged(session, before)
+
+
+async def test_an_acceptance_policy_looks_at_the_new_values() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    await asyncio.sleep(100)
+    policy = SnapshotAcceptancePolicy(ResourceAcceptanceRule(max_age_seconds=5))
+    with pytest.raises(SnapshotAcceptanceError):
+        await session.revalidate([BASE], acceptance_policy=policy)
+    after = await session.revalidate([BASE], force_refresh=True, acceptance_policy=policy)
+    assert after[BASE].age_seconds == 0
+
+
+async def test_consistency_is_judged_before_acceptance() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    await asyncio.sleep(100)
+    shop.stock.change(base=2, other=SourcePayload(1, observed_at=EPOCH + 1))
+    strict = SnapshotAcceptancePolicy(ResourceAcceptanceRule(max_age_seconds=0.5))
+    with pytest.raises(SnapshotConsistencyError):
+        await session.revalidate(
+            [BASE, OTHER], force_refresh=True, consistency_policy=NEAR, acceptance_policy=strict
+        )
+    assert shown(session.snapshot()) == {BASE: 1, OTHER: 10}
+
+
+async def test_failed_keys_come_before_policies() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    await asyncio.sleep(100)
+    shop.stock.change(other=SourceUnavailableError("down"))
+    policy = SnapshotAcceptancePolicy(ResourceAcceptanceRule(max_age_seconds=5))
+    retained = await session.revalidate(
+        [BASE, OTHER], force_refresh=True, strict=False, acceptance_policy=policy
+    )
+    assert list(retained.errors) == [OTHER]
+
+
+# What is refused
+
+
+async def test_no_keys_is_a_value_error() -> None:
+    session = await Shop().session(BASE)
+    with pytest.raises(ValueError, match="keys"):
+        await session.revalidate([])
+
+
+async def test_a_key_that_the_session_has_not_resolved_is_a_value_error() -> None:
+    shop = Shop()
+    shop.stock.change(other=SourceUnavailableError("down"))
+    session = await shop.session(TOP)
+    await session.resolve([OTHER], strict=False)
+    before = session.snapshot()
+    for unknown in (key("never"), OTHER, BASE):
+        with pytest.raises(ValueError, match=str(unknown)):
+            await session.revalidate([TOP, unknown])
+    assert unchanged(session, before)
+    assert len(shop.stock.calls) == 2
+
+
+async def test_a_policy_that_names_another_key_is_a_value_error() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER)
+    policy = SnapshotAcceptancePolicy(
+        resource_rules={OTHER: ResourceAcceptanceRule(max_age_seconds=1)}
+    )
+    with pytest.raises(ValueError, match=r"acceptance_policy.*other"):
+        await session.revalidate([BASE], acceptance_policy=policy)
+    assert len(shop.stock.calls) == 2
+
+
+@pytest.mark.parametrize(
+    "argument", ["strict", "force_refresh", "consistency_policy", "acceptance_policy"]
+)
+async def test_arguments_of_the_wrong_type_are_named(argument: str) -> None:
+    session = await Shop().session(BASE)
+    wrong: dict[str, Any] = {argument: 1}
+    with pytest.raises(TypeError, match=argument):
+        await session.revalidate([BASE], **wrong)
+
+
+# Deadlines
+
+
+async def test_the_deadline_while_the_source_is_asked_changes_nothing() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, TOP, deadline_seconds=5)
+    before = session.snapshot()
+    gate = Gate()
+    shop.stock.before = gate.pass_
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.revalidate([BASE], force_refresh=True)
+    assert "SnapshotDeadlineExceededError" in str(caught.value)
+    assert caught.value.snapshot is not None
+    assert shown(caught.value.snapshot) == shown(before)
+    assert unchanged(session, before)
+    gate.open()
+    await no_leaks(shop.builder)
+
+
+async def test_the_deadline_while_waiting_for_capacity_changes_nothing() -> None:
+    gate = Gate()
+    stock = Stock("stock", {"base": 1})
+    blocker = Stock("blocker", {"blocker": 1}, before=gate.pass_)
+    building = builder(stock, blocker, max_concurrency=1)
+    session = building.session(deadline_seconds=5)
+    await session.resolve([BASE])
+    before = session.snapshot()
+    blocking = asyncio.ensure_future(building.build([key("blocker")]))
+    await gate.wait_arrived()
+    retained = await session.revalidate([BASE], force_refresh=True, strict=False)
+    assert list(retained.errors) == [BASE]
+    assert unchanged(session, before)
+    gate.open()
+    await blocking
+    await no_leaks(building)
+
+
+async def test_the_deadline_while_a_dependent_is_derived_changes_nothing() -> None:
+    gate = Gate(opened=True)
+    stock = Stock("stock", {"base": 1})
+    building = builder(stock, Derived("d", needs=lambda k: [BASE], before=gate.pass_))
+    session = building.session(deadline_seconds=5)
+    await session.resolve([BASE, key("d")])
+    before = session.snapshot()
+    gate.close()
+    stock.change(base=2)
+    retained = await session.revalidate([BASE], force_refresh=True, strict=False)
+    assert list(retained.errors) == [key("d")]
+    assert unchanged(session, before)
+    gate.open()
+    await no_leaks(building)
+
+
+async def test_the_deadline_that_has_passed_already_asks_nobody() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, deadline_seconds=5)
+    before = session.snapshot()
+    await asyncio.sleep(6)
+    retained = await session.revalidate([BASE], force_refresh=True, strict=False)
+    assert isinstance(retained.errors[BASE], SnapshotDeadlineExceededError)
+    assert unchanged(session, before)
+    assert len(shop.stock.calls) == 1
+
+
+async def test_the_deadline_during_the_delivery_copy_changes_nothing() -> None:
+    gate = ThreadGate()
+    slow = False
+
+    def copier(value: Any) -> Any:
+        if slow and value == "new":
+            gate.pass_()
+        return value
+
+    stock = Stock("stock", {"base": "old"})
+    building = builder(stock, payload_copier=copier, run_payload_copies_in_thread=True)
+    session = building.session(deadline_seconds=5)
+    await session.resolve([BASE])
+    before = session.snapshot()
+    stock.change(base="new")
+    await asyncio.sleep(1)
+    await building.publisher.publish(BASE, "new", source="stream")
+    slow = True
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.revalidate([BASE])
+    assert isinstance(caught.value.errors[BASE], SnapshotDeadlineExceededError)
+    assert caught.value.snapshot is None
+    retained = await session.revalidate([BASE], strict=False)
+    assert isinstance(retained.errors[BASE], SnapshotDeadlineExceededError)
+    gate.open()
+    await settle()
+    assert unchanged(session, before)
+    assert shown(session.snapshot()) == shown(retained) == {BASE: "old"}
+    await building.aclose()
+
+
+async def test_the_deadline_during_the_delivery_copy_blames_what_was_to_be_replaced() -> None:
+    gate = ThreadGate()
+    slow = False
+
+    def copier(value: Any) -> Any:
+        if slow and value == "new":
+            gate.pass_()
+        return value
+
+    shop = Shop(payload_copier=copier, run_payload_copies_in_thread=True)
+    session = await shop.session(BASE, OTHER, deadline_seconds=5)
+    before = session.snapshot()
+    await shop.publish(BASE, "new")
+    slow = True
+    retained = await session.revalidate([BASE], strict=False)
+    assert list(retained.errors) == [BASE]
+    assert shown(retained) == {BASE: 1, OTHER: 10}
+    gate.open()
+    await settle()
+    assert unchanged(session, before)
+    await shop.builder.aclose()
+
+
+async def test_the_deadline_while_another_revalidation_has_its_turn_changes_nothing() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, OTHER, deadline_seconds=5)
+    before = session.snapshot()
+    gate = Gate()
+    shop.stock.before = gate.pass_
+    first = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    await gate.wait_arrived()
+    second = await session.revalidate([OTHER], force_refresh=True, strict=False)
+    assert list(second.errors) == [OTHER]
+    with pytest.raises(SnapshotBuildError):
+        await first
+    assert unchanged(session, before)
+    gate.open()
+    await no_leaks(shop.builder)
+
+
+# Cancellation, closing, and others at the same time
+
+
+Scene = Callable[[], "tuple[Shop, list[ResourceKey], dict[str, Any]]"]
+
+
+def forced_chain() -> tuple[Shop, list[ResourceKey], dict[str, Any]]:
+    return Shop(), [BASE], {"force_refresh": True}
+
+
+def with_policies() -> tuple[Shop, list[ResourceKey], dict[str, Any]]:
+    acceptance = SnapshotAcceptancePolicy(ResourceAcceptanceRule(max_age_seconds=50))
+    policies = {"consistency_policy": NEAR, "acceptance_policy": acceptance}
+    return Shop(), [BASE, OTHER], {"force_refresh": True, **policies}
+
+
+def copied_in_threads() -> tuple[Shop, list[ResourceKey], dict[str, Any]]:
+    shop = Shop(payload_copier=lambda value: value, run_payload_copies_in_thread=True)
+    return shop, [BASE], {"force_refresh": True}
+
+
+def out_of_the_cache() -> tuple[Shop, list[ResourceKey], dict[str, Any]]:
+    return Shop(), [BASE], {}
+
+
+@pytest.mark.parametrize(
+    "scene", [forced_chain, with_policies, copied_in_threads, out_of_the_cache]
+)
+async def test_cancelled_at_any_await_it_leaves_the_previous_state(scene: Scene) -> None:
+    running: list[tuple[Shop, SnapshotSession]] = []
+    outcomes: list[str] = []
+
+    async def work() -> None:
+        shop, keys, options = scene()
+        session = await shop.session(BASE, TOP, OTHER)
+        shop.stock.change(base=2, other=20)
+        await shop.publish(BASE, 2)
+        running.append((shop, session))
+        await session.revalidate(keys, **options)
+        outcomes.append("done")
+
+    async def check() -> None:
+        if not running:
+            return
+        shop, session = running.pop()
+        old = {BASE: 1, TOP: ((1,),), OTHER: 10}
+        values = shown(session.snapshot())
+        if outcomes:
+            assert (values[BASE], values[TOP]) == (2, ((2,),))
+        else:
+            assert values == old
+            assert shown(await session.resolve([MIDDLE])) == {**old, MIDDLE: (1,)}
+        assert (await session.revalidate([BASE])).value(TOP) == ((2,),)
+        await no_leaks(shop.builder)
+        await shop.builder.aclose()
+
+    assert await cancel_at_every_await(work, check) > 3
+
+
+async def test_closing_the_session_meanwhile_ends_it_with_an_error_and_commits_nothing() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    gate = Gate()
+    shop.stock.before = gate.pass_
+    shop.stock.change(base=2)
+    revalidating = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    await gate.wait_arrived()
+    await session.close()
+    gate.open()
+    with pytest.raises(Exception, match="closed"):
+        await revalidating
+    await no_leaks(shop.builder)
+
+
+async def test_closing_the_builder_meanwhile_ends_it_with_an_error() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    gate = Gate()
+    shop.stock.before = gate.pass_
+    revalidating = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    await gate.wait_arrived()
+    await shop.builder.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await revalidating
+
+
+async def test_a_stage_during_a_revalidation_sees_the_old_values_until_the_commit() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    gate = Gate()
+    shop.stock.before = gate.pass_
+    shop.stock.change(base=2)
+    await asyncio.sleep(1)
+    revalidating = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    await gate.wait_arrived()
+    shop.stock.before = None
+    assert shown(await session.resolve([TOP])) == {BASE: 1, TOP: ((1,),)}
+    assert shown(session.snapshot()) == {BASE: 1, TOP: ((1,),)}
+    gate.open()
+    assert shown(await revalidating) == {BASE: 2, TOP: ((2,),)}
+    assert shown(session.snapshot()) == {BASE: 2, TOP: ((2,),)}
+
+
+async def test_a_stage_that_began_before_the_commit_and_ends_after_it_sees_no_mix() -> None:
+    stock = Stock("stock", {"base": 1})
+    gate = Gate()
+    slow = Derived("slow", needs=lambda k: [BASE], before=gate.pass_)
+    building = builder(stock, slow)
+    session = building.session()
+    await session.resolve([BASE])
+    resolving = asyncio.ensure_future(session.resolve([key("slow")]))
+    await gate.wait_arrived()
+    stock.change(base=2)
+    await asyncio.sleep(1)
+    assert (await session.revalidate([BASE], force_refresh=True)).value(BASE) == 2
+    gate.open()
+    assert shown(await resolving) == {BASE: 2, key("slow"): (2,)}
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("first", ["resolve", "revalidate"])
+@pytest.mark.parametrize("moment", range(12))
+async def test_at_whatever_moment_they_meet_a_stage_and_a_revalidation_never_mix(
+    first: str, moment: int
+) -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    shop.stock.change(base=2)
+    await asyncio.sleep(1)
+    calls: dict[str, Callable[[], Coroutine[Any, Any, Snapshot]]] = {
+        "resolve": lambda: session.resolve([TOP, MIDDLE]),
+        "revalidate": lambda: session.revalidate([BASE], force_refresh=True),
+    }
+    one = asyncio.ensure_future(calls.pop(first)())
+    for _ in range(moment):
+        await asyncio.sleep(0)
+    (other,) = calls.values()
+    for snapshot in await asyncio.gather(one, other()):
+        values = shown(snapshot)
+        assert values.get(TOP, ((values[BASE],),)) == ((values[BASE],),)
+        assert values.get(MIDDLE, (values[BASE],)) == (values[BASE],)
+    assert shown(session.snapshot()) == {BASE: 2, TOP: ((2,),), MIDDLE: (2,)}
+
+
+async def test_revalidations_of_one_session_take_turns() -> None:
+    gate = Gate()
+    shop = Shop()
+    session = await shop.session(BASE, OTHER, TOP)
+    shop.stock.before = gate.pass_
+    shop.stock.change(base=2, other=20)
+    one = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    await gate.wait_arrived()
+    two = asyncio.ensure_future(session.revalidate([OTHER], force_refresh=True))
+    await settle()
+    assert gate.arrived == 1
+    gate.open()
+    first, second = await asyncio.gather(one, two)
+    assert shown(first) == {BASE: 2, OTHER: 10, TOP: ((2,),)}
+    assert shown(second) == {BASE: 2, OTHER: 20, TOP: ((2,),)}
+    await no_leaks(shop.builder)
+
+
+async def test_two_sessions_that_revalidate_together_share_no_state() -> None:
+    shop = Shop()
+    one, two = await shop.session(BASE, TOP), await shop.session(BASE)
+    shop.stock.change(base=2)
+    await asyncio.sleep(1)
+    await one.revalidate([BASE], force_refresh=True)
+    assert shown(one.snapshot()) == {BASE: 2, TOP: ((2,),)}
+    assert shown(two.snapshot()) == {BASE: 1}
+
+
+async def test_sessions_that_force_a_refresh_of_one_key_at_once_each_get_a_value() -> None:
+    shop = Shop()
+    sessions = [await shop.session(BASE, TOP) for _ in range(3)]
+    shop.stock.change(base=2)
+    await asyncio.sleep(1)
+    forced = [each.revalidate([BASE], force_refresh=True) for each in sessions]
+    for snapshot in await asyncio.gather(*forced):
+        assert shown(snapshot) == {BASE: 2, TOP: ((2,),)}
+    await no_leaks(shop.builder)
+
+
+async def test_a_failed_revalidation_lets_the_next_one_have_its_turn() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    shop.stock.change(base=SourceUnavailableError("down"))
+    failing = session.revalidate([BASE], force_refresh=True)
+    waiting = session.revalidate([BASE], strict=False)
+    failed, passed = await asyncio.gather(failing, waiting, return_exceptions=True)
+    assert isinstance(failed, SnapshotBuildError)
+    assert isinstance(passed, Snapshot)
+
+
+# What is reported
+
+
+class Events:
+    """Keeps every event."""
+
+    coalestra_non_blocking = True
+
+    def __init__(self) -> None:
+        self.records: list[EventRecord] = []
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        self.records.append(EventRecord(event_type, payload))
+
+    def last(self, event_type: str) -> dict[str, Any]:
+        return [dict(each.payload) for each in self.records if each.event_type == event_type][-1]
+
+
+async def test_health_and_events_tell_how_each_revalidation_ended() -> None:
+    events, metrics = Events(), InMemoryMetrics()
+    shop = Shop(events=events, metrics=metrics)
+    session = await shop.session(BASE, TOP, OTHER, snapshot_id="s")
+    await session.revalidate([BASE], force_refresh=True)
+    done = events.last("snapshot_session_revalidated")
+    assert done["committed"]
+    assert not done["retained_previous"]
+    assert (done["requested"], done["affected"], done["refreshed"], done["failed"]) == (1, 3, 3, 0)
+    shop.stock.change(base=SourceUnavailableError("down"))
+    await session.revalidate([BASE], force_refresh=True, strict=False)
+    failed = events.last("snapshot_session_revalidated")
+    assert not failed["committed"]
+    assert failed["retained_previous"]
+    assert failed["failed"] >= 1
+    health = await shop.builder.health_snapshot()
+    assert (health.revalidation_attempt_count, health.revalidation_failure_count) == (2, 1)
+    count = metrics.counter
+    assert count("snapshot_session_revalidate_total", status="success") == 1
+    assert count("snapshot_session_revalidate_total", status="error") == 1
+
+
+async def test_a_cancelled_revalidation_counts_as_failed() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    gate = Gate()
+    shop.stock.before = gate.pass_
+    task = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    await gate.wait_arrived()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    health = await shop.builder.health_snapshot()
+    assert (health.revalidation_attempt_count, health.revalidation_failure_count) == (1, 1)
+    gate.open()
+    await no_leaks(shop.builder)
+
+
+async def test_large_chains_of_derived_keys_are_replaced_as_one() -> None:
+    stock = Stock("stock", {"base": 1})
+
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        depth = int(k.subject)
+        return [key("link", str(depth - 1))] if depth else [BASE]
+
+    class Adding(Derived):
+        async def derive(self, key: ResourceKey, dependencies: Snapshot, context: Any) -> Any:
+            (value,) = dependencies.values()
+            return value.value + 1
+
+    building = builder(stock, Adding("link", needs=needs))
+    session = building.session()
+    last = key("link", "299")
+    assert (await session.resolve([BASE, last])).value(last) == 301
+    stock.change(base=1000)
+    after = await session.revalidate([BASE], force_refresh=True)
+    assert after.value(last) == 1300
+    assert list(after) == [BASE, last]
+
+
+async def test_a_revalidation_of_a_single_source_reads_each_affected_key_once() -> None:
+    source = Single("a")
+    session = builder(source).session()
+    keys = [key("a", str(n)) for n in range(20)]
+    await session.resolve(keys)
+    await session.revalidate(keys, force_refresh=True)
+    assert len(source.calls) == 40

@@ -1,0 +1,449 @@
+"""A session keeps one id, one time, one deadline and one set of values over all of its stages."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    FetchContext,
+    ResourceKey,
+    ResourceResolutionError,
+    SessionClosedError,
+    SnapshotBuildError,
+    SnapshotDeadlineExceededError,
+    SnapshotRequest,
+    SnapshotSession,
+    SourceUnavailableError,
+)
+from tests.orchestration.scripted import Derived, Single, builder, key, latency
+from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
+from tests.support import EPOCH, Gate, cancel_at_every_await, no_leaks
+
+LARGE = [list(range(200)) for _ in range(200)]
+"""A payload that takes a thread to copy."""
+
+
+# One identity
+
+
+async def test_every_stage_bears_the_id_and_the_creation_time_of_the_session() -> None:
+    shop = Shop()
+    session = shop.builder.session(snapshot_id="mine")
+    first = await session.resolve([BASE])
+    await asyncio.sleep(5)
+    second = await session.resolve([OTHER])
+    assert {first.snapshot_id, second.snapshot_id, session.snapshot_id} == {"mine"}
+    assert first.created_at == second.created_at == session.created_at == EPOCH
+
+
+async def test_sessions_get_unique_hex_ids_by_default() -> None:
+    shop = Shop()
+    ids = {shop.builder.session().snapshot_id for _ in range(50)}
+    assert len(ids) == 50
+    assert all(int(each, 16) >= 0 for each in ids)
+
+
+async def test_sources_are_told_the_context_that_the_session_shows() -> None:
+    seen: list[FetchContext] = []
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        seen.append(context)
+        return 1
+
+    building = builder(Single("a", fetch=fetch))
+    session = building.session(deadline_seconds=9, metadata={"user": "ann"}, snapshot_id="s")
+    await session.resolve([key("a")])
+    assert seen == [session.context]
+    assert session.context.metadata == {"user": "ann"}
+    assert session.context.deadline_at == EPOCH + 9
+    assert session.context.deadline_monotonic is not None
+
+
+async def test_what_a_caller_does_to_the_metadata_later_is_not_seen_by_sources() -> None:
+    shop = Shop()
+    metadata = {"tags": ["a"]}
+    session = shop.builder.session(metadata=metadata)
+    metadata["tags"].append("b")
+    assert session.context.metadata["tags"] == ["a"]
+    with pytest.raises(TypeError):
+        session.context.metadata["more"] = 1  # type: ignore[index]  # that is the point
+
+
+async def test_the_deadline_of_a_session_runs_from_its_opening_over_all_stages() -> None:
+    building = builder(Single("slow", fetch=latency(3)))
+    began = asyncio.get_running_loop().time()
+    session = building.session(deadline_seconds=5)
+    await session.resolve([key("slow", "1")])
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.resolve([key("slow", "2")])
+    assert asyncio.get_running_loop().time() == pytest.approx(began + 5)
+    partial = caught.value.snapshot
+    assert partial is not None
+    assert list(partial) == [key("slow", "1")]
+    assert "SnapshotDeadlineExceededError" in str(caught.value)
+    assert "5 s" in str(caught.value)
+
+
+async def test_a_stage_that_begins_after_the_deadline_asks_no_source() -> None:
+    source = Single("a")
+    session = builder(source).session(deadline_seconds=1)
+    await asyncio.sleep(2)
+    snapshot = await session.resolve([key("a")], strict=False)
+    assert source.calls == []
+    assert isinstance(snapshot.errors[key("a")], SnapshotDeadlineExceededError)
+
+
+# Pinned values
+
+
+async def test_a_resolved_key_is_never_fetched_again() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    shop.stock.change(base=2)
+    await asyncio.sleep(5_000)
+    assert shown(await session.resolve([BASE, OTHER])) == {BASE: 1, OTHER: 10}
+    assert [call.name for call in shop.stock.calls] == ["base", "other"]
+
+
+async def test_a_publication_does_not_change_what_a_session_has_pinned() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    await shop.publish(BASE, 7)
+    assert shown(await session.resolve([BASE])) == {BASE: 1}
+    assert shown(session.snapshot()) == {BASE: 1}
+    assert (await shop.builder.build([BASE])).value(BASE) == 7
+
+
+async def test_an_invalidation_does_not_change_what_a_session_has_pinned() -> None:
+    shop = Shop()
+    session = await shop.session(TOP)
+    await shop.builder.publisher.invalidate_many([BASE, MIDDLE, TOP])
+    assert shown(await session.resolve([TOP, BASE])) == {TOP: ((1,),), BASE: 1}
+    assert len(shop.stock.calls) == 1
+
+
+async def test_every_stage_returns_everything_requested_so_far_in_the_order_of_asking() -> None:
+    shop = Shop()
+    session = await shop.session(TOP)
+    assert list(await session.resolve([OTHER])) == [TOP, OTHER]
+    assert list(await session.resolve([BASE, TOP])) == [TOP, OTHER, BASE]
+
+
+async def test_dependencies_stay_hidden_until_they_are_asked_for() -> None:
+    shop = Shop()
+    session = await shop.session(TOP)
+    assert list(session.snapshot()) == [TOP]
+    shop.stock.change(base=2)
+    await shop.publish(BASE, 3)
+    assert shown(await session.resolve([MIDDLE, BASE])) == {TOP: ((1,),), MIDDLE: (1,), BASE: 1}
+    assert len(shop.stock.calls) == len(shop.middle.calls) == 1
+
+
+async def test_a_derived_key_is_made_from_what_the_session_pinned_before() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    await shop.publish(BASE, 2)
+    assert (await shop.builder.build([TOP])).value(TOP) == ((2,),)
+    assert shown(await session.resolve([TOP])) == {BASE: 1, TOP: ((1,),)}
+
+
+async def test_another_session_sees_what_is_current_when_it_asks() -> None:
+    shop = Shop()
+    old = await shop.session(BASE)
+    await shop.publish(BASE, 2)
+    new = await shop.session(BASE)
+    assert (shown(old.snapshot()), shown(new.snapshot())) == ({BASE: 1}, {BASE: 2})
+
+
+# Errors
+
+
+async def test_a_failed_key_is_not_tried_again_unless_retry_errors_names_it() -> None:
+    shop = Shop()
+    shop.stock.change(base=SourceUnavailableError("down"))
+    session = await shop.session(OTHER)
+    failed = await session.resolve([BASE], strict=False)
+    assert isinstance(failed.errors[BASE], ResourceResolutionError)
+    shop.stock.change(base=2)
+    assert BASE in (await session.resolve([BASE], strict=False)).errors
+    assert BASE in (await session.resolve([OTHER], retry_errors=True)).errors
+    assert len(shop.stock.calls) == 2
+    assert shown(await session.resolve([BASE], retry_errors=True)) == {OTHER: 10, BASE: 2}
+    assert session.snapshot().complete
+
+
+async def test_retry_errors_reads_nothing_again_that_has_a_value() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    await session.resolve([BASE], retry_errors=True)
+    assert len(shop.stock.calls) == 1
+
+
+async def test_a_retry_that_fails_again_keeps_the_new_error() -> None:
+    shop = Shop()
+    shop.stock.change(base=SourceUnavailableError("first"))
+    session = await shop.session()
+    await session.resolve([BASE], strict=False)
+    shop.stock.change(base=SourceUnavailableError("second"))
+    snapshot = await session.resolve([BASE], strict=False, retry_errors=True)
+    assert "second" in str(snapshot.errors[BASE])
+    assert "second" in str(session.snapshot().errors[BASE])
+
+
+async def test_strict_raises_for_an_earlier_failure_among_the_keys_of_the_stage_only() -> None:
+    shop = Shop()
+    shop.stock.change(base=SourceUnavailableError("down"))
+    session = await shop.session()
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.resolve([BASE, OTHER])
+    assert list(caught.value.errors) == [BASE]
+    assert caught.value.snapshot is not None
+    assert shown(caught.value.snapshot) == {OTHER: 10}
+    later = await session.resolve([OTHER])
+    assert list(later.errors) == [BASE]
+    with pytest.raises(SnapshotBuildError):
+        await session.resolve([BASE])
+
+
+async def test_a_derived_key_can_be_retried_once_its_dependency_is_back() -> None:
+    shop = Shop()
+    shop.stock.change(base=SourceUnavailableError("down"))
+    session = await shop.session()
+    await session.resolve([TOP], strict=False)
+    shop.stock.change(base=4)
+    assert (await session.resolve([TOP], retry_errors=True)).value(TOP) == ((4,),)
+
+
+async def test_a_failed_key_that_was_read_as_a_dependency_has_a_value_and_no_error() -> None:
+    shop = Shop()
+    shop.stock.change(base=SourceUnavailableError("down"))
+    session = await shop.session()
+    await session.resolve([BASE], strict=False)
+    shop.stock.change(base=4)
+    assert shown(await session.resolve([TOP])) == {BASE: 4, TOP: ((4,),)}
+    assert (await session.resolve([BASE])).complete
+
+
+async def test_every_snapshot_gets_error_objects_of_its_own() -> None:
+    shop = Shop()
+    shop.stock.change(base=SourceUnavailableError("down"))
+    session = await shop.session()
+    first = await session.resolve([BASE], strict=False)
+    second = await session.resolve([BASE], strict=False)
+    assert first.errors[BASE] is not second.errors[BASE]
+
+
+@pytest.mark.parametrize("argument", ["strict", "retry_errors"])
+async def test_flags_must_be_bools(argument: str) -> None:
+    session = await Shop().session()
+    wrong: dict[str, Any] = {argument: 1}
+    with pytest.raises(TypeError, match=argument):
+        await session.resolve([BASE], **wrong)
+
+
+async def test_a_single_key_in_the_place_of_many_is_a_type_error() -> None:
+    session = await Shop().session()
+    with pytest.raises(TypeError, match="keys"):
+        await session.resolve(BASE)  # type: ignore[arg-type]  # that is the point
+    with pytest.raises(TypeError, match="keys"):
+        await session.resolve(["base"])  # type: ignore[list-item]  # that is the point
+
+
+async def test_a_stage_without_keys_returns_what_there_is() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    assert shown(await session.resolve([])) == {BASE: 1}
+
+
+# Closing
+
+
+async def test_a_closed_session_refuses_every_call() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    assert not session.closed
+    await session.close()
+    assert session.closed
+    calls = (
+        session.resolve([BASE]),
+        session.resolve_request(SnapshotRequest(required=[BASE])),
+        session.revalidate([BASE]),
+        session.snapshot_async(),
+        session.__aenter__(),
+    )
+    for call in calls:
+        with pytest.raises(SessionClosedError, match=session.snapshot_id):
+            await call
+    with pytest.raises(SessionClosedError):
+        session.snapshot()
+
+
+async def test_leaving_async_with_closes_the_session_also_after_an_error() -> None:
+    shop = Shop()
+    kept: list[SnapshotSession] = []
+    with pytest.raises(KeyError):
+        async with shop.builder.session() as session:
+            kept.append(session)
+            raise KeyError
+    assert kept[0].closed
+    await kept[0].close()
+
+
+async def test_snapshots_stay_good_after_their_session() -> None:
+    shop = Shop()
+    async with shop.builder.session() as session:
+        snapshot = await session.resolve([BASE])
+    assert shown(snapshot) == {BASE: 1}
+    assert "closed" in repr(session)
+
+
+async def test_a_session_of_a_closed_builder_takes_no_more_stages() -> None:
+    shop = Shop()
+    session = await shop.session(BASE)
+    await shop.builder.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await session.resolve([OTHER])
+    with pytest.raises(RuntimeError, match="closed"):
+        await session.revalidate([BASE])
+    with pytest.raises(RuntimeError, match="closed"):
+        shop.builder.session()
+
+
+# Snapshots
+
+
+async def test_snapshot_and_snapshot_async_show_the_same_values_and_errors() -> None:
+    shop = Shop()
+    shop.stock.change(other=SourceUnavailableError("down"))
+    session = await shop.session(BASE)
+    await session.resolve([OTHER], strict=False)
+    now, later = session.snapshot(), await session.snapshot_async()
+    assert shown(now) == shown(later) == {BASE: 1}
+    assert list(now.errors) == list(later.errors) == [OTHER]
+    assert now.snapshot_id == later.snapshot_id == session.snapshot_id
+
+
+async def test_a_new_session_has_an_empty_snapshot() -> None:
+    session = await Shop().session()
+    assert (len(session.snapshot()), len(await session.snapshot_async())) == (0, 0)
+
+
+async def test_snapshot_copies_at_once_however_large_a_payload() -> None:
+    building = builder(Stock("large", {"large": LARGE}))
+    session = building.session()
+    await session.resolve([key("large")])
+    snapshot = session.snapshot()
+    assert snapshot.value(key("large")) == LARGE
+    assert snapshot.value(key("large")) is not session.snapshot().value(key("large"))
+
+
+async def test_snapshot_async_is_bound_by_the_deadline() -> None:
+    building = builder(Stock("large", {"large": LARGE}))
+    session = building.session(deadline_seconds=100)
+    await session.resolve([key("large")])
+    await asyncio.sleep(101)
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.snapshot_async()
+    assert caught.value.snapshot is None
+    assert isinstance(caught.value.errors[key("large")], SnapshotDeadlineExceededError)
+    assert session.snapshot().value(key("large")) == LARGE
+    await building.aclose()
+
+
+async def test_diagnostics_count_what_the_whole_session_did() -> None:
+    shop = Shop()
+    session = await shop.session(TOP)
+    await asyncio.sleep(2)
+    diagnostics = (await session.resolve([OTHER, BASE])).diagnostics
+    assert diagnostics.requested_resources == 3
+    assert diagnostics.resolved_resources == 3
+    assert diagnostics.failed_resources == 0
+    assert diagnostics.source_calls == 4
+    assert diagnostics.derived_calls == 2
+    assert diagnostics.source_calls_by_source == {"stock": 2, "middle": 1, "top": 1}
+    assert diagnostics.observation_skew_ms == pytest.approx(2_000)
+    assert diagnostics.duration_ms == pytest.approx(2_000)
+
+
+# Stages side by side
+
+
+async def test_stages_side_by_side_share_the_fetch_of_a_key() -> None:
+    gate = Gate()
+    source = Stock("a", {"a": 1}, before=gate.pass_)
+    session = builder(source).session()
+    stages = [asyncio.ensure_future(session.resolve([key("a")])) for _ in range(3)]
+    await gate.wait_arrived()
+    gate.open()
+    assert [shown(each) for each in await asyncio.gather(*stages)] == [{key("a"): 1}] * 3
+    assert len(source.calls) == 1
+
+
+async def test_a_finished_stage_does_not_wait_for_a_slow_one_beside_it() -> None:
+    gate = Gate()
+    slow = Stock("slow", {"slow": 1}, before=gate.pass_)
+    building = builder(slow, Single("quick"))
+    session = building.session()
+    stage = asyncio.ensure_future(session.resolve([key("slow")]))
+    await gate.wait_arrived()
+    assert list(await session.resolve([key("quick")])) == [key("quick")]
+    gate.open()
+    assert set(await stage) == {key("slow"), key("quick")}
+    await no_leaks(building)
+
+
+async def test_stages_side_by_side_agree_on_what_derived_keys_rest_on() -> None:
+    gates = {"left": Gate(), "right": Gate()}
+    stock = Stock("stock", {"base": 1})
+    left = Derived("left", needs=lambda k: [BASE], before=gates["left"].pass_)
+    right = Derived("right", needs=lambda k: [BASE])
+    building = builder(stock, left, right)
+    session = building.session()
+    first = asyncio.ensure_future(session.resolve([key("left")]))
+    await gates["left"].wait_arrived()
+    await building.publisher.publish(BASE, 2, source="stream", observed_at=EPOCH + 1)
+    second = asyncio.ensure_future(session.resolve([key("right")]))
+    await asyncio.sleep(1)
+    gates["left"].open()
+    await asyncio.gather(first, second)
+    values = shown(await session.resolve([BASE]))
+    assert values[key("left")] == values[key("right")] == (values[BASE],)
+
+
+async def test_two_stages_that_read_one_key_differently_end_with_one_value_for_it() -> None:
+    gate = Gate()
+    stock = Stock("stock", {"base": 1})
+    slow = Stock("slow", {"slow": 5}, before=gate.pass_)
+    building = builder(stock, slow)
+    session = building.session()
+    first = asyncio.ensure_future(session.resolve([BASE, key("slow")]))
+    await gate.wait_arrived()
+    await building.publisher.publish(BASE, 2, source="stream", observed_at=EPOCH + 1)
+    second = await session.resolve([BASE])
+    gate.open()
+    assert (await first).value(BASE) == second.value(BASE) == session.snapshot().value(BASE)
+
+
+async def test_cancelling_a_stage_at_any_await_leaves_the_session_usable() -> None:
+    shops: list[tuple[Shop, SnapshotSession]] = []
+
+    async def work() -> None:
+        shop = Shop()
+        session = await shop.session(OTHER)
+        shops.append((shop, session))
+        await session.resolve([TOP])
+        await session.close()
+
+    async def check() -> None:
+        if not shops:
+            return
+        shop, session = shops.pop()
+        if not session.closed:
+            expected = {OTHER: 10, TOP: ((1,),), BASE: 1}
+            assert shown(await session.resolve([TOP, BASE])) == expected
+        await no_leaks(shop.builder)
+
+    assert await cancel_at_every_await(work, check) > 3

@@ -1,0 +1,398 @@
+"""Every setting of a builder: what it takes, what it refuses, and that the message names it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    AuthorityPolicyResolver,
+    BufferOverflowPolicy,
+    CallableSource,
+    CircuitBreaker,
+    FreshnessPolicy,
+    LoggingEventSink,
+    NullMetrics,
+    ObservationPolicy,
+    PolicyResolver,
+    ResiliencePolicyResolver,
+    RetryPolicy,
+    SnapshotBuilder,
+    SourceAuthorityPolicy,
+    SourceResiliencePolicy,
+    deepcopy_payload,
+)
+from coalestra.core import SystemClock
+from tests.contracts.caches import SingleKeyCache
+from tests.orchestration.scripted import Batch, Derived, Scripted, Single, key
+from tests.support import ManualClock
+
+NAN, INF = math.nan, math.inf
+NOT_NUMBERS: tuple[Any, ...] = ("1", b"1", [1], object(), 1j)
+COUNT = ((1, 2, 10**6), (0, -1), (True, False, 1.0, 1.5, NAN, INF, *NOT_NUMBERS))
+FLAG = ((True, False), (), (0, 1, 1.0, "yes", (), object()))
+SECONDS = ((0, 0.0, 0.5, 3600), (-1, -0.001, NAN, INF, -INF), (True, False, *NOT_NUMBERS))
+
+Table = Mapping[str, tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]]
+
+
+def optional(
+    rule: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]],
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """The same rule, with None among the good values."""
+    return (None, *rule[0]), rule[1], rule[2]
+
+
+def required(
+    rule: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]],
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """The same rule, with None among what is of the wrong type."""
+    return rule[0], rule[1], (None, *rule[2])
+
+
+def kind(good: Any, *more: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """A collaborator of one kind, or None."""
+    return (None, good, *more), (), (0, True, "text", object())
+
+
+SIMPLE: Table = {
+    "max_concurrency": required(COUNT),
+    "max_pending_tasks": optional(COUNT),
+    "source_concurrency": (
+        (None, {}, {"s": 1}, {"s": 99}),
+        ({"s": 0}, {"s": -1}, {"unknown": 1}, {"": 1}),
+        (1, True, "s", ["s"], {"s": True}, {"s": 1.5}, {"s": None}, {1: 1}),
+    ),
+    "cache_source_support": required(FLAG),
+    "source_support_cache_max_entries": optional(COUNT),
+    "manage_lifecycle": required(FLAG),
+    "run_payload_copies_in_thread": optional(FLAG),
+    "max_copy_concurrency": required(COUNT),
+    "cache_run_payload_copies_in_thread": optional(FLAG),
+    "cache_max_copy_concurrency": required(COUNT),
+    "copy_shutdown_timeout_seconds": required(SECONDS),
+    "buffer_observability": optional(FLAG),
+    "observability_max_pending": required(COUNT),
+    "observability_overflow": (
+        tuple(BufferOverflowPolicy),
+        (),
+        (None, 0, True, object()),
+    ),
+    "observability_shutdown_timeout_seconds": required(SECONDS),
+    "observability_drain_on_shutdown": required(FLAG),
+    "require_source_timeout_declarations": required(FLAG),
+    "allow_unsafe_blocking_sources": required(FLAG),
+    "source_transport_timeout_grace_seconds": required(SECONDS),
+}
+COLLABORATORS: Table = {
+    "default_policy": kind(FreshnessPolicy(1, 2)),
+    "policy_resolver": (
+        (None, PolicyResolver(FreshnessPolicy(1, 2))),
+        (),
+        (0, "text", object()),
+    ),
+    "authority_policy": kind(SourceAuthorityPolicy()),
+    "authority_resolver": (
+        (None, AuthorityPolicyResolver(SourceAuthorityPolicy())),
+        (),
+        (0, "text", object()),
+    ),
+    "cache": (
+        (None, AsyncMemoryCache(), SingleKeyCache()),
+        (),
+        (0, "text", {}, object()),
+    ),
+    "retry_policy": kind(RetryPolicy()),
+    "circuit_breaker": kind(CircuitBreaker()),
+    "default_resilience": kind(SourceResiliencePolicy()),
+    "source_resilience": (
+        (None, {}, {"s": SourceResiliencePolicy()}),
+        (),
+        (0, "text", ["s"], {"s": RetryPolicy()}, {"s": None}),
+    ),
+    "resilience_resolver": kind(ResiliencePolicyResolver(SourceResiliencePolicy())),
+    "clock": ((None, SystemClock(), ManualClock()), (), (0, "text", object())),
+    "metrics": ((None, NullMetrics()), (), (0, "text", object())),
+    "events": ((None, LoggingEventSink()), (), (0, "text", object())),
+    "observation_policy": kind(ObservationPolicy()),
+    "payload_copier": ((None, deepcopy_payload, lambda value: value), (), (0, "text", {})),
+}
+ALL: Table = {**SIMPLE, **COLLABORATORS}
+
+
+def cases(column: int) -> list[Any]:
+    return [
+        pytest.param(name, value, id=f"{name}-{number}")
+        for name, columns in ALL.items()
+        for number, value in enumerate(columns[column])
+    ]
+
+
+def made(**settings: Any) -> SnapshotBuilder:
+    return SnapshotBuilder([Single("s")], **settings)
+
+
+def test_every_parameter_of_the_builder_has_its_line_in_the_table() -> None:
+    parameters = set(inspect.signature(SnapshotBuilder).parameters)
+    assert parameters == {"sources", *ALL}
+
+
+@pytest.mark.parametrize("name, value", cases(0))
+def test_good_values_are_taken(name: str, value: Any) -> None:
+    made(**{name: value})
+
+
+@pytest.mark.parametrize("name, value", cases(1))
+def test_wrong_values_are_value_errors_that_name_the_parameter(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        made(**{name: value})
+
+
+@pytest.mark.parametrize("name, value", cases(2))
+def test_wrong_types_are_type_errors_that_name_the_parameter(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=name):
+        made(**{name: value})
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_simple_settings_are_attributes_under_their_own_names(name: str) -> None:
+    default = inspect.signature(SnapshotBuilder).parameters[name].default
+    expected = {"max_pending_tasks": 8, "run_payload_copies_in_thread": True}
+    assert getattr(made(), name) == expected.get(name, default)
+    for value in SIMPLE[name][0]:
+        if value is not None:
+            assert getattr(made(**{name: value}), name) == value
+
+
+def test_max_pending_tasks_follows_max_concurrency_unless_given() -> None:
+    assert made(max_concurrency=3).max_pending_tasks == 3
+    assert made(max_concurrency=3, max_pending_tasks=5).max_pending_tasks == 5
+
+
+# Settings that do not go together
+
+
+def test_authority_policy_and_resolver_exclude_each_other() -> None:
+    policy = SourceAuthorityPolicy({"s": 1})
+    with pytest.raises(ValueError, match=r"authority_policy.*authority_resolver"):
+        made(authority_policy=policy, authority_resolver=AuthorityPolicyResolver(policy))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"cache_run_payload_copies_in_thread": False}, {"cache_max_copy_concurrency": 2}],
+)
+def test_the_settings_of_the_default_cache_are_refused_with_a_cache_of_ones_own(
+    settings: dict[str, Any],
+) -> None:
+    made(**settings)
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        made(cache=AsyncMemoryCache(), **settings)
+
+
+def test_the_settings_of_the_default_cache_reach_it() -> None:
+    cache = made(cache_run_payload_copies_in_thread=False, cache_max_copy_concurrency=2).cache
+    assert isinstance(cache, AsyncMemoryCache)
+    assert (cache.run_payload_copies_in_thread, cache.max_copy_concurrency) == (False, 2)
+
+
+def test_authority_rules_need_a_cache_that_compares_authority() -> None:
+    policy = SourceAuthorityPolicy({"s": 1})
+    made(authority_policy=policy, cache=AsyncMemoryCache())
+    with pytest.raises(ValueError, match="authority"):
+        made(authority_policy=policy, cache=SingleKeyCache())
+
+
+# Sources
+
+
+@pytest.mark.parametrize("sources", [None, 1, Single("s")])
+def test_sources_must_be_an_iterable(sources: Any) -> None:
+    with pytest.raises(TypeError, match="sources"):
+        SnapshotBuilder(sources)
+
+
+def test_sources_may_come_from_any_iterable_and_be_none_at_all() -> None:
+    assert SnapshotBuilder([]).sources == ()
+    assert len(SnapshotBuilder(Single(name) for name in "ab").sources) == 2
+
+
+def test_two_sources_of_one_name_are_a_value_error_that_says_which() -> None:
+    with pytest.raises(ValueError, match="twin"):
+        SnapshotBuilder([Single("twin"), Batch("twin")])
+
+
+@pytest.mark.parametrize("attribute", ["name", "priority", "supports"])
+def test_a_source_without_what_every_source_has_is_refused_by_name(attribute: str) -> None:
+    class Bare:
+        name = "bare"
+        priority = 1
+        timeout_seconds = None
+        blocking_io = False
+
+        def supports(self, key: Any) -> bool:
+            return True
+
+        async def fetch(self, key: Any, context: Any) -> Any:
+            return None
+
+    SnapshotBuilder([Bare()])
+    delattr(Bare, attribute)
+    with pytest.raises((TypeError, ValueError), match=attribute):
+        SnapshotBuilder([Bare()])
+
+
+def test_a_source_that_can_neither_fetch_nor_derive_is_refused_by_name() -> None:
+    with pytest.raises((TypeError, ValueError), match="empty"):
+        made_of: Any = Scripted("empty")
+        SnapshotBuilder([made_of])
+
+
+@pytest.mark.parametrize(
+    "attribute, wrong",
+    [
+        ("timeout_seconds", 0),
+        ("timeout_seconds", NAN),
+        ("timeout_seconds", True),
+        ("queue_timeout_seconds", -1),
+        ("queue_timeout_seconds", "1"),
+        ("max_concurrency", 0),
+        ("max_concurrency", True),
+        ("max_batch_size", 0),
+        ("max_batch_size", 1.5),
+        ("priority", "high"),
+        ("priority", True),
+        ("resilience_policy", RetryPolicy()),
+    ],
+)
+def test_wrong_attributes_of_a_source_are_named(attribute: str, wrong: Any) -> None:
+    source = Batch("b")
+    setattr(source, attribute, wrong)
+    with pytest.raises((TypeError, ValueError), match=attribute):
+        SnapshotBuilder([source])
+
+
+def test_sources_are_ordered_by_priority_and_then_as_given() -> None:
+    sources: list[Any] = [Single("a", priority=1), Single("b", priority=5), Batch("c", priority=5)]
+    sources.append(Derived("d", needs=lambda k: [], priority=9))
+    assert [each.name for each in SnapshotBuilder(sources).sources] == ["d", "b", "c", "a"]
+
+
+# Timeout declarations
+
+
+def blocking(**more: Any) -> CallableSource:
+    settings: dict[str, Any] = {"blocking_io": True, "transport_timeout_seconds": 1.0, **more}
+    return CallableSource(
+        name="blocking",
+        priority=1,
+        supports=lambda key: True,
+        fetcher=lambda key, context: 1,
+        **settings,
+    )
+
+
+def test_an_undeclared_source_is_refused_unless_declarations_are_not_required() -> None:
+    class Undeclared:
+        name = "silent"
+        priority = 1
+        timeout_seconds = None
+
+        def supports(self, key: Any) -> bool:
+            return True
+
+        async def fetch(self, key: Any, context: Any) -> Any:
+            return None
+
+    with pytest.raises(ValueError, match=r"silent.*undeclared"):
+        SnapshotBuilder([Undeclared()])
+    SnapshotBuilder([Undeclared()], require_source_timeout_declarations=False)
+
+
+@pytest.mark.parametrize(
+    "more, status",
+    [
+        ({"run_sync_in_thread": False}, "unsafe_not_offloaded"),
+        ({"transport_timeout_seconds": None}, "unsafe_timeout_missing"),
+        ({"timeout_seconds": 1.0}, "unsafe_timeout_not_within_source"),
+        ({"timeout_seconds": 0.5}, "unsafe_timeout_not_within_source"),
+    ],
+)
+async def test_an_unsafe_source_is_refused_unless_allowed_and_then_health_is_critical(
+    more: dict[str, Any], status: str
+) -> None:
+    with pytest.raises(ValueError, match=f"blocking.*{status}"):
+        SnapshotBuilder([blocking(**more)])
+    building = SnapshotBuilder([blocking(**more)], allow_unsafe_blocking_sources=True)
+    health = await building.health_snapshot()
+    assert health.unsafe_blocking_source_count == 1
+    assert health.source_timeout_guarantees["blocking"].status.value == status
+    assert health.assess().severity.value == "critical"
+    await building.aclose()
+
+
+def test_a_protected_source_is_taken() -> None:
+    SnapshotBuilder([blocking(timeout_seconds=2.0)])
+    SnapshotBuilder([blocking()])
+
+
+# Arguments of calls
+
+
+@pytest.mark.parametrize("wrong", [0, -1, NAN, INF, True, "1", [1]])
+async def test_a_wrong_deadline_is_named_by_every_call_that_takes_one(wrong: Any) -> None:
+    building = made()
+    for call in (
+        lambda: building.session(deadline_seconds=wrong),
+        lambda: building.build([key("s")], deadline_seconds=wrong),
+    ):
+        with pytest.raises((TypeError, ValueError), match="deadline_seconds"):
+            outcome = call()
+            if inspect.isawaitable(outcome):
+                await outcome
+
+
+@pytest.mark.parametrize(
+    "argument, wrong",
+    [("metadata", 1), ("metadata", ["a"]), ("snapshot_id", 1), ("snapshot_id", ""), ("strict", 1)],
+)
+async def test_wrong_arguments_of_a_build_are_named(argument: str, wrong: Any) -> None:
+    settings: dict[str, Any] = {argument: wrong}
+    with pytest.raises((TypeError, ValueError), match=argument):
+        await made().build([key("s")], **settings)
+
+
+async def test_a_build_of_nothing_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="keys"):
+        await made().build([])
+    with pytest.raises(TypeError, match="keys"):
+        await made().build(key("s"))  # type: ignore[arg-type]  # that is the point
+    with pytest.raises(TypeError, match="keys"):
+        await made().build(["s"])  # type: ignore[list-item]  # that is the point
+
+
+@pytest.mark.parametrize(
+    "argument, wrong",
+    [
+        ("cancel_refreshes", 1),
+        ("copy_shutdown_timeout_seconds", -1),
+        ("copy_shutdown_timeout_seconds", NAN),
+        ("copy_shutdown_timeout_seconds", True),
+        ("observability_shutdown_timeout_seconds", -1),
+        ("observability_shutdown_timeout_seconds", INF),
+        ("observability_shutdown_timeout_seconds", "1"),
+    ],
+)
+async def test_wrong_arguments_of_aclose_are_named_and_close_nothing(
+    argument: str, wrong: Any
+) -> None:
+    building = made()
+    settings: dict[str, Any] = {argument: wrong}
+    with pytest.raises((TypeError, ValueError), match=argument):
+        await building.aclose(**settings)
+    assert not building.closed

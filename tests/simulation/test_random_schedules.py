@@ -1,0 +1,129 @@
+"""Whatever overlaps in whatever order: nobody hangs, nothing leaks, nothing old or mixed is served.
+
+Each seed makes a world of its own and lets a few actors loose on it, on a loop that runs the tasks
+of each step in random order. What must hold is checked after every single answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+import pytest
+
+from coalestra import ResourceKey, Snapshot, SnapshotBuildError
+from tests.simulation.world import World, facts
+from tests.support import ShuffledLoop, no_leaks, run_virtual
+
+BLOCKS = 10
+SEEDS_PER_BLOCK = 40
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_no_schedule_breaks_a_law(block: int) -> None:
+    for seed in range(block * SEEDS_PER_BLOCK, (block + 1) * SEEDS_PER_BLOCK):
+        try:
+            run_virtual(live(seed), loop=ShuffledLoop(seed))
+        except BaseException as error:
+            raise AssertionError(f"seed {seed} breaks a law") from error
+
+
+async def live(seed: int) -> None:
+    """Let actors build, converse, publish and invalidate; cancel some; look what is left."""
+    world = World(seed)
+    chance = world.chance
+    actors = [asyncio.ensure_future(act(world)) for _ in range(chance.randint(2, 6))]
+    while not all(actor.done() for actor in actors):
+        await asyncio.sleep(chance.choice((0, 0.05, 0.5, 2)))
+        if not world.calm and chance.random() < 0.1:
+            chance.choice(actors).cancel()
+    for outcome in await asyncio.gather(*actors, return_exceptions=True):
+        if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+            raise outcome
+    await world.builder.wait_for_refreshes()
+    await asyncio.sleep(20)
+    await no_leaks(world.builder)
+    assert world.calls.overlaps == []
+    await world.builder.aclose()
+
+
+async def act(world: World) -> None:
+    """Do a few things one after the other."""
+    for _ in range(world.chance.randint(2, 6)):
+        await world.pause()
+        await world.chance.choice((build, build, build, converse, change))(world)
+
+
+async def build(world: World) -> None:
+    """Build once, by a deadline at times."""
+    floor = dict(world.floor)
+    keys = wanted(world)
+    budget = None if world.calm or world.chance.random() < 0.6 else world.chance.uniform(0.01, 4)
+    answer = world.builder.build(keys, strict=False, deadline_seconds=budget)
+    check(world, await in_time(answer, budget), floor)
+
+
+async def in_time(answer: Coroutine[Any, Any, Snapshot], budget: float | None) -> Snapshot:
+    """Return the answer, which must not take longer than its budget."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await answer
+    assert budget is None or loop.time() - began <= budget + 1e-3
+    return snapshot
+
+
+async def converse(world: World) -> None:
+    """Resolve in stages, and revalidate at times; what is pinned stays until then."""
+    floor = dict(world.floor)
+    async with world.builder.session() as session:
+        pinned: dict[ResourceKey, str] = {}
+        for _ in range(3):
+            snapshot = await session.resolve(wanted(world), strict=False)
+            check(world, snapshot, floor)
+            versions = {k: value.version for k, value in snapshot.items()}
+            assert {k: versions[k] for k in pinned} == pinned
+            pinned = versions
+            await world.pause()
+        if pinned and world.chance.random() < 0.5:
+            await revalidate(world, session, world.chance.choice(list(pinned)))
+
+
+async def revalidate(world: World, session: Any, k: ResourceKey) -> None:
+    """Replace one value and what was derived from it; the named base is as new as can be."""
+    now = world.floor.get(k, 0)
+    forced = world.chance.random() < 0.5
+    if forced:
+        world.calls.changed.update(world.bases)
+    try:
+        snapshot = await session.revalidate([k], force_refresh=forced)
+    except SnapshotBuildError:
+        assert not world.calm or world.brief
+    else:
+        check(world, snapshot, {k: now} if k in world.truth else {})
+
+
+async def change(world: World) -> None:
+    """Let a base key change."""
+    await world.change(world.chance.choice(world.lively))
+
+
+def wanted(world: World) -> list[ResourceKey]:
+    return world.chance.sample(world.keys, world.chance.randint(1, 6))
+
+
+def check(world: World, snapshot: Snapshot, floor: Mapping[ResourceKey, int]) -> None:
+    """Hold a snapshot against the laws, given what was known for sure before it was asked for."""
+    assert not (world.calm and snapshot.errors), snapshot.errors
+    for error in snapshot.errors.values():
+        assert "Cycle" not in repr(error)
+    least = {str(k): value for k, value in floor.items()}
+    seen: dict[str, int] = {}
+    for k, value in snapshot.items():
+        for name, number in facts(value.value):
+            assert seen.setdefault(name, number) == number, f"{name} is mixed in {k}"
+            assert number >= least.get(name, 0), f"{name} in {k} is older than what was known"
+        for needed, version in value.dependency_versions.items():
+            if needed in snapshot:
+                assert snapshot[needed].version == version, f"{k} is not made of {needed}"
+                assert value.value[str(needed)] == snapshot.value(needed)

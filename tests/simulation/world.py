@@ -1,0 +1,227 @@
+"""A small world of random keys, sources and caches, whose true values are known at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from coalestra import (
+    AsyncMemoryCache,
+    CacheLookup,
+    FetchContext,
+    FreshnessPolicy,
+    RefreshMode,
+    ResourceKey,
+    RetryPolicy,
+    Snapshot,
+    SnapshotBuilder,
+    SnapshotValue,
+    SourcePayload,
+    SourceResiliencePolicy,
+)
+from tests.orchestration.scripted import Batch, Derived, Single, key
+
+import os
+AWAITED=bool(os.environ.get('AWAITED'))
+TICK = 1e-6
+"""How far the clock moves with every reading, so that no two readings tie."""
+
+
+class TickingClock:
+    """The loop's time; the wall clock never shows the same instant twice."""
+
+    def __init__(self) -> None:
+        self._ticks = 0
+
+    def now(self) -> float:
+        self._ticks += 1
+        return 1_700_000_000.0 + asyncio.get_running_loop().time() + self._ticks * TICK
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+class AwaitedCache:
+    """A cache with single-key methods only, each of which takes a random moment."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self._values: dict[ResourceKey, SnapshotValue[Any]] = {}
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(self._chance.choice((0, 0, 0.01)))
+
+    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        await self._pause()
+        value = self._values.get(key)
+        if value is None:
+            return CacheLookup(None, fresh=False, usable_stale=False)
+        age = max(0.0, now - value.observed_at)
+        return CacheLookup(value, age <= policy.ttl_seconds, age <= policy.max_stale_seconds, age)
+
+    async def set(self, value: SnapshotValue[Any]) -> None:
+        await self._pause()
+        self._values[value.key] = value
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        await self._pause()
+        self._values.pop(key, None)
+
+    async def clear(self) -> None:
+        self._values.clear()
+
+
+class Calls:
+    """The source calls under way per source and key; knows which of them should not overlap."""
+
+    def __init__(self) -> None:
+        self.changed: set[ResourceKey] = set()
+        self.overlaps: list[str] = []
+        self._under_way: dict[tuple[str, ResourceKey], list[list[bool]]] = {}
+
+    def begin(self, source: str, key: ResourceKey) -> list[bool]:
+        """Note a call; a key that nobody has changed so far must not be under way already."""
+        others = self._under_way.setdefault((source, key), [])
+        for other in others:
+            other[0] |= key not in self.changed
+        call = [False]
+        others.append(call)
+        return call
+
+    def end(self, source: str, key: ResourceKey, call: list[bool], *, cancelled: bool) -> None:
+        """Note the end; one that was just being cancelled when the next began did not overlap."""
+        self._under_way[source, key].remove(call)
+        if call[0] and not cancelled:
+            self.overlaps.append(f"{source} was asked for {key} twice at once")
+
+
+class World:
+    """Random keys over random sources; each base key's truth is a number that only grows."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        chance = self.chance
+        self.calm = chance.random() < 0.4
+        self.clock = TickingClock()
+        self.calls = Calls()
+        self.bases = [
+            *(key("single", str(i)) for i in range(3)),
+            *(key("batch", str(i)) for i in range(4)),
+        ]
+        self.truth = dict.fromkeys(self.bases, 0)
+        self.floor = dict.fromkeys(self.bases, 0)
+        self.needs: dict[ResourceKey, list[ResourceKey]] = {}
+        for i in range(6):
+            known = [*self.bases, *self.needs]
+            self.needs[key("derived", str(i))] = chance.sample(known, chance.randint(1, 3))
+        self.keys = [*self.bases, *self.needs]
+        self.lively = chance.sample(self.bases, 4)
+        self.builder = self._builder()
+
+    def _builder(self) -> SnapshotBuilder:
+        chance = self.chance
+        policy = chance.choice(
+            (
+                FreshnessPolicy(1_000, 2_000),
+                FreshnessPolicy(2, 2_000),
+                FreshnessPolicy(1, 2_000, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE),
+                FreshnessPolicy(
+                    3, 2_000, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=2
+                ),
+            )
+        )
+        self.brief = policy.ttl_seconds < 10
+        retry = RetryPolicy(max_attempts=chance.randint(1, 2), base_delay_seconds=0.1)
+        cache: Any = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
+        if AWAITED or chance.random() < 0.3:
+            cache = AwaitedCache(chance)
+        return SnapshotBuilder(
+            self._sources(),
+            cache=cache,
+            clock=self.clock,
+            default_policy=policy,
+            default_resilience=SourceResiliencePolicy(retry=retry),
+            max_concurrency=chance.choice((1, 2, 8)),
+        )
+
+    def _sources(self) -> list[Any]:
+        world = self
+
+        class Pair(Batch):
+            async def fetch_many(
+                self, keys: Collection[ResourceKey], context: FetchContext
+            ) -> Mapping[ResourceKey, Any]:
+                found = {}
+                for each, value in (await world.read("batch", keys)).items():
+                    if world.calm or world.chance.random() > 0.2:
+                        found[each] = value
+                return found
+
+        async def single(k: ResourceKey, context: FetchContext) -> Any:
+            return (await world.read("single", [k]))[k]
+
+        async def backup(k: ResourceKey, context: FetchContext) -> Any:
+            return (await world.read("backup", [k]))[k]
+
+        class Nested(Derived):
+            async def derive(self, k: ResourceKey, inputs: Snapshot, context: FetchContext) -> Any:
+                await world.pause()
+                return {str(each): value.value for each, value in inputs.items()}
+
+        pair = Pair("batch")
+        pair.max_batch_size = self.chance.choice((None, 1, 2))
+        timeout = None if self.calm else 1.5
+        sources: list[Any] = [
+            pair,
+            Single("single", fetch=single, timeout=timeout),
+            Single("backup", "single", "batch", fetch=backup, priority=1),
+            Nested("derived", needs=self.needs.__getitem__),
+        ]
+        for source in sources:
+            source.resilience_policy = None
+        return sources
+
+    async def pause(self) -> None:
+        """Take a moment, or none."""
+        for _ in range(self.chance.randint(0, 2)):
+            await asyncio.sleep(self.chance.choice((0, 0, 0.1, 1)))
+
+    async def read(self, source: str, keys: Collection[ResourceKey]) -> dict[ResourceKey, Any]:
+        """Answer with the truth as it was when the call began, after a while; or fail."""
+        calls = {k: self.calls.begin(source, k) for k in keys}
+        cancelled = False
+        try:
+            found = {k: (str(k), self.truth[k]) for k in keys}
+            observed_at = self.clock.now() if self.chance.random() < 0.5 else None
+            await self.pause()
+            if not self.calm and self.chance.random() < 0.2:
+                raise ConnectionError("down")
+            return {k: SourcePayload(value, observed_at) for k, value in found.items()}
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+        finally:
+            for k, call in calls.items():
+                self.calls.end(source, k, call, cancelled=cancelled)
+
+    async def change(self, k: ResourceKey) -> None:
+        """Let the truth of a base key grow, and tell the builder: by the news, or that it is old."""
+        self.truth[k] += 1
+        value = self.truth[k]
+        self.calls.changed.add(k)
+        if self.chance.random() < 0.5:
+            await self.builder.publisher.publish(k, (str(k), value), source="news")
+        else:
+            await self.builder.publisher.invalidate(k)
+        self.floor[k] = max(self.floor[k], value)
+
+
+def facts(payload: Any) -> Iterator[tuple[str, int]]:
+    """Yield every base fact that a payload is made of."""
+    if isinstance(payload, dict):
+        for each in payload.values():
+            yield from facts(each)
+    else:
+        yield payload
