@@ -129,7 +129,9 @@ async def test_a_finished_key_is_delivered_while_its_owner_still_waits_for_other
     assert source.calls == [A, B]
 
 
-async def test_a_joiner_of_a_batch_key_gets_it_when_the_batch_ends_not_when_the_owner_does() -> None:
+async def test_a_joiner_of_a_batch_key_gets_it_when_the_batch_ends_not_when_the_owner_does() -> (
+    None
+):
     slow = Single("slow", fetch=latency(100))
     quick = Batch("quick")
     building = builder(slow, quick)

@@ -191,7 +191,7 @@ async def test_reads_and_writes_use_the_widest_methods_there_are(
 async def test_a_batch_build_over_a_batch_atomic_cache_takes_two_trips() -> None:
     cache = BatchAtomicCache()
     building = builder(Batch("b"), cache=cache)
-    snapshot = await building.build([key("b", str(n)) for n in range(100)])
+    snapshot = await building.build([key("b", str(n)) for n in range(20)])
     assert cache.calls == ["get_many", "set_many_if_newer"]
     assert snapshot.diagnostics.cache_batch_reads == 1
     assert snapshot.diagnostics.cache_batch_writes == 1

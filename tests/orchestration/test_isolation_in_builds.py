@@ -24,6 +24,7 @@ from coalestra import (
     SnapshotDeadlineExceededError,
     SourcePayload,
 )
+from coalestra.concurrency.threads import threads_of_context
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import Stock
@@ -445,6 +446,7 @@ async def test_a_cancelled_reader_leaves_the_copy_slot_taken_until_the_thread_en
 
 
 async def test_closing_waits_for_running_copies_and_leaves_no_thread() -> None:
+    threads_of_context().end_idle()
     before = set(threading.enumerate())
     async with closing(Stock("k", {"k": LARGE})) as building:
         await building.build([K])

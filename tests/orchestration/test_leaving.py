@@ -16,8 +16,8 @@ from coalestra import (
     ResourceKey,
     ResourceResolutionError,
     RetryPolicy,
-    SnapshotBuildError,
     SnapshotBuilder,
+    SnapshotBuildError,
     SourceResiliencePolicy,
 )
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency

@@ -752,6 +752,41 @@ async def test_a_stage_that_began_before_the_commit_and_ends_after_it_sees_no_mi
     await no_leaks(building)
 
 
+async def test_a_value_derived_anew_during_the_commit_is_looked_at_again() -> None:
+    stock = Stock("stock", {"base": 1})
+    gate = Gate(opened=True)
+    building = builder(stock, Derived("d", needs=lambda k: [BASE], before=gate.pass_))
+    session = building.session()
+    await session.resolve([BASE])
+    await asyncio.sleep(1)
+    await building.publisher.publish(BASE, 2, source="stream")
+    assert (await building.build([key("d")])).value(key("d")) == (2,)
+    gate.close()
+    resolving = asyncio.ensure_future(session.resolve([key("d")]))
+    await gate.wait_arrived(2)
+    assert shown(await session.revalidate([BASE])) == {BASE: 2}
+    gate.open()
+    assert shown(await resolving) == {BASE: 2, key("d"): (2,)}
+    await no_leaks(building)
+
+
+async def test_a_dependency_wanted_late_in_a_forced_refresh_is_not_read_a_second_time() -> None:
+    slow = Single("slow", "d", fetch=_in_vain, priority=20)
+    stock = Stock("stock", {"base": 1})
+    building = builder(slow, stock, Derived("d", needs=lambda k: [BASE]))
+    session = building.session()
+    await session.resolve([BASE, key("d")])
+    stock.change(base=2)
+    after = await session.revalidate([BASE], force_refresh=True)
+    assert shown(after) == {BASE: 2, key("d"): (2,)}
+    assert len(stock.calls) == 2
+
+
+async def _in_vain(key: ResourceKey, context: Any) -> Any:
+    await asyncio.sleep(5)
+    raise SourceUnavailableError("no")
+
+
 @pytest.mark.parametrize("first", ["resolve", "revalidate"])
 @pytest.mark.parametrize("moment", range(12))
 async def test_at_whatever_moment_they_meet_a_stage_and_a_revalidation_never_mix(

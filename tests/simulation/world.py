@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -23,8 +24,7 @@ from coalestra import (
 )
 from tests.orchestration.scripted import Batch, Derived, Single, key
 
-import os
-AWAITED=bool(os.environ.get('AWAITED'))
+AWAITED = bool(os.environ.get("AWAITED"))
 TICK = 1e-6
 """How far the clock moves with every reading, so that no two readings tie."""
 

@@ -51,6 +51,8 @@ class Invocation:
             result = await self._call_in_thread(arguments)
         else:
             result = self.call_now(*arguments)
+        if result is True or result is False or type(result) is tuple:
+            return result
         if inspect.isawaitable(result):
             return await self._awaited(result, asked)
         return result
@@ -75,6 +77,8 @@ class Invocation:
             TypeError: if it returned an awaitable.
         """
         result = self.call_now(*arguments)
+        if result is True or result is False or type(result) is tuple:
+            return result
         if inspect.isawaitable(result):
             _discard(result)
             raise TypeError(f"{self.role} must be a plain function, got one that is async")

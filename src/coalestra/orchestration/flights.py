@@ -117,6 +117,10 @@ class Acquisition:
         """Whether anyone still waits."""
         return bool(self.waiters)
 
+    def offers(self, revision: Revision) -> bool:
+        """Whether `revision` is the value that the flight itself brings to the cache."""
+        return self.offered is not None and self.offered[0] is revision
+
     def living_sponsor(self) -> Work:
         """Return the work to act for: the first that waits, directly or through derived keys.
 

@@ -34,8 +34,11 @@ class News:
     def _tell_flights(self, key: ResourceKey, revision: Revision) -> bool:
         """Tell the flights of a key of an event; return whether it is none, but one's own value."""
         board = self._scheduler.board
+        joinable = board.flights.get(key)
+        if joinable is not None and joinable.offers(revision):
+            return True
         flights = board.under_way(key)
-        if any(each.offered is not None and each.offered[0] is revision for each in flights):
+        if any(each.offers(revision) for each in flights):
             return True
         for flight in flights:
             flight.event = revision

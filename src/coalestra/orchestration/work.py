@@ -44,6 +44,7 @@ class Work:
         "ready",
         "record",
         "stages",
+        "struck",
         "timer",
         "variables",
     )
@@ -65,6 +66,7 @@ class Work:
         self.timer: asyncio.TimerHandle | None = None
         self.planning = 0
         self.flushing = False
+        self.struck = False
         self.closed = False
 
     @property
@@ -80,7 +82,7 @@ class Work:
     @property
     def over(self) -> bool:
         """Whether nothing may be started in the name of this work any more."""
-        return self.closed or self.expired
+        return self.closed or self.struck
 
     def enter(self, stage: Stage) -> None:
         """Watch the deadline for a stage that begins to wait."""
@@ -97,6 +99,7 @@ class Work:
 
     def _strike(self) -> None:
         self.timer = None
+        self.struck = True
         for stage in tuple(self.stages):
             stage.strike()
 
