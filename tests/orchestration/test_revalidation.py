@@ -946,3 +946,26 @@ async def test_a_revalidation_of_a_single_source_reads_each_affected_key_once() 
     await session.resolve(keys)
     await session.revalidate(keys, force_refresh=True)
     assert len(source.calls) == 40
+
+
+async def test_a_derived_value_alone_rests_on_newer_values_after_it_was_revalidated() -> None:
+    base, top = key("base"), key("top")
+    building = builder(Single("base"), Derived("top", needs=lambda k: [base]))
+    async with building.session() as session:
+        await session.resolve([top])
+        await asyncio.sleep(1)
+        await building.publisher.publish(base, "new", source="stream")
+        again = await session.revalidate([top])
+        assert again.value(top) == ("new",)
+        assert (await session.resolve([base])).value(base) == "new"
+
+
+async def test_a_hidden_base_that_others_rest_on_too_stays_as_it_is() -> None:
+    base, left, right = key("base"), key("d", "left"), key("d", "right")
+    building = builder(Single("base"), Derived("d", needs=lambda k: [base]))
+    async with building.session() as session:
+        before = await session.resolve([left, right])
+        await asyncio.sleep(1)
+        await building.publisher.publish(base, "new", source="stream")
+        again = await session.revalidate([left])
+        assert again.value(left) == before.value(left) == again.value(right)

@@ -136,6 +136,20 @@ def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
         pins[key] = Reading(revision, age, from_cache=True)
 
 
+def loose(
+    pins: Mapping[ResourceKey, Reading], visible: Iterable[ResourceKey], going: set[ResourceKey]
+) -> set[ResourceKey]:
+    """Return what is pinned out of sight and serves nothing but the keys that are `going`."""
+    needed: set[ResourceKey] = set()
+    stack = [key for key in visible if key in pins and key not in going]
+    while stack:
+        key = stack.pop()
+        if key in pins and key not in needed:
+            needed.add(key)
+            stack.extend(pins[key].revision.dependency_versions)
+    return {key for key in pins if key not in needed and key not in going}
+
+
 def dependents(
     pins: Mapping[ResourceKey, Reading], keys: Iterable[ResourceKey]
 ) -> set[ResourceKey]:

@@ -9,7 +9,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.conclusions import always
 from coalestra.orchestration.flights import Gather
-from coalestra.orchestration.pins import Demand, Pins, dependents, hold
+from coalestra.orchestration.pins import Demand, Pins, dependents, hold, loose
 from coalestra.orchestration.readings import Failure, Reading
 from coalestra.orchestration.unit import Unit
 
@@ -17,17 +17,28 @@ from coalestra.orchestration.unit import Unit
 class Revalidation:
     """One attempt to replace the named pinned values, and every pinned value derived from them.
 
+    What is pinned out of sight for their sake alone is let go, so that they can rest on newer values.
     Everything is acquired, judged and copied beside the pinned state. Only then, in one step,
     does it take that state's place. Whatever fails before leaves everything as it was.
     """
 
-    __slots__ = ("_readings", "_unit", "affected", "failures", "forced", "named", "_generation")
+    __slots__ = (
+        "_generation",
+        "_loose",
+        "_readings",
+        "_unit",
+        "affected",
+        "failures",
+        "forced",
+        "named",
+    )
 
     def __init__(self, unit: Unit, named: Mapping[ResourceKey, None], *, forced: bool) -> None:
         self._unit = unit
         self.named = named
         self.forced = forced
         self.affected: set[ResourceKey] = set()
+        self._loose: set[ResourceKey] = set()
         self.failures: dict[ResourceKey, Failure] = {}
         self._readings: dict[ResourceKey, Reading] = {}
         self._generation = -1
@@ -36,11 +47,13 @@ class Revalidation:
         """Read anew what is affected, under the pins that are not; failures are kept as facts."""
         unit = self._unit
         self.affected = dependents(unit.pins, self.named)
+        self._loose = loose(unit.pins, unit.requested, self.affected)
         self._generation = unit.pins.generation
         derived = [k for k in self.affected if unit.pins[k].revision.dependency_versions]
         forced = frozenset(self.affected) if self.forced else frozenset()
         demand = Demand(forced, frozenset(derived) & forced)
-        kept = Pins({k: r for k, r in unit.pins.items() if k not in self.affected}, demand)
+        going = self.affected | self._loose
+        kept = Pins({k: r for k, r in unit.pins.items() if k not in going}, demand)
         order = [key for key in unit.pins if key in self.affected]
         gather = Gather(unit.work, order, kept, demand=demand)
         await unit.engine.run(gather, self._take)
@@ -76,14 +89,16 @@ class Revalidation:
     def outdated(self) -> bool:
         """Whether the session has meanwhile pinned more that is derived from what is replaced."""
         pins = self._unit.pins
-        return dependents(pins, self.named) != self.affected or (
+        return (
             pins.generation != self._generation
+            or dependents(pins, self.named) != self.affected
+            or loose(pins, self._unit.requested, self.affected) != self._loose
         )
 
     def commit(self) -> None:
         """Put the new readings in the place of the old ones."""
         pins = self._unit.pins
-        for key in self.affected:
+        for key in self.affected | self._loose:
             pins.pop(key, None)
             self._unit.failures.pop(key, None)
         hold(pins, self._readings)
