@@ -1,0 +1,83 @@
+"""Warm lines: everything that is asked for is cached and fresh."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from coalestra import ResourceKey
+from tests.benchmarks import plain
+from tests.benchmarks.rivals import Rivals
+from tests.benchmarks.stock import Maker, batch_source, book, kept_builder, keys_of, number, price
+from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.workshop import Work, Workshop
+
+
+def warm(shop: Workshop, keys: Sequence[ResourceKey], make: Maker) -> Work:
+    """Return the building of a snapshot of keys that are cached."""
+    builder = kept_builder(shop, batch_source(make))
+    shop.run(builder.build(keys))
+    return lambda: builder.build(keys)
+
+
+def subjects_of(
+    shop: Workshop, keys: Sequence[ResourceKey], make: Maker, floor: Any
+) -> list[Subject]:
+    """Return the library and its floor for a warm snapshot."""
+    return [
+        Subject("coalestra", Role.OURS, shop.timed(warm(shop, keys, make), len(keys))),
+        Subject("plain loop", Role.FLOOR, shop.timed_blocking(floor, len(keys))),
+    ]
+
+
+def flat_payloads(shop: Workshop, count: int = 1000) -> list[Subject]:
+    """Read many small dictionaries."""
+    keys = keys_of(shop.scale.size(count))
+    entries = plain.filled(((key, price(key)) for key in keys), dict.copy)
+    rivals = Rivals(shop, keys, price)
+    rivals.reading()
+    return [
+        *subjects_of(shop, keys, price, lambda: plain.read_flat(entries, keys)),
+        *rivals.subjects,
+    ]
+
+
+def floats(shop: Workshop) -> list[Subject]:
+    """Read many floats."""
+    keys = keys_of(shop.scale.size(1000))
+    entries = plain.filled(((key, number(key)) for key in keys), plain.same)
+    rivals = Rivals(shop, keys, number)
+    rivals.reading()
+    return [
+        *subjects_of(shop, keys, number, lambda: plain.read_shared(entries, keys)),
+        *rivals.subjects,
+    ]
+
+
+def one_key(shop: Workshop) -> list[Subject]:
+    """Read one small dictionary."""
+    keys = keys_of(1)
+    entries = plain.filled(((key, price(key)) for key in keys), dict.copy)
+    rivals = Rivals(shop, keys, price)
+    rivals.reading_one()
+    return [
+        *subjects_of(shop, keys, price, lambda: plain.read_flat(entries, keys)),
+        *rivals.subjects,
+    ]
+
+
+def nested_payloads(shop: Workshop) -> list[Subject]:
+    """Read a few large nested dictionaries; beside it, what ``copy.deepcopy`` alone takes."""
+    keys = keys_of(10)
+    payloads = [book(key) for key in keys]
+    entries = plain.filled(zip(keys, payloads, strict=True), plain.copy_of_dicts)
+
+    def deepcopy() -> None:
+        for payload in payloads:
+            copy.deepcopy(payload)
+
+    return [
+        *subjects_of(shop, keys, book, lambda: plain.read(entries, keys, plain.copy_of_dicts)),
+        Subject("copy.deepcopy", Role.YARDSTICK, shop.timed_blocking(deepcopy, len(keys))),
+    ]

@@ -1,0 +1,89 @@
+"""The table, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tests.benchmarks.growth import SIZES
+from tests.benchmarks.plot import Curves
+from tests.benchmarks.results import Figure, Row
+from tests.benchmarks.subjects import Unit
+
+_HEAD = ("work", "0.6", "aim", "now", "spread", "", "floor", "ratio", "fastest rival")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return one line for each row, aligned."""
+    cells = [_HEAD, *map(_cells, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(_HEAD))]
+    ruled = [cells[0], tuple("-" * max(3, width) for width in widths), *cells[1:]]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in ruled
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    unit = row.line.unit
+    rival = "" if row.rival is None else f"{row.rival[0]} {_amount(row.rival[1], unit)}"
+    if row.share is not None:
+        rival = f"{row.share:.2f} of deepcopy"
+    return (
+        row.line.work,
+        row.line.published,
+        "" if row.line.aim is None else str(row.line.aim),
+        f"{_amount(row.ours, unit)} {unit.name}",
+        f"±{row.ours.spread:.0%}",
+        {None: "", True: "met", False: "**missed**"}[row.met],
+        "" if row.floor is None else _amount(row.floor, unit),
+        "" if row.floors is None else f"{row.floors:.1f}",
+        rival,
+    )
+
+
+def _amount(figure: Figure, unit: Unit) -> str:
+    return amount(figure.median * unit.per_si)
+
+
+def amount(value: float) -> str:
+    """Return a number with three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def growth_table(curves: Curves) -> str:
+    """Return the figures of the plot, and the memory of a snapshot."""
+    lines = [
+        "| keys | warm, us/key | cold, us/key | plain warm | plain cold | snapshot, bytes/key |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for size in SIZES:
+        cells = [
+            amount(curve[size])
+            for curve in (
+                curves.warm,
+                curves.cold,
+                curves.plain_warm,
+                curves.plain_cold,
+                curves.snapshot_bytes,
+            )
+        ]
+        lines.append(f"| {size:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def growth_sentence(curves: Curves) -> str:
+    """Return how far the cost of a key strays between 100 and 100,000 keys."""
+    parts = []
+    for name, curve in (
+        ("warm", curves.warm),
+        ("cold", curves.cold),
+        ("the plain loop, warm", curves.plain_warm),
+        ("the plain loop, cold", curves.plain_cold),
+    ):
+        costs = [cost for size, cost in curve.items() if size >= 100]
+        parts.append(f"{max(costs) / min(costs) - 1:.0%} {name}")
+    return (
+        "From 100 to 100,000 keys the dearest key costs this much more than the cheapest: "
+        + ", ".join(parts)
+        + "."
+    )
