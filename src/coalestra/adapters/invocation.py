@@ -36,8 +36,8 @@ class Invocation:
     ) -> None:
         self._function = function
         self._label = source
-        self.role = f"{parameter} of source {source!r}"
-        self.in_thread = in_thread and not is_coroutine_function(function)
+        self.role: str = f"{parameter} of source {source!r}"
+        self.in_thread: bool = in_thread and not is_coroutine_function(function)
 
     async def call(self, *arguments: Any) -> Any:
         """Return the result, awaited if it is awaitable.

@@ -107,7 +107,7 @@ class CapacityLease:
     __slots__ = ("_held", "source")
 
     def __init__(self, source: str, held: tuple[CapacityLimiter, ...]) -> None:
-        self.source = source
+        self.source: str = source
         self._held = held
 
     @property

@@ -95,9 +95,11 @@ class PayloadCopies:
         if run_in_thread is not None:
             flag("run_payload_copies_in_thread", run_in_thread)
         self.component = component
-        self.max_concurrency = integer("max_copy_concurrency", max_concurrency, minimum=1)
-        self.uses_default_copier = copier is None or copier is deepcopy_payload
-        self.run_in_thread = self.uses_default_copier if run_in_thread is None else run_in_thread
+        self.max_concurrency: int = integer("max_copy_concurrency", max_concurrency, minimum=1)
+        self.uses_default_copier: bool = copier is None or copier is deepcopy_payload
+        self.run_in_thread: bool = (
+            self.uses_default_copier if run_in_thread is None else run_in_thread
+        )
         self._copier = None if self.uses_default_copier else copier
         self._own_seal = Seal("custom", copier or deepcopy_payload, brief=not self.run_in_thread)
         self._always_threads = run_in_thread is True

@@ -29,8 +29,8 @@ class Deadline:
 
     def __init__(self, clock: Clock, monotonic_at: float) -> None:
         self._clock = clock
-        self.monotonic_at = monotonic_at
-        self.budget_seconds = monotonic_at - clock.monotonic()
+        self.monotonic_at: float = monotonic_at
+        self.budget_seconds: float = monotonic_at - clock.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_at = 0.0
         self._find_loop()

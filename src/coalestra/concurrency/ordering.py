@@ -14,7 +14,7 @@ class Spot:
     __slots__ = ("_after", "_before", "label")
 
     def __init__(self) -> None:
-        self.label = 0
+        self.label: int = 0
         self._before: Spot = self
         self._after: Spot = self
 

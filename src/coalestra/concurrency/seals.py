@@ -25,9 +25,9 @@ class Seal:
     """Holds something that only ``copy.deepcopy`` can copy, for as long as that may take."""
 
     def __init__(self, name: str, opener: Callable[[Any], Any], *, brief: bool) -> None:
-        self.name = name
+        self.name: str = name
         self.opener = opener
-        self.brief = brief
+        self.brief: bool = brief
 
     def __repr__(self) -> str:
         return f"<Seal {self.name}{'' if self.brief else ', takes a thread'}>"

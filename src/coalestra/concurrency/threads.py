@@ -48,7 +48,7 @@ class WorkerThreads:
     __slots__ = ("__weakref__", "_busy", "_closed", "_idle", "_lock", "idle_seconds")
 
     def __init__(self, *, idle_seconds: float = 10.0) -> None:
-        self.idle_seconds = number("idle_seconds", idle_seconds, minimum=0)
+        self.idle_seconds: float = number("idle_seconds", idle_seconds, minimum=0)
         self._closed = False
         self.forget()
         _instances.add(self)

@@ -73,7 +73,7 @@ class Worker:
         self._retire = retire
         self._idle_seconds = idle_seconds
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(
+        self.thread: threading.Thread = threading.Thread(
             target=self._serve, name=f"coalestra-worker-{next(_numbers)}", daemon=True
         )
 

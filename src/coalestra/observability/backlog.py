@@ -87,8 +87,8 @@ class Backlog(Generic[R]):
     )
 
     def __init__(self, max_pending: int, overflow: BufferOverflowPolicy) -> None:
-        self.max_pending = integer("max_pending", max_pending, minimum=1)
-        self.overflow = choice("overflow", overflow, BufferOverflowPolicy)
+        self.max_pending: int = integer("max_pending", max_pending, minimum=1)
+        self.overflow: BufferOverflowPolicy = choice("overflow", overflow, BufferOverflowPolicy)
         self._waiting: deque[R] = deque()
         # Records are numbered from 1 as they are accepted; 0 stands for none.
         self._in_delivery = 0

@@ -54,7 +54,7 @@ class LoggingEventSink:
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
         instance("logger", logger, logging.Logger, optional=True)
-        self.logger = logging.getLogger("coalestra") if logger is None else logger
+        self.logger: logging.Logger = logging.getLogger("coalestra") if logger is None else logger
 
     def emit(self, event_type: str, **payload: Any) -> None:
         """Log one event."""

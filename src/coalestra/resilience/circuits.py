@@ -42,7 +42,7 @@ class Circuits:
     ) -> None:
         self.clock: Clock = SystemClock() if clock is None else clock
         self.default_policy = default_policy
-        self.max_circuits = integer("max_circuits", max_circuits, minimum=1)
+        self.max_circuits: int = integer("max_circuits", max_circuits, minimum=1)
         self._circuits: OrderedDict[CircuitIdentity, Circuit] = OrderedDict()
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ class SubmissionBacklog:
     __slots__ = ("_lock", "_places", "limit")
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit: int = limit
         self._lock = threading.Lock()
         self._places: dict[Place, None] = {}
 

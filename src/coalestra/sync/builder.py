@@ -59,8 +59,8 @@ class SyncSnapshotBuilder:
         """
         _require_builder(builder)
         self.builder = builder
-        self.close_builder = flag("close_builder", close_builder)
-        self.shutdown_timeout_seconds = number(
+        self.close_builder: bool = flag("close_builder", close_builder)
+        self.shutdown_timeout_seconds: float = number(
             "shutdown_timeout_seconds", shutdown_timeout_seconds, minimum=0
         )
         self._backlog = SubmissionBacklog(
@@ -74,7 +74,7 @@ class SyncSnapshotBuilder:
             close_builder=close_builder,
             timeout_seconds=shutdown_timeout_seconds,
         )
-        self.publisher = SyncResourcePublisher(
+        self.publisher: SyncResourcePublisher = SyncResourcePublisher(
             builder.publisher, self._thread, self._backlog, isolator
         )
 
