@@ -29,9 +29,9 @@ class Spell:
     __slots__ = ("count", "longest_ms", "total_ms")
 
     def __init__(self) -> None:
-        self.count = 0
-        self.total_ms = 0.0
-        self.longest_ms = 0.0
+        self.count: int = 0
+        self.total_ms: float = 0.0
+        self.longest_ms: float = 0.0
 
     def add(self, seconds: float) -> None:
         """Count one more, of so many seconds."""
@@ -57,8 +57,8 @@ class CopyThreads:
         self.component = component
         self.limit = limit
         self._threads = threads
-        self.active = 0
-        self.closed = False
+        self.active: int = 0
+        self.closed: bool = False
         self._slots = WaitQueue()
         self._drainers = WaitQueue()
         self._running: set[asyncio.Task[None]] = set()

@@ -26,7 +26,7 @@ class Seal:
 
     def __init__(self, name: str, opener: Callable[[Any], Any], *, brief: bool) -> None:
         self.name: str = name
-        self.opener = opener
+        self.opener: Callable[[Any], Any] = opener
         self.brief: bool = brief
 
     def __repr__(self) -> str:

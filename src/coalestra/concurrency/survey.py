@@ -73,7 +73,7 @@ class Survey:
     def __init__(self, allowed: float) -> None:
         """Allow so many steps."""
         self._allowed = allowed
-        self.walked = 0
+        self.walked: int = 0
         self._originals: list[Any] = []
         self._indexes: dict[int, int] = {}
         self._verdicts: dict[int, bool] = {}
