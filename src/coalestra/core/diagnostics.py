@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coalestra.core.drafts import become, draft_of
 from coalestra.core.frozen import EMPTY, FrozenDict
 
 
@@ -103,23 +103,38 @@ class DiagnosticsRecorder:
         Raises:
             TypeError: if an override names no counter.
         """
-        unknown = overrides.keys() - _SETTERS.keys()
-        if unknown:
-            raise TypeError(f"no such counters: {', '.join(sorted(unknown))}")
+        if overrides:
+            return replace(self.freeze(), **overrides)
         frozen = object.__new__(SnapshotDiagnostics)
-        for fill, counted in zip(_SETTERS.values(), _read(self), strict=True):
-            fill(frozen, counted)
-        for name in _MAPPINGS:
-            counts = overrides.pop(name, None) or getattr(self, name)
-            _SETTERS[name](frozen, FrozenDict(counts) if counts else EMPTY)
-        for name, counted in overrides.items():
-            _SETTERS[name](frozen, counted)
+        draft: Any = frozen
+        become(draft, _DiagnosticsDraft)
+        draft.duration_ms = self.duration_ms
+        draft.requested_resources = self.requested_resources
+        draft.resolved_resources = self.resolved_resources
+        draft.failed_resources = self.failed_resources
+        draft.cache_hits = self.cache_hits
+        draft.cache_misses = self.cache_misses
+        draft.cache_batch_reads = self.cache_batch_reads
+        draft.cache_batch_writes = self.cache_batch_writes
+        draft.stale_values = self.stale_values
+        draft.coalesced_requests = self.coalesced_requests
+        draft.source_calls = self.source_calls
+        draft.batch_calls = self.batch_calls
+        draft.derived_calls = self.derived_calls
+        draft.refresh_scheduled = self.refresh_scheduled
+        draft.refresh_completed = self.refresh_completed
+        draft.refresh_failed = self.refresh_failed
+        draft.support_cache_hits = self.support_cache_hits
+        draft.support_cache_misses = self.support_cache_misses
+        draft.retries = self.retries
+        draft.batch_chunks = self.batch_chunks
+        draft.future_timestamp_rejections = self.future_timestamp_rejections
+        draft.observation_skew_ms = self.observation_skew_ms
+        calls, latencies = self.source_calls_by_source, self.source_latency_ms_by_source
+        draft.source_calls_by_source = FrozenDict(calls) if calls else EMPTY
+        draft.source_latency_ms_by_source = FrozenDict(latencies) if latencies else EMPTY
+        draft.__class__ = SnapshotDiagnostics
         return frozen
 
 
-_MAPPINGS = ("source_calls_by_source", "source_latency_ms_by_source")
-_SETTERS: dict[str, Callable[[SnapshotDiagnostics, Any], None]] = {
-    counter.name: vars(SnapshotDiagnostics)[counter.name].__set__
-    for counter in fields(SnapshotDiagnostics)
-}
-_read = attrgetter(*_SETTERS)
+_DiagnosticsDraft = draft_of(SnapshotDiagnostics)

@@ -83,6 +83,12 @@ def number(
     """
     if value is None and optional:
         return None
+    if (
+        type(value) is float
+        and math.isfinite(value)
+        and not _outside(value, minimum, above, maximum)
+    ):
+        return value  # the usual case, without the sentence for a refusal
     rule = _ranged("a finite number", minimum, above, maximum, optional)
     checked = _real(name, rule, value)
     if not _is_finite(checked) or _outside(checked, minimum, above, maximum):

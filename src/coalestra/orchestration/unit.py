@@ -166,14 +166,14 @@ class Unit:
     ) -> SnapshotDiagnostics:
         observed = [value.observed_at for value in values.values()]
         elapsed = self.engine.equipment.clock.monotonic() - self._began
-        return self.work.record.freeze(
-            duration_ms=elapsed * 1000,
-            requested_resources=len(self.requested),
-            resolved_resources=len(values),
-            failed_resources=failed,
-            stale_values=sum(value.stale for value in values.values()),
-            observation_skew_ms=(max(observed) - min(observed)) * 1000 if observed else 0.0,
-        )
+        record = self.work.record
+        record.duration_ms = elapsed * 1000
+        record.requested_resources = len(self.requested)
+        record.resolved_resources = len(values)
+        record.failed_resources = failed
+        record.stale_values = [value.stale for value in values.values()].count(True)
+        record.observation_skew_ms = (max(observed) - min(observed)) * 1000 if observed else 0.0
+        return record.freeze()
 
     def __repr__(self) -> str:
         return f"<Unit {self.work.context.snapshot_id} pins={len(self.pins)}>"
