@@ -40,6 +40,7 @@ SECTIONS: Mapping[int, Section] = {
             "adapters/test_calls.py",
             "adapters/test_settings.py",
             "adapters/test_awaited_cancellation.py",
+            "orchestration/test_sources.py",
             "orchestration/test_scheduling.py",
             "orchestration/test_settings.py",
         ),
@@ -47,9 +48,11 @@ SECTIONS: Mapping[int, Section] = {
     4: Section(
         "how a key is resolved: cache, sources in turn, stale values, refreshes, shared flights",
         (
+            "orchestration/test_resolving.py",
             "orchestration/test_scheduling.py",
             "orchestration/test_coalescing.py",
             "orchestration/test_cache_truth.py",
+            "orchestration/test_news.py",
             "orchestration/test_custom_caches.py",
         ),
     ),
@@ -93,7 +96,11 @@ SECTIONS: Mapping[int, Section] = {
     ),
     9: Section(
         "capacity: limits over all and by source, leases, queue timeouts, workers",
-        ("concurrency/test_capacity.py", "orchestration/test_scheduling.py"),
+        (
+            "concurrency/test_capacity.py",
+            "orchestration/test_capacity_in_builds.py",
+            "orchestration/test_scheduling.py",
+        ),
     ),
     10: Section(
         "resilience: retries, circuits, and which policy goes first",
@@ -102,6 +109,7 @@ SECTIONS: Mapping[int, Section] = {
             "resilience/test_circuit.py",
             "resilience/test_circuit_breaker.py",
             "resilience/test_policies.py",
+            "orchestration/test_resilience_in_builds.py",
         ),
     ),
     11: Section(
@@ -109,6 +117,7 @@ SECTIONS: Mapping[int, Section] = {
         (
             "concurrency/test_deadline.py",
             "concurrency/test_cut_off.py",
+            "orchestration/test_deadlines_in_builds.py",
             "orchestration/test_leaving.py",
             "orchestration/test_sessions.py",
             "orchestration/test_revalidation.py",
@@ -128,6 +137,9 @@ SECTIONS: Mapping[int, Section] = {
         "counters, observations, events, buffers in front of sinks, diagnostics",
         (
             "core/test_diagnostics.py",
+            "orchestration/test_reports_of_waiting.py",
+            "orchestration/test_observability_in_builds.py",
+            "orchestration/test_bounds.py",
             "observability/test_report_tables.py",
             "observability/test_reporter.py",
             "observability/test_buffered_sinks.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from coalestra import (
     FetchContext,
@@ -133,3 +133,15 @@ def builder(*sources: Any, **settings: Any) -> SnapshotBuilder:
     settings.setdefault("default_policy", LASTING)
     settings.setdefault("clock", LoopClock())
     return SnapshotBuilder(sources, **settings)
+
+
+S = TypeVar("S", bound=Scripted)
+
+
+def tuned(source: S, **settings: Any) -> S:
+    """The source with other settings: any attribute that it has, by name."""
+    for name, value in settings.items():
+        if not hasattr(source, name):
+            raise AttributeError(f"{type(source).__name__} has no setting {name!r}")
+        setattr(source, name, value)
+    return source

@@ -1,4 +1,4 @@
-"""Independent work overlaps, ready keys travel together, nothing waits in a circle (2, 4, 5, 6, 7)."""
+"""Independent work overlaps, ready keys travel together, none waits in a circle (2, 4 to 7)."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class World:
         self.brief = policy.ttl_seconds < 10
         retry = RetryPolicy(max_attempts=chance.randint(1, 2), base_delay_seconds=0.1)
         cache: Any = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
-        if AWAITED or chance.random() < 0.3:
+        if chance.random() < 0.3:
             cache = AwaitedCache(chance)
         return SnapshotBuilder(
             self._sources(),
@@ -153,11 +153,8 @@ class World:
             async def fetch_many(
                 self, keys: Collection[ResourceKey], context: FetchContext
             ) -> Mapping[ResourceKey, Any]:
-                found = {}
-                for each, value in (await world.read("batch", keys)).items():
-                    if world.calm or world.chance.random() > 0.2:
-                        found[each] = value
-                return found
+                found = await world.read("batch", keys)
+                return {k: v for k, v in found.items() if not world.fails()}
 
         async def single(k: ResourceKey, context: FetchContext) -> Any:
             return (await world.read("single", [k]))[k]
@@ -183,6 +180,10 @@ class World:
             source.resilience_policy = None
         return sources
 
+    def fails(self) -> bool:
+        """Whether something goes wrong just now."""
+        return not self.calm and self.chance.random() < 0.2
+
     async def pause(self) -> None:
         """Take a moment, or none."""
         for _ in range(self.chance.randint(0, 2)):
@@ -196,7 +197,7 @@ class World:
             found = {k: (str(k), self.truth[k]) for k in keys}
             observed_at = self.clock.now() if self.chance.random() < 0.5 else None
             await self.pause()
-            if not self.calm and self.chance.random() < 0.2:
+            if self.fails():
                 raise ConnectionError("down")
             return {k: SourcePayload(value, observed_at) for k, value in found.items()}
         except asyncio.CancelledError:
@@ -207,7 +208,7 @@ class World:
                 self.calls.end(source, k, call, cancelled=cancelled)
 
     async def change(self, k: ResourceKey) -> None:
-        """Let the truth of a base key grow, and tell the builder: by the news, or that it is old."""
+        """Let the truth of a base key grow; tell the builder by the news, or that it is old."""
         self.truth[k] += 1
         value = self.truth[k]
         self.calls.changed.add(k)

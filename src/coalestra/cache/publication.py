@@ -22,7 +22,7 @@ from coalestra.core.revision import Revision
 from coalestra.core.values import ResourceUpdate, next_version
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Publication:
     """One event with all that decides its fate; ``value`` and ``metadata`` are still the caller's.
 
@@ -41,17 +41,17 @@ class Publication:
     def revision(self, payload: Any, seal: Any, metadata: FrozenDict[str, Any]) -> Revision:
         """The revision of this event around its sealed payload and metadata."""
         return Revision(
-            key=self.key,
-            payload=payload,
-            seal=seal,
-            source=self.source,
-            observed_at=self.observed_at,
-            fetched_at=self.published_at,
-            latency_ms=0.0,
-            attempts=0,
-            metadata=metadata,
-            authority_rank=self.authority_rank,
-            version=next_version(),
+            self.key,
+            payload,
+            seal,
+            self.source,
+            self.observed_at,
+            self.published_at,
+            next_version(),
+            0.0,
+            0,
+            metadata,
+            self.authority_rank,
         )
 
 
@@ -80,14 +80,14 @@ class PublicationRules:
         if skew:
             metadata["clock_skew_seconds"] = skew
         return Publication(
-            key=update.key,
-            value=update.value,
-            source=update.source,
-            observed_at=observed_at,
-            published_at=now,
-            metadata=metadata,
-            authority_rank=self._rank(update),
-            policy=self.policy_resolver.resolve(update.key),
+            update.key,
+            update.value,
+            update.source,
+            observed_at,
+            now,
+            metadata,
+            self._rank(update),
+            self.policy_resolver.resolve(update.key),
         )
 
     def _rank(self, update: ResourceUpdate[Any]) -> int:

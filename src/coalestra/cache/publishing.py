@@ -77,21 +77,31 @@ class Publishing:
         results = {}
         pace = Pace()
         for key, publication in best.items():
-            results[key] = await self._result(publication, written[key])
+            outcome = written[key]
+            stored = outcome.status is CacheWriteStatus.STORED
+            value = self._opened_now(outcome.current, publication, not stored)
+            if value is None:
+                value = await self._opened(outcome.current, publication, not stored)
+            previous = None
+            if outcome.previous is not None:
+                previous = self._opened_now(outcome.previous, publication, True)
+                if previous is None:
+                    previous = await self._opened(outcome.previous, publication, True)
+            results[key] = PublishResult(_STATUS[outcome.status], value, previous)
             if pace.due():
                 await pace.rest()
         return results
 
-    async def _result(self, publication: Publication, outcome: Written) -> PublishResult:
-        stored = outcome.status is CacheWriteStatus.STORED
-        value = await self._opened(outcome.current, publication, from_cache=not stored)
-        previous = None
-        if outcome.previous is not None:
-            previous = await self._opened(outcome.previous, publication, from_cache=True)
-        return PublishResult(_STATUS[outcome.status], value, previous)
+    def _opened_now(
+        self, revision: Revision, publication: Publication, from_cache: bool
+    ) -> SnapshotValue[Any] | None:
+        age = max(0.0, publication.published_at - revision.observed_at)
+        return self._sealing.open_now(
+            revision, _OUT, (age, age > publication.policy.ttl_seconds, from_cache)
+        )
 
     async def _opened(
-        self, revision: Revision, publication: Publication, *, from_cache: bool
+        self, revision: Revision, publication: Publication, from_cache: bool
     ) -> SnapshotValue[Any]:
         age = max(0.0, publication.published_at - revision.observed_at)
         return await self._sealing.open(
@@ -126,7 +136,8 @@ class _Run:
         now = rules.clock.now()
         for update in updates:
             self._judged.append(rules.judge(update, now))
-            await self._breathe()
+            if self._pace.due():
+                await self._breathe()
         return best_per_key(self._judged)
 
     async def seal(self, publications: Iterable[Publication]) -> list[Revision]:
@@ -140,7 +151,8 @@ class _Run:
                 sealed = await copies.seal(each.value, context=_IN)
             metadata = copies.seal_metadata_now(each.metadata, context=_IN)
             revisions.append(each.revision(*sealed, metadata))
-            await self._breathe()
+            if self._pace.due():
+                await self._breathe()
         return revisions
 
     async def write(
@@ -157,7 +169,8 @@ class _Run:
         for revision in revisions:
             outcome = store.put(revision, force=force, replace_equal=replace_equal)
             written[revision.key] = Written(*outcome)
-            await self._breathe()
+            if self._pace.due():
+                await self._breathe()
         return written
 
     def conclude(self) -> None:
@@ -172,9 +185,8 @@ class _Run:
             self._access.announce(news)
 
     async def _breathe(self) -> None:
-        if self._pace.due():
-            self._announce()
-            await self._pace.rest()
+        self._announce()
+        await self._pace.rest()
 
 
 def _report(reporter: Reporter, candidate: Revision, outcome: Written, force: bool) -> None:

@@ -57,13 +57,27 @@ class Sealing:
         self, revision: Revision, *, context: str, age: float, stale: bool, from_cache: bool
     ) -> SnapshotValue[Any]:
         """Copy a revision out as the value that one reader receives; ``age`` in seconds."""
-        payload, seal, copies = revision.payload, revision.seal, self.copies
-        if seal is not Seal.SHARED:
-            opened = copies.open_now(payload, seal, context=context)
-            if opened is OFFLOADED:
-                opened = await copies.open(payload, seal, context=context)
-            payload = opened
-        metadata = copies.open_metadata_now(revision.metadata, context=context)
+        copies = self.copies
+        payload = copies.open_now(revision.payload, revision.seal, context=context)
+        if payload is OFFLOADED:
+            payload = await copies.open(revision.payload, revision.seal, context=context)
+        return self.presented(revision, payload, context, (age, stale, from_cache))
+
+    def open_now(
+        self, revision: Revision, context: str, seen: tuple[float, bool, bool]
+    ) -> SnapshotValue[Any] | None:
+        """Do the same at once, or return None if it takes a thread."""
+        payload = self.copies.open_now(revision.payload, revision.seal, context=context)
+        if payload is OFFLOADED:
+            return None
+        return self.presented(revision, payload, context, seen)
+
+    def presented(
+        self, revision: Revision, payload: Any, context: str, seen: tuple[float, bool, bool]
+    ) -> SnapshotValue[Any]:
+        """Return the value around a reader's own payload; ``seen``: age, stale, from cache."""
+        age, stale, from_cache = seen
+        metadata = self.copies.open_metadata_now(revision.metadata, context=context)
         return SnapshotValue(
             revision.key,
             payload,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 
 
-@dataclass(eq=False, kw_only=True, repr=False, slots=True)
 class Revision:
     """A sealed value with its provenance; equal to nothing but itself.
 
@@ -31,24 +29,55 @@ class Revision:
             or -1. The one attribute that may be written.
     """
 
-    key: ResourceKey
-    payload: Any
-    seal: Any
-    source: str
-    observed_at: float
-    fetched_at: float
-    version: str
-    latency_ms: float = 0.0
-    attempts: int = 1
-    metadata: FrozenDict[str, Any] = field(default_factory=lambda: EMPTY)
-    authority_rank: int = 0
-    dependency_versions: Mapping[ResourceKey, str] = field(default_factory=lambda: EMPTY)
-    dependencies: tuple[Revision, ...] = ()
-    checked: int = field(default=-1, init=False)
+    __slots__ = (
+        "attempts",
+        "authority_rank",
+        "checked",
+        "dependencies",
+        "dependency_versions",
+        "fetched_at",
+        "key",
+        "latency_ms",
+        "metadata",
+        "observed_at",
+        "payload",
+        "seal",
+        "source",
+        "version",
+    )
 
-    def __post_init__(self) -> None:
-        if type(self.dependency_versions) is not FrozenDict:
-            self.dependency_versions = FrozenDict(self.dependency_versions)
+    def __init__(
+        self,
+        key: ResourceKey,
+        payload: Any,
+        seal: Any,
+        source: str,
+        observed_at: float,
+        fetched_at: float,
+        version: str,
+        latency_ms: float = 0.0,
+        attempts: int = 1,
+        metadata: FrozenDict[str, Any] = EMPTY,
+        authority_rank: int = 0,
+        dependency_versions: Mapping[ResourceKey, str] = EMPTY,
+        dependencies: tuple[Revision, ...] = (),
+    ) -> None:
+        self.key = key
+        self.payload = payload
+        self.seal = seal
+        self.source = source
+        self.observed_at = observed_at
+        self.fetched_at = fetched_at
+        self.version = version
+        self.latency_ms = latency_ms
+        self.attempts = attempts
+        self.metadata = metadata
+        self.authority_rank = authority_rank
+        if type(dependency_versions) is not FrozenDict:
+            dependency_versions = FrozenDict(dependency_versions)
+        self.dependency_versions = dependency_versions
+        self.dependencies = dependencies
+        self.checked = -1
 
     def __repr__(self) -> str:
         rests_on = len(self.dependency_versions)

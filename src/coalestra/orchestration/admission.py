@@ -69,11 +69,6 @@ class Admission:
         for identity, _ in self._taken():
             self._breaker.abandon(identity, self._policy)
 
-    def skip(self) -> None:
-        """Tell each circuit that no call was made after all."""
-        for identity, _ in self._taken():
-            self._breaker.skip(identity, self._policy)
-
     def refusal(self, flight: Acquisition) -> CircuitOpenError:
         """Return the error for a flight that an open circuit keeps out."""
         return CircuitOpenError(

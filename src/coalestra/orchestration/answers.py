@@ -10,7 +10,7 @@ from typing import Any
 from coalestra.concurrency.seals import Sealed
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.freshness import FutureObservation, judge_observation
-from coalestra.core.frozen import EMPTY
+from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.core.values import SourcePayload, next_version
@@ -124,19 +124,19 @@ def revision_of(
     gather = flight.gather
     used = () if gather is None else tuple(r.revision for r in gather.readings.values())
     return Revision(
-        key=flight.key,
-        payload=sealed[0],
-        seal=sealed[1],
-        source=link.name,
-        observed_at=observed_at,
-        fetched_at=now,
-        latency_ms=facts.latency_ms,
-        attempts=facts.attempts,
-        metadata=copies.seal_metadata_now(metadata, context=facts.context),
-        authority_rank=equipment.authority.rank_for(flight.key, link.name),
-        version=next_version(),
-        dependency_versions={r.key: r.version for r in used} if used else EMPTY,
-        dependencies=used,
+        flight.key,
+        sealed[0],
+        sealed[1],
+        link.name,
+        observed_at,
+        now,
+        next_version(),
+        facts.latency_ms,
+        facts.attempts,
+        copies.seal_metadata_now(metadata, context=facts.context) if metadata else EMPTY,
+        equipment.authority.rank_for(flight.key, link.name),
+        FrozenDict({r.key: r.version for r in used}) if used else EMPTY,
+        used,
     )
 
 

@@ -108,11 +108,11 @@ class Attempt:
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
-        if self._try is not None:
-            self._try.abandon()
-            self._try = None
+        this, self._try = self._try, None
+        late = None if this is None else this.abandon()
         self._admission.abandon()
-        self._end(SourceUnavailableError(f"nobody waits for source {self.link.name!r} any more"))
+        left = f"nobody waits for source {self.link.name!r} any more"
+        self._end(late or SourceUnavailableError(left))
 
     # One try after the other ------------------------------------------------------------------
 
@@ -198,11 +198,11 @@ class Attempt:
         self._end(error)
 
     def skipped(self, error: Exception) -> None:
-        """End the call because the source could not be called, now or again."""
-        if self.tries:
-            self._admission.close(())
-        else:
-            self._admission.skip()
+        """End the call because the source could not be called, now or again.
+
+        Circuits hear of tries that were made; before the first one they have not been entered.
+        """
+        self._admission.close(())
         self._end(error)
 
     def _end(self, error: Exception) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from coalestra.core.freshness import FreshnessPolicy
@@ -31,6 +31,7 @@ class CacheReads:
         self._tasks = tasks
         self._open: dict[ResourceKey, Read] = {}
         self._next: ReadGroup | None = None
+        self._groups: dict[ReadGroup, None] = {}
 
     def ask(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> Read:
         """Let `gather` wait for what the cache holds of `key`; return the read to wait for."""
@@ -38,6 +39,7 @@ class CacheReads:
         if read is None:
             if self._next is None:
                 self._next = ReadGroup()
+                self._groups[self._next] = None
                 asyncio.get_running_loop().call_soon(self._send, self._next)
             read = self._open[key] = Read(key, policy, self._next)
             self._next.reads.append(read)
@@ -57,16 +59,20 @@ class CacheReads:
             self._close(read.group.reads)
             read.group.task.cancel()
 
-    def hide(self) -> None:
-        """Keep newcomers from sharing reads that began before now, of whatever key.
+    def hide(self, changed: Collection[ResourceKey]) -> None:
+        """Keep newcomers from sharing reads that began before news of some keys.
 
-        What a derived entry rests on is not known before it has been read.
+        No read of whatever key is shared: what a derived entry rests on is not known before it
+        has been read.
         """
         self._open.clear()
+        for group in self._groups:
+            group.changed.update(changed)
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
         self._open.clear()
+        self._groups.clear()
         self._next = None
 
     def _send(self, group: ReadGroup) -> None:
@@ -75,6 +81,7 @@ class CacheReads:
         group.task = loop.create_task(self._read(group.reads), name="coalestra cache read")
         self._tasks.add(group.task)
         group.task.add_done_callback(self._tasks.discard)
+        group.task.add_done_callback(lambda _: self._groups.pop(group, None))
 
     async def _read(self, group: list[Read]) -> None:
         wanted = [read for read in group if read.wanted]

@@ -98,11 +98,15 @@ class Try:
         if self._cut is not None:
             self._cut.move(self.budget.limit(self.began) if self.calling else self._queue_end())
 
-    def abandon(self) -> None:
-        """End the try: nobody wants its answer."""
+    def abandon(self) -> Exception | None:
+        """End the try, as nobody wants its answer; return the error if it waited too long."""
         self.over = True
+        queued = self._cut is not None and not self.calling
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
+        if queued and self.budget.cutoff() <= asyncio.get_running_loop().time():
+            return self._late_in_queue()
+        return None
 
     async def answer(self) -> tuple[Any] | None:
         """Return what the source answered, or None if the caller has been told of a failure."""
@@ -134,7 +138,8 @@ class Try:
             with CutOff(self._queue_end()) as self._cut:
                 return await capacity.acquire(name)
         except CutOffExpired:
-            self._waited_too_long(self.budget.cutoff() < self._patience, timeout)
+            late = self.budget.cutoff() < self._patience
+            self._caller.skipped(self._late_in_queue() if late else self._impatient(timeout))
             return None
         finally:
             self._cut = None
@@ -150,26 +155,25 @@ class Try:
             waited = asyncio.get_running_loop().time() - began
             report.capacity_wait(self._caller.link.name, waited * 1000)
 
-    def _waited_too_long(self, by_deadline: bool, timeout: float | None) -> None:
-        equipment = self._caller.equipment
-        name = self._caller.link.name
-        error: Exception
-        if by_deadline:
-            reason = "snapshot_deadline"
-            error = SnapshotDeadlineExceededError(
-                f"the deadline{self.budget.of_deadline()} passed while waiting for capacity of "
-                f"source {name!r}; raise max_concurrency or the deadline"
-            )
-        else:
-            reason = "queue_timeout"
-            equipment.counters.queue_timeouts += 1
-            error = SourceQueueTimeoutError(
-                f"waited {timeout:g} s for capacity of source {name!r}; raise its max_concurrency, "
-                "the builder's max_concurrency, or queue_timeout_seconds"
-            )
-        if equipment.report is not None:
-            equipment.report.capacity_timeout(name, reason)
-        self._caller.skipped(error)
+    def _late_in_queue(self) -> Exception:
+        self._report_timeout("snapshot_deadline")
+        return SnapshotDeadlineExceededError(
+            f"the deadline{self.budget.of_deadline()} passed while waiting for capacity of "
+            f"source {self._caller.link.name!r}; raise max_concurrency or the deadline"
+        )
+
+    def _impatient(self, timeout: float | None) -> Exception:
+        self._caller.equipment.counters.queue_timeouts += 1
+        self._report_timeout("queue_timeout")
+        return SourceQueueTimeoutError(
+            f"waited {timeout:g} s for capacity of source {self._caller.link.name!r}; raise its "
+            "max_concurrency, the builder's max_concurrency, or queue_timeout_seconds"
+        )
+
+    def _report_timeout(self, reason: str) -> None:
+        report = self._caller.equipment.report
+        if report is not None:
+            report.capacity_timeout(self._caller.link.name, reason)
 
     # The call ---------------------------------------------------------------------------------
 
@@ -240,9 +244,8 @@ class Try:
             )
         else:
             caller.equipment.counters.source_timeouts += 1
-            error = SourceTimeoutError(
-                f"source {name!r} did not answer within {caller.link.timeout_seconds:g} s"
-            )
+            text = f"source {name!r} did not answer within {caller.link.timeout_seconds:g} s"
+            error = SourceTimeoutError(text)
         caller.failed(self, error)
 
     def __repr__(self) -> str:

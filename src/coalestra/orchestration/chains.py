@@ -119,10 +119,9 @@ class Chains:
             return known
         record.support_cache_misses += 1
         answer = _ask(link, key)
-        if self.max_entries != 0:
-            self._answers[entry] = answer
-            if self.max_entries is not None and len(self._answers) > self.max_entries:
-                self._answers.popitem(last=False)
+        self._answers[entry] = answer
+        if self.max_entries is not None and len(self._answers) > self.max_entries:
+            self._answers.popitem(last=False)
         return answer
 
     def __repr__(self) -> str:

@@ -48,7 +48,11 @@ class Conclusions:
         done(gather)
 
     def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:
-        """Replace derived readings that rest on other revisions than the rest of the gather."""
+        """Replace derived readings that rest on other revisions than the rest of the gather.
+
+        What comes of it is judged again. Each round leaves the lowest of the keys in agreement.
+        """
+        gather.agreed = None
         for key in odd:
             del gather.readings[key]
         gather.settle_pins()
@@ -68,15 +72,6 @@ class Conclusions:
         gather.open = False
         gather.done = _nobody
         self._leave_all(gather)
-
-    def fail(self, gather: Gather, make: Callable[[], Exception]) -> None:
-        """End the waiting with one failure for every key that is not settled."""
-        gather.open = False
-        self._leave_all(gather)
-        for key in gather.keys:
-            if key not in gather.readings and key not in gather.failures:
-                gather.failures[key] = Failure(key, make)
-        self._finish_now(gather)
 
     def strike(self, gather: Gather) -> None:
         """End the waiting at the deadline: a stale value if one will do, else a failure."""
@@ -137,10 +132,20 @@ def _late(work: Work, key: ResourceKey, awaited: Acquisition | Read | None) -> F
     budget = "" if work.deadline is None else f" of {work.deadline.budget_seconds:g} s"
     text = f"the deadline{budget} passed before {key} was resolved"
     if isinstance(awaited, Acquisition) and awaited.link is not None:
-        tries = getattr(awaited.attempt, "tries", 0)
-        last = SourceFailure(
-            awaited.link.name, SnapshotDeadlineExceededError.__name__, text, max(1, tries)
-        )
-        failures = (*awaited.failures, last)
+        failures = tuple(awaited.failures)
+        if not _ended_late(awaited, awaited.link.name):
+            tries = getattr(awaited.attempt, "tries", 0)
+            last = SourceFailure(
+                awaited.link.name, SnapshotDeadlineExceededError.__name__, text, max(1, tries)
+            )
+            failures = (*failures, last)
         return Failure(key, lambda: ResourceResolutionError(key, failures))
     return Failure(key, lambda: SnapshotDeadlineExceededError(text))
+
+
+def _ended_late(flight: Acquisition, source: str) -> bool:
+    """Whether the source has said already, in this very instant, that its deadline passed."""
+    if flight.attempt is not None or not flight.failures:
+        return False
+    last = flight.failures[-1]
+    return (last.source, last.error_type) == (source, SnapshotDeadlineExceededError.__name__)

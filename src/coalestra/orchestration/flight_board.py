@@ -87,9 +87,10 @@ class FlightBoard:
 
     def under_way(self, key: ResourceKey) -> list[Acquisition]:
         """Return every flight of `key`, whether it may be joined or not."""
-        flights = list(self._aside.get(key, ()))
-        if key in self.flights:
-            flights.append(self.flights[key])
+        flights = list(self._aside.get(key, ())) if self._aside else []
+        joinable = self.flights.get(key)
+        if joinable is not None:
+            flights.append(joinable)
         return flights
 
     def matching(self, matches: Callable[[ResourceKey], bool]) -> list[ResourceKey]:

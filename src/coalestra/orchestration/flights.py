@@ -147,11 +147,15 @@ class Acquisition:
 
 
 class ReadGroup:
-    """The reads that go to the cache together, and the task that carries them."""
+    """The reads that go to the cache together, and the task that carries them.
 
-    __slots__ = ("interest", "reads", "task")
+    `changed` are the keys of which there has been news meanwhile.
+    """
+
+    __slots__ = ("changed", "interest", "reads", "task")
 
     def __init__(self) -> None:
+        self.changed: set[ResourceKey] = set()
         self.reads: list[Read] = []
         self.interest = Interest(self.reads)
         self.task: asyncio.Task[None] | None = None
@@ -161,9 +165,10 @@ class Read:
     """One key on its way out of a cache that has to be awaited, shared by everyone who asks.
 
     `flight` is an acquisition of the key that was under way meanwhile, whatever became of it.
+    `again` says that a first answer was outdated when it came.
     """
 
-    __slots__ = ("flight", "group", "key", "policy", "waiters")
+    __slots__ = ("again", "flight", "group", "key", "policy", "waiters")
 
     def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: ReadGroup) -> None:
         self.key = key
@@ -171,6 +176,7 @@ class Read:
         self.group = group
         self.waiters: dict[Gather, None] = {}
         self.flight: Acquisition | None = None
+        self.again = False
 
     def __repr__(self) -> str:
         return f"<Read {self.key} waiters={len(self.waiters)}>"

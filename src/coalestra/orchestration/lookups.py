@@ -11,6 +11,7 @@ from coalestra.core.revision import Revision
 from coalestra.orchestration.cache_reads import CacheReads
 from coalestra.orchestration.conclusions import Conclusions, always
 from coalestra.orchestration.flights import Acquisition, Gather, Read
+from coalestra.orchestration.pins import rests_on
 from coalestra.orchestration.readings import Failure, Reading
 from coalestra.orchestration.scheduler import Scheduler
 from coalestra.orchestration.work import Work
@@ -40,11 +41,12 @@ class Lookups:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
         gather.open = True
         self._scheduler.hold(gather.work)
-        if self._equipment.access.store is not None and not (gather.forced or gather.refresh):
-            gather.work.record.cache_batch_reads += 1
         keys = gather.keys
         if gather.readings:
             keys = {key: None for key in keys if key not in gather.readings}
+        past_cache = gather.forced or gather.refresh
+        if keys and self._equipment.access.store is not None and not past_cache:
+            gather.work.record.cache_batch_reads += 1
         self._scheduler.agenda.add(self._continue, gather, iter(keys))
 
     def _continue(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
@@ -194,7 +196,9 @@ class Lookups:
         waiters, read.waiters = read.waiters, {}
         for gather in waiters:
             gather.pending.pop(read.key, None)
-            if revision is not None and self._serve(
+            if not read.again and _is_outdated(gather, read, revision):
+                self.reads.ask(gather, read.key, read.policy).again = True
+            elif revision is not None and self._serve(
                 gather.work, gather.readings, read.policy, revision, now
             ):
                 self.conclusions.check(gather)
@@ -216,3 +220,17 @@ class Lookups:
 def _has_value(flight: Acquisition) -> bool:
     settlement = flight.settlement
     return settlement is not None and settlement.reading is not None
+
+
+def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
+    """Whether a derivation would take in what there has been news of since it asked.
+
+    Others may have joined it after the news.
+    """
+    changed = read.group.changed
+    if not changed or gather.owner is None:
+        return False
+    if revision is None and read.flight is not None and read.flight.settlement is not None:
+        reading = read.flight.settlement.reading
+        revision = None if reading is None else reading.revision
+    return revision is not None and rests_on((revision,), lambda each: each.key in changed)

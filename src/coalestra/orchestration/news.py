@@ -27,7 +27,7 @@ class News:
         """Learn of a key's new current revision; one that a flight has written is no news."""
         if revision is not None and self._tell_flights(key, revision):
             return
-        self._reads.hide()
+        self._reads.hide((key,))
         version = None if revision is None else revision.version
         self._outdate(lambda taken: taken.key == key and taken.version != version)
 
@@ -73,7 +73,7 @@ class News:
         for key in keys:
             for flight in self._scheduler.board.under_way(key):
                 self._scheduler.board.hide(flight, cacheable=False)
-        self._reads.hide()
+        self._reads.hide(keys)
         gone = frozenset(keys)
         self._outdate(lambda taken: taken.key in gone)
 

@@ -17,7 +17,8 @@ from coalestra.orchestration.unit import Unit
 class Revalidation:
     """One attempt to replace the named pinned values, and every pinned value derived from them.
 
-    What is pinned out of sight for their sake alone is let go, so that they can rest on newer values.
+    What is pinned out of sight for their sake alone is let go, so that they can rest on newer
+    values.
     Everything is acquired, judged and copied beside the pinned state. Only then, in one step,
     does it take that state's place. Whatever fails before leaves everything as it was.
     """

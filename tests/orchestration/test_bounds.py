@@ -1,0 +1,248 @@
+"""Nothing grows with the keys ever seen; contexts are as said; ties do not reorder (14, 17, 18)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import random
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    CircuitBreakerPolicy,
+    CircuitScope,
+    FetchContext,
+    FreshnessPolicy,
+    InMemoryMetrics,
+    RefreshMode,
+    ResourceKey,
+    RetryPolicy,
+    SnapshotBuilder,
+    SourceResiliencePolicy,
+)
+from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
+from tests.support import EPOCH, Gate, ManualClock, no_leaks, settle
+
+REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("REQUEST", default="nobody")
+
+
+def living_keys() -> int:
+    """How many keys of the churning kind are alive."""
+    gc.collect()
+    return sum(type(each) is ResourceKey and each.namespace == "churn" for each in gc.get_objects())
+
+
+class Churning:
+    """Builders that have seen very many keys, one after the other."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.chance = random.Random(1)
+        self.down = False
+
+        async def fetch(k: ResourceKey, context: FetchContext) -> str:
+            if self.down:
+                raise ConnectionError("down")
+            return ""
+
+        resilience = SourceResiliencePolicy(
+            RetryPolicy(max_attempts=2, base_delay_seconds=0),
+            CircuitBreakerPolicy(CircuitScope.RESOURCE, failure_threshold=1),
+        )
+        self.metrics = InMemoryMetrics()
+        self.sources: list[Scripted] = [
+            Single("single", fetch=fetch),
+            Batch("batch"),
+            Derived("derived", needs=lambda k: [ResourceKey("churn", "single", k.subject)]),
+        ]
+        for source in self.sources:
+            source.resilience_policy = None
+        self.builder = builder(
+            *self.sources,
+            cache=AsyncMemoryCache(max_entries=10),
+            source_support_cache_max_entries=10,
+            default_resilience=resilience,
+            metrics=self.metrics,
+            **settings,
+        )
+
+    async def churn(self, first: int, count: int) -> None:
+        """Fetch, derive, publish, invalidate, join and leave so many distinct keys."""
+        building = self.builder
+        for i in range(first, first + count):
+            a, b, c = (ResourceKey("churn", n, str(i)) for n in ("single", "batch", "derived"))
+            left = asyncio.ensure_future(building.build([a, b, c]))
+            await asyncio.gather(building.build([c, a]), building.build([b]))
+            left.cancel()
+            await building.publisher.publish(b, i, source="stream")
+            await building.publisher.invalidate(a)
+            async with building.session() as session:
+                await session.resolve([c])
+                await session.revalidate([c], force_refresh=True)
+        await settle()
+        for source in self.sources:
+            source.calls.clear()
+
+
+async def test_no_state_grows_with_the_number_of_keys_ever_seen() -> None:
+    churning = Churning()
+    await churning.churn(0, 20)
+    await settle()
+    before = living_keys()
+    series = len(churning.metrics.snapshot().counters)
+    await churning.churn(20, 200)
+    await settle()
+    assert living_keys() <= before + 5
+    assert len(churning.metrics.snapshot().counters) <= series + 2
+    await no_leaks(churning.builder)
+
+
+async def test_circuits_that_remember_failures_are_bounded_too() -> None:
+    churning = Churning()
+    churning.down = True
+    breaker = churning.builder.circuit_breaker
+    breaker.max_circuits = 7
+    keys = [ResourceKey("churn", "single", str(i)) for i in range(50)]
+    await churning.builder.build(keys, strict=False)
+    assert len(breaker) == 7
+
+
+async def test_a_builder_forgets_what_left_its_cache_and_memory() -> None:
+    churning = Churning(default_policy=FreshnessPolicy(1, 1))
+    await churning.churn(0, 50)
+    await settle()
+    churning.builder.clear_source_support_cache()
+    await churning.builder.circuit_breaker.reset()
+    await churning.builder.cache.clear()
+    await settle()
+    assert living_keys() <= 3
+
+
+# Context variables --------------------------------------------------------------------------------
+
+
+def seeing(seen: list[str]) -> Any:
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        seen.append(REQUEST.get())
+        await asyncio.sleep(1)
+        return ""
+
+    return fetch
+
+
+async def build_as(who: str, building: SnapshotBuilder, *keys: ResourceKey) -> None:
+    """Build in a context of its own."""
+
+    async def run() -> None:
+        REQUEST.set(who)
+        await building.build(keys)
+
+    await asyncio.create_task(run())
+
+
+@pytest.mark.parametrize("kind", ["single", "batch", "derived", "dependency"])
+async def test_a_source_sees_the_context_of_the_build_that_called_it(kind: str) -> None:
+    seen: list[str] = []
+    note = seeing(seen)
+
+    async def before() -> None:
+        await note(key("x"), None)
+
+    sources: dict[str, list[Scripted]] = {
+        "single": [Single("x", fetch=note)],
+        "batch": [Batch("x", before=before)],
+        "derived": [Derived("x", needs=lambda k: [], before=before)],
+        "dependency": [Derived("x", needs=lambda k: [key("base")]), Single("base", fetch=note)],
+    }
+    building = builder(*sources[kind])
+    await asyncio.gather(
+        build_as("first", building, key("x")), build_as("second", building, key("x"))
+    )
+    assert seen == ["first"]
+
+
+async def test_a_background_refresh_sees_the_context_of_the_builders_making() -> None:
+    seen: list[str] = []
+    REQUEST.set("maker")
+    policy = FreshnessPolicy(2, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(Single("x", fetch=seeing(seen)), default_policy=policy)
+    await build_as("visitor", building, key("x"))
+    await asyncio.sleep(5)
+    await build_as("other visitor", building, key("x"))
+    await building.wait_for_refreshes()
+    assert seen == ["visitor", "maker"]
+
+
+async def test_what_a_source_sets_does_not_reach_the_build() -> None:
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        REQUEST.set("source")
+        return ""
+
+    REQUEST.set("mine")
+    await builder(Single("x", fetch=fetch)).build([key("x")])
+    assert REQUEST.get() == "mine"
+
+
+# Clocks that stand still --------------------------------------------------------------------------
+
+
+async def test_order_does_not_depend_on_a_clock_that_stands_still() -> None:
+    gate = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return "fetched"
+
+    building = builder(Single("x", fetch=fetch), clock=ManualClock())
+    reader = asyncio.ensure_future(building.build([key("x")]))
+    await gate.wait_arrived()
+    await building.publisher.publish(key("x"), "event", source="stream")
+    gate.open()
+    assert (await reader).value(key("x")) == "event"
+    assert (await building.build([key("x")])).value(key("x")) == "event"
+
+
+async def test_a_wall_clock_that_is_set_back_makes_no_value_young_again() -> None:
+    clock = ManualClock()
+    source = Single("x")
+    building = builder(source, clock=clock, default_policy=FreshnessPolicy(10, 100))
+    await building.build([key("x")])
+    clock.set_wall(EPOCH - 3_600)
+    value = (await building.build([key("x")]))[key("x")]
+    assert value.age_seconds == 0
+    clock.set_wall(EPOCH + 11)
+    await building.build([key("x")])
+    assert len(source.calls) == 2
+
+
+# The event loop -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warm", [False, True])
+async def test_many_keys_never_hold_the_loop_for_long(
+    warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reading of the slice clock is 0.1 ms later: a build of 10,000 keys must pause."""
+    ticks = 0.0
+
+    def tick() -> float:
+        nonlocal ticks
+        ticks += 0.0001
+        return ticks
+
+    keys = [key("x", str(i)) for i in range(10_000)]
+    building = builder(Batch("x"), cache=AsyncMemoryCache(max_entries=None))
+    if warm:
+        await building.build(keys)
+    monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", tick)
+    loop = asyncio.get_running_loop()
+    steps = 0
+    running = asyncio.ensure_future(building.build(keys))
+    while not running.done():
+        steps += 1
+        await asyncio.sleep(0)
+    assert steps > 10
+    assert loop.time() >= 0
+    assert (await running).complete

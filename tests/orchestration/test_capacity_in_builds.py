@@ -1,0 +1,445 @@
+"""How many source operations run at once, and who waits for whom (section 9)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    FetchContext,
+    FreshnessPolicy,
+    InMemoryMetrics,
+    RefreshMode,
+    ResourceKey,
+    ResourceResolutionError,
+    RetryPolicy,
+    SnapshotBuilder,
+    SourceResiliencePolicy,
+)
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
+from tests.support import Gate, no_leaks, settle
+
+
+class Crowd:
+    """Counts those inside, and remembers how many there were at most."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.most = 0
+
+    async def stay(self) -> None:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        try:
+            await asyncio.sleep(1)
+        finally:
+            self.inside -= 1
+
+    async def fetch(self, k: ResourceKey, context: FetchContext) -> str:
+        await self.stay()
+        return k.subject
+
+
+def keys(name: str, count: int) -> list[ResourceKey]:
+    return [key(name, str(i)) for i in range(count)]
+
+
+async def test_all_builds_sessions_and_sources_share_the_global_limit() -> None:
+    crowd = Crowd()
+    building = builder(
+        Single("a", fetch=crowd.fetch), Batch("b", before=crowd.stay), max_concurrency=3
+    )
+    async with building.session() as session:
+        await asyncio.gather(
+            building.build([*keys("a", 5), *keys("b", 5)]),
+            building.build([key("a", "x"), key("b", "x")]),
+            session.resolve([key("a", "y"), key("b", "y")]),
+        )
+    assert crowd.most == 3
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("given", ["setting", "source", "both"])
+async def test_a_source_keeps_to_its_own_limit_and_the_setting_wins(given: str) -> None:
+    crowd = Crowd()
+    source = Single("a", fetch=crowd.fetch)
+    source.max_concurrency = {"setting": None, "source": 2, "both": 5}[given]
+    limits = None if given == "source" else {"a": 2}
+    building = builder(source, source_concurrency=limits)
+    await building.build(keys("a", 8))
+    assert crowd.most == 2
+    assert building.capacity.limit_for("a") == 2
+
+
+async def test_a_call_that_waits_for_its_source_holds_no_global_slot() -> None:
+    gate = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return ""
+
+    narrow = Single("narrow", fetch=fetch)
+    narrow.max_concurrency = 1
+    building = builder(narrow, Single("free"), max_concurrency=2)
+    waiting = asyncio.ensure_future(building.build(keys("narrow", 5)))
+    await gate.wait_arrived()
+    await settle()
+    assert (await building.build([key("free")])).complete
+    gate.open()
+    await waiting
+
+
+async def test_a_batch_costs_one_slot_however_many_its_keys() -> None:
+    crowd = Crowd()
+    building = builder(Batch("b", before=crowd.stay), max_concurrency=1)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await building.build(keys("b", 100))
+    assert loop.time() - began == pytest.approx(1)
+
+
+async def test_a_derivation_holds_no_slot_while_it_waits_for_its_dependencies() -> None:
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        level = int(k.subject)
+        return [key("base")] if level == 20 else [key("d", str(level + 1))]
+
+    crowd = Crowd()
+    building = builder(
+        Single("base", fetch=crowd.fetch),
+        Derived("d", needs=needs, before=crowd.stay),
+        max_concurrency=1,
+    )
+    await building.build([key("d", "1")])
+    assert crowd.most == 1
+
+
+async def test_a_retry_waits_without_a_slot() -> None:
+    tries = 0
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise ConnectionError("down")
+        return "second"
+
+    shaky = Single("shaky", fetch=fetch)
+    shaky.resilience_policy = SourceResiliencePolicy(
+        retry=RetryPolicy(max_attempts=2, base_delay_seconds=10, max_delay_seconds=10)
+    )
+    building = builder(shaky, Single("other", fetch=latency(1)), max_concurrency=1)
+    retried = asyncio.ensure_future(building.build([key("shaky")]))
+    await asyncio.sleep(1)
+    assert (await building.capacity_snapshot())["__global__"].in_use == 0
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await building.build([key("other")])
+    assert loop.time() - began == pytest.approx(1)
+    assert (await retried).value(key("shaky")) == "second"
+
+
+@pytest.mark.parametrize("given", ["queue", "source"])
+async def test_waiting_for_capacity_is_bounded_by_the_queue_or_else_the_source_timeout(
+    given: str,
+) -> None:
+    source = Single("x", timeout=100 if given == "queue" else 2)
+    source.queue_timeout_seconds = 2 if given == "queue" else None
+    building = builder(source, Single("holder", fetch=latency(50)), max_concurrency=1)
+    holder = asyncio.ensure_future(building.build([key("holder")]))
+    await settle()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await building.build([key("x")], strict=False)
+    assert loop.time() - began == pytest.approx(2)
+    assert "SourceQueueTimeoutError" in str(snapshot.errors[key("x")])
+    health = await building.health_snapshot()
+    assert (health.queue_timeout_count, health.source_timeout_count) == (1, 0)
+    holder.cancel()
+    await no_leaks(building)
+
+
+async def test_a_key_that_waited_too_long_goes_on_to_its_next_source() -> None:
+    busy = Single("busy", "x", priority=20, fetch=latency(50))
+    busy.max_concurrency = 1
+    busy.queue_timeout_seconds = 2
+    building = builder(busy, Single("spare", "x"))
+    holder = asyncio.ensure_future(building.build([key("x", "holder")]))
+    await settle()
+    snapshot = await building.build([key("x")])
+    assert snapshot[key("x")].source == "spare"
+    holder.cancel()
+    await no_leaks(building)
+
+
+async def test_a_queue_timeout_is_told_with_its_limit_and_is_not_retried() -> None:
+    busy = Single("x", fetch=latency(50))
+    busy.queue_timeout_seconds = 2
+    busy.resilience_policy = None
+    building = builder(busy, max_concurrency=1)
+    holder = asyncio.ensure_future(building.build([key("x", "holder")]))
+    await settle()
+    snapshot = await building.build([key("x")], strict=False)
+    error = snapshot.errors[key("x")]
+    assert isinstance(error, ResourceResolutionError)
+    (failure,) = error.failures
+    assert (failure.error_type, failure.attempts) == ("SourceQueueTimeoutError", 0)
+    assert "waited 2 s for capacity of source 'x'" in failure.message
+    assert (await building.health_snapshot()).circuits == {}
+    holder.cancel()
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("kind", ["single", "derived"])
+async def test_the_workers_of_one_source_are_bounded_by_max_pending_tasks(kind: str) -> None:
+    crowd = Crowd()
+    source: Any = Single("x", fetch=crowd.fetch)
+    if kind == "derived":
+        source = Derived("x", needs=lambda k: [], before=crowd.stay)
+    building = builder(source, max_concurrency=10, max_pending_tasks=3)
+    snapshot = await building.build(keys("x", 9))
+    assert crowd.most == 3
+    assert list(snapshot) == keys("x", 9)
+
+
+async def test_the_capacity_snapshot_names_the_global_limiter() -> None:
+    source = Single("a", fetch=latency(5))
+    source.max_concurrency = 1
+    building = builder(source, Single("b"), max_concurrency=4)
+    running = asyncio.ensure_future(building.build(keys("a", 3)))
+    await settle()
+    seen = await building.capacity_snapshot()
+    assert set(seen) == {"__global__", "a"}
+    assert (seen["__global__"].limit, seen["__global__"].in_use) == (4, 1)
+    assert (seen["a"].limit, seen["a"].in_use, seen["a"].waiting) == (1, 1, 2)
+    await running
+
+
+async def test_limits_for_unknown_sources_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="source_concurrency names 'b'"):
+        builder(Single("a"), source_concurrency={"b": 1})
+
+
+async def test_those_who_wait_are_served_in_order() -> None:
+    building = builder(Single("x", fetch=latency(1)), max_concurrency=1, max_pending_tasks=10)
+    order: list[str] = []
+
+    async def build(subject: str) -> None:
+        await building.build([key("x", subject)])
+        order.append(subject)
+
+    tasks = []
+    for subject in "abcd":
+        tasks.append(asyncio.ensure_future(build(subject)))
+        await asyncio.sleep(0.1)
+    await asyncio.gather(*tasks)
+    assert order == list("abcd")
+
+
+# Added: refreshes, places in the queue, order of results, leases
+
+
+async def in_use(building: SnapshotBuilder, name: str = "__global__") -> tuple[int, int]:
+    """How many slots are taken, and how many callers wait for one."""
+    await settle()
+    view = (await building.capacity_snapshot())[name]
+    return view.in_use, view.waiting
+
+
+def gated(gate: Gate, name: str = "x") -> Single:
+    """A source that holds every call at a gate."""
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return k.subject
+
+    return Single(name, fetch=fetch)
+
+
+async def test_refreshes_in_the_background_share_the_limit_with_builds() -> None:
+    gate = Gate(opened=True)
+    source = gated(gate)
+    policy = FreshnessPolicy(10, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(source, max_concurrency=2, default_policy=policy)
+    await building.build(keys("x", 2))
+    await asyncio.sleep(11)
+    gate.close()
+    stale = await building.build(keys("x", 2))
+    assert all(value.stale for value in stale.values())
+    session = building.session()
+    fresh = [
+        asyncio.ensure_future(building.build([key("x", "build")])),
+        asyncio.ensure_future(session.resolve([key("x", "session")])),
+    ]
+    assert await in_use(building) == (2, 2)
+    assert (await building.health_snapshot()).waiting_for_capacity == 2
+    assert gate.waiting == 2
+    gate.open()
+    await asyncio.gather(*fresh)
+    await building.wait_for_refreshes()
+    assert len(source.calls) == 6
+    await no_leaks(building)
+
+
+async def test_eight_operations_run_at_once_unless_told_otherwise() -> None:
+    gate = Gate()
+    building = builder(gated(gate, "x"), gated(gate, "y"))
+    task = asyncio.ensure_future(building.build(keys("x", 7) + keys("y", 7)))
+    assert (await in_use(building))[0] == gate.waiting == 8
+    gate.open()
+    await task
+    await no_leaks(building)
+
+
+async def test_a_build_cancelled_in_the_queue_leaves_its_place_to_the_next() -> None:
+    gate = Gate()
+    source = gated(gate)
+    building = builder(source, max_concurrency=1)
+    tasks = [asyncio.ensure_future(building.build([key("x", subject)])) for subject in "abc"]
+    assert await in_use(building) == (1, 2)
+    tasks[1].cancel()
+    assert await in_use(building) == (1, 1)
+    gate.open()
+    await asyncio.gather(tasks[0], tasks[2])
+    assert [k.subject for k in source.calls] == ["a", "c"]
+    await no_leaks(building)
+
+
+async def test_who_waits_for_a_global_slot_holds_one_of_its_source_already() -> None:
+    gate = Gate()
+    building = builder(
+        gated(gate, "x"), gated(gate, "y"), max_concurrency=1, source_concurrency={"y": 1}
+    )
+    first = asyncio.ensure_future(building.build([key("x")]))
+    await settle()
+    second = asyncio.ensure_future(building.build([key("y")]))
+    assert await in_use(building, "y") == (1, 0)
+    assert await in_use(building) == (1, 1)
+    second.cancel()
+    assert await in_use(building, "y") == (0, 0)
+    gate.open()
+    await first
+    await no_leaks(building)
+
+
+async def test_a_retry_joins_the_queue_behind_those_who_came_meanwhile() -> None:
+    order: list[str] = []
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        order.append(k.subject)
+        if k.subject == "fails" and order.count("fails") == 1:
+            raise ConnectionError("down")
+        await asyncio.sleep(3)
+        return k.subject
+
+    retry = RetryPolicy(base_delay_seconds=5, max_delay_seconds=5, jitter_ratio=0)
+    source = tuned(Single("x", fetch=fetch), resilience_policy=SourceResiliencePolicy(retry=retry))
+    building = builder(source, max_concurrency=1)
+    failing = asyncio.ensure_future(building.build([key("x", "fails")]))
+    assert await in_use(building) == (0, 0)
+    await asyncio.sleep(4)
+    other = asyncio.ensure_future(building.build([key("x", "other")]))
+    await asyncio.sleep(2)
+    assert await in_use(building) == (1, 1)
+    await asyncio.gather(failing, other)
+    assert order == ["fails", "other", "fails"]
+    await no_leaks(building)
+
+
+async def test_the_source_timeout_begins_with_the_call_and_not_with_the_queue() -> None:
+    source = tuned(Single("x", fetch=latency(3), timeout=4.0), queue_timeout_seconds=100)
+    building = builder(source, max_concurrency=1)
+    snapshots = await asyncio.gather(*(building.build([k]) for k in keys("x", 3)))
+    assert [len(snapshot) for snapshot in snapshots] == [1, 1, 1]
+
+
+async def test_without_any_bound_a_build_waits_for_capacity_as_long_as_it_takes() -> None:
+    gate = Gate()
+    building = builder(gated(gate), max_concurrency=1)
+    tasks = [asyncio.ensure_future(building.build([k])) for k in keys("x", 2)]
+    await asyncio.sleep(1_000_000)
+    assert await in_use(building) == (1, 1)
+    gate.open()
+    await asyncio.gather(*tasks)
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize(
+    "queue_timeout, deadline, expected",
+    [(2.0, 5.0, "SourceQueueTimeoutError"), (5.0, 2.0, "SnapshotDeadlineExceededError")],
+)
+async def test_waiting_for_capacity_ends_by_whichever_limit_comes_first(
+    queue_timeout: float, deadline: float, expected: str
+) -> None:
+    metrics = InMemoryMetrics()
+    source = tuned(Single("x"), queue_timeout_seconds=queue_timeout)
+    building = builder(source, max_concurrency=1, metrics=metrics)
+    lease = await building.capacity.acquire("x")
+    snapshot = await building.build([key("x")], strict=False, deadline_seconds=deadline)
+    error = snapshot.errors[key("x")]
+    assert isinstance(error, ResourceResolutionError)
+    (failure,) = error.failures
+    assert failure.error_type == expected
+    assert "2 s" in failure.message
+    lease.release()
+    await no_leaks(building)
+
+
+async def test_a_caller_with_more_time_extends_the_wait_for_capacity() -> None:
+    building = builder(Single("x"), max_concurrency=1)
+    lease = await building.capacity.acquire("x")
+    hasty = asyncio.ensure_future(building.build([key("x")], strict=False, deadline_seconds=2))
+    await asyncio.sleep(1)
+    patient = asyncio.ensure_future(building.build([key("x")], deadline_seconds=50))
+    assert list((await hasty).errors) == [key("x")]
+    assert await in_use(building) == (1, 1)
+    lease.release()
+    assert (await patient).value(key("x")) == ""
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("setting, workers", [(None, 6), (2, 2), (20, 20)])
+async def test_as_many_workers_as_global_slots_serve_a_source_unless_told_otherwise(
+    setting: int | None, workers: int
+) -> None:
+    gate = Gate()
+    building = builder(gated(gate), max_concurrency=6, max_pending_tasks=setting)
+    assert building.max_pending_tasks == workers
+    task = asyncio.ensure_future(building.build(keys("x", 30)))
+    assert sum(await in_use(building)) == workers
+    assert (await building.health_snapshot()).active_dispatch_workers == workers
+    gate.open()
+    await task
+    await no_leaks(building)
+
+
+async def test_results_keep_the_order_of_asking_whatever_ends_first() -> None:
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await asyncio.sleep(20 - int(k.subject))
+        if k.subject in "47":
+            raise ConnectionError("down")
+        return k.subject
+
+    asked = keys("x", 10)
+    building = builder(Single("x", fetch=fetch), max_pending_tasks=3)
+    snapshot = await building.build(asked, strict=False)
+    assert list(snapshot) == [k for k in asked if k.subject not in "47"]
+    assert list(snapshot.errors) == [key("x", "4"), key("x", "7")]
+
+
+async def test_a_lease_taken_by_an_application_counts_against_the_builds() -> None:
+    source = tuned(Single("x"), max_concurrency=1)
+    building = builder(source, max_concurrency=3)
+    lease = await building.capacity.acquire("x")
+    assert not lease.released
+    task = asyncio.ensure_future(building.build([key("x")]))
+    assert await in_use(building, "x") == (1, 1)
+    assert await in_use(building) == (1, 0)
+    assert source.calls == []
+    lease.release()
+    lease.release()
+    assert lease.released
+    await task
+    assert await in_use(building, "x") == (0, 0)
+    await no_leaks(building)

@@ -1,0 +1,434 @@
+"""One absolute instant bounds everything that a build or a session does (section 11)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    CacheLookup,
+    CallableSource,
+    FetchContext,
+    FreshnessPolicy,
+    InMemoryMetrics,
+    ResourceKey,
+    ResourceResolutionError,
+    RetryPolicy,
+    SnapshotBuildError,
+    SnapshotDeadlineExceededError,
+    SourcePayload,
+    SourceResiliencePolicy,
+)
+from tests.orchestration.scripted import ONCE, Batch, Derived, Single, builder, key, latency
+from tests.support import ManualClock, ThreadGate, no_leaks, settle
+
+X = key("x", "1")
+
+
+def says_deadline(error: Exception) -> bool:
+    """Whether an error is the deadline's doing, directly or by its last source."""
+    if isinstance(error, ResourceResolutionError):
+        return error.failures[-1].error_type == "SnapshotDeadlineExceededError"
+    return isinstance(error, SnapshotDeadlineExceededError)
+
+
+@pytest.mark.parametrize("kind", ["single", "batch", "derived", "dependency"])
+async def test_a_slow_source_of_any_kind_is_cut_off_at_the_deadline(kind: str) -> None:
+    async def wait() -> None:
+        await asyncio.sleep(50)
+
+    source: Any = Single("x", fetch=latency(50))
+    others: list[Any] = []
+    if kind == "batch":
+        source = Batch("x", before=wait)
+    elif kind == "derived":
+        source = Derived("x", needs=lambda k: [], before=wait)
+    elif kind == "dependency":
+        source = Derived("x", needs=lambda k: [key("base")])
+        others = [Single("base", fetch=latency(50))]
+    building = builder(source, Single("quick"), *others)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(SnapshotBuildError, match="of 2 s") as caught:
+        await building.build([X, key("quick")], deadline_seconds=2)
+    assert loop.time() - began == pytest.approx(2)
+    assert says_deadline(caught.value.errors[X])
+    assert caught.value.snapshot is not None
+    assert list(caught.value.snapshot) == [key("quick")]
+    await no_leaks(building)
+
+
+async def test_a_build_that_is_not_strict_returns_what_it_has_at_the_deadline() -> None:
+    building = builder(Single("x", fetch=latency(50)), Single("quick"))
+    snapshot = await building.build([X, key("quick")], strict=False, deadline_seconds=2)
+    assert list(snapshot) == [key("quick")]
+    assert says_deadline(snapshot.errors[X])
+    await settle()
+
+
+async def test_waiting_for_capacity_ends_at_the_deadline() -> None:
+    metrics = InMemoryMetrics()
+    source = Single("x", fetch=latency(50))
+    building = builder(source, max_concurrency=1, metrics=metrics)
+    holder = asyncio.ensure_future(building.build([key("x", "holder")]))
+    await settle()
+    snapshot = await building.build([X], strict=False, deadline_seconds=2)
+    assert says_deadline(snapshot.errors[X])
+    holder.cancel()
+    await no_leaks(building)
+
+
+class StuckCache(AsyncMemoryCache):
+    """A cache of somebody else's that never answers a question, or never takes a value."""
+
+    def __init__(self, *, stuck: str) -> None:
+        super().__init__()
+        self.stuck = stuck
+
+    async def _wait(self, what: str) -> None:
+        if self.stuck == what:
+            await asyncio.sleep(1_000)
+
+    async def get(self, key: ResourceKey, **how: Any) -> CacheLookup:
+        await self._wait("read")
+        return await super().get(key, **how)
+
+    async def get_many(self, keys: Collection[ResourceKey], **how: Any) -> Any:
+        await self._wait("read")
+        return await super().get_many(keys, **how)
+
+    async def set_many_if_newer(self, values: Any, **how: Any) -> Any:
+        await self._wait("write")
+        return await super().set_many_if_newer(values, **how)
+
+
+@pytest.mark.parametrize("stuck", ["read", "write"])
+async def test_a_cache_that_hangs_is_cut_off_at_the_deadline(stuck: str) -> None:
+    building = builder(Single("x"), cache=StuckCache(stuck=stuck))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await building.build([X], strict=False, deadline_seconds=2)
+    assert loop.time() - began == pytest.approx(2)
+    assert says_deadline(snapshot.errors[X])
+    await no_leaks(building)
+
+
+async def test_delivery_that_does_not_fit_leaves_no_snapshot() -> None:
+    gate = ThreadGate()
+    metrics = InMemoryMetrics()
+    copied = 0
+
+    def copier(value: Any) -> Any:
+        nonlocal copied
+        copied += 1
+        if copied > 1:
+            gate.pass_()
+        return list(value)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
+        return ["value"]
+
+    building = builder(
+        Single("x", fetch=fetch),
+        cache=AsyncMemoryCache(),
+        payload_copier=copier,
+        run_payload_copies_in_thread=True,
+        metrics=metrics,
+    )
+    with pytest.raises(SnapshotBuildError, match="of 2 s") as caught:
+        await building.build([X], deadline_seconds=2)
+    assert caught.value.snapshot is None
+    assert isinstance(caught.value.errors[X], SnapshotDeadlineExceededError)
+    assert metrics.counter("payload_copy_deadline_total", phase="snapshot_delivery") == 1
+    gate.open()
+    await building.aclose()
+
+
+async def test_after_a_deadline_the_partial_snapshot_is_delivered_all_the_same() -> None:
+    copied = 0
+
+    def slow_copier(value: Any) -> Any:
+        nonlocal copied
+        copied += 1
+        return list(value)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
+        return ["value"]
+
+    building = builder(
+        Single("x", fetch=latency(50)),
+        Single("quick", fetch=fetch),
+        payload_copier=slow_copier,
+        run_payload_copies_in_thread=True,
+    )
+    snapshot = await building.build([X, key("quick")], strict=False, deadline_seconds=2)
+    assert snapshot.value(key("quick")) == ["value"]
+    assert copied >= 2
+    await building.aclose()
+
+
+async def test_the_stages_of_a_session_share_one_deadline() -> None:
+    building = builder(Single("x", fetch=latency(2)))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with building.session(deadline_seconds=5) as session:
+        await session.resolve([key("x", "a")])
+        await session.resolve([key("x", "b")])
+        snapshot = await session.resolve([key("x", "c")], strict=False)
+        assert loop.time() - began == pytest.approx(5)
+        assert says_deadline(snapshot.errors[key("x", "c")])
+        late = await session.resolve([key("x", "d")], strict=False)
+        assert loop.time() - began == pytest.approx(5)
+        assert says_deadline(late.errors[key("x", "d")])
+        assert list(late) == [key("x", "a"), key("x", "b")]
+    await no_leaks(building)
+
+
+async def test_a_retry_that_would_not_fit_is_not_started_and_the_first_error_stays() -> None:
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        raise ConnectionError("down")
+
+    source = Single("x", fetch=fetch)
+    source.resilience_policy = SourceResiliencePolicy(
+        retry=RetryPolicy(max_attempts=3, base_delay_seconds=5, max_delay_seconds=5)
+    )
+    building = builder(source)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await building.build([X], strict=False, deadline_seconds=2)
+    assert loop.time() == began
+    error = snapshot.errors[X]
+    assert isinstance(error, ResourceResolutionError)
+    assert error.failures[0].error_type == "ConnectionError"
+    assert len(source.calls) == 1
+
+
+async def test_a_clock_that_runs_ahead_of_the_loop_ends_the_session_too() -> None:
+    clock = ManualClock()
+    building = builder(Single("x"), clock=clock)
+    async with building.session(deadline_seconds=5) as session:
+        await session.resolve([key("x", "a")])
+        clock.advance(6)
+        snapshot = await session.resolve([key("x", "b")], strict=False)
+        assert says_deadline(snapshot.errors[key("x", "b")])
+
+
+async def test_a_stale_answer_of_a_source_stands_in_at_the_deadline() -> None:
+    async def stale(k: ResourceKey, context: FetchContext) -> Any:
+        return SourcePayload("stale", observed_at=context.requested_at - 5)
+
+    building = builder(
+        Single("first", "x", priority=20, fetch=stale),
+        Single("second", "x", fetch=latency(50)),
+        default_policy=FreshnessPolicy(1, 100),
+    )
+    value = (await building.build([X], deadline_seconds=2))[X]
+    assert (value.value, value.source, value.stale) == ("stale", "first", True)
+    assert "SnapshotDeadlineExceededError" in value.metadata["fallback_error"]
+    await settle()
+
+
+async def test_a_deadline_counts_in_the_health_of_the_builder() -> None:
+    building = builder(Single("x", fetch=latency(50)))
+    assert (await building.health_snapshot()).deadline_exceeded_count == 0
+    await building.build([X], strict=False, deadline_seconds=2)
+    await settle()
+    assert (await building.health_snapshot()).deadline_exceeded_count > 0
+
+
+async def test_a_call_under_the_deadline_is_not_a_circuit_failure() -> None:
+    building = builder(Single("x", fetch=latency(50)))
+    for _ in range(5):
+        await building.build([X], strict=False, deadline_seconds=1)
+    assert (await building.health_snapshot()).circuits == {}
+
+
+# Added: threads, copies, ends of stages, callers with different deadlines
+
+
+async def test_a_deadline_passed_on_the_builders_clock_ends_later_stages_at_once() -> None:
+    clock = ManualClock()
+    source = Single("x")
+    building = builder(source, clock=clock)
+    session = building.session(deadline_seconds=3)
+    await session.resolve([key("x", "a")])
+    clock.advance(3)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    late = await session.resolve([key("x", "b")], strict=False)
+    assert loop.time() == began
+    assert "of 3 s" in str(late.errors[key("x", "b")])
+    assert late.value(key("x", "a")) == "a"
+    with pytest.raises(SnapshotBuildError) as caught:
+        await session.resolve([key("x", "c")])
+    assert says_deadline(caught.value.errors[key("x", "c")])
+    assert source.calls == [key("x", "a")]
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("by", ["deadline", "source timeout"])
+async def test_a_worker_thread_keeps_its_slot_until_it_ends(by: str) -> None:
+    gate = ThreadGate()
+    source = CallableSource(
+        name="x",
+        priority=1,
+        supports=lambda key: True,
+        fetcher=lambda key, context: gate.pass_(),
+        timeout_seconds=30.0 if by == "deadline" else 2.0,
+        queue_timeout_seconds=1000.0,
+        blocking_io=True,
+        transport_timeout_seconds=1.0,
+        resilience_policy=ONCE,
+    )
+    building = builder(source, max_concurrency=1)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    how: dict[str, Any] = {"deadline_seconds": 2} if by == "deadline" else {}
+    snapshot = await building.build([X], strict=False, **how)
+    assert loop.time() - began == pytest.approx(2)
+    assert says_deadline(snapshot.errors[X]) is (by == "deadline")
+    assert (await building.capacity_snapshot())["__global__"].in_use == 1
+    waiting = asyncio.ensure_future(building.build([key("x", "2")]))
+    await asyncio.sleep(500)
+    assert gate.arrived == 1
+    assert not waiting.done()
+    gate.open()
+    await waiting
+    await no_leaks(building)
+    await building.aclose()
+
+
+async def test_a_blocking_call_that_cannot_fit_the_deadline_is_not_started() -> None:
+    calls: list[ResourceKey] = []
+    source = CallableSource(
+        name="x",
+        priority=1,
+        supports=lambda key: True,
+        fetcher=lambda key, context: calls.append(key),
+        timeout_seconds=30.0,
+        blocking_io=True,
+        transport_timeout_seconds=5.0,
+    )
+    building = builder(source)
+    snapshot = await building.build([X], strict=False, deadline_seconds=2)
+    assert says_deadline(snapshot.errors[X])
+    assert "transport timeout of 5 s" in str(snapshot.errors[X])
+    assert calls == []
+    await no_leaks(building)
+    await building.aclose()
+
+
+async def test_the_copy_of_what_a_source_returned_is_bounded_too() -> None:
+    gate = ThreadGate()
+
+    def copier(value: Any) -> Any:
+        gate.pass_()
+        return list(value)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
+        return ["value"]
+
+    building = builder(
+        Single("x", fetch=fetch), payload_copier=copier, run_payload_copies_in_thread=True
+    )
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await building.build([X], strict=False, deadline_seconds=2)
+    assert loop.time() - began == pytest.approx(2)
+    assert says_deadline(snapshot.errors[X])
+    gate.open()
+    await settle()
+    await no_leaks(building)
+    await building.aclose()
+
+
+async def test_a_shared_call_lasts_until_the_latest_deadline_of_those_who_wait() -> None:
+    source = Single("x", fetch=latency(10))
+    building = builder(source)
+    hasty = asyncio.ensure_future(building.build([X], strict=False, deadline_seconds=2))
+    await asyncio.sleep(1)
+    patient = asyncio.ensure_future(building.build([X], deadline_seconds=50))
+    assert says_deadline((await hasty).errors[X])
+    assert (await patient).value(X) == "1"
+    assert len(source.calls) == 1
+    await no_leaks(building)
+
+
+async def test_a_try_that_outlasts_its_deadline_says_how_many_there_were() -> None:
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        if len(source.calls) > 1:
+            await asyncio.sleep(50)
+        raise ConnectionError("down")
+
+    source = Single("x", fetch=fetch)
+    source.resilience_policy = SourceResiliencePolicy(
+        RetryPolicy(max_attempts=2, base_delay_seconds=1, jitter_ratio=0)
+    )
+    building = builder(source)
+    snapshot = await building.build([X], strict=False, deadline_seconds=3)
+    error = snapshot.errors[X]
+    assert isinstance(error, ResourceResolutionError)
+    (failure,) = error.failures
+    assert (failure.error_type, failure.attempts) == ("SnapshotDeadlineExceededError", 2)
+    assert "of 3 s" in failure.message
+    await no_leaks(building)
+
+
+async def test_dependencies_that_cannot_be_copied_fail_the_derived_key_alone() -> None:
+    class Fickle:
+        def __init__(self) -> None:
+            self.copies = 0
+
+        def __call__(self, value: Any) -> Any:
+            self.copies += 1
+            if self.copies > 1:
+                raise ValueError("enough")
+            return list(value)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
+        return ["value"]
+
+    derived = Derived("x", needs=lambda k: [key("base")])
+    building = builder(Single("base", fetch=fetch), derived, payload_copier=Fickle())
+    snapshot = await building.build([X], strict=False)
+    error = snapshot.errors[X]
+    assert isinstance(error, ResourceResolutionError)
+    (failure,) = error.failures
+    assert (failure.error_type, failure.attempts) == ("PayloadIsolationError", 0)
+    assert derived.calls == []
+    await no_leaks(building)
+
+
+async def test_a_caller_who_joins_between_two_tries_extends_what_is_left() -> None:
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        if len(source.calls) == 1:
+            raise ConnectionError("down")
+        await asyncio.sleep(10)
+        return "second"
+
+    source = Single("x", fetch=fetch)
+    source.resilience_policy = SourceResiliencePolicy(
+        RetryPolicy(max_attempts=2, base_delay_seconds=2, max_delay_seconds=2, jitter_ratio=0)
+    )
+    building = builder(source)
+    hasty = asyncio.ensure_future(building.build([X], strict=False, deadline_seconds=3))
+    await asyncio.sleep(1)
+    patient = asyncio.ensure_future(building.build([X], deadline_seconds=50))
+    assert says_deadline((await hasty).errors[X])
+    assert (await patient).value(X) == "second"
+    assert len(source.calls) == 2
+    await no_leaks(building)
+
+
+async def test_a_caller_with_a_deadline_does_not_bound_a_call_that_another_lets_run() -> None:
+    source = Single("x", fetch=latency(10))
+    building = builder(source)
+    patient = asyncio.ensure_future(building.build([X]))
+    await asyncio.sleep(1)
+    assert says_deadline((await building.build([X], strict=False, deadline_seconds=2)).errors[X])
+    assert (await patient).value(X) == "1"
+    await no_leaks(building)

@@ -1,0 +1,273 @@
+"""Flights out of everybody's sight hear of events and invalidations too (invariant 11)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    CacheLookup,
+    FetchContext,
+    FreshnessPolicy,
+    ResourceKey,
+    Snapshot,
+    SourcePayload,
+)
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key
+from tests.support import Gate, LoopClock, no_leaks, settle
+
+BASE, D = key("base"), key("d")
+
+
+def derived(before: Gate) -> Derived:
+    """Derives d from base, after passing a gate."""
+    return Derived("d", needs=lambda k: [BASE], before=before.pass_)
+
+
+async def test_a_derivation_that_was_hidden_before_does_not_undo_an_event() -> None:
+    at_base, at_derived = Gate(), Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await at_base.pass_()
+        return "fetched"
+
+    building = builder(Single("base", fetch=fetch), derived(at_derived))
+    early = asyncio.ensure_future(building.build([D]))
+    await at_base.wait_arrived()
+    await asyncio.sleep(1)
+    await building.publisher.publish(BASE, "base event", source="stream")
+    at_base.open()
+    await at_derived.wait_arrived()
+    await building.publisher.publish(D, "derived event", source="stream")
+    await asyncio.sleep(1)
+    at_derived.open()
+    assert (await early).value(D) == "derived event"
+    assert (await building.build([D])).value(D) == "derived event"
+
+
+async def test_a_dated_read_that_an_event_and_an_invalidation_overtook_is_not_cached() -> None:
+    gate = Gate()
+    clock = LoopClock()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> SourcePayload[str]:
+        await gate.pass_()
+        return SourcePayload("fetched", observed_at=clock.now())
+
+    source = Single("base", fetch=fetch)
+    building = builder(source, clock=clock)
+    early = asyncio.ensure_future(building.build([BASE]))
+    await gate.wait_arrived()
+    await building.publisher.publish(BASE, "event", source="stream")
+    await building.publisher.invalidate(BASE)
+    await asyncio.sleep(1)
+    gate.open()
+    await early
+    await building.build([BASE])
+    assert len(source.calls) == 2
+
+
+@pytest.mark.parametrize("change", ["publish", "invalidate"])
+async def test_a_forced_derivation_neither_undoes_an_event_nor_outlives_an_invalidation(
+    change: str,
+) -> None:
+    gate = Gate(opened=True)
+    source = derived(gate)
+    building = builder(Single("base"), source)
+    async with building.session() as session:
+        await session.resolve([D])
+        gate.close()
+        await asyncio.sleep(1)
+        forced = asyncio.ensure_future(session.revalidate([D], force_refresh=True))
+        await gate.wait_arrived(2)
+        if change == "publish":
+            await building.publisher.publish(D, "event", source="stream")
+        else:
+            await building.publisher.invalidate(D)
+        await asyncio.sleep(1)
+        gate.open()
+        await forced
+    after = await building.build([D])
+    if change == "publish":
+        assert after.value(D) == "event"
+    else:
+        assert len(source.calls) == 3
+
+
+async def test_waiters_get_the_event_when_every_source_fails_meanwhile() -> None:
+    gate = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        raise ConnectionError("down")
+
+    policy = FreshnessPolicy(1_000, 2_000, allow_stale_on_error=False)
+    building = builder(Single("base", fetch=fetch), default_policy=policy)
+    early = asyncio.ensure_future(building.build([BASE]))
+    await gate.wait_arrived()
+    await building.publisher.publish(BASE, "event", source="stream")
+    gate.open()
+    snapshot = await early
+    assert snapshot.value(BASE) == "event"
+    assert not snapshot[BASE].stale
+    assert "fallback_error" not in snapshot[BASE].metadata
+
+
+# What a source may do wrong ---------------------------------------------------------------------
+
+
+class Broken(Mapping[ResourceKey, Any]):
+    """A mapping that cannot be read."""
+
+    def __getitem__(self, key: ResourceKey) -> Any:
+        raise OSError("connection lost")
+
+    def __iter__(self) -> Iterator[ResourceKey]:
+        raise OSError("connection lost")
+
+    def __len__(self) -> int:
+        return 1
+
+
+async def test_an_answer_that_fails_while_it_is_read_is_a_failure_of_its_source() -> None:
+    class Lazy(Batch):
+        async def fetch_many(self, keys: Any, context: FetchContext) -> Mapping[ResourceKey, Any]:
+            return Broken()
+
+    building = builder(Lazy("lazy", "x", priority=20), Single("plain", "x"))
+    snapshot = await building.build([key("x")])
+    assert snapshot[key("x")].source == "plain"
+    await no_leaks(building)
+
+
+async def test_supports_and_dependencies_that_raise_a_cancellation_are_failures_like_others() -> (
+    None
+):
+    class Cancelled(Derived):
+        def supports(self, key: ResourceKey) -> bool:
+            if key.subject == "supports":
+                raise asyncio.CancelledError
+            return super().supports(key)
+
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        raise asyncio.CancelledError
+
+    building = builder(Cancelled("odd", "x", needs=needs, priority=20), Single("plain", "x"))
+    snapshot = await building.build([key("x", "supports"), key("x", "dependencies")])
+    assert {value.source for value in snapshot.values()} == {"plain"}
+
+
+async def test_an_attribute_that_raises_is_a_failure_of_its_source() -> None:
+    class Odd(Single):
+        armed = False
+
+        @property
+        def timeout_seconds(self) -> float | None:
+            if self.armed:
+                raise LookupError("no configuration")
+            return None
+
+        @timeout_seconds.setter
+        def timeout_seconds(self, value: float | None) -> None:
+            """Take no notice."""
+
+    odd = Odd("odd", "x", priority=20)
+    building = builder(odd, Single("plain", "x"))
+    odd.armed = True
+    assert (await building.build([key("x")]))[key("x")].source == "plain"
+    await no_leaks(building)
+
+
+# Caches that have to be awaited -----------------------------------------------------------------
+
+
+class GatedCache(AsyncMemoryCache):
+    """A cache of somebody else's, whose reads and writes pass gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading, self.writing = Gate(opened=True), Gate(opened=True)
+
+    async def get_many(self, keys: Any, **how: Any) -> Any:
+        await self.reading.pass_()
+        return await super().get_many(keys, **how)
+
+    async def get(self, key: ResourceKey, **how: Any) -> CacheLookup:
+        await self.reading.pass_()
+        return await super().get(key, **how)
+
+    async def set_many_if_newer(self, values: Any, **how: Any) -> Any:
+        await self.writing.pass_()
+        return await super().set_many_if_newer(values, **how)
+
+
+async def test_a_key_whose_cache_write_was_given_up_can_be_had_again() -> None:
+    cache = GatedCache()
+    cache.writing.close()
+    building = builder(Single("x"), cache=cache)
+    early = asyncio.ensure_future(building.build([key("x")]))
+    await cache.writing.wait_arrived()
+    early.cancel()
+    await settle()
+    cache.writing.open()
+    await no_leaks(building)
+    assert (await building.build([key("x")])).value(key("x")) == ""
+
+
+async def test_a_key_whose_cache_read_was_given_up_can_be_had_at_once() -> None:
+    cache = GatedCache()
+    cache.reading.close()
+    building = builder(Single("x"), cache=cache)
+    early = asyncio.ensure_future(building.build([key("x")]))
+    await cache.reading.wait_arrived()
+    early.cancel()
+    late = asyncio.ensure_future(building.build([key("x")]))
+    await asyncio.sleep(0)
+    cache.reading.open()
+    assert (await late).value(key("x")) == ""
+    await no_leaks(building)
+
+
+async def test_a_read_that_nobody_wanted_when_its_group_was_sent_is_not_shared() -> None:
+    cache = GatedCache()
+    cache.reading.close()
+    building = builder(Single("x"), cache=cache)
+    other = asyncio.ensure_future(building.build([key("x", "other")]))
+    early = asyncio.ensure_future(building.build([key("x", "left")]))
+    for _ in range(2):
+        await asyncio.sleep(0)
+    early.cancel()
+    await cache.reading.wait_arrived()
+    late = asyncio.ensure_future(building.build([key("x", "left")]))
+    await settle()
+    cache.reading.open()
+    await other
+    assert (await late).value(key("x", "left")) == "left"
+
+
+async def test_an_expired_deadline_never_shows_a_stale_derived_value_beside_a_newer_base() -> None:
+    slow = False
+    clock = LoopClock()
+
+    async def before() -> None:
+        if slow:
+            await asyncio.sleep(100)
+
+    answers = iter("abcdef")
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        return next(answers)
+
+    source = Derived("d", needs=lambda k: [BASE], before=before)
+    building = builder(
+        Single("base", fetch=fetch), source, clock=clock, default_policy=FreshnessPolicy(1, 100)
+    )
+    await building.build([D])
+    await asyncio.sleep(5)
+    slow = True
+    snapshot: Snapshot = await building.build([D, BASE], strict=False, deadline_seconds=2)
+    assert snapshot.value(BASE) == "b"
+    assert D in snapshot.errors

@@ -1,0 +1,493 @@
+"""What real builds report: every counter, observation and event, with exactly those labels (13)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    FetchContext,
+    FreshnessPolicy,
+    NullEventSink,
+    NullMetrics,
+    RefreshMode,
+    ResourceAcceptanceRule,
+    ResourceKey,
+    SnapshotAcceptancePolicy,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SnapshotConsistencyPolicy,
+    SnapshotDiagnostics,
+    SnapshotRequest,
+    SourceAuthorityPolicy,
+    SourcePayload,
+)
+from coalestra.observability import EventRecord
+from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
+from tests.support import Gate, settle
+
+X = key("x", "1")
+OF_RESOURCE = {"resource_namespace", "resource_name"}
+
+COUNTERS: dict[str, set[str]] = {
+    "snapshot_build_total": {"status"},
+    "snapshot_session_resolve_total": {"status"},
+    "snapshot_session_revalidate_total": {"status"},
+    "snapshot_acceptance_total": {"status"},
+    "snapshot_acceptance_violation_total": {"reason"},
+    "snapshot_consistency_total": {"status", "rule"},
+    "cache_access_total": {*OF_RESOURCE, "status"},
+    "singleflight_join_total": OF_RESOURCE,
+    "source_fetch_total": {"source", "status"},
+    "source_batch_call_total": {"source", "status"},
+    "source_capacity_timeout_total": {"source", "reason"},
+    "source_transport_budget_rejection_total": {"source", "reason"},
+    "source_transport_timeout_violation_total": {"source", "outcome"},
+    "resource_publish_total": {*OF_RESOURCE, "source", "status"},
+    "resource_invalidation_total": OF_RESOURCE,
+    "resource_refresh_total": {*OF_RESOURCE, "status"},
+    "payload_copy_deadline_total": {"phase"},
+}
+OBSERVATIONS = {"source_fetch_latency_ms", "source_capacity_wait_ms", "source_batch_size"}
+EVENTS: dict[str, str] = {
+    "snapshot_built": "snapshot_id resources resolved failed build_failed strict diagnostics",
+    "snapshot_session_resolved": (
+        "snapshot_id requested resolved failed total_resources strict retry_errors"
+    ),
+    "snapshot_session_revalidated": (
+        "snapshot_id requested affected refreshed failed committed retained_previous strict "
+        "force_refresh consistency_failed acceptance_failed"
+    ),
+    "snapshot_acceptance_failed": "snapshot_id violations reasons",
+    "snapshot_consistency_failed": (
+        "snapshot_id resources oldest_resource newest_resource observation_skew_ms "
+        "max_observation_skew_ms"
+    ),
+    "cache_hit": "resource freshness",
+    "cache_bypassed": "resource reason",
+    "stale_fallback_used": "resource error_type",
+    "resource_resolved": "resource source latency_ms attempts source_kind authority_rank",
+    "source_failed": "resource source error_type error",
+    "source_payload_rejected": "resource source error",
+    "source_circuit_open": "source resource error",
+    "resource_published": "resource source observed_at replaced forced authority_rank",
+    "resource_publish_ignored": (
+        "resource source status observed_at cached_observed_at candidate_authority_rank "
+        "cached_authority_rank"
+    ),
+    "resource_invalidated": "resource reason",
+    "resource_refresh_scheduled": "resource reason snapshot_id",
+    "resource_refresh_completed": "resource reason source",
+    "resource_refresh_failed": "resource reason error_type error",
+}
+
+
+class Seen:
+    """Both sinks of a builder; knows the tables, and complains of whatever does not fit them."""
+
+    coalestra_non_blocking = True
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
+        self.observed: dict[tuple[str, str], list[float]] = {}
+        self.events: list[EventRecord] = []
+        self.faults: list[str] = []
+
+    def increment(self, metric: str, value: int = 1, **labels: str) -> None:
+        if set(labels) != COUNTERS.get(metric):
+            self.faults.append(f"{metric} with {sorted(labels)}")
+        series = metric, tuple(sorted(labels.items()))
+        self.counts[series] = self.counts.get(series, 0) + value
+        if any(re.search(r"subject|:", text) for text in labels.values()):
+            self.faults.append(f"{metric} names a resource: {labels}")
+
+    def observe(self, metric: str, value: float, **labels: str) -> None:
+        if metric not in OBSERVATIONS or set(labels) != {"source"}:
+            self.faults.append(f"{metric} with {sorted(labels)}")
+        self.observed.setdefault((metric, labels["source"]), []).append(value)
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        self.events.append(EventRecord(event_type, payload))
+        if set(payload) != set(EVENTS.get(event_type, "?").split()):
+            self.faults.append(f"{event_type} with {sorted(payload)}")
+
+    def count(self, metric: str, **labels: str) -> int:
+        """Return a counter; labels of the resource are those of `X` unless given."""
+        if COUNTERS[metric] >= OF_RESOURCE:
+            labels = {"resource_namespace": "test", "resource_name": "x", **labels}
+        return self.counts.get((metric, tuple(sorted(labels.items()))), 0)
+
+    def of(self, event_type: str) -> list[dict[str, Any]]:
+        """Return the payloads of all events of one type."""
+        return [each.payload for each in self.events if each.event_type == event_type]
+
+
+def watched(*sources: Any, **settings: Any) -> tuple[SnapshotBuilder, Seen]:
+    """A builder, and everything it reports."""
+    seen = Seen()
+    return builder(*sources, metrics=seen, events=seen, **settings), seen
+
+
+async def down(k: ResourceKey, context: FetchContext) -> Any:
+    raise ConnectionError("down\nand out")
+
+
+def dated(offset: float) -> Any:
+    async def fetch(k: ResourceKey, context: FetchContext) -> SourcePayload[str]:
+        return SourcePayload("dated", observed_at=context.requested_at + offset)
+
+    return fetch
+
+
+# Builds and the cache -----------------------------------------------------------------------------
+
+
+async def test_a_build_reports_itself_its_misses_and_what_it_resolved() -> None:
+    building, seen = watched(Single("x"))
+    snapshot = await building.build([X])
+    assert seen.count("snapshot_build_total", status="success") == 1
+    assert seen.count("cache_access_total", status="miss") == 1
+    assert seen.count("source_fetch_total", source="x", status="success") == 1
+    (built,) = seen.of("snapshot_built")
+    assert isinstance(built.pop("diagnostics"), SnapshotDiagnostics)
+    assert built == {
+        "snapshot_id": snapshot.snapshot_id,
+        "resources": 1,
+        "resolved": 1,
+        "failed": 0,
+        "build_failed": False,
+        "strict": True,
+    }
+    (resolved,) = seen.of("resource_resolved")
+    assert (resolved["resource"], resolved["source_kind"]) == (str(X), "single")
+    assert len(seen.observed["source_fetch_latency_ms", "x"]) == 1
+    assert seen.faults == []
+
+
+async def test_a_hit_is_counted_and_told_with_its_freshness() -> None:
+    building, seen = watched(Single("x"))
+    await building.build([X])
+    await building.build([X])
+    assert seen.count("cache_access_total", status="fresh") == 1
+    assert seen.of("cache_hit") == [{"resource": str(X), "freshness": "fresh"}]
+    assert seen.faults == []
+
+
+@pytest.mark.parametrize("strict", [True, False])
+async def test_a_build_that_misses_keys_is_an_error_only_if_it_is_strict(strict: bool) -> None:
+    building, seen = watched(Single("x", fetch=down))
+    if strict:
+        with pytest.raises(SnapshotBuildError):
+            await building.build([X])
+    else:
+        await building.build([X], strict=False)
+    assert seen.count("snapshot_build_total", status="error") == strict
+    (built,) = seen.of("snapshot_built")
+    assert (built["failed"], built["build_failed"], built["strict"]) == (1, strict, strict)
+    assert seen.of("source_failed") == [
+        {
+            "resource": str(X),
+            "source": "x",
+            "error_type": "ConnectionError",
+            "error": "down and out",
+        }
+    ]
+    assert seen.count("source_fetch_total", source="x", status="failure") == 1
+    assert seen.faults == []
+
+
+async def test_a_stale_fallback_is_a_cache_access_if_the_cache_had_it() -> None:
+    source = Single("x")
+    building, seen = watched(source, default_policy=FreshnessPolicy(1, 100))
+    await building.build([X])
+    await asyncio.sleep(5)
+    source.answer = down
+    await building.build([X])
+    assert seen.count("cache_access_total", status="stale_fallback") == 1
+    told = {"resource": str(X), "error_type": "ResourceResolutionError"}
+    assert seen.of("stale_fallback_used") == [told]
+    await asyncio.sleep(200)
+    source.answer = dated(-5)
+    await building.build([X])
+    assert seen.count("source_fetch_total", source="x", status="stale") == 1
+    assert seen.count("cache_access_total", status="stale_fallback") == 1
+    assert seen.of("stale_fallback_used") == [told, told]
+    assert seen.faults == []
+
+
+async def test_joiners_are_counted() -> None:
+    building, seen = watched(Single("x", fetch=latency(1)))
+    await asyncio.gather(*(building.build([X]) for _ in range(3)))
+    assert seen.count("singleflight_join_total") == 2
+    assert seen.faults == []
+
+
+async def test_rejected_payloads_and_open_circuits_have_reports_of_their_own() -> None:
+    building, seen = watched(Single("x", fetch=dated(60)))
+    for _ in range(4):
+        await building.build([X], strict=False)
+    assert seen.count("source_fetch_total", source="x", status="invalid_timestamp") == 3
+    assert seen.count("source_fetch_total", source="x", status="circuit_open") == 1
+    assert len(seen.of("source_payload_rejected")) == 3
+    (refused,) = seen.of("source_circuit_open")
+    assert (refused["source"], refused["resource"]) == ("x", str(X))
+    assert seen.of("source_failed") == []
+    assert seen.faults == []
+
+
+# Calls --------------------------------------------------------------------------------------------
+
+
+async def test_batch_calls_are_counted_by_how_they_end() -> None:
+    mode: list[Callable[[], Coroutine[Any, Any, None]]] = []
+
+    async def before() -> None:
+        if mode:
+            await mode[0]()
+
+    async def fail() -> None:
+        raise LookupError("down")
+
+    async def hang() -> None:
+        await asyncio.sleep(50)
+
+    source = Batch("x", before=before)
+    source.queue_timeout_seconds = 3
+    building, seen = watched(source, max_concurrency=1)
+    await building.build([X, key("x", "2")])
+    mode.append(fail)
+    await building.build([key("x", "3")], strict=False)
+    mode[0] = hang
+    await building.build([key("x", "4")], strict=False, deadline_seconds=2)
+    await settle()
+    holder = asyncio.ensure_future(building.build([key("x", "5")]))
+    await settle()
+    await building.build([key("x", "6")], strict=False)
+    await building.build([key("x", "7")], strict=False, deadline_seconds=1)
+    holder.cancel()
+    await settle()
+    for status in ("success", "failure", "queue_timeout"):
+        assert seen.count("source_batch_call_total", source="x", status=status) >= 1, status
+    late = seen.count("source_batch_call_total", source="x", status="deadline_exceeded")
+    assert late == 2
+    assert seen.observed["source_batch_size", "x"][0] == 2
+    for reason in ("queue_timeout", "snapshot_deadline"):
+        assert seen.count("source_capacity_timeout_total", source="x", reason=reason) == 1, reason
+    waits = seen.observed["source_capacity_wait_ms", "x"]
+    assert [round(each) for each in waits if each] == [3000, 1000]
+    assert seen.faults == []
+
+
+async def test_every_kind_of_source_is_named() -> None:
+    building, seen = watched(
+        Single("s"), Batch("b"), Derived("d", needs=lambda k: [key("s"), key("b")])
+    )
+    await building.build([key("d")])
+    kinds = {each["source"]: each["source_kind"] for each in seen.of("resource_resolved")}
+    assert kinds == {"s": "single", "b": "batch", "d": "derived"}
+    assert seen.faults == []
+
+
+# Refreshes, publications --------------------------------------------------------------------------
+
+
+async def test_refreshes_are_reported_from_beginning_to_end() -> None:
+    source = Single("x")
+    policy = FreshnessPolicy(1, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building, seen = watched(source, default_policy=policy)
+    await building.build([X])
+    mode = "stale_while_revalidate"
+    for answer in (echo, down, latency(50)):
+        await asyncio.sleep(5)
+        source.answer = answer
+        await building.build([X], snapshot_id="parent")
+        if answer in (echo, down):
+            await building.wait_for_refreshes()
+    await building.aclose(cancel_refreshes=True)
+    assert seen.count("cache_access_total", status=mode) == 3
+    assert seen.of("cache_hit")[0] == {"resource": str(X), "freshness": mode}
+    counts = {"scheduled": 3, "success": 1, "failure": 1, "cancelled": 1}
+    for status, count in counts.items():
+        assert seen.count("resource_refresh_total", status=status) == count, status
+    told = {"resource": str(X), "reason": mode}
+    assert seen.of("resource_refresh_scheduled") == [{**told, "snapshot_id": "parent"}] * 3
+    assert seen.of("resource_refresh_completed") == [{**told, "source": "x"}]
+    (failed,) = seen.of("resource_refresh_failed")
+    assert failed["error_type"] == "ResourceResolutionError"
+    assert seen.faults == []
+
+
+async def test_publications_are_counted_by_their_outcome() -> None:
+    ranks = SourceAuthorityPolicy({"low": -1})
+    building, seen = watched(Single("x"), authority_policy=ranks)
+    publish = building.publisher.publish
+    now = building.clock.now()
+    await publish(X, 1, source="s", observed_at=now)
+    await publish(X, 2, source="s", observed_at=now)
+    await publish(X, 3, source="s", observed_at=now - 1)
+    await publish(X, 4, source="low", observed_at=now)
+    await building.publisher.invalidate(X, reason="test")
+    statuses = {
+        ("s", "published"),
+        ("s", "ignored_duplicate"),
+        ("s", "ignored_older"),
+        ("low", "ignored_lower_authority"),
+    }
+    for source, status in statuses:
+        assert seen.count("resource_publish_total", source=source, status=status) == 1, status
+    assert seen.count("resource_invalidation_total") == 1
+    assert seen.of("resource_invalidated") == [{"resource": str(X), "reason": "test"}]
+    (published,) = seen.of("resource_published")
+    assert (published["replaced"], published["forced"]) == (False, False)
+    assert len(seen.of("resource_publish_ignored")) == 3
+    assert seen.faults == []
+
+
+# Sessions and policies ----------------------------------------------------------------------------
+
+
+async def test_sessions_report_each_stage_and_each_revalidation() -> None:
+    source = Single("x")
+    building, seen = watched(source)
+    async with building.session(snapshot_id="session") as session:
+        await session.resolve([X])
+        with pytest.raises(SnapshotBuildError):
+            await session.resolve([key("unknown")])
+        await session.revalidate([X], force_refresh=True)
+        source.answer = down
+        await session.revalidate([X], strict=False, force_refresh=True)
+    for status in ("success", "error"):
+        assert seen.count("snapshot_session_resolve_total", status=status) == 1
+        assert seen.count("snapshot_session_revalidate_total", status=status) == 1
+    resolved = seen.of("snapshot_session_resolved")
+    assert [(each["requested"], each["resolved"], each["failed"]) for each in resolved] == [
+        (1, 1, 0),
+        (1, 0, 1),
+    ]
+    done, failed = seen.of("snapshot_session_revalidated")
+    assert (done["committed"], done["refreshed"], done["force_refresh"]) == (True, 1, True)
+    assert (failed["committed"], failed["retained_previous"], failed["failed"]) == (False, True, 1)
+    assert seen.count("cache_access_total", status="revalidation_bypass") == 2
+    bypassed = {each["reason"] for each in seen.of("cache_bypassed")}
+    assert bypassed == {"force_refresh"}
+    assert seen.faults == []
+
+
+async def test_policies_report_what_they_let_through_and_what_they_turn_down() -> None:
+    building, seen = watched(Single("x", fetch=dated(-5)), Single("y", fetch=dated(0)))
+    keys = [X, key("y", "1")]
+    for limit in (10, 2):
+        request = SnapshotRequest(
+            required=keys,
+            consistency_policy=SnapshotConsistencyPolicy(limit),
+            acceptance_policy=SnapshotAcceptancePolicy(ResourceAcceptanceRule(max_age_seconds=10)),
+        )
+        try:
+            await building.build_request(request)
+        except SnapshotBuildError:
+            assert limit == 2
+    strict = SnapshotAcceptancePolicy(ResourceAcceptanceRule(max_age_seconds=1))
+    with pytest.raises(SnapshotBuildError):
+        await building.build_request(SnapshotRequest(required=keys, acceptance_policy=strict))
+    for status in ("success", "error"):
+        rule = {"status": status, "rule": "observation_skew"}
+        assert seen.count("snapshot_consistency_total", **rule) == 1
+        assert seen.count("snapshot_acceptance_total", status=status) == 1
+    assert seen.count("snapshot_acceptance_violation_total", reason="too_old") == 1
+    (apart,) = seen.of("snapshot_consistency_failed")
+    assert (apart["oldest_resource"], apart["newest_resource"]) == (str(X), str(keys[1]))
+    assert apart["observation_skew_ms"] == pytest.approx(5000)
+    (refused,) = seen.of("snapshot_acceptance_failed")
+    assert (refused["violations"], refused["reasons"]) == (1, ("too_old",))
+    assert seen.faults == []
+
+
+# Nothing for nobody -------------------------------------------------------------------------------
+
+
+async def test_with_null_sinks_no_label_event_or_rendered_key_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("nobody listens, and still something was built")
+
+    building = builder(
+        Single("s"),
+        Batch("b"),
+        Derived("d", needs=lambda k: [key("s"), key("b")]),
+        metrics=NullMetrics(),
+        events=NullEventSink(),
+    )
+    monkeypatch.setattr(ResourceKey, "__str__", refuse)
+    for name in ("emitting.Emitter._count", "emitting.Emitter._tell", "labels.labels_of"):
+        monkeypatch.setattr(f"coalestra.observability.{name}", refuse)
+    async with building.session() as session:
+        await session.resolve([key("d"), key("s")])
+        await session.revalidate([key("d")], force_refresh=True)
+    await building.publisher.publish(X, 1, source="stream")
+    await building.publisher.invalidate(X)
+    await building.build([key("d"), key("s", "2")])
+
+
+async def test_a_failing_sink_never_reaches_a_build_and_is_counted() -> None:
+    class Failing(Seen):
+        def increment(self, metric: str, value: int = 1, **labels: str) -> None:
+            raise RuntimeError("full")
+
+        def emit(self, event_type: str, **payload: Any) -> None:
+            raise RuntimeError("full")
+
+    failing = Failing()
+    building = builder(Single("x"), metrics=failing, events=failing)
+    assert (await building.build([X])).complete
+    assert (await building.health_snapshot()).observability_failure_count > 0
+
+
+# Diagnostics --------------------------------------------------------------------------------------
+
+
+async def test_the_diagnostics_of_a_build_count_its_own_work() -> None:
+    chunked = Batch("b")
+    chunked.max_batch_size = 2
+    building = builder(
+        Single("s", fetch=latency(2)),
+        chunked,
+        Derived("d", needs=lambda k: [key("s")]),
+    )
+    keys = [key("d"), key("s"), *(key("b", str(i)) for i in range(3)), key("unknown"), key("d")]
+    cold = (await building.build(keys, strict=False)).diagnostics
+    assert cold.duration_ms == pytest.approx(2000)
+    assert (cold.requested_resources, cold.resolved_resources, cold.failed_resources) == (6, 5, 1)
+    assert (cold.cache_hits, cold.cache_misses) == (0, 7)
+    assert (cold.source_calls, cold.batch_calls, cold.derived_calls) == (4, 2, 1)
+    assert cold.batch_chunks == 2
+    assert dict(cold.source_calls_by_source) == {"s": 1, "b": 2, "d": 1}
+    assert cold.source_latency_ms_by_source["s"] == pytest.approx(2000)
+    assert cold.observation_skew_ms == pytest.approx(2000)
+    assert (cold.retries, cold.coalesced_requests, cold.stale_values) == (0, 0, 0)
+    warm = (await building.build(keys, strict=False)).diagnostics
+    assert (warm.cache_hits, warm.source_calls) == (5, 0)
+    assert warm.cache_batch_reads >= 1
+
+
+async def test_coalesced_and_stale_values_and_refreshes_count_where_they_belong() -> None:
+    gate = Gate(opened=True)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return ""
+
+    policy = FreshnessPolicy(1, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(Single("x", fetch=fetch), default_policy=policy)
+    one, two = await asyncio.gather(building.build([X]), building.build([X]))
+    assert one.diagnostics.coalesced_requests + two.diagnostics.coalesced_requests == 1
+    await asyncio.sleep(5)
+    async with building.session() as session:
+        stale = (await session.resolve([X])).diagnostics
+        assert (stale.stale_values, stale.refresh_scheduled) == (1, 1)
+        await building.wait_for_refreshes()
+        assert session.snapshot().diagnostics.refresh_completed == 1

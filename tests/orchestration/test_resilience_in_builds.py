@@ -1,0 +1,639 @@
+"""Failing sources are retried, then left alone, by the policy that applies (section 10)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    CircuitBreaker,
+    CircuitBreakerPolicy,
+    CircuitOpenError,
+    CircuitScope,
+    FetchContext,
+    FreshnessPolicy,
+    ResiliencePolicyResolver,
+    ResourceKey,
+    ResourceResolutionError,
+    RetryPolicy,
+    Snapshot,
+    SnapshotBuilder,
+    SnapshotDeadlineExceededError,
+    SourceFailure,
+    SourcePayload,
+    SourceQueueTimeoutError,
+    SourceResiliencePolicy,
+    SourceTimeoutError,
+    SourceUnavailableError,
+)
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
+from tests.orchestration.stock import Stock
+from tests.support import Gate, LoopClock, no_leaks, settle
+
+X = key("x")
+DOWN = ConnectionError("down")
+RECOVERY = 10.0
+
+
+def retrying(attempts: int, delay: float = 1.0) -> SourceResiliencePolicy:
+    """Retry after 1, 2, 4 ... times `delay` exactly, and never open a circuit."""
+    return SourceResiliencePolicy(
+        RetryPolicy(attempts, delay, max_delay_seconds=100.0, jitter_ratio=0),
+        CircuitBreakerPolicy(enabled=False),
+    )
+
+
+def breaking(
+    threshold: int = 1, scope: CircuitScope = CircuitScope.SOURCE, attempts: int = 1
+) -> SourceResiliencePolicy:
+    """Open a circuit after `threshold` failures."""
+    return SourceResiliencePolicy(
+        RetryPolicy(attempts, 1.0, jitter_ratio=0),
+        CircuitBreakerPolicy(scope, threshold, RECOVERY),
+    )
+
+
+def stock(policy: SourceResiliencePolicy | None, answer: Any = DOWN, **more: Any) -> Stock:
+    """A source of `x` that fails unless told otherwise."""
+    return tuned(Stock("x", {"x": answer}, **more), resilience_policy=policy)
+
+
+def failures(snapshot: Snapshot, of: ResourceKey = X) -> tuple[SourceFailure, ...]:
+    error = snapshot.errors[of]
+    assert isinstance(error, ResourceResolutionError)
+    return error.failures
+
+
+async def attempt(building: SnapshotBuilder, *keys: ResourceKey, **how: Any) -> Snapshot:
+    return await building.build(keys or [X], strict=False, **how)
+
+
+async def circuits(building: SnapshotBuilder) -> dict[str, tuple[str, int]]:
+    """The circuits that are not at rest: state and failures in a row, by name."""
+    view = await building.circuit_breaker.snapshot()
+    return {str(name): (one.state.value, one.failures) for name, one in view.items()}
+
+
+async def timed(awaited: Awaitable[Any]) -> float:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await awaited
+    return loop.time() - began
+
+
+# Retries
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SourceUnavailableError("down"),
+        SourceTimeoutError("slow"),
+        TimeoutError("slow"),
+        asyncio.TimeoutError(),
+        ConnectionResetError("reset"),
+        OSError("disk"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_may_pass_is_tried_again(error: Exception) -> None:
+    source = stock(retrying(3), error)
+    (failure,) = failures(await attempt(builder(source)))
+    assert len(source.calls) == failure.attempts == 3
+    assert failure.error_type == type(error).__name__
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("no"),
+        KeyError("no"),
+        CircuitOpenError("open"),
+        SnapshotDeadlineExceededError("late"),
+        SourceQueueTimeoutError("queue"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_would_come_again_is_not_tried_again(error: Exception) -> None:
+    source = stock(retrying(3), error)
+    (failure,) = failures(await attempt(builder(source)))
+    assert len(source.calls) == failure.attempts == 1
+    assert failure.error_type == type(error).__name__
+
+
+async def test_a_time_out_of_the_source_itself_is_retried() -> None:
+    source = tuned(Single("x", fetch=latency(50), timeout=2.0), resilience_policy=retrying(2))
+    building = builder(source)
+    assert await timed(attempt(building)) == pytest.approx(2 + 1 + 2)
+    assert len(source.calls) == 2
+    assert (await building.health_snapshot()).source_timeout_count == 2
+    await no_leaks(building)
+
+
+async def test_waits_double_and_the_attempts_are_told() -> None:
+    async def recovers(k: ResourceKey, context: FetchContext) -> str:
+        if len(source.calls) < 4:
+            raise DOWN
+        return "up"
+
+    source = tuned(Single("x", fetch=recovers), resilience_policy=retrying(4))
+    building = builder(source)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    snapshot = await attempt(building)
+    assert loop.time() - began == pytest.approx(1 + 2 + 4)
+    assert snapshot[X].attempts == 4
+    assert snapshot.diagnostics.retries == 3
+    assert snapshot.diagnostics.source_calls == 1
+    assert (await attempt(building))[X].attempts == 4
+
+
+async def test_a_batch_is_retried_as_a_whole() -> None:
+    async def before() -> None:
+        if len(source.calls) == 1:
+            raise DOWN
+
+    source = tuned(Batch("x", before=before), resilience_policy=retrying(2))
+    snapshot = await attempt(builder(source), key("x", "a"), key("x", "b"))
+    assert [len(call) for call in source.calls] == [2, 2]
+    assert {value.attempts for value in snapshot.values()} == {2}
+
+
+async def test_a_derivation_is_retried_without_fetching_its_dependencies_again() -> None:
+    async def before() -> None:
+        if len(derived.calls) == 1:
+            raise DOWN
+
+    base = Single("base")
+    derived = tuned(
+        Derived("x", needs=lambda k: [key("base")], before=before), resilience_policy=retrying(2)
+    )
+    snapshot = await attempt(builder(base, derived))
+    assert snapshot.value(X) == ("",)
+    assert (len(base.calls), len(derived.calls)) == (1, 2)
+
+
+async def test_a_retry_that_would_begin_at_the_deadline_or_later_is_not_started() -> None:
+    source = stock(retrying(5))
+    building = builder(source)
+    assert await timed(attempt(building, deadline_seconds=3)) == pytest.approx(1)
+    assert len(source.calls) == 2
+    (failure,) = failures(await attempt(building, deadline_seconds=1))
+    assert (failure.error_type, failure.attempts) == ("ConnectionError", 1)
+
+
+async def test_a_deadline_between_two_tries_ends_the_waiting_and_the_retry() -> None:
+    source = stock(retrying(2, 5.0))
+    building = builder(source)
+    patient = asyncio.ensure_future(attempt(building, deadline_seconds=60))
+    await asyncio.sleep(1)
+    hasty = await attempt(building, deadline_seconds=2)
+    (failure,) = failures(hasty)
+    assert (failure.error_type, failure.attempts) == ("SnapshotDeadlineExceededError", 1)
+    assert failures(await patient)[0].attempts == 2
+    await no_leaks(building)
+
+
+async def test_nobody_left_means_no_further_retry() -> None:
+    source = stock(retrying(2, 5.0))
+    building = builder(source)
+    task = asyncio.ensure_future(building.build([X]))
+    await asyncio.sleep(1)
+    task.cancel()
+    await asyncio.sleep(100)
+    assert len(source.calls) == 1
+    await no_leaks(building)
+
+
+# Circuits of every scope
+
+SCOPES: dict[CircuitScope, dict[str, str]] = {
+    CircuitScope.SOURCE: {"a": "x", "": "x", "other": "x"},
+    CircuitScope.NAMESPACE: {"a": "x:namespace:test", "": "x:namespace:test"},
+    CircuitScope.SUBJECT: {"a": "x:subject:a", "": "x:subject:test:x"},
+    CircuitScope.RESOURCE: {"a": f"x:resource:{key('x', 'a')}", "": f"x:resource:{key('x')}"},
+}
+
+
+@pytest.mark.parametrize("scope", CircuitScope)
+async def test_a_circuit_covers_what_its_scope_says(scope: CircuitScope) -> None:
+    for subject, name in SCOPES[scope].items():
+        building = builder(stock(breaking(scope=scope)))
+        await attempt(building, key("x", subject))
+        assert await circuits(building) == {name: ("open", 1)}
+
+
+@pytest.mark.parametrize(
+    "scope, left",
+    [
+        (CircuitScope.SOURCE, []),
+        (CircuitScope.NAMESPACE, []),
+        (CircuitScope.SUBJECT, [key("x", "b")]),
+        (CircuitScope.RESOURCE, [key("x", "b"), key("y", "a")]),
+    ],
+)
+async def test_an_open_circuit_keeps_out_its_own_keys_only(
+    scope: CircuitScope, left: list[ResourceKey]
+) -> None:
+    source = tuned(Stock("s", {"x": DOWN, "y": 1}), resilience_policy=breaking(scope=scope))
+    building = builder(source)
+    await attempt(building, key("x", "a"))
+    source.change(x=1)
+    snapshot = await attempt(building, key("x", "a"), key("x", "b"), key("y", "a"))
+    assert list(snapshot) == left
+    for refused in snapshot.errors:
+        (failure,) = failures(snapshot, refused)
+        assert (failure.error_type, failure.attempts) == ("CircuitOpenError", 0)
+        assert "10 s" in failure.message
+    assert len(source.calls) == 1 + len(left)
+
+
+async def test_failures_in_a_row_open_a_circuit_and_a_success_begins_anew() -> None:
+    source = stock(breaking(3))
+    building = builder(source)
+    for subject in "ab":
+        await attempt(building, key("x", subject))
+    assert await circuits(building) == {"x": ("closed", 2)}
+    source.change(x=1)
+    await attempt(building, key("x", "c"))
+    assert await circuits(building) == {}
+    source.change(x=DOWN)
+    for subject in "def":
+        await attempt(building, key("x", subject))
+    assert await circuits(building) == {"x": ("open", 3)}
+    await attempt(building, key("x", "g"))
+    assert len(source.calls) == 6
+
+
+async def test_an_open_circuit_sends_its_keys_to_the_next_source_without_delay() -> None:
+    source = stock(breaking(), priority=20)
+    building = builder(source, Single("spare", "x"))
+    for subject in "abc":
+        assert (await attempt(building, key("x", subject)))[key("x", subject)].source == "spare"
+    assert len(source.calls) == 1
+
+
+async def test_the_retries_of_one_call_count_once() -> None:
+    source = stock(breaking(3, attempts=5))
+    building = builder(source)
+    await attempt(building)
+    assert len(source.calls) == 5
+    assert await circuits(building) == {"x": ("closed", 1)}
+
+
+async def test_a_circuit_that_opens_does_not_stop_the_retries_of_a_call_under_way() -> None:
+    source = stock(breaking(1, attempts=2))
+    building = builder(source)
+    task = asyncio.ensure_future(attempt(building, key("x", "first")))
+    await settle()
+    await building.circuit_breaker.record_failure("x", policy=breaking(1).circuit)
+    await task
+    assert len(source.calls) == 2
+
+
+async def test_a_disabled_circuit_counts_nothing() -> None:
+    source = stock(retrying(1))
+    building = builder(source)
+    for _ in range(10):
+        await attempt(building)
+    assert (len(source.calls), await circuits(building)) == (10, {})
+
+
+async def test_an_answer_that_is_too_old_is_a_failure() -> None:
+    async def stale(k: ResourceKey, context: FetchContext) -> SourcePayload[str]:
+        return SourcePayload("old", observed_at=context.requested_at - 50)
+
+    source = tuned(Single("x", fetch=stale), resilience_policy=breaking(2))
+    building = builder(source, default_policy=FreshnessPolicy(10, 100))
+    assert (await attempt(building))[X].stale
+    assert await circuits(building) == {"x": ("closed", 1)}
+
+
+async def test_an_answer_that_cannot_be_used_is_a_failure() -> None:
+    source = tuned(Batch("x"), resilience_policy=breaking(2))
+
+    async def fetch_many(keys: Any, context: FetchContext) -> Any:
+        return "nonsense"
+
+    source.fetch_many = fetch_many  # type: ignore[method-assign]
+    building = builder(source)
+    await attempt(building)
+    assert await circuits(building) == {"x": ("closed", 1)}
+
+
+# The probe
+
+
+async def opened(building: SnapshotBuilder, *keys: ResourceKey) -> None:
+    """Open the circuits of some keys, and let the time to recover go by."""
+    await attempt(building, *keys)
+    assert {state for state, _ in (await circuits(building)).values()} == {"open"}
+    await asyncio.sleep(RECOVERY)
+    assert {state for state, _ in (await circuits(building)).values()} == {"half_open"}
+
+
+async def test_of_many_keys_at_a_half_open_circuit_one_is_the_probe() -> None:
+    gate = Gate()
+    source = stock(breaking())
+    building = builder(source)
+    await opened(building)
+    source.change(x=1)
+    source.before = gate.pass_
+    keys = [key("x", str(number)) for number in range(9)]
+    task = asyncio.ensure_future(attempt(building, *keys))
+    await settle()
+    (state,) = (await building.circuit_breaker.snapshot()).values()
+    assert state.half_open_probe_active
+    gate.open()
+    snapshot = await task
+    assert len(source.calls) == 2
+    assert list(snapshot) == keys[:1]
+    assert {failures(snapshot, k)[0].error_type for k in keys[1:]} == {"CircuitOpenError"}
+    assert await circuits(building) == {}
+    assert not (await attempt(building, *keys)).errors
+
+
+async def test_a_batch_is_one_probe_with_all_its_keys() -> None:
+    source = Batch("x", answer=answering(up := set()))
+    tuned(source, resilience_policy=breaking())
+    building = builder(source)
+    keys = [key("x", str(number)) for number in range(9)]
+    await opened(building, *keys)
+    up.update(keys)
+    assert list(await attempt(building, *keys)) == keys
+    assert await circuits(building) == {}
+
+
+async def test_a_probe_that_fails_opens_the_circuit_for_another_while() -> None:
+    source = stock(breaking(3))
+    building = builder(source)
+    for _ in range(3):
+        await attempt(building)
+    await asyncio.sleep(RECOVERY)
+    await attempt(building)
+    assert await circuits(building) == {"x": ("open", 4)}
+    await asyncio.sleep(RECOVERY - 1)
+    await attempt(building)
+    assert len(source.calls) == 4
+
+
+async def test_a_cancelled_probe_opens_the_circuit_again() -> None:
+    source = stock(breaking())
+    building = builder(source)
+    await opened(building)
+    source.before = Gate().pass_
+    probe = asyncio.ensure_future(building.build([X]))
+    await settle()
+    probe.cancel()
+    await settle()
+    assert await circuits(building) == {"x": ("open", 1)}
+    await no_leaks(building)
+
+
+async def test_a_probe_cut_off_by_the_deadline_opens_the_circuit_again_without_counting() -> None:
+    source = stock(breaking())
+    building = builder(source)
+    await opened(building)
+    source.before = Gate().pass_
+    await attempt(building, deadline_seconds=2)
+    assert await circuits(building) == {"x": ("open", 1)}
+    await no_leaks(building)
+
+
+async def test_a_probe_given_up_between_two_tries_opens_the_circuit_again() -> None:
+    source = stock(breaking(attempts=2))
+    building = builder(source)
+    await opened(building)
+    probe = asyncio.ensure_future(building.build([X]))
+    await settle()
+    probe.cancel()
+    await settle()
+    assert await circuits(building) == {"x": ("open", 1)}
+    await no_leaks(building)
+
+
+async def test_a_worker_cancelled_from_outside_fails_its_keys_and_reopens_the_circuit() -> None:
+    source = stock(breaking())
+    building = builder(source)
+    await opened(building)
+    source.before = Gate().pass_
+    probe = asyncio.ensure_future(attempt(building))
+    await settle()
+    (worker,) = (task for task in asyncio.all_tasks() if task.get_name() == "coalestra x")
+    worker.cancel()
+    (failure,) = failures(await probe)
+    assert failure.error_type == "SourceUnavailableError"
+    assert "cancelled" in failure.message
+    assert await circuits(building) == {"x": ("open", 1)}
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("by", ["queue timeout", "deadline"])
+async def test_a_call_never_made_leaves_the_count_alone_and_the_probe_free(by: str) -> None:
+    source = stock(breaking(2))
+    if by == "queue timeout":
+        source.queue_timeout_seconds = 2.0
+    building = builder(source, max_concurrency=1)
+    await attempt(building)
+    lease = await building.capacity.acquire("other")
+    how = {"deadline_seconds": 2} if by == "deadline" else {}
+    await attempt(building, **how)
+    assert await circuits(building) == {"x": ("closed", 1)}
+    lease.release()
+    await attempt(building)
+    await asyncio.sleep(RECOVERY)
+    lease = await building.capacity.acquire("other")
+    await attempt(building, **how)
+    assert await circuits(building) == {"x": ("half_open", 2)}
+    lease.release()
+    source.change(x=1)
+    assert (await attempt(building)).value(X) == 1
+    assert await circuits(building) == {}
+    await no_leaks(building)
+
+
+async def test_a_retry_that_waits_too_long_for_capacity_counts_the_failure_before() -> None:
+    source = stock(breaking(5, attempts=2))
+    source.queue_timeout_seconds = 2.0
+    building = builder(source, max_concurrency=1)
+    task = asyncio.ensure_future(attempt(building))
+    await settle()
+    lease = await building.capacity.acquire("other")
+    (failure,) = failures(await task)
+    assert (failure.error_type, failure.attempts) == ("SourceQueueTimeoutError", 1)
+    assert await circuits(building) == {"x": ("closed", 1)}
+    lease.release()
+
+
+async def test_a_circuit_that_opens_while_a_call_waits_for_capacity_keeps_it_out() -> None:
+    source = stock(breaking(), before=(gate := Gate()).pass_)
+    building = builder(source, max_concurrency=1)
+    first = asyncio.ensure_future(attempt(building, key("x", "first")))
+    await settle()
+    second = asyncio.ensure_future(attempt(building, key("x", "second")))
+    await settle()
+    gate.open()
+    await first
+    assert failures(await second, key("x", "second"))[0].error_type == "CircuitOpenError"
+    assert len(source.calls) == 1
+    await no_leaks(building)
+
+
+# Batches over several circuits
+
+
+def answering(up: set[ResourceKey]) -> Callable[[ResourceKey], Any]:
+    """Answer for the keys that are up; an outdated value for all others."""
+
+    def answer(k: ResourceKey) -> Any:
+        return k.subject if k in up else SourcePayload("old", observed_at=0.0)
+
+    return answer
+
+
+A1, A2, B1, B2 = (ResourceKey("test", name, subject) for subject in "ab" for name in ("x", "y"))
+
+
+async def test_one_fresh_value_makes_the_group_of_a_circuit_a_success() -> None:
+    source = Batch("s", "x", "y", answer=answering({A1}))
+    tuned(source, resilience_policy=breaking(1, CircuitScope.SUBJECT))
+    building = builder(source)
+    snapshot = await attempt(building, A1, A2, B1, B2)
+    assert list(snapshot) == [A1]
+    assert await circuits(building) == {"s:subject:b": ("open", 1)}
+
+
+async def test_open_groups_are_left_out_of_a_batch() -> None:
+    up = {A1, A2}
+    source = Batch("s", "x", "y", answer=answering(up))
+    tuned(source, resilience_policy=breaking(1, CircuitScope.SUBJECT))
+    building = builder(source)
+    await attempt(building, B1)
+    up.update({B1, B2})
+    snapshot = await attempt(building, A1, B1, A2, B2)
+    assert source.calls == [(B1,), (A1, A2)]
+    assert list(snapshot) == [A1, A2]
+    assert {failures(snapshot, k)[0].error_type for k in (B1, B2)} == {"CircuitOpenError"}
+    await asyncio.sleep(RECOVERY)
+    assert list(await attempt(building, B1, B2)) == [B1, B2]
+    assert await circuits(building) == {}
+
+
+async def test_a_batch_whose_groups_are_all_open_is_not_sent() -> None:
+    source = Batch("s", "x", "y", answer=answering(set()))
+    tuned(source, resilience_policy=breaking(1, CircuitScope.RESOURCE))
+    building = builder(source)
+    await attempt(building, A1, B1)
+    snapshot = await attempt(building, A1, B1)
+    assert len(source.calls) == 1
+    assert snapshot.diagnostics.batch_calls == 0
+
+
+async def test_a_batch_that_fails_counts_once_for_each_of_its_circuits() -> None:
+    async def before() -> None:
+        raise DOWN
+
+    source = Batch("s", "x", "y", before=before)
+    tuned(source, resilience_policy=breaking(3, CircuitScope.SUBJECT))
+    building = builder(source)
+    await attempt(building, A1, A2, B1, B2)
+    assert await circuits(building) == {
+        "s:subject:a": ("closed", 1),
+        "s:subject:b": ("closed", 1),
+    }
+
+
+# Which policy applies
+
+
+@pytest.mark.parametrize(
+    "given, calls",
+    [
+        ("override dynamic declared default", 3),
+        ("dynamic declared default", 4),
+        ("declared default", 5),
+        ("default", 6),
+        ("", 2),
+    ],
+)
+async def test_an_override_beats_the_dynamic_choice_the_declared_policy_and_the_default(
+    given: str, calls: int
+) -> None:
+    resolver = ResiliencePolicyResolver(
+        retrying(6) if "default" in given else None,
+        {"x": retrying(3)} if "override" in given else None,
+        (lambda name: retrying(4)) if "dynamic" in given else (lambda name: None),
+    )
+    source = stock(retrying(5) if "declared" in given else None)
+    await attempt(builder(source, resilience_resolver=resolver))
+    assert len(source.calls) == calls
+
+
+async def test_the_builder_takes_policies_by_name_and_a_default_too() -> None:
+    declared = stock(retrying(5))
+    named = {"source_resilience": {"x": retrying(3)}, "default_resilience": retrying(6)}
+    await attempt(builder(declared, **named))
+    assert len(declared.calls) == 3
+    for setting, calls in (
+        ({"default_resilience": retrying(6)}, 6),
+        (
+            {"retry_policy": retrying(7).retry},
+            7,
+        ),
+    ):
+        source = stock(None)
+        await attempt(builder(source, **setting))
+        assert len(source.calls) == calls
+
+
+async def test_the_default_circuit_is_that_of_the_given_breaker() -> None:
+    source = stock(None)
+    breaker = CircuitBreaker(clock=LoopClock(), default_policy=breaking(1).circuit)
+    building = builder(source, circuit_breaker=breaker, retry_policy=RetryPolicy(max_attempts=1))
+    assert building.circuit_breaker is breaker
+    await attempt(building)
+    assert await circuits(building) == {"x": ("open", 1)}
+
+
+async def test_a_dynamic_policy_is_asked_anew_for_every_call() -> None:
+    attempts = iter([1, 3])
+    resolver = ResiliencePolicyResolver(dynamic=lambda name: retrying(next(attempts)))
+    source = stock(None)
+    building = builder(source, resilience_resolver=resolver)
+    for calls in (1, 1 + 3):
+        await attempt(building)
+        assert len(source.calls) == calls
+
+
+@pytest.mark.parametrize("batch", [False, True])
+async def test_a_dynamic_resolver_that_raises_fails_that_source_and_not_the_build(
+    batch: bool,
+) -> None:
+    def choose(name: str) -> SourceResiliencePolicy | None:
+        if name == "x":
+            raise LookupError("no policy today")
+        return None
+
+    source: Any = Batch("x", priority=20) if batch else Single("x", priority=20)
+    resolver = ResiliencePolicyResolver(dynamic=choose)
+    keys = [key("x", "a"), key("x", "b")]
+    spared = await attempt(
+        builder(source, Single("spare", "x"), resilience_resolver=resolver), *keys
+    )
+    assert {value.source for value in spared.values()} == {"spare"}
+    alone = builder(source, resilience_resolver=resolver)
+    snapshot = await attempt(alone, *keys)
+    (failure,) = failures(snapshot, keys[1])
+    assert (failure.error_type, failure.attempts) == ("LookupError", 0)
+    assert "no policy today" in failure.message
+    assert source.calls == []
+    await no_leaks(alone)
+
+
+async def test_a_dynamic_resolver_that_returns_nonsense_fails_that_source() -> None:
+    resolver = ResiliencePolicyResolver(dynamic=lambda name: "often")  # type: ignore[arg-type, return-value]
+    snapshot = await attempt(builder(Single("x"), resilience_resolver=resolver))
+    assert failures(snapshot)[0].error_type == "TypeError"

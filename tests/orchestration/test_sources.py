@@ -1,0 +1,889 @@
+"""Sources of every kind: order, support, answers, dependencies, declared timeouts (section 3)."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Iterator
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    CallableBatchSource,
+    CallableDerivedSource,
+    CallableSource,
+    DependencyCycleError,
+    FetchContext,
+    InMemoryMetrics,
+    ObservationPolicy,
+    ResourceKey,
+    ResourceResolutionError,
+    Snapshot,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SourceFailure,
+    SourcePayload,
+    SourceUnavailableError,
+)
+from tests.orchestration.scripted import ONCE, Batch, Derived, Scripted, Single, builder, key
+from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
+from tests.support import EPOCH, Gate, ThreadGate, no_leaks, settle
+
+K = key("x")
+
+
+async def failing(key: ResourceKey, context: FetchContext) -> Any:
+    raise SourceUnavailableError("down")
+
+
+async def failures_of(
+    building: SnapshotBuilder, wanted: ResourceKey, **more: Any
+) -> tuple[SourceFailure, ...]:
+    """What the sources of a key that must fail had to say."""
+    snapshot = await building.build([wanted], strict=False, **more)
+    error = snapshot.error_for(wanted)
+    assert isinstance(error, ResourceResolutionError), repr(error)
+    return error.failures
+
+
+def types(failures: Iterable[SourceFailure]) -> list[tuple[str, str]]:
+    """Which source failed with which type of error."""
+    return [(each.source, each.error_type) for each in failures]
+
+
+# Order and kind
+
+
+async def test_sources_are_asked_by_priority_and_ties_in_the_order_given() -> None:
+    asked: list[str] = []
+
+    def named(name: str, priority: int) -> Single:
+        async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+            asked.append(name)
+            raise SourceUnavailableError("down")
+
+        return Single(name, "x", fetch=fetch, priority=priority)
+
+    building = builder(
+        named("low", -1), named("tie 1", 5), named("tie 2", 5), named("high", 9), named("tie 3", 5)
+    )
+    failures = await failures_of(building, K)
+    assert asked == ["high", "tie 1", "tie 2", "tie 3", "low"]
+    assert [each.source for each in failures] == asked
+
+
+class Everything(Scripted):
+    """Can be asked in every way, and says which was chosen."""
+
+    async def fetch(self, key: ResourceKey, context: FetchContext) -> str:
+        return "single"
+
+    async def fetch_many(self, keys: Any, context: FetchContext) -> dict[ResourceKey, str]:
+        return dict.fromkeys(keys, "batch")
+
+
+class EvenDerived(Everything):
+    """Can be derived as well."""
+
+    def dependencies(self, key: ResourceKey) -> tuple[ResourceKey, ...]:
+        return ()
+
+    async def derive(self, key: ResourceKey, found: Snapshot, context: FetchContext) -> str:
+        return f"derived from {len(found)}"
+
+
+async def test_derived_goes_before_batch_and_batch_before_single() -> None:
+    building = builder(Everything("x"), EvenDerived("y"))
+    snapshot = await building.build([K, key("y")])
+    assert shown(snapshot) == {K: "batch", key("y"): "derived from 0"}
+
+
+async def test_half_of_a_derived_source_is_none() -> None:
+    class Half(Everything):
+        def dependencies(self, key: ResourceKey) -> tuple[ResourceKey, ...]:
+            return ()
+
+    assert (await builder(Half("x")).build([K])).value(K) == "batch"
+
+
+# Support
+
+
+class Choosy(Single):
+    """Counts what it is asked to support, and answers with `says`."""
+
+    def __init__(self, name: str, *names: str, says: Callable[[], Any] | None = None) -> None:
+        super().__init__(name, *names)
+        self.says = says
+        self.asked: list[ResourceKey] = []
+
+    def supports(self, key: ResourceKey) -> Any:
+        self.asked.append(key)
+        return super().supports(key) if self.says is None else self.says()
+
+
+async def ask_anew(building: SnapshotBuilder, *keys: ResourceKey) -> Snapshot:
+    """Build with nothing cached."""
+    await building.cache.clear()
+    return await building.build(keys)
+
+
+async def test_support_is_asked_once_for_a_key_whatever_the_answer() -> None:
+    no, yes = Choosy("no", "other"), Choosy("yes", "x")
+    building = builder(no, yes)
+    first = await ask_anew(building, K)
+    second = await ask_anew(building, K)
+    assert (len(no.asked), len(yes.asked)) == (1, 1)
+    assert (first.diagnostics.support_cache_misses, first.diagnostics.support_cache_hits) == (2, 0)
+    assert (second.diagnostics.support_cache_misses, second.diagnostics.support_cache_hits) == (
+        0,
+        2,
+    )
+
+
+async def test_clearing_forgets_what_is_supported() -> None:
+    source = Choosy("x")
+    building = builder(source)
+    await ask_anew(building, K)
+    building.clear_source_support_cache()
+    await ask_anew(building, K)
+    assert len(source.asked) == 2
+
+
+@pytest.mark.parametrize("by", ["builder", "source"])
+async def test_support_is_asked_every_time_if_builder_or_source_says_so(by: str) -> None:
+    class Fickle(Choosy):
+        cache_supports = by != "source"
+
+    source = Fickle("x")
+    building = builder(source, cache_source_support=by != "builder")
+    for _ in range(3):
+        snapshot = await ask_anew(building, K)
+    assert len(source.asked) == 3
+    assert snapshot.diagnostics.support_cache_misses == 0
+
+
+async def test_the_answer_least_recently_used_is_forgotten_first() -> None:
+    source = Choosy("x")
+    building = builder(source, source_support_cache_max_entries=2)
+    one, two, three = (key("x", each) for each in "123")
+    await ask_anew(building, one)
+    await ask_anew(building, two)
+    await ask_anew(building, one)
+    await ask_anew(building, three)
+    assert source.asked == [one, two, three]
+    await ask_anew(building, one)
+    assert source.asked == [one, two, three]
+    await ask_anew(building, two)
+    assert source.asked == [one, two, three, two]
+
+
+async def test_answers_without_bound_are_all_kept() -> None:
+    source = Choosy("x")
+    building = builder(source, source_support_cache_max_entries=None)
+    keys = [key("x", str(i)) for i in range(500)]
+    await ask_anew(building, *keys)
+    await ask_anew(building, *keys)
+    assert len(source.asked) == 500
+
+
+@pytest.mark.parametrize("answer, supported", [(1, True), ("yes", True), (0, False), (None, False)])
+async def test_support_may_be_any_truth(answer: Any, supported: bool) -> None:
+    building = builder(Choosy("x", says=lambda: answer))
+    snapshot = await building.build([K], strict=False)
+    assert (K in snapshot) is supported
+
+
+async def coroutine() -> bool:
+    return True
+
+
+def future() -> asyncio.Future[bool]:
+    return asyncio.get_running_loop().create_future()
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def says() -> Any:
+        raise error
+
+    return says
+
+
+@pytest.mark.parametrize(
+    "says, error_type",
+    [
+        (raising(RuntimeError("bug")), "RuntimeError"),
+        (raising(asyncio.CancelledError()), "SourceUnavailableError"),
+        (coroutine, "SourceProtocolError"),
+        (future, "SourceProtocolError"),
+    ],
+)
+async def test_support_that_raises_or_has_to_be_awaited_fails_that_source_for_that_key(
+    says: Callable[[], Any], error_type: str
+) -> None:
+    odd = Choosy("odd", says=says)
+    failures = await failures_of(builder(odd), K)
+    assert types(failures) == [("odd", error_type)]
+    assert failures[0].attempts == 0
+    healthy = Single("healthy", "x", priority=1)
+    building = builder(Choosy("odd", says=says), healthy)
+    assert (await building.build([K]))[K].source == "healthy"
+    await no_leaks(building)
+
+
+async def test_support_that_raised_is_asked_again() -> None:
+    source = Choosy("x", says=raising(RuntimeError("bug")))
+    building = builder(source)
+    assert types(await failures_of(building, K)) == [("x", "RuntimeError")]
+    source.says = None
+    assert K in await building.build([K])
+
+
+# Batches
+
+
+class Answering(Batch):
+    """A batch source that answers with what `reply` makes of the keys."""
+
+    def __init__(self, name: str, *names: str, reply: Callable[[Any], Any], **more: Any) -> None:
+        super().__init__(name, *names, **more)
+        self.reply = reply
+
+    async def fetch_many(self, keys: Any, context: FetchContext) -> Any:
+        self.calls.append(tuple(keys))
+        return self.reply(keys)
+
+
+async def test_keys_left_out_of_a_batch_go_on_to_the_next_source() -> None:
+    partly = Answering(
+        "partly", "x", priority=2, reply=lambda keys: {k: 1 for k in keys if k.subject == "a"}
+    )
+    rest = Batch("rest", "x", priority=1, answer=lambda k: 2)
+    a, b, c = (key("x", each) for each in "abc")
+    snapshot = await builder(partly, rest).build([a, b, c])
+    assert shown(snapshot) == {a: 1, b: 2, c: 2}
+    assert rest.calls == [(b, c)]
+
+
+async def test_a_key_left_out_everywhere_names_who_left_it_out() -> None:
+    silent = Answering("silent", "x", reply=lambda keys: {})
+    assert types(await failures_of(builder(silent), K)) == [("silent", "SourceUnavailableError")]
+
+
+async def test_a_batch_may_answer_none_for_a_key() -> None:
+    building = builder(Answering("x", reply=dict.fromkeys))
+    assert (await building.build([K]))[K].value is None
+
+
+async def test_any_mapping_is_an_answer() -> None:
+    building = builder(Answering("x", reply=lambda keys: MappingProxyType(dict.fromkeys(keys, 1))))
+    assert (await building.build([K])).value(K) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        lambda keys: {**dict.fromkeys(keys, 1), key("x", "unasked"): 1},
+        lambda keys: {**dict.fromkeys(keys, 1), "x": 1},
+        lambda keys: [1 for _ in keys],
+        lambda keys: None,
+    ],
+    ids=["unrequested key", "no key", "list", "None"],
+)
+async def test_a_malformed_batch_answer_fails_the_whole_call(reply: Callable[[Any], Any]) -> None:
+    odd = Answering("odd", "x", reply=reply)
+    keys = [key("x", "a"), key("x", "b")]
+    snapshot = await builder(odd).build(keys, strict=False)
+    for each in keys:
+        error = snapshot.error_for(each)
+        assert isinstance(error, ResourceResolutionError)
+        assert types(error.failures) == [("odd", "SourceProtocolError")]
+        assert "odd" in error.failures[0].message
+    assert len(odd.calls) == 1
+
+
+async def test_chunks_hold_no_more_than_the_batch_size_and_run_within_capacity() -> None:
+    gate = Gate()
+    source = Batch("x", before=gate.pass_)
+    source.max_batch_size = 3
+    building = builder(source, source_concurrency={"x": 2})
+    keys = [key("x", str(i)) for i in range(8)]
+    reader = asyncio.ensure_future(building.build(keys))
+    await gate.wait_arrived(2)
+    await settle()
+    assert gate.arrived == 2
+    gate.open()
+    assert len(await reader) == 8
+    assert [len(call) for call in source.calls] == [3, 3, 2]
+    assert [each for call in source.calls for each in call] == keys
+
+
+async def test_a_chunk_that_fails_leaves_the_others_alone() -> None:
+    def reply(keys: Any) -> Any:
+        if key("x", "0") in keys:
+            raise SourceUnavailableError("down")
+        return dict.fromkeys(keys, 1)
+
+    source = Answering("x", reply=reply)
+    source.max_batch_size = 1
+    snapshot = await builder(source).build([key("x", "0"), key("x", "1")], strict=False)
+    assert list(snapshot) == [key("x", "1")]
+    assert list(snapshot.errors) == [key("x", "0")]
+
+
+# Derived
+
+
+async def test_dependencies_may_be_cached_fetched_batched_or_derived() -> None:
+    needs = [key("cached"), key("fetched"), key("batched"), key("derived")]
+    cached = Single("cached")
+    building = builder(
+        cached,
+        Single("fetched"),
+        Batch("batched"),
+        Derived("derived", needs=lambda k: [key("fetched")]),
+        Derived("x", needs=lambda k: needs),
+    )
+    await building.build([key("cached")])
+    snapshot = await building.build([K])
+    assert snapshot.value(K) == ("", "", "", ("",))
+    assert list(snapshot) == [K]
+    assert set(snapshot[K].dependency_versions) == set(needs)
+    assert len(cached.calls) == 1
+
+
+async def test_a_derived_value_records_the_versions_it_was_made_from() -> None:
+    shop = Shop()
+    snapshot = await shop.builder.build([TOP, MIDDLE, BASE])
+    assert snapshot[TOP].dependency_versions == {MIDDLE: snapshot[MIDDLE].version}
+    assert snapshot[MIDDLE].dependency_versions == {BASE: snapshot[BASE].version}
+    assert snapshot[BASE].dependency_versions == {}
+
+
+async def test_a_dependency_named_twice_is_one() -> None:
+    building = builder(Single("base"), Derived("x", needs=lambda k: [BASE, BASE]))
+    assert (await building.build([K])).value(K) == ("",)
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        lambda: ("base",),
+        lambda: [BASE, None],
+        lambda: 5,
+        lambda: [[]],
+        lambda: "base",
+    ],
+    ids=["text", "None among keys", "number", "unhashable", "bare text"],
+)
+async def test_a_dependency_that_is_no_key_is_a_protocol_error(declared: Any) -> None:
+    source: Any = Derived("x", needs=lambda k: [])
+    source.dependencies = lambda k: declared()
+    failures = await failures_of(builder(source, Single("base")), K)
+    assert types(failures) == [("x", "SourceProtocolError")]
+    assert "ResourceKey" in failures[0].message
+
+
+async def test_one_key_instead_of_a_collection_counts_as_that_dependency() -> None:
+    source: Any = Derived("x", needs=lambda k: [])
+    source.dependencies = lambda k: BASE
+    assert (await builder(source, Single("base")).build([K])).value(K) == ("",)
+
+
+def broken_iterator() -> Iterator[ResourceKey]:
+    yield BASE
+    raise RuntimeError("bug")
+
+
+@pytest.mark.parametrize(
+    "declare, error_type",
+    [
+        (raising(RuntimeError("bug")), "RuntimeError"),
+        (raising(TypeError("bug")), "TypeError"),
+        (raising(asyncio.CancelledError()), "SourceUnavailableError"),
+        (broken_iterator, "RuntimeError"),
+    ],
+)
+async def test_dependencies_that_raise_fail_the_source_and_the_next_is_tried(
+    declare: Callable[[], Any], error_type: str
+) -> None:
+    source: Any = Derived("d", "x", needs=lambda k: [])
+    source.dependencies = lambda k: declare()
+    assert types(await failures_of(builder(source, Single("base")), K)) == [("d", error_type)]
+    second = Single("second", "x", priority=1)
+    assert (await builder(source, second).build([K]))[K].source == "second"
+
+
+async def test_a_failed_dependency_fails_the_derivation_and_the_next_source_is_tried() -> None:
+    stock = Stock("stock", {"base": SourceUnavailableError("no base"), "other": 1})
+    derived = Derived("d", "x", needs=lambda k: [BASE, OTHER])
+    failures = await failures_of(builder(stock, derived), K)
+    assert types(failures) == [("d", "DependencyResolutionError")]
+    assert "no base" in failures[0].message
+    assert derived.calls == []
+    second = Single("second", "x", priority=1)
+    assert (await builder(stock, derived, second).build([K]))[K].source == "second"
+
+
+async def test_a_cycle_is_told_with_its_path() -> None:
+    building = builder(
+        Derived("a", needs=lambda k: [key("b")]), Derived("b", needs=lambda k: [key("a")])
+    )
+    with pytest.raises(SnapshotBuildError) as caught:
+        await building.build([key("a")])
+    error = caught.value.errors[key("a")]
+    assert isinstance(error, DependencyCycleError)
+    assert set(error.path) == {key("a"), key("b")}
+    assert error.path[0] == error.path[-1]
+    await no_leaks(building)
+
+
+async def test_a_key_of_a_cycle_may_come_from_another_source() -> None:
+    loop = Derived("loop", "x", needs=lambda k: [K], priority=2)
+    building = builder(loop, Single("way out", "x", priority=1))
+    assert (await building.build([K]))[K].source == "way out"
+
+
+async def test_a_derivation_that_raises_is_a_failure_of_its_source() -> None:
+    async def broken() -> None:
+        raise ValueError("bug")
+
+    building = builder(Single("base"), Derived("x", needs=lambda k: [BASE], before=broken))
+    assert types(await failures_of(building, K)) == [("x", "ValueError")]
+
+
+async def test_a_derivation_given_up_while_its_dependencies_are_fetched_is_not_run() -> None:
+    gate = Gate()
+    shop = Shop()
+    shop.stock.before = gate.pass_
+    reader = asyncio.ensure_future(shop.builder.build([TOP]))
+    await gate.wait_arrived()
+    reader.cancel()
+    gate.open()
+    await asyncio.gather(reader, return_exceptions=True)
+    await settle()
+    assert (shop.middle.calls, shop.top.calls) == ([], [])
+    await no_leaks(shop.builder)
+
+
+# Observations from the future
+
+
+def dated(ahead: float) -> Callable[[ResourceKey, FetchContext], Any]:
+    async def fetch(key: ResourceKey, context: FetchContext) -> SourcePayload[str]:
+        return SourcePayload("v", observed_at=EPOCH + ahead, metadata={"own": 1})
+
+    return fetch
+
+
+@pytest.mark.parametrize("kind", ["single", "batch"])
+async def test_an_observation_too_far_ahead_is_rejected_and_the_next_source_tried(
+    kind: str,
+) -> None:
+    early: Scripted = Single("early", "x", fetch=dated(1.5))
+    if kind == "batch":
+        payload = SourcePayload("v", observed_at=EPOCH + 1.5)
+        early = Batch("early", "x", answer=lambda k: payload)
+    failures = await failures_of(builder(early), K)
+    assert types(failures) == [("early", "SourceProtocolError")]
+    second = Single("second", "x", priority=1)
+    metrics = InMemoryMetrics()
+    building = builder(early, second, metrics=metrics)
+    snapshot = await building.build([K])
+    assert snapshot[K].source == "second"
+    assert snapshot.diagnostics.future_timestamp_rejections == 1
+    assert metrics.counter("source_fetch_total", source="early", status="invalid_timestamp") == 1
+    await building.aclose()
+
+
+@pytest.mark.parametrize("ahead", [0.5, 1.0])
+async def test_an_observation_within_tolerance_is_accepted_with_its_skew(ahead: float) -> None:
+    value = (await builder(Single("x", fetch=dated(ahead))).build([K]))[K]
+    assert (value.age_seconds, value.stale, value.observed_at) == (0, False, EPOCH + ahead)
+    assert value.metadata == {"own": 1, "clock_skew_seconds": pytest.approx(ahead)}
+
+
+async def test_any_observation_is_accepted_if_the_policy_rejects_none() -> None:
+    policy = ObservationPolicy(future_tolerance_seconds=0, reject_future_observations=False)
+    building = builder(Single("x", fetch=dated(500)), observation_policy=policy)
+    value = (await building.build([K]))[K]
+    assert (value.age_seconds, value.metadata["clock_skew_seconds"]) == (0, pytest.approx(500))
+
+
+async def test_no_observation_is_dated_as_of_its_fetch_and_leaves_no_skew() -> None:
+    async def fetch(key: ResourceKey, context: FetchContext) -> SourcePayload[str]:
+        await asyncio.sleep(2)
+        return SourcePayload("v", metadata={"own": 1})
+
+    value = (await builder(Single("x", fetch=fetch)).build([K]))[K]
+    assert value.observed_at == value.fetched_at == EPOCH + 2
+    assert dict(value.metadata) == {"own": 1}
+
+
+# Custom sources and adapters
+
+
+class Plain:
+    """No more than what every source must have."""
+
+    name = "plain"
+    priority = 1
+    timeout_seconds = None
+    blocking_io = False
+
+    def supports(self, key: ResourceKey) -> bool:
+        return key == K
+
+    async def fetch(self, key: ResourceKey, context: FetchContext) -> str:
+        await asyncio.sleep(3_600)
+        return "patience"
+
+
+async def test_a_plain_source_without_a_timeout_may_take_its_time() -> None:
+    building = builder(Plain())
+    assert (await building.build([K])).value(K) == "patience"
+
+
+async def test_a_custom_source_may_omit_its_timeout_altogether() -> None:
+    class Bare:
+        name = "bare"
+        priority = 1
+        blocking_io = False
+
+        def supports(self, key: ResourceKey) -> bool:
+            return True
+
+        async def fetch(self, key: ResourceKey, context: FetchContext) -> str:
+            return "bare"
+
+    bare: Any = Bare()
+    assert (await builder(bare).build([K])).value(K) == "bare"
+
+
+async def test_a_method_that_does_not_return_an_awaitable_is_a_protocol_error() -> None:
+    class Hasty(Plain):
+        def fetch(self, key: ResourceKey, context: FetchContext) -> Any:
+            return "now"
+
+    failures = await failures_of(builder(Hasty()), K)
+    assert types(failures) == [("plain", "SourceProtocolError")]
+
+
+async def test_the_source_timeout_is_a_failure_and_the_next_source_is_tried() -> None:
+    async def slow(key: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(10)
+
+    source = Single("slow", "x", fetch=slow, timeout=1.0)
+    assert types(await failures_of(builder(source), K)) == [("slow", "SourceTimeoutError")]
+    second = Single("second", "x", priority=1)
+    assert (await builder(source, second).build([K]))[K].source == "second"
+
+
+async def test_adapters_of_each_kind_serve_a_build_with_plain_and_async_functions() -> None:
+    async def later(key: ResourceKey, context: FetchContext) -> int:
+        return 2
+
+    building = builder(
+        CallableSource(
+            name="plain", priority=1, supports=lambda k: k == BASE, fetcher=lambda k, context: 1
+        ),
+        CallableSource(name="async", priority=1, supports=lambda k: k == OTHER, fetcher=later),
+        CallableBatchSource(
+            name="batch",
+            priority=1,
+            supports=lambda k: k == K,
+            fetcher=lambda keys, context: dict.fromkeys(keys, 3),
+        ),
+        CallableDerivedSource(
+            name="derived",
+            priority=1,
+            supports=lambda k: k == TOP,
+            dependencies=lambda k: [BASE, OTHER, K],
+            deriver=lambda k, found, context: [each.value for each in found.values()],
+        ),
+    )
+    assert (await building.build([TOP])).value(TOP) == [1, 2, 3]
+    await building.aclose()
+
+
+# Timeout declarations
+
+
+def blocking(fetcher: Callable[..., Any] = lambda k, context: 1, **more: Any) -> CallableSource:
+    """A blocking source whose transport gives up after a second, and the library after three."""
+    settings: dict[str, Any] = {
+        "blocking_io": True,
+        "transport_timeout_seconds": 1.0,
+        "timeout_seconds": 3.0,
+        "resilience_policy": ONCE,
+        **more,
+    }
+    return CallableSource(
+        name="blocking",
+        priority=1,
+        supports=lambda k: k.name == "x",
+        fetcher=fetcher,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    "declared, status, taken, taken_if_unsafe",
+    [
+        ({}, "undeclared", False, False),
+        ({"blocking_io": False}, "non_blocking", True, True),
+        (
+            {
+                "blocking_io": True,
+                "blocking_io_offloaded": True,
+                "transport_timeout_seconds": 1.0,
+                "timeout_seconds": 2.0,
+            },
+            "protected",
+            True,
+            True,
+        ),
+        (
+            {"blocking_io": True, "blocking_io_offloaded": True, "transport_timeout_seconds": 1.0},
+            "protected",
+            True,
+            True,
+        ),
+        (
+            {"blocking_io": True, "transport_timeout_seconds": 1.0},
+            "unsafe_not_offloaded",
+            False,
+            True,
+        ),
+        (
+            {"blocking_io": True, "blocking_io_offloaded": True},
+            "unsafe_timeout_missing",
+            False,
+            True,
+        ),
+        (
+            {
+                "blocking_io": True,
+                "blocking_io_offloaded": True,
+                "transport_timeout_seconds": 2.0,
+                "timeout_seconds": 2.0,
+            },
+            "unsafe_timeout_not_within_source",
+            False,
+            True,
+        ),
+    ],
+)
+async def test_a_declaration_decides_whether_a_source_is_taken(
+    declared: dict[str, Any], status: str, taken: bool, taken_if_unsafe: bool
+) -> None:
+    class Declaring:
+        name = "declaring"
+        priority = 1
+        timeout_seconds = None
+
+        def supports(self, key: ResourceKey) -> bool:
+            return True
+
+        async def fetch(self, key: ResourceKey, context: FetchContext) -> Any:
+            return 1
+
+    source: Any = Declaring()
+    for name, value in declared.items():
+        setattr(source, name, value)
+    for unsafe_too, welcome in [(False, taken), (True, taken_if_unsafe)]:
+        if not welcome:
+            with pytest.raises(ValueError, match=f"declaring.*{status}"):
+                SnapshotBuilder([source], allow_unsafe_blocking_sources=unsafe_too)
+            continue
+        building = SnapshotBuilder([source], allow_unsafe_blocking_sources=unsafe_too)
+        health = await building.health_snapshot()
+        assert health.source_timeout_guarantees["declaring"].status.value == status
+        severity = health.assess().severity.value
+        assert severity == ("critical" if status.startswith("unsafe") else "healthy")
+
+
+def test_a_transport_timeout_of_a_source_that_does_not_block_is_an_error() -> None:
+    source: Any = Single("x")
+    source.transport_timeout_seconds = 1.0
+    with pytest.raises(ValueError, match="transport_timeout_seconds"):
+        SnapshotBuilder([source])
+
+
+# Transport budgets
+
+
+def labels_of(metrics: InMemoryMetrics, name: str, label: str, *values: str) -> list[int]:
+    """The counts of source `blocking` by the values of one label."""
+    return [metrics.counter(name, source="blocking", **{label: each}) for each in values]
+
+
+@pytest.mark.parametrize("deadline", [0.5, 1.0])
+async def test_a_call_that_could_outlive_the_deadline_is_refused_before_it_starts(
+    deadline: float,
+) -> None:
+    called: list[ResourceKey] = []
+    metrics = InMemoryMetrics()
+    building = builder(blocking(lambda k, context: called.append(k)), metrics=metrics)
+    failures = await failures_of(building, K, deadline_seconds=deadline)
+    assert types(failures) == [("blocking", "SnapshotDeadlineExceededError")]
+    assert called == []
+    name = "source_transport_budget_rejection_total"
+    assert labels_of(metrics, name, "reason", "snapshot_deadline", "source_timeout") == [1, 0]
+    await no_leaks(building)
+    await building.aclose()
+
+
+async def test_a_call_that_fits_into_the_deadline_is_made() -> None:
+    building = builder(blocking())
+    assert (await building.build([K], deadline_seconds=1.5)).value(K) == 1
+    await building.aclose()
+
+
+@pytest.mark.parametrize("metrics", [InMemoryMetrics, None])
+@pytest.mark.parametrize("deadline", [None, 2.0])
+async def test_a_call_that_could_outlive_a_source_timeout_lowered_since_is_refused(
+    metrics: Any, deadline: float | None
+) -> None:
+    called: list[ResourceKey] = []
+    source = blocking(lambda k, context: called.append(k))
+    sink = metrics and metrics()
+    building = builder(source, metrics=sink)
+    source.timeout_seconds = 0.5
+    failures = await failures_of(building, K, deadline_seconds=deadline)
+    assert types(failures) == [("blocking", "SourceTimeoutError")]
+    assert called == []
+    if sink is not None:
+        name = "source_transport_budget_rejection_total"
+        assert labels_of(sink, name, "reason", "snapshot_deadline", "source_timeout") == [0, 1]
+    await building.aclose()
+
+
+async def test_a_refused_call_lets_the_next_source_answer() -> None:
+    building = builder(blocking(), Single("second", "x", priority=0))
+    assert (await building.build([K], deadline_seconds=0.5))[K].source == "second"
+    await building.aclose()
+
+
+async def test_a_call_is_made_as_long_as_one_who_joined_has_time_for_it() -> None:
+    gate = Gate()
+    busy = Single("busy", fetch=lambda k, context: gate.pass_(), priority=2)
+    building = builder(blocking(timeout_seconds=20.0), busy, max_concurrency=1)
+    holder = asyncio.ensure_future(building.build([key("busy")]))
+    await gate.wait_arrived()
+    short = asyncio.ensure_future(building.build([K], deadline_seconds=1.5, strict=False))
+    await settle()
+    long = asyncio.ensure_future(building.build([K], deadline_seconds=10))
+    await settle()
+    await asyncio.sleep(1)
+    gate.open()
+    assert (await long).value(K) == 1
+    await asyncio.gather(holder, short)
+    await building.aclose()
+
+
+# Transport violations
+
+
+async def violated(
+    source: CallableSource, gate: ThreadGate, seconds: float, **more: Any
+) -> tuple[SnapshotBuilder, InMemoryMetrics, Snapshot]:
+    """Build with a call that takes `seconds`."""
+    metrics = InMemoryMetrics()
+    building = builder(source, metrics=metrics, **more)
+    reader = asyncio.ensure_future(building.build([K], strict=False))
+    while not gate.arrived:
+        await settle()
+    await asyncio.sleep(seconds)
+    gate.open()
+    return building, metrics, await reader
+
+
+OUTCOMES = ("completed_late", "failed_late", "coalestra_timeout")
+VIOLATIONS = "source_transport_timeout_violation_total"
+
+
+@pytest.mark.parametrize(
+    "seconds, grace, late",
+    [(0.9, None, 0), (1.04, None, 0), (1.1, None, 1), (1.1, 0.5, 0), (1.6, 0.5, 1)],
+)
+async def test_a_call_that_returns_late_is_a_violation_beyond_the_grace(
+    seconds: float, grace: float | None, late: int
+) -> None:
+    gate = ThreadGate()
+    more = {} if grace is None else {"source_transport_timeout_grace_seconds": grace}
+    source = blocking(lambda k, context: gate.pass_())
+    building, metrics, snapshot = await violated(source, gate, seconds, **more)
+    assert K in snapshot, "late, but in time for its readers"
+    assert labels_of(metrics, VIOLATIONS, "outcome", *OUTCOMES) == [late, 0, 0]
+    health = await building.health_snapshot()
+    assert health.source_transport_timeout_violation_count == late
+    assert health.source_transport_timeout_violations == ({"blocking": 1} if late else {})
+    await building.aclose()
+
+
+@pytest.mark.parametrize("seconds, late", [(0.9, 0), (1.5, 1)])
+async def test_a_call_that_raises_late_is_a_violation(seconds: float, late: int) -> None:
+    gate = ThreadGate()
+
+    def fetcher(k: ResourceKey, context: FetchContext) -> Any:
+        gate.pass_()
+        raise OSError("reset")
+
+    building, metrics, snapshot = await violated(blocking(fetcher), gate, seconds)
+    error = snapshot.error_for(K)
+    assert isinstance(error, ResourceResolutionError)
+    assert types(error.failures) == [("blocking", "OSError")]
+    assert labels_of(metrics, VIOLATIONS, "outcome", *OUTCOMES) == [0, late, 0]
+    health = await building.health_snapshot()
+    assert health.source_transport_timeout_violation_count == late
+    await building.aclose()
+
+
+@pytest.mark.parametrize("grace", [0.05, 60.0])
+async def test_a_call_that_had_to_be_cut_off_is_always_a_violation(grace: float) -> None:
+    gate = ThreadGate()
+    source = blocking(lambda k, context: gate.pass_())
+    building, metrics, snapshot = await violated(
+        source, gate, 4, source_transport_timeout_grace_seconds=grace
+    )
+    error = snapshot.error_for(K)
+    assert isinstance(error, ResourceResolutionError)
+    assert types(error.failures) == [("blocking", "SourceTimeoutError")]
+    assert labels_of(metrics, VIOLATIONS, "outcome", *OUTCOMES) == [0, 0, 1]
+    health = await building.health_snapshot()
+    assert health.source_transport_timeout_violations == {"blocking": 1}
+    assert health.source_timeout_count == 1
+    await settle()
+    await building.aclose()
+
+
+async def test_violations_add_up_by_source_and_without_a_sink_too() -> None:
+    building = builder(blocking())
+    for count in (1, 2):
+        gate = ThreadGate()
+        source: Any = building.sources[0]
+        late = blocking(lambda k, context, gate=gate: gate.pass_())
+        source.fetch = late.fetch
+        reader = asyncio.ensure_future(building.build([key("x", str(count))]))
+        while not gate.arrived:
+            await settle()
+        await asyncio.sleep(2)
+        gate.open()
+        await reader
+        health = await building.health_snapshot()
+        assert health.source_transport_timeout_violations == {"blocking": count}
+    await building.aclose()
+
+
+async def test_an_async_call_is_never_a_transport_violation() -> None:
+    async def slow(key: ResourceKey, context: FetchContext) -> int:
+        await asyncio.sleep(100)
+        return 1
+
+    building = builder(Single("x", fetch=slow))
+    await building.build([K])
+    assert (await building.health_snapshot()).source_transport_timeout_violation_count == 0
+    assert math.isclose(building.clock.now(), EPOCH + 100)
