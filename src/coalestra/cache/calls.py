@@ -33,8 +33,10 @@ class CacheCalls:
     __slots__ = ("_atomic", "_batch", "_batch_atomic", "_limit", "cache", "validates_dependencies")
 
     def __init__(self, cache: AsyncCache, limit: int) -> None:
-        self.cache = cache
-        self.validates_dependencies = getattr(cache, "validates_dependency_versions", False) is True
+        self.cache: AsyncCache = cache
+        self.validates_dependencies: bool = (
+            getattr(cache, "validates_dependency_versions", False) is True
+        )
         self._batch = cache if isinstance(cache, BatchAsyncCache) else None
         self._batch_atomic = cache if isinstance(cache, BatchAtomicAsyncCache) else None
         self._atomic = cache if isinstance(cache, AtomicAsyncCache) else None

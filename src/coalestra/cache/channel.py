@@ -21,10 +21,10 @@ class Channel:
     __slots__ = ("__weakref__", "cache", "lanes", "listeners", "loop")
 
     def __init__(self, cache: AsyncCache, loop: asyncio.AbstractEventLoop) -> None:
-        self.cache = cache
-        self.loop = loop
-        self.lanes = KeyLanes()
-        self.listeners = Listeners()
+        self.cache: AsyncCache = cache
+        self.loop: asyncio.AbstractEventLoop = loop
+        self.lanes: KeyLanes = KeyLanes()
+        self.listeners: Listeners = Listeners()
 
     def __repr__(self) -> str:
         return f"Channel({type(self.cache).__name__}, {self.lanes!r}, {self.listeners!r})"

@@ -39,7 +39,7 @@ class EntryStore:
     )
 
     def __init__(self, max_entries: int | None = None) -> None:
-        self.max_entries = max_entries
+        self.max_entries: int | None = max_entries
         self._recency: OrderedDict[ResourceKey, Revision] | None = None
         self._entries: dict[ResourceKey, Revision] = {}
         if max_entries is not None:

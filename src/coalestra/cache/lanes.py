@@ -56,8 +56,8 @@ class Turn:
     __slots__ = ("_abandoned", "_lanes", "_start", "followers", "keys", "waits_for")
 
     def __init__(self, lanes: KeyLanes, keys: tuple[ResourceKey, ...]) -> None:
-        self.keys = keys
-        self.waits_for = 0
+        self.keys: tuple[ResourceKey, ...] = keys
+        self.waits_for: int = 0
         self.followers: list[Turn] = []
         self._lanes = lanes
         self._start: asyncio.Future[None] | None = None

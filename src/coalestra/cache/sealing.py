@@ -25,7 +25,7 @@ class Sealing:
     __slots__ = ("copies",)
 
     def __init__(self, copies: PayloadCopies) -> None:
-        self.copies = copies
+        self.copies: PayloadCopies = copies
 
     def __repr__(self) -> str:
         return f"Sealing({self.copies!r})"

@@ -19,8 +19,13 @@ class Tally:
     )
 
     def __init__(self) -> None:
-        self.misses = self.fresh_hits = self.stale_hits = 0
-        self.sets = self.invalidations = self.evictions = self.expirations = 0
+        self.misses: int = 0
+        self.fresh_hits: int = 0
+        self.stale_hits: int = 0
+        self.sets: int = 0
+        self.invalidations: int = 0
+        self.evictions: int = 0
+        self.expirations: int = 0
 
     def __repr__(self) -> str:
         return f"Tally(hits={self.fresh_hits + self.stale_hits}, misses={self.misses})"

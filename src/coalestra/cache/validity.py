@@ -27,7 +27,7 @@ class Currency:
     __slots__ = ("_entries", "_horizon", "epoch")
 
     def __init__(self, entries: Mapping[ResourceKey, Revision]) -> None:
-        self.epoch = 0
+        self.epoch: int = 0
         self._entries = entries
         self._horizon = 0
 

@@ -65,7 +65,7 @@ class PayloadCopyShutdownTimeoutError(CoalestraError):
     def __init__(self, *, timeout_seconds: float, active_components: Mapping[str, int]) -> None:
         self.timeout_seconds = timeout_seconds
         self.active_components: Mapping[str, int] = FrozenDict(active_components)
-        self.active_copies = sum(self.active_components.values())
+        self.active_copies: int = sum(self.active_components.values())
         super().__init__(
             f"payload copies must end within {timeout_seconds:g} s of closing, got "
             f"{self.active_copies} still active ({_amounts(self.active_components)}); allow more "
@@ -85,7 +85,7 @@ class ObservabilityShutdownTimeoutError(CoalestraError):
     def __init__(self, *, timeout_seconds: float, pending_components: Mapping[str, int]) -> None:
         self.timeout_seconds = timeout_seconds
         self.pending_components: Mapping[str, int] = FrozenDict(pending_components)
-        self.pending_records = sum(self.pending_components.values())
+        self.pending_records: int = sum(self.pending_components.values())
         super().__init__(
             f"observability must be delivered within {timeout_seconds:g} s of closing, got "
             f"{self.pending_records} records still pending ({_amounts(self.pending_components)}); "
@@ -125,7 +125,7 @@ class CapabilityRequirementError(CoalestraError):
         missing_features: tuple[str, ...],
         schema_mismatches: Mapping[str, tuple[int, int | None]],
     ) -> None:
-        self.missing_features = tuple(missing_features)
+        self.missing_features: tuple[str, ...] = tuple(missing_features)
         self.schema_mismatches: Mapping[str, tuple[int, int | None]] = FrozenDict(schema_mismatches)
         problems = [f"feature {name!r} is missing" for name in self.missing_features]
         for name, (minimum, installed) in self.schema_mismatches.items():

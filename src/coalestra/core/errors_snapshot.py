@@ -98,7 +98,7 @@ class SnapshotConsistencyError(SnapshotBuildError):
         max_observation_skew_seconds: float,
         snapshot: Any | None = None,
     ) -> None:
-        self.keys = tuple(keys)
+        self.keys: tuple[ResourceKey, ...] = tuple(keys)
         self.oldest_key = oldest_key
         self.oldest_observed_at = oldest_observed_at
         self.newest_key = newest_key
@@ -128,7 +128,7 @@ class ResourceAcceptanceError(CoalestraError):
         self, key: ResourceKey, violations: tuple[SnapshotAcceptanceViolation, ...]
     ) -> None:
         self.key = key
-        self.violations = tuple(violations)
+        self.violations: tuple[SnapshotAcceptanceViolation, ...] = tuple(violations)
         super().__init__(f"{key} is not acceptable: {_listed(self.violations, MAX_FAILURES_SHOWN)}")
 
 
@@ -147,7 +147,7 @@ class SnapshotAcceptanceError(SnapshotBuildError):
         violations: tuple[SnapshotAcceptanceViolation, ...],
         snapshot: Any | None = None,
     ) -> None:
-        self.violations = tuple(violations)
+        self.violations: tuple[SnapshotAcceptanceViolation, ...] = tuple(violations)
         super().__init__(_by_resource(self.violations), snapshot=snapshot)
 
     def _sentence(self) -> str:

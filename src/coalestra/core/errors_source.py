@@ -64,7 +64,7 @@ class ResourceResolutionError(CoalestraError):
 
     def __init__(self, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> None:
         self.key = key
-        self.failures = tuple(failures)
+        self.failures: tuple[SourceFailure, ...] = tuple(failures)
         super().__init__(f"cannot resolve {key}: {self.format_failures()}")
 
     def format_failures(
@@ -98,7 +98,7 @@ class DependencyCycleError(CoalestraError):
     """
 
     def __init__(self, path: tuple[ResourceKey, ...]) -> None:
-        self.path = tuple(path)
+        self.path: tuple[ResourceKey, ...] = tuple(path)
         shown: list[object] = list(self.path)
         hidden = len(shown) - 2 * MAX_RESOURCES_SHOWN
         if hidden > 0:

@@ -138,7 +138,7 @@ class FutureObservation(ValueError):
     def __init__(self, observed_at: float, now: float, tolerance_seconds: float) -> None:
         self.observed_at = observed_at
         self.now = now
-        self.skew_seconds = observed_at - now
+        self.skew_seconds: float = observed_at - now
         self.tolerance_seconds = tolerance_seconds
         super().__init__(
             f"observed_at must be at most {tolerance_seconds:g} s ahead of the clock, got "

@@ -23,11 +23,13 @@ class KeyedPolicies(Generic[P]):
         overrides: Mapping[ResourceKey, P] | None,
         dynamic: Callable[[ResourceKey], P | None] | None,
     ) -> None:
-        self.default = default
+        self.default: P = default
         self.overrides: Mapping[ResourceKey, P] = FrozenDict(
             mapping("overrides", overrides, optional=True)
         )
-        self.dynamic = callable_("dynamic", dynamic, optional=True)
+        self.dynamic: Callable[[ResourceKey], P | None] | None = callable_(
+            "dynamic", dynamic, optional=True
+        )
         for key, policy in self.overrides.items():
             instance("overrides key", key, ResourceKey)
             instance(f"overrides[{key}]", policy, type(default))

@@ -62,22 +62,24 @@ class Revision:
         dependency_versions: Mapping[ResourceKey, str] = EMPTY,
         dependencies: tuple[Revision, ...] = (),
     ) -> None:
-        self.key = key
-        self.payload = payload
-        self.seal = seal
-        self.source = source
-        self.observed_at = observed_at
-        self.fetched_at = fetched_at
-        self.version = version
-        self.latency_ms = latency_ms
-        self.attempts = attempts
-        self.metadata = metadata
-        self.authority_rank = authority_rank
-        if type(dependency_versions) is not FrozenDict:
-            dependency_versions = FrozenDict(dependency_versions)
-        self.dependency_versions = dependency_versions
-        self.dependencies = dependencies
-        self.checked = -1
+        self.key: ResourceKey = key
+        self.payload: Any = payload
+        self.seal: Any = seal
+        self.source: str = source
+        self.observed_at: float = observed_at
+        self.fetched_at: float = fetched_at
+        self.version: str = version
+        self.latency_ms: float = latency_ms
+        self.attempts: int = attempts
+        self.metadata: FrozenDict[str, Any] = metadata
+        self.authority_rank: int = authority_rank
+        self.dependency_versions: FrozenDict[ResourceKey, str] = (
+            dependency_versions
+            if isinstance(dependency_versions, FrozenDict)
+            else FrozenDict(dependency_versions)
+        )
+        self.dependencies: tuple[Revision, ...] = dependencies
+        self.checked: int = -1
 
     def __repr__(self) -> str:
         rests_on = len(self.dependency_versions)

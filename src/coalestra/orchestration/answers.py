@@ -34,7 +34,7 @@ class Watched:
                 "is needed; make the method async, or use a callable adapter"
             )
         self._awaitable = awaitable
-        self.interrupted = False
+        self.interrupted: bool = False
 
     def __await__(self) -> Generator[Any, Any, Any]:
         steps: Any = _steps(self._awaitable)
@@ -91,10 +91,10 @@ class CallFacts:
     __slots__ = ("attempts", "context", "latency_ms", "link")
 
     def __init__(self, link: Link, attempts: int, latency_ms: float) -> None:
-        self.link = link
-        self.context = f"payload of {link.name}"
-        self.attempts = attempts
-        self.latency_ms = latency_ms
+        self.link: Link = link
+        self.context: str = f"payload of {link.name}"
+        self.attempts: int = attempts
+        self.latency_ms: float = latency_ms
 
 
 def revision_of(

@@ -23,6 +23,7 @@ from coalestra.orchestration.interest import Interest
 from coalestra.orchestration.tally import Tally
 from coalestra.orchestration.work import Work
 from coalestra.resilience.backoff import retryable
+from coalestra.resilience.policies import SourceResiliencePolicy
 
 
 class Seat(Protocol):
@@ -72,19 +73,19 @@ class Attempt:
     def __init__(self, desk: Desk, seat: Seat, flights: Sequence[Acquisition]) -> None:
         self._desk = desk
         self._seat = seat
-        self.link = seat.link
-        self.work = seat.work
-        self.equipment = desk.equipment
-        self.flights = dict.fromkeys(flights)
+        self.link: Link = seat.link
+        self.work: Work = seat.work
+        self.equipment: Equipment = desk.equipment
+        self.flights: dict[Acquisition, None] = dict.fromkeys(flights)
         self._interest = Interest(self.flights)
-        self.policy = desk.equipment.resilience.resolve(
+        self.policy: SourceResiliencePolicy = desk.equipment.resilience.resolve(
             self.link.name, declared=self.link.declared_resilience
         )
         self._admission = Admission(desk.equipment.breaker, self.link.name, self.policy.circuit)
         self._tally = Tally(self.link, self.work.record, desk.equipment.report)
         self._retry: asyncio.TimerHandle | None = None
         self._try: Try | None = None
-        self.tries = 0
+        self.tries: int = 0
         for flight in self.flights:
             flight.attempt = self
 

@@ -30,8 +30,8 @@ class Shift:
     __slots__ = ("busy", "gone")
 
     def __init__(self) -> None:
-        self.busy = False
-        self.gone = False
+        self.busy: bool = False
+        self.gone: bool = False
 
 
 class Caller(Party, Protocol):
@@ -76,12 +76,12 @@ class Try:
         self._task = asyncio.current_task()
         self._cut: CutOff | None = None
         self._patience = math.inf
-        self.budget = Budget(caller)
+        self.budget: Budget = Budget(caller)
         self.inputs: tuple[Any, ...] = ()
-        self.over = False
-        self.calling = False
-        self.began = math.nan
-        self.ticks = math.nan
+        self.over: bool = False
+        self.calling: bool = False
+        self.began: float = math.nan
+        self.ticks: float = math.nan
 
     @property
     def bounded(self) -> bool:

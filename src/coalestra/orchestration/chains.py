@@ -39,12 +39,12 @@ class Link:
     __slots__ = ("declared_resilience", "guarantee", "index", "kind", "memoized", "name", "source")
 
     def __init__(self, index: int, source: Any, *, memoized: bool) -> None:
-        self.index = index
-        self.source = source
+        self.index: int = index
+        self.source: Any = source
         self.name: str = source.name
-        self.kind = kind_of(source)
+        self.kind: SourceKind = kind_of(source)
         self.guarantee: SourceTimeoutGuarantee = inspect_source_timeout_guarantee(source)
-        self.memoized = memoized and bool(getattr(source, "cache_supports", True))
+        self.memoized: bool = memoized and bool(getattr(source, "cache_supports", True))
         self.declared_resilience: Any = getattr(source, "resilience_policy", None)
 
     @property
@@ -91,7 +91,7 @@ class Chains:
         max_entries: int | None = 100_000,
     ) -> None:
         ordered = sorted(_checked(sources), key=lambda source: -source.priority)
-        self.links = tuple(
+        self.links: tuple[Link, ...] = tuple(
             Link(index, source, memoized=memoize) for index, source in enumerate(ordered)
         )
         self.max_entries = max_entries

@@ -25,18 +25,18 @@ class Engine:
 
     def __init__(self, equipment: Equipment, variables: contextvars.Context) -> None:
         self.equipment = equipment
-        self.scheduler = Scheduler(equipment)
-        self.deliveries = Deliveries(equipment.copies)
-        self.lookups = Lookups(self.scheduler, self._refresh)
+        self.scheduler: Scheduler = Scheduler(equipment)
+        self.deliveries: Deliveries = Deliveries(equipment.copies)
+        self.lookups: Lookups = Lookups(self.scheduler, self._refresh)
         self._derivations = Derivations(self.scheduler, self.lookups, self.deliveries)
-        self.refresher = Refresher(
+        self.refresher: Refresher = Refresher(
             equipment, variables, self.lookups.open, self.lookups.conclusions.abandon
         )
         self._news = News(self.scheduler, self.lookups.reads)
         equipment.access.subscribe(self._news)
         self._stages: dict[Gather, asyncio.Future[None] | None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.closed = False
+        self.closed: bool = False
 
     def _refresh(self, key: ResourceKey, reason: str, parent: Work) -> bool:
         return self.refresher.schedule(key, reason, parent)

@@ -19,7 +19,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.orchestration.chains import Link
 from coalestra.orchestration.interest import Interest
-from coalestra.orchestration.pins import Demand, Pins, hold
+from coalestra.orchestration.pins import NO_DEMAND, Demand, Pins, hold
 from coalestra.orchestration.readings import Failure, Reading, Settlement
 from coalestra.orchestration.work import Work
 
@@ -89,15 +89,15 @@ class Acquisition:
         forced: bool = False,
         pins: Pins | None = None,
     ) -> None:
-        self.key = key
-        self.policy = policy
-        self.sponsor = sponsor
-        self.forced = forced
-        self.pins = pins
+        self.key: ResourceKey = key
+        self.policy: FreshnessPolicy = policy
+        self.sponsor: Work = sponsor
+        self.forced: bool = forced
+        self.pins: Pins | None = pins
         self.waiters: dict[Gather, bool] = {}
-        self.cutoff = -math.inf
-        self.phase = Phase.CHOOSING
-        self.position = 0
+        self.cutoff: float = -math.inf
+        self.phase: Phase = Phase.CHOOSING
+        self.position: int = 0
         self.link: Link | None = None
         self.failures: list[SourceFailure] = []
         self.cycle: tuple[ResourceKey, ...] | None = None
@@ -105,9 +105,9 @@ class Acquisition:
         self.candidate: Revision | None = None
         self.event: Revision | None = None
         self.offered: tuple[Revision, bool] | None = None
-        self.cacheable = True
-        self.began = False
-        self.missed = False
+        self.cacheable: bool = True
+        self.began: bool = False
+        self.missed: bool = False
         self.gather: Gather | None = None
         self.attempt: Call | None = None
         self.settlement: Settlement | None = None
@@ -157,7 +157,7 @@ class ReadGroup:
     def __init__(self) -> None:
         self.changed: set[ResourceKey] = set()
         self.reads: list[Read] = []
-        self.interest = Interest(self.reads)
+        self.interest: Interest = Interest(self.reads)
         self.task: asyncio.Task[None] | None = None
 
 
@@ -171,12 +171,12 @@ class Read:
     __slots__ = ("again", "flight", "group", "key", "policy", "waiters")
 
     def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: ReadGroup) -> None:
-        self.key = key
-        self.policy = policy
-        self.group = group
+        self.key: ResourceKey = key
+        self.policy: FreshnessPolicy = policy
+        self.group: ReadGroup = group
         self.waiters: dict[Gather, None] = {}
         self.flight: Acquisition | None = None
-        self.again = False
+        self.again: bool = False
 
     def __repr__(self) -> str:
         return f"<Read {self.key} waiters={len(self.waiters)}>"
@@ -221,15 +221,19 @@ class Gather:
         demand: Demand | None = None,
         owner: Acquisition | None = None,
     ) -> None:
-        self.work = work
-        self.keys = dict.fromkeys(keys)
-        self.base = self.pins = pins
-        self.forced, self.private, self.refresh = Demand() if demand is None else demand
-        self.owner = owner
+        self.work: Work = work
+        self.keys: dict[ResourceKey, None] = dict.fromkeys(keys)
+        self.base: Pins = pins
+        self.pins: Pins = pins
+        insisted = NO_DEMAND if demand is None else demand
+        self.forced: frozenset[ResourceKey] = insisted.forced
+        self.private: frozenset[ResourceKey] = insisted.private
+        self.refresh: bool = insisted.refresh
+        self.owner: Acquisition | None = owner
         self.readings: dict[ResourceKey, Reading] = {}
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[ResourceKey, Acquisition | Read] = {}
-        self.open = False
+        self.open: bool = False
         self.agreed: tuple[int, int] | None = None
         self.done: Callable[[Gather], None] = _nobody
         self.strike: Callable[[], None] = nothing

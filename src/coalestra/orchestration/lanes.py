@@ -32,9 +32,9 @@ class Lane:
         make: Callable[[Lane, Sequence[Acquisition]], Attempt],
         tasks: set[asyncio.Task[Any]],
     ) -> None:
-        self.work = work
-        self.link = link
-        self.limit = limit
+        self.work: Work = work
+        self.link: Link = link
+        self.limit: int = limit
         self._make = make
         self._tasks = tasks
         self._queue: deque[Attempt] = deque()

@@ -32,8 +32,8 @@ class Lookups:
         self._scheduler = scheduler
         self._equipment = scheduler.equipment
         self._refresh = refresh
-        self.reads = CacheReads(self._equipment, self._answered, scheduler.tasks)
-        self.conclusions = Conclusions(scheduler, self.reads)
+        self.reads: CacheReads = CacheReads(self._equipment, self._answered, scheduler.tasks)
+        self.conclusions: Conclusions = Conclusions(scheduler, self.reads)
 
     # Open -------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ class Offers:
     ) -> None:
         self._equipment = equipment
         self._settle = settle
-        self.writes = CacheWrites(equipment, self._fit, self._written, tasks)
+        self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written, tasks)
         self.held_back: Callable[[Acquisition], bool]
 
     def take(self, flight: Acquisition, revision: Revision, dated: bool) -> None:

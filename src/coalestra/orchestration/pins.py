@@ -27,6 +27,10 @@ class Demand(NamedTuple):
     refresh: bool = False
 
 
+NO_DEMAND = Demand()
+"""Any usable value will do."""
+
+
 class Pins(dict[ResourceKey, Reading]):
     """The readings that a unit of work, or one derivation, must stay consistent with.
 
@@ -42,9 +46,9 @@ class Pins(dict[ResourceKey, Reading]):
         demand: Demand | None = None,
     ) -> None:
         super().__init__(readings or {})
-        self.demand = demand
+        self.demand: Demand | None = demand
         self.private: dict[ResourceKey, Any] = {}
-        self.generation = 0
+        self.generation: int = 0
 
     @property
     def stamp(self) -> tuple[int, int]:

@@ -27,11 +27,11 @@ class Reading:
         from_cache: bool = False,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.revision = revision
-        self.age = age
-        self.stale = stale
-        self.from_cache = from_cache
-        self.notes = notes
+        self.revision: Revision = revision
+        self.age: float = age
+        self.stale: bool = stale
+        self.from_cache: bool = from_cache
+        self.notes: Mapping[str, Any] | None = notes
         self.fallback: Exception | None = None
 
     def noted(self, **notes: Any) -> Reading:
@@ -65,9 +65,9 @@ class Failure:
         *,
         cycle: tuple[ResourceKey, ...] | None = None,
     ) -> None:
-        self.key = key
-        self.make = make
-        self.cycle = cycle
+        self.key: ResourceKey = key
+        self.make: Callable[[], Exception] = make
+        self.cycle: tuple[ResourceKey, ...] | None = cycle
 
     @classmethod
     def of_sources(cls, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> Failure:
@@ -95,9 +95,9 @@ class Settlement:
         failure: Failure | None = None,
         stale: Reading | None = None,
     ) -> None:
-        self.reading = reading
-        self.failure = failure
-        self.stale = stale
+        self.reading: Reading | None = reading
+        self.failure: Failure | None = failure
+        self.stale: Reading | None = stale
 
     def __repr__(self) -> str:
         return f"<Settlement {self.reading or self.failure}>"

@@ -36,8 +36,8 @@ class Revalidation:
 
     def __init__(self, unit: Unit, named: Mapping[ResourceKey, None], *, forced: bool) -> None:
         self._unit = unit
-        self.named = named
-        self.forced = forced
+        self.named: Mapping[ResourceKey, None] = named
+        self.forced: bool = forced
         self.affected: set[ResourceKey] = set()
         self._loose: set[ResourceKey] = set()
         self.failures: dict[ResourceKey, Failure] = {}

@@ -42,11 +42,11 @@ class Scheduler:
 
     def __init__(self, equipment: Equipment) -> None:
         self.equipment = equipment
-        self.agenda = Agenda()
-        self.board = FlightBoard(equipment.report)
-        self.dispatch = Dispatch(self, self._not_dispatched)
+        self.agenda: Agenda = Agenda()
+        self.board: FlightBoard = FlightBoard(equipment.report)
+        self.dispatch: Dispatch = Dispatch(self, self._not_dispatched)
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.offers = Offers(equipment, self.settle, self.tasks)
+        self.offers: Offers = Offers(equipment, self.settle, self.tasks)
         self.derive: Callable[[Acquisition, Link], None]
         self.inputs: Callable[[Acquisition], Awaitable[Snapshot]]
         self.completed: Callable[[Gather], None]

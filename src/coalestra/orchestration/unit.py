@@ -54,12 +54,12 @@ class Unit:
     )
 
     def __init__(self, engine: Engine, work: Work, *, lasting: bool) -> None:
-        self.engine = engine
-        self.work = work
-        self.lasting = lasting
-        self.created_at = work.context.requested_at
+        self.engine: Engine = engine
+        self.work: Work = work
+        self.lasting: bool = lasting
+        self.created_at: float = work.context.requested_at
         self.requested: dict[ResourceKey, None] = {}
-        self.pins = Pins()
+        self.pins: Pins = Pins()
         self.failures: dict[ResourceKey, Failure] = {}
         self._began = engine.equipment.clock.monotonic()
 

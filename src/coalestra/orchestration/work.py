@@ -56,18 +56,20 @@ class Work:
         deadline: Deadline | None = None,
         variables: contextvars.Context | None = None,
     ) -> None:
-        self.context = context
-        self.deadline = deadline
-        self.record = DiagnosticsRecorder()
-        self.variables = contextvars.copy_context() if variables is None else variables
+        self.context: FetchContext = context
+        self.deadline: Deadline | None = deadline
+        self.record: DiagnosticsRecorder = DiagnosticsRecorder()
+        self.variables: contextvars.Context = (
+            contextvars.copy_context() if variables is None else variables
+        )
         self.lanes: dict[int, Intake] = {}
         self.ready: dict[int, list[Any]] = {}
         self.stages: dict[Stage, None] = {}
         self.timer: asyncio.TimerHandle | None = None
-        self.planning = 0
-        self.flushing = False
-        self.struck = False
-        self.closed = False
+        self.planning: int = 0
+        self.flushing: bool = False
+        self.struck: bool = False
+        self.closed: bool = False
 
     @property
     def cutoff(self) -> float:
