@@ -8,6 +8,7 @@ from coalestra.core.errors import (
     ResourceResolutionError,
     SnapshotDeadlineExceededError,
     SourceFailure,
+    SourceUnavailableError,
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.orchestration.cache_reads import CacheReads
@@ -17,6 +18,9 @@ from coalestra.orchestration.pins import at_odds
 from coalestra.orchestration.readings import Failure
 from coalestra.orchestration.scheduler import Scheduler
 from coalestra.orchestration.work import Work
+
+_SPARE_ROUNDS = 64
+"""Rounds of deriving anew that changes from outside may cost, beyond one for each key."""
 
 
 class Conclusions:
@@ -50,11 +54,17 @@ class Conclusions:
     def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:
         """Replace derived readings that rest on other revisions than the rest of the gather.
 
-        What comes of it is judged again. Each round leaves the lowest of the keys in agreement.
+        What comes of it is judged again. Each round leaves the lowest of the keys in agreement, so
+        many more rounds than keys mean that something changes as fast as it is derived.
         """
         gather.agreed = None
+        gather.rounds += 1
         for key in odd:
             del gather.readings[key]
+        if gather.rounds > len(gather.keys) + _SPARE_ROUNDS:
+            gather.failures.update((key, _never_agrees(key)) for key in odd)
+            self.check(gather)
+            return
         gather.settle_pins()
         gather.open = True
         for key in odd:
@@ -116,6 +126,11 @@ class Conclusions:
 
     def __repr__(self) -> str:
         return f"<Conclusions for {self._scheduler!r}>"
+
+
+def _never_agrees(key: ResourceKey) -> Failure:
+    text = f"{key} could not be derived in agreement with the rest: its dependencies kept changing"
+    return Failure(key, lambda: SourceUnavailableError(text))
 
 
 def _nobody(_gather: Gather) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from coalestra.concurrency.threads import current_threads
 from coalestra.orchestration.attempts import Attempt, Desk
 from coalestra.orchestration.chains import SourceKind
-from coalestra.orchestration.flights import Acquisition, Phase
+from coalestra.orchestration.flights import Acquisition
 from coalestra.orchestration.lanes import Lane
+from coalestra.orchestration.phases import Phase
 from coalestra.orchestration.work import Intake, Work
 
 

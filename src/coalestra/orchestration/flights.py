@@ -8,7 +8,6 @@ Both are plain state; the scheduler moves them.
 from __future__ import annotations
 
 import asyncio
-import enum
 import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -19,6 +18,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.orchestration.chains import Link
 from coalestra.orchestration.interest import Interest
+from coalestra.orchestration.phases import Phase
 from coalestra.orchestration.pins import NO_DEMAND, Demand, Pins, hold
 from coalestra.orchestration.readings import Failure, Reading, Settlement
 from coalestra.orchestration.work import Work
@@ -32,17 +32,6 @@ class Call(Protocol):
 
     def unwanted(self) -> None:
         """Learn that nobody waits for one of the flights any more."""
-
-
-class Phase(enum.Enum):
-    """Where a flight stands. `SETTLED` is the only phase that it never leaves."""
-
-    CHOOSING = "choosing the next source"
-    GATHERING = "waiting for dependencies"
-    READY = "ready for a source"
-    CALLING = "being fetched"
-    WRITING = "being written to the cache"
-    SETTLED = "settled"
 
 
 class Acquisition:
@@ -208,6 +197,7 @@ class Gather:
         "private",
         "readings",
         "refresh",
+        "rounds",
         "strike",
         "work",
     )
@@ -234,6 +224,7 @@ class Gather:
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[ResourceKey, Acquisition | Read] = {}
         self.open: bool = False
+        self.rounds: int = 0
         self.agreed: tuple[int, int] | None = None
         self.done: Callable[[Gather], None] = _nobody
         self.strike: Callable[[], None] = nothing

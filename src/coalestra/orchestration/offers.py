@@ -11,7 +11,8 @@ from coalestra.core.revision import Revision
 from coalestra.orchestration.cache_writes import CacheWrites
 from coalestra.orchestration.endings import after_write, instead_of_event
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Acquisition, Phase
+from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.phases import Phase
 from coalestra.orchestration.readings import Settlement
 
 

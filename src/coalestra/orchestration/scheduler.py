@@ -26,8 +26,9 @@ from coalestra.orchestration.dispatch import Dispatch
 from coalestra.orchestration.endings import after_failures
 from coalestra.orchestration.equipment import Equipment
 from coalestra.orchestration.flight_board import FlightBoard
-from coalestra.orchestration.flights import Acquisition, Gather, Phase
+from coalestra.orchestration.flights import Acquisition, Gather
 from coalestra.orchestration.offers import Offers
+from coalestra.orchestration.phases import Phase
 from coalestra.orchestration.readings import Failure, Settlement
 from coalestra.orchestration.work import Work
 
