@@ -67,6 +67,8 @@ class Operation(Generic[T]):
             return False
 
     async def _perform(self) -> T:
+        if self.future.cancelled():  # while the loop was busy with something else
+            raise asyncio.CancelledError
         return await self._work()
 
     def _future_ended(self, future: Future[T]) -> None:
