@@ -154,10 +154,10 @@ class Read:
     """One key on its way out of a cache that has to be awaited, shared by everyone who asks.
 
     `flight` is an acquisition of the key that was under way meanwhile, whatever became of it.
-    `again` says that a first answer was outdated when it came.
+    `rounds` counts the answers before it that were outdated when they came.
     """
 
-    __slots__ = ("again", "flight", "group", "key", "policy", "waiters")
+    __slots__ = ("flight", "group", "key", "policy", "rounds", "waiters")
 
     def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: ReadGroup) -> None:
         self.key: ResourceKey = key
@@ -165,7 +165,7 @@ class Read:
         self.group: ReadGroup = group
         self.waiters: dict[Gather, None] = {}
         self.flight: Acquisition | None = None
-        self.again: bool = False
+        self.rounds: int = 0
 
     def __repr__(self) -> str:
         return f"<Read {self.key} waiters={len(self.waiters)}>"

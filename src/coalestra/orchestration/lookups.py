@@ -18,6 +18,9 @@ from coalestra.orchestration.work import Work
 
 _KEYS_PER_STEP = 64
 
+_MOST_READS = 8
+"""How often a derivation asks an awaited cache for one key while news of it keeps coming."""
+
 
 class Lookups:
     """Opens gathers, and brings them the readings that need no source.
@@ -196,8 +199,8 @@ class Lookups:
         waiters, read.waiters = read.waiters, {}
         for gather in waiters:
             gather.pending.pop(read.key, None)
-            if not read.again and _is_outdated(gather, read, revision):
-                self.reads.ask(gather, read.key, read.policy).again = True
+            if read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
+                self.reads.ask(gather, read.key, read.policy).rounds = read.rounds + 1
             elif revision is not None and self._serve(
                 gather.work, gather.readings, read.policy, revision, now
             ):
