@@ -275,3 +275,24 @@ async def test_a_fetch_that_ends_while_a_publication_is_being_written_gives_way_
     await event
     assert (await reader).value(K) == "event"
     assert (await building.build([K])).value(K) == "event"
+
+
+@pytest.mark.parametrize("steps", range(16))
+async def test_an_invalidation_at_any_step_of_a_fetch_leaves_nothing_of_it_in_the_cache(
+    steps: int,
+) -> None:
+    class Foreign(AsyncMemoryCache):
+        """Any other type than the library's own is a cache that has to be awaited."""
+
+    gate = Gate()
+    source = gated("single", gate)
+    building = builder(source, cache=Foreign())
+    reader = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+    gate.open()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    await building.publisher.invalidate(K)
+    await reader
+    await building.build([K])
+    assert len(source.calls) == 2

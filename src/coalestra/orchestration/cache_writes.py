@@ -77,7 +77,11 @@ class CacheWrites:
                 self._written(flight, CacheWriteStatus.STORED, flight.offered[0])
 
     async def _write(self, flights: list[Acquisition], forced: bool) -> None:
-        offers = {flight: flight.offered[0] for flight in flights if flight.offered is not None}
+        # Looked at in the very step that queues for the keys: there may have been news since.
+        fit = [flight for flight in flights if self._fit(flight)]
+        offers = {flight: flight.offered[0] for flight in fit if flight.offered is not None}
+        if not offers:
+            return
         for work in {flight.sponsor for flight in flights}:
             work.record.cache_batch_writes += 1
         try:
