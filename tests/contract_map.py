@@ -50,6 +50,7 @@ SECTIONS: Mapping[int, Section] = {
         (
             "orchestration/test_resolving.py",
             "orchestration/test_scheduling.py",
+            "orchestration/test_warm_reads.py",
             "orchestration/test_coalescing.py",
             "orchestration/test_cache_truth.py",
             "orchestration/test_news.py",

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from coalestra.cache.listening import CacheListener, Listeners
+from coalestra.cache.quiet import QuietEntries
 from coalestra.cache.tally import Tally
 from coalestra.cache.validity import Currency
 from coalestra.cache.write_order import decide
@@ -36,6 +37,7 @@ class EntryStore:
         "_recency",
         "_tally",
         "max_entries",
+        "quiet",
     )
 
     def __init__(self, max_entries: int | None = None) -> None:
@@ -47,6 +49,7 @@ class EntryStore:
         self._currency = Currency(self._entries)
         self._listeners = Listeners()
         self._tally = Tally()
+        self.quiet: QuietEntries = QuietEntries(self._entries, self._recency, self._tally)
 
     def __repr__(self) -> str:
         bound = "unbounded" if self.max_entries is None else f"max {self.max_entries}"

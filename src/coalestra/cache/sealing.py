@@ -78,22 +78,7 @@ class Sealing:
         """Return the value around a reader's own payload; ``seen``: age, stale, from cache."""
         age, stale, from_cache = seen
         metadata = self.copies.open_metadata_now(revision.metadata, context=context)
-        return SnapshotValue(
-            revision.key,
-            payload,
-            revision.source,
-            revision.observed_at,
-            revision.fetched_at,
-            age,
-            stale,
-            from_cache,
-            revision.latency_ms,
-            revision.attempts,
-            metadata,
-            revision.authority_rank,
-            revision.version,
-            revision.dependency_versions,
-        )
+        return revision.presented(payload, metadata, age, stale, from_cache)
 
     async def open_lookup(
         self, revision: Revision, now: float, policy: FreshnessPolicy, *, context: str

@@ -6,6 +6,7 @@ Ages are seconds since the value was observed, by the wall clock, and never nega
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,6 +80,14 @@ class FreshnessPolicy:
             self.refresh_mode is RefreshMode.REFRESH_AHEAD
             and age_seconds >= self.ttl_seconds - self.refresh_ahead_seconds
         )
+
+
+def quiet_seconds(policy: FreshnessPolicy) -> float:
+    """Return up to which age a value is fresh and nothing is due; negative if something is."""
+    if policy.refresh_mode is not RefreshMode.REFRESH_AHEAD:
+        return policy.ttl_seconds
+    due = policy.ttl_seconds - policy.refresh_ahead_seconds
+    return math.nextafter(due, -math.inf) if due > 0 else -math.inf
 
 
 class Freshness(enum.Enum):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
@@ -50,3 +50,12 @@ class KeyedPolicies(Generic[P]):
         dynamic = ", dynamic" if self.dynamic is not None else ""
         name = type(self).__name__
         return f"{name}(default={self.default!r}, {len(self.overrides)} overrides{dynamic})"
+
+
+def policy_of_all(policies: object) -> Any:
+    """Return the policy that all keys have in common by these policies; None if they may differ."""
+    kind = type(policies)
+    if getattr(kind, "resolve", None) is not KeyedPolicies.resolve:
+        return None
+    keyed: Any = policies
+    return None if keyed.overrides or keyed.dynamic is not None else keyed.default

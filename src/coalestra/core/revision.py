@@ -7,6 +7,7 @@ from typing import Any
 
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
+from coalestra.core.values import SnapshotValue, ValueDraft
 
 
 class Revision:
@@ -80,6 +81,34 @@ class Revision:
         )
         self.dependencies: tuple[Revision, ...] = dependencies
         self.checked: int = -1
+
+    def presented(
+        self,
+        payload: Any,
+        metadata: FrozenDict[str, Any],
+        age_seconds: float,
+        stale: bool,
+        from_cache: bool,
+    ) -> SnapshotValue[Any]:
+        """Return the value that one reader gets, around a payload and metadata of his own."""
+        draft: Any = ValueDraft()
+        draft.key = self.key
+        draft.value = payload
+        draft.source = self.source
+        draft.observed_at = self.observed_at
+        draft.fetched_at = self.fetched_at
+        draft.age_seconds = age_seconds
+        draft.stale = stale
+        draft.from_cache = from_cache
+        draft.latency_ms = self.latency_ms
+        draft.attempts = self.attempts
+        draft.metadata = metadata
+        draft.authority_rank = self.authority_rank
+        draft.version = self.version
+        draft.dependency_versions = self.dependency_versions
+        draft.__class__ = SnapshotValue
+        value: SnapshotValue[Any] = draft
+        return value
 
     def __repr__(self) -> str:
         rests_on = len(self.dependency_versions)

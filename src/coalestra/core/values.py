@@ -165,7 +165,7 @@ class SnapshotValue(Generic[T]):
         if version is None:
             version = next_version()
         draft: Any = self
-        become(draft, _ValueDraft)
+        become(draft, ValueDraft)
         draft.key = key
         draft.value = value
         draft.source = source
@@ -187,4 +187,5 @@ class SnapshotValue(Generic[T]):
 
 
 _PayloadDraft = draft_of(SourcePayload)
-_ValueDraft = draft_of(SnapshotValue)
+ValueDraft = draft_of(SnapshotValue)
+"""A `SnapshotValue` that whoever fills it in turns into one."""

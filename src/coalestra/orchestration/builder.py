@@ -23,7 +23,7 @@ from coalestra.orchestration.judging import Judge
 from coalestra.orchestration.lifecycle import ClosableBuilder
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.settings import BuilderSettings
-from coalestra.orchestration.unit import Unit, distinct, open_unit
+from coalestra.orchestration.unit import distinct, open_unit
 from coalestra.resilience.backoff import RetryPolicy
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
@@ -134,7 +134,7 @@ class SnapshotBuilder(ClosableBuilder):
         if not wanted:
             raise ValueError("keys must name at least one resource, got none")
         unit = open_unit(self.parts.engine, deadline_seconds, metadata, snapshot_id, lasting=False)
-        snapshot = await self._snapshot(unit, wanted)
+        snapshot = await unit.single_stage(wanted)
         failed = bool(snapshot.errors) and strict
         self._report_build(snapshot, failed=failed, strict=strict)
         if failed:
@@ -161,7 +161,7 @@ class SnapshotBuilder(ClosableBuilder):
         """
         instance("request", request, SnapshotRequest)
         unit = open_unit(self.parts.engine, deadline_seconds, metadata, snapshot_id, lasting=False)
-        snapshot = await self._snapshot(unit, distinct(request.keys))
+        snapshot = await unit.single_stage(distinct(request.keys))
         failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
         judge = Judge(
             self.parts.engine.equipment, request.consistency_policy, request.acceptance_policy
@@ -175,10 +175,6 @@ class SnapshotBuilder(ClosableBuilder):
             raise
         self._report_build(snapshot, failed=False, strict=True)
         return snapshot
-
-    async def _snapshot(self, unit: Unit, wanted: Mapping[ResourceKey, None]) -> Snapshot:
-        struck = await unit.acquire(wanted)
-        return await unit.snapshot(bound=not struck)
 
     def _report_build(self, snapshot: Snapshot, *, failed: bool, strict: bool) -> None:
         report = self.parts.engine.equipment.report

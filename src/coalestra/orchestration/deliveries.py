@@ -8,13 +8,13 @@ from typing import Any
 
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
 from coalestra.concurrency.deadline import Deadline
+from coalestra.concurrency.seals import PORTION
 from coalestra.core.errors import PayloadIsolationError, SnapshotDeadlineExceededError
+from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.readings import Reading
-
-_VALUES_BETWEEN_LOOKS = 32
 
 
 class Deliveries:
@@ -67,7 +67,7 @@ class Deliveries:
         errors: dict[ResourceKey, Exception] = {}
         large: dict[ResourceKey, Reading] = {}
         pace = Pace()
-        looks = _VALUES_BETWEEN_LOOKS
+        left = PORTION
         for key, reading in readings.items():
             try:
                 value = self.value_now(reading, "snapshot delivery")
@@ -78,9 +78,9 @@ class Deliveries:
                 large[key] = reading
             else:
                 values[key] = value
-            looks -= 1
-            if not looks:
-                looks = _VALUES_BETWEEN_LOOKS
+            left -= reading.revision.seal.weight
+            if left <= 0:
+                left = PORTION
                 if await pace.keep():
                     _require_time(deadline)
         if large:
@@ -109,27 +109,12 @@ class Deliveries:
 
     def _presented(self, reading: Reading, payload: Any, context: str) -> SnapshotValue[Any]:
         revision = reading.revision
-        metadata: Mapping[str, Any] = revision.metadata
+        metadata = revision.metadata
         if metadata:
-            metadata = self._copies.open_metadata_now(revision.metadata, context=context)
+            metadata = self._copies.open_metadata_now(metadata, context=context)
         if reading.notes:
-            metadata = {**metadata, **reading.notes}
-        return SnapshotValue(
-            revision.key,
-            payload,
-            revision.source,
-            revision.observed_at,
-            revision.fetched_at,
-            reading.age,
-            reading.stale,
-            reading.from_cache,
-            revision.latency_ms,
-            revision.attempts,
-            metadata,
-            revision.authority_rank,
-            revision.version,
-            revision.dependency_versions,
-        )
+            metadata = FrozenDict({**metadata, **reading.notes})
+        return revision.presented(payload, metadata, reading.age, reading.stale, reading.from_cache)
 
 
 def _require_time(deadline: Deadline | None) -> None:

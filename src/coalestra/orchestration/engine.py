@@ -17,6 +17,7 @@ from coalestra.orchestration.lookups import Lookups
 from coalestra.orchestration.news import News
 from coalestra.orchestration.refresh import Refresher
 from coalestra.orchestration.scheduler import Scheduler
+from coalestra.orchestration.warm_reads import WarmReads
 from coalestra.orchestration.work import Work
 
 
@@ -28,6 +29,7 @@ class Engine:
         self.scheduler: Scheduler = Scheduler(equipment)
         self.deliveries: Deliveries = Deliveries(equipment.copies)
         self.lookups: Lookups = Lookups(self.scheduler, self._refresh)
+        self.warm_reads: WarmReads = WarmReads(equipment)
         self._derivations = Derivations(self.scheduler, self.lookups, self.deliveries)
         self.refresher: Refresher = Refresher(
             equipment, variables, self.lookups.open, self.lookups.conclusions.abandon

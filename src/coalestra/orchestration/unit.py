@@ -11,6 +11,7 @@ from coalestra.concurrency.deadline import Deadline
 from coalestra.core.context import FetchContext
 from coalestra.core.diagnostics import SnapshotDiagnostics
 from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
+from coalestra.core.frozen import EMPTY
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.validation import instance, number, text
@@ -21,6 +22,8 @@ from coalestra.orchestration.pins import Pins, hold
 from coalestra.orchestration.readings import Failure, Reading
 from coalestra.orchestration.work import Work
 
+_KEYS_ONLY = {ResourceKey}
+
 
 def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     """Return the keys without repetitions, in order; `TypeError` for anything but keys."""
@@ -29,9 +32,9 @@ def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
             "keys must be an iterable of ResourceKey, got a single one; put it in a list"
         )
     found = dict.fromkeys(keys)
-    for key in found:
-        if not isinstance(key, ResourceKey):
-            raise TypeError(f"keys must be ResourceKeys, got {type(key).__qualname__}")
+    if not set(map(type, found)) <= _KEYS_ONLY:
+        odd = next(key for key in found if type(key) is not ResourceKey)
+        raise TypeError(f"keys must be ResourceKeys, got {type(odd).__qualname__}")
     return found
 
 
@@ -62,6 +65,20 @@ class Unit:
         self.pins: Pins = Pins()
         self.failures: dict[ResourceKey, Failure] = {}
         self._began = engine.equipment.clock.monotonic()
+
+    async def single_stage(self, keys: Mapping[ResourceKey, None]) -> Snapshot:
+        """Settle the keys and return the snapshot of a unit that has no other stage.
+
+        Raises:
+            SnapshotBuildError: as `snapshot`.
+        """
+        values = await self.engine.warm_reads.values(self.work, keys)
+        if values is None:
+            struck = await self.acquire(keys)
+            return await self.snapshot(bound=not struck)
+        self.engine.require_open()
+        self.requested.update(keys)
+        return self._assembled(values, EMPTY)
 
     async def acquire(
         self, keys: Mapping[ResourceKey, None], *, retry_errors: bool = False

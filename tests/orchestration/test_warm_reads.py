@@ -1,0 +1,155 @@
+"""The short way through the memory cache gives what the general way gives, or steps aside."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    FreshnessPolicy,
+    InMemoryMetrics,
+    PolicyResolver,
+    RefreshMode,
+    SnapshotBuildError,
+    SnapshotDeadlineExceededError,
+)
+from tests.orchestration.scripted import Batch, Derived, builder, key
+from tests.support import ManualClock
+
+AHEAD = FreshnessPolicy(10, 20, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=4)
+MANY = [key("x", str(number)) for number in range(2_000)]
+
+
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the slice clock finds the slice used up."""
+    ticks = iter(range(1_000_000))
+    monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", lambda: next(ticks))
+
+
+async def test_an_entry_that_is_due_for_a_refresh_ahead_gets_one() -> None:
+    clock, source = ManualClock(), Batch("x")
+    building = builder(source, clock=clock, default_policy=AHEAD)
+    await building.build(MANY[:2])
+    clock.advance(5.9)
+    assert (await building.build(MANY[:2])).diagnostics.refresh_scheduled == 0
+    clock.advance(0.1)
+    assert (await building.build(MANY[:2])).diagnostics.refresh_scheduled == 2
+    await building.wait_for_refreshes()
+    assert len(source.calls) == 2
+
+
+async def test_each_key_is_judged_by_its_own_policy() -> None:
+    clock, source = ManualClock(), Batch("all", "x", "brief")
+    resolver = PolicyResolver(FreshnessPolicy(100, 100), {key("brief"): FreshnessPolicy(1, 1)})
+    building = builder(source, clock=clock, default_policy=None, policy_resolver=resolver)
+    await building.build([key("x"), key("brief")])
+    clock.advance(2)
+    again = await building.build([key("x"), key("brief")])
+    assert [value.from_cache for value in again.values()] == [True, False]
+    assert source.calls[1:] == [(key("brief"),)]
+
+
+async def test_a_policy_that_cannot_be_told_fails_its_key_alone() -> None:
+    known = True
+
+    def policy(asked: Any) -> FreshnessPolicy:
+        if asked == key("y") and not known:
+            raise LookupError("no such policy")
+        return FreshnessPolicy(100, 100)
+
+    resolver = PolicyResolver(FreshnessPolicy(1, 1), dynamic=policy)
+    building = builder(Batch("all", "x", "y"), default_policy=None, policy_resolver=resolver)
+    await building.build([key("x"), key("y")])
+    known = False
+    snapshot = await building.build([key("x"), key("y")], strict=False)
+    assert list(snapshot) == [key("x")]
+    assert isinstance(snapshot.error_for(key("y")), LookupError)
+
+
+async def test_hits_are_counted_once_whichever_way_is_taken_in_the_end() -> None:
+    metrics = InMemoryMetrics()
+    cache = AsyncMemoryCache()
+    building = builder(Batch("x"), cache=cache, metrics=metrics)
+    await building.build(MANY[:10])
+    before = await cache.stats()
+    plain = await building.build(MANY[:10])
+    mixed = await building.build(MANY[:11])
+    after = await cache.stats()
+    assert (plain.diagnostics.cache_hits, mixed.diagnostics.cache_hits) == (10, 10)
+    assert after.fresh_hits - before.fresh_hits == 20
+    labels = {"resource_namespace": "test", "resource_name": "x"}
+    assert metrics.counter("cache_access_total", status="fresh", **labels) == 20
+
+
+async def test_what_is_read_the_short_way_is_kept_longest() -> None:
+    building = builder(Batch("x"), cache=AsyncMemoryCache(max_entries=3))
+    one, two, three, four = MANY[:4]
+    await building.build([one, two, three])
+    await building.build([one])
+    await building.build([four])
+    kept = await building.build([one, three, four])
+    assert all(value.from_cache for value in kept.values())
+
+
+async def test_a_derived_entry_whose_base_has_changed_is_not_served() -> None:
+    building = builder(Batch("x"), Derived("sum", needs=lambda k: [key("x")]))
+    await building.build([key("x"), key("sum")])
+    await asyncio.sleep(1)
+    await building.publisher.publish(key("x"), "news", source="stream")
+    snapshot = await building.build([key("sum")])
+    assert snapshot.value(key("sum")) == ("news",)
+
+
+@pytest.mark.usefixtures("slices")
+async def test_a_deadline_that_passes_between_two_slices_strikes() -> None:
+    clock = ManualClock()
+    building = builder(Batch("x"), clock=clock, cache=AsyncMemoryCache(max_entries=None))
+    await building.build(MANY)
+    asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, clock.advance, 5.0)
+    with pytest.raises(SnapshotBuildError) as caught:
+        await building.build(MANY, deadline_seconds=2)
+    assert all(
+        isinstance(each, SnapshotDeadlineExceededError) for each in caught.value.errors.values()
+    )
+
+
+@pytest.mark.usefixtures("slices")
+async def test_a_builder_that_closes_between_two_slices_ends_the_build() -> None:
+    building = builder(Batch("x"), cache=AsyncMemoryCache(max_entries=None))
+    await building.build(MANY)
+    reading = asyncio.ensure_future(building.build(MANY))
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(building.aclose())
+    with pytest.raises(RuntimeError, match="closed"):
+        await reading
+    await closing
+
+
+async def test_the_clock_is_looked_at_after_every_payload_that_may_take_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A nested payload may take a millisecond to copy; two of them shall not share a slice."""
+    keys = MANY[:20]
+    building = builder(Batch("x", answer=lambda k: {"nested": [[k.subject]]}))
+    await building.build(keys)
+    ticks = iter(range(1_000_000))
+    monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", lambda: next(ticks))
+    reading = asyncio.ensure_future(building.build(keys))
+    steps = 0
+    while not reading.done():
+        steps += 1
+        await asyncio.sleep(0)
+    assert steps >= len(keys)
+
+
+async def test_a_reader_never_shares_what_he_is_given() -> None:
+    building = builder(Batch("x", answer=lambda k: {"list": [1]}))
+    first, second = [await building.build([key("x")]) for _ in range(2)]
+    second.value(key("x"))["list"].append(2)
+    third = await building.build([key("x")])
+    assert (first.value(key("x")), third.value(key("x"))) == ({"list": [1]}, {"list": [1]})
+    assert second[key("x")].from_cache
