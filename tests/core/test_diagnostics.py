@@ -13,9 +13,17 @@ from coalestra.core.diagnostics import DiagnosticsRecorder, SnapshotDiagnostics
 
 def test_the_recorder_counts_exactly_what_the_diagnostics_report() -> None:
     frozen = [(item.name, item.type) for item in dataclasses.fields(SnapshotDiagnostics)]
-    counted = [(item.name, item.type) for item in dataclasses.fields(DiagnosticsRecorder)]
-    assert [name for name, _ in counted] == [name for name, _ in frozen]
-    assert counted[:-2] == frozen[:-2]
+    counted = DiagnosticsRecorder.__annotations__
+    assert list(counted.items()) == frozen[:-2]
+    assert list(vars(DiagnosticsRecorder())) == [name for name, _ in frozen[-2:]]
+
+
+def test_every_counter_of_a_recorder_comes_out_frozen() -> None:
+    recorder = DiagnosticsRecorder()
+    for number, name in enumerate(DiagnosticsRecorder.__annotations__, 1):
+        setattr(recorder, name, number)
+    frozen = dataclasses.astuple(recorder.freeze())
+    assert frozen[:-2] == tuple(range(1, len(frozen) - 1))
 
 
 def test_a_fresh_recorder_freezes_into_default_diagnostics() -> None:
@@ -34,7 +42,9 @@ def test_freezing_hands_out_a_copy_that_counts_no_further() -> None:
 
 
 def test_overrides_replace_single_counters() -> None:
-    frozen = DiagnosticsRecorder(cache_hits=4).freeze(requested_resources=7, duration_ms=1.5)
+    recorder = DiagnosticsRecorder()
+    recorder.cache_hits = 4
+    frozen = recorder.freeze(requested_resources=7, duration_ms=1.5)
     assert (frozen.cache_hits, frozen.requested_resources, frozen.duration_ms) == (4, 7, 1.5)
 
 

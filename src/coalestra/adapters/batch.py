@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import islice
 from typing import Any, TypeAlias, cast
 
 from coalestra.adapters.settings import (
     AdapterSettings,
     CallableAdapter,
-    as_payload,
     invocation_of,
 )
 from coalestra.cache.pacing import Pace
@@ -87,12 +87,17 @@ class CallableBatchSource(CallableAdapter):
         return await _as_payloads(result)
 
 
+_VALUES_BETWEEN_LOOKS = 64
+
+
 async def _as_payloads(values: Mapping[ResourceKey, Any]) -> dict[ResourceKey, SourcePayload[Any]]:
     payloads: dict[ResourceKey, SourcePayload[Any]] = {}
     pace = Pace()
     # The function may keep its mapping and change it while others run in between.
-    for key, value in tuple(values.items()):
-        payloads[key] = as_payload(value)
+    rest = iter(tuple(values.items()))
+    while part := tuple(islice(rest, _VALUES_BETWEEN_LOOKS)):
+        for key, value in part:
+            payloads[key] = value if type(value) is SourcePayload else SourcePayload(value)
         if pace.due():
             await pace.rest()
     return payloads

@@ -15,8 +15,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from coalestra.concurrency.threads import threads_of_context
+from coalestra.core.values import SourcePayload
 
 T = TypeVar("T")
+
+_NOT_AWAITABLE = frozenset({SourcePayload, bool, dict, float, int, list, str, tuple, type(None)})
+"""What callables most often return; for others it takes a closer look."""
 
 _ENDINGS_OF_COROUTINES = (KeyboardInterrupt, GeneratorExit)
 
@@ -51,7 +55,7 @@ class Invocation:
             result = await self._call_in_thread(arguments)
         else:
             result = self.call_now(*arguments)
-        if result is True or result is False or type(result) is tuple:
+        if type(result) in _NOT_AWAITABLE:
             return result
         if inspect.isawaitable(result):
             return await self._awaited(result, asked)
@@ -61,14 +65,9 @@ class Invocation:
         """Call it in this thread and return what it returns, awaitable or not; see `call`."""
         try:
             return self._function(*arguments)
-        except StopIteration as error:
-            raise self._misuse(error) from error
-        except Exception:
-            raise
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and _on_main_thread():
-                raise
-            raise self._misuse(error) from error
+            self._check(error)
+            raise
 
     def answer_now(self, *arguments: Any) -> Any:
         """Return the result of a callable that has to be plain.
@@ -76,8 +75,12 @@ class Invocation:
         Raises:
             TypeError: if it returned an awaitable.
         """
-        result = self.call_now(*arguments)
-        if result is True or result is False or type(result) is tuple:
+        try:
+            result = self._function(*arguments)
+        except BaseException as error:
+            self._check(error)
+            raise
+        if type(result) in _NOT_AWAITABLE:
             return result
         if inspect.isawaitable(result):
             _discard(result)
@@ -109,6 +112,15 @@ class Invocation:
             raise
         except BaseException as error:
             raise self._misuse(error) from error
+
+    def _check(self, error: BaseException) -> None:
+        """Raise a `RuntimeError` in place of an exception that must not leave a source."""
+        if isinstance(error, Exception):
+            if not isinstance(error, StopIteration):
+                return
+        elif isinstance(error, KeyboardInterrupt) and _on_main_thread():
+            return
+        raise self._misuse(error) from error
 
     def _misuse(self, error: BaseException) -> RuntimeError:
         return RuntimeError(

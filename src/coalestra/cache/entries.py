@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from coalestra.cache.listening import CacheListener, Listeners
 from coalestra.cache.quiet import QuietEntries
 from coalestra.cache.tally import Tally
-from coalestra.cache.validity import Currency
+from coalestra.cache.validity import UNCHECKED, Currency
 from coalestra.cache.write_order import decide
 from coalestra.core.freshness import FreshnessPolicy, FreshnessPolicyProvider
 from coalestra.core.keys import ResourceKey
@@ -119,9 +119,17 @@ class EntryStore:
         return revision
 
     def put(
-        self, revision: Revision, *, force: bool = False, replace_equal: bool = False
+        self,
+        revision: Revision,
+        *,
+        force: bool = False,
+        replace_equal: bool = False,
+        teller: CacheListener | None = None,
     ) -> tuple[CacheWriteStatus, Revision, Revision | None]:
-        """Offer a sealed revision; return the status, what is current now and what was before."""
+        """Offer a sealed revision; return the status, what is current now and what was before.
+
+        All listeners but ``teller`` hear of it if it was stored.
+        """
         key = revision.key
         previous = self._entries.get(key)
         if previous is not None:
@@ -135,12 +143,14 @@ class EntryStore:
                     return status, previous, previous
                 self._discard(previous)
         self._entries[key] = revision
-        self._currency.added(revision)
+        revision.checked = UNCHECKED
+        self._currency.epoch += 1
         self._tally.sets += 1
         if self._recency is not None and len(self._recency) > (self.max_entries or 0):
             self._evict(self._recency)
-        if self._listeners.references:
-            self._listeners.revised(key, revision)
+        listening = self._listeners.references
+        if len(listening) > 1 or (listening and listening[0]() is not teller):
+            self._listeners.revised(key, revision, teller)
         return _STORED, revision, previous
 
     def drop(self, keys: Collection[ResourceKey]) -> tuple[ResourceKey, ...]:

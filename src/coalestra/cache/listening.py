@@ -60,11 +60,13 @@ class Listeners:
         """Remove a listener; an unknown one is ignored."""
         self.references = tuple(each for each in self.references if each() is not listener)
 
-    def revised(self, key: ResourceKey, revision: Revision | None) -> None:
-        """Tell all listeners of a key's new current revision."""
+    def revised(
+        self, key: ResourceKey, revision: Revision | None, teller: CacheListener | None = None
+    ) -> None:
+        """Tell all listeners but ``teller``, who knows, of a key's new current revision."""
         for reference in self.references:
             listener = reference()
-            if listener is not None:
+            if listener is not None and listener is not teller:
                 listener.revised(key, revision)
 
     def announced(self, publications: Sequence[Ranked]) -> None:

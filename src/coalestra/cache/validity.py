@@ -22,7 +22,10 @@ _Step = tuple[Revision, Iterator[tuple[ResourceKey, str]]]
 
 
 class Currency:
-    """Judges the entries of one store; the store reports every revision that leaves it."""
+    """Judges the entries of one store, which reports every revision that leaves it.
+
+    The store counts up ``epoch`` with every revision that enters it.
+    """
 
     __slots__ = ("_entries", "_horizon", "epoch")
 
@@ -33,11 +36,6 @@ class Currency:
 
     def __repr__(self) -> str:
         return f"Currency(epoch={self.epoch}, answers_since={self._horizon})"
-
-    def added(self, revision: Revision) -> None:
-        """Note that ``revision`` has just been stored."""
-        self.epoch += 1
-        revision.checked = UNCHECKED
 
     def removed(self, revision: Revision) -> None:
         """Note that ``revision`` has left the store: answers that relied on it are void."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from coalestra.core.drafts import draft_of
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.validation import mapping, number, text
 
@@ -40,3 +41,25 @@ class FetchContext:
         if not isinstance(self.metadata, FrozenDict):
             frozen = FrozenDict(mapping("metadata", self.metadata))
             object.__setattr__(self, "metadata", frozen)
+
+
+_ContextDraft = draft_of(FetchContext)
+
+
+def context_of(
+    requested_at: float,
+    deadline_at: float | None,
+    deadline_monotonic: float | None,
+    metadata: FrozenDict[str, Any],
+    snapshot_id: str,
+) -> FetchContext:
+    """Return a `FetchContext` of arguments that are known to be good, without judging them."""
+    draft: Any = _ContextDraft()
+    draft.requested_at = requested_at
+    draft.deadline_at = deadline_at
+    draft.deadline_monotonic = deadline_monotonic
+    draft.metadata = metadata
+    draft.snapshot_id = snapshot_id
+    draft.__class__ = FetchContext
+    context: FetchContext = draft
+    return context

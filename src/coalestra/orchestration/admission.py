@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 
 from coalestra.core.errors import CircuitOpenError
 from coalestra.orchestration.flights import Acquisition
-from coalestra.resilience.circuit import CircuitBreakerPolicy, CircuitIdentity
+from coalestra.resilience.circuit import CircuitBreakerPolicy, CircuitIdentity, CircuitScope
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 
 
@@ -27,7 +27,7 @@ class Admission:
 
     def open_now(self, flights: Sequence[Acquisition]) -> list[Acquisition]:
         """Return the flights whose circuit is open, without taking part in any circuit."""
-        if not self._policy.enabled:
+        if not self._policy.enabled or not len(self._breaker):
             return []
         return [
             flight
@@ -43,26 +43,22 @@ class Admission:
         refused: list[Acquisition] = []
         if not self._policy.enabled:
             return refused
-        for flight in flights:
-            identity = self._identity(flight)
-            group = self._groups.get(identity)
-            if group is None:
-                try:
-                    self._breaker.admit(self._source, flight.key, self._policy)
-                except CircuitOpenError:
-                    refused.append(flight)
-                    continue
-                group = self._groups[identity] = []
-            group.append(flight)
+        for identity, group in self._by_circuit(flights).items():
+            try:
+                self._breaker.admit(self._source, group[0].key, self._policy)
+            except CircuitOpenError:
+                refused += group
+            else:
+                self._groups[identity] = group
         return refused
 
-    def close(self, fresh: Collection[Acquisition]) -> None:
+    def close(self, fresh: Set[Acquisition]) -> None:
         """Tell each circuit how its keys fared: one fresh value makes its group a success."""
         for identity, flights in self._taken():
-            if any(flight in fresh for flight in flights):
-                self._breaker.succeed(identity, self._policy)
-            else:
+            if fresh.isdisjoint(flights):
                 self._breaker.fail(identity, self._policy)
+            else:
+                self._breaker.succeed(identity, self._policy)
 
     def abandon(self) -> None:
         """Tell each circuit that the call was given up: a probe has shown nothing, and reopens."""
@@ -76,6 +72,16 @@ class Admission:
             f"failures in a row; it is probed {self._policy.recovery_timeout_seconds:g} s after it "
             "opened"
         )
+
+    def _by_circuit(
+        self, flights: Sequence[Acquisition]
+    ) -> dict[CircuitIdentity, list[Acquisition]]:
+        if self._policy.scope is CircuitScope.SOURCE and flights:
+            return {self._identity(flights[0]): list(flights)}
+        groups: dict[CircuitIdentity, list[Acquisition]] = {}
+        for flight in flights:
+            groups.setdefault(self._identity(flight), []).append(flight)
+        return groups
 
     def _identity(self, flight: Acquisition) -> CircuitIdentity:
         return self._breaker.identity_for(self._source, key=flight.key, scope=self._policy.scope)

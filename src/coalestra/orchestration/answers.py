@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from types import CoroutineType
 from typing import Any
 
 from coalestra.concurrency.seals import Sealed
+from coalestra.core.authority import SourceAuthorityPolicy
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.freshness import FutureObservation, judge_observation
 from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.keyed_policies import policy_of_all
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.core.values import SourcePayload, next_version
@@ -28,7 +31,7 @@ class Watched:
     __slots__ = ("_awaitable", "interrupted")
 
     def __init__(self, link: Link, awaitable: Any) -> None:
-        if not inspect.isawaitable(awaitable):
+        if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
             raise SourceProtocolError(
                 f"source {link.name!r} returned {type(awaitable).__qualname__} where an awaitable "
                 "is needed; make the method async, or use a callable adapter"
@@ -71,14 +74,20 @@ def by_flight(
             f"fetch_many of source {link.name!r} must return a mapping of the requested keys, got "
             f"{type(result).__qualname__}"
         )
-    asked = {flight.key for flight in flights}
+    get = result.get
+    values = [(flight, get(flight.key, OMITTED)) for flight in flights]
+    if len(result) != len([True for _, value in values if value is not OMITTED]):
+        _refuse_unrequested(link, {flight.key for flight in flights}, result)
+    return values
+
+
+def _refuse_unrequested(link: Link, asked: Collection[ResourceKey], result: Iterable[Any]) -> None:
     for key in result:
         if key not in asked:
             raise SourceProtocolError(
                 f"fetch_many of source {link.name!r} returned {_named(key)}, which was not "
                 "requested; return requested keys only"
             )
-    return [(flight, result.get(flight.key, OMITTED)) for flight in flights]
 
 
 def _named(key: object) -> str:
@@ -86,15 +95,22 @@ def _named(key: object) -> str:
 
 
 class CallFacts:
-    """What is the same for every key of one answered call."""
+    """What is the same for every key of one answered call.
 
-    __slots__ = ("attempts", "context", "latency_ms", "link")
+    `answered_at` is when the answer came, in wall-clock seconds; `rank` is the authority of its
+    source, or None if that differs from key to key.
+    """
 
-    def __init__(self, link: Link, attempts: int, latency_ms: float) -> None:
+    __slots__ = ("answered_at", "attempts", "context", "latency_ms", "link", "rank")
+
+    def __init__(self, equipment: Equipment, link: Link, attempts: int, latency_ms: float) -> None:
         self.link: Link = link
         self.context: str = f"payload of {link.name}"
         self.attempts: int = attempts
         self.latency_ms: float = latency_ms
+        self.answered_at: float = equipment.clock.now()
+        policy: SourceAuthorityPolicy | None = policy_of_all(equipment.authority)
+        self.rank: int | None = None if policy is None else policy.rank_for(link.name)
 
 
 def revision_of(
@@ -108,33 +124,36 @@ def revision_of(
         SourceProtocolError: the observation lies too far in the future.
         PayloadIsolationError: the value cannot be copied.
     """
-    link = facts.link
-    payload = value if isinstance(value, SourcePayload) else SourcePayload(value)
-    now = equipment.clock.now()
-    dated = payload.observed_at is not None
-    observed_at = now if payload.observed_at is None else payload.observed_at
-    metadata = payload.metadata
-    skew = _accepted_skew(equipment, link, flight.key, observed_at, now) if dated else 0.0
-    if skew:
-        metadata = {**metadata, "clock_skew_seconds": skew}
+    key, link, context = flight.key, facts.link, facts.context
+    observed_at = answered_at = facts.answered_at
+    metadata: Mapping[str, Any] = EMPTY
+    payload = value
+    if type(value) is SourcePayload:
+        payload, metadata = value.value, value.metadata
+        if value.observed_at is not None:
+            observed_at = value.observed_at
+            skew = _accepted_skew(equipment, link, key, observed_at, answered_at)
+            if skew:
+                metadata = {**metadata, "clock_skew_seconds": skew}
     copies = equipment.copies
-    sealed = sealed or copies.seal_now(payload.value, context=facts.context)
     if sealed is None:
-        return None
-    gather = flight.gather
+        sealed = copies.seal_now(payload, context=context)
+        if sealed is None:
+            return None
+    gather, rank = flight.gather, facts.rank
     used = () if gather is None else tuple(r.revision for r in gather.readings.values())
     return Revision(
-        flight.key,
+        key,
         sealed[0],
         sealed[1],
         link.name,
         observed_at,
-        now,
+        answered_at,
         next_version(),
         facts.latency_ms,
         facts.attempts,
-        copies.seal_metadata_now(metadata, context=facts.context) if metadata else EMPTY,
-        equipment.authority.rank_for(flight.key, link.name),
+        copies.seal_metadata_now(metadata, context=context) if metadata else EMPTY,
+        equipment.authority.rank_for(key, link.name) if rank is None else rank,
         FrozenDict({r.key: r.version for r in used}) if used else EMPTY,
         used,
     )

@@ -25,12 +25,15 @@ from coalestra.orchestration.work import Work
 from coalestra.resilience.backoff import retryable
 from coalestra.resilience.policies import SourceResiliencePolicy
 
+_NOBODY: frozenset[Acquisition] = frozenset()
+
 
 class Seat(Protocol):
     """What an attempt needs of the lane that it stands in."""
 
     link: Link
     work: Work
+    tally: Tally
 
     def again(self, attempt: Any) -> None:
         """Queue the attempt for another try."""
@@ -49,6 +52,9 @@ class Desk(Receiver, Protocol):
 
     def inputs(self, flight: Acquisition) -> Awaitable[Snapshot]:
         """Return the dependency snapshot of a derived key."""
+
+    def inputs_now(self, flight: Acquisition) -> Snapshot | None:
+        """Return it without waiting, or None if that cannot be."""
 
 
 class Attempt:
@@ -82,7 +88,7 @@ class Attempt:
             self.link.name, declared=self.link.declared_resilience
         )
         self._admission = Admission(desk.equipment.breaker, self.link.name, self.policy.circuit)
-        self._tally = Tally(self.link, self.work.record, desk.equipment.report)
+        self._tally = seat.tally
         self._retry: asyncio.TimerHandle | None = None
         self._try: Try | None = None
         self.tries: int = 0
@@ -145,14 +151,15 @@ class Attempt:
     async def _make(self, this: Try) -> None:
         if self.link.kind is SourceKind.DERIVED:
             try:
-                this.inputs = (await self._desk.inputs(next(iter(self.flights))),)
+                flight = next(iter(self.flights))
+                inputs = self._desk.inputs_now(flight) or await self._desk.inputs(flight)
+                this.inputs = (inputs,)
             except Exception as error:
                 self.skipped(error)
                 return
         answer = await this.answer()
         if answer is not None:
-            facts = CallFacts(self.link, self.tries, this.elapsed_seconds * 1000)
-            await self._take(answer[0], facts)
+            await self._take(answer[0], this.elapsed_seconds * 1000)
 
     def begin(self) -> bool:
         """Take part in the circuits and count the try; False if no key may be called for."""
@@ -195,7 +202,7 @@ class Attempt:
         if isinstance(error, SnapshotDeadlineExceededError):
             self._admission.abandon()
         else:
-            self._admission.close(())
+            self._admission.close(_NOBODY)
         self._end(error)
 
     def skipped(self, error: Exception) -> None:
@@ -203,7 +210,7 @@ class Attempt:
 
         Circuits hear of tries that were made; before the first one they have not been entered.
         """
-        self._admission.close(())
+        self._admission.close(_NOBODY)
         self._end(error)
 
     def _end(self, error: Exception) -> None:
@@ -220,10 +227,6 @@ class Attempt:
         for flight in tuple(self.flights):
             self.refuse(flight, error, "failure")
 
-    def holds(self, flight: Acquisition) -> bool:
-        """Whether the flight still waits for this call."""
-        return flight.attempt is self
-
     def part_with(self, flight: Acquisition) -> None:
         """Let a flight go that has its value."""
         self.flights.pop(flight, None)
@@ -236,17 +239,19 @@ class Attempt:
             flight.attempt = None
             self._desk.refused(flight, error, status, self.tries)
 
-    async def _take(self, answer: Any, facts: CallFacts) -> None:
-        self._tally.took(facts.latency_ms)
+    async def _take(self, answer: Any, latency_ms: float) -> None:
+        self._tally.took(latency_ms)
         try:
             values = by_flight(self.link, tuple(self.flights), answer)
         except Exception as error:
-            self._admission.close(())
+            self._admission.close(_NOBODY)
             self._end(error)
             return
         self._tally.batch_ended("success")
+        facts = CallFacts(self.equipment, self.link, self.tries, latency_ms)
         harvest = Harvest(self, self._desk, facts)
-        await harvest.bring_in(values)
+        if len(values) > 1 or not harvest.bring_in_now(*values[0]):
+            await harvest.bring_in(values)
         self._admission.close(harvest.fresh)
 
     def __repr__(self) -> str:

@@ -32,7 +32,7 @@ class Budget:
 
     def cutoff(self) -> float:
         """Return the latest instant, on the loop's clock, at which anyone wants an answer."""
-        return max((flight.cutoff for flight in self._party.flights), default=-math.inf)
+        return max([flight.cutoff for flight in self._party.flights], default=-math.inf)
 
     def remaining(self) -> float:
         """Return the seconds until nobody wants an answer any more."""

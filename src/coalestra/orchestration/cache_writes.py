@@ -74,12 +74,12 @@ class CacheWrites:
         for flight in flights:
             self._under_way.pop(flight, None)
             if flight.offered is not None:
-                self._written(flight, CacheWriteStatus.STORED, flight.offered[0])
+                self._written(flight, CacheWriteStatus.STORED, flight.offered)
 
     async def _write(self, flights: list[Acquisition], forced: bool) -> None:
         # Looked at in the very step that queues for the keys: there may have been news since.
         fit = [flight for flight in flights if self._fit(flight)]
-        offers = {flight: flight.offered[0] for flight in fit if flight.offered is not None}
+        offers = {flight: flight.offered for flight in fit if flight.offered is not None}
         if not offers:
             return
         for work in {flight.sponsor for flight in flights}:

@@ -23,6 +23,8 @@ from coalestra.orchestration.answers import Watched
 from coalestra.orchestration.budget import Budget, Party
 from coalestra.orchestration.chains import SourceKind
 
+_BATCH, _DERIVED = SourceKind.BATCH, SourceKind.DERIVED
+
 
 class Shift:
     """A worker's time at a lane. `gone`: the lane has stopped counting on it."""
@@ -110,27 +112,25 @@ class Try:
 
     async def answer(self) -> tuple[Any] | None:
         """Return what the source answered, or None if the caller has been told of a failure."""
-        lease = await self._slot()
+        caller = self._caller
+        lease = caller.equipment.capacity.try_acquire(caller.link.name) or await self._slot()
         if lease is None:
             return None
         try:
             refusal = self.budget.refusal()
             if refusal is not None:
-                self._caller.skipped(refusal)
+                caller.skipped(refusal)
                 return None
-            return await self._call() if self._caller.begin() else None
+            return await self._call() if caller.begin() else None
         finally:
             lease.release()
 
     # Capacity ---------------------------------------------------------------------------------
 
     async def _slot(self) -> CapacityLease | None:
-        """Return a lease on the capacity of the source, or None when waiting took too long."""
+        """Wait for a lease on the capacity of the source; return None when that took too long."""
         capacity = self._caller.equipment.capacity
         name = self._caller.link.name
-        lease = capacity.try_acquire(name)
-        if lease is not None:
-            return lease
         began = asyncio.get_running_loop().time()
         timeout = self._caller.link.queue_timeout_seconds
         self._patience = math.inf if timeout is None else began + timeout
@@ -211,14 +211,15 @@ class Try:
         return (answer,)
 
     def _invoke(self) -> Any:
-        link = self._caller.link
-        context = self._caller.work.context
-        keys = tuple(flight.key for flight in self._caller.flights)
-        if link.kind is SourceKind.BATCH:
+        caller = self._caller
+        link, context = caller.link, caller.work.context
+        if link.kind is _BATCH:
+            keys = tuple([flight.key for flight in caller.flights])
             return link.source.fetch_many(keys, context)
-        if link.kind is SourceKind.DERIVED:
-            return link.source.derive(keys[0], *self.inputs, context)
-        return link.source.fetch(keys[0], context)
+        key = next(iter(caller.flights)).key
+        if link.kind is _DERIVED:
+            return link.source.derive(key, *self.inputs, context)
+        return link.source.fetch(key, context)
 
     def _fail(self, error: Exception) -> None:
         if not self.over:

@@ -34,12 +34,27 @@ _METHODS = {
 
 
 class Link:
-    """One source in the chain, with what the engine needs to know of it."""
+    """One source in the chain, with what the engine needs to know of it.
 
-    __slots__ = ("declared_resilience", "guarantee", "index", "kind", "memoized", "name", "source")
+    `asked` and `served` are its bits among the answers that are remembered of a key.
+    """
+
+    __slots__ = (
+        "asked",
+        "declared_resilience",
+        "guarantee",
+        "index",
+        "kind",
+        "memoized",
+        "name",
+        "served",
+        "source",
+    )
 
     def __init__(self, index: int, source: Any, *, memoized: bool) -> None:
         self.index: int = index
+        self.asked: int = 1 << 2 * index
+        self.served: int = 2 << 2 * index
         self.source: Any = source
         self.name: str = source.name
         self.kind: SourceKind = kind_of(source)
@@ -81,7 +96,11 @@ def kind_of(source: Any) -> SourceKind:
 
 
 class Chains:
-    """The sources by descending priority, and a bounded memory of what each supports."""
+    """The sources by descending priority, and a bounded memory of what each supports.
+
+    `entries` is how many answers are remembered. Those about one key are kept as the bits of one
+    number, and forgotten together.
+    """
 
     def __init__(
         self,
@@ -95,34 +114,40 @@ class Chains:
             Link(index, source, memoized=memoize) for index, source in enumerate(ordered)
         )
         self.max_entries = max_entries
-        self._answers: OrderedDict[tuple[int, ResourceKey], bool] = OrderedDict()
-
-    @property
-    def entries(self) -> int:
-        """How many answers are remembered."""
-        return len(self._answers)
+        self.entries: int = 0
+        self._answers: OrderedDict[ResourceKey, int] = OrderedDict()
+        self._asked = sum(link.asked for link in self.links)
 
     def forget(self) -> None:
         """Forget every remembered answer."""
         self._answers.clear()
+        self.entries = 0
 
     def supports(self, link: Link, key: ResourceKey, record: DiagnosticsRecorder) -> bool:
         """Whether the source of `link` serves `key`; raises what the source raises."""
         if not link.memoized:
             return _ask(link, key)
-        entry = (link.index, key)
-        known = self._answers.get(entry)
-        if known is not None:
+        answers = self._answers
+        known = answers.get(key, 0)
+        if known & link.asked:
             record.support_cache_hits += 1
             if self.max_entries is not None:
-                self._answers.move_to_end(entry)
-            return known
+                answers.move_to_end(key)
+            return bool(known & link.served)
         record.support_cache_misses += 1
         answer = _ask(link, key)
-        self._answers[entry] = answer
-        if self.max_entries is not None and len(self._answers) > self.max_entries:
-            self._answers.popitem(last=False)
+        # Taken out anew: the source may have called for the answers to be forgotten.
+        known = answers.pop(key, 0) if known else 0
+        self.entries += not (known & link.asked)
+        answers[key] = known | link.asked | (link.served if answer else 0)
+        if self.max_entries is not None and self.entries > self.max_entries:
+            self._make_room(self.max_entries)
         return answer
+
+    def _make_room(self, limit: int) -> None:
+        while self.entries > limit:
+            _, forgotten = self._answers.popitem(last=False)
+            self.entries -= (forgotten & self._asked).bit_count()
 
     def __repr__(self) -> str:
         return f"<Chains {' > '.join(link.name for link in self.links)} entries={self.entries}>"

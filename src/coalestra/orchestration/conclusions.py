@@ -147,7 +147,7 @@ def _late(work: Work, key: ResourceKey, awaited: Acquisition | Read | None) -> F
     budget = "" if work.deadline is None else f" of {work.deadline.budget_seconds:g} s"
     text = f"the deadline{budget} passed before {key} was resolved"
     if isinstance(awaited, Acquisition) and awaited.link is not None:
-        failures = tuple(awaited.failures)
+        failures = awaited.failures
         if not _ended_late(awaited, awaited.link.name):
             tries = getattr(awaited.attempt, "tries", 0)
             last = SourceFailure(

@@ -8,13 +8,16 @@ from typing import Any
 
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
 from coalestra.concurrency.deadline import Deadline
-from coalestra.concurrency.seals import PORTION
+from coalestra.concurrency.seals import PORTION, Seal
 from coalestra.core.errors import PayloadIsolationError, SnapshotDeadlineExceededError
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.readings import Reading
+
+_CONTEXT = "snapshot delivery"
+_SHARED = Seal.SHARED
 
 
 class Deliveries:
@@ -69,16 +72,18 @@ class Deliveries:
         pace = Pace()
         left = PORTION
         for key, reading in readings.items():
+            revision = reading.revision
+            payload, seal = revision.payload, revision.seal
             try:
-                value = self.value_now(reading, "snapshot delivery")
+                if seal is not _SHARED:
+                    payload = self._copies.open_now(payload, seal, context=_CONTEXT)
+                if payload is OFFLOADED:
+                    large[key] = reading
+                else:
+                    values[key] = self._presented(reading, payload, _CONTEXT)
             except PayloadIsolationError as error:
                 errors[key] = error
-                continue
-            if value is None:
-                large[key] = reading
-            else:
-                values[key] = value
-            left -= reading.revision.seal.weight
+            left -= seal.weight
             if left <= 0:
                 left = PORTION
                 if await pace.keep():
@@ -100,7 +105,7 @@ class Deliveries:
         async def work() -> None:
             for key, reading in rest:
                 try:
-                    values[key] = await self.value(reading, "snapshot delivery", deadline)
+                    values[key] = await self.value(reading, _CONTEXT, deadline)
                 except PayloadIsolationError as error:
                     errors[key] = error
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from coalestra.core.errors import (
     DependencyResolutionError,
     SourceProtocolError,
     SourceUnavailableError,
 )
+from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import Snapshot
+from coalestra.core.snapshot import Snapshot, snapshot_of
+from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.chains import Link
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import Acquisition, Gather
 from coalestra.orchestration.lookups import Lookups
 from coalestra.orchestration.pins import Pins, hold
 from coalestra.orchestration.scheduler import Scheduler
+
+_CONTEXT = "derived dependency"
 
 
 class Derivations:
@@ -28,6 +33,7 @@ class Derivations:
         self._deliveries = deliveries
         scheduler.derive = self.gather_dependencies
         scheduler.inputs = self.inputs
+        scheduler.inputs_now = self.inputs_now
 
     def gather_dependencies(self, flight: Acquisition, link: Link) -> None:
         """Ask for what `flight` is derived from; it goes on when all of it is settled."""
@@ -60,16 +66,30 @@ class Derivations:
         error = DependencyResolutionError(flight.key, name, errors)
         self._scheduler.refused(flight, error, "failure", 0)
 
+    def inputs_now(self, flight: Acquisition) -> Snapshot | None:
+        """Return what `inputs` returns, without waiting; None if a copy takes a thread."""
+        gather, values = flight.gather, {}
+        if gather is not None:
+            for key in gather.keys:
+                value = self._deliveries.value_now(gather.readings[key], _CONTEXT)
+                if value is None:
+                    return None
+                values[key] = value
+        return _input_of(flight, values)
+
     async def inputs(self, flight: Acquisition) -> Snapshot:
         """Return the dependencies of a derived key, copied for its derivation alone."""
-        gather = flight.gather
-        work = flight.sponsor
-        values = {}
+        gather, values = flight.gather, {}
         if gather is not None:
             for key in gather.keys:
                 reading = gather.readings[key]
-                values[key] = await self._deliveries.value(reading, "derived dependency", None)
-        return Snapshot(work.context.snapshot_id, work.context.requested_at, values)
+                values[key] = await self._deliveries.value(reading, _CONTEXT, None)
+        return _input_of(flight, values)
+
+
+def _input_of(flight: Acquisition, values: dict[ResourceKey, SnapshotValue[Any]]) -> Snapshot:
+    context = flight.sponsor.context
+    return snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
 
 
 def _dependencies(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:

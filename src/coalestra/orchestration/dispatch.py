@@ -14,6 +14,9 @@ from coalestra.orchestration.lanes import Lane
 from coalestra.orchestration.phases import Phase
 from coalestra.orchestration.work import Intake, Work
 
+_READY = Phase.READY
+_CALLING = Phase.CALLING
+
 
 class Dispatch:
     """Makes the keys that become ready for one source in one step travel together.
@@ -38,13 +41,19 @@ class Dispatch:
 
     def ready(self, flight: Acquisition) -> None:
         """Group a flight with the others that are ready for the same source in this step."""
-        work = flight.living_sponsor()
+        work = flight.sponsor
+        if work.closed or work.struck:
+            work = flight.living_sponsor()
         link = flight.link
         if link is None:
             return
-        flight.phase = Phase.READY
-        work.ready.setdefault(link.index, []).append(flight)
-        self._flush_soon(work)
+        flight.phase = _READY
+        group = work.ready.get(link.index)
+        if group is None:
+            group = work.ready[link.index] = []
+        group.append(flight)
+        if not work.flushing:
+            self._flush_soon(work)
 
     def _flush_soon(self, work: Work) -> None:
         if not work.flushing:
@@ -58,9 +67,9 @@ class Dispatch:
             return
         ready, work.ready = work.ready, {}
         for index, flights in ready.items():
-            waiting = [flight for flight in flights if flight.phase is Phase.READY]
+            waiting = [flight for flight in flights if flight.phase is _READY]
             for flight in waiting:
-                flight.phase = Phase.CALLING
+                flight.phase = _CALLING
             try:
                 self._lane(work, index).add(waiting)
             except Exception as error:
@@ -76,7 +85,9 @@ class Dispatch:
             if link.kind is SourceKind.BATCH:
                 limit = equipment.max_concurrency
             work.variables.run(current_threads.set, equipment.threads)
-            lane = work.lanes[index] = Lane(work, link, limit, self._attempt, self.workers)
+            lane = work.lanes[index] = Lane(
+                work, link, limit, self._attempt, equipment.report, self.workers
+            )
         return lane
 
     def _attempt(self, lane: Lane, flights: Sequence[Acquisition]) -> Attempt:

@@ -38,11 +38,12 @@ def after_write(
     all; one that lost to a newer or an equal observation gives way as long as the winner is
     fresh.
     """
-    own = flight.offered[0] if flight.offered is not None else current
+    own = current if flight.offered is None else flight.offered
+    if status is CacheWriteStatus.STORED:
+        return Settlement(Reading(own, max(0.0, own.fetched_at - own.observed_at)))
     now = equipment.clock.now()
     policy = flight.policy
-    lost = status is not CacheWriteStatus.STORED and current.version != own.version
-    if lost and _agrees(current, flight):
+    if current.version != own.version and _agrees(current, flight):
         winner = reading_of(
             current, now, policy, from_cache=True, notes={"superseded_source": own.source}
         )
@@ -91,7 +92,7 @@ def after_failures(flight: Acquisition, equipment: Equipment) -> Settlement:
     if flight.cycle is not None:
         failure = Failure.of_cycle(flight.key, flight.cycle)
     else:
-        failure = Failure.of_sources(flight.key, tuple(flight.failures))
+        failure = Failure.of_sources(flight.key, flight.failures)
     return Settlement(failure=failure, stale=stale_candidate(flight, failure, equipment))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from coalestra.concurrency.waits_for import WaitsFor
@@ -15,6 +16,7 @@ class FlightBoard:
     """Keeps at most one flight per key for newcomers to join, and never lets a cycle in.
 
     `flights` are those that may be joined; `deriving` those that have dependencies of their own.
+    Only these can be part of a cycle, so only who waits for one of them is entered in the relation.
     Flights out of sight, hidden or private, are kept aside: news of their key concerns them too.
     """
 
@@ -25,11 +27,21 @@ class FlightBoard:
         self._aside: dict[ResourceKey, dict[Acquisition, None]] = {}
         self._waits: WaitsFor[Acquisition] = WaitsFor()
 
+    def start(self, gather: Gather, flight: Acquisition) -> None:
+        """Put up a new flight, and let `gather`, which brought it about, wait for it."""
+        key = flight.key
+        self.flights[key] = flight
+        flight.joinable = True
+        flight.waiters[gather] = False
+        gather.pending[key] = flight
+        unlimited = gather.owner is None and gather.work.deadline is None
+        flight.cutoff = math.inf if unlimited else gather.cutoff
+
     def join(self, gather: Gather, flight: Acquisition) -> None:
         """Let `gather` wait for `flight`; a wait that would close a cycle fails instead."""
         owner = gather.owner
-        if owner is not None:
-            cycle = self._waits.add(owner, flight)
+        if owner is not None and flight in self.deriving:
+            cycle = self._link(owner, flight)
             if cycle is not None:
                 path = tuple(member.key for member in cycle)
                 gather.failures[flight.key] = Failure.of_cycle(flight.key, path)
@@ -42,6 +54,20 @@ class FlightBoard:
         flight.waiters[gather] = joined
         gather.pending[flight.key] = flight
         self.extend(flight, gather.cutoff)
+
+    def derive(self, flight: Acquisition) -> None:
+        """Let a flight begin to have dependencies: from now on a cycle can go through it.
+
+        None can yet, as it waits for nobody.
+        """
+        self.deriving[flight] = None
+        for gather in flight.waiters:
+            if gather.owner is not None:
+                self._link(gather.owner, flight)
+
+    def _link(self, owner: Acquisition, flight: Acquisition) -> tuple[Acquisition, ...] | None:
+        owner.linked = flight.linked = True
+        return self._waits.add(owner, flight)
 
     def extend(self, flight: Acquisition, cutoff: float) -> None:
         """Keep a flight, and what it waits for, wanted until `cutoff`."""
@@ -62,7 +88,7 @@ class FlightBoard:
         """Let `gather` wait no longer."""
         gather.pending.pop(flight.key, None)
         flight.waiters.pop(gather, None)
-        if gather.owner is not None:
+        if gather.owner is not None and flight.linked:
             self._waits.remove(gather.owner, flight)
 
     def hide(self, flight: Acquisition, *, cacheable: bool) -> None:
@@ -74,7 +100,8 @@ class FlightBoard:
             if id(each) in seen:
                 continue
             seen.add(id(each))
-            if self.flights.get(each.key) is each:
+            if each.joinable:
+                each.joinable = False
                 del self.flights[each.key]
                 self.set_aside(each)
             if not cacheable:
@@ -102,16 +129,24 @@ class FlightBoard:
 
         It removes only itself, never a successor under the same key.
         """
-        if self.flights.get(flight.key) is flight:
+        if flight.joinable:
+            flight.joinable = False
             del self.flights[flight.key]
         elif flight.key in self._aside:
             self._forget_aside(flight)
         if flight.pins is not None and flight.pins.private.get(flight.key) is flight:
             del flight.pins.private[flight.key]
+        if flight.linked:
+            self._waits.discard(flight)
         self.deriving.pop(flight, None)
-        self._waits.discard(flight)
         waiters, flight.waiters = flight.waiters, {}
         return waiters
+
+    def clear(self) -> None:
+        """Let go of the flights: should one of them still end, it finds itself taken off."""
+        for flight in self.flights.values():
+            flight.joinable = False
+        self.flights.clear()
 
     def _forget_aside(self, flight: Acquisition) -> None:
         aside = self._aside[flight.key]

@@ -39,9 +39,10 @@ class Acquisition:
 
     `cutoff` is the latest deadline that any waiter ever had. `cacheable` turns false when the key
     is invalidated under way; `event` is what was published for it meanwhile. `offered` is the
-    value on its way to the cache, with whether its source dated it. `pins` is set for a private
+    value on its way to the cache, `dated` if its source said when. `pins` is set for a private
     derivation, which serves one unit of work alone and is never joined by others. `missed` says
-    that the cache had nothing of use for the key.
+    that the cache had nothing of use for the key, `joinable` that newcomers find the flight on the
+    board, `linked` that it waits for other flights, or others wait for it.
     """
 
     __slots__ = (
@@ -52,12 +53,15 @@ class Acquisition:
         "candidate",
         "cutoff",
         "cycle",
+        "dated",
         "event",
         "failures",
         "forced",
         "gather",
+        "joinable",
         "key",
         "link",
+        "linked",
         "missed",
         "offered",
         "phase",
@@ -88,15 +92,18 @@ class Acquisition:
         self.phase: Phase = Phase.CHOOSING
         self.position: int = 0
         self.link: Link | None = None
-        self.failures: list[SourceFailure] = []
+        self.failures: tuple[SourceFailure, ...] = ()
         self.cycle: tuple[ResourceKey, ...] | None = None
         self.cached: Revision | None = None
         self.candidate: Revision | None = None
         self.event: Revision | None = None
-        self.offered: tuple[Revision, bool] | None = None
+        self.offered: Revision | None = None
+        self.dated: bool = False
         self.cacheable: bool = True
         self.began: bool = False
         self.missed: bool = False
+        self.joinable: bool = False
+        self.linked: bool = False
         self.gather: Gather | None = None
         self.attempt: Call | None = None
         self.settlement: Settlement | None = None
@@ -108,7 +115,7 @@ class Acquisition:
 
     def offers(self, revision: Revision) -> bool:
         """Whether `revision` is the value that the flight itself brings to the cache."""
-        return self.offered is not None and self.offered[0] is revision
+        return self.offered is revision
 
     def living_sponsor(self) -> Work:
         """Return the work to act for: the first that waits, directly or through derived keys.
@@ -246,7 +253,7 @@ class Gather:
 
     def accepts_stale(self, key: ResourceKey) -> bool:
         """Whether a stale value may stand in for a failed `key`."""
-        return not self.refresh and key not in self.forced
+        return not self.refresh and not (self.forced and key in self.forced)
 
     def yield_to_pins(self) -> None:
         """Give up readings of what was pinned otherwise meanwhile: what is pinned stands."""
@@ -265,15 +272,17 @@ class Gather:
             self.pins = Pins(self.base, self.base.demand)
         hold(self.pins, self.readings)
 
-    def receive(self, key: ResourceKey, settlement: Settlement, *, joined: bool = False) -> None:
+    def receive(self, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
         """Take what a flight ended with; `joined` says that another unit of work had started it."""
         reading = settlement.reading
         if reading is None and self.accepts_stale(key):
             reading = settlement.stale
         if reading is not None:
-            self.readings[key] = reading.noted(coalesced_request=True) if joined else reading
-            if key in self.forced:
-                self.pins[key] = self.readings[key]
+            if joined:
+                reading = reading.noted(coalesced_request=True)
+            self.readings[key] = reading
+            if self.forced and key in self.forced:
+                self.pins[key] = reading
         elif settlement.failure is not None:
             self.failures[key] = settlement.failure
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from coalestra.concurrency.seals import Sealed
+from coalestra.concurrency.seals import PORTION, Sealed
 from coalestra.core.errors import SourceUnavailableError
 from coalestra.core.revision import Revision
 from coalestra.core.values import SourcePayload
 from coalestra.orchestration.answers import OMITTED, CallFacts, revision_of, was_future
-from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.flights import Acquisition, Call
 from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.work import Work
+
+_HANDING_OVER = 4
+"""What it weighs beside the copying of the payload, of a `PORTION`: a few times a warm read."""
 
 
 class StaleSourceData(Exception):
@@ -22,27 +25,27 @@ class StaleSourceData(Exception):
 class Receiver(Protocol):
     """Where fresh and outdated values go."""
 
-    def delivered(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
-        """Take a fresh value."""
+    @property
+    def delivered(self) -> Callable[[Acquisition, Revision, bool], None]:
+        """Take a fresh value, and whether its source dated it."""
 
     def outdated(self, flight: Acquisition, revision: Revision) -> None:
         """Take a value that is too old to count, but may stand in when all else fails."""
 
-    def hold(self, work: Work) -> None:
-        """Hold back further calls of the work: keys for them are about to be refused."""
+    @property
+    def hold(self) -> Callable[[Work], None]:
+        """Hold back further calls of a unit of work: keys for them are about to be refused."""
 
-    def release(self, work: Work) -> None:
+    @property
+    def release(self) -> Callable[[Work], None]:
         """Take back one `hold`."""
 
 
-class Answered(Protocol):
+class Answered(Call, Protocol):
     """The attempt whose call was answered."""
 
     work: Work
     equipment: Any
-
-    def holds(self, flight: Acquisition) -> bool:
-        """Whether the flight still waits for this call."""
 
     def refuse(self, flight: Acquisition, error: Exception, status: str) -> None:
         """Report that the source has failed for a key."""
@@ -54,23 +57,39 @@ class Answered(Protocol):
 class Harvest:
     """Seals the values of one answer and hands them over, without holding the loop for long."""
 
-    __slots__ = ("_attempt", "_facts", "_receiver", "fresh")
+    __slots__ = ("_attempt", "_delivered", "_facts", "_receiver", "fresh")
 
     def __init__(self, attempt: Answered, receiver: Receiver, facts: CallFacts) -> None:
         self._attempt = attempt
         self._receiver = receiver
+        self._delivered = receiver.delivered
         self._facts = facts
         self.fresh: set[Acquisition] = set()
 
+    def bring_in_now(self, flight: Acquisition, value: Any) -> bool:
+        """Hand over the only value, and return whether that is all; `bring_in` does the rest."""
+        if value is OMITTED:
+            return False
+        return flight.attempt is not self._attempt or self._handed_over(flight, value, None)
+
     async def bring_in(self, values: Sequence[tuple[Acquisition, Any]]) -> None:
         """Hand over every value; `fresh` tells which of them were fresh."""
-        await self._refuse_omitted([flight for flight, value in values if value is OMITTED])
+        omitted = [flight for flight, value in values if value is OMITTED]
+        if omitted:
+            await self._refuse_omitted(omitted)
+        attempt = self._attempt
         pace = Pace()
+        left = PORTION
         for flight, value in values:
-            if self._attempt.holds(flight) and not self._handed_over(flight, value, None):
-                await self._seal_in_thread(flight, value)
-            if pace.due:
-                await pace.keep()
+            if flight.attempt is attempt:
+                if not self._handed_over(flight, value, None):
+                    await self._seal_in_thread(flight, value)
+                left -= _HANDING_OVER
+                if flight.offered is not None:
+                    left -= flight.offered.seal.weight
+                if left <= 0:
+                    left = PORTION
+                    await pace.keep()
 
     async def _refuse_omitted(self, flights: Sequence[Acquisition]) -> None:
         """Let the keys that were left out go on, together, to where they are served next."""
@@ -119,8 +138,8 @@ class Harvest:
             return True
         attempt.part_with(flight)
         self.fresh.add(flight)
-        dated = isinstance(value, SourcePayload) and value.observed_at is not None
-        self._receiver.delivered(flight, revision, dated)
+        dated = type(value) is SourcePayload and value.observed_at is not None
+        self._delivered(flight, revision, dated)
         return True
 
     def __repr__(self) -> str:

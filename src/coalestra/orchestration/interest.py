@@ -24,7 +24,7 @@ class Interest:
 
     def __init__(self, members: Collection[Sought]) -> None:
         self._members = members
-        self._rest: Iterator[Sought] = iter(())
+        self._rest: Iterator[Sought] | None = None
         self._witness: Sought | None = None
 
     @property
@@ -32,7 +32,9 @@ class Interest:
         """Whether anyone waits for any of them."""
         if self._witness is not None and self._witness.wanted:
             return True
-        return self._find(self._rest) or self._find(iter(tuple(self._members)))
+        if self._rest is not None and self._find(self._rest):
+            return True
+        return self._find(iter(tuple(self._members)))
 
     def _find(self, rest: Iterator[Sought]) -> bool:
         self._rest = rest

@@ -7,11 +7,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coalestra.observability.reporting import Reporter
 from coalestra.orchestration.attempts import Attempt
 from coalestra.orchestration.calls import Shift
 from coalestra.orchestration.chains import Link, SourceKind
 from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.pace import Pace
+from coalestra.orchestration.tally import Tally
 from coalestra.orchestration.work import Work
+
+_CALLS_BETWEEN_LOOKS = 8
+"""Calls that never wait would otherwise all be made in one step of the event loop."""
 
 
 class Lane:
@@ -22,7 +28,7 @@ class Lane:
     another takes its place, while the old one keeps its slot until it really ends.
     """
 
-    __slots__ = ("_busy", "_make", "_queue", "_tasks", "_workers", "limit", "link", "work")
+    __slots__ = ("_busy", "_make", "_queue", "_tasks", "_workers", "limit", "link", "tally", "work")
 
     def __init__(
         self,
@@ -30,11 +36,13 @@ class Lane:
         link: Link,
         limit: int,
         make: Callable[[Lane, Sequence[Acquisition]], Attempt],
+        report: Reporter | None,
         tasks: set[asyncio.Task[Any]],
     ) -> None:
         self.work: Work = work
         self.link: Link = link
         self.limit: int = limit
+        self.tally: Tally = Tally(link, work.record, report)
         self._make = make
         self._tasks = tasks
         self._queue: deque[Attempt] = deque()
@@ -80,6 +88,8 @@ class Lane:
 
     async def _serve(self) -> None:
         shift = Shift()
+        pace = Pace()
+        left = _CALLS_BETWEEN_LOOKS
         try:
             while self._queue and not shift.gone:
                 shift.busy = True
@@ -88,6 +98,10 @@ class Lane:
                 if not shift.gone:
                     shift.busy = False
                     self._busy -= 1
+                    left -= 1
+                    if not left:
+                        left = _CALLS_BETWEEN_LOOKS
+                        await pace.keep()
         finally:
             if not shift.gone:
                 shift.gone = True

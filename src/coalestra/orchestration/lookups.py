@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
-from coalestra.core.freshness import FreshnessPolicy, RefreshMode
+from coalestra.core.freshness import FreshnessPolicy
+from coalestra.core.keyed_policies import policy_of_all
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.orchestration.cache_reads import CacheReads
 from coalestra.orchestration.conclusions import Conclusions, always
 from coalestra.orchestration.flights import Acquisition, Gather, Read
 from coalestra.orchestration.pins import rests_on
-from coalestra.orchestration.readings import Failure, Reading
+from coalestra.orchestration.readings import Failure
 from coalestra.orchestration.scheduler import Scheduler
+from coalestra.orchestration.serving import Serving
 from coalestra.orchestration.work import Work
 
 _KEYS_PER_STEP = 64
@@ -34,7 +36,8 @@ class Lookups:
     ) -> None:
         self._scheduler = scheduler
         self._equipment = scheduler.equipment
-        self._refresh = refresh
+        self.serving: Serving = Serving(scheduler.equipment, refresh)
+        self._served = self.serving.serve
         self.reads: CacheReads = CacheReads(self._equipment, self._answered, scheduler.tasks)
         self.conclusions: Conclusions = Conclusions(scheduler, self.reads)
 
@@ -53,17 +56,50 @@ class Lookups:
         self._scheduler.agenda.add(self._continue, gather, iter(keys))
 
     def _continue(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
+        part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
         now = self._equipment.clock.now()
-        for _ in range(_KEYS_PER_STEP):
-            key = next(rest, None)
-            if key is None or not gather.open:
-                if gather.open:
-                    gather.open = False
-                    self.conclusions.check(gather)
-                self._scheduler.release(gather.work)
-                return
-            self._look_for(gather, key, now)
-        self._scheduler.agenda.add(self._continue, gather, rest)
+        if self._is_plain(gather):
+            self._look_in_store(gather, part, now)
+        else:
+            for key in part:
+                self._look_for(gather, key, now)
+        if len(part) == _KEYS_PER_STEP:
+            self._scheduler.agenda.add(self._continue, gather, rest)
+            return
+        if gather.open:
+            gather.open = False
+            self.conclusions.check(gather)
+        self._scheduler.release(gather.work)
+
+    def _is_plain(self, gather: Gather) -> bool:
+        """Whether the memory cache comes first for every key, and nothing is pinned."""
+        if gather.pins or gather.pins.private or gather.forced or gather.refresh:
+            return False
+        return self._equipment.access.store is not None
+
+    def _look_in_store(self, gather: Gather, keys: Iterable[ResourceKey], now: float) -> None:
+        """Do as `_look_for`, in one go, for keys of which nothing can be known yet."""
+        policies, store = self._equipment.policies, self._equipment.access.store
+        common: FreshnessPolicy | None = policy_of_all(policies)
+        acquire, record, report = (
+            self._scheduler.acquire,
+            gather.work.record,
+            self._equipment.report,
+        )
+        for key in keys:
+            try:
+                policy = policies.resolve(key) if common is None else common
+            except Exception as error:
+                gather.failures[key] = Failure(key, always(error))
+                continue
+            revision = None if store is None else store.find(key, now, policy)
+            if revision is None or not self._served(
+                gather.work, gather.readings, policy, revision, now
+            ):
+                record.cache_misses += 1
+                if report is not None:
+                    report.cache_missed(key)
+                acquire(gather, key, policy, revision)
 
     def _look_for(self, gather: Gather, key: ResourceKey, now: float) -> None:
         if gather.pins:
@@ -89,7 +125,7 @@ class Lookups:
             self._ask_cache(gather, key, policy)
         else:
             revision = store.find(key, now, policy)
-            if revision is None or not self._serve(
+            if revision is None or not self._served(
                 gather.work, gather.readings, policy, revision, now
             ):
                 self._missed(gather, key, policy, revision)
@@ -109,67 +145,13 @@ class Lookups:
         cached: Revision | None = None,
     ) -> None:
         self._scheduler.acquire(gather, key, policy, cached)
-        read = None if self._equipment.access.store is not None else self.reads.find(key)
+        if self._equipment.access.store is not None:
+            return
+        read = self.reads.find(key)
         if read is not None:
             read.flight = self._scheduler.board.flights.get(key)
 
-    # The cache --------------------------------------------------------------------------------
-
-    def at_hand(self, work: Work, keys: Sequence[ResourceKey]) -> dict[ResourceKey, Reading]:
-        """Return the readings of `keys`, up to the first that the memory cache cannot serve fresh.
-
-        For a few keys this spares everything that waiting would take.
-        """
-        readings: dict[ResourceKey, Reading] = {}
-        store = self._equipment.access.store
-        if store is None or len(keys) > _KEYS_PER_STEP:
-            return readings
-        now = self._equipment.clock.now()
-        for key in keys:
-            known = store.peek(key)
-            if known is None:
-                break
-            try:
-                policy = self._equipment.policies.resolve(key)
-            except Exception:
-                break
-            if now - known.observed_at > policy.ttl_seconds:
-                break
-            revision = store.find(key, now, policy)
-            if revision is None or not self._serve(work, readings, policy, revision, now):
-                break
-        work.record.cache_batch_reads += len(readings) == len(keys)
-        return readings
-
-    def _serve(
-        self,
-        work: Work,
-        readings: dict[ResourceKey, Reading],
-        policy: FreshnessPolicy,
-        revision: Revision,
-        now: float,
-    ) -> bool:
-        """Take a cached revision if the policy lets a reader have it; schedule a refresh if due."""
-        key = revision.key
-        age = max(0.0, now - revision.observed_at)
-        stale = age > policy.ttl_seconds
-        mode = policy.refresh_mode
-        notes: dict[str, Any] | None = None
-        if stale:
-            if mode is not RefreshMode.STALE_WHILE_REVALIDATE or age > policy.max_stale_seconds:
-                return False
-            notes = {
-                "refresh_mode": mode.value,
-                "refresh_scheduled": self._refresh(key, mode.value, work),
-            }
-        elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
-            notes = {"refresh_scheduled": self._refresh(key, mode.value, work)}
-        work.record.cache_hits += 1
-        if self._equipment.report is not None:
-            freshness = mode.value if stale else "fresh"
-            self._equipment.report.cache_hit(key, freshness)
-        readings[key] = Reading(revision, age, stale=stale, from_cache=True, notes=notes)
-        return True
+    # The cache ------------------------------------------------------------------------------------
 
     def _missed(
         self,
@@ -201,14 +183,14 @@ class Lookups:
             gather.pending.pop(read.key, None)
             if read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
                 self.reads.ask(gather, read.key, read.policy).rounds = read.rounds + 1
-            elif revision is not None and self._serve(
+            elif revision is not None and self._served(
                 gather.work, gather.readings, read.policy, revision, now
             ):
                 self.conclusions.check(gather)
             elif read.flight is not None and _has_value(read.flight):
                 settlement = read.flight.settlement
                 if settlement is not None:
-                    self._scheduler.hand(gather, read.key, settlement, joined=True)
+                    self._scheduler.hand(gather, read.key, settlement, True)
             else:
                 self._missed(gather, read.key, read.policy, revision)
                 flight = self._scheduler.board.flights.get(read.key)

@@ -14,14 +14,17 @@ from coalestra.orchestration.scheduler import Scheduler
 
 
 class News:
-    """Listens to the cache for the scheduler, so that a read never undoes newer knowledge."""
+    """Listens to the cache for the scheduler, so that a read never undoes newer knowledge.
+
+    `open` counts, by key, the publications whose outcome is not known yet.
+    """
 
     def __init__(self, scheduler: Scheduler, reads: CacheReads) -> None:
         self._scheduler = scheduler
         self._reads = reads
-        self._open: dict[ResourceKey, int] = {}
+        self.open: dict[ResourceKey, int] = {}
         self._held: dict[ResourceKey, list[Acquisition]] = {}
-        scheduler.offers.held_back = self.hold_back
+        scheduler.offers.news = self
 
     def revised(self, key: ResourceKey, revision: Revision | None) -> None:
         """Learn of a key's new current revision; one that a flight has written is no news."""
@@ -48,22 +51,22 @@ class News:
     def announced(self, publications: Sequence[Ranked]) -> None:
         """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
         for publication in publications:
-            self._open[publication.key] = self._open.get(publication.key, 0) + 1
+            self.open[publication.key] = self.open.get(publication.key, 0) + 1
 
     def concluded(self, publications: Sequence[Ranked]) -> None:
         """Learn that publications have ended: values held back go to the cache, or give way."""
         for publication in publications:
             key = publication.key
-            left = self._open.pop(key, 1) - 1
+            left = self.open.pop(key, 1) - 1
             if left:
-                self._open[key] = left
+                self.open[key] = left
                 continue
             for flight in self._held.pop(key, ()):
                 self._scheduler.agenda.add(self._scheduler.offers.make, flight)
 
     def hold_back(self, flight: Acquisition) -> bool:
         """Keep a fetched value from the cache while a publication of its key is open."""
-        if flight.key not in self._open:
+        if flight.key not in self.open:
             return False
         self._held.setdefault(flight.key, []).append(flight)
         return True
@@ -92,4 +95,4 @@ class News:
                     self._scheduler.board.hide(flight, cacheable=False)
 
     def __repr__(self) -> str:
-        return f"<News open={len(self._open)} held={len(self._held)}>"
+        return f"<News open={len(self.open)} held={len(self._held)}>"

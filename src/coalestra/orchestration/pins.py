@@ -90,8 +90,10 @@ def at_odds(
     What is pinned stands. Then comes what was read in its own right, then the newest of what is
     known only as a dependency. Linear in the number of entries and dependencies.
     """
+    if len(readings) == 1 and not pins:
+        return set()
     derived = _derived(readings)
-    if not derived or (len(readings) == 1 and not pins):
+    if not derived:
         return set()
     chosen = {key: revision.version for key, revision in newest_hidden(readings, pins).items()}
     chosen.update((key, reading.revision.version) for key, reading in readings.items())

@@ -12,6 +12,7 @@ Laws:
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,6 +33,11 @@ from coalestra.orchestration.phases import Phase
 from coalestra.orchestration.readings import Failure, Settlement
 from coalestra.orchestration.work import Work
 
+_SETTLED = Phase.SETTLED
+_CHOOSING = Phase.CHOOSING
+_GATHERING = Phase.GATHERING
+_WRITING = Phase.WRITING
+
 
 class Scheduler:
     """Starts, joins, advances and settles flights.
@@ -48,8 +54,12 @@ class Scheduler:
         self.dispatch: Dispatch = Dispatch(self, self._not_dispatched)
         self.tasks: set[asyncio.Task[Any]] = set()
         self.offers: Offers = Offers(equipment, self.settle, self.tasks)
+        self.hold: Callable[[Work], None] = self.dispatch.hold
+        self.release: Callable[[Work], None] = self.dispatch.release
+        self.delivered: Callable[[Acquisition, Revision, bool], None] = self.offers.take
         self.derive: Callable[[Acquisition, Link], None]
         self.inputs: Callable[[Acquisition], Awaitable[Snapshot]]
+        self.inputs_now: Callable[[Acquisition], Snapshot | None]
         self.completed: Callable[[Gather], None]
         self.abandon: Callable[[Gather], None]
 
@@ -73,10 +83,10 @@ class Scheduler:
                 flight.cached = cached
             self.board.join(gather, flight)
             return
-        flight = self.board.flights[key] = Acquisition(key, policy, gather.work, forced=forced)
+        flight = Acquisition(key, policy, gather.work, forced=forced)
         flight.cached = cached
-        self.board.join(gather, flight)
-        self._choose(flight)
+        self.board.start(gather, flight)
+        self._proceed(flight)
 
     def acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
@@ -99,11 +109,11 @@ class Scheduler:
             self.agenda.add(self._unwanted, flight)
 
     def _unwanted(self, flight: Acquisition) -> None:
-        if flight.phase is Phase.SETTLED or flight.waiters:
+        if flight.phase is _SETTLED or flight.waiters:
             return
         if flight.attempt is not None:
             flight.attempt.unwanted()
-        elif flight.phase is Phase.WRITING and self.offers.writes.unwanted(flight):
+        elif flight.phase is _WRITING and self.offers.writes.unwanted(flight):
             return
         else:
             self._drop(flight)
@@ -128,20 +138,26 @@ class Scheduler:
         self.dispatch.release(work)
 
     def _choose(self, flight: Acquisition) -> None:
-        if flight.phase is Phase.SETTLED:
+        if flight.phase is _SETTLED:
             return
         if not flight.waiters:
             self._drop(flight)
             return
-        flight.phase = Phase.CHOOSING
+        flight.phase = _CHOOSING
         flight.gather = None
         self.board.deriving.pop(flight, None)
+        self._proceed(flight)
+
+    def _proceed(self, flight: Acquisition) -> None:
+        """Send a flight on to the next source of its chain; settle it if there is none."""
         link = self._next_link(flight)
-        if link is None or flight.cutoff <= asyncio.get_running_loop().time():
+        if link is None or (
+            flight.cutoff != math.inf and flight.cutoff <= asyncio.get_running_loop().time()
+        ):
             self.settle(flight, after_failures(flight, self.equipment))
         elif link.kind is SourceKind.DERIVED:
-            flight.phase = Phase.GATHERING
-            self.board.deriving[flight] = None
+            flight.phase = _GATHERING
+            self.board.derive(flight)
             self.derive(flight, link)
         else:
             self.dispatch.ready(flight)
@@ -160,14 +176,6 @@ class Scheduler:
                 self._note(flight, link, error, "failure", attempts=0)
         return None
 
-    def hold(self, work: Work) -> None:
-        """Hold back the calls of a unit of work."""
-        self.dispatch.hold(work)
-
-    def release(self, work: Work) -> None:
-        """Take back one `hold`."""
-        self.dispatch.release(work)
-
     def _not_dispatched(self, flight: Acquisition, error: Exception) -> None:
         self.refused(flight, error, "failure", 0)
 
@@ -182,7 +190,7 @@ class Scheduler:
     def _note(
         self, flight: Acquisition, link: Link, error: Exception, status: str, attempts: int
     ) -> None:
-        flight.failures.append(SourceFailure.of(link.name, error, attempts))
+        flight.failures += (SourceFailure.of(link.name, error, attempts),)
         if self.equipment.report is not None:
             self.equipment.report.source_failed(flight.key, link.name, error, status)
 
@@ -192,40 +200,35 @@ class Scheduler:
         if known is None or known.observed_at < revision.observed_at:
             flight.candidate = revision
 
-    def delivered(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
-        """Take a fresh value on to the cache."""
-        self.offers.take(flight, revision, dated)
-
     # Settle -----------------------------------------------------------------------------------
 
     def settle(self, flight: Acquisition, settlement: Settlement) -> None:
         """End a flight, and tell everyone who waits for it."""
-        flight.phase = Phase.SETTLED
+        flight.phase = _SETTLED
         flight.settlement = settlement
         flight.gather = flight.attempt = None
         if flight.pins is not None and settlement.reading is not None:
             flight.pins.setdefault(flight.key, settlement.reading)
         for gather, joined in self.board.take_off(flight).items():
             gather.pending.pop(flight.key, None)
-            self.hand(gather, flight.key, settlement, joined=joined)
+            self.hand(gather, flight.key, settlement, joined)
 
-    def hand(
-        self, gather: Gather, key: ResourceKey, settlement: Settlement, *, joined: bool = False
-    ) -> None:
-        """Give a gather what a flight ended with."""
-        gather.receive(key, settlement, joined=joined)
+    def hand(self, gather: Gather, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
+        """Give a gather what a flight ended with, and whether it had joined that flight."""
+        gather.receive(key, settlement, joined)
         if self.equipment.report is not None and key in gather.readings:
             reading = gather.readings[key]
             if reading is not settlement.reading and reading.fallback is not None:
                 self.equipment.report.stale_fallback_used(
                     key, reading.fallback, from_cache=reading.from_cache
                 )
-        if gather.complete:
+        if not gather.pending and not gather.open:
             self.agenda.add(self.completed, gather)
 
     def forget(self) -> None:
         """Drop all flights: the event loop that they flew in has ended."""
         self.agenda.clear()
+        self.board.clear()
         self.board = FlightBoard(self.equipment.report)
         self.dispatch.workers.clear()
         self.tasks.clear()

@@ -8,12 +8,12 @@ from typing import Any
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import Deadline
-from coalestra.core.context import FetchContext
+from coalestra.core.context import context_of
 from coalestra.core.diagnostics import SnapshotDiagnostics
 from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
-from coalestra.core.frozen import EMPTY
+from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import Snapshot
+from coalestra.core.snapshot import Snapshot, snapshot_of
 from coalestra.core.validation import instance, number, text
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.engine import Engine
@@ -74,32 +74,38 @@ class Unit:
         """
         values = await self.engine.warm_reads.values(self.work, keys)
         if values is None:
-            struck = await self.acquire(keys)
+            struck = await self.acquire(keys, at_hand=False)
             return await self.snapshot(bound=not struck)
         self.engine.require_open()
         self.requested.update(keys)
         return self._assembled(values, EMPTY)
 
     async def acquire(
-        self, keys: Mapping[ResourceKey, None], *, retry_errors: bool = False
+        self,
+        keys: Mapping[ResourceKey, None],
+        *,
+        retry_errors: bool = False,
+        at_hand: bool = True,
     ) -> bool:
-        """Settle every key that is not settled yet; return whether the deadline struck."""
+        """Settle every key that is not settled yet; return whether the deadline struck.
+
+        `at_hand` is whether it may be that nothing has to be waited for.
+        """
         self.engine.require_open()
-        if retry_errors:
-            wanted = [key for key in keys if key not in self.pins]
-        else:
-            wanted = [key for key in keys if key not in self.pins and key not in self.failures]
+        known = self.pins if retry_errors else {**self.pins, **self.failures}
+        wanted = [key for key in keys if key not in known] if known else list(keys)
         self.requested.update(keys)
         if not wanted:
             return False
-        found = {} if self.work.expired else self.engine.lookups.at_hand(self.work, wanted)
-        if len(found) == len(wanted) and not any(
-            reading.revision.dependency_versions for reading in found.values()
-        ):
-            self._pin(found)
-            return False
         gather = Gather(self.work, wanted, self.pins)
-        gather.readings.update(found)
+        if at_hand and not self.work.expired:
+            found = self.engine.lookups.serving.at_hand(self.work, wanted)
+            if len(found) == len(wanted) and not any(
+                reading.revision.dependency_versions for reading in found.values()
+            ):
+                self._pin(found)
+                return False
+            gather.readings.update(found)
         await self.engine.run(gather, self._keep)
         return self.work.expired
 
@@ -119,11 +125,13 @@ class Unit:
 
     def visible(self) -> dict[ResourceKey, Reading]:
         """Return the readings of what was asked for, in the order of asking."""
-        pins = self.pins
-        return {key: pins[key] for key in self.requested if key in pins}
+        get = self.pins.get
+        return {key: reading for key in self.requested if (reading := get(key)) is not None}
 
     def errors(self) -> dict[ResourceKey, Exception]:
         """Return a fresh error for every key that was asked for and has none but a failure."""
+        if not self.failures:
+            return {}
         failed = (key for key in self.requested if key in self.failures and key not in self.pins)
         return {key: self.failures[key].make() for key in failed}
 
@@ -153,9 +161,8 @@ class Unit:
             raise SnapshotBuildError(
                 {key: SnapshotDeadlineExceededError(text) for key in readings}
             ) from late
-        return self._assembled(
-            values, {**(self.errors() if errors is None else errors), **uncopied}
-        )
+        failed = self.errors() if errors is None else errors
+        return self._assembled(values, {**failed, **uncopied} if uncopied else failed)
 
     def snapshot_now(self) -> Snapshot:
         """Return an isolated snapshot without waiting, however long the copying takes."""
@@ -170,11 +177,11 @@ class Unit:
         values: Mapping[ResourceKey, SnapshotValue[object]],
         errors: Mapping[ResourceKey, Exception],
     ) -> Snapshot:
-        return Snapshot(
+        return snapshot_of(
             self.work.context.snapshot_id,
             self.created_at,
-            values,
-            errors,
+            values if type(values) is FrozenDict else FrozenDict(values),
+            FrozenDict(errors) if errors else EMPTY,
             self._diagnostics(values, len(errors)),
         )
 
@@ -215,11 +222,11 @@ def open_unit(
     if deadline_seconds is not None:
         deadline = Deadline.after(clock, deadline_seconds)
     now = clock.now()
-    context = FetchContext(
-        requested_at=now,
-        deadline_at=None if deadline_seconds is None else now + deadline_seconds,
-        deadline_monotonic=None if deadline is None else deadline.monotonic_at,
-        metadata=deepcopy_payload(dict(metadata)) if metadata else {},
-        snapshot_id=os.urandom(16).hex() if snapshot_id is None else snapshot_id,
+    context = context_of(
+        now,
+        None if deadline_seconds is None else now + deadline_seconds,
+        None if deadline is None else deadline.monotonic_at,
+        FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY,
+        os.urandom(16).hex() if snapshot_id is None else snapshot_id,
     )
     return Unit(engine, Work(context, deadline=deadline), lasting=lasting)
