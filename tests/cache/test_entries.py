@@ -306,6 +306,20 @@ def test_listeners_hear_of_writes_and_invalidations_in_order() -> None:
     ]
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_everyone_but_the_teller_hears_of_a_write(others: int) -> None:
+    store = EntryStore()
+    teller, *listeners = witnesses = [Witness() for _ in range(1 + others)]
+    for witness in witnesses:
+        store.listeners.subscribe(witness)
+    revision = revision_of(A)
+    store.put(revision, teller=teller)
+    assert teller.heard == []
+    assert all(each.heard == [("revised", A, revision.version)] for each in listeners)
+    store.put(revision, force=True)
+    assert teller.heard == [("revised", A, revision.version)]
+
+
 def test_listeners_hear_of_invalidation_by_rule_with_the_rule() -> None:
     store = EntryStore(2)
     witness = Witness()

@@ -27,6 +27,15 @@ def test_every_kind_of_news_reaches_every_listener() -> None:
     ]
 
 
+def test_the_one_who_tells_of_a_revision_is_not_told() -> None:
+    listeners = Listeners()
+    teller, other = Witness(), Witness()
+    listeners.subscribe(teller)
+    listeners.subscribe(other)
+    listeners.revised(A, None, teller)
+    assert (teller.heard, other.heard) == ([], [("revised", A, None)])
+
+
 def test_a_listener_is_not_kept_alive() -> None:
     listeners = Listeners()
     listeners.subscribe(Witness())

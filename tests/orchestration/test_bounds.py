@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import random
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -221,8 +222,9 @@ async def test_a_wall_clock_that_is_set_back_makes_no_value_young_again() -> Non
 
 
 @pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("kind", [Batch, Single])
 async def test_many_keys_never_hold_the_loop_for_long(
-    warm: bool, monkeypatch: pytest.MonkeyPatch
+    kind: type[Batch | Single], warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every reading of the slice clock is 0.1 ms later: a build of 10,000 keys must pause."""
     ticks = 0.0
@@ -233,7 +235,7 @@ async def test_many_keys_never_hold_the_loop_for_long(
         return ticks
 
     keys = [key("x", str(i)) for i in range(10_000)]
-    building = builder(Batch("x"), cache=AsyncMemoryCache(max_entries=None))
+    building = builder(kind("x"), cache=AsyncMemoryCache(max_entries=None))
     if warm:
         await building.build(keys)
     monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", tick)
@@ -246,3 +248,52 @@ async def test_many_keys_never_hold_the_loop_for_long(
     assert steps > 10
     assert loop.time() >= 0
     assert (await running).complete
+
+
+class Turns:
+    """Counts what is done in each turn of the event loop, while every slice is used up at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ticks = iter(range(1_000_000))
+        monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", lambda: next(ticks))
+        self.counts: list[int] = [0]
+
+    def count(self) -> None:
+        self.counts[-1] += 1
+
+    async def most(self, work: Awaitable[Any]) -> int:
+        """Return the most that was counted in one turn of the work."""
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            self.counts.append(0)
+            await asyncio.sleep(0)
+        await task
+        return max(self.counts)
+
+
+async def test_calls_that_never_wait_let_others_have_a_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns = Turns(monkeypatch)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        turns.count()
+        return ""
+
+    building = builder(Single("x", fetch=fetch), max_pending_tasks=2)
+    keys = [key("x", str(i)) for i in range(500)]
+    assert await turns.most(building.build(keys)) <= 2 * 8
+
+
+async def test_an_answer_of_many_values_is_taken_in_over_many_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns = Turns(monkeypatch)
+
+    def copier(value: Any) -> Any:
+        turns.count()
+        return value
+
+    building = builder(Batch("x"), payload_copier=copier)
+    keys = [key("x", str(i)) for i in range(500)]
+    assert await turns.most(building.build(keys)) <= 2

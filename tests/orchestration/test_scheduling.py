@@ -165,6 +165,27 @@ async def test_a_cycle_closed_over_several_builds_is_an_error_for_all(builds: in
     await no_leaks(building)
 
 
+async def test_a_cycle_is_found_that_closes_when_a_key_turns_to_a_derived_source() -> None:
+    gate = Gate()
+
+    class Failing(Single):
+        async def fetch(self, k: ResourceKey, context: FetchContext) -> str:
+            if k.subject == "late":
+                await gate.pass_()
+            raise ConnectionError("try the derived source")
+
+    late, early = key("ring", "late"), key("ring", "early")
+    ring = Derived("ring", needs=lambda k: [early if k == late else late])
+    building = builder(Failing("first", "ring", priority=20), ring)
+    waiting = asyncio.ensure_future(building.build([early, late], strict=False))
+    await gate.wait_arrived(1)
+    await settle()
+    gate.open()
+    errors = (await waiting).errors
+    assert all(isinstance(errors[each], DependencyCycleError) for each in (early, late))
+    await no_leaks(building)
+
+
 async def test_a_source_below_the_derived_one_can_break_a_cycle() -> None:
     ring = Derived("ring", priority=20, needs=lambda k: [key("ring", "ab"["ba".index(k.subject)])])
     plain = Single("plain", "ring", priority=1)

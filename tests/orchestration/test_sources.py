@@ -180,6 +180,22 @@ async def test_the_answer_least_recently_used_is_forgotten_first() -> None:
     assert source.asked == [one, two, three, two]
 
 
+async def test_the_answers_of_all_sources_count_towards_the_bound() -> None:
+    first, second = Choosy("none", "x", says=lambda: False), Choosy("x")
+    building = builder(first, second, source_support_cache_max_entries=3)
+    one, two = key("x", "1"), key("x", "2")
+    await ask_anew(building, one)
+    assert (await building.health_snapshot()).source_support_cache_entries == 2
+    await ask_anew(building, two)
+    assert (await building.health_snapshot()).source_support_cache_entries == 2
+    await ask_anew(building, two)
+    assert (first.asked, second.asked) == ([one, two], [one, two])
+    building.clear_source_support_cache()
+    assert (await building.health_snapshot()).source_support_cache_entries == 0
+    await ask_anew(building, two)
+    assert second.asked == [one, two, two]
+
+
 async def test_answers_without_bound_are_all_kept() -> None:
     source = Choosy("x")
     building = builder(source, source_support_cache_max_entries=None)
