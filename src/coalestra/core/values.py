@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from binascii import b2a_base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -20,7 +21,8 @@ _serial = count(1).__next__
 
 
 def _enter_process() -> None:
-    _process[:] = [os.urandom(8).hex()]
+    # Eight characters: with these, ten million versions take no more than 64 bytes each.
+    _process[:] = [b2a_base64(os.urandom(6), newline=False).decode()]
 
 
 _enter_process()
