@@ -88,9 +88,12 @@ class CallableBatchSource(CallableAdapter):
 
 
 _VALUES_BETWEEN_LOOKS = 64
+_PAYLOADS_ONLY = frozenset({SourcePayload})
 
 
 async def _as_payloads(values: Mapping[ResourceKey, Any]) -> dict[ResourceKey, SourcePayload[Any]]:
+    if type(values) is dict and _PAYLOADS_ONLY.issuperset(map(type, values.values())):
+        return values.copy()
     payloads: dict[ResourceKey, SourcePayload[Any]] = {}
     pace = Pace()
     # The function may keep its mapping and change it while others run in between.

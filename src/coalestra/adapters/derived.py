@@ -28,6 +28,9 @@ DeriverFunction: TypeAlias = Callable[[ResourceKey, Snapshot, FetchContext], Any
 """Returns the value for a key from its dependencies, a payload of it, or an awaitable of either."""
 
 
+_COLLECTIONS = frozenset({tuple, list, set, frozenset, dict})
+
+
 class CallableDerivedSource(CallableAdapter):
     """Asks a plain or async function to compute a resource from its dependencies.
 
@@ -79,6 +82,8 @@ class CallableDerivedSource(CallableAdapter):
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
         """Return the keys that `key` is computed from; the builder checks that they are keys."""
         declared = self._dependencies.answer_now(key)
+        if type(declared) in _COLLECTIONS:
+            return cast("Collection[ResourceKey]", declared)
         if isinstance(declared, Iterable) and not isinstance(declared, Collection):
             return tuple(declared)
         return cast("Collection[ResourceKey]", declared)

@@ -17,13 +17,14 @@ class Admission:
     left out of the call.
     """
 
-    __slots__ = ("_breaker", "_groups", "_policy", "_source")
+    __slots__ = ("_breaker", "_groups", "_policy", "_source", "_unasked")
 
     def __init__(self, breaker: CircuitBreaker, source: str, policy: CircuitBreakerPolicy) -> None:
         self._breaker = breaker
         self._source = source
         self._policy = policy
         self._groups: dict[CircuitIdentity, list[Acquisition]] = {}
+        self._unasked: Sequence[Acquisition] = ()
 
     def open_now(self, flights: Sequence[Acquisition]) -> list[Acquisition]:
         """Return the flights whose circuit is open, without taking part in any circuit."""
@@ -43,6 +44,9 @@ class Admission:
         refused: list[Acquisition] = []
         if not self._policy.enabled:
             return refused
+        if not len(self._breaker):
+            self._unasked = flights  # nobody knows of a circuit that is not at rest
+            return refused
         for identity, group in self._by_circuit(flights).items():
             try:
                 self._breaker.admit(self._source, group[0].key, self._policy)
@@ -54,6 +58,10 @@ class Admission:
 
     def close(self, fresh: Set[Acquisition]) -> None:
         """Tell each circuit how its keys fared: one fresh value makes its group a success."""
+        whole = self._policy.scope is CircuitScope.SOURCE and not len(self._breaker)
+        if whole and not fresh.isdisjoint(self._unasked):
+            self._unasked = ()
+            return
         for identity, flights in self._taken():
             if fresh.isdisjoint(flights):
                 self._breaker.fail(identity, self._policy)
@@ -76,7 +84,9 @@ class Admission:
     def _by_circuit(
         self, flights: Sequence[Acquisition]
     ) -> dict[CircuitIdentity, list[Acquisition]]:
-        if self._policy.scope is CircuitScope.SOURCE and flights:
+        if not flights:
+            return {}
+        if self._policy.scope is CircuitScope.SOURCE:
             return {self._identity(flights[0]): list(flights)}
         groups: dict[CircuitIdentity, list[Acquisition]] = {}
         for flight in flights:
@@ -87,7 +97,8 @@ class Admission:
         return self._breaker.identity_for(self._source, key=flight.key, scope=self._policy.scope)
 
     def _taken(self) -> list[tuple[CircuitIdentity, list[Acquisition]]]:
-        groups, self._groups = self._groups, {}
+        groups = {**self._groups, **self._by_circuit(self._unasked)}
+        self._groups, self._unasked = {}, ()
         return list(groups.items())
 
     def __repr__(self) -> str:

@@ -105,7 +105,7 @@ class CallFacts:
 
     def __init__(self, equipment: Equipment, link: Link, attempts: int, latency_ms: float) -> None:
         self.link: Link = link
-        self.context: str = f"payload of {link.name}"
+        self.context: str = link.context
         self.attempts: int = attempts
         self.latency_ms: float = latency_ms
         self.answered_at: float = equipment.clock.now()

@@ -14,6 +14,7 @@ from coalestra.core.errors import (
 from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.admission import Admission
 from coalestra.orchestration.answers import CallFacts, by_flight
+from coalestra.orchestration.budget import Budgeted
 from coalestra.orchestration.calls import Shift, Try
 from coalestra.orchestration.chains import Link, SourceKind
 from coalestra.orchestration.equipment import Equipment
@@ -57,7 +58,7 @@ class Desk(Receiver, Protocol):
         """Return it without waiting, or None if that cannot be."""
 
 
-class Attempt:
+class Attempt(Budgeted):
     """A call that carries one key, or a batch of keys, to one source, retries included."""
 
     __slots__ = (
@@ -130,8 +131,13 @@ class Attempt:
             return
         this = self._try = Try(self, shift)
         try:
-            if self.tries or self._pass_open_circuits():
-                await self._make(this)
+            if not self.tries and not self._pass_open_circuits():
+                return
+            if self.link.kind is SourceKind.DERIVED and not await self._prepare(this):
+                return
+            answer = await this.answer()
+            if answer is not None:
+                await self._take(answer[0], this.elapsed_seconds * 1000)
         except asyncio.CancelledError:
             if not this.over:
                 this.over = True
@@ -148,18 +154,16 @@ class Attempt:
             if self._try is this:
                 self._try = None
 
-    async def _make(self, this: Try) -> None:
-        if self.link.kind is SourceKind.DERIVED:
-            try:
-                flight = next(iter(self.flights))
-                inputs = self._desk.inputs_now(flight) or await self._desk.inputs(flight)
-                this.inputs = (inputs,)
-            except Exception as error:
-                self.skipped(error)
-                return
-        answer = await this.answer()
-        if answer is not None:
-            await self._take(answer[0], this.elapsed_seconds * 1000)
+    async def _prepare(self, this: Try) -> bool:
+        """Give a derivation its inputs; False if they cannot be had."""
+        flight = next(iter(self.flights))
+        try:
+            inputs = self._desk.inputs_now(flight) or await self._desk.inputs(flight)
+        except Exception as error:
+            self.skipped(error)
+            return False
+        this.inputs = (inputs,)
+        return True
 
     def begin(self) -> bool:
         """Take part in the circuits and count the try; False if no key may be called for."""
@@ -195,7 +199,7 @@ class Attempt:
         retry = self.policy.retry
         if self._interest.alive and self.tries < retry.max_attempts and retryable(error):
             delay = retry.delay_for_attempt(self.tries)
-            if delay < this.budget.remaining():
+            if delay < self.remaining():
                 self.work.record.retries += 1
                 self._retry = loop.call_later(delay, self._seat.again, self)
                 return
@@ -226,11 +230,6 @@ class Attempt:
         self._tally.batch_ended(status)
         for flight in tuple(self.flights):
             self.refuse(flight, error, "failure")
-
-    def part_with(self, flight: Acquisition) -> None:
-        """Let a flight go that has its value."""
-        self.flights.pop(flight, None)
-        flight.attempt = None
 
     def refuse(self, flight: Acquisition, error: Exception, status: str) -> None:
         """Report that the source has failed for a key."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Protocol
 
 from coalestra.core.errors import SnapshotDeadlineExceededError, SourceTimeoutError
 from coalestra.orchestration.chains import Link
@@ -13,26 +12,19 @@ from coalestra.orchestration.flights import Acquisition
 from coalestra.orchestration.work import Work
 
 
-class Party(Protocol):
-    """A call, as far as its time is concerned."""
+class Budgeted:
+    """A call to a source, as far as its time is concerned."""
+
+    __slots__ = ()
 
     link: Link
     work: Work
     equipment: Equipment
     flights: dict[Acquisition, None]
 
-
-class Budget:
-    """The time limits of one try of a call, and what is said when it breaks one."""
-
-    __slots__ = ("_party",)
-
-    def __init__(self, party: Party) -> None:
-        self._party = party
-
     def cutoff(self) -> float:
         """Return the latest instant, on the loop's clock, at which anyone wants an answer."""
-        return max([flight.cutoff for flight in self._party.flights], default=-math.inf)
+        return max([flight.cutoff for flight in self.flights], default=-math.inf)
 
     def remaining(self) -> float:
         """Return the seconds until nobody wants an answer any more."""
@@ -40,14 +32,14 @@ class Budget:
         if cutoff == math.inf:
             return cutoff
         remaining = cutoff - asyncio.get_running_loop().time()
-        work = self._party.work
+        work = self.work
         if work.deadline is not None and work.cutoff == cutoff:
             remaining = min(remaining, work.deadline.remaining())
         return remaining
 
     def limit(self, began: float) -> float | None:
         """Return when to cut a call off that `began` then, on the loop's clock; None for never."""
-        timeout = self._party.link.timeout_seconds
+        timeout = self.link.timeout_seconds
         cutoff = self.cutoff()
         end = cutoff if timeout is None else min(began + timeout, cutoff)
         return None if end == math.inf else end
@@ -58,12 +50,12 @@ class Budget:
 
     def of_deadline(self) -> str:
         """Return how long the deadline gave, for messages."""
-        deadline = self._party.work.deadline
+        deadline = self.work.deadline
         return "" if deadline is None else f" of {deadline.budget_seconds:g} s"
 
     def refusal(self) -> Exception | None:
         """Return why a blocking call must not be started, as it could outlive its budget."""
-        link = self._party.link
+        link = self.link
         declared = link.guarantee.transport_timeout_seconds
         if not link.guarantee.protected or declared is None:
             return None
@@ -73,10 +65,10 @@ class Budget:
         if declared < left:
             return None
         by_deadline = remaining < timeout
-        report = self._party.equipment.report
+        report = self.equipment.report
         if report is not None:
             reason = "snapshot_deadline" if by_deadline else "source_timeout"
-            keys = [flight.key for flight in self._party.flights]
+            keys = [flight.key for flight in self.flights]
             report.transport_budget_rejected(keys, link.name, reason, declared, left)
         kind = SnapshotDeadlineExceededError if by_deadline else SourceTimeoutError
         return kind(
@@ -89,19 +81,16 @@ class Budget:
 
         `elapsed` is seconds; `outcome` is completed_late, failed_late or coalestra_timeout.
         """
-        link = self._party.link
+        link = self.link
         declared = link.guarantee.transport_timeout_seconds
         if not link.guarantee.protected or declared is None:
             return
-        equipment = self._party.equipment
+        equipment = self.equipment
         grace = equipment.transport_grace_seconds
         if outcome != "coalestra_timeout" and elapsed <= declared + grace:
             return
         violations = equipment.counters.transport_violations
         violations[link.name] = violations.get(link.name, 0) + 1
         if equipment.report is not None:
-            keys = [flight.key for flight in self._party.flights]
+            keys = [flight.key for flight in self.flights]
             equipment.report.transport_violated(keys, link.name, outcome, declared, elapsed, grace)
-
-    def __repr__(self) -> str:
-        return f"<Budget of source {self._party.link.name}>"

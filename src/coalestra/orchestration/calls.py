@@ -20,8 +20,10 @@ from coalestra.core.errors import (
     SourceUnavailableError,
 )
 from coalestra.orchestration.answers import Watched
-from coalestra.orchestration.budget import Budget, Party
-from coalestra.orchestration.chains import SourceKind
+from coalestra.orchestration.chains import Link, SourceKind
+from coalestra.orchestration.equipment import Equipment
+from coalestra.orchestration.flights import Acquisition
+from coalestra.orchestration.work import Work
 
 _BATCH, _DERIVED = SourceKind.BATCH, SourceKind.DERIVED
 
@@ -36,8 +38,31 @@ class Shift:
         self.gone: bool = False
 
 
-class Caller(Party, Protocol):
+class Caller(Protocol):
     """The attempt that a try belongs to."""
+
+    link: Link
+    work: Work
+    equipment: Equipment
+    flights: dict[Acquisition, None]
+
+    def cutoff(self) -> float:
+        """Return the latest instant, on the loop's clock, at which anyone wants an answer."""
+
+    def limit(self, began: float) -> float | None:
+        """Return when to cut a call off that `began` then, on the loop's clock."""
+
+    def deadline_comes_first(self, began: float, timeout: float | None) -> bool:
+        """Whether a wait that `began` then ends by a deadline rather than by its own timeout."""
+
+    def of_deadline(self) -> str:
+        """Return how long the deadline gave, for messages."""
+
+    def refusal(self) -> Exception | None:
+        """Return why a blocking call must not be started, as it could outlive its budget."""
+
+    def watch_transport(self, elapsed: float, outcome: str) -> None:
+        """Count a blocking call that outlived the transport timeout it declares."""
 
     def begin(self) -> bool:
         """Take part in the circuits and count the try; False if no key may be called for."""
@@ -65,7 +90,6 @@ class Try:
         "_shift",
         "_task",
         "began",
-        "budget",
         "calling",
         "inputs",
         "over",
@@ -78,7 +102,6 @@ class Try:
         self._task = asyncio.current_task()
         self._cut: CutOff | None = None
         self._patience = math.inf
-        self.budget: Budget = Budget(caller)
         self.inputs: tuple[Any, ...] = ()
         self.over: bool = False
         self.calling: bool = False
@@ -88,7 +111,7 @@ class Try:
     @property
     def bounded(self) -> bool:
         """Whether the running call ends by itself at some instant."""
-        return self.calling and self.budget.limit(self.began) is not None
+        return self.calling and self._caller.limit(self.began) is not None
 
     @property
     def elapsed_seconds(self) -> float:
@@ -98,7 +121,7 @@ class Try:
     def extend(self) -> None:
         """Move the instant that cuts the call off: some key is wanted for longer."""
         if self._cut is not None:
-            self._cut.move(self.budget.limit(self.began) if self.calling else self._queue_end())
+            self._cut.move(self._caller.limit(self.began) if self.calling else self._queue_end())
 
     def abandon(self) -> Exception | None:
         """End the try, as nobody wants its answer; return the error if it waited too long."""
@@ -106,7 +129,7 @@ class Try:
         queued = self._cut is not None and not self.calling
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
-        if queued and self.budget.cutoff() <= asyncio.get_running_loop().time():
+        if queued and self._caller.cutoff() <= asyncio.get_running_loop().time():
             return self._late_in_queue()
         return None
 
@@ -117,11 +140,12 @@ class Try:
         if lease is None:
             return None
         try:
-            refusal = self.budget.refusal()
+            refusal = caller.refusal()
             if refusal is not None:
                 caller.skipped(refusal)
-                return None
-            return await self._call() if caller.begin() else None
+            elif caller.begin():
+                return await self._call()
+            return None
         finally:
             lease.release()
 
@@ -138,7 +162,7 @@ class Try:
             with CutOff(self._queue_end()) as self._cut:
                 return await capacity.acquire(name)
         except CutOffExpired:
-            late = self.budget.cutoff() < self._patience
+            late = self._caller.cutoff() < self._patience
             self._caller.skipped(self._late_in_queue() if late else self._impatient(timeout))
             return None
         finally:
@@ -146,7 +170,7 @@ class Try:
             self._report_wait(began)
 
     def _queue_end(self) -> float | None:
-        end = min(self._patience, self.budget.cutoff())
+        end = min(self._patience, self._caller.cutoff())
         return None if end == math.inf else end
 
     def _report_wait(self, began: float) -> None:
@@ -158,7 +182,7 @@ class Try:
     def _late_in_queue(self) -> Exception:
         self._report_timeout("snapshot_deadline")
         return SnapshotDeadlineExceededError(
-            f"the deadline{self.budget.of_deadline()} passed while waiting for capacity of "
+            f"the deadline{self._caller.of_deadline()} passed while waiting for capacity of "
             f"source {self._caller.link.name!r}; raise max_concurrency or the deadline"
         )
 
@@ -183,7 +207,7 @@ class Try:
         self.ticks = caller.equipment.clock.monotonic()
         self.calling = True
         watched: Watched | None = None
-        end = self.budget.limit(self.began)
+        end = self._caller.limit(self.began)
         try:
             if end is None:
                 watched = Watched(caller.link, self._invoke())
@@ -207,7 +231,7 @@ class Try:
             self._cut = None
         if self.over:
             return None
-        self.budget.watch_transport(self.elapsed_seconds, "completed_late")
+        self._caller.watch_transport(self.elapsed_seconds, "completed_late")
         return (answer,)
 
     def _invoke(self) -> Any:
@@ -224,7 +248,7 @@ class Try:
     def _fail(self, error: Exception) -> None:
         if not self.over:
             self.over = True
-            self.budget.watch_transport(self.elapsed_seconds, "failed_late")
+            self._caller.watch_transport(self.elapsed_seconds, "failed_late")
             self._caller.failed(self, error)
 
     def _expire(self) -> None:
@@ -234,13 +258,13 @@ class Try:
         self.over = True
         caller = self._caller
         timeout = caller.link.timeout_seconds
-        by_deadline = self.budget.deadline_comes_first(self.began, timeout)
-        self.budget.watch_transport(self.elapsed_seconds, "coalestra_timeout")
+        by_deadline = self._caller.deadline_comes_first(self.began, timeout)
+        self._caller.watch_transport(self.elapsed_seconds, "coalestra_timeout")
         caller.written_off(self._shift)
         name = caller.link.name
         if by_deadline:
             error: Exception = SnapshotDeadlineExceededError(
-                f"the deadline{self.budget.of_deadline()} passed while source {name!r} was "
+                f"the deadline{self._caller.of_deadline()} passed while source {name!r} was "
                 "running; raise the deadline or lower the source timeout"
             )
         else:

@@ -36,11 +36,13 @@ _METHODS = {
 class Link:
     """One source in the chain, with what the engine needs to know of it.
 
-    `asked` and `served` are its bits among the answers that are remembered of a key.
+    `context` names its payloads in errors. `asked` and `served` are its bits among the answers that
+    are remembered of a key.
     """
 
     __slots__ = (
         "asked",
+        "context",
         "declared_resilience",
         "guarantee",
         "index",
@@ -57,6 +59,7 @@ class Link:
         self.served: int = 2 << 2 * index
         self.source: Any = source
         self.name: str = source.name
+        self.context: str = f"payload of {source.name}"
         self.kind: SourceKind = kind_of(source)
         self.guarantee: SourceTimeoutGuarantee = inspect_source_timeout_guarantee(source)
         self.memoized: bool = memoized and bool(getattr(source, "cache_supports", True))

@@ -18,7 +18,7 @@ from coalestra.orchestration.chains import Link
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import Acquisition, Gather
 from coalestra.orchestration.lookups import Lookups
-from coalestra.orchestration.pins import Pins, hold
+from coalestra.orchestration.pins import NO_PINS, hold
 from coalestra.orchestration.scheduler import Scheduler
 
 _CONTEXT = "derived dependency"
@@ -42,7 +42,7 @@ class Derivations:
         except Exception as error:
             self._scheduler.refused(flight, error, "failure", 0)
             return
-        pins = Pins() if flight.pins is None else flight.pins
+        pins = NO_PINS if flight.pins is None else flight.pins
         work = flight.living_sponsor()
         gather = Gather(work, keys, pins, demand=pins.demand, owner=flight)
         flight.gather = gather

@@ -53,7 +53,8 @@ class FlightBoard:
                 self._report.flight_joined(flight.key)
         flight.waiters[gather] = joined
         gather.pending[flight.key] = flight
-        self.extend(flight, gather.cutoff)
+        if flight.cutoff != math.inf:
+            self.extend(flight, gather.cutoff)
 
     def derive(self, flight: Acquisition) -> None:
         """Let a flight begin to have dependencies: from now on a cycle can go through it.

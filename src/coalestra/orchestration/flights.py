@@ -19,7 +19,7 @@ from coalestra.core.revision import Revision
 from coalestra.orchestration.chains import Link
 from coalestra.orchestration.interest import Interest
 from coalestra.orchestration.phases import Phase
-from coalestra.orchestration.pins import NO_DEMAND, Demand, Pins, hold
+from coalestra.orchestration.pins import NO_DEMAND, NO_PINS, Demand, Pins, hold
 from coalestra.orchestration.readings import Failure, Reading, Settlement
 from coalestra.orchestration.work import Work
 
@@ -270,6 +270,8 @@ class Gather:
         """
         if self.owner is None:
             self.pins = Pins(self.base, self.base.demand)
+        elif self.pins is NO_PINS:
+            self.base = self.pins = Pins()
         hold(self.pins, self.readings)
 
     def receive(self, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
@@ -278,8 +280,7 @@ class Gather:
         if reading is None and self.accepts_stale(key):
             reading = settlement.stale
         if reading is not None:
-            if joined:
-                reading = reading.noted(coalesced_request=True)
+            reading = reading.noted(coalesced_request=True) if joined else reading
             self.readings[key] = reading
             if self.forced and key in self.forced:
                 self.pins[key] = reading

@@ -46,12 +46,10 @@ class Answered(Call, Protocol):
 
     work: Work
     equipment: Any
+    flights: dict[Acquisition, None]
 
     def refuse(self, flight: Acquisition, error: Exception, status: str) -> None:
         """Report that the source has failed for a key."""
-
-    def part_with(self, flight: Acquisition) -> None:
-        """Let a flight go that has its value."""
 
 
 class Harvest:
@@ -112,7 +110,8 @@ class Harvest:
         except Exception as error:
             self._refuse(flight, error)
         else:
-            self._handed_over(flight, value, sealed)
+            if flight.attempt is self._attempt:
+                self._handed_over(flight, value, sealed)
 
     def _refuse(self, flight: Acquisition, error: Exception) -> None:
         future = was_future(error)
@@ -136,7 +135,8 @@ class Harvest:
             text = f"the value is {age:g} s old, the policy allows {ttl:g} s"
             attempt.refuse(flight, StaleSourceData(text), "stale")
             return True
-        attempt.part_with(flight)
+        del attempt.flights[flight]
+        flight.attempt = None
         self.fresh.add(flight)
         dated = type(value) is SourcePayload and value.observed_at is not None
         self._delivered(flight, revision, dated)

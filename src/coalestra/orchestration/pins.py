@@ -45,7 +45,8 @@ class Pins(dict[ResourceKey, Reading]):
         readings: Mapping[ResourceKey, Reading] | None = None,
         demand: Demand | None = None,
     ) -> None:
-        super().__init__(readings or {})
+        if readings:
+            super().__init__(readings)
         self.demand: Demand | None = demand
         self.private: dict[ResourceKey, Any] = {}
         self.generation: int = 0
@@ -54,6 +55,10 @@ class Pins(dict[ResourceKey, Reading]):
     def stamp(self) -> tuple[int, int]:
         """What changes with every reading that is pinned anew or replaced."""
         return self.generation, len(self)
+
+
+NO_PINS = Pins()
+"""What a derivation starts with that has to agree with nobody; never changed."""
 
 
 def lineage(revisions: Iterable[Revision]) -> dict[int, Revision]:
@@ -68,12 +73,14 @@ def lineage(revisions: Iterable[Revision]) -> dict[int, Revision]:
     return found
 
 
-def newest_hidden(
-    readings: Mapping[ResourceKey, Reading], pins: Mapping[ResourceKey, Reading]
+def _newest_hidden(
+    derived: Iterable[Revision],
+    readings: Mapping[ResourceKey, Reading],
+    pins: Mapping[ResourceKey, Reading],
 ) -> dict[ResourceKey, Revision]:
     """Return, for keys known only as somebody's dependency, the revision that was fetched last."""
     hidden: dict[ResourceKey, Revision] = {}
-    for revision in lineage(_derived(readings).values()).values():
+    for revision in lineage(derived).values():
         key = revision.key
         if key not in readings and key not in pins:
             known = hidden.get(key)
@@ -95,17 +102,38 @@ def at_odds(
     derived = _derived(readings)
     if not derived:
         return set()
-    chosen = {key: revision.version for key, revision in newest_hidden(readings, pins).items()}
+    hidden = _newest_hidden(derived.values(), readings, pins)
+    chosen = {key: revision.version for key, revision in hidden.items()}
     chosen.update((key, reading.revision.version) for key, reading in readings.items())
     chosen.update((key, pin.revision.version) for key, pin in pins.items())
     wrong: dict[int, bool] = {}
-    for revision in derived.values():
-        _judge(revision, chosen, wrong)
-    return {key for key, revision in derived.items() if wrong[id(revision)]}
+    odd: set[ResourceKey] = set()
+    for key, revision in derived.items():
+        if _is_shallow(revision):
+            differs = _differs(revision, chosen)
+        else:
+            _judge(revision, chosen, wrong)
+            differs = wrong[id(revision)]
+        if differs:
+            odd.add(key)
+    return odd
 
 
 def _derived(readings: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Revision]:
     return {k: r.revision for k, r in readings.items() if r.revision.dependency_versions}
+
+
+def _is_shallow(revision: Revision) -> bool:
+    """Whether nothing it rests on is derived itself."""
+    return not any(each.dependency_versions for each in revision.dependencies)
+
+
+def _differs(revision: Revision, chosen: dict[ResourceKey, str]) -> bool:
+    """Whether a direct dependency differs from what is chosen; what is not yet chosen is now."""
+    for key, version in revision.dependency_versions.items():
+        if chosen.setdefault(key, version) != version:
+            return True
+    return False
 
 
 def _judge(root: Revision, chosen: dict[ResourceKey, str], wrong: dict[int, bool]) -> None:
@@ -121,10 +149,9 @@ def _judge(root: Revision, chosen: dict[ResourceKey, str], wrong: dict[int, bool
             stack.extend(unknown)
             continue
         stack.pop()
-        wrong[id(revision)] = any(
-            chosen.setdefault(name, version) != version
-            for name, version in revision.dependency_versions.items()
-        ) or any(wrong[id(each)] for each in revision.dependencies)
+        wrong[id(revision)] = _differs(revision, chosen) or any(
+            wrong[id(each)] for each in revision.dependencies
+        )
 
 
 def rests_on(revisions: Iterable[Revision], changed: Callable[[Revision], bool]) -> bool:
@@ -134,7 +161,8 @@ def rests_on(revisions: Iterable[Revision], changed: Callable[[Revision], bool])
 
 def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
     """Pin readings, and out of sight what they rest on, unless other values are pinned already."""
-    hidden = newest_hidden(readings, pins)
+    derived = _derived(readings)
+    hidden = _newest_hidden(derived.values(), readings, pins) if derived else {}
     for key, reading in readings.items():
         pins.setdefault(key, reading)
     for key, revision in hidden.items():

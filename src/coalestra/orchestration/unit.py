@@ -213,14 +213,15 @@ def open_unit(
 ) -> Unit:
     """Begin a unit of work; `TypeError` or `ValueError` names the argument that is wrong."""
     engine.require_open()
-    number("deadline_seconds", deadline_seconds, above=0, optional=True)
-    instance("metadata", metadata, Mapping, optional=True)
-    if snapshot_id is not None:
-        text("snapshot_id", snapshot_id)
     clock = engine.equipment.clock
     deadline = None
     if deadline_seconds is not None:
+        number("deadline_seconds", deadline_seconds, above=0)
         deadline = Deadline.after(clock, deadline_seconds)
+    if metadata is not None:
+        instance("metadata", metadata, Mapping)
+    if snapshot_id is not None:
+        text("snapshot_id", snapshot_id)
     now = clock.now()
     context = context_of(
         now,

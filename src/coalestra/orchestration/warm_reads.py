@@ -43,7 +43,7 @@ class WarmReads:
     async def values(self, work: Work, keys: Collection[ResourceKey]) -> Values | None:
         """Return a reader's copies of all `keys`, or None if that takes more than looking."""
         store = self._equipment.access.store
-        if store is None or work.expired:
+        if store is None or next(iter(keys)) not in store or work.expired:
             return None
         pace = Pace()
         revisions = await self._find(store, keys, pace)

@@ -87,13 +87,17 @@ class Work:
         return self.closed or self.struck
 
     def enter(self, stage: Stage) -> None:
-        """Watch the deadline for a stage that begins to wait."""
+        """Watch the deadline, if there is one, for a stage that begins to wait."""
+        if self.deadline is None:
+            return
         self.stages[stage] = None
-        if self.timer is None and self.cutoff != math.inf:
+        if self.timer is None:
             self.timer = asyncio.get_running_loop().call_at(self.cutoff, self._strike)
 
     def leave(self, stage: Stage) -> None:
         """Stop watching for a stage that has ended."""
+        if self.deadline is None:
+            return
         self.stages.pop(stage, None)
         if not self.stages and self.timer is not None:
             self.timer.cancel()
