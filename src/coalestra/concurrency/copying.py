@@ -117,11 +117,6 @@ class PayloadCopies:
         """How many copies are in threads at this moment."""
         return self._threads.active
 
-    @property
-    def closed(self) -> bool:
-        """Whether new copies are refused."""
-        return self._threads.closed
-
     def seal_now(self, value: Any, *, context: str) -> Sealed | None:
         """Seal a payload without waiting; None if it takes ``await seal(...)``.
 
@@ -172,7 +167,12 @@ class PayloadCopies:
         if seal is _SHARED:
             return payload
         if self._is_direct and seal.brief:
-            return self._copied(seal.opener, payload, context)
+            try:
+                copied = seal.opener(payload)
+            except FAILURES as error:
+                raise self._failure(payload, context) from error
+            self._inline += 1
+            return copied
         self._threads.require_open()
         if self._always_threads or (self.run_in_thread and not seal.brief):
             return OFFLOADED

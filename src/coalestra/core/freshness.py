@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 
-from coalestra.core.keyed_policies import KeyedPolicies
+from coalestra.core.keyed_policies import KeyedPolicies, policy_of_all
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import choice, flag, instance, number, span
 
@@ -181,6 +182,19 @@ class FreshnessPolicyProvider(Protocol):
 
     def resolve(self, key: ResourceKey) -> FreshnessPolicy:
         """Return the policy of ``key``."""
+
+
+def quiet_ages(
+    policies: FreshnessPolicyProvider, keys: Iterable[ResourceKey]
+) -> Iterable[float] | None:
+    """Return `quiet_seconds` for each of the keys; None if a policy cannot be told."""
+    common: FreshnessPolicy | None = policy_of_all(policies)
+    if common is not None:
+        return repeat(quiet_seconds(common))
+    try:
+        return [quiet_seconds(policies.resolve(key)) for key in keys]
+    except Exception:
+        return None
 
 
 class PolicyResolver(KeyedPolicies[FreshnessPolicy]):

@@ -10,7 +10,7 @@ from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
 from coalestra.concurrency.deadline import Deadline
 from coalestra.concurrency.seals import PORTION, Seal
 from coalestra.core.errors import PayloadIsolationError, SnapshotDeadlineExceededError
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.pace import Pace
@@ -79,8 +79,12 @@ class Deliveries:
                     payload = self._copies.open_now(payload, seal, context=_CONTEXT)
                 if payload is OFFLOADED:
                     large[key] = reading
-                else:
+                elif revision.metadata or reading.notes:
                     values[key] = self._presented(reading, payload, _CONTEXT)
+                else:
+                    values[key] = revision.presented(
+                        payload, EMPTY, reading.age, reading.stale, reading.from_cache
+                    )
             except PayloadIsolationError as error:
                 errors[key] = error
             left -= seal.weight

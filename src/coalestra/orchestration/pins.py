@@ -171,9 +171,11 @@ def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
 
 
 def loose(
-    pins: Mapping[ResourceKey, Reading], visible: Iterable[ResourceKey], going: set[ResourceKey]
+    pins: Mapping[ResourceKey, Reading], visible: Mapping[ResourceKey, Any], going: set[ResourceKey]
 ) -> set[ResourceKey]:
     """Return what is pinned out of sight and serves nothing but the keys that are `going`."""
+    if pins.keys() <= visible.keys():
+        return set()
     needed: set[ResourceKey] = set()
     stack = [key for key in visible if key in pins and key not in going]
     while stack:

@@ -24,7 +24,7 @@ class Revalidation:
     """
 
     __slots__ = (
-        "_generation",
+        "_stamp",
         "_loose",
         "_readings",
         "_unit",
@@ -42,14 +42,14 @@ class Revalidation:
         self._loose: set[ResourceKey] = set()
         self.failures: dict[ResourceKey, Failure] = {}
         self._readings: dict[ResourceKey, Reading] = {}
-        self._generation = -1
+        self._stamp = self._state()
 
     async def acquire(self) -> None:
         """Read anew what is affected, under the pins that are not; failures are kept as facts."""
         unit = self._unit
         self.affected = dependents(unit.pins, self.named)
         self._loose = loose(unit.pins, unit.requested, self.affected)
-        self._generation = unit.pins.generation
+        self._stamp = self._state()
         derived = [k for k in self.affected if unit.pins[k].revision.dependency_versions]
         forced = frozenset(self.affected) if self.forced else frozenset()
         demand = Demand(forced, frozenset(derived) & forced)
@@ -90,11 +90,17 @@ class Revalidation:
     def outdated(self) -> bool:
         """Whether the session has meanwhile pinned more that is derived from what is replaced."""
         pins = self._unit.pins
+        if self._state() == self._stamp:
+            return False
         return (
-            pins.generation != self._generation
+            pins.generation != self._stamp[0]
             or dependents(pins, self.named) != self.affected
             or loose(pins, self._unit.requested, self.affected) != self._loose
         )
+
+    def _state(self) -> tuple[int, int, int]:
+        """Return what changes with everything that the session pins, replaces or makes visible."""
+        return *self._unit.pins.stamp, len(self._unit.requested)
 
     def commit(self) -> None:
         """Put the new readings in the place of the old ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from coalestra.core.freshness import FreshnessPolicy, RefreshMode
@@ -11,8 +11,6 @@ from coalestra.core.revision import Revision
 from coalestra.orchestration.equipment import Equipment
 from coalestra.orchestration.readings import Reading
 from coalestra.orchestration.work import Work
-
-_FEW = 64
 
 
 class Serving:
@@ -29,32 +27,6 @@ class Serving:
     ) -> None:
         self._equipment = equipment
         self._refresh = refresh
-
-    def at_hand(self, work: Work, keys: Sequence[ResourceKey]) -> dict[ResourceKey, Reading]:
-        """Return the readings of `keys`, up to the first that the memory cache cannot serve fresh.
-
-        For a few keys this spares everything that waiting would take.
-        """
-        readings: dict[ResourceKey, Reading] = {}
-        store = self._equipment.access.store
-        if store is None or len(keys) > _FEW:
-            return readings
-        now = self._equipment.clock.now()
-        for key in keys:
-            known = store.peek(key)
-            if known is None:
-                break
-            try:
-                policy = self._equipment.policies.resolve(key)
-            except Exception:
-                break
-            if now - known.observed_at > policy.ttl_seconds:
-                break
-            revision = store.find(key, now, policy)
-            if revision is None or not self.serve(work, readings, policy, revision, now):
-                break
-        work.record.cache_batch_reads += len(readings) == len(keys)
-        return readings
 
     def serve(
         self,

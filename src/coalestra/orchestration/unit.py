@@ -97,15 +97,11 @@ class Unit:
         self.requested.update(keys)
         if not wanted:
             return False
+        found = self.engine.warm_reads.readings(self.work, wanted) if at_hand else None
+        if found:
+            self._pin(found)
+            return False
         gather = Gather(self.work, wanted, self.pins)
-        if at_hand and not self.work.expired:
-            found = self.engine.lookups.serving.at_hand(self.work, wanted)
-            if len(found) == len(wanted) and not any(
-                reading.revision.dependency_versions for reading in found.values()
-            ):
-                self._pin(found)
-                return False
-            gather.readings.update(found)
         await self.engine.run(gather, self._keep)
         return self.work.expired
 

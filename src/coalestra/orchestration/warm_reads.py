@@ -7,22 +7,22 @@ anything is not that plain, the general way is taken, as if nothing had been tri
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from itertools import islice, repeat
+from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any
 
 from coalestra.cache.entries import EntryStore
 from coalestra.concurrency.copying import OFFLOADED
 from coalestra.concurrency.seals import PORTION, Seal
 from coalestra.core.errors import PayloadCopySubsystemClosedError, PayloadIsolationError
-from coalestra.core.freshness import FreshnessPolicy, quiet_seconds
+from coalestra.core.freshness import quiet_ages
 from coalestra.core.frozen import FrozenDict
-from coalestra.core.keyed_policies import policy_of_all
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.equipment import Equipment
 from coalestra.orchestration.pace import Pace
+from coalestra.orchestration.readings import Reading
 from coalestra.orchestration.work import Work
 
 _KEYS_BETWEEN_LOOKS = 512
@@ -33,12 +33,28 @@ Values = FrozenDict[ResourceKey, SnapshotValue[Any]]
 
 
 class WarmReads:
-    """Serves keys from the memory cache alone, or not at all."""
+    """Serves keys from the memory cache alone, all of them or none."""
 
     __slots__ = ("_equipment",)
 
     def __init__(self, equipment: Equipment) -> None:
         self._equipment = equipment
+
+    def readings(self, work: Work, keys: Collection[ResourceKey]) -> dict[ResourceKey, Reading]:
+        """Return readings of all of a few `keys`, or none if that takes more than looking."""
+        store = self._equipment.access.store
+        if store is None or len(keys) > _KEYS_BETWEEN_LOOKS or work.expired:
+            return {}
+        ages = quiet_ages(self._equipment.policies, keys)
+        now = self._equipment.clock.now()
+        revisions = None if ages is None else store.quiet.find(keys, now, ages)
+        if revisions is None:
+            return {}
+        self._count(store, work, keys)
+        return {
+            revision.key: Reading(revision, max(0.0, now - revision.observed_at), from_cache=True)
+            for revision in revisions
+        }
 
     async def values(self, work: Work, keys: Collection[ResourceKey]) -> Values | None:
         """Return a reader's copies of all `keys`, or None if that takes more than looking."""
@@ -62,31 +78,20 @@ class WarmReads:
         self, store: EntryStore, keys: Collection[ResourceKey], pace: Pace
     ) -> list[Revision] | None:
         """Return the revisions of all keys, if each is there, fresh, and due for nothing."""
-        clock = self._equipment.clock
+        clock, policies = self._equipment.clock, self._equipment.policies
         if len(keys) <= _KEYS_BETWEEN_LOOKS:
-            ages = self._ages(keys)
+            ages = quiet_ages(policies, keys)
             return None if ages is None else store.quiet.find(keys, clock.now(), ages)
         found: list[Revision] = []
         rest = iter(keys)
         while part := tuple(islice(rest, _KEYS_BETWEEN_LOOKS)):
-            ages = self._ages(part)
+            ages = quiet_ages(policies, part)
             some = None if ages is None else store.quiet.find(part, clock.now(), ages)
             if some is None:
                 return None
             found += some
             await pace.keep()
         return found
-
-    def _ages(self, keys: Iterable[ResourceKey]) -> Iterable[float] | None:
-        """Return how old each key may be, in seconds; None if a policy cannot be told."""
-        policies = self._equipment.policies
-        common: FreshnessPolicy | None = policy_of_all(policies)
-        if common is not None:
-            return repeat(quiet_seconds(common))
-        try:
-            return [quiet_seconds(policies.resolve(key)) for key in keys]
-        except Exception:
-            return None
 
     async def _copied(
         self, revisions: Sequence[Revision], pace: Pace
