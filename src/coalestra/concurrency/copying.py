@@ -117,6 +117,11 @@ class PayloadCopies:
         """How many copies are in threads at this moment."""
         return self._threads.active
 
+    @property
+    def closed(self) -> bool:
+        """Whether new copies are refused."""
+        return self._threads.closed
+
     def seal_now(self, value: Any, *, context: str) -> Sealed | None:
         """Seal a payload without waiting; None if it takes ``await seal(...)``.
 
@@ -152,10 +157,9 @@ class PayloadCopies:
             SnapshotDeadlineExceededError: if ``deadline`` comes first.
             PayloadCopySubsystemClosedError: if closed before the copy began.
         """
-        if self._copier is None:
-            return await self._in_thread(seal_anyhow, value, context, deadline)
-        copied = await self._in_thread(self._copier, value, context, deadline)
-        return copied, self._own_seal
+        if self._copier is not None:
+            return await self._in_thread(self._copier, value, context, deadline), self._own_seal
+        return await self._in_thread(seal_anyhow, value, context, deadline)
 
     def open_now(self, payload: Any, seal: Seal, *, context: str) -> Any:
         """Return one reader's copy of a sealed payload; ``OFFLOADED`` if it takes ``await open``.
@@ -184,9 +188,7 @@ class PayloadCopies:
         """Open a payload in a thread: one that ``open_now`` returned ``OFFLOADED`` for.
 
         Raises:
-            PayloadIsolationError: if the payload cannot be copied; says ``context``.
-            SnapshotDeadlineExceededError: if ``deadline`` comes first.
-            PayloadCopySubsystemClosedError: if closed before the copy began.
+            what `seal` raises.
         """
         copier = self._copier or seal.opener
         return await self._in_thread(copier, payload, context, deadline)
@@ -195,8 +197,7 @@ class PayloadCopies:
         """Return one reader's copy of a sealed payload without a thread, however long it takes.
 
         Raises:
-            PayloadIsolationError: if the payload cannot be copied; says ``context``.
-            PayloadCopySubsystemClosedError: after ``close``.
+            PayloadIsolationError, PayloadCopySubsystemClosedError: as `open_now`.
         """
         if seal is _SHARED:
             return payload
@@ -246,7 +247,6 @@ class PayloadCopies:
         return await self._threads.drain(timeout_seconds)
 
     def _copied(self, copier: Callable[[Any], T], value: Any, context: str) -> T:
-        """Copy here and now."""
         try:
             copied = copier(value)
         except FAILURES as error:
