@@ -37,9 +37,9 @@ class Call(Protocol):
 class Acquisition:
     """The one flight that acquires a key; any number of gathers wait for it.
 
-    `cutoff` is the latest deadline that any waiter ever had. `cacheable` turns false when the key
-    is invalidated under way; `event` is what was published for it meanwhile. `offered` is the
-    value on its way to the cache, `dated` if its source said when. `pins` is set for a private
+    `cutoff` is the latest deadline any waiter ever had. `cacheable` turns false when the key is
+    invalidated under way; `event` is what was published for it meanwhile. `offered` is the value
+    on its way to the cache, `dated` if its source said when. `pins` is set for a private
     derivation, which serves one unit of work alone and is never joined by others. `missed` says
     that the cache had nothing of use for the key, `joinable` that newcomers find the flight on the
     board, `linked` that it waits for other flights, or others wait for it.
@@ -112,10 +112,6 @@ class Acquisition:
     def wanted(self) -> bool:
         """Whether anyone still waits."""
         return bool(self.waiters)
-
-    def offers(self, revision: Revision) -> bool:
-        """Whether `revision` is the value that the flight itself brings to the cache."""
-        return self.offered is revision
 
     def living_sponsor(self) -> Work:
         """Return the work to act for: the first that waits, directly or through derived keys.
@@ -276,16 +272,17 @@ class Gather:
 
     def receive(self, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
         """Take what a flight ended with; `joined` says that another unit of work had started it."""
-        reading = settlement.reading
-        if reading is None and self.accepts_stale(key):
+        if isinstance(settlement, Reading):
+            reading = settlement
+        elif settlement.stale is not None and self.accepts_stale(key):
             reading = settlement.stale
-        if reading is not None:
-            reading = reading.noted(coalesced_request=True) if joined else reading
-            self.readings[key] = reading
-            if self.forced and key in self.forced:
-                self.pins[key] = reading
-        elif settlement.failure is not None:
+        else:
             self.failures[key] = settlement.failure
+            return
+        reading = reading.noted(coalesced_request=True) if joined else reading
+        self.readings[key] = reading
+        if self.forced and key in self.forced:
+            self.pins[key] = reading
 
     def __repr__(self) -> str:
         for_whom = "stage" if self.owner is None else str(self.owner.key)

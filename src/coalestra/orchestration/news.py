@@ -38,10 +38,10 @@ class News:
         """Tell the flights of a key of an event; return whether it is none, but one's own value."""
         board = self._scheduler.board
         joinable = board.flights.get(key)
-        if joinable is not None and joinable.offers(revision):
+        if joinable is not None and joinable.offered is revision:
             return True
         flights = board.under_way(key)
-        if any(each.offers(revision) for each in flights):
+        if any(each.offered is revision for each in flights):
             return True
         for flight in flights:
             flight.event = revision
