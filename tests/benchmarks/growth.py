@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+from collections.abc import Callable
 
 from tests.benchmarks import fetching, plain
 from tests.benchmarks.footprint import weight
@@ -12,33 +14,45 @@ from tests.benchmarks.subjects import PER_KEY, Line, Role, Subject
 from tests.benchmarks.workshop import Workshop
 
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000)
-WARM, COLD, PLAIN_WARM, PLAIN_COLD, WEIGHT = (
-    "warm",
-    "cold",
-    "plain warm",
-    "plain cold",
-    "snapshot bytes",
-)
+WARM, COLD, PLAIN_WARM, PLAIN_COLD = TIMES = ("warm", "cold", "plain warm", "plain cold")
+WEIGHT = "snapshot bytes"
+
+
+def uncollected(name: str) -> str:
+    """Return what the same work is called while the garbage collector is switched off."""
+    return f"{name}, no collector"
 
 
 def subjects_at(size: int, shop: Workshop) -> list[Subject]:
-    """Return the builds of so many keys, and what their snapshot weighs."""
+    """Return the builds of so many keys, with and without collector, and a snapshot's weight."""
     keys = keys_of(shop.scale.size(size))
     entries = plain.filled(((key, price(key)) for key in keys), dict.copy)
     build = warm(shop, keys, price)
-    cold = fetching.cold(shop, keys, lambda: batch_source(price))
-    cold_floor = fetching.floor(shop, keys, fetching.plain_batch)
+    samplers = {
+        WARM: shop.timed(build, len(keys)),
+        PLAIN_WARM: shop.timed_blocking(lambda: plain.read_flat(entries, keys), len(keys)),
+        COLD: fetching.cold(shop, keys, lambda: batch_source(price)).sample,
+        PLAIN_COLD: fetching.floor(shop, keys, fetching.plain_batch).sample,
+    }
     return [
-        Subject(WARM, Role.OURS, shop.timed(build, len(keys))),
-        Subject(
-            PLAIN_WARM,
-            Role.FLOOR,
-            shop.timed_blocking(lambda: plain.read_flat(entries, keys), len(keys)),
+        *(Subject(name, Role.OURS, sampler) for name, sampler in samplers.items()),
+        *(
+            Subject(uncollected(name), Role.FLOOR, _without_collector(sampler))
+            for name, sampler in samplers.items()
         ),
-        Subject(COLD, Role.OURS, cold.sample),
-        Subject(PLAIN_COLD, Role.FLOOR, cold_floor.sample),
         Subject(WEIGHT, Role.YARDSTICK, lambda: shop.run(weight(build)) / len(keys)),
     ]
+
+
+def _without_collector(sampler: Callable[[], float]) -> Callable[[], float]:
+    def sample() -> float:
+        gc.disable()
+        try:
+            return sampler()
+        finally:
+            gc.enable()
+
+    return sample
 
 
 def name_of(size: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -17,31 +16,20 @@ _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 130, 40, 60
 
 
-@dataclasses.dataclass(frozen=True)
-class Curves:
-    """What a key costs by the number of keys: times in microseconds."""
-
-    warm: Curve
-    cold: Curve
-    plain_warm: Curve
-    plain_cold: Curve
-    snapshot_bytes: Curve
+Curves = dict[str, Curve]
+"""What a key costs, by the names of what was measured: microseconds, and bytes of a snapshot."""
 
 
 def curves_of(runs: Mapping[str, Sequence[Samples]]) -> Curves:
     """Collect the medians of all sizes."""
     figures = {size: figures_of(runs[growth.name_of(size)]) for size in growth.SIZES}
-
-    def curve(name: str, per_si: float = 1e6) -> Curve:
-        return {size: found[name].median * per_si for size, found in figures.items()}
-
-    return Curves(
-        curve(growth.WARM),
-        curve(growth.COLD),
-        curve(growth.PLAIN_WARM),
-        curve(growth.PLAIN_COLD),
-        curve(growth.WEIGHT, 1.0),
-    )
+    return {
+        name: {
+            size: found[name].median * (1.0 if name == growth.WEIGHT else 1e6)
+            for size, found in figures.items()
+        }
+        for name in figures[growth.SIZES[0]]
+    }
 
 
 class _Axes:
@@ -67,10 +55,10 @@ class _Axes:
 def svg(curves: Curves) -> str:
     """Return the plot."""
     shown = (
-        ("cold", curves.cold, "#b3402e", ""),
-        ("warm", curves.warm, "#1f5fa8", ""),
-        ("plain, cold", curves.plain_cold, "#b3402e", "5 4"),
-        ("plain, warm", curves.plain_warm, "#1f5fa8", "5 4"),
+        ("cold", curves[growth.COLD], "#b3402e", ""),
+        ("warm", curves[growth.WARM], "#1f5fa8", ""),
+        ("plain, cold", curves[growth.PLAIN_COLD], "#b3402e", "5 4"),
+        ("plain, warm", curves[growth.PLAIN_WARM], "#1f5fa8", "5 4"),
     )
     axes = _Axes([curve for _, curve, _, _ in shown])
     parts = [

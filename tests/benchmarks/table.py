@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from tests.benchmarks.growth import SIZES
-from tests.benchmarks.plot import Curves
+from tests.benchmarks import growth
+from tests.benchmarks.plot import Curve, Curves
 from tests.benchmarks.results import Figure, Row
 from tests.benchmarks.subjects import Unit
 
@@ -51,39 +51,27 @@ def amount(value: float) -> str:
 
 
 def growth_table(curves: Curves) -> str:
-    """Return the figures of the plot, and the memory of a snapshot."""
-    lines = [
-        "| keys | warm, us/key | cold, us/key | plain warm | plain cold | snapshot, bytes/key |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for size in SIZES:
-        cells = [
-            amount(curve[size])
-            for curve in (
-                curves.warm,
-                curves.cold,
-                curves.plain_warm,
-                curves.plain_cold,
-                curves.snapshot_bytes,
-            )
-        ]
-        lines.append(f"| {size:,} | " + " | ".join(cells) + " |")
+    """Return the figures of the plot, the same without collector, and the memory of a snapshot."""
+    columns = [*growth.TIMES, *map(growth.uncollected, growth.TIMES), growth.WEIGHT]
+    lines = [f"| keys | {' | '.join(columns)} |", "| ---: " * (1 + len(columns)) + "|"]
+    for size in growth.SIZES:
+        cells = [amount(curves[column][size]) for column in columns]
+        lines.append(f"| {size:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def growth_sentence(curves: Curves) -> str:
     """Return how far the cost of a key strays between 100 and 100,000 keys."""
-    parts = []
-    for name, curve in (
-        ("warm", curves.warm),
-        ("cold", curves.cold),
-        ("the plain loop, warm", curves.plain_warm),
-        ("the plain loop, cold", curves.plain_cold),
-    ):
-        costs = [cost for size, cost in curve.items() if size >= 100]
-        parts.append(f"{max(costs) / min(costs) - 1:.0%} {name}")
+
+    def strays(names: Iterable[str]) -> str:
+        return ", ".join(f"{_stray(curves[name]):.0%} {name}" for name in names)
+
     return (
         "From 100 to 100,000 keys the dearest key costs this much more than the cheapest: "
-        + ", ".join(parts)
-        + "."
+        f"{strays(growth.TIMES)}; {strays(map(growth.uncollected, growth.TIMES))}."
     )
+
+
+def _stray(curve: Curve) -> float:
+    costs = [cost for size, cost in curve.items() if size >= 100]
+    return max(costs) / min(costs) - 1

@@ -48,7 +48,7 @@ def test_ratios_are_formed_within_each_process() -> None:
 
 
 def test_the_plot_is_a_picture_of_all_sizes() -> None:
-    names = (growth.WARM, growth.COLD, growth.PLAIN_WARM, growth.PLAIN_COLD, growth.WEIGHT)
+    names = (*growth.TIMES, *map(growth.uncollected, growth.TIMES), growth.WEIGHT)
     curves = curves_of({line.name: [{name: [4e-6] for name in names}] for line in growth.LINES})
     picture = ElementTree.fromstring(svg(curves))
     circles = [part for part in picture if part.tag.endswith("circle")]
