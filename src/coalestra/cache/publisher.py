@@ -41,7 +41,7 @@ class PublisherParts:
     events: EventSink
     reporter: Reporter | None
     max_pending_tasks: int
-    check_open: Callable[[], None] = _nothing_to_check
+    check_open: Callable[[], object] = _nothing_to_check
     owns_copies: bool = False
 
 

@@ -42,7 +42,8 @@ class Conclusions:
         """Tell the one who waits, after readings at odds with the others were derived anew."""
         if not gather.complete:
             return
-        if not gather.agrees:
+        alone = len(gather.readings) == 1 and not gather.base
+        if not alone and not gather.agrees:
             gather.yield_to_pins()
             odd = at_odds(gather.readings, gather.base)
             if odd:

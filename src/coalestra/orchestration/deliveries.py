@@ -122,7 +122,7 @@ class Deliveries:
         if metadata:
             metadata = self._copies.open_metadata_now(metadata, context=context)
         if reading.notes:
-            metadata = FrozenDict({**metadata, **reading.notes})
+            metadata = FrozenDict({**metadata, **reading.notes}) if metadata else reading.notes
         return revision.presented(payload, metadata, reading.age, reading.stale, reading.from_cache)
 
 

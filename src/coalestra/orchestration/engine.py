@@ -53,8 +53,7 @@ class Engine:
         Raises:
             RuntimeError: if the builder is closed, before or meanwhile.
         """
-        self.enter()
-        loop = asyncio.get_running_loop()
+        loop = self.enter()
         ended = False
 
         def done(_gather: Gather) -> None:
@@ -94,24 +93,25 @@ class Engine:
             self._stages or scheduler.dispatch.workers or scheduler.tasks or self.refresher.active
         )
 
-    def enter(self) -> None:
-        """Begin something on the running event loop, and make that loop the engine's own.
+    def enter(self) -> asyncio.AbstractEventLoop:
+        """Begin something on the running event loop, make that loop the engine's own, return it.
 
         Raises:
             RuntimeError: if the builder is closed, or has work under way on another loop.
         """
-        self.require_open()
-        self.attach()
+        if self.closed:
+            raise BuilderClosedError
+        return self.attach()
 
-    def attach(self) -> None:
-        """Make the running event loop the engine's own.
+    def attach(self) -> asyncio.AbstractEventLoop:
+        """Make the running event loop the engine's own, and return it.
 
         Raises:
             RuntimeError: if another loop still has work of this builder under way.
         """
         loop = asyncio.get_running_loop()
         if self._loop is loop:
-            return
+            return loop
         if self._loop is not None:
             if self._loop.is_closed():
                 self.equipment.capacity.forget()
@@ -122,6 +122,7 @@ class Engine:
                 )
             self.forget()
         self._loop = loop
+        return loop
 
     def forget(self) -> None:
         """Drop everything that belonged to an event loop which has ended."""

@@ -279,7 +279,7 @@ class Gather:
         else:
             self.failures[key] = settlement.failure
             return
-        reading = reading.noted(coalesced_request=True) if joined else reading
+        reading = reading.joined() if joined else reading
         self.readings[key] = reading
         if self.forced and key in self.forced:
             self.pins[key] = reading

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from coalestra.core.errors import DependencyCycleError, ResourceResolutionError, SourceFailure
+from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
+
+_JOINED = FrozenDict({"coalesced_request": True})
 
 
 class Reading:
@@ -31,17 +34,19 @@ class Reading:
         self.age: float = age
         self.stale: bool = stale
         self.from_cache: bool = from_cache
-        self.notes: Mapping[str, Any] | None = notes
+        self.notes: FrozenDict[str, Any] | None = (
+            notes if notes is None or type(notes) is FrozenDict else FrozenDict(notes)
+        )
         self.fallback: Exception | None = None
 
-    def noted(self, **notes: Any) -> Reading:
-        """Return the same reading with more metadata for this reader only."""
+    def joined(self) -> Reading:
+        """Return the same reading for one who has joined the flight of another unit of work."""
         noted = Reading(
             self.revision,
             self.age,
             stale=self.stale,
             from_cache=self.from_cache,
-            notes={**(self.notes or {}), **notes},
+            notes=FrozenDict({**self.notes, **_JOINED}) if self.notes else _JOINED,
         )
         noted.fallback = self.fallback
         return noted

@@ -22,8 +22,6 @@ from coalestra.orchestration.pins import Pins, hold
 from coalestra.orchestration.readings import Failure, Reading
 from coalestra.orchestration.work import Work
 
-_KEYS_ONLY = {ResourceKey}
-
 
 def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     """Return the keys without repetitions, in order; `TypeError` for anything but keys."""
@@ -32,9 +30,9 @@ def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
             "keys must be an iterable of ResourceKey, got a single one; put it in a list"
         )
     found = dict.fromkeys(keys)
-    if not set(map(type, found)) <= _KEYS_ONLY:
-        odd = next(key for key in found if type(key) is not ResourceKey)
-        raise TypeError(f"keys must be ResourceKeys, got {type(odd).__qualname__}")
+    for key in found:
+        if type(key) is not ResourceKey:
+            raise TypeError(f"keys must be ResourceKeys, got {type(key).__qualname__}")
     return found
 
 
@@ -72,7 +70,8 @@ class Unit:
         Raises:
             SnapshotBuildError: as `snapshot`.
         """
-        values = await self.engine.warm_reads.values(self.work, keys)
+        warm = self.engine.warm_reads
+        values = await warm.values(self.work, keys) if warm.likely(keys) else None
         if values is None:
             struck = await self.acquire(keys, at_hand=False)
             return await self.snapshot(bound=not struck)

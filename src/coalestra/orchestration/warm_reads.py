@@ -7,7 +7,7 @@ anything is not that plain, the general way is taken, as if nothing had been tri
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -56,10 +56,15 @@ class WarmReads:
             for revision in revisions
         }
 
+    def likely(self, keys: Iterable[ResourceKey]) -> bool:
+        """Whether it is worth a try: whether the first key is cached at all."""
+        store = self._equipment.access.store
+        return store is not None and next(iter(keys)) in store
+
     async def values(self, work: Work, keys: Collection[ResourceKey]) -> Values | None:
         """Return a reader's copies of all `keys`, or None if that takes more than looking."""
         store = self._equipment.access.store
-        if store is None or next(iter(keys)) not in store or work.expired:
+        if store is None or work.expired:
             return None
         pace = Pace()
         revisions = await self._find(store, keys, pace)
