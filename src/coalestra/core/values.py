@@ -16,13 +16,14 @@ from coalestra.core.validation import instance, mapping, number, text
 
 T = TypeVar("T")
 
-_process: list[str] = []
+_process = ""
 _serial = count(1).__next__
 
 
 def _enter_process() -> None:
     # Eight characters: with these, ten million versions take no more than 64 bytes each.
-    _process[:] = [b2a_base64(os.urandom(6), newline=False).decode()]
+    global _process  # noqa: PLW0603 - read for every revision there is
+    _process = b2a_base64(os.urandom(6), newline=False).decode()
 
 
 _enter_process()
@@ -32,7 +33,7 @@ if hasattr(os, "register_at_fork"):  # a forked child counts on from the same nu
 
 def next_version() -> str:
     """Return a name for a new revision; no other one has it, in this process or any other."""
-    return f"{_process[0]}-{_serial():x}"
+    return f"{_process}{_serial()}"
 
 
 def _frozen(name: str, given: Mapping[Any, Any]) -> FrozenDict[Any, Any]:

@@ -23,6 +23,8 @@ from coalestra.orchestration.pins import NO_DEMAND, NO_PINS, Demand, Pins, hold
 from coalestra.orchestration.readings import Failure, Reading, Settlement
 from coalestra.orchestration.work import Work
 
+_CHOOSING = Phase.CHOOSING
+
 
 class Call(Protocol):
     """The call to a source that a flight takes part in, as far as a flight cares."""
@@ -89,7 +91,7 @@ class Acquisition:
         self.pins: Pins | None = pins
         self.waiters: dict[Gather, bool] = {}
         self.cutoff: float = -math.inf
-        self.phase: Phase = Phase.CHOOSING
+        self.phase: Phase = _CHOOSING
         self.position: int = 0
         self.link: Link | None = None
         self.failures: tuple[SourceFailure, ...] = ()

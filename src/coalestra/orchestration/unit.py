@@ -92,7 +92,7 @@ class Unit:
         """
         self.engine.require_open()
         known = self.pins if retry_errors else {**self.pins, **self.failures}
-        wanted = [key for key in keys if key not in known] if known else list(keys)
+        wanted = {key: None for key in keys if key not in known} if known else keys
         self.requested.update(keys)
         if not wanted:
             return False
@@ -120,6 +120,8 @@ class Unit:
 
     def visible(self) -> dict[ResourceKey, Reading]:
         """Return the readings of what was asked for, in the order of asking."""
+        if not self.lasting and list(self.requested) == list(self.pins):
+            return self.pins
         get = self.pins.get
         return {key: reading for key in self.requested if (reading := get(key)) is not None}
 
