@@ -718,6 +718,18 @@ async def test_closing_the_builder_meanwhile_ends_it_with_an_error() -> None:
         await revalidating
 
 
+async def test_what_is_asked_for_during_a_revalidation_is_no_longer_let_go() -> None:
+    shop, gate = Shop(), Gate()
+    session = await shop.session(MIDDLE)
+    await shop.publish(BASE, 2)
+    shop.middle.before = gate.pass_
+    revalidating = asyncio.ensure_future(session.revalidate([MIDDLE]))
+    await gate.wait_arrived(1)
+    assert shown(await session.resolve([BASE]))[BASE] == 1
+    gate.open()
+    assert shown(await revalidating) == {MIDDLE: (1,), BASE: 1}
+
+
 async def test_a_stage_during_a_revalidation_sees_the_old_values_until_the_commit() -> None:
     shop = Shop()
     session = await shop.session(BASE)

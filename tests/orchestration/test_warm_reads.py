@@ -153,3 +153,15 @@ async def test_a_reader_never_shares_what_he_is_given() -> None:
     third = await building.build([key("x")])
     assert (first.value(key("x")), third.value(key("x"))) == ({"list": [1]}, {"list": [1]})
     assert second[key("x")].from_cache
+
+
+@pytest.mark.usefixtures("slices")
+async def test_a_stage_may_end_while_the_session_is_being_copied() -> None:
+    building = builder(Batch("x"), cache=AsyncMemoryCache(max_entries=None))
+    async with building.session() as session:
+        await session.resolve(MANY[:500])
+        copying = asyncio.ensure_future(session.snapshot_async())
+        await asyncio.sleep(0)
+        await session.resolve(MANY[500:510])
+        assert len(await copying) == 500
+        assert len(await session.snapshot_async()) == 510

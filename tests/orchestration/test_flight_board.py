@@ -1,0 +1,21 @@
+"""The board of flights, where builds do not reach."""
+
+from __future__ import annotations
+
+from coalestra import FetchContext
+from coalestra.orchestration.flight_board import FlightBoard
+from coalestra.orchestration.flights import Acquisition, Gather
+from coalestra.orchestration.pins import Pins
+from coalestra.orchestration.work import Work
+from tests.orchestration.scripted import LASTING, key
+
+
+def test_a_flight_may_still_end_when_the_board_was_cleared() -> None:
+    board, work = FlightBoard(None), Work(FetchContext(0.0))
+    gather, flight = Gather(work, [key("x")], Pins()), Acquisition(key("x"), LASTING, work)
+    board.start(gather, flight)
+    board.clear()
+    successor = Acquisition(key("x"), LASTING, work)
+    board.start(gather, successor)
+    assert board.take_off(flight) == {gather: False}
+    assert board.flights == {key("x"): successor}
