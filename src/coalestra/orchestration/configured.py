@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.core.authority import AuthorityPolicyResolver
 from coalestra.core.clock import Clock
 from coalestra.core.freshness import ObservationPolicy, PolicyResolver
-from coalestra.core.health import BuilderHealth
 from coalestra.core.protocols import AsyncCache, EventSink, MetricsSink, Source
 from coalestra.observability.buffered import BufferOverflowPolicy
 from coalestra.orchestration.assembly import Assembly
-from coalestra.orchestration.health import collect_health
 from coalestra.orchestration.settings import BuilderSettings
 from coalestra.resilience.backoff import RetryPolicy
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver
+
+if TYPE_CHECKING:
+    from coalestra.core.health import BuilderHealth
 
 
 class ConfiguredBuilder:
@@ -119,6 +121,8 @@ class ConfiguredBuilder:
 
     async def health_snapshot(self) -> BuilderHealth:
         """Return the state of the builder and its counters, without asking any source."""
+        from coalestra.orchestration.health import collect_health
+
         copies = {"builder": self.parts.engine.equipment.copies.health()}
         if self.parts.default_cache is not None:
             copies["cache"] = self.parts.default_cache.copy_health_snapshot()
