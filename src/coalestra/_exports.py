@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 Lookup = Callable[[str], Any]
@@ -51,11 +51,11 @@ def _exports(package: str, home_of: Callable[[str], str | None]) -> tuple[Lookup
         home = home_of(name)
         if home is not None:
             value = getattr(import_module(f"{package}.{home}"), name)
-        elif not name.startswith("_") and find_spec(f"{package}.{name}"):
-            value = import_module(f"{package}.{name}")
         else:
-            text = f"module {package!r} has no attribute {name!r}"
-            raise AttributeError(text, name=name, obj=module)
+            value = None if name.startswith("_") else _submodule(f"{package}.{name}")
+            if value is None:
+                text = f"module {package!r} has no attribute {name!r}"
+                raise AttributeError(text, name=name, obj=module)
         setattr(module, name, value)  # Threads may meet here; they bring the same.
         return value
 
@@ -63,3 +63,17 @@ def _exports(package: str, home_of: Callable[[str], str | None]) -> tuple[Lookup
         return sorted({*vars(module), *module.__all__})
 
     return bring, names
+
+
+def _submodule(name: str) -> ModuleType | None:
+    """Return the module of that name, None if there is none.
+
+    Without an import statement of their own, programs find submodules as attributes of a package
+    that imports them. This one still seems to.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None

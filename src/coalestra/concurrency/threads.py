@@ -13,10 +13,9 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from coalestra.concurrency.worker import Job, Worker
 from coalestra.core.validation import number
@@ -26,8 +25,7 @@ R = TypeVar("R")
 _instances: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadsSnapshot:
+class ThreadsSnapshot(NamedTuple):
     """Worker threads at one moment: calls at work by label, threads at rest, open or closed."""
 
     busy: Mapping[str, int]

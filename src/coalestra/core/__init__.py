@@ -116,13 +116,12 @@ if TYPE_CHECKING:
         Source,
         SourceBase,
     )
+    from coalestra.core.published import PublishResult, PublishStatus
     from coalestra.core.records import (
         CacheLookup,
         CacheStats,
         CacheWriteResult,
         CacheWriteStatus,
-        PublishResult,
-        PublishStatus,
     )
     from coalestra.core.request import SnapshotRequest
     from coalestra.core.snapshot import Snapshot
@@ -194,9 +193,9 @@ else:
             "EventSink", "MetricsSink", "ResilienceConfiguredSource", "SnapshotSource", "Source",
             "SourceBase",
         ),
+        "published": ("PublishResult", "PublishStatus"),
         "records": (
-            "CacheLookup", "CacheStats", "CacheWriteResult", "CacheWriteStatus", "PublishResult",
-            "PublishStatus",
+            "CacheLookup", "CacheStats", "CacheWriteResult", "CacheWriteStatus",
         ),
         "request": ("SnapshotRequest",),
         "snapshot": ("Snapshot",),

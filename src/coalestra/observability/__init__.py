@@ -7,30 +7,32 @@ from typing import TYPE_CHECKING
 from coalestra._exports import names_by_module as _names
 
 if TYPE_CHECKING:
-    from coalestra.observability.backlog import BufferedSinkStats, BufferOverflowPolicy
+    from coalestra.observability.backlog import BufferedSinkStats
     from coalestra.observability.buffered import BufferedEventSink, BufferedMetricsSink
-    from coalestra.observability.events import EventRecord, LoggingEventSink, NullEventSink
+    from coalestra.observability.events import EventRecord, LoggingEventSink
     from coalestra.observability.metrics import (
         InMemoryMetrics,
         MetricRecord,
         MetricsSnapshot,
-        NullMetrics,
         ObservationSummary,
     )
+    from coalestra.observability.overflow import BufferOverflowPolicy
+    from coalestra.observability.silence import NullEventSink, NullMetrics
 else:
     __getattr__, __dir__ = _names(
         __name__,
         {
-            "backlog": ("BufferOverflowPolicy", "BufferedSinkStats"),
+            "backlog": ("BufferedSinkStats",),
             "buffered": ("BufferedEventSink", "BufferedMetricsSink"),
-            "events": ("EventRecord", "LoggingEventSink", "NullEventSink"),
+            "events": ("EventRecord", "LoggingEventSink"),
             "metrics": (
                 "InMemoryMetrics",
                 "MetricRecord",
                 "MetricsSnapshot",
-                "NullMetrics",
                 "ObservationSummary",
             ),
+            "overflow": ("BufferOverflowPolicy",),
+            "silence": ("NullEventSink", "NullMetrics"),
         },
     )
 
