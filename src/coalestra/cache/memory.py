@@ -15,11 +15,12 @@ from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.core import validation
 from coalestra.core.freshness import FreshnessPolicy, FreshnessPolicyProvider
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import CacheLookup, CacheStats, CacheWriteResult
+from coalestra.core.records import CacheLookup, CacheWriteResult
 from coalestra.core.revision import Revision
 from coalestra.core.values import SnapshotValue
 
 if TYPE_CHECKING:
+    from coalestra.core.cache_stats import CacheStats
     from coalestra.core.copy_health import PayloadCopyHealth
 
 _READ = "cache read"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         AuthorityResolver,
         SourceAuthorityPolicy,
     )
+    from coalestra.core.cache_stats import CacheStats
     from coalestra.core.capability import (
         COALESTRA_API_STABILITY,
         COALESTRA_CAPABILITIES_SCHEMA,
@@ -119,7 +120,6 @@ if TYPE_CHECKING:
     from coalestra.core.published import PublishResult, PublishStatus
     from coalestra.core.records import (
         CacheLookup,
-        CacheStats,
         CacheWriteResult,
         CacheWriteStatus,
     )
@@ -146,6 +146,7 @@ else:
             "AuthorityPolicyProvider", "AuthorityPolicyResolver", "AuthorityResolver",
             "SourceAuthorityPolicy",
         ),
+        "cache_stats": ("CacheStats",),
         "capability": (
             "CoalestraCapabilities", "capabilities", "require_capabilities",
             "COALESTRA_API_STABILITY", "COALESTRA_CAPABILITIES_SCHEMA",
@@ -195,7 +196,7 @@ else:
         ),
         "published": ("PublishResult", "PublishStatus"),
         "records": (
-            "CacheLookup", "CacheStats", "CacheWriteResult", "CacheWriteStatus",
+            "CacheLookup", "CacheWriteResult", "CacheWriteStatus",
         ),
         "request": ("SnapshotRequest",),
         "snapshot": ("Snapshot",),

@@ -53,30 +53,3 @@ class CacheWriteResult:
     def stored(self) -> bool:
         """Whether the value was stored."""
         return self.status is CacheWriteStatus.STORED
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """The counts of a cache since it was made.
-
-    Attributes:
-        size: how many entries there are now.
-        max_entries: how many there may be, or None for any number.
-        hits, misses: answers with and without a value.
-        fresh_hits, stale_hits: the hits, by freshness.
-        sets: values stored.
-        invalidations: entries removed on request, or for resting on something outdated.
-        evictions: entries removed to make room.
-        expirations: entries removed for their age.
-    """
-
-    size: int
-    max_entries: int | None
-    hits: int
-    misses: int
-    fresh_hits: int
-    stale_hits: int
-    sets: int
-    invalidations: int
-    evictions: int
-    expirations: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.validation import flag, require_methods
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Buffer = BufferedEventSink | BufferedMetricsSink
 
 
-class ObservabilitySinks(NamedTuple):
+class ObservabilitySinks:
     """The sinks of one builder as it uses them.
 
     Attributes:
@@ -29,10 +29,19 @@ class ObservabilitySinks(NamedTuple):
         owned: those of them that were put there on the builder's behalf, and are its to close.
     """
 
-    metrics: MetricsSink
-    events: EventSink
-    buffers: Mapping[str, Buffer]
-    owned: Mapping[str, Buffer]
+    __slots__ = ("buffers", "events", "metrics", "owned")
+
+    def __init__(
+        self,
+        metrics: MetricsSink,
+        events: EventSink,
+        buffers: Mapping[str, Buffer],
+        owned: Mapping[str, Buffer],
+    ) -> None:
+        self.metrics = metrics
+        self.events = events
+        self.buffers = buffers
+        self.owned = owned
 
     def reporter(self) -> Reporter | None:
         """Return what reports to these sinks, or None if both discard what they get."""

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
         CircuitBreakerPolicy,
         CircuitIdentity,
         CircuitScope,
-        CircuitSnapshot,
         CircuitState,
     )
     from coalestra.resilience.circuit_breaker import CircuitBreaker
+    from coalestra.resilience.circuit_snapshot import CircuitSnapshot
     from coalestra.resilience.policies import (
         ResiliencePolicyResolver,
         ResilienceResolver,
@@ -33,10 +33,10 @@ else:
                 "CircuitBreakerPolicy",
                 "CircuitIdentity",
                 "CircuitScope",
-                "CircuitSnapshot",
                 "CircuitState",
             ),
             "circuit_breaker": ("CircuitBreaker",),
+            "circuit_snapshot": ("CircuitSnapshot",),
             "policies": (
                 "ResiliencePolicyResolver",
                 "ResilienceResolver",
