@@ -13,7 +13,6 @@ import pytest
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.concurrency.threads import (
-    ThreadsSnapshot,
     WorkerThreads,
     current_threads,
     jobs_in_flight,
@@ -77,7 +76,7 @@ async def test_the_function_sees_the_callers_context_and_cannot_change_it(
 async def test_calls_one_after_the_other_share_one_thread(threads: WorkerThreads) -> None:
     """The thread is at rest before its result is told."""
     assert len({await threads.run(ident) for _ in range(20)}) == 1
-    assert threads.view() == ThreadsSnapshot(busy={}, idle=1, closed=False)
+    assert (threads.busy, threads.idle, threads.closed) == ({}, 1, False)
 
 
 async def test_calls_side_by_side_have_a_thread_each(threads: WorkerThreads) -> None:
@@ -182,7 +181,7 @@ async def test_closed_threads_refuse_work_and_end(threads: WorkerThreads) -> Non
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="closed"):
         await threads.run(ident)
-    assert threads.view() == ThreadsSnapshot(busy={}, idle=0, closed=True)
+    assert (threads.busy, threads.idle, threads.closed) == ({}, 0, True)
 
 
 async def test_a_thread_at_work_while_closing_ends_with_its_work(threads: WorkerThreads) -> None:
@@ -203,7 +202,7 @@ async def test_a_thread_at_work_while_closing_ends_with_its_work(threads: Worker
     assert await call == "late"
     assert threads.idle == 0
     seen[0].join()
-    assert threads.view() == ThreadsSnapshot(busy={}, idle=0, closed=True)
+    assert (threads.busy, threads.idle, threads.closed) == ({}, 0, True)
 
 
 async def test_threads_can_be_ended_without_closing(threads: WorkerThreads) -> None:

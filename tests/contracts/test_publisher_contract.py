@@ -13,7 +13,7 @@ from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPol
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.freshness import ObservationPolicy, PolicyResolver
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.records import PublishStatus
+from coalestra.core.published import PublishStatus
 from coalestra.core.values import ResourceUpdate
 from coalestra.observability import InMemoryMetrics
 from tests.contracts.caches import ALL

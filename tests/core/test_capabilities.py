@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coalestra._version import __version__
-from coalestra.core.capabilities import (
+from coalestra.core.capability import (
     CoalestraCapabilities,
     capabilities,
     require_capabilities,

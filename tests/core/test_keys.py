@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from hypothesis import given
@@ -155,6 +156,13 @@ def test_parts_out_of_a_string_subclass_are_plain_strings() -> None:
 def test_the_text_has_colons_and_encoded_qualifiers(key: ResourceKey, text: str) -> None:
     assert str(key) == text
     assert str(key) is str(key)
+
+
+@given(st.dictionaries(st.text(min_size=1).map(str.strip).filter(bool), st.text(), min_size=1))
+def test_qualifiers_are_encoded_as_in_the_query_of_a_url(qualifiers: dict[str, str]) -> None:
+    """The standard library's encoding, without loading what it takes to parse addresses."""
+    key = ResourceKey("a", "b", "c", qualifiers, normalizer=KeyNormalizer())
+    assert str(key) == f"a:b:c?{urlencode(key.qualifiers)}"
 
 
 def test_equality_and_hash_ignore_the_normalizer() -> None:

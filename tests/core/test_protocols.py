@@ -27,11 +27,10 @@ from coalestra.core.protocols import (
     SnapshotSource,
     SourceBase,
 )
+from coalestra.core.published import PublishResult, PublishStatus
 from coalestra.core.records import (
     CacheWriteResult,
     CacheWriteStatus,
-    PublishResult,
-    PublishStatus,
 )
 from coalestra.core.values import SnapshotValue
 

@@ -6,7 +6,8 @@ import queue
 
 import pytest
 
-from coalestra.observability.backlog import Backlog, BufferOverflowPolicy
+from coalestra.observability.backlog import Backlog
+from coalestra.observability.overflow import BufferOverflowPolicy
 
 DROP_OLDEST = BufferOverflowPolicy.DROP_OLDEST
 

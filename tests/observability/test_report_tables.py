@@ -11,7 +11,7 @@ from coalestra.core.acceptance import SnapshotAcceptanceReason, SnapshotAcceptan
 from coalestra.core.diagnostics import SnapshotDiagnostics
 from coalestra.core.errors import SnapshotConsistencyError
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import PublishStatus
+from coalestra.core.published import PublishStatus
 from coalestra.observability import NullEventSink, NullMetrics
 from coalestra.observability.reporting import Reporter, reporter_for
 from coalestra.observability.snapshot_reports import SessionResolution, SessionRevalidation

@@ -14,9 +14,9 @@ from coalestra.resilience.circuit import (
     CircuitBreakerPolicy,
     CircuitIdentity,
     CircuitScope,
-    CircuitSnapshot,
     CircuitState,
 )
+from coalestra.resilience.circuit_snapshot import CircuitSnapshot, snapshot_of
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
 POLICY = CircuitBreakerPolicy(failure_threshold=2, recovery_timeout_seconds=10.0)
@@ -92,7 +92,7 @@ def test_each_report_takes_each_state_where_the_table_says(
     """The whole table of the module."""
     circuit = start()
     STEPS[step](circuit)
-    figures = circuit.view(NOW)
+    figures = snapshot_of(circuit, NOW)
     assert figures.state is state
     assert (figures.failures, figures.half_open_probe_active) == (failures, is_probing)
 
@@ -123,7 +123,7 @@ def test_a_probe_that_fails_or_is_cancelled_reopens_for_the_whole_time(step: str
     """Counted from now, not from the first opening."""
     circuit = probing()
     STEPS[step](circuit)
-    assert circuit.view(NOW).opened_at == NOW
+    assert snapshot_of(circuit, NOW).opened_at == NOW
     assert not circuit.admit(NOW + 9)
     assert circuit.admit(NOW + 10)
 
@@ -138,11 +138,11 @@ def test_a_skipped_probe_makes_room_for_exactly_one_other() -> None:
 def test_looking_at_a_circuit_changes_nothing() -> None:
     """However late it is."""
     circuit = opened()
-    before = circuit.view(NOW)
+    before = snapshot_of(circuit, NOW)
     circuit.refuses(NOW + 99)
     circuit.state(NOW + 99)
-    circuit.view(NOW + 99)
-    assert circuit.view(NOW) == before == CircuitSnapshot(OPEN, 2, NOW, False)
+    snapshot_of(circuit, NOW + 99)
+    assert snapshot_of(circuit, NOW) == before == CircuitSnapshot(OPEN, 2, NOW, False)
 
 
 @given(st.lists(st.sampled_from(["admit", *STEPS, "time"])))
@@ -163,7 +163,7 @@ def test_whatever_happens_there_is_at_most_one_probe_and_it_is_half_open(steps: 
             circuit.succeed(now)
         else:
             circuit.skip()
-        figures = circuit.view(now)
+        figures = snapshot_of(circuit, now)
         if not figures.half_open_probe_active:
             probes = 0
         assert probes == int(figures.half_open_probe_active)

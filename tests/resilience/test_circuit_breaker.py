@@ -14,10 +14,10 @@ from coalestra.resilience.circuit import (
     CircuitBreakerPolicy,
     CircuitIdentity,
     CircuitScope,
-    CircuitSnapshot,
     CircuitState,
 )
 from coalestra.resilience.circuit_breaker import CircuitBreaker
+from coalestra.resilience.circuit_snapshot import CircuitSnapshot
 from coalestra.resilience.circuits import Circuits
 from tests.support import ManualClock
 

@@ -22,7 +22,7 @@ from coalestra.core.values import SourcePayload
 from coalestra.resilience.policies import SourceResiliencePolicy
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class AdapterSettings:
     """The settings that every callable adapter takes.
 

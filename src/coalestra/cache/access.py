@@ -8,7 +8,6 @@ from typing import Protocol
 from coalestra.cache.entries import EntryStore
 from coalestra.cache.listening import CacheListener
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.remote import RemoteAccess
 from coalestra.cache.write_order import Ranked, best_per_key
 from coalestra.cache.written import Written
 from coalestra.concurrency.copying import PayloadCopies
@@ -145,4 +144,6 @@ def access_to(cache: AsyncCache, copies: PayloadCopies, max_pending_tasks: int) 
     """
     if type(cache) is AsyncMemoryCache:
         return MemoryAccess(cache)
+    from coalestra.cache.remote import RemoteAccess
+
     return RemoteAccess(cache, copies, max_pending_tasks)

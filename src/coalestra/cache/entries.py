@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from coalestra.cache.listening import CacheListener, Listeners
 from coalestra.cache.quiet import QuietEntries
@@ -21,8 +22,11 @@ from coalestra.cache.validity import UNCHECKED, Currency
 from coalestra.cache.write_order import decide
 from coalestra.core.freshness import FreshnessPolicy, FreshnessPolicyProvider
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import CacheStats, CacheWriteStatus
+from coalestra.core.records import CacheWriteStatus
 from coalestra.core.revision import Revision
+
+if TYPE_CHECKING:
+    from coalestra.core.cache_stats import CacheStats
 
 _STORED = CacheWriteStatus.STORED
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coalestra.cache.closing import close_copies
 from coalestra.cache.entries import EntryStore
@@ -13,12 +13,15 @@ from coalestra.cache.sealing import Sealing
 from coalestra.cache.write_order import best_per_key
 from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.core import validation
-from coalestra.core.copy_health import PayloadCopyHealth
 from coalestra.core.freshness import FreshnessPolicy, FreshnessPolicyProvider
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import CacheLookup, CacheStats, CacheWriteResult
+from coalestra.core.records import CacheLookup, CacheWriteResult
 from coalestra.core.revision import Revision
 from coalestra.core.values import SnapshotValue
+
+if TYPE_CHECKING:
+    from coalestra.core.cache_stats import CacheStats
+    from coalestra.core.copy_health import PayloadCopyHealth
 
 _READ = "cache read"
 _WRITE = "cache write"

@@ -17,7 +17,7 @@ from coalestra.core.clock import Clock
 from coalestra.core.freshness import FreshnessPolicyProvider, ObservationPolicy
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import AsyncCache, AuthorityAwareCache, EventSink, MetricsSink
-from coalestra.core.records import PublishResult
+from coalestra.core.published import PublishResult
 from coalestra.core.values import ResourceUpdate
 from coalestra.observability.reporting import Reporter, reporter_for
 

@@ -13,7 +13,8 @@ from coalestra.cache.write_order import best_per_key
 from coalestra.cache.written import Written
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import CacheWriteStatus, PublishResult, PublishStatus
+from coalestra.core.published import PublishResult, PublishStatus
+from coalestra.core.records import CacheWriteStatus
 from coalestra.core.revision import Revision
 from coalestra.core.values import ResourceUpdate, SnapshotValue
 from coalestra.observability.reporting import Reporter

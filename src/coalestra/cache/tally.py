@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from coalestra.core.records import CacheStats
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coalestra.core.cache_stats import CacheStats
 
 
 class Tally:
@@ -32,6 +35,8 @@ class Tally:
 
     def stats(self, size: int, max_entries: int | None) -> CacheStats:
         """Return the counts together with the size now."""
+        from coalestra.core.cache_stats import CacheStats
+
         return CacheStats(
             size=size,
             max_entries=max_entries,

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
 from coalestra.concurrency.threads import WorkerThreads, threads_of_context
 from coalestra.concurrency.waiting import WaitQueue
-from coalestra.core.copy_health import PayloadCopyHealth
 from coalestra.core.errors import PayloadCopySubsystemClosedError, SnapshotDeadlineExceededError
+
+if TYPE_CHECKING:
+    from coalestra.core.copy_health import PayloadCopyHealth
 
 T = TypeVar("T")
 
@@ -131,6 +133,8 @@ class CopyThreads:
 
     def health(self, *, run_in_thread: bool, inline: int, inline_failed: int) -> PayloadCopyHealth:
         """Return the state, together with the copies made, and failed, without a thread."""
+        from coalestra.core.copy_health import PayloadCopyHealth
+
         return PayloadCopyHealth(
             run_in_thread=run_in_thread,
             max_concurrency=self.limit,

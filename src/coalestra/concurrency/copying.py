@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from coalestra.concurrency.copy_threads import CopyThreads
 from coalestra.concurrency.deadline import Deadline
@@ -23,10 +23,12 @@ from coalestra.concurrency.isolation import (
 from coalestra.concurrency.sealing import seal_anyhow, seal_briefly, seal_flat
 from coalestra.concurrency.seals import FLAT, Seal, Sealed
 from coalestra.concurrency.threads import WorkerThreads
-from coalestra.core.copy_health import PayloadCopyHealth
 from coalestra.core.errors import PayloadIsolationError
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.validation import callable_, flag, integer
+
+if TYPE_CHECKING:
+    from coalestra.core.copy_health import PayloadCopyHealth
 
 __all__ = [
     "OFFLOADED",

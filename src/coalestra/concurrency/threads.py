@@ -13,26 +13,18 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from coalestra.concurrency.worker import Job, Worker
 from coalestra.core.validation import number
+
+if TYPE_CHECKING:
+    from coalestra.concurrency.worker import Job, Worker
 
 R = TypeVar("R")
 
 _instances: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class ThreadsSnapshot:
-    """Worker threads at one moment: calls at work by label, threads at rest, open or closed."""
-
-    busy: Mapping[str, int]
-    idle: int
-    closed: bool
 
 
 class WorkerThreads:
@@ -76,10 +68,6 @@ class WorkerThreads:
         """Whether new work is refused."""
         return self._closed
 
-    def view(self) -> ThreadsSnapshot:
-        """Return the present figures."""
-        return ThreadsSnapshot(self.busy, self.idle, self._closed)
-
     def __repr__(self) -> str:
         return f"<WorkerThreads busy={dict(self.busy)} idle={self.idle} closed={self._closed}>"
 
@@ -99,6 +87,8 @@ class WorkerThreads:
             RuntimeError: if the threads are closed, or the system cannot start another one.
             BaseException: whatever the function raised.
         """
+        from coalestra.concurrency.worker import Job
+
         label = label or getattr(function, "__qualname__", type(function).__qualname__)
         call = partial(contextvars.copy_context().run, function, *arguments)
         job = Job(call, asyncio.get_running_loop(), partial(self._ended, label))
@@ -133,6 +123,8 @@ class WorkerThreads:
         if worker is not None:
             worker.jobs.put(job)
             return
+        from coalestra.concurrency.worker import Worker
+
         try:
             Worker(self._rest, self._retire, self.idle_seconds).start(job)
         except BaseException:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from coalestra.core.acceptance import SnapshotAcceptanceViolation
 from coalestra.core.errors_root import CoalestraError
 from coalestra.core.errors_source import (
     MAX_FAILURES_SHOWN,
@@ -24,6 +23,9 @@ from coalestra.core.failures import (
 )
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
+
+if TYPE_CHECKING:
+    from coalestra.core.acceptance import SnapshotAcceptanceViolation
 
 
 class SnapshotBuildError(CoalestraError):

@@ -1,4 +1,4 @@
-"""What caches and publishers answer."""
+"""What caches answer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,6 @@ class CacheWriteStatus(str, enum.Enum):
     """What became of a value offered to a cache."""
 
     STORED = "stored"
-    IGNORED_OLDER = "ignored_older"
-    IGNORED_DUPLICATE = "ignored_duplicate"
-    IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
-
-
-class PublishStatus(str, enum.Enum):
-    """What became of a published value."""
-
-    PUBLISHED = "published"
     IGNORED_OLDER = "ignored_older"
     IGNORED_DUPLICATE = "ignored_duplicate"
     IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
@@ -62,50 +53,3 @@ class CacheWriteResult:
     def stored(self) -> bool:
         """Whether the value was stored."""
         return self.status is CacheWriteStatus.STORED
-
-
-@dataclass(frozen=True, slots=True)
-class PublishResult:
-    """What became of a published value.
-
-    Attributes:
-        status: whether it was published, or why not.
-        value: what readers get now: the value if it was published, else the one that stayed.
-        previous: what they would have got before, or None.
-    """
-
-    status: PublishStatus
-    value: SnapshotValue[Any]
-    previous: SnapshotValue[Any] | None = None
-
-    @property
-    def published(self) -> bool:
-        """Whether the value was published."""
-        return self.status is PublishStatus.PUBLISHED
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """The counts of a cache since it was made.
-
-    Attributes:
-        size: how many entries there are now.
-        max_entries: how many there may be, or None for any number.
-        hits, misses: answers with and without a value.
-        fresh_hits, stale_hits: the hits, by freshness.
-        sets: values stored.
-        invalidations: entries removed on request, or for resting on something outdated.
-        evictions: entries removed to make room.
-        expirations: entries removed for their age.
-    """
-
-    size: int
-    max_entries: int | None
-    hits: int
-    misses: int
-    fresh_hits: int
-    stale_hits: int
-    sets: int
-    invalidations: int
-    evictions: int
-    expirations: int

@@ -8,27 +8,14 @@ Laws:
 from __future__ import annotations
 
 import dataclasses
-import enum
 import queue
 from collections import deque
 from typing import Generic, TypeVar
 
 from coalestra.core.validation import choice, integer
+from coalestra.observability.overflow import BufferOverflowPolicy
 
 R = TypeVar("R")
-
-
-class BufferOverflowPolicy(str, enum.Enum):
-    """What becomes of a record that finds the buffer full."""
-
-    DROP_OLDEST = "drop_oldest"
-    """It takes the place of the one that waited longest."""
-
-    DROP_NEWEST = "drop_newest"
-    """It is dropped itself."""
-
-    RAISE = "raise"
-    """It is dropped, and the caller gets ``queue.Full``."""
 
 
 @dataclasses.dataclass(frozen=True)

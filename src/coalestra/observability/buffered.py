@@ -9,10 +9,11 @@ from typing import Any, Generic, TypeVar
 
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.validation import require_methods
-from coalestra.observability.backlog import BufferedSinkStats, BufferOverflowPolicy
+from coalestra.observability.backlog import BufferedSinkStats
 from coalestra.observability.delivery import DeliveryQueue
 from coalestra.observability.events import EventRecord
 from coalestra.observability.metrics import MetricRecord
+from coalestra.observability.overflow import DEFAULT_MAX_PENDING, BufferOverflowPolicy
 
 __all__ = [
     "BufferOverflowPolicy",
@@ -21,9 +22,6 @@ __all__ = [
     "BufferedSink",
     "BufferedSinkStats",
 ]
-
-DEFAULT_MAX_PENDING = 10_000
-"""How many records a buffer keeps waiting unless told otherwise."""
 
 R = TypeVar("R")
 B = TypeVar("B", bound="BufferedSink[Any]")

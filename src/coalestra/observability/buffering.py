@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.validation import flag, require_methods
-from coalestra.observability.buffered import (
-    DEFAULT_MAX_PENDING,
-    BufferedEventSink,
-    BufferedMetricsSink,
-    BufferedSinkStats,
-    BufferOverflowPolicy,
-)
-from coalestra.observability.events import NullEventSink
-from coalestra.observability.metrics import NullMetrics
+from coalestra.observability.overflow import DEFAULT_MAX_PENDING, BufferOverflowPolicy
+from coalestra.observability.silence import NullEventSink, NullMetrics
 
-Buffer = BufferedEventSink | BufferedMetricsSink
+if TYPE_CHECKING:
+    from coalestra.observability.backlog import BufferedSinkStats
+    from coalestra.observability.buffered import BufferedEventSink, BufferedMetricsSink
+    from coalestra.observability.reporting import Reporter
+
+    Buffer = BufferedEventSink | BufferedMetricsSink
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class ObservabilitySinks:
     """The sinks of one builder as it uses them.
 
@@ -32,10 +29,27 @@ class ObservabilitySinks:
         owned: those of them that were put there on the builder's behalf, and are its to close.
     """
 
-    metrics: MetricsSink
-    events: EventSink
-    buffers: Mapping[str, Buffer]
-    owned: Mapping[str, Buffer]
+    __slots__ = ("buffers", "events", "metrics", "owned")
+
+    def __init__(
+        self,
+        metrics: MetricsSink,
+        events: EventSink,
+        buffers: Mapping[str, Buffer],
+        owned: Mapping[str, Buffer],
+    ) -> None:
+        self.metrics = metrics
+        self.events = events
+        self.buffers = buffers
+        self.owned = owned
+
+    def reporter(self) -> Reporter | None:
+        """Return what reports to these sinks, or None if both discard what they get."""
+        if type(self.metrics) is NullMetrics and type(self.events) is NullEventSink:
+            return None
+        from coalestra.observability.reporting import reporter_for
+
+        return reporter_for(self.metrics, self.events)
 
     def stats(self) -> dict[str, BufferedSinkStats]:
         """Return the state of every buffered sink, by component."""
@@ -91,31 +105,39 @@ def buffer_sinks(
     used_events = NullEventSink() if events is None else events
     require_methods("metrics", used_metrics, "increment", "observe")
     require_methods("events", used_events, "emit")
+    sinks = ObservabilitySinks(used_metrics, used_events, {}, {})
+    if metrics is None and events is None and not buffer:
+        return sinks
+    return _in_buffers(sinks, buffer, max_pending, overflow)
+
+
+def _in_buffers(
+    sinks: ObservabilitySinks,
+    buffer: bool | None,
+    max_pending: int,
+    overflow: BufferOverflowPolicy,
+) -> ObservabilitySinks:
+    from coalestra.observability.buffered import BufferedEventSink, BufferedMetricsSink
+
+    metrics, events = sinks.metrics, sinks.events
     owned: dict[str, Buffer] = {}
-    if _wants_buffer(used_events, buffer):
-        used_events = owned["events"] = BufferedEventSink(
-            used_events, max_pending=max_pending, overflow=overflow
+    if not isinstance(events, BufferedEventSink) and _wants_buffer(events, buffer):
+        events = owned["events"] = BufferedEventSink(
+            events, max_pending=max_pending, overflow=overflow
         )
-    if _wants_buffer(used_metrics, buffer):
-        used_metrics = owned["metrics"] = BufferedMetricsSink(
-            used_metrics, max_pending=max_pending, overflow=overflow
+    if not isinstance(metrics, BufferedMetricsSink) and _wants_buffer(metrics, buffer):
+        metrics = owned["metrics"] = BufferedMetricsSink(
+            metrics, max_pending=max_pending, overflow=overflow
         )
-    buffers = _buffered(used_metrics, used_events)
-    return ObservabilitySinks(used_metrics, used_events, buffers, owned)
-
-
-def _wants_buffer(sink: object, buffer: bool | None) -> bool:
-    if isinstance(sink, (BufferedEventSink, BufferedMetricsSink)):
-        return False
-    if buffer is None:
-        return getattr(sink, "coalestra_non_blocking", False) is not True
-    return buffer
-
-
-def _buffered(metrics: MetricsSink, events: EventSink) -> dict[str, Buffer]:
     buffers: dict[str, Buffer] = {}
     if isinstance(events, BufferedEventSink):
         buffers["events"] = events
     if isinstance(metrics, BufferedMetricsSink):
         buffers["metrics"] = metrics
-    return buffers
+    return ObservabilitySinks(metrics, events, buffers, owned)
+
+
+def _wants_buffer(sink: object, buffer: bool | None) -> bool:
+    if buffer is None:
+        return getattr(sink, "coalestra_non_blocking", False) is not True
+    return buffer

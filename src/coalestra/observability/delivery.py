@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from coalestra.core.validation import flag, number
-from coalestra.observability.backlog import Backlog, BufferedSinkStats, BufferOverflowPolicy
+from coalestra.observability.backlog import Backlog, BufferedSinkStats
+from coalestra.observability.overflow import BufferOverflowPolicy
 
 R = TypeVar("R")
 

@@ -22,20 +22,6 @@ class EventRecord:
     payload: dict[str, Any]
 
 
-class NullEventSink:
-    """Discards every event. With it, the library does not even put events together."""
-
-    __slots__ = ()
-
-    coalestra_non_blocking = True
-
-    def emit(self, event_type: str, **payload: Any) -> None:
-        """Do nothing."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
-
 class LoggingEventSink:
     """Writes each event to a logger, at level INFO.
 

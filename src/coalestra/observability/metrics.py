@@ -74,23 +74,6 @@ class MetricsSnapshot:
     observations: Mapping[Series, ObservationSummary]
 
 
-class NullMetrics:
-    """Discards every count and observation. With it, the library builds no labels."""
-
-    __slots__ = ()
-
-    coalestra_non_blocking = True
-
-    def increment(self, metric: str, value: int = 1, **labels: str) -> None:
-        """Do nothing."""
-
-    def observe(self, metric: str, value: float, **labels: str) -> None:
-        """Do nothing."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
-
 class InMemoryMetrics:
     """Keeps one number per counter and one summary per observed series; safe from many threads.
 

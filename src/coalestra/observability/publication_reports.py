@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import PublishStatus
+from coalestra.core.published import PublishStatus
 from coalestra.observability.emitting import Emitter
 from coalestra.observability.labels import labels_of
 from coalestra.observability.provenance import Provenance

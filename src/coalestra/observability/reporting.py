@@ -5,10 +5,9 @@ from __future__ import annotations
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.observability.buffered import BufferedEventSink, BufferedMetricsSink
 from coalestra.observability.cache_reports import CacheReports
-from coalestra.observability.events import NullEventSink
-from coalestra.observability.metrics import NullMetrics
 from coalestra.observability.publication_reports import PublicationReports
 from coalestra.observability.refresh_reports import RefreshReports
+from coalestra.observability.silence import NullEventSink, NullMetrics
 from coalestra.observability.snapshot_reports import SnapshotReports
 from coalestra.observability.source_reports import SourceReports
 

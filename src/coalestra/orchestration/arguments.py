@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -19,28 +18,30 @@ from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResili
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
 class BuilderArguments:
     """The collaborators that an application hands to a builder; None stands for the default."""
 
     sources: Iterable[Source]
-    default_policy: FreshnessPolicy | None = None
-    policy_resolver: PolicyResolver | None = None
-    authority_policy: SourceAuthorityPolicy | None = None
-    authority_resolver: AuthorityPolicyResolver | None = None
-    cache: AsyncCache | None = None
-    retry_policy: RetryPolicy | None = None
-    circuit_breaker: CircuitBreaker | None = None
-    default_resilience: SourceResiliencePolicy | None = None
-    source_resilience: Mapping[str, SourceResiliencePolicy] | None = None
-    resilience_resolver: ResiliencePolicyResolver | None = None
-    clock: Clock | None = None
-    metrics: MetricsSink | None = None
-    events: EventSink | None = None
-    observation_policy: ObservationPolicy | None = None
-    payload_copier: PayloadCopier | None = None
+    default_policy: FreshnessPolicy | None
+    policy_resolver: PolicyResolver | None
+    authority_policy: SourceAuthorityPolicy | None
+    authority_resolver: AuthorityPolicyResolver | None
+    cache: AsyncCache | None
+    retry_policy: RetryPolicy | None
+    circuit_breaker: CircuitBreaker | None
+    default_resilience: SourceResiliencePolicy | None
+    source_resilience: Mapping[str, SourceResiliencePolicy] | None
+    resilience_resolver: ResiliencePolicyResolver | None
+    clock: Clock | None
+    metrics: MetricsSink | None
+    events: EventSink | None
+    observation_policy: ObservationPolicy | None
+    payload_copier: PayloadCopier | None
 
-    def __post_init__(self) -> None:
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Pick the collaborators out of all arguments of a call, and check them."""
+        for name in BuilderArguments.__annotations__:
+            setattr(self, name, arguments[name])
         instance("sources", self.sources, Iterable)
         for name, kind in _KINDS.items():
             instance(name, getattr(self, name), kind, optional=True)
@@ -55,11 +56,6 @@ class BuilderArguments:
                 "authority_policy and authority_resolver were both given; give the resolver alone, "
                 "with the policy as its default"
             )
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> BuilderArguments:
-        """Return the collaborators among the arguments of a call."""
-        return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
 
 
 _KINDS: Mapping[str, type] = {

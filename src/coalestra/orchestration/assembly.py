@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextvars
-import dataclasses
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 from coalestra.cache.access import access_to
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.publication import PublicationRules
-from coalestra.cache.publisher import PublisherParts, ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
@@ -21,7 +18,6 @@ from coalestra.core.freshness import FreshnessPolicy, ObservationPolicy, PolicyR
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.observability.buffering import ObservabilitySinks, buffer_sinks
-from coalestra.observability.reporting import reporter_for
 from coalestra.orchestration.arguments import BuilderArguments, given_or
 from coalestra.orchestration.chains import Chains, Link
 from coalestra.orchestration.closing import Closing
@@ -32,19 +28,29 @@ from coalestra.resilience.backoff import RetryPolicy
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
 
+if TYPE_CHECKING:
+    from coalestra.cache.publisher import ResourcePublisher
 
-@dataclasses.dataclass(frozen=True)
+
 class Assembly:
     """The working parts of one builder."""
 
-    engine: Engine
-    publisher: ResourcePublisher
-    sinks: ObservabilitySinks
-    closing: Closing
-    default_cache: AsyncMemoryCache | None
-    policies: Any
-    authority: Any
-    retry_policy: RetryPolicy
+    def __init__(
+        self,
+        engine: Engine,
+        sinks: ObservabilitySinks,
+        closing: Closing,
+        default_cache: AsyncMemoryCache | None,
+    ) -> None:
+        self.engine = engine
+        self.sinks = sinks
+        self.closing = closing
+        self.default_cache = default_cache
+
+    @cached_property
+    def publisher(self) -> ResourcePublisher:
+        """What writes events into the builder's cache; loaded and made when first asked for."""
+        return _publisher(self.engine.equipment, self.sinks, self.engine)
 
 
 def assemble(given: BuilderArguments, settings: BuilderSettings) -> Assembly:
@@ -74,7 +80,6 @@ def assemble(given: BuilderArguments, settings: BuilderSettings) -> Assembly:
         managed = [*(link.source for link in chains.links), cache, given.metrics, given.events]
     return Assembly(
         engine=engine,
-        publisher=_publisher(equipment, sinks, engine),
         sinks=sinks,
         closing=Closing(
             engine,
@@ -85,9 +90,6 @@ def assemble(given: BuilderArguments, settings: BuilderSettings) -> Assembly:
             [each for each in managed if each is not None],
         ),
         default_cache=default_cache,
-        policies=equipment.policies,
-        authority=equipment.authority,
-        retry_policy=equipment.resilience.default.retry,
     )
 
 
@@ -103,7 +105,10 @@ def _equipment(
     authority = given.authority_resolver
     if authority is None:
         authority = AuthorityPolicyResolver(given.authority_policy)
-    require_authority_aware(cache, authority)
+    if authority.has_rules:
+        from coalestra.cache.publisher import require_authority_aware
+
+        require_authority_aware(cache, authority)
     threads = WorkerThreads()
     copies = PayloadCopies(
         "builder",
@@ -125,7 +130,7 @@ def _equipment(
         resilience=_resilience(given, breaker),
         access=access_to(cache, copies, pending),
         copies=copies,
-        report=reporter_for(sinks.metrics, sinks.events),
+        report=sinks.reporter(),
         threads=threads,
         max_concurrency=settings.max_concurrency,
         max_pending_tasks=pending,
@@ -205,6 +210,9 @@ def _resilience(given: BuilderArguments, breaker: CircuitBreaker) -> ResilienceP
 def _publisher(
     equipment: Equipment, sinks: ObservabilitySinks, engine: Engine
 ) -> ResourcePublisher:
+    from coalestra.cache.publication import PublicationRules
+    from coalestra.cache.publisher import PublisherParts, ResourcePublisher
+
     return ResourcePublisher.from_parts(
         PublisherParts(
             access=equipment.access,

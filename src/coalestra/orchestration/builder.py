@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coalestra.concurrency.copying import PayloadCopier
 from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
@@ -13,20 +12,21 @@ from coalestra.core.errors import SnapshotBuildError
 from coalestra.core.freshness import FreshnessPolicy, ObservationPolicy, PolicyResolver
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import AsyncCache, EventSink, MetricsSink, Source
-from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.validation import flag, instance
-from coalestra.observability.buffered import BufferOverflowPolicy
+from coalestra.observability.overflow import BufferOverflowPolicy
 from coalestra.orchestration.arguments import BuilderArguments
 from coalestra.orchestration.assembly import assemble
-from coalestra.orchestration.judging import Judge
 from coalestra.orchestration.lifecycle import ClosableBuilder
-from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.settings import BuilderSettings
 from coalestra.orchestration.unit import distinct, open_unit
 from coalestra.resilience.backoff import RetryPolicy
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
+
+if TYPE_CHECKING:
+    from coalestra.core.request import SnapshotRequest
+    from coalestra.orchestration.session import SnapshotSession
 
 
 class SnapshotBuilder(ClosableBuilder):
@@ -102,7 +102,7 @@ class SnapshotBuilder(ClosableBuilder):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         settings = BuilderSettings.of(arguments)
-        super().__init__(assemble(BuilderArguments.of(arguments), settings), settings)
+        super().__init__(assemble(BuilderArguments(arguments), settings), settings)
 
     # Building ---------------------------------------------------------------------------------
 
@@ -159,6 +159,9 @@ class SnapshotBuilder(ClosableBuilder):
             SnapshotAcceptanceError: values are not acceptable.
             RuntimeError: the builder is closed, or busy on another event loop.
         """
+        from coalestra.core.request import SnapshotRequest
+        from coalestra.orchestration.judging import Judge
+
         instance("request", request, SnapshotRequest)
         unit = open_unit(self.parts.engine, deadline_seconds, metadata, snapshot_id, lasting=False)
         snapshot = await unit.single_stage(distinct(request.keys))
@@ -195,6 +198,8 @@ class SnapshotBuilder(ClosableBuilder):
         Raises:
             RuntimeError: the builder is closed.
         """
+        from coalestra.orchestration.session import SnapshotSession
+
         return SnapshotSession(
             open_unit(self.parts.engine, deadline_seconds, metadata, snapshot_id, lasting=True)
         )
@@ -212,7 +217,5 @@ class SnapshotBuilder(ClosableBuilder):
 
 
 _ARGUMENTS = frozenset(
-    field.name
-    for record in (BuilderArguments, BuilderSettings)
-    for field in dataclasses.fields(record)
+    name for record in (BuilderArguments, BuilderSettings) for name in record.__annotations__
 )

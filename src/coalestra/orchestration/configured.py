@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.core.authority import AuthorityPolicyResolver
 from coalestra.core.clock import Clock
 from coalestra.core.freshness import ObservationPolicy, PolicyResolver
-from coalestra.core.health import BuilderHealth
 from coalestra.core.protocols import AsyncCache, EventSink, MetricsSink, Source
-from coalestra.observability.buffered import BufferOverflowPolicy
+from coalestra.observability.overflow import BufferOverflowPolicy
 from coalestra.orchestration.assembly import Assembly
-from coalestra.orchestration.health import collect_health
 from coalestra.orchestration.settings import BuilderSettings
 from coalestra.resilience.backoff import RetryPolicy
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver
+
+if TYPE_CHECKING:
+    from coalestra.cache.publisher import ResourcePublisher
+    from coalestra.core.health import BuilderHealth
 
 
 class ConfiguredBuilder:
@@ -76,13 +78,15 @@ class ConfiguredBuilder:
     @property
     def policy_resolver(self) -> PolicyResolver:
         """The freshness policies by key."""
-        resolver: PolicyResolver = self.parts.policies
+        policies: Any = self.parts.engine.equipment.policies
+        resolver: PolicyResolver = policies
         return resolver
 
     @property
     def authority_resolver(self) -> AuthorityPolicyResolver:
         """The authority policies by key."""
-        resolver: AuthorityPolicyResolver = self.parts.authority
+        authority: Any = self.parts.engine.equipment.authority
+        resolver: AuthorityPolicyResolver = authority
         return resolver
 
     @property
@@ -98,7 +102,7 @@ class ConfiguredBuilder:
     @property
     def retry_policy(self) -> RetryPolicy:
         """How calls are repeated where no policy of the source says otherwise."""
-        return self.parts.retry_policy
+        return self.parts.engine.equipment.resilience.default.retry
 
     @property
     def metrics(self) -> MetricsSink:
@@ -119,6 +123,8 @@ class ConfiguredBuilder:
 
     async def health_snapshot(self) -> BuilderHealth:
         """Return the state of the builder and its counters, without asking any source."""
+        from coalestra.orchestration.health import collect_health
+
         copies = {"builder": self.parts.engine.equipment.copies.health()}
         if self.parts.default_cache is not None:
             copies["cache"] = self.parts.default_cache.copy_health_snapshot()

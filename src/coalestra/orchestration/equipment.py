@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from coalestra.cache.access import CacheAccess
 from coalestra.concurrency.capacity import CapacityController
@@ -11,25 +12,36 @@ from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.authority import AuthorityPolicyProvider
 from coalestra.core.clock import Clock
 from coalestra.core.freshness import FreshnessPolicyProvider, ObservationPolicy
-from coalestra.observability.reporting import Reporter
 from coalestra.orchestration.chains import Chains
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver
 
+if TYPE_CHECKING:
+    from coalestra.observability.reporting import Reporter
 
-@dataclasses.dataclass(slots=True)
+
 class Counters:
     """Cumulative counts since the builder was made, for its health."""
 
-    queue_timeouts: int = 0
-    source_timeouts: int = 0
-    deadlines_exceeded: int = 0
-    revalidation_attempts: int = 0
-    revalidation_failures: int = 0
-    transport_violations: dict[str, int] = dataclasses.field(default_factory=dict)
+    __slots__ = (
+        "deadlines_exceeded",
+        "queue_timeouts",
+        "revalidation_attempts",
+        "revalidation_failures",
+        "source_timeouts",
+        "transport_violations",
+    )
+
+    def __init__(self) -> None:
+        self.queue_timeouts: int = 0
+        self.source_timeouts: int = 0
+        self.deadlines_exceeded: int = 0
+        self.revalidation_attempts: int = 0
+        self.revalidation_failures: int = 0
+        self.transport_violations: dict[str, int] = {}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(eq=False, repr=False, slots=True)
 class Equipment:
     """The parts that every stage of the engine shares for the life of a builder."""
 

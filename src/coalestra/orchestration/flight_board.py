@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from coalestra.concurrency.waits_for import WaitsFor
 from coalestra.core.keys import ResourceKey
-from coalestra.observability.reporting import Reporter
 from coalestra.orchestration.flights import Acquisition, Gather
 from coalestra.orchestration.readings import Failure
+
+if TYPE_CHECKING:
+    from coalestra.observability.reporting import Reporter
 
 
 class FlightBoard:

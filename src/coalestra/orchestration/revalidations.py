@@ -15,7 +15,6 @@ from coalestra.core.errors import (
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import Snapshot
-from coalestra.observability.snapshot_reports import SessionRevalidation
 from coalestra.orchestration.judging import Judge
 from coalestra.orchestration.revalidation import Revalidation
 from coalestra.orchestration.unit import Unit
@@ -57,6 +56,8 @@ class Revalidations:
     def _report(self, attempt: Revalidation, ended: Mapping[str, Any]) -> None:
         report = self._unit.engine.equipment.report
         if report is not None:
+            from coalestra.observability.snapshot_reports import SessionRevalidation
+
             snapshot_id = self._unit.work.context.snapshot_id
             facts = attempt.outcome(snapshot_id=snapshot_id, **ended)
             report.session_revalidated(SessionRevalidation(**facts))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from coalestra.core.validation import choice, flag, instance, integer, number, text
-from coalestra.observability.buffered import BufferOverflowPolicy
+from coalestra.observability.overflow import BufferOverflowPolicy
 
 
 @dataclasses.dataclass(frozen=True)

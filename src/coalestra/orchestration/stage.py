@@ -8,7 +8,6 @@ from coalestra.core.errors import SnapshotBuildError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
-from coalestra.observability.snapshot_reports import SessionResolution
 from coalestra.orchestration.judging import Judge
 from coalestra.orchestration.unit import Unit, distinct
 
@@ -57,6 +56,8 @@ class Stage:
         report = unit.engine.equipment.report
         if report is None:
             return
+        from coalestra.observability.snapshot_reports import SessionResolution
+
         failed = sum(key in snapshot.errors for key in self._wanted)
         report.session_resolved(
             SessionResolution(

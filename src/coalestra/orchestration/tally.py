@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from coalestra.core.diagnostics import DiagnosticsRecorder
-from coalestra.observability.reporting import Reporter
 from coalestra.orchestration.chains import Link, SourceKind
+
+if TYPE_CHECKING:
+    from coalestra.observability.reporting import Reporter
 
 
 class Tally:

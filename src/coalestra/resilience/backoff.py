@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import random
 from dataclasses import dataclass
 
 from coalestra.core.errors import (
@@ -74,5 +73,8 @@ class RetryPolicy:
         exponent = min(attempt - 1, _LARGEST_EXPONENT)
         longest = float(self.max_delay_seconds)
         delay = min(self.base_delay_seconds * 2.0**exponent, longest)
+        # Imported with the first retry: most programs that load this module never get there.
+        import random
+
         delay *= 1.0 + random.uniform(-self.jitter_ratio, self.jitter_ratio)
         return max(0.0, longest - abs(longest - delay))

@@ -60,23 +60,6 @@ class CircuitIdentity:
         return f"{self.source}:{self.scope.value}:{self.discriminator}"
 
 
-@dataclass(frozen=True, slots=True)
-class CircuitSnapshot:
-    """A circuit at one moment.
-
-    Attributes:
-        state: whether it lets calls through.
-        failures: failures in a row.
-        opened_at: when it opened last, on the clock's monotonic scale; 0.0 if it never did.
-        half_open_probe_active: whether the one probe is under way.
-    """
-
-    state: CircuitState
-    failures: int
-    opened_at: float
-    half_open_probe_active: bool
-
-
 @dataclass(frozen=True)
 class CircuitBreakerPolicy:
     """When a circuit opens and how long it stays so.
@@ -124,6 +107,11 @@ class Circuit:
     def failures(self) -> int:
         """How many calls in a row have failed."""
         return self._failures
+
+    @property
+    def opened_at(self) -> float:
+        """When it opened last; 0.0 if it never did."""
+        return self._opened_at
 
     @property
     def probing(self) -> bool:
@@ -184,10 +172,6 @@ class Circuit:
         self._opened_at = now
         self._probe_at = now + policy.recovery_timeout_seconds
         self._probing = False
-
-    def view(self, now: float) -> CircuitSnapshot:
-        """Return the figures at `now`."""
-        return CircuitSnapshot(self.state(now), self._failures, self._opened_at, self._probing)
 
     def __repr__(self) -> str:
         return f"<Circuit {self._state.value} failures={self._failures} probing={self._probing}>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from coalestra.core.clock import Clock
 from coalestra.core.keys import ResourceKey
@@ -11,10 +12,12 @@ from coalestra.core.validation import instance
 from coalestra.resilience.circuit import (
     CircuitBreakerPolicy,
     CircuitIdentity,
-    CircuitSnapshot,
     CircuitState,
 )
 from coalestra.resilience.circuits import Circuits
+
+if TYPE_CHECKING:
+    from coalestra.resilience.circuit_snapshot import CircuitSnapshot
 
 
 class CircuitBreaker(Circuits):

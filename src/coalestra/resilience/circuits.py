@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from coalestra.core.clock import Clock, SystemClock
 from coalestra.core.errors import CircuitOpenError
@@ -14,9 +15,11 @@ from coalestra.resilience.circuit import (
     CircuitBreakerPolicy,
     CircuitIdentity,
     CircuitScope,
-    CircuitSnapshot,
     CircuitState,
 )
+
+if TYPE_CHECKING:
+    from coalestra.resilience.circuit_snapshot import CircuitSnapshot
 
 MAX_CIRCUITS = 10_000
 """How many circuits that are not at rest are remembered."""
@@ -142,8 +145,10 @@ class Circuits:
 
     def view(self) -> dict[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of every circuit that is not at rest."""
+        from coalestra.resilience.circuit_snapshot import snapshot_of
+
         now = self.clock.monotonic()
-        return {identity: circuit.view(now) for identity, circuit in self._circuits.items()}
+        return {identity: snapshot_of(circuit, now) for identity, circuit in self._circuits.items()}
 
     def forget(self, identity: CircuitIdentity) -> None:
         """Close one circuit as if it had never failed."""
@@ -168,7 +173,8 @@ class Circuits:
         del self._circuits[next(idle, next(iter(self._circuits)))]
 
     def __repr__(self) -> str:
-        states = [circuit.state.value for circuit in self.view().values()]
+        now = self.clock.monotonic()
+        states = [circuit.state(now).value for circuit in self._circuits.values()]
         counts = " ".join(f"{state}={states.count(state)}" for state in sorted(set(states)))
         return f"<{type(self).__name__} {counts or 'all at rest'}>"
 

@@ -15,7 +15,7 @@ from coalestra.cache.lanes import KeyLanes
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import PublishResult
+from coalestra.core.published import PublishResult
 from coalestra.core.validation import instance, number, text
 from coalestra.core.values import ResourceUpdate
 from coalestra.sync.backlog import SubmissionBacklog
