@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from coalestra.observability.reporting import Reporter
 from coalestra.orchestration.attempts import Attempt
 from coalestra.orchestration.calls import Shift
 from coalestra.orchestration.chains import Link, SourceKind
@@ -15,6 +14,9 @@ from coalestra.orchestration.flights import Acquisition
 from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.tally import Tally
 from coalestra.orchestration.work import Work
+
+if TYPE_CHECKING:
+    from coalestra.observability.reporting import Reporter
 
 _CALLS_BETWEEN_LOOKS = 8
 """Calls that never wait would otherwise all be made in one step of the event loop."""
