@@ -63,20 +63,18 @@ def _steps(awaitable: Any) -> Any:
     return awaitable if steps is None else steps()
 
 
-def by_flight(
-    link: Link, flights: Sequence[Acquisition], result: Any
-) -> list[tuple[Acquisition, Any]]:
+def values_of(link: Link, flights: Sequence[Acquisition], result: Any) -> list[Any]:
     """Return what the answer holds for each flight; raise `SourceProtocolError` if malformed."""
     if link.kind is not SourceKind.BATCH:
-        return [(flights[0], result)]
+        return [result]
     if not isinstance(result, Mapping):
         raise SourceProtocolError(
             f"fetch_many of source {link.name!r} must return a mapping of the requested keys, got "
             f"{type(result).__qualname__}"
         )
     get = result.get
-    values = [(flight, get(flight.key, OMITTED)) for flight in flights]
-    if len(result) != len([True for _, value in values if value is not OMITTED]):
+    values = [get(flight.key, OMITTED) for flight in flights]
+    if len(result) != len([True for value in values if value is not OMITTED]):
         _refuse_unrequested(link, {flight.key for flight in flights}, result)
     return values
 

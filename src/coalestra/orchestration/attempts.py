@@ -13,7 +13,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.admission import Admission
-from coalestra.orchestration.answers import CallFacts, by_flight
+from coalestra.orchestration.answers import CallFacts, values_of
 from coalestra.orchestration.budget import Budgeted
 from coalestra.orchestration.calls import Shift, Try
 from coalestra.orchestration.chains import Link, SourceKind
@@ -240,8 +240,9 @@ class Attempt(Budgeted):
 
     async def _take(self, answer: Any, latency_ms: float) -> None:
         self._tally.took(latency_ms)
+        flights = tuple(self.flights)
         try:
-            values = by_flight(self.link, tuple(self.flights), answer)
+            values = values_of(self.link, flights, answer)
         except Exception as error:
             self._admission.close(_NOBODY)
             self._end(error)
@@ -249,8 +250,8 @@ class Attempt(Budgeted):
         self._tally.batch_ended("success")
         facts = CallFacts(self.equipment, self.link, self.tries, latency_ms)
         harvest = Harvest(self, self._desk, facts)
-        if len(values) > 1 or not harvest.bring_in_now(*values[0]):
-            await harvest.bring_in(values)
+        if len(values) > 1 or not harvest.bring_in_now(flights[0], values[0]):
+            await harvest.bring_in(flights, values)
         self._admission.close(harvest.fresh)
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from coalestra.core.records import CacheWriteStatus
 from coalestra.core.revision import Revision
 from coalestra.orchestration.equipment import Equipment
 from coalestra.orchestration.flights import Acquisition
-from coalestra.orchestration.readings import Failure, Reading, Settlement
+from coalestra.orchestration.readings import Failed, Failure, Reading, Settlement
 
 _LOST_TO_NEWER = (CacheWriteStatus.IGNORED_OLDER, CacheWriteStatus.IGNORED_DUPLICATE)
 
@@ -31,7 +31,7 @@ def reading_of(
 
 def after_write(
     flight: Acquisition, status: CacheWriteStatus, current: Revision, equipment: Equipment
-) -> Settlement:
+) -> Reading:
     """Return the end of a flight whose value was offered to the cache.
 
     A value that lost to a higher authority gives way to the winner as long as that may be used at
@@ -40,7 +40,7 @@ def after_write(
     """
     own = current if flight.offered is None else flight.offered
     if status is CacheWriteStatus.STORED:
-        return Settlement(Reading(own, max(0.0, own.fetched_at - own.observed_at)))
+        return Reading(own, max(0.0, own.fetched_at - own.observed_at))
     now = equipment.clock.now()
     policy = flight.policy
     if current.version != own.version and _agrees(current, flight):
@@ -49,19 +49,19 @@ def after_write(
         )
         usable = winner.age <= policy.max_stale_seconds and not (flight.forced and winner.stale)
         if not winner.stale or (usable and status not in _LOST_TO_NEWER):
-            return Settlement(winner)
-    return Settlement(Reading(own, max(0.0, own.fetched_at - own.observed_at)))
+            return winner
+    return Reading(own, max(0.0, own.fetched_at - own.observed_at))
 
 
-def instead_of_event(flight: Acquisition, own: Revision, equipment: Equipment) -> Settlement:
+def instead_of_event(flight: Acquisition, own: Revision, equipment: Equipment) -> Reading:
     """Return the end of a flight whose value must not be written to the cache.
 
     If something was published for the key meanwhile, and is fresh, that is what the waiters get.
     """
     event = _event(flight, equipment, {"superseded_source": own.source})
     if event is not None:
-        return Settlement(event)
-    return Settlement(Reading(own, max(0.0, own.fetched_at - own.observed_at)))
+        return event
+    return Reading(own, max(0.0, own.fetched_at - own.observed_at))
 
 
 def _event(
@@ -88,12 +88,12 @@ def after_failures(flight: Acquisition, equipment: Equipment) -> Settlement:
     """Return the end of a flight that no source gave a fresh value for: an event may do."""
     event = _event(flight, equipment)
     if event is not None:
-        return Settlement(event)
+        return event
     if flight.cycle is not None:
         failure = Failure.of_cycle(flight.key, flight.cycle)
     else:
         failure = Failure.of_sources(flight.key, flight.failures)
-    return Settlement(failure=failure, stale=stale_candidate(flight, failure, equipment))
+    return Failed(failure, stale_candidate(flight, failure, equipment))
 
 
 def stale_candidate(flight: Acquisition, failure: Failure, equipment: Equipment) -> Reading | None:

@@ -276,16 +276,17 @@ class Gather:
 
     def receive(self, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
         """Take what a flight ended with; `joined` says that another unit of work had started it."""
-        reading = settlement.reading
-        if reading is None and self.accepts_stale(key):
+        if isinstance(settlement, Reading):
+            reading = settlement
+        elif settlement.stale is not None and self.accepts_stale(key):
             reading = settlement.stale
-        if reading is not None:
-            reading = reading.noted(coalesced_request=True) if joined else reading
-            self.readings[key] = reading
-            if self.forced and key in self.forced:
-                self.pins[key] = reading
-        elif settlement.failure is not None:
+        else:
             self.failures[key] = settlement.failure
+            return
+        reading = reading.noted(coalesced_request=True) if joined else reading
+        self.readings[key] = reading
+        if self.forced and key in self.forced:
+            self.pins[key] = reading
 
     def __repr__(self) -> str:
         for_whom = "stage" if self.owner is None else str(self.owner.key)

@@ -70,15 +70,16 @@ class Harvest:
             return False
         return flight.attempt is not self._attempt or self._handed_over(flight, value, None)
 
-    async def bring_in(self, values: Sequence[tuple[Acquisition, Any]]) -> None:
-        """Hand over every value; `fresh` tells which of them were fresh."""
-        omitted = [flight for flight, value in values if value is OMITTED]
+    async def bring_in(self, flights: Sequence[Acquisition], values: Sequence[Any]) -> None:
+        """Hand over the value of every flight; `fresh` tells which of them were fresh."""
+        pairs = zip(flights, values, strict=True)
+        omitted = [flight for flight, value in pairs if value is OMITTED]
         if omitted:
             await self._refuse_omitted(omitted)
         attempt = self._attempt
         pace = Pace()
         left = PORTION
-        for flight, value in values:
+        for flight, value in zip(flights, values, strict=True):
             if flight.attempt is attempt:
                 if not self._handed_over(flight, value, None):
                     await self._seal_in_thread(flight, value)

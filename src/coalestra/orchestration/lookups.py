@@ -13,7 +13,7 @@ from coalestra.orchestration.cache_reads import CacheReads
 from coalestra.orchestration.conclusions import Conclusions, always
 from coalestra.orchestration.flights import Acquisition, Gather, Read
 from coalestra.orchestration.pins import rests_on
-from coalestra.orchestration.readings import Failure
+from coalestra.orchestration.readings import Failure, Reading
 from coalestra.orchestration.scheduler import Scheduler
 from coalestra.orchestration.serving import Serving
 from coalestra.orchestration.work import Work
@@ -203,8 +203,7 @@ class Lookups:
 
 
 def _has_value(flight: Acquisition) -> bool:
-    settlement = flight.settlement
-    return settlement is not None and settlement.reading is not None
+    return isinstance(flight.settlement, Reading)
 
 
 def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
@@ -215,7 +214,7 @@ def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
     changed = read.group.changed
     if not changed or gather.owner is None:
         return False
-    if revision is None and read.flight is not None and read.flight.settlement is not None:
-        reading = read.flight.settlement.reading
-        revision = None if reading is None else reading.revision
+    if revision is None and read.flight is not None:
+        settlement = read.flight.settlement
+        revision = settlement.revision if isinstance(settlement, Reading) else None
     return revision is not None and rests_on((revision,), lambda each: each.key in changed)

@@ -83,21 +83,18 @@ class Failure:
         return f"<Failure {self.key}: {self.make()}>"
 
 
-class Settlement:
-    """How a flight ended: a value for everyone, or a failure with the best stale candidate."""
+class Failed:
+    """How a flight ended that brought no value: a failure, with the best stale candidate."""
 
-    __slots__ = ("failure", "reading", "stale")
+    __slots__ = ("failure", "stale")
 
-    def __init__(
-        self,
-        reading: Reading | None = None,
-        *,
-        failure: Failure | None = None,
-        stale: Reading | None = None,
-    ) -> None:
-        self.reading: Reading | None = reading
-        self.failure: Failure | None = failure
+    def __init__(self, failure: Failure, stale: Reading | None = None) -> None:
+        self.failure: Failure = failure
         self.stale: Reading | None = stale
 
     def __repr__(self) -> str:
-        return f"<Settlement {self.reading or self.failure}>"
+        return f"<Failed {self.failure}>"
+
+
+Settlement = Reading | Failed
+"""How a flight ended: with a reading for everyone, or without."""

@@ -30,7 +30,7 @@ from coalestra.orchestration.flight_board import FlightBoard
 from coalestra.orchestration.flights import Acquisition, Gather
 from coalestra.orchestration.offers import Offers
 from coalestra.orchestration.phases import Phase
-from coalestra.orchestration.readings import Failure, Settlement
+from coalestra.orchestration.readings import Failed, Failure, Reading, Settlement
 from coalestra.orchestration.work import Work
 
 _SETTLED = Phase.SETTLED
@@ -121,7 +121,7 @@ class Scheduler:
     def _drop(self, flight: Acquisition) -> None:
         gather = flight.gather
         error = SourceUnavailableError(f"{flight.key} was given up: nobody waits for it")
-        self.settle(flight, Settlement(failure=Failure(flight.key, lambda: error)))
+        self.settle(flight, Failed(Failure(flight.key, lambda: error)))
         if gather is not None:
             self.abandon(gather)
 
@@ -207,8 +207,8 @@ class Scheduler:
         flight.phase = _SETTLED
         flight.settlement = settlement
         flight.gather = flight.attempt = None
-        if flight.pins is not None and settlement.reading is not None:
-            flight.pins.setdefault(flight.key, settlement.reading)
+        if flight.pins is not None and type(settlement) is Reading:
+            flight.pins.setdefault(flight.key, settlement)
         for gather, joined in self.board.take_off(flight).items():
             gather.pending.pop(flight.key, None)
             self.hand(gather, flight.key, settlement, joined)
@@ -216,12 +216,11 @@ class Scheduler:
     def hand(self, gather: Gather, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
         """Give a gather what a flight ended with, and whether it had joined that flight."""
         gather.receive(key, settlement, joined)
-        if self.equipment.report is not None and key in gather.readings:
+        report = self.equipment.report
+        if report is not None and key in gather.readings:
             reading = gather.readings[key]
-            if reading is not settlement.reading and reading.fallback is not None:
-                self.equipment.report.stale_fallback_used(
-                    key, reading.fallback, from_cache=reading.from_cache
-                )
+            if reading.fallback is not None:
+                report.stale_fallback_used(key, reading.fallback, from_cache=reading.from_cache)
         if not gather.pending and not gather.open:
             self.agenda.add(self.completed, gather)
 
