@@ -179,7 +179,8 @@ class ResourcePublisher:
         """
         captured = tuple(updates)
         for update in captured:
-            validation.instance("updates", update, ResourceUpdate)
+            if type(update) is not ResourceUpdate:
+                validation.instance("updates", update, ResourceUpdate)
         return await self._publish(captured, force, replace_equal)
 
     async def invalidate(self, key: ResourceKey, *, reason: str = "") -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.pacing import Pace
-from coalestra.cache.publication import Publication, PublicationRules
-from coalestra.cache.sealing import Sealing
+from coalestra.cache.publication import SEALING, Publication, PublicationRules
+from coalestra.cache.sealing import presented
 from coalestra.cache.write_order import best_per_key
-from coalestra.cache.written import Written
-from coalestra.concurrency.copying import PayloadCopies
+from coalestra.cache.written import Outcome
+from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
 from coalestra.core.keys import ResourceKey
 from coalestra.core.records import CacheWriteStatus, PublishResult, PublishStatus
 from coalestra.core.revision import Revision
-from coalestra.core.values import ResourceUpdate, SnapshotValue
+from coalestra.core.values import ResourceUpdate
 from coalestra.observability.reporting import Reporter
 
-_IN = "published value"
 _OUT = "publish result"
+_STORED = CacheWriteStatus.STORED
+_PUBLISHED = PublishStatus.PUBLISHED
 _STATUS = {
-    CacheWriteStatus.STORED: PublishStatus.PUBLISHED,
     CacheWriteStatus.IGNORED_OLDER: PublishStatus.IGNORED_OLDER,
     CacheWriteStatus.IGNORED_DUPLICATE: PublishStatus.IGNORED_DUPLICATE,
     CacheWriteStatus.IGNORED_LOWER_AUTHORITY: PublishStatus.IGNORED_LOWER_AUTHORITY,
@@ -31,7 +31,7 @@ _STATUS = {
 class Publishing:
     """The work behind a publisher, over one cache with one component's copies."""
 
-    __slots__ = ("_access", "_reporter", "_rules", "_sealing")
+    __slots__ = ("_access", "_copies", "_reporter", "_rules")
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Publishing:
         reporter: Reporter | None,
     ) -> None:
         self._access = access
-        self._sealing = Sealing(copies)
+        self._copies = copies
         self._rules = rules
         self._reporter = reporter
 
@@ -52,17 +52,17 @@ class Publishing:
         self, updates: Iterable[ResourceUpdate[Any]], *, force: bool, replace_equal: bool
     ) -> dict[ResourceKey, PublishResult]:
         """Offer the best update per key to the cache; nothing is written if one is unfit."""
-        run = _Run(self._access, self._sealing)
+        run = _Run(self._access, self._copies, self._rules)
         try:
-            best = await run.judge(updates, self._rules)
-            revisions = await run.seal(best.values())
-            written = await run.write(revisions, force=force, replace_equal=replace_equal)
+            best = await run.judge(updates)
+            revisions = await run.seal(best)
+            outcomes = await run.write(revisions, force, replace_equal)
         finally:
             run.conclude()
         if self._reporter is not None:
-            for revision in revisions:
-                _report(self._reporter, revision, written[revision.key], force)
-        return await self._results(best, written)
+            for revision, outcome in zip(revisions, outcomes, strict=True):
+                _report(self._reporter, revision, outcome, force)
+        return await self._results(best, outcomes, run.now)
 
     async def invalidate(self, keys: Collection[ResourceKey], reason: str) -> None:
         """Remove ``keys`` from the cache."""
@@ -72,45 +72,32 @@ class Publishing:
                 self._reporter.resource_invalidated(key, reason)
 
     async def _results(
-        self, best: Mapping[ResourceKey, Publication], written: Mapping[ResourceKey, Written]
+        self, best: Iterable[Publication], outcomes: Iterable[Outcome], now: float
     ) -> dict[ResourceKey, PublishResult]:
         results = {}
+        copies = self._copies
         pace = Pace()
-        for key, publication in best.items():
-            outcome = written[key]
-            stored = outcome.status is CacheWriteStatus.STORED
-            value = self._opened_now(outcome.current, publication, not stored)
-            if value is None:
-                value = await self._opened(outcome.current, publication, not stored)
-            previous = None
-            if outcome.previous is not None:
-                previous = self._opened_now(outcome.previous, publication, True)
-                if previous is None:
-                    previous = await self._opened(outcome.previous, publication, True)
-            results[key] = PublishResult(_STATUS[outcome.status], value, previous)
+        for publication, (status, current, previous) in zip(best, outcomes, strict=True):
+            ttl = publication.policy.ttl_seconds
+            stored = status is _STORED
+            payload = copies.open_now(current.payload, current.seal, context=_OUT)
+            if payload is OFFLOADED:
+                payload = await copies.open(current.payload, current.seal, context=_OUT)
+            age = max(0.0, now - current.observed_at)
+            value = presented(current, payload, copies, _OUT, (age, age > ttl, not stored))
+            before = None
+            if previous is not None:
+                payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
+                if payload is OFFLOADED:
+                    payload = await copies.open(previous.payload, previous.seal, context=_OUT)
+                age = max(0.0, now - previous.observed_at)
+                before = presented(previous, payload, copies, _OUT, (age, age > ttl, True))
+            results[publication.key] = PublishResult(
+                _PUBLISHED if stored else _STATUS[status], value, before
+            )
             if pace.due():
                 await pace.rest()
         return results
-
-    def _opened_now(
-        self, revision: Revision, publication: Publication, from_cache: bool
-    ) -> SnapshotValue[Any] | None:
-        age = max(0.0, publication.published_at - revision.observed_at)
-        return self._sealing.open_now(
-            revision, _OUT, (age, age > publication.policy.ttl_seconds, from_cache)
-        )
-
-    async def _opened(
-        self, revision: Revision, publication: Publication, from_cache: bool
-    ) -> SnapshotValue[Any]:
-        age = max(0.0, publication.published_at - revision.observed_at)
-        return await self._sealing.open(
-            revision,
-            context=_OUT,
-            age=age,
-            stale=age > publication.policy.ttl_seconds,
-            from_cache=from_cache,
-        )
 
 
 class _Run:
@@ -120,68 +107,68 @@ class _Run:
     way cannot slip in between an event and its writing.
     """
 
-    __slots__ = ("_access", "_announced", "_judged", "_pace", "_sealing")
+    __slots__ = ("_access", "_announced", "_copies", "_judged", "_pace", "_rules", "now")
 
-    def __init__(self, access: CacheAccess, sealing: Sealing) -> None:
+    def __init__(self, access: CacheAccess, copies: PayloadCopies, rules: PublicationRules) -> None:
+        self.now: float = rules.clock.now()
         self._access = access
-        self._sealing = sealing
+        self._copies = copies
+        self._rules = rules
         self._judged: list[Publication] = []
-        self._announced: list[Publication] = []
+        self._announced = 0
         self._pace = Pace()
 
-    async def judge(
-        self, updates: Iterable[ResourceUpdate[Any]], rules: PublicationRules
-    ) -> dict[ResourceKey, Publication]:
+    async def judge(self, updates: Iterable[ResourceUpdate[Any]]) -> list[Publication]:
         """Return the best publication per key; raises for the first that is unfit."""
-        now = rules.clock.now()
+        judge, judged = self._rules.judge, self._judged
         for update in updates:
-            self._judged.append(rules.judge(update, now))
+            judged.append(judge(update, self.now))
             if self._pace.due():
                 await self._breathe()
-        return best_per_key(self._judged)
+        return list(best_per_key(judged).values())
 
     async def seal(self, publications: Iterable[Publication]) -> list[Revision]:
         """Return the publications as revisions with sealed payloads."""
         revisions = []
-        copies = self._sealing.copies
+        copies = self._copies
         for each in publications:
-            sealed = copies.seal_now(each.value, context=_IN)
+            sealed = copies.seal_now(each.update.value, context=SEALING)
             if sealed is None:
                 self._announce()
-                sealed = await copies.seal(each.value, context=_IN)
-            metadata = copies.seal_metadata_now(each.metadata, context=_IN)
-            revisions.append(each.revision(*sealed, metadata))
+                sealed = await copies.seal(each.update.value, context=SEALING)
+            revisions.append(each.revision(sealed, copies, self.now))
             if self._pace.due():
                 await self._breathe()
         return revisions
 
     async def write(
-        self, revisions: Collection[Revision], *, force: bool, replace_equal: bool
-    ) -> dict[ResourceKey, Written]:
-        """Offer the revisions to the cache."""
+        self, revisions: Collection[Revision], force: bool, replace_equal: bool
+    ) -> list[Outcome]:
+        """Offer the revisions to the cache; return what became of each."""
         store = self._access.store
         if store is None:
             self._announce()
-            return await self._access.write(
+            written = await self._access.write(
                 revisions, force=force, replace_equal=replace_equal, want_previous=True
             )
-        written = {}
+            return [written[revision.key] for revision in revisions]
+        outcomes = []
+        put = store.put
         for revision in revisions:
-            outcome = store.put(revision, force=force, replace_equal=replace_equal)
-            written[revision.key] = Written(*outcome)
+            outcomes.append(put(revision, force=force, replace_equal=replace_equal))
             if self._pace.due():
                 await self._breathe()
-        return written
+        return outcomes
 
     def conclude(self) -> None:
         """Declare everything that was announced ended."""
         if self._announced:
-            self._access.conclude(self._announced)
+            self._access.conclude(self._judged[: self._announced])
 
     def _announce(self) -> None:
-        news = self._judged[len(self._announced) :]
+        news = self._judged[self._announced :]
         if news:
-            self._announced += news
+            self._announced += len(news)
             self._access.announce(news)
 
     async def _breathe(self) -> None:
@@ -189,9 +176,9 @@ class _Run:
         await self._pace.rest()
 
 
-def _report(reporter: Reporter, candidate: Revision, outcome: Written, force: bool) -> None:
-    status = _STATUS[outcome.status]
-    if status is PublishStatus.PUBLISHED:
-        reporter.resource_published(candidate, replaced=outcome.previous is not None, forced=force)
+def _report(reporter: Reporter, candidate: Revision, outcome: Outcome, force: bool) -> None:
+    status, current, previous = outcome
+    if status is _STORED:
+        reporter.resource_published(candidate, replaced=previous is not None, forced=force)
     else:
-        reporter.resource_publish_ignored(candidate, outcome.current, status)
+        reporter.resource_publish_ignored(candidate, current, _STATUS[status])
