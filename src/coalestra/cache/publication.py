@@ -18,6 +18,7 @@ from coalestra.core.freshness import (
 )
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
+from coalestra.core.records import CacheWriteStatus
 from coalestra.core.revision import Revision
 from coalestra.core.values import ResourceUpdate, next_version
 
@@ -26,17 +27,34 @@ _PUBLISHED: FrozenDict[str, Any] = FrozenDict({"published": True})
 
 
 class Publication:
-    """One event with all that decides its fate; what is in ``update`` is still the caller's.
+    """One event on its way into the cache; each stage adds what the next one needs.
 
     Attributes:
-        update: the event.
+        update: the event; its value and metadata are still the caller's.
         key: the resource it tells of.
         observed_at: when it was true, in wall-clock seconds.
         authority_rank: how much its source counts in the write order.
         policy: what its key's readers may use.
+        revision: what is offered to the cache; there once it is sealed.
+        status, current, previous: what became of it, see `Written`; there once it is written.
     """
 
-    __slots__ = ("authority_rank", "key", "observed_at", "policy", "update")
+    __slots__ = (
+        "authority_rank",
+        "current",
+        "key",
+        "observed_at",
+        "policy",
+        "previous",
+        "revision",
+        "status",
+        "update",
+    )
+
+    revision: Revision
+    status: CacheWriteStatus
+    current: Revision
+    previous: Revision | None
 
     def __init__(
         self,
@@ -55,8 +73,8 @@ class Publication:
     def __repr__(self) -> str:
         return f"<Publication {self.key} of rank {self.authority_rank} from {self.update.source}>"
 
-    def revision(self, sealed: Sealed, copies: PayloadCopies, now: float) -> Revision:
-        """Return the revision published at ``now``, around its sealed payload.
+    def stamp(self, sealed: Sealed, copies: PayloadCopies, now: float) -> None:
+        """Make the revision published at ``now``, around its sealed payload.
 
         Raises `PayloadIsolationError` if its metadata cannot be copied.
         """
@@ -68,7 +86,7 @@ class Publication:
                 told["clock_skew_seconds"] = observed_at - now
             metadata = copies.seal_metadata_now(told, context=SEALING)
         payload, seal = sealed
-        return Revision(
+        self.revision = Revision(
             self.key,
             payload,
             seal,

@@ -10,11 +10,9 @@ from coalestra.cache.pacing import Pace
 from coalestra.cache.publication import SEALING, Publication, PublicationRules
 from coalestra.cache.sealing import presented
 from coalestra.cache.write_order import best_per_key
-from coalestra.cache.written import Outcome
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
 from coalestra.core.keys import ResourceKey
 from coalestra.core.records import CacheWriteStatus, PublishResult, PublishStatus
-from coalestra.core.revision import Revision
 from coalestra.core.values import ResourceUpdate
 from coalestra.observability.reporting import Reporter
 
@@ -55,14 +53,14 @@ class Publishing:
         run = _Run(self._access, self._copies, self._rules)
         try:
             best = await run.judge(updates)
-            revisions = await run.seal(best)
-            outcomes = await run.write(revisions, force, replace_equal)
+            await run.seal(best)
+            await run.write(best, force, replace_equal)
         finally:
             run.conclude()
         if self._reporter is not None:
-            for revision, outcome in zip(revisions, outcomes, strict=True):
-                _report(self._reporter, revision, outcome, force)
-        return await self._results(best, outcomes, run.now)
+            for publication in best:
+                _report(self._reporter, publication, force)
+        return await self._results(best, run.now)
 
     async def invalidate(self, keys: Collection[ResourceKey], reason: str) -> None:
         """Remove ``keys`` from the cache."""
@@ -72,29 +70,31 @@ class Publishing:
                 self._reporter.resource_invalidated(key, reason)
 
     async def _results(
-        self, best: Iterable[Publication], outcomes: Iterable[Outcome], now: float
+        self, publications: Iterable[Publication], now: float
     ) -> dict[ResourceKey, PublishResult]:
         results = {}
         copies = self._copies
         pace = Pace()
-        for publication, (status, current, previous) in zip(best, outcomes, strict=True):
-            ttl = publication.policy.ttl_seconds
-            stored = status is _STORED
+        for each in publications:
+            ttl = each.policy.ttl_seconds
+            current, previous = each.current, each.previous
+            stored = each.status is _STORED
             payload = copies.open_now(current.payload, current.seal, context=_OUT)
             if payload is OFFLOADED:
                 payload = await copies.open(current.payload, current.seal, context=_OUT)
-            age = max(0.0, now - current.observed_at)
+            age = now - current.observed_at
+            age = age if age > 0.0 else 0.0
             value = presented(current, payload, copies, _OUT, (age, age > ttl, not stored))
             before = None
             if previous is not None:
                 payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
                 if payload is OFFLOADED:
                     payload = await copies.open(previous.payload, previous.seal, context=_OUT)
-                age = max(0.0, now - previous.observed_at)
+                age = now - previous.observed_at
+                age = age if age > 0.0 else 0.0
                 before = presented(previous, payload, copies, _OUT, (age, age > ttl, True))
-            results[publication.key] = PublishResult(
-                _PUBLISHED if stored else _STATUS[status], value, before
-            )
+            status = _PUBLISHED if stored else _STATUS[each.status]
+            results[each.key] = PublishResult(status, value, before)
             if pace.due():
                 await pace.rest()
         return results
@@ -120,45 +120,46 @@ class _Run:
 
     async def judge(self, updates: Iterable[ResourceUpdate[Any]]) -> list[Publication]:
         """Return the best publication per key; raises for the first that is unfit."""
-        judge, judged = self._rules.judge, self._judged
+        judge, judged, now, due = self._rules.judge, self._judged, self.now, self._pace.due
         for update in updates:
-            judged.append(judge(update, self.now))
-            if self._pace.due():
+            judged.append(judge(update, now))
+            if due():
                 await self._breathe()
         return list(best_per_key(judged).values())
 
-    async def seal(self, publications: Iterable[Publication]) -> list[Revision]:
-        """Return the publications as revisions with sealed payloads."""
-        revisions = []
-        copies = self._copies
+    async def seal(self, publications: Iterable[Publication]) -> None:
+        """Make a revision of each, with a sealed payload."""
+        copies, now, due = self._copies, self.now, self._pace.due
         for each in publications:
-            sealed = copies.seal_now(each.update.value, context=SEALING)
+            value = each.update.value
+            sealed = copies.seal_now(value, context=SEALING)
             if sealed is None:
                 self._announce()
-                sealed = await copies.seal(each.update.value, context=SEALING)
-            revisions.append(each.revision(sealed, copies, self.now))
-            if self._pace.due():
+                sealed = await copies.seal(value, context=SEALING)
+            each.stamp(sealed, copies, now)
+            if due():
                 await self._breathe()
-        return revisions
 
     async def write(
-        self, revisions: Collection[Revision], force: bool, replace_equal: bool
-    ) -> list[Outcome]:
-        """Offer the revisions to the cache; return what became of each."""
+        self, publications: Collection[Publication], force: bool, replace_equal: bool
+    ) -> None:
+        """Offer the revisions to the cache, and note what became of each."""
         store = self._access.store
         if store is None:
             self._announce()
+            revisions = [each.revision for each in publications]
             written = await self._access.write(
                 revisions, force=force, replace_equal=replace_equal, want_previous=True
             )
-            return [written[revision.key] for revision in revisions]
-        outcomes = []
-        put = store.put
-        for revision in revisions:
-            outcomes.append(put(revision, force=force, replace_equal=replace_equal))
-            if self._pace.due():
+            for each in publications:
+                each.status, each.current, each.previous = written[each.key]
+            return
+        put, due = store.put, self._pace.due
+        for each in publications:
+            outcome = put(each.revision, force=force, replace_equal=replace_equal)
+            each.status, each.current, each.previous = outcome
+            if due():
                 await self._breathe()
-        return outcomes
 
     def conclude(self) -> None:
         """Declare everything that was announced ended."""
@@ -176,9 +177,10 @@ class _Run:
         await self._pace.rest()
 
 
-def _report(reporter: Reporter, candidate: Revision, outcome: Outcome, force: bool) -> None:
-    status, current, previous = outcome
+def _report(reporter: Reporter, publication: Publication, force: bool) -> None:
+    revision, status = publication.revision, publication.status
     if status is _STORED:
-        reporter.resource_published(candidate, replaced=previous is not None, forced=force)
+        replaced = publication.previous is not None
+        reporter.resource_published(revision, replaced=replaced, forced=force)
     else:
-        reporter.resource_publish_ignored(candidate, current, _STATUS[status])
+        reporter.resource_publish_ignored(revision, publication.current, _STATUS[status])

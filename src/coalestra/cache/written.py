@@ -17,7 +17,3 @@ class Written(NamedTuple):
     status: CacheWriteStatus
     current: Revision
     previous: Revision | None
-
-
-Outcome = tuple[CacheWriteStatus, Revision, Revision | None]
-"""The same as `EntryStore.put` returns it; a `Written` is one too."""
