@@ -8,9 +8,10 @@ from typing import Any
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.pacing import Pace
 from coalestra.cache.publication import SEALING, Publication, PublicationRules
-from coalestra.cache.sealing import presented
 from coalestra.cache.write_order import best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
+from coalestra.concurrency.seals import PORTION
+from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.records import CacheWriteStatus, PublishResult, PublishStatus
 from coalestra.core.values import ResourceUpdate
@@ -74,7 +75,7 @@ class Publishing:
     ) -> dict[ResourceKey, PublishResult]:
         results = {}
         copies = self._copies
-        pace = Pace()
+        pace, left = Pace(), PORTION
         for each in publications:
             ttl = each.policy.ttl_seconds
             current, previous = each.current, each.previous
@@ -84,7 +85,11 @@ class Publishing:
                 payload = await copies.open(current.payload, current.seal, context=_OUT)
             age = now - current.observed_at
             age = age if age > 0.0 else 0.0
-            value = presented(current, payload, copies, _OUT, (age, age > ttl, not stored))
+            metadata = current.metadata
+            if type(metadata) is not FrozenDict:
+                metadata = copies.open_metadata_now(metadata, context=_OUT)
+            value = current.presented(payload, metadata, age, age > ttl, not stored)
+            left -= current.seal.weight
             before = None
             if previous is not None:
                 payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
@@ -92,11 +97,17 @@ class Publishing:
                     payload = await copies.open(previous.payload, previous.seal, context=_OUT)
                 age = now - previous.observed_at
                 age = age if age > 0.0 else 0.0
-                before = presented(previous, payload, copies, _OUT, (age, age > ttl, True))
+                metadata = previous.metadata
+                if type(metadata) is not FrozenDict:
+                    metadata = copies.open_metadata_now(metadata, context=_OUT)
+                before = previous.presented(payload, metadata, age, age > ttl, True)
+                left -= previous.seal.weight
             status = _PUBLISHED if stored else _STATUS[each.status]
             results[each.key] = PublishResult(status, value, before)
-            if pace.due():
-                await pace.rest()
+            if left <= 0:
+                left = PORTION
+                if pace.due():
+                    await pace.rest()
         return results
 
 
@@ -120,16 +131,16 @@ class _Run:
 
     async def judge(self, updates: Iterable[ResourceUpdate[Any]]) -> list[Publication]:
         """Return the best publication per key; raises for the first that is unfit."""
-        judge, judged, now, due = self._rules.judge, self._judged, self.now, self._pace.due
+        judge, judged, now = self._rules.judge, self._judged, self.now
         for update in updates:
             judged.append(judge(update, now))
-            if due():
+            if not len(judged) % PORTION and self._pace.due():
                 await self._breathe()
         return list(best_per_key(judged).values())
 
     async def seal(self, publications: Iterable[Publication]) -> None:
         """Make a revision of each, with a sealed payload."""
-        copies, now, due = self._copies, self.now, self._pace.due
+        copies, now = self._copies, self.now
         for each in publications:
             value = each.update.value
             sealed = copies.seal_now(value, context=SEALING)
@@ -137,7 +148,7 @@ class _Run:
                 self._announce()
                 sealed = await copies.seal(value, context=SEALING)
             each.stamp(sealed, copies, now)
-            if due():
+            if self._pace.due():
                 await self._breathe()
 
     async def write(
@@ -154,11 +165,11 @@ class _Run:
             for each in publications:
                 each.status, each.current, each.previous = written[each.key]
             return
-        put, due = store.put, self._pace.due
-        for each in publications:
+        put = store.put
+        for number, each in enumerate(publications, 1):
             outcome = put(each.revision, force=force, replace_equal=replace_equal)
             each.status, each.current, each.previous = outcome
-            if due():
+            if not number % PORTION and self._pace.due():
                 await self._breathe()
 
     def conclude(self) -> None:

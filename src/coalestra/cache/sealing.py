@@ -61,7 +61,8 @@ class Sealing:
         payload = copies.open_now(revision.payload, revision.seal, context=context)
         if payload is OFFLOADED:
             payload = await copies.open(revision.payload, revision.seal, context=context)
-        return presented(revision, payload, copies, context, (age, stale, from_cache))
+        metadata = copies.open_metadata_now(revision.metadata, context=context)
+        return revision.presented(payload, metadata, age, stale, from_cache)
 
     async def open_lookup(
         self, revision: Revision, now: float, policy: FreshnessPolicy, *, context: str
@@ -105,25 +106,6 @@ class Sealing:
             if pace.due():
                 await pace.rest()
         return values
-
-
-def presented(
-    revision: Revision,
-    payload: Any,
-    copies: PayloadCopies,
-    context: str,
-    seen: tuple[float, bool, bool],
-) -> SnapshotValue[Any]:
-    """Return a revision as the value around one reader's own payload.
-
-    ``seen`` says what is true for this reader alone: the age in seconds, whether that is stale,
-    and whether the value comes from the cache.
-    """
-    age, stale, from_cache = seen
-    metadata = revision.metadata
-    if type(metadata) is not FrozenDict:
-        metadata = copies.open_metadata_now(metadata, context=context)
-    return revision.presented(payload, metadata, age, stale, from_cache)
 
 
 def resting_on(revision: Revision, known: Mapping[ResourceKey, Revision]) -> tuple[Revision, ...]:
