@@ -46,6 +46,17 @@ def test_rewriting_an_entry_makes_it_recent() -> None:
     assert found(store, A, B, C) == [A, C]
 
 
+@pytest.mark.parametrize("max_entries", [2, None])
+def test_a_rewritten_entry_does_not_hold_on_to_the_key_it_had_before(
+    max_entries: int | None,
+) -> None:
+    store = EntryStore(max_entries)
+    store.put(revision_of(numbered(1)))
+    rewritten = revision_of(numbered(1), observed_at=NOW + 1)
+    store.put(rewritten)
+    assert [key is rewritten.key for key in store] == [True]
+
+
 def test_peeking_counts_and_moves_nothing() -> None:
     store = EntryStore(2)
     store.put(revision_of(A, observed_at=NOW - 999))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publication import PublicationRules
 from coalestra.cache.publisher import PublisherParts, ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.seals import PORTION
 from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
 from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
     PayloadCopySubsystemClosedError,
     PayloadIsolationError,
+    SourceProtocolError,
 )
 from coalestra.core.freshness import ObservationPolicy, PolicyResolver
 from coalestra.core.keys import ResourceKey
@@ -253,17 +256,100 @@ def test_authority_rules_need_a_cache_that_enforces_them() -> None:
     standalone(AsyncMemoryCache(), authority_resolver=rules)
 
 
-async def test_publishing_many_events_gives_the_loop_back_in_every_stage(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With slices of no length, each event takes a turn to be judged, sealed, put, copied out."""
-    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
-    publisher = standalone(AsyncMemoryCache())
-    updates = [ResourceUpdate(ResourceKey("t", "e", str(n)), n, "s") for n in range(10)]
-    publishing = asyncio.ensure_future(publisher.publish_many(updates))
+def numbered(count: int, value: Callable[[int], Any]) -> list[ResourceUpdate[Any]]:
+    return [ResourceUpdate(ResourceKey("t", "e", str(n)), value(n), "s") for n in range(count)]
+
+
+async def turns_for(publisher: ResourcePublisher, updates: list[ResourceUpdate[Any]]) -> int:
+    """Return how often others have a turn while these are published."""
+    publishing = asyncio.ensure_future(publisher.publish_many(updates, replace_equal=True))
+    await asyncio.sleep(0)  # it has begun
     turns = 0
     while not publishing.done():
         await asyncio.sleep(0)
         turns += 1
-    assert len(publishing.result()) == 10
-    assert turns > 4 * 10
+    assert len(publishing.result()) == len(updates)
+    return turns
+
+
+async def test_publishing_many_events_gives_the_loop_back_in_every_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With slices of no length: after each event sealed, and each portion of the other stages."""
+    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    updates = numbered(10 * PORTION, lambda n: n)
+    assert await turns_for(standalone(AsyncMemoryCache()), updates) == 10 * PORTION + 3 * 10
+
+
+async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    publisher = standalone(AsyncMemoryCache())
+    assert await turns_for(publisher, numbered(10, lambda n: [[n]])) == 2 * 10
+    assert await turns_for(publisher, numbered(10, lambda n: n)) == 2 * 10, "previous ones count"
+
+
+async def test_before_every_turn_of_others_all_that_has_been_judged_is_announced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    parts = parts_for(AsyncMemoryCache())
+    witness = Witness()
+    parts.access.subscribe(witness)
+    updates = numbered(2 * PORTION + 1, lambda n: n)
+    keys = tuple(update.key for update in updates)
+    await ResourcePublisher.from_parts(parts).publish_many(updates)
+    told = [each for each in witness.heard if each[0] != "revised"]
+    assert told == [
+        ("announced", keys[:PORTION]),
+        ("announced", keys[PORTION : 2 * PORTION]),
+        ("announced", keys[2 * PORTION :]),
+        ("concluded", keys),
+    ]
+    assert witness.heard[3][:2] == ("revised", keys[0]), "all are announced before one is written"
+
+
+async def test_what_was_announced_before_an_unfit_event_is_concluded_and_not_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    cache = AsyncMemoryCache()
+    parts = parts_for(cache)
+    witness = Witness()
+    parts.access.subscribe(witness)
+    updates = [*numbered(PORTION, lambda n: n), ResourceUpdate(A, 1, "s", NOW + 60)]
+    keys = tuple(update.key for update in updates[:-1])
+    with pytest.raises(SourceProtocolError):
+        await ResourcePublisher.from_parts(parts).publish_many(updates)
+    assert witness.heard == [("announced", keys), ("concluded", keys)]
+    assert await cache.size() == 0
+
+
+class Ranks(AuthorityPolicyResolver):
+    """Ranks by rules of its own."""
+
+    def rank_for(self, key: ResourceKey, source: str) -> int:
+        return 7
+
+
+async def test_only_a_resolver_that_cannot_tell_sources_apart_is_not_asked_for_ranks() -> None:
+    def rules(resolver: AuthorityPolicyResolver) -> PublicationRules:
+        return PublicationRules(
+            ManualClock(NOW), PolicyResolver(POLICY), ObservationPolicy(), resolver
+        )
+
+    assert rules(AuthorityPolicyResolver()).authority_resolver is None
+    ranked = AuthorityPolicyResolver(SourceAuthorityPolicy(default_rank=2))
+    for resolver, rank in ((ranked, 2), (Ranks(), 7), (AuthorityPolicyResolver(), 0)):
+        publication = rules(resolver).judge(ResourceUpdate(A, 1, "s"), NOW)
+        assert publication.authority_rank == rank
+        assert repr(publication) == f"<Publication {A} of rank {rank} from s>"
+
+
+async def test_an_update_of_a_class_of_ones_own_is_published_like_any_other() -> None:
+    class Tick(ResourceUpdate[int]):
+        pass
+
+    results = await standalone(AsyncMemoryCache()).publish_many([Tick(A, 1, "s", NOW)])
+    assert results[A].value.value == 1

@@ -66,6 +66,20 @@ async def test_a_published_value_tells_its_provenance(cache: AsyncCache) -> None
     assert await payload_in(cache) == 1.5
 
 
+async def test_an_event_without_metadata_is_told_from_others_by_being_published(
+    cache: AsyncCache,
+) -> None:
+    publisher = publisher_to(cache)
+    for observed_at in (None, NOW - 1):
+        result = await publisher.publish(A, 1, source="s", observed_at=observed_at)
+        assert result.value.metadata == {"published": True}
+        with pytest.raises(TypeError, match="read-only"):
+            result.value.metadata["published"] = False  # type: ignore[index]
+    held = (await cache.get(A, now=NOW, policy=POLICY)).value
+    assert held is not None
+    assert held.metadata == {"published": True}
+
+
 async def test_age_and_staleness_are_judged_by_the_policy_of_the_key(cache: AsyncCache) -> None:
     result = await publisher_to(cache).publish(A, 1, source="s", observed_at=NOW - 6.0)
     assert result.value.age_seconds == 6.0

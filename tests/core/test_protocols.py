@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 from types import SimpleNamespace
 from typing import Any, get_origin
 
@@ -89,6 +91,40 @@ def test_a_value_is_stored_only_with_the_status_that_says_so(status: CacheWriteS
 @pytest.mark.parametrize("status", PublishStatus)
 def test_a_value_is_published_only_with_the_status_that_says_so(status: PublishStatus) -> None:
     assert PublishResult(status, VALUE).published is (status.value == "published")
+
+
+class TestPublishResult:
+    RESULT = PublishResult(PublishStatus.PUBLISHED, VALUE)
+
+    def test_it_is_a_frozen_dataclass_like_any_other(self) -> None:
+        result = self.RESULT
+        assert result == PublishResult(status=result.status, value=VALUE, previous=None)
+        assert result != PublishResult(result.status, VALUE, VALUE)
+        assert repr(result) == (
+            f"PublishResult(status={result.status!r}, value={VALUE!r}, previous=None)"
+        )
+        assert [(each.name, each.init) for each in dataclasses.fields(result)] == [
+            ("status", True),
+            ("value", True),
+            ("previous", True),
+        ]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            result.previous = VALUE  # type: ignore[misc]
+        assert not hasattr(result, "__dict__")
+
+    def test_copies_of_it_are_equal_to_it(self) -> None:
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+            assert pickle.loads(pickle.dumps(self.RESULT, protocol)) == self.RESULT
+        assert copy.deepcopy(self.RESULT) == self.RESULT
+        replaced = dataclasses.replace(self.RESULT, previous=VALUE)
+        assert replaced == PublishResult(PublishStatus.PUBLISHED, VALUE, VALUE)
+
+    def test_a_class_of_ones_own_may_be_made_of_it(self) -> None:
+        class Noted(PublishResult):
+            note = "mine"
+
+        noted = Noted(PublishStatus.PUBLISHED, VALUE)
+        assert (type(noted), noted.note, noted.published) == (Noted, "mine", True)
 
 
 class TestContext:

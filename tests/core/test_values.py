@@ -83,6 +83,20 @@ class TestUpdate:
         with pytest.raises(error, match=f"^{name} must be"):
             ResourceUpdate(*arguments)
 
+    def test_what_says_nothing_more_has_the_empty_metadata(self) -> None:
+        assert ResourceUpdate(KEY, 5, "feed").metadata is EMPTY
+        assert ResourceUpdate(KEY, 5, "feed").observed_at is None
+
+    def test_a_dataclass_made_of_it_is_checked_too(self) -> None:
+        @dataclasses.dataclass(frozen=True)
+        class Tick(ResourceUpdate[int]):
+            sequence: int = 0
+
+        tick = Tick(KEY, 5, "feed", metadata={"a": 1}, sequence=3)
+        assert (tick.sequence, type(tick.metadata)) == (3, FrozenDict)
+        with pytest.raises(ValueError, match="^source must be"):
+            Tick(KEY, 5, "")
+
 
 class TestValue:
     def test_all_fourteen_fields_come_in_order(self) -> None:

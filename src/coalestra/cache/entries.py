@@ -135,17 +135,17 @@ class EntryStore:
         All listeners but ``teller`` hear of it if it was stored.
         """
         key = revision.key
-        previous = self._entries.get(key)
-        if previous is not None:
-            if previous.dependency_versions and not self._currency.holds(previous):
+        previous = current = self._entries.get(key)
+        if current is not None:
+            if current.dependency_versions and not self._currency.holds(current):
                 self._tally.invalidations += 1
-                self._discard(previous)
                 previous = None
             else:
-                status = decide(revision, previous, force=force, replace_equal=replace_equal)
+                status = decide(revision, current, force=force, replace_equal=replace_equal)
                 if status is not _STORED:
-                    return status, previous, previous
-                self._discard(previous)
+                    return status, current, current
+            del self._entries[key]  # the new entry goes to the end, under its own key object
+            self._currency.removed(current)
         self._entries[key] = revision
         revision.checked = UNCHECKED
         self._currency.epoch += 1

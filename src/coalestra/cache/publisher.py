@@ -15,6 +15,7 @@ from coalestra.core import validation
 from coalestra.core.authority import AuthorityPolicyResolver
 from coalestra.core.clock import Clock
 from coalestra.core.freshness import FreshnessPolicyProvider, ObservationPolicy
+from coalestra.core.frozen import EMPTY
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import AsyncCache, AuthorityAwareCache, EventSink, MetricsSink
 from coalestra.core.published import PublishResult
@@ -152,9 +153,8 @@ class ResourcePublisher:
         held before. Raises ValueError for a time that is not finite, `SourceProtocolError` for
         one too far in the future, `PayloadIsolationError` for a value that cannot be copied.
         """
-        update = ResourceUpdate(
-            key, value, source, observed_at, {} if metadata is None else metadata
-        )
+        told = EMPTY if metadata is None else metadata
+        update = ResourceUpdate(key, value, source, observed_at, told)
         return await self.publish_update(update, force=force, replace_equal=replace_equal)
 
     async def publish_update(
@@ -179,7 +179,8 @@ class ResourcePublisher:
         """
         captured = tuple(updates)
         for update in captured:
-            validation.instance("updates", update, ResourceUpdate)
+            if type(update) is not ResourceUpdate:
+                validation.instance("updates", update, ResourceUpdate)
         return await self._publish(captured, force, replace_equal)
 
     async def invalidate(self, key: ResourceKey, *, reason: str = "") -> None:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.pacing import Pace
-from coalestra.cache.publication import Publication, PublicationRules
-from coalestra.cache.sealing import Sealing
+from coalestra.cache.publication import SEALING, Publication, PublicationRules
 from coalestra.cache.write_order import best_per_key
-from coalestra.cache.written import Written
-from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
+from coalestra.concurrency.seals import PORTION
+from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.published import PublishResult, PublishStatus
 from coalestra.core.records import CacheWriteStatus
-from coalestra.core.revision import Revision
-from coalestra.core.values import ResourceUpdate, SnapshotValue
+from coalestra.core.values import ResourceUpdate
 from coalestra.observability.reporting import Reporter
 
-_IN = "published value"
 _OUT = "publish result"
+_STORED = CacheWriteStatus.STORED
+_PUBLISHED = PublishStatus.PUBLISHED
 _STATUS = {
-    CacheWriteStatus.STORED: PublishStatus.PUBLISHED,
     CacheWriteStatus.IGNORED_OLDER: PublishStatus.IGNORED_OLDER,
     CacheWriteStatus.IGNORED_DUPLICATE: PublishStatus.IGNORED_DUPLICATE,
     CacheWriteStatus.IGNORED_LOWER_AUTHORITY: PublishStatus.IGNORED_LOWER_AUTHORITY,
@@ -32,7 +31,7 @@ _STATUS = {
 class Publishing:
     """The work behind a publisher, over one cache with one component's copies."""
 
-    __slots__ = ("_access", "_reporter", "_rules", "_sealing")
+    __slots__ = ("_access", "_copies", "_reporter", "_rules")
 
     def __init__(
         self,
@@ -42,7 +41,7 @@ class Publishing:
         reporter: Reporter | None,
     ) -> None:
         self._access = access
-        self._sealing = Sealing(copies)
+        self._copies = copies
         self._rules = rules
         self._reporter = reporter
 
@@ -53,17 +52,17 @@ class Publishing:
         self, updates: Iterable[ResourceUpdate[Any]], *, force: bool, replace_equal: bool
     ) -> dict[ResourceKey, PublishResult]:
         """Offer the best update per key to the cache; nothing is written if one is unfit."""
-        run = _Run(self._access, self._sealing)
+        run = _Run(self._access, self._copies, self._rules)
         try:
-            best = await run.judge(updates, self._rules)
-            revisions = await run.seal(best.values())
-            written = await run.write(revisions, force=force, replace_equal=replace_equal)
+            best = await run.judge(updates)
+            await run.seal(best)
+            await run.write(best, force, replace_equal)
         finally:
             run.conclude()
         if self._reporter is not None:
-            for revision in revisions:
-                _report(self._reporter, revision, written[revision.key], force)
-        return await self._results(best, written)
+            for publication in best:
+                _report(self._reporter, publication, force)
+        return await self._results(best, run.now)
 
     async def invalidate(self, keys: Collection[ResourceKey], reason: str) -> None:
         """Remove ``keys`` from the cache."""
@@ -73,45 +72,44 @@ class Publishing:
                 self._reporter.resource_invalidated(key, reason)
 
     async def _results(
-        self, best: Mapping[ResourceKey, Publication], written: Mapping[ResourceKey, Written]
+        self, publications: Iterable[Publication], now: float
     ) -> dict[ResourceKey, PublishResult]:
         results = {}
-        pace = Pace()
-        for key, publication in best.items():
-            outcome = written[key]
-            stored = outcome.status is CacheWriteStatus.STORED
-            value = self._opened_now(outcome.current, publication, not stored)
-            if value is None:
-                value = await self._opened(outcome.current, publication, not stored)
-            previous = None
-            if outcome.previous is not None:
-                previous = self._opened_now(outcome.previous, publication, True)
-                if previous is None:
-                    previous = await self._opened(outcome.previous, publication, True)
-            results[key] = PublishResult(_STATUS[outcome.status], value, previous)
-            if pace.due():
-                await pace.rest()
+        copies = self._copies
+        pace, left = Pace(), PORTION
+        for each in publications:
+            ttl = each.policy.ttl_seconds
+            current, previous = each.current, each.previous
+            stored = each.status is _STORED
+            payload = copies.open_now(current.payload, current.seal, context=_OUT)
+            if payload is OFFLOADED:
+                payload = await copies.open(current.payload, current.seal, context=_OUT)
+            age = now - current.observed_at
+            age = age if age > 0.0 else 0.0
+            metadata = current.metadata
+            if type(metadata) is not FrozenDict:
+                metadata = copies.open_metadata_now(metadata, context=_OUT)
+            value = current.presented(payload, metadata, age, age > ttl, not stored)
+            left -= current.seal.weight
+            before = None
+            if previous is not None:
+                payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
+                if payload is OFFLOADED:
+                    payload = await copies.open(previous.payload, previous.seal, context=_OUT)
+                age = now - previous.observed_at
+                age = age if age > 0.0 else 0.0
+                metadata = previous.metadata
+                if type(metadata) is not FrozenDict:
+                    metadata = copies.open_metadata_now(metadata, context=_OUT)
+                before = previous.presented(payload, metadata, age, age > ttl, True)
+                left -= previous.seal.weight
+            status = _PUBLISHED if stored else _STATUS[each.status]
+            results[each.key] = PublishResult(status, value, before)
+            if left <= 0:
+                left = PORTION
+                if pace.due():
+                    await pace.rest()
         return results
-
-    def _opened_now(
-        self, revision: Revision, publication: Publication, from_cache: bool
-    ) -> SnapshotValue[Any] | None:
-        age = max(0.0, publication.published_at - revision.observed_at)
-        return self._sealing.open_now(
-            revision, _OUT, (age, age > publication.policy.ttl_seconds, from_cache)
-        )
-
-    async def _opened(
-        self, revision: Revision, publication: Publication, from_cache: bool
-    ) -> SnapshotValue[Any]:
-        age = max(0.0, publication.published_at - revision.observed_at)
-        return await self._sealing.open(
-            revision,
-            context=_OUT,
-            age=age,
-            stale=age > publication.policy.ttl_seconds,
-            from_cache=from_cache,
-        )
 
 
 class _Run:
@@ -121,68 +119,69 @@ class _Run:
     way cannot slip in between an event and its writing.
     """
 
-    __slots__ = ("_access", "_announced", "_judged", "_pace", "_sealing")
+    __slots__ = ("_access", "_announced", "_copies", "_judged", "_pace", "_rules", "now")
 
-    def __init__(self, access: CacheAccess, sealing: Sealing) -> None:
+    def __init__(self, access: CacheAccess, copies: PayloadCopies, rules: PublicationRules) -> None:
+        self.now: float = rules.clock.now()
         self._access = access
-        self._sealing = sealing
+        self._copies = copies
+        self._rules = rules
         self._judged: list[Publication] = []
-        self._announced: list[Publication] = []
+        self._announced = 0
         self._pace = Pace()
 
-    async def judge(
-        self, updates: Iterable[ResourceUpdate[Any]], rules: PublicationRules
-    ) -> dict[ResourceKey, Publication]:
+    async def judge(self, updates: Iterable[ResourceUpdate[Any]]) -> list[Publication]:
         """Return the best publication per key; raises for the first that is unfit."""
-        now = rules.clock.now()
+        judge, judged, now = self._rules.judge, self._judged, self.now
         for update in updates:
-            self._judged.append(rules.judge(update, now))
-            if self._pace.due():
+            judged.append(judge(update, now))
+            if not len(judged) % PORTION and self._pace.due():
                 await self._breathe()
-        return best_per_key(self._judged)
+        return list(best_per_key(judged).values())
 
-    async def seal(self, publications: Iterable[Publication]) -> list[Revision]:
-        """Return the publications as revisions with sealed payloads."""
-        revisions = []
-        copies = self._sealing.copies
+    async def seal(self, publications: Iterable[Publication]) -> None:
+        """Make a revision of each, with a sealed payload."""
+        copies, now = self._copies, self.now
         for each in publications:
-            sealed = copies.seal_now(each.value, context=_IN)
+            value = each.update.value
+            sealed = copies.seal_now(value, context=SEALING)
             if sealed is None:
                 self._announce()
-                sealed = await copies.seal(each.value, context=_IN)
-            metadata = copies.seal_metadata_now(each.metadata, context=_IN)
-            revisions.append(each.revision(*sealed, metadata))
+                sealed = await copies.seal(value, context=SEALING)
+            each.stamp(sealed, copies, now)
             if self._pace.due():
                 await self._breathe()
-        return revisions
 
     async def write(
-        self, revisions: Collection[Revision], *, force: bool, replace_equal: bool
-    ) -> dict[ResourceKey, Written]:
-        """Offer the revisions to the cache."""
+        self, publications: Collection[Publication], force: bool, replace_equal: bool
+    ) -> None:
+        """Offer the revisions to the cache, and note what became of each."""
         store = self._access.store
         if store is None:
             self._announce()
-            return await self._access.write(
+            revisions = [each.revision for each in publications]
+            written = await self._access.write(
                 revisions, force=force, replace_equal=replace_equal, want_previous=True
             )
-        written = {}
-        for revision in revisions:
-            outcome = store.put(revision, force=force, replace_equal=replace_equal)
-            written[revision.key] = Written(*outcome)
-            if self._pace.due():
+            for each in publications:
+                each.status, each.current, each.previous = written[each.key]
+            return
+        put = store.put
+        for number, each in enumerate(publications, 1):
+            outcome = put(each.revision, force=force, replace_equal=replace_equal)
+            each.status, each.current, each.previous = outcome
+            if not number % PORTION and self._pace.due():
                 await self._breathe()
-        return written
 
     def conclude(self) -> None:
         """Declare everything that was announced ended."""
         if self._announced:
-            self._access.conclude(self._announced)
+            self._access.conclude(self._judged[: self._announced])
 
     def _announce(self) -> None:
-        news = self._judged[len(self._announced) :]
+        news = self._judged[self._announced :]
         if news:
-            self._announced += news
+            self._announced += len(news)
             self._access.announce(news)
 
     async def _breathe(self) -> None:
@@ -190,9 +189,10 @@ class _Run:
         await self._pace.rest()
 
 
-def _report(reporter: Reporter, candidate: Revision, outcome: Written, force: bool) -> None:
-    status = _STATUS[outcome.status]
-    if status is PublishStatus.PUBLISHED:
-        reporter.resource_published(candidate, replaced=outcome.previous is not None, forced=force)
+def _report(reporter: Reporter, publication: Publication, force: bool) -> None:
+    revision, status = publication.revision, publication.status
+    if status is _STORED:
+        replaced = publication.previous is not None
+        reporter.resource_published(revision, replaced=replaced, forced=force)
     else:
-        reporter.resource_publish_ignored(candidate, outcome.current, status)
+        reporter.resource_publish_ignored(revision, publication.current, _STATUS[status])

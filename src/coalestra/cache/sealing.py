@@ -61,23 +61,7 @@ class Sealing:
         payload = copies.open_now(revision.payload, revision.seal, context=context)
         if payload is OFFLOADED:
             payload = await copies.open(revision.payload, revision.seal, context=context)
-        return self.presented(revision, payload, context, (age, stale, from_cache))
-
-    def open_now(
-        self, revision: Revision, context: str, seen: tuple[float, bool, bool]
-    ) -> SnapshotValue[Any] | None:
-        """Do the same at once, or return None if it takes a thread."""
-        payload = self.copies.open_now(revision.payload, revision.seal, context=context)
-        if payload is OFFLOADED:
-            return None
-        return self.presented(revision, payload, context, seen)
-
-    def presented(
-        self, revision: Revision, payload: Any, context: str, seen: tuple[float, bool, bool]
-    ) -> SnapshotValue[Any]:
-        """Return the value around a reader's own payload; ``seen``: age, stale, from cache."""
-        age, stale, from_cache = seen
-        metadata = self.copies.open_metadata_now(revision.metadata, context=context)
+        metadata = copies.open_metadata_now(revision.metadata, context=context)
         return revision.presented(payload, metadata, age, stale, from_cache)
 
     async def open_lookup(

@@ -13,7 +13,7 @@ Everything here is a pure function of its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Protocol, TypeVar
 
 from coalestra.core.keys import ResourceKey
@@ -70,9 +70,12 @@ def best_of(first: _R, second: _R) -> _R:
     return second if (second.authority_rank, second.observed_at) >= standing else first
 
 
-def best_per_key(candidates: Iterable[_R]) -> dict[ResourceKey, _R]:
+def best_per_key(candidates: Collection[_R]) -> dict[ResourceKey, _R]:
     """Reduce a batch to its best candidate per key, keys in order of first appearance."""
-    best: dict[ResourceKey, _R] = {}
+    best = {candidate.key: candidate for candidate in candidates}
+    if len(best) == len(candidates):
+        return best
+    best.clear()
     for candidate in candidates:
         rival = best.get(candidate.key)
         best[candidate.key] = candidate if rival is None else best_of(rival, candidate)

@@ -40,6 +40,10 @@ def _frozen(name: str, given: Mapping[Any, Any]) -> FrozenDict[Any, Any]:
     return given if type(given) is FrozenDict else FrozenDict(mapping(name, given))
 
 
+def _nothing() -> FrozenDict[str, Any]:
+    return EMPTY
+
+
 @final
 @dataclass(frozen=True, slots=True, init=False)
 class SourcePayload(Generic[T]):
@@ -97,13 +101,16 @@ class ResourceUpdate(Generic[T]):
     value: T
     source: str
     observed_at: float | None = None
-    metadata: Mapping[str, Any] = field(default_factory=FrozenDict)
+    metadata: Mapping[str, Any] = field(default_factory=_nothing)
 
     def __post_init__(self) -> None:
-        instance("key", self.key, ResourceKey)
+        if type(self.key) is not ResourceKey:
+            instance("key", self.key, ResourceKey)
         text("source", self.source)
-        number("observed_at", self.observed_at, optional=True)
-        object.__setattr__(self, "metadata", _frozen("metadata", self.metadata))
+        if self.observed_at is not None:
+            number("observed_at", self.observed_at)
+        if type(self.metadata) is not FrozenDict:
+            object.__setattr__(self, "metadata", _frozen("metadata", self.metadata))
 
 
 @final

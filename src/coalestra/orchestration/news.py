@@ -31,16 +31,16 @@ class News:
         if revision is not None and self._tell_flights(key, revision):
             return
         self._reads.hide((key,))
-        version = None if revision is None else revision.version
-        self._outdate(lambda taken: taken.key == key and taken.version != version)
+        if self._scheduler.board.deriving:
+            version = None if revision is None else revision.version
+            self._outdate(lambda taken: taken.key == key and taken.version != version)
 
     def _tell_flights(self, key: ResourceKey, revision: Revision) -> bool:
         """Tell the flights of a key of an event; return whether it is none, but one's own value."""
         board = self._scheduler.board
-        joinable = board.flights.get(key)
-        if joinable is not None and joinable.offered is revision:
-            return True
         flights = board.under_way(key)
+        if not flights:
+            return False
         if any(each.offered is revision for each in flights):
             return True
         for flight in flights:
