@@ -139,7 +139,7 @@ def revision_of(
         if sealed is None:
             return None
     gather, rank = flight.gather, facts.rank
-    used = () if gather is None else tuple(r.revision for r in gather.readings.values())
+    used = () if gather is None else tuple([r.revision for r in gather.readings.values()])
     return Revision(
         key,
         sealed[0],

@@ -24,7 +24,11 @@ class Budgeted:
 
     def cutoff(self) -> float:
         """Return the latest instant, on the loop's clock, at which anyone wants an answer."""
-        return max([flight.cutoff for flight in self.flights], default=-math.inf)
+        latest = -math.inf
+        for flight in self.flights:
+            if flight.cutoff > latest:
+                latest = flight.cutoff
+        return latest
 
     def remaining(self) -> float:
         """Return the seconds until nobody wants an answer any more."""

@@ -29,11 +29,12 @@ _BATCH, _DERIVED = SourceKind.BATCH, SourceKind.DERIVED
 
 
 class Shift:
-    """A worker's time at a lane. `gone`: the lane has stopped counting on it."""
+    """A worker's time at a lane, and its task. `gone`: the lane has stopped counting on it."""
 
-    __slots__ = ("busy", "gone")
+    __slots__ = ("busy", "gone", "task")
 
     def __init__(self) -> None:
+        self.task: asyncio.Task[Any] | None = asyncio.current_task()
         self.busy: bool = False
         self.gone: bool = False
 
@@ -88,7 +89,6 @@ class Try:
         "_cut",
         "_patience",
         "_shift",
-        "_task",
         "began",
         "calling",
         "inputs",
@@ -99,7 +99,6 @@ class Try:
     def __init__(self, caller: Caller, shift: Shift) -> None:
         self._caller = caller
         self._shift = shift
-        self._task = asyncio.current_task()
         self._cut: CutOff | None = None
         self._patience = math.inf
         self.inputs: tuple[Any, ...] = ()
@@ -127,8 +126,8 @@ class Try:
         """End the try, as nobody wants its answer; return the error if it waited too long."""
         self.over = True
         queued = self._cut is not None and not self.calling
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
+        if self._shift.task is not None and self._shift.task is not asyncio.current_task():
+            self._shift.task.cancel()
         if queued and self._caller.cutoff() <= asyncio.get_running_loop().time():
             return self._late_in_queue()
         return None
@@ -231,7 +230,8 @@ class Try:
             self._cut = None
         if self.over:
             return None
-        self._caller.watch_transport(self.elapsed_seconds, "completed_late")
+        if caller.link.guarantee.protected:
+            caller.watch_transport(self.elapsed_seconds, "completed_late")
         return (answer,)
 
     def _invoke(self) -> Any:

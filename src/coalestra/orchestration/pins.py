@@ -104,8 +104,8 @@ def at_odds(
         return set()
     hidden = _newest_hidden(derived.values(), readings, pins)
     chosen = {key: revision.version for key, revision in hidden.items()}
-    chosen.update((key, reading.revision.version) for key, reading in readings.items())
-    chosen.update((key, pin.revision.version) for key, pin in pins.items())
+    chosen.update({key: reading.revision.version for key, reading in readings.items()})
+    chosen.update({key: pin.revision.version for key, pin in pins.items()})
     wrong: dict[int, bool] = {}
     odd: set[ResourceKey] = set()
     for key, revision in derived.items():

@@ -84,8 +84,9 @@ class ResiliencePolicyResolver:
             instance("dynamic result", chosen, SourceResiliencePolicy, optional=True)
             if chosen is not None:
                 return chosen
-        instance("declared", declared, SourceResiliencePolicy, optional=True)
-        return self._default if declared is None else declared
+        if declared is None:
+            return self._default
+        return instance("declared", declared, SourceResiliencePolicy)
 
     def __repr__(self) -> str:
         dynamic = "yes" if self._dynamic is not None else "no"
