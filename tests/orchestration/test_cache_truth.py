@@ -54,6 +54,31 @@ async def test_a_read_that_began_before_a_publication_does_not_undo_it(kind: str
     assert (await building.build([K])).value(K) == "event"
 
 
+@pytest.mark.parametrize("room", [None, 1])
+async def test_a_dated_read_does_not_undo_an_event_that_had_to_make_room(room: int | None) -> None:
+    gate, world = Gate(), ["before"]
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        if k != K:
+            return "other"
+        seen = SourcePayload(world[0], observed_at=context.requested_at)
+        await gate.pass_()
+        return seen
+
+    building = builder(
+        Single("all", "x", "other", fetch=fetch), cache=AsyncMemoryCache(max_entries=room)
+    )
+    reader = asyncio.ensure_future(building.build([K]))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    world[0] = "after"
+    await building.publisher.publish(K, "after", source="stream")
+    await building.build([key("other")])
+    gate.open()
+    assert (await reader).value(K) == "after"
+    assert (await building.build([K])).value(K) == "after"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_reader_who_comes_after_a_publication_does_not_join_an_earlier_read(
     kind: str,

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from coalestra import ResourceKey, Snapshot, SnapshotBuildError
-from coalestra.orchestration import agenda, pace
+from coalestra.orchestration import (
+    agenda,
+    deliveries,
+    harvest,
+    lanes,
+    lookups,
+    pace,
+    warm_reads,
+)
 from tests.simulation.world import World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
 
@@ -31,6 +39,27 @@ def _without_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_no_schedule_breaks_a_law(block: int) -> None:
+    run_block(block)
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every loop over many things that may give others a turn does so after each single thing."""
+    for module in (agenda, pace):
+        monkeypatch.setattr(module, "SLICE_SECONDS", -1.0)
+    for module in (deliveries, harvest, warm_reads):
+        monkeypatch.setattr(module, "PORTION", 1)
+    monkeypatch.setattr(agenda, "_STEPS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(lanes, "_CALLS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(lookups, "_KEYS_PER_STEP", 1)
+    monkeypatch.setattr(warm_reads, "_KEYS_BETWEEN_LOOKS", 1)
+    run_block(block)
+
+
+def run_block(block: int) -> None:
+    """Live through some seeds."""
     for seed in range(block * SEEDS_PER_BLOCK, (block + 1) * SEEDS_PER_BLOCK):
         try:
             run_virtual(live(seed), loop=ShuffledLoop(seed))

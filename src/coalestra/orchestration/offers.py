@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from coalestra.cache.entries import EntryStore
 from coalestra.cache.listening import CacheListener
+from coalestra.cache.write_order import decide
 from coalestra.core.keys import ResourceKey
 from coalestra.core.records import CacheWriteStatus
 from coalestra.core.revision import Revision
@@ -84,9 +85,18 @@ class Offers:
         """Whether the value of a flight may be written; if not, the flight ends without that."""
         if flight.offered is None or flight.phase is _SETTLED:
             return False
-        if flight.cacheable and (flight.event is None or flight.dated):
+        event = flight.event
+        if not flight.cacheable or (event is not None and not flight.dated):
+            self._settle(flight, instead_of_event(flight, flight.offered, self._equipment))
+            return False
+        if event is None:
             return True
-        self._settle(flight, instead_of_event(flight, flight.offered, self._equipment))
+        # The event counts even if the cache has had to make room and holds it no longer.
+        status = decide(flight.offered, event, replace_equal=flight.forced)
+        if status is CacheWriteStatus.STORED:
+            return True
+        held = None if self._store is None else self._store.peek(flight.key)
+        self._written(flight, status, held or event)
         return False
 
     def _written(self, flight: Acquisition, status: CacheWriteStatus, current: Revision) -> None:
