@@ -276,7 +276,7 @@ async def test_publishing_many_events_gives_the_loop_back_in_every_stage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With slices of no length: after each event sealed, and each portion of the other stages."""
-    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     updates = numbered(10 * PORTION, lambda n: n)
     assert await turns_for(standalone(AsyncMemoryCache()), updates) == 10 * PORTION + 3 * 10
 
@@ -284,7 +284,7 @@ async def test_publishing_many_events_gives_the_loop_back_in_every_stage(
 async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     publisher = standalone(AsyncMemoryCache())
     assert await turns_for(publisher, numbered(10, lambda n: [[n]])) == 2 * 10
     assert await turns_for(publisher, numbered(10, lambda n: n)) == 2 * 10, "previous ones count"
@@ -293,7 +293,7 @@ async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event
 async def test_before_every_turn_of_others_all_that_has_been_judged_is_announced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     parts = parts_for(AsyncMemoryCache())
     witness = Witness()
     parts.access.subscribe(witness)
@@ -313,7 +313,7 @@ async def test_before_every_turn_of_others_all_that_has_been_judged_is_announced
 async def test_what_was_announced_before_an_unfit_event_is_concluded_and_not_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("coalestra.cache.pacing.SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     cache = AsyncMemoryCache()
     parts = parts_for(cache)
     witness = Witness()

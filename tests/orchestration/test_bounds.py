@@ -238,7 +238,7 @@ async def test_many_keys_never_hold_the_loop_for_long(
     building = builder(kind("x"), cache=AsyncMemoryCache(max_entries=None))
     if warm:
         await building.build(keys)
-    monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", tick)
+    monkeypatch.setattr("coalestra.concurrency.pace.time.perf_counter", tick)
     loop = asyncio.get_running_loop()
     steps = 0
     running = asyncio.ensure_future(building.build(keys))
@@ -255,7 +255,7 @@ class Turns:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ticks = iter(range(1_000_000))
-        monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", lambda: next(ticks))
+        monkeypatch.setattr("coalestra.concurrency.pace.time.perf_counter", lambda: next(ticks))
         self.counts: list[int] = [0]
 
     def count(self) -> None:

@@ -27,7 +27,7 @@ MANY = [key("x", str(number)) for number in range(2_000)]
 def slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the slice clock finds the slice used up."""
     ticks = iter(range(1_000_000))
-    monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("coalestra.concurrency.pace.time.perf_counter", lambda: next(ticks))
 
 
 async def test_an_entry_that_is_due_for_a_refresh_ahead_gets_one() -> None:
@@ -137,7 +137,7 @@ async def test_the_clock_is_looked_at_after_every_payload_that_may_take_long(
     building = builder(Batch("x", answer=lambda k: {"nested": [[k.subject]]}))
     await building.build(keys)
     ticks = iter(range(1_000_000))
-    monkeypatch.setattr("coalestra.orchestration.pace.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("coalestra.concurrency.pace.time.perf_counter", lambda: next(ticks))
     reading = asyncio.ensure_future(building.build(keys))
     steps = 0
     while not reading.done():

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from coalestra import ResourceKey, Snapshot, SnapshotBuildError
+from coalestra.concurrency import pace
 from coalestra.orchestration import (
     agenda,
     deliveries,
     harvest,
     lanes,
     lookups,
-    pace,
     warm_reads,
 )
 from tests.simulation.world import World, facts
@@ -152,9 +152,10 @@ def wanted(world: World) -> list[ResourceKey]:
 
 def check(world: World, snapshot: Snapshot, floor: Mapping[ResourceKey, int]) -> None:
     """Hold a snapshot against the laws, given what was known for sure before it was asked for."""
-    assert not (world.calm and snapshot.errors), snapshot.errors
     for error in snapshot.errors.values():
         assert "Cycle" not in repr(error)
+        # Where values are fresh for a second only, slow answers come stale, and circuits open.
+        assert not world.calm or (world.brief and "CircuitOpenError" in str(error)), error
     least = {str(k): value for k, value in floor.items()}
     seen: dict[str, int] = {}
     for k, value in snapshot.items():

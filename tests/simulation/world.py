@@ -112,6 +112,7 @@ class World:
         ]
         self.truth = dict.fromkeys(self.bases, 0)
         self.floor = dict.fromkeys(self.bases, 0)
+        self.turns = {k: asyncio.Lock() for k in self.bases}
         self.needs: dict[ResourceKey, list[ResourceKey]] = {}
         for i in range(6):
             known = [*self.bases, *self.needs]
@@ -208,15 +209,20 @@ class World:
                 self.calls.end(source, k, call, cancelled=cancelled)
 
     async def change(self, k: ResourceKey) -> None:
-        """Let the truth of a base key grow; tell the builder by the news, or that it is old."""
-        self.truth[k] += 1
-        value = self.truth[k]
-        self.calls.changed.add(k)
-        if self.chance.random() < 0.5:
-            await self.builder.publisher.publish(k, (str(k), value), source="news")
-        else:
-            await self.builder.publisher.invalidate(k)
-        self.floor[k] = max(self.floor[k], value)
+        """Let the truth of a base key grow; tell the builder by the news, or that it is old.
+
+        Of one key this is told in turn: of news and an invalidation that overlap, either may count
+        as the last.
+        """
+        async with self.turns[k]:
+            self.truth[k] += 1
+            value = self.truth[k]
+            self.calls.changed.add(k)
+            if self.chance.random() < 0.5:
+                await self.builder.publisher.publish(k, (str(k), value), source="news")
+            else:
+                await self.builder.publisher.invalidate(k)
+            self.floor[k] = max(self.floor[k], value)
 
 
 def facts(payload: Any) -> Iterator[tuple[str, int]]:

@@ -11,7 +11,7 @@ from coalestra.adapters.settings import (
     CallableAdapter,
     invocation_of,
 )
-from coalestra.cache.pacing import Pace
+from coalestra.concurrency.pace import Pace
 from coalestra.core.context import FetchContext
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import integer
@@ -101,6 +101,6 @@ async def _as_payloads(values: Mapping[ResourceKey, Any]) -> dict[ResourceKey, S
     while part := tuple(islice(rest, _VALUES_BETWEEN_LOOKS)):
         for key, value in part:
             payloads[key] = value if type(value) is SourcePayload else SourcePayload(value)
-        if pace.due():
+        if pace.due:
             await pace.rest()
     return payloads

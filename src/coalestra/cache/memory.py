@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from coalestra.cache.closing import close_copies
 from coalestra.cache.entries import EntryStore
-from coalestra.cache.pacing import Pace
 from coalestra.cache.sealing import Sealing
 from coalestra.cache.write_order import best_per_key
 from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
+from coalestra.concurrency.pace import Pace
 from coalestra.core import validation
 from coalestra.core.freshness import FreshnessPolicy, FreshnessPolicyProvider
 from coalestra.core.keys import ResourceKey
@@ -109,7 +109,7 @@ class AsyncMemoryCache:
                 lookups[key] = await self._sealing.open_lookup(
                     revision, now, wanted[key], context=_READ
                 )
-                if pace.due():
+                if pace.due:
                     await pace.rest()
         return lookups
 
@@ -122,7 +122,7 @@ class AsyncMemoryCache:
         pace = Pace()
         for revision in (await self._sealed_best(values)).values():
             self._store.put(revision, force=True)
-            if pace.due():
+            if pace.due:
                 await pace.rest()
 
     async def set_if_newer(
@@ -143,7 +143,7 @@ class AsyncMemoryCache:
         pace = Pace()
         for key, revision in (await self._sealed_best(values)).items():
             results[key] = await self._offer(revision, force, replace_equal)
-            if pace.due():
+            if pace.due:
                 await pace.rest()
         return results
 

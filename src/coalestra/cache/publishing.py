@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from coalestra.cache.access import CacheAccess
-from coalestra.cache.pacing import Pace
 from coalestra.cache.publication import SEALING, Publication, PublicationRules
 from coalestra.cache.write_order import best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
+from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.seals import PORTION
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
@@ -107,7 +107,7 @@ class Publishing:
             results[each.key] = PublishResult(status, value, before)
             if left <= 0:
                 left = PORTION
-                if pace.due():
+                if pace.due:
                     await pace.rest()
         return results
 
@@ -135,7 +135,7 @@ class _Run:
         judge, judged, now = self._rules.judge, self._judged, self.now
         for update in updates:
             judged.append(judge(update, now))
-            if not len(judged) % PORTION and self._pace.due():
+            if not len(judged) % PORTION and self._pace.due:
                 await self._breathe()
         return list(best_per_key(judged).values())
 
@@ -149,7 +149,7 @@ class _Run:
                 self._announce()
                 sealed = await copies.seal(value, context=SEALING)
             each.stamp(sealed, copies, now)
-            if self._pace.due():
+            if self._pace.due:
                 await self._breathe()
 
     async def write(
@@ -170,7 +170,7 @@ class _Run:
         for number, each in enumerate(publications, 1):
             outcome = put(each.revision, force=force, replace_equal=replace_equal)
             each.status, each.current, each.previous = outcome
-            if not number % PORTION and self._pace.due():
+            if not number % PORTION and self._pace.due:
                 await self._breathe()
 
     def conclude(self) -> None:

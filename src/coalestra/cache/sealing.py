@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coalestra.cache.pacing import Pace
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopies, Seal
+from coalestra.concurrency.pace import Pace
 from coalestra.core.freshness import FreshnessPolicy
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
@@ -46,7 +46,7 @@ class Sealing:
         pace = Pace()
         for key, value in values.items():
             revisions[key] = await self.seal(value, context=context)
-            if pace.due():
+            if pace.due:
                 await pace.rest()
         for revision in revisions.values():
             if revision.dependency_versions:
@@ -103,7 +103,7 @@ class Sealing:
         pace = Pace()
         for key, revision in revisions.items():
             values[key] = await self.open_as_fetched(revision, context=context)
-            if pace.due():
+            if pace.due:
                 await pace.rest()
         return values
 

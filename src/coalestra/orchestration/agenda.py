@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from coalestra.orchestration.pace import SLICE_SECONDS
+from coalestra.concurrency.pace import SLICE_SECONDS
 
 _STEPS_BETWEEN_LOOKS = 4
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
 from coalestra.concurrency.deadline import Deadline
+from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.seals import PORTION, Seal
 from coalestra.core.errors import PayloadIsolationError, SnapshotDeadlineExceededError
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import SnapshotValue
-from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.readings import Reading
 
 _CONTEXT = "snapshot delivery"

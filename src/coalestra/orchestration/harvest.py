@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.seals import PORTION, Sealed
 from coalestra.core.errors import SourceUnavailableError
 from coalestra.core.revision import Revision
 from coalestra.core.values import SourcePayload
 from coalestra.orchestration.answers import OMITTED, CallFacts, revision_of, was_future
 from coalestra.orchestration.flights import Acquisition, Call
-from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.work import Work
 
 _HANDING_OVER = 4

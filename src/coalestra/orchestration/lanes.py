@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from coalestra.concurrency.pace import Pace
 from coalestra.orchestration.attempts import Attempt
 from coalestra.orchestration.calls import Shift
 from coalestra.orchestration.chains import Link, SourceKind
 from coalestra.orchestration.flights import Acquisition
-from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.tally import Tally
 from coalestra.orchestration.work import Work
 

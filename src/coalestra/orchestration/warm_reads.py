@@ -13,6 +13,7 @@ from typing import Any
 
 from coalestra.cache.entries import EntryStore
 from coalestra.concurrency.copying import OFFLOADED
+from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.seals import PORTION, Seal
 from coalestra.core.errors import PayloadCopySubsystemClosedError, PayloadIsolationError
 from coalestra.core.freshness import quiet_ages
@@ -21,7 +22,6 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.pace import Pace
 from coalestra.orchestration.readings import Reading
 from coalestra.orchestration.work import Work
 
