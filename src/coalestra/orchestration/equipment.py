@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from coalestra.cache.access import CacheAccess
@@ -41,23 +40,60 @@ class Counters:
         self.transport_violations: dict[str, int] = {}
 
 
-@dataclasses.dataclass(eq=False, repr=False, slots=True)
 class Equipment:
     """The parts that every stage of the engine shares for the life of a builder."""
 
-    clock: Clock
-    chains: Chains
-    policies: FreshnessPolicyProvider
-    authority: AuthorityPolicyProvider
-    observation: ObservationPolicy
-    capacity: CapacityController
-    breaker: CircuitBreaker
-    resilience: ResiliencePolicyResolver
-    access: CacheAccess
-    copies: PayloadCopies
-    report: Reporter | None
-    threads: WorkerThreads
-    max_concurrency: int
-    max_pending_tasks: int
-    transport_grace_seconds: float
-    counters: Counters = dataclasses.field(default_factory=Counters)
+    __slots__ = (
+        "access",
+        "authority",
+        "breaker",
+        "capacity",
+        "chains",
+        "clock",
+        "copies",
+        "counters",
+        "max_concurrency",
+        "max_pending_tasks",
+        "observation",
+        "policies",
+        "report",
+        "resilience",
+        "threads",
+        "transport_grace_seconds",
+    )
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        chains: Chains,
+        policies: FreshnessPolicyProvider,
+        authority: AuthorityPolicyProvider,
+        observation: ObservationPolicy,
+        capacity: CapacityController,
+        breaker: CircuitBreaker,
+        resilience: ResiliencePolicyResolver,
+        access: CacheAccess,
+        copies: PayloadCopies,
+        report: Reporter | None,
+        threads: WorkerThreads,
+        max_concurrency: int,
+        max_pending_tasks: int,
+        transport_grace_seconds: float,
+    ) -> None:
+        self.clock = clock
+        self.chains = chains
+        self.policies = policies
+        self.authority = authority
+        self.observation = observation
+        self.capacity = capacity
+        self.breaker = breaker
+        self.resilience = resilience
+        self.access = access
+        self.copies = copies
+        self.report = report
+        self.threads = threads
+        self.max_concurrency = max_concurrency
+        self.max_pending_tasks = max_pending_tasks
+        self.transport_grace_seconds = transport_grace_seconds
+        self.counters: Counters = Counters()

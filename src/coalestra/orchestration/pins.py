@@ -8,23 +8,36 @@ rules here find that out. They know nothing of time, tasks or sources.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.revision import Revision
 from coalestra.orchestration.readings import Reading
 
 
-class Demand(NamedTuple):
+class Demand:
     """What somebody who waits insists on, beyond any usable value.
 
     `forced` keys bypass the cache and accept no stale value; those of them that are `private` are
     derived under the pins. A `refresh` bypasses the cache and accepts fresh values only.
     """
 
-    forced: frozenset[ResourceKey] = frozenset()
-    private: frozenset[ResourceKey] = frozenset()
-    refresh: bool = False
+    __slots__ = ("forced", "private", "refresh")
+
+    def __init__(
+        self,
+        forced: frozenset[ResourceKey] = frozenset(),
+        private: frozenset[ResourceKey] = frozenset(),
+        refresh: bool = False,
+    ) -> None:
+        self.forced = forced
+        self.private = private
+        self.refresh = refresh
+
+    def __repr__(self) -> str:
+        return (
+            f"<Demand forced={len(self.forced)} private={len(self.private)} refresh={self.refresh}>"
+        )
 
 
 NO_DEMAND = Demand()
