@@ -318,8 +318,9 @@ async def test_what_was_announced_before_an_unfit_event_is_concluded_and_not_wri
     parts = parts_for(cache)
     witness = Witness()
     parts.access.subscribe(witness)
-    updates = [*numbered(PORTION, lambda n: n), ResourceUpdate(A, 1, "s", NOW + 60)]
-    keys = tuple(update.key for update in updates[:-1])
+    updates = numbered(PORTION, lambda n: n)
+    keys = tuple(update.key for update in updates)
+    updates += [ResourceUpdate(B, 1, "s"), ResourceUpdate(A, 1, "s", NOW + 60)]
     with pytest.raises(SourceProtocolError):
         await ResourcePublisher.from_parts(parts).publish_many(updates)
     assert witness.heard == [("announced", keys), ("concluded", keys)]
