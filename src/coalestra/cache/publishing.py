@@ -170,6 +170,7 @@ class _Run:
                 if type(metadata) is not FrozenDict:
                     metadata = copies.open_metadata_now(metadata, context=_OUT)
                 before = previous.presented(payload, metadata, age, age > ttl, True)
+                each.previous = None  # large ones are let go one by one, not all at the end
                 left -= previous.seal.weight
             status = _PUBLISHED if stored else _STATUS[each.status]
             results[each.key] = PublishResult(status, value, before)
