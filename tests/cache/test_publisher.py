@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -290,6 +291,23 @@ async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event
     assert await turns_for(publisher, numbered(10, lambda n: n)) == 2 * 10, "previous ones count"
 
 
+async def test_what_was_replaced_is_let_go_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
+    cache = AsyncMemoryCache()
+    publisher = standalone(cache)
+    updates = numbered(PORTION, lambda n: {n})
+    await publisher.publish_many(updates)
+    sealed = [cache.store.peek(update.key) for update in updates]
+    replaced = [weakref.ref(revision.payload) for revision in sealed if revision is not None]
+    del sealed
+    publishing = asyncio.ensure_future(publisher.publish_many(updates, replace_equal=True))
+    alive = set()
+    while not publishing.done():
+        await asyncio.sleep(0)
+        alive.add(sum(reference() is not None for reference in replaced))
+    assert len(alive) > 3, "neither all at once nor none"
+
+
 async def test_before_every_turn_of_others_all_that_has_been_judged_is_announced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -318,8 +336,9 @@ async def test_what_was_announced_before_an_unfit_event_is_concluded_and_not_wri
     parts = parts_for(cache)
     witness = Witness()
     parts.access.subscribe(witness)
-    updates = [*numbered(PORTION, lambda n: n), ResourceUpdate(A, 1, "s", NOW + 60)]
-    keys = tuple(update.key for update in updates[:-1])
+    updates = numbered(PORTION, lambda n: n)
+    keys = tuple(update.key for update in updates)
+    updates += [ResourceUpdate(B, 1, "s"), ResourceUpdate(A, 1, "s", NOW + 60)]
     with pytest.raises(SourceProtocolError):
         await ResourcePublisher.from_parts(parts).publish_many(updates)
     assert witness.heard == [("announced", keys), ("concluded", keys)]

@@ -86,6 +86,37 @@ async def test_age_and_staleness_are_judged_by_the_policy_of_the_key(cache: Asyn
     assert result.value.stale
 
 
+@pytest.mark.parametrize("seconds, stale", [(-0.5, False), (2.0, False), (6.0, True)])
+async def test_what_was_there_before_is_as_old_as_readers_would_have_seen_it(
+    cache: AsyncCache, seconds: float, stale: bool
+) -> None:
+    publisher = publisher_to(cache)
+    await publisher.publish(A, 1, source="s", observed_at=NOW - seconds)
+    result = await publisher.publish(A, 2, source="s", force=True)
+    assert not result.value.from_cache
+    before = result.previous
+    assert before is not None
+    assert (before.age_seconds, before.stale) == (max(0.0, seconds), stale)
+    assert before.from_cache
+
+
+async def test_what_stayed_comes_from_the_cache_and_is_copied_for_both_places_in_the_result(
+    cache: AsyncCache,
+) -> None:
+    publisher = publisher_to(cache)
+    await publisher.publish(A, ["new"], source="s", metadata={"tags": ["x"]})
+    result = await publisher.publish(A, ["old"], source="s", observed_at=NOW - 1)
+    before = result.previous
+    assert before is not None
+    assert (result.value.from_cache, before.from_cache) == (True, True)
+    before.value.append("mine")
+    before.metadata["tags"].append("mine")
+    held = (await cache.get(A, now=NOW, policy=POLICY)).value
+    assert held is not None
+    for other in (result.value, held):
+        assert (other.value, other.metadata["tags"]) == (["new"], ["x"])
+
+
 async def test_an_older_event_is_ignored_and_the_value_that_stayed_returned(
     cache: AsyncCache,
 ) -> None:

@@ -62,7 +62,7 @@ class Publishing:
         if self._reporter is not None:
             for publication in best:
                 _report(self._reporter, publication, force)
-        return await self._results(best, run.now)
+        return await run.results(best)
 
     async def invalidate(self, keys: Collection[ResourceKey], reason: str) -> None:
         """Remove ``keys`` from the cache."""
@@ -70,46 +70,6 @@ class Publishing:
         if self._reporter is not None:
             for key in keys:
                 self._reporter.resource_invalidated(key, reason)
-
-    async def _results(
-        self, publications: Iterable[Publication], now: float
-    ) -> dict[ResourceKey, PublishResult]:
-        results = {}
-        copies = self._copies
-        pace, left = Pace(), PORTION
-        for each in publications:
-            ttl = each.policy.ttl_seconds
-            current, previous = each.current, each.previous
-            stored = each.status is _STORED
-            payload = copies.open_now(current.payload, current.seal, context=_OUT)
-            if payload is OFFLOADED:
-                payload = await copies.open(current.payload, current.seal, context=_OUT)
-            age = now - current.observed_at
-            age = age if age > 0.0 else 0.0
-            metadata = current.metadata
-            if type(metadata) is not FrozenDict:
-                metadata = copies.open_metadata_now(metadata, context=_OUT)
-            value = current.presented(payload, metadata, age, age > ttl, not stored)
-            left -= current.seal.weight
-            before = None
-            if previous is not None:
-                payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
-                if payload is OFFLOADED:
-                    payload = await copies.open(previous.payload, previous.seal, context=_OUT)
-                age = now - previous.observed_at
-                age = age if age > 0.0 else 0.0
-                metadata = previous.metadata
-                if type(metadata) is not FrozenDict:
-                    metadata = copies.open_metadata_now(metadata, context=_OUT)
-                before = previous.presented(payload, metadata, age, age > ttl, True)
-                left -= previous.seal.weight
-            status = _PUBLISHED if stored else _STATUS[each.status]
-            results[each.key] = PublishResult(status, value, before)
-            if left <= 0:
-                left = PORTION
-                if pace.due:
-                    await pace.rest()
-        return results
 
 
 class _Run:
@@ -119,10 +79,10 @@ class _Run:
     way cannot slip in between an event and its writing.
     """
 
-    __slots__ = ("_access", "_announced", "_copies", "_judged", "_pace", "_rules", "now")
+    __slots__ = ("_access", "_announced", "_copies", "_judged", "_now", "_pace", "_rules")
 
     def __init__(self, access: CacheAccess, copies: PayloadCopies, rules: PublicationRules) -> None:
-        self.now: float = rules.clock.now()
+        self._now = rules.clock.now()
         self._access = access
         self._copies = copies
         self._rules = rules
@@ -132,7 +92,7 @@ class _Run:
 
     async def judge(self, updates: Iterable[ResourceUpdate[Any]]) -> list[Publication]:
         """Return the best publication per key; raises for the first that is unfit."""
-        judge, judged, now = self._rules.judge, self._judged, self.now
+        judge, judged, now = self._rules.judge, self._judged, self._now
         for update in updates:
             judged.append(judge(update, now))
             if not len(judged) % PORTION and self._pace.due:
@@ -141,7 +101,7 @@ class _Run:
 
     async def seal(self, publications: Iterable[Publication]) -> None:
         """Make a revision of each, with a sealed payload."""
-        copies, now = self._copies, self.now
+        copies, now = self._copies, self._now
         for each in publications:
             value = each.update.value
             sealed = copies.seal_now(value, context=SEALING)
@@ -177,6 +137,48 @@ class _Run:
         """Declare everything that was announced ended."""
         if self._announced:
             self._access.conclude(self._judged[: self._announced])
+
+    async def results(
+        self, publications: Iterable[Publication]
+    ) -> dict[ResourceKey, PublishResult]:
+        """Return what became of each, with copies of what the cache holds now and held before."""
+        results = {}
+        copies, now, pace = self._copies, self._now, self._pace
+        left = PORTION
+        for each in publications:
+            ttl = each.policy.ttl_seconds
+            current, previous = each.current, each.previous
+            stored = each.status is _STORED
+            payload = copies.open_now(current.payload, current.seal, context=_OUT)
+            if payload is OFFLOADED:
+                payload = await copies.open(current.payload, current.seal, context=_OUT)
+            age = now - current.observed_at
+            age = age if age > 0.0 else 0.0
+            metadata = current.metadata
+            if type(metadata) is not FrozenDict:
+                metadata = copies.open_metadata_now(metadata, context=_OUT)
+            value = current.presented(payload, metadata, age, age > ttl, not stored)
+            left -= current.seal.weight
+            before = None
+            if previous is not None:
+                payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
+                if payload is OFFLOADED:
+                    payload = await copies.open(previous.payload, previous.seal, context=_OUT)
+                age = now - previous.observed_at
+                age = age if age > 0.0 else 0.0
+                metadata = previous.metadata
+                if type(metadata) is not FrozenDict:
+                    metadata = copies.open_metadata_now(metadata, context=_OUT)
+                before = previous.presented(payload, metadata, age, age > ttl, True)
+                each.previous = None  # large ones are let go one by one, not all at the end
+                left -= previous.seal.weight
+            status = _PUBLISHED if stored else _STATUS[each.status]
+            results[each.key] = PublishResult(status, value, before)
+            if left <= 0:
+                left = PORTION
+                if pace.due:
+                    await pace.rest()
+        return results
 
     def _announce(self) -> None:
         news = self._judged[self._announced :]

@@ -73,10 +73,7 @@ def best_of(first: _R, second: _R) -> _R:
 def best_per_key(candidates: Collection[_R]) -> dict[ResourceKey, _R]:
     """Reduce a batch to its best candidate per key, keys in order of first appearance."""
     best = {candidate.key: candidate for candidate in candidates}
-    if len(best) == len(candidates):
-        return best
-    best.clear()
-    for candidate in candidates:
-        rival = best.get(candidate.key)
-        best[candidate.key] = candidate if rival is None else best_of(rival, candidate)
+    if len(best) < len(candidates):  # the last per key is there; now every other one competes
+        for candidate in candidates:
+            best[candidate.key] = best_of(best[candidate.key], candidate)
     return best
