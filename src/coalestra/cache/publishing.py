@@ -15,7 +15,8 @@ from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.published import PublishResult, PublishStatus
 from coalestra.core.records import CacheWriteStatus
-from coalestra.core.values import ResourceUpdate
+from coalestra.core.revision import Revision
+from coalestra.core.values import ResourceUpdate, SnapshotValue
 from coalestra.observability.reporting import Reporter
 
 _OUT = "publish result"
@@ -143,7 +144,7 @@ class _Run:
     ) -> dict[ResourceKey, PublishResult]:
         """Return what became of each, with copies of what the cache holds now and held before."""
         results = {}
-        copies, now, pace = self._copies, self._now, self._pace
+        copies, pace = self._copies, self._pace
         left = PORTION
         for each in publications:
             ttl = each.policy.ttl_seconds
@@ -152,24 +153,14 @@ class _Run:
             payload = copies.open_now(current.payload, current.seal, context=_OUT)
             if payload is OFFLOADED:
                 payload = await copies.open(current.payload, current.seal, context=_OUT)
-            age = now - current.observed_at
-            age = age if age > 0.0 else 0.0
-            metadata = current.metadata
-            if type(metadata) is not FrozenDict:
-                metadata = copies.open_metadata_now(metadata, context=_OUT)
-            value = current.presented(payload, metadata, age, age > ttl, not stored)
+            value = self._presented(current, payload, ttl, not stored)
             left -= current.seal.weight
             before = None
             if previous is not None:
                 payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
                 if payload is OFFLOADED:
                     payload = await copies.open(previous.payload, previous.seal, context=_OUT)
-                age = now - previous.observed_at
-                age = age if age > 0.0 else 0.0
-                metadata = previous.metadata
-                if type(metadata) is not FrozenDict:
-                    metadata = copies.open_metadata_now(metadata, context=_OUT)
-                before = previous.presented(payload, metadata, age, age > ttl, True)
+                before = self._presented(previous, payload, ttl, True)
                 each.previous = None  # large ones are let go one by one, not all at the end
                 left -= previous.seal.weight
             status = _PUBLISHED if stored else _STATUS[each.status]
@@ -179,6 +170,15 @@ class _Run:
                 if pace.due:
                     await pace.rest()
         return results
+
+    def _presented(
+        self, revision: Revision, payload: Any, ttl_seconds: float, from_cache: bool
+    ) -> SnapshotValue[Any]:
+        age = max(0.0, self._now - revision.observed_at)
+        metadata = revision.metadata
+        if type(metadata) is not FrozenDict:
+            metadata = self._copies.open_metadata_now(metadata, context=_OUT)
+        return revision.presented(payload, metadata, age, age > ttl_seconds, from_cache)
 
     def _announce(self) -> None:
         news = self._judged[self._announced :]
