@@ -34,3 +34,56 @@ async def test_keeping_pace_rests_only_when_it_is_time(monkeypatch: pytest.Monke
     now += SLICE_SECONDS
     assert await pace.keep()
     assert not await pace.keep()
+
+
+async def test_those_who_share_a_pace_use_one_slice_in_a_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each step takes half a slice; whoever finds the slice used up lets the loop go on."""
+    now, turn = 100.0, 0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace = Pace()
+    steps: dict[int, int] = {}
+
+    async def work() -> None:
+        nonlocal now
+        pace.begin()
+        for _ in range(6):
+            now += SLICE_SECONDS / 2
+            steps[turn] = steps.get(turn, 0) + 1
+            await pace.keep()
+
+    tasks = [asyncio.ensure_future(work()) for _ in range(3)]
+    while not all(task.done() for task in tasks):
+        turn += 1
+        await asyncio.sleep(0)
+    assert sum(steps.values()) == 18
+    assert max(steps.values()) <= 2 + 2  # a slice, and one step of each of the others
+
+
+async def test_a_slice_of_long_ago_is_not_held_against_a_beginner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace = Pace()
+    now += 60
+    pace.begin()
+    assert not pace.due
+
+
+async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace = Pace()
+    now += SLICE_SECONDS
+    resting = asyncio.ensure_future(pace.keep())
+    await asyncio.sleep(0)
+    pace.begin()
+    assert pace.due
+    resting.cancel()
+    await asyncio.gather(resting, return_exceptions=True)
+    pace.begin()
+    assert not pace.due

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import itertools
 import random
+import time
 from collections.abc import Awaitable
 from typing import Any
 
@@ -227,18 +229,15 @@ async def test_many_keys_never_hold_the_loop_for_long(
     kind: type[Batch | Single], warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every reading of the slice clock is 0.1 ms later: a build of 10,000 keys must pause."""
-    ticks = 0.0
-
-    def tick() -> float:
-        nonlocal ticks
-        ticks += 0.0001
-        return ticks
-
     keys = [key("x", str(i)) for i in range(10_000)]
     building = builder(kind("x"), cache=AsyncMemoryCache(max_entries=None))
     if warm:
         await building.build(keys)
-    monkeypatch.setattr("coalestra.concurrency.pace.time.perf_counter", tick)
+    ticks = itertools.count(1, 1)
+    began = time.perf_counter()
+    monkeypatch.setattr(
+        "coalestra.concurrency.pace.time.perf_counter", lambda: began + next(ticks) * 0.0001
+    )
     loop = asyncio.get_running_loop()
     steps = 0
     running = asyncio.ensure_future(building.build(keys))
@@ -254,7 +253,7 @@ class Turns:
     """Counts what is done in each turn of the event loop, while every slice is used up at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ticks = iter(range(1_000_000))
+        ticks = itertools.count(time.perf_counter())
         monkeypatch.setattr("coalestra.concurrency.pace.time.perf_counter", lambda: next(ticks))
         self.counts: list[int] = [0]
 

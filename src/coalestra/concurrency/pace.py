@@ -12,14 +12,25 @@ SLICE_SECONDS = 0.002
 class Pace:
     """Gives the event loop a turn whenever a slice of time is used up.
 
+    Any number of tasks may share one: together they use one slice in each turn of the loop, however
+    many they are. The first one to go on after a turn begins the next slice; one who starts to work
+    calls `begin`, as the last slice may have been long ago.
+
     Real time is meant, whatever clock the application lives by: it is the thread that must not be
     held. A look at it costs about as much as copying a small value, so loops look at intervals.
     """
 
-    __slots__ = ("_until",)
+    __slots__ = ("_resting", "_turn", "_until")
 
     def __init__(self) -> None:
+        self._resting = 0
+        self._turn = 0
         self._until = time.perf_counter() + SLICE_SECONDS
+
+    def begin(self) -> None:
+        """Begin a slice, unless one is under way or there are others who wait for the next."""
+        if not self._resting and self.due:
+            self._until = time.perf_counter() + SLICE_SECONDS
 
     @property
     def due(self) -> bool:
@@ -27,9 +38,16 @@ class Pace:
         return time.perf_counter() >= self._until
 
     async def rest(self) -> None:
-        """Let others run once, then start a new slice."""
-        await asyncio.sleep(0)
-        self._until = time.perf_counter() + SLICE_SECONDS
+        """Let others run once, then go on in the next slice."""
+        turn = self._turn
+        self._resting += 1
+        try:
+            await asyncio.sleep(0)
+        finally:
+            self._resting -= 1
+        if self._turn == turn:
+            self._turn += 1
+            self._until = time.perf_counter() + SLICE_SECONDS
 
     async def keep(self) -> bool:
         """Rest if it is time to; return whether others had a turn."""

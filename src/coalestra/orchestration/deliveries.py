@@ -23,10 +23,11 @@ _SHARED = Seal.SHARED
 class Deliveries:
     """Makes the copies that readers get."""
 
-    __slots__ = ("_copies",)
+    __slots__ = ("_copies", "_pace")
 
-    def __init__(self, copies: PayloadCopies) -> None:
+    def __init__(self, copies: PayloadCopies, pace: Pace) -> None:
         self._copies = copies
+        self._pace = pace
 
     def value_now(self, reading: Reading, context: str) -> SnapshotValue[Any] | None:
         """Return a reader's copy made here and now, or None if it takes a thread."""
@@ -69,7 +70,8 @@ class Deliveries:
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
         errors: dict[ResourceKey, Exception] = {}
         large: dict[ResourceKey, Reading] = {}
-        pace = Pace()
+        pace = self._pace
+        pace.begin()
         left = PORTION
         for key, reading in readings.items():
             revision = reading.revision

@@ -86,7 +86,7 @@ class Dispatch:
                 limit = equipment.max_concurrency
             work.variables.run(current_threads.set, equipment.threads)
             lane = work.lanes[index] = Lane(
-                work, link, limit, self._attempt, equipment.report, self.workers
+                work, link, limit, self._attempt, equipment, self.workers
             )
         return lane
 

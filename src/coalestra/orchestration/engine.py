@@ -27,7 +27,7 @@ class Engine:
     def __init__(self, equipment: Equipment, variables: contextvars.Context) -> None:
         self.equipment = equipment
         self.scheduler: Scheduler = Scheduler(equipment)
-        self.deliveries: Deliveries = Deliveries(equipment.copies)
+        self.deliveries: Deliveries = Deliveries(equipment.copies, equipment.pace)
         self.lookups: Lookups = Lookups(self.scheduler, self._refresh)
         self.warm_reads: WarmReads = WarmReads(equipment)
         self._derivations = Derivations(self.scheduler, self.lookups, self.deliveries)

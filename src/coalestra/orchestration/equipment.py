@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from coalestra.cache.access import CacheAccess
 from coalestra.concurrency.capacity import CapacityController
 from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.authority import AuthorityPolicyProvider
 from coalestra.core.clock import Clock
@@ -55,6 +56,7 @@ class Equipment:
         "max_concurrency",
         "max_pending_tasks",
         "observation",
+        "pace",
         "policies",
         "report",
         "resilience",
@@ -81,6 +83,7 @@ class Equipment:
         max_pending_tasks: int,
         transport_grace_seconds: float,
     ) -> None:
+        self.pace: Pace = Pace()
         self.clock = clock
         self.chains = chains
         self.policies = policies

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.seals import PORTION, Sealed
 from coalestra.core.errors import SourceUnavailableError
 from coalestra.core.revision import Revision
@@ -77,7 +76,8 @@ class Harvest:
         if omitted:
             await self._refuse_omitted(omitted)
         attempt = self._attempt
-        pace = Pace()
+        pace = attempt.equipment.pace
+        pace.begin()
         left = PORTION
         for flight, value in zip(flights, values, strict=True):
             if flight.attempt is attempt:
@@ -97,7 +97,8 @@ class Harvest:
         work = self._attempt.work
         self._receiver.hold(work)
         try:
-            pace = Pace()
+            pace = self._attempt.equipment.pace
+            pace.begin()
             for flight in flights:
                 self._attempt.refuse(flight, error, "failure")
                 await pace.keep()

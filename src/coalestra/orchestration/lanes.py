@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from coalestra.concurrency.pace import Pace
 from coalestra.orchestration.attempts import Attempt
 from coalestra.orchestration.calls import Shift
 from coalestra.orchestration.chains import Link, SourceKind
+from coalestra.orchestration.equipment import Equipment
 from coalestra.orchestration.flights import Acquisition
 from coalestra.orchestration.tally import Tally
 from coalestra.orchestration.work import Work
-
-if TYPE_CHECKING:
-    from coalestra.observability.reporting import Reporter
 
 _CALLS_BETWEEN_LOOKS = 8
 """Calls that never wait would otherwise all be made in one step of the event loop."""
@@ -30,7 +27,18 @@ class Lane:
     another takes its place, while the old one keeps its slot until it really ends.
     """
 
-    __slots__ = ("_busy", "_make", "_queue", "_tasks", "_workers", "limit", "link", "tally", "work")
+    __slots__ = (
+        "_busy",
+        "_make",
+        "_pace",
+        "_queue",
+        "_tasks",
+        "_workers",
+        "limit",
+        "link",
+        "tally",
+        "work",
+    )
 
     def __init__(
         self,
@@ -38,13 +46,14 @@ class Lane:
         link: Link,
         limit: int,
         make: Callable[[Lane, Sequence[Acquisition]], Attempt],
-        report: Reporter | None,
+        equipment: Equipment,
         tasks: set[asyncio.Task[Any]],
     ) -> None:
         self.work: Work = work
         self.link: Link = link
         self.limit: int = limit
-        self.tally: Tally = Tally(link, work.record, report)
+        self.tally: Tally = Tally(link, work.record, equipment.report)
+        self._pace = equipment.pace
         self._make = make
         self._tasks = tasks
         self._queue: deque[Attempt] = deque()
@@ -90,7 +99,8 @@ class Lane:
 
     async def _serve(self) -> None:
         shift = Shift()
-        pace = Pace()
+        pace = self._pace
+        pace.begin()
         left = _CALLS_BETWEEN_LOOKS
         try:
             while self._queue and not shift.gone:

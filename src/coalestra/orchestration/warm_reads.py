@@ -66,7 +66,8 @@ class WarmReads:
         store = self._equipment.access.store
         if store is None or work.expired:
             return None
-        pace = Pace()
+        pace = self._equipment.pace
+        pace.begin()
         revisions = await self._find(store, keys, pace)
         if revisions is None:
             return None
