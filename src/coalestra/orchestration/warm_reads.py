@@ -75,6 +75,8 @@ class WarmReads:
             values = await self._copied(revisions, pace)
         except (PayloadIsolationError, PayloadCopySubsystemClosedError):
             return None
+        if values is not None and len(values) > _KEYS_BETWEEN_LOOKS:
+            await pace.rest()  # putting them together takes a while, too
         if values is None or work.expired:
             return None
         self._count(store, work, keys)
