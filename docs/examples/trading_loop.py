@@ -32,7 +32,7 @@ from coalestra import (
     SyncSnapshotBuilder,
 )
 
-SYMBOLS, TICKS, ORDER = ("ACME", "EMCA"), 2000, 10
+SYMBOLS, OPENING, TICKS, ORDER = ("ACME", "EMCA"), 100.0, 2000, 10
 PRICE = {symbol: ResourceKey("market", "price", symbol) for symbol in SYMBOLS}
 POSITION = {symbol: ResourceKey("account", "position", symbol) for symbol in SYMBOLS}
 RISK = {symbol: ResourceKey("risk", "exposure", symbol) for symbol in SYMBOLS}
@@ -78,19 +78,19 @@ class Desk:
     def __init__(self, sync: SyncSnapshotBuilder) -> None:
         self.sync = sync
         self.filled: Counter[str] = Counter()
-        self.newest: dict[str, float] = {}
+        self.newest: dict[str, float] = dict.fromkeys(SYMBOLS, OPENING)
         self.mixed_up = 0
 
     def stream(self, symbol: str) -> None:
         """Publish prices out of order without ever waiting; drop those that find no room."""
         start, submit = time.time() - 1.0, self.sync.publisher.submit_publish
         for tick in random.sample(range(1, TICKS + 1), TICKS):
-            quote, seen = 100.0 + tick / TICKS, start + tick / TICKS
+            quote, seen = OPENING + tick / TICKS, start + tick / TICKS
             try:
                 submit(PRICE[symbol], quote, source="stream", observed_at=seen)
             except SubmissionBacklogFullError:
                 continue  # the next price says more than this one
-            self.newest[symbol] = max(self.newest.get(symbol, 0.0), quote)
+            self.newest[symbol] = max(self.newest[symbol], quote)
 
     def trade(self, symbol: str, meanwhile: Callable[[], object] = lambda: None) -> str:
         """Decide, look again, act; return what came of it."""
@@ -123,7 +123,7 @@ def main() -> None:
     with SyncSnapshotBuilder(make_builder(), max_pending_submissions=256) as sync:
         desk, publisher, opening = Desk(sync), sync.publisher, time.time() - 2.0
         for key in PRICE.values():
-            publisher.publish(key, 100.0, source="stream", observed_at=opening)
+            publisher.publish(key, OPENING, source="stream", observed_at=opening)
         with ThreadPoolExecutor() as pool:
             streams = pool.map(desk.stream, SYMBOLS)
             outcomes = Counter(desk.trade(symbol) for _ in range(20) for symbol in SYMBOLS)
