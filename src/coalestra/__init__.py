@@ -1,10 +1,15 @@
-"""Consistent, immutable snapshots of many resources, for one unit of work at a time."""
+"""Consistent, immutable snapshots of many resources, for one unit of work at a time.
+
+Names are brought in from the packages of the library when somebody first asks for them, so that
+``import coalestra`` alone costs next to nothing. Type checkers read the imports below.
+"""
 
 from __future__ import annotations
 
+import sys as _sys
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from coalestra._exports import names_of_parts as _names
 from coalestra._version import __version__
 
 if TYPE_CHECKING:
@@ -137,21 +142,6 @@ if TYPE_CHECKING:
         SourceResiliencePolicy,
     )
     from coalestra.sync import SyncResourcePublisher, SyncSnapshotBuilder, SyncSnapshotSession
-else:
-    __getattr__, __dir__ = _names(
-        __name__,
-        (
-            "core",
-            "concurrency",
-            "observability",
-            "resilience",
-            "cache",
-            "orchestration",
-            "adapters",
-            "sync",
-        ),
-    )
-
 __all__ = [
     "AsyncCache",
     "AsyncMemoryCache",
@@ -282,3 +272,33 @@ __all__ = [
     "inspect_source_timeout_guarantee",
     "require_capabilities",
 ]
+
+_PARTS = (
+    "core",
+    "concurrency",
+    "observability",
+    "resilience",
+    "cache",
+    "orchestration",
+    "adapters",
+    "sync",
+)
+
+
+def __getattr__(name: str) -> object:
+    """Bring in a public name, or a part of the package, and keep it."""
+    value: object
+    if name in __all__:
+        parts = (_import_module(f"{__name__}.{part}") for part in _PARTS)
+        value = next(getattr(part, name) for part in parts if name in part.__all__)
+    elif name in _PARTS:
+        value = _import_module(f"{__name__}.{name}")
+    else:
+        text = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(text, name=name, obj=_sys.modules[__name__])
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PARTS})

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from coalestra.adapters import CallableBatchSource, CallableDerivedSource, CallableSource
-from coalestra.core.context import FetchContext
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import Snapshot
+from coalestra.core.snapshot import FetchContext, Snapshot
 
 PRICE = ResourceKey("market", "price", "BTC")
 VOLUME = ResourceKey("market", "volume", "BTC")

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
-from coalestra.adapters import CallableBatchSource, CallableDerivedSource, CallableSource
-from coalestra.adapters.invocation import Invocation
+from coalestra.adapters import (
+    CallableBatchSource,
+    CallableDerivedSource,
+    CallableSource,
+    Invocation,
+)
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import BatchSnapshotSource, DerivedSource, SnapshotSource
 from coalestra.core.timeouts import SourceTimeoutGuaranteeStatus, inspect_source_timeout_guarantee

@@ -10,7 +10,6 @@ import pytest
 from tests.architecture.source_tree import Module, modules
 
 RANK = {
-    "_exports": -1,
     "_version": -1,
     "core": 0,
     "concurrency": 1,

@@ -9,7 +9,6 @@ import inspect
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints, is_typeddict
@@ -18,6 +17,7 @@ import pytest
 
 import coalestra
 from tests.architecture.source_tree import PACKAGE, Function, Module, modules
+from tests.architecture.test_layers import RANK
 
 PACKAGES = [module.name for module in modules() if module.path.name == "__init__.py"]
 ASYNC_BUILD = """
@@ -39,30 +39,7 @@ asyncio.run(main())
 
 # Where a module may be loaded later than with its user, since not every program gets there. Never
 # for each key, and never where an error is on its way.
-LOADED_LATE = {
-    "cache/access.py access_to": {"coalestra.cache.remote"},
-    "cache/tally.py stats": {"coalestra.core.cache_stats"},
-    "concurrency/copy_threads.py health": {"coalestra.core.copy_health"},
-    "concurrency/threads.py _assign": {"coalestra.concurrency.worker"},
-    "concurrency/threads.py run": {"coalestra.concurrency.worker"},
-    "observability/buffering.py _in_buffers": {"coalestra.observability.buffered"},
-    "observability/buffering.py reporter": {"coalestra.observability.reporting"},
-    "orchestration/assembly.py _equipment": {"coalestra.cache.publisher"},
-    "orchestration/assembly.py _publisher": {
-        "coalestra.cache.publication",
-        "coalestra.cache.publisher",
-    },
-    "orchestration/builder.py build_request": {
-        "coalestra.core.request",
-        "coalestra.orchestration.judging",
-    },
-    "orchestration/builder.py session": {"coalestra.orchestration.session"},
-    "orchestration/configured.py health_snapshot": {"coalestra.orchestration.health"},
-    "orchestration/revalidations.py _report": {"coalestra.observability.snapshot_reports"},
-    "orchestration/stage.py _report": {"coalestra.observability.snapshot_reports"},
-    "resilience/backoff.py delay_for_attempt": {"random"},
-    "resilience/circuits.py view": {"coalestra.resilience.circuit_snapshot"},
-}
+LOADED_LATE = {"resilience/retry.py delay_for_attempt": {"random"}}
 
 
 def loaded_by(program: str) -> set[str]:
@@ -89,36 +66,8 @@ def test_importing_the_package_alone_loads_nothing_of_what_it_exports() -> None:
     """``import coalestra`` costs about as much as a module that is empty."""
     assert loaded_by("import coalestra") == {
         "coalestra",
-        "coalestra._exports",
         "coalestra._version",
     }
-
-
-def test_a_program_that_builds_loads_only_what_building_takes() -> None:
-    """Making, using and closing a builder loads none of the features that were not used."""
-    unused = {
-        "coalestra.cache.publication",
-        "coalestra.cache.publisher",
-        "coalestra.cache.remote",
-        "coalestra.concurrency.worker",
-        "coalestra.core.acceptance",
-        "coalestra.core.assessment",
-        "coalestra.core.capability",
-        "coalestra.core.copy_health",
-        "coalestra.core.health",
-        "coalestra.core.request",
-        "coalestra.observability.buffered",
-        "coalestra.observability.events",
-        "coalestra.observability.metrics",
-        "coalestra.observability.reporting",
-        "coalestra.orchestration.health",
-        "coalestra.orchestration.judging",
-        "coalestra.orchestration.session",
-        "coalestra.sync.builder",
-        "random",
-    }
-    assert {name for name in unused if "." in name} <= {module.name for module in modules()}
-    assert loaded_by(ASYNC_BUILD) & unused == set()
 
 
 def test_building_and_closing_load_nothing_that_making_a_builder_did_not() -> None:
@@ -167,34 +116,31 @@ def test_every_name_that_a_package_exports_is_there_in_a_new_interpreter(name: s
     loaded_by(program)
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_type_checkers_see_the_names_where_programs_get_them(name: str) -> None:
+def test_type_checkers_see_the_names_where_programs_get_them() -> None:
     """The imports for type checkers name every export, and the very object that is exported."""
-    package = importlib.import_module(name)
     seen = {}
-    for node in ast.walk(Module(Path(str(package.__file__))).tree):
+    for node in ast.walk(Module(Path(str(coalestra.__file__))).tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             for each in node.body:
                 assert isinstance(each, ast.ImportFrom)
                 assert each.module
                 home = importlib.import_module(each.module)
                 seen.update({alias.name: getattr(home, alias.name) for alias in each.names})
-    exported = {each: getattr(package, each) for each in package.__all__ if each != "__version__"}
+    exported = {each: getattr(coalestra, each) for each in coalestra.__all__[:]}
+    del exported["__version__"]
     assert seen.keys() == exported.keys()
     assert [each for each in exported if exported[each] is not seen[each]] == []
 
 
-@pytest.mark.parametrize("name", PACKAGES)
 @pytest.mark.parametrize("missing", ["nothing_like_it", "_private", "__wrapped__"])
-def test_an_unknown_attribute_gives_the_ordinary_error(name: str, missing: str) -> None:
+def test_an_unknown_attribute_gives_the_ordinary_error(missing: str) -> None:
     """The error is the one that any module raises, text and facts."""
-    package = importlib.import_module(name)
     with pytest.raises(AttributeError) as ordinary:
-        getattr(ModuleType(name), missing)
+        getattr(ModuleType("coalestra"), missing)
     with pytest.raises(AttributeError) as raised:
-        getattr(package, missing)
+        getattr(coalestra, missing)
     assert str(raised.value) == str(ordinary.value)
-    assert (raised.value.name, raised.value.obj) == (missing, package)
+    assert (raised.value.name, raised.value.obj) == (missing, coalestra)
 
 
 def test_no_package_exports_a_name_that_one_of_its_modules_has() -> None:
@@ -210,10 +156,10 @@ def test_no_package_exports_a_name_that_one_of_its_modules_has() -> None:
 
 
 def test_every_name_of_the_package_is_exported_by_one_of_its_parts() -> None:
-    """It is looked for there, so it must be in exactly one of them."""
-    parts = [importlib.import_module(name) for name in PACKAGES if name != "coalestra"]
+    """It is looked for there, from the lowest layer upwards, and the first one counts."""
+    parts = [importlib.import_module(f"coalestra.{part}") for part in RANK if part != "testing"]
     homes = {
-        name: [part.__name__ for part in parts if name in part.__all__]
+        name: {id(getattr(part, name)) for part in parts if name in getattr(part, "__all__", ())}
         for name in coalestra.__all__
         if name != "__version__"
     }
@@ -224,57 +170,6 @@ def test_submodules_are_attributes_without_an_import_of_their_own() -> None:
     """``import coalestra`` alone still leads to ``coalestra.core.errors``."""
     loaded = loaded_by("import coalestra; coalestra.core.errors.CoalestraError")
     assert "coalestra.core.errors" in loaded
-
-
-@pytest.fixture
-def package_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A package with one module that is sound and one that lacks something."""
-    home = tmp_path / "lazy_package"
-    home.mkdir()
-    (home / "__init__.py").write_text(
-        "from coalestra._exports import names_by_module\n"
-        "__all__ = ['thing', 'other']\n"
-        "homes = {'sound': ('thing',), 'broken': ('other',)}\n"
-        "__getattr__, __dir__ = names_by_module(__name__, homes)\n"
-    )
-    (home / "sound.py").write_text("thing = object()\n")
-    (home / "broken.py").write_text("import nowhere_to_be_found\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("lazy_package", "lazy_package.sound", "lazy_package.broken"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("lazy_package")
-
-
-def test_a_name_is_kept_once_it_was_asked_for(package_of_two: ModuleType) -> None:
-    """The second look-up is that of any attribute."""
-    assert "thing" not in vars(package_of_two)
-    thing = package_of_two.thing
-    assert vars(package_of_two)["thing"] is thing
-
-
-def test_what_a_module_lacks_is_said_and_not_hidden(package_of_two: ModuleType) -> None:
-    """A failing import is no missing attribute."""
-    for name in ("other", "broken"):
-        with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
-            getattr(package_of_two, name)
-
-
-def test_threads_that_ask_for_a_name_at_once_get_the_same(package_of_two: ModuleType) -> None:
-    """Loading is the import system's business, which lets one of them do it."""
-    together = threading.Barrier(8, timeout=60)
-    found: list[Any] = []
-
-    def ask() -> None:
-        together.wait()
-        found.append(package_of_two.thing)
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
-    assert set(map(id, found)) == {id(package_of_two.thing)}
 
 
 # Annotations ---------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.entries import EntryStore
-from coalestra.core.freshness import FreshnessPolicy, PolicyResolver
+from coalestra.cache.store import EntryStore
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import CacheWriteStatus
-from coalestra.core.revision import Revision
+from coalestra.core.policies import FreshnessPolicy, PolicyResolver
+from coalestra.core.results import CacheWriteStatus
+from coalestra.core.values import Revision
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, revision_of
 
 NOTHING: tuple[Revision, ...] = ()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from coalestra.cache.fan_out import for_each
+from coalestra.cache.foreign import for_each
 
 
 async def test_no_more_than_the_limit_run_at_a_time_and_all_are_done() -> None:

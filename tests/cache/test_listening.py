@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coalestra.cache.listening import Listeners
+from coalestra.cache.store import Listeners
 from tests.contracts.samples import A, B, Witness, revision_of
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.core.cache_stats import CacheStats
 from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
     PayloadCopySubsystemClosedError,
     PayloadIsolationError,
 )
-from coalestra.core.freshness import PolicyResolver
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import PolicyResolver
+from coalestra.core.results import CacheStats
 from tests.contracts.samples import NOW, POLICY, A, B, C, begun, value_of
 from tests.support import settle
 

@@ -12,19 +12,22 @@ import pytest
 
 from coalestra.cache.access import access_to
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.publication import PublicationRules
-from coalestra.cache.publisher import PublisherParts, ResourcePublisher
+from coalestra.cache.publisher import PublicationRules, PublisherParts, ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
-from coalestra.concurrency.seals import PORTION
-from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
+from coalestra.concurrency.sealing import PORTION
 from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
     PayloadCopySubsystemClosedError,
     PayloadIsolationError,
     SourceProtocolError,
 )
-from coalestra.core.freshness import ObservationPolicy, PolicyResolver
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import (
+    AuthorityPolicyResolver,
+    ObservationPolicy,
+    PolicyResolver,
+    SourceAuthorityPolicy,
+)
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.values import ResourceUpdate
 from coalestra.observability import NullEventSink, NullMetrics

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from coalestra.cache.write_order import best_of, best_per_key, decide
-from coalestra.core.records import CacheWriteStatus
+from coalestra.cache.store import best_of, best_per_key, decide
+from coalestra.core.results import CacheWriteStatus
 from tests.contracts.samples import A, B, revision_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coalestra.concurrency.ordering import Order, Spot
+from coalestra.concurrency.waits_for import Order, Spot
 
 
 def labels_agree(order: Order, expected: list[Spot]) -> bool:

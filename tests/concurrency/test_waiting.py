@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.concurrency.waiting import WaitQueue
+from coalestra.concurrency.capacity import WaitQueue
 from tests.support import settle
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.write_order import best_per_key, decide
-from coalestra.core.freshness import FreshnessPolicy
+from coalestra.cache.store import best_per_key, decide
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.records import CacheLookup, CacheWriteResult, CacheWriteStatus
+from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
 from coalestra.core.values import SnapshotValue
 
 Value = SnapshotValue[Any]

@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from coalestra.cache.write_order import Ranked
+from coalestra.cache.store import Ranked
 from coalestra.concurrency.copying import PayloadCopies
-from coalestra.core.freshness import FreshnessPolicy
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.revision import Revision
-from coalestra.core.values import SnapshotValue, next_version
+from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.values import Revision, SnapshotValue, next_version
 
 _T = TypeVar("_T")
 

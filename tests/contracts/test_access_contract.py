@@ -10,11 +10,11 @@ import pytest
 
 from coalestra.cache.access import CacheAccess, access_to
 from coalestra.concurrency.copying import PayloadCopies
-from coalestra.core.freshness import FreshnessPolicy
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.records import CacheWriteStatus
-from coalestra.core.revision import Revision
+from coalestra.core.results import CacheWriteStatus
+from coalestra.core.values import Revision
 from tests.contracts.caches import ALL, FOREIGN, BatchAtomicCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun, revision_of, value_of
 from tests.support import cancel_at_every_await, settle

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 
 from coalestra.cache.publisher import ResourcePublisher
-from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
 from coalestra.core.errors import SourceProtocolError
-from coalestra.core.freshness import ObservationPolicy, PolicyResolver
+from coalestra.core.policies import (
+    AuthorityPolicyResolver,
+    ObservationPolicy,
+    PolicyResolver,
+    SourceAuthorityPolicy,
+)
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.published import PublishStatus
+from coalestra.core.results import PublishStatus
 from coalestra.core.values import ResourceUpdate
 from coalestra.observability import InMemoryMetrics
 from tests.contracts.caches import ALL

@@ -13,10 +13,10 @@ from coalestra.core.acceptance import (
     SnapshotAcceptanceReason,
     SnapshotAcceptanceViolation,
     SnapshotRequirement,
+    violations_of,
 )
-from coalestra.core.freshness import FreshnessPolicy, PolicyResolver
-from coalestra.core.judgement import violations_of
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy, PolicyResolver
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import SnapshotValue
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.assessment import (
+from coalestra.core.health import (
+    BuilderHealth,
     BuilderHealthAssessment,
     BuilderHealthAssessmentPolicy,
     BuilderHealthFinding,
     BuilderHealthReason,
     BuilderHealthSeverity,
+    PayloadCopyHealth,
 )
-from coalestra.core.copy_health import PayloadCopyHealth
-from coalestra.core.health import BuilderHealth
 from coalestra.core.timeouts import SourceTimeoutGuarantee, SourceTimeoutGuaranteeStatus
 
 HEALTHY = BuilderHealthSeverity.HEALTHY

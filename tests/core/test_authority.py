@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.authority import AuthorityPolicyResolver, SourceAuthorityPolicy
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import AuthorityPolicyResolver, SourceAuthorityPolicy
 
 KEY, OTHER = ResourceKey("n", "a"), ResourceKey("n", "b")
 POLICY = SourceAuthorityPolicy({"exchange": 10, "guess": -5}, default_rank=1)

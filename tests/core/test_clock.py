@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from coalestra.core.clock import Clock, SystemClock
+from coalestra.core.protocols import Clock, SystemClock
 from tests.support import ManualClock
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.consistency import (
+from coalestra.core.errors import SnapshotConsistencyError
+from coalestra.core.keys import ResourceKey
+from coalestra.core.request import (
     SnapshotConsistencyPolicy,
     check_consistency,
     observation_skew,
 )
-from coalestra.core.errors import SnapshotConsistencyError
-from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import SnapshotValue
 

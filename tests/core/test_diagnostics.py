@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 
-from coalestra.core.diagnostics import DiagnosticsRecorder, SnapshotDiagnostics
+from coalestra.core.snapshot import DiagnosticsRecorder, SnapshotDiagnostics
 
 
 def test_the_recorder_counts_exactly_what_the_diagnostics_report() -> None:

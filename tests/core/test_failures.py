@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coalestra.core.failures import SourceFailure, folded_message, message_of
+from coalestra.core.errors import SourceFailure, folded_message, message_of
 
 
 @pytest.mark.parametrize(

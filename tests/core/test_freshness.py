@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.freshness import (
+from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import (
     Freshness,
     FreshnessPolicy,
     FutureObservation,
@@ -19,7 +20,6 @@ from coalestra.core.freshness import (
     judge,
     judge_observation,
 )
-from coalestra.core.keys import ResourceKey
 
 AHEAD = RefreshMode.REFRESH_AHEAD
 KEY, OTHER = ResourceKey("n", "a"), ResourceKey("n", "b")

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.copy_health import PayloadCopyHealth
-from coalestra.core.health import BuilderHealth
+from coalestra.core.health import BuilderHealth, PayloadCopyHealth
 from coalestra.core.timeouts import SourceTimeoutGuarantee, SourceTimeoutGuaranteeStatus
 
 IDLE = BuilderHealth(False, 0, 0, 0)

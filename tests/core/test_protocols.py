@@ -12,7 +12,6 @@ from typing import Any, get_origin
 import pytest
 
 import coalestra.core as core
-from coalestra.core.context import FetchContext
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import (
@@ -29,11 +28,13 @@ from coalestra.core.protocols import (
     SnapshotSource,
     SourceBase,
 )
-from coalestra.core.published import PublishResult, PublishStatus
-from coalestra.core.records import (
+from coalestra.core.results import (
     CacheWriteResult,
     CacheWriteStatus,
+    PublishResult,
+    PublishStatus,
 )
+from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import SnapshotValue
 
 SOURCE = {"name": "rest", "priority": 1, "timeout_seconds": None, "supports": bool}

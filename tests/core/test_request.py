@@ -14,9 +14,8 @@ from coalestra.core.acceptance import (
     SnapshotAcceptancePolicy,
     SnapshotRequirement,
 )
-from coalestra.core.consistency import SnapshotConsistencyPolicy
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import SnapshotRequest
+from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
 
 A, B, C = (ResourceKey("n", name) for name in "abc")
 FRESH = ResourceAcceptanceRule(allow_stale=False)

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.diagnostics import SnapshotDiagnostics
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import Snapshot
+from coalestra.core.snapshot import Snapshot, SnapshotDiagnostics
 from coalestra.core.values import SnapshotValue
 
 A, B, C = (ResourceKey("n", name) for name in "abc")

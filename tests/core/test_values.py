@@ -14,8 +14,13 @@ import pytest
 
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.revision import Revision
-from coalestra.core.values import ResourceUpdate, SnapshotValue, SourcePayload, next_version
+from coalestra.core.values import (
+    ResourceUpdate,
+    Revision,
+    SnapshotValue,
+    SourcePayload,
+    next_version,
+)
 
 KEY, BASE = ResourceKey("n", "a"), ResourceKey("n", "b")
 

@@ -6,8 +6,8 @@ import queue
 
 import pytest
 
-from coalestra.observability.backlog import Backlog
-from coalestra.observability.overflow import BufferOverflowPolicy
+from coalestra.observability.buffered import Backlog
+from coalestra.observability.sinks import BufferOverflowPolicy
 
 DROP_OLDEST = BufferOverflowPolicy.DROP_OLDEST
 

@@ -15,8 +15,7 @@ from coalestra.observability import (
     NullEventSink,
     NullMetrics,
 )
-from coalestra.observability.buffering import buffer_sinks
-from coalestra.observability.reporting import reporter_for
+from coalestra.observability.reports import buffer_sinks, reporter_for
 from tests.observability.recording import PATIENCE, Held, Recorder
 
 

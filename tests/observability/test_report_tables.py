@@ -8,13 +8,17 @@ from functools import partial
 import pytest
 
 from coalestra.core.acceptance import SnapshotAcceptanceReason, SnapshotAcceptanceViolation
-from coalestra.core.diagnostics import SnapshotDiagnostics
 from coalestra.core.errors import SnapshotConsistencyError
 from coalestra.core.keys import ResourceKey
-from coalestra.core.published import PublishStatus
+from coalestra.core.results import PublishStatus
+from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.observability import NullEventSink, NullMetrics
-from coalestra.observability.reporting import Reporter, reporter_for
-from coalestra.observability.snapshot_reports import SessionResolution, SessionRevalidation
+from coalestra.observability.reports import (
+    Reporter,
+    SessionResolution,
+    SessionRevalidation,
+    reporter_for,
+)
 from tests.observability.recording import Recorder, Value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.failures import SourceFailure
+from coalestra.core.errors import SourceFailure
 from coalestra.core.keys import ResourceKey
 from coalestra.observability import (
     BufferedEventSink,
@@ -16,7 +16,7 @@ from coalestra.observability import (
     NullEventSink,
     NullMetrics,
 )
-from coalestra.observability.reporting import Reporter, reporter_for
+from coalestra.observability.reports import Reporter, reporter_for
 from tests.observability.recording import PATIENCE, Held, Raising, Recorder
 
 PRICE = ResourceKey("market", "price", "BTC")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from coalestra import FetchContext
-from coalestra.orchestration.flight_board import FlightBoard
-from coalestra.orchestration.flights import Acquisition, Gather
-from coalestra.orchestration.pins import Pins
-from coalestra.orchestration.work import Work
+from coalestra.orchestration.flights import Acquisition, FlightBoard, Gather, Work
+from coalestra.orchestration.readings import Pins
 from tests.orchestration.scripted import LASTING, key
 
 

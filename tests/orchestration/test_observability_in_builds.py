@@ -423,8 +423,8 @@ async def test_with_null_sinks_no_label_event_or_rendered_key_is_built(
         events=NullEventSink(),
     )
     monkeypatch.setattr(ResourceKey, "__str__", refuse)
-    for name in ("emitting.Emitter._count", "emitting.Emitter._tell", "labels.labels_of"):
-        monkeypatch.setattr(f"coalestra.observability.{name}", refuse)
+    for name in ("Emitter._count", "Emitter._tell", "labels_of"):
+        monkeypatch.setattr(f"coalestra.observability.reports.{name}", refuse)
     async with building.session() as session:
         await session.resolve([key("d"), key("s")])
         await session.revalidate([key("d")], force_refresh=True)

@@ -19,7 +19,7 @@ from coalestra.core.errors import (
     SourceTimeoutError,
     SourceUnavailableError,
 )
-from coalestra.resilience.backoff import RetryPolicy, retryable
+from coalestra.resilience.retry import RetryPolicy, retryable
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coalestra.resilience.circuit import (
+from coalestra.resilience.circuit_breaker import (
     Circuit,
     CircuitBreakerPolicy,
     CircuitIdentity,
     CircuitScope,
+    CircuitSnapshot,
     CircuitState,
+    snapshot_of,
 )
-from coalestra.resilience.circuit_snapshot import CircuitSnapshot, snapshot_of
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
 POLICY = CircuitBreakerPolicy(failure_threshold=2, recovery_timeout_seconds=10.0)

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.clock import SystemClock
 from coalestra.core.errors import CircuitOpenError
 from coalestra.core.keys import ResourceKey
-from coalestra.resilience.circuit import (
+from coalestra.core.protocols import SystemClock
+from coalestra.resilience.circuit_breaker import (
+    CircuitBreaker,
     CircuitBreakerPolicy,
     CircuitIdentity,
+    Circuits,
     CircuitScope,
+    CircuitSnapshot,
     CircuitState,
 )
-from coalestra.resilience.circuit_breaker import CircuitBreaker
-from coalestra.resilience.circuit_snapshot import CircuitSnapshot
-from coalestra.resilience.circuits import Circuits
 from tests.support import ManualClock
 
 BTC = ResourceKey("market", "price", "BTC")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from coalestra.resilience.backoff import RetryPolicy
-from coalestra.resilience.circuit import CircuitBreakerPolicy
+from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
+from coalestra.resilience.retry import RetryPolicy
 
 
 def policy(attempts: int) -> SourceResiliencePolicy:

@@ -15,14 +15,7 @@ import pytest
 
 from coalestra import ResourceKey, Snapshot, SnapshotBuildError
 from coalestra.concurrency import pace
-from coalestra.orchestration import (
-    agenda,
-    deliveries,
-    harvest,
-    lanes,
-    lookups,
-    warm_reads,
-)
+from coalestra.orchestration import calls, deliveries, singleflight
 from tests.simulation.world import World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
 
@@ -33,7 +26,7 @@ SEEDS_PER_BLOCK = 40
 @pytest.fixture(autouse=True)
 def _without_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no slice of real time end early, so that a seed means the same run every time."""
-    monkeypatch.setattr(agenda, "SLICE_SECONDS", math.inf)
+    monkeypatch.setattr(singleflight, "SLICE_SECONDS", math.inf)
     monkeypatch.setattr(pace, "SLICE_SECONDS", math.inf)
 
 
@@ -47,14 +40,14 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every loop over many things that may give others a turn does so after each single thing."""
-    for module in (agenda, pace):
+    for module in (singleflight, pace):
         monkeypatch.setattr(module, "SLICE_SECONDS", -1.0)
-    for module in (deliveries, harvest, warm_reads):
+    for module in (calls, deliveries):
         monkeypatch.setattr(module, "PORTION", 1)
-    monkeypatch.setattr(agenda, "_STEPS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(lanes, "_CALLS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(lookups, "_KEYS_PER_STEP", 1)
-    monkeypatch.setattr(warm_reads, "_KEYS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(calls, "_CALLS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
+    monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)
     run_block(block)
 
 

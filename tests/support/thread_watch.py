@@ -20,7 +20,7 @@ BLOCKED_SECONDS = 0.05
 
 _WAITING_MODULES = frozenset({"threading", "queue", "selectors", "concurrent.futures._base"})
 _WORKER_LOOPS = frozenset(
-    {("concurrent.futures.thread", "_worker"), ("coalestra.concurrency.worker", "_serve")}
+    {("concurrent.futures.thread", "_worker"), ("coalestra.concurrency.threads", "_serve")}
 )
 _WORKER_NAMES = ("coalestra-worker", "asyncio_", "ThreadPoolExecutor")
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from coalestra.sync.builder import THREAD_NAME
-from coalestra.sync.loop_thread import LoopThread
+from coalestra.sync import THREAD_NAME, LoopThread
 from tests.sync.steps import loop_threads
 
 

@@ -6,9 +6,9 @@ import threading
 from typing import Any
 
 from coalestra.adapters import CallableSource
-from coalestra.core.context import FetchContext
-from coalestra.core.freshness import FreshnessPolicy, RefreshMode
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy, RefreshMode
+from coalestra.core.snapshot import FetchContext
 from coalestra.orchestration.builder import SnapshotBuilder
 from tests.sync.steps import Door
 

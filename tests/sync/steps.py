@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from coalestra.core.keys import ResourceKey
-from coalestra.sync.builder import THREAD_NAME
+from coalestra.sync import THREAD_NAME
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from coalestra.core.errors import SubmissionBacklogFullError
-from coalestra.sync.backlog import SubmissionBacklog
+from coalestra.sync import SubmissionBacklog
 from tests.sync.steps import in_thread, outcome
 
 

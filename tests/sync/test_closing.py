@@ -15,7 +15,7 @@ from coalestra.core.errors import (
     ObservabilityShutdownTimeoutError,
     PayloadCopyShutdownTimeoutError,
 )
-from coalestra.core.freshness import FreshnessPolicy
+from coalestra.core.policies import FreshnessPolicy
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
 from tests.support import ThreadGate
@@ -127,7 +127,7 @@ class StuckCache:
         self.door = Door()
 
     async def get(self, key: Any, policy: Any = None, *_: Any, **__: Any) -> Any:
-        from coalestra.core.records import CacheLookup
+        from coalestra.core.results import CacheLookup
 
         return CacheLookup(None, False, False, None)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from coalestra.core.errors import BuilderClosedError
-from coalestra.sync.loop_thread import LoopThread
+from coalestra.sync import LoopThread
 from tests.sync.steps import PATIENCE, Door, error_of, in_a_fork, in_thread, outcome
 
 REQUEST = contextvars.ContextVar("request", default="none")
@@ -230,7 +230,7 @@ def test_draining_waits_for_what_ends_in_time(loop_thread: LoopThread) -> None:
 def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
     loop_thread: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coalestra.sync.loop_life.UNWIND_SECONDS", 0.01)
+    monkeypatch.setattr("coalestra.sync.UNWIND_SECONDS", 0.01)
     door = Door()
 
     async def stubborn() -> None:

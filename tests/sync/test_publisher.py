@@ -18,9 +18,7 @@ from coalestra.core.errors import (
     SubmissionBacklogFullError,
 )
 from coalestra.core.values import ResourceUpdate
-from coalestra.sync.backlog import SubmissionBacklog
-from coalestra.sync.loop_thread import LoopThread
-from coalestra.sync.publisher import SyncResourcePublisher
+from coalestra.sync import LoopThread, SubmissionBacklog, SyncResourcePublisher
 from tests.sync.fakes import RESULT, RecordingPublisher
 from tests.sync.steps import PRICE, VOLUME, error_of, in_a_fork, in_thread, outcome
 

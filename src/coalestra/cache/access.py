@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from coalestra.cache.entries import EntryStore
-from coalestra.cache.listening import CacheListener
+from coalestra.cache.foreign import RemoteAccess
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.write_order import Ranked, best_per_key
-from coalestra.cache.written import Written
+from coalestra.cache.store import CacheListener, EntryStore, Ranked, Written, best_per_key
 from coalestra.concurrency.copying import PayloadCopies
-from coalestra.core.freshness import FreshnessPolicy
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.revision import Revision
+from coalestra.core.values import Revision
 
 
 class CacheAccess(Protocol):
@@ -144,6 +142,5 @@ def access_to(cache: AsyncCache, copies: PayloadCopies, max_pending_tasks: int) 
     """
     if type(cache) is AsyncMemoryCache:
         return MemoryAccess(cache)
-    from coalestra.cache.remote import RemoteAccess
 
     return RemoteAccess(cache, copies, max_pending_tasks)

@@ -3,24 +3,341 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from coalestra.cache.access import CacheAccess, access_to
-from coalestra.cache.closing import close_copies
-from coalestra.cache.publication import PublicationRules
-from coalestra.cache.publishing import Publishing
-from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
+from coalestra.cache.memory import close_copies
+from coalestra.cache.store import best_per_key
+from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies, Sealed
+from coalestra.concurrency.pace import Pace
+from coalestra.concurrency.sealing import PORTION
 from coalestra.core import validation
-from coalestra.core.authority import AuthorityPolicyResolver
-from coalestra.core.clock import Clock
-from coalestra.core.freshness import FreshnessPolicyProvider, ObservationPolicy
-from coalestra.core.frozen import EMPTY
+from coalestra.core.errors import SourceProtocolError
+from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.protocols import AsyncCache, AuthorityAwareCache, EventSink, MetricsSink
-from coalestra.core.published import PublishResult
-from coalestra.core.values import ResourceUpdate
-from coalestra.observability.reporting import Reporter, reporter_for
+from coalestra.core.policies import (
+    AuthorityPolicyProvider,
+    AuthorityPolicyResolver,
+    FreshnessPolicy,
+    FreshnessPolicyProvider,
+    FutureObservation,
+    ObservationPolicy,
+    judge_observation,
+)
+from coalestra.core.protocols import AsyncCache, AuthorityAwareCache, Clock, EventSink, MetricsSink
+from coalestra.core.results import CacheWriteStatus, PublishResult, PublishStatus
+from coalestra.core.values import ResourceUpdate, Revision, SnapshotValue, next_version
+from coalestra.observability.reports import Reporter, reporter_for
+
+# From an event to what is offered to the cache: judged, ranked and stamped -----------------------
+
+
+SEALING = "published value"
+_PUBLISHED_MARK: FrozenDict[str, Any] = FrozenDict({"published": True})
+
+
+class Publication:
+    """One event on its way into the cache; each stage adds what the next one needs.
+
+    Attributes:
+        update: the event; its value and metadata are still the caller's.
+        key: the resource it tells of.
+        observed_at: when it was true, in wall-clock seconds.
+        authority_rank: how much its source counts in the write order.
+        policy: what its key's readers may use.
+        revision: what is offered to the cache; there once it is sealed.
+        status, current, previous: what became of it, see `Written`; there once it is written.
+    """
+
+    __slots__ = (
+        "authority_rank",
+        "current",
+        "key",
+        "observed_at",
+        "policy",
+        "previous",
+        "revision",
+        "status",
+        "update",
+    )
+
+    revision: Revision
+    status: CacheWriteStatus
+    current: Revision
+    previous: Revision | None
+
+    def __init__(
+        self,
+        update: ResourceUpdate[Any],
+        key: ResourceKey,
+        observed_at: float,
+        authority_rank: int,
+        policy: FreshnessPolicy,
+    ) -> None:
+        self.update: ResourceUpdate[Any] = update
+        self.key: ResourceKey = key
+        self.observed_at: float = observed_at
+        self.authority_rank: int = authority_rank
+        self.policy: FreshnessPolicy = policy
+
+    def __repr__(self) -> str:
+        return f"<Publication {self.key} of rank {self.authority_rank} from {self.update.source}>"
+
+    def stamp(self, sealed: Sealed, copies: PayloadCopies, now: float) -> None:
+        """Make the revision published at ``now``, around its sealed payload.
+
+        Raises `PayloadIsolationError` if its metadata cannot be copied.
+        """
+        update, observed_at = self.update, self.observed_at
+        metadata = _PUBLISHED_MARK
+        if update.metadata or observed_at > now:
+            told = {**update.metadata, "published": True}
+            if observed_at > now:
+                told["clock_skew_seconds"] = observed_at - now
+            metadata = copies.seal_metadata_now(told, context=SEALING)
+        payload, seal = sealed
+        self.revision = Revision(
+            self.key,
+            payload,
+            seal,
+            update.source,
+            observed_at,
+            now,
+            next_version(),
+            0.0,
+            0,
+            metadata,
+            self.authority_rank,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PublicationRules:
+    """What an event is judged by: the clock, and the policies for its key and source.
+
+    An ``authority_resolver`` under which every rank is 0 is not kept.
+    """
+
+    clock: Clock
+    policy_resolver: FreshnessPolicyProvider
+    observation_policy: ObservationPolicy
+    authority_resolver: AuthorityPolicyProvider | None = None
+
+    def __post_init__(self) -> None:
+        resolver = self.authority_resolver
+        if type(resolver) is AuthorityPolicyResolver and not resolver.has_rules:
+            object.__setattr__(self, "authority_resolver", None)
+
+    def judge(self, update: ResourceUpdate[Any], now: float) -> Publication:
+        """Return the publication of ``update`` at ``now``.
+
+        Raises `SourceProtocolError` if it was observed further in the future than allowed.
+        """
+        key, observed_at = update.key, now
+        if update.observed_at is not None:
+            observed_at = float(update.observed_at)
+            if observed_at > now:
+                self._judge_future(update, observed_at, now)
+        rank, resolver = 0, self.authority_resolver
+        if resolver is not None:
+            rank = resolver.rank_for(key, update.source)
+        return Publication(update, key, observed_at, rank, self.policy_resolver.resolve(key))
+
+    def _judge_future(self, update: ResourceUpdate[Any], observed_at: float, now: float) -> None:
+        try:
+            judge_observation(observed_at, now, self.observation_policy)
+        except FutureObservation as rejection:
+            raise SourceProtocolError(
+                f"{update.source} published {update.key} with a time in the future: {rejection}"
+            ) from rejection
+
+
+# Carrying publications out: announce, seal, write, report, and copy the outcome out --------------
+
+
+_OUT = "publish result"
+_STORED = CacheWriteStatus.STORED
+_PUBLISHED = PublishStatus.PUBLISHED
+_STATUS = {
+    CacheWriteStatus.IGNORED_OLDER: PublishStatus.IGNORED_OLDER,
+    CacheWriteStatus.IGNORED_DUPLICATE: PublishStatus.IGNORED_DUPLICATE,
+    CacheWriteStatus.IGNORED_LOWER_AUTHORITY: PublishStatus.IGNORED_LOWER_AUTHORITY,
+}
+
+
+class Publishing:
+    """The work behind a publisher, over one cache with one component's copies."""
+
+    __slots__ = ("_access", "_copies", "_reporter", "_rules")
+
+    def __init__(
+        self,
+        access: CacheAccess,
+        copies: PayloadCopies,
+        rules: PublicationRules,
+        reporter: Reporter | None,
+    ) -> None:
+        self._access = access
+        self._copies = copies
+        self._rules = rules
+        self._reporter = reporter
+
+    def __repr__(self) -> str:
+        return f"Publishing({self._access!r})"
+
+    async def publish(
+        self, updates: Iterable[ResourceUpdate[Any]], *, force: bool, replace_equal: bool
+    ) -> dict[ResourceKey, PublishResult]:
+        """Offer the best update per key to the cache; nothing is written if one is unfit."""
+        run = _Run(self._access, self._copies, self._rules)
+        try:
+            best = await run.judge(updates)
+            await run.seal(best)
+            await run.write(best, force, replace_equal)
+        finally:
+            run.conclude()
+        if self._reporter is not None:
+            for publication in best:
+                _report(self._reporter, publication, force)
+        return await run.results(best)
+
+    async def invalidate(self, keys: Collection[ResourceKey], reason: str) -> None:
+        """Remove ``keys`` from the cache."""
+        await self._access.invalidate(keys)
+        if self._reporter is not None:
+            for key in keys:
+                self._reporter.resource_invalidated(key, reason)
+
+
+class _Run:
+    """One call of `Publishing.publish`.
+
+    Before anything is awaited, whatever has been judged so far is announced, so that a fetch under
+    way cannot slip in between an event and its writing.
+    """
+
+    __slots__ = ("_access", "_announced", "_copies", "_judged", "_now", "_pace", "_rules")
+
+    def __init__(self, access: CacheAccess, copies: PayloadCopies, rules: PublicationRules) -> None:
+        self._now = rules.clock.now()
+        self._access = access
+        self._copies = copies
+        self._rules = rules
+        self._judged: list[Publication] = []
+        self._announced = 0
+        self._pace = Pace()
+
+    async def judge(self, updates: Iterable[ResourceUpdate[Any]]) -> list[Publication]:
+        """Return the best publication per key; raises for the first that is unfit."""
+        judge, judged, now = self._rules.judge, self._judged, self._now
+        for update in updates:
+            judged.append(judge(update, now))
+            if not len(judged) % PORTION and self._pace.due:
+                await self._breathe()
+        return list(best_per_key(judged).values())
+
+    async def seal(self, publications: Iterable[Publication]) -> None:
+        """Make a revision of each, with a sealed payload."""
+        copies, now = self._copies, self._now
+        for each in publications:
+            value = each.update.value
+            sealed = copies.seal_now(value, context=SEALING)
+            if sealed is None:
+                self._announce()
+                sealed = await copies.seal(value, context=SEALING)
+            each.stamp(sealed, copies, now)
+            if self._pace.due:
+                await self._breathe()
+
+    async def write(
+        self, publications: Collection[Publication], force: bool, replace_equal: bool
+    ) -> None:
+        """Offer the revisions to the cache, and note what became of each."""
+        store = self._access.store
+        if store is None:
+            self._announce()
+            revisions = [each.revision for each in publications]
+            written = await self._access.write(
+                revisions, force=force, replace_equal=replace_equal, want_previous=True
+            )
+            for each in publications:
+                each.status, each.current, each.previous = written[each.key]
+            return
+        put = store.put
+        for number, each in enumerate(publications, 1):
+            outcome = put(each.revision, force=force, replace_equal=replace_equal)
+            each.status, each.current, each.previous = outcome
+            if not number % PORTION and self._pace.due:
+                await self._breathe()
+
+    def conclude(self) -> None:
+        """Declare everything that was announced ended."""
+        if self._announced:
+            self._access.conclude(self._judged[: self._announced])
+
+    async def results(
+        self, publications: Iterable[Publication]
+    ) -> dict[ResourceKey, PublishResult]:
+        """Return what became of each, with copies of what the cache holds now and held before."""
+        results = {}
+        copies, pace = self._copies, self._pace
+        left = PORTION
+        for each in publications:
+            ttl = each.policy.ttl_seconds
+            current, previous = each.current, each.previous
+            stored = each.status is _STORED
+            payload = copies.open_now(current.payload, current.seal, context=_OUT)
+            if payload is OFFLOADED:
+                payload = await copies.open(current.payload, current.seal, context=_OUT)
+            value = self._presented(current, payload, ttl, not stored)
+            left -= current.seal.weight
+            before = None
+            if previous is not None:
+                payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
+                if payload is OFFLOADED:
+                    payload = await copies.open(previous.payload, previous.seal, context=_OUT)
+                before = self._presented(previous, payload, ttl, True)
+                each.previous = None  # large ones are let go one by one, not all at the end
+                left -= previous.seal.weight
+            status = _PUBLISHED if stored else _STATUS[each.status]
+            results[each.key] = PublishResult(status, value, before)
+            if left <= 0:
+                left = PORTION
+                if pace.due:
+                    await pace.rest()
+        return results
+
+    def _presented(
+        self, revision: Revision, payload: Any, ttl_seconds: float, from_cache: bool
+    ) -> SnapshotValue[Any]:
+        age = max(0.0, self._now - revision.observed_at)
+        metadata = revision.metadata
+        if type(metadata) is not FrozenDict:
+            metadata = self._copies.open_metadata_now(metadata, context=_OUT)
+        return revision.presented(payload, metadata, age, age > ttl_seconds, from_cache)
+
+    def _announce(self) -> None:
+        news = self._judged[self._announced :]
+        if news:
+            self._announced += len(news)
+            self._access.announce(news)
+
+    async def _breathe(self) -> None:
+        self._announce()
+        await self._pace.rest()
+
+
+def _report(reporter: Reporter, publication: Publication, force: bool) -> None:
+    revision, status = publication.revision, publication.status
+    if status is _STORED:
+        replaced = publication.previous is not None
+        reporter.resource_published(revision, replaced=replaced, forced=force)
+    else:
+        reporter.resource_publish_ignored(revision, publication.current, _STATUS[status])
+
+
+# Publishing events into a cache ------------------------------------------------------------------
 
 
 def _nothing_to_check() -> None:

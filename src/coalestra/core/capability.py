@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coalestra._version import __version__
-from coalestra.core.assessment import BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION
 from coalestra.core.errors import ERROR_DIAGNOSTICS_SCHEMA_VERSION, CapabilityRequirementError
 from coalestra.core.frozen import FrozenDict
-from coalestra.core.health import BUILDER_HEALTH_SCHEMA_VERSION
+from coalestra.core.health import (
+    BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
+    BUILDER_HEALTH_SCHEMA_VERSION,
+)
 from coalestra.core.serialization import json_safe
 from coalestra.core.validation import instance, integer, text
 

@@ -6,42 +6,603 @@ sources and single resources, those of whole snapshots, and those of running the
 
 from __future__ import annotations
 
-from coalestra.core.errors_operation import (
-    BuilderClosedError,
-    CapabilityRequirementError,
-    ObservabilityShutdownTimeoutError,
-    PayloadCopyShutdownTimeoutError,
-    PayloadCopySubsystemClosedError,
-    PayloadIsolationError,
-    SessionClosedError,
-    SubmissionBacklogFullError,
-)
-from coalestra.core.errors_root import CoalestraError
-from coalestra.core.errors_snapshot import (
-    ResourceAcceptanceError,
-    SnapshotAcceptanceError,
-    SnapshotBuildError,
-    SnapshotConsistencyError,
-)
-from coalestra.core.errors_source import (
-    CircuitOpenError,
-    DependencyCycleError,
-    DependencyResolutionError,
-    ResourceResolutionError,
-    SnapshotDeadlineExceededError,
-    SourceProtocolError,
-    SourceQueueTimeoutError,
-    SourceTimeoutError,
-    SourceUnavailableError,
-)
-from coalestra.core.failures import (
-    ERROR_DIAGNOSTICS_SCHEMA,
-    ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-    SerializedResourceError,
-    SerializedSnapshotBuildError,
-    SerializedSourceFailure,
-    SourceFailure,
-)
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.validation import integer
+
+if TYPE_CHECKING:
+    from coalestra.core.acceptance import SnapshotAcceptanceViolation
+
+
+# The root of every exception that the library raises on its own account --------------------------
+
+
+E = TypeVar("E", bound="CoalestraError")
+
+
+class CoalestraError(Exception):
+    """Something went wrong that the library knows by name.
+
+    Each kind keeps the facts it was made from as attributes, survives pickling with them whatever
+    its constructor asks for, and can be copied: a copy has the same facts and the same cause, and
+    a traceback of its own.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The inherited form calls the constructor with the message, which few of these accept.
+        return _without_facts, (type(self), self.args), self.__dict__ or None
+
+    def __copy__(self: E) -> E:
+        twin = _without_facts(type(self), self.args)
+        twin.__dict__.update(self.__dict__)
+        twin.__cause__ = self.__cause__
+        twin.__context__ = self.__context__
+        twin.__suppress_context__ = self.__suppress_context__
+        return twin
+
+
+def _without_facts(kind: type[E], args: tuple[Any, ...]) -> E:
+    return kind.__new__(kind, *args)
+
+
+# Failures of sources as records, and the JSON shapes in which errors are reported ----------------
+#
+# Law: whatever a source put into a message, a report holds it as one line of bounded length.
+
+
+ERROR_DIAGNOSTICS_SCHEMA = "coalestra.error-diagnostics"
+"""The name of the JSON schema that every ``to_dict`` of an error follows."""
+
+ERROR_DIAGNOSTICS_SCHEMA_VERSION = 1
+"""The version of that schema; it grows when a reader of the older one would misread."""
+
+MAX_MESSAGE_LENGTH = 300
+"""How many characters of a message are shown unless the caller asks for another number."""
+
+_CUT = "..."
+_EMPTY = "<no message>"
+
+
+class SerializedSourceFailure(TypedDict):
+    """One source's failure as JSON."""
+
+    schema: str
+    schema_version: int
+    source: str
+    error_type: str
+    message: str
+    attempts: int
+
+
+class SerializedResourceError(TypedDict):
+    """The error of one resource as JSON; ``failures`` is empty if no source was to blame."""
+
+    schema: str
+    schema_version: int
+    error_type: str
+    resource: str
+    message: str
+    failures: list[SerializedSourceFailure]
+
+
+class SerializedSnapshotBuildError(TypedDict):
+    """The error of a whole build as JSON; the two ``partial_snapshot`` flags are always equal."""
+
+    schema: str
+    schema_version: int
+    error_type: str
+    message: str
+    errors: list[SerializedResourceError]
+    partial_snapshot_available: bool
+    has_partial_snapshot: bool
+
+
+def folded_message(message: str, max_length: int = MAX_MESSAGE_LENGTH) -> str:
+    """Return ``message`` in one line of at most ``max_length`` characters.
+
+    White space of any kind becomes single spaces, a cut shows as a trailing ``...``, and an
+    empty message says that it is empty.
+
+    Raises:
+        TypeError, ValueError: unless ``max_length`` is an int of at least 1.
+    """
+    integer("max_message_length", max_length, minimum=1)
+    line = " ".join(message.split()) or _EMPTY
+    if len(line) <= max_length:
+        return line
+    return (line[: max(0, max_length - len(_CUT))] + _CUT)[:max_length]
+
+
+def message_of(error: BaseException) -> str:
+    """Return ``str(error)``, or what went wrong with it: a foreign ``__str__`` may raise."""
+    try:
+        return str(error)
+    except Exception as unreadable:
+        return f"<message unreadable: {type(unreadable).__name__}>"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFailure:
+    """Why one source gave no value for a resource.
+
+    Attributes:
+        source: the name of the source.
+        error_type: the name of the exception type, or of the rule that was broken.
+        message: the text of the error, as long as it was.
+        attempts: how many calls were made, retries included; 0 if none was.
+    """
+
+    source: str
+    error_type: str
+    message: str
+    attempts: int = 1
+
+    @classmethod
+    def of(cls, source: str, error: BaseException, attempts: int = 1) -> SourceFailure:
+        """Record ``error``, raised by or on behalf of ``source``."""
+        return cls(source, type(error).__name__, message_of(error), attempts)
+
+    def format(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> str:
+        """Return the failure as one line: ``source: Type(message; attempts=N)``."""
+        message = folded_message(self.message, max_message_length)
+        return f"{self.source}: {self.error_type}({message}; attempts={self.attempts})"
+
+    def to_dict(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> SerializedSourceFailure:
+        """Return the failure as JSON-safe data."""
+        return {
+            "schema": ERROR_DIAGNOSTICS_SCHEMA,
+            "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
+            "source": self.source,
+            "error_type": self.error_type,
+            "message": folded_message(self.message, max_message_length),
+            "attempts": self.attempts,
+        }
+
+
+# Errors about sources and about single resources: what a key may fail with -----------------------
+
+
+MAX_FAILURES_SHOWN = 3
+"""How many failures of one resource a text names before it counts the rest."""
+
+MAX_RESOURCES_SHOWN = 5
+"""How many resources a text names before it counts the rest."""
+
+
+class SourceUnavailableError(CoalestraError):
+    """A source cannot answer just now; asking again may help, so it is retried.
+
+    Sources may raise it themselves. It takes a free message.
+    """
+
+
+class SourceTimeoutError(SourceUnavailableError):
+    """A source took, or would have taken, longer than it may."""
+
+
+class SnapshotDeadlineExceededError(SourceTimeoutError):
+    """The time granted to a build, session or request was over before the work was."""
+
+
+class SourceQueueTimeoutError(SourceTimeoutError):
+    """No slot for a source became free in time: the source itself was never asked."""
+
+
+class CircuitOpenError(SourceUnavailableError):
+    """A source has failed so often that it is left alone for a while; it was not asked."""
+
+
+class SourceProtocolError(CoalestraError):
+    """A source broke the rules of being one: the mistake is in the source, so no retry helps."""
+
+
+class ResourceResolutionError(CoalestraError):
+    """No source could give a usable value for a resource.
+
+    Attributes:
+        key: the resource.
+        failures: one record for each source that was tried, in the order of trying; empty if no
+            source supports the key.
+    """
+
+    def __init__(self, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> None:
+        self.key = key
+        self.failures: tuple[SourceFailure, ...] = tuple(failures)
+        super().__init__(f"cannot resolve {key}: {self.format_failures()}")
+
+    def format_failures(
+        self,
+        *,
+        max_failures: int = MAX_FAILURES_SHOWN,
+        max_message_length: int = MAX_MESSAGE_LENGTH,
+    ) -> str:
+        """Return the failures in one line, the first ``max_failures`` by name.
+
+        Raises:
+            TypeError, ValueError: unless both limits are ints of at least 1.
+        """
+        integer("max_failures", max_failures, minimum=1)
+        if not self.failures:
+            return "no compatible source"
+        shown = self.failures[:max_failures]
+        texts = [failure.format(max_message_length=max_message_length) for failure in shown]
+        return enumerated(texts, len(self.failures), "failure")
+
+    def to_dict(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> SerializedResourceError:
+        """Return the error and every failure as JSON-safe data."""
+        return serialized_error(self.key, self, max_message_length)
+
+
+class DependencyCycleError(CoalestraError):
+    """A resource would have to be derived from itself.
+
+    Attributes:
+        path: the keys from the resource, along its dependencies, back to itself.
+    """
+
+    def __init__(self, path: tuple[ResourceKey, ...]) -> None:
+        self.path: tuple[ResourceKey, ...] = tuple(path)
+        shown: list[object] = list(self.path)
+        hidden = len(shown) - 2 * MAX_RESOURCES_SHOWN
+        if hidden > 0:
+            shown[MAX_RESOURCES_SHOWN:-MAX_RESOURCES_SHOWN] = [f"({hidden} more)"]
+        super().__init__(
+            f"dependencies must not form a cycle, got {' -> '.join(map(str, shown))}; "
+            "remove one of these dependencies"
+        )
+
+
+class DependencyResolutionError(CoalestraError):
+    """A resource cannot be derived because some of what it is derived from failed.
+
+    Attributes:
+        key: the resource to derive.
+        source: the name of the derived source.
+        errors: the error of each dependency that failed, by its key.
+    """
+
+    def __init__(
+        self, key: ResourceKey, source: str, errors: Mapping[ResourceKey, Exception]
+    ) -> None:
+        self.key = key
+        self.source = source
+        self.errors: Mapping[ResourceKey, Exception] = FrozenDict(errors)
+        super().__init__(f"source {source!r} cannot derive {key}: {described(self.errors)}")
+
+
+def enumerated(shown: list[str], total: int, noun: str) -> str:
+    """Join the texts that are ``shown`` and say how many of ``total`` are not."""
+    hidden = total - len(shown)
+    if hidden:
+        shown = [*shown, f"and {counted(hidden, f'more {noun}')}"]
+    return "; ".join(shown)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def described(errors: Mapping[ResourceKey, Exception]) -> str:
+    """Return the first errors by resource, each bounded, and how many more there are."""
+    first = islice(errors.items(), MAX_RESOURCES_SHOWN)
+    shown = [f"{key} [{_reason(error)}]" for key, error in first]
+    return enumerated(shown, len(errors), "resource")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ResourceResolutionError):
+        return error.format_failures()
+    return f"{type(error).__name__}({folded_message(message_of(error))})"
+
+
+def serialized_error(
+    key: ResourceKey, error: Exception, max_message_length: int
+) -> SerializedResourceError:
+    """Return any error of a resource as JSON-safe data."""
+    failures = error.failures if isinstance(error, ResourceResolutionError) else ()
+    return {
+        "schema": ERROR_DIAGNOSTICS_SCHEMA,
+        "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
+        "error_type": type(error).__name__,
+        "resource": str(key),
+        "message": folded_message(message_of(error), max_message_length),
+        "failures": [
+            failure.to_dict(max_message_length=max_message_length) for failure in failures
+        ],
+    }
+
+
+# Errors about a whole snapshot: what a strict build, a request or a session raises ---------------
+
+
+class SnapshotBuildError(CoalestraError):
+    """A snapshot lacks what it must have.
+
+    Attributes:
+        errors: the error of each resource that is to blame, by key.
+        snapshot: the snapshot of everything else, or None if there was no time to deliver one.
+    """
+
+    def __init__(
+        self, errors: Mapping[ResourceKey, Exception], *, snapshot: Any | None = None
+    ) -> None:
+        self.errors: Mapping[ResourceKey, Exception] = FrozenDict(errors)
+        self.snapshot = snapshot
+        super().__init__(self._sentence())
+
+    def _sentence(self) -> str:
+        if not self.errors:
+            return "the snapshot could not be built"
+        return f"cannot resolve {counted(len(self.errors), 'resource')}: {described(self.errors)}"
+
+    def to_dict(
+        self, *, max_message_length: int = MAX_MESSAGE_LENGTH
+    ) -> SerializedSnapshotBuildError:
+        """Return the error, with that of every resource, as JSON-safe data.
+
+        Args:
+            max_message_length: how many characters of each message to keep; at least 1.
+
+        Raises:
+            TypeError, ValueError: for another ``max_message_length``.
+        """
+        partial = self.snapshot is not None
+        return {
+            "schema": ERROR_DIAGNOSTICS_SCHEMA,
+            "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
+            "error_type": type(self).__name__,
+            "message": folded_message(str(self), max_message_length),
+            "errors": [
+                serialized_error(key, error, max_message_length)
+                for key, error in self.errors.items()
+            ],
+            "partial_snapshot_available": partial,
+            "has_partial_snapshot": partial,
+        }
+
+
+class SnapshotConsistencyError(SnapshotBuildError):
+    """The values of a request were observed too far apart to be used together.
+
+    All resources were resolved, so ``errors`` is empty.
+
+    Attributes:
+        keys: the resources that were compared.
+        oldest_key, oldest_observed_at: the earliest observation, in seconds since the epoch.
+        newest_key, newest_observed_at: the latest one.
+        observation_skew_seconds: how far these two lie apart.
+        max_observation_skew_seconds: how far they may.
+        snapshot: the complete snapshot.
+    """
+
+    def __init__(
+        self,
+        *,
+        keys: tuple[ResourceKey, ...],
+        oldest_key: ResourceKey,
+        oldest_observed_at: float,
+        newest_key: ResourceKey,
+        newest_observed_at: float,
+        observation_skew_seconds: float,
+        max_observation_skew_seconds: float,
+        snapshot: Any | None = None,
+    ) -> None:
+        self.keys: tuple[ResourceKey, ...] = tuple(keys)
+        self.oldest_key = oldest_key
+        self.oldest_observed_at = oldest_observed_at
+        self.newest_key = newest_key
+        self.newest_observed_at = newest_observed_at
+        self.observation_skew_seconds = observation_skew_seconds
+        self.max_observation_skew_seconds = max_observation_skew_seconds
+        super().__init__({}, snapshot=snapshot)
+
+    def _sentence(self) -> str:
+        return (
+            f"{counted(len(self.keys), 'resource')} must be observed within "
+            f"{self.max_observation_skew_seconds:g} s of each other, got "
+            f"{self.observation_skew_seconds:g} s between {self.oldest_key} (oldest) and "
+            f"{self.newest_key} (newest)"
+        )
+
+
+class ResourceAcceptanceError(CoalestraError):
+    """A resource has a value that the request's acceptance policy refuses.
+
+    Attributes:
+        key: the resource.
+        violations: every rule that its value breaks or helps to break.
+    """
+
+    def __init__(
+        self, key: ResourceKey, violations: tuple[SnapshotAcceptanceViolation, ...]
+    ) -> None:
+        self.key = key
+        self.violations: tuple[SnapshotAcceptanceViolation, ...] = tuple(violations)
+        super().__init__(f"{key} is not acceptable: {_listed(self.violations, MAX_FAILURES_SHOWN)}")
+
+
+class SnapshotAcceptanceError(SnapshotBuildError):
+    """A snapshot has what was asked for, but not in the quality that was.
+
+    Attributes:
+        violations: every broken rule and requirement.
+        errors: a ``ResourceAcceptanceError`` for each resource that a violation names.
+        snapshot: the snapshot that was refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        violations: tuple[SnapshotAcceptanceViolation, ...],
+        snapshot: Any | None = None,
+    ) -> None:
+        self.violations: tuple[SnapshotAcceptanceViolation, ...] = tuple(violations)
+        super().__init__(_by_resource(self.violations), snapshot=snapshot)
+
+    def _sentence(self) -> str:
+        number = counted(len(self.violations), "violation")
+        return f"snapshot not acceptable, {number}: {_listed(self.violations, MAX_RESOURCES_SHOWN)}"
+
+
+def _listed(violations: tuple[SnapshotAcceptanceViolation, ...], limit: int) -> str:
+    shown = [folded_message(violation.message) for violation in violations[:limit]]
+    return enumerated(shown, len(violations), "violation")
+
+
+def _by_resource(
+    violations: Iterable[SnapshotAcceptanceViolation],
+) -> dict[ResourceKey, Exception]:
+    concerned: dict[ResourceKey, list[SnapshotAcceptanceViolation]] = {}
+    for violation in violations:
+        for key in violation.keys:
+            concerned.setdefault(key, []).append(violation)
+    return {key: ResourceAcceptanceError(key, tuple(own)) for key, own in concerned.items()}
+
+
+# Errors about running the library itself: copies, closing, backlogs and capabilities -------------
+
+
+class SessionClosedError(CoalestraError):
+    """A session was used after it had been closed; open another one. Takes a free message."""
+
+
+class BuilderClosedError(CoalestraError, RuntimeError):
+    """A builder, or something that belongs to it, was used after it had been closed.
+
+    Attributes:
+        component: what was closed, as the text names it.
+    """
+
+    def __init__(self, component: str = "the snapshot builder") -> None:
+        self.component = component
+        super().__init__(f"{component} is closed and takes no more work; create a new one")
+
+
+class PayloadIsolationError(CoalestraError):
+    """A payload cannot be copied, so it cannot be shared safely. ``__cause__`` says why.
+
+    Attributes:
+        context: what the copy was for.
+        value_type: the name of the payload's type.
+    """
+
+    def __init__(self, *, context: str, value_type: str) -> None:
+        self.context = context
+        self.value_type = value_type
+        super().__init__(
+            f"payloads must be copyable, got {value_type} while copying for {context}; return "
+            "plain data or configure payload_copier"
+        )
+
+
+class PayloadCopySubsystemClosedError(CoalestraError):
+    """A copy was asked for, or still waiting for its turn, when copying was closed.
+
+    Attributes:
+        component: whose copies: ``builder``, ``cache`` or ``publisher``.
+    """
+
+    def __init__(self, *, component: str) -> None:
+        self.component = component
+        super().__init__(f"payload copying of the {component} is closed and takes no more copies")
+
+
+class PayloadCopyShutdownTimeoutError(CoalestraError):
+    """Closing left threads behind that still copy payloads; they cannot be stopped.
+
+    Attributes:
+        timeout_seconds: how long closing waited for them.
+        active_components: copies still active, by component.
+        active_copies: their sum.
+    """
+
+    def __init__(self, *, timeout_seconds: float, active_components: Mapping[str, int]) -> None:
+        self.timeout_seconds = timeout_seconds
+        self.active_components: Mapping[str, int] = FrozenDict(active_components)
+        self.active_copies: int = sum(self.active_components.values())
+        super().__init__(
+            f"payload copies must end within {timeout_seconds:g} s of closing, got "
+            f"{self.active_copies} still active ({_amounts(self.active_components)}); allow more "
+            "time with copy_shutdown_timeout_seconds or copy less at once"
+        )
+
+
+class ObservabilityShutdownTimeoutError(CoalestraError):
+    """Closing left event or metric records undelivered: a sink is too slow, or stuck.
+
+    Attributes:
+        timeout_seconds: how long closing waited for the sinks.
+        pending_components: records still pending, by component.
+        pending_records: their sum.
+    """
+
+    def __init__(self, *, timeout_seconds: float, pending_components: Mapping[str, int]) -> None:
+        self.timeout_seconds = timeout_seconds
+        self.pending_components: Mapping[str, int] = FrozenDict(pending_components)
+        self.pending_records: int = sum(self.pending_components.values())
+        super().__init__(
+            f"observability must be delivered within {timeout_seconds:g} s of closing, got "
+            f"{self.pending_records} records still pending ({_amounts(self.pending_components)}); "
+            "allow more time with observability_shutdown_timeout_seconds or do not drain"
+        )
+
+
+class SubmissionBacklogFullError(CoalestraError):
+    """A submission was refused at once because too many are waiting already.
+
+    Attributes:
+        limit: how many may wait.
+        pending: how many did.
+    """
+
+    def __init__(self, *, limit: int, pending: int) -> None:
+        self.limit = limit
+        self.pending = pending
+        super().__init__(
+            f"at most {limit} submissions may be pending, got {pending}; submit more slowly, "
+            "flush, or raise max_pending_submissions"
+        )
+
+
+class CapabilityRequirementError(CoalestraError):
+    """The installed version lacks features or schemas that the application needs.
+
+    Attributes:
+        missing_features: the features it does not have.
+        schema_mismatches: for each schema that is too old or absent, the version that was asked
+            for and the one that is installed (or None).
+    """
+
+    def __init__(
+        self,
+        *,
+        missing_features: tuple[str, ...],
+        schema_mismatches: Mapping[str, tuple[int, int | None]],
+    ) -> None:
+        self.missing_features: tuple[str, ...] = tuple(missing_features)
+        self.schema_mismatches: Mapping[str, tuple[int, int | None]] = FrozenDict(schema_mismatches)
+        problems = [f"feature {name!r} is missing" for name in self.missing_features]
+        for name, (minimum, installed) in self.schema_mismatches.items():
+            found = "absent" if installed is None else f"version {installed}"
+            problems.append(f"schema {name!r} must be version {minimum} or later, is {found}")
+        super().__init__(
+            f"the installed coalestra does not satisfy the application: {'; '.join(problems)}; "
+            "install another version"
+        )
+
+
+def _amounts(components: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {amount}" for name, amount in components.items()) or "none named"
+
+
+# Every exception of the library, and the records and JSON shapes that they report with -----------
+
 
 __all__ = [
     # the root

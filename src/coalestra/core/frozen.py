@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
+
+# A dictionary that cannot be changed: what every read-only mapping of the library is made of -----
+
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -45,3 +49,33 @@ class FrozenDict(dict[K, V]):
 
 EMPTY: FrozenDict[Any, Any] = FrozenDict()
 """The empty one, for everybody who has nothing to say."""
+
+
+# Building frozen, slotted objects at the speed of plain ones -------------------------------------
+#
+# A frozen dataclass fills itself through ``object.__setattr__``, one slow call for each field. The
+# hot types of this package are filled in as a draft instead: a twin class with the very same slots
+# that is not frozen yet. For the time of its ``__init__`` an object is an instance of its draft.
+# Measured on CPython 3.10 to 3.13 this takes a third of the time.
+
+
+become: Callable[[Any, type[Any]], None] = object.__dict__["__class__"].__set__
+"""Make an object an instance of another class of the same layout, past any ``__setattr__``."""
+
+
+def draft_of(kind: type[Any]) -> type[Any]:
+    """Return the mutable twin of the slotted class ``kind``."""
+    slots: Any = vars(kind)["__slots__"]
+    namespace: dict[str, Any] = {"__slots__": slots, "__doc__": f"A {kind.__name__} being built."}
+    if "__orig_bases__" in vars(kind):
+        namespace["__orig_bases__"] = vars(kind)["__orig_bases__"]
+    return type(f"_{kind.__name__}Draft", kind.__bases__, namespace)
+
+
+def refuse_subclass(kind: str) -> NoReturn:
+    """Raise for an attempt to derive from a final type.
+
+    Its instances are shared between readers on the promise that they cannot change, and are built
+    by a draft of their own layout: a subclass could keep neither.
+    """
+    raise TypeError(f"{kind} is final and cannot be subclassed; wrap it instead")

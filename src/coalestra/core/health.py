@@ -2,14 +2,594 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
-from coalestra.core.assessment import BuilderHealthAssessment, BuilderHealthAssessmentPolicy
-from coalestra.core.assessment_rules import assess
-from coalestra.core.health_facts import HealthFacts
+from coalestra.core.frozen import FrozenDict
 from coalestra.core.serialization import json_safe
-from coalestra.core.validation import flag, instance
+from coalestra.core.timeouts import SourceTimeoutGuarantee
+from coalestra.core.validation import flag, instance, integer, number
+
+# What one component's copying of payloads looks like from outside --------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadCopyHealth:
+    """The state of one component's payload copies at one moment.
+
+    Counters run since the component was made. A copy whose waiter gave up counts as timed out,
+    and later as completed or failed too, because its thread cannot be stopped.
+
+    Attributes:
+        run_in_thread: whether copies may be made in threads.
+        max_concurrency: how many threads may copy at once.
+        active_copies, peak_active_copies: copies under way now, and at most so far.
+        waiting_for_capacity, peak_waiting_for_capacity: copies waiting for a thread.
+        started_count, completed_count, failure_count: copies begun, done, and failed.
+        timeout_count: waiters whose time ran out during a copy.
+        capacity_timeout_count: waiters whose time ran out before one began.
+        capacity_wait_count: copies that had to wait for a thread.
+        average_wait_ms, max_wait_ms: how long they waited, in milliseconds.
+        average_duration_ms, max_duration_ms: how long copies took, in milliseconds.
+        accepting_copies: False once closing has begun.
+        shutdown_started, shutdown_complete: whether closing has begun, and whether it is over.
+        shutdown_incomplete: closing gave up waiting, and copies are still active.
+        shutdown_timeout_count: how often closing gave up waiting.
+        active_at_last_shutdown_timeout: how many copies it left behind the last time.
+    """
+
+    run_in_thread: bool
+    max_concurrency: int
+    active_copies: int = 0
+    waiting_for_capacity: int = 0
+    peak_active_copies: int = 0
+    peak_waiting_for_capacity: int = 0
+    started_count: int = 0
+    completed_count: int = 0
+    failure_count: int = 0
+    timeout_count: int = 0
+    capacity_timeout_count: int = 0
+    capacity_wait_count: int = 0
+    average_wait_ms: float = 0.0
+    max_wait_ms: float = 0.0
+    average_duration_ms: float = 0.0
+    max_duration_ms: float = 0.0
+    accepting_copies: bool = True
+    shutdown_started: bool = False
+    shutdown_complete: bool = False
+    shutdown_incomplete: bool = False
+    shutdown_timeout_count: int = 0
+    active_at_last_shutdown_timeout: int = 0
+
+
+# The facts of a builder's health, before anybody judges them -------------------------------------
+
+
+_MAPPINGS = (
+    "capacity",
+    "circuits",
+    "source_timeout_guarantees",
+    "source_transport_timeout_violations",
+    "payload_copy_components",
+    "observability_buffers",
+    "unfinished_source_calls",
+)
+
+
+@dataclass(frozen=True)
+class HealthFacts:
+    """The state of a builder at one moment, and its counters since it was made.
+
+    No resource is named: what is kept by name is kept by source, limiter, circuit or component.
+
+    Attributes:
+        closed: whether the builder is closed.
+        background_refreshes: refreshes under way.
+        singleflight_in_flight: acquisitions that others may join.
+        source_support_cache_entries: remembered answers of ``supports``.
+        capacity: each limiter's ``limit``, ``in_use`` and ``waiting``, by source or ``__global__``.
+        cache: the statistics of the cache, if it has any.
+        circuits: the state of each circuit that is not at rest, by its identity.
+        active_dispatch_workers: workers that hand keys to sources.
+        waiting_for_capacity: source calls waiting for a slot.
+        queue_timeout_count: waits for a slot that took too long.
+        source_timeout_count: calls that took too long.
+        deadline_exceeded_count: keys that failed by a deadline.
+        revalidation_attempt_count, revalidation_failure_count: revalidations of sessions.
+        source_timeout_guarantees: what each source declares about blocking, by its name.
+        blocking_source_count, protected_blocking_source_count, unsafe_blocking_source_count,
+        undeclared_source_timeout_count: how many sources declare what.
+        source_transport_timeout_violation_count: calls that outlasted their declared transport
+            timeout.
+        source_transport_timeout_violations: the same by name of source.
+        pending_submissions, max_pending_submissions: the backlog of the synchronous publisher and
+            its limit; None where there is no such publisher.
+        payload_copy_components: the copies of each component.
+        active_payload_copies, waiting_for_copy_capacity, payload_copy_started_count,
+        payload_copy_completed_count, payload_copy_failure_count, payload_copy_timeout_count,
+        payload_copy_capacity_timeout_count, payload_copy_shutdown_incomplete,
+        payload_copy_shutdown_timeout_count, payload_copy_active_at_last_shutdown_timeout: the sums
+            over these components.
+        observability_buffers: the statistics of each buffered sink, by component.
+        observability_pending, observability_peak_pending, observability_dropped_count,
+        observability_failure_count, observability_shutdown_incomplete,
+        observability_shutdown_timeout_count: the sums over these buffers.
+        unfinished_source_calls: calls that outlived the closing of the builder, by source.
+    """
+
+    closed: bool
+    background_refreshes: int
+    singleflight_in_flight: int
+    source_support_cache_entries: int
+    capacity: Mapping[str, Any] = field(default_factory=FrozenDict)
+    cache: Any | None = None
+    circuits: Mapping[Any, Any] = field(default_factory=FrozenDict)
+    active_dispatch_workers: int = 0
+    waiting_for_capacity: int = 0
+    queue_timeout_count: int = 0
+    source_timeout_count: int = 0
+    deadline_exceeded_count: int = 0
+    revalidation_attempt_count: int = 0
+    revalidation_failure_count: int = 0
+    source_timeout_guarantees: Mapping[str, SourceTimeoutGuarantee] = field(
+        default_factory=FrozenDict
+    )
+    blocking_source_count: int = 0
+    protected_blocking_source_count: int = 0
+    unsafe_blocking_source_count: int = 0
+    undeclared_source_timeout_count: int = 0
+    source_transport_timeout_violation_count: int = 0
+    source_transport_timeout_violations: Mapping[str, int] = field(default_factory=FrozenDict)
+    pending_submissions: int = 0
+    max_pending_submissions: int | None = None
+    payload_copy_components: Mapping[str, PayloadCopyHealth] = field(default_factory=FrozenDict)
+    active_payload_copies: int = 0
+    waiting_for_copy_capacity: int = 0
+    payload_copy_started_count: int = 0
+    payload_copy_completed_count: int = 0
+    payload_copy_failure_count: int = 0
+    payload_copy_timeout_count: int = 0
+    payload_copy_capacity_timeout_count: int = 0
+    payload_copy_shutdown_incomplete: bool = False
+    payload_copy_shutdown_timeout_count: int = 0
+    payload_copy_active_at_last_shutdown_timeout: int = 0
+    observability_buffers: Mapping[str, Any] = field(default_factory=FrozenDict)
+    observability_pending: int = 0
+    observability_peak_pending: int = 0
+    observability_dropped_count: int = 0
+    observability_failure_count: int = 0
+    observability_shutdown_incomplete: bool = False
+    observability_shutdown_timeout_count: int = 0
+    unfinished_source_calls: Mapping[str, int] = field(default_factory=FrozenDict)
+
+    def __post_init__(self) -> None:
+        for name in _MAPPINGS:
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+
+
+# The words in which a builder's health is judged: severities, reasons, findings, thresholds ------
+
+
+BUILDER_HEALTH_ASSESSMENT_SCHEMA = "coalestra.builder-health-assessment"
+"""The name of the JSON schema of ``BuilderHealthAssessment.to_dict``."""
+
+BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION = 1
+"""The version of that schema."""
+
+
+class BuilderHealthSeverity(str, Enum):
+    """How bad it is, from harmless to worst."""
+
+    HEALTHY = "healthy"
+    """Nothing was found."""
+    DEGRADED = "degraded"
+    """It works, with delays or losses."""
+    CRITICAL = "critical"
+    """It does not work, or will not for long."""
+
+
+class BuilderHealthReason(str, Enum):
+    """What was found; see ``coalestra.core.health`` for when."""
+
+    BUILDER_CLOSED = "builder_closed"
+    CIRCUIT_HALF_OPEN = "circuit_half_open"
+    CIRCUIT_OPEN = "circuit_open"
+    DEADLINES_EXCEEDED_INCREASED = "deadlines_exceeded_increased"
+    OBSERVABILITY_BACKLOG_HIGH = "observability_backlog_high"
+    OBSERVABILITY_DROPS_INCREASED = "observability_drops_increased"
+    OBSERVABILITY_FAILURES_INCREASED = "observability_failures_increased"
+    OBSERVABILITY_SHUTDOWN_INCOMPLETE = "observability_shutdown_incomplete"
+    OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED = "observability_shutdown_timeouts_increased"
+    OBSERVABILITY_WORKER_STOPPED = "observability_worker_stopped"
+    PAYLOAD_COPY_CAPACITY_WAITING = "payload_copy_capacity_waiting"
+    PAYLOAD_COPY_FAILURES_INCREASED = "payload_copy_failures_increased"
+    PAYLOAD_COPY_SHUTDOWN_INCOMPLETE = "payload_copy_shutdown_incomplete"
+    PAYLOAD_COPY_SHUTDOWN_TIMEOUTS_INCREASED = "payload_copy_shutdown_timeouts_increased"
+    PAYLOAD_COPY_TIMEOUTS_INCREASED = "payload_copy_timeouts_increased"
+    QUEUE_TIMEOUTS_INCREASED = "queue_timeouts_increased"
+    REVALIDATION_FAILURES_INCREASED = "revalidation_failures_increased"
+    SOURCE_CAPACITY_WAITING = "source_capacity_waiting"
+    SOURCE_TIMEOUTS_INCREASED = "source_timeouts_increased"
+    SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED = "source_transport_timeout_violations_increased"
+    SUBMISSION_BACKLOG_HIGH = "submission_backlog_high"
+    UNSAFE_BLOCKING_SOURCE = "unsafe_blocking_source"
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderHealthFinding:
+    """One thing that was found.
+
+    Attributes:
+        reason: what it is.
+        severity: how bad it is.
+        metric: which figure shows it.
+        observed: the figure; never below ``threshold``.
+        threshold: the lowest figure that is this bad, or None where there is no scale.
+        component: the source, limiter, buffer or component concerned, or empty.
+    """
+
+    reason: BuilderHealthReason
+    severity: BuilderHealthSeverity
+    metric: str
+    observed: int | float | bool
+    threshold: int | float | bool | None = None
+    component: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the finding as JSON-safe data."""
+        found: dict[str, Any] = json_safe(self)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderHealthAssessment:
+    """The verdict on one health snapshot.
+
+    Attributes:
+        severity: the worst of the findings, healthy without any.
+        findings: what was found, in an order that does not change from one time to the next.
+        baseline_used: whether an earlier snapshot was there to compare counters with.
+    """
+
+    severity: BuilderHealthSeverity
+    findings: tuple[BuilderHealthFinding, ...] = ()
+    baseline_used: bool = False
+
+    @classmethod
+    def of(
+        cls, findings: Iterable[BuilderHealthFinding], *, baseline_used: bool
+    ) -> BuilderHealthAssessment:
+        """Return the verdict that follows from ``findings``."""
+        found = tuple(findings)
+        present = {finding.severity for finding in found}
+        worst = [severity for severity in BuilderHealthSeverity if severity in present]
+        return cls(worst[-1] if worst else BuilderHealthSeverity.HEALTHY, found, baseline_used)
+
+    @property
+    def reasons(self) -> tuple[BuilderHealthReason, ...]:
+        """Every reason that was found, once, in the order of the findings."""
+        return tuple(dict.fromkeys(finding.reason for finding in self.findings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict and its findings as JSON-safe data."""
+        return {
+            "schema": BUILDER_HEALTH_ASSESSMENT_SCHEMA,
+            "schema_version": BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
+            "severity": self.severity.value,
+            "baseline_used": self.baseline_used,
+            "reasons": json_safe(self.reasons),
+            "findings": json_safe(self.findings),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderHealthAssessmentPolicy:
+    """From which figures on health is degraded or critical.
+
+    A ratio is a share of a limit: 1.0 is as many as the limit allows.
+
+    Attributes:
+        capacity_waiting_degraded: source calls waiting for a slot.
+        capacity_waiting_critical_ratio: those waiting at one limiter, to its limit.
+        copy_waiting_degraded: copies waiting for a thread.
+        copy_waiting_critical_ratio: those waiting in one component, to its limit.
+        submission_backlog_degraded_ratio, submission_backlog_critical_ratio: pending submissions,
+            to their limit.
+        observability_backlog_degraded_ratio, observability_backlog_critical_ratio: records pending
+            in one buffer, to its limit.
+        counter_delta_degraded, counter_delta_critical: by how much a counter of failures has grown
+            since the snapshot compared with.
+
+    Raises:
+        TypeError: for a threshold of the wrong type.
+        ValueError: for a count below 1, a ratio that is not above 0 (above 1 for a backlog), and a
+            critical threshold below the degraded one.
+    """
+
+    capacity_waiting_degraded: int = 1
+    capacity_waiting_critical_ratio: float = 1.0
+    copy_waiting_degraded: int = 1
+    copy_waiting_critical_ratio: float = 1.0
+    submission_backlog_degraded_ratio: float = 0.5
+    submission_backlog_critical_ratio: float = 0.9
+    observability_backlog_degraded_ratio: float = 0.5
+    observability_backlog_critical_ratio: float = 0.9
+    counter_delta_degraded: int = 1
+    counter_delta_critical: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("capacity_waiting", "copy_waiting"):
+            integer(f"{name}_degraded", getattr(self, f"{name}_degraded"), minimum=1)
+            number(f"{name}_critical_ratio", getattr(self, f"{name}_critical_ratio"), above=0)
+        for name in ("submission_backlog", "observability_backlog"):
+            for grade in ("degraded_ratio", "critical_ratio"):
+                number(f"{name}_{grade}", getattr(self, f"{name}_{grade}"), above=0, maximum=1)
+            self._check_order(f"{name}_degraded_ratio", f"{name}_critical_ratio")
+        integer("counter_delta_degraded", self.counter_delta_degraded, minimum=1)
+        integer("counter_delta_critical", self.counter_delta_critical, minimum=1)
+        self._check_order("counter_delta_degraded", "counter_delta_critical")
+
+    def _check_order(self, degraded: str, critical: str) -> None:
+        lower, upper = getattr(self, degraded), getattr(self, critical)
+        if upper < lower:
+            raise ValueError(f"{critical} must not be below {degraded} ({lower!r}), got {upper!r}")
+
+
+# The rules by which a builder's health is judged, as one table -----------------------------------
+#
+# Laws:
+#     A rule only reads: no clock, no I/O, no state. The same facts give the same findings.
+#     Findings come in the order of ``RULES``; within a rule, in the order of the components.
+#     What a finding observed is never below its threshold, and is of the same unit.
+#     Counters are only judged by their growth: one timeout long ago is not an illness for ever.
+#
+# Limiters, circuits and buffers are read by attribute: their types belong to other layers.
+
+
+Reason = BuilderHealthReason
+_DEGRADED = BuilderHealthSeverity.DEGRADED
+_CRITICAL = BuilderHealthSeverity.CRITICAL
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What the rules look at: facts, possibly earlier ones to compare with, and thresholds."""
+
+    facts: HealthFacts
+    previous: HealthFacts | None
+    policy: BuilderHealthAssessmentPolicy
+
+
+Findings = Iterator[BuilderHealthFinding]
+Rule = Callable[[Examination], Findings]
+Load = tuple[str, int, int]
+"""A limiter's or backlog's name, how many wait there, and its limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Critical while a fact is true."""
+
+    reason: BuilderHealthReason
+    metric: str
+
+    def __call__(self, given: Examination) -> Findings:
+        """Yield at most one finding."""
+        if getattr(given.facts, self.metric):
+            yield BuilderHealthFinding(self.reason, _CRITICAL, self.metric, True, True)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Degraded from a number of waiters on; critical once one limiter has many for its limit."""
+
+    reason: BuilderHealthReason
+    metric: str
+    thresholds: str
+    loads: Callable[[HealthFacts], Iterable[Load]]
+
+    def __call__(self, given: Examination) -> Findings:
+        """Yield at most one finding, naming the limiter with the most waiters for its limit."""
+        observed: int = getattr(given.facts, self.metric)
+        degraded: int = getattr(given.policy, f"{self.thresholds}_degraded")
+        critical: float = getattr(given.policy, f"{self.thresholds}_critical_ratio")
+        if observed < degraded:
+            return
+        ratio, component = max(
+            (_ratios(self.loads(given.facts))), key=lambda load: load[0], default=(0.0, "")
+        )
+        if ratio >= critical:
+            yield BuilderHealthFinding(
+                self.reason, _CRITICAL, f"{self.metric}_ratio", ratio, critical, component
+            )
+        else:
+            yield BuilderHealthFinding(
+                self.reason, _DEGRADED, self.metric, observed, degraded, component
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Degraded, then critical, from shares of a backlog's limit on."""
+
+    reason: BuilderHealthReason
+    metric: str
+    thresholds: str
+    loads: Callable[[HealthFacts], Iterable[Load]]
+
+    def __call__(self, given: Examination) -> Findings:
+        """Yield a finding for each backlog that is too long."""
+        degraded: float = getattr(given.policy, f"{self.thresholds}_degraded_ratio")
+        critical: float = getattr(given.policy, f"{self.thresholds}_critical_ratio")
+        for ratio, component in _ratios(self.loads(given.facts)):
+            if ratio >= degraded:
+                severe = ratio >= critical
+                yield BuilderHealthFinding(
+                    self.reason,
+                    _CRITICAL if severe else _DEGRADED,
+                    self.metric,
+                    ratio,
+                    critical if severe else degraded,
+                    component,
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Circuits:
+    """Degraded while any circuit is in a state; the component is the sources, joined."""
+
+    reason: BuilderHealthReason
+    state: str
+
+    def __call__(self, given: Examination) -> Findings:
+        """Yield at most one finding."""
+        found = [
+            identity
+            for identity, circuit in given.facts.circuits.items()
+            if getattr(circuit.state, "value", circuit.state) == self.state
+        ]
+        if found:
+            sources = {str(getattr(identity, "source", identity)) for identity in found}
+            yield BuilderHealthFinding(
+                self.reason,
+                _DEGRADED,
+                f"circuits_{self.state}",
+                len(found),
+                1,
+                ", ".join(sorted(sources)),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Degraded, then critical, by how much a counter has grown since the earlier snapshot."""
+
+    reason: BuilderHealthReason
+    metric: str
+
+    def __call__(self, given: Examination) -> Findings:
+        """Yield at most one finding; none without an earlier snapshot."""
+        if given.previous is None:
+            return
+        delta: int = getattr(given.facts, self.metric) - getattr(given.previous, self.metric)
+        policy = given.policy
+        if delta >= policy.counter_delta_critical:
+            yield BuilderHealthFinding(
+                self.reason, _CRITICAL, self.metric, delta, policy.counter_delta_critical
+            )
+        elif delta >= policy.counter_delta_degraded:
+            yield BuilderHealthFinding(
+                self.reason, _DEGRADED, self.metric, delta, policy.counter_delta_degraded
+            )
+
+
+def unsafe_sources(given: Examination) -> Findings:
+    """Critical while a source blocks without protection; the component is the names, joined."""
+    count = given.facts.unsafe_blocking_source_count
+    if count:
+        guarantees = given.facts.source_timeout_guarantees
+        names = sorted(name for name, guarantee in guarantees.items() if guarantee.unsafe)
+        yield BuilderHealthFinding(
+            Reason.UNSAFE_BLOCKING_SOURCE,
+            _CRITICAL,
+            "unsafe_blocking_source_count",
+            count,
+            1,
+            ", ".join(names),
+        )
+
+
+def stopped_workers(given: Examination) -> Findings:
+    """Critical for each buffer that is open and has nobody to empty it."""
+    for name, buffer in given.facts.observability_buffers.items():
+        if not buffer.closed and not buffer.worker_alive:
+            yield BuilderHealthFinding(
+                Reason.OBSERVABILITY_WORKER_STOPPED, _CRITICAL, "worker_alive", False, None, name
+            )
+
+
+def _ratios(loads: Iterable[Load]) -> Iterator[tuple[float, str]]:
+    return ((waiting / limit, name) for name, waiting, limit in loads if limit > 0)
+
+
+def _limiters(facts: HealthFacts) -> Iterator[Load]:
+    return ((name, item.waiting, item.limit) for name, item in facts.capacity.items())
+
+
+def _copiers(facts: HealthFacts) -> Iterator[Load]:
+    components = facts.payload_copy_components.items()
+    return ((name, item.waiting_for_capacity, item.max_concurrency) for name, item in components)
+
+
+def _submissions(facts: HealthFacts) -> Iterator[Load]:
+    yield "", facts.pending_submissions, facts.max_pending_submissions or 0
+
+
+def _buffers(facts: HealthFacts) -> Iterator[Load]:
+    buffers: Iterable[tuple[str, Any]] = facts.observability_buffers.items()
+    return ((name, item.pending, item.max_pending) for name, item in buffers)
+
+
+RULES: tuple[Rule, ...] = (
+    Flag(Reason.BUILDER_CLOSED, "closed"),
+    unsafe_sources,
+    stopped_workers,
+    Flag(Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE, "payload_copy_shutdown_incomplete"),
+    Flag(Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE, "observability_shutdown_incomplete"),
+    Waiting(Reason.SOURCE_CAPACITY_WAITING, "waiting_for_capacity", "capacity_waiting", _limiters),
+    Waiting(
+        Reason.PAYLOAD_COPY_CAPACITY_WAITING, "waiting_for_copy_capacity", "copy_waiting", _copiers
+    ),
+    Backlog(
+        Reason.SUBMISSION_BACKLOG_HIGH,
+        "pending_submissions_ratio",
+        "submission_backlog",
+        _submissions,
+    ),
+    Backlog(
+        Reason.OBSERVABILITY_BACKLOG_HIGH,
+        "observability_pending_ratio",
+        "observability_backlog",
+        _buffers,
+    ),
+    Circuits(Reason.CIRCUIT_OPEN, "open"),
+    Circuits(Reason.CIRCUIT_HALF_OPEN, "half_open"),
+    Growth(Reason.QUEUE_TIMEOUTS_INCREASED, "queue_timeout_count"),
+    Growth(Reason.SOURCE_TIMEOUTS_INCREASED, "source_timeout_count"),
+    Growth(
+        Reason.SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED,
+        "source_transport_timeout_violation_count",
+    ),
+    Growth(Reason.DEADLINES_EXCEEDED_INCREASED, "deadline_exceeded_count"),
+    Growth(Reason.REVALIDATION_FAILURES_INCREASED, "revalidation_failure_count"),
+    Growth(Reason.PAYLOAD_COPY_FAILURES_INCREASED, "payload_copy_failure_count"),
+    Growth(Reason.PAYLOAD_COPY_TIMEOUTS_INCREASED, "payload_copy_timeout_count"),
+    Growth(Reason.PAYLOAD_COPY_SHUTDOWN_TIMEOUTS_INCREASED, "payload_copy_shutdown_timeout_count"),
+    Growth(Reason.OBSERVABILITY_DROPS_INCREASED, "observability_dropped_count"),
+    Growth(
+        Reason.OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED, "observability_shutdown_timeout_count"
+    ),
+    Growth(Reason.OBSERVABILITY_FAILURES_INCREASED, "observability_failure_count"),
+)
+"""Every rule, in the order in which findings are reported."""
+
+
+def assess(
+    facts: HealthFacts,
+    *,
+    previous: HealthFacts | None = None,
+    policy: BuilderHealthAssessmentPolicy | None = None,
+) -> BuilderHealthAssessment:
+    """Judge ``facts``, counters by their growth since ``previous`` if that is given."""
+    given = Examination(facts, previous, policy or BuilderHealthAssessmentPolicy())
+    findings = (finding for rule in RULES for finding in rule(given))
+    return BuilderHealthAssessment.of(findings, baseline_used=previous is not None)
+
+
+# A builder's health: the facts, their JSON form and their verdict --------------------------------
+
 
 BUILDER_HEALTH_SCHEMA = "coalestra.builder-health"
 """The name of the JSON schema of ``BuilderHealth.to_dict``."""

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from coalestra.core.context import FetchContext
-from coalestra.core.freshness import FreshnessPolicy
 from coalestra.core.keys import ResourceKey
-from coalestra.core.records import CacheLookup, CacheWriteResult
-from coalestra.core.snapshot import Snapshot
+from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.results import CacheLookup, CacheWriteResult
+from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.values import SnapshotValue, SourcePayload
+
+# What time it is, for the calendar and for measuring ---------------------------------------------
+
+
+@runtime_checkable
+class Clock(Protocol):
+    """The two readings of time that the library uses.
+
+    Ages and observation times are wall-clock time, which may be corrected at any moment. Deadlines
+    and latencies are monotonic time, which only ever runs forward.
+    """
+
+    def now(self) -> float:
+        """Return the wall-clock time in seconds since the epoch."""
+
+    def monotonic(self) -> float:
+        """Return seconds since some fixed moment; they never run backwards."""
+
+
+class SystemClock:
+    """The clock of the machine."""
+
+    __slots__ = ()
+
+    def now(self) -> float:
+        """Return the wall-clock time in seconds since the epoch."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Return seconds since some fixed moment; they never run backwards."""
+        return time.monotonic()
+
+    def __repr__(self) -> str:
+        return "SystemClock()"
+
+
+# What an application may bring along: sources, caches and sinks, told by their structure ---------
+
 
 # Sources ------------------------------------------------------------------------------------------
 

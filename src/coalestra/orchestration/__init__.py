@@ -1,23 +1,7 @@
 """Building snapshots: the builder, its sessions, and the engine behind them."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from coalestra._exports import names_by_module as _names
-
-if TYPE_CHECKING:
-    from coalestra.orchestration.builder import SnapshotBuilder
-    from coalestra.orchestration.session import SnapshotSession
-    from coalestra.orchestration.settings import BuilderSettings
-else:
-    __getattr__, __dir__ = _names(
-        __name__,
-        {
-            "builder": ("SnapshotBuilder",),
-            "session": ("SnapshotSession",),
-            "settings": ("BuilderSettings",),
-        },
-    )
+from coalestra.orchestration.builder import SnapshotBuilder
+from coalestra.orchestration.parts import BuilderSettings
+from coalestra.orchestration.session import SnapshotSession
 
 __all__ = ["BuilderSettings", "SnapshotBuilder", "SnapshotSession"]

@@ -15,8 +15,8 @@ from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
     SourceTimeoutError,
 )
-from coalestra.observability.buffering import ObservabilitySinks
-from coalestra.orchestration.engine import Engine
+from coalestra.observability.reports import ObservabilitySinks
+from coalestra.orchestration.singleflight import Engine
 
 Stage = Callable[[], Awaitable[None]]
 

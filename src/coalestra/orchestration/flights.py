@@ -8,20 +8,195 @@ Both are plain state; the scheduler moves them.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import enum
 import math
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
-from coalestra.core.errors import SourceFailure
-from coalestra.core.freshness import FreshnessPolicy
+from coalestra.concurrency.deadline import Deadline
+from coalestra.concurrency.waits_for import WaitsFor
+from coalestra.core.errors import SourceFailure, message_of
 from coalestra.core.keys import ResourceKey
-from coalestra.core.revision import Revision
-from coalestra.orchestration.chains import Link
-from coalestra.orchestration.interest import Interest
-from coalestra.orchestration.phases import Phase
-from coalestra.orchestration.pins import NO_DEMAND, NO_PINS, Demand, Pins, hold
-from coalestra.orchestration.readings import Failure, Reading, Settlement
-from coalestra.orchestration.work import Work
+from coalestra.core.policies import FreshnessPolicy, RefreshMode
+from coalestra.core.results import CacheWriteStatus
+from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
+from coalestra.core.values import Revision
+from coalestra.observability.reports import Reporter
+from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.readings import (
+    NO_DEMAND,
+    NO_PINS,
+    Demand,
+    Failed,
+    Failure,
+    Pins,
+    Reading,
+    Settlement,
+    hold,
+)
+from coalestra.orchestration.sources import Link
+
+# Where a flight stands ---------------------------------------------------------------------------
+
+
+class Phase(enum.Enum):
+    """Where a flight stands. `SETTLED` is the only phase that it never leaves."""
+
+    CHOOSING = "choosing the next source"
+    GATHERING = "waiting for dependencies"
+    READY = "ready for a source"
+    CALLING = "being fetched"
+    WRITING = "being written to the cache"
+    SETTLED = "settled"
+
+
+# Whether anyone still wants what many wait for ---------------------------------------------------
+
+
+class Sought(Protocol):
+    """Anything that people may or may not be waiting for."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone waits."""
+
+
+class Interest:
+    """Finds out cheaply, again and again, whether anyone still waits for any of many things.
+
+    It remembers one that was wanted, and looks for another only when that one no longer is.
+    """
+
+    __slots__ = ("_members", "_rest", "_witness")
+
+    def __init__(self, members: Collection[Sought]) -> None:
+        self._members = members
+        self._rest: Iterator[Sought] | None = None
+        self._witness: Sought | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether anyone waits for any of them."""
+        if self._witness is not None and self._witness.wanted:
+            return True
+        if self._rest is not None and self._find(self._rest):
+            return True
+        return self._find(iter(tuple(self._members)))
+
+    def _find(self, rest: Iterator[Sought]) -> bool:
+        self._rest = rest
+        self._witness = next((each for each in rest if each.wanted), None)
+        return self._witness is not None
+
+
+# One unit of work: what every stage of a build, a session or a refresh shares --------------------
+
+
+class Stage(Protocol):
+    """Somebody who waits within a unit of work, and is struck by its deadline."""
+
+    @property
+    def strike(self) -> Callable[[], None]:
+        """End the waiting: the deadline has passed."""
+
+
+class Intake(Protocol):
+    """Where keys that are ready for one source are handed in."""
+
+    def add(self, flights: Sequence[Any]) -> None:
+        """Take flights that are ready for a call."""
+
+
+class Work:
+    """The context, deadline, counters and lanes that the stages of one unit of work share.
+
+    While stages wait, one timer watches the deadline for all of them.
+    """
+
+    __slots__ = (
+        "closed",
+        "context",
+        "deadline",
+        "flushing",
+        "lanes",
+        "planning",
+        "ready",
+        "record",
+        "stages",
+        "struck",
+        "timer",
+        "variables",
+    )
+
+    def __init__(
+        self,
+        context: FetchContext,
+        *,
+        deadline: Deadline | None = None,
+        variables: contextvars.Context | None = None,
+    ) -> None:
+        self.context: FetchContext = context
+        self.deadline: Deadline | None = deadline
+        self.record: DiagnosticsRecorder = DiagnosticsRecorder()
+        self.variables: contextvars.Context = (
+            contextvars.copy_context() if variables is None else variables
+        )
+        self.lanes: dict[int, Intake] = {}
+        self.ready: dict[int, list[Any]] = {}
+        self.stages: dict[Stage, None] = {}
+        self.timer: asyncio.TimerHandle | None = None
+        self.planning: int = 0
+        self.flushing: bool = False
+        self.struck: bool = False
+        self.closed: bool = False
+
+    @property
+    def cutoff(self) -> float:
+        """The deadline on the event loop's clock, or infinity."""
+        return math.inf if self.deadline is None else self.deadline.loop_time
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and self.deadline.expired
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing may be started in the name of this work any more."""
+        return self.closed or self.struck
+
+    def enter(self, stage: Stage) -> None:
+        """Watch the deadline, if there is one, for a stage that begins to wait."""
+        if self.deadline is None:
+            return
+        self.stages[stage] = None
+        if self.timer is None:
+            self.timer = asyncio.get_running_loop().call_at(self.cutoff, self._strike)
+
+    def leave(self, stage: Stage) -> None:
+        """Stop watching for a stage that has ended."""
+        if self.deadline is None:
+            return
+        self.stages.pop(stage, None)
+        if not self.stages and self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def _strike(self) -> None:
+        self.timer = None
+        self.struck = True
+        for stage in tuple(self.stages):
+            stage.strike()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Work {self.context.snapshot_id} stages={len(self.stages)} lanes={len(self.lanes)}>"
+        )
+
+
+# Flights and those who wait for them -------------------------------------------------------------
+
 
 _CHOOSING = Phase.CHOOSING
 
@@ -297,3 +472,315 @@ def _nobody(_gather: Gather) -> None:
 
 def nothing() -> None:
     """Stand in until the gather has been opened."""
+
+
+# The board of flights: who has started one, who waits for it, and who waits for whom -------------
+
+
+class FlightBoard:
+    """Keeps at most one flight per key for newcomers to join, and never lets a cycle in.
+
+    `flights` are those that may be joined; `deriving` those that have dependencies of their own.
+    Only these can be part of a cycle, so only who waits for one of them is entered in the relation.
+    Flights out of sight, hidden or private, are kept aside: news of their key concerns them too.
+    """
+
+    def __init__(self, report: Reporter | None) -> None:
+        self._report = report
+        self.flights: dict[ResourceKey, Acquisition] = {}
+        self.deriving: dict[Acquisition, None] = {}
+        self._aside: dict[ResourceKey, dict[Acquisition, None]] = {}
+        self._waits: WaitsFor[Acquisition] = WaitsFor()
+
+    def start(self, gather: Gather, flight: Acquisition) -> None:
+        """Put up a new flight, and let `gather`, which brought it about, wait for it."""
+        key = flight.key
+        self.flights[key] = flight
+        flight.joinable = True
+        flight.waiters[gather] = False
+        gather.pending[key] = flight
+        unlimited = gather.owner is None and gather.work.deadline is None
+        flight.cutoff = math.inf if unlimited else gather.cutoff
+
+    def join(self, gather: Gather, flight: Acquisition) -> None:
+        """Let `gather` wait for `flight`; a wait that would close a cycle fails instead."""
+        owner = gather.owner
+        if owner is not None and flight in self.deriving:
+            cycle = self._link(owner, flight)
+            if cycle is not None:
+                path = tuple(member.key for member in cycle)
+                gather.failures[flight.key] = Failure.of_cycle(flight.key, path)
+                return
+        joined = flight.sponsor is not gather.work
+        if joined:
+            gather.work.record.coalesced_requests += 1
+            if self._report is not None:
+                self._report.flight_joined(flight.key)
+        flight.waiters[gather] = joined
+        gather.pending[flight.key] = flight
+        if flight.cutoff != math.inf:
+            self.extend(flight, gather.cutoff)
+
+    def derive(self, flight: Acquisition) -> None:
+        """Let a flight begin to have dependencies: from now on a cycle can go through it.
+
+        None can yet, as it waits for nobody.
+        """
+        self.deriving[flight] = None
+        for gather in flight.waiters:
+            if gather.owner is not None:
+                self._link(gather.owner, flight)
+
+    def _link(self, owner: Acquisition, flight: Acquisition) -> tuple[Acquisition, ...] | None:
+        owner.linked = flight.linked = True
+        return self._waits.add(owner, flight)
+
+    def extend(self, flight: Acquisition, cutoff: float) -> None:
+        """Keep a flight, and what it waits for, wanted until `cutoff`."""
+        stack = [flight]
+        while stack:
+            each = stack.pop()
+            if cutoff <= each.cutoff:
+                continue
+            each.cutoff = cutoff
+            if each.attempt is not None:
+                each.attempt.extend()
+            if each.gather is not None:
+                stack += [
+                    one for one in each.gather.pending.values() if isinstance(one, Acquisition)
+                ]
+
+    def leave(self, gather: Gather, flight: Acquisition) -> None:
+        """Let `gather` wait no longer."""
+        gather.pending.pop(flight.key, None)
+        flight.waiters.pop(gather, None)
+        if gather.owner is not None and flight.linked:
+            self._waits.remove(gather.owner, flight)
+
+    def hide(self, flight: Acquisition, *, cacheable: bool) -> None:
+        """Keep newcomers from joining a flight, and from those that wait for its value."""
+        stack = [flight]
+        seen: set[int] = set()
+        while stack:
+            each = stack.pop()
+            if id(each) in seen:
+                continue
+            seen.add(id(each))
+            if each.joinable:
+                each.joinable = False
+                del self.flights[each.key]
+                self.set_aside(each)
+            if not cacheable:
+                each.cacheable = False
+            stack += [waiter.owner for waiter in each.waiters if waiter.owner is not None]
+
+    def set_aside(self, flight: Acquisition) -> None:
+        """Keep a flight that newcomers cannot join, until it ends."""
+        self._aside.setdefault(flight.key, {})[flight] = None
+
+    def under_way(self, key: ResourceKey) -> list[Acquisition]:
+        """Return every flight of `key`, whether it may be joined or not."""
+        flights = list(self._aside.get(key, ())) if self._aside else []
+        joinable = self.flights.get(key)
+        if joinable is not None:
+            flights.append(joinable)
+        return flights
+
+    def matching(self, matches: Callable[[ResourceKey], bool]) -> list[ResourceKey]:
+        """Return every key with a flight under way for which `matches` is true."""
+        return [key for key in {**self.flights, **self._aside} if matches(key)]
+
+    def take_off(self, flight: Acquisition) -> dict[Gather, bool]:
+        """Remove a flight that has ended; return who waited for it, and whether they had joined.
+
+        It removes only itself, never a successor under the same key.
+        """
+        if flight.joinable:
+            flight.joinable = False
+            del self.flights[flight.key]
+        elif flight.key in self._aside:
+            self._forget_aside(flight)
+        if flight.pins is not None and flight.pins.private.get(flight.key) is flight:
+            del flight.pins.private[flight.key]
+        if flight.linked:
+            self._waits.discard(flight)
+        self.deriving.pop(flight, None)
+        waiters, flight.waiters = flight.waiters, {}
+        return waiters
+
+    def clear(self) -> None:
+        """Let go of the flights: should one of them still end, it finds itself taken off."""
+        for flight in self.flights.values():
+            flight.joinable = False
+        self.flights.clear()
+
+    def _forget_aside(self, flight: Acquisition) -> None:
+        aside = self._aside[flight.key]
+        aside.pop(flight, None)
+        if not aside:
+            del self._aside[flight.key]
+
+    def __repr__(self) -> str:
+        return f"<FlightBoard flights={len(self.flights)} waiting={len(self._waits)}>"
+
+
+# How a flight ends: which value its waiters get, by rules without any waiting --------------------
+
+
+_LOST_TO_NEWER = (CacheWriteStatus.IGNORED_OLDER, CacheWriteStatus.IGNORED_DUPLICATE)
+
+
+def reading_of(
+    revision: Revision,
+    now: float,
+    policy: FreshnessPolicy,
+    *,
+    from_cache: bool,
+    notes: dict[str, Any] | None = None,
+) -> Reading:
+    """Return a reading of a revision as it stands `now` (wall-clock seconds)."""
+    age = max(0.0, now - revision.observed_at)
+    stale = age > policy.ttl_seconds
+    return Reading(revision, age, stale=stale, from_cache=from_cache, notes=notes)
+
+
+def after_write(
+    flight: Acquisition, status: CacheWriteStatus, current: Revision, equipment: Equipment
+) -> Reading:
+    """Return the end of a flight whose value was offered to the cache.
+
+    A value that lost to a higher authority gives way to the winner as long as that may be used at
+    all; one that lost to a newer or an equal observation gives way as long as the winner is
+    fresh.
+    """
+    own = current if flight.offered is None else flight.offered
+    if status is CacheWriteStatus.STORED:
+        return Reading(own, max(0.0, own.fetched_at - own.observed_at))
+    now = equipment.clock.now()
+    policy = flight.policy
+    if current.version != own.version and _agrees(current, flight):
+        winner = reading_of(
+            current, now, policy, from_cache=True, notes={"superseded_source": own.source}
+        )
+        usable = winner.age <= policy.max_stale_seconds and not (flight.forced and winner.stale)
+        if not winner.stale or (usable and status not in _LOST_TO_NEWER):
+            return winner
+    return Reading(own, max(0.0, own.fetched_at - own.observed_at))
+
+
+def instead_of_event(flight: Acquisition, own: Revision, equipment: Equipment) -> Reading:
+    """Return the end of a flight whose value must not be written to the cache.
+
+    If something was published for the key meanwhile, and is fresh, that is what the waiters get.
+    """
+    event = _event(flight, equipment, {"superseded_source": own.source})
+    if event is not None:
+        return event
+    return Reading(own, max(0.0, own.fetched_at - own.observed_at))
+
+
+def _event(
+    flight: Acquisition, equipment: Equipment, notes: dict[str, Any] | None = None
+) -> Reading | None:
+    """Return what was published for the key of a flight under way, if it is fresh."""
+    event = flight.event
+    store = equipment.access.store
+    if event is not None and store is not None:
+        event = store.peek(flight.key) or event
+    if event is None or not _agrees(event, flight):
+        return None
+    now = equipment.clock.now()
+    reading = reading_of(event, now, flight.policy, from_cache=True, notes=notes)
+    return None if reading.stale else reading
+
+
+def _agrees(other: Revision, flight: Acquisition) -> bool:
+    """Whether `other` may take the place of a flight's value: pins allow no other derivation."""
+    return flight.pins is None or not other.dependency_versions
+
+
+def after_failures(flight: Acquisition, equipment: Equipment) -> Settlement:
+    """Return the end of a flight that no source gave a fresh value for: an event may do."""
+    event = _event(flight, equipment)
+    if event is not None:
+        return event
+    if flight.cycle is not None:
+        failure = Failure.of_cycle(flight.key, flight.cycle)
+    else:
+        failure = Failure.of_sources(flight.key, flight.failures)
+    return Failed(failure, stale_candidate(flight, failure, equipment))
+
+
+def stale_candidate(flight: Acquisition, failure: Failure, equipment: Equipment) -> Reading | None:
+    """Return the newest stale value that may stand in for a failed key, or None."""
+    policy = flight.policy
+    if not policy.allow_stale_on_error:
+        return None
+    now = equipment.clock.now()
+    known = [one for one in (flight.event, flight.cached, flight.candidate) if one is not None]
+    usable = [one for one in known if now - one.observed_at <= policy.max_stale_seconds]
+    if not usable:
+        return None
+    newest = max(usable, key=lambda revision: revision.observed_at)
+    error = failure.make()
+    reading = reading_of(
+        newest,
+        now,
+        policy,
+        from_cache=newest is not flight.candidate,
+        notes={"fallback_error_type": type(error).__name__, "fallback_error": message_of(error)},
+    )
+    reading.fallback = error
+    return reading
+
+
+# What the cache has, and whether a reader may have it --------------------------------------------
+
+
+class Serving:
+    """Serves cached revisions, as far as the policies of their keys let a reader have them.
+
+    `refresh` schedules a background refresh of a key for a reason, and says whether it is a new
+    one.
+    """
+
+    __slots__ = ("_equipment", "_refresh")
+
+    def __init__(
+        self, equipment: Equipment, refresh: Callable[[ResourceKey, str, Work], bool]
+    ) -> None:
+        self._equipment = equipment
+        self._refresh = refresh
+
+    def serve(
+        self,
+        work: Work,
+        readings: dict[ResourceKey, Reading],
+        policy: FreshnessPolicy,
+        revision: Revision,
+        now: float,
+    ) -> bool:
+        """Take a cached revision if the policy lets a reader have it; schedule a refresh if due."""
+        key = revision.key
+        age = max(0.0, now - revision.observed_at)
+        stale = age > policy.ttl_seconds
+        mode = policy.refresh_mode
+        notes: dict[str, Any] | None = None
+        if stale:
+            if mode is not RefreshMode.STALE_WHILE_REVALIDATE or age > policy.max_stale_seconds:
+                return False
+            notes = {
+                "refresh_mode": mode.value,
+                "refresh_scheduled": self._refresh(key, mode.value, work),
+            }
+        elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
+            notes = {"refresh_scheduled": self._refresh(key, mode.value, work)}
+        work.record.cache_hits += 1
+        if self._equipment.report is not None:
+            freshness = mode.value if stale else "fresh"
+            self._equipment.report.cache_hit(key, freshness)
+        readings[key] = Reading(revision, age, stale=stale, from_cache=True, notes=notes)
+        return True
+
+    def __repr__(self) -> str:
+        return f"<Serving from {self._equipment.access!r}>"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from coalestra.core.errors import DependencyCycleError, ResourceResolutionError, SourceFailure
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.revision import Revision
+from coalestra.core.values import Revision
+
+# What a reader holds while it works: readings, failures, and how a flight ended ------------------
+
 
 _JOINED = FrozenDict({"coalesced_request": True})
 
@@ -103,3 +106,213 @@ class Failed:
 
 Settlement = Reading | Failed
 """How a flight ended: with a reading for everyone, or without."""
+
+
+# The values one unit of work has settled on, and whether new readings agree with them ------------
+#
+# A derived value is only as good as the revisions it was made from. Readings that arrive on
+# different
+# ways (one from the cache, one from a source) may rest on different revisions of the same key. The
+# rules here find that out. They know nothing of time, tasks or sources.
+
+
+class Demand:
+    """What somebody who waits insists on, beyond any usable value.
+
+    `forced` keys bypass the cache and accept no stale value; those of them that are `private` are
+    derived under the pins. A `refresh` bypasses the cache and accepts fresh values only.
+    """
+
+    __slots__ = ("forced", "private", "refresh")
+
+    def __init__(
+        self,
+        forced: frozenset[ResourceKey] = frozenset(),
+        private: frozenset[ResourceKey] = frozenset(),
+        refresh: bool = False,
+    ) -> None:
+        self.forced = forced
+        self.private = private
+        self.refresh = refresh
+
+    def __repr__(self) -> str:
+        return (
+            f"<Demand forced={len(self.forced)} private={len(self.private)} refresh={self.refresh}>"
+        )
+
+
+NO_DEMAND = Demand()
+"""Any usable value will do."""
+
+
+class Pins(dict[ResourceKey, Reading]):
+    """The readings that a unit of work, or one derivation, must stay consistent with.
+
+    `demand` is what the derivations that serve these pins ask of their dependencies; `private`
+    holds those under way; `generation` counts how often pinned readings were replaced.
+    """
+
+    __slots__ = ("demand", "generation", "private")
+
+    def __init__(
+        self,
+        readings: Mapping[ResourceKey, Reading] | None = None,
+        demand: Demand | None = None,
+    ) -> None:
+        if readings:
+            super().__init__(readings)
+        self.demand: Demand | None = demand
+        self.private: dict[ResourceKey, Any] = {}
+        self.generation: int = 0
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """What changes with every reading that is pinned anew or replaced."""
+        return self.generation, len(self)
+
+
+NO_PINS = Pins()
+"""What a derivation starts with that has to agree with nobody; never changed."""
+
+
+def lineage(revisions: Iterable[Revision]) -> dict[int, Revision]:
+    """Return every revision that the given ones rest on, themselves included, each once."""
+    found: dict[int, Revision] = {}
+    stack = list(revisions)
+    while stack:
+        revision = stack.pop()
+        if id(revision) not in found:
+            found[id(revision)] = revision
+            stack.extend(revision.dependencies)
+    return found
+
+
+def _newest_hidden(
+    derived: Iterable[Revision],
+    readings: Mapping[ResourceKey, Reading],
+    pins: Mapping[ResourceKey, Reading],
+) -> dict[ResourceKey, Revision]:
+    """Return, for keys known only as somebody's dependency, the revision that was fetched last."""
+    hidden: dict[ResourceKey, Revision] = {}
+    for revision in lineage(derived).values():
+        key = revision.key
+        if key not in readings and key not in pins:
+            known = hidden.get(key)
+            if known is None or known.fetched_at < revision.fetched_at:
+                hidden[key] = revision
+    return hidden
+
+
+def at_odds(
+    readings: Mapping[ResourceKey, Reading], pins: Mapping[ResourceKey, Reading]
+) -> set[ResourceKey]:
+    """Return the keys whose derived values rest on other revisions than the rest of the readings.
+
+    What is pinned stands. Then comes what was read in its own right, then the newest of what is
+    known only as a dependency. Linear in the number of entries and dependencies.
+    """
+    if len(readings) == 1 and not pins:
+        return set()
+    derived = _derived(readings)
+    if not derived:
+        return set()
+    hidden = _newest_hidden(derived.values(), readings, pins)
+    chosen = {key: revision.version for key, revision in hidden.items()}
+    chosen.update({key: reading.revision.version for key, reading in readings.items()})
+    chosen.update({key: pin.revision.version for key, pin in pins.items()})
+    wrong: dict[int, bool] = {}
+    odd: set[ResourceKey] = set()
+    for key, revision in derived.items():
+        if _is_shallow(revision):
+            differs = _differs(revision, chosen)
+        else:
+            _judge(revision, chosen, wrong)
+            differs = wrong[id(revision)]
+        if differs:
+            odd.add(key)
+    return odd
+
+
+def _derived(readings: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Revision]:
+    return {k: r.revision for k, r in readings.items() if r.revision.dependency_versions}
+
+
+def _is_shallow(revision: Revision) -> bool:
+    """Whether nothing it rests on is derived itself."""
+    return not any(each.dependency_versions for each in revision.dependencies)
+
+
+def _differs(revision: Revision, chosen: dict[ResourceKey, str]) -> bool:
+    """Whether a direct dependency differs from what is chosen; what is not yet chosen is now."""
+    for key, version in revision.dependency_versions.items():
+        if chosen.setdefault(key, version) != version:
+            return True
+    return False
+
+
+def _judge(root: Revision, chosen: dict[ResourceKey, str], wrong: dict[int, bool]) -> None:
+    """Enter for `root` and all it rests on whether anything below it differs from `chosen`."""
+    stack = [root]
+    while stack:
+        revision = stack[-1]
+        if id(revision) in wrong:
+            stack.pop()
+            continue
+        unknown = [each for each in revision.dependencies if id(each) not in wrong]
+        if unknown:
+            stack.extend(unknown)
+            continue
+        stack.pop()
+        wrong[id(revision)] = _differs(revision, chosen) or any(
+            wrong[id(each)] for each in revision.dependencies
+        )
+
+
+def rests_on(revisions: Iterable[Revision], changed: Callable[[Revision], bool]) -> bool:
+    """Whether any of the revisions is, or rests on, one that has changed since."""
+    return any(changed(revision) for revision in lineage(revisions).values())
+
+
+def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
+    """Pin readings, and out of sight what they rest on, unless other values are pinned already."""
+    derived = _derived(readings)
+    hidden = _newest_hidden(derived.values(), readings, pins) if derived else {}
+    for key, reading in readings.items():
+        pins.setdefault(key, reading)
+    for key, revision in hidden.items():
+        age = max(0.0, revision.fetched_at - revision.observed_at)
+        pins[key] = Reading(revision, age, from_cache=True)
+
+
+def loose(
+    pins: Mapping[ResourceKey, Reading], visible: Mapping[ResourceKey, Any], going: set[ResourceKey]
+) -> set[ResourceKey]:
+    """Return what is pinned out of sight and serves nothing but the keys that are `going`."""
+    if pins.keys() <= visible.keys():
+        return set()
+    needed: set[ResourceKey] = set()
+    stack = [key for key in visible if key in pins and key not in going]
+    while stack:
+        key = stack.pop()
+        if key in pins and key not in needed:
+            needed.add(key)
+            stack.extend(pins[key].revision.dependency_versions)
+    return {key for key in pins if key not in needed and key not in going}
+
+
+def dependents(
+    pins: Mapping[ResourceKey, Reading], keys: Iterable[ResourceKey]
+) -> set[ResourceKey]:
+    """Return `keys` and every pinned key that was derived from one of them, directly or not."""
+    used_by: dict[ResourceKey, list[ResourceKey]] = {}
+    for key, reading in pins.items():
+        for name in reading.revision.dependency_versions:
+            used_by.setdefault(name, []).append(key)
+    found = set(keys)
+    stack = list(found)
+    while stack:
+        for key in used_by.get(stack.pop(), ()):
+            if key not in found:
+                found.add(key)
+                stack.append(key)
+    return found

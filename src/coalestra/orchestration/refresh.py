@@ -8,12 +8,11 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from coalestra.core.context import FetchContext
 from coalestra.core.keys import ResourceKey
-from coalestra.orchestration.equipment import Equipment
-from coalestra.orchestration.flights import Gather
-from coalestra.orchestration.pins import Demand, Pins
-from coalestra.orchestration.work import Work
+from coalestra.core.snapshot import FetchContext
+from coalestra.orchestration.flights import Gather, Work
+from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.readings import Demand, Pins
 
 
 class Refresher:

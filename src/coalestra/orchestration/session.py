@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
-from coalestra.core.consistency import SnapshotConsistencyPolicy
-from coalestra.core.context import FetchContext
-from coalestra.core.errors import (
-    SessionClosedError,
-)
+from coalestra.core.errors import SessionClosedError
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import SnapshotRequest
-from coalestra.core.snapshot import Snapshot
+from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
+from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
-from coalestra.orchestration.judging import Judge
-from coalestra.orchestration.revalidation import Revalidation
-from coalestra.orchestration.revalidations import Revalidations
-from coalestra.orchestration.stage import Stage
-from coalestra.orchestration.unit import Unit, distinct
+from coalestra.orchestration.revalidation import Revalidation, Revalidations
+from coalestra.orchestration.unit import Judge, Stage, Unit, distinct
 
 
 class SnapshotSession:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import Deadline
-from coalestra.core.context import context_of
-from coalestra.core.diagnostics import SnapshotDiagnostics
-from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
+from coalestra.core.acceptance import SnapshotAcceptancePolicy, violations_of
+from coalestra.core.errors import (
+    SnapshotAcceptanceError,
+    SnapshotBuildError,
+    SnapshotConsistencyError,
+    SnapshotDeadlineExceededError,
+)
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import Snapshot, snapshot_of
+from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest, check_consistency
+from coalestra.core.snapshot import Snapshot, SnapshotDiagnostics, context_of, snapshot_of
 from coalestra.core.validation import instance, number, text
 from coalestra.core.values import SnapshotValue
-from coalestra.orchestration.engine import Engine
-from coalestra.orchestration.flights import Gather
-from coalestra.orchestration.pins import Pins, hold
-from coalestra.orchestration.readings import Failure, Reading
-from coalestra.orchestration.work import Work
+from coalestra.observability.reports import SessionResolution
+from coalestra.orchestration.flights import Gather, Work
+from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.readings import Failure, Pins, Reading, hold
+from coalestra.orchestration.singleflight import Engine
+
+# The state of one unit of work: what was asked for, what is pinned, and what failed --------------
 
 
 def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
@@ -228,3 +235,138 @@ def open_unit(
         os.urandom(16).hex() if snapshot_id is None else snapshot_id,
     )
     return Unit(engine, Work(context, deadline=deadline), lasting=lasting)
+
+
+# Whether a snapshot meets the policies of its request, and the report on it ----------------------
+
+
+class Judge:
+    """Holds snapshots against policies; the required keys take part, and optional ones if asked."""
+
+    def __init__(
+        self,
+        equipment: Equipment,
+        consistency: SnapshotConsistencyPolicy | None,
+        acceptance: SnapshotAcceptancePolicy | None,
+    ) -> None:
+        self._equipment = equipment
+        self._consistency = consistency
+        self._acceptance = acceptance
+
+    def judge(
+        self,
+        snapshot: Snapshot,
+        required: Collection[ResourceKey],
+        optional: Collection[ResourceKey] = (),
+    ) -> None:
+        """Check consistency, then acceptance.
+
+        Raises:
+            SnapshotConsistencyError: observations lie too far apart.
+            SnapshotAcceptanceError: values are too old, stale, of too low authority, or too few.
+        """
+        if self._consistency is not None:
+            self._judge_consistency(self._consistency, snapshot, required, optional)
+        if self._acceptance is not None:
+            self._judge_acceptance(self._acceptance, snapshot, required, optional)
+
+    def _judge_consistency(
+        self,
+        policy: SnapshotConsistencyPolicy,
+        snapshot: Snapshot,
+        required: Collection[ResourceKey],
+        optional: Collection[ResourceKey],
+    ) -> None:
+        report = self._equipment.report
+        try:
+            check_consistency(policy, required, optional, snapshot)
+        except SnapshotConsistencyError as error:
+            if report is not None:
+                report.consistency_failed(snapshot.snapshot_id, error)
+            raise
+        if report is not None:
+            report.consistency_passed()
+
+    def _judge_acceptance(
+        self,
+        policy: SnapshotAcceptancePolicy,
+        snapshot: Snapshot,
+        required: Collection[ResourceKey],
+        optional: Collection[ResourceKey],
+    ) -> None:
+        report = self._equipment.report
+        now = self._equipment.clock.now()
+        policies = self._equipment.policies
+        violations = violations_of(policy, required, optional, snapshot, now, policies)
+        if violations:
+            if report is not None:
+                report.acceptance_failed(snapshot.snapshot_id, violations)
+            raise SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
+        if report is not None:
+            report.acceptance_passed()
+
+
+# One stage of a session: resolving keys or a request, judging the outcome, reporting it ----------
+
+
+class Stage:
+    """Resolves some keys within a unit of work, and says whether that will do."""
+
+    __slots__ = ("_retry_errors", "_unit", "_wanted")
+
+    def __init__(
+        self, unit: Unit, keys: Iterable[ResourceKey], *, retry_errors: bool = False
+    ) -> None:
+        self._unit = unit
+        self._wanted = distinct(keys)
+        self._retry_errors = retry_errors
+
+    async def run(self, *, strict: bool) -> Snapshot:
+        """Return the snapshot; if `strict`, every key of the stage must have a value."""
+        snapshot = await self._snapshot()
+        failed = {key: error for key, error in snapshot.errors.items() if key in self._wanted}
+        self._report(snapshot, strict=strict, succeeded=not (strict and failed))
+        if strict and failed:
+            raise SnapshotBuildError(failed, snapshot=snapshot)
+        return snapshot
+
+    async def run_request(self, request: SnapshotRequest, judge: Judge) -> Snapshot:
+        """Return the snapshot; the required keys must have values, and the policies must hold."""
+        snapshot = await self._snapshot()
+        failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
+        succeeded = False
+        try:
+            if failed:
+                raise SnapshotBuildError(failed, snapshot=snapshot)
+            judge.judge(snapshot, request.required, request.optional)
+            succeeded = True
+        finally:
+            self._report(snapshot, strict=True, succeeded=succeeded)
+        return snapshot
+
+    async def _snapshot(self) -> Snapshot:
+        struck = await self._unit.acquire(self._wanted, retry_errors=self._retry_errors)
+        return await self._unit.snapshot(bound=not struck)
+
+    def _report(self, snapshot: Snapshot, *, strict: bool, succeeded: bool) -> None:
+        unit = self._unit
+        report = unit.engine.equipment.report
+        if report is None:
+            return
+
+        failed = sum(key in snapshot.errors for key in self._wanted)
+        report.session_resolved(
+            SessionResolution(
+                snapshot_id=unit.work.context.snapshot_id,
+                requested=len(self._wanted),
+                resolved=len(self._wanted) - failed,
+                failed=failed,
+                total_resources=len(unit.requested),
+                strict=strict,
+                retry_errors=self._retry_errors,
+            ),
+            succeeded=succeeded,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Stage of {self._unit!r} keys={len(self._wanted)}>"

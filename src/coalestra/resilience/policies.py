@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from coalestra.core.validation import callable_, instance, text
-from coalestra.resilience.backoff import RetryPolicy
-from coalestra.resilience.circuit import CircuitBreakerPolicy
+from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
+from coalestra.resilience.retry import RetryPolicy
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,369 @@
+"""Which policy holds for a key: what freshness and authority have in common."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any, Generic, Protocol, TypeVar
+
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.validation import (
+    callable_,
+    choice,
+    flag,
+    instance,
+    integer,
+    mapping,
+    number,
+    span,
+    text,
+)
+
+# Which policy holds for a key: what freshness and authority have in common -----------------------
+
+
+P = TypeVar("P")
+
+
+class KeyedPolicies(Generic[P]):
+    """The override of a key, else the answer of a function, else a default."""
+
+    __slots__ = ("default", "dynamic", "overrides")
+
+    def __init__(
+        self,
+        default: P,
+        overrides: Mapping[ResourceKey, P] | None,
+        dynamic: Callable[[ResourceKey], P | None] | None,
+    ) -> None:
+        self.default: P = default
+        self.overrides: Mapping[ResourceKey, P] = FrozenDict(
+            mapping("overrides", overrides, optional=True)
+        )
+        self.dynamic: Callable[[ResourceKey], P | None] | None = callable_(
+            "dynamic", dynamic, optional=True
+        )
+        for key, policy in self.overrides.items():
+            instance("overrides key", key, ResourceKey)
+            instance(f"overrides[{key}]", policy, type(default))
+
+    def resolve(self, key: ResourceKey) -> P:
+        """Return the policy of ``key``; raises what the dynamic resolver raises."""
+        if self.overrides:
+            override = self.overrides.get(key)
+            if override is not None:
+                return override
+        if self.dynamic is not None:
+            answer = self.dynamic(key)
+            if answer is not None:
+                return instance("dynamic result", answer, type(self.default))
+        return self.default
+
+    def __repr__(self) -> str:
+        dynamic = ", dynamic" if self.dynamic is not None else ""
+        name = type(self).__name__
+        return f"{name}(default={self.default!r}, {len(self.overrides)} overrides{dynamic})"
+
+
+def policy_of_all(policies: object) -> Any:
+    """Return the policy that all keys have in common by these policies; None if they may differ."""
+    kind = type(policies)
+    if getattr(kind, "resolve", None) is not KeyedPolicies.resolve:
+        return None
+    keyed: Any = policies
+    return None if keyed.overrides or keyed.dynamic is not None else keyed.default
+
+
+# How old a value may be: the policies, and the rules that judge by them --------------------------
+#
+# Ages are seconds since the value was observed, by the wall clock, and never negative.
+
+
+class RefreshMode(str, enum.Enum):
+    """When a cached value is replaced, and who waits for that."""
+
+    BLOCKING = "blocking"
+    """Once it is stale; the reader waits for the new one."""
+
+    STALE_WHILE_REVALIDATE = "stale_while_revalidate"
+    """Once it is stale; the reader gets the stale one while a refresh runs in the background."""
+
+    REFRESH_AHEAD = "refresh_ahead"
+    """Shortly before it goes stale, in the background; a stale one is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreshnessPolicy:
+    """How long a value is fresh, how long it is of use, and how it is renewed.
+
+    Attributes:
+        ttl_seconds: the age up to which it is fresh; may be infinite.
+        max_stale_seconds: the age up to which it is usable at all, so at least ``ttl_seconds``;
+            may be infinite.
+        allow_stale_on_error: whether a stale value may stand in when every source fails.
+        refresh_mode: when and how it is renewed.
+        refresh_ahead_seconds: how long before the end of ``ttl_seconds`` to begin; only with
+            ``RefreshMode.REFRESH_AHEAD``, and not more than a finite ``ttl_seconds``.
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for a number out of these bounds.
+    """
+
+    ttl_seconds: float
+    max_stale_seconds: float = 0.0
+    allow_stale_on_error: bool = True
+    refresh_mode: RefreshMode = RefreshMode.BLOCKING
+    refresh_ahead_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        ttl = span("ttl_seconds", self.ttl_seconds)
+        stale = span("max_stale_seconds", self.max_stale_seconds)
+        flag("allow_stale_on_error", self.allow_stale_on_error)
+        choice("refresh_mode", self.refresh_mode, RefreshMode)
+        ahead = number("refresh_ahead_seconds", self.refresh_ahead_seconds, minimum=0)
+        if stale < ttl:
+            raise ValueError(
+                f"max_stale_seconds must be at least ttl_seconds ({ttl:g}), got {stale:g}; both "
+                "are ages since observation, so give the sum of the fresh and the stale time"
+            )
+        if ahead and self.refresh_mode is not RefreshMode.REFRESH_AHEAD:
+            raise ValueError(
+                f"refresh_ahead_seconds must be 0 with refresh_mode {self.refresh_mode.name}, got "
+                f"{ahead:g}; it belongs to REFRESH_AHEAD"
+            )
+        if ahead > ttl:
+            raise ValueError(
+                f"refresh_ahead_seconds must be at most ttl_seconds ({ttl:g}), got {ahead:g}"
+            )
+
+    def should_refresh_ahead(self, age_seconds: float) -> bool:
+        """Whether a value of this age is due for renewal; never if it does not go stale."""
+        return (
+            self.refresh_mode is RefreshMode.REFRESH_AHEAD
+            and age_seconds >= self.ttl_seconds - self.refresh_ahead_seconds
+        )
+
+
+def quiet_seconds(policy: FreshnessPolicy) -> float:
+    """Return up to which age a value is fresh and nothing is due; negative if something is."""
+    if policy.refresh_mode is not RefreshMode.REFRESH_AHEAD:
+        return policy.ttl_seconds
+    due = policy.ttl_seconds - policy.refresh_ahead_seconds
+    return math.nextafter(due, -math.inf) if due > 0 else -math.inf
+
+
+class Freshness(enum.Enum):
+    """What a value of some age is worth."""
+
+    FRESH = enum.auto()
+    STALE = enum.auto()
+    EXPIRED = enum.auto()
+
+
+def age_of(observed_at: float, now: float) -> float:
+    """Return the age in seconds; what was observed ahead of the clock has none."""
+    return max(0.0, now - observed_at)
+
+
+def judge(age_seconds: float, policy: FreshnessPolicy) -> Freshness:
+    """Return what a value of this age is worth by ``policy``; both bounds are inclusive."""
+    if age_seconds <= policy.ttl_seconds:
+        return Freshness.FRESH
+    if age_seconds <= policy.max_stale_seconds:
+        return Freshness.STALE
+    return Freshness.EXPIRED
+
+
+@dataclass(frozen=True, slots=True)
+class ObservationPolicy:
+    """What to do about observations that are ahead of the clock.
+
+    Attributes:
+        future_tolerance_seconds: how far ahead is put down to clocks that differ.
+        reject_future_observations: whether anything further ahead is refused.
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for a tolerance that is negative or not finite.
+    """
+
+    future_tolerance_seconds: float = 1.0
+    reject_future_observations: bool = True
+
+    def __post_init__(self) -> None:
+        number("future_tolerance_seconds", self.future_tolerance_seconds, minimum=0)
+        flag("reject_future_observations", self.reject_future_observations)
+
+
+class FutureObservation(ValueError):
+    """An observation is further ahead of the clock than the policy tolerates.
+
+    Internal: whoever judges turns it into an error that also names the source.
+
+    Attributes:
+        observed_at, now: the two times, in wall-clock seconds since the epoch.
+        skew_seconds: how far ahead it is.
+        tolerance_seconds: how far it may be.
+    """
+
+    def __init__(self, observed_at: float, now: float, tolerance_seconds: float) -> None:
+        self.observed_at = observed_at
+        self.now = now
+        self.skew_seconds: float = observed_at - now
+        self.tolerance_seconds = tolerance_seconds
+        super().__init__(
+            f"observed_at must be at most {tolerance_seconds:g} s ahead of the clock, got "
+            f"{self.skew_seconds:g} s ahead; compare the clocks, or raise future_tolerance_seconds"
+        )
+
+    def __reduce__(self) -> tuple[type[FutureObservation], tuple[float, float, float]]:
+        return type(self), (self.observed_at, self.now, self.tolerance_seconds)
+
+
+def judge_observation(observed_at: float, now: float, policy: ObservationPolicy) -> float:
+    """Return by how many seconds an accepted observation is ahead of the clock; 0.0 if it is not.
+
+    Raises:
+        FutureObservation: if the policy refuses it.
+    """
+    if observed_at <= now:
+        return 0.0
+    tolerance = policy.future_tolerance_seconds
+    if policy.reject_future_observations and observed_at > now + tolerance:
+        raise FutureObservation(observed_at, now, tolerance)
+    return observed_at - now
+
+
+FreshnessResolver = Callable[[ResourceKey], "FreshnessPolicy | None"]
+"""What chooses a policy for a key at run time; None leaves it to the default."""
+
+
+class FreshnessPolicyProvider(Protocol):
+    """Whoever knows the policy of every key."""
+
+    def resolve(self, key: ResourceKey) -> FreshnessPolicy:
+        """Return the policy of ``key``."""
+
+
+def quiet_ages(
+    policies: FreshnessPolicyProvider, keys: Iterable[ResourceKey]
+) -> Iterable[float] | None:
+    """Return `quiet_seconds` for each of the keys; None if a policy cannot be told."""
+    common: FreshnessPolicy | None = policy_of_all(policies)
+    if common is not None:
+        return repeat(quiet_seconds(common))
+    try:
+        return [quiet_seconds(policies.resolve(key)) for key in keys]
+    except Exception:
+        return None
+
+
+class PolicyResolver(KeyedPolicies[FreshnessPolicy]):
+    """The freshness policy of every key: its override, else the dynamic answer, else the default.
+
+    Attributes:
+        default: the policy of everything that is not mentioned.
+        overrides: policies by key; read-only.
+        dynamic: asked for keys without an override, or None.
+
+    Raises:
+        TypeError: for anything of another type, also what ``dynamic`` returns.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        default: FreshnessPolicy,
+        overrides: Mapping[ResourceKey, FreshnessPolicy] | None = None,
+        dynamic: FreshnessResolver | None = None,
+    ) -> None:
+        instance("default", default, FreshnessPolicy)
+        super().__init__(default, overrides, dynamic)
+
+
+# Whose word counts more, when values of one resource compete for its place in the cache ----------
+
+
+@dataclass(frozen=True, slots=True)
+class SourceAuthorityPolicy:
+    """The rank of each source; a value replaces those of lower rank, whatever their age.
+
+    Attributes:
+        source_ranks: ranks by name of source; read-only.
+        default_rank: the rank of every other source.
+
+    Raises:
+        TypeError: for names that are not strings or ranks that are not integers.
+        ValueError: for an empty name.
+    """
+
+    source_ranks: Mapping[str, int] = field(default_factory=FrozenDict)
+    default_rank: int = 0
+
+    def __post_init__(self) -> None:
+        ranks = FrozenDict(mapping("source_ranks", self.source_ranks))
+        for source, rank in ranks.items():
+            text("source_ranks key", source)
+            integer(f"source_ranks[{source!r}]", rank)
+        integer("default_rank", self.default_rank)
+        object.__setattr__(self, "source_ranks", ranks)
+
+    def rank_for(self, source: str) -> int:
+        """Return the rank of the source of this name."""
+        return self.source_ranks.get(source, self.default_rank)
+
+
+AuthorityResolver = Callable[[ResourceKey], "SourceAuthorityPolicy | None"]
+"""What chooses a policy for a key at run time; None leaves it to the default."""
+
+
+class AuthorityPolicyProvider(Protocol):
+    """Whoever knows the ranks of sources for every key."""
+
+    def resolve(self, key: ResourceKey) -> SourceAuthorityPolicy:
+        """Return the policy of ``key``."""
+
+    def rank_for(self, key: ResourceKey, source: str) -> int:
+        """Return the rank of the source of this name, for ``key``."""
+
+
+_NO_RULES = SourceAuthorityPolicy()
+
+
+class AuthorityPolicyResolver(KeyedPolicies[SourceAuthorityPolicy]):
+    """The authority policy of every key: its override, else the dynamic answer, else the default.
+
+    Attributes:
+        default: the policy of everything that is not mentioned.
+        overrides: policies by key; read-only.
+        dynamic: asked for keys without an override, or None.
+
+    Raises:
+        TypeError: for anything of another type, also what ``dynamic`` returns.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        default: SourceAuthorityPolicy | None = None,
+        overrides: Mapping[ResourceKey, SourceAuthorityPolicy] | None = None,
+        dynamic: AuthorityResolver | None = None,
+    ) -> None:
+        chosen = instance("default", default, SourceAuthorityPolicy, optional=True)
+        super().__init__(_NO_RULES if chosen is None else chosen, overrides, dynamic)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether any value can have another rank than 0."""
+        return bool(self.overrides) or self.dynamic is not None or self.default != _NO_RULES
+
+    def rank_for(self, key: ResourceKey, source: str) -> int:
+        """Return the rank of the source of this name, for ``key``."""
+        return self.resolve(key).rank_for(source)

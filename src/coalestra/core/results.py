@@ -1,0 +1,136 @@
+"""What a cache has counted."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from coalestra.core.values import SnapshotValue
+
+# What a cache has counted ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """The counts of a cache since it was made.
+
+    Attributes:
+        size: how many entries there are now.
+        max_entries: how many there may be, or None for any number.
+        hits, misses: answers with and without a value.
+        fresh_hits, stale_hits: the hits, by freshness.
+        sets: values stored.
+        invalidations: entries removed on request, or for resting on something outdated.
+        evictions: entries removed to make room.
+        expirations: entries removed for their age.
+    """
+
+    size: int
+    max_entries: int | None
+    hits: int
+    misses: int
+    fresh_hits: int
+    stale_hits: int
+    sets: int
+    invalidations: int
+    evictions: int
+    expirations: int
+
+
+# What caches answer ------------------------------------------------------------------------------
+
+
+class CacheWriteStatus(str, enum.Enum):
+    """What became of a value offered to a cache."""
+
+    STORED = "stored"
+    IGNORED_OLDER = "ignored_older"
+    IGNORED_DUPLICATE = "ignored_duplicate"
+    IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLookup:
+    """What a cache has for a key.
+
+    Attributes:
+        value: the cached value, or None.
+        fresh: whether it is within its time to live.
+        usable_stale: whether it is older, but may still be used in need.
+        age_seconds: its age since it was observed, or None without a value.
+    """
+
+    value: SnapshotValue[Any] | None
+    fresh: bool
+    usable_stale: bool
+    age_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWriteResult:
+    """What a cache did with a value.
+
+    Attributes:
+        status: what became of it.
+        value: what the cache holds now: the value if it was stored, else the one that stayed.
+        previous: what it held before, or None.
+    """
+
+    status: CacheWriteStatus
+    value: SnapshotValue[Any]
+    previous: SnapshotValue[Any] | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether the value was stored."""
+        return self.status is CacheWriteStatus.STORED
+
+
+# What publishers answer --------------------------------------------------------------------------
+
+
+class PublishStatus(str, enum.Enum):
+    """What became of a published value."""
+
+    PUBLISHED = "published"
+    IGNORED_OLDER = "ignored_older"
+    IGNORED_DUPLICATE = "ignored_duplicate"
+    IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class PublishResult:
+    """What became of a published value.
+
+    Attributes:
+        status: whether it was published, or why not.
+        value: what readers get now: the value if it was published, else the one that stayed.
+        previous: what they would have got before, or None.
+    """
+
+    status: PublishStatus
+    value: SnapshotValue[Any]
+    previous: SnapshotValue[Any] | None = None
+
+    def __init__(
+        self,
+        status: PublishStatus,
+        value: SnapshotValue[Any],
+        previous: SnapshotValue[Any] | None = None,
+    ) -> None:
+        # One is made for every key: its slots are written directly, past the frozen __setattr__.
+        _write_status(self, status)
+        _write_value(self, value)
+        _write_previous(self, previous)
+
+    @property
+    def published(self) -> bool:
+        """Whether the value was published."""
+        return self.status is PublishStatus.PUBLISHED
+
+
+_slots: Any = PublishResult
+_write_status = _slots.status.__set__
+_write_value = _slots.value.__set__
+_write_previous = _slots.previous.__set__

@@ -1,0 +1,811 @@
+"""What may be said about resources and errors: in metric labels little, in events more.
+
+Laws:
+    A label never holds a subject, a qualifier or a rendered key: the number of time series must
+    not grow with the number of resources. Events name the resource in full.
+    An event never holds an exception object, only the name of its type and one line of text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from coalestra.core.acceptance import SnapshotAcceptanceViolation
+from coalestra.core.errors import (
+    SnapshotConsistencyError,
+    SourceFailure,
+    folded_message,
+    message_of,
+)
+from coalestra.core.keys import ResourceKey
+from coalestra.core.protocols import EventSink, MetricsSink
+from coalestra.core.results import PublishStatus
+from coalestra.core.snapshot import SnapshotDiagnostics
+from coalestra.core.validation import flag, require_methods
+from coalestra.observability.buffered import (
+    BufferedEventSink,
+    BufferedMetricsSink,
+    BufferedSinkStats,
+)
+from coalestra.observability.sinks import (
+    DEFAULT_MAX_PENDING,
+    BufferOverflowPolicy,
+    NullEventSink,
+    NullMetrics,
+)
+
+if TYPE_CHECKING:
+    Buffer = BufferedEventSink | BufferedMetricsSink
+
+
+# What may be said about resources and errors: in metric labels little, in events more ------------
+
+
+Reported = BaseException | SourceFailure
+"""What went wrong: an exception, or the record that was made of one."""
+
+
+def labels_of(key: ResourceKey) -> dict[str, str]:
+    """Return the labels that say what kind of resource ``key`` is, and not which one."""
+    return {"resource_namespace": key.namespace, "resource_name": key.name}
+
+
+def error_type_of(error: Reported) -> str:
+    """Return the name of the exception type behind ``error``."""
+    return error.error_type if isinstance(error, SourceFailure) else type(error).__name__
+
+
+def error_text_of(error: Reported) -> str:
+    """Return the message of ``error`` in one bounded line; never raises an ``Exception``."""
+    message = error.message if isinstance(error, SourceFailure) else message_of(error)
+    return folded_message(message)
+
+
+# The one place where the library calls the sinks, and where their failures end -------------------
+
+
+class Emitter:
+    """Hands counts, observations and events to the two sinks of one builder.
+
+    Law: nothing that a sink raises leaves this class, except what is not an ``Exception``
+    (cancellation, interrupts). Failures are counted instead.
+
+    Subclasses look at ``_counting`` and ``_telling`` before they build labels or payloads, so
+    that a side without a listener costs one attribute look-up.
+    """
+
+    __slots__ = ("_counting", "_events", "_failures", "_lock", "_metrics", "_telling")
+
+    def __init__(
+        self, metrics: MetricsSink, events: EventSink, *, counting: bool, telling: bool
+    ) -> None:
+        self._metrics = metrics
+        self._events = events
+        self._counting = counting
+        self._telling = telling
+        self._failures = 0
+        self._lock = threading.Lock()
+
+    @property
+    def failures(self) -> int:
+        """How often a sink has raised since this reporter was made."""
+        return self._failures
+
+    def _count(self, metric: str, **labels: str) -> None:
+        try:
+            self._metrics.increment(metric, 1, **labels)
+        except Exception:
+            self._note_failure()
+
+    def _observe(self, metric: str, value: float, **labels: str) -> None:
+        try:
+            self._metrics.observe(metric, value, **labels)
+        except Exception:
+            self._note_failure()
+
+    def _tell(self, event_type: str, **payload: Any) -> None:
+        try:
+            self._events.emit(event_type, **payload)
+        except Exception:
+            self._note_failure()
+
+    def _note_failure(self) -> None:
+        with self._lock:
+            self._failures += 1
+
+    def __repr__(self) -> str:
+        metrics = type(self._metrics).__name__ if self._counting else "off"
+        events = type(self._events).__name__ if self._telling else "off"
+        return f"<{type(self).__name__} metrics={metrics} events={events} failures={self.failures}>"
+
+
+# Where a value came from, as far as a report tells it --------------------------------------------
+
+
+class Provenance(Protocol):
+    """What revisions and snapshot values have in common, and reports are made of."""
+
+    @property
+    def key(self) -> ResourceKey:
+        """What it is a value of."""
+
+    @property
+    def source(self) -> str:
+        """The name of the source or publisher."""
+
+    @property
+    def observed_at(self) -> float:
+        """When it held true, in wall seconds."""
+
+    @property
+    def latency_ms(self) -> float:
+        """How long the call that brought it took, in milliseconds."""
+
+    @property
+    def attempts(self) -> int:
+        """How many tries it took; none for a published value."""
+
+    @property
+    def authority_rank(self) -> int:
+        """The rank of its source for this key."""
+
+
+# What is reported about calls to sources: the wait before, the call, and what came of it ---------
+
+
+class SourceReports(Emitter):
+    """Reports per call (labelled by source) and per key that a call was made for."""
+
+    __slots__ = ()
+
+    # Per key ----------------------------------------------------------------------------------
+
+    def resource_resolved(self, value: Provenance, source_kind: str) -> None:
+        """Report a fresh value.
+
+        Args:
+            value: the revision, with its source, latency, attempts and authority rank.
+            source_kind: ``single``, ``batch`` or ``derived``.
+        """
+        self._count_fetch(value.source, "success")
+        if self._telling:
+            self._tell(
+                "resource_resolved",
+                resource=str(value.key),
+                source=value.source,
+                latency_ms=value.latency_ms,
+                attempts=value.attempts,
+                source_kind=source_kind,
+                authority_rank=value.authority_rank,
+            )
+
+    def source_failed(
+        self, key: ResourceKey, source: str, error: Reported, status: str = "failure"
+    ) -> None:
+        """Report that a source brought no fresh value for a key, whatever the reason.
+
+        Args:
+            key: what was asked for.
+            source: the source's name.
+            error: what went wrong.
+            status: ``failure``, ``stale``, ``invalid_timestamp`` or ``circuit_open``. The last two
+                have events of their own.
+        """
+        self._count_fetch(source, status)
+        if not self._telling:
+            return
+        resource, text = str(key), error_text_of(error)
+        if status == "circuit_open":
+            self._tell("source_circuit_open", source=source, resource=resource, error=text)
+        elif status == "invalid_timestamp":
+            self._tell("source_payload_rejected", resource=resource, source=source, error=text)
+        else:
+            kind = error_type_of(error)
+            self._tell(
+                "source_failed", resource=resource, source=source, error_type=kind, error=text
+            )
+
+    def source_payload_rejected(self, key: ResourceKey, source: str, error: Reported) -> None:
+        """Report a payload whose observation time cannot be right."""
+        self.source_failed(key, source, error, "invalid_timestamp")
+
+    def source_circuit_open(self, key: ResourceKey, source: str, error: Reported) -> None:
+        """Report that a key was not asked for, as its circuit is open."""
+        self.source_failed(key, source, error, "circuit_open")
+
+    def _count_fetch(self, source: str, status: str) -> None:
+        if self._counting:
+            self._count("source_fetch_total", source=source, status=status)
+
+    # Per call ---------------------------------------------------------------------------------
+
+    def fetch_latency(self, source: str, latency_ms: float) -> None:
+        """Observe how long one call took, in milliseconds."""
+        if self._counting:
+            self._observe("source_fetch_latency_ms", latency_ms, source=source)
+
+    def batch_call(self, source: str, status: str) -> None:
+        """Count a batch call as success, failure, deadline_exceeded or queue_timeout."""
+        if self._counting:
+            self._count("source_batch_call_total", source=source, status=status)
+
+    def batch_size(self, source: str, size: int) -> None:
+        """Observe how many keys one batch call is made for."""
+        if self._counting:
+            self._observe("source_batch_size", size, source=source)
+
+    def capacity_wait(self, source: str, waited_ms: float) -> None:
+        """Observe how long one call waited for its slots, in milliseconds."""
+        if self._counting:
+            self._observe("source_capacity_wait_ms", waited_ms, source=source)
+
+    def capacity_timeout(self, source: str, reason: str) -> None:
+        """Count a call that got no slot: ``queue_timeout`` or ``snapshot_deadline``."""
+        if self._counting:
+            self._count("source_capacity_timeout_total", source=source, reason=reason)
+
+    def transport_violated(
+        self,
+        keys: Collection[ResourceKey],
+        source: str,
+        outcome: str,
+        declared: float,
+        elapsed: float,
+        grace: float,
+    ) -> None:
+        """Report one call that ran longer than its transport timeout allows (all in seconds).
+
+        Args:
+            keys: what the call was for; it counts once, and each key has an event.
+            source: the source's name.
+            outcome: ``completed_late``, ``failed_late`` or ``coalestra_timeout``.
+            declared: the transport timeout that the source declares.
+            elapsed: how long the call was seen to run.
+            grace: what was allowed on top of the declaration.
+        """
+        if self._counting:
+            self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
+        if self._telling:
+            for key in keys:
+                self._tell(
+                    "source_transport_timeout_violated",
+                    source=source,
+                    resource=str(key),
+                    outcome=outcome,
+                    declared_transport_timeout_seconds=declared,
+                    observed_elapsed_seconds=elapsed,
+                    grace_seconds=grace,
+                )
+
+    def transport_budget_rejected(
+        self,
+        keys: Collection[ResourceKey],
+        source: str,
+        reason: str,
+        declared: float,
+        available: float,
+    ) -> None:
+        """Report one call that was not made, as it could have outlived its budget (in seconds).
+
+        Args:
+            keys: what the call was for; it counts once, and each key has an event.
+            source: the source's name.
+            reason: what sets the budget: ``snapshot_deadline`` or ``source_timeout``.
+            declared: the transport timeout that the source declares.
+            available: the budget that was left.
+        """
+        if self._counting:
+            self._count("source_transport_budget_rejection_total", source=source, reason=reason)
+        if self._telling:
+            for key in keys:
+                self._tell(
+                    "source_transport_budget_rejected",
+                    source=source,
+                    resource=str(key),
+                    transport_timeout_seconds=declared,
+                    available_budget_seconds=available,
+                )
+
+
+# What is reported about reading the cache and about sharing work in flight -----------------------
+
+
+class CacheReports(Emitter):
+    """One method for each thing that can become of a key before a source is asked."""
+
+    __slots__ = ()
+
+    def cache_access(self, key: ResourceKey, status: str) -> None:
+        """Count one look into the cache.
+
+        Args:
+            key: what was looked for.
+            status: ``fresh``, ``stale_while_revalidate``, ``miss``, ``stale_fallback`` or
+                ``revalidation_bypass``.
+        """
+        if self._counting:
+            self._count("cache_access_total", **labels_of(key), status=status)
+
+    def cache_hit(self, key: ResourceKey, freshness: str) -> None:
+        """Report a value served from the cache.
+
+        Args:
+            key: what was looked for.
+            freshness: ``fresh`` or ``stale_while_revalidate``; also the status that is counted.
+        """
+        self.cache_access(key, freshness)
+        if self._telling:
+            self._tell("cache_hit", resource=str(key), freshness=freshness)
+
+    def cache_missed(self, key: ResourceKey) -> None:
+        """Report that the cache had nothing usable. There is a count for it, but no event."""
+        self.cache_access(key, "miss")
+
+    def cache_bypassed(self, key: ResourceKey, reason: str) -> None:
+        """Report that the cache was passed over on purpose, and why."""
+        self.cache_access(key, "revalidation_bypass")
+        if self._telling:
+            self._tell("cache_bypassed", resource=str(key), reason=reason)
+
+    def stale_fallback_used(
+        self, key: ResourceKey, error: Reported, *, from_cache: bool = True
+    ) -> None:
+        """Report that a stale value stands in, as every source has failed.
+
+        Args:
+            key: what was looked for.
+            error: why there is no fresh value.
+            from_cache: whether the cache had the value; one from a source is no cache access.
+        """
+        if from_cache:
+            self.cache_access(key, "stale_fallback")
+        if self._telling:
+            self._tell("stale_fallback_used", resource=str(key), error_type=error_type_of(error))
+
+    def cache_failed(self, operation: str, error: Reported) -> None:
+        """Report that a cache raised, and that the library went on without it.
+
+        Args:
+            operation: what the cache was asked for, ``read`` or ``write``.
+            error: what it raised.
+        """
+        if self._counting:
+            self._count("cache_failure_total", operation=operation)
+        if self._telling:
+            self._tell(
+                "cache_failed",
+                operation=operation,
+                error_type=error_type_of(error),
+                error=error_text_of(error),
+            )
+
+    def flight_joined(self, key: ResourceKey) -> None:
+        """Count a caller who shares an acquisition that was already under way."""
+        if self._counting:
+            self._count("singleflight_join_total", **labels_of(key))
+
+
+# What is reported about refreshes in the background ----------------------------------------------
+
+
+class RefreshReports(Emitter):
+    """One report as a refresh is scheduled, and one as it ends."""
+
+    __slots__ = ()
+
+    def refresh_scheduled(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
+        """Report a new refresh, why, and the snapshot that gave the occasion."""
+        self._count_refresh(key, "scheduled")
+        if self._telling:
+            self._tell(
+                "resource_refresh_scheduled",
+                resource=str(key),
+                reason=reason,
+                snapshot_id=snapshot_id,
+            )
+
+    def refresh_completed(self, key: ResourceKey, reason: str, source: str) -> None:
+        """Report a refresh that brought a fresh value, and from which source."""
+        self._count_refresh(key, "success")
+        if self._telling:
+            self._tell(
+                "resource_refresh_completed", resource=str(key), reason=reason, source=source
+            )
+
+    def refresh_failed(self, key: ResourceKey, reason: str, error: Reported) -> None:
+        """Report a refresh that brought no fresh value, and what went wrong."""
+        self._count_refresh(key, "failure")
+        if self._telling:
+            self._tell(
+                "resource_refresh_failed",
+                resource=str(key),
+                reason=reason,
+                error_type=error_type_of(error),
+                error=error_text_of(error),
+            )
+
+    def refresh_cancelled(self, key: ResourceKey) -> None:
+        """Report a refresh that was called off. There is a count for it, but no event."""
+        self._count_refresh(key, "cancelled")
+
+    def _count_refresh(self, key: ResourceKey, status: str) -> None:
+        if self._counting:
+            self._count("resource_refresh_total", **labels_of(key), status=status)
+
+
+# What is reported about events written into the cache, and entries taken out of it ---------------
+
+
+class PublicationReports(Emitter):
+    """One report per key that was published or invalidated."""
+
+    __slots__ = ()
+
+    def resource_published(self, value: Provenance, *, replaced: bool, forced: bool) -> None:
+        """Report a published value that is now in the cache.
+
+        Args:
+            value: what was written.
+            replaced: whether there was a value for the key before.
+            forced: whether it was written whatever was there.
+        """
+        self._count_publish(value, PublishStatus.PUBLISHED)
+        if self._telling:
+            self._tell(
+                "resource_published",
+                resource=str(value.key),
+                source=value.source,
+                observed_at=value.observed_at,
+                replaced=replaced,
+                forced=forced,
+                authority_rank=value.authority_rank,
+            )
+
+    def resource_publish_ignored(
+        self, candidate: Provenance, cached: Provenance, status: PublishStatus
+    ) -> None:
+        """Report a published value that lost to the one in the cache, and by which rule."""
+        self._count_publish(candidate, status)
+        if self._telling:
+            self._tell(
+                "resource_publish_ignored",
+                resource=str(candidate.key),
+                source=candidate.source,
+                status=status.value,
+                observed_at=candidate.observed_at,
+                cached_observed_at=cached.observed_at,
+                candidate_authority_rank=candidate.authority_rank,
+                cached_authority_rank=cached.authority_rank,
+            )
+
+    def resource_invalidated(self, key: ResourceKey, reason: str) -> None:
+        """Report an entry taken out of the cache by request, for ``reason`` (may be empty)."""
+        if self._counting:
+            self._count("resource_invalidation_total", **labels_of(key))
+        if self._telling:
+            self._tell("resource_invalidated", resource=str(key), reason=reason)
+
+    def _count_publish(self, value: Provenance, status: PublishStatus) -> None:
+        if self._counting:
+            self._count(
+                "resource_publish_total",
+                **labels_of(value.key),
+                source=value.source,
+                status=status.value,
+            )
+
+
+# What is reported about builds and sessions as a whole, and about the policies they must meet ----
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionResolution:
+    """The outcome of one ``resolve`` of a session; counts are of keys.
+
+    Attributes:
+        snapshot_id: the session's id.
+        requested: keys of this call.
+        resolved: those of them that have a value.
+        failed: those of them that have none.
+        total_resources: keys in the snapshot that the call returned.
+        strict: whether a failure was to raise.
+        retry_errors: whether earlier failures were to be tried again.
+    """
+
+    snapshot_id: str
+    requested: int
+    resolved: int
+    failed: int
+    total_resources: int
+    strict: bool
+    retry_errors: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionRevalidation:
+    """The outcome of one ``revalidate`` of a session; counts are of keys.
+
+    Attributes:
+        snapshot_id: the session's id.
+        requested: keys of this call.
+        affected: these and the pinned ones derived from them.
+        refreshed: affected keys for which there is a new value.
+        failed: affected keys for which there is none.
+        committed: whether the new values were pinned.
+        retained_previous: whether the old ones stay.
+        strict: whether a failure was to raise.
+        force_refresh: whether the cache was to be passed over.
+        consistency_failed: whether the new state broke the consistency policy.
+        acceptance_failed: whether it broke the acceptance policy.
+    """
+
+    snapshot_id: str
+    requested: int
+    affected: int
+    refreshed: int
+    failed: int
+    committed: bool
+    retained_previous: bool
+    strict: bool
+    force_refresh: bool
+    consistency_failed: bool = False
+    acceptance_failed: bool = False
+
+
+class SnapshotReports(Emitter):
+    """One report per finished build, session call, or judgement by a policy."""
+
+    __slots__ = ()
+
+    def snapshot_built(
+        self,
+        snapshot_id: str,
+        diagnostics: SnapshotDiagnostics,
+        *,
+        build_failed: bool,
+        strict: bool,
+    ) -> None:
+        """Report a finished build; the counts of keys are those of its diagnostics."""
+        self._count_status("snapshot_build_total", not build_failed)
+        if self._telling:
+            self._tell(
+                "snapshot_built",
+                snapshot_id=snapshot_id,
+                resources=diagnostics.requested_resources,
+                resolved=diagnostics.resolved_resources,
+                failed=diagnostics.failed_resources,
+                build_failed=build_failed,
+                strict=strict,
+                diagnostics=diagnostics,
+            )
+
+    def session_resolved(self, outcome: SessionResolution, *, succeeded: bool) -> None:
+        """Report a finished ``resolve``; ``succeeded`` unless it is about to raise."""
+        self._count_status("snapshot_session_resolve_total", succeeded)
+        if self._telling:
+            self._tell("snapshot_session_resolved", **fields_of(outcome))
+
+    def session_revalidated(self, outcome: SessionRevalidation) -> None:
+        """Report a finished ``revalidate``; it has succeeded if its values were committed."""
+        self._count_status("snapshot_session_revalidate_total", outcome.committed)
+        if self._telling:
+            self._tell("snapshot_session_revalidated", **fields_of(outcome))
+
+    def acceptance_passed(self) -> None:
+        """Count a snapshot that its acceptance policy lets through."""
+        self._count_status("snapshot_acceptance_total", True)
+
+    def acceptance_failed(
+        self, snapshot_id: str, violations: Collection[SnapshotAcceptanceViolation]
+    ) -> None:
+        """Report a snapshot that its acceptance policy turns down, and each reason for it."""
+        self._count_status("snapshot_acceptance_total", False)
+        reasons = [violation.reason.value for violation in violations]
+        if self._counting:
+            for reason in reasons:
+                self._count("snapshot_acceptance_violation_total", reason=reason)
+        if self._telling:
+            self._tell(
+                "snapshot_acceptance_failed",
+                snapshot_id=snapshot_id,
+                violations=len(reasons),
+                reasons=tuple(dict.fromkeys(reasons)),
+            )
+
+    def consistency_passed(self) -> None:
+        """Count a snapshot whose observations lie close enough together."""
+        self._count_consistency("success")
+
+    def consistency_failed(self, snapshot_id: str, error: SnapshotConsistencyError) -> None:
+        """Report a snapshot whose observations lie too far apart."""
+        self._count_consistency("error")
+        if self._telling:
+            self._tell(
+                "snapshot_consistency_failed",
+                snapshot_id=snapshot_id,
+                resources=len(error.keys),
+                oldest_resource=str(error.oldest_key),
+                newest_resource=str(error.newest_key),
+                observation_skew_ms=error.observation_skew_seconds * 1000.0,
+                max_observation_skew_ms=error.max_observation_skew_seconds * 1000.0,
+            )
+
+    def copy_deadline_exceeded(self, snapshot_id: str, phase: str) -> None:
+        """Report that a deadline struck while a payload was being copied, and in which phase."""
+        if self._counting:
+            self._count("payload_copy_deadline_total", phase=phase)
+        if self._telling:
+            self._tell("payload_copy_deadline_exceeded", snapshot_id=snapshot_id, phase=phase)
+
+    def _count_status(self, metric: str, succeeded: bool) -> None:
+        if self._counting:
+            self._count(metric, status="success" if succeeded else "error")
+
+    def _count_consistency(self, status: str) -> None:
+        if self._counting:
+            self._count("snapshot_consistency_total", status=status, rule="observation_skew")
+
+
+def fields_of(outcome: SessionResolution | SessionRevalidation) -> dict[str, str | int]:
+    """Return the fields of an outcome by name, for the payload of its event."""
+    return {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
+
+
+# Everything the library reports, as one object that the engine calls by what has happened --------
+
+
+class Reporter(CacheReports, SourceReports, SnapshotReports, PublicationReports, RefreshReports):
+    """One method per fact: it counts what the fact counts for, and emits its event if it has one.
+
+    No method raises an ``Exception``. Get one from ``reporter_for``.
+    """
+
+    __slots__ = ()
+
+
+def reporter_for(metrics: MetricsSink, events: EventSink) -> Reporter | None:
+    """Return the reporter to these sinks, or None if both discard what they get.
+
+    A null sink counts as one inside a buffer too. Subclasses of the null sinks do not: they may
+    listen after all.
+    """
+    counting = type(_innermost(metrics)) is not NullMetrics
+    telling = type(_innermost(events)) is not NullEventSink
+    if not counting and not telling:
+        return None
+    return Reporter(metrics, events, counting=counting, telling=telling)
+
+
+def _innermost(sink: MetricsSink | EventSink) -> MetricsSink | EventSink:
+    while isinstance(sink, (BufferedMetricsSink, BufferedEventSink)):
+        sink = sink.downstream
+    return sink
+
+
+# Which sinks of a builder get a buffer, and how these buffers are looked into and closed ---------
+
+
+class ObservabilitySinks:
+    """The sinks of one builder as it uses them.
+
+    Attributes:
+        metrics: the metrics sink, buffered or not.
+        events: the event sink, buffered or not.
+        buffers: every buffered sink by component, ``events`` and ``metrics``.
+        owned: those of them that were put there on the builder's behalf, and are its to close.
+    """
+
+    __slots__ = ("buffers", "events", "metrics", "owned")
+
+    def __init__(
+        self,
+        metrics: MetricsSink,
+        events: EventSink,
+        buffers: Mapping[str, Buffer],
+        owned: Mapping[str, Buffer],
+    ) -> None:
+        self.metrics = metrics
+        self.events = events
+        self.buffers = buffers
+        self.owned = owned
+
+    def reporter(self) -> Reporter | None:
+        """Return what reports to these sinks, or None if both discard what they get."""
+        if type(self.metrics) is NullMetrics and type(self.events) is NullEventSink:
+            return None
+
+        return reporter_for(self.metrics, self.events)
+
+    def stats(self) -> dict[str, BufferedSinkStats]:
+        """Return the state of every buffered sink, by component."""
+        return {name: buffer.stats() for name, buffer in self.buffers.items()}
+
+    def close(self, *, timeout_seconds: float | None = 5.0, drain: bool = True) -> dict[str, int]:
+        """Close the owned buffers; this blocks the calling thread, so not on an event loop.
+
+        Args:
+            timeout_seconds: for all of them together; None waits as long as it takes.
+            drain: deliver what is pending instead of discarding it.
+
+        Returns:
+            The pending records of each component whose worker still runs; empty if all is done.
+            Calling again waits for those.
+        """
+        for buffer in self.owned.values():
+            buffer.refuse(discard=not drain)
+        end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        late = {}
+        for name, buffer in self.owned.items():
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not buffer.close(timeout=left):
+                late[name] = buffer.stats().pending
+        return late
+
+
+def buffer_sinks(
+    metrics: MetricsSink | None,
+    events: EventSink | None,
+    *,
+    buffer: bool | None = None,
+    max_pending: int = DEFAULT_MAX_PENDING,
+    overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
+) -> ObservabilitySinks:
+    """Put buffers before the sinks that need one. A buffered sink never gets a second buffer.
+
+    Args:
+        metrics: where counts and observations go; None discards them.
+        events: where events go; None discards them.
+        buffer: True for every sink, False for none, None for those that do not say
+            ``coalestra_non_blocking = True``.
+        max_pending: how many records may wait in each buffer (at least 1).
+        overflow: what happens to one more.
+
+    Raises:
+        TypeError: an argument has the wrong type, or a sink lacks a method.
+        ValueError: ``max_pending`` is below 1.
+    """
+    if buffer is not None:
+        flag("buffer_observability", buffer)
+    used_metrics = NullMetrics() if metrics is None else metrics
+    used_events = NullEventSink() if events is None else events
+    require_methods("metrics", used_metrics, "increment", "observe")
+    require_methods("events", used_events, "emit")
+    sinks = ObservabilitySinks(used_metrics, used_events, {}, {})
+    if metrics is None and events is None and not buffer:
+        return sinks
+    return _in_buffers(sinks, buffer, max_pending, overflow)
+
+
+def _in_buffers(
+    sinks: ObservabilitySinks,
+    buffer: bool | None,
+    max_pending: int,
+    overflow: BufferOverflowPolicy,
+) -> ObservabilitySinks:
+
+    metrics, events = sinks.metrics, sinks.events
+    owned: dict[str, Buffer] = {}
+    if not isinstance(events, BufferedEventSink) and _wants_buffer(events, buffer):
+        events = owned["events"] = BufferedEventSink(
+            events, max_pending=max_pending, overflow=overflow
+        )
+    if not isinstance(metrics, BufferedMetricsSink) and _wants_buffer(metrics, buffer):
+        metrics = owned["metrics"] = BufferedMetricsSink(
+            metrics, max_pending=max_pending, overflow=overflow
+        )
+    buffers: dict[str, Buffer] = {}
+    if isinstance(events, BufferedEventSink):
+        buffers["events"] = events
+    if isinstance(metrics, BufferedMetricsSink):
+        buffers["metrics"] = metrics
+    return ObservabilitySinks(metrics, events, buffers, owned)
+
+
+def _wants_buffer(sink: object, buffer: bool | None) -> bool:
+    if buffer is None:
+        return getattr(sink, "coalestra_non_blocking", False) is not True
+    return buffer

@@ -1,0 +1,239 @@
+"""How much a buffer holds, and what it does when it is full."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from coalestra.core.validation import instance
+
+# How much a buffer holds, and what it does when it is full ---------------------------------------
+
+
+DEFAULT_MAX_PENDING = 10_000
+"""How many records a buffer keeps waiting unless told otherwise."""
+
+
+class BufferOverflowPolicy(str, enum.Enum):
+    """What becomes of a record that finds the buffer full."""
+
+    DROP_OLDEST = "drop_oldest"
+    """It takes the place of the one that waited longest."""
+
+    DROP_NEWEST = "drop_newest"
+    """It is dropped itself."""
+
+    RAISE = "raise"
+    """It is dropped, and the caller gets ``queue.Full``."""
+
+
+# The sinks of whoever wants to hear nothing: they discard what they get --------------------------
+
+
+class NullEventSink:
+    """Discards every event. With it, the library does not even put events together."""
+
+    __slots__ = ()
+
+    coalestra_non_blocking = True
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        """Do nothing."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class NullMetrics:
+    """Discards every count and observation. With it, the library builds no labels."""
+
+    __slots__ = ()
+
+    coalestra_non_blocking = True
+
+    def increment(self, metric: str, value: int = 1, **labels: str) -> None:
+        """Do nothing."""
+
+    def observe(self, metric: str, value: float, **labels: str) -> None:
+        """Do nothing."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+# Event sinks that come with the library, and the record of one event -----------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EventRecord:
+    """One event as it was emitted.
+
+    Attributes:
+        event_type: what happened, such as ``snapshot_built``.
+        payload: the particulars, in a dictionary of the record's own.
+    """
+
+    event_type: str
+    payload: dict[str, Any]
+
+
+class LoggingEventSink:
+    """Writes each event to a logger, at level INFO.
+
+    A log record has the attributes ``event_type`` and ``event_payload`` for structured
+    formatters. Log handlers may write to files or networks, so a builder puts this sink behind
+    a buffer unless told otherwise.
+
+    Args:
+        logger: where to write; the logger ``coalestra`` by default.
+
+    Raises:
+        TypeError: ``logger`` is neither None nor a logger.
+    """
+
+    __slots__ = ("logger",)
+
+    def __init__(self, logger: logging.Logger | None = None) -> None:
+        instance("logger", logger, logging.Logger, optional=True)
+        self.logger: logging.Logger = logging.getLogger("coalestra") if logger is None else logger
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        """Log one event."""
+        extra = {"event_type": event_type, "event_payload": payload}
+        self.logger.info("%s %s", event_type, payload, extra=extra)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.logger!r})"
+
+
+# Metric sinks that come with the library, and what they keep -------------------------------------
+
+
+Labels = tuple[tuple[str, str], ...]
+"""The labels of a series: pairs in the order of their names."""
+
+Series = tuple[str, Labels]
+"""What one number is kept for: the name of a metric, and its labels."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MetricRecord:
+    """One call to a metrics sink.
+
+    Attributes:
+        operation: the method called, ``increment`` or ``observe``.
+        metric: the name of the metric.
+        value: what it was increased by, or what was observed.
+        labels: the labels, in a dictionary of the record's own.
+    """
+
+    operation: str
+    metric: str
+    value: int | float
+    labels: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ObservationSummary:
+    """What all observations of one series come to, in the unit of the metric.
+
+    Attributes:
+        count: how many there were, at least one.
+        total: their sum.
+        minimum: the least of them.
+        maximum: the greatest of them.
+    """
+
+    count: int
+    total: float
+    minimum: float
+    maximum: float
+
+    @property
+    def average(self) -> float:
+        """The arithmetic mean of the observations."""
+        return self.total / self.count
+
+    def including(self, value: float) -> ObservationSummary:
+        """Return the summary with one more observation."""
+        return ObservationSummary(
+            self.count + 1,
+            self.total + value,
+            min(self.minimum, value),
+            max(self.maximum, value),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MetricsSnapshot:
+    """Everything an ``InMemoryMetrics`` held at one moment.
+
+    Attributes:
+        counters: the value of each counter, by metric and labels.
+        observations: the summary of each observed metric, by metric and labels.
+    """
+
+    counters: Mapping[Series, int]
+    observations: Mapping[Series, ObservationSummary]
+
+
+class InMemoryMetrics:
+    """Keeps one number per counter and one summary per observed series; safe from many threads.
+
+    Memory grows with the number of distinct label sets, not with the number of calls.
+    """
+
+    __slots__ = ("_counters", "_lock", "_observations")
+
+    coalestra_non_blocking = True
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters: dict[Series, int] = {}
+        self._observations: dict[Series, ObservationSummary] = {}
+
+    def increment(self, metric: str, value: int = 1, **labels: str) -> None:
+        """Add ``value`` to the counter with exactly these labels."""
+        series = series_of(metric, labels)
+        with self._lock:
+            self._counters[series] = self._counters.get(series, 0) + value
+
+    def observe(self, metric: str, value: float, **labels: str) -> None:
+        """Add one observation to the summary with exactly these labels."""
+        series = series_of(metric, labels)
+        with self._lock:
+            known = self._observations.get(series)
+            self._observations[series] = (
+                ObservationSummary(1, value, value, value)
+                if known is None
+                else known.including(value)
+            )
+
+    def counter(self, metric: str, **labels: str) -> int:
+        """Return the counter with exactly these labels; 0 if it was never increased."""
+        with self._lock:
+            return self._counters.get(series_of(metric, labels), 0)
+
+    def summary(self, metric: str, **labels: str) -> ObservationSummary | None:
+        """Return what was observed with exactly these labels; None if nothing was."""
+        with self._lock:
+            return self._observations.get(series_of(metric, labels))
+
+    def snapshot(self) -> MetricsSnapshot:
+        """Return a copy of all that is kept."""
+        with self._lock:
+            return MetricsSnapshot(dict(self._counters), dict(self._observations))
+
+    def __repr__(self) -> str:
+        kept = self.snapshot()
+        counters, observed = len(kept.counters), len(kept.observations)
+        return f"<{type(self).__name__} counters={counters} observations={observed}>"
+
+
+def series_of(metric: str, labels: Mapping[str, str]) -> Series:
+    """Return the series that ``metric`` with these labels belongs to, whatever their order."""
+    return metric, tuple(sorted(labels.items()))

@@ -1,0 +1,204 @@
+"""Which sources may serve a key, and in which order: the chain that every key walks."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from coalestra.core.errors import SourceProtocolError, SourceUnavailableError
+from coalestra.core.keys import ResourceKey
+from coalestra.core.protocols import Source
+from coalestra.core.snapshot import DiagnosticsRecorder
+from coalestra.core.timeouts import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
+from coalestra.core.validation import instance, integer, number, text
+from coalestra.resilience.policies import SourceResiliencePolicy
+
+
+class SourceKind(enum.Enum):
+    """How a source is asked. If it could be asked in several ways, the first one here wins."""
+
+    DERIVED = "derived"
+    BATCH = "batch"
+    SINGLE = "single"
+
+
+_METHODS = {
+    SourceKind.DERIVED: ("dependencies", "derive"),
+    SourceKind.BATCH: ("fetch_many",),
+    SourceKind.SINGLE: ("fetch",),
+}
+
+
+class Link:
+    """One source in the chain, with what the engine needs to know of it.
+
+    `context` names its payloads in errors. `asked` and `served` are its bits among the answers that
+    are remembered of a key.
+    """
+
+    __slots__ = (
+        "asked",
+        "context",
+        "declared_resilience",
+        "guarantee",
+        "index",
+        "kind",
+        "memoized",
+        "name",
+        "served",
+        "source",
+    )
+
+    def __init__(self, index: int, source: Any, *, memoized: bool) -> None:
+        self.index: int = index
+        self.asked: int = 1 << 2 * index
+        self.served: int = 2 << 2 * index
+        self.source: Any = source
+        self.name: str = source.name
+        self.context: str = f"payload of {source.name}"
+        self.kind: SourceKind = kind_of(source)
+        self.guarantee: SourceTimeoutGuarantee = inspect_source_timeout_guarantee(source)
+        self.memoized: bool = memoized and bool(getattr(source, "cache_supports", True))
+        self.declared_resilience: Any = getattr(source, "resilience_policy", None)
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """The longest that one call may take, in seconds, or None for no limit of its own."""
+        timeout: float | None = getattr(self.source, "timeout_seconds", None)
+        return timeout
+
+    @property
+    def queue_timeout_seconds(self) -> float | None:
+        """The longest wait for capacity, in seconds: the source timeout unless declared."""
+        timeout: float | None = getattr(self.source, "queue_timeout_seconds", None)
+        return self.timeout_seconds if timeout is None else timeout
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """The most keys that one batch call may carry, or None for any number."""
+        size: int | None = getattr(self.source, "max_batch_size", None)
+        return size
+
+    def __repr__(self) -> str:
+        return f"<Link {self.index} {self.name} {self.kind.value}>"
+
+
+def kind_of(source: Any) -> SourceKind:
+    """Return how a source is to be asked; `TypeError` if it cannot be asked at all."""
+    for kind, methods in _METHODS.items():
+        if all(callable(getattr(source, method, None)) for method in methods):
+            return kind
+    raise TypeError(
+        f"source {getattr(source, 'name', source)!r} offers none of fetch, fetch_many, or "
+        "dependencies with derive; give it one of them"
+    )
+
+
+class Chains:
+    """The sources by descending priority, and a bounded memory of what each supports.
+
+    `entries` is how many answers are remembered. Those about one key are kept as the bits of one
+    number, and forgotten together.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source],
+        *,
+        memoize: bool = True,
+        max_entries: int | None = 100_000,
+    ) -> None:
+        ordered = sorted(_checked(sources), key=lambda source: -source.priority)
+        self.links: tuple[Link, ...] = tuple(
+            Link(index, source, memoized=memoize) for index, source in enumerate(ordered)
+        )
+        self.max_entries = max_entries
+        self.entries: int = 0
+        self._answers: OrderedDict[ResourceKey, int] = OrderedDict()
+        self._asked = sum(link.asked for link in self.links)
+
+    def forget(self) -> None:
+        """Forget every remembered answer."""
+        self._answers.clear()
+        self.entries = 0
+
+    def supports(self, link: Link, key: ResourceKey, record: DiagnosticsRecorder) -> bool:
+        """Whether the source of `link` serves `key`; raises what the source raises."""
+        if not link.memoized:
+            return _ask(link, key)
+        answers = self._answers
+        known = answers.get(key, 0)
+        if known & link.asked:
+            record.support_cache_hits += 1
+            if self.max_entries is not None:
+                answers.move_to_end(key)
+            return bool(known & link.served)
+        record.support_cache_misses += 1
+        answer = _ask(link, key)
+        # Taken out anew: the source may have called for the answers to be forgotten.
+        known = answers.pop(key, 0) if known else 0
+        self.entries += not (known & link.asked)
+        answers[key] = known | link.asked | (link.served if answer else 0)
+        if self.max_entries is not None and self.entries > self.max_entries:
+            self._make_room(self.max_entries)
+        return answer
+
+    def _make_room(self, limit: int) -> None:
+        while self.entries > limit:
+            _, forgotten = self._answers.popitem(last=False)
+            self.entries -= (forgotten & self._asked).bit_count()
+
+    def __repr__(self) -> str:
+        return f"<Chains {' > '.join(link.name for link in self.links)} entries={self.entries}>"
+
+
+def _ask(link: Link, key: ResourceKey) -> bool:
+    try:
+        answer = link.source.supports(key)
+    except asyncio.CancelledError as error:
+        raise SourceUnavailableError(f"source {link.name!r} cancelled itself") from error
+    if answer is True or answer is False:
+        return answer
+    if inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()
+        raise SourceProtocolError(
+            f"supports() of source {link.name!r} returned an awaitable; it must be a plain function"
+        )
+    return bool(answer)
+
+
+def _checked(sources: Iterable[Source]) -> list[Any]:
+    """Validate what every source must declare; names the source in each error."""
+    found: list[Any] = list(sources)
+    names: dict[str, Any] = {}
+    for source in found:
+        name = text("source name", getattr(source, "name", None))
+        if name in names:
+            raise ValueError(f"source names must be unique, got {name!r} twice; rename one of them")
+        names[name] = source
+        integer(f"priority of source {name!r}", getattr(source, "priority", None))
+        if not callable(getattr(source, "supports", None)):
+            raise TypeError(f"source {name!r} has no supports(key) method; add one")
+        _check_limits(name, source)
+    return found
+
+
+def _check_limits(name: str, source: Any) -> None:
+    for setting in ("timeout_seconds", "queue_timeout_seconds"):
+        value = getattr(source, setting, None)
+        number(f"{setting} of source {name!r}", value, above=0, optional=True)
+    for setting in ("max_concurrency", "max_batch_size"):
+        value = getattr(source, setting, None)
+        integer(f"{setting} of source {name!r}", value, minimum=1, optional=True)
+    policy = getattr(source, "resilience_policy", None)
+    instance(f"resilience_policy of source {name!r}", policy, SourceResiliencePolicy, optional=True)
+
+
+def timeout_guarantees(links: Iterable[Link]) -> Mapping[str, SourceTimeoutGuarantee]:
+    """Return what each source declares about its timeouts, by source name."""
+    return {link.name: link.guarantee for link in links}
