@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -212,6 +213,84 @@ def test_a_key_cannot_be_changed(name: str) -> None:
         setattr(KEY, name, "x")
     with pytest.raises((AttributeError, TypeError)):
         delattr(KEY, name)
+
+
+ODD = "a\nb\x1b[31m\u2028\u202e\udcff"
+"""A line break, an escape sequence, a line separator, a change of direction, half a pair."""
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_no_text_of_a_key_raises_and_the_one_for_people_is_one_printable_line(
+    position: int,
+) -> None:
+    texts = ["n", "k", "s", "q", "v"]
+    texts[position] = ODD
+    namespace, name, subject, qualifier, value = texts
+    key = ResourceKey(namespace, name, subject, {qualifier: value})
+    assert str(key).startswith(f"{namespace}:{name}:{subject}?")
+    assert key.display.isprintable()
+    assert key.display is key.display
+    assert re.fullmatch(r"[!-~]+", key.canonical)
+    assert repr(key).isprintable()
+    assert ResourceKey(namespace, name, subject, {qualifier: value}) == eval(
+        repr(key), {"ResourceKey": ResourceKey}
+    )
+
+
+def test_half_of_a_surrogate_pair_is_encoded_like_any_other_character() -> None:
+    key = ResourceKey("files", "size", "", {"file": "report-\udcff.csv"})
+    assert str(key) == key.canonical == "files:size?file=report-%ED%B3%BF.csv"
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_the_text_for_people_and_the_repr_are_short_however_long_the_key(position: int) -> None:
+    texts = ["n", "k", "s", "q", "v"]
+    texts[position] = "x" * 10_000_000
+    namespace, name, subject, qualifier, value = texts
+    key = ResourceKey(namespace, name, subject, {qualifier: value})
+    assert len(key.display) <= 200
+    assert len(repr(key)) <= 1000
+    assert re.search(r"\.\.\. \(\d+ characters, [0-9a-f]{8}\)$", key.display)
+
+
+def test_long_keys_that_begin_alike_are_told_apart_for_people() -> None:
+    first, second = (ResourceKey("n", "k", "x" * 300 + end) for end in "ab")
+    assert first.display != second.display
+    assert first.display == ResourceKey("n", "k", first.subject).display
+
+
+def test_a_plain_key_reads_the_same_in_all_its_texts() -> None:
+    key = ResourceKey("market", "price", "BTC-EUR", {"venue": "x y"})
+    assert str(key) == key.display == key.canonical == "market:price:BTC-EUR?venue=x+y"
+    assert ResourceKey("n", "k", "Zürich / 北京").display == "n:k:Zürich / 北京"
+
+
+tricky = st.text(alphabet="ab:?&=%+ \n\udcff", max_size=4)
+named = tricky.map(str.strip).filter(bool)
+
+
+@given(
+    st.builds(ResourceKey, named, named, tricky, st.dictionaries(named, tricky, max_size=2)),
+    st.builds(ResourceKey, named, named, tricky, st.dictionaries(named, tricky, max_size=2)),
+)
+def test_the_canonical_text_is_one_keys_alone(one: ResourceKey, other: ResourceKey) -> None:
+    assert (one.canonical == other.canonical) == (one == other)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (("a", "b:c"), ("a", "b", "c")),
+        (("a", "b", "c?d=e"), ("a", "b", "c", {"d": "e"})),
+        (("a:b", "c"), ("a", "b:c")),
+        (("a", "b?c=d"), ("a", "b", "", {"c": "d"})),
+    ],
+)
+def test_keys_that_share_a_text_have_canonical_texts_of_their_own(
+    one: tuple[Any, ...], other: tuple[Any, ...]
+) -> None:
+    assert str(ResourceKey(*one)) == str(ResourceKey(*other))
+    assert ResourceKey(*one).canonical != ResourceKey(*other).canonical
 
 
 def test_a_key_is_a_frozen_ordered_dataclass_of_four_fields() -> None:

@@ -125,7 +125,7 @@ class SnapshotAcceptancePolicy:
         rules = FrozenDict(mapping("resource_rules", self.resource_rules))
         for key, rule in rules.items():
             instance("resource_rules key", key, ResourceKey)
-            instance(f"resource_rules[{key}]", rule, ResourceAcceptanceRule)
+            instance(f"resource_rules[{key.display}]", rule, ResourceAcceptanceRule)
         requirements = tuple(self.requirements)
         for requirement in requirements:
             instance("requirements", requirement, SnapshotRequirement)
@@ -263,7 +263,7 @@ class _Court:
             yield SnapshotAcceptanceViolation(
                 SnapshotAcceptanceReason.STALE,
                 (key,),
-                f"{key} must be fresh, got a stale value observed {age:g} s ago",
+                f"{key.display} must be fresh, got a stale value observed {age:g} s ago",
                 key=key,
                 current_age_seconds=age,
                 stale=True,
@@ -272,7 +272,7 @@ class _Court:
             yield SnapshotAcceptanceViolation(
                 SnapshotAcceptanceReason.TOO_OLD,
                 (key,),
-                f"{key} must be at most {rule.max_age_seconds:g} s old, got {age:g} s",
+                f"{key.display} must be at most {rule.max_age_seconds:g} s old, got {age:g} s",
                 key=key,
                 current_age_seconds=age,
                 max_age_seconds=rule.max_age_seconds,
@@ -282,7 +282,7 @@ class _Court:
             yield SnapshotAcceptanceViolation(
                 SnapshotAcceptanceReason.INSUFFICIENT_AUTHORITY,
                 (key,),
-                f"{key} must have an authority rank of at least {lowest}, got "
+                f"{key.display} must have an authority rank of at least {lowest}, got "
                 f"{value.authority_rank} from source {value.source}",
                 key=key,
                 authority_rank=value.authority_rank,

@@ -213,7 +213,7 @@ class ResourceResolutionError(CoalestraError):
     def __init__(self, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> None:
         self.key = key
         self.failures: tuple[SourceFailure, ...] = tuple(failures)
-        super().__init__(f"cannot resolve {key}: {self.format_failures()}")
+        super().__init__(f"cannot resolve {key.display}: {self.format_failures()}")
 
     def format_failures(
         self,
@@ -247,12 +247,12 @@ class DependencyCycleError(CoalestraError):
 
     def __init__(self, path: tuple[ResourceKey, ...]) -> None:
         self.path: tuple[ResourceKey, ...] = tuple(path)
-        shown: list[object] = list(self.path)
+        shown = [key.display for key in self.path]
         hidden = len(shown) - 2 * MAX_RESOURCES_SHOWN
         if hidden > 0:
             shown[MAX_RESOURCES_SHOWN:-MAX_RESOURCES_SHOWN] = [f"({hidden} more)"]
         super().__init__(
-            f"dependencies must not form a cycle, got {' -> '.join(map(str, shown))}; "
+            f"dependencies must not form a cycle, got {' -> '.join(shown)}; "
             "remove one of these dependencies"
         )
 
@@ -272,7 +272,7 @@ class DependencyResolutionError(CoalestraError):
         self.key = key
         self.source = source
         self.errors: Mapping[ResourceKey, Exception] = FrozenDict(errors)
-        super().__init__(f"source {source!r} cannot derive {key}: {described(self.errors)}")
+        super().__init__(f"source {source!r} cannot derive {key.display}: {described(self.errors)}")
 
 
 def enumerated(shown: list[str], total: int, noun: str) -> str:
@@ -291,7 +291,7 @@ def counted(number: int, noun: str) -> str:
 def described(errors: Mapping[ResourceKey, Exception]) -> str:
     """Return the first errors by resource, each bounded, and how many more there are."""
     first = islice(errors.items(), MAX_RESOURCES_SHOWN)
-    shown = [f"{key} [{_reason(error)}]" for key, error in first]
+    shown = [f"{key.display} [{_reason(error)}]" for key, error in first]
     return enumerated(shown, len(errors), "resource")
 
 
@@ -310,7 +310,7 @@ def serialized_error(
         "schema": ERROR_DIAGNOSTICS_SCHEMA,
         "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
         "error_type": type(error).__name__,
-        "resource": str(key),
+        "resource": key.display,
         "message": folded_message(message_of(error), max_message_length),
         "failures": [
             failure.to_dict(max_message_length=max_message_length) for failure in failures
@@ -406,8 +406,8 @@ class SnapshotConsistencyError(SnapshotBuildError):
         return (
             f"{counted(len(self.keys), 'resource')} must be observed within "
             f"{self.max_observation_skew_seconds:g} s of each other, got "
-            f"{self.observation_skew_seconds:g} s between {self.oldest_key} (oldest) and "
-            f"{self.newest_key} (newest)"
+            f"{self.observation_skew_seconds:g} s between {self.oldest_key.display} (oldest) and "
+            f"{self.newest_key.display} (newest)"
         )
 
 
@@ -424,7 +424,9 @@ class ResourceAcceptanceError(CoalestraError):
     ) -> None:
         self.key = key
         self.violations: tuple[SnapshotAcceptanceViolation, ...] = tuple(violations)
-        super().__init__(f"{key} is not acceptable: {_listed(self.violations, MAX_FAILURES_SHOWN)}")
+        super().__init__(
+            f"{key.display} is not acceptable: {_listed(self.violations, MAX_FAILURES_SHOWN)}"
+        )
 
 
 class SnapshotAcceptanceError(SnapshotBuildError):

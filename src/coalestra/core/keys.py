@@ -4,7 +4,9 @@ Laws:
 
 1. Two keys are equal exactly if their normalized namespace, name, subject and qualifiers are; the
    normalizer that made them so does not count.
-2. A key never changes; its hash is computed once, its text at most once.
+2. A key never changes; its hash is computed once, each of its texts at most once.
+3. Of its three texts, ``str(key)`` is as it has always been, ``canonical`` is one key's alone, and
+   ``display`` is one short line for people. None of them ever raises.
 """
 
 from __future__ import annotations
@@ -14,7 +16,15 @@ from dataclasses import dataclass, fields
 from typing import Any, final
 
 from coalestra.core.frozen import become, draft_of, refuse_subclass
-from coalestra.core.validation import callable_, instance, refusal, text, wrong_type
+from coalestra.core.validation import (
+    callable_,
+    instance,
+    readable,
+    refusal,
+    shown,
+    text,
+    wrong_type,
+)
 
 # How the parts of a key are brought into one form, so that one resource has one key --------------
 
@@ -128,6 +138,9 @@ QualifierInput = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
 _strip = str.strip
 
+_LONG = 500
+"""From how many characters on a key is cut in its ``repr``, too."""
+
 _PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~"
 _ENCODED = ["+" if b == 32 else chr(b) if b in _PLAIN else f"%{b:02X}" for b in range(256)]
 
@@ -135,8 +148,9 @@ _ENCODED = ["+" if b == 32 else chr(b) if b in _PLAIN else f"%{b:02X}" for b in 
 class _Kept:
     """What a key keeps besides its fields, so that nothing is worked out twice."""
 
-    __slots__ = ("_hash", "_normalizer", "_parts", "_text")
+    __slots__ = ("_display", "_hash", "_normalizer", "_parts", "_text")
 
+    _display: str
     _hash: int
     _normalizer: KeyNormalizer
     _parts: tuple[str, str, str, tuple[tuple[str, str], ...]]
@@ -144,9 +158,12 @@ class _Kept:
 
 
 @final
-@dataclass(frozen=True, order=True, init=False, slots=True)
+@dataclass(frozen=True, order=True, init=False, repr=False, slots=True)
 class ResourceKey(_Kept):
     """The identity of a resource: immutable, hashable, ordered by its fields.
+
+    ``str(key)`` is ``namespace:name``, then ``:subject`` if there is one, then ``?`` and the
+    URL-encoded qualifiers. Different keys may share it: use ``canonical`` as a name.
 
     Attributes:
         namespace: the area it belongs to; never empty.
@@ -207,6 +224,29 @@ class ResourceKey(_Kept):
         """What brought the parts of this key into their form."""
         return self._normalizer
 
+    @property
+    def canonical(self) -> str:
+        """The text that is this key's alone: for file names, rows, or keys of another store.
+
+        Like ``str(key)``, with every part URL-encoded, so that it is plain ASCII. It is as long
+        as the parts are; two keys are equal exactly if their canonical texts are.
+        """
+        return self._joined(_quoted)
+
+    @property
+    def display(self) -> str:
+        """The text for people: ``str(key)`` in one line of bounded length.
+
+        What cannot be printed is escaped, and what is too long is cut and ends in its length and a
+        checksum. Errors, events and logs use it.
+        """
+        try:
+            return self._display
+        except AttributeError:
+            line = readable(str(self))
+            object.__setattr__(self, "_display", line)
+            return line
+
     def qualifier(self, name: str, default: str | None = None) -> str | None:
         """Return the value of the qualifier ``name``, or ``default`` if there is none."""
         wanted = self._normalizer.normalize_qualifier_name(name)
@@ -263,11 +303,19 @@ class ResourceKey(_Kept):
     def __str__(self) -> str:
         text = self._text
         if text is None:
-            text = ":".join(part for part in self._parts[:3] if part)
-            if self.qualifiers:
-                text = f"{text}?{_encoded(self.qualifiers)}"
+            text = self._joined(str)
             object.__setattr__(self, "_text", text)
         return text
+
+    def _joined(self, form: StringTransform) -> str:
+        text = ":".join(form(part) for part in self._parts[:3] if part)
+        return f"{text}?{_encoded(self.qualifiers)}" if self.qualifiers else text
+
+    def __repr__(self) -> str:
+        form = repr if len(str(self)) <= _LONG else shown
+        names = ("namespace", "name", "subject", "qualifiers")
+        parts = (f"{name}={form(part)}" for name, part in zip(names, self._parts, strict=True))
+        return f"ResourceKey({', '.join(parts)})"
 
     def __copy__(self) -> ResourceKey:
         return self
@@ -325,7 +373,9 @@ def _encoded(qualifiers: tuple[tuple[str, str], ...]) -> str:
 def _quoted(text: str) -> str:
     if text.isalnum() and text.isascii():
         return text
-    return "".join(map(_ENCODED.__getitem__, text.encode()))
+    # Half of a surrogate pair, as in the name of a file that is not UTF-8, becomes bytes that no
+    # other text has.
+    return "".join(map(_ENCODED.__getitem__, text.encode("utf-8", "surrogatepass")))
 
 
 def _not_strings(namespace: object, name: object, subject: object) -> TypeError:
@@ -344,7 +394,8 @@ def _sorted_pairs(
             raise ValueError(refusal("qualifier name", "a non-empty string", given))
         if name in found:
             raise ValueError(
-                f"qualifiers must have different names, got {name!r} twice; leave one of them out"
+                f"qualifiers must have different names, got {shown(name)} twice; leave one of them "
+                "out"
             )
         found[name] = value
     return tuple(sorted(found.items()))

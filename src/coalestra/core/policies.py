@@ -49,7 +49,7 @@ class KeyedPolicies(Generic[P]):
         )
         for key, policy in self.overrides.items():
             instance("overrides key", key, ResourceKey)
-            instance(f"overrides[{key}]", policy, type(default))
+            instance(f"overrides[{key.display}]", policy, type(default))
 
     def resolve(self, key: ResourceKey) -> P:
         """Return the policy of ``key``; raises what the dynamic resolver raises."""

@@ -155,5 +155,5 @@ class SnapshotRequest:
 
 
 def _listed(keys: list[ResourceKey]) -> str:
-    shown = ", ".join(str(key) for key in keys[:_SHOWN])
+    shown = ", ".join(key.display for key in keys[:_SHOWN])
     return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"

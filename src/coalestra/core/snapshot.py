@@ -264,7 +264,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         """
         found = self.resources[key].value
         if expected_type is not None:
-            instance(f"value of {key}", found, expected_type)
+            instance(f"value of {key.display}", found, expected_type)
         return found
 
     @overload

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import reprlib
+from binascii import crc32
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, overload
 
@@ -29,6 +30,25 @@ def shown(value: object) -> str:
     except Exception:
         return f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def readable(text: str) -> str:
+    """Return ``text`` in one line of bounded length, for errors, events and labels.
+
+    What cannot be printed is escaped. What is too long is cut, and ends in its length and checksum,
+    so that it can still be told from another one that begins alike. Anything else stays as it is.
+    """
+    if len(text) <= _SHOWN and text.isprintable():
+        return text
+    line = "".join(c if c.isprintable() else _escaped(c) for c in text[:_SHOWN])
+    if len(text) <= _SHOWN and len(line) <= _SHOWN:
+        return line
+    end = f"... ({len(text)} characters, {crc32(text.encode('utf-8', 'surrogatepass')):08x})"
+    return line[: _SHOWN - len(end)] + end
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def refusal(name: str, rule: str, value: object, remedy: str = "") -> str:

@@ -309,4 +309,4 @@ class Revision:
     def __repr__(self) -> str:
         rests_on = len(self.dependency_versions)
         derived = f", derived from {rests_on}" if rests_on else ""
-        return f"<Revision {self.key} {self.version} from {self.source}{derived}>"
+        return f"<Revision {self.key.display} {self.version} from {self.source}{derived}>"

@@ -139,7 +139,9 @@ class SnapshotSession:
             raise ValueError("keys must name at least one resolved key of the session, got none")
         for key in named:
             if key not in self._unit.pins or key not in self._unit.requested:
-                raise ValueError(f"keys: {key} is not resolved in this session; resolve it first")
+                raise ValueError(
+                    f"keys: {key.display} is not resolved in this session; resolve it first"
+                )
         return named
 
     def _judge(
@@ -199,5 +201,5 @@ def _require_named(policy: SnapshotAcceptancePolicy, named: Mapping[ResourceKey,
     for key in policy.referenced_keys:
         if key not in named:
             raise ValueError(
-                f"acceptance_policy names {key}, which is not among keys; add it there"
+                f"acceptance_policy names {key.display}, which is not among keys; add it there"
             )
