@@ -23,7 +23,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.results import PublishResult
 from coalestra.core.snapshot import Snapshot
-from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
+from coalestra.core.validation import flag, instance, integer, number, patience, text, wrong_type
 from coalestra.core.values import ResourceUpdate
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.session import SnapshotSession
@@ -638,7 +638,7 @@ class SyncResourcePublisher:
             TimeoutError: if they take longer than `timeout_seconds` (None: wait for ever).
             RuntimeError: on the facade's own event loop thread, or in a forked process.
         """
-        number("timeout_seconds", timeout_seconds, minimum=0, optional=True)
+        timeout_seconds = patience("timeout_seconds", timeout_seconds)
         self._thread.require_this_process()
         self._thread.require_other_thread("flush()")
         self._backlog.flush(timeout_seconds)

@@ -407,3 +407,19 @@ async def test_capacity_tells_about_itself() -> None:
     assert "limit=2 in_use=1 waiting=0" in repr(controller)
     lease.release()
     assert repr(lease) == "<CapacityLease 'a' released>"
+
+
+async def test_who_holds_the_slots_is_known_by_source() -> None:
+    """Who waits in vain needs to know whom for; a released or forgotten lease counts no more."""
+    controller = CapacityController(global_limit=4)
+    leases = [await controller.acquire(source) for source in ("price", "reviews", "reviews")]
+    assert controller.holders() == {"reviews": 2, "price": 1}
+    assert list(controller.holders()) == ["reviews", "price"]
+    leases[0].release()
+    assert controller.holders() == {"reviews": 2}
+    controller.forget()
+    assert controller.holders() == {}
+    own = await controller.acquire("price")
+    leases[1].release()
+    assert controller.holders() == {"price": 1}
+    own.release()

@@ -508,3 +508,14 @@ def test_a_timeout_must_be_a_finite_number_of_seconds(timeout: float) -> None:
     with pytest.raises(ValueError, match="timeout"):
         sink.close(timeout=timeout)
     assert not sink.stats().closed
+
+
+@pytest.mark.parametrize("huge", [1e10, 1e300, 10**30])
+def test_a_timeout_beyond_what_threads_can_wait_is_one_without_end(huge: float) -> None:
+    """They raise OverflowError; also while a record is in delivery, so that there is a wait."""
+    held, sink = held_buffer(8, BufferOverflowPolicy.DROP_OLDEST)
+    opening = threading.Thread(target=held.let_through)
+    opening.start()
+    assert sink.flush(huge)
+    assert sink.close(timeout=huge)
+    opening.join()

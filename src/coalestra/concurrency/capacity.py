@@ -11,7 +11,7 @@ Laws:
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -199,11 +199,15 @@ class CapacityLimiter:
 class CapacityLease:
     """The slots held for one source operation, until `release`."""
 
-    __slots__ = ("_held", "source")
+    __slots__ = ("_held", "_leases", "source")
 
-    def __init__(self, source: str, held: tuple[CapacityLimiter, ...]) -> None:
+    def __init__(
+        self, source: str, held: tuple[CapacityLimiter, ...], leases: dict[CapacityLease, None]
+    ) -> None:
         self.source: str = source
         self._held = held
+        self._leases = leases
+        leases[self] = None
 
     @property
     def released(self) -> bool:
@@ -213,6 +217,7 @@ class CapacityLease:
     def release(self) -> None:
         """Give the slots back; further calls do nothing."""
         held, self._held = self._held, ()
+        self._leases.pop(self, None)
         for limiter in held:
             limiter.release()
 
@@ -232,13 +237,14 @@ class CapacityController:
             is named like the global limit, ``__global__``.
     """
 
-    __slots__ = ("_global", "_sources")
+    __slots__ = ("_global", "_leases", "_sources")
 
     def __init__(
         self, *, global_limit: int, source_limits: Mapping[str, int] | None = None
     ) -> None:
         self._global = CapacityLimiter(integer("global_limit", global_limit, minimum=1))
         self._sources: dict[str, CapacityLimiter] = {}
+        self._leases: dict[CapacityLease, None] = {}
         for source, limit in (source_limits or {}).items():
             integer(f"source_limits[{source!r}]", limit, minimum=1)
             self.register_source(source, limit)
@@ -274,6 +280,7 @@ class CapacityController:
         self._sources = {
             source: CapacityLimiter(limiter.limit) for source, limiter in self._sources.items()
         }
+        self._leases = {}
 
     def try_acquire(self, source: str) -> CapacityLease | None:
         """Return a lease if everything it needs is free now, else None; never waits."""
@@ -304,7 +311,8 @@ class CapacityController:
         return self._lease(source, own)
 
     def _lease(self, source: str, own: CapacityLimiter | None) -> CapacityLease:
-        return CapacityLease(source, (self._global,) if own is None else (self._global, own))
+        held = (self._global,) if own is None else (self._global, own)
+        return CapacityLease(source, held, self._leases)
 
     @asynccontextmanager
     async def slot(self, source: str) -> AsyncIterator[None]:
@@ -320,6 +328,13 @@ class CapacityController:
         figures = {GLOBAL: self._global.view()}
         figures.update((name, limiter.view()) for name, limiter in self._sources.items())
         return figures
+
+    def holders(self) -> dict[str, int]:
+        """Return how many leases each source holds, by its name, the most first.
+
+        Who waits for a slot over all sources waits for these, not for its own source.
+        """
+        return dict(Counter(lease.source for lease in self._leases).most_common())
 
     async def snapshot(self) -> dict[str, CapacitySnapshot]:
         """Return the present figures by source name; the global ones under ``__global__``."""

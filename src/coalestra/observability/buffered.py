@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from coalestra.core.protocols import EventSink, MetricsSink
-from coalestra.core.validation import choice, flag, integer, number, require_methods
+from coalestra.core.validation import choice, flag, integer, patience, require_methods
 from coalestra.observability.sinks import (
     DEFAULT_MAX_PENDING,
     BufferOverflowPolicy,
@@ -302,7 +302,7 @@ class DeliveryQueue(Generic[R]):
         Returns:
             Whether it is. In the worker thread, which cannot wait for itself, it returns at once.
         """
-        number("timeout", timeout, minimum=0, optional=True)
+        timeout = patience("timeout", timeout)
         with self._moved:
             newest = self._backlog.newest
             if threading.current_thread() is self._worker:
@@ -322,7 +322,7 @@ class DeliveryQueue(Generic[R]):
         Returns:
             Whether the worker has ended; always False in the worker thread itself.
         """
-        number("timeout", timeout, minimum=0, optional=True)
+        timeout = patience("timeout", timeout)
         flag("drain", drain)
         worker = self.refuse(discard=not drain)
         if worker is None:
