@@ -18,6 +18,7 @@ from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import BuilderClosedError, SubmissionBacklogFullError
+from coalestra.core.frozen import immutable
 from coalestra.core.health import BuilderHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
@@ -544,6 +545,7 @@ async def _within(until: float, waiting: Awaitable[None]) -> bool:
 _CONTEXT = "a submission"
 
 
+@immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Errand(Generic[T]):
     """Something for the publisher to do, and the keys that it concerns."""

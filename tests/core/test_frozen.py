@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.frozen import EMPTY, FrozenDict
+import coalestra
+from coalestra.core.frozen import EMPTY, FrozenDict, immutable
 
 CHANGES: list[Callable[[Any], Any]] = [
     lambda d: d.__setitem__("a", 2),
@@ -86,3 +88,44 @@ def test_a_deep_copy_follows_values_that_lead_back_to_it() -> None:
 
 def test_the_shared_empty_one_is_empty() -> None:
     assert EMPTY == {}
+
+
+RECORDS = [
+    kind
+    for kind in (getattr(coalestra, name) for name in coalestra.__all__)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda kind: kind.__name__)
+def test_every_public_record_refuses_every_change_with_the_same_error(record: type) -> None:
+    made: Any = object.__new__(record)
+    names = [field.name for field in dataclasses.fields(record)]
+    for name in (*names, "unknown", "__orig_class__"):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"assign to field '{name}'"):
+            setattr(made, name, 1)
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"delete field '{name}'"):
+            delattr(made, name)
+
+
+@immutable
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    field: int
+
+
+class Derived(Record):
+    def __init__(self, field: int, more: int) -> None:
+        super().__init__(field)
+        self.more = more
+
+
+def test_what_derives_from_a_record_may_have_attributes_of_its_own() -> None:
+    derived = Derived(1, 2)
+    derived.more = 3
+    assert (derived.field, derived.more) == (1, 3)
+    del derived.more
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        derived.field = 2  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del derived.field

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import Snapshot, SnapshotDiagnostics
+from coalestra.core.snapshot import FetchContext, Snapshot, SnapshotDiagnostics
 from coalestra.core.values import SnapshotValue
 
 A, B, C = (ResourceKey("n", name) for name in "abc")
@@ -56,8 +57,37 @@ def test_a_missing_value_is_a_key_error_or_none() -> None:
 
 def test_a_value_of_another_type_is_a_type_error_that_names_the_key() -> None:
     for read in (SNAPSHOT.value, SNAPSHOT.maybe_value):
-        with pytest.raises(TypeError, match=r"^value of n:a must be a str, got 1 of type int"):
+        with pytest.raises(TypeError) as caught:
             read(A, str)
+        assert str(caught.value) == "value of n:a must be a str, got one of type int"
+
+
+def test_the_error_about_a_type_names_every_type_that_would_do_and_never_the_payload() -> None:
+    snapshot = Snapshot("id", 1.0, {A: value(A, {"card": "4111"})})
+    kinds: tuple[tuple[Any, str], ...] = (((int, str), "an int or a str"), (int | str, "int | str"))
+    for kind, said in kinds:
+        with pytest.raises(TypeError) as caught:
+            snapshot.value(A, kind)
+        assert said in str(caught.value)
+        assert "4111" not in str(caught.value)
+
+
+@pytest.mark.parametrize("time", [math.nan, math.inf, -math.inf])
+def test_a_time_of_creation_that_is_not_finite_is_a_value_error(time: float) -> None:
+    with pytest.raises(ValueError, match="^created_at must be a finite number"):
+        Snapshot("id", time, {})
+
+
+@pytest.mark.parametrize("time", [None, True, "1"])
+def test_a_time_of_creation_that_is_no_number_is_a_type_error(time: Any) -> None:
+    with pytest.raises(TypeError, match="^created_at must be a finite number"):
+        Snapshot("id", time, {})
+
+
+def test_what_a_caller_tells_sources_is_not_printed() -> None:
+    context = FetchContext(1.0, metadata={"token": "secret"})
+    assert "secret" not in repr(context)
+    assert "requested_at=1.0" in repr(context)
 
 
 def test_a_value_that_is_none_is_not_a_missing_one() -> None:

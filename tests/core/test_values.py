@@ -8,12 +8,21 @@ import gc
 import math
 import os
 import pickle
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
+from coalestra.core.results import (
+    CacheLookup,
+    CacheWriteResult,
+    CacheWriteStatus,
+    PublishResult,
+    PublishStatus,
+)
 from coalestra.core.values import (
     ResourceUpdate,
     Revision,
@@ -144,10 +153,66 @@ class TestValue:
             setattr(value(), name, 1)
         assert not hasattr(value(), "__dict__")
 
+    @pytest.mark.parametrize("name", ["observed_at", "fetched_at", "age_seconds", "latency_ms"])
+    @pytest.mark.parametrize("time", [math.nan, math.inf, -math.inf, 10**400])
+    def test_a_time_that_is_not_finite_is_a_value_error(self, name: str, time: float) -> None:
+        with pytest.raises(ValueError, match=f"^{name} must be a finite number"):
+            value(**{name: time})
+
+    @pytest.mark.parametrize("name", ["observed_at", "fetched_at", "age_seconds", "latency_ms"])
+    @pytest.mark.parametrize("time", [None, True, "1.0", Decimal(1), datetime(2024, 1, 1)])
+    def test_a_time_that_is_no_number_is_a_type_error(self, name: str, time: Any) -> None:
+        with pytest.raises(TypeError, match=f"^{name} must be a finite number"):
+            value(**{name: time})
+
     def test_replacing_a_field_keeps_the_version(self) -> None:
         made = value()
         changed = dataclasses.replace(made, stale=True)
         assert (changed.stale, changed.version) == (True, made.version)
+
+
+class Secret:
+    def __repr__(self) -> str:
+        raise AssertionError("a payload must not be asked for its text")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        SourcePayload(Secret(), 1.0, {"a": Secret()}),
+        ResourceUpdate(KEY, Secret(), "feed", 1.0, {"a": Secret()}),
+        value(value=Secret(), metadata={"a": Secret()}),
+        CacheLookup(value(value=Secret()), True, False, 1.0),
+        CacheWriteResult(CacheWriteStatus.STORED, value(value=Secret()), value(value=Secret())),
+        PublishResult(PublishStatus.PUBLISHED, value(value=Secret())),
+    ],
+    ids=lambda record: type(record).__name__,
+)
+def test_no_representation_shows_a_payload(record: Any) -> None:
+    text = repr(record)
+    assert text.startswith(f"{type(record).__name__}(")
+    assert "value=<Secret>" in text
+
+
+def test_a_representation_shows_the_provenance() -> None:
+    for fact in ("source='rest'", "observed_at=10.0", "value=<list>", "name='a'", "stale=False"):
+        assert fact in repr(value())
+    assert len(repr(value(dependency_versions={BASE: "v" * 9_000}))) < 1_500
+
+
+def test_generic_records_can_be_made_with_the_type_of_their_value() -> None:
+    assert SourcePayload[int](1) == SourcePayload(1)
+    assert ResourceUpdate[int](KEY, 1, "feed") == ResourceUpdate(KEY, 1, "feed")
+    given: tuple[Any, ...] = (KEY, 1, "rest", 1.0, 1.0, 0.0, False, False, 0.0)
+    assert SnapshotValue[int](*given) == SnapshotValue(*given)
+
+
+@pytest.mark.parametrize("age", [math.nan, math.inf, -math.inf])
+def test_the_age_in_an_answer_of_a_cache_is_finite(age: float) -> None:
+    with pytest.raises(ValueError, match="^age_seconds must be a finite number"):
+        CacheLookup(value(), True, False, age)
+    with pytest.raises(TypeError, match="^age_seconds must be a finite number"):
+        CacheLookup(value(), True, False, True)
 
 
 @pytest.mark.parametrize(

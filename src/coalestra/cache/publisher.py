@@ -14,7 +14,7 @@ from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION
 from coalestra.core import validation
 from coalestra.core.errors import SourceProtocolError
-from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.frozen import EMPTY, FrozenDict, immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyProvider,
@@ -112,6 +112,7 @@ class Publication:
         )
 
 
+@immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class PublicationRules:
     """What an event is judged by: the clock, and the policies for its key and source.

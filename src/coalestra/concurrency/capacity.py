@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from coalestra.core.frozen import immutable
 from coalestra.core.validation import integer, text
 
 # The one waiting primitive: a first-in, first-out queue that hands over on wake ------------------
@@ -116,6 +117,7 @@ GLOBAL = "__global__"
 """The name under which a controller reports its limit over all sources."""
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class CapacitySnapshot:
     """A limiter at one moment: slots in all, slots taken, tasks waiting for one."""

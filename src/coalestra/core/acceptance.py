@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.policies import FreshnessPolicyProvider, age_of
 from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
@@ -16,6 +16,7 @@ from coalestra.core.values import SnapshotValue
 # Whether the values of a snapshot are good enough for what they were asked for -------------------
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class ResourceAcceptanceRule:
     """What one value must be like.
@@ -49,6 +50,7 @@ class ResourceAcceptanceRule:
         )
 
 
+@immutable
 @dataclass(frozen=True, slots=True, init=False)
 class SnapshotRequirement:
     """That so many out of several resources are there and acceptable.
@@ -98,6 +100,7 @@ class SnapshotRequirement:
         return cls(keys, minimum_count=minimum_count, name=name)
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class SnapshotAcceptancePolicy:
     """What the values of a request must be like, one by one and together.
@@ -161,6 +164,7 @@ class SnapshotAcceptanceReason(str, enum.Enum):
     REQUIREMENT_UNSATISFIED = "requirement_unsatisfied"
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class SnapshotAcceptanceViolation:
     """One rule that a snapshot breaks, with the facts; those that do not belong to it are None.
@@ -237,6 +241,7 @@ def violations_of(
     return tuple(found)
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class _Court:
     """One snapshot under one policy, at one moment."""

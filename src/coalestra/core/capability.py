@@ -8,7 +8,7 @@ from typing import Any
 
 from coalestra._version import __version__
 from coalestra.core.errors import ERROR_DIAGNOSTICS_SCHEMA_VERSION, CapabilityRequirementError
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.health import (
     BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
     BUILDER_HEALTH_SCHEMA_VERSION,
@@ -64,6 +64,7 @@ def _defaults() -> Mapping[str, Any]:
     )
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class CoalestraCapabilities:
     """What a version of the library offers.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import integer
 
@@ -126,6 +126,7 @@ def message_of(error: BaseException) -> str:
         return f"<message unreadable: {type(unreadable).__name__}>"
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class SourceFailure:
     """Why one source gave no value for a resource.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from dataclasses import FrozenInstanceError, fields
+from typing import Any, NoReturn, TypeVar, cast
 
 # A dictionary that cannot be changed: what every read-only mapping of the library is made of -----
 
 
 K = TypeVar("K")
+T = TypeVar("T")
 V = TypeVar("V")
 
 
@@ -49,6 +51,34 @@ class FrozenDict(dict[K, V]):
 
 EMPTY: FrozenDict[Any, Any] = FrozenDict()
 """The empty one, for everybody who has nothing to say."""
+
+
+# Slotted dataclasses that refuse every change with the same error --------------------------------
+
+
+def immutable(kind: type[T]) -> type[T]:
+    """Make a frozen dataclass with slots refuse every change with `FrozenInstanceError`.
+
+    What `dataclasses` makes of the two raises `TypeError` for a name that is no field, and
+    ``Model[int](...)`` sets one: before Python 3.13 it forgives an `AttributeError` only, which
+    `FrozenInstanceError` is.
+    """
+    names = {field.name for field in fields(cast(Any, kind))}
+
+    def refuse(done: str) -> Callable[..., None]:
+        def change(self: Any, name: str, *value: Any) -> None:
+            if type(self) is kind or name in names:
+                raise FrozenInstanceError(f"cannot {done} field {name!r}")
+            getattr(super(kind, self), change.__name__)(name, *value)
+
+        return change
+
+    for method, done in (("__setattr__", "assign to"), ("__delattr__", "delete")):
+        change = refuse(done)
+        change.__name__ = method
+        change.__qualname__ = f"{kind.__qualname__}.{method}"
+        setattr(kind, method, change)
+    return kind
 
 
 # Building frozen, slotted objects at the speed of plain ones -------------------------------------

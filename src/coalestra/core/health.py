@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.serialization import json_safe
 from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.validation import flag, instance, integer, number
@@ -15,6 +15,7 @@ from coalestra.core.validation import flag, instance, integer, number
 # What one component's copying of payloads looks like from outside --------------------------------
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class PayloadCopyHealth:
     """The state of one component's payload copies at one moment.
@@ -217,6 +218,7 @@ class BuilderHealthReason(str, Enum):
     UNSAFE_BLOCKING_SOURCE = "unsafe_blocking_source"
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class BuilderHealthFinding:
     """One thing that was found.
@@ -243,6 +245,7 @@ class BuilderHealthFinding:
         return found
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class BuilderHealthAssessment:
     """The verdict on one health snapshot.
@@ -284,6 +287,7 @@ class BuilderHealthAssessment:
         }
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class BuilderHealthAssessmentPolicy:
     """From which figures on health is degraded or critical.
@@ -353,6 +357,7 @@ _DEGRADED = BuilderHealthSeverity.DEGRADED
 _CRITICAL = BuilderHealthSeverity.CRITICAL
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class Examination:
     """What the rules look at: facts, possibly earlier ones to compare with, and thresholds."""
@@ -368,6 +373,7 @@ Load = tuple[str, int, int]
 """A limiter's or backlog's name, how many wait there, and its limit."""
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class Flag:
     """Critical while a fact is true."""
@@ -381,6 +387,7 @@ class Flag:
             yield BuilderHealthFinding(self.reason, _CRITICAL, self.metric, True, True)
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """Degraded from a number of waiters on; critical once one limiter has many for its limit."""
@@ -410,6 +417,7 @@ class Waiting:
             )
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class Backlog:
     """Degraded, then critical, from shares of a backlog's limit on."""
@@ -436,6 +444,7 @@ class Backlog:
                 )
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class Circuits:
     """Degraded while any circuit is in a state; the component is the sources, joined."""
@@ -462,6 +471,7 @@ class Circuits:
             )
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class Growth:
     """Degraded, then critical, by how much a counter has grown since the earlier snapshot."""

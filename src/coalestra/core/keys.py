@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, final
 
-from coalestra.core.frozen import become, draft_of, refuse_subclass
+from coalestra.core.frozen import become, draft_of, immutable, refuse_subclass
 from coalestra.core.validation import (
     callable_,
     instance,
@@ -48,6 +48,7 @@ def stripped_casefold(value: str) -> str:
     return value.strip().casefold()
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class KeyNormalizer:
     """One transform for each kind of part; by default all strip surrounding white space.
@@ -158,6 +159,7 @@ class _Kept:
 
 
 @final
+@immutable
 @dataclass(frozen=True, order=True, init=False, repr=False, slots=True)
 class ResourceKey(_Kept):
     """The identity of a resource: immutable, hashable, ordered by its fields.

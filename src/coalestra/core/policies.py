@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Generic, Protocol, TypeVar
 
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import (
     callable_,
@@ -96,6 +96,7 @@ class RefreshMode(str, enum.Enum):
     """Shortly before it goes stale, in the background; a stale one is waited for."""
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class FreshnessPolicy:
     """How long a value is fresh, how long it is of use, and how it is renewed.
@@ -179,6 +180,7 @@ def judge(age_seconds: float, policy: FreshnessPolicy) -> Freshness:
     return Freshness.EXPIRED
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class ObservationPolicy:
     """What to do about observations that are ahead of the clock.
@@ -290,6 +292,7 @@ class PolicyResolver(KeyedPolicies[FreshnessPolicy]):
 # Whose word counts more, when values of one resource compete for its place in the cache ----------
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class SourceAuthorityPolicy:
     """The rank of each source; a value replaces those of lower rank, whatever their age.

@@ -10,6 +10,7 @@ from typing import Any
 
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import SnapshotConsistencyError
+from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.validation import flag, instance, number
 from coalestra.core.values import SnapshotValue
@@ -20,6 +21,7 @@ from coalestra.core.values import SnapshotValue
 _observation = attrgetter("observed_at")
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class SnapshotConsistencyPolicy:
     """How far apart the values of a request may have been observed.

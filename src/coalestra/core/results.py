@@ -6,11 +6,14 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
+from coalestra.core.frozen import immutable
+from coalestra.core.validation import number
 from coalestra.core.values import SnapshotValue
 
 # What a cache has counted ------------------------------------------------------------------------
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class CacheStats:
     """The counts of a cache since it was made.
@@ -50,6 +53,7 @@ class CacheWriteStatus(str, enum.Enum):
     IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class CacheLookup:
     """What a cache has for a key.
@@ -59,6 +63,9 @@ class CacheLookup:
         fresh: whether it is within its time to live.
         usable_stale: whether it is older, but may still be used in need.
         age_seconds: its age since it was observed, or None without a value.
+
+    Raises:
+        TypeError, ValueError: for an age that is not a finite number.
     """
 
     value: SnapshotValue[Any] | None
@@ -66,7 +73,12 @@ class CacheLookup:
     usable_stale: bool
     age_seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.age_seconds is not None:
+            number("age_seconds", self.age_seconds)
 
+
+@immutable
 @dataclass(frozen=True, slots=True)
 class CacheWriteResult:
     """What a cache did with a value.
@@ -99,6 +111,7 @@ class PublishStatus(str, enum.Enum):
     IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
 
 
+@immutable
 @dataclass(frozen=True, slots=True, init=False)
 class PublishResult:
     """What became of a published value.

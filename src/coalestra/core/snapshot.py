@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, overload
 
-from coalestra.core.frozen import EMPTY, FrozenDict, become, draft_of
+from coalestra.core.frozen import EMPTY, FrozenDict, become, draft_of, immutable
 from coalestra.core.keys import ResourceKey
-from coalestra.core.validation import instance, mapping, number, text
+from coalestra.core.validation import a_kind_of, concealed, mapping, number, text
 from coalestra.core.values import SnapshotValue
 
 # What one build, session or refresh did, counted -------------------------------------------------
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class SnapshotDiagnostics:
     """How a snapshot came about: the counts of its own build or session, not of the builder.
@@ -150,7 +151,8 @@ NOTHING_COUNTED = SnapshotDiagnostics()
 # What a source is told about the work it is asked for --------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
+@dataclass(frozen=True, slots=True, repr=False)
 class FetchContext:
     """The circumstances of one build, session or refresh, for the sources it calls.
 
@@ -181,6 +183,9 @@ class FetchContext:
             frozen = FrozenDict(mapping("metadata", self.metadata))
             object.__setattr__(self, "metadata", frozen)
 
+    def __repr__(self) -> str:
+        return concealed(self, "metadata")
+
 
 _ContextDraft = draft_of(FetchContext)
 
@@ -210,6 +215,7 @@ def context_of(
 T = TypeVar("T")
 
 
+@immutable
 @dataclass(frozen=True, slots=True, repr=False)
 class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
     """An immutable mapping from keys to values, in the order in which they were asked for.
@@ -229,6 +235,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
     diagnostics: SnapshotDiagnostics = field(default_factory=lambda: NOTHING_COUNTED)
 
     def __post_init__(self) -> None:
+        number("created_at", self.created_at)
         for name in ("resources", "errors"):
             mapping = getattr(self, name)
             if type(mapping) is not FrozenDict:
@@ -263,8 +270,11 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
             TypeError: if it is not of the expected type.
         """
         found = self.resources[key].value
-        if expected_type is not None:
-            instance(f"value of {key.display}", found, expected_type)
+        if expected_type is not None and not isinstance(found, expected_type):
+            raise TypeError(  # the payload itself is nobody's business
+                f"value of {key.display} must be {a_kind_of(expected_type)}, got one of type "
+                f"{type(found).__name__}"
+            )
         return found
 
     @overload

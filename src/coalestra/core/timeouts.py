@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from coalestra.core.frozen import immutable
 from coalestra.core.validation import flag, number
 
 _ABSENT = object()
@@ -35,6 +36,7 @@ class SourceTimeoutGuaranteeStatus(str, Enum):
 _Status = SourceTimeoutGuaranteeStatus
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class SourceTimeoutGuarantee:
     """What one source declares about blocking, and what follows from it.

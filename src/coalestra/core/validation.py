@@ -18,9 +18,23 @@ from coalestra.core.frozen import EMPTY
 T = TypeVar("T")
 E = TypeVar("E", bound=enum.Enum)
 
-_brief = reprlib.Repr()
-_brief.maxstring = _brief.maxother = _brief.maxlong = 80
 _SHOWN = 200
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 80
+
+    # Looked for by the name of the type.
+    repr_FrozenDict = reprlib.Repr.repr_dict  # noqa: N815
+
+    def repr_ResourceKey(self, key: object, _level: int) -> str:  # noqa: N802
+        """Return all of it: a key bounds itself."""
+        return repr(key)
+
+
+_brief = _Brief()
 
 
 def shown(value: object) -> str:
@@ -206,9 +220,14 @@ def instance(
     """Return an instance of ``kinds``, or None if that is allowed."""
     if isinstance(value, kinds) or (value is None and optional):
         return value
+    raise wrong_type(name, f"{a_kind_of(kinds)} or None" if optional else a_kind_of(kinds), value)
+
+
+def a_kind_of(kinds: Any) -> str:
+    """Return one or several types in words, each with its article."""
     accepted = kinds if isinstance(kinds, tuple) else (kinds,)
-    names = [f"{_article(kind.__name__)} {kind.__name__}" for kind in accepted]
-    raise wrong_type(name, " or ".join([*names, "None"] if optional else names), value)
+    names = [getattr(kind, "__name__", str(kind)) for kind in accepted]
+    return " or ".join(f"{_article(name)} {name}" for name in names)
 
 
 def mapping(name: str, value: object, *, optional: bool = False) -> Mapping[Any, Any]:
@@ -225,6 +244,19 @@ def callable_(name: str, value: T, *, optional: bool = False) -> T:
     if callable(value) or (value is None and optional):
         return value
     raise wrong_type(name, "a callable or None" if optional else "a callable", value)
+
+
+def concealed(record: Any, *payloads: str) -> str:
+    """Return the ``repr`` of a dataclass that tells of some fields no more than their type.
+
+    Payloads may be secret, or large, and whoever prints a record for its times wants neither.
+    """
+    texts = []
+    for name in record.__dataclass_fields__:
+        value = getattr(record, name)
+        text = f"<{type(value).__qualname__}>" if name in payloads else shown(value)
+        texts.append(f"{name}={text}")
+    return f"{type(record).__qualname__}({', '.join(texts)})"
 
 
 def require_methods(name: str, value: object, *methods: str) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, TypeVar, final
 
-from coalestra.core.frozen import EMPTY, FrozenDict, become, draft_of, refuse_subclass
+from coalestra.core.frozen import EMPTY, FrozenDict, become, draft_of, immutable, refuse_subclass
 from coalestra.core.keys import ResourceKey
-from coalestra.core.validation import instance, mapping, number, text
+from coalestra.core.validation import concealed, instance, mapping, number, text
 
 # What sources return, what applications publish, and what snapshots hold -------------------------
 
@@ -47,7 +47,8 @@ def _nothing() -> FrozenDict[str, Any]:
 
 
 @final
-@dataclass(frozen=True, slots=True, init=False)
+@immutable
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class SourcePayload(Generic[T]):
     """What a source returns when it has more to say than the bare value.
 
@@ -79,11 +80,15 @@ class SourcePayload(Generic[T]):
         draft.metadata = frozen
         draft.__class__ = SourcePayload
 
+    def __repr__(self) -> str:
+        return concealed(self, "value", "metadata")
+
     def __init_subclass__(cls) -> None:
         refuse_subclass("SourcePayload")
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
+@dataclass(frozen=True, slots=True, repr=False)
 class ResourceUpdate(Generic[T]):
     """A value that an application publishes, because it learnt of it without asking.
 
@@ -114,9 +119,13 @@ class ResourceUpdate(Generic[T]):
         if type(self.metadata) is not FrozenDict:
             object.__setattr__(self, "metadata", _frozen("metadata", self.metadata))
 
+    def __repr__(self) -> str:
+        return concealed(self, "value", "metadata")
+
 
 @final
-@dataclass(frozen=True, slots=True, init=False)
+@immutable
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class SnapshotValue(Generic[T]):
     """A value with its provenance.
 
@@ -136,6 +145,10 @@ class SnapshotValue(Generic[T]):
         version: an opaque name of this revision, the same in all its copies. Not compared.
         dependency_versions: the versions it was derived from, by key; empty unless it was
             derived. Not compared.
+
+    Raises:
+        TypeError: for a time that is no number, or a mapping that is none.
+        ValueError: for a time that is not finite.
     """
 
     key: ResourceKey
@@ -174,6 +187,10 @@ class SnapshotValue(Generic[T]):
             metadata = _frozen("metadata", metadata)
         if type(dependency_versions) is not FrozenDict:
             dependency_versions = _frozen("dependency_versions", dependency_versions)
+        number("observed_at", observed_at)
+        number("fetched_at", fetched_at)
+        number("age_seconds", age_seconds)
+        number("latency_ms", latency_ms)
         if version is None:
             version = next_version()
         draft: Any = self
@@ -193,6 +210,9 @@ class SnapshotValue(Generic[T]):
         draft.version = version
         draft.dependency_versions = dependency_versions
         draft.__class__ = SnapshotValue
+
+    def __repr__(self) -> str:
+        return concealed(self, "value", "metadata")
 
     def __init_subclass__(cls) -> None:
         refuse_subclass("SnapshotValue")

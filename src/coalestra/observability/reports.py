@@ -21,6 +21,7 @@ from coalestra.core.errors import (
     folded_message,
     message_of,
 )
+from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.results import PublishStatus
@@ -502,6 +503,7 @@ class PublicationReports(Emitter):
 # What is reported about builds and sessions as a whole, and about the policies they must meet ----
 
 
+@immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class SessionResolution:
     """The outcome of one ``resolve`` of a session; counts are of keys.
@@ -525,6 +527,7 @@ class SessionResolution:
     retry_errors: bool
 
 
+@immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class SessionRevalidation:
     """The outcome of one ``revalidate`` of a session; counts are of keys.

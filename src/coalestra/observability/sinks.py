@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from coalestra.core.frozen import immutable
 from coalestra.core.validation import instance
 
 # How much a buffer holds, and what it does when it is full ---------------------------------------
@@ -68,6 +69,7 @@ class NullMetrics:
 # Event sinks that come with the library, and the record of one event -----------------------------
 
 
+@immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class EventRecord:
     """One event as it was emitted.
@@ -120,6 +122,7 @@ Series = tuple[str, Labels]
 """What one number is kept for: the name of a metric, and its labels."""
 
 
+@immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class MetricRecord:
     """One call to a metrics sink.
@@ -137,6 +140,7 @@ class MetricRecord:
     labels: dict[str, str]
 
 
+@immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class ObservationSummary:
     """What all observations of one series come to, in the unit of the metric.
@@ -168,6 +172,7 @@ class ObservationSummary:
         )
 
 
+@immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class MetricsSnapshot:
     """Everything an ``InMemoryMetrics`` held at one moment.

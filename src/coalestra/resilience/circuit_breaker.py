@@ -10,6 +10,7 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from coalestra.core.errors import CircuitOpenError
+from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Clock, SystemClock
 from coalestra.core.validation import flag, instance, integer, number
@@ -54,6 +55,7 @@ class CircuitState(str, Enum):
     HALF_OPEN = "half_open"
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class CircuitIdentity:
     """The name of one circuit: a source, a scope, and which part of the source within the scope."""
@@ -188,6 +190,7 @@ class Circuit:
 # A look at one circuit ---------------------------------------------------------------------------
 
 
+@immutable
 @dataclass(frozen=True, slots=True)
 class CircuitSnapshot:
     """A circuit at one moment.
