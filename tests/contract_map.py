@@ -146,7 +146,7 @@ SECTIONS: Mapping[int, Section] = {
             "observability/test_reporter.py",
             "observability/test_buffered_sinks.py",
             "observability/test_buffering.py",
-            "observability/test_backlog.py",
+            "concurrency/test_lockfree.py",
             "observability/test_metrics.py",
             "observability/test_events.py",
         ),

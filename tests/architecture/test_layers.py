@@ -13,7 +13,7 @@ RANK = {
     "_version": -1,
     "core": 0,
     "concurrency": 1,
-    "observability": 1,
+    "observability": 1.5,
     "resilience": 2,
     "cache": 2,
     "orchestration": 3,

@@ -21,6 +21,7 @@ from coalestra.observability import (
     MetricRecord,
 )
 from tests.observability.recording import PATIENCE, Held, Raising, Recorder
+from tests.support.strikes import at_every_line
 
 
 def workers() -> set[threading.Thread]:
@@ -384,21 +385,118 @@ def test_a_forgotten_buffer_delivers_what_it_has_and_its_thread_ends() -> None:
     assert held.emitted == ["first", "second"]
 
 
-def test_a_thread_that_cannot_start_costs_the_record_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def refuse_threads(patch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    sink = BufferedEventSink(Recorder())
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        sink.emit("lost")
+    patch.setattr(threading.Thread, "start", refuse)
 
-    assert (sink.stats().dropped, sink.stats().pending) == (1, 0)
-    sink.emit("kept")
+
+def test_a_record_waits_until_a_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    downstream = Recorder()
+    sink = BufferedEventSink(downstream)
+    with monkeypatch.context() as patch:
+        refuse_threads(patch)
+        sink.emit("first")
+        assert sink.stats().pending == 1
+
+    sink.emit("second")
+    assert sink.close(timeout=PATIENCE)
+    assert downstream.emitted == ["first", "second"]
+
+
+@pytest.mark.parametrize("end", ["flush", "close"])
+def test_where_no_thread_can_be_started_who_waits_delivers(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_threads(monkeypatch)
+    downstream = Recorder()
+    sink = BufferedEventSink(downstream)
+    for number in range(80):
+        sink.emit(str(number))
+
+    assert sink.flush(PATIENCE) if end == "flush" else sink.close(timeout=PATIENCE)
+
+    assert downstream.emitted == [str(number) for number in range(80)]
+    assert sink.stats().pending == 0
+
+
+def test_who_delivers_himself_keeps_to_his_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_threads(monkeypatch)
+    sink = BufferedEventSink(Recorder())
+    sink.emit("first")
+
+    assert not sink.flush(timeout=0)
+    assert not sink.close(timeout=0)
+    assert sink.stats().pending == 1
     assert sink.close(timeout=PATIENCE)
     assert sink.stats().delivered == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_of_who_delivers_himself_reaches_him(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_threads(monkeypatch)
+    sink = BufferedEventSink(Raising(error()))
+    sink.emit("first")
+
+    with pytest.raises(error):
+        sink.close()
+
+    assert sink.close()
+    assert (sink.stats().failures, sink.stats().pending) == (1, 0)
+
+
+def test_a_handler_that_strikes_at_any_line_of_emit_may_emit_and_flush() -> None:
+    downstream = Recorder()
+    with BufferedEventSink(downstream) as sink:
+        sink.emit("first")
+
+        def strike() -> None:
+            sink.emit("of the handler")
+            assert sink.flush(PATIENCE)
+
+        lines = at_every_line(lambda: sink.emit("again"), strike)
+        assert sink.flush(PATIENCE)
+        stats = sink.stats()
+
+    assert lines > 5
+    assert (stats.delivered, stats.pending, stats.dropped) == (3 + 2 * lines, 0, 0)
+    assert downstream.emitted.count("again") == 2 + lines
+
+
+def test_an_exception_at_any_line_of_emit_leaves_the_counts_whole() -> None:
+    held, sink = held_buffer(3, BufferOverflowPolicy.DROP_OLDEST)
+
+    class Struck(BaseException):
+        pass
+
+    def strike() -> None:
+        raise Struck
+
+    with contextlib.suppress(Struck):
+        at_every_line(lambda: sink.emit("again"), strike, errors=(Struck,))
+    held.let_through()
+
+    assert sink.close(timeout=PATIENCE)
+    stats = sink.stats()
+    assert stats.enqueued == stats.delivered + stats.failures + stats.dropped
+    assert stats.pending == 0
+
+
+def test_another_thread_may_report_while_a_handler_holds_one_up() -> None:
+    """No lock is held where a handler may strike: it may wait for who reports elsewhere."""
+    with BufferedEventSink(Recorder()) as sink:
+        sink.emit("first")
+
+        def strike() -> None:
+            other = threading.Thread(target=lambda: sink.emit("elsewhere"))
+            other.start()
+            other.join(PATIENCE)
+            assert not other.is_alive()
+
+        at_every_line(lambda: sink.emit("again"), strike)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -497,6 +595,15 @@ def test_wrong_settings_are_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=parameter):
         kind(**{"downstream": Recorder(), **settings})
+
+
+@pytest.mark.parametrize("timeout", [1e10, 1e300, 10**30])
+def test_a_timeout_longer_than_threads_can_wait_works(timeout: float) -> None:
+    sink = BufferedEventSink(Recorder())
+    sink.emit("first")
+
+    assert sink.flush(timeout)
+    assert sink.close(timeout=timeout)
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])

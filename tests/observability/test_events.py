@@ -74,3 +74,23 @@ def test_a_null_sink_takes_everything_and_keeps_nothing() -> None:
 
 def test_a_logging_sink_tells_its_logger() -> None:
     assert "coalestra" in repr(LoggingEventSink())
+
+
+@pytest.mark.parametrize(
+    "event_type, payload, level",
+    [
+        ("source_failed", {"error": "down"}, logging.WARNING),
+        ("stale_fallback_used", {}, logging.WARNING),
+        ("snapshot_built", {"failed": 1, "build_failed": False}, logging.WARNING),
+        ("snapshot_built", {"failed": 0, "build_failed": True}, logging.WARNING),
+        ("snapshot_built", {"failed": 0, "build_failed": False}, logging.INFO),
+        ("cache_hit", {}, logging.INFO),
+    ],
+)
+def test_failures_are_logged_as_warnings(
+    event_type: str, payload: dict[str, Any], level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "coalestra"):
+        LoggingEventSink().emit(event_type, **payload)
+
+    assert [record.levelno for record in caplog.records] == [level]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import threading
 
 import pytest
@@ -13,6 +15,8 @@ from coalestra.observability import (
     NullMetrics,
     ObservationSummary,
 )
+from tests.observability.recording import PATIENCE
+from tests.support.strikes import at_every_line
 
 
 def test_a_counter_adds_up() -> None:
@@ -132,3 +136,51 @@ def test_the_sinks_that_never_block_say_so() -> None:
 def test_records_cannot_be_changed(record: MetricRecord | ObservationSummary) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(record, dataclasses.fields(record)[0].name, None)
+
+
+def test_a_handler_that_strikes_at_any_line_may_count_and_nothing_is_lost() -> None:
+    metrics = InMemoryMetrics()
+
+    def count() -> None:
+        metrics.increment("calls", source="a")
+        metrics.observe("latency", 1.0, source="a")
+
+    lines = at_every_line(count, count)
+
+    assert lines > 4
+    assert metrics.counter("calls", source="a") == 2 + 2 * lines
+    summary = metrics.summary("latency", source="a")
+    assert summary == ObservationSummary(2 + 2 * lines, 2.0 + 2 * lines, 1.0, 1.0)
+
+
+def test_another_thread_may_count_while_a_handler_holds_one_up() -> None:
+    """No lock is held where a handler may strike: it may wait for who counts elsewhere."""
+    metrics = InMemoryMetrics()
+
+    def strike() -> None:
+        other = threading.Thread(target=lambda: metrics.increment("calls"))
+        other.start()
+        other.join(PATIENCE)
+        assert not other.is_alive()
+
+    lines = at_every_line(lambda: metrics.increment("calls"), strike)
+
+    assert metrics.counter("calls") == 2 + 2 * lines
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_at_any_line_may_count_and_read() -> None:
+    metrics = InMemoryMetrics()
+
+    def fork() -> None:
+        child = os.fork()
+        if not child:
+            signal.alarm(4)
+            before = metrics.counter("calls")
+            metrics.increment("calls")
+            os._exit(metrics.snapshot().counters["calls", ()] != before + 1)
+        _, result = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(result) == 0
+
+    at_every_line(lambda: metrics.increment("calls"), fork)

@@ -19,6 +19,7 @@ from coalestra.observability.reports import (
     SessionRevalidation,
     reporter_for,
 )
+from coalestra.observability.sinks import FAILURES
 from tests.observability.recording import Recorder, Value
 
 
@@ -463,3 +464,9 @@ def test_with_metrics_alone_the_same_metrics_come_and_no_event_is_emitted() -> N
 
     assert sink.events == []
     assert sink.metrics == reported().metrics
+
+
+def test_every_event_about_a_failure_is_logged_as_one() -> None:
+    assert set(EVENTS) >= FAILURES
+    about_failures = {name for name in EVENTS if "fail" in name or "reject" in name}
+    assert about_failures <= FAILURES

@@ -1,32 +1,41 @@
-"""Sinks that hand what they get to another sink in a worker thread, so that nobody waits for it."""
+"""Sinks that hand what they get to another sink in a worker thread, so that nobody waits for it.
+
+Laws:
+
+1. Accepting a record waits for nothing and holds no lock: signal handlers, finalizers and forked
+   children may report wherever they strike.
+2. Records leave in the order in which they came, one at a time. Each one ends in exactly one of
+   ``delivered``, ``failures`` and ``dropped``, and so does each one that found no room.
+3. One at a time is the worker: a thread of the queue's own, or, where no thread can be started,
+   whoever flushes or closes. What a delivery raises is counted and goes no further.
+4. A record leaves the line only while a turn of the worker is under way, so that whoever looks at
+   both misses none.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import queue
+import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from coalestra.concurrency.lockfree import Bell, Cell, Changes
 from coalestra.core.protocols import EventSink, MetricsSink
-from coalestra.core.validation import choice, flag, integer, patience, require_methods
+from coalestra.core.validation import choice, flag, integer, number, require_methods
 from coalestra.observability.sinks import (
     DEFAULT_MAX_PENDING,
     BufferOverflowPolicy,
     EventRecord,
     MetricRecord,
 )
-
-# The records that a buffer has accepted, and what became of them: no thread, lock or clock -------
-#
-# Laws:
-#     Records leave in the order in which they came. Each one that came ends in exactly one of
-#     ``delivered``, ``failures`` and ``dropped``, and so does each one that found no room.
-
 
 R = TypeVar("R")
 
@@ -62,141 +71,14 @@ class BufferedSinkStats:
     shutdown_timeout_count: int = 0
 
 
-class Backlog(Generic[R]):
-    """A bounded line of records, at most one of them in delivery, with its counts.
+class _Entry:
+    """A record in the line, or a turn of the worker: something that can be waited for."""
 
-    Args:
-        max_pending: how many records may wait (at least 1); the one in delivery does not.
-        overflow: what happens to one more.
+    __slots__ = ("record", "settled")
 
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: ``max_pending`` is below 1.
-    """
-
-    __slots__ = (
-        "_delivered",
-        "_dropped",
-        "_enqueued",
-        "_failures",
-        "_in_delivery",
-        "_peak",
-        "_waiting",
-        "max_pending",
-        "overflow",
-    )
-
-    def __init__(self, max_pending: int, overflow: BufferOverflowPolicy) -> None:
-        self.max_pending: int = integer("max_pending", max_pending, minimum=1)
-        self.overflow: BufferOverflowPolicy = choice("overflow", overflow, BufferOverflowPolicy)
-        self._waiting: deque[R] = deque()
-        # Records are numbered from 1 as they are accepted; 0 stands for none.
-        self._in_delivery = 0
-        self._enqueued = self._delivered = self._dropped = self._failures = self._peak = 0
-
-    def accept(self, record: R) -> bool:
-        """Let a record wait, making room for it if the policy says so.
-
-        Returns:
-            Whether it was accepted.
-
-        Raises:
-            queue.Full: there is no room, and the policy is to raise.
-        """
-        if len(self._waiting) >= self.max_pending and not self._make_room():
-            return False
-        self._waiting.append(record)
-        self._enqueued += 1
-        self._peak = max(self._peak, self.pending)
-        return True
-
-    def _make_room(self) -> bool:
-        self._dropped += 1
-        if self.overflow is BufferOverflowPolicy.RAISE:
-            raise queue.Full(
-                f"{self.max_pending} records wait for delivery; raise max_pending, or choose an "
-                "overflow policy that drops"
-            )
-        if self.overflow is BufferOverflowPolicy.DROP_NEWEST:
-            return False
-        self._waiting.popleft()
-        return True
-
-    def turn_away(self) -> None:
-        """Count a record that came when none is accepted any more."""
-        self._dropped += 1
-
-    def take(self) -> R:
-        """Return the record that waited longest; it is in delivery until it is settled."""
-        self._in_delivery = self._first_waiting
-        return self._waiting.popleft()
-
-    def settle(self, *, failed: bool) -> None:
-        """Count what became of the record in delivery."""
-        self._in_delivery = 0
-        self._failures += failed
-        self._delivered += not failed
-
-    def discard(self) -> None:
-        """Drop everything that waits."""
-        self._dropped += len(self._waiting)
-        self._waiting.clear()
-
-    def disown(self) -> None:
-        """Forget everything that is pending without counting it: somebody else delivers it."""
-        self._waiting.clear()
-        self._in_delivery = 0
-
-    @property
-    def empty(self) -> bool:
-        """Whether no record waits; one may be in delivery."""
-        return not self._waiting
-
-    @property
-    def newest(self) -> int:
-        """The number of the record accepted last."""
-        return self._enqueued
-
-    @property
-    def oldest_unsettled(self) -> int:
-        """The number of the oldest pending record; if there is none, of the next to come."""
-        return self._in_delivery or self._first_waiting
-
-    @property
-    def pending(self) -> int:
-        """How many records take room: those that wait, and the one in delivery while it can."""
-        return min(len(self._waiting) + (self._in_delivery > 0), self.max_pending)
-
-    @property
-    def _first_waiting(self) -> int:
-        return self._enqueued - len(self._waiting) + 1
-
-    def stats(
-        self, *, closed: bool, worker_alive: bool, shutdown_timeout_count: int
-    ) -> BufferedSinkStats:
-        """Return the counts, together with what only the owner of the line knows."""
-        return BufferedSinkStats(
-            enqueued=self._enqueued,
-            delivered=self._delivered,
-            dropped=self._dropped,
-            failures=self._failures,
-            pending=self.pending,
-            closed=closed,
-            max_pending=self.max_pending,
-            peak_pending=self._peak,
-            worker_alive=worker_alive,
-            shutdown_timeout_count=shutdown_timeout_count,
-        )
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.pending}/{self.max_pending} {self.overflow.value}>"
-
-
-# A bounded queue from many threads to one worker thread that delivers, in order ------------------
-#
-# Laws:
-#     Accepting a record never waits for delivery. Records are delivered one at a time. What a
-#     delivery raises is counted and goes no further.
+    def __init__(self, record: Any = None) -> None:
+        self.record = record
+        self.settled = False
 
 
 class DeliveryQueue(Generic[R]):
@@ -207,7 +89,8 @@ class DeliveryQueue(Generic[R]):
 
     Args:
         deliver: takes one record; it may block, and it may raise.
-        max_pending: how many records may wait (at least 1).
+        max_pending: how many records may wait (at least 1); the one in delivery does not. Threads
+            that report at the very same time may add one each.
         overflow: what happens to one more.
         name: of the worker thread.
 
@@ -224,22 +107,29 @@ class DeliveryQueue(Generic[R]):
         overflow: BufferOverflowPolicy,
         name: str,
     ) -> None:
-        self._backlog: Backlog[R] = Backlog(max_pending, overflow)
+        self._max_pending: int = integer("max_pending", max_pending, minimum=1)
+        self._overflow: BufferOverflowPolicy = choice("overflow", overflow, BufferOverflowPolicy)
         self._deliver = deliver
         self._name = name
-        self._closed = False
-        self._shutdown_timeouts = 0
+        self._waiting: deque[_Entry] = deque()
+        self._refused, self._discarded = Cell(0), Cell(0)
+        self._delivered = self._failures = self._disowned = 0
+        self._peak = self._shutdown_timeouts = 0
+        self._closed = self._ended = False
+        self._at_end: deque[Callable[[], object]] = deque()
         self.begin_afresh()
         _queues.add(self)
 
     def begin_afresh(self) -> None:
         """Be without a worker and without pending records, as at first and after a fork."""
-        # Reentrant, as the garbage collector may close a queue while its lock is held.
-        lock = threading.RLock()
-        self._arrived = threading.Condition(lock)
-        self._moved = threading.Condition(lock)
-        self._worker: threading.Thread | None = None
-        self._backlog.disown()
+        self._disowned += len(self._waiting)
+        self._waiting.clear()
+        self._turn: _Entry | None = None
+        self._thread: threading.Thread | None = None
+        # Whoever is the worker stands here, under the one name that the first one takes.
+        self._role: dict[str, threading.Thread] = {}
+        self._bell = Bell()
+        self._changes = Changes()
 
     # Accepting --------------------------------------------------------------------------------
 
@@ -249,49 +139,112 @@ class DeliveryQueue(Generic[R]):
         Raises:
             queue.Full: there is no room, and the policy is to raise.
         """
-        with self._arrived:
-            if self._closed or not self._has_worker():
-                self._backlog.turn_away()
-            elif self._backlog.accept(record):
-                self._arrived.notify()
+        full = len(self._waiting) >= self._max_pending
+        if self._closed or (full and self._overflow is not BufferOverflowPolicy.DROP_OLDEST):
+            self._refused.change(_one_more)
+            if not self._closed and self._overflow is BufferOverflowPolicy.RAISE:
+                raise queue.Full(
+                    f"{self._max_pending} records wait for delivery; raise max_pending, or choose "
+                    "an overflow policy that drops"
+                )
+            return
+        self._waiting.append(_Entry(record))
+        if full:
+            self._drop(down_to=self._max_pending)
+        self._peak = max(self._peak, self._pending)
+        if "worker" in self._role:
+            self._bell.ring()
+        else:
+            self._start()
+        if self._ended:  # closed meanwhile, and the worker has gone
+            self._drop(down_to=0)
 
-    def _has_worker(self) -> bool:
-        """Start the worker if there is none; return False where no thread can be started."""
-        if self._worker is None:
-            worker = threading.Thread(target=self._work, name=self._name, daemon=True)
-            try:
-                worker.start()
-            except RuntimeError:
+    def _drop(self, *, down_to: int) -> None:
+        """Drop what waited longest until no more than so many records wait."""
+        while len(self._waiting) > down_to:
+            with contextlib.suppress(IndexError):  # the worker took it
+                entry = self._waiting.popleft()
+                self._discarded.change(_one_more)
+                entry.settled = True
+        self._changes.tell()
+
+    def _start(self) -> None:
+        """Start a worker thread unless one is on its way, or none can be had."""
+        if sys.is_finalizing() or (self._thread is not None and self._thread.is_alive()):
+            return
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        with contextlib.suppress(RuntimeError):  # records wait for the next try, or for a flush
+            thread.start()
+            self._thread = thread
+
+    # Delivering -------------------------------------------------------------------------------
+
+    def _work(self, end: float | None = None, *, stay: bool = True) -> None:
+        """Be the worker, unless somebody is: to the end of the queue, or of what is waiting.
+
+        Args:
+            end: when to stop, on the monotonic clock.
+            stay: whether to wait for more records until the queue is closed.
+        """
+        role, me = self._role, threading.current_thread()
+        if role.setdefault("worker", me) is not me:
+            return
+        try:
+            while not (self._waiting and end is not None and time.monotonic() >= end):
+                if self._deliver_next(is_own_thread=stay):
+                    continue
+                self._ended = self._closed
+                if self._ended and not self._waiting:
+                    break
+                if not self._ended:
+                    if not stay:
+                        break
+                    self._bell.wait()
+        finally:
+            if not self._ended:
+                role.pop("worker", None)
+        if self._ended:
+            self._run_callbacks()
+        elif self._waiting:  # came when this was still the worker
+            self._start()
+        self._changes.tell()
+
+    def _deliver_next(self, *, is_own_thread: bool) -> bool:
+        """Deliver the record that waited longest; return False if there is none."""
+        turn = self._turn = _Entry()
+        entry = None
+        try:
+            entry = self._waiting.popleft()
+            self._deliver(entry.record)
+            self._delivered += 1
+        except BaseException as error:
+            if entry is None:  # the line is empty
                 return False
-            self._worker = worker
+            self._failures += 1
+            # In the queue's own thread not even an exit has anybody else to tell.
+            if not is_own_thread and isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+        finally:
+            for each in (turn, entry):
+                if each is not None:
+                    each.settled = True
+            self._turn = None
+            self._changes.tell()
         return True
 
-    # Delivering, in the worker ------------------------------------------------------------------
+    def _do_without_thread(self, seconds: float | None) -> None:
+        """Deliver in this thread if no other one does or can."""
+        if self._thread is None and self._waiting:
+            self._start()
+        # No other thread runs while the interpreter ends. One that was in the midst of a delivery
+        # may hold locks of the sink, so that delivering more could wait for ever.
+        gone = sys.is_finalizing() and self._turn is None
+        if gone:
+            self._role = {}
+        if gone or not (self._thread is not None and self._thread.is_alive()):
+            self._work(None if seconds is None else time.monotonic() + seconds, stay=False)
 
-    def _work(self) -> None:
-        while (record := self._next()) is not None:
-            try:
-                self._deliver(record)
-            # Not even an exit or a cancellation has anybody else in this thread to tell.
-            except BaseException:
-                self._settle(failed=True)
-            else:
-                self._settle(failed=False)
-            # Do not keep it alive while waiting for the next.
-            del record
-
-    def _next(self) -> R | None:
-        """Wait for a record; None once the queue is closed and empty."""
-        with self._arrived:
-            self._arrived.wait_for(lambda: self._closed or not self._backlog.empty)
-            return None if self._backlog.empty else self._backlog.take()
-
-    def _settle(self, *, failed: bool) -> None:
-        with self._moved:
-            self._backlog.settle(failed=failed)
-            self._moved.notify_all()
-
-    # Waiting and closing ------------------------------------------------------------------------
+    # Waiting and closing ----------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was accepted before this call is settled.
@@ -302,12 +255,14 @@ class DeliveryQueue(Generic[R]):
         Returns:
             Whether it is. In the worker thread, which cannot wait for itself, it returns at once.
         """
-        timeout = patience("timeout", timeout)
-        with self._moved:
-            newest = self._backlog.newest
-            if threading.current_thread() is self._worker:
-                timeout = 0
-            return self._moved.wait_for(lambda: self._backlog.oldest_unsettled > newest, timeout)
+        number("timeout", timeout, minimum=0, optional=True)
+        last = self._last_waiting()
+        unsettled = [each for each in (last, self._turn) if each is not None]
+        if self._is_worker():
+            timeout = 0
+        else:
+            self._do_without_thread(timeout)
+        return self._changes.wait_for(lambda: all(each.settled for each in unsettled), timeout)
 
     def close(self, *, timeout: float | None = 5.0, drain: bool = True) -> bool:
         """Refuse new records and wait for the worker to end.
@@ -322,44 +277,89 @@ class DeliveryQueue(Generic[R]):
         Returns:
             Whether the worker has ended; always False in the worker thread itself.
         """
-        timeout = patience("timeout", timeout)
-        flag("drain", drain)
-        worker = self.refuse(discard=not drain)
-        if worker is None:
-            return True
-        if worker is threading.current_thread():
+        number("timeout", timeout, minimum=0, optional=True)
+        self.refuse(discard=not flag("drain", drain))
+        if self._is_worker():
             return False
-        worker.join(timeout)
-        if not worker.is_alive():
-            return True
-        with self._moved:
-            self._shutdown_timeouts += 1
-        return False
+        self._do_without_thread(timeout)
+        return self._note_end(self._changes.wait_for(lambda: self._ended, timeout))
 
-    def refuse(self, *, discard: bool = False) -> threading.Thread | None:
-        """Accept no more records, and do not wait; return the worker, if there ever was one."""
-        with self._arrived:
-            self._closed = True
-            if discard:
-                self._backlog.discard()
-                self._moved.notify_all()
-            self._arrived.notify_all()
-            return self._worker
+    async def aclose(self, timeout: float | None) -> bool:
+        """Do what `close` does after `refuse`, without blocking the loop if a thread can be had."""
+        self._do_without_thread(timeout)
+        return self._note_end(await self._changes.until(lambda: self._ended, timeout))
+
+    def refuse(self, *, discard: bool = False) -> None:
+        """Accept no more records, and do not wait; ``discard`` drops what is pending."""
+        self._closed = True
+        if discard:
+            self._drop(down_to=0)
+        self._bell.ring()
+
+    def call_at_end(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called after the last record of a closed queue, by its worker."""
+        self._at_end.append(callback)
+        if self._ended:
+            self._run_callbacks()
+
+    def _run_callbacks(self) -> None:
+        while self._at_end:
+            with contextlib.suppress(BaseException):  # nobody is left to tell
+                self._at_end.popleft()()
+
+    def _note_end(self, ended: bool) -> bool:
+        if not ended:
+            self._shutdown_timeouts += 1
+        elif not sys.is_finalizing():
+            worker = self._role.get("worker")
+            if worker is not None and worker is not threading.current_thread():
+                worker.join(1.0)  # it has a few steps left
+        return ended
+
+    def _is_worker(self) -> bool:
+        return not self._ended and self._role.get("worker") is threading.current_thread()
+
+    def _last_waiting(self) -> _Entry | None:
+        try:
+            return self._waiting[-1]
+        except IndexError:
+            return None
+
+    # Looking in -------------------------------------------------------------------------------
+
+    @property
+    def _pending(self) -> int:
+        return min(len(self._waiting) + (self._turn is not None), self._max_pending)
 
     def stats(self) -> BufferedSinkStats:
-        """Return the counts and the state, all of one moment."""
-        with self._moved:
-            worker = self._worker
-            return self._backlog.stats(
-                closed=self._closed,
-                worker_alive=not self._closed if worker is None else worker.is_alive(),
-                shutdown_timeout_count=self._shutdown_timeouts,
-            )
+        """Return the counts and the state."""
+        while True:  # until nothing moved while they were read
+            settled = self._delivered, self._failures, self._discarded.value
+            turn, waiting, pending = self._turn, len(self._waiting), self._pending
+            if settled == (self._delivered, self._failures, self._discarded.value):
+                break
+        delivered, failures, discarded = settled
+        return BufferedSinkStats(
+            enqueued=sum(settled) + self._disowned + waiting + (turn is not None),
+            delivered=delivered,
+            dropped=discarded + self._refused.value,
+            failures=failures,
+            pending=pending,
+            closed=self._closed,
+            max_pending=self._max_pending,
+            peak_pending=self._peak,
+            worker_alive=not self._ended and not (self._closed and self._thread is None),
+            shutdown_timeout_count=self._shutdown_timeouts,
+        )
 
     def __repr__(self) -> str:
         now = self.stats()
         state = "closed" if now.closed else "open"
         return f"<{type(self).__name__} {self._name!r} {state} {now.pending}/{now.max_pending}>"
+
+
+def _one_more(count: int) -> int:
+    return count + 1
 
 
 _queues: weakref.WeakSet[DeliveryQueue[Any]] = weakref.WeakSet()
@@ -374,7 +374,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_all_afresh)
 
 
-# Sinks that hand what they get to another sink in a worker thread, so that nobody waits for it ----
+# The sinks --------------------------------------------------------------------------------------
 
 
 __all__ = [
@@ -392,15 +392,24 @@ class BufferedSink(Generic[R]):
     """What the two buffered sinks have in common: a queue of records, and how to close it.
 
     As a context manager it closes on the way out, waiting for up to five seconds. One that is
-    forgotten without being closed still delivers what it has, then its thread ends.
+    forgotten without being closed still delivers what it has, then its thread ends. Where no
+    thread can be started, ``flush`` and ``close`` deliver themselves.
     """
 
     coalestra_non_blocking = True
 
-    def __init__(self, queue: DeliveryQueue[R]) -> None:
-        self._queue = queue
+    def __init__(
+        self,
+        deliver: Callable[[R], object],
+        max_pending: int,
+        overflow: BufferOverflowPolicy,
+        name: str,
+    ) -> None:
+        self._queue: DeliveryQueue[R] = DeliveryQueue(
+            deliver, max_pending=max_pending, overflow=overflow, name=name
+        )
         # The worker holds on to the queue but not to this object, so this is reached.
-        weakref.finalize(self, queue.refuse).atexit = False
+        weakref.finalize(self, self._queue.refuse).atexit = False
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was accepted before this call has been dealt with.
@@ -482,14 +491,8 @@ class BufferedEventSink(BufferedSink[EventRecord]):
     ) -> None:
         require_methods("downstream", downstream, "emit")
         self.downstream = downstream
-        super().__init__(
-            DeliveryQueue(
-                functools.partial(_replay_event, downstream),
-                max_pending=max_pending,
-                overflow=overflow,
-                name="coalestra-event-buffer",
-            )
-        )
+        deliver = functools.partial(_replay_event, downstream)
+        super().__init__(deliver, max_pending, overflow, "coalestra-event-buffer")
 
     def emit(self, event_type: str, **payload: Any) -> None:
         """Take one event, to be delivered later with the payload it has now.
@@ -525,14 +528,8 @@ class BufferedMetricsSink(BufferedSink[MetricRecord]):
     ) -> None:
         require_methods("downstream", downstream, "increment", "observe")
         self.downstream = downstream
-        super().__init__(
-            DeliveryQueue(
-                functools.partial(_replay_metric, downstream),
-                max_pending=max_pending,
-                overflow=overflow,
-                name="coalestra-metrics-buffer",
-            )
-        )
+        deliver = functools.partial(_replay_metric, downstream)
+        super().__init__(deliver, max_pending, overflow, "coalestra-metrics-buffer")
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Take one count, to be delivered later.

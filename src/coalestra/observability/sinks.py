@@ -1,19 +1,16 @@
-"""How much a buffer holds, and what it does when it is full."""
+"""The sinks that come with the library: null, in memory, to a logger; and what they keep."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
 import logging
-import threading
 from collections.abc import Mapping
 from typing import Any
 
+from coalestra.concurrency.lockfree import Cell
 from coalestra.core.frozen import immutable
 from coalestra.core.validation import instance
-
-# How much a buffer holds, and what it does when it is full ---------------------------------------
-
 
 DEFAULT_MAX_PENDING = 10_000
 """How many records a buffer keeps waiting unless told otherwise."""
@@ -30,9 +27,6 @@ class BufferOverflowPolicy(str, enum.Enum):
 
     RAISE = "raise"
     """It is dropped, and the caller gets ``queue.Full``."""
-
-
-# The sinks of whoever wants to hear nothing: they discard what they get --------------------------
 
 
 class NullEventSink:
@@ -66,9 +60,6 @@ class NullMetrics:
         return f"{type(self).__name__}()"
 
 
-# Event sinks that come with the library, and the record of one event -----------------------------
-
-
 @immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class EventRecord:
@@ -83,12 +74,31 @@ class EventRecord:
     payload: dict[str, Any]
 
 
-class LoggingEventSink:
-    """Writes each event to a logger, at level INFO.
+FAILURES = frozenset(
+    {
+        "cache_failed",
+        "payload_copy_deadline_exceeded",
+        "resource_refresh_failed",
+        "snapshot_acceptance_failed",
+        "snapshot_consistency_failed",
+        "source_circuit_open",
+        "source_failed",
+        "source_payload_rejected",
+        "source_transport_budget_rejected",
+        "source_transport_timeout_violated",
+        "stale_fallback_used",
+    }
+)
+"""The events that are about a failure, whatever their payload says."""
 
-    A log record has the attributes ``event_type`` and ``event_payload`` for structured
-    formatters. Log handlers may write to files or networks, so a builder puts this sink behind
-    a buffer unless told otherwise.
+
+class LoggingEventSink:
+    """Writes each event to a logger: failures at level WARNING, everything else at INFO.
+
+    A failure is an event of ``FAILURES``, and a build or session call in which a key failed or
+    that changed nothing. A log record has the attributes ``event_type`` and ``event_payload`` for
+    structured formatters. Log handlers may write to files or networks, so a builder puts this sink
+    behind a buffer unless told otherwise.
 
     Args:
         logger: where to write; the logger ``coalestra`` by default.
@@ -105,14 +115,13 @@ class LoggingEventSink:
 
     def emit(self, event_type: str, **payload: Any) -> None:
         """Log one event."""
+        failed = event_type in FAILURES or payload.get("failed") or payload.get("build_failed")
+        level = logging.WARNING if failed else logging.INFO
         extra = {"event_type": event_type, "event_payload": payload}
-        self.logger.info("%s %s", event_type, payload, extra=extra)
+        self.logger.log(level, "%s %s", event_type, payload, extra=extra)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.logger!r})"
-
-
-# Metric sinks that come with the library, and what they keep -------------------------------------
 
 
 Labels = tuple[tuple[str, str], ...]
@@ -187,51 +196,52 @@ class MetricsSnapshot:
 
 
 class InMemoryMetrics:
-    """Keeps one number per counter and one summary per observed series; safe from many threads.
+    """Keeps one number per counter and one summary per observed series.
 
-    Memory grows with the number of distinct label sets, not with the number of calls.
+    Safe from many threads, signal handlers, finalizers and forked children: nothing is locked, and
+    no report is lost. Memory grows with the number of distinct label sets, not of calls.
     """
 
-    __slots__ = ("_counters", "_lock", "_observations")
+    __slots__ = ("_counters", "_observations")
 
     coalestra_non_blocking = True
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counters: dict[Series, int] = {}
-        self._observations: dict[Series, ObservationSummary] = {}
+        self._counters: dict[Series, Cell[int]] = {}
+        self._observations: dict[Series, Cell[ObservationSummary | None]] = {}
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Add ``value`` to the counter with exactly these labels."""
         series = series_of(metric, labels)
-        with self._lock:
-            self._counters[series] = self._counters.get(series, 0) + value
+        counter = self._counters.get(series)
+        if counter is None:
+            counter = self._counters.setdefault(series, Cell(0))
+        counter.change(lambda count: count + value)
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         """Add one observation to the summary with exactly these labels."""
         series = series_of(metric, labels)
-        with self._lock:
-            known = self._observations.get(series)
-            self._observations[series] = (
-                ObservationSummary(1, value, value, value)
-                if known is None
-                else known.including(value)
-            )
+        first = ObservationSummary(1, value, value, value)
+        summary = self._observations.setdefault(series, Cell(None))
+        summary.change(lambda known: first if known is None else known.including(value))
 
     def counter(self, metric: str, **labels: str) -> int:
         """Return the counter with exactly these labels; 0 if it was never increased."""
-        with self._lock:
-            return self._counters.get(series_of(metric, labels), 0)
+        counter = self._counters.get(series_of(metric, labels))
+        return 0 if counter is None else counter.value
 
     def summary(self, metric: str, **labels: str) -> ObservationSummary | None:
         """Return what was observed with exactly these labels; None if nothing was."""
-        with self._lock:
-            return self._observations.get(series_of(metric, labels))
+        summary = self._observations.get(series_of(metric, labels))
+        return None if summary is None else summary.value
 
     def snapshot(self) -> MetricsSnapshot:
-        """Return a copy of all that is kept."""
-        with self._lock:
-            return MetricsSnapshot(dict(self._counters), dict(self._observations))
+        """Return a copy of all that is kept; what is reported meanwhile may be in it or not."""
+        summaries = {series: cell.value for series, cell in self._observations.copy().items()}
+        return MetricsSnapshot(
+            {series: cell.value for series, cell in self._counters.copy().items()},
+            {series: summary for series, summary in summaries.items() if summary is not None},
+        )
 
     def __repr__(self) -> str:
         kept = self.snapshot()

@@ -1,0 +1,132 @@
+"""State without locks: no change is lost, and who waits is told of every change."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from coalestra.concurrency.lockfree import Bell, Cell, Changes
+from tests.support.strikes import at_every_line
+
+PATIENCE = 20.0
+
+
+def test_no_change_of_a_cell_is_lost_between_threads() -> None:
+    cell = Cell(0)
+    start = threading.Barrier(4)
+
+    def count() -> None:
+        start.wait()
+        for _ in range(2_000):
+            cell.change(lambda number: number + 1)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+
+    assert cell.value == 8_000
+    assert repr(cell) == "Cell(8000)"
+
+
+def test_a_change_struck_by_another_is_made_to_the_newer_value() -> None:
+    cell = Cell(())
+
+    def add(name: str) -> None:
+        cell.change(lambda names: (*names, name))  # type: ignore[arg-type]
+
+    lines = at_every_line(lambda: add("struck"), lambda: add("striking"))
+
+    names: Any = cell.value
+    assert (names.count("struck"), names.count("striking")) == (lines + 2, lines)
+
+
+def test_a_step_that_raises_changes_nothing() -> None:
+    cell = Cell(1)
+
+    with pytest.raises(ZeroDivisionError):
+        cell.change(lambda number: number // 0)
+
+    assert cell.value == 1
+
+
+def test_a_bell_rung_before_anybody_waits_is_heard_once() -> None:
+    bell = Bell()
+    bell.ring()
+    bell.ring()
+
+    assert bell.wait(0)
+    assert not bell.wait(0)
+
+
+def test_who_waits_for_a_change_goes_on_when_it_has_come() -> None:
+    changes, state = Changes(), [0]
+    arrived = threading.Event()
+    seen: list[bool] = []
+
+    def looks() -> bool:
+        arrived.set()
+        return state[0] == 2
+
+    waiting = threading.Thread(target=lambda: seen.append(changes.wait_for(looks, PATIENCE)))
+    waiting.start()
+    assert arrived.wait(PATIENCE)
+    for number in (1, 2):
+        state[0] = number
+        changes.tell()
+    waiting.join(PATIENCE)
+
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("seconds", [0, 0.001])
+def test_who_waits_for_what_does_not_come_is_told_in_time(seconds: float) -> None:
+    assert not Changes().wait_for(lambda: False, seconds)
+
+
+@pytest.mark.parametrize("seconds", [1e10, 1e300, 10**30])
+def test_longer_than_threads_can_wait_is_as_long_as_it_takes(seconds: float) -> None:
+    changes, looks = Changes(), iter([False, False, True])
+
+    def holds() -> bool:
+        changes.tell()
+        return next(looks)
+
+    assert changes.wait_for(holds, seconds)
+
+
+async def test_a_coroutine_waits_for_what_a_thread_changes() -> None:
+    changes, state = Changes(), [False]
+
+    def change() -> None:
+        state[0] = True
+        changes.tell()
+
+    thread = threading.Thread(target=change)
+    asyncio.get_running_loop().call_later(1.0, thread.start)
+
+    assert await changes.until(lambda: state[0], 1_000.0)
+
+
+async def test_a_coroutine_that_waits_for_what_does_not_come_is_told_in_time() -> None:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    assert not await Changes().until(lambda: False, 3.0)
+    assert loop.time() - began == pytest.approx(3.0)
+
+
+def test_a_change_told_after_the_loop_of_who_waited_is_gone_does_no_harm() -> None:
+    changes = Changes()
+
+    async def leave() -> None:
+        task = asyncio.ensure_future(changes.until(lambda: False))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(leave())
+    changes.tell()
