@@ -34,10 +34,10 @@ def test_no_change_of_a_cell_is_lost_between_threads() -> None:
 
 
 def test_a_change_struck_by_another_is_made_to_the_newer_value() -> None:
-    cell = Cell(())
+    cell: Cell[tuple[str, ...]] = Cell(())
 
     def add(name: str) -> None:
-        cell.change(lambda names: (*names, name))  # type: ignore[arg-type]
+        cell.change(lambda names: (*names, name))
 
     lines = at_every_line(lambda: add("struck"), lambda: add("striking"))
 
