@@ -221,6 +221,29 @@ def test_circuits_that_are_not_closed_are_counted_by_state() -> None:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Many circuits put together, as a builder tells of them."""
+
+    state: State
+    open: int = 0
+    half_open: int = 0
+
+
+def test_circuits_that_are_put_together_are_counted_one_by_one() -> None:
+    facts = health(
+        circuits={
+            Identity("rest", "by key"): Group(State.OPEN, open=3, half_open=2),
+            Identity("rest", "by subject"): Group(State.HALF_OPEN, half_open=1),
+            Identity("fine"): Group(State.CLOSED),
+        }
+    )
+    assert found(facts) == [
+        (Reason.CIRCUIT_OPEN, DEGRADED, 3, 1, "rest"),
+        (Reason.CIRCUIT_HALF_OPEN, DEGRADED, 3, 1, "rest"),
+    ]
+
+
 GROWTH = [
     ("queue_timeout_count", Reason.QUEUE_TIMEOUTS_INCREASED),
     ("source_timeout_count", Reason.SOURCE_TIMEOUTS_INCREASED),

@@ -18,8 +18,12 @@ from coalestra import (
     CacheStats,
     CallableSource,
     CircuitBreakerPolicy,
+    CircuitScope,
+    FetchContext,
     FreshnessPolicy,
     RefreshMode,
+    ResourceKey,
+    RetryPolicy,
     SnapshotBuilder,
     SnapshotBuildError,
     SourceResiliencePolicy,
@@ -139,6 +143,71 @@ async def test_open_and_half_open_circuits_degrade() -> None:
     }
     gate.open()
     await probing
+
+
+@pytest.mark.parametrize("scope", CircuitScope)
+async def test_circuits_are_told_by_source_and_scope_and_name_no_resource(
+    scope: CircuitScope,
+) -> None:
+    """Subjects and qualifiers may be anybody's; who may see them asks the breaker."""
+    source = Single("balance", fetch=_fail)
+    source.resilience_policy = SourceResiliencePolicy(
+        RetryPolicy(max_attempts=1),
+        CircuitBreakerPolicy(scope, failure_threshold=1, recovery_timeout_seconds=30.0),
+    )
+    building = builder(source)
+    secrets = [
+        ResourceKey("test", "balance", "anne", {"card": "4111"}),
+        ResourceKey("test", "balance", "bert", {"card": "5111"}),
+    ]
+    for secret in secrets:
+        await building.build([secret], strict=False)
+    await asyncio.sleep(7.5)
+    health = await building.health_snapshot()
+    told = json.dumps(health.to_dict()) + repr(health) + repr(health.assess())
+    assert not [word for word in ("anne", "bert", "4111", "5111") if word in told]
+    apart = scope in (CircuitScope.SUBJECT, CircuitScope.RESOURCE)
+    (group,) = health.to_dict()["circuits"].values()
+    assert group == {
+        "state": "open",
+        "open": 2 if apart else 1,
+        "half_open": 0,
+        "closed": 0,
+        "failures": 1,
+        "half_open_probe_active": False,
+        "seconds_since_opened": 7.5,
+        "seconds_until_probe": 22.5,
+    }
+    (finding,) = health.assess().findings
+    assert (finding.component, finding.observed) == ("balance", group["open"])
+    named = await building.circuit_breaker.snapshot()
+    assert len(named) == group["open"], "only whoever asks the breaker is told the names"
+
+
+async def _fail(_key: ResourceKey, _context: FetchContext) -> Any:
+    raise LookupError(f"no such {_key}")
+
+
+async def test_each_source_tells_when_it_last_answered_and_last_failed() -> None:
+    """The type of the error is told; its text may name a resource."""
+    fails = False
+
+    async def fetch(wanted: ResourceKey, context: FetchContext) -> Any:
+        return await _fail(wanted, context) if fails else 1
+
+    building = builder(Single("k", fetch=fetch), Single("idle"))
+
+    async def told() -> dict[str, tuple[Any, ...]]:
+        sources = (await building.health_snapshot()).sources
+        return {name: dataclasses.astuple(each) for name, each in sources.items()}
+
+    assert await told() == {"k": (None, None, None), "idle": (None, None, None)}
+    await building.build([key("k", "1")])
+    await asyncio.sleep(2.0)
+    fails = True
+    await building.build([key("k", "2")], strict=False)
+    await asyncio.sleep(1.0)
+    assert await told() == {"k": (3.0, 1.0, "LookupError"), "idle": (None, None, None)}
 
 
 async def test_revalidations_are_counted_with_their_failures() -> None:

@@ -16,7 +16,7 @@ from coalestra.resilience.circuit_breaker import (
     CircuitScope,
     CircuitSnapshot,
     CircuitState,
-    snapshot_of,
+    Outcome,
 )
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
@@ -28,73 +28,85 @@ def fresh() -> Circuit:
     return Circuit()
 
 
-def failed_once() -> Circuit:
+def failed(*times: float) -> Circuit:
     circuit = Circuit()
-    circuit.fail(NOW, POLICY)
+    for turn, now in enumerate(times):
+        circuit.report(Outcome.FAILURE, now, turn, POLICY)
     return circuit
+
+
+def failed_once() -> Circuit:
+    return failed(NOW)
 
 
 def opened() -> Circuit:
-    circuit = failed_once()
-    circuit.fail(NOW, POLICY)
-    return circuit
+    return failed(NOW, NOW)
 
 
 def half_open() -> Circuit:
     """Open since ten seconds."""
-    circuit = Circuit()
-    circuit.fail(NOW - 10, POLICY)
-    circuit.fail(NOW - 10, POLICY)
-    return circuit
+    return failed(NOW - 10, NOW - 10)
 
 
 def probing() -> Circuit:
     circuit = half_open()
-    assert circuit.admit(NOW)
+    assert circuit.admit(NOW, 7)
+    assert circuit.turn == 7
     return circuit
 
 
-STEPS: dict[str, Callable[[Circuit], object]] = {
-    "success": lambda circuit: circuit.succeed(NOW),
-    "failure": lambda circuit: circuit.fail(NOW, POLICY),
-    "abandoned": lambda circuit: circuit.abandon(NOW, POLICY),
-    "skipped": lambda circuit: circuit.skip(),
-}
+def step_on(circuit: Circuit, step: Outcome, now: float = NOW) -> bool:
+    return circuit.report(step, now, 9, POLICY)
+
+
+def ask(circuit: Circuit, now: float = NOW) -> bool:
+    """Ask for leave, and take it."""
+    if circuit.refuses(now):
+        return False
+    circuit.admit(now, 8)
+    return True
 
 
 @pytest.mark.parametrize(
     "start,step,state,failures,is_probing",
     [
-        (fresh, "success", CLOSED, 0, False),
-        (fresh, "failure", CLOSED, 1, False),
-        (fresh, "abandoned", CLOSED, 0, False),
-        (fresh, "skipped", CLOSED, 0, False),
-        (failed_once, "success", CLOSED, 0, False),
-        (failed_once, "failure", OPEN, 2, False),
-        (failed_once, "abandoned", CLOSED, 1, False),
-        (failed_once, "skipped", CLOSED, 1, False),
-        (opened, "success", OPEN, 2, False),
-        (opened, "failure", OPEN, 2, False),
-        (opened, "abandoned", OPEN, 2, False),
-        (opened, "skipped", OPEN, 2, False),
-        (half_open, "success", CLOSED, 0, False),
-        (half_open, "failure", OPEN, 3, False),
-        (half_open, "abandoned", HALF_OPEN, 2, False),
-        (half_open, "skipped", HALF_OPEN, 2, False),
-        (probing, "success", CLOSED, 0, False),
-        (probing, "failure", OPEN, 3, False),
-        (probing, "abandoned", OPEN, 2, False),
-        (probing, "skipped", HALF_OPEN, 2, False),
+        (fresh, Outcome.SUCCESS, CLOSED, 0, False),
+        (fresh, Outcome.FAILURE, CLOSED, 1, False),
+        (fresh, Outcome.ABANDONED, CLOSED, 0, False),
+        (fresh, Outcome.SKIPPED, CLOSED, 0, False),
+        (failed_once, Outcome.SUCCESS, CLOSED, 0, False),
+        (failed_once, Outcome.FAILURE, OPEN, 2, False),
+        (failed_once, Outcome.ABANDONED, CLOSED, 1, False),
+        (failed_once, Outcome.SKIPPED, CLOSED, 1, False),
+        (opened, Outcome.SUCCESS, OPEN, 2, False),
+        (opened, Outcome.FAILURE, OPEN, 2, False),
+        (opened, Outcome.ABANDONED, OPEN, 2, False),
+        (opened, Outcome.SKIPPED, OPEN, 2, False),
+        (half_open, Outcome.SUCCESS, CLOSED, 0, False),
+        (half_open, Outcome.FAILURE, OPEN, 3, False),
+        (half_open, Outcome.ABANDONED, HALF_OPEN, 2, False),
+        (half_open, Outcome.SKIPPED, HALF_OPEN, 2, False),
+        (probing, Outcome.SUCCESS, CLOSED, 0, False),
+        (probing, Outcome.FAILURE, OPEN, 3, False),
+        (probing, Outcome.ABANDONED, OPEN, 2, False),
+        (probing, Outcome.SKIPPED, HALF_OPEN, 2, False),
     ],
 )
 def test_each_report_takes_each_state_where_the_table_says(
-    start: Callable[[], Circuit], step: str, state: CircuitState, failures: int, is_probing: bool
+    start: Callable[[], Circuit],
+    step: Outcome,
+    state: CircuitState,
+    failures: int,
+    is_probing: bool,
 ) -> None:
-    """The whole table of the module."""
+    """The whole table of the module; what changes the state begins a new turn."""
     circuit = start()
-    STEPS[step](circuit)
-    figures = snapshot_of(circuit, NOW)
+    before, turn = circuit.state(NOW), circuit.turn
+    changed = step_on(circuit, step)
+    figures = circuit.view(NOW)
     assert figures.state is state
+    assert changed == (circuit.turn == 9) == (circuit.turn != turn)
+    assert changed or state is before
     assert (figures.failures, figures.half_open_probe_active) == (failures, is_probing)
 
 
@@ -105,7 +117,7 @@ def test_each_state_admits_all_none_or_one(start: Callable[[], Circuit], admitte
     """Of three calls that ask."""
     circuit = start()
     refused_before = circuit.refuses(NOW)
-    assert [circuit.admit(NOW) for _ in range(3)].count(True) == admitted
+    assert [ask(circuit) for _ in range(3)].count(True) == admitted
     assert refused_before == (not admitted)
 
 
@@ -113,63 +125,61 @@ def test_an_open_circuit_turns_half_open_exactly_at_its_time() -> None:
     """Not a moment before."""
     circuit = opened()
     assert circuit.state(NOW + 9.999) is OPEN
-    assert circuit.wait(NOW + 4) == 6.0
+    assert circuit.view(NOW + 4).seconds_until_probe == 6.0
+    assert circuit.view(NOW + 4).seconds_since_opened == 4.0
     assert circuit.state(NOW + 10) is HALF_OPEN
-    assert circuit.wait(NOW + 11) == 0.0
-    assert fresh().wait(NOW) == 0.0
+    assert circuit.view(NOW + 11).seconds_until_probe == 0.0
+    assert circuit.view(NOW + 11).seconds_since_opened == 11.0
+    untroubled = fresh().view(NOW)
+    assert (untroubled.seconds_since_opened, untroubled.seconds_until_probe) == (None, 0.0)
 
 
-@pytest.mark.parametrize("step", ["failure", "abandoned"])
-def test_a_probe_that_fails_or_is_cancelled_reopens_for_the_whole_time(step: str) -> None:
+@pytest.mark.parametrize("step", [Outcome.FAILURE, Outcome.ABANDONED])
+def test_a_probe_that_fails_or_is_cancelled_reopens_for_the_whole_time(step: Outcome) -> None:
     """Counted from now, not from the first opening."""
     circuit = probing()
-    STEPS[step](circuit)
-    assert snapshot_of(circuit, NOW).opened_at == NOW
-    assert not circuit.admit(NOW + 9)
-    assert circuit.admit(NOW + 10)
+    step_on(circuit, step)
+    assert circuit.view(NOW).opened_at == NOW
+    assert not ask(circuit, NOW + 9)
+    assert ask(circuit, NOW + 10)
 
 
 def test_a_skipped_probe_makes_room_for_exactly_one_other() -> None:
     """At once: nothing has been learned."""
     circuit = probing()
-    circuit.skip()
-    assert [circuit.admit(NOW) for _ in range(3)] == [True, False, False]
+    step_on(circuit, Outcome.SKIPPED)
+    assert [ask(circuit) for _ in range(3)] == [True, False, False]
 
 
 def test_looking_at_a_circuit_changes_nothing() -> None:
     """However late it is."""
     circuit = opened()
-    before = snapshot_of(circuit, NOW)
+    before = circuit.view(NOW)
     circuit.refuses(NOW + 99)
     circuit.state(NOW + 99)
-    snapshot_of(circuit, NOW + 99)
-    assert snapshot_of(circuit, NOW) == before == CircuitSnapshot(OPEN, 2, NOW, False)
+    circuit.view(NOW + 99)
+    assert circuit.view(NOW) == before == CircuitSnapshot(OPEN, 2, NOW, False)
 
 
-@given(st.lists(st.sampled_from(["admit", *STEPS, "time"])))
-def test_whatever_happens_there_is_at_most_one_probe_and_it_is_half_open(steps: list[str]) -> None:
-    """And a circuit at rest has no failures."""
+@given(st.lists(st.sampled_from(["ask", "time", *Outcome])))
+def test_whatever_happens_there_is_at_most_one_probe_and_it_is_half_open(
+    steps: list[str | Outcome],
+) -> None:
     circuit, now, probes = Circuit(), 0.0, 0
     for step in steps:
-        if step == "admit":
+        if step == "ask":
             was = circuit.state(now)
-            probes += circuit.admit(now) and was is HALF_OPEN
+            probes += ask(circuit, now) and was is HALF_OPEN
         elif step == "time":
             now += 6.0
-        elif step == "failure":
-            circuit.fail(now, POLICY)
-        elif step == "abandoned":
-            circuit.abandon(now, POLICY)
-        elif step == "success":
-            circuit.succeed(now)
         else:
-            circuit.skip()
-        figures = snapshot_of(circuit, now)
+            assert isinstance(step, Outcome)
+            step_on(circuit, step, now)
+        figures = circuit.view(now)
         if not figures.half_open_probe_active:
             probes = 0
         assert probes == int(figures.half_open_probe_active)
         assert not figures.half_open_probe_active or figures.state is HALF_OPEN
-        assert circuit.at_rest == (figures.state is CLOSED and figures.failures == 0)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +187,8 @@ def test_whatever_happens_there_is_at_most_one_probe_and_it_is_half_open(steps: 
     [
         (CircuitIdentity("rest", CircuitScope.SOURCE), "rest"),
         (CircuitIdentity("rest", CircuitScope.SUBJECT, "BTC"), "rest:subject:BTC"),
+        (CircuitIdentity("rest", CircuitScope.SUBJECT, ("app", "size")), "rest:subject:app:size"),
+        (CircuitIdentity("rest", CircuitScope.SUBJECT), "rest:subject"),
     ],
 )
 def test_an_identity_reads_as_source_scope_and_part(identity: CircuitIdentity, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from coalestra.core.protocols import SystemClock
 from coalestra.resilience.circuit_breaker import (
     CircuitBreaker,
     CircuitBreakerPolicy,
+    CircuitGroup,
     CircuitIdentity,
-    Circuits,
     CircuitScope,
     CircuitSnapshot,
     CircuitState,
+    Outcome,
 )
 from tests.support import ManualClock
 
@@ -97,12 +99,12 @@ async def test_a_cancelled_probe_reopens_and_a_skipped_one_frees_its_place() -> 
         (CircuitScope.SOURCE, BTC, ""),
         (CircuitScope.NAMESPACE, BTC, "market"),
         (CircuitScope.SUBJECT, BTC, "BTC"),
-        (CircuitScope.SUBJECT, CONFIG, "app:config"),
-        (CircuitScope.RESOURCE, BTC, "market:price:BTC"),
+        (CircuitScope.SUBJECT, CONFIG, ("app", "config")),
+        (CircuitScope.RESOURCE, BTC, BTC),
     ],
 )
 def test_the_scope_decides_which_keys_share_a_circuit(
-    scope: CircuitScope, key: ResourceKey, part: str
+    scope: CircuitScope, key: ResourceKey, part: Hashable
 ) -> None:
     """A key without a subject falls back to its namespace and name."""
     breaker = CircuitBreaker()
@@ -139,7 +141,7 @@ async def test_a_disabled_policy_lets_everything_through_and_counts_nothing() ->
     assert len(breaker) == 0
     await open_it(breaker)
     identity = await breaker.before_call("rest", policy=off)
-    assert not breaker.peek_open(identity, off)
+    assert breaker.refusal(identity, off) is None
     await breaker.record_success("rest", policy=off)
     await breaker.record_abandoned("rest", policy=off)
     await breaker.record_skipped("rest", policy=off)
@@ -160,37 +162,32 @@ async def test_circuits_at_rest_are_not_remembered() -> None:
     assert await breaker.snapshot() == {}
 
 
-def failing(circuits: Circuits, name: str, policy: CircuitBreakerPolicy) -> CircuitIdentity:
-    identity = CircuitIdentity(name, CircuitScope.SOURCE)
-    circuits.fail(identity, policy)
-    return identity
+def few(clock: ManualClock, policy: CircuitBreakerPolicy) -> CircuitBreaker:
+    """A breaker that remembers two circuits."""
+    breaker = CircuitBreaker(default_policy=policy, clock=clock)
+    breaker.max_circuits = 2
+    return breaker
 
 
-def test_of_more_circuits_than_may_be_kept_the_longest_unused_is_forgotten() -> None:
+async def test_of_more_circuits_than_may_be_kept_the_longest_unused_is_forgotten() -> None:
     """Keys that failed once and never came back would stay for ever otherwise."""
-    policy = CircuitBreakerPolicy(failure_threshold=1)
-    circuits = Circuits(policy, clock=ManualClock(), max_circuits=2)
-    first, second = (failing(circuits, name, policy) for name in ("first", "second"))
-    with pytest.raises(CircuitOpenError):
-        circuits.admit("first", None, policy)
-    failing(circuits, "third", policy)
-    assert circuits.peek_open(first, policy)
-    assert not circuits.peek_open(second, policy)
-    assert len(circuits) == 2
+    breaker = few(ManualClock(), CircuitBreakerPolicy(failure_threshold=2))
+    for name in ("first", "second", "first", "third"):
+        await breaker.record_failure(name)
+    assert {identity.source for identity in await breaker.snapshot()} == {"first", "third"}
 
 
-def test_a_circuit_whose_probe_is_under_way_is_not_forgotten_before_others() -> None:
+async def test_a_circuit_whose_probe_is_under_way_is_not_forgotten_before_others() -> None:
     """There would be a second probe."""
     clock = ManualClock()
     policy = CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=1)
-    circuits = Circuits(policy, clock=clock, max_circuits=2)
-    failing(circuits, "first", policy)
+    breaker = few(clock, policy)
+    await breaker.record_failure("first")
     clock.advance(1)
-    probed = circuits.admit("first", None, policy)
-    second = failing(circuits, "second", policy)
-    failing(circuits, "third", policy)
-    assert circuits.peek_open(probed, policy)
-    assert not circuits.peek_open(second, policy)
+    await breaker.before_call("first")
+    for name in ("second", "third"):
+        await breaker.record_failure(name)
+    assert {identity.source for identity in await breaker.snapshot()} == {"first", "third"}
 
 
 async def test_peeking_does_not_take_the_probe() -> None:
@@ -199,13 +196,13 @@ async def test_peeking_does_not_take_the_probe() -> None:
     breaker = breaker_at(clock)
     identity = breaker.identity_for("rest")
     policy = breaker.default_policy
-    assert not breaker.peek_open(identity, policy)
+    assert breaker.refusal(identity, policy) is None
     await open_it(breaker)
-    assert breaker.peek_open(identity, policy)
+    assert "may be probed in 10 s" in str(breaker.refusal(identity, policy))
     clock.advance(10)
-    assert not breaker.peek_open(identity, policy)
+    assert breaker.refusal(identity, policy) is None
     await breaker.before_call("rest")
-    assert breaker.peek_open(identity, policy)
+    assert "is under way" in str(breaker.refusal(identity, policy))
 
 
 async def test_resetting_closes_one_circuit_all_of_a_source_or_everything() -> None:
@@ -271,3 +268,117 @@ async def test_it_tells_how_many_circuits_are_in_which_state() -> None:
     await open_it(breaker, "b")
     await breaker.record_failure("c")
     assert repr(breaker) == "<CircuitBreaker closed=1 open=2>"
+
+
+REPORTS = ["record_success", "record_failure", "record_abandoned", "record_skipped"]
+
+
+@pytest.mark.parametrize("report", REPORTS)
+@pytest.mark.parametrize("how", ["with a ticket", "from the task of the call"])
+async def test_a_call_from_before_the_opening_decides_nothing(report: str, how: str) -> None:
+    """Neither while the circuit is open, nor for the probe, nor when it has closed again."""
+    clock = ManualClock()
+    breaker = breaker_at(clock)
+    begun, ends = asyncio.Event(), [asyncio.Event() for _ in range(3)]
+
+    async def call(end: asyncio.Event) -> None:
+        ticket = await breaker.before_call("rest")
+        begun.set()
+        await end.wait()
+        given = {"ticket": ticket} if how == "with a ticket" else {}
+        await getattr(breaker, report)("rest", **given)
+
+    async def one_ends(number: int) -> CircuitSnapshot | None:
+        ends[number].set()
+        await calls[number]
+        return (await breaker.snapshot()).get(breaker.identity_for("rest"))
+
+    calls = [asyncio.ensure_future(call(end)) for end in ends]
+    await begun.wait()
+    await open_it(breaker)
+    assert await one_ends(0) == CircuitSnapshot(CircuitState.OPEN, 2, clock.monotonic(), False)
+    opened_at = clock.monotonic()
+    clock.advance(10)
+    probe = await breaker.before_call("rest")
+    assert await one_ends(1) == CircuitSnapshot(CircuitState.HALF_OPEN, 2, opened_at, True)
+    await breaker.record_success("rest", ticket=probe)
+    assert await one_ends(2) is None
+    await breaker.record_failure("rest")
+    assert len(breaker) == 1, "what comes after that counts"
+
+
+async def test_a_call_from_before_a_reset_does_not_open_the_circuit_again() -> None:
+    """It has failed in what is over."""
+    breaker = CircuitBreaker(failure_threshold=1)
+    ticket = await breaker.before_call("rest")
+    await breaker.record_failure("rest")
+    await breaker.reset("rest")
+    await breaker.record_failure("rest", ticket=ticket)
+    assert await breaker.state_for("rest") is CircuitState.CLOSED
+
+
+async def test_a_call_of_one_source_counts_whatever_another_source_went_through() -> None:
+    """Turns are counted for all, and compared for each."""
+    clock = ManualClock()
+    breaker = CircuitBreaker(failure_threshold=1, recovery_timeout_seconds=1.0, clock=clock)
+    ticket = await breaker.before_call("rest")
+    await breaker.record_failure("other")
+    clock.advance(1)
+    await breaker.before_call("other")
+    await breaker.record_success("other")
+    await breaker.record_failure("rest", ticket=ticket)
+    assert await breaker.state_for("rest") is CircuitState.OPEN
+
+
+@pytest.mark.parametrize(
+    "scope,one,other",
+    [
+        (CircuitScope.RESOURCE, ResourceKey("a", "b:c"), ResourceKey("a", "b", "c")),
+        (CircuitScope.RESOURCE, ResourceKey("a:b", "c"), ResourceKey("a", "b:c")),
+        (CircuitScope.SUBJECT, ResourceKey("a", "b:c"), ResourceKey("a:b", "c")),
+        (CircuitScope.SUBJECT, ResourceKey("a", "b"), ResourceKey("x", "y", "a:b")),
+    ],
+)
+async def test_keys_that_read_alike_have_circuits_of_their_own(
+    scope: CircuitScope, one: ResourceKey, other: ResourceKey
+) -> None:
+    """A part of a source is what it is, not how it is written."""
+    breaker = CircuitBreaker()
+    policy = CircuitBreakerPolicy(scope=scope, failure_threshold=1)
+    await breaker.record_failure("s", key=one, policy=policy)
+    assert await breaker.state_for("s", key=one, policy=policy) is CircuitState.OPEN
+    assert await breaker.state_for("s", key=other, policy=policy) is CircuitState.CLOSED
+    await breaker.record_failure("s", key=other, policy=policy)
+    assert len(await breaker.snapshot()) == 2
+
+
+async def test_circuits_are_counted_by_source_and_scope_without_naming_any_part() -> None:
+    """For those who must not see the keys."""
+    clock = ManualClock()
+    breaker = breaker_at(clock)
+    policy = CircuitBreakerPolicy(scope=CircuitScope.RESOURCE, failure_threshold=2)
+    assert breaker.groups() == {}
+    await open_it(breaker, key=ETH, policy=policy)
+    clock.advance(8)
+    await open_it(breaker, key=BTC, policy=policy)
+    clock.advance(3)
+    await breaker.record_failure("rest", key=CONFIG, policy=policy)
+    await breaker.record_failure("rest")
+    assert breaker.groups() == {
+        CircuitIdentity("rest", CircuitScope.RESOURCE): CircuitGroup(
+            CircuitState.OPEN, 1, 1, 1, 2, False, seconds_since_opened=3, seconds_until_probe=7
+        ),
+        CircuitIdentity("rest", CircuitScope.SOURCE): CircuitGroup(
+            CircuitState.CLOSED, 0, 0, 1, 1, False, None, 0.0
+        ),
+    }
+
+
+async def test_a_breaker_reports_outside_of_any_task() -> None:
+    """The steps themselves know nothing of event loops."""
+    breaker = CircuitBreaker(failure_threshold=1)
+    identity = breaker.identity_for("rest")
+    turn = breaker.admit(identity, breaker.default_policy)
+    breaker.report(identity, Outcome.FAILURE, breaker.default_policy, turn)
+    with pytest.raises(CircuitOpenError, match="in 10 s"):
+        breaker.admit(identity, breaker.default_policy)

@@ -76,6 +76,7 @@ _MAPPINGS = (
     "payload_copy_components",
     "observability_buffers",
     "unfinished_source_calls",
+    "sources",
 )
 
 
@@ -92,7 +93,7 @@ class HealthFacts:
         source_support_cache_entries: remembered answers of ``supports``.
         capacity: each limiter's ``limit``, ``in_use`` and ``waiting``, by source or ``__global__``.
         cache: the statistics of the cache, if it has any.
-        circuits: the state of each circuit that is not at rest, by its identity.
+        circuits: the circuits that are not at rest, counted by source and scope: no key is named.
         active_dispatch_workers: workers that hand keys to sources.
         waiting_for_capacity: source calls waiting for a slot.
         queue_timeout_count: waits for a slot that took too long.
@@ -118,6 +119,7 @@ class HealthFacts:
         observability_failure_count, observability_shutdown_incomplete,
         observability_shutdown_timeout_count: the sums over these buffers.
         unfinished_source_calls: calls that outlived the closing of the builder, by source.
+        sources: when each source last answered and last failed, and with what type of error.
     """
 
     closed: bool
@@ -164,6 +166,7 @@ class HealthFacts:
     observability_shutdown_incomplete: bool = False
     observability_shutdown_timeout_count: int = 0
     unfinished_source_calls: Mapping[str, int] = field(default_factory=FrozenDict)
+    sources: Mapping[str, Any] = field(default_factory=FrozenDict)
 
     def __post_init__(self) -> None:
         for name in _MAPPINGS:
@@ -454,20 +457,21 @@ class Circuits:
 
     def __call__(self, given: Examination) -> Findings:
         """Yield at most one finding."""
-        found = [
-            identity
-            for identity, circuit in given.facts.circuits.items()
-            if getattr(circuit.state, "value", circuit.state) == self.state
-        ]
-        if found:
-            sources = {str(getattr(identity, "source", identity)) for identity in found}
+        counts: dict[str, int] = {}
+        for identity, circuit in given.facts.circuits.items():
+            alone = int(getattr(circuit.state, "value", circuit.state) == self.state)
+            number = getattr(circuit, self.state, alone)
+            if number:
+                source = str(getattr(identity, "source", identity))
+                counts[source] = counts.get(source, 0) + number
+        if counts:
             yield BuilderHealthFinding(
                 self.reason,
                 _DEGRADED,
                 f"circuits_{self.state}",
-                len(found),
+                sum(counts.values()),
                 1,
-                ", ".join(sorted(sources)),
+                ", ".join(sorted(counts)),
             )
 
 

@@ -334,7 +334,10 @@ async def collect_health(
         source_support_cache_entries=equipment.chains.entries,
         capacity=capacity,
         cache=await _cache_stats(equipment.access.cache),
-        circuits=await equipment.breaker.snapshot(),
+        circuits=equipment.breaker.groups(),
+        sources={
+            link.name: link.health(equipment.clock.monotonic()) for link in equipment.chains.links
+        },
         active_dispatch_workers=sum(not task.done() for task in engine.scheduler.dispatch.workers),
         waiting_for_capacity=sum(each.waiting for each in capacity.values()),
         queue_timeout_count=counters.queue_timeouts,

@@ -55,6 +55,7 @@ from coalestra.resilience.circuit_breaker import (
     CircuitBreakerPolicy,
     CircuitIdentity,
     CircuitScope,
+    Outcome,
 )
 from coalestra.resilience.policies import SourceResiliencePolicy
 from coalestra.resilience.retry import retryable
@@ -351,46 +352,48 @@ class Admission:
     """Asks the circuits of a call for leave, and tells each of them once how the call went.
 
     A batch may touch several circuits. Its keys are grouped by circuit; the groups of open ones are
-    left out of the call.
+    left out of the call. What is told counts only in the turn in which the call was admitted.
     """
 
-    __slots__ = ("_breaker", "_groups", "_policy", "_source", "_unasked")
+    __slots__ = ("_breaker", "_groups", "_policy", "_source", "_turn", "_unasked")
 
     def __init__(self, breaker: CircuitBreaker, source: str, policy: CircuitBreakerPolicy) -> None:
         self._breaker = breaker
         self._source = source
         self._policy = policy
-        self._groups: dict[CircuitIdentity, list[Acquisition]] = {}
+        self._groups: dict[CircuitIdentity, tuple[int, list[Acquisition]]] = {}
         self._unasked: Sequence[Acquisition] = ()
+        self._turn = 0
 
-    def open_now(self, flights: Sequence[Acquisition]) -> list[Acquisition]:
+    def open_now(self, flights: Sequence[Acquisition]) -> list[tuple[Acquisition, Exception]]:
         """Return the flights whose circuit is open, without taking part in any circuit."""
-        if not self._policy.enabled or not len(self._breaker):
-            return []
-        return [
-            flight
-            for flight in flights
-            if self._breaker.peek_open(self._identity(flight), self._policy)
-        ]
+        refused: list[tuple[Acquisition, Exception]] = []
+        if self._policy.enabled and len(self._breaker):
+            for identity, group in self._by_circuit(flights).items():
+                error = self._breaker.refusal(identity, self._policy)
+                if error is not None:
+                    refused += [(flight, error) for flight in group]
+        return refused
 
-    def enter(self, flights: Sequence[Acquisition]) -> list[Acquisition]:
+    def enter(self, flights: Sequence[Acquisition]) -> list[tuple[Acquisition, Exception]]:
         """Take part in the circuits, just before the call; return the flights that may not.
 
         A half-open circuit admits a single call, the probe.
         """
-        refused: list[Acquisition] = []
+        refused: list[tuple[Acquisition, Exception]] = []
         if not self._policy.enabled:
             return refused
+        self._turn = self._breaker.turn
         if not len(self._breaker):
             self._unasked = flights  # nobody knows of a circuit that is not at rest
             return refused
         for identity, group in self._by_circuit(flights).items():
             try:
-                self._breaker.admit(self._source, group[0].key, self._policy)
-            except CircuitOpenError:
-                refused += group
+                turn = self._breaker.admit(identity, self._policy)
+            except CircuitOpenError as error:
+                refused += [(flight, error) for flight in group]
             else:
-                self._groups[identity] = group
+                self._groups[identity] = turn, group
         return refused
 
     def close(self, fresh: Set[Acquisition]) -> None:
@@ -399,24 +402,14 @@ class Admission:
         if whole and not fresh.isdisjoint(self._unasked):
             self._unasked = ()
             return
-        for identity, flights in self._taken():
-            if fresh.isdisjoint(flights):
-                self._breaker.fail(identity, self._policy)
-            else:
-                self._breaker.succeed(identity, self._policy)
+        for identity, (turn, flights) in self._taken():
+            outcome = Outcome.FAILURE if fresh.isdisjoint(flights) else Outcome.SUCCESS
+            self._breaker.report(identity, outcome, self._policy, turn)
 
     def abandon(self) -> None:
         """Tell each circuit that the call was given up: a probe has shown nothing, and reopens."""
-        for identity, _ in self._taken():
-            self._breaker.abandon(identity, self._policy)
-
-    def refusal(self, flight: Acquisition) -> CircuitOpenError:
-        """Return the error for a flight that an open circuit keeps out."""
-        return CircuitOpenError(
-            f"circuit {self._identity(flight)} is open after {self._policy.failure_threshold} "
-            f"failures in a row; it is probed {self._policy.recovery_timeout_seconds:g} s after it "
-            "opened"
-        )
+        for identity, (turn, _) in self._taken():
+            self._breaker.report(identity, Outcome.ABANDONED, self._policy, turn)
 
     def _by_circuit(
         self, flights: Sequence[Acquisition]
@@ -433,8 +426,9 @@ class Admission:
     def _identity(self, flight: Acquisition) -> CircuitIdentity:
         return self._breaker.identity_for(self._source, key=flight.key, scope=self._policy.scope)
 
-    def _taken(self) -> list[tuple[CircuitIdentity, list[Acquisition]]]:
-        groups = {**self._groups, **self._by_circuit(self._unasked)}
+    def _taken(self) -> list[tuple[CircuitIdentity, tuple[int, list[Acquisition]]]]:
+        unasked = self._by_circuit(self._unasked).items()
+        groups = {**self._groups, **{name: (self._turn, group) for name, group in unasked}}
         self._groups, self._unasked = {}, ()
         return list(groups.items())
 
@@ -980,8 +974,8 @@ class Attempt(Budgeted):
     def begin(self) -> bool:
         """Take part in the circuits and count the try; False if no key may be called for."""
         if not self.tries:
-            for flight in self._admission.enter(tuple(self.flights)):
-                self.refuse(flight, self._admission.refusal(flight), "circuit_open")
+            for flight, error in self._admission.enter(tuple(self.flights)):
+                self.refuse(flight, error, "circuit_open")
             if not self.flights:
                 return False
             self._tally.called(len(self.flights))
@@ -992,8 +986,8 @@ class Attempt(Budgeted):
 
     def _pass_open_circuits(self) -> bool:
         """Refuse the keys whose circuit is open now, so that they need not wait for capacity."""
-        for flight in self._admission.open_now(tuple(self.flights)):
-            self.refuse(flight, self._admission.refusal(flight), "circuit_open")
+        for flight, error in self._admission.open_now(tuple(self.flights)):
+            self.refuse(flight, error, "circuit_open")
         return bool(self.flights)
 
     # How it ends ------------------------------------------------------------------------------
@@ -1031,6 +1025,8 @@ class Attempt(Budgeted):
 
     def _end(self, error: Exception) -> None:
         """Report one failure for every key of the call."""
+        link = self.link
+        link.failed_at, link.last_error = self.equipment.clock.monotonic(), type(error).__name__
         status = "failure"
         if isinstance(error, SnapshotDeadlineExceededError):
             now = asyncio.get_running_loop().time()
@@ -1060,6 +1056,7 @@ class Attempt(Budgeted):
             self._end(error)
             return
         self._tally.batch_ended("success")
+        self.link.succeeded_at = self.equipment.clock.monotonic()
         facts = CallFacts(self.equipment, self.link, self.tries, latency_ms)
         harvest = Harvest(self, self._desk, facts)
         if len(values) > 1 or not harvest.bring_in_now(flights[0], values[0]):

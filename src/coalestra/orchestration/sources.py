@@ -7,6 +7,7 @@ import enum
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from coalestra.core.errors import SourceProtocolError, SourceUnavailableError
@@ -33,24 +34,42 @@ _METHODS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class SourceHealth:
+    """How a source has fared lately, in seconds before now; None for what never was.
+
+    Attributes:
+        seconds_since_success: since it last answered.
+        seconds_since_error: since a call of it last failed, retries included.
+        last_error: the type of that error. Its text may name a resource, and is not kept.
+    """
+
+    seconds_since_success: float | None
+    seconds_since_error: float | None
+    last_error: str | None
+
+
 class Link:
     """One source in the chain, with what the engine needs to know of it.
 
     `context` names its payloads in errors. `asked` and `served` are its bits among the answers that
-    are remembered of a key.
+    are remembered of a key. `succeeded_at`, `failed_at` are monotonic seconds.
     """
 
     __slots__ = (
         "asked",
         "context",
         "declared_resilience",
+        "failed_at",
         "guarantee",
         "index",
         "kind",
+        "last_error",
         "memoized",
         "name",
         "served",
         "source",
+        "succeeded_at",
     )
 
     def __init__(self, index: int, source: Any, *, memoized: bool) -> None:
@@ -64,6 +83,9 @@ class Link:
         self.guarantee: SourceTimeoutGuarantee = inspect_source_timeout_guarantee(source)
         self.memoized: bool = memoized and bool(getattr(source, "cache_supports", True))
         self.declared_resilience: Any = getattr(source, "resilience_policy", None)
+        self.succeeded_at: float | None = None
+        self.failed_at: float | None = None
+        self.last_error: str | None = None
 
     @property
     def timeout_seconds(self) -> float | None:
@@ -82,6 +104,14 @@ class Link:
         """The most keys that one batch call may carry, or None for any number."""
         size: int | None = getattr(self.source, "max_batch_size", None)
         return size
+
+    def health(self, now: float) -> SourceHealth:
+        """Return how the source has fared, at `now` in monotonic seconds."""
+        return SourceHealth(
+            None if self.succeeded_at is None else now - self.succeeded_at,
+            None if self.failed_at is None else now - self.failed_at,
+            self.last_error,
+        )
 
     def __repr__(self) -> str:
         return f"<Link {self.index} {self.name} {self.kind.value}>"

@@ -6,6 +6,7 @@ The public names are those in ``__all__``; everything else is for the library it
 from coalestra.resilience.circuit_breaker import (
     CircuitBreaker,
     CircuitBreakerPolicy,
+    CircuitGroup,
     CircuitIdentity,
     CircuitScope,
     CircuitSnapshot,
@@ -21,6 +22,7 @@ from coalestra.resilience.retry import RetryPolicy
 __all__ = [
     "CircuitBreaker",
     "CircuitBreakerPolicy",
+    "CircuitGroup",
     "CircuitIdentity",
     "CircuitScope",
     "CircuitSnapshot",

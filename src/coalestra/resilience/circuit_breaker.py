@@ -1,37 +1,48 @@
-"""The public face of the circuits: the same steps, as coroutines, by source and key."""
+"""Circuits: when a source that keeps failing is left alone, and when it is tried again.
+
+A circuit is CLOSED while calls go through, OPEN while they are refused, and HALF_OPEN once the
+recovery time is over: then one call, the probe, decides.
+
+=========  ==================  ============  =======================  ====================
+state      success             failure       abandoned (cancelled)    skipped (never made)
+=========  ==================  ============  =======================  ====================
+CLOSED     count is 0          count + 1;    --                       --
+                               at the limit
+                               OPEN
+OPEN       --                  --            --                       --
+HALF_OPEN  CLOSED, count is 0  OPEN again    OPEN again, if it was    the probe is free
+                                             the probe                again
+=========  ==================  ============  =======================  ====================
+
+Laws:
+
+1. A call carries the *turn* in which it was admitted: a number that grows whenever any circuit
+   changes its state. What it reports counts only while its circuit is in the state that admitted
+   it; so a half-open circuit is decided by its probe, whatever older calls come to.
+2. A circuit at rest, closed and without failures, is not stored. Of the others so many are kept as
+   `max_circuits` says.
+3. A step is one plain call: no lock, no waiting. Time is read from one monotonic clock.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from coalestra.core.errors import CircuitOpenError
 from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Clock, SystemClock
-from coalestra.core.validation import flag, instance, integer, number
+from coalestra.core.validation import flag, instance, integer, number, readable
 
-# The rules of a circuit as a pure state machine: no clock, no lock, no waiting -------------------
-#
-# A circuit is CLOSED while calls go through, OPEN while they are refused, and HALF_OPEN once the
-# recovery time is over: then one call, the probe, decides.
-#
-# =========  ==================  ============  =======================  ====================
-# state      success             failure       abandoned (cancelled)    skipped (never made)
-# =========  ==================  ============  =======================  ====================
-# CLOSED     count is 0          count + 1;    --                       --
-#                                at the limit
-#                                OPEN
-# OPEN       --                  --            --                       --
-# HALF_OPEN  CLOSED, count is 0  OPEN again    OPEN again, if it was    the probe is free
-#                                              the probe                again
-# =========  ==================  ============  =======================  ====================
-#
-# What arrives while OPEN comes from calls that began before it opened. It tells nothing new.
+# Names, policies and figures ---------------------------------------------------------------------
 
 
 class CircuitScope(str, Enum):
@@ -42,7 +53,7 @@ class CircuitScope(str, Enum):
     NAMESPACE = "namespace"
     """Those for keys of one namespace."""
     SUBJECT = "subject"
-    """Those for one subject; for one ``namespace:name`` where keys have no subject."""
+    """Those for one subject; for one namespace and name where keys have no subject."""
     RESOURCE = "resource"
     """Those for one key."""
 
@@ -55,19 +66,40 @@ class CircuitState(str, Enum):
     HALF_OPEN = "half_open"
 
 
+class Outcome(Enum):
+    """What a call that was let through came to."""
+
+    SUCCESS = "it returned something fresh"
+    FAILURE = "it failed, or returned only what is stale"
+    ABANDONED = "it was cancelled under way"
+    SKIPPED = "it was not made after all"
+
+
 @immutable
 @dataclass(frozen=True, slots=True)
 class CircuitIdentity:
-    """The name of one circuit: a source, a scope, and which part of the source within the scope."""
+    """Which circuit: a source, a scope, and which part of the source within the scope.
+
+    Attributes:
+        source: the name of the source.
+        scope: which of its calls share the circuit.
+        discriminator: the part: "" for the whole source, a namespace, a subject, the namespace and
+            name of keys without a subject, or a key. Different parts are never equal, though their
+            texts may be.
+        turn: when a call was admitted; `CircuitBreaker.before_call` sets it. It is not compared.
+    """
 
     source: str
     scope: CircuitScope
-    discriminator: str = ""
+    discriminator: Hashable = ""
+    turn: int | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         if self.scope is CircuitScope.SOURCE:
             return self.source
-        return f"{self.source}:{self.scope.value}:{self.discriminator}"
+        part = self.discriminator
+        text = ":".join(part) if isinstance(part, tuple) else str(part)
+        return f"{self.source}:{self.scope.value}" + (f":{text}" if text else "")
 
 
 @dataclass(frozen=True)
@@ -96,100 +128,6 @@ class CircuitBreakerPolicy:
         flag("enabled", self.enabled)
 
 
-class Circuit:
-    """The state of one circuit. Time comes in as an argument, in seconds of one monotonic clock."""
-
-    __slots__ = ("_failures", "_opened_at", "_probe_at", "_probing", "_state")
-
-    def __init__(self) -> None:
-        self._state = CircuitState.CLOSED
-        self._failures = 0
-        self._opened_at = 0.0
-        self._probe_at = 0.0
-        self._probing = False
-
-    @property
-    def at_rest(self) -> bool:
-        """Whether it is as good as new, so that nothing need be remembered."""
-        return self._state is CircuitState.CLOSED and not self._failures
-
-    @property
-    def failures(self) -> int:
-        """How many calls in a row have failed."""
-        return self._failures
-
-    @property
-    def opened_at(self) -> float:
-        """When it opened last; 0.0 if it never did."""
-        return self._opened_at
-
-    @property
-    def probing(self) -> bool:
-        """Whether the one probe is under way."""
-        return self._probing
-
-    def state(self, now: float) -> CircuitState:
-        """Return the state at `now`: an open circuit turns half-open by the passing of time."""
-        if self._state is CircuitState.OPEN and now >= self._probe_at:
-            return CircuitState.HALF_OPEN
-        return self._state
-
-    def wait(self, now: float) -> float:
-        """Return the seconds until an open circuit may be probed; 0.0 in any other state."""
-        if self._state is CircuitState.OPEN:
-            return max(0.0, self._probe_at - now)
-        return 0.0
-
-    def refuses(self, now: float) -> bool:
-        """Whether a call would be refused at `now`."""
-        return self._probing or self.state(now) is CircuitState.OPEN
-
-    def admit(self, now: float) -> bool:
-        """Let a call through, as the probe if half-open; False if it is refused."""
-        if self.refuses(now):
-            return False
-        self._state = self.state(now)
-        self._probing = self._state is CircuitState.HALF_OPEN
-        return True
-
-    def succeed(self, now: float) -> None:
-        """Take in that a call returned something fresh."""
-        if self.state(now) is not CircuitState.OPEN:
-            self._state = CircuitState.CLOSED
-            self._failures = 0
-            self._probing = False
-
-    def fail(self, now: float, policy: CircuitBreakerPolicy) -> None:
-        """Take in that a call failed."""
-        state = self.state(now)
-        if state is CircuitState.OPEN:
-            return
-        self._failures += 1
-        if state is CircuitState.HALF_OPEN or self._failures >= policy.failure_threshold:
-            self._open(now, policy)
-
-    def abandon(self, now: float, policy: CircuitBreakerPolicy) -> None:
-        """Take in that a call was cancelled: a probe lost that way has proved nothing."""
-        if self._probing:
-            self._open(now, policy)
-
-    def skip(self) -> None:
-        """Take in that a call was not made after all."""
-        self._probing = False
-
-    def _open(self, now: float, policy: CircuitBreakerPolicy) -> None:
-        self._state = CircuitState.OPEN
-        self._opened_at = now
-        self._probe_at = now + policy.recovery_timeout_seconds
-        self._probing = False
-
-    def __repr__(self) -> str:
-        return f"<Circuit {self._state.value} failures={self._failures} probing={self._probing}>"
-
-
-# A look at one circuit ---------------------------------------------------------------------------
-
-
 @immutable
 @dataclass(frozen=True, slots=True)
 class CircuitSnapshot:
@@ -200,206 +138,134 @@ class CircuitSnapshot:
         failures: failures in a row.
         opened_at: when it opened last, on the clock's monotonic scale; 0.0 if it never did.
         half_open_probe_active: whether the one probe is under way.
+        seconds_since_opened: how long ago it opened last; None if it never did. Not compared.
+        seconds_until_probe: when an open circuit may be probed; 0.0 in any other state. Not
+            compared.
     """
 
     state: CircuitState
     failures: int
     opened_at: float
     half_open_probe_active: bool
+    seconds_since_opened: float | None = field(default=None, compare=False)
+    seconds_until_probe: float = field(default=0.0, compare=False)
 
 
-def snapshot_of(circuit: Circuit, now: float) -> CircuitSnapshot:
-    """Return the figures of a circuit at `now`."""
-    return CircuitSnapshot(circuit.state(now), circuit.failures, circuit.opened_at, circuit.probing)
+@immutable
+@dataclass(frozen=True, slots=True)
+class CircuitGroup:
+    """The circuits of one source and scope that are not at rest, put together: none is named.
+
+    Attributes:
+        state: the worst among them: open, else half-open, else closed.
+        open: how many are open.
+        half_open: how many wait for their probe, or for its outcome.
+        closed: how many are closed but have failures to remember.
+        failures: the most failures in a row.
+        half_open_probe_active: whether a probe is under way.
+        seconds_since_opened: how long ago one of them opened last; None if none ever did.
+        seconds_until_probe: when the first of the open ones may be probed; 0.0 if none is open.
+    """
+
+    state: CircuitState
+    open: int
+    half_open: int
+    closed: int
+    failures: int
+    half_open_probe_active: bool
+    seconds_since_opened: float | None
+    seconds_until_probe: float
 
 
-# Every circuit that has anything to remember, driven synchronously -------------------------------
+# One circuit: the table above --------------------------------------------------------------------
+
+
+_CLOSED, _OPEN, _HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
+
+
+class Circuit:
+    """The state of one circuit. Time comes in as an argument, in seconds of one monotonic clock.
+
+    `turn` is that of its last change of state.
+    """
+
+    __slots__ = ("failures", "opened_at", "probe_at", "probing", "stored", "turn")
+
+    def __init__(self, turn: int = 0) -> None:
+        self.stored: CircuitState = _CLOSED
+        self.failures: int = 0
+        self.opened_at: float | None = None
+        self.probe_at: float = 0.0
+        self.probing: bool = False
+        self.turn: int = turn
+
+    def state(self, now: float) -> CircuitState:
+        """Return the state at `now`: an open circuit turns half-open by the passing of time."""
+        if self.stored is _OPEN and now >= self.probe_at:
+            return _HALF_OPEN
+        return self.stored
+
+    def refuses(self, now: float) -> bool:
+        """Whether a call would be refused at `now`."""
+        return self.probing or self.state(now) is _OPEN
+
+    def admit(self, now: float, turn: int) -> bool:
+        """Let a call through; return whether it is the probe, with which a new `turn` begins."""
+        if self.state(now) is not _HALF_OPEN:
+            return False
+        self.stored, self.probing, self.turn = _HALF_OPEN, True, turn
+        return True
+
+    def report(self, outcome: Outcome, now: float, turn: int, policy: CircuitBreakerPolicy) -> bool:
+        """Take in what a call came to; return whether a new `turn` has begun."""
+        state = self.state(now)
+        if state is _OPEN:
+            return False
+        half_open = state is _HALF_OPEN
+        if outcome is Outcome.SUCCESS:
+            self.stored, self.failures, self.probing = _CLOSED, 0, False
+            self.turn = turn if half_open else self.turn
+            return half_open
+        if outcome is Outcome.SKIPPED:
+            self.probing = False
+            return False
+        if outcome is Outcome.FAILURE:
+            self.failures += 1
+            opens = half_open or self.failures >= policy.failure_threshold
+        else:
+            opens = self.probing
+        if opens:
+            self.stored, self.probing, self.turn = _OPEN, False, turn
+            self.opened_at, self.probe_at = now, now + policy.recovery_timeout_seconds
+        return opens
+
+    def view(self, now: float) -> CircuitSnapshot:
+        """Return the figures at `now`."""
+        state, opened_at = self.state(now), self.opened_at
+        return CircuitSnapshot(
+            state,
+            self.failures,
+            0.0 if opened_at is None else opened_at,
+            self.probing,
+            None if opened_at is None else max(0.0, now - opened_at),
+            max(0.0, self.probe_at - now) if state is _OPEN else 0.0,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Circuit {self.stored.value} failures={self.failures} probing={self.probing}>"
+
+
+# All circuits ------------------------------------------------------------------------------------
 
 
 MAX_CIRCUITS = 10_000
 """How many circuits that are not at rest are remembered."""
 
-
-class Circuits:
-    """The circuits of all sources: a step is one plain call, and one on a circuit at rest is free.
-
-    A circuit without failures is not stored at all. Of the others the `max_circuits` most recently
-    used are; beyond that the longest unused is forgotten, that is, closed.
-
-    Attributes:
-        clock: whose monotonic seconds count.
-        default_policy: the policy where a call names none.
-    """
-
-    def __init__(
-        self,
-        default_policy: CircuitBreakerPolicy,
-        *,
-        clock: Clock | None = None,
-        max_circuits: int = MAX_CIRCUITS,
-    ) -> None:
-        self.clock: Clock = SystemClock() if clock is None else clock
-        self.default_policy = default_policy
-        self.max_circuits: int = integer("max_circuits", max_circuits, minimum=1)
-        self._circuits: OrderedDict[CircuitIdentity, Circuit] = OrderedDict()
-
-    def __len__(self) -> int:
-        """Count the circuits that are not at rest."""
-        return len(self._circuits)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def identity_for(
-        self, source: str, *, key: ResourceKey | None = None, scope: CircuitScope | None = None
-    ) -> CircuitIdentity:
-        """Return which circuit a call belongs to.
-
-        Args:
-            source: the name of the source.
-            key: the key asked for; needed by every scope but SOURCE.
-            scope: by default that of the default policy.
-
-        Raises:
-            ValueError: if the scope needs a key and there is none.
-        """
-        scope = self.default_policy.scope if scope is None else scope
-        if scope is CircuitScope.SOURCE:
-            return _of_whole(source)
-        if key is None:
-            raise ValueError(
-                f"key must be given for a circuit of scope {scope.value!r}, got None; "
-                "pass the key that the call is for"
-            )
-        return CircuitIdentity(source, scope, _part(key, scope))
-
-    def peek_open(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> bool:
-        """Whether a call would be refused now; changes nothing."""
-        if not self._circuits or not policy.enabled:
-            return False
-        circuit = self._circuits.get(identity)
-        return circuit is not None and circuit.refuses(self.clock.monotonic())
-
-    def admit(
-        self, source: str, key: ResourceKey | None, policy: CircuitBreakerPolicy
-    ) -> CircuitIdentity:
-        """Let a call through and return its circuit; a half-open one admits it as its only probe.
-
-        Whoever was let through must report once: `succeed`, `fail`, `abandon` or `skip`.
-
-        Raises:
-            CircuitOpenError: if the circuit is open, or its probe is under way.
-            ValueError: if the policy's scope needs a key and there is none.
-        """
-        identity = self.identity_for(source, key=key, scope=policy.scope)
-        if self._circuits and policy.enabled:
-            circuit = self._circuits.get(identity)
-            if circuit is not None:
-                self._circuits.move_to_end(identity)
-                now = self.clock.monotonic()
-                if not circuit.admit(now):
-                    raise _refusal(identity, circuit, now)
-        return identity
-
-    def succeed(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> None:
-        """Report a call that returned something fresh."""
-        circuit = self._known(identity, policy)
-        if circuit is not None:
-            circuit.succeed(self.clock.monotonic())
-            if circuit.at_rest:
-                del self._circuits[identity]
-
-    def fail(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> None:
-        """Report a call that failed, or returned only what is stale; once, whatever its retries."""
-        if not policy.enabled:
-            return
-        circuit = self._circuits.get(identity)
-        if circuit is None:
-            self._make_room()
-            circuit = self._circuits[identity] = Circuit()
-        else:
-            self._circuits.move_to_end(identity)
-        circuit.fail(self.clock.monotonic(), policy)
-
-    def abandon(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> None:
-        """Report a call that was cancelled under way: if it was the probe, the circuit reopens."""
-        circuit = self._known(identity, policy)
-        if circuit is not None:
-            circuit.abandon(self.clock.monotonic(), policy)
-
-    def skip(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> None:
-        """Report a call that was not made after all: a probe becomes free for another call."""
-        circuit = self._known(identity, policy)
-        if circuit is not None:
-            circuit.skip()
-
-    def state_of(self, identity: CircuitIdentity) -> CircuitState:
-        """Return the state of a circuit now."""
-        circuit = self._circuits.get(identity)
-        return CircuitState.CLOSED if circuit is None else circuit.state(self.clock.monotonic())
-
-    def view(self) -> dict[CircuitIdentity, CircuitSnapshot]:
-        """Return the figures of every circuit that is not at rest."""
-        now = self.clock.monotonic()
-        return {identity: snapshot_of(circuit, now) for identity, circuit in self._circuits.items()}
-
-    def forget(self, identity: CircuitIdentity) -> None:
-        """Close one circuit as if it had never failed."""
-        self._circuits.pop(identity, None)
-
-    def forget_source(self, source: str | None = None) -> None:
-        """Close all circuits of a source, or of every source."""
-        for identity in tuple(self._circuits):
-            if source is None or identity.source == source:
-                del self._circuits[identity]
-
-    def _known(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> Circuit | None:
-        if not self._circuits or not policy.enabled:
-            return None
-        return self._circuits.get(identity)
-
-    def _make_room(self) -> None:
-        """Forget the circuit unused for longest; one with a probe under way only if all have."""
-        if len(self._circuits) < self.max_circuits:
-            return
-        idle = (identity for identity, circuit in self._circuits.items() if not circuit.probing)
-        del self._circuits[next(idle, next(iter(self._circuits)))]
-
-    def __repr__(self) -> str:
-        now = self.clock.monotonic()
-        states = [circuit.state(now).value for circuit in self._circuits.values()]
-        counts = " ".join(f"{state}={states.count(state)}" for state in sorted(set(states)))
-        return f"<{type(self).__name__} {counts or 'all at rest'}>"
+_MAX_RECOVERED = 1_000
+"""For how many circuits it is remembered since when they are at rest again."""
 
 
-@lru_cache(maxsize=1024)
-def _of_whole(source: str) -> CircuitIdentity:
-    return CircuitIdentity(source, CircuitScope.SOURCE)
-
-
-def _part(key: ResourceKey, scope: CircuitScope) -> str:
-    """Return what tells the circuits of one source apart within a scope."""
-    if scope is CircuitScope.NAMESPACE:
-        return key.namespace
-    if scope is CircuitScope.SUBJECT:
-        return key.subject or f"{key.namespace}:{key.name}"
-    return str(key)
-
-
-def _refusal(identity: CircuitIdentity, circuit: Circuit, now: float) -> CircuitOpenError:
-    if circuit.probing:
-        outlook = "the one call that probes it is under way"
-    else:
-        outlook = f"it may be probed in {circuit.wait(now):.3g} s"
-    return CircuitOpenError(
-        f"circuit {identity} is open after {circuit.failures} failures in a row; {outlook}"
-    )
-
-
-# The public face of the circuits: the same steps, as coroutines, by source and key ---------------
-
-
-class CircuitBreaker(Circuits):
+class CircuitBreaker:
     """Stops calling a source that keeps failing, and tries it again after a while.
 
     Closed, it lets calls through; open, after `failure_threshold` failures in a row, it refuses
@@ -427,7 +293,148 @@ class CircuitBreaker(Circuits):
         from_numbers = CircuitBreakerPolicy(
             failure_threshold=failure_threshold, recovery_timeout_seconds=recovery_timeout_seconds
         )
-        super().__init__(default_policy or from_numbers, clock=clock)
+        self.clock: Clock = SystemClock() if clock is None else clock
+        self.default_policy: CircuitBreakerPolicy = default_policy or from_numbers
+        self.max_circuits: int = MAX_CIRCUITS
+        self.turn: int = 0
+        self._circuits: OrderedDict[CircuitIdentity, Circuit] = OrderedDict()
+        self._recovered: OrderedDict[CircuitIdentity, int] = OrderedDict()
+        self._admitted: WeakKeyDictionary[Any, dict[CircuitIdentity, int]] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        """Count the circuits that are not at rest."""
+        return len(self._circuits)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        now = self.clock.monotonic()
+        states = [circuit.state(now).value for circuit in self._circuits.values()]
+        counts = " ".join(f"{state}={states.count(state)}" for state in sorted(set(states)))
+        return f"<{type(self).__name__} {counts or 'all at rest'}>"
+
+    def identity_for(
+        self, source: str, *, key: ResourceKey | None = None, scope: CircuitScope | None = None
+    ) -> CircuitIdentity:
+        """Return which circuit a call belongs to.
+
+        Args:
+            source: the name of the source.
+            key: the key asked for; needed by every scope but SOURCE.
+            scope: by default that of the default policy.
+
+        Raises:
+            ValueError: if the scope needs a key and there is none.
+        """
+        scope = self.default_policy.scope if scope is None else scope
+        if scope is CircuitScope.SOURCE:
+            return _of_whole(source)
+        if key is None:
+            raise ValueError(
+                f"key must be given for a circuit of scope {scope.value!r}, got None; "
+                "pass the key that the call is for"
+            )
+        return CircuitIdentity(source, scope, _part(key, scope))
+
+    # What the engine does, step by step --------------------------------------------------------
+
+    def refusal(
+        self, identity: CircuitIdentity, policy: CircuitBreakerPolicy
+    ) -> CircuitOpenError | None:
+        """Return the error of a call that would be refused now, else None; changes nothing."""
+        circuit = self._circuits.get(identity) if self._circuits and policy.enabled else None
+        if circuit is None or not circuit.refuses(now := self.clock.monotonic()):
+            return None
+        if circuit.probing:
+            outlook = "the one call that probes it is under way"
+        else:
+            outlook = f"it may be probed in {circuit.probe_at - now:.3g} s"
+        return CircuitOpenError(
+            f"circuit {readable(str(identity))} is open after {circuit.failures} failures in a "
+            f"row; {outlook}"
+        )
+
+    def admit(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> int:
+        """Let a call through and return its turn; a half-open circuit admits its only probe.
+
+        Whoever was let through must `report` once, with that turn.
+
+        Raises:
+            CircuitOpenError: if the circuit is open, or its probe is under way.
+        """
+        refused = self.refusal(identity, policy)
+        if refused is not None:
+            raise refused
+        circuit = self._circuits.get(identity) if policy.enabled else None
+        if circuit is not None:
+            self._circuits.move_to_end(identity)
+            self.turn += circuit.admit(self.clock.monotonic(), self.turn + 1)
+        return self.turn
+
+    def report(
+        self,
+        identity: CircuitIdentity,
+        outcome: Outcome,
+        policy: CircuitBreakerPolicy,
+        turn: int | None = None,
+    ) -> None:
+        """Take in, once for all its retries, what a call came to that was admitted in a `turn`.
+
+        Without one the call counts as admitted now.
+        """
+        circuit = self._circuits.get(identity) if policy.enabled else None
+        if circuit is None:
+            if outcome is not Outcome.FAILURE or not policy.enabled:
+                return
+            since = self._recovered.get(identity, 0)
+            if turn is not None and turn < since:
+                return
+            self._make_room()
+            circuit = self._circuits[identity] = Circuit(since)
+        elif turn is not None and turn < circuit.turn:
+            return
+        elif outcome is Outcome.FAILURE:
+            self._circuits.move_to_end(identity)
+        self.turn += circuit.report(outcome, self.clock.monotonic(), self.turn + 1, policy)
+        if circuit.stored is _CLOSED and not circuit.failures:
+            self._put_to_rest(identity, circuit.turn)
+
+    def _put_to_rest(self, identity: CircuitIdentity, turn: int) -> None:
+        del self._circuits[identity]
+        if turn:
+            self._recovered[identity] = turn
+            if len(self._recovered) > _MAX_RECOVERED:
+                self._recovered.popitem(last=False)
+
+    def _make_room(self) -> None:
+        """Forget the circuit unused for longest; one with a probe under way only if all have."""
+        if len(self._circuits) >= self.max_circuits:
+            idle = (identity for identity, circuit in self._circuits.items() if not circuit.probing)
+            del self._circuits[next(idle, next(iter(self._circuits)))]
+
+    def groups(self) -> dict[CircuitIdentity, CircuitGroup]:
+        """Return the figures of all circuits by source and scope, naming no part of a source."""
+        parts: dict[CircuitIdentity, list[CircuitSnapshot]] = {}
+        now = self.clock.monotonic()
+        for identity, circuit in self._circuits.items():
+            whole = CircuitIdentity(identity.source, identity.scope)
+            parts.setdefault(whole, []).append(circuit.view(now))
+        return {whole: _grouped(circuits) for whole, circuits in parts.items()}
+
+    # The same steps by source and key, as coroutines -------------------------------------------
+
+    async def state_for(
+        self,
+        source: str,
+        *,
+        key: ResourceKey | None = None,
+        policy: CircuitBreakerPolicy | None = None,
+    ) -> CircuitState:
+        """Return the state of a circuit now."""
+        identity, _ = self._resolve(source, key, policy)
+        circuit = self._circuits.get(identity)
+        return _CLOSED if circuit is None else circuit.state(self.clock.monotonic())
 
     async def before_call(
         self,
@@ -439,13 +446,19 @@ class CircuitBreaker(Circuits):
         """Let a call through and return its circuit; a half-open one admits a single probe.
 
         Report afterwards, once: `record_success`, `record_failure`, `record_abandoned` or
-        `record_skipped`.
+        `record_skipped`, with what this returned as the `ticket` or from the same task. A report
+        from an older state of the circuit then counts for nothing.
 
         Raises:
             CircuitOpenError: if the circuit is open, or its probe is under way.
             ValueError: if the policy's scope needs a key and there is none.
         """
-        return self.admit(source, key, policy or self.default_policy)
+        identity, chosen = self._resolve(source, key, policy)
+        turn = self.admit(identity, chosen)
+        task = _current_task()
+        if task is not None:
+            self._admitted.setdefault(task, {})[identity] = turn
+        return replace(identity, turn=turn)
 
     async def record_success(
         self,
@@ -453,9 +466,10 @@ class CircuitBreaker(Circuits):
         *,
         key: ResourceKey | None = None,
         policy: CircuitBreakerPolicy | None = None,
+        ticket: CircuitIdentity | None = None,
     ) -> None:
         """Report a call that returned something fresh: the count of failures begins anew."""
-        self.succeed(*self._resolve(source, key, policy))
+        self._record(Outcome.SUCCESS, source, key, policy, ticket)
 
     async def record_failure(
         self,
@@ -463,9 +477,10 @@ class CircuitBreaker(Circuits):
         *,
         key: ResourceKey | None = None,
         policy: CircuitBreakerPolicy | None = None,
+        ticket: CircuitIdentity | None = None,
     ) -> None:
         """Report a call that failed, once for all its retries; a failed probe reopens."""
-        self.fail(*self._resolve(source, key, policy))
+        self._record(Outcome.FAILURE, source, key, policy, ticket)
 
     async def record_abandoned(
         self,
@@ -473,9 +488,10 @@ class CircuitBreaker(Circuits):
         *,
         key: ResourceKey | None = None,
         policy: CircuitBreakerPolicy | None = None,
+        ticket: CircuitIdentity | None = None,
     ) -> None:
         """Report a call that was cancelled under way: a probe so ended reopens the circuit."""
-        self.abandon(*self._resolve(source, key, policy))
+        self._record(Outcome.ABANDONED, source, key, policy, ticket)
 
     async def record_skipped(
         self,
@@ -483,20 +499,10 @@ class CircuitBreaker(Circuits):
         *,
         key: ResourceKey | None = None,
         policy: CircuitBreakerPolicy | None = None,
+        ticket: CircuitIdentity | None = None,
     ) -> None:
-        """Report a call never made, for want of time or capacity: it frees the probe, no more."""
-        self.skip(*self._resolve(source, key, policy))
-
-    async def state_for(
-        self,
-        source: str,
-        *,
-        key: ResourceKey | None = None,
-        policy: CircuitBreakerPolicy | None = None,
-    ) -> CircuitState:
-        """Return the state of the circuit that a call would belong to."""
-        identity, _ = self._resolve(source, key, policy)
-        return self.state_of(identity)
+        """Report a call that was not made after all: the probe is free for another call."""
+        self._record(Outcome.SKIPPED, source, key, policy, ticket)
 
     async def reset(
         self,
@@ -505,30 +511,76 @@ class CircuitBreaker(Circuits):
         key: ResourceKey | None = None,
         policy: CircuitBreakerPolicy | None = None,
     ) -> None:
-        """Close circuits as if nothing had failed.
-
-        Args:
-            source: the source whose circuits to close; None for all of them.
-            key: with a source, close only the circuit that this key belongs to.
-            policy: tells by its scope which circuit that is.
+        """Close circuits as if nothing had failed: one, all of a source, or every one.
 
         Raises:
-            ValueError: if there is a key but no source.
+            ValueError: if a key is given without a source.
         """
-        if source is None and key is not None:
-            raise ValueError(f"source must be given together with a key, got None and {key}")
-        if source is None or key is None:
-            self.forget_source(source)
-        else:
-            identity, _ = self._resolve(source, key, policy)
-            self.forget(identity)
+        if key is not None and source is None:
+            raise ValueError("source must be given together with key, got None; name the source")
+        one = None if source is None or key is None else self._resolve(source, key, policy)[0]
+        for identity in tuple(self._circuits):
+            if identity == one if one is not None else source in (None, identity.source):
+                self.turn += 1
+                self._put_to_rest(identity, self.turn)
 
     async def snapshot(self) -> Mapping[CircuitIdentity, CircuitSnapshot]:
-        """Return the figures of every circuit that has failures or is not closed."""
-        return MappingProxyType(self.view())
+        """Return the figures of every circuit that has failures or is not closed, by its name."""
+        now = self.clock.monotonic()
+        return MappingProxyType({name: each.view(now) for name, each in self._circuits.items()})
+
+    def _record(
+        self,
+        outcome: Outcome,
+        source: str,
+        key: ResourceKey | None,
+        policy: CircuitBreakerPolicy | None,
+        ticket: CircuitIdentity | None,
+    ) -> None:
+        identity, chosen = self._resolve(source, key, policy)
+        known = self._admitted.get(_current_task(), {}).pop(identity, None)
+        self.report(identity, outcome, chosen, known if ticket is None else ticket.turn)
 
     def _resolve(
         self, source: str, key: ResourceKey | None, policy: CircuitBreakerPolicy | None
     ) -> tuple[CircuitIdentity, CircuitBreakerPolicy]:
         chosen = policy or self.default_policy
         return self.identity_for(source, key=key, scope=chosen.scope), chosen
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _of_whole(source: str) -> CircuitIdentity:
+    return CircuitIdentity(source, CircuitScope.SOURCE)
+
+
+def _part(key: ResourceKey, scope: CircuitScope) -> Hashable:
+    """Return what tells the circuits of one source apart within a scope."""
+    if scope is CircuitScope.NAMESPACE:
+        return key.namespace
+    if scope is CircuitScope.SUBJECT:
+        return key.subject or (key.namespace, key.name)
+    return key
+
+
+def _grouped(circuits: list[CircuitSnapshot]) -> CircuitGroup:
+    states = [each.state for each in circuits]
+    opened = [each.seconds_since_opened for each in circuits]
+    return CircuitGroup(
+        state=next((state for state in (_OPEN, _HALF_OPEN) if state in states), _CLOSED),
+        open=states.count(_OPEN),
+        half_open=states.count(_HALF_OPEN),
+        closed=states.count(_CLOSED),
+        failures=max(each.failures for each in circuits),
+        half_open_probe_active=any(each.half_open_probe_active for each in circuits),
+        seconds_since_opened=min((each for each in opened if each is not None), default=None),
+        seconds_until_probe=min(
+            (each.seconds_until_probe for each in circuits if each.state is _OPEN), default=0.0
+        ),
+    )
