@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+import traceback
+
 import pytest
 
-from coalestra.core.errors import SourceFailure, folded_message, message_of
+from coalestra.core.errors import (
+    CircuitOpenError,
+    DependencyResolutionError,
+    ResourceResolutionError,
+    SnapshotBuildError,
+    SourceFailure,
+    folded_message,
+    message_of,
+)
+from coalestra.core.keys import ResourceKey
+
+KEY = ResourceKey("test", "k")
 
 
 @pytest.mark.parametrize(
@@ -68,5 +84,76 @@ def test_an_exception_that_cannot_be_read_still_gives_a_message() -> None:
         def __str__(self) -> str:
             raise ValueError
 
+    class Frozen(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
     assert message_of(Mute()) == "<message unreadable: ValueError>"
+    assert message_of(Frozen()) == "<message unreadable: SystemExit>"
     assert message_of(OSError("down")) == "down"
+
+
+def fetch_price() -> None:
+    """Fail as a source does."""
+    raise LookupError("no price")
+
+
+def raised() -> Exception:
+    """Return an error that has been raised."""
+    try:
+        fetch_price()
+    except LookupError as error:
+        return error
+    raise AssertionError
+
+
+def lines_of(error: BaseException) -> list[str]:
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def raised_in_library(code: str) -> BaseException:
+    """Return the error of code that runs in a module of the library, as it is caught there."""
+    with pytest.raises(LookupError) as caught:
+        exec(code, {"__name__": "coalestra.somewhere", "fetch": fetch_price})
+    error, ours = caught.value, caught.value.__traceback__
+    while ours is not None and ours.tb_frame.f_globals["__name__"] != "coalestra.somewhere":
+        ours = ours.tb_next
+    return error.with_traceback(ours)
+
+
+def test_a_failure_keeps_the_error_with_the_frames_of_its_source_alone() -> None:
+    """Those of the library would lead to everything that it has at work."""
+    error = raised_in_library("def call():\n    fetch()\ncall()")
+    assert lines_of(error) == ["<module>", "call", "fetch_price"]
+    assert SourceFailure.of("rest", error).exception is error
+    assert lines_of(error) == ["fetch_price"]
+    of_the_library = raised_in_library("raise LookupError")
+    SourceFailure.of("rest", of_the_library)
+    assert of_the_library.__traceback__ is None
+
+
+def test_the_error_of_a_failure_is_neither_compared_nor_shown_nor_carried_abroad() -> None:
+    """What it holds on to may be anything."""
+    failure = SourceFailure.of("rest", raised())
+    plain = SourceFailure("rest", "LookupError", "no price")
+    assert failure == plain
+    assert (hash(failure), repr(failure)) == (hash(plain), repr(plain))
+    assert json.dumps(failure.to_dict()) == json.dumps(plain.to_dict())
+    assert pickle.loads(pickle.dumps(failure)).exception is None
+    assert copy.copy(failure) is copy.deepcopy(failure) is failure
+
+
+def test_an_error_leads_to_what_its_source_raised() -> None:
+    """From the outermost error, cause by cause, to the line that failed."""
+    raised_first, raised_last = raised(), raised()
+    never_raised = CircuitOpenError("open")
+    failures = [SourceFailure.of("x", each) for each in (raised_first, raised_last, never_raised)]
+    resolution = ResourceResolutionError(KEY, tuple(failures))
+    assert resolution.__cause__ is raised_last
+    assert ResourceResolutionError(KEY, tuple(failures[2:])).__cause__ is never_raised
+    assert ResourceResolutionError(KEY, ()).__cause__ is None
+    derived = DependencyResolutionError(KEY, "sum", {KEY: resolution})
+    build = SnapshotBuildError({KEY: derived})
+    assert build.__cause__ is derived
+    assert derived.__cause__ is resolution
+    assert SnapshotBuildError({}).__cause__ is None

@@ -7,8 +7,9 @@ sources and single resources, those of whole snapshots, and those of running the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from coalestra.core.frozen import FrozenDict, immutable
@@ -66,6 +67,7 @@ MAX_MESSAGE_LENGTH = 300
 
 _CUT = "..."
 _EMPTY = "<no message>"
+_OURS = f"{__name__.partition('.')[0]}."
 
 
 class SerializedSourceFailure(TypedDict):
@@ -122,8 +124,12 @@ def message_of(error: BaseException) -> str:
     """Return ``str(error)``, or what went wrong with it: a foreign ``__str__`` may raise."""
     try:
         return str(error)
-    except Exception as unreadable:
+    except BaseException as unreadable:
         return f"<message unreadable: {type(unreadable).__name__}>"
+
+
+def _is_ours(traceback: TracebackType) -> bool:
+    return str(traceback.tb_frame.f_globals.get("__name__")).startswith(_OURS)
 
 
 @immutable
@@ -136,17 +142,37 @@ class SourceFailure:
         error_type: the name of the exception type, or of the rule that was broken.
         message: the text of the error, as long as it was.
         attempts: how many calls were made, retries included; 0 if none was.
+        exception: the error itself, with its traceback, for whoever looks for the line that failed.
+            It is neither compared nor shown, and is left behind when the failure is pickled.
     """
 
     source: str
     error_type: str
     message: str
     attempts: int = 1
+    exception: BaseException | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, source: str, error: BaseException, attempts: int = 1) -> SourceFailure:
-        """Record ``error``, raised by or on behalf of ``source``."""
-        return cls(source, type(error).__name__, message_of(error), attempts)
+        """Record ``error``, raised by or on behalf of ``source``.
+
+        Its traceback is made to begin in the source's own code. The frames of the library on the
+        way there tell nobody anything, and would keep alive what the library has at work.
+        """
+        traceback = error.__traceback__
+        while traceback is not None and _is_ours(traceback):
+            traceback = traceback.tb_next
+        error.__traceback__ = traceback
+        return cls(source, type(error).__name__, message_of(error), attempts, error)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.error_type, self.message, self.attempts)
+
+    def __copy__(self) -> SourceFailure:
+        return self
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> SourceFailure:
+        return self
 
     def format(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> str:
         """Return the failure as one line: ``source: Type(message; attempts=N)``."""
@@ -203,7 +229,7 @@ class SourceProtocolError(CoalestraError):
 
 
 class ResourceResolutionError(CoalestraError):
-    """No source could give a usable value for a resource.
+    """No source could give a usable value for a resource. ``__cause__`` is a source's own error.
 
     Attributes:
         key: the resource.
@@ -215,6 +241,7 @@ class ResourceResolutionError(CoalestraError):
         self.key = key
         self.failures: tuple[SourceFailure, ...] = tuple(failures)
         super().__init__(f"cannot resolve {key.display}: {self.format_failures()}")
+        self.__cause__ = _origin(self.failures)
 
     def format_failures(
         self,
@@ -237,6 +264,13 @@ class ResourceResolutionError(CoalestraError):
     def to_dict(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> SerializedResourceError:
         """Return the error and every failure as JSON-safe data."""
         return serialized_error(self.key, self, max_message_length)
+
+
+def _origin(failures: tuple[SourceFailure, ...]) -> BaseException | None:
+    """Return the error to be looked into first: the last that was raised by a source's own code."""
+    errors = [failure.exception for failure in failures if failure.exception is not None]
+    raised = [error for error in errors if error.__traceback__ is not None]
+    return next(reversed(raised or errors), None)
 
 
 class DependencyCycleError(CoalestraError):
@@ -274,6 +308,7 @@ class DependencyResolutionError(CoalestraError):
         self.source = source
         self.errors: Mapping[ResourceKey, Exception] = FrozenDict(errors)
         super().__init__(f"source {source!r} cannot derive {key.display}: {described(self.errors)}")
+        self.__cause__ = next(iter(self.errors.values()), None)
 
 
 def enumerated(shown: list[str], total: int, noun: str) -> str:
@@ -323,7 +358,7 @@ def serialized_error(
 
 
 class SnapshotBuildError(CoalestraError):
-    """A snapshot lacks what it must have.
+    """A snapshot lacks what it must have. ``__cause__`` is the first of its ``errors``.
 
     Attributes:
         errors: the error of each resource that is to blame, by key.
@@ -336,6 +371,7 @@ class SnapshotBuildError(CoalestraError):
         self.errors: Mapping[ResourceKey, Exception] = FrozenDict(errors)
         self.snapshot = snapshot
         super().__init__(self._sentence())
+        self.__cause__ = next(iter(self.errors.values()), None)
 
     def _sentence(self) -> str:
         if not self.errors:
