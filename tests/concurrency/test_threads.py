@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import os
 import queue
+import sys
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.concurrency.threads import (
+    Job,
     WorkerThreads,
     current_threads,
     jobs_in_flight,
@@ -255,16 +257,96 @@ async def test_work_assigned_to_a_thread_that_is_about_to_end_is_still_done(
     assert await threads.run(ident) == first
 
 
-async def test_a_thread_that_cannot_be_started_is_not_counted(
-    threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The system may have no more to give."""
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system has no more threads to give."""
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.usefixtures("no_threads")
+async def test_a_thread_that_cannot_be_started_is_not_counted(threads: WorkerThreads) -> None:
+    """Its call fails and nothing is left of it."""
     with pytest.raises(RuntimeError, match="start"):
+        await threads.run(ident)
+    assert threads.busy == {}
+
+
+@pytest.mark.usefixtures("no_threads")
+async def test_work_that_must_not_be_lost_is_done_here_where_no_thread_can_be_started(
+    threads: WorkerThreads,
+) -> None:
+    """In a copy of the context and with every ending, as in a thread."""
+    VARIABLE.set("callers")
+    assert await threads.run(ident, or_here=True) == ident()
+    assert await threads.run(VARIABLE.get, or_here=True) == "callers"
+    await threads.run(VARIABLE.set, "changed", or_here=True)
+    assert VARIABLE.get() == "callers"
+    with pytest.raises(KeyError):
+        await threads.run({}.__getitem__, 1, or_here=True)
+    with pytest.raises(RuntimeError, match="the call's own"):
+        await threads.run(fail_with, RuntimeError("the call's own"), or_here=True)
+    assert threads.busy == {}
+
+
+async def test_a_thread_at_rest_is_used_where_no_other_can_be_started(
+    threads: WorkerThreads, request: pytest.FixtureRequest
+) -> None:
+    """The event loop is blocked only if there is no other way."""
+    here = ident()
+    at_rest = await threads.run(ident)
+    request.getfixturevalue("no_threads")
+    assert await threads.run(ident, or_here=True) == at_rest != here
+
+
+async def test_no_thread_is_relied_on_while_the_interpreter_ends(
+    threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Daemons stand still by then: what is given to one that seems to rest never ends."""
+    await threads.run(ident)
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    assert await threads.run(ident, or_here=True) == ident()
+    with pytest.raises(RuntimeError, match="as the interpreter is ending"):
+        await threads.run(ident)
+    assert (threads.busy, threads.idle) == ({}, 1)
+    monkeypatch.undo()
+
+
+def fail_with(error: BaseException) -> None:
+    raise error
+
+
+class Panic(BaseException):
+    """No ordinary exception, as test frameworks, Rust and greenlets raise them."""
+
+
+@pytest.mark.parametrize("kind", [Panic, GeneratorExit, asyncio.CancelledError])
+async def test_whatever_a_call_raises_ends_it_and_not_its_thread(
+    threads: WorkerThreads, kind: type[BaseException]
+) -> None:
+    """The bookkeeping of the thread goes on, and the next call finds it at rest."""
+    with pytest.raises(kind):
+        await threads.run(fail_with, kind())
+    assert (threads.busy, threads.idle) == ({}, 1)
+
+
+async def test_a_call_that_stops_an_iteration_fails_like_any_other(threads: WorkerThreads) -> None:
+    """``StopIteration`` can pass neither through a future nor through a coroutine."""
+    with pytest.raises(RuntimeError) as caught:
+        await threads.run(next, iter(()))
+    assert isinstance(caught.value.__cause__, StopIteration)
+    assert threads.busy == {}
+
+
+async def test_an_interrupt_while_a_call_is_handed_over_leaves_it_uncounted(
+    threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler may raise at any line, also as the thread is being started."""
+    monkeypatch.setattr(threading.Thread, "start", lambda _: fail_with(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
         await threads.run(ident)
     assert threads.busy == {}
 
@@ -324,6 +406,45 @@ def test_a_forked_process_starts_without_threads(threads: WorkerThreads) -> None
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert threads.idle == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_call_whose_thread_a_fork_has_lost_ends_with_an_error(threads: WorkerThreads) -> None:
+    """In the child nobody is at work, so who waits there would wait for ever."""
+    gate = ThreadGate()
+
+    async def fork_while_a_thread_works() -> int:
+        ended: list[Job[None]] = []
+        told = asyncio.Event()
+
+        def on_end(job: Job[None]) -> None:
+            ended.append(job)
+            told.set()
+
+        threads.start(gate.pass_, "work", on_end)
+        child = os.fork()
+        if child == 0:
+            try:
+                ended.pop().outcome()
+            except RuntimeError as error:
+                os._exit(0 if "'work' did not survive a fork" in str(error) else 1)
+            finally:
+                os._exit(2)
+        assert not ended
+        gate.open()
+        await told.wait()
+        return child
+
+    _, status = os.waitpid(asyncio.run(fork_while_a_thread_works()), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_threads_may_be_told_to_rest_longer_than_threads_can_wait() -> None:
+    """It is for as long as it takes."""
+    threads = WorkerThreads(idle_seconds=1e300)
+    assert asyncio.run(threads.run(max, 1, 2)) == 2
+    threads.close()
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])

@@ -12,10 +12,17 @@ def pass_on(error: BaseException) -> None:
     """Raise what ends the program out of the running event loop, in a turn of its own.
 
     Whoever catches everything, so that nobody is left waiting, calls this with what was caught.
-    Any other error is the caller's to report, and stays here.
+    Where no loop runs it is raised here. Any other error is the caller's to report, and stays here.
     """
-    if isinstance(error, PROGRAM_ENDS):
-        asyncio.get_running_loop().call_soon(_raise, error)
+    if not isinstance(error, PROGRAM_ENDS):
+        return
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        loop = None
+    if loop is None:
+        raise error
+    loop.call_soon(_raise, error)
 
 
 def _raise(error: BaseException) -> None:

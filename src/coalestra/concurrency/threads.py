@@ -1,127 +1,134 @@
 """Worker threads for blocking work, started as needed and kept for a while.
 
-The threads are daemons: one that hangs does not keep the interpreter from ending. How many work
-at once is bounded by the slots of the callers, not here.
+Laws:
+
+1. The threads are daemons: one that hangs does not keep the interpreter from ending. How many work
+   at once is bounded by the slots of the callers, not here.
+2. Nothing here takes a lock, as signal handlers, finalizers and forks may come between any two
+   lines. What has to be atomic is one operation of a dictionary: whoever gets a thread out of
+   ``_idle`` may give it work or end it, and nobody else.
+3. A call counts as running from before a thread has it until its loop knows that it has ended. It
+   ends once, whatever it raises, also if its loop was closed or a fork has lost its thread.
+4. Where no thread can be had, as the system has no more or the interpreter is ending, work that
+   must not be lost is done in the thread that asks for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import itertools
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from coalestra.core.validation import number
+from coalestra.core.validation import number, patience
 
-# One worker thread, and one call on its way through it and back ----------------------------------
-
+R = TypeVar("R")
 
 _numbers = itertools.count(1)
 
 
-class Job:
-    """One call on its way through a thread and back to its loop."""
+class Job(Generic[R]):
+    """One call on its way through a thread and back to its loop.
 
-    __slots__ = ("_call", "_loop", "_on_end", "done", "error", "result")
+    `on_end` is called once, when the call has ended: on the loop, or in the thread if the loop has
+    been closed.
+    """
+
+    __slots__ = ("_call", "_error", "_loop", "_on_end", "_result", "_running", "label")
 
     def __init__(
         self,
-        call: Callable[[], Any],
-        loop: asyncio.AbstractEventLoop,
-        on_end: Callable[[], None],
+        call: Callable[[], R],
+        label: str,
+        on_end: Callable[[Job[R]], object],
+        running: dict[Job[Any], None],
     ) -> None:
-        self._call: Callable[[], Any] | None = call
-        self._loop = loop
+        self.label = label
+        self._call: Callable[[], R] | None = call
+        self._loop = asyncio.get_running_loop()
         self._on_end = on_end
-        self.done: asyncio.Future[None] = loop.create_future()
-        self.result: Any = None
-        self.error: BaseException | None = None
+        self._running = running
+        self._result: R | None = None
+        self._error: BaseException | None = None
 
-    def run(self) -> None:
+    def make(self) -> None:
         """Make the call; in the thread."""
         call, self._call = self._call, None
         assert call is not None
         try:
-            self.result = call()
+            self._result = call()
         except BaseException as error:
-            self.error = error
+            self._error = error
 
     def report(self) -> None:
         """Tell the loop that the call has ended; in the thread."""
         try:
-            self._loop.call_soon_threadsafe(self._arrive)
+            self._loop.call_soon_threadsafe(self.end)
         except RuntimeError:  # the loop is closed, nobody waits any more
-            self._on_end()
+            self.end()
 
-    def _arrive(self) -> None:
-        self._on_end()
-        if not self.done.done():
-            self.done.set_result(None)
+    def end(self) -> None:
+        """Count the call as ended."""
+        self._running.pop(self, None)
+        self._on_end(self)
 
-    def take_error(self) -> BaseException:
-        """Hand the error over without keeping it: its traceback would lead back here."""
-        error, self.error = self.error, None
-        assert error is not None
-        return error
+    def lose(self) -> None:
+        """End a call whose thread does not exist in this process."""
+        self._error = RuntimeError(f"the thread of {self.label!r} did not survive a fork")
+        with contextlib.suppress(RuntimeError):  # its loop may belong to another thread, or to none
+            self.end()
+
+    def outcome(self) -> R:
+        """Return the result or raise the error, once: a traceback that was kept leads back here."""
+        error, self._error = self._error, None
+        if error is None:
+            result, self._result = self._result, None
+            return result  # type: ignore[return-value]  # it has been set, if only to None
+        try:
+            raise error
+        finally:
+            error = None
 
 
-class Worker:
+class _Worker:
     """One thread and its letter box; None in the box ends it."""
 
-    __slots__ = ("_idle_seconds", "_rest", "_retire", "jobs", "thread")
+    __slots__ = ("_pool", "jobs", "thread")
 
-    def __init__(
-        self,
-        rest: Callable[[Worker], bool],
-        retire: Callable[[Worker], bool],
-        idle_seconds: float,
-    ) -> None:
-        self._rest = rest
-        self._retire = retire
-        self._idle_seconds = idle_seconds
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.thread: threading.Thread = threading.Thread(
+    def __init__(self, pool: WorkerThreads) -> None:
+        self._pool = pool
+        self.jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(
             target=self._serve, name=f"coalestra-worker-{next(_numbers)}", daemon=True
         )
-
-    def start(self, job: Job) -> None:
-        """Start the thread with its first job."""
-        self.jobs.put(job)
-        self.thread.start()
 
     def _serve(self) -> None:
         while True:
             try:
-                job = self.jobs.get(timeout=self._idle_seconds)
+                job = self.jobs.get(timeout=self._pool.patience)
             except queue.Empty:
-                if self._retire(self):
+                if self._pool.claim(self):
                     return
-                continue
+                continue  # work is on its way
             if job is None:
                 return
-            job.run()
+            job.make()
             # At rest first: who awaits the result and calls again finds this thread free.
-            stays = self._rest(self)
+            stays = self._pool.rest(self)
             job.report()
             del job
             if not stays:
                 return
-
-
-# Worker threads for blocking work, started as needed and kept for a while ------------------------
-
-
-R = TypeVar("R")
-
-_instances: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
 
 
 class WorkerThreads:
@@ -134,31 +141,31 @@ class WorkerThreads:
         TypeError, ValueError: if `idle_seconds` is not a finite number of at least 0.
     """
 
-    __slots__ = ("__weakref__", "_busy", "_closed", "_idle", "_lock", "idle_seconds")
+    __slots__ = ("__weakref__", "_closed", "_idle", "_running", "idle_seconds", "patience")
 
     def __init__(self, *, idle_seconds: float = 10.0) -> None:
         self.idle_seconds: float = number("idle_seconds", idle_seconds, minimum=0)
+        self.patience: float | None = patience("idle_seconds", idle_seconds)
         self._closed = False
-        self.forget()
+        self._idle: dict[_Worker, None] = {}
+        self._running: dict[Job[Any], None] = {}
         _instances.add(self)
 
     def forget(self) -> None:
         """Start over without threads, as a forked process must: it has inherited none."""
-        self._lock = threading.Lock()
-        self._idle: dict[Worker, None] = {}
-        self._busy: Counter[str] = Counter()
+        running, self._running, self._idle = self._running, {}, {}
+        for job in running.copy():
+            job.lose()
 
     @property
     def busy(self) -> Mapping[str, int]:
         """How many calls are at work, by label; a call counts until its caller's loop knows."""
-        with self._lock:
-            return MappingProxyType(dict(self._busy))
+        return MappingProxyType(dict(Counter(job.label for job in self._running.copy())))
 
     @property
     def idle(self) -> int:
         """How many threads wait for work."""
-        with self._lock:
-            return len(self._idle)
+        return len(self._idle)
 
     @property
     def closed(self) -> bool:
@@ -168,7 +175,13 @@ class WorkerThreads:
     def __repr__(self) -> str:
         return f"<WorkerThreads busy={dict(self.busy)} idle={self.idle} closed={self._closed}>"
 
-    async def run(self, function: Callable[..., R], *arguments: Any, label: str = "") -> R:
+    async def run(
+        self,
+        function: Callable[..., R],
+        *arguments: Any,
+        label: str = "",
+        or_here: bool = False,
+    ) -> R:
         """Run a function in a thread, in a copy of the caller's context, and return its result.
 
         A thread cannot be stopped. A caller cancelled meanwhile therefore stays here until the
@@ -179,73 +192,92 @@ class WorkerThreads:
             function: what to run.
             *arguments: what to call it with.
             label: the name under which `busy` counts it; by default the function's own.
+            or_here: whether to call the function here where no thread can be had.
 
         Raises:
-            RuntimeError: if the threads are closed, or the system cannot start another one.
+            RuntimeError: if the threads are closed, or no thread can be had.
             BaseException: whatever the function raised.
         """
-        label = label or getattr(function, "__qualname__", type(function).__qualname__)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         call = partial(contextvars.copy_context().run, function, *arguments)
-        job = Job(call, asyncio.get_running_loop(), partial(self._ended, label))
-        self._assign(job, label)
-        await _until_done(job.done)
-        if job.error is not None:
-            raise job.take_error()
-        result: R = job.result
-        return result
+        label = label or getattr(function, "__qualname__", type(function).__qualname__)
+        job = self.start(call, label, lambda _: _tell(done), or_here=or_here)
+        await _until_done(done)
+        return job.outcome()
+
+    def start(
+        self,
+        call: Callable[[], R],
+        label: str,
+        on_end: Callable[[Job[R]], object],
+        *,
+        or_here: bool = False,
+    ) -> Job[R]:
+        """Have a call made in a thread and return at once; `on_end` learns when it has ended.
+
+        Raises:
+            RuntimeError: as `run`; `on_end` is not called then.
+        """
+        if self._closed:
+            raise RuntimeError("these worker threads are closed; no more work is accepted")
+        job = Job(call, label, on_end, self._running)
+        self._running[job] = None
+        try:
+            self._hand_over(job)
+        except RuntimeError:
+            if not or_here:
+                self._running.pop(job, None)
+                raise
+            job.make()
+            job.end()
+        except BaseException:
+            self._running.pop(job, None)
+            raise
+        return job
+
+    def _hand_over(self, job: Job[Any]) -> None:
+        if sys.is_finalizing():
+            raise RuntimeError(f"no thread works for {job.label!r} as the interpreter is ending")
+        try:
+            worker, _ = self._idle.popitem()
+        except KeyError:
+            worker = _Worker(self)
+            worker.jobs.put(job)
+            worker.thread.start()
+        else:
+            worker.jobs.put(job)
 
     def end_idle(self) -> None:
         """End the threads without work, and wait for their last few instructions."""
-        with self._lock:
-            idle, self._idle = self._idle, {}
-        for worker in idle:
-            worker.jobs.put(None)
-        for worker in idle:
-            if worker.thread is not threading.current_thread():
-                worker.thread.join()
+        ended = []
+        with contextlib.suppress(KeyError):
+            while True:
+                worker, _ = self._idle.popitem()
+                worker.jobs.put(None)
+                ended.append(worker.thread)
+        for thread in ended:
+            if thread is not threading.current_thread() and not sys.is_finalizing():
+                thread.join()
 
     def close(self) -> None:
         """Refuse new work and end the threads without any; the others end with their work."""
         self._closed = True
         self.end_idle()
 
-    def _assign(self, job: Job, label: str) -> None:
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("these worker threads are closed; no more work is accepted")
-            self._busy[label] += 1
-            worker = self._idle.popitem()[0] if self._idle else None
-        if worker is not None:
-            worker.jobs.put(job)
-            return
-
-        try:
-            Worker(self._rest, self._retire, self.idle_seconds).start(job)
-        except BaseException:
-            self._ended(label)
-            raise
-
-    def _ended(self, label: str) -> None:
-        with self._lock:
-            self._busy[label] -= 1
-            if not self._busy[label]:
-                del self._busy[label]
-
-    def _rest(self, worker: Worker) -> bool:
+    def rest(self, worker: _Worker) -> bool:
         """Take a worker back; False tells it to end."""
-        with self._lock:
-            if self._closed:
-                return False
-            self._idle[worker] = None
-            return True
+        self._idle[worker] = None
+        # Looked at afterwards: closing shuts first and then ends whoever is at rest.
+        return not (self._closed and self.claim(worker))
 
-    def _retire(self, worker: Worker) -> bool:
-        """Let a worker that waited long enough end, unless work is on its way to it."""
-        with self._lock:
-            if worker not in self._idle:
-                return False
-            del self._idle[worker]
-            return True
+    def claim(self, worker: _Worker) -> bool:
+        """Take a worker out of those at rest; False if somebody else was quicker."""
+        return self._idle.pop(worker, self) is None
+
+
+def _tell(done: asyncio.Future[None]) -> None:
+    if not done.done() and not done.get_loop().is_closed():
+        done.set_result(None)
 
 
 async def _until_done(done: asyncio.Future[None]) -> None:
@@ -261,6 +293,9 @@ async def _until_done(done: asyncio.Future[None]) -> None:
             raise cancellation
         finally:
             cancellation = None
+
+
+_instances: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
 
 
 def jobs_in_flight() -> int:

@@ -114,7 +114,7 @@ class Closing:
         if not self._sinks.owned:
             return
         close = partial(self._sinks.close, timeout_seconds=timeout_seconds, drain=drain)
-        pending = await self._threads.run(close)
+        pending = await self._threads.run(close, or_here=True)
         if pending and timeout_seconds is not None:
             raise ObservabilityShutdownTimeoutError(
                 timeout_seconds=timeout_seconds, pending_components=pending
@@ -138,7 +138,10 @@ class Closing:
         close = getattr(each, "close", None)
         if not callable(close):
             return
-        ended = close() if asyncio.iscoroutinefunction(close) else await self._threads.run(close)
+        if asyncio.iscoroutinefunction(close):
+            await close()
+            return
+        ended = await self._threads.run(close, or_here=True)
         if hasattr(ended, "__await__"):
             await ended
 
@@ -157,7 +160,8 @@ class Closing:
         if self._sinks.owned and self._engine.closed:
             threads = WorkerThreads()
             try:
-                await threads.run(partial(self._sinks.close, timeout_seconds=None, drain=True))
+                close = partial(self._sinks.close, timeout_seconds=None, drain=True)
+                await threads.run(close, or_here=True)
             finally:
                 threads.close()
 
