@@ -109,32 +109,32 @@ def test_forced_buffers_before_null_sinks_still_cost_nothing() -> None:
     assert reporter_for(sinks.metrics, sinks.events) is None
 
 
-def test_closing_closes_the_buffers_that_were_put_there_and_no_others() -> None:
+async def test_closing_closes_the_buffers_that_were_put_there_and_no_others() -> None:
     theirs = BufferedEventSink(Recorder())
     sinks = buffer_sinks(Recorder(), theirs)
 
-    assert sinks.close(timeout_seconds=PATIENCE) == {}
+    assert await sinks.aclose(timeout_seconds=PATIENCE) == {}
 
     assert sinks.owned["metrics"].stats().closed
     assert not theirs.stats().closed
 
 
-def test_closing_names_the_components_that_are_late_with_what_they_have_pending() -> None:
+async def test_closing_names_the_components_that_are_late_with_what_they_have_pending() -> None:
     held = Held()
     sinks = buffer_sinks(Recorder(), held)
     sinks.events.emit("first")
     held.wait_arrived()
     sinks.events.emit("second")
 
-    assert sinks.close(timeout_seconds=0) == {"events": 2}
+    assert await sinks.aclose(timeout_seconds=0) == {"events": 2}
     assert all(stats.closed for stats in sinks.stats().values())
 
     held.let_through()
-    assert sinks.close(timeout_seconds=None) == {}
+    assert await sinks.aclose(timeout_seconds=None) == {}
     assert held.emitted == ["first", "second"]
 
 
-def test_closing_without_draining_discards_at_once_in_every_buffer() -> None:
+async def test_closing_without_draining_discards_at_once_in_every_buffer() -> None:
     events, metrics = Held(), Held()
     sinks = buffer_sinks(metrics, events)
     for number in range(3):
@@ -143,12 +143,12 @@ def test_closing_without_draining_discards_at_once_in_every_buffer() -> None:
         events.wait_arrived()
         metrics.wait_arrived()
 
-    late = sinks.close(timeout_seconds=0, drain=False)
+    late = await sinks.aclose(timeout_seconds=0, drain=False)
 
     assert late == {"events": 1, "metrics": 1}
     events.let_through()
     metrics.let_through()
-    assert sinks.close(timeout_seconds=PATIENCE) == {}
+    assert await sinks.aclose(timeout_seconds=PATIENCE) == {}
     assert (len(events.events), len(metrics.metrics)) == (1, 1)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
 from typing import Any
 
 import pytest
 
 from coalestra.core.errors import SourceFailure
 from coalestra.core.keys import ResourceKey
+from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.observability import (
     BufferedEventSink,
     BufferedMetricsSink,
@@ -28,7 +31,8 @@ class Unrenderable:
     namespace = "market"
     name = "price"
 
-    def __str__(self) -> str:
+    @property
+    def display(self) -> str:
         raise AssertionError("rendered although nobody listens to events")
 
 
@@ -39,8 +43,7 @@ class Unlabelled:
     def namespace(self) -> str:
         raise AssertionError("labelled although nobody listens to metrics")
 
-    def __str__(self) -> str:
-        return "the key"
+    display = "the key"
 
 
 def reporter(metrics: Any, events: Any) -> Reporter:
@@ -111,14 +114,68 @@ def test_a_failing_metrics_sink_does_not_keep_the_event_back() -> None:
     assert events.emitted == ["cache_hit"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), asyncio.CancelledError()])
-def test_interrupts_and_cancellation_pass_through(error: BaseException) -> None:
-    report = reporter(Raising(error), NullEventSink())
+class Panic(BaseException):
+    """No ordinary exception."""
 
-    with pytest.raises(type(error)):
+
+@pytest.mark.parametrize("error", [Panic(), asyncio.CancelledError(), GeneratorExit()])
+def test_what_is_no_ordinary_exception_is_counted_all_the_same(error: BaseException) -> None:
+    report = reporter(Raising(error), Raising(error))
+
+    report.cache_hit(PRICE, "fresh")
+
+    assert report.failures == 2
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_program_reaches_it_after_the_step_that_reported(
+    kind: type[BaseException],
+) -> None:
+    steps: list[str] = []
+
+    async def program() -> None:
+        report = reporter(Raising(kind()), NullEventSink())
         report.cache_missed(PRICE)
+        steps.append("the step goes on")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        steps.append("never reached")
 
-    assert report.failures == 0
+    with pytest.raises(kind):
+        asyncio.run(program())
+
+    assert steps == ["the step goes on"]
+
+
+def test_texts_in_labels_and_events_are_single_lines_of_bounded_length() -> None:
+    sink = Recorder()
+    report = reporter(sink, sink)
+    key = ResourceKey("mar\nket", "x" * 1_000_000, "y" * 10_000_000)
+
+    report.source_failed(key, "ex\nchange", ValueError("a\nb"))
+    report.cache_missed(key)
+    report.resource_invalidated(key, "re\nason" * 1_000_000)
+
+    texts = [text for record in sink.metrics for text in record.labels.values()]
+    texts += [text for event in sink.events for text in event.payload.values()]
+    assert len(texts) > 10
+    assert all(text.isprintable() and len(text) <= 300 for text in texts)
+
+
+def test_the_diagnostics_of_an_event_are_json_and_read_like_the_snapshots() -> None:
+    sink = Recorder()
+    diagnostics = SnapshotDiagnostics(resolved_resources=2, source_calls_by_source={"a": 1})
+    reporter(NullMetrics(), sink).snapshot_built("id", diagnostics, build_failed=False, strict=True)
+
+    payload = sink.events[0].payload
+    told = payload["diagnostics"]
+    assert json.loads(json.dumps(payload))["diagnostics"]["source_calls_by_source"] == {"a": 1}
+    assert told.resolved_resources == 2
+    assert told == diagnostics
+    assert told != SnapshotDiagnostics()
+    assert copy.deepcopy(told) == told
+    with pytest.raises(AttributeError, match="no field 'other'"):
+        _ = told.other
 
 
 def test_a_full_buffer_that_raises_is_a_failing_sink_like_any_other() -> None:

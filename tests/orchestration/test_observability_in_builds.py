@@ -21,7 +21,6 @@ from coalestra import (
     SnapshotBuilder,
     SnapshotBuildError,
     SnapshotConsistencyPolicy,
-    SnapshotDiagnostics,
     SnapshotRequest,
     SourceAuthorityPolicy,
     SourcePayload,
@@ -153,7 +152,7 @@ async def test_a_build_reports_itself_its_misses_and_what_it_resolved() -> None:
     assert seen.count("cache_access_total", status="miss") == 1
     assert seen.count("source_fetch_total", source="x", status="success") == 1
     (built,) = seen.of("snapshot_built")
-    assert isinstance(built.pop("diagnostics"), SnapshotDiagnostics)
+    assert built.pop("diagnostics") == snapshot.diagnostics
     assert built == {
         "snapshot_id": snapshot.snapshot_id,
         "resources": 1,
@@ -423,7 +422,7 @@ async def test_with_null_sinks_no_label_event_or_rendered_key_is_built(
         events=NullEventSink(),
     )
     monkeypatch.setattr(ResourceKey, "__str__", refuse)
-    for name in ("Emitter._count", "Emitter._tell", "labels_of"):
+    for name in ("Reporter._count", "Reporter._tell", "labels_of"):
         monkeypatch.setattr(f"coalestra.observability.reports.{name}", refuse)
     async with building.session() as session:
         await session.resolve([key("d"), key("s")])

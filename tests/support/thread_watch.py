@@ -109,7 +109,11 @@ class ThreadWatch:
             if thread in self._older and not is_worker:
                 continue
             place = _own_frame(frames[ident])
-            if _is_idle(place, is_worker=is_worker):
+            if thread.name.endswith("-buffer"):
+                idle = _is_at_rest(frames[ident])
+            else:
+                idle = _is_idle(place, is_worker=is_worker)
+            if idle:
                 self._sightings.pop(ident, None)
             elif ident in parked or self._is_blocked(ident, frames[ident]):
                 held += is_worker
@@ -159,3 +163,15 @@ def _is_idle(frame: FrameType | None, *, is_worker: bool) -> bool:
     if is_worker:
         return (_module(frame), frame.f_code.co_name) in _WORKER_LOOPS
     return _module(frame).startswith("coalestra.") or _module(frame).startswith("asyncio.")
+
+
+def _is_at_rest(frame: FrameType) -> bool:
+    """Whether the thread of a buffer has nothing to do, not even to end or to wake up first."""
+    current: FrameType | None = frame
+    while current is not None:
+        if current.f_code.co_name == "_work":
+            queue = current.f_locals["self"]
+            ending = queue._closed and not queue._ended
+            return not (queue._waiting or queue._turn is not None or ending)
+        current = current.f_back
+    return False

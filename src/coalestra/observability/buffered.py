@@ -284,8 +284,8 @@ class DeliveryQueue(Generic[R]):
         self._do_without_thread(timeout)
         return self._note_end(self._changes.wait_for(lambda: self._ended, timeout))
 
-    async def aclose(self, timeout: float | None) -> bool:
-        """Do what `close` does after `refuse`, without blocking the loop if a thread can be had."""
+    async def until_ended(self, timeout: float | None) -> bool:
+        """Wait for the end of a refused queue, on a loop; see `close`."""
         self._do_without_thread(timeout)
         return self._note_end(await self._changes.until(lambda: self._ended, timeout))
 
@@ -295,6 +295,11 @@ class DeliveryQueue(Generic[R]):
         if discard:
             self._drop(down_to=0)
         self._bell.ring()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will be delivered any more."""
+        return self._ended
 
     def call_at_end(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called after the last record of a closed queue, by its worker."""
@@ -448,6 +453,25 @@ class BufferedSink(Generic[R]):
     def refuse(self, *, discard: bool = False) -> None:
         """Begin closing without waiting; ``discard`` drops what is pending."""
         self._queue.refuse(discard=discard)
+
+    async def until_ended(self, timeout: float | None) -> bool:
+        """Wait for the worker's end, once records are refused, without blocking the loop.
+
+        Where no thread can be started, what is pending is delivered here.
+
+        Returns:
+            Whether it has ended within ``timeout`` seconds (None: however long it takes).
+        """
+        return await self._queue.until_ended(timeout)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the sink is closed and nothing will be delivered any more."""
+        return self._queue.ended
+
+    def call_at_end(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called after the last record, in the worker's thread (or at once)."""
+        self._queue.call_at_end(callback)
 
     def stats(self) -> BufferedSinkStats:
         """Return what has happened so far and what is pending now."""

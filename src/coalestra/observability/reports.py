@@ -1,19 +1,25 @@
-"""What may be said about resources and errors: in metric labels little, in events more.
+"""What the library reports: one method per fact, which counts it and emits its event if it has one.
 
 Laws:
-    A label never holds a subject, a qualifier or a rendered key: the number of time series must
-    not grow with the number of resources. Events name the resource in full.
-    An event never holds an exception object, only the name of its type and one line of text.
+
+1. Nothing that a sink raises leaves this module: failures are counted. What ends a program is
+   passed on to it, after the step that reported is over.
+2. A label never holds a subject, a qualifier or a rendered key: the number of time series must not
+   grow with the number of resources. Events name the resource in full.
+3. Every text in a label or an event is one line of bounded length, whatever an application put
+   into a name. An event holds nothing but texts, numbers, and lists and dictionaries of such.
+4. What nobody listens to costs one look at a flag: no label, payload or text is built for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import threading
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from coalestra.concurrency.endings import pass_on
+from coalestra.concurrency.lockfree import Cell
 from coalestra.core.acceptance import SnapshotAcceptanceViolation
 from coalestra.core.errors import (
     SnapshotConsistencyError,
@@ -26,7 +32,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.results import PublishStatus
 from coalestra.core.snapshot import SnapshotDiagnostics
-from coalestra.core.validation import flag, require_methods
+from coalestra.core.validation import flag, readable, require_methods
 from coalestra.observability.buffered import (
     BufferedEventSink,
     BufferedMetricsSink,
@@ -42,93 +48,12 @@ from coalestra.observability.sinks import (
 if TYPE_CHECKING:
     Buffer = BufferedEventSink | BufferedMetricsSink
 
-
-# What may be said about resources and errors: in metric labels little, in events more ------------
-
-
 Reported = BaseException | SourceFailure
 """What went wrong: an exception, or the record that was made of one."""
 
 
-def labels_of(key: ResourceKey) -> dict[str, str]:
-    """Return the labels that say what kind of resource ``key`` is, and not which one."""
-    return {"resource_namespace": key.namespace, "resource_name": key.name}
-
-
-def error_type_of(error: Reported) -> str:
-    """Return the name of the exception type behind ``error``."""
-    return error.error_type if isinstance(error, SourceFailure) else type(error).__name__
-
-
-def error_text_of(error: Reported) -> str:
-    """Return the message of ``error`` in one bounded line; never raises an ``Exception``."""
-    message = error.message if isinstance(error, SourceFailure) else message_of(error)
-    return folded_message(message)
-
-
-# The one place where the library calls the sinks, and where their failures end -------------------
-
-
-class Emitter:
-    """Hands counts, observations and events to the two sinks of one builder.
-
-    Law: nothing that a sink raises leaves this class, except what is not an ``Exception``
-    (cancellation, interrupts). Failures are counted instead.
-
-    Subclasses look at ``_counting`` and ``_telling`` before they build labels or payloads, so
-    that a side without a listener costs one attribute look-up.
-    """
-
-    __slots__ = ("_counting", "_events", "_failures", "_lock", "_metrics", "_telling")
-
-    def __init__(
-        self, metrics: MetricsSink, events: EventSink, *, counting: bool, telling: bool
-    ) -> None:
-        self._metrics = metrics
-        self._events = events
-        self._counting = counting
-        self._telling = telling
-        self._failures = 0
-        self._lock = threading.Lock()
-
-    @property
-    def failures(self) -> int:
-        """How often a sink has raised since this reporter was made."""
-        return self._failures
-
-    def _count(self, metric: str, **labels: str) -> None:
-        try:
-            self._metrics.increment(metric, 1, **labels)
-        except Exception:
-            self._note_failure()
-
-    def _observe(self, metric: str, value: float, **labels: str) -> None:
-        try:
-            self._metrics.observe(metric, value, **labels)
-        except Exception:
-            self._note_failure()
-
-    def _tell(self, event_type: str, **payload: Any) -> None:
-        try:
-            self._events.emit(event_type, **payload)
-        except Exception:
-            self._note_failure()
-
-    def _note_failure(self) -> None:
-        with self._lock:
-            self._failures += 1
-
-    def __repr__(self) -> str:
-        metrics = type(self._metrics).__name__ if self._counting else "off"
-        events = type(self._events).__name__ if self._telling else "off"
-        return f"<{type(self).__name__} metrics={metrics} events={events} failures={self.failures}>"
-
-
-# Where a value came from, as far as a report tells it --------------------------------------------
-
-
 class Provenance(Protocol):
-    """What revisions and snapshot values have in common, and reports are made of."""
+    """Where a revision or a value came from, as far as a report tells it."""
 
     @property
     def key(self) -> ResourceKey:
@@ -144,7 +69,7 @@ class Provenance(Protocol):
 
     @property
     def latency_ms(self) -> float:
-        """How long the call that brought it took, in milliseconds."""
+        """How long the call that brought it took."""
 
     @property
     def attempts(self) -> int:
@@ -153,354 +78,6 @@ class Provenance(Protocol):
     @property
     def authority_rank(self) -> int:
         """The rank of its source for this key."""
-
-
-# What is reported about calls to sources: the wait before, the call, and what came of it ---------
-
-
-class SourceReports(Emitter):
-    """Reports per call (labelled by source) and per key that a call was made for."""
-
-    __slots__ = ()
-
-    # Per key ----------------------------------------------------------------------------------
-
-    def resource_resolved(self, value: Provenance, source_kind: str) -> None:
-        """Report a fresh value.
-
-        Args:
-            value: the revision, with its source, latency, attempts and authority rank.
-            source_kind: ``single``, ``batch`` or ``derived``.
-        """
-        self._count_fetch(value.source, "success")
-        if self._telling:
-            self._tell(
-                "resource_resolved",
-                resource=str(value.key),
-                source=value.source,
-                latency_ms=value.latency_ms,
-                attempts=value.attempts,
-                source_kind=source_kind,
-                authority_rank=value.authority_rank,
-            )
-
-    def source_failed(
-        self, key: ResourceKey, source: str, error: Reported, status: str = "failure"
-    ) -> None:
-        """Report that a source brought no fresh value for a key, whatever the reason.
-
-        Args:
-            key: what was asked for.
-            source: the source's name.
-            error: what went wrong.
-            status: ``failure``, ``stale``, ``invalid_timestamp`` or ``circuit_open``. The last two
-                have events of their own.
-        """
-        self._count_fetch(source, status)
-        if not self._telling:
-            return
-        resource, text = str(key), error_text_of(error)
-        if status == "circuit_open":
-            self._tell("source_circuit_open", source=source, resource=resource, error=text)
-        elif status == "invalid_timestamp":
-            self._tell("source_payload_rejected", resource=resource, source=source, error=text)
-        else:
-            kind = error_type_of(error)
-            self._tell(
-                "source_failed", resource=resource, source=source, error_type=kind, error=text
-            )
-
-    def source_payload_rejected(self, key: ResourceKey, source: str, error: Reported) -> None:
-        """Report a payload whose observation time cannot be right."""
-        self.source_failed(key, source, error, "invalid_timestamp")
-
-    def source_circuit_open(self, key: ResourceKey, source: str, error: Reported) -> None:
-        """Report that a key was not asked for, as its circuit is open."""
-        self.source_failed(key, source, error, "circuit_open")
-
-    def _count_fetch(self, source: str, status: str) -> None:
-        if self._counting:
-            self._count("source_fetch_total", source=source, status=status)
-
-    # Per call ---------------------------------------------------------------------------------
-
-    def fetch_latency(self, source: str, latency_ms: float) -> None:
-        """Observe how long one call took, in milliseconds."""
-        if self._counting:
-            self._observe("source_fetch_latency_ms", latency_ms, source=source)
-
-    def batch_call(self, source: str, status: str) -> None:
-        """Count a batch call as success, failure, deadline_exceeded or queue_timeout."""
-        if self._counting:
-            self._count("source_batch_call_total", source=source, status=status)
-
-    def batch_size(self, source: str, size: int) -> None:
-        """Observe how many keys one batch call is made for."""
-        if self._counting:
-            self._observe("source_batch_size", size, source=source)
-
-    def capacity_wait(self, source: str, waited_ms: float) -> None:
-        """Observe how long one call waited for its slots, in milliseconds."""
-        if self._counting:
-            self._observe("source_capacity_wait_ms", waited_ms, source=source)
-
-    def capacity_timeout(self, source: str, reason: str) -> None:
-        """Count a call that got no slot: ``queue_timeout`` or ``snapshot_deadline``."""
-        if self._counting:
-            self._count("source_capacity_timeout_total", source=source, reason=reason)
-
-    def transport_violated(
-        self,
-        keys: Collection[ResourceKey],
-        source: str,
-        outcome: str,
-        declared: float,
-        elapsed: float,
-        grace: float,
-    ) -> None:
-        """Report one call that ran longer than its transport timeout allows (all in seconds).
-
-        Args:
-            keys: what the call was for; it counts once, and each key has an event.
-            source: the source's name.
-            outcome: ``completed_late``, ``failed_late`` or ``coalestra_timeout``.
-            declared: the transport timeout that the source declares.
-            elapsed: how long the call was seen to run.
-            grace: what was allowed on top of the declaration.
-        """
-        if self._counting:
-            self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
-        if self._telling:
-            for key in keys:
-                self._tell(
-                    "source_transport_timeout_violated",
-                    source=source,
-                    resource=str(key),
-                    outcome=outcome,
-                    declared_transport_timeout_seconds=declared,
-                    observed_elapsed_seconds=elapsed,
-                    grace_seconds=grace,
-                )
-
-    def transport_budget_rejected(
-        self,
-        keys: Collection[ResourceKey],
-        source: str,
-        reason: str,
-        declared: float,
-        available: float,
-    ) -> None:
-        """Report one call that was not made, as it could have outlived its budget (in seconds).
-
-        Args:
-            keys: what the call was for; it counts once, and each key has an event.
-            source: the source's name.
-            reason: what sets the budget: ``snapshot_deadline`` or ``source_timeout``.
-            declared: the transport timeout that the source declares.
-            available: the budget that was left.
-        """
-        if self._counting:
-            self._count("source_transport_budget_rejection_total", source=source, reason=reason)
-        if self._telling:
-            for key in keys:
-                self._tell(
-                    "source_transport_budget_rejected",
-                    source=source,
-                    resource=str(key),
-                    transport_timeout_seconds=declared,
-                    available_budget_seconds=available,
-                )
-
-
-# What is reported about reading the cache and about sharing work in flight -----------------------
-
-
-class CacheReports(Emitter):
-    """One method for each thing that can become of a key before a source is asked."""
-
-    __slots__ = ()
-
-    def cache_access(self, key: ResourceKey, status: str) -> None:
-        """Count one look into the cache.
-
-        Args:
-            key: what was looked for.
-            status: ``fresh``, ``stale_while_revalidate``, ``miss``, ``stale_fallback`` or
-                ``revalidation_bypass``.
-        """
-        if self._counting:
-            self._count("cache_access_total", **labels_of(key), status=status)
-
-    def cache_hit(self, key: ResourceKey, freshness: str) -> None:
-        """Report a value served from the cache.
-
-        Args:
-            key: what was looked for.
-            freshness: ``fresh`` or ``stale_while_revalidate``; also the status that is counted.
-        """
-        self.cache_access(key, freshness)
-        if self._telling:
-            self._tell("cache_hit", resource=str(key), freshness=freshness)
-
-    def cache_missed(self, key: ResourceKey) -> None:
-        """Report that the cache had nothing usable. There is a count for it, but no event."""
-        self.cache_access(key, "miss")
-
-    def cache_bypassed(self, key: ResourceKey, reason: str) -> None:
-        """Report that the cache was passed over on purpose, and why."""
-        self.cache_access(key, "revalidation_bypass")
-        if self._telling:
-            self._tell("cache_bypassed", resource=str(key), reason=reason)
-
-    def stale_fallback_used(
-        self, key: ResourceKey, error: Reported, *, from_cache: bool = True
-    ) -> None:
-        """Report that a stale value stands in, as every source has failed.
-
-        Args:
-            key: what was looked for.
-            error: why there is no fresh value.
-            from_cache: whether the cache had the value; one from a source is no cache access.
-        """
-        if from_cache:
-            self.cache_access(key, "stale_fallback")
-        if self._telling:
-            self._tell("stale_fallback_used", resource=str(key), error_type=error_type_of(error))
-
-    def cache_failed(self, operation: str, error: Reported) -> None:
-        """Report that a cache raised, and that the library went on without it.
-
-        Args:
-            operation: what the cache was asked for, ``read`` or ``write``.
-            error: what it raised.
-        """
-        if self._counting:
-            self._count("cache_failure_total", operation=operation)
-        if self._telling:
-            self._tell(
-                "cache_failed",
-                operation=operation,
-                error_type=error_type_of(error),
-                error=error_text_of(error),
-            )
-
-    def flight_joined(self, key: ResourceKey) -> None:
-        """Count a caller who shares an acquisition that was already under way."""
-        if self._counting:
-            self._count("singleflight_join_total", **labels_of(key))
-
-
-# What is reported about refreshes in the background ----------------------------------------------
-
-
-class RefreshReports(Emitter):
-    """One report as a refresh is scheduled, and one as it ends."""
-
-    __slots__ = ()
-
-    def refresh_scheduled(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
-        """Report a new refresh, why, and the snapshot that gave the occasion."""
-        self._count_refresh(key, "scheduled")
-        if self._telling:
-            self._tell(
-                "resource_refresh_scheduled",
-                resource=str(key),
-                reason=reason,
-                snapshot_id=snapshot_id,
-            )
-
-    def refresh_completed(self, key: ResourceKey, reason: str, source: str) -> None:
-        """Report a refresh that brought a fresh value, and from which source."""
-        self._count_refresh(key, "success")
-        if self._telling:
-            self._tell(
-                "resource_refresh_completed", resource=str(key), reason=reason, source=source
-            )
-
-    def refresh_failed(self, key: ResourceKey, reason: str, error: Reported) -> None:
-        """Report a refresh that brought no fresh value, and what went wrong."""
-        self._count_refresh(key, "failure")
-        if self._telling:
-            self._tell(
-                "resource_refresh_failed",
-                resource=str(key),
-                reason=reason,
-                error_type=error_type_of(error),
-                error=error_text_of(error),
-            )
-
-    def refresh_cancelled(self, key: ResourceKey) -> None:
-        """Report a refresh that was called off. There is a count for it, but no event."""
-        self._count_refresh(key, "cancelled")
-
-    def _count_refresh(self, key: ResourceKey, status: str) -> None:
-        if self._counting:
-            self._count("resource_refresh_total", **labels_of(key), status=status)
-
-
-# What is reported about events written into the cache, and entries taken out of it ---------------
-
-
-class PublicationReports(Emitter):
-    """One report per key that was published or invalidated."""
-
-    __slots__ = ()
-
-    def resource_published(self, value: Provenance, *, replaced: bool, forced: bool) -> None:
-        """Report a published value that is now in the cache.
-
-        Args:
-            value: what was written.
-            replaced: whether there was a value for the key before.
-            forced: whether it was written whatever was there.
-        """
-        self._count_publish(value, PublishStatus.PUBLISHED)
-        if self._telling:
-            self._tell(
-                "resource_published",
-                resource=str(value.key),
-                source=value.source,
-                observed_at=value.observed_at,
-                replaced=replaced,
-                forced=forced,
-                authority_rank=value.authority_rank,
-            )
-
-    def resource_publish_ignored(
-        self, candidate: Provenance, cached: Provenance, status: PublishStatus
-    ) -> None:
-        """Report a published value that lost to the one in the cache, and by which rule."""
-        self._count_publish(candidate, status)
-        if self._telling:
-            self._tell(
-                "resource_publish_ignored",
-                resource=str(candidate.key),
-                source=candidate.source,
-                status=status.value,
-                observed_at=candidate.observed_at,
-                cached_observed_at=cached.observed_at,
-                candidate_authority_rank=candidate.authority_rank,
-                cached_authority_rank=cached.authority_rank,
-            )
-
-    def resource_invalidated(self, key: ResourceKey, reason: str) -> None:
-        """Report an entry taken out of the cache by request, for ``reason`` (may be empty)."""
-        if self._counting:
-            self._count("resource_invalidation_total", **labels_of(key))
-        if self._telling:
-            self._tell("resource_invalidated", resource=str(key), reason=reason)
-
-    def _count_publish(self, value: Provenance, status: PublishStatus) -> None:
-        if self._counting:
-            self._count(
-                "resource_publish_total",
-                **labels_of(value.key),
-                source=value.source,
-                status=status.value,
-            )
-
-
-# What is reported about builds and sessions as a whole, and about the policies they must meet ----
 
 
 @immutable
@@ -559,10 +136,394 @@ class SessionRevalidation:
     acceptance_failed: bool = False
 
 
-class SnapshotReports(Emitter):
-    """One report per finished build, session call, or judgement by a policy."""
+_DIAGNOSTICS = tuple(field.name for field in dataclasses.fields(SnapshotDiagnostics))
 
-    __slots__ = ()
+
+class ReportedDiagnostics(dict[str, Any]):
+    """The diagnostics of a snapshot in the form of JSON; the fields are attributes all the same."""
+
+    @classmethod
+    def of(cls, diagnostics: SnapshotDiagnostics) -> ReportedDiagnostics:
+        """Return the fields of ``diagnostics`` by name, mappings as dictionaries of their own."""
+        fields = {name: getattr(diagnostics, name) for name in _DIAGNOSTICS}
+        return cls({name: dict(v) if isinstance(v, Mapping) else v for name, v in fields.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no field {name!r} in the diagnostics of a snapshot") from None
+
+    def __eq__(self, other: object) -> bool:
+        fields = self.of(other) if isinstance(other, SnapshotDiagnostics) else other
+        return dict.__eq__(self, fields) is True
+
+    __hash__ = None
+
+
+class Reporter:
+    """Hands counts, observations and events to the two sinks of one builder.
+
+    Get one from ``reporter_for``.
+    """
+
+    __slots__ = ("_counting", "_events", "_failures", "_metrics", "_telling")
+
+    def __init__(
+        self, metrics: MetricsSink, events: EventSink, *, counting: bool, telling: bool
+    ) -> None:
+        self._metrics = metrics
+        self._events = events
+        self._counting = counting
+        self._telling = telling
+        self._failures = Cell(0)
+
+    @property
+    def failures(self) -> int:
+        """How often a sink has raised since this reporter was made."""
+        return self._failures.value
+
+    def __repr__(self) -> str:
+        metrics = type(self._metrics).__name__ if self._counting else "off"
+        events = type(self._events).__name__ if self._telling else "off"
+        return f"<{type(self).__name__} metrics={metrics} events={events} failures={self.failures}>"
+
+    def _count(self, metric: str, **labels: str) -> None:
+        try:
+            self._metrics.increment(metric, 1, **_readable(labels))
+        except BaseException as error:
+            self._note_failure(error)
+
+    def _observe(self, metric: str, value: float, **labels: str) -> None:
+        try:
+            self._metrics.observe(metric, value, **_readable(labels))
+        except BaseException as error:
+            self._note_failure(error)
+
+    def _tell(self, event_type: str, **payload: Any) -> None:
+        try:
+            self._events.emit(event_type, **_readable(payload))
+        except BaseException as error:
+            self._note_failure(error)
+
+    def _note_failure(self, error: BaseException) -> None:
+        self._failures.change(lambda count: count + 1)
+        pass_on(error)
+
+    # Calls to sources, and what came of them -----------------------------------------------------
+
+    def resource_resolved(self, value: Provenance, source_kind: str) -> None:
+        """Report a fresh value.
+
+        Args:
+            value: the revision, with its source, latency, attempts and authority rank.
+            source_kind: ``single``, ``batch`` or ``derived``.
+        """
+        self._count_fetch(value.source, "success")
+        if self._telling:
+            self._tell(
+                "resource_resolved",
+                resource=value.key.display,
+                source=value.source,
+                latency_ms=value.latency_ms,
+                attempts=value.attempts,
+                source_kind=source_kind,
+                authority_rank=value.authority_rank,
+            )
+
+    def source_failed(
+        self, key: ResourceKey, source: str, error: Reported, status: str = "failure"
+    ) -> None:
+        """Report that a source brought no fresh value for a key, whatever the reason.
+
+        Args:
+            key: what was asked for.
+            source: the source's name.
+            error: what went wrong.
+            status: ``failure``, ``stale``, ``invalid_timestamp`` or ``circuit_open``. The last two
+                have events of their own.
+        """
+        self._count_fetch(source, status)
+        if not self._telling:
+            return
+        resource, text = key.display, error_text_of(error)
+        if status == "circuit_open":
+            self._tell("source_circuit_open", source=source, resource=resource, error=text)
+        elif status == "invalid_timestamp":
+            self._tell("source_payload_rejected", resource=resource, source=source, error=text)
+        else:
+            kind = error_type_of(error)
+            self._tell(
+                "source_failed", resource=resource, source=source, error_type=kind, error=text
+            )
+
+    def source_payload_rejected(self, key: ResourceKey, source: str, error: Reported) -> None:
+        """Report a payload whose observation time cannot be right."""
+        self.source_failed(key, source, error, "invalid_timestamp")
+
+    def source_circuit_open(self, key: ResourceKey, source: str, error: Reported) -> None:
+        """Report that a key was not asked for, as its circuit is open."""
+        self.source_failed(key, source, error, "circuit_open")
+
+    def _count_fetch(self, source: str, status: str) -> None:
+        if self._counting:
+            self._count("source_fetch_total", source=source, status=status)
+
+    def fetch_latency(self, source: str, latency_ms: float) -> None:
+        """Observe how long one call took, in milliseconds."""
+        if self._counting:
+            self._observe("source_fetch_latency_ms", latency_ms, source=source)
+
+    def batch_call(self, source: str, status: str) -> None:
+        """Count a batch call as success, failure, deadline_exceeded or queue_timeout."""
+        if self._counting:
+            self._count("source_batch_call_total", source=source, status=status)
+
+    def batch_size(self, source: str, size: int) -> None:
+        """Observe how many keys one batch call is made for."""
+        if self._counting:
+            self._observe("source_batch_size", size, source=source)
+
+    def capacity_wait(self, source: str, waited_ms: float) -> None:
+        """Observe how long one call waited for its slots, in milliseconds."""
+        if self._counting:
+            self._observe("source_capacity_wait_ms", waited_ms, source=source)
+
+    def capacity_timeout(self, source: str, reason: str) -> None:
+        """Count a call that got no slot: ``queue_timeout`` or ``snapshot_deadline``."""
+        if self._counting:
+            self._count("source_capacity_timeout_total", source=source, reason=reason)
+
+    def transport_violated(
+        self,
+        keys: Collection[ResourceKey],
+        source: str,
+        outcome: str,
+        declared: float,
+        elapsed: float,
+        grace: float,
+    ) -> None:
+        """Report one call that ran longer than its transport timeout allows (all in seconds).
+
+        Args:
+            keys: what the call was for; it counts once, and each key has an event.
+            source: the source's name.
+            outcome: ``completed_late``, ``failed_late`` or ``coalestra_timeout``.
+            declared: the transport timeout that the source declares.
+            elapsed: how long the call was seen to run.
+            grace: what was allowed on top of the declaration.
+        """
+        if self._counting:
+            self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
+        if self._telling:
+            for key in keys:
+                self._tell(
+                    "source_transport_timeout_violated",
+                    source=source,
+                    resource=key.display,
+                    outcome=outcome,
+                    declared_transport_timeout_seconds=declared,
+                    observed_elapsed_seconds=elapsed,
+                    grace_seconds=grace,
+                )
+
+    def transport_budget_rejected(
+        self,
+        keys: Collection[ResourceKey],
+        source: str,
+        reason: str,
+        declared: float,
+        available: float,
+    ) -> None:
+        """Report one call that was not made, as it could have outlived its budget (in seconds).
+
+        Args:
+            keys: what the call was for; it counts once, and each key has an event.
+            source: the source's name.
+            reason: what sets the budget: ``snapshot_deadline`` or ``source_timeout``.
+            declared: the transport timeout that the source declares.
+            available: the budget that was left.
+        """
+        if self._counting:
+            self._count("source_transport_budget_rejection_total", source=source, reason=reason)
+        if self._telling:
+            for key in keys:
+                self._tell(
+                    "source_transport_budget_rejected",
+                    source=source,
+                    resource=key.display,
+                    transport_timeout_seconds=declared,
+                    available_budget_seconds=available,
+                )
+
+    # Reading the cache, and sharing work in flight ---------------------------------------------
+
+    def cache_access(self, key: ResourceKey, status: str) -> None:
+        """Count one look into the cache.
+
+        Args:
+            key: what was looked for.
+            status: ``fresh``, ``stale_while_revalidate``, ``miss``, ``stale_fallback`` or
+                ``revalidation_bypass``.
+        """
+        if self._counting:
+            self._count("cache_access_total", **labels_of(key), status=status)
+
+    def cache_hit(self, key: ResourceKey, freshness: str) -> None:
+        """Report a value served from the cache.
+
+        Args:
+            key: what was looked for.
+            freshness: ``fresh`` or ``stale_while_revalidate``; also the status that is counted.
+        """
+        self.cache_access(key, freshness)
+        if self._telling:
+            self._tell("cache_hit", resource=key.display, freshness=freshness)
+
+    def cache_missed(self, key: ResourceKey) -> None:
+        """Report that the cache had nothing usable. There is a count for it, but no event."""
+        self.cache_access(key, "miss")
+
+    def cache_bypassed(self, key: ResourceKey, reason: str) -> None:
+        """Report that the cache was passed over on purpose, and why."""
+        self.cache_access(key, "revalidation_bypass")
+        if self._telling:
+            self._tell("cache_bypassed", resource=key.display, reason=reason)
+
+    def stale_fallback_used(
+        self, key: ResourceKey, error: Reported, *, from_cache: bool = True
+    ) -> None:
+        """Report that a stale value stands in, as every source has failed.
+
+        Args:
+            key: what was looked for.
+            error: why there is no fresh value.
+            from_cache: whether the cache had the value; one from a source is no cache access.
+        """
+        if from_cache:
+            self.cache_access(key, "stale_fallback")
+        if self._telling:
+            self._tell("stale_fallback_used", resource=key.display, error_type=error_type_of(error))
+
+    def cache_failed(self, operation: str, error: Reported) -> None:
+        """Report that a cache raised, and that the library went on without it.
+
+        Args:
+            operation: what the cache was asked for, ``read`` or ``write``.
+            error: what it raised.
+        """
+        if self._counting:
+            self._count("cache_failure_total", operation=operation)
+        if self._telling:
+            self._tell(
+                "cache_failed",
+                operation=operation,
+                error_type=error_type_of(error),
+                error=error_text_of(error),
+            )
+
+    def flight_joined(self, key: ResourceKey) -> None:
+        """Count a caller who shares an acquisition that was already under way."""
+        if self._counting:
+            self._count("singleflight_join_total", **labels_of(key))
+
+    # Refreshes in the background ---------------------------------------------------------------
+
+    def refresh_scheduled(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
+        """Report a new refresh, why, and the snapshot that gave the occasion."""
+        self._count_refresh(key, "scheduled")
+        if self._telling:
+            self._tell(
+                "resource_refresh_scheduled",
+                resource=key.display,
+                reason=reason,
+                snapshot_id=snapshot_id,
+            )
+
+    def refresh_completed(self, key: ResourceKey, reason: str, source: str) -> None:
+        """Report a refresh that brought a fresh value, and from which source."""
+        self._count_refresh(key, "success")
+        if self._telling:
+            self._tell(
+                "resource_refresh_completed", resource=key.display, reason=reason, source=source
+            )
+
+    def refresh_failed(self, key: ResourceKey, reason: str, error: Reported) -> None:
+        """Report a refresh that brought no fresh value, and what went wrong."""
+        self._count_refresh(key, "failure")
+        if self._telling:
+            self._tell(
+                "resource_refresh_failed",
+                resource=key.display,
+                reason=reason,
+                error_type=error_type_of(error),
+                error=error_text_of(error),
+            )
+
+    def refresh_cancelled(self, key: ResourceKey) -> None:
+        """Report a refresh that was called off. There is a count for it, but no event."""
+        self._count_refresh(key, "cancelled")
+
+    def _count_refresh(self, key: ResourceKey, status: str) -> None:
+        if self._counting:
+            self._count("resource_refresh_total", **labels_of(key), status=status)
+
+    # Events written into the cache, and entries taken out of it --------------------------------
+
+    def resource_published(self, value: Provenance, *, replaced: bool, forced: bool) -> None:
+        """Report a published value that is now in the cache.
+
+        Args:
+            value: what was written.
+            replaced: whether there was a value for the key before.
+            forced: whether it was written whatever was there.
+        """
+        self._count_publish(value, PublishStatus.PUBLISHED)
+        if self._telling:
+            self._tell(
+                "resource_published",
+                resource=value.key.display,
+                source=value.source,
+                observed_at=value.observed_at,
+                replaced=replaced,
+                forced=forced,
+                authority_rank=value.authority_rank,
+            )
+
+    def resource_publish_ignored(
+        self, candidate: Provenance, cached: Provenance, status: PublishStatus
+    ) -> None:
+        """Report a published value that lost to the one in the cache, and by which rule."""
+        self._count_publish(candidate, status)
+        if self._telling:
+            self._tell(
+                "resource_publish_ignored",
+                resource=candidate.key.display,
+                source=candidate.source,
+                status=status.value,
+                observed_at=candidate.observed_at,
+                cached_observed_at=cached.observed_at,
+                candidate_authority_rank=candidate.authority_rank,
+                cached_authority_rank=cached.authority_rank,
+            )
+
+    def resource_invalidated(self, key: ResourceKey, reason: str) -> None:
+        """Report an entry taken out of the cache by request, for ``reason`` (may be empty)."""
+        if self._counting:
+            self._count("resource_invalidation_total", **labels_of(key))
+        if self._telling:
+            self._tell("resource_invalidated", resource=key.display, reason=reason)
+
+    def _count_publish(self, value: Provenance, status: PublishStatus) -> None:
+        if self._counting:
+            self._count(
+                "resource_publish_total",
+                **labels_of(value.key),
+                source=value.source,
+                status=status.value,
+            )
+
+    # Builds and sessions as a whole, and the policies they must meet ---------------------------
 
     def snapshot_built(
         self,
@@ -583,7 +544,7 @@ class SnapshotReports(Emitter):
                 failed=diagnostics.failed_resources,
                 build_failed=build_failed,
                 strict=strict,
-                diagnostics=diagnostics,
+                diagnostics=ReportedDiagnostics.of(diagnostics),
             )
 
     def session_resolved(self, outcome: SessionResolution, *, succeeded: bool) -> None:
@@ -631,8 +592,8 @@ class SnapshotReports(Emitter):
                 "snapshot_consistency_failed",
                 snapshot_id=snapshot_id,
                 resources=len(error.keys),
-                oldest_resource=str(error.oldest_key),
-                newest_resource=str(error.newest_key),
+                oldest_resource=error.oldest_key.display,
+                newest_resource=error.newest_key.display,
                 observation_skew_ms=error.observation_skew_seconds * 1000.0,
                 max_observation_skew_ms=error.max_observation_skew_seconds * 1000.0,
             )
@@ -653,21 +614,32 @@ class SnapshotReports(Emitter):
             self._count("snapshot_consistency_total", status=status, rule="observation_skew")
 
 
+def _readable(values: dict[str, Any]) -> dict[str, Any]:
+    """Make the texts among labels or a payload fit to be shown; an error has its own form."""
+    for name, value in values.items():
+        if type(value) is str and name != "error":
+            values[name] = readable(value)
+    return values
+
+
+def labels_of(key: ResourceKey) -> dict[str, str]:
+    """Return the labels that say what kind of resource ``key`` is, and not which one."""
+    return {"resource_namespace": key.namespace, "resource_name": key.name}
+
+
+def error_type_of(error: Reported) -> str:
+    """Return the name of the exception type behind ``error``."""
+    return error.error_type if isinstance(error, SourceFailure) else type(error).__name__
+
+
+def error_text_of(error: Reported) -> str:
+    """Return the message of ``error`` in one bounded line; never raises an ``Exception``."""
+    return folded_message(error.message if isinstance(error, SourceFailure) else message_of(error))
+
+
 def fields_of(outcome: SessionResolution | SessionRevalidation) -> dict[str, str | int]:
     """Return the fields of an outcome by name, for the payload of its event."""
     return {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
-
-
-# Everything the library reports, as one object that the engine calls by what has happened --------
-
-
-class Reporter(CacheReports, SourceReports, SnapshotReports, PublicationReports, RefreshReports):
-    """One method per fact: it counts what the fact counts for, and emits its event if it has one.
-
-    No method raises an ``Exception``. Get one from ``reporter_for``.
-    """
-
-    __slots__ = ()
 
 
 def reporter_for(metrics: MetricsSink, events: EventSink) -> Reporter | None:
@@ -687,9 +659,6 @@ def _innermost(sink: MetricsSink | EventSink) -> MetricsSink | EventSink:
     while isinstance(sink, (BufferedMetricsSink, BufferedEventSink)):
         sink = sink.downstream
     return sink
-
-
-# Which sinks of a builder get a buffer, and how these buffers are looked into and closed ---------
 
 
 class ObservabilitySinks:
@@ -727,8 +696,10 @@ class ObservabilitySinks:
         """Return the state of every buffered sink, by component."""
         return {name: buffer.stats() for name, buffer in self.buffers.items()}
 
-    def close(self, *, timeout_seconds: float | None = 5.0, drain: bool = True) -> dict[str, int]:
-        """Close the owned buffers; this blocks the calling thread, so not on an event loop.
+    async def aclose(
+        self, *, timeout_seconds: float | None = 5.0, drain: bool = True
+    ) -> dict[str, int]:
+        """Close the owned buffers, on a loop.
 
         Args:
             timeout_seconds: for all of them together; None waits as long as it takes.
@@ -740,13 +711,29 @@ class ObservabilitySinks:
         """
         for buffer in self.owned.values():
             buffer.refuse(discard=not drain)
-        end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        now = asyncio.get_running_loop().time
+        end = None if timeout_seconds is None else now() + timeout_seconds
         late = {}
         for name, buffer in self.owned.items():
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if not buffer.close(timeout=left):
+            if not await buffer.until_ended(None if end is None else max(0.0, end - now())):
                 late[name] = buffer.stats().pending
         return late
+
+    def call_after_last_record(self, sink: object, callback: Callable[[], object]) -> bool:
+        """Have ``callback`` called once no buffer will hand ``sink`` any more records.
+
+        That happens in the thread of the last worker. Returns False, and forgets the callback, if
+        none is at work for the sink now.
+        """
+        left = [each for each in self.owned.values() if each.downstream is sink and not each.ended]
+
+        def ended() -> None:
+            if all(each.ended for each in left):
+                callback()
+
+        for buffer in left:
+            buffer.call_at_end(ended)
+        return bool(left)
 
 
 def buffer_sinks(

@@ -113,8 +113,7 @@ class Closing:
     async def _end_observability(self, timeout_seconds: float | None, drain: bool) -> None:
         if not self._sinks.owned:
             return
-        close = partial(self._sinks.close, timeout_seconds=timeout_seconds, drain=drain)
-        pending = await self._threads.run(close, or_here=True)
+        pending = await self._sinks.aclose(timeout_seconds=timeout_seconds, drain=drain)
         if pending and timeout_seconds is not None:
             raise ObservabilityShutdownTimeoutError(
                 timeout_seconds=timeout_seconds, pending_components=pending
@@ -158,12 +157,7 @@ class Closing:
     async def wait_for_observability(self) -> None:
         """Wait, however long, until no buffer's worker is running."""
         if self._sinks.owned and self._engine.closed:
-            threads = WorkerThreads()
-            try:
-                close = partial(self._sinks.close, timeout_seconds=None, drain=True)
-                await threads.run(close, or_here=True)
-            finally:
-                threads.close()
+            await self._sinks.aclose(timeout_seconds=None)
 
 
 def _once(objects: Iterable[Any]) -> Iterable[Any]:
