@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -255,6 +256,46 @@ def test_a_key_that_no_source_supports_says_so() -> None:
     assert str(error) == "cannot resolve market:price:BTC: no compatible source"
     assert error.failures == ()
     assert error.format_failures(max_failures=1) == "no compatible source"
+
+
+A, B = ResourceKey("n", "a"), ResourceKey("n", "b")
+
+
+def raised(error: Exception) -> Exception:
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def test_the_cause_of_a_resolution_error_is_what_the_last_source_raised() -> None:
+    first, last = raised(OSError("a")), raised(KeyError("b"))
+    failures = (
+        SourceFailure.of("one", first),
+        SourceFailure.of("two", last),
+        SourceFailure("three", "StaleSourceData", "too old"),
+    )
+    error = ResourceResolutionError(A, failures)
+    assert error.__cause__ is last
+    assert error.failures[0].exception is first
+    assert ResourceResolutionError(A, failures[2:]).__cause__ is None
+    if sys.version_info >= (3, 11):
+        one, two = error.__notes__
+        assert one.startswith(f"one: raised in raised ({__file__}, line ")
+        assert two.startswith("two: raised in raised (")
+
+
+def test_errors_about_many_resources_are_caused_by_the_first() -> None:
+    first, second = OSError("a"), OSError("b")
+    for error in (
+        SnapshotBuildError({A: first, B: second}),
+        DependencyResolutionError(A, "sums", {A: first, B: second}),
+    ):
+        assert error.__cause__ is first
+    assert SnapshotBuildError({}).__cause__ is None
+    with pytest.raises(SnapshotBuildError) as caught:
+        raise SnapshotBuildError({A: first}) from second
+    assert caught.value.__cause__ is second
 
 
 def test_a_resolution_error_names_some_failures_and_counts_the_rest() -> None:

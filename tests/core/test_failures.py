@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
+import dataclasses
+import gc
 import pickle
-import traceback
+import weakref
+from typing import ClassVar
 
 import pytest
 
@@ -32,6 +34,9 @@ KEY = ResourceKey("test", "k")
         (" \n\t ", "<no message>"),
         ("x" * 300, "x" * 300),
         ("x" * 301, "x" * 297 + "..."),
+        ("a " * 5_000_000, "a " * 148 + "a..."),
+        ("\x1b[31mred\0", "\\x1b[31mred\\x00"),
+        ("half a \udcff pair", "half a \\udcff pair"),
     ],
 )
 def test_a_message_is_folded_into_one_line_of_300_characters(message: str, line: str) -> None:
@@ -65,6 +70,85 @@ def test_a_failure_reads_as_source_type_message_and_attempts() -> None:
 
 def test_a_failure_can_be_recorded_from_an_exception() -> None:
     assert SourceFailure.of("rest", KeyError("x"), 3) == SourceFailure("rest", "KeyError", "'x'", 3)
+
+
+def raise_deeply() -> None:
+    payload = Payload()  # noqa: F841 - it is in sight of what is raised
+    try:
+        raise KeyError("inner")
+    except KeyError as inner:
+        raise ValueError("outer") from inner
+
+
+class Payload:
+    alive: ClassVar[weakref.WeakSet[Payload]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.alive.add(self)
+
+
+def caught() -> Exception:
+    try:
+        raise_deeply()
+    except ValueError as error:
+        return error
+    raise AssertionError
+
+
+def test_a_failure_keeps_the_exception_and_says_where_it_was_raised() -> None:
+    error = caught()
+    failure = SourceFailure.of("rest", error)
+    assert failure.exception is error
+    assert error.__cause__ is not None
+    assert [function for _, _, function in failure.places] == ["caught", "raise_deeply"]
+    assert f'File "{__file__}", line ' in failure.traceback
+    assert 'raise ValueError("outer") from inner' in failure.traceback
+    # One exception may fail many keys.
+    assert SourceFailure.of("rest", error).traceback == failure.traceback
+    assert SourceFailure.of("rest", ValueError("never raised")).traceback == ""
+    assert SourceFailure("rest", "ValueError", "outer").exception is None
+
+
+def test_a_failure_keeps_no_payload_alive_that_the_failed_call_had_in_hand() -> None:
+    gc.disable()
+    try:
+        failure = SourceFailure.of("rest", caught())
+        assert not Payload.alive
+        assert failure.exception is not None
+        assert failure.exception.__cause__ is not None
+        assert failure.exception.__cause__.__traceback__ is None
+    finally:
+        gc.enable()
+
+
+def test_the_places_of_a_deep_recursion_are_bounded_and_the_last_ones() -> None:
+    def dive(depth: int) -> None:
+        if depth:
+            dive(depth - 1)
+        raise RecursionError
+
+    try:
+        dive(200)
+    except RecursionError as error:
+        failure = SourceFailure.of("rest", error)
+    assert len(failure.places) == 20
+
+
+def test_the_exception_is_neither_compared_printed_pickled_nor_copied() -> None:
+    failure = SourceFailure.of("rest", caught())
+    bare = SourceFailure("rest", "ValueError", "outer")
+    assert failure == bare
+    assert (hash(failure), repr(failure)) == (hash(bare), repr(bare))
+    assert failure.to_dict() == bare.to_dict()
+    assert dataclasses.asdict(failure) == dataclasses.asdict(bare)
+    twin = pickle.loads(pickle.dumps(failure))
+    assert twin == failure
+    assert (twin.exception, twin.traceback) == (None, "")
+    assert copy.copy(failure) is copy.deepcopy(failure) is failure
+
+
+def test_the_name_of_a_source_is_one_line_too() -> None:
+    assert SourceFailure("a\nb", "OSError", "x").format() == "a\\nb: OSError(x; attempts=1)"
 
 
 def test_a_failure_is_reported_with_its_message_cut() -> None:
@@ -107,10 +191,6 @@ def raised() -> Exception:
     raise AssertionError
 
 
-def lines_of(error: BaseException) -> list[str]:
-    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-
-
 def raised_in_library(code: str) -> BaseException:
     """Return the error of code that runs in a module of the library, as it is caught there."""
     with pytest.raises(LookupError) as caught:
@@ -121,26 +201,11 @@ def raised_in_library(code: str) -> BaseException:
     return error.with_traceback(ours)
 
 
-def test_a_failure_keeps_the_error_with_the_frames_of_its_source_alone() -> None:
-    """Those of the library would lead to everything that it has at work."""
-    error = raised_in_library("def call():\n    fetch()\ncall()")
-    assert lines_of(error) == ["<module>", "call", "fetch_price"]
-    assert SourceFailure.of("rest", error).exception is error
-    assert lines_of(error) == ["fetch_price"]
-    of_the_library = raised_in_library("raise LookupError")
-    SourceFailure.of("rest", of_the_library)
-    assert of_the_library.__traceback__ is None
-
-
-def test_the_error_of_a_failure_is_neither_compared_nor_shown_nor_carried_abroad() -> None:
-    """What it holds on to may be anything."""
-    failure = SourceFailure.of("rest", raised())
-    plain = SourceFailure("rest", "LookupError", "no price")
-    assert failure == plain
-    assert (hash(failure), repr(failure)) == (hash(plain), repr(plain))
-    assert json.dumps(failure.to_dict()) == json.dumps(plain.to_dict())
-    assert pickle.loads(pickle.dumps(failure)).exception is None
-    assert copy.copy(failure) is copy.deepcopy(failure) is failure
+def test_the_places_within_the_library_are_left_out() -> None:
+    """They tell an application nothing."""
+    failure = SourceFailure.of("rest", raised_in_library("def call():\n    fetch()\ncall()"))
+    assert [function for _, _, function in failure.places] == ["fetch_price"]
+    assert SourceFailure.of("rest", raised_in_library("raise LookupError")).places == ()
 
 
 def test_an_error_leads_to_what_its_source_raised() -> None:

@@ -6,15 +6,18 @@ sources and single resources, those of whole snapshots, and those of running the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
+from traceback import format_list
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey
-from coalestra.core.validation import integer
+from coalestra.core.validation import integer, printable, readable
 
 if TYPE_CHECKING:
     from coalestra.core.acceptance import SnapshotAcceptanceViolation
@@ -67,7 +70,6 @@ MAX_MESSAGE_LENGTH = 300
 
 _CUT = "..."
 _EMPTY = "<no message>"
-_OURS = f"{__name__.partition('.')[0]}."
 
 
 class SerializedSourceFailure(TypedDict):
@@ -107,14 +109,15 @@ class SerializedSnapshotBuildError(TypedDict):
 def folded_message(message: str, max_length: int = MAX_MESSAGE_LENGTH) -> str:
     """Return ``message`` in one line of at most ``max_length`` characters.
 
-    White space of any kind becomes single spaces, a cut shows as a trailing ``...``, and an
-    empty message says that it is empty.
+    White space of any kind becomes single spaces, what else cannot be printed is escaped, a cut
+    shows as a trailing ``...``, and an empty message says that it is empty.
 
     Raises:
         TypeError, ValueError: unless ``max_length`` is an int of at least 1.
     """
     integer("max_message_length", max_length, minimum=1)
-    line = " ".join(message.split()) or _EMPTY
+    words = message.split(None, max_length + 1)[: max_length + 1]  # more do not fit, however short
+    line = printable(" ".join(words), max_length + 1) or _EMPTY
     if len(line) <= max_length:
         return line
     return (line[: max(0, max_length - len(_CUT))] + _CUT)[:max_length]
@@ -128,13 +131,57 @@ def message_of(error: BaseException) -> str:
         return f"<message unreadable: {type(unreadable).__name__}>"
 
 
-def _is_ours(traceback: TracebackType) -> bool:
-    return str(traceback.tb_frame.f_globals.get("__name__")).startswith(_OURS)
+# Where an exception was raised, without the frames: these hold every payload that was in sight,
+# and from Python 3.12 on lead back through all that was running, so to whoever keeps the error.
+
+_Place = tuple[str, int, str]
+_PLACES_KEPT = 20
+_NOTED = "_coalestra_places"
+
+
+def without_frames(error: BaseException) -> tuple[_Place, ...]:
+    """Take the traceback off ``error`` and off all that it was raised from.
+
+    Return where it was raised, as file, line and function, the innermost places last; those within
+    this library are left out.
+    """
+    places: tuple[_Place, ...] = getattr(error, _NOTED, ())
+    if error.__traceback__ is not None:
+        places = tuple(deque(_places(error.__traceback__), _PLACES_KEPT))
+        with suppress(Exception):  # one exception may fail many keys, and is unframed for the first
+            setattr(error, _NOTED, places)
+    left, seen = [error], set()
+    while left:
+        each = left.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            chained = (each.__cause__, each.__context__, *getattr(each, "exceptions", ()))
+            left += [one for one in chained if isinstance(one, BaseException)]
+    return places
+
+
+def _places(trace: TracebackType | None) -> Iterator[_Place]:
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__")
+        if str(module).split(".", 1)[0] != "coalestra":
+            code = trace.tb_frame.f_code
+            yield code.co_filename, trace.tb_lineno, code.co_name
+        trace = trace.tb_next
+
+
+class _Raised:
+    """What was raised, beside the facts: it is neither compared, printed, nor serialised."""
+
+    __slots__ = ("_exception", "_places")
+
+    _exception: BaseException
+    _places: tuple[_Place, ...]
 
 
 @immutable
 @dataclass(frozen=True, slots=True)
-class SourceFailure:
+class SourceFailure(_Raised):
     """Why one source gave no value for a resource.
 
     Attributes:
@@ -142,42 +189,49 @@ class SourceFailure:
         error_type: the name of the exception type, or of the rule that was broken.
         message: the text of the error, as long as it was.
         attempts: how many calls were made, retries included; 0 if none was.
-        exception: the error itself, with its traceback, for whoever looks for the line that failed.
-            It is neither compared nor shown, and is left behind when the failure is pickled.
     """
 
     source: str
     error_type: str
     message: str
     attempts: int = 1
-    exception: BaseException | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, source: str, error: BaseException, attempts: int = 1) -> SourceFailure:
-        """Record ``error``, raised by or on behalf of ``source``.
+        """Record ``error``, raised by or on behalf of ``source``; it loses its traceback."""
+        failure = cls(source, type(error).__name__, message_of(error), attempts)
+        object.__setattr__(failure, "_exception", error)
+        object.__setattr__(failure, "_places", without_frames(error))
+        return failure
 
-        Its traceback is made to begin in the source's own code. The frames of the library on the
-        way there tell nobody anything, and would keep alive what the library has at work.
-        """
-        traceback = error.__traceback__
-        while traceback is not None and _is_ours(traceback):
-            traceback = traceback.tb_next
-        error.__traceback__ = traceback
-        return cls(source, type(error).__name__, message_of(error), attempts, error)
+    @property
+    def exception(self) -> BaseException | None:
+        """The exception itself; None if there was none, or the failure comes out of a pickle."""
+        return getattr(self, "_exception", None)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.source, self.error_type, self.message, self.attempts)
+    @property
+    def traceback(self) -> str:
+        """Where the exception was raised, as a traceback says it; empty if that is not known."""
+        return "".join(format_list([(*place, None) for place in self.places]))
+
+    @property
+    def places(self) -> tuple[_Place, ...]:
+        """The same as file, line and function, the innermost last."""
+        return getattr(self, "_places", ())
 
     def __copy__(self) -> SourceFailure:
         return self
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> SourceFailure:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SourceFailure:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.error_type, self.message, self.attempts)
 
     def format(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> str:
         """Return the failure as one line: ``source: Type(message; attempts=N)``."""
         message = folded_message(self.message, max_message_length)
-        return f"{self.source}: {self.error_type}({message}; attempts={self.attempts})"
+        return f"{readable(self.source)}: {self.error_type}({message}; attempts={self.attempts})"
 
     def to_dict(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> SerializedSourceFailure:
         """Return the failure as JSON-safe data."""
@@ -229,12 +283,15 @@ class SourceProtocolError(CoalestraError):
 
 
 class ResourceResolutionError(CoalestraError):
-    """No source could give a usable value for a resource. ``__cause__`` is a source's own error.
+    """No source could give a usable value for a resource.
 
     Attributes:
         key: the resource.
         failures: one record for each source that was tried, in the order of trying; empty if no
             source supports the key.
+
+    Its ``__cause__`` is what the last of them raised. From Python 3.11 on a note for each
+    source says where.
     """
 
     def __init__(self, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> None:
@@ -242,6 +299,10 @@ class ResourceResolutionError(CoalestraError):
         self.failures: tuple[SourceFailure, ...] = tuple(failures)
         super().__init__(f"cannot resolve {key.display}: {self.format_failures()}")
         self.__cause__ = _origin(self.failures)
+        if hasattr(self, "add_note"):
+            for failure in self.failures:
+                for file, line, function in failure.places[-1:]:
+                    self.add_note(f"{failure.source}: raised in {function} ({file}, line {line})")
 
     def format_failures(
         self,
@@ -268,9 +329,9 @@ class ResourceResolutionError(CoalestraError):
 
 def _origin(failures: tuple[SourceFailure, ...]) -> BaseException | None:
     """Return the error to be looked into first: the last that was raised by a source's own code."""
-    errors = [failure.exception for failure in failures if failure.exception is not None]
-    raised = [error for error in errors if error.__traceback__ is not None]
-    return next(reversed(raised or errors), None)
+    errors = [failure for failure in failures if failure.exception is not None]
+    raised = [failure for failure in errors if failure.places] or errors
+    return raised[-1].exception if raised else None
 
 
 class DependencyCycleError(CoalestraError):
@@ -358,11 +419,13 @@ def serialized_error(
 
 
 class SnapshotBuildError(CoalestraError):
-    """A snapshot lacks what it must have. ``__cause__`` is the first of its ``errors``.
+    """A snapshot lacks what it must have.
 
     Attributes:
         errors: the error of each resource that is to blame, by key.
         snapshot: the snapshot of everything else, or None if there was no time to deliver one.
+
+    Its ``__cause__`` is the first of ``errors``, unless it was raised because of something else.
     """
 
     def __init__(

@@ -54,14 +54,22 @@ def readable(text: str) -> str:
     """
     if len(text) <= _SHOWN and text.isprintable():
         return text
-    line = "".join(c if c.isprintable() else _escaped(c) for c in text[:_SHOWN])
+    line = printable(text, _SHOWN)
     if len(text) <= _SHOWN and len(line) <= _SHOWN:
         return line
     end = f"... ({len(text)} characters, {crc32(text.encode('utf-8', 'surrogatepass')):08x})"
     return line[: _SHOWN - len(end)] + end
 
 
+def printable(text: str, max_length: int) -> str:
+    """Return at most ``max_length`` characters of ``text``, and more if some must be escaped."""
+    head = text[:max_length]
+    return head if head.isprintable() else "".join(map(_escaped, head))
+
+
 def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
     return character.encode("unicode_escape").decode("ascii")
 
 
