@@ -330,7 +330,7 @@ async def collect_health(
     return BuilderHealth(
         closed=engine.closed,
         background_refreshes=engine.refresher.active,
-        singleflight_in_flight=len(engine.scheduler.board.flights),
+        singleflight_in_flight=engine.in_flight,
         source_support_cache_entries=equipment.chains.entries,
         capacity=capacity,
         cache=await _cache_stats(equipment.access.cache),
@@ -338,7 +338,7 @@ async def collect_health(
         sources={
             link.name: link.health(equipment.clock.monotonic()) for link in equipment.chains.links
         },
-        active_dispatch_workers=sum(not task.done() for task in engine.scheduler.dispatch.workers),
+        active_dispatch_workers=engine.workers,
         waiting_for_capacity=sum(each.waiting for each in capacity.values()),
         queue_timeout_count=counters.queue_timeouts,
         source_timeout_count=counters.source_timeouts,
@@ -725,7 +725,9 @@ class SnapshotBuilder(ClosableBuilder):
         failed = bool(snapshot.errors) and strict
         self._report_build(snapshot, failed=failed, strict=strict)
         if failed:
-            raise SnapshotBuildError(snapshot.errors, snapshot=snapshot)
+            raise SnapshotBuildError(
+                snapshot.errors, snapshot=None if unit.undelivered else snapshot
+            )
         return snapshot
 
     async def build_request(

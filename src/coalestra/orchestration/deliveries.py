@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from coalestra.cache.store import EntryStore
-from coalestra.concurrency.copying import OFFLOADED, PayloadCopies
+from coalestra.concurrency.copying import OFFLOADED
 from coalestra.concurrency.deadline import Deadline
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION, Seal
@@ -20,6 +20,7 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import quiet_ages
+from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import Equipment
@@ -29,91 +30,103 @@ from coalestra.orchestration.readings import Reading
 
 
 _CONTEXT = "snapshot delivery"
+_DEPENDENCY = "derived dependency"
 _SHARED = Seal.SHARED
 
 
 class Deliveries:
-    """Makes the copies that readers get."""
+    """Makes the copies that readers get, and tells each how old they are at that moment."""
 
-    __slots__ = ("_copies", "_pace")
+    __slots__ = ("_clock", "_copies", "_pace", "_policies")
 
-    def __init__(self, copies: PayloadCopies, pace: Pace) -> None:
-        self._copies = copies
-        self._pace = pace
-
-    def value_now(self, reading: Reading, context: str) -> SnapshotValue[Any] | None:
-        """Return a reader's copy made here and now, or None if it takes a thread."""
-        revision = reading.revision
-        payload = self._copies.open_now(revision.payload, revision.seal, context=context)
-        if payload is OFFLOADED:
-            return None
-        return self._presented(reading, payload, context)
+    def __init__(self, equipment: Equipment) -> None:
+        self._copies = equipment.copies
+        self._pace = equipment.pace
+        self._clock = equipment.clock
+        self._policies = equipment.policies
 
     def value_here(self, reading: Reading, context: str) -> SnapshotValue[Any]:
         """Return a reader's copy made here and now, however large the payload."""
-        value = self.value_now(reading, context)
-        if value is not None:
-            return value
         revision = reading.revision
         payload = self._copies.open_here(revision.payload, revision.seal, context=context)
-        return self._presented(reading, payload, context)
+        return self._presented(reading, payload, context, self._clock.now())
 
-    async def value(
-        self, reading: Reading, context: str, deadline: Deadline | None
-    ) -> SnapshotValue[Any]:
-        """Return a reader's copy, made in a thread if it is large."""
-        value = self.value_now(reading, context)
-        if value is not None:
-            return value
-        revision = reading.revision
-        payload = await self._copies.open(
-            revision.payload, revision.seal, context=context, deadline=deadline
-        )
-        return self._presented(reading, payload, context)
+    def inputs_now(
+        self, context: FetchContext, readings: Mapping[ResourceKey, Reading]
+    ) -> Snapshot | None:
+        """Return the dependencies of a derivation, or None if copying them takes a while."""
+        if len(readings) > PORTION:
+            return None
+        now = self._clock.now()
+        values: dict[ResourceKey, SnapshotValue[Any]] = {}
+        for key, reading in readings.items():
+            revision = reading.revision
+            payload = self._copies.open_now(revision.payload, revision.seal, context=_DEPENDENCY)
+            if payload is OFFLOADED:
+                return None
+            values[key] = self._presented(reading, payload, _DEPENDENCY, now)
+        return snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
+
+    async def inputs(
+        self, context: FetchContext, readings: Mapping[ResourceKey, Reading]
+    ) -> Snapshot:
+        """Return the dependencies of a derivation, copied for it alone.
+
+        Raises:
+            PayloadIsolationError: one of them cannot be copied.
+        """
+        values, errors = await self.values(readings, None, _DEPENDENCY)
+        if errors:
+            raise next(iter(errors.values()))
+        return snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
 
     async def values(
-        self, readings: Mapping[ResourceKey, Reading], deadline: Deadline | None
+        self,
+        readings: Mapping[ResourceKey, Reading],
+        deadline: Deadline | None,
+        context: str = _CONTEXT,
     ) -> tuple[dict[ResourceKey, SnapshotValue[Any]], dict[ResourceKey, Exception]]:
-        """Return copies of many readings, and the error for each that cannot be copied.
+        """Return copies of many readings in their order, and the error for each that has none.
 
-        Small ones are copied here, in slices; large ones side by side in threads, within
-        `deadline`.
+        Small ones are copied here, in slices; large ones side by side in threads. What is not
+        copied when `deadline` strikes has that for its error.
         """
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
         errors: dict[ResourceKey, Exception] = {}
         large: dict[ResourceKey, Reading] = {}
-        pace = self._pace
+        pace, now = self._pace, self._clock.now()
         pace.begin()
         left = PORTION
+        late: str | None = None
         for key, reading in readings.items():
+            if late is not None:
+                errors[key] = SnapshotDeadlineExceededError(late)
+                continue
             revision = reading.revision
-            payload, seal = revision.payload, revision.seal
             try:
-                if seal is not _SHARED:
-                    payload = self._copies.open_now(payload, seal, context=_CONTEXT)
+                payload = self._copies.open_now(revision.payload, revision.seal, context=context)
                 if payload is OFFLOADED:
                     large[key] = reading
-                elif revision.metadata or reading.notes:
-                    values[key] = self._presented(reading, payload, _CONTEXT)
                 else:
-                    values[key] = revision.presented(
-                        payload, EMPTY, reading.age, reading.stale, reading.from_cache
-                    )
+                    values[key] = self._presented(reading, payload, context, now)
             except PayloadIsolationError as error:
                 errors[key] = error
-            left -= seal.weight
+            left -= revision.seal.weight
             if left <= 0:
                 left = PORTION
                 if await pace.keep():
-                    _require_time(deadline)
+                    now = self._clock.now()
+                    late = _lateness(deadline)
         if large:
-            await self._large(large, deadline, values, errors)
+            await self._large(large, deadline, context, values, errors)
+            values = {key: values[key] for key in readings if key in values}
         return values, errors
 
     async def _large(
         self,
         readings: Mapping[ResourceKey, Reading],
         deadline: Deadline | None,
+        context: str,
         values: dict[ResourceKey, SnapshotValue[Any]],
         errors: dict[ResourceKey, Exception],
     ) -> None:
@@ -122,29 +135,50 @@ class Deliveries:
 
         async def work() -> None:
             for key, reading in rest:
+                revision = reading.revision
                 try:
-                    values[key] = await self.value(reading, _CONTEXT, deadline)
-                except PayloadIsolationError as error:
+                    payload = await self._copies.open(
+                        revision.payload, revision.seal, context=context, deadline=deadline
+                    )
+                    values[key] = self._presented(reading, payload, context, self._clock.now())
+                except (PayloadIsolationError, SnapshotDeadlineExceededError) as error:
                     errors[key] = error
 
         workers = min(len(readings), self._copies.max_concurrency)
         await all_or_none(work() for _ in range(workers))
 
-    def _presented(self, reading: Reading, payload: Any, context: str) -> SnapshotValue[Any]:
+    def _presented(
+        self, reading: Reading, payload: Any, context: str, now: float
+    ) -> SnapshotValue[Any]:
+        """Return what a reader gets, with the age and staleness of this moment.
+
+        A time to live of zero says that a value must be read anew for everyone, not that nothing
+        ever is fresh: what was read for this reader counts as it was then.
+        """
         revision = reading.revision
         metadata = revision.metadata
         if metadata:
             metadata = self._copies.open_metadata_now(metadata, context=context)
         if reading.notes:
             metadata = FrozenDict({**metadata, **reading.notes}) if metadata else reading.notes
-        return revision.presented(payload, metadata, reading.age, reading.stale, reading.from_cache)
-
-
-def _require_time(deadline: Deadline | None) -> None:
-    if deadline is not None and deadline.expired:
-        raise SnapshotDeadlineExceededError(
-            f"the deadline of {deadline.budget_seconds:g} s passed while the snapshot was copied"
+        age = now - revision.observed_at
+        ttl = reading.ttl_seconds
+        if ttl is None:
+            ttl = self._policies.resolve(revision.key).ttl_seconds
+        return revision.presented(
+            payload,
+            metadata or EMPTY,
+            age if age > 0.0 else 0.0,
+            reading.stale or age > ttl > 0.0,
+            reading.from_cache,
         )
+
+
+def _lateness(deadline: Deadline | None) -> str | None:
+    """Return what to say of values that a deadline leaves no time for; None while there is."""
+    if deadline is None or not deadline.expired:
+        return None
+    return f"the deadline of {deadline.budget_seconds:g} s passed while the snapshot was copied"
 
 
 async def all_or_none(coroutines: Iterable[Any]) -> None:
@@ -190,10 +224,7 @@ class WarmReads:
         if revisions is None:
             return {}
         self._count(store, work, keys)
-        return {
-            revision.key: Reading(revision, max(0.0, now - revision.observed_at), from_cache=True)
-            for revision in revisions
-        }
+        return {revision.key: Reading(revision, None, from_cache=True) for revision in revisions}
 
     def likely(self, keys: Iterable[ResourceKey]) -> bool:
         """Whether it is worth a try: whether the first key is cached at all."""

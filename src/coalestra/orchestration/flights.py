@@ -16,9 +16,14 @@ from typing import Any, Protocol
 
 from coalestra.concurrency.deadline import Deadline
 from coalestra.concurrency.waits_for import WaitsFor
-from coalestra.core.errors import SourceFailure, message_of
+from coalestra.core.errors import (
+    ResourceResolutionError,
+    SnapshotDeadlineExceededError,
+    SourceFailure,
+    message_of,
+)
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, RefreshMode
+from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
 from coalestra.core.values import Revision
@@ -33,6 +38,7 @@ from coalestra.orchestration.readings import (
     Pins,
     Reading,
     Settlement,
+    View,
     hold,
 )
 from coalestra.orchestration.sources import Link
@@ -127,6 +133,7 @@ class Work:
         "struck",
         "timer",
         "variables",
+        "view",
     )
 
     def __init__(
@@ -139,6 +146,7 @@ class Work:
         self.context: FetchContext = context
         self.deadline: Deadline | None = deadline
         self.record: DiagnosticsRecorder = DiagnosticsRecorder()
+        self.view: View = View()
         self.variables: contextvars.Context = (
             contextvars.copy_context() if variables is None else variables
         )
@@ -199,6 +207,9 @@ class Work:
 
 
 _CHOOSING = Phase.CHOOSING
+_GATHERING = Phase.GATHERING
+_WRITING = Phase.WRITING
+_SETTLED = Phase.SETTLED
 
 
 class Call(Protocol):
@@ -219,7 +230,8 @@ class Acquisition:
     on its way to the cache, `dated` if its source said when. `pins` is set for a private
     derivation, which serves one unit of work alone and is never joined by others. `missed` says
     that the cache had nothing of use for the key, `joinable` that newcomers find the flight on the
-    board, `linked` that it waits for other flights, or others wait for it.
+    board, `linked` that it waits for other flights, or others wait for it. `since` is how much news
+    had been told when what it has taken in was last known to be current.
     """
 
     __slots__ = (
@@ -246,6 +258,7 @@ class Acquisition:
         "policy",
         "position",
         "settlement",
+        "since",
         "sponsor",
         "waiters",
     )
@@ -258,6 +271,7 @@ class Acquisition:
         *,
         forced: bool = False,
         pins: Pins | None = None,
+        since: int = 0,
     ) -> None:
         self.key: ResourceKey = key
         self.policy: FreshnessPolicy = policy
@@ -284,6 +298,31 @@ class Acquisition:
         self.gather: Gather | None = None
         self.attempt: Call | None = None
         self.settlement: Settlement | None = None
+        self.since: int = since
+
+    # Phases: nobody else writes `phase`, nor what depends on it --------------------------------
+
+    def choose(self) -> None:
+        """Go back to the chain, for its next source."""
+        self.phase = _CHOOSING
+        self.gather = None
+
+    def wait_for(self, gather: Gather) -> None:
+        """Wait for the dependencies that `gather` collects."""
+        self.phase = _GATHERING
+        self.gather = gather
+
+    def offer(self, revision: Revision, dated: bool) -> None:
+        """Have a value that is on its way to the cache."""
+        self.phase = _WRITING
+        self.offered = revision
+        self.dated = dated
+
+    def end(self, settlement: Settlement) -> None:
+        """Be settled."""
+        self.phase = _SETTLED
+        self.settlement = settlement
+        self.gather = self.attempt = None
 
     @property
     def wanted(self) -> bool:
@@ -406,7 +445,7 @@ class Gather:
         self.open: bool = False
         self.rounds: int = 0
         self.agreed: tuple[int, int] | None = None
-        self.done: Callable[[Gather], None] = _nobody
+        self.done: Callable[[Gather], None] = nobody
         self.strike: Callable[[], None] = nothing
 
     @property
@@ -423,6 +462,10 @@ class Gather:
     def complete(self) -> bool:
         """Whether every key has come to a reading or a failure."""
         return not self.open and not self.pending
+
+    def in_order(self) -> dict[ResourceKey, Reading]:
+        """Return the readings in the order of the keys."""
+        return {key: self.readings[key] for key in self.keys}
 
     def accepts_stale(self, key: ResourceKey) -> bool:
         """Whether a stale value may stand in for a failed `key`."""
@@ -466,7 +509,7 @@ class Gather:
         return f"<Gather for {for_whom}: {len(self.readings)} of {len(self.keys)}>"
 
 
-def _nobody(_gather: Gather) -> None:
+def nobody(_gather: Gather) -> None:
     """Stand in until somebody wants to know."""
 
 
@@ -489,7 +532,7 @@ class FlightBoard:
         self._report = report
         self.flights: dict[ResourceKey, Acquisition] = {}
         self.deriving: dict[Acquisition, None] = {}
-        self._aside: dict[ResourceKey, dict[Acquisition, None]] = {}
+        self.aside: dict[ResourceKey, dict[Acquisition, None]] = {}
         self._waits: WaitsFor[Acquisition] = WaitsFor()
 
     def start(self, gather: Gather, flight: Acquisition) -> None:
@@ -576,11 +619,11 @@ class FlightBoard:
 
     def set_aside(self, flight: Acquisition) -> None:
         """Keep a flight that newcomers cannot join, until it ends."""
-        self._aside.setdefault(flight.key, {})[flight] = None
+        self.aside.setdefault(flight.key, {})[flight] = None
 
     def under_way(self, key: ResourceKey) -> list[Acquisition]:
         """Return every flight of `key`, whether it may be joined or not."""
-        flights = list(self._aside.get(key, ())) if self._aside else []
+        flights = list(self.aside.get(key, ())) if self.aside else []
         joinable = self.flights.get(key)
         if joinable is not None:
             flights.append(joinable)
@@ -588,7 +631,7 @@ class FlightBoard:
 
     def matching(self, matches: Callable[[ResourceKey], bool]) -> list[ResourceKey]:
         """Return every key with a flight under way for which `matches` is true."""
-        return [key for key in {**self.flights, **self._aside} if matches(key)]
+        return [key for key in {**self.flights, **self.aside} if matches(key)]
 
     def take_off(self, flight: Acquisition) -> dict[Gather, bool]:
         """Remove a flight that has ended; return who waited for it, and whether they had joined.
@@ -598,8 +641,8 @@ class FlightBoard:
         if flight.joinable:
             flight.joinable = False
             del self.flights[flight.key]
-        elif flight.key in self._aside:
-            self._forget_aside(flight)
+        elif flight.key in self.aside:
+            self._forgetaside(flight)
         if flight.pins is not None and flight.pins.private.get(flight.key) is flight:
             del flight.pins.private[flight.key]
         if flight.linked:
@@ -614,11 +657,11 @@ class FlightBoard:
             flight.joinable = False
         self.flights.clear()
 
-    def _forget_aside(self, flight: Acquisition) -> None:
-        aside = self._aside[flight.key]
+    def _forgetaside(self, flight: Acquisition) -> None:
+        aside = self.aside[flight.key]
         aside.pop(flight, None)
         if not aside:
-            del self._aside[flight.key]
+            del self.aside[flight.key]
 
     def __repr__(self) -> str:
         return f"<FlightBoard flights={len(self.flights)} waiting={len(self._waits)}>"
@@ -630,18 +673,9 @@ class FlightBoard:
 _LOST_TO_NEWER = (CacheWriteStatus.IGNORED_OLDER, CacheWriteStatus.IGNORED_DUPLICATE)
 
 
-def reading_of(
-    revision: Revision,
-    now: float,
-    policy: FreshnessPolicy,
-    *,
-    from_cache: bool,
-    notes: dict[str, Any] | None = None,
-) -> Reading:
-    """Return a reading of a revision as it stands `now` (wall-clock seconds)."""
-    age = max(0.0, now - revision.observed_at)
-    stale = age > policy.ttl_seconds
-    return Reading(revision, age, stale=stale, from_cache=from_cache, notes=notes)
+def age_of(revision: Revision, now: float) -> float:
+    """Return how long ago a revision was observed, in seconds."""
+    return max(0.0, now - revision.observed_at)
 
 
 def after_write(
@@ -649,23 +683,29 @@ def after_write(
 ) -> Reading:
     """Return the end of a flight whose value was offered to the cache.
 
-    A value that lost to a higher authority gives way to the winner as long as that may be used at
-    all; one that lost to a newer or an equal observation gives way as long as the winner is
+    A value that lost to a higher authority gives way to the winner as long as the policy lets that
+    be used; one that lost to a newer or an equal observation gives way as long as the winner is
     fresh.
     """
     own = current if flight.offered is None else flight.offered
-    if status is CacheWriteStatus.STORED:
-        return Reading(own, max(0.0, own.fetched_at - own.observed_at))
-    now = equipment.clock.now()
     policy = flight.policy
-    if current.version != own.version and _agrees(current, flight):
-        winner = reading_of(
-            current, now, policy, from_cache=True, notes={"superseded_source": own.source}
+    if (
+        status is not CacheWriteStatus.STORED
+        and current.version != own.version
+        and _agrees(current, flight)
+    ):
+        age = age_of(current, equipment.clock.now())
+        stale = age > policy.ttl_seconds
+        usable = (
+            status not in _LOST_TO_NEWER
+            and age <= policy.max_stale_seconds
+            and policy.allow_stale_on_error
+            and not flight.forced
         )
-        usable = winner.age <= policy.max_stale_seconds and not (flight.forced and winner.stale)
-        if not winner.stale or (usable and status not in _LOST_TO_NEWER):
-            return winner
-    return Reading(own, max(0.0, own.fetched_at - own.observed_at))
+        if usable or not stale:
+            notes = {"superseded_source": own.source}
+            return Reading(current, policy.ttl_seconds, stale=stale, from_cache=True, notes=notes)
+    return Reading(own, policy.ttl_seconds)
 
 
 def instead_of_event(flight: Acquisition, own: Revision, equipment: Equipment) -> Reading:
@@ -674,9 +714,7 @@ def instead_of_event(flight: Acquisition, own: Revision, equipment: Equipment) -
     If something was published for the key meanwhile, and is fresh, that is what the waiters get.
     """
     event = _event(flight, equipment, {"superseded_source": own.source})
-    if event is not None:
-        return event
-    return Reading(own, max(0.0, own.fetched_at - own.observed_at))
+    return Reading(own, flight.policy.ttl_seconds) if event is None else event
 
 
 def _event(
@@ -689,9 +727,9 @@ def _event(
         event = store.peek(flight.key) or event
     if event is None or not _agrees(event, flight):
         return None
-    now = equipment.clock.now()
-    reading = reading_of(event, now, flight.policy, from_cache=True, notes=notes)
-    return None if reading.stale else reading
+    if age_of(event, equipment.clock.now()) > flight.policy.ttl_seconds:
+        return None
+    return Reading(event, flight.policy.ttl_seconds, from_cache=True, notes=notes)
 
 
 def _agrees(other: Revision, flight: Acquisition) -> bool:
@@ -699,14 +737,19 @@ def _agrees(other: Revision, flight: Acquisition) -> bool:
     return flight.pins is None or not other.dependency_versions
 
 
-def after_failures(flight: Acquisition, equipment: Equipment) -> Settlement:
-    """Return the end of a flight that no source gave a fresh value for: an event may do."""
+def after_failures(
+    flight: Acquisition, failure: Failure | None, equipment: Equipment
+) -> Settlement:
+    """Return the end of a flight that no source gave a fresh value for: an event may do.
+
+    `failure` is why, unless that is what its sources have said.
+    """
     event = _event(flight, equipment)
     if event is not None:
         return event
-    if flight.cycle is not None:
+    if failure is None and flight.cycle is not None:
         failure = Failure.of_cycle(flight.key, flight.cycle)
-    else:
+    elif failure is None:
         failure = Failure.of_sources(flight.key, flight.failures)
     return Failed(failure, stale_candidate(flight, failure, equipment))
 
@@ -718,15 +761,15 @@ def stale_candidate(flight: Acquisition, failure: Failure, equipment: Equipment)
         return None
     now = equipment.clock.now()
     known = [one for one in (flight.event, flight.cached, flight.candidate) if one is not None]
-    usable = [one for one in known if now - one.observed_at <= policy.max_stale_seconds]
+    usable = [one for one in known if age_of(one, now) <= policy.max_stale_seconds]
     if not usable:
         return None
     newest = max(usable, key=lambda revision: revision.observed_at)
     error = failure.make()
-    reading = reading_of(
+    reading = Reading(
         newest,
-        now,
-        policy,
+        policy.ttl_seconds,
+        stale=age_of(newest, now) > policy.ttl_seconds,
         from_cache=newest is not flight.candidate,
         notes={"fallback_error_type": type(error).__name__, "fallback_error": message_of(error)},
     )
@@ -734,53 +777,27 @@ def stale_candidate(flight: Acquisition, failure: Failure, equipment: Equipment)
     return reading
 
 
-# What the cache has, and whether a reader may have it --------------------------------------------
+def late(key: ResourceKey, deadline: Deadline | None, flight: Acquisition | None) -> Failure:
+    """Return the failure of a key whose deadline passed, with what its sources had said so far."""
+    link = None if flight is None else flight.link
+    failures = () if flight is None else flight.failures
+    said = link is None or (flight is not None and _ended_late(flight, link.name))
+    tries = 0 if flight is None else getattr(flight.attempt, "tries", 0)
+
+    def make() -> Exception:
+        budget = "" if deadline is None else f" of {deadline.budget_seconds:g} s"
+        text = f"the deadline{budget} passed before {key} was resolved"
+        if link is None:
+            return SnapshotDeadlineExceededError(text)
+        last = SourceFailure(link.name, SnapshotDeadlineExceededError.__name__, text, max(1, tries))
+        return ResourceResolutionError(key, failures if said else (*failures, last))
+
+    return Failure(key, make)
 
 
-class Serving:
-    """Serves cached revisions, as far as the policies of their keys let a reader have them.
-
-    `refresh` schedules a background refresh of a key for a reason, and says whether it is a new
-    one.
-    """
-
-    __slots__ = ("_equipment", "_refresh")
-
-    def __init__(
-        self, equipment: Equipment, refresh: Callable[[ResourceKey, str, Work], bool]
-    ) -> None:
-        self._equipment = equipment
-        self._refresh = refresh
-
-    def serve(
-        self,
-        work: Work,
-        readings: dict[ResourceKey, Reading],
-        policy: FreshnessPolicy,
-        revision: Revision,
-        now: float,
-    ) -> bool:
-        """Take a cached revision if the policy lets a reader have it; schedule a refresh if due."""
-        key = revision.key
-        age = max(0.0, now - revision.observed_at)
-        stale = age > policy.ttl_seconds
-        mode = policy.refresh_mode
-        notes: dict[str, Any] | None = None
-        if stale:
-            if mode is not RefreshMode.STALE_WHILE_REVALIDATE or age > policy.max_stale_seconds:
-                return False
-            notes = {
-                "refresh_mode": mode.value,
-                "refresh_scheduled": self._refresh(key, mode.value, work),
-            }
-        elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
-            notes = {"refresh_scheduled": self._refresh(key, mode.value, work)}
-        work.record.cache_hits += 1
-        if self._equipment.report is not None:
-            freshness = mode.value if stale else "fresh"
-            self._equipment.report.cache_hit(key, freshness)
-        readings[key] = Reading(revision, age, stale=stale, from_cache=True, notes=notes)
-        return True
-
-    def __repr__(self) -> str:
-        return f"<Serving from {self._equipment.access!r}>"
+def _ended_late(flight: Acquisition, source: str) -> bool:
+    """Whether the source has said already, in this very instant, that its deadline passed."""
+    if flight.attempt is not None or not flight.failures:
+        return False
+    last = flight.failures[-1]
+    return (last.source, last.error_type) == (source, SnapshotDeadlineExceededError.__name__)

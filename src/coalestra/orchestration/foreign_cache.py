@@ -141,6 +141,7 @@ class CacheWrites:
         self._fit = fit
         self._written = written
         self._tasks = tasks
+        self.storing: dict[int, Revision] = {}
         self._next: dict[Acquisition, None] = {}
         self._under_way: dict[Acquisition, tuple[asyncio.Task[Any], Interest]] = {}
 
@@ -149,6 +150,23 @@ class CacheWrites:
         if not self._next:
             asyncio.get_running_loop().call_soon(self._send)
         self._next[flight] = None
+
+    def add_stale(self, revision: Revision) -> None:
+        """Write a stale value, for which nobody waits."""
+        self.storing[id(revision)] = revision
+        task = asyncio.get_running_loop().create_task(
+            self._write_stale(revision), name="coalestra cache write"
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self.storing.pop(id(revision)))
+
+    async def _write_stale(self, revision: Revision) -> None:
+        try:
+            await self._equipment.access.write((revision,))
+        except Exception as error:
+            if self._equipment.report is not None:
+                self._equipment.report.cache_failed("write", error)
 
     def unwanted(self, flight: Acquisition) -> bool:
         """Give up a write if none of its group is waited for; return whether one is under way."""

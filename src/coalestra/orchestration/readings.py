@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from coalestra.core.errors import DependencyCycleError, ResourceResolutionError, SourceFailure
+from coalestra.core.errors import (
+    DependencyCycleError,
+    ResourceResolutionError,
+    SourceFailure,
+    SourceUnavailableError,
+)
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import Revision
@@ -17,24 +22,26 @@ _JOINED = FrozenDict({"coalesced_request": True})
 
 
 class Reading:
-    """One reader's view of a sealed revision: how old it was, and how the reader came by it.
+    """One reader's view of a sealed revision, and how the reader came by it.
 
-    `notes` is metadata for this reader; `fallback` is the error that a stale value stands in for.
+    How old it is, is told when it is delivered: `ttl_seconds` is how long it counts as fresh, None
+    if that is to be asked then; `stale` says that it did not any more when it was read. `notes` is
+    metadata for this reader; `fallback` is the error that a stale value stands in for.
     """
 
-    __slots__ = ("age", "fallback", "from_cache", "notes", "revision", "stale")
+    __slots__ = ("fallback", "from_cache", "notes", "revision", "stale", "ttl_seconds")
 
     def __init__(
         self,
         revision: Revision,
-        age: float,
+        ttl_seconds: float | None,
         *,
         stale: bool = False,
         from_cache: bool = False,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.revision: Revision = revision
-        self.age: float = age
+        self.ttl_seconds: float | None = ttl_seconds
         self.stale: bool = stale
         self.from_cache: bool = from_cache
         self.notes: FrozenDict[str, Any] | None = (
@@ -46,7 +53,7 @@ class Reading:
         """Return the same reading for one who has joined the flight of another unit of work."""
         noted = Reading(
             self.revision,
-            self.age,
+            self.ttl_seconds,
             stale=self.stale,
             from_cache=self.from_cache,
             notes=FrozenDict({**self.notes, **_JOINED}) if self.notes else _JOINED,
@@ -55,13 +62,14 @@ class Reading:
         return noted
 
     def __repr__(self) -> str:
-        return f"<Reading {self.revision.key} age={self.age:.3f} stale={self.stale}>"
+        return f"<Reading {self.revision.key} from_cache={self.from_cache} stale={self.stale}>"
 
 
 class Failure:
     """Why a key has no value, kept as facts.
 
-    Every reader gets an exception of its own, because a raised exception grows a traceback.
+    Every reader gets an exception of its own, because a raised exception grows a traceback; and
+    only those that are looked at are made.
     """
 
     __slots__ = ("cycle", "key", "make")
@@ -86,6 +94,33 @@ class Failure:
     def of_cycle(cls, key: ResourceKey, path: tuple[ResourceKey, ...]) -> Failure:
         """Return the failure of a key that takes part in, or depends on, a cycle."""
         return cls(key, lambda: DependencyCycleError(path), cycle=path)
+
+    @classmethod
+    def of_error(cls, key: ResourceKey, error: BaseException, by: str = "coalestra") -> Failure:
+        """Return the failure of a key that no source is to blame for, but what `by` names."""
+
+        def make() -> Exception:
+            failed = ResourceResolutionError(key, (SourceFailure.of(by, error, 0),))
+            failed.__cause__ = error
+            return failed
+
+        return cls(key, make)
+
+    @classmethod
+    def unwanted(cls, key: ResourceKey) -> Failure:
+        """Return the failure of a key that was given up."""
+        return cls(key, lambda: SourceUnavailableError(f"{key} was given up: nobody waits for it"))
+
+    @classmethod
+    def never_agrees(cls, key: ResourceKey) -> Failure:
+        """Return the failure of a derived key whose inputs do not stand still."""
+        return cls(
+            key,
+            lambda: SourceUnavailableError(
+                f"{key} could not be derived in agreement with the rest: its dependencies kept "
+                "changing"
+            ),
+        )
 
     def __repr__(self) -> str:
         return f"<Failure {self.key}: {self.make()}>"
@@ -216,15 +251,12 @@ def at_odds(
     derived = _derived(readings)
     if not derived:
         return set()
-    hidden = _newest_hidden(derived.values(), readings, pins)
-    chosen = {key: revision.version for key, revision in hidden.items()}
-    chosen.update({key: reading.revision.version for key, reading in readings.items()})
-    chosen.update({key: pin.revision.version for key, pin in pins.items()})
+    chosen = _Chosen(_newest_hidden(derived.values(), readings, pins), readings, pins)
     wrong: dict[int, bool] = {}
     odd: set[ResourceKey] = set()
     for key, revision in derived.items():
         if _is_shallow(revision):
-            differs = _differs(revision, chosen)
+            differs = chosen.differs(revision)
         else:
             _judge(revision, chosen, wrong)
             differs = wrong[id(revision)]
@@ -242,15 +274,33 @@ def _is_shallow(revision: Revision) -> bool:
     return not any(each.dependency_versions for each in revision.dependencies)
 
 
-def _differs(revision: Revision, chosen: dict[ResourceKey, str]) -> bool:
-    """Whether a direct dependency differs from what is chosen; what is not yet chosen is now."""
-    for key, version in revision.dependency_versions.items():
-        if chosen.setdefault(key, version) != version:
-            return True
-    return False
+class _Chosen:
+    """Which version of each key stands, in the order in which `at_odds` gives precedence."""
+
+    def __init__(
+        self,
+        hidden: Mapping[ResourceKey, Revision],
+        readings: Mapping[ResourceKey, Reading],
+        pins: Mapping[ResourceKey, Reading],
+    ) -> None:
+        self._pins = pins
+        self._readings = readings
+        self._hidden = {key: revision.version for key, revision in hidden.items()}
+
+    def differs(self, revision: Revision) -> bool:
+        """Whether a direct dependency differs; what is not yet chosen is now."""
+        for key, version in revision.dependency_versions.items():
+            reading = self._pins.get(key) or self._readings.get(key)
+            if reading is not None:
+                stands = reading.revision.version
+            else:
+                stands = self._hidden.setdefault(key, version)
+            if stands != version:
+                return True
+        return False
 
 
-def _judge(root: Revision, chosen: dict[ResourceKey, str], wrong: dict[int, bool]) -> None:
+def _judge(root: Revision, chosen: _Chosen, wrong: dict[int, bool]) -> None:
     """Enter for `root` and all it rests on whether anything below it differs from `chosen`."""
     stack = [root]
     while stack:
@@ -263,14 +313,53 @@ def _judge(root: Revision, chosen: dict[ResourceKey, str], wrong: dict[int, bool
             stack.extend(unknown)
             continue
         stack.pop()
-        wrong[id(revision)] = _differs(revision, chosen) or any(
+        wrong[id(revision)] = chosen.differs(revision) or any(
             wrong[id(each)] for each in revision.dependencies
         )
 
 
-def rests_on(revisions: Iterable[Revision], changed: Callable[[Revision], bool]) -> bool:
-    """Whether any of the revisions is, or rests on, one that has changed since."""
-    return any(changed(revision) for revision in lineage(revisions).values())
+class View:
+    """What one unit of work has seen of each key: a certificate that saves judging again.
+
+    Revisions that it covers agree with each other, down to the last thing they rest on. What it
+    does not cover may agree or not, and has to be judged by `at_odds`.
+    """
+
+    __slots__ = ("_seen", "_sound")
+
+    def __init__(self) -> None:
+        self._seen: dict[ResourceKey, str] = {}
+        self._sound: dict[int, Revision] = {}
+
+    def covers(self, readings: Collection[Reading]) -> bool:
+        """Whether all readings agree with what was seen before; linear in what is new in them."""
+        if not any(reading.revision.dependency_versions for reading in readings):
+            return True
+        return all(self._admit(reading.revision) for reading in readings)
+
+    def _admit(self, root: Revision) -> bool:
+        sound, seen = self._sound, self._seen
+        if not root.dependency_versions:
+            return seen.setdefault(root.key, root.version) == root.version
+        if id(root) in sound:
+            return True
+        found: dict[int, Revision] = {}
+        versions: dict[ResourceKey, str] = {}
+        stack = [root]
+        while stack:
+            revision = stack.pop()
+            if id(revision) in sound or id(revision) in found:
+                continue
+            found[id(revision)] = revision
+            for key, version in revision.dependency_versions.items():
+                if (seen.get(key) or versions.setdefault(key, version)) != version:
+                    return False
+            stack.extend(revision.dependencies)
+        if seen.setdefault(root.key, root.version) != root.version:
+            return False
+        sound.update(found)
+        seen.update(versions)
+        return True
 
 
 def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
@@ -280,8 +369,7 @@ def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
     for key, reading in readings.items():
         pins.setdefault(key, reading)
     for key, revision in hidden.items():
-        age = max(0.0, revision.fetched_at - revision.observed_at)
-        pins[key] = Reading(revision, age, from_cache=True)
+        pins[key] = Reading(revision, None, from_cache=True)
 
 
 def loose(

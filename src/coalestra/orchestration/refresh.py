@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from coalestra.core.keys import ResourceKey
@@ -15,124 +15,147 @@ from coalestra.orchestration.parts import Equipment
 from coalestra.orchestration.readings import Demand, Pins
 
 
+class Refresh:
+    """One key on its way to a fresher value, set off by one unit of work, its `parent`."""
+
+    __slots__ = ("gather", "key", "parent", "reason")
+
+    def __init__(self, key: ResourceKey, reason: str, parent: Work) -> None:
+        self.key: ResourceKey = key
+        self.reason: str = reason
+        self.parent: Work = parent
+        self.gather: Gather | None = None
+
+
 class Refresher:
     """Schedules refreshes, which share flights, capacity and retries with everybody else.
 
     Refreshes that one unit of work asks for in one step, for one reason, travel together. They run
-    with the context variables of the builder's making, never with those of a passing request.
+    with the context variables of the builder's making and without the metadata of the request that
+    set them off. What a refresh of a key keeps away is another one, until the key is invalidated:
+    then the one under way brings what nobody wants, however long it takes.
     """
 
     def __init__(
         self,
         equipment: Equipment,
         variables: contextvars.Context,
-        open_gather: Callable[[Gather], None],
+        look: Callable[[Gather], None],
         abandon: Callable[[Gather], None],
     ) -> None:
         self._equipment = equipment
         self._variables = variables
-        self._open = open_gather
+        self._look = look
         self._abandon = abandon
-        self._active: dict[ResourceKey, Gather | None] = {}
-        self._next: dict[tuple[int, str], tuple[Work, list[ResourceKey]]] = {}
-        self._waiters: list[tuple[set[ResourceKey], asyncio.Future[None]]] = []
+        self._running: dict[Refresh, None] = {}
+        self._current: dict[ResourceKey, Refresh] = {}
+        self._next: dict[tuple[int, str], list[Refresh]] = {}
+        self._waiters: dict[asyncio.Future[None], set[Refresh]] = {}
         self.closed = False
 
     @property
+    def keys(self) -> Collection[ResourceKey]:
+        """The keys of which a refresh under way keeps further ones away."""
+        return self._current.keys()
+
+    @property
     def active(self) -> int:
-        """How many keys are being refreshed."""
-        return len(self._active)
+        """How many refreshes are under way."""
+        return len(self._running)
 
     def schedule(self, key: ResourceKey, reason: str, parent: Work) -> bool:
         """Refresh `key` soon; False if that is under way already."""
-        if self.closed or key in self._active:
+        if self.closed or key in self._current:
             return False
-        self._active[key] = None
+        refresh = self._current[key] = Refresh(key, reason, parent)
+        self._running[refresh] = None
         group = self._next.get((id(parent), reason))
         if group is None:
-            group = self._next[id(parent), reason] = (parent, [])
+            group = self._next[id(parent), reason] = []
             asyncio.get_running_loop().call_soon(self._start, id(parent), reason)
-        group[1].append(key)
+        group.append(refresh)
         parent.record.refresh_scheduled += 1
         if self._equipment.report is not None:
             self._equipment.report.refresh_scheduled(key, reason, parent.context.snapshot_id)
         return True
 
+    def outdate(self, keys: Collection[ResourceKey]) -> None:
+        """Let keys be refreshed anew: what is under way has read what was before."""
+        if self._current:
+            for key in keys:
+                self._current.pop(key, None)
+
     def _start(self, parent_id: int, reason: str) -> None:
-        parent, keys = self._next.pop((parent_id, reason), (None, []))
-        if parent is None:
+        group = [each for each in self._next.pop((parent_id, reason), ()) if each in self._running]
+        if not group:
             return
-        metadata = {
-            **parent.context.metadata,
-            "background_refresh": True,
-            "refresh_reason": reason,
-            "parent_snapshot_id": parent.context.snapshot_id,
-        }
         context = FetchContext(
             requested_at=self._equipment.clock.now(),
-            metadata=metadata,
+            metadata={
+                "background_refresh": True,
+                "refresh_reason": reason,
+                "parent_snapshot_id": group[0].parent.context.snapshot_id,
+            },
             snapshot_id=os.urandom(16).hex(),
         )
         work = Work(context, variables=self._variables)
-        for key in keys:
-            if key in self._active:
-                gather = Gather(work, (key,), Pins(), demand=Demand(refresh=True))
-                gather.done = partial(self._done, key, reason, parent)
-                self._active[key] = gather
-        for key in keys:
-            begun = self._active.get(key)
-            if begun is not None:
-                self._open(begun)
+        for refresh in group:
+            refresh.gather = Gather(work, (refresh.key,), Pins(), demand=Demand(refresh=True))
+            refresh.gather.done = partial(self._done, refresh)
+        for refresh in group:
+            if refresh.gather is not None:
+                self._look(refresh.gather)
 
-    def _done(self, key: ResourceKey, reason: str, parent: Work, gather: Gather) -> None:
+    def _done(self, refresh: Refresh, gather: Gather) -> None:
+        key, record = refresh.key, refresh.parent.record
         report = self._equipment.report
+        self._end(refresh)
         reading = gather.readings.get(key)
+        record.refresh_completed += reading is not None
+        record.refresh_failed += reading is None
+        if report is None:
+            return
         if reading is not None:
-            parent.record.refresh_completed += 1
-            if report is not None:
-                report.refresh_completed(key, reason, reading.revision.source)
+            report.refresh_completed(key, refresh.reason, reading.revision.source)
         else:
-            parent.record.refresh_failed += 1
-            if report is not None:
-                report.refresh_failed(key, reason, gather.failures[key].make())
-        self._ended(key)
+            report.refresh_failed(key, refresh.reason, gather.failures[key].make())
 
-    def _ended(self, key: ResourceKey) -> None:
-        self._active.pop(key, None)
-        for keys, waiter in tuple(self._waiters):
-            keys.discard(key)
-            if not keys:
-                self._waiters.remove((keys, waiter))
-                if not waiter.done():
-                    waiter.set_result(None)
+    def _end(self, refresh: Refresh) -> None:
+        self._running.pop(refresh, None)
+        if self._current.get(refresh.key) is refresh:
+            del self._current[refresh.key]
+        for waiter, awaited in tuple(self._waiters.items()):
+            awaited.discard(refresh)
+            if not awaited and not waiter.done():
+                waiter.set_result(None)
 
     async def wait(self) -> None:
-        """Wait for the refreshes that are scheduled at this moment."""
-        if not self._active:
+        """Wait for the refreshes that are under way or scheduled at this moment."""
+        if not self._running:
             return
-        entry = (set(self._active), asyncio.get_running_loop().create_future())
-        self._waiters.append(entry)
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = set(self._running)
         try:
-            await entry[1]
+            await waiter
         finally:
-            if entry in self._waiters:
-                self._waiters.remove(entry)
+            self._waiters.pop(waiter, None)
 
     def cancel(self) -> None:
         """Give up every refresh."""
         self._next.clear()
-        for key, gather in tuple(self._active.items()):
-            if gather is not None:
-                self._abandon(gather)
+        for refresh in tuple(self._running):
+            if refresh.gather is not None:
+                self._abandon(refresh.gather)
             if self._equipment.report is not None:
-                self._equipment.report.refresh_cancelled(key)
-            self._ended(key)
+                self._equipment.report.refresh_cancelled(refresh.key)
+            self._end(refresh)
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
         self._next.clear()
-        self._active.clear()
+        self._running.clear()
+        self._current.clear()
         self._waiters.clear()
 
     def __repr__(self) -> str:
-        return f"<Refresher active={len(self._active)} closed={self.closed}>"
+        return f"<Refresher active={len(self._running)} closed={self.closed}>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
@@ -18,7 +19,6 @@ from coalestra.core.snapshot import Snapshot
 from coalestra.observability.reports import SessionRevalidation
 from coalestra.orchestration.flights import Gather
 from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, dependents, hold, loose
-from coalestra.orchestration.singleflight import always
 from coalestra.orchestration.unit import Judge, Unit
 
 # Revalidation: replacing pinned values, all or none ----------------------------------------------
@@ -42,6 +42,7 @@ class Revalidation:
         "failures",
         "forced",
         "named",
+        "undelivered",
     )
 
     def __init__(self, unit: Unit, named: Mapping[ResourceKey, None], *, forced: bool) -> None:
@@ -52,6 +53,7 @@ class Revalidation:
         self._loose: set[ResourceKey] = set()
         self.failures: dict[ResourceKey, Failure] = {}
         self._readings: dict[ResourceKey, Reading] = {}
+        self.undelivered: bool = False
         self._stamp = self._state()
 
     async def acquire(self) -> None:
@@ -79,22 +81,18 @@ class Revalidation:
         return {key: self._readings.get(key, reading) for key, reading in pinned.items()}
 
     async def proposed(self) -> Snapshot:
-        """Return the snapshot that a commit would deliver; what cannot be copied is a failure.
-
-        Raises:
-            SnapshotBuildError: the copying did not fit the deadline; it holds no snapshot.
-        """
+        """Return the snapshot that a commit would deliver; what cannot be copied is a failure."""
         unit = self._unit
         errors = {key: error for key, error in unit.errors().items() if key not in self._readings}
         snapshot = await unit.snapshot(readings=self.candidate(), errors=errors)
-        for key in self.affected:
-            if key in snapshot.errors:
-                self.failures[key] = Failure(key, always(snapshot.errors[key]))
+        new = {key: error for key, error in snapshot.errors.items() if key not in errors}
+        late = [e for e in new.values() if isinstance(e, SnapshotDeadlineExceededError)]
+        if late:
+            self.undelivered = True
+            new = {key: new.get(key, late[0]) for key in self.affected}
+        for key, error in new.items():
+            self.failures[key] = Failure(key, partial(_itself, error))
         return snapshot
-
-    def blamed(self, errors: Mapping[ResourceKey, Exception]) -> dict[ResourceKey, Exception]:
-        """Return those of the errors that concern what was to be replaced."""
-        return {key: error for key, error in errors.items() if key in self.affected}
 
     @property
     def outdated(self) -> bool:
@@ -199,14 +197,11 @@ class Revalidations:
         while True:
             await attempt.acquire()
             if not attempt.failures:
-                try:
-                    snapshot = await attempt.proposed()
-                except SnapshotBuildError as late:
-                    if strict:
-                        raise
-                    return await self._retained(attempt.blamed(late.errors), strict), False
+                snapshot = await attempt.proposed()
             if attempt.failures:
                 errors = {key: each.make() for key, each in attempt.failures.items()}
+                if attempt.undelivered and strict:
+                    raise SnapshotBuildError(errors)
                 return await self._retained(errors, strict), False
             judge.judge(snapshot, tuple(attempt.named))
             check()
@@ -224,3 +219,7 @@ class Revalidations:
 
     def __repr__(self) -> str:
         return f"<Revalidations of {self._unit!r} locked={self._turn.locked()}>"
+
+
+def _itself(error: Exception) -> Exception:
+    return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
-from coalestra.core.errors import SessionClosedError
+from coalestra.core.errors import SessionClosedError, SnapshotBuildError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
@@ -168,11 +168,16 @@ class SnapshotSession:
         """Return the snapshot of everything asked for so far, within the deadline.
 
         Raises:
-            SnapshotBuildError: without a snapshot, if copying did not fit the deadline.
+            SnapshotBuildError: copying did not fit the deadline; it holds what did.
             SessionClosedError: the session is closed.
         """
         self._require_open()
-        return await self._unit.snapshot()
+        snapshot = await self._unit.snapshot()
+        if self._unit.cut_short:
+            raise SnapshotBuildError(
+                snapshot.errors, snapshot=None if self._unit.undelivered else snapshot
+            )
+        return snapshot
 
     async def close(self) -> None:
         """Take no more calls. Snapshots that were returned stay good."""

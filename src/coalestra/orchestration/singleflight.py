@@ -1,4 +1,20 @@
-"""The scheduler's list of synchronous steps: run in order, never nested, never for long."""
+"""Single flight: every key of a builder on its one way through cache and sources.
+
+Laws:
+
+1. A key has at most one flight to join. A publication or an invalidation of the key, or a demand
+   for a value read from now on, takes a flight that has begun out of sight; it then ends for its
+   own waiters.
+2. A flight waits for nothing but its own dependencies, and for them without a task, slot or frame.
+3. A settled key reaches its waiters at once, whatever else they wait for.
+4. What a waiter's deadline or cancellation ends is that waiter's waiting, nothing else.
+5. Whatever is raised, by whomever, in whichever step: the flight or the waiter that the step was
+   about is settled, once. `SingleFlight.broken` is where that is seen to.
+6. A deadline ends its reader even if all of this is wrong: `Stage` is told by a timer of its own.
+
+Everything here decides synchronously, on the event loop, in steps of one `Agenda`; what has to be
+awaited (calls, an awaited cache, copies) is done elsewhere and reports back.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +23,25 @@ import contextvars
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
-from coalestra.cache.store import CacheListener, EntryStore, Ranked, decide
+from coalestra.cache.store import EntryStore, Ranked, decide
+from coalestra.concurrency.endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.pace import SLICE_SECONDS
 from coalestra.core.errors import (
     BuilderClosedError,
     DependencyResolutionError,
-    ResourceResolutionError,
-    SnapshotDeadlineExceededError,
     SourceFailure,
     SourceProtocolError,
     SourceUnavailableError,
 )
-from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, policy_of_all
+from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_of_all
 from coalestra.core.results import CacheWriteStatus
-from coalestra.core.snapshot import Snapshot, snapshot_of
-from coalestra.core.values import Revision, SnapshotValue
+from coalestra.core.snapshot import Snapshot
+from coalestra.core.values import Revision
 from coalestra.orchestration.calls import Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
 from coalestra.orchestration.flights import (
@@ -37,11 +50,12 @@ from coalestra.orchestration.flights import (
     Gather,
     Phase,
     Read,
-    Serving,
     Work,
     after_failures,
     after_write,
     instead_of_event,
+    late,
+    nobody,
     nothing,
     stale_candidate,
 )
@@ -55,15 +69,26 @@ from coalestra.orchestration.readings import (
     Settlement,
     at_odds,
     hold,
-    rests_on,
+    lineage,
 )
 from coalestra.orchestration.refresh import Refresher
 from coalestra.orchestration.sources import Link, SourceKind
 
-# The scheduler's list of synchronous steps: run in order, never nested, never for long -----------
-
-
 _STEPS_BETWEEN_LOOKS = 4
+_KEYS_PER_STEP = 64
+_WAITERS_PER_STEP = 256
+_MOST_READS = 8
+"""How often a derivation asks an awaited cache for one key while news of it keeps coming."""
+_MOST_NEWS = 10_000
+"""How many keys news is remembered of while something is derived; then all of it is suspect."""
+_SPARE_ROUNDS = 64
+"""Rounds of deriving anew that changes from outside may cost, beyond one for each key."""
+
+_SETTLED = Phase.SETTLED
+_WRITING = Phase.WRITING
+
+Subject = Acquisition | Gather
+"""What a step is about, and what is settled if the step fails."""
 
 
 class Agenda:
@@ -71,26 +96,25 @@ class Agenda:
 
     A step may add further steps. They run after it, in order, so a chain of ten thousand
     settling keys needs no stack. When a run has taken `SLICE_SECONDS` the rest continues in a
-    later step of the event loop.
+    later turn of the event loop. `broken` is told of a step that failed, and what it was about.
     """
 
-    __slots__ = ("_handle", "_running", "_steps", "_watch")
+    __slots__ = ("_broken", "_handle", "_running", "_steps", "_watch")
 
-    def __init__(self, watch: Callable[[], float] = time.perf_counter) -> None:
-        self._steps: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+    def __init__(
+        self,
+        broken: Callable[[Subject, BaseException], None],
+        watch: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._steps: deque[tuple[Callable[..., None], Subject, tuple[Any, ...]]] = deque()
         self._running = False
         self._handle: asyncio.Handle | None = None
+        self._broken = broken
         self._watch = watch
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __repr__(self) -> str:
-        return f"<Agenda steps={len(self._steps)} running={self._running}>"
-
-    def add(self, step: Callable[..., None], *arguments: Any) -> None:
+    def add(self, step: Callable[..., None], subject: Subject, *arguments: Any) -> None:
         """Put a step at the end, and run the list now unless it is being run already."""
-        self._steps.append((step, arguments))
+        self._steps.append((step, subject, arguments))
         if not self._running and self._handle is None:
             self.run()
 
@@ -105,11 +129,11 @@ class Agenda:
         looks = _STEPS_BETWEEN_LOOKS
         try:
             while steps:
-                step, arguments = steps.popleft()
+                step, subject, arguments = steps.popleft()
                 try:
-                    step(*arguments)
-                except Exception as error:
-                    _tell_loop(step, error)
+                    step(subject, *arguments)
+                except BaseException as error:
+                    self._broken(subject, error)
                 looks -= 1
                 if not looks:
                     looks = _STEPS_BETWEEN_LOOKS
@@ -125,67 +149,437 @@ class Agenda:
         self._steps.clear()
         self._handle = None
 
-
-def _tell_loop(step: Callable[..., None], error: Exception) -> None:
-    """A step must not fail; one that does shall neither stop the others nor pass unseen."""
-    asyncio.get_running_loop().call_exception_handler(
-        {"message": f"coalestra: {step.__qualname__} failed", "exception": error}
-    )
+    def __repr__(self) -> str:
+        return f"<Agenda steps={len(self._steps)} running={self._running}>"
 
 
-# Fetched values on their way to the cache, where they may lose to newer knowledge ----------------
+class SingleFlight:
+    """Looks for keys, starts and joins their flights, advances them, and tells who waits.
 
-
-_WRITING = Phase.WRITING
-_SETTLED = Phase.SETTLED
-
-
-class Censor(CacheListener, Protocol):
-    """Whoever knows of the publications under way, which are `open`."""
-
-    open: dict[ResourceKey, int]
-
-    def hold_back(self, flight: Acquisition) -> bool:
-        """Keep the value of a flight until its time has come; return whether that is so."""
-
-
-class Offers:
-    """Offers the value of a flight to the cache, and settles the flight by what came of it.
-
-    `news` says whether a value must wait for the end of a publication; it need not be told of what
-    is written here.
+    It listens to the cache, so that a read never undoes newer knowledge.
     """
 
-    def __init__(
-        self,
-        equipment: Equipment,
-        settle: Callable[[Acquisition, Settlement], None],
-        tasks: set[asyncio.Task[Any]],
-    ) -> None:
-        self._equipment = equipment
-        self._settle = settle
+    def __init__(self, equipment: Equipment, variables: contextvars.Context) -> None:
+        self.equipment = equipment
+        self.agenda: Agenda = Agenda(self.broken)
+        self.board: FlightBoard = FlightBoard(equipment.report)
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.deliveries: Deliveries = Deliveries(equipment)
+        self.dispatch: Dispatch = Dispatch(self, self._not_dispatched)
+        self.reads: CacheReads = CacheReads(equipment, self._cache_answered, self.tasks)
+        self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written, self.tasks)
+        self.refresher: Refresher = Refresher(equipment, variables, self.look, self.abandon)
         self._store = equipment.access.store
-        self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written, tasks)
-        self.news: Censor
+        self._publishing: dict[ResourceKey, int] = {}
+        self._held_back: dict[ResourceKey, list[Acquisition]] = {}
+        self._news: int = 0
+        self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
+        equipment.access.subscribe(self)
 
-    def take(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
+    def broken(self, subject: Subject, error: BaseException) -> None:
+        """Settle what a step was about that failed: nobody waits for ever for an error of ours."""
+        self._report_broken(subject, error)
+        if isinstance(subject, Acquisition):
+            self.settle(subject, Failed(Failure.of_error(subject.key, error)))
+            return
+        self._leave_all(subject)
+        for key in subject.keys:
+            if key not in subject.readings and key not in subject.failures:
+                subject.failures[key] = Failure.of_error(key, error)
+        self._tell(subject)
+
+    def _report_broken(self, subject: Subject, error: BaseException) -> None:
+        if isinstance(error, PROGRAM_ENDS):
+            pass_on(error)
+            return
+        context = {"message": f"coalestra: a step for {subject!r} failed", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
+
+    # Look: what is pinned, then the cache, then a flight ----------------------------------------
+
+    def look(self, gather: Gather) -> None:
+        """Begin to look for every key of a gather; its `done` is called when all are settled."""
+        gather.open = True
+        self.hold(gather.work)
+        keys: Iterable[ResourceKey] = gather.keys
+        if gather.readings:
+            keys = [key for key in gather.keys if key not in gather.readings]
+        if keys and self._store is not None and not (gather.forced or gather.refresh):
+            gather.work.record.cache_batch_reads += 1
+        self.agenda.add(self._look_on, gather, iter(keys))
+
+    def _look_on(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
+        part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
+        more = len(part) == _KEYS_PER_STEP
+        try:
+            now = self.equipment.clock.now()
+            if self._is_plain(gather):
+                self._look_in_store(gather, part, now)
+            else:
+                for key in part:
+                    self._look_for(gather, key, now)
+        except BaseException:
+            more = False
+            raise
+        finally:
+            if not more:
+                gather.open = False
+                self.release(gather.work)
+        if more:
+            self.agenda.add(self._look_on, gather, rest)
+        else:
+            self._check(gather)
+
+    def _is_plain(self, gather: Gather) -> bool:
+        """Whether the memory cache comes first for every key, and nothing is pinned."""
+        if gather.pins or gather.pins.private or gather.forced or gather.refresh:
+            return False
+        return self._store is not None
+
+    def _look_in_store(self, gather: Gather, keys: Iterable[ResourceKey], now: float) -> None:
+        """Do as `_look_for`, in one go, for keys of which nothing can be known yet."""
+        store, report, record = self._store, self.equipment.report, gather.work.record
+        common: FreshnessPolicy | None = policy_of_all(self.equipment.policies)
+        for key in keys:
+            policy = self._policy(gather, key) if common is None else common
+            if policy is None or store is None:
+                continue
+            revision = store.find(key, now, policy)
+            if revision is None or not self._serve(gather, policy, revision, now):
+                record.cache_misses += 1
+                if report is not None:
+                    report.cache_missed(key)
+                self._acquire(gather, key, policy, revision)
+
+    def _policy(self, gather: Gather, key: ResourceKey) -> FreshnessPolicy | None:
+        """Return the policy of a key; if there is none to be had, the key fails."""
+        try:
+            return self.equipment.policies.resolve(key)
+        except BaseException as error:
+            gather.failures[key] = Failure.of_error(key, error, "freshness policy")
+            pass_on(error)
+            return None
+
+    def _look_for(self, gather: Gather, key: ResourceKey, now: float) -> None:
+        pin = gather.pins.get(key)
+        if pin is not None:
+            gather.readings[key] = pin
+            return
+        policy = self._policy(gather, key)
+        if policy is None:
+            return
+        if key in gather.pins.private:
+            self._acquire_privately(gather, key, policy)
+        elif gather.forced and key in gather.forced:
+            if self.equipment.report is not None:
+                self.equipment.report.cache_bypassed(key, "force_refresh")
+            # What must agree with pins is derived privately; what only has to be new is shared.
+            if key in gather.private:
+                self._acquire_privately(gather, key, policy)
+            else:
+                self._acquire(gather, key, policy)
+        elif gather.refresh:
+            self._acquire(gather, key, policy)
+        elif self._store is None:
+            self._ask_cache(gather, key, policy)
+        else:
+            revision = self._store.find(key, now, policy)
+            if revision is None or not self._serve(gather, policy, revision, now):
+                self._missed(gather, key, policy, revision)
+
+    def _serve(
+        self, gather: Gather, policy: FreshnessPolicy, revision: Revision, now: float
+    ) -> bool:
+        """Take a cached revision if the policy lets a reader have it; schedule a refresh if due."""
+        key, work = revision.key, gather.work
+        age = max(0.0, now - revision.observed_at)
+        stale = age > policy.ttl_seconds
+        mode = policy.refresh_mode
+        notes: dict[str, Any] | None = None
+        if stale:
+            if mode is not RefreshMode.STALE_WHILE_REVALIDATE or age > policy.max_stale_seconds:
+                return False
+            scheduled = self.refresher.schedule(key, mode.value, work)
+            notes = {"refresh_mode": mode.value, "refresh_scheduled": scheduled}
+        elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
+            notes = {"refresh_scheduled": self.refresher.schedule(key, mode.value, work)}
+        work.record.cache_hits += 1
+        if self.equipment.report is not None:
+            self.equipment.report.cache_hit(key, mode.value if stale else "fresh")
+        gather.readings[key] = Reading(
+            revision, policy.ttl_seconds, stale=stale, from_cache=True, notes=notes
+        )
+        return True
+
+    def _missed(
+        self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy, cached: Revision | None
+    ) -> None:
+        gather.work.record.cache_misses += 1
+        if self.equipment.report is not None:
+            self.equipment.report.cache_missed(key)
+        self._acquire(gather, key, policy, cached)
+
+    def _ask_cache(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
+        """Read a cache that has to be awaited, unless a flight has done so in vain."""
+        flight = self._joinable(key)
+        if flight is not None and flight.missed:
+            self._missed(gather, key, policy, None)
+            return
+        read = self.reads.ask(gather, key, policy)
+        if flight is not None:
+            read.flight = flight
+
+    def _cache_answered(self, read: Read, revision: Revision | None) -> None:
+        """Pass on what an awaited cache held: a reading, or the way to the sources."""
+        waiters, read.waiters = read.waiters, {}
+        for gather in waiters:
+            gather.pending.pop(read.key, None)
+            try:
+                self._take_from_cache(gather, read, revision)
+            except BaseException as error:
+                gather.failures[read.key] = Failure.of_error(read.key, error)
+                self._report_broken(gather, error)
+            self._check(gather)
+
+    def _take_from_cache(self, gather: Gather, read: Read, revision: Revision | None) -> None:
+        key, now = read.key, self.equipment.clock.now()
+        settlement = None if read.flight is None else read.flight.settlement
+        if read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
+            self.reads.ask(gather, key, read.policy).rounds = read.rounds + 1
+        elif revision is not None and self._serve(gather, read.policy, revision, now):
+            return
+        elif isinstance(settlement, Reading):
+            self._hand(gather, key, settlement, joined=True)
+        else:
+            self._missed(gather, key, read.policy, revision)
+            flight = self.board.flights.get(key)
+            if flight is not None:
+                flight.missed = True
+
+    # Join and leave ---------------------------------------------------------------------------
+
+    def _joinable(self, key: ResourceKey) -> Acquisition | None:
+        """Return the flight that newcomers may join; one that took in old news is none."""
+        flight = self.board.flights.get(key)
+        if flight is not None and self._news > flight.since and self._is_behind(flight):
+            self.board.hide(flight, cacheable=False)
+            return None
+        return flight
+
+    def _acquire(
+        self,
+        gather: Gather,
+        key: ResourceKey,
+        policy: FreshnessPolicy,
+        cached: Revision | None = None,
+    ) -> None:
+        """Let `gather` wait for the flight of `key`; start one if there is none to join."""
+        forced = bool(gather.forced) and key in gather.forced
+        flight = self._joinable(key)
+        if flight is not None and forced and not _serves_forced(flight, gather):
+            self.board.hide(flight, cacheable=False)
+            flight = None
+        if flight is None:
+            flight = Acquisition(key, policy, gather.work, forced=forced, since=self._news)
+            flight.cached = cached
+            self.board.start(gather, flight)
+            self._try(self._proceed, flight)
+        else:
+            if cached is not None:
+                flight.cached = cached
+            flight.forced = flight.forced or forced
+            self.board.join(gather, flight)
+        if self._store is None:
+            read = self.reads.find(key)
+            if read is not None:
+                read.flight = self.board.flights.get(key)
+
+    def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
+        """Let `gather` wait for a derivation of `key` that agrees with its pins."""
+        known = gather.pins.private.get(key)
+        if known is not None:
+            self.board.join(gather, known)
+            return
+        forced = key in gather.forced
+        flight = Acquisition(
+            key, policy, gather.work, forced=forced, pins=gather.pins, since=self._news
+        )
+        flight.cacheable = forced
+        gather.pins.private[key] = flight
+        self.board.set_aside(flight)
+        self.board.join(gather, flight)
+        self._later(flight)
+
+    def _leave(self, gather: Gather, flight: Acquisition) -> None:
+        """Let `gather` wait no longer. What nobody waits for is given up, or runs to its bound."""
+        self.board.leave(gather, flight)
+        if not flight.waiters:
+            self.agenda.add(self._unwanted, flight)
+
+    def _unwanted(self, flight: Acquisition) -> None:
+        if flight.phase is _SETTLED or flight.waiters:
+            return
+        if flight.attempt is not None:
+            flight.attempt.unwanted()
+        elif flight.phase is not _WRITING or not self.writes.unwanted(flight):
+            self._drop(flight)
+
+    def _drop(self, flight: Acquisition) -> None:
+        gather = flight.gather
+        self.settle(flight, Failed(Failure.unwanted(flight.key)))
+        if gather is not None:
+            self.abandon(gather)
+
+    # Advance ----------------------------------------------------------------------------------
+
+    def hold(self, work: Work) -> None:
+        """Hold back the calls of a unit of work: more keys for them are on their way."""
+        self.dispatch.hold(work)
+
+    def release(self, work: Work) -> None:
+        """Take back one `hold`; after the last one the calls are made, at the end of this step."""
+        self.dispatch.release(work)
+
+    def _try(self, step: Callable[[Acquisition], None], flight: Acquisition) -> None:
+        """Take a step for a flight within one for somebody else."""
+        try:
+            step(flight)
+        except BaseException as error:
+            self.broken(flight, error)
+
+    def _later(self, flight: Acquisition) -> None:
+        """Advance a flight in a step of its own, and hold its work's calls back until then."""
+        work = flight.living_sponsor()
+        self.hold(work)
+        self.agenda.add(self._advance, flight, work)
+
+    def _advance(self, flight: Acquisition, work: Work) -> None:
+        try:
+            if flight.phase is _SETTLED:
+                return
+            if flight.waiters:
+                flight.choose()
+                self.board.deriving.pop(flight, None)
+                self._proceed(flight)
+            else:
+                self._drop(flight)
+        finally:
+            self.release(work)
+
+    def _proceed(self, flight: Acquisition) -> None:
+        """Send a flight on to the next source of its chain; settle it if there is none."""
+        over = flight.cutoff != math.inf and flight.cutoff <= asyncio.get_running_loop().time()
+        link = None if over else self._next_link(flight)
+        if link is not None and link.kind is SourceKind.DERIVED:
+            self._derive(flight, link)
+        elif link is not None:
+            self.dispatch.ready(flight)
+        else:
+            failure = late(flight.key, flight.sponsor.deadline, flight) if over else None
+            ending = after_failures(flight, failure, self.equipment)
+            if isinstance(ending, Failed) and ending.stale is not None:
+                self._keep_candidate(flight, ending.stale)
+            self.settle(flight, ending)
+
+    def _next_link(self, flight: Acquisition) -> Link | None:
+        chains = self.equipment.chains
+        record = flight.sponsor.record
+        while flight.position < len(chains.links):
+            link = chains.links[flight.position]
+            flight.position += 1
+            try:
+                if chains.supports(link, flight.key, record):
+                    flight.link = link
+                    return link
+            except BaseException as error:
+                self._note(flight, link, error, "failure", attempts=0)
+        return None
+
+    def _not_dispatched(self, flight: Acquisition, error: Exception) -> None:
+        self.refused(flight, error, "failure", 0)
+
+    def refused(
+        self, flight: Acquisition, error: BaseException, status: str, attempts: int
+    ) -> None:
+        """Take note that a source failed for a key, and let the key go on to the next one."""
+        if flight.link is not None:
+            self._note(flight, flight.link, error, status, attempts)
+        self._later(flight)
+
+    def _note(
+        self, flight: Acquisition, link: Link, error: BaseException, status: str, attempts: int
+    ) -> None:
+        pass_on(error)
+        flight.failures += (SourceFailure.of(link.name, error, attempts),)
+        if self.equipment.report is not None:
+            self.equipment.report.source_failed(flight.key, link.name, error, status)
+
+    # Derive: what a key rests on --------------------------------------------------------------
+
+    def _derive(self, flight: Acquisition, link: Link) -> None:
+        """Ask for what `flight` is derived from; it goes on when all of it is settled."""
+        try:
+            keys = _dependencies(link, flight.key)
+        except BaseException as error:
+            self.refused(flight, error, "failure", 0)
+            return
+        pins = NO_PINS if flight.pins is None else flight.pins
+        work = flight.living_sponsor()
+        gather = Gather(work, keys, pins, demand=pins.demand, owner=flight)
+        gather.done = self._gathered
+        flight.wait_for(gather)
+        flight.since = self._news
+        self.board.derive(flight)
+        self.look(gather)
+
+    def _gathered(self, gather: Gather) -> None:
+        flight = gather.owner
+        if flight is None or flight.gather is not gather:
+            return
+        if not gather.failures:
+            if flight.pins is not None:
+                hold(flight.pins, gather.readings)
+            self.dispatch.ready(flight)
+            return
+        cycles = [f.cycle for f in gather.failures.values() if f.cycle is not None]
+        if cycles:
+            flight.cycle = cycles[0]
+        name = "" if flight.link is None else flight.link.name
+        errors = {key: failure.make() for key, failure in gather.failures.items()}
+        self.refused(flight, DependencyResolutionError(flight.key, name, errors), "failure", 0)
+
+    def inputs_now(self, flight: Acquisition) -> Snapshot | None:
+        """Return what `inputs` returns, without waiting; None if that takes a while."""
+        readings = {} if flight.gather is None else flight.gather.in_order()
+        return self.deliveries.inputs_now(flight.sponsor.context, readings)
+
+    async def inputs(self, flight: Acquisition) -> Snapshot:
+        """Return the dependencies of a derived key, copied for its derivation alone."""
+        readings = {} if flight.gather is None else flight.gather.in_order()
+        return await self.deliveries.inputs(flight.sponsor.context, readings)
+
+    # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
+
+    def delivered(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
         """Take a fresh value of a flight; `dated` if its source said when it was observed."""
-        link = flight.link
-        report = self._equipment.report
+        link, report = flight.link, self.equipment.report
         if report is not None and link is not None:
             report.resource_resolved(revision, link.kind.value)
-        flight.phase = _WRITING
-        flight.offered = revision
-        flight.dated = dated
-        if self.news.open and self.news.hold_back(flight):
-            return
-        store = self._store
-        if store is not None and flight.cacheable and flight.event is None:
-            self._put(store, flight, revision)
+        flight.offer(revision, dated)
+        if self._publishing and flight.key in self._publishing:
+            self._held_back.setdefault(flight.key, []).append(flight)
+        elif self._store is not None and flight.cacheable and flight.event is None:
+            self._put(self._store, flight, revision)
         else:
-            self.make(flight)
+            self._offer(flight)
 
-    def make(self, flight: Acquisition) -> None:
+    def outdated(self, flight: Acquisition, revision: Revision) -> None:
+        """Keep a stale value as a candidate, the newest one."""
+        known = flight.candidate
+        if known is None or known.observed_at < revision.observed_at:
+            flight.candidate = revision
+
+    def _offer(self, flight: Acquisition) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
         if not self._fit(flight) or flight.offered is None:
             return
@@ -195,8 +589,8 @@ class Offers:
             self._put(self._store, flight, flight.offered)
 
     def _put(self, store: EntryStore, flight: Acquisition, revision: Revision) -> None:
-        status, current, _ = store.put(revision, replace_equal=flight.forced, teller=self.news)
-        self._settle(flight, after_write(flight, status, current, self._equipment))
+        status, current, _ = store.put(revision, replace_equal=flight.forced, teller=self)
+        self.settle(flight, after_write(flight, status, current, self.equipment))
 
     def _fit(self, flight: Acquisition) -> bool:
         """Whether the value of a flight may be written; if not, the flight ends without that."""
@@ -204,7 +598,7 @@ class Offers:
             return False
         event = flight.event
         if not flight.cacheable or (event is not None and not flight.dated):
-            self._settle(flight, instead_of_event(flight, flight.offered, self._equipment))
+            self.settle(flight, instead_of_event(flight, flight.offered, self.equipment))
             return False
         if event is None:
             return True
@@ -218,267 +612,84 @@ class Offers:
 
     def _written(self, flight: Acquisition, status: CacheWriteStatus, current: Revision) -> None:
         if flight.phase is not _SETTLED:
-            self._settle(flight, after_write(flight, status, current, self._equipment))
+            self.settle(flight, after_write(flight, status, current, self.equipment))
 
-    def __repr__(self) -> str:
-        return f"<Offers {self.writes!r}>"
-
-
-# The scheduler: moves every flight of a builder, and never blocks --------------------------------
-#
-# Laws:
-#
-# 1. A key has at most one flight to join. A publication or an invalidation of the key, or a demand
-#    for a value read from now on, takes the flight out of sight; it then ends for its own waiters.
-# 2. A flight waits for nothing but its own dependencies, and for them without a task, slot or
-# frame.
-# 3. A settled key reaches its waiters in the same step.
-# 4. What a waiter's deadline or cancellation ends is that waiter's waiting, nothing else.
-
-
-_CHOOSING = Phase.CHOOSING
-_GATHERING = Phase.GATHERING
-
-
-class Scheduler:
-    """Starts, joins, advances and settles flights.
-
-    `derive` is asked to see to the dependencies of a derived key, `inputs` to make their snapshot,
-    `completed` is told of gathers that wait for nothing more, and `abandon` of those that nobody
-    wants any longer.
-    """
-
-    def __init__(self, equipment: Equipment) -> None:
-        self.equipment = equipment
-        self.agenda: Agenda = Agenda()
-        self.board: FlightBoard = FlightBoard(equipment.report)
-        self.dispatch: Dispatch = Dispatch(self, self._not_dispatched)
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self.offers: Offers = Offers(equipment, self.settle, self.tasks)
-        self.hold: Callable[[Work], None] = self.dispatch.hold
-        self.release: Callable[[Work], None] = self.dispatch.release
-        self.delivered: Callable[[Acquisition, Revision, bool], None] = self.offers.take
-        self.derive: Callable[[Acquisition, Link], None]
-        self.inputs: Callable[[Acquisition], Awaitable[Snapshot]]
-        self.inputs_now: Callable[[Acquisition], Snapshot | None]
-        self.completed: Callable[[Gather], None]
-        self.abandon: Callable[[Gather], None]
-
-    # Join and leave ---------------------------------------------------------------------------
-
-    def acquire(
-        self,
-        gather: Gather,
-        key: ResourceKey,
-        policy: FreshnessPolicy,
-        cached: Revision | None = None,
-    ) -> None:
-        """Let `gather` wait for the flight of `key`; start one if there is none to join."""
-        forced = bool(gather.forced) and key in gather.forced
-        flight = self.board.flights.get(key)
-        if flight is not None and forced and not _serves_forced(flight, gather):
-            self.board.hide(flight, cacheable=False)
-            flight = None
-        if flight is not None:
-            if cached is not None:
-                flight.cached = cached
-            self.board.join(gather, flight)
+    def _keep_candidate(self, flight: Acquisition, stale: Reading) -> None:
+        """Cache a stale answer that readers are about to get, so that it can stand in again."""
+        revision = stale.revision
+        if revision is not flight.candidate or not flight.cacheable or flight.event is not None:
             return
-        flight = Acquisition(key, policy, gather.work, forced=forced)
-        flight.cached = cached
-        self.board.start(gather, flight)
-        self._proceed(flight)
-
-    def acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
-        """Let `gather` wait for a derivation of `key` that agrees with its pins."""
-        known = gather.pins.private.get(key)
-        if known is not None:
-            self.board.join(gather, known)
+        if not any(gather.accepts_stale(flight.key) for gather in flight.waiters):
             return
-        forced = key in gather.forced
-        flight = Acquisition(key, policy, gather.work, forced=forced, pins=gather.pins)
-        flight.cacheable = forced
-        gather.pins.private[key] = flight
-        self.board.set_aside(flight)
-        self.board.join(gather, flight)
-        self._later(flight)
-
-    def leave(self, gather: Gather, flight: Acquisition) -> None:
-        """Let `gather` wait no longer. What nobody waits for is given up, or runs to its bound."""
-        self.board.leave(gather, flight)
-        if not flight.waiters:
-            self.agenda.add(self._unwanted, flight)
-
-    def _unwanted(self, flight: Acquisition) -> None:
-        if flight.phase is _SETTLED or flight.waiters:
-            return
-        if flight.attempt is not None:
-            flight.attempt.unwanted()
-        elif flight.phase is _WRITING and self.offers.writes.unwanted(flight):
-            return
+        if self._store is not None:
+            self._store.put(revision, teller=self)
         else:
-            self._drop(flight)
+            self.writes.add_stale(revision)
 
-    def _drop(self, flight: Acquisition) -> None:
-        gather = flight.gather
-        error = SourceUnavailableError(f"{flight.key} was given up: nobody waits for it")
-        self.settle(flight, Failed(Failure(flight.key, lambda: error)))
-        if gather is not None:
-            self.abandon(gather)
-
-    # Advance ----------------------------------------------------------------------------------
-
-    def _later(self, flight: Acquisition) -> None:
-        """Advance a flight in a step of its own, and hold its work's calls back until then."""
-        work = flight.living_sponsor()
-        self.dispatch.hold(work)
-        self.agenda.add(self._advance, flight, work)
-
-    def _advance(self, flight: Acquisition, work: Work) -> None:
-        self._choose(flight)
-        self.dispatch.release(work)
-
-    def _choose(self, flight: Acquisition) -> None:
-        if flight.phase is _SETTLED:
-            return
-        if not flight.waiters:
-            self._drop(flight)
-            return
-        flight.phase = _CHOOSING
-        flight.gather = None
-        self.board.deriving.pop(flight, None)
-        self._proceed(flight)
-
-    def _proceed(self, flight: Acquisition) -> None:
-        """Send a flight on to the next source of its chain; settle it if there is none."""
-        link = self._next_link(flight)
-        if link is None or (
-            flight.cutoff != math.inf and flight.cutoff <= asyncio.get_running_loop().time()
-        ):
-            self.settle(flight, after_failures(flight, self.equipment))
-        elif link.kind is SourceKind.DERIVED:
-            flight.phase = _GATHERING
-            self.board.derive(flight)
-            self.derive(flight, link)
-        else:
-            self.dispatch.ready(flight)
-
-    def _next_link(self, flight: Acquisition) -> Link | None:
-        chains = self.equipment.chains
-        record = flight.sponsor.record
-        while flight.position < len(chains.links):
-            link = chains.links[flight.position]
-            flight.position += 1
-            try:
-                if chains.supports(link, flight.key, record):
-                    flight.link = link
-                    return link
-            except Exception as error:
-                self._note(flight, link, error, "failure", attempts=0)
-        return None
-
-    def _not_dispatched(self, flight: Acquisition, error: Exception) -> None:
-        self.refused(flight, error, "failure", 0)
-
-    # What attempts report ---------------------------------------------------------------------
-
-    def refused(self, flight: Acquisition, error: Exception, status: str, attempts: int) -> None:
-        """Take note that a source failed for a key, and let the key go on to the next one."""
-        if flight.link is not None:
-            self._note(flight, flight.link, error, status, attempts)
-        self._later(flight)
-
-    def _note(
-        self, flight: Acquisition, link: Link, error: Exception, status: str, attempts: int
-    ) -> None:
-        flight.failures += (SourceFailure.of(link.name, error, attempts),)
-        if self.equipment.report is not None:
-            self.equipment.report.source_failed(flight.key, link.name, error, status)
-
-    def outdated(self, flight: Acquisition, revision: Revision) -> None:
-        """Keep a stale value as a candidate, the newest one."""
-        known = flight.candidate
-        if known is None or known.observed_at < revision.observed_at:
-            flight.candidate = revision
-
-    # Settle -----------------------------------------------------------------------------------
+    # Settle and tell --------------------------------------------------------------------------
 
     def settle(self, flight: Acquisition, settlement: Settlement) -> None:
-        """End a flight, and tell everyone who waits for it."""
-        flight.phase = _SETTLED
-        flight.settlement = settlement
-        flight.gather = flight.attempt = None
+        """End a flight, once, and tell everyone who waits for it."""
+        if flight.phase is _SETTLED:
+            return
+        waiters = self.board.take_off(flight)
+        flight.end(settlement)
         if flight.pins is not None and type(settlement) is Reading:
             flight.pins.setdefault(flight.key, settlement)
-        for gather, joined in self.board.take_off(flight).items():
-            gather.pending.pop(flight.key, None)
-            self.hand(gather, flight.key, settlement, joined)
+        if len(waiters) <= _WAITERS_PER_STEP:
+            for gather, joined in waiters.items():
+                self._hand(gather, flight.key, settlement, joined)
+        else:
+            self._hand_on(flight, settlement, iter(waiters.items()))
 
-    def hand(self, gather: Gather, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
+    def _hand_on(
+        self, flight: Acquisition, settlement: Settlement, rest: Iterator[tuple[Gather, bool]]
+    ) -> None:
+        """Tell very many waiters portion by portion; one who has left meanwhile is passed over."""
+        part = tuple(islice(rest, _WAITERS_PER_STEP))
+        for gather, joined in part:
+            if gather.pending.get(flight.key) is flight:
+                self._hand(gather, flight.key, settlement, joined)
+        if len(part) == _WAITERS_PER_STEP:
+            self.agenda.add(self._hand_on, flight, settlement, rest)
+
+    def _hand(self, gather: Gather, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
         """Give a gather what a flight ended with, and whether it had joined that flight."""
-        gather.receive(key, settlement, joined)
-        report = self.equipment.report
-        if report is not None and key in gather.readings:
-            reading = gather.readings[key]
-            if reading.fallback is not None:
-                report.stale_fallback_used(key, reading.fallback, from_cache=reading.from_cache)
-        if not gather.pending and not gather.open:
-            self.agenda.add(self.completed, gather)
+        gather.pending.pop(key, None)
+        try:
+            gather.receive(key, settlement, joined)
+            report = self.equipment.report
+            if report is not None and key in gather.readings:
+                reading = gather.readings[key]
+                if reading.fallback is not None:
+                    report.stale_fallback_used(key, reading.fallback, from_cache=reading.from_cache)
+        except BaseException as error:
+            if key not in gather.readings:
+                gather.failures[key] = Failure.of_error(key, error)
+            self._report_broken(gather, error)
+        self._check(gather)
 
-    def forget(self) -> None:
-        """Drop all flights: the event loop that they flew in has ended."""
-        self.agenda.clear()
-        self.board.clear()
-        self.board = FlightBoard(self.equipment.report)
-        self.dispatch.workers.clear()
-        self.tasks.clear()
-        self.offers.writes.forget()
-
-    def __repr__(self) -> str:
-        return f"<Scheduler flights={len(self.board.flights)} tasks={len(self.tasks)}>"
-
-
-def _serves_forced(flight: Acquisition, gather: Gather) -> bool:
-    """Whether the value of a flight is sure to be read after this moment, or on the same errand."""
-    if flight.event is not None:
-        return False
-    return not flight.began or (flight.forced and flight.sponsor is gather.work)
-
-
-# How a gather ends: complete and coherent, or at its deadline, or because nobody wants it --------
-
-
-_SPARE_ROUNDS = 64
-"""Rounds of deriving anew that changes from outside may cost, beyond one for each key."""
-
-
-class Conclusions:
-    """Ends gathers, and tells the one who waits. Each is told once."""
-
-    def __init__(self, scheduler: Scheduler, reads: CacheReads) -> None:
-        self._scheduler = scheduler
-        self._equipment = scheduler.equipment
-        self._reads = reads
-        scheduler.completed = self._completed
-        scheduler.abandon = self.abandon
-
-    def check(self, gather: Gather) -> None:
+    def _check(self, gather: Gather) -> None:
         """Conclude a gather that waits for nothing more."""
-        if gather.complete:
-            self._scheduler.agenda.add(self._completed, gather)
+        if not gather.pending and not gather.open:
+            self.agenda.add(self._conclude, gather)
 
-    def _completed(self, gather: Gather) -> None:
+    def _conclude(self, gather: Gather) -> None:
         """Tell the one who waits, after readings at odds with the others were derived anew."""
         if not gather.complete:
             return
         alone = len(gather.readings) == 1 and not gather.base
         if not alone and not gather.agrees:
             gather.yield_to_pins()
-            odd = at_odds(gather.readings, gather.base)
-            if odd:
-                self._derive_anew(gather, odd)
-                return
-        done, gather.done = gather.done, _nobody
+            if gather.base or not gather.work.view.covers(gather.readings.values()):
+                odd = at_odds(gather.readings, gather.base)
+                if odd:
+                    self._derive_anew(gather, odd)
+                    return
+        self._tell(gather)
+
+    def _tell(self, gather: Gather) -> None:
+        done, gather.done = gather.done, nobody
         done(gather)
 
     def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:
@@ -492,31 +703,26 @@ class Conclusions:
         for key in odd:
             del gather.readings[key]
         if gather.rounds > len(gather.keys) + _SPARE_ROUNDS:
-            gather.failures.update((key, _never_agrees(key)) for key in odd)
-            self.check(gather)
+            gather.failures.update((key, Failure.never_agrees(key)) for key in odd)
+            self._check(gather)
             return
         gather.settle_pins()
         gather.open = True
         for key in odd:
-            try:
-                policy = self._equipment.policies.resolve(key)
-            except Exception as error:
-                gather.failures[key] = Failure(key, always(error))
-            else:
-                self._scheduler.acquire_privately(gather, key, policy)
+            policy = self._policy(gather, key)
+            if policy is not None:
+                self._acquire_privately(gather, key, policy)
         gather.open = False
-        self.check(gather)
+        self._check(gather)
 
     def abandon(self, gather: Gather) -> None:
         """End the waiting without an outcome: the one who waited has gone."""
-        gather.open = False
-        gather.done = _nobody
+        gather.done = nobody
         self._leave_all(gather)
 
     def strike(self, gather: Gather) -> None:
-        """End the waiting at the deadline: a stale value if one will do, else a failure."""
-        gather.open = False
-        self._equipment.counters.deadlines_exceeded += 1
+        """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
+        self.equipment.counters.deadlines_exceeded += 1
         pending = dict(gather.pending)
         self._leave_all(gather)
         for key in gather.keys:
@@ -525,266 +731,156 @@ class Conclusions:
         gather.yield_to_pins()
         for key in at_odds(gather.readings, gather.base):
             del gather.readings[key]
-            gather.failures[key] = _late(gather.work, key, None)
-        self._finish_now(gather)
+            gather.failures[key] = late(key, gather.work.deadline, None)
+        self._tell(gather)
 
     def _strike_key(
         self, gather: Gather, key: ResourceKey, awaited: Acquisition | Read | None
     ) -> None:
-        failure = _late(gather.work, key, awaited)
-        if isinstance(awaited, Acquisition) and gather.accepts_stale(key):
-            stale = stale_candidate(awaited, failure, self._equipment)
+        flight = awaited if isinstance(awaited, Acquisition) else None
+        if flight is not None and isinstance(flight.settlement, Reading):
+            gather.receive(key, flight.settlement, joined=True)
+            return
+        failure = late(key, gather.work.deadline, flight)
+        if flight is not None and gather.accepts_stale(key):
+            stale = stale_candidate(flight, failure, self.equipment)
             if stale is not None:
                 gather.readings[key] = stale
-                if self._equipment.report is not None and stale.fallback is not None:
-                    self._equipment.report.stale_fallback_used(
+                if self.equipment.report is not None and stale.fallback is not None:
+                    self.equipment.report.stale_fallback_used(
                         key, stale.fallback, from_cache=stale.from_cache
                     )
                 return
         gather.failures[key] = failure
 
     def _leave_all(self, gather: Gather) -> None:
+        gather.open = False
         for awaited in tuple(gather.pending.values()):
             if isinstance(awaited, Read):
-                self._reads.leave(gather, awaited)
+                self.reads.leave(gather, awaited)
             else:
-                self._scheduler.leave(gather, awaited)
+                self._leave(gather, awaited)
 
-    def _finish_now(self, gather: Gather) -> None:
-        done, gather.done = gather.done, _nobody
-        done(gather)
+    # News: what the cache tells of other writers ------------------------------------------------
 
-    def __repr__(self) -> str:
-        return f"<Conclusions for {self._scheduler!r}>"
-
-
-def _never_agrees(key: ResourceKey) -> Failure:
-    text = f"{key} could not be derived in agreement with the rest: its dependencies kept changing"
-    return Failure(key, lambda: SourceUnavailableError(text))
-
-
-def _nobody(_gather: Gather) -> None:
-    """Stand in for one who has been told already."""
-
-
-def always(error: Exception) -> Callable[[], Exception]:
-    """Return a maker of errors that has only this one."""
-    return lambda: error
-
-
-def _late(work: Work, key: ResourceKey, awaited: Acquisition | Read | None) -> Failure:
-    """Return the failure of a key whose deadline passed, with what its sources had said so far."""
-    budget = "" if work.deadline is None else f" of {work.deadline.budget_seconds:g} s"
-    text = f"the deadline{budget} passed before {key} was resolved"
-    if isinstance(awaited, Acquisition) and awaited.link is not None:
-        failures = awaited.failures
-        if not _ended_late(awaited, awaited.link.name):
-            tries = getattr(awaited.attempt, "tries", 0)
-            last = SourceFailure(
-                awaited.link.name, SnapshotDeadlineExceededError.__name__, text, max(1, tries)
-            )
-            failures = (*failures, last)
-        return Failure(key, lambda: ResourceResolutionError(key, failures))
-    return Failure(key, lambda: SnapshotDeadlineExceededError(text))
-
-
-def _ended_late(flight: Acquisition, source: str) -> bool:
-    """Whether the source has said already, in this very instant, that its deadline passed."""
-    if flight.attempt is not None or not flight.failures:
-        return False
-    last = flight.failures[-1]
-    return (last.source, last.error_type) == (source, SnapshotDeadlineExceededError.__name__)
-
-
-# Where a key is looked for first: what is pinned, then the cache, then a flight ------------------
-
-
-_KEYS_PER_STEP = 64
-
-_MOST_READS = 8
-"""How often a derivation asks an awaited cache for one key while news of it keeps coming."""
-
-
-class Lookups:
-    """Opens gathers, and brings them the readings that need no source.
-
-    `refresh` schedules a background refresh of a key for a reason, and says whether it is a new
-    one.
-    """
-
-    def __init__(
-        self, scheduler: Scheduler, refresh: Callable[[ResourceKey, str, Work], bool]
-    ) -> None:
-        self._scheduler = scheduler
-        self._equipment = scheduler.equipment
-        self.serving: Serving = Serving(scheduler.equipment, refresh)
-        self._served = self.serving.serve
-        self.reads: CacheReads = CacheReads(self._equipment, self._answered, scheduler.tasks)
-        self.conclusions: Conclusions = Conclusions(scheduler, self.reads)
-
-    # Open -------------------------------------------------------------------------------------
-
-    def open(self, gather: Gather) -> None:
-        """Begin to look for every key of a gather; its `done` is called when all are settled."""
-        gather.open = True
-        self._scheduler.hold(gather.work)
-        keys = gather.keys
-        if gather.readings:
-            keys = {key: None for key in keys if key not in gather.readings}
-        past_cache = gather.forced or gather.refresh
-        if keys and self._equipment.access.store is not None and not past_cache:
-            gather.work.record.cache_batch_reads += 1
-        self._scheduler.agenda.add(self._continue, gather, iter(keys))
-
-    def _continue(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
-        part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
-        now = self._equipment.clock.now()
-        if self._is_plain(gather):
-            self._look_in_store(gather, part, now)
-        else:
-            for key in part:
-                self._look_for(gather, key, now)
-        if len(part) == _KEYS_PER_STEP:
-            self._scheduler.agenda.add(self._continue, gather, rest)
+    def revised(self, key: ResourceKey, revision: Revision | None) -> None:
+        """Learn of a key's new current revision; one that a flight has written is no news."""
+        if revision is not None and self._tell_flights(key, revision):
             return
-        if gather.open:
-            gather.open = False
-            self.conclusions.check(gather)
-        self._scheduler.release(gather.work)
+        self.reads.hide((key,))
+        self._note_news((key,), None if revision is None else revision.version)
 
-    def _is_plain(self, gather: Gather) -> bool:
-        """Whether the memory cache comes first for every key, and nothing is pinned."""
-        if gather.pins or gather.pins.private or gather.forced or gather.refresh:
+    def _tell_flights(self, key: ResourceKey, revision: Revision) -> bool:
+        """Tell the flights of a key of an event; return whether it is none, but one's own value."""
+        if id(revision) in self.writes.storing:
+            return True
+        flights = self.board.under_way(key)
+        if not flights:
             return False
-        return self._equipment.access.store is not None
+        if any(each.offered is revision for each in flights):
+            return True
+        for flight in flights:
+            flight.event = revision
+            self.board.hide(flight, cacheable=True)
+        return False
 
-    def _look_in_store(self, gather: Gather, keys: Iterable[ResourceKey], now: float) -> None:
-        """Do as `_look_for`, in one go, for keys of which nothing can be known yet."""
-        policies, store = self._equipment.policies, self._equipment.access.store
-        common: FreshnessPolicy | None = policy_of_all(policies)
-        acquire, record, report = (
-            self._scheduler.acquire,
-            gather.work.record,
-            self._equipment.report,
-        )
-        for key in keys:
-            try:
-                policy = policies.resolve(key) if common is None else common
-            except Exception as error:
-                gather.failures[key] = Failure(key, always(error))
+    def announced(self, publications: Sequence[Ranked]) -> None:
+        """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
+        for publication in publications:
+            self._publishing[publication.key] = self._publishing.get(publication.key, 0) + 1
+
+    def concluded(self, publications: Sequence[Ranked]) -> None:
+        """Learn that publications have ended: values held back go to the cache, or give way."""
+        for publication in publications:
+            key = publication.key
+            left = self._publishing.pop(key, 1) - 1
+            if left:
+                self._publishing[key] = left
                 continue
-            revision = None if store is None else store.find(key, now, policy)
-            if revision is None or not self._served(
-                gather.work, gather.readings, policy, revision, now
-            ):
-                record.cache_misses += 1
-                if report is not None:
-                    report.cache_missed(key)
-                acquire(gather, key, policy, revision)
+            for flight in self._held_back.pop(key, ()):
+                self.agenda.add(self._offer, flight)
 
-    def _look_for(self, gather: Gather, key: ResourceKey, now: float) -> None:
-        if gather.pins:
-            pin = gather.pins.get(key)
-            if pin is not None:
-                gather.readings[key] = pin
-                return
-        try:
-            policy = self._equipment.policies.resolve(key)
-        except Exception as error:
-            gather.failures[key] = Failure(key, always(error))
-            return
-        store = self._equipment.access.store
-        if key in gather.pins.private:
-            self._scheduler.acquire_privately(gather, key, policy)
-        elif gather.forced and key in gather.forced:
-            if self._equipment.report is not None:
-                self._equipment.report.cache_bypassed(key, "force_refresh")
-            self._acquire_forced(gather, key, policy)
-        elif gather.refresh:
-            self._acquire(gather, key, policy)
-        elif store is None:
-            self._ask_cache(gather, key, policy)
+    def invalidating(self, keys: Collection[ResourceKey]) -> None:
+        """Learn that keys are invalidated: what was read before is not cached nor joined."""
+        for key in keys:
+            for flight in self.board.under_way(key):
+                self._invalidate(flight)
+        self.refresher.outdate(keys)
+        self.reads.hide(keys)
+        self._note_news(keys, None)
+
+    def _invalidate(self, flight: Acquisition) -> None:
+        """Forget what a flight knows from before; its value, too, unless it is still to be read."""
+        if flight.began or flight.gather is not None:
+            self.board.hide(flight, cacheable=False)
         else:
-            revision = store.find(key, now, policy)
-            if revision is None or not self._served(
-                gather.work, gather.readings, policy, revision, now
-            ):
-                self._missed(gather, key, policy, revision)
+            flight.cached = flight.candidate = flight.event = None
 
-    def _acquire_forced(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
-        """Derive privately what must agree with pins; share what only has to be new."""
-        if key in gather.private:
-            self._scheduler.acquire_privately(gather, key, policy)
-        else:
-            self._acquire(gather, key, policy)
+    def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
+        """Learn that all matching keys are invalidated, also those that derivations rest on."""
+        taken = {revision.key for flight in self.board.deriving for revision in _taken(flight)}
+        under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys, *taken]
+        self.invalidating([key for key in dict.fromkeys(under_way) if matches(key)])
 
-    def _acquire(
-        self,
-        gather: Gather,
-        key: ResourceKey,
-        policy: FreshnessPolicy,
-        cached: Revision | None = None,
-    ) -> None:
-        self._scheduler.acquire(gather, key, policy, cached)
-        if self._equipment.access.store is not None:
+    def _note_news(self, keys: Collection[ResourceKey], version: str | None) -> None:
+        """Remember news for those who may want to join a derivation that has read before it."""
+        if not self.board.deriving:
+            self._changed.clear()
             return
-        read = self.reads.find(key)
-        if read is not None:
-            read.flight = self._scheduler.board.flights.get(key)
+        self._news += 1
+        self._changed.update(dict.fromkeys(keys, (self._news, version)))
+        if len(self._changed) > _MOST_NEWS:
+            self._changed.clear()
+            for flight in tuple(self.board.deriving):
+                self.board.hide(flight, cacheable=False)
 
-    # The cache ------------------------------------------------------------------------------------
+    def _is_behind(self, flight: Acquisition) -> bool:
+        """Whether a flight has taken in what there was news of since, or waits for one that has."""
+        since = flight.since
+        stack, seen = [flight], {id(flight)}
+        while stack:
+            each = stack.pop()
+            for revision in _taken(each):
+                told, version = self._changed.get(revision.key, (0, None))
+                if told > since and revision.version != version:
+                    return True
+            if each.gather is not None:
+                for awaited in each.gather.pending.values():
+                    if isinstance(awaited, Acquisition) and id(awaited) not in seen:
+                        seen.add(id(awaited))
+                        stack.append(awaited)
+        flight.since = self._news
+        return False
 
-    def _missed(
-        self,
-        gather: Gather,
-        key: ResourceKey,
-        policy: FreshnessPolicy,
-        cached: Revision | None,
-    ) -> None:
-        gather.work.record.cache_misses += 1
-        if self._equipment.report is not None:
-            self._equipment.report.cache_missed(key)
-        self._acquire(gather, key, policy, cached)
-
-    def _ask_cache(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
-        """Read a cache that has to be awaited, unless a flight has done so in vain."""
-        flight = self._scheduler.board.flights.get(key)
-        if flight is not None and flight.missed:
-            self._missed(gather, key, policy, None)
-            return
-        read = self.reads.ask(gather, key, policy)
-        if flight is not None:
-            read.flight = flight
-
-    def _answered(self, read: Read, revision: Revision | None) -> None:
-        """Pass on what the cache held: a reading, or the way to the sources."""
-        now = self._equipment.clock.now()
-        waiters, read.waiters = read.waiters, {}
-        for gather in waiters:
-            gather.pending.pop(read.key, None)
-            if read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
-                self.reads.ask(gather, read.key, read.policy).rounds = read.rounds + 1
-            elif revision is not None and self._served(
-                gather.work, gather.readings, read.policy, revision, now
-            ):
-                self.conclusions.check(gather)
-            elif read.flight is not None and _has_value(read.flight):
-                settlement = read.flight.settlement
-                if settlement is not None:
-                    self._scheduler.hand(gather, read.key, settlement, True)
-            else:
-                self._missed(gather, read.key, read.policy, revision)
-                flight = self._scheduler.board.flights.get(read.key)
-                if flight is not None:
-                    flight.missed = True
-                self.conclusions.check(gather)
+    def forget(self) -> None:
+        """Drop everything that belonged to an event loop which has ended."""
+        self.agenda.clear()
+        self.board = FlightBoard(self.equipment.report)
+        self.dispatch.workers.clear()
+        self.tasks.clear()
+        self.reads.forget()
+        self.writes.forget()
+        self.refresher.forget()
+        self._publishing.clear()
+        self._held_back.clear()
+        self._changed.clear()
 
     def __repr__(self) -> str:
-        return f"<Lookups {self.reads!r}>"
+        return f"<SingleFlight flights={len(self.board.flights)} tasks={len(self.tasks)}>"
 
 
-def _has_value(flight: Acquisition) -> bool:
-    return isinstance(flight.settlement, Reading)
+def _taken(flight: Acquisition) -> Collection[Revision]:
+    """Return every revision that a derivation has taken in so far, and what those rest on."""
+    if flight.gather is None or not flight.gather.readings:
+        return ()
+    return lineage(reading.revision for reading in flight.gather.readings.values()).values()
+
+
+def _serves_forced(flight: Acquisition, gather: Gather) -> bool:
+    """Whether the value of a flight is sure to be read after this moment, or on the same errand."""
+    if flight.event is not None:
+        return False
+    return not flight.began or (flight.forced and flight.sponsor is gather.work)
 
 
 def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
@@ -798,81 +894,9 @@ def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
     if revision is None and read.flight is not None:
         settlement = read.flight.settlement
         revision = settlement.revision if isinstance(settlement, Reading) else None
-    return revision is not None and rests_on((revision,), lambda each: each.key in changed)
-
-
-# What a derived key rests on: asking for its dependencies, and handing them to the derivation ----
-
-
-_CONTEXT = "derived dependency"
-
-
-class Derivations:
-    """Lets derived flights wait for their dependencies, and makes snapshots of those."""
-
-    def __init__(self, scheduler: Scheduler, lookups: Lookups, deliveries: Deliveries) -> None:
-        self._scheduler = scheduler
-        self._lookups = lookups
-        self._deliveries = deliveries
-        scheduler.derive = self.gather_dependencies
-        scheduler.inputs = self.inputs
-        scheduler.inputs_now = self.inputs_now
-
-    def gather_dependencies(self, flight: Acquisition, link: Link) -> None:
-        """Ask for what `flight` is derived from; it goes on when all of it is settled."""
-        try:
-            keys = _dependencies(link, flight.key)
-        except Exception as error:
-            self._scheduler.refused(flight, error, "failure", 0)
-            return
-        pins = NO_PINS if flight.pins is None else flight.pins
-        work = flight.living_sponsor()
-        gather = Gather(work, keys, pins, demand=pins.demand, owner=flight)
-        flight.gather = gather
-        gather.done = self._gathered
-        self._lookups.open(gather)
-
-    def _gathered(self, gather: Gather) -> None:
-        flight = gather.owner
-        if flight is None or flight.gather is not gather:
-            return
-        if not gather.failures:
-            if flight.pins is not None:
-                hold(flight.pins, gather.readings)
-            self._scheduler.dispatch.ready(flight)
-            return
-        cycles = [f.cycle for f in gather.failures.values() if f.cycle is not None]
-        if cycles:
-            flight.cycle = cycles[0]
-        name = "" if flight.link is None else flight.link.name
-        errors = {key: failure.make() for key, failure in gather.failures.items()}
-        error = DependencyResolutionError(flight.key, name, errors)
-        self._scheduler.refused(flight, error, "failure", 0)
-
-    def inputs_now(self, flight: Acquisition) -> Snapshot | None:
-        """Return what `inputs` returns, without waiting; None if a copy takes a thread."""
-        gather, values = flight.gather, {}
-        if gather is not None:
-            for key in gather.keys:
-                value = self._deliveries.value_now(gather.readings[key], _CONTEXT)
-                if value is None:
-                    return None
-                values[key] = value
-        return _input_of(flight, values)
-
-    async def inputs(self, flight: Acquisition) -> Snapshot:
-        """Return the dependencies of a derived key, copied for its derivation alone."""
-        gather, values = flight.gather, {}
-        if gather is not None:
-            for key in gather.keys:
-                reading = gather.readings[key]
-                values[key] = await self._deliveries.value(reading, _CONTEXT, None)
-        return _input_of(flight, values)
-
-
-def _input_of(flight: Acquisition, values: dict[ResourceKey, SnapshotValue[Any]]) -> Snapshot:
-    context = flight.sponsor.context
-    return snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
+    return revision is not None and any(
+        each.key in changed for each in lineage((revision,)).values()
+    )
 
 
 def _dependencies(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
@@ -893,120 +917,64 @@ def _dependencies(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
     return keys
 
 
-# What flights learn of publications and invalidations that happen while they are under way -------
+class Stage:
+    """One who waits outside of the engine, told once: when all is known, or at the deadline.
 
-
-class News:
-    """Listens to the cache for the scheduler, so that a read never undoes newer knowledge.
-
-    `open` counts, by key, the publications whose outcome is not known yet.
+    `keep` is called with the gather in the very step in which that is so.
     """
 
-    def __init__(self, scheduler: Scheduler, reads: CacheReads) -> None:
-        self._scheduler = scheduler
-        self._reads = reads
-        self.open: dict[ResourceKey, int] = {}
-        self._held: dict[ResourceKey, list[Acquisition]] = {}
-        scheduler.offers.news = self
+    __slots__ = ("_error", "_future", "_gather", "_keep", "over")
 
-    def revised(self, key: ResourceKey, revision: Revision | None) -> None:
-        """Learn of a key's new current revision; one that a flight has written is no news."""
-        if revision is not None and self._tell_flights(key, revision):
+    def __init__(self, gather: Gather, keep: Callable[[Gather], None]) -> None:
+        self._gather = gather
+        self._keep = keep
+        self._future: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
+        self.over: bool = False
+
+    def tell(self, gather: Gather) -> None:
+        """Take over what the gather has come to."""
+        if self.over:
             return
-        self._reads.hide((key,))
-        if self._scheduler.board.deriving:
-            version = None if revision is None else revision.version
-            self._outdate(lambda taken: taken.key == key and taken.version != version)
+        self.over = True
+        try:
+            self._keep(gather)
+        except BaseException as error:
+            self._error = error
+        self._wake()
 
-    def _tell_flights(self, key: ResourceKey, revision: Revision) -> bool:
-        """Tell the flights of a key of an event; return whether it is none, but one's own value."""
-        board = self._scheduler.board
-        flights = board.under_way(key)
-        if not flights:
-            return False
-        if any(each.offered is revision for each in flights):
-            return True
-        for flight in flights:
-            flight.event = revision
-            board.hide(flight, cacheable=True)
-        return False
+    def fail(self, error: BaseException) -> None:
+        """End the waiting with an error."""
+        self.over = True
+        self._error = error
+        self._wake()
 
-    def announced(self, publications: Sequence[Ranked]) -> None:
-        """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
-        for publication in publications:
-            self.open[publication.key] = self.open.get(publication.key, 0) + 1
+    def _wake(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
 
-    def concluded(self, publications: Sequence[Ranked]) -> None:
-        """Learn that publications have ended: values held back go to the cache, or give way."""
-        for publication in publications:
-            key = publication.key
-            left = self.open.pop(key, 1) - 1
-            if left:
-                self.open[key] = left
-                continue
-            for flight in self._held.pop(key, ()):
-                self._scheduler.agenda.add(self._scheduler.offers.make, flight)
-
-    def hold_back(self, flight: Acquisition) -> bool:
-        """Keep a fetched value from the cache while a publication of its key is open."""
-        if flight.key not in self.open:
-            return False
-        self._held.setdefault(flight.key, []).append(flight)
-        return True
-
-    def invalidating(self, keys: Collection[ResourceKey]) -> None:
-        """Learn that keys are invalidated: what was read before is not cached nor joined."""
-        for key in keys:
-            for flight in self._scheduler.board.under_way(key):
-                self._scheduler.board.hide(flight, cacheable=False)
-        self._reads.hide(keys)
-        gone = frozenset(keys)
-        self._outdate(lambda taken: taken.key in gone)
-
-    def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
-        """Learn that all matching keys are invalidated."""
-        self.invalidating(self._scheduler.board.matching(matches))
-        self._outdate(lambda revision: matches(revision.key))
-
-    def _outdate(self, changed: Callable[[Revision], bool]) -> None:
-        """Hide the derivations that have taken in a revision which is no longer current."""
-        for flight in tuple(self._scheduler.board.deriving):
-            gather = flight.gather
-            if gather is not None and gather.readings:
-                taken = [reading.revision for reading in gather.readings.values()]
-                if rests_on(taken, changed):
-                    self._scheduler.board.hide(flight, cacheable=False)
-
-    def __repr__(self) -> str:
-        return f"<News open={len(self.open)} held={len(self._held)}>"
-
-
-# The engine of one builder: its parts put together, its stages, its event loop and its end -------
+    async def wait(self) -> None:
+        """Wait until the stage is over; raise what it failed with."""
+        if not self.over:
+            self._future = asyncio.get_running_loop().create_future()
+            await self._future
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
 
 class Engine:
-    """Runs the stages of units of work: brings each gather its readings, or ends it in time."""
+    """Runs the stages of units of work on one event loop, from the first one to the end."""
 
     def __init__(self, equipment: Equipment, variables: contextvars.Context) -> None:
         self.equipment = equipment
-        self.scheduler: Scheduler = Scheduler(equipment)
-        self.deliveries: Deliveries = Deliveries(equipment.copies, equipment.pace)
-        self.lookups: Lookups = Lookups(self.scheduler, self._refresh)
+        self.flights: SingleFlight = SingleFlight(equipment, variables)
+        self.deliveries: Deliveries = self.flights.deliveries
+        self.refresher: Refresher = self.flights.refresher
         self.warm_reads: WarmReads = WarmReads(equipment)
-        self._derivations = Derivations(self.scheduler, self.lookups, self.deliveries)
-        self.refresher: Refresher = Refresher(
-            equipment, variables, self.lookups.open, self.lookups.conclusions.abandon
-        )
-        self._news = News(self.scheduler, self.lookups.reads)
-        equipment.access.subscribe(self._news)
-        self._stages: dict[Gather, asyncio.Future[None] | None] = {}
+        self._stages: dict[Gather, Stage] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.closed: bool = False
-
-    def _refresh(self, key: ResourceKey, reason: str, parent: Work) -> bool:
-        return self.refresher.schedule(key, reason, parent)
-
-    # Stages -----------------------------------------------------------------------------------
 
     async def run(self, gather: Gather, keep: Callable[[Gather], None]) -> None:
         """Wait until every key of a stage has a reading or a failure, or its deadline strikes.
@@ -1017,43 +985,49 @@ class Engine:
             RuntimeError: if the builder is closed, before or meanwhile.
         """
         loop = self.enter()
-        ended = False
-
-        def done(_gather: Gather) -> None:
-            nonlocal ended
-            ended = True
-            keep(gather)
-            future = self._stages.get(gather)
-            if future is not None and not future.done():
-                future.set_result(None)
-
-        gather.done = done
-        gather.strike = partial(self.lookups.conclusions.strike, gather)
-        self._stages[gather] = None
+        stage = self._stages[gather] = Stage(gather, keep)
+        gather.done = stage.tell
+        gather.strike = lambda: self._strike(gather, stage)
         try:
             if gather.work.expired:
-                self.lookups.conclusions.strike(gather)
+                gather.strike()
             else:
                 gather.work.enter(gather)
-                self.lookups.open(gather)
-            if not ended:
-                future = self._stages[gather] = loop.create_future()
-                await future
+                self.flights.look(gather)
+            await stage.wait()
         finally:
             self._stages.pop(gather, None)
             gather.work.leave(gather)
             gather.strike = nothing
-            if not ended and not loop.is_closed():
-                self.lookups.conclusions.abandon(gather)
+            if not stage.over and not loop.is_closed():
+                self.flights.abandon(gather)
+
+    def _strike(self, gather: Gather, stage: Stage) -> None:
+        """End the waiting of a stage at its deadline, whatever the engine makes of that."""
+        try:
+            self.flights.strike(gather)
+        except BaseException as error:
+            self.flights.broken(gather, error)
+        stage.tell(gather)
 
     # The event loop ---------------------------------------------------------------------------
 
     @property
+    def workers(self) -> int:
+        """How many workers are under way to call sources."""
+        return sum(not task.done() for task in self.flights.dispatch.workers)
+
+    @property
+    def in_flight(self) -> int:
+        """How many keys are being acquired, by a flight that newcomers may join."""
+        return len(self.flights.board.flights)
+
+    @property
     def busy(self) -> bool:
         """Whether anything is under way."""
-        scheduler = self.scheduler
+        flights = self.flights
         return bool(
-            self._stages or scheduler.dispatch.workers or scheduler.tasks or self.refresher.active
+            self._stages or flights.dispatch.workers or flights.tasks or self.refresher.active
         )
 
     def enter(self) -> asyncio.AbstractEventLoop:
@@ -1062,8 +1036,7 @@ class Engine:
         Raises:
             RuntimeError: if the builder is closed, or has work under way on another loop.
         """
-        if self.closed:
-            raise BuilderClosedError
+        self.require_open()
         return self.attach()
 
     def attach(self) -> asyncio.AbstractEventLoop:
@@ -1083,32 +1056,25 @@ class Engine:
                     "this builder has work under way on another event loop; use one builder per "
                     "loop, or a SyncSnapshotBuilder to share one between threads"
                 )
-            self.forget()
+            self.flights.forget()
+            self._stages.clear()
         self._loop = loop
         return loop
-
-    def forget(self) -> None:
-        """Drop everything that belonged to an event loop which has ended."""
-        self.scheduler.forget()
-        self.lookups.reads.forget()
-        self.refresher.forget()
-        self._stages.clear()
-
-    # The end ----------------------------------------------------------------------------------
 
     def require_open(self) -> None:
         """Raise `RuntimeError` once the builder is closed."""
         if self.closed:
             raise BuilderClosedError
 
+    # The end ----------------------------------------------------------------------------------
+
     def close(self) -> None:
         """Refuse new stages, and end those under way with an error."""
         self.closed = True
         self.refresher.closed = True
-        for gather, future in tuple(self._stages.items()):
-            self.lookups.conclusions.abandon(gather)
-            if future is not None and not future.done():
-                future.set_exception(BuilderClosedError())
+        for gather, stage in tuple(self._stages.items()):
+            self.flights.abandon(gather)
+            stage.fail(BuilderClosedError())
 
     async def stop(self, timeout_seconds: float) -> Mapping[str, int]:
         """End every task; return how many calls of each source are still running after that long.
@@ -1116,11 +1082,10 @@ class Engine:
         A source that runs in a thread, or ignores its cancellation, cannot be ended from outside.
         """
         self.refresher.cancel()
-        self.equipment.access.unsubscribe(self._news)
-        scheduler = self.scheduler
-        for task in (*scheduler.dispatch.workers, *scheduler.tasks):
+        self.equipment.access.unsubscribe(self.flights)
+        running = {*self.flights.dispatch.workers, *self.flights.tasks}
+        for task in running:
             task.cancel()
-        running = {*scheduler.dispatch.workers, *scheduler.tasks}
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
         left: dict[str, int] = {}
@@ -1130,4 +1095,4 @@ class Engine:
         return left
 
     def __repr__(self) -> str:
-        return f"<Engine stages={len(self._stages)} {self.scheduler!r} closed={self.closed}>"
+        return f"<Engine stages={len(self._stages)} {self.flights!r} closed={self.closed}>"

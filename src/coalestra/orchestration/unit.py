@@ -52,11 +52,13 @@ class Unit:
 
     __slots__ = (
         "created_at",
+        "cut_short",
         "engine",
         "failures",
         "lasting",
         "pins",
         "requested",
+        "undelivered",
         "work",
         "_began",
     )
@@ -69,14 +71,12 @@ class Unit:
         self.requested: dict[ResourceKey, None] = {}
         self.pins: Pins = Pins()
         self.failures: dict[ResourceKey, Failure] = {}
+        self.cut_short: bool = False
+        self.undelivered: bool = False
         self._began = engine.equipment.clock.monotonic()
 
     async def single_stage(self, keys: Mapping[ResourceKey, None]) -> Snapshot:
-        """Settle the keys and return the snapshot of a unit that has no other stage.
-
-        Raises:
-            SnapshotBuildError: as `snapshot`.
-        """
+        """Settle the keys and return the snapshot of a unit that has no other stage."""
         warm = self.engine.warm_reads
         values = await warm.values(self.work, keys) if warm.likely(keys) else None
         if values is None:
@@ -148,23 +148,21 @@ class Unit:
     ) -> Snapshot:
         """Return an isolated snapshot, within the deadline if `bound`.
 
-        Raises:
-            SnapshotBuildError: without a snapshot, if not even the copying fitted the deadline.
+        What is not copied when the deadline strikes is among the errors; `cut_short` says that
+        there is such, `undelivered` that nothing was copied.
         """
         readings = self.visible() if readings is None else readings
-        try:
-            values, uncopied = await self.engine.deliveries.values(
-                readings, self.work.deadline if bound else None
-            )
-        except SnapshotDeadlineExceededError as late:
+        values, uncopied = await self.engine.deliveries.values(
+            readings, self.work.deadline if bound else None
+        )
+        late = any(isinstance(e, SnapshotDeadlineExceededError) for e in uncopied.values())
+        if late:
             report = self.engine.equipment.report
             self.engine.equipment.counters.deadlines_exceeded += 1
             if report is not None:
                 report.copy_deadline_exceeded(self.work.context.snapshot_id, "snapshot_delivery")
-            text = str(late)
-            raise SnapshotBuildError(
-                {key: SnapshotDeadlineExceededError(text) for key in readings}
-            ) from late
+        self.cut_short = late
+        self.undelivered = late and not values
         failed = self.errors() if errors is None else errors
         return self._assembled(values, {**failed, **uncopied} if uncopied else failed)
 
