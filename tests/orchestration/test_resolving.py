@@ -197,13 +197,20 @@ class Odd:
         return LASTING
 
 
+def blames_the_policy(error: Exception | None) -> None:
+    """The error is one of the library's, says what raised, and leads to the original."""
+    assert isinstance(error, ResourceResolutionError)
+    assert [each.source for each in error.failures] == ["freshness policy"]
+    assert isinstance(error.__cause__, LookupError)
+
+
 @pytest.mark.parametrize("make", [AsyncMemoryCache, SingleKeyCache, BatchCache])
 async def test_a_policy_that_raises_fails_its_key_alone(make: Any) -> None:
     shop = Shop(policy_resolver=PolicyResolver(LASTING, dynamic=Odd(OTHER)), cache=make())
     for _ in range(2):
         snapshot = await shop.builder.build([BASE, OTHER], strict=False)
         assert shown(snapshot) == {BASE: 1}
-        assert isinstance(snapshot.error_for(OTHER), LookupError)
+        blames_the_policy(snapshot.error_for(OTHER))
     assert shop.stock.calls == [BASE]
     await no_leaks(shop.builder)
 
@@ -214,7 +221,7 @@ async def test_a_policy_that_begins_to_raise_fails_what_is_already_cached() -> N
     await shop.builder.build([BASE])
     odd.key = BASE
     errors = await refused(shop.builder, BASE)
-    assert isinstance(errors[BASE], LookupError)
+    blames_the_policy(errors[BASE])
 
 
 async def test_a_policy_that_raises_for_a_dependency_fails_what_is_derived_from_it() -> None:
@@ -306,7 +313,7 @@ async def test_the_newest_stale_payload_stands_in_when_all_fail(ages: tuple[int,
     assert value.source == ("one" if ages[0] < ages[1] else "two")
     assert (value.stale, value.from_cache, value.age_seconds) == (True, False, 20)
     assert snapshot.stale_keys == (key("x"),)
-    assert (await building.build([key("x")]))[key("x")].from_cache is False, "stale is not cached"
+    assert (await building.build([key("x")]))[key("x")].from_cache, "it is kept to stand in again"
 
 
 @pytest.mark.parametrize(
@@ -325,6 +332,7 @@ async def test_cached_and_fetched_candidates_compete_by_their_observation(
     value = (await building.build([BASE]))[BASE]
     assert value.value == ("cached" if from_cache else "fetched")
     assert (value.from_cache, value.stale) == (from_cache, True)
+    await building.aclose()
 
 
 async def test_a_stand_in_tells_what_it_stands_in_for() -> None:
@@ -535,7 +543,6 @@ async def test_a_refresh_tells_its_source_whose_and_why_it_is(
     await building.wait_for_refreshes()
     context = seen[1]
     assert context.metadata == {
-        "tenant": "a",
         "background_refresh": True,
         "refresh_reason": reason,
         "parent_snapshot_id": snapshot.snapshot_id,
