@@ -1,146 +1,75 @@
-"""One view over any cache: sealed revisions in and out, whatever the cache can do by itself."""
+"""What the engine and the publisher use of a cache, whichever it is."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection
 
-from coalestra.cache.foreign import RemoteAccess
+from coalestra.cache.foreign import ForeignCache
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.store import CacheListener, EntryStore, Ranked, Written, best_per_key
+from coalestra.cache.store import EntryStore, Listeners
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.values import Revision
 
 
-class CacheAccess(Protocol):
-    """What the engine and the publisher need of a cache.
+class CacheAccess:
+    """One cache, as the library uses it: without awaiting, or as one that has to be awaited.
 
-    Where ``store`` is not None, callers may use it directly and without awaiting; the methods here
-    do the same work. Failures of the cache are raised as they are.
+    A subclass of `AsyncMemoryCache` has to be awaited, because it may have changed any method.
+
+    Args:
+        cache: the cache.
+        copies: seal and open values at the edge of a cache that has to be awaited.
+        max_pending_tasks: bounds the calls at a time to one with single-key methods only.
+        observation: how far ahead of the clock what is held may be dated.
+        failed: told of each failure that the library goes on without: the operation, the error.
+
+    Attributes:
+        cache: the cache.
+        store: the entry store of the library's own memory cache, else None.
+        foreign: the view over any other cache, else None.
     """
 
-    @property
-    def cache(self) -> AsyncCache:
-        """The cache behind this view."""
+    __slots__ = ("cache", "foreign", "store")
 
-    @property
-    def store(self) -> EntryStore | None:
-        """The entry store of the library's own memory cache; None for any other cache."""
-
-    async def read(
+    def __init__(
         self,
-        keys: Collection[ResourceKey],
-        now: float,
-        policies: Mapping[ResourceKey, FreshnessPolicy],
-    ) -> dict[ResourceKey, Revision]:
-        """Return the usable entries among ``keys``, derived ones with current dependencies only."""
-
-    async def write(
-        self,
-        revisions: Collection[Revision],
-        *,
-        force: bool = False,
-        replace_equal: bool = False,
-        want_previous: bool = False,
-    ) -> dict[ResourceKey, Written]:
-        """Offer revisions by the write order, the best per key; return what became of them."""
-
-    async def invalidate(self, keys: Collection[ResourceKey]) -> None:
-        """Remove ``keys``. Listeners hear of it before the first await."""
-
-    def subscribe(self, listener: CacheListener) -> None:
-        """Tell ``listener`` of changes from now on; it is held weakly."""
-
-    def unsubscribe(self, listener: CacheListener) -> None:
-        """Tell ``listener`` nothing more."""
-
-    def announce(self, publications: Sequence[Ranked]) -> None:
-        """Tell listeners that publications begin; always followed by ``conclude``."""
-
-    def conclude(self, publications: Sequence[Ranked]) -> None:
-        """Tell listeners that announced publications have ended."""
-
-
-class MemoryAccess:
-    """The view over the library's own memory cache: its store, used without copies or awaits."""
-
-    __slots__ = ("_cache", "_store")
-
-    def __init__(self, cache: AsyncMemoryCache) -> None:
-        self._cache = cache
-        self._store = cache.store
+        cache: AsyncCache,
+        copies: PayloadCopies,
+        max_pending_tasks: int,
+        observation: ObservationPolicy,
+        failed: Callable[[str, Exception], None] | None = None,
+    ) -> None:
+        self.cache: AsyncCache = cache
+        self.store: EntryStore | None = None
+        self.foreign: ForeignCache | None = None
+        if type(cache) is AsyncMemoryCache:
+            self.store = cache.store
+            self.store.tolerate(observation)
+        else:
+            self.foreign = ForeignCache(cache, copies, max_pending_tasks, observation, failed)
 
     def __repr__(self) -> str:
-        return f"MemoryAccess({self._store!r})"
+        return f"CacheAccess({self.store or self.foreign!r})"
 
     @property
-    def cache(self) -> AsyncCache:
-        """The cache behind this view."""
-        return self._cache
+    def subscribers(self) -> Listeners:
+        """Who hears of changes through this view, on any event loop."""
+        return self.foreign.subscribers if self.store is None else self.store.listeners
 
     @property
-    def store(self) -> EntryStore:
-        """The cache's entry store."""
-        return self._store
-
-    async def read(
-        self,
-        keys: Collection[ResourceKey],
-        now: float,
-        policies: Mapping[ResourceKey, FreshnessPolicy],
-    ) -> dict[ResourceKey, Revision]:
-        """Return the usable entries among ``keys``; see `EntryStore.find`."""
-        find = self._store.find
-        return {
-            key: revision for key in keys if (revision := find(key, now, policies[key])) is not None
-        }
-
-    async def write(
-        self,
-        revisions: Collection[Revision],
-        *,
-        force: bool = False,
-        replace_equal: bool = False,
-        want_previous: bool = False,
-    ) -> dict[ResourceKey, Written]:
-        """Put the best revision per key into the store; ``previous`` is always known."""
-        return {
-            key: Written(*self._store.put(revision, force=force, replace_equal=replace_equal))
-            for key, revision in best_per_key(revisions).items()
-        }
+    def listeners(self) -> Listeners:
+        """Who hears of changes to the cache on the running event loop, which must be there."""
+        return self.foreign.channel().listeners if self.store is None else self.store.listeners
 
     async def invalidate(self, keys: Collection[ResourceKey]) -> None:
-        """Drop ``keys`` from the store."""
-        self._store.drop(keys)
+        """Remove ``keys``; listeners hear of it before the first await.
 
-    def subscribe(self, listener: CacheListener) -> None:
-        """Tell ``listener`` of changes to the store from now on; it is held weakly."""
-        self._store.subscribe(listener)
-
-    def unsubscribe(self, listener: CacheListener) -> None:
-        """Tell ``listener`` nothing more."""
-        self._store.unsubscribe(listener)
-
-    def announce(self, publications: Sequence[Ranked]) -> None:
-        """Tell the store's listeners that publications begin."""
-        self._store.listeners.announced(publications)
-
-    def conclude(self, publications: Sequence[Ranked]) -> None:
-        """Tell the store's listeners that announced publications have ended."""
-        self._store.listeners.concluded(publications)
-
-
-def access_to(cache: AsyncCache, copies: PayloadCopies, max_pending_tasks: int) -> CacheAccess:
-    """Return the view over ``cache``.
-
-    ``copies`` seals and opens values at the edge of a cache that is not the library's own, and
-    ``max_pending_tasks`` bounds the tasks that drive one with single-key methods only. A subclass
-    of `AsyncMemoryCache` counts as foreign, because it may have changed any method.
-    """
-    if type(cache) is AsyncMemoryCache:
-        return MemoryAccess(cache)
-
-    return RemoteAccess(cache, copies, max_pending_tasks)
+        Raises:
+            CacheUnavailableError: the cache did not do it; or what the cache raised.
+        """
+        if self.store is not None:
+            self.store.drop(keys)
+        elif self.foreign is not None:
+            await self.foreign.invalidate(keys)

@@ -1,63 +1,186 @@
-"""Driving many single-key operations with few tasks."""
+"""A cache that is not the library's own: awaited, slow, fallible, and an edge where values are copied.
+
+Laws:
+
+1. Every call to it has a time limit, and whatever it raises belongs to the keys that it was about:
+   one that cannot be read is a miss, one that cannot be written is told. Where a call for many keys
+   fails, they are tried one by one.
+2. A cache that failed too often in a row is left alone for a while: reads are misses at once, values
+   are not stored. What an application asked for, a publication or an invalidation, is tried all the
+   same, and raises if it was not done.
+3. Writes and invalidations of one key run one after the other, in the order they were asked for,
+   among all users of the cache object on one event loop.
+4. A value on its way into the cache counts as held, for all of them. A later revision or an
+   invalidation ends that, and then it is not written any more.
+5. What is held is judged as in the memory cache: the write order, the tolerated future, and for what
+   is derived the revisions held now. A mismatch that the cache should have seen itself is a miss.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import weakref
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Final, TypeVar
-
-from coalestra.cache.memory import Sealing
-from coalestra.cache.store import CacheListener, Listeners, Ranked, Written, best_per_key, decide
-from coalestra.concurrency.copying import PayloadCopies
-from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy
-from coalestra.core.protocols import (
-    AsyncCache,
-    AtomicAsyncCache,
-    BatchAsyncCache,
-    BatchAtomicAsyncCache,
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Hashable,
+    Iterable,
+    Mapping,
 )
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from coalestra.cache.memory import open_value, revision_of, seal_value
+from coalestra.cache.store import (
+    UNCHECKED,
+    Currency,
+    Listeners,
+    Outcome,
+    best_per_key,
+    decide,
+    future_tolerance,
+)
+from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.pace import Pace
+from coalestra.core.errors import (
+    CacheCircuitOpenError,
+    CacheTimeoutError,
+    CacheUnavailableError,
+)
+from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy, ObservationPolicy
+from coalestra.core.protocols import AsyncCache
 from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
+from coalestra.core.validation import integer, number
 from coalestra.core.values import Revision, SnapshotValue
 
-# Driving many single-key operations with few tasks -----------------------------------------------
+# Many calls, few tasks: each bounded, each alone with its failure --------------------------------
 
-
+_I = TypeVar("_I", bound=Hashable)
 _T = TypeVar("_T")
 
 
-async def for_each(
-    items: Collection[_T], operation: Callable[[_T], Awaitable[None]], limit: int
-) -> None:
-    """Apply ``operation`` to every item with at most ``limit`` tasks, started in order.
+class _Shift(Generic[_I]):
+    """What one worker is at: an item since some time, or nothing; ``over`` if it is given up."""
 
-    The first failure stops the rest and is raised. No task is left behind, whatever happens.
+    __slots__ = ("began", "items", "over")
+
+    def __init__(self, now: float) -> None:
+        self.began: float = now
+        self.items: tuple[_I, ...] = ()
+        self.over: bool = False
+
+
+def _never() -> None:
+    """Refuse nothing."""
+
+
+def _untold(_error: BaseException | None) -> None:
+    """Take no notice."""
+
+
+async def call_each(
+    items: Collection[_I],
+    call: Callable[[_I], Awaitable[_T]],
+    *,
+    width: int,
+    seconds: float,
+    refused: Callable[[], Exception | None] = _never,
+    ended: Callable[[BaseException | None], None] = _untold,
+) -> tuple[dict[_I, _T], dict[_I, BaseException]]:
+    """Make a call for every item, at most ``width`` at a time; return results and failures.
+
+    A call that takes longer than ``seconds`` is cancelled and counts as failed by a
+    `CacheTimeoutError`; should it not end, it is left behind. ``refused`` is asked before each call
+    and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
+    caller's own cancellation.
     """
-    remaining = iter(items)
+    results: dict[_I, _T] = {}
+    failures: dict[_I, BaseException] = {}
+    rest = iter(items)
+    loop = asyncio.get_running_loop()
+    busy: dict[asyncio.Task[None], _Shift[_I]] = {}
 
-    async def work() -> None:
-        for item in remaining:
-            await operation(item)
+    def failed(item: _I, error: BaseException) -> None:
+        failures[item] = error
+        ended(error)
 
-    workers = min(limit, len(items))
-    if workers <= 1:
-        await work()
-        return
-    tasks = [asyncio.ensure_future(work()) for _ in range(workers)]
+    async def work(shift: _Shift[_I]) -> None:
+        for item in rest:
+            refusal = refused()
+            if refusal is not None:
+                failures[item] = refusal
+                continue
+            shift.items, shift.began = (item,), loop.time()
+            try:
+                result = await call(item)
+            except Exception as error:
+                if shift.over:
+                    return
+                failed(item, error)
+            else:
+                if shift.over:
+                    return
+                results[item] = result
+                ended(None)
+            shift.items = ()
+
+    def begin() -> None:
+        shift: _Shift[_I] = _Shift(loop.time())
+        busy[loop.create_task(work(shift), name="coalestra cache call")] = shift
+
+    for _ in range(min(width, len(items))):
+        begin()
     try:
-        await asyncio.gather(*tasks)
+        while busy:
+            end = min(shift.began for shift in busy.values()) + seconds
+            left = max(0.0, end - loop.time())
+            await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            for task, shift in tuple(busy.items()):
+                late = not task.done() and loop.time() >= shift.began + seconds
+                if late:
+                    shift.over = True
+                    _leave_behind(task)
+                elif not task.done():
+                    continue
+                del busy[task]
+                error = CacheTimeoutError(seconds) if late else _ending_of(task)
+                if shift.items:  # its call ended the worker, or has not ended
+                    failed(shift.items[0], error)
+                    begin()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for task, shift in busy.items():
+            shift.over = True
+            _leave_behind(task)
+    return results, failures
+
+
+_left_behind: set[asyncio.Task[None]] = set()
+"""Calls that were cancelled; some may not care. Nobody else refers to them."""
+
+
+def _leave_behind(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    _left_behind.add(task)
+    task.add_done_callback(_forget)
+
+
+def _forget(task: asyncio.Task[None]) -> None:
+    _left_behind.discard(task)
+    if not task.cancelled():
+        task.exception()  # seen
+
+
+def _ending_of(task: asyncio.Task[None]) -> BaseException:
+    error = None if task.cancelled() else task.exception()
+    return asyncio.CancelledError() if error is None else error
 
 
 # Turns per key: operations on the same key run one after the other, in the order they asked ------
 #
-# An operation queues for all its keys in one step and runs when it is the first for each of them,
-# so
+# An operation queues for all its keys in one step and runs when it is the first for each of them, so
 # operations over several keys cannot block each other in a circle. Nothing is kept for an idle key.
 
 
@@ -141,24 +264,25 @@ class Turn:
             self._lanes.end(self)
 
 
-# What the users of one foreign cache object share: turns per key, and the news -------------------
+# What the users of one foreign cache object share ------------------------------------------------
 
 
 class Channel:
-    """The lanes and listeners of one cache on one event loop.
+    """The lanes and listeners of one cache on one event loop, and the values on their way into it.
 
     A publisher made by the application and a builder over the same cache object meet here, so the
     builder hears of what the publisher does. It holds cache and loop, so neither identity can be
     taken by another object while the channel lives.
     """
 
-    __slots__ = ("__weakref__", "cache", "lanes", "listeners", "loop")
+    __slots__ = ("__weakref__", "cache", "lanes", "listeners", "loop", "on_their_way")
 
     def __init__(self, cache: AsyncCache, loop: asyncio.AbstractEventLoop) -> None:
         self.cache: AsyncCache = cache
         self.loop: asyncio.AbstractEventLoop = loop
         self.lanes: KeyLanes = KeyLanes()
         self.listeners: Listeners = Listeners()
+        self.on_their_way: dict[ResourceKey, Revision] = {}
 
     def __repr__(self) -> str:
         return f"Channel({type(self.cache).__name__}, {self.lanes!r}, {self.listeners!r})"
@@ -177,388 +301,774 @@ def channel_of(cache: AsyncCache) -> Channel:
     return channel
 
 
-# The calls a cache offers, found by structure and used as widely as it allows --------------------
+# The calls that a cache offers, used as widely as it allows --------------------------------------
+
+DEFAULT_TIMEOUT_SECONDS: Final = 1.0
+"""How long one call may take, unless the cache has ``timeout_seconds`` of its own."""
+
+_FAILURES_IN_A_ROW = 5
+_RECOVERY_SECONDS = 5.0
+_ANY_AGE = FreshnessPolicy(math.inf, math.inf)
+_ALL: Final = "all keys"
+
+Found = dict[ResourceKey, SnapshotValue[Any]]
+Failures = dict[ResourceKey, Exception]
+Policies = Mapping[ResourceKey, FreshnessPolicy]
 
 
-ANY_AGE: Final = FreshnessPolicy(float("inf"), float("inf"))
+class _Circuit:
+    """Keeps a cache that fails from costing every call its time limit; times are the loop's.
 
-Values = Mapping[ResourceKey, SnapshotValue[Any]]
+    Open from the last of too many failures in a row, it lets one call through at a time of recovery.
+    """
+
+    __slots__ = ("failures", "until")
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.until = 0.0
+
+    def admits(self, now: float) -> bool:
+        """Whether a call may be made; if it is to find out whether the cache is back, the only one."""
+        if self.failures < _FAILURES_IN_A_ROW:
+            return True
+        if now < self.until:
+            return False
+        self.until = now + _RECOVERY_SECONDS
+        return True
+
+    def failed(self, now: float) -> None:
+        """Take in a failure."""
+        self.failures += 1
+        self.until = now + _RECOVERY_SECONDS
 
 
 class CacheCalls:
-    """Reads, offers and invalidations over one cache, for any number of keys.
+    """Reads, offers and removals over one cache, for any number of keys; none of them raises.
 
     Nothing here keeps writers apart: comparing and setting without an atomic method is safe only
     while the caller holds the keys' lanes.
+
+    Attributes:
+        cache: the cache; what it can do is looked up once, by attribute.
+        carries_many: whether one call can carry many keys.
+        is_atomic: whether it compares and stores in one step.
+        validates_dependencies, validates_order: what it promises to check itself.
+        counts: calls, failures and timeouts of it, and calls that were not made as it is left alone.
     """
 
-    __slots__ = ("_atomic", "_batch", "_batch_atomic", "_limit", "cache", "validates_dependencies")
+    __slots__ = (
+        "_limit",
+        "_offers_many",
+        "_offers_one",
+        "_reading",
+        "_seconds",
+        "_tells_policies",
+        "_told",
+        "_writing",
+        "cache",
+        "carries_many",
+        "counts",
+        "is_atomic",
+        "validates_dependencies",
+        "validates_order",
+    )
 
-    def __init__(self, cache: AsyncCache, limit: int) -> None:
-        self.cache: AsyncCache = cache
-        self.validates_dependencies: bool = (
-            getattr(cache, "validates_dependency_versions", False) is True
-        )
-        self._batch = cache if isinstance(cache, BatchAsyncCache) else None
-        self._batch_atomic = cache if isinstance(cache, BatchAtomicAsyncCache) else None
-        self._atomic = cache if isinstance(cache, AtomicAsyncCache) else None
+    def __init__(
+        self, cache: Any, limit: int, told: Callable[[str, Exception], None] | None
+    ) -> None:
+        self.cache: Any = cache
+        self.carries_many: bool = _has(cache, "get_many", "set_many", "invalidate_many")
+        self._offers_many = self.carries_many and _has(cache, "set_many_if_newer")
+        self._offers_one = _has(cache, "set_if_newer")
+        self.is_atomic: bool = self._offers_many or self._offers_one
+        self.validates_dependencies: bool = _says(cache, "validates_dependency_versions")
+        self.validates_order: bool = _says(cache, "validates_write_order")
+        self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
+        self._tells_policies = _says(cache, "accepts_policies")
+        self._seconds = _limit_of(cache)
         self._limit = limit
+        self._told = told
+        self._reading = _Circuit()
+        self._writing = _Circuit()
 
     def __repr__(self) -> str:
-        abilities = {
-            "batch": self._batch,
-            "atomic": self._atomic,
-            "batch atomic": self._batch_atomic,
-        }
-        named = [name for name, able in abilities.items() if able is not None]
+        named = [name for name in ("carries_many", "is_atomic") if getattr(self, name)]
         return f"CacheCalls({type(self.cache).__name__}: {', '.join(named) or 'single keys'})"
 
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether the cache has failed too often in a row to be asked just now."""
+        return max(self._reading.failures, self._writing.failures) >= _FAILURES_IN_A_ROW
+
     async def get(
-        self,
-        keys: Collection[ResourceKey],
-        now: float,
-        policies: Mapping[ResourceKey, FreshnessPolicy],
-    ) -> dict[ResourceKey, SnapshotValue[Any]]:
-        """Return the values that the cache holds and calls usable, in the order of ``keys``."""
-        if not keys:
-            return {}
-        found: Mapping[ResourceKey, CacheLookup | None]
-        if self._batch is not None:
-            found = await self._batch.get_many(keys, now=now, policies=policies)
-        else:
-            found = await self._get_each(keys, now, policies)
-        values = {}
+        self, keys: Collection[ResourceKey], now: float, policies: Policies, horizon: float
+    ) -> Found:
+        """Return what the cache holds and calls usable, if dated no later than ``horizon``."""
+
+        async def many() -> Any:
+            found = await self.cache.get_many(keys, now=now, policies=policies)
+            return {key: found.get(key) for key in keys}
+
+        async def one(key: ResourceKey) -> Any:
+            return await self.cache.get(key, now=now, policy=policies[key])
+
+        answers, failures = await self._many_or_each(self._reading, "get", keys, many, one)
+        values: Found = {}
         for key in keys:
-            value = _usable(found.get(key))
-            if value is not None:
-                values[key] = _of_key(value, key)
+            try:
+                value = _usable(answers.get(key), key)
+            except Exception as error:
+                failures[key] = error
+            else:
+                if value is not None and value.observed_at <= horizon:
+                    values[key] = value
+        self.tell("read", failures)
         return values
 
-    async def get_any_age(
-        self, keys: Collection[ResourceKey], now: float
-    ) -> dict[ResourceKey, SnapshotValue[Any]]:
-        """Return what the cache holds for ``keys``, however old."""
-        return await self.get(keys, now, dict.fromkeys(keys, ANY_AGE))
+    async def held(self, keys: Collection[ResourceKey], now: float) -> Found:
+        """Return what the cache holds for ``keys``, however old or new."""
+        return await self.get(keys, now, dict.fromkeys(keys, _ANY_AGE), math.inf)
+
+    async def store(self, values: Found, policies: Policies, *, insist: bool) -> Failures:
+        """Store values whatever is there."""
+
+        async def many() -> Any:
+            await self.cache.set_many(tuple(values.values()), **self._policies(policies, values))
+            return dict.fromkeys(values)
+
+        async def one(key: ResourceKey) -> Any:
+            await self.cache.set(values[key], **self._policy(policies, key))
+
+        _, failures = await self._many_or_each(self._writing, "set", values, many, one, insist)
+        return failures
 
     async def offer(
-        self,
-        values: Values,
-        results: dict[ResourceKey, CacheWriteResult],
-        *,
-        force: bool,
-        replace_equal: bool,
-    ) -> None:
-        """Write ``values`` by the write order, entering each outcome in ``results`` as it comes."""
-        if self._batch_atomic is not None:
-            outcome = await self._batch_atomic.set_many_if_newer(
-                tuple(values.values()), force=force, replace_equal=replace_equal
+        self, values: Found, policies: Policies, *, force: bool, replace_equal: bool, insist: bool
+    ) -> tuple[dict[ResourceKey, CacheWriteResult], Failures]:
+        """Let the cache store what its own comparison prefers."""
+        terms: dict[str, Any] = {"force": force, "replace_equal": replace_equal}
+
+        async def many() -> Any:
+            chosen = tuple(values.values())
+            results = await self.cache.set_many_if_newer(
+                chosen, **terms, **self._policies(policies, values)
             )
-            results.update({key: outcome[key] for key in values})
-        elif self._atomic is not None:
-            atomic = self._atomic
+            return {key: _result(results[key], key) for key in values}
 
-            async def offer_one(value: SnapshotValue[Any]) -> None:
-                results[value.key] = await atomic.set_if_newer(
-                    value, force=force, replace_equal=replace_equal
+        async def one(key: ResourceKey) -> Any:
+            value = values[key]
+            if self._offers_one:
+                result = await self.cache.set_if_newer(
+                    value, **terms, **self._policy(policies, key)
                 )
-
-            await for_each(values.values(), offer_one, self._limit)
-        else:
-            await self._compare_and_set(values, results, force, replace_equal)
-
-    async def invalidate(self, keys: Collection[ResourceKey]) -> None:
-        """Remove ``keys`` from the cache."""
-        if not keys:
-            return
-        if self._batch is not None:
-            await self._batch.invalidate_many(keys)
-        else:
-            await for_each(keys, self.cache.invalidate, self._limit)
-
-    async def _get_each(
-        self,
-        keys: Collection[ResourceKey],
-        now: float,
-        policies: Mapping[ResourceKey, FreshnessPolicy],
-    ) -> dict[ResourceKey, CacheLookup]:
-        found: dict[ResourceKey, CacheLookup] = {}
-
-        async def get_one(key: ResourceKey) -> None:
-            found[key] = await self.cache.get(key, now=now, policy=policies[key])
-
-        await for_each(keys, get_one, self._limit)
-        return found
-
-    async def _compare_and_set(
-        self,
-        values: Values,
-        results: dict[ResourceKey, CacheWriteResult],
-        force: bool,
-        replace_equal: bool,
-    ) -> None:
-        now = max((value.fetched_at for value in values.values()), default=0.0)
-        held = await self.get_any_age(tuple(values), now)
-        stored = {}
-        for key, value in values.items():
-            current = held.get(key)
-            status = decide(value, current, force=force, replace_equal=replace_equal)
-            if current is None or status is CacheWriteStatus.STORED:
-                stored[key] = CacheWriteResult(status, value, current)
             else:
-                results[key] = CacheWriteResult(status, current, current)
-        await self._set(stored, results)
+                several = self._policies(policies, (key,))
+                results = await self.cache.set_many_if_newer((value,), **terms, **several)
+                result = results[key]
+            return _result(result, key)
 
-    async def _set(
-        self,
-        stored: Mapping[ResourceKey, CacheWriteResult],
-        results: dict[ResourceKey, CacheWriteResult],
-    ) -> None:
-        if not stored:
-            return
-        if self._batch is not None:
-            await self._batch.set_many(tuple(result.value for result in stored.values()))
-            results.update(stored)
-            return
-
-        async def set_one(result: CacheWriteResult) -> None:
-            await self.cache.set(result.value)
-            results[result.value.key] = result
-
-        await for_each(stored.values(), set_one, self._limit)
-
-
-def _usable(lookup: CacheLookup | None) -> SnapshotValue[Any] | None:
-    if lookup is None or not (lookup.fresh or lookup.usable_stale):
-        return None
-    return lookup.value
-
-
-def _of_key(value: SnapshotValue[Any], key: ResourceKey) -> SnapshotValue[Any]:
-    if value.key != key:
-        raise ValueError(
-            f"the cache answered {key} with a value of {value.key}; a cache must store and "
-            "return values under their own key"
+        many_at_once = many if self._offers_many else None
+        return await self._many_or_each(
+            self._writing, "set_if_newer", values, many_at_once, one, insist
         )
+
+    async def remove(self, keys: Collection[ResourceKey], *, insist: bool) -> Failures:
+        """Remove ``keys`` from the cache."""
+
+        async def many() -> Any:
+            await self.cache.invalidate_many(keys)
+            return dict.fromkeys(keys)
+
+        _, failures = await self._many_or_each(
+            self._writing, "invalidate", keys, many, self.cache.invalidate, insist
+        )
+        return failures
+
+    def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
+        """Report failures that the library goes on without; refusals are only counted."""
+        if self._told is not None:
+            for error in {id(error): error for error in failures.values()}.values():
+                if not isinstance(error, CacheCircuitOpenError):
+                    self._told(operation, error)
+
+    def _policies(self, policies: Policies, keys: Iterable[ResourceKey]) -> dict[str, Any]:
+        if not self._tells_policies:
+            return {}
+        return {"policies": {key: policies[key] for key in keys}}
+
+    def _policy(self, policies: Policies, key: ResourceKey) -> dict[str, Any]:
+        return {"policy": policies[key]} if self._tells_policies else {}
+
+    async def _many_or_each(
+        self,
+        circuit: _Circuit,
+        operation: str,
+        keys: Collection[ResourceKey],
+        many: Callable[[], Awaitable[Any]] | None,
+        one: Callable[[ResourceKey], Awaitable[Any]],
+        insist: bool = False,
+    ) -> tuple[dict[ResourceKey, Any], Failures]:
+        """Make one call for all keys; if there is none, or it fails, one for each."""
+        if not keys:
+            return {}, {}
+        if many is not None and self.carries_many:
+            made = many
+            results, failures = await self._calls(
+                circuit, f"{operation} of many", (_ALL,), lambda _: made(), insist
+            )
+            if not failures:
+                return results[_ALL], {}
+            error = failures[_ALL]
+            if isinstance(error, (CacheTimeoutError, CacheCircuitOpenError)):
+                return {}, dict.fromkeys(keys, error)
+        return await self._calls(circuit, operation, keys, one, insist)
+
+    async def _calls(
+        self,
+        circuit: _Circuit,
+        operation: str,
+        items: Collection[_I],
+        call: Callable[[_I], Awaitable[_T]],
+        insist: bool,
+    ) -> tuple[dict[_I, _T], dict[_I, Exception]]:
+        loop, counts, name = asyncio.get_running_loop(), self.counts, type(self.cache).__name__
+        free = self._limit if insist else 0
+
+        def refused() -> Exception | None:
+            nonlocal free
+            free -= 1
+            if free >= 0 or circuit.admits(loop.time()):
+                counts["calls"] += 1
+                return None
+            counts["refused"] += 1
+            return CacheCircuitOpenError(
+                f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is left "
+                f"alone for up to {_RECOVERY_SECONDS:g} s"
+            )
+
+        def ended(error: BaseException | None) -> None:
+            if error is None:
+                circuit.failures = self._reading.failures = 0
+                return
+            circuit.failed(loop.time())
+            counts["failures"] += 1
+            counts["timeouts"] += isinstance(error, CacheTimeoutError)
+
+        results, raised = await call_each(
+            items, call, width=self._limit, seconds=self._seconds, refused=refused, ended=ended
+        )
+        return results, {
+            item: _as_exception(error, operation, name) for item, error in raised.items()
+        }
+
+
+def _has(cache: Any, *methods: str) -> bool:
+    try:
+        return all(callable(getattr(cache, name, None)) for name in methods)
+    except Exception:
+        return False
+
+
+def _says(cache: Any, promise: str) -> bool:
+    try:
+        return getattr(cache, promise, False) is True
+    except Exception:
+        return False
+
+
+def _limit_of(cache: Any) -> float:
+    own = getattr(cache, "timeout_seconds", None)
+    if own is None:
+        return DEFAULT_TIMEOUT_SECONDS
+    seconds: float = number("timeout_seconds of the cache", own)
+    if seconds <= 0:
+        raise ValueError(f"timeout_seconds of the cache must be more than 0, got {seconds:g}")
+    return seconds
+
+
+def _as_exception(error: BaseException, operation: str, name: str) -> Exception:
+    if isinstance(error, Exception):
+        return error
+    own = CacheUnavailableError(f"{operation} of {name} ended in {type(error).__qualname__}")
+    own.__cause__ = error
+    return own
+
+
+def _usable(lookup: object, key: ResourceKey) -> SnapshotValue[Any] | None:
+    """Return the value of a lookup that may be used; raises for one that cannot be trusted."""
+    if lookup is None:
+        return None
+    if not isinstance(lookup, CacheLookup):
+        raise _odd(key, f"a {type(lookup).__qualname__} instead of a CacheLookup")
+    if lookup.value is None or not (lookup.fresh or lookup.usable_stale):
+        return None
+    return _sound(lookup.value, key)
+
+
+def _result(result: object, key: ResourceKey) -> CacheWriteResult:
+    if not isinstance(result, CacheWriteResult):
+        raise _odd(key, f"a {type(result).__qualname__} instead of a CacheWriteResult")
+    if result.status is not _STORED:
+        _sound(result.value, key)
+    return result
+
+
+def _sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
+    if type(value) is not SnapshotValue:
+        raise _odd(key, f"a {type(value).__qualname__} instead of a SnapshotValue")
+    if value.key != key:
+        raise _odd(key, f"a value of {value.key}; store and return values under their own key")
+    for name in ("observed_at", "fetched_at", "latency_ms"):
+        number(f"{name} of the cached value of {key}", getattr(value, name))
+    for name in ("attempts", "authority_rank"):
+        integer(f"{name} of the cached value of {key}", getattr(value, name))
+    versions = value.dependency_versions
+    if type(value.version) is not str or not all(
+        type(each) is ResourceKey and type(version) is str for each, version in versions.items()
+    ):
+        raise _odd(key, "versions that are no text")
     return value
 
 
-# Which derived values of a foreign cache rest on dependencies that are no longer current ---------
+def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
+    return CacheUnavailableError(f"the cache answered {key} with {answer}")
 
 
-async def read_dependencies(
-    calls: CacheCalls, values: Values, absent: Collection[ResourceKey], now: float
-) -> dict[ResourceKey, SnapshotValue[Any]]:
-    """Return ``values`` and everything in the cache that they rest on, directly or not.
-
-    One read per level of derivation. ``absent`` keys are known not to be there.
-    """
-    known = dict(values)
-    asked = {*values, *absent}
-    level: Iterable[SnapshotValue[Any]] = values.values()
-    while True:
-        wanted = dict.fromkeys(
-            key for value in level for key in value.dependency_versions if key not in asked
-        )
-        if not wanted:
-            return known
-        asked.update(wanted)
-        found = await calls.get_any_age(tuple(wanted), now)
-        known.update(found)
-        level = found.values()
-
-
-def outdated_among(known: Values) -> set[ResourceKey]:
-    """Return the keys of ``known`` with a dependency, direct or not, of another version.
-
-    ``known`` must hold every dependency that exists. Linear in entries and dependencies.
-    """
-    dependents: dict[ResourceKey, list[ResourceKey]] = defaultdict(list)
-    outdated: list[ResourceKey] = []
-    for key, value in known.items():
-        for dependency, version in value.dependency_versions.items():
-            dependents[dependency].append(key)
-            current = known.get(dependency)
-            if current is None or current.version != version:
-                outdated.append(key)
-    reached = set(outdated)
-    while outdated:
-        for dependent in dependents.get(outdated.pop(), ()):
-            if dependent not in reached:
-                reached.add(dependent)
-                outdated.append(dependent)
-    return reached
-
-
-# The view over a cache that is not the library's own: an edge, where values are copied -----------
-
+# The view over a cache that is not the library's own ---------------------------------------------
 
 _STORED = CacheWriteStatus.STORED
 _READ = "cache read"
 _WRITE = "cache write"
 
-Found = dict[ResourceKey, SnapshotValue[Any]]
-Results = dict[ResourceKey, CacheWriteResult]
+Outcomes = dict[ResourceKey, Outcome]
 
 
-class RemoteAccess:
+def _unheard(_outcomes: Outcomes) -> None:
+    """Stand in for one who does not want to know."""
+
+
+class _Terms(NamedTuple):
+    """On which terms revisions are offered, at ``now`` by the wall clock."""
+
+    policies: Policies
+    now: float
+    force: bool = False
+    replace_equal: bool = False
+    insist: bool = False
+
+
+class ForeignCache:
     """Reads and writes sealed revisions through any cache.
 
-    Writes and invalidations of one key run one after the other, in the order they were asked for,
-    among all users of the same cache object on one event loop.
+    Attributes:
+        subscribers: who hears of changes through this view; held weakly.
+        calls: the calls to the cache, with what it can do and what became of them.
     """
 
-    __slots__ = ("_calls", "_channel", "_listeners", "_sealing")
+    __slots__ = ("_channel", "_copies", "_tasks", "_tolerance", "calls", "subscribers")
 
-    def __init__(self, cache: AsyncCache, copies: PayloadCopies, max_pending_tasks: int) -> None:
-        self._calls = CacheCalls(cache, max_pending_tasks)
-        self._sealing = Sealing(copies)
-        self._listeners = Listeners()
+    def __init__(
+        self,
+        cache: AsyncCache,
+        copies: PayloadCopies,
+        max_pending_tasks: int,
+        observation: ObservationPolicy,
+        failed: Callable[[str, Exception], None] | None = None,
+    ) -> None:
+        self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed)
+        self.subscribers: Listeners = Listeners()
+        self._copies = copies
+        self._tolerance = future_tolerance(observation)
         self._channel: Channel | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
-        return f"RemoteAccess({self._calls!r})"
+        return f"ForeignCache({self.calls!r})"
 
-    @property
-    def cache(self) -> AsyncCache:
-        """The cache behind this view."""
-        return self._calls.cache
-
-    @property
-    def store(self) -> None:
-        """None: there is no entry store to use directly."""
-        return None
-
-    async def read(
-        self,
-        keys: Collection[ResourceKey],
-        now: float,
-        policies: Mapping[ResourceKey, FreshnessPolicy],
-    ) -> dict[ResourceKey, Revision]:
-        """Return the usable entries among ``keys``, in their order.
-
-        Unless the cache judges derived entries itself, those whose dependencies are no longer
-        current are left out, and invalidated.
-        """
-        self._bound()
-        values = await self._calls.get(keys, now, policies)
-        known = values
-        if not self._calls.validates_dependencies and _derived(values.values()):
-            absent = [key for key in keys if key not in values]
-            known = await read_dependencies(self._calls, values, absent, now)
-            outdated = outdated_among(known)
-            if outdated:
-                await self._drop_outdated({key: known.pop(key) for key in outdated}, now)
-        sealed = await self._sealing.seal_many(known, context=_READ)
-        return {key: sealed[key] for key in values if key in sealed}
-
-    async def write(
-        self,
-        revisions: Collection[Revision],
-        *,
-        force: bool = False,
-        replace_equal: bool = False,
-        want_previous: bool = False,
-    ) -> dict[ResourceKey, Written]:
-        """Offer the best revision per key; return what became of each.
-
-        ``previous`` is filled in only with ``want_previous``, because it costs a copy.
-        """
-        best = best_per_key(revisions)
-        channel = self._bound()
-        results: Results = {}
-        async with channel.lanes.turn(best):
-            try:
-                values = await self._sealing.open_many(best, context=_WRITE)
-                await self._offer(values, results, force, replace_equal)
-            finally:
-                for key, result in results.items():
-                    if result.status is _STORED:
-                        channel.listeners.revised(key, best[key])
-        return await self._outcomes(best, results, want_previous)
-
-    async def invalidate(self, keys: Collection[ResourceKey]) -> None:
-        """Remove ``keys``. Listeners hear of it before the first await, and again afterwards."""
-        unique = tuple(dict.fromkeys(keys))
-        channel = self._bound()
-        channel.listeners.invalidating(unique)
-        async with channel.lanes.turn(unique):
-            await self._calls.invalidate(unique)
-            for key in unique:
-                channel.listeners.revised(key, None)
-
-    def subscribe(self, listener: CacheListener) -> None:
-        """Tell ``listener`` of changes from now on; it is held weakly."""
-        self._listeners.subscribe(listener)
-
-    def unsubscribe(self, listener: CacheListener) -> None:
-        """Tell ``listener`` nothing more."""
-        self._listeners.unsubscribe(listener)
-
-    def announce(self, publications: Sequence[Ranked]) -> None:
-        """Tell listeners that publications begin. Needs a running event loop."""
-        self._bound().listeners.announced(publications)
-
-    def conclude(self, publications: Sequence[Ranked]) -> None:
-        """Tell listeners that announced publications have ended. Needs a running event loop."""
-        self._bound().listeners.concluded(publications)
-
-    def _bound(self) -> Channel:
+    def channel(self) -> Channel:
+        """Return what all users of the cache share on the running event loop."""
         channel = self._channel
         if channel is None or channel.loop is not asyncio.get_running_loop():
             if channel is not None:
-                channel.listeners.unsubscribe(self._listeners)
-            channel = self._channel = channel_of(self.cache)
-            channel.listeners.subscribe(self._listeners)
+                channel.listeners.unsubscribe(self.subscribers)
+                self._tasks.clear()
+            channel = self._channel = channel_of(self.calls.cache)
+            channel.listeners.subscribe(self.subscribers)
         return channel
 
-    async def _offer(
-        self, values: Found, results: Results, force: bool, replace_equal: bool
-    ) -> None:
-        await self._calls.offer(values, results, force=force, replace_equal=replace_equal)
-        outdated = await self._outdated_winners(results)
-        if outdated:
-            await self._calls.invalidate(outdated)
-            again = {key: values[key] for key in outdated}
-            await self._calls.offer(again, results, force=force, replace_equal=replace_equal)
+    # Reading ------------------------------------------------------------------------------------
 
-    async def _outdated_winners(self, results: Results) -> tuple[ResourceKey, ...]:
-        """An entry on outdated dependencies must not keep a newer revision out."""
-        winners = {
-            key: result.value for key, result in results.items() if result.status is not _STORED
-        }
-        if self._calls.validates_dependencies or not _derived(winners.values()):
-            return ()
-        now = max(value.fetched_at for value in winners.values())
-        known = await read_dependencies(self._calls, winners, (), now)
-        outdated = outdated_among(known)
-        return tuple(key for key in winners if key in outdated)
+    async def read(
+        self, keys: Collection[ResourceKey], now: float, policies: Policies
+    ) -> dict[ResourceKey, Revision]:
+        """Return the usable entries among ``keys``, in their order; never raises.
 
-    async def _drop_outdated(self, outdated: Found, now: float) -> None:
-        """Invalidate entries found outdated, unless they have been replaced in the meantime."""
-        async with self._bound().lanes.turn(outdated):
-            held = await self._calls.get_any_age(tuple(outdated), now)
+        Derived ones are joined to what they rest on, and left out if that is no longer current. The
+        cache is rid of them, unless it should have left them out itself.
+        """
+        on_their_way = self.channel().on_their_way
+        known = {key: on_their_way[key] for key in keys if key in on_their_way}
+        rest = [key for key in keys if key not in known]
+        values = await self.calls.get(rest, now, policies, now + self._tolerance)
+        known.update(await self._sealed(values))
+        outdated = await self._outdated(known, keys, now, self._sealed)
+        for key in outdated:
+            if on_their_way.get(key) is known[key]:
+                del on_their_way[key]
+        held = {key: known[key] for key in outdated if key in values or key not in keys}
+        if held and not self.calls.validates_dependencies:
+            self._behind(self._remove_outdated(held, now))
+        return {key: known[key] for key in keys if key in known and key not in outdated}
+
+    async def _outdated(
+        self,
+        known: dict[ResourceKey, Revision],
+        absent: Iterable[ResourceKey],
+        now: float,
+        make: Callable[[Found], Awaitable[dict[ResourceKey, Revision]]],
+    ) -> list[ResourceKey]:
+        """Add to ``known`` all that it rests on, level by level; return what is outdated of it.
+
+        What is ``absent`` and not known is not held.
+        """
+        on_their_way = self.channel().on_their_way
+        asked = {*known, *absent}
+        level: Collection[Revision] = known.values()
+        while True:
+            wanted = [key for revision in level for key in revision.dependency_versions]
+            wanted = [key for key in dict.fromkeys(wanted) if key not in asked]
+            if not wanted:
+                break
+            asked.update(wanted)
+            found = {key: on_their_way[key] for key in wanted if key in on_their_way}
+            rest = [key for key in wanted if key not in found]
+            found.update(await make(await self.calls.held(rest, now)))
+            known.update(found)
+            level = found.values()
+        if not any(revision.dependency_versions for revision in known.values()):
+            return []
+        for revision in known.values():
+            revision.checked = UNCHECKED
+        holds = Currency(known).holds
+        return [key for key, revision in known.items() if not holds(revision)]
+
+    async def _remove_outdated(self, outdated: Mapping[ResourceKey, Revision], now: float) -> None:
+        """Remove entries found outdated, unless they have been replaced in the meantime."""
+        async with self.channel().lanes.turn(outdated):
+            held = await self.calls.held(tuple(outdated), now)
             same = [key for key, value in held.items() if value.version == outdated[key].version]
-            await self._calls.invalidate(same)
+            self.calls.tell("invalidate", await self.calls.remove(same, insist=False))
+
+    async def _sealed(self, values: Found) -> dict[ResourceKey, Revision]:
+        """Copy values in; one that cannot be copied is told and left out."""
+        revisions: dict[ResourceKey, Revision] = {}
+        pace = Pace()
+        for key, value in values.items():
+            try:
+                revisions[key] = await seal_value(self._copies, value, _READ)
+            except Exception as error:
+                self.calls.tell("read", {key: error})
+            await pace.keep()
+        return revisions
+
+    # Writing ------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        revisions: Collection[Revision],
+        policies: Policies,
+        now: float,
+        *,
+        force: bool = False,
+        replace_equal: bool = False,
+    ) -> Outcomes:
+        """Offer the best revision per key; return what became of each.
+
+        Raises:
+            CacheUnavailableError: not all could be written; or what the cache raised.
+        """
+        terms = _Terms(policies, now, force, replace_equal, insist=True)
+        outcomes, failures = await self._write(best_per_key(revisions), terms)
+        for error in failures.values():
+            raise error
+        return outcomes
+
+    def hold(self, revision: Revision, now: float, *, replace_equal: bool) -> Outcome:
+        """Let a value count as held from now on; `write_behind` must follow.
+
+        One that may not replace what is on its way already does not count.
+        """
+        channel = self.channel()
+        current = channel.on_their_way.get(revision.key)
+        horizon = now + self._tolerance
+        status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
+        if current is not None and status is not _STORED:
+            return status, current, current
+        channel.on_their_way[revision.key] = revision
+        channel.listeners.revised({revision.key: revision}, self.subscribers)
+        return _STORED, revision, current
+
+    def write_behind(
+        self,
+        revisions: Mapping[ResourceKey, Revision],
+        policies: Policies,
+        now: float,
+        *,
+        held: bool,
+        replace_equal: bool = False,
+        ended: Callable[[Outcomes], None] = _unheard,
+    ) -> None:
+        """Offer values that nobody waits for to the cache; those ``held`` only if they still are.
+
+        Failures are told. ``ended`` learns the outcomes, whatever happens.
+        """
+
+        def done(task: asyncio.Task[tuple[Outcomes, Failures]]) -> None:
+            outcomes: Outcomes = {}
+            if not task.cancelled() and task.exception() is None:
+                outcomes, failures = task.result()
+                self.calls.tell("write", failures)
+            for key, revision in revisions.items():
+                if channel.on_their_way.get(key) is revision:
+                    del channel.on_their_way[key]
+            ended(outcomes)
+
+        channel = self.channel()
+        terms = _Terms(policies, now, replace_equal=replace_equal)
+        self._behind(self._write(revisions, terms, held=held)).add_done_callback(done)
+
+    async def _write(
+        self, revisions: Mapping[ResourceKey, Revision], terms: _Terms, *, held: bool = False
+    ) -> tuple[Outcomes, Failures]:
+        channel = self.channel()
+        outcomes: Outcomes = {}
+        async with channel.lanes.turn(revisions):
+            offered = {
+                key: revision
+                for key, revision in revisions.items()
+                if not held or channel.on_their_way.get(key) is revision
+            }
+            failures = await self._offer(offered, terms, outcomes)
+            self._tell(channel, offered, outcomes, held)
+        return outcomes, failures
+
+    def _tell(
+        self,
+        channel: Channel,
+        offered: Mapping[ResourceKey, Revision],
+        outcomes: Outcomes,
+        held: bool,
+    ) -> None:
+        """Tell of what readers see now and did not see before."""
+        changes: dict[ResourceKey, Revision | None] = {}
+        for key, (status, current, _) in outcomes.items():
+            if (status is _STORED) is not held:
+                changes[key] = current
+            waiting = channel.on_their_way.get(key)
+            if waiting is offered[key] or decide(current, waiting) is _STORED:
+                channel.on_their_way.pop(key, None)
+        if changes:
+            channel.listeners.revised(changes)
+
+    async def _offer(
+        self, offered: Mapping[ResourceKey, Revision], terms: _Terms, outcomes: Outcomes
+    ) -> Failures:
+        """Write what may be written; enter what became of each, and return what failed."""
+        calls, horizon = self.calls, terms.now + self._tolerance
+        values, failures = await self._opened(offered)
+        looked_at = [key for key in values if self._looks_first(offered[key], terms)]
+        held = await calls.held(looked_at, terms.now)
+        results: dict[ResourceKey, CacheWriteResult] = {}
+        for key, current in held.items():
+            status = decide(
+                offered[key],
+                revision_of(current),
+                force=terms.force,
+                replace_equal=terms.replace_equal,
+                horizon=horizon,
+            )
+            if status is not _STORED:
+                results[key] = CacheWriteResult(status, current, current)
+        for key in await self._outdated_among(results, terms.now):
+            del results[key]
+        rest = {key: value for key, value in values.items() if key not in results}
+        if calls.is_atomic:
+            await self._compare_there(offered, rest, terms, results, failures)
+        else:
+            await self._store(rest, held, terms, results, failures)
+        outcomes.update(await self._outcomes(offered, results, terms))
+        return failures
+
+    def _looks_first(self, revision: Revision, terms: _Terms) -> bool:
+        """Whether the library compares before it offers a value.
+
+        A cache that compares would take an undated fetch for as new as the end of its reading.
+        """
+        if not self.calls.is_atomic:
+            return True
+        is_undated_fetch = not revision.dated and revision.attempts > 0
+        return is_undated_fetch and not terms.force and not self.calls.validates_order
+
+    async def _store(
+        self,
+        values: Found,
+        held: Found,
+        terms: _Terms,
+        results: dict[ResourceKey, CacheWriteResult],
+        failures: Failures,
+    ) -> None:
+        failed = await self.calls.store(values, terms.policies, insist=terms.insist)
+        failures.update(failed)
+        for key, value in values.items():
+            if key not in failed:
+                results[key] = CacheWriteResult(_STORED, value, held.get(key))
+
+    async def _compare_there(
+        self,
+        offered: Mapping[ResourceKey, Revision],
+        values: Found,
+        terms: _Terms,
+        results: dict[ResourceKey, CacheWriteResult],
+        failures: Failures,
+    ) -> None:
+        """Let the cache compare; where it cannot know the write order, have the last word."""
+        calls, policies, insist = self.calls, terms.policies, terms.insist
+
+        def replaces_equal(key: ResourceKey) -> bool:
+            by_arrival = not offered[key].attempts or not calls.validates_order
+            return terms.replace_equal or (not offered[key].dated and by_arrival)
+
+        refused: Failures = {}
+        for equal in (False, True):
+            some = {key: value for key, value in values.items() if replaces_equal(key) is equal}
+            got, failed = await calls.offer(
+                some, policies, force=terms.force, replace_equal=equal, insist=insist
+            )
+            results.update(got)
+            refused.update(failed)
+        lost = {key: results[key] for key in values if key in results and not results[key].stored}
+        horizon = terms.now + self._tolerance
+        again = {
+            key
+            for key, result in lost.items()
+            if decide(offered[key], revision_of(result.value), horizon=horizon) is _STORED
+        }
+        again.update(await self._outdated_among(lost, terms.now))
+        got, failed = await calls.offer(
+            {key: values[key] for key in again},
+            policies,
+            force=True,
+            replace_equal=True,
+            insist=insist,
+        )
+        results.update(got)
+        refused.update(failed)
+        await self._replace_unreadable(offered, values, refused, terms, results, failures)
+
+    async def _replace_unreadable(
+        self,
+        offered: Mapping[ResourceKey, Revision],
+        values: Found,
+        refused: Failures,
+        terms: _Terms,
+        results: dict[ResourceKey, CacheWriteResult],
+        failures: Failures,
+    ) -> None:
+        """Write over an entry that the cache cannot compare with as it cannot read it."""
+        tried = [
+            key
+            for key, error in refused.items()
+            if not isinstance(error, (CacheTimeoutError, CacheCircuitOpenError))
+        ]
+        failures.update(refused)
+        readable = await self.calls.held(tried, terms.now)
+        unreadable = {key: values[key] for key in tried if key not in readable}
+        await self._store(unreadable, {}, terms, results, failures)
+        for key in unreadable:
+            if key in results:
+                del failures[key]
+
+    async def _outdated_among(
+        self, results: Mapping[ResourceKey, CacheWriteResult], now: float
+    ) -> list[ResourceKey]:
+        """Return where what stayed is outdated: it must not keep a newer revision out."""
+        stayed = {key: revision_of(result.value) for key, result in results.items()}
+        if not any(each.dependency_versions for each in stayed.values()):
+            return []
+        outdated = await self._outdated(dict(stayed), (), now, _bare)
+        return [key for key in outdated if key in stayed]
 
     async def _outcomes(
-        self, best: Mapping[ResourceKey, Revision], results: Results, want_previous: bool
-    ) -> dict[ResourceKey, Written]:
-        winners = {k: r.value for k, r in results.items() if r.status is not _STORED}
-        current = await self._sealing.seal_many(winners, context=_READ)
+        self,
+        offered: Mapping[ResourceKey, Revision],
+        results: Mapping[ResourceKey, CacheWriteResult],
+        terms: _Terms,
+    ) -> Outcomes:
+        lost = {key: result.value for key, result in results.items() if not result.stored}
         before: Found = {}
-        if want_previous:
-            replaced = {k: r.previous for k, r in results.items() if k not in winners}
-            before = {key: value for key, value in replaced.items() if value is not None}
-        previous = await self._sealing.seal_many(before, context=_READ)
-        return {
-            key: Written(
-                results[key].status,
-                current.get(key, revision),
-                current.get(key) or previous.get(key),
-            )
-            for key, revision in best.items()
-        }
+        if terms.insist:  # somebody wants to know
+            previous = {key: result.previous for key, result in results.items() if result.stored}
+            before = {
+                key: value for key, value in previous.items() if type(value) is SnapshotValue
+            }
+        current = await self._sealed(lost)
+        replaced = await self._sealed(before)
+        outcomes: Outcomes = {}
+        for key, result in results.items():
+            now_held = current.get(key, offered[key])
+            was_held = replaced.get(key) if result.stored else now_held
+            outcomes[key] = (result.status, now_held, was_held)
+        return outcomes
+
+    async def _opened(self, revisions: Mapping[ResourceKey, Revision]) -> tuple[Found, Failures]:
+        values: Found = {}
+        failures: Failures = {}
+        pace = Pace()
+        for key, revision in revisions.items():
+            try:
+                values[key] = await open_value(self._copies, revision, _WRITE)
+            except Exception as error:
+                failures[key] = error
+            await pace.keep()
+        return values, failures
+
+    # Invalidating and ending --------------------------------------------------------------------
+
+    async def invalidate(self, keys: Collection[ResourceKey]) -> None:
+        """Remove ``keys``. Listeners hear of it before the first await, and again afterwards.
+
+        Raises:
+            CacheUnavailableError: not all could be removed; or what the cache raised.
+        """
+        unique = tuple(dict.fromkeys(keys))
+        channel = self.channel()
+        for key in unique:
+            channel.on_their_way.pop(key, None)
+        channel.listeners.invalidating(unique)
+        async with channel.lanes.turn(unique):
+            try:
+                failures = await self.calls.remove(unique, insist=True)
+            finally:
+                channel.listeners.revised(dict.fromkeys(unique))
+        for error in failures.values():
+            raise error
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Wait until what is on its way is written, for so long at most; then give it up."""
+        self.channel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    def _behind(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.get_running_loop().create_task(work, name="coalestra cache write")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
-def _derived(values: Iterable[SnapshotValue[Any]]) -> bool:
-    return any(value.dependency_versions for value in values)
+async def _bare(values: Found) -> dict[ResourceKey, Revision]:
+    """Return revisions that can only be compared."""
+    return {key: revision_of(value) for key, value in values.items()}

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from coalestra.cache.store import EntryStore, best_per_key
-from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies, Seal
+from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.core import validation
 from coalestra.core.errors import PayloadCopyShutdownTimeoutError
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.health import PayloadCopyHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider
-from coalestra.core.results import CacheLookup, CacheStats, CacheWriteResult, CacheWriteStatus
-from coalestra.core.values import Revision, SnapshotValue
+from coalestra.core.results import CacheLookup, CacheStats, CacheWriteResult
+from coalestra.core.values import Revision, SnapshotValue, number_of
 
 # Ending the copying of a component ---------------------------------------------------------------
 
@@ -41,109 +42,22 @@ async def close_copies(copies: PayloadCopies, timeout_seconds: float | None) -> 
 # immutable is copied here and now; a large one is awaited, because it is copied in a thread.
 
 
-class Sealing:
-    """Converts in both directions with one component's copies."""
-
-    __slots__ = ("copies",)
-
-    def __init__(self, copies: PayloadCopies) -> None:
-        self.copies: PayloadCopies = copies
-
-    def __repr__(self) -> str:
-        return f"Sealing({self.copies!r})"
-
-    async def seal(self, value: SnapshotValue[Any], *, context: str) -> Revision:
-        """Copy a value in. Raises `PayloadIsolationError` if it cannot be copied."""
-        sealed = self.copies.seal_now(value.value, context=context)
-        if sealed is None:
-            sealed = await self.copies.seal(value.value, context=context)
-        metadata = self.copies.seal_metadata_now(value.metadata, context=context)
-        return _revision(value, *sealed, metadata)
-
-    async def seal_many(
-        self, values: Mapping[ResourceKey, SnapshotValue[Any]], *, context: str
-    ) -> dict[ResourceKey, Revision]:
-        """Copy values in, and join derived ones to those they rest on where all are there."""
-        revisions = {}
-        pace = Pace()
-        for key, value in values.items():
-            revisions[key] = await self.seal(value, context=context)
-            if pace.due:
-                await pace.rest()
-        for revision in revisions.values():
-            if revision.dependency_versions:
-                revision.dependencies = resting_on(revision, revisions)
-        return revisions
-
-    async def open(
-        self, revision: Revision, *, context: str, age: float, stale: bool, from_cache: bool
-    ) -> SnapshotValue[Any]:
-        """Copy a revision out as the value that one reader receives; ``age`` in seconds."""
-        copies = self.copies
-        payload = copies.open_now(revision.payload, revision.seal, context=context)
-        if payload is OFFLOADED:
-            payload = await copies.open(revision.payload, revision.seal, context=context)
-        metadata = copies.open_metadata_now(revision.metadata, context=context)
-        return revision.presented(payload, metadata, age, stale, from_cache)
-
-    async def open_lookup(
-        self, revision: Revision, now: float, policy: FreshnessPolicy, *, context: str
-    ) -> CacheLookup:
-        """Copy a revision out for a reader of the cache at ``now`` (wall seconds)."""
-        age = max(0.0, now - revision.observed_at)
-        fresh = age <= policy.ttl_seconds
-        value = await self.open(
-            revision, context=context, age=age, stale=not fresh, from_cache=True
-        )
-        return CacheLookup(value, fresh, age <= policy.max_stale_seconds, age)
-
-    async def open_result(
-        self,
-        status: CacheWriteStatus,
-        current: Revision,
-        previous: Revision | None,
-        *,
-        context: str,
-    ) -> CacheWriteResult:
-        """Copy the outcome of a write out."""
-        before = None
-        if previous is not None:
-            before = await self.open_as_fetched(previous, context=context)
-        after = await self.open_as_fetched(current, context=context)
-        return CacheWriteResult(status, after, before)
-
-    async def open_as_fetched(self, revision: Revision, *, context: str) -> SnapshotValue[Any]:
-        """Copy a revision out as it was when it was fetched."""
-        age = max(0.0, revision.fetched_at - revision.observed_at)
-        return await self.open(revision, context=context, age=age, stale=False, from_cache=False)
-
-    async def open_many(
-        self, revisions: Mapping[ResourceKey, Revision], *, context: str
-    ) -> dict[ResourceKey, SnapshotValue[Any]]:
-        """Copy revisions out as they were when they were fetched."""
-        values = {}
-        pace = Pace()
-        for key, revision in revisions.items():
-            values[key] = await self.open_as_fetched(revision, context=context)
-            if pace.due:
-                await pace.rest()
-        return values
+async def seal_value(copies: PayloadCopies, value: SnapshotValue[Any], context: str) -> Revision:
+    """Copy a value in. Raises `PayloadIsolationError` if it cannot be copied."""
+    sealed = copies.seal_now(value.value, context=context)
+    if sealed is None:
+        sealed = await copies.seal(value.value, context=context)
+    return revision_of(value, *sealed, copies.seal_metadata_now(value.metadata, context=context))
 
 
-def resting_on(revision: Revision, known: Mapping[ResourceKey, Revision]) -> tuple[Revision, ...]:
-    """Return the very revisions that a derived one was made from, or nothing if one is missing."""
-    found = []
-    for key, version in revision.dependency_versions.items():
-        dependency = known.get(key)
-        if dependency is None or dependency.version != version:
-            return ()
-        found.append(dependency)
-    return tuple(found)
-
-
-def _revision(
-    value: SnapshotValue[Any], payload: Any, seal: Seal, metadata: FrozenDict[str, Any]
+def revision_of(
+    value: SnapshotValue[Any],
+    payload: Any = None,
+    seal: Any = None,
+    metadata: FrozenDict[str, Any] = EMPTY,
 ) -> Revision:
+    """Return the revision that a value shows; without a payload it can only be compared."""
+    dated = value.observed_at != value.fetched_at
     return Revision(
         key=value.key,
         payload=payload,
@@ -157,7 +71,28 @@ def _revision(
         authority_rank=value.authority_rank,
         version=value.version,
         dependency_versions=value.dependency_versions,
+        dated=dated,
+        began=0 if dated or value.attempts else number_of(value.version),
     )
+
+
+async def open_value(
+    copies: PayloadCopies,
+    revision: Revision,
+    context: str,
+    *,
+    age: float | None = None,
+    stale: bool = False,
+    from_cache: bool = False,
+) -> SnapshotValue[Any]:
+    """Copy a revision out for one reader; as it was when it was fetched, without an ``age``."""
+    payload = copies.open_now(revision.payload, revision.seal, context=context)
+    if payload is OFFLOADED:
+        payload = await copies.open(revision.payload, revision.seal, context=context)
+    metadata = copies.open_metadata_now(revision.metadata, context=context)
+    if age is None:
+        age = max(0.0, revision.fetched_at - revision.observed_at)
+    return revision.presented(payload, metadata, age, stale, from_cache)
 
 
 # The memory cache: an entry store behind the asynchronous cache protocols ------------------------
@@ -180,6 +115,7 @@ class AsyncMemoryCache:
 
     validates_dependency_versions = True
     validates_source_authority = True
+    validates_write_order = True
 
     def __init__(
         self,
@@ -197,7 +133,7 @@ class AsyncMemoryCache:
             run_in_thread=run_payload_copies_in_thread,
             max_concurrency=max_copy_concurrency,
         )
-        self._sealing = Sealing(self._copies)
+        self._told_now = -math.inf
 
     def __repr__(self) -> str:
         return f"AsyncMemoryCache({self._store!r}, {self._copies!r})"
@@ -224,11 +160,9 @@ class AsyncMemoryCache:
 
     async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
         """Look ``key`` up at ``now`` (wall seconds); the lookup is empty if nothing is usable."""
-        validation.number("now", now)
+        self._told_now = validation.number("now", now)
         revision = self._store.find(key, now, policy)
-        if revision is None:
-            return _MISS
-        return await self._sealing.open_lookup(revision, now, policy, context=_READ)
+        return _MISS if revision is None else await self._lookup(revision, now, policy)
 
     async def get_many(
         self,
@@ -238,7 +172,7 @@ class AsyncMemoryCache:
         policies: Mapping[ResourceKey, FreshnessPolicy],
     ) -> Mapping[ResourceKey, CacheLookup]:
         """Look up every key as of one instant. Raises KeyError for a key without a policy."""
-        validation.number("now", now)
+        self._told_now = validation.number("now", now)
         wanted = {key: policies[key] for key in keys}
         find = self._store.find
         found = {key: find(key, now, policy) for key, policy in wanted.items()}
@@ -246,30 +180,24 @@ class AsyncMemoryCache:
         pace = Pace()
         for key, revision in found.items():
             if revision is not None:
-                lookups[key] = await self._sealing.open_lookup(
-                    revision, now, wanted[key], context=_READ
-                )
-                if pace.due:
-                    await pace.rest()
+                lookups[key] = await self._lookup(revision, now, wanted[key])
+                await pace.keep()
         return lookups
 
     async def set(self, value: SnapshotValue[Any]) -> None:
         """Store a value whatever is there."""
-        self._store.put(await self._sealed(value), force=True)
+        await self.set_many((value,))
 
     async def set_many(self, values: Collection[SnapshotValue[Any]]) -> None:
-        """Store values whatever is there; of several for one key, the best by the write order."""
-        pace = Pace()
-        for revision in (await self._sealed_best(values)).values():
-            self._store.put(revision, force=True)
-            if pace.due:
-                await pace.rest()
+        """Store values in one step, whatever is there; of several for one key, the best one."""
+        self._store.put_many(await self._sealed(values), force=True)
 
     async def set_if_newer(
         self, value: SnapshotValue[Any], *, force: bool = False, replace_equal: bool = False
     ) -> CacheWriteResult:
         """Store a value if the write order lets it replace what is there."""
-        return await self._offer(await self._sealed(value), force, replace_equal)
+        results = await self.set_many_if_newer((value,), force=force, replace_equal=replace_equal)
+        return results[value.key]
 
     async def set_many_if_newer(
         self,
@@ -278,13 +206,21 @@ class AsyncMemoryCache:
         force: bool = False,
         replace_equal: bool = False,
     ) -> Mapping[ResourceKey, CacheWriteResult]:
-        """Offer values by the write order; of several for one key, the best is offered."""
+        """Offer values by the write order, in one step; of several for one key, the best one."""
+        revisions = await self._sealed(values)
+        now = max((each.fetched_at for each in revisions), default=0.0)
+        outcomes = self._store.put_many(
+            revisions, now=max(now, self._told_now), force=force, replace_equal=replace_equal
+        )
         results = {}
         pace = Pace()
-        for key, revision in (await self._sealed_best(values)).items():
-            results[key] = await self._offer(revision, force, replace_equal)
-            if pace.due:
-                await pace.rest()
+        for status, current, previous in outcomes:
+            before = None
+            if previous is not None:
+                before = await open_value(self._copies, previous, _READ)
+            after = await open_value(self._copies, current, _READ)
+            results[current.key] = CacheWriteResult(status, after, before)
+            await pace.keep()
         return results
 
     async def invalidate(self, key: ResourceKey) -> None:
@@ -353,22 +289,25 @@ class AsyncMemoryCache:
         """Close the copying, waiting up to five seconds. The entries stay."""
         await self.aclose_payload_copies()
 
-    async def _sealed(self, value: SnapshotValue[Any]) -> Revision:
-        validation.instance("value", value, SnapshotValue)
-        return await self._sealing.seal(value, context=_WRITE)
+    async def _lookup(
+        self, revision: Revision, now: float, policy: FreshnessPolicy
+    ) -> CacheLookup:
+        age = max(0.0, now - revision.observed_at)
+        fresh = age <= policy.ttl_seconds
+        value = await open_value(
+            self._copies, revision, _READ, age=age, stale=not fresh, from_cache=True
+        )
+        return CacheLookup(value, fresh, age <= policy.max_stale_seconds, age)
 
-    async def _sealed_best(
-        self, values: Collection[SnapshotValue[Any]]
-    ) -> dict[ResourceKey, Revision]:
+    async def _sealed(self, values: Collection[SnapshotValue[Any]]) -> Collection[Revision]:
         for value in values:
             validation.instance("values", value, SnapshotValue)
-        return await self._sealing.seal_many(best_per_key(values), context=_WRITE)
-
-    async def _offer(
-        self, revision: Revision, force: bool, replace_equal: bool
-    ) -> CacheWriteResult:
-        put = self._store.put(revision, force=force, replace_equal=replace_equal)
-        return await self._sealing.open_result(*put, context=_READ)
+        revisions = []
+        pace = Pace()
+        for value in values:
+            revisions.append(await seal_value(self._copies, value, _WRITE))
+            await pace.keep()
+        return best_per_key(revisions).values()
 
 
 def _portions(keys: Iterable[ResourceKey]) -> list[tuple[ResourceKey, ...]]:

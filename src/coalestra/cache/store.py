@@ -1,30 +1,42 @@
-"""The write order: which revision of a resource may replace which.
+"""The entry store: cached revisions by key, without awaiting, in the write order.
 
-Laws, for revisions of one key:
+Laws of the write order, for revisions of one key; `decide` is the one place that knows them:
 
 1. A forced write always wins.
-2. A higher authority rank wins, whatever was observed when.
-3. A lower authority rank loses, whatever was observed when.
-4. Between equal ranks the later observation wins; equal observations keep what is there, unless
-   the writer asked to replace equals.
+2. A higher authority rank wins, whatever was observed when; a lower one loses.
+3. Between equal ranks, what arrived later wins if neither is dated. An event arrives when it is
+   published, a fetch when its reading *begins*: it knows nothing later than that.
+4. Else the later date wins, an undated one counting as of its arrival. What is held and lies further
+   in the future than is tolerated has no date to win by: the clock was set back.
+5. At the same date an undated event wins, as it has arrived later. Anything else is a duplicate,
+   and loses unless the writer asked to replace equals.
 
-Everything here is a pure function of its arguments.
+Laws of the store:
+
+1. What it finds is within max stale of the reader's policy, not further in the future than is
+   tolerated and, if derived, rests on the revisions stored now.
+2. What is written by one call becomes visible in one step. An outdated derived entry defends nothing.
+3. The least recently written or found entry leaves first.
+4. Listeners hear of every change except evictions and expiries, in the step that makes it.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Final, Protocol
 
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider
+from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider, ObservationPolicy
 from coalestra.core.results import CacheStats, CacheWriteStatus
-from coalestra.core.values import Revision
+from coalestra.core.values import Revision, number_of
 
 # The write order: which revision of a resource may replace which ---------------------------------
 
+Outcome = tuple[CacheWriteStatus, Revision, Revision | None]
+"""What became of a revision that was offered: its status, what is current now, what was before."""
 
 _STORED = CacheWriteStatus.STORED
 _LOWER = CacheWriteStatus.IGNORED_LOWER_AUTHORITY
@@ -32,72 +44,63 @@ _OLDER = CacheWriteStatus.IGNORED_OLDER
 _DUPLICATE = CacheWriteStatus.IGNORED_DUPLICATE
 
 
-class Ranked(Protocol):
-    """What the write order looks at: a key, an authority rank and an observation time."""
-
-    @property
-    def key(self) -> ResourceKey:
-        """The resource the candidate is a revision of."""
-
-    @property
-    def authority_rank(self) -> int:
-        """Higher ranks replace lower ones."""
-
-    @property
-    def observed_at(self) -> float:
-        """Wall-clock seconds since the epoch at which the value was true."""
-
-
-_R = TypeVar("_R", bound=Ranked)
-
-
 def decide(
-    candidate: Ranked,
-    current: Ranked | None,
+    candidate: Revision,
+    current: Revision | None,
     *,
     force: bool = False,
     replace_equal: bool = False,
+    horizon: float = math.inf,
 ) -> CacheWriteStatus:
-    """Say what becomes of ``candidate`` when ``current`` is what the cache holds."""
+    """Say what becomes of ``candidate`` when ``current`` is what the cache holds.
+
+    ``horizon`` is the wall-clock instant beyond which a date lies too far in the future.
+    """
     if current is None or force:
         return _STORED
     rank, held = candidate.authority_rank, current.authority_rank
     if rank != held:
         return _STORED if rank > held else _LOWER
-    if candidate.observed_at > current.observed_at:
+    if not candidate.dated and not current.dated:
+        arrived = _arrived_later(candidate, current)
+        if arrived is not None:
+            return _STORED if arrived else _OLDER
+    at, held_at = candidate.ordered_at, current.ordered_at
+    if held_at > horizon or at > held_at:
         return _STORED
-    if candidate.observed_at < current.observed_at:
+    if at < held_at:
         return _OLDER
-    return _STORED if replace_equal else _DUPLICATE
+    is_event = not candidate.dated and not candidate.attempts
+    return _STORED if replace_equal or is_event else _DUPLICATE
 
 
-def best_of(first: _R, second: _R) -> _R:
-    """Choose between two candidates of one batch; the second wins a tie."""
-    standing = (first.authority_rank, first.observed_at)
-    return second if (second.authority_rank, second.observed_at) >= standing else first
+def _arrived_later(candidate: Revision, current: Revision) -> bool | None:
+    """Whether an undated candidate arrived later than an undated current; None if unknown."""
+    began = candidate.began
+    if not began:
+        return None
+    if current.began:
+        return None if began == current.began else began > current.began
+    # Of what came back from a cache only the end of its reading is known, if it was read here.
+    ended = number_of(current.version)
+    return True if ended and began > ended else None
 
 
-def best_per_key(candidates: Collection[_R]) -> dict[ResourceKey, _R]:
-    """Reduce a batch to its best candidate per key, keys in order of first appearance."""
+def best_per_key(candidates: Collection[Revision]) -> dict[ResourceKey, Revision]:
+    """Reduce a batch to its best candidate per key, later ones winning ties."""
     best = {candidate.key: candidate for candidate in candidates}
-    if len(best) < len(candidates):  # the last per key is there; now every other one competes
+    if len(best) < len(candidates):
+        best.clear()
         for candidate in candidates:
-            best[candidate.key] = best_of(best[candidate.key], candidate)
+            known = best.get(candidate.key)
+            if decide(candidate, known, replace_equal=True) is _STORED:
+                best[candidate.key] = candidate
     return best
 
 
-# What became of one offered revision -------------------------------------------------------------
-
-
-class Written(NamedTuple):
-    """The outcome of a write: its status, what is current now, and what was before.
-
-    A cache that is not the library's own reports ``previous`` only when it was asked for.
-    """
-
-    status: CacheWriteStatus
-    current: Revision
-    previous: Revision | None
+def future_tolerance(policy: ObservationPolicy) -> float:
+    """Return by how many seconds an observation may be ahead of the clock; infinity for any."""
+    return policy.future_tolerance_seconds if policy.reject_future_observations else math.inf
 
 
 # What a cache tells those who have work under way for its keys -----------------------------------
@@ -107,22 +110,20 @@ class CacheListener(Protocol):
     """Hears of every change of knowledge, synchronously and in order.
 
     Calls come from the event loop that made the change, after the cache is consistent again. Every
-    ``announced`` is followed by one ``concluded`` with the same keys, whether it succeeded, failed
-    or was cancelled; in between, ``revised`` tells of those keys that it did replace. Evictions and
-    expiries are not news and are not told.
+    ``announced`` is followed by one ``concluded`` with the same revisions, whether it succeeded,
+    failed or was cancelled; in between, ``revised`` tells of those keys that it did replace.
     """
 
-    def revised(self, key: ResourceKey, revision: Revision | None) -> None:
-        """The key's current revision is now ``revision``; None after an invalidation."""
+    def revised(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
+        """These are current now, in one step; None after an invalidation."""
 
-    def announced(self, publications: Sequence[Ranked]) -> None:
+    def announced(self, publications: Sequence[Revision]) -> None:
         """Publications begin whose outcome is open; a fetch already running must not undo them.
 
-        Their values are being copied or written. An item is no revision yet: it has a key, a rank
-        and a time, nothing more.
+        Their values are being copied or written: they may have no payload yet.
         """
 
-    def concluded(self, publications: Sequence[Ranked]) -> None:
+    def concluded(self, publications: Sequence[Revision]) -> None:
         """Announced publications have ended; what they replaced has been told by ``revised``."""
 
     def invalidating(self, keys: Collection[ResourceKey]) -> None:
@@ -153,20 +154,21 @@ class Listeners:
         self.references = tuple(each for each in self.references if each() is not listener)
 
     def revised(
-        self, key: ResourceKey, revision: Revision | None, teller: CacheListener | None = None
+        self,
+        changes: Mapping[ResourceKey, Revision | None],
+        teller: CacheListener | None = None,
     ) -> None:
-        """Tell all listeners but ``teller``, who knows, of a key's new current revision."""
-        for reference in self.references:
-            listener = reference()
-            if listener is not None and listener is not teller:
-                listener.revised(key, revision)
+        """Tell all listeners but ``teller``, who knows, what is current now."""
+        for listener in self._alive():
+            if listener is not teller:
+                listener.revised(changes)
 
-    def announced(self, publications: Sequence[Ranked]) -> None:
+    def announced(self, publications: Sequence[Revision]) -> None:
         """Tell all listeners of publications whose outcome is open."""
         for listener in self._alive():
             listener.announced(publications)
 
-    def concluded(self, publications: Sequence[Ranked]) -> None:
+    def concluded(self, publications: Sequence[Revision]) -> None:
         """Tell all listeners that announced publications have ended."""
         for listener in self._alive():
             listener.concluded(publications)
@@ -188,107 +190,7 @@ class Listeners:
         self.references = tuple(each for each in self.references if each is not dead)
 
 
-# Counting what happens to cached entries ---------------------------------------------------------
-
-
-class Tally:
-    """Plain counters, incremented where things happen."""
-
-    __slots__ = (
-        "evictions",
-        "expirations",
-        "fresh_hits",
-        "invalidations",
-        "misses",
-        "sets",
-        "stale_hits",
-    )
-
-    def __init__(self) -> None:
-        self.misses: int = 0
-        self.fresh_hits: int = 0
-        self.stale_hits: int = 0
-        self.sets: int = 0
-        self.invalidations: int = 0
-        self.evictions: int = 0
-        self.expirations: int = 0
-
-    def __repr__(self) -> str:
-        return f"Tally(hits={self.fresh_hits + self.stale_hits}, misses={self.misses})"
-
-    def stats(self, size: int, max_entries: int | None) -> CacheStats:
-        """Return the counts together with the size now."""
-        return CacheStats(
-            size=size,
-            max_entries=max_entries,
-            hits=self.fresh_hits + self.stale_hits,
-            misses=self.misses,
-            fresh_hits=self.fresh_hits,
-            stale_hits=self.stale_hits,
-            sets=self.sets,
-            invalidations=self.invalidations,
-            evictions=self.evictions,
-            expirations=self.expirations,
-        )
-
-
-# Finding many entries at once, if nothing has to be done about any of them -----------------------
-
-
-class QuietEntries:
-    """The entries of one store, looked at without dropping, judging or counting any.
-
-    Looking and counting are two steps, so that whoever finds out that he needs the closer look of
-    ``EntryStore.find`` after all does not count twice.
-    """
-
-    __slots__ = ("_entries", "_recency", "_tally")
-
-    def __init__(
-        self,
-        entries: Mapping[ResourceKey, Revision],
-        recency: OrderedDict[ResourceKey, Revision] | None,
-        tally: Tally,
-    ) -> None:
-        self._entries = entries
-        self._recency = recency
-        self._tally = tally
-
-    def find(
-        self, keys: Iterable[ResourceKey], now: float, ages: Iterable[float]
-    ) -> list[Revision] | None:
-        """Return the entries of all ``keys``, or None if one of them needs a closer look.
-
-        That is one that is missing, is derived, or exceeds its age, in seconds, of ``ages``.
-        """
-        found = []
-        get = self._entries.get
-        for key, age in zip(keys, ages, strict=False):
-            revision = get(key)
-            if revision is None or now - revision.observed_at > age or revision.dependency_versions:
-                return None
-            found.append(revision)
-        return found
-
-    def count(self, keys: Collection[ResourceKey]) -> None:
-        """Count ``keys`` as found fresh, and as used last."""
-        self._tally.fresh_hits += len(keys)
-        if self._recency is not None:
-            for key in keys:
-                if key in self._recency:
-                    self._recency.move_to_end(key)
-
-    def __repr__(self) -> str:
-        return f"QuietEntries({len(self._entries)} entries)"
-
-
 # Whether a derived entry still rests on the current revisions of what it was made from -----------
-#
-# An entry is current when each dependency version it recorded is the version stored now, and those
-# entries are current themselves. Answers are kept on the revisions (``Revision.checked``) and stay
-# good until an entry that somebody's answer relied on is replaced or removed, so a run of questions
-# costs each entry and each edge once. Walking is iterative: chains may be very deep.
-
 
 UNCHECKED: Final = -1
 _WALKING: Final = -2
@@ -298,9 +200,15 @@ _Step = tuple[Revision, Iterator[tuple[ResourceKey, str]]]
 
 
 class Currency:
-    """Judges the entries of one store, which reports every revision that leaves it.
+    """Judges the entries of one mapping, whose owner reports every revision that leaves it.
 
-    The store counts up ``epoch`` with every revision that enters it.
+    An entry is current when each dependency version it recorded is the version held now, and those
+    entries are current themselves. Answers are kept on the revisions (``Revision.checked``) and stay
+    good until an entry that somebody's answer relied on is replaced or removed, so a run of
+    questions costs each entry and each edge once. Walking is iterative: chains may be very deep.
+    Entries found current are joined to what they rest on (``Revision.dependencies``).
+
+    The owner counts up ``epoch`` with every revision that enters.
     """
 
     __slots__ = ("_entries", "_horizon", "epoch")
@@ -314,13 +222,13 @@ class Currency:
         return f"Currency(epoch={self.epoch}, answers_since={self._horizon})"
 
     def removed(self, revision: Revision) -> None:
-        """Note that ``revision`` has left the store: answers that relied on it are void."""
+        """Note that ``revision`` has left: answers that relied on it are void."""
         self.epoch += 1
         if revision.checked >= self._horizon:
             self._horizon = self.epoch
 
     def holds(self, revision: Revision) -> bool:
-        """Say whether the stored ``revision`` is current."""
+        """Say whether ``revision``, which is held, is current."""
         if revision.checked >= self._horizon or not revision.dependency_versions:
             return True
         if revision.checked == _OUTDATED:
@@ -368,40 +276,46 @@ class Currency:
         return False
 
 
-# The entry store: cached revisions by key, without awaiting --------------------------------------
-#
-# Laws:
-#
-# 1. What ``find`` returns is within max stale of the reader's policy and, if derived, rests on the
-#    revisions stored now.
-# 2. ``put`` follows the write order; an outdated derived entry defends nothing.
-# 3. The least recently written or found entry leaves first.
-# 4. Listeners hear of every change except evictions and expiries.
+# The entry store ---------------------------------------------------------------------------------
 
 
 class EntryStore:
-    """A bounded, least-recently-used map of sealed revisions; every method is synchronous."""
+    """A bounded, least-recently-used map of sealed revisions; every method is synchronous.
+
+    Attributes:
+        max_entries: how many are kept; None for any number.
+        listeners: who hears of changes.
+        tolerance: how many seconds ahead of the clock an entry may be dated: what the most tolerant
+            of its users lets in.
+    """
 
     __slots__ = (
         "_currency",
         "_entries",
-        "_listeners",
+        "_evictions",
+        "_expirations",
+        "_fresh_hits",
+        "_invalidations",
+        "_misses",
         "_recency",
-        "_tally",
+        "_sets",
+        "_stale_hits",
+        "listeners",
         "max_entries",
-        "quiet",
+        "tolerance",
     )
 
     def __init__(self, max_entries: int | None = None) -> None:
         self.max_entries: int | None = max_entries
+        self.listeners: Listeners = Listeners()
+        self.tolerance: float = future_tolerance(ObservationPolicy())
         self._recency: OrderedDict[ResourceKey, Revision] | None = None
         self._entries: dict[ResourceKey, Revision] = {}
         if max_entries is not None:
             self._entries = self._recency = OrderedDict()
         self._currency = Currency(self._entries)
-        self._listeners = Listeners()
-        self._tally = Tally()
-        self.quiet: QuietEntries = QuietEntries(self._entries, self._recency, self._tally)
+        self._misses = self._fresh_hits = self._stale_hits = self._sets = 0
+        self._invalidations = self._evictions = self._expirations = 0
 
     def __repr__(self) -> str:
         bound = "unbounded" if self.max_entries is None else f"max {self.max_entries}"
@@ -418,50 +332,77 @@ class EntryStore:
 
     @property
     def epoch(self) -> int:
-        """A counter that moves with every change of what is stored."""
+        """A number that grows with every change of what is stored."""
         return self._currency.epoch
 
-    def subscribe(self, listener: CacheListener) -> None:
-        """Tell ``listener`` of changes from now on; it is held weakly."""
-        self._listeners.subscribe(listener)
+    def tolerate(self, policy: ObservationPolicy) -> None:
+        """Hold what a user with this policy lets in."""
+        self.tolerance = max(self.tolerance, future_tolerance(policy))
 
-    def unsubscribe(self, listener: CacheListener) -> None:
-        """Tell ``listener`` nothing more."""
-        self._listeners.unsubscribe(listener)
-
-    @property
-    def listeners(self) -> Listeners:
-        """Those who hear of changes, to announce publications to."""
-        return self._listeners
+    # Reading ------------------------------------------------------------------------------------
 
     def find(self, key: ResourceKey, now: float, policy: FreshnessPolicy) -> Revision | None:
         """Return the usable entry of ``key``, counting a hit or a miss.
 
         ``now`` is wall-clock seconds. An entry beyond the policy's max stale, or resting on
-        dependencies that are no longer current, is dropped.
+        dependencies that are no longer current, is dropped. One from too far in the future is of no
+        use, but stays: the clock may come back.
         """
         revision = self._entries.get(key)
         if revision is None:
-            self._tally.misses += 1
+            self._misses += 1
             return None
         age = now - revision.observed_at
         if age > policy.max_stale_seconds:
-            self._tally.expirations += 1
-            self._tally.misses += 1
+            self._expirations += 1
+            self._misses += 1
             self._discard(revision)
             return None
         if revision.dependency_versions and not self._currency.holds(revision):
-            self._tally.invalidations += 1
-            self._tally.misses += 1
+            self._invalidations += 1
+            self._misses += 1
             self._discard(revision)
+            return None
+        if age < 0 and -age > self.tolerance:
+            self._misses += 1
             return None
         if self._recency is not None:
             self._recency.move_to_end(revision.key)
         if age <= policy.ttl_seconds:
-            self._tally.fresh_hits += 1
+            self._fresh_hits += 1
         else:
-            self._tally.stale_hits += 1
+            self._stale_hits += 1
         return revision
+
+    def find_all_fresh(
+        self, keys: Iterable[ResourceKey], now: float, ages: Iterable[float]
+    ) -> list[Revision] | None:
+        """Return the entries of all ``keys``, or None if one of them needs the look of ``find``.
+
+        That is one that is missing, is derived, exceeds its age, in seconds, of ``ages``, or is from
+        the future. Nothing is dropped or counted: ``count_fresh`` counts what was of use.
+        """
+        found = []
+        get = self._entries.get
+        earliest = -self.tolerance
+        for key, age in zip(keys, ages, strict=False):
+            revision = get(key)
+            if (
+                revision is None
+                or not earliest <= now - revision.observed_at <= age
+                or revision.dependency_versions
+            ):
+                return None
+            found.append(revision)
+        return found
+
+    def count_fresh(self, keys: Collection[ResourceKey]) -> None:
+        """Count ``keys`` as found fresh, and as used last."""
+        self._fresh_hits += len(keys)
+        if self._recency is not None:
+            for key in keys:
+                if key in self._recency:
+                    self._recency.move_to_end(key)
 
     def peek(self, key: ResourceKey) -> Revision | None:
         """Return the current entry of ``key`` whatever its age, counting and moving nothing."""
@@ -470,26 +411,59 @@ class EntryStore:
             return None
         return revision
 
+    # Writing ------------------------------------------------------------------------------------
+
     def put(
         self,
         revision: Revision,
         *,
+        now: float = math.inf,
         force: bool = False,
         replace_equal: bool = False,
         teller: CacheListener | None = None,
-    ) -> tuple[CacheWriteStatus, Revision, Revision | None]:
-        """Offer a sealed revision; return the status, what is current now and what was before.
+    ) -> Outcome:
+        """Offer a sealed revision at ``now`` (wall seconds; not given, all dates held count).
 
         All listeners but ``teller`` hear of it if it was stored.
         """
+        outcome = self._put(revision, now + self.tolerance, force, replace_equal)
+        if outcome[0] is _STORED:
+            listening = self.listeners.references
+            if len(listening) > 1 or (listening and listening[0]() is not teller):
+                self.listeners.revised({revision.key: revision}, teller)
+        return outcome
+
+    def put_many(
+        self,
+        revisions: Iterable[Revision],
+        *,
+        now: float = math.inf,
+        force: bool = False,
+        replace_equal: bool = False,
+        teller: CacheListener | None = None,
+    ) -> list[Outcome]:
+        """Offer sealed revisions of different keys, in one step; see ``put``."""
+        put, horizon = self._put, now + self.tolerance
+        outcomes = [put(revision, horizon, force, replace_equal) for revision in revisions]
+        if self.listeners.references:
+            changes = {new.key: new for status, new, _ in outcomes if status is _STORED}
+            if changes:
+                self.listeners.revised(changes, teller)
+        return outcomes
+
+    def _put(
+        self, revision: Revision, horizon: float, force: bool, replace_equal: bool
+    ) -> Outcome:
         key = revision.key
         previous = current = self._entries.get(key)
         if current is not None:
             if current.dependency_versions and not self._currency.holds(current):
-                self._tally.invalidations += 1
+                self._invalidations += 1
                 previous = None
             else:
-                status = decide(revision, current, force=force, replace_equal=replace_equal)
+                status = decide(
+                    revision, current, force=force, replace_equal=replace_equal, horizon=horizon
+                )
                 if status is not _STORED:
                     return status, current, current
             del self._entries[key]  # the new entry goes to the end, under its own key object
@@ -497,87 +471,88 @@ class EntryStore:
         self._entries[key] = revision
         revision.checked = UNCHECKED
         self._currency.epoch += 1
-        self._tally.sets += 1
+        self._sets += 1
         if self._recency is not None and len(self._recency) > (self.max_entries or 0):
-            self._evict(self._recency)
-        listening = self._listeners.references
-        if len(listening) > 1 or (listening and listening[0]() is not teller):
-            self._listeners.revised(key, revision, teller)
+            _, oldest = self._recency.popitem(last=False)
+            self._currency.removed(oldest)
+            self._evictions += 1
         return _STORED, revision, previous
 
+    # Removing -----------------------------------------------------------------------------------
+
     def drop(self, keys: Collection[ResourceKey]) -> tuple[ResourceKey, ...]:
-        """Invalidate ``keys``; return those that were stored. All are told to listeners."""
-        self._listeners.invalidating(keys)
+        """Invalidate ``keys`` in one step; return those that were stored. All are told."""
+        self.listeners.invalidating(keys)
         return self._remove(dict.fromkeys(keys))
 
     def drop_where(self, matches: Callable[[ResourceKey], bool]) -> tuple[ResourceKey, ...]:
         """Invalidate every key that matches; return those that were stored."""
         held = [key for key in self._entries if matches(key)]
-        self._listeners.invalidating_where(matches)
+        self.listeners.invalidating_where(matches)
         return self._remove(held)
 
     def clear(self) -> None:
         """Invalidate every key there is."""
         self.drop_where(_any_key)
 
-    def prune(
-        self, now: float, policy_resolver: FreshnessPolicyProvider
-    ) -> tuple[ResourceKey, ...]:
-        """Drop all entries no reader could use under the resolver's policies; return them."""
-        expired = self.drop_expired(list(self._entries), now, policy_resolver)
-        return expired + self.drop_outdated(list(self._entries))
-
     def drop_expired(
         self, keys: Iterable[ResourceKey], now: float, policy_resolver: FreshnessPolicyProvider
     ) -> tuple[ResourceKey, ...]:
         """Drop those of ``keys`` that are beyond max stale; return the dropped."""
-        dropped = []
-        for key in keys:
-            revision = self._entries.get(key)
-            if revision is None:
-                continue
-            if now - revision.observed_at > policy_resolver.resolve(key).max_stale_seconds:
-                self._discard(revision)
-                dropped.append(key)
-        self._tally.expirations += len(dropped)
-        return tuple(dropped)
+
+        def expired(revision: Revision) -> bool:
+            policy = policy_resolver.resolve(revision.key)
+            return now - revision.observed_at > policy.max_stale_seconds
+
+        dropped = self._drop_those(keys, expired)
+        self._expirations += len(dropped)
+        return dropped
 
     def drop_outdated(self, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
         """Drop those of ``keys`` whose dependencies are no longer current; return the dropped."""
-        dropped = []
-        for key in keys:
-            revision = self._entries.get(key)
-            if revision is not None and not self._currency.holds(revision):
-                self._discard(revision)
-                dropped.append(key)
-        self._tally.invalidations += len(dropped)
-        return tuple(dropped)
+        dropped = self._drop_those(keys, lambda revision: not self._currency.holds(revision))
+        self._invalidations += len(dropped)
+        return dropped
 
     def stats(self) -> CacheStats:
         """Counts since creation, and the size now."""
-        return self._tally.stats(len(self._entries), self.max_entries)
+        return CacheStats(
+            size=len(self._entries),
+            max_entries=self.max_entries,
+            hits=self._fresh_hits + self._stale_hits,
+            misses=self._misses,
+            fresh_hits=self._fresh_hits,
+            stale_hits=self._stale_hits,
+            sets=self._sets,
+            invalidations=self._invalidations,
+            evictions=self._evictions,
+            expirations=self._expirations,
+        )
 
     def _discard(self, revision: Revision) -> None:
         del self._entries[revision.key]
         self._currency.removed(revision)
 
-    def _evict(self, recency: OrderedDict[ResourceKey, Revision]) -> None:
-        _, oldest = recency.popitem(last=False)
-        self._currency.removed(oldest)
-        self._tally.evictions += 1
-
-    def _remove(self, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
-        removed = []
+    def _drop_those(
+        self, keys: Iterable[ResourceKey], going: Callable[[Revision], bool]
+    ) -> tuple[ResourceKey, ...]:
+        dropped = []
         for key in keys:
             revision = self._entries.get(key)
-            if revision is not None:
+            if revision is not None and going(revision):
                 self._discard(revision)
-                removed.append(key)
-        self._tally.invalidations += len(removed)
-        for key in removed:
-            self._listeners.revised(key, None)
-        return tuple(removed)
+                dropped.append(key)
+        return tuple(dropped)
+
+    def _remove(self, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
+        removed = self._drop_those(keys, _any_revision)
+        self._invalidations += len(removed)
+        return removed
 
 
 def _any_key(_key: ResourceKey) -> bool:
+    return True
+
+
+def _any_revision(_revision: Revision) -> bool:
     return True

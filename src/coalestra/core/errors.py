@@ -574,6 +574,35 @@ class SessionClosedError(CoalestraError):
     """A session was used after it had been closed; open another one. Takes a free message."""
 
 
+class CacheUnavailableError(CoalestraError):
+    """A cache of the application's own did not do, or answer, what it was asked.
+
+    Builds go on without the cache; publishing and invalidating raise.
+    """
+
+
+class CacheTimeoutError(CacheUnavailableError, TimeoutError):
+    """A call to a cache took longer than it may; what came of it is not known.
+
+    Attributes:
+        timeout_seconds: how long it may take.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        super().__init__(
+            f"a call to the cache must end within {timeout_seconds:g} s, and did not; find out why "
+            "it is slow, or give the cache timeout_seconds of its own"
+        )
+
+    def __reduce__(self) -> tuple[type[CacheTimeoutError], tuple[float]]:
+        return type(self), (self.timeout_seconds,)
+
+
+class CacheCircuitOpenError(CacheUnavailableError):
+    """A cache has failed so often in a row that it is left alone for a while; it was not asked."""
+
+
 class BuilderClosedError(CoalestraError, RuntimeError):
     """A builder, or something that belongs to it, was used after it had been closed.
 
@@ -732,6 +761,9 @@ __all__ = [
     "PayloadCopyShutdownTimeoutError",
     "ObservabilityShutdownTimeoutError",
     "SubmissionBacklogFullError",
+    "CacheCircuitOpenError",
+    "CacheTimeoutError",
+    "CacheUnavailableError",
     "CapabilityRequirementError",
     # reports
     "ERROR_DIAGNOSTICS_SCHEMA",

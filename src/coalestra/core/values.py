@@ -33,9 +33,25 @@ if hasattr(os, "register_at_fork"):  # a forked child counts on from the same nu
     os.register_at_fork(after_in_child=_enter_process)
 
 
+def next_number() -> int:
+    """Return the next number of this process: what asks earlier has the smaller one."""
+    return _serial()
+
+
+def version_of(number: int) -> str:
+    """Return the version that a number stands for; no other process has the same."""
+    return f"{_process}{number}"
+
+
 def next_version() -> str:
     """Return a name for a new revision; no other one has it, in this process or any other."""
     return f"{_process}{_serial()}"
+
+
+def number_of(version: str) -> int:
+    """Return the number behind a version that was made in this process; 0 for any other."""
+    digits = version[len(_process) :]
+    return int(digits) if version.startswith(_process) and digits.isdecimal() else 0
 
 
 def _frozen(name: str, given: Mapping[Any, Any]) -> FrozenDict[Any, Any]:
@@ -214,6 +230,17 @@ class SnapshotValue(Generic[T]):
     def __repr__(self) -> str:
         return concealed(self, "value", "metadata")
 
+    @property
+    def ordered_at(self) -> float:
+        """When it counts in the write order: as dated, else when its reading began; wall seconds.
+
+        A value that its source did not date is as of the end of its reading for freshness, but
+        what it knows may be as old as the beginning.
+        """
+        if self.observed_at != self.fetched_at:
+            return self.observed_at
+        return self.fetched_at - self.latency_ms / 1000
+
     def __init_subclass__(cls) -> None:
         refuse_subclass("SnapshotValue")
 
@@ -242,6 +269,9 @@ class Revision:
         version: what tells this revision from every other one.
         dependency_versions: the versions it was derived from, by key.
         dependencies: the very revisions it was derived from, where they are known.
+        dated: whether its source or publisher said when it was true.
+        began: the number of this process at which its reading began, or it was published; 0 if
+            that is not known.
         checked: the epoch of the store at which it was last seen to rest on current revisions,
             or -1. The one attribute that may be written.
     """
@@ -249,7 +279,9 @@ class Revision:
     __slots__ = (
         "attempts",
         "authority_rank",
+        "began",
         "checked",
+        "dated",
         "dependencies",
         "dependency_versions",
         "fetched_at",
@@ -278,6 +310,8 @@ class Revision:
         authority_rank: int = 0,
         dependency_versions: Mapping[ResourceKey, str] = EMPTY,
         dependencies: tuple[Revision, ...] = (),
+        dated: bool = True,
+        began: int = 0,
     ) -> None:
         self.key: ResourceKey = key
         self.payload: Any = payload
@@ -296,7 +330,14 @@ class Revision:
             else FrozenDict(dependency_versions)
         )
         self.dependencies: tuple[Revision, ...] = dependencies
+        self.dated: bool = dated
+        self.began: int = began
         self.checked: int = -1
+
+    @property
+    def ordered_at(self) -> float:
+        """When it counts in the write order; see `SnapshotValue.ordered_at`."""
+        return self.observed_at if self.dated else self.fetched_at - self.latency_ms / 1000
 
     def presented(
         self,
