@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.access import access_to
+from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.publisher import PublicationRules, PublisherParts, ResourcePublisher
+from coalestra.cache.publisher import PublisherParts, ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.sealing import PORTION
 from coalestra.core.errors import (
@@ -38,11 +38,13 @@ from tests.support import ManualClock, cancel_at_every_await, settle
 
 def parts_for(cache: AsyncCache, **settings: Any) -> PublisherParts:
     copies = PayloadCopies("builder")
-    rules = PublicationRules(ManualClock(NOW), PolicyResolver(POLICY), ObservationPolicy())
     defaults: dict[str, Any] = {
-        "access": access_to(cache, copies, 4),
+        "access": CacheAccess(cache, copies, 4, ObservationPolicy()),
         "copies": copies,
-        "rules": rules,
+        "clock": ManualClock(NOW),
+        "policy_resolver": PolicyResolver(POLICY),
+        "observation_policy": ObservationPolicy(),
+        "authority_resolver": None,
         "metrics": NullMetrics(),
         "events": NullEventSink(),
         "reporter": None,
@@ -64,7 +66,7 @@ def standalone(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
 async def test_with_a_foreign_cache_an_event_is_announced_before_anything_is_awaited() -> None:
     parts = parts_for(SingleKeyCache())
     witness = Witness()
-    parts.access.subscribe(witness)
+    parts.access.subscribers.subscribe(witness)
     publisher = ResourcePublisher.from_parts(parts)
     publishing = publisher.publish(A, 1, source="s")
     publishing.send(None)
@@ -75,9 +77,11 @@ async def test_with_a_foreign_cache_an_event_is_announced_before_anything_is_awa
 
 async def test_an_announcement_is_followed_by_the_outcome_and_then_concluded() -> None:
     parts = parts_for(BatchAtomicCache())
+    foreign = parts.access.foreign
+    assert foreign is not None
     witness = Witness()
-    parts.access.subscribe(witness)
-    await parts.access.write([revision_of(A, observed_at=NOW + 9)])
+    parts.access.subscribers.subscribe(witness)
+    await foreign.publish([revision_of(A, observed_at=NOW + 0.5)], {}, NOW)
     witness.heard.clear()
     publisher = ResourcePublisher.from_parts(parts)
     results = await publisher.publish_many([ResourceUpdate(A, 1, "s"), ResourceUpdate(B, 2, "s")])
@@ -92,7 +96,7 @@ async def test_an_announcement_is_followed_by_the_outcome_and_then_concluded() -
 async def test_with_the_memory_cache_a_small_event_needs_no_announcement() -> None:
     parts = parts_for(AsyncMemoryCache())
     witness = Witness()
-    parts.access.subscribe(witness)
+    parts.access.subscribers.subscribe(witness)
     result = await ResourcePublisher.from_parts(parts).publish(A, [1], source="s")
     assert witness.heard == [("revised", A, result.value.version)]
 
@@ -109,7 +113,7 @@ async def test_an_event_whose_copy_takes_long_is_announced_first() -> None:
     Slow.release.clear()
     parts = parts_for(AsyncMemoryCache())
     witness = Witness()
-    parts.access.subscribe(witness)
+    parts.access.subscribers.subscribe(witness)
     publishing = await begun(ResourcePublisher.from_parts(parts).publish(A, Slow(), source="s"))
     heard = list(witness.heard)
     Slow.release.set()
@@ -127,7 +131,7 @@ async def test_a_failed_publication_is_concluded() -> None:
     cache.set = refuse  # type: ignore[method-assign]
     parts = parts_for(cache)
     witness = Witness()
-    parts.access.subscribe(witness)
+    parts.access.subscribers.subscribe(witness)
     with pytest.raises(ConnectionError):
         await ResourcePublisher.from_parts(parts).publish(A, 1, source="s")
     assert witness.heard == [("announced", (A,)), ("concluded", (A,))]
@@ -136,7 +140,7 @@ async def test_a_failed_publication_is_concluded() -> None:
 async def test_cancelled_publications_leave_no_announcement_open() -> None:
     parts = parts_for(SingleKeyCache())
     witness = Witness()
-    parts.access.subscribe(witness)
+    parts.access.subscribers.subscribe(witness)
     publisher = ResourcePublisher.from_parts(parts)
     updates = [ResourceUpdate(key, 1, "s") for key in (A, B, C)]
 
@@ -150,7 +154,7 @@ async def test_cancelled_publications_leave_no_announcement_open() -> None:
 async def test_an_invalidation_hears_of_keys_the_cache_does_not_hold() -> None:
     parts = parts_for(AsyncMemoryCache())
     witness = Witness()
-    parts.access.subscribe(witness)
+    parts.access.subscribers.subscribe(witness)
     await ResourcePublisher.from_parts(parts).invalidate(A)
     assert witness.heard == [("invalidating", (A,))]
 
@@ -160,7 +164,7 @@ async def test_a_publisher_shares_what_a_builder_gives_it_and_closes_none_of_it(
     parts = parts_for(cache)
     publisher = ResourcePublisher.from_parts(parts)
     assert publisher.cache is cache
-    assert publisher.clock is parts.rules.clock
+    assert publisher.clock is parts.clock
     assert (publisher.metrics, publisher.events) == (parts.metrics, parts.events)
     assert publisher.max_pending_tasks == 4
     await publisher.aclose()
@@ -282,7 +286,7 @@ async def test_publishing_many_events_gives_the_loop_back_in_every_stage(
     """With slices of no length: after each event sealed, and each portion of the other stages."""
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     updates = numbered(10 * PORTION, lambda n: n)
-    assert await turns_for(standalone(AsyncMemoryCache()), updates) == 10 * PORTION + 3 * 10
+    assert await turns_for(standalone(AsyncMemoryCache()), updates) == 10 * PORTION + 2 * 10
 
 
 async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event(
@@ -317,7 +321,7 @@ async def test_before_every_turn_of_others_all_that_has_been_judged_is_announced
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     parts = parts_for(AsyncMemoryCache())
     witness = Witness()
-    parts.access.subscribe(witness)
+    parts.access.subscribers.subscribe(witness)
     updates = numbered(2 * PORTION + 1, lambda n: n)
     keys = tuple(update.key for update in updates)
     await ResourcePublisher.from_parts(parts).publish_many(updates)
@@ -329,6 +333,8 @@ async def test_before_every_turn_of_others_all_that_has_been_judged_is_announced
         ("concluded", keys),
     ]
     assert witness.heard[3][:2] == ("revised", keys[0]), "all are announced before one is written"
+    written = [key for what, key, *_ in witness.heard if what == "revised"]
+    assert tuple(written) == keys
 
 
 async def test_what_was_announced_before_an_unfit_event_is_concluded_and_not_written(
@@ -338,7 +344,7 @@ async def test_what_was_announced_before_an_unfit_event_is_concluded_and_not_wri
     cache = AsyncMemoryCache()
     parts = parts_for(cache)
     witness = Witness()
-    parts.access.subscribe(witness)
+    parts.access.subscribers.subscribe(witness)
     updates = numbered(PORTION, lambda n: n)
     keys = tuple(update.key for update in updates)
     updates += [ResourceUpdate(B, 1, "s"), ResourceUpdate(A, 1, "s", NOW + 60)]
@@ -356,17 +362,14 @@ class Ranks(AuthorityPolicyResolver):
 
 
 async def test_only_a_resolver_that_cannot_tell_sources_apart_is_not_asked_for_ranks() -> None:
-    def rules(resolver: AuthorityPolicyResolver) -> PublicationRules:
-        return PublicationRules(
-            ManualClock(NOW), PolicyResolver(POLICY), ObservationPolicy(), resolver
-        )
+    def parts(resolver: AuthorityPolicyResolver) -> PublisherParts:
+        return parts_for(AsyncMemoryCache(), authority_resolver=resolver)
 
-    assert rules(AuthorityPolicyResolver()).authority_resolver is None
+    assert parts(AuthorityPolicyResolver()).authority_resolver is None
     ranked = AuthorityPolicyResolver(SourceAuthorityPolicy(default_rank=2))
     for resolver, rank in ((ranked, 2), (Ranks(), 7), (AuthorityPolicyResolver(), 0)):
-        publication = rules(resolver).judge(ResourceUpdate(A, 1, "s"), NOW)
-        assert publication.authority_rank == rank
-        assert repr(publication) == f"<Publication {A} of rank {rank} from s>"
+        revision = parts(resolver).judge(ResourceUpdate(A, 1, "s"), NOW)
+        assert revision.authority_rank == rank
 
 
 async def test_an_update_of_a_class_of_ones_own_is_published_like_any_other() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.store import best_per_key, decide
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache
@@ -51,7 +50,7 @@ class SingleKeyCache:
 
     def _offer(self, value: Value, force: bool, replace_equal: bool) -> CacheWriteResult:
         current = self.held.get(value.key)
-        status = decide(value, current, force=force, replace_equal=replace_equal)
+        status = _compared(value, current, force, replace_equal)
         if current is None or status is CacheWriteStatus.STORED:
             self.held[value.key] = value
             return CacheWriteResult(status, value, current)
@@ -62,7 +61,7 @@ class SingleKeyCache:
         self.running += 1
         self.peak_running = max(self.running, self.peak_running)
         try:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.0001)
         finally:
             self.running -= 1
 
@@ -111,8 +110,27 @@ class BatchAtomicCache(BatchCache, AtomicCache):
         replace_equal: bool = False,
     ) -> Mapping[ResourceKey, CacheWriteResult]:
         await self._travel("set_many_if_newer")
-        best = best_per_key(values)
+        best: dict[ResourceKey, Value] = {}
+        for value in values:
+            known = best.get(value.key)
+            if _compared(value, known, False, True) is CacheWriteStatus.STORED:
+                best[value.key] = value
         return {key: self._offer(value, force, replace_equal) for key, value in best.items()}
+
+
+def _compared(
+    value: Value, held: Value | None, force: bool, replace_equal: bool
+) -> CacheWriteStatus:
+    """Compare as an application does: by rank, then by time of observation."""
+    if held is None or force:
+        return CacheWriteStatus.STORED
+    if value.authority_rank != held.authority_rank:
+        higher = value.authority_rank > held.authority_rank
+        return CacheWriteStatus.STORED if higher else CacheWriteStatus.IGNORED_LOWER_AUTHORITY
+    if value.observed_at == held.observed_at:
+        return CacheWriteStatus.STORED if replace_equal else CacheWriteStatus.IGNORED_DUPLICATE
+    later = value.observed_at > held.observed_at
+    return CacheWriteStatus.STORED if later else CacheWriteStatus.IGNORED_OLDER
 
 
 class WrappedMemoryCache(AsyncMemoryCache):

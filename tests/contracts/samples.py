@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from coalestra.cache.store import Ranked
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
@@ -54,23 +53,28 @@ def revision_of(
     metadata: Mapping[str, Any] | None = None,
     rests_on: Sequence[Revision] = (),
     copies: PayloadCopies | None = None,
+    **others: Any,
 ) -> Revision:
     sealed = (copies or PayloadCopies("test")).seal_now(payload, context="test")
     assert sealed is not None
+    fields: dict[str, Any] = {
+        "fetched_at": NOW,
+        "latency_ms": 1.5,
+        "attempts": 1,
+        "version": next_version(),
+        **others,
+    }
     return Revision(
         key=key,
         payload=sealed[0],
         seal=sealed[1],
         source="test",
         observed_at=observed_at,
-        fetched_at=NOW,
-        latency_ms=1.5,
-        attempts=1,
         metadata=FrozenDict(metadata or {}),
         authority_rank=rank,
-        version=next_version(),
         dependency_versions=FrozenDict({each.key: each.version for each in rests_on}),
         dependencies=tuple(rests_on),
+        **fields,
     )
 
 
@@ -93,13 +97,14 @@ class Witness:
     def __init__(self) -> None:
         self.heard: list[tuple[Any, ...]] = []
 
-    def revised(self, key: ResourceKey, revision: Revision | None) -> None:
-        self.heard.append(("revised", key, revision and revision.version))
+    def revised(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
+        for key, revision in changes.items():
+            self.heard.append(("revised", key, revision and revision.version))
 
-    def announced(self, publications: Sequence[Ranked]) -> None:
+    def announced(self, publications: Sequence[Revision]) -> None:
         self.heard.append(("announced", tuple(each.key for each in publications)))
 
-    def concluded(self, publications: Sequence[Ranked]) -> None:
+    def concluded(self, publications: Sequence[Revision]) -> None:
         self.heard.append(("concluded", tuple(each.key for each in publications)))
 
     def invalidating(self, keys: Collection[ResourceKey]) -> None:

@@ -134,14 +134,54 @@ async def test_an_older_event_is_ignored_and_the_value_that_stayed_returned(
     assert result.previous.value == "new"
 
 
-async def test_a_duplicate_is_ignored_unless_equals_are_replaced(cache: AsyncCache) -> None:
-    publisher = publisher_to(cache)
-    await publisher.publish(A, 1, source="s")
-    assert (await publisher.publish(A, 2, source="s")).status is PublishStatus.IGNORED_DUPLICATE
-    result = await publisher.publish(A, 3, source="s", replace_equal=True)
+@pytest.mark.parametrize("at", [NOW, NOW - 1])
+async def test_a_dated_duplicate_is_ignored_unless_equals_are_replaced(
+    cache: AsyncCache, at: float
+) -> None:
+    publish = publisher_to(cache).publish
+    await publish(A, 1, source="s", observed_at=at)
+    result = await publish(A, 2, source="s", observed_at=at)
+    assert result.status is PublishStatus.IGNORED_DUPLICATE
+    result = await publish(A, 3, source="s", observed_at=at, replace_equal=True)
     assert result.published
     assert result.previous is not None
     assert result.previous.value == 1
+
+
+async def test_undated_events_in_one_step_of_the_clock_count_in_the_order_of_their_arrival(
+    cache: AsyncCache,
+) -> None:
+    publisher = publisher_to(cache)
+    for number in range(3):
+        assert (await publisher.publish(A, number, source="s")).published
+    assert await payload_in(cache) == 2
+    results = await publisher.publish_many([ResourceUpdate(A, number, "s") for number in (7, 8)])
+    assert results[A].published
+    assert await payload_in(cache) == 8
+
+
+async def test_an_undated_event_counts_although_the_clock_was_set_back(cache: AsyncCache) -> None:
+    clock = ManualClock(NOW)
+    publisher = publisher_to(cache, clock=clock)
+    await publisher.publish(A, "before", source="s")
+    clock.set_wall(NOW - 3600.0)
+    assert (await publisher.publish(A, "after", source="s")).published
+    held = (await cache.get(A, now=clock.now(), policy=POLICY)).value
+    assert held is not None
+    assert held.value == "after"
+
+
+async def test_what_is_held_from_the_future_does_not_win_by_its_date(cache: AsyncCache) -> None:
+    """Not even against a dated event; what lies within the tolerance does."""
+    clock = ManualClock(NOW)
+    publisher = publisher_to(cache, clock=clock)
+    await publisher.publish(A, "before", source="s", observed_at=NOW - 5.0)
+    clock.set_wall(NOW - 5.5)
+    kept = await publisher.publish(A, "older", source="s", observed_at=NOW - 6.0)
+    assert kept.status is PublishStatus.IGNORED_OLDER
+    clock.set_wall(NOW - 3600.0)
+    after = await publisher.publish(A, "after", source="s", observed_at=NOW - 3601.0)
+    assert after.published
 
 
 async def test_a_forced_event_replaces_anything_and_counts_as_published(

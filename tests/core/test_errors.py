@@ -14,6 +14,9 @@ from coalestra.core import errors as tree
 from coalestra.core.acceptance import SnapshotAcceptanceReason, SnapshotAcceptanceViolation
 from coalestra.core.errors import (
     BuilderClosedError,
+    CacheCircuitOpenError,
+    CacheTimeoutError,
+    CacheUnavailableError,
     CapabilityRequirementError,
     CircuitOpenError,
     CoalestraError,
@@ -104,6 +107,13 @@ SAMPLES: list[tuple[CoalestraError, str]] = [
     (
         SnapshotAcceptanceError(violations=(TOO_OLD, UNMET), snapshot="refused"),
         "snapshot not acceptable, 2 violations: price is 9 s old, at most 5 s; only 1 of 2",
+    ),
+    (CacheUnavailableError("cancelled itself"), "cancelled itself"),
+    (CacheCircuitOpenError("left alone"), "left alone"),
+    (
+        CacheTimeoutError(1.0),
+        "a call to the cache must end within 1 s, and did not; find out why it is slow, or give "
+        "the cache timeout_seconds of its own",
     ),
     (
         BuilderClosedError(),

@@ -292,7 +292,7 @@ async def test_a_fetch_that_ends_while_a_publication_is_being_written_gives_way_
     await at_source.wait_arrived()
     event = asyncio.ensure_future(building.publisher.publish(K, "event", source="stream"))
     await at_write.wait_arrived()
-    await asyncio.sleep(1)
+    await asyncio.sleep(0.5)
     at_source.open()
     await settle()
     assert not reader.done()

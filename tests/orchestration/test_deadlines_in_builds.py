@@ -107,14 +107,15 @@ class StuckCache(AsyncMemoryCache):
 
 
 @pytest.mark.parametrize("stuck", ["read", "write"])
-async def test_a_cache_that_hangs_is_cut_off_at_the_deadline(stuck: str) -> None:
+async def test_a_cache_that_hangs_leaves_half_of_the_deadline_to_the_sources(stuck: str) -> None:
     building = builder(Single("x"), cache=StuckCache(stuck=stuck))
     loop = asyncio.get_running_loop()
     began = loop.time()
-    snapshot = await building.build([X], strict=False, deadline_seconds=2)
-    assert loop.time() - began == pytest.approx(2)
-    assert says_deadline(snapshot.errors[X])
+    snapshot = await building.build([X], deadline_seconds=0.5)
+    assert loop.time() - began < (0.3 if stuck == "read" else 0.05)
+    assert snapshot.complete
     await no_leaks(building)
+    await building.aclose()
 
 
 async def test_delivery_that_does_not_fit_leaves_no_snapshot() -> None:

@@ -848,6 +848,8 @@ async def test_a_build_that_is_cancelled_while_it_looks_leaves_nothing_behind() 
 class OneSlowRead(SingleKeyCache):
     """Reads at once, but hands over what it found for `slow` only after the gate, once."""
 
+    timeout_seconds = 60.0
+
     def __init__(self) -> None:
         super().__init__()
         self.gate = Gate()

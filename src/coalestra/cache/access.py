@@ -29,9 +29,10 @@ class CacheAccess:
         cache: the cache.
         store: the entry store of the library's own memory cache, else None.
         foreign: the view over any other cache, else None.
+        subscribers: who hears of changes through this view, on any event loop; held weakly.
     """
 
-    __slots__ = ("cache", "foreign", "store")
+    __slots__ = ("cache", "foreign", "store", "subscribers")
 
     def __init__(
         self,
@@ -47,21 +48,18 @@ class CacheAccess:
         if type(cache) is AsyncMemoryCache:
             self.store = cache.store
             self.store.tolerate(observation)
+            self.subscribers: Listeners = self.store.listeners
         else:
             self.foreign = ForeignCache(cache, copies, max_pending_tasks, observation, failed)
+            self.subscribers = self.foreign.subscribers
 
     def __repr__(self) -> str:
         return f"CacheAccess({self.store or self.foreign!r})"
 
     @property
-    def subscribers(self) -> Listeners:
-        """Who hears of changes through this view, on any event loop."""
-        return self.foreign.subscribers if self.store is None else self.store.listeners
-
-    @property
     def listeners(self) -> Listeners:
         """Who hears of changes to the cache on the running event loop, which must be there."""
-        return self.foreign.channel().listeners if self.store is None else self.store.listeners
+        return self.subscribers if self.foreign is None else self.foreign.channel().listeners
 
     async def invalidate(self, keys: Collection[ResourceKey]) -> None:
         """Remove ``keys``; listeners hear of it before the first await.

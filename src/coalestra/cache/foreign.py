@@ -1,19 +1,19 @@
-"""A cache that is not the library's own: awaited, slow, fallible, and an edge where values are copied.
+"""A cache that is not the library's own: awaited, slow, fallible, and an edge to copy values at.
 
 Laws:
 
 1. Every call to it has a time limit, and whatever it raises belongs to the keys that it was about:
    one that cannot be read is a miss, one that cannot be written is told. Where a call for many keys
    fails, they are tried one by one.
-2. A cache that failed too often in a row is left alone for a while: reads are misses at once, values
-   are not stored. What an application asked for, a publication or an invalidation, is tried all the
-   same, and raises if it was not done.
+2. A cache that failed too often in a row is left alone for a while: reads are misses at once,
+   values are not stored. What an application asked for, a publication or an invalidation, is tried
+   all the same, and raises if it was not done.
 3. Writes and invalidations of one key run one after the other, in the order they were asked for,
    among all users of the cache object on one event loop.
 4. A value on its way into the cache counts as held, for all of them. A later revision or an
    invalidation ends that, and then it is not written any more.
-5. What is held is judged as in the memory cache: the write order, the tolerated future, and for what
-   is derived the revisions held now. A mismatch that the cache should have seen itself is a miss.
+5. What is held is judged as in the memory cache: the write order, the tolerated future, and for
+   what is derived the revisions held now. A mismatch is a miss, whoever should have seen it.
 """
 
 from __future__ import annotations
@@ -62,17 +62,6 @@ _I = TypeVar("_I", bound=Hashable)
 _T = TypeVar("_T")
 
 
-class _Shift(Generic[_I]):
-    """What one worker is at: an item since some time, or nothing; ``over`` if it is given up."""
-
-    __slots__ = ("began", "items", "over")
-
-    def __init__(self, now: float) -> None:
-        self.began: float = now
-        self.items: tuple[_I, ...] = ()
-        self.over: bool = False
-
-
 def _never() -> None:
     """Refuse nothing."""
 
@@ -97,64 +86,96 @@ async def call_each(
     and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
     caller's own cancellation.
     """
-    results: dict[_I, _T] = {}
-    failures: dict[_I, BaseException] = {}
-    rest = iter(items)
-    loop = asyncio.get_running_loop()
-    busy: dict[asyncio.Task[None], _Shift[_I]] = {}
+    crew = _Crew(items, call, refused, ended)
+    await crew.work_off(min(width, len(items)), seconds)
+    return crew.results, crew.failures
 
-    def failed(item: _I, error: BaseException) -> None:
-        failures[item] = error
-        ended(error)
 
-    async def work(shift: _Shift[_I]) -> None:
-        for item in rest:
-            refusal = refused()
+class _Shift(Generic[_I]):
+    """What one worker is at: an item since some time, or nothing; ``over`` if it is given up."""
+
+    __slots__ = ("began", "items", "over")
+
+    def __init__(self, now: float) -> None:
+        self.began: float = now
+        self.items: tuple[_I, ...] = ()
+        self.over: bool = False
+
+
+class _Crew(Generic[_I, _T]):
+    """The workers of one `call_each`; one whose call does not end, or ends it, is replaced."""
+
+    def __init__(
+        self,
+        items: Iterable[_I],
+        call: Callable[[_I], Awaitable[_T]],
+        refused: Callable[[], Exception | None],
+        ended: Callable[[BaseException | None], None],
+    ) -> None:
+        self.results: dict[_I, _T] = {}
+        self.failures: dict[_I, BaseException] = {}
+        self._rest = iter(items)
+        self._call = call
+        self._refused = refused
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._busy: dict[asyncio.Task[None], _Shift[_I]] = {}
+
+    async def work_off(self, width: int, seconds: float) -> None:
+        """Work until no item is left, with so many workers."""
+        busy, loop = self._busy, self._loop
+        for _ in range(width):
+            self._hire()
+        try:
+            while busy:
+                end = min(shift.began for shift in busy.values()) + seconds
+                left = max(0.0, end - loop.time())
+                await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                for task, shift in tuple(busy.items()):
+                    if task.done():
+                        self._dismiss(task, _ending_of(task))
+                    elif loop.time() >= shift.began + seconds:
+                        self._dismiss(task, CacheTimeoutError(seconds))
+        finally:
+            for task in tuple(busy):
+                busy.pop(task).over = True
+                _leave_behind(task)
+
+    def _hire(self) -> None:
+        shift: _Shift[_I] = _Shift(self._loop.time())
+        self._busy[self._loop.create_task(self._work(shift), name="coalestra cache call")] = shift
+
+    def _dismiss(self, task: asyncio.Task[None], error: BaseException) -> None:
+        shift = self._busy.pop(task)
+        shift.over = True
+        _leave_behind(task)
+        for item in shift.items:  # its call ended the worker, or has not ended
+            self._fail(item, error)
+            self._hire()
+
+    async def _work(self, shift: _Shift[_I]) -> None:
+        for item in self._rest:
+            refusal = self._refused()
             if refusal is not None:
-                failures[item] = refusal
+                self.failures[item] = refusal
                 continue
-            shift.items, shift.began = (item,), loop.time()
+            shift.items, shift.began = (item,), self._loop.time()
             try:
-                result = await call(item)
+                result = await self._call(item)
             except Exception as error:
                 if shift.over:
                     return
-                failed(item, error)
+                self._fail(item, error)
             else:
                 if shift.over:
                     return
-                results[item] = result
-                ended(None)
+                self.results[item] = result
+                self._ended(None)
             shift.items = ()
 
-    def begin() -> None:
-        shift: _Shift[_I] = _Shift(loop.time())
-        busy[loop.create_task(work(shift), name="coalestra cache call")] = shift
-
-    for _ in range(min(width, len(items))):
-        begin()
-    try:
-        while busy:
-            end = min(shift.began for shift in busy.values()) + seconds
-            left = max(0.0, end - loop.time())
-            await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            for task, shift in tuple(busy.items()):
-                late = not task.done() and loop.time() >= shift.began + seconds
-                if late:
-                    shift.over = True
-                    _leave_behind(task)
-                elif not task.done():
-                    continue
-                del busy[task]
-                error = CacheTimeoutError(seconds) if late else _ending_of(task)
-                if shift.items:  # its call ended the worker, or has not ended
-                    failed(shift.items[0], error)
-                    begin()
-    finally:
-        for task, shift in busy.items():
-            shift.over = True
-            _leave_behind(task)
-    return results, failures
+    def _fail(self, item: _I, error: BaseException) -> None:
+        self.failures[item] = error
+        self._ended(error)
 
 
 _left_behind: set[asyncio.Task[None]] = set()
@@ -162,6 +183,8 @@ _left_behind: set[asyncio.Task[None]] = set()
 
 
 def _leave_behind(task: asyncio.Task[None]) -> None:
+    if task.done() or task.get_loop().is_closed():
+        return
     task.cancel()
     _left_behind.add(task)
     task.add_done_callback(_forget)
@@ -180,8 +203,9 @@ def _ending_of(task: asyncio.Task[None]) -> BaseException:
 
 # Turns per key: operations on the same key run one after the other, in the order they asked ------
 #
-# An operation queues for all its keys in one step and runs when it is the first for each of them, so
-# operations over several keys cannot block each other in a circle. Nothing is kept for an idle key.
+# An operation queues for all its keys in one step and runs when it is the first for each of them,
+# so operations over several keys cannot block each other in a circle. Nothing is kept for an idle
+# key.
 
 
 class KeyLanes:
@@ -240,8 +264,9 @@ class Turn:
 
     def begin(self) -> bool:
         """Start whoever waits for the turn; return True if nobody does any more."""
-        if self._start is not None and not self._start.done():
-            self._start.set_result(None)
+        start = self._start
+        if start is not None and not start.done() and not start.get_loop().is_closed():
+            start.set_result(None)
         return self._abandoned
 
     async def __aenter__(self) -> None:
@@ -319,7 +344,7 @@ Policies = Mapping[ResourceKey, FreshnessPolicy]
 class _Circuit:
     """Keeps a cache that fails from costing every call its time limit; times are the loop's.
 
-    Open from the last of too many failures in a row, it lets one call through at a time of recovery.
+    Open from the last of too many failures in a row, it lets one call through every so often.
     """
 
     __slots__ = ("failures", "until")
@@ -329,7 +354,7 @@ class _Circuit:
         self.until = 0.0
 
     def admits(self, now: float) -> bool:
-        """Whether a call may be made; if it is to find out whether the cache is back, the only one."""
+        """Whether a call may be made; one that finds out if the cache is back is the only one."""
         if self.failures < _FAILURES_IN_A_ROW:
             return True
         if now < self.until:
@@ -354,7 +379,7 @@ class CacheCalls:
         carries_many: whether one call can carry many keys.
         is_atomic: whether it compares and stores in one step.
         validates_dependencies, validates_order: what it promises to check itself.
-        counts: calls, failures and timeouts of it, and calls that were not made as it is left alone.
+        counts: calls, failures and timeouts among them, and calls refused as it is left alone.
     """
 
     __slots__ = (
@@ -648,6 +673,10 @@ def _unheard(_outcomes: Outcomes) -> None:
     """Stand in for one who does not want to know."""
 
 
+def _any(_revision: Revision) -> bool:
+    return True
+
+
 class _Terms(NamedTuple):
     """On which terms revisions are offered, at ``now`` by the wall clock."""
 
@@ -794,8 +823,12 @@ class ForeignCache:
             raise error
         return outcomes
 
+    def holds(self, revision: Revision) -> bool:
+        """Whether a value on its way still counts as held."""
+        return self.channel().on_their_way.get(revision.key) is revision
+
     def hold(self, revision: Revision, now: float, *, replace_equal: bool) -> Outcome:
-        """Let a value count as held from now on; `write_behind` must follow.
+        """Let a value that is being written behind count as held from now on.
 
         One that may not replace what is on its way already does not count.
         """
@@ -811,15 +844,15 @@ class ForeignCache:
 
     def write_behind(
         self,
-        revisions: Mapping[ResourceKey, Revision],
+        revisions: Collection[Revision],
         policies: Policies,
         now: float,
         *,
-        held: bool,
+        wanted: Callable[[Revision], bool],
         replace_equal: bool = False,
         ended: Callable[[Outcomes], None] = _unheard,
     ) -> None:
-        """Offer values that nobody waits for to the cache; those ``held`` only if they still are.
+        """Offer values to the cache, those still ``wanted`` when their turn has come.
 
         Failures are told. ``ended`` learns the outcomes, whatever happens.
         """
@@ -829,28 +862,27 @@ class ForeignCache:
             if not task.cancelled() and task.exception() is None:
                 outcomes, failures = task.result()
                 self.calls.tell("write", failures)
-            for key, revision in revisions.items():
-                if channel.on_their_way.get(key) is revision:
-                    del channel.on_their_way[key]
+            for revision in revisions:
+                if channel.on_their_way.get(revision.key) is revision:
+                    del channel.on_their_way[revision.key]
             ended(outcomes)
 
         channel = self.channel()
         terms = _Terms(policies, now, replace_equal=replace_equal)
-        self._behind(self._write(revisions, terms, held=held)).add_done_callback(done)
+        self._behind(self._write(best_per_key(revisions), terms, wanted)).add_done_callback(done)
 
     async def _write(
-        self, revisions: Mapping[ResourceKey, Revision], terms: _Terms, *, held: bool = False
+        self,
+        revisions: Mapping[ResourceKey, Revision],
+        terms: _Terms,
+        wanted: Callable[[Revision], bool] = _any,
     ) -> tuple[Outcomes, Failures]:
         channel = self.channel()
         outcomes: Outcomes = {}
         async with channel.lanes.turn(revisions):
-            offered = {
-                key: revision
-                for key, revision in revisions.items()
-                if not held or channel.on_their_way.get(key) is revision
-            }
+            offered = {key: each for key, each in revisions.items() if wanted(each)}
             failures = await self._offer(offered, terms, outcomes)
-            self._tell(channel, offered, outcomes, held)
+            self._tell(channel, offered, outcomes)
         return outcomes, failures
 
     def _tell(
@@ -858,15 +890,15 @@ class ForeignCache:
         channel: Channel,
         offered: Mapping[ResourceKey, Revision],
         outcomes: Outcomes,
-        held: bool,
     ) -> None:
         """Tell of what readers see now and did not see before."""
         changes: dict[ResourceKey, Revision | None] = {}
         for key, (status, current, _) in outcomes.items():
-            if (status is _STORED) is not held:
-                changes[key] = current
             waiting = channel.on_their_way.get(key)
-            if waiting is offered[key] or decide(current, waiting) is _STORED:
+            was_held = waiting is offered[key]
+            if (status is _STORED) is not was_held:
+                changes[key] = current
+            if was_held or decide(current, waiting) is _STORED:
                 channel.on_their_way.pop(key, None)
         if changes:
             channel.listeners.revised(changes)
@@ -903,12 +935,14 @@ class ForeignCache:
     def _looks_first(self, revision: Revision, terms: _Terms) -> bool:
         """Whether the library compares before it offers a value.
 
-        A cache that compares would take an undated fetch for as new as the end of its reading.
+        A cache that compares would take an undated fetch for as new as the end of its reading. One
+        that knows better tells undated values by their equal times, which may be by chance.
         """
-        if not self.calls.is_atomic:
-            return True
-        is_undated_fetch = not revision.dated and revision.attempts > 0
-        return is_undated_fetch and not terms.force and not self.calls.validates_order
+        if terms.force or not self.calls.is_atomic:
+            return not self.calls.is_atomic
+        if revision.dated:
+            return revision.observed_at == revision.fetched_at
+        return revision.attempts > 0 and not self.calls.validates_order
 
     async def _store(
         self,
@@ -1009,9 +1043,7 @@ class ForeignCache:
         before: Found = {}
         if terms.insist:  # somebody wants to know
             previous = {key: result.previous for key, result in results.items() if result.stored}
-            before = {
-                key: value for key, value in previous.items() if type(value) is SnapshotValue
-            }
+            before = {key: value for key, value in previous.items() if type(value) is SnapshotValue}
         current = await self._sealed(lost)
         replaced = await self._sealed(before)
         outcomes: Outcomes = {}

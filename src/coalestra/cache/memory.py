@@ -289,9 +289,7 @@ class AsyncMemoryCache:
         """Close the copying, waiting up to five seconds. The entries stay."""
         await self.aclose_payload_copies()
 
-    async def _lookup(
-        self, revision: Revision, now: float, policy: FreshnessPolicy
-    ) -> CacheLookup:
+    async def _lookup(self, revision: Revision, now: float, policy: FreshnessPolicy) -> CacheLookup:
         age = max(0.0, now - revision.observed_at)
         fresh = age <= policy.ttl_seconds
         value = await open_value(

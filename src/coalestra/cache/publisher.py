@@ -19,6 +19,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyProvider,
     AuthorityPolicyResolver,
+    FreshnessPolicy,
     FreshnessPolicyProvider,
     FutureObservation,
     ObservationPolicy,
@@ -127,13 +128,23 @@ class _Publication:
     way cannot slip in between an event and its writing; ``conclude`` always follows.
     """
 
-    __slots__ = ("_announced", "_judged", "_listeners", "_now", "_pace", "_parts", "outcomes")
+    __slots__ = (
+        "_announced",
+        "_judged",
+        "_listeners",
+        "_now",
+        "_pace",
+        "_parts",
+        "_policies",
+        "outcomes",
+    )
 
     def __init__(self, parts: PublisherParts) -> None:
         self._parts = parts
         self._now = parts.clock.now()
         self._pace = Pace()
         self._judged: list[Revision] = []
+        self._policies: dict[ResourceKey, FreshnessPolicy] = {}
         self._announced = 0
         self._listeners: Listeners | None = None
         self.outcomes: list[Outcome] = []
@@ -141,8 +152,10 @@ class _Publication:
     async def judge(self, updates: Sequence[ResourceUpdate[Any]]) -> dict[Revision, Any]:
         """Return the best revision per key and the event that it makes; all must be fit."""
         judge, judged, now = self._parts.judge, self._judged, self._now
+        resolve, policies = self._parts.policy_resolver.resolve, self._policies
         for update in updates:
             judged.append(judge(update, now))
+            policies[update.key] = resolve(update.key)
             if not len(judged) % PORTION and self._pace.due:
                 await self._breathe()
         if len(judged) == 1:
@@ -177,9 +190,8 @@ class _Publication:
             )
         elif access.foreign is not None:
             self._announce()
-            policies = {each.key: parts.policy_resolver.resolve(each.key) for each in best}
             written = await access.foreign.publish(
-                best, policies, parts.clock.now(), force=force, replace_equal=replace_equal
+                best, self._policies, parts.clock.now(), force=force, replace_equal=replace_equal
             )
             self.outcomes = [written[each.key] for each in best]
 
@@ -191,11 +203,11 @@ class _Publication:
     async def results(self) -> dict[ResourceKey, PublishResult]:
         """Return what became of each, with copies of what the cache holds now and held before."""
         results = {}
-        pace, resolve = self._pace, self._parts.policy_resolver.resolve
+        pace, policies = self._pace, self._policies
         left = PORTION
         for number, (status, current, previous) in enumerate(self.outcomes):
             key = current.key
-            ttl, stored = resolve(key).ttl_seconds, status is _STORED
+            ttl, stored = policies[key].ttl_seconds, status is _STORED
             value = await self._presented(current, ttl, not stored)
             left -= current.seal.weight
             before = None

@@ -6,8 +6,8 @@ Laws of the write order, for revisions of one key; `decide` is the one place tha
 2. A higher authority rank wins, whatever was observed when; a lower one loses.
 3. Between equal ranks, what arrived later wins if neither is dated. An event arrives when it is
    published, a fetch when its reading *begins*: it knows nothing later than that.
-4. Else the later date wins, an undated one counting as of its arrival. What is held and lies further
-   in the future than is tolerated has no date to win by: the clock was set back.
+4. Else the later date wins, an undated one counting as of its arrival. What is held and lies
+   further in the future than is tolerated has no date to win by: the clock was set back.
 5. At the same date an undated event wins, as it has arrived later. Anything else is a duplicate,
    and loses unless the writer asked to replace equals.
 
@@ -15,7 +15,7 @@ Laws of the store:
 
 1. What it finds is within max stale of the reader's policy, not further in the future than is
    tolerated and, if derived, rests on the revisions stored now.
-2. What is written by one call becomes visible in one step. An outdated derived entry defends nothing.
+2. What one call writes becomes visible in one step. An outdated derived entry defends nothing.
 3. The least recently written or found entry leaves first.
 4. Listeners hear of every change except evictions and expiries, in the step that makes it.
 """
@@ -203,8 +203,8 @@ class Currency:
     """Judges the entries of one mapping, whose owner reports every revision that leaves it.
 
     An entry is current when each dependency version it recorded is the version held now, and those
-    entries are current themselves. Answers are kept on the revisions (``Revision.checked``) and stay
-    good until an entry that somebody's answer relied on is replaced or removed, so a run of
+    entries are current themselves. Answers are kept on the revisions (``Revision.checked``) and
+    stay good until an entry that somebody's answer relied on is replaced or removed, so a run of
     questions costs each entry and each edge once. Walking is iterative: chains may be very deep.
     Entries found current are joined to what they rest on (``Revision.dependencies``).
 
@@ -379,8 +379,8 @@ class EntryStore:
     ) -> list[Revision] | None:
         """Return the entries of all ``keys``, or None if one of them needs the look of ``find``.
 
-        That is one that is missing, is derived, exceeds its age, in seconds, of ``ages``, or is from
-        the future. Nothing is dropped or counted: ``count_fresh`` counts what was of use.
+        That is one that is missing, is derived, exceeds its age, in seconds, of ``ages``, or is
+        from the future. Nothing is dropped or counted: ``count_fresh`` counts what was of use.
         """
         found = []
         get = self._entries.get
@@ -451,9 +451,7 @@ class EntryStore:
                 self.listeners.revised(changes, teller)
         return outcomes
 
-    def _put(
-        self, revision: Revision, horizon: float, force: bool, replace_equal: bool
-    ) -> Outcome:
+    def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
         key = revision.key
         previous = current = self._entries.get(key)
         if current is not None:

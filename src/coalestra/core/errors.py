@@ -581,7 +581,7 @@ class CacheUnavailableError(CoalestraError):
     """
 
 
-class CacheTimeoutError(CacheUnavailableError, TimeoutError):
+class CacheTimeoutError(CacheUnavailableError):
     """A call to a cache took longer than it may; what came of it is not known.
 
     Attributes:
@@ -594,9 +594,6 @@ class CacheTimeoutError(CacheUnavailableError, TimeoutError):
             f"a call to the cache must end within {timeout_seconds:g} s, and did not; find out why "
             "it is slow, or give the cache timeout_seconds of its own"
         )
-
-    def __reduce__(self) -> tuple[type[CacheTimeoutError], tuple[float]]:
-        return type(self), (self.timeout_seconds,)
 
 
 class CacheCircuitOpenError(CacheUnavailableError):

@@ -158,8 +158,8 @@ class BlockingSourceTimeoutConfigured(Protocol):
 class AsyncCache(Protocol):
     """What every cache can do.
 
-    A cache may also have ``validates_dependency_versions = True``, if its reads never give a
-    derived value whose dependencies have changed.
+    A cache may also have ``validates_dependency_versions = True``, if it removes derived values
+    whose dependencies have changed, and ``timeout_seconds``, which each call may take (1 s).
     """
 
     async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
@@ -217,6 +217,28 @@ class BatchAtomicAsyncCache(BatchAsyncCache, Protocol):
         replace_equal: bool = False,
     ) -> Mapping[ResourceKey, CacheWriteResult]:
         """Store those values that the write order prefers to what is there."""
+
+
+@runtime_checkable
+class OrderAwareCache(Protocol):
+    """A cache that says whether its comparing writes know the write order by themselves."""
+
+    @property
+    def validates_write_order(self) -> bool:
+        """Whether they compare `SnapshotValue.ordered_at`, after authority."""
+
+
+@runtime_checkable
+class PolicyAwareCache(Protocol):
+    """A cache that wants to know the policy of what it stores, to let it expire, say.
+
+    Its ``set`` and ``set_if_newer`` are passed the ``policy`` of the key, its ``set_many`` and
+    ``set_many_if_newer`` the ``policies`` by key.
+    """
+
+    @property
+    def accepts_policies(self) -> bool:
+        """Whether it does."""
 
 
 @runtime_checkable

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from coalestra.cache.access import access_to
+from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publisher import (
-    PublicationRules,
     PublisherParts,
     ResourcePublisher,
     require_authority_aware,
@@ -204,18 +203,21 @@ def _equipment(
     )
     pending = settings.max_pending_tasks or settings.max_concurrency
     breaker = given_or(given.circuit_breaker, partial(CircuitBreaker, clock=clock))
+    observation = given_or(given.observation_policy, ObservationPolicy)
+    report = sinks.reporter()
+    failed = None if report is None else report.cache_failed
     return Equipment(
         clock=clock,
         chains=chains,
         policies=_policies(given),
         authority=authority,
-        observation=given_or(given.observation_policy, ObservationPolicy),
+        observation=observation,
         capacity=_capacity(chains.links, settings),
         breaker=breaker,
         resilience=_resilience(given, breaker),
-        access=access_to(cache, copies, pending),
+        access=CacheAccess(cache, copies, pending, observation, failed),
         copies=copies,
-        report=sinks.reporter(),
+        report=report,
         threads=threads,
         max_concurrency=settings.max_concurrency,
         max_pending_tasks=pending,
@@ -300,9 +302,10 @@ def _publisher(
         PublisherParts(
             access=equipment.access,
             copies=equipment.copies,
-            rules=PublicationRules(
-                equipment.clock, equipment.policies, equipment.observation, equipment.authority
-            ),
+            clock=equipment.clock,
+            policy_resolver=equipment.policies,
+            observation_policy=equipment.observation,
+            authority_resolver=equipment.authority,
             metrics=sinks.metrics,
             events=sinks.events,
             reporter=equipment.report,

@@ -45,7 +45,7 @@ from coalestra.core.policies import (
     policy_of_all,
 )
 from coalestra.core.snapshot import DiagnosticsRecorder, Snapshot
-from coalestra.core.values import Revision, SourcePayload, next_version
+from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.observability.reports import Reporter
 from coalestra.orchestration.flights import Acquisition, Call, Intake, Interest, Phase, Work
 from coalestra.orchestration.parts import Equipment
@@ -208,11 +208,11 @@ def revision_of(
     key, link, context = flight.key, facts.link, facts.context
     observed_at = answered_at = facts.answered_at
     metadata: Mapping[str, Any] = EMPTY
-    payload = value
+    payload, dated = value, False
     if type(value) is SourcePayload:
         payload, metadata = value.value, value.metadata
         if value.observed_at is not None:
-            observed_at = value.observed_at
+            observed_at, dated = value.observed_at, True
             skew = _accepted_skew(equipment, link, key, observed_at, answered_at)
             if skew:
                 metadata = {**metadata, "clock_skew_seconds": skew}
@@ -237,6 +237,8 @@ def revision_of(
         equipment.authority.rank_for(key, link.name) if rank is None else rank,
         FrozenDict({r.key: r.version for r in used}) if used else EMPTY,
         used,
+        dated,
+        flight.began,
     )
 
 
@@ -980,8 +982,9 @@ class Attempt(Budgeted):
                 return False
             self._tally.called(len(self.flights))
         self.tries += 1
+        number = next_number()
         for flight in self.flights:
-            flight.began = True
+            flight.began = number
         return True
 
     def _pass_open_circuits(self) -> bool:

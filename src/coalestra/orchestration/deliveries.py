@@ -220,7 +220,7 @@ class WarmReads:
             return {}
         ages = quiet_ages(self._equipment.policies, keys)
         now = self._equipment.clock.now()
-        revisions = None if ages is None else store.quiet.find(keys, now, ages)
+        revisions = None if ages is None else store.find_all_fresh(keys, now, ages)
         if revisions is None:
             return {}
         self._count(store, work, keys)
@@ -259,12 +259,12 @@ class WarmReads:
         clock, policies = self._equipment.clock, self._equipment.policies
         if len(keys) <= _KEYS_BETWEEN_LOOKS:
             ages = quiet_ages(policies, keys)
-            return None if ages is None else store.quiet.find(keys, clock.now(), ages)
+            return None if ages is None else store.find_all_fresh(keys, clock.now(), ages)
         found: list[Revision] = []
         rest = iter(keys)
         while part := tuple(islice(rest, _KEYS_BETWEEN_LOOKS)):
             ages = quiet_ages(policies, part)
-            some = None if ages is None else store.quiet.find(part, clock.now(), ages)
+            some = None if ages is None else store.find_all_fresh(part, clock.now(), ages)
             if some is None:
                 return None
             found += some
@@ -298,7 +298,7 @@ class WarmReads:
         return values
 
     def _count(self, store: EntryStore, work: Work, keys: Collection[ResourceKey]) -> None:
-        store.quiet.count(keys)
+        store.count_fresh(keys)
         work.record.cache_hits += len(keys)
         work.record.cache_batch_reads += 1
         report = self._equipment.report

@@ -291,7 +291,7 @@ class Acquisition:
         self.offered: Revision | None = None
         self.dated: bool = False
         self.cacheable: bool = True
-        self.began: bool = False
+        self.began: int = 0
         self.missed: bool = False
         self.joinable: bool = False
         self.linked: bool = False
@@ -357,16 +357,18 @@ class Acquisition:
 class ReadGroup:
     """The reads that go to the cache together, and the task that carries them.
 
-    `changed` are the keys of which there has been news meanwhile.
+    `changed` are the keys of which there has been news meanwhile: a revision, or None for gone.
+    `hurried` has the timers of those who cannot wait for long.
     """
 
-    __slots__ = ("changed", "interest", "reads", "task")
+    __slots__ = ("changed", "hurried", "interest", "reads", "task")
 
     def __init__(self) -> None:
-        self.changed: set[ResourceKey] = set()
+        self.changed: dict[ResourceKey, Revision | None] = {}
+        self.hurried: dict[Gather, asyncio.TimerHandle] = {}
         self.reads: list[Read] = []
         self.interest: Interest = Interest(self.reads)
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[Any] | None = None
 
 
 class Read:
@@ -616,6 +618,11 @@ class FlightBoard:
             if not cacheable:
                 each.cacheable = False
             stack += [waiter.owner for waiter in each.waiters if waiter.owner is not None]
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is any flight."""
+        return bool(self.flights or self.aside)
 
     def set_aside(self, flight: Acquisition) -> None:
         """Keep a flight that newcomers cannot join, until it ends."""

@@ -1,27 +1,43 @@
-"""Reads of a cache that has to be awaited: grouped by step, shared by everyone who asks."""
+"""Reads and writes of a cache that has to be awaited, grouped by the step in which they are asked.
+
+Laws:
+
+1. A read ends for each who waits: with what the cache held, or with nothing if it failed, took too
+   long, or was overtaken by an invalidation. Who has a deadline gives it half of the time left.
+2. A value is not held back by a cache that takes its time to store it: it is given to those who
+   wait, and counts as held from then on.
+3. A read is shared by all who ask until there is news of any key: what a derived entry rests on is
+   not known before it has been read.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from coalestra.cache.foreign import ForeignCache, Outcomes
+from coalestra.cache.store import decide
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.values import Revision
-from coalestra.orchestration.flights import Acquisition, Gather, Interest, Read, ReadGroup
+from coalestra.orchestration.flights import Acquisition, Gather, Read, ReadGroup
 from coalestra.orchestration.parts import Equipment
 
-# Reads of a cache that has to be awaited: grouped by step, shared by everyone who asks -----------
+_STORED = CacheWriteStatus.STORED
+_SHARE = 0.5
+"""How much of the time that a reader has left the cache may take."""
+_QUICK_SECONDS = 0.01
+"""What a cache that has stored within so long says of the write order is waited for."""
 
 
 class CacheReads:
     """Carries questions to the cache in groups, and each answer to everyone who asked.
 
-    `answered` is called with each read and what the cache held. A cache that fails to answer is
-    taken to hold nothing: its failure is reported, and the sources are asked.
+    `answered` is called with each read and what the cache held.
     """
 
     def __init__(
@@ -49,6 +65,8 @@ class CacheReads:
             self._next.reads.append(read)
         read.waiters[gather] = None
         gather.pending[key] = read
+        if gather.cutoff != math.inf and gather not in read.group.hurried:
+            self._hurry(gather, read.group)
         return read
 
     def find(self, key: ResourceKey) -> Read | None:
@@ -63,15 +81,11 @@ class CacheReads:
             self._close(read.group.reads)
             read.group.task.cancel()
 
-    def hide(self, changed: Collection[ResourceKey]) -> None:
-        """Keep newcomers from sharing reads that began before news of some keys.
-
-        No read of whatever key is shared: what a derived entry rests on is not known before it
-        has been read.
-        """
+    def hide(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
+        """Keep newcomers from sharing reads that began before news of some keys."""
         self._open.clear()
         for group in self._groups:
-            group.changed.update(changed)
+            group.changed.update(changes)
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
@@ -79,25 +93,54 @@ class CacheReads:
         self._groups.clear()
         self._next = None
 
+    def _hurry(self, gather: Gather, group: ReadGroup) -> None:
+        """Let a gather go on without the cache while there is time left for its sources."""
+        loop = asyncio.get_running_loop()
+        left = gather.cutoff - loop.time()
+        group.hurried[gather] = loop.call_later(left * _SHARE, self._go_on, gather, group)
+
+    def _go_on(self, gather: Gather, group: ReadGroup) -> None:
+        for read in group.reads:
+            if gather in read.waiters:
+                del read.waiters[gather]
+                alone = Read(read.key, read.policy, group)
+                alone.waiters[gather] = None
+                alone.flight = read.flight
+                self._answered(alone, None)
+
     def _send(self, group: ReadGroup) -> None:
         self._next = None
-        loop = asyncio.get_running_loop()
-        group.task = loop.create_task(self._read(group.reads), name="coalestra cache read")
-        self._tasks.add(group.task)
-        group.task.add_done_callback(self._tasks.discard)
-        group.task.add_done_callback(lambda _: self._groups.pop(group, None))
+        work = self._read(group)
+        task = asyncio.get_running_loop().create_task(work, name="coalestra cache read")
+        group.task = task
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._done, group))
 
-    async def _read(self, group: list[Read]) -> None:
-        wanted = [read for read in group if read.wanted]
-        self._close(read for read in group if not read.wanted)
-        found: Mapping[ResourceKey, Revision] = {}
-        try:
-            if wanted:
-                found = await self._ask(wanted)
-        finally:
-            self._close(group)
-        for read in wanted:
-            self._answered(read, found.get(read.key))
+    async def _read(self, group: ReadGroup) -> dict[ResourceKey, Revision]:
+        wanted = [read for read in group.reads if read.wanted]
+        self._close(read for read in group.reads if not read.wanted)
+        foreign = self._equipment.access.foreign
+        if foreign is None or not wanted:
+            return {}
+        if foreign.calls.carries_many:
+            for work in {gather.work for read in wanted for gather in read.waiters}:
+                work.record.cache_batch_reads += 1
+        policies = {read.key: read.policy for read in wanted}
+        return await foreign.read(tuple(policies), self._equipment.clock.now(), policies)
+
+    def _done(self, group: ReadGroup, task: asyncio.Task[dict[ResourceKey, Revision]]) -> None:
+        """Answer everyone who still waits, however the reading ended."""
+        self._tasks.discard(task)
+        self._groups.pop(group, None)
+        self._close(group.reads)
+        for timer in group.hurried.values():
+            timer.cancel()
+        failed = task.cancelled() or task.exception() is not None
+        found = {} if failed else task.result()
+        for read in group.reads:
+            if read.waiters:
+                gone = group.changed.get(read.key, read) is None
+                self._answered(read, None if gone else found.get(read.key))
 
     def _close(self, reads: Iterable[Read]) -> None:
         """Keep newcomers from sharing reads that are over, or will not be made."""
@@ -105,29 +148,17 @@ class CacheReads:
             if self._open.get(read.key) is read:
                 del self._open[read.key]
 
-    async def _ask(self, reads: list[Read]) -> Mapping[ResourceKey, Revision]:
-        for work in {gather.work for read in reads for gather in read.waiters}:
-            work.record.cache_batch_reads += 1
-        policies = {read.key: read.policy for read in reads}
-        now = self._equipment.clock.now()
-        try:
-            return await self._equipment.access.read(tuple(policies), now, policies)
-        except Exception as error:
-            if self._equipment.report is not None:
-                self._equipment.report.cache_failed("read", error)
-            return {}
-
     def __repr__(self) -> str:
         return f"<CacheReads open={len(self._open)}>"
 
 
-# Writes to a cache that has to be awaited, grouped by the step in which their values arrived -----
-
-
 class CacheWrites:
-    """Carries settled values to the cache in groups, and each group's outcome back.
+    """Carries the values of flights to the cache in groups.
 
-    A cache that fails to write costs the value its place in the cache, not its readers the value.
+    `written` settles a flight by what became of its value, as soon as that is known. If the cache
+    is not quick, the flight is settled with its value and that counts as held from then on; only a
+    forced one waits where ranks differ, as what the cache holds has not been looked at. `fit` says
+    whether the value of a flight may still be written, and settles the flight if not.
     """
 
     def __init__(
@@ -135,97 +166,99 @@ class CacheWrites:
         equipment: Equipment,
         fit: Callable[[Acquisition], bool],
         written: Callable[[Acquisition, CacheWriteStatus, Revision], None],
-        tasks: set[asyncio.Task[Any]],
     ) -> None:
         self._equipment = equipment
         self._fit = fit
         self._written = written
-        self._tasks = tasks
-        self.storing: dict[int, Revision] = {}
-        self._next: dict[Acquisition, None] = {}
-        self._under_way: dict[Acquisition, tuple[asyncio.Task[Any], Interest]] = {}
+        self._ranked = getattr(equipment.authority, "has_rules", True)
+        self._slow = False
+        self._next: list[Acquisition] = []
 
     def add(self, flight: Acquisition) -> None:
         """Write the value that a flight offers, together with the others of this step."""
+        foreign = self._equipment.access.foreign
+        if foreign is None:
+            return
         if not self._next:
-            asyncio.get_running_loop().call_soon(self._send)
-        self._next[flight] = None
+            asyncio.get_running_loop().call_soon(self._send, foreign)
+        if foreign.calls.carries_many:
+            known = any(other.sponsor is flight.sponsor for other in self._next)
+            flight.sponsor.record.cache_batch_writes += not known
+        self._next.append(flight)
+        if self._slow:
+            self._settle(foreign, flight)
 
-    def add_stale(self, revision: Revision) -> None:
+    def add_stale(self, revision: Revision, policy: FreshnessPolicy) -> None:
         """Write a stale value, for which nobody waits."""
-        self.storing[id(revision)] = revision
-        task = asyncio.get_running_loop().create_task(
-            self._write_stale(revision), name="coalestra cache write"
-        )
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: self.storing.pop(id(revision)))
-
-    async def _write_stale(self, revision: Revision) -> None:
-        try:
-            await self._equipment.access.write((revision,))
-        except Exception as error:
-            if self._equipment.report is not None:
-                self._equipment.report.cache_failed("write", error)
-
-    def unwanted(self, flight: Acquisition) -> bool:
-        """Give up a write if none of its group is waited for; return whether one is under way."""
-        under_way = self._under_way.get(flight)
-        if under_way is None:
-            return flight in self._next
-        task, interest = under_way
-        if not interest.alive:
-            task.cancel()
-        return True
+        foreign, now = self._equipment.access.foreign, self._equipment.clock.now()
+        if foreign is None or foreign.hold(revision, now, replace_equal=False)[0] is not _STORED:
+            return
+        policies = {revision.key: policy}
+        foreign.write_behind((revision,), policies, now, wanted=foreign.holds)
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
-        self._next = {}
-        self._under_way.clear()
+        self._next = []
 
-    def _send(self) -> None:
-        group = [flight for flight in self._next if self._fit(flight)]
-        self._next = {}
+    def _send(self, foreign: ForeignCache) -> None:
+        group, self._next = self._next, []
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(_QUICK_SECONDS, self._overdue, foreign, group)
         for forced in (False, True):
-            flights = [flight for flight in group if flight.forced is forced]
+            flights = {
+                flight.offered: flight
+                for flight in group
+                if flight.forced is forced and flight.offered is not None
+            }
             if flights:
-                task = asyncio.get_running_loop().create_task(
-                    self._write(flights, forced), name="coalestra cache write"
+                foreign.write_behind(
+                    flights,
+                    {flight.key: flight.policy for flight in group},
+                    self._equipment.clock.now(),
+                    replace_equal=forced,
+                    wanted=partial(self._wanted, foreign, flights),
+                    ended=partial(self._ended, flights.values(), timer),
                 )
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-                task.add_done_callback(partial(self._ended, flights))
-                self._under_way.update(dict.fromkeys(flights, (task, Interest(flights))))
 
-    def _ended(self, flights: list[Acquisition], task: asyncio.Task[Any]) -> None:
-        """Settle the flights of a write that was given up: who still waits gets the value."""
-        for flight in flights:
-            self._under_way.pop(flight, None)
-            if flight.offered is not None:
-                self._written(flight, CacheWriteStatus.STORED, flight.offered)
+    def _wanted(
+        self,
+        foreign: ForeignCache,
+        flights: Mapping[Revision, Acquisition],
+        revision: Revision,
+    ) -> bool:
+        flight = flights[revision]
+        return self._fit(flight) if flight.settlement is None else foreign.holds(revision)
 
-    async def _write(self, flights: list[Acquisition], forced: bool) -> None:
-        # Looked at in the very step that queues for the keys: there may have been news since.
-        fit = [flight for flight in flights if self._fit(flight)]
-        offers = {flight: flight.offered for flight in fit if flight.offered is not None}
-        if not offers:
+    def _overdue(self, foreign: ForeignCache, group: Iterable[Acquisition]) -> None:
+        self._slow = True
+        for flight in group:
+            if flight.settlement is None and self._fit(flight):
+                self._settle(foreign, flight)
+
+    def _settle(self, foreign: ForeignCache, flight: Acquisition) -> None:
+        """Settle a flight before its value has been written, if nothing else can be known of it."""
+        revision, cached, equal = flight.offered, flight.cached, flight.forced
+        if revision is None or (flight.forced and self._ranked):
             return
-        for work in {flight.sponsor for flight in flights}:
-            work.record.cache_batch_writes += 1
-        try:
-            outcome = await self._equipment.access.write(
-                tuple(offers.values()), replace_equal=forced
-            )
-        except Exception as error:
-            outcome = {}
-            if self._equipment.report is not None:
-                self._equipment.report.cache_failed("write", error)
-        for flight, revision in offers.items():
-            written = outcome.get(flight.key)
-            if written is None:
-                self._written(flight, CacheWriteStatus.STORED, revision)
-            else:
-                self._written(flight, written.status, written.current)
+        if cached is not None:
+            status = decide(revision, cached, replace_equal=equal)
+            if status is not _STORED:
+                self._written(flight, status, cached)
+                return
+        now = self._equipment.clock.now()
+        status, current, _ = foreign.hold(revision, now, replace_equal=equal)
+        self._written(flight, status, current)
+
+    def _ended(
+        self, flights: Iterable[Acquisition], timer: asyncio.TimerHandle, outcomes: Outcomes
+    ) -> None:
+        """Settle those flights that are not settled yet, whatever became of the writing."""
+        self._slow = self._slow and timer.when() <= asyncio.get_running_loop().time()
+        timer.cancel()
+        for flight in flights:
+            if flight.offered is not None and flight.settlement is None:
+                status, current, _ = outcomes.get(flight.key, (_STORED, flight.offered, None))
+                self._written(flight, status, current)
 
     def __repr__(self) -> str:
-        return f"<CacheWrites waiting={len(self._next)} under_way={len(self._under_way)}>"
+        return f"<CacheWrites waiting={len(self._next)} slow={self._slow}>"

@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import islice
 from typing import Any
 
-from coalestra.cache.store import EntryStore, Ranked, decide
+from coalestra.cache.store import EntryStore, decide
 from coalestra.concurrency.endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.pace import SLICE_SECONDS
 from coalestra.core.errors import (
@@ -167,14 +167,14 @@ class SingleFlight:
         self.deliveries: Deliveries = Deliveries(equipment)
         self.dispatch: Dispatch = Dispatch(self, self._not_dispatched)
         self.reads: CacheReads = CacheReads(equipment, self._cache_answered, self.tasks)
-        self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written, self.tasks)
+        self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written)
         self.refresher: Refresher = Refresher(equipment, variables, self.look, self.abandon)
         self._store = equipment.access.store
         self._publishing: dict[ResourceKey, int] = {}
         self._held_back: dict[ResourceKey, list[Acquisition]] = {}
         self._news: int = 0
         self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
-        equipment.access.subscribe(self)
+        equipment.access.subscribers.subscribe(self)
 
     def broken(self, subject: Subject, error: BaseException) -> None:
         """Settle what a step was about that failed: nobody waits for ever for an error of ours."""
@@ -421,7 +421,7 @@ class SingleFlight:
             return
         if flight.attempt is not None:
             flight.attempt.unwanted()
-        elif flight.phase is not _WRITING or not self.writes.unwanted(flight):
+        elif flight.phase is not _WRITING:
             self._drop(flight)
 
     def _drop(self, flight: Acquisition) -> None:
@@ -589,7 +589,8 @@ class SingleFlight:
             self._put(self._store, flight, flight.offered)
 
     def _put(self, store: EntryStore, flight: Acquisition, revision: Revision) -> None:
-        status, current, _ = store.put(revision, replace_equal=flight.forced, teller=self)
+        now = self.equipment.clock.now()
+        status, current, _ = store.put(revision, now=now, replace_equal=flight.forced, teller=self)
         self.settle(flight, after_write(flight, status, current, self.equipment))
 
     def _fit(self, flight: Acquisition) -> bool:
@@ -622,9 +623,9 @@ class SingleFlight:
         if not any(gather.accepts_stale(flight.key) for gather in flight.waiters):
             return
         if self._store is not None:
-            self._store.put(revision, teller=self)
+            self._store.put(revision, now=self.equipment.clock.now(), teller=self)
         else:
-            self.writes.add_stale(revision)
+            self.writes.add_stale(revision, flight.policy)
 
     # Settle and tell --------------------------------------------------------------------------
 
@@ -763,33 +764,33 @@ class SingleFlight:
 
     # News: what the cache tells of other writers ------------------------------------------------
 
-    def revised(self, key: ResourceKey, revision: Revision | None) -> None:
-        """Learn of a key's new current revision; one that a flight has written is no news."""
-        if revision is not None and self._tell_flights(key, revision):
-            return
-        self.reads.hide((key,))
-        self._note_news((key,), None if revision is None else revision.version)
+    def revised(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
+        """Learn what is current now; what a flight has written is no news."""
+        if self.board.busy:
+            changes = {key: new for key, new in changes.items() if not self._is_own(key, new)}
+        if changes:
+            self.reads.hide(changes)
+            self._note_news(changes)
 
-    def _tell_flights(self, key: ResourceKey, revision: Revision) -> bool:
-        """Tell the flights of a key of an event; return whether it is none, but one's own value."""
-        if id(revision) in self.writes.storing:
-            return True
+    def _is_own(self, key: ResourceKey, revision: Revision | None) -> bool:
+        """Tell the flights of a key of a change; return whether it is none, but one's own value."""
         flights = self.board.under_way(key)
-        if not flights:
-            return False
-        if any(each.offered is revision for each in flights):
+        if revision is not None and any(each.offered is revision for each in flights):
             return True
         for flight in flights:
-            flight.event = revision
-            self.board.hide(flight, cacheable=True)
+            if revision is None:
+                flight.cached = None  # it must not stand in for newcomers
+            else:
+                flight.event = revision
+                self.board.hide(flight, cacheable=True)
         return False
 
-    def announced(self, publications: Sequence[Ranked]) -> None:
+    def announced(self, publications: Sequence[Revision]) -> None:
         """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
         for publication in publications:
             self._publishing[publication.key] = self._publishing.get(publication.key, 0) + 1
 
-    def concluded(self, publications: Sequence[Ranked]) -> None:
+    def concluded(self, publications: Sequence[Revision]) -> None:
         """Learn that publications have ended: values held back go to the cache, or give way."""
         for publication in publications:
             key = publication.key
@@ -802,12 +803,14 @@ class SingleFlight:
 
     def invalidating(self, keys: Collection[ResourceKey]) -> None:
         """Learn that keys are invalidated: what was read before is not cached nor joined."""
-        for key in keys:
-            for flight in self.board.under_way(key):
-                self._invalidate(flight)
+        if self.board.busy:
+            for key in keys:
+                for flight in self.board.under_way(key):
+                    self._invalidate(flight)
         self.refresher.outdate(keys)
-        self.reads.hide(keys)
-        self._note_news(keys, None)
+        gone: dict[ResourceKey, Revision | None] = dict.fromkeys(keys)
+        self.reads.hide(gone)
+        self._note_news(gone)
 
     def _invalidate(self, flight: Acquisition) -> None:
         """Forget what a flight knows from before; its value, too, unless it is still to be read."""
@@ -822,13 +825,14 @@ class SingleFlight:
         under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys, *taken]
         self.invalidating([key for key in dict.fromkeys(under_way) if matches(key)])
 
-    def _note_news(self, keys: Collection[ResourceKey], version: str | None) -> None:
+    def _note_news(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
         """Remember news for those who may want to join a derivation that has read before it."""
         if not self.board.deriving:
             self._changed.clear()
             return
         self._news += 1
-        self._changed.update(dict.fromkeys(keys, (self._news, version)))
+        for key, revision in changes.items():
+            self._changed[key] = (self._news, None if revision is None else revision.version)
         if len(self._changed) > _MOST_NEWS:
             self._changed.clear()
             for flight in tuple(self.board.deriving):
@@ -1082,12 +1086,14 @@ class Engine:
         A source that runs in a thread, or ignores its cancellation, cannot be ended from outside.
         """
         self.refresher.cancel()
-        self.equipment.access.unsubscribe(self.flights)
+        self.equipment.access.subscribers.unsubscribe(self.flights)
         running = {*self.flights.dispatch.workers, *self.flights.tasks}
         for task in running:
             task.cancel()
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
+        if self.equipment.access.foreign is not None:
+            await self.equipment.access.foreign.drain(timeout_seconds)
         left: dict[str, int] = {}
         for task in running:
             name = task.get_name().removeprefix("coalestra ")
