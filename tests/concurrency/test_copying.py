@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import array
+import asyncio
+import collections
 import copy
+import copyreg
 import dataclasses
 import datetime
 import decimal
 import enum
+import fractions
 import functools
 import gc
+import ipaddress
+import pathlib
+import re
 import threading
 import types
 import uuid
 import weakref
 import zoneinfo
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pytest
 
+from coalestra.concurrency import sealing
 from coalestra.concurrency.copying import (
     OFFLOADED,
     PayloadCopies,
@@ -25,10 +34,12 @@ from coalestra.concurrency.copying import (
     Seal,
     deepcopy_payload,
 )
+from coalestra.concurrency.sealing import DeepSeal
 from coalestra.core.errors import PayloadCopySubsystemClosedError, PayloadIsolationError
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import SnapshotValue
+from tests.support import ThreadGate
 
 
 class Side(enum.Enum):
@@ -74,6 +85,85 @@ class Remembering:
 
 class Loosened(Trade):
     """A subclass of a frozen dataclass that is not one itself: it takes new attributes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Noting:
+    """Fills itself in, past its own guard."""
+
+    title: str
+
+    def notes(self) -> list[str]:
+        if "_notes" not in self.__dict__:
+            object.__setattr__(self, "_notes", [])
+        return self.__dict__["_notes"]  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlimNoting:
+    """Has a slot to fill in later."""
+
+    title: str
+    _notes: Any = None
+
+    def notes(self) -> list[str]:
+        if self._notes is None:
+            object.__setattr__(self, "_notes", [])
+        return self._notes  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Computing:
+    """Keeps what a property has computed."""
+
+    price: int
+    _rows: Any = None
+
+    @property
+    def rows(self) -> list[int]:
+        if self._rows is None:
+            object.__setattr__(self, "_rows", [])
+        return self._rows  # type: ignore[no-any-return]
+
+
+class Notes:
+    """A class to be mixed in."""
+
+    __slots__ = ()
+
+    def note(self) -> None:
+        object.__setattr__(self, "price", [])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mixing(Notes):
+    """Its code is a base's."""
+
+    price: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checked:
+    """Its only code runs as it is made."""
+
+    price: int
+
+    def __post_init__(self) -> None:
+        assert self.price
+
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Priced(Generic[T]):
+    """A generic class has code of the standard library's."""
+
+    price: T
+
+
+class Remark(Point):
+    """A named tuple with a dictionary."""
 
 
 class Marked(str):
@@ -151,8 +241,16 @@ IMMUTABLE = [
     (1, (2, "three")),
     frozenset({1, (2, 3)}),
     Point(1, (2,)),
-    Trade((1, Side.BUY)),
-    SlimTrade(Trade(1)),
+    SlimTrade((1, Side.BUY)),
+    SlimTrade(SlimTrade(Point(1, 2))),
+    Checked(1),
+    Priced(1),
+    pathlib.PurePosixPath("/srv/a"),
+    pathlib.Path("a"),
+    re.compile("a+"),
+    ipaddress.ip_address("10.0.0.1"),
+    ipaddress.ip_address("::1"),
+    fractions.Fraction(1, 3),
 ]
 
 MUTABLE = [
@@ -163,10 +261,22 @@ MUTABLE = [
     Marked("m"),
     ([],),
     Point(1, []),
+    Trade(1),
     Trade([1]),
     SlimTrade([1]),
+    SlimTrade(Trade(1)),
+    (Trade(1),),
     Remembering(1),
     Loosened(1),
+    Noting("q3"),
+    SlimNoting("q3"),
+    Computing(1),
+    Mixing(1),
+    Remark(1, 2),
+    collections.deque([1]),
+    collections.OrderedDict(a=1),
+    collections.defaultdict(list, a=[1]),
+    ipaddress.ip_network("10.0.0.0/8"),
     datetime.datetime(2024, 1, 2, tzinfo=OddZone()),
     Quote(1.0, [1]),
     {"deep": [{"er": (1, {2})}]},
@@ -233,7 +343,9 @@ async def test_an_instance_that_brings_its_own_way_to_be_copied_is_asked(
     """Even if its class does not."""
     quote = Quote(1.0, [])
     vars(quote)["__deepcopy__"] = lambda memo: "a likeness"
-    assert await seal(copies, [quote]) == (["a likeness"], Seal.DEEP)
+    payload, kind = await seal(copies, [quote])
+    assert payload == ["a likeness"]
+    assert isinstance(kind, DeepSeal)
 
 
 async def test_a_slotted_class_that_watches_assignments_sees_those_of_its_copies(
@@ -252,6 +364,137 @@ def test_a_property_cached_by_one_reader_is_not_seen_by_another(copies: PayloadC
     first, second = opened(copies, value), opened(copies, value)
     first["trade"].rows.append(1)
     assert second["trade"].rows == []
+
+
+@pytest.mark.parametrize("value", [Noting("q3"), SlimNoting("q3"), {"deep": (Noting("q3"),)}])
+def test_what_a_reader_fills_into_a_frozen_dataclass_is_its_own(
+    copies: PayloadCopies, value: Any
+) -> None:
+    """Whether it has a place for it from the start or not."""
+    first, second = opened(copies, value), opened(copies, value)
+    notes = [
+        (each["deep"][0] if isinstance(each, dict) else each).notes() for each in (first, second)
+    ]
+    notes[0].append("private")
+    assert notes[1] == []
+
+
+def test_entries_beyond_the_fields_of_a_frozen_dataclass_are_copied(copies: PayloadCopies) -> None:
+    """They are as much a part of it as for ``copy.deepcopy``."""
+    trade = Trade(1)
+    vars(trade)["extra"] = [1]
+    first, second = opened(copies, trade), opened(copies, trade)
+    assert vars(first) == vars(second) == {"price": 1, "size": 1, "extra": [1]}
+    assert len({id(vars(each)["extra"]) for each in (trade, first, second)}) == 3
+
+
+class Changing:
+    """A class that is given a say in its copying only later."""
+
+    def __init__(self) -> None:
+        self.rows = [1]
+
+
+@pytest.fixture
+def changing() -> Any:
+    """Such a class, without any say again afterwards."""
+    yield Changing
+    copyreg.dispatch_table.pop(Changing, None)
+    if "__deepcopy__" in vars(Changing):
+        del Changing.__deepcopy__  # type: ignore[attr-defined]
+
+
+def by_hook(cls: Any) -> None:
+    cls.__deepcopy__ = lambda self, memo: "hooked"
+
+
+def by_registry(cls: Any) -> None:
+    copyreg.pickle(cls, lambda _: (str, ("hooked",)))
+
+
+@pytest.mark.parametrize("give_a_say", [by_hook, by_registry])
+async def test_a_class_that_is_given_a_say_in_its_copying_has_it_from_then_on(
+    copies: PayloadCopies, changing: Any, give_a_say: Any
+) -> None:
+    """For what comes in and for what was sealed before."""
+    before = copies.seal_now([changing()], context="test")
+    assert before is not None
+    assert copies.open_now(*before, context="test")[0].rows == [1]
+    give_a_say(changing)
+    assert copies.open_now(*before, context="test") == ["hooked"]
+    assert (await seal(copies, [changing()]))[0] == ["hooked"]
+
+
+class Doubled:
+    """Has a slot, and may have a dictionary entry of the same name."""
+
+    __slots__ = ("__dict__", "rows")
+    rows: Any
+
+
+def test_a_slot_and_a_dictionary_entry_of_the_same_name_stay_apart(copies: PayloadCopies) -> None:
+    """Each has a value of its own, which ``copy.deepcopy`` copies."""
+    value = Doubled()
+    value.rows = ["slot"]
+    vars(value)["rows"] = ["entry"]
+    first, second = opened(copies, value), opened(copies, value)
+    for each in (first, second):
+        assert (each.rows, vars(each)["rows"]) == (["slot"], ["entry"])
+    places = [(each.rows, vars(each)["rows"]) for each in (value, first, second)]
+    assert len({id(rows) for pair in places for rows in pair}) == 6
+
+
+class Key:
+    """Compares by identity, and can change."""
+
+
+async def test_mutable_keys_are_found_in_a_large_dictionary_too(copies: PayloadCopies) -> None:
+    """With more than eight entries it is looked through another way."""
+    key = Key()
+    value: dict[Any, int] = {**dict.fromkeys(range(20), 1), key: 1}
+    payload, kind = await seal(copies, value)
+    result = await unseal(copies, payload, kind)
+    keys = [
+        next(each for each in mapping if type(each) is Key) for mapping in (value, payload, result)
+    ]
+    assert len({id(each) for each in keys}) == 3
+
+
+def test_tuples_nested_beyond_any_reason_are_copied_and_not_recursed_into(
+    copies: PayloadCopies,
+) -> None:
+    """Whether one is immutable is asked no deeper than fifty levels: the stack has an end."""
+
+    def nested(levels: int) -> Any:
+        value: Any = ()
+        for _ in range(levels):
+            value = (value,)
+        return value
+
+    sealed = copies.seal_now(nested(45), context="test")
+    assert sealed is not None
+    assert sealed[1] is Seal.SHARED
+    result, depth = opened(PayloadCopies("builder", run_in_thread=False), nested(5_000)), 0
+    while result:
+        result, depth = result[0], depth + 1
+    assert depth == 5_000
+
+
+class Registered:
+    """Copied as the registry says."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+copyreg.pickle(Registered, lambda _: (Registered, ("registered",)))
+
+
+async def test_the_copy_registry_is_asked(copies: PayloadCopies) -> None:
+    """``copy.deepcopy`` asks it as well."""
+    payload, kind = await seal(copies, [Registered("given")])
+    assert payload[0].text == "registered"
+    assert (await unseal(copies, payload, kind))[0].text == "registered"
 
 
 def test_references_that_a_payload_shares_stay_shared(copies: PayloadCopies) -> None:
@@ -321,15 +564,63 @@ async def test_a_large_payload_is_sealed_and_opened_in_a_thread(
     assert len({id(result), id(payload), id(value)}) == 3
 
 
-async def test_classes_with_a_copy_of_their_own_are_asked_in_a_thread(
-    copies: PayloadCopies,
+async def test_a_copy_of_unknown_length_is_made_in_a_thread_until_one_was_brief(
+    copies: PayloadCopies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody knows what they do, nor how long it takes them."""
-    payload, kind = await seal(copies, [Foreign()])
-    assert kind is Seal.DEEP
-    result = await unseal(copies, payload, kind)
-    assert payload[0].thread.startswith("coalestra")
-    assert result[0].thread.startswith("coalestra")
+    """Nobody knows what a class does to be copied, but how long the last time took is known."""
+    here = threading.current_thread().name
+    monkeypatch.setattr(sealing, "BRIEF_SECONDS", -1.0)
+    assert copies.seal_now([Foreign()], context="test") is None
+    payload, kind = await copies.seal([Foreign()], context="test")
+    for _ in range(2):
+        assert copies.open_now(payload, kind, context="test") is OFFLOADED
+        (result,) = await copies.open(payload, kind, context="test")
+        assert result.thread.startswith("coalestra")
+    monkeypatch.setattr(sealing, "BRIEF_SECONDS", 1000.0)
+    assert copies.open_now(payload, kind, context="test") is OFFLOADED
+    await copies.open(payload, kind, context="test")
+    (result,) = copies.open_now(payload, kind, context="test")
+    assert result.thread == here
+    monkeypatch.setattr(sealing, "BRIEF_SECONDS", -1.0)
+    (result,) = copies.open_now(payload, kind, context="test")
+    assert result.thread == here
+    assert copies.open_now(payload, kind, context="test") is OFFLOADED
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        collections.deque([1]),
+        collections.OrderedDict(a=1),
+        collections.defaultdict(list, a=[1]),
+        ipaddress.ip_network("10.0.0.0/8"),
+        collections.Counter("abc"),
+        array.array("i", [1]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_small_object_of_unknown_type_takes_no_thread_for_its_readers(
+    copies: PayloadCopies, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    """Handing it over would cost ten times what the copy costs."""
+    monkeypatch.setattr(sealing, "BRIEF_SECONDS", 1000.0)
+    payload, kind = await seal(copies, {"a": value})
+    result = copies.open_now(payload, kind, context="test")
+    assert result == {"a": value}
+    assert result["a"] is not payload["a"]
+
+
+async def test_a_copier_that_was_sent_to_threads_stays_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However brief: it may block the next time, and the application knows."""
+    monkeypatch.setattr(sealing, "BRIEF_SECONDS", 1000.0)
+    own = PayloadCopies("builder", copier=copy.deepcopy, run_in_thread=True)
+    default = PayloadCopies("builder", run_in_thread=True)
+    for copies in (own, default):
+        payload, kind = await seal(copies, [Foreign()])
+        await unseal(copies, payload, kind)
+        assert copies.open_now(payload, kind, context="test") is OFFLOADED
 
 
 async def test_a_reader_who_cannot_wait_gets_even_a_large_payload_at_once(
@@ -404,16 +695,107 @@ async def test_a_payload_that_cannot_be_copied_is_named(
     assert (health.started_count, health.completed_count, health.failure_count) == (1, 0, 1)
 
 
-@pytest.mark.parametrize("run_in_thread", [True, False])
-async def test_a_copier_that_stops_an_iteration_fails_like_any_other(run_in_thread: bool) -> None:
-    """``StopIteration`` cannot pass through a coroutine."""
+class Panic(BaseException):
+    """No ordinary exception, as test frameworks, Rust and greenlets raise them."""
 
-    def copier(value: Any) -> Any:
-        raise StopIteration
 
+ODD_ERRORS = [StopIteration, Panic, GeneratorExit, asyncio.CancelledError, StopAsyncIteration]
+
+
+class Raising:
+    """Raises whatever it is told to when it is copied, by one of the ways there are."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class ByDeepcopy(Raising):
+    def __deepcopy__(self, memo: object) -> Any:
+        raise self.error
+
+
+class ByReduce(Raising):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self.error
+
+
+class ByState(Raising):
+    def __getstate__(self) -> Any:
+        raise self.error
+
+
+class ByRegistry(Raising):
+    """Its registered function does."""
+
+
+def raise_that(value: Raising) -> Any:
+    raise value.error
+
+
+copyreg.pickle(ByRegistry, raise_that)
+
+
+@pytest.mark.parametrize("run_in_thread", [None, True, False])
+@pytest.mark.parametrize("way", [ByDeepcopy, ByReduce, ByState, ByRegistry, Raising])
+@pytest.mark.parametrize("kind", ODD_ERRORS)
+async def test_whatever_a_copy_raises_is_the_failure_of_its_payload(
+    run_in_thread: bool | None, way: type[Raising], kind: type[BaseException]
+) -> None:
+    """Whoever raises it, and wherever: it is counted, names the type, and leaves no slot taken."""
+    copier = raise_that if way is Raising else None
     copies = PayloadCopies("builder", copier=copier, run_in_thread=run_in_thread)
-    with pytest.raises(PayloadIsolationError):
-        await seal(copies, 1)
+    error = kind("odd")
+    with pytest.raises(PayloadIsolationError) as caught:
+        await seal(copies, way(error), "value of feed")
+    assert caught.value.__cause__ is error
+    assert (caught.value.context, caught.value.value_type) == ("value of feed", way.__name__)
+    health = copies.health()
+    assert (health.started_count, health.completed_count, health.failure_count) == (1, 0, 1)
+    assert copies.active == 0
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("run_in_thread", [True, False])
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_ends_the_program_reaches_it_after_the_payload_has_failed(
+    run_in_thread: bool, waits: bool, kind: type[BaseException]
+) -> None:
+    """Nobody is left waiting, and the loop ends as it would have; even if its reader has left."""
+    copies = PayloadCopies("builder", run_in_thread=run_in_thread)
+    outcomes: list[asyncio.Task[Any]] = []
+    error, gate = kind(3), ThreadGate()
+
+    class Ending:
+        def __deepcopy__(self, memo: object) -> Any:
+            if run_in_thread:
+                gate.pass_()
+            raise error
+
+    async def main() -> None:
+        copying = asyncio.ensure_future(seal(copies, Ending()))
+        copying.add_done_callback(outcomes.append)
+        await asyncio.sleep(0)
+        if not waits:
+            copying.cancel()
+        gate.open()
+        await asyncio.Event().wait()
+
+    with pytest.raises(kind) as ended:
+        asyncio.run(main())
+    assert ended.value is error
+    (outcome,) = outcomes
+    if waits or not run_in_thread:
+        assert isinstance(outcome.exception(), PayloadIsolationError)
+    else:
+        assert outcome.cancelled()
+    assert copies.health().failure_count == 1
+    assert copies.active == 0
+
+
+def test_what_ends_the_program_ends_it_at_once_where_no_loop_runs() -> None:
+    """A copy that is asked for without a loop has nobody else to tell."""
+    with pytest.raises(SystemExit):
+        PayloadIsolator().copy(ByDeepcopy(SystemExit(3)), context="test")
 
 
 def test_a_module_is_refused_with_an_error_of_the_library(copies: PayloadCopies) -> None:
@@ -514,7 +896,8 @@ def test_a_bad_setting_is_refused_by_its_public_name(
 
 def test_a_seal_and_its_owner_can_be_looked_at(copies: PayloadCopies) -> None:
     """Their representations say what matters."""
-    assert repr(Seal.DEEP) == "<Seal deep, takes a thread>"
+    assert repr(DeepSeal()) == "<Seal deep, takes a thread>"
+    assert repr(Seal.SHARED) == "<Seal shared>"
     assert repr(OFFLOADED) == "OFFLOADED"
     assert "builder" in repr(copies)
     assert "active=0/4" in repr(copies)

@@ -8,6 +8,8 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import pathlib
+import re
 import uuid
 from typing import Any, NamedTuple
 
@@ -72,7 +74,18 @@ class OwnCopy:
         return twin
 
 
-CHANGEABLE = (dict, list, set, bytearray, collections.deque, Plain, Slotted, Marked, OwnCopy)
+class Doubled(Slotted):
+    """Has the same names in slots and in its dictionary."""
+
+    def __init__(self, left: Any) -> None:
+        self.left = left
+        vars(self)["left"] = [left]
+
+
+CHANGEABLE = (
+    *(dict, list, set, bytearray, collections.deque),
+    *(Plain, Slotted, Marked, OwnCopy, Frozen),  # a frozen one with a dictionary can fill itself
+)
 UTC = datetime.timezone.utc
 
 LEAVES = st.one_of(
@@ -93,10 +106,14 @@ LEAVES = st.one_of(
     st.builds(Point, st.integers(), st.sampled_from(Side)),
     st.builds(Frozen, st.integers(), st.tuples(st.decimals())),
     st.builds(FrozenSlots, st.integers(), st.uuids()),
+    st.sampled_from([pathlib.PurePosixPath("/a"), pathlib.Path("b"), re.compile("c")]),
+    st.ip_addresses(),
+    st.fractions(),
+    st.timezones(),
 )
 KEYS = st.one_of(st.text(max_size=3), st.integers(0, 3), st.booleans(), st.tuples(st.integers()))
 
-KNOWN = ["list", "dict", "tuple", "set", "bytearray", "plain", "slotted", "mixed"]
+KNOWN = ["list", "dict", "tuple", "set", "bytearray", "plain", "slotted", "mixed", "doubled"]
 UNKNOWN = [
     "own copy",
     "ordered",
@@ -104,6 +121,7 @@ UNKNOWN = [
     "deque",
     "marked",
     "frozen",
+    "frozen and filled",
     "frozen slots",
     "point",
     "set of it",
@@ -122,17 +140,25 @@ def _new(kind: str, draw: Any, earlier: list[Any]) -> Any:
         "plain": Plain,
         "slotted": Slotted,
         "mixed": Mixed,
+        "doubled": lambda: Doubled(held),
         "own copy": lambda: OwnCopy(held),
         "ordered": collections.OrderedDict,
         "default": lambda: collections.defaultdict(list),
         "deque": lambda: collections.deque([held]),
         "marked": lambda: Marked("m"),
         "frozen": lambda: Frozen(held, 1),
+        "frozen and filled": lambda: filled(Frozen(1, 2), held),
         "frozen slots": lambda: FrozenSlots(held, 1),
         "point": lambda: Point(held, held),
         "set of it": lambda: {OwnCopy(held)},
     }
     return makers[kind]()
+
+
+def filled(frozen: Frozen, held: Any) -> Frozen:
+    """Past its own guard."""
+    object.__setattr__(frozen, "_lazily", [held])
+    return frozen
 
 
 def _fill(node: Any, draw: Any, nodes: list[Any]) -> None:

@@ -1,23 +1,38 @@
 """Sealing: one private copy of a payload, and the knowledge of how to copy it again.
 
-The copies are ``copy.deepcopy``'s, except that immutable objects may stay the same.
+Every copy is what ``copy.deepcopy`` makes, except that immutable objects may stay the same. Laws:
+
+1. What is immutable is told by exact type, never by ``isinstance``: a subclass of ``str`` may carry
+   a mutable attribute. It is an *atom* (what ``copy.deepcopy`` returns as it is, the immutable
+   values of the standard library, members of enumerations), or a *holder* of immutable parts only
+   (a tuple, named tuple or frozen set, an aware time, a frozen dataclass as in law 2).
+2. A frozen dataclass can fill itself lazily, past its own guard. So it is a holder only if it has
+   nowhere to keep anything but its fields, and no code of its own that could. Any other is copied.
+3. A class may be given a say in its copying at any time, so it is asked for each payload that is
+   sealed, and once more when that is opened.
+4. Exact lists, dictionaries, sets, byte arrays, tuples with something mutable in them, and plain
+   instances are copied as a graph, aliases and cycles included. A payload that holds anything else
+   where a copy is needed is left to ``copy.deepcopy`` as a whole.
+5. Brief is what may be done on the event loop. For a graph it is counted in steps when it is
+   sealed. How long ``copy.deepcopy`` takes nobody can know, so its last copy is timed.
 """
 
 from __future__ import annotations
 
 import copy
 import copyreg
+import dataclasses
 import enum
 import math
+import reprlib
 import sys
+import time
 import types
+import typing
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from graphlib import TopologicalSorter
-from typing import Any, ClassVar, Protocol
-
-# What is known about a sealed payload: how to open it, and whether that takes long ---------------
-
+from typing import Any, ClassVar
 
 PORTION = 32
 """The weight that may be opened on the event loop between two looks at the clock."""
@@ -38,9 +53,6 @@ class Seal:
     SHARED: ClassVar[Seal]
     """Deeply immutable: the payload is its own copy."""
 
-    DEEP: ClassVar[Seal]
-    """Holds something that only ``copy.deepcopy`` can copy, for as long as that may take."""
-
     def __init__(
         self, name: str, opener: Callable[[Any], Any], *, brief: bool, weight: int = PORTION
     ) -> None:
@@ -58,7 +70,6 @@ def _same(payload: Any) -> Any:
 
 
 Seal.SHARED = Seal("shared", _same, brief=True, weight=1)
-Seal.DEEP = Seal("deep", copy.deepcopy, brief=False)
 _FLAT = 2
 FLAT: dict[type, Seal] = {
     dict: Seal("flat dict", dict.copy, brief=True, weight=_FLAT),
@@ -71,21 +82,33 @@ FLAT: dict[type, Seal] = {
 Sealed = tuple[Any, Seal]
 """A payload that only the library has, with its seal."""
 
+BRIEF_SECONDS = 0.0005
+"""A copy that took no longer is made on the event loop: a thread would cost about as much."""
 
-# Which objects can be passed around without a copy, because nobody can change them ---------------
-#
-# The answer is given by exact type, never by ``isinstance``: a subclass of ``str`` may carry a
-# mutable attribute. Three groups of types count:
-#
-# - *atoms*: what ``copy.deepcopy`` returns as it is, the immutable values of the standard library,
-#   and the members of enumerations;
-# - *holders*: tuples, named tuples, frozen sets, frozen dataclasses and aware times, which are
-#   immutable if everything they hold is;
-# - everything else, which is not immutable as far as anybody knows.
+_WAITING = 20
+"""So many times as long it may last on the wall clock, as threads keep each other waiting."""
 
 
-Parts = Callable[[Any], Collection[Any]]
-"""Tells what a holder holds."""
+class DeepSeal(Seal):
+    """Holds something that only ``copy.deepcopy`` can copy, for as long as that may take."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.name = "deep"
+        self.brief = False
+        self.weight = PORTION
+
+    def opener(self, payload: Any) -> Any:  # not a slot: a bound method in it would be a cycle
+        """Copy a payload, and remember whether that was brief."""
+        began, worked = time.perf_counter(), time.thread_time()
+        copied = copy.deepcopy(payload)
+        worked, lasted = time.thread_time() - worked, time.perf_counter() - began
+        self.brief = worked <= BRIEF_SECONDS and lasted <= BRIEF_SECONDS * _WAITING
+        return copied
+
+
+# Which types are immutable ------------------------------------------------------------------------
 
 ATOMS: set[type] = {
     type(None),
@@ -109,17 +132,19 @@ ATOMS: set[type] = {
 
 MOST_ATOMS = 1000
 
-COPY_HOOKS = frozenset(
-    {"__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"}
-)
-"""What a class, or by accident an instance, can define to be asked how it is copied."""
-
 _STANDARD_ATOMS = {
     ("datetime", "date"),
     ("datetime", "timedelta"),
     ("datetime", "timezone"),
     ("decimal", "Decimal"),
     ("fractions", "Fraction"),
+    ("ipaddress", "IPv4Address"),
+    ("ipaddress", "IPv6Address"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib", "PureWindowsPath"),
+    ("pathlib", "WindowsPath"),
+    ("re", "Pattern"),
     ("uuid", "UUID"),
     ("zoneinfo", "ZoneInfo"),
 }
@@ -127,21 +152,8 @@ _STANDARD_ATOMS = {
 
 _STANDARD_TIMES = {("datetime", "datetime"), ("datetime", "time")}
 
-_HARMLESS_DESCRIPTORS = (
-    types.FunctionType,
-    types.MemberDescriptorType,
-    types.GetSetDescriptorType,
-    types.WrapperDescriptorType,
-    types.MethodDescriptorType,
-    types.BuiltinFunctionType,
-    classmethod,
-    staticmethod,
-    property,
-    type,
-)
-"""Class attributes that keep nothing in an instance, unlike ``functools.cached_property``."""
-
-_parts: weakref.WeakKeyDictionary[type, Parts | None] = weakref.WeakKeyDictionary()
+Parts = Callable[[Any], Collection[Any]]
+"""Tells what a holder holds."""
 
 
 def parts_of(cls: type) -> Parts | None:
@@ -151,93 +163,77 @@ def parts_of(cls: type) -> Parts | None:
     """
     if cls is tuple or cls is frozenset:
         return _itself
-    try:
-        return _parts[cls]
-    except KeyError:
-        parts = _parts[cls] = _find_parts(cls)
-        return parts
-
-
-def inherits(cls: type, *names: str) -> bool:
-    """Whether a class has left these attributes as ``object`` has them, or does not."""
-    return all(getattr(cls, name, None) is getattr(object, name, None) for name in names)
-
-
-def copies_by_default(cls: type) -> bool:
-    """Whether ``copy.deepcopy`` takes instances apart by itself, running no code of the class."""
-    return (
-        inherits(cls, "__reduce_ex__", "__reduce__", "__deepcopy__", "__getattr__")
-        and (inherits(cls, "__getattribute__") or issubclass(cls, tuple))
-        and all(_is_default_hook(cls, name) for name in ("__getstate__", "__setstate__"))
-        and cls not in copyreg.dispatch_table
-    )
-
-
-def _is_default_hook(cls: type, name: str) -> bool:
-    """Whether a hook is missing, ``object``'s, or what ``dataclasses`` adds for frozen slots."""
-    hook = getattr(cls, name, None)
-    return hook is getattr(object, name, None) or (getattr(hook, "__module__", "") == "dataclasses")
-
-
-def _find_parts(cls: type) -> Parts | None:
     if _is_atom(cls):
         if len(ATOMS) < MOST_ATOMS:
             ATOMS.add(cls)
         return _nothing
     if _is_standard(cls, _STANDARD_TIMES):
         return _time_zone
-    if not copies_by_default(cls):
+    if cls.__dictoffset__ or not copies_by_default(cls):
         return None
-    if issubclass(cls, tuple) and hasattr(cls, "_fields") and cls.__dictoffset__ == 0:
-        return _itself
-    return _parts_of_dataclass(cls) if _is_frozen_dataclass(cls) else None
+    if issubclass(cls, tuple):
+        return _itself if hasattr(cls, "_fields") else None
+    return _parts_of_dataclass(cls)
 
 
 def _is_atom(cls: type) -> bool:
-    if issubclass(cls, type) or _is_standard(cls, _STANDARD_ATOMS):
+    if issubclass(cls, type):
         return True
-    if not isinstance(cls, enum.EnumMeta):
-        return False
-    return getattr(cls, "__deepcopy__", None) is getattr(enum.Enum, "__deepcopy__", None)
+    if isinstance(cls, enum.EnumMeta):
+        return getattr(cls, "__deepcopy__", None) is getattr(enum.Enum, "__deepcopy__", None)
+    return _is_standard(cls, _STANDARD_ATOMS) and not cls.__dictoffset__
 
 
 def _is_standard(cls: type, names: set[tuple[str, str]]) -> bool:
-    name = (cls.__module__, cls.__qualname__)
+    # Modules may be parts of others, as pathlib is a package in newer versions.
+    name = (cls.__module__.partition(".")[0], cls.__qualname__)
     return name in names and getattr(sys.modules.get(name[0]), name[1], None) is cls
 
 
-def _is_frozen_dataclass(cls: type) -> bool:
-    """Whether instances refuse changes, and their class has nothing that would keep one anyhow."""
+_GENERATED = frozenset(
+    {"__init__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__"}
+    | {"__setattr__", "__delattr__", "__getstate__", "__setstate__", "__replace__"}
+)
+_GENERATED_IN = {
+    function.__code__.co_filename for function in (dataclasses.dataclass, reprlib.recursive_repr)
+} | {"<string>"}
+
+
+_fields: weakref.WeakKeyDictionary[type, Parts | None] = weakref.WeakKeyDictionary()
+
+
+def _parts_of_dataclass(cls: type) -> Parts | None:
+    """Return how to list the fields of a frozen dataclass that can keep nothing else."""
+    try:
+        return _fields[cls]
+    except KeyError:
+        parts = _fields[cls] = _find_fields(cls)
+        return parts
+
+
+def _find_fields(cls: type) -> Parts | None:
     parameters = cls.__dict__.get("__dataclass_params__")
     if parameters is None or not parameters.frozen or not inherits(cls, "__new__"):
+        return None
+    slots = []
+    for base in cls.__mro__[:-1]:
+        if base is typing.Generic:
+            continue
+        for name, attribute in base.__dict__.items():
+            if isinstance(attribute, types.MemberDescriptorType):
+                slots.append(name)
+            elif not _keeps_nothing(name, attribute):
+                return None
+    return lambda record: [getattr(record, name, None) for name in slots]
+
+
+def _keeps_nothing(name: str, attribute: Any) -> bool:
+    """Whether a class attribute is data, or code that cannot fill an instance once it is made."""
+    if not hasattr(type(attribute), "__get__") or name in ("__post_init__", "__weakref__"):
+        return True
+    if name not in _GENERATED or not isinstance(attribute, types.FunctionType):
         return False
-    return all(
-        isinstance(attribute, _HARMLESS_DESCRIPTORS) or not hasattr(type(attribute), "__get__")
-        for base in cls.__mro__[:-1]
-        for attribute in base.__dict__.values()
-    )
-
-
-def _parts_of_dataclass(cls: type) -> Parts:
-    slots = [
-        name
-        for base in cls.__mro__
-        for name, attribute in base.__dict__.items()
-        if isinstance(attribute, types.MemberDescriptorType)
-    ]
-    if not slots:
-        return _attributes
-    if cls.__dictoffset__:
-        return lambda record: [*vars(record).values(), *_slot_values(record, slots)]
-    return lambda record: _slot_values(record, slots)
-
-
-def _slot_values(record: object, slots: list[str]) -> list[Any]:
-    return [getattr(record, name, None) for name in slots]
-
-
-def _attributes(record: object) -> Collection[Any]:
-    return vars(record).values()
+    return attribute.__code__.co_filename in _GENERATED_IN
 
 
 def _nothing(_: object) -> tuple[()]:
@@ -252,60 +248,66 @@ def _time_zone(moment: Any) -> tuple[Any]:
     return (moment.tzinfo,)
 
 
-# Plain instances: objects of Python classes that leave their copying to ``copy.deepcopy`` --------
+# Which classes leave their copying to ``copy.deepcopy`` -------------------------------------------
 
+_HOOKS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+"""What a class, or by accident an instance, can define to be asked how it is copied."""
 
 _BUILDERS = ("__new__", "__getnewargs__", "__getnewargs_ex__")
 _NEW_OBJECT: Any = object().__reduce_ex__(2)[0]
 
-_plain: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+def hooks_of(cls: type) -> list[Any]:
+    """Return what a class says at this moment about its copying, and the registry about it."""
+    hooks = [getattr(cls, name, None) for name in _HOOKS]
+    hooks.append(copyreg.dispatch_table.get(cls))
+    return hooks
 
 
-class InstanceShell:
-    """One instance without regard to what its attributes hold."""
-
-    __slots__ = ("_attributes", "_cls", "_slots")
-
-    def __init__(self, cls: type, attributes: dict[str, Any], slots: dict[str, Any]) -> None:
-        self._cls = cls
-        self._attributes = attributes
-        self._slots = slots
-
-    def copy(self) -> Any:
-        """Return a new instance with the same attributes, without calling its class."""
-        instance: Any = object.__new__(self._cls)
-        if self._attributes:
-            instance.__dict__.update(self._attributes)
-        for name, value in self._slots.items():
-            object.__setattr__(instance, name, value)
-        return instance
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Every attribute with its value."""
-        return [*self._attributes.items(), *self._slots.items()]
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Keep the places of attributes that ``attach`` will fill, but not what they hold."""
-        for name in names:
-            held = self._slots if name in self._slots else self._attributes
-            held[name] = None
-
-    def attach(self, instance: Any, names: Iterable[str], children: Iterable[Any]) -> None:
-        """Give attributes of a copy the values that belong to it."""
-        for name, child in zip(names, children, strict=True):
-            if name in self._slots:
-                object.__setattr__(instance, name, child)
-            else:
-                instance.__dict__[name] = child
+_NO_HOOKS = hooks_of(object)
 
 
-def shell_of(instance: Any) -> InstanceShell | None:
-    """Return the shell of a plain instance; None for one whose class has a say in its copying."""
+def copies_by_default(cls: type) -> bool:
+    """Whether ``copy.deepcopy`` takes instances apart by itself, running no code of the class."""
+    hooks = hooks_of(cls)
+    if hooks != _NO_HOOKS and not _has_state_of_dataclass(hooks):
+        return False
+    if issubclass(cls, tuple):  # has an attribute access of its own, in C
+        return inherits(cls, "__getattr__")
+    return inherits(cls, "__getattr__", "__getattribute__")
+
+
+def _has_state_of_dataclass(hooks: list[Any]) -> bool:
+    """Whether all that a class says is what ``dataclasses`` adds for frozen slots."""
+    *others, get_state, set_state, registered = hooks
+    return (
+        [*others, registered] == [*_NO_HOOKS[:3], None]
+        and getattr(get_state, "__module__", "") == "dataclasses"
+        and getattr(set_state, "__module__", "") == "dataclasses"
+    )
+
+
+def inherits(cls: type, *names: str) -> bool:
+    """Whether a class has left these attributes as ``object`` has them, or does not."""
+    return all(getattr(cls, name, None) is getattr(object, name, None) for name in names)
+
+
+def is_plain(cls: type) -> bool:
+    """Whether instances are all that their attributes are, and copied by these."""
+    return copies_by_default(cls) and inherits(cls, *_BUILDERS)
+
+
+State = tuple[dict[str, Any], dict[str, Any]]
+"""What an instance has in its dictionary, and in its slots: two places, whatever the names."""
+
+
+def state_of(instance: Any) -> State | None:
+    """Return the state of an instance of a plain class; None if it has a say in its copying."""
     cls = type(instance)
-    if not _is_plain(cls):
-        return None
     try:
         builder, arguments, state, *more = instance.__reduce_ex__(4)
+        if type(state) is list and _has_state_of_dataclass(hooks_of(cls)):
+            return {}, dict(zip(cls.__dataclass_fields__, state, strict=True))
     except Exception:  # copy.deepcopy will meet it again, and report it
         return None
     attributes, slots = state if isinstance(state, tuple) else (state, None)
@@ -313,19 +315,22 @@ def shell_of(instance: Any) -> InstanceShell | None:
     slots = {} if slots is None else slots
     if builder is not _NEW_OBJECT or arguments != (cls,) or any(more):
         return None
-    if type(attributes) is not dict or not COPY_HOOKS.isdisjoint(attributes):
+    if type(attributes) is not dict or not attributes.keys().isdisjoint(_HOOKS):
         return None
     if slots and not inherits(cls, "__setattr__"):
         return None
-    return InstanceShell(cls, attributes.copy(), slots)
+    return attributes, slots
 
 
-def _is_plain(cls: type) -> bool:
-    try:
-        return _plain[cls]
-    except KeyError:
-        verdict = _plain[cls] = copies_by_default(cls) and inherits(cls, *_BUILDERS)
-        return verdict
+def made_of(cls: type, state: State) -> Any:
+    """Return a new instance in that state, without calling its class."""
+    instance: Any = object.__new__(cls)
+    attributes, slots = state
+    if attributes:
+        instance.__dict__.update(attributes)
+    for name, value in slots.items():
+        object.__setattr__(instance, name, value)
+    return instance
 
 
 # A sealed graph of containers, and the quickest way to make one more of it -----------------------
@@ -336,21 +341,13 @@ def _is_plain(cls: type) -> bool:
 # identity, no look at a single leaf. References that the graph shares, cycles too, are links like
 # any other.
 
-
 HUGE = 100_000
 """From so many items on, a container is copied in Python rather than in one C call: a C call
 keeps every other thread, the event loop's too, waiting until it ends."""
 
 
-class Shell(Protocol):
-    """One container without regard to what it contains."""
-
-    def copy(self) -> Any:
-        """Return a new container with the same items."""
-
-
 class HugeList:
-    """A long list that other threads can interrupt the copying of."""
+    """The shell of a long list that other threads can interrupt the copying of."""
 
     __slots__ = ("_items",)
 
@@ -363,7 +360,7 @@ class HugeList:
 
 
 class HugeDict:
-    """A large dictionary that other threads can interrupt the copying of."""
+    """The shell of a large dictionary that other threads can interrupt the copying of."""
 
     __slots__ = ("_items",)
 
@@ -375,6 +372,27 @@ class HugeDict:
         return {key: value for key, value in self._items.items()}  # noqa: C416 - see HUGE
 
 
+class InstanceShell:
+    """The shell of a plain instance: a sealed one, its dictionary, and the names of its slots."""
+
+    __slots__ = ("_attributes", "_cls", "_instance", "_slots")
+
+    def __init__(self, instance: Any, slots: Collection[str]) -> None:
+        self._instance = instance
+        self._cls = type(instance)
+        self._attributes = getattr(instance, "__dict__", None)
+        self._slots = tuple(slots)
+
+    def copy(self) -> Any:
+        """Return a new instance with the same attributes, without calling its class."""
+        twin: Any = object.__new__(self._cls)
+        if self._attributes:
+            twin.__dict__.update(self._attributes)
+        for name in self._slots:
+            object.__setattr__(twin, name, object.__getattribute__(self._instance, name))
+        return twin
+
+
 Span = tuple[int, Sequence[Any], int]
 """Parent, keys, first child: the children stand side by side, in the order of the keys."""
 
@@ -383,69 +401,75 @@ Crossing = tuple[int, Sequence[Any], Sequence[int]]
 
 
 class Blueprint:
-    """How to make one more copy of a graph; the first shell is the whole."""
+    """How to make one more copy of a graph; the first shell is the whole.
 
-    __slots__ = ("_crossings", "_instances", "_shells", "_spans", "_tuples")
+    Attributes:
+        shells: one per container; that of a tuple makes a list.
+        tuples: the links into each tuple, a tuple inside another one before it.
+        spans: the links into lists and dictionaries whose children stand side by side.
+        crossings: the links into all other lists and dictionaries.
+        attributes: the links into the dictionaries of plain instances.
+        slots: the links into the slots of plain instances.
+        classes: the classes of plain instances, and what they said when these were sealed.
+    """
 
-    def __init__(
-        self,
-        shells: list[Shell],
-        tuples: Sequence[Crossing],
-        spans: Sequence[Span],
-        crossings: Sequence[Crossing],
-        instances: Sequence[Crossing],
-    ) -> None:
-        """Take the parts.
+    __slots__ = ("attributes", "classes", "crossings", "shells", "slots", "spans", "tuples")
 
-        Args:
-            shells: one per container; that of a tuple makes a list.
-            tuples: the links into each tuple, a tuple inside another one before it.
-            spans: the links into lists and dictionaries whose children stand side by side.
-            crossings: the links into all other lists and dictionaries.
-            instances: the links into attributes of plain instances.
-        """
-        self._shells = shells
-        self._tuples = tuples
-        self._spans = spans
-        self._crossings = crossings
-        self._instances = instances
+    def __init__(self) -> None:
+        self.shells: list[Any] = []
+        self.tuples: list[Crossing] = []
+        self.spans: list[Span] = []
+        self.crossings: list[Crossing] = []
+        self.attributes: list[Crossing] = []
+        self.slots: list[Crossing] = []
+        self.classes: list[tuple[type, list[Any]]] = []
 
     def __repr__(self) -> str:
-        return f"<Blueprint of {len(self._shells)} containers>"
+        return f"<Blueprint of {len(self.shells)} containers>"
 
     @property
     def is_flat(self) -> bool:
         """Whether there is only one container."""
-        return len(self._shells) == 1 and not self._tuples and not self._crossings
+        return len(self.shells) == 1 and not self.tuples and not self.crossings
 
-    def open(self, _: object = None) -> Any:
-        """Return one more copy of the graph, sharing nothing that could change."""
-        return self.link([shell.copy() for shell in self._shells])
+    def open(self, payload: Any) -> Any:
+        """Return one more copy of the sealed graph, sharing nothing that could change."""
+        for cls, hooks in self.classes:
+            if hooks_of(cls) != hooks:
+                return copy.deepcopy(payload)
+        return self.link([shell.copy() for shell in self.shells])
 
     def link(self, copies: list[Any]) -> Any:
         """Put every copy of a shell where it belongs, and return the whole."""
-        for parent, keys, children in self._tuples:
+        for parent, keys, children in self.tuples:
             target = copies[parent]
             for key, child in zip(keys, children, strict=True):
                 target[key] = copies[child]
             copies[parent] = tuple(target)
-        for parent, keys, first in self._spans:
+        for parent, keys, first in self.spans:
             target = copies[parent]
             for child, key in enumerate(keys, first):
                 target[key] = copies[child]
-        for parent, keys, children in self._crossings:
+        for parent, keys, children in self.crossings:
             target = copies[parent]
             for key, child in zip(keys, children, strict=True):
                 target[key] = copies[child]
-        for parent, names, children in self._instances:
-            shell = self._shells[parent]
-            assert isinstance(shell, InstanceShell)
-            shell.attach(copies[parent], names, [copies[child] for child in children])
+        if self.classes:
+            self._link_instances(copies)
         return copies[0]
+
+    def _link_instances(self, copies: list[Any]) -> None:
+        for parent, names, children in self.attributes:
+            target = copies[parent].__dict__
+            for name, child in zip(names, children, strict=True):
+                target[name] = copies[child]
+        for parent, names, children in self.slots:
+            instance = copies[parent]
+            for name, child in zip(names, children, strict=True):
+                object.__setattr__(instance, name, copies[child])
 
 
 # Finding the containers of a payload and their links, in one walk, breadth first -----------------
-
 
 _DEEPEST_HOLDER = 50
 _FEW = 8
@@ -488,12 +512,11 @@ class Survey:
 
     __slots__ = (
         "_allowed",
-        "_crossings",
+        "_blueprint",
+        "_classes",
         "_indexes",
-        "_instances",
         "_originals",
-        "_shells",
-        "_spans",
+        "_parts",
         "_tuples",
         "_verdicts",
         "walked",
@@ -503,14 +526,13 @@ class Survey:
         """Allow so many steps."""
         self._allowed = allowed
         self.walked: int = 0
+        self._blueprint = Blueprint()
         self._originals: list[Any] = []
         self._indexes: dict[int, int] = {}
-        self._verdicts: dict[int, bool] = {}
-        self._shells: list[Shell] = []
         self._tuples: dict[int, Crossing] = {}
-        self._spans: list[Span] = []
-        self._crossings: list[Crossing] = []
-        self._instances: list[Crossing] = []
+        self._verdicts: dict[int, bool] = {}
+        self._parts: dict[type, Parts | None] = {}
+        self._classes: dict[type, list[Any]] = {}
 
     def private_copy(self, value: Any) -> tuple[Any, Blueprint | None]:
         """Return a first copy and the blueprint for more; the value and None if immutable.
@@ -523,13 +545,9 @@ class Survey:
             return value, None
         # The walk finds more originals as it goes; each is visited in the order it was found.
         copies = [self._visit(place, original) for place, original in enumerate(self._originals)]
-        blueprint = Blueprint(
-            self._shells,
-            self._tuples_inside_out(),
-            tuple(self._spans),
-            tuple(self._crossings),
-            tuple(self._instances),
-        )
+        blueprint = self._blueprint
+        blueprint.tuples = self._tuples_inside_out()
+        blueprint.classes = list(self._classes.items())
         return blueprint.link(copies), blueprint
 
     def _walk(self, items: int) -> None:
@@ -541,7 +559,7 @@ class Survey:
         """Keep a shell for one container, note its links, and return a first copy of it."""
         cls = type(original)
         if cls not in _SIZED:
-            return self._visit_instance(parent, original)
+            return self._visit_instance(parent, cls, original)
         self._walk(len(original))
         if cls is dict:
             return self._visit_dict(parent, original)
@@ -550,13 +568,13 @@ class Survey:
         shell = original.copy()
         if cls is set:
             self._require_immutable(shell)
-        self._shells.append(shell)
+        self._blueprint.shells.append(shell)
         return shell
 
     def _visit_dict(self, parent: int, original: dict[Any, Any]) -> dict[Any, Any]:
         is_huge = len(original) >= HUGE
         shell = HugeDict(original).copy() if is_huge else original.copy()
-        self._shells.append(HugeDict(shell) if is_huge else shell)
+        self._blueprint.shells.append(HugeDict(shell) if is_huge else shell)
         if not is_flat(shell):
             self._require_immutable(shell)
             self._link(parent, shell.items())
@@ -565,34 +583,42 @@ class Survey:
     def _visit_row(self, parent: int, original: Any) -> list[Any]:
         is_huge = len(original) >= HUGE
         shell = HugeList(original).copy() if is_huge else list(original)
-        self._shells.append(HugeList(shell) if is_huge else shell)
+        self._blueprint.shells.append(HugeList(shell) if is_huge else shell)
         if type(original) is tuple:
             self._tuples[parent] = (parent, *self._children(enumerate(shell)))
         elif not only_atoms(shell):
             self._link(parent, enumerate(shell))
         return shell
 
-    def _visit_instance(self, parent: int, original: Any) -> Any:
-        shell = shell_of(original)
-        if shell is None:
+    def _visit_instance(self, parent: int, cls: type, original: Any) -> Any:
+        if cls not in self._classes:
+            if not is_plain(cls):
+                raise UnknownPayload
+            self._classes[cls] = hooks_of(cls)
+        state = state_of(original)
+        if state is None:
             raise UnknownPayload
-        items = shell.items()
-        self._walk(len(items))
-        self._shells.append(shell)
-        names, children = self._children(items)
-        if names:
-            shell.forget(names)
-            self._instances.append((parent, names, children))
-        return shell.copy()
+        attributes, slots = state
+        self._walk(len(attributes) + len(slots))
+        twin = made_of(cls, state)
+        self._blueprint.shells.append(InstanceShell(twin, slots))
+        for held, links in (
+            (attributes, self._blueprint.attributes),
+            (slots, self._blueprint.slots),
+        ):
+            names, children = self._children(held.items())
+            if names:
+                links.append((parent, names, children))
+        return twin
 
     def _link(self, parent: int, items: Iterable[tuple[Any, Any]]) -> None:
         """Note what goes where in a list or dictionary."""
         first = len(self._originals)
         keys, children = self._children(items)
         if len(keys) > len(self._originals) - first:
-            self._crossings.append((parent, keys, children))
+            self._blueprint.crossings.append((parent, keys, children))
         elif keys:
-            self._spans.append((parent, keys, first))
+            self._blueprint.spans.append((parent, keys, first))
 
     def _children(self, items: Iterable[tuple[Any, Any]]) -> tuple[tuple[Any, ...], list[int]]:
         """Return the keys under which containers stand, and the places of these.
@@ -629,7 +655,10 @@ class Survey:
         if verdict is not None:
             return verdict
         self._verdicts[id(value)] = False
-        parts = parts_of(cls)
+        try:
+            parts = self._parts[cls]
+        except KeyError:
+            parts = self._parts[cls] = parts_of(cls)
         if parts is None or depth > _DEEPEST_HOLDER:
             return False
         held = parts(value)
@@ -638,19 +667,18 @@ class Survey:
         self._verdicts[id(value)] = verdict
         return verdict
 
-    def _tuples_inside_out(self) -> tuple[Crossing, ...]:
+    def _tuples_inside_out(self) -> list[Crossing]:
         """The links into tuples, ordered so that a tuple is whole before another one takes it."""
         if len(self._tuples) < 2:
-            return tuple(self._tuples.values())
+            return list(self._tuples.values())
         inside = {
             parent: [child for child in children if child in self._tuples]
             for parent, (_, _, children) in self._tuples.items()
         }
-        return tuple(self._tuples[index] for index in TopologicalSorter(inside).static_order())
+        return [self._tuples[index] for index in TopologicalSorter(inside).static_order()]
 
 
-# Sealing: one private copy of a payload, and the knowledge of how to copy it again ---------------
-
+# Sealing a payload --------------------------------------------------------------------------------
 
 BRIEF = 20_000
 """So many steps are walked on the event loop at a time: one or two milliseconds."""
@@ -694,7 +722,8 @@ def seal_anyhow(value: Any) -> Sealed:
     try:
         return _survey(value, math.inf)
     except UnknownPayload:
-        return copy.deepcopy(value), Seal.DEEP
+        seal = DeepSeal()
+        return seal.opener(value), seal
 
 
 def _survey(value: Any, allowed: float) -> Sealed:

@@ -44,7 +44,7 @@ class Job(Generic[R]):
     been closed.
     """
 
-    __slots__ = ("_call", "_error", "_loop", "_on_end", "_result", "_running", "label")
+    __slots__ = ("_call", "_loop", "_on_end", "_result", "_running", "error", "label")
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Job(Generic[R]):
         self._on_end = on_end
         self._running = running
         self._result: R | None = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # what the call raised, until it is taken
 
     def make(self) -> None:
         """Make the call; in the thread."""
@@ -68,14 +68,15 @@ class Job(Generic[R]):
         try:
             self._result = call()
         except BaseException as error:
-            self._error = error
+            self.error = error
 
     def report(self) -> None:
         """Tell the loop that the call has ended; in the thread."""
         try:
             self._loop.call_soon_threadsafe(self.end)
         except RuntimeError:  # the loop is closed, nobody waits any more
-            self.end()
+            with contextlib.suppress(BaseException):
+                self.end()
 
     def end(self) -> None:
         """Count the call as ended."""
@@ -84,13 +85,13 @@ class Job(Generic[R]):
 
     def lose(self) -> None:
         """End a call whose thread does not exist in this process."""
-        self._error = RuntimeError(f"the thread of {self.label!r} did not survive a fork")
+        self.error = RuntimeError(f"the thread of {self.label!r} did not survive a fork")
         with contextlib.suppress(RuntimeError):  # its loop may belong to another thread, or to none
             self.end()
 
     def outcome(self) -> R:
         """Return the result or raise the error, once: a traceback that was kept leads back here."""
-        error, self._error = self._error, None
+        error, self.error = self.error, None
         if error is None:
             result, self._result = self._result, None
             return result  # type: ignore[return-value]  # it has been set, if only to None
