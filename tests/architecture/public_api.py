@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import enum
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -37,8 +38,18 @@ def describe_package() -> dict[str, Any]:
                 getattr(importlib.import_module(f"coalestra.{info.name}"), "__all__", ())
             )
             for info in pkgutil.iter_modules(package.__path__)
-            if not info.name.startswith("_")
+            if not info.name.startswith("_") and info.name not in extras_missing()
         },
+    }
+
+
+def extras_missing() -> set[str]:
+    """The parts that need something which is not installed here."""
+    needs = {"redis": ("redis", "msgspec")}
+    return {
+        part
+        for part, names in needs.items()
+        if any(importlib.util.find_spec(name) is None for name in names)
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import AsyncGenerator, Collection, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -248,6 +248,129 @@ class AuthorityAwareCache(Protocol):
     @property
     def validates_source_authority(self) -> bool:
         """Whether a value of lower rank never replaces one of higher rank."""
+
+
+# Caches that several processes share --------------------------------------------------------------
+#
+# Both protocols are found by structure. A cache that has neither works as before: each process is
+# then on its own, and learns what others did when it reads.
+
+
+class Lease:
+    """The right, and the duty, to be the one in all processes who acquires a key.
+
+    It ends when it is used, released, or not renewed in time, and when the key is published to or
+    invalidated: then what its holder has fetched is too old to be stored.
+
+    Attributes:
+        key: the key.
+        token: a name that no other lease has.
+        replaces: the version that gives way to whatever the holder stores, as it was found to be
+            unreadable or outdated; None if there is none.
+    """
+
+    __slots__ = ("__weakref__", "key", "replaces", "token")
+
+    def __init__(self, key: ResourceKey, token: str, replaces: str | None = None) -> None:
+        self.key: ResourceKey = key
+        self.token: str = token
+        self.replaces: str | None = replaces
+
+    def __repr__(self) -> str:
+        return f"<Lease on {self.key.display}>"
+
+
+class LeasedLookup(NamedTuple):
+    """What a leasing cache has for a key.
+
+    Attributes:
+        lookup: what is stored. Beside a lease it may be of use in need only.
+        lease: the lease, if the caller is the one to acquire the key. With neither a value of use
+            nor a lease the caller is on his own: he may acquire the key, but not store it.
+    """
+
+    lookup: CacheLookup
+    lease: Lease | None
+
+
+@runtime_checkable
+class LeasingCache(Protocol):
+    """A cache that lets one caller in all processes acquire a key, and the others wait for it."""
+
+    def lease_many(
+        self,
+        keys: Collection[ResourceKey],
+        *,
+        now: float,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+        force: bool = False,
+        unlike: Mapping[ResourceKey, str] | None = None,
+    ) -> AsyncGenerator[Mapping[ResourceKey, LeasedLookup], None]:
+        """Give what there is for each key, or the lease on it, as soon as either is known.
+
+        A key that somebody else holds the lease on comes when he has stored a value, or given the
+        lease back; when his lease has run out the caller gets it. Everything that is known at once
+        comes first and together. It may come with entries that were not asked for, but that the
+        others rest on.
+
+        Nobody has to wait: the iterator may be closed at any time.
+
+        Args:
+            keys: the keys.
+            now: the reader's time, in wall-clock seconds.
+            policies: what of what is stored is of use, by key.
+            force: give leases whatever there is, and take them from those who hold them.
+            unlike: versions that are of no use, by key.
+        """
+
+    async def fulfil_many(
+        self,
+        values: Mapping[Lease, SnapshotValue[Any]],
+        *,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+        replace_equal: bool = False,
+    ) -> Mapping[ResourceKey, CacheWriteResult | Exception]:
+        """Store what was acquired under leases, by the write order, and let them go.
+
+        Under a lease that has ended nothing is stored, unless it is dated and newer than what is
+        there. An exception instead of a result is why a value could not be stored.
+        """
+
+    async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
+        """Give back leases without a value, at once and without an error.
+
+        Args:
+            leases: the leases.
+            failed: whether it was tried in vain; then those who wait go on, each on his own.
+        """
+
+
+class CacheNewsListener(Protocol):
+    """Hears what becomes of a shared cache, by whomever, in order, from the event loop."""
+
+    def changed(self, key: ResourceKey, version: str | None) -> None:
+        """The key's value is now of this version; None after an invalidation."""
+
+    def missed(self) -> None:
+        """Anything may have changed, or the news may have been lost."""
+
+
+@runtime_checkable
+class TellingCache(Protocol):
+    """A cache that tells of every change, so that its values can be kept in memory as well."""
+
+    def subscribe(self, listener: CacheNewsListener) -> None:
+        """Tell ``listener`` from now on; it is held weakly."""
+
+    def unsubscribe(self, listener: CacheNewsListener) -> None:
+        """Tell ``listener`` nothing more."""
+
+    def caught_up(self) -> bool:
+        """Take in all news that have arrived; return False while some may be missing.
+
+        After True, whatever was changed before this call, by a caller who has been told that it
+        was, has been told to the listeners.
+        """
 
 
 # Sinks --------------------------------------------------------------------------------------------

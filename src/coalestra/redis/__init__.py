@@ -1,0 +1,22 @@
+"""One cache for many processes, on Redis or Valkey: ``pip install coalestra[redis]``."""
+
+from coalestra.redis.cache import RedisCache, RedisCacheHealth
+from coalestra.redis.codec import (
+    MessagePackCodec,
+    Model,
+    UnreadableEntryError,
+    UnstorableValueError,
+    ValueCodec,
+)
+from coalestra.redis.server import SharedCacheUnavailableError
+
+__all__ = [
+    "MessagePackCodec",
+    "Model",
+    "RedisCache",
+    "RedisCacheHealth",
+    "SharedCacheUnavailableError",
+    "UnreadableEntryError",
+    "UnstorableValueError",
+    "ValueCodec",
+]

@@ -1,0 +1,1038 @@
+"""One truth for many processes: a cache on Redis or Valkey.
+
+The server decides what is stored (`scripts`), this module what is asked of it:
+
+1. Whatever the number of keys, a question is one round trip; derived entries take one more for
+   each level of what they rest on.
+2. Who waits for a lease of another process wakes by the news of its key, or by a look at the
+   server at least once a second, should the news have been lost.
+3. A lease that was asked for, and that nobody received, is given back.
+4. A publication or an invalidation is over when all who hear the news of this server can have
+   heard it, or it raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import re
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from itertools import count
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from redis.asyncio import Redis, RedisCluster
+
+from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from coalestra.core.errors import CoalestraError
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy, RefreshMode
+from coalestra.core.protocols import CacheNewsListener, Lease, LeasedLookup
+from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
+from coalestra.core.serialization import qualified_type
+from coalestra.core.validation import (
+    integer,
+    number,
+    refusal,
+    require_methods,
+    text,
+    wrong_type,
+)
+from coalestra.core.values import SnapshotValue
+from coalestra.redis import scripts
+from coalestra.redis.codec import (
+    MessagePackCodec,
+    Model,
+    UnreadableEntryError,
+    UnstorableValueError,
+    ValueCodec,
+)
+from coalestra.redis.news import News
+from coalestra.redis.server import Call, Client, Server, SharedCacheUnavailableError
+
+Policies = Mapping[ResourceKey, FreshnessPolicy]
+Value = SnapshotValue[Any]
+
+# What is stored under a name: a value with its provenance ----------------------------------------
+
+
+class _Stored(msgspec.Struct, array_like=True, frozen=True):
+    """A value and what is known of it, but for what the server itself has to know."""
+
+    form: int
+    source: str
+    latency_ms: float
+    attempts: int
+    authority_rank: int
+    payload: bytes
+    metadata: bytes
+    rests_on: list[tuple[str, str]]
+
+
+_FORM: Final = 1
+_NOTHING: Final = b""
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Stored).decode
+
+
+class _Entry(NamedTuple):
+    """What the server answered for one key; ``number`` belongs to the state."""
+
+    state: str
+    value: Value | None
+    version: str | None
+    number: int
+
+
+_HIT: Final = "h"
+_LEASED: Final = "l"
+_WAIT: Final = "w"
+_GET: Final = "g"
+_LEASE: Final = "l"
+_FORCE: Final = "f"
+_STATUS: Final = {
+    "stored": CacheWriteStatus.STORED,
+    "older": CacheWriteStatus.IGNORED_OLDER,
+    "duplicate": CacheWriteStatus.IGNORED_DUPLICATE,
+    "lower": CacheWriteStatus.IGNORED_LOWER_AUTHORITY,
+    "fenced": CacheWriteStatus.IGNORED_OLDER,
+}
+_STORED: Final = CacheWriteStatus.STORED
+_ABSENT: Final = CacheLookup(None, fresh=False, usable_stale=False)
+_FOREVER: Final = 1e300
+_LOOK_AGAIN_SECONDS: Final = 1.0
+_MOST_RENEWED_SECONDS: Final = 60.0
+_AGAIN_SECONDS: Final = (0.0, 0.1, 1.0)
+_KEYS_IN_ONE_STEP: Final = 50
+"""The server does nothing else meanwhile, so that one script takes no more keys than this."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RedisCacheHealth:
+    """How a shared cache is doing, as this process sees it.
+
+    Attributes:
+        state: of the circuit: ``closed`` is well, ``open`` leaves the server alone for a moment,
+            ``half_open`` tries it again.
+        news_connected: whether news of other processes arrive; without, nothing is read from
+            memory.
+        news_lost: how often that connection was lost.
+        calls, failures, timeouts, refused: of the server; timeouts are failures, and refused calls
+            were not made.
+        leases: how many are held now.
+        waiting: how many keys are waited for that another process acquires.
+        unreadable: entries that could not be read.
+        unstorable: values that could not be written.
+        clock_offset_seconds: how far the server's clock is ahead of this machine's; None before
+            the first answer.
+        last_error: what went wrong last, or None.
+    """
+
+    state: str
+    news_connected: bool
+    news_lost: int
+    calls: int
+    failures: int
+    timeouts: int
+    refused: int
+    leases: int
+    waiting: int
+    unreadable: int
+    unstorable: int
+    clock_offset_seconds: float | None
+    last_error: str | None
+
+
+class _Waiting:
+    """One caller who waits for leases of others, and the news of its keys since it last asked."""
+
+    def __init__(self) -> None:
+        self.news: dict[ResourceKey, bytes] = {}
+        self.parked: Collection[ResourceKey] = ()
+        self.woken: asyncio.Event = asyncio.Event()
+
+    def hear(self, key: ResourceKey, letter: bytes) -> None:
+        """Take note of the news of a key."""
+        self.news[key] = letter
+        self.woken.set()
+
+    async def some(self, keys: Collection[ResourceKey], seconds: float) -> dict[ResourceKey, bytes]:
+        """Return the news of `keys` as soon as there are some; nothing after so long."""
+        self.parked = keys
+        end = asyncio.get_running_loop().time() + seconds
+        while True:
+            told = {key: self.news.pop(key) for key in keys if key in self.news}
+            if told:
+                self.parked = ()
+                return told
+            self.woken.clear()
+            try:
+                with CutOff(end):
+                    await self.woken.wait()
+            except CutOffExpired:
+                return {}
+
+
+# The cache ---------------------------------------------------------------------------------------
+
+
+class RedisCache:
+    """A cache that processes and machines share, on a Redis or Valkey server of version 7 or later.
+
+    Standalone, behind Sentinel, or a cluster: the client decides. It belongs to one event loop at a
+    time, and to the process that made it. `SnapshotBuilder(sources, cache=RedisCache(client))` is
+    all it takes.
+
+    Args:
+        client: a client of redis-py for asyncio; it stays the application's. Or a URL
+            (``redis://...``), for a client of the cache's own.
+        prefix: what the names of all its entries begin with; caches with different prefixes have
+            nothing in common. Letters, digits and ``._-:`` only.
+        models: the application's own types that values may hold; see `MessagePackCodec`.
+        codec: writes and reads values instead of `MessagePackCodec`.
+        near_entries: how many entries are kept in memory as well; 0 for none.
+        near_seconds: after so long an entry in memory is looked up again even without news.
+        time_limit_seconds: how long one round trip to the server may take.
+        lease_seconds: how long the others wait for a process that has died.
+        max_value_bytes: how large one value may be, encoded.
+        max_lifetime_seconds: when the server drops an entry whose policy lets it live for longer.
+
+    Raises:
+        TypeError, ValueError: for an argument of another kind, or out of bounds.
+    """
+
+    validates_dependency_versions = True
+    validates_source_authority = True
+    validates_write_order = True
+    accepts_policies = True
+
+    def __init__(
+        self,
+        client: Client | str,
+        *,
+        prefix: str = "coalestra",
+        models: Iterable[type[Any] | Model] = (),
+        codec: ValueCodec | None = None,
+        near_entries: int = 10_000,
+        near_seconds: float = 60.0,
+        time_limit_seconds: float = 0.25,
+        lease_seconds: float = 5.0,
+        max_value_bytes: int = 16 * 1024 * 1024,
+        max_lifetime_seconds: float = 7 * 86400.0,
+    ) -> None:
+        self._owns_client = isinstance(client, str)
+        self._prefix = _name_part("prefix", prefix)
+        self._channel = f"{prefix}:#news"
+        self.near_entries: int = integer("near_entries", near_entries, minimum=0)
+        self.near_seconds: float = _positive("near_seconds", near_seconds)
+        self._lease_ms = int(_positive("lease_seconds", lease_seconds) * 1000)
+        self._most_bytes = integer("max_value_bytes", max_value_bytes, minimum=1)
+        self._longest_ms = int(_positive("max_lifetime_seconds", max_lifetime_seconds) * 1000)
+        self._codec: ValueCodec = MessagePackCodec(models) if codec is None else codec
+        require_methods("codec", self._codec, "encode", "decode")
+        used = Redis.from_url(client) if isinstance(client, str) else client
+        if not isinstance(used, (Redis, RedisCluster)):
+            raise wrong_type(
+                "client", "a redis.asyncio.Redis or RedisCluster", client, "or give a redis:// URL"
+            )
+        limit = _positive("time_limit_seconds", time_limit_seconds)
+        self._server = Server(used, limit)
+        self.timeout_seconds: float = max(1.0, 4 * limit)
+        self._news = News(used, self._channel, self._heard, self._missed, self._missed)
+        self._made_by = os.getpid()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._token = f"{os.urandom(8).hex()}-"
+        self._serial = count(1).__next__
+        self._listeners: weakref.WeakSet[CacheNewsListener] = weakref.WeakSet()
+        self._waiting: dict[ResourceKey, set[_Waiting]] = {}
+        self._leases: weakref.WeakKeyDictionary[Lease, float] = weakref.WeakKeyDictionary()
+        self._renewal: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._own: set[str] = set()
+        self._unreadable = 0
+        self._unstorable = 0
+
+    def __repr__(self) -> str:
+        return f"RedisCache({self._prefix!r}, {self._server!r}, {self._news!r})"
+
+    def health(self) -> RedisCacheHealth:
+        """Return how it is doing."""
+        server, news = self._server, self._news
+        return RedisCacheHealth(
+            state=server.state.value,
+            news_connected=news.connected,
+            news_lost=news.lost,
+            calls=server.calls,
+            failures=server.failures,
+            timeouts=server.timeouts,
+            refused=server.refused,
+            leases=len(self._leases),
+            waiting=sum(
+                any(key in each.parked for each in group) for key, group in self._waiting.items()
+            ),
+            unreadable=self._unreadable,
+            unstorable=self._unstorable,
+            clock_offset_seconds=server.clock_offset_seconds,
+            last_error=server.last_error or news.last_error,
+        )
+
+    # Begin and end ----------------------------------------------------------------------------
+
+    def check_usable(self) -> None:
+        """Raise `RuntimeError` with the remedy where the cache cannot be used.
+
+        That is in a process that was forked from the one that made it, on a second event loop while
+        the first one is still open, and after it was closed.
+        """
+        if self._closed:
+            raise RuntimeError("this RedisCache is closed; make a new one")
+        if os.getpid() != self._made_by:
+            raise RuntimeError(
+                "this RedisCache, or its client, was made before the process was forked; make both "
+                "in the worker process: in a startup handler, gunicorn's post_fork or Celery's "
+                "worker_process_init"
+            )
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            if self._loop is not None and not self._loop.is_closed():
+                raise RuntimeError(
+                    "this RedisCache belongs to another event loop that is still open; make one "
+                    "for each loop, with a client of its own"
+                )
+            self._forget()
+        self._loop = loop
+
+    async def aclose(self) -> None:
+        """Give back all leases, end the subscription, and close a client of its own.
+
+        A client that was passed in stays open.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._renewal is not None:
+            self._renewal.cancel()
+        if self._loop is asyncio.get_running_loop():
+            await self._release(tuple(self._leases), scripts.RELEASED)
+            await self._news.close()
+            for task in tuple(self._tasks):
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            await self._server.close()
+        if self._owns_client:
+            await self._server.client.aclose()
+
+    async def _open(self) -> None:
+        self.check_usable()
+        if not self._news.connected:
+            await self._news.start(self._server.time_limit_seconds)
+
+    def _forget(self) -> None:
+        """Let go of what belonged to an event loop that has ended."""
+        client = self._server.client
+        self._news = News(client, self._channel, self._heard, self._missed, self._missed)
+        self._waiting.clear()
+        self._leases.clear()
+        self._tasks.clear()
+        self._renewal = None
+
+    # News -------------------------------------------------------------------------------------
+
+    def subscribe(self, listener: CacheNewsListener) -> None:
+        """Tell ``listener`` of changes from now on; it is held weakly."""
+        self._listeners.add(listener)
+
+    def unsubscribe(self, listener: CacheNewsListener) -> None:
+        """Tell ``listener`` nothing more."""
+        self._listeners.discard(listener)
+
+    def caught_up(self) -> bool:
+        """Take in all news that have arrived; return False while some may be missing."""
+        return self._news.catch_up()
+
+    def _heard(self, data: bytes) -> None:
+        try:
+            letter, version, key = scripts.message_of(data)
+        except Exception:
+            self._missed()  # from a version of the library that says more
+            return
+        if letter == scripts.CLEARED or key is None:
+            self._missed()
+            return
+        for waiting in self._waiting.get(key, ()):
+            waiting.hear(key, letter)
+        if letter in (scripts.STORED, scripts.INVALIDATED) and version not in self._own:
+            for listener in tuple(self._listeners):
+                listener.changed(key, version or None)
+
+    def _missed(self) -> None:
+        for key, waiting in tuple(self._waiting.items()):
+            for each in tuple(waiting):
+                each.hear(key, scripts.RELEASED)
+        for listener in tuple(self._listeners):
+            listener.missed()
+
+    # Reading ----------------------------------------------------------------------------------
+
+    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        """Return what there is for ``key`` on the server, judged at ``now``."""
+        return (await self.get_many((key,), now=now, policies={key: policy}))[key]
+
+    async def get_many(
+        self, keys: Collection[ResourceKey], *, now: float, policies: Policies
+    ) -> Mapping[ResourceKey, CacheLookup]:
+        """Return what there is for each key on the server, in one round trip.
+
+        Raises:
+            SharedCacheUnavailableError: if the server cannot be reached.
+        """
+        await self._open()
+        ages = {key: policies[key].max_stale_seconds for key in keys}
+        found = await self.ask(ages, now, _GET)
+        values = {key: entry.value for key, entry in found.items() if entry.value is not None}
+        _, outdated = await self.judged(values, tuple(keys), now)
+        return {
+            key: _ABSENT if key in outdated else _lookup(values.get(key), now, policies[key])
+            for key in keys
+        }
+
+    async def lease_many(
+        self,
+        keys: Collection[ResourceKey],
+        *,
+        now: float,
+        policies: Policies,
+        force: bool = False,
+        unlike: Mapping[ResourceKey, str] | None = None,
+    ) -> AsyncGenerator[Mapping[ResourceKey, LeasedLookup], None]:
+        """Give what there is for each key, or the lease on it, as soon as either is known.
+
+        See `LeasingCache.lease_many`. Where the server cannot be reached every key comes with
+        neither.
+        """
+        question = _Question(self, now, policies, _FORCE if force else _LEASE, dict(unlike or {}))
+        pending = dict.fromkeys(keys)
+        self._expect(question.waiting, pending)
+        try:
+            await self._open()
+            wanted: Collection[ResourceKey] = tuple(pending)
+            while pending:
+                known = await question.put(wanted)
+                for key in known:
+                    pending.pop(key, None)
+                yield known
+                if not pending:
+                    break
+                told = await question.waiting.some(pending, question.patience())
+                wanted = tuple(told) or tuple(pending)
+                alone = [key for key, letter in told.items() if letter == scripts.FAILED]
+                if alone:
+                    wanted = [key for key in wanted if key not in alone]
+                    for key in alone:
+                        del pending[key]
+                    yield {key: LeasedLookup(question.in_need(key), None) for key in alone}
+        except SharedCacheUnavailableError:
+            yield {key: LeasedLookup(question.in_need(key), None) for key in pending}
+        finally:
+            self._expect_no_more(question.waiting, keys)
+
+    def _expect(self, waiting: _Waiting, keys: Iterable[ResourceKey]) -> None:
+        for key in keys:
+            self._waiting.setdefault(key, set()).add(waiting)
+
+    def _expect_no_more(self, waiting: _Waiting, keys: Iterable[ResourceKey]) -> None:
+        for key in keys:
+            group = self._waiting.get(key)
+            if group is not None:
+                group.discard(waiting)
+                if not group:
+                    del self._waiting[key]
+
+    async def ask(
+        self,
+        ages: Mapping[ResourceKey, float],
+        now: float,
+        mode: str,
+        unlike: Mapping[ResourceKey, str] | None = None,
+        token: str = "",
+    ) -> dict[ResourceKey, _Entry]:
+        """Read keys, or take leases on them; unreadable entries count as missing."""
+        token_and_times = [token, self._lease_ms, repr(now)]
+        calls = []
+        for part in self._parts(tuple(ages)):
+            arguments: list[Any] = [*token_and_times]
+            for key in part:
+                other = "" if unlike is None else unlike.get(key, "")
+                arguments.append(f"{mode}{min(ages[key], _FOREVER)!r} {other}")
+            calls.append(Call([self._name(key) for key in part], arguments))
+        moment, answers = await self._run(scripts.READ, calls)
+        found: dict[ResourceKey, _Entry] = {}
+        for key, told in zip(ages, answers, strict=True):
+            if isinstance(told, Exception):
+                text = f"the shared cache could not be read: {told}"
+                raise SharedCacheUnavailableError(text) from told
+            found[key] = self._entry(key, told, moment, now)
+        return found
+
+    def _parts(self, keys: tuple[ResourceKey, ...]) -> list[tuple[ResourceKey, ...]]:
+        """Split keys into those that one script may work on."""
+        size = 1 if self._server.is_cluster else _KEYS_IN_ONE_STEP
+        return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+    async def _run(self, script: scripts.Script, calls: Sequence[Call]) -> tuple[float, list[Any]]:
+        """Run a script that answers with its time first; return that, and one answer per name."""
+        sent = time.time()
+        answers = await self._server.run(script, calls)
+        answered = time.time()
+        moment, found = 0.0, []
+        for call, answer in zip(calls, answers, strict=True):
+            if isinstance(answer, Exception):
+                found += [answer] * len(call.names)
+            else:
+                moment = float(answer[0])
+                found += answer[1:]
+        if moment:
+            self._server.note_clock(moment, sent, answered)
+        return moment, found
+
+    def _entry(self, key: ResourceKey, told: bytes, moment: float, now: float) -> _Entry:
+        """Return an entry as the server tells it, with times on the reader's clock."""
+        state, second, observed, stored, undated, size, rest = told.split(b" ", 6)
+        data, version = rest[int(size) :], rest[: int(size)].decode()
+        if observed == b"-":
+            return _Entry(state.decode(), None, None, int(second))
+        observed_at, fetched_at = float(observed), now - (moment - float(stored))
+        if undated == b"1":
+            observed_at = now - (moment - observed_at)
+        value = None
+        try:
+            value = self._value(key, data, version, fetched_at, observed_at, now)
+        except UnreadableEntryError:
+            self._unreadable += 1
+        return _Entry(state.decode(), value, version, int(second))
+
+    async def judged(
+        self, values: Mapping[ResourceKey, Value], absent: Collection[ResourceKey], now: float
+    ) -> tuple[dict[ResourceKey, Value], set[ResourceKey]]:
+        """Return ``values`` with all that they rest on, and the keys that are outdated among it.
+
+        ``absent`` keys that are not in ``values`` are not held.
+        """
+        known = dict(values)
+        asked = {*values, *absent}
+        level: Iterable[Value] = values.values()
+        while True:
+            needed = (key for value in level for key in value.dependency_versions)
+            wanted = [key for key in dict.fromkeys(needed) if key not in asked]
+            if not wanted:
+                return known, _outdated_among(known)
+            asked.update(wanted)
+            found = await self.ask(dict.fromkeys(wanted, _FOREVER), now, _GET)
+            fresh = {key: entry.value for key, entry in found.items() if entry.value is not None}
+            known.update(fresh)
+            level = fresh.values()
+
+    # Leases -----------------------------------------------------------------------------------
+
+    def new_token(self) -> str:
+        """Return a name for leases that no other ones have."""
+        return f"{self._token}{self._serial()}"
+
+    def let_go(self, leases: Collection[Lease]) -> None:
+        """Give back leases that nobody has received, or may have been granted unseen."""
+        if not self._closed and leases:
+            self._behind(self._give_back(leases))
+
+    async def _give_back(self, leases: Collection[Lease]) -> None:
+        # A question that was cut off may reach the server after the first of these.
+        for pause in _AGAIN_SECONDS:
+            await asyncio.sleep(pause)
+            await self._release(leases, scripts.RELEASED)
+
+    def leased(self, key: ResourceKey, token: str, replaces: str | None) -> Lease:
+        """Return a lease that was granted, to be renewed from now on for as long as it is held."""
+        lease = Lease(key, token, replaces)
+        self._leases[lease] = time.monotonic() + _MOST_RENEWED_SECONDS
+        if self._renewal is None and self._loop is not None:
+            self._renewal = self._loop.call_later(self._lease_ms / 3000, self._renew)
+        return lease
+
+    def _renew(self) -> None:
+        """Let leases last while somebody works for them, but not for ever."""
+        self._renewal = None
+        if not self._leases or self._closed or self._loop is None:
+            return
+        self._renewal = self._loop.call_later(self._lease_ms / 3000, self._renew)
+        now = time.monotonic()
+        leases = [lease for lease, until in self._leases.items() if now < until]
+        calls = [Call([self._name(each.key)], [each.token, self._lease_ms]) for each in leases]
+        if calls:
+            self._behind(self._server.run(scripts.RENEW, calls))
+
+    async def fulfil_many(
+        self,
+        values: Mapping[Lease, Value],
+        *,
+        policies: Policies,
+        replace_equal: bool = False,
+    ) -> Mapping[ResourceKey, CacheWriteResult | Exception]:
+        """Store what was acquired under leases; see `LeasingCache.fulfil_many`.
+
+        Raises:
+            SharedCacheUnavailableError: if the server cannot be reached.
+        """
+        await self._open()
+        results: dict[ResourceKey, CacheWriteResult | Exception] = {}
+        items: dict[ResourceKey, bytes] = {}
+        for lease, value in values.items():
+            try:
+                items[lease.key] = self._offer(
+                    value,
+                    policies.get(value.key),
+                    "e" if replace_equal else "",
+                    token=lease.token,
+                    over=lease.replaces,
+                )
+                self._leases.pop(lease, None)
+            except UnstorableValueError as error:
+                results[lease.key] = error
+                self._behind(self.release_many((lease,), failed=True))
+        if items:
+            offered = {value.key: value for value in values.values()}
+            results.update((await self._write(offered, items))[0])
+        return results
+
+    async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
+        """Give back leases without a value; see `LeasingCache.release_many`."""
+        await self._release(leases, scripts.FAILED if failed else scripts.RELEASED)
+
+    async def _release(self, leases: Collection[Lease], letter: bytes) -> None:
+        calls = [
+            Call(
+                [self._name(lease.key)],
+                [self._channel, lease.token, letter, lease.key.canonical],
+            )
+            for lease in leases
+        ]
+        for lease in leases:
+            self._leases.pop(lease, None)
+        if calls:
+            try:
+                await self._server.run(scripts.RELEASE, calls)
+            except CoalestraError:
+                return  # they end by themselves
+
+    # Writing ----------------------------------------------------------------------------------
+
+    async def set(self, value: Value, *, policy: FreshnessPolicy | None = None) -> None:
+        """Store a value whatever is there; ``policy`` says for how long."""
+        await self.set_many((value,), policies={} if policy is None else {value.key: policy})
+
+    async def set_many(
+        self, values: Collection[Value], *, policies: Policies | None = None
+    ) -> None:
+        """Store values whatever is there; ``policies`` say for how long."""
+        await self.set_many_if_newer(values, force=True, policies=policies)
+
+    async def set_if_newer(
+        self,
+        value: Value,
+        *,
+        force: bool = False,
+        replace_equal: bool = False,
+        policy: FreshnessPolicy | None = None,
+    ) -> CacheWriteResult:
+        """Store a value if the write order prefers it to what is there."""
+        policies = {} if policy is None else {value.key: policy}
+        terms: Any = {"force": force, "replace_equal": replace_equal, "policies": policies}
+        return (await self.set_many_if_newer((value,), **terms))[value.key]
+
+    async def set_many_if_newer(
+        self,
+        values: Collection[Value],
+        *,
+        force: bool = False,
+        replace_equal: bool = False,
+        policies: Policies | None = None,
+    ) -> Mapping[ResourceKey, CacheWriteResult]:
+        """Store those values that the write order prefers to what is there, in one round trip.
+
+        What is stored ends the leases on its keys. When this returns, everybody who hears the news
+        of the server can have heard of it.
+
+        Raises:
+            SharedCacheUnavailableError: if the server cannot be reached, or refused.
+            UnstorableValueError: for a value that cannot be encoded; then nothing is written.
+        """
+        await self._open()
+        flags = ("f" if force else "") + ("e" if replace_equal else "") + "p"
+        offered = {value.key: value for value in values}
+        known = policies or {}
+        items = {key: self._offer(each, known.get(key), flags) for key, each in offered.items()}
+        results, heard = await self._write(offered, items)
+        for answer in results.values():
+            if isinstance(answer, Exception):
+                raise answer
+        told = {key: each for key, each in results.items() if isinstance(each, CacheWriteResult)}
+        again = await self._outdated_winners(told)
+        if again:
+            items = {
+                key: self._offer(offered[key], known.get(key), flags, over=told[key].value.version)
+                for key in again
+            }
+            more, others = await self._write(offered, items)
+            heard += others
+            told.update((k, v) for k, v in more.items() if isinstance(v, CacheWriteResult))
+        if heard:
+            await self._server.barrier()
+        return told
+
+    async def _outdated_winners(
+        self, results: Mapping[ResourceKey, CacheWriteResult]
+    ) -> list[ResourceKey]:
+        """Return the keys where what stayed is derived and outdated: it defends nothing."""
+        winners = {key: each.value for key, each in results.items() if not each.stored}
+        if not any(value.dependency_versions for value in winners.values()):
+            return []
+        now = max(value.fetched_at for value in winners.values())
+        _, outdated = await self.judged(winners, (), now)
+        return [key for key in winners if key in outdated]
+
+    def _offer(
+        self,
+        value: Value,
+        policy: FreshnessPolicy | None,
+        flags: str,
+        *,
+        token: str = "",
+        over: str | None = None,
+    ) -> bytes:
+        """Return what the script is given to offer one value.
+
+        Raises:
+            UnstorableValueError: if it cannot be encoded.
+        """
+        rests_on = [(key.canonical, version) for key, version in value.dependency_versions.items()]
+        try:
+            payload = self._codec.encode(value.value)
+            metadata = self._codec.encode(dict(value.metadata)) if value.metadata else _NOTHING
+        except UnstorableValueError:
+            self._unstorable += 1
+            raise
+        data = _encode(
+            _Stored(
+                _FORM,
+                value.source,
+                value.latency_ms,
+                value.attempts,
+                value.authority_rank,
+                payload,
+                metadata,
+                rests_on,
+            )
+        )
+        if len(data) > self._most_bytes:
+            self._unstorable += 1
+            limit = f"it takes {len(data):,} bytes, and max_value_bytes is {self._most_bytes:,}"
+            raise UnstorableValueError(qualified_type(value.value), "value", limit)
+        if value.observed_at == value.fetched_at:
+            flags += "u"
+        parts = [(over or "").encode(), value.version.encode(), value.key.canonical.encode()]
+        head = (
+            f"{token or '-'} {flags or '-'} {value.authority_rank} {value.observed_at!r} "
+            f"{value.attempts} {value.latency_ms!r} {self._lifetime_ms(value, policy)} "
+            f"{' '.join(str(len(part)) for part in parts)}\n"
+        )
+        return b"".join((head.encode(), *parts, data))
+
+    def _lifetime_ms(self, value: Value, policy: FreshnessPolicy | None) -> int:
+        """Return for how long the value may be of use to anybody."""
+        if policy is None:
+            return self._longest_ms
+        age = max(0.0, value.fetched_at - value.observed_at)
+        left = min(policy.max_stale_seconds - age, self._longest_ms / 1000)
+        return max(1, int(left * 1000) + 1)
+
+    async def _write(
+        self, offered: Mapping[ResourceKey, Value], items: Mapping[ResourceKey, bytes]
+    ) -> tuple[dict[ResourceKey, CacheWriteResult | Exception], int]:
+        """Offer values; return what became of each, and how many others were told."""
+        versions = [value.version for value in offered.values()]
+        self._own.update(versions)
+        calls = [
+            Call([self._name(key) for key in part], [self._channel, *(items[key] for key in part)])
+            for part in self._parts(tuple(items))
+        ]
+        try:
+            moment, answers = await self._run(scripts.WRITE, calls)
+        finally:
+            self._own.difference_update(versions)
+        results: dict[ResourceKey, CacheWriteResult | Exception] = {}
+        heard = 0
+        for key, told in zip(items, answers, strict=True):
+            value = offered[key]
+            if isinstance(told, Exception):
+                error = SharedCacheUnavailableError(f"{key.display} was not stored: {told}")
+                error.__cause__ = told
+                results[key] = error
+                continue
+            entry = self._entry(key, told, moment, value.fetched_at)
+            status = _STATUS[entry.state]
+            if status is _STORED:
+                heard += entry.number
+                results[key] = CacheWriteResult(status, value, entry.value)
+            else:
+                results[key] = CacheWriteResult(status, entry.value or value, entry.value)
+        return results, heard
+
+    # Removing ---------------------------------------------------------------------------------
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        """Remove what there is for ``key``."""
+        await self.invalidate_many((key,))
+
+    async def invalidate_many(self, keys: Collection[ResourceKey]) -> None:
+        """Remove what there is for ``keys``, and end their leases.
+
+        When this returns, everybody who hears the news of the server can have heard of it.
+
+        Raises:
+            SharedCacheUnavailableError: if the server cannot be reached, or refused.
+        """
+        await self._open()
+        if not keys:
+            return
+        calls = [
+            Call(
+                [self._name(key) for key in part],
+                [self._channel, *(key.canonical for key in part)],
+            )
+            for part in self._parts(tuple(keys))
+        ]
+        answers = await self._server.run(scripts.INVALIDATE, calls)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise SharedCacheUnavailableError(f"not invalidated: {answer}") from answer
+        if sum(answers):
+            await self._server.barrier()
+
+    async def clear(self) -> None:
+        """Remove everything under its prefix, whoever stored it."""
+        await self._open()
+        names = await self._server.names_of(f"{self._prefix}:*")
+        await asyncio.gather(*(self._server.command("UNLINK", name) for name in names))
+        await self._server.command("PUBLISH", self._channel, scripts.CLEARED + b"000")
+        await self._server.barrier()
+
+    # Small parts ------------------------------------------------------------------------------
+
+    def _name(self, key: ResourceKey) -> str:
+        return scripts.name_of(self._prefix, key)
+
+    def _value(
+        self,
+        key: ResourceKey,
+        data: bytes,
+        version: str,
+        fetched_at: float,
+        observed_at: float,
+        now: float,
+    ) -> Value:
+        if len(data) > self._most_bytes:
+            raise UnreadableEntryError(f"it is larger than {self._most_bytes:,} bytes")
+        try:
+            stored = _decode(data)
+            if stored.form != _FORM:
+                raise UnreadableEntryError(f"it has form {stored.form}, and not {_FORM}")
+            rests_on = {scripts.key_of(text): version for text, version in stored.rests_on}
+        except (ValueError, TypeError) as error:
+            raise UnreadableEntryError(str(error)) from error
+        metadata = self._codec.decode(stored.metadata) if stored.metadata else {}
+        return SnapshotValue(
+            key,
+            self._codec.decode(stored.payload),
+            stored.source,
+            observed_at,
+            fetched_at,
+            max(0.0, now - observed_at),
+            stale=False,
+            from_cache=True,
+            latency_ms=stored.latency_ms,
+            attempts=stored.attempts,
+            metadata=FrozenDict(metadata),
+            authority_rank=stored.authority_rank,
+            version=version,
+            dependency_versions=FrozenDict(rests_on),
+        )
+
+    def _behind(self, work: Awaitable[Any]) -> None:
+        """Do something that nobody waits for, and that may fail."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # counted where it was raised
+
+
+class _Question:
+    """One call of `RedisCache.lease_many`: what it asks, and what it knows already."""
+
+    def __init__(
+        self,
+        cache: RedisCache,
+        now: float,
+        policies: Policies,
+        mode: str,
+        unlike: dict[ResourceKey, str],
+    ) -> None:
+        self.waiting = _Waiting()
+        self._cache = cache
+        self._ahead = now - time.monotonic()
+        self._policies = policies
+        self._mode = mode
+        self._unlike = unlike
+        self._unfit: dict[ResourceKey, str] = {}
+        self._in_need: dict[ResourceKey, CacheLookup] = {}
+        self._left: dict[ResourceKey, float] = {}
+
+    def patience(self) -> float:
+        """Return for how long to wait for news before looking again."""
+        return min(_LOOK_AGAIN_SECONDS, *self._left.values()) + 0.01
+
+    def in_need(self, key: ResourceKey) -> CacheLookup:
+        """Return what is stored for a key though it was not good enough."""
+        return self._in_need.get(key, _ABSENT)
+
+    async def put(self, keys: Collection[ResourceKey]) -> dict[ResourceKey, LeasedLookup]:
+        """Ask for keys; return those that need no waiting, and what derived ones rest on."""
+        known: dict[ResourceKey, LeasedLookup] = {}
+        while keys:
+            token = self._cache.new_token()
+            try:
+                keys = await self._put(keys, token, known)
+            except BaseException:
+                # What was leased on the way has reached nobody.
+                leases = [each.lease for each in known.values() if each.lease is not None]
+                leases += [Lease(key, token) for key in keys]
+                self._cache.let_go(leases)
+                raise
+        return known
+
+    async def _put(
+        self,
+        keys: Collection[ResourceKey],
+        token: str,
+        known: dict[ResourceKey, LeasedLookup],
+    ) -> list[ResourceKey]:
+        """Ask once; enter what needs no waiting, and return what has to be asked once more."""
+        now = self._ahead + time.monotonic()
+        for key in keys:
+            self.waiting.news.pop(key, None)
+            self._left.pop(key, None)
+        ages = {key: _servable_age(self._policies[key]) for key in keys}
+        found = await self._cache.ask(ages, now, self._mode, {**self._unlike, **self._unfit}, token)
+        values = {
+            key: entry.value
+            for key, entry in found.items()
+            if entry.value is not None and entry.version != self._unfit.get(key)
+        }
+        complete, outdated = await self._cache.judged(values, keys, now)
+        again: list[ResourceKey] = []
+        for key, entry in found.items():
+            fit = key in values and key not in outdated
+            if not fit and entry.version is not None and self._unfit.get(key) != entry.version:
+                self._unfit[key] = entry.version
+                if entry.state == _HIT and self._mode != _FORCE:
+                    again.append(key)
+                    continue
+            self._enter(key, entry, values.get(key) if fit else None, now, token, known)
+        for key in complete.keys() - found.keys() - outdated - known.keys():
+            known[key] = LeasedLookup(CacheLookup(complete[key], False, False), None)
+        return again
+
+    def _enter(
+        self,
+        key: ResourceKey,
+        entry: _Entry,
+        value: Value | None,
+        now: float,
+        token: str,
+        known: dict[ResourceKey, LeasedLookup],
+    ) -> None:
+        lookup = _lookup(value, now, self._policies[key])
+        if entry.state == _WAIT:
+            self._left[key] = entry.number / 1000
+            self._in_need[key] = lookup
+            return
+        lease = None
+        if entry.state == _LEASED:
+            replaces = entry.version if entry.version == self._unfit.get(key) else None
+            lease = self._cache.leased(key, token, replaces)
+        known[key] = LeasedLookup(lookup, lease)
+
+
+def _servable_age(policy: FreshnessPolicy) -> float:
+    """Return the age up to which a reader takes what is stored, and nobody needs acquire it."""
+    if policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE:
+        return policy.max_stale_seconds
+    return policy.ttl_seconds
+
+
+def _lookup(value: Value | None, now: float, policy: FreshnessPolicy) -> CacheLookup:
+    if value is None:
+        return _ABSENT
+    age = max(0.0, now - value.observed_at)
+    fresh, usable = age <= policy.ttl_seconds, age <= policy.max_stale_seconds
+    return CacheLookup(value, fresh, usable, age)
+
+
+def _outdated_among(known: Mapping[ResourceKey, Value]) -> set[ResourceKey]:
+    """Return the keys of ``known`` with a dependency, direct or not, of another version.
+
+    ``known`` holds every dependency that there is. Linear in entries and dependencies.
+    """
+    dependents: dict[ResourceKey, list[ResourceKey]] = defaultdict(list)
+    outdated: list[ResourceKey] = []
+    for key, value in known.items():
+        for dependency, version in value.dependency_versions.items():
+            dependents[dependency].append(key)
+            current = known.get(dependency)
+            if current is None or current.version != version:
+                outdated.append(key)
+    reached = set(outdated)
+    while outdated:
+        for dependent in dependents.get(outdated.pop(), ()):
+            if dependent not in reached:
+                reached.add(dependent)
+                outdated.append(dependent)
+    return reached
+
+
+def _positive(name: str, value: float) -> float:
+    seconds: float = number(name, value)
+    if seconds <= 0:
+        raise ValueError(refusal(name, "more than 0", value))
+    return seconds
+
+
+def _name_part(name: str, value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:-]+", text(name, value)):
+        raise ValueError(refusal(name, "letters, digits and ._-: only", value))
+    return value

@@ -1,0 +1,413 @@
+"""Values as bytes, and back as exactly what they were: MessagePack with a tag for every other type.
+
+Laws:
+
+1. What is read has the very types that were written, at every depth. Objects that appeared twice
+   in a value come back as two.
+2. A type that the codec does not know is refused when it is written: by name, with its place in the
+   value and the remedy.
+3. Nothing in the bytes is ever called or imported: they name a registered type or they are
+   unreadable (`UnreadableEntryError`), whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import enum
+import uuid
+import zoneinfo
+from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
+from typing import Any, Final, Protocol
+
+import msgspec
+from msgspec.msgpack import Decoder, Encoder, Ext
+
+from coalestra.core.errors import CoalestraError
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.serialization import qualified_type
+from coalestra.core.validation import callable_, instance, text
+
+# What can go wrong -------------------------------------------------------------------------------
+
+
+class UnstorableValueError(CoalestraError, TypeError):
+    """A value holds something that cannot be written to a shared cache.
+
+    The fault is the value's: it needs a type that is built in or registered, or a bounded size.
+
+    Attributes:
+        type_name: the full name of the type that is not known, or of the value that is too large.
+        place: where in the value it is, as Python would write it.
+    """
+
+    def __init__(self, type_name: str, place: str, reason: str) -> None:
+        self.type_name: str = type_name
+        self.place: str = place
+        super().__init__(f"{place} cannot be stored in the shared cache: {reason}")
+
+
+class UnreadableEntryError(CoalestraError, ValueError):
+    """Bytes of a shared cache are not what this version of the program can read.
+
+    Another version wrote them, a model is not registered here, or they are damaged. The entry
+    counts as missing and is replaced by the next write.
+    """
+
+
+# Models: the application's own types -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Model:
+    """How values of one type of the application's travel.
+
+    Attributes:
+        kind: the type itself; values of a subclass are not values of it.
+        name: what the bytes call it. Keep it when the class moves or is renamed.
+        dump: returns what a value is made of, out of types the codec knows.
+        load: returns the value made of that.
+
+    Raises:
+        TypeError, ValueError: for a field of another type, or an empty name.
+    """
+
+    kind: type[Any]
+    name: str
+    dump: Callable[[Any], Any]
+    load: Callable[[Any], Any]
+
+    def __post_init__(self) -> None:
+        instance("kind", self.kind, type)
+        text("name", self.name)
+        callable_("dump", self.dump)
+        callable_("load", self.load)
+
+    @classmethod
+    def of(cls, kind: type[Any]) -> Model:
+        """Return the model of an enum, dataclass, named tuple or ``msgspec.Struct``.
+
+        Its name is the module's and the class's. Dataclasses come back field by field, without a
+        call of ``__init__`` or ``__post_init__``, as after copying.
+
+        Raises:
+            TypeError: for any other type; give a ``Model`` with functions of your own.
+        """
+        instance("models", kind, type)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if issubclass(kind, enum.Enum):
+            if issubclass(kind, enum.Flag):
+                return cls(kind, name, _value_of, kind)
+            return cls(kind, name, _name_of, kind.__getitem__)
+        if dataclasses.is_dataclass(kind):
+            return _of_fields(kind, name, [field.name for field in dataclasses.fields(kind)])
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            return cls(kind, name, list, lambda parts: kind(*parts))
+        if issubclass(kind, msgspec.Struct):
+            return _of_struct(kind, name)
+        raise TypeError(
+            f"models must be enums, dataclasses, named tuples or msgspec.Structs, got {name}; for "
+            "another type give Model(kind, name, dump=..., load=...)"
+        )
+
+
+def _name_of(member: enum.Enum) -> str:
+    return member.name
+
+
+def _value_of(member: enum.Enum) -> Any:
+    return member.value
+
+
+def _of_fields(kind: type[Any], name: str, fields: list[str]) -> Model:
+    def dump(value: Any) -> dict[str, Any]:
+        return {field: getattr(value, field) for field in fields if hasattr(value, field)}
+
+    def load(parts: Mapping[str, Any]) -> Any:
+        if not parts.keys() <= set(fields):
+            raise ValueError(f"{name} has no field {sorted(parts.keys() - set(fields))}")
+        value = object.__new__(kind)
+        for field, part in parts.items():
+            object.__setattr__(value, field, part)
+        return value
+
+    return Model(kind, name, dump, load)
+
+
+def _of_struct(kind: type[Any], name: str) -> Model:
+    fields: tuple[str, ...] = kind.__struct_fields__
+
+    def dump(value: Any) -> dict[str, Any]:
+        return {field: getattr(value, field) for field in fields}
+
+    def load(parts: Mapping[str, Any]) -> Any:
+        return kind(**parts)
+
+    return Model(kind, name, dump, load)
+
+
+# The codec ---------------------------------------------------------------------------------------
+
+
+class ValueCodec(Protocol):
+    """What a shared cache writes values with."""
+
+    def encode(self, value: Any) -> bytes:
+        """Return the value as bytes; `UnstorableValueError` if that is not possible."""
+
+    def decode(self, data: bytes) -> Any:
+        """Return the value of these bytes; `UnreadableEntryError` if it cannot be told."""
+
+
+_MODEL = 1
+_LARGE_INT = 2
+_DECIMAL = 3
+_DATETIME = 4
+_DATE = 5
+_TIME = 6
+_TIMEDELTA = 7
+_UUID = 8
+_TUPLE = 9
+_SET = 10
+_FROZENSET = 11
+_PAIRS = 12
+_BYTEARRAY = 13
+_FROZEN_DICT = 14
+
+_PLAIN: Final = frozenset({type(None), bool, float, bytes})
+_SMALLEST, _LARGEST = -(2**63), 2**64 - 1
+_encode: Final = Encoder().encode
+
+_Write = Callable[[Any], Any]
+
+
+class _Refused(Exception):
+    """Ends the writing of a value; where in the value is looked for afterwards."""
+
+    def __init__(self, value: Any, reason: str) -> None:
+        super().__init__(reason)
+        self.value = value
+        self.reason = reason
+
+
+class MessagePackCodec:
+    """MessagePack with exact types: the default of `RedisCache`.
+
+    It knows ``None``, bool, int of any size, float, str, bytes, bytearray, list, dict with keys of
+    any kind, tuple, set, frozenset, Decimal, UUID, datetime, date, time (with ``zoneinfo`` or fixed
+    zones), timedelta, and what is registered.
+
+    Args:
+        models: the application's own types: enums, dataclasses, named tuples and
+            ``msgspec.Struct`` as they are, any other as a `Model`.
+
+    Raises:
+        TypeError, ValueError: for something that is no model, or two models of one name or type.
+    """
+
+    def __init__(self, models: Iterable[type[Any] | Model] = ()) -> None:
+        self._models: dict[type[Any], Model] = {}
+        self._named: dict[str, Model] = {}
+        for given in models:
+            model = given if isinstance(given, Model) else Model.of(given)
+            if model.kind in self._models or model.name in self._named:
+                raise ValueError(f"models must be different, got {model.name} twice")
+            self._models[model.kind] = self._named[model.name] = model
+        self._writers: dict[type[Any], _Write] = {
+            str: _text,
+            int: _integer,
+            list: self._list,
+            dict: self._dict,
+            FrozenDict: self._tagged(_FROZEN_DICT, dict),
+            tuple: self._tagged(_TUPLE, list),
+            set: self._tagged(_SET, list),
+            frozenset: self._tagged(_FROZENSET, list),
+            Decimal: _as_text(_DECIMAL),
+            bytearray: lambda value: Ext(_BYTEARRAY, bytes(value)),
+            uuid.UUID: lambda value: Ext(_UUID, value.bytes),
+            dt.date: lambda value: Ext(_DATE, value.isoformat().encode()),
+            dt.timedelta: _timedelta,
+            dt.datetime: _moment(_DATETIME),
+            dt.time: _moment(_TIME),
+        }
+        self._decoder = Decoder(ext_hook=self._read)
+
+    def __repr__(self) -> str:
+        return f"MessagePackCodec(models=[{', '.join(self._named)}])"
+
+    def encode(self, value: Any) -> bytes:
+        """Return the value as bytes.
+
+        Raises:
+            UnstorableValueError: for a type that is not known, or a value within itself.
+        """
+        try:
+            return _encode(self._write(value))
+        except _Refused as refused:
+            name, place = qualified_type(refused.value), _place_of(refused.value, value, "value")
+            raise UnstorableValueError(name, place, refused.reason) from None
+        except RecursionError:
+            reason = "it is nested too deeply, or contains itself"
+            raise UnstorableValueError(qualified_type(value), "value", reason) from None
+
+    def decode(self, data: bytes) -> Any:
+        """Return the value of these bytes.
+
+        Raises:
+            UnreadableEntryError: if they are not what ``encode`` made with the same models.
+        """
+        try:
+            return self._decoder.decode(data)
+        except Exception as error:
+            raise UnreadableEntryError(f"{type(error).__name__}: {error}") from error
+
+    # Writing ----------------------------------------------------------------------------------
+
+    def _write(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        write = self._writers.get(kind)
+        if write is not None:
+            return write(value)
+        model = self._models.get(kind)
+        if model is None:
+            name = kind.__name__
+            raise _Refused(
+                value,
+                f"{qualified_type(value)} is not known to the codec; register it, "
+                f"RedisCache(..., models=[{name}]), or store built-in types",
+            )
+        return Ext(_MODEL, _encode([model.name, self._write(model.dump(value))]))
+
+    def _list(self, value: list[Any]) -> list[Any]:
+        write = self._write
+        return [item if type(item) in _PLAIN else write(item) for item in value]
+
+    def _dict(self, value: dict[Any, Any]) -> Any:
+        write = self._write
+        if all(type(key) is str for key in value):
+            return {
+                key if key.isascii() else _text(key): item if type(item) in _PLAIN else write(item)
+                for key, item in value.items()
+            }
+        return Ext(_PAIRS, _encode([[write(key), write(item)] for key, item in value.items()]))
+
+    def _tagged(self, code: int, plain: Callable[[Any], Any]) -> _Write:
+        return lambda value: Ext(code, _encode(self._write(plain(value))))
+
+    # Reading ----------------------------------------------------------------------------------
+
+    def _read(self, code: int, data: memoryview) -> Any:
+        if code == _MODEL:
+            name, parts = self._decoder.decode(data)
+            return self._named[name].load(parts)
+        read = _READERS.get(code)
+        if read is not None:
+            return read(bytes(data))
+        return _CONTAINERS[code](self._decoder.decode(data))
+
+
+def _text(value: str) -> str:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            reason = "the string has half a surrogate pair, which no encoding has"
+            raise _Refused(value, reason) from None
+    return value
+
+
+def _integer(value: int) -> Any:
+    if _SMALLEST <= value <= _LARGEST:
+        return value
+    return Ext(_LARGE_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+
+
+def _as_text(code: int) -> _Write:
+    return lambda value: Ext(code, str(value).encode())
+
+
+def _timedelta(value: dt.timedelta) -> Ext:
+    return Ext(_TIMEDELTA, _encode([value.days, value.seconds, value.microseconds]))
+
+
+def _moment(code: int) -> _Write:
+    def write(value: Any) -> Ext:
+        naive = value.replace(tzinfo=None, fold=0).isoformat()
+        return Ext(code, _encode([naive, value.fold, _zone(value)]))
+
+    return write
+
+
+def _zone(value: Any) -> Any:
+    zone = value.tzinfo
+    if zone is None:
+        return None
+    if type(zone) is dt.timezone:
+        offset = zone.utcoffset(None)
+        name = None if zone is dt.timezone.utc else zone.tzname(None)
+        return [offset.days, offset.seconds, offset.microseconds, name]
+    if type(zone) is zoneinfo.ZoneInfo and zone.key is not None:
+        return zone.key
+    name = qualified_type(zone)
+    raise _Refused(value, f"its zone is a {name}; use datetime.timezone or zoneinfo.ZoneInfo")
+
+
+def _place_of(culprit: Any, value: Any, place: str) -> str:
+    """Return where `culprit` is within a value, as Python would write it."""
+    if value is culprit:
+        return place
+    within: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        within = [(f"a key of {place}", key) for key in value]
+        within += [(f"{place}[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        within = ((f"{place}[{number}]", item) for number, item in enumerate(value))
+    elif isinstance(value, (set, frozenset)):
+        within = ((f"an element of {place}", item) for item in value)
+    found = (_place_of(culprit, item, named) for named, item in within)
+    return next((each for each in found if each), "" if place != "value" else "a part of value")
+
+
+def _zone_of(told: Any) -> dt.tzinfo | None:
+    if told is None:
+        return None
+    if isinstance(told, str):
+        return zoneinfo.ZoneInfo(told)
+    *offset, name = told
+    span = dt.timedelta(*offset)
+    if name is None:
+        return dt.timezone.utc
+    unnamed = dt.timezone(span)
+    return unnamed if unnamed.tzname(None) == name else dt.timezone(span, name)
+
+
+def _datetime_of(parts: Any) -> dt.datetime:
+    naive, fold, zone = parts
+    return dt.datetime.fromisoformat(naive).replace(tzinfo=_zone_of(zone), fold=fold)
+
+
+def _time_of(parts: Any) -> dt.time:
+    naive, fold, zone = parts
+    return dt.time.fromisoformat(naive).replace(tzinfo=_zone_of(zone), fold=fold)
+
+
+_READERS: Final[Mapping[int, Callable[[bytes], Any]]] = {
+    _LARGE_INT: lambda data: int.from_bytes(data, "big", signed=True),
+    _DECIMAL: lambda data: Decimal(data.decode()),
+    _DATE: lambda data: dt.date.fromisoformat(data.decode()),
+    _UUID: lambda data: uuid.UUID(bytes=data),
+    _BYTEARRAY: bytearray,
+}
+_CONTAINERS: Final[Mapping[int, Callable[[Any], Any]]] = {
+    _TUPLE: tuple,
+    _SET: set,
+    _FROZENSET: frozenset,
+    _PAIRS: dict,
+    _FROZEN_DICT: FrozenDict,
+    _TIMEDELTA: lambda parts: dt.timedelta(*parts),
+    _DATETIME: _datetime_of,
+    _TIME: _time_of,
+}

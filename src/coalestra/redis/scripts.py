@@ -1,0 +1,288 @@
+"""What is decided on the server, in one atomic step for each key, and the names things have there.
+
+A resource is one hash, so that its value and its lease change together, also in a cluster:
+
+====  ======================================================================================
+``d``  the value, as bytes of the codec
+``v``  its version
+``r``  its authority rank
+``o``  when it was observed, in seconds: of the source's clock if it is dated, else as ``t``
+``w``  when it counts in the write order: as dated, else when its reading began
+``t``  when it was stored, in seconds of the server's clock
+``u``  ``1`` if the value has no date of its own
+``l``  the token of the lease on the next value; gone once it is used, released or removed
+``x``  when the lease ends, in milliseconds of the server's clock
+====  ======================================================================================
+
+Laws:
+
+1. A value replaces another by rank, then by when it counts; equal ones by ``replace equal``;
+   ``force`` always does. So does whatever holds a lease on an entry found outdated or unreadable.
+2. What has no date of its own is dated by the server as it is stored. An event counts as of then,
+   later than all without a date before it; a fetch as of the beginning of its reading.
+3. Who stores with a token that is no longer the lease of the key stores nothing, unless what he has
+   is dated, and newer than what is there.
+4. A value that is stored without a lease (a publication), and an invalidation, remove the lease.
+5. Every change is told on the channel of its prefix within the same step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from coalestra.core.keys import KeyNormalizer, ResourceKey
+
+# Names -------------------------------------------------------------------------------------------
+
+MOST_NAME_BYTES: Final = 200
+"""A key with a longer text goes by a digest of it. No text of a key begins with the mark."""
+
+_DIGEST_MARK = "#"
+
+
+def name_of(prefix: str, key: ResourceKey) -> str:
+    """Return the server's name of a key: no two keys share one, and none is long."""
+    text = key.canonical
+    if len(text) > MOST_NAME_BYTES:
+        digest = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+        text = f"{_DIGEST_MARK}{digest}"
+    return f"{prefix}:{text}"
+
+
+_AS_IT_IS = KeyNormalizer(str, str, str, str, str)
+
+
+def key_of(canonical: str) -> ResourceKey:
+    """Return the key with this canonical text."""
+    parts, _, pairs = canonical.partition("?")
+    namespace, name, *subject = map(_unquoted, parts.split(":"))
+    split = (pair.split("=") for pair in pairs.split("&") if pair)
+    qualifiers = [(_unquoted(name), _unquoted(value)) for name, value in split]
+    return ResourceKey(
+        namespace, name, subject[0] if subject else "", qualifiers, normalizer=_AS_IT_IS
+    )
+
+
+def _unquoted(text: str) -> str:
+    return unquote_to_bytes(text.replace("+", " ")).decode("utf-8", "surrogatepass")
+
+
+# News --------------------------------------------------------------------------------------------
+
+STORED: Final = b"s"
+"""A value was stored, in the place of whatever was there."""
+INVALIDATED: Final = b"i"
+"""A key was invalidated."""
+RELEASED: Final = b"r"
+"""A lease was given back without a value; the next one may have it."""
+FAILED: Final = b"f"
+"""A lease was given back because no source had a value."""
+CLEARED: Final = b"c"
+"""Every key was invalidated."""
+
+
+class Message(NamedTuple):
+    """What is told of a key: what happened, the version that is there now, and which key."""
+
+    letter: bytes
+    version: str
+    key: ResourceKey | None
+
+
+def message_of(data: bytes) -> Message:
+    """Return what a message says: a letter, the length of the version, the version, the key.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    size = int(data[1:4])
+    version, canonical = data[4 : 4 + size].decode(), data[4 + size :].decode()
+    return Message(data[:1], version, key_of(canonical) if canonical else None)
+
+
+class Script:
+    """A script and the digest that the server knows it by."""
+
+    __slots__ = ("digest", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text: str = text
+        self.digest: str = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+_TELL = """
+local function tell(channel, letter, version, identity)
+  local head = letter .. string.format('%03d', #version)
+  return redis.call('PUBLISH', channel, head .. version .. identity)
+end
+local function clock()
+  local now = redis.call('TIME')
+  return tonumber(now[1]) + tonumber(now[2]) / 1000000
+end
+local function text(seconds)
+  return string.format('%.6f', seconds)
+end
+local function fields(key, ...)
+  local got = redis.pcall('HMGET', key, ...)
+  if got.err then
+    redis.call('DEL', key)
+    got = redis.call('HMGET', key, ...)
+  end
+  return got
+end
+local function entry(first, second, o, t, u, v, d)
+  if not d then return first .. ' ' .. second .. ' - - - 0 ' end
+  return table.concat({first, second, o, t, u, #v, v .. d}, ' ')
+end
+"""
+
+READ: Final = Script(
+    _TELL
+    + """
+-- ARGV: token, lease in ms, the reader's time; then for each key: mode, age still of use, a
+-- space, and the version that is of no use. Modes: 'g' get, 'l' lease unless of use, 'f' lease in
+-- any case. Answers the server's time, then an entry for each key, after h(it), l(eased), w(ait)
+-- or m(iss) and for how many ms the lease of another one lasts.
+local now = clock()
+local reader, lasting = tonumber(ARGV[3]), tonumber(ARGV[2])
+local answers = {text(now)}
+for i, key in ipairs(KEYS) do
+  local mode, age, unlike = ARGV[3 + i]:match('^(.)(%S+) (.*)$')
+  local d, v, o, t, u, l, x = unpack(fields(key, 'd', 'v', 'o', 't', 'u', 'l', 'x'))
+  local state, left = 'm', 0
+  if d and v ~= unlike and mode ~= 'f' then
+    local since = (u == '1') and now or reader
+    if since - tonumber(o) <= tonumber(age) then state = 'h' end
+  end
+  if mode ~= 'g' and state == 'm' then
+    if l and mode ~= 'f' and tonumber(x) > now * 1000 then
+      state = 'w'
+      left = math.ceil(tonumber(x) - now * 1000)
+    else
+      local done = redis.pcall('HSET', key, 'l', ARGV[1], 'x', text(now * 1000 + lasting))
+      if type(done) == 'number' then
+        local ttl = redis.call('PTTL', key)
+        if (ttl < 0 and not d) or (ttl >= 0 and ttl < lasting) then
+          redis.call('PEXPIRE', key, lasting)
+        end
+        state = 'l'
+      end
+    end
+  end
+  answers[#answers + 1] = entry(state, left, o, t, u, v, d)
+end
+return answers
+"""
+)
+
+WRITE: Final = Script(
+    _TELL
+    + """
+-- ARGV: channel, then for each key: token, flags, rank, time of observation, attempts, latency and
+-- lifetime in ms, three lengths and a line's end, then the version that gives way, the version, the
+-- key and the value. Flags: f(orce), e(qual ones are replaced), u(ndated), p(revious is wanted);
+-- '-' is none.
+-- Answers the server's time, then for each key what came of it, how many were told, and the entry
+-- that is there or was there; or an error.
+local channel, now = ARGV[1], clock()
+
+local function write(key, item)
+  local stop = item:find('\\n', 1, true)
+  local token, flags, rank, observed, attempts, latency, lifetime, a, b, c = item:sub(1, stop - 1)
+    :match('^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%d+) (%d+) (%d+)$')
+  local over = item:sub(stop + 1, stop + a)
+  local version = item:sub(stop + a + 1, stop + a + b)
+  local identity = item:sub(stop + a + b + 1, stop + a + b + c)
+  local d, v, r, o, t, u, l, w = unpack(fields(key, 'd', 'v', 'r', 'o', 't', 'u', 'l', 'w'))
+  local undated, forced = flags:find('u', 1, true), flags:find('f', 1, true)
+  local leased = token ~= '-'
+  local holds = not leased or l == token
+  local when = observed
+  if undated then
+    local began = now - tonumber(latency) / 1000
+    if attempts == '0' and d and u == '1' and tonumber(w) >= began then
+      began = tonumber(w) + 0.000001
+    end
+    observed, when = text(now), text(began)
+  end
+  local status = 'stored'
+  if d and v == version then
+    return entry('stored', 0)
+  end
+  if d and not forced and not (holds and over ~= '' and over == v) then
+    local mine, theirs = tonumber(rank), tonumber(r)
+    if mine < theirs then status = 'lower'
+    elseif mine == theirs then
+      local later = tonumber(when) - tonumber(w)
+      if later < 0 then status = 'older'
+      elseif later == 0 and not flags:find('e', 1, true) then status = 'duplicate' end
+    end
+  end
+  if not holds and (undated or not d or status ~= 'stored') then
+    return entry('fenced', 0, o, t, u, v, d)
+  end
+  if status ~= 'stored' then
+    if leased then
+      redis.call('HDEL', key, 'l', 'x')
+      tell(channel, 'r', v, identity)
+    end
+    return entry(status, 0, o, t, u, v, d)
+  end
+  local value = item:sub(stop + a + b + c + 1)
+  local done = redis.pcall('HSET', key, 'd', value, 'v', version, 'r', rank, 'o', observed,
+    'w', when, 't', text(now), 'u', undated and '1' or '0')
+  if type(done) ~= 'number' then return done end
+  redis.call('HDEL', key, 'l', 'x')
+  redis.call('PEXPIRE', key, lifetime)
+  local told = tell(channel, 's', version, identity)
+  if flags:find('p', 1, true) then return entry('stored', told, o, t, u, v, d) end
+  return entry('stored', told)
+end
+
+local answers = {text(now)}
+for i, key in ipairs(KEYS) do
+  answers[#answers + 1] = write(key, ARGV[i + 1])
+end
+return answers
+"""
+)
+
+INVALIDATE: Final = Script(
+    _TELL
+    + """
+-- ARGV: channel, then each key's text. Answers how many were told.
+local told = 0
+for i, key in ipairs(KEYS) do
+  redis.call('DEL', key)
+  told = told + tell(ARGV[1], 'i', '', ARGV[i + 1])
+end
+return told
+"""
+)
+
+RELEASE: Final = Script(
+    _TELL
+    + """
+-- ARGV: channel, token, letter of the news, identity. Answers whether it was still held.
+local l, v = unpack(fields(KEYS[1], 'l', 'v'))
+if l ~= ARGV[2] then return 0 end
+redis.call('HDEL', KEYS[1], 'l', 'x')
+tell(ARGV[1], ARGV[3], v or '', ARGV[4])
+return 1
+"""
+)
+
+RENEW: Final = Script(
+    _TELL
+    + """
+-- ARGV: token, lease in ms. Answers whether it is still held.
+if fields(KEYS[1], 'l')[1] ~= ARGV[1] then return 0 end
+local lasting = tonumber(ARGV[2])
+redis.call('HSET', KEYS[1], 'x', text(clock() * 1000 + lasting))
+local left = redis.call('PTTL', KEYS[1])
+if left >= 0 and left < lasting then redis.call('PEXPIRE', KEYS[1], lasting) end
+return 1
+"""
+)

@@ -1,0 +1,253 @@
+"""Every call to the server: limited in time, cut short while the server is down, and counted.
+
+Laws:
+
+1. A call takes no longer than the time limit, whatever the server, the network or the client does.
+2. After a few failures in a row calls are refused at once; one probe at a time finds out whether
+   the server is back.
+3. What fails raises `SharedCacheUnavailableError`, or what the server answered. Nothing is tried
+   twice here: a script that may have run is not sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from itertools import count
+from typing import Any, Final, NamedTuple
+
+from redis import exceptions
+from redis.asyncio import Redis, RedisCluster
+from redis.client import NEVER_DECODE
+
+from coalestra.core.errors import CacheUnavailableError, message_of
+from coalestra.redis.scripts import Script
+from coalestra.resilience.circuit_breaker import (
+    Circuit,
+    CircuitBreakerPolicy,
+    CircuitState,
+    Outcome,
+)
+
+Client = Redis | RedisCluster
+
+_UNREACHABLE: Final = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ClusterDownError,
+    exceptions.RedisClusterException,
+    OSError,
+)
+_CIRCUIT: Final = CircuitBreakerPolicy(failure_threshold=3, recovery_timeout_seconds=1.0)
+_BYTES: Final[dict[str, Any]] = {NEVER_DECODE: True}
+_MEASUREMENT_HOLDS_SECONDS: Final = 60.0
+_LAST_LOOK: Final = 0.2
+"""The part of the time limit that is there to look at the answer only."""
+
+
+class SharedCacheUnavailableError(CacheUnavailableError, ConnectionError):
+    """The server of the shared cache did not answer, or not in time.
+
+    The fault is the server's, the network's or the limit's. Reads go on with the sources; a
+    publication or an invalidation has to be made again, as it may not have happened.
+    """
+
+
+class Call(NamedTuple):
+    """One run of a script: the names it works on, and its other arguments."""
+
+    names: Sequence[str]
+    arguments: Sequence[Any]
+
+
+class Server:
+    """One server, or cluster of servers, as one client reaches it.
+
+    Args:
+        client: of redis-py, for asyncio.
+        time_limit_seconds: how long a call may take.
+    """
+
+    def __init__(self, client: Client, time_limit_seconds: float) -> None:
+        self.client: Client = client
+        self.is_cluster: bool = isinstance(client, RedisCluster)
+        self.time_limit_seconds: float = time_limit_seconds
+        self.calls: int = 0
+        self.failures: int = 0
+        self.timeouts: int = 0
+        self.refused: int = 0
+        self.last_error: str | None = None
+        self._circuit = Circuit()
+        self._turns = count(1).__next__
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._offset: tuple[float, float, float] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Server {self.state.value}, {self.failures} of {self.calls} calls failed>"
+
+    @property
+    def state(self) -> CircuitState:
+        """Whether calls are made (closed), refused (open), or one is to find out (half open)."""
+        return self._circuit.state(time.monotonic())
+
+    @property
+    def clock_offset_seconds(self) -> float | None:
+        """How far the server's clock is ahead of this machine's; None before the first answer."""
+        return None if self._offset is None else self._offset[0]
+
+    async def run(self, script: Script, calls: Sequence[Call]) -> list[Any]:
+        """Run a script for each call, in one round trip; return the answers, errors among them.
+
+        Raises:
+            SharedCacheUnavailableError: if the server was not reached, or did not answer in time.
+        """
+        answers: list[Any] = await self._limited(self._send(script, calls))
+        return answers
+
+    async def barrier(self) -> None:
+        """Return when the server has sent out all news of what it did before.
+
+        It sends what is to be sent before it looks for the next command. So whoever is connected
+        to this server has such news in his own machine when the answer is here.
+        """
+        if not self.is_cluster:
+            await self._limited(self.client.execute_command("PING"))
+
+    async def names_of(self, pattern: str) -> list[bytes]:
+        """Return every name that matches, on every server; takes as many calls as it needs."""
+        found: list[bytes] = []
+        nodes = self.client.get_primaries() if isinstance(self.client, RedisCluster) else [None]
+        for node in nodes:
+            cursor: Any = 0
+            while True:
+                target = {} if node is None else {"target_nodes": node}
+                scan = ("SCAN", cursor, "MATCH", pattern, "COUNT", 500)
+                answer: Any = await self._limited(
+                    self.client.execute_command(*scan, **target, **_BYTES)
+                )
+                if isinstance(answer, dict):  # a cluster's client answers by node
+                    answer = next(iter(answer.values()))
+                cursor, names = answer
+                found += [each if isinstance(each, bytes) else each.encode() for each in names]
+                if not int(cursor):
+                    break
+        return found
+
+    async def command(self, *arguments: Any) -> Any:
+        """Run one command."""
+        return await self._limited(self.client.execute_command(*arguments, **_BYTES))
+
+    def note_clock(self, server_time: float, sent: float, answered: float) -> None:
+        """Learn from an answer how far the clocks are apart; the quickest answer tells best."""
+        error = max(0.0, answered - sent) / 2
+        now = time.monotonic()
+        known = self._offset
+        if known is None or error <= known[1] or now - known[2] > _MEASUREMENT_HOLDS_SECONDS:
+            self._offset = (server_time - (sent + answered) / 2, error, now)
+
+    async def _send(self, script: Script, calls: Sequence[Call]) -> list[Any]:
+        answers = await self._pipelined("EVALSHA", script.digest, calls)
+        unknown = [
+            n for n, each in enumerate(answers) if isinstance(each, exceptions.NoScriptError)
+        ]
+        if unknown:
+            # A server that is new, or was started again: nothing has been run yet.
+            again = [calls[number] for number in unknown]
+            for number, answer in zip(
+                unknown, await self._pipelined("EVAL", script.text, again), strict=True
+            ):
+                answers[number] = answer
+        return answers
+
+    async def _pipelined(self, command: str, script: str, calls: Sequence[Call]) -> list[Any]:
+        commands = [
+            (command, script, len(call.names), *call.names, *call.arguments) for call in calls
+        ]
+        if len(commands) == 1:
+            try:
+                return [await self.client.execute_command(*commands[0], **_BYTES)]
+            except exceptions.ResponseError as error:
+                return [error]
+        pipeline: Any = (
+            self.client.pipeline()
+            if isinstance(self.client, RedisCluster)
+            else self.client.pipeline(transaction=False)
+        )
+        for each in commands:
+            pipeline.execute_command(*each, **_BYTES)
+        answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        return answers
+
+    async def _limited(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """Await a call to the server by the rules at the head of this module."""
+        circuit = self._circuit
+        if circuit.refuses(time.monotonic()):
+            call.close()
+            self.refused += 1
+            raise SharedCacheUnavailableError(
+                f"the server of the shared cache is left alone for a moment: {self.last_error}"
+            )
+        circuit.admit(time.monotonic(), self._turns())
+        turn, outcome = circuit.turn, Outcome.ABANDONED
+        self.calls += 1
+        try:
+            answer = await self._answer(call)
+            outcome = Outcome.SUCCESS
+        except SharedCacheUnavailableError as error:
+            outcome = Outcome.FAILURE
+            self.failures += 1
+            self.last_error = str(error)
+            raise
+        except exceptions.RedisError:
+            outcome = Outcome.SUCCESS  # an answer, if not the one that was hoped for
+            raise
+        finally:
+            if circuit.turn == turn:
+                circuit.report(outcome, time.monotonic(), self._turns(), _CIRCUIT)
+        return answer
+
+    async def _answer(self, call: Coroutine[Any, Any, Any]) -> Any:
+        # In a task of its own: redis-py may swallow a cancellation, and must not keep anybody.
+        task = asyncio.ensure_future(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        try:
+            # A loop that was busy for so long gets time to look at what has arrived meanwhile.
+            for share in (1 - _LAST_LOOK, _LAST_LOOK):
+                await asyncio.wait({task}, timeout=self.time_limit_seconds * share)
+                if task.done():
+                    break
+        finally:
+            task.cancel()
+        if not task.done():
+            self.timeouts += 1
+            milliseconds = self.time_limit_seconds * 1000
+            raise SharedCacheUnavailableError(
+                f"the server of the shared cache did not answer within {milliseconds:g} ms"
+            )
+        try:
+            answer = task.result()
+        except (*_UNREACHABLE, asyncio.CancelledError) as error:
+            raise _out_of_reach(error) from error
+        for each in answer if isinstance(answer, list) else ():
+            if isinstance(each, _UNREACHABLE):
+                raise _out_of_reach(each) from each
+        return answer
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # raised where it was waited for, if it was
+
+    async def close(self) -> None:
+        """End the calls under way."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self.time_limit_seconds)
+
+
+def _out_of_reach(error: BaseException) -> SharedCacheUnavailableError:
+    text = f"{type(error).__name__}: {message_of(error)}"
+    return SharedCacheUnavailableError(f"the server of the shared cache is out of reach: {text}")

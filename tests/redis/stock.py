@@ -1,0 +1,126 @@
+"""Keys, values, policies and small steps that the tests of the shared cache have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis.asyncio import Redis
+
+from coalestra import FreshnessPolicy, ResourceKey, SnapshotValue
+from coalestra.core.protocols import Lease, LeasedLookup
+from coalestra.redis import RedisCache
+from tests.redis.servers import Server
+
+POLICY = FreshnessPolicy(60, 120)
+A, B, C = (ResourceKey("shared", "thing", name) for name in "ABC")
+PATIENT_SECONDS = 5.0
+"""A time limit that a busy machine keeps."""
+
+
+def value_of(
+    key: ResourceKey = A,
+    payload: Any = 1,
+    *,
+    observed_at: float | None = None,
+    rank: int = 0,
+    rests_on: Mapping[ResourceKey, str] | None = None,
+    now: float | None = None,
+) -> SnapshotValue[Any]:
+    """A value; without a time of observation it has no date of its own."""
+    fetched_at = time.time() if now is None else now
+    observed = fetched_at if observed_at is None else observed_at
+    return SnapshotValue(
+        key,
+        payload,
+        "test",
+        observed,
+        fetched_at,
+        0.0,
+        False,
+        False,
+        1.0,
+        authority_rank=rank,
+        dependency_versions={} if rests_on is None else rests_on,
+    )
+
+
+@asynccontextmanager
+async def caches(
+    server: Server, prefix: str, number: int = 1, **settings: Any
+) -> AsyncIterator[list[RedisCache]]:
+    """Caches that know nothing of each other, as in different processes."""
+    settings = {"time_limit_seconds": PATIENT_SECONDS, **settings}
+    clients = [Redis.from_url(server.url) for _ in range(number)]
+    made = [RedisCache(client, prefix=prefix, **settings) for client in clients]
+    try:
+        yield made
+    finally:
+        for cache, client in zip(made, clients, strict=True):
+            await cache.aclose()
+            await client.aclose()
+
+
+async def read(cache: RedisCache, key: ResourceKey = A, policy: FreshnessPolicy = POLICY) -> Any:
+    """What the cache has for a key, or None."""
+    found = (await cache.get(key, now=time.time(), policy=policy)).value
+    return None if found is None else found.value
+
+
+async def leased(
+    cache: RedisCache,
+    keys: Collection[ResourceKey] = (A,),
+    policy: FreshnessPolicy = POLICY,
+    **terms: Any,
+) -> dict[ResourceKey, LeasedLookup]:
+    """All that comes of asking for values or leases."""
+    told: dict[ResourceKey, LeasedLookup] = {}
+    now = terms.pop("now", None)
+    async for part in cache.lease_many(
+        keys,
+        now=time.time() if now is None else now,
+        policies=dict.fromkeys(keys, policy),
+        **terms,
+    ):
+        told.update(part)
+    return told
+
+
+async def lease(cache: RedisCache, key: ResourceKey = A, **terms: Any) -> Lease:
+    """The lease on a key that is missing, or asked for by force."""
+    found = (await leased(cache, (key,), **terms))[key].lease
+    assert found is not None
+    return found
+
+
+async def fulfil(cache: RedisCache, held: Lease, payload: Any = 1, **terms: Any) -> Any:
+    """Store a value under a lease; return what became of it."""
+    value = value_of(held.key, payload, **terms)
+    outcome = await cache.fulfil_many({held: value}, policies={held.key: POLICY})
+    return outcome[held.key]
+
+
+async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for something that others bring about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{condition} did not come true within {seconds:g} s")
+        await asyncio.sleep(0.005)
+
+
+class Told:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[ResourceKey, str | None]] = []
+        self.gaps = 0
+
+    def changed(self, key: ResourceKey, version: str | None) -> None:
+        self.changes.append((key, version))
+
+    def missed(self) -> None:
+        self.gaps += 1

@@ -1,0 +1,596 @@
+"""The cache against a real server: order, leases, fences, news, expiry."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from coalestra import CacheWriteStatus, FreshnessPolicy, RefreshMode, ResourceKey
+from coalestra.core.protocols import (
+    AtomicAsyncCache,
+    AuthorityAwareCache,
+    BatchAtomicAsyncCache,
+    LeasingCache,
+    TellingCache,
+)
+from coalestra.redis import RedisCache, UnstorableValueError
+from tests.redis.servers import Server
+from tests.redis.stock import (
+    POLICY,
+    A,
+    B,
+    C,
+    Told,
+    caches,
+    fulfil,
+    lease,
+    leased,
+    read,
+    until,
+    value_of,
+)
+
+pytestmark = [pytest.mark.real_loop, pytest.mark.server]
+
+STORED = CacheWriteStatus.STORED
+OLDER = CacheWriteStatus.IGNORED_OLDER
+DUPLICATE = CacheWriteStatus.IGNORED_DUPLICATE
+LOWER = CacheWriteStatus.IGNORED_LOWER_AUTHORITY
+
+# What a value is like when it comes back ------------------------------------------------------
+
+
+async def test_it_has_every_ability_that_the_library_knows(server: Server, prefix: str) -> None:
+    async with caches(server, prefix) as [cache]:
+        for ability in (
+            AtomicAsyncCache,
+            BatchAtomicAsyncCache,
+            AuthorityAwareCache,
+            LeasingCache,
+            TellingCache,
+        ):
+            assert isinstance(cache, ability)
+
+
+async def test_a_value_comes_back_whole_in_another_process(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        sent = value_of(A, {"x": (1, b"2")}, observed_at=1000.5, rank=3, rests_on={})
+        await one.set(sent)
+        found = (await other.get(A, now=1001.0, policy=POLICY)).value
+        assert found is not None
+        assert (found.value, found.observed_at, found.authority_rank) == (
+            {"x": (1, b"2")},
+            1000.5,
+            3,
+        )
+        assert (found.version, found.source, found.attempts) == (sent.version, "test", 1)
+        assert found.from_cache
+
+
+async def test_a_client_that_decodes_answers_does_as_well(server: Server, prefix: str) -> None:
+    client = Redis.from_url(server.url, decode_responses=True)
+    cache = RedisCache(client, prefix=prefix)
+    await cache.set_many([value_of(A, b"\xff\xfe"), value_of(B, 2)])
+    assert await read(cache) == b"\xff\xfe"
+    await cache.clear()
+    assert await read(cache) is None
+    await cache.aclose()
+    await client.aclose()
+
+
+async def test_what_has_no_date_is_as_old_as_its_time_on_the_server(
+    server: Server, prefix: str
+) -> None:
+    """Whatever the clocks of the two processes say."""
+    async with caches(server, prefix, 2) as [one, other]:
+        await one.set(value_of(now=time.time() - 3600))
+        found = await other.get(A, now=time.time() + 3600, policy=POLICY)
+        assert found.value is not None
+        assert found.age_seconds == pytest.approx(0.0, abs=2.0)
+        assert found.value.observed_at == pytest.approx(time.time() + 3600, abs=2.0)
+
+
+async def test_the_server_drops_what_nobody_may_use_any_more(server: Server, prefix: str) -> None:
+    async with caches(server, prefix) as [cache]:
+        await cache.set(value_of(A), policy=FreshnessPolicy(1.0, 90.0))
+        now = time.time()
+        await cache.set(value_of(B, observed_at=now - 80, now=now), policy=FreshnessPolicy(1.0, 90))
+        await cache.set(value_of(C), policy=FreshnessPolicy(1e9, 1e9))
+        lives = [
+            int(server.command("PTTL", f"{prefix}:shared:thing:{name}").strip()[1:]) / 1000
+            for name in "ABC"
+        ]
+        assert lives == pytest.approx([90, 10, 7 * 86400], abs=2.0)
+
+
+# Order ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "held,offered,terms,status",
+    [
+        ((0, 100), (0, 101), {}, STORED),
+        ((0, 100), (0, 99), {}, OLDER),
+        ((0, 100), (0, 100), {}, DUPLICATE),
+        ((0, 100), (0, 100), {"replace_equal": True}, STORED),
+        ((0, 100), (0, 99), {"replace_equal": True}, OLDER),
+        ((1, 100), (0, 200), {}, LOWER),
+        ((1, 100), (2, 50), {}, STORED),
+        ((-1, 100), (-2, 200), {}, LOWER),
+        ((1, 100), (0, 50), {"force": True}, STORED),
+        ((0, 100.0000001), (0, 100.0000002), {}, STORED),
+        ((0, None), (0, None), {}, STORED),
+        ((1, None), (0, None), {}, LOWER),
+    ],
+)
+async def test_the_server_decides_by_the_write_order(
+    server: Server,
+    prefix: str,
+    held: tuple[int, float | None],
+    offered: tuple[int, float | None],
+    terms: dict[str, Any],
+    status: CacheWriteStatus,
+) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        first = value_of(A, "held", rank=held[0], observed_at=held[1])
+        await one.set(first)
+        second = value_of(A, "offered", rank=offered[0], observed_at=offered[1])
+        result = await other.set_if_newer(second, **terms)
+        assert result.status is status
+        assert result.value.value == ("offered" if status is STORED else "held")
+        assert result.previous is not None
+        assert result.previous.value == "held"
+        assert await read(one, policy=FreshnessPolicy(1e12, 1e12)) == result.value.value
+
+
+async def test_of_many_undated_values_the_last_one_stored_stays(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, 2) as both:
+        for number in range(40):
+            result = await both[number % 2].set_if_newer(value_of(A, number, now=1000.0 - number))
+            assert result.status is STORED
+        assert await read(both[0]) == 39
+
+
+async def test_a_hundred_values_are_one_round_trip(server: Server, prefix: str) -> None:
+    keys = [ResourceKey("many", "n", str(number)) for number in range(100)]
+    async with caches(server, prefix) as [cache]:
+        await cache.set_many([value_of(key, number) for number, key in enumerate(keys)])
+        before = cache.health().calls
+        found = await cache.get_many(keys, now=time.time(), policies=dict.fromkeys(keys, POLICY))
+        assert cache.health().calls == before + 1
+        assert [found[key].value.value for key in keys] == list(range(100))  # type: ignore[union-attr]  # there
+
+
+async def test_a_value_that_cannot_be_stored_keeps_all_from_being_written(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix) as [cache]:
+        with pytest.raises(UnstorableValueError, match="builtins.object"):
+            await cache.set_many([value_of(A), value_of(B, object())])
+        assert await read(cache) is None
+
+
+async def test_a_value_that_is_too_large_is_refused(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, max_value_bytes=1000) as [cache]:
+        with pytest.raises(UnstorableValueError, match="max_value_bytes is 1,000"):
+            await cache.set(value_of(A, "x" * 1000))
+
+
+# Entries that cannot be read ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("HSET", "d", "rubbish"),
+        ("HSET", "d", ""),
+        ("HDEL", "d"),
+        ("other type",),
+    ],
+    ids=lambda damage: " ".join(damage) if isinstance(damage, tuple) else None,
+)
+async def test_a_damaged_entry_is_a_miss_for_itself_alone_and_is_replaced(
+    server: Server, prefix: str, damage: tuple[str, ...]
+) -> None:
+    async with caches(server, prefix) as [cache]:
+        await cache.set_many([value_of(A, "old"), value_of(B, "well")])
+        name = f"{prefix}:shared:thing:A"
+        if damage[0] == "other type":
+            server.command("DEL", name)
+            server.command("SET", name, "text")
+        else:
+            server.command(damage[0], name, *damage[1:])
+        assert [await read(cache, A), await read(cache, B)] == [None, "well"]
+        held = await lease(cache)
+        assert (await fulfil(cache, held, "new", observed_at=time.time() - 50)).status is STORED
+        assert await read(cache) == "new"
+
+
+async def test_an_entry_of_a_model_that_is_not_known_here_is_a_miss_and_counted(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, models=[RefreshMode]) as [newer]:
+        await newer.set(value_of(A, RefreshMode.BLOCKING))
+        async with caches(server, prefix) as [older]:
+            assert await read(older) is None
+            assert older.health().unreadable == 1
+
+
+# Leases ---------------------------------------------------------------------------------------
+
+
+async def test_one_gets_the_lease_and_the_others_its_value(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 4) as [one, *others]:
+        held = await lease(one)
+        waiting = [asyncio.create_task(leased(each)) for each in others]
+        await until(lambda: all(each.health().waiting for each in others))
+        assert (await fulfil(one, held, "made")).status is STORED
+        for each in waiting:
+            told = (await each)[A]
+            assert told.lease is None
+            assert told.lookup.value is not None
+            assert told.lookup.value.value == "made"
+        assert all(not each.health().waiting for each in others)
+
+
+async def test_what_needs_no_waiting_comes_first_and_together(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        await one.set(value_of(A, "there"))
+        held = await lease(one, B)
+        asking = other.lease_many(
+            [A, B, C], now=time.time(), policies=dict.fromkeys([A, B, C], POLICY)
+        )
+        first = await anext(asking)
+        assert set(first) == {A, C}
+        assert first[C].lease is not None
+        await fulfil(one, held)
+        assert set(await anext(asking)) == {B}
+        await asking.aclose()
+
+
+async def test_a_lease_given_back_goes_to_one_of_those_who_wait(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, 3) as [one, *others]:
+        held = await lease(one)
+        waiting = [asyncio.create_task(leased(each)) for each in others]
+        await until(lambda: all(each.health().waiting for each in others))
+        await one.release_many([held])
+        await until(lambda: any(each.done() for each in waiting))
+        [next_one] = [each for each in waiting if each.done()]
+        taken = next_one.result()[A].lease
+        assert taken is not None
+        await fulfil(others[waiting.index(next_one)], taken, "second")
+        told = [(await each)[A] for each in waiting if each is not next_one]
+        assert [each.lookup.value.value for each in told if each.lookup.value] == ["second"]
+
+
+async def test_who_has_waited_for_one_in_vain_goes_on_alone(server: Server, prefix: str) -> None:
+    """A source that fails is not asked by one process after the other."""
+    async with caches(server, prefix, 3) as [one, *others]:
+        held = await lease(one)
+        waiting = [asyncio.create_task(leased(each)) for each in others]
+        await until(lambda: all(each.health().waiting for each in others))
+        await one.release_many([held], failed=True)
+        for each in waiting:
+            told = (await each)[A]
+            assert (told.lease, told.lookup.value) == (None, None)
+
+
+async def test_a_lease_that_is_not_renewed_passes_to_the_next(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2, lease_seconds=0.3) as [one, other]:
+        held = await lease(one)
+        token, one_lease = held.token, held
+        del held
+        one._leases.clear()  # as if the process had died
+        began = time.monotonic()
+        taken = await lease(other)
+        assert taken.token != token
+        assert time.monotonic() - began < 3.0
+        assert (await fulfil(one, one_lease, "late")).status is OLDER
+        assert (await fulfil(other, taken, "second")).status is STORED
+        assert await read(one) == "second"
+
+
+async def test_a_lease_lasts_while_its_holder_lives(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2, lease_seconds=0.3) as [one, other]:
+        held = await lease(one)
+        waiting = asyncio.create_task(leased(other))
+        await asyncio.sleep(1.0)
+        assert not waiting.done()
+        assert (await fulfil(one, held, "slow")).status is STORED
+        told = (await waiting)[A].lookup.value
+        assert told is not None
+        assert told.value == "slow"
+
+
+async def test_closing_gives_back_leases_at_once(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        held = await lease(one)
+        waiting = asyncio.create_task(leased(other))
+        await until(lambda: other.health().waiting)
+        await one.aclose()
+        assert (await waiting)[A].lease is not None
+        assert held.key == A
+
+
+async def test_a_lease_that_reaches_nobody_is_given_back(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        await leased(one, (B,))
+        reading = asyncio.create_task(leased(one, (A,)))
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait({reading})
+        assert (await asyncio.wait_for(leased(other), 3))[A].lease is not None
+
+
+async def test_a_stale_value_comes_along_with_the_lease(server: Server, prefix: str) -> None:
+    policy = FreshnessPolicy(1.0, 100.0)
+    async with caches(server, prefix, 2) as [one, other]:
+        now = time.time()
+        await one.set(value_of(A, "stale", observed_at=now - 50, now=now))
+        told = (await leased(other, policy=policy))[A]
+        assert told.lease is not None
+        assert told.lookup.value is not None
+        assert (told.lookup.value.value, told.lookup.fresh) == ("stale", False)
+        behind = FreshnessPolicy(1.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+        served = (await leased(one, policy=behind))[A]
+        assert served.lease is None
+        assert served.lookup.usable_stale
+
+
+async def test_force_takes_the_lease_from_its_holder(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        before = await lease(one)
+        now = await lease(other, force=True)
+        assert (await fulfil(one, before, "begun before")).status is OLDER
+        assert (await fulfil(other, now, "begun now")).status is STORED
+        assert await read(one) == "begun now"
+
+
+async def test_a_version_that_is_of_no_use_is_replaced_once_by_one(
+    server: Server, prefix: str
+) -> None:
+    """Two processes that refresh the same version make one call."""
+    async with caches(server, prefix, 2) as [one, other]:
+        old = value_of(A, "old")
+        await one.set(old)
+        held = await lease(one, unlike={A: old.version})
+        waiting = asyncio.create_task(leased(other, unlike={A: old.version}))
+        await until(lambda: other.health().waiting)
+        await fulfil(one, held, "new")
+        told = (await waiting)[A]
+        assert told.lease is None
+        assert told.lookup.value is not None
+        assert told.lookup.value.value == "new"
+
+
+async def test_a_value_that_cannot_be_stored_lets_the_others_go_on(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        held, fine = await lease(one), await lease(one, B)
+        waiting = asyncio.create_task(leased(other))
+        await until(lambda: other.health().waiting)
+        outcome = await one.fulfil_many(
+            {held: value_of(A, object()), fine: value_of(B, 2)}, policies={A: POLICY, B: POLICY}
+        )
+        assert isinstance(outcome[A], UnstorableValueError)
+        assert await read(other, B) == 2
+        assert (await waiting)[A] == ((await other.get(A, now=0.0, policy=POLICY)), None)
+
+
+# Fences ---------------------------------------------------------------------------------------
+
+
+async def test_a_fetch_that_began_before_an_invalidation_stores_nothing(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        held = await lease(one)
+        await other.invalidate(A)
+        assert (await fulfil(one, held, "too old")).status is OLDER
+        assert await read(other) is None
+        assert (await asyncio.wait_for(leased(other), 3))[A].lease is not None
+
+
+async def test_a_fetch_that_began_before_a_publication_does_not_undo_it(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        held = await lease(one)
+        await other.set_if_newer(value_of(A, "event"))
+        outcome = await fulfil(one, held, "fetched")
+        assert (outcome.status, outcome.value.value) == (OLDER, "event")
+        assert await read(one) == "event"
+
+
+async def test_a_dated_fetch_is_compared_with_a_publication_by_its_date(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        then = time.time() - 50
+        for later, stays in ((-1.0, "event"), (1.0, "fetched")):
+            held = await lease(one, force=True)
+            await other.set(value_of(A, "event", observed_at=then))
+            await fulfil(one, held, "fetched", observed_at=then + later)
+            assert await read(one) == stays
+
+
+# Derived values -------------------------------------------------------------------------------
+
+
+async def test_a_derived_value_is_good_while_what_it_rests_on_is_there(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        base = value_of(A, 1)
+        middle = value_of(B, 2, rests_on={A: base.version})
+        top = value_of(C, 3, rests_on={B: middle.version})
+        await one.set_many([base, middle, top])
+        assert await read(other, C) == 3
+        told = await leased(other, (C,))
+        assert told[C].lease is None
+        assert {
+            key: each.lookup.value.value for key, each in told.items() if each.lookup.value
+        } == {
+            A: 1,
+            B: 2,
+            C: 3,
+        }
+        await one.set(value_of(A, 10))
+        assert [await read(other, key) for key in (A, B, C)] == [10, None, None]
+        held = await lease(other, C)
+        stored = await fulfil(other, held, 30, rests_on={A: "x"}, observed_at=1.0)
+        assert stored.status is STORED
+
+
+async def test_an_outdated_derived_value_defends_nothing(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        await one.set(value_of(B, "outdated", rests_on={A: "gone"}, observed_at=500.0))
+        result = await other.set_if_newer(value_of(B, "new", observed_at=400.0))
+        assert result.status is STORED
+
+
+# News -----------------------------------------------------------------------------------------
+
+
+async def test_every_change_is_told_before_it_is_over(server: Server, prefix: str) -> None:
+    """Who looks after the change has returned finds the news on his own machine."""
+    async with caches(server, prefix, 2) as [one, other]:
+        told = Told()
+        other.subscribe(told)
+        await read(other)
+        for _ in range(50):
+            value = value_of(A)
+            await one.set_if_newer(value)
+            assert other.caught_up()
+            assert told.changes.pop() == (A, value.version)
+            await one.invalidate(A)
+            assert other.caught_up()
+            assert told.changes.pop() == (A, None)
+        other.unsubscribe(told)
+        await one.invalidate(B)
+        assert other.caught_up()
+        assert told.changes == []
+
+
+async def test_ones_own_changes_are_no_news(server: Server, prefix: str) -> None:
+    async with caches(server, prefix) as [one]:
+        told = Told()
+        one.subscribe(told)
+        await one.set(value_of(A))
+        assert one.caught_up()
+        assert told.changes == []
+
+
+async def test_clearing_is_told_as_a_gap(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        told = Told()
+        other.subscribe(told)
+        await other.set_many([value_of(A), value_of(B)])
+        gaps = told.gaps
+        await one.clear()
+        assert other.caught_up()
+        assert told.gaps == gaps + 1
+        assert [await read(other, key) for key in (A, B)] == [None, None]
+
+
+async def test_two_prefixes_have_nothing_in_common(server: Server, prefix: str) -> None:
+    async with caches(server, prefix) as [one], caches(server, f"{prefix}2") as [other]:
+        await one.set(value_of(A))
+        assert await read(other) is None
+        await other.clear()
+        assert await read(one) == 1
+
+
+# Whose it is ----------------------------------------------------------------------------------
+
+
+async def test_after_closing_it_is_refused(server: Server, prefix: str) -> None:
+    async with caches(server, prefix) as [cache]:
+        await cache.aclose()
+        with pytest.raises(RuntimeError, match="closed"):
+            await read(cache)
+
+
+async def test_a_client_passed_in_stays_open_and_one_of_its_own_does_not(
+    server: Server, prefix: str
+) -> None:
+    client = Redis.from_url(server.url)
+    cache = RedisCache(client, prefix=prefix)
+    own = RedisCache(server.url, prefix=prefix)
+    await asyncio.gather(read(cache), read(own))
+    await asyncio.gather(cache.aclose(), own.aclose())
+    assert await client.ping()
+    await client.aclose()
+    clients = server.command("CLIENT", "LIST")
+    assert clients.count(b" addr=") == 1  # the one that asks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+async def test_a_cache_made_before_a_fork_is_refused_with_the_remedy(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix) as [cache]:
+        cache._made_by -= 1
+        with pytest.raises(RuntimeError, match="post_fork"):
+            await read(cache)
+        cache._made_by += 1
+
+
+def test_a_second_loop_may_have_it_once_the_first_is_closed(server: Server, prefix: str) -> None:
+    cache = RedisCache(server.url, prefix=prefix)
+
+    async def use(close: bool) -> Any:
+        await cache.set(value_of(A, "there"))
+        found = await read(cache)
+        await cache._server.client.aclose()
+        await cache._news.close()
+        if close:
+            await cache.aclose()
+        return found
+
+    assert asyncio.run(use(False)) == "there"
+    assert asyncio.run(use(True)) == "there"
+
+
+async def test_a_loop_beside_the_first_is_refused(server: Server, prefix: str) -> None:
+    async with caches(server, prefix) as [cache]:
+        await read(cache)
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, read(cache))
+
+
+@pytest.mark.parametrize(
+    "arguments,match",
+    [
+        ({"client": object()}, "redis.asyncio.Redis"),
+        ({"prefix": "a*"}, "letters, digits"),
+        ({"prefix": ""}, "prefix"),
+        ({"time_limit_seconds": 0}, "more than 0"),
+        ({"lease_seconds": -1}, "more than 0"),
+        ({"near_entries": -1}, "near_entries"),
+        ({"codec": object()}, "codec"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        RedisCache(**{"client": "redis://localhost", **arguments})
+
+
+async def test_nothing_is_left_after_closing(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other]:
+        await lease(one)
+        waiting = asyncio.create_task(leased(other))
+        await until(lambda: other.health().waiting)
+        waiting.cancel()
+    await asyncio.wait({waiting})
+    assert asyncio.all_tasks() == {asyncio.current_task()}
