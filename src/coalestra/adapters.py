@@ -1,7 +1,7 @@
-"""Calling what an application wrote: plain or async, here or in a worker thread.
+"""Sources made from functions: plain or async, called here or in a worker thread.
 
-Only ordinary exceptions leave a call. An exception that would end a generator, a task or the
-process is the callable's mistake, and becomes a `RuntimeError` that says so.
+Only ordinary exceptions leave a call, unchanged. One that would end a generator, a task or the
+program becomes a `RuntimeError` that names it; what ends the program is passed on to it as well.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar, cast
 
+from coalestra.concurrency.endings import pass_on
 from coalestra.concurrency.pace import Pace
-from coalestra.concurrency.threads import threads_of_context
+from coalestra.concurrency.threads import threads_of_context, without_this_frame
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import (
@@ -33,15 +32,10 @@ from coalestra.core.validation import (
 from coalestra.core.values import SourcePayload
 from coalestra.resilience.policies import SourceResiliencePolicy
 
-# Calling what an application wrote: plain or async, here or in a worker thread -------------------
-
-
 T = TypeVar("T")
 
 _NOT_AWAITABLE = frozenset({SourcePayload, bool, dict, float, int, list, str, tuple, type(None)})
 """What callables most often return; for others it takes a closer look."""
-
-_ENDINGS_OF_COROUTINES = (KeyboardInterrupt, GeneratorExit)
 
 
 class Invocation:
@@ -57,10 +51,20 @@ class Invocation:
     def __init__(
         self, function: Callable[..., Any], *, source: str, parameter: str, in_thread: bool
     ) -> None:
+        callable_(parameter, function)
         self._function = function
         self._label = source
         self.role: str = f"{parameter} of source {source!r}"
         self.in_thread: bool = in_thread and not is_coroutine_function(function)
+
+    @classmethod
+    def plain(cls, function: Callable[..., Any], *, source: str, parameter: str) -> Invocation:
+        """Return how to call a function that must answer at once; TypeError if it is async."""
+        called = cls(function, source=source, parameter=parameter, in_thread=False)
+        if is_coroutine_function(function):
+            remedy = "it must answer without waiting"
+            raise wrong_type(parameter, "a plain function", function, remedy)
+        return called
 
     async def call(self, *arguments: Any) -> Any:
         """Return the result, awaited if it is awaitable.
@@ -73,20 +77,12 @@ class Invocation:
         if self.in_thread:
             result = await self._call_in_thread(arguments)
         else:
-            result = self.call_now(*arguments)
+            result = self._call_now(arguments)
         if type(result) in _NOT_AWAITABLE:
             return result
         if inspect.isawaitable(result):
             return await self._awaited(result, asked)
         return result
-
-    def call_now(self, *arguments: Any) -> Any:
-        """Call it in this thread and return what it returns, awaitable or not; see `call`."""
-        try:
-            return self._function(*arguments)
-        except BaseException as error:
-            self._check(error)
-            raise
 
     def answer_now(self, *arguments: Any) -> Any:
         """Return the result of a callable that has to be plain.
@@ -94,58 +90,66 @@ class Invocation:
         Raises:
             TypeError: if it returned an awaitable.
         """
-        try:
-            result = self._function(*arguments)
-        except BaseException as error:
-            self._check(error)
-            raise
-        if type(result) in _NOT_AWAITABLE:
-            return result
-        if inspect.isawaitable(result):
+        result = self._call_now(arguments)
+        if type(result) not in _NOT_AWAITABLE and inspect.isawaitable(result):
             _discard(result)
             raise TypeError(f"{self.role} must be a plain function, got one that is async")
         return result
 
-    async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
-        returned: list[Any] = []
+    def _call_now(self, arguments: tuple[Any, ...]) -> Any:
         try:
-            await threads_of_context().run(self._deliver, returned, arguments, label=self._label)
-        except asyncio.CancelledError:
-            for result in returned:
-                _discard(result)
+            return self._function(*arguments)
+        except BaseException as error:
+            self._check(error)
             raise
-        return returned.pop()
 
-    def _deliver(self, returned: list[Any], arguments: tuple[Any, ...]) -> None:
-        returned.append(self.call_now(*arguments))
+    async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
+        ended: list[tuple[Any, BaseException | None]] = []
+        try:
+            await threads_of_context().run(
+                _call_and_keep, ended, self._function, arguments, label=self._label
+            )
+        except asyncio.CancelledError:
+            while ended:
+                _discard(ended.pop()[0])
+            raise
+        result, error = ended.pop()
+        if error is None:
+            return result
+        try:
+            self._check(error)
+            raise error
+        finally:
+            del error
 
     async def _awaited(self, awaitable: Awaitable[T], asked: int | None) -> T:
+        task = asyncio.current_task()
         try:
             return await awaitable
         except asyncio.CancelledError as error:
             # Before Python 3.11 a task does not say who asked, so there the caller has to judge.
             if asked is None or _requests_to_cancel() != asked:
                 raise
-            raise self._misuse(error) from error
-        except (Exception, *_ENDINGS_OF_COROUTINES):
+            self._check(error)
+            raise
+        except GeneratorExit as error:
+            if not _runs(task):  # the coroutine is being closed
+                raise
+            self._check(error)
             raise
         except BaseException as error:
-            raise self._misuse(error) from error
+            self._check(error)
+            raise
 
     def _check(self, error: BaseException) -> None:
         """Raise a `RuntimeError` in place of an exception that must not leave a source."""
-        if isinstance(error, Exception):
-            if not isinstance(error, StopIteration):
-                return
-        elif isinstance(error, KeyboardInterrupt) and _on_main_thread():
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
             return
-        raise self._misuse(error) from error
-
-    def _misuse(self, error: BaseException) -> RuntimeError:
-        return RuntimeError(
+        pass_on(error)
+        raise RuntimeError(
             f"{self.role} may raise ordinary exceptions only, got {type(error).__qualname__}; "
             "catch it there and raise what failed"
-        )
+        ) from error
 
     def __repr__(self) -> str:
         return f"<Invocation {self.role} in_thread={self.in_thread}>"
@@ -160,14 +164,29 @@ def is_coroutine_function(function: Callable[..., Any]) -> bool:
     )
 
 
-def _on_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _call_and_keep(
+    ended: list[tuple[Any, BaseException | None]],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    try:
+        ended.append((function(*arguments), None))
+    except BaseException as error:
+        ended.append((None, without_this_frame(error)))
 
 
 def _discard(result: Any) -> None:
     """Close a coroutine that nobody is going to await."""
     if inspect.iscoroutine(result):
         result.close()
+
+
+def _runs(task: asyncio.Task[Any] | None) -> bool:
+    """Whether `task` is at work right now, so that nobody throws anything into it from outside."""
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:  # no loop runs
+        return False
 
 
 if sys.version_info >= (3, 11):
@@ -185,9 +204,35 @@ else:
 # What the three callable adapters have in common: their settings and what these imply ------------
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
-class AdapterSettings:
-    """The settings that every callable adapter takes.
+def _seconds(name: str, value: object) -> float | None:
+    return number(name, value, above=0, optional=True)
+
+
+def _count(name: str, value: object) -> int | None:
+    return integer(name, value, minimum=1, optional=True)
+
+
+def _resilience(name: str, value: object) -> SourceResiliencePolicy | None:
+    return instance(name, value, SourceResiliencePolicy, optional=True)
+
+
+_RULES: Mapping[str, Callable[[str, Any], Any]] = {
+    "name": text,
+    "priority": integer,
+    "timeout_seconds": _seconds,
+    "queue_timeout_seconds": _seconds,
+    "max_concurrency": _count,
+    "resilience_policy": _resilience,
+    "cache_supports": flag,
+    "run_sync_in_thread": flag,
+    "blocking_io": flag,
+    "transport_timeout_seconds": _seconds,
+}
+"""What each setting that all adapters take must be."""
+
+
+class CallableAdapter:
+    """A source made from functions; every setting is an attribute under its parameter's name.
 
     Attributes:
         name: the source's name, unique in a builder.
@@ -201,46 +246,6 @@ class AdapterSettings:
         run_sync_in_thread: whether a plain function runs in a worker thread.
         blocking_io: whether the function waits for a network, a disk or the like.
         transport_timeout_seconds: the longest its transport lets it wait.
-
-    Raises:
-        TypeError, ValueError: for a bad setting, naming it.
-    """
-
-    name: str
-    priority: int
-    timeout_seconds: float | None
-    queue_timeout_seconds: float | None
-    max_concurrency: int | None
-    resilience_policy: SourceResiliencePolicy | None
-    cache_supports: bool
-    run_sync_in_thread: bool
-    blocking_io: bool
-    transport_timeout_seconds: float | None
-
-    def __post_init__(self) -> None:
-        text("name", self.name)
-        integer("priority", self.priority)
-        for setting in ("timeout_seconds", "queue_timeout_seconds", "transport_timeout_seconds"):
-            number(setting, getattr(self, setting), above=0, optional=True)
-        integer("max_concurrency", self.max_concurrency, minimum=1, optional=True)
-        instance("resilience_policy", self.resilience_policy, SourceResiliencePolicy, optional=True)
-        for setting in ("cache_supports", "run_sync_in_thread", "blocking_io"):
-            flag(setting, getattr(self, setting))
-        if self.transport_timeout_seconds is not None and not self.blocking_io:
-            raise ValueError(
-                refusal(
-                    "transport_timeout_seconds",
-                    "None unless blocking_io is True",
-                    self.transport_timeout_seconds,
-                    "set blocking_io=True if the callable blocks",
-                )
-            )
-
-
-class CallableAdapter:
-    """A source made from functions; every setting is an attribute under its parameter's name.
-
-    Attributes:
         blocking_io_offloaded: whether calls leave the event loop: True for a plain function that
             runs in a worker thread.
     """
@@ -257,16 +262,35 @@ class CallableAdapter:
     transport_timeout_seconds: float | None
     blocking_io_offloaded: bool
 
-    def __init__(
-        self,
-        settings: AdapterSettings,
-        supports: Callable[[ResourceKey], bool],
-        invocation: Invocation,
-    ) -> None:
-        vars(self).update(vars(settings))
-        self._invocation = invocation
-        self._supports = plain("supports", supports, source=settings.name)
-        self.blocking_io_offloaded = invocation.in_thread
+    def __init__(self, parameter: str, arguments: Mapping[str, Any]) -> None:
+        """Take the settings among the arguments of a call, and the function of that parameter.
+
+        Raises:
+            TypeError, ValueError: for a bad setting, naming it.
+        """
+        for setting, check in _RULES.items():
+            setattr(self, setting, check(setting, arguments[setting]))
+        if self.transport_timeout_seconds is not None and not self.blocking_io:
+            raise ValueError(
+                refusal(
+                    "transport_timeout_seconds",
+                    "None unless blocking_io is True",
+                    self.transport_timeout_seconds,
+                    "set blocking_io=True if the callable blocks",
+                )
+            )
+        setattr(self, parameter, arguments[parameter])
+        self._invocation = Invocation(
+            arguments[parameter],
+            source=self.name,
+            parameter=parameter,
+            in_thread=self.run_sync_in_thread,
+        )
+        self.blocking_io_offloaded = self._invocation.in_thread
+        self._supports = self._plain("supports", arguments)
+
+    def _plain(self, parameter: str, arguments: Mapping[str, Any]) -> Invocation:
+        return Invocation.plain(arguments[parameter], source=self.name, parameter=parameter)
 
     def supports(self, key: ResourceKey) -> bool:
         """Return whether this source can answer for `key`: what the function says, as a bool."""
@@ -275,27 +299,6 @@ class CallableAdapter:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, priority={self.priority!r})"
-
-
-def invocation_of(
-    parameter: str, function: Callable[..., Any], settings: AdapterSettings
-) -> Invocation:
-    """Return how to call `function`; TypeError if it cannot be called."""
-    callable_(parameter, function)
-    return Invocation(
-        function,
-        source=settings.name,
-        parameter=parameter,
-        in_thread=settings.run_sync_in_thread,
-    )
-
-
-def plain(parameter: str, function: Callable[..., Any], *, source: str) -> Invocation:
-    """Return how to call a function whose answer is needed at once; TypeError if it is async."""
-    callable_(parameter, function)
-    if is_coroutine_function(function):
-        raise wrong_type(parameter, "a plain function", function, "it must answer without waiting")
-    return Invocation(function, source=source, parameter=parameter, in_thread=False)
 
 
 def as_payload(value: Any) -> SourcePayload[Any]:
@@ -317,7 +320,7 @@ class CallableSource(CallableAdapter):
     """Asks a plain or async function for one resource at a time.
 
     A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False. All times
-    are seconds; every setting can be read back under its name. See `AdapterSettings` for those
+    are seconds; every setting can be read back under its name. See `CallableAdapter` for those
     that all adapters share.
     """
 
@@ -344,20 +347,7 @@ class CallableSource(CallableAdapter):
         Raises:
             TypeError, ValueError: for a bad setting, naming it.
         """
-        settings = AdapterSettings(
-            name=name,
-            priority=priority,
-            timeout_seconds=timeout_seconds,
-            queue_timeout_seconds=queue_timeout_seconds,
-            max_concurrency=max_concurrency,
-            resilience_policy=resilience_policy,
-            cache_supports=cache_supports,
-            run_sync_in_thread=run_sync_in_thread,
-            blocking_io=blocking_io,
-            transport_timeout_seconds=transport_timeout_seconds,
-        )
-        super().__init__(settings, supports, invocation_of("fetcher", fetcher, settings))
-        self.fetcher = fetcher
+        super().__init__("fetcher", locals())
 
     async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
         """Return what the fetcher returns for `key`, as a payload."""
@@ -379,7 +369,7 @@ class CallableBatchSource(CallableAdapter):
 
     A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False. All times
     are seconds; every setting can be read back under its name. ``max_batch_size`` bounds the keys
-    of one call (None: no bound). See `AdapterSettings` for what all adapters share.
+    of one call (None: no bound). See `CallableAdapter` for what all adapters share.
     """
 
     fetcher: BatchFetcherFunction
@@ -407,21 +397,8 @@ class CallableBatchSource(CallableAdapter):
         Raises:
             TypeError, ValueError: for a bad setting, naming it.
         """
-        settings = AdapterSettings(
-            name=name,
-            priority=priority,
-            timeout_seconds=timeout_seconds,
-            queue_timeout_seconds=queue_timeout_seconds,
-            max_concurrency=max_concurrency,
-            resilience_policy=resilience_policy,
-            cache_supports=cache_supports,
-            run_sync_in_thread=run_sync_in_thread,
-            blocking_io=blocking_io,
-            transport_timeout_seconds=transport_timeout_seconds,
-        )
-        super().__init__(settings, supports, invocation_of("fetcher", fetcher, settings))
-        self.fetcher = fetcher
-        self.max_batch_size = integer("max_batch_size", max_batch_size, minimum=1, optional=True)
+        super().__init__("fetcher", locals())
+        self.max_batch_size = _count("max_batch_size", max_batch_size)
 
     async def fetch_many(
         self, keys: Collection[ResourceKey], context: FetchContext
@@ -476,7 +453,7 @@ class CallableDerivedSource(CallableAdapter):
 
     A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False. All times
     are seconds; every setting can be read back under its name, except that ``dependencies`` is
-    a method. See `AdapterSettings` for what all adapters share.
+    a method. See `CallableAdapter` for what all adapters share.
     """
 
     deriver: DeriverFunction
@@ -503,21 +480,8 @@ class CallableDerivedSource(CallableAdapter):
         Raises:
             TypeError, ValueError: for a bad setting, naming it.
         """
-        settings = AdapterSettings(
-            name=name,
-            priority=priority,
-            timeout_seconds=timeout_seconds,
-            queue_timeout_seconds=queue_timeout_seconds,
-            max_concurrency=max_concurrency,
-            resilience_policy=resilience_policy,
-            cache_supports=cache_supports,
-            run_sync_in_thread=run_sync_in_thread,
-            blocking_io=blocking_io,
-            transport_timeout_seconds=transport_timeout_seconds,
-        )
-        super().__init__(settings, supports, invocation_of("deriver", deriver, settings))
-        self._dependencies = plain("dependencies", dependencies, source=name)
-        self.deriver = deriver
+        super().__init__("deriver", locals())
+        self._dependencies = self._plain("dependencies", locals())
 
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
         """Return the keys that `key` is computed from; the builder checks that they are keys."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import gc
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
@@ -153,7 +155,7 @@ class Strange(BaseException):
     """Nothing that belongs into a source."""
 
 
-FORBIDDEN = (StopIteration, asyncio.CancelledError, SystemExit, GeneratorExit, Strange)
+FORBIDDEN = (StopIteration, asyncio.CancelledError, GeneratorExit, Strange)
 
 
 @pytest.mark.parametrize("kind_of_error", FORBIDDEN)
@@ -170,7 +172,7 @@ async def test_an_error_that_would_end_more_than_the_call_becomes_an_ordinary_on
     assert kind_of_error.__name__ in str(caught.value)
 
 
-@pytest.mark.parametrize("kind_of_error", [SystemExit, Strange])
+@pytest.mark.parametrize("kind_of_error", [GeneratorExit, StopAsyncIteration, Strange])
 async def test_the_same_holds_for_an_error_that_was_awaited(
     kind: str, kind_of_error: type[BaseException]
 ) -> None:
@@ -178,27 +180,96 @@ async def test_the_same_holds_for_an_error_that_was_awaited(
         await asyncio.sleep(0)
         raise kind_of_error("odd")
 
-    with pytest.raises(RuntimeError, match="may raise ordinary exceptions only"):
+    expected = kind_of_error if issubclass(kind_of_error, Exception) else RuntimeError
+    with pytest.raises(expected) as caught:
         await call(adapter(kind, function))
+    assert kind_of_error in (type(caught.value), type(caught.value.__cause__))
 
 
-async def test_a_worker_thread_that_is_interrupted_does_not_interrupt_the_loop(kind: str) -> None:
+async def test_a_coroutine_that_is_closed_ends_as_it_is_told(kind: str) -> None:
+    """Its ``GeneratorExit`` is not the function's, and no error of the source."""
+    closed: list[bool] = []
+
+    async def function(*_: Any) -> Any:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            closed.append(True)
+
+    coroutine = call(adapter(kind, function))
+    coroutine.send(None)
+    await asyncio.create_task(closing(coroutine))
+    assert closed == [True]
+
+
+async def closing(coroutine: Any) -> None:
+    """Close a coroutine from another task than the one that ran it."""
+    coroutine.close()
+
+
+@pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("form", ["in a thread", "here", "awaited"])
+def test_what_ends_the_program_reaches_it_after_the_call_has_failed(
+    kind: str, form: str, kind_of_error: type[BaseException]
+) -> None:
+    error, failed = kind_of_error(3), []
+
+    def plain(*_: Any) -> Any:
+        raise error
+
+    async def awaited(*_: Any) -> Any:
+        await asyncio.sleep(0)
+        raise error
+
+    async def main() -> None:
+        function = awaited if form == "awaited" else plain
+        try:
+            await call(adapter(kind, function, run_sync_in_thread=form == "in a thread"))
+        except RuntimeError as caught:
+            failed.append(str(caught))
+        await asyncio.Event().wait()
+
+    with pytest.raises(kind_of_error) as ended:
+        asyncio.run(main())
+    assert ended.value is error
+    assert f"got {kind_of_error.__name__}" in failed[0]
+
+
+class Payload:
+    """Something that a function has in its hands."""
+
+
+@pytest.mark.real_loop  # the virtual one looks at the frames of threads
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_an_error_keeps_nothing_alive_but_what_it_leads_to(kind: str, leaves: bool) -> None:
+    """Also if its caller has left: only the collector would find a cycle, and it comes late."""
+    gate, alive = ThreadGate(), weakref.WeakSet[Payload]()
+
     def function(*_: Any) -> Any:
-        raise KeyboardInterrupt
+        payload = Payload()
+        alive.add(payload)
+        gate.pass_()
+        raise ValueError("too late")
 
-    with pytest.raises(RuntimeError, match="got KeyboardInterrupt"):
-        await call(adapter(kind, function))
-
-
-async def test_an_interrupt_of_the_main_thread_is_the_users_and_goes_through(kind: str) -> None:
-    source = adapter(kind, lambda *_: interrupt(), run_sync_in_thread=False)
-    coroutine = call(source)
-    with pytest.raises(KeyboardInterrupt):
-        coroutine.send(None)
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
+    threads = WorkerThreads()
+    token = current_threads.set(threads)
+    gc.disable()
+    try:
+        task = asyncio.create_task(call(adapter(kind, function)))
+        await settle()
+        gate.wait_arrived()
+        if leaves:
+            task.cancel()
+        gate.open()
+        await asyncio.wait([task])
+        if not leaves:
+            assert isinstance(task.exception(), ValueError)
+        del task
+        threads.close()
+        assert not alive
+    finally:
+        gc.enable()
+        current_threads.reset(token)
 
 
 async def test_a_cancellation_from_outside_stays_one(kind: str) -> None:

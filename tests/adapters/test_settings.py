@@ -215,12 +215,17 @@ def test_supports_must_not_turn_out_to_be_async(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_supports_cannot_end_the_process(kind: str) -> None:
+def test_supports_ends_the_program_only_after_it_has_failed(kind: str) -> None:
     def leave(_: ResourceKey) -> bool:
         raise SystemExit
 
-    with pytest.raises(RuntimeError, match="supports of source 'rest'"):
-        adapter(kind, function, supports=leave).supports(PRICE)
+    async def ask() -> None:
+        with pytest.raises(RuntimeError, match="supports of source 'rest'"):
+            adapter(kind, function, supports=leave).supports(PRICE)
+        await asyncio.Event().wait()
+
+    with pytest.raises(SystemExit):
+        asyncio.run(ask())
 
 
 def test_dependencies_are_passed_on_and_generators_collected() -> None:

@@ -21,6 +21,7 @@ from coalestra.concurrency.threads import (
     threads_of_context,
 )
 from tests.support import ThreadGate, settle
+from tests.support.strikes import at_every_line
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
 
@@ -452,3 +453,60 @@ def test_an_impossible_idle_time_is_refused(seconds: float) -> None:
     """By name."""
     with pytest.raises(ValueError, match="idle_seconds"):
         WorkerThreads(idle_seconds=seconds)
+
+
+def test_a_signal_handler_may_use_the_threads_wherever_it_strikes() -> None:
+    """Nothing is locked that it could wait for, and no call is lost or counted for ever."""
+
+    async def main() -> None:
+        threads = WorkerThreads()
+        loop = asyncio.get_running_loop()
+        ended: list[int] = []
+        told = asyncio.Event()
+
+        def on_end(job: Job[int]) -> None:
+            ended.append(job.outcome())
+            told.set()
+
+        def start() -> None:
+            threads.start(ident, "work", on_end)
+
+        def strike() -> None:
+            start()
+            assert sum(threads.busy.values()) >= 1
+            assert threads.idle >= 0
+            threads.end_idle()
+
+        expected = 1 + at_every_line(start, strike) * 2 + 1
+        while threads.busy:
+            told.clear()
+            await told.wait()
+        assert len(ended) == expected
+        assert loop.time()
+        threads.close()
+
+    asyncio.run(main())
+
+
+class Interrupt(BaseException):
+    """What a signal handler raises."""
+
+
+def test_an_interrupt_at_any_line_of_a_start_leaves_no_call_counted_for_ever() -> None:
+    """What has been given to a thread ends there; what has not is taken back."""
+
+    async def main() -> None:
+        threads = WorkerThreads()
+
+        def start() -> None:
+            threads.start(ident, "work", lambda _: None)
+
+        at_every_line(start, lambda: fail_with(Interrupt()), errors=(Interrupt,))
+        for _ in range(1000):
+            if not threads.busy:
+                break
+            await threads.run(ident)
+        assert threads.busy == {}
+        threads.close()
+
+    asyncio.run(main())

@@ -68,7 +68,7 @@ class Job(Generic[R]):
         try:
             self._result = call()
         except BaseException as error:
-            self.error = error
+            self.error = without_this_frame(error)
 
     def report(self) -> None:
         """Tell the loop that the call has ended; in the thread."""
@@ -90,7 +90,7 @@ class Job(Generic[R]):
             self.end()
 
     def outcome(self) -> R:
-        """Return the result or raise the error, once: a traceback that was kept leads back here."""
+        """Return the result or raise the error, once."""
         error, self.error = self.error, None
         if error is None:
             result, self._result = self._result, None
@@ -99,6 +99,12 @@ class Job(Generic[R]):
             raise error
         finally:
             error = None
+
+
+def without_this_frame(error: BaseException) -> BaseException:
+    """Cut the frame that caught an error off its traceback: it leads to where the error is kept."""
+    traceback = error.__traceback__
+    return error.with_traceback(None if traceback is None else traceback.tb_next)
 
 
 class _Worker:
@@ -222,8 +228,8 @@ class WorkerThreads:
         if self._closed:
             raise RuntimeError("these worker threads are closed; no more work is accepted")
         job = Job(call, label, on_end, self._running)
-        self._running[job] = None
         try:
+            self._running[job] = None
             self._hand_over(job)
         except RuntimeError:
             if not or_here:
