@@ -112,6 +112,7 @@ SECTIONS: Mapping[int, Section] = {
             "resilience/test_circuit_breaker.py",
             "resilience/test_policies.py",
             "orchestration/test_resilience_in_builds.py",
+            "orchestration/test_settlement.py",
         ),
     ),
     11: Section(

@@ -466,6 +466,10 @@ class PayloadCopies:
             f"component {self.component!r} {phase}"
         )
 
+    def count_timeouts(self, number: int) -> None:
+        """Count copies whose caller has stopped waiting, as its own time was up."""
+        self._timeouts += number
+
     # Health and the end -------------------------------------------------------------------------
 
     def health(self) -> PayloadCopyHealth:

@@ -24,6 +24,10 @@ class OwnCancellation(Protocol):
     def request(self) -> None:
         """Cancel the task."""
 
+    @property
+    def asked(self) -> bool:
+        """Whether anybody at all has asked since the beginning, without taking it back."""
+
     def withdraw(self) -> bool:
         """Take the one request back; return whether nobody else has asked since the beginning."""
 
@@ -44,6 +48,10 @@ if sys.version_info >= (3, 11):
 
         def request(self) -> None:
             self._task.cancel()
+
+        @property
+        def asked(self) -> bool:
+            return self._task.cancelling() > self._before
 
         def withdraw(self) -> bool:
             return self._task.uncancel() <= self._before
@@ -84,6 +92,10 @@ else:
 
         def request(self) -> None:
             self._requests()
+
+        @property
+        def asked(self) -> bool:
+            return self._requests.count > self._before
 
         def withdraw(self) -> bool:
             requests = self._requests

@@ -1,31 +1,66 @@
-"""One try of a call: capacity, budget, the call itself, and the instant that cuts it off.
+"""One call to one source, for one key or a batch of them: its attempts, its time, its circuits.
 
-What a try comes to is decided synchronously, in the callback or the line that learns of it; the
-worker that awaits the source only acts. So a source that ignores its cancellation delays nobody:
-when its time is up its keys go on at once, and only its slot stays taken until it really ends.
+A call is made of one or more *attempts*. Each waits for capacity, calls the source and is cut off
+when its time is up. What an attempt comes to is decided synchronously, in the line or the callback
+that learns of it; the worker that awaits the source only acts. So a source that ignores its
+cancellation delays nobody: its keys go on at once, and only its slot stays taken until it really
+ends.
+
+==============  ==========================  =====================  =======================
+a call that     ends its step by            if nobody waits        if wanted for longer
+==============  ==========================  =====================  =======================
+is queued       a worker                    it ends                waits longer
+prepares        copies of its inputs        it ends                waits longer
+waits for       a slot, its queue timeout,  it ends                waits longer
+capacity        the cutoff
+runs            the source, its timeout,    it goes on if it has   runs longer
+                the cutoff                  a bound, else it ends
+rests           a timer, for a new attempt  it ends                rests on
+takes in        having handed over all,     it goes on             may copy for longer
+                the cutoff
+is over         --                          --                     --
+==============  ==========================  =====================  =======================
+
+The cutoff is the latest deadline that anybody ever had for any of its keys.
+
+Laws:
+
+1. Settlement: every key of a call is handed over or refused, once, whatever is raised by whomever,
+   of whatever type. `Call.end` is where the keys are settled that still are in it, and nothing
+   leaves `Call.run` before. If its worker is lost, even before its first step, `Lane.ended` sees to
+   that, being called by the loop when the task is done.
+2. Circuits hear of a call once, in the turn in which they let it through. What the source answered
+   counts, not what became of the answer.
+3. A call sees the context variables of the build that started it, each attempt in a copy of its
+   own: nothing that it sets reaches another one.
+4. A worker whose cancellation was asked for, by whomever, serves no further call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import inspect
 import math
 from collections import deque
 from collections.abc import (
-    Awaitable,
     Callable,
     Collection,
     Generator,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
-    Set,
 )
+from contextvars import Context
+from functools import partial
+from itertools import islice
 from types import CoroutineType
-from typing import Any, Protocol
+from typing import Any
 
 from coalestra.concurrency.capacity import CapacityLease
-from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation, own_cancellation
+from coalestra.concurrency.endings import pass_on
 from coalestra.concurrency.sealing import PORTION, Sealed
 from coalestra.concurrency.threads import current_threads
 from coalestra.core.errors import (
@@ -35,120 +70,120 @@ from coalestra.core.errors import (
     SourceQueueTimeoutError,
     SourceTimeoutError,
     SourceUnavailableError,
+    without_frames,
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import (
-    FutureObservation,
-    SourceAuthorityPolicy,
-    judge_observation,
-    policy_of_all,
-)
-from coalestra.core.snapshot import DiagnosticsRecorder, Snapshot
+from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all
+from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
-from coalestra.observability.reports import Reporter
-from coalestra.orchestration.flights import Acquisition, Call, Intake, Interest, Phase, Work
+from coalestra.orchestration.deliveries import Deliveries
+from coalestra.orchestration.flights import Acquisition, Intake, Interest, Phase, Work
 from coalestra.orchestration.parts import Equipment
 from coalestra.orchestration.sources import Link, SourceKind
-from coalestra.resilience.circuit_breaker import (
-    CircuitBreaker,
-    CircuitBreakerPolicy,
-    CircuitIdentity,
-    CircuitScope,
-    Outcome,
-)
+from coalestra.resilience.circuit_breaker import CircuitIdentity, CircuitScope, Outcome
 from coalestra.resilience.policies import SourceResiliencePolicy
 from coalestra.resilience.retry import retryable
 
-# What a call counts for: in the diagnostics of its unit of work, and in the metrics --------------
+_BATCH, _DERIVED = SourceKind.BATCH, SourceKind.DERIVED
+_READY, _CALLING = Phase.READY, Phase.CALLING
+_SUCCESS, _FAILURE, _ABANDONED = Outcome.SUCCESS, Outcome.FAILURE, Outcome.ABANDONED
+
+_HANDING_OVER = 4
+"""What it weighs beside the copying of the payload, of a `PORTION`: a few times a warm read."""
+
+_HOLDERS_SHOWN = 3
+"""How many sources that hold slots a message names."""
+
+_CALLS_BETWEEN_LOOKS = 8
+"""Calls that never wait would otherwise all be made in one step of the event loop."""
+
+_QUIET_SECONDS = 0.05
+"""How long no worker is started after one was cancelled from outside."""
 
 
-class Tally:
-    """Counts one call to one source, whatever the number of its tries."""
+Refused = Callable[[Acquisition, BaseException, str, int], None]
+"""Takes note that a source failed for a key: the error, a status, and how many attempts it took."""
 
-    __slots__ = ("_link", "_record", "_report")
-
-    def __init__(self, link: Link, record: DiagnosticsRecorder, report: Reporter | None) -> None:
-        self._link = link
-        self._record = record
-        self._report = report
-
-    def called(self, keys: int) -> None:
-        """Count a call for so many keys."""
-        record, link = self._record, self._link
-        record.source_calls += 1
-        by_source = record.source_calls_by_source
-        by_source[link.name] = by_source.get(link.name, 0) + 1
-        record.derived_calls += link.kind is SourceKind.DERIVED
-        if link.kind is SourceKind.BATCH:
-            record.batch_calls += 1
-            if self._report is not None:
-                self._report.batch_size(link.name, keys)
-
-    def took(self, latency_ms: float) -> None:
-        """Add what one try took, in milliseconds."""
-        by_source = self._record.source_latency_ms_by_source
-        by_source[self._link.name] = by_source.get(self._link.name, 0.0) + latency_ms
-        if self._report is not None:
-            self._report.fetch_latency(self._link.name, latency_ms)
-
-    def batch_ended(self, status: str) -> None:
-        """Count how a batch call ended; other calls are counted by their keys alone."""
-        if self._report is not None and self._link.kind is SourceKind.BATCH:
-            self._report.batch_call(self._link.name, status)
-
-    def __repr__(self) -> str:
-        return f"<Tally of source {self._link.name}>"
+Delivered = Callable[[Acquisition, Revision, bool], None]
+"""Takes a fresh value of a key, and whether its source said when it was observed."""
 
 
-# From what a source returned to sealed revisions, or to the rule that it broke -------------------
+class Stage(enum.Enum):
+    """Where an attempt stands, in words for a message."""
+
+    PREPARING = "its inputs were being copied"
+    WAITING = "waiting for capacity"
+    RUNNING = "the source was running"
+    TAKING_IN = "its answer was being copied"
 
 
-OMITTED = object()
+class StaleSourceData(Exception):
+    """A source answered with a value older than the policy's time to live."""
+
+
+# What a source returned: how it is awaited, and what it holds for each key ------------------------
+
+
+_OMITTED = object()
 """Stands for a key that a batch source left out of its answer."""
 
 
-class Watched:
-    """Awaits what a source returned, and tells whose a cancellation was: its own or not."""
+class Returned:
+    """Awaits what a source returned, in the context variables of the call."""
 
-    __slots__ = ("_awaitable", "interrupted")
+    __slots__ = ("_awaitable", "_variables")
 
-    def __init__(self, link: Link, awaitable: Any) -> None:
+    def __init__(self, link: Link, awaitable: Any, variables: Context) -> None:
         if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
             raise SourceProtocolError(
                 f"source {link.name!r} returned {type(awaitable).__qualname__} where an awaitable "
                 "is needed; make the method async, or use a callable adapter"
             )
         self._awaitable = awaitable
-        self.interrupted: bool = False
+        self._variables = variables
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        steps: Any = _steps(self._awaitable)
+        run = self._variables.run
+        steps: Any = self._awaitable
+        if type(steps) is not CoroutineType:
+            steps = run(_steps_of, steps)
+        send = getattr(steps, "send", None) or (lambda _nothing: next(steps))
         try:
-            item = next(steps)
+            item = run(send, None)
             while True:
                 try:
                     sent = yield item
-                except GeneratorExit:
-                    steps.close()
-                    raise
                 except BaseException as error:
-                    self.interrupted |= isinstance(error, asyncio.CancelledError)
-                    item = steps.throw(error)
+                    item = run(_thrown_into, steps, error)
                 else:
-                    item = next(steps) if sent is None else steps.send(sent)
+                    item = run(send, sent)
         except StopIteration as stop:
             return stop.value
 
 
-def _steps(awaitable: Any) -> Any:
+def _steps_of(awaitable: Any) -> Any:
     steps = getattr(awaitable, "__await__", None)
     return awaitable if steps is None else steps()
 
 
-def values_of(link: Link, flights: Sequence[Acquisition], result: Any) -> list[Any]:
+def _thrown_into(steps: Any, error: BaseException) -> Any:
+    """Do as ``yield from`` does: close or tell what is awaited, as far as it can be told."""
+    if isinstance(error, GeneratorExit):
+        getattr(steps, "close", _nothing)()
+        raise error
+    if not hasattr(steps, "throw"):
+        raise error
+    return steps.throw(error)
+
+
+def _nothing() -> None:
+    """Close what has nothing to close."""
+
+
+def _values_of(link: Link, flights: Sequence[Acquisition], result: Any) -> list[Any]:
     """Return what the answer holds for each flight; raise `SourceProtocolError` if malformed."""
-    if link.kind is not SourceKind.BATCH:
+    if link.kind is not _BATCH:
         return [result]
     if not isinstance(result, Mapping):
         raise SourceProtocolError(
@@ -156,8 +191,8 @@ def values_of(link: Link, flights: Sequence[Acquisition], result: Any) -> list[A
             f"{type(result).__qualname__}"
         )
     get = result.get
-    values = [get(flight.key, OMITTED) for flight in flights]
-    if len(result) != len([True for value in values if value is not OMITTED]):
+    values = [get(flight.key, _OMITTED) for flight in flights]
+    if len(result) != len([True for value in values if value is not _OMITTED]):
         _refuse_unrequested(link, {flight.key for flight in flights}, result)
     return values
 
@@ -165,161 +200,193 @@ def values_of(link: Link, flights: Sequence[Acquisition], result: Any) -> list[A
 def _refuse_unrequested(link: Link, asked: Collection[ResourceKey], result: Iterable[Any]) -> None:
     for key in result:
         if key not in asked:
+            named = key.display if isinstance(key, ResourceKey) else f"a {type(key).__qualname__}"
             raise SourceProtocolError(
-                f"fetch_many of source {link.name!r} returned {_named(key)}, which was not "
-                "requested; return requested keys only"
+                f"fetch_many of source {link.name!r} returned {named}, which was not requested; "
+                "return requested keys only"
             )
 
 
-def _named(key: object) -> str:
-    return str(key) if isinstance(key, ResourceKey) else f"a {type(key).__qualname__}"
+# One attempt: capacity, the budget of time, the call itself, and the instant that cuts it off ----
 
 
-class CallFacts:
-    """What is the same for every key of one answered call.
+class Attempt:
+    """One attempt of a call. `over` is set the moment its outcome is known.
 
-    `answered_at` is when the answer came, in wall-clock seconds; `rank` is the authority of its
-    source, or None if that differs from key to key.
+    That may be before the source has ended. `bound` is when the present stage ends by itself, on
+    the loop's clock, whoever waits.
     """
 
-    __slots__ = ("answered_at", "attempts", "context", "latency_ms", "link", "rank")
-
-    def __init__(self, equipment: Equipment, link: Link, attempts: int, latency_ms: float) -> None:
-        self.link: Link = link
-        self.context: str = link.context
-        self.attempts: int = attempts
-        self.latency_ms: float = latency_ms
-        self.answered_at: float = equipment.clock.now()
-        policy: SourceAuthorityPolicy | None = policy_of_all(equipment.authority)
-        self.rank: int | None = None if policy is None else policy.rank_for(link.name)
-
-
-def revision_of(
-    equipment: Equipment, flight: Acquisition, value: Any, facts: CallFacts, sealed: Sealed | None
-) -> Revision | None:
-    """Return the sealed revision of one value, or None if sealing it takes a thread.
-
-    In that case seal the payload there, and call again with what it was `sealed` to.
-
-    Raises:
-        SourceProtocolError: the observation lies too far in the future.
-        PayloadIsolationError: the value cannot be copied.
-    """
-    key, link, context = flight.key, facts.link, facts.context
-    observed_at = answered_at = facts.answered_at
-    metadata: Mapping[str, Any] = EMPTY
-    payload, dated = value, False
-    if type(value) is SourcePayload:
-        payload, metadata = value.value, value.metadata
-        if value.observed_at is not None:
-            observed_at, dated = value.observed_at, True
-            skew = _accepted_skew(equipment, link, key, observed_at, answered_at)
-            if skew:
-                metadata = {**metadata, "clock_skew_seconds": skew}
-    copies = equipment.copies
-    if sealed is None:
-        sealed = copies.seal_now(payload, context=context)
-        if sealed is None:
-            return None
-    gather, rank = flight.gather, facts.rank
-    used = () if gather is None else tuple([r.revision for r in gather.readings.values()])
-    return Revision(
-        key,
-        sealed[0],
-        sealed[1],
-        link.name,
-        observed_at,
-        answered_at,
-        next_version(),
-        facts.latency_ms,
-        facts.attempts,
-        copies.seal_metadata_now(metadata, context=context) if metadata else EMPTY,
-        equipment.authority.rank_for(key, link.name) if rank is None else rank,
-        FrozenDict({r.key: r.version for r in used}) if used else EMPTY,
-        used,
-        dated,
-        flight.began,
+    __slots__ = (
+        "_bound",
+        "_call",
+        "_cut",
+        "_inputs",
+        "_variables",
+        "_worker",
+        "began",
+        "over",
+        "stage",
+        "ticks",
     )
 
+    def __init__(self, call: Call, worker: Worker) -> None:
+        self._call = call
+        self._worker = worker
+        self._cut: CutOff | None = None
+        self._bound = math.inf
+        self._inputs: tuple[Any, ...] = ()
+        self._variables: Context = call.work.variables.copy()
+        self.stage: Stage = Stage.PREPARING
+        self.over: bool = False
+        self.began: float = math.nan
+        self.ticks: float = math.nan
 
-def _accepted_skew(
-    equipment: Equipment, link: Link, key: ResourceKey, observed_at: float, now: float
-) -> float:
-    try:
-        return judge_observation(observed_at, now, equipment.observation)
-    except FutureObservation as error:
-        raise SourceProtocolError(f"source {link.name!r}, {key}: {error}") from error
+    async def run(self) -> None:
+        """Make the attempt; return when the source has really ended."""
+        call = self._call
+        name = call.link.name
+        if call.link.kind is _DERIVED:
+            self._inputs = (await self._dependencies(),)
+        self.stage = Stage.WAITING
+        lease = call.equipment.capacity.try_acquire(name) or await self._wait_for_capacity(name)
+        if lease is None:
+            return
+        try:
+            refusal = self._refusal()
+            if refusal is not None:
+                call.end(refusal)
+                return
+            await call.enter_circuits()
+            if self.over or not call.flights:
+                return
+            call.count_attempt()
+            answer = await self._ask()
+        finally:
+            lease.release()
+        if answer is not None:
+            await call.take_in(self, answer[0])
 
+    async def _dependencies(self) -> Snapshot:
+        """Return the dependencies of a derived key, copied for its derivation alone."""
+        (flight,) = self._call.flights
+        deliveries = self._call.dispatch.deliveries
+        readings = {} if flight.gather is None else flight.gather.in_order()
+        context = flight.sponsor.context
+        now = deliveries.inputs_now(context, readings)
+        return await deliveries.inputs(context, readings) if now is None else now
 
-def was_future(error: BaseException) -> bool:
-    """Whether `error` says that a value was dated too far in the future."""
-    return isinstance(error.__cause__, FutureObservation)
+    # Its time ----------------------------------------------------------------------------------
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it goes on though nobody waits: what it brings may still find a taker."""
+        if self.stage is Stage.RUNNING:
+            return self._end() is not None
+        return self.stage is Stage.TAKING_IN
 
-# How much time a call has: until its source's timeout, or until nobody wants its answer ----------
+    @property
+    def elapsed_seconds(self) -> float:
+        """How long the source has been running, on the builder's clock."""
+        return self._call.equipment.clock.monotonic() - self.ticks
 
-
-class Budgeted:
-    """A call to a source, as far as its time is concerned."""
-
-    __slots__ = ()
-
-    link: Link
-    work: Work
-    equipment: Equipment
-    flights: dict[Acquisition, None]
-
-    def cutoff(self) -> float:
-        """Return the latest instant, on the loop's clock, at which anyone wants an answer."""
-        latest = -math.inf
-        for flight in self.flights:
-            if flight.cutoff > latest:
-                latest = flight.cutoff
-        return latest
-
-    def remaining(self) -> float:
-        """Return the seconds until nobody wants an answer any more."""
-        cutoff = self.cutoff()
-        if cutoff == math.inf:
-            return cutoff
-        remaining = cutoff - asyncio.get_running_loop().time()
-        work = self.work
-        if work.deadline is not None and work.cutoff == cutoff:
-            remaining = min(remaining, work.deadline.remaining())
-        return remaining
-
-    def limit(self, began: float) -> float | None:
-        """Return when to cut a call off that `began` then, on the loop's clock; None for never."""
-        timeout = self.link.timeout_seconds
-        cutoff = self.cutoff()
-        end = cutoff if timeout is None else min(began + timeout, cutoff)
+    def _end(self) -> float | None:
+        end = min(self._bound, self._call.cutoff)
         return None if end == math.inf else end
 
-    def deadline_comes_first(self, began: float, timeout: float | None) -> bool:
-        """Whether a wait that `began` then ends by a deadline rather than by its own timeout."""
-        return timeout is None or self.cutoff() < began + timeout
+    def cut_off(self, bound: float, on_expire: Callable[[], None] | None = None) -> CutOff:
+        """Return what ends the present stage at its bound, or at the cutoff of the call."""
+        self._bound = bound
+        self._cut = CutOff(self._end(), on_expire)
+        return self._cut
 
-    def of_deadline(self) -> str:
-        """Return how long the deadline gave, for messages."""
-        deadline = self.work.deadline
-        return "" if deadline is None else f" of {deadline.budget_seconds:g} s"
+    def extend(self) -> None:
+        """Move the instant that ends the stage: some key is wanted for longer."""
+        if self._cut is not None:
+            self._cut.move(self._end())
 
-    def refusal(self) -> Exception | None:
+    def abandon(self) -> Exception | None:
+        """End the attempt, as nobody waits for it; return the error if it waited too long."""
+        waited = self.stage is Stage.WAITING and self._cut is not None
+        self.write_off()
+        task = self._worker.task
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        if waited and self._call.cutoff <= asyncio.get_running_loop().time():
+            return self._late_in_queue()
+        return None
+
+    def write_off(self) -> None:
+        """Decide the attempt now, though its worker may take its time to end."""
+        self.over = True
+        self._worker.leave()
+
+    # Capacity ----------------------------------------------------------------------------------
+
+    async def _wait_for_capacity(self, name: str) -> CapacityLease | None:
+        """Wait for a lease; return None, the call having ended, when that took too long."""
+        call = self._call
+        clock = asyncio.get_running_loop().time
+        began, timeout = clock(), call.link.queue_timeout_seconds
+        try:
+            with self.cut_off(math.inf if timeout is None else began + timeout):
+                return await call.equipment.capacity.acquire(name)
+        except CutOffExpired:
+            late = call.cutoff < self._bound
+            call.end(self._late_in_queue() if late else self._impatient(timeout))
+            return None
+        finally:
+            self._cut = None
+            if call.equipment.report is not None:
+                call.equipment.report.capacity_wait(name, (clock() - began) * 1000)
+
+    def _late_in_queue(self) -> Exception:
+        self._report_timeout("snapshot_deadline")
+        return SnapshotDeadlineExceededError(
+            f"the deadline{self._call.of_deadline()} passed while waiting for "
+            f"{self._capacity()}; raise max_concurrency or the deadline"
+        )
+
+    def _impatient(self, timeout: float | None) -> Exception:
+        self._call.equipment.counters.queue_timeouts += 1
+        self._report_timeout("queue_timeout")
+        return SourceQueueTimeoutError(
+            f"waited {timeout:g} s for {self._capacity()}; raise its max_concurrency, the "
+            "builder's max_concurrency, or queue_timeout_seconds"
+        )
+
+    def _capacity(self) -> str:
+        """Return in words what it waits for, and who has it."""
+        name, capacity = self._call.link.name, self._call.equipment.capacity
+        holders = capacity.holders()
+        limit = capacity.limit_for(name)
+        if limit is not None and holders.get(name, 0) >= limit:
+            holders = {name: holders[name]}
+        shown = [f"{who!r} ({count})" for who, count in islice(holders.items(), _HOLDERS_SHOWN)]
+        more = ", ..." if len(holders) > _HOLDERS_SHOWN else ""
+        held = f", held by {', '.join(shown)}{more}" if shown else ""
+        return f"capacity of source {name!r}{held}"
+
+    def _report_timeout(self, reason: str) -> None:
+        if self._call.equipment.report is not None:
+            self._call.equipment.report.capacity_timeout(self._call.link.name, reason)
+
+    def _refusal(self) -> Exception | None:
         """Return why a blocking call must not be started, as it could outlive its budget."""
-        link = self.link
+        call, link = self._call, self._call.link
         declared = link.guarantee.transport_timeout_seconds
         if not link.guarantee.protected or declared is None:
             return None
-        remaining = self.remaining()
-        timeout = math.inf if link.timeout_seconds is None else link.timeout_seconds
+        remaining, timeout = call.remaining(), link.timeout_seconds
+        timeout = math.inf if timeout is None else timeout
         left = min(remaining, timeout)
         if declared < left:
             return None
         by_deadline = remaining < timeout
-        report = self.equipment.report
+        report = call.equipment.report
         if report is not None:
             reason = "snapshot_deadline" if by_deadline else "source_timeout"
-            keys = [flight.key for flight in self.flights]
+            keys = [flight.key for flight in call.flights]
             report.transport_budget_rejected(keys, link.name, reason, declared, left)
         kind = SnapshotDeadlineExceededError if by_deadline else SourceTimeoutError
         return kind(
@@ -327,709 +394,631 @@ class Budgeted:
             f"not fit into the {max(0.0, left):g} s left"
         )
 
-    def watch_transport(self, elapsed: float, outcome: str) -> None:
-        """Count a blocking call that outlived the transport timeout it declares.
-
-        `elapsed` is seconds; `outcome` is completed_late, failed_late or coalestra_timeout.
-        """
-        link = self.link
-        declared = link.guarantee.transport_timeout_seconds
-        if not link.guarantee.protected or declared is None:
-            return
-        equipment = self.equipment
-        grace = equipment.transport_grace_seconds
-        if outcome != "coalestra_timeout" and elapsed <= declared + grace:
-            return
-        violations = equipment.counters.transport_violations
-        violations[link.name] = violations.get(link.name, 0) + 1
-        if equipment.report is not None:
-            keys = [flight.key for flight in self.flights]
-            equipment.report.transport_violated(keys, link.name, outcome, declared, elapsed, grace)
-
-
-# The circuits that the keys of one call belong to ------------------------------------------------
-
-
-class Admission:
-    """Asks the circuits of a call for leave, and tells each of them once how the call went.
-
-    A batch may touch several circuits. Its keys are grouped by circuit; the groups of open ones are
-    left out of the call. What is told counts only in the turn in which the call was admitted.
-    """
-
-    __slots__ = ("_breaker", "_groups", "_policy", "_source", "_turn", "_unasked")
-
-    def __init__(self, breaker: CircuitBreaker, source: str, policy: CircuitBreakerPolicy) -> None:
-        self._breaker = breaker
-        self._source = source
-        self._policy = policy
-        self._groups: dict[CircuitIdentity, tuple[int, list[Acquisition]]] = {}
-        self._unasked: Sequence[Acquisition] = ()
-        self._turn = 0
-
-    def open_now(self, flights: Sequence[Acquisition]) -> list[tuple[Acquisition, Exception]]:
-        """Return the flights whose circuit is open, without taking part in any circuit."""
-        refused: list[tuple[Acquisition, Exception]] = []
-        if self._policy.enabled and len(self._breaker):
-            for identity, group in self._by_circuit(flights).items():
-                error = self._breaker.refusal(identity, self._policy)
-                if error is not None:
-                    refused += [(flight, error) for flight in group]
-        return refused
-
-    def enter(self, flights: Sequence[Acquisition]) -> list[tuple[Acquisition, Exception]]:
-        """Take part in the circuits, just before the call; return the flights that may not.
-
-        A half-open circuit admits a single call, the probe.
-        """
-        refused: list[tuple[Acquisition, Exception]] = []
-        if not self._policy.enabled:
-            return refused
-        self._turn = self._breaker.turn
-        if not len(self._breaker):
-            self._unasked = flights  # nobody knows of a circuit that is not at rest
-            return refused
-        for identity, group in self._by_circuit(flights).items():
-            try:
-                turn = self._breaker.admit(identity, self._policy)
-            except CircuitOpenError as error:
-                refused += [(flight, error) for flight in group]
-            else:
-                self._groups[identity] = turn, group
-        return refused
-
-    def close(self, fresh: Set[Acquisition]) -> None:
-        """Tell each circuit how its keys fared: one fresh value makes its group a success."""
-        whole = self._policy.scope is CircuitScope.SOURCE and not len(self._breaker)
-        if whole and not fresh.isdisjoint(self._unasked):
-            self._unasked = ()
-            return
-        for identity, (turn, flights) in self._taken():
-            outcome = Outcome.FAILURE if fresh.isdisjoint(flights) else Outcome.SUCCESS
-            self._breaker.report(identity, outcome, self._policy, turn)
-
-    def abandon(self) -> None:
-        """Tell each circuit that the call was given up: a probe has shown nothing, and reopens."""
-        for identity, (turn, _) in self._taken():
-            self._breaker.report(identity, Outcome.ABANDONED, self._policy, turn)
-
-    def _by_circuit(
-        self, flights: Sequence[Acquisition]
-    ) -> dict[CircuitIdentity, list[Acquisition]]:
-        if not flights:
-            return {}
-        if self._policy.scope is CircuitScope.SOURCE:
-            return {self._identity(flights[0]): list(flights)}
-        groups: dict[CircuitIdentity, list[Acquisition]] = {}
-        for flight in flights:
-            groups.setdefault(self._identity(flight), []).append(flight)
-        return groups
-
-    def _identity(self, flight: Acquisition) -> CircuitIdentity:
-        return self._breaker.identity_for(self._source, key=flight.key, scope=self._policy.scope)
-
-    def _taken(self) -> list[tuple[CircuitIdentity, tuple[int, list[Acquisition]]]]:
-        unasked = self._by_circuit(self._unasked).items()
-        groups = {**self._groups, **{name: (self._turn, group) for name, group in unasked}}
-        self._groups, self._unasked = {}, ()
-        return list(groups.items())
-
-    def __repr__(self) -> str:
-        return f"<Admission {self._source} circuits={len(self._groups)}>"
-
-
-# What a source answered, handed over key by key --------------------------------------------------
-
-
-_HANDING_OVER = 4
-"""What it weighs beside the copying of the payload, of a `PORTION`: a few times a warm read."""
-
-
-class StaleSourceData(Exception):
-    """A source answered with a value older than the policy's time to live."""
-
-
-class Receiver(Protocol):
-    """Where fresh and outdated values go."""
-
-    @property
-    def delivered(self) -> Callable[[Acquisition, Revision, bool], None]:
-        """Take a fresh value, and whether its source dated it."""
-
-    def outdated(self, flight: Acquisition, revision: Revision) -> None:
-        """Take a value that is too old to count, but may stand in when all else fails."""
-
-    @property
-    def hold(self) -> Callable[[Work], None]:
-        """Hold back further calls of a unit of work: keys for them are about to be refused."""
-
-    @property
-    def release(self) -> Callable[[Work], None]:
-        """Take back one `hold`."""
-
-
-class Answered(Call, Protocol):
-    """The attempt whose call was answered."""
-
-    work: Work
-    equipment: Any
-    flights: dict[Acquisition, None]
-
-    def refuse(self, flight: Acquisition, error: Exception, status: str) -> None:
-        """Report that the source has failed for a key."""
-
-
-class Harvest:
-    """Seals the values of one answer and hands them over, without holding the loop for long."""
-
-    __slots__ = ("_attempt", "_delivered", "_facts", "_receiver", "fresh")
-
-    def __init__(self, attempt: Answered, receiver: Receiver, facts: CallFacts) -> None:
-        self._attempt = attempt
-        self._receiver = receiver
-        self._delivered = receiver.delivered
-        self._facts = facts
-        self.fresh: set[Acquisition] = set()
-
-    def bring_in_now(self, flight: Acquisition, value: Any) -> bool:
-        """Hand over the only value, and return whether that is all; `bring_in` does the rest."""
-        if value is OMITTED:
-            return False
-        return flight.attempt is not self._attempt or self._handed_over(flight, value, None)
-
-    async def bring_in(self, flights: Sequence[Acquisition], values: Sequence[Any]) -> None:
-        """Hand over the value of every flight; `fresh` tells which of them were fresh."""
-        pairs = zip(flights, values, strict=True)
-        omitted = [flight for flight, value in pairs if value is OMITTED]
-        if omitted:
-            await self._refuse_omitted(omitted)
-        attempt = self._attempt
-        pace = attempt.equipment.pace
-        pace.begin()
-        left = PORTION
-        for flight, value in zip(flights, values, strict=True):
-            if flight.attempt is attempt:
-                if not self._handed_over(flight, value, None):
-                    await self._seal_in_thread(flight, value)
-                left -= _HANDING_OVER
-                if flight.offered is not None:
-                    left -= flight.offered.seal.weight
-                if left <= 0:
-                    left = PORTION
-                    await pace.keep()
-
-    async def _refuse_omitted(self, flights: Sequence[Acquisition]) -> None:
-        """Let the keys that were left out go on, together, to where they are served next."""
-        name = self._facts.link.name
-        error = SourceUnavailableError(f"source {name!r} left the key out of its answer")
-        work = self._attempt.work
-        self._receiver.hold(work)
-        try:
-            pace = self._attempt.equipment.pace
-            pace.begin()
-            for flight in flights:
-                self._attempt.refuse(flight, error, "failure")
-                await pace.keep()
-        finally:
-            self._receiver.release(work)
-
-    async def _seal_in_thread(self, flight: Acquisition, value: Any) -> None:
-        payload = value.value if isinstance(value, SourcePayload) else value
-        try:
-            sealed = await self._attempt.equipment.copies.seal(payload, context=self._facts.context)
-        except Exception as error:
-            self._refuse(flight, error)
-        else:
-            if flight.attempt is self._attempt:
-                self._handed_over(flight, value, sealed)
-
-    def _refuse(self, flight: Acquisition, error: Exception) -> None:
-        future = was_future(error)
-        self._attempt.work.record.future_timestamp_rejections += future
-        self._attempt.refuse(flight, error, "invalid_timestamp" if future else "failure")
-
-    def _handed_over(self, flight: Acquisition, value: Any, sealed: Sealed | None) -> bool:
-        """Report one value; False if sealing it takes a thread."""
-        attempt = self._attempt
-        try:
-            revision = revision_of(attempt.equipment, flight, value, self._facts, sealed)
-        except Exception as error:
-            self._refuse(flight, error)
-            return True
-        if revision is None:
-            return False
-        age = revision.fetched_at - revision.observed_at
-        ttl = flight.policy.ttl_seconds
-        if age > ttl:
-            self._receiver.outdated(flight, revision)
-            text = f"the value is {age:g} s old, the policy allows {ttl:g} s"
-            attempt.refuse(flight, StaleSourceData(text), "stale")
-            return True
-        del attempt.flights[flight]
-        flight.attempt = None
-        self.fresh.add(flight)
-        dated = type(value) is SourcePayload and value.observed_at is not None
-        self._delivered(flight, revision, dated)
-        return True
-
-    def __repr__(self) -> str:
-        return f"<Harvest of source {self._facts.link.name} fresh={len(self.fresh)}>"
-
-
-# One try of a call: capacity, budget, the call itself, and the instant that cuts it off ----------
-
-
-_BATCH, _DERIVED = SourceKind.BATCH, SourceKind.DERIVED
-
-
-class Shift:
-    """A worker's time at a lane, and its task. `gone`: the lane has stopped counting on it."""
-
-    __slots__ = ("busy", "gone", "task")
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[Any] | None = asyncio.current_task()
-        self.busy: bool = False
-        self.gone: bool = False
-
-
-class Caller(Protocol):
-    """The attempt that a try belongs to."""
-
-    link: Link
-    work: Work
-    equipment: Equipment
-    flights: dict[Acquisition, None]
-
-    def cutoff(self) -> float:
-        """Return the latest instant, on the loop's clock, at which anyone wants an answer."""
-
-    def limit(self, began: float) -> float | None:
-        """Return when to cut a call off that `began` then, on the loop's clock."""
-
-    def deadline_comes_first(self, began: float, timeout: float | None) -> bool:
-        """Whether a wait that `began` then ends by a deadline rather than by its own timeout."""
-
-    def of_deadline(self) -> str:
-        """Return how long the deadline gave, for messages."""
-
-    def refusal(self) -> Exception | None:
-        """Return why a blocking call must not be started, as it could outlive its budget."""
-
-    def watch_transport(self, elapsed: float, outcome: str) -> None:
-        """Count a blocking call that outlived the transport timeout it declares."""
-
-    def begin(self) -> bool:
-        """Take part in the circuits and count the try; False if no key may be called for."""
-
-    def failed(self, this: Try, error: Exception) -> None:
-        """Learn that the source was called and failed."""
-
-    def skipped(self, error: Exception) -> None:
-        """Learn that the source could not be called."""
-
-    def written_off(self, shift: Shift) -> None:
-        """Learn that the worker may take its time to end."""
-
-
-class Try:
-    """One try to call a source for the flights of an attempt.
-
-    `over` is set the moment the outcome is known, which may be before the source has ended.
-    """
-
-    __slots__ = (
-        "_caller",
-        "_cut",
-        "_patience",
-        "_shift",
-        "began",
-        "calling",
-        "inputs",
-        "over",
-        "ticks",
-    )
-
-    def __init__(self, caller: Caller, shift: Shift) -> None:
-        self._caller = caller
-        self._shift = shift
-        self._cut: CutOff | None = None
-        self._patience = math.inf
-        self.inputs: tuple[Any, ...] = ()
-        self.over: bool = False
-        self.calling: bool = False
-        self.began: float = math.nan
-        self.ticks: float = math.nan
-
-    @property
-    def bounded(self) -> bool:
-        """Whether the running call ends by itself at some instant."""
-        return self.calling and self._caller.limit(self.began) is not None
-
-    @property
-    def elapsed_seconds(self) -> float:
-        """How long the call has been running, on the builder's clock."""
-        return self._caller.equipment.clock.monotonic() - self.ticks
-
-    def extend(self) -> None:
-        """Move the instant that cuts the call off: some key is wanted for longer."""
-        if self._cut is not None:
-            self._cut.move(self._caller.limit(self.began) if self.calling else self._queue_end())
-
-    def abandon(self) -> Exception | None:
-        """End the try, as nobody wants its answer; return the error if it waited too long."""
-        self.over = True
-        queued = self._cut is not None and not self.calling
-        if self._shift.task is not None and self._shift.task is not asyncio.current_task():
-            self._shift.task.cancel()
-        if queued and self._caller.cutoff() <= asyncio.get_running_loop().time():
-            return self._late_in_queue()
-        return None
-
-    async def answer(self) -> tuple[Any] | None:
-        """Return what the source answered, or None if the caller has been told of a failure."""
-        caller = self._caller
-        lease = caller.equipment.capacity.try_acquire(caller.link.name) or await self._slot()
-        if lease is None:
-            return None
-        try:
-            refusal = caller.refusal()
-            if refusal is not None:
-                caller.skipped(refusal)
-            elif caller.begin():
-                return await self._call()
-            return None
-        finally:
-            lease.release()
-
-    # Capacity ---------------------------------------------------------------------------------
-
-    async def _slot(self) -> CapacityLease | None:
-        """Wait for a lease on the capacity of the source; return None when that took too long."""
-        capacity = self._caller.equipment.capacity
-        name = self._caller.link.name
-        began = asyncio.get_running_loop().time()
-        timeout = self._caller.link.queue_timeout_seconds
-        self._patience = math.inf if timeout is None else began + timeout
-        try:
-            with CutOff(self._queue_end()) as self._cut:
-                return await capacity.acquire(name)
-        except CutOffExpired:
-            late = self._caller.cutoff() < self._patience
-            self._caller.skipped(self._late_in_queue() if late else self._impatient(timeout))
-            return None
-        finally:
-            self._cut = None
-            self._report_wait(began)
-
-    def _queue_end(self) -> float | None:
-        end = min(self._patience, self._caller.cutoff())
-        return None if end == math.inf else end
-
-    def _report_wait(self, began: float) -> None:
-        report = self._caller.equipment.report
-        if report is not None:
-            waited = asyncio.get_running_loop().time() - began
-            report.capacity_wait(self._caller.link.name, waited * 1000)
-
-    def _late_in_queue(self) -> Exception:
-        self._report_timeout("snapshot_deadline")
-        return SnapshotDeadlineExceededError(
-            f"the deadline{self._caller.of_deadline()} passed while waiting for capacity of "
-            f"source {self._caller.link.name!r}; raise max_concurrency or the deadline"
-        )
-
-    def _impatient(self, timeout: float | None) -> Exception:
-        self._caller.equipment.counters.queue_timeouts += 1
-        self._report_timeout("queue_timeout")
-        return SourceQueueTimeoutError(
-            f"waited {timeout:g} s for capacity of source {self._caller.link.name!r}; raise its "
-            "max_concurrency, the builder's max_concurrency, or queue_timeout_seconds"
-        )
-
-    def _report_timeout(self, reason: str) -> None:
-        report = self._caller.equipment.report
-        if report is not None:
-            report.capacity_timeout(self._caller.link.name, reason)
-
-    # The call ---------------------------------------------------------------------------------
-
-    async def _call(self) -> tuple[Any] | None:
-        caller = self._caller
+    # The call ----------------------------------------------------------------------------------
+
+    async def _ask(self) -> tuple[Any] | None:
+        """Return what the source answered, or None when the call has learned of its failure."""
+        link = self._call.link
         self.began = asyncio.get_running_loop().time()
-        self.ticks = caller.equipment.clock.monotonic()
-        self.calling = True
-        watched: Watched | None = None
-        end = self._caller.limit(self.began)
+        self.ticks = self._call.equipment.clock.monotonic()
+        self.stage = Stage.RUNNING
+        timeout = link.timeout_seconds
+        bound = math.inf if timeout is None else self.began + timeout
         try:
-            if end is None:
-                watched = Watched(caller.link, self._invoke())
-                answer = await watched
+            if min(bound, self._call.cutoff) == math.inf:
+                asked = self._variables.run(self._invoke)
+                answer = await Returned(link, asked, self._variables)
             else:
-                with CutOff(end, self._expire) as self._cut:
-                    watched = Watched(caller.link, self._invoke())
-                    answer = await watched
+                with self.cut_off(bound, partial(self._expire, timeout)):
+                    asked = self._variables.run(self._invoke)
+                    answer = await Returned(link, asked, self._variables)
         except CutOffExpired:
             return None
-        except asyncio.CancelledError:
-            if self.over or (watched is not None and watched.interrupted):
+        except BaseException as error:
+            if _comes_from_outside(error, self._worker):
                 raise
-            self._fail(SourceUnavailableError(f"source {caller.link.name!r} cancelled itself"))
-            return None
-        except Exception as error:
             self._fail(error)
             return None
         finally:
-            self.calling = False
             self._cut = None
         if self.over:
             return None
-        if caller.link.guarantee.protected:
-            caller.watch_transport(self.elapsed_seconds, "completed_late")
+        if link.guarantee.protected:
+            self._watch_transport("completed_late")
         return (answer,)
 
     def _invoke(self) -> Any:
-        caller = self._caller
-        link, context = caller.link, caller.work.context
+        link, context, flights = self._call.link, self._call.work.context, self._call.flights
         if link.kind is _BATCH:
-            keys = tuple([flight.key for flight in caller.flights])
-            return link.source.fetch_many(keys, context)
-        key = next(iter(caller.flights)).key
+            return link.source.fetch_many(tuple([flight.key for flight in flights]), context)
+        (flight,) = flights
         if link.kind is _DERIVED:
-            return link.source.derive(key, *self.inputs, context)
-        return link.source.fetch(key, context)
+            return link.source.derive(flight.key, *self._inputs, context)
+        return link.source.fetch(flight.key, context)
 
-    def _fail(self, error: Exception) -> None:
-        if not self.over:
-            self.over = True
-            self._caller.watch_transport(self.elapsed_seconds, "failed_late")
-            self._caller.failed(self, error)
+    def _fail(self, error: BaseException) -> None:
+        if self.over:
+            without_frames(error)  # nobody will see it, and it would keep alive what failed
+            return
+        self.over = True
+        self._worker.closing |= isinstance(error, GeneratorExit)  # a task may have passed it on
+        self._watch_transport("failed_late")
+        self._call.failed(self, error)
 
-    def _expire(self) -> None:
+    def _expire(self, timeout: float | None) -> None:
         """Decide at once what a call that ran out of time comes to; its worker may take longer."""
         if self.over:
             return
-        self.over = True
-        caller = self._caller
-        timeout = caller.link.timeout_seconds
-        by_deadline = self._caller.deadline_comes_first(self.began, timeout)
-        self._caller.watch_transport(self.elapsed_seconds, "coalestra_timeout")
-        caller.written_off(self._shift)
-        name = caller.link.name
-        if by_deadline:
+        call, name = self._call, self._call.link.name
+        self.write_off()
+        if call.cutoff < self._bound:
             error: Exception = SnapshotDeadlineExceededError(
-                f"the deadline{self._caller.of_deadline()} passed while source {name!r} was "
-                "running; raise the deadline or lower the source timeout"
+                f"the deadline{call.of_deadline()} passed while source {name!r} was running; raise "
+                "the deadline or lower the source timeout"
             )
         else:
-            caller.equipment.counters.source_timeouts += 1
-            text = f"source {name!r} did not answer within {caller.link.timeout_seconds:g} s"
-            error = SourceTimeoutError(text)
-        caller.failed(self, error)
+            call.equipment.counters.source_timeouts += 1
+            error = SourceTimeoutError(f"source {name!r} did not answer within {timeout:g} s")
+        try:
+            self._watch_transport("coalestra_timeout")
+        finally:
+            call.failed(self, error)
+
+    def _watch_transport(self, outcome: str) -> None:
+        """Count a blocking call that outlived the transport timeout it declares."""
+        call, link = self._call, self._call.link
+        declared = link.guarantee.transport_timeout_seconds
+        if not link.guarantee.protected or declared is None:
+            return
+        elapsed, grace = self.elapsed_seconds, call.equipment.transport_grace_seconds
+        if outcome != "coalestra_timeout" and elapsed <= declared + grace:
+            return
+        violations = call.equipment.counters.transport_violations
+        violations[link.name] = violations.get(link.name, 0) + 1
+        if call.equipment.report is not None:
+            keys = [flight.key for flight in call.flights]
+            call.equipment.report.transport_violated(
+                keys, link.name, outcome, declared, elapsed, grace
+            )
 
     def __repr__(self) -> str:
-        return f"<Try {self._caller.link.name} calling={self.calling} over={self.over}>"
+        return f"<Attempt {self._call.link.name} {self.stage.name.lower()} over={self.over}>"
 
 
-# One call to one source for one or many keys: circuits, tries, and what becomes of each key ------
+# The call: its keys, its circuits, one attempt after the other, and what becomes of each key -----
 
 
-_NOBODY: frozenset[Acquisition] = frozenset()
+class Call:
+    """A call that carries one key, or a batch of keys, to one source, retries included.
 
-
-class Seat(Protocol):
-    """What an attempt needs of the lane that it stands in."""
-
-    link: Link
-    work: Work
-    tally: Tally
-
-    def again(self, attempt: Any) -> None:
-        """Queue the attempt for another try."""
-
-    def write_off(self, shift: Shift) -> None:
-        """Stop counting on the worker of a call that was cut off."""
-
-
-class Desk(Receiver, Protocol):
-    """Where an attempt reports what has become of its keys."""
-
-    equipment: Equipment
-
-    def refused(self, flight: Acquisition, error: Exception, status: str, attempts: int) -> None:
-        """Take note that the source failed for a key."""
-
-    def inputs(self, flight: Acquisition) -> Awaitable[Snapshot]:
-        """Return the dependency snapshot of a derived key."""
-
-    def inputs_now(self, flight: Acquisition) -> Snapshot | None:
-        """Return it without waiting, or None if that cannot be."""
-
-
-class Attempt(Budgeted):
-    """A call that carries one key, or a batch of keys, to one source, retries included."""
+    `flights` are those of its keys that are not settled yet, `fresh` those that the source has
+    answered with something fresh.
+    """
 
     __slots__ = (
-        "_admission",
-        "_desk",
+        "_answered",
+        "_asked",
+        "_attempt",
+        "_groups",
         "_interest",
+        "_lane",
+        "_over",
+        "_policy",
+        "_rank",
         "_retry",
-        "_seat",
-        "_tally",
-        "_try",
+        "_turn",
+        "answered_at",
+        "attempts",
+        "cutoff",
+        "dispatch",
         "equipment",
         "flights",
+        "fresh",
+        "latency_ms",
         "link",
-        "policy",
-        "tries",
         "work",
     )
 
-    def __init__(self, desk: Desk, seat: Seat, flights: Sequence[Acquisition]) -> None:
-        self._desk = desk
-        self._seat = seat
-        self.link: Link = seat.link
-        self.work: Work = seat.work
-        self.equipment: Equipment = desk.equipment
+    def __init__(self, lane: Lane, flights: Iterable[Acquisition]) -> None:
+        self._lane = lane
+        self.link: Link = lane.link
+        self.work: Work = lane.work
+        self.dispatch: Dispatch = lane.dispatch
+        self.equipment: Equipment = lane.dispatch.equipment
         self.flights: dict[Acquisition, None] = dict.fromkeys(flights)
-        self._interest = Interest(self.flights)
-        self.policy: SourceResiliencePolicy = desk.equipment.resilience.resolve(
-            self.link.name, declared=self.link.declared_resilience
-        )
-        self._admission = Admission(desk.equipment.breaker, self.link.name, self.policy.circuit)
-        self._tally = seat.tally
+        self.fresh: set[Acquisition] = set()
+        self.attempts: int = 0
+        self.cutoff: float = -math.inf
+        self._interest: Interest | None = None
+        self._policy: SourceResiliencePolicy | None = None
+        self._attempt: Attempt | None = None
         self._retry: asyncio.TimerHandle | None = None
-        self._try: Try | None = None
-        self.tries: int = 0
+        self._answered: bool = False
+        self._over: bool = False
+        self._asked: Sequence[Acquisition] = ()
+        self._groups: dict[CircuitIdentity, tuple[int, list[Acquisition]]] | None = None
+        self._turn: int = 0
         for flight in self.flights:
-            flight.attempt = self
+            flight.join_call(self)
+            if flight.cutoff > self.cutoff:
+                self.cutoff = flight.cutoff
+
+    @property
+    def policy(self) -> SourceResiliencePolicy:
+        """How it is retried, and when it is not made."""
+        if self._policy is None:
+            self._policy = self.equipment.resilience.resolve(
+                self.link.name, declared=self.link.declared_resilience
+            )
+        return self._policy
 
     # What flights tell the call ---------------------------------------------------------------
 
-    def extend(self) -> None:
-        """Give the call more time: a flight of it is now wanted for longer."""
-        if self._try is not None:
-            self._try.extend()
+    def extend(self, cutoff: float) -> None:
+        """Give the call more time: a flight of it is now wanted until `cutoff`."""
+        if cutoff > self.cutoff:
+            self.cutoff = cutoff
+            if self._attempt is not None:
+                self._attempt.extend()
 
     def unwanted(self) -> None:
-        """End the call if nobody waits for any of its keys and nothing else bounds it.
+        """Learn that nobody waits for one of the flights any more; see the table."""
+        attempt = self._attempt
+        if self._over or self._wanted() or (attempt is not None and attempt.goes_on):
+            return
+        late = None if attempt is None else attempt.abandon()
+        left = f"nobody waits for source {self.link.name!r} any more"
+        self.end(late or SourceUnavailableError(left), _ABANDONED)
 
-        A running call that has a bound goes on to it: its value is worth caching, and may still
-        find a taker.
-        """
-        if self._interest.alive:
+    def lost(self) -> None:
+        """Learn that the worker has ended, however that came about."""
+        if not self._over and self._retry is None:
+            self.end(SourceUnavailableError(f"the call of source {self.link.name!r} was lost"))
+
+    def _wanted(self) -> bool:
+        if self._interest is None:
+            self._interest = Interest(self.flights)
+        return self._interest.alive
+
+    # Its time ---------------------------------------------------------------------------------
+
+    def remaining(self) -> float:
+        """Return the seconds until nobody wants an answer any more."""
+        if self.cutoff == math.inf:
+            return self.cutoff
+        remaining = self.cutoff - asyncio.get_running_loop().time()
+        deadline = self.work.deadline
+        if deadline is not None and self.work.cutoff == self.cutoff:
+            remaining = min(remaining, deadline.remaining())
+        return remaining
+
+    def of_deadline(self) -> str:
+        """Return how long the deadline gave, for messages."""
+        deadline = self.work.deadline
+        return "" if deadline is None else f" of {deadline.budget_seconds:g} s"
+
+    # One attempt after the other --------------------------------------------------------------
+
+    async def run(self, worker: Worker) -> None:
+        """Make one attempt; return when the source has really ended."""
+        self._retry = None
+        if self._over or not self.flights:
             return
-        if self._try is not None and self._try.bounded:
+        attempt = self._attempt = Attempt(self, worker)
+        try:
+            if not self.attempts:
+                await self._pass_open_circuits()
+            if self.flights:
+                await attempt.run()
+        except BaseException as error:
+            if not _comes_from_outside(error, worker):
+                self.end(error)
+            elif isinstance(error, GeneratorExit):
+                raise
+            elif not attempt.over:
+                self.dispatch.be_quiet()
+                by_others = f"source {self.link.name!r} was cancelled from outside"
+                self.end(SourceUnavailableError(by_others), _ABANDONED)
+                raise
+        if not self._over and self._attempt is attempt:
+            self.lost()
+
+    def failed(self, attempt: Attempt, error: BaseException) -> None:
+        """Decide whether a failed attempt is followed by another, and arrange for it."""
+        self._attempt = None
+        error = self._own(error)
+        try:
+            loop = asyncio.get_running_loop()
+            self._count_latency((loop.time() - attempt.began) * 1000)
+            retry = self.policy.retry
+            if self.attempts < retry.max_attempts and retryable(error) and self._wanted():
+                delay = retry.delay_for_attempt(self.attempts)
+                if delay < self.remaining():
+                    self.work.record.retries += 1
+                    self._retry = loop.call_later(delay, self._lane.again, self)
+        finally:
+            if self._retry is None:
+                late = isinstance(error, SnapshotDeadlineExceededError)
+                self.end(error, _ABANDONED if late else _FAILURE)
+
+    def _own(self, error: BaseException) -> BaseException:
+        """Return a cancellation that nobody asked for as the source's own failure."""
+        if not isinstance(error, asyncio.CancelledError):
+            return error
+        own = SourceUnavailableError(f"source {self.link.name!r} cancelled itself")
+        own.__cause__ = error
+        return own
+
+    def end(self, error: BaseException, outcome: Outcome = _FAILURE) -> None:
+        """Refuse every key that is still in the call, and tell its circuits; once."""
+        if self._over:
             return
+        error = self._own(error)
+        self._over = True
+        self._attempt = None
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
-        this, self._try = self._try, None
-        late = None if this is None else this.abandon()
-        self._admission.abandon()
-        left = f"nobody waits for source {self.link.name!r} any more"
-        self._end(late or SourceUnavailableError(left))
-
-    # One try after the other ------------------------------------------------------------------
-
-    async def run(self, shift: Shift) -> None:
-        """Make one try and report on it; return when the source has really ended."""
-        self._retry = None
-        if not self.flights:
-            return
-        this = self._try = Try(self, shift)
         try:
-            if not self.tries and not self._pass_open_circuits():
-                return
-            if self.link.kind is SourceKind.DERIVED and not await self._prepare(this):
-                return
-            answer = await this.answer()
-            if answer is not None:
-                await self._take(answer[0], this.elapsed_seconds * 1000)
-        except asyncio.CancelledError:
-            if not this.over:
-                this.over = True
-                self._admission.abandon()
-                self._end(
-                    SourceUnavailableError(f"source {self.link.name!r} was cancelled from outside")
-                )
-                raise
-            _absorb_cancellation()
-        except Exception as error:
-            if not this.over:
-                self.skipped(error)
+            self._count_end(error, outcome)
         finally:
-            if self._try is this:
-                self._try = None
+            self.dispatch.hold(self.work)
+            self._work_off(self._ending(error, outcome))
 
-    async def _prepare(self, this: Try) -> bool:
-        """Give a derivation its inputs; False if they cannot be had."""
-        flight = next(iter(self.flights))
+    def _ending(self, error: BaseException, outcome: Outcome) -> Iterator[None]:
+        """Tell the circuits, and refuse the keys, one after the other."""
         try:
-            inputs = self._desk.inputs_now(flight) or await self._desk.inputs(flight)
-        except Exception as error:
-            self.skipped(error)
+            yield from self._tell_circuits(outcome)
+        except BaseException as broken:
+            _tell_loop(broken)
+        while self.flights:
+            try:
+                self.refuse(next(iter(self.flights)), error, "failure")
+            except BaseException as broken:
+                _tell_loop(broken)
+            yield
+
+    def _work_off(self, steps: Iterator[None]) -> None:
+        """Take small steps; others have a turn whenever a slice of time is used up."""
+        pace = self.equipment.pace
+        pace.begin()
+        for _ in steps:
+            if pace.due:
+                asyncio.get_running_loop().call_soon(self._work_off, steps)
+                return
+        self.dispatch.release(self.work)
+
+    def refuse(self, flight: Acquisition, error: BaseException, status: str) -> None:
+        """Report that the source has failed for a key."""
+        self.flights.pop(flight, None)
+        if flight.call is self:
+            flight.leave_call()
+            self.dispatch.refused(flight, error, status, self.attempts)
+
+    # Its circuits: a batch may touch several, each with a group of its keys ---------------------
+
+    async def _pass_open_circuits(self) -> None:
+        """Refuse the keys whose circuit is open, so that they need not wait for capacity."""
+        policy, breaker = self.policy.circuit, self.equipment.breaker
+        if policy.enabled and len(breaker):
+            await self._ask_circuits(lambda identity, _: breaker.refusal(identity, policy))
+
+    async def enter_circuits(self) -> None:
+        """Take part in the circuits, before the first attempt; refuse whom they keep out."""
+        if self.attempts or not self.policy.circuit.enabled:
+            return
+        breaker = self.equipment.breaker
+        self._turn, self._asked = breaker.turn, tuple(self.flights)
+        if len(breaker):  # otherwise all are at rest, and whoever reports first makes one
+            self._groups = {}
+            await self._ask_circuits(self._enter)
+
+    def _enter(self, identity: CircuitIdentity, group: list[Acquisition]) -> Exception | None:
+        try:
+            turn = self.equipment.breaker.admit(identity, self.policy.circuit)
+        except CircuitOpenError as error:
+            return error
+        if self._groups is not None:
+            self._groups[identity] = turn, group
+        return None
+
+    async def _ask_circuits(
+        self, ask: Callable[[CircuitIdentity, list[Acquisition]], Exception | None]
+    ) -> None:
+        """Ask the circuit of each group for leave, and refuse the keys of those that give none."""
+        groups: dict[CircuitIdentity, list[Acquisition]] = {}
+        pace = self.equipment.pace
+        pace.begin()
+        self.dispatch.hold(self.work)
+        try:
+            for _ in self._grouping(tuple(self.flights), groups):
+                await pace.keep()
+            for identity, group in groups.items():
+                if self._over:
+                    return
+                refusal = ask(identity, group)
+                if refusal is not None:
+                    for flight in group:
+                        self.refuse(flight, refusal, "circuit_open")
+                        await pace.keep()
+                await pace.keep()
+        finally:
+            self.dispatch.release(self.work)
+
+    def _grouping(
+        self, flights: Sequence[Acquisition], groups: dict[CircuitIdentity, list[Acquisition]]
+    ) -> Iterator[None]:
+        """Enter the flights into `groups` by circuit, one after the other."""
+        breaker, scope, name = self.equipment.breaker, self.policy.circuit.scope, self.link.name
+        if scope is CircuitScope.SOURCE:
+            groups[breaker.identity_for(name, scope=scope)] = list(flights)
+            return
+        for flight in flights:
+            identity = breaker.identity_for(name, key=flight.key, scope=scope)
+            groups.setdefault(identity, []).append(flight)
+            yield
+
+    @property
+    def _circuits_need_not_know(self) -> bool:
+        """Whether telling the circuits of success would change nothing."""
+        if not self._asked:
+            return True
+        if self._groups is not None or len(self.equipment.breaker):
             return False
-        this.inputs = (inputs,)
+        whole = self.policy.circuit.scope is CircuitScope.SOURCE
+        return bool(self.fresh) if whole else len(self.fresh) == len(self._asked)
+
+    def _tell_circuits(self, outcome: Outcome) -> Iterator[None]:
+        """Tell each circuit, once, how its keys fared: one fresh value makes it a success."""
+        if self._circuits_need_not_know:
+            return
+        breaker, policy, groups = self.equipment.breaker, self.policy.circuit, self._groups
+        if groups is None:
+            at_rest: dict[CircuitIdentity, list[Acquisition]] = {}
+            yield from self._grouping(self._asked, at_rest)
+            groups = {identity: (self._turn, group) for identity, group in at_rest.items()}
+        self._asked = ()
+        for identity, (turn, group) in groups.items():
+            fared = outcome if self.fresh.isdisjoint(group) else _SUCCESS
+            breaker.report(identity, fared, policy, turn)
+            yield
+
+    # What the source answered, handed over key by key ------------------------------------------
+
+    async def take_in(self, attempt: Attempt, answer: Any) -> None:
+        """Hand over what the source answered, without holding the loop for long."""
+        attempt.stage = Stage.TAKING_IN
+        equipment, flights = self.equipment, tuple(self.flights)
+        self.latency_ms = attempt.elapsed_seconds * 1000
+        self._count_latency(self.latency_ms)
+        values = _values_of(self.link, flights, answer)
+        self._answered = True
+        self.link.succeeded_at = equipment.clock.monotonic()
+        self._count_batch_end("success")
+        self.answered_at = equipment.clock.now()
+        policy = policy_of_all(equipment.authority)
+        self._rank = None if policy is None else policy.rank_for(self.link.name)
+        if len(values) > 1 or not self._hand_over(flights[0], values[0]):
+            await self._hand_over_all(attempt, flights, values)
+        if self._over:
+            return
+        if self.flights:
+            self.lost()
+            return
+        self._over = True
+        if not self._circuits_need_not_know:
+            self.dispatch.hold(self.work)
+            self._work_off(self._tell_circuits(_FAILURE))
+
+    async def _hand_over_all(
+        self, attempt: Attempt, flights: Sequence[Acquisition], values: Sequence[Any]
+    ) -> None:
+        pairs = zip(flights, values, strict=True)
+        omitted = [flight for flight, value in pairs if value is _OMITTED]
+        pace = self.equipment.pace
+        pace.begin()
+        if omitted:
+            await self._refuse_omitted(omitted)
+        left = PORTION
+        slow: list[tuple[Acquisition, Any]] = []
+        for flight, value in zip(flights, values, strict=True):
+            if not self._hand_over(flight, value):
+                slow.append((flight, value))
+            left -= _HANDING_OVER
+            if flight.offered is not None:
+                left -= flight.offered.seal.weight
+            if left <= 0:
+                left = PORTION
+                await pace.keep()
+        if slow:
+            await self._copy_in_threads(attempt, slow)
+
+    async def _refuse_omitted(self, flights: Sequence[Acquisition]) -> None:
+        """Let the keys that were left out go on, together, to where they are served next."""
+        error = SourceUnavailableError(f"source {self.link.name!r} left the key out of its answer")
+        self.dispatch.hold(self.work)
+        try:
+            for flight in flights:
+                self.refuse(flight, error, "failure")
+                await self.equipment.pace.keep()
+        finally:
+            self.dispatch.release(self.work)
+
+    async def _copy_in_threads(
+        self, attempt: Attempt, slow: Sequence[tuple[Acquisition, Any]]
+    ) -> None:
+        """Seal the values that take a thread, side by side, until the cutoff."""
+        pairs = iter(slow)
+        loop = asyncio.get_running_loop()
+        helpers = [
+            loop.create_task(self._copy_each(pairs), name=f"coalestra {self.link.name}")
+            for _ in range(min(len(slow), self.equipment.copies.max_concurrency) - 1)
+        ]
+        for task in helpers:
+            self.dispatch.tasks.add(task)
+            task.add_done_callback(self.dispatch.tasks.discard)
+        try:
+            with attempt.cut_off(math.inf, partial(self._copy_late, attempt)):
+                await self._copy_each(pairs)
+                if helpers:
+                    await asyncio.wait(helpers)
+        except CutOffExpired:
+            pass  # `_copy_late` has decided
+        finally:
+            for task in helpers:
+                task.cancel()
+
+    async def _copy_each(self, pairs: Iterator[tuple[Acquisition, Any]]) -> None:
+        copies = self.equipment.copies
+        for flight, value in pairs:
+            if flight.call is not self:
+                continue
+            try:
+                payload = value.value if type(value) is SourcePayload else value
+                sealed = await copies.seal(payload, context=self.link.context)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                self._refuse_value(flight, error)
+            else:
+                self._hand_over(flight, value, sealed)
+
+    def _copy_late(self, attempt: Attempt) -> None:
+        """Decide at once what becomes of the values whose copies took too long."""
+        attempt.write_off()
+        self.equipment.copies.count_timeouts(len(self.flights))
+        self.end(
+            SnapshotDeadlineExceededError(
+                f"the deadline{self.of_deadline()} passed while the answer of source "
+                f"{self.link.name!r} was being copied; raise the deadline or return less"
+            )
+        )
+
+    def _refuse_value(self, flight: Acquisition, error: BaseException) -> None:
+        self.fresh.discard(flight)
+        future = isinstance(error.__cause__, FutureObservation)
+        self.work.record.future_timestamp_rejections += future
+        self.refuse(flight, error, "invalid_timestamp" if future else "failure")
+
+    def _hand_over(self, flight: Acquisition, value: Any, sealed: Sealed | None = None) -> bool:
+        """Report one value; False if sealing it takes a thread. Then call again with the seal."""
+        if flight.call is not self:
+            return True
+        if value is _OMITTED:
+            return False
+        dated = False
+        try:
+            metadata: Mapping[str, Any] = EMPTY
+            payload, observed_at = value, self.answered_at
+            if type(value) is SourcePayload:
+                payload, metadata = value.value, value.metadata
+                if value.observed_at is not None:
+                    dated, observed_at = True, value.observed_at
+                    skew = self._accepted_skew(flight.key, observed_at)
+                    if skew:
+                        metadata = {**metadata, "clock_skew_seconds": skew}
+            stale = self.answered_at - observed_at > flight.policy.ttl_seconds
+            if not stale:
+                self.fresh.add(flight)
+            if sealed is None:
+                sealed = self.equipment.copies.seal_now(payload, context=self.link.context)
+                if sealed is None:
+                    return False
+            revision = self._revision(flight, sealed, metadata, observed_at, dated=dated)
+        except BaseException as error:
+            self._refuse_value(flight, error)
+            return True
+        if stale:
+            self._refuse_stale(flight, revision)
+            return True
+        del self.flights[flight]
+        flight.leave_call()
+        try:
+            self.dispatch.delivered(flight, revision, dated)
+        except BaseException as error:
+            self.dispatch.refused(flight, error, "failure", self.attempts)
         return True
 
-    def begin(self) -> bool:
-        """Take part in the circuits and count the try; False if no key may be called for."""
-        if not self.tries:
-            for flight, error in self._admission.enter(tuple(self.flights)):
-                self.refuse(flight, error, "circuit_open")
-            if not self.flights:
-                return False
-            self._tally.called(len(self.flights))
-        self.tries += 1
+    def _accepted_skew(self, key: ResourceKey, observed_at: float) -> float:
+        try:
+            return judge_observation(observed_at, self.answered_at, self.equipment.observation)
+        except FutureObservation as error:
+            raise SourceProtocolError(
+                f"source {self.link.name!r}, {key.display}: {error}"
+            ) from error
+
+    def _revision(
+        self,
+        flight: Acquisition,
+        sealed: Sealed,
+        metadata: Mapping[str, Any],
+        observed_at: float,
+        *,
+        dated: bool,
+    ) -> Revision:
+        equipment, link, key = self.equipment, self.link, flight.key
+        gather, rank = flight.gather, self._rank
+        used = () if gather is None else tuple([r.revision for r in gather.readings.values()])
+        copies = equipment.copies
+        return Revision(
+            key,
+            sealed[0],
+            sealed[1],
+            link.name,
+            observed_at,
+            self.answered_at,
+            next_version(),
+            self.latency_ms,
+            self.attempts,
+            copies.seal_metadata_now(metadata, context=link.context) if metadata else EMPTY,
+            equipment.authority.rank_for(key, link.name) if rank is None else rank,
+            FrozenDict({r.key: r.version for r in used}) if used else EMPTY,
+            used,
+            dated,
+            flight.began,
+        )
+
+    def _refuse_stale(self, flight: Acquisition, revision: Revision) -> None:
+        """Keep a value that is too old to count: it may stand in when all else fails."""
+        age, ttl = revision.fetched_at - revision.observed_at, flight.policy.ttl_seconds
+        try:
+            flight.keep_stale(revision)
+        finally:
+            text = f"the value is {age:g} s old, the policy allows {ttl:g} s"
+            self.refuse(flight, StaleSourceData(text), "stale")
+
+    # What it counts for, in the diagnostics of its unit of work and in the metrics ----------------
+
+    def count_attempt(self) -> None:
+        """Count an attempt, and with the first one the call."""
+        if not self.attempts:
+            record, name = self.work.record, self.link.name
+            record.source_calls += 1
+            by_source = record.source_calls_by_source
+            by_source[name] = by_source.get(name, 0) + 1
+            record.derived_calls += self.link.kind is _DERIVED
+            if self.link.kind is _BATCH:
+                record.batch_calls += 1
+                if self.equipment.report is not None:
+                    self.equipment.report.batch_size(name, len(self.flights))
+        self.attempts += 1
         number = next_number()
         for flight in self.flights:
             flight.began = number
-        return True
 
-    def _pass_open_circuits(self) -> bool:
-        """Refuse the keys whose circuit is open now, so that they need not wait for capacity."""
-        for flight, error in self._admission.open_now(tuple(self.flights)):
-            self.refuse(flight, error, "circuit_open")
-        return bool(self.flights)
+    def _count_latency(self, latency_ms: float) -> None:
+        """Add what one attempt took, in milliseconds."""
+        name, by_source = self.link.name, self.work.record.source_latency_ms_by_source
+        by_source[name] = by_source.get(name, 0.0) + latency_ms
+        if self.equipment.report is not None:
+            self.equipment.report.fetch_latency(name, latency_ms)
 
-    # How it ends ------------------------------------------------------------------------------
+    def _count_batch_end(self, status: str) -> None:
+        """Count how a batch call ended; other calls are counted by their keys alone."""
+        if self.equipment.report is not None and self.link.kind is _BATCH:
+            self.equipment.report.batch_call(self.link.name, status)
 
-    def written_off(self, shift: Shift) -> None:
-        """Let the lane take on another worker in place of this one."""
-        self._seat.write_off(shift)
-
-    def failed(self, this: Try, error: Exception) -> None:
-        """Decide whether a failed try is followed by another, and arrange for it."""
-        if self._try is this:
-            self._try = None
-        loop = asyncio.get_running_loop()
-        self._tally.took((loop.time() - this.began) * 1000)
-        retry = self.policy.retry
-        if self._interest.alive and self.tries < retry.max_attempts and retryable(error):
-            delay = retry.delay_for_attempt(self.tries)
-            if delay < self.remaining():
-                self.work.record.retries += 1
-                self._retry = loop.call_later(delay, self._seat.again, self)
-                return
-        if isinstance(error, SnapshotDeadlineExceededError):
-            self._admission.abandon()
-        else:
-            self._admission.close(_NOBODY)
-        self._end(error)
-
-    def skipped(self, error: Exception) -> None:
-        """End the call because the source could not be called, now or again.
-
-        Circuits hear of tries that were made; before the first one they have not been entered.
-        """
-        self._admission.close(_NOBODY)
-        self._end(error)
-
-    def _end(self, error: Exception) -> None:
-        """Report one failure for every key of the call."""
-        link = self.link
-        link.failed_at, link.last_error = self.equipment.clock.monotonic(), type(error).__name__
+    def _count_end(self, error: BaseException, outcome: Outcome) -> None:
         status = "failure"
         if isinstance(error, SnapshotDeadlineExceededError):
             now = asyncio.get_running_loop().time()
@@ -1038,154 +1027,215 @@ class Attempt(Budgeted):
             status = "deadline_exceeded"
         elif isinstance(error, SourceQueueTimeoutError):
             status = "queue_timeout"
-        self._tally.batch_ended(status)
-        for flight in tuple(self.flights):
-            self.refuse(flight, error, "failure")
-
-    def refuse(self, flight: Acquisition, error: Exception, status: str) -> None:
-        """Report that the source has failed for a key."""
-        self.flights.pop(flight, None)
-        if flight.attempt is self:
-            flight.attempt = None
-            self._desk.refused(flight, error, status, self.tries)
-
-    async def _take(self, answer: Any, latency_ms: float) -> None:
-        self._tally.took(latency_ms)
-        flights = tuple(self.flights)
-        try:
-            values = values_of(self.link, flights, answer)
-        except Exception as error:
-            self._admission.close(_NOBODY)
-            self._end(error)
+        if self._answered:
             return
-        self._tally.batch_ended("success")
-        self.link.succeeded_at = self.equipment.clock.monotonic()
-        facts = CallFacts(self.equipment, self.link, self.tries, latency_ms)
-        harvest = Harvest(self, self._desk, facts)
-        if len(values) > 1 or not harvest.bring_in_now(flights[0], values[0]):
-            await harvest.bring_in(flights, values)
-        self._admission.close(harvest.fresh)
+        if self.attempts and outcome is _FAILURE:
+            self.link.failed_at = self.equipment.clock.monotonic()
+            self.link.last_error = type(error).__name__
+        self._count_batch_end(status)
 
     def __repr__(self) -> str:
-        return f"<Attempt {self.link.name} keys={len(self.flights)} tries={self.tries}>"
+        return f"<Call {self.link.name} keys={len(self.flights)} attempts={self.attempts}>"
 
 
-def _absorb_cancellation() -> None:
-    """Forget a cancellation that the engine itself asked for, so that the worker can go on."""
-    uncancel = getattr(asyncio.current_task(), "uncancel", None)
-    if uncancel is not None:
-        uncancel()
+def _tell_loop(error: BaseException) -> None:
+    """Report what went wrong in settling, which goes on all the same."""
+    pass_on(error)
+    context = {"message": "coalestra: the end of a call failed", "exception": error}
+    asyncio.get_running_loop().call_exception_handler(context)
 
 
 # The calls of one unit of work to one source: a queue, and a bounded number of workers -----------
 
 
-_CALLS_BETWEEN_LOOKS = 8
-"""Calls that never wait would otherwise all be made in one step of the event loop."""
+class Worker:
+    """A task that works off the queue of a lane. `gone`: the lane has stopped counting on it."""
+
+    __slots__ = ("_lane", "_requests", "call", "closing", "gone", "task")
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._requests: OwnCancellation | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.call: Call | None = None
+        self.closing: bool = False
+        self.gone: bool = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether its end was asked for. Else a cancellation is the own of whoever raises it."""
+        return self.closing or (self._requests is not None and self._requests.asked)
+
+    @property
+    def runs(self) -> bool:
+        """Whether its task takes a step just now, and its coroutine is not merely being closed."""
+        try:
+            return asyncio.current_task() is self.task
+        except RuntimeError:
+            return False
+
+    async def run(self) -> None:
+        """Serve the lane; the coroutine of the task."""
+        task = self.task = asyncio.current_task()
+        if task is not None:
+            self._requests = own_cancellation(task)
+            try:
+                await self._lane.serve(self)
+            finally:
+                self._requests.end()
+
+    def leave(self) -> None:
+        """Let another take its place, as this one ends, or may take its time to end."""
+        if not self.gone:
+            self.gone = True
+            self._lane.left(self)
+
+
+def _comes_from_outside(error: BaseException, worker: Worker) -> bool:
+    """Whether an error is how a worker is ended. Whatever is plugged in may raise the same."""
+    if isinstance(error, GeneratorExit):
+        return not worker.runs  # its loop has ended, and with it whoever waited
+    return isinstance(error, asyncio.CancelledError) and worker.interrupted
 
 
 class Lane:
-    """Turns ready flights into attempts and works them off, at most `limit` side by side.
+    """Makes calls of ready flights and works them off, at most `limit` side by side.
 
-    A worker is a task in the context of the work, so that a source sees the context variables of
-    the build that called it. A worker whose call was cut off but does not end is written off:
-    another takes its place, while the old one keeps its slot until it really ends.
+    A worker is a task in the context of the work. One whose call was cut off but does not end is
+    written off: another takes its place, while the old one keeps its slot until it really ends.
     """
 
     __slots__ = (
         "_busy",
-        "_make",
-        "_pace",
         "_queue",
-        "_tasks",
+        "_waking",
         "_workers",
+        "dispatch",
         "limit",
         "link",
-        "tally",
         "work",
     )
 
-    def __init__(
-        self,
-        work: Work,
-        link: Link,
-        limit: int,
-        make: Callable[[Lane, Sequence[Acquisition]], Attempt],
-        equipment: Equipment,
-        tasks: set[asyncio.Task[Any]],
-    ) -> None:
+    def __init__(self, dispatch: Dispatch, work: Work, link: Link, limit: int) -> None:
+        self.dispatch: Dispatch = dispatch
         self.work: Work = work
         self.link: Link = link
         self.limit: int = limit
-        self.tally: Tally = Tally(link, work.record, equipment.report)
-        self._pace = equipment.pace
-        self._make = make
-        self._tasks = tasks
-        self._queue: deque[Attempt] = deque()
+        self._queue: deque[Call | Sequence[Acquisition]] = deque()
         self._workers = 0
         self._busy = 0
+        self._waking = False
 
     def add(self, flights: Sequence[Acquisition]) -> None:
         """Queue calls for the flights: for a batch source in chunks of its size, else one each."""
-        size = 1
-        if self.link.kind is SourceKind.BATCH:
+        if self.link.kind is not _BATCH:
+            self._queue.extend(zip(flights, strict=True))
+        else:
             size = self.link.max_batch_size or len(flights)
             if len(flights) > size:
                 self.work.record.batch_chunks += -(-len(flights) // size)
-        parts = [flights[start : start + size] for start in range(0, len(flights), size)]
-        self._queue.extend([self._make(self, part) for part in parts])
+            starts = range(0, len(flights), size)
+            self._queue.extend([flights[start : start + size] for start in starts])
         self._staff()
 
-    def again(self, attempt: Attempt) -> None:
-        """Queue a call once more, for its next try."""
-        self._queue.append(attempt)
+    def again(self, call: Call) -> None:
+        """Queue a call once more, for its next attempt."""
+        self._queue.append(call)
         self._staff()
 
-    def write_off(self, shift: Shift) -> None:
-        """Count a worker as gone: its call was cut off and may take its time to end."""
-        if not shift.gone:
-            shift.gone = True
-            self._busy -= 1
-            self._workers -= 1
-            self._staff()
+    def left(self, worker: Worker) -> None:
+        """Count a worker as gone."""
+        self._workers -= 1
+        self._busy -= worker.call is not None
+        self._staff()
 
     def _staff(self) -> None:
         # Looked at anew each time: an eager task may have worked the queue off by now.
         while self._workers < min(self.limit, self._busy + len(self._queue)):
+            if self.dispatch.quiet_until and self._is_quiet():
+                return
+            worker = Worker(self)
             self._workers += 1
-            # A copy, as a context cannot be entered twice, and an eager task may come back here.
-            task = self.work.variables.copy().run(self._start)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            try:
+                # A copy, as a context cannot be entered twice, and an eager task may come back.
+                task = self.work.variables.copy().run(self._start, worker)
+            except BaseException:
+                self._workers -= not worker.gone
+                raise
+            self.dispatch.workers.add(task)
+            task.add_done_callback(partial(self._ended, worker))
 
-    def _start(self) -> asyncio.Task[None]:
+    def _start(self, worker: Worker) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
-        return loop.create_task(self._serve(), name=f"coalestra {self.link.name}")
+        return loop.create_task(worker.run(), name=f"coalestra {self.link.name}")
 
-    async def _serve(self) -> None:
-        shift = Shift()
-        pace = self._pace
+    async def serve(self, worker: Worker) -> None:
+        """Make one call after the other while there are any; what a worker does."""
+        pace = self.dispatch.equipment.pace
         pace.begin()
         left = _CALLS_BETWEEN_LOOKS
-        try:
-            while self._queue and not shift.gone:
-                shift.busy = True
-                self._busy += 1
-                await self._queue.popleft().run(shift)
-                if not shift.gone:
-                    shift.busy = False
-                    self._busy -= 1
-                    left -= 1
-                    if not left:
-                        left = _CALLS_BETWEEN_LOOKS
-                        await pace.keep()
-        finally:
-            if not shift.gone:
-                shift.gone = True
-                self._busy -= shift.busy
-                self._workers -= 1
-                if self._queue:
-                    self._staff()
+        while self._queue and not worker.gone:
+            call = self._next()
+            if call is None:
+                continue
+            worker.call = call
+            self._busy += 1
+            await call.run(worker)
+            if worker.gone:
+                return
+            worker.call = None
+            self._busy -= 1
+            if worker.interrupted:
+                self.dispatch.be_quiet()
+                break
+            left -= 1
+            if not left:
+                left = _CALLS_BETWEEN_LOOKS
+                await pace.keep()
+        worker.leave()
+
+    def _next(self) -> Call | None:
+        """Return the next call, of those of its keys that have not gone elsewhere meanwhile."""
+        queued = self._queue.popleft()
+        if isinstance(queued, Call):
+            return queued
+        flights = [flight for flight in queued if self._is_here(flight)]
+        return Call(self, flights) if flights else None
+
+    def _is_here(self, flight: Acquisition) -> bool:
+        return flight.phase is _CALLING and flight.call is None and flight.link is self.link
+
+    def _ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
+        """See to what a worker leaves behind, however it ended, and even if it never began."""
+        self.dispatch.workers.discard(task)
+        if not worker.gone and task.cancelled():
+            self.dispatch.be_quiet()
+        call = worker.call
+        worker.leave()
+        worker.call = None
+        if call is not None:
+            call.lost()
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            _tell_loop(error)
+
+    def _is_quiet(self) -> bool:
+        """Whether no worker may be started yet; if so, see to it that they are later."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self.dispatch.quiet_until:
+            return False
+        alive = [
+            each for each in self._queue if isinstance(each, Call) or any(map(self._is_here, each))
+        ]
+        self._queue = deque(alive)
+        if alive and not self._waking:
+            self._waking = True
+            loop.call_at(self.dispatch.quiet_until, self._wake)
+        return True
+
+    def _wake(self) -> None:
+        self._waking = False
+        self._staff()
 
     def __repr__(self) -> str:
         return f"<Lane {self.link.name} queued={len(self._queue)} workers={self._workers}>"
@@ -1194,20 +1244,34 @@ class Lane:
 # Dispatch: ready keys are grouped by source and handed to the lanes of their unit of work --------
 
 
-_READY = Phase.READY
-_CALLING = Phase.CALLING
-
-
 class Dispatch:
     """Makes the keys that become ready for one source in one step travel together.
 
-    While a unit of work is on hold, more of its keys are on their way, and none is sent.
+    While a unit of work is on hold, more of its keys are on their way, and none is sent. After a
+    worker was cancelled from outside, as at the end of a program, it is quiet for a while: what is
+    started then would be destroyed before it has begun.
     """
 
-    def __init__(self, desk: Desk, refused: Callable[[Acquisition, Exception], None]) -> None:
-        self._desk = desk
-        self._refused = refused
+    def __init__(
+        self,
+        equipment: Equipment,
+        deliveries: Deliveries,
+        tasks: set[asyncio.Task[Any]],
+        refused: Refused,
+        delivered: Delivered,
+    ) -> None:
+        """Report to `refused` and `delivered`; copies in threads are among the `tasks`."""
+        self.equipment: Equipment = equipment
+        self.deliveries: Deliveries = deliveries
+        self.tasks: set[asyncio.Task[Any]] = tasks
+        self.refused: Refused = refused
+        self.delivered: Delivered = delivered
         self.workers: set[asyncio.Task[Any]] = set()
+        self.quiet_until: float = 0.0
+
+    def be_quiet(self) -> None:
+        """Start no worker for a while."""
+        self.quiet_until = asyncio.get_running_loop().time() + _QUIET_SECONDS
 
     def hold(self, work: Work) -> None:
         """Hold back the calls of a unit of work: more keys for them are on their way."""
@@ -1227,7 +1291,7 @@ class Dispatch:
         link = flight.link
         if link is None:
             return
-        flight.phase = _READY
+        flight.be_ready()
         group = work.ready.get(link.index)
         if group is None:
             group = work.ready[link.index] = []
@@ -1249,29 +1313,24 @@ class Dispatch:
         for index, flights in ready.items():
             waiting = [flight for flight in flights if flight.phase is _READY]
             for flight in waiting:
-                flight.phase = _CALLING
+                flight.queue()
             try:
                 self._lane(work, index).add(waiting)
-            except Exception as error:
+            except BaseException as error:
                 for flight in waiting:
-                    self._refused(flight, error)
+                    self.refused(flight, error, "failure", 0)
 
     def _lane(self, work: Work, index: int) -> Intake:
         lane = work.lanes.get(index)
         if lane is None:
-            equipment = self._desk.equipment
+            equipment = self.equipment
             link = equipment.chains.links[index]
             limit = equipment.max_pending_tasks
-            if link.kind is SourceKind.BATCH:
+            if link.kind is _BATCH:
                 limit = equipment.max_concurrency
             work.variables.run(current_threads.set, equipment.threads)
-            lane = work.lanes[index] = Lane(
-                work, link, limit, self._attempt, equipment, self.workers
-            )
+            lane = work.lanes[index] = Lane(self, work, link, limit)
         return lane
-
-    def _attempt(self, lane: Lane, flights: Sequence[Acquisition]) -> Attempt:
-        return Attempt(self._desk, lane, flights)
 
     def __repr__(self) -> str:
         return f"<Dispatch workers={len(self.workers)}>"

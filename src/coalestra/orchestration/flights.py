@@ -208,6 +208,8 @@ class Work:
 
 _CHOOSING = Phase.CHOOSING
 _GATHERING = Phase.GATHERING
+_READY = Phase.READY
+_CALLING = Phase.CALLING
 _WRITING = Phase.WRITING
 _SETTLED = Phase.SETTLED
 
@@ -215,8 +217,8 @@ _SETTLED = Phase.SETTLED
 class Call(Protocol):
     """The call to a source that a flight takes part in, as far as a flight cares."""
 
-    def extend(self) -> None:
-        """Learn that a flight of the call is wanted for longer."""
+    def extend(self, cutoff: float) -> None:
+        """Learn that a flight of the call is wanted until `cutoff`, on the loop's clock."""
 
     def unwanted(self) -> None:
         """Learn that nobody waits for one of the flights any more."""
@@ -235,10 +237,10 @@ class Acquisition:
     """
 
     __slots__ = (
-        "attempt",
         "began",
         "cacheable",
         "cached",
+        "call",
         "candidate",
         "cutoff",
         "cycle",
@@ -296,7 +298,7 @@ class Acquisition:
         self.joinable: bool = False
         self.linked: bool = False
         self.gather: Gather | None = None
-        self.attempt: Call | None = None
+        self.call: Call | None = None
         self.settlement: Settlement | None = None
         self.since: int = since
 
@@ -312,6 +314,28 @@ class Acquisition:
         self.phase = _GATHERING
         self.gather = gather
 
+    def be_ready(self) -> None:
+        """Wait for the end of the step, to travel with others to the same source."""
+        self.phase = _READY
+
+    def queue(self) -> None:
+        """Wait for a worker that calls the source."""
+        self.phase = _CALLING
+
+    def join_call(self, call: Call) -> None:
+        """Be one of the keys that `call` is made for."""
+        self.call = call
+
+    def leave_call(self) -> None:
+        """Be settled as far as the call is concerned."""
+        self.call = None
+
+    def keep_stale(self, revision: Revision) -> None:
+        """Keep a stale answer as a candidate to stand in: the newest one."""
+        known = self.candidate
+        if known is None or known.observed_at < revision.observed_at:
+            self.candidate = revision
+
     def offer(self, revision: Revision, dated: bool) -> None:
         """Have a value that is on its way to the cache."""
         self.phase = _WRITING
@@ -322,7 +346,7 @@ class Acquisition:
         """Be settled."""
         self.phase = _SETTLED
         self.settlement = settlement
-        self.gather = self.attempt = None
+        self.gather = self.call = None
 
     @property
     def wanted(self) -> bool:
@@ -588,8 +612,8 @@ class FlightBoard:
             if cutoff <= each.cutoff:
                 continue
             each.cutoff = cutoff
-            if each.attempt is not None:
-                each.attempt.extend()
+            if each.call is not None:
+                each.call.extend(cutoff)
             if each.gather is not None:
                 stack += [
                     one for one in each.gather.pending.values() if isinstance(one, Acquisition)
@@ -789,7 +813,7 @@ def late(key: ResourceKey, deadline: Deadline | None, flight: Acquisition | None
     link = None if flight is None else flight.link
     failures = () if flight is None else flight.failures
     said = link is None or (flight is not None and _ended_late(flight, link.name))
-    tries = 0 if flight is None else getattr(flight.attempt, "tries", 0)
+    tries = 0 if flight is None else getattr(flight.call, "attempts", 0)
 
     def make() -> Exception:
         budget = "" if deadline is None else f" of {deadline.budget_seconds:g} s"
@@ -804,7 +828,7 @@ def late(key: ResourceKey, deadline: Deadline | None, flight: Acquisition | None
 
 def _ended_late(flight: Acquisition, source: str) -> bool:
     """Whether the source has said already, in this very instant, that its deadline passed."""
-    if flight.attempt is not None or not flight.failures:
+    if flight.call is not None or not flight.failures:
         return False
     last = flight.failures[-1]
     return (last.source, last.error_type) == (source, SnapshotDeadlineExceededError.__name__)

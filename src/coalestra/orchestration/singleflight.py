@@ -34,13 +34,10 @@ from coalestra.core.errors import (
     BuilderClosedError,
     DependencyResolutionError,
     SourceFailure,
-    SourceProtocolError,
-    SourceUnavailableError,
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_of_all
 from coalestra.core.results import CacheWriteStatus
-from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import Revision
 from coalestra.orchestration.calls import Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
@@ -72,7 +69,7 @@ from coalestra.orchestration.readings import (
     lineage,
 )
 from coalestra.orchestration.refresh import Refresher
-from coalestra.orchestration.sources import Link, SourceKind
+from coalestra.orchestration.sources import Link, SourceKind, dependencies_of
 
 _STEPS_BETWEEN_LOOKS = 4
 _KEYS_PER_STEP = 64
@@ -165,7 +162,9 @@ class SingleFlight:
         self.board: FlightBoard = FlightBoard(equipment.report)
         self.tasks: set[asyncio.Task[Any]] = set()
         self.deliveries: Deliveries = Deliveries(equipment)
-        self.dispatch: Dispatch = Dispatch(self, self._not_dispatched)
+        self.dispatch: Dispatch = Dispatch(
+            equipment, self.deliveries, self.tasks, self.refused, self.delivered
+        )
         self.reads: CacheReads = CacheReads(equipment, self._cache_answered, self.tasks)
         self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written)
         self.refresher: Refresher = Refresher(equipment, variables, self.look, self.abandon)
@@ -419,8 +418,8 @@ class SingleFlight:
     def _unwanted(self, flight: Acquisition) -> None:
         if flight.phase is _SETTLED or flight.waiters:
             return
-        if flight.attempt is not None:
-            flight.attempt.unwanted()
+        if flight.call is not None:
+            flight.call.unwanted()
         elif flight.phase is not _WRITING:
             self._drop(flight)
 
@@ -488,15 +487,12 @@ class SingleFlight:
             link = chains.links[flight.position]
             flight.position += 1
             try:
-                if chains.supports(link, flight.key, record):
+                if chains.supports(link, flight.key, record, flight.sponsor.variables):
                     flight.link = link
                     return link
             except BaseException as error:
                 self._note(flight, link, error, "failure", attempts=0)
         return None
-
-    def _not_dispatched(self, flight: Acquisition, error: Exception) -> None:
-        self.refused(flight, error, "failure", 0)
 
     def refused(
         self, flight: Acquisition, error: BaseException, status: str, attempts: int
@@ -519,7 +515,7 @@ class SingleFlight:
     def _derive(self, flight: Acquisition, link: Link) -> None:
         """Ask for what `flight` is derived from; it goes on when all of it is settled."""
         try:
-            keys = _dependencies(link, flight.key)
+            keys = dependencies_of(link, flight.key, flight.sponsor.variables)
         except BaseException as error:
             self.refused(flight, error, "failure", 0)
             return
@@ -548,16 +544,6 @@ class SingleFlight:
         errors = {key: failure.make() for key, failure in gather.failures.items()}
         self.refused(flight, DependencyResolutionError(flight.key, name, errors), "failure", 0)
 
-    def inputs_now(self, flight: Acquisition) -> Snapshot | None:
-        """Return what `inputs` returns, without waiting; None if that takes a while."""
-        readings = {} if flight.gather is None else flight.gather.in_order()
-        return self.deliveries.inputs_now(flight.sponsor.context, readings)
-
-    async def inputs(self, flight: Acquisition) -> Snapshot:
-        """Return the dependencies of a derived key, copied for its derivation alone."""
-        readings = {} if flight.gather is None else flight.gather.in_order()
-        return await self.deliveries.inputs(flight.sponsor.context, readings)
-
     # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
 
     def delivered(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
@@ -572,12 +558,6 @@ class SingleFlight:
             self._put(self._store, flight, revision)
         else:
             self._offer(flight)
-
-    def outdated(self, flight: Acquisition, revision: Revision) -> None:
-        """Keep a stale value as a candidate, the newest one."""
-        known = flight.candidate
-        if known is None or known.observed_at < revision.observed_at:
-            flight.candidate = revision
 
     def _offer(self, flight: Acquisition) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
@@ -901,24 +881,6 @@ def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
     return revision is not None and any(
         each.key in changed for each in lineage((revision,)).values()
     )
-
-
-def _dependencies(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
-    try:
-        declared = link.source.dependencies(key)
-    except asyncio.CancelledError as error:
-        raise SourceUnavailableError(f"source {link.name!r} cancelled itself") from error
-    try:
-        keys = tuple(dict.fromkeys(declared))
-    except TypeError:
-        keys = (declared,)
-    for each in keys:
-        if not isinstance(each, ResourceKey):
-            raise SourceProtocolError(
-                f"dependencies() of source {link.name!r} for {key} must be ResourceKeys, got "
-                f"{type(each).__qualname__}"
-            )
-    return keys
 
 
 class Stage:

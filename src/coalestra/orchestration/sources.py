@@ -6,7 +6,8 @@ import asyncio
 import enum
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,10 +157,12 @@ class Chains:
         self._answers.clear()
         self.entries = 0
 
-    def supports(self, link: Link, key: ResourceKey, record: DiagnosticsRecorder) -> bool:
+    def supports(
+        self, link: Link, key: ResourceKey, record: DiagnosticsRecorder, variables: Context
+    ) -> bool:
         """Whether the source of `link` serves `key`; raises what the source raises."""
         if not link.memoized:
-            return _ask(link, key)
+            return _supports(link, key, variables)
         answers = self._answers
         known = answers.get(key, 0)
         if known & link.asked:
@@ -168,7 +171,7 @@ class Chains:
                 answers.move_to_end(key)
             return bool(known & link.served)
         record.support_cache_misses += 1
-        answer = _ask(link, key)
+        answer = _supports(link, key, variables)
         # Taken out anew: the source may have called for the answers to be forgotten.
         known = answers.pop(key, 0) if known else 0
         self.entries += not (known & link.asked)
@@ -186,11 +189,19 @@ class Chains:
         return f"<Chains {' > '.join(link.name for link in self.links)} entries={self.entries}>"
 
 
-def _ask(link: Link, key: ResourceKey) -> bool:
+def _ask(link: Link, question: Callable[..., Any], key: ResourceKey, variables: Context) -> Any:
+    """Return what a source answers at once, in a copy of the `variables` of whom it is asked for.
+
+    Nothing that it sets there reaches anybody else.
+    """
     try:
-        answer = link.source.supports(key)
+        return variables.copy().run(question, key)
     except asyncio.CancelledError as error:
         raise SourceUnavailableError(f"source {link.name!r} cancelled itself") from error
+
+
+def _supports(link: Link, key: ResourceKey, variables: Context) -> bool:
+    answer = _ask(link, link.source.supports, key, variables)
     if answer is True or answer is False:
         return answer
     if inspect.isawaitable(answer):
@@ -200,6 +211,26 @@ def _ask(link: Link, key: ResourceKey) -> bool:
             f"supports() of source {link.name!r} returned an awaitable; it must be a plain function"
         )
     return bool(answer)
+
+
+def dependencies_of(link: Link, key: ResourceKey, variables: Context) -> tuple[ResourceKey, ...]:
+    """Return what a derived source needs for `key`, each once; raises what the source raises.
+
+    Raises:
+        SourceProtocolError: if that is no key.
+    """
+    declared = _ask(link, link.source.dependencies, key, variables)
+    try:
+        keys = tuple(dict.fromkeys(declared))
+    except TypeError:
+        keys = (declared,)
+    for each in keys:
+        if not isinstance(each, ResourceKey):
+            raise SourceProtocolError(
+                f"dependencies() of source {link.name!r} for {key.display} must be ResourceKeys, "
+                f"got {type(each).__qualname__}"
+            )
+    return keys
 
 
 def _checked(sources: Iterable[Source]) -> list[Any]:

@@ -1,0 +1,634 @@
+"""Every key of a call is settled, once: whatever a source raises, and whatever ends its worker."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import contextvars
+import gc
+import logging
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    CallableSource,
+    CircuitBreakerPolicy,
+    FetchContext,
+    FreshnessPolicy,
+    InMemoryMetrics,
+    RefreshMode,
+    ResourceKey,
+    ResourceResolutionError,
+    RetryPolicy,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SourcePayload,
+    SourceResiliencePolicy,
+)
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
+from tests.support import Gate, ThreadGate, no_leaks, settle
+
+BAD, GOOD, NEXT = key("bad"), key("good"), key("next")
+
+
+class Panic(BaseException):
+    """No ordinary exception, as test frameworks and other languages raise them."""
+
+
+def group(error: BaseException) -> BaseException:
+    """Wrap an error as a task group does; before Python 3.11 there are none."""
+    kind = getattr(builtins, "BaseExceptionGroup", None)
+    return error if kind is None else kind("several", [error])
+
+
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "a panic": lambda: Panic("x"),
+    "a panic in a group": lambda: group(Panic("x")),
+    "an outcome of pytest": lambda: pytest.fail.Exception("x"),
+    "the end of a generator": GeneratorExit,
+    "the end of an iteration": StopIteration,
+    "the end of an asynchronous one": StopAsyncIteration,
+    "a cancellation": asyncio.CancelledError,
+    "an error": lambda: LookupError("x"),
+}
+
+Raise = Callable[[], Any]
+
+
+class Awaiting:
+    """An awaitable of a kind of its own, which fails when it is asked for its steps."""
+
+    def __init__(self, fail: Raise) -> None:
+        self.fail = fail
+
+    def __await__(self) -> Iterator[Any]:
+        self.fail()
+        yield
+
+
+class Steps:
+    """One that can only be stepped on, and fails at the first or the second step."""
+
+    def __init__(self, fail: Raise, after: int) -> None:
+        self.fail = fail
+        self.left = after
+
+    def __await__(self) -> Iterator[Any]:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> None:
+        if not self.left:
+            self.fail()
+        self.left -= 1
+
+
+class Lazy(Mapping[ResourceKey, Any]):
+    """An answer that is worked out when it is looked at, which fails in one of its methods."""
+
+    def __init__(self, fails: str, fail: Raise, more: bool = False) -> None:
+        self.fails = fails
+        self.fail = fail
+        self.more = more
+
+    def __getitem__(self, wanted: ResourceKey) -> Any:
+        if self.fails == "__getitem__":
+            self.fail()
+        return 1
+
+    def __len__(self) -> int:
+        if self.fails == "__len__":
+            self.fail()
+        return 99 if self.more else 1
+
+    def __iter__(self) -> Iterator[ResourceKey]:
+        if self.fails == "__iter__":
+            self.fail()
+        yield BAD
+
+
+class Proxy:
+    """A payload whose every attribute fails, its class included."""
+
+    def __init__(self, fail: Raise) -> None:
+        object.__setattr__(self, "fail", fail)
+
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, "fail")()
+
+
+class Uncopyable:
+    """What fails when it is copied."""
+
+    def __init__(self, fail: Raise) -> None:
+        self.fail = fail
+
+    def __deepcopy__(self, _memo: object) -> Any:
+        return self.fail()
+
+
+def single(answer: Callable[[], Any]) -> Single:
+    """A source of BAD that returns what `answer` makes, awaitable or not."""
+    source = Single("bad", priority=20)
+    given: Any = source
+    given.fetch = lambda _key, _context: answer()
+    return source
+
+
+async def later(answer: Callable[[], Any]) -> Any:
+    await asyncio.sleep(0)
+    return answer()
+
+
+async def at_once(answer: Callable[[], Any]) -> Any:
+    return answer()
+
+
+def batch(answer: Callable[[], Any]) -> Batch:
+    source = Batch("bad", priority=20)
+    given: Any = source
+    given.fetch_many = lambda _keys, _context: later(answer)
+    return source
+
+
+def derived(dependencies: Callable[[], Any], derive: Callable[[], Any]) -> Derived:
+    source = Derived("bad", needs=lambda _: [GOOD], priority=20)
+    given: Any = source
+    given.dependencies = lambda _key: dependencies()
+    given.derive = lambda *_: later(derive)
+    return source
+
+
+def supporting(answer: Callable[[], Any]) -> Single:
+    source = Single("bad", priority=20)
+    given: Any = source
+    given.supports = lambda wanted: answer() if wanted == BAD else False
+    return source
+
+
+class TimeoutFails(Single):
+    """Its setting can be read while the builder is made, and no more."""
+
+    def __init__(self, fail: Raise) -> None:
+        self.fail: Raise | None = None
+        super().__init__("bad", priority=20)
+        self.fail = fail
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        if self.fail is not None and self.asked:
+            self.fail()
+        return None
+
+    @timeout_seconds.setter
+    def timeout_seconds(self, value: float | None) -> None:
+        self.asked = False
+
+    def supports(self, key: ResourceKey) -> bool:
+        self.asked = True
+        return super().supports(key)
+
+
+PLACES: dict[str, Callable[[Raise], Any]] = {
+    "fetch, before anything is awaited": single,
+    "fetch, when first awaited": lambda fail: single(lambda: at_once(fail)),
+    "fetch, later": lambda fail: single(lambda: later(fail)),
+    "__await__": lambda fail: single(lambda: Awaiting(fail)),
+    "the first step": lambda fail: single(lambda: Steps(fail, 0)),
+    "the second step": lambda fail: single(lambda: Steps(fail, 1)),
+    "fetch_many": batch,
+    "the answer's __getitem__": lambda fail: batch(lambda: Lazy("__getitem__", fail)),
+    "the answer's __len__": lambda fail: batch(lambda: Lazy("__len__", fail)),
+    "the answer's __iter__": lambda fail: batch(lambda: Lazy("__iter__", fail, more=True)),
+    "an attribute of the answer": lambda fail: batch(lambda: Proxy(fail)),
+    "an attribute of the payload": lambda fail: single(lambda: later(lambda: Proxy(fail))),
+    "the payload's copying": lambda fail: batch(lambda: {BAD: Uncopyable(fail)}),
+    "the metadata's copying": lambda fail: single(
+        lambda: later(lambda: SourcePayload(1, metadata={"x": Uncopyable(fail)}))
+    ),
+    "dependencies": lambda fail: derived(fail, lambda: 1),
+    "derive": lambda fail: derived(lambda: [GOOD], fail),
+    "supports": supporting,
+    "timeout_seconds": TimeoutFails,
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+@pytest.mark.parametrize("place", PLACES)
+async def test_whatever_a_source_raises_fails_its_key_alone_and_the_chain_goes_on(
+    place: str, what: str
+) -> None:
+    """The error names the source and what it raised; other keys and later builds are served."""
+    if "step" in place and what == "the end of an iteration":
+        pytest.skip("that is how an awaitable returns None")
+
+    def fail() -> Any:
+        raise ERRORS[what]()
+
+    second = Single("second", "bad", "next", priority=5)
+    building = builder(PLACES[place](fail), Single("good"), second)
+    alone = builder(PLACES[place](fail), Single("good"))
+    snapshot = await building.build([BAD, GOOD, NEXT])
+    failed = await alone.build([BAD, GOOD], strict=False)
+    assert set(snapshot) == {BAD, GOOD, NEXT}
+    assert set(failed) == {GOOD}
+    error = failed.errors[BAD]
+    assert isinstance(error, ResourceResolutionError)
+    (failure,) = error.failures
+    assert failure.source == "bad"
+    told = {type(each).__name__ for each in causes(failure.exception)}
+    assert type(ERRORS[what]()).__name__ in told, failure.format()
+    for each in (building, alone):
+        assert (await each.build([GOOD])).value(GOOD) == ""
+        await no_leaks(each)
+        await each.aclose()
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and what it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+# What ends a program -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("place", ["fetch, later", "fetch_many", "derive", "supports"])
+def test_what_ends_the_program_reaches_it_after_every_key_has_been_settled(
+    place: str, ending: type[BaseException]
+) -> None:
+    """The loop raises it; whoever runs the loop again finds the build done."""
+
+    def fail() -> Any:
+        raise ending("stop")
+
+    building = builder(PLACES[place](fail), Single("good"), clock=None)
+    loop = asyncio.new_event_loop()
+    try:
+        task = loop.create_task(building.build([BAD, GOOD], strict=False))
+        with pytest.raises(ending, match="stop"):
+            loop.run_until_complete(task)
+        snapshot = loop.run_until_complete(task)
+        assert set(snapshot) == {GOOD}
+        assert ending.__name__ in str(snapshot.errors[BAD])
+        loop.run_until_complete(building.aclose())
+    finally:
+        loop.close()
+
+
+# Workers that are cancelled ----------------------------------------------------------------------
+
+
+def workers() -> list[asyncio.Task[Any]]:
+    """The tasks of the library that call sources."""
+    return [task for task in asyncio.all_tasks() if task.get_name().startswith("coalestra ")]
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_a_worker_cancelled_before_its_first_step_leaves_its_keys_to_another(
+    limit: int,
+) -> None:
+    """Its coroutine never runs, so nothing may depend on that."""
+    source = Single("good")
+    building = builder(source, max_pending_tasks=limit, max_concurrency=limit)
+    wanted = [key("good", str(number)) for number in range(4)]
+    task = asyncio.ensure_future(building.build(wanted))
+    started: list[asyncio.Task[Any]] = []
+    for _ in range(100):
+        started = workers()
+        if started:
+            break
+        await asyncio.sleep(0)
+    for worker in started:
+        worker.cancel()
+    assert started
+    assert source.calls == []
+    assert set(await task) == set(wanted)
+    assert await building.build([key("good", "more")])
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("kind", ["single", "batch", "derived", "copied in a thread"])
+async def test_a_build_ends_whenever_its_workers_are_cancelled(kind: str, steps: int) -> None:
+    """With a value or with an error, and what comes after it is served."""
+
+    async def pause() -> None:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    sources: list[Any] = [
+        Single("good"),
+        Batch("batch", before=pause),
+        Derived("derived", needs=lambda _: [GOOD], before=pause),
+    ]
+    wanted = {"batch": key("batch"), "derived": key("derived")}.get(kind, GOOD)
+    building = builder(*sources, run_payload_copies_in_thread=kind == "copied in a thread" or None)
+    task = asyncio.ensure_future(building.build([wanted], strict=False))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    for worker in workers():
+        worker.cancel()
+    snapshot = await task
+    assert wanted in snapshot or "cancelled" in str(snapshot.errors[wanted])
+    assert wanted in await building.build([wanted])
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_a_program_that_ends_in_the_middle_of_work_ends_quietly(
+    steps: int, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """`asyncio.run` cancels every task once; what was started then would be destroyed pending."""
+    refreshed = FreshnessPolicy(0.0, 1e9, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+
+    async def fetch(_key: ResourceKey, _context: FetchContext) -> Any:
+        for _ in range(100):
+            await asyncio.sleep(0)
+        return 1
+
+    async def main() -> None:
+        building = builder(
+            Single("good", fetch=fetch, priority=20),
+            Single("again", "good", priority=5, fetch=fetch),
+            clock=None,
+            default_policy=refreshed,
+            max_pending_tasks=1,
+            max_concurrency=2,
+        )
+        wanted = [key("good", str(number)) for number in range(5)]
+        await building.build(wanted)
+        await building.build(wanted)  # all are refreshed in the background now
+        building_more = asyncio.ensure_future(building.build([key("good", "more")]))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        assert not building_more.done()
+
+    with caplog.at_level(logging.ERROR, logger="asyncio"):
+        asyncio.run(main())
+        gc.collect()
+    assert caplog.records == []
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+async def test_a_source_that_waits_for_something_cancelled_has_not_been_cancelled() -> None:
+    """That is its own failure: it is retried, and its worker serves on."""
+
+    async def fetch(wanted: ResourceKey, _context: FetchContext) -> Any:
+        if len(source.calls) == 1:
+            inner = asyncio.ensure_future(asyncio.sleep(1000))
+            inner.cancel()
+            await inner
+        return 1
+
+    source = Single("good", fetch=fetch)
+    source.resilience_policy = SourceResiliencePolicy(RetryPolicy(2, 1.0, jitter_ratio=0.0))
+    building = builder(source)
+    assert (await building.build([GOOD])).value(GOOD) == 1
+    assert len(source.calls) == 2
+    await no_leaks(building)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="task groups come with Python 3.11")
+async def test_a_swallowed_cancellation_does_not_meet_the_next_key() -> None:
+    """A task group asks its task whether it was cancelled; the worker of the next key was not."""
+    swallowing = Gate()
+
+    async def fetch(wanted: ResourceKey, _context: FetchContext) -> Any:
+        if wanted.subject == "first":
+            with contextlib.suppress(asyncio.CancelledError):
+                await swallowing.pass_()
+            return 1
+        return await _failing_group()
+
+    building = builder(Single("good", fetch=fetch), max_pending_tasks=1)
+    leaving = asyncio.ensure_future(building.build([key("good", "first")]))
+    await settle()
+    waiting = asyncio.ensure_future(building.build([key("good", "second")]))
+    leaving.cancel()
+    second = key("good", "second")
+    assert (await waiting).value(second) == "caught ExceptionGroup"
+    await no_leaks(building)
+
+
+async def _failing_group() -> str:
+    async def fail() -> None:
+        raise LookupError("in a task group")
+
+    library: Any = asyncio
+    try:
+        async with library.TaskGroup() as tasks:
+            tasks.create_task(fail())
+    except Exception as error:
+        return f"caught {type(error).__name__}"
+    return "nothing"
+
+
+# Context variables -------------------------------------------------------------------------------
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default="unset")
+
+
+async def test_a_call_sees_the_variables_of_its_build_and_no_others() -> None:
+    """Neither those of another key, nor of the attempt before, nor of a question before."""
+    seen: list[str] = []
+
+    def leave_a_trace() -> None:
+        seen.append(VARIABLE.get())
+        VARIABLE.set("left behind")
+
+    class Tracing(Single):
+        def supports(self, key: ResourceKey) -> bool:
+            leave_a_trace()
+            return super().supports(key)
+
+    class TracingDerived(Derived):
+        def dependencies(self, key: ResourceKey) -> Any:
+            leave_a_trace()
+            return super().dependencies(key)
+
+    async def fetch(wanted: ResourceKey, _context: FetchContext) -> Any:
+        leave_a_trace()
+        await asyncio.sleep(1)
+        assert VARIABLE.get() == "left behind", "within one call they stay"
+        if len(tracing.calls) == 1:
+            raise ConnectionError("once")
+        return 1
+
+    async def pause() -> None:
+        leave_a_trace()
+
+    tracing = tuned(
+        Tracing("single", fetch=fetch),
+        resilience_policy=SourceResiliencePolicy(RetryPolicy(2, 1.0, jitter_ratio=0.0)),
+    )
+    deriving = TracingDerived("derived", needs=lambda _: [key("single", "0")], before=pause)
+    building = builder(tracing, deriving, max_pending_tasks=1)
+    wanted = [key("single", str(number)) for number in range(3)]
+    VARIABLE.set("of the build")
+    await building.build([*wanted, key("derived"), key("derived", "more")])
+    assert Counter(seen) == {"of the build": 5 + 4 + 2 + 2}
+    assert VARIABLE.get() == "of the build"
+    await no_leaks(building)
+
+
+# The original error, and nothing else ------------------------------------------------------------
+
+
+class Payload:
+    """What a fetcher holds while it fails."""
+
+
+@pytest.mark.parametrize("kind", ["a plain function", "a coroutine", "one that is late"])
+def test_an_error_keeps_no_payload_alive_once_it_is_dropped(kind: str) -> None:
+    """Without the collector: nothing of the library leads in a circle back to it."""
+    alive: weakref.WeakSet[Payload] = weakref.WeakSet()
+    go_on = threading.Event()
+
+    def plain(_key: ResourceKey, _context: FetchContext) -> Any:
+        payload = Payload()
+        alive.add(payload)
+        if kind == "one that is late":
+            go_on.wait(10.0)
+        raise LookupError("no price")
+
+    async def awaited(_key: ResourceKey, _context: FetchContext) -> Any:
+        await asyncio.sleep(0)
+        return plain(_key, _context)
+
+    async def main() -> None:
+        source = CallableSource(
+            name="s",
+            priority=1,
+            supports=lambda _: True,
+            fetcher=awaited if kind == "a coroutine" else plain,
+        )
+        building = SnapshotBuilder([source], retry_policy=RetryPolicy(max_attempts=1))
+        deadline = 0.05 if kind == "one that is late" else None
+        with contextlib.suppress(SnapshotBuildError):
+            await building.build([GOOD], deadline_seconds=deadline)
+        go_on.set()
+        for _ in range(200):
+            if not alive:
+                break
+            await asyncio.sleep(0.01)
+        assert not alive
+        await building.aclose()
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
+
+
+async def test_an_error_by_key_leads_to_the_line_that_failed() -> None:
+    """Through the chain of causes, and as an attribute of the failure."""
+
+    async def fetch_price(_key: ResourceKey, _context: FetchContext) -> Any:
+        return dict[str, Any]()["price"]
+
+    building = builder(Single("bad", fetch=fetch_price), Derived("sum", needs=lambda _: [BAD]))
+    with pytest.raises(SnapshotBuildError) as caught:
+        await building.build([BAD])
+    error = caught.value.errors[BAD]
+    assert isinstance(error, ResourceResolutionError)
+    assert "fetch_price" in error.failures[0].traceback
+    assert isinstance(error.failures[0].exception, KeyError)
+    assert error.failures[0].exception in list(causes(error))
+    failed = await building.build([key("sum")], strict=False)
+    assert "KeyError" in [type(each).__name__ for each in causes(failed.errors[key("sum")])]
+
+
+# Answers that are being taken in -----------------------------------------------------------------
+
+
+async def test_what_a_source_has_answered_counts_though_its_readers_left_meanwhile() -> None:
+    """The deadline strikes while a payload is copied: the call was a success, its probe too."""
+    gate = ThreadGate()
+
+    def copier(value: Any) -> Any:
+        if value == ["slow"]:
+            gate.pass_()
+        return list(value)
+
+    fails = True
+
+    def answer(wanted: ResourceKey) -> Any:
+        if fails:
+            raise ConnectionError("down")
+        return ["slow"] if wanted.subject == "slow" else ["quick"]
+
+    metrics = InMemoryMetrics()
+    source = tuned(
+        Batch("batch", answer=answer),
+        resilience_policy=SourceResiliencePolicy(
+            RetryPolicy(max_attempts=1),
+            CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=1.0),
+        ),
+    )
+    building = builder(
+        source, metrics=metrics, payload_copier=copier, run_payload_copies_in_thread=True
+    )
+    slow, quick = key("batch", "slow"), key("batch", "quick")
+    await building.build([quick], strict=False)
+    await asyncio.sleep(2)
+    fails = False
+    before = (await building.health_snapshot()).payload_copy_timeout_count
+    snapshot = await building.build([slow, quick], strict=False, deadline_seconds=5.0)
+    gate.open()
+    assert set(snapshot) == {quick}
+    assert "SnapshotDeadlineExceededError" in str(snapshot.errors[slow])
+    health = await building.health_snapshot()
+    assert health.payload_copy_timeout_count == before + 1
+    assert health.circuits == {}
+    assert metrics.counter("source_batch_call_total", source="batch", status="success") == 1
+    assert metrics.counter("source_batch_call_total", source="batch", status="failure") == 1
+    assert (
+        metrics.counter("source_batch_call_total", source="batch", status="deadline_exceeded") == 0
+    )
+    await no_leaks(building)
+
+
+def test_what_is_left_of_an_ended_loop_disturbs_no_other() -> None:
+    """Its workers are closed by the collector, whichever loop may be running then."""
+    reported: list[Mapping[str, Any]] = []
+
+    async def forever(_key: ResourceKey, _context: FetchContext) -> Any:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.stop)
+        await loop.create_future()
+
+    def abandon() -> None:
+        loop = asyncio.new_event_loop()
+        building = builder(Single("good", fetch=forever), clock=None)
+        task = loop.create_task(building.build([GOOD]))
+        loop.run_forever()
+        loop.set_exception_handler(lambda *_: None)
+        loop.close()
+        assert not task.done()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: reported.append(context))
+        abandoned = threading.Thread(target=abandon)
+        abandoned.start()
+        abandoned.join()
+        gc.collect()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert [each for each in reported if "coalestra" in each["message"]] == []
