@@ -500,6 +500,8 @@ class Gather:
     def yield_to_pins(self) -> None:
         """Give up readings of what was pinned otherwise meanwhile: what is pinned stands."""
         self.agreed = self.base.stamp
+        if not self.base:
+            return
         for key in self.readings.keys() & self.base.keys():
             pin = self.base[key]
             if pin.revision is not self.readings[key].revision:

@@ -338,27 +338,24 @@ class View:
         return all(self._admit(reading.revision) for reading in readings)
 
     def _admit(self, root: Revision) -> bool:
+        """Enter `root` and all it rests on, unless something differs from what was seen."""
         sound, seen = self._sound, self._seen
-        if not root.dependency_versions:
-            return seen.setdefault(root.key, root.version) == root.version
-        if id(root) in sound:
-            return True
-        found: dict[int, Revision] = {}
-        versions: dict[ResourceKey, str] = {}
+        if seen.setdefault(root.key, root.version) != root.version:
+            return False
+        found: list[Revision] = []
         stack = [root]
         while stack:
             revision = stack.pop()
-            if id(revision) in sound or id(revision) in found:
+            if not revision.dependency_versions or id(revision) in sound:
                 continue
-            found[id(revision)] = revision
             for key, version in revision.dependency_versions.items():
-                if (seen.get(key) or versions.setdefault(key, version)) != version:
+                if seen.setdefault(key, version) != version:
+                    for each in found:
+                        del sound[id(each)]
                     return False
-            stack.extend(revision.dependencies)
-        if seen.setdefault(root.key, root.version) != root.version:
-            return False
-        sound.update(found)
-        seen.update(versions)
+            sound[id(revision)] = revision
+            found.append(revision)
+            stack += revision.dependencies
         return True
 
 

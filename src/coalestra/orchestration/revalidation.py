@@ -83,7 +83,8 @@ class Revalidation:
     async def proposed(self) -> Snapshot:
         """Return the snapshot that a commit would deliver; what cannot be copied is a failure."""
         unit = self._unit
-        errors = {key: error for key, error in unit.errors().items() if key not in self._readings}
+        known = await unit.errors()
+        errors = {key: error for key, error in known.items() if key not in self._readings}
         snapshot = await unit.snapshot(readings=self.candidate(), errors=errors)
         new = {key: error for key, error in snapshot.errors.items() if key not in errors}
         late = [e for e in new.values() if isinstance(e, SnapshotDeadlineExceededError)]
@@ -211,7 +212,7 @@ class Revalidations:
 
     async def _retained(self, errors: Mapping[ResourceKey, Exception], strict: bool) -> Snapshot:
         """Return the state that stays, with the errors of this call; raise them if `strict`."""
-        known = self._unit.errors()
+        known = await self._unit.errors()
         retained = await self._unit.snapshot(bound=False, errors={**known, **errors})
         if strict:
             raise SnapshotBuildError(errors, snapshot=retained)

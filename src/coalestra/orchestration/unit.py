@@ -30,6 +30,9 @@ from coalestra.orchestration.singleflight import Engine
 # The state of one unit of work: what was asked for, what is pinned, and what failed --------------
 
 
+_ERRORS_BETWEEN_LOOKS = 32
+
+
 def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     """Return the keys without repetitions, in order; `TypeError` for anything but keys."""
     if isinstance(keys, ResourceKey):
@@ -132,12 +135,23 @@ class Unit:
         get = self.pins.get
         return {key: reading for key in self.requested if (reading := get(key)) is not None}
 
-    def errors(self) -> dict[ResourceKey, Exception]:
-        """Return a fresh error for every key that was asked for and has none but a failure."""
+    def failed(self) -> list[Failure]:
+        """Return the failure of every key that was asked for and has nothing else."""
         if not self.failures:
-            return {}
+            return []
         failed = (key for key in self.requested if key in self.failures and key not in self.pins)
-        return {key: self.failures[key].make() for key in failed}
+        return [self.failures[key] for key in failed]
+
+    async def errors(self) -> dict[ResourceKey, Exception]:
+        """Return a fresh error for each of the failures; made in slices, as they take a while."""
+        errors: dict[ResourceKey, Exception] = {}
+        pace = self.engine.equipment.pace
+        pace.begin()
+        for failure in self.failed():
+            errors[failure.key] = failure.make()
+            if not len(errors) % _ERRORS_BETWEEN_LOOKS:
+                await pace.keep()
+        return errors
 
     async def snapshot(
         self,
@@ -163,13 +177,13 @@ class Unit:
                 report.copy_deadline_exceeded(self.work.context.snapshot_id, "snapshot_delivery")
         self.cut_short = late
         self.undelivered = late and not values
-        failed = self.errors() if errors is None else errors
+        failed = await self.errors() if errors is None else errors
         return self._assembled(values, {**failed, **uncopied} if uncopied else failed)
 
     def snapshot_now(self) -> Snapshot:
         """Return an isolated snapshot without waiting, however long the copying takes."""
         values: dict[ResourceKey, SnapshotValue[object]] = {}
-        errors = self.errors()
+        errors = {failure.key: failure.make() for failure in self.failed()}
         for key, reading in self.visible().items():
             values[key] = self.engine.deliveries.value_here(reading, "snapshot delivery")
         return self._assembled(values, errors)
