@@ -1,0 +1,182 @@
+"""Nobody waits for ever: whatever is plugged in may raise anything, at any of its calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AuthorityPolicyResolver,
+    FreshnessPolicy,
+    PolicyResolver,
+    RefreshMode,
+    ResourceKey,
+    Snapshot,
+    SnapshotBuilder,
+    SourceAuthorityPolicy,
+    SourcePayload,
+)
+from coalestra.orchestration.flights import Acquisition, FlightBoard, Gather
+from coalestra.orchestration.singleflight import SingleFlight
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
+from tests.support import EPOCH, LoopClock, no_leaks, settle
+
+BASES = [key("base", str(number)) for number in range(3)]
+KEYS = [*BASES, key("derived"), key("single"), key("late")]
+SERVED_STALE = FreshnessPolicy(5, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+MOST_CALLS = 60
+
+
+class Panic(BaseException):
+    """No ordinary exception."""
+
+
+class Fuse:
+    """Raises at one of the calls that pass through it, when it is armed."""
+
+    def __init__(self, error: Callable[[], BaseException]) -> None:
+        self.error = error
+        self.left = -1
+
+    def arm(self, calls: int) -> None:
+        self.left = calls
+
+    def passed(self) -> None:
+        if self.left >= 0:
+            self.left -= 1
+            if self.left < 0:
+                raise self.error()
+
+    @property
+    def blown(self) -> bool:
+        return self.left < 0
+
+
+class FusedClock(LoopClock):
+    """The time of the loop, as long as the fuse holds."""
+
+    def __init__(self, fuse: Fuse) -> None:
+        super().__init__()
+        self.fuse = fuse
+
+    def now(self) -> float:
+        self.fuse.passed()
+        return super().now()
+
+    def monotonic(self) -> float:
+        self.fuse.passed()
+        return super().monotonic()
+
+
+def world(plug: str, fuse: Fuse) -> SnapshotBuilder:
+    """A builder with sources of each kind, one of whose plugs goes through the fuse."""
+
+    def policy(asked: ResourceKey) -> FreshnessPolicy:
+        fuse.passed()
+        return SERVED_STALE
+
+    def authority(asked: ResourceKey) -> SourceAuthorityPolicy:
+        fuse.passed()
+        return SourceAuthorityPolicy()
+
+    async def aged(asked: ResourceKey, context: Any) -> SourcePayload[int]:
+        return SourcePayload(1, observed_at=EPOCH - 20)
+
+    plugs: dict[str, dict[str, Any]] = {
+        "clock": {"clock": FusedClock(fuse)},
+        "policy": {"policy_resolver": PolicyResolver(SERVED_STALE, dynamic=policy)},
+        "authority": {"authority_resolver": AuthorityPolicyResolver(dynamic=authority)},
+    }
+    settings = {"default_policy": None if plug == "policy" else SERVED_STALE, **plugs[plug]}
+    return builder(
+        Batch("base"),
+        Derived("derived", needs=lambda _: [BASES[0], BASES[1], key("single")]),
+        Single("single", fetch=latency(0.5)),
+        Single("late", fetch=aged, priority=5),
+        **settings,
+    )
+
+
+async def life(building: SnapshotBuilder) -> None:
+    """Ask for everything cold, warm, stale and derived, by builds and a session side by side."""
+
+    async def build() -> None:
+        await building.build(KEYS, strict=False, deadline_seconds=20)
+
+    async def look_again() -> None:
+        async with building.session(deadline_seconds=20) as session:
+            await session.resolve(KEYS[:4], strict=False)
+            await session.revalidate(list(session.snapshot()) or KEYS[:1], force_refresh=True)
+
+    async def tell() -> None:
+        await building.publisher.publish(BASES[0], "event", source="stream")
+        await building.publisher.invalidate(BASES[1])
+
+    for _ in range(2):
+        await asyncio.gather(build(), look_again(), tell(), return_exceptions=True)
+        await asyncio.sleep(10)
+    await building.wait_for_refreshes()
+
+
+@pytest.mark.expects_leaks  # what a plug raises is told to the loop, and a deadline may come first
+@pytest.mark.parametrize("plug", ["clock", "policy", "authority"])
+@pytest.mark.parametrize(
+    "error", [Panic, LookupError, asyncio.CancelledError, GeneratorExit], ids=lambda e: e.__name__
+)
+async def test_whatever_a_plug_raises_at_whichever_call_everybody_is_told(
+    plug: str, error: Callable[[], BaseException]
+) -> None:
+    """The loop of the tests says so at once if somebody waits for what never comes."""
+    for calls in range(MOST_CALLS):
+        fuse = Fuse(error)
+        building = world(plug, fuse)
+        fuse.arm(calls)
+        life_and_end = asyncio.ensure_future(asyncio.wait_for(life(building), 1_000))
+        await asyncio.wait([life_and_end])
+        if not life_and_end.cancelled() and isinstance(life_and_end.exception(), TimeoutError):
+            raise AssertionError(f"somebody still waits after call {calls} of the {plug}")
+        if not fuse.blown:
+            return
+        snapshot = await building.build(KEYS, strict=False, deadline_seconds=5)
+        assert len(snapshot) == len(KEYS), f"healthy again after call {calls} of the {plug}"
+        await building.wait_for_refreshes()
+        await settle()
+        await no_leaks(building)
+        await building.aclose()
+
+
+@pytest.mark.expects_leaks
+@pytest.mark.parametrize("owner, method", [
+    (SingleFlight, name)
+    for name in ("_look_on", "_proceed", "_advance", "_gathered", "_conclude", "_put", "_fit",
+                 "_serve", "_acquire", "_next_link", "strike", "_check")
+] + [(FlightBoard, "join"), (FlightBoard, "leave"), (Gather, "receive"),
+     (Acquisition, "choose"), (Acquisition, "offer")])  # fmt: skip
+async def test_an_error_of_the_engine_itself_ends_no_readers_in_waiting(
+    owner: type[Any], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any step of it may be wrong once: who waits is told, at the deadline at the latest."""
+    genuine = getattr(owner, method)
+    for calls in range(12):
+        fuse = Fuse(lambda: AssertionError("a fault of our own"))
+
+        def faulty(*arguments: Any, fuse: Fuse = fuse, **named: Any) -> Any:
+            fuse.passed()
+            return genuine(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, faulty)
+            building = world("clock", Fuse(Panic))
+            fuse.arm(calls)
+            builds = [building.build(KEYS, strict=False, deadline_seconds=5) for _ in range(3)]
+            ended = await asyncio.wait_for(asyncio.gather(*builds, return_exceptions=True), 50)
+        assert all(isinstance(each, (Snapshot, Exception)) for each in ended)
+        if not fuse.blown:
+            return
+        await asyncio.sleep(50)
+        again = await asyncio.wait_for(building.build(KEYS, strict=False), 50)
+        assert len(again) == len(KEYS)
+        await building.aclose()
