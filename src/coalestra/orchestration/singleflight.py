@@ -498,8 +498,11 @@ class SingleFlight:
         self, flight: Acquisition, error: BaseException, status: str, attempts: int
     ) -> None:
         """Take note that a source failed for a key, and let the key go on to the next one."""
-        if flight.link is not None:
-            self._note(flight, flight.link, error, status, attempts)
+        try:
+            if flight.link is not None:
+                self._note(flight, flight.link, error, status, attempts)
+        except BaseException as fault:
+            self.broken(flight, fault)
         self._later(flight)
 
     def _note(
@@ -548,16 +551,19 @@ class SingleFlight:
 
     def delivered(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
         """Take a fresh value of a flight; `dated` if its source said when it was observed."""
-        link, report = flight.link, self.equipment.report
-        if report is not None and link is not None:
-            report.resource_resolved(revision, link.kind.value)
-        flight.offer(revision, dated)
-        if self._publishing and flight.key in self._publishing:
-            self._held_back.setdefault(flight.key, []).append(flight)
-        elif self._store is not None and flight.cacheable and flight.event is None:
-            self._put(self._store, flight, revision)
-        else:
-            self._offer(flight)
+        try:
+            link, report = flight.link, self.equipment.report
+            if report is not None and link is not None:
+                report.resource_resolved(revision, link.kind.value)
+            flight.offer(revision, dated)
+            if self._publishing and flight.key in self._publishing:
+                self._held_back.setdefault(flight.key, []).append(flight)
+            elif self._store is not None and flight.cacheable and flight.event is None:
+                self._put(self._store, flight, revision)
+            else:
+                self._offer(flight)
+        except BaseException as error:
+            self.broken(flight, error)
 
     def _offer(self, flight: Acquisition) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
