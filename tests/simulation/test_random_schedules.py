@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any
 
 import pytest
 
-from coalestra import ResourceKey, Snapshot, SnapshotBuildError
+from coalestra import AsyncMemoryCache, ResourceKey, Snapshot, SnapshotBuildError
 from coalestra.concurrency import pace
 from coalestra.orchestration import calls, deliveries, singleflight
-from tests.simulation.world import World, facts
+from tests.simulation.world import PAIR, World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
 
 BLOCKS = 10
@@ -69,6 +69,10 @@ async def live(seed: int) -> None:
         await asyncio.sleep(chance.choice((0, 0.05, 0.5, 2)))
         if not world.calm and chance.random() < 0.1:
             chance.choice(actors).cancel()
+        if world.wild and chance.random() < 0.3:
+            world.sabotage()
+        if world.jumps and chance.random() < 0.3:
+            world.jump()
     for outcome in await asyncio.gather(*actors, return_exceptions=True):
         if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
             raise outcome
@@ -83,7 +87,7 @@ async def act(world: World) -> None:
     """Do a few things one after the other."""
     for _ in range(world.chance.randint(2, 6)):
         await world.pause()
-        await world.chance.choice((build, build, build, converse, change))(world)
+        await world.chance.choice(DEEDS)(world)
 
 
 async def build(world: World) -> None:
@@ -92,7 +96,17 @@ async def build(world: World) -> None:
     keys = wanted(world)
     budget = None if world.calm or world.chance.random() < 0.6 else world.chance.uniform(0.01, 4)
     answer = world.builder.build(keys, strict=False, deadline_seconds=budget)
-    check(world, await in_time(answer, budget), floor)
+    check(world, keys, await in_time(answer, budget), floor)
+
+
+async def build_both(world: World) -> None:
+    """Look at what changes together."""
+    snapshot = await world.builder.build(PAIR, strict=False)
+    numbers = [value.value for value in snapshot.values()]
+    cache = world.builder.cache
+    if isinstance(cache, AsyncMemoryCache) and cache.max_entries is None and not world.wild:
+        assert len(numbers) in (0, 2), "one of a pair that is published together"
+        assert len(set(numbers)) <= 1, "a pair that is published together is torn"
 
 
 async def in_time(answer: Coroutine[Any, Any, Snapshot], budget: float | None) -> Snapshot:
@@ -109,18 +123,23 @@ async def converse(world: World) -> None:
     floor = dict(world.floor)
     async with world.builder.session() as session:
         pinned: dict[ResourceKey, str] = {}
+        asked: dict[ResourceKey, None] = {}
         for _ in range(3):
-            snapshot = await session.resolve(wanted(world), strict=False)
-            check(world, snapshot, floor)
+            keys = wanted(world)
+            asked.update(dict.fromkeys(keys))
+            snapshot = await session.resolve(keys, strict=False)
+            check(world, asked, snapshot, floor)
             versions = {k: value.version for k, value in snapshot.items()}
             assert {k: versions[k] for k in pinned} == pinned
             pinned = versions
             await world.pause()
         if pinned and world.chance.random() < 0.5:
-            await revalidate(world, session, world.chance.choice(list(pinned)))
+            await revalidate(world, session, world.chance.choice(list(pinned)), asked)
 
 
-async def revalidate(world: World, session: Any, k: ResourceKey) -> None:
+async def revalidate(
+    world: World, session: Any, k: ResourceKey, asked: Iterable[ResourceKey]
+) -> None:
     """Replace one value and what was derived from it; the named base is as new as can be."""
     now = world.floor.get(k, 0)
     forced = world.chance.random() < 0.5
@@ -131,7 +150,12 @@ async def revalidate(world: World, session: Any, k: ResourceKey) -> None:
     except SnapshotBuildError:
         assert not world.calm or world.brief
     else:
-        check(world, snapshot, {k: now} if k in world.truth else {})
+        check(world, asked, snapshot, {k: now} if k in world.truth else {})
+
+
+async def change_both(world: World) -> None:
+    """Let two keys change together."""
+    await world.change_both()
 
 
 async def change(world: World) -> None:
@@ -143,8 +167,14 @@ def wanted(world: World) -> list[ResourceKey]:
     return world.chance.sample(world.keys, world.chance.randint(1, 6))
 
 
-def check(world: World, snapshot: Snapshot, floor: Mapping[ResourceKey, int]) -> None:
+def check(
+    world: World,
+    asked: Iterable[ResourceKey],
+    snapshot: Snapshot,
+    floor: Mapping[ResourceKey, int],
+) -> None:
     """Hold a snapshot against the laws, given what was known for sure before it was asked for."""
+    assert list(snapshot) == [k for k in asked if k in snapshot], "in the order asked for"
     for error in snapshot.errors.values():
         assert "Cycle" not in repr(error)
         # Where values are fresh for a second only, slow answers come stale, and circuits open.
@@ -159,3 +189,6 @@ def check(world: World, snapshot: Snapshot, floor: Mapping[ResourceKey, int]) ->
             if needed in snapshot:
                 assert snapshot[needed].version == version, f"{k} is not made of {needed}"
                 assert value.value[str(needed)] == snapshot.value(needed)
+
+
+DEEDS = (build, build, build, build_both, converse, change, change_both)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from coalestra import (
@@ -15,6 +16,7 @@ from coalestra import (
     FreshnessPolicy,
     RefreshMode,
     ResourceKey,
+    ResourceUpdate,
     RetryPolicy,
     Snapshot,
     SnapshotBuilder,
@@ -29,29 +31,59 @@ TICK = 1e-6
 """How far the clock moves with every reading, so that no two readings tie."""
 
 
+PAIR = [key("pair", "one"), key("pair", "two")]
+"""Two keys without a source: what is known of them comes from events, of both at once."""
+
+
+class Panic(BaseException):
+    """No ordinary exception."""
+
+
+TROUBLE: tuple[Callable[[], BaseException], ...] = (
+    lambda: ConnectionError("down"),
+    lambda: LookupError("a fault in a source"),
+    asyncio.CancelledError,
+    GeneratorExit,
+    StopAsyncIteration,
+    lambda: Panic("panic"),
+)
+"""What whatever is plugged in may raise."""
+
+
 class TickingClock:
     """The loop's time; the wall clock never shows the same instant twice."""
 
     def __init__(self) -> None:
         self._ticks = 0
+        self._start = 1_700_000_000.0
 
     def now(self) -> float:
         self._ticks += 1
-        return 1_700_000_000.0 + asyncio.get_running_loop().time() + self._ticks * TICK
+        return self._start + asyncio.get_running_loop().time() + self._ticks * TICK
+
+    def jump(self, seconds: float) -> None:
+        """Correct the wall clock."""
+        self._start += seconds
 
     def monotonic(self) -> float:
         return asyncio.get_running_loop().time()
 
 
 class AwaitedCache:
-    """A cache with single-key methods only, each of which takes a random moment."""
+    """A cache with single-key methods only, each of which takes a random moment.
 
-    def __init__(self, chance: random.Random) -> None:
+    Where it is `faulty`, they raise anything at all at times.
+    """
+
+    def __init__(self, chance: random.Random, faulty: bool) -> None:
         self._chance = chance
+        self._faulty = faulty
         self._values: dict[ResourceKey, SnapshotValue[Any]] = {}
 
     async def _pause(self) -> None:
         await asyncio.sleep(self._chance.choice((0, 0, 0.01)))
+        if self._faulty and self._chance.random() < 0.05:
+            raise self._chance.choice(TROUBLE)()
 
     async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
         await self._pause()
@@ -104,6 +136,8 @@ class World:
         self.chance = random.Random(seed)
         chance = self.chance
         self.calm = chance.random() < 0.4
+        self.wild = not self.calm and chance.random() < 0.4
+        self.jumps = chance.random() < 0.2
         self.clock = TickingClock()
         self.calls = Calls()
         self.bases = [
@@ -112,6 +146,8 @@ class World:
         ]
         self.truth = dict.fromkeys(self.bases, 0)
         self.floor = dict.fromkeys(self.bases, 0)
+        self.both = 0
+        self.turn = asyncio.Lock()
         self.turns = {k: asyncio.Lock() for k in self.bases}
         self.needs: dict[ResourceKey, list[ResourceKey]] = {}
         for i in range(6):
@@ -137,7 +173,7 @@ class World:
         retry = RetryPolicy(max_attempts=chance.randint(1, 2), base_delay_seconds=0.1)
         cache: Any = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
         if chance.random() < 0.3:
-            cache = AwaitedCache(chance)
+            cache = AwaitedCache(chance, self.wild)
         return SnapshotBuilder(
             self._sources(),
             cache=cache,
@@ -181,6 +217,10 @@ class World:
             source.resilience_policy = None
         return sources
 
+    def trouble(self) -> BaseException:
+        """What a source raises: in a wild world anything at all."""
+        return self.chance.choice(TROUBLE)() if self.wild else ConnectionError("down")
+
     def fails(self) -> bool:
         """Whether something goes wrong just now."""
         return not self.calm and self.chance.random() < 0.2
@@ -196,10 +236,11 @@ class World:
         cancelled = False
         try:
             found = {k: (str(k), self.truth[k]) for k in keys}
-            observed_at = self.clock.now() if self.chance.random() < 0.5 else None
+            dated = not self.jumps and self.chance.random() < 0.5
+            observed_at = self.clock.now() if dated else None
             await self.pause()
             if self.fails():
-                raise ConnectionError("down")
+                raise self.trouble()
             return {k: SourcePayload(value, observed_at) for k, value in found.items()}
         except asyncio.CancelledError:
             cancelled = True
@@ -207,6 +248,24 @@ class World:
         finally:
             for k, call in calls.items():
                 self.calls.end(source, k, call, cancelled=cancelled)
+
+    async def change_both(self) -> None:
+        """Let two keys that have no source change together, so that nobody sees one without."""
+        async with self.turn:
+            self.both += 1
+            updates = [ResourceUpdate(k, self.both, "news") for k in PAIR]
+            with contextlib.suppress(*([Exception] if self.wild else [])):
+                await self.builder.publisher.publish_many(updates)
+
+    def sabotage(self) -> None:
+        """Cancel a task of the library's own, as a program does that cancels every task."""
+        own = [t for t in asyncio.all_tasks() if t.get_name().startswith("coalestra")]
+        if own:
+            self.chance.choice(sorted(own, key=lambda task: task.get_name())).cancel()
+
+    def jump(self) -> None:
+        """Correct the wall clock, by up to an hour in either direction."""
+        self.clock.jump(self.chance.uniform(-3_600, 3_600))
 
     async def change(self, k: ResourceKey) -> None:
         """Let the truth of a base key grow; tell the builder by the news, or that it is old.
@@ -218,11 +277,16 @@ class World:
             self.truth[k] += 1
             value = self.truth[k]
             self.calls.changed.add(k)
-            if self.chance.random() < 0.5:
-                await self.builder.publisher.publish(k, (str(k), value), source="news")
+            try:
+                if self.chance.random() < 0.5:
+                    await self.builder.publisher.publish(k, (str(k), value), source="news")
+                else:
+                    await self.builder.publisher.invalidate(k)
+            except Exception:
+                if not self.wild:
+                    raise
             else:
-                await self.builder.publisher.invalidate(k)
-            self.floor[k] = max(self.floor[k], value)
+                self.floor[k] = max(self.floor[k], value)
 
 
 def facts(payload: Any) -> Iterator[tuple[str, int]]:

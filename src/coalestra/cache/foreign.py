@@ -35,6 +35,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from coalestra.cache.memory import open_value, revision_of, seal_value
 from coalestra.cache.store import (
     UNCHECKED,
+    CacheListener,
     Currency,
     Listeners,
     Outcome,
@@ -882,7 +883,7 @@ class ForeignCache:
         async with channel.lanes.turn(revisions):
             offered = {key: each for key, each in revisions.items() if wanted(each)}
             failures = await self._offer(offered, terms, outcomes)
-            self._tell(channel, offered, outcomes)
+            self._tell(channel, offered, outcomes, None if terms.insist else self.subscribers)
         return outcomes, failures
 
     def _tell(
@@ -890,18 +891,25 @@ class ForeignCache:
         channel: Channel,
         offered: Mapping[ResourceKey, Revision],
         outcomes: Outcomes,
+        teller: CacheListener | None,
     ) -> None:
-        """Tell of what readers see now and did not see before."""
+        """Tell of what readers see now and did not see before.
+
+        What was fetched is no news to the ``teller``, who has settled its flight.
+        """
         changes: dict[ResourceKey, Revision | None] = {}
+        known: dict[ResourceKey, Revision | None] = {}
         for key, (status, current, _) in outcomes.items():
             waiting = channel.on_their_way.get(key)
             was_held = waiting is offered[key]
             if (status is _STORED) is not was_held:
-                changes[key] = current
+                (known if status is _STORED else changes)[key] = current
             if was_held or decide(current, waiting) is _STORED:
                 channel.on_their_way.pop(key, None)
         if changes:
             channel.listeners.revised(changes)
+        if known:
+            channel.listeners.revised(known, teller)
 
     async def _offer(
         self, offered: Mapping[ResourceKey, Revision], terms: _Terms, outcomes: Outcomes

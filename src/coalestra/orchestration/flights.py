@@ -223,6 +223,24 @@ class Call(Protocol):
     def unwanted(self) -> None:
         """Learn that nobody waits for one of the flights any more."""
 
+    def hurry(self) -> None:
+        """Learn that a call under way waits for this one: it must not wait for that one's slot."""
+
+    @property
+    def origin(self) -> object:
+        """What tells the builder that makes the call from others."""
+
+    @property
+    def keys_under_way(self) -> Collection[Acquisition]:
+        """The flights that are not settled yet, none if the call is over."""
+
+
+current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
+    "coalestra_current_call", default=None
+)
+"""The call that a source is serving, as seen from within the source: who uses a builder there
+waits on behalf of that call."""
+
 
 class Acquisition:
     """The one flight that acquires a key; any number of gathers wait for it.
@@ -262,6 +280,7 @@ class Acquisition:
         "settlement",
         "since",
         "sponsor",
+        "urgent",
         "waiters",
     )
 
@@ -300,6 +319,7 @@ class Acquisition:
         self.gather: Gather | None = None
         self.call: Call | None = None
         self.settlement: Settlement | None = None
+        self.urgent: bool = False
         self.since: int = since
 
     # Phases: nobody else writes `phase`, nor what depends on it --------------------------------
@@ -426,6 +446,8 @@ class Gather:
 
     A stage waits for its keys under the pins of its session. A derived acquisition (`owner`)
     waits for its dependencies. Once every key has a reading or a failure, `done` is called, once.
+    `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
+    is `urgent`: it must not wait for the slot that the call holds.
     """
 
     __slots__ = (
@@ -444,6 +466,7 @@ class Gather:
         "refresh",
         "rounds",
         "strike",
+        "within",
         "work",
     )
 
@@ -465,6 +488,7 @@ class Gather:
         self.private: frozenset[ResourceKey] = insisted.private
         self.refresh: bool = insisted.refresh
         self.owner: Acquisition | None = owner
+        self.within: Call | None = None
         self.readings: dict[ResourceKey, Reading] = {}
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[ResourceKey, Acquisition | Read] = {}
@@ -478,6 +502,11 @@ class Gather:
     def cutoff(self) -> float:
         """The latest instant, on the loop's clock, at which anyone still wants the keys."""
         return self.work.cutoff if self.owner is None else self.owner.cutoff
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a call under way, and the slot that it holds, wait for the keys."""
+        return self.within is not None if self.owner is None else self.owner.urgent
 
     @property
     def agrees(self) -> bool:
@@ -561,7 +590,8 @@ class FlightBoard:
         self.flights: dict[ResourceKey, Acquisition] = {}
         self.deriving: dict[Acquisition, None] = {}
         self.aside: dict[ResourceKey, dict[Acquisition, None]] = {}
-        self._waits: WaitsFor[Acquisition] = WaitsFor()
+        self._waits: WaitsFor[Acquisition | Call] = WaitsFor()
+        self._nested: dict[Call, int] = {}
 
     def start(self, gather: Gather, flight: Acquisition) -> None:
         """Put up a new flight, and let `gather`, which brought it about, wait for it."""
@@ -572,15 +602,14 @@ class FlightBoard:
         gather.pending[key] = flight
         unlimited = gather.owner is None and gather.work.deadline is None
         flight.cutoff = math.inf if unlimited else gather.cutoff
+        flight.urgent = gather.urgent
 
     def join(self, gather: Gather, flight: Acquisition) -> None:
         """Let `gather` wait for `flight`; a wait that would close a cycle fails instead."""
-        owner = gather.owner
-        if owner is not None and flight in self.deriving:
-            cycle = self._link(owner, flight)
+        if flight in self.deriving:
+            cycle = self._link(gather, flight)
             if cycle is not None:
-                path = tuple(member.key for member in cycle)
-                gather.failures[flight.key] = Failure.of_cycle(flight.key, path)
+                gather.failures[flight.key] = Failure.of_cycle(flight.key, cycle)
                 return
         joined = flight.sponsor is not gather.work
         if joined:
@@ -591,6 +620,8 @@ class FlightBoard:
         gather.pending[flight.key] = flight
         if flight.cutoff != math.inf:
             self.extend(flight, gather.cutoff)
+        if gather.urgent:
+            self.hurry(flight)
 
     def derive(self, flight: Acquisition) -> None:
         """Let a flight begin to have dependencies: from now on a cycle can go through it.
@@ -599,12 +630,53 @@ class FlightBoard:
         """
         self.deriving[flight] = None
         for gather in flight.waiters:
-            if gather.owner is not None:
-                self._link(gather.owner, flight)
+            self._link(gather, flight)
 
-    def _link(self, owner: Acquisition, flight: Acquisition) -> tuple[Acquisition, ...] | None:
-        owner.linked = flight.linked = True
-        return self._waits.add(owner, flight)
+    def nest(self, call: Call) -> None:
+        """Let a call wait for what its source asks for, and the flights of the call for it."""
+        nested = self._nested.get(call, 0)
+        self._nested[call] = nested + 1
+        if not nested:
+            for flight in call.keys_under_way:
+                self.derive(flight)
+                flight.linked = True
+                self._waits.add(flight, call)
+
+    def unnest(self, call: Call) -> None:
+        """Take back one `nest`; after the last one the call waits for nothing any more."""
+        self._nested[call] -= 1
+        if not self._nested[call]:
+            del self._nested[call]
+            self._waits.discard(call)
+
+    def _link(self, gather: Gather, flight: Acquisition) -> tuple[ResourceKey, ...] | None:
+        """Enter that `gather` waits for `flight`; return the keys of the cycle that would close."""
+        waiter = gather.within if gather.owner is None else gather.owner
+        if waiter is None:
+            return None
+        if gather.owner is not None:
+            gather.owner.linked = True
+        flight.linked = True
+        cycle = self._waits.add(waiter, flight)
+        if cycle is None:
+            return None
+        path = [member.key for member in cycle if isinstance(member, Acquisition)]
+        return tuple(path if path[0] == path[-1] and len(path) > 1 else [*path, path[0]])
+
+    def hurry(self, flight: Acquisition) -> None:
+        """Let a flight, and what it waits for, wait for no slot: who holds one waits for it."""
+        stack = [flight]
+        while stack:
+            each = stack.pop()
+            if each.urgent:
+                continue
+            each.urgent = True
+            if each.attempt is not None:
+                each.attempt.hurry()
+            if each.gather is not None:
+                stack += [
+                    one for one in each.gather.pending.values() if isinstance(one, Acquisition)
+                ]
 
     def extend(self, flight: Acquisition, cutoff: float) -> None:
         """Keep a flight, and what it waits for, wanted until `cutoff`."""
@@ -625,8 +697,9 @@ class FlightBoard:
         """Let `gather` wait no longer."""
         gather.pending.pop(flight.key, None)
         flight.waiters.pop(gather, None)
-        if gather.owner is not None and flight.linked:
-            self._waits.remove(gather.owner, flight)
+        waiter = gather.within if gather.owner is None else gather.owner
+        if waiter is not None and flight.linked:
+            self._waits.remove(waiter, flight)
 
     def hide(self, flight: Acquisition, *, cacheable: bool) -> None:
         """Keep newcomers from joining a flight, and from those that wait for its value."""

@@ -50,6 +50,7 @@ from coalestra.orchestration.flights import (
     Work,
     after_failures,
     after_write,
+    current_call,
     instead_of_event,
     late,
     nobody,
@@ -73,6 +74,7 @@ from coalestra.orchestration.sources import Link, SourceKind, dependencies_of
 
 _STEPS_BETWEEN_LOOKS = 4
 _KEYS_PER_STEP = 64
+_KEYS_AT_ONCE = 1_024
 _WAITERS_PER_STEP = 256
 _MOST_READS = 8
 """How often a derivation asks an awaited cache for one key while news of it keeps coming."""
@@ -205,29 +207,23 @@ class SingleFlight:
             keys = [key for key in gather.keys if key not in gather.readings]
         if keys and self._store is not None and not (gather.forced or gather.refresh):
             gather.work.record.cache_batch_reads += 1
-        self.agenda.add(self._look_on, gather, iter(keys))
+        step = self._look_in_store if self._is_plain(gather) else self._look_on
+        self.agenda.add(step, gather, iter(keys))
 
     def _look_on(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
         part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
         more = len(part) == _KEYS_PER_STEP
         try:
             now = self.equipment.clock.now()
-            if self._is_plain(gather):
-                self._look_in_store(gather, part, now)
-            else:
-                for key in part:
-                    self._look_for(gather, key, now)
+            for key in part:
+                self._look_for(gather, key, now)
         except BaseException:
-            more = False
+            self._looked(gather)
             raise
-        finally:
-            if not more:
-                gather.open = False
-                self.release(gather.work)
         if more:
             self.agenda.add(self._look_on, gather, rest)
         else:
-            self._check(gather)
+            self._looked(gather)
 
     def _is_plain(self, gather: Gather) -> bool:
         """Whether the memory cache comes first for every key, and nothing is pinned."""
@@ -235,20 +231,57 @@ class SingleFlight:
             return False
         return self._store is not None
 
-    def _look_in_store(self, gather: Gather, keys: Iterable[ResourceKey], now: float) -> None:
-        """Do as `_look_for`, in one go, for keys of which nothing can be known yet."""
-        store, report, record = self._store, self.equipment.report, gather.work.record
-        common: FreshnessPolicy | None = policy_of_all(self.equipment.policies)
-        for key in keys:
-            policy = self._policy(gather, key) if common is None else common
-            if policy is None or store is None:
-                continue
-            revision = store.find(key, now, policy)
-            if revision is None or not self._serve(gather, policy, revision, now):
-                record.cache_misses += 1
-                if report is not None:
-                    report.cache_missed(key)
-                self._acquire(gather, key, policy, revision)
+    def _look_in_store(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
+        """Do as `_look_on` for keys of which nothing can be known yet.
+
+        What the memory cache holds is read in one go, so that what was written together is seen
+        together; the flights of what it lacks are begun in steps.
+        """
+        part = tuple(islice(rest, _KEYS_AT_ONCE)) if gather.open else ()
+        missed: list[tuple[ResourceKey, FreshnessPolicy, Revision | None]] = []
+        try:
+            now = self.equipment.clock.now()
+            common: FreshnessPolicy | None = policy_of_all(self.equipment.policies)
+            for key in part:
+                policy = self._policy(gather, key) if common is None else common
+                if policy is None or self._store is None:
+                    continue
+                revision = self._store.find(key, now, policy)
+                if revision is None or not self._serve(gather, policy, revision, now):
+                    missed.append((key, policy, revision))
+        except BaseException:
+            self._looked(gather)
+            raise
+        self.agenda.add(
+            self._begin, gather, iter(missed), rest if len(part) == _KEYS_AT_ONCE else None
+        )
+
+    def _begin(
+        self,
+        gather: Gather,
+        missed: Iterator[tuple[ResourceKey, FreshnessPolicy, Revision | None]],
+        rest: Iterator[ResourceKey] | None,
+    ) -> None:
+        """Begin or join the flights of keys that the memory cache lacks, then look for the rest."""
+        part = tuple(islice(missed, _KEYS_PER_STEP)) if gather.open else ()
+        try:
+            for key, policy, revision in part:
+                self._missed(gather, key, policy, revision)
+        except BaseException:
+            self._looked(gather)
+            raise
+        if len(part) == _KEYS_PER_STEP:
+            self.agenda.add(self._begin, gather, missed, rest)
+        elif rest is not None and gather.open:
+            self.agenda.add(self._look_in_store, gather, rest)
+        else:
+            self._looked(gather)
+
+    def _looked(self, gather: Gather) -> None:
+        """Note that all has been looked for: what is complete is concluded, calls are made."""
+        gather.open = False
+        self.release(gather.work)
+        self._check(gather)
 
     def _policy(self, gather: Gather, key: ResourceKey) -> FreshnessPolicy | None:
         """Return the policy of a key; if there is none to be had, the key fails."""
@@ -555,6 +588,8 @@ class SingleFlight:
             link, report = flight.link, self.equipment.report
             if report is not None and link is not None:
                 report.resource_resolved(revision, link.kind.value)
+            if self._news > flight.since and self._is_behind(flight):
+                self.board.hide(flight, cacheable=False)
             flight.offer(revision, dated)
             if self._publishing and flight.key in self._publishing:
                 self._held_back.setdefault(flight.key, []).append(flight)
@@ -960,6 +995,10 @@ class Engine:
         stage = self._stages[gather] = Stage(gather, keep)
         gather.done = stage.tell
         gather.strike = lambda: self._strike(gather, stage)
+        call = current_call.get()
+        if call is not None and call.origin is self.equipment and call.keys_under_way:
+            gather.within = call
+            self.flights.board.nest(call)
         try:
             if gather.work.expired:
                 gather.strike()
@@ -973,6 +1012,8 @@ class Engine:
             gather.strike = nothing
             if not stage.over and not loop.is_closed():
                 self.flights.abandon(gather)
+            if gather.within is not None:
+                self.flights.board.unnest(gather.within)
 
     def _strike(self, gather: Gather, stage: Stage) -> None:
         """End the waiting of a stage at its deadline, whatever the engine makes of that."""
