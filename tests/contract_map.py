@@ -113,6 +113,8 @@ SECTIONS: Mapping[int, Section] = {
             "resilience/test_policies.py",
             "orchestration/test_resilience_in_builds.py",
             "orchestration/test_settlement.py",
+            "orchestration/test_every_plug_may_fail.py",
+            "orchestration/test_nested_use.py",
         ),
     ),
     11: Section(

@@ -312,6 +312,13 @@ class CapacityController:
             raise
         return self._lease(source, own)
 
+    def beyond(self, source: str) -> CapacityLease:
+        """Return a lease beyond all limits, for what a holder of a slot waits for.
+
+        To wait for a slot would be to wait for oneself.
+        """
+        return CapacityLease(source, (), self._leases)
+
     def _lease(self, source: str, own: CapacityLimiter | None) -> CapacityLease:
         held = (self._global,) if own is None else (self._global, own)
         return CapacityLease(source, held, self._leases)

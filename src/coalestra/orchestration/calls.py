@@ -78,7 +78,14 @@ from coalestra.core.policies import FutureObservation, judge_observation, policy
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
-from coalestra.orchestration.flights import Acquisition, Intake, Interest, Phase, Work
+from coalestra.orchestration.flights import (
+    Acquisition,
+    Intake,
+    Interest,
+    Phase,
+    Work,
+    current_call,
+)
 from coalestra.orchestration.parts import Equipment
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.resilience.circuit_breaker import CircuitIdentity, CircuitScope, Outcome
@@ -249,9 +256,13 @@ class Attempt:
         if call.link.kind is _DERIVED:
             self._inputs = (await self._dependencies(),)
         self.stage = Stage.WAITING
-        lease = call.equipment.capacity.try_acquire(name) or await self._wait_for_capacity(name)
+        lease = call.equipment.capacity.try_acquire(name)
+        if lease is None and call.urgent:
+            lease = call.equipment.capacity.beyond(name)
         if lease is None:
-            return
+            lease = await self._wait_for_capacity(name)
+            if lease is None:
+                return
         try:
             refusal = self._refusal()
             if refusal is not None:
@@ -305,6 +316,12 @@ class Attempt:
         if self._cut is not None:
             self._cut.move(self._end())
 
+    def hurry(self) -> None:
+        """Wait for capacity no longer, and go without: who holds it waits for this attempt."""
+        if self._cut is not None and self.stage is Stage.WAITING:
+            self._bound = asyncio.get_running_loop().time()
+            self._cut.move(self._end())
+
     def abandon(self) -> Exception | None:
         """End the attempt, as nobody waits for it; return the error if it waited too long."""
         waited = self.stage is Stage.WAITING and self._cut is not None
@@ -332,6 +349,8 @@ class Attempt:
             with self.cut_off(math.inf if timeout is None else began + timeout):
                 return await call.equipment.capacity.acquire(name)
         except CutOffExpired:
+            if call.urgent and call.cutoff > clock():
+                return call.equipment.capacity.beyond(name)
             late = call.cutoff < self._bound
             call.end(self._late_in_queue() if late else self._impatient(timeout))
             return None
@@ -404,6 +423,7 @@ class Attempt:
         self.stage = Stage.RUNNING
         timeout = link.timeout_seconds
         bound = math.inf if timeout is None else self.began + timeout
+        self._variables.run(current_call.set, self._call)
         try:
             if min(bound, self._call.cutoff) == math.inf:
                 asked = self._variables.run(self._invoke)
@@ -560,6 +580,26 @@ class Call:
             self.cutoff = cutoff
             if self._attempt is not None:
                 self._attempt.extend()
+
+    def hurry(self) -> None:
+        """Wait for no slot any longer: a call under way, which holds one, waits for this one."""
+        if self._attempt is not None:
+            self._attempt.hurry()
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a call under way waits for this one."""
+        return any(flight.urgent for flight in self.flights)
+
+    @property
+    def origin(self) -> object:
+        """What tells the builder that makes the call from others."""
+        return self.equipment
+
+    @property
+    def keys_under_way(self) -> Collection[Acquisition]:
+        """The flights that are not settled yet, none if the call is over."""
+        return () if self._over else tuple(self.flights)
 
     def unwanted(self) -> None:
         """Learn that nobody waits for one of the flights any more; see the table."""
@@ -1107,6 +1147,7 @@ class Lane:
 
     __slots__ = (
         "_busy",
+        "_hurried",
         "_queue",
         "_waking",
         "_workers",
@@ -1124,6 +1165,7 @@ class Lane:
         self._queue: deque[Call | Sequence[Acquisition]] = deque()
         self._workers = 0
         self._busy = 0
+        self._hurried = 0
         self._waking = False
 
     def add(self, flights: Sequence[Acquisition]) -> None:
@@ -1143,15 +1185,28 @@ class Lane:
         self._queue.append(call)
         self._staff()
 
+    def hurry(self, flight: Acquisition) -> None:
+        """Make the call of a queued flight next, by a worker more than there may be."""
+        for queued in self._queue:
+            if queued is flight.call or (not isinstance(queued, Call) and flight in queued):
+                self._queue.remove(queued)
+                self._queue.appendleft(queued)
+                self._hurried += 1
+                self._staff()
+                return
+
     def left(self, worker: Worker) -> None:
         """Count a worker as gone."""
         self._workers -= 1
+        if not self._workers:
+            self._hurried = 0
         self._busy -= worker.call is not None
         self._staff()
 
     def _staff(self) -> None:
         # Looked at anew each time: an eager task may have worked the queue off by now.
-        while self._workers < min(self.limit, self._busy + len(self._queue)):
+        most = self.limit + self._hurried
+        while self._workers < min(most, self._busy + len(self._queue)):
             if self.dispatch.quiet_until and self._is_quiet():
                 return
             worker = Worker(self)
@@ -1299,6 +1354,13 @@ class Dispatch:
         if not work.flushing:
             self._flush_soon(work)
 
+    def hurry(self, flight: Acquisition) -> None:
+        """Let a flight queue for nothing, as a call under way waits for it."""
+        if flight.call is not None:
+            flight.call.hurry()
+        if flight.lane is not None:
+            flight.lane.hurry(flight)
+
     def _flush_soon(self, work: Work) -> None:
         if not work.flushing:
             work.flushing = True
@@ -1312,10 +1374,11 @@ class Dispatch:
         ready, work.ready = work.ready, {}
         for index, flights in ready.items():
             waiting = [flight for flight in flights if flight.phase is _READY]
-            for flight in waiting:
-                flight.queue()
             try:
-                self._lane(work, index).add(waiting)
+                lane = self._lane(work, index)
+                for flight in waiting:
+                    flight.queue(lane)
+                lane.add(waiting)
             except BaseException as error:
                 for flight in waiting:
                     self.refused(flight, error, "failure", 0)

@@ -113,6 +113,9 @@ class Intake(Protocol):
     def add(self, flights: Sequence[Any]) -> None:
         """Take flights that are ready for a call."""
 
+    def hurry(self, flight: Any) -> None:
+        """Make the call of a queued flight next."""
+
 
 class Work:
     """The context, deadline, counters and lanes that the stages of one unit of work share.
@@ -269,6 +272,7 @@ class Acquisition:
         "gather",
         "joinable",
         "key",
+        "lane",
         "link",
         "linked",
         "missed",
@@ -318,6 +322,7 @@ class Acquisition:
         self.linked: bool = False
         self.gather: Gather | None = None
         self.call: Call | None = None
+        self.lane: Intake | None = None
         self.settlement: Settlement | None = None
         self.urgent: bool = False
         self.since: int = since
@@ -338,9 +343,10 @@ class Acquisition:
         """Wait for the end of the step, to travel with others to the same source."""
         self.phase = _READY
 
-    def queue(self) -> None:
-        """Wait for a worker that calls the source."""
+    def queue(self, lane: Intake) -> None:
+        """Wait in a lane for a worker that calls the source."""
         self.phase = _CALLING
+        self.lane = lane
 
     def join_call(self, call: Call) -> None:
         """Be one of the keys that `call` is made for."""
@@ -590,7 +596,7 @@ class FlightBoard:
         self.flights: dict[ResourceKey, Acquisition] = {}
         self.deriving: dict[Acquisition, None] = {}
         self.aside: dict[ResourceKey, dict[Acquisition, None]] = {}
-        self._waits: WaitsFor[Acquisition | Call] = WaitsFor()
+        self._waits: WaitsFor[Any] = WaitsFor()
         self._nested: dict[Call, int] = {}
 
     def start(self, gather: Gather, flight: Acquisition) -> None:
@@ -620,8 +626,6 @@ class FlightBoard:
         gather.pending[flight.key] = flight
         if flight.cutoff != math.inf:
             self.extend(flight, gather.cutoff)
-        if gather.urgent:
-            self.hurry(flight)
 
     def derive(self, flight: Acquisition) -> None:
         """Let a flight begin to have dependencies: from now on a cycle can go through it.
@@ -662,21 +666,6 @@ class FlightBoard:
             return None
         path = [member.key for member in cycle if isinstance(member, Acquisition)]
         return tuple(path if path[0] == path[-1] and len(path) > 1 else [*path, path[0]])
-
-    def hurry(self, flight: Acquisition) -> None:
-        """Let a flight, and what it waits for, wait for no slot: who holds one waits for it."""
-        stack = [flight]
-        while stack:
-            each = stack.pop()
-            if each.urgent:
-                continue
-            each.urgent = True
-            if each.attempt is not None:
-                each.attempt.hurry()
-            if each.gather is not None:
-                stack += [
-                    one for one in each.gather.pending.values() if isinstance(one, Acquisition)
-                ]
 
     def extend(self, flight: Acquisition, cutoff: float) -> None:
         """Keep a flight, and what it waits for, wanted until `cutoff`."""

@@ -421,6 +421,8 @@ class SingleFlight:
                 flight.cached = cached
             flight.forced = flight.forced or forced
             self.board.join(gather, flight)
+            if gather.urgent:
+                self._hurry(flight)
         if self._store is None:
             read = self.reads.find(key)
             if read is not None:
@@ -441,6 +443,20 @@ class SingleFlight:
         self.board.set_aside(flight)
         self.board.join(gather, flight)
         self._later(flight)
+
+    def _hurry(self, flight: Acquisition) -> None:
+        """Let a flight, and what it waits for, queue for nothing: who holds a slot waits for it."""
+        stack, seen = [flight], {id(flight)}
+        while stack:
+            each = stack.pop()
+            each.urgent = True
+            if each.link is not None:
+                self.dispatch.hurry(each)
+            if each.gather is not None:
+                for awaited in each.gather.pending.values():
+                    if isinstance(awaited, Acquisition) and id(awaited) not in seen:
+                        seen.add(id(awaited))
+                        stack.append(awaited)
 
     def _leave(self, gather: Gather, flight: Acquisition) -> None:
         """Let `gather` wait no longer. What nobody waits for is given up, or runs to its bound."""

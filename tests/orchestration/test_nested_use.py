@@ -1,0 +1,172 @@
+"""A source may use its own builder: it waits for no slot that it holds itself, and in no circle."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    CallableSource,
+    FetchContext,
+    ResourceKey,
+    Snapshot,
+    SnapshotBuilder,
+    SyncSnapshotBuilder,
+)
+from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
+from tests.support import Gate, no_leaks, settle
+
+INNER = key("inner")
+OUTERS = [key("outer", str(number)) for number in range(8)]
+
+
+class Asking:
+    """Serves `outer` with what it asks the builder for, and everything else with a constant."""
+
+    def __init__(self, *sources: Any, asks: Any = lambda k: INNER, **settings: Any) -> None:
+        self.asks = asks
+        self.gate = Gate(opened=True)
+        self.source = Single("outer", "outer", "inner", "other", fetch=self.fetch)
+        self.builder: SnapshotBuilder = builder(self.source, *sources, **settings)
+
+    async def fetch(self, k: ResourceKey, context: FetchContext) -> Any:
+        await self.gate.pass_()
+        await asyncio.sleep(0.1)
+        if k.name != "outer":
+            return 1
+        asked = self.asks(k)
+        return (await self.builder.build([asked])).value(asked)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+async def test_as_many_calls_as_there_are_slots_may_each_ask_for_the_same_key(slots: int) -> None:
+    asking = Asking(max_concurrency=slots)
+    snapshot = await asking.builder.build(OUTERS)
+    assert {value.value for value in snapshot.values()} == {1}
+    assert asking.source.calls.count(INNER) == 1
+    await no_leaks(asking.builder)
+
+
+async def test_each_may_ask_for_a_key_of_its_own() -> None:
+    asking = Asking(asks=lambda k: key("inner", k.subject), max_concurrency=2)
+    await asking.builder.build(OUTERS)
+    await no_leaks(asking.builder)
+
+
+async def test_what_is_asked_for_may_be_queued_behind_those_who_ask() -> None:
+    """The key that all of them wait for comes last in the very queue that they hold up."""
+    asking = Asking(max_concurrency=2, max_pending_tasks=2)
+    snapshot = await asking.builder.build([*OUTERS, INNER])
+    assert len(snapshot) == 9
+    await no_leaks(asking.builder)
+
+
+async def test_what_is_asked_for_may_wait_for_capacity_in_another_build() -> None:
+    asking = Asking(max_concurrency=1)
+    asking.gate = Gate()
+    outer = asyncio.ensure_future(asking.builder.build(OUTERS[:1]))
+    await settle()
+    inner = asyncio.ensure_future(asking.builder.build([INNER]))
+    await settle()
+    assert asking.source.calls == OUTERS[:1]
+    asking.gate.open()
+    await asyncio.gather(outer, inner)
+    assert asking.source.calls.count(INNER) == 1
+    await no_leaks(asking.builder)
+
+
+async def test_what_is_asked_for_may_be_derived_from_what_waits_for_capacity() -> None:
+    derived = Derived("sum", needs=lambda k: [INNER, key("other")])
+    asking = Asking(derived, asks=lambda k: key("sum"), max_concurrency=1)
+    asking.gate = Gate()
+    builds = [asyncio.ensure_future(asking.builder.build([k])) for k in (OUTERS[0], key("sum"))]
+    await settle()
+    asking.gate.open()
+    await asyncio.gather(*builds)
+    await no_leaks(asking.builder)
+
+
+async def test_a_batch_source_and_a_derivation_may_ask_as_well() -> None:
+    async def ask() -> None:
+        await building.build([INNER])
+
+    batch = Batch("batch", before=ask)
+    derived = Derived("derived", needs=lambda k: [key("batch")], before=ask)
+    building = builder(batch, derived, Single("inner"), max_concurrency=1)
+    await building.build([key("derived"), *(key("batch", str(number)) for number in range(5))])
+    await no_leaks(building)
+
+
+def circles() -> dict[str, Any]:
+    """What the key of each name asks for."""
+    first, second = key("outer", "1"), key("outer", "2")
+    return {
+        "itself": lambda k: k,
+        "one another": lambda k: second if k == first else first,
+        "what derives from it": lambda k: key("derived", k.subject),
+    }
+
+
+@pytest.mark.parametrize("circle", circles())
+async def test_a_circle_is_an_error_that_names_the_path(circle: str) -> None:
+    derived = Derived("derived", needs=lambda k: [key("outer", k.subject)])
+    asking = Asking(derived, asks=circles()[circle])
+    snapshot = await asking.builder.build([key("outer", "1")], strict=False)
+    error = str(snapshot.error_for(key("outer", "1")))
+    path = error.partition("must not form a cycle, got ")[2].partition(";")[0].split(" -> ")
+    assert path[0] == path[-1]
+    assert "test:outer:1" in path
+    await no_leaks(asking.builder)
+
+
+async def test_two_builds_that_meet_in_a_circle_both_end() -> None:
+    asking = Asking(asks=circles()["one another"])
+    keys = [key("outer", "1"), key("outer", "2")]
+    both = [asking.builder.build([k], strict=False) for k in keys]
+    ended = await asyncio.gather(*both)
+    assert all(snapshot.errors for snapshot in ended)
+    await no_leaks(asking.builder)
+
+
+async def test_a_call_that_is_over_lends_nothing_to_what_its_source_left_running() -> None:
+    """A task begun by a source is on its own once the source has answered."""
+    later: list[asyncio.Task[Snapshot]] = []
+    go = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k == INNER:
+            return 1
+
+        async def ask() -> Snapshot:
+            await go.pass_()
+            return await building.build([k])
+
+        later.append(asyncio.ensure_future(ask()))
+        return 2
+
+    building = builder(Single("outer", "outer", "inner", fetch=fetch))
+    await building.build(OUTERS[:1])
+    go.open()
+    assert (await later[0])[OUTERS[0]].value == 2
+    await no_leaks(building)
+
+
+def test_a_source_in_a_thread_may_ask_through_the_facade() -> None:
+    """The thread of the source waits; the slot that it holds is waited for by nobody."""
+    asked: list[int] = []
+
+    def fetch(k: ResourceKey, context: FetchContext) -> int:
+        asked.append(threading.get_ident())
+        return 1 if k == INNER else facade.build([INNER]).value(INNER, int)
+
+    source = CallableSource(
+        name="outer", priority=1, supports=lambda k: True, fetcher=fetch, blocking_io=False
+    )
+    building = SnapshotBuilder([source], default_policy=LASTING, max_concurrency=2)
+    with SyncSnapshotBuilder(building) as facade:
+        snapshot = facade.build(OUTERS, deadline_seconds=30)
+    assert len(snapshot) == len(OUTERS)
+    assert len(asked) == len(OUTERS) + 1
