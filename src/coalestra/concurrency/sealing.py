@@ -169,7 +169,7 @@ def parts_of(cls: type) -> Parts | None:
         return _nothing
     if _is_standard(cls, _STANDARD_TIMES):
         return _time_zone
-    if cls.__dictoffset__ or not copies_by_default(cls):
+    if cls.__dictoffset__ or not copies_by_default(cls, hooks_of(cls)):
         return None
     if issubclass(cls, tuple):
         return _itself if hasattr(cls, "_fields") else None
@@ -267,9 +267,8 @@ def hooks_of(cls: type) -> list[Any]:
 _NO_HOOKS = hooks_of(object)
 
 
-def copies_by_default(cls: type) -> bool:
+def copies_by_default(cls: type, hooks: list[Any]) -> bool:
     """Whether ``copy.deepcopy`` takes instances apart by itself, running no code of the class."""
-    hooks = hooks_of(cls)
     if hooks != _NO_HOOKS and not _has_state_of_dataclass(hooks):
         return False
     if issubclass(cls, tuple):  # has an attribute access of its own, in C
@@ -292,22 +291,22 @@ def inherits(cls: type, *names: str) -> bool:
     return all(getattr(cls, name, None) is getattr(object, name, None) for name in names)
 
 
-def is_plain(cls: type) -> bool:
+def is_plain(cls: type, hooks: list[Any]) -> bool:
     """Whether instances are all that their attributes are, and copied by these."""
-    return copies_by_default(cls) and inherits(cls, *_BUILDERS)
+    return copies_by_default(cls, hooks) and inherits(cls, *_BUILDERS)
 
 
 State = tuple[dict[str, Any], dict[str, Any]]
 """What an instance has in its dictionary, and in its slots: two places, whatever the names."""
 
 
-def state_of(instance: Any) -> State | None:
+def state_of(instance: Any, cls: type[Any], hooks: list[Any]) -> State | None:
     """Return the state of an instance of a plain class; None if it has a say in its copying."""
-    cls = type(instance)
     try:
         builder, arguments, state, *more = instance.__reduce_ex__(4)
-        if type(state) is list and _has_state_of_dataclass(hooks_of(cls)):
-            return {}, dict(zip(cls.__dataclass_fields__, state, strict=True))
+        if type(state) is list and _has_state_of_dataclass(hooks):
+            names = [field.name for field in dataclasses.fields(cls)]
+            return {}, dict(zip(names, state, strict=True))
     except Exception:  # copy.deepcopy will meet it again, and report it
         return None
     attributes, slots = state if isinstance(state, tuple) else (state, None)
@@ -346,30 +345,19 @@ HUGE = 100_000
 keeps every other thread, the event loop's too, waiting until it ends."""
 
 
-class HugeList:
-    """The shell of a long list that other threads can interrupt the copying of."""
+class HugeShell:
+    """The shell of a list or dictionary that other threads can interrupt the copying of."""
 
     __slots__ = ("_items",)
 
-    def __init__(self, items: list[Any]) -> None:
+    def __init__(self, items: Any) -> None:
         self._items = items
 
-    def copy(self) -> list[Any]:
-        """Return a new list with the same items."""
+    def copy(self) -> Any:
+        """Return a new container with the same items in the same order."""
+        if type(self._items) is dict:
+            return {key: value for key, value in self._items.items()}  # noqa: C416 - see HUGE
         return [item for item in self._items]  # noqa: C416 - see HUGE
-
-
-class HugeDict:
-    """The shell of a large dictionary that other threads can interrupt the copying of."""
-
-    __slots__ = ("_items",)
-
-    def __init__(self, items: dict[Any, Any]) -> None:
-        self._items = items
-
-    def copy(self) -> dict[Any, Any]:
-        """Return a new dictionary with the same items in the same order."""
-        return {key: value for key, value in self._items.items()}  # noqa: C416 - see HUGE
 
 
 class InstanceShell:
@@ -572,30 +560,37 @@ class Survey:
         return shell
 
     def _visit_dict(self, parent: int, original: dict[Any, Any]) -> dict[Any, Any]:
-        is_huge = len(original) >= HUGE
-        shell = HugeDict(original).copy() if is_huge else original.copy()
-        self._blueprint.shells.append(HugeDict(shell) if is_huge else shell)
+        shell: dict[Any, Any] = self._shell_of(original, dict.copy)
         if not is_flat(shell):
             self._require_immutable(shell)
             self._link(parent, shell.items())
         return shell
 
     def _visit_row(self, parent: int, original: Any) -> list[Any]:
-        is_huge = len(original) >= HUGE
-        shell = HugeList(original).copy() if is_huge else list(original)
-        self._blueprint.shells.append(HugeList(shell) if is_huge else shell)
+        shell: list[Any] = self._shell_of(original, list)
         if type(original) is tuple:
             self._tuples[parent] = (parent, *self._children(enumerate(shell)))
         elif not only_atoms(shell):
             self._link(parent, enumerate(shell))
         return shell
 
+    def _shell_of(self, original: Any, copied: Callable[[Any], Any]) -> Any:
+        """Keep the shell of a list, tuple or dictionary, and return a first copy."""
+        if len(original) < HUGE:
+            shell = first = copied(original)
+        else:
+            first = HugeShell(original).copy()
+            shell = HugeShell(first)
+        self._blueprint.shells.append(shell)
+        return first
+
     def _visit_instance(self, parent: int, cls: type, original: Any) -> Any:
-        if cls not in self._classes:
-            if not is_plain(cls):
+        hooks = self._classes.get(cls)
+        if hooks is None:
+            hooks = self._classes[cls] = hooks_of(cls)
+            if not is_plain(cls, hooks):
                 raise UnknownPayload
-            self._classes[cls] = hooks_of(cls)
-        state = state_of(original)
+        state = state_of(original, cls, hooks)
         if state is None:
             raise UnknownPayload
         attributes, slots = state

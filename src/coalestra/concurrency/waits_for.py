@@ -13,39 +13,24 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterator, Sequence
+from operator import attrgetter
 from typing import Generic, TypeVar
 
-# A total order that can be inserted into anywhere; to compare two places is to compare numbers ----
-
-
 _GAP = 1 << 512
-"""Between neighbours. It takes 512 insertions at one spot to use it up and renumber everything."""
+"""Between the labels of neighbours: 512 insertions at one spot use it up, and all are renewed."""
+
+N = TypeVar("N", bound=Hashable)
 
 
 class Spot:
     """A place in an `Order`: the greater the label, the further back."""
 
-    __slots__ = ("_after", "_before", "label")
+    __slots__ = ("after", "before", "label")
 
     def __init__(self) -> None:
         self.label: int = 0
-        self._before: Spot = self
-        self._after: Spot = self
-
-    @property
-    def before(self) -> Spot:
-        """The next spot to the front; the `Order` itself at its front."""
-        return self._before
-
-    @property
-    def after(self) -> Spot:
-        """The next spot to the back; the `Order` itself at its back."""
-        return self._after
-
-    def link(self, after: Spot) -> None:
-        """Make `after` the neighbour that follows."""
-        self._after = after
-        after._before = self
+        self.before: Spot = self
+        self.after: Spot = self
 
 
 class Order(Spot):
@@ -67,54 +52,50 @@ class Order(Spot):
         """Put a spot that stands nowhere at the front."""
         self._insert((spot,), self)
 
-    def remove(self, spot: Spot) -> None:
-        """Take a spot out."""
-        spot.before.link(spot.after)
+    def remove(self, *spots: Spot) -> None:
+        """Take spots out."""
+        for spot in spots:
+            spot.before.after, spot.after.before = spot.after, spot.before
 
     def move_before(self, spots: Sequence[Spot], place: Spot) -> None:
         """Put spots, in the given order, right before another that is not among them."""
-        for spot in spots:
-            self.remove(spot)
+        self.remove(*spots)
         self._insert(spots, place.before)
 
     def move_after(self, spots: Sequence[Spot], place: Spot) -> None:
         """Put spots, in the given order, right after another that is not among them."""
-        for spot in spots:
-            self.remove(spot)
+        self.remove(*spots)
         self._insert(spots, place)
 
     def _insert(self, spots: Sequence[Spot], left: Spot) -> None:
-        if not spots:
-            return
         right = left.after
-        first, step = self._labels_between(left, right, len(spots))
-        for spot in spots:
-            left.link(spot)
-            spot.label = first
-            first += step
-            left = spot
-        left.link(right)
-        if not step:
-            self._renumber()
-
-    def _labels_between(self, left: Spot, right: Spot, count: int) -> tuple[int, int]:
-        """Return the first label and the step for new spots; step 0 means there is no room."""
         if right is self:
-            return (0 if left is self else left.label + _GAP), _GAP
-        if left is self:
-            return right.label - _GAP * count, _GAP
-        step = (right.label - left.label) // (count + 1)
-        return left.label + step, step
+            label, step = (0 if left is self else left.label + _GAP), _GAP
+        elif left is self:
+            label, step = right.label - _GAP * len(spots), _GAP
+        else:
+            step = (right.label - left.label) // (len(spots) + 1)
+            label = left.label + step
+        for spot in spots:
+            left.after, spot.before, spot.label = spot, left, label
+            label += step
+            left = spot
+        left.after, right.before = right, left
+        if not step:
+            for number, spot in enumerate(self):
+                spot.label = number * _GAP
 
-    def _renumber(self) -> None:
-        for number, spot in enumerate(self):
-            spot.label = number * _GAP
 
+class _Node(Spot, Generic[N]):
+    """A node, its edges and its place in the order."""
 
-# Who waits for whom: a graph that never lets a cycle in ------------------------------------------
+    __slots__ = ("name", "targets", "waiters")
 
-
-N = TypeVar("N", bound=Hashable)
+    def __init__(self, name: N) -> None:
+        super().__init__()
+        self.name = name
+        self.targets: dict[_Node[N], None] = {}
+        self.waiters: dict[_Node[N], None] = {}
 
 
 class WaitsFor(Generic[N]):
@@ -124,27 +105,27 @@ class WaitsFor(Generic[N]):
     was added.
     """
 
-    __slots__ = ("_order", "_seats")
+    __slots__ = ("_nodes", "_order")
 
     def __init__(self) -> None:
-        self._seats: dict[N, _Seat[N]] = {}
+        self._nodes: dict[N, _Node[N]] = {}
         self._order = Order()
 
     def __len__(self) -> int:
         """Count the nodes that wait or are waited for."""
-        return len(self._seats)
+        return len(self._nodes)
 
     def __contains__(self, node: object) -> bool:
-        return node in self._seats
+        return node in self._nodes
 
     def __repr__(self) -> str:
-        edges = sum(len(seat.targets) for seat in self._seats.values())
-        return f"<WaitsFor nodes={len(self._seats)} edges={edges}>"
+        edges = sum(len(node.targets) for node in self._nodes.values())
+        return f"<WaitsFor nodes={len(self._nodes)} edges={edges}>"
 
     def edges(self) -> tuple[tuple[N, N], ...]:
         """Return every (waiter, target) there is."""
-        seats = self._seats.values()
-        return tuple((seat.node, target.node) for seat in seats for target in seat.targets)
+        nodes = self._nodes.values()
+        return tuple((node.name, target.name) for node in nodes for target in node.targets)
 
     def add(self, waiter: N, target: N) -> tuple[N, ...] | None:
         """Let `waiter` wait for `target`, unless that would close a cycle.
@@ -155,7 +136,7 @@ class WaitsFor(Generic[N]):
         """
         if waiter is target or waiter == target:
             return (waiter, target)
-        ahead, behind = self._seats.get(waiter), self._seats.get(target)
+        ahead, behind = self._nodes.get(waiter), self._nodes.get(target)
         if ahead is not None and behind is not None:
             if ahead.label > behind.label:
                 cycle = self._reorder(ahead, behind)
@@ -164,10 +145,10 @@ class WaitsFor(Generic[N]):
         else:
             # A new target goes to the very back, a new waiter to the very front: nothing to check.
             if behind is None:
-                behind = self._seats[target] = _Seat(target)
+                behind = self._nodes[target] = _Node(target)
                 self._order.append(behind)
             if ahead is None:
-                ahead = self._seats[waiter] = _Seat(waiter)
+                ahead = self._nodes[waiter] = _Node(waiter)
                 self._order.prepend(ahead)
         ahead.targets[behind] = None
         behind.waiters[ahead] = None
@@ -175,7 +156,7 @@ class WaitsFor(Generic[N]):
 
     def remove(self, waiter: N, target: N) -> None:
         """Let `waiter` no longer wait for `target`; nothing happens if it did not."""
-        ahead, behind = self._seats.get(waiter), self._seats.get(target)
+        ahead, behind = self._nodes.get(waiter), self._nodes.get(target)
         if ahead is not None and behind is not None and behind in ahead.targets:
             del ahead.targets[behind]
             del behind.waiters[ahead]
@@ -184,25 +165,25 @@ class WaitsFor(Generic[N]):
 
     def discard(self, node: N) -> None:
         """Forget a node and all its edges; nothing happens if it is not there."""
-        seat = self._seats.get(node)
-        if seat is None:
+        known = self._nodes.get(node)
+        if known is None:
             return
-        for target in seat.targets:
-            del target.waiters[seat]
+        for target in known.targets:
+            del target.waiters[known]
             self._drop_if_bare(target)
-        for waiter in seat.waiters:
-            del waiter.targets[seat]
+        for waiter in known.waiters:
+            del waiter.targets[known]
             self._drop_if_bare(waiter)
-        seat.targets.clear()
-        seat.waiters.clear()
-        self._drop_if_bare(seat)
+        known.targets.clear()
+        known.waiters.clear()
+        self._drop_if_bare(known)
 
-    def _drop_if_bare(self, seat: _Seat[N]) -> None:
-        if not seat.targets and not seat.waiters:
-            self._order.remove(seat)
-            del self._seats[seat.node]
+    def _drop_if_bare(self, node: _Node[N]) -> None:
+        if not node.targets and not node.waiters:
+            self._order.remove(node)
+            del self._nodes[node.name]
 
-    def _reorder(self, waiter: _Seat[N], target: _Seat[N]) -> tuple[N, ...] | None:
+    def _reorder(self, waiter: _Node[N], target: _Node[N]) -> tuple[N, ...] | None:
         """Make waiter stand before target, or return the cycle that forbids it."""
         forward, backward = _Search(target, 1, waiter.label), _Search(waiter, -1, target.label)
         while True:
@@ -215,22 +196,10 @@ class WaitsFor(Generic[N]):
         if low is None:
             self._order.move_after(forward.visited(), waiter)
         else:
-            leading = [seat for seat in backward.visited() if seat.label > low.label]
-            trailing = [seat for seat in forward.visited() if seat.label < low.label]
+            leading = [node for node in backward.visited() if node.label > low.label]
+            trailing = [node for node in forward.visited() if node.label < low.label]
             self._order.move_before(leading + trailing, low)
         return None
-
-
-class _Seat(Spot, Generic[N]):
-    """A node, its edges and its place in the order."""
-
-    __slots__ = ("node", "targets", "waiters")
-
-    def __init__(self, node: N) -> None:
-        super().__init__()
-        self.node = node
-        self.targets: dict[_Seat[N], None] = {}
-        self.waiters: dict[_Seat[N], None] = {}
 
 
 class _Search(Generic[N]):
@@ -242,56 +211,52 @@ class _Search(Generic[N]):
 
     __slots__ = ("_direction", "_limit", "_live", "came_from")
 
-    def __init__(self, start: _Seat[N], direction: int, limit: int) -> None:
+    def __init__(self, start: _Node[N], direction: int, limit: int) -> None:
         self._direction = direction
         self._limit = limit * direction
-        self.came_from: dict[_Seat[N], _Seat[N]] = {}
-        self._live: list[tuple[int, _Seat[N], Iterator[_Seat[N]], int]] = []
+        self.came_from: dict[_Node[N], _Node[N]] = {}
+        self._live: list[tuple[int, _Node[N], Iterator[_Node[N]], int]] = []
         self._visit(start, start)
 
-    def _visit(self, seat: _Seat[N], came_from: _Seat[N]) -> None:
-        self.came_from[seat] = came_from
-        edges = seat.targets if self._direction > 0 else seat.waiters
+    def _visit(self, node: _Node[N], came_from: _Node[N]) -> None:
+        self.came_from[node] = came_from
+        edges = node.targets if self._direction > 0 else node.waiters
         if edges:
-            entry = (seat.label * self._direction, seat, iter(edges), len(edges))
+            entry = (node.label * self._direction, node, iter(edges), len(edges))
             heapq.heappush(self._live, entry)
 
-    def nearest(self) -> _Seat[N] | None:
-        """Return the visited seat nearest to the start that has edges left to look at."""
+    def nearest(self) -> _Node[N] | None:
+        """Return the visited node nearest to the start that has edges left to look at."""
         return self._live[0][1] if self._live else None
 
-    def step(self, seat: _Seat[N], other: _Search[N]) -> _Seat[N] | None:
-        """Look at one more edge of the nearest seat; return where that met the other search."""
+    def step(self, node: _Node[N], other: _Search[N]) -> _Node[N] | None:
+        """Look at one more edge of the nearest node; return where that met the other search."""
         place, _, edges, left = self._live[0]
         neighbour = next(edges)
         if left == 1:
             heapq.heappop(self._live)
         else:
-            self._live[0] = (place, seat, edges, left - 1)
+            self._live[0] = (place, node, edges, left - 1)
         if neighbour not in self.came_from and neighbour.label * self._direction <= self._limit:
-            self._visit(neighbour, seat)
+            self._visit(neighbour, node)
             if neighbour in other.came_from:
                 return neighbour
         return None
 
-    def visited(self) -> list[_Seat[N]]:
-        """Return every visited seat, from the front of the order to the back."""
-        return sorted(self.came_from, key=_label)
+    def visited(self) -> list[_Node[N]]:
+        """Return every visited node, from the front of the order to the back."""
+        return sorted(self.came_from, key=attrgetter("label"))
 
-    def way(self, seat: _Seat[N]) -> list[N]:
-        """Return the nodes from `seat` back to where the search began."""
-        nodes = [seat.node]
-        while self.came_from[seat] is not seat:
-            seat = self.came_from[seat]
-            nodes.append(seat.node)
+    def way(self, node: _Node[N]) -> list[N]:
+        """Return the nodes from `node` back to where the search began."""
+        nodes = [node.name]
+        while self.came_from[node] is not node:
+            node = self.came_from[node]
+            nodes.append(node.name)
         return nodes
 
 
-def _label(seat: Spot) -> int:
-    return seat.label
-
-
-def _cycle(met: _Seat[N], backward: _Search[N], forward: _Search[N]) -> tuple[N, ...]:
+def _cycle(met: _Node[N], backward: _Search[N], forward: _Search[N]) -> tuple[N, ...]:
     """Join both ways where they met: waiter, target ... met ... waiter."""
     from_target, to_waiter = forward.way(met)[::-1], backward.way(met)
     return (to_waiter[-1], *from_target, *to_waiter[1:])
