@@ -1,11 +1,18 @@
 """How many source operations may run at once: over a whole builder, and for each source.
 
-Laws:
+Laws of the queue under everything here that waits, which every user may build on:
 
-1. A free slot and a waiter that could take it never exist at the same time, so whoever finds a slot
+1. Waiters are woken in the order in which they came.
+2. A waiter that is cancelled leaves the queue by itself and is never woken.
+3. A wake-up is never lost: if the woken waiter is cancelled before it could go on, what it was
+   handed goes to ``give_back``, which passes it on.
+
+Laws of the limits:
+
+4. A free slot and a waiter that could take it never exist at the same time, so whoever finds a slot
    free may take it without overtaking anybody.
-2. A slot goes straight from the one who releases it to the longest waiting.
-3. A cancelled `acquire` holds nothing, also when the slot was handed over in the same loop step.
+5. A slot goes straight from the one who releases it to the longest waiting.
+6. A cancelled `acquire` holds nothing, also when the slot was handed over in the same loop step.
 """
 
 from __future__ import annotations
@@ -19,14 +26,8 @@ from dataclasses import dataclass
 from coalestra.core.frozen import immutable
 from coalestra.core.validation import integer, text
 
-# The one waiting primitive: a first-in, first-out queue that hands over on wake ------------------
-#
-# Laws that every user may build on:
-#
-# 1. Waiters are woken in the order in which they came.
-# 2. A waiter that is cancelled leaves the queue by itself and is never woken.
-# 3. A wake-up is never lost: if the woken waiter is cancelled before it could go on, what it was
-#    handed goes to ``give_back``, which passes it on.
+GLOBAL = "__global__"
+"""The name under which a controller reports its limit over all sources."""
 
 
 class WaitQueue:
@@ -108,13 +109,6 @@ class WaitQueue:
 
 def _can_be_woken(waiter: asyncio.Future[None]) -> bool:
     return not waiter.done() and not waiter.get_loop().is_closed()
-
-
-# How many source operations may run at once: over a whole builder, and for each source -----------
-
-
-GLOBAL = "__global__"
-"""The name under which a controller reports its limit over all sources."""
 
 
 @immutable

@@ -1,4 +1,4 @@
-"""Deadlines, and cutting off what runs past one."""
+"""Deadlines, cutting off what runs past one, and telling whose a cancellation is."""
 
 from __future__ import annotations
 
@@ -6,114 +6,87 @@ import asyncio
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from coalestra.core.protocols import Clock
 
-# Tell a cancellation that was asked for here from one that somebody else asked for ---------------
-#
-# From Python 3.11 on a task counts the requests to cancel it. On 3.10 it does not, so there its
-# ``cancel`` is counted from outside for as long as somebody here needs to know. Only who has bound
-# the method before (``call_later(1, task.cancel)``) escapes that count, and is still heard unless
-# the request falls into the very step of one's own.
-
-
-class OwnCancellation(Protocol):
-    """One party's requests to cancel a task, kept apart from everybody else's."""
-
-    def request(self) -> None:
-        """Cancel the task."""
-
-    @property
-    def asked(self) -> bool:
-        """Whether anybody at all has asked since the beginning, without taking it back."""
-
-    def withdraw(self) -> bool:
-        """Take the one request back; return whether nobody else has asked since the beginning."""
-
-    def end(self) -> None:
-        """Stop telling requests apart."""
-
-
 if sys.version_info >= (3, 11):
 
-    class _Counted:
-        """Reads the count that the task itself keeps."""
+    def _counting(task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        return task
 
-        __slots__ = ("_before", "_task")
-
-        def __init__(self, task: asyncio.Task[Any]) -> None:
-            self._task = task
-            self._before = task.cancelling()
-
-        def request(self) -> None:
-            self._task.cancel()
-
-        @property
-        def asked(self) -> bool:
-            return self._task.cancelling() > self._before
-
-        def withdraw(self) -> bool:
-            return self._task.uncancel() <= self._before
-
-        def end(self) -> None:
-            pass
+    def _end_counting(task: asyncio.Task[Any]) -> None:
+        pass
 
 else:
     _SHADOWED = "cancel"
 
-    class _Requests:
-        """Stands in for one task's ``cancel`` and counts how often it is called."""
+    class _Counting:
+        """Stands in for one task's ``cancel`` and counts the requests, as newer tasks do.
 
-        __slots__ = ("_cancel", "count", "parties")
+        Only who has bound the method before (``call_later(1, task.cancel)``) escapes that count,
+        and is still heard unless the request falls into the very step of one's own.
+        """
+
+        __slots__ = ("_cancel", "_requests", "parties", "task")
 
         def __init__(self, task: asyncio.Task[Any]) -> None:
-            self._cancel = task.cancel
-            self.count = 0
+            self.task = task
             self.parties = 0
+            self._cancel = task.cancel
+            self._requests = 0
 
         def __call__(self, msg: Any | None = None) -> bool:
-            self.count += 1
+            self._requests += 1
             return self._cancel(msg)
 
-    class _Counted:
-        """Counts the requests in place of the task, while it is of interest."""
+        cancel = __call__
 
-        __slots__ = ("_before", "_requests", "_task")
+        def cancelling(self) -> int:
+            return self._requests
 
-        def __init__(self, task: asyncio.Task[Any]) -> None:
-            present: object = task.cancel
-            requests = present if isinstance(present, _Requests) else _Requests(task)
-            setattr(task, _SHADOWED, requests)
-            requests.parties += 1
-            self._task = task
-            self._requests = requests
-            self._before = requests.count
+        def uncancel(self) -> int:
+            self._requests -= 1
+            return self._requests
 
-        def request(self) -> None:
-            self._requests()
+    def _counting(task: asyncio.Task[Any]) -> _Counting:
+        present: object = task.cancel
+        counting = present if isinstance(present, _Counting) else _Counting(task)
+        setattr(task, _SHADOWED, counting)
+        counting.parties += 1
+        return counting
 
-        @property
-        def asked(self) -> bool:
-            return self._requests.count > self._before
-
-        def withdraw(self) -> bool:
-            requests = self._requests
-            requests.count -= 1
-            return requests.count <= self._before
-
-        def end(self) -> None:
-            self._requests.parties -= 1
-            if not self._requests.parties:
-                delattr(self._task, _SHADOWED)
+    def _end_counting(counting: _Counting) -> None:
+        counting.parties -= 1
+        if not counting.parties:
+            delattr(counting.task, _SHADOWED)
 
 
-def own_cancellation(task: asyncio.Task[Any]) -> OwnCancellation:
-    """Begin to tell one's own requests to cancel `task` from those of others."""
-    return _Counted(task)
+class OwnCancellation:
+    """One party's requests to cancel a task, kept apart from everybody else's until `end`."""
 
+    __slots__ = ("_before", "_task")
 
-# Deadlines, and cutting off what runs past one ---------------------------------------------------
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task = _counting(task)
+        self._before = self._task.cancelling()
+
+    def request(self) -> None:
+        """Cancel the task."""
+        self._task.cancel()
+
+    @property
+    def asked(self) -> bool:
+        """Whether anybody at all has asked since the beginning, without taking it back."""
+        return self._task.cancelling() > self._before
+
+    def withdraw(self) -> bool:
+        """Take the one request back; return whether nobody else has asked since the beginning."""
+        return self._task.uncancel() <= self._before
+
+    def end(self) -> None:
+        """Stop telling requests apart."""
+        _end_counting(self._task)
 
 
 _NOTHING_LEFT_SECONDS = 1e-6
@@ -268,7 +241,7 @@ class CutOff:
             raise RuntimeError("a cut-off needs a task to cut off; enter it inside of one")
         if self._cancellation is not None or self._left:
             raise RuntimeError("a cut-off can be entered only once; make a new one")
-        self._cancellation = own_cancellation(task)
+        self._cancellation = OwnCancellation(task)
         self._arm()
         return self
 

@@ -100,10 +100,6 @@ class Job(Generic[R]):
         finally:
             error = None
 
-    def forget(self) -> None:
-        """Let go of what came of the call, as nobody wants it: an error would keep itself alive."""
-        self.error = self._result = None
-
 
 def without_this_frame(error: BaseException) -> BaseException:
     """Cut the frame that caught an error off its traceback: it leads to where the error is kept."""
@@ -213,11 +209,7 @@ class WorkerThreads:
         call = partial(contextvars.copy_context().run, function, *arguments)
         label = label or getattr(function, "__qualname__", type(function).__qualname__)
         job = self.start(call, label, lambda _: _tell(done), or_here=or_here)
-        try:
-            await _until_done(done)
-        except BaseException:
-            job.forget()
-            raise
+        await _until_done(done)
         return job.outcome()
 
     def start(

@@ -59,7 +59,7 @@ from types import CoroutineType
 from typing import Any
 
 from coalestra.concurrency.capacity import CapacityLease
-from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation, own_cancellation
+from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation
 from coalestra.concurrency.endings import pass_on
 from coalestra.concurrency.sealing import PORTION, Sealed
 from coalestra.concurrency.threads import current_threads
@@ -1118,7 +1118,7 @@ class Worker:
         """Serve the lane; the coroutine of the task."""
         task = self.task = asyncio.current_task()
         if task is not None:
-            self._requests = own_cancellation(task)
+            self._requests = OwnCancellation(task)
             try:
                 await self._lane.serve(self)
             finally:
