@@ -175,6 +175,7 @@ SECTIONS: Mapping[int, Section] = {
             "sync/test_backlog.py",
             "sync/test_closing.py",
             "sync/test_loop_thread.py",
+            "sync/test_strikes.py",
         ),
     ),
     17: Section(

@@ -1,162 +1,60 @@
-"""How many submissions may be under way, and which they are."""
+"""A builder for threads that have no event loop: one loop in a thread of its own, and thin facades.
+
+Laws:
+
+1. What is handed to the loop ends: it is done, fails, or is told that it came too late. What was
+   accepted begins in the order in which it was accepted.
+2. The last operation, closing, is accepted once; after it nothing is.
+3. The thread ends when every task on its loop has ended, and then closes the loop.
+4. No lock is held and no place is lost where a signal handler, a finalizer or a fork may strike.
+   While the interpreter ends, nobody waits: the loop's thread does not run any more.
+5. Closing has one budget of time for all of its stages.
+6. What ends a program (``SystemExit``, ``KeyboardInterrupt``) leaves the loop running and goes to
+   the threads that wait for it, which are where the program is.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from functools import partial
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from coalestra.cache.foreign import KeyLanes
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
+from coalestra.concurrency.endings import PROGRAM_ENDS
+from coalestra.concurrency.lockfree import Changes
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import BuilderClosedError, SubmissionBacklogFullError
-from coalestra.core.frozen import immutable
 from coalestra.core.health import BuilderHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.results import PublishResult
 from coalestra.core.snapshot import Snapshot
-from coalestra.core.validation import flag, instance, integer, number, patience, text, wrong_type
+from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
 from coalestra.core.values import ResourceUpdate
 from coalestra.orchestration.builder import SnapshotBuilder
+from coalestra.orchestration.closing import MOMENT_SECONDS, gives_way, insist
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.unit import distinct
 
-# How many submissions may be under way, and which they are ---------------------------------------
+__all__ = ["SyncResourcePublisher", "SyncSnapshotBuilder", "SyncSnapshotSession"]
 
-
-class Place:
-    """One submission's place in the backlog, taken before the submission is even made."""
-
-    __slots__ = ("future",)
-
-    def __init__(self) -> None:
-        self.future: Future[Any] | None = None
-
-
-class SubmissionBacklog:
-    """A bounded number of places, for any thread. It never makes anybody wait for one.
-
-    Args:
-        limit: how many submissions may be under way at once.
-    """
-
-    __slots__ = ("_lock", "_places", "limit")
-
-    def __init__(self, limit: int) -> None:
-        self.limit: int = limit
-        self._lock = threading.Lock()
-        self._places: dict[Place, None] = {}
-
-    @property
-    def pending(self) -> int:
-        """How many places are taken."""
-        return len(self._places)
-
-    def take(self) -> Place:
-        """Take a place.
-
-        Raises:
-            SubmissionBacklogFullError: at once, if all are taken.
-        """
-        place = Place()
-        with self._lock:
-            pending = len(self._places)
-            if pending >= self.limit:
-                raise SubmissionBacklogFullError(limit=self.limit, pending=pending)
-            self._places[place] = None
-        return place
-
-    def leave(self, place: Place) -> None:
-        """Give a place back; twice does no harm."""
-        with self._lock:
-            self._places.pop(place, None)
-
-    def flush(self, timeout_seconds: float | None) -> None:
-        """Wait until what is accepted now is done, whether it succeeds or not.
-
-        Raises:
-            TimeoutError: if that takes longer.
-        """
-        with self._lock:
-            accepted = [place.future for place in self._places if place.future is not None]
-        late = wait(accepted, timeout_seconds).not_done
-        if late:
-            raise TimeoutError(
-                f"submissions accepted before the flush must be done within {timeout_seconds:g} s, "
-                f"got {len(late)} of {len(accepted)} still pending; allow more time"
-            )
-
-    def __repr__(self) -> str:
-        return f"<SubmissionBacklog {self.pending}/{self.limit}>"
-
-
-# The life of an event loop in a thread: it runs until it is stopped and every task has ended -----
-
+THREAD_NAME = "coalestra-sync-loop"
 
 UNWIND_SECONDS = 1.0
-"""How long cancelled work may clean up before closing goes on without it."""
-
-
-class LoopLife:
-    """Runs a loop to its end, which other threads can wait for."""
-
-    __slots__ = ("_ending", "_loop", "_overdue", "_stopped")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._stopped = asyncio.Event()
-        self._ending = threading.Event()
-        self._overdue = False
-
-    def __repr__(self) -> str:
-        return f"<LoopLife stopped={self._stopped.is_set()} ending={self._ending.is_set()}>"
-
-    def live(self) -> None:
-        """Run the loop in the calling thread and close it in the end."""
-        life = self._loop.create_task(self._live())
-        while not life.done():
-            try:
-                self._loop.run_until_complete(life)
-            except BaseException:
-                # Work that raises SystemExit breaks the loop off; the others still need it.
-                continue
-        self._loop.close()
-
-    def stop(self) -> None:
-        """Cancel the tasks, and end when all have ended; on the loop."""
-        self._loop.call_soon(self._stopped.set)
-
-    def wait_for_end(self) -> bool:
-        """Wait, in another thread, for the end of all tasks; False if some take too long for it."""
-        self._ending.wait()
-        return not self._overdue
-
-    async def _live(self) -> None:
-        await self._stopped.wait()
-        end = self._loop.time() + UNWIND_SECONDS
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            for task in others:
-                task.cancel()
-            _, left = await asyncio.wait(others, timeout=max(0.0, end - self._loop.time()))
-            if left:
-                self._overdue = True
-                self._ending.set()
-                await asyncio.wait(left)
-        await self._loop.shutdown_asyncgens()
-        self._ending.set()
-
-
-# One piece of work on an event loop, and the future that stands for it in other threads ----------
-
+"""How long cancelled work may clean up before closing goes on without it; never longer than the
+time that closing has in all."""
 
 T = TypeVar("T")
 
@@ -164,51 +62,84 @@ Work = Callable[[], Awaitable[T]]
 """An async function that takes nothing, called on the loop."""
 
 
+# One piece of work on the loop -------------------------------------------------------------------
+
+
 class Operation(Generic[T]):
-    """Runs `work` as a task once it is told to begin.
+    """Runs `work` as a task of a loop thread, once it was accepted.
+
+    It is claimed once: by the loop, which begins it, or by whoever gives it up before.
 
     Attributes:
-        future: the outcome, for any thread. Cancelling it cancels the task, as long as the task
-            has not ended; the future tells its waiters at once, without waiting for the task.
+        future: the outcome, for any thread. Cancelling it cancels the task; the future tells its
+            waiters at once, without waiting for the task to end.
+        work: what to do; to be set before it is started.
+        waited: whether a thread does nothing but wait for it.
+        accepted: whether it is on its way to the loop.
+        task: on the loop, once it has begun.
     """
 
-    __slots__ = ("_loop", "_on_end", "_task", "_unclaimed", "_work", "future")
+    __slots__ = (
+        "_changes", "_loop", "_on_end", "_started", "_told", "_unclaimed", "accepted", "future",
+        "task", "waited", "work",
+    )  # fmt: skip
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, work: Work[T]) -> None:
-        self.future: Future[T] = Future()
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        work: Work[T] | None = None,
+        *,
+        waited: bool = False,
+        on_end: Callable[[Operation[Any]], object] | None = None,
+    ) -> None:
+        self.work = work
+        self.waited = waited
+        self.accepted = False
+        self.task: asyncio.Task[T] | None = None
         self._loop = loop
-        self._work = work
-        self._on_end: list[Callable[[], object]] = []
-        # Taken once, in one step, by whoever decides what becomes of the operation.
+        self._on_end = on_end
         self._unclaimed = [True]
-        self._task: asyncio.Task[T] | None = None
+        self._started = self._told = False
+        self._changes = Changes()
+        self.future: Future[T] = Future()
+        self.future.add_done_callback(self._tell)
 
-    @property
-    def task(self) -> asyncio.Task[T] | None:
-        """The task, once it has begun; for the loop's thread."""
-        return self._task
+    def begin(self, *, insist: bool = False) -> None:
+        """Start the task, on the loop, unless it was given up.
 
-    def call_at_end(self, callback: Callable[[], object]) -> None:
-        """Have `callback` called on the loop when the work is over, before the future knows."""
-        self._on_end.append(callback)
-
-    def begin(self) -> bool:
-        """Start the task, on the loop, once; return False if it was given up before."""
+        Args:
+            insist: whether to start it again if it is cancelled before its first step.
+        """
         if not self._claim():
-            return False
-        self._task = self._loop.create_task(self._perform())
-        self._task.add_done_callback(self._task_ended)
-        if self.future.cancelled():
-            self._task.cancel()  # at once, so that the work never begins
-        self.future.add_done_callback(self._future_ended)
-        return True
+            return
+        self.task = self._loop.create_task(self._perform())
+        self.task.add_done_callback(partial(self._task_ended, insist))
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait in a thread until the future tells; return whether it does."""
+        return self._changes.wait_for(lambda: self._told, seconds)
 
     def discard(self) -> None:
         """Cancel it, from any thread, whether it has begun, is about to begin, or never will."""
         self.future.cancel()
         if self._claim():
-            self._tell_end()
+            self._end()
             self.future.set_running_or_notify_cancel()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell who waits of an error that is not its own, and cancel it; on the loop."""
+        with contextlib.suppress(InvalidStateError):  # it was cancelled at this moment
+            if not self.future.done():
+                self.future.set_exception(error)
+        if self.task is not None:
+            self.task.cancel()
+
+    def settle(self) -> None:
+        """End it as its loop ends: cancelled, unless its task has an outcome that was not told."""
+        if self.task is None:
+            self.discard()
+        else:
+            self._task_ended(False, self.task)
 
     def _claim(self) -> bool:
         try:
@@ -217,23 +148,23 @@ class Operation(Generic[T]):
             return False
 
     async def _perform(self) -> T:
+        self._started = True
         if self.future.cancelled():  # while the loop was busy with something else
             raise asyncio.CancelledError
-        return await self._work()
+        assert self.work is not None
+        return await self.work()
 
-    def _future_ended(self, future: Future[T]) -> None:
-        """Pass a cancellation on to the task, from whatever thread it comes."""
-        task = self._task
-        if task is None or not future.cancelled():
+    def _task_ended(self, insist: bool, task: asyncio.Task[T]) -> None:
+        if insist and task.cancelled() and not self._started:
+            self._unclaimed.append(True)
+            self.begin(insist=True)
             return
-        with contextlib.suppress(RuntimeError):  # the loop is closed, so the task has ended
-            self._loop.call_soon_threadsafe(task.cancel)
-
-    def _task_ended(self, task: asyncio.Task[T]) -> None:
-        self._tell_end()
-        error = None if task.cancelled() else task.exception()
+        self._end()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if task.cancelled():
             self.future.cancel()
+        if self.future.done() and not self.future.cancelled():  # it was told of something else
+            return
         if not self.future.set_running_or_notify_cancel():
             return
         if error is None:
@@ -241,23 +172,24 @@ class Operation(Generic[T]):
         else:
             self.future.set_exception(error)
 
-    def _tell_end(self) -> None:
-        for callback in self._on_end:
-            callback()
-        self._on_end.clear()
+    def _end(self) -> None:
+        """Have everything taken back, before the future tells."""
+        if self._on_end is not None:
+            self._on_end(self)
+
+    def _tell(self, future: Future[T]) -> None:
+        """Wake who waits, and pass a cancellation on to the task, from whatever thread it comes."""
+        self._told = True
+        self._changes.tell()
+        if self.task is not None and future.cancelled():
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so the task has ended
+                self._loop.call_soon_threadsafe(self.task.cancel)
 
     def __repr__(self) -> str:
-        begun = self._task is not None
-        return f"<Operation begun={begun} done={self.future.done()}>"
+        return f"<Operation begun={self.task is not None} done={self.future.done()}>"
 
 
-# An event loop in a thread of its own, and how other threads put work on it ----------------------
-#
-# Laws:
-#
-# 1. What was accepted begins, in the order in which it was accepted.
-# 2. The last operation is accepted once; after it nothing is.
-# 3. The thread ends only when every task on its loop has ended, and then closes the loop.
+# The loop and its thread -------------------------------------------------------------------------
 
 
 class LoopThread:
@@ -271,26 +203,17 @@ class LoopThread:
         RuntimeError: if the system cannot start another thread.
     """
 
-    __slots__ = (
-        "_active",
-        "_last",
-        "_life",
-        "_lock",
-        "_loop",
-        "_owner",
-        "_process",
-        "_thread",
-    )
-
     def __init__(self, *, name: str, owner: str) -> None:
         self._owner = owner
         self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._last: Operation[Any] | None = None
-        self._active: dict[Operation[Any], None] = {}
+        self._operations: dict[Operation[Any], None] = {}
+        # The last operation stands here, under the one name that the first to come takes.
+        self._last: dict[str, Operation[None]] = {}
+        self._drained = self._stopped = self._overdue = self._over = False
+        self._unwound_by = 0.0
+        self._changes = Changes()
         self._loop = asyncio.new_event_loop()
-        self._life = LoopLife(self._loop)
-        self._thread = threading.Thread(target=self._life.live, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         try:
             self._thread.start()
         except BaseException:
@@ -300,12 +223,12 @@ class LoopThread:
     @property
     def closing(self) -> bool:
         """Whether the last operation has been accepted."""
-        return self._last is not None
+        return bool(self._last)
 
     @property
     def finished(self) -> bool:
         """Whether the last operation is over."""
-        last = self._last
+        last = self._last.get("last")
         return last is not None and last.future.done()
 
     @property
@@ -321,38 +244,55 @@ class LoopThread:
     def __repr__(self) -> str:
         return (
             f"<LoopThread {self._thread.name} alive={self.alive} closing={self.closing} "
-            f"operations={len(self._active)}>"
+            f"operations={sum(each.task is not None for each in self._operations.copy())}>"
         )
 
     # For other threads ------------------------------------------------------------------------
 
-    def require_this_process(self) -> None:
-        """Raise RuntimeError in a fork of the process that has the thread."""
+    def require_running(self) -> None:
+        """Raise RuntimeError where the thread does not run: in a fork, or as Python ends."""
         if self.forked:
             raise RuntimeError(
                 f"{self._owner} must be used in the process that made it ({self._process}), got "
                 f"process {os.getpid()}; its event loop thread does not survive a fork, so create "
                 "a new builder in the forked process"
             )
+        if sys.is_finalizing():
+            raise RuntimeError(
+                f"{self._owner} must not be used while the interpreter ends, as its event loop "
+                "thread does not run any more; close it before"
+            )
 
     def require_usable(self) -> None:
-        """Raise RuntimeError if nothing can be accepted: closed, or in a forked process."""
-        self.require_this_process()
+        """Raise RuntimeError if nothing can be accepted: closed, or without its thread."""
+        self.require_running()
         if self.closing:
             raise BuilderClosedError(self._owner)
 
     def require_other_thread(self, call: str) -> None:
         """Raise RuntimeError in the loop's own thread, which would wait for itself for ever."""
-        if threading.get_ident() == self._thread.ident and not self.forked:
+        if threading.current_thread() is self._thread and not self.forked:
             raise RuntimeError(
                 f"{call} of {self._owner} must not be called on its own event loop thread, got "
                 f"{self._thread.name!r}, which would wait for itself for ever; await the async "
                 "builder there, or let a calling source run in a worker thread"
             )
 
-    def operation(self, work: Work[T]) -> Operation[T]:
-        """Return an operation that has yet to be started."""
-        return Operation(self._loop, work)
+    def operation(
+        self,
+        work: Work[T] | None = None,
+        *,
+        waited: bool = False,
+        on_end: Callable[[Operation[Any]], object] | None = None,
+    ) -> Operation[T]:
+        """Return an operation that has yet to be started; see `Operation`."""
+
+        def ended(operation: Operation[Any]) -> None:
+            self._operations.pop(operation, None)
+            if on_end is not None:
+                on_end(operation)
+
+        return Operation(self._loop, work, waited=waited, on_end=ended)
 
     def start(self, operation: Operation[Any]) -> None:
         """Accept an operation, to run in a copy of the caller's context.
@@ -362,12 +302,24 @@ class LoopThread:
         """
         try:
             self.require_usable()
-            with self._lock:
-                self.require_usable()
-                self._enqueue(operation)
+            self._enqueue(operation, self._begin)
         except BaseException:  # an interrupt may come when it is on its way already
             operation.discard()
             raise
+
+    def _enqueue(
+        self, operation: Operation[Any], begin: Callable[[Operation[Any]], object]
+    ) -> None:
+        # Known first: either the end of the thread finds it here, or is seen by what follows.
+        self._operations[operation] = None
+        variables = contextvars.copy_context()
+        try:
+            self._loop.call_soon_threadsafe(begin, operation, context=variables)
+        except RuntimeError:  # the loop is closed
+            raise BuilderClosedError(self._owner) from None
+        operation.accepted = True
+        if self._over:
+            operation.settle()
 
     def run(self, call: str, work: Work[T]) -> T:
         """Do `work` on the loop and wait for it; breaking the wait off cancels the work.
@@ -382,176 +334,198 @@ class LoopThread:
             BaseException: whatever the work raised.
         """
         self.require_other_thread(call)
-        operation = self.operation(work)
+        operation = self.operation(work, waited=True)
         try:
             self.start(operation)
-            operation.future.exception()
+            operation.wait()
+        except BaseException:  # this thread was interrupted, by Ctrl-C for instance
+            operation.discard()
+            raise
+        try:
+            return operation.future.result()
         except CancelledError:
             if self.closing:
                 raise BuilderClosedError(self._owner) from None
             raise
-        except BaseException:  # this thread was interrupted, by Ctrl-C for instance
-            operation.discard()
-            raise
-        return operation.future.result()
 
     def finish(self, work: Work[None]) -> Operation[None]:
         """Accept the last operation; return the one accepted first if this is not the first."""
-        with self._lock:
-            last = self._last
-            if last is None:
-                last = self._last = self.operation(work)
-            # Once is enough, but an interrupt may have come between the two lines.
-            if not last.future.done():
-                with contextlib.suppress(RuntimeError):  # it has just ended, and the loop with it
-                    self._enqueue(last)
-            return last
+        last = self._last.setdefault("last", self.operation(work))
+        # Once is enough, but an interrupt may have come between the two lines.
+        if not last.accepted and not self.forked:
+            with contextlib.suppress(BuilderClosedError):
+                self._enqueue(last, partial(Operation.begin, insist=True))
+        return last
 
-    def join(self) -> bool:
+    def join(self, seconds: float) -> bool:
         """Wait for the end of the thread once it was stopped.
 
         Returns:
             False if tasks remain that ignore their cancellation; the thread ends with them.
         """
-        if not self._life.wait_for_end():
-            return False
-        self._thread.join()
-        return True
-
-    def _enqueue(self, operation: Operation[Any]) -> None:
-        self._loop.call_soon_threadsafe(self._begin, operation, context=contextvars.copy_context())
+        self._changes.wait_for(lambda: self._over or self._overdue, seconds)
+        if self._over:
+            self._thread.join(seconds)  # it has a few steps left
+        return self._over
 
     # On the loop ------------------------------------------------------------------------------
 
     def _begin(self, operation: Operation[Any]) -> None:
-        if operation.begin():
-            self._active[operation] = None
-            operation.call_at_end(lambda: self._active.pop(operation))
+        if self._drained:
+            operation.settle()  # accepted at the very moment of closing
+        else:
+            operation.begin()
 
-    async def drain(self, timeout_seconds: float) -> None:
-        """Wait for all operations but the last; cancel those that take longer."""
-        working = {
-            operation.task: operation
-            for operation in self._active
-            if operation is not self._last and operation.task is not None
-        }
-        if not working:
-            return
-        _, late = await asyncio.wait(working, timeout=timeout_seconds)
-        for task in late:
-            working[task].future.cancel()
+    async def drain(self, until: float, unwinding_seconds: float) -> None:
+        """Wait for all operations but the last; cancel those that take longer.
+
+        Args:
+            until: how long they may take, on the loop's clock.
+            unwinding_seconds: how long those that were cancelled may clean up.
+        """
+        now = self._loop.time
+        while (working := self._working()) and now() < until:
+            await asyncio.wait(working, timeout=until - now())
+        self._drained = True
+        late = self._working()
+        for operation in late.values():
+            operation.future.cancel()
         if late:
-            await asyncio.wait(late, timeout=UNWIND_SECONDS)
+            await asyncio.wait(late, timeout=unwinding_seconds)
 
-    def stop(self) -> None:
+    def _working(self) -> dict[asyncio.Task[Any], Operation[Any]]:
+        last = self._last.get("last")
+        operations = self._operations.copy()
+        return {each.task: each for each in operations if each.task and each is not last}
+
+    def stop(self, unwinding_seconds: float = UNWIND_SECONDS) -> None:
         """End the thread as soon as every task has ended; those that have not are cancelled."""
-        self._life.stop()
+        self._stopped = True
+        self._unwound_by = self._loop.time() + unwinding_seconds
+        self._loop.stop()
+
+    # The thread -------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        try:
+            while not self._stopped:
+                self._run(self._loop.run_forever)
+            while asyncio.all_tasks(self._loop):
+                self._run(lambda: self._loop.run_until_complete(self._unwind()))
+            self._run(lambda: self._loop.run_until_complete(self._loop.shutdown_asyncgens()))
+        finally:
+            self._loop.close()
+            self._over = True
+            for operation in self._operations.copy():
+                operation.settle()
+            self._changes.tell()
+
+    def _run(self, run: Callable[[], object]) -> None:
+        """Run the loop until it is stopped, or broken off by what is meant for the program."""
+        try:
+            run()
+        except BaseException as error:
+            self._pass_on(error)
+
+    def _pass_on(self, error: BaseException) -> None:
+        working = self._working()
+        own = any(
+            task.done() and not task.cancelled() and task.exception() is error for task in working
+        )
+        if own or isinstance(error, asyncio.CancelledError):  # it is told of by whoever ended so
+            return
+        waiting = [operation for operation in working.values() if operation.waited]
+        if isinstance(error, PROGRAM_ENDS) and waiting:
+            for operation in waiting:
+                operation.fail(copy.copy(error))
+            return
+        message = "an error that broke the event loop of a sync snapshot builder off"
+        self._loop.call_exception_handler({"message": message, "exception": error})
+
+    async def _unwind(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if not others:
+            return
+        left_seconds = max(0.0, self._unwound_by - self._loop.time())
+        _, left = await asyncio.wait(others, timeout=left_seconds)
+        if left:
+            self._overdue = True
+            self._changes.tell()
+            await asyncio.wait(left)
 
 
-# How a sync builder comes to its end, once, whoever asks for it ----------------------------------
+# How many submissions may be under way, and which they are ----------------------------------------
 
 
-class Shutdown:
-    """Drains the work of a loop thread, closes its builder, and ends the thread.
+class SubmissionBacklog:
+    """A bounded number of places for operations, for any thread; nobody waits for one.
 
     Args:
-        thread: what to end.
-        builder: what works on it.
-        close_builder: whether to close the builder.
-        timeout_seconds: how long accepted work and refreshes may take.
+        limit: how many submissions may be under way at once.
     """
 
-    __slots__ = ("_builder", "_close_builder", "_lingering", "_thread", "_timeout_seconds")
+    __slots__ = ("_changes", "_places", "limit")
 
-    def __init__(
-        self,
-        thread: LoopThread,
-        builder: SnapshotBuilder,
-        *,
-        close_builder: bool,
-        timeout_seconds: float,
-    ) -> None:
-        self._thread = thread
-        self._builder = builder
-        self._close_builder = close_builder
-        self._timeout_seconds = timeout_seconds
-        self._lingering: asyncio.Task[None] | None = None
+    def __init__(self, limit: int) -> None:
+        self.limit: int = limit
+        self._places: dict[Operation[Any], None] = {}
+        self._changes = Changes()
+
+    @property
+    def pending(self) -> int:
+        """How many places are taken."""
+        return min(len(self._places), self.limit)
+
+    def enter(self, operation: Operation[Any]) -> None:
+        """Take a place for an operation, until it leaves.
+
+        Raises:
+            SubmissionBacklogFullError: at once, if all are taken.
+        """
+        places = self._places
+        places[operation] = None
+        # Of those that came at the same time to the last place, the first one has it.
+        if len(places) > self.limit and operation not in islice(places.copy(), self.limit):
+            self.leave(operation)
+            raise SubmissionBacklogFullError(limit=self.limit, pending=self.pending)
+
+    def leave(self, operation: Operation[Any]) -> None:
+        """Give a place back; twice does no harm."""
+        self._places.pop(operation, None)
+        self._changes.tell()
+
+    def flush(self, timeout_seconds: float | None) -> None:
+        """Wait until what is accepted now is done, whether it succeeds or not.
+
+        Raises:
+            TimeoutError: if that takes longer.
+        """
+        left = [each for each in self._places.copy() if each.accepted]
+        accepted = len(left)
+
+        def done() -> bool:
+            while left and left[-1] not in self._places:
+                left.pop()
+            return not left
+
+        if not self._changes.wait_for(done, timeout_seconds):
+            pending = sum(each in self._places for each in left)
+            raise TimeoutError(
+                f"submissions accepted before the flush must be done within {timeout_seconds:g} s, "
+                f"got {pending} of {accepted} still pending; allow more time"
+            )
 
     def __repr__(self) -> str:
-        return f"<Shutdown begun={self._thread.closing} lingering={self._lingering is not None}>"
-
-    def wait(self) -> None:
-        """Begin, or join the shutdown that has begun; raise what it raised unless it was over.
-
-        An interrupted wait leaves the shutdown going.
-        """
-        if self._thread.forked:
-            return
-        self._thread.require_other_thread("close()")
-        was_over = self._thread.finished
-        ending = self._thread.finish(self._run).future
-        error = ending.exception()
-        if self._lingering is None:
-            self._thread.join()
-        if error is not None and not was_over:
-            raise error
-
-    async def _run(self) -> None:
-        until = asyncio.get_running_loop().time() + self._timeout_seconds
-        try:
-            await self._thread.drain(self._timeout_seconds)
-            await self._end_builder(until)
-        except BaseException:
-            if await self._has_late_workers():
-                self._lingering = asyncio.create_task(self._outlive_late_workers())
-            raise
-        finally:
-            if self._lingering is None:
-                self._thread.stop()
-
-    async def _end_builder(self, until: float) -> None:
-        builder = self._builder
-        in_time = builder.closed or await _within(until, builder.wait_for_refreshes())
-        if self._close_builder:
-            await builder.aclose(cancel_refreshes=not in_time)
-
-    async def _has_late_workers(self) -> bool:
-        health = await self._builder.health_snapshot()
-        return health.payload_copy_shutdown_incomplete or health.observability_shutdown_incomplete
-
-    async def _outlive_late_workers(self) -> None:
-        try:
-            await self._builder.wait_for_payload_copy_shutdown()
-            await self._builder.wait_for_observability_shutdown()
-        finally:
-            self._thread.stop()
+        return f"<SubmissionBacklog {self.pending}/{self.limit}>"
 
 
-async def _within(until: float, waiting: Awaitable[None]) -> bool:
-    """Wait until an instant on the loop's clock at most; return whether the wait ended itself."""
-    remaining = until - asyncio.get_running_loop().time()
-    try:
-        await asyncio.wait_for(waiting, max(0.0, remaining))
-    except asyncio.TimeoutError:
-        return False
-    return True
+# Publishing, blocking or submitted: what concerns one key happens in the order of the calls -------
 
 
-# Publishing from threads that have no event loop: blocking, or submitted and forgotten -----------
-#
-# Both kinds take turns per key: what concerns one key happens in the order of the calls.
-
-
-_CONTEXT = "a submission"
-
-
-@immutable
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Errand(Generic[T]):
-    """Something for the publisher to do, and the keys that it concerns."""
-
-    keys: tuple[ResourceKey, ...]
-    work: Work[T]
+_Errand = tuple[tuple[ResourceKey, ...], Work[T]]
+"""The keys that something for the publisher to do concerns, and what it is."""
 
 
 class SyncResourcePublisher:
@@ -591,8 +565,6 @@ class SyncResourcePublisher:
     def max_pending_submissions(self) -> int:
         """How many submissions may be under way."""
         return self._backlog.limit
-
-    # Waiting ----------------------------------------------------------------------------------
 
     def publish(
         self,
@@ -640,12 +612,10 @@ class SyncResourcePublisher:
             TimeoutError: if they take longer than `timeout_seconds` (None: wait for ever).
             RuntimeError: on the facade's own event loop thread, or in a forked process.
         """
-        timeout_seconds = patience("timeout_seconds", timeout_seconds)
-        self._thread.require_this_process()
+        number("timeout_seconds", timeout_seconds, minimum=0, optional=True)
+        self._thread.require_running()
         self._thread.require_other_thread("flush()")
         self._backlog.flush(timeout_seconds)
-
-    # Submitting -------------------------------------------------------------------------------
 
     def submit_publish(
         self,
@@ -696,15 +666,14 @@ class SyncResourcePublisher:
         """Submit the removal of `keys` as one; see `submit_publish`."""
         return self._submit(lambda: self._removal(keys, reason))
 
-    # Errands ----------------------------------------------------------------------------------
+    # What both kinds do: an errand is checked and made in the thread that has it ---------------
 
     def _one(
         self, update: ResourceUpdate[Any], force: bool, replace_equal: bool
     ) -> _Errand[PublishResult]:
         instance("update", update, ResourceUpdate)
         publish = self._publisher.publish_update
-        work = partial(publish, update, force=force, replace_equal=replace_equal)
-        return _Errand((update.key,), work)
+        return (update.key,), partial(publish, update, force=force, replace_equal=replace_equal)
 
     def _many(
         self, updates: tuple[ResourceUpdate[Any], ...], force: bool, replace_equal: bool
@@ -712,22 +681,23 @@ class SyncResourcePublisher:
         for update in updates:
             instance("updates", update, ResourceUpdate)
         publish = self._publisher.publish_many
-        work = partial(publish, updates, force=force, replace_equal=replace_equal)
-        return _Errand(_distinct(update.key for update in updates), work)
+        keys = tuple(dict.fromkeys(update.key for update in updates))
+        return keys, partial(publish, updates, force=force, replace_equal=replace_equal)
 
     def _removal(self, keys: Iterable[ResourceKey], reason: str) -> _Errand[None]:
         text("reason", reason, empty=True)
-        distinct = _distinct(keys)
-        for key in distinct:
+        distinct_keys = tuple(dict.fromkeys(keys))
+        for key in distinct_keys:
             instance("keys", key, ResourceKey)
-        return _Errand(distinct, partial(self._publisher.invalidate_many, distinct, reason=reason))
+        invalidate = self._publisher.invalidate_many
+        return distinct_keys, partial(invalidate, distinct_keys, reason=reason)
 
     def _captured(self, update: ResourceUpdate[Any]) -> ResourceUpdate[Any]:
         instance("update", update, ResourceUpdate)
         return dataclasses.replace(
             update,
-            value=self._isolator.copy(update.value, context=_CONTEXT),
-            metadata=self._isolator.copy_metadata(update.metadata, context=_CONTEXT),
+            value=self._isolator.copy(update.value, context="a submission"),
+            metadata=self._isolator.copy_metadata(update.metadata, context="a submission"),
         )
 
     def _wait(self, call: str, errand: _Errand[T]) -> T:
@@ -735,31 +705,27 @@ class SyncResourcePublisher:
 
     def _submit(self, capture: Callable[[], _Errand[T]]) -> Future[T]:
         self._thread.require_usable()
-        place = self._backlog.take()
+        operation: Operation[T] = self._thread.operation(on_end=self._backlog.leave)
         try:
-            operation = self._thread.operation(partial(self._in_turn, capture()))
-            operation.call_at_end(partial(self._backlog.leave, place))
-            place.future = operation.future
+            self._backlog.enter(operation)
+            operation.work = partial(self._in_turn, capture())
             self._thread.start(operation)
-        except BaseException:
-            self._backlog.leave(place)
+        except BaseException:  # refused, or interrupted at any moment
+            operation.discard()
             raise
         return operation.future
 
     async def _in_turn(self, errand: _Errand[T]) -> T:
-        async with self._lanes.turn(errand.keys):
-            return await errand.work()
-
-
-def _distinct(keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
-    return tuple(dict.fromkeys(keys))
+        keys, work = errand
+        async with self._lanes.turn(keys):
+            return await work()
 
 
 def _given(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return {} if metadata is None else metadata
 
 
-# A session for threads that have no event loop ---------------------------------------------------
+# Sessions and builder -----------------------------------------------------------------------------
 
 
 class SyncSnapshotSession:
@@ -843,17 +809,11 @@ class SyncSnapshotSession:
         return self._thread.run("snapshot()", self._session.snapshot_async)
 
     def close(self) -> None:
-        """Close the session; nothing to do if it is closed, also by its builder."""
-        if self.closed or self._thread.forked:
+        """Close the session; nothing to do if it is closed, also by its builder, or in a fork."""
+        if self.closed or self._thread.forked or sys.is_finalizing():
             return
         with contextlib.suppress(BuilderClosedError):
             self._thread.run("close()", self._session.close)
-
-
-# A builder for threads that have no event loop ---------------------------------------------------
-
-
-THREAD_NAME = "coalestra-sync-loop"
 
 
 class SyncSnapshotBuilder:
@@ -890,7 +850,8 @@ class SyncSnapshotBuilder:
         Raises:
             TypeError, ValueError: for a bad argument, naming it.
         """
-        _require_builder(builder)
+        if not (callable(getattr(builder, "aclose", None)) and hasattr(builder, "publisher")):
+            raise wrong_type("builder", "a SnapshotBuilder", builder)
         self.builder = builder
         self.close_builder: bool = flag("close_builder", close_builder)
         self.shutdown_timeout_seconds: float = number(
@@ -900,13 +861,8 @@ class SyncSnapshotBuilder:
             integer("max_pending_submissions", max_pending_submissions, minimum=1)
         )
         isolator = PayloadIsolator(getattr(builder, "payload_copier", None))
+        self._lingering: asyncio.Task[None] | None = None
         self._thread = LoopThread(name=THREAD_NAME, owner="the sync snapshot builder")
-        self._shutdown = Shutdown(
-            self._thread,
-            builder,
-            close_builder=close_builder,
-            timeout_seconds=shutdown_timeout_seconds,
-        )
         self.publisher: SyncResourcePublisher = SyncResourcePublisher(
             builder.publisher, self._thread, self._backlog, isolator
         )
@@ -917,8 +873,9 @@ class SyncSnapshotBuilder:
     def __enter__(self) -> SyncSnapshotBuilder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        with gives_way(error):
+            self.close()
 
     @property
     def closed(self) -> bool:
@@ -1013,22 +970,78 @@ class SyncSnapshotBuilder:
     def close(self) -> None:
         """Refuse new work, finish what was accepted, close the builder and end the thread.
 
-        Accepted work and background refreshes have ``shutdown_timeout_seconds`` to end; then they
-        are cancelled. Calls that come while another thread closes wait for the same closing and
-        share its outcome; later ones do nothing. In a forked process there is nothing to close.
+        All of it has ``shutdown_timeout_seconds``: accepted work and background refreshes that take
+        longer are cancelled, and copies and sinks are not waited for any more. What was cancelled
+        may clean up for as long again, but no longer than a second.
+
+        Calls that come while another thread closes wait for the same closing and share its outcome;
+        later ones do nothing. In a forked process, and while the interpreter ends, there is nothing
+        to close.
 
         Raises:
             PayloadCopyShutdownTimeoutError, ObservabilityShutdownTimeoutError: if copies or sinks
                 are late. The thread lives on until they have ended, and then ends by itself.
             RuntimeError: on the thread of the loop.
+            TimeoutError: if the loop is held, so that nothing on it can be ended.
             Exception: what closing the builder raised.
         """
-        self._shutdown.wait()
+        thread = self._thread
+        if thread.forked:
+            return
+        thread.require_other_thread("close()")
+        was_over = thread.finished
+        closing = thread.finish(self._close_all)
+        if sys.is_finalizing():
+            return
+        patience = self.shutdown_timeout_seconds + 2 * UNWIND_SECONDS
+        if not closing.wait(patience):
+            raise TimeoutError(
+                f"closing must be over within {self.shutdown_timeout_seconds:g} s, got an event "
+                f"loop thread that is still held after {patience:g} s; let sources that block run "
+                "in worker threads"
+            )
+        if self._lingering is None:
+            thread.join(UNWIND_SECONDS * 2)
+        error = None if closing.future.cancelled() else closing.future.exception()
+        if error is not None and not was_over:
+            raise error
 
+    async def _close_all(self) -> None:
+        until = asyncio.get_running_loop().time() + self.shutdown_timeout_seconds
+        unwinding = min(UNWIND_SECONDS, self.shutdown_timeout_seconds)
+        try:
+            await insist(lambda: self._thread.drain(until, unwinding))
+            await insist(lambda: self._end_builder(until))
+        except BaseException:
+            if await self._has_late_workers():
+                self._lingering = asyncio.create_task(self._outlive_late_workers(unwinding))
+            raise
+        finally:
+            if self._lingering is None:
+                self._thread.stop(unwinding)
 
-def _require_builder(builder: object) -> None:
-    if not (callable(getattr(builder, "aclose", None)) and hasattr(builder, "publisher")):
-        raise wrong_type("builder", "a SnapshotBuilder", builder)
+    async def _end_builder(self, until: float) -> None:
+        builder = self.builder
+        now = asyncio.get_running_loop().time
+        in_time = True
+        if not builder.closed:
+            waiting = asyncio.ensure_future(builder.wait_for_refreshes())
+            done, _ = await asyncio.wait([waiting], timeout=max(0.0, until - now()))
+            in_time = bool(done)
+            waiting.cancel()
+        if self.close_builder:
+            left_seconds = max(MOMENT_SECONDS, until - now())
+            await builder.aclose(
+                cancel_refreshes=not in_time, shutdown_timeout_seconds=left_seconds
+            )
 
+    async def _has_late_workers(self) -> bool:
+        health = await self.builder.health_snapshot()
+        return health.payload_copy_shutdown_incomplete or health.observability_shutdown_incomplete
 
-__all__ = ["SyncResourcePublisher", "SyncSnapshotBuilder", "SyncSnapshotSession"]
+    async def _outlive_late_workers(self, unwinding: float) -> None:
+        try:
+            await self.builder.wait_for_payload_copy_shutdown()
+            await self.builder.wait_for_observability_shutdown()
+        finally:
+            self._thread.stop(unwinding)

@@ -241,5 +241,5 @@ async def test_closing_waits_for_refreshes_unless_told_to_cancel_them() -> None:
         await building.build([X])
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await building.aclose(cancel_refreshes=cancel)
+        await building.aclose(cancel_refreshes=cancel, copy_shutdown_timeout_seconds=20)
         assert loop.time() - began == pytest.approx(0 if cancel else 10)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from coalestra.sync import THREAD_NAME, LoopThread
-from tests.sync.steps import loop_threads
+from tests.sync.steps import PATIENCE, loop_threads
 
 
 @pytest.fixture(autouse=True)
@@ -28,4 +28,4 @@ def loop_thread() -> Iterator[LoopThread]:
 
     yield thread
     thread.finish(stop)
-    thread.join()
+    thread.join(PATIENCE)

@@ -2,73 +2,123 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import asyncio
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from coalestra.core.errors import SubmissionBacklogFullError
-from coalestra.sync import SubmissionBacklog
+from coalestra.sync import Operation, SubmissionBacklog
+from tests.support.strikes import at_every_line
 from tests.sync.steps import in_thread, outcome
 
 
-def test_a_full_backlog_refuses_at_once_and_says_how_full_it_is() -> None:
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    made = asyncio.new_event_loop()
+    yield made
+    made.close()
+
+
+def entered(
+    backlog: SubmissionBacklog, loop: asyncio.AbstractEventLoop, *, accepted: bool = True
+) -> Operation[Any]:
+    operation: Operation[Any] = Operation(loop, on_end=backlog.leave)
+    backlog.enter(operation)
+    operation.accepted = accepted
+    return operation
+
+
+def test_a_full_backlog_refuses_at_once_and_says_how_full_it_is(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
     backlog = SubmissionBacklog(2)
-    backlog.take()
-    backlog.take()
+    entered(backlog, loop)
+    entered(backlog, loop)
     with pytest.raises(SubmissionBacklogFullError) as caught:
-        backlog.take()
+        entered(backlog, loop)
     assert (caught.value.limit, caught.value.pending) == (2, 2)
 
 
-def test_a_place_given_back_twice_counts_once() -> None:
+def test_a_place_given_back_twice_counts_once(loop: asyncio.AbstractEventLoop) -> None:
     backlog = SubmissionBacklog(2)
-    place = backlog.take()
-    backlog.take()
-    backlog.leave(place)
-    backlog.leave(place)
+    operation = entered(backlog, loop)
+    entered(backlog, loop)
+    backlog.leave(operation)
+    backlog.leave(operation)
     assert backlog.pending == 1
+
+
+def test_of_two_that_come_to_the_last_place_at_once_one_has_it(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    backlog = SubmissionBacklog(1)
+    accepted: list[int] = []
+
+    def enter() -> None:
+        try:
+            entered(backlog, loop)
+        except SubmissionBacklogFullError:
+            return
+        accepted.append(1)
+        assert backlog.pending == 1
+
+    def come_and_go() -> None:
+        enter()
+        for operation in tuple(backlog._places):
+            backlog.leave(operation)
+
+    def strike() -> None:
+        enter()
+
+    at_every_line(come_and_go, strike)
+    assert accepted
 
 
 def test_a_flush_of_nothing_returns_at_once() -> None:
     SubmissionBacklog(1).flush(None)
 
 
-def test_a_submission_that_is_still_being_made_is_not_waited_for() -> None:
+def test_a_submission_that_is_still_being_made_is_not_waited_for(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
     backlog = SubmissionBacklog(1)
-    backlog.take()
+    entered(backlog, loop, accepted=False)
     backlog.flush(None)
 
 
-def test_a_flush_waits_for_what_was_accepted_before_it_and_nothing_else() -> None:
+def test_a_flush_waits_for_what_was_accepted_before_it_and_nothing_else(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
     backlog = SubmissionBacklog(2)
-    before, after = Future[None](), Future[None]()
-    backlog.take().future = before
+    before = entered(backlog, loop)
     flushing = in_thread(lambda: backlog.flush(None))
-    backlog.take().future = after
-    before.set_result(None)
-    after.set_result(None)
+    before.discard()
+    entered(backlog, loop)
     outcome(flushing)
 
 
-def test_a_failed_submission_is_done_too() -> None:
-    backlog = SubmissionBacklog(1)
-    failed = Future[None]()
-    failed.set_exception(KeyError())
-    backlog.take().future = failed
-    backlog.flush(0)
-
-
-def test_a_flush_that_takes_too_long_says_how_much_is_left() -> None:
-    backlog = SubmissionBacklog(2)
-    done = Future[None]()
-    done.set_result(None)
-    backlog.take().future = done
-    backlog.take().future = Future[None]()
-    with pytest.raises(TimeoutError, match=r"within 0\.01 s, got 1 of 2 still pending"):
+def test_a_flush_that_takes_too_long_says_how_much_is_left(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    backlog = SubmissionBacklog(3)
+    entered(backlog, loop).discard()
+    entered(backlog, loop)
+    with pytest.raises(TimeoutError, match=r"within 0\.01 s, got 1 of 1 still pending"):
         backlog.flush(0.01)
 
 
-def test_the_representation_tells_how_full_it_is() -> None:
+@pytest.mark.parametrize("timeout", [1e10, 1e300, 10**30])
+def test_a_flush_may_be_given_any_time(timeout: float, loop: asyncio.AbstractEventLoop) -> None:
+    backlog = SubmissionBacklog(1)
+    operation = entered(backlog, loop)
+    flushing = in_thread(lambda: backlog.flush(timeout))
+    operation.discard()
+    outcome(flushing)
+
+
+def test_the_representation_tells_how_full_it_is(loop: asyncio.AbstractEventLoop) -> None:
     backlog = SubmissionBacklog(2)
-    backlog.take()
+    entered(backlog, loop)
     assert repr(backlog) == "<SubmissionBacklog 1/2>"

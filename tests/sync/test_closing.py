@@ -14,6 +14,7 @@ from coalestra.core.errors import (
     BuilderClosedError,
     ObservabilityShutdownTimeoutError,
     PayloadCopyShutdownTimeoutError,
+    SnapshotBuildError,
 )
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.orchestration.builder import SnapshotBuilder
@@ -305,3 +306,104 @@ def test_the_with_block_raises_its_own_error() -> None:
         with SyncSnapshotBuilder(builder(Prices(), default_policy=FreshnessPolicy(1, 2))):
             raise KeyError
     assert loop_threads() == []
+
+
+def test_closing_has_one_time_for_all_its_stages() -> None:
+    """The limits of the builder's own, five seconds each, do not come on top."""
+    events = SlowSink()
+    sync = SyncSnapshotBuilder(builder(Prices(), events=events), shutdown_timeout_seconds=0.01)
+    sync.build([PRICE])
+    events.gate.wait_arrived()
+
+    with pytest.raises(ObservabilityShutdownTimeoutError, match=r"within 0\.1 s"):
+        sync.close()
+
+    events.gate.open()
+    wait_until(lambda: not loop_threads())
+
+
+def test_an_error_of_the_block_wins_over_what_goes_wrong_in_closing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    events = SlowSink()
+    made = builder(Prices(), events=events)
+    with pytest.raises(LookupError, match="the block's own"):
+        with SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01) as sync:
+            sync.build([PRICE])
+            events.gate.wait_arrived()
+            raise LookupError("the block's own")
+
+    assert "closing failed after LookupError: observability must be delivered" in caplog.text
+    events.gate.open()
+    wait_until(lambda: not loop_threads())
+
+
+def test_closing_a_facade_whose_loop_is_held_ends_with_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coalestra.sync.UNWIND_SECONDS", 0.01)
+    held, entered = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> int:
+        entered.set()
+        held.wait(PATIENCE)
+        return 1
+
+    made = SnapshotBuilder([source(hold, run_sync_in_thread=False)])
+    sync = SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01)
+    building = in_thread(lambda: sync.build([PRICE], strict=False))
+    assert entered.wait(PATIENCE)
+
+    with pytest.raises(TimeoutError, match="an event loop thread that is still held"):
+        sync.close()
+
+    held.set()
+    building.exception(PATIENCE)
+    sync.close()
+    assert loop_threads() == []
+
+
+def test_a_source_that_exits_ends_its_build_and_neither_loop_nor_facade() -> None:
+    def leave(key: Any, _: Any) -> int:
+        if key == PRICE:
+            raise SystemExit(3)
+        return 1
+
+    with SyncSnapshotBuilder(builder(leave)) as sync:
+        assert isinstance(
+            error_of(in_thread(lambda: sync.build([PRICE]))), (SystemExit, SnapshotBuildError)
+        )
+        assert sync.build([VOLUME]).value(VOLUME) == 1
+    assert loop_threads() == []
+
+
+def test_an_application_that_cancels_every_task_of_the_loop_can_close_the_facade() -> None:
+    async def cancel_all(*_: Any) -> int:
+        for task in asyncio.all_tasks():
+            task.cancel()
+        return 1
+
+    sync = SyncSnapshotBuilder(builder(cancel_all), shutdown_timeout_seconds=0.5)
+    in_thread(lambda: sync.build([PRICE], strict=False)).exception(PATIENCE)
+    sync.close()
+    assert loop_threads() == []
+
+
+def test_a_submission_is_copied_by_the_copier_of_the_builder() -> None:
+    class Model:
+        def __init__(self, items: list[int]) -> None:
+            self.items = items
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("use clone()")
+
+        def clone(self) -> Model:
+            return Model(list(self.items))
+
+    made = SnapshotBuilder([], payload_copier=Model.clone)
+    with SyncSnapshotBuilder(made) as sync:
+        mine = Model([1])
+        submitted = sync.publisher.submit_publish(PRICE, mine, source="feed")
+        mine.items.append(2)
+        outcome(submitted)
+        assert sync.build([PRICE]).value(PRICE).items == [1]

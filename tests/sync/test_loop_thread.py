@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from coalestra.concurrency.lockfree import Bell
 from coalestra.core.errors import BuilderClosedError
 from coalestra.sync import LoopThread
 from tests.sync.steps import PATIENCE, Door, error_of, in_a_fork, in_thread, outcome
@@ -102,7 +103,7 @@ def test_an_interrupted_wait_cancels_the_work(loop_thread: LoopThread) -> None:
 
     def caller_waits() -> bool:
         frame = sys._current_frames()[caller]
-        return frame.f_code.co_name == "wait" and frame.f_globals["__name__"] == "threading"
+        return frame.f_code is Bell.wait.__code__
 
     caller = threading.get_ident()
     with pytest.raises(KeyboardInterrupt):
@@ -174,7 +175,7 @@ def test_only_the_first_last_operation_counts(loop_thread: LoopThread) -> None:
     first = loop_thread.finish(stop)
     assert loop_thread.finish(stop) is first
     outcome(first.future)
-    assert loop_thread.join()
+    assert loop_thread.join(PATIENCE)
     assert not loop_thread.alive
 
 
@@ -197,7 +198,7 @@ def test_draining_cancels_what_takes_too_long_and_tells_who_waits(
     door = Door()
 
     async def stop() -> None:
-        await loop_thread.drain(0.01)
+        await loop_thread.drain(asyncio.get_running_loop().time() + 0.01, 1.0)
         after_draining.append(repr(loop_thread))
         loop_thread.stop()
 
@@ -214,7 +215,7 @@ def test_draining_waits_for_what_ends_in_time(loop_thread: LoopThread) -> None:
 
     async def stop() -> None:
         draining.set()
-        await loop_thread.drain(PATIENCE)
+        await loop_thread.drain(asyncio.get_running_loop().time() + PATIENCE, 1.0)
         loop_thread.stop()
 
     draining = threading.Event()
@@ -253,7 +254,7 @@ def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
     loop_thread.run("leave_behind()", leave_behind)
     door.wait_reached()
     loop_thread.finish(stop)
-    assert not loop_thread.join()
+    assert not loop_thread.join(PATIENCE)
     assert loop_thread.alive
     door.open()
 
@@ -265,7 +266,7 @@ def test_cancelling_a_future_whose_loop_is_gone_does_no_harm(loop_thread: LoopTh
     done = loop_thread.operation(answer)
     loop_thread.start(done)
     outcome(loop_thread.finish(stop).future)
-    loop_thread.join()
+    loop_thread.join(PATIENCE)
     assert not done.future.cancel()
     assert done.future.result() == 42
 
@@ -318,7 +319,7 @@ def test_a_generator_that_was_left_half_way_is_closed(loop_thread: LoopThread) -
 
     loop_thread.run("begin()", begin)
     loop_thread.finish(stop)
-    assert loop_thread.join()
+    assert loop_thread.join(PATIENCE)
     assert closed == ["closed"]
 
 
@@ -361,3 +362,100 @@ def test_an_error_that_comes_after_its_waiter_has_gone_is_reported_to_nobody(
     loop_thread.run("answer()", answer)
     assert operation.future.cancelled()
     assert caplog.records == []
+
+
+def raise_it(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_ends_the_program_goes_to_the_threads_that_wait(
+    loop_thread: LoopThread, kind: type[BaseException]
+) -> None:
+    """As in an asyncio program, where it leaves `asyncio.run`; the loop itself goes on."""
+    door = Door()
+    waiting = in_thread(lambda: loop_thread.run("build()", door.pass_))
+    door.wait_reached()
+    submitted = loop_thread.operation(door.pass_)
+    loop_thread.start(submitted)
+
+    async def end_the_program() -> None:
+        asyncio.get_running_loop().call_soon(raise_it, kind(3))
+        await asyncio.Event().wait()
+
+    with pytest.raises(kind) as caught:
+        loop_thread.run("build()", end_the_program)
+
+    assert caught.value.args == (3,)
+    assert isinstance(error_of(waiting), kind)
+    assert loop_thread.run("answer()", answer) == 42
+    assert not submitted.future.done()
+    door.open()
+    outcome(submitted.future)
+
+
+def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
+    loop_thread: LoopThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def end_the_program() -> None:
+        asyncio.get_running_loop().call_later(0, raise_it, SystemExit(3))
+
+    submitted = loop_thread.operation(end_the_program)
+    loop_thread.start(submitted)
+    outcome(submitted.future)
+    while not caplog.records:
+        assert loop_thread.run("answer()", answer) == 42
+
+    assert "broke the event loop" in caplog.text
+
+
+def test_work_may_cancel_every_task_of_the_loop_and_the_loop_goes_on(
+    loop_thread: LoopThread,
+) -> None:
+    async def cancel_all() -> None:
+        for task in asyncio.all_tasks():
+            task.cancel()
+
+    with pytest.raises(CancelledError):  # it is one of them
+        loop_thread.run("cancel_all()", cancel_all)
+    assert loop_thread.run("answer()", answer) == 42
+
+
+def test_the_last_operation_begins_again_if_it_is_cancelled_before_its_first_step(
+    loop_thread: LoopThread,
+) -> None:
+    held, began = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        held.wait(PATIENCE)
+        # The last operation becomes a task in the next step, and is cancelled in the same.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(lambda: [task.cancel() for task in asyncio.all_tasks()])
+
+    async def stop() -> None:
+        began.set()
+        loop_thread.stop()
+
+    loop_thread.start(loop_thread.operation(hold))
+    last = loop_thread.finish(stop)
+    held.set()
+    assert outcome(last.future) is None
+    assert began.is_set()
+    assert loop_thread.join(PATIENCE)
+
+
+def test_what_is_accepted_at_the_very_moment_of_closing_is_told(loop_thread: LoopThread) -> None:
+    async def stop() -> None:
+        await loop_thread.drain(asyncio.get_running_loop().time(), 1.0)
+        loop_thread.stop()
+        late = loop_thread.operation(answer)
+        loop_thread._enqueue(late, loop_thread._begin)
+        came_late.append(late)
+
+    came_late: list[Any] = []
+    outcome(loop_thread.finish(stop).future)
+    loop_thread.join(PATIENCE)
+    assert came_late[0].future.cancelled()
+    over = loop_thread.operation(answer)
+    with pytest.raises(BuilderClosedError):
+        loop_thread._enqueue(over, loop_thread._begin)

@@ -63,7 +63,10 @@ class Cell(Generic[S]):
 
 
 class Bell:
-    """Wakes one thread: who waits for it goes on once it has been rung since the last time."""
+    """Wakes one wait: who waits for it goes on once it has been rung since the last time.
+
+    Two that waited for one bell would take the ring from each other; see `Changes`.
+    """
 
     __slots__ = ("_silent",)
 

@@ -1,12 +1,12 @@
-"""The snapshot builder: configuration, and the calls that applications make."""
+"""The snapshot builder: what it is given, how its parts are put together, and its public calls."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from coalestra.cache.access import CacheAccess
@@ -36,7 +36,7 @@ from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.validation import flag, instance, number, require_methods, text
 from coalestra.observability.reports import ObservabilitySinks, buffer_sinks
 from coalestra.observability.sinks import BufferOverflowPolicy
-from coalestra.orchestration.closing import Closing
+from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.parts import BuilderSettings, Equipment
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
@@ -46,14 +46,15 @@ from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
 from coalestra.resilience.retry import RetryPolicy
 
-# The collaborators that an application hands to a builder, checked before anything is made -------
-
-
 T = TypeVar("T")
 
 
-class BuilderArguments:
-    """The collaborators that an application hands to a builder; None stands for the default."""
+# What an application hands to a builder ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Collaborators:
+    """What an application hands to a builder; None stands for the default."""
 
     sources: Iterable[Source]
     default_policy: FreshnessPolicy | None
@@ -72,10 +73,7 @@ class BuilderArguments:
     observation_policy: ObservationPolicy | None
     payload_copier: PayloadCopier | None
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Pick the collaborators out of all arguments of a call, and check them."""
-        for name in BuilderArguments.__annotations__:
-            setattr(self, name, arguments[name])
+    def __post_init__(self) -> None:
         instance("sources", self.sources, Iterable)
         for name, kind in _KINDS.items():
             instance(name, getattr(self, name), kind, optional=True)
@@ -115,123 +113,7 @@ def given_or(value: T | None, default: Callable[[], T]) -> T:
     return default() if value is None else value
 
 
-# From the arguments of a builder to its working parts, with every rule between them checked ------
-
-
-class Assembly:
-    """The working parts of one builder."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        sinks: ObservabilitySinks,
-        closing: Closing,
-        default_cache: AsyncMemoryCache | None,
-    ) -> None:
-        self.engine = engine
-        self.sinks = sinks
-        self.closing = closing
-        self.default_cache = default_cache
-
-    @cached_property
-    def publisher(self) -> ResourcePublisher:
-        """What writes events into the builder's cache; loaded and made when first asked for."""
-        return _publisher(self.engine.equipment, self.sinks, self.engine)
-
-
-def assemble(given: BuilderArguments, settings: BuilderSettings) -> Assembly:
-    """Put a builder's parts together.
-
-    Raises:
-        TypeError, ValueError: for a source, cache or combination that cannot work; names the rule.
-    """
-    chains = Chains(
-        given.sources,
-        memoize=settings.cache_source_support,
-        max_entries=settings.source_support_cache_max_entries,
-    )
-    require_safe_timeouts(chains.links, settings)
-    cache, default_cache = _caches(given, settings)
-    sinks = buffer_sinks(
-        given.metrics,
-        given.events,
-        buffer=settings.buffer_observability,
-        max_pending=settings.observability_max_pending,
-        overflow=settings.observability_overflow,
-    )
-    equipment = _equipment(given, settings, chains, cache, sinks)
-    engine = Engine(equipment, contextvars.copy_context())
-    managed: list[Any] = []
-    if settings.manage_lifecycle:
-        managed = [*(link.source for link in chains.links), cache, given.metrics, given.events]
-    return Assembly(
-        engine=engine,
-        sinks=sinks,
-        closing=Closing(
-            engine,
-            (equipment.copies,),
-            () if default_cache is None else (default_cache,),
-            sinks,
-            equipment.threads,
-            [each for each in managed if each is not None],
-        ),
-        default_cache=default_cache,
-    )
-
-
-def _equipment(
-    given: BuilderArguments,
-    settings: BuilderSettings,
-    chains: Chains,
-    cache: AsyncCache,
-    sinks: ObservabilitySinks,
-) -> Equipment:
-    """Return what the engine works with."""
-    clock = given_or(given.clock, SystemClock)
-    authority = given.authority_resolver
-    if authority is None:
-        authority = AuthorityPolicyResolver(given.authority_policy)
-    if authority.has_rules:
-        require_authority_aware(cache, authority)
-    threads = WorkerThreads()
-    copies = PayloadCopies(
-        "builder",
-        copier=given.payload_copier,
-        run_in_thread=settings.run_payload_copies_in_thread,
-        max_concurrency=settings.max_copy_concurrency,
-        threads=threads,
-    )
-    pending = settings.max_pending_tasks or settings.max_concurrency
-    breaker = given_or(given.circuit_breaker, partial(CircuitBreaker, clock=clock))
-    observation = given_or(given.observation_policy, ObservationPolicy)
-    report = sinks.reporter()
-    failed = None if report is None else report.cache_failed
-    return Equipment(
-        clock=clock,
-        chains=chains,
-        policies=_policies(given),
-        authority=authority,
-        observation=observation,
-        capacity=_capacity(chains.links, settings),
-        breaker=breaker,
-        resilience=_resilience(given, breaker),
-        access=CacheAccess(cache, copies, pending, observation, failed),
-        copies=copies,
-        report=report,
-        threads=threads,
-        max_concurrency=settings.max_concurrency,
-        max_pending_tasks=pending,
-        transport_grace_seconds=settings.source_transport_timeout_grace_seconds,
-    )
-
-
-def _policies(given: BuilderArguments) -> PolicyResolver:
-    if given.policy_resolver is not None:
-        return given.policy_resolver
-    return PolicyResolver(given_or(given.default_policy, lambda: FreshnessPolicy(1.0, 10.0)))
-
-
-def require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> None:
+def _require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> None:
     """Raise `ValueError` for a source that does not say if it blocks, or blocks unsafely."""
     for link in links:
         guarantee: SourceTimeoutGuarantee = link.guarantee
@@ -250,7 +132,7 @@ def require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> N
 
 
 def _caches(
-    given: BuilderArguments, settings: BuilderSettings
+    given: Collaborators, settings: BuilderSettings
 ) -> tuple[AsyncCache, AsyncMemoryCache | None]:
     """Return the cache to use, and the default one if that is it."""
     own = settings.cache_run_payload_copies_in_thread, settings.cache_max_copy_concurrency
@@ -285,47 +167,18 @@ def _capacity(links: Iterable[Link], settings: BuilderSettings) -> CapacityContr
     return capacity
 
 
-def _resilience(given: BuilderArguments, breaker: CircuitBreaker) -> ResiliencePolicyResolver:
-    if given.resilience_resolver is not None:
-        return given.resilience_resolver
-    default = given.default_resilience or SourceResiliencePolicy(
-        retry=given.retry_policy or RetryPolicy(), circuit=breaker.default_policy
-    )
-    return ResiliencePolicyResolver(default, given.source_resilience)
-
-
-def _publisher(
-    equipment: Equipment, sinks: ObservabilitySinks, engine: Engine
-) -> ResourcePublisher:
-
-    return ResourcePublisher.from_parts(
-        PublisherParts(
-            access=equipment.access,
-            copies=equipment.copies,
-            clock=equipment.clock,
-            policy_resolver=equipment.policies,
-            observation_policy=equipment.observation,
-            authority_resolver=equipment.authority,
-            metrics=sinks.metrics,
-            events=sinks.events,
-            reporter=equipment.report,
-            max_pending_tasks=equipment.max_pending_tasks,
-            check_open=engine.enter,
-        )
-    )
-
-
-# Collecting a builder's health: state only, without asking any source ----------------------------
+# Health ------------------------------------------------------------------------------------------
 
 
 async def collect_health(
-    engine: Engine,
-    sinks: ObservabilitySinks,
-    copies: Mapping[str, PayloadCopyHealth],
-    unfinished: Mapping[str, int],
+    engine: Engine, sinks: ObservabilitySinks, unfinished: Mapping[str, int]
 ) -> BuilderHealth:
-    """Return the health of the builder that `engine` belongs to."""
+    """Return the state of a builder and its counters, without asking any source."""
     equipment = engine.equipment
+    cache = equipment.access.cache
+    copies = {"builder": equipment.copies.health()}
+    if isinstance(cache, AsyncMemoryCache):
+        copies["cache"] = cache.copy_health_snapshot()
     capacity = await equipment.capacity.snapshot()
     guarantees = timeout_guarantees(equipment.chains.links)
     counters = equipment.counters
@@ -336,7 +189,7 @@ async def collect_health(
         singleflight_in_flight=engine.in_flight,
         source_support_cache_entries=equipment.chains.entries,
         capacity=capacity,
-        cache=await _cache_stats(equipment.access.cache),
+        cache=await _cache_stats(cache),
         circuits=equipment.breaker.groups(),
         sources={
             link.name: link.health(equipment.clock.monotonic()) for link in equipment.chains.links
@@ -364,14 +217,17 @@ async def collect_health(
 
 
 async def _cache_stats(cache: Any) -> Any | None:
-    """Return what the cache says of itself, or None if it says nothing."""
+    """Return what the cache says of itself, or None if it says nothing, or not within a second."""
     stats = getattr(cache, "stats", None)
     if not inspect.iscoroutinefunction(stats):
         return None
+    asking = asyncio.ensure_future(stats())
     try:
-        return await stats()
-    except Exception:
-        return None
+        await asyncio.wait([asking], timeout=1.0)
+        told = asking.done() and not asking.cancelled() and asking.exception() is None
+        return asking.result() if told else None
+    finally:
+        asking.cancel()
 
 
 def _copy_facts(components: Mapping[str, PayloadCopyHealth]) -> dict[str, Any]:
@@ -409,217 +265,10 @@ def _observability_facts(sinks: ObservabilitySinks, unbuffered: int) -> dict[str
     }
 
 
-# The configuration of a snapshot builder, and the parts that it is made of -----------------------
+# The builder -------------------------------------------------------------------------------------
 
 
-class ConfiguredBuilder:
-    """What a builder is made of: its settings and parts, under the names of its arguments."""
-
-    max_concurrency: int
-    max_pending_tasks: int
-    source_concurrency: Mapping[str, int] | None
-    cache_source_support: bool
-    source_support_cache_max_entries: int | None
-    manage_lifecycle: bool
-    run_payload_copies_in_thread: bool
-    max_copy_concurrency: int
-    cache_run_payload_copies_in_thread: bool | None
-    cache_max_copy_concurrency: int
-    copy_shutdown_timeout_seconds: float
-    buffer_observability: bool | None
-    observability_max_pending: int
-    observability_overflow: BufferOverflowPolicy
-    observability_shutdown_timeout_seconds: float
-    observability_drain_on_shutdown: bool
-    require_source_timeout_declarations: bool
-    allow_unsafe_blocking_sources: bool
-    source_transport_timeout_grace_seconds: float
-
-    def __init__(self, parts: Assembly, settings: BuilderSettings) -> None:
-        vars(self).update(vars(settings))
-        self.run_payload_copies_in_thread = parts.engine.equipment.copies.run_in_thread
-        self.parts = parts
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """The sources, in the order in which they are asked."""
-        return tuple(link.source for link in self.parts.engine.equipment.chains.links)
-
-    @property
-    def cache(self) -> AsyncCache:
-        """The cache that values are kept in."""
-        return self.parts.engine.equipment.access.cache
-
-    @property
-    def publisher(self) -> ResourcePublisher:
-        """Writes events straight into the cache."""
-        return self.parts.publisher
-
-    @property
-    def capacity(self) -> CapacityController:
-        """The limits on source operations under way at once."""
-        return self.parts.engine.equipment.capacity
-
-    @property
-    def circuit_breaker(self) -> CircuitBreaker:
-        """The circuits of the sources."""
-        return self.parts.engine.equipment.breaker
-
-    @property
-    def policy_resolver(self) -> PolicyResolver:
-        """The freshness policies by key."""
-        policies: Any = self.parts.engine.equipment.policies
-        resolver: PolicyResolver = policies
-        return resolver
-
-    @property
-    def authority_resolver(self) -> AuthorityPolicyResolver:
-        """The authority policies by key."""
-        authority: Any = self.parts.engine.equipment.authority
-        resolver: AuthorityPolicyResolver = authority
-        return resolver
-
-    @property
-    def resilience_resolver(self) -> ResiliencePolicyResolver:
-        """The retry and circuit policies by source name."""
-        return self.parts.engine.equipment.resilience
-
-    @property
-    def observation_policy(self) -> ObservationPolicy:
-        """How far in the future an observation may be dated."""
-        return self.parts.engine.equipment.observation
-
-    @property
-    def retry_policy(self) -> RetryPolicy:
-        """How calls are repeated where no policy of the source says otherwise."""
-        return self.parts.engine.equipment.resilience.default.retry
-
-    @property
-    def metrics(self) -> MetricsSink:
-        """The metrics sink as used, so possibly within a buffer."""
-        return self.parts.sinks.metrics
-
-    @property
-    def events(self) -> EventSink:
-        """The event sink as used, so possibly within a buffer."""
-        return self.parts.sinks.events
-
-    @property
-    def clock(self) -> Clock:
-        """The clock that ages, deadlines and circuits go by."""
-        return self.parts.engine.equipment.clock
-
-    # Looking in -------------------------------------------------------------------------------
-
-    async def health_snapshot(self) -> BuilderHealth:
-        """Return the state of the builder and its counters, without asking any source."""
-        copies = {"builder": self.parts.engine.equipment.copies.health()}
-        if self.parts.default_cache is not None:
-            copies["cache"] = self.parts.default_cache.copy_health_snapshot()
-        return await collect_health(
-            self.parts.engine, self.parts.sinks, copies, self.parts.closing.unfinished
-        )
-
-    async def capacity_snapshot(self) -> dict[str, CapacitySnapshot]:
-        """Return the state of every capacity limit, the builder's own under ``__global__``."""
-        return await self.capacity.snapshot()
-
-    def clear_source_support_cache(self) -> None:
-        """Forget which keys the sources said to support."""
-        self.parts.engine.equipment.chains.forget()
-
-    async def wait_for_refreshes(self) -> None:
-        """Wait for the background refreshes that are scheduled at this moment."""
-        await self.parts.engine.refresher.wait()
-
-
-# The end of a snapshot builder -------------------------------------------------------------------
-
-
-class ClosableBuilder(ConfiguredBuilder):
-    """A configured builder that can be closed, once, in bounded time."""
-
-    @property
-    def closed(self) -> bool:
-        """Whether the builder takes no more work."""
-        return self.parts.engine.closed
-
-    async def aclose(
-        self,
-        *,
-        cancel_refreshes: bool = False,
-        copy_shutdown_timeout_seconds: float | None = None,
-        observability_shutdown_timeout_seconds: float | None = None,
-    ) -> None:
-        """Close the builder: end what is under way, then copies, then sinks, then what it manages.
-
-        Every stage runs even if one fails. Closing again does nothing, or waits for the closing
-        that is under way.
-
-        Args:
-            cancel_refreshes: give up background refreshes instead of waiting for them.
-            copy_shutdown_timeout_seconds: how long to wait for running copies, and for sources that
-                do not end; the builder's setting by default.
-            observability_shutdown_timeout_seconds: how long to wait for buffers to empty; the
-                builder's setting by default.
-
-        Raises:
-            RuntimeError: the builder has work under way on another event loop.
-            SourceTimeoutError: a source still runs in a thread, or ignores its cancellation.
-            PayloadCopyShutdownTimeoutError: copies still run.
-            ObservabilityShutdownTimeoutError: a buffer has not been emptied.
-        """
-        flag("cancel_refreshes", cancel_refreshes)
-        copy_timeout = number(
-            "copy_shutdown_timeout_seconds", copy_shutdown_timeout_seconds, minimum=0, optional=True
-        )
-        observability_timeout = number(
-            "observability_shutdown_timeout_seconds",
-            observability_shutdown_timeout_seconds,
-            minimum=0,
-            optional=True,
-        )
-        self.parts.engine.attach()
-        closing = self.parts.closing
-        task = closing.begun
-        if task is None:
-            task = closing.task = asyncio.get_running_loop().create_task(
-                closing.close(
-                    cancel_refreshes=cancel_refreshes,
-                    copy_timeout=_first(copy_timeout, self.copy_shutdown_timeout_seconds),
-                    observability_timeout=_first(
-                        observability_timeout, self.observability_shutdown_timeout_seconds
-                    ),
-                    drain=self.observability_drain_on_shutdown,
-                ),
-                name="coalestra closing",
-            )
-        elif task.done():
-            return
-        await asyncio.shield(task)
-
-    async def wait_for_payload_copy_shutdown(self) -> None:
-        """Wait, however long, until no payload copy of a closed builder is running."""
-        await self.parts.closing.wait_for_copies()
-
-    async def wait_for_observability_shutdown(self) -> None:
-        """Wait, however long, until the buffers of a closed builder are empty."""
-        await self.parts.closing.wait_for_observability()
-
-    async def wait_for_background_shutdown(self) -> None:
-        """Wait, however long, for both payload copies and buffers of a closed builder."""
-        await self.parts.closing.wait_for_copies()
-        await self.parts.closing.wait_for_observability()
-
-
-def _first(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-# The snapshot builder: configuration, and the calls that applications make -----------------------
-
-
-class SnapshotBuilder(ClosableBuilder):
+class SnapshotBuilder(BuilderSettings):
     """Builds consistent, immutable snapshots of resources from prioritized, read-only sources.
 
     Make one per process and event loop, and keep it: cache, circuits, capacity and requests under
@@ -644,6 +293,16 @@ class SnapshotBuilder(ClosableBuilder):
         payload_copier: copies payloads, instead of `copy.deepcopy` semantics.
 
     The other arguments are described at `BuilderSettings`, and are attributes of the same name.
+
+    Attributes:
+        sources: the sources, in the order in which they are asked.
+        publisher: writes events straight into the cache.
+        capacity: the limits on source operations under way at once.
+        cache, clock, circuit_breaker, observation_policy: what is used, given or not.
+        policy_resolver, authority_resolver, resilience_resolver: the policies by key or source.
+        retry_policy: how calls are repeated where no policy of the source says otherwise.
+        metrics, events: the sinks as used, so possibly within a buffer.
+        payload_copier: what copies payloads, if not the default.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -690,11 +349,135 @@ class SnapshotBuilder(ClosableBuilder):
         allow_unsafe_blocking_sources: bool = False,
         source_transport_timeout_grace_seconds: float = 0.05,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name in _ARGUMENTS}
-        settings = BuilderSettings.of(arguments)
-        super().__init__(assemble(BuilderArguments(arguments), settings), settings)
+        given = locals()
+        super().__init__(
+            **{each.name: given[each.name] for each in dataclasses.fields(BuilderSettings)}
+        )
+        self._assemble(
+            Collaborators(
+                **{each.name: given[each.name] for each in dataclasses.fields(Collaborators)}
+            )
+        )
 
-    # Building ---------------------------------------------------------------------------------
+    def _assemble(self, given: Collaborators) -> None:
+        """Choose the parts, check that they go together, and put them together."""
+        chains = Chains(
+            given.sources,
+            memoize=self.cache_source_support,
+            max_entries=self.source_support_cache_max_entries,
+        )
+        _require_safe_timeouts(chains.links, self)
+        cache, default_cache = _caches(given, self)
+        self.sources: tuple[Source, ...] = tuple(link.source for link in chains.links)
+        self.cache: AsyncCache = cache
+        self.clock: Clock = given_or(given.clock, SystemClock)
+        self.payload_copier: PayloadCopier | None = given.payload_copier
+        self.capacity: CapacityController = _capacity(chains.links, self)
+        self._choose_policies(given)
+        self._sinks = buffer_sinks(
+            given.metrics,
+            given.events,
+            buffer=self.buffer_observability,
+            max_pending=self.observability_max_pending,
+            overflow=self.observability_overflow,
+        )
+        self.metrics: MetricsSink = self._sinks.metrics
+        self.events: EventSink = self._sinks.events
+        equipment = self._equipment(chains)
+        self._engine = Engine(equipment, contextvars.copy_context())
+        managed = (*self.sources, self.cache, given.metrics, given.events)
+        self._closing = Closing(
+            self._engine,
+            equipment.copies,
+            default_cache,
+            self._sinks,
+            equipment.threads,
+            managed if self.manage_lifecycle else (),
+        )
+        self.publisher: ResourcePublisher = ResourcePublisher.from_parts(
+            PublisherParts(
+                access=equipment.access,
+                copies=equipment.copies,
+                clock=self.clock,
+                policy_resolver=self.policy_resolver,
+                observation_policy=self.observation_policy,
+                authority_resolver=self.authority_resolver,
+                metrics=self.metrics,
+                events=self.events,
+                reporter=equipment.report,
+                max_pending_tasks=equipment.max_pending_tasks,
+                check_open=self._engine.enter,
+            )
+        )
+
+    def _choose_policies(self, given: Collaborators) -> None:
+        self.policy_resolver: PolicyResolver = given_or(
+            given.policy_resolver,
+            lambda: PolicyResolver(
+                given_or(given.default_policy, lambda: FreshnessPolicy(1.0, 10.0))
+            ),
+        )
+        self.authority_resolver: AuthorityPolicyResolver = given_or(
+            given.authority_resolver, lambda: AuthorityPolicyResolver(given.authority_policy)
+        )
+        if self.authority_resolver.has_rules:
+            require_authority_aware(self.cache, self.authority_resolver)
+        self.observation_policy: ObservationPolicy = given_or(
+            given.observation_policy, ObservationPolicy
+        )
+        self.circuit_breaker: CircuitBreaker = given_or(
+            given.circuit_breaker, lambda: CircuitBreaker(clock=self.clock)
+        )
+        self.resilience_resolver: ResiliencePolicyResolver = given_or(
+            given.resilience_resolver, lambda: self._resilience(given)
+        )
+        self.retry_policy: RetryPolicy = self.resilience_resolver.default.retry
+
+    def _resilience(self, given: Collaborators) -> ResiliencePolicyResolver:
+        of_builder = SourceResiliencePolicy(
+            retry=given_or(given.retry_policy, RetryPolicy),
+            circuit=self.circuit_breaker.default_policy,
+        )
+        default = given_or(given.default_resilience, lambda: of_builder)
+        return ResiliencePolicyResolver(default, given.source_resilience)
+
+    def _equipment(self, chains: Chains) -> Equipment:
+        """Return what the engine works with."""
+        threads = WorkerThreads()
+        copies = PayloadCopies(
+            "builder",
+            copier=self.payload_copier,
+            run_in_thread=self.run_payload_copies_in_thread,
+            max_concurrency=self.max_copy_concurrency,
+            threads=threads,
+        )
+        # As it is, now that it is known which copier it is about.
+        object.__setattr__(self, "run_payload_copies_in_thread", copies.run_in_thread)
+        pending = self.max_pending_tasks or self.max_concurrency
+        report = self._sinks.reporter()
+        return Equipment(
+            clock=self.clock,
+            chains=chains,
+            policies=self.policy_resolver,
+            authority=self.authority_resolver,
+            observation=self.observation_policy,
+            capacity=self.capacity,
+            breaker=self.circuit_breaker,
+            resilience=self.resilience_resolver,
+            access=CacheAccess(
+                self.cache,
+                copies,
+                pending,
+                self.observation_policy,
+                None if report is None else report.cache_failed,
+            ),
+            copies=copies,
+            report=report,
+            threads=threads,
+            max_concurrency=self.max_concurrency,
+            max_pending_tasks=pending,
+            transport_grace_seconds=self.source_transport_timeout_grace_seconds,
+        )
 
     async def build(
         self,
@@ -723,7 +506,7 @@ class SnapshotBuilder(ClosableBuilder):
         wanted = distinct(keys)
         if not wanted:
             raise ValueError("keys must name at least one resource, got none")
-        unit = open_unit(self.parts.engine, deadline_seconds, metadata, snapshot_id, lasting=False)
+        unit = open_unit(self._engine, deadline_seconds, metadata, snapshot_id, lasting=False)
         snapshot = await unit.single_stage(wanted)
         failed = bool(snapshot.errors) and strict
         self._report_build(snapshot, failed=failed, strict=strict)
@@ -752,12 +535,10 @@ class SnapshotBuilder(ClosableBuilder):
             RuntimeError: the builder is closed, or busy on another event loop.
         """
         instance("request", request, SnapshotRequest)
-        unit = open_unit(self.parts.engine, deadline_seconds, metadata, snapshot_id, lasting=False)
+        unit = open_unit(self._engine, deadline_seconds, metadata, snapshot_id, lasting=False)
         snapshot = await unit.single_stage(distinct(request.keys))
         failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
-        judge = Judge(
-            self.parts.engine.equipment, request.consistency_policy, request.acceptance_policy
-        )
+        judge = Judge(self._engine.equipment, request.consistency_policy, request.acceptance_policy)
         try:
             if failed:
                 raise SnapshotBuildError(failed, snapshot=snapshot)
@@ -769,7 +550,7 @@ class SnapshotBuilder(ClosableBuilder):
         return snapshot
 
     def _report_build(self, snapshot: Snapshot, *, failed: bool, strict: bool) -> None:
-        report = self.parts.engine.equipment.report
+        report = self._engine.equipment.report
         if report is not None:
             report.snapshot_built(
                 snapshot.snapshot_id, snapshot.diagnostics, build_failed=failed, strict=strict
@@ -788,21 +569,117 @@ class SnapshotBuilder(ClosableBuilder):
             RuntimeError: the builder is closed.
         """
         return SnapshotSession(
-            open_unit(self.parts.engine, deadline_seconds, metadata, snapshot_id, lasting=True)
+            open_unit(self._engine, deadline_seconds, metadata, snapshot_id, lasting=True)
         )
 
+    # Looking in -------------------------------------------------------------------------------
+
+    async def health_snapshot(self) -> BuilderHealth:
+        """Return the state of the builder and its counters, without asking any source."""
+        return await collect_health(self._engine, self._sinks, self._closing.unfinished)
+
+    async def capacity_snapshot(self) -> dict[str, CapacitySnapshot]:
+        """Return the state of every capacity limit, the builder's own under ``__global__``."""
+        return await self.capacity.snapshot()
+
+    def clear_source_support_cache(self) -> None:
+        """Forget which keys the sources said to support."""
+        self._engine.equipment.chains.forget()
+
+    async def wait_for_refreshes(self) -> None:
+        """Wait for the background refreshes that are scheduled at this moment."""
+        await self._engine.refresher.wait()
+
+    # The end ----------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether the builder takes no more work."""
+        return self._engine.closed
+
+    async def aclose(
+        self,
+        *,
+        cancel_refreshes: bool = False,
+        copy_shutdown_timeout_seconds: float | None = None,
+        observability_shutdown_timeout_seconds: float | None = None,
+        shutdown_timeout_seconds: float | None = None,
+    ) -> None:
+        """Close the builder: end what is under way, then copies, then sinks, then what it manages.
+
+        Every stage runs even if one fails. Closing again does nothing, or waits for the closing
+        that is under way. Cancelling the caller leaves the closing going on; it ends in time.
+
+        Args:
+            cancel_refreshes: give up background refreshes instead of waiting for them.
+            copy_shutdown_timeout_seconds: how long to wait for running copies, for background
+                refreshes, and for sources that do not end; the builder's setting by default. Each
+                managed part has as long to close, or as long as the buffers if that is longer.
+            observability_shutdown_timeout_seconds: how long to wait for buffers to empty; the
+                builder's setting by default.
+            shutdown_timeout_seconds: how long all of it together may take; no limit by default. A
+                stage that comes when the time is used up has a tenth of a second.
+
+        Raises:
+            RuntimeError: the builder has work under way on another event loop.
+            SourceTimeoutError: a background refresh had to be cancelled, or a source still runs in
+                a thread, or ignores its cancellation.
+            PayloadCopyShutdownTimeoutError: copies still run.
+            ObservabilityShutdownTimeoutError: a buffer has not been emptied.
+            TimeoutError: a managed part did not close in time.
+            Exception: what the closing of a managed part raised.
+        """
+        limits = Limits(
+            copies=_seconds(
+                "copy_shutdown_timeout_seconds",
+                copy_shutdown_timeout_seconds,
+                self.copy_shutdown_timeout_seconds,
+            ),
+            observability=_seconds(
+                "observability_shutdown_timeout_seconds",
+                observability_shutdown_timeout_seconds,
+                self.observability_shutdown_timeout_seconds,
+            ),
+            total=number(
+                "shutdown_timeout_seconds", shutdown_timeout_seconds, minimum=0, optional=True
+            ),
+            cancel_refreshes=flag("cancel_refreshes", cancel_refreshes),
+            drain=self.observability_drain_on_shutdown,
+        )
+        self._engine.attach()
+        await self._closing.close(limits)
+
+    async def wait_for_payload_copy_shutdown(self) -> None:
+        """Wait, however long, until no payload copy of a closed builder is running."""
+        await self._closing.wait_for_copies()
+
+    async def wait_for_observability_shutdown(self) -> None:
+        """Wait, however long, until the buffers of a closed builder are empty."""
+        await self._closing.wait_for_observability()
+
+    async def wait_for_background_shutdown(self) -> None:
+        """Wait, however long, for both payload copies and buffers of a closed builder."""
+        await self._closing.wait_for_copies()
+        await self._closing.wait_for_observability()
+
     async def __aenter__(self) -> SnapshotBuilder:
-        self.parts.engine.require_open()
+        self._engine.require_open()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        with gives_way(error):
+            await self.aclose()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
-        return f"<SnapshotBuilder {state}: {self.parts.engine.equipment.chains!r}>"
+        return f"<SnapshotBuilder {state}: {self._engine.equipment.chains!r}>"
 
 
-_ARGUMENTS = frozenset(
-    name for record in (BuilderArguments, BuilderSettings) for name in record.__annotations__
-)
+def _picked(arguments: Mapping[str, Any], record: type[Any]) -> dict[str, Any]:
+    """Return those arguments of a call that are fields of a record."""
+    return {field.name: arguments[field.name] for field in dataclasses.fields(record)}
+
+
+def _seconds(name: str, given: float | None, default: float) -> float:
+    checked = number(name, given, minimum=0, optional=True)
+    return default if checked is None else checked

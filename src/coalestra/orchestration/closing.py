@@ -1,13 +1,40 @@
-"""Closing a builder: every stage runs, and the first thing that went wrong is told at the end."""
+"""Closing a builder: once, in bounded time, stage by stage.
+
+| stage | waits for | at most | what is left then |
+| --- | --- | --- | --- |
+| refreshes | background refreshes under way | copy limit | is cancelled, and named in the error |
+| engine | calls to sources, after cancelling them | copy limit | is named in error and health |
+| copies | payloads being copied in threads | copy limit | is counted in error and health |
+| observability | the records in buffers | its own limit | is counted in error and health |
+| managed | each managed part's own closing | the longer of both | is cancelled, and named |
+| threads | nothing | | ends with its work |
+
+Laws:
+
+1. Every stage runs, whatever another raises; the first error is raised at the end, to those who
+   waited for this closing.
+2. Cancelling who waits does not stop the closing. Cancelling the closing itself does not either:
+   the stage that was cut off is done again, within its limit, and so is the closing of a managed
+   part, but only by whoever closes next, or waits. That is also who begins a closing again that
+   could not even begin, or whose loop has ended.
+3. A limit for all of it bounds each stage; a stage that comes when it is used up has a moment.
+4. A sink is closed only after its last record.
+5. What goes wrong in closing never replaces what a block already raises.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import contextlib
+import contextvars
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
+from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.errors import (
@@ -15,154 +42,311 @@ from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
     SourceTimeoutError,
 )
+from coalestra.core.keys import ResourceKey
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.orchestration.singleflight import Engine
 
-Stage = Callable[[], Awaitable[None]]
+MOMENT_SECONDS = 0.1
+"""What a stage may take though the time for all of them is used up, to find out what is left."""
+
+Stage = Callable[[float], Awaitable[None]]
+"""Does its work within so many seconds."""
+
+_ATTEMPTS = 10
+_SHOWN = 5
+
+
+@contextlib.contextmanager
+def gives_way(error: BaseException | None) -> Iterator[None]:
+    """Log what goes wrong in closing, instead of raising it, if a block raises `error` already."""
+    try:
+        yield
+    except Exception as closing_error:
+        if error is None:
+            raise
+        logging.getLogger("coalestra").warning(
+            "closing failed after %s: %s", type(error).__name__, closing_error
+        )
+
+
+async def insist(stage: Callable[[], Awaitable[None]]) -> None:
+    """Await what a stage of closing does, again if it is cut off: it is bounded by itself."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            await stage()
+            return
+        except asyncio.CancelledError:
+            continue
+    await stage()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long the stages of one closing may take, in seconds.
+
+    Attributes:
+        copies: for copies, and for sources and refreshes.
+        observability: for the buffers.
+        total: for all stages together; None for no limit of its own.
+        cancel_refreshes: whether refreshes are given up at once.
+        drain: whether buffers are emptied, or what waits in them is discarded.
+    """
+
+    copies: float
+    observability: float
+    total: float | None = None
+    cancel_refreshes: bool = False
+    drain: bool = True
 
 
 class Closing:
-    """The parts of a builder that have to be closed, and how each of them is."""
+    """The parts of a builder that have to be closed, and how far that is.
+
+    Args:
+        engine: what calls sources.
+        copies: what copies the builder's payloads in threads.
+        cache: its default cache, which copies as well; None with a cache of the application's.
+        sinks: where reports go.
+        threads: the builder's worker threads.
+        managed: what the builder closes on behalf of the application.
+    """
 
     def __init__(
         self,
         engine: Engine,
-        copies: Sequence[PayloadCopies],
-        caches: Sequence[Any],
+        copies: PayloadCopies,
+        cache: AsyncMemoryCache | None,
         sinks: ObservabilitySinks,
         threads: WorkerThreads,
-        managed: Sequence[Any],
+        managed: Iterable[Any],
     ) -> None:
         self._engine = engine
         self._copies = copies
-        self._caches = caches
+        self._cache = cache
         self._sinks = sinks
         self._threads = threads
-        self._managed = managed
+        self._managed = list({id(each): each for each in managed if each is not None}.values())
+        self._late: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._errors: list[BaseException] = []
+        self._over = False
         self.unfinished: Mapping[str, int] = {}
-        self.task: asyncio.Task[None] | None = None
 
-    @property
-    def begun(self) -> asyncio.Task[None] | None:
-        """The closing under way or done; None also if it ended midway, together with its loop."""
-        task = self.task
-        if task is None or task.cancelled():
-            return None
-        return None if not task.done() and task.get_loop().is_closed() else task
+    async def close(self, limits: Limits) -> None:
+        """Close everything, or wait for the closing under way; do nothing if it is over.
 
-    async def close(
-        self,
-        *,
-        cancel_refreshes: bool,
-        copy_timeout: float,
-        observability_timeout: float,
-        drain: bool,
-    ) -> None:
-        """Close everything in order; raise the first error once all stages have run."""
+        Raises:
+            BaseException: the first that went wrong in any stage.
+        """
+        if self._over:
+            return
         self._engine.close()
-        stages: tuple[Stage, ...] = (
-            partial(self._refreshes, cancel_refreshes),
-            partial(self._end_engine, copy_timeout),
-            partial(self._end_copies, copy_timeout),
-            partial(self._end_observability, observability_timeout, drain),
-            self._end_managed,
-            self._end_threads,
+        while not self._over:
+            task = self._task
+            if task is None or task.done() or task.get_loop().is_closed():
+                task = self._task = asyncio.get_running_loop().create_task(
+                    self._run(limits), name="coalestra closing"
+                )
+            await asyncio.wait([task])
+        if self._errors:
+            raise self._errors[0]
+
+    async def _run(self, limits: Limits) -> None:
+        loop = asyncio.get_running_loop()
+        end = None if limits.total is None else loop.time() + limits.total
+        stages: tuple[tuple[float, Stage], ...] = (
+            (limits.copies, partial(self._end_refreshes, limits.cancel_refreshes)),
+            (limits.copies, self._end_engine),
+            (limits.copies, self._end_copies),
+            (limits.observability, partial(self._end_observability, limits.drain)),
+            (max(limits.copies, limits.observability), self._end_managed),
         )
-        errors: list[Exception] = []
-        for stage in stages:
+        for seconds, stage in stages:
+            if end is not None:
+                seconds = min(seconds, max(MOMENT_SECONDS, end - loop.time()))
+            stage_end = loop.time() + seconds  # also of a second attempt
             try:
-                await stage()
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                await insist(partial(_until, stage_end, stage))
+            except BaseException as error:
+                self._errors.append(error)
+        if not self._managed:
+            self._threads.close()
+            self._over = True
 
-    async def _refreshes(self, cancel: bool) -> None:
-        if not cancel:
-            await self._engine.refresher.wait()
+    # The stages, each with the seconds that it has ---------------------------------------------
 
-    async def _end_engine(self, timeout_seconds: float) -> None:
-        self.unfinished = await self._engine.stop(timeout_seconds)
+    async def _end_refreshes(self, cancel: bool, seconds: float) -> None:
+        refresher = self._engine.refresher
+        if cancel or not refresher.active:
+            return
+        waiting = asyncio.ensure_future(refresher.wait())
+        try:
+            await asyncio.wait([waiting], timeout=seconds)
+        finally:
+            waiting.cancel()
+        if refresher.active:
+            count, names = refresher.active, _listed(tuple(refresher.keys))
+            refresher.cancel()
+            raise SourceTimeoutError(
+                f"closed, but background refreshes must end within {seconds:g} s of closing, got "
+                f"{count} that were cancelled: {names}; allow more time with "
+                "copy_shutdown_timeout_seconds, or close with cancel_refreshes=True"
+            )
+
+    async def _end_engine(self, seconds: float) -> None:
+        self.unfinished = await self._engine.stop(seconds)
         if self.unfinished:
             names = ", ".join(f"{name!r} ({n})" for name, n in self.unfinished.items())
             raise SourceTimeoutError(
-                f"closed, but calls to these sources still run after {timeout_seconds:g} s: "
+                f"closed, but calls to these sources still run after {seconds:g} s: "
                 f"{names}; a thread, or a coroutine that ignores cancellation, cannot be ended"
             )
 
-    async def _end_copies(self, timeout_seconds: float) -> None:
-        for copies in self._copies:
-            copies.close()
-        end = time.monotonic() + timeout_seconds
+    async def _end_copies(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        self._copies.close()
         active: dict[str, int] = {}
-        for copies in self._copies:
-            left = await copies.drain(max(0.0, end - time.monotonic()))
-            if left:
-                active[copies.component] = left
-        for cache in self._caches:
+        if left := await self._copies.drain(seconds):
+            active[self._copies.component] = left
+        if self._cache is not None:
             try:
-                left_seconds = max(0.0, end - time.monotonic())
-                await cache.aclose_payload_copies(timeout_seconds=left_seconds)
+                left_seconds = max(0.0, end - loop.time())
+                await self._cache.aclose_payload_copies(timeout_seconds=left_seconds)
             except PayloadCopyShutdownTimeoutError as error:
                 active["cache"] = error.active_copies
         if active:
-            raise PayloadCopyShutdownTimeoutError(
-                timeout_seconds=timeout_seconds, active_components=active
-            )
+            raise PayloadCopyShutdownTimeoutError(timeout_seconds=seconds, active_components=active)
 
-    async def _end_observability(self, timeout_seconds: float | None, drain: bool) -> None:
-        if not self._sinks.owned:
-            return
-        pending = await self._sinks.aclose(timeout_seconds=timeout_seconds, drain=drain)
-        if pending and timeout_seconds is not None:
+    async def _end_observability(self, drain: bool, seconds: float) -> None:
+        pending = await self._sinks.aclose(timeout_seconds=seconds, drain=drain)
+        if pending:
             raise ObservabilityShutdownTimeoutError(
-                timeout_seconds=timeout_seconds, pending_components=pending
+                timeout_seconds=seconds, pending_components=pending
             )
 
-    async def _end_managed(self) -> None:
-        errors: list[Exception] = []
-        for each in _once(self._managed):
+    async def _end_managed(self, seconds: float) -> None:
+        parts, self._managed = self._managed, []
+        for part in parts:
+            late = partial(self._close_late, part, asyncio.get_running_loop())
+            if self._sinks.call_after_last_record(part, late):
+                continue
             try:
-                await self._close_one(each)
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                await self._close_part(part, seconds)
+            except asyncio.CancelledError:
+                self._managed.append(part)
+            except BaseException as error:
+                self._errors.append(error)
 
-    async def _close_one(self, each: Any) -> None:
-        close = getattr(each, "aclose", None)
-        if callable(close):
-            await close()
-            return
-        close = getattr(each, "close", None)
+    async def _close_part(self, part: Any, seconds: float) -> None:
+        close = getattr(part, "aclose", None)
+        if not callable(close):
+            close = getattr(part, "close", None)
+            if not callable(close):
+                return
+            if not asyncio.iscoroutinefunction(close):
+                ended = await self._call_in_thread(close, seconds)
+                if not hasattr(ended, "__await__"):
+                    return
+                close = partial(_same, ended)
+        await self._await_in_time(close, seconds)
+
+    async def _call_in_thread(self, close: Callable[[], Any], seconds: float) -> Any:
+        """Call what may block. It cannot be cut off, so a cancellation is of no use to anybody."""
+        loop = asyncio.get_running_loop()
+        end, ended = loop.time() + seconds, loop.create_future()
+        call = partial(contextvars.copy_context().run, close)
+        job = self._threads.start(call, _name_of(close), lambda _: _tell(ended), or_here=True)
+
+        async def wait(seconds: float) -> None:
+            await asyncio.wait([ended], timeout=seconds)
+
+        await insist(partial(_until, end, wait))
+        if not ended.done():
+            raise _takes_too_long(close, seconds)
+        return job.outcome()
+
+    async def _await_in_time(self, close: Callable[[], Any], seconds: float) -> None:
+        task = asyncio.ensure_future(_awaited(close))
+        task.add_done_callback(_look_at)
+        try:
+            await asyncio.wait([task], timeout=seconds)
+        except asyncio.CancelledError:  # cut off, so it is closed again the next time
+            task.cancel()
+            raise
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=MOMENT_SECONDS)
+            raise _takes_too_long(close, seconds)
+        if not task.cancelled():  # by itself
+            task.result()
+
+    def _close_late(self, sink: Any, loop: asyncio.AbstractEventLoop) -> None:
+        """Close a sink that had its last record only now; in the thread that brought it."""
+        close = getattr(sink, "aclose", None) or getattr(sink, "close", None)
         if not callable(close):
             return
-        if asyncio.iscoroutinefunction(close):
-            await close()
+        if not asyncio.iscoroutinefunction(close):
+            close()
             return
-        ended = await self._threads.run(close, or_here=True)
-        if hasattr(ended, "__await__"):
-            await ended
 
-    async def _end_threads(self) -> None:
-        self._threads.close()
+        def start() -> None:
+            self._late.add(loop.create_task(_awaited(close)))
+
+        with contextlib.suppress(RuntimeError):  # its loop is closed, so it is too late for that
+            loop.call_soon_threadsafe(start)
+
+    # However long it takes -----------------------------------------------------------------------
 
     async def wait_for_copies(self) -> None:
-        """Wait, however long, until no copy is running."""
-        for copies in self._copies:
-            await copies.drain(None)
-        for cache in self._caches:
-            await cache.aclose_payload_copies(timeout_seconds=None)
+        """Wait until no copy of a closed builder is running."""
+        if self._engine.closed:
+            await self._copies.drain(None)
+            if self._cache is not None:
+                await self._cache.aclose_payload_copies(timeout_seconds=None)
 
     async def wait_for_observability(self) -> None:
-        """Wait, however long, until no buffer's worker is running."""
-        if self._sinks.owned and self._engine.closed:
+        """Wait until the buffers of a closed builder are empty and managed sinks closed."""
+        if self._engine.closed:
             await self._sinks.aclose(timeout_seconds=None)
+            if self._late:
+                await asyncio.wait(self._late)
 
 
-def _once(objects: Iterable[Any]) -> Iterable[Any]:
-    seen: set[int] = set()
-    for each in objects:
-        if id(each) not in seen:
-            seen.add(id(each))
-            yield each
+async def _until(end: float, stage: Stage) -> None:
+    await stage(max(0.0, round(end - asyncio.get_running_loop().time(), 3)))
+
+
+async def _awaited(close: Callable[[], Awaitable[Any]]) -> None:
+    await close()
+
+
+def _same(ended: Awaitable[Any]) -> Awaitable[Any]:
+    return ended
+
+
+def _tell(ended: asyncio.Future[None]) -> None:
+    if not ended.done() and not ended.get_loop().is_closed():
+        ended.set_result(None)
+
+
+def _name_of(close: Callable[[], Any]) -> str:
+    return getattr(close, "__qualname__", type(close).__qualname__)
+
+
+def _takes_too_long(close: Callable[[], Any], seconds: float) -> TimeoutError:
+    return TimeoutError(
+        f"closing a managed part must end within {seconds:g} s, got {_name_of(close)} that takes "
+        "longer; bound its own closing"
+    )
+
+
+def _look_at(task: asyncio.Task[None]) -> None:
+    """Take note of an error that nobody may wait for any more."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _listed(keys: Sequence[ResourceKey]) -> str:
+    shown = ", ".join(key.display for key in islice(keys, _SHOWN))
+    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"

@@ -27,9 +27,9 @@ from coalestra.resilience.policies import ResiliencePolicyResolver
 # The settings of a builder: their meaning, their defaults, and one table of rules for all --------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BuilderSettings:
-    """The simple settings of a builder, checked. Times are seconds.
+    """The simple settings of a builder, checked, and fixed for its life. Times are seconds.
 
     Attributes:
         max_concurrency: source operations at once, over all builds, sessions and refreshes.
@@ -80,11 +80,6 @@ class BuilderSettings:
             check(name, getattr(self, name))
         if self.max_pending_tasks is None:
             object.__setattr__(self, "max_pending_tasks", self.max_concurrency)
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> BuilderSettings:
-        """Return the settings among the arguments of a call."""
-        return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
 
 
 Check = Callable[[str, Any], object]

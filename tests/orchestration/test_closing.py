@@ -1,0 +1,391 @@
+"""Closing is bounded, happens once, and what goes wrong in it replaces nothing that is worse."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    BufferedEventSink,
+    FreshnessPolicy,
+    ObservabilityShutdownTimeoutError,
+    RefreshMode,
+    SnapshotBuilder,
+    SourceTimeoutError,
+)
+from tests.orchestration.scripted import Single, builder, key
+from tests.orchestration.stock import Stock
+from tests.support import Gate, ThreadGate, run_virtual, settle
+
+K = key("k")
+SWR = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+
+
+class FileSink:
+    """A sink that must not be used once it is closed; each delivery waits at a gate."""
+
+    def __init__(self) -> None:
+        self.gate = ThreadGate()
+        self.lines: list[str] = []
+        self.closed_after: list[int] = []
+
+    def write(self, line: str) -> None:
+        self.gate.pass_()
+        assert not self.closed_after
+        self.lines.append(line)
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        self.write(event_type)
+
+    def increment(self, metric: str, value: int = 1, **labels: Any) -> None:
+        self.write(metric)
+
+    def observe(self, metric: str, value: float, **labels: Any) -> None:
+        self.write(metric)
+
+    def close(self) -> None:
+        self.closed_after.append(len(self.lines))
+
+
+class LoopSink(FileSink):
+    """The same, closed on the loop."""
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(0)
+        self.close()
+
+
+class Parts(Single):
+    """A source that counts how often it is closed."""
+
+    ends = 0
+
+    async def aclose(self) -> None:
+        self.ends += 1
+
+
+# A sink is closed after its last record -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [FileSink, LoopSink])
+@pytest.mark.parametrize("both", [True, False])
+async def test_a_managed_sink_is_closed_after_its_last_record_however_late(
+    kind: type[FileSink], both: bool
+) -> None:
+    sink, source = kind(), Parts("k")
+    metrics = {"metrics": sink} if both else {}
+    building = builder(source, events=sink, manage_lifecycle=True, **metrics)
+    await building.build([K])
+    with pytest.raises(ObservabilityShutdownTimeoutError):
+        await building.aclose(observability_shutdown_timeout_seconds=0)
+    assert sink.closed_after == []
+    assert source.ends == 1
+    sink.gate.open()
+    await building.wait_for_observability_shutdown()
+    assert sink.closed_after == [len(sink.lines)]
+    assert "snapshot_built" in sink.lines
+
+
+def test_a_late_sink_is_closed_though_its_loop_is_gone() -> None:
+    sink = FileSink()
+    building = builder(Single("k"), events=sink, manage_lifecycle=True)
+
+    async def work() -> None:
+        await building.build([K])
+        with pytest.raises(ObservabilityShutdownTimeoutError):
+            await building.aclose(observability_shutdown_timeout_seconds=0)
+
+    asyncio.run(work())
+    buffer = building.events
+    assert isinstance(buffer, BufferedEventSink)
+    sink.gate.open()
+    assert buffer.close()
+    assert sink.closed_after == [len(sink.lines)]
+
+
+async def test_a_sink_that_fails_to_close_late_hinders_nobody() -> None:
+    class Failing(FileSink):
+        def close(self) -> None:
+            super().close()
+            raise OSError("already gone")
+
+    sink = Failing()
+    building = builder(Single("k"), events=sink, manage_lifecycle=True)
+    await building.build([K])
+    with pytest.raises(ObservabilityShutdownTimeoutError):
+        await building.aclose(observability_shutdown_timeout_seconds=0)
+    sink.gate.open()
+    await building.wait_for_background_shutdown()
+    assert len(sink.closed_after) == 1
+
+
+# Every wait has an end ----------------------------------------------------------------------------
+
+
+async def hung_refresh(**settings: Any) -> SnapshotBuilder:
+    """A builder whose refresh of K waits at a gate that nobody opens."""
+    gate = Gate(opened=True)
+    building = builder(Stock("k", {"k": 1}, before=gate.pass_), default_policy=SWR, **settings)
+    await building.build([K])
+    await asyncio.sleep(6)
+    gate.close()
+    await building.build([K])
+    await gate.wait_arrived(2)
+    return building
+
+
+async def test_a_refresh_that_hangs_is_waited_for_cancelled_and_named() -> None:
+    source = Parts("s")
+    building = await hung_refresh()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(SourceTimeoutError, match=r"background refreshes .* 3 s .*: test:k;"):
+        await building.aclose(copy_shutdown_timeout_seconds=3)
+    assert loop.time() - began == pytest.approx(3)
+    assert (await building.health_snapshot()).background_refreshes == 0
+    await building.aclose()
+    assert source.ends == 0
+
+
+async def test_a_managed_part_whose_closing_hangs_hinders_no_other_and_is_named() -> None:
+    class Hanging(Parts):
+        async def aclose(self) -> None:
+            await asyncio.Event().wait()
+
+    class Blocking(Single):
+        gate = ThreadGate()
+
+        def close(self) -> None:
+            self.gate.pass_()
+
+    last = Parts("l")
+    building = builder(Hanging("k"), Blocking("b"), last, manage_lifecycle=True)
+    with pytest.raises(TimeoutError, match=r"within 5 s, got .*Hanging.aclose that"):
+        await building.aclose()
+    assert last.ends == 1
+    Blocking.gate.open()
+    await settle()
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), SystemError("odd")])
+async def test_what_a_managed_part_raises_as_it_is_closed_hinders_no_other(
+    error: BaseException,
+) -> None:
+    class Raising(Parts):
+        async def aclose(self) -> None:
+            raise error
+
+    last = Parts("l")
+    building = builder(Raising("k"), last, manage_lifecycle=True)
+    await asyncio.gather(building.aclose(), return_exceptions=True)
+    assert last.ends == 1
+    await building.aclose()
+    assert building.closed
+
+
+async def test_a_time_for_all_of_it_bounds_every_stage() -> None:
+    sink = FileSink()
+    building = await hung_refresh(events=sink, manage_lifecycle=True)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(SourceTimeoutError):
+        await building.aclose(shutdown_timeout_seconds=1)
+    assert loop.time() - began <= 1.5
+    sink.gate.open()
+    await building.wait_for_observability_shutdown()
+
+
+@pytest.mark.parametrize("seconds", [1e10, 1e300, 10**30])
+async def test_a_huge_time_is_as_long_as_it_takes(seconds: float) -> None:
+    sink = FileSink()
+    sink.gate.open()
+    building = builder(Single("k"), events=sink, observability_shutdown_timeout_seconds=seconds)
+    await building.build([K])
+    await building.aclose(copy_shutdown_timeout_seconds=seconds, shutdown_timeout_seconds=seconds)
+    assert "snapshot_built" in sink.lines
+
+
+@pytest.mark.parametrize("value, error", [(-1, ValueError), ("1", TypeError), (True, TypeError)])
+async def test_a_bad_time_is_refused_and_closes_nothing(value: Any, error: type[Exception]) -> None:
+    building = builder(Single("k"))
+    with pytest.raises(error, match="shutdown_timeout_seconds must be"):
+        await building.aclose(shutdown_timeout_seconds=value)
+    assert not building.closed
+    await building.aclose()
+
+
+async def test_where_no_thread_can_be_started_closing_does_its_work_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    class Blocking(Single):
+        ends = 0
+
+        def close(self) -> None:
+            self.ends += 1
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    sink, source = FileSink(), Blocking("k")
+    sink.gate.open()
+    building = builder(source, events=sink, manage_lifecycle=True)
+    for number in range(20):
+        await building.build([key("k", str(number))])
+    await building.aclose()
+    assert sink.lines.count("snapshot_built") == 20
+    assert (source.ends, len(sink.closed_after)) == (1, 1)
+
+
+# Cancellation -------------------------------------------------------------------------------------
+
+
+def cancelling_everything_at(step: int, *, also_waiters: bool) -> None:
+    """Close a builder on a loop where every task is cancelled at one step; then close it again."""
+
+    async def program() -> None:
+        sink, source = FileSink(), Parts("k")
+        sink.gate.open()
+        building = builder(source, events=sink, manage_lifecycle=True)
+        await building.build([K])
+        me = asyncio.current_task()
+        closings = [asyncio.ensure_future(building.aclose()) for _ in range(2)]
+        spared = {me} if also_waiters else {me, *closings}
+
+        def cancel_all() -> None:
+            for task in asyncio.all_tasks(loop) - spared:
+                task.cancel()
+
+        loop: Any = asyncio.get_running_loop()
+        withdraw = loop.interrupt(step, cancel_all)
+        outcomes = await asyncio.gather(*closings, return_exceptions=True)
+        withdraw()
+        if not also_waiters:
+            assert outcomes == [None, None]
+        await building.aclose()
+        assert building.closed
+        assert source.ends >= 1
+        assert sink.closed_after == [len(sink.lines)]
+        assert "snapshot_built" in sink.lines
+        health = await building.health_snapshot()
+        assert health.observability_pending == 0
+
+    run_virtual(program())
+
+
+@pytest.mark.parametrize("also_waiters", [True, False])
+def test_closing_is_done_whatever_internal_task_is_cancelled_and_when(also_waiters: bool) -> None:
+    """As `asyncio.run` and handlers of SIGTERM do, also before the first step of a task."""
+    for step in range(1, 25):
+        cancelling_everything_at(step, also_waiters=also_waiters)
+
+
+async def test_who_closes_at_the_same_time_is_told_the_same_and_who_closes_later_nothing() -> None:
+    sink = FileSink()
+    building = builder(Single("k"), events=sink)
+    await building.build([K])
+    outcomes = await asyncio.gather(
+        *(building.aclose(observability_shutdown_timeout_seconds=0) for _ in range(3)),
+        return_exceptions=True,
+    )
+    assert [type(each) for each in outcomes] == [ObservabilityShutdownTimeoutError] * 3
+    await building.aclose()
+    sink.gate.open()
+    await building.wait_for_observability_shutdown()
+
+
+# What is raised already wins ----------------------------------------------------------------------
+
+
+def late_sink() -> tuple[FileSink, SnapshotBuilder]:
+    """A builder whose closing fails, as its sink takes nothing."""
+    sink = FileSink()
+    building = builder(Single("k"), events=sink, observability_shutdown_timeout_seconds=0.1)
+    return sink, building
+
+
+@pytest.mark.parametrize("kind", [LookupError, KeyboardInterrupt, SystemExit, GeneratorExit])
+async def test_an_error_of_the_block_wins_over_one_of_closing_which_is_logged(
+    kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    sink, building = late_sink()
+    with caplog.at_level(logging.WARNING, "coalestra"), pytest.raises(kind):
+        async with building:
+            await building.build([K])
+            raise kind
+    assert f"closing failed after {kind.__name__}: observability must be" in caplog.text
+    sink.gate.open()
+    await building.wait_for_observability_shutdown()
+
+
+@pytest.mark.parametrize("end", ["cancelled", "timed out"])
+async def test_a_cancellation_wins_over_an_error_of_closing(end: str) -> None:
+    sink, building = late_sink()
+
+    async def block() -> None:
+        async with building:
+            await building.build([K])
+            await asyncio.Event().wait()
+
+    if end == "cancelled":
+        task = asyncio.ensure_future(block())
+        await asyncio.sleep(1)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+    else:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(block(), 1)
+    assert building.closed
+    sink.gate.open()
+    await building.wait_for_observability_shutdown()
+
+
+async def test_without_an_error_of_the_block_the_one_of_closing_is_raised() -> None:
+    sink, building = late_sink()
+    with pytest.raises(ObservabilityShutdownTimeoutError):
+        async with building:
+            await building.build([K])
+    sink.gate.open()
+    await building.wait_for_observability_shutdown()
+
+
+# What health tells --------------------------------------------------------------------------------
+
+
+async def test_health_tells_of_the_copies_of_a_memory_cache_that_was_passed_in() -> None:
+    async with builder(Single("k"), cache=AsyncMemoryCache()) as building:
+        await building.build([K])
+        assert set((await building.health_snapshot()).payload_copy_components) == {
+            "builder",
+            "cache",
+        }
+
+
+@pytest.mark.parametrize("how", ["hangs", "cancels", "fails", "panics"])
+async def test_health_ends_whatever_a_cache_says_of_itself(how: str) -> None:
+    class Panic(BaseException):
+        pass
+
+    class Telling(AsyncMemoryCache):
+        async def stats(self) -> Any:
+            answers: dict[str, Callable[[], Any]] = {
+                "hangs": asyncio.Event().wait,
+                "cancels": lambda: _raising(asyncio.CancelledError()),
+                "fails": lambda: _raising(ValueError()),
+                "panics": lambda: _raising(Panic()),
+            }
+            return await answers[how]()
+
+    async with builder(Single("k"), cache=Telling()) as building:
+        assert (await building.health_snapshot()).cache is None
+
+
+async def _raising(error: BaseException) -> None:
+    raise error
