@@ -35,7 +35,11 @@ from coalestra.concurrency.copying import PayloadIsolator
 from coalestra.concurrency.endings import PROGRAM_ENDS
 from coalestra.concurrency.lockfree import Changes
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
-from coalestra.core.errors import BuilderClosedError, SubmissionBacklogFullError
+from coalestra.core.errors import (
+    BuilderClosedError,
+    PayloadIsolationError,
+    SubmissionBacklogFullError,
+)
 from coalestra.core.health import BuilderHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
@@ -694,11 +698,17 @@ class SyncResourcePublisher:
 
     def _captured(self, update: ResourceUpdate[Any]) -> ResourceUpdate[Any]:
         instance("update", update, ResourceUpdate)
-        return dataclasses.replace(
-            update,
-            value=self._isolator.copy(update.value, context="a submission"),
-            metadata=self._isolator.copy_metadata(update.metadata, context="a submission"),
-        )
+        try:
+            return dataclasses.replace(
+                update,
+                value=self._isolator.copy(update.value, context="a submission"),
+                metadata=self._isolator.copy_metadata(update.metadata, context="a submission"),
+            )
+        except PayloadIsolationError as error:
+            # What is no ordinary exception is meant for this thread, such as what a handler raised.
+            if error.__cause__ is None or isinstance(error.__cause__, Exception):
+                raise
+            raise error.__cause__ from None
 
     def _wait(self, call: str, errand: _Errand[T]) -> T:
         return self._thread.run(call, partial(self._in_turn, errand))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import linecache
 import os
 import sys
@@ -42,12 +43,15 @@ def traced(call: Callable[[], object], at_line: Callable[[], object]) -> None:
             at_line()
         return tracer
 
-    before = sys.gettrace()
+    before, collecting = sys.gettrace(), gc.isenabled()
+    gc.disable()  # what is left of other tests is not struck
     sys.settrace(tracer)
     try:
         call()
     finally:
         sys.settrace(before)
+        if collecting:
+            gc.enable()
 
 
 def at_every_line(
