@@ -184,7 +184,11 @@ SECTIONS: Mapping[int, Section] = {
     ),
     18: Section(
         "closing a builder and what it manages",
-        ("orchestration/test_lifecycle.py", "orchestration/test_leaving.py"),
+        (
+            "orchestration/test_lifecycle.py",
+            "orchestration/test_closing.py",
+            "orchestration/test_leaving.py",
+        ),
     ),
     19: Section(
         "attributes that applications read",
