@@ -553,19 +553,24 @@ class Gather:
             self.base = self.pins = Pins()
         hold(self.pins, self.readings)
 
-    def receive(self, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
-        """Take what a flight ended with; `joined` says that another unit of work had started it."""
+    def receive(self, key: ResourceKey, settlement: Settlement, joined: bool) -> Reading | None:
+        """Take what a flight ended with; return the reading, if it came to one.
+
+        `joined` says that another unit of work had started the flight.
+        """
         if isinstance(settlement, Reading):
             reading = settlement
         elif settlement.stale is not None and self.accepts_stale(key):
             reading = settlement.stale
         else:
             self.failures[key] = settlement.failure
-            return
-        reading = reading.joined() if joined else reading
+            return None
+        if joined:
+            reading = reading.joined()
         self.readings[key] = reading
         if self.forced and key in self.forced:
             self.pins[key] = reading
+        return reading
 
     def __repr__(self) -> str:
         for_whom = "stage" if self.owner is None else str(self.owner.key)

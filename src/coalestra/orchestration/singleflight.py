@@ -167,6 +167,8 @@ class SingleFlight:
         self.dispatch: Dispatch = Dispatch(
             equipment, self.deliveries, self.tasks, self.refused, self.delivered
         )
+        self.hold: Callable[[Work], None] = self.dispatch.hold
+        self.release: Callable[[Work], None] = self.dispatch.release
         self.reads: CacheReads = CacheReads(equipment, self._cache_answered, self.tasks)
         self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written)
         self.refresher: Refresher = Refresher(equipment, variables, self.look, self.abandon)
@@ -407,7 +409,9 @@ class SingleFlight:
     ) -> None:
         """Let `gather` wait for the flight of `key`; start one if there is none to join."""
         forced = bool(gather.forced) and key in gather.forced
-        flight = self._joinable(key)
+        flight = self.board.flights.get(key)
+        if flight is not None:
+            flight = self._joinable(key)
         if flight is not None and forced and not _serves_forced(flight, gather):
             self.board.hide(flight, cacheable=False)
             flight = None
@@ -415,7 +419,10 @@ class SingleFlight:
             flight = Acquisition(key, policy, gather.work, forced=forced, since=self._news)
             flight.cached = cached
             self.board.start(gather, flight)
-            self._try(self._proceed, flight)
+            try:
+                self._proceed(flight)
+            except BaseException as error:
+                self.broken(flight, error)
         else:
             if cached is not None:
                 flight.cached = cached
@@ -479,21 +486,6 @@ class SingleFlight:
             self.abandon(gather)
 
     # Advance ----------------------------------------------------------------------------------
-
-    def hold(self, work: Work) -> None:
-        """Hold back the calls of a unit of work: more keys for them are on their way."""
-        self.dispatch.hold(work)
-
-    def release(self, work: Work) -> None:
-        """Take back one `hold`; after the last one the calls are made, at the end of this step."""
-        self.dispatch.release(work)
-
-    def _try(self, step: Callable[[Acquisition], None], flight: Acquisition) -> None:
-        """Take a step for a flight within one for somebody else."""
-        try:
-            step(flight)
-        except BaseException as error:
-            self.broken(flight, error)
 
     def _later(self, flight: Acquisition) -> None:
         """Advance a flight in a step of its own, and hold its work's calls back until then."""
@@ -695,17 +687,17 @@ class SingleFlight:
         """Give a gather what a flight ended with, and whether it had joined that flight."""
         gather.pending.pop(key, None)
         try:
-            gather.receive(key, settlement, joined)
-            report = self.equipment.report
-            if report is not None and key in gather.readings:
-                reading = gather.readings[key]
-                if reading.fallback is not None:
+            reading = gather.receive(key, settlement, joined)
+            if reading is not None and reading.fallback is not None:
+                report = self.equipment.report
+                if report is not None:
                     report.stale_fallback_used(key, reading.fallback, from_cache=reading.from_cache)
         except BaseException as error:
             if key not in gather.readings:
                 gather.failures[key] = Failure.of_error(key, error)
             self._report_broken(gather, error)
-        self._check(gather)
+        if not gather.pending and not gather.open:
+            self.agenda.add(self._conclude, gather)
 
     def _check(self, gather: Gather) -> None:
         """Conclude a gather that waits for nothing more."""
