@@ -1,0 +1,210 @@
+"""What one asks for is what one gets, whoever else waits for it; and its age is that of now."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    FetchContext,
+    FreshnessPolicy,
+    PolicyResolver,
+    RefreshMode,
+    ResourceAcceptanceRule,
+    ResourceKey,
+    ResourceResolutionError,
+    SnapshotAcceptanceError,
+    SnapshotAcceptancePolicy,
+    SnapshotBuildError,
+    SnapshotRequest,
+    SourceAuthorityPolicy,
+    SourcePayload,
+)
+from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
+from tests.support import EPOCH, Gate, no_leaks, settle
+
+X, Y, OTHER = key("x"), key("y"), key("other")
+SWR = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+
+
+# Joining under other terms --------------------------------------------------------------------
+
+
+async def test_a_forced_read_that_joins_a_waiting_refresh_accepts_nothing_stale() -> None:
+    """The flight was not begun for it, but what it brings must do for it all the same."""
+    gate = Gate(opened=True)
+    answers = [SourcePayload("old")]
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        await gate.pass_()
+        return answers[-1] if k == X else "other"
+
+    source = Single("s", "x", "other", fetch=fetch)
+    source.max_concurrency = 1
+    building = builder(source, default_policy=SWR)
+    await building.build([X])
+    await asyncio.sleep(20)
+    gate = Gate()
+    blocking = asyncio.ensure_future(building.build([OTHER]))
+    await settle()
+    async with building.session() as session:
+        assert (await session.resolve([X]))[X].stale, "a refresh is scheduled, and waits"
+        await settle()
+        answers.append(SourcePayload("older still", observed_at=EPOCH))
+        looking = asyncio.ensure_future(session.revalidate([X], force_refresh=True))
+        await settle()
+        gate.open()
+        with pytest.raises(SnapshotBuildError):
+            await looking
+        assert session.snapshot()[X].value == "old", "the pinned value stays"
+    await blocking
+    await building.wait_for_refreshes()
+    await no_leaks(building)
+
+
+async def test_a_key_invalidated_while_its_call_is_planned_is_asked_for_once() -> None:
+    """What is still to be read is read after the invalidation: there is no need for another."""
+    batch = Batch("s", "x", "y")
+    building = builder(batch)
+    first = asyncio.ensure_future(building.build([X, Y]))
+    await asyncio.sleep(0)
+    assert not batch.calls
+    await asyncio.gather(building.publisher.invalidate(X), building.build([X, Y]), first)
+    assert [sorted(call) for call in batch.calls] == [[X, Y]]
+    assert (await building.build([X]))[X].from_cache, "and what it brought was kept"
+    await no_leaks(building)
+
+
+async def test_a_stale_winner_by_authority_is_not_delivered_where_nothing_stale_may_be() -> None:
+    strict = FreshnessPolicy(10, 500, allow_stale_on_error=False)
+    building = builder(
+        Single("rest", "x", fetch=_constant("rest")),
+        default_policy=strict,
+        authority_policy=SourceAuthorityPolicy(source_ranks={"stream": 10}),
+    )
+    await building.publisher.publish(X, "stream", source="stream", observed_at=EPOCH)
+    await asyncio.sleep(20)
+    value = (await building.build([X]))[X]
+    assert (value.value, value.stale) == ("rest", False)
+    await no_leaks(building)
+
+
+def _constant(value: Any) -> Any:
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        return value
+
+    return fetch
+
+
+async def test_a_deadline_that_passes_while_calls_are_planned_is_named() -> None:
+    """It is no lack of sources."""
+    building = builder(Single("s", "x"), Derived("d", needs=lambda k: [X]))
+    loop = asyncio.get_running_loop()
+    jump = 5.0
+    genuine = loop.time
+    waiting = asyncio.ensure_future(building.build([key("d")], deadline_seconds=2))
+    await asyncio.sleep(0)
+    loop.time = lambda: genuine() + jump  # type: ignore[method-assign]  # the deadline has passed
+    try:
+        with pytest.raises(SnapshotBuildError, match="the deadline of 2 s passed"):
+            await waiting
+    finally:
+        loop.time = genuine  # type: ignore[method-assign]  # as it was
+    await no_leaks(building)
+
+
+# Ages -----------------------------------------------------------------------------------------
+
+
+async def test_what_is_pinned_out_of_sight_is_told_as_old_as_it_is() -> None:
+    derived = Derived("sum", needs=lambda k: [X])
+    building = builder(Single("s", "x"), derived, default_policy=FreshnessPolicy(50, 500))
+    await building.build([X])
+    await asyncio.sleep(40)
+    async with building.session() as session:
+        await session.resolve([key("sum")])
+        await asyncio.sleep(60)
+        value = (await session.resolve([X]))[X]
+    assert (value.age_seconds, value.stale) == (100, True)
+
+
+async def test_a_quick_value_grows_old_while_it_waits_for_a_slow_one() -> None:
+    async def slow(k: ResourceKey, context: FetchContext) -> int:
+        await asyncio.sleep(3)
+        return 1
+
+    building = builder(
+        Single("quick", "x"), Single("slow", "y", fetch=slow), default_policy=FreshnessPolicy(2, 9)
+    )
+    snapshot = await building.build([X, Y])
+    assert {k: (v.age_seconds, v.stale) for k, v in snapshot.items()} == {
+        X: (3, True),
+        Y: (0, False),
+    }
+    rule = ResourceAcceptanceRule(allow_stale=False)
+    request = SnapshotRequest(
+        required=[X, Y], acceptance_policy=SnapshotAcceptancePolicy(default_rule=rule)
+    )
+    await building.publisher.invalidate_many([X, Y])
+    with pytest.raises(SnapshotAcceptanceError):
+        await building.build_request(request)
+
+
+async def test_what_is_read_anew_for_everyone_is_not_stale_for_whom_it_was_read() -> None:
+    """A time to live of zero rules out the cache; it does not make everything old at birth."""
+
+    async def slow(k: ResourceKey, context: FetchContext) -> int:
+        await asyncio.sleep(3)
+        return 1
+
+    never_cached = FreshnessPolicy(0, 0)
+    building = builder(
+        Single("quick", "x"), Single("slow", "y", fetch=slow), default_policy=never_cached
+    )
+    snapshot = await building.build([X, Y])
+    assert [value.stale for value in snapshot.values()] == [False, False]
+    assert snapshot[X].age_seconds == 3
+
+
+# Order and what is left of a deadline ---------------------------------------------------------
+
+
+async def test_stale_stand_ins_are_kept_for_the_next_outage() -> None:
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        if down:
+            raise ConnectionError("down")
+        return SourcePayload("late", observed_at=EPOCH - 20)
+
+    down = False
+    building = builder(
+        Single("s", "x", fetch=fetch),
+        default_policy=FreshnessPolicy(10, 500),
+        cache=AsyncMemoryCache(),
+    )
+    assert (await building.build([X]))[X].stale
+    down = True
+    value = (await building.build([X]))[X]
+    assert (value.value, value.stale, value.from_cache) == ("late", True, True)
+    await building.publisher.invalidate(X)
+    snapshot = await building.build([X], strict=False)
+    assert isinstance(snapshot.error_for(X), ResourceResolutionError)
+    await no_leaks(building)
+
+
+async def test_an_unread_policy_is_asked_for_once_more_only_for_what_is_hidden() -> None:
+    """A reading knows how long it is fresh; only what was pinned out of sight has to ask."""
+    asked: list[ResourceKey] = []
+
+    def policy(k: ResourceKey) -> FreshnessPolicy:
+        asked.append(k)
+        return LASTING
+
+    building = builder(
+        Single("s", "x"),
+        default_policy=None,
+        policy_resolver=PolicyResolver(LASTING, dynamic=policy),
+    )
+    await building.build([X])
+    assert asked == [X]
