@@ -152,7 +152,7 @@ async def test_whatever_a_plug_raises_at_whichever_call_everybody_is_told(
 @pytest.mark.expects_leaks
 @pytest.mark.parametrize("owner, method", [
     (SingleFlight, name)
-    for name in ("_look_on", "_proceed", "_advance", "_gathered", "_conclude", "_put", "_fit",
+    for name in ("_look_on", "_proceed", "_go_on", "_gathered", "_conclude", "_put", "_fit",
                  "_serve", "_acquire", "_next_link", "strike", "_check")
 ] + [(FlightBoard, "join"), (FlightBoard, "leave"), (Gather, "receive"),
      (Acquisition, "choose"), (Acquisition, "offer")])  # fmt: skip
@@ -172,7 +172,8 @@ async def test_an_error_of_the_engine_itself_ends_no_readers_in_waiting(
             patch.setattr(owner, method, faulty)
             building = world("clock", Fuse(Panic))
             fuse.arm(calls)
-            builds = [building.build(KEYS, strict=False, deadline_seconds=5) for _ in range(3)]
+            budgets = (None, 5, 5)
+            builds = [building.build(KEYS, strict=False, deadline_seconds=b) for b in budgets]
             ended = await asyncio.wait_for(asyncio.gather(*builds, return_exceptions=True), 50)
         assert all(isinstance(each, (Snapshot, Exception)) for each in ended)
         if not fuse.blown:

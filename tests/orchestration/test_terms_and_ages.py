@@ -22,6 +22,7 @@ from coalestra import (
     SourceAuthorityPolicy,
     SourcePayload,
 )
+from tests.contracts.caches import BatchCache
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
 from tests.support import EPOCH, Gate, no_leaks, settle
 
@@ -64,6 +65,35 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_accepts_nothing_stale(
     await no_leaks(building)
 
 
+async def test_a_forced_read_that_joins_a_waiting_refresh_yields_to_no_stale_authority() -> None:
+    """Whoever insists on what is read now does not get what outranks it from before."""
+    gate = Gate(opened=True)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        await gate.pass_()
+        return "read"
+
+    source = Single("s", "x", "other", fetch=fetch)
+    source.max_concurrency = 1
+    ranks = SourceAuthorityPolicy(source_ranks={"stream": 10})
+    building = builder(source, default_policy=SWR, authority_policy=ranks)
+    await building.publisher.publish(X, "told", source="stream")
+    await asyncio.sleep(20)
+    gate = Gate()
+    blocking = asyncio.ensure_future(building.build([OTHER]))
+    await settle()
+    async with building.session() as session:
+        assert (await session.resolve([X]))[X].stale, "a refresh is scheduled, and waits"
+        await settle()
+        looking = asyncio.ensure_future(session.revalidate([X], force_refresh=True))
+        await settle()
+        gate.open()
+        assert (await looking)[X].value == "read"
+    await blocking
+    await building.wait_for_refreshes()
+    await no_leaks(building)
+
+
 async def test_a_key_invalidated_while_its_call_is_planned_is_asked_for_once() -> None:
     """What is still to be read is read after the invalidation: there is no need for another."""
     batch = Batch("s", "x", "y")
@@ -98,21 +128,41 @@ def _constant(value: Any) -> Any:
     return fetch
 
 
-async def test_a_deadline_that_passes_while_calls_are_planned_is_named() -> None:
+async def test_a_deadline_that_passes_while_calls_are_planned_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It is no lack of sources."""
-    building = builder(Single("s", "x"), Derived("d", needs=lambda k: [X]))
     loop = asyncio.get_running_loop()
-    jump = 5.0
     genuine = loop.time
-    waiting = asyncio.ensure_future(building.build([key("d")], deadline_seconds=2))
-    await asyncio.sleep(0)
-    loop.time = lambda: genuine() + jump  # type: ignore[method-assign]  # the deadline has passed
-    try:
-        with pytest.raises(SnapshotBuildError, match="the deadline of 2 s passed"):
-            await waiting
-    finally:
-        loop.time = genuine  # type: ignore[method-assign]  # as it was
+
+    class Slow(Single):
+        def supports(self, k: ResourceKey) -> bool:
+            monkeypatch.setattr(loop, "time", lambda: genuine() + 5.0)
+            return super().supports(k)
+
+    building = builder(Slow("s", "x", "y"))
+    waiting = asyncio.ensure_future(building.build([X, Y], strict=False, deadline_seconds=2))
+    await settle()
+    monkeypatch.undo()
+    error = (await waiting).error_for(Y)
+    assert "the deadline of 2 s passed" in str(error)
     await no_leaks(building)
+
+
+async def test_a_derivation_that_took_in_what_was_invalidated_is_not_stored() -> None:
+    """It ends for those who wait for it, and for nobody else."""
+    gate = Gate()
+    derived = Derived("sum", needs=lambda k: [X], before=gate.pass_)
+    cache = BatchCache()
+    building = builder(Single("s", "x"), derived, cache=cache)
+    waiting = asyncio.ensure_future(building.build([key("sum")]))
+    await gate.wait_arrived()
+    await building.publisher.invalidate(X)
+    gate.open()
+    assert key("sum") in await waiting
+    await settle()
+    assert key("sum") not in cache.held
+    await building.aclose()
 
 
 # Ages -----------------------------------------------------------------------------------------
@@ -181,7 +231,6 @@ async def test_stale_stand_ins_are_kept_for_the_next_outage() -> None:
     building = builder(
         Single("s", "x", fetch=fetch),
         default_policy=FreshnessPolicy(10, 500),
-        cache=AsyncMemoryCache(),
     )
     assert (await building.build([X]))[X].stale
     down = True

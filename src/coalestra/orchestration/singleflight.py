@@ -190,6 +190,9 @@ class SingleFlight:
             if key not in subject.readings and key not in subject.failures:
                 subject.failures[key] = Failure.of_error(key, error)
         self._tell(subject)
+        owner = subject.owner
+        if owner is not None and owner.gather is subject and owner.phase is Phase.GATHERING:
+            self.settle(owner, Failed(Failure.of_error(owner.key, error)))
 
     def _report_broken(self, subject: Subject, error: BaseException) -> None:
         if isinstance(error, PROGRAM_ENDS):
@@ -495,16 +498,19 @@ class SingleFlight:
 
     def _advance(self, flight: Acquisition, work: Work) -> None:
         try:
-            if flight.phase is _SETTLED:
-                return
-            if flight.waiters:
-                flight.choose()
-                self.board.deriving.pop(flight, None)
-                self._proceed(flight)
-            else:
-                self._drop(flight)
+            self._go_on(flight)
         finally:
             self.release(work)
+
+    def _go_on(self, flight: Acquisition) -> None:
+        if flight.phase is _SETTLED:
+            return
+        if flight.waiters:
+            flight.choose()
+            self.board.deriving.pop(flight, None)
+            self._proceed(flight)
+        else:
+            self._drop(flight)
 
     def _proceed(self, flight: Acquisition) -> None:
         """Send a flight on to the next source of its chain; settle it if there is none."""
