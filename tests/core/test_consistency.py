@@ -12,7 +12,6 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import (
     SnapshotConsistencyPolicy,
     check_consistency,
-    observation_skew,
 )
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import SnapshotValue
@@ -28,12 +27,6 @@ def value(key: ResourceKey, observed_at: float) -> SnapshotValue[Any]:
 def snapshot(**offsets: float) -> Snapshot:
     values = [value(ResourceKey("n", name), NOW + offset) for name, offset in offsets.items()]
     return Snapshot("id", NOW, {each.key: each for each in values})
-
-
-def test_skew_is_newest_minus_oldest_and_nothing_for_fewer_than_two() -> None:
-    assert observation_skew(snapshot(a=1.0, b=-2.0, c=0.0).values()) == 3.0
-    assert observation_skew(snapshot(a=1.0).values()) == 0.0
-    assert observation_skew(()) == 0.0
 
 
 def test_a_skew_up_to_the_limit_passes() -> None:

@@ -11,19 +11,18 @@ import pytest
 from coalestra.core.snapshot import DiagnosticsRecorder, SnapshotDiagnostics
 
 
-def test_the_recorder_counts_exactly_what_the_diagnostics_report() -> None:
-    frozen = [(item.name, item.type) for item in dataclasses.fields(SnapshotDiagnostics)]
-    counted = DiagnosticsRecorder.__annotations__
-    assert list(counted.items()) == frozen[:-2]
-    assert list(vars(DiagnosticsRecorder())) == [name for name, _ in frozen[-2:]]
-
-
 def test_every_counter_of_a_recorder_comes_out_frozen() -> None:
     recorder = DiagnosticsRecorder()
-    for number, name in enumerate(DiagnosticsRecorder.__annotations__, 1):
+    counters = [item.name for item in dataclasses.fields(SnapshotDiagnostics)][:-2]
+    for number, name in enumerate(counters, 1):
         setattr(recorder, name, number)
     frozen = dataclasses.astuple(recorder.freeze())
     assert frozen[:-2] == tuple(range(1, len(frozen) - 1))
+
+
+def test_what_is_no_counter_cannot_be_counted() -> None:
+    with pytest.raises(AttributeError):
+        DiagnosticsRecorder().cache_hit += 1
 
 
 def test_a_fresh_recorder_freezes_into_default_diagnostics() -> None:
@@ -39,18 +38,6 @@ def test_freezing_hands_out_a_copy_that_counts_no_further() -> None:
     recorder.source_calls_by_source["rest"] = 3
     assert (frozen.source_calls, dict(frozen.source_calls_by_source)) == (2, {"rest": 2})
     assert recorder.freeze().source_calls_by_source == {"rest": 3}
-
-
-def test_overrides_replace_single_counters() -> None:
-    recorder = DiagnosticsRecorder()
-    recorder.cache_hits = 4
-    frozen = recorder.freeze(requested_resources=7, duration_ms=1.5)
-    assert (frozen.cache_hits, frozen.requested_resources, frozen.duration_ms) == (4, 7, 1.5)
-
-
-def test_an_override_of_no_counter_is_refused() -> None:
-    with pytest.raises(TypeError, match="cache_hit"):
-        DiagnosticsRecorder().freeze(cache_hit=1)
 
 
 def test_diagnostics_cannot_be_changed() -> None:

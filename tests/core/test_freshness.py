@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 from typing import Any
@@ -10,14 +11,12 @@ import pytest
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
-    Freshness,
     FreshnessPolicy,
     FutureObservation,
     ObservationPolicy,
     PolicyResolver,
     RefreshMode,
     age_of,
-    judge,
     judge_observation,
 )
 
@@ -100,25 +99,6 @@ def test_a_policy_out_of_bounds_is_a_value_error(settings: dict[str, Any], name:
 def test_a_setting_of_another_type_is_a_type_error(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be"):
         FreshnessPolicy(**settings)
-
-
-@pytest.mark.parametrize(
-    "age, verdict",
-    [
-        (0.0, Freshness.FRESH),
-        (5.0, Freshness.FRESH),
-        (5.001, Freshness.STALE),
-        (30.0, Freshness.STALE),
-        (30.001, Freshness.EXPIRED),
-        (math.inf, Freshness.EXPIRED),
-    ],
-)
-def test_both_bounds_of_freshness_are_inclusive(age: float, verdict: Freshness) -> None:
-    assert judge(age, FreshnessPolicy(5.0, 30.0)) is verdict
-
-
-def test_an_infinite_time_to_live_never_ends() -> None:
-    assert judge(1e300, FreshnessPolicy(math.inf, math.inf)) is Freshness.FRESH
 
 
 def test_an_age_is_never_negative() -> None:
@@ -234,3 +214,16 @@ class TestPolicyResolver:
         text = repr(PolicyResolver(self.DEFAULT, {KEY: self.MINE}, lambda key: None))
         assert text.startswith("PolicyResolver(default=FreshnessPolicy(")
         assert text.endswith("1 overrides, dynamic)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled(FreshnessPolicy):
+    label: str = ""
+
+
+def test_a_default_of_a_derived_type_asks_nobody_else_to_be_of_that_type() -> None:
+    plain, special = FreshnessPolicy(1.0, 2.0), Labelled(3.0, 4.0, label="slow")
+    resolver = PolicyResolver(special, {KEY: plain}, lambda k: plain if k == OTHER else None)
+    assert resolver.resolve(KEY) is resolver.resolve(OTHER) is plain
+    assert resolver.resolve(ResourceKey("n", "c")) is special
+    assert PolicyResolver(plain, {KEY: special}).resolve(KEY) is special

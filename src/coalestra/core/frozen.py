@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError, fields
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -53,6 +53,18 @@ EMPTY: FrozenDict[Any, Any] = FrozenDict()
 """The empty one, for everybody who has nothing to say."""
 
 
+def empty() -> FrozenDict[Any, Any]:
+    """Return the empty one: what fields of dataclasses take as their default."""
+    return EMPTY
+
+
+def frozen(mapping: Mapping[K, V]) -> FrozenDict[K, V]:
+    """Return ``mapping`` if it is frozen already, else a frozen copy."""
+    if type(mapping) is FrozenDict:
+        return mapping
+    return FrozenDict(mapping) if mapping else EMPTY
+
+
 # Slotted dataclasses that refuse every change with the same error --------------------------------
 
 
@@ -79,6 +91,16 @@ def immutable(kind: type[T]) -> type[T]:
         change.__qualname__ = f"{kind.__qualname__}.{method}"
         setattr(kind, method, change)
     return kind
+
+
+def filled(kind: type[T], attributes: dict[str, Any]) -> T:
+    """Return an instance of a frozen dataclass without slots, past its constructor and checks.
+
+    A frozen one fills itself through ``object.__setattr__``, one slow call for each field.
+    """
+    made = object.__new__(kind)
+    vars(made).update(attributes)
+    return made
 
 
 # Building frozen, slotted objects at the speed of plain ones -------------------------------------

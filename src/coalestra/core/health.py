@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,7 +13,17 @@ from coalestra.core.serialization import json_safe
 from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.validation import flag, instance, integer, number
 
-# What one component's copying of payloads looks like from outside --------------------------------
+BUILDER_HEALTH_SCHEMA = "coalestra.builder-health"
+"""The name of the JSON schema of ``BuilderHealth.to_dict``."""
+
+BUILDER_HEALTH_SCHEMA_VERSION = 1
+"""The version of that schema."""
+
+BUILDER_HEALTH_ASSESSMENT_SCHEMA = "coalestra.builder-health-assessment"
+"""The name of the JSON schema of ``BuilderHealthAssessment.to_dict``."""
+
+BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION = 1
+"""The version of that schema."""
 
 
 @immutable
@@ -65,122 +76,7 @@ class PayloadCopyHealth:
     active_at_last_shutdown_timeout: int = 0
 
 
-# The facts of a builder's health, before anybody judges them -------------------------------------
-
-
-_MAPPINGS = (
-    "capacity",
-    "circuits",
-    "source_timeout_guarantees",
-    "source_transport_timeout_violations",
-    "payload_copy_components",
-    "observability_buffers",
-    "unfinished_source_calls",
-    "sources",
-)
-
-
-@dataclass(frozen=True)
-class HealthFacts:
-    """The state of a builder at one moment, and its counters since it was made.
-
-    No resource is named: what is kept by name is kept by source, limiter, circuit or component.
-
-    Attributes:
-        closed: whether the builder is closed.
-        background_refreshes: refreshes under way.
-        singleflight_in_flight: acquisitions that others may join.
-        source_support_cache_entries: remembered answers of ``supports``.
-        capacity: each limiter's ``limit``, ``in_use`` and ``waiting``, by source or ``__global__``.
-        cache: the statistics of the cache, if it has any.
-        circuits: the circuits that are not at rest, counted by source and scope: no key is named.
-        active_dispatch_workers: workers that hand keys to sources.
-        waiting_for_capacity: source calls waiting for a slot.
-        queue_timeout_count: waits for a slot that took too long.
-        source_timeout_count: calls that took too long.
-        deadline_exceeded_count: keys that failed by a deadline.
-        revalidation_attempt_count, revalidation_failure_count: revalidations of sessions.
-        source_timeout_guarantees: what each source declares about blocking, by its name.
-        blocking_source_count, protected_blocking_source_count, unsafe_blocking_source_count,
-        undeclared_source_timeout_count: how many sources declare what.
-        source_transport_timeout_violation_count: calls that outlasted their declared transport
-            timeout.
-        source_transport_timeout_violations: the same by name of source.
-        pending_submissions, max_pending_submissions: the backlog of the synchronous publisher and
-            its limit; None where there is no such publisher.
-        payload_copy_components: the copies of each component.
-        active_payload_copies, waiting_for_copy_capacity, payload_copy_started_count,
-        payload_copy_completed_count, payload_copy_failure_count, payload_copy_timeout_count,
-        payload_copy_capacity_timeout_count, payload_copy_shutdown_incomplete,
-        payload_copy_shutdown_timeout_count, payload_copy_active_at_last_shutdown_timeout: the sums
-            over these components.
-        observability_buffers: the statistics of each buffered sink, by component.
-        observability_pending, observability_peak_pending, observability_dropped_count,
-        observability_failure_count, observability_shutdown_incomplete,
-        observability_shutdown_timeout_count: the sums over these buffers.
-        unfinished_source_calls: calls that outlived the closing of the builder, by source.
-        sources: when each source last answered and last failed, and with what type of error.
-    """
-
-    closed: bool
-    background_refreshes: int
-    singleflight_in_flight: int
-    source_support_cache_entries: int
-    capacity: Mapping[str, Any] = field(default_factory=FrozenDict)
-    cache: Any | None = None
-    circuits: Mapping[Any, Any] = field(default_factory=FrozenDict)
-    active_dispatch_workers: int = 0
-    waiting_for_capacity: int = 0
-    queue_timeout_count: int = 0
-    source_timeout_count: int = 0
-    deadline_exceeded_count: int = 0
-    revalidation_attempt_count: int = 0
-    revalidation_failure_count: int = 0
-    source_timeout_guarantees: Mapping[str, SourceTimeoutGuarantee] = field(
-        default_factory=FrozenDict
-    )
-    blocking_source_count: int = 0
-    protected_blocking_source_count: int = 0
-    unsafe_blocking_source_count: int = 0
-    undeclared_source_timeout_count: int = 0
-    source_transport_timeout_violation_count: int = 0
-    source_transport_timeout_violations: Mapping[str, int] = field(default_factory=FrozenDict)
-    pending_submissions: int = 0
-    max_pending_submissions: int | None = None
-    payload_copy_components: Mapping[str, PayloadCopyHealth] = field(default_factory=FrozenDict)
-    active_payload_copies: int = 0
-    waiting_for_copy_capacity: int = 0
-    payload_copy_started_count: int = 0
-    payload_copy_completed_count: int = 0
-    payload_copy_failure_count: int = 0
-    payload_copy_timeout_count: int = 0
-    payload_copy_capacity_timeout_count: int = 0
-    payload_copy_shutdown_incomplete: bool = False
-    payload_copy_shutdown_timeout_count: int = 0
-    payload_copy_active_at_last_shutdown_timeout: int = 0
-    observability_buffers: Mapping[str, Any] = field(default_factory=FrozenDict)
-    observability_pending: int = 0
-    observability_peak_pending: int = 0
-    observability_dropped_count: int = 0
-    observability_failure_count: int = 0
-    observability_shutdown_incomplete: bool = False
-    observability_shutdown_timeout_count: int = 0
-    unfinished_source_calls: Mapping[str, int] = field(default_factory=FrozenDict)
-    sources: Mapping[str, Any] = field(default_factory=FrozenDict)
-
-    def __post_init__(self) -> None:
-        for name in _MAPPINGS:
-            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
-
-
-# The words in which a builder's health is judged: severities, reasons, findings, thresholds ------
-
-
-BUILDER_HEALTH_ASSESSMENT_SCHEMA = "coalestra.builder-health-assessment"
-"""The name of the JSON schema of ``BuilderHealthAssessment.to_dict``."""
-
-BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION = 1
-"""The version of that schema."""
+# The words in which health is told ---------------------------------------------------------------
 
 
 class BuilderHealthSeverity(str, Enum):
@@ -327,294 +223,143 @@ class BuilderHealthAssessmentPolicy:
     counter_delta_critical: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("capacity_waiting", "copy_waiting"):
-            integer(f"{name}_degraded", getattr(self, f"{name}_degraded"), minimum=1)
-            number(f"{name}_critical_ratio", getattr(self, f"{name}_critical_ratio"), above=0)
-        for name in ("submission_backlog", "observability_backlog"):
-            for grade in ("degraded_ratio", "critical_ratio"):
-                number(f"{name}_{grade}", getattr(self, f"{name}_{grade}"), above=0, maximum=1)
-            self._check_order(f"{name}_degraded_ratio", f"{name}_critical_ratio")
+        integer("capacity_waiting_degraded", self.capacity_waiting_degraded, minimum=1)
+        number("capacity_waiting_critical_ratio", self.capacity_waiting_critical_ratio, above=0)
+        integer("copy_waiting_degraded", self.copy_waiting_degraded, minimum=1)
+        number("copy_waiting_critical_ratio", self.copy_waiting_critical_ratio, above=0)
+        _check_scale(
+            submission_backlog_degraded_ratio=self.submission_backlog_degraded_ratio,
+            submission_backlog_critical_ratio=self.submission_backlog_critical_ratio,
+        )
+        _check_scale(
+            observability_backlog_degraded_ratio=self.observability_backlog_degraded_ratio,
+            observability_backlog_critical_ratio=self.observability_backlog_critical_ratio,
+        )
         integer("counter_delta_degraded", self.counter_delta_degraded, minimum=1)
         integer("counter_delta_critical", self.counter_delta_critical, minimum=1)
-        self._check_order("counter_delta_degraded", "counter_delta_critical")
-
-    def _check_order(self, degraded: str, critical: str) -> None:
-        lower, upper = getattr(self, degraded), getattr(self, critical)
-        if upper < lower:
-            raise ValueError(f"{critical} must not be below {degraded} ({lower!r}), got {upper!r}")
-
-
-# The rules by which a builder's health is judged, as one table -----------------------------------
-#
-# Laws:
-#     A rule only reads: no clock, no I/O, no state. The same facts give the same findings.
-#     Findings come in the order of ``RULES``; within a rule, in the order of the components.
-#     What a finding observed is never below its threshold, and is of the same unit.
-#     Counters are only judged by their growth: one timeout long ago is not an illness for ever.
-#
-# Limiters, circuits and buffers are read by attribute: their types belong to other layers.
-
-
-Reason = BuilderHealthReason
-_DEGRADED = BuilderHealthSeverity.DEGRADED
-_CRITICAL = BuilderHealthSeverity.CRITICAL
-
-
-@immutable
-@dataclass(frozen=True, slots=True)
-class Examination:
-    """What the rules look at: facts, possibly earlier ones to compare with, and thresholds."""
-
-    facts: HealthFacts
-    previous: HealthFacts | None
-    policy: BuilderHealthAssessmentPolicy
-
-
-Findings = Iterator[BuilderHealthFinding]
-Rule = Callable[[Examination], Findings]
-Load = tuple[str, int, int]
-"""A limiter's or backlog's name, how many wait there, and its limit."""
-
-
-@immutable
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """Critical while a fact is true."""
-
-    reason: BuilderHealthReason
-    metric: str
-
-    def __call__(self, given: Examination) -> Findings:
-        """Yield at most one finding."""
-        if getattr(given.facts, self.metric):
-            yield BuilderHealthFinding(self.reason, _CRITICAL, self.metric, True, True)
-
-
-@immutable
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Degraded from a number of waiters on; critical once one limiter has many for its limit."""
-
-    reason: BuilderHealthReason
-    metric: str
-    thresholds: str
-    loads: Callable[[HealthFacts], Iterable[Load]]
-
-    def __call__(self, given: Examination) -> Findings:
-        """Yield at most one finding, naming the limiter with the most waiters for its limit."""
-        observed: int = getattr(given.facts, self.metric)
-        degraded: int = getattr(given.policy, f"{self.thresholds}_degraded")
-        critical: float = getattr(given.policy, f"{self.thresholds}_critical_ratio")
-        if observed < degraded:
-            return
-        ratio, component = max(
-            (_ratios(self.loads(given.facts))), key=lambda load: load[0], default=(0.0, "")
-        )
-        if ratio >= critical:
-            yield BuilderHealthFinding(
-                self.reason, _CRITICAL, f"{self.metric}_ratio", ratio, critical, component
-            )
-        else:
-            yield BuilderHealthFinding(
-                self.reason, _DEGRADED, self.metric, observed, degraded, component
-            )
-
-
-@immutable
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """Degraded, then critical, from shares of a backlog's limit on."""
-
-    reason: BuilderHealthReason
-    metric: str
-    thresholds: str
-    loads: Callable[[HealthFacts], Iterable[Load]]
-
-    def __call__(self, given: Examination) -> Findings:
-        """Yield a finding for each backlog that is too long."""
-        degraded: float = getattr(given.policy, f"{self.thresholds}_degraded_ratio")
-        critical: float = getattr(given.policy, f"{self.thresholds}_critical_ratio")
-        for ratio, component in _ratios(self.loads(given.facts)):
-            if ratio >= degraded:
-                severe = ratio >= critical
-                yield BuilderHealthFinding(
-                    self.reason,
-                    _CRITICAL if severe else _DEGRADED,
-                    self.metric,
-                    ratio,
-                    critical if severe else degraded,
-                    component,
-                )
-
-
-@immutable
-@dataclass(frozen=True, slots=True)
-class Circuits:
-    """Degraded while any circuit is in a state; the component is the sources, joined."""
-
-    reason: BuilderHealthReason
-    state: str
-
-    def __call__(self, given: Examination) -> Findings:
-        """Yield at most one finding."""
-        counts: dict[str, int] = {}
-        for identity, circuit in given.facts.circuits.items():
-            alone = int(getattr(circuit.state, "value", circuit.state) == self.state)
-            number = getattr(circuit, self.state, alone)
-            if number:
-                source = str(getattr(identity, "source", identity))
-                counts[source] = counts.get(source, 0) + number
-        if counts:
-            yield BuilderHealthFinding(
-                self.reason,
-                _DEGRADED,
-                f"circuits_{self.state}",
-                sum(counts.values()),
-                1,
-                ", ".join(sorted(counts)),
-            )
-
-
-@immutable
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """Degraded, then critical, by how much a counter has grown since the earlier snapshot."""
-
-    reason: BuilderHealthReason
-    metric: str
-
-    def __call__(self, given: Examination) -> Findings:
-        """Yield at most one finding; none without an earlier snapshot."""
-        if given.previous is None:
-            return
-        delta: int = getattr(given.facts, self.metric) - getattr(given.previous, self.metric)
-        policy = given.policy
-        if delta >= policy.counter_delta_critical:
-            yield BuilderHealthFinding(
-                self.reason, _CRITICAL, self.metric, delta, policy.counter_delta_critical
-            )
-        elif delta >= policy.counter_delta_degraded:
-            yield BuilderHealthFinding(
-                self.reason, _DEGRADED, self.metric, delta, policy.counter_delta_degraded
-            )
-
-
-def unsafe_sources(given: Examination) -> Findings:
-    """Critical while a source blocks without protection; the component is the names, joined."""
-    count = given.facts.unsafe_blocking_source_count
-    if count:
-        guarantees = given.facts.source_timeout_guarantees
-        names = sorted(name for name, guarantee in guarantees.items() if guarantee.unsafe)
-        yield BuilderHealthFinding(
-            Reason.UNSAFE_BLOCKING_SOURCE,
-            _CRITICAL,
-            "unsafe_blocking_source_count",
-            count,
-            1,
-            ", ".join(names),
+        _check_order(
+            counter_delta_degraded=self.counter_delta_degraded,
+            counter_delta_critical=self.counter_delta_critical,
         )
 
 
-def stopped_workers(given: Examination) -> Findings:
-    """Critical for each buffer that is open and has nobody to empty it."""
-    for name, buffer in given.facts.observability_buffers.items():
-        if not buffer.closed and not buffer.worker_alive:
-            yield BuilderHealthFinding(
-                Reason.OBSERVABILITY_WORKER_STOPPED, _CRITICAL, "worker_alive", False, None, name
-            )
+def _check_scale(**ratios: float) -> None:
+    for name, ratio in ratios.items():
+        number(name, ratio, above=0, maximum=1)
+    _check_order(**ratios)
 
 
-def _ratios(loads: Iterable[Load]) -> Iterator[tuple[float, str]]:
-    return ((waiting / limit, name) for name, waiting, limit in loads if limit > 0)
+def _check_order(**thresholds: float) -> None:
+    (degraded, lower), (critical, upper) = thresholds.items()
+    if upper < lower:
+        raise ValueError(f"{critical} must not be below {degraded} ({lower!r}), got {upper!r}")
 
 
-def _limiters(facts: HealthFacts) -> Iterator[Load]:
-    return ((name, item.waiting, item.limit) for name, item in facts.capacity.items())
+# The facts ---------------------------------------------------------------------------------------
 
-
-def _copiers(facts: HealthFacts) -> Iterator[Load]:
-    components = facts.payload_copy_components.items()
-    return ((name, item.waiting_for_capacity, item.max_concurrency) for name, item in components)
-
-
-def _submissions(facts: HealthFacts) -> Iterator[Load]:
-    yield "", facts.pending_submissions, facts.max_pending_submissions or 0
-
-
-def _buffers(facts: HealthFacts) -> Iterator[Load]:
-    buffers: Iterable[tuple[str, Any]] = facts.observability_buffers.items()
-    return ((name, item.pending, item.max_pending) for name, item in buffers)
-
-
-RULES: tuple[Rule, ...] = (
-    Flag(Reason.BUILDER_CLOSED, "closed"),
-    unsafe_sources,
-    stopped_workers,
-    Flag(Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE, "payload_copy_shutdown_incomplete"),
-    Flag(Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE, "observability_shutdown_incomplete"),
-    Waiting(Reason.SOURCE_CAPACITY_WAITING, "waiting_for_capacity", "capacity_waiting", _limiters),
-    Waiting(
-        Reason.PAYLOAD_COPY_CAPACITY_WAITING, "waiting_for_copy_capacity", "copy_waiting", _copiers
-    ),
-    Backlog(
-        Reason.SUBMISSION_BACKLOG_HIGH,
-        "pending_submissions_ratio",
-        "submission_backlog",
-        _submissions,
-    ),
-    Backlog(
-        Reason.OBSERVABILITY_BACKLOG_HIGH,
-        "observability_pending_ratio",
-        "observability_backlog",
-        _buffers,
-    ),
-    Circuits(Reason.CIRCUIT_OPEN, "open"),
-    Circuits(Reason.CIRCUIT_HALF_OPEN, "half_open"),
-    Growth(Reason.QUEUE_TIMEOUTS_INCREASED, "queue_timeout_count"),
-    Growth(Reason.SOURCE_TIMEOUTS_INCREASED, "source_timeout_count"),
-    Growth(
-        Reason.SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED,
-        "source_transport_timeout_violation_count",
-    ),
-    Growth(Reason.DEADLINES_EXCEEDED_INCREASED, "deadline_exceeded_count"),
-    Growth(Reason.REVALIDATION_FAILURES_INCREASED, "revalidation_failure_count"),
-    Growth(Reason.PAYLOAD_COPY_FAILURES_INCREASED, "payload_copy_failure_count"),
-    Growth(Reason.PAYLOAD_COPY_TIMEOUTS_INCREASED, "payload_copy_timeout_count"),
-    Growth(Reason.PAYLOAD_COPY_SHUTDOWN_TIMEOUTS_INCREASED, "payload_copy_shutdown_timeout_count"),
-    Growth(Reason.OBSERVABILITY_DROPS_INCREASED, "observability_dropped_count"),
-    Growth(
-        Reason.OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED, "observability_shutdown_timeout_count"
-    ),
-    Growth(Reason.OBSERVABILITY_FAILURES_INCREASED, "observability_failure_count"),
+_MAPPINGS = (
+    "capacity",
+    "circuits",
+    "source_timeout_guarantees",
+    "source_transport_timeout_violations",
+    "payload_copy_components",
+    "observability_buffers",
+    "unfinished_source_calls",
+    "sources",
 )
-"""Every rule, in the order in which findings are reported."""
-
-
-def assess(
-    facts: HealthFacts,
-    *,
-    previous: HealthFacts | None = None,
-    policy: BuilderHealthAssessmentPolicy | None = None,
-) -> BuilderHealthAssessment:
-    """Judge ``facts``, counters by their growth since ``previous`` if that is given."""
-    given = Examination(facts, previous, policy or BuilderHealthAssessmentPolicy())
-    findings = (finding for rule in RULES for finding in rule(given))
-    return BuilderHealthAssessment.of(findings, baseline_used=previous is not None)
-
-
-# A builder's health: the facts, their JSON form and their verdict --------------------------------
-
-
-BUILDER_HEALTH_SCHEMA = "coalestra.builder-health"
-"""The name of the JSON schema of ``BuilderHealth.to_dict``."""
-
-BUILDER_HEALTH_SCHEMA_VERSION = 1
-"""The version of that schema."""
 
 
 @dataclass(frozen=True)
-class BuilderHealth(HealthFacts):
-    """The state of a builder at one moment; the attributes are those of ``HealthFacts``."""
+class BuilderHealth:
+    """The state of a builder at one moment, and its counters since it was made.
+
+    No resource is named: what is kept by name is kept by source, limiter, circuit or component.
+
+    Attributes:
+        closed: whether the builder is closed.
+        background_refreshes: refreshes under way.
+        singleflight_in_flight: acquisitions that others may join.
+        source_support_cache_entries: remembered answers of ``supports``.
+        capacity: each limiter's ``limit``, ``in_use`` and ``waiting``, by source or ``__global__``.
+        cache: the statistics of the cache, if it has any.
+        circuits: the circuits that are not at rest, counted by source and scope: no key is named.
+        active_dispatch_workers: workers that hand keys to sources.
+        waiting_for_capacity: source calls waiting for a slot.
+        queue_timeout_count: waits for a slot that took too long.
+        source_timeout_count: calls that took too long.
+        deadline_exceeded_count: keys that failed by a deadline.
+        revalidation_attempt_count, revalidation_failure_count: revalidations of sessions.
+        source_timeout_guarantees: what each source declares about blocking, by its name.
+        blocking_source_count, protected_blocking_source_count, unsafe_blocking_source_count,
+        undeclared_source_timeout_count: how many sources declare what.
+        source_transport_timeout_violation_count: calls that outlasted their declared transport
+            timeout.
+        source_transport_timeout_violations: the same by name of source.
+        pending_submissions, max_pending_submissions: the backlog of the synchronous publisher and
+            its limit; None where there is no such publisher.
+        payload_copy_components: the copies of each component.
+        active_payload_copies, waiting_for_copy_capacity, payload_copy_started_count,
+        payload_copy_completed_count, payload_copy_failure_count, payload_copy_timeout_count,
+        payload_copy_capacity_timeout_count, payload_copy_shutdown_incomplete,
+        payload_copy_shutdown_timeout_count, payload_copy_active_at_last_shutdown_timeout: the sums
+            over these components.
+        observability_buffers: the statistics of each buffered sink, by component.
+        observability_pending, observability_peak_pending, observability_dropped_count,
+        observability_failure_count, observability_shutdown_incomplete,
+        observability_shutdown_timeout_count: the sums over these buffers.
+        unfinished_source_calls: calls that outlived the closing of the builder, by source.
+        sources: when each source last answered and last failed, and with what type of error.
+    """
+
+    closed: bool
+    background_refreshes: int
+    singleflight_in_flight: int
+    source_support_cache_entries: int
+    capacity: Mapping[str, Any] = field(default_factory=FrozenDict)
+    cache: Any | None = None
+    circuits: Mapping[Any, Any] = field(default_factory=FrozenDict)
+    active_dispatch_workers: int = 0
+    waiting_for_capacity: int = 0
+    queue_timeout_count: int = 0
+    source_timeout_count: int = 0
+    deadline_exceeded_count: int = 0
+    revalidation_attempt_count: int = 0
+    revalidation_failure_count: int = 0
+    source_timeout_guarantees: Mapping[str, SourceTimeoutGuarantee] = field(
+        default_factory=FrozenDict
+    )
+    blocking_source_count: int = 0
+    protected_blocking_source_count: int = 0
+    unsafe_blocking_source_count: int = 0
+    undeclared_source_timeout_count: int = 0
+    source_transport_timeout_violation_count: int = 0
+    source_transport_timeout_violations: Mapping[str, int] = field(default_factory=FrozenDict)
+    pending_submissions: int = 0
+    max_pending_submissions: int | None = None
+    payload_copy_components: Mapping[str, PayloadCopyHealth] = field(default_factory=FrozenDict)
+    active_payload_copies: int = 0
+    waiting_for_copy_capacity: int = 0
+    payload_copy_started_count: int = 0
+    payload_copy_completed_count: int = 0
+    payload_copy_failure_count: int = 0
+    payload_copy_timeout_count: int = 0
+    payload_copy_capacity_timeout_count: int = 0
+    payload_copy_shutdown_incomplete: bool = False
+    payload_copy_shutdown_timeout_count: int = 0
+    payload_copy_active_at_last_shutdown_timeout: int = 0
+    observability_buffers: Mapping[str, Any] = field(default_factory=FrozenDict)
+    observability_pending: int = 0
+    observability_peak_pending: int = 0
+    observability_dropped_count: int = 0
+    observability_failure_count: int = 0
+    observability_shutdown_incomplete: bool = False
+    observability_shutdown_timeout_count: int = 0
+    unfinished_source_calls: Mapping[str, int] = field(default_factory=FrozenDict)
+    sources: Mapping[str, Any] = field(default_factory=FrozenDict)
+
+    def __post_init__(self) -> None:
+        for name in _MAPPINGS:
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
 
     def assess(
         self,
@@ -634,7 +379,8 @@ class BuilderHealth(HealthFacts):
         """
         instance("previous", previous, BuilderHealth, optional=True)
         instance("policy", policy, BuilderHealthAssessmentPolicy, optional=True)
-        return assess(self, previous=previous, policy=policy)
+        found = _findings(self, previous, policy or BuilderHealthAssessmentPolicy())
+        return BuilderHealthAssessment.of(found, baseline_used=previous is not None)
 
     def to_dict(
         self,
@@ -662,3 +408,208 @@ class BuilderHealth(HealthFacts):
             **json_safe(self),
             "assessment": None if verdict is None else verdict.to_dict(),
         }
+
+
+# The rules by which a builder's health is judged -------------------------------------------------
+#
+# Laws:
+#     A rule only reads: no clock, no I/O, no state. The same facts give the same findings.
+#     Findings come in the order of ``_findings``; within a rule, in the order of the components.
+#     What a finding observed is never below its threshold, and is of the same unit.
+#     Counters are only judged by their growth: one timeout long ago is not an illness for ever.
+#
+# Limiters, circuits and buffers are read by attribute: their types belong to other layers.
+
+_Findings = Iterator[BuilderHealthFinding]
+_Loads = list[tuple[str, float]]
+"""Names of limiters or backlogs, and how full each is, to its limit."""
+
+_Reason = BuilderHealthReason
+_DEGRADED = BuilderHealthSeverity.DEGRADED
+_CRITICAL = BuilderHealthSeverity.CRITICAL
+
+_FAILURE_COUNTERS = (
+    (_Reason.QUEUE_TIMEOUTS_INCREASED, "queue_timeout_count"),
+    (_Reason.SOURCE_TIMEOUTS_INCREASED, "source_timeout_count"),
+    (
+        _Reason.SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED,
+        "source_transport_timeout_violation_count",
+    ),
+    (_Reason.DEADLINES_EXCEEDED_INCREASED, "deadline_exceeded_count"),
+    (_Reason.REVALIDATION_FAILURES_INCREASED, "revalidation_failure_count"),
+    (_Reason.PAYLOAD_COPY_FAILURES_INCREASED, "payload_copy_failure_count"),
+    (_Reason.PAYLOAD_COPY_TIMEOUTS_INCREASED, "payload_copy_timeout_count"),
+    (_Reason.PAYLOAD_COPY_SHUTDOWN_TIMEOUTS_INCREASED, "payload_copy_shutdown_timeout_count"),
+    (_Reason.OBSERVABILITY_DROPS_INCREASED, "observability_dropped_count"),
+    (_Reason.OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED, "observability_shutdown_timeout_count"),
+    (_Reason.OBSERVABILITY_FAILURES_INCREASED, "observability_failure_count"),
+)
+
+
+def _findings(
+    health: BuilderHealth, previous: BuilderHealth | None, policy: BuilderHealthAssessmentPolicy
+) -> _Findings:
+    yield from _flag(_Reason.BUILDER_CLOSED, "closed", health.closed)
+    yield from _unsafe_sources(health)
+    yield from _stopped_workers(health)
+    yield from _flag(
+        _Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE,
+        "payload_copy_shutdown_incomplete",
+        health.payload_copy_shutdown_incomplete,
+    )
+    yield from _flag(
+        _Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE,
+        "observability_shutdown_incomplete",
+        health.observability_shutdown_incomplete,
+    )
+    yield from _source_waiting(health, policy)
+    yield from _copy_waiting(health, policy)
+    yield from _submission_backlog(health, policy)
+    yield from _observability_backlogs(health, policy)
+    yield from _circuits(health)
+    if previous is not None:
+        for reason, counter in _FAILURE_COUNTERS:
+            grown = getattr(health, counter) - getattr(previous, counter)
+            yield from _growth(reason, counter, grown, policy)
+
+
+def _flag(reason: BuilderHealthReason, metric: str, is_so: bool) -> _Findings:
+    """Critical while a fact is true."""
+    if is_so:
+        yield BuilderHealthFinding(reason, _CRITICAL, metric, True, True)
+
+
+def _unsafe_sources(health: BuilderHealth) -> _Findings:
+    """Critical while a source blocks without protection; the component is the names, joined."""
+    count = health.unsafe_blocking_source_count
+    if count:
+        guarantees = health.source_timeout_guarantees
+        names = sorted(name for name, guarantee in guarantees.items() if guarantee.unsafe)
+        yield BuilderHealthFinding(
+            _Reason.UNSAFE_BLOCKING_SOURCE,
+            _CRITICAL,
+            "unsafe_blocking_source_count",
+            count,
+            1,
+            ", ".join(names),
+        )
+
+
+def _stopped_workers(health: BuilderHealth) -> _Findings:
+    """Critical for each buffer that is open and has nobody to empty it."""
+    for name, buffer in health.observability_buffers.items():
+        if not buffer.closed and not buffer.worker_alive:
+            yield BuilderHealthFinding(
+                _Reason.OBSERVABILITY_WORKER_STOPPED, _CRITICAL, "worker_alive", False, None, name
+            )
+
+
+def _source_waiting(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
+    limiters = health.capacity.items()
+    return _waiting(
+        _Reason.SOURCE_CAPACITY_WAITING,
+        "waiting_for_capacity",
+        health.waiting_for_capacity,
+        [(name, each.waiting / each.limit) for name, each in limiters if each.limit > 0],
+        policy.capacity_waiting_degraded,
+        policy.capacity_waiting_critical_ratio,
+    )
+
+
+def _copy_waiting(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
+    return _waiting(
+        _Reason.PAYLOAD_COPY_CAPACITY_WAITING,
+        "waiting_for_copy_capacity",
+        health.waiting_for_copy_capacity,
+        [
+            (name, each.waiting_for_capacity / each.max_concurrency)
+            for name, each in health.payload_copy_components.items()
+            if each.max_concurrency > 0
+        ],
+        policy.copy_waiting_degraded,
+        policy.copy_waiting_critical_ratio,
+    )
+
+
+def _waiting(
+    reason: BuilderHealthReason,
+    metric: str,
+    waiting: int,
+    loads: _Loads,
+    degraded: int,
+    critical: float,
+) -> _Findings:
+    """Degraded from a number of waiters on; critical once one limiter has many for its limit.
+
+    The component is the limiter with the most waiters for its limit.
+    """
+    if waiting < degraded:
+        return
+    component, ratio = max(loads, key=lambda load: load[1], default=("", 0.0))
+    if ratio >= critical:
+        yield BuilderHealthFinding(reason, _CRITICAL, f"{metric}_ratio", ratio, critical, component)
+    else:
+        yield BuilderHealthFinding(reason, _DEGRADED, metric, waiting, degraded, component)
+
+
+def _submission_backlog(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
+    limit = health.max_pending_submissions
+    return _backlogs(
+        _Reason.SUBMISSION_BACKLOG_HIGH,
+        "pending_submissions_ratio",
+        [("", health.pending_submissions / limit)] if limit else [],
+        policy.submission_backlog_degraded_ratio,
+        policy.submission_backlog_critical_ratio,
+    )
+
+
+def _observability_backlogs(
+    health: BuilderHealth, policy: BuilderHealthAssessmentPolicy
+) -> _Findings:
+    buffers = health.observability_buffers.items()
+    return _backlogs(
+        _Reason.OBSERVABILITY_BACKLOG_HIGH,
+        "observability_pending_ratio",
+        [(name, each.pending / each.max_pending) for name, each in buffers if each.max_pending > 0],
+        policy.observability_backlog_degraded_ratio,
+        policy.observability_backlog_critical_ratio,
+    )
+
+
+def _backlogs(
+    reason: BuilderHealthReason, metric: str, loads: _Loads, degraded: float, critical: float
+) -> _Findings:
+    """Degraded, then critical, from shares of a backlog's limit on; one finding for each."""
+    for component, ratio in loads:
+        if ratio >= critical:
+            yield BuilderHealthFinding(reason, _CRITICAL, metric, ratio, critical, component)
+        elif ratio >= degraded:
+            yield BuilderHealthFinding(reason, _DEGRADED, metric, ratio, degraded, component)
+
+
+def _circuits(health: BuilderHealth) -> _Findings:
+    """Degraded while any circuit is open, or half-open; the component is the sources, joined."""
+    opened: Counter[str] = Counter()
+    half_open: Counter[str] = Counter()
+    for identity, circuit in health.circuits.items():
+        source = str(getattr(identity, "source", identity))
+        state = getattr(circuit, "state", None)  # of a single one; a group counts
+        opened[source] += getattr(circuit, "open", int(state == "open"))
+        half_open[source] += getattr(circuit, "half_open", int(state == "half_open"))
+    for reason, metric, counts in (
+        (_Reason.CIRCUIT_OPEN, "circuits_open", +opened),
+        (_Reason.CIRCUIT_HALF_OPEN, "circuits_half_open", +half_open),
+    ):
+        if counts:
+            sources = ", ".join(sorted(counts))
+            yield BuilderHealthFinding(reason, _DEGRADED, metric, sum(counts.values()), 1, sources)
+
+
+def _growth(
+    reason: BuilderHealthReason, metric: str, grown: int, policy: BuilderHealthAssessmentPolicy
+) -> _Findings:
+    """Degraded, then critical, by how much a counter has grown since the earlier snapshot."""
+    if grown >= policy.counter_delta_critical:
+        yield BuilderHealthFinding(reason, _CRITICAL, metric, grown, policy.counter_delta_critical)
+    elif grown >= policy.counter_delta_degraded:
+        yield BuilderHealthFinding(reason, _DEGRADED, metric, grown, policy.counter_delta_degraded)

@@ -32,15 +32,17 @@ P = TypeVar("P")
 class KeyedPolicies(Generic[P]):
     """The override of a key, else the answer of a function, else a default."""
 
-    __slots__ = ("default", "dynamic", "overrides")
+    __slots__ = ("_kind", "default", "dynamic", "overrides")
 
     def __init__(
         self,
+        kind: type[P],
         default: P,
         overrides: Mapping[ResourceKey, P] | None,
         dynamic: Callable[[ResourceKey], P | None] | None,
     ) -> None:
-        self.default: P = default
+        self._kind: type[P] = kind
+        self.default: P = instance("default", default, kind)
         self.overrides: Mapping[ResourceKey, P] = FrozenDict(
             mapping("overrides", overrides, optional=True)
         )
@@ -49,7 +51,7 @@ class KeyedPolicies(Generic[P]):
         )
         for key, policy in self.overrides.items():
             instance("overrides key", key, ResourceKey)
-            instance(f"overrides[{key.display}]", policy, type(default))
+            instance(f"overrides[{key.display}]", policy, kind)
 
     def resolve(self, key: ResourceKey) -> P:
         """Return the policy of ``key``; raises what the dynamic resolver raises."""
@@ -60,7 +62,7 @@ class KeyedPolicies(Generic[P]):
         if self.dynamic is not None:
             answer = self.dynamic(key)
             if answer is not None:
-                return instance("dynamic result", answer, type(self.default))
+                return instance("dynamic result", answer, self._kind)
         return self.default
 
     def __repr__(self) -> str:
@@ -158,26 +160,9 @@ def quiet_seconds(policy: FreshnessPolicy) -> float:
     return math.nextafter(due, -math.inf) if due > 0 else -math.inf
 
 
-class Freshness(enum.Enum):
-    """What a value of some age is worth."""
-
-    FRESH = enum.auto()
-    STALE = enum.auto()
-    EXPIRED = enum.auto()
-
-
 def age_of(observed_at: float, now: float) -> float:
     """Return the age in seconds; what was observed ahead of the clock has none."""
     return max(0.0, now - observed_at)
-
-
-def judge(age_seconds: float, policy: FreshnessPolicy) -> Freshness:
-    """Return what a value of this age is worth by ``policy``; both bounds are inclusive."""
-    if age_seconds <= policy.ttl_seconds:
-        return Freshness.FRESH
-    if age_seconds <= policy.max_stale_seconds:
-        return Freshness.STALE
-    return Freshness.EXPIRED
 
 
 @immutable
@@ -285,8 +270,7 @@ class PolicyResolver(KeyedPolicies[FreshnessPolicy]):
         overrides: Mapping[ResourceKey, FreshnessPolicy] | None = None,
         dynamic: FreshnessResolver | None = None,
     ) -> None:
-        instance("default", default, FreshnessPolicy)
-        super().__init__(default, overrides, dynamic)
+        super().__init__(FreshnessPolicy, default, overrides, dynamic)
 
 
 # Whose word counts more, when values of one resource compete for its place in the cache ----------
@@ -359,8 +343,8 @@ class AuthorityPolicyResolver(KeyedPolicies[SourceAuthorityPolicy]):
         overrides: Mapping[ResourceKey, SourceAuthorityPolicy] | None = None,
         dynamic: AuthorityResolver | None = None,
     ) -> None:
-        chosen = instance("default", default, SourceAuthorityPolicy, optional=True)
-        super().__init__(_NO_RULES if chosen is None else chosen, overrides, dynamic)
+        chosen = _NO_RULES if default is None else default
+        super().__init__(SourceAuthorityPolicy, chosen, overrides, dynamic)
 
     @property
     def has_rules(self) -> bool:

@@ -43,12 +43,6 @@ class SnapshotConsistencyPolicy:
         flag("include_optional_resources", self.include_optional_resources)
 
 
-def observation_skew(values: Iterable[SnapshotValue[Any]]) -> float:
-    """Return the seconds between the oldest and the newest observation; 0.0 for fewer than two."""
-    times = [value.observed_at for value in values]
-    return max(times) - min(times) if times else 0.0
-
-
 def check_consistency(
     policy: SnapshotConsistencyPolicy,
     required: Collection[ResourceKey],

@@ -112,7 +112,7 @@ class PublishStatus(str, enum.Enum):
 
 
 @immutable
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True)
 class PublishResult:
     """What became of a published value.
 
@@ -126,24 +126,7 @@ class PublishResult:
     value: SnapshotValue[Any]
     previous: SnapshotValue[Any] | None = None
 
-    def __init__(
-        self,
-        status: PublishStatus,
-        value: SnapshotValue[Any],
-        previous: SnapshotValue[Any] | None = None,
-    ) -> None:
-        # One is made for every key: its slots are written directly, past the frozen __setattr__.
-        _write_status(self, status)
-        _write_value(self, value)
-        _write_previous(self, previous)
-
     @property
     def published(self) -> bool:
         """Whether the value was published."""
         return self.status is PublishStatus.PUBLISHED
-
-
-_slots: Any = PublishResult
-_write_status = _slots.status.__set__
-_write_value = _slots.value.__set__
-_write_previous = _slots.previous.__set__

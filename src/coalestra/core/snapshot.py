@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, overload
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from coalestra.core.frozen import EMPTY, FrozenDict, become, draft_of, immutable
+from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import a_kind_of, concealed, mapping, number, text
 from coalestra.core.values import SnapshotValue
@@ -14,8 +14,7 @@ from coalestra.core.values import SnapshotValue
 # What one build, session or refresh did, counted -------------------------------------------------
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SnapshotDiagnostics:
     """How a snapshot came about: the counts of its own build or session, not of the builder.
 
@@ -66,84 +65,36 @@ class SnapshotDiagnostics:
 
     def __post_init__(self) -> None:
         for name in ("source_calls_by_source", "source_latency_ms_by_source"):
-            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+            object.__setattr__(self, name, frozen(getattr(self, name)))
 
 
 class DiagnosticsRecorder:
     """The counters of ``SnapshotDiagnostics`` while they are still being counted.
 
-    Whoever does the counting adds to the attributes; ``freeze`` reads them off, any number of
-    times. What is not counted stays the class's own zero, so a new recorder costs next to nothing.
+    Whoever does the counting adds to the attributes, which are those of that class; ``freeze``
+    reads them off, any number of times.
     """
-
-    duration_ms: float = 0.0
-    requested_resources: int = 0
-    resolved_resources: int = 0
-    failed_resources: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_batch_reads: int = 0
-    cache_batch_writes: int = 0
-    stale_values: int = 0
-    coalesced_requests: int = 0
-    source_calls: int = 0
-    batch_calls: int = 0
-    derived_calls: int = 0
-    refresh_scheduled: int = 0
-    refresh_completed: int = 0
-    refresh_failed: int = 0
-    support_cache_hits: int = 0
-    support_cache_misses: int = 0
-    retries: int = 0
-    batch_chunks: int = 0
-    future_timestamp_rejections: int = 0
-    observation_skew_ms: float = 0.0
 
     def __init__(self) -> None:
         self.source_calls_by_source: dict[str, int] = {}
         self.source_latency_ms_by_source: dict[str, float] = {}
 
-    def freeze(self, **overrides: Any) -> SnapshotDiagnostics:
-        """Return what has been counted so far; ``overrides`` replace single counters.
+    if TYPE_CHECKING:  # the rest are zeros of the class, until somebody counts them
 
-        Raises:
-            TypeError: if an override names no counter.
-        """
-        if overrides:
-            return replace(self.freeze(), **overrides)
-        frozen = object.__new__(SnapshotDiagnostics)
-        draft: Any = frozen
-        become(draft, _DiagnosticsDraft)
-        draft.duration_ms = self.duration_ms
-        draft.requested_resources = self.requested_resources
-        draft.resolved_resources = self.resolved_resources
-        draft.failed_resources = self.failed_resources
-        draft.cache_hits = self.cache_hits
-        draft.cache_misses = self.cache_misses
-        draft.cache_batch_reads = self.cache_batch_reads
-        draft.cache_batch_writes = self.cache_batch_writes
-        draft.stale_values = self.stale_values
-        draft.coalesced_requests = self.coalesced_requests
-        draft.source_calls = self.source_calls
-        draft.batch_calls = self.batch_calls
-        draft.derived_calls = self.derived_calls
-        draft.refresh_scheduled = self.refresh_scheduled
-        draft.refresh_completed = self.refresh_completed
-        draft.refresh_failed = self.refresh_failed
-        draft.support_cache_hits = self.support_cache_hits
-        draft.support_cache_misses = self.support_cache_misses
-        draft.retries = self.retries
-        draft.batch_chunks = self.batch_chunks
-        draft.future_timestamp_rejections = self.future_timestamp_rejections
-        draft.observation_skew_ms = self.observation_skew_ms
-        calls, latencies = self.source_calls_by_source, self.source_latency_ms_by_source
-        draft.source_calls_by_source = FrozenDict(calls) if calls else EMPTY
-        draft.source_latency_ms_by_source = FrozenDict(latencies) if latencies else EMPTY
-        draft.__class__ = SnapshotDiagnostics
-        return frozen
+        def __getattr__(self, counter: str) -> Any: ...
+        def __setattr__(self, counter: str, count: Any) -> None: ...
+
+    def freeze(self) -> SnapshotDiagnostics:
+        """Return what has been counted so far."""
+        counted = dict(vars(self))  # the rest are the zeros of the class
+        for name in ("source_calls_by_source", "source_latency_ms_by_source"):
+            counted[name] = frozen(counted[name])
+        return filled(SnapshotDiagnostics, counted)
 
 
-_DiagnosticsDraft = draft_of(SnapshotDiagnostics)
+for _each in fields(SnapshotDiagnostics)[:-2]:
+    setattr(DiagnosticsRecorder, _each.name, _each.default)
+
 NOTHING_COUNTED = SnapshotDiagnostics()
 """What there is to say of a snapshot that nobody has counted anything for."""
 
@@ -151,8 +102,7 @@ NOTHING_COUNTED = SnapshotDiagnostics()
 # What a source is told about the work it is asked for --------------------------------------------
 
 
-@immutable
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, repr=False)
 class FetchContext:
     """The circumstances of one build, session or refresh, for the sources it calls.
 
@@ -179,15 +129,10 @@ class FetchContext:
         number("deadline_at", self.deadline_at, optional=True)
         number("deadline_monotonic", self.deadline_monotonic, optional=True)
         text("snapshot_id", self.snapshot_id, empty=True)
-        if not isinstance(self.metadata, FrozenDict):
-            frozen = FrozenDict(mapping("metadata", self.metadata))
-            object.__setattr__(self, "metadata", frozen)
+        object.__setattr__(self, "metadata", frozen(mapping("metadata", self.metadata)))
 
     def __repr__(self) -> str:
         return concealed(self, "metadata")
-
-
-_ContextDraft = draft_of(FetchContext)
 
 
 def context_of(
@@ -198,15 +143,16 @@ def context_of(
     snapshot_id: str,
 ) -> FetchContext:
     """Return a `FetchContext` of arguments that are known to be good, without judging them."""
-    draft: Any = _ContextDraft()
-    draft.requested_at = requested_at
-    draft.deadline_at = deadline_at
-    draft.deadline_monotonic = deadline_monotonic
-    draft.metadata = metadata
-    draft.snapshot_id = snapshot_id
-    draft.__class__ = FetchContext
-    context: FetchContext = draft
-    return context
+    return filled(
+        FetchContext,
+        {
+            "requested_at": requested_at,
+            "deadline_at": deadline_at,
+            "deadline_monotonic": deadline_monotonic,
+            "metadata": metadata,
+            "snapshot_id": snapshot_id,
+        },
+    )
 
 
 # The result of a build or a session: values by key, and errors by key ----------------------------
@@ -215,8 +161,7 @@ def context_of(
 T = TypeVar("T")
 
 
-@immutable
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, repr=False)
 class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
     """An immutable mapping from keys to values, in the order in which they were asked for.
 
@@ -237,9 +182,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
     def __post_init__(self) -> None:
         number("created_at", self.created_at)
         for name in ("resources", "errors"):
-            mapping = getattr(self, name)
-            if type(mapping) is not FrozenDict:
-                object.__setattr__(self, name, FrozenDict(mapping))
+            object.__setattr__(self, name, frozen(getattr(self, name)))
 
     def __getitem__(self, key: ResourceKey) -> SnapshotValue[Any]:
         return self.resources[key]
@@ -314,9 +257,6 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         return f"Snapshot(snapshot_id={self.snapshot_id!r}, {counts}, stale={stale})"
 
 
-_SnapshotDraft = draft_of(Snapshot)
-
-
 def snapshot_of(
     snapshot_id: str,
     created_at: float,
@@ -324,14 +264,14 @@ def snapshot_of(
     errors: FrozenDict[ResourceKey, Exception] = EMPTY,
     diagnostics: SnapshotDiagnostics = NOTHING_COUNTED,
 ) -> Snapshot:
-    """Return a `Snapshot` of mappings that are frozen already, faster than its constructor does."""
-    snapshot = object.__new__(Snapshot)
-    draft: Any = snapshot
-    become(draft, _SnapshotDraft)
-    draft.snapshot_id = snapshot_id
-    draft.created_at = created_at
-    draft.resources = resources
-    draft.errors = errors
-    draft.diagnostics = diagnostics
-    draft.__class__ = Snapshot
-    return snapshot
+    """Return a `Snapshot` of facts that are known to be good, and frozen, without judging them."""
+    return filled(
+        Snapshot,
+        {
+            "snapshot_id": snapshot_id,
+            "created_at": created_at,
+            "resources": resources,
+            "errors": errors,
+            "diagnostics": diagnostics,
+        },
+    )

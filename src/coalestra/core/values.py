@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, TypeVar, final
 
-from coalestra.core.frozen import EMPTY, FrozenDict, become, draft_of, immutable, refuse_subclass
+from coalestra.core.frozen import (
+    EMPTY,
+    FrozenDict,
+    become,
+    draft_of,
+    empty,
+    frozen,
+    immutable,
+    refuse_subclass,
+)
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import concealed, instance, mapping, number, text
 
@@ -54,17 +63,9 @@ def number_of(version: str) -> int:
     return int(digits) if version.startswith(_process) and digits.isdecimal() else 0
 
 
-def _frozen(name: str, given: Mapping[Any, Any]) -> FrozenDict[Any, Any]:
-    return given if type(given) is FrozenDict else FrozenDict(mapping(name, given))
-
-
-def _nothing() -> FrozenDict[str, Any]:
-    return EMPTY
-
-
 @final
 @immutable
-@dataclass(frozen=True, slots=True, init=False, repr=False)
+@dataclass(frozen=True, slots=True, repr=False)
 class SourcePayload(Generic[T]):
     """What a source returns when it has more to say than the bare value.
 
@@ -80,21 +81,14 @@ class SourcePayload(Generic[T]):
     """
 
     value: T
-    observed_at: float | None
-    metadata: Mapping[str, Any]
+    observed_at: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=empty)
 
-    def __init__(
-        self, value: T, observed_at: float | None = None, metadata: Mapping[str, Any] = EMPTY
-    ) -> None:
-        if observed_at is not None:
-            number("observed_at", observed_at)
-        draft: Any = self
-        frozen = _frozen("metadata", metadata)
-        become(draft, _PayloadDraft)
-        draft.value = value
-        draft.observed_at = observed_at
-        draft.metadata = frozen
-        draft.__class__ = SourcePayload
+    def __post_init__(self) -> None:
+        if self.observed_at is not None:
+            number("observed_at", self.observed_at)
+        if type(self.metadata) is not FrozenDict:
+            object.__setattr__(self, "metadata", frozen(mapping("metadata", self.metadata)))
 
     def __repr__(self) -> str:
         return concealed(self, "value", "metadata")
@@ -124,7 +118,7 @@ class ResourceUpdate(Generic[T]):
     value: T
     source: str
     observed_at: float | None = None
-    metadata: Mapping[str, Any] = field(default_factory=_nothing)
+    metadata: Mapping[str, Any] = field(default_factory=empty)
 
     def __post_init__(self) -> None:
         if type(self.key) is not ResourceKey:
@@ -133,7 +127,7 @@ class ResourceUpdate(Generic[T]):
         if self.observed_at is not None:
             number("observed_at", self.observed_at)
         if type(self.metadata) is not FrozenDict:
-            object.__setattr__(self, "metadata", _frozen("metadata", self.metadata))
+            object.__setattr__(self, "metadata", frozen(mapping("metadata", self.metadata)))
 
     def __repr__(self) -> str:
         return concealed(self, "value", "metadata")
@@ -200,9 +194,9 @@ class SnapshotValue(Generic[T]):
         dependency_versions: Mapping[ResourceKey, str] = EMPTY,
     ) -> None:
         if type(metadata) is not FrozenDict:
-            metadata = _frozen("metadata", metadata)
+            metadata = frozen(mapping("metadata", metadata))
         if type(dependency_versions) is not FrozenDict:
-            dependency_versions = _frozen("dependency_versions", dependency_versions)
+            dependency_versions = frozen(mapping("dependency_versions", dependency_versions))
         number("observed_at", observed_at)
         number("fetched_at", fetched_at)
         number("age_seconds", age_seconds)
@@ -245,7 +239,6 @@ class SnapshotValue(Generic[T]):
         refuse_subclass("SnapshotValue")
 
 
-_PayloadDraft = draft_of(SourcePayload)
 ValueDraft = draft_of(SnapshotValue)
 """A `SnapshotValue` that whoever fills it in turns into one."""
 
@@ -324,11 +317,7 @@ class Revision:
         self.attempts: int = attempts
         self.metadata: FrozenDict[str, Any] = metadata
         self.authority_rank: int = authority_rank
-        self.dependency_versions: FrozenDict[ResourceKey, str] = (
-            dependency_versions
-            if isinstance(dependency_versions, FrozenDict)
-            else FrozenDict(dependency_versions)
-        )
+        self.dependency_versions: FrozenDict[ResourceKey, str] = frozen(dependency_versions)
         self.dependencies: tuple[Revision, ...] = dependencies
         self.dated: bool = dated
         self.began: int = began
