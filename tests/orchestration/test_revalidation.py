@@ -14,6 +14,7 @@ from coalestra import (
     InMemoryMetrics,
     ResourceAcceptanceRule,
     ResourceKey,
+    SessionClosedError,
     Snapshot,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
@@ -469,7 +470,7 @@ async def test_a_key_that_the_session_has_not_resolved_is_a_value_error() -> Non
     session = await shop.session(TOP)
     await session.resolve([OTHER], strict=False)
     before = session.snapshot()
-    for unknown in (key("never"), OTHER, BASE):
+    for unknown in (key("never"), OTHER):
         with pytest.raises(ValueError, match=str(unknown)):
             await session.revalidate([TOP, unknown])
     assert unchanged(session, before)
@@ -691,19 +692,80 @@ async def test_cancelled_at_any_await_it_leaves_the_previous_state(scene: Scene)
     assert await cancel_at_every_await(work, check) > 3
 
 
-async def test_closing_the_session_meanwhile_ends_it_with_an_error_and_commits_nothing() -> None:
+async def test_what_was_begun_before_the_session_was_closed_comes_to_its_end() -> None:
     shop = Shop()
     session = await shop.session(BASE)
     gate = Gate()
     shop.stock.before = gate.pass_
     shop.stock.change(base=2)
-    revalidating = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    calls = [
+        asyncio.ensure_future(session.revalidate([BASE], force_refresh=True)),
+        asyncio.ensure_future(session.revalidate([BASE])),  # waits for its turn
+        asyncio.ensure_future(session.resolve([OTHER])),
+    ]
     await gate.wait_arrived()
     await session.close()
     gate.open()
-    with pytest.raises(Exception, match="closed"):
-        await revalidating
+    first, second, _ = await asyncio.gather(*calls)
+    assert first.value(BASE) == second.value(BASE) == 2
     await no_leaks(shop.builder)
+
+
+async def test_a_closed_session_says_so_whatever_it_is_asked_to_revalidate() -> None:
+    session = await Shop().session(BASE)
+    await session.close()
+    asked: list[Any] = [[BASE], [], [key("never")], BASE, None]
+    for keys in asked:
+        with pytest.raises(SessionClosedError, match=session.snapshot_id):
+            await session.revalidate(keys)
+
+
+# What the session was not asked for, but rests on
+
+
+@pytest.mark.parametrize("force_refresh", [False, True])
+async def test_a_hidden_dependency_can_be_revalidated_and_stays_hidden(force_refresh: bool) -> None:
+    shop = Shop()
+    session = await shop.session(TOP)
+    shop.stock.change(base=2)
+    await shop.publish(BASE, 2)
+    again = await session.revalidate([BASE], force_refresh=force_refresh)
+    assert shown(again) == shown(session.snapshot()) == {TOP: ((2,),)}
+    assert again.diagnostics.resolved_resources == 1
+    assert shown(await session.resolve([MIDDLE, BASE])) == {TOP: ((2,),), MIDDLE: (2,), BASE: 2}
+
+
+async def test_no_error_is_told_of_a_key_that_nobody_asked_for() -> None:
+    shop = Shop()
+    session = await shop.session(BASE, TOP)
+    shop.stock.change(base=SourceUnavailableError("down"))
+    retained = await session.revalidate([BASE], force_refresh=True, strict=False)
+    assert set(retained.errors) == {BASE, TOP}
+    hidden = await shop.session(TOP)
+    retained = await hidden.revalidate([BASE], force_refresh=True, strict=False)
+    assert set(retained.errors) == {BASE, TOP}  # this call asked for the first
+    assert not hidden.snapshot().errors
+
+
+async def test_a_hidden_link_that_is_needed_no_longer_does_not_matter() -> None:
+    shop = Shop()
+    session = await shop.session(TOP)
+    shop.top.needs = lambda key: [OTHER]
+    shop.stock.change(base=SourceUnavailableError("down"))
+    again = await session.revalidate([TOP], force_refresh=True)
+    assert shown(again) == {TOP: (10,)}
+
+
+async def test_policies_hold_for_named_keys_out_of_sight_too() -> None:
+    shop = Shop()
+    session = await shop.session(TOP)
+    await asyncio.sleep(5)
+    policy = SnapshotAcceptancePolicy(default_rule=ResourceAcceptanceRule(max_age_seconds=1))
+    with pytest.raises(SnapshotAcceptanceError) as caught:
+        await session.revalidate([BASE], acceptance_policy=policy)
+    assert BASE in caught.value.errors
+    fresh = await session.revalidate([BASE], force_refresh=True, acceptance_policy=policy)
+    assert list(fresh) == [TOP]
 
 
 async def test_closing_the_builder_meanwhile_ends_it_with_an_error() -> None:

@@ -71,7 +71,7 @@ class SnapshotDiagnostics:
 class DiagnosticsRecorder:
     """The counters of ``SnapshotDiagnostics`` while they are still being counted.
 
-    Whoever does the counting adds to the attributes, which are those of that class; ``freeze``
+    Whoever does the counting adds to the attributes, which are those of that class; ``counted``
     reads them off, any number of times.
     """
 
@@ -84,18 +84,18 @@ class DiagnosticsRecorder:
         def __getattr__(self, counter: str) -> Any: ...
         def __setattr__(self, counter: str, count: Any) -> None: ...
 
-    def freeze(self) -> SnapshotDiagnostics:
-        """Return what has been counted so far."""
-        counted = dict(vars(self))  # the rest are the zeros of the class
+    def counted(self, **facts: Any) -> dict[str, Any]:
+        """Return what has been counted so far, and more ``facts``, by name."""
+        counted = {**vars(self), **facts}
         for name in ("source_calls_by_source", "source_latency_ms_by_source"):
-            counted[name] = frozen(counted[name])
-        return filled(SnapshotDiagnostics, counted)
+            counted[name] = frozen(dict(counted[name]))
+        return counted
 
 
 for _each in fields(SnapshotDiagnostics)[:-2]:
     setattr(DiagnosticsRecorder, _each.name, _each.default)
 
-NOTHING_COUNTED = SnapshotDiagnostics()
+NOTHING_COUNTED: Mapping[str, Any] = FrozenDict(DiagnosticsRecorder().counted())
 """What there is to say of a snapshot that nobody has counted anything for."""
 
 
@@ -177,7 +177,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
     created_at: float
     resources: Mapping[ResourceKey, SnapshotValue[Any]]
     errors: Mapping[ResourceKey, Exception] = field(default_factory=FrozenDict)
-    diagnostics: SnapshotDiagnostics = field(default_factory=lambda: NOTHING_COUNTED)
+    diagnostics: SnapshotDiagnostics = field(default_factory=SnapshotDiagnostics)
 
     def __post_init__(self) -> None:
         number("created_at", self.created_at)
@@ -251,10 +251,30 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         """Whether nothing that was asked for has failed."""
         return not self.errors
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Put the diagnostics together when somebody asks for them: few readers do."""
+            counted = vars(self).get("_counted")
+            if name != "diagnostics" or counted is None:
+                raise AttributeError(f"a snapshot has no attribute {name!r}", name=name, obj=self)
+            diagnostics = vars(self)[name] = _diagnosed(counted, self.resources)
+            return diagnostics
+
     def __repr__(self) -> str:
         counts = f"resources={len(self.resources)}, errors={len(self.errors)}"
         stale = len(self.stale_keys)
         return f"Snapshot(snapshot_id={self.snapshot_id!r}, {counts}, stale={stale})"
+
+
+def _diagnosed(
+    counted: Mapping[str, Any], values: Mapping[ResourceKey, SnapshotValue[Any]]
+) -> SnapshotDiagnostics:
+    observed = [value.observed_at for value in values.values()]
+    skew = max(observed) - min(observed) if observed else 0.0
+    stale = [value.stale for value in values.values()].count(True)
+    facts = {"stale_values": stale, "observation_skew_ms": skew * 1000}
+    return filled(SnapshotDiagnostics, {**counted, **facts})
 
 
 def snapshot_of(
@@ -262,9 +282,12 @@ def snapshot_of(
     created_at: float,
     resources: FrozenDict[ResourceKey, SnapshotValue[Any]],
     errors: FrozenDict[ResourceKey, Exception] = EMPTY,
-    diagnostics: SnapshotDiagnostics = NOTHING_COUNTED,
+    counted: Mapping[str, Any] = EMPTY,
 ) -> Snapshot:
-    """Return a `Snapshot` of facts that are known to be good, and frozen, without judging them."""
+    """Return a `Snapshot` of facts that are known to be good, and frozen, without judging them.
+
+    ``counted`` are those of its diagnostics that the values themselves do not tell.
+    """
     return filled(
         Snapshot,
         {
@@ -272,6 +295,6 @@ def snapshot_of(
             "created_at": created_at,
             "resources": resources,
             "errors": errors,
-            "diagnostics": diagnostics,
+            "_counted": counted or NOTHING_COUNTED,
         },
     )

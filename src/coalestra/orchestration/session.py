@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
 
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import SessionClosedError, SnapshotBuildError
@@ -10,22 +11,23 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
-from coalestra.orchestration.revalidation import Revalidation, Revalidations
-from coalestra.orchestration.unit import Judge, Stage, Unit, distinct
+from coalestra.observability.reports import SessionResolution
+from coalestra.orchestration.revalidation import Revalidation
+from coalestra.orchestration.unit import Judge, UnitOfWork, cut_short, distinct
 
 
 class SnapshotSession:
     """A unit of work that reads in stages under one id, one deadline and one set of values.
 
     A key, once resolved, keeps its value for the life of the session, and so does whatever it was
-    derived from. Get one from `SnapshotBuilder.session`; use it with ``async with``. Stages may
-    run side by side.
+    derived from. Get one from `SnapshotBuilder.session`; use it with ``async with``. Calls may run
+    side by side; those under way when it is closed still come to their end.
     """
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: UnitOfWork) -> None:
         self._unit = unit
         self._closed = False
-        self._revalidations = Revalidations(unit)
+        self._revalidating = asyncio.Lock()
 
     @property
     def snapshot_id(self) -> str:
@@ -66,10 +68,17 @@ class SnapshotSession:
             SessionClosedError: the session is closed.
             RuntimeError: the builder is closed.
         """
-        flag("strict", strict)
         self._require_open()
-        stage = Stage(self._unit, keys, retry_errors=flag("retry_errors", retry_errors))
-        return await stage.run(strict=strict)
+        flag("strict", strict)
+        flag("retry_errors", retry_errors)
+        wanted = distinct(keys)
+
+        def check(snapshot: Snapshot) -> None:
+            failed = {key: error for key, error in snapshot.errors.items() if key in wanted}
+            if strict and failed:
+                raise SnapshotBuildError(failed, snapshot=snapshot)
+
+        return await self._resolve(wanted, check, strict=strict, retry_errors=retry_errors)
 
     async def resolve_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -83,13 +92,55 @@ class SnapshotSession:
             SessionClosedError: the session is closed.
             RuntimeError: the builder is closed.
         """
-        instance("request", request, SnapshotRequest)
         self._require_open()
-        stage = Stage(self._unit, request.keys, retry_errors=flag("retry_errors", retry_errors))
-        judge = self._judge(request.consistency_policy, request.acceptance_policy)
-        return await stage.run_request(request, judge)
+        instance("request", request, SnapshotRequest)
+        flag("retry_errors", retry_errors)
+        judge = Judge(
+            self._unit.engine.equipment, request.consistency_policy, request.acceptance_policy
+        )
 
-    # Revalidation -----------------------------------------------------------------------------
+        def check(snapshot: Snapshot) -> None:
+            failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
+            if failed:
+                raise SnapshotBuildError(failed, snapshot=snapshot)
+            judge.judge(snapshot, request.required, request.optional)
+
+        wanted = dict.fromkeys(request.keys)
+        return await self._resolve(wanted, check, strict=True, retry_errors=retry_errors)
+
+    async def _resolve(
+        self,
+        wanted: Mapping[ResourceKey, None],
+        check: Callable[[Snapshot], None],
+        *,
+        strict: bool,
+        retry_errors: bool,
+    ) -> Snapshot:
+        """Resolve further keys, and report what came of it; `check` raises unless it will do."""
+        unit = self._unit
+        struck = await unit.acquire(wanted, retry_errors=retry_errors)
+        snapshot = await unit.snapshot(bound=not struck)
+        succeeded = False
+        try:
+            check(snapshot)
+            succeeded = True
+        finally:
+            report = unit.engine.equipment.report
+            if report is not None:
+                failed = sum(key in snapshot.errors for key in wanted)
+                report.session_resolved(
+                    SessionResolution(
+                        snapshot_id=self.snapshot_id,
+                        requested=len(wanted),
+                        resolved=len(wanted) - failed,
+                        failed=failed,
+                        total_resources=len(unit.requested),
+                        strict=strict,
+                        retry_errors=retry_errors,
+                    ),
+                    succeeded=succeeded,
+                )
+        return snapshot
 
     async def revalidate(
         self,
@@ -103,10 +154,11 @@ class SnapshotSession:
         """Replace pinned values by newer ones, together with all that was derived from them.
 
         It is all or nothing: on any failure, a deadline or a cancellation the session stays as it
-            was.
+        was.
 
         Args:
-            keys: resolved keys of the session.
+            keys: keys that the session has a value of: it was asked for them, or derived something
+                from them.
             strict: raise if a value could not be had; else the retained values are returned, with
                 the errors of this call.
             force_refresh: read from the sources, past the cache, and accept no stale value.
@@ -117,41 +169,30 @@ class SnapshotSession:
             SnapshotBuildError: with `strict`, if a key failed; it holds the retained snapshot.
             SnapshotConsistencyError, SnapshotAcceptanceError: a policy is violated, strict or not;
                 they hold the snapshot that was turned down.
-            ValueError: no keys, or one that the session has not resolved, or a policy names
+            ValueError: no keys, or one that the session has no value of, or a policy names
                 another.
             SessionClosedError: the session is closed.
             RuntimeError: the builder is closed.
         """
+        self._require_open()
         flag("strict", strict)
         flag("force_refresh", force_refresh)
-        named = self._resolved(distinct(keys))
-        judge = self._judge(consistency_policy, acceptance_policy)
+        named = self._pinned(distinct(keys))
+        judge = Judge(self._unit.engine.equipment, consistency_policy, acceptance_policy)
         if acceptance_policy is not None:
             _require_named(acceptance_policy, named)
-        self._require_open()
-        attempt = Revalidation(self._unit, named, forced=force_refresh)
-        return await self._revalidations.run(
-            attempt, judge, strict=strict, check=self._require_open
-        )
+        revalidation = Revalidation(self._unit, named, judge, forced=force_refresh, strict=strict)
+        return await revalidation.run(self._revalidating)
 
-    def _resolved(self, named: dict[ResourceKey, None]) -> dict[ResourceKey, None]:
+    def _pinned(self, named: dict[ResourceKey, None]) -> dict[ResourceKey, None]:
         if not named:
             raise ValueError("keys must name at least one resolved key of the session, got none")
         for key in named:
-            if key not in self._unit.pins or key not in self._unit.requested:
+            if key not in self._unit.pins:
                 raise ValueError(
-                    f"keys: {key.display} is not resolved in this session; resolve it first"
+                    f"keys must be resolved in this session, got {key.display}; resolve it first"
                 )
         return named
-
-    def _judge(
-        self,
-        consistency: SnapshotConsistencyPolicy | None,
-        acceptance: SnapshotAcceptancePolicy | None,
-    ) -> Judge:
-        instance("consistency_policy", consistency, SnapshotConsistencyPolicy, optional=True)
-        instance("acceptance_policy", acceptance, SnapshotAcceptancePolicy, optional=True)
-        return Judge(self._unit.engine.equipment, consistency, acceptance)
 
     # Snapshots and the end --------------------------------------------------------------------
 
@@ -172,11 +213,11 @@ class SnapshotSession:
             SessionClosedError: the session is closed.
         """
         self._require_open()
-        snapshot = await self._unit.snapshot()
-        if self._unit.cut_short:
-            raise SnapshotBuildError(
-                snapshot.errors, snapshot=None if self._unit.undelivered else snapshot
-            )
+        unit = self._unit
+        values, uncopied = await unit.copies(unit.visible(), unit.work.deadline)
+        snapshot = unit.assembled(values, {**await unit.errors(), **uncopied})
+        if cut_short(uncopied):
+            raise SnapshotBuildError(snapshot.errors, snapshot=snapshot if values else None)
         return snapshot
 
     async def close(self) -> None:

@@ -11,24 +11,19 @@ from coalestra.concurrency.deadline import Deadline
 from coalestra.core.acceptance import SnapshotAcceptancePolicy, violations_of
 from coalestra.core.errors import (
     SnapshotAcceptanceError,
-    SnapshotBuildError,
     SnapshotConsistencyError,
     SnapshotDeadlineExceededError,
 )
-from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest, check_consistency
-from coalestra.core.snapshot import Snapshot, SnapshotDiagnostics, context_of, snapshot_of
+from coalestra.core.request import SnapshotConsistencyPolicy, check_consistency
+from coalestra.core.snapshot import Snapshot, context_of, snapshot_of
 from coalestra.core.validation import instance, number, text
 from coalestra.core.values import SnapshotValue
-from coalestra.observability.reports import SessionResolution
 from coalestra.orchestration.flights import Gather, Work
 from coalestra.orchestration.parts import Equipment
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
 from coalestra.orchestration.singleflight import Engine
-
-# The state of one unit of work: what was asked for, what is pinned, and what failed --------------
-
 
 _ERRORS_BETWEEN_LOOKS = 32
 
@@ -46,16 +41,15 @@ def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     return found
 
 
-class Unit:
-    """Acquires keys for one unit of work, stage by stage, and makes its snapshots.
+class UnitOfWork:
+    """What one build or session has asked for, what it has pinned, and what failed.
 
-    With `lasting`, stages to come are kept in agreement with those before: what derived values
-    rest on is pinned too, out of sight.
+    With `lasting`, what is read later is kept in agreement with what was read before: what derived
+    values rest on is pinned too, out of sight.
     """
 
     __slots__ = (
         "created_at",
-        "cut_short",
         "engine",
         "failures",
         "lasting",
@@ -74,12 +68,13 @@ class Unit:
         self.requested: dict[ResourceKey, None] = {}
         self.pins: Pins = Pins()
         self.failures: dict[ResourceKey, Failure] = {}
-        self.cut_short: bool = False
         self.undelivered: bool = False
         self._began = engine.equipment.clock.monotonic()
 
+    # Acquiring --------------------------------------------------------------------------------
+
     async def single_stage(self, keys: Mapping[ResourceKey, None]) -> Snapshot:
-        """Settle the keys and return the snapshot of a unit that has no other stage."""
+        """Settle the keys and return the snapshot of a unit that is asked for nothing else."""
         warm = self.engine.warm_reads
         values = await warm.values(self.work, keys) if warm.likely(keys) else None
         if values is None:
@@ -87,7 +82,7 @@ class Unit:
             return await self.snapshot(bound=not struck)
         self.engine.require_open()
         self.requested.update(keys)
-        return self._assembled(values, EMPTY)
+        return self.assembled(values, EMPTY)
 
     async def acquire(
         self,
@@ -110,12 +105,11 @@ class Unit:
         if found:
             self._pin(found)
             return False
-        gather = Gather(self.work, wanted, self.pins)
-        await self.engine.run(gather, self._keep)
+        await self.engine.run(Gather(self.work, wanted, self.pins), self._keep)
         return self.work.expired
 
     def _keep(self, gather: Gather) -> None:
-        """Take over what a stage has come to, in the very step in which it was complete."""
+        """Take over what a gather has come to, in the very step in which it was complete."""
         self._pin(gather.readings)
         self.failures.update(gather.failures)
 
@@ -128,7 +122,9 @@ class Unit:
             for key in readings:
                 self.failures.pop(key, None)
 
-    def visible(self) -> dict[ResourceKey, Reading]:
+    # Delivering -------------------------------------------------------------------------------
+
+    def visible(self) -> Mapping[ResourceKey, Reading]:
         """Return the readings of what was asked for, in the order of asking."""
         if not self.lasting and list(self.requested) == list(self.pins):
             return self.pins
@@ -153,70 +149,61 @@ class Unit:
                 await pace.keep()
         return errors
 
-    async def snapshot(
-        self,
-        *,
-        bound: bool = True,
-        readings: Mapping[ResourceKey, Reading] | None = None,
-        errors: Mapping[ResourceKey, Exception] | None = None,
-    ) -> Snapshot:
+    async def snapshot(self, *, bound: bool) -> Snapshot:
         """Return an isolated snapshot, within the deadline if `bound`.
 
-        What is not copied when the deadline strikes is among the errors; `cut_short` says that
-        there is such, `undelivered` that nothing was copied.
+        What is not copied by then has that for its error; `undelivered` says that this is so of
+        everything.
         """
-        readings = self.visible() if readings is None else readings
-        values, uncopied = await self.engine.deliveries.values(
-            readings, self.work.deadline if bound else None
-        )
-        late = any(isinstance(e, SnapshotDeadlineExceededError) for e in uncopied.values())
-        if late:
-            report = self.engine.equipment.report
-            self.engine.equipment.counters.deadlines_exceeded += 1
-            if report is not None:
-                report.copy_deadline_exceeded(self.work.context.snapshot_id, "snapshot_delivery")
-        self.cut_short = late
-        self.undelivered = late and not values
-        failed = await self.errors() if errors is None else errors
-        return self._assembled(values, {**failed, **uncopied} if uncopied else failed)
+        deadline = self.work.deadline if bound else None
+        values, uncopied = await self.copies(self.visible(), deadline)
+        self.undelivered = not values and cut_short(uncopied)
+        return self.assembled(values, {**await self.errors(), **uncopied})
+
+    async def copies(
+        self, readings: Mapping[ResourceKey, Reading], deadline: Deadline | None
+    ) -> tuple[Mapping[ResourceKey, SnapshotValue[Any]], Mapping[ResourceKey, Exception]]:
+        """Return a reader's copies, and the error for each that there is none of."""
+        values, uncopied = await self.engine.deliveries.values(readings, deadline)
+        if cut_short(uncopied):
+            equipment = self.engine.equipment
+            equipment.counters.deadlines_exceeded += 1
+            if equipment.report is not None:
+                snapshot_id = self.work.context.snapshot_id
+                equipment.report.copy_deadline_exceeded(snapshot_id, "snapshot_delivery")
+        return values, uncopied
 
     def snapshot_now(self) -> Snapshot:
         """Return an isolated snapshot without waiting, however long the copying takes."""
-        values: dict[ResourceKey, SnapshotValue[object]] = {}
+        values: dict[ResourceKey, SnapshotValue[Any]] = {}
         errors = {failure.key: failure.make() for failure in self.failed()}
         for key, reading in self.visible().items():
             values[key] = self.engine.deliveries.value_here(reading, "snapshot delivery")
-        return self._assembled(values, errors)
+        return self.assembled(values, errors)
 
-    def _assembled(
+    def assembled(
         self,
-        values: Mapping[ResourceKey, SnapshotValue[object]],
+        values: Mapping[ResourceKey, SnapshotValue[Any]],
         errors: Mapping[ResourceKey, Exception],
     ) -> Snapshot:
+        """Return a snapshot of values and errors that are its own."""
+        counted = self.work.record.counted(
+            duration_ms=(self.engine.equipment.clock.monotonic() - self._began) * 1000,
+            requested_resources=len(self.requested),
+            resolved_resources=len(values),
+            failed_resources=len(errors),
+        )
         return snapshot_of(
-            self.work.context.snapshot_id,
-            self.created_at,
-            values if type(values) is FrozenDict else FrozenDict(values),
-            FrozenDict(errors) if errors else EMPTY,
-            self._diagnostics(values, len(errors)),
+            self.work.context.snapshot_id, self.created_at, frozen(values), frozen(errors), counted
         )
 
-    def _diagnostics(
-        self, values: Mapping[ResourceKey, SnapshotValue[object]], failed: int
-    ) -> SnapshotDiagnostics:
-        observed = [value.observed_at for value in values.values()]
-        elapsed = self.engine.equipment.clock.monotonic() - self._began
-        record = self.work.record
-        record.duration_ms = elapsed * 1000
-        record.requested_resources = len(self.requested)
-        record.resolved_resources = len(values)
-        record.failed_resources = failed
-        record.stale_values = [value.stale for value in values.values()].count(True)
-        record.observation_skew_ms = (max(observed) - min(observed)) * 1000 if observed else 0.0
-        return record.freeze()
-
     def __repr__(self) -> str:
-        return f"<Unit {self.work.context.snapshot_id} pins={len(self.pins)}>"
+        return f"<UnitOfWork {self.work.context.snapshot_id} pins={len(self.pins)}>"
+
+
+def cut_short(errors: Mapping[ResourceKey, Exception]) -> bool:
+    """Whether a deadline has left no time to copy some of the values."""
+    return any(isinstance(error, SnapshotDeadlineExceededError) for error in errors.values())
 
 
 def open_unit(
@@ -226,7 +213,7 @@ def open_unit(
     snapshot_id: str | None,
     *,
     lasting: bool,
-) -> Unit:
+) -> UnitOfWork:
     """Begin a unit of work; `TypeError` or `ValueError` names the argument that is wrong."""
     engine.require_open()
     clock = engine.equipment.clock
@@ -246,10 +233,7 @@ def open_unit(
         FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY,
         os.urandom(16).hex() if snapshot_id is None else snapshot_id,
     )
-    return Unit(engine, Work(context, deadline=deadline), lasting=lasting)
-
-
-# Whether a snapshot meets the policies of its request, and the report on it ----------------------
+    return UnitOfWork(engine, Work(context, deadline=deadline), lasting=lasting)
 
 
 class Judge:
@@ -261,6 +245,8 @@ class Judge:
         consistency: SnapshotConsistencyPolicy | None,
         acceptance: SnapshotAcceptancePolicy | None,
     ) -> None:
+        instance("consistency_policy", consistency, SnapshotConsistencyPolicy, optional=True)
+        instance("acceptance_policy", acceptance, SnapshotAcceptancePolicy, optional=True)
         self._equipment = equipment
         self._consistency = consistency
         self._acceptance = acceptance
@@ -271,114 +257,30 @@ class Judge:
         required: Collection[ResourceKey],
         optional: Collection[ResourceKey] = (),
     ) -> None:
-        """Check consistency, then acceptance.
+        """Check consistency, then acceptance, and report on both.
 
         Raises:
             SnapshotConsistencyError: observations lie too far apart.
             SnapshotAcceptanceError: values are too old, stale, of too low authority, or too few.
         """
+        report = self._equipment.report
         if self._consistency is not None:
-            self._judge_consistency(self._consistency, snapshot, required, optional)
+            try:
+                check_consistency(self._consistency, required, optional, snapshot)
+            except SnapshotConsistencyError as error:
+                if report is not None:
+                    report.consistency_failed(snapshot.snapshot_id, error)
+                raise
+            if report is not None:
+                report.consistency_passed()
         if self._acceptance is not None:
-            self._judge_acceptance(self._acceptance, snapshot, required, optional)
-
-    def _judge_consistency(
-        self,
-        policy: SnapshotConsistencyPolicy,
-        snapshot: Snapshot,
-        required: Collection[ResourceKey],
-        optional: Collection[ResourceKey],
-    ) -> None:
-        report = self._equipment.report
-        try:
-            check_consistency(policy, required, optional, snapshot)
-        except SnapshotConsistencyError as error:
+            now, policies = self._equipment.clock.now(), self._equipment.policies
+            violations = violations_of(
+                self._acceptance, required, optional, snapshot, now, policies
+            )
+            if violations:
+                if report is not None:
+                    report.acceptance_failed(snapshot.snapshot_id, violations)
+                raise SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
             if report is not None:
-                report.consistency_failed(snapshot.snapshot_id, error)
-            raise
-        if report is not None:
-            report.consistency_passed()
-
-    def _judge_acceptance(
-        self,
-        policy: SnapshotAcceptancePolicy,
-        snapshot: Snapshot,
-        required: Collection[ResourceKey],
-        optional: Collection[ResourceKey],
-    ) -> None:
-        report = self._equipment.report
-        now = self._equipment.clock.now()
-        policies = self._equipment.policies
-        violations = violations_of(policy, required, optional, snapshot, now, policies)
-        if violations:
-            if report is not None:
-                report.acceptance_failed(snapshot.snapshot_id, violations)
-            raise SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
-        if report is not None:
-            report.acceptance_passed()
-
-
-# One stage of a session: resolving keys or a request, judging the outcome, reporting it ----------
-
-
-class Stage:
-    """Resolves some keys within a unit of work, and says whether that will do."""
-
-    __slots__ = ("_retry_errors", "_unit", "_wanted")
-
-    def __init__(
-        self, unit: Unit, keys: Iterable[ResourceKey], *, retry_errors: bool = False
-    ) -> None:
-        self._unit = unit
-        self._wanted = distinct(keys)
-        self._retry_errors = retry_errors
-
-    async def run(self, *, strict: bool) -> Snapshot:
-        """Return the snapshot; if `strict`, every key of the stage must have a value."""
-        snapshot = await self._snapshot()
-        failed = {key: error for key, error in snapshot.errors.items() if key in self._wanted}
-        self._report(snapshot, strict=strict, succeeded=not (strict and failed))
-        if strict and failed:
-            raise SnapshotBuildError(failed, snapshot=snapshot)
-        return snapshot
-
-    async def run_request(self, request: SnapshotRequest, judge: Judge) -> Snapshot:
-        """Return the snapshot; the required keys must have values, and the policies must hold."""
-        snapshot = await self._snapshot()
-        failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
-        succeeded = False
-        try:
-            if failed:
-                raise SnapshotBuildError(failed, snapshot=snapshot)
-            judge.judge(snapshot, request.required, request.optional)
-            succeeded = True
-        finally:
-            self._report(snapshot, strict=True, succeeded=succeeded)
-        return snapshot
-
-    async def _snapshot(self) -> Snapshot:
-        struck = await self._unit.acquire(self._wanted, retry_errors=self._retry_errors)
-        return await self._unit.snapshot(bound=not struck)
-
-    def _report(self, snapshot: Snapshot, *, strict: bool, succeeded: bool) -> None:
-        unit = self._unit
-        report = unit.engine.equipment.report
-        if report is None:
-            return
-
-        failed = sum(key in snapshot.errors for key in self._wanted)
-        report.session_resolved(
-            SessionResolution(
-                snapshot_id=unit.work.context.snapshot_id,
-                requested=len(self._wanted),
-                resolved=len(self._wanted) - failed,
-                failed=failed,
-                total_resources=len(unit.requested),
-                strict=strict,
-                retry_errors=self._retry_errors,
-            ),
-            succeeded=succeeded,
-        )
-
-    def __repr__(self) -> str:
-        return f"<Stage of {self._unit!r} keys={len(self._wanted)}>"
+                report.acceptance_passed()
