@@ -328,13 +328,52 @@ async def test_whatever_could_be_changed_is_a_copy_on_either_side(
     assert repr(first) == repr(copy.deepcopy(value)) or isinstance(value, datetime.datetime)
 
 
-@pytest.mark.parametrize("value", [{Named("a"): 1}, {Named("a")}, [{Named("a")}]], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [
+        {Named("a"): 1},
+        {Named("a")},
+        [{Named("a")}],
+        {Named("a"): [Named("b")], "c": 1},
+        dict.fromkeys([*range(20), Named("a")]),
+        frozenset({Named("a")}),
+        {(Named("a"), 1): 1},
+        {Trade(Named("a")): 1},
+    ],
+    ids=repr,
+)
 async def test_objects_used_as_keys_are_copied_too(copies: PayloadCopies, value: Any) -> None:
-    """A key that compares by value can still be changed."""
-    payload, _ = await seal(copies, value)
-    keys = [next(iter(each[0] if isinstance(each, list) else each)) for each in (value, payload)]
-    assert payload == value
-    assert keys[0] is not keys[1]
+    """A key that compares by value can still be changed; it is found again by its hash."""
+    payload, kind = await seal(copies, value)
+    result = await unseal(copies, payload, kind)
+    assert payload == result == value
+    named = [sorted(map(id, names_in(each))) for each in (value, payload, result)]
+    assert len({each for ids in named for each in ids}) == 3 * len(named[0]) > 0
+    if isinstance(result, dict):
+        assert all(result[key] == value[key] for key in value)
+
+
+def names_in(value: Any) -> list[Named]:
+    """Every `Named` in a payload."""
+    if isinstance(value, Named):
+        return [value]
+    if isinstance(value, Trade):
+        return names_in(value.price)
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    return [name for part in parts for name in names_in(part)] if _holds(value) else []
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (dict, list, tuple, set, frozenset))
+
+
+def test_a_key_that_is_a_value_as_well_stays_one(copies: PayloadCopies) -> None:
+    """Aliases between keys and values are kept, and it takes no thread."""
+    key = Named("a")
+    result = opened(copies, {key: key, "row": [key], "set": {key}})
+    (same,) = result["set"]
+    assert same is result["row"][0] is result[key] is next(iter(result))
+    assert same is not key
 
 
 async def test_an_instance_that_brings_its_own_way_to_be_copied_is_asked(

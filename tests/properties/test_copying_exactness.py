@@ -82,9 +82,23 @@ class Doubled(Slotted):
         vars(self)["left"] = [left]
 
 
+@dataclasses.dataclass(unsafe_hash=True)
+class Named:
+    """Can be a key, and changed."""
+
+    name: Any
+
+
 CHANGEABLE = (
     *(dict, list, set, bytearray, collections.deque),
-    *(Plain, Slotted, Marked, OwnCopy, Frozen),  # a frozen one with a dictionary can fill itself
+    *(
+        Plain,
+        Slotted,
+        Marked,
+        OwnCopy,
+        Named,
+        Frozen,
+    ),  # a frozen one with a dictionary can fill itself
 )
 UTC = datetime.timezone.utc
 
@@ -113,7 +127,19 @@ LEAVES = st.one_of(
 )
 KEYS = st.one_of(st.text(max_size=3), st.integers(0, 3), st.booleans(), st.tuples(st.integers()))
 
-KNOWN = ["list", "dict", "tuple", "set", "bytearray", "plain", "slotted", "mixed", "doubled"]
+KNOWN = [
+    "list",
+    "dict",
+    "tuple",
+    "set",
+    "bytearray",
+    "plain",
+    "slotted",
+    "mixed",
+    "doubled",
+    "keyed",
+    "set of names",
+]
 UNKNOWN = [
     "own copy",
     "ordered",
@@ -151,6 +177,8 @@ def _new(kind: str, draw: Any, earlier: list[Any]) -> Any:
         "frozen slots": lambda: FrozenSlots(held, 1),
         "point": lambda: Point(held, held),
         "set of it": lambda: {OwnCopy(held)},
+        "keyed": lambda: {Named(1): held, Named(2): Named(1), "plain": 3},
+        "set of names": lambda: {Named(1), Named((2,)), 3},
     }
     return makers[kind]()
 
@@ -202,7 +230,7 @@ def contents(node: Any) -> list[Any]:
 
 
 def _only_plain_keys(node: Any) -> bool:
-    return not any(isinstance(item, OwnCopy) for item in node)
+    return not any(isinstance(item, (OwnCopy, Named)) for item in node)
 
 
 def mutable_parts(root: Any) -> dict[int, Any]:

@@ -398,10 +398,20 @@ class Blueprint:
         crossings: the links into all other lists and dictionaries.
         attributes: the links into the dictionaries of plain instances.
         slots: the links into the slots of plain instances.
+        keyed: the links into dictionaries and sets of what is copied itself and needs its hash.
         classes: the classes of plain instances, and what they said when these were sealed.
     """
 
-    __slots__ = ("attributes", "classes", "crossings", "shells", "slots", "spans", "tuples")
+    __slots__ = (
+        "attributes",
+        "classes",
+        "crossings",
+        "keyed",
+        "shells",
+        "slots",
+        "spans",
+        "tuples",
+    )
 
     def __init__(self) -> None:
         self.shells: list[Any] = []
@@ -410,6 +420,7 @@ class Blueprint:
         self.crossings: list[Crossing] = []
         self.attributes: list[Crossing] = []
         self.slots: list[Crossing] = []
+        self.keyed: list[tuple[int, Sequence[int | None]]] = []
         self.classes: list[tuple[type, list[Any]]] = []
 
     def __repr__(self) -> str:
@@ -418,7 +429,7 @@ class Blueprint:
     @property
     def is_flat(self) -> bool:
         """Whether there is only one container."""
-        return len(self.shells) == 1 and not self.tuples and not self.crossings
+        return len(self.shells) == 1 and not self.tuples and not self.crossings and not self.keyed
 
     def open(self, payload: Any) -> Any:
         """Return one more copy of the sealed graph, sharing nothing that could change."""
@@ -455,6 +466,20 @@ class Blueprint:
             instance = copies[parent]
             for name, child in zip(names, children, strict=True):
                 object.__setattr__(instance, name, copies[child])
+        for parent, places in self.keyed:
+            _put_keys(copies[parent], [None if at is None else copies[at] for at in places])
+
+
+def _put_keys(target: Any, keys: Sequence[Any]) -> None:
+    """Put keys in place of those of a dictionary or set; None keeps the one that is there."""
+    own = list(target)
+    values = list(target.values()) if type(target) is dict else None
+    target.clear()
+    new = [held if key is None else key for held, key in zip(own, keys, strict=True)]
+    if values is None:
+        target.update(new)
+    else:
+        target.update(zip(new, values, strict=True))
 
 
 # Finding the containers of a payload and their links, in one walk, breadth first -----------------
@@ -534,6 +559,8 @@ class Survey:
         # The walk finds more originals as it goes; each is visited in the order it was found.
         copies = [self._visit(place, original) for place, original in enumerate(self._originals)]
         blueprint = self._blueprint
+        if blueprint.keyed:
+            self._require_whole_keys()
         blueprint.tuples = self._tuples_inside_out()
         blueprint.classes = list(self._classes.items())
         return blueprint.link(copies), blueprint
@@ -555,14 +582,14 @@ class Survey:
             return self._visit_row(parent, original)
         shell = original.copy()
         if cls is set:
-            self._require_immutable(shell)
+            self._link_keys(parent, shell)
         self._blueprint.shells.append(shell)
         return shell
 
     def _visit_dict(self, parent: int, original: dict[Any, Any]) -> dict[Any, Any]:
         shell: dict[Any, Any] = self._shell_of(original, dict.copy)
         if not is_flat(shell):
-            self._require_immutable(shell)
+            self._link_keys(parent, shell)
             self._link(parent, shell.items())
         return shell
 
@@ -637,9 +664,24 @@ class Survey:
             children.append(index)
         return tuple(keys), children
 
-    def _require_immutable(self, items: Collection[Any]) -> None:
-        if not (only_atoms(items) or all(self._is_immutable(item) for item in items)):
-            raise UnknownPayload
+    def _link_keys(self, parent: int, keys: Collection[Any]) -> None:
+        """Note which keys of a dictionary, or members of a set, are copied themselves."""
+        if not only_atoms(keys):
+            places, children = self._children(enumerate(keys))
+            if places:
+                row: list[int | None] = [None] * len(keys)
+                for place, child in zip(places, children, strict=True):
+                    row[place] = child
+                self._blueprint.keyed.append((parent, row))
+
+    def _require_whole_keys(self) -> None:
+        """Refuse keys that are not whole, and so have no hash, before everything is linked."""
+        blueprint = self._blueprint
+        linked = {parent for parent, *_ in (*blueprint.attributes, *blueprint.slots)}
+        for _, children in blueprint.keyed:
+            for child in children:
+                if child is not None and (child in linked or type(self._originals[child]) is tuple):
+                    raise UnknownPayload
 
     def _is_immutable(self, value: Any, depth: int = 0) -> bool:
         """Whether a value can be shared; False when in doubt."""
