@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.deadline import Deadline
+from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.errors import (
     PayloadCopySubsystemClosedError,
     PayloadIsolationError,
@@ -313,6 +317,108 @@ class TestClosing:
             await second
         assert late.arrived == 0
         await settle()
+
+
+async def test_without_a_thread_to_be_had_payloads_are_copied_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a container at its limit of threads: late is better than not at all."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    gate, copies = ThreadGate(), PayloadCopies("builder", threads=WorkerThreads())
+    gate.open()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    payload, seal = await copies.seal(Held(gate), context="test")
+    assert isinstance(await copies.open(payload, seal, context="test"), Held)
+    with pytest.raises(PayloadIsolationError):
+        await copies.seal(Held(gate, fails=True), context="test")
+    health = copies.health()
+    assert (health.started_count, health.completed_count, health.failure_count) == (3, 2, 1)
+    assert copies.active == 0
+
+
+async def test_a_start_that_fails_leaves_no_slot_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt may strike while a thread is being started."""
+
+    def strike(_: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    gate, threads = ThreadGate(), WorkerThreads()
+    copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
+    gate.open()
+    monkeypatch.setattr(threading.Thread, "start", strike)
+    coroutine = copies.seal(Held(gate), context="test")
+    with pytest.raises(KeyboardInterrupt):
+        coroutine.send(None)
+    assert copies.active == 0
+    monkeypatch.undo()
+    await copies.seal(Held(gate), context="test")
+    await settle()
+    threads.close()
+
+
+async def test_whoever_cancels_every_task_leaves_no_copy_active_for_ever() -> None:
+    """As recipes for shutting down do: a copy hangs on its thread, and on no task of its own."""
+    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=2)
+    for steps in range(4):
+        tasks = [start(copies, Held(gate)) for _ in range(4)]
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert all(task.cancelled() for task in tasks)
+        gate.open()
+        await copies.drain(None)
+        assert copies.active == copies.health().waiting_for_capacity == 0
+    health = copies.health()
+    assert health.started_count == health.completed_count + health.failure_count
+
+
+def test_a_copy_whose_loop_was_closed_gives_its_slot_back() -> None:
+    """Its thread ends some time; the next loop is not to wait for the last one's."""
+    gate, threads = ThreadGate(), WorkerThreads()
+    copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
+
+    async def begin() -> None:
+        start(copies, Held(gate))
+        await asyncio.sleep(0)
+        gate.wait_arrived()
+
+    asyncio.run(begin())
+    assert copies.active == 1
+    gate.open()
+    while threads.busy:
+        time.sleep(0)
+    assert copies.active == 0
+    assert isinstance(asyncio.run(copies.seal(Held(gate), context="test"))[0], Held)
+    threads.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_copy_that_a_fork_has_lost_is_not_active_in_the_child() -> None:
+    """Its thread does not exist there."""
+    gate, threads = ThreadGate(), WorkerThreads()
+    copies = PayloadCopies("builder", threads=threads)
+
+    async def fork_while_a_thread_copies() -> int:
+        task = start(copies, Held(gate))
+        await asyncio.sleep(0)
+        gate.wait_arrived()
+        child = os.fork()
+        if child == 0:
+            os._exit(copies.active)
+        gate.open()
+        await task
+        return child
+
+    _, status = os.waitpid(asyncio.run(fork_while_a_thread_copies()), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert copies.active == 0
+    threads.close()
 
 
 @pytest.mark.real_loop

@@ -50,6 +50,14 @@ async def test_without_a_time_nothing_is_cut_off() -> None:
     assert not cut.expired
 
 
+@pytest.mark.parametrize("huge", [1e10, 1e300, 10**30])
+async def test_a_time_that_nobody_lives_to_see_is_no_trouble(huge: float) -> None:
+    """Loops wait for it a day at a time."""
+    with CutOff(huge) as cut:
+        await asyncio.sleep(1)
+    assert not cut.expired
+
+
 async def test_an_error_of_the_block_passes_through() -> None:
     """And the timer is gone."""
     with pytest.raises(KeyError):
