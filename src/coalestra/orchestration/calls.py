@@ -42,6 +42,7 @@ import asyncio
 import enum
 import inspect
 import math
+import types
 from collections import deque
 from collections.abc import (
     Callable,
@@ -52,15 +53,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextvars import Context
 from functools import partial
 from itertools import islice
-from types import CoroutineType
 from typing import Any
 
 from coalestra.concurrency.capacity import CapacityLease
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation
-from coalestra.concurrency.endings import pass_on
+from coalestra.concurrency.endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.sealing import PORTION, Sealed
 from coalestra.concurrency.threads import current_threads
 from coalestra.core.errors import (
@@ -95,6 +94,9 @@ from coalestra.resilience.retry import retryable
 _BATCH, _DERIVED = SourceKind.BATCH, SourceKind.DERIVED
 _READY, _CALLING = Phase.READY, Phase.CALLING
 _SUCCESS, _FAILURE, _ABANDONED = Outcome.SUCCESS, Outcome.FAILURE, Outcome.ABANDONED
+
+_UNDECIDED = SourceResiliencePolicy()
+"""Stands for the policy of a call that has not begun yet."""
 
 _HANDING_OVER = 4
 """What it weighs beside the copying of the payload, of a `PORTION`: a few times a warm read."""
@@ -136,37 +138,29 @@ _OMITTED = object()
 """Stands for a key that a batch source left out of its answer."""
 
 
-class Returned:
-    """Awaits what a source returned, in the context variables of the call."""
-
-    __slots__ = ("_awaitable", "_variables")
-
-    def __init__(self, link: Link, awaitable: Any, variables: Context) -> None:
-        if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
+@types.coroutine
+def _in_context(link: Link, awaitable: Any, run: Callable[..., Any]) -> Generator[Any, Any, Any]:
+    """Await what a source returned, each step of it by the `run` of its call's context."""
+    steps = awaitable
+    if type(steps) is not types.CoroutineType:
+        if not inspect.isawaitable(awaitable):
             raise SourceProtocolError(
                 f"source {link.name!r} returned {type(awaitable).__qualname__} where an awaitable "
                 "is needed; make the method async, or use a callable adapter"
             )
-        self._awaitable = awaitable
-        self._variables = variables
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        run = self._variables.run
-        steps: Any = self._awaitable
-        if type(steps) is not CoroutineType:
-            steps = run(_steps_of, steps)
-        send = getattr(steps, "send", None) or (lambda _nothing: next(steps))
-        try:
-            item = run(send, None)
-            while True:
-                try:
-                    sent = yield item
-                except BaseException as error:
-                    item = run(_thrown_into, steps, error)
-                else:
-                    item = run(send, sent)
-        except StopIteration as stop:
-            return stop.value
+        steps = run(_steps_of, awaitable)
+    send = getattr(steps, "send", None) or (lambda _nothing: next(steps))
+    try:
+        item = run(send, None)
+        while True:
+            try:
+                sent = yield item
+            except BaseException as error:
+                item = run(_thrown_into, steps, error)
+            else:
+                item = run(send, sent)
+    except StopIteration as stop:
+        return stop.value
 
 
 def _steps_of(awaitable: Any) -> Any:
@@ -229,7 +223,6 @@ class Attempt:
         "_call",
         "_cut",
         "_inputs",
-        "_variables",
         "_worker",
         "began",
         "over",
@@ -243,7 +236,6 @@ class Attempt:
         self._cut: CutOff | None = None
         self._bound = math.inf
         self._inputs: tuple[Any, ...] = ()
-        self._variables: Context = call.work.variables.copy()
         self.stage: Stage = Stage.PREPARING
         self.over: bool = False
         self.began: float = math.nan
@@ -264,13 +256,14 @@ class Attempt:
             if lease is None:
                 return
         try:
-            refusal = self._refusal()
+            refusal = self._refusal() if call.link.guarantee.protected else None
             if refusal is not None:
                 call.end(refusal)
                 return
-            await call.enter_circuits()
-            if self.over or not call.flights:
-                return
+            if call.must_ask_circuits():
+                await call.enter_circuits()
+                if self.over or not call.flights:
+                    return
             call.count_attempt()
             answer = await self._ask()
         finally:
@@ -393,9 +386,7 @@ class Attempt:
     def _refusal(self) -> Exception | None:
         """Return why a blocking call must not be started, as it could outlive its budget."""
         call, link = self._call, self._call.link
-        declared = link.guarantee.transport_timeout_seconds
-        if not link.guarantee.protected or declared is None:
-            return None
+        declared = link.guarantee.transport_timeout_seconds or 0.0
         remaining, timeout = call.remaining(), link.timeout_seconds
         timeout = math.inf if timeout is None else timeout
         left = min(remaining, timeout)
@@ -423,15 +414,15 @@ class Attempt:
         self.stage = Stage.RUNNING
         timeout = link.timeout_seconds
         bound = math.inf if timeout is None else self.began + timeout
-        self._variables.run(current_call.set, self._call)
+        run = self._call.work.variables.copy().run
+        end = min(bound, self._call.cutoff)
         try:
-            if min(bound, self._call.cutoff) == math.inf:
-                asked = self._variables.run(self._invoke)
-                answer = await Returned(link, asked, self._variables)
+            if end == math.inf:
+                answer = await _in_context(link, run(self._invoke), run)
             else:
-                with self.cut_off(bound, partial(self._expire, timeout)):
-                    asked = self._variables.run(self._invoke)
-                    answer = await Returned(link, asked, self._variables)
+                self._bound = bound
+                with CutOff(end, self._expire) as self._cut:
+                    answer = await _in_context(link, run(self._invoke), run)
         except CutOffExpired:
             return None
         except BaseException as error:
@@ -448,6 +439,7 @@ class Attempt:
         return (answer,)
 
     def _invoke(self) -> Any:
+        current_call.set(self._call)
         link, context, flights = self._call.link, self._call.work.context, self._call.flights
         if link.kind is _BATCH:
             return link.source.fetch_many(tuple([flight.key for flight in flights]), context)
@@ -465,7 +457,7 @@ class Attempt:
         self._watch_transport("failed_late")
         self._call.failed(self, error)
 
-    def _expire(self, timeout: float | None) -> None:
+    def _expire(self) -> None:
         """Decide at once what a call that ran out of time comes to; its worker may take longer."""
         if self.over:
             return
@@ -478,6 +470,7 @@ class Attempt:
             )
         else:
             call.equipment.counters.source_timeouts += 1
+            timeout = self._bound - self.began
             error = SourceTimeoutError(f"source {name!r} did not answer within {timeout:g} s")
         try:
             self._watch_transport("coalestra_timeout")
@@ -523,7 +516,6 @@ class Call:
         "_interest",
         "_lane",
         "_over",
-        "_policy",
         "_rank",
         "_retry",
         "_turn",
@@ -536,6 +528,7 @@ class Call:
         "fresh",
         "latency_ms",
         "link",
+        "policy",
         "work",
     )
 
@@ -550,7 +543,7 @@ class Call:
         self.attempts: int = 0
         self.cutoff: float = -math.inf
         self._interest: Interest | None = None
-        self._policy: SourceResiliencePolicy | None = None
+        self.policy: SourceResiliencePolicy = _UNDECIDED
         self._attempt: Attempt | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._answered: bool = False
@@ -562,15 +555,6 @@ class Call:
             flight.join_call(self)
             if flight.cutoff > self.cutoff:
                 self.cutoff = flight.cutoff
-
-    @property
-    def policy(self) -> SourceResiliencePolicy:
-        """How it is retried, and when it is not made."""
-        if self._policy is None:
-            self._policy = self.equipment.resilience.resolve(
-                self.link.name, declared=self.link.declared_resilience
-            )
-        return self._policy
 
     # What flights tell the call ---------------------------------------------------------------
 
@@ -647,7 +631,11 @@ class Call:
         attempt = self._attempt = Attempt(self, worker)
         try:
             if not self.attempts:
-                await self._pass_open_circuits()
+                self.policy = self.equipment.resilience.resolve(
+                    self.link.name, declared=self.link.declared_resilience
+                )
+                if len(self.equipment.breaker):
+                    await self._pass_open_circuits()
             if self.flights:
                 await attempt.run()
         except BaseException as error:
@@ -682,10 +670,19 @@ class Call:
                 self.end(error, _ABANDONED if late else _FAILURE)
 
     def _own(self, error: BaseException) -> BaseException:
-        """Return a cancellation that nobody asked for as the source's own failure."""
-        if not isinstance(error, asyncio.CancelledError):
+        """Return what is not meant for keys as the source's own failure.
+
+        It is a cancellation that nobody asked for, or what ends the program: that is passed on.
+        """
+        name = self.link.name
+        if isinstance(error, asyncio.CancelledError):
+            own: Exception = SourceUnavailableError(f"source {name!r} cancelled itself")
+        elif isinstance(error, PROGRAM_ENDS):
+            pass_on(error)
+            kind = type(error).__name__
+            own = SourceProtocolError(f"source {name!r} raised {kind}, which ends the program")
+        else:
             return error
-        own = SourceUnavailableError(f"source {self.link.name!r} cancelled itself")
         own.__cause__ = error
         return own
 
@@ -740,18 +737,21 @@ class Call:
     async def _pass_open_circuits(self) -> None:
         """Refuse the keys whose circuit is open, so that they need not wait for capacity."""
         policy, breaker = self.policy.circuit, self.equipment.breaker
-        if policy.enabled and len(breaker):
+        if policy.enabled:
             await self._ask_circuits(lambda identity, _: breaker.refusal(identity, policy))
 
-    async def enter_circuits(self) -> None:
-        """Take part in the circuits, before the first attempt; refuse whom they keep out."""
+    def must_ask_circuits(self) -> bool:
+        """Take part in the circuits, before the first attempt; False if they are all at rest."""
         if self.attempts or not self.policy.circuit.enabled:
-            return
+            return False
         breaker = self.equipment.breaker
         self._turn, self._asked = breaker.turn, tuple(self.flights)
-        if len(breaker):  # otherwise all are at rest, and whoever reports first makes one
-            self._groups = {}
-            await self._ask_circuits(self._enter)
+        return len(breaker) > 0
+
+    async def enter_circuits(self) -> None:
+        """Ask the circuits that are not at rest, and refuse the keys that they keep out."""
+        self._groups = {}
+        await self._ask_circuits(self._enter)
 
     def _enter(self, identity: CircuitIdentity, group: list[Acquisition]) -> Exception | None:
         try:
@@ -834,7 +834,8 @@ class Call:
         values = _values_of(self.link, flights, answer)
         self._answered = True
         self.link.succeeded_at = equipment.clock.monotonic()
-        self._count_batch_end("success")
+        if self.link.kind is _BATCH:
+            self._count_batch_end("success")
         self.answered_at = equipment.clock.now()
         policy = policy_of_all(equipment.authority)
         self._rank = None if policy is None else policy.rank_for(self.link.name)
@@ -1254,11 +1255,12 @@ class Lane:
         queued = self._queue.popleft()
         if isinstance(queued, Call):
             return queued
-        flights = [flight for flight in queued if self._is_here(flight)]
+        flights = self._still_here(queued)
         return Call(self, flights) if flights else None
 
-    def _is_here(self, flight: Acquisition) -> bool:
-        return flight.phase is _CALLING and flight.call is None and flight.link is self.link
+    def _still_here(self, queued: Iterable[Acquisition]) -> list[Acquisition]:
+        link = self.link
+        return [f for f in queued if f.phase is _CALLING and f.call is None and f.link is link]
 
     def _ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
         """See to what a worker leaves behind, however it ended, and even if it never began."""
@@ -1279,9 +1281,7 @@ class Lane:
         loop = asyncio.get_running_loop()
         if loop.time() >= self.dispatch.quiet_until:
             return False
-        alive = [
-            each for each in self._queue if isinstance(each, Call) or any(map(self._is_here, each))
-        ]
+        alive = [each for each in self._queue if isinstance(each, Call) or self._still_here(each)]
         self._queue = deque(alive)
         if alive and not self._waking:
             self._waking = True

@@ -6,7 +6,7 @@ import asyncio
 import enum
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
@@ -189,19 +189,16 @@ class Chains:
         return f"<Chains {' > '.join(link.name for link in self.links)} entries={self.entries}>"
 
 
-def _ask(link: Link, question: Callable[..., Any], key: ResourceKey, variables: Context) -> Any:
-    """Return what a source answers at once, in a copy of the `variables` of whom it is asked for.
-
-    Nothing that it sets there reaches anybody else.
-    """
-    try:
-        return variables.copy().run(question, key)
-    except asyncio.CancelledError as error:
-        raise SourceUnavailableError(f"source {link.name!r} cancelled itself") from error
+def _cancelled_itself(link: Link) -> SourceUnavailableError:
+    return SourceUnavailableError(f"source {link.name!r} cancelled itself")
 
 
 def _supports(link: Link, key: ResourceKey, variables: Context) -> bool:
-    answer = _ask(link, link.source.supports, key, variables)
+    # In a copy of the variables, so that nothing that a source sets there reaches anybody else.
+    try:
+        answer = variables.copy().run(link.source.supports, key)
+    except asyncio.CancelledError as error:
+        raise _cancelled_itself(link) from error
     if answer is True or answer is False:
         return answer
     if inspect.isawaitable(answer):
@@ -219,7 +216,10 @@ def dependencies_of(link: Link, key: ResourceKey, variables: Context) -> tuple[R
     Raises:
         SourceProtocolError: if that is no key.
     """
-    declared = _ask(link, link.source.dependencies, key, variables)
+    try:
+        declared = variables.copy().run(link.source.dependencies, key)
+    except asyncio.CancelledError as error:
+        raise _cancelled_itself(link) from error
     try:
         keys = tuple(dict.fromkeys(declared))
     except TypeError:
