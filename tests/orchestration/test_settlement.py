@@ -20,6 +20,7 @@ import pytest
 from coalestra import (
     CallableSource,
     CircuitBreakerPolicy,
+    CircuitScope,
     FetchContext,
     FreshnessPolicy,
     InMemoryMetrics,
@@ -32,6 +33,9 @@ from coalestra import (
     SourcePayload,
     SourceResiliencePolicy,
 )
+from coalestra.concurrency import pace
+from coalestra.concurrency.deadline import CutOff
+from coalestra.orchestration import calls
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
 from tests.support import Gate, ThreadGate, no_leaks, settle
 
@@ -402,24 +406,46 @@ async def test_a_source_that_waits_for_something_cancelled_has_not_been_cancelle
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="task groups come with Python 3.11")
-async def test_a_swallowed_cancellation_does_not_meet_the_next_key() -> None:
+@pytest.mark.parametrize("by", ["its timeout", "somebody else"])
+async def test_a_swallowed_cancellation_does_not_meet_the_next_key(by: str) -> None:
     """A task group asks its task whether it was cancelled; the worker of the next key was not."""
-    swallowing = Gate()
 
     async def fetch(wanted: ResourceKey, _context: FetchContext) -> Any:
-        if wanted.subject == "first":
+        if wanted == first:
             with contextlib.suppress(asyncio.CancelledError):
-                await swallowing.pass_()
+                await asyncio.sleep(1000)
             return 1
         return await _failing_group()
 
-    building = builder(Single("good", fetch=fetch), max_pending_tasks=1)
-    leaving = asyncio.ensure_future(building.build([key("good", "first")]))
+    source = Single("good", fetch=fetch, timeout=5.0 if by == "its timeout" else None)
+    building = builder(source, max_pending_tasks=1)
+    first, second = key("good", "first"), key("good", "second")
+    task = asyncio.ensure_future(building.build([first, second], strict=False))
     await settle()
-    waiting = asyncio.ensure_future(building.build([key("good", "second")]))
-    leaving.cancel()
-    second = key("good", "second")
-    assert (await waiting).value(second) == "caught ExceptionGroup"
+    if by == "somebody else":
+        for worker in workers():
+            worker.cancel()
+    assert (await task).value(second) == "caught ExceptionGroup"
+    await no_leaks(building)
+
+
+async def test_a_worker_that_ends_in_the_middle_of_a_call_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However that may come about: the loop tells the lane, and the lane the call."""
+
+    async def broken(call: calls.Call, worker: calls.Worker) -> None:
+        raise asyncio.CancelledError
+
+    building = builder(Single("good"), Batch("batch"))
+    monkeypatch.setattr(calls.Call, "run", broken)
+    lost = await building.build([GOOD, key("batch")], strict=False)
+    assert {each: "was lost" in str(error) for each, error in lost.errors.items()} == {
+        GOOD: True,
+        key("batch"): True,
+    }
+    monkeypatch.undo()
+    assert GOOD in await building.build([GOOD])
     await no_leaks(building)
 
 
@@ -432,6 +458,7 @@ async def _failing_group() -> str:
         async with library.TaskGroup() as tasks:
             tasks.create_task(fail())
     except Exception as error:
+        await asyncio.sleep(0)  # where a task that is asked to end would
         return f"caught {type(error).__name__}"
     return "nothing"
 
@@ -593,6 +620,7 @@ async def test_what_a_source_has_answered_counts_though_its_readers_left_meanwhi
     gate.open()
     assert set(snapshot) == {quick}
     assert "SnapshotDeadlineExceededError" in str(snapshot.errors[slow])
+    assert "was being copied" in str(snapshot.errors[slow])
     health = await building.health_snapshot()
     assert health.payload_copy_timeout_count == before + 1
     assert health.circuits == {}
@@ -633,3 +661,121 @@ def test_what_is_left_of_an_ended_loop_disturbs_no_other() -> None:
 
     asyncio.run(main())
     assert [each for each in reported if "coalestra" in each["message"]] == []
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2, 4])
+async def test_the_payloads_of_one_answer_are_copied_side_by_side(side_by_side: int) -> None:
+    """As many at a time as copies may be made at once; the order asked for stays."""
+    gate = ThreadGate()
+    entered = threading.Semaphore(0)
+
+    def copier(value: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            entered.release()
+            gate.pass_()
+        return list(value)
+
+    source = Batch("batch", answer=lambda wanted: [wanted.subject])
+    building = builder(
+        source,
+        payload_copier=copier,
+        run_payload_copies_in_thread=True,
+        max_copy_concurrency=side_by_side,
+    )
+    wanted = [key("batch", str(number)) for number in range(6)]
+    task = asyncio.ensure_future(building.build(wanted))
+    for _ in range(10_000):
+        copies = (await building.health_snapshot()).active_payload_copies
+        if copies == side_by_side:
+            break
+        await asyncio.sleep(0)
+    assert copies == side_by_side
+    gate.open()
+    assert list(await task) == wanted
+    await no_leaks(building)
+
+
+# Many keys at once -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", [CircuitScope.SOURCE, CircuitScope.RESOURCE])
+@pytest.mark.parametrize("how", ["fails", "leaves out", "is refused", "is cut off"])
+async def test_keys_that_go_on_in_slices_travel_together(
+    how: str, scope: CircuitScope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever becomes of a call, its keys are asked of the next source in one more call."""
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)  # each single step uses its slice up
+
+    async def forever() -> None:
+        if how == "is cut off":
+            await asyncio.sleep(1000)
+
+    def answer(_wanted: ResourceKey) -> Any:
+        raise ConnectionError("down")
+
+    first = Batch("first", "k", answer=answer, before=forever, priority=20, timeout=5.0)
+    if how == "leaves out":
+        given: Any = first
+        given.fetch_many = lambda _keys, _context: later(dict)
+    first.resilience_policy = SourceResiliencePolicy(
+        RetryPolicy(max_attempts=1), CircuitBreakerPolicy(scope, failure_threshold=1)
+    )
+    second = Batch("second", "k", priority=5)
+    building = builder(first, second)
+    wanted = [key("k", str(number)) for number in range(20)]
+    if how == "is refused":
+        for each in wanted:
+            policy = first.resilience_policy.circuit
+            await building.circuit_breaker.record_failure("first", key=each, policy=policy)
+    assert set(await building.build(wanted)) == set(wanted)
+    assert second.calls == [tuple(wanted)]
+    await no_leaks(building)
+
+
+async def test_joining_a_large_call_with_a_longer_deadline_moves_its_end_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not once for each key, each time looking at all of them."""
+    moved: list[float | None] = []
+    move = CutOff.move
+
+    def counting(self: CutOff, when: float | None) -> bool:
+        moved.append(when)
+        return move(self, when)
+
+    monkeypatch.setattr(CutOff, "move", counting)
+    gate = Gate()
+    building = builder(Batch("batch", before=gate.pass_))
+    wanted = [key("batch", str(number)) for number in range(500)]
+    brief = asyncio.ensure_future(building.build(wanted, strict=False, deadline_seconds=5.0))
+    await settle()
+    patient = asyncio.ensure_future(building.build(wanted, deadline_seconds=50.0))
+    await settle()
+    assert len(moved) == 1
+    await asyncio.sleep(10)
+    assert not (await brief).resources
+    gate.open()
+    assert set(await patient) == set(wanted)
+    await no_leaks(building)
+
+
+async def test_an_open_circuit_says_when_it_may_be_probed() -> None:
+    """Whether it is found open before the call waits for capacity, or just before it is made."""
+    source = tuned(
+        Single("k", fetch=_down),
+        resilience_policy=SourceResiliencePolicy(
+            RetryPolicy(max_attempts=1),
+            CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=30.0),
+        ),
+    )
+    building = builder(source)
+    await building.build([key("k")], strict=False)
+    await asyncio.sleep(10)
+    snapshot = await building.build([key("k")], strict=False)
+    assert "open after 1 failures in a row; it may be probed in 20 s" in str(
+        snapshot.errors[key("k")]
+    )
+
+
+async def _down(_key: ResourceKey, _context: FetchContext) -> Any:
+    raise ConnectionError("down")

@@ -121,10 +121,10 @@ Delivered = Callable[[Acquisition, Revision, bool], None]
 class Stage(enum.Enum):
     """Where an attempt stands, in words for a message."""
 
-    PREPARING = "its inputs were being copied"
-    WAITING = "waiting for capacity"
-    RUNNING = "the source was running"
-    TAKING_IN = "its answer was being copied"
+    PREPARING = "its dependencies were being copied"
+    WAITING = "it waited for capacity"
+    RUNNING = "its source was running"
+    TAKING_IN = "the answer of its source was being copied"
 
 
 class StaleSourceData(Exception):
@@ -555,6 +555,12 @@ class Call:
             flight.join_call(self)
             if flight.cutoff > self.cutoff:
                 self.cutoff = flight.cutoff
+
+    @property
+    def doing(self) -> str:
+        """What the call is at, to be put behind a sentence."""
+        attempt = self._attempt
+        return ": it rested between two attempts" if attempt is None else f": {attempt.stage.value}"
 
     # What flights tell the call ---------------------------------------------------------------
 

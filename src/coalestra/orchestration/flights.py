@@ -220,6 +220,13 @@ _SETTLED = Phase.SETTLED
 class Call(Protocol):
     """The call to a source that a flight takes part in, as far as a flight cares."""
 
+    attempts: int
+    """How many attempts have been made so far."""
+
+    @property
+    def doing(self) -> str:
+        """What the call is at, to be put behind a sentence; empty for what goes without saying."""
+
     def extend(self, cutoff: float) -> None:
         """Learn that a flight of the call is wanted until `cutoff`, on the loop's clock."""
 
@@ -882,11 +889,12 @@ def late(key: ResourceKey, deadline: Deadline | None, flight: Acquisition | None
     link = None if flight is None else flight.link
     failures = () if flight is None else flight.failures
     said = link is None or (flight is not None and _ended_late(flight, link.name))
-    tries = 0 if flight is None else getattr(flight.call, "attempts", 0)
+    call = None if flight is None else flight.call
+    tries, doing = (0, "") if call is None else (call.attempts, call.doing)
 
     def make() -> Exception:
         budget = "" if deadline is None else f" of {deadline.budget_seconds:g} s"
-        text = f"the deadline{budget} passed before {key} was resolved"
+        text = f"the deadline{budget} passed before {key.display} was resolved{doing}"
         if link is None:
             return SnapshotDeadlineExceededError(text)
         last = SourceFailure(link.name, SnapshotDeadlineExceededError.__name__, text, max(1, tries))
