@@ -14,7 +14,6 @@ from coalestra.core.protocols import SystemClock
 from coalestra.resilience.circuit_breaker import (
     CircuitBreaker,
     CircuitBreakerPolicy,
-    CircuitGroup,
     CircuitIdentity,
     CircuitScope,
     CircuitSnapshot,
@@ -357,20 +356,36 @@ async def test_circuits_are_counted_by_source_and_scope_without_naming_any_part(
     clock = ManualClock()
     breaker = breaker_at(clock)
     policy = CircuitBreakerPolicy(scope=CircuitScope.RESOURCE, failure_threshold=2)
-    assert breaker.groups() == {}
+    assert breaker.counted() == {}
     await open_it(breaker, key=ETH, policy=policy)
     clock.advance(8)
     await open_it(breaker, key=BTC, policy=policy)
-    clock.advance(3)
+    clock.advance(2)
+    other = CircuitBreakerPolicy(scope=CircuitScope.RESOURCE, failure_threshold=3)
+    for _ in range(3):
+        await breaker.record_failure("rest", key=ResourceKey("a", "b"), policy=other)
+    clock.advance(1)
     await breaker.record_failure("rest", key=CONFIG, policy=policy)
     await breaker.record_failure("rest")
-    assert breaker.groups() == {
-        CircuitIdentity("rest", CircuitScope.RESOURCE): CircuitGroup(
-            CircuitState.OPEN, 1, 1, 1, 2, False, seconds_since_opened=3, seconds_until_probe=7
-        ),
-        CircuitIdentity("rest", CircuitScope.SOURCE): CircuitGroup(
-            CircuitState.CLOSED, 0, 0, 1, 1, False, None, 0.0
-        ),
+    counted = {
+        str(identity): (
+            each.count,
+            each.failures,
+            each.seconds_since_opened,
+            each.seconds_until_probe,
+        )
+        for identity, each in breaker.counted().items()
+    }
+    assert counted == {
+        "rest:resource:half_open": (1, 2, 11, 0),
+        "rest:resource:open": (2, 3, 1, 7),
+        "rest:resource:closed": (1, 1, None, 0),
+        "rest": (1, 1, None, 0),
+    }
+    assert {each.state.value for each in breaker.counted().values()} == {
+        "closed",
+        "half_open",
+        "open",
     }
 
 

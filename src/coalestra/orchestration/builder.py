@@ -190,7 +190,7 @@ async def collect_health(
         source_support_cache_entries=equipment.chains.entries,
         capacity=capacity,
         cache=await _cache_stats(cache),
-        circuits=equipment.breaker.groups(),
+        circuits=equipment.breaker.counted(),
         sources={
             link.name: link.health(equipment.clock.monotonic()) for link in equipment.chains.links
         },

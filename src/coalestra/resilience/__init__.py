@@ -6,7 +6,6 @@ The public names are those in ``__all__``; everything else is for the library it
 from coalestra.resilience.circuit_breaker import (
     CircuitBreaker,
     CircuitBreakerPolicy,
-    CircuitGroup,
     CircuitIdentity,
     CircuitScope,
     CircuitSnapshot,
@@ -22,7 +21,6 @@ from coalestra.resilience.retry import RetryPolicy
 __all__ = [
     "CircuitBreaker",
     "CircuitBreakerPolicy",
-    "CircuitGroup",
     "CircuitIdentity",
     "CircuitScope",
     "CircuitSnapshot",

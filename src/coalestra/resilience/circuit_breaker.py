@@ -66,6 +66,9 @@ class CircuitState(str, Enum):
     HALF_OPEN = "half_open"
 
 
+_CLOSED, _OPEN, _HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
+
+
 class Outcome(Enum):
     """What a call that was let through came to."""
 
@@ -131,16 +134,18 @@ class CircuitBreakerPolicy:
 @immutable
 @dataclass(frozen=True, slots=True)
 class CircuitSnapshot:
-    """A circuit at one moment.
+    """A circuit at one moment, or several in the same state put together.
+
+    The last three are not compared.
 
     Attributes:
         state: whether it lets calls through.
-        failures: failures in a row.
+        failures: failures in a row; the most of several.
         opened_at: when it opened last, on the clock's monotonic scale; 0.0 if it never did.
         half_open_probe_active: whether the one probe is under way.
-        seconds_since_opened: how long ago it opened last; None if it never did. Not compared.
-        seconds_until_probe: when an open circuit may be probed; 0.0 in any other state. Not
-            compared.
+        seconds_since_opened: how long ago it opened last; None if it never did.
+        seconds_until_probe: when an open circuit may be probed; 0.0 in any other state.
+        count: how many circuits this tells of.
     """
 
     state: CircuitState
@@ -149,38 +154,33 @@ class CircuitSnapshot:
     half_open_probe_active: bool
     seconds_since_opened: float | None = field(default=None, compare=False)
     seconds_until_probe: float = field(default=0.0, compare=False)
+    count: int = field(default=1, compare=False)
 
+    @property
+    def open(self) -> int:
+        """How many of the circuits are open."""
+        return self.count if self.state is _OPEN else 0
 
-@immutable
-@dataclass(frozen=True, slots=True)
-class CircuitGroup:
-    """The circuits of one source and scope that are not at rest, put together: none is named.
+    @property
+    def half_open(self) -> int:
+        """How many of them are half-open."""
+        return self.count if self.state is _HALF_OPEN else 0
 
-    Attributes:
-        state: the worst among them: open, else half-open, else closed.
-        open: how many are open.
-        half_open: how many wait for their probe, or for its outcome.
-        closed: how many are closed but have failures to remember.
-        failures: the most failures in a row.
-        half_open_probe_active: whether a probe is under way.
-        seconds_since_opened: how long ago one of them opened last; None if none ever did.
-        seconds_until_probe: when the first of the open ones may be probed; 0.0 if none is open.
-    """
-
-    state: CircuitState
-    open: int
-    half_open: int
-    closed: int
-    failures: int
-    half_open_probe_active: bool
-    seconds_since_opened: float | None
-    seconds_until_probe: float
+    def with_one_more(self, other: CircuitSnapshot) -> CircuitSnapshot:
+        """Return this together with another one in the same state."""
+        latest = max(self, other, key=lambda each: each.opened_at)
+        return replace(
+            self,
+            failures=max(self.failures, other.failures),
+            opened_at=latest.opened_at,
+            half_open_probe_active=self.half_open_probe_active or other.half_open_probe_active,
+            seconds_since_opened=latest.seconds_since_opened,
+            seconds_until_probe=min(self.seconds_until_probe, other.seconds_until_probe),
+            count=self.count + 1,
+        )
 
 
 # One circuit: the table above --------------------------------------------------------------------
-
-
-_CLOSED, _OPEN, _HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
 
 
 class Circuit:
@@ -413,14 +413,17 @@ class CircuitBreaker:
             idle = (identity for identity, circuit in self._circuits.items() if not circuit.probing)
             del self._circuits[next(idle, next(iter(self._circuits)))]
 
-    def groups(self) -> dict[CircuitIdentity, CircuitGroup]:
-        """Return the figures of all circuits by source and scope, naming no part of a source."""
-        parts: dict[CircuitIdentity, list[CircuitSnapshot]] = {}
+    def counted(self) -> dict[CircuitIdentity, CircuitSnapshot]:
+        """Return the figures of all circuits by source, scope and state, naming no part of it."""
+        groups: dict[CircuitIdentity, CircuitSnapshot] = {}
         now = self.clock.monotonic()
         for identity, circuit in self._circuits.items():
-            whole = CircuitIdentity(identity.source, identity.scope)
-            parts.setdefault(whole, []).append(circuit.view(now))
-        return {whole: _grouped(circuits) for whole, circuits in parts.items()}
+            view = circuit.view(now)
+            if identity.scope is not CircuitScope.SOURCE:
+                identity = CircuitIdentity(identity.source, identity.scope, view.state.value)
+            known = groups.get(identity)
+            groups[identity] = view if known is None else known.with_one_more(view)
+        return groups
 
     # The same steps by source and key, as coroutines -------------------------------------------
 
@@ -567,20 +570,3 @@ def _part(key: ResourceKey, scope: CircuitScope) -> Hashable:
     if scope is CircuitScope.SUBJECT:
         return key.subject or (key.namespace, key.name)
     return key
-
-
-def _grouped(circuits: list[CircuitSnapshot]) -> CircuitGroup:
-    states = [each.state for each in circuits]
-    opened = [each.seconds_since_opened for each in circuits]
-    return CircuitGroup(
-        state=next((state for state in (_OPEN, _HALF_OPEN) if state in states), _CLOSED),
-        open=states.count(_OPEN),
-        half_open=states.count(_HALF_OPEN),
-        closed=states.count(_CLOSED),
-        failures=max(each.failures for each in circuits),
-        half_open_probe_active=any(each.half_open_probe_active for each in circuits),
-        seconds_since_opened=min((each for each in opened if each is not None), default=None),
-        seconds_until_probe=min(
-            (each.seconds_until_probe for each in circuits if each.state is _OPEN), default=0.0
-        ),
-    )
