@@ -463,6 +463,32 @@ async def _failing_group() -> str:
     return "nothing"
 
 
+async def test_a_call_that_had_to_wait_for_capacity_is_given_up_like_any_other() -> None:
+    """The queue timeout is over once it runs, and bounds nothing any more."""
+    gate = Gate()
+
+    async def fetch(wanted: ResourceKey, _context: FetchContext) -> Any:
+        if wanted == first:
+            await gate.pass_()
+            return 1
+        return await asyncio.get_running_loop().create_future()
+
+    source = tuned(Single("good", fetch=fetch), queue_timeout_seconds=50.0)
+    building = builder(source, max_concurrency=1, max_pending_tasks=2)
+    first, second = key("good", "first"), key("good", "second")
+    holding = asyncio.ensure_future(building.build([first]))
+    await settle()
+    waiting = asyncio.ensure_future(building.build([second]))
+    await settle()
+    gate.open()
+    await holding
+    await settle()
+    assert len(source.calls) == 2
+    waiting.cancel()
+    await settle()
+    await no_leaks(building)
+
+
 # Context variables -------------------------------------------------------------------------------
 
 

@@ -248,14 +248,14 @@ class Attempt:
         if call.link.kind is _DERIVED:
             self._inputs = (await self._dependencies(),)
         self.stage = Stage.WAITING
-        lease = call.equipment.capacity.try_acquire(name)
-        if lease is None and call.urgent:
-            lease = call.equipment.capacity.beyond(name)
-        if lease is None:
-            lease = await self._wait_for_capacity(name)
+        lease: CapacityLease | None = None
+        try:
+            lease = call.equipment.capacity.try_acquire(name)
+            if lease is None and call.urgent:
+                lease = call.equipment.capacity.beyond(name)
+            lease = lease or await self._wait_for_capacity(name)
             if lease is None:
                 return
-        try:
             refusal = self._refusal() if call.link.guarantee.protected else None
             if refusal is not None:
                 call.end(refusal)
@@ -267,7 +267,8 @@ class Attempt:
             call.count_attempt()
             answer = await self._ask()
         finally:
-            lease.release()
+            if lease is not None:
+                lease.release()
         if answer is not None:
             await call.take_in(self, answer[0])
 
@@ -415,12 +416,12 @@ class Attempt:
         timeout = link.timeout_seconds
         bound = math.inf if timeout is None else self.began + timeout
         run = self._call.work.variables.copy().run
+        self._bound = bound
         end = min(bound, self._call.cutoff)
         try:
             if end == math.inf:
                 answer = await _in_context(link, run(self._invoke), run)
             else:
-                self._bound = bound
                 with CutOff(end, self._expire) as self._cut:
                     answer = await _in_context(link, run(self._invoke), run)
         except CutOffExpired:
