@@ -433,3 +433,19 @@ async def test_a_caller_with_a_deadline_does_not_bound_a_call_that_another_lets_
     assert says_deadline((await building.build([X], strict=False, deadline_seconds=2)).errors[X])
     assert (await patient).value(X) == "1"
     await no_leaks(building)
+
+
+async def test_a_deadline_tells_what_each_call_was_at_and_whether_it_was_made() -> None:
+    """A source that was never asked for a key has made no attempt for it."""
+    source = Single("x", fetch=latency(50))
+    building = builder(source, max_pending_tasks=1)
+    asked, queued = key("x", "asked"), key("x", "queued")
+    snapshot = await building.build([asked, queued], strict=False, deadline_seconds=2)
+    told = {}
+    for each in (asked, queued):
+        error = snapshot.errors[each]
+        assert isinstance(error, ResourceResolutionError)
+        (failure,) = error.failures
+        told[each] = failure.attempts, "its source was running" in failure.message
+    assert told == {asked: (1, True), queued: (0, False)}
+    await no_leaks(building)

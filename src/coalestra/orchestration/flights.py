@@ -897,7 +897,7 @@ def late(key: ResourceKey, deadline: Deadline | None, flight: Acquisition | None
         text = f"the deadline{budget} passed before {key.display} was resolved{doing}"
         if link is None:
             return SnapshotDeadlineExceededError(text)
-        last = SourceFailure(link.name, SnapshotDeadlineExceededError.__name__, text, max(1, tries))
+        last = SourceFailure(link.name, SnapshotDeadlineExceededError.__name__, text, tries)
         return ResourceResolutionError(key, failures if said else (*failures, last))
 
     return Failure(key, make)
