@@ -65,6 +65,7 @@ from coalestra.concurrency.threads import current_threads
 from coalestra.core.errors import (
     CircuitOpenError,
     SnapshotDeadlineExceededError,
+    SourceFailure,
     SourceProtocolError,
     SourceQueueTimeoutError,
     SourceTimeoutError,
@@ -111,8 +112,8 @@ _QUIET_SECONDS = 0.05
 """How long no worker is started after one was cancelled from outside."""
 
 
-Refused = Callable[[Acquisition, BaseException, str, int], None]
-"""Takes note that a source failed for a key: the error, a status, and how many attempts it took."""
+Refused = Callable[[Acquisition, SourceFailure, str], None]
+"""Takes note that a source failed for a key, and with which status."""
 
 Delivered = Callable[[Acquisition, Revision, bool], None]
 """Takes a fresh value of a key, and whether its source said when it was observed."""
@@ -513,6 +514,7 @@ class Call:
         "_answered",
         "_asked",
         "_attempt",
+        "_failure",
         "_groups",
         "_interest",
         "_lane",
@@ -548,6 +550,7 @@ class Call:
         self._attempt: Attempt | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._answered: bool = False
+        self._failure: SourceFailure | None = None
         self._over: bool = False
         self._asked: Sequence[Acquisition] = ()
         self._groups: dict[CircuitIdentity, tuple[int, list[Acquisition]]] | None = None
@@ -737,7 +740,14 @@ class Call:
         self.flights.pop(flight, None)
         if flight.call is self:
             flight.leave_call()
-            self.dispatch.refused(flight, error, status, self.attempts)
+            self.dispatch.refused(flight, self._failure_of(error), status)
+
+    def _failure_of(self, error: BaseException) -> SourceFailure:
+        """Return the record of an error, one for all keys that it is the error of."""
+        failure = self._failure
+        if failure is None or failure.exception is not error:
+            failure = self._failure = SourceFailure.of(self.link.name, error, self.attempts)
+        return failure
 
     # Its circuits: a batch may touch several, each with a group of its keys ---------------------
 
@@ -984,7 +994,7 @@ class Call:
         try:
             self.dispatch.delivered(flight, revision, dated)
         except BaseException as error:
-            self.dispatch.refused(flight, error, "failure", self.attempts)
+            self.dispatch.refused(flight, self._failure_of(error), "failure")
         return True
 
     def _accepted_skew(self, key: ResourceKey, observed_at: float) -> float:
@@ -1387,8 +1397,10 @@ class Dispatch:
                     flight.queue(lane)
                 lane.add(waiting)
             except BaseException as error:
+                pass_on(error)
+                failure = SourceFailure.of(self.equipment.chains.links[index].name, error, 0)
                 for flight in waiting:
-                    self.refused(flight, error, "failure", 0)
+                    self.refused(flight, failure, "failure")
 
     def _lane(self, work: Work, index: int) -> Intake:
         lane = work.lanes.get(index)

@@ -538,27 +538,26 @@ class SingleFlight:
                     flight.link = link
                     return link
             except BaseException as error:
-                self._note(flight, link, error, "failure", attempts=0)
+                self._note(flight, self._not_called(link, error), "failure")
         return None
 
-    def refused(
-        self, flight: Acquisition, error: BaseException, status: str, attempts: int
-    ) -> None:
+    def refused(self, flight: Acquisition, failure: SourceFailure, status: str) -> None:
         """Take note that a source failed for a key, and let the key go on to the next one."""
         try:
-            if flight.link is not None:
-                self._note(flight, flight.link, error, status, attempts)
+            self._note(flight, failure, status)
         except BaseException as fault:
             self.broken(flight, fault)
         self._later(flight)
 
-    def _note(
-        self, flight: Acquisition, link: Link, error: BaseException, status: str, attempts: int
-    ) -> None:
-        pass_on(error)
-        flight.failures += (SourceFailure.of(link.name, error, attempts),)
+    def _note(self, flight: Acquisition, failure: SourceFailure, status: str) -> None:
+        flight.failures += (failure,)
         if self.equipment.report is not None:
-            self.equipment.report.source_failed(flight.key, link.name, error, status)
+            self.equipment.report.source_failed(flight.key, failure.source, failure, status)
+
+    def _not_called(self, link: Link, error: BaseException) -> SourceFailure:
+        """Return the failure of a source that was asked something else than to be called."""
+        pass_on(error)
+        return SourceFailure.of(link.name, error, 0)
 
     # Derive: what a key rests on --------------------------------------------------------------
 
@@ -567,7 +566,7 @@ class SingleFlight:
         try:
             keys = dependencies_of(link, flight.key, flight.sponsor.variables)
         except BaseException as error:
-            self.refused(flight, error, "failure", 0)
+            self.refused(flight, self._not_called(link, error), "failure")
             return
         pins = NO_PINS if flight.pins is None else flight.pins
         work = flight.living_sponsor()
@@ -592,7 +591,8 @@ class SingleFlight:
             flight.cycle = cycles[0]
         name = "" if flight.link is None else flight.link.name
         errors = {key: failure.make() for key, failure in gather.failures.items()}
-        self.refused(flight, DependencyResolutionError(flight.key, name, errors), "failure", 0)
+        error = DependencyResolutionError(flight.key, name, errors)
+        self.refused(flight, SourceFailure.of(name, error, 0), "failure")
 
     # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
 
