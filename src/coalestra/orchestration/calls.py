@@ -1341,6 +1341,11 @@ class Dispatch:
         self.workers: set[asyncio.Task[Any]] = set()
         self.quiet_until: float = 0.0
 
+    def forget(self) -> None:
+        """Drop what belonged to an event loop that has ended."""
+        self.workers.clear()
+        self.quiet_until = 0.0
+
     def be_quiet(self) -> None:
         """Start no worker for a while."""
         self.quiet_until = asyncio.get_running_loop().time() + _QUIET_SECONDS

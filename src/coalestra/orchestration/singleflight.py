@@ -895,7 +895,7 @@ class SingleFlight:
         """Drop everything that belonged to an event loop which has ended."""
         self.agenda.clear()
         self.board = FlightBoard(self.equipment.report)
-        self.dispatch.workers.clear()
+        self.dispatch.forget()
         self.tasks.clear()
         self.reads.forget()
         self.writes.forget()
