@@ -1,14 +1,36 @@
-"""The line that asks how long others on the event loop have to wait."""
+"""The lines that ask how long others on the event loop have to wait.
+
+The collector of garbage is off meanwhile: what it adds depends on everything that is alive, and is
+told by the lines that time work with it and without.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Awaitable, Callable, Collection
 from time import perf_counter
+from typing import Any
 
+from coalestra import (
+    CallableBatchSource,
+    CallableDerivedSource,
+    CircuitBreakerPolicy,
+    CircuitScope,
+    FetchContext,
+    ResourceAcceptanceRule,
+    ResourceKey,
+    ResourceUpdate,
+    RetryPolicy,
+    SnapshotAcceptancePolicy,
+    SnapshotBuilder,
+    SnapshotConsistencyPolicy,
+    SnapshotRequest,
+    SourceResiliencePolicy,
+)
 from tests.benchmarks import plain
 from tests.benchmarks.reading import warm
-from tests.benchmarks.stock import keys_of, price
+from tests.benchmarks.stock import POLICY, batch_source, builder_of, keys_of, price
 from tests.benchmarks.subjects import Role, Subject
 from tests.benchmarks.workshop import Work, Workshop
 
@@ -53,11 +75,156 @@ def longest_hold(shop: Workshop) -> list[Subject]:
     async def plainly() -> None:
         plain.read_flat(entries, keys)
 
-    def sample(work: Work) -> float:
-        gc.collect()
-        return shop.run(Heartbeat().watch(work))
-
     return [
-        Subject("coalestra", Role.OURS, lambda: sample(ours)),
-        Subject("plain loop", Role.FLOOR, lambda: sample(plainly)),
+        Subject("coalestra", Role.OURS, lambda: _held(shop, ours)),
+        Subject("plain loop", Role.FLOOR, lambda: _held(shop, plainly)),
     ]
+
+
+def _held(shop: Workshop, work: Work) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        return shop.run(Heartbeat().watch(work))
+    finally:
+        gc.enable()
+
+
+Prepare = Callable[[Workshop, list[ResourceKey]], Awaitable[Work]]
+
+
+def _holds(prepare: Prepare) -> Callable[[Workshop], list[Subject]]:
+    """Return the subjects of a line whose work needs a new start for every sample."""
+
+    def subjects(shop: Workshop) -> list[Subject]:
+        keys = keys_of(shop.scale.size(10_000))
+
+        def sample() -> float:
+            return _held(shop, shop.run(_prepared(prepare, shop, keys)))
+
+        return [Subject("coalestra", Role.OURS, sample)]
+
+    return subjects
+
+
+async def _prepared(prepare: Prepare, shop: Workshop, keys: list[ResourceKey]) -> Work:
+    return await prepare(shop, keys)
+
+
+async def _cold(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    builder = builder_of(batch_source(price))
+    return lambda: builder.build(keys)
+
+
+async def _strike(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    async def hang(asked: Collection[ResourceKey], context: FetchContext) -> Any:
+        await asyncio.sleep(60)
+
+    builder = builder_of(_batch(hang))
+    return lambda: builder.build(keys, strict=False, deadline_seconds=0.1)
+
+
+async def _failing(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    return _failing_by(CircuitScope.SOURCE, keys)
+
+
+async def _failing_by_resource(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    return _failing_by(CircuitScope.RESOURCE, keys)
+
+
+def _failing_by(scope: CircuitScope, keys: list[ResourceKey]) -> Work:
+    async def fail(asked: Collection[ResourceKey], context: FetchContext) -> Any:
+        raise ConnectionError("down")
+
+    once = SourceResiliencePolicy(
+        retry=RetryPolicy(max_attempts=1), circuit=CircuitBreakerPolicy(scope=scope)
+    )
+    builder = SnapshotBuilder([_batch(fail)], default_policy=POLICY, default_resilience=once)
+    return lambda: builder.build(keys, strict=False)
+
+
+async def _one_over_many(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    total = ResourceKey("market", "total")
+    builder = builder_of(batch_source(price), _derived("total", lambda _: keys))
+    return lambda: builder.build([total])
+
+
+async def _many_derived(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    def needs(key: ResourceKey) -> list[ResourceKey]:
+        return [ResourceKey("market", "price", key.subject)]
+
+    builder = builder_of(batch_source(price), _derived("double", needs))
+    doubles = [ResourceKey("market", "double", key.subject) for key in keys]
+    return lambda: builder.build(doubles)
+
+
+async def _revalidated(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    session = builder_of(batch_source(price)).session()
+    await session.resolve(keys)
+    return lambda: session.revalidate(keys)
+
+
+async def _invalidated(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    builder = builder_of(batch_source(price))
+    await builder.build(keys)
+    return lambda: builder.publisher.invalidate_many(keys)
+
+
+async def _published(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    builder = builder_of(batch_source(price))
+    updates = [ResourceUpdate(key, price(key), "feed") for key in keys]
+    return lambda: builder.publisher.publish_many(updates)
+
+
+async def _requested(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    builder = builder_of(batch_source(price))
+    await builder.build(keys)
+    rule = ResourceAcceptanceRule(max_age_seconds=1_000.0)
+    request = SnapshotRequest(
+        required=keys,
+        consistency_policy=SnapshotConsistencyPolicy(1_000.0),
+        acceptance_policy=SnapshotAcceptancePolicy(default_rule=rule),
+    )
+    return lambda: builder.build_request(request)
+
+
+async def _many_callers(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    builder = builder_of(batch_source(price))
+    tasks = [asyncio.ensure_future(builder.build(keys[:1])) for _ in keys]
+    await asyncio.sleep(0)
+    return lambda: asyncio.gather(*tasks)
+
+
+def _batch(fetcher: Any) -> CallableBatchSource:
+    return CallableBatchSource(
+        name="batch", priority=1, supports=lambda key: key.name == "price", fetcher=fetcher
+    )
+
+
+def _derived(
+    name: str, needs: Callable[[ResourceKey], Collection[ResourceKey]]
+) -> CallableDerivedSource:
+    return CallableDerivedSource(
+        name=name,
+        priority=1,
+        supports=lambda key: key.name == name,
+        dependencies=needs,
+        deriver=lambda key, known, context: len(known),
+        run_sync_in_thread=False,
+    )
+
+
+HOLDS = {
+    "cold": ("cold", _holds(_cold)),
+    "deadline": ("a deadline that strikes", _holds(_strike)),
+    "failing": ("all of them failing", _holds(_failing)),
+    "circuits": ("all of them failing, a circuit for each", _holds(_failing_by_resource)),
+    "inputs": ("one derivation over all of them", _holds(_one_over_many)),
+    "derived": ("as many derivations", _holds(_many_derived)),
+    "revalidate": ("a session that revalidates", _holds(_revalidated)),
+    "invalidate": ("invalidated", _holds(_invalidated)),
+    "publish": ("published", _holds(_published)),
+    "request": ("a request with policies", _holds(_requested)),
+    "callers": ("as many callers of one key", _holds(_many_callers)),
+}
+"""What may hold the loop, by the name of its line: what is done, and by whom."""

@@ -71,7 +71,7 @@ class Row:
         if aim is None:
             return None
         return (
-            self.ours.median * self.line.unit.per_si <= aim.most
+            _within(self.ours.median * self.line.unit.per_si, aim.most)
             and _within(self.floors, aim.floors)
             and _within(self.share, aim.share)
         )

@@ -64,11 +64,18 @@ def facade(shop: Workshop) -> list[Subject]:
         return plain.read_flat(entries, keys)
 
     return [
-        Subject("coalestra", Role.OURS, shop.timed_blocking(lambda: blocking.build(keys))),
+        Subject(
+            "coalestra",
+            Role.OURS,
+            shop.timed_blocking(lambda: blocking.build(keys), clock=time.perf_counter),
+        ),
         Subject(
             "plain loop",
             Role.FLOOR,
-            shop.timed_blocking(lambda: asyncio.run_coroutine_threadsafe(read(), loop).result()),
+            shop.timed_blocking(
+                lambda: asyncio.run_coroutine_threadsafe(read(), loop).result(),
+                clock=time.perf_counter,
+            ),
         ),
     ]
 

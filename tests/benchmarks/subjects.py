@@ -43,15 +43,15 @@ BYTES = Unit("bytes", 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Aim:
-    """What issue 4 asks of a line: at most ``most`` units, ``floors`` floors, ``share`` of the
-    yardstick."""
+    """What is asked of a line: at most ``most`` units, ``floors`` floors, ``share`` of the
+    yardstick; what is not named may be anything."""
 
-    most: float
+    most: float | None = None
     floors: float | None = None
     share: float | None = None
 
     def __str__(self) -> str:
-        parts = [f"<= {self.most:g}"]
+        parts = [] if self.most is None else [f"<= {self.most:g}"]
         if self.floors is not None:
             parts.append(f"{self.floors:g} floors")
         if self.share is not None:

@@ -9,7 +9,7 @@ from tests.benchmarks.plot import Curve, Curves
 from tests.benchmarks.results import Figure, Row
 from tests.benchmarks.subjects import Unit
 
-_HEAD = ("work", "0.6", "aim", "now", "spread", "", "floor", "ratio", "fastest rival")
+_HEAD = ("work", "floors", "aim", "", "now", "spread", "floor", "fastest rival", "0.6")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -30,14 +30,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         rival = f"{row.share:.2f} of deepcopy"
     return (
         row.line.work,
-        row.line.published,
+        "" if row.floors is None else f"{row.floors:.1f}",
         "" if row.line.aim is None else str(row.line.aim),
+        {None: "", True: "met", False: "**missed**"}[row.met],
         f"{_amount(row.ours, unit)} {unit.name}",
         f"±{row.ours.spread:.0%}",
-        {None: "", True: "met", False: "**missed**"}[row.met],
         "" if row.floor is None else _amount(row.floor, unit),
-        "" if row.floors is None else f"{row.floors:.1f}",
         rival,
+        row.line.published,
     )
 
 

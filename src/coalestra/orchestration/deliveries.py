@@ -201,6 +201,9 @@ async def all_or_none(coroutines: Iterable[Any]) -> None:
 
 
 _KEYS_BETWEEN_LOOKS = 512
+_KEYS_AT_ONCE = 4_096
+"""What is looked up in one go, so that what was written together is seen together."""
+
 
 Values = FrozenDict[ResourceKey, SnapshotValue[Any]]
 
@@ -257,12 +260,12 @@ class WarmReads:
     ) -> list[Revision] | None:
         """Return the revisions of all keys, if each is there, fresh, and due for nothing."""
         clock, policies = self._equipment.clock, self._equipment.policies
-        if len(keys) <= _KEYS_BETWEEN_LOOKS:
+        if len(keys) <= _KEYS_AT_ONCE:
             ages = quiet_ages(policies, keys)
             return None if ages is None else store.find_all_fresh(keys, clock.now(), ages)
         found: list[Revision] = []
         rest = iter(keys)
-        while part := tuple(islice(rest, _KEYS_BETWEEN_LOOKS)):
+        while part := tuple(islice(rest, _KEYS_AT_ONCE)):
             ages = quiet_ages(policies, part)
             some = None if ages is None else store.find_all_fresh(part, clock.now(), ages)
             if some is None:
