@@ -15,7 +15,7 @@ from coalestra.observability import (
     NullEventSink,
     NullMetrics,
 )
-from coalestra.observability.reports import buffer_sinks, reporter_for
+from coalestra.observability.reports import ObservabilitySinks, reporter_for
 from tests.observability.recording import PATIENCE, Held, Recorder
 
 
@@ -32,7 +32,7 @@ class Undecided(Recorder):
 
 
 def test_without_sinks_everything_is_discarded_and_nothing_buffered() -> None:
-    sinks = buffer_sinks(None, None)
+    sinks = ObservabilitySinks(None, None)
 
     assert type(sinks.metrics) is NullMetrics
     assert type(sinks.events) is NullEventSink
@@ -43,7 +43,7 @@ def test_without_sinks_everything_is_discarded_and_nothing_buffered() -> None:
 def test_a_sink_that_may_block_gets_a_buffer() -> None:
     sink = Recorder()
 
-    sinks = buffer_sinks(sink, sink, max_pending=7, overflow=BufferOverflowPolicy.DROP_NEWEST)
+    sinks = ObservabilitySinks(sink, sink, max_pending=7, overflow=BufferOverflowPolicy.DROP_NEWEST)
 
     assert isinstance(sinks.events, BufferedEventSink)
     assert isinstance(sinks.metrics, BufferedMetricsSink)
@@ -58,7 +58,7 @@ def test_a_sink_that_may_block_gets_a_buffer() -> None:
 def test_logging_gets_a_buffer_and_metrics_in_memory_do_not() -> None:
     metrics = InMemoryMetrics()
 
-    sinks = buffer_sinks(metrics, LoggingEventSink())
+    sinks = ObservabilitySinks(metrics, LoggingEventSink())
 
     assert sinks.metrics is metrics
     assert list(sinks.owned) == ["events"]
@@ -67,24 +67,24 @@ def test_logging_gets_a_buffer_and_metrics_in_memory_do_not() -> None:
 def test_a_sink_that_says_it_never_blocks_is_used_directly() -> None:
     sink = Quick()
 
-    sinks = buffer_sinks(sink, sink)
+    sinks = ObservabilitySinks(sink, sink)
 
     assert sinks.metrics is sink
     assert sinks.events is sink
 
 
 def test_only_true_counts_as_never_blocking() -> None:
-    assert list(buffer_sinks(Undecided(), None).owned) == ["metrics"]
+    assert list(ObservabilitySinks(Undecided(), None).owned) == ["metrics"]
 
 
 def test_buffers_can_be_forced() -> None:
-    assert set(buffer_sinks(Quick(), Quick(), buffer=True).owned) == {"events", "metrics"}
+    assert set(ObservabilitySinks(Quick(), Quick(), buffer=True).owned) == {"events", "metrics"}
 
 
 def test_buffers_can_be_forbidden() -> None:
     sink = Recorder()
 
-    sinks = buffer_sinks(sink, sink, buffer=False)
+    sinks = ObservabilitySinks(sink, sink, buffer=False)
 
     assert sinks.metrics is sink
     assert sinks.events is sink
@@ -95,7 +95,7 @@ def test_buffers_can_be_forbidden() -> None:
 def test_a_buffered_sink_gets_no_second_buffer(buffer: bool | None) -> None:
     metrics, events = BufferedMetricsSink(Recorder()), BufferedEventSink(Recorder())
 
-    sinks = buffer_sinks(metrics, events, buffer=buffer)
+    sinks = ObservabilitySinks(metrics, events, buffer=buffer)
 
     assert (sinks.metrics, sinks.events) == (metrics, events)
     assert sinks.owned == {}
@@ -103,7 +103,7 @@ def test_a_buffered_sink_gets_no_second_buffer(buffer: bool | None) -> None:
 
 
 def test_forced_buffers_before_null_sinks_still_cost_nothing() -> None:
-    sinks = buffer_sinks(None, None, buffer=True)
+    sinks = ObservabilitySinks(None, None, buffer=True)
 
     assert set(sinks.owned) == {"events", "metrics"}
     assert reporter_for(sinks.metrics, sinks.events) is None
@@ -111,7 +111,7 @@ def test_forced_buffers_before_null_sinks_still_cost_nothing() -> None:
 
 async def test_closing_closes_the_buffers_that_were_put_there_and_no_others() -> None:
     theirs = BufferedEventSink(Recorder())
-    sinks = buffer_sinks(Recorder(), theirs)
+    sinks = ObservabilitySinks(Recorder(), theirs)
 
     assert await sinks.aclose(timeout_seconds=PATIENCE) == {}
 
@@ -121,7 +121,7 @@ async def test_closing_closes_the_buffers_that_were_put_there_and_no_others() ->
 
 async def test_closing_names_the_components_that_are_late_with_what_they_have_pending() -> None:
     held = Held()
-    sinks = buffer_sinks(Recorder(), held)
+    sinks = ObservabilitySinks(Recorder(), held)
     sinks.events.emit("first")
     held.wait_arrived()
     sinks.events.emit("second")
@@ -136,7 +136,7 @@ async def test_closing_names_the_components_that_are_late_with_what_they_have_pe
 
 async def test_closing_without_draining_discards_at_once_in_every_buffer() -> None:
     events, metrics = Held(), Held()
-    sinks = buffer_sinks(metrics, events)
+    sinks = ObservabilitySinks(metrics, events)
     for number in range(3):
         sinks.events.emit(f"event {number}")
         sinks.metrics.increment(f"metric {number}")
@@ -171,4 +171,4 @@ def test_wrong_arguments_are_refused_by_name(
     arguments: dict[str, Any], error: type[Exception], parameter: str
 ) -> None:
     with pytest.raises(error, match=parameter):
-        buffer_sinks(**{"metrics": None, "events": None, **arguments})
+        ObservabilitySinks(**{"metrics": None, "events": None, **arguments})

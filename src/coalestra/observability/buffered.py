@@ -37,6 +37,14 @@ from coalestra.observability.sinks import (
     MetricRecord,
 )
 
+__all__ = [
+    "BufferOverflowPolicy",
+    "BufferedEventSink",
+    "BufferedMetricsSink",
+    "BufferedSink",
+    "BufferedSinkStats",
+]
+
 R = TypeVar("R")
 
 
@@ -115,7 +123,7 @@ class DeliveryQueue(Generic[R]):
         self._refused, self._discarded = Cell(0), Cell(0)
         self._delivered = self._failures = self._disowned = 0
         self._peak = self._shutdown_timeouts = 0
-        self._closed = self._ended = False
+        self._closed = self._ended = self._gone = False
         self._at_end: deque[Callable[[], object]] = deque()
         self.begin_afresh()
         _queues.add(self)
@@ -173,9 +181,11 @@ class DeliveryQueue(Generic[R]):
         if sys.is_finalizing() or (self._thread is not None and self._thread.is_alive()):
             return
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-        with contextlib.suppress(RuntimeError):  # records wait for the next try, or for a flush
+        self._thread = thread
+        try:
             thread.start()
-            self._thread = thread
+        except RuntimeError:  # records wait for the next try, or for a flush
+            self._thread = None
 
     # Delivering -------------------------------------------------------------------------------
 
@@ -188,6 +198,8 @@ class DeliveryQueue(Generic[R]):
         """
         role, me = self._role, threading.current_thread()
         if role.setdefault("worker", me) is not me:
+            if self._thread is me:  # whoever is the worker starts another one if need be
+                self._thread = None
             return
         try:
             while not (self._waiting and end is not None and time.monotonic() >= end):
@@ -205,6 +217,7 @@ class DeliveryQueue(Generic[R]):
                 role.pop("worker", None)
         if self._ended:
             self._run_callbacks()
+            self._gone = True
         elif self._waiting:  # came when this was still the worker
             self._start()
         self._changes.tell()
@@ -247,14 +260,7 @@ class DeliveryQueue(Generic[R]):
     # Waiting and closing ----------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all that was accepted before this call is settled.
-
-        Args:
-            timeout: the longest wait in seconds; None waits as long as it takes.
-
-        Returns:
-            Whether it is. In the worker thread, which cannot wait for itself, it returns at once.
-        """
+        """See `BufferedSink.flush`; the worker, which cannot wait for itself, returns at once."""
         number("timeout", timeout, minimum=0, optional=True)
         last = self._last_waiting()
         unsettled = [each for each in (last, self._turn) if each is not None]
@@ -265,29 +271,18 @@ class DeliveryQueue(Generic[R]):
         return self._changes.wait_for(lambda: all(each.settled for each in unsettled), timeout)
 
     def close(self, *, timeout: float | None = 5.0, drain: bool = True) -> bool:
-        """Refuse new records and wait for the worker to end.
-
-        May be called again, to wait longer or to give up draining.
-
-        Args:
-            timeout: the longest wait in seconds; None waits as long as it takes. The worker goes
-                on when it has passed.
-            drain: deliver what is pending; otherwise discard all but the record in delivery.
-
-        Returns:
-            Whether the worker has ended; always False in the worker thread itself.
-        """
+        """See `BufferedSink.close`; always False in the worker thread itself."""
         number("timeout", timeout, minimum=0, optional=True)
         self.refuse(discard=not flag("drain", drain))
         if self._is_worker():
             return False
         self._do_without_thread(timeout)
-        return self._note_end(self._changes.wait_for(lambda: self._ended, timeout))
+        return self._note_end(self._changes.wait_for(lambda: self._gone, timeout))
 
     async def until_ended(self, timeout: float | None) -> bool:
-        """Wait for the end of a refused queue, on a loop; see `close`."""
+        """See `BufferedSink.until_ended`."""
         self._do_without_thread(timeout)
-        return self._note_end(await self._changes.until(lambda: self._ended, timeout))
+        return self._note_end(await self._changes.until(lambda: self._gone, timeout))
 
     def refuse(self, *, discard: bool = False) -> None:
         """Accept no more records, and do not wait; ``discard`` drops what is pending."""
@@ -381,14 +376,6 @@ if hasattr(os, "register_at_fork"):
 
 # The sinks --------------------------------------------------------------------------------------
 
-
-__all__ = [
-    "BufferOverflowPolicy",
-    "BufferedEventSink",
-    "BufferedMetricsSink",
-    "BufferedSink",
-    "BufferedSinkStats",
-]
 
 B = TypeVar("B", bound="BufferedSink[Any]")
 
@@ -500,10 +487,6 @@ class BufferedEventSink(BufferedSink[EventRecord]):
         downstream: the sink that gets the events, in a thread, one at a time and in order.
         max_pending: how many events may wait (at least 1).
         overflow: what happens to one more.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: ``max_pending`` is below 1.
     """
 
     def __init__(
@@ -537,10 +520,6 @@ class BufferedMetricsSink(BufferedSink[MetricRecord]):
         downstream: the sink that gets the calls, in a thread, one at a time and in order.
         max_pending: how many calls may wait (at least 1).
         overflow: what happens to one more.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: ``max_pending`` is below 1.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ Laws:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,16 +84,10 @@ class Provenance(Protocol):
 @immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class SessionResolution:
-    """The outcome of one ``resolve`` of a session; counts are of keys.
+    """The outcome of one ``resolve`` of a session, as its event tells it.
 
-    Attributes:
-        snapshot_id: the session's id.
-        requested: keys of this call.
-        resolved: those of them that have a value.
-        failed: those of them that have none.
-        total_resources: keys in the snapshot that the call returned.
-        strict: whether a failure was to raise.
-        retry_errors: whether earlier failures were to be tried again.
+    ``requested``, ``resolved`` and ``failed`` count keys of this call, ``total_resources`` those of
+    the snapshot that it returned.
     """
 
     snapshot_id: str
@@ -107,20 +102,11 @@ class SessionResolution:
 @immutable
 @dataclasses.dataclass(frozen=True, slots=True)
 class SessionRevalidation:
-    """The outcome of one ``revalidate`` of a session; counts are of keys.
+    """The outcome of one ``revalidate`` of a session, as its event tells it.
 
-    Attributes:
-        snapshot_id: the session's id.
-        requested: keys of this call.
-        affected: these and the pinned ones derived from them.
-        refreshed: affected keys for which there is a new value.
-        failed: affected keys for which there is none.
-        committed: whether the new values were pinned.
-        retained_previous: whether the old ones stay.
-        strict: whether a failure was to raise.
-        force_refresh: whether the cache was to be passed over.
-        consistency_failed: whether the new state broke the consistency policy.
-        acceptance_failed: whether it broke the acceptance policy.
+    ``requested`` counts keys of this call, ``affected`` these and the pinned ones derived from
+    them, ``refreshed`` and ``failed`` those of them with and without a new value. The new values
+    were ``committed``, or the previous ones retained.
     """
 
     snapshot_id: str
@@ -213,12 +199,7 @@ class Reporter:
     # Calls to sources, and what came of them -----------------------------------------------------
 
     def resource_resolved(self, value: Provenance, source_kind: str) -> None:
-        """Report a fresh value.
-
-        Args:
-            value: the revision, with its source, latency, attempts and authority rank.
-            source_kind: ``single``, ``batch`` or ``derived``.
-        """
+        """Report a fresh value of a ``single``, ``batch`` or ``derived`` source."""
         self._count_fetch(value.source, "success")
         if self._telling:
             self._tell(
@@ -236,12 +217,8 @@ class Reporter:
     ) -> None:
         """Report that a source brought no fresh value for a key, whatever the reason.
 
-        Args:
-            key: what was asked for.
-            source: the source's name.
-            error: what went wrong.
-            status: ``failure``, ``stale``, ``invalid_timestamp`` or ``circuit_open``. The last two
-                have events of their own.
+        The status is ``failure``, ``stale``, ``invalid_timestamp`` (a payload that was rejected) or
+        ``circuit_open`` (no call at all); the last two have events of their own.
         """
         self._count_fetch(source, status)
         if not self._telling:
@@ -256,14 +233,6 @@ class Reporter:
             self._tell(
                 "source_failed", resource=resource, source=source, error_type=kind, error=text
             )
-
-    def source_payload_rejected(self, key: ResourceKey, source: str, error: Reported) -> None:
-        """Report a payload whose observation time cannot be right."""
-        self.source_failed(key, source, error, "invalid_timestamp")
-
-    def source_circuit_open(self, key: ResourceKey, source: str, error: Reported) -> None:
-        """Report that a key was not asked for, as its circuit is open."""
-        self.source_failed(key, source, error, "circuit_open")
 
     def _count_fetch(self, source: str, status: str) -> None:
         if self._counting:
@@ -305,13 +274,8 @@ class Reporter:
     ) -> None:
         """Report one call that ran longer than its transport timeout allows (all in seconds).
 
-        Args:
-            keys: what the call was for; it counts once, and each key has an event.
-            source: the source's name.
-            outcome: ``completed_late``, ``failed_late`` or ``coalestra_timeout``.
-            declared: the transport timeout that the source declares.
-            elapsed: how long the call was seen to run.
-            grace: what was allowed on top of the declaration.
+        It counts once, as ``completed_late``, ``failed_late`` or ``coalestra_timeout``; each of its
+        keys has an event.
         """
         if self._counting:
             self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
@@ -337,12 +301,8 @@ class Reporter:
     ) -> None:
         """Report one call that was not made, as it could have outlived its budget (in seconds).
 
-        Args:
-            keys: what the call was for; it counts once, and each key has an event.
-            source: the source's name.
-            reason: what sets the budget: ``snapshot_deadline`` or ``source_timeout``.
-            declared: the transport timeout that the source declares.
-            available: the budget that was left.
+        What sets the budget is the reason: ``snapshot_deadline`` or ``source_timeout``. It counts
+        once, and each key has an event.
         """
         if self._counting:
             self._count("source_transport_budget_rejection_total", source=source, reason=reason)
@@ -359,23 +319,12 @@ class Reporter:
     # Reading the cache, and sharing work in flight ---------------------------------------------
 
     def cache_access(self, key: ResourceKey, status: str) -> None:
-        """Count one look into the cache.
-
-        Args:
-            key: what was looked for.
-            status: ``fresh``, ``stale_while_revalidate``, ``miss``, ``stale_fallback`` or
-                ``revalidation_bypass``.
-        """
+        """Count one look into the cache, by what it found or why it was not taken."""
         if self._counting:
             self._count("cache_access_total", **labels_of(key), status=status)
 
     def cache_hit(self, key: ResourceKey, freshness: str) -> None:
-        """Report a value served from the cache.
-
-        Args:
-            key: what was looked for.
-            freshness: ``fresh`` or ``stale_while_revalidate``; also the status that is counted.
-        """
+        """Report a value served from the cache, ``fresh`` or ``stale_while_revalidate``."""
         self.cache_access(key, freshness)
         if self._telling:
             self._tell("cache_hit", resource=key.display, freshness=freshness)
@@ -393,12 +342,9 @@ class Reporter:
     def stale_fallback_used(
         self, key: ResourceKey, error: Reported, *, from_cache: bool = True
     ) -> None:
-        """Report that a stale value stands in, as every source has failed.
+        """Report that a stale value stands in, as every source has failed with ``error``.
 
-        Args:
-            key: what was looked for.
-            error: why there is no fresh value.
-            from_cache: whether the cache had the value; one from a source is no cache access.
+        One that the last source brought, and not the cache, is no cache access.
         """
         if from_cache:
             self.cache_access(key, "stale_fallback")
@@ -406,12 +352,7 @@ class Reporter:
             self._tell("stale_fallback_used", resource=key.display, error_type=error_type_of(error))
 
     def cache_failed(self, operation: str, error: Reported) -> None:
-        """Report that a cache raised, and that the library went on without it.
-
-        Args:
-            operation: what the cache was asked for, ``read`` or ``write``.
-            error: what it raised.
-        """
+        """Report that a cache raised as it was to ``read`` or ``write``; it was done without."""
         if self._counting:
             self._count("cache_failure_total", operation=operation)
         if self._telling:
@@ -471,13 +412,7 @@ class Reporter:
     # Events written into the cache, and entries taken out of it --------------------------------
 
     def resource_published(self, value: Provenance, *, replaced: bool, forced: bool) -> None:
-        """Report a published value that is now in the cache.
-
-        Args:
-            value: what was written.
-            replaced: whether there was a value for the key before.
-            forced: whether it was written whatever was there.
-        """
+        """Report a published value that is in the cache now, and whether it replaced another."""
         self._count_publish(value, PublishStatus.PUBLISHED)
         if self._telling:
             self._tell(
@@ -662,34 +597,60 @@ def _innermost(sink: MetricsSink | EventSink) -> MetricsSink | EventSink:
 
 
 class ObservabilitySinks:
-    """The sinks of one builder as it uses them.
+    """The sinks of one builder as it uses them: behind a buffer where they need one.
+
+    Args:
+        metrics: where counts and observations go; None discards them.
+        events: where events go; None discards them.
+        buffer: True for every sink, False for none, None for those that do not say
+            ``coalestra_non_blocking = True``. A buffered sink never gets a second buffer.
+        max_pending: how many records may wait in each buffer (at least 1).
+        overflow: what happens to one more.
 
     Attributes:
         metrics: the metrics sink, buffered or not.
         events: the event sink, buffered or not.
         buffers: every buffered sink by component, ``events`` and ``metrics``.
         owned: those of them that were put there on the builder's behalf, and are its to close.
+
+    Raises:
+        TypeError: an argument has the wrong type, or a sink lacks a method.
+        ValueError: ``max_pending`` is below 1.
     """
 
     __slots__ = ("buffers", "events", "metrics", "owned")
 
     def __init__(
         self,
-        metrics: MetricsSink,
-        events: EventSink,
-        buffers: Mapping[str, Buffer],
-        owned: Mapping[str, Buffer],
+        metrics: MetricsSink | None,
+        events: EventSink | None,
+        *,
+        buffer: bool | None = None,
+        max_pending: int = DEFAULT_MAX_PENDING,
+        overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
-        self.metrics = metrics
-        self.events = events
-        self.buffers = buffers
-        self.owned = owned
+        if buffer is not None:
+            flag("buffer_observability", buffer)
+        self.metrics: MetricsSink = NullMetrics() if metrics is None else metrics
+        self.events: EventSink = NullEventSink() if events is None else events
+        require_methods("metrics", self.metrics, "increment", "observe")
+        require_methods("events", self.events, "emit")
+        self.buffers: dict[str, Buffer] = {}
+        self.owned: dict[str, Buffer] = {}
+        limits: dict[str, Any] = {"max_pending": max_pending, "overflow": overflow}
+        if not isinstance(self.events, BufferedEventSink) and _wants_buffer(self.events, buffer):
+            self.events = self.owned["events"] = BufferedEventSink(self.events, **limits)
+        if not isinstance(self.metrics, BufferedMetricsSink) and _wants_buffer(
+            self.metrics, buffer
+        ):
+            self.metrics = self.owned["metrics"] = BufferedMetricsSink(self.metrics, **limits)
+        if isinstance(self.events, BufferedEventSink):
+            self.buffers["events"] = self.events
+        if isinstance(self.metrics, BufferedMetricsSink):
+            self.buffers["metrics"] = self.metrics
 
     def reporter(self) -> Reporter | None:
         """Return what reports to these sinks, or None if both discard what they get."""
-        if type(self.metrics) is NullMetrics and type(self.events) is NullEventSink:
-            return None
-
         return reporter_for(self.metrics, self.events)
 
     def stats(self) -> dict[str, BufferedSinkStats]:
@@ -727,72 +688,16 @@ class ObservabilitySinks:
         """
         left = [each for each in self.owned.values() if each.downstream is sink and not each.ended]
 
+        once = [callback]
+
         def ended() -> None:
             if all(each.ended for each in left):
-                callback()
+                with contextlib.suppress(IndexError):  # another worker ended at the same time
+                    once.pop()()
 
         for buffer in left:
             buffer.call_at_end(ended)
         return bool(left)
-
-
-def buffer_sinks(
-    metrics: MetricsSink | None,
-    events: EventSink | None,
-    *,
-    buffer: bool | None = None,
-    max_pending: int = DEFAULT_MAX_PENDING,
-    overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
-) -> ObservabilitySinks:
-    """Put buffers before the sinks that need one. A buffered sink never gets a second buffer.
-
-    Args:
-        metrics: where counts and observations go; None discards them.
-        events: where events go; None discards them.
-        buffer: True for every sink, False for none, None for those that do not say
-            ``coalestra_non_blocking = True``.
-        max_pending: how many records may wait in each buffer (at least 1).
-        overflow: what happens to one more.
-
-    Raises:
-        TypeError: an argument has the wrong type, or a sink lacks a method.
-        ValueError: ``max_pending`` is below 1.
-    """
-    if buffer is not None:
-        flag("buffer_observability", buffer)
-    used_metrics = NullMetrics() if metrics is None else metrics
-    used_events = NullEventSink() if events is None else events
-    require_methods("metrics", used_metrics, "increment", "observe")
-    require_methods("events", used_events, "emit")
-    sinks = ObservabilitySinks(used_metrics, used_events, {}, {})
-    if metrics is None and events is None and not buffer:
-        return sinks
-    return _in_buffers(sinks, buffer, max_pending, overflow)
-
-
-def _in_buffers(
-    sinks: ObservabilitySinks,
-    buffer: bool | None,
-    max_pending: int,
-    overflow: BufferOverflowPolicy,
-) -> ObservabilitySinks:
-
-    metrics, events = sinks.metrics, sinks.events
-    owned: dict[str, Buffer] = {}
-    if not isinstance(events, BufferedEventSink) and _wants_buffer(events, buffer):
-        events = owned["events"] = BufferedEventSink(
-            events, max_pending=max_pending, overflow=overflow
-        )
-    if not isinstance(metrics, BufferedMetricsSink) and _wants_buffer(metrics, buffer):
-        metrics = owned["metrics"] = BufferedMetricsSink(
-            metrics, max_pending=max_pending, overflow=overflow
-        )
-    buffers: dict[str, Buffer] = {}
-    if isinstance(events, BufferedEventSink):
-        buffers["events"] = events
-    if isinstance(metrics, BufferedMetricsSink):
-        buffers["metrics"] = metrics
-    return ObservabilitySinks(metrics, events, buffers, owned)
 
 
 def _wants_buffer(sink: object, buffer: bool | None) -> bool:

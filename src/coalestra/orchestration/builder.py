@@ -34,7 +34,7 @@ from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.validation import flag, instance, number, require_methods, text
-from coalestra.observability.reports import ObservabilitySinks, buffer_sinks
+from coalestra.observability.reports import ObservabilitySinks
 from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.parts import BuilderSettings, Equipment
@@ -374,7 +374,7 @@ class SnapshotBuilder(BuilderSettings):
         self.payload_copier: PayloadCopier | None = given.payload_copier
         self.capacity: CapacityController = _capacity(chains.links, self)
         self._choose_policies(given)
-        self._sinks = buffer_sinks(
+        self._sinks = ObservabilitySinks(
             given.metrics,
             given.events,
             buffer=self.buffer_observability,

@@ -287,11 +287,14 @@ class Closing:
         if not callable(close):
             return
         if not asyncio.iscoroutinefunction(close):
-            close()
+            with gives_way(TimeoutError()):  # which is what closing the builder has raised
+                close()
             return
 
         def start() -> None:
-            self._late.add(loop.create_task(_awaited(close)))
+            task = loop.create_task(_awaited(close))
+            task.add_done_callback(_look_at)
+            self._late.add(task)
 
         with contextlib.suppress(RuntimeError):  # its loop is closed, so it is too late for that
             loop.call_soon_threadsafe(start)
