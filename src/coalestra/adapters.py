@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from coalestra.concurrency.endings import pass_on
 from coalestra.concurrency.pace import Pace
-from coalestra.concurrency.threads import threads_of_context, without_this_frame
+from coalestra.concurrency.threads import threads_of_context
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import (
@@ -172,7 +172,7 @@ def _call_and_keep(
     try:
         ended.append((function(*arguments), None))
     except BaseException as error:
-        ended.append((None, without_this_frame(error)))
+        ended.append((None, error))
 
 
 def _discard(result: Any) -> None:

@@ -367,6 +367,28 @@ def _holds(value: Any) -> bool:
     return isinstance(value, (dict, list, tuple, set, frozenset))
 
 
+class Team:
+    """Hashed by its members, whoever they are."""
+
+    def __init__(self, members: set[Key]) -> None:
+        self.members = members
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.members))
+
+
+async def test_a_key_whose_hash_rests_on_a_set_is_found_by_it(copies: PayloadCopies) -> None:
+    """It is whole when it is put in place, wherever else the set is met."""
+    members = {Key(), Key()}
+    for value in ([members, {Team(members): 1}], [{Team(members): 1}, members]):
+        payload, kind = await seal(copies, value)
+        for each in (payload, await unseal(copies, payload, kind)):
+            (teams,) = [part for part in each if isinstance(part, dict)]
+            (team,) = teams
+            assert any(part is team.members for part in each)
+            assert teams[team] == 1
+
+
 def test_a_key_that_is_a_value_as_well_stays_one(copies: PayloadCopies) -> None:
     """Aliases between keys and values are kept, and it takes no thread."""
     key = Named("a")

@@ -382,12 +382,16 @@ def test_a_copy_whose_loop_was_closed_gives_its_slot_back() -> None:
     gate, threads = ThreadGate(), WorkerThreads()
     copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
 
-    async def begin() -> None:
-        start(copies, Held(gate))
+    async def begin() -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = start(copies, Held(gate))
         await asyncio.sleep(0)
         gate.wait_arrived()
+        return task
 
-    asyncio.run(begin())
+    loop = asyncio.new_event_loop()
+    left = loop.run_until_complete(begin())
+    loop.close()
+    left._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own switch
     assert copies.active == 1
     gate.open()
     while threads.busy:

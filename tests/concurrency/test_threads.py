@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import os
 import queue
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -157,6 +159,36 @@ async def test_the_error_of_a_cancelled_call_is_dropped(threads: WorkerThreads) 
     gate.open()
     await asyncio.wait([task])
     assert task.cancelled()
+
+
+class Payload:
+    """Something that a call has in its hands."""
+
+
+@pytest.mark.real_loop  # the virtual one looks at the frames of threads
+async def test_an_error_that_nobody_waits_for_keeps_nothing_alive() -> None:
+    """Only the collector would find a cycle of an error and what it was kept in."""
+    threads, gate, alive = WorkerThreads(), ThreadGate(), weakref.WeakSet[Payload]()
+
+    def fail() -> None:
+        payload = Payload()
+        alive.add(payload)
+        gate.pass_()
+        raise KeyError
+
+    gc.disable()
+    try:
+        task = asyncio.create_task(threads.run(fail))
+        await settle()
+        gate.wait_arrived()
+        task.cancel()
+        gate.open()
+        await asyncio.wait([task])
+        del task
+        threads.close()
+        assert not alive
+    finally:
+        gc.enable()
 
 
 async def test_a_cut_off_tells_at_its_time_and_ends_with_the_thread(threads: WorkerThreads) -> None:

@@ -559,7 +559,7 @@ class Survey:
         # The walk finds more originals as it goes; each is visited in the order it was found.
         copies = [self._visit(place, original) for place, original in enumerate(self._originals)]
         blueprint = self._blueprint
-        if blueprint.keyed:
+        if len(blueprint.keyed) > 1:
             self._require_whole_keys()
         blueprint.tuples = self._tuples_inside_out()
         blueprint.classes = list(self._classes.items())
@@ -675,13 +675,16 @@ class Survey:
                 self._blueprint.keyed.append((parent, row))
 
     def _require_whole_keys(self) -> None:
-        """Refuse keys that are not whole, and so have no hash, before everything is linked."""
+        """Refuse keys that may not be whole, and so have no hash yet, when they are put in place.
+
+        All links come first, so that only another dictionary or set of such keys can be missing.
+        """
         blueprint = self._blueprint
         linked = {parent for parent, *_ in (*blueprint.attributes, *blueprint.slots)}
+        linked.update(self._tuples)
         for _, children in blueprint.keyed:
-            for child in children:
-                if child is not None and (child in linked or type(self._originals[child]) is tuple):
-                    raise UnknownPayload
+            if not linked.isdisjoint(children):
+                raise UnknownPayload
 
     def _is_immutable(self, value: Any, depth: int = 0) -> bool:
         """Whether a value can be shared; False when in doubt."""

@@ -68,7 +68,8 @@ class Job(Generic[R]):
         try:
             self._result = call()
         except BaseException as error:
-            self.error = without_this_frame(error)
+            self.error = error
+            del self  # the error leads to this frame, and would keep itself alive through it
 
     def report(self) -> None:
         """Tell the loop that the call has ended; in the thread."""
@@ -99,12 +100,6 @@ class Job(Generic[R]):
             raise error
         finally:
             error = None
-
-
-def without_this_frame(error: BaseException) -> BaseException:
-    """Cut the frame that caught an error off its traceback: it leads to where the error is kept."""
-    traceback = error.__traceback__
-    return error.with_traceback(None if traceback is None else traceback.tb_next)
 
 
 class _Worker:
