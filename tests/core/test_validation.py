@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from coalestra.core.validation import (
     integer,
     mapping,
     number,
-    patience,
     shown,
     span,
     text,
@@ -163,15 +161,3 @@ def test_a_long_or_unprintable_value_cannot_spoil_the_message() -> None:
     assert len(shown(10**5_000)) < 100
     assert "Unprintable" in shown(Unprintable())
     assert "Unprintable" in shown([Unprintable()])
-
-
-def test_a_wait_longer_than_threads_can_wait_is_one_without_end() -> None:
-    """A thread told to wait for longer raises OverflowError, on some systems from 49 days on."""
-    assert patience("timeout", 3_000_000.0) == 3_000_000.0
-    assert patience("timeout", 0) == 0
-    assert patience("timeout", None) is None
-    for huge in (1e7, 1e10, 1e300, 10**30, sys.maxsize):
-        assert patience("timeout", huge) is None
-    for bad in (-1, math.inf, math.nan, 10**400):
-        with pytest.raises(ValueError, match="timeout must be a finite number"):
-            patience("timeout", bad)

@@ -30,7 +30,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from coalestra.core.validation import number, patience
+from coalestra.concurrency.lockfree import LONGEST_WAIT_SECONDS
+from coalestra.core.validation import number
 
 R = TypeVar("R")
 
@@ -117,7 +118,7 @@ class _Worker:
     def _serve(self) -> None:
         while True:
             try:
-                job = self.jobs.get(timeout=self._pool.patience)
+                job = self.jobs.get(timeout=self._pool.wait_seconds)
             except queue.Empty:
                 if self._pool.claim(self):
                     return
@@ -143,11 +144,11 @@ class WorkerThreads:
         TypeError, ValueError: if `idle_seconds` is not a finite number of at least 0.
     """
 
-    __slots__ = ("__weakref__", "_closed", "_idle", "_running", "idle_seconds", "patience")
+    __slots__ = ("__weakref__", "_closed", "_idle", "_running", "idle_seconds", "wait_seconds")
 
     def __init__(self, *, idle_seconds: float = 10.0) -> None:
         self.idle_seconds: float = number("idle_seconds", idle_seconds, minimum=0)
-        self.patience: float | None = patience("idle_seconds", idle_seconds)
+        self.wait_seconds: float = min(self.idle_seconds, LONGEST_WAIT_SECONDS)
         self._closed = False
         self._idle: dict[_Worker, None] = {}
         self._running: dict[Job[Any], None] = {}

@@ -138,19 +138,6 @@ def number(
     return checked
 
 
-_LONGEST_WAIT_SECONDS = 4_000_000.0
-"""No system lets a thread wait longer for anything at a time; some end at 49 days."""
-
-
-def patience(name: str, seconds: object) -> float | None:
-    """Return how long a thread is to wait: a number of at least 0; None for as long as it takes.
-
-    A number that threads cannot wait for (over 46 days) is as long as it takes.
-    """
-    checked = number(name, seconds, minimum=0, optional=True)
-    return None if checked is None or checked > _LONGEST_WAIT_SECONDS else checked
-
-
 def span(name: str, value: object) -> float:
     """Return a length of time that is not negative but may be infinite."""
     rule = _ranged("a number", 0, None, None, optional=False)
