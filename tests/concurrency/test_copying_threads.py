@@ -359,6 +359,30 @@ async def test_a_start_that_fails_leaves_no_slot_taken(monkeypatch: pytest.Monke
     threads.close()
 
 
+async def test_an_interrupt_as_a_copy_has_been_handed_over_gives_its_slot_back_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread goes on with it, and what comes of it finds the slot given back."""
+    gate, threads = ThreadGate(), WorkerThreads()
+    copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
+    begin = threads.start
+
+    def strike(*arguments: Any, **named: Any) -> None:
+        begin(*arguments, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkerThreads, "start", lambda _, *rest, **named: strike(*rest, **named))
+    with pytest.raises(KeyboardInterrupt):
+        copies.seal(Held(gate), context="test").send(None)
+    assert copies.active == 0
+    monkeypatch.undo()
+    gate.open()
+    await threads.run(int)
+    await settle()
+    assert copies.active == 0
+    threads.close()
+
+
 async def test_whoever_cancels_every_task_leaves_no_copy_active_for_ever() -> None:
     """As recipes for shutting down do: a copy hangs on its thread, and on no task of its own."""
     gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=2)
