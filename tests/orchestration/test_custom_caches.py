@@ -27,7 +27,7 @@ from tests.contracts.caches import (
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
-from tests.support import Gate, LoopClock, cancel_at_every_await, no_leaks, settle
+from tests.support import Gate, LoopClock, ThreadGate, cancel_at_every_await, no_leaks, settle
 
 Make = Callable[[], Any]
 SHORT = FreshnessPolicy(10.0, 100.0)
@@ -408,6 +408,29 @@ async def test_a_reader_in_a_hurry_goes_on_without_the_cache_and_others_do_not()
     cache.gate.open()
     assert (await patient).value(key("k")) == "cached"
     await no_leaks(building)
+
+
+class SlowToCopy:
+    """Takes as long to copy as its gate stays closed."""
+
+    def __init__(self, gate: ThreadGate) -> None:
+        self.gate = gate
+
+    def __deepcopy__(self, memo: object) -> SlowToCopy:
+        self.gate.pass_()
+        return self
+
+
+async def test_who_goes_on_without_a_cached_value_that_is_being_copied_is_counted() -> None:
+    """As a payload copy that ran out of time: the cache itself had answered."""
+    gate, cache = ThreadGate(), SingleKeyCache()
+    payload = SlowToCopy(gate)
+    cache.held[key("k")] = value_of(key("k"), payload, observed_at=LoopClock().now())
+    building = builder(Single("k"), cache=cache, clock=LoopClock())
+    assert (await building.build([key("k")], deadline_seconds=0.5)).value(key("k")) == ""
+    assert (await building.health_snapshot()).payload_copy_timeout_count == 1
+    gate.open()
+    await building.aclose()
 
 
 async def test_two_builders_may_share_one_cache() -> None:

@@ -694,9 +694,10 @@ class ForeignCache:
     Attributes:
         subscribers: who hears of changes through this view; held weakly.
         calls: the calls to the cache, with what it can do and what became of them.
+        copying: the keys of what has been read and is being copied in at this moment.
     """
 
-    __slots__ = ("_channel", "_copies", "_tasks", "_tolerance", "calls", "subscribers")
+    __slots__ = ("_channel", "_copies", "_tasks", "_tolerance", "calls", "copying", "subscribers")
 
     def __init__(
         self,
@@ -708,6 +709,7 @@ class ForeignCache:
     ) -> None:
         self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed)
         self.subscribers: Listeners = Listeners()
+        self.copying: dict[ResourceKey, None] = {}
         self._copies = copies
         self._tolerance = future_tolerance(observation)
         self._channel: Channel | None = None
@@ -795,10 +797,13 @@ class ForeignCache:
         revisions: dict[ResourceKey, Revision] = {}
         pace = Pace()
         for key, value in values.items():
+            self.copying[key] = None
             try:
                 revisions[key] = await seal_value(self._copies, value, _READ)
             except Exception as error:
                 self.calls.tell("read", {key: error})
+            finally:
+                self.copying.pop(key, None)
             await pace.keep()
         return revisions
 

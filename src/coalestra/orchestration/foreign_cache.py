@@ -100,8 +100,11 @@ class CacheReads:
         group.hurried[gather] = loop.call_later(left * _SHARE, self._go_on, gather, group)
 
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
+        foreign = self._equipment.access.foreign
+        copying = {} if foreign is None else foreign.copying
         for read in group.reads:
             if gather in read.waiters:
+                self._equipment.copies.count_timeouts(read.key in copying)
                 del read.waiters[gather]
                 alone = Read(read.key, read.policy, group)
                 alone.waiters[gather] = None
