@@ -1,3 +1,4 @@
-"""The version of the package: the one place that the build and the code read it from."""
+"""The version of the package; that of pyproject.toml, which `make quality` compares."""
 
 __version__ = "0.6.0"
+"""The version, as in the metadata of the package."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 import coalestra
 from coalestra.orchestration.parts import BuilderSettings
+from tests.docs import public_names
 from tests.docs.pages import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -74,3 +78,22 @@ def test_every_reason_of_health_is_explained() -> None:
     page = (ROOT / "docs" / "how-to" / "health.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert sorted(explained) == sorted(reason.value for reason in coalestra.BuilderHealthReason)
+
+
+@pytest.mark.parametrize("package", public_names.PACKAGES)
+def test_every_public_name_is_in_one_table_of_the_public_api(package: str) -> None:
+    page = public_names.PAGE.read_text(encoding="utf-8")
+    listed = [
+        name for home, names in public_names.tables(page) if home == package for name in names
+    ]
+    assert sorted(listed) == sorted(importlib.import_module(package).__all__)
+
+
+def test_the_public_api_says_of_each_name_what_its_docstring_says() -> None:
+    page = public_names.PAGE.read_text(encoding="utf-8")
+    assert public_names.renewed(page) == page, "run python -m tests.docs.public_names --write"
+
+
+def test_a_public_name_without_a_docstring_is_refused() -> None:
+    with pytest.raises(ValueError, match="json.decoder must have a docstring"):
+        public_names.meaning("json", "decoder")
