@@ -53,6 +53,13 @@ bench-quick: $(VENV)/.bench ## the same with few repetitions, to see that it wor
 	@echo "== benchmarks, quickly"
 	@$(RUN) -m tests.benchmarks --quick
 
+.PHONY: docs
+docs: $(VENV)/.docs ## build the documentation site into build/site, and run its recipes
+	@echo "== documentation: the recipes, each in its framework"
+	@$(RUN) -m pytest -q tests/docs -k "recipe or site"
+	@echo "== documentation: build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
 clean: ## remove environments, caches and what was built
 	@echo "== clean"
 	@rm -rf $(VENV) .venvs build dist .coverage .coverage.* htmlcov
@@ -83,4 +90,9 @@ $(VENV)/.dev: $(VENV)/.package
 $(VENV)/.bench: $(VENV)/.package
 	@echo "== installing what the benchmarks compare with into $(VENV)"
 	@$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	@echo "== installing what builds the documentation into $(VENV)"
+	@$(PIP) -e '.[docs]'
 	@touch $@

@@ -7,12 +7,19 @@ Marks, each in an HTML comment of its own right above a block:
     ``...`` in it stands for anything.
 ``<!-- no-run: reason -->``
     the Python block below is only shown.
+
+and one that stands alone:
+
+``<!-- needs: names -->``
+    from here to the next such mark the page is a program of its own, which runs after the blocks
+    above the first of these marks, and only where modules of these names can be imported.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +27,7 @@ OUTPUT = "output"
 NO_RUN = "no-run"
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)")
+_NEEDS = re.compile(r"^<!-- *needs: *(?P<names>\w+(?:, *\w+)*) *-->$")
 _MARK = re.compile(r"^ *<!-- *(?P<mark>output|no-run)(?:: *(?P<reason>.+?))? *-->$")
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
@@ -45,11 +53,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """One page, split into its blocks and the lines between them."""
+    """One page, split into its blocks and the lines between them.
+
+    `needs` has the line of each mark of a program of its own, and what that needs.
+    """
 
     path: Path
     blocks: list[Block] = field(default_factory=list)
     prose: list[tuple[int, str]] = field(default_factory=list)
+    needs: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -62,6 +74,20 @@ class Page:
             (line, match["target"]) for line, text in self.prose for match in _LINK.finditer(text)
         ]
 
+    def programs(self) -> list[tuple[tuple[str, ...], Page]]:
+        """What each program of the page needs, and the page with the blocks of that alone."""
+        if not self.needs:
+            return [((), self)]
+        starts = [line for line, _ in self.needs]
+        first = [block for block in self.blocks if block.line < starts[0]]
+        return [
+            (names, replace(self, blocks=[*first, *self._between(start, end)]))
+            for (start, names), end in zip(self.needs, [*starts[1:], sys.maxsize], strict=True)
+        ]
+
+    def _between(self, start: int, end: int) -> list[Block]:
+        return [block for block in self.blocks if start < block.line < end]
+
 
 def page_of(path: Path, text: str) -> Page:
     """Split a page.
@@ -73,7 +99,10 @@ def page_of(path: Path, text: str) -> Page:
     lines = iter(enumerate(text.splitlines(), start=1))
     mark, reason, marked_at = "", "", 0
     for number, line in lines:
-        if found := _MARK.match(line):
+        if needed := _NEEDS.match(line):
+            names = needed["names"].replace(" ", "").split(",")
+            page.needs.append((number, tuple(name for name in names if name != "nothing")))
+        elif found := _MARK.match(line):
             mark, reason, marked_at = found["mark"], found["reason"] or "", number
         elif opening := _FENCE.match(line):
             indent = len(opening["indent"])

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 import sys
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +26,25 @@ _TABLE = re.compile(r"(<!-- names of ([\w.]+): begin -->\n).*?(<!-- names: end -
 _ROW = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
 
 
-def tables(page: str) -> list[tuple[str, list[str]]]:
-    """The package and the names of each table, in order."""
-    return [(found[2], _ROW.findall(found[0])) for found in _TABLE.finditer(page)]
+@dataclass(frozen=True)
+class Section:
+    """One section of the page: its title, its words, and the names of a package in its table."""
+
+    title: str
+    words: str
+    package: str
+    names: tuple[str, ...]
+
+
+def sections(page: str) -> list[Section]:
+    """The sections with a table, in order."""
+    found = []
+    for text in page.split("\n## ")[1:]:
+        title, _, rest = text.partition("\n")
+        if table := _TABLE.search(rest):
+            names = tuple(_ROW.findall(table[0]))
+            found.append(Section(title, rest[: table.start()].strip(), table[2], names))
+    return found
 
 
 def renewed(page: str) -> str:

@@ -1,4 +1,7 @@
-"""Runs the Python blocks of one page as one program, and compares what they print."""
+"""Runs the Python blocks of one page as one program, and compares what they print.
+
+``python -m tests.docs.running PAGE NUMBER`` runs one of the programs of a page in this process.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import sys
 import types
 from collections.abc import Iterator
 
-from tests.docs.pages import Block, Page
+from tests.docs.pages import ROOT, Block, Page, page_of
 
 
 class WrongOutput(AssertionError):
@@ -60,3 +63,9 @@ def _compare(page: Page, block: Block, printed: str) -> None:
 
 def _tidy(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
+
+
+if __name__ == "__main__":
+    path = ROOT / sys.argv[1]
+    _, program = page_of(path, path.read_text(encoding="utf-8")).programs()[int(sys.argv[2])]
+    run_page(program)

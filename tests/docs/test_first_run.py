@@ -49,24 +49,38 @@ def printed_story() -> str:
 @pytest.mark.parametrize(
     "line",
     [
-        "plan:need:south         20.0  planner    0 min  derived from 3 values, all fresh",
-        "probe:moisture:north    22.0  probes     0 min  published as an event",
-        "farm:target:east        30.0  registry   0 min  fetched, attempt 1",
+        "  look: each value (here of one field) says who gave it, how old it is, and how it came",
+        "    need of the south      20.0  planner    0 min  computed from 3 others, all fresh",
+        "    moisture of the south  18.0  probes     0 min  told by an event; nobody asked",
+        "    target of the south    40.0  registry   0 min  fetched, attempt 1",
         "ok  one request brought the rain of all three fields",
         "ok  asked again, no source is called",
-        "ok  the second look saw that it had been watered by hand: 8 mm do",
-        "plan:need:south          8.0  planner    0 min  derived from 3 values, STALE rain",
-        "weather:rain:east        6.0  forecast  40 min  STALE, because ConnectionRefusedError",
+        "ok  the look before the deed saw the 30 mm: 8 mm will do",
+        "  ! rain of the south       2.0  forecast  40 min  STALE: the last one known, because "
+        "ConnectionRefusedError",
         "refused: weather:rain:north must be fresh, got a stale value observed",
         "health: degraded, circuit_open of forecast",
-        "weather:rain:east        6.0  forecast  40 min  STALE, because CircuitOpenError",
+        "  ! rain of the north       4.0  forecast  40 min  STALE: the last one known, because "
+        "CircuitOpenError",
         "health: degraded, circuit_half_open of forecast",
-        "weather:rain:north       9.0  forecast   0 min  fetched, attempt 1",
+        "    rain of the north       9.0  forecast   0 min  fetched, attempt 1",
         "ok  the south gets its 8 mm",
     ],
 )
 def test_the_story_has_its_key_lines(story: str, line: str) -> None:
     assert line in story
+
+
+def test_a_value_that_rests_on_old_ones_is_marked_though_it_is_new_itself(story: str) -> None:
+    (line,) = (line for line in story.splitlines() if "WARNING" in line)
+    assert line == (
+        "  ! need of the south       8.0  planner    0 min  "
+        "WARNING: new, but rests on a STALE value, rain"
+    )
+
+
+def test_the_story_is_short(story: str) -> None:
+    assert len(story.splitlines()) <= 55
 
 
 def test_health_goes_and_comes_with_the_service(story: str) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import coalestra
 from tests.docs.pages import ROOT, Page, page_of, pages
 from tests.docs.running import WrongOutput, run_page
 
+PACKAGE_HOME = Path(str(coalestra.__file__)).parents[1]
 PAGES = pages()
 MAKE_COMMAND = re.compile(r"(?:^|`|\$ )make ([a-z][a-z-]*)", re.MULTILINE)
 
@@ -20,12 +26,42 @@ def test_the_readme_shows_code_and_what_it_prints() -> None:
     assert any(block.is_output for block in readme.blocks)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if not page.needs], ids=lambda page: page.name
+)
 def test_the_code_of_a_page_runs_and_prints_what_is_shown(
     page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(page)
+
+
+@pytest.mark.parametrize(
+    "page, number, needed",
+    [
+        pytest.param(page, number, needed, id=f"{page.name} with {', '.join(needed) or 'nothing'}")
+        for page in PAGES
+        if page.needs
+        for number, (needed, _) in enumerate(page.programs())
+    ],
+)
+def test_a_recipe_runs_in_the_framework_that_it_is_for(
+    page: Page, number: int, needed: tuple[str, ...], tmp_path: Path
+) -> None:
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install -e '.[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.docs.running", page.name, str(number)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(PACKAGE_HOME)])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -103,6 +139,16 @@ def test_a_block_may_be_shown_only_if_a_reason_is_given() -> None:
     assert run_page(page) == 0
     with pytest.raises(ValueError, match="gives a reason"):
         page_with("<!-- no-run -->", "```python", "boom", "```")
+
+
+def test_programs_of_a_page_share_only_what_stands_above_them() -> None:
+    page = page_with(
+        "```python", "x = 1", "```",
+        "<!-- needs: nothing -->", "```python", "x += 1", "assert x == 2", "```",
+        "<!-- needs: json, re -->", "```python", "x += 1", "assert x == 2", "```",
+    )  # fmt: skip
+    assert [needed for needed, _ in page.programs()] == [(), ("json", "re")]
+    assert [run_page(program) for _, program in page.programs()] == [2, 2]
 
 
 def test_a_mark_without_its_block_is_an_error() -> None:

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from coalestra import BuilderHealthAssessment, Snapshot, SnapshotValue
+from collections.abc import Sequence
+
+from coalestra import BuilderHealthAssessment, ResourceKey, Snapshot, SnapshotValue
 
 
 def chapter(title: str) -> None:
     print(f"\n=== {title}")
 
 
-def show(snapshot: Snapshot) -> None:
-    """Print a snapshot as a table: value, source, age, and how it was obtained."""
-    print(f"    {'resource':22} {'mm':>5}  {'source':8}  {'age':>6}  how it was obtained")
-    for key, value in snapshot.items():
+def show(snapshot: Snapshot, keys: Sequence[ResourceKey], *, look_at: str) -> None:
+    """Print some values of a snapshot as a table, under a word on what to see in it."""
+    print(f"  look: {look_at}")
+    print(f"    {'value':21} {'mm':>5}  {'source':8}  {'age':>6}  how it came here")
+    for key in keys:
+        value = snapshot[key]
+        mark = "!" if doubts(value) else " "
         age = f"{value.age_seconds / 60:.0f} min"
-        print(f"    {key!s:22} {value.value:5.1f}  {value.source:8}  {age:>6}  {how(value)}")
-    print()
+        name = f"{key.name} of the {key.subject}"
+        print(f"  {mark} {name:21} {value.value:5.1f}  {value.source:8}  {age:>6}  {how(value)}")
+
+
+def doubts(value: SnapshotValue[float]) -> bool:
+    """Whether a value is old, or new but made from something old: it would not say so by itself."""
+    return value.stale or bool(value.metadata.get("stale_inputs"))
 
 
 def how(value: SnapshotValue[float]) -> str:
     """Tell from its provenance how a value came to be in a snapshot."""
     facts = value.metadata
     if "fallback_error" in facts:
-        return f"STALE, because {why(facts['fallback_error'])}"
+        return f"STALE: the last one known, because {why(facts['fallback_error'])}"
+    if facts.get("stale_inputs"):
+        return f"WARNING: new, but rests on a STALE value, {facts['stale_inputs']}"
     if value.dependency_versions:
-        inputs = f"STALE {facts['stale_inputs']}" if facts["stale_inputs"] else "all fresh"
-        return f"derived from {len(value.dependency_versions)} values, {inputs}"
+        return f"computed from {len(value.dependency_versions)} others, all fresh"
     if facts.get("published"):
-        return "published as an event"
+        return "told by an event; nobody asked"
     if value.from_cache:
         return "from the cache"
     return f"fetched, attempt {value.attempts}"
