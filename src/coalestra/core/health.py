@@ -290,23 +290,32 @@ class BuilderHealth:
         deadline_exceeded_count: keys that failed by a deadline.
         revalidation_attempt_count, revalidation_failure_count: revalidations of sessions.
         source_timeout_guarantees: what each source declares about blocking, by its name.
-        blocking_source_count, protected_blocking_source_count, unsafe_blocking_source_count,
-        undeclared_source_timeout_count: how many sources declare what.
+        blocking_source_count: sources that declare that they block.
+        protected_blocking_source_count: those of them whose calls end in time.
+        unsafe_blocking_source_count: those whose calls may not.
+        undeclared_source_timeout_count: sources that declare nothing.
         source_transport_timeout_violation_count: calls that outlasted their declared transport
             timeout.
         source_transport_timeout_violations: the same by name of source.
         pending_submissions, max_pending_submissions: the backlog of the synchronous publisher and
             its limit; None where there is no such publisher.
         payload_copy_components: the copies of each component.
-        active_payload_copies, waiting_for_copy_capacity, payload_copy_started_count,
-        payload_copy_completed_count, payload_copy_failure_count, payload_copy_timeout_count,
-        payload_copy_capacity_timeout_count, payload_copy_shutdown_incomplete,
-        payload_copy_shutdown_timeout_count, payload_copy_active_at_last_shutdown_timeout: the sums
-            over these components.
+        active_payload_copies, waiting_for_copy_capacity: copies under way, or waiting for a
+            thread; these and the next ones are the sums over the components.
+        payload_copy_started_count, payload_copy_completed_count: copies begun and ended.
+        payload_copy_failure_count: copies that raised.
+        payload_copy_timeout_count, payload_copy_capacity_timeout_count: deadlines that struck
+            during a copy, or while it waited for a thread.
+        payload_copy_shutdown_incomplete: whether copies were left over by the closing.
+        payload_copy_shutdown_timeout_count, payload_copy_active_at_last_shutdown_timeout: closings
+            that left copies over, and how many the last one left.
         observability_buffers: the statistics of each buffered sink, by component.
-        observability_pending, observability_peak_pending, observability_dropped_count,
-        observability_failure_count, observability_shutdown_incomplete,
-        observability_shutdown_timeout_count: the sums over these buffers.
+        observability_pending, observability_peak_pending: records that wait, now and at most;
+            these and the next ones are the sums over the buffers.
+        observability_dropped_count, observability_failure_count: records lost, for want of room or
+            as the sink raised.
+        observability_shutdown_incomplete: whether records were left over by the closing.
+        observability_shutdown_timeout_count: closings that left records over.
         unfinished_source_calls: calls that outlived the closing of the builder, by source.
         sources: when each source last answered and last failed, and with what type of error.
     """
