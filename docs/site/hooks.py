@@ -50,7 +50,8 @@ MENTION = re.compile(rf"(?<![\[`\w])`({'|'.join(PUBLIC)})([.(][^`\n]*)?`(?![`\]]
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     chapters = {title: pages for entry in config.nav for title, pages in entry.items()}
-    chapters["Learn"] += [f"{example}.md" for example in programs() if example.count("/") == 1]
+    listed = re.findall(r"\]\((\w+\.py)\)", (DOCS / "examples" / "README.md").read_text("utf-8"))
+    chapters["Learn"] += [f"examples/{example}.md" for example in listed]
     for folder, title in FOLDERS.items():
         found = [path.relative_to(DOCS).as_posix() for path in (DOCS / folder).glob("*.md")]
         chapters[title] += sorted(set(found) - set(chapters[title]))
