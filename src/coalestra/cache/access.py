@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from coalestra.cache.foreign import ForeignCache
-from coalestra.cache.memory import AsyncMemoryCache
+from coalestra.cache.memory import AsyncMemoryCache, let_go
 from coalestra.cache.store import EntryStore, Listeners
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.keys import ResourceKey
@@ -68,6 +68,6 @@ class CacheAccess:
             CacheUnavailableError: the cache did not do it; or what the cache raised.
         """
         if self.store is not None:
-            self.store.drop(keys)
+            await let_go(self.store.drop(keys))
         elif self.foreign is not None:
             await self.foreign.invalidate(keys)

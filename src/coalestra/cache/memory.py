@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from coalestra.cache.store import EntryStore, best_per_key
@@ -190,7 +190,7 @@ class AsyncMemoryCache:
 
     async def set_many(self, values: Collection[SnapshotValue[Any]]) -> None:
         """Store values in one step, whatever is there; of several for one key, the best one."""
-        self._store.put_many(await self._sealed(values), force=True)
+        await let_go(self._store.put_many(await self._sealed(values), force=True))
 
     async def set_if_newer(
         self, value: SnapshotValue[Any], *, force: bool = False, replace_equal: bool = False
@@ -214,13 +214,15 @@ class AsyncMemoryCache:
         )
         results = {}
         pace = Pace()
-        for status, current, previous in outcomes:
+        outcomes.reverse()
+        while outcomes:  # what was replaced is let go one by one
+            status, current, previous = outcomes.pop()
+            await pace.keep()
             before = None
             if previous is not None:
                 before = await open_value(self._copies, previous, _READ)
             after = await open_value(self._copies, current, _READ)
             results[current.key] = CacheWriteResult(status, after, before)
-            await pace.keep()
         return results
 
     async def invalidate(self, key: ResourceKey) -> None:
@@ -228,8 +230,8 @@ class AsyncMemoryCache:
         self._store.drop((key,))
 
     async def invalidate_many(self, keys: Collection[ResourceKey]) -> None:
-        """Forget ``keys``."""
-        self._store.drop(tuple(keys))
+        """Forget ``keys``, in one step."""
+        await let_go(self._store.drop(keys))
 
     async def invalidate_matching(
         self, predicate: Callable[[ResourceKey], bool]
@@ -238,13 +240,13 @@ class AsyncMemoryCache:
 
         The predicate may also be asked about keys that are being fetched at the moment.
         """
-        return self._store.drop_where(validation.callable_("predicate", predicate))
+        return await _gone(self._store.drop_where(validation.callable_("predicate", predicate)))
 
     async def invalidate_namespace(
         self, namespace: str, *, name: str | None = None, subject: str | None = None
     ) -> tuple[ResourceKey, ...]:
         """Forget a namespace, or the part of it with this name and subject; return the keys."""
-        return self._store.drop_where(_belonging_to(namespace, name, subject))
+        return await _gone(self._store.drop_where(_belonging_to(namespace, name, subject)))
 
     async def prune(
         self, *, now: float, policy_resolver: FreshnessPolicyProvider
@@ -253,17 +255,17 @@ class AsyncMemoryCache:
         moment = validation.number("now", now)
         store = self._store
         dropped: list[ResourceKey] = []
-        for keys in _portions(store):
-            dropped += store.drop_expired(keys, moment, policy_resolver)
-            await asyncio.sleep(0)
-        for keys in _portions(store):
-            dropped += store.drop_outdated(keys)
+        held = tuple(store)
+        # Twice, as what rests on something dropped may have come before it.
+        for start in (*range(0, len(held), _PORTION), *range(0, len(held), _PORTION)):
+            keys = held[start : start + _PORTION]
+            dropped += [each.key for each in store.drop_useless(keys, moment, policy_resolver)]
             await asyncio.sleep(0)
         return tuple(dropped)
 
     async def clear(self) -> None:
         """Forget everything."""
-        self._store.clear()
+        await let_go(self._store.clear())
 
     async def size(self) -> int:
         """How many entries are stored."""
@@ -308,9 +310,18 @@ class AsyncMemoryCache:
         return best_per_key(revisions).values()
 
 
-def _portions(keys: Iterable[ResourceKey]) -> list[tuple[ResourceKey, ...]]:
-    held = tuple(keys)
-    return [held[start : start + _PORTION] for start in range(0, len(held), _PORTION)]
+async def let_go(removed: list[Any]) -> None:
+    """Free what was removed bit by bit: all at once would hold the loop."""
+    pace = Pace()
+    while removed:
+        del removed[-_PORTION:]
+        await pace.keep()
+
+
+async def _gone(removed: list[Revision]) -> tuple[ResourceKey, ...]:
+    keys = tuple([revision.key for revision in removed])
+    await let_go(removed)
+    return keys
 
 
 def _belonging_to(

@@ -156,8 +156,9 @@ class _Publication:
         for update in updates:
             judged.append(judge(update, now))
             policies[update.key] = resolve(update.key)
-            if not len(judged) % PORTION and self._pace.due:
-                await self._breathe()
+            if not len(judged) % PORTION:
+                await self._keep_pace()
+        await self._keep_pace()
         if len(judged) == 1:
             return {judged[0]: updates[0]}
         made_of = dict(zip(judged, updates, strict=True))
@@ -178,8 +179,7 @@ class _Publication:
                 if skew > 0:
                     told["clock_skew_seconds"] = skew
                 revision.metadata = copies.seal_metadata_now(told, context=_IN)
-            if self._pace.due:
-                await self._breathe()
+            await self._keep_pace()
 
     async def write(self, best: Collection[Revision], force: bool, replace_equal: bool) -> None:
         """Offer the revisions to the cache, in one step if it is the library's own."""
@@ -194,6 +194,7 @@ class _Publication:
                 best, self._policies, parts.clock.now(), force=force, replace_equal=replace_equal
             )
             self.outcomes = [written[each.key] for each in best]
+        await self._keep_pace()
 
     def conclude(self) -> None:
         """Declare everything that was announced ended."""
@@ -244,9 +245,10 @@ class _Publication:
             self._announced += len(news)
             self._listeners.announced(news)
 
-    async def _breathe(self) -> None:
-        self._announce()
-        await self._pace.rest()
+    async def _keep_pace(self) -> None:
+        if self._pace.due:
+            self._announce()
+            await self._pace.rest()
 
 
 class ResourcePublisher:
@@ -400,13 +402,16 @@ class ResourcePublisher:
         validation.text("reason", reason, empty=True)
         unique = tuple(dict.fromkeys(keys))
         for key in unique:
-            validation.instance("keys", key, ResourceKey)
+            if type(key) is not ResourceKey:
+                validation.instance("keys", key, ResourceKey)
         if not unique:
             return
         await self._parts.access.invalidate(unique)
         if self._parts.reporter is not None:
+            pace = Pace()
             for key in unique:
                 self._parts.reporter.resource_invalidated(key, reason)
+                await pace.keep()
 
     async def aclose(self, *, timeout_seconds: float | None = 5.0) -> None:
         """Refuse new publications and wait for running copies; shared parts are left alone.
@@ -433,8 +438,10 @@ class ResourcePublisher:
         finally:
             publication.conclude()
         if parts.reporter is not None:
+            pace = Pace()
             for revision, outcome in zip(best, publication.outcomes, strict=True):
                 _report(parts.reporter, revision, outcome, force)
+                await pace.keep()
         return await publication.results()
 
 

@@ -65,7 +65,8 @@ def decide(
         arrived = _arrived_later(candidate, current)
         if arrived is not None:
             return _STORED if arrived else _OLDER
-    at, held_at = candidate.ordered_at, current.ordered_at
+    at = candidate.observed_at if candidate.dated else candidate.ordered_at
+    held_at = current.observed_at if current.dated else current.ordered_at
     if held_at > horizon or at > held_at:
         return _STORED
     if at < held_at:
@@ -452,25 +453,23 @@ class EntryStore:
         return outcomes
 
     def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
-        key = revision.key
-        previous = current = self._entries.get(key)
+        key, entries, currency = revision.key, self._entries, self._currency
+        previous = current = entries.get(key)
         if current is not None:
-            if current.dependency_versions and not self._currency.holds(current):
+            if current.dependency_versions and not currency.holds(current):
                 self._invalidations += 1
                 previous = None
-            else:
-                status = decide(
-                    revision, current, force=force, replace_equal=replace_equal, horizon=horizon
-                )
+            elif not force:
+                status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
                 if status is not _STORED:
                     return status, current, current
-            del self._entries[key]  # the new entry goes to the end, under its own key object
-            self._currency.removed(current)
-        self._entries[key] = revision
+            del entries[current.key]  # the new one goes to the end, under its own key object
+            currency.removed(current)
+        entries[key] = revision
         revision.checked = UNCHECKED
-        self._currency.epoch += 1
+        currency.epoch += 1
         self._sets += 1
-        if self._recency is not None and len(self._recency) > (self.max_entries or 0):
+        if self._recency is not None and len(entries) > (self.max_entries or 0):
             _, oldest = self._recency.popitem(last=False)
             self._currency.removed(oldest)
             self._evictions += 1
@@ -478,38 +477,37 @@ class EntryStore:
 
     # Removing -----------------------------------------------------------------------------------
 
-    def drop(self, keys: Collection[ResourceKey]) -> tuple[ResourceKey, ...]:
-        """Invalidate ``keys`` in one step; return those that were stored. All are told."""
-        self.listeners.invalidating(keys)
-        return self._remove(dict.fromkeys(keys))
+    def drop(self, keys: Iterable[ResourceKey]) -> list[Revision]:
+        """Invalidate ``keys`` in one step; return what was stored. All are told to listeners."""
+        told = keys if isinstance(keys, (tuple, list, dict)) else tuple(keys)
+        self.listeners.invalidating(told)
+        return self._remove(told)
 
-    def drop_where(self, matches: Callable[[ResourceKey], bool]) -> tuple[ResourceKey, ...]:
-        """Invalidate every key that matches; return those that were stored."""
+    def drop_where(self, matches: Callable[[ResourceKey], bool]) -> list[Revision]:
+        """Invalidate every key that matches, in one step; return what was stored."""
         held = [key for key in self._entries if matches(key)]
         self.listeners.invalidating_where(matches)
         return self._remove(held)
 
-    def clear(self) -> None:
-        """Invalidate every key there is."""
-        self.drop_where(_any_key)
+    def clear(self) -> list[Revision]:
+        """Invalidate every key there is; return what was stored."""
+        return self.drop_where(lambda _key: True)
 
-    def drop_expired(
+    def drop_useless(
         self, keys: Iterable[ResourceKey], now: float, policy_resolver: FreshnessPolicyProvider
-    ) -> tuple[ResourceKey, ...]:
-        """Drop those of ``keys`` that are beyond max stale; return the dropped."""
-
-        def expired(revision: Revision) -> bool:
-            policy = policy_resolver.resolve(revision.key)
-            return now - revision.observed_at > policy.max_stale_seconds
-
-        dropped = self._drop_those(keys, expired)
-        self._expirations += len(dropped)
-        return dropped
-
-    def drop_outdated(self, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
-        """Drop those of ``keys`` whose dependencies are no longer current; return the dropped."""
-        dropped = self._drop_those(keys, lambda revision: not self._currency.holds(revision))
-        self._invalidations += len(dropped)
+    ) -> list[Revision]:
+        """Drop those of ``keys`` that are beyond max stale, or outdated; return the dropped."""
+        dropped = []
+        for key in keys:
+            revision = self._entries.get(key)
+            if revision is None:
+                continue
+            expired = now - revision.observed_at > policy_resolver.resolve(key).max_stale_seconds
+            if expired or not self._currency.holds(revision):
+                self._expirations += expired
+                self._invalidations += not expired
+                self._discard(revision)
+                dropped.append(revision)
         return dropped
 
     def stats(self) -> CacheStats:
@@ -531,26 +529,13 @@ class EntryStore:
         del self._entries[revision.key]
         self._currency.removed(revision)
 
-    def _drop_those(
-        self, keys: Iterable[ResourceKey], going: Callable[[Revision], bool]
-    ) -> tuple[ResourceKey, ...]:
+    def _remove(self, keys: Iterable[ResourceKey]) -> list[Revision]:
+        pop, removed = self._entries.pop, self._currency.removed
         dropped = []
         for key in keys:
-            revision = self._entries.get(key)
-            if revision is not None and going(revision):
-                self._discard(revision)
-                dropped.append(key)
-        return tuple(dropped)
-
-    def _remove(self, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
-        removed = self._drop_those(keys, _any_revision)
-        self._invalidations += len(removed)
-        return removed
-
-
-def _any_key(_key: ResourceKey) -> bool:
-    return True
-
-
-def _any_revision(_revision: Revision) -> bool:
-    return True
+            revision = pop(key, None)
+            if revision is not None:
+                removed(revision)
+                dropped.append(revision)
+        self._invalidations += len(dropped)
+        return dropped
