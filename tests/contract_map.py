@@ -84,7 +84,9 @@ SECTIONS: Mapping[int, Section] = {
             "cache/test_write_order.py",
             "contracts/test_cache_contract.py",
             "contracts/test_access_contract.py",
+            "cache/test_fan_out.py",
             "orchestration/test_custom_caches.py",
+            "orchestration/test_cache_troubles.py",
         ),
     ),
     8: Section(

@@ -295,7 +295,9 @@ async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     publisher = standalone(AsyncMemoryCache())
     assert await turns_for(publisher, numbered(10, lambda n: [[n]])) == 2 * 10 + 2
-    assert await turns_for(publisher, numbered(10, lambda n: n)) == 2 * 10 + 2, "previous ones count"
+    assert await turns_for(publisher, numbered(10, lambda n: n)) == 2 * 10 + 2, (
+        "previous ones count"
+    )
 
 
 async def test_what_was_replaced_is_let_go_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1031,7 +1031,8 @@ class ForeignCache:
         failures.update(refused)
         readable = await self.calls.held(tried, terms.now)
         unreadable = {key: values[key] for key in tried if key not in readable}
-        await self._store(unreadable, {}, terms, results, failures)
+        # Insisting, as all that could not be compared may have made the cache look dead.
+        await self._store(unreadable, {}, terms._replace(insist=True), results, failures)
         for key in unreadable:
             if key in results:
                 del failures[key]

@@ -1,0 +1,710 @@
+"""A cache of one's own never fails, holds up or deceives a build, whatever it does."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    CacheLookup,
+    CacheTimeoutError,
+    CacheUnavailableError,
+    FreshnessPolicy,
+    InMemoryMetrics,
+    ResourceKey,
+    SnapshotBuilder,
+    SnapshotValue,
+    SourceAuthorityPolicy,
+    SourceUnavailableError,
+)
+from tests.contracts.caches import (
+    FOREIGN,
+    AtomicCache,
+    BatchAtomicCache,
+    BatchCache,
+    SingleKeyCache,
+)
+from tests.contracts.samples import value_of
+from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
+from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
+from tests.support import Gate, LoopClock, no_leaks, settle
+
+KEYS = [key("b", str(number)) for number in range(5)]
+KINDS = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
+
+
+class Panic(BaseException):
+    """No ordinary exception."""
+
+
+def doing(
+    kind: Callable[[], SingleKeyCache], act: Callable[[str], Awaitable[None]]
+) -> SingleKeyCache:
+    """Return a cache of that kind that does as told in each of its calls."""
+
+    class Acting(kind):  # type: ignore[misc, valid-type]
+        async def _travel(self, call: str) -> None:
+            await super()._travel(call)
+            await act(call)
+
+    cache: SingleKeyCache = Acting()
+    return cache
+
+
+def hanging(kind: Callable[[], SingleKeyCache], *calls: str) -> tuple[SingleKeyCache, Gate]:
+    """Return a cache that waits at a gate in these calls, or in all."""
+    gate = Gate()
+
+    async def act(call: str) -> None:
+        if not calls or call in calls:
+            await gate.pass_()
+
+    return doing(kind, act), gate
+
+
+async def seconds(work: Awaitable[Any]) -> float:
+    """Return how long some work takes, in virtual time."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await work
+    return loop.time() - began
+
+
+# Whatever it raises -------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("error", [LookupError, asyncio.CancelledError, Panic, GeneratorExit])
+async def test_whatever_a_cache_raises_builds_go_on_and_publishers_hear_of_it(
+    kind: Callable[[], SingleKeyCache], error: type[BaseException]
+) -> None:
+    async def act(call: str) -> None:
+        raise error("no cache today")
+
+    metrics = InMemoryMetrics()
+    shop = Shop(cache=doing(kind, act), metrics=metrics)
+    for _ in range(2):
+        assert shown(await shop.builder.build([TOP, OTHER])) == {TOP: ((1,),), OTHER: 10}
+    assert metrics.counter("cache_failure_total", operation="read") > 0
+    for asked in (
+        shop.builder.publisher.publish(BASE, 2, source="s"),
+        shop.builder.publisher.invalidate(BASE),
+    ):
+        with pytest.raises((LookupError, CacheUnavailableError)) as caught:
+            await asked
+        assert isinstance(caught.value, error) or isinstance(caught.value.__cause__, error)
+    await no_leaks(shop.builder)
+    await shop.builder.aclose()
+
+
+@KINDS
+async def test_a_cache_that_hangs_costs_its_limit_once_and_is_then_left_alone(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    cache, gate = hanging(kind)
+    building = builder(Batch("b"), cache=cache, max_pending_tasks=8)
+    keys = [key("b", str(number)) for number in range(100)]
+    assert await seconds(building.build(keys)) < 2.5
+    for _ in range(5):
+        await seconds(building.build(keys[:1]))
+    assert await seconds(building.build(keys)) < 0.1, "it is left alone"
+    gate.open()
+    await asyncio.sleep(30)
+    await building.build(keys)
+    await asyncio.sleep(1)
+    await building.build(keys)
+    await asyncio.sleep(1)
+    assert all(value.from_cache for value in (await building.build(keys)).values())
+    await building.aclose()
+
+
+@KINDS
+async def test_what_an_application_asks_for_ends_though_the_cache_hangs(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    cache, _ = hanging(kind)
+    building = builder(Single("b"), cache=cache)
+    publisher = building.publisher
+    for ask in (
+        lambda: publisher.publish(KEYS[0], 1, source="s"),
+        lambda: publisher.invalidate_many(KEYS),
+    ):
+        with pytest.raises(CacheTimeoutError, match="within 1 s"):
+            await ask()
+    assert (await building.build(KEYS[:1])).complete
+    assert await seconds(building.aclose()) < 5
+
+
+async def test_a_cache_may_say_how_long_its_calls_may_take() -> None:
+    cache, _ = hanging(SingleKeyCache, "get")
+    vars(cache)["timeout_seconds"] = 0.25
+    building = builder(Single("b"), cache=cache)
+    assert await seconds(building.build(KEYS[:1])) < 0.3
+    await building.aclose()
+    vars(cache)["timeout_seconds"] = 0
+    with pytest.raises(ValueError, match="timeout_seconds of the cache"):
+        builder(Single("b"), cache=cache)
+
+
+async def test_a_failing_write_does_not_keep_reads_away_nor_the_other_way_round() -> None:
+    async def act(call: str) -> None:
+        if call == "set":
+            raise LookupError("full")
+
+    cache = doing(SingleKeyCache, act)
+    cache.held[KEYS[0]] = value_of(KEYS[0], "held", observed_at=LoopClock().now())
+    building = builder(Single("b"), cache=cache)
+    await building.build([key("b", str(number)) for number in range(10, 20)])
+    assert (await building.build(KEYS[:1])).value(KEYS[0]) == "held"
+    await building.aclose()
+
+
+# Whatever it answers ------------------------------------------------------------------------------
+
+
+def changed(**fields: Any) -> Callable[[SnapshotValue[Any]], object]:
+    def change(value: SnapshotValue[Any]) -> object:
+        twin = dataclasses.replace(value)
+        for name, field in fields.items():
+            getattr(SnapshotValue, name).__set__(twin, field)
+        return CacheLookup(twin, True, True, 0.0)
+
+    return change
+
+
+class Unlike:
+    """Equal to nothing, and angry when asked."""
+
+    def __eq__(self, other: object) -> bool:
+        raise LookupError("do not compare me")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ODD: dict[str, Callable[[SnapshotValue[Any]], object]] = {
+    "the bare value": lambda value: value,
+    "a text": lambda value: "fresh",
+    "a lookup of no value": lambda value: CacheLookup("value", True, True),  # type: ignore[arg-type]
+    "another key": lambda value: CacheLookup(value_of(OTHER), True, True),
+    "no key": changed(key=None),
+    "an angry key": changed(key=Unlike()),
+    "NaN": changed(observed_at=math.nan),
+    "infinity": changed(observed_at=math.inf),
+    "minus infinity": changed(fetched_at=-math.inf),
+    "a truth for a time": changed(observed_at=True),
+    "a text for a time": changed(observed_at="1700000000"),
+    "no latency": changed(latency_ms=None),
+    "a text for a rank": changed(authority_rank="high"),
+    "no version": changed(version=None),
+    "versions without keys": changed(dependency_versions={"base": "1"}),
+    "no mapping of versions": changed(dependency_versions=None),
+    "no mapping of metadata": changed(metadata=7),
+    "the far future": changed(observed_at=1e12),
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("kind", [SingleKeyCache, BatchCache, BatchAtomicCache])
+async def test_what_makes_no_sense_is_a_miss_for_its_key_alone(
+    kind: type[SingleKeyCache], odd: Callable[[SnapshotValue[Any]], object]
+) -> None:
+    class Odd(kind):  # type: ignore[misc, valid-type]
+        def _lookup(self, key: ResourceKey, now: float, policy: FreshnessPolicy) -> Any:
+            found = super()._lookup(key, now, policy)
+            if key == KEYS[2] and found.value is not None and found.value.value == "odd":
+                return odd(found.value)
+            return found
+
+    cache, clock = Odd(), LoopClock()
+    source = Batch("b")
+    for each in KEYS:
+        payload = "odd" if each == KEYS[2] else "held"
+        cache.held[each] = value_of(each, payload, observed_at=clock.now() - 1)
+    building = builder(source, cache=cache, clock=clock)
+    snapshot = await building.build(KEYS)
+    assert [value.value for value in snapshot.values()] == ["held", "held", "2", "held", "held"]
+    assert source.calls == [(KEYS[2],)]
+    await building.aclose()
+
+
+class Pickled(SingleKeyCache):
+    """Cannot read what stands in `spoiled`, and fails as a whole where many are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spoiled: set[ResourceKey] = set()
+
+    def _lookup(self, key: ResourceKey, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        self._load(key)
+        return super()._lookup(key, now, policy)
+
+    def _offer(self, value: Any, force: bool, replace_equal: bool) -> Any:
+        self._load(value.key)
+        return super()._offer(value, force, replace_equal)
+
+    def _load(self, key: ResourceKey) -> None:
+        if key in self.spoiled:
+            raise EOFError(f"{key} is cut short")
+
+    async def set(self, value: Any) -> None:
+        await super().set(value)
+        self.spoiled.discard(value.key)
+
+    async def set_many(self, values: Any) -> None:
+        await super().set_many(values)  # type: ignore[misc]  # if the other class has it
+        self.spoiled.difference_update([value.key for value in values])
+
+
+@pytest.mark.parametrize("others", [(), (BatchCache,), (AtomicCache,), (BatchAtomicCache,)])
+@pytest.mark.parametrize("spoiled", [KEYS[2:3], KEYS[1:4], KEYS])
+async def test_entries_that_cannot_be_read_spoil_only_themselves_and_are_written_over(
+    others: tuple[type, ...], spoiled: list[ResourceKey]
+) -> None:
+    kind = type("Kind", (Pickled, *others), {} if others else {"set_many": None})
+    cache, source = kind(), Batch("b")
+    building = builder(source, cache=cache)
+    await building.build(KEYS)
+    cache.spoiled.update(spoiled)
+    source.calls.clear()
+    assert shown(await building.build(KEYS)) == {each: each.subject for each in KEYS}
+    assert [set(call) for call in source.calls] == [set(spoiled)]
+    await asyncio.sleep(1)
+    assert not cache.spoiled
+    assert all(value.from_cache for value in (await building.build(KEYS)).values())
+    cache.spoiled.update(spoiled)
+    for each in spoiled:
+        assert (await building.publisher.publish(each, "event", source="s", force=True)).published
+    assert not cache.spoiled
+    await building.aclose()
+
+
+# Values on their way ------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_a_slow_write_holds_no_value_back_and_what_is_on_its_way_counts_as_cached(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    cache, gate = hanging(kind, "set", "set_many", "set_if_newer", "set_many_if_newer")
+    vars(cache)["timeout_seconds"] = 60.0
+    shop = Shop(cache=cache)
+    assert await seconds(shop.builder.build([TOP])) < 0.1
+    first = (await shop.builder.build([TOP]))[TOP]
+    assert first.from_cache
+    assert len(shop.stock.calls) == len(shop.top.calls) == 1
+    gate.open()
+    await asyncio.sleep(1)
+    assert (await shop.builder.build([TOP]))[TOP].version == first.version
+    assert {BASE, MIDDLE, TOP} <= set(cache.held)
+    await no_leaks(shop.builder)
+
+
+@KINDS
+async def test_an_invalidation_reaches_what_is_on_its_way(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    cache, gate = hanging(kind, "set", "set_many", "set_if_newer", "set_many_if_newer")
+    vars(cache)["timeout_seconds"] = 60.0
+    shop = Shop(cache=cache)
+    await shop.builder.build([BASE])
+    invalidation = asyncio.ensure_future(shop.builder.publisher.invalidate(BASE))
+    await settle()
+    shop.stock.change(base=2)
+    assert (await shop.builder.build([BASE])).value(BASE) == 2
+    gate.open()
+    await invalidation
+    await asyncio.sleep(1)
+    assert (await shop.builder.build([BASE])).value(BASE) == 2
+    assert cache.held[BASE].value == 2
+
+
+@KINDS
+async def test_an_event_reaches_what_is_on_its_way_and_what_is_derived_of_that(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    cache, gate = hanging(kind, "set", "set_many", "set_if_newer", "set_many_if_newer")
+    vars(cache)["timeout_seconds"] = 60.0
+    shop = Shop(cache=cache)
+    assert (await shop.builder.build([TOP])).value(TOP) == ((1,),)
+    event = asyncio.ensure_future(shop.publish(BASE, "event"))
+    await asyncio.sleep(2)
+    gate.open()
+    await event
+    assert shown(await shop.builder.build([TOP, BASE])) == {TOP: (("event",),), BASE: "event"}
+    await asyncio.sleep(1)
+    assert shown(await shop.builder.build([TOP, BASE])) == {TOP: (("event",),), BASE: "event"}
+    assert cache.held[BASE].value == "event"
+
+
+@KINDS
+async def test_what_is_derived_in_the_cache_gives_way_to_an_input_on_its_way(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    cache, gate = hanging(kind, "set", "set_many", "set_if_newer", "set_many_if_newer")
+    vars(cache)["timeout_seconds"] = 60.0
+    gate.open()
+    shop = Shop(cache=cache)
+    await shop.builder.build([TOP])
+    gate.close()
+    shop.stock.change(base=2)
+    async with shop.builder.session() as session:
+        await session.resolve([BASE])
+        await asyncio.sleep(1)
+        assert (await session.revalidate([BASE], force_refresh=True)).value(BASE) == 2
+    assert (await shop.builder.build([TOP])).value(TOP) == ((2,),)
+    gate.open()
+    await asyncio.sleep(1)
+    assert (await shop.builder.build([TOP])).value(TOP) == ((2,),)
+
+
+async def test_two_builders_over_one_cache_object_share_what_is_on_its_way() -> None:
+    cache, gate = hanging(BatchAtomicCache, "set_many_if_newer")
+    one, two = (builder(Single("b"), cache=cache) for _ in range(2))
+    first = (await one.build(KEYS[:1]))[KEYS[0]]
+    second = (await two.build(KEYS[:1]))[KEYS[0]]
+    assert second.from_cache
+    assert second.version == first.version
+    gate.open()
+    for each in (one, two):
+        await each.aclose()
+
+
+async def test_a_write_that_fails_late_takes_the_value_out_of_sight_and_is_told() -> None:
+    metrics = InMemoryMetrics()
+    cache, _ = hanging(SingleKeyCache, "set")
+    source = Single("b")
+    building = builder(source, cache=cache, metrics=metrics)
+    await building.build(KEYS[:1])
+    await asyncio.sleep(2)
+    assert metrics.counter("cache_failure_total", operation="write") == 1
+    await building.build(KEYS[:1])
+    assert len(source.calls) == 2
+    await building.aclose()
+
+
+async def test_closing_waits_for_what_is_on_its_way() -> None:
+    cache = BatchAtomicCache()
+
+    async def slow(*_: Any) -> None:
+        await asyncio.sleep(0.5)
+
+    vars(cache)["_travel"] = slow
+    building = builder(Batch("b"), cache=cache)
+    await building.build(KEYS)
+    await building.aclose()
+    assert set(cache.held) == set(KEYS)
+
+
+async def test_a_forced_value_waits_for_the_word_of_the_cache_where_ranks_differ() -> None:
+    class Ranked(BatchAtomicCache):
+        validates_source_authority = True
+
+    cache, gate = hanging(Ranked, "set_many_if_newer")
+    shop = Shop(cache=cache, authority_policy=SourceAuthorityPolicy({"stream": 2}))
+    session = await shop.session(BASE)
+    gate.open()
+    await shop.publish(BASE, "event")
+    shop.stock.change(base=2)
+    forced = await session.revalidate([BASE], force_refresh=True)
+    assert forced.value(BASE) == "event"
+    assert forced[BASE].metadata["superseded_source"] == "stock"
+    await shop.builder.aclose()
+
+
+# The order between builders that share a store ----------------------------------------------------
+
+
+def sharing(kind: Callable[[], SingleKeyCache], held: dict[ResourceKey, Any]) -> SingleKeyCache:
+    cache = kind()
+    cache.held = held
+    return cache
+
+
+@KINDS
+@pytest.mark.parametrize("newer", ["read", "event"])
+async def test_a_slow_older_read_overwrites_nothing_newer_in_a_shared_store(
+    kind: Callable[[], SingleKeyCache], newer: str
+) -> None:
+    held: dict[ResourceKey, Any] = {}
+    slow, quick = (
+        builder(Single("b", fetch=latency(wait)), cache=sharing(kind, held)) for wait in (10, 1)
+    )
+    reading = asyncio.ensure_future(slow.build(KEYS[:1]))
+    await asyncio.sleep(2)
+    if newer == "event":
+        await quick.publisher.publish(KEYS[0], "event", source="s")
+    version = (await quick.build(KEYS[:1]))[KEYS[0]].version
+    await reading
+    await asyncio.sleep(1)
+    assert (await quick.build(KEYS[:1]))[KEYS[0]].version == version
+    for each in (slow, quick):
+        await each.aclose()
+
+
+@KINDS
+async def test_a_later_read_that_is_over_first_stays_and_a_later_one_still_wins(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    held: dict[ResourceKey, Any] = {}
+    one, two = (
+        builder(
+            Single("b", fetch=latency(3)),
+            cache=sharing(kind, held),
+            default_policy=FreshnessPolicy(5, 50),
+        )
+        for _ in range(2)
+    )
+    first = (await one.build(KEYS[:1]))[KEYS[0]].version
+    await asyncio.sleep(6)
+    second = (await two.build(KEYS[:1]))[KEYS[0]].version
+    await asyncio.sleep(1)
+    assert first != second
+    assert held[KEYS[0]].version == second
+    for each in (one, two):
+        await each.aclose()
+
+
+@KINDS
+async def test_published_metadata_and_times_stay_clean(kind: Callable[[], SingleKeyCache]) -> None:
+    cache = kind()
+    building = builder(Single("b", fetch=latency(3)), cache=cache)
+    value = (await building.build(KEYS[:1]))[KEYS[0]]
+    await building.aclose()
+    stored = cache.held[KEYS[0]]
+    assert value.metadata == stored.metadata == {}
+    assert value.observed_at == stored.observed_at == value.fetched_at
+    assert stored.ordered_at == pytest.approx(value.fetched_at - 3)
+
+
+# Invalidations that take their time ---------------------------------------------------------------
+
+
+@KINDS
+async def test_what_was_invalidated_does_not_stand_in_for_who_asks_after_that(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    """Although somebody else read it while the invalidation was under way."""
+    cache, gate = hanging(kind, "invalidate", "invalidate_many")
+    vars(cache)["timeout_seconds"] = 60.0
+    shop = Shop(cache=cache, default_policy=FreshnessPolicy(1, 1000))
+    await shop.builder.build([BASE])
+    await asyncio.sleep(5)
+    at_source = Gate()
+    shop.stock.change(base=SourceUnavailableError("down"))
+    shop.stock.before = at_source.pass_
+    invalidation = asyncio.ensure_future(shop.builder.publisher.invalidate(BASE))
+    await gate.wait_arrived()
+    early = asyncio.ensure_future(shop.builder.build([BASE], strict=False))
+    await at_source.wait_arrived()
+    gate.open()
+    await invalidation
+    late = asyncio.ensure_future(shop.builder.build([BASE], strict=False))
+    await settle()
+    at_source.open()
+    assert BASE in (await late).errors
+    await early
+    await shop.builder.aclose()
+
+
+async def test_a_read_that_an_invalidation_overtook_brings_nothing() -> None:
+    cache, gate = hanging(SingleKeyCache, "get")
+    vars(cache)["timeout_seconds"] = 60.0
+    cache.held[BASE] = value_of(BASE, "old", observed_at=LoopClock().now())
+    shop = Shop(cache=cache)
+    reading = asyncio.ensure_future(shop.builder.build([BASE]))
+    await gate.wait_arrived()
+    await shop.builder.publisher.invalidate(BASE)
+    gate.open()
+    assert (await reading).value(BASE) == 1
+    await shop.builder.aclose()
+
+
+# A cache that is right at every read --------------------------------------------------------------
+
+
+class Checking(AsyncMemoryCache):
+    """The memory cache as somebody's own: it judges derived entries itself, at every read."""
+
+
+class Remote:
+    """One process's way to a cache that several share, and that judges derived entries itself."""
+
+    validates_dependency_versions = True
+
+    def __init__(self, shared: AsyncMemoryCache) -> None:
+        self.shared = shared
+        self.gate = Gate(opened=True)
+
+    async def get(self, key: ResourceKey, **how: Any) -> CacheLookup:
+        if key == TOP:
+            await self.gate.pass_()
+        return await self.shared.get(key, **how)
+
+    async def set(self, value: Any) -> None:
+        await self.shared.set(value)
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        await self.shared.invalidate(key)
+
+    async def clear(self) -> None:
+        await self.shared.clear()
+
+
+async def test_no_value_is_made_from_two_revisions_though_each_read_was_right() -> None:
+    """What is derived last rests on `base` directly, and two levels up once more."""
+    shared = AsyncMemoryCache()
+    shop, cache = Shop(cache=Remote(shared)), Remote(shared)
+    last = Derived("last", needs=lambda k: [BASE, TOP])
+    building = builder(shop.stock, shop.middle, shop.top, last, cache=cache)
+    await shop.builder.build([TOP])
+    cache.gate.close()
+    reading = asyncio.ensure_future(building.build([key("last")]))
+    await cache.gate.wait_arrived()
+    await asyncio.sleep(0.1)
+    await shop.builder.publisher.publish(BASE, "event", source="s")
+    await shop.builder.build([TOP])
+    cache.gate.open()
+    value = (await reading).value(key("last"))
+    assert value in ((1, ((1,),)), ("event", (("event",),)))
+    for each in (building, shop.builder):
+        await each.aclose()
+
+
+@pytest.mark.parametrize("change", ["publish", "invalidate"])
+async def test_who_comes_after_news_two_levels_down_gets_no_old_derivation(change: str) -> None:
+    cache, gate = Checking(), Gate()
+    shop = Shop(cache=cache)
+    last = Derived("last", needs=lambda k: [TOP], before=gate.pass_)
+    building = builder(shop.stock, shop.middle, shop.top, last, cache=cache)
+    await building.build([TOP])
+    early = asyncio.ensure_future(building.build([key("last")]))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    if change == "publish":
+        await building.publisher.publish(BASE, 2, source="s")
+    else:
+        shop.stock.change(base=2)
+        await building.publisher.invalidate(BASE)
+    late = asyncio.ensure_future(building.build([key("last")]))
+    await settle()
+    gate.open()
+    assert (await late).value(key("last")) == (((2,),),)
+    await early
+    await building.aclose()
+
+
+# What a cache can do is asked by attribute --------------------------------------------------------
+
+
+class Delegating:
+    """Hands everything on to another cache, by attribute."""
+
+    def __init__(self, wrapped: object) -> None:
+        self._wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
+async def test_a_delegating_wrapper_keeps_what_its_cache_can_do() -> None:
+    cache = BatchAtomicCache()
+    building = builder(Batch("b"), cache=Delegating(cache))
+    await building.build(KEYS)
+    await building.publisher.invalidate_many(KEYS)
+    await building.aclose()
+    assert set(cache.calls) == {"get_many", "set_many_if_newer", "invalidate_many"}
+    rules = SourceAuthorityPolicy({"b": 1})
+    await builder(Batch("b"), cache=Delegating(AsyncMemoryCache()), authority_policy=rules).aclose()
+    with pytest.raises(ValueError, match="validates_source_authority"):
+        builder(Batch("b"), cache=Delegating(cache), authority_policy=rules)
+
+
+async def test_a_cache_that_asks_for_it_learns_the_policy_of_what_it_stores() -> None:
+    told: dict[str, Any] = {}
+
+    class Expiring(BatchAtomicCache):
+        accepts_policies = True
+
+        async def set(self, value: Any, *, policy: Any = None) -> None:
+            told["set"] = policy
+
+        async def set_many_if_newer(self, values: Any, *, policies: Any = None, **how: Any) -> Any:
+            told.update({value.key.name: policies[value.key] for value in values})
+            return await super().set_many_if_newer(values, **how)
+
+    building = builder(Batch("b"), cache=Expiring())
+    await building.build(KEYS)
+    await building.publisher.publish(key("event"), 1, source="s")
+    await building.aclose()
+    assert told == {"b": LASTING, "event": LASTING}
+
+
+@pytest.mark.parametrize("kind, counted", [(SingleKeyCache, 0), (BatchCache, 1), (AtomicCache, 0)])
+async def test_diagnostics_count_only_calls_that_can_carry_many_keys(
+    kind: Callable[[], SingleKeyCache], counted: int
+) -> None:
+    building: SnapshotBuilder = builder(Batch("b"), cache=kind())
+    diagnostics = (await building.build(KEYS)).diagnostics
+    assert (diagnostics.cache_batch_reads, diagnostics.cache_batch_writes) == (counted, counted)
+    await building.aclose()
+
+
+# Tasks that somebody else cancels, loops that end -------------------------------------------------
+
+
+@KINDS
+async def test_cancelling_every_task_at_any_step_leaves_nobody_waiting(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    for steps in range(1, 30):
+        building = builder(Batch("b"), cache=kind())
+        reading = asyncio.ensure_future(building.build(KEYS, strict=False))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task(), reading}:
+            task.cancel()
+        await asyncio.wait_for(reading, 10)
+        assert (await asyncio.wait_for(building.build(KEYS), 10)).complete
+        await asyncio.wait_for(building.aclose(), 10)
+
+
+@pytest.mark.parametrize("kind", [AsyncMemoryCache, SingleKeyCache, BatchAtomicCache])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+def test_a_publication_left_on_a_dead_loop_blocks_no_key_on_the_next(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building = SnapshotBuilder([Single("b")], cache=kind(), default_policy=LASTING)
+
+    async def leave() -> None:
+        with monkeypatch.context() as slices:
+            slices.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
+            task = asyncio.ensure_future(building.publisher.publish(KEYS[0], [1], source="s"))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert not task.done(), "it has been announced, and rests"
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    for left in asyncio.all_tasks(loop):
+        left._log_destroy_pending = False  # type: ignore[attr-defined]  # dropped on purpose
+        del left
+    loop.close()
+
+    async def later() -> None:
+        for _ in range(2):
+            await asyncio.wait_for(building.build(KEYS[:1]), 5)
+        assert (await building.publisher.publish(KEYS[0], "event", source="s")).published
+        assert (await asyncio.wait_for(building.build(KEYS[:1]), 5)).value(KEYS[0]) == "event"
+        await building.aclose()
+
+    asyncio.run(later())
+    del loop
+    gc.collect()  # what is left of the dead loop
