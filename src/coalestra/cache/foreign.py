@@ -1032,7 +1032,8 @@ class ForeignCache:
         readable = await self.calls.held(tried, terms.now)
         unreadable = {key: values[key] for key in tried if key not in readable}
         # Insisting, as all that could not be compared may have made the cache look dead.
-        await self._store(unreadable, {}, terms._replace(insist=True), results, failures)
+        insisting = _Terms(terms.policies, terms.now, insist=True)
+        await self._store(unreadable, {}, insisting, results, failures)
         for key in unreadable:
             if key in results:
                 del failures[key]

@@ -243,7 +243,7 @@ class CacheWrites:
         revision, cached, equal = flight.offered, flight.cached, flight.forced
         if revision is None or (flight.forced and self._ranked):
             return
-        if cached is not None:
+        if cached is not None and not cached.dependency_versions:
             status = decide(revision, cached, replace_equal=equal)
             if status is not _STORED:
                 self._written(flight, status, cached)
