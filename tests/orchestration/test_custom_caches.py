@@ -335,10 +335,16 @@ async def test_a_publication_into_a_cache_that_raises_tells_its_publisher() -> N
     assert (await shop.builder.build([BASE])).value(BASE) == 1
 
 
-async def test_stats_that_raise_do_not_fail_health() -> None:
+@pytest.mark.parametrize("error", [ConnectionError, GeneratorExit, asyncio.CancelledError, None])
+async def test_stats_that_raise_or_hang_do_not_fail_health(
+    error: type[BaseException] | None,
+) -> None:
     class Odd(SingleKeyCache):
         async def stats(self) -> Any:
-            raise ConnectionError("lost")
+            if error is None:
+                await asyncio.sleep(1_000)
+            else:
+                raise error("lost")
 
     building = builder(Single("k"), cache=Odd())
     assert (await building.health_snapshot()).cache is None

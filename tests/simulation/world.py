@@ -69,21 +69,29 @@ class TickingClock:
         return asyncio.get_running_loop().time()
 
 
-class AwaitedCache:
-    """A cache with single-key methods only, each of which takes a random moment.
+class Pausing:
+    """A cache that takes a random moment for each call, and with some a long one.
 
-    Where it is `faulty`, they raise anything at all at times.
+    Where it is `faulty`, its methods raise anything at all at times.
     """
 
     def __init__(self, chance: random.Random, faulty: bool) -> None:
         self._chance = chance
         self._faulty = faulty
-        self._values: dict[ResourceKey, SnapshotValue[Any]] = {}
+        self._pauses = chance.choice(((0, 0, 0.01), (0, 0.02, 0.3)))
 
     async def _pause(self) -> None:
-        await asyncio.sleep(self._chance.choice((0, 0, 0.01)))
+        await asyncio.sleep(self._chance.choice(self._pauses))
         if self._faulty and self._chance.random() < 0.05:
             raise self._chance.choice(TROUBLE)()
+
+
+class AwaitedCache(Pausing):
+    """A cache with single-key methods only."""
+
+    def __init__(self, chance: random.Random, faulty: bool) -> None:
+        super().__init__(chance, faulty)
+        self._values: dict[ResourceKey, SnapshotValue[Any]] = {}
 
     async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
         await self._pause()
@@ -103,6 +111,28 @@ class AwaitedCache:
 
     async def clear(self) -> None:
         self._values.clear()
+
+
+class JudgingCache(Pausing):
+    """A cache with every ability, which is right at every read."""
+
+    validates_dependency_versions = True
+
+    def __init__(self, chance: random.Random, faulty: bool) -> None:
+        super().__init__(chance, faulty)
+        self._cache = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
+        self.validates_write_order = chance.random() < 0.5
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._cache, name)
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            await self._pause()
+            answer = await method(*arguments, **named)
+            await self._pause()
+            return answer
+
+        return call if asyncio.iscoroutinefunction(method) else method
 
 
 class Calls:
@@ -172,8 +202,9 @@ class World:
         self.brief = policy.ttl_seconds < 10
         retry = RetryPolicy(max_attempts=chance.randint(1, 2), base_delay_seconds=0.1)
         cache: Any = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
-        if chance.random() < 0.3:
-            cache = AwaitedCache(chance, self.wild)
+        kind = chance.random()
+        if kind < 0.4:
+            cache = (AwaitedCache if kind < 0.25 else JudgingCache)(chance, self.wild)
         return SnapshotBuilder(
             self._sources(),
             cache=cache,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 from coalestra.cache.foreign import ForeignCache
 from coalestra.cache.memory import AsyncMemoryCache, let_go
@@ -60,6 +61,12 @@ class CacheAccess:
     def listeners(self) -> Listeners:
         """Who hears of changes to the cache on the running event loop, which must be there."""
         return self.subscribers if self.foreign is None else self.foreign.channel().listeners
+
+    async def stats(self) -> Any | None:
+        """Return what the cache says of itself; None if it says nothing, or fails to."""
+        if self.foreign is not None:
+            return await self.foreign.calls.stats()
+        return None if self.store is None else self.store.stats()
 
     async def invalidate(self, keys: Collection[ResourceKey]) -> None:
         """Remove ``keys``; listeners hear of it before the first await.

@@ -511,6 +511,15 @@ class CacheCalls:
         )
         return failures
 
+    async def stats(self) -> Any | None:
+        """Return what the cache says of itself; None if it says nothing, or fails to."""
+        if not _has(self.cache, "stats"):
+            return None
+        calls = await call_each(
+            (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self._seconds
+        )
+        return calls[0].get(_ALL)
+
     def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
         """Report failures that the library goes on without; refusals are only counted."""
         if self._told is not None:

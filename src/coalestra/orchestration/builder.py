@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -189,7 +187,7 @@ async def collect_health(
         singleflight_in_flight=engine.in_flight,
         source_support_cache_entries=equipment.chains.entries,
         capacity=capacity,
-        cache=await _cache_stats(cache),
+        cache=await equipment.access.stats(),
         circuits=equipment.breaker.counted(),
         sources={
             link.name: link.health(equipment.clock.monotonic()) for link in equipment.chains.links
@@ -214,20 +212,6 @@ async def collect_health(
         unfinished_source_calls=unfinished,
         **_observability_facts(sinks, 0 if equipment.report is None else equipment.report.failures),
     )
-
-
-async def _cache_stats(cache: Any) -> Any | None:
-    """Return what the cache says of itself, or None if it says nothing, or not within a second."""
-    stats = getattr(cache, "stats", None)
-    if not inspect.iscoroutinefunction(stats):
-        return None
-    asking = asyncio.ensure_future(stats())
-    try:
-        await asyncio.wait([asking], timeout=1.0)
-        told = asking.done() and not asking.cancelled() and asking.exception() is None
-        return asking.result() if told else None
-    finally:
-        asking.cancel()
 
 
 def _copy_facts(components: Mapping[str, PayloadCopyHealth]) -> dict[str, Any]:
