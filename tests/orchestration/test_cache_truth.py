@@ -17,6 +17,8 @@ from coalestra import (
     SnapshotBuilder,
     SourcePayload,
 )
+from coalestra.concurrency import pace
+from coalestra.orchestration import calls
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
 from tests.support import Gate, LoopClock, no_leaks, settle
 
@@ -321,3 +323,36 @@ async def test_an_invalidation_at_any_step_of_a_fetch_leaves_nothing_of_it_in_th
     await reader
     await building.build([K])
     assert len(source.calls) == 2
+
+
+async def test_others_see_all_values_of_one_answer_or_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pace, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(calls, "PORTION", 1)
+    rounds, cache, keys = iter(range(100)), AsyncMemoryCache(), [key("b", str(n)) for n in range(9)]
+    current = 0
+
+    class Together(Batch):
+        async def fetch_many(self, keys: Any, context: FetchContext) -> Any:
+            nonlocal current
+            current = next(rounds)
+            return {k: [current] for k in keys}
+
+    building = builder(Together("b"), cache=cache)
+    seen = set()
+    for number in range(3):
+        await asyncio.sleep(1)
+        session = building.session()
+        if number:
+            await session.resolve(keys)
+        renewal = session.revalidate(keys, force_refresh=True) if number else session.resolve(keys)
+        writing = asyncio.ensure_future(renewal)
+        while not writing.done():
+            held = [cache.store.peek(each) for each in keys]
+            values = {None if each is None else each.payload[0] for each in held}
+            assert len(values) == 1, values
+            seen |= values
+            await asyncio.sleep(0)
+        assert writing.result().diagnostics.cache_batch_writes == 1
+    assert seen == {None, 0, 1, 2}

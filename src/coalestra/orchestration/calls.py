@@ -879,12 +879,22 @@ class Call:
             await self._refuse_omitted(omitted)
         left = PORTION
         slow: list[tuple[Acquisition, Any]] = []
+        ready: list[tuple[Acquisition, Revision, bool]] = []
         for flight, value in zip(flights, values, strict=True):
-            if not self._hand_over(flight, value):
+            made = self._made(flight, value)
+            if made is None:
                 slow.append((flight, value))
+            elif made:
+                ready.append((flight, *made))
+                left -= made[0].seal.weight
+            left -= 1
+            if left <= 0:
+                left = PORTION
+                await pace.keep()
+        self._store_together(ready)
+        for flight, revision, dated in ready:
+            self._deliver(flight, revision, dated)
             left -= _HANDING_OVER
-            if flight.offered is not None:
-                left -= flight.offered.seal.weight
             if left <= 0:
                 left = PORTION
                 await pace.keep()
@@ -958,12 +968,32 @@ class Call:
         self.work.record.future_timestamp_rejections += future
         self.refuse(flight, error, "invalid_timestamp" if future else "failure")
 
+    def _store_together(self, ready: Sequence[tuple[Acquisition, Revision, bool]]) -> None:
+        """Let readers of the memory cache see the values of one answer in one step."""
+        if len(ready) > 1 and self.equipment.access.store is not None:
+            self.work.record.cache_batch_writes += 1
+            self.dispatch.store(
+                [(flight, revision) for flight, revision, _ in ready if flight.call is self]
+            )
+
     def _hand_over(self, flight: Acquisition, value: Any, sealed: Sealed | None = None) -> bool:
         """Report one value; False if sealing it takes a thread. Then call again with the seal."""
+        made = self._made(flight, value, sealed)
+        if made:
+            self._deliver(flight, *made)
+        return made is not None
+
+    def _made(
+        self, flight: Acquisition, value: Any, sealed: Sealed | None = None
+    ) -> tuple[Revision, bool] | tuple[()] | None:
+        """Return what one value has become, and whether it is dated; nothing if it is of no use.
+
+        None says that sealing it takes a thread. Then call again with the seal.
+        """
         if flight.call is not self:
-            return True
+            return ()
         if value is _OMITTED:
-            return False
+            return None
         dated = False
         try:
             metadata: Mapping[str, Any] = EMPTY
@@ -981,21 +1011,25 @@ class Call:
             if sealed is None:
                 sealed = self.equipment.copies.seal_now(payload, context=self.link.context)
                 if sealed is None:
-                    return False
+                    return None
             revision = self._revision(flight, sealed, metadata, observed_at, dated=dated)
         except BaseException as error:
             self._refuse_value(flight, error)
-            return True
+            return ()
         if stale:
             self._refuse_stale(flight, revision)
-            return True
+            return ()
+        return revision, dated
+
+    def _deliver(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
+        if flight.call is not self:
+            return
         del self.flights[flight]
         flight.leave_call()
         try:
             self.dispatch.delivered(flight, revision, dated)
         except BaseException as error:
             self.dispatch.refused(flight, self._failure_of(error), "failure")
-        return True
 
     def _accepted_skew(self, key: ResourceKey, observed_at: float) -> float:
         try:
@@ -1331,13 +1365,18 @@ class Dispatch:
         tasks: set[asyncio.Task[Any]],
         refused: Refused,
         delivered: Delivered,
+        store: Callable[[Sequence[tuple[Acquisition, Revision]]], None],
     ) -> None:
-        """Report to `refused` and `delivered`; copies in threads are among the `tasks`."""
+        """Report to `refused` and `delivered`; copies in threads are among the `tasks`.
+
+        `store` lets readers of the memory cache see several values before they are delivered.
+        """
         self.equipment: Equipment = equipment
         self.deliveries: Deliveries = deliveries
         self.tasks: set[asyncio.Task[Any]] = tasks
         self.refused: Refused = refused
         self.delivered: Delivered = delivered
+        self.store: Callable[[Sequence[tuple[Acquisition, Revision]]], None] = store
         self.workers: set[asyncio.Task[Any]] = set()
         self.quiet_until: float = 0.0
 

@@ -261,7 +261,8 @@ class Acquisition:
     derivation, which serves one unit of work alone and is never joined by others. `missed` says
     that the cache had nothing of use for the key, `joinable` that newcomers find the flight on the
     board, `linked` that it waits for other flights, or others wait for it. `since` is how much news
-    had been told when what it has taken in was last known to be current.
+    had been told when what it has taken in was last known to be current. `began` is the number of
+    its call, 0 before that; `stored` says that its value is in the memory cache already.
     """
 
     __slots__ = (
@@ -291,6 +292,7 @@ class Acquisition:
         "settlement",
         "since",
         "sponsor",
+        "stored",
         "urgent",
         "waiters",
     )
@@ -332,6 +334,7 @@ class Acquisition:
         self.lane: Intake | None = None
         self.settlement: Settlement | None = None
         self.urgent: bool = False
+        self.stored: bool = False
         self.since: int = since
 
     # Phases: nobody else writes `phase`, nor what depends on it --------------------------------

@@ -165,7 +165,12 @@ class SingleFlight:
         self.tasks: set[asyncio.Task[Any]] = set()
         self.deliveries: Deliveries = Deliveries(equipment)
         self.dispatch: Dispatch = Dispatch(
-            equipment, self.deliveries, self.tasks, self.refused, self.delivered
+            equipment,
+            self.deliveries,
+            self.tasks,
+            self.refused,
+            self.delivered,
+            self._store_together,
         )
         self.hold: Callable[[Work], None] = self.dispatch.hold
         self.release: Callable[[Work], None] = self.dispatch.release
@@ -608,11 +613,34 @@ class SingleFlight:
             if self._publishing and flight.key in self._publishing:
                 self._held_back.setdefault(flight.key, []).append(flight)
             elif self._store is not None and flight.cacheable and flight.event is None:
-                self._put(self._store, flight, revision)
+                if flight.stored:
+                    self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
+                else:
+                    self._put(self._store, flight, revision)
             else:
                 self._offer(flight)
         except BaseException as error:
             self.broken(flight, error)
+
+    def _store_together(self, answer: Sequence[tuple[Acquisition, Revision]]) -> None:
+        """Write the values of one answer to the memory cache in one step; each is delivered later.
+
+        What there has been news of meanwhile is left to its delivery.
+        """
+        store, now = self._store, self.equipment.clock.now()
+        for forced in (False, True):
+            fit = {
+                revision: flight
+                for flight, revision in answer
+                if flight.forced is forced
+                and flight.cacheable
+                and flight.event is None
+                and flight.key not in self._publishing
+            }
+            if fit and store is not None:
+                outcomes = store.put_many(fit, now=now, replace_equal=forced, teller=self)
+                for flight, outcome in zip(fit.values(), outcomes, strict=True):
+                    flight.stored = outcome[0] is CacheWriteStatus.STORED
 
     def _offer(self, flight: Acquisition) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
