@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -264,3 +265,36 @@ async def test_closing_an_idle_cache_is_immediate_and_idempotent() -> None:
     await cache.aclose()
     with pytest.raises(ValueError, match="timeout_seconds"):
         await cache.aclose_payload_copies(timeout_seconds=-1.0)
+
+
+async def test_pruning_gives_others_a_turn_after_every_portion() -> None:
+    cache = AsyncMemoryCache(max_entries=None)
+    keys = [ResourceKey("t", "e", str(number)) for number in range(2_000)]
+    await cache.set_many([value_of(key, observed_at=NOW - 99) for key in keys])
+    pruning = asyncio.ensure_future(cache.prune(now=NOW, policy_resolver=PolicyResolver(POLICY)))
+    sizes = set()
+    while not pruning.done():
+        await asyncio.sleep(0)
+        sizes.add(await cache.size())
+    assert len(pruning.result()) == len(keys)
+    assert len(sizes) >= 4
+
+
+async def test_what_is_removed_at_once_is_let_go_bit_by_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
+    cache = AsyncMemoryCache(max_entries=None)
+    keys = [ResourceKey("t", "e", str(number)) for number in range(2_000)]
+    await cache.set_many([value_of(key, {number}) for number, key in enumerate(keys)])
+    payloads = [each.payload for each in map(cache.store.peek, keys) if each is not None]
+    sealed = [weakref.ref(payload) for payload in payloads]
+    del payloads
+    removing = asyncio.ensure_future(cache.invalidate_many(keys))
+    await asyncio.sleep(0)
+    assert await cache.size() == 0, "in one step"
+    alive = set()
+    while not removing.done():
+        alive.add(sum(reference() is not None for reference in sealed))
+        await asyncio.sleep(0)
+    assert len(alive) > 2, "neither all at once nor none"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import weakref
 from collections.abc import Collection
 from typing import Any
 
 import pytest
 
-from coalestra.cache.foreign import ForeignCache
+from coalestra.cache.foreign import Channel, ForeignCache
 from coalestra.cache.store import Outcome
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.keys import ResourceKey
@@ -19,7 +20,7 @@ from coalestra.core.results import CacheWriteStatus
 from coalestra.core.values import Revision
 from tests.contracts.caches import FOREIGN, BatchAtomicCache, SingleKeyCache, WrappedMemoryCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun, revision_of, value_of
-from tests.support import cancel_at_every_await
+from tests.support import cancel_at_every_await, run_virtual
 
 KEYS = tuple(ResourceKey("market", "depth", str(number)) for number in range(20))
 
@@ -365,3 +366,26 @@ async def test_a_cancelled_operation_leaves_no_turn_and_no_task(foreign: SingleK
         assert (await read(access, C))[C].version == final.version
 
     assert await cancel_at_every_await(work, check) > 3
+
+
+def test_each_event_loop_has_a_channel_of_its_own_and_only_the_last_one_is_listened_to() -> None:
+    """One left by a loop that has ended tells nobody any more, and is not kept alive."""
+    cache = SingleKeyCache()
+    mine, yours = access_over(cache), access_over(cache)
+    witness = Witness()
+    mine.subscribers.subscribe(witness)
+
+    async def meet() -> Channel:
+        assert mine.channel() is yours.channel()
+        return mine.channel()
+
+    channels = [run_virtual(meet()) for _ in range(2)]
+    first, second = channels
+    assert first is not second
+    first.listeners.revised({A: None})
+    assert witness.heard == []
+    second.listeners.revised({B: None})
+    assert witness.heard == [("revised", B, None)]
+    left = weakref.ref(first)
+    del channels, first
+    assert left() is None
