@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 
-from coalestra.cache.foreign import call_each
+from coalestra.cache.calls import call_each
 from coalestra.core.errors import CacheTimeoutError
 from tests.support import Gate, cancel_at_every_await, settle
 

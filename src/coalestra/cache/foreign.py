@@ -1,37 +1,30 @@
-"""A cache that is not the library's own: awaited, slow, fallible, and an edge to copy values at.
+"""A cache that is not the library's own: awaited, and an edge where values are copied.
 
-Laws:
+Laws, beside those of the calls to it:
 
-1. Every call to it has a time limit, and whatever it raises belongs to the keys that it was about:
-   one that cannot be read is a miss, one that cannot be written is told. Where a call for many keys
-   fails, they are tried one by one.
-2. A cache that failed too often in a row is left alone for a while: reads are misses at once,
-   values are not stored. What an application asked for, a publication or an invalidation, is tried
-   all the same, and raises if it was not done.
-3. Writes and invalidations of one key run one after the other, in the order they were asked for,
+1. Writes and invalidations of one key run one after the other, in the order they were asked for,
    among all users of the cache object on one event loop.
-4. A value on its way into the cache counts as held, for all of them. A later revision or an
+2. A value on its way into the cache counts as held, for all of them. A later revision or an
    invalidation ends that, and then it is not written any more.
-5. What is held is judged as in the memory cache: the write order, the tolerated future, and for
+3. What is held is judged as in the memory cache: the write order, the tolerated future, and for
    what is derived the revisions held now. A mismatch is a miss, whoever should have seen it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import weakref
 from collections.abc import (
     Awaitable,
     Callable,
     Collection,
     Coroutine,
-    Hashable,
     Iterable,
     Mapping,
 )
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from coalestra.cache.calls import CacheCalls, Failures, Found, Policies
 from coalestra.cache.memory import open_value, revision_of, seal_value
 from coalestra.cache.store import (
     UNCHECKED,
@@ -48,159 +41,12 @@ from coalestra.concurrency.pace import Pace
 from coalestra.core.errors import (
     CacheCircuitOpenError,
     CacheTimeoutError,
-    CacheUnavailableError,
 )
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, ObservationPolicy
+from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
-from coalestra.core.validation import integer, number
+from coalestra.core.results import CacheWriteResult, CacheWriteStatus
 from coalestra.core.values import Revision, SnapshotValue
-
-# Many calls, few tasks: each bounded, each alone with its failure --------------------------------
-
-_I = TypeVar("_I", bound=Hashable)
-_T = TypeVar("_T")
-
-
-def _never() -> None:
-    """Refuse nothing."""
-
-
-def _untold(_error: BaseException | None) -> None:
-    """Take no notice."""
-
-
-async def call_each(
-    items: Collection[_I],
-    call: Callable[[_I], Awaitable[_T]],
-    *,
-    width: int,
-    seconds: float,
-    refused: Callable[[], Exception | None] = _never,
-    ended: Callable[[BaseException | None], None] = _untold,
-) -> tuple[dict[_I, _T], dict[_I, BaseException]]:
-    """Make a call for every item, at most ``width`` at a time; return results and failures.
-
-    A call that takes longer than ``seconds`` is cancelled and counts as failed by a
-    `CacheTimeoutError`; should it not end, it is left behind. ``refused`` is asked before each call
-    and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
-    caller's own cancellation.
-    """
-    crew = _Crew(items, call, refused, ended)
-    await crew.work_off(min(width, len(items)), seconds)
-    return crew.results, crew.failures
-
-
-class _Shift(Generic[_I]):
-    """What one worker is at: an item since some time, or nothing; ``over`` if it is given up."""
-
-    __slots__ = ("began", "items", "over")
-
-    def __init__(self, now: float) -> None:
-        self.began: float = now
-        self.items: tuple[_I, ...] = ()
-        self.over: bool = False
-
-
-class _Crew(Generic[_I, _T]):
-    """The workers of one `call_each`; one whose call does not end, or ends it, is replaced."""
-
-    def __init__(
-        self,
-        items: Iterable[_I],
-        call: Callable[[_I], Awaitable[_T]],
-        refused: Callable[[], Exception | None],
-        ended: Callable[[BaseException | None], None],
-    ) -> None:
-        self.results: dict[_I, _T] = {}
-        self.failures: dict[_I, BaseException] = {}
-        self._rest = iter(items)
-        self._call = call
-        self._refused = refused
-        self._ended = ended
-        self._loop = asyncio.get_running_loop()
-        self._busy: dict[asyncio.Task[None], _Shift[_I]] = {}
-
-    async def work_off(self, width: int, seconds: float) -> None:
-        """Work until no item is left, with so many workers."""
-        busy, loop = self._busy, self._loop
-        for _ in range(width):
-            self._hire()
-        try:
-            while busy:
-                end = min(shift.began for shift in busy.values()) + seconds
-                left = max(0.0, end - loop.time())
-                await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                for task, shift in tuple(busy.items()):
-                    if task.done():
-                        self._dismiss(task, _ending_of(task))
-                    elif loop.time() >= shift.began + seconds:
-                        self._dismiss(task, CacheTimeoutError(seconds))
-        finally:
-            for task in tuple(busy):
-                busy.pop(task).over = True
-                _leave_behind(task)
-
-    def _hire(self) -> None:
-        shift: _Shift[_I] = _Shift(self._loop.time())
-        self._busy[self._loop.create_task(self._work(shift), name="coalestra cache call")] = shift
-
-    def _dismiss(self, task: asyncio.Task[None], error: BaseException) -> None:
-        shift = self._busy.pop(task)
-        shift.over = True
-        _leave_behind(task)
-        for item in shift.items:  # its call ended the worker, or has not ended
-            self._fail(item, error)
-            self._hire()
-
-    async def _work(self, shift: _Shift[_I]) -> None:
-        for item in self._rest:
-            refusal = self._refused()
-            if refusal is not None:
-                self.failures[item] = refusal
-                continue
-            shift.items, shift.began = (item,), self._loop.time()
-            try:
-                result = await self._call(item)
-            except Exception as error:
-                if shift.over:
-                    return
-                self._fail(item, error)
-            else:
-                if shift.over:
-                    return
-                self.results[item] = result
-                self._ended(None)
-            shift.items = ()
-
-    def _fail(self, item: _I, error: BaseException) -> None:
-        self.failures[item] = error
-        self._ended(error)
-
-
-_left_behind: set[asyncio.Task[None]] = set()
-"""Calls that were cancelled; some may not care. Nobody else refers to them."""
-
-
-def _leave_behind(task: asyncio.Task[None]) -> None:
-    if task.done() or task.get_loop().is_closed():
-        return
-    task.cancel()
-    _left_behind.add(task)
-    task.add_done_callback(_forget)
-
-
-def _forget(task: asyncio.Task[None]) -> None:
-    _left_behind.discard(task)
-    if not task.cancelled():
-        task.exception()  # seen
-
-
-def _ending_of(task: asyncio.Task[None]) -> BaseException:
-    error = None if task.cancelled() else task.exception()
-    return asyncio.CancelledError() if error is None else error
-
 
 # Turns per key: operations on the same key run one after the other, in the order they asked ------
 #
@@ -327,354 +173,13 @@ def channel_of(cache: AsyncCache) -> Channel:
     return channel
 
 
-# The calls that a cache offers, used as widely as it allows --------------------------------------
-
-DEFAULT_TIMEOUT_SECONDS: Final = 1.0
-"""How long one call may take, unless the cache has ``timeout_seconds`` of its own."""
-
-_FAILURES_IN_A_ROW = 5
-_RECOVERY_SECONDS = 5.0
-_ANY_AGE = FreshnessPolicy(math.inf, math.inf)
-_ALL: Final = "all keys"
-
-Found = dict[ResourceKey, SnapshotValue[Any]]
-Failures = dict[ResourceKey, Exception]
-Policies = Mapping[ResourceKey, FreshnessPolicy]
-
-
-class _Circuit:
-    """Keeps a cache that fails from costing every call its time limit; times are the loop's.
-
-    Open from the last of too many failures in a row, it lets one call through every so often.
-    """
-
-    __slots__ = ("failures", "until")
-
-    def __init__(self) -> None:
-        self.failures = 0
-        self.until = 0.0
-
-    def admits(self, now: float) -> bool:
-        """Whether a call may be made; one that finds out if the cache is back is the only one."""
-        if self.failures < _FAILURES_IN_A_ROW:
-            return True
-        if now < self.until:
-            return False
-        self.until = now + _RECOVERY_SECONDS
-        return True
-
-    def failed(self, now: float) -> None:
-        """Take in a failure."""
-        self.failures += 1
-        self.until = now + _RECOVERY_SECONDS
-
-
-class CacheCalls:
-    """Reads, offers and removals over one cache, for any number of keys; none of them raises.
-
-    Nothing here keeps writers apart: comparing and setting without an atomic method is safe only
-    while the caller holds the keys' lanes.
-
-    Attributes:
-        cache: the cache; what it can do is looked up once, by attribute.
-        carries_many: whether one call can carry many keys.
-        is_atomic: whether it compares and stores in one step.
-        validates_dependencies, validates_order: what it promises to check itself.
-        counts: calls, failures and timeouts among them, and calls refused as it is left alone.
-    """
-
-    __slots__ = (
-        "_limit",
-        "_offers_many",
-        "_offers_one",
-        "_reading",
-        "_seconds",
-        "_tells_policies",
-        "_told",
-        "_writing",
-        "cache",
-        "carries_many",
-        "counts",
-        "is_atomic",
-        "validates_dependencies",
-        "validates_order",
-    )
-
-    def __init__(
-        self, cache: Any, limit: int, told: Callable[[str, Exception], None] | None
-    ) -> None:
-        self.cache: Any = cache
-        self.carries_many: bool = _has(cache, "get_many", "set_many", "invalidate_many")
-        self._offers_many = self.carries_many and _has(cache, "set_many_if_newer")
-        self._offers_one = _has(cache, "set_if_newer")
-        self.is_atomic: bool = self._offers_many or self._offers_one
-        self.validates_dependencies: bool = _says(cache, "validates_dependency_versions")
-        self.validates_order: bool = _says(cache, "validates_write_order")
-        self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
-        self._tells_policies = _says(cache, "accepts_policies")
-        self._seconds = _limit_of(cache)
-        self._limit = limit
-        self._told = told
-        self._reading = _Circuit()
-        self._writing = _Circuit()
-
-    def __repr__(self) -> str:
-        named = [name for name in ("carries_many", "is_atomic") if getattr(self, name)]
-        return f"CacheCalls({type(self.cache).__name__}: {', '.join(named) or 'single keys'})"
-
-    @property
-    def is_left_alone(self) -> bool:
-        """Whether the cache has failed too often in a row to be asked just now."""
-        return max(self._reading.failures, self._writing.failures) >= _FAILURES_IN_A_ROW
-
-    async def get(
-        self, keys: Collection[ResourceKey], now: float, policies: Policies, horizon: float
-    ) -> Found:
-        """Return what the cache holds and calls usable, if dated no later than ``horizon``."""
-
-        async def many() -> Any:
-            found = await self.cache.get_many(keys, now=now, policies=policies)
-            return {key: found.get(key) for key in keys}
-
-        async def one(key: ResourceKey) -> Any:
-            return await self.cache.get(key, now=now, policy=policies[key])
-
-        answers, failures = await self._many_or_each(self._reading, "get", keys, many, one)
-        values: Found = {}
-        for key in keys:
-            try:
-                value = _usable(answers.get(key), key)
-            except Exception as error:
-                failures[key] = error
-            else:
-                if value is not None and value.observed_at <= horizon:
-                    values[key] = value
-        self.tell("read", failures)
-        return values
-
-    async def held(self, keys: Collection[ResourceKey], now: float) -> Found:
-        """Return what the cache holds for ``keys``, however old or new."""
-        return await self.get(keys, now, dict.fromkeys(keys, _ANY_AGE), math.inf)
-
-    async def store(self, values: Found, policies: Policies, *, insist: bool) -> Failures:
-        """Store values whatever is there."""
-
-        async def many() -> Any:
-            await self.cache.set_many(tuple(values.values()), **self._policies(policies, values))
-            return dict.fromkeys(values)
-
-        async def one(key: ResourceKey) -> Any:
-            await self.cache.set(values[key], **self._policy(policies, key))
-
-        _, failures = await self._many_or_each(self._writing, "set", values, many, one, insist)
-        return failures
-
-    async def offer(
-        self, values: Found, policies: Policies, *, force: bool, replace_equal: bool, insist: bool
-    ) -> tuple[dict[ResourceKey, CacheWriteResult], Failures]:
-        """Let the cache store what its own comparison prefers."""
-        terms: dict[str, Any] = {"force": force, "replace_equal": replace_equal}
-
-        async def many() -> Any:
-            chosen = tuple(values.values())
-            results = await self.cache.set_many_if_newer(
-                chosen, **terms, **self._policies(policies, values)
-            )
-            return {key: _result(results[key], key) for key in values}
-
-        async def one(key: ResourceKey) -> Any:
-            value = values[key]
-            if self._offers_one:
-                result = await self.cache.set_if_newer(
-                    value, **terms, **self._policy(policies, key)
-                )
-            else:
-                several = self._policies(policies, (key,))
-                results = await self.cache.set_many_if_newer((value,), **terms, **several)
-                result = results[key]
-            return _result(result, key)
-
-        many_at_once = many if self._offers_many else None
-        return await self._many_or_each(
-            self._writing, "set_if_newer", values, many_at_once, one, insist
-        )
-
-    async def remove(self, keys: Collection[ResourceKey], *, insist: bool) -> Failures:
-        """Remove ``keys`` from the cache."""
-
-        async def many() -> Any:
-            await self.cache.invalidate_many(keys)
-            return dict.fromkeys(keys)
-
-        _, failures = await self._many_or_each(
-            self._writing, "invalidate", keys, many, self.cache.invalidate, insist
-        )
-        return failures
-
-    async def stats(self) -> Any | None:
-        """Return what the cache says of itself; None if it says nothing, or fails to."""
-        if not _has(self.cache, "stats"):
-            return None
-        calls = await call_each(
-            (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self._seconds
-        )
-        return calls[0].get(_ALL)
-
-    def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
-        """Report failures that the library goes on without; refusals are only counted."""
-        if self._told is not None:
-            for error in {id(error): error for error in failures.values()}.values():
-                if not isinstance(error, CacheCircuitOpenError):
-                    self._told(operation, error)
-
-    def _policies(self, policies: Policies, keys: Iterable[ResourceKey]) -> dict[str, Any]:
-        if not self._tells_policies:
-            return {}
-        return {"policies": {key: policies[key] for key in keys}}
-
-    def _policy(self, policies: Policies, key: ResourceKey) -> dict[str, Any]:
-        return {"policy": policies[key]} if self._tells_policies else {}
-
-    async def _many_or_each(
-        self,
-        circuit: _Circuit,
-        operation: str,
-        keys: Collection[ResourceKey],
-        many: Callable[[], Awaitable[Any]] | None,
-        one: Callable[[ResourceKey], Awaitable[Any]],
-        insist: bool = False,
-    ) -> tuple[dict[ResourceKey, Any], Failures]:
-        """Make one call for all keys; if there is none, or it fails, one for each."""
-        if not keys:
-            return {}, {}
-        if many is not None and self.carries_many:
-            made = many
-            results, failures = await self._calls(
-                circuit, f"{operation} of many", (_ALL,), lambda _: made(), insist
-            )
-            if not failures:
-                return results[_ALL], {}
-            error = failures[_ALL]
-            if isinstance(error, (CacheTimeoutError, CacheCircuitOpenError)):
-                return {}, dict.fromkeys(keys, error)
-        return await self._calls(circuit, operation, keys, one, insist)
-
-    async def _calls(
-        self,
-        circuit: _Circuit,
-        operation: str,
-        items: Collection[_I],
-        call: Callable[[_I], Awaitable[_T]],
-        insist: bool,
-    ) -> tuple[dict[_I, _T], dict[_I, Exception]]:
-        loop, counts, name = asyncio.get_running_loop(), self.counts, type(self.cache).__name__
-        free = self._limit if insist else 0
-
-        def refused() -> Exception | None:
-            nonlocal free
-            free -= 1
-            if free >= 0 or circuit.admits(loop.time()):
-                counts["calls"] += 1
-                return None
-            counts["refused"] += 1
-            return CacheCircuitOpenError(
-                f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is left "
-                f"alone for up to {_RECOVERY_SECONDS:g} s"
-            )
-
-        def ended(error: BaseException | None) -> None:
-            if error is None:
-                circuit.failures = self._reading.failures = 0
-                return
-            circuit.failed(loop.time())
-            counts["failures"] += 1
-            counts["timeouts"] += isinstance(error, CacheTimeoutError)
-
-        results, raised = await call_each(
-            items, call, width=self._limit, seconds=self._seconds, refused=refused, ended=ended
-        )
-        return results, {
-            item: _as_exception(error, operation, name) for item, error in raised.items()
-        }
-
-
-def _has(cache: Any, *methods: str) -> bool:
-    try:
-        return all(callable(getattr(cache, name, None)) for name in methods)
-    except Exception:
-        return False
-
-
-def _says(cache: Any, promise: str) -> bool:
-    try:
-        return getattr(cache, promise, False) is True
-    except Exception:
-        return False
-
-
-def _limit_of(cache: Any) -> float:
-    own = getattr(cache, "timeout_seconds", None)
-    if own is None:
-        return DEFAULT_TIMEOUT_SECONDS
-    seconds: float = number("timeout_seconds of the cache", own)
-    if seconds <= 0:
-        raise ValueError(f"timeout_seconds of the cache must be more than 0, got {seconds:g}")
-    return seconds
-
-
-def _as_exception(error: BaseException, operation: str, name: str) -> Exception:
-    if isinstance(error, Exception):
-        return error
-    own = CacheUnavailableError(f"{operation} of {name} ended in {type(error).__qualname__}")
-    own.__cause__ = error
-    return own
-
-
-def _usable(lookup: object, key: ResourceKey) -> SnapshotValue[Any] | None:
-    """Return the value of a lookup that may be used; raises for one that cannot be trusted."""
-    if lookup is None:
-        return None
-    if not isinstance(lookup, CacheLookup):
-        raise _odd(key, f"a {type(lookup).__qualname__} instead of a CacheLookup")
-    if lookup.value is None or not (lookup.fresh or lookup.usable_stale):
-        return None
-    return _sound(lookup.value, key)
-
-
-def _result(result: object, key: ResourceKey) -> CacheWriteResult:
-    if not isinstance(result, CacheWriteResult):
-        raise _odd(key, f"a {type(result).__qualname__} instead of a CacheWriteResult")
-    if result.status is not _STORED:
-        _sound(result.value, key)
-    return result
-
-
-def _sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
-    if type(value) is not SnapshotValue:
-        raise _odd(key, f"a {type(value).__qualname__} instead of a SnapshotValue")
-    if value.key != key:
-        raise _odd(key, f"a value of {value.key}; store and return values under their own key")
-    for name in ("observed_at", "fetched_at", "latency_ms"):
-        number(f"{name} of the cached value of {key}", getattr(value, name))
-    for name in ("attempts", "authority_rank"):
-        integer(f"{name} of the cached value of {key}", getattr(value, name))
-    versions = value.dependency_versions
-    if type(value.version) is not str or not all(
-        type(each) is ResourceKey and type(version) is str for each, version in versions.items()
-    ):
-        raise _odd(key, "versions that are no text")
-    return value
-
-
-def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
-    return CacheUnavailableError(f"the cache answered {key} with {answer}")
-
-
 # The view over a cache that is not the library's own ---------------------------------------------
 
 _STORED = CacheWriteStatus.STORED
 _READ = "cache read"
 _WRITE = "cache write"
+
+_T = TypeVar("_T")
 
 Outcomes = dict[ResourceKey, Outcome]
 
@@ -703,10 +208,12 @@ class ForeignCache:
     Attributes:
         subscribers: who hears of changes through this view; held weakly.
         calls: the calls to the cache, with what it can do and what became of them.
+        copies: seal and open values.
         copying: the keys of what has been read and is being copied in at this moment.
+        tolerance: how many seconds ahead of the clock what is held may be dated.
     """
 
-    __slots__ = ("_channel", "_copies", "_tasks", "_tolerance", "calls", "copying", "subscribers")
+    __slots__ = ("_channel", "_tasks", "calls", "copies", "copying", "subscribers", "tolerance")
 
     def __init__(
         self,
@@ -718,9 +225,9 @@ class ForeignCache:
     ) -> None:
         self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed)
         self.subscribers: Listeners = Listeners()
+        self.copies: PayloadCopies = copies
         self.copying: dict[ResourceKey, None] = {}
-        self._copies = copies
-        self._tolerance = future_tolerance(observation)
+        self.tolerance: float = future_tolerance(observation)
         self._channel: Channel | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -751,9 +258,9 @@ class ForeignCache:
         on_their_way = self.channel().on_their_way
         known = {key: on_their_way[key] for key in keys if key in on_their_way}
         rest = [key for key in keys if key not in known]
-        values = await self.calls.get(rest, now, policies, now + self._tolerance)
-        known.update(await self._sealed(values))
-        outdated = await self._outdated(known, keys, now, self._sealed)
+        values = await self.calls.get(rest, now, policies, now + self.tolerance)
+        known.update(await self.sealed(values))
+        outdated = await self.outdated(known, keys, now, self.sealed)
         for key in outdated:
             if on_their_way.get(key) is known[key]:
                 del on_their_way[key]
@@ -762,7 +269,7 @@ class ForeignCache:
             self._behind(self._remove_outdated(held, now))
         return {key: known[key] for key in keys if key in known and key not in outdated}
 
-    async def _outdated(
+    async def outdated(
         self,
         known: dict[ResourceKey, Revision],
         absent: Iterable[ResourceKey],
@@ -801,14 +308,14 @@ class ForeignCache:
             same = [key for key, value in held.items() if value.version == outdated[key].version]
             self.calls.tell("invalidate", await self.calls.remove(same, insist=False))
 
-    async def _sealed(self, values: Found) -> dict[ResourceKey, Revision]:
+    async def sealed(self, values: Found) -> dict[ResourceKey, Revision]:
         """Copy values in; one that cannot be copied is told and left out."""
         revisions: dict[ResourceKey, Revision] = {}
         pace = Pace()
         for key, value in values.items():
             self.copying[key] = None
             try:
-                revisions[key] = await seal_value(self._copies, value, _READ)
+                revisions[key] = await seal_value(self.copies, value, _READ)
             except Exception as error:
                 self.calls.tell("read", {key: error})
             finally:
@@ -849,7 +356,7 @@ class ForeignCache:
         """
         channel = self.channel()
         current = channel.on_their_way.get(revision.key)
-        horizon = now + self._tolerance
+        horizon = now + self.tolerance
         status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
         if current is not None and status is not _STORED:
             return status, current, current
@@ -893,12 +400,12 @@ class ForeignCache:
         wanted: Callable[[Revision], bool] = _any,
     ) -> tuple[Outcomes, Failures]:
         channel = self.channel()
-        outcomes: Outcomes = {}
         async with channel.lanes.turn(revisions):
             offered = {key: each for key, each in revisions.items() if wanted(each)}
-            failures = await self._offer(offered, terms, outcomes)
+            write = _Write(self, offered, terms)
+            outcomes = await write.run()
             self._tell(channel, offered, outcomes, None if terms.insist else self.subscribers)
-        return outcomes, failures
+        return outcomes, write.failures
 
     def _tell(
         self,
@@ -924,170 +431,6 @@ class ForeignCache:
             channel.listeners.revised(changes)
         if known:
             channel.listeners.revised(known, teller)
-
-    async def _offer(
-        self, offered: Mapping[ResourceKey, Revision], terms: _Terms, outcomes: Outcomes
-    ) -> Failures:
-        """Write what may be written; enter what became of each, and return what failed."""
-        calls, horizon = self.calls, terms.now + self._tolerance
-        values, failures = await self._opened(offered)
-        looked_at = [key for key in values if self._looks_first(offered[key], terms)]
-        held = await calls.held(looked_at, terms.now)
-        results: dict[ResourceKey, CacheWriteResult] = {}
-        for key, current in held.items():
-            status = decide(
-                offered[key],
-                revision_of(current),
-                force=terms.force,
-                replace_equal=terms.replace_equal,
-                horizon=horizon,
-            )
-            if status is not _STORED:
-                results[key] = CacheWriteResult(status, current, current)
-        for key in await self._outdated_among(results, terms.now):
-            del results[key]
-        rest = {key: value for key, value in values.items() if key not in results}
-        if calls.is_atomic:
-            await self._compare_there(offered, rest, terms, results, failures)
-        else:
-            await self._store(rest, held, terms, results, failures)
-        outcomes.update(await self._outcomes(offered, results, terms))
-        return failures
-
-    def _looks_first(self, revision: Revision, terms: _Terms) -> bool:
-        """Whether the library compares before it offers a value.
-
-        A cache that compares would take an undated fetch for as new as the end of its reading. One
-        that knows better tells undated values by their equal times, which may be by chance.
-        """
-        if terms.force or not self.calls.is_atomic:
-            return not self.calls.is_atomic
-        if revision.dated:
-            return revision.observed_at == revision.fetched_at
-        return revision.attempts > 0 and not self.calls.validates_order
-
-    async def _store(
-        self,
-        values: Found,
-        held: Found,
-        terms: _Terms,
-        results: dict[ResourceKey, CacheWriteResult],
-        failures: Failures,
-    ) -> None:
-        failed = await self.calls.store(values, terms.policies, insist=terms.insist)
-        failures.update(failed)
-        for key, value in values.items():
-            if key not in failed:
-                results[key] = CacheWriteResult(_STORED, value, held.get(key))
-
-    async def _compare_there(
-        self,
-        offered: Mapping[ResourceKey, Revision],
-        values: Found,
-        terms: _Terms,
-        results: dict[ResourceKey, CacheWriteResult],
-        failures: Failures,
-    ) -> None:
-        """Let the cache compare; where it cannot know the write order, have the last word."""
-        calls, policies, insist = self.calls, terms.policies, terms.insist
-
-        def replaces_equal(key: ResourceKey) -> bool:
-            by_arrival = not offered[key].attempts or not calls.validates_order
-            return terms.replace_equal or (not offered[key].dated and by_arrival)
-
-        refused: Failures = {}
-        for equal in (False, True):
-            some = {key: value for key, value in values.items() if replaces_equal(key) is equal}
-            got, failed = await calls.offer(
-                some, policies, force=terms.force, replace_equal=equal, insist=insist
-            )
-            results.update(got)
-            refused.update(failed)
-        lost = {key: results[key] for key in values if key in results and not results[key].stored}
-        horizon = terms.now + self._tolerance
-        again = {
-            key
-            for key, result in lost.items()
-            if decide(offered[key], revision_of(result.value), horizon=horizon) is _STORED
-        }
-        again.update(await self._outdated_among(lost, terms.now))
-        got, failed = await calls.offer(
-            {key: values[key] for key in again},
-            policies,
-            force=True,
-            replace_equal=True,
-            insist=insist,
-        )
-        results.update(got)
-        refused.update(failed)
-        await self._replace_unreadable(offered, values, refused, terms, results, failures)
-
-    async def _replace_unreadable(
-        self,
-        offered: Mapping[ResourceKey, Revision],
-        values: Found,
-        refused: Failures,
-        terms: _Terms,
-        results: dict[ResourceKey, CacheWriteResult],
-        failures: Failures,
-    ) -> None:
-        """Write over an entry that the cache cannot compare with as it cannot read it."""
-        tried = [
-            key
-            for key, error in refused.items()
-            if not isinstance(error, (CacheTimeoutError, CacheCircuitOpenError))
-        ]
-        failures.update(refused)
-        readable = await self.calls.held(tried, terms.now)
-        unreadable = {key: values[key] for key in tried if key not in readable}
-        # Insisting, as all that could not be compared may have made the cache look dead.
-        insisting = _Terms(terms.policies, terms.now, insist=True)
-        await self._store(unreadable, {}, insisting, results, failures)
-        for key in unreadable:
-            if key in results:
-                del failures[key]
-
-    async def _outdated_among(
-        self, results: Mapping[ResourceKey, CacheWriteResult], now: float
-    ) -> list[ResourceKey]:
-        """Return where what stayed is outdated: it must not keep a newer revision out."""
-        stayed = {key: revision_of(result.value) for key, result in results.items()}
-        if not any(each.dependency_versions for each in stayed.values()):
-            return []
-        outdated = await self._outdated(dict(stayed), (), now, _bare)
-        return [key for key in outdated if key in stayed]
-
-    async def _outcomes(
-        self,
-        offered: Mapping[ResourceKey, Revision],
-        results: Mapping[ResourceKey, CacheWriteResult],
-        terms: _Terms,
-    ) -> Outcomes:
-        lost = {key: result.value for key, result in results.items() if not result.stored}
-        before: Found = {}
-        if terms.insist:  # somebody wants to know
-            previous = {key: result.previous for key, result in results.items() if result.stored}
-            before = {key: value for key, value in previous.items() if type(value) is SnapshotValue}
-        current = await self._sealed(lost)
-        replaced = await self._sealed(before)
-        outcomes: Outcomes = {}
-        for key, result in results.items():
-            now_held = current.get(key, offered[key])
-            was_held = replaced.get(key) if result.stored else now_held
-            outcomes[key] = (result.status, now_held, was_held)
-        return outcomes
-
-    async def _opened(self, revisions: Mapping[ResourceKey, Revision]) -> tuple[Found, Failures]:
-        values: Found = {}
-        failures: Failures = {}
-        pace = Pace()
-        for key, revision in revisions.items():
-            try:
-                values[key] = await open_value(self._copies, revision, _WRITE)
-            except Exception as error:
-                failures[key] = error
-            await pace.keep()
-        return values, failures
 
     # Invalidating and ending --------------------------------------------------------------------
 
@@ -1123,6 +466,152 @@ class ForeignCache:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+class _Write:
+    """One group of revisions on its way into the cache, whose lanes are held meanwhile.
+
+    Attributes:
+        failures: why keys could not be written.
+    """
+
+    def __init__(
+        self, cache: ForeignCache, offered: Mapping[ResourceKey, Revision], terms: _Terms
+    ) -> None:
+        self.failures: Failures = {}
+        self._cache = cache
+        self._calls = cache.calls
+        self._offered = offered
+        self._terms = terms
+        self._values: Found = {}
+        self._results: dict[ResourceKey, CacheWriteResult] = {}
+
+    async def run(self) -> Outcomes:
+        """Write what may be written; return what became of all but the failures."""
+        await self._open()
+        looked_at = [key for key in self._values if self._looks_first(self._offered[key])]
+        held = await self._calls.held(looked_at, self._terms.now)
+        for key, current in held.items():
+            status = self._status(key, current, force=self._terms.force)
+            if status is not _STORED:
+                self._results[key] = CacheWriteResult(status, current, current)
+        for key in await self._outdated(self._results):
+            del self._results[key]
+        rest = [key for key in self._values if key not in self._results]
+        if self._calls.is_atomic:
+            await self._let_compare(rest)
+        else:
+            await self._store(rest, held, insist=self._terms.insist)
+        return await self._outcomes()
+
+    async def _open(self) -> None:
+        pace = Pace()
+        for key, revision in self._offered.items():
+            try:
+                self._values[key] = await open_value(self._cache.copies, revision, _WRITE)
+            except Exception as error:
+                self.failures[key] = error
+            await pace.keep()
+
+    def _looks_first(self, revision: Revision) -> bool:
+        """Whether the library compares before it offers a value.
+
+        A cache that compares would take an undated fetch for as new as the end of its reading. One
+        that knows better tells undated values by their equal times, which may be by chance.
+        """
+        if self._terms.force or not self._calls.is_atomic:
+            return not self._calls.is_atomic
+        if revision.dated:
+            return revision.observed_at == revision.fetched_at
+        return revision.attempts > 0 and not self._calls.validates_order
+
+    def _status(
+        self, key: ResourceKey, current: SnapshotValue[Any], *, force: bool = False
+    ) -> CacheWriteStatus:
+        terms = self._terms
+        return decide(
+            self._offered[key],
+            revision_of(current),
+            force=force,
+            replace_equal=terms.replace_equal,
+            horizon=terms.now + self._cache.tolerance,
+        )
+
+    async def _store(self, keys: Iterable[ResourceKey], held: Found, *, insist: bool) -> None:
+        values = {key: self._values[key] for key in keys}
+        failed = await self._calls.store(values, self._terms.policies, insist=insist)
+        self.failures.update(failed)
+        for key, value in values.items():
+            if key not in failed:
+                self._results[key] = CacheWriteResult(_STORED, value, held.get(key))
+
+    async def _let_compare(self, keys: Collection[ResourceKey]) -> None:
+        """Let the cache compare; where it cannot know the write order, have the last word."""
+        for equal in (False, True):
+            some = [key for key in keys if self._replaces_equal(self._offered[key]) is equal]
+            await self._offer(some, force=self._terms.force, replace_equal=equal)
+        done = {key: self._results[key] for key in keys if key in self._results}
+        lost = {key: result for key, result in done.items() if not result.stored}
+        again = {key for key, result in lost.items() if self._status(key, result.value) is _STORED}
+        again.update(await self._outdated(lost))
+        await self._offer(again, force=True, replace_equal=True)
+        await self._replace_unreadable()
+
+    def _replaces_equal(self, revision: Revision) -> bool:
+        by_arrival = not revision.attempts or not self._calls.validates_order
+        return self._terms.replace_equal or (not revision.dated and by_arrival)
+
+    async def _offer(
+        self, keys: Iterable[ResourceKey], *, force: bool, replace_equal: bool
+    ) -> None:
+        results, failed = await self._calls.offer(
+            {key: self._values[key] for key in keys},
+            self._terms.policies,
+            force=force,
+            replace_equal=replace_equal,
+            insist=self._terms.insist,
+        )
+        self._results.update(results)
+        self.failures.update(failed)
+
+    async def _replace_unreadable(self) -> None:
+        """Write over an entry that the cache cannot compare with as it cannot read it."""
+        away = CacheTimeoutError, CacheCircuitOpenError
+        tried = [
+            key
+            for key, error in self.failures.items()
+            if key in self._values and not isinstance(error, away)
+        ]
+        readable = await self._calls.held(tried, self._terms.now)
+        unreadable = [key for key in tried if key not in readable]
+        # Insisting, as all that could not be compared may have made the cache look dead.
+        await self._store(unreadable, {}, insist=True)
+        for key in unreadable:
+            if key in self._results:
+                del self.failures[key]
+
+    async def _outdated(self, lost: Mapping[ResourceKey, CacheWriteResult]) -> list[ResourceKey]:
+        """Return where what stayed is outdated: it must not keep a newer revision out."""
+        stayed = {key: revision_of(result.value) for key, result in lost.items()}
+        outdated = await self._cache.outdated(dict(stayed), (), self._terms.now, _bare)
+        return [key for key in outdated if key in stayed]
+
+    async def _outcomes(self) -> Outcomes:
+        results, wanted = self._results, self._terms.insist
+        lost = {key: result.value for key, result in results.items() if not result.stored}
+        before = {
+            key: result.previous
+            for key, result in results.items()
+            if wanted and result.stored and type(result.previous) is SnapshotValue
+        }
+        current = await self._cache.sealed(lost)
+        replaced = await self._cache.sealed(before)
+        outcomes: Outcomes = {}
+        for key, result in results.items():
+            now_held = current.get(key, self._offered[key])
+            was_held = replaced.get(key) if result.stored else now_held
+            outcomes[key] = (result.status, now_held, was_held)
+        return outcomes
 
 
 async def _bare(values: Found) -> dict[ResourceKey, Revision]:

@@ -1,0 +1,517 @@
+"""Calls to a cache that is not the library's own: bounded, counted, each alone with its failure.
+
+Laws:
+
+1. Every call has a time limit, and whatever it raises belongs to the keys that it was about: one
+   that cannot be read is a miss, one that cannot be written is told. What makes no sense was not
+   read.
+2. Where a call for many keys fails, they are tried one by one.
+3. A cache that failed too often in a row is left alone for a while: reads are misses at once,
+   values are not stored. What an application asked for, a publication or an invalidation, is tried
+   all the same. Failed reads keep no writes away, and a write that succeeds brings reads back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
+from typing import Any, Final, Generic, TypeVar
+
+from coalestra.core.errors import (
+    CacheCircuitOpenError,
+    CacheTimeoutError,
+    CacheUnavailableError,
+)
+from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
+from coalestra.core.validation import integer, number
+from coalestra.core.values import SnapshotValue
+
+# Many calls, few tasks: each bounded, each alone with its failure --------------------------------
+
+_I = TypeVar("_I", bound=Hashable)
+_T = TypeVar("_T")
+
+
+def _never() -> None:
+    """Refuse nothing."""
+
+
+def _untold(_error: BaseException | None) -> None:
+    """Take no notice."""
+
+
+async def call_each(
+    items: Collection[_I],
+    call: Callable[[_I], Awaitable[_T]],
+    *,
+    width: int,
+    seconds: float,
+    refused: Callable[[], Exception | None] = _never,
+    ended: Callable[[BaseException | None], None] = _untold,
+) -> tuple[dict[_I, _T], dict[_I, BaseException]]:
+    """Make a call for every item, at most ``width`` at a time; return results and failures.
+
+    A call that takes longer than ``seconds`` is cancelled and counts as failed by a
+    `CacheTimeoutError`; should it not end, it is left behind. ``refused`` is asked before each call
+    and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
+    caller's own cancellation.
+    """
+    crew = _Crew(items, call, refused, ended)
+    await crew.work_off(min(width, len(items)), seconds)
+    return crew.results, crew.failures
+
+
+class _Shift(Generic[_I]):
+    """What one worker is at: an item since some time, or nothing; ``over`` if it is given up."""
+
+    __slots__ = ("began", "items", "over")
+
+    def __init__(self, now: float) -> None:
+        self.began: float = now
+        self.items: tuple[_I, ...] = ()
+        self.over: bool = False
+
+
+class _Crew(Generic[_I, _T]):
+    """The workers of one `call_each`; one whose call does not end, or ends it, is replaced."""
+
+    def __init__(
+        self,
+        items: Iterable[_I],
+        call: Callable[[_I], Awaitable[_T]],
+        refused: Callable[[], Exception | None],
+        ended: Callable[[BaseException | None], None],
+    ) -> None:
+        self.results: dict[_I, _T] = {}
+        self.failures: dict[_I, BaseException] = {}
+        self._rest = iter(items)
+        self._call = call
+        self._refused = refused
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._busy: dict[asyncio.Task[None], _Shift[_I]] = {}
+
+    async def work_off(self, width: int, seconds: float) -> None:
+        """Work until no item is left, with so many workers."""
+        busy, loop = self._busy, self._loop
+        for _ in range(width):
+            self._hire()
+        try:
+            while busy:
+                end = min(shift.began for shift in busy.values()) + seconds
+                left = max(0.0, end - loop.time())
+                await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                for task, shift in tuple(busy.items()):
+                    if task.done():
+                        self._dismiss(task, _ending_of(task))
+                    elif loop.time() >= shift.began + seconds:
+                        self._dismiss(task, CacheTimeoutError(seconds))
+        finally:
+            for task in tuple(busy):
+                busy.pop(task).over = True
+                _leave_behind(task)
+
+    def _hire(self) -> None:
+        shift: _Shift[_I] = _Shift(self._loop.time())
+        self._busy[self._loop.create_task(self._work(shift), name="coalestra cache call")] = shift
+
+    def _dismiss(self, task: asyncio.Task[None], error: BaseException) -> None:
+        shift = self._busy.pop(task)
+        shift.over = True
+        _leave_behind(task)
+        for item in shift.items:  # its call ended the worker, or has not ended
+            self._fail(item, error)
+            self._hire()
+
+    async def _work(self, shift: _Shift[_I]) -> None:
+        for item in self._rest:
+            refusal = self._refused()
+            if refusal is not None:
+                self.failures[item] = refusal
+                continue
+            shift.items, shift.began = (item,), self._loop.time()
+            try:
+                result = await self._call(item)
+            except Exception as error:
+                if shift.over:
+                    return
+                self._fail(item, error)
+            else:
+                if shift.over:
+                    return
+                self.results[item] = result
+                self._ended(None)
+            shift.items = ()
+
+    def _fail(self, item: _I, error: BaseException) -> None:
+        self.failures[item] = error
+        self._ended(error)
+
+
+_left_behind: set[asyncio.Task[None]] = set()
+"""Calls that were cancelled; some may not care. Nobody else refers to them."""
+
+
+def _leave_behind(task: asyncio.Task[None]) -> None:
+    if task.done() or task.get_loop().is_closed():
+        return
+    task.cancel()
+    _left_behind.add(task)
+    task.add_done_callback(_forget)
+
+
+def _forget(task: asyncio.Task[None]) -> None:
+    _left_behind.discard(task)
+    if not task.cancelled():
+        task.exception()  # seen
+
+
+def _ending_of(task: asyncio.Task[None]) -> BaseException:
+    error = None if task.cancelled() else task.exception()
+    return asyncio.CancelledError() if error is None else error
+
+
+# The calls that a cache offers, used as widely as it allows --------------------------------------
+
+DEFAULT_TIMEOUT_SECONDS: Final = 1.0
+"""How long one call may take, unless the cache has ``timeout_seconds`` of its own."""
+
+_FAILURES_IN_A_ROW = 5
+_RECOVERY_SECONDS = 5.0
+_ANY_AGE = FreshnessPolicy(math.inf, math.inf)
+_ALL: Final = "all keys"
+
+Found = dict[ResourceKey, SnapshotValue[Any]]
+Failures = dict[ResourceKey, Exception]
+Policies = Mapping[ResourceKey, FreshnessPolicy]
+
+
+class _Circuit:
+    """Keeps a cache that fails from costing every call its time limit; times are the loop's.
+
+    Open from the last of too many failures in a row, it lets one call through every so often.
+    """
+
+    __slots__ = ("failures", "until")
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.until = 0.0
+
+    def admits(self, now: float) -> bool:
+        """Whether a call may be made; one that finds out if the cache is back is the only one."""
+        if self.failures < _FAILURES_IN_A_ROW:
+            return True
+        if now < self.until:
+            return False
+        self.until = now + _RECOVERY_SECONDS
+        return True
+
+    def failed(self, now: float) -> None:
+        """Take in a failure."""
+        self.failures += 1
+        self.until = now + _RECOVERY_SECONDS
+
+
+class CacheCalls:
+    """Reads, offers and removals over one cache, for any number of keys; none of them raises.
+
+    Nothing here keeps writers apart: comparing and setting without an atomic method is safe only
+    while the caller holds the keys' lanes.
+
+    Attributes:
+        cache: the cache; what it can do is looked up once, by attribute.
+        carries_many: whether one call can carry many keys.
+        is_atomic: whether it compares and stores in one step.
+        validates_dependencies, validates_order: what it promises to check itself.
+        counts: calls, failures and timeouts among them, and calls refused as it is left alone.
+    """
+
+    __slots__ = (
+        "_limit",
+        "_offers_many",
+        "_offers_one",
+        "_reading",
+        "_seconds",
+        "_tells_policies",
+        "_told",
+        "_writing",
+        "cache",
+        "carries_many",
+        "counts",
+        "is_atomic",
+        "validates_dependencies",
+        "validates_order",
+    )
+
+    def __init__(
+        self, cache: Any, limit: int, told: Callable[[str, Exception], None] | None
+    ) -> None:
+        self.cache: Any = cache
+        self.carries_many: bool = _has(cache, "get_many", "set_many", "invalidate_many")
+        self._offers_many = self.carries_many and _has(cache, "set_many_if_newer")
+        self._offers_one = _has(cache, "set_if_newer")
+        self.is_atomic: bool = self._offers_many or self._offers_one
+        self.validates_dependencies: bool = _says(cache, "validates_dependency_versions")
+        self.validates_order: bool = _says(cache, "validates_write_order")
+        self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
+        self._tells_policies = _says(cache, "accepts_policies")
+        self._seconds = _limit_of(cache)
+        self._limit = limit
+        self._told = told
+        self._reading = _Circuit()
+        self._writing = _Circuit()
+
+    def __repr__(self) -> str:
+        named = [name for name in ("carries_many", "is_atomic") if getattr(self, name)]
+        return f"CacheCalls({type(self.cache).__name__}: {', '.join(named) or 'single keys'})"
+
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether the cache has failed too often in a row to be asked just now."""
+        return max(self._reading.failures, self._writing.failures) >= _FAILURES_IN_A_ROW
+
+    async def get(
+        self, keys: Collection[ResourceKey], now: float, policies: Policies, horizon: float
+    ) -> Found:
+        """Return what the cache holds and calls usable, if dated no later than ``horizon``."""
+
+        async def many() -> Any:
+            found = await self.cache.get_many(keys, now=now, policies=policies)
+            return {key: found.get(key) for key in keys}
+
+        async def one(key: ResourceKey) -> Any:
+            return await self.cache.get(key, now=now, policy=policies[key])
+
+        answers, failures = await self._many_or_each(self._reading, "get", keys, many, one)
+        values: Found = {}
+        for key in keys:
+            try:
+                value = _usable(answers.get(key), key)
+            except Exception as error:
+                failures[key] = error
+            else:
+                if value is not None and value.observed_at <= horizon:
+                    values[key] = value
+        self.tell("read", failures)
+        return values
+
+    async def held(self, keys: Collection[ResourceKey], now: float) -> Found:
+        """Return what the cache holds for ``keys``, however old or new."""
+        return await self.get(keys, now, dict.fromkeys(keys, _ANY_AGE), math.inf)
+
+    async def store(self, values: Found, policies: Policies, *, insist: bool) -> Failures:
+        """Store values whatever is there."""
+
+        async def many() -> Any:
+            await self.cache.set_many(tuple(values.values()), **self._policies(policies, values))
+            return dict.fromkeys(values)
+
+        async def one(key: ResourceKey) -> Any:
+            await self.cache.set(values[key], **self._policy(policies, key))
+
+        _, failures = await self._many_or_each(self._writing, "set", values, many, one, insist)
+        return failures
+
+    async def offer(
+        self, values: Found, policies: Policies, *, force: bool, replace_equal: bool, insist: bool
+    ) -> tuple[dict[ResourceKey, CacheWriteResult], Failures]:
+        """Let the cache store what its own comparison prefers."""
+        terms: dict[str, Any] = {"force": force, "replace_equal": replace_equal}
+
+        async def many() -> Any:
+            chosen = tuple(values.values())
+            results = await self.cache.set_many_if_newer(
+                chosen, **terms, **self._policies(policies, values)
+            )
+            return {key: _result(results[key], key) for key in values}
+
+        async def one(key: ResourceKey) -> Any:
+            value = values[key]
+            if self._offers_one:
+                result = await self.cache.set_if_newer(
+                    value, **terms, **self._policy(policies, key)
+                )
+            else:
+                several = self._policies(policies, (key,))
+                results = await self.cache.set_many_if_newer((value,), **terms, **several)
+                result = results[key]
+            return _result(result, key)
+
+        many_at_once = many if self._offers_many else None
+        return await self._many_or_each(
+            self._writing, "set_if_newer", values, many_at_once, one, insist
+        )
+
+    async def remove(self, keys: Collection[ResourceKey], *, insist: bool) -> Failures:
+        """Remove ``keys`` from the cache."""
+
+        async def many() -> Any:
+            await self.cache.invalidate_many(keys)
+            return dict.fromkeys(keys)
+
+        _, failures = await self._many_or_each(
+            self._writing, "invalidate", keys, many, self.cache.invalidate, insist
+        )
+        return failures
+
+    async def stats(self) -> Any | None:
+        """Return what the cache says of itself; None if it says nothing, or fails to."""
+        if not _has(self.cache, "stats"):
+            return None
+        calls = await call_each(
+            (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self._seconds
+        )
+        return calls[0].get(_ALL)
+
+    def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
+        """Report failures that the library goes on without; refusals are only counted."""
+        if self._told is not None:
+            for error in {id(error): error for error in failures.values()}.values():
+                if not isinstance(error, CacheCircuitOpenError):
+                    self._told(operation, error)
+
+    def _policies(self, policies: Policies, keys: Iterable[ResourceKey]) -> dict[str, Any]:
+        if not self._tells_policies:
+            return {}
+        return {"policies": {key: policies[key] for key in keys}}
+
+    def _policy(self, policies: Policies, key: ResourceKey) -> dict[str, Any]:
+        return {"policy": policies[key]} if self._tells_policies else {}
+
+    async def _many_or_each(
+        self,
+        circuit: _Circuit,
+        operation: str,
+        keys: Collection[ResourceKey],
+        many: Callable[[], Awaitable[Any]] | None,
+        one: Callable[[ResourceKey], Awaitable[Any]],
+        insist: bool = False,
+    ) -> tuple[dict[ResourceKey, Any], Failures]:
+        """Make one call for all keys; if there is none, or it fails, one for each."""
+        if not keys:
+            return {}, {}
+        if many is not None and self.carries_many:
+            made = many
+            results, failures = await self._calls(
+                circuit, f"{operation} of many", (_ALL,), lambda _: made(), insist
+            )
+            if not failures:
+                return results[_ALL], {}
+            error = failures[_ALL]
+            if isinstance(error, (CacheTimeoutError, CacheCircuitOpenError)):
+                return {}, dict.fromkeys(keys, error)
+        return await self._calls(circuit, operation, keys, one, insist)
+
+    async def _calls(
+        self,
+        circuit: _Circuit,
+        operation: str,
+        items: Collection[_I],
+        call: Callable[[_I], Awaitable[_T]],
+        insist: bool,
+    ) -> tuple[dict[_I, _T], dict[_I, Exception]]:
+        loop, counts, name = asyncio.get_running_loop(), self.counts, type(self.cache).__name__
+        free = self._limit if insist else 0
+
+        def refused() -> Exception | None:
+            nonlocal free
+            free -= 1
+            if free >= 0 or circuit.admits(loop.time()):
+                counts["calls"] += 1
+                return None
+            counts["refused"] += 1
+            return CacheCircuitOpenError(
+                f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is left "
+                f"alone for up to {_RECOVERY_SECONDS:g} s"
+            )
+
+        def ended(error: BaseException | None) -> None:
+            if error is None:
+                circuit.failures = self._reading.failures = 0
+                return
+            circuit.failed(loop.time())
+            counts["failures"] += 1
+            counts["timeouts"] += isinstance(error, CacheTimeoutError)
+
+        results, raised = await call_each(
+            items, call, width=self._limit, seconds=self._seconds, refused=refused, ended=ended
+        )
+        return results, {
+            item: _as_exception(error, operation, name) for item, error in raised.items()
+        }
+
+
+def _has(cache: Any, *methods: str) -> bool:
+    try:
+        return all(callable(getattr(cache, name, None)) for name in methods)
+    except Exception:
+        return False
+
+
+def _says(cache: Any, promise: str) -> bool:
+    try:
+        return getattr(cache, promise, False) is True
+    except Exception:
+        return False
+
+
+def _limit_of(cache: Any) -> float:
+    own = getattr(cache, "timeout_seconds", None)
+    if own is None:
+        return DEFAULT_TIMEOUT_SECONDS
+    seconds: float = number("timeout_seconds of the cache", own)
+    if seconds <= 0:
+        raise ValueError(f"timeout_seconds of the cache must be more than 0, got {seconds:g}")
+    return seconds
+
+
+def _as_exception(error: BaseException, operation: str, name: str) -> Exception:
+    if isinstance(error, Exception):
+        return error
+    own = CacheUnavailableError(f"{operation} of {name} ended in {type(error).__qualname__}")
+    own.__cause__ = error
+    return own
+
+
+def _usable(lookup: object, key: ResourceKey) -> SnapshotValue[Any] | None:
+    """Return the value of a lookup that may be used; raises for one that cannot be trusted."""
+    if lookup is None:
+        return None
+    if not isinstance(lookup, CacheLookup):
+        raise _odd(key, f"a {type(lookup).__qualname__} instead of a CacheLookup")
+    if lookup.value is None or not (lookup.fresh or lookup.usable_stale):
+        return None
+    return _sound(lookup.value, key)
+
+
+def _result(result: object, key: ResourceKey) -> CacheWriteResult:
+    if not isinstance(result, CacheWriteResult):
+        raise _odd(key, f"a {type(result).__qualname__} instead of a CacheWriteResult")
+    if result.status is not CacheWriteStatus.STORED:
+        _sound(result.value, key)
+    return result
+
+
+def _sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
+    if type(value) is not SnapshotValue:
+        raise _odd(key, f"a {type(value).__qualname__} instead of a SnapshotValue")
+    if value.key != key:
+        raise _odd(key, f"a value of {value.key}; store and return values under their own key")
+    for name in ("observed_at", "fetched_at", "latency_ms"):
+        number(f"{name} of the cached value of {key}", getattr(value, name))
+    for name in ("attempts", "authority_rank"):
+        integer(f"{name} of the cached value of {key}", getattr(value, name))
+    versions = value.dependency_versions
+    if type(value.version) is not str or not all(
+        type(each) is ResourceKey and type(version) is str for each, version in versions.items()
+    ):
+        raise _odd(key, "versions that are no text")
+    return value
+
+
+def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
+    return CacheUnavailableError(f"the cache answered {key} with {answer}")
