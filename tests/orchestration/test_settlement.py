@@ -834,3 +834,21 @@ async def test_an_open_circuit_says_when_it_may_be_probed() -> None:
 
 async def _down(_key: ResourceKey, _context: FetchContext) -> Any:
     raise ConnectionError("down")
+
+
+async def test_closing_in_the_quiet_after_a_cancellation_leaves_nothing_behind() -> None:
+    """Neither a worker that is still to be started nor the timer that would start it."""
+    building = builder(Single("good", fetch=_forever), max_pending_tasks=1)
+    wanted = [key("good", str(number)) for number in range(3)]
+    task = asyncio.ensure_future(building.build(wanted))
+    await settle()
+    for worker in workers():
+        worker.cancel()
+    await settle()
+    await building.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await task
+
+
+async def _forever(_key: ResourceKey, _context: FetchContext) -> Any:
+    return await asyncio.get_running_loop().create_future()

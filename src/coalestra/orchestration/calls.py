@@ -1201,7 +1201,6 @@ class Lane:
         "_busy",
         "_hurried",
         "_queue",
-        "_waking",
         "_workers",
         "dispatch",
         "limit",
@@ -1218,7 +1217,6 @@ class Lane:
         self._workers = 0
         self._busy = 0
         self._hurried = 0
-        self._waking = False
 
     def add(self, flights: Sequence[Acquisition]) -> None:
         """Queue calls for the flights: for a batch source in chunks of its size, else one each."""
@@ -1230,12 +1228,12 @@ class Lane:
                 self.work.record.batch_chunks += -(-len(flights) // size)
             starts = range(0, len(flights), size)
             self._queue.extend([flights[start : start + size] for start in starts])
-        self._staff()
+        self.staff()
 
     def again(self, call: Call) -> None:
         """Queue a call once more, for its next attempt."""
         self._queue.append(call)
-        self._staff()
+        self.staff()
 
     def hurry(self, flight: Acquisition) -> None:
         """Make the call of a queued flight next, by a worker more than there may be."""
@@ -1244,7 +1242,7 @@ class Lane:
                 self._queue.remove(queued)
                 self._queue.appendleft(queued)
                 self._hurried += 1
-                self._staff()
+                self.staff()
                 return
 
     def left(self, worker: Worker) -> None:
@@ -1253,9 +1251,10 @@ class Lane:
         if not self._workers:
             self._hurried = 0
         self._busy -= worker.call is not None
-        self._staff()
+        self.staff()
 
-    def _staff(self) -> None:
+    def staff(self) -> None:
+        """Start as many workers as the queue keeps busy."""
         # Looked at anew each time: an eager task may have worked the queue off by now.
         most = self.limit + self._hurried
         while self._workers < min(most, self._busy + len(self._queue)):
@@ -1334,14 +1333,9 @@ class Lane:
             return False
         alive = [each for each in self._queue if isinstance(each, Call) or self._still_here(each)]
         self._queue = deque(alive)
-        if alive and not self._waking:
-            self._waking = True
-            loop.call_at(self.dispatch.quiet_until, self._wake)
+        if alive:
+            self.dispatch.staff_later(self)
         return True
-
-    def _wake(self) -> None:
-        self._waking = False
-        self._staff()
 
     def __repr__(self) -> str:
         return f"<Lane {self.link.name} queued={len(self._queue)} workers={self._workers}>"
@@ -1379,15 +1373,41 @@ class Dispatch:
         self.store: Callable[[Sequence[tuple[Acquisition, Revision]]], None] = store
         self.workers: set[asyncio.Task[Any]] = set()
         self.quiet_until: float = 0.0
+        self._resting: dict[Lane, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     def forget(self) -> None:
         """Drop what belonged to an event loop that has ended."""
         self.workers.clear()
+        self.close()
         self.quiet_until = 0.0
+
+    def close(self) -> None:
+        """Start no worker any more."""
+        self.quiet_until = math.inf
+        self._resting.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def be_quiet(self) -> None:
         """Start no worker for a while."""
-        self.quiet_until = asyncio.get_running_loop().time() + _QUIET_SECONDS
+        if self.quiet_until != math.inf:
+            self.quiet_until = asyncio.get_running_loop().time() + _QUIET_SECONDS
+
+    def staff_later(self, lane: Lane) -> None:
+        """Let a lane start workers when the quiet is over."""
+        if self.quiet_until != math.inf:
+            self._resting[lane] = None
+            if self._timer is None:
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_at(self.quiet_until, self._staff_all)
+
+    def _staff_all(self) -> None:
+        self._timer = None
+        lanes, self._resting = self._resting, {}
+        for lane in lanes:
+            lane.staff()
 
     def hold(self, work: Work) -> None:
         """Hold back the calls of a unit of work: more keys for them are on their way."""

@@ -1143,6 +1143,7 @@ class Engine:
             task.cancel()
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
+        self.flights.dispatch.close()
         if self.equipment.access.foreign is not None:
             await self.equipment.access.foreign.drain(timeout_seconds)
         left: dict[str, int] = {}
