@@ -201,6 +201,22 @@ async def test_a_time_for_all_of_it_bounds_every_stage() -> None:
     await building.wait_for_observability_shutdown()
 
 
+async def test_a_time_for_all_of_it_is_no_time_for_each_managed_part() -> None:
+    class Hanging(Parts):
+        async def aclose(self) -> None:
+            await asyncio.Event().wait()
+
+    last = Parts("l")
+    parts = [Hanging(f"k{number}") for number in range(5)]
+    building = builder(*parts, last, manage_lifecycle=True)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(TimeoutError):
+        await building.aclose(shutdown_timeout_seconds=1)
+    assert loop.time() - began <= 2
+    assert last.ends == 1
+
+
 @pytest.mark.parametrize("seconds", [1e10, 1e300, 10**30])
 async def test_a_huge_time_is_as_long_as_it_takes(seconds: float) -> None:
     sink = FileSink()

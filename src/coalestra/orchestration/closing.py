@@ -129,6 +129,7 @@ class Closing:
         self._late: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._errors: list[BaseException] = []
+        self._end: float | None = None
         self._over = False
         self.unfinished: Mapping[str, int] = {}
 
@@ -153,7 +154,7 @@ class Closing:
 
     async def _run(self, limits: Limits) -> None:
         loop = asyncio.get_running_loop()
-        end = None if limits.total is None else loop.time() + limits.total
+        self._end = None if limits.total is None else loop.time() + limits.total
         stages: tuple[tuple[float, Stage], ...] = (
             (limits.copies, partial(self._end_refreshes, limits.cancel_refreshes)),
             (limits.copies, self._end_engine),
@@ -162,9 +163,7 @@ class Closing:
             (max(limits.copies, limits.observability), self._end_managed),
         )
         for seconds, stage in stages:
-            if end is not None:
-                seconds = min(seconds, max(MOMENT_SECONDS, end - loop.time()))
-            stage_end = loop.time() + seconds  # also of a second attempt
+            stage_end = loop.time() + self._granted(seconds)  # also of a second attempt
             try:
                 await insist(partial(_until, stage_end, stage))
             except BaseException as error:
@@ -172,6 +171,12 @@ class Closing:
         if not self._managed:
             self._threads.close()
             self._over = True
+
+    def _granted(self, seconds: float) -> float:
+        """Return how much of its own limit a stage, or a managed part, can have now."""
+        if self._end is None:
+            return seconds
+        return min(seconds, max(MOMENT_SECONDS, self._end - asyncio.get_running_loop().time()))
 
     # The stages, each with the seconds that it has ---------------------------------------------
 
@@ -232,7 +237,7 @@ class Closing:
             if self._sinks.call_after_last_record(part, late):
                 continue
             try:
-                await self._close_part(part, seconds)
+                await self._close_part(part, self._granted(seconds))
             except asyncio.CancelledError:
                 self._managed.append(part)
             except BaseException as error:
