@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -24,6 +25,12 @@ def test_the_readme_shows_code_and_what_it_prints() -> None:
     (readme,) = [page for page in PAGES if page.name == "README.md"]
     assert any(block.runs for block in readme.blocks)
     assert any(block.is_output for block in readme.blocks)
+
+
+def test_the_first_commands_of_the_readme_show_it_at_work_and_test_it() -> None:
+    (readme,) = [page for page in PAGES if page.name == "README.md"]
+    shown = "".join(block.text for block in readme.blocks if block.language == "console")
+    assert shown.splitlines()[:2] == ["make demo", "make test"]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +80,15 @@ def test_the_links_of_a_page_lead_somewhere(page: Page) -> None:
         if not leads_somewhere(page, target)
     ]
     assert not broken
+
+
+def test_the_picture_of_the_readme_is_the_same_in_light_and_dark_but_for_its_colours() -> None:
+    named = re.findall(r'(?:src|srcset)="([^"]+)"', (ROOT / "README.md").read_text("utf-8"))
+    assert named == [f"docs/images/snapshot-{mode}.svg" for mode in ("dark", "light")]
+    dark, light = ((ROOT / name).read_text(encoding="utf-8") for name in named)
+    assert dark != light
+    assert re.sub(r"#[0-9a-f]{6}", "", dark) == re.sub(r"#[0-9a-f]{6}", "", light)
+    assert ElementTree.fromstring(light).find("{*}title") is not None
 
 
 def leads_somewhere(page: Page, target: str) -> bool:
