@@ -166,6 +166,26 @@ def test_every_name_of_the_package_is_exported_by_one_of_its_parts() -> None:
     assert {name: where for name, where in homes.items() if len(where) != 1} == {}
 
 
+@pytest.mark.parametrize(
+    "home, name",
+    [
+        ("cache", "CacheStats"),
+        ("cache", "PublishResult"),
+        ("cache", "PublishStatus"),
+        ("cache", "ResourceUpdate"),
+        ("core", "PayloadCopier"),
+        ("core", "PayloadIsolator"),
+        ("core", "deepcopy_payload"),
+        ("orchestration", "PolicyResolver"),
+    ],
+)
+def test_a_name_is_also_found_where_it_once_was(home: str, name: str) -> None:
+    """Applications of 0.6 import it from there; it is the very same object."""
+    found = f"coalestra.{home}.{name} is coalestra.{name}"
+    loaded_by(f"import coalestra.{home}\nassert {found}\nfrom coalestra.{home} import {name}")
+    assert getattr(importlib.import_module(f"coalestra.{home}"), name) is getattr(coalestra, name)
+
+
 def test_submodules_are_attributes_without_an_import_of_their_own() -> None:
     """``import coalestra`` alone still leads to ``coalestra.core.errors``."""
     loaded = loaded_by("import coalestra; coalestra.core.errors.CoalestraError")

@@ -133,6 +133,11 @@ class TestRules:
             freshness = PolicyResolver(FreshnessPolicy(ttl, 60.0))
             assert found(policy, delivered, freshness=freshness) == expected
 
+    def test_what_must_be_read_anew_for_everyone_is_fresh_for_whom_it_was_read(self) -> None:
+        freshness = PolicyResolver(FreshnessPolicy(0.0, 60.0))
+        delivered = value(A, observed_at=NOW - 0.5, age_seconds=0.0)
+        assert found(SnapshotAcceptancePolicy(FRESH), delivered, freshness=freshness) == []
+
     def test_a_value_that_was_stale_stays_stale(self) -> None:
         freshness = PolicyResolver(FreshnessPolicy(math.inf, math.inf))
         assert found(

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coalestra.core import keys as module
 from coalestra.core.keys import (
     CASE_INSENSITIVE_KEY_NORMALIZER,
     LEGACY_KEY_NORMALIZER,
@@ -291,6 +292,18 @@ def test_keys_that_share_a_text_have_canonical_texts_of_their_own(
 ) -> None:
     assert str(ResourceKey(*one)) == str(ResourceKey(*other))
     assert ResourceKey(*one).canonical != ResourceKey(*other).canonical
+
+
+def test_a_key_is_the_same_where_threads_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for free_threaded in (False, True):
+        monkeypatch.setattr(module, "FREE_THREADED", free_threaded)
+        made.append(ResourceKey(" n ", "k", "s", {"q": "v"}))
+    one, other = made
+    assert one == other
+    assert (hash(one), str(one), repr(one)) == (hash(other), str(other), repr(other))
+    assert one.normalizer is other.normalizer
+    assert type(other) is ResourceKey
 
 
 def test_a_key_is_a_frozen_ordered_dataclass_of_four_fields() -> None:

@@ -97,6 +97,8 @@ UNSPEAKABLE = f"{__name__}.Unspeakable"
         (Pair(1, b"x"), [1, "builtins.bytes"]),
         ({3, 1, 2}, [1, 2, 3]),
         (frozenset({"b", "a"}), ["a", "b"]),
+        ({8, 0}, [0, 8]),  # each of these two has an order of its own
+        ({0, 8}, [0, 8]),
         (FrozenDict({"a": 1}), {"a": 1}),
         (OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
         (UserDict({"a": 1}), {"a": 1}),

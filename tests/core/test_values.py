@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from coalestra.core import values
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.results import (
@@ -275,6 +276,22 @@ class TestVersions:
         assert {version.split("-")[0] for version in theirs} != {
             version.split("-")[0] for version in ours
         }
+
+
+def test_a_value_is_the_same_where_threads_run_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    revision = TestRevision().revision(dependency_versions={BASE: "w"}, metadata=FrozenDict(a=1))
+    presented = []
+    for free_threaded in (False, True):
+        monkeypatch.setattr(values, "FREE_THREADED", free_threaded)
+        presented.append(revision.presented([1], revision.metadata, 2.5, True, True))
+    one, other = presented
+    assert type(one) is type(other) is SnapshotValue
+    for field in dataclasses.fields(one):
+        assert getattr(one, field.name) == getattr(other, field.name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        other.stale = False  # type: ignore[misc]
 
 
 class TestRevision:

@@ -2,5 +2,14 @@
 
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publisher import ResourcePublisher
+from coalestra.core.results import CacheStats, PublishResult, PublishStatus
+from coalestra.core.values import ResourceUpdate
 
-__all__ = ["AsyncMemoryCache", "ResourcePublisher"]
+__all__ = [
+    "AsyncMemoryCache",
+    "CacheStats",
+    "PublishResult",
+    "PublishStatus",
+    "ResourcePublisher",
+    "ResourceUpdate",
+]

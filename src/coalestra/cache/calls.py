@@ -502,9 +502,9 @@ def _sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     if value.key != key:
         raise _odd(key, f"a value of {value.key}; store and return values under their own key")
     for name in ("observed_at", "fetched_at", "latency_ms"):
-        number(f"{name} of the cached value of {key}", getattr(value, name))
+        number(f"{name} of the cached value of {key.display}", getattr(value, name))
     for name in ("attempts", "authority_rank"):
-        integer(f"{name} of the cached value of {key}", getattr(value, name))
+        integer(f"{name} of the cached value of {key.display}", getattr(value, name))
     versions = value.dependency_versions
     if type(value.version) is not str or not all(
         type(each) is ResourceKey and type(version) is str for each, version in versions.items()
@@ -514,4 +514,4 @@ def _sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
 
 
 def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
-    return CacheUnavailableError(f"the cache answered {key} with {answer}")
+    return CacheUnavailableError(f"the cache answered {key.display} with {answer}")

@@ -117,7 +117,7 @@ class PublisherParts:
             judge_observation(observed_at, now, self.observation_policy)
         except FutureObservation as rejection:
             raise SourceProtocolError(
-                f"{update.source} published {update.key} with a time in the future: {rejection}"
+                f"{update.source} published {update.key.display} with a time in the future: {rejection}"
             ) from rejection
 
 

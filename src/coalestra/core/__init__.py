@@ -1,5 +1,8 @@
 """Data and pure rules: nothing in here waits, locks, or asks what time it is."""
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
 from coalestra.core.acceptance import (
     ResourceAcceptanceRule,
     SnapshotAcceptancePolicy,
@@ -238,3 +241,14 @@ __all__ = [
     "COALESTRA_CAPABILITIES_SCHEMA",
     "COALESTRA_CAPABILITIES_SCHEMA_VERSION",
 ]
+
+_COPYING = ("PayloadCopier", "PayloadIsolator", "deepcopy_payload")
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Bring in what copies payloads and was exported here once: it has moved up a layer."""
+        if name in _COPYING:
+            return getattr(_import_module("coalestra.concurrency"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,11 +9,9 @@ from typing import Any
 
 from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey, distinct_keys
-from coalestra.core.policies import FreshnessPolicyProvider, age_of
+from coalestra.core.policies import FreshnessPolicyProvider, age_of, gone_stale
 from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
 from coalestra.core.values import SnapshotValue
-
-# Whether the values of a snapshot are good enough for what they were asked for -------------------
 
 
 @immutable
@@ -224,17 +222,17 @@ def violations_of(
     ``now`` is wall-clock seconds since the epoch. With ``freshness``, a value that went stale since
     it was delivered counts as stale.
     """
-    court = _Court(policy, snapshot, now, freshness)
+    trial = _Trial(policy, snapshot, now, freshness)
     judged_optional = (
         key
         for key in request_optional
         if policy.include_optional_resources or key in policy.resource_rules
     )
     judged = (*request_required, *judged_optional)
-    found = [violation for key in judged for violation in court.against(key)]
+    found = [violation for key in judged for violation in trial.against(key)]
     reported = {(violation.key, violation.reason) for violation in found}
     for requirement in policy.requirements:
-        for violation in court.against_requirement(requirement):
+        for violation in trial.against_requirement(requirement):
             if violation.key is None or (violation.key, violation.reason) not in reported:
                 reported.add((violation.key, violation.reason))
                 found.append(violation)
@@ -243,7 +241,7 @@ def violations_of(
 
 @immutable
 @dataclass(frozen=True, slots=True)
-class _Court:
+class _Trial:
     """One snapshot under one policy, at one moment."""
 
     policy: SnapshotAcceptancePolicy
@@ -297,7 +295,7 @@ class _Court:
     def _is_stale(self, value: SnapshotValue[Any], age: float) -> bool:
         if value.stale or self.freshness is None:
             return value.stale
-        return age > self.freshness.resolve(value.key).ttl_seconds
+        return gone_stale(age, self.freshness.resolve(value.key).ttl_seconds)
 
     def against_requirement(
         self, requirement: SnapshotRequirement

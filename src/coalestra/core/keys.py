@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, final
 
-from coalestra.core.frozen import become, draft_of, immutable, refuse_subclass
+from coalestra.core.frozen import FREE_THREADED, draft_of, immutable, refuse_subclass
 from coalestra.core.validation import (
     callable_,
     instance,
@@ -121,8 +121,7 @@ CASE_INSENSITIVE_KEY_NORMALIZER = KeyNormalizer(
 """Makes keys equal that differ in case only, in whichever part."""
 
 
-# Names of resources: what a value is a value of --------------------------------------------------
-
+# The keys ----------------------------------------------------------------------------------------
 
 __all__ = [
     "CASE_INSENSITIVE_KEY_NORMALIZER",
@@ -333,7 +332,10 @@ class ResourceKey(_Kept):
         refuse_subclass("ResourceKey")
 
 
+_become: Any = object.__dict__["__class__"].__set__
 _Draft = draft_of(ResourceKey)
+_NAMES = (*ResourceKey.__slots__, "_parts", "_hash", "_text", "_normalizer")
+_SLOTS: Any = tuple(getattr(ResourceKey, name).__set__ for name in _NAMES)
 
 
 def _fill(
@@ -341,9 +343,13 @@ def _fill(
     parts: tuple[str, str, str, tuple[tuple[str, str], ...]],
     normalizer: KeyNormalizer,
 ) -> None:
-    draft: Any = key
     hashed = hash(parts)
-    become(draft, _Draft)
+    if FREE_THREADED:
+        for write, fact in zip(_SLOTS, (*parts, parts, hashed, None, normalizer), strict=True):
+            write(key, fact)
+        return
+    draft: Any = key
+    _become(draft, _Draft)
     draft.namespace, draft.name, draft.subject, draft.qualifiers = draft._parts = parts
     draft._hash = hashed
     draft._text = None

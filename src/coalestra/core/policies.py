@@ -1,4 +1,4 @@
-"""Which policy holds for a key: what freshness and authority have in common."""
+"""How old a value may be, and whose word counts more: the policies, and which holds for a key."""
 
 from __future__ import annotations
 
@@ -158,6 +158,15 @@ def quiet_seconds(policy: FreshnessPolicy) -> float:
         return policy.ttl_seconds
     due = policy.ttl_seconds - policy.refresh_ahead_seconds
     return math.nextafter(due, -math.inf) if due > 0 else -math.inf
+
+
+def gone_stale(age_seconds: float, ttl_seconds: float) -> bool:
+    """Whether what was fresh when it was read for somebody is so no longer.
+
+    A time to live of zero says that a value must be read anew for everyone, not that nothing ever
+    is fresh.
+    """
+    return age_seconds > ttl_seconds > 0.0
 
 
 def age_of(observed_at: float, now: float) -> float:

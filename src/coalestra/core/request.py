@@ -76,9 +76,6 @@ def check_consistency(
     )
 
 
-# What an application asks for in one go, and what it must be like --------------------------------
-
-
 _SHOWN = 5
 
 

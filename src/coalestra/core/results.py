@@ -10,8 +10,6 @@ from coalestra.core.frozen import immutable
 from coalestra.core.validation import number
 from coalestra.core.values import SnapshotValue
 
-# What a cache has counted ------------------------------------------------------------------------
-
 
 @immutable
 @dataclass(frozen=True, slots=True)

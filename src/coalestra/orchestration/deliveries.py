@@ -19,7 +19,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import quiet_ages
+from coalestra.core.policies import gone_stale, quiet_ages
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.flights import Work
@@ -150,11 +150,7 @@ class Deliveries:
     def _presented(
         self, reading: Reading, payload: Any, context: str, now: float
     ) -> SnapshotValue[Any]:
-        """Return what a reader gets, with the age and staleness of this moment.
-
-        A time to live of zero says that a value must be read anew for everyone, not that nothing
-        ever is fresh: what was read for this reader counts as it was then.
-        """
+        """Return what a reader gets, with the age and staleness of this moment."""
         revision = reading.revision
         metadata = revision.metadata
         if metadata:
@@ -169,7 +165,7 @@ class Deliveries:
             payload,
             metadata or EMPTY,
             age if age > 0.0 else 0.0,
-            reading.stale or age > ttl > 0.0,
+            reading.stale or gone_stale(age, ttl),
             reading.from_cache,
         )
 

@@ -411,7 +411,7 @@ class Acquisition:
         return self.sponsor
 
     def __repr__(self) -> str:
-        return f"<Acquisition {self.key} {self.phase.value}, waiters={len(self.waiters)}>"
+        return f"<Acquisition {self.key.display} {self.phase.value}, waiters={len(self.waiters)}>"
 
 
 class ReadGroup:
@@ -449,7 +449,7 @@ class Read:
         self.rounds: int = 0
 
     def __repr__(self) -> str:
-        return f"<Read {self.key} waiters={len(self.waiters)}>"
+        return f"<Read {self.key.display} waiters={len(self.waiters)}>"
 
     @property
     def wanted(self) -> bool:

@@ -109,7 +109,8 @@ class Failure:
     @classmethod
     def unwanted(cls, key: ResourceKey) -> Failure:
         """Return the failure of a key that was given up."""
-        return cls(key, lambda: SourceUnavailableError(f"{key} was given up: nobody waits for it"))
+        text = f"{key.display} was given up: nobody waits for it"
+        return cls(key, lambda: SourceUnavailableError(text))
 
     @classmethod
     def never_agrees(cls, key: ResourceKey) -> Failure:
@@ -117,13 +118,13 @@ class Failure:
         return cls(
             key,
             lambda: SourceUnavailableError(
-                f"{key} could not be derived in agreement with the rest: its dependencies kept "
-                "changing"
+                f"{key.display} could not be derived in agreement with the rest: its dependencies "
+                "kept changing"
             ),
         )
 
     def __repr__(self) -> str:
-        return f"<Failure {self.key}: {self.make()}>"
+        return f"<Failure {self.key.display}: {self.make()}>"
 
 
 class Failed:
