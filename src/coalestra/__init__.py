@@ -1,8 +1,10 @@
 """Consistent, immutable snapshots of many resources, for one unit of work at a time.
 
-Names are brought in from the packages of the library when somebody first asks for them, so that
-``import coalestra`` alone costs next to nothing. Type checkers read the imports below.
+Names are brought in from the parts of the package when somebody first asks for them, so that
+``import coalestra`` alone costs next to nothing. Type checkers look into all of the parts.
 """
+
+# ruff: noqa: F403, F405 - what is imported is told by __all__
 
 from __future__ import annotations
 
@@ -13,145 +15,15 @@ from typing import TYPE_CHECKING
 from coalestra._version import __version__
 
 if TYPE_CHECKING:
-    from coalestra.adapters import CallableBatchSource, CallableDerivedSource, CallableSource
-    from coalestra.cache import AsyncMemoryCache, ResourcePublisher
-    from coalestra.concurrency import (
-        CapacityController,
-        CapacityLimiter,
-        CapacitySnapshot,
-        PayloadCopier,
-        PayloadIsolator,
-        deepcopy_payload,
-    )
-    from coalestra.core import (
-        BUILDER_HEALTH_ASSESSMENT_SCHEMA,
-        BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
-        BUILDER_HEALTH_SCHEMA,
-        BUILDER_HEALTH_SCHEMA_VERSION,
-        CASE_INSENSITIVE_KEY_NORMALIZER,
-        COALESTRA_API_STABILITY,
-        COALESTRA_CAPABILITIES_SCHEMA,
-        COALESTRA_CAPABILITIES_SCHEMA_VERSION,
-        ERROR_DIAGNOSTICS_SCHEMA,
-        ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-        LEGACY_KEY_NORMALIZER,
-        PRESERVE_KEY_NORMALIZER,
-        AsyncCache,
-        AtomicAsyncCache,
-        AuthorityAwareCache,
-        AuthorityPolicyProvider,
-        AuthorityPolicyResolver,
-        AuthorityResolver,
-        BatchAsyncCache,
-        BatchAtomicAsyncCache,
-        BatchSizedSource,
-        BatchSnapshotSource,
-        BlockingSourceTimeoutConfigured,
-        BuilderHealth,
-        BuilderHealthAssessment,
-        BuilderHealthAssessmentPolicy,
-        BuilderHealthFinding,
-        BuilderHealthReason,
-        BuilderHealthSeverity,
-        CacheCircuitOpenError,
-        CacheLookup,
-        CacheNewsListener,
-        CacheStats,
-        CacheTimeoutError,
-        CacheUnavailableError,
-        CacheWriteResult,
-        CacheWriteStatus,
-        CapabilityRequirementError,
-        CircuitOpenError,
-        CoalestraCapabilities,
-        CoalestraError,
-        ConcurrencyLimitedSource,
-        DependencyCycleError,
-        DependencyResolutionError,
-        DerivedSource,
-        FetchContext,
-        FreshnessPolicy,
-        FreshnessPolicyProvider,
-        KeyNormalizer,
-        Lease,
-        LeasedLookup,
-        LeasingCache,
-        ObservabilityShutdownTimeoutError,
-        ObservationPolicy,
-        OrderAwareCache,
-        PayloadCopyHealth,
-        PayloadCopyShutdownTimeoutError,
-        PayloadCopySubsystemClosedError,
-        PayloadIsolationError,
-        PolicyAwareCache,
-        PolicyResolver,
-        PublishResult,
-        PublishStatus,
-        RefreshMode,
-        ResilienceConfiguredSource,
-        ResourceAcceptanceError,
-        ResourceAcceptanceRule,
-        ResourceKey,
-        ResourceResolutionError,
-        ResourceUpdate,
-        SerializedResourceError,
-        SerializedSnapshotBuildError,
-        SerializedSourceFailure,
-        SessionClosedError,
-        Snapshot,
-        SnapshotAcceptanceError,
-        SnapshotAcceptancePolicy,
-        SnapshotAcceptanceReason,
-        SnapshotAcceptanceViolation,
-        SnapshotBuildError,
-        SnapshotConsistencyError,
-        SnapshotConsistencyPolicy,
-        SnapshotDeadlineExceededError,
-        SnapshotDiagnostics,
-        SnapshotRequest,
-        SnapshotRequirement,
-        SnapshotSource,
-        SnapshotValue,
-        SourceAuthorityPolicy,
-        SourceFailure,
-        SourcePayload,
-        SourceProtocolError,
-        SourceQueueTimeoutError,
-        SourceTimeoutError,
-        SourceTimeoutGuarantee,
-        SourceTimeoutGuaranteeStatus,
-        SourceUnavailableError,
-        SubmissionBacklogFullError,
-        TellingCache,
-        capabilities,
-        inspect_source_timeout_guarantee,
-        require_capabilities,
-    )
-    from coalestra.observability import (
-        BufferedEventSink,
-        BufferedMetricsSink,
-        BufferedSinkStats,
-        BufferOverflowPolicy,
-        EventRecord,
-        InMemoryMetrics,
-        LoggingEventSink,
-        MetricRecord,
-        NullEventSink,
-        NullMetrics,
-    )
-    from coalestra.orchestration import SnapshotBuilder, SnapshotSession
-    from coalestra.resilience import (
-        CircuitBreaker,
-        CircuitBreakerPolicy,
-        CircuitIdentity,
-        CircuitScope,
-        CircuitSnapshot,
-        CircuitState,
-        ResiliencePolicyResolver,
-        RetryPolicy,
-        SourceResiliencePolicy,
-    )
-    from coalestra.sync import SyncResourcePublisher, SyncSnapshotBuilder, SyncSnapshotSession
+    from coalestra.adapters import *
+    from coalestra.cache import *
+    from coalestra.concurrency import *
+    from coalestra.core import *
+    from coalestra.observability import *
+    from coalestra.orchestration import *
+    from coalestra.resilience import *
+    from coalestra.sync import *
+
 __all__ = [
     "AsyncCache",
     "AsyncMemoryCache",

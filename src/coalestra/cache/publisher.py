@@ -117,7 +117,8 @@ class PublisherParts:
             judge_observation(observed_at, now, self.observation_policy)
         except FutureObservation as rejection:
             raise SourceProtocolError(
-                f"{update.source} published {update.key.display} with a time in the future: {rejection}"
+                f"{update.source} published {update.key.display} with a time in the future: "
+                f"{rejection}"
             ) from rejection
 
 
