@@ -16,7 +16,7 @@ from coalestra.core.policies import (
     ObservationPolicy,
     PolicyResolver,
     RefreshMode,
-    age_of,
+    gone_stale,
     judge_observation,
 )
 
@@ -101,9 +101,14 @@ def test_a_setting_of_another_type_is_a_type_error(settings: dict[str, Any], nam
         FreshnessPolicy(**settings)
 
 
-def test_an_age_is_never_negative() -> None:
-    assert age_of(NOW - 2.5, NOW) == 2.5
-    assert age_of(NOW + 2.5, NOW) == 0.0
+@pytest.mark.parametrize(
+    "age, ttl, stale",
+    [(5.0, 5.0, False), (5.1, 5.0, True), (9.0, math.inf, False), (0.1, 0.0, False)],
+)
+def test_a_value_goes_stale_beyond_its_time_to_live_unless_it_is_read_anew_for_everyone(
+    age: float, ttl: float, stale: bool
+) -> None:
+    assert gone_stale(age, ttl) is stale
 
 
 class TestRefreshAhead:

@@ -9,7 +9,12 @@ from typing import Any
 
 from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey, distinct_keys
-from coalestra.core.policies import FreshnessPolicyProvider, age_of, gone_stale
+from coalestra.core.policies import (
+    FreshnessPolicy,
+    FreshnessPolicyProvider,
+    gone_stale,
+    policy_of_all,
+)
 from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
 from coalestra.core.values import SnapshotValue
 
@@ -150,7 +155,8 @@ class SnapshotAcceptancePolicy:
 
     def rule_for(self, key: ResourceKey) -> ResourceAcceptanceRule:
         """Return the rule of ``key``: its own, else the default."""
-        return self.resource_rules.get(key, self.default_rule)
+        rules = self.resource_rules
+        return rules.get(key, self.default_rule) if rules else self.default_rule
 
 
 class SnapshotAcceptanceReason(str, enum.Enum):
@@ -222,7 +228,8 @@ def violations_of(
     ``now`` is wall-clock seconds since the epoch. With ``freshness``, a value that went stale since
     it was delivered counts as stale.
     """
-    trial = _Trial(policy, snapshot, now, freshness)
+    values: Mapping[ResourceKey, SnapshotValue[Any]] = getattr(snapshot, "resources", snapshot)
+    trial = _Trial(policy, values, now, freshness, policy_of_all(freshness))
     judged_optional = (
         key
         for key in request_optional
@@ -245,23 +252,31 @@ class _Trial:
     """One snapshot under one policy, at one moment."""
 
     policy: SnapshotAcceptancePolicy
-    snapshot: Mapping[ResourceKey, SnapshotValue[Any]]
+    values: Mapping[ResourceKey, SnapshotValue[Any]]
     now: float
     freshness: FreshnessPolicyProvider | None
+    common: FreshnessPolicy | None
 
     def against(self, key: ResourceKey) -> _Violations:
         """What speaks against the value of one key; nothing if it has none."""
         rule = self.policy.rule_for(key)
-        value = self.snapshot.get(key)
-        if value is None or not rule.has_constraints:
+        value = self.values.get(key) if rule.has_constraints else None
+        if value is None:
             return ()
-        age = max(value.age_seconds, age_of(value.observed_at, self.now))
-        return tuple(self._broken(value, age))
+        age = max(0.0, value.age_seconds, self.now - value.observed_at)
+        oldest, lowest = rule.max_age_seconds, rule.minimum_authority_rank
+        if (  # as it is with most of many
+            (oldest is None or age <= oldest)
+            and (lowest is None or value.authority_rank >= lowest)
+            and (rule.allow_stale or not self._is_stale(value, age))
+        ):
+            return ()
+        return tuple(self._broken(value, rule, age))
 
     def _broken(
-        self, value: SnapshotValue[Any], age: float
+        self, value: SnapshotValue[Any], rule: ResourceAcceptanceRule, age: float
     ) -> Iterator[SnapshotAcceptanceViolation]:
-        key, rule = value.key, self.policy.rule_for(value.key)
+        key = value.key
         if not rule.allow_stale and self._is_stale(value, age):
             yield SnapshotAcceptanceViolation(
                 SnapshotAcceptanceReason.STALE,
@@ -295,13 +310,14 @@ class _Trial:
     def _is_stale(self, value: SnapshotValue[Any], age: float) -> bool:
         if value.stale or self.freshness is None:
             return value.stale
-        return gone_stale(age, self.freshness.resolve(value.key).ttl_seconds)
+        policy = self.common or self.freshness.resolve(value.key)
+        return gone_stale(age, policy.ttl_seconds)
 
     def against_requirement(
         self, requirement: SnapshotRequirement
     ) -> Iterator[SnapshotAcceptanceViolation]:
         """What speaks against a requirement, and then against its rejected alternatives."""
-        present = [key for key in requirement.keys if key in self.snapshot]
+        present = [key for key in requirement.keys if key in self.values]
         rejected = {key: broken for key in present if (broken := self.against(key))}
         accepted = len(present) - len(rejected)
         if accepted >= requirement.minimum_count:

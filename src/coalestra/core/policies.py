@@ -169,11 +169,6 @@ def gone_stale(age_seconds: float, ttl_seconds: float) -> bool:
     return age_seconds > ttl_seconds > 0.0
 
 
-def age_of(observed_at: float, now: float) -> float:
-    """Return the age in seconds; what was observed ahead of the clock has none."""
-    return max(0.0, now - observed_at)
-
-
 @immutable
 @dataclass(frozen=True, slots=True)
 class ObservationPolicy:

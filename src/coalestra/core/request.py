@@ -55,7 +55,8 @@ def check_consistency(
         SnapshotConsistencyError: if they lie too far apart; carries ``snapshot``.
     """
     asked = (*required, *optional) if policy.include_optional_resources else required
-    values = [snapshot[key] for key in asked if key in snapshot]
+    found: Mapping[ResourceKey, SnapshotValue[Any]] = getattr(snapshot, "resources", snapshot)
+    values = [value for key in asked if (value := found.get(key)) is not None]
     if len(values) < 2:
         return
     oldest = min(values, key=_observation)
