@@ -9,9 +9,13 @@ import pytest
 
 from coalestra import (
     FetchContext,
+    FreshnessPolicy,
+    PolicyResolver,
+    ResourceAcceptanceRule,
     ResourceKey,
     ResourceResolutionError,
     SessionClosedError,
+    SnapshotAcceptancePolicy,
     SnapshotBuildError,
     SnapshotDeadlineExceededError,
     SnapshotRequest,
@@ -256,6 +260,59 @@ async def test_a_stage_without_keys_returns_what_there_is() -> None:
     shop = Shop()
     session = await shop.session(BASE)
     assert shown(await session.resolve([])) == {BASE: 1}
+
+
+# A policy that cannot be told
+
+
+class Panic(BaseException):
+    """What is no ordinary exception."""
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), Panic("x"), asyncio.CancelledError("x")], ids=repr
+)
+@pytest.mark.parametrize("warm", [False, True])
+async def test_a_policy_that_cannot_be_told_fails_its_key_alone_and_by_name(
+    error: BaseException, warm: bool
+) -> None:
+    lost = False
+
+    def policy(of: ResourceKey) -> FreshnessPolicy | None:
+        if lost and of == key("bad"):
+            raise error
+        return None
+
+    policies = PolicyResolver(FreshnessPolicy(60.0, 600.0), dynamic=policy)
+    building = builder(Single("any", "bad", "good"), policy_resolver=policies)
+    if warm:
+        await building.build([key("bad"), key("good")])
+    session = building.session()
+    pinned = building.session()
+    await pinned.resolve([key("bad")])
+    lost = True
+    request = SnapshotRequest(
+        required=[key("good")],
+        optional=[key("bad")],
+        acceptance_policy=SnapshotAcceptancePolicy(
+            ResourceAcceptanceRule(allow_stale=False), include_optional_resources=True
+        ),
+    )
+    for snapshot in (
+        await building.build([key("bad"), key("good")], strict=False),
+        await building.build_request(request),
+        await session.resolve([key("bad"), key("good")], strict=False),
+    ):
+        assert list(snapshot) == [key("good")]
+        failed = snapshot.errors[key("bad")]
+        assert isinstance(failed, ResourceResolutionError)
+        assert failed.__cause__ is error
+        assert "policy" in str(failed)
+    kept = await pinned.revalidate([key("bad")], strict=False)
+    assert list(kept) == list(kept.errors) == [key("bad")]
+    assert isinstance(kept.errors[key("bad")], ResourceResolutionError)
+    assert (await pinned.snapshot_async())[key("bad")].stale is False
+    await building.aclose()
 
 
 # Closing

@@ -14,6 +14,7 @@ from coalestra.core.policies import (
     FreshnessPolicyProvider,
     gone_stale,
     policy_of_all,
+    ttl_of,
 )
 from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
 from coalestra.core.values import SnapshotValue
@@ -310,8 +311,10 @@ class _Trial:
     def _is_stale(self, value: SnapshotValue[Any], age: float) -> bool:
         if value.stale or self.freshness is None:
             return value.stale
-        policy = self.common or self.freshness.resolve(value.key)
-        return gone_stale(age, policy.ttl_seconds)
+        common = self.common
+        return gone_stale(
+            age, ttl_of(self.freshness, value.key) if common is None else common.ttl_seconds
+        )
 
     def against_requirement(
         self, requirement: SnapshotRequirement

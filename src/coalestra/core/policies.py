@@ -160,13 +160,13 @@ def quiet_seconds(policy: FreshnessPolicy) -> float:
     return math.nextafter(due, -math.inf) if due > 0 else -math.inf
 
 
-def gone_stale(age_seconds: float, ttl_seconds: float) -> bool:
-    """Whether what was fresh when it was read for somebody is so no longer.
+def gone_stale(age_seconds: float, ttl_seconds: float | None) -> bool:
+    """Whether what was fresh when it was read for somebody is so no longer, as far as is known.
 
     A time to live of zero says that a value must be read anew for everyone, not that nothing ever
     is fresh.
     """
-    return age_seconds > ttl_seconds > 0.0
+    return ttl_seconds is not None and age_seconds > ttl_seconds > 0.0
 
 
 @immutable
@@ -250,7 +250,17 @@ def quiet_ages(
         return repeat(quiet_seconds(common))
     try:
         return [quiet_seconds(policies.resolve(key)) for key in keys]
-    except Exception:
+    except BaseException:  # it is asked again, key by key, by whoever can tell which one fails
+        return None
+
+
+def ttl_of(policies: FreshnessPolicyProvider, key: ResourceKey) -> float | None:
+    """Return how long the value of ``key`` counts as fresh; None if its policy cannot be told."""
+    try:
+        return policies.resolve(key).ttl_seconds
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
         return None
 
 

@@ -19,7 +19,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import gone_stale, quiet_ages
+from coalestra.core.policies import gone_stale, quiet_ages, ttl_of
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.flights import Work
@@ -160,7 +160,7 @@ class Deliveries:
         age = now - revision.observed_at
         ttl = reading.ttl_seconds
         if ttl is None:
-            ttl = self._policies.resolve(revision.key).ttl_seconds
+            ttl = ttl_of(self._policies, revision.key)
         return revision.presented(
             payload,
             metadata or EMPTY,
