@@ -482,6 +482,7 @@ class Gather:
         "refresh",
         "rounds",
         "strike",
+        "struck",
         "within",
         "work",
     )
@@ -509,6 +510,7 @@ class Gather:
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[ResourceKey, Acquisition | Read] = {}
         self.open: bool = False
+        self.struck: bool = False
         self.rounds: int = 0
         self.agreed: tuple[int, int] | None = None
         self.done: Callable[[Gather], None] = nobody

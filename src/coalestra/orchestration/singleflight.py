@@ -76,12 +76,16 @@ _STEPS_BETWEEN_LOOKS = 4
 _KEYS_PER_STEP = 64
 _KEYS_AT_ONCE = 1_024
 _WAITERS_PER_STEP = 256
+_READINGS_PER_STEP = 512
 _MOST_READS = 8
 """How often a derivation asks an awaited cache for one key while news of it keeps coming."""
 _MOST_NEWS = 10_000
 """How many keys news is remembered of while something is derived; then all of it is suspect."""
 _SPARE_ROUNDS = 64
 """Rounds of deriving anew that changes from outside may cost, beyond one for each key."""
+
+_GRACE_SECONDS = 0.25
+"""How long the ends of very many keys may take at a deadline; then the reader is told anyway."""
 
 _SETTLED = Phase.SETTLED
 _WRITING = Phase.WRITING
@@ -704,17 +708,17 @@ class SingleFlight:
             for gather, joined in waiters.items():
                 self._hand(gather, flight.key, settlement, joined)
         else:
-            self._hand_on(flight, settlement, iter(waiters.items()))
+            self._hand_on(flight, settlement, deque(waiters.items()))
 
     def _hand_on(
-        self, flight: Acquisition, settlement: Settlement, rest: Iterator[tuple[Gather, bool]]
+        self, flight: Acquisition, settlement: Settlement, rest: deque[tuple[Gather, bool]]
     ) -> None:
         """Tell very many waiters portion by portion; one who has left meanwhile is passed over."""
-        part = tuple(islice(rest, _WAITERS_PER_STEP))
-        for gather, joined in part:
+        for _ in range(min(_WAITERS_PER_STEP, len(rest))):
+            gather, joined = rest.popleft()
             if gather.pending.get(flight.key) is flight:
                 self._hand(gather, flight.key, settlement, joined)
-        if len(part) == _WAITERS_PER_STEP:
+        if rest:
             self.agenda.add(self._hand_on, flight, settlement, rest)
 
     def _hand(self, gather: Gather, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
@@ -740,17 +744,38 @@ class SingleFlight:
 
     def _conclude(self, gather: Gather) -> None:
         """Tell the one who waits, after readings at odds with the others were derived anew."""
-        if not gather.complete:
+        if not gather.complete or gather.struck:
             return
         alone = len(gather.readings) == 1 and not gather.base
-        if not alone and not gather.agrees:
-            gather.yield_to_pins()
-            if gather.base or not gather.work.view.covers(gather.readings.values()):
-                odd = at_odds(gather.readings, gather.base)
-                if odd:
-                    self._derive_anew(gather, odd)
-                    return
-        self._tell(gather)
+        if alone or gather.agrees:
+            self._tell(gather)
+            return
+        gather.yield_to_pins()
+        if gather.base:
+            self._judge(gather)
+        elif any(reading.revision.dependency_versions for reading in gather.readings.values()):
+            self._certify(gather, iter(tuple(gather.readings.values())))
+        else:
+            self._tell(gather)
+
+    def _certify(self, gather: Gather, rest: Iterator[Reading]) -> None:
+        """Look for the readings in what its unit of work has seen; judge them if that fails."""
+        if gather.struck:
+            return
+        part = tuple(islice(rest, _READINGS_PER_STEP))
+        if not gather.work.view.covers(part):
+            self._judge(gather)
+        elif len(part) == _READINGS_PER_STEP:
+            self.agenda.add(self._certify, gather, rest)
+        else:
+            self._tell(gather)
+
+    def _judge(self, gather: Gather) -> None:
+        odd = at_odds(gather.readings, gather.base)
+        if odd:
+            self._derive_anew(gather, odd)
+        else:
+            self._tell(gather)
 
     def _tell(self, gather: Gather) -> None:
         done, gather.done = gather.done, nobody
@@ -787,11 +812,22 @@ class SingleFlight:
     def strike(self, gather: Gather) -> None:
         """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
         self.equipment.counters.deadlines_exceeded += 1
-        pending = dict(gather.pending)
-        self._leave_all(gather)
-        for key in gather.keys:
+        gather.open, gather.struck = False, True
+        left = [k for k in gather.keys if k not in gather.readings and k not in gather.failures]
+        self.agenda.add(self._strike_on, gather, iter(left))
+
+    def _strike_on(self, gather: Gather, left: Iterator[ResourceKey]) -> None:
+        """End the waiting for some more keys, of those that nothing has come for meanwhile."""
+        part = tuple(islice(left, _KEYS_PER_STEP))
+        for key in part:
+            awaited = gather.pending.get(key)
             if key not in gather.readings and key not in gather.failures:
-                self._strike_key(gather, key, pending.get(key))
+                self._strike_key(gather, key, awaited)
+            if awaited is not None:
+                self._stop_waiting(gather, awaited)
+        if len(part) == _KEYS_PER_STEP:
+            self.agenda.add(self._strike_on, gather, left)
+            return
         gather.yield_to_pins()
         for key in at_odds(gather.readings, gather.base):
             del gather.readings[key]
@@ -820,10 +856,13 @@ class SingleFlight:
     def _leave_all(self, gather: Gather) -> None:
         gather.open = False
         for awaited in tuple(gather.pending.values()):
-            if isinstance(awaited, Read):
-                self.reads.leave(gather, awaited)
-            else:
-                self._leave(gather, awaited)
+            self._stop_waiting(gather, awaited)
+
+    def _stop_waiting(self, gather: Gather, awaited: Acquisition | Read) -> None:
+        if isinstance(awaited, Read):
+            self.reads.leave(gather, awaited)
+        else:
+            self._leave(gather, awaited)
 
     # News: what the cache tells of other writers ------------------------------------------------
 
@@ -972,13 +1011,14 @@ class Stage:
     `keep` is called with the gather in the very step in which that is so.
     """
 
-    __slots__ = ("_error", "_future", "_gather", "_keep", "over")
+    __slots__ = ("_error", "_future", "_gather", "_keep", "_timer", "over")
 
     def __init__(self, gather: Gather, keep: Callable[[Gather], None]) -> None:
         self._gather = gather
         self._keep = keep
         self._future: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self.over: bool = False
 
     def tell(self, gather: Gather) -> None:
@@ -992,11 +1032,28 @@ class Stage:
             self._error = error
         self._wake()
 
+    def insist(self, seconds: float) -> None:
+        """Be told in so many seconds at the latest, even if the engine never gets there."""
+        if not self.over:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._tell_anyway)
+
+    def _tell_anyway(self) -> None:
+        gather = self._gather
+        for key in gather.keys:
+            if key not in gather.readings and key not in gather.failures:
+                gather.failures[key] = late(key, gather.work.deadline, None)
+        self.tell(gather)
+
     def fail(self, error: BaseException) -> None:
         """End the waiting with an error."""
         self.over = True
         self._error = error
         self._wake()
+
+    def close(self) -> None:
+        """Leave no timer behind."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _wake(self) -> None:
         if self._future is not None and not self._future.done():
@@ -1052,6 +1109,7 @@ class Engine:
             self._stages.pop(gather, None)
             gather.work.leave(gather)
             gather.strike = nothing
+            stage.close()
             if not stage.over and not loop.is_closed():
                 self.flights.abandon(gather)
             if gather.within is not None:
@@ -1063,7 +1121,7 @@ class Engine:
             self.flights.strike(gather)
         except BaseException as error:
             self.flights.broken(gather, error)
-        stage.tell(gather)
+        stage.insist(_GRACE_SECONDS)
 
     # The event loop ---------------------------------------------------------------------------
 
