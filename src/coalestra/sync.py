@@ -66,9 +66,6 @@ Work = Callable[[], Awaitable[T]]
 """An async function that takes nothing, called on the loop."""
 
 
-# One piece of work on the loop -------------------------------------------------------------------
-
-
 class Operation(Generic[T]):
     """Runs `work` as a task of a loop thread, once it was accepted.
 
@@ -78,33 +75,33 @@ class Operation(Generic[T]):
         future: the outcome, for any thread. Cancelling it cancels the task; the future tells its
             waiters at once, without waiting for the task to end.
         work: what to do; to be set before it is started.
-        waited: whether a thread does nothing but wait for it.
+        backlog: where it has a place until it has ended; None if a thread only waits for it.
         accepted: whether it is on its way to the loop.
         task: on the loop, once it has begun.
     """
 
     __slots__ = (
-        "_changes", "_loop", "_on_end", "_started", "_told", "_unclaimed", "accepted", "future",
-        "task", "waited", "work",
+        "_changes", "_loop", "_operations", "_started", "_told", "_unclaimed", "accepted",
+        "backlog", "future", "task", "work",
     )  # fmt: skip
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        operations: dict[Operation[Any], None],
         work: Work[T] | None = None,
-        *,
-        waited: bool = False,
-        on_end: Callable[[Operation[Any]], object] | None = None,
+        backlog: SubmissionBacklog | None = None,
     ) -> None:
+        """Belong to `operations` of a loop, from which it is taken when it has ended."""
         self.work = work
-        self.waited = waited
+        self.backlog = backlog
         self.accepted = False
         self.task: asyncio.Task[T] | None = None
         self._loop = loop
-        self._on_end = on_end
+        self._operations = operations
         self._unclaimed = [True]
         self._started = self._told = False
-        self._changes = Changes()
+        self._changes = Changes() if backlog is None else None
         self.future: Future[T] = Future()
         self.future.add_done_callback(self._tell)
 
@@ -121,6 +118,7 @@ class Operation(Generic[T]):
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait in a thread until the future tells; return whether it does."""
+        assert self._changes is not None
         return self._changes.wait_for(lambda: self._told, seconds)
 
     def discard(self) -> None:
@@ -178,22 +176,21 @@ class Operation(Generic[T]):
 
     def _end(self) -> None:
         """Have everything taken back, before the future tells."""
-        if self._on_end is not None:
-            self._on_end(self)
+        self._operations.pop(self, None)
+        if self.backlog is not None:
+            self.backlog.leave(self)
 
     def _tell(self, future: Future[T]) -> None:
         """Wake who waits, and pass a cancellation on to the task, from whatever thread it comes."""
         self._told = True
-        self._changes.tell()
+        if self._changes is not None:
+            self._changes.tell()
         if self.task is not None and future.cancelled():
             with contextlib.suppress(RuntimeError):  # the loop is closed, so the task has ended
                 self._loop.call_soon_threadsafe(self.task.cancel)
 
     def __repr__(self) -> str:
         return f"<Operation begun={self.task is not None} done={self.future.done()}>"
-
-
-# The loop and its thread -------------------------------------------------------------------------
 
 
 class LoopThread:
@@ -283,20 +280,10 @@ class LoopThread:
             )
 
     def operation(
-        self,
-        work: Work[T] | None = None,
-        *,
-        waited: bool = False,
-        on_end: Callable[[Operation[Any]], object] | None = None,
+        self, work: Work[T] | None = None, backlog: SubmissionBacklog | None = None
     ) -> Operation[T]:
         """Return an operation that has yet to be started; see `Operation`."""
-
-        def ended(operation: Operation[Any]) -> None:
-            self._operations.pop(operation, None)
-            if on_end is not None:
-                on_end(operation)
-
-        return Operation(self._loop, work, waited=waited, on_end=ended)
+        return Operation(self._loop, self._operations, work, backlog)
 
     def start(self, operation: Operation[Any]) -> None:
         """Accept an operation, to run in a copy of the caller's context.
@@ -338,7 +325,7 @@ class LoopThread:
             BaseException: whatever the work raised.
         """
         self.require_other_thread(call)
-        operation = self.operation(work, waited=True)
+        operation = self.operation(work)
         try:
             self.start(operation)
             operation.wait()
@@ -438,7 +425,7 @@ class LoopThread:
         )
         if own or isinstance(error, asyncio.CancelledError):  # it is told of by whoever ended so
             return
-        waiting = [operation for operation in working.values() if operation.waited]
+        waiting = [operation for operation in working.values() if operation.backlog is None]
         if isinstance(error, PROGRAM_ENDS) and waiting:
             for operation in waiting:
                 operation.fail(copy.copy(error))
@@ -458,9 +445,6 @@ class LoopThread:
             self._overdue = True
             self._changes.tell()
             await asyncio.wait(left)
-
-
-# How many submissions may be under way, and which they are ----------------------------------------
 
 
 class SubmissionBacklog:
@@ -523,9 +507,6 @@ class SubmissionBacklog:
 
     def __repr__(self) -> str:
         return f"<SubmissionBacklog {self.pending}/{self.limit}>"
-
-
-# Publishing, blocking or submitted: what concerns one key happens in the order of the calls -------
 
 
 _Errand = tuple[tuple[ResourceKey, ...], Work[T]]
@@ -715,7 +696,7 @@ class SyncResourcePublisher:
 
     def _submit(self, capture: Callable[[], _Errand[T]]) -> Future[T]:
         self._thread.require_usable()
-        operation: Operation[T] = self._thread.operation(on_end=self._backlog.leave)
+        operation: Operation[T] = self._thread.operation(backlog=self._backlog)
         try:
             self._backlog.enter(operation)
             operation.work = partial(self._in_turn, capture())
@@ -733,9 +714,6 @@ class SyncResourcePublisher:
 
 def _given(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return {} if metadata is None else metadata
-
-
-# Sessions and builder -----------------------------------------------------------------------------
 
 
 class SyncSnapshotSession:

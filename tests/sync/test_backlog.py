@@ -24,7 +24,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def entered(
     backlog: SubmissionBacklog, loop: asyncio.AbstractEventLoop, *, accepted: bool = True
 ) -> Operation[Any]:
-    operation: Operation[Any] = Operation(loop, on_end=backlog.leave)
+    operation: Operation[Any] = Operation(loop, {}, backlog=backlog)
     backlog.enter(operation)
     operation.accepted = accepted
     return operation

@@ -15,7 +15,7 @@ import pytest
 
 from coalestra.concurrency.lockfree import Bell
 from coalestra.core.errors import BuilderClosedError
-from coalestra.sync import LoopThread
+from coalestra.sync import LoopThread, SubmissionBacklog
 from tests.sync.steps import PATIENCE, Door, error_of, in_a_fork, in_thread, outcome
 
 REQUEST = contextvars.ContextVar("request", default="none")
@@ -376,7 +376,7 @@ def test_what_ends_the_program_goes_to_the_threads_that_wait(
     door = Door()
     waiting = in_thread(lambda: loop_thread.run("build()", door.pass_))
     door.wait_reached()
-    submitted = loop_thread.operation(door.pass_)
+    submitted = loop_thread.operation(door.pass_, SubmissionBacklog(1))
     loop_thread.start(submitted)
 
     async def end_the_program() -> None:
@@ -400,7 +400,7 @@ def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
     async def end_the_program() -> None:
         asyncio.get_running_loop().call_later(0, raise_it, SystemExit(3))
 
-    submitted = loop_thread.operation(end_the_program)
+    submitted = loop_thread.operation(end_the_program, SubmissionBacklog(1))
     loop_thread.start(submitted)
     outcome(submitted.future)
     while not caplog.records:

@@ -374,9 +374,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_all_afresh)
 
 
-# The sinks --------------------------------------------------------------------------------------
-
-
 B = TypeVar("B", bound="BufferedSink[Any]")
 
 

@@ -47,9 +47,6 @@ from coalestra.resilience.retry import RetryPolicy
 T = TypeVar("T")
 
 
-# What an application hands to a builder ----------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collaborators:
     """What an application hands to a builder; None stands for the default."""
@@ -165,9 +162,6 @@ def _capacity(links: Iterable[Link], settings: BuilderSettings) -> CapacityContr
     return capacity
 
 
-# Health ------------------------------------------------------------------------------------------
-
-
 async def collect_health(
     engine: Engine, sinks: ObservabilitySinks, unfinished: Mapping[str, int]
 ) -> BuilderHealth:
@@ -247,9 +241,6 @@ def _observability_facts(sinks: ObservabilitySinks, unbuffered: int) -> dict[str
         ),
         "observability_shutdown_timeout_count": sum(one.shutdown_timeout_count for one in each),
     }
-
-
-# The builder -------------------------------------------------------------------------------------
 
 
 class SnapshotBuilder(BuilderSettings):
