@@ -48,10 +48,12 @@ quality: $(VENV)/.dev ## format, lint, types, architecture, tests, documents, wh
 bench: $(VENV)/.bench ## measure the library, and others beside it
 	@echo "== benchmarks"
 	@$(RUN) -m tests.benchmarks
+	@$(RUN) -m tests.benchmarks.shared
 
 bench-quick: $(VENV)/.bench ## the same with few repetitions, to see that it works
 	@echo "== benchmarks, quickly"
 	@$(RUN) -m tests.benchmarks --quick
+	@$(RUN) -m tests.benchmarks.shared --quick
 
 .PHONY: docs
 docs: $(VENV)/.docs ## build the documentation site into build/site, and run its recipes

@@ -56,6 +56,7 @@ SECTIONS: Mapping[int, Section] = {
             "orchestration/test_cache_truth.py",
             "orchestration/test_news.py",
             "orchestration/test_custom_caches.py",
+            "cache/test_near.py",
         ),
     ),
     5: Section(

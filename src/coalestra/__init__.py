@@ -33,6 +33,7 @@ __all__ = [
     "Lease",
     "LeasedLookup",
     "LeasingCache",
+    "NearCache",
     "OrderAwareCache",
     "PolicyAwareCache",
     "AuthorityPolicyProvider",

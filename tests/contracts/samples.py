@@ -112,3 +112,6 @@ class Witness:
 
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         self.heard.append(("invalidating_where", tuple(key for key in (A, B, C) if matches(key))))
+
+    def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
+        self.heard.append(("changed_elsewhere", (key, version)))

@@ -262,6 +262,7 @@ GROWTH = [
         Reason.OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED,
     ),
     ("observability_failure_count", Reason.OBSERVABILITY_FAILURES_INCREASED),
+    ("cache_failure_count", Reason.CACHE_FAILURES_INCREASED),
 ]
 
 
@@ -305,6 +306,7 @@ def everything_at_once() -> BuilderHealth:
             Identity("b"): Circuit(State.HALF_OPEN),
             Identity("a"): Circuit(State.OPEN),
         },
+        cache_left_alone=True,
         **{counter: 5 for counter, _ in GROWTH},
     )
 
@@ -323,6 +325,7 @@ def test_findings_come_in_one_order_and_every_reason_has_its_place() -> None:
         Reason.OBSERVABILITY_BACKLOG_HIGH,
         Reason.CIRCUIT_OPEN,
         Reason.CIRCUIT_HALF_OPEN,
+        Reason.CACHE_LEFT_ALONE,
         *(reason for _, reason in GROWTH),
     )
     assert set(verdict.reasons) == set(BuilderHealthReason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import coalestra
 from tests.docs.pages import ROOT
+from tests.redis.servers import binary
 
 EXAMPLES = ROOT / "docs" / "examples"
 PACKAGE_HOME = Path(str(coalestra.__file__)).parents[1]
@@ -70,6 +72,16 @@ def test_a_cache_of_its_own_brings_a_service_through_a_restart(tmp_path: Path) -
     told = told_by("own_cache.py", tmp_path)
     assert told[:2] == ["ok  3 of 3 values had to be made", "ok  0 of 3 values had to be made"]
     assert told[-1] == "ok  what the second life found is what the first left"
+
+
+def test_two_processes_share_a_cache_whose_server_stops_and_starts(tmp_path: Path) -> None:
+    told = told_by("shared_cache.py", tmp_path)
+    if binary() is None or importlib.util.find_spec("redis") is None:
+        assert "needs" in told[0]
+        return
+    assert told[1] == "ok  ... out of one call"
+    assert told[4] == "--  the server is stopped"
+    assert told[-1] == "ok  ... and both read it"
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

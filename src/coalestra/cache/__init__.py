@@ -1,6 +1,7 @@
 """Caches: the memory cache, publishing into a cache, and one view over any cache."""
 
 from coalestra.cache.memory import AsyncMemoryCache
+from coalestra.cache.near import NearCache
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.core.results import CacheStats, PublishResult, PublishStatus
 from coalestra.core.values import ResourceUpdate
@@ -8,6 +9,7 @@ from coalestra.core.values import ResourceUpdate
 __all__ = [
     "AsyncMemoryCache",
     "CacheStats",
+    "NearCache",
     "PublishResult",
     "PublishStatus",
     "ResourcePublisher",

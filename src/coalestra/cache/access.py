@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from coalestra.cache.foreign import ForeignCache
@@ -56,6 +56,38 @@ class CacheAccess:
 
     def __repr__(self) -> str:
         return f"CacheAccess({self.store or self.foreign!r})"
+
+    @property
+    def near(self) -> EntryStore | None:
+        """The entries that can be used without awaiting at this moment, if there are any."""
+        return self.store if self.foreign is None else self.foreign.near()
+
+    @property
+    def leases(self) -> bool:
+        """Whether the cache says who is to acquire a key, and stores for him alone."""
+        return self.foreign is not None and self.foreign.leasing is not None
+
+    @property
+    def left_alone(self) -> bool:
+        """Whether the cache has failed so often in a row that it is not asked just now."""
+        if self.foreign is None:
+            return False
+        return (
+            self.foreign.calls.is_left_alone or getattr(self.cache, "is_available", True) is False
+        )
+
+    @property
+    def call_counts(self) -> Mapping[str, int]:
+        """How many ``calls`` to the cache were made, and of these ``failures`` and ``timeouts``."""
+        if self.foreign is None:
+            return dict.fromkeys(("calls", "failures", "timeouts"), 0)
+        own = getattr(self.cache, "call_counts", None)
+        return own if isinstance(own, Mapping) else self.foreign.calls.counts
+
+    def attach(self) -> None:
+        """Be used on the running event loop; raises `RuntimeError` if the cache must not be."""
+        if self.foreign is not None:
+            self.foreign.attach()
 
     @property
     def listeners(self) -> Listeners:

@@ -112,7 +112,7 @@ class _Crew(Generic[_I, _T]):
         finally:
             for task in tuple(busy):
                 busy.pop(task).over = True
-                _leave_behind(task)
+                leave_behind(task)
 
     def _hire(self) -> None:
         shift: _Shift[_I] = _Shift(self._loop.time())
@@ -121,7 +121,7 @@ class _Crew(Generic[_I, _T]):
     def _dismiss(self, task: asyncio.Task[None], error: BaseException) -> None:
         shift = self._busy.pop(task)
         shift.over = True
-        _leave_behind(task)
+        leave_behind(task)
         for item in shift.items:  # its call ended the worker, or has not ended
             self._fail(item, error)
             self._hire()
@@ -151,11 +151,12 @@ class _Crew(Generic[_I, _T]):
         self._ended(error)
 
 
-_left_behind: set[asyncio.Task[None]] = set()
+_left_behind: set[asyncio.Task[Any]] = set()
 """Calls that were cancelled; some may not care. Nobody else refers to them."""
 
 
-def _leave_behind(task: asyncio.Task[None]) -> None:
+def leave_behind(task: asyncio.Task[Any]) -> None:
+    """Cancel a call that nobody waits for any more, however it may end; one that is over is not."""
     if task.done() or task.get_loop().is_closed():
         return
     task.cancel()
@@ -163,7 +164,7 @@ def _leave_behind(task: asyncio.Task[None]) -> None:
     task.add_done_callback(_forget)
 
 
-def _forget(task: asyncio.Task[None]) -> None:
+def _forget(task: asyncio.Task[Any]) -> None:
     _left_behind.discard(task)
     if not task.cancelled():
         task.exception()  # seen
@@ -251,9 +252,9 @@ class CacheCalls:
         self, cache: Any, limit: int, told: Callable[[str, Exception], None] | None
     ) -> None:
         self.cache: Any = cache
-        self.carries_many: bool = _has(cache, "get_many", "set_many", "invalidate_many")
-        self._offers_many = self.carries_many and _has(cache, "set_many_if_newer")
-        self._offers_one = _has(cache, "set_if_newer")
+        self.carries_many: bool = has(cache, "get_many", "set_many", "invalidate_many")
+        self._offers_many = self.carries_many and has(cache, "set_many_if_newer")
+        self._offers_one = has(cache, "set_if_newer")
         self.is_atomic: bool = self._offers_many or self._offers_one
         self.validates_dependencies: bool = _says(cache, "validates_dependency_versions")
         self.validates_order: bool = _says(cache, "validates_write_order")
@@ -268,6 +269,11 @@ class CacheCalls:
     def __repr__(self) -> str:
         named = [name for name in ("carries_many", "is_atomic") if getattr(self, name)]
         return f"CacheCalls({type(self.cache).__name__}: {', '.join(named) or 'single keys'})"
+
+    @property
+    def seconds(self) -> float:
+        """How long one call may take."""
+        return self._seconds
 
     @property
     def is_left_alone(self) -> bool:
@@ -360,7 +366,7 @@ class CacheCalls:
 
     async def stats(self) -> Any | None:
         """Return what the cache says of itself; None if it says nothing, or fails to."""
-        if not _has(self.cache, "stats"):
+        if not has(self.cache, "stats"):
             return None
         calls = await call_each(
             (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self._seconds
@@ -445,7 +451,8 @@ class CacheCalls:
         }
 
 
-def _has(cache: Any, *methods: str) -> bool:
+def has(cache: Any, *methods: str) -> bool:
+    """Whether a cache has all of these methods."""
     try:
         return all(callable(getattr(cache, name, None)) for name in methods)
     except Exception:
@@ -485,32 +492,44 @@ def _usable(lookup: object, key: ResourceKey) -> SnapshotValue[Any] | None:
         raise _odd(key, f"a {type(lookup).__qualname__} instead of a CacheLookup")
     if lookup.value is None or not (lookup.fresh or lookup.usable_stale):
         return None
-    return _sound(lookup.value, key)
+    return sound(lookup.value, key)
 
 
 def _result(result: object, key: ResourceKey) -> CacheWriteResult:
     if not isinstance(result, CacheWriteResult):
         raise _odd(key, f"a {type(result).__qualname__} instead of a CacheWriteResult")
     if result.status is not CacheWriteStatus.STORED:
-        _sound(result.value, key)
+        sound(result.value, key)
     return result
 
 
-def _sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
+def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
+    """Return a value that a cache gave for a key; raises for one that cannot be trusted."""
     if type(value) is not SnapshotValue:
         raise _odd(key, f"a {type(value).__qualname__} instead of a SnapshotValue")
     if value.key != key:
         raise _odd(key, f"a value of {value.key}; store and return values under their own key")
-    for name in ("observed_at", "fetched_at", "latency_ms"):
-        number(f"{name} of the cached value of {key.display}", getattr(value, name))
-    for name in ("attempts", "authority_rank"):
-        integer(f"{name} of the cached value of {key.display}", getattr(value, name))
+    if not _has_plain_numbers(value):
+        for name in ("observed_at", "fetched_at", "latency_ms"):
+            number(f"{name} of the cached value of {key.display}", getattr(value, name))
+        for name in ("attempts", "authority_rank"):
+            integer(f"{name} of the cached value of {key.display}", getattr(value, name))
     versions = value.dependency_versions
     if type(value.version) is not str or not all(
         type(each) is ResourceKey and type(version) is str for each, version in versions.items()
     ):
         raise _odd(key, "versions that are no text")
     return value
+
+
+def _has_plain_numbers(value: SnapshotValue[Any]) -> bool:
+    """Whether there is no need to look closely: nearly every value is like that."""
+    times = value.observed_at, value.fetched_at, value.latency_ms
+    return (
+        type(value.attempts) is type(value.authority_rank) is int
+        and set(map(type, times)) == {float}
+        and math.isfinite(sum(times))
+    )
 
 
 def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:

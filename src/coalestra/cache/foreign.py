@@ -13,23 +13,36 @@ Laws, beside those of the calls to it:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import weakref
 from collections.abc import (
+    AsyncGenerator,
     Awaitable,
     Callable,
     Collection,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
 )
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from coalestra.cache.calls import CacheCalls, Failures, Found, Policies
+from coalestra.cache.calls import (
+    CacheCalls,
+    Failures,
+    Found,
+    Policies,
+    has,
+    leave_behind,
+    sound,
+)
 from coalestra.cache.memory import open_value, revision_of, seal_value
+from coalestra.cache.near import Near, tells
 from coalestra.cache.store import (
     UNCHECKED,
     CacheListener,
     Currency,
+    EntryStore,
     Listeners,
     Outcome,
     best_per_key,
@@ -44,7 +57,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import ObservationPolicy
-from coalestra.core.protocols import AsyncCache
+from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup, LeasingCache
 from coalestra.core.results import CacheWriteResult, CacheWriteStatus
 from coalestra.core.values import Revision, SnapshotValue
 
@@ -147,7 +160,7 @@ class Channel:
     taken by another object while the channel lives.
     """
 
-    __slots__ = ("__weakref__", "cache", "lanes", "listeners", "loop", "on_their_way")
+    __slots__ = ("__weakref__", "cache", "lanes", "listeners", "loop", "near", "on_their_way")
 
     def __init__(self, cache: AsyncCache, loop: asyncio.AbstractEventLoop) -> None:
         self.cache: AsyncCache = cache
@@ -155,9 +168,19 @@ class Channel:
         self.lanes: KeyLanes = KeyLanes()
         self.listeners: Listeners = Listeners()
         self.on_their_way: dict[ResourceKey, Revision] = {}
+        self.near: Near | None = _near_of(cache, self)
 
     def __repr__(self) -> str:
         return f"Channel({type(self.cache).__name__}, {self.lanes!r}, {self.listeners!r})"
+
+
+def _near_of(cache: Any, channel: Channel) -> Near | None:
+    """Return the memory in front of a cache that wants one, or tells of changes."""
+    entries = getattr(cache, "near_entries", 0)
+    if type(entries) is not int or (entries <= 0 and not tells(cache)):
+        return None
+    seconds = getattr(cache, "near_seconds", 0.0)
+    return Near(cache, entries, seconds, channel.listeners, channel.on_their_way)
 
 
 _channels: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
@@ -192,14 +215,40 @@ def _any(_revision: Revision) -> bool:
     return True
 
 
-class _Terms(NamedTuple):
-    """On which terms revisions are offered, at ``now`` by the wall clock."""
+class Keep(Protocol):
+    """Keeps a revision in memory, one that was read or one that was written."""
+
+    def __call__(self, revision: Revision, written: bool = False, /) -> None:
+        """Keep it, if it can still be current."""
+
+
+class Terms(NamedTuple):
+    """On which terms revisions are offered, at ``now`` by the wall clock.
+
+    Who ``insists`` wants to know what was there before, and what failed. With ``leases``, there is
+    one for each key.
+    """
 
     policies: Policies
     now: float
     force: bool = False
     replace_equal: bool = False
     insist: bool = False
+    leases: Mapping[ResourceKey, Lease] | None = None
+
+
+class Answer(NamedTuple):
+    """What a leasing cache has for a key.
+
+    Attributes:
+        revision: what is stored, if anything; beside a lease, or while waiting, for use in need.
+        lease: the lease on the key, for whoever acquires it.
+        waiting: whether another answer follows, once somebody else has acquired it.
+    """
+
+    revision: Revision | None
+    lease: Lease | None = None
+    waiting: bool = False
 
 
 class ForeignCache:
@@ -211,9 +260,20 @@ class ForeignCache:
         copies: seal and open values.
         copying: the keys of what has been read and is being copied in at this moment.
         tolerance: how many seconds ahead of the clock what is held may be dated.
+        leasing: the cache, if it gives leases; then only who holds one stores what he has fetched.
     """
 
-    __slots__ = ("_channel", "_tasks", "calls", "copies", "copying", "subscribers", "tolerance")
+    __slots__ = (
+        "_channel",
+        "_giving_back",
+        "_tasks",
+        "calls",
+        "copies",
+        "copying",
+        "leasing",
+        "subscribers",
+        "tolerance",
+    )
 
     def __init__(
         self,
@@ -230,6 +290,11 @@ class ForeignCache:
         self.tolerance: float = future_tolerance(observation)
         self._channel: Channel | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._giving_back: dict[Lease, bool] = {}
+        self.leasing: LeasingCache | None = None
+        if has(cache, "lease_many", "fulfil_many", "release_many"):
+            leasing: Any = cache
+            self.leasing = leasing
 
     def __repr__(self) -> str:
         return f"ForeignCache({self.calls!r})"
@@ -243,7 +308,25 @@ class ForeignCache:
                 self._tasks.clear()
             channel = self._channel = channel_of(self.calls.cache)
             channel.listeners.subscribe(self.subscribers)
+            if channel.near is not None:
+                channel.near.store.tolerance = max(channel.near.store.tolerance, self.tolerance)
         return channel
+
+    def near(self) -> EntryStore | None:
+        """Return what is kept in memory of the cache, if that can be trusted at this moment."""
+        near = self.channel().near
+        return None if near is None else near.trusted()
+
+    def attach(self) -> None:
+        """Be used on the running event loop.
+
+        Raises:
+            RuntimeError: if the cache says that it must not be.
+        """
+        self.channel()
+        check = getattr(self.calls.cache, "check_usable", None)
+        if callable(check):
+            check()
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -255,12 +338,42 @@ class ForeignCache:
         Derived ones are joined to what they rest on, and left out if that is no longer current. The
         cache is rid of them, unless it should have left them out itself.
         """
+        with self._filling() as keep:
+            return await self._read(keys, now, policies, keep)
+
+    @contextlib.contextmanager
+    def _filling(self) -> Iterator[Keep]:
+        """Give what keeps revisions in memory, unless they have changed meanwhile."""
+        near = self.channel().near
+        if near is None:
+            yield _kept_nowhere
+            return
+        filling = near.begin()
+
+        def keep(revision: Revision, written: bool = False) -> None:
+            (near.wrote if written else near.put)(filling, revision)
+
+        try:
+            yield keep
+        finally:
+            near.end(filling)
+
+    async def _read(
+        self,
+        keys: Collection[ResourceKey],
+        now: float,
+        policies: Policies,
+        keep: Keep,
+    ) -> dict[ResourceKey, Revision]:
         on_their_way = self.channel().on_their_way
         known = {key: on_their_way[key] for key in keys if key in on_their_way}
         rest = [key for key in keys if key not in known]
         values = await self.calls.get(rest, now, policies, now + self.tolerance)
         known.update(await self.sealed(values))
         outdated = await self.outdated(known, keys, now, self.sealed)
+        for key, revision in known.items():
+            if key not in outdated and key not in on_their_way:
+                keep(revision)
         for key in outdated:
             if on_their_way.get(key) is known[key]:
                 del on_their_way[key]
@@ -323,6 +436,127 @@ class ForeignCache:
             await pace.keep()
         return revisions
 
+    # Leases -------------------------------------------------------------------------------------
+
+    async def lease(
+        self,
+        keys: Collection[ResourceKey],
+        now: float,
+        policies: Policies,
+        *,
+        force: bool = False,
+        unlike: Mapping[ResourceKey, str] | None = None,
+    ) -> AsyncGenerator[Mapping[ResourceKey, Answer], None]:
+        """Give what there is for each key, or the lease on it, as it becomes known; never raises.
+
+        ``force`` asks for leases in any case; versions ``unlike`` these are of no use.
+        """
+        channel, leasing = self.channel(), self.leasing
+        ahead = now - channel.loop.time()  # it may take long
+        rest = dict.fromkeys(keys)
+        if not (force or unlike):
+            on_their_way = [channel.on_their_way.get(key) for key in keys]
+            # What a derived one rests on may have changed: it is judged once it is there.
+            held = [each for each in on_their_way if each and not each.dependency_versions]
+            for each in held:
+                del rest[each.key]
+            if held:
+                yield {each.key: Answer(each) for each in held}
+        if leasing is None or not rest:
+            return
+        with self._filling() as keep:
+            asking = leasing.lease_many(
+                tuple(rest), now=now, policies=policies, force=force, unlike=unlike
+            )
+            try:
+                async for part in self._in_time(asking):
+                    answers = await self._answers(part, rest, ahead + channel.loop.time(), keep)
+                    for key, answer in answers.items():
+                        if not answer.waiting:
+                            rest.pop(key, None)
+                    yield answers
+                    if not rest:
+                        break
+            except Exception as error:
+                self.calls.tell("read", dict.fromkeys(rest, error))
+            if rest:
+                yield dict.fromkeys(rest, Answer(None))
+
+    async def _in_time(
+        self, asking: AsyncGenerator[Mapping[ResourceKey, LeasedLookup], None]
+    ) -> AsyncGenerator[Mapping[ResourceKey, LeasedLookup], None]:
+        """Pass on what the cache gives; the first part has to come within the time of a call."""
+        seconds: float | None = self.calls.seconds
+        while True:
+            step = asyncio.ensure_future(anext(asking))
+            try:
+                await asyncio.wait({step}, timeout=seconds)
+            finally:
+                in_time = step.done()
+                leave_behind(step)
+            if not in_time:
+                raise CacheTimeoutError(self.calls.seconds)
+            try:
+                part = step.result()
+            except StopAsyncIteration:
+                return
+            seconds = None
+            yield part
+
+    async def _answers(
+        self,
+        part: Mapping[ResourceKey, LeasedLookup],
+        asked: Collection[ResourceKey],
+        now: float,
+        keep: Keep,
+    ) -> dict[ResourceKey, Answer]:
+        """Seal what a leasing cache gave, join what is derived, and keep what is current."""
+        values: Found = {}
+        horizon = now + self.tolerance
+        for key, told in part.items():
+            value = told.lookup.value
+            try:
+                if value is not None and sound(value, key).observed_at <= horizon:
+                    values[key] = value
+            except Exception as error:
+                self.calls.tell("read", {key: error})
+        try:
+            revisions = await self.sealed(values)
+        except BaseException:
+            for told in part.values():
+                if told.lease is not None:
+                    self.give_back(told.lease, failed=False)
+            raise
+        holds = Currency(revisions).holds
+        current = {key: each for key, each in revisions.items() if holds(each)}
+        for key, revision in current.items():
+            if not part[key].waiting and part[key].lease is None:
+                keep(revision)
+        return {
+            key: Answer(current.get(key), told.lease, told.waiting)
+            for key, told in part.items()
+            if key in asked
+        }
+
+    def give_back(self, lease: Lease, *, failed: bool) -> None:
+        """Let go of a lease without a value; ``failed`` if it was tried in vain."""
+        if not self._giving_back:
+            asyncio.get_running_loop().call_soon(self._give_back)
+        self._giving_back[lease] = failed
+
+    def _give_back(self) -> None:
+        given, self._giving_back = self._giving_back, {}
+        for failed in (False, True):
+            leases = [lease for lease, value in given.items() if value is failed]
+            if leases and self.leasing is not None:
+                self._behind(self._release(self.leasing, leases, failed))
+
+    async def _release(self, leasing: LeasingCache, leases: list[Lease], failed: bool) -> None:
+        try:
+            await leasing.release_many(leases, failed=failed)
+        except Exception as error:
+            self.calls.tell("write", {leases[0].key: error})
+
     # Writing ------------------------------------------------------------------------------------
 
     async def publish(
@@ -339,7 +573,7 @@ class ForeignCache:
         Raises:
             CacheUnavailableError: not all could be written; or what the cache raised.
         """
-        terms = _Terms(policies, now, force, replace_equal, insist=True)
+        terms = Terms(policies, now, force, replace_equal, insist=True)
         outcomes, failures = await self._write(best_per_key(revisions), terms)
         for error in failures.values():
             raise error
@@ -361,17 +595,17 @@ class ForeignCache:
         if current is not None and status is not _STORED:
             return status, current, current
         channel.on_their_way[revision.key] = revision
+        if channel.near is not None:
+            channel.near.drop((revision.key,))
         channel.listeners.revised({revision.key: revision}, self.subscribers)
         return _STORED, revision, current
 
     def write_behind(
         self,
         revisions: Collection[Revision],
-        policies: Policies,
-        now: float,
+        terms: Terms,
         *,
         wanted: Callable[[Revision], bool],
-        replace_equal: bool = False,
         ended: Callable[[Outcomes], None] = _unheard,
     ) -> None:
         """Offer values to the cache, those still ``wanted`` when their turn has come.
@@ -390,21 +624,28 @@ class ForeignCache:
             ended(outcomes)
 
         channel = self.channel()
-        terms = _Terms(policies, now, replace_equal=replace_equal)
         self._behind(self._write(best_per_key(revisions), terms, wanted)).add_done_callback(done)
 
     async def _write(
         self,
         revisions: Mapping[ResourceKey, Revision],
-        terms: _Terms,
+        terms: Terms,
         wanted: Callable[[Revision], bool] = _any,
     ) -> tuple[Outcomes, Failures]:
         channel = self.channel()
         async with channel.lanes.turn(revisions):
             offered = {key: each for key, each in revisions.items() if wanted(each)}
+            for key, lease in (terms.leases or {}).items():
+                if key not in offered:
+                    self.give_back(lease, failed=False)
             write = _Write(self, offered, terms)
-            outcomes = await write.run()
-            self._tell(channel, offered, outcomes, None if terms.insist else self.subscribers)
+            with self._filling() as keep:
+                outcomes = await write.run()
+                self._tell(channel, offered, outcomes, None if terms.insist else self.subscribers)
+                for status, current, _ in outcomes.values():
+                    keep(current, status is _STORED)
+            if channel.near is not None and write.failures:
+                channel.near.drop(write.failures)
         return outcomes, write.failures
 
     def _tell(
@@ -445,10 +686,14 @@ class ForeignCache:
         for key in unique:
             channel.on_their_way.pop(key, None)
         channel.listeners.invalidating(unique)
+        if channel.near is not None:
+            channel.near.drop(unique)
         async with channel.lanes.turn(unique):
             try:
                 failures = await self.calls.remove(unique, insist=True)
             finally:
+                if channel.near is not None:
+                    channel.near.drop(unique)
                 channel.listeners.revised(dict.fromkeys(unique))
         for error in failures.values():
             raise error
@@ -468,6 +713,10 @@ class ForeignCache:
         return task
 
 
+def _kept_nowhere(_revision: Revision, _written: bool = False) -> None:
+    """Stand in for a memory that is not there."""
+
+
 class _Write:
     """One group of revisions on its way into the cache, whose lanes are held meanwhile.
 
@@ -476,7 +725,7 @@ class _Write:
     """
 
     def __init__(
-        self, cache: ForeignCache, offered: Mapping[ResourceKey, Revision], terms: _Terms
+        self, cache: ForeignCache, offered: Mapping[ResourceKey, Revision], terms: Terms
     ) -> None:
         self.failures: Failures = {}
         self._cache = cache
@@ -489,6 +738,9 @@ class _Write:
     async def run(self) -> Outcomes:
         """Write what may be written; return what became of all but the failures."""
         await self._open()
+        if self._terms.leases is not None:
+            await self._fulfil(self._terms.leases)
+            return await self._outcomes()
         looked_at = [key for key in self._values if self._looks_first(self._offered[key])]
         held = await self._calls.held(looked_at, self._terms.now)
         for key, current in held.items():
@@ -503,6 +755,35 @@ class _Write:
         else:
             await self._store(rest, held, insist=self._terms.insist)
         return await self._outcomes()
+
+    async def _fulfil(self, leases: Mapping[ResourceKey, Lease]) -> None:
+        """Store what was acquired under leases."""
+        leasing, seconds = self._cache.leasing, self._calls.seconds
+        if leasing is None or not self._values:
+            return
+        offered = {leases[key]: value for key, value in self._values.items()}
+        terms = self._terms
+        task = asyncio.ensure_future(
+            leasing.fulfil_many(offered, policies=terms.policies, replace_equal=terms.replace_equal)
+        )
+        try:
+            await asyncio.wait({task}, timeout=seconds)
+        finally:
+            leave_behind(task)
+        told: Mapping[ResourceKey, CacheWriteResult | Exception] = {}
+        error: Exception | None = None
+        try:
+            told = task.result()
+        except asyncio.InvalidStateError:
+            error = CacheTimeoutError(seconds)
+        except Exception as raised:
+            error = raised
+        for key in self._values:
+            result = error or told.get(key)
+            if isinstance(result, CacheWriteResult):
+                self._results[key] = result
+            elif isinstance(result, Exception):
+                self.failures[key] = result
 
     async def _open(self) -> None:
         pace = Pace()

@@ -133,6 +133,9 @@ class CacheListener(Protocol):
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         """Every key for which ``matches`` is true is invalidated now, held or not."""
 
+    def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
+        """Another process has changed the key; its value is of this version now, or gone."""
+
 
 class Listeners:
     """Listeners of one cache, held weakly: a cache does not keep its builders alive."""
@@ -183,6 +186,11 @@ class Listeners:
         """Tell all listeners of an invalidation given as a rule."""
         for listener in self._alive():
             listener.invalidating_where(matches)
+
+    def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
+        """Tell all listeners of what another process did."""
+        for listener in self._alive():
+            listener.changed_elsewhere(key, version)
 
     def _alive(self) -> list[CacheListener]:
         return [each for reference in self.references if (each := reference()) is not None]

@@ -94,6 +94,8 @@ class BuilderHealthReason(str, Enum):
     """What was found; see ``coalestra.core.health`` for when."""
 
     BUILDER_CLOSED = "builder_closed"
+    CACHE_FAILURES_INCREASED = "cache_failures_increased"
+    CACHE_LEFT_ALONE = "cache_left_alone"
     CIRCUIT_HALF_OPEN = "circuit_half_open"
     CIRCUIT_OPEN = "circuit_open"
     DEADLINES_EXCEEDED_INCREASED = "deadlines_exceeded_increased"
@@ -318,6 +320,10 @@ class BuilderHealth:
         observability_shutdown_timeout_count: closings that left records over.
         unfinished_source_calls: calls that outlived the closing of the builder, by source.
         sources: when each source last answered and last failed, and with what type of error.
+        cache_left_alone: whether a cache that has to be awaited has failed so often in a row that
+            it is not asked for a while.
+        cache_call_count, cache_failure_count, cache_timeout_count: calls to such a cache, those
+            that failed, and of these the ones that took too long.
     """
 
     closed: bool
@@ -365,6 +371,10 @@ class BuilderHealth:
     observability_shutdown_timeout_count: int = 0
     unfinished_source_calls: Mapping[str, int] = field(default_factory=FrozenDict)
     sources: Mapping[str, Any] = field(default_factory=FrozenDict)
+    cache_left_alone: bool = False
+    cache_call_count: int = 0
+    cache_failure_count: int = 0
+    cache_timeout_count: int = 0
 
     def __post_init__(self) -> None:
         for name in _MAPPINGS:
@@ -452,6 +462,7 @@ _FAILURE_COUNTERS = (
     (_Reason.OBSERVABILITY_DROPS_INCREASED, "observability_dropped_count"),
     (_Reason.OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED, "observability_shutdown_timeout_count"),
     (_Reason.OBSERVABILITY_FAILURES_INCREASED, "observability_failure_count"),
+    (_Reason.CACHE_FAILURES_INCREASED, "cache_failure_count"),
 )
 
 
@@ -476,6 +487,10 @@ def _findings(
     yield from _submission_backlog(health, policy)
     yield from _observability_backlogs(health, policy)
     yield from _circuits(health)
+    if health.cache_left_alone:
+        yield BuilderHealthFinding(
+            _Reason.CACHE_LEFT_ALONE, _DEGRADED, "cache_left_alone", True, True
+        )
     if previous is not None:
         for reason, counter in _FAILURE_COUNTERS:
             grown = getattr(health, counter) - getattr(previous, counter)

@@ -287,10 +287,12 @@ class LeasedLookup(NamedTuple):
         lookup: what is stored. Beside a lease it may be of use in need only.
         lease: the lease, if the caller is the one to acquire the key. With neither a value of use
             nor a lease the caller is on his own: he may acquire the key, but not store it.
+        waiting: whether somebody else is acquiring the key: the key comes again.
     """
 
     lookup: CacheLookup
-    lease: Lease | None
+    lease: Lease | None = None
+    waiting: bool = False
 
 
 @runtime_checkable
@@ -309,11 +311,13 @@ class LeasingCache(Protocol):
         """Give what there is for each key, or the lease on it, as soon as either is known.
 
         A key that somebody else holds the lease on comes when he has stored a value, or given the
-        lease back; when his lease has run out the caller gets it. Everything that is known at once
-        comes first and together. It may come with entries that were not asked for, but that the
+        lease back; when his lease has run out the caller gets it. The first mapping comes as soon
+        as the cache has answered: it has everything that is known at once, and as ``waiting`` what
+        is stored of the other keys. It may have entries that were not asked for, but that the
         others rest on.
 
-        Nobody has to wait: the iterator may be closed at any time.
+        Nobody has to wait: the iterator may be closed at any time. If it raises, the keys that have
+        not come yet are the caller's own to acquire.
 
         Args:
             keys: the keys.

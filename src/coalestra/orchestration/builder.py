@@ -167,7 +167,7 @@ async def collect_health(
 ) -> BuilderHealth:
     """Return the state of a builder and its counters, without asking any source."""
     equipment = engine.equipment
-    cache = equipment.access.cache
+    cache, calls = equipment.access.cache, equipment.access.call_counts
     copies = {"builder": equipment.copies.health()}
     if isinstance(cache, AsyncMemoryCache):
         copies["cache"] = cache.copy_health_snapshot()
@@ -182,6 +182,10 @@ async def collect_health(
         source_support_cache_entries=equipment.chains.entries,
         capacity=capacity,
         cache=await equipment.access.stats(),
+        cache_left_alone=equipment.access.left_alone,
+        cache_call_count=calls["calls"],
+        cache_failure_count=calls["failures"],
+        cache_timeout_count=calls["timeouts"],
         circuits=equipment.breaker.counted(),
         sources={
             link.name: link.health(equipment.clock.monotonic()) for link in equipment.chains.links

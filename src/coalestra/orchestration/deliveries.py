@@ -214,7 +214,7 @@ class WarmReads:
 
     def readings(self, work: Work, keys: Collection[ResourceKey]) -> dict[ResourceKey, Reading]:
         """Return readings of all of a few `keys`, or none if that takes more than looking."""
-        store = self._equipment.access.store
+        store = self._equipment.access.near
         if store is None or len(keys) > _KEYS_BETWEEN_LOOKS or work.expired:
             return {}
         ages = quiet_ages(self._equipment.policies, keys)
@@ -227,12 +227,12 @@ class WarmReads:
 
     def likely(self, keys: Iterable[ResourceKey]) -> bool:
         """Whether it is worth a try: whether the first key is cached at all."""
-        store = self._equipment.access.store
+        store = self._equipment.access.near
         return store is not None and next(iter(keys)) in store
 
     async def values(self, work: Work, keys: Collection[ResourceKey]) -> Values | None:
         """Return a reader's copies of all `keys`, or None if that takes more than looking."""
-        store = self._equipment.access.store
+        store = self._equipment.access.near
         if store is None or work.expired:
             return None
         pace = self._equipment.pace

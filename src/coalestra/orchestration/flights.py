@@ -24,6 +24,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.protocols import Lease
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
 from coalestra.core.values import Revision
@@ -262,7 +263,8 @@ class Acquisition:
     that the cache had nothing of use for the key, `joinable` that newcomers find the flight on the
     board, `linked` that it waits for other flights, or others wait for it. `since` is how much news
     had been told when what it has taken in was last known to be current. `began` is the number of
-    its call, 0 before that; `stored` says that its value is in the memory cache already.
+    its call, 0 before that; `stored` says that its value is in the memory cache already. `lease` is
+    the right to store what it acquires, if the cache gives such.
     """
 
     __slots__ = (
@@ -281,6 +283,7 @@ class Acquisition:
         "joinable",
         "key",
         "lane",
+        "lease",
         "link",
         "linked",
         "missed",
@@ -336,6 +339,7 @@ class Acquisition:
         self.urgent: bool = False
         self.stored: bool = False
         self.since: int = since
+        self.lease: Lease | None = None
 
     # Phases: nobody else writes `phase`, nor what depends on it --------------------------------
 
@@ -418,12 +422,14 @@ class ReadGroup:
     """The reads that go to the cache together, and the task that carries them.
 
     `changed` are the keys of which there has been news meanwhile: a revision, or None for gone.
-    `hurried` has the timers of those who cannot wait for long.
+    `hurried` has the timers of those who cannot wait for long. `forced` reads are made to get a
+    lease on the key, whatever the cache has.
     """
 
-    __slots__ = ("changed", "hurried", "interest", "reads", "task")
+    __slots__ = ("changed", "forced", "hurried", "interest", "reads", "task")
 
-    def __init__(self) -> None:
+    def __init__(self, forced: bool = False) -> None:
+        self.forced: bool = forced
         self.changed: dict[ResourceKey, Revision | None] = {}
         self.hurried: dict[Gather, asyncio.TimerHandle] = {}
         self.reads: list[Read] = []
@@ -435,10 +441,22 @@ class Read:
     """One key on its way out of a cache that has to be awaited, shared by everyone who asks.
 
     `flight` is an acquisition of the key that was under way meanwhile, whatever became of it.
-    `rounds` counts the answers before it that were outdated when they came.
+    `rounds` counts the answers before it that were outdated when they came. `unlike` is a version
+    that is of no use, `cached` what may stand in at the deadline, `lease` what the cache gave
+    instead of a value, for the flight that follows.
     """
 
-    __slots__ = ("flight", "group", "key", "policy", "rounds", "waiters")
+    __slots__ = (
+        "cached",
+        "flight",
+        "group",
+        "key",
+        "lease",
+        "policy",
+        "rounds",
+        "unlike",
+        "waiters",
+    )
 
     def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: ReadGroup) -> None:
         self.key: ResourceKey = key
@@ -447,6 +465,9 @@ class Read:
         self.waiters: dict[Gather, None] = {}
         self.flight: Acquisition | None = None
         self.rounds: int = 0
+        self.unlike: str | None = None
+        self.cached: Revision | None = None
+        self.lease: Lease | None = None
 
     def __repr__(self) -> str:
         return f"<Read {self.key.display} waiters={len(self.waiters)}>"
@@ -866,13 +887,17 @@ def after_failures(
     return Failed(failure, stale_candidate(flight, failure, equipment))
 
 
-def stale_candidate(flight: Acquisition, failure: Failure, equipment: Equipment) -> Reading | None:
+def stale_candidate(
+    awaited: Acquisition | Read, failure: Failure, equipment: Equipment
+) -> Reading | None:
     """Return the newest stale value that may stand in for a failed key, or None."""
-    policy = flight.policy
+    policy = awaited.policy
     if not policy.allow_stale_on_error:
         return None
     now = equipment.clock.now()
-    known = [one for one in (flight.event, flight.cached, flight.candidate) if one is not None]
+    fetched = awaited.candidate if isinstance(awaited, Acquisition) else None
+    event = awaited.event if isinstance(awaited, Acquisition) else None
+    known = [one for one in (event, awaited.cached, fetched) if one is not None]
     usable = [one for one in known if age_of(one, now) <= policy.max_stale_seconds]
     if not usable:
         return None
@@ -882,7 +907,7 @@ def stale_candidate(flight: Acquisition, failure: Failure, equipment: Equipment)
         newest,
         policy.ttl_seconds,
         stale=age_of(newest, now) > policy.ttl_seconds,
-        from_cache=newest is not flight.candidate,
+        from_cache=newest is not fetched,
         notes={"fallback_error_type": type(error).__name__, "fallback_error": message_of(error)},
     )
     reading.fallback = error

@@ -8,17 +8,21 @@ Laws:
    wait, and counts as held from then on.
 3. A read is shared by all who ask until there is news of any key: what a derived entry rests on is
    not known before it has been read.
+4. Where the cache gives leases, a read ends with a value, or with the lease for the flight that
+   follows; in between it waits, for as long as its readers do. What was acquired without a lease is
+   given to those who wait and stored nowhere.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from coalestra.cache.foreign import ForeignCache, Outcomes
+from coalestra.cache.foreign import Answer, ForeignCache, Outcomes, Terms
 from coalestra.cache.store import decide
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -49,25 +53,46 @@ class CacheReads:
         self._equipment = equipment
         self._answered = answered
         self._tasks = tasks
+        self._leases = equipment.access.leases
         self._open: dict[ResourceKey, Read] = {}
-        self._next: ReadGroup | None = None
+        self._next: dict[bool, ReadGroup] = {}
         self._groups: dict[ReadGroup, None] = {}
 
     def ask(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> Read:
         """Let `gather` wait for what the cache holds of `key`; return the read to wait for."""
         read = self._open.get(key)
         if read is None:
-            if self._next is None:
-                self._next = ReadGroup()
-                self._groups[self._next] = None
-                asyncio.get_running_loop().call_soon(self._send, self._next)
-            read = self._open[key] = Read(key, policy, self._next)
-            self._next.reads.append(read)
-        read.waiters[gather] = None
-        gather.pending[key] = read
-        if gather.cutoff != math.inf and gather not in read.group.hurried:
+            read = self._open[key] = self._begin(key, policy, forced=False)
+        self._wait(gather, read)
+        if gather.cutoff != math.inf and gather not in read.group.hurried and not self._leases:
             self._hurry(gather, read.group)
         return read
+
+    def ask_for_lease(
+        self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy, unlike: str | None
+    ) -> None:
+        """Let `gather` wait for the lease on `key`, or a value of another version than `unlike`.
+
+        Without a version it is the lease that has to be got.
+        """
+        read = self._begin(key, policy, forced=unlike is None)
+        read.unlike = unlike
+        self._wait(gather, read)
+
+    def _begin(self, key: ResourceKey, policy: FreshnessPolicy, forced: bool) -> Read:
+        group = self._next.get(forced)
+        if group is None:
+            group = self._next[forced] = ReadGroup(forced)
+            self._groups[group] = None
+            asyncio.get_running_loop().call_soon(self._send, group)
+        read = Read(key, policy, group)
+        group.reads.append(read)
+        return read
+
+    @staticmethod
+    def _wait(gather: Gather, read: Read) -> None:
+        read.waiters[gather] = None
+        gather.pending[read.key] = read
 
     def find(self, key: ResourceKey) -> Read | None:
         """Return the read of `key` that newcomers would share."""
@@ -91,7 +116,7 @@ class CacheReads:
         """Drop everything: the event loop it belonged to has ended."""
         self._open.clear()
         self._groups.clear()
-        self._next = None
+        self._next.clear()
 
     def _hurry(self, gather: Gather, group: ReadGroup) -> None:
         """Let a gather go on without the cache while there is time left for its sources."""
@@ -112,7 +137,7 @@ class CacheReads:
                 self._answered(alone, None)
 
     def _send(self, group: ReadGroup) -> None:
-        self._next = None
+        del self._next[group.forced]
         work = self._read(group)
         task = asyncio.get_running_loop().create_task(work, name="coalestra cache read")
         group.task = task
@@ -129,7 +154,40 @@ class CacheReads:
             for work in {gather.work for read in wanted for gather in read.waiters}:
                 work.record.cache_batch_reads += 1
         policies = {read.key: read.policy for read in wanted}
-        return await foreign.read(tuple(policies), self._equipment.clock.now(), policies)
+        now = self._equipment.clock.now()
+        if not self._leases:
+            return await foreign.read(tuple(policies), now, policies)
+        await self._read_or_lease(foreign, group, policies, now)
+        return {}
+
+    async def _read_or_lease(
+        self,
+        foreign: ForeignCache,
+        group: ReadGroup,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+        now: float,
+    ) -> None:
+        """Answer each read as soon as the cache has a value or the lease for it."""
+        unlike = {read.key: read.unlike for read in group.reads if read.unlike is not None}
+        asking = foreign.lease(tuple(policies), now, policies, force=group.forced, unlike=unlike)
+        async with contextlib.aclosing(asking):
+            async for answers in asking:
+                for read in group.reads:
+                    answer = answers.get(read.key)
+                    if answer is not None:
+                        self._take(foreign, read, answer)
+
+    def _take(self, foreign: ForeignCache, read: Read, answer: Answer) -> None:
+        if answer.waiting:
+            read.cached = answer.revision
+            return
+        self._close((read,))
+        read.lease = answer.lease
+        if read.waiters:
+            self._answered(read, answer.revision or read.cached)
+        lease, read.lease = read.lease, None
+        if lease is not None:
+            foreign.give_back(lease, failed=False)
 
     def _done(self, group: ReadGroup, task: asyncio.Task[dict[ResourceKey, Revision]]) -> None:
         """Answer everyone who still waits, however the reading ended."""
@@ -182,6 +240,9 @@ class CacheWrites:
         foreign = self._equipment.access.foreign
         if foreign is None:
             return
+        if flight.lease is None and foreign.leasing is not None:
+            self._settle_alone(flight)
+            return
         if not self._next:
             asyncio.get_running_loop().call_soon(self._send, foreign)
         if foreign.calls.carries_many:
@@ -191,13 +252,23 @@ class CacheWrites:
         if self._slow:
             self._settle(foreign, flight)
 
+    def _settle_alone(self, flight: Acquisition) -> None:
+        """Settle a flight whose value may not be stored."""
+        revision, cached = flight.offered, flight.cached
+        if revision is not None:
+            status = decide(revision, cached, replace_equal=flight.forced)
+            stays = cached is not None and status is not _STORED
+            self._written(flight, status, cached if cached is not None and stays else revision)
+
     def add_stale(self, revision: Revision, policy: FreshnessPolicy) -> None:
         """Write a stale value, for which nobody waits."""
         foreign, now = self._equipment.access.foreign, self._equipment.clock.now()
-        if foreign is None or foreign.hold(revision, now, replace_equal=False)[0] is not _STORED:
+        if foreign is None or foreign.leasing is not None:
+            return
+        if foreign.hold(revision, now, replace_equal=False)[0] is not _STORED:
             return
         policies = {revision.key: policy}
-        foreign.write_behind((revision,), policies, now, wanted=foreign.holds)
+        foreign.write_behind((revision,), Terms(policies, now), wanted=foreign.holds)
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
@@ -214,11 +285,18 @@ class CacheWrites:
                 if flight.forced is forced and flight.offered is not None
             }
             if flights:
-                foreign.write_behind(
-                    flights,
+                leases = {each.key: each.lease for each in flights.values() if each.lease}
+                for flight in flights.values():
+                    flight.lease = None
+                terms = Terms(
                     {flight.key: flight.policy for flight in group},
                     self._equipment.clock.now(),
                     replace_equal=forced,
+                    leases=leases if foreign.leasing is not None else None,
+                )
+                foreign.write_behind(
+                    flights,
+                    terms,
                     wanted=partial(self._wanted, foreign, flights),
                     ended=partial(self._ended, flights.values(), timer),
                 )

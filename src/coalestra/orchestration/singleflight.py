@@ -182,8 +182,10 @@ class SingleFlight:
         self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written)
         self.refresher: Refresher = Refresher(equipment, variables, self.look, self.abandon)
         self._store = equipment.access.store
+        self._leases = equipment.access.leases
         self._publishing: dict[ResourceKey, int] = {}
         self._held_back: dict[ResourceKey, list[Acquisition]] = {}
+        self._renewed: dict[ResourceKey, str] = {}
         self._news: int = 0
         self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
         equipment.access.subscribers.subscribe(self)
@@ -228,9 +230,9 @@ class SingleFlight:
         part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
         more = len(part) == _KEYS_PER_STEP
         try:
-            now = self.equipment.clock.now()
+            now, near = self.equipment.clock.now(), self.equipment.access.near
             for key in part:
-                self._look_for(gather, key, now)
+                self._look_for(gather, key, now, near)
         except BaseException:
             self._looked(gather)
             raise
@@ -239,28 +241,27 @@ class SingleFlight:
         else:
             self._looked(gather)
 
-    def _is_plain(self, gather: Gather) -> bool:
-        """Whether the memory cache comes first for every key, and nothing is pinned."""
-        if gather.pins or gather.pins.private or gather.forced or gather.refresh:
-            return False
-        return self._store is not None
+    @staticmethod
+    def _is_plain(gather: Gather) -> bool:
+        """Whether the cache comes first for every key, and nothing is pinned."""
+        return not (gather.pins or gather.pins.private or gather.forced or gather.refresh)
 
     def _look_in_store(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
         """Do as `_look_on` for keys of which nothing can be known yet.
 
-        What the memory cache holds is read in one go, so that what was written together is seen
+        What memory holds is read in one go, so that what was written together is seen
         together; the flights of what it lacks are begun in steps.
         """
         part = tuple(islice(rest, _KEYS_AT_ONCE)) if gather.open else ()
         missed: list[tuple[ResourceKey, FreshnessPolicy, Revision | None]] = []
         try:
-            now = self.equipment.clock.now()
+            now, near = self.equipment.clock.now(), self.equipment.access.near
             common: FreshnessPolicy | None = policy_of_all(self.equipment.policies)
             for key in part:
                 policy = self._policy(gather, key) if common is None else common
-                if policy is None or self._store is None:
+                if policy is None:
                     continue
-                revision = self._store.find(key, now, policy)
+                revision = None if near is None else near.find(key, now, policy)
                 if revision is None or not self._serve(gather, policy, revision, now):
                     missed.append((key, policy, revision))
         except BaseException:
@@ -276,11 +277,14 @@ class SingleFlight:
         missed: Iterator[tuple[ResourceKey, FreshnessPolicy, Revision | None]],
         rest: Iterator[ResourceKey] | None,
     ) -> None:
-        """Begin or join the flights of keys that the memory cache lacks, then look for the rest."""
+        """Ask for keys that memory lacks, or begin or join their flights; look for the rest."""
         part = tuple(islice(missed, _KEYS_PER_STEP)) if gather.open else ()
         try:
             for key, policy, revision in part:
-                self._missed(gather, key, policy, revision)
+                if self._store is None:
+                    self._ask_cache(gather, key, policy)
+                else:
+                    self._missed(gather, key, policy, revision)
         except BaseException:
             self._looked(gather)
             raise
@@ -306,7 +310,9 @@ class SingleFlight:
             pass_on(error)
             return None
 
-    def _look_for(self, gather: Gather, key: ResourceKey, now: float) -> None:
+    def _look_for(
+        self, gather: Gather, key: ResourceKey, now: float, near: EntryStore | None
+    ) -> None:
         pin = gather.pins.get(key)
         if pin is not None:
             gather.readings[key] = pin
@@ -322,16 +328,34 @@ class SingleFlight:
             # What must agree with pins is derived privately; what only has to be new is shared.
             if key in gather.private:
                 self._acquire_privately(gather, key, policy)
+            elif self._leases:
+                self.reads.ask_for_lease(gather, key, policy, None)
             else:
                 self._acquire(gather, key, policy)
         elif gather.refresh:
-            self._acquire(gather, key, policy)
-        elif self._store is None:
-            self._ask_cache(gather, key, policy)
+            self._renew(gather, key, policy)
         else:
-            revision = self._store.find(key, now, policy)
-            if revision is None or not self._serve(gather, policy, revision, now):
+            revision = None if near is None else near.find(key, now, policy)
+            if revision is not None and self._serve(gather, policy, revision, now):
+                return
+            if self._store is None:
+                self._ask_cache(gather, key, policy)
+            else:
                 self._missed(gather, key, policy, revision)
+
+    def _refresh(self, revision: Revision, mode: RefreshMode, work: Work) -> bool:
+        """Schedule a refresh of a revision; return False if one is under way already."""
+        scheduled = self.refresher.schedule(revision.key, mode.value, work)
+        if scheduled and self._leases:
+            self._renewed[revision.key] = revision.version
+        return scheduled
+
+    def _renew(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
+        """Acquire a key anew, unless another process is at it or has done so."""
+        if self._leases:
+            self.reads.ask_for_lease(gather, key, policy, self._renewed.pop(key, None))
+        else:
+            self._acquire(gather, key, policy)
 
     def _serve(
         self, gather: Gather, policy: FreshnessPolicy, revision: Revision, now: float
@@ -345,10 +369,10 @@ class SingleFlight:
         if stale:
             if mode is not RefreshMode.STALE_WHILE_REVALIDATE or age > policy.max_stale_seconds:
                 return False
-            scheduled = self.refresher.schedule(key, mode.value, work)
+            scheduled = self._refresh(revision, mode, work)
             notes = {"refresh_mode": mode.value, "refresh_scheduled": scheduled}
         elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
-            notes = {"refresh_scheduled": self.refresher.schedule(key, mode.value, work)}
+            notes = {"refresh_scheduled": self._refresh(revision, mode, work)}
         work.record.cache_hits += 1
         if self.equipment.report is not None:
             self.equipment.report.cache_hit(key, mode.value if stale else "fresh")
@@ -390,7 +414,10 @@ class SingleFlight:
     def _take_from_cache(self, gather: Gather, read: Read, revision: Revision | None) -> None:
         key, now = read.key, self.equipment.clock.now()
         settlement = None if read.flight is None else read.flight.settlement
-        if read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
+        if read.group.forced:
+            self._acquire(gather, key, read.policy)
+            self._pass_lease(read)
+        elif read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
             self.reads.ask(gather, key, read.policy).rounds = read.rounds + 1
         elif revision is not None and self._serve(gather, read.policy, revision, now):
             return
@@ -401,6 +428,13 @@ class SingleFlight:
             flight = self.board.flights.get(key)
             if flight is not None:
                 flight.missed = True
+            self._pass_lease(read)
+
+    def _pass_lease(self, read: Read) -> None:
+        """Give the lease that the cache gave to the flight that acquires the key."""
+        flight = self.board.flights.get(read.key)
+        if flight is not None and flight.lease is None and read.lease is not None:
+            flight.lease, read.lease = read.lease, None
 
     # Join and leave ---------------------------------------------------------------------------
 
@@ -702,6 +736,8 @@ class SingleFlight:
             return
         waiters = self.board.take_off(flight)
         flight.end(settlement)
+        if flight.lease is not None:
+            self._give_back(flight)
         if flight.pins is not None and type(settlement) is Reading:
             flight.pins.setdefault(flight.key, settlement)
         if len(waiters) <= _WAITERS_PER_STEP:
@@ -709,6 +745,14 @@ class SingleFlight:
                 self._hand(gather, flight.key, settlement, joined)
         else:
             self._hand_on(flight, settlement, deque(waiters.items()))
+
+    def _give_back(self, flight: Acquisition) -> None:
+        """Let go of the lease of a flight that has stored nothing."""
+        lease, flight.lease = flight.lease, None
+        foreign = self.equipment.access.foreign
+        if foreign is not None and lease is not None:
+            in_vain = isinstance(flight.settlement, Failed) and bool(flight.failures)
+            foreign.give_back(lease, failed=in_vain)
 
     def _hand_on(
         self, flight: Acquisition, settlement: Settlement, rest: deque[tuple[Gather, bool]]
@@ -842,8 +886,8 @@ class SingleFlight:
             gather.receive(key, flight.settlement, joined=True)
             return
         failure = late(key, gather.work.deadline, flight)
-        if flight is not None and gather.accepts_stale(key):
-            stale = stale_candidate(flight, failure, self.equipment)
+        if awaited is not None and gather.accepts_stale(key):
+            stale = stale_candidate(awaited, failure, self.equipment)
             if stale is not None:
                 gather.readings[key] = stale
                 if self.equipment.report is not None and stale.fallback is not None:
@@ -872,7 +916,9 @@ class SingleFlight:
             changes = {key: new for key, new in changes.items() if not self._is_own(key, new)}
         if changes:
             self.reads.hide(changes)
-            self._note_news(changes)
+            self._note_news(
+                {key: None if new is None else new.version for key, new in changes.items()}
+            )
 
     def _is_own(self, key: ResourceKey, revision: Revision | None) -> bool:
         """Tell the flights of a key of a change; return whether it is none, but one's own value."""
@@ -910,9 +956,8 @@ class SingleFlight:
                 for flight in self.board.under_way(key):
                     self._invalidate(flight)
         self.refresher.outdate(keys)
-        gone: dict[ResourceKey, Revision | None] = dict.fromkeys(keys)
-        self.reads.hide(gone)
-        self._note_news(gone)
+        self.reads.hide(dict.fromkeys(keys))
+        self._note_news(dict.fromkeys(keys))
 
     def _invalidate(self, flight: Acquisition) -> None:
         """Forget what a flight knows from before; its value, too, unless it is still to be read."""
@@ -927,14 +972,23 @@ class SingleFlight:
         under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys, *taken]
         self.invalidating([key for key in dict.fromkeys(under_way) if matches(key)])
 
-    def _note_news(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
+    def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
+        """Learn what another process did: what was read before is not cached nor joined."""
+        if self.board.busy:
+            for flight in self.board.under_way(key):
+                self._invalidate(flight)
+        self.refresher.outdate((key,))
+        self.reads.hide({key: None})
+        self._note_news({key: version})
+
+    def _note_news(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Remember news for those who may want to join a derivation that has read before it."""
         if not self.board.deriving:
             self._changed.clear()
             return
         self._news += 1
-        for key, revision in changes.items():
-            self._changed[key] = (self._news, None if revision is None else revision.version)
+        for key, version in versions.items():
+            self._changed[key] = (self._news, version)
         if len(self._changed) > _MOST_NEWS:
             self._changed.clear()
             for flight in tuple(self.board.deriving):
@@ -969,6 +1023,7 @@ class SingleFlight:
         self.refresher.forget()
         self._publishing.clear()
         self._held_back.clear()
+        self._renewed.clear()
         self._changed.clear()
 
     def __repr__(self) -> str:
@@ -1161,6 +1216,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return loop
+        self.equipment.access.attach()
         if self._loop is not None:
             if self._loop.is_closed():
                 self.equipment.capacity.forget()

@@ -8,13 +8,14 @@ from coalestra.redis.codec import (
     UnstorableValueError,
     ValueCodec,
 )
-from coalestra.redis.server import SharedCacheUnavailableError
+from coalestra.redis.server import SharedCacheLeftAloneError, SharedCacheUnavailableError
 
 __all__ = [
     "MessagePackCodec",
     "Model",
     "RedisCache",
     "RedisCacheHealth",
+    "SharedCacheLeftAloneError",
     "SharedCacheUnavailableError",
     "UnreadableEntryError",
     "UnstorableValueError",

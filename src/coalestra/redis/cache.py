@@ -19,7 +19,7 @@ import os
 import re
 import time
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -61,6 +61,7 @@ from coalestra.redis.codec import (
 )
 from coalestra.redis.news import News
 from coalestra.redis.server import Call, Client, Server, SharedCacheUnavailableError
+from coalestra.resilience.circuit_breaker import CircuitState
 
 Policies = Mapping[ResourceKey, FreshnessPolicy]
 Value = SnapshotValue[Any]
@@ -114,6 +115,8 @@ _ABSENT: Final = CacheLookup(None, fresh=False, usable_stale=False)
 _FOREVER: Final = 1e300
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _MOST_RENEWED_SECONDS: Final = 60.0
+_MOST_ROUNDS: Final = 8
+_MOST_OWN: Final = 10_000
 _AGAIN_SECONDS: Final = (0.0, 0.1, 1.0)
 _KEYS_IN_ONE_STEP: Final = 50
 """The server does nothing else meanwhile, so that one script takes no more keys than this."""
@@ -261,7 +264,7 @@ class RedisCache:
         self._leases: weakref.WeakKeyDictionary[Lease, float] = weakref.WeakKeyDictionary()
         self._renewal: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._own: set[str] = set()
+        self._own: OrderedDict[str, None] = OrderedDict()
         self._unreadable = 0
         self._unstorable = 0
 
@@ -288,6 +291,22 @@ class RedisCache:
             clock_offset_seconds=server.clock_offset_seconds,
             last_error=server.last_error or news.last_error,
         )
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the server answers, as far as is known."""
+        return self._server.state is CircuitState.CLOSED
+
+    @property
+    def call_counts(self) -> Mapping[str, int]:
+        """How many ``calls`` were made, ``failures`` and ``timeouts`` of these, and ``refused``."""
+        server = self._server
+        return {
+            "calls": server.calls,
+            "failures": server.failures,
+            "timeouts": server.timeouts,
+            "refused": server.refused,
+        }
 
     # Begin and end ----------------------------------------------------------------------------
 
@@ -421,8 +440,10 @@ class RedisCache:
     ) -> AsyncGenerator[Mapping[ResourceKey, LeasedLookup], None]:
         """Give what there is for each key, or the lease on it, as soon as either is known.
 
-        See `LeasingCache.lease_many`. Where the server cannot be reached every key comes with
-        neither.
+        See `LeasingCache.lease_many`.
+
+        Raises:
+            SharedCacheUnavailableError: if the server cannot be reached, now or while it waits.
         """
         question = _Question(self, now, policies, _FORCE if force else _LEASE, dict(unlike or {}))
         pending = dict.fromkeys(keys)
@@ -432,8 +453,9 @@ class RedisCache:
             wanted: Collection[ResourceKey] = tuple(pending)
             while pending:
                 known = await question.put(wanted)
-                for key in known:
-                    pending.pop(key, None)
+                for key, each in known.items():
+                    if not each.waiting:
+                        pending.pop(key, None)
                 yield known
                 if not pending:
                     break
@@ -444,9 +466,7 @@ class RedisCache:
                     wanted = [key for key in wanted if key not in alone]
                     for key in alone:
                         del pending[key]
-                    yield {key: LeasedLookup(question.in_need(key), None) for key in alone}
-        except SharedCacheUnavailableError:
-            yield {key: LeasedLookup(question.in_need(key), None) for key in pending}
+                    yield {key: LeasedLookup(question.in_need(key)) for key in alone}
         finally:
             self._expect_no_more(question.waiting, keys)
 
@@ -613,7 +633,18 @@ class RedisCache:
                 self._behind(self.release_many((lease,), failed=True))
         if items:
             offered = {value.key: value for value in values.values()}
-            results.update((await self._write(offered, items))[0])
+            try:
+                results.update((await self._write(offered, items))[0])
+            except BaseException:
+                self.let_go([lease for lease in values if lease.key in items])
+                raise
+            self.let_go(
+                [
+                    lease
+                    for lease in values
+                    if isinstance(results[lease.key], SharedCacheUnavailableError)
+                ]
+            )
         return results
 
     async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
@@ -772,15 +803,20 @@ class RedisCache:
     ) -> tuple[dict[ResourceKey, CacheWriteResult | Exception], int]:
         """Offer values; return what became of each, and how many others were told."""
         versions = [value.version for value in offered.values()]
-        self._own.update(versions)
         calls = [
             Call([self._name(key) for key in part], [self._channel, *(items[key] for key in part)])
             for part in self._parts(tuple(items))
         ]
+        # Who writes knows what he wrote, unless he does not know whether he did.
+        self._own.update(dict.fromkeys(versions))
+        while len(self._own) > _MOST_OWN:
+            self._own.popitem(last=False)
         try:
             moment, answers = await self._run(scripts.WRITE, calls)
-        finally:
-            self._own.difference_update(versions)
+        except BaseException:
+            for version in versions:
+                self._own.pop(version, None)
+            raise
         results: dict[ResourceKey, CacheWriteResult | Exception] = {}
         heard = 0
         for key, told in zip(items, answers, strict=True):
@@ -859,7 +895,9 @@ class RedisCache:
             if stored.form != _FORM:
                 raise UnreadableEntryError(f"it has form {stored.form}, and not {_FORM}")
             rests_on = {scripts.key_of(text): version for text, version in stored.rests_on}
-        except (ValueError, TypeError) as error:
+        except UnreadableEntryError:
+            raise
+        except Exception as error:
             raise UnreadableEntryError(str(error)) from error
         metadata = self._codec.decode(stored.metadata) if stored.metadata else {}
         return SnapshotValue(
@@ -911,6 +949,7 @@ class _Question:
         self._unfit: dict[ResourceKey, str] = {}
         self._in_need: dict[ResourceKey, CacheLookup] = {}
         self._left: dict[ResourceKey, float] = {}
+        self._rounds = 0
 
     def patience(self) -> float:
         """Return for how long to wait for news before looking again."""
@@ -923,7 +962,9 @@ class _Question:
     async def put(self, keys: Collection[ResourceKey]) -> dict[ResourceKey, LeasedLookup]:
         """Ask for keys; return those that need no waiting, and what derived ones rest on."""
         known: dict[ResourceKey, LeasedLookup] = {}
+        self._rounds = 0
         while keys:
+            self._rounds += 1
             token = self._cache.new_token()
             try:
                 keys = await self._put(keys, token, known)
@@ -957,6 +998,9 @@ class _Question:
         again: list[ResourceKey] = []
         for key, entry in found.items():
             fit = key in values and key not in outdated
+            if entry.state == _HIT and key in self.waiting.news and self._rounds < _MOST_ROUNDS:
+                again.append(key)  # it may have changed since
+                continue
             if not fit and entry.version is not None and self._unfit.get(key) != entry.version:
                 self._unfit[key] = entry.version
                 if entry.state == _HIT and self._mode != _FORCE:
@@ -980,6 +1024,7 @@ class _Question:
         if entry.state == _WAIT:
             self._left[key] = entry.number / 1000
             self._in_need[key] = lookup
+            known[key] = LeasedLookup(lookup, None, waiting=True)
             return
         lease = None
         if entry.state == _LEASED:

@@ -176,17 +176,21 @@ class News:
         self._line: _Line | None = None
         self._task: asyncio.Task[None] | None = None
         self._first: asyncio.Future[None] | None = None
+        self._patient_until: float = 0.0
 
     def __repr__(self) -> str:
         return f"<News {'connected' if self.connected else 'cut off'}, lost {self.lost} times>"
 
     async def start(self, patience_seconds: float) -> None:
-        """Begin, and wait for the first subscription, but not for longer than that."""
+        """Begin, and wait for the first subscription, but not for longer than that in all."""
+        loop = asyncio.get_running_loop()
         if self._task is None:
-            self._first = asyncio.get_running_loop().create_future()
-            self._task = asyncio.create_task(self._keep(), name="coalestra news")
-        if self._first is not None and not self._first.done():
-            await asyncio.wait({self._first}, timeout=patience_seconds)
+            self._first = loop.create_future()
+            self._patient_until = loop.time() + patience_seconds
+            self._task = loop.create_task(self._keep(), name="coalestra news")
+        patience = self._patient_until - loop.time()
+        if self._first is not None and not self._first.done() and patience > 0:
+            await asyncio.wait({self._first}, timeout=patience)
 
     async def close(self) -> None:
         """End the subscription."""

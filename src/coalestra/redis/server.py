@@ -5,8 +5,9 @@ Laws:
 1. A call takes no longer than the time limit, whatever the server, the network or the client does.
 2. After a few failures in a row calls are refused at once; one probe at a time finds out whether
    the server is back.
-3. What fails raises `SharedCacheUnavailableError`, or what the server answered. Nothing is tried
-   twice here: a script that may have run is not sent again.
+3. What fails raises `SharedCacheUnavailableError`, or what the server answered.
+4. A connection that turns out to be closed, as all are after a restart of the server, gives
+   way to another one: every script may run twice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
 from redis.client import NEVER_DECODE
 
-from coalestra.core.errors import CacheUnavailableError, message_of
+from coalestra.core.errors import CacheCircuitOpenError, CacheUnavailableError, message_of
 from coalestra.redis.scripts import Script
 from coalestra.resilience.circuit_breaker import (
     Circuit,
@@ -42,6 +43,8 @@ _UNREACHABLE: Final = (
 _CIRCUIT: Final = CircuitBreakerPolicy(failure_threshold=3, recovery_timeout_seconds=1.0)
 _BYTES: Final[dict[str, Any]] = {NEVER_DECODE: True}
 _MEASUREMENT_HOLDS_SECONDS: Final = 60.0
+_CLOSED_CONNECTIONS: Final = 3
+_SCAN_SECONDS: Final = 30.0
 _LAST_LOOK: Final = 0.2
 """The part of the time limit that is there to look at the answer only."""
 
@@ -52,6 +55,10 @@ class SharedCacheUnavailableError(CacheUnavailableError, ConnectionError):
     The fault is the server's, the network's or the limit's. Reads go on with the sources; a
     publication or an invalidation has to be made again, as it may not have happened.
     """
+
+
+class SharedCacheLeftAloneError(SharedCacheUnavailableError, CacheCircuitOpenError):
+    """The server of the shared cache has failed repeatedly, and was not asked at all."""
 
 
 class Call(NamedTuple):
@@ -114,25 +121,16 @@ class Server:
         if not self.is_cluster:
             await self._limited(self.client.execute_command("PING"))
 
-    async def names_of(self, pattern: str) -> list[bytes]:
-        """Return every name that matches, on every server; takes as many calls as it needs."""
-        found: list[bytes] = []
-        nodes = self.client.get_primaries() if isinstance(self.client, RedisCluster) else [None]
-        for node in nodes:
-            cursor: Any = 0
-            while True:
-                target = {} if node is None else {"target_nodes": node}
-                scan = ("SCAN", cursor, "MATCH", pattern, "COUNT", 500)
-                answer: Any = await self._limited(
-                    self.client.execute_command(*scan, **target, **_BYTES)
-                )
-                if isinstance(answer, dict):  # a cluster's client answers by node
-                    answer = next(iter(answer.values()))
-                cursor, names = answer
-                found += [each if isinstance(each, bytes) else each.encode() for each in names]
-                if not int(cursor):
-                    break
-        return found
+    async def names_of(self, pattern: str) -> list[str]:
+        """Return every name that matches, on every server; has a while for that."""
+        client: Any = self.client
+
+        async def scanned() -> list[str]:
+            found = client.scan_iter(match=pattern, count=500)
+            return [name.decode() if isinstance(name, bytes) else name async for name in found]
+
+        names: list[str] = await self._limited(scanned(), _SCAN_SECONDS)
+        return names
 
     async def command(self, *arguments: Any) -> Any:
         """Run one command."""
@@ -147,7 +145,13 @@ class Server:
             self._offset = (server_time - (sent + answered) / 2, error, now)
 
     async def _send(self, script: Script, calls: Sequence[Call]) -> list[Any]:
-        answers = await self._pipelined("EVALSHA", script.digest, calls)
+        for left in reversed(range(_CLOSED_CONNECTIONS)):
+            try:
+                answers = await self._pipelined("EVALSHA", script.digest, calls)
+                break
+            except exceptions.ConnectionError as error:
+                if not left or isinstance(error, exceptions.AuthenticationError):
+                    raise
         unknown = [
             n for n, each in enumerate(answers) if isinstance(each, exceptions.NoScriptError)
         ]
@@ -179,20 +183,20 @@ class Server:
         answers: list[Any] = await pipeline.execute(raise_on_error=False)
         return answers
 
-    async def _limited(self, call: Coroutine[Any, Any, Any]) -> Any:
+    async def _limited(self, call: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
         """Await a call to the server by the rules at the head of this module."""
         circuit = self._circuit
         if circuit.refuses(time.monotonic()):
             call.close()
             self.refused += 1
-            raise SharedCacheUnavailableError(
+            raise SharedCacheLeftAloneError(
                 f"the server of the shared cache is left alone for a moment: {self.last_error}"
             )
         circuit.admit(time.monotonic(), self._turns())
         turn, outcome = circuit.turn, Outcome.ABANDONED
         self.calls += 1
         try:
-            answer = await self._answer(call)
+            answer = await self._answer(call, seconds or self.time_limit_seconds)
             outcome = Outcome.SUCCESS
         except SharedCacheUnavailableError as error:
             outcome = Outcome.FAILURE
@@ -207,7 +211,7 @@ class Server:
                 circuit.report(outcome, time.monotonic(), self._turns(), _CIRCUIT)
         return answer
 
-    async def _answer(self, call: Coroutine[Any, Any, Any]) -> Any:
+    async def _answer(self, call: Coroutine[Any, Any, Any], seconds: float) -> Any:
         # In a task of its own: redis-py may swallow a cancellation, and must not keep anybody.
         task = asyncio.ensure_future(call)
         self._tasks.add(task)
@@ -215,16 +219,15 @@ class Server:
         try:
             # A loop that was busy for so long gets time to look at what has arrived meanwhile.
             for share in (1 - _LAST_LOOK, _LAST_LOOK):
-                await asyncio.wait({task}, timeout=self.time_limit_seconds * share)
+                await asyncio.wait({task}, timeout=seconds * share)
                 if task.done():
                     break
         finally:
             task.cancel()
         if not task.done():
             self.timeouts += 1
-            milliseconds = self.time_limit_seconds * 1000
             raise SharedCacheUnavailableError(
-                f"the server of the shared cache did not answer within {milliseconds:g} ms"
+                f"the server of the shared cache did not answer within {seconds * 1000:g} ms"
             )
         try:
             answer = task.result()

@@ -1,0 +1,232 @@
+"""What is kept in memory of a cache that has to be awaited, for as long as that can be trusted.
+
+Laws:
+
+1. It serves only while it is trusted. Where the cache tells of changes, that is while all news that
+   have arrived have been taken in, and none may be missing; else for a short time after reading.
+2. What was read before a change of its key is never put in after it: whoever reads or writes keeps
+   a `Filling` open meanwhile, which learns of the changes.
+3. After a time even a trusted entry is looked up again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from typing import Any
+
+from coalestra.cache.store import EntryStore, Listeners
+from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.protocols import AsyncCache
+from coalestra.core.results import CacheLookup
+from coalestra.core.validation import integer, number, refusal, require_methods
+from coalestra.core.values import Revision, SnapshotValue
+
+# A cache of one's own with a memory in front -----------------------------------------------------
+
+
+class NearCache:
+    """Any cache, with its values kept in memory as well: a warm read waits for nothing.
+
+    What other processes change is seen after ``near_seconds`` at the latest; if the cache tells of
+    changes (`TellingCache`), at once. What this process changes it sees at once in any case.
+    `RedisCache` has such a memory by itself.
+
+    Args:
+        cache: the cache; it stays the application's.
+        near_entries: how many entries are kept in memory.
+        near_seconds: after so long an entry is looked up in the cache again.
+
+    Raises:
+        TypeError, ValueError: for a cache without the methods of one, or a number out of bounds.
+    """
+
+    def __init__(
+        self, cache: AsyncCache, *, near_entries: int = 10_000, near_seconds: float = 1.0
+    ) -> None:
+        require_methods("cache", cache, "get", "set", "invalidate", "clear")
+        self.cache: AsyncCache = cache
+        self.near_entries: int = integer("near_entries", near_entries, minimum=1)
+        self.near_seconds: float = number("near_seconds", near_seconds)
+        if near_seconds <= 0:
+            raise ValueError(refusal("near_seconds", "more than 0", near_seconds))
+
+    def __repr__(self) -> str:
+        return f"NearCache({self.cache!r})"
+
+    def __getattr__(self, name: str) -> Any:
+        # All that the cache itself can do, such as `get_many`, `stats` or `aclose`.
+        if name.startswith("_") or name == "cache":
+            raise AttributeError(name)
+        return getattr(self.cache, name)
+
+    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        """Ask the cache itself."""
+        return await self.cache.get(key, now=now, policy=policy)
+
+    async def set(self, value: SnapshotValue[Any], **terms: Any) -> None:
+        """Store in the cache itself."""
+        await self.cache.set(value, **terms)
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        """Remove from the cache itself."""
+        await self.cache.invalidate(key)
+
+    async def clear(self) -> None:
+        """Empty the cache itself."""
+        await self.cache.clear()
+
+
+# The memory --------------------------------------------------------------------------------------
+
+_SPARE_ARRIVALS = 1000
+
+
+class Filling:
+    """One reading or writing under way: what has changed since it began."""
+
+    __slots__ = ("changed", "void")
+
+    def __init__(self) -> None:
+        self.changed: dict[ResourceKey, str | None] = {}
+        self.void: bool = False
+
+    def allows(self, revision: Revision) -> bool:
+        """Whether a revision may still be put in."""
+        if self.void:
+            return False
+        return self.changed.get(revision.key, revision.version) == revision.version
+
+
+class Near:
+    """The memory in front of one cache on one event loop; it hears the cache's news.
+
+    Args:
+        cache: the cache.
+        entries, seconds: how many are kept, 0 for none, and for how long without being looked up
+            again.
+        listeners: who hears of what others have changed.
+        on_their_way: values that count as held until they are written; of no use once changed.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        entries: int,
+        seconds: float,
+        listeners: Listeners,
+        on_their_way: MutableMapping[ResourceKey, Revision],
+    ) -> None:
+        self.store: EntryStore = EntryStore(max(1, entries))
+        self._serves = entries > 0
+        self._on_their_way = on_their_way
+        self._seconds = seconds
+        self._listeners = listeners
+        self._fillings: set[Filling] = set()
+        self._arrivals: deque[tuple[float, ResourceKey, str]] = deque()
+        self._caught_up: Callable[[], bool] | None = None
+        if tells(cache):
+            self._caught_up = cache.caught_up
+            cache.subscribe(self)
+
+    def __repr__(self) -> str:
+        return f"<Near {self.store!r}>"
+
+    def trusted(self) -> EntryStore | None:
+        """Return the entries, if they can be trusted at this moment."""
+        if (self._caught_up is not None and not self._caught_up()) or not self._serves:
+            return None
+        arrivals = self._arrivals
+        if arrivals:
+            now = time.monotonic()
+            while arrivals and arrivals[0][0] <= now:
+                _, key, version = arrivals.popleft()
+                self._forget(key, version)
+        return self.store
+
+    def begin(self) -> Filling:
+        """Begin to read or write; always followed by `end`."""
+        filling = Filling()
+        self._fillings.add(filling)
+        return filling
+
+    def end(self, filling: Filling) -> None:
+        """Have read or written."""
+        self._fillings.discard(filling)
+
+    def put(self, filling: Filling, revision: Revision) -> None:
+        """Keep what was read or written, unless it has changed since."""
+        if not filling.allows(revision) or not self._serves:
+            return
+        held = self.store.peek(revision.key)
+        if held is None or held.version != revision.version:
+            self.store.put(revision, force=True)
+        arrivals = self._arrivals
+        arrivals.append((time.monotonic() + self._seconds, revision.key, revision.version))
+        if len(arrivals) > 2 * (self.store.max_entries or 0) + _SPARE_ARRIVALS:
+            self._compact()
+
+    def wrote(self, filling: Filling, revision: Revision) -> None:
+        """Keep what this process has stored; what others of it have read before is not kept."""
+        if filling.allows(revision):
+            for each in self._fillings:
+                each.changed[revision.key] = revision.version
+            self.put(filling, revision)
+
+    def drop(self, keys: Collection[ResourceKey]) -> None:
+        """Forget keys that this process itself has changed."""
+        for filling in self._fillings:
+            filling.changed.update(dict.fromkeys(keys))
+        self.store.drop(keys)
+
+    # News -------------------------------------------------------------------------------------
+
+    def changed(self, key: ResourceKey, version: str | None) -> None:
+        """Learn that the key's value is of this version now; None for none."""
+        for filling in self._fillings:
+            filling.changed[key] = version
+        held = self.store.peek(key)
+        if version is None or held is None or held.version != version:
+            self.store.drop((key,))
+            self._on_their_way.pop(key, None)
+            self._listeners.changed_elsewhere(key, version)
+
+    def missed(self) -> None:
+        """Learn that anything may have changed."""
+        for filling in self._fillings:
+            filling.void = True
+        self._arrivals.clear()
+        self._on_their_way.clear()
+        self.store.clear()
+        self._listeners.invalidating_where(_any_key)
+
+    # Small parts ------------------------------------------------------------------------------
+
+    def _forget(self, key: ResourceKey, version: str) -> None:
+        held = self.store.peek(key)
+        if held is not None and held.version == version:
+            self.store.drop((key,))
+
+    def _compact(self) -> None:
+        """Let go of arrivals that have been replaced since; of several the latest counts."""
+        latest: Mapping[tuple[ResourceKey, str], float] = {
+            (key, version): due for due, key, version in self._arrivals
+        }
+        self._arrivals = deque(
+            (due, key, version)
+            for (key, version), due in sorted(latest.items(), key=lambda item: item[1])
+            if (held := self.store.peek(key)) is not None and held.version == version
+        )
+
+
+def tells(cache: Any) -> bool:
+    """Whether a cache tells of changes."""
+    return all(
+        callable(getattr(cache, name, None)) for name in ("subscribe", "unsubscribe", "caught_up")
+    )
+
+
+def _any_key(_key: ResourceKey) -> bool:
+    return True

@@ -1,0 +1,219 @@
+"""A memory in front of a cache: when it serves, what it lets in, and when it forgets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coalestra import CallableSource, FreshnessPolicy, NearCache, ResourceKey, SnapshotBuilder
+from coalestra.cache.near import Near
+from coalestra.cache.store import Listeners
+from coalestra.core.values import Revision
+from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
+from tests.contracts.samples import NOW, A, B, Witness, revision_of
+from tests.support import ManualClock
+
+POLICY = FreshnessPolicy(60.0, 120.0)
+
+
+class Telling(BatchAtomicCache):
+    """A cache that tells of changes when the test says so."""
+
+    near_entries = 100
+    near_seconds = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listeners: list[Any] = []
+        self.connected = True
+
+    def subscribe(self, listener: Any) -> None:
+        self.listeners.append(listener)
+
+    def unsubscribe(self, listener: Any) -> None:
+        self.listeners.remove(listener)
+
+    def caught_up(self) -> bool:
+        return self.connected
+
+
+def near_of(cache: Any, *, entries: int = 10, seconds: float = 60.0) -> tuple[Near, Witness]:
+    listeners, witness = Listeners(), Witness()
+    listeners.subscribe(witness)
+    return Near(cache, entries, seconds, listeners, {}), witness
+
+
+def kept(near: Near, revision: Revision) -> bool:
+    return near.store.peek(revision.key) is revision
+
+
+def put(near: Near, revision: Revision) -> None:
+    filling = near.begin()
+    near.put(filling, revision)
+    near.end(filling)
+
+
+def test_news_of_another_version_removes_what_is_kept_and_is_passed_on() -> None:
+    near, witness = near_of(Telling())
+    held = revision_of(A)
+    put(near, held)
+    near.changed(A, held.version)
+    assert kept(near, held)
+    assert witness.heard == []
+    near.changed(A, "other")
+    assert not kept(near, held)
+    assert witness.heard == [("changed_elsewhere", (A, "other"))]
+
+
+@pytest.mark.parametrize("told", [None, "other"])
+def test_what_was_read_before_a_change_is_not_put_in_after_it(told: str | None) -> None:
+    near, _ = near_of(Telling())
+    read, same = revision_of(A), revision_of(B)
+    filling = near.begin()
+    near.changed(A, told)
+    near.changed(B, same.version)
+    near.put(filling, read)
+    near.put(filling, same)
+    near.end(filling)
+    assert not kept(near, read)
+    assert kept(near, same)
+
+
+def test_what_was_read_before_this_process_wrote_is_not_put_in_after_it() -> None:
+    near, _ = near_of(Telling())
+    read, stored = revision_of(A), revision_of(A)
+    reading, writing = near.begin(), near.begin()
+    near.wrote(writing, stored)
+    near.put(reading, read)
+    assert kept(near, stored)
+
+
+def test_without_entries_it_only_passes_on_the_news() -> None:
+    near, witness = near_of(Telling(), entries=0)
+    put(near, revision_of(A))
+    assert near.trusted() is None
+    assert not len(near.store)
+    near.changed(A, None)
+    assert witness.heard == [("changed_elsewhere", (A, None))]
+
+
+@pytest.mark.parametrize("what", ["missed", "dropped"])
+def test_nor_after_a_gap_in_the_news_or_a_change_of_ones_own(what: str) -> None:
+    near, _ = near_of(Telling())
+    read = revision_of(A)
+    filling = near.begin()
+    if what == "missed":
+        near.missed()
+    else:
+        near.drop((A,))
+    near.put(filling, read)
+    assert not kept(near, read)
+
+
+def test_a_gap_empties_it() -> None:
+    near, witness = near_of(Telling())
+    put(near, revision_of(A))
+    near.missed()
+    assert not len(near.store)
+    assert witness.heard[0][0] == "invalidating_where"
+
+
+def test_it_serves_nothing_while_news_may_be_missing() -> None:
+    cache = Telling()
+    near, _ = near_of(cache)
+    assert near.trusted() is near.store
+    cache.connected = False
+    assert near.trusted() is None
+
+
+def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    near, _ = near_of(SingleKeyCache(), seconds=1.0)
+    first, second = revision_of(A), revision_of(B)
+    put(near, first)
+    now[0] += 0.6
+    put(near, second)
+    now[0] += 0.5
+    assert near.trusted() is near.store
+    assert not kept(near, first)
+    assert kept(near, second)
+
+
+def test_what_it_remembers_of_arrivals_is_bounded() -> None:
+    near, _ = near_of(SingleKeyCache(), entries=10)
+    for _ in range(5000):
+        put(near, revision_of(A))
+    assert len(near._arrivals) < 2000
+
+
+# Behind a builder -----------------------------------------------------------------------------
+
+
+def builder_over(cache: Any, fetch: Callable[..., Any]) -> SnapshotBuilder:
+    source = CallableSource(name="s", priority=1, supports=lambda _: True, fetcher=fetch)
+    clock = ManualClock(NOW)
+    return SnapshotBuilder([source], cache=cache, default_policy=POLICY, clock=clock)
+
+
+async def one(_key: ResourceKey, _context: object) -> int:
+    return 1
+
+
+@pytest.mark.parametrize("make", [SingleKeyCache, BatchAtomicCache])
+async def test_a_warm_read_does_not_ask_the_cache(make: type[SingleKeyCache]) -> None:
+    cache = make()
+    async with builder_over(NearCache(cache), one) as builder:
+        await builder.build([A])
+        asked = list(cache.calls)
+        value = (await builder.build([A]))[A]
+        assert (value.value, value.from_cache) == (1, True)
+        assert cache.calls == asked
+
+
+async def test_what_this_process_publishes_or_invalidates_is_seen_at_once() -> None:
+    async with builder_over(NearCache(SingleKeyCache()), one) as builder:
+        await builder.build([A])
+        await builder.publisher.publish(A, 2, source="s")
+        assert (await builder.build([A]))[A].value == 2
+        await builder.publisher.invalidate(A)
+        assert (await builder.build([A]))[A].value == 1
+
+
+async def test_while_the_news_are_cut_reads_go_to_the_cache() -> None:
+    cache = Telling()
+    async with builder_over(cache, one) as builder:
+        await builder.build([A])
+        cache.connected = False
+        before = cache.calls.count("get_many")
+        await builder.build([A])
+        assert cache.calls.count("get_many") == before + 1
+
+
+async def test_news_from_elsewhere_are_seen_by_the_next_read() -> None:
+    cache = Telling()
+    async with builder_over(cache, one) as builder:
+        await builder.build([A])
+        [near] = cache.listeners
+        del cache.held[A]
+        near.changed(A, None)
+        value = (await builder.build([A]))[A]
+        assert not value.from_cache
+
+
+def test_it_passes_on_what_the_cache_can_do() -> None:
+    cache = BatchAtomicCache()
+    near = NearCache(cache)
+    assert near.get_many == cache.get_many
+    assert not hasattr(NearCache(SingleKeyCache()), "get_many")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"near_entries": 0}, {"near_seconds": 0.0}, {"near_seconds": -1.0}]
+)
+def test_bounds_that_make_no_sense_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="near_"):
+        NearCache(SingleKeyCache(), **arguments)

@@ -1,0 +1,354 @@
+"""What a builder does while the server is gone, slow, empty, full, or silent about the news."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from coalestra import (
+    BuilderHealthReason,
+    CallableBatchSource,
+    FreshnessPolicy,
+    ResourceKey,
+    SnapshotBuilder,
+    SyncSnapshotBuilder,
+)
+from coalestra.core.errors import CacheUnavailableError
+from coalestra.redis import RedisCache, SharedCacheUnavailableError
+from tests.redis.processes import SOURCE
+from tests.redis.servers import Server, running
+from tests.redis.stock import A, B, until
+
+pytestmark = [pytest.mark.real_loop, pytest.mark.server]
+
+POLICY = FreshnessPolicy(60.0, 120.0)
+LIMIT_SECONDS = 0.25
+
+
+class Truth:
+    """A source that counts its calls and gives a number that the test sets."""
+
+    def __init__(self) -> None:
+        self.value = 1
+        self.calls = 0
+
+    async def fetch(self, keys: Collection[ResourceKey], _context: object) -> dict[Any, Any]:
+        self.calls += 1
+        return dict.fromkeys(keys, self.value)
+
+    @property
+    def source(self) -> CallableBatchSource:
+        return CallableBatchSource(
+            name="truth", priority=1, supports=lambda _: True, fetcher=self.fetch
+        )
+
+
+@asynccontextmanager
+async def a_process(
+    server: Server, prefix: str, **settings: Any
+) -> AsyncIterator[tuple[SnapshotBuilder, RedisCache, Truth]]:
+    """A builder over a shared cache, as one process has them."""
+    truth = Truth()
+    client = Redis.from_url(server.url)
+    cache = RedisCache(client, prefix=prefix, time_limit_seconds=LIMIT_SECONDS, **settings)
+    try:
+        async with SnapshotBuilder([truth.source], cache=cache, default_policy=POLICY) as builder:
+            yield builder, cache, truth
+    finally:
+        await cache.aclose()
+        await client.aclose()
+
+
+async def value(builder: SnapshotBuilder, key: ResourceKey = A) -> Any:
+    return (await builder.build([key]))[key].value
+
+
+async def timed_value(builder: SnapshotBuilder, key: ResourceKey = A) -> tuple[Any, float]:
+    began = time.monotonic()
+    return await value(builder, key), time.monotonic() - began
+
+
+# The server is gone ---------------------------------------------------------------------------
+
+
+async def test_a_server_that_was_never_there_costs_no_build_more_than_its_limit(
+    prefix: str,
+) -> None:
+    server = Server()  # not started
+    async with a_process(server, prefix) as (builder, cache, _):
+        for _ in range(5):
+            got, seconds = await timed_value(builder)
+            assert got == 1
+            assert seconds < 4 * LIMIT_SECONDS
+        health = cache.health()
+        assert health.failures
+        assert not health.news_connected
+        got, seconds = await timed_value(builder)
+        assert cache.health().state == "open"
+        assert seconds < LIMIT_SECONDS / 2  # the circuit is open: nothing is waited for
+        with pytest.raises(SharedCacheUnavailableError):
+            await builder.publisher.publish(A, 2, source="truth")
+        with pytest.raises(CacheUnavailableError):
+            await builder.publisher.invalidate(A)
+
+
+@pytest.mark.parametrize("how", ["stopped", "paused"])
+async def test_while_the_server_is_away_builds_go_on_with_their_sources(
+    own_server: Server, prefix: str, how: str
+) -> None:
+    async with a_process(own_server, prefix) as (builder, cache, truth):
+        assert await value(builder) == 1
+        own_server.stop() if how == "stopped" else own_server.pause()
+        try:
+            await until(lambda: not cache.health().news_connected)
+            truth.value = 2
+            for _ in range(6):
+                got, seconds = await timed_value(builder)
+                assert got == 2
+                assert seconds < 4 * LIMIT_SECONDS
+            assert cache.health().state != "closed"
+            with pytest.raises(CacheUnavailableError):
+                await builder.publisher.publish(A, 3, source="truth")
+        finally:
+            own_server.start() if how == "stopped" else own_server.resume()
+        await until(lambda: cache.health().news_connected)
+        await asyncio.sleep(1.1)  # the circuit tries again
+        calls = truth.calls
+        for _ in range(20):
+            await value(builder)
+        assert cache.health().state == "closed"
+        assert truth.calls <= calls + 2
+
+
+async def test_a_warm_read_does_not_wait_for_a_server_that_has_just_stalled(
+    own_server: Server, prefix: str
+) -> None:
+    async with a_process(own_server, prefix) as (builder, _, truth):
+        await value(builder)
+        await value(builder)
+        own_server.pause()
+        try:
+            got, seconds = await timed_value(builder)
+            assert (got, truth.calls) == (1, 1)
+            assert seconds < LIMIT_SECONDS / 2
+        finally:
+            own_server.resume()
+
+
+async def test_what_was_fetched_while_cut_off_replaces_nothing_newer(
+    own_server: Server, prefix: str
+) -> None:
+    """One process loses the server; another one publishes; the first comes back."""
+    async with (
+        a_process(own_server, prefix) as (cut, cut_cache, cut_truth),
+        a_process(own_server, prefix) as (other, _, _),
+    ):
+        await value(cut)
+        run = cut_cache._server.run
+
+        async def unreachable(*_: Any) -> list[Any]:
+            raise SharedCacheUnavailableError("cut off by the test")
+
+        cut_cache._server.run = unreachable  # type: ignore[assignment, method-assign]  # the cable is pulled
+        cut_cache._news._line.close()  # type: ignore[union-attr]  # there
+        await asyncio.sleep(0)
+        cut_truth.value = 5
+        assert await value(cut) == 5
+        await other.publisher.publish(A, 9, source="truth")
+        cut_cache._server.run = run  # type: ignore[method-assign]  # plugged in again
+        await until(cut_cache.caught_up)
+        assert [await value(cut), await value(other)] == [9, 9]
+
+
+async def test_a_server_started_again_empty_is_filled_again(
+    own_server: Server, prefix: str
+) -> None:
+    async with a_process(own_server, prefix) as (one, cache, truth):
+        assert await value(one) == 1
+        own_server.stop()
+        await until(lambda: not cache.health().news_connected)
+        own_server.start()
+        await until(lambda: cache.health().news_connected)
+        truth.value = 2
+        stored = b":0"
+        while not stored.startswith(b":1"):  # what fails at first is not stored
+            assert await value(one) == 2
+            await asyncio.sleep(0.05)
+            stored = own_server.command("HEXISTS", f"{prefix}:shared:thing:A", "d")
+        async with a_process(own_server, prefix) as (other, _, other_truth):
+            assert await value(other) == 2
+            assert other_truth.calls == 0
+
+
+async def test_a_server_without_memory_is_read_but_stores_nothing(prefix: str) -> None:
+    with running("--maxmemory-policy", "noeviction") as server:
+        async with a_process(server, prefix) as (builder, cache, truth):
+            await value(builder)
+            await until(
+                lambda: server.command("HEXISTS", f"{prefix}:shared:thing:A", "d") == b":1\r\n"
+            )
+            await until(lambda: not cache.health().leases)
+            server.command("CONFIG", "SET", "maxmemory", "1")
+            assert await value(builder, B) == 1
+            with pytest.raises(CacheUnavailableError, match="OOM|memory"):
+                await builder.publisher.publish(A, 2, source="truth")
+            assert await value(builder) == 1  # the one that is stored
+            assert truth.calls == 2
+            assert cache.health().state == "closed"
+            server.command("CONFIG", "SET", "maxmemory", "0")
+            assert (await builder.publisher.publish(A, 2, source="truth")).published
+
+
+async def test_scripts_that_the_server_has_forgotten_are_sent_again(
+    own_server: Server, prefix: str
+) -> None:
+    async with a_process(own_server, prefix) as (builder, cache, _):
+        await value(builder)
+        own_server.command("SCRIPT", "FLUSH")
+        await builder.publisher.publish(A, 2, source="truth")
+        assert await value(builder) == 2
+        assert cache.health().failures == 0
+
+
+# The news are cut -----------------------------------------------------------------------------
+
+
+async def test_while_the_news_are_cut_reads_go_to_the_server(
+    own_server: Server, prefix: str
+) -> None:
+    async with (
+        a_process(own_server, prefix) as (one, cache, truth),
+        a_process(own_server, prefix) as (other, _, _),
+    ):
+        await value(one)
+        await value(other)
+        for turn in range(2, 12):
+            own_server.command("CLIENT", "KILL", "TYPE", "pubsub")
+            await other.publisher.publish(A, turn, source="truth")
+            assert await value(one) == turn
+        assert truth.calls == 1
+        await until(cache.caught_up)
+        assert cache.health().news_lost
+        calls = cache.health().calls
+        await value(one)
+        await value(one)
+        assert cache.health().calls <= calls + 1
+
+
+async def test_waiting_for_another_process_survives_the_loss_of_the_news(
+    own_server: Server, prefix: str
+) -> None:
+    async with (
+        a_process(own_server, prefix) as (one, _, truth),
+        a_process(own_server, prefix) as (other, other_cache, other_truth),
+    ):
+        gate = asyncio.Event()
+        fetch = truth.fetch
+
+        async def slow(keys: Collection[ResourceKey], context: object) -> dict[Any, Any]:
+            await gate.wait()
+            return await fetch(keys, context)
+
+        truth.fetch = slow  # type: ignore[assignment, method-assign]  # held back by the test
+        source = truth.source
+        slow_builder = SnapshotBuilder([source], cache=one.cache, default_policy=POLICY)
+        first = asyncio.create_task(value(slow_builder))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(value(other))
+        await until(lambda: other_cache.health().waiting)
+        own_server.command("CLIENT", "KILL", "TYPE", "pubsub")
+        gate.set()
+        assert [await first, await second] == [1, 1]
+        assert other_truth.calls == 0
+        await slow_builder.aclose()
+
+
+# One's own processes --------------------------------------------------------------------------
+
+
+async def test_health_of_the_builder_names_a_cache_that_fails(prefix: str) -> None:
+    server = Server()
+    async with a_process(server, prefix) as (builder, _, _):
+        for _ in range(8):
+            await value(builder)
+        health = await builder.health_snapshot()
+        assert health.cache_failure_count >= 3
+        assert health.assess().reasons == (BuilderHealthReason.CACHE_LEFT_ALONE,)
+
+
+def test_a_threaded_builder_works_as_well(server: Server, prefix: str) -> None:
+    truth = Truth()
+
+    def threaded() -> SyncSnapshotBuilder:
+        cache = RedisCache(server.url, prefix=prefix, time_limit_seconds=3.0)
+        return SyncSnapshotBuilder(
+            SnapshotBuilder(
+                [truth.source], cache=cache, default_policy=POLICY, manage_lifecycle=True
+            )
+        )
+
+    with threaded() as one, threaded() as other:
+        assert one.build([A])[A].value == 1
+        assert one.build([A])[A].from_cache
+        assert other.build([A])[A].value == 1
+        one.publisher.publish(A, 2, source="truth")
+        assert [each.build([A])[A].value for each in (one, other)] == [2, 2]
+    assert truth.calls == 1
+
+
+async def test_a_builder_over_a_cache_made_before_a_fork_is_refused_with_the_remedy(
+    server: Server, prefix: str
+) -> None:
+    async with a_process(server, prefix) as (builder, cache, _):
+        cache._made_by -= 1
+        with pytest.raises(RuntimeError, match="post_fork"):
+            await value(builder)
+        cache._made_by += 1
+
+
+FORKED = """
+import asyncio, os, sys
+from coalestra import CallableSource, ResourceKey, SnapshotBuilder
+from coalestra.redis import RedisCache
+
+async def fetch(key, context):
+    return 1
+
+cache = RedisCache(sys.argv[1])
+source = CallableSource(name="s", priority=1, supports=lambda key: True, fetcher=fetch)
+builder = SnapshotBuilder([source], cache=cache)
+child = os.fork()
+try:
+    asyncio.run(builder.build([ResourceKey("a", "b")]))
+    print("served" if child else "served in the child", flush=True)
+except RuntimeError as error:
+    print(error, flush=True)
+if child:
+    os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_child_of_a_fork_is_told_to_make_its_own(server: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, server.url],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    served, refused = sorted(done.stdout.splitlines())
+    assert served == "served"
+    assert refused.startswith("this RedisCache, or its client, was made before the process was")
+    assert "post_fork" in refused
