@@ -301,10 +301,10 @@ async def test_a_lease_that_is_not_renewed_passes_to_the_next(server: Server, pr
 
 
 async def test_a_lease_lasts_while_its_holder_lives(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2, lease_seconds=0.3) as [one, other]:
+    async with caches(server, prefix, 2, lease_seconds=1.0) as [one, other]:
         held = await lease(one)
         waiting = asyncio.create_task(leased(other))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(2.5)
         assert not waiting.done()
         assert (await fulfil(one, held, "slow")).status is STORED
         told = (await waiting)[A].lookup.value
