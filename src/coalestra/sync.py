@@ -735,8 +735,9 @@ class SyncSnapshotSession:
     def __enter__(self) -> SyncSnapshotSession:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        with gives_way(error):
+            self.close()
 
     @property
     def snapshot_id(self) -> str:
