@@ -93,6 +93,8 @@ _WRITING = Phase.WRITING
 Subject = Acquisition | Gather
 """What a step is about, and what is settled if the step fails."""
 
+Pending = dict[ResourceKey, Acquisition | Read]
+
 
 class Agenda:
     """Runs small synchronous steps without recursion and without holding the event loop.
@@ -857,20 +859,30 @@ class SingleFlight:
         """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
         self.equipment.counters.deadlines_exceeded += 1
         gather.open, gather.struck = False, True
-        left = [k for k in gather.keys if k not in gather.readings and k not in gather.failures]
-        self.agenda.add(self._strike_on, gather, iter(left))
+        pending = dict(gather.pending)
+        self.agenda.add(self._leave_on, gather, pending, iter(tuple(pending.values())))
 
-    def _strike_on(self, gather: Gather, left: Iterator[ResourceKey]) -> None:
-        """End the waiting for some more keys, of those that nothing has come for meanwhile."""
+    def _leave_on(
+        self, gather: Gather, pending: Pending, left: Iterator[Acquisition | Read]
+    ) -> None:
+        """Leave some more of what is waited for: calls that end for that say what they were at."""
+        part = tuple(islice(left, _KEYS_PER_STEP))
+        for awaited in part:
+            self._stop_waiting(gather, awaited)
+        if len(part) == _KEYS_PER_STEP:
+            self.agenda.add(self._leave_on, gather, pending, left)
+            return
+        keys = [k for k in gather.keys if k not in gather.readings and k not in gather.failures]
+        self.agenda.add(self._strike_on, gather, pending, iter(keys))
+
+    def _strike_on(self, gather: Gather, pending: Pending, left: Iterator[ResourceKey]) -> None:
+        """End the waiting for some more keys."""
         part = tuple(islice(left, _KEYS_PER_STEP))
         for key in part:
-            awaited = gather.pending.get(key)
             if key not in gather.readings and key not in gather.failures:
-                self._strike_key(gather, key, awaited)
-            if awaited is not None:
-                self._stop_waiting(gather, awaited)
+                self._strike_key(gather, key, pending.get(key))
         if len(part) == _KEYS_PER_STEP:
-            self.agenda.add(self._strike_on, gather, left)
+            self.agenda.add(self._strike_on, gather, pending, left)
             return
         gather.yield_to_pins()
         for key in at_odds(gather.readings, gather.base):
