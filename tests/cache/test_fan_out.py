@@ -42,7 +42,7 @@ async def test_whatever_a_call_raises_is_its_own(width: int, error: type[BaseExc
         return item
 
     results, failures = await call_each(range(10), call, width=width, seconds=5)
-    assert list(results) == [0, 2, 4, 6, 8]
+    assert set(results) == {0, 2, 4, 6, 8}
     assert {item: type(each) for item, each in failures.items()} == dict.fromkeys(
         (1, 3, 5, 7, 9), error
     )

@@ -269,7 +269,7 @@ async def test_closing_an_idle_cache_is_immediate_and_idempotent() -> None:
 
 async def test_pruning_gives_others_a_turn_after_every_portion() -> None:
     cache = AsyncMemoryCache(max_entries=None)
-    keys = [ResourceKey("t", "e", str(number)) for number in range(2_000)]
+    keys = [ResourceKey("t", "e", str(number)) for number in range(3_000)]
     await cache.set_many([value_of(key, observed_at=NOW - 99) for key in keys])
     pruning = asyncio.ensure_future(cache.prune(now=NOW, policy_resolver=PolicyResolver(POLICY)))
     sizes = set()
