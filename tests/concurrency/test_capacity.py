@@ -375,6 +375,7 @@ async def test_an_acquire_cancelled_after_any_number_of_steps_holds_nothing(step
     own, free = controller.try_acquire("a"), None
     assert own is not None
     waiter = asyncio.create_task(controller.acquire("a"))
+    waiter.add_done_callback(lambda done: None if done.cancelled() else done.result().release())
     free_task = asyncio.create_task(controller.acquire("free"))
     withdraw = loop.interrupt(steps, waiter.cancel)  # type: ignore[attr-defined]  # virtual loop
     await asyncio.sleep(0)
@@ -384,8 +385,6 @@ async def test_an_acquire_cancelled_after_any_number_of_steps_holds_nothing(step
     free.release()
     await asyncio.wait([waiter])
     withdraw()
-    if not waiter.cancelled():
-        waiter.result().release()
     assert all(not f.in_use and not f.waiting for f in controller.view().values())
 
 

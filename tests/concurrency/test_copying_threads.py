@@ -20,7 +20,7 @@ from coalestra.core.errors import (
     PayloadIsolationError,
     SnapshotDeadlineExceededError,
 )
-from tests.support import LoopClock, ThreadGate, cancel_at_every_await, settle
+from tests.support import LoopClock, ShuffledLoop, ThreadGate, cancel_at_every_await, settle
 
 
 class Held:
@@ -84,8 +84,10 @@ async def test_slots_are_given_out_in_the_order_of_asking() -> None:
     """First come, first served."""
     copies = PayloadCopies("builder", max_concurrency=1)
     gates = [ThreadGate(str(number)) for number in range(3)]
-    tasks = [start(copies, Held(gate)) for gate in gates]
-    await settle()
+    tasks = []
+    for gate in gates:
+        tasks.append(start(copies, Held(gate)))
+        await settle()
     for number, gate in enumerate(gates):
         assert [each.arrived for each in gates] == [1] * (number + 1) + [0] * (2 - number)
         gate.open()
@@ -124,6 +126,8 @@ async def test_a_failure_after_the_waiter_has_left_is_counted_and_reported_to_no
 
 async def test_a_waiter_cancelled_as_its_turn_comes_hands_the_turn_on() -> None:
     """Or the slot would be lost for ever."""
+    if isinstance(asyncio.get_running_loop(), ShuffledLoop):
+        pytest.skip("who goes first is what this is about")
     copies = PayloadCopies("builder", max_concurrency=1)
     gate, never = ThreadGate(), ThreadGate("never")
 
@@ -247,7 +251,9 @@ class TestClosing:
     async def test_waiters_are_told_and_running_copies_are_waited_for(self) -> None:
         """The copy that runs still reaches who asked for it."""
         gate, copies = ThreadGate(), PayloadCopies("cache", max_concurrency=1)
-        running, waiting = start(copies, Held(gate)), start(copies, Held(gate))
+        running = start(copies, Held(gate))
+        await settle()
+        waiting = start(copies, Held(gate))
         await settle()
         copies.close()
         with pytest.raises(PayloadCopySubsystemClosedError, match="cache"):
@@ -313,9 +319,11 @@ class TestClosing:
         await settle()
         gate.open()
         await first
-        with pytest.raises(PayloadCopySubsystemClosedError):
-            await second
-        assert late.arrived == 0
+        outcome = (await asyncio.gather(second, return_exceptions=True))[0]
+        refused = isinstance(outcome, PayloadCopySubsystemClosedError)
+        assert late.arrived == (not refused)
+        # A shuffled loop may let the waiter go on before it is closed.
+        assert refused or isinstance(asyncio.get_running_loop(), ShuffledLoop)
         await settle()
 
 
@@ -385,8 +393,9 @@ async def test_an_interrupt_as_a_copy_has_been_handed_over_gives_its_slot_back_o
 
 async def test_whoever_cancels_every_task_leaves_no_copy_active_for_ever() -> None:
     """As recipes for shutting down do: a copy hangs on its thread, and on no task of its own."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=2)
+    copies = PayloadCopies("builder", max_concurrency=2)
     for steps in range(4):
+        gate = ThreadGate()
         tasks = [start(copies, Held(gate)) for _ in range(4)]
         for _ in range(steps):
             await asyncio.sleep(0)

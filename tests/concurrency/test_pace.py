@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from coalestra.concurrency.pace import SLICE_SECONDS, Pace
+from tests.support import VirtualLoop
 
 
 async def test_a_used_up_slice_lets_others_run_and_starts_a_new_one(
@@ -40,7 +41,8 @@ async def test_those_who_share_a_pace_use_one_slice_in_a_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each step takes half a slice; whoever finds the slice used up lets the loop go on."""
-    now, turn = 100.0, 0
+    now, loop = 100.0, asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
     monkeypatch.setattr("time.perf_counter", lambda: now)
     pace = Pace()
     steps: dict[int, int] = {}
@@ -50,13 +52,10 @@ async def test_those_who_share_a_pace_use_one_slice_in_a_turn(
         pace.begin()
         for _ in range(6):
             now += SLICE_SECONDS / 2
-            steps[turn] = steps.get(turn, 0) + 1
+            steps[loop.steps] = steps.get(loop.steps, 0) + 1
             await pace.keep()
 
-    tasks = [asyncio.ensure_future(work()) for _ in range(3)]
-    while not all(task.done() for task in tasks):
-        turn += 1
-        await asyncio.sleep(0)
+    await asyncio.gather(*(work() for _ in range(3)))
     assert sum(steps.values()) == 18
     assert max(steps.values()) <= 2 + 2  # a slice, and one step of each of the others
 
@@ -79,11 +78,10 @@ async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(
     monkeypatch.setattr("time.perf_counter", lambda: now)
     pace = Pace()
     now += SLICE_SECONDS
-    resting = asyncio.ensure_future(pace.keep())
-    await asyncio.sleep(0)
+    resting = pace.keep()
+    resting.send(None)
     pace.begin()
     assert pace.due
-    resting.cancel()
-    await asyncio.gather(resting, return_exceptions=True)
+    resting.close()
     pace.begin()
     assert not pace.due
