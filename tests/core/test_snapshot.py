@@ -132,5 +132,20 @@ def test_it_pickles_and_deep_copies() -> None:
         assert twin.value(A) is not snapshot.value(A)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [SNAPSHOT, FetchContext(1.0, 2.0, 3.0, {"a": 1}, "id"), SNAPSHOT.diagnostics, SNAPSHOT[A]],
+)
+def test_every_record_of_a_snapshot_can_be_copied_pickled_and_replaced(record: Any) -> None:
+    alike = [copy.copy(record), dataclasses.replace(record)]
+    if record is not SNAPSHOT:  # its errors are equal to nothing but themselves
+        alike += [copy.deepcopy(record), pickle.loads(pickle.dumps(record))]
+    for twin in alike:
+        assert type(twin) is type(record)
+        assert twin == record
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            twin.unknown = 1
+
+
 def test_its_representation_counts_and_shows_no_payload() -> None:
     assert repr(SNAPSHOT) == "Snapshot(snapshot_id='id-1', resources=2, errors=1, stale=1)"

@@ -161,3 +161,13 @@ def test_a_long_or_unprintable_value_cannot_spoil_the_message() -> None:
     assert len(shown(10**5_000)) < 100
     assert "Unprintable" in shown(Unprintable())
     assert "Unprintable" in shown([Unprintable()])
+
+
+@pytest.mark.parametrize("error", [BaseException(), GeneratorExit(), SystemExit(), MemoryError()])
+def test_whatever_a_representation_raises_the_sentence_is_said(error: BaseException) -> None:
+    class Panicking:
+        def __repr__(self) -> str:
+            raise error
+
+    with pytest.raises(TypeError, match="^limit must be a finite number, got <Panicking"):
+        number("limit", Panicking())

@@ -26,7 +26,7 @@ from coalestra.core.errors import (
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
-from coalestra.core.validation import integer, number
+from coalestra.core.validation import integer, number, shown
 from coalestra.core.values import SnapshotValue
 
 # Many calls, few tasks: each bounded, each alone with its failure --------------------------------
@@ -508,7 +508,8 @@ def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     if type(value) is not SnapshotValue:
         raise _odd(key, f"a {type(value).__qualname__} instead of a SnapshotValue")
     if value.key != key:
-        raise _odd(key, f"a value of {value.key}; store and return values under their own key")
+        other = shown(value.key)
+        raise _odd(key, f"a value of {other}; store and return values under their own key")
     if not _has_plain_numbers(value):
         for name in ("observed_at", "fetched_at", "latency_ms"):
             number(f"{name} of the cached value of {key.display}", getattr(value, name))

@@ -41,7 +41,7 @@ def shown(value: object) -> str:
     """Return a short representation of ``value`` that never raises."""
     try:
         text = _brief.repr(value)
-    except Exception:
+    except BaseException:  # whatever it is, the sentence that it is for says more
         return f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
