@@ -157,11 +157,12 @@ class _Publication:
         for update in updates:
             judged.append(judge(update, now))
             policies[update.key] = resolve(update.key)
-            if not len(judged) % PORTION:
-                await self._keep_pace()
-        await self._keep_pace()
+            if not len(judged) % PORTION and self._pace.due:
+                await self._rest()
         if len(judged) == 1:
             return {judged[0]: updates[0]}
+        if self._pace.due:
+            await self._rest()
         made_of = dict(zip(judged, updates, strict=True))
         return {revision: made_of[revision] for revision in best_per_key(judged).values()}
 
@@ -180,22 +181,29 @@ class _Publication:
                 if skew > 0:
                     told["clock_skew_seconds"] = skew
                 revision.metadata = copies.seal_metadata_now(told, context=_IN)
-            await self._keep_pace()
+            if self._pace.due:
+                await self._rest()
 
     async def write(self, best: Collection[Revision], force: bool, replace_equal: bool) -> None:
         """Offer the revisions to the cache, in one step if it is the library's own."""
-        access, parts = self._parts.access, self._parts
-        if access.store is not None:
+        access = self._parts.access
+        now = self._now if self._listeners is None else self._parts.clock.now()
+        if access.store is not None and len(best) == 1:
+            (revision,) = best
+            outcome = access.store.put(revision, now=now, force=force, replace_equal=replace_equal)
+            self.outcomes = [outcome]
+        elif access.store is not None:
             self.outcomes = access.store.put_many(
-                best, now=parts.clock.now(), force=force, replace_equal=replace_equal
+                best, now=now, force=force, replace_equal=replace_equal
             )
         elif access.foreign is not None:
             self._announce()
             written = await access.foreign.publish(
-                best, self._policies, parts.clock.now(), force=force, replace_equal=replace_equal
+                best, self._policies, now, force=force, replace_equal=replace_equal
             )
             self.outcomes = [written[each.key] for each in best]
-        await self._keep_pace()
+        if self._pace.due:
+            await self._rest()
 
     def conclude(self) -> None:
         """Declare everything that was announced ended."""
@@ -205,16 +213,22 @@ class _Publication:
     async def results(self) -> dict[ResourceKey, PublishResult]:
         """Return what became of each, with copies of what the cache holds now and held before."""
         results = {}
-        pace, policies = self._pace, self._policies
+        copies, pace, policies = self._parts.copies, self._pace, self._policies
         left = PORTION
         for number, (status, current, previous) in enumerate(self.outcomes):
             key = current.key
             ttl, stored = policies[key].ttl_seconds, status is _STORED
-            value = await self._presented(current, ttl, not stored)
+            payload = copies.open_now(current.payload, current.seal, context=_OUT)
+            if payload is OFFLOADED:
+                payload = await copies.open(current.payload, current.seal, context=_OUT)
+            value = self._presented(current, payload, ttl, not stored)
             left -= current.seal.weight
             before = None
             if previous is not None:
-                before = await self._presented(previous, ttl, True)
+                payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
+                if payload is OFFLOADED:
+                    payload = await copies.open(previous.payload, previous.seal, context=_OUT)
+                before = self._presented(previous, payload, ttl, True)
                 left -= previous.seal.weight
                 # Large ones are let go one by one, not all at the end.
                 self.outcomes[number] = (status, current, None)
@@ -226,15 +240,12 @@ class _Publication:
                     await pace.rest()
         return results
 
-    async def _presented(
-        self, revision: Revision, ttl_seconds: float, from_cache: bool
+    def _presented(
+        self, revision: Revision, payload: Any, ttl_seconds: float, from_cache: bool
     ) -> SnapshotValue[Any]:
-        copies, metadata = self._parts.copies, revision.metadata
-        payload = copies.open_now(revision.payload, revision.seal, context=_OUT)
-        if payload is OFFLOADED:
-            payload = await copies.open(revision.payload, revision.seal, context=_OUT)
+        metadata = revision.metadata
         if type(metadata) is not FrozenDict:
-            metadata = copies.open_metadata_now(metadata, context=_OUT)
+            metadata = self._parts.copies.open_metadata_now(metadata, context=_OUT)
         age = max(0.0, self._now - revision.observed_at)
         return revision.presented(payload, metadata, age, age > ttl_seconds, from_cache)
 
@@ -246,10 +257,9 @@ class _Publication:
             self._announced += len(news)
             self._listeners.announced(news)
 
-    async def _keep_pace(self) -> None:
-        if self._pace.due:
-            self._announce()
-            await self._pace.rest()
+    async def _rest(self) -> None:
+        self._announce()
+        await self._pace.rest()
 
 
 class ResourcePublisher:

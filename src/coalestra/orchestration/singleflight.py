@@ -928,9 +928,10 @@ class SingleFlight:
             changes = {key: new for key, new in changes.items() if not self._is_own(key, new)}
         if changes:
             self.reads.hide(changes)
-            self._note_news(
-                {key: None if new is None else new.version for key, new in changes.items()}
-            )
+            versions: dict[ResourceKey, str | None] = {}
+            if self.board.deriving:  # who else would ask?
+                versions = {k: None if new is None else new.version for k, new in changes.items()}
+            self._note_news(versions)
 
     def _is_own(self, key: ResourceKey, revision: Revision | None) -> bool:
         """Tell the flights of a key of a change; return whether it is none, but one's own value."""
