@@ -486,6 +486,16 @@ async def test_a_class_that_is_given_a_say_in_its_copying_has_it_from_then_on(
     assert (await seal(copies, [changing()]))[0] == ["hooked"]
 
 
+def test_a_class_from_nowhere_is_copied_like_any_other(copies: PayloadCopies) -> None:
+    """One that is made by hand need not say which module it is from."""
+    homeless = type("Homeless", (), {"__module__": None})
+    value: Any = homeless()
+    value.rows = [1]
+    result = opened(copies, [value])
+    assert result[0].rows == [1]
+    assert result[0].rows is not value.rows
+
+
 class Doubled:
     """Has a slot, and may have a dictionary entry of the same name."""
 

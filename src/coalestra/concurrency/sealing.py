@@ -85,6 +85,8 @@ Sealed = tuple[Any, Seal]
 BRIEF_SECONDS = 0.0005
 """A copy that took no longer is made on the event loop: a thread would cost about as much."""
 
+_worked_seconds = getattr(time, "thread_time", time.perf_counter)  # not every system has it
+
 _WAITING = 20
 """So many times as long it may last on the wall clock, as threads keep each other waiting."""
 
@@ -101,9 +103,9 @@ class DeepSeal(Seal):
 
     def opener(self, payload: Any) -> Any:  # not a slot: a bound method in it would be a cycle
         """Copy a payload, and remember whether that was brief."""
-        began, worked = time.perf_counter(), time.thread_time()
+        began, worked = time.perf_counter(), _worked_seconds()
         copied = copy.deepcopy(payload)
-        worked, lasted = time.thread_time() - worked, time.perf_counter() - began
+        worked, lasted = _worked_seconds() - worked, time.perf_counter() - began
         self.brief = worked <= BRIEF_SECONDS and lasted <= BRIEF_SECONDS * _WAITING
         return copied
 
@@ -186,7 +188,7 @@ def _is_atom(cls: type) -> bool:
 
 def _is_standard(cls: type, names: set[tuple[str, str]]) -> bool:
     # Modules may be parts of others, as pathlib is a package in newer versions.
-    name = (cls.__module__.partition(".")[0], cls.__qualname__)
+    name = (str(cls.__module__).partition(".")[0], cls.__qualname__)
     return name in names and getattr(sys.modules.get(name[0]), name[1], None) is cls
 
 
