@@ -91,6 +91,19 @@ def test_what_was_read_before_this_process_wrote_is_not_put_in_after_it() -> Non
     assert kept(near, stored)
 
 
+def test_a_value_on_its_way_keeps_out_what_it_replaces_and_is_let_in_itself() -> None:
+    near, _ = near_of(Telling())
+    old, new = revision_of(A), revision_of(A)
+    put(near, old)
+    reading, writing = near.begin(), near.begin()
+    near.give_way(new)
+    assert not kept(near, old)
+    near.put(reading, old)
+    assert not kept(near, old)
+    near.wrote(writing, new)
+    assert kept(near, new)
+
+
 def test_without_entries_it_only_passes_on_the_news() -> None:
     near, witness = near_of(Telling(), entries=0)
     put(near, revision_of(A))

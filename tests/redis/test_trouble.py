@@ -132,9 +132,12 @@ async def test_while_the_server_is_away_builds_go_on_with_their_sources(
 async def test_a_warm_read_does_not_wait_for_a_server_that_has_just_stalled(
     own_server: Server, prefix: str
 ) -> None:
-    async with a_process(own_server, prefix) as (builder, _, truth):
-        await value(builder)
-        await value(builder)
+    async with a_process(own_server, prefix) as (builder, cache, truth):
+        calls = -1
+        while calls != cache.health().calls:
+            calls = cache.health().calls
+            await value(builder)
+            await asyncio.sleep(0.05)
         own_server.pause()
         try:
             got, seconds = await timed_value(builder)

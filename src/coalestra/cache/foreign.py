@@ -596,7 +596,7 @@ class ForeignCache:
             return status, current, current
         channel.on_their_way[revision.key] = revision
         if channel.near is not None:
-            channel.near.drop((revision.key,))
+            channel.near.give_way(revision)
         channel.listeners.revised({revision.key: revision}, self.subscribers)
         return _STORED, revision, current
 

@@ -175,6 +175,12 @@ class Near:
                 each.changed[revision.key] = revision.version
             self.put(filling, revision)
 
+    def give_way(self, revision: Revision) -> None:
+        """Forget what a value on its way replaces; only that one may be put in after it."""
+        for filling in self._fillings:
+            filling.changed[revision.key] = revision.version
+        self.store.drop((revision.key,))
+
     def drop(self, keys: Collection[ResourceKey]) -> None:
         """Forget keys that this process itself has changed."""
         for filling in self._fillings:
