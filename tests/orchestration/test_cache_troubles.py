@@ -112,9 +112,15 @@ async def test_a_cache_that_hangs_costs_its_limit_once_and_is_then_left_alone(
     building = builder(Batch("b"), cache=cache, max_pending_tasks=8)
     keys = [key("b", str(number)) for number in range(100)]
     assert await seconds(building.build(keys)) < 2.5
-    for _ in range(5):
-        await seconds(building.build(keys[:1]))
-    assert await seconds(building.build(keys)) < 0.1, "it is left alone"
+    before = await building.health_snapshot()
+    for number in range(5):
+        await building.build([key("b", f"one more, {number}")])
+    assert await seconds(building.build([key("b", "the last"), *keys])) < 0.1, "it is left alone"
+    health = await building.health_snapshot()
+    assert health.cache_left_alone
+    assert health.cache_call_count >= health.cache_failure_count >= health.cache_timeout_count > 0
+    told = {finding.reason.value for finding in health.assess(previous=before).findings}
+    assert "cache_left_alone" in told
     gate.open()
     await asyncio.sleep(30)
     await building.build(keys)
@@ -122,6 +128,7 @@ async def test_a_cache_that_hangs_costs_its_limit_once_and_is_then_left_alone(
     await building.build(keys)
     await asyncio.sleep(1)
     assert all(value.from_cache for value in (await building.build(keys)).values())
+    assert not (await building.health_snapshot()).cache_left_alone
     await building.aclose()
 
 
