@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -36,6 +37,9 @@ _SHARE = 0.5
 """How much of the time that a reader has left the cache may take."""
 _QUICK_SECONDS = 0.01
 """What a cache that has stored within so long says of the write order is waited for."""
+
+
+_ANSWERS_PER_TURN = 256
 
 
 class CacheReads:
@@ -192,16 +196,25 @@ class CacheReads:
     def _done(self, group: ReadGroup, task: asyncio.Task[dict[ResourceKey, Revision]]) -> None:
         """Answer everyone who still waits, however the reading ended."""
         self._tasks.discard(task)
-        self._groups.pop(group, None)
         self._close(group.reads)
         for timer in group.hurried.values():
             timer.cancel()
         failed = task.cancelled() or task.exception() is not None
-        found = {} if failed else task.result()
-        for read in group.reads:
+        self._answer(group, {} if failed else task.result(), deque(group.reads))
+
+    def _answer(
+        self, group: ReadGroup, found: Mapping[ResourceKey, Revision], rest: deque[Read]
+    ) -> None:
+        """Answer some more reads of a group; what is news meanwhile counts for the rest."""
+        for _ in range(min(_ANSWERS_PER_TURN, len(rest))):
+            read = rest.popleft()
             if read.waiters:
                 gone = group.changed.get(read.key, read) is None
                 self._answered(read, None if gone else found.get(read.key))
+        if rest:
+            asyncio.get_running_loop().call_soon(self._answer, group, found, rest)
+        else:
+            self._groups.pop(group, None)
 
     def _close(self, reads: Iterable[Read]) -> None:
         """Keep newcomers from sharing reads that are over, or will not be made."""
