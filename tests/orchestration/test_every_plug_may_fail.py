@@ -19,7 +19,7 @@ from coalestra import (
     SourceAuthorityPolicy,
     SourcePayload,
 )
-from coalestra.orchestration.flights import Acquisition, FlightBoard, Gather
+from coalestra.orchestration.flights import Flight, FlightBoard, Gather
 from coalestra.orchestration.singleflight import SingleFlight
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
 from tests.support import EPOCH, LoopClock, no_leaks, settle
@@ -155,7 +155,7 @@ async def test_whatever_a_plug_raises_at_whichever_call_everybody_is_told(
     for name in ("_look_on", "_proceed", "_go_on", "_gathered", "_conclude", "_put", "_fit",
                  "_serve", "_acquire", "_next_link", "strike", "_check")
 ] + [(FlightBoard, "join"), (FlightBoard, "leave"), (Gather, "receive"),
-     (Acquisition, "choose"), (Acquisition, "offer")])  # fmt: skip
+     (Flight, "choose"), (Flight, "offer")])  # fmt: skip
 async def test_an_error_of_the_engine_itself_ends_no_readers_in_waiting(
     owner: type[Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from coalestra import FetchContext
-from coalestra.orchestration.flights import Acquisition, FlightBoard, Gather, Work
+from coalestra.orchestration.flights import Flight, FlightBoard, Gather, Work
 from coalestra.orchestration.readings import Pins
 from tests.orchestration.scripted import LASTING, key
 
 
 def test_a_flight_may_still_end_when_the_board_was_cleared() -> None:
     board, work = FlightBoard(None), Work(FetchContext(0.0))
-    gather, flight = Gather(work, [key("x")], Pins()), Acquisition(key("x"), LASTING, work)
+    gather, flight = Gather(work, [key("x")], Pins()), Flight(key("x"), LASTING, work)
     board.start(gather, flight)
     board.clear()
-    successor = Acquisition(key("x"), LASTING, work)
+    successor = Flight(key("x"), LASTING, work)
     board.start(gather, successor)
     assert board.take_off(flight) == {gather: False}
     assert board.flights == {key("x"): successor}

@@ -35,7 +35,7 @@ from coalestra.core.validation import flag, instance, number, require_methods, t
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
-from coalestra.orchestration.parts import BuilderSettings, Equipment
+from coalestra.orchestration.parts import BuilderSettings, Parts
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
@@ -166,30 +166,28 @@ async def collect_health(
     engine: Engine, sinks: ObservabilitySinks, unfinished: Mapping[str, int]
 ) -> BuilderHealth:
     """Return the state of a builder and its counters, without asking any source."""
-    equipment = engine.equipment
-    cache, calls = equipment.access.cache, equipment.access.call_counts
-    copies = {"builder": equipment.copies.health()}
+    parts = engine.parts
+    cache, calls = parts.access.cache, parts.access.call_counts
+    copies = {"builder": parts.copies.health()}
     if isinstance(cache, AsyncMemoryCache):
         copies["cache"] = cache.copy_health_snapshot()
-    capacity = await equipment.capacity.snapshot()
-    guarantees = timeout_guarantees(equipment.chains.links)
-    counters = equipment.counters
+    capacity = await parts.capacity.snapshot()
+    guarantees = timeout_guarantees(parts.chains.links)
+    counters = parts.counters
     violations = dict(counters.transport_violations)
     return BuilderHealth(
         closed=engine.closed,
         background_refreshes=engine.refresher.active,
         singleflight_in_flight=engine.in_flight,
-        source_support_cache_entries=equipment.chains.entries,
+        source_support_cache_entries=parts.chains.entries,
         capacity=capacity,
-        cache=await equipment.access.stats(),
-        cache_left_alone=equipment.access.left_alone,
+        cache=await parts.access.stats(),
+        cache_left_alone=parts.access.left_alone,
         cache_call_count=calls["calls"],
         cache_failure_count=calls["failures"],
         cache_timeout_count=calls["timeouts"],
-        circuits=equipment.breaker.counted(),
-        sources={
-            link.name: link.health(equipment.clock.monotonic()) for link in equipment.chains.links
-        },
+        circuits=parts.breaker.counted(),
+        sources={link.name: link.health(parts.clock.monotonic()) for link in parts.chains.links},
         active_dispatch_workers=engine.workers,
         waiting_for_capacity=sum(each.waiting for each in capacity.values()),
         queue_timeout_count=counters.queue_timeouts,
@@ -208,7 +206,7 @@ async def collect_health(
         source_transport_timeout_violations=violations,
         **_copy_facts(copies),
         unfinished_source_calls=unfinished,
-        **_observability_facts(sinks, 0 if equipment.report is None else equipment.report.failures),
+        **_observability_facts(sinks, 0 if parts.report is None else parts.report.failures),
     )
 
 
@@ -362,29 +360,29 @@ class SnapshotBuilder(BuilderSettings):
         )
         self.metrics: MetricsSink = self._sinks.metrics
         self.events: EventSink = self._sinks.events
-        equipment = self._equipment(chains)
-        self._engine = Engine(equipment, contextvars.copy_context())
+        parts = self._parts(chains)
+        self._engine = Engine(parts, contextvars.copy_context())
         managed = (*self.sources, self.cache, given.metrics, given.events)
         self._closing = Closing(
             self._engine,
-            equipment.copies,
+            parts.copies,
             default_cache,
             self._sinks,
-            equipment.threads,
+            parts.threads,
             managed if self.manage_lifecycle else (),
         )
         self.publisher: ResourcePublisher = ResourcePublisher.from_parts(
             PublisherParts(
-                access=equipment.access,
-                copies=equipment.copies,
+                access=parts.access,
+                copies=parts.copies,
                 clock=self.clock,
                 policy_resolver=self.policy_resolver,
                 observation_policy=self.observation_policy,
                 authority_resolver=self.authority_resolver,
                 metrics=self.metrics,
                 events=self.events,
-                reporter=equipment.report,
-                max_pending_tasks=equipment.max_pending_tasks,
+                reporter=parts.report,
+                max_pending_tasks=parts.max_pending_tasks,
                 check_open=self._engine.enter,
             )
         )
@@ -420,7 +418,7 @@ class SnapshotBuilder(BuilderSettings):
         default = given_or(given.default_resilience, lambda: of_builder)
         return ResiliencePolicyResolver(default, given.source_resilience)
 
-    def _equipment(self, chains: Chains) -> Equipment:
+    def _parts(self, chains: Chains) -> Parts:
         """Return what the engine works with."""
         threads = WorkerThreads()
         copies = PayloadCopies(
@@ -434,7 +432,7 @@ class SnapshotBuilder(BuilderSettings):
         object.__setattr__(self, "run_payload_copies_in_thread", copies.run_in_thread)
         pending = self.max_pending_tasks or self.max_concurrency
         report = self._sinks.reporter()
-        return Equipment(
+        return Parts(
             clock=self.clock,
             chains=chains,
             policies=self.policy_resolver,
@@ -517,7 +515,7 @@ class SnapshotBuilder(BuilderSettings):
         unit = open_unit(self._engine, deadline_seconds, metadata, snapshot_id, lasting=False)
         snapshot = await unit.single_stage(distinct(request.keys))
         failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
-        judge = Judge(self._engine.equipment, request.consistency_policy, request.acceptance_policy)
+        judge = Judge(self._engine.parts, request.consistency_policy, request.acceptance_policy)
         try:
             if failed:
                 raise SnapshotBuildError(failed, snapshot=snapshot)
@@ -529,7 +527,7 @@ class SnapshotBuilder(BuilderSettings):
         return snapshot
 
     def _report_build(self, snapshot: Snapshot, *, failed: bool, strict: bool) -> None:
-        report = self._engine.equipment.report
+        report = self._engine.parts.report
         if report is not None:
             report.snapshot_built(
                 snapshot.snapshot_id, snapshot.diagnostics, build_failed=failed, strict=strict
@@ -563,7 +561,7 @@ class SnapshotBuilder(BuilderSettings):
 
     def clear_source_support_cache(self) -> None:
         """Forget which keys the sources said to support."""
-        self._engine.equipment.chains.forget()
+        self._engine.parts.chains.forget()
 
     async def wait_for_refreshes(self) -> None:
         """Wait for the background refreshes that are scheduled at this moment."""
@@ -651,7 +649,7 @@ class SnapshotBuilder(BuilderSettings):
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
-        return f"<SnapshotBuilder {state}: {self._engine.equipment.chains!r}>"
+        return f"<SnapshotBuilder {state}: {self._engine.parts.chains!r}>"
 
 
 def _picked(arguments: Mapping[str, Any], record: type[Any]) -> dict[str, Any]:

@@ -79,14 +79,14 @@ from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import (
-    Acquisition,
+    Flight,
     Intake,
     Interest,
     Phase,
     Work,
     current_call,
 )
-from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.resilience.circuit_breaker import CircuitIdentity, CircuitScope, Outcome
 from coalestra.resilience.policies import SourceResiliencePolicy
@@ -112,14 +112,14 @@ _QUIET_SECONDS = 0.05
 """How long no worker is started after one was cancelled from outside."""
 
 
-Refused = Callable[[Acquisition, SourceFailure, str], None]
+Refused = Callable[[Flight, SourceFailure, str], None]
 """Takes note that a source failed for a key, and with which status."""
 
-Delivered = Callable[[Acquisition, Revision, bool], None]
+Delivered = Callable[[Flight, Revision, bool], None]
 """Takes a fresh value of a key, and whether its source said when it was observed."""
 
 
-class Stage(enum.Enum):
+class Progress(enum.Enum):
     """Where an attempt stands, in words for a message."""
 
     PREPARING = "its dependencies were being copied"
@@ -183,7 +183,7 @@ def _nothing() -> None:
     """Close what has nothing to close."""
 
 
-def _values_of(link: Link, flights: Sequence[Acquisition], result: Any) -> list[Any]:
+def _values_of(link: Link, flights: Sequence[Flight], result: Any) -> list[Any]:
     """Return what the answer holds for each flight; raise `SourceProtocolError` if malformed."""
     if link.kind is not _BATCH:
         return [result]
@@ -237,7 +237,7 @@ class Attempt:
         self._cut: CutOff | None = None
         self._bound = math.inf
         self._inputs: tuple[Any, ...] = ()
-        self.stage: Stage = Stage.PREPARING
+        self.stage: Progress = Progress.PREPARING
         self.over: bool = False
         self.began: float = math.nan
         self.ticks: float = math.nan
@@ -248,12 +248,12 @@ class Attempt:
         name = call.link.name
         if call.link.kind is _DERIVED:
             self._inputs = (await self._dependencies(),)
-        self.stage = Stage.WAITING
+        self.stage = Progress.WAITING
         lease: CapacityLease | None = None
         try:
-            lease = call.equipment.capacity.try_acquire(name)
+            lease = call.parts.capacity.try_acquire(name)
             if lease is None and call.urgent:
-                lease = call.equipment.capacity.beyond(name)
+                lease = call.parts.capacity.beyond(name)
             lease = lease or await self._wait_for_capacity(name)
             if lease is None:
                 return
@@ -287,14 +287,14 @@ class Attempt:
     @property
     def goes_on(self) -> bool:
         """Whether it goes on though nobody waits: what it brings may still find a taker."""
-        if self.stage is Stage.RUNNING:
+        if self.stage is Progress.RUNNING:
             return self._end() is not None
-        return self.stage is Stage.TAKING_IN
+        return self.stage is Progress.TAKING_IN
 
     @property
     def elapsed_seconds(self) -> float:
         """How long the source has been running, on the builder's clock."""
-        return self._call.equipment.clock.monotonic() - self.ticks
+        return self._call.parts.clock.monotonic() - self.ticks
 
     def _end(self) -> float | None:
         end = min(self._bound, self._call.cutoff)
@@ -313,13 +313,13 @@ class Attempt:
 
     def hurry(self) -> None:
         """Wait for capacity no longer, and go without: who holds it waits for this attempt."""
-        if self._cut is not None and self.stage is Stage.WAITING:
+        if self._cut is not None and self.stage is Progress.WAITING:
             self._bound = asyncio.get_running_loop().time()
             self._cut.move(self._end())
 
     def abandon(self) -> Exception | None:
         """End the attempt, as nobody waits for it; return the error if it waited too long."""
-        waited = self.stage is Stage.WAITING and self._cut is not None
+        waited = self.stage is Progress.WAITING and self._cut is not None
         self.write_off()
         task = self._worker.task
         if task is not None and task is not asyncio.current_task():
@@ -342,17 +342,17 @@ class Attempt:
         began, timeout = clock(), call.link.queue_timeout_seconds
         try:
             with self.cut_off(math.inf if timeout is None else began + timeout):
-                return await call.equipment.capacity.acquire(name)
+                return await call.parts.capacity.acquire(name)
         except CutOffExpired:
             if call.urgent and call.cutoff > clock():
-                return call.equipment.capacity.beyond(name)
+                return call.parts.capacity.beyond(name)
             late = call.cutoff < self._bound
             call.end(self._late_in_queue() if late else self._impatient(timeout))
             return None
         finally:
             self._cut = None
-            if call.equipment.report is not None:
-                call.equipment.report.capacity_wait(name, (clock() - began) * 1000)
+            if call.parts.report is not None:
+                call.parts.report.capacity_wait(name, (clock() - began) * 1000)
 
     def _late_in_queue(self) -> Exception:
         self._report_timeout("snapshot_deadline")
@@ -362,7 +362,7 @@ class Attempt:
         )
 
     def _impatient(self, timeout: float | None) -> Exception:
-        self._call.equipment.counters.queue_timeouts += 1
+        self._call.parts.counters.queue_timeouts += 1
         self._report_timeout("queue_timeout")
         return SourceQueueTimeoutError(
             f"waited {timeout:g} s for {self._capacity()}; raise its max_concurrency, the "
@@ -371,7 +371,7 @@ class Attempt:
 
     def _capacity(self) -> str:
         """Return in words what it waits for, and who has it."""
-        name, capacity = self._call.link.name, self._call.equipment.capacity
+        name, capacity = self._call.link.name, self._call.parts.capacity
         holders = capacity.holders()
         limit = capacity.limit_for(name)
         if limit is not None and holders.get(name, 0) >= limit:
@@ -382,8 +382,8 @@ class Attempt:
         return f"capacity of source {name!r}{held}"
 
     def _report_timeout(self, reason: str) -> None:
-        if self._call.equipment.report is not None:
-            self._call.equipment.report.capacity_timeout(self._call.link.name, reason)
+        if self._call.parts.report is not None:
+            self._call.parts.report.capacity_timeout(self._call.link.name, reason)
 
     def _refusal(self) -> Exception | None:
         """Return why a blocking call must not be started, as it could outlive its budget."""
@@ -395,7 +395,7 @@ class Attempt:
         if declared < left:
             return None
         by_deadline = remaining < timeout
-        report = call.equipment.report
+        report = call.parts.report
         if report is not None:
             reason = "snapshot_deadline" if by_deadline else "source_timeout"
             keys = [flight.key for flight in call.flights]
@@ -412,8 +412,8 @@ class Attempt:
         """Return what the source answered, or None when the call has learned of its failure."""
         link = self._call.link
         self.began = asyncio.get_running_loop().time()
-        self.ticks = self._call.equipment.clock.monotonic()
-        self.stage = Stage.RUNNING
+        self.ticks = self._call.parts.clock.monotonic()
+        self.stage = Progress.RUNNING
         timeout = link.timeout_seconds
         bound = math.inf if timeout is None else self.began + timeout
         run = self._call.work.variables.copy().run
@@ -471,7 +471,7 @@ class Attempt:
                 "the deadline or lower the source timeout"
             )
         else:
-            call.equipment.counters.source_timeouts += 1
+            call.parts.counters.source_timeouts += 1
             timeout = self._bound - self.began
             error = SourceTimeoutError(f"source {name!r} did not answer within {timeout:g} s")
         try:
@@ -485,16 +485,14 @@ class Attempt:
         declared = link.guarantee.transport_timeout_seconds
         if not link.guarantee.protected or declared is None:
             return
-        elapsed, grace = self.elapsed_seconds, call.equipment.transport_grace_seconds
+        elapsed, grace = self.elapsed_seconds, call.parts.transport_grace_seconds
         if outcome != "coalestra_timeout" and elapsed <= declared + grace:
             return
-        violations = call.equipment.counters.transport_violations
+        violations = call.parts.counters.transport_violations
         violations[link.name] = violations.get(link.name, 0) + 1
-        if call.equipment.report is not None:
+        if call.parts.report is not None:
             keys = [flight.key for flight in call.flights]
-            call.equipment.report.transport_violated(
-                keys, link.name, outcome, declared, elapsed, grace
-            )
+            call.parts.report.transport_violated(keys, link.name, outcome, declared, elapsed, grace)
 
     def __repr__(self) -> str:
         return f"<Attempt {self._call.link.name} {self.stage.name.lower()} over={self.over}>"
@@ -526,7 +524,7 @@ class Call:
         "attempts",
         "cutoff",
         "dispatch",
-        "equipment",
+        "parts",
         "flights",
         "fresh",
         "latency_ms",
@@ -535,14 +533,14 @@ class Call:
         "work",
     )
 
-    def __init__(self, lane: Lane, flights: Iterable[Acquisition]) -> None:
+    def __init__(self, lane: Lane, flights: Iterable[Flight]) -> None:
         self._lane = lane
         self.link: Link = lane.link
         self.work: Work = lane.work
         self.dispatch: Dispatch = lane.dispatch
-        self.equipment: Equipment = lane.dispatch.equipment
-        self.flights: dict[Acquisition, None] = dict.fromkeys(flights)
-        self.fresh: set[Acquisition] = set()
+        self.parts: Parts = lane.dispatch.parts
+        self.flights: dict[Flight, None] = dict.fromkeys(flights)
+        self.fresh: set[Flight] = set()
         self.attempts: int = 0
         self.cutoff: float = -math.inf
         self._interest: Interest | None = None
@@ -552,8 +550,8 @@ class Call:
         self._answered: bool = False
         self._failure: SourceFailure | None = None
         self._over: bool = False
-        self._asked: Sequence[Acquisition] = ()
-        self._groups: dict[CircuitIdentity, tuple[int, list[Acquisition]]] | None = None
+        self._asked: Sequence[Flight] = ()
+        self._groups: dict[CircuitIdentity, tuple[int, list[Flight]]] | None = None
         self._turn: int = 0
         for flight in self.flights:
             flight.join_call(self)
@@ -588,10 +586,10 @@ class Call:
     @property
     def origin(self) -> object:
         """What tells the builder that makes the call from others."""
-        return self.equipment
+        return self.parts
 
     @property
-    def keys_under_way(self) -> Collection[Acquisition]:
+    def keys_under_way(self) -> Collection[Flight]:
         """The flights that are not settled yet, none if the call is over."""
         return () if self._over else tuple(self.flights)
 
@@ -641,10 +639,10 @@ class Call:
         attempt = self._attempt = Attempt(self, worker)
         try:
             if not self.attempts:
-                self.policy = self.equipment.resilience.resolve(
+                self.policy = self.parts.resilience.resolve(
                     self.link.name, declared=self.link.declared_resilience
                 )
-                if len(self.equipment.breaker):
+                if len(self.parts.breaker):
                     await self._pass_open_circuits()
             if self.flights:
                 await attempt.run()
@@ -727,7 +725,7 @@ class Call:
 
     def _work_off(self, steps: Iterator[None]) -> None:
         """Take small steps; others have a turn whenever a slice of time is used up."""
-        pace = self.equipment.pace
+        pace = self.parts.pace
         pace.begin()
         for _ in steps:
             if pace.due:
@@ -735,7 +733,7 @@ class Call:
                 return
         self.dispatch.release(self.work)
 
-    def refuse(self, flight: Acquisition, error: BaseException, status: str) -> None:
+    def refuse(self, flight: Flight, error: BaseException, status: str) -> None:
         """Report that the source has failed for a key."""
         self.flights.pop(flight, None)
         if flight.call is self:
@@ -753,7 +751,7 @@ class Call:
 
     async def _pass_open_circuits(self) -> None:
         """Refuse the keys whose circuit is open, so that they need not wait for capacity."""
-        policy, breaker = self.policy.circuit, self.equipment.breaker
+        policy, breaker = self.policy.circuit, self.parts.breaker
         if policy.enabled:
             await self._ask_circuits(lambda identity, _: breaker.refusal(identity, policy))
 
@@ -761,7 +759,7 @@ class Call:
         """Take part in the circuits, before the first attempt; False if they are all at rest."""
         if self.attempts or not self.policy.circuit.enabled:
             return False
-        breaker = self.equipment.breaker
+        breaker = self.parts.breaker
         self._turn, self._asked = breaker.turn, tuple(self.flights)
         return len(breaker) > 0
 
@@ -770,9 +768,9 @@ class Call:
         self._groups = {}
         await self._ask_circuits(self._enter)
 
-    def _enter(self, identity: CircuitIdentity, group: list[Acquisition]) -> Exception | None:
+    def _enter(self, identity: CircuitIdentity, group: list[Flight]) -> Exception | None:
         try:
-            turn = self.equipment.breaker.admit(identity, self.policy.circuit)
+            turn = self.parts.breaker.admit(identity, self.policy.circuit)
         except CircuitOpenError as error:
             return error
         if self._groups is not None:
@@ -780,11 +778,11 @@ class Call:
         return None
 
     async def _ask_circuits(
-        self, ask: Callable[[CircuitIdentity, list[Acquisition]], Exception | None]
+        self, ask: Callable[[CircuitIdentity, list[Flight]], Exception | None]
     ) -> None:
         """Ask the circuit of each group for leave, and refuse the keys of those that give none."""
-        groups: dict[CircuitIdentity, list[Acquisition]] = {}
-        pace = self.equipment.pace
+        groups: dict[CircuitIdentity, list[Flight]] = {}
+        pace = self.parts.pace
         pace.begin()
         self.dispatch.hold(self.work)
         try:
@@ -803,10 +801,10 @@ class Call:
             self.dispatch.release(self.work)
 
     def _grouping(
-        self, flights: Sequence[Acquisition], groups: dict[CircuitIdentity, list[Acquisition]]
+        self, flights: Sequence[Flight], groups: dict[CircuitIdentity, list[Flight]]
     ) -> Iterator[None]:
         """Enter the flights into `groups` by circuit, one after the other."""
-        breaker, scope, name = self.equipment.breaker, self.policy.circuit.scope, self.link.name
+        breaker, scope, name = self.parts.breaker, self.policy.circuit.scope, self.link.name
         if scope is CircuitScope.SOURCE:
             groups[breaker.identity_for(name, scope=scope)] = list(flights)
             return
@@ -820,7 +818,7 @@ class Call:
         """Whether telling the circuits of success would change nothing."""
         if not self._asked:
             return True
-        if self._groups is not None or len(self.equipment.breaker):
+        if self._groups is not None or len(self.parts.breaker):
             return False
         whole = self.policy.circuit.scope is CircuitScope.SOURCE
         return bool(self.fresh) if whole else len(self.fresh) == len(self._asked)
@@ -829,9 +827,9 @@ class Call:
         """Tell each circuit, once, how its keys fared: one fresh value makes it a success."""
         if self._circuits_need_not_know:
             return
-        breaker, policy, groups = self.equipment.breaker, self.policy.circuit, self._groups
+        breaker, policy, groups = self.parts.breaker, self.policy.circuit, self._groups
         if groups is None:
-            at_rest: dict[CircuitIdentity, list[Acquisition]] = {}
+            at_rest: dict[CircuitIdentity, list[Flight]] = {}
             yield from self._grouping(self._asked, at_rest)
             groups = {identity: (self._turn, group) for identity, group in at_rest.items()}
         self._asked = ()
@@ -844,17 +842,17 @@ class Call:
 
     async def take_in(self, attempt: Attempt, answer: Any) -> None:
         """Hand over what the source answered, without holding the loop for long."""
-        attempt.stage = Stage.TAKING_IN
-        equipment, flights = self.equipment, tuple(self.flights)
+        attempt.stage = Progress.TAKING_IN
+        parts, flights = self.parts, tuple(self.flights)
         self.latency_ms = attempt.elapsed_seconds * 1000
         self._count_latency(self.latency_ms)
         values = _values_of(self.link, flights, answer)
         self._answered = True
-        self.link.succeeded_at = equipment.clock.monotonic()
+        self.link.succeeded_at = parts.clock.monotonic()
         if self.link.kind is _BATCH:
             self._count_batch_end("success")
-        self.answered_at = equipment.clock.now()
-        policy = policy_of_all(equipment.authority)
+        self.answered_at = parts.clock.now()
+        policy = policy_of_all(parts.authority)
         self._rank = None if policy is None else policy.rank_for(self.link.name)
         if len(values) > 1 or not self._hand_over(flights[0], values[0]):
             await self._hand_over_all(attempt, flights, values)
@@ -869,17 +867,17 @@ class Call:
             self._work_off(self._tell_circuits(_FAILURE))
 
     async def _hand_over_all(
-        self, attempt: Attempt, flights: Sequence[Acquisition], values: Sequence[Any]
+        self, attempt: Attempt, flights: Sequence[Flight], values: Sequence[Any]
     ) -> None:
         pairs = zip(flights, values, strict=True)
         omitted = [flight for flight, value in pairs if value is _OMITTED]
-        pace = self.equipment.pace
+        pace = self.parts.pace
         pace.begin()
         if omitted:
             await self._refuse_omitted(omitted)
         left = PORTION
-        slow: list[tuple[Acquisition, Any]] = []
-        ready: list[tuple[Acquisition, Revision, bool]] = []
+        slow: list[tuple[Flight, Any]] = []
+        ready: list[tuple[Flight, Revision, bool]] = []
         for flight, value in zip(flights, values, strict=True):
             made = self._made(flight, value)
             if made is None:
@@ -901,26 +899,24 @@ class Call:
         if slow:
             await self._copy_in_threads(attempt, slow)
 
-    async def _refuse_omitted(self, flights: Sequence[Acquisition]) -> None:
+    async def _refuse_omitted(self, flights: Sequence[Flight]) -> None:
         """Let the keys that were left out go on, together, to where they are served next."""
         error = SourceUnavailableError(f"source {self.link.name!r} left the key out of its answer")
         self.dispatch.hold(self.work)
         try:
             for flight in flights:
                 self.refuse(flight, error, "failure")
-                await self.equipment.pace.keep()
+                await self.parts.pace.keep()
         finally:
             self.dispatch.release(self.work)
 
-    async def _copy_in_threads(
-        self, attempt: Attempt, slow: Sequence[tuple[Acquisition, Any]]
-    ) -> None:
+    async def _copy_in_threads(self, attempt: Attempt, slow: Sequence[tuple[Flight, Any]]) -> None:
         """Seal the values that take a thread, side by side, until the cutoff."""
         pairs = iter(slow)
         loop = asyncio.get_running_loop()
         helpers = [
             loop.create_task(self._copy_each(pairs), name=f"coalestra {self.link.name}")
-            for _ in range(min(len(slow), self.equipment.copies.max_concurrency) - 1)
+            for _ in range(min(len(slow), self.parts.copies.max_concurrency) - 1)
         ]
         for task in helpers:
             self.dispatch.tasks.add(task)
@@ -936,8 +932,8 @@ class Call:
             for task in helpers:
                 task.cancel()
 
-    async def _copy_each(self, pairs: Iterator[tuple[Acquisition, Any]]) -> None:
-        copies = self.equipment.copies
+    async def _copy_each(self, pairs: Iterator[tuple[Flight, Any]]) -> None:
+        copies = self.parts.copies
         for flight, value in pairs:
             if flight.call is not self:
                 continue
@@ -954,7 +950,7 @@ class Call:
     def _copy_late(self, attempt: Attempt) -> None:
         """Decide at once what becomes of the values whose copies took too long."""
         attempt.write_off()
-        self.equipment.copies.count_timeouts(len(self.flights))
+        self.parts.copies.count_timeouts(len(self.flights))
         self.end(
             SnapshotDeadlineExceededError(
                 f"the deadline{self.of_deadline()} passed while the answer of source "
@@ -962,21 +958,21 @@ class Call:
             )
         )
 
-    def _refuse_value(self, flight: Acquisition, error: BaseException) -> None:
+    def _refuse_value(self, flight: Flight, error: BaseException) -> None:
         self.fresh.discard(flight)
         future = isinstance(error.__cause__, FutureObservation)
         self.work.record.future_timestamp_rejections += future
         self.refuse(flight, error, "invalid_timestamp" if future else "failure")
 
-    def _store_together(self, ready: Sequence[tuple[Acquisition, Revision, bool]]) -> None:
+    def _store_together(self, ready: Sequence[tuple[Flight, Revision, bool]]) -> None:
         """Let readers of the memory cache see the values of one answer in one step."""
-        if len(ready) > 1 and self.equipment.access.store is not None:
+        if len(ready) > 1 and self.parts.access.store is not None:
             self.work.record.cache_batch_writes += 1
             self.dispatch.store(
                 [(flight, revision) for flight, revision, _ in ready if flight.call is self]
             )
 
-    def _hand_over(self, flight: Acquisition, value: Any, sealed: Sealed | None = None) -> bool:
+    def _hand_over(self, flight: Flight, value: Any, sealed: Sealed | None = None) -> bool:
         """Report one value; False if sealing it takes a thread. Then call again with the seal."""
         made = self._made(flight, value, sealed)
         if made:
@@ -984,7 +980,7 @@ class Call:
         return made is not None
 
     def _made(
-        self, flight: Acquisition, value: Any, sealed: Sealed | None = None
+        self, flight: Flight, value: Any, sealed: Sealed | None = None
     ) -> tuple[Revision, bool] | tuple[()] | None:
         """Return what one value has become, and whether it is dated; nothing if it is of no use.
 
@@ -1009,7 +1005,7 @@ class Call:
             if not stale:
                 self.fresh.add(flight)
             if sealed is None:
-                sealed = self.equipment.copies.seal_now(payload, context=self.link.context)
+                sealed = self.parts.copies.seal_now(payload, context=self.link.context)
                 if sealed is None:
                     return None
             revision = self._revision(flight, sealed, metadata, observed_at, dated=dated)
@@ -1021,7 +1017,7 @@ class Call:
             return ()
         return revision, dated
 
-    def _deliver(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
+    def _deliver(self, flight: Flight, revision: Revision, dated: bool) -> None:
         if flight.call is not self:
             return
         del self.flights[flight]
@@ -1033,7 +1029,7 @@ class Call:
 
     def _accepted_skew(self, key: ResourceKey, observed_at: float) -> float:
         try:
-            return judge_observation(observed_at, self.answered_at, self.equipment.observation)
+            return judge_observation(observed_at, self.answered_at, self.parts.observation)
         except FutureObservation as error:
             raise SourceProtocolError(
                 f"source {self.link.name!r}, {key.display}: {error}"
@@ -1041,17 +1037,17 @@ class Call:
 
     def _revision(
         self,
-        flight: Acquisition,
+        flight: Flight,
         sealed: Sealed,
         metadata: Mapping[str, Any],
         observed_at: float,
         *,
         dated: bool,
     ) -> Revision:
-        equipment, link, key = self.equipment, self.link, flight.key
+        parts, link, key = self.parts, self.link, flight.key
         gather, rank = flight.gather, self._rank
         used = () if gather is None else tuple([r.revision for r in gather.readings.values()])
-        copies = equipment.copies
+        copies = parts.copies
         return Revision(
             key,
             sealed[0],
@@ -1063,14 +1059,14 @@ class Call:
             self.latency_ms,
             self.attempts,
             copies.seal_metadata_now(metadata, context=link.context) if metadata else EMPTY,
-            equipment.authority.rank_for(key, link.name) if rank is None else rank,
+            parts.authority.rank_for(key, link.name) if rank is None else rank,
             FrozenDict({r.key: r.version for r in used}) if used else EMPTY,
             used,
             dated,
             flight.began,
         )
 
-    def _refuse_stale(self, flight: Acquisition, revision: Revision) -> None:
+    def _refuse_stale(self, flight: Flight, revision: Revision) -> None:
         """Keep a value that is too old to count: it may stand in when all else fails."""
         age, ttl = revision.fetched_at - revision.observed_at, flight.policy.ttl_seconds
         try:
@@ -1091,8 +1087,8 @@ class Call:
             record.derived_calls += self.link.kind is _DERIVED
             if self.link.kind is _BATCH:
                 record.batch_calls += 1
-                if self.equipment.report is not None:
-                    self.equipment.report.batch_size(name, len(self.flights))
+                if self.parts.report is not None:
+                    self.parts.report.batch_size(name, len(self.flights))
         self.attempts += 1
         number = next_number()
         for flight in self.flights:
@@ -1102,27 +1098,27 @@ class Call:
         """Add what one attempt took, in milliseconds."""
         name, by_source = self.link.name, self.work.record.source_latency_ms_by_source
         by_source[name] = by_source.get(name, 0.0) + latency_ms
-        if self.equipment.report is not None:
-            self.equipment.report.fetch_latency(name, latency_ms)
+        if self.parts.report is not None:
+            self.parts.report.fetch_latency(name, latency_ms)
 
     def _count_batch_end(self, status: str) -> None:
         """Count how a batch call ended; other calls are counted by their keys alone."""
-        if self.equipment.report is not None and self.link.kind is _BATCH:
-            self.equipment.report.batch_call(self.link.name, status)
+        if self.parts.report is not None and self.link.kind is _BATCH:
+            self.parts.report.batch_call(self.link.name, status)
 
     def _count_end(self, error: BaseException, outcome: Outcome) -> None:
         status = "failure"
         if isinstance(error, SnapshotDeadlineExceededError):
             now = asyncio.get_running_loop().time()
             ahead = any(flight.cutoff > now for flight in self.flights)
-            self.equipment.counters.deadlines_exceeded += ahead  # if not, the waiters have counted
+            self.parts.counters.deadlines_exceeded += ahead  # if not, the waiters have counted
             status = "deadline_exceeded"
         elif isinstance(error, SourceQueueTimeoutError):
             status = "queue_timeout"
         if self._answered:
             return
         if self.attempts and outcome is _FAILURE:
-            self.link.failed_at = self.equipment.clock.monotonic()
+            self.link.failed_at = self.parts.clock.monotonic()
             self.link.last_error = type(error).__name__
         self._count_batch_end(status)
 
@@ -1213,12 +1209,12 @@ class Lane:
         self.work: Work = work
         self.link: Link = link
         self.limit: int = limit
-        self._queue: deque[Call | Sequence[Acquisition]] = deque()
+        self._queue: deque[Call | Sequence[Flight]] = deque()
         self._workers = 0
         self._busy = 0
         self._hurried = 0
 
-    def add(self, flights: Sequence[Acquisition]) -> None:
+    def add(self, flights: Sequence[Flight]) -> None:
         """Queue calls for the flights: for a batch source in chunks of its size, else one each."""
         if self.link.kind is not _BATCH:
             self._queue.extend(zip(flights, strict=True))
@@ -1235,7 +1231,7 @@ class Lane:
         self._queue.append(call)
         self.staff()
 
-    def hurry(self, flight: Acquisition) -> None:
+    def hurry(self, flight: Flight) -> None:
         """Make the call of a queued flight next, by a worker more than there may be."""
         for queued in self._queue:
             if queued is flight.call or (not isinstance(queued, Call) and flight in queued):
@@ -1277,7 +1273,7 @@ class Lane:
 
     async def serve(self, worker: Worker) -> None:
         """Make one call after the other while there are any; what a worker does."""
-        pace = self.dispatch.equipment.pace
+        pace = self.dispatch.parts.pace
         pace.begin()
         left = _CALLS_BETWEEN_LOOKS
         while self._queue and not worker.gone:
@@ -1308,7 +1304,7 @@ class Lane:
         flights = self._still_here(queued)
         return Call(self, flights) if flights else None
 
-    def _still_here(self, queued: Iterable[Acquisition]) -> list[Acquisition]:
+    def _still_here(self, queued: Iterable[Flight]) -> list[Flight]:
         link = self.link
         return [f for f in queued if f.phase is _CALLING and f.call is None and f.link is link]
 
@@ -1354,23 +1350,23 @@ class Dispatch:
 
     def __init__(
         self,
-        equipment: Equipment,
+        parts: Parts,
         deliveries: Deliveries,
         tasks: set[asyncio.Task[Any]],
         refused: Refused,
         delivered: Delivered,
-        store: Callable[[Sequence[tuple[Acquisition, Revision]]], None],
+        store: Callable[[Sequence[tuple[Flight, Revision]]], None],
     ) -> None:
         """Report to `refused` and `delivered`; copies in threads are among the `tasks`.
 
         `store` lets readers of the memory cache see several values before they are delivered.
         """
-        self.equipment: Equipment = equipment
+        self.parts: Parts = parts
         self.deliveries: Deliveries = deliveries
         self.tasks: set[asyncio.Task[Any]] = tasks
         self.refused: Refused = refused
         self.delivered: Delivered = delivered
-        self.store: Callable[[Sequence[tuple[Acquisition, Revision]]], None] = store
+        self.store: Callable[[Sequence[tuple[Flight, Revision]]], None] = store
         self.workers: set[asyncio.Task[Any]] = set()
         self.quiet_until: float = 0.0
         self._resting: dict[Lane, None] = {}
@@ -1419,7 +1415,7 @@ class Dispatch:
         if not work.planning and work.ready:
             self._flush_soon(work)
 
-    def ready(self, flight: Acquisition) -> None:
+    def ready(self, flight: Flight) -> None:
         """Group a flight with the others that are ready for the same source in this step."""
         work = flight.sponsor
         if work.closed or work.struck:
@@ -1435,7 +1431,7 @@ class Dispatch:
         if not work.flushing:
             self._flush_soon(work)
 
-    def hurry(self, flight: Acquisition) -> None:
+    def hurry(self, flight: Flight) -> None:
         """Let a flight queue for nothing, as a call under way waits for it."""
         if flight.call is not None:
             flight.call.hurry()
@@ -1462,19 +1458,19 @@ class Dispatch:
                 lane.add(waiting)
             except BaseException as error:
                 pass_on(error)
-                failure = SourceFailure.of(self.equipment.chains.links[index].name, error, 0)
+                failure = SourceFailure.of(self.parts.chains.links[index].name, error, 0)
                 for flight in waiting:
                     self.refused(flight, failure, "failure")
 
     def _lane(self, work: Work, index: int) -> Intake:
         lane = work.lanes.get(index)
         if lane is None:
-            equipment = self.equipment
-            link = equipment.chains.links[index]
-            limit = equipment.max_pending_tasks
+            parts = self.parts
+            link = parts.chains.links[index]
+            limit = parts.max_pending_tasks
             if link.kind is _BATCH:
-                limit = equipment.max_concurrency
-            work.variables.run(current_threads.set, equipment.threads)
+                limit = parts.max_concurrency
+            work.variables.run(current_threads.set, parts.threads)
             lane = work.lanes[index] = Lane(self, work, link, limit)
         return lane
 

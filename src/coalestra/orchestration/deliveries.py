@@ -23,7 +23,7 @@ from coalestra.core.policies import gone_stale, quiet_ages, ttl_of
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.flights import Work
-from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Reading
 
 # From sealed readings to what a reader may keep: one isolated copy for each ----------------------
@@ -39,11 +39,11 @@ class Deliveries:
 
     __slots__ = ("_clock", "_copies", "_pace", "_policies")
 
-    def __init__(self, equipment: Equipment) -> None:
-        self._copies = equipment.copies
-        self._pace = equipment.pace
-        self._clock = equipment.clock
-        self._policies = equipment.policies
+    def __init__(self, parts: Parts) -> None:
+        self._copies = parts.copies
+        self._pace = parts.pace
+        self._clock = parts.clock
+        self._policies = parts.policies
 
     def value_here(self, reading: Reading, context: str) -> SnapshotValue[Any]:
         """Return a reader's copy made here and now, however large the payload."""
@@ -207,18 +207,18 @@ Values = FrozenDict[ResourceKey, SnapshotValue[Any]]
 class WarmReads:
     """Serves keys from the memory cache alone, all of them or none."""
 
-    __slots__ = ("_equipment",)
+    __slots__ = ("_parts",)
 
-    def __init__(self, equipment: Equipment) -> None:
-        self._equipment = equipment
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
 
     def readings(self, work: Work, keys: Collection[ResourceKey]) -> dict[ResourceKey, Reading]:
         """Return readings of all of a few `keys`, or none if that takes more than looking."""
-        store = self._equipment.access.near
+        store = self._parts.access.near
         if store is None or len(keys) > _KEYS_BETWEEN_LOOKS or work.expired:
             return {}
-        ages = quiet_ages(self._equipment.policies, keys)
-        now = self._equipment.clock.now()
+        ages = quiet_ages(self._parts.policies, keys)
+        now = self._parts.clock.now()
         revisions = None if ages is None else store.find_all_fresh(keys, now, ages)
         if revisions is None:
             return {}
@@ -227,15 +227,15 @@ class WarmReads:
 
     def likely(self, keys: Iterable[ResourceKey]) -> bool:
         """Whether it is worth a try: whether the first key is cached at all."""
-        store = self._equipment.access.near
+        store = self._parts.access.near
         return store is not None and next(iter(keys)) in store
 
     async def values(self, work: Work, keys: Collection[ResourceKey]) -> Values | None:
         """Return a reader's copies of all `keys`, or None if that takes more than looking."""
-        store = self._equipment.access.near
+        store = self._parts.access.near
         if store is None or work.expired:
             return None
-        pace = self._equipment.pace
+        pace = self._parts.pace
         pace.begin()
         revisions = await self._find(store, keys, pace)
         if revisions is None:
@@ -255,7 +255,7 @@ class WarmReads:
         self, store: EntryStore, keys: Collection[ResourceKey], pace: Pace
     ) -> list[Revision] | None:
         """Return the revisions of all keys, if each is there, fresh, and due for nothing."""
-        clock, policies = self._equipment.clock, self._equipment.policies
+        clock, policies = self._parts.clock, self._parts.policies
         if len(keys) <= _KEYS_AT_ONCE:
             ages = quiet_ages(policies, keys)
             return None if ages is None else store.find_all_fresh(keys, clock.now(), ages)
@@ -274,10 +274,10 @@ class WarmReads:
         self, revisions: Sequence[Revision], pace: Pace
     ) -> list[SnapshotValue[Any]] | None:
         """Return copies for one reader, or None if one of them takes a thread."""
-        copies = self._equipment.copies
+        copies = self._parts.copies
         values: list[SnapshotValue[Any]] = []
         left = PORTION
-        now = self._equipment.clock.now()
+        now = self._parts.clock.now()
         for revision in revisions:
             payload, seal, metadata = revision.payload, revision.seal, revision.metadata
             if seal is not _SHARED:
@@ -300,10 +300,10 @@ class WarmReads:
         store.count_fresh(keys)
         work.record.cache_hits += len(keys)
         work.record.cache_batch_reads += 1
-        report = self._equipment.report
+        report = self._parts.report
         if report is not None:
             for key in keys:
                 report.cache_hit(key, "fresh")
 
     def __repr__(self) -> str:
-        return f"<WarmReads of {self._equipment.access!r}>"
+        return f"<WarmReads of {self._parts.access!r}>"

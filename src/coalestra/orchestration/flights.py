@@ -1,6 +1,6 @@
 """Flights and those who wait for them.
 
-An `Acquisition` is one key on its way through its chain of sources, shared by everyone who needs
+A `Flight` is one key on its way through its chain of sources, shared by everyone who needs
 the key. A `Gather` is somebody who waits for a set of keys: a stage of a build, or a derivation.
 Both are plain state; the scheduler moves them.
 """
@@ -29,7 +29,7 @@ from coalestra.core.results import CacheWriteStatus
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
 from coalestra.core.values import Revision
 from coalestra.observability.reports import Reporter
-from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import (
     NO_DEMAND,
     NO_PINS,
@@ -100,14 +100,6 @@ class Interest:
 # One unit of work: what every stage of a build, a session or a refresh shares --------------------
 
 
-class Stage(Protocol):
-    """Somebody who waits within a unit of work, and is struck by its deadline."""
-
-    @property
-    def strike(self) -> Callable[[], None]:
-        """End the waiting: the deadline has passed."""
-
-
 class Intake(Protocol):
     """Where keys that are ready for one source are handed in."""
 
@@ -156,7 +148,7 @@ class Work:
         )
         self.lanes: dict[int, Intake] = {}
         self.ready: dict[int, list[Any]] = {}
-        self.stages: dict[Stage, None] = {}
+        self.stages: dict[Gather, None] = {}
         self.timer: asyncio.TimerHandle | None = None
         self.planning: int = 0
         self.flushing: bool = False
@@ -178,7 +170,7 @@ class Work:
         """Whether nothing may be started in the name of this work any more."""
         return self.closed or self.struck
 
-    def enter(self, stage: Stage) -> None:
+    def enter(self, stage: Gather) -> None:
         """Watch the deadline, if there is one, for a stage that begins to wait."""
         if self.deadline is None:
             return
@@ -186,7 +178,7 @@ class Work:
         if self.timer is None:
             self.timer = asyncio.get_running_loop().call_at(self.cutoff, self._strike)
 
-    def leave(self, stage: Stage) -> None:
+    def leave(self, stage: Gather) -> None:
         """Stop watching for a stage that has ended."""
         if self.deadline is None:
             return
@@ -242,7 +234,7 @@ class Call(Protocol):
         """What tells the builder that makes the call from others."""
 
     @property
-    def keys_under_way(self) -> Collection[Acquisition]:
+    def keys_under_way(self) -> Collection[Flight]:
         """The flights that are not settled yet, none if the call is over."""
 
 
@@ -253,7 +245,7 @@ current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
 waits on behalf of that call."""
 
 
-class Acquisition:
+class Flight:
     """The one flight that acquires a key; any number of gathers wait for it.
 
     `cutoff` is the latest deadline any waiter ever had. `cacheable` turns false when the key is
@@ -415,7 +407,7 @@ class Acquisition:
         return self.sponsor
 
     def __repr__(self) -> str:
-        return f"<Acquisition {self.key.display} {self.phase.value}, waiters={len(self.waiters)}>"
+        return f"<Flight {self.key.display} {self.phase.value}, waiters={len(self.waiters)}>"
 
 
 class ReadGroup:
@@ -463,7 +455,7 @@ class Read:
         self.policy: FreshnessPolicy = policy
         self.group: ReadGroup = group
         self.waiters: dict[Gather, None] = {}
-        self.flight: Acquisition | None = None
+        self.flight: Flight | None = None
         self.rounds: int = 0
         self.unlike: str | None = None
         self.cached: Revision | None = None
@@ -515,7 +507,7 @@ class Gather:
         pins: Pins,
         *,
         demand: Demand | None = None,
-        owner: Acquisition | None = None,
+        owner: Flight | None = None,
     ) -> None:
         self.work: Work = work
         self.keys: dict[ResourceKey, None] = dict.fromkeys(keys)
@@ -525,11 +517,11 @@ class Gather:
         self.forced: frozenset[ResourceKey] = insisted.forced
         self.private: frozenset[ResourceKey] = insisted.private
         self.refresh: bool = insisted.refresh
-        self.owner: Acquisition | None = owner
+        self.owner: Flight | None = owner
         self.within: Call | None = None
         self.readings: dict[ResourceKey, Reading] = {}
         self.failures: dict[ResourceKey, Failure] = {}
-        self.pending: dict[ResourceKey, Acquisition | Read] = {}
+        self.pending: dict[ResourceKey, Flight | Read] = {}
         self.open: bool = False
         self.struck: bool = False
         self.rounds: int = 0
@@ -631,13 +623,13 @@ class FlightBoard:
 
     def __init__(self, report: Reporter | None) -> None:
         self._report = report
-        self.flights: dict[ResourceKey, Acquisition] = {}
-        self.deriving: dict[Acquisition, None] = {}
-        self.aside: dict[ResourceKey, dict[Acquisition, None]] = {}
+        self.flights: dict[ResourceKey, Flight] = {}
+        self.deriving: dict[Flight, None] = {}
+        self.aside: dict[ResourceKey, dict[Flight, None]] = {}
         self._waits: WaitsFor[Any] = WaitsFor()
         self._nested: dict[Call, int] = {}
 
-    def start(self, gather: Gather, flight: Acquisition) -> None:
+    def start(self, gather: Gather, flight: Flight) -> None:
         """Put up a new flight, and let `gather`, which brought it about, wait for it."""
         key = flight.key
         self.flights[key] = flight
@@ -648,7 +640,7 @@ class FlightBoard:
         flight.cutoff = math.inf if unlimited else gather.cutoff
         flight.urgent = gather.urgent
 
-    def join(self, gather: Gather, flight: Acquisition) -> None:
+    def join(self, gather: Gather, flight: Flight) -> None:
         """Let `gather` wait for `flight`; a wait that would close a cycle fails instead."""
         if flight in self.deriving:
             cycle = self._link(gather, flight)
@@ -665,7 +657,7 @@ class FlightBoard:
         if flight.cutoff != math.inf:
             self.extend(flight, gather.cutoff)
 
-    def derive(self, flight: Acquisition) -> None:
+    def derive(self, flight: Flight) -> None:
         """Let a flight begin to have dependencies: from now on a cycle can go through it.
 
         None can yet, as it waits for nobody.
@@ -691,7 +683,7 @@ class FlightBoard:
             del self._nested[call]
             self._waits.discard(call)
 
-    def _link(self, gather: Gather, flight: Acquisition) -> tuple[ResourceKey, ...] | None:
+    def _link(self, gather: Gather, flight: Flight) -> tuple[ResourceKey, ...] | None:
         """Enter that `gather` waits for `flight`; return the keys of the cycle that would close."""
         waiter = gather.within if gather.owner is None else gather.owner
         if waiter is None:
@@ -702,10 +694,10 @@ class FlightBoard:
         cycle = self._waits.add(waiter, flight)
         if cycle is None:
             return None
-        path = [member.key for member in cycle if isinstance(member, Acquisition)]
+        path = [member.key for member in cycle if isinstance(member, Flight)]
         return tuple(path if path[0] == path[-1] and len(path) > 1 else [*path, path[0]])
 
-    def extend(self, flight: Acquisition, cutoff: float) -> None:
+    def extend(self, flight: Flight, cutoff: float) -> None:
         """Keep a flight, and what it waits for, wanted until `cutoff`."""
         stack = [flight]
         while stack:
@@ -716,11 +708,9 @@ class FlightBoard:
             if each.call is not None:
                 each.call.extend(cutoff)
             if each.gather is not None:
-                stack += [
-                    one for one in each.gather.pending.values() if isinstance(one, Acquisition)
-                ]
+                stack += [one for one in each.gather.pending.values() if isinstance(one, Flight)]
 
-    def leave(self, gather: Gather, flight: Acquisition) -> None:
+    def leave(self, gather: Gather, flight: Flight) -> None:
         """Let `gather` wait no longer."""
         gather.pending.pop(flight.key, None)
         flight.waiters.pop(gather, None)
@@ -728,7 +718,7 @@ class FlightBoard:
         if waiter is not None and flight.linked:
             self._waits.remove(waiter, flight)
 
-    def hide(self, flight: Acquisition, *, cacheable: bool) -> None:
+    def hide(self, flight: Flight, *, cacheable: bool) -> None:
         """Keep newcomers from joining a flight, and from those that wait for its value."""
         stack = [flight]
         seen: set[int] = set()
@@ -750,11 +740,11 @@ class FlightBoard:
         """Whether there is any flight."""
         return bool(self.flights or self.aside)
 
-    def set_aside(self, flight: Acquisition) -> None:
+    def set_aside(self, flight: Flight) -> None:
         """Keep a flight that newcomers cannot join, until it ends."""
         self.aside.setdefault(flight.key, {})[flight] = None
 
-    def under_way(self, key: ResourceKey) -> list[Acquisition]:
+    def under_way(self, key: ResourceKey) -> list[Flight]:
         """Return every flight of `key`, whether it may be joined or not."""
         flights = list(self.aside.get(key, ())) if self.aside else []
         joinable = self.flights.get(key)
@@ -766,7 +756,7 @@ class FlightBoard:
         """Return every key with a flight under way for which `matches` is true."""
         return [key for key in {**self.flights, **self.aside} if matches(key)]
 
-    def take_off(self, flight: Acquisition) -> dict[Gather, bool]:
+    def take_off(self, flight: Flight) -> dict[Gather, bool]:
         """Remove a flight that has ended; return who waited for it, and whether they had joined.
 
         It removes only itself, never a successor under the same key.
@@ -790,7 +780,7 @@ class FlightBoard:
             flight.joinable = False
         self.flights.clear()
 
-    def _forgetaside(self, flight: Acquisition) -> None:
+    def _forgetaside(self, flight: Flight) -> None:
         aside = self.aside[flight.key]
         aside.pop(flight, None)
         if not aside:
@@ -812,7 +802,7 @@ def age_of(revision: Revision, now: float) -> float:
 
 
 def after_write(
-    flight: Acquisition, status: CacheWriteStatus, current: Revision, equipment: Equipment
+    flight: Flight, status: CacheWriteStatus, current: Revision, parts: Parts
 ) -> Reading:
     """Return the end of a flight whose value was offered to the cache.
 
@@ -827,7 +817,7 @@ def after_write(
         and current.version != own.version
         and _agrees(current, flight)
     ):
-        age = age_of(current, equipment.clock.now())
+        age = age_of(current, parts.clock.now())
         stale = age > policy.ttl_seconds
         usable = (
             status not in _LOST_TO_NEWER
@@ -841,62 +831,56 @@ def after_write(
     return Reading(own, policy.ttl_seconds)
 
 
-def instead_of_event(flight: Acquisition, own: Revision, equipment: Equipment) -> Reading:
+def instead_of_event(flight: Flight, own: Revision, parts: Parts) -> Reading:
     """Return the end of a flight whose value must not be written to the cache.
 
     If something was published for the key meanwhile, and is fresh, that is what the waiters get.
     """
-    event = _event(flight, equipment, {"superseded_source": own.source})
+    event = _event(flight, parts, {"superseded_source": own.source})
     return Reading(own, flight.policy.ttl_seconds) if event is None else event
 
 
-def _event(
-    flight: Acquisition, equipment: Equipment, notes: dict[str, Any] | None = None
-) -> Reading | None:
+def _event(flight: Flight, parts: Parts, notes: dict[str, Any] | None = None) -> Reading | None:
     """Return what was published for the key of a flight under way, if it is fresh."""
     event = flight.event
-    store = equipment.access.store
+    store = parts.access.store
     if event is not None and store is not None:
         event = store.peek(flight.key) or event
     if event is None or not _agrees(event, flight):
         return None
-    if age_of(event, equipment.clock.now()) > flight.policy.ttl_seconds:
+    if age_of(event, parts.clock.now()) > flight.policy.ttl_seconds:
         return None
     return Reading(event, flight.policy.ttl_seconds, from_cache=True, notes=notes)
 
 
-def _agrees(other: Revision, flight: Acquisition) -> bool:
+def _agrees(other: Revision, flight: Flight) -> bool:
     """Whether `other` may take the place of a flight's value: pins allow no other derivation."""
     return flight.pins is None or not other.dependency_versions
 
 
-def after_failures(
-    flight: Acquisition, failure: Failure | None, equipment: Equipment
-) -> Settlement:
+def after_failures(flight: Flight, failure: Failure | None, parts: Parts) -> Settlement:
     """Return the end of a flight that no source gave a fresh value for: an event may do.
 
     `failure` is why, unless that is what its sources have said.
     """
-    event = _event(flight, equipment)
+    event = _event(flight, parts)
     if event is not None:
         return event
     if failure is None and flight.cycle is not None:
         failure = Failure.of_cycle(flight.key, flight.cycle)
     elif failure is None:
         failure = Failure.of_sources(flight.key, flight.failures)
-    return Failed(failure, stale_candidate(flight, failure, equipment))
+    return Failed(failure, stale_candidate(flight, failure, parts))
 
 
-def stale_candidate(
-    awaited: Acquisition | Read, failure: Failure, equipment: Equipment
-) -> Reading | None:
+def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> Reading | None:
     """Return the newest stale value that may stand in for a failed key, or None."""
     policy = awaited.policy
     if not policy.allow_stale_on_error:
         return None
-    now = equipment.clock.now()
-    fetched = awaited.candidate if isinstance(awaited, Acquisition) else None
-    event = awaited.event if isinstance(awaited, Acquisition) else None
+    now = parts.clock.now()
+    fetched = awaited.candidate if isinstance(awaited, Flight) else None
+    event = awaited.event if isinstance(awaited, Flight) else None
     known = [one for one in (event, awaited.cached, fetched) if one is not None]
     usable = [one for one in known if age_of(one, now) <= policy.max_stale_seconds]
     if not usable:
@@ -914,7 +898,7 @@ def stale_candidate(
     return reading
 
 
-def late(key: ResourceKey, deadline: Deadline | None, flight: Acquisition | None) -> Failure:
+def late(key: ResourceKey, deadline: Deadline | None, flight: Flight | None) -> Failure:
     """Return the failure of a key whose deadline passed, with what its sources had said so far."""
     link = None if flight is None else flight.link
     failures = () if flight is None else flight.failures
@@ -933,7 +917,7 @@ def late(key: ResourceKey, deadline: Deadline | None, flight: Acquisition | None
     return Failure(key, make)
 
 
-def _ended_late(flight: Acquisition, source: str) -> bool:
+def _ended_late(flight: Flight, source: str) -> bool:
     """Whether the source has said already, in this very instant, that its deadline passed."""
     if flight.call is not None or not flight.failures:
         return False

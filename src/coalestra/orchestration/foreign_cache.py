@@ -29,8 +29,8 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.values import Revision
-from coalestra.orchestration.flights import Acquisition, Gather, Read, ReadGroup
-from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.flights import Flight, Gather, Read, ReadGroup
+from coalestra.orchestration.parts import Parts
 
 _STORED = CacheWriteStatus.STORED
 _SHARE = 0.5
@@ -50,14 +50,14 @@ class CacheReads:
 
     def __init__(
         self,
-        equipment: Equipment,
+        parts: Parts,
         answered: Callable[[Read, Revision | None], None],
         tasks: set[asyncio.Task[Any]],
     ) -> None:
-        self._equipment = equipment
+        self._parts = parts
         self._answered = answered
         self._tasks = tasks
-        self._leases = equipment.access.leases
+        self._leases = parts.access.leases
         self._open: dict[ResourceKey, Read] = {}
         self._next: dict[bool, ReadGroup] = {}
         self._groups: dict[ReadGroup, None] = {}
@@ -129,11 +129,11 @@ class CacheReads:
         group.hurried[gather] = loop.call_later(left * _SHARE, self._go_on, gather, group)
 
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
-        foreign = self._equipment.access.foreign
+        foreign = self._parts.access.foreign
         copying = {} if foreign is None else foreign.copying
         for read in group.reads:
             if gather in read.waiters:
-                self._equipment.copies.count_timeouts(read.key in copying)
+                self._parts.copies.count_timeouts(read.key in copying)
                 del read.waiters[gather]
                 alone = Read(read.key, read.policy, group)
                 alone.waiters[gather] = None
@@ -151,14 +151,14 @@ class CacheReads:
     async def _read(self, group: ReadGroup) -> dict[ResourceKey, Revision]:
         wanted = [read for read in group.reads if read.wanted]
         self._close(read for read in group.reads if not read.wanted)
-        foreign = self._equipment.access.foreign
+        foreign = self._parts.access.foreign
         if foreign is None or not wanted:
             return {}
         if foreign.calls.carries_many:
             for work in {gather.work for read in wanted for gather in read.waiters}:
                 work.record.cache_batch_reads += 1
         policies = {read.key: read.policy for read in wanted}
-        now = self._equipment.clock.now()
+        now = self._parts.clock.now()
         if not self._leases:
             return await foreign.read(tuple(policies), now, policies)
         await self._read_or_lease(foreign, group, policies, now)
@@ -237,20 +237,20 @@ class CacheWrites:
 
     def __init__(
         self,
-        equipment: Equipment,
-        fit: Callable[[Acquisition], bool],
-        written: Callable[[Acquisition, CacheWriteStatus, Revision], None],
+        parts: Parts,
+        fit: Callable[[Flight], bool],
+        written: Callable[[Flight, CacheWriteStatus, Revision], None],
     ) -> None:
-        self._equipment = equipment
+        self._parts = parts
         self._fit = fit
         self._written = written
-        self._ranked = getattr(equipment.authority, "has_rules", True)
+        self._ranked = getattr(parts.authority, "has_rules", True)
         self._slow = False
-        self._next: list[Acquisition] = []
+        self._next: list[Flight] = []
 
-    def add(self, flight: Acquisition) -> None:
+    def add(self, flight: Flight) -> None:
         """Write the value that a flight offers, together with the others of this step."""
-        foreign = self._equipment.access.foreign
+        foreign = self._parts.access.foreign
         if foreign is None:
             return
         if flight.lease is None and foreign.leasing is not None:
@@ -265,7 +265,7 @@ class CacheWrites:
         if self._slow:
             self._settle(foreign, flight)
 
-    def _settle_alone(self, flight: Acquisition) -> None:
+    def _settle_alone(self, flight: Flight) -> None:
         """Settle a flight whose value may not be stored."""
         revision, cached = flight.offered, flight.cached
         if revision is not None:
@@ -275,7 +275,7 @@ class CacheWrites:
 
     def add_stale(self, revision: Revision, policy: FreshnessPolicy) -> None:
         """Write a stale value, for which nobody waits."""
-        foreign, now = self._equipment.access.foreign, self._equipment.clock.now()
+        foreign, now = self._parts.access.foreign, self._parts.clock.now()
         if foreign is None or foreign.leasing is not None:
             return
         if foreign.hold(revision, now, replace_equal=False)[0] is not _STORED:
@@ -303,7 +303,7 @@ class CacheWrites:
                     flight.lease = None
                 terms = Terms(
                     {flight.key: flight.policy for flight in group},
-                    self._equipment.clock.now(),
+                    self._parts.clock.now(),
                     replace_equal=forced,
                     leases=leases if foreign.leasing is not None else None,
                 )
@@ -317,19 +317,19 @@ class CacheWrites:
     def _wanted(
         self,
         foreign: ForeignCache,
-        flights: Mapping[Revision, Acquisition],
+        flights: Mapping[Revision, Flight],
         revision: Revision,
     ) -> bool:
         flight = flights[revision]
         return self._fit(flight) if flight.settlement is None else foreign.holds(revision)
 
-    def _overdue(self, foreign: ForeignCache, group: Iterable[Acquisition]) -> None:
+    def _overdue(self, foreign: ForeignCache, group: Iterable[Flight]) -> None:
         self._slow = True
         for flight in group:
             if flight.settlement is None and self._fit(flight):
                 self._settle(foreign, flight)
 
-    def _settle(self, foreign: ForeignCache, flight: Acquisition) -> None:
+    def _settle(self, foreign: ForeignCache, flight: Flight) -> None:
         """Settle a flight before its value has been written, if nothing else can be known of it."""
         revision, cached, equal = flight.offered, flight.cached, flight.forced
         if revision is None or (flight.forced and self._ranked):
@@ -339,12 +339,12 @@ class CacheWrites:
             if status is not _STORED:
                 self._written(flight, status, cached)
                 return
-        now = self._equipment.clock.now()
+        now = self._parts.clock.now()
         status, current, _ = foreign.hold(revision, now, replace_equal=equal)
         self._written(flight, status, current)
 
     def _ended(
-        self, flights: Iterable[Acquisition], timer: asyncio.TimerHandle, outcomes: Outcomes
+        self, flights: Iterable[Flight], timer: asyncio.TimerHandle, outcomes: Outcomes
     ) -> None:
         """Settle those flights that are not settled yet, whatever became of the writing."""
         self._slow = self._slow and timer.when() <= asyncio.get_running_loop().time()

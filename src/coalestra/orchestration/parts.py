@@ -161,7 +161,7 @@ class Counters:
         self.transport_violations: dict[str, int] = {}
 
 
-class Equipment:
+class Parts:
     """The parts that every stage of the engine shares for the life of a builder."""
 
     __slots__ = (

@@ -11,7 +11,7 @@ from functools import partial
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
 from coalestra.orchestration.flights import Gather, Work
-from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
 
 
@@ -38,12 +38,12 @@ class Refresher:
 
     def __init__(
         self,
-        equipment: Equipment,
+        parts: Parts,
         variables: contextvars.Context,
         look: Callable[[Gather], None],
         abandon: Callable[[Gather], None],
     ) -> None:
-        self._equipment = equipment
+        self._parts = parts
         self._variables = variables
         self._look = look
         self._abandon = abandon
@@ -75,8 +75,8 @@ class Refresher:
             asyncio.get_running_loop().call_soon(self._start, id(parent), reason)
         group.append(refresh)
         parent.record.refresh_scheduled += 1
-        if self._equipment.report is not None:
-            self._equipment.report.refresh_scheduled(key, reason, parent.context.snapshot_id)
+        if self._parts.report is not None:
+            self._parts.report.refresh_scheduled(key, reason, parent.context.snapshot_id)
         return True
 
     def outdate(self, keys: Collection[ResourceKey]) -> None:
@@ -90,7 +90,7 @@ class Refresher:
         if not group:
             return
         context = FetchContext(
-            requested_at=self._equipment.clock.now(),
+            requested_at=self._parts.clock.now(),
             metadata={
                 "background_refresh": True,
                 "refresh_reason": reason,
@@ -108,7 +108,7 @@ class Refresher:
 
     def _done(self, refresh: Refresh, gather: Gather) -> None:
         key, record = refresh.key, refresh.parent.record
-        report = self._equipment.report
+        report = self._parts.report
         self._end(refresh)
         reading = gather.readings.get(key)
         record.refresh_completed += reading is not None
@@ -146,8 +146,8 @@ class Refresher:
         for refresh in tuple(self._running):
             if refresh.gather is not None:
                 self._abandon(refresh.gather)
-            if self._equipment.report is not None:
-                self._equipment.report.refresh_cancelled(refresh.key)
+            if self._parts.report is not None:
+                self._parts.report.refresh_cancelled(refresh.key)
             self._end(refresh)
 
     def forget(self) -> None:

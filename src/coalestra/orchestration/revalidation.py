@@ -81,7 +81,7 @@ class Revalidation:
             SnapshotBuildError: if strict, and a value cannot be had; holds what is retained.
             SnapshotConsistencyError, SnapshotAcceptanceError: a policy is violated.
         """
-        counters = self._unit.engine.equipment.counters
+        counters = self._unit.engine.parts.counters
         counters.revalidation_attempts += 1
         try:
             return await self._in_turn(turn)
@@ -211,7 +211,7 @@ class Revalidation:
         return retained
 
     def _report(self) -> None:
-        report = self._unit.engine.equipment.report
+        report = self._unit.engine.parts.report
         if report is None:
             return
         pins = self._unit.pins if self._committed else self._readings

@@ -96,7 +96,7 @@ class SnapshotSession:
         instance("request", request, SnapshotRequest)
         flag("retry_errors", retry_errors)
         judge = Judge(
-            self._unit.engine.equipment, request.consistency_policy, request.acceptance_policy
+            self._unit.engine.parts, request.consistency_policy, request.acceptance_policy
         )
 
         def check(snapshot: Snapshot) -> None:
@@ -125,7 +125,7 @@ class SnapshotSession:
             check(snapshot)
             succeeded = True
         finally:
-            report = unit.engine.equipment.report
+            report = unit.engine.parts.report
             if report is not None:
                 failed = sum(key in snapshot.errors for key in wanted)
                 report.session_resolved(
@@ -178,7 +178,7 @@ class SnapshotSession:
         flag("strict", strict)
         flag("force_refresh", force_refresh)
         named = self._pinned(distinct(keys))
-        judge = Judge(self._unit.engine.equipment, consistency_policy, acceptance_policy)
+        judge = Judge(self._unit.engine.parts, consistency_policy, acceptance_policy)
         if acceptance_policy is not None:
             _require_named(acceptance_policy, named)
         revalidation = Revalidation(self._unit, named, judge, forced=force_refresh, strict=strict)

@@ -42,7 +42,7 @@ from coalestra.core.values import Revision
 from coalestra.orchestration.calls import Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
 from coalestra.orchestration.flights import (
-    Acquisition,
+    Flight,
     FlightBoard,
     Gather,
     Phase,
@@ -58,7 +58,7 @@ from coalestra.orchestration.flights import (
     stale_candidate,
 )
 from coalestra.orchestration.foreign_cache import CacheReads, CacheWrites
-from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import (
     NO_PINS,
     Failed,
@@ -90,10 +90,10 @@ _GRACE_SECONDS = 0.25
 _SETTLED = Phase.SETTLED
 _WRITING = Phase.WRITING
 
-Subject = Acquisition | Gather
+Subject = Flight | Gather
 """What a step is about, and what is settled if the step fails."""
 
-Pending = dict[ResourceKey, Acquisition | Read]
+Pending = dict[ResourceKey, Flight | Read]
 
 
 class Agenda:
@@ -164,14 +164,14 @@ class SingleFlight:
     It listens to the cache, so that a read never undoes newer knowledge.
     """
 
-    def __init__(self, equipment: Equipment, variables: contextvars.Context) -> None:
-        self.equipment = equipment
+    def __init__(self, parts: Parts, variables: contextvars.Context) -> None:
+        self.parts = parts
         self.agenda: Agenda = Agenda(self.broken)
-        self.board: FlightBoard = FlightBoard(equipment.report)
+        self.board: FlightBoard = FlightBoard(parts.report)
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.deliveries: Deliveries = Deliveries(equipment)
+        self.deliveries: Deliveries = Deliveries(parts)
         self.dispatch: Dispatch = Dispatch(
-            equipment,
+            parts,
             self.deliveries,
             self.tasks,
             self.refused,
@@ -180,22 +180,22 @@ class SingleFlight:
         )
         self.hold: Callable[[Work], None] = self.dispatch.hold
         self.release: Callable[[Work], None] = self.dispatch.release
-        self.reads: CacheReads = CacheReads(equipment, self._cache_answered, self.tasks)
-        self.writes: CacheWrites = CacheWrites(equipment, self._fit, self._written)
-        self.refresher: Refresher = Refresher(equipment, variables, self.look, self.abandon)
-        self._store = equipment.access.store
-        self._leases = equipment.access.leases
+        self.reads: CacheReads = CacheReads(parts, self._cache_answered, self.tasks)
+        self.writes: CacheWrites = CacheWrites(parts, self._fit, self._written)
+        self.refresher: Refresher = Refresher(parts, variables, self.look, self.abandon)
+        self._store = parts.access.store
+        self._leases = parts.access.leases
         self._publishing: dict[ResourceKey, int] = {}
-        self._held_back: dict[ResourceKey, list[Acquisition]] = {}
+        self._held_back: dict[ResourceKey, list[Flight]] = {}
         self._renewed: dict[ResourceKey, str] = {}
         self._news: int = 0
         self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
-        equipment.access.subscribers.subscribe(self)
+        parts.access.subscribers.subscribe(self)
 
     def broken(self, subject: Subject, error: BaseException) -> None:
         """Settle what a step was about that failed: nobody waits for ever for an error of ours."""
         self._report_broken(subject, error)
-        if isinstance(subject, Acquisition):
+        if isinstance(subject, Flight):
             self.settle(subject, Failed(Failure.of_error(subject.key, error)))
             return
         self._leave_all(subject)
@@ -232,7 +232,7 @@ class SingleFlight:
         part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
         more = len(part) == _KEYS_PER_STEP
         try:
-            now, near = self.equipment.clock.now(), self.equipment.access.near
+            now, near = self.parts.clock.now(), self.parts.access.near
             for key in part:
                 self._look_for(gather, key, now, near)
         except BaseException:
@@ -257,8 +257,8 @@ class SingleFlight:
         part = tuple(islice(rest, _KEYS_AT_ONCE)) if gather.open else ()
         missed: list[tuple[ResourceKey, FreshnessPolicy, Revision | None]] = []
         try:
-            now, near = self.equipment.clock.now(), self.equipment.access.near
-            common: FreshnessPolicy | None = policy_of_all(self.equipment.policies)
+            now, near = self.parts.clock.now(), self.parts.access.near
+            common: FreshnessPolicy | None = policy_of_all(self.parts.policies)
             for key in part:
                 policy = self._policy(gather, key) if common is None else common
                 if policy is None:
@@ -306,7 +306,7 @@ class SingleFlight:
     def _policy(self, gather: Gather, key: ResourceKey) -> FreshnessPolicy | None:
         """Return the policy of a key; if there is none to be had, the key fails."""
         try:
-            return self.equipment.policies.resolve(key)
+            return self.parts.policies.resolve(key)
         except BaseException as error:
             gather.failures[key] = Failure.of_error(key, error, "freshness policy")
             pass_on(error)
@@ -325,8 +325,8 @@ class SingleFlight:
         if key in gather.pins.private:
             self._acquire_privately(gather, key, policy)
         elif gather.forced and key in gather.forced:
-            if self.equipment.report is not None:
-                self.equipment.report.cache_bypassed(key, "force_refresh")
+            if self.parts.report is not None:
+                self.parts.report.cache_bypassed(key, "force_refresh")
             # What must agree with pins is derived privately; what only has to be new is shared.
             if key in gather.private:
                 self._acquire_privately(gather, key, policy)
@@ -376,8 +376,8 @@ class SingleFlight:
         elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
             notes = {"refresh_scheduled": self._refresh(revision, mode, work)}
         work.record.cache_hits += 1
-        if self.equipment.report is not None:
-            self.equipment.report.cache_hit(key, mode.value if stale else "fresh")
+        if self.parts.report is not None:
+            self.parts.report.cache_hit(key, mode.value if stale else "fresh")
         gather.readings[key] = Reading(
             revision, policy.ttl_seconds, stale=stale, from_cache=True, notes=notes
         )
@@ -387,8 +387,8 @@ class SingleFlight:
         self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy, cached: Revision | None
     ) -> None:
         gather.work.record.cache_misses += 1
-        if self.equipment.report is not None:
-            self.equipment.report.cache_missed(key)
+        if self.parts.report is not None:
+            self.parts.report.cache_missed(key)
         self._acquire(gather, key, policy, cached)
 
     def _ask_cache(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
@@ -414,7 +414,7 @@ class SingleFlight:
             self._check(gather)
 
     def _take_from_cache(self, gather: Gather, read: Read, revision: Revision | None) -> None:
-        key, now = read.key, self.equipment.clock.now()
+        key, now = read.key, self.parts.clock.now()
         settlement = None if read.flight is None else read.flight.settlement
         if read.group.forced:
             self._acquire(gather, key, read.policy)
@@ -440,7 +440,7 @@ class SingleFlight:
 
     # Join and leave ---------------------------------------------------------------------------
 
-    def _joinable(self, key: ResourceKey) -> Acquisition | None:
+    def _joinable(self, key: ResourceKey) -> Flight | None:
         """Return the flight that newcomers may join; one that took in old news is none."""
         flight = self.board.flights.get(key)
         if flight is not None and self._news > flight.since and self._is_behind(flight):
@@ -464,7 +464,7 @@ class SingleFlight:
             self.board.hide(flight, cacheable=False)
             flight = None
         if flight is None:
-            flight = Acquisition(key, policy, gather.work, forced=forced, since=self._news)
+            flight = Flight(key, policy, gather.work, forced=forced, since=self._news)
             flight.cached = cached
             self.board.start(gather, flight)
             try:
@@ -490,16 +490,14 @@ class SingleFlight:
             self.board.join(gather, known)
             return
         forced = key in gather.forced
-        flight = Acquisition(
-            key, policy, gather.work, forced=forced, pins=gather.pins, since=self._news
-        )
+        flight = Flight(key, policy, gather.work, forced=forced, pins=gather.pins, since=self._news)
         flight.cacheable = forced
         gather.pins.private[key] = flight
         self.board.set_aside(flight)
         self.board.join(gather, flight)
         self._later(flight)
 
-    def _hurry(self, flight: Acquisition) -> None:
+    def _hurry(self, flight: Flight) -> None:
         """Let a flight, and what it waits for, queue for nothing: who holds a slot waits for it."""
         stack, seen = [flight], {id(flight)}
         while stack:
@@ -509,17 +507,17 @@ class SingleFlight:
                 self.dispatch.hurry(each)
             if each.gather is not None:
                 for awaited in each.gather.pending.values():
-                    if isinstance(awaited, Acquisition) and id(awaited) not in seen:
+                    if isinstance(awaited, Flight) and id(awaited) not in seen:
                         seen.add(id(awaited))
                         stack.append(awaited)
 
-    def _leave(self, gather: Gather, flight: Acquisition) -> None:
+    def _leave(self, gather: Gather, flight: Flight) -> None:
         """Let `gather` wait no longer. What nobody waits for is given up, or runs to its bound."""
         self.board.leave(gather, flight)
         if not flight.waiters:
             self.agenda.add(self._unwanted, flight)
 
-    def _unwanted(self, flight: Acquisition) -> None:
+    def _unwanted(self, flight: Flight) -> None:
         if flight.phase is _SETTLED or flight.waiters:
             return
         if flight.call is not None:
@@ -527,7 +525,7 @@ class SingleFlight:
         elif flight.phase is not _WRITING:
             self._drop(flight)
 
-    def _drop(self, flight: Acquisition) -> None:
+    def _drop(self, flight: Flight) -> None:
         gather = flight.gather
         self.settle(flight, Failed(Failure.unwanted(flight.key)))
         if gather is not None:
@@ -535,19 +533,19 @@ class SingleFlight:
 
     # Advance ----------------------------------------------------------------------------------
 
-    def _later(self, flight: Acquisition) -> None:
+    def _later(self, flight: Flight) -> None:
         """Advance a flight in a step of its own, and hold its work's calls back until then."""
         work = flight.living_sponsor()
         self.hold(work)
         self.agenda.add(self._advance, flight, work)
 
-    def _advance(self, flight: Acquisition, work: Work) -> None:
+    def _advance(self, flight: Flight, work: Work) -> None:
         try:
             self._go_on(flight)
         finally:
             self.release(work)
 
-    def _go_on(self, flight: Acquisition) -> None:
+    def _go_on(self, flight: Flight) -> None:
         if flight.phase is _SETTLED:
             return
         if flight.waiters:
@@ -557,7 +555,7 @@ class SingleFlight:
         else:
             self._drop(flight)
 
-    def _proceed(self, flight: Acquisition) -> None:
+    def _proceed(self, flight: Flight) -> None:
         """Send a flight on to the next source of its chain; settle it if there is none."""
         over = flight.cutoff != math.inf and flight.cutoff <= asyncio.get_running_loop().time()
         link = None if over else self._next_link(flight)
@@ -567,13 +565,13 @@ class SingleFlight:
             self.dispatch.ready(flight)
         else:
             failure = late(flight.key, flight.sponsor.deadline, flight) if over else None
-            ending = after_failures(flight, failure, self.equipment)
+            ending = after_failures(flight, failure, self.parts)
             if isinstance(ending, Failed) and ending.stale is not None:
                 self._keep_candidate(flight, ending.stale)
             self.settle(flight, ending)
 
-    def _next_link(self, flight: Acquisition) -> Link | None:
-        chains = self.equipment.chains
+    def _next_link(self, flight: Flight) -> Link | None:
+        chains = self.parts.chains
         record = flight.sponsor.record
         while flight.position < len(chains.links):
             link = chains.links[flight.position]
@@ -586,7 +584,7 @@ class SingleFlight:
                 self._note(flight, self._not_called(link, error), "failure")
         return None
 
-    def refused(self, flight: Acquisition, failure: SourceFailure, status: str) -> None:
+    def refused(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         """Take note that a source failed for a key, and let the key go on to the next one."""
         try:
             self._note(flight, failure, status)
@@ -594,10 +592,10 @@ class SingleFlight:
             self.broken(flight, fault)
         self._later(flight)
 
-    def _note(self, flight: Acquisition, failure: SourceFailure, status: str) -> None:
+    def _note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         flight.failures += (failure,)
-        if self.equipment.report is not None:
-            self.equipment.report.source_failed(flight.key, failure.source, failure, status)
+        if self.parts.report is not None:
+            self.parts.report.source_failed(flight.key, failure.source, failure, status)
 
     def _not_called(self, link: Link, error: BaseException) -> SourceFailure:
         """Return the failure of a source that was asked something else than to be called."""
@@ -606,7 +604,7 @@ class SingleFlight:
 
     # Derive: what a key rests on --------------------------------------------------------------
 
-    def _derive(self, flight: Acquisition, link: Link) -> None:
+    def _derive(self, flight: Flight, link: Link) -> None:
         """Ask for what `flight` is derived from; it goes on when all of it is settled."""
         try:
             keys = dependencies_of(link, flight.key, flight.sponsor.variables)
@@ -641,10 +639,10 @@ class SingleFlight:
 
     # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
 
-    def delivered(self, flight: Acquisition, revision: Revision, dated: bool) -> None:
+    def delivered(self, flight: Flight, revision: Revision, dated: bool) -> None:
         """Take a fresh value of a flight; `dated` if its source said when it was observed."""
         try:
-            link, report = flight.link, self.equipment.report
+            link, report = flight.link, self.parts.report
             if report is not None and link is not None:
                 report.resource_resolved(revision, link.kind.value)
             if self._news > flight.since and self._is_behind(flight):
@@ -662,12 +660,12 @@ class SingleFlight:
         except BaseException as error:
             self.broken(flight, error)
 
-    def _store_together(self, answer: Sequence[tuple[Acquisition, Revision]]) -> None:
+    def _store_together(self, answer: Sequence[tuple[Flight, Revision]]) -> None:
         """Write the values of one answer to the memory cache in one step; each is delivered later.
 
         What there has been news of meanwhile is left to its delivery.
         """
-        store, now = self._store, self.equipment.clock.now()
+        store, now = self._store, self.parts.clock.now()
         for forced in (False, True):
             fit = {
                 revision: flight
@@ -682,7 +680,7 @@ class SingleFlight:
                 for flight, outcome in zip(fit.values(), outcomes, strict=True):
                     flight.stored = outcome[0] is CacheWriteStatus.STORED
 
-    def _offer(self, flight: Acquisition) -> None:
+    def _offer(self, flight: Flight) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
         if not self._fit(flight) or flight.offered is None:
             return
@@ -691,18 +689,18 @@ class SingleFlight:
         else:
             self._put(self._store, flight, flight.offered)
 
-    def _put(self, store: EntryStore, flight: Acquisition, revision: Revision) -> None:
-        now = self.equipment.clock.now()
+    def _put(self, store: EntryStore, flight: Flight, revision: Revision) -> None:
+        now = self.parts.clock.now()
         status, current, _ = store.put(revision, now=now, replace_equal=flight.forced, teller=self)
-        self.settle(flight, after_write(flight, status, current, self.equipment))
+        self.settle(flight, after_write(flight, status, current, self.parts))
 
-    def _fit(self, flight: Acquisition) -> bool:
+    def _fit(self, flight: Flight) -> bool:
         """Whether the value of a flight may be written; if not, the flight ends without that."""
         if flight.offered is None or flight.phase is _SETTLED:
             return False
         event = flight.event
         if not flight.cacheable or (event is not None and not flight.dated):
-            self.settle(flight, instead_of_event(flight, flight.offered, self.equipment))
+            self.settle(flight, instead_of_event(flight, flight.offered, self.parts))
             return False
         if event is None:
             return True
@@ -714,11 +712,11 @@ class SingleFlight:
         self._written(flight, status, held or event)
         return False
 
-    def _written(self, flight: Acquisition, status: CacheWriteStatus, current: Revision) -> None:
+    def _written(self, flight: Flight, status: CacheWriteStatus, current: Revision) -> None:
         if flight.phase is not _SETTLED:
-            self.settle(flight, after_write(flight, status, current, self.equipment))
+            self.settle(flight, after_write(flight, status, current, self.parts))
 
-    def _keep_candidate(self, flight: Acquisition, stale: Reading) -> None:
+    def _keep_candidate(self, flight: Flight, stale: Reading) -> None:
         """Cache a stale answer that readers are about to get, so that it can stand in again."""
         revision = stale.revision
         if revision is not flight.candidate or not flight.cacheable or flight.event is not None:
@@ -726,13 +724,13 @@ class SingleFlight:
         if not any(gather.accepts_stale(flight.key) for gather in flight.waiters):
             return
         if self._store is not None:
-            self._store.put(revision, now=self.equipment.clock.now(), teller=self)
+            self._store.put(revision, now=self.parts.clock.now(), teller=self)
         else:
             self.writes.add_stale(revision, flight.policy)
 
     # Settle and tell --------------------------------------------------------------------------
 
-    def settle(self, flight: Acquisition, settlement: Settlement) -> None:
+    def settle(self, flight: Flight, settlement: Settlement) -> None:
         """End a flight, once, and tell everyone who waits for it."""
         if flight.phase is _SETTLED:
             return
@@ -748,16 +746,16 @@ class SingleFlight:
         else:
             self._hand_on(flight, settlement, deque(waiters.items()))
 
-    def _give_back(self, flight: Acquisition) -> None:
+    def _give_back(self, flight: Flight) -> None:
         """Let go of the lease of a flight that has stored nothing."""
         lease, flight.lease = flight.lease, None
-        foreign = self.equipment.access.foreign
+        foreign = self.parts.access.foreign
         if foreign is not None and lease is not None:
             in_vain = isinstance(flight.settlement, Failed) and bool(flight.failures)
             foreign.give_back(lease, failed=in_vain)
 
     def _hand_on(
-        self, flight: Acquisition, settlement: Settlement, rest: deque[tuple[Gather, bool]]
+        self, flight: Flight, settlement: Settlement, rest: deque[tuple[Gather, bool]]
     ) -> None:
         """Tell very many waiters portion by portion; one who has left meanwhile is passed over."""
         for _ in range(min(_WAITERS_PER_STEP, len(rest))):
@@ -773,7 +771,7 @@ class SingleFlight:
         try:
             reading = gather.receive(key, settlement, joined)
             if reading is not None and reading.fallback is not None:
-                report = self.equipment.report
+                report = self.parts.report
                 if report is not None:
                     report.stale_fallback_used(key, reading.fallback, from_cache=reading.from_cache)
         except BaseException as error:
@@ -857,14 +855,12 @@ class SingleFlight:
 
     def strike(self, gather: Gather) -> None:
         """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
-        self.equipment.counters.deadlines_exceeded += 1
+        self.parts.counters.deadlines_exceeded += 1
         gather.open, gather.struck = False, True
         pending = dict(gather.pending)
         self.agenda.add(self._leave_on, gather, pending, iter(tuple(pending.values())))
 
-    def _leave_on(
-        self, gather: Gather, pending: Pending, left: Iterator[Acquisition | Read]
-    ) -> None:
+    def _leave_on(self, gather: Gather, pending: Pending, left: Iterator[Flight | Read]) -> None:
         """Leave some more of what is waited for: calls that end for that say what they were at."""
         part = tuple(islice(left, _KEYS_PER_STEP))
         for awaited in part:
@@ -890,20 +886,18 @@ class SingleFlight:
             gather.failures[key] = late(key, gather.work.deadline, None)
         self._tell(gather)
 
-    def _strike_key(
-        self, gather: Gather, key: ResourceKey, awaited: Acquisition | Read | None
-    ) -> None:
-        flight = awaited if isinstance(awaited, Acquisition) else None
+    def _strike_key(self, gather: Gather, key: ResourceKey, awaited: Flight | Read | None) -> None:
+        flight = awaited if isinstance(awaited, Flight) else None
         if flight is not None and isinstance(flight.settlement, Reading):
             gather.receive(key, flight.settlement, joined=True)
             return
         failure = late(key, gather.work.deadline, flight)
         if awaited is not None and gather.accepts_stale(key):
-            stale = stale_candidate(awaited, failure, self.equipment)
+            stale = stale_candidate(awaited, failure, self.parts)
             if stale is not None:
                 gather.readings[key] = stale
-                if self.equipment.report is not None and stale.fallback is not None:
-                    self.equipment.report.stale_fallback_used(
+                if self.parts.report is not None and stale.fallback is not None:
+                    self.parts.report.stale_fallback_used(
                         key, stale.fallback, from_cache=stale.from_cache
                     )
                 return
@@ -914,7 +908,7 @@ class SingleFlight:
         for awaited in tuple(gather.pending.values()):
             self._stop_waiting(gather, awaited)
 
-    def _stop_waiting(self, gather: Gather, awaited: Acquisition | Read) -> None:
+    def _stop_waiting(self, gather: Gather, awaited: Flight | Read) -> None:
         if isinstance(awaited, Read):
             self.reads.leave(gather, awaited)
         else:
@@ -972,7 +966,7 @@ class SingleFlight:
         self.reads.hide(dict.fromkeys(keys))
         self._note_news(dict.fromkeys(keys))
 
-    def _invalidate(self, flight: Acquisition) -> None:
+    def _invalidate(self, flight: Flight) -> None:
         """Forget what a flight knows from before; its value, too, unless it is still to be read."""
         if flight.began or flight.gather is not None:
             self.board.hide(flight, cacheable=False)
@@ -1007,7 +1001,7 @@ class SingleFlight:
             for flight in tuple(self.board.deriving):
                 self.board.hide(flight, cacheable=False)
 
-    def _is_behind(self, flight: Acquisition) -> bool:
+    def _is_behind(self, flight: Flight) -> bool:
         """Whether a flight has taken in what there was news of since, or waits for one that has."""
         since = flight.since
         stack, seen = [flight], {id(flight)}
@@ -1019,7 +1013,7 @@ class SingleFlight:
                     return True
             if each.gather is not None:
                 for awaited in each.gather.pending.values():
-                    if isinstance(awaited, Acquisition) and id(awaited) not in seen:
+                    if isinstance(awaited, Flight) and id(awaited) not in seen:
                         seen.add(id(awaited))
                         stack.append(awaited)
         flight.since = self._news
@@ -1028,7 +1022,7 @@ class SingleFlight:
     def forget(self) -> None:
         """Drop everything that belonged to an event loop which has ended."""
         self.agenda.clear()
-        self.board = FlightBoard(self.equipment.report)
+        self.board = FlightBoard(self.parts.report)
         self.dispatch.forget()
         self.tasks.clear()
         self.reads.forget()
@@ -1043,14 +1037,14 @@ class SingleFlight:
         return f"<SingleFlight flights={len(self.board.flights)} tasks={len(self.tasks)}>"
 
 
-def _taken(flight: Acquisition) -> Collection[Revision]:
+def _taken(flight: Flight) -> Collection[Revision]:
     """Return every revision that a derivation has taken in so far, and what those rest on."""
     if flight.gather is None or not flight.gather.readings:
         return ()
     return lineage(reading.revision for reading in flight.gather.readings.values()).values()
 
 
-def _serves_forced(flight: Acquisition, gather: Gather) -> bool:
+def _serves_forced(flight: Flight, gather: Gather) -> bool:
     """Whether the value of a flight is sure to be read after this moment, or on the same errand."""
     if flight.event is not None:
         return False
@@ -1140,12 +1134,12 @@ class Stage:
 class Engine:
     """Runs the stages of units of work on one event loop, from the first one to the end."""
 
-    def __init__(self, equipment: Equipment, variables: contextvars.Context) -> None:
-        self.equipment = equipment
-        self.flights: SingleFlight = SingleFlight(equipment, variables)
+    def __init__(self, parts: Parts, variables: contextvars.Context) -> None:
+        self.parts = parts
+        self.flights: SingleFlight = SingleFlight(parts, variables)
         self.deliveries: Deliveries = self.flights.deliveries
         self.refresher: Refresher = self.flights.refresher
-        self.warm_reads: WarmReads = WarmReads(equipment)
+        self.warm_reads: WarmReads = WarmReads(parts)
         self._stages: dict[Gather, Stage] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.closed: bool = False
@@ -1163,7 +1157,7 @@ class Engine:
         gather.done = stage.tell
         gather.strike = lambda: self._strike(gather, stage)
         call = current_call.get()
-        if call is not None and call.origin is self.equipment and call.keys_under_way:
+        if call is not None and call.origin is self.parts and call.keys_under_way:
             gather.within = call
             self.flights.board.nest(call)
         try:
@@ -1229,10 +1223,10 @@ class Engine:
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return loop
-        self.equipment.access.attach()
+        self.parts.access.attach()
         if self._loop is not None:
             if self._loop.is_closed():
-                self.equipment.capacity.forget()
+                self.parts.capacity.forget()
             elif self.busy:
                 raise RuntimeError(
                     "this builder has work under way on another event loop; use one builder per "
@@ -1264,15 +1258,15 @@ class Engine:
         A source that runs in a thread, or ignores its cancellation, cannot be ended from outside.
         """
         self.refresher.cancel()
-        self.equipment.access.subscribers.unsubscribe(self.flights)
+        self.parts.access.subscribers.unsubscribe(self.flights)
         running = {*self.flights.dispatch.workers, *self.flights.tasks}
         for task in running:
             task.cancel()
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
         self.flights.dispatch.close()
-        if self.equipment.access.foreign is not None:
-            await self.equipment.access.foreign.drain(timeout_seconds)
+        if self.parts.access.foreign is not None:
+            await self.parts.access.foreign.drain(timeout_seconds)
         left: dict[str, int] = {}
         for task in running:
             name = task.get_name().removeprefix("coalestra ")

@@ -21,7 +21,7 @@ from coalestra.core.snapshot import Snapshot, context_of, snapshot_of
 from coalestra.core.validation import instance, number, text
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.flights import Gather, Work
-from coalestra.orchestration.parts import Equipment
+from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
 from coalestra.orchestration.singleflight import Engine
 
@@ -69,7 +69,7 @@ class UnitOfWork:
         self.pins: Pins = Pins()
         self.failures: dict[ResourceKey, Failure] = {}
         self.undelivered: bool = False
-        self._began = engine.equipment.clock.monotonic()
+        self._began = engine.parts.clock.monotonic()
 
     # Acquiring --------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class UnitOfWork:
     async def errors(self) -> dict[ResourceKey, Exception]:
         """Return a fresh error for each of the failures; made in slices, as they take a while."""
         errors: dict[ResourceKey, Exception] = {}
-        pace = self.engine.equipment.pace
+        pace = self.engine.parts.pace
         pace.begin()
         for failure in self.failed():
             errors[failure.key] = failure.make()
@@ -166,11 +166,11 @@ class UnitOfWork:
         """Return a reader's copies, and the error for each that there is none of."""
         values, uncopied = await self.engine.deliveries.values(readings, deadline)
         if cut_short(uncopied):
-            equipment = self.engine.equipment
-            equipment.counters.deadlines_exceeded += 1
-            if equipment.report is not None:
+            parts = self.engine.parts
+            parts.counters.deadlines_exceeded += 1
+            if parts.report is not None:
                 snapshot_id = self.work.context.snapshot_id
-                equipment.report.copy_deadline_exceeded(snapshot_id, "snapshot_delivery")
+                parts.report.copy_deadline_exceeded(snapshot_id, "snapshot_delivery")
         return values, uncopied
 
     def snapshot_now(self) -> Snapshot:
@@ -188,7 +188,7 @@ class UnitOfWork:
     ) -> Snapshot:
         """Return a snapshot of values and errors that are its own."""
         counted = self.work.record.counted(
-            duration_ms=(self.engine.equipment.clock.monotonic() - self._began) * 1000,
+            duration_ms=(self.engine.parts.clock.monotonic() - self._began) * 1000,
             requested_resources=len(self.requested),
             resolved_resources=len(values),
             failed_resources=len(errors),
@@ -216,7 +216,7 @@ def open_unit(
 ) -> UnitOfWork:
     """Begin a unit of work; `TypeError` or `ValueError` names the argument that is wrong."""
     engine.require_open()
-    clock = engine.equipment.clock
+    clock = engine.parts.clock
     deadline = None
     if deadline_seconds is not None:
         number("deadline_seconds", deadline_seconds, above=0)
@@ -241,13 +241,13 @@ class Judge:
 
     def __init__(
         self,
-        equipment: Equipment,
+        parts: Parts,
         consistency: SnapshotConsistencyPolicy | None,
         acceptance: SnapshotAcceptancePolicy | None,
     ) -> None:
         instance("consistency_policy", consistency, SnapshotConsistencyPolicy, optional=True)
         instance("acceptance_policy", acceptance, SnapshotAcceptancePolicy, optional=True)
-        self._equipment = equipment
+        self._parts = parts
         self._consistency = consistency
         self._acceptance = acceptance
 
@@ -263,7 +263,7 @@ class Judge:
             SnapshotConsistencyError: observations lie too far apart.
             SnapshotAcceptanceError: values are too old, stale, of too low authority, or too few.
         """
-        report = self._equipment.report
+        report = self._parts.report
         if self._consistency is not None:
             try:
                 check_consistency(self._consistency, required, optional, snapshot)
@@ -274,7 +274,7 @@ class Judge:
             if report is not None:
                 report.consistency_passed()
         if self._acceptance is not None:
-            now, policies = self._equipment.clock.now(), self._equipment.policies
+            now, policies = self._parts.clock.now(), self._parts.policies
             violations = violations_of(
                 self._acceptance, required, optional, snapshot, now, policies
             )
