@@ -226,9 +226,9 @@ class WarmReads:
         return {revision.key: Reading(revision, None, from_cache=True) for revision in revisions}
 
     def likely(self, keys: Iterable[ResourceKey]) -> bool:
-        """Whether it is worth a try: whether the first key is cached at all."""
-        store = self._parts.access.near
-        return store is not None and next(iter(keys)) in store
+        """Whether it is worth a try: not if even the first key is missing."""
+        store = self._parts.access.store
+        return store is None or next(iter(keys)) in store
 
     async def values(self, work: Work, keys: Collection[ResourceKey]) -> Values | None:
         """Return a reader's copies of all `keys`, or None if that takes more than looking."""
