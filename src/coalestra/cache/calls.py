@@ -157,7 +157,10 @@ _left_behind: set[asyncio.Task[Any]] = set()
 
 def leave_behind(task: asyncio.Task[Any]) -> None:
     """Cancel a call that nobody waits for any more, however it may end; one that is over is not."""
-    if task.done() or task.get_loop().is_closed():
+    if task.done():
+        _forget(task)
+        return
+    if task.get_loop().is_closed():
         return
     task.cancel()
     _left_behind.add(task)
