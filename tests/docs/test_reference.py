@@ -87,7 +87,8 @@ def test_every_public_name_is_in_one_table_of_the_public_api(package: str) -> No
         pytest.importorskip("msgspec")
     found = public_names.sections(public_names.PAGE.read_text(encoding="utf-8"))
     listed = [name for section in found if section.package == package for name in section.names]
-    assert sorted(listed) == sorted(importlib.import_module(package).__all__)
+    remedy = "put | `name` | into a table; python -m tests.docs.public_names --write"
+    assert sorted(listed) == sorted(importlib.import_module(package).__all__), remedy
 
 
 def test_a_public_name_without_a_docstring_is_refused() -> None:
