@@ -296,8 +296,10 @@ async def test_a_build_cancelled_in_the_queue_leaves_its_place_to_the_next() -> 
     gate = Gate()
     source = gated(gate)
     building = builder(source, max_concurrency=1)
-    tasks = [asyncio.ensure_future(building.build([key("x", subject)])) for subject in "abc"]
-    assert await in_use(building) == (1, 2)
+    tasks = []
+    for waiting, subject in enumerate("abc"):
+        tasks.append(asyncio.ensure_future(building.build([key("x", subject)])))
+        assert await in_use(building) == (1, waiting)
     tasks[1].cancel()
     assert await in_use(building) == (1, 1)
     gate.open()

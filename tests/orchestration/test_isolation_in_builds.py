@@ -481,8 +481,10 @@ async def test_closing_wakes_those_who_wait_for_a_copy_thread() -> None:
     stuck, building = with_stuck(Stock("k", {"k": [1]}), max_copy_concurrency=1)
     await building.build([K])
     stuck.armed = True
-    readers = [asyncio.ensure_future(building.build([K])) for _ in range(2)]
-    await settle()
+    readers = []
+    for _ in range(2):
+        readers.append(asyncio.ensure_future(building.build([K])))
+        await settle()
     closing_builder = asyncio.ensure_future(building.aclose())
     await settle()
     assert [each.done() for each in readers] == [False, True]

@@ -293,8 +293,7 @@ async def test_closing_delivers_what_waits_in_buffers_or_discards_it(drain: bool
     await building.build([K])
     await asyncio.to_thread(sink.gate.wait_arrived)
     closing = asyncio.ensure_future(building.aclose())
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await settle()
     sink.gate.open()
     await closing
     assert (sink.seen.count("snapshot_built") == 2) is drain

@@ -5,7 +5,7 @@ from tests.support.clocks import EPOCH, LoopClock, ManualClock
 from tests.support.gates import Gate, ThreadGate
 from tests.support.leaks import no_leaks, settle
 from tests.support.running import Leak, run_real, run_virtual
-from tests.support.virtual_loop import Deadlock, ShuffledLoop, VirtualLoop
+from tests.support.virtual_loop import Deadlock, ShuffledLoop, VirtualLoop, loop_turn
 
 __all__ = [
     "EPOCH",
@@ -18,6 +18,7 @@ __all__ = [
     "ThreadGate",
     "VirtualLoop",
     "cancel_at_every_await",
+    "loop_turn",
     "no_leaks",
     "run_real",
     "run_virtual",

@@ -246,6 +246,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             raise RuntimeError(f"{method} from another thread; use call_soon_threadsafe")
 
 
+def loop_turn() -> int:
+    """How many steps the running loop has begun: two things with one number share a turn."""
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, VirtualLoop):
+        raise TypeError("only a VirtualLoop counts its steps")
+    return loop.steps
+
+
 class ShuffledLoop(VirtualLoop):
     """A virtual loop that runs the tasks of each step in an order drawn from ``seed``.
 
