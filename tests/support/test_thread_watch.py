@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
+from types import SimpleNamespace
+
+import pytest
 
 from coalestra.concurrency.threads import WorkerThreads
-from tests.support import ThreadGate, settle
+from tests.support import ThreadGate, settle, thread_watch
 from tests.support.thread_watch import BLOCKED_SECONDS, ThreadWatch, library_jobs
 from tests.support.virtual_loop import PATIENCE
 
@@ -64,3 +68,56 @@ async def test_a_blocked_thread_is_given_up_long_before_the_end_of_patience() ->
     assert BLOCKED_SECONDS <= time.monotonic() - began < PATIENCE
     released.set()
     await call
+
+
+def waiting_thread(condition: threading.Condition) -> threading.Thread:
+    """A thread that has begun to wait for the condition; the caller may take its lock."""
+
+    def wait() -> None:
+        with condition:
+            begun.set()
+            condition.wait(30)
+
+    begun = threading.Event()
+    thread = threading.Thread(target=wait, name="sleeper")
+    thread.start()
+    assert begun.wait(30)
+    return thread
+
+
+@pytest.fixture
+def looks_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let more than the time that makes a thread count as blocked pass between any two looks."""
+    clock = itertools.count(1, 2 * BLOCKED_SECONDS)
+    monkeypatch.setattr(thread_watch, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
+def is_given_up(watch: ThreadWatch) -> bool:
+    """Whether nobody counts as working any more at the second look."""
+    watch.working(jobs=0)
+    return watch.working(jobs=0) == []
+
+
+@pytest.mark.usefixtures("looks_far_apart")
+def test_a_thread_that_has_been_notified_is_working_however_long_it_gets_no_processor() -> None:
+    """Holding the lock that it needs to go on stands for a machine that is busy elsewhere."""
+    watch, condition = ThreadWatch(), threading.Condition()
+    thread = waiting_thread(condition)
+    with condition:
+        assert is_given_up(watch)
+        condition.notify()
+        assert not is_given_up(watch)
+    thread.join()
+
+
+@pytest.mark.usefixtures("looks_far_apart")
+def test_who_waits_for_the_end_of_a_thread_is_blocked_as_long_as_that_one() -> None:
+    watch, condition = ThreadWatch(), threading.Condition()
+    sleeper = waiting_thread(condition)
+    follower = threading.Thread(target=sleeper.join, name="follower")
+    follower.start()
+    with condition:
+        assert is_given_up(watch)
+        condition.notify()
+    follower.join()
+    assert watch.working(jobs=0) == []

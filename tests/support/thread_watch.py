@@ -2,7 +2,8 @@
 
 Virtual time stands still while a thread works on something the loop was promised. It may move
 again once every such thread is *parked*: held at a ``ThreadGate``, or blocked on a lock for
-``BLOCKED_SECONDS`` of real time, so that only the test (or a timer) can set it going.
+``BLOCKED_SECONDS`` of real time, so that only the test (or a timer) can set it going. A thread that
+has been notified is never parked, however long a busy machine takes to give it a processor.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class ThreadWatch:
                 idle = _is_at_rest(frames[ident])
             else:
                 idle = _is_idle(place, is_worker=is_worker)
-            if idle:
+            if _is_released(frames[ident]):
+                names.append(thread.name)
+            elif idle:
                 self._sightings.pop(ident, None)
             elif ident in parked or self._is_blocked(ident, frames[ident]):
                 held += is_worker
@@ -142,6 +145,25 @@ def _module(frame: FrameType | None) -> str:
 
 def _is_waiting(frame: FrameType) -> bool:
     return _module(frame) in _WAITING_MODULES
+
+
+def _is_released(frame: FrameType) -> bool:
+    """Whether what this thread waited for has come, and it only has not gone on yet.
+
+    A condition forgets a waiter as it notifies it, the list of threads forgets one that ends, and
+    who waits for a change of the library's state has a function that looks at it.
+    """
+    current: FrameType | None = frame
+    while current is not None and _is_waiting(current):
+        own = current.f_locals
+        if "holds" in own:
+            return bool(own["holds"]())
+        if isinstance(own.get("self"), threading.Condition) and "waiter" in own:
+            return own["waiter"] not in own["self"]._waiters
+        if isinstance(own.get("self"), threading.Thread) and current.f_code.co_name == "join":
+            return own["self"] not in threading.enumerate()
+        current = current.f_back
+    return False
 
 
 def _own_frame(frame: FrameType) -> FrameType | None:
