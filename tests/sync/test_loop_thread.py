@@ -8,6 +8,7 @@ import functools
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_waiting_on_the_loops_own_thread_is_refused_with_the_remedy(
         loop_thread.run("outer()", wait_for_itself)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt, also where the tests run in the background and it would be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_wait_cancels_the_work(loop_thread: LoopThread) -> None:
     cancelled = threading.Event()
 
@@ -111,6 +121,7 @@ def test_an_interrupted_wait_cancels_the_work(loop_thread: LoopThread) -> None:
     assert cancelled.wait(PATIENCE)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_wait_interrupted_before_it_began_cancels_the_work_too(
     loop_thread: LoopThread,
 ) -> None:
