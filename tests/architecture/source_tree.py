@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +64,10 @@ class Module:
                 yield node
 
 
-def modules() -> list[Module]:
-    """Every module of the library."""
-    return [Module(path) for path in sorted(PACKAGE.rglob("*.py"))]
+@cache
+def modules() -> tuple[Module, ...]:
+    """Every module of the library, read and parsed once."""
+    return tuple(Module(path) for path in sorted(PACKAGE.rglob("*.py")))
 
 
 def length(node: Definition) -> int:
