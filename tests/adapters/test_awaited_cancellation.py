@@ -10,10 +10,13 @@ import pytest
 
 from tests.adapters.sample_calls import adapter, call
 
-pytestmark = pytest.mark.skipif(
-    sys.version_info < (3, 11),
-    reason="before Python 3.11 a task does not say who asked for its cancellation",
-)
+pytestmark = [
+    pytest.mark.concurrency,
+    pytest.mark.skipif(
+        sys.version_info < (3, 11),
+        reason="before Python 3.11 a task does not say who asked for its cancellation",
+    ),
+]
 
 
 async def test_a_coroutine_that_raises_cancelled_error_has_failed() -> None:

@@ -12,6 +12,8 @@ from coalestra.core.keys import ResourceKey
 from tests.contracts.samples import A, B, C, begun
 from tests.support import cancel_at_every_await, settle
 
+pytestmark = pytest.mark.concurrency
+
 
 async def test_operations_on_one_key_run_one_after_the_other_in_order() -> None:
     lanes = KeyLanes()

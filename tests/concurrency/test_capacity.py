@@ -16,6 +16,8 @@ from coalestra.concurrency.capacity import (
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from tests.support import cancel_at_every_await, run_virtual, settle
 
+pytestmark = pytest.mark.concurrency
+
 
 async def finish(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:

@@ -22,6 +22,8 @@ from coalestra.core.errors import (
 )
 from tests.support import LoopClock, ShuffledLoop, ThreadGate, cancel_at_every_await, settle
 
+pytestmark = pytest.mark.concurrency
+
 
 class Held:
     """Takes as long to copy as its gate stays closed."""

@@ -11,6 +11,8 @@ import pytest
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from tests.support import Gate, settle
 
+pytestmark = pytest.mark.concurrency
+
 
 def soon(seconds: float = 1.0) -> float:
     return asyncio.get_running_loop().time() + seconds

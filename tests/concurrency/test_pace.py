@@ -9,6 +9,8 @@ import pytest
 from coalestra.concurrency.pace import SLICE_SECONDS, Pace
 from tests.support import VirtualLoop
 
+pytestmark = pytest.mark.concurrency
+
 
 async def test_a_used_up_slice_lets_others_run_and_starts_a_new_one(
     monkeypatch: pytest.MonkeyPatch,

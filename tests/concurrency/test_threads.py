@@ -25,6 +25,8 @@ from coalestra.concurrency.threads import (
 from tests.support import ThreadGate, settle
 from tests.support.strikes import at_every_line
 
+pytestmark = pytest.mark.concurrency
+
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
 
 

@@ -12,6 +12,8 @@ import pytest
 from coalestra.concurrency.capacity import WaitQueue
 from tests.support import settle
 
+pytestmark = pytest.mark.concurrency
+
 
 def nothing() -> None:
     """Give nothing back."""

@@ -22,6 +22,8 @@ from coalestra.orchestration import calls
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
 from tests.support import Gate, LoopClock, no_leaks, settle
 
+pytestmark = pytest.mark.concurrency
+
 K = key("x", "1")
 
 

@@ -21,6 +21,8 @@ from coalestra import (
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
 from tests.support import Gate, no_leaks, settle
 
+pytestmark = pytest.mark.concurrency
+
 
 class Crowd:
     """Counts those inside, and remembers how many there were at most."""

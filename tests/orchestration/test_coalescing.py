@@ -18,6 +18,8 @@ from coalestra import (
 from tests.orchestration.scripted import Batch, Single, builder, key, latency
 from tests.support import Gate, no_leaks, settle
 
+pytestmark = pytest.mark.concurrency
+
 A, B = key("single", "a"), key("single", "b")
 
 

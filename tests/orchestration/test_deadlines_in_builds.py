@@ -26,6 +26,8 @@ from coalestra import (
 from tests.orchestration.scripted import ONCE, Batch, Derived, Single, builder, key, latency
 from tests.support import ManualClock, ThreadGate, no_leaks, settle
 
+pytestmark = pytest.mark.concurrency
+
 X = key("x", "1")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coalestra import FetchContext
 from coalestra.orchestration.flights import Flight, FlightBoard, Gather, Work
 from coalestra.orchestration.readings import Pins
 from tests.orchestration.scripted import LASTING, key
+
+pytestmark = pytest.mark.concurrency
 
 
 def test_a_flight_may_still_end_when_the_board_was_cleared() -> None:

@@ -23,6 +23,8 @@ from coalestra import (
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
 from tests.support import Gate, cancel_at_every_await, no_leaks, settle
 
+pytestmark = pytest.mark.concurrency
+
 X = key("x", "1")
 
 

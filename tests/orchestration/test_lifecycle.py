@@ -29,6 +29,8 @@ from tests.orchestration.scripted import LASTING, ONCE, Batch, Derived, Single, 
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ManualClock, ThreadGate, no_leaks, run_virtual, settle
 
+pytestmark = pytest.mark.concurrency
+
 K = key("k")
 SWR = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
 

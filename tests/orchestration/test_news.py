@@ -20,6 +20,8 @@ from coalestra import (
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.support import Gate, LoopClock, no_leaks, settle
 
+pytestmark = pytest.mark.concurrency
+
 BASE, D = key("base"), key("d")
 
 

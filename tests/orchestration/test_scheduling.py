@@ -16,6 +16,8 @@ from coalestra import (
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
 from tests.support import Gate, no_leaks, settle
 
+pytestmark = pytest.mark.concurrency
+
 
 async def test_sources_of_equal_latency_take_one_latency_together() -> None:
     sources = [Single(f"s{i}", fetch=latency(1), priority=i) for i in range(5)]

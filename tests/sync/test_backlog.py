@@ -13,6 +13,8 @@ from coalestra.sync import Operation, SubmissionBacklog
 from tests.support.strikes import at_every_line
 from tests.sync.steps import in_thread, outcome
 
+pytestmark = pytest.mark.concurrency
+
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:

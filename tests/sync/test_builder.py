@@ -18,6 +18,8 @@ from coalestra.sync import SyncResourcePublisher, SyncSnapshotBuilder
 from tests.sync.sources import Prices, builder, source
 from tests.sync.steps import PRICE, VOLUME, Door, error_of, in_a_fork, in_thread, outcome
 
+pytestmark = pytest.mark.concurrency
+
 
 @pytest.fixture
 def prices() -> Prices:

@@ -33,6 +33,8 @@ from tests.sync.steps import (
     outcome,
 )
 
+pytestmark = pytest.mark.concurrency
+
 
 def test_closing_ends_the_thread_and_the_builder_and_can_be_repeated() -> None:
     made = builder(Prices())

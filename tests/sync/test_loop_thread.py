@@ -19,6 +19,8 @@ from coalestra.core.errors import BuilderClosedError
 from coalestra.sync import LoopThread, SubmissionBacklog
 from tests.sync.steps import PATIENCE, Door, error_of, in_a_fork, in_thread, outcome
 
+pytestmark = pytest.mark.concurrency
+
 REQUEST = contextvars.ContextVar("request", default="none")
 
 

@@ -22,6 +22,8 @@ from coalestra.sync import LoopThread, SubmissionBacklog, SyncResourcePublisher
 from tests.sync.fakes import RESULT, RecordingPublisher
 from tests.sync.steps import PRICE, VOLUME, error_of, in_a_fork, in_thread, outcome
 
+pytestmark = pytest.mark.concurrency
+
 
 @pytest.fixture
 def downstream() -> Iterator[RecordingPublisher]:
