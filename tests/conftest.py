@@ -34,6 +34,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--loop-seed", type=int, default=0, help="the seed of --loop=shuffled (default: 0)"
     )
     parser.addoption(
+        "--worlds",
+        type=int,
+        default=100,
+        help="how many random worlds each test of the simulation lives through (default: 100)",
+    )
+    parser.addoption(
+        "--distributions",
+        metavar="FOLDER",
+        help="verify the distributions in this folder instead of building some",
+    )
+    parser.addoption(
         "--installed",
         action="store_true",
         help="refuse to start unless coalestra comes from an installation, not from src",
@@ -41,11 +52,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--loop") == "eager" and not hasattr(asyncio, "eager_task_factory"):
+        raise pytest.UsageError("--loop=eager: eager tasks came with Python 3.12")
     if config.getoption("--installed"):
         found = importlib.util.find_spec("coalestra")
         origin = "nowhere" if found is None or found.origin is None else found.origin
         if "site-packages" not in origin:
             raise pytest.UsageError(f"--installed, but coalestra comes from {origin}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With another loop than the usual one, run only those tests to which it makes a difference."""
+    if config.getoption("--loop") == "virtual":
+        return
+    config.hook.pytest_deselected(items=[item for item in items if not _runs_on_the_loop(item)])
+    items[:] = filter(_runs_on_the_loop, items)
+
+
+def _runs_on_the_loop(item: pytest.Item) -> bool:
+    function = getattr(item, "obj", None)
+    function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
+    real = item.get_closest_marker("real_loop") is not None
+    return inspect.iscoroutinefunction(function) and not real
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -84,11 +112,8 @@ def _loop_for(config: pytest.Config) -> VirtualLoop:
     kind = config.getoption("--loop")
     if kind == "shuffled":
         return ShuffledLoop(config.getoption("--loop-seed"))
-    eager = getattr(asyncio, "eager_task_factory", None)
-    if kind == "eager" and eager is None:
-        pytest.skip("eager tasks came with Python 3.12")
     loop = VirtualLoop()
     loop.set_debug(kind == "debug")
     if kind == "eager":
-        loop.set_task_factory(eager)
+        loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 - not in 3.11
     return loop

@@ -20,7 +20,6 @@ from tests.simulation.world import PAIR, World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
 
 BLOCKS = 10
-SEEDS_PER_BLOCK = 40
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +29,20 @@ def _without_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "SLICE_SECONDS", math.inf)
 
 
+@pytest.fixture
+def worlds(pytestconfig: pytest.Config) -> int:
+    """How many worlds to live through, as asked for with ``--worlds``."""
+    return int(pytestconfig.getoption("--worlds"))
+
+
 @pytest.mark.parametrize("block", range(BLOCKS))
-def test_no_schedule_breaks_a_law(block: int) -> None:
-    run_block(block)
+def test_no_schedule_breaks_a_law(block: int, worlds: int) -> None:
+    run_block(block, worlds)
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
-    block: int, monkeypatch: pytest.MonkeyPatch
+    block: int, worlds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every loop over many things that may give others a turn does so after each single thing."""
     for module in (singleflight, pace):
@@ -48,12 +53,12 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     monkeypatch.setattr(calls, "_CALLS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
     monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)
-    run_block(block)
+    run_block(block, worlds)
 
 
-def run_block(block: int) -> None:
-    """Live through some seeds."""
-    for seed in range(block * SEEDS_PER_BLOCK, (block + 1) * SEEDS_PER_BLOCK):
+def run_block(block: int, worlds: int) -> None:
+    """Live through the worlds of a block; the blocks share all seeds below ``worlds``."""
+    for seed in range(block, worlds, BLOCKS):
         try:
             run_virtual(live(seed), loop=ShuffledLoop(seed))
         except BaseException as error:
