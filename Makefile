@@ -4,15 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
-METADATA := pyproject.toml src/coalestra/_version.py
+PYTEST := $(RUN) -m pytest -q
+PARALLEL := -n auto --maxprocesses=4
 WITHOUT := --ignore=tests/release
+WORLDS := 1000
+TAG := $(shell git describe --exact-match --tags 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix quality bench bench-quick clean
+.PHONY: help demo test simulate test-matrix quality release-check bench bench-quick clean
+.PHONY: check-source check-workflows check-versions check-tests distributions
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.package ## run the example application (docs/examples/first_run.py)
 	@echo "== demo: docs/examples/first_run.py"
@@ -20,30 +25,58 @@ demo: $(VENV)/.package ## run the example application (docs/examples/first_run.p
 
 test: $(VENV)/.dev ## run the tests on the Python of .venv, in random order
 	@echo "== tests"
-	@$(RUN) -m pytest -q $(WITHOUT)
+	@$(PYTEST) $(PARALLEL) $(WITHOUT)
+
+simulate: $(VENV)/.dev ## live through many random worlds (WORLDS=1000)
+	@echo "== $(WORLDS) random worlds, twice"
+	@$(PYTEST) $(PARALLEL) tests/simulation --worlds=$(WORLDS)
 
 test-matrix: $(VENV)/.dev ## build the wheel once and test it on every supported Python found
 	@echo "== tests of the wheel on every Python found"
 	@$(RUN) tests/release/matrix.py
 
-quality: $(VENV)/.dev ## format, lint, types, architecture, tests, documents, wheel
+quality: check-source check-workflows check-versions check-tests distributions ## everything that is checked before a merge
+	@echo "== all good"
+
+release-check: quality ## the same, and that the tag of this commit (TAG=vX.Y.Z) names the version
+	@echo "== release: tag $(or $(TAG),(none)), distributions"
+	@$(RUN) tests/release/versions.py $(TAG)
+	@cd dist && sha256sum *
+
+check-source: $(VENV)/.dev
 	@echo "== format"
 	@$(RUN) -m ruff format --check .
 	@echo "== lint"
 	@$(RUN) -m ruff check .
 	@echo "== types"
 	@$(RUN) -m mypy
-	@echo "== architecture and public names"
-	@$(RUN) -m pytest -q tests/architecture
-	@echo "== documents"
-	@$(RUN) -m pytest -q tests/docs
-	@echo "== release: what is built, and what it says of itself"
-	@$(RUN) -m pytest -q tests/release
-	@echo "== tests of the wheel, alone in a clean environment"
-	@$(RUN) tests/release/matrix.py --only-this
-	@echo "== tests, with the lines of the library they reach"
-	@$(RUN) -m coverage run -m pytest -q $(WITHOUT) --ignore=tests/architecture --ignore=tests/docs
-	@$(RUN) -m coverage report --format=total | sed 's/.*/branch coverage: & %/'
+
+check-workflows: $(VENV)/.workflows
+	@echo "== workflows"
+	@$(BIN)/actionlint
+	@$(BIN)/zizmor --offline --quiet --no-progress .github
+
+check-versions: $(VENV)/.dev
+	@echo "== version: pyproject.toml, coalestra.__version__, CHANGELOG.md"
+	@$(RUN) tests/release/versions.py
+	@echo "== contract of 0.6: capabilities and safety"
+	@$(RUN) -I -W error tests/release/contract.py src
+	@echo "== public names: the exact manifest"
+	@$(RUN) tests/architecture/public_api.py
+
+check-tests: $(VENV)/.dev
+	@echo "== number of tests"
+	@$(RUN) tests/release/counting.py 700
+	@echo "== concurrency: interleavings that are forced, in fixed order"
+	@$(PYTEST) -p no:randomly -m concurrency $(WITHOUT)
+	@echo "== all tests, with the lines of the library they reach"
+	@$(PYTEST) $(PARALLEL) $(WITHOUT) --cov --cov-report=
+
+distributions: $(VENV)/.dev ## build the wheel and the source distribution into dist/, and verify them
+	@echo "== distributions, and the wheel alone in a clean environment"
+	@rm -rf dist
+	@$(RUN) -m build --outdir dist . >/dev/null
+	@$(PYTEST) tests/release --distributions=dist
 
 bench: $(VENV)/.bench ## measure the library, and others beside it
 	@echo "== benchmarks"
@@ -79,7 +112,7 @@ $(VENV)/.made:
 	fi
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.made $(METADATA)
+$(VENV)/.package: $(VENV)/.made pyproject.toml
 	@echo "== installing coalestra into $(VENV)"
 	@$(PIP) -e .
 	@touch $@
@@ -87,6 +120,11 @@ $(VENV)/.package: $(VENV)/.made $(METADATA)
 $(VENV)/.dev: $(VENV)/.package
 	@echo "== installing the development tools into $(VENV)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.workflows: $(VENV)/.package
+	@echo "== installing the checkers of workflows into $(VENV)"
+	@$(PIP) -e '.[workflows]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.package

@@ -1,9 +1,10 @@
 """Describe every public name of the package; the manifest beside this file is that description.
 
-Usage: python tests/architecture/public_api.py [--write]
+Usage: python tests/architecture/public_api.py [--installed] [--write]
 
-Prints where the package and ``public_api.json`` differ, or writes the manifest anew. A change of
-the manifest is a change of the public interface and belongs in CHANGELOG.md.
+Prints where the package of this checkout (or the one that is installed) and ``public_api.json``
+differ, and fails if they do; or writes the manifest anew. A change of the manifest is a change of
+the public interface and belongs in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -243,16 +244,19 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def main() -> int:
     options = argparse.ArgumentParser(description="Compare the public interface with its manifest.")
     options.add_argument("--write", action="store_true", help="write the manifest anew")
-    sys.path.insert(0, str(ROOT / "src"))
+    options.add_argument("--installed", action="store_true", help="of the package installed")
+    chosen = options.parse_args()
+    if not chosen.installed:
+        sys.path.insert(0, str(ROOT / "src"))
     described = json.loads(rendered(describe_package()))
     before = json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
     lines = differences(before, described)
-    if options.parse_args().write:
+    if chosen.write:
         MANIFEST.write_text(rendered(described), encoding="utf-8")
     for line in lines:
         print(line)
     print(f"{len(described['coalestra'])} public names, {len(lines)} differences")
-    return 0
+    return 1 if lines and not chosen.write else 0
 
 
 if __name__ == "__main__":

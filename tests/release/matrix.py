@@ -3,7 +3,8 @@
 Usage: python tests/release/matrix.py [--only-this] [--wheel FILE]
 
 The default Python is the one that runs this file; it is never skipped. Of the others supported,
-those that are found on the PATH or among pyenv's versions are tested as well, two at a time.
+those that are found on the PATH or among pyenv's versions are tested as well. On each the whole
+suite runs, and then the async tests once more on loops that order tasks differently.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venvs"
 SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")
-TEST_TOOLS = ("pytest", "pytest-randomly", "hypothesis")
+TEST_TOOLS = ("pytest", "pytest-randomly", "pytest-xdist", "hypothesis")
+PARALLEL = ("-n", "auto", "--maxprocesses=4")
+COUNTED = re.compile(r"(\d+) (failed|errors?|passed|skipped|xfailed|xpassed)")
 DEFAULT = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the tests went on one Python: everything printed, and whether it is good."""
+    """How a run of tests went on one Python: everything printed, and whether it is good."""
 
     version: str
+    kind: str
     passed: bool
     output: str
 
@@ -128,19 +133,50 @@ def environment_for(version: str, python: Path) -> Path:
     return mine
 
 
-def outcome_on(version: str, python: Path, wheel: Path) -> Outcome:
+def install(version: str, python: Path, wheel: Path) -> Path:
+    """Make an environment that holds the test tools and the wheel; return its Python."""
+    mine = environment_for(version, python)
+    run([str(mine), "-m", "pip", "uninstall", "-qq", "-y", "coalestra"])
+    run([str(mine), "-m", "pip", "install", "-qq", "--no-index", "--no-deps", str(wheel)])
+    return mine
+
+
+def kinds_of_runs(version: str) -> list[list[str]]:
+    """The options of each run on a Python: in order, shuffled by its own seed, and eagerly."""
+    minor = int(version.partition(".")[2])
+    kinds = [["--worlds=400"], ["--loop=shuffled", f"--loop-seed={minor}"]]
+    return [*kinds, ["--loop=eager"]] if minor >= 12 else kinds
+
+
+def outcomes_on(version: str, python: Path, wheel: Path) -> Iterator[Outcome]:
     """Install the wheel, and only the wheel, and run the tests against it."""
     try:
-        mine = environment_for(version, python)
-        run([str(mine), "-m", "pip", "uninstall", "-qq", "-y", "coalestra"])
-        run([str(mine), "-m", "pip", "install", "-qq", "--no-index", "--no-deps", str(wheel)])
-        # Without "src" on the path the tests can only find the package that was installed.
-        pytest = [str(mine), "-m", "pytest", "-q", "-o", "pythonpath=.", "--installed"]
-        own_cache = ["-o", f"cache_dir={ENVIRONMENTS / version / '.pytest_cache'}"]
-        output = run([*pytest, *own_cache, "tests", "--ignore=tests/release"])
+        mine = install(version, python, wheel)
     except CommandFailed as failure:
-        return Outcome(version, False, failure.output)
-    return Outcome(version, True, output)
+        yield Outcome(version, "installation", False, failure.output)
+        return
+    # Without "src" on the path the tests can only find the package that was installed.
+    pytest = [str(mine), "-m", "pytest", "-q", "-o", "pythonpath=.", "--installed", *PARALLEL]
+    own_cache = ["-o", f"cache_dir={ENVIRONMENTS / version / '.pytest_cache'}"]
+    for kind in kinds_of_runs(version):
+        try:
+            output = run([*pytest, *own_cache, *kind, "tests", "--ignore=tests/release"])
+        except CommandFailed as failure:
+            yield Outcome(version, " ".join(kind), False, failure.output)
+        else:
+            yield Outcome(version, " ".join(kind), True, output)
+
+
+def total(summaries: Iterable[str]) -> str:
+    """The counts of all closing lines together; a run that closed without any is an error."""
+    counts: Counter[str] = Counter()
+    for summary in summaries:
+        found = COUNTED.findall(summary) or [("1", "error")]
+        for number, result in found:
+            counts[result] += int(number)
+    first = ("failed", "error", "errors", "passed")
+    order = [name for name in first if counts[name]] + sorted(counts.keys() - {*first})
+    return ", ".join(f"{counts[result]} {result}" for result in order)
 
 
 def chosen_pythons(only_this: bool) -> dict[str, Path]:
@@ -165,16 +201,16 @@ def main() -> int:
     pythons = chosen_pythons(chosen.only_this)
     wheel = chosen.wheel or build_wheel(ROOT / "dist")
     print(f"testing {wheel.name} on Python {', '.join(pythons)}", flush=True)
+    began = time.monotonic()
     outcomes = []
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        runs = [pool.submit(outcome_on, version, pythons[version], wheel) for version in pythons]
-        for done in runs:
-            outcome = done.result()
+    for version, python in pythons.items():
+        for outcome in outcomes_on(version, python, wheel):
             outcomes.append(outcome)
             if not outcome.passed:
                 print(outcome.output, flush=True)
-            print(f"Python {outcome.version}: {outcome.summary}", flush=True)
-    print(f"==== {outcomes[-1].summary} ====")
+            print(f"Python {version} {outcome.kind}: {outcome.summary}", flush=True)
+    counts = total(outcome.summary for outcome in outcomes)
+    print(f"==== {counts} in {time.monotonic() - began:.2f}s ====")
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
