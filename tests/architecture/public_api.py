@@ -44,6 +44,14 @@ def describe_package() -> dict[str, Any]:
     }
 
 
+def recorded() -> dict[str, Any]:
+    """What the manifest says, but of parts that need something which is not installed here."""
+    manifest: dict[str, Any] = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    for part in extras_missing():
+        del manifest["parts"][f"coalestra.{part}"]
+    return manifest
+
+
 def extras_missing() -> set[str]:
     """The parts that need something which is not installed here."""
     needs = {"redis": ("redis", "msgspec")}
@@ -248,9 +256,10 @@ def main() -> int:
     chosen = options.parse_args()
     if not chosen.installed:
         sys.path.insert(0, str(ROOT / "src"))
+    if chosen.write and extras_missing():
+        options.error(f"nothing is written without what {extras_missing()} need")
     described = json.loads(rendered(describe_package()))
-    before = json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
-    lines = differences(before, described)
+    lines = differences(recorded(), described)
     if chosen.write:
         MANIFEST.write_text(rendered(described), encoding="utf-8")
     for line in lines:

