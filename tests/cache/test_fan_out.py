@@ -11,12 +11,11 @@ from coalestra.cache.calls import call_each
 from coalestra.core.errors import CacheTimeoutError
 from tests.support import Gate, cancel_at_every_await, settle
 
+pytestmark = pytest.mark.concurrency
+
 
 class Panic(BaseException):
     """No ordinary exception."""
-
-pytestmark = pytest.mark.concurrency
-
 
 async def test_no_more_than_the_limit_run_at_a_time_and_all_are_done() -> None:
     running = peak = 0

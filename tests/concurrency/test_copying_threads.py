@@ -8,6 +8,7 @@ import gc
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from coalestra.core.errors import (
     PayloadIsolationError,
     SnapshotDeadlineExceededError,
 )
-from tests.support import LoopClock, ShuffledLoop, ThreadGate, cancel_at_every_await, settle
+from tests.support import LoopClock, ThreadGate, VirtualLoop, cancel_at_every_await, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -126,21 +127,25 @@ async def test_a_failure_after_the_waiter_has_left_is_counted_and_reported_to_no
     assert copies.health().failure_count == 1
 
 
+def as_the_next_turn_comes(copies: PayloadCopies, strike: Callable[[], object]) -> None:
+    """Call ``strike`` once a waiter has been given the slot, before it can go on."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    waiting = copies.health().waiting_for_capacity
+    loop.interrupt_when(lambda: copies.health().waiting_for_capacity < waiting, strike)
+
+
 async def test_a_waiter_cancelled_as_its_turn_comes_hands_the_turn_on() -> None:
     """Or the slot would be lost for ever."""
-    if isinstance(asyncio.get_running_loop(), ShuffledLoop):
-        pytest.skip("who goes first is what this is about")
     copies = PayloadCopies("builder", max_concurrency=1)
     gate, never = ThreadGate(), ThreadGate("never")
-
-    async def seal_and_cancel_the_next() -> None:
-        await copies.seal(Held(gate), context="test")
-        second.cancel()
-
-    first = asyncio.create_task(seal_and_cancel_the_next())
+    first = start(copies, Held(gate))
     await settle()
-    second, third = start(copies, Held(never)), start(copies, Held(gate))
+    second = start(copies, Held(never))
     await settle()
+    third = start(copies, Held(gate))
+    await settle()
+    as_the_next_turn_comes(copies, second.cancel)
     gate.open()
     await asyncio.wait([first, second, third])
     assert second.cancelled()
@@ -310,22 +315,16 @@ class TestClosing:
         copies = PayloadCopies("builder", max_concurrency=1)
         gate, late = ThreadGate(), ThreadGate()
         late.open()
-
-        async def seal_and_close() -> None:
-            await copies.seal(Held(gate), context="test")
-            copies.close()
-
-        first = asyncio.create_task(seal_and_close())
+        first = start(copies, Held(gate))
         await settle()
         second = start(copies, Held(late))
         await settle()
+        as_the_next_turn_comes(copies, copies.close)
         gate.open()
         await first
-        outcome = (await asyncio.gather(second, return_exceptions=True))[0]
-        refused = isinstance(outcome, PayloadCopySubsystemClosedError)
-        assert late.arrived == (not refused)
-        # A shuffled loop may let the waiter go on before it is closed.
-        assert refused or isinstance(asyncio.get_running_loop(), ShuffledLoop)
+        with pytest.raises(PayloadCopySubsystemClosedError):
+            await second
+        assert late.arrived == 0
         await settle()
 
 

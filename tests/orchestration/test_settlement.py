@@ -39,6 +39,8 @@ from coalestra.orchestration import calls
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
 from tests.support import Gate, ThreadGate, VirtualLoop, no_leaks, run_virtual, settle
 
+pytestmark = pytest.mark.concurrency
+
 BAD, GOOD, NEXT = key("bad"), key("good"), key("next")
 
 
@@ -305,22 +307,23 @@ async def test_a_worker_cancelled_before_its_first_step_leaves_its_keys_to_anoth
     limit: int,
 ) -> None:
     """Its coroutine never runs, so nothing may depend on that."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    if loop.get_task_factory() is not None:
+        pytest.skip("eager tasks have had their first step when they are known")
     source = Single("good")
     building = builder(source, max_pending_tasks=limit, max_concurrency=limit)
     wanted = [key("good", str(number)) for number in range(4)]
-    task = asyncio.ensure_future(building.build(wanted))
-    started: list[asyncio.Task[Any]] = []
-    for _ in range(100):
-        started = workers()
-        if started:
-            break
-        await asyncio.sleep(0)
-    for worker in started:
-        worker.cancel()
-    if source.calls:
-        pytest.skip("tasks begin at once here")
-    assert started
-    assert set(await task) == set(wanted)
+    calls_before: list[int] = []
+
+    def strike() -> None:
+        for worker in workers():
+            worker.cancel()
+        calls_before.append(len(source.calls))
+
+    loop.interrupt_when(workers, strike)
+    assert set(await building.build(wanted)) == set(wanted)
+    assert calls_before == [0]
     assert await building.build([key("good", "more")])
     await no_leaks(building)
 

@@ -161,6 +161,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
         return withdraw
 
+    def interrupt_when(self, holds: Callable[[], object], callback: Callable[[], object]) -> None:
+        """Call ``callback`` as the first step begins before which ``holds`` has become true."""
+
+        def look() -> None:
+            if holds():
+                callback()
+            else:
+                self.interrupt(1, look)
+
+        self.interrupt(1, look)
+
     async def settled(self) -> None:
         """Wait until nothing more can happen unless time moves; threads at work count too."""
         future: asyncio.Future[None] = self.create_future()
