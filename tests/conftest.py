@@ -65,8 +65,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """With another loop than the usual one, run only those tests to which it makes a difference."""
     if config.getoption("--loop") == "virtual":
         return
-    config.hook.pytest_deselected(items=[item for item in items if not _runs_on_the_loop(item)])
-    items[:] = filter(_runs_on_the_loop, items)
+    chosen = [item for item in items if _runs_on_the_loop(item)]
+    if config.getoption("--loop") == "eager":
+        chosen = [item for item in chosen if item.get_closest_marker("late_tasks") is None]
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
 
 
 def _runs_on_the_loop(item: pytest.Item) -> bool:

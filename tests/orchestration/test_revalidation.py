@@ -698,12 +698,14 @@ async def test_what_was_begun_before_the_session_was_closed_comes_to_its_end() -
     gate = Gate()
     shop.stock.before = gate.pass_
     shop.stock.change(base=2)
+    first_call = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    await gate.wait_arrived()
     calls = [
-        asyncio.ensure_future(session.revalidate([BASE], force_refresh=True)),
+        first_call,
         asyncio.ensure_future(session.revalidate([BASE])),  # waits for its turn
         asyncio.ensure_future(session.resolve([OTHER])),
     ]
-    await gate.wait_arrived()
+    await settle()
     await session.close()
     gate.open()
     first, second, _ = await asyncio.gather(*calls)

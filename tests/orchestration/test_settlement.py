@@ -302,6 +302,7 @@ def workers() -> list[asyncio.Task[Any]]:
     return [task for task in asyncio.all_tasks() if task.get_name().startswith("coalestra ")]
 
 
+@pytest.mark.late_tasks
 @pytest.mark.parametrize("limit", [1, 3])
 async def test_a_worker_cancelled_before_its_first_step_leaves_its_keys_to_another(
     limit: int,
@@ -309,8 +310,6 @@ async def test_a_worker_cancelled_before_its_first_step_leaves_its_keys_to_anoth
     """Its coroutine never runs, so nothing may depend on that."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
-    if loop.get_task_factory() is not None:
-        pytest.skip("eager tasks have had their first step when they are known")
     source = Single("good")
     building = builder(source, max_pending_tasks=limit, max_concurrency=limit)
     wanted = [key("good", str(number)) for number in range(4)]

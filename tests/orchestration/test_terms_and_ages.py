@@ -94,6 +94,7 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_yields_to_no_stale_aut
     await no_leaks(building)
 
 
+@pytest.mark.late_tasks
 async def test_a_key_invalidated_while_its_call_is_planned_is_asked_for_once() -> None:
     """What is still to be read is read after the invalidation: there is no need for another."""
     batch = Batch("s", "x", "y")
