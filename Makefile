@@ -91,7 +91,7 @@ bench-quick: $(VENV)/.bench ## the same with few repetitions, to see that it wor
 .PHONY: docs
 docs: $(VENV)/.docs ## build the documentation site into build/site, and run its recipes
 	@echo "== documentation: the recipes, each in its framework"
-	@$(RUN) -m pytest -q tests/docs -k "recipe or site"
+	@$(PYTEST) tests/docs -k "recipe or site"
 	@echo "== documentation: build/site/index.html"
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
