@@ -17,6 +17,7 @@ pytestmark = pytest.mark.concurrency
 class Panic(BaseException):
     """No ordinary exception."""
 
+
 async def test_no_more_than_the_limit_run_at_a_time_and_all_are_done() -> None:
     running = peak = 0
 
