@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from coalestra.cache.store import Listeners
 from coalestra.core.values import Revision
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
 from tests.contracts.samples import NOW, A, B, Witness, revision_of
-from tests.support import ManualClock
+from tests.support import Gate, ManualClock
 
 POLICY = FreshnessPolicy(60.0, 120.0)
 
@@ -136,10 +137,17 @@ def test_a_gap_empties_it() -> None:
 
 def test_it_serves_nothing_while_news_may_be_missing() -> None:
     cache = Telling()
-    near, _ = near_of(cache)
+    on_their_way: dict[ResourceKey, Revision] = {}
+    listeners, witness = Listeners(), Witness()
+    listeners.subscribe(witness)
+    near = Near(cache, 10, 60.0, listeners, on_their_way)
     assert near.trusted() is near.store
+    assert witness.heard == []
     cache.connected = False
+    on_their_way[A] = revision_of(A)
     assert near.trusted() is None
+    assert witness.heard == [("cut_off",)]
+    assert on_their_way == {}
 
 
 def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +212,26 @@ async def test_while_the_news_are_cut_reads_go_to_the_cache() -> None:
         before = cache.calls.count("get_many")
         await builder.build([A])
         assert cache.calls.count("get_many") == before + 1
+
+
+async def test_while_the_news_are_cut_nobody_joins_a_fetch_that_began_before() -> None:
+    cache, gate = Telling(), Gate()
+    truth = [1]
+
+    async def slow(_key: ResourceKey, _context: object) -> int:
+        read = truth[0]
+        await gate.pass_()
+        return read
+
+    async with builder_over(cache, slow) as builder:
+        first = asyncio.ensure_future(builder.build([A]))
+        await gate.wait_arrived(1)
+        truth[0] = 2
+        cache.connected = False
+        second = asyncio.ensure_future(builder.build([A]))
+        await gate.wait_arrived(2)
+        gate.open()
+        assert [(await first)[A].value, (await second)[A].value] == [1, 2]
 
 
 async def test_news_from_elsewhere_are_seen_by_the_next_read() -> None:

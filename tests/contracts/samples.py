@@ -115,3 +115,6 @@ class Witness:
 
     def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
         self.heard.append(("changed_elsewhere", (key, version)))
+
+    def cut_off(self) -> None:
+        self.heard.append(("cut_off",))

@@ -4,6 +4,7 @@ Laws:
 
 1. It serves only while it is trusted. Where the cache tells of changes, that is while all news that
    have arrived have been taken in, and none may be missing; else for a short time after reading.
+   While news may be missing nobody joins a reading that has begun before, either.
 2. What was read before a change of its key is never put in after it: whoever reads or writes keeps
    a `Filling` open meanwhile, which learns of the changes.
 3. After a time even a trusted entry is looked up again.
@@ -136,7 +137,11 @@ class Near:
 
     def trusted(self) -> EntryStore | None:
         """Return the entries, if they can be trusted at this moment."""
-        if (self._caught_up is not None and not self._caught_up()) or not self._serves:
+        if self._caught_up is not None and not self._caught_up():
+            self._on_their_way.clear()
+            self._listeners.cut_off()
+            return None
+        if not self._serves:
             return None
         arrivals = self._arrivals
         if arrivals:

@@ -136,6 +136,9 @@ class CacheListener(Protocol):
     def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
         """Another process has changed the key; its value is of this version now, or gone."""
 
+    def cut_off(self) -> None:
+        """What other processes did may not be known: whoever comes now must read for himself."""
+
 
 class Listeners:
     """Listeners of one cache, held weakly: a cache does not keep its builders alive."""
@@ -191,6 +194,11 @@ class Listeners:
         """Tell all listeners of what another process did."""
         for listener in self._alive():
             listener.changed_elsewhere(key, version)
+
+    def cut_off(self) -> None:
+        """Tell all listeners that news may be missing."""
+        for listener in self._alive():
+            listener.cut_off()
 
     def _alive(self) -> list[CacheListener]:
         return [each for reference in self.references if (each := reference()) is not None]

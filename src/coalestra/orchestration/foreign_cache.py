@@ -188,7 +188,7 @@ class CacheReads:
         self._close((read,))
         read.lease = answer.lease
         if read.waiters:
-            self._answered(read, answer.revision or read.cached)
+            self._answered(read, answer.revision)
         lease, read.lease = read.lease, None
         if lease is not None:
             foreign.give_back(lease, failed=False)

@@ -988,6 +988,13 @@ class SingleFlight:
         self.reads.hide({key: None})
         self._note_news({key: version})
 
+    def cut_off(self) -> None:
+        """Learn that news may be missing: nobody joins what has begun to read before."""
+        for flight in tuple(self.board.flights.values()):
+            if flight.began or flight.gather is not None:
+                self.board.hide(flight, cacheable=True)
+        self.reads.hide({})
+
     def _note_news(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Remember news for those who may want to join a derivation that has read before it."""
         if not self.board.deriving:

@@ -139,13 +139,13 @@ class _Line(asyncio.Protocol):
             try:
                 data = os.read(found.fileno(), _MOST_AT_ONCE)
             except BlockingIOError:
-                return True
+                return not self._data
             except OSError:
                 return False
             if not data:
                 return False
             self.data_received(data)
-        return True
+        return not self._data  # the rest of a message may be on its way
 
 
 class News:
