@@ -92,6 +92,20 @@ def test_what_was_read_before_this_process_wrote_is_not_put_in_after_it() -> Non
     assert kept(near, stored)
 
 
+@pytest.mark.parametrize("what", ["missed", "changed"])
+def test_what_was_stored_while_something_else_may_have_been_is_looked_up_again(what: str) -> None:
+    near, _ = near_of(Telling())
+    old, stored = revision_of(A), revision_of(A)
+    writing = near.begin()
+    if what == "missed":
+        near.missed()
+    else:
+        near.changed(A, "other")
+    put(near, old)
+    near.wrote(writing, stored)
+    assert near.store.peek(A) is None
+
+
 def test_a_value_on_its_way_keeps_out_what_it_replaces_and_is_let_in_itself() -> None:
     near, _ = near_of(Telling())
     old, new = revision_of(A), revision_of(A)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -199,13 +200,19 @@ def test_the_checker_sees_what_is_wrong() -> None:
     assert not broken_laws([change, {**read, "values": [[2]]}], ["a"])
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["connected", "news cut again and again"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_random_history_keeps_the_laws(server: Server, prefix: str, seed: int) -> None:
+def test_a_random_history_keeps_the_laws(server: Server, prefix: str, seed: int, cut: bool) -> None:
     names = ["a", "b", "c", "a+b", "b+c"]
+    dice = random.Random(seed)
     with processes(server.url, prefix, 4, offsets=(-3.0, 0.0, 3.0, 0.0)) as workers:
         for index, each in enumerate(workers):
             each.do("set", delay=0.002 * index)
             each.order("history", seed=seed * 10 + index, seconds=3.0, names=names)
+        until = time.monotonic() + 3.0
+        while cut and time.monotonic() < until:
+            time.sleep(dice.choice([0.1, 0.3, 0.6]))
+            server.command("CLIENT", "KILL", "TYPE", "pubsub")
         events = [event for each in workers for event in each.answer()["events"]]
     assert len(events) > 200
     assert broken_laws(events, names)[:5] == []

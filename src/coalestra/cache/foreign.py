@@ -784,6 +784,9 @@ class _Write:
                 self._results[key] = result
             elif isinstance(result, Exception):
                 self.failures[key] = result
+        lost = {key: result for key, result in self._results.items() if not result.stored}
+        for key in await self._outdated(lost):
+            del self._results[key]  # what is outdated takes nobody's place
 
     async def _open(self) -> None:
         pace = Pace()

@@ -175,10 +175,12 @@ class Near:
 
     def wrote(self, filling: Filling, revision: Revision) -> None:
         """Keep what this process has stored; what others of it have read before is not kept."""
-        if filling.allows(revision):
-            for each in self._fillings:
-                each.changed[revision.key] = revision.version
-            self.put(filling, revision)
+        if not filling.allows(revision):
+            self.drop((revision.key,))  # who knows which of the two came last
+            return
+        for each in self._fillings:
+            each.changed[revision.key] = revision.version
+        self.put(filling, revision)
 
     def give_way(self, revision: Revision) -> None:
         """Forget what a value on its way replaces; only that one may be put in after it."""
