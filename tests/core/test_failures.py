@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
@@ -222,3 +223,58 @@ def test_an_error_leads_to_what_its_source_raised() -> None:
     assert build.__cause__ is derived
     assert derived.__cause__ is resolution
     assert SnapshotBuildError({}).__cause__ is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    """An error as applications write them, on which nothing can be set."""
+
+    code: int
+
+
+class Nameless(type):
+    """A class of classes that does not tell their names."""
+
+    def __getattribute__(cls, name: str) -> object:
+        if name == "__name__":
+            raise LookupError("no name")
+        return super().__getattribute__(name)
+
+
+class Odd(Exception, metaclass=Nameless):
+    """Neither its name nor its attributes can be had."""
+
+    def __getattribute__(self, name: str) -> object:
+        raise LookupError(name)
+
+
+@pytest.mark.parametrize("make", [lambda: Frozen(3), lambda: Odd("x")], ids=["frozen", "odd"])
+def test_a_failure_can_be_recorded_of_an_error_that_refuses_everything(
+    make: Callable[[], Exception],
+) -> None:
+    error = make()
+    try:
+        raise error
+    except Exception as raised:
+        failure = SourceFailure.of("s", raised)
+    assert failure.error_type in ("Frozen", "Odd")
+    assert BaseException.__dict__["__traceback__"].__get__(error) is None
+
+
+def test_a_long_chain_of_causes_is_not_gone_through_again_for_each_error() -> None:
+    """Who has lost its frames led on to others that have."""
+    looks = 0
+
+    class Counted(Exception):
+        def __getattribute__(self, name: str) -> object:
+            nonlocal looks
+            looks += name == "exceptions"
+            return super().__getattribute__(name)
+
+    error: Exception = Counted()
+    for _ in range(1_000):
+        SourceFailure.of("s", error)
+        above = Counted()
+        above.__cause__ = error
+        error = above
+    assert looks < 50_000

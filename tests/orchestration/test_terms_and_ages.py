@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from coalestra import (
 )
 from tests.contracts.caches import BatchCache
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
-from tests.support import EPOCH, Gate, no_leaks, settle
+from tests.support import EPOCH, Gate, ManualClock, no_leaks, settle
 
 X, Y, OTHER = key("x"), key("y"), key("other")
 SWR = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -258,3 +259,72 @@ async def test_an_unread_policy_is_asked_for_once_more_only_for_what_is_hidden()
     )
     await building.build([X])
     assert asked == [X]
+
+
+async def test_ages_are_told_when_all_has_been_copied() -> None:
+    """A copy that takes a while makes its companions older, and itself."""
+    clock = ManualClock()
+
+    def copier(value: Any) -> Any:
+        clock.advance(0.5)
+        return value
+
+    building = builder(
+        Batch("s", "x", "y"),
+        default_policy=FreshnessPolicy(1, 500),
+        clock=clock,
+        payload_copier=copier,
+        run_payload_copies_in_thread=False,
+    )
+    await building.build([X, Y])
+    snapshot = await building.build([X, Y])
+    ages = {value.age_seconds for value in snapshot.values()}
+    assert ages == {clock.now() - snapshot[X].observed_at}
+    assert snapshot.stale_keys == (X, Y)
+
+
+@pytest.mark.expects_leaks  # that the clock was wrong is told to the loop
+@pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf])
+async def test_a_clock_that_is_at_a_loss_dates_no_value(nonsense: float) -> None:
+    """What it said for a moment would count as fresh for ever."""
+    clock = ManualClock()
+    building = builder(Single("s", "x"), default_policy=FreshnessPolicy(1, 9), clock=clock)
+    sane = clock.now()
+    clock.set_wall(nonsense)
+    with pytest.raises(Exception, match="must be a finite number of seconds"):
+        await building.build([X])
+    with pytest.raises(Exception, match="must be a finite number of seconds"):
+        await building.publisher.publish(X, 1, source="stream")
+    clock.set_wall(sane)
+    value = (await building.build([X]))[X]
+    assert (value.observed_at, value.from_cache) == (sane, False)
+
+
+@pytest.mark.parametrize("how", ["publish", "force"])
+async def test_a_hung_refresh_keeps_no_later_one_away(how: str) -> None:
+    """Once its answer cannot count any more, another may be asked for."""
+    gates = [Gate(opened=True)]
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        await gates[-1].pass_()
+        return len(gates)
+
+    building = builder(Single("s", "x", fetch=fetch), default_policy=SWR)
+    await building.build([X])
+    await asyncio.sleep(20)
+    gates.append(Gate())
+    assert (await building.build([X]))[X].metadata["refresh_scheduled"]
+    await settle()
+    hung = gates[-1]
+    gates.append(Gate(opened=True))
+    if how == "publish":
+        await building.publisher.publish(X, 9, source="stream")
+    else:
+        async with building.session() as session:
+            await session.resolve([X])
+            await session.revalidate([X], force_refresh=True)
+    await asyncio.sleep(20)
+    assert (await building.build([X]))[X].metadata["refresh_scheduled"], "another one"
+    hung.open()
+    await building.wait_for_refreshes()
+    await no_leaks(building)

@@ -25,7 +25,7 @@ from coalestra.core.policies import (
     ObservationPolicy,
     judge_observation,
 )
-from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink
+from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, now_of
 from coalestra.core.results import CacheWriteStatus, PublishResult, PublishStatus
 from coalestra.core.values import (
     ResourceUpdate,
@@ -142,7 +142,7 @@ class _Publication:
 
     def __init__(self, parts: PublisherParts) -> None:
         self._parts = parts
-        self._now = parts.clock.now()
+        self._now = now_of(parts.clock)
         self._pace = Pace()
         self._judged: list[Revision] = []
         self._policies: dict[ResourceKey, FreshnessPolicy] = {}
@@ -187,7 +187,7 @@ class _Publication:
     async def write(self, best: Collection[Revision], force: bool, replace_equal: bool) -> None:
         """Offer the revisions to the cache, in one step if it is the library's own."""
         access = self._parts.access
-        now = self._now if self._listeners is None else self._parts.clock.now()
+        now = self._now if self._listeners is None else now_of(self._parts.clock)
         if access.store is not None and len(best) == 1:
             (revision,) = best
             outcome = access.store.put(revision, now=now, force=force, replace_equal=replace_equal)

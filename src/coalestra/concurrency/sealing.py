@@ -217,12 +217,14 @@ def _find_fields(cls: type) -> Parts | None:
     parameters = cls.__dict__.get("__dataclass_params__")
     if parameters is None or not parameters.frozen or not inherits(cls, "__new__"):
         return None
-    slots = []
+    fields, slots = cls.__dict__.get("__dataclass_fields__", {}), []
     for base in cls.__mro__[:-1]:
         if base is typing.Generic:
             continue
         for name, attribute in base.__dict__.items():
             if isinstance(attribute, types.MemberDescriptorType):
+                if name not in fields:
+                    return None  # somebody may fill it once the record is made
                 slots.append(name)
             elif not _keeps_nothing(name, attribute):
                 return None

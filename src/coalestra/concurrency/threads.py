@@ -144,12 +144,21 @@ class WorkerThreads:
         TypeError, ValueError: if `idle_seconds` is not a finite number of at least 0.
     """
 
-    __slots__ = ("__weakref__", "_closed", "_idle", "_running", "idle_seconds", "wait_seconds")
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_idle",
+        "_let_go",
+        "_running",
+        "idle_seconds",
+        "wait_seconds",
+    )
 
     def __init__(self, *, idle_seconds: float = 10.0) -> None:
         self.idle_seconds: float = number("idle_seconds", idle_seconds, minimum=0)
         self.wait_seconds: float = min(self.idle_seconds, LONGEST_WAIT_SECONDS)
         self._closed = False
+        self._let_go = False
         self._idle: dict[_Worker, None] = {}
         self._running: dict[Job[Any], None] = {}
         _instances.add(self)
@@ -205,7 +214,7 @@ class WorkerThreads:
         call = partial(contextvars.copy_context().run, function, *arguments)
         label = label or getattr(function, "__qualname__", type(function).__qualname__)
         job = self.start(call, label, lambda _: _tell(done), or_here=or_here)
-        await _until_done(done)
+        await _until_done(done, lambda: self._let_go)
         return job.outcome()
 
     def start(
@@ -262,6 +271,10 @@ class WorkerThreads:
             if thread is not threading.current_thread() and not sys.is_finalizing():
                 thread.join()
 
+    def let_go(self) -> None:
+        """Let callers leave when they are cancelled, though their threads have not ended."""
+        self._let_go = True
+
     def close(self) -> None:
         """Refuse new work and end the threads without any; the others end with their work."""
         self._closed = True
@@ -283,13 +296,19 @@ def _tell(done: asyncio.Future[None]) -> None:
         done.set_result(None)
 
 
-async def _until_done(done: asyncio.Future[None]) -> None:
-    """Wait for a future that nobody cancels; a cancellation of the caller has to wait as well."""
+async def _until_done(done: asyncio.Future[None], let_go: Callable[[], bool]) -> None:
+    """Wait for a future that nobody cancels; a cancellation of the caller has to wait as well.
+
+    It does not once callers were `let_go`: who ends a program cancels all that there is, and would
+    wait for ever for a thread that never ends.
+    """
     cancellation: asyncio.CancelledError | None = None
     while not done.done():
         try:
             await asyncio.shield(done)
         except asyncio.CancelledError as error:
+            if let_go():
+                raise
             cancellation = error
     if cancellation is not None:
         try:

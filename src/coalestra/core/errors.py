@@ -128,7 +128,7 @@ def message_of(error: BaseException) -> str:
     try:
         return str(error)
     except BaseException as unreadable:
-        return f"<message unreadable: {type(unreadable).__name__}>"
+        return f"<message unreadable: {type_name(unreadable)}>"
 
 
 # Where an exception was raised, without the frames: these hold every payload that was in sight,
@@ -137,28 +137,55 @@ def message_of(error: BaseException) -> str:
 _Place = tuple[str, int, str]
 _PLACES_KEPT = 20
 _NOTED = "_coalestra_places"
+_UNFRAMED_KEPT = 20
+"""How many exceptions without frames are followed to further ones; long chains are cut before."""
+
+# Asked past the exception's own class, which may refuse to be read or written.
+_TRACEBACK: Any = BaseException.__dict__["__traceback__"]
+_CAUSE: Any = BaseException.__dict__["__cause__"]
+_CONTEXT: Any = BaseException.__dict__["__context__"]
+_NAME: Any = type.__dict__["__name__"]
 
 
 def without_frames(error: BaseException) -> tuple[_Place, ...]:
     """Take the traceback off ``error`` and off all that it was raised from.
 
     Return where it was raised, as file, line and function, the innermost places last; those within
-    this library are left out.
+    this library are left out. Nothing that an exception refuses, as a frozen one does, is raised.
     """
-    places: tuple[_Place, ...] = getattr(error, _NOTED, ())
-    if error.__traceback__ is not None:
-        places = tuple(deque(_places(error.__traceback__), _PLACES_KEPT))
-        with suppress(Exception):  # one exception may fail many keys, and is unframed for the first
-            setattr(error, _NOTED, places)
-    left, seen = [error], set()
+    places: tuple[_Place, ...] = ()
+    with suppress(BaseException):
+        places = getattr(error, _NOTED, ())
+        trace = _TRACEBACK.__get__(error)
+        if trace is not None:
+            places = tuple(deque(_places(trace), _PLACES_KEPT))
+            setattr(error, _NOTED, places)  # one may fail many keys, and is unframed for the first
+    left, seen, spare = [error], {id(error)}, _UNFRAMED_KEPT
     while left:
         each = left.pop()
-        if id(each) not in seen:
-            seen.add(id(each))
-            each.__traceback__ = None
-            chained = (each.__cause__, each.__context__, *getattr(each, "exceptions", ()))
-            left += [one for one in chained if isinstance(one, BaseException)]
+        if _TRACEBACK.__get__(each) is None:
+            spare -= 1  # who has lost its frames before led on to others that have
+            if spare < 0:
+                break
+        _TRACEBACK.__set__(each, None)
+        for one in _chained(each):
+            if isinstance(one, BaseException) and id(one) not in seen:
+                seen.add(id(one))
+                left.append(one)
     return places
+
+
+def _chained(error: BaseException) -> tuple[object, ...]:
+    direct = (_CAUSE.__get__(error), _CONTEXT.__get__(error))
+    with suppress(BaseException):
+        return (*direct, *getattr(error, "exceptions", ()))
+    return direct
+
+
+def type_name(error: BaseException) -> str:
+    """Return the name of the type of an exception, whatever its metaclass makes of that."""
+    name: str = _NAME.__get__(type(error))
+    return name
 
 
 def _places(trace: TracebackType | None) -> Iterator[_Place]:
@@ -199,7 +226,7 @@ class SourceFailure(_Raised):
     @classmethod
     def of(cls, source: str, error: BaseException, attempts: int = 1) -> SourceFailure:
         """Record ``error``, raised by or on behalf of ``source``; it loses its traceback."""
-        failure = cls(source, type(error).__name__, message_of(error), attempts)
+        failure = cls(source, type_name(error), message_of(error), attempts)
         object.__setattr__(failure, "_exception", error)
         object.__setattr__(failure, "_places", without_frames(error))
         return failure

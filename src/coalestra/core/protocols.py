@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -28,6 +29,41 @@ class Clock(Protocol):
 
     def monotonic(self) -> float:
         """Return seconds since some fixed moment; they never run backwards."""
+
+
+def now_of(clock: Clock) -> float:
+    """Return the wall-clock time in seconds since the epoch, as a clock of somebody else's says.
+
+    Raises:
+        ValueError: the clock says NaN or infinity; values would be of that date for ever.
+    """
+    now = clock.now()
+    if not math.isfinite(now):
+        raise ValueError(
+            f"now() of the clock must be a finite number of seconds, got {now!r}; let it raise "
+            "instead if it does not know"
+        )
+    return now
+
+
+class CheckedClock:
+    """A clock of somebody else's, of which no moment is believed that is none."""
+
+    __slots__ = ("_clock",)
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def now(self) -> float:
+        """Return the wall-clock time in seconds since the epoch; see `now_of`."""
+        return now_of(self._clock)
+
+    def monotonic(self) -> float:
+        """Return seconds since some fixed moment."""
+        return self._clock.monotonic()
+
+    def __repr__(self) -> str:
+        return repr(self._clock)
 
 
 class SystemClock:

@@ -27,6 +27,7 @@ from coalestra.core.errors import (
     SourceFailure,
     folded_message,
     message_of,
+    type_name,
 )
 from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey
@@ -564,7 +565,7 @@ def labels_of(key: ResourceKey) -> dict[str, str]:
 
 def error_type_of(error: Reported) -> str:
     """Return the name of the exception type behind ``error``."""
-    return error.error_type if isinstance(error, SourceFailure) else type(error).__name__
+    return error.error_type if isinstance(error, SourceFailure) else type_name(error)
 
 
 def error_text_of(error: Reported) -> str:

@@ -27,7 +27,15 @@ from coalestra.core.policies import (
     PolicyResolver,
     SourceAuthorityPolicy,
 )
-from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, Source, SystemClock
+from coalestra.core.protocols import (
+    AsyncCache,
+    CheckedClock,
+    Clock,
+    EventSink,
+    MetricsSink,
+    Source,
+    SystemClock,
+)
 from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.timeouts import SourceTimeoutGuarantee
@@ -432,8 +440,9 @@ class SnapshotBuilder(BuilderSettings):
         object.__setattr__(self, "run_payload_copies_in_thread", copies.run_in_thread)
         pending = self.max_pending_tasks or self.max_concurrency
         report = self._sinks.reporter()
+        trusted = type(self.clock) is SystemClock
         return Parts(
-            clock=self.clock,
+            clock=self.clock if trusted else CheckedClock(self.clock),
             chains=chains,
             policies=self.policy_resolver,
             authority=self.authority_resolver,

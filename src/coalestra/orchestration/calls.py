@@ -70,6 +70,7 @@ from coalestra.core.errors import (
     SourceQueueTimeoutError,
     SourceTimeoutError,
     SourceUnavailableError,
+    type_name,
     without_frames,
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
@@ -687,7 +688,7 @@ class Call:
             own: Exception = SourceUnavailableError(f"source {name!r} cancelled itself")
         elif isinstance(error, PROGRAM_ENDS):
             pass_on(error)
-            kind = type(error).__name__
+            kind = type_name(error)
             own = SourceProtocolError(f"source {name!r} raised {kind}, which ends the program")
         else:
             return error
@@ -744,7 +745,12 @@ class Call:
         """Return the record of an error, one for all keys that it is the error of."""
         failure = self._failure
         if failure is None or failure.exception is not error:
-            failure = self._failure = SourceFailure.of(self.link.name, error, self.attempts)
+            try:
+                failure = SourceFailure.of(self.link.name, error, self.attempts)
+            except BaseException as fault:  # whatever an error refuses, its keys go on
+                _tell_loop(fault)
+                failure = SourceFailure(self.link.name, "Exception", "unreadable", self.attempts)
+            self._failure = failure
         return failure
 
     # Its circuits: a batch may touch several, each with a group of its keys ---------------------
@@ -1119,7 +1125,7 @@ class Call:
             return
         if self.attempts and outcome is _FAILURE:
             self.link.failed_at = self.parts.clock.monotonic()
-            self.link.last_error = type(error).__name__
+            self.link.last_error = type_name(error)
         self._count_batch_end(status)
 
     def __repr__(self) -> str:

@@ -269,7 +269,10 @@ class Closing:
         await insist(partial(_until, end, wait))
         if not ended.done():
             raise _takes_too_long(close, seconds)
-        return job.outcome()
+        try:
+            return job.outcome()
+        except asyncio.CancelledError as error:
+            raise _cancelled_itself(close) from error
 
     async def _await_in_time(self, close: Callable[[], Any], seconds: float) -> None:
         task = asyncio.ensure_future(_awaited(close))
@@ -283,8 +286,9 @@ class Closing:
             task.cancel()
             await asyncio.wait([task], timeout=MOMENT_SECONDS)
             raise _takes_too_long(close, seconds)
-        if not task.cancelled():  # by itself
-            task.result()
+        if task.cancelled():
+            raise _cancelled_itself(close)
+        task.result()
 
     def _close_late(self, sink: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close a sink that had its last record only now; in the thread that brought it."""
@@ -323,6 +327,13 @@ class Closing:
 
 async def _until(end: float, stage: Stage) -> None:
     await stage(max(0.0, round(end - asyncio.get_running_loop().time(), 3)))
+
+
+def _cancelled_itself(close: Callable[[], Any]) -> RuntimeError:
+    return RuntimeError(
+        f"{_name_of(close)} was cancelled before it had ended, by nobody who closes the builder; "
+        "let it end by itself"
+    )
 
 
 async def _awaited(close: Callable[[], Awaitable[Any]]) -> None:

@@ -89,14 +89,14 @@ class Deliveries:
         """Return copies of many readings in their order, and the error for each that has none.
 
         Small ones are copied here, in slices; large ones side by side in threads. What is not
-        copied when `deadline` strikes has that for its error.
+        copied when `deadline` strikes has that for its error. Ages are those of the moment when
+        all has been copied.
         """
-        values: dict[ResourceKey, SnapshotValue[Any]] = {}
+        opened: dict[ResourceKey, Any] = {}
         errors: dict[ResourceKey, Exception] = {}
         large: dict[ResourceKey, Reading] = {}
-        pace, now = self._pace, self._clock.now()
+        pace, left = self._pace, PORTION
         pace.begin()
-        left = PORTION
         late: str | None = None
         for key, reading in readings.items():
             if late is not None:
@@ -105,29 +105,28 @@ class Deliveries:
             revision = reading.revision
             try:
                 payload = self._copies.open_now(revision.payload, revision.seal, context=context)
+            except PayloadIsolationError as error:
+                errors[key] = error
+            else:
                 if payload is OFFLOADED:
                     large[key] = reading
                 else:
-                    values[key] = self._presented(reading, payload, context, now)
-            except PayloadIsolationError as error:
-                errors[key] = error
+                    opened[key] = payload
             left -= revision.seal.weight
             if left <= 0:
                 left = PORTION
                 if await pace.keep():
-                    now = self._clock.now()
                     late = _lateness(deadline)
         if large:
-            await self._large(large, deadline, context, values, errors)
-            values = {key: values[key] for key in readings if key in values}
-        return values, errors
+            await self._large(large, deadline, context, opened, errors)
+        return await self._all_presented(readings, opened, errors, context), errors
 
     async def _large(
         self,
         readings: Mapping[ResourceKey, Reading],
         deadline: Deadline | None,
         context: str,
-        values: dict[ResourceKey, SnapshotValue[Any]],
+        opened: dict[ResourceKey, Any],
         errors: dict[ResourceKey, Exception],
     ) -> None:
         """Copy large payloads with as many workers as there are threads for it."""
@@ -137,15 +136,38 @@ class Deliveries:
             for key, reading in rest:
                 revision = reading.revision
                 try:
-                    payload = await self._copies.open(
+                    opened[key] = await self._copies.open(
                         revision.payload, revision.seal, context=context, deadline=deadline
                     )
-                    values[key] = self._presented(reading, payload, context, self._clock.now())
                 except (PayloadIsolationError, SnapshotDeadlineExceededError) as error:
                     errors[key] = error
 
         workers = min(len(readings), self._copies.max_concurrency)
         await all_or_none(work() for _ in range(workers))
+
+    async def _all_presented(
+        self,
+        readings: Mapping[ResourceKey, Reading],
+        opened: Mapping[ResourceKey, Any],
+        errors: dict[ResourceKey, Exception],
+        context: str,
+    ) -> dict[ResourceKey, SnapshotValue[Any]]:
+        """Return the values of what was copied, in the order of the readings."""
+        values: dict[ResourceKey, SnapshotValue[Any]] = {}
+        now, left = self._clock.now(), PORTION
+        for key, reading in readings.items():
+            if key not in opened:
+                continue
+            try:
+                values[key] = self._presented(reading, opened[key], context, now)
+            except PayloadIsolationError as error:
+                errors[key] = error
+            left -= 1
+            if not left:
+                left = PORTION
+                if await self._pace.keep():
+                    now = self._clock.now()
+        return values
 
     def _presented(
         self, reading: Reading, payload: Any, context: str, now: float
@@ -226,8 +248,10 @@ class WarmReads:
         return {revision.key: Reading(revision, None, from_cache=True) for revision in revisions}
 
     def likely(self, keys: Iterable[ResourceKey]) -> bool:
-        """Whether it is worth a try: not if even the first key is missing."""
+        """Whether it is worth a try: not if the first key is missing, or copies may be slow."""
         store = self._parts.access.store
+        if not self._parts.copies.uses_default_copier:
+            return False
         return store is None or next(iter(keys)) in store
 
     async def values(self, work: Work, keys: Collection[ResourceKey]) -> Values | None:

@@ -21,6 +21,7 @@ from coalestra.core.errors import (
     SnapshotDeadlineExceededError,
     SourceFailure,
     message_of,
+    type_name,
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -228,6 +229,10 @@ class Call(Protocol):
 
     def hurry(self) -> None:
         """Learn that a call under way waits for this one: it must not wait for that one's slot."""
+
+    @property
+    def work(self) -> Work:
+        """The unit of work that the call is made for."""
 
     @property
     def origin(self) -> object:
@@ -892,7 +897,7 @@ def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> R
         policy.ttl_seconds,
         stale=age_of(newest, now) > policy.ttl_seconds,
         from_cache=newest is not fetched,
-        notes={"fallback_error_type": type(error).__name__, "fallback_error": message_of(error)},
+        notes={"fallback_error_type": type_name(error), "fallback_error": message_of(error)},
     )
     reading.fallback = error
     return reading

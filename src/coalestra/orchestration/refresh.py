@@ -10,7 +10,7 @@ from functools import partial
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
-from coalestra.orchestration.flights import Gather, Work
+from coalestra.orchestration.flights import Gather, Work, current_call
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
 
@@ -130,11 +130,19 @@ class Refresher:
                 waiter.set_result(None)
 
     async def wait(self) -> None:
-        """Wait for the refreshes that are under way or scheduled at this moment."""
-        if not self._running:
+        """Wait for the refreshes that are under way or scheduled at this moment.
+
+        A source that asks for this while it serves a refresh does not wait for that one.
+        """
+        call = current_call.get()
+        own = None if call is None or call.origin is not self._parts else call.work
+        awaited = {
+            each for each in self._running if each.gather is None or each.gather.work is not own
+        }
+        if not awaited:
             return
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters[waiter] = set(self._running)
+        self._waiters[waiter] = awaited
         try:
             await waiter
         finally:

@@ -462,6 +462,7 @@ class SingleFlight:
             flight = self._joinable(key)
         if flight is not None and forced and not _serves_forced(flight, gather):
             self.board.hide(flight, cacheable=False)
+            self.refresher.outdate((key,))
             flight = None
         if flight is None:
             flight = Flight(key, policy, gather.work, forced=forced, since=self._news)
@@ -921,6 +922,7 @@ class SingleFlight:
         if self.board.busy:
             changes = {key: new for key, new in changes.items() if not self._is_own(key, new)}
         if changes:
+            self.refresher.outdate(changes)
             self.reads.hide(changes)
             versions: dict[ResourceKey, str | None] = {}
             if self.board.deriving:  # who else would ask?
@@ -1263,6 +1265,7 @@ class Engine:
         """End every task; return how many calls of each source are still running after that long.
 
         A source that runs in a thread, or ignores its cancellation, cannot be ended from outside.
+        What waits for a thread may leave it behind from now on, so that the program can end.
         """
         self.refresher.cancel()
         self.parts.access.subscribers.unsubscribe(self.flights)
@@ -1278,6 +1281,7 @@ class Engine:
         for task in running:
             name = task.get_name().removeprefix("coalestra ")
             left[name] = left.get(name, 0) + 1
+        self.parts.threads.let_go()
         return left
 
     def __repr__(self) -> str:
