@@ -291,10 +291,10 @@ async def test_what_is_removed_at_once_is_let_go_bit_by_bit(
     sealed = [weakref.ref(payload) for payload in payloads]
     del payloads
     removing = asyncio.ensure_future(cache.invalidate_many(keys))
-    await asyncio.sleep(0)
-    assert await cache.size() == 0, "in one step"
-    alive = set()
+    sizes, alive = {2_000}, set()
     while not removing.done():
+        sizes.add(await cache.size())
         alive.add(sum(reference() is not None for reference in sealed))
         await asyncio.sleep(0)
+    assert sizes == {2_000, 0}, "in one step"
     assert len(alive) > 2, "neither all at once nor none"
