@@ -250,6 +250,16 @@ async def test_while_the_news_are_cut_reads_go_to_the_server(
         assert cache.health().calls <= calls + 1
 
 
+async def test_while_the_news_are_cut_many_readers_still_make_one_call(
+    server: Server, prefix: str
+) -> None:
+    async with a_process(server, prefix) as (builder, cache, truth):
+        await value(builder)
+        cache._news.catch_up = lambda: False  # type: ignore[method-assign]  # cut by the test
+        assert set(await asyncio.gather(*(value(builder, B) for _ in range(50)))) == {1}
+        assert truth.calls == 2
+
+
 async def test_waiting_for_another_process_survives_the_loss_of_the_news(
     own_server: Server, prefix: str
 ) -> None:

@@ -128,6 +128,7 @@ class Near:
         self._fillings: set[Filling] = set()
         self._arrivals: deque[tuple[float, ResourceKey, str]] = deque()
         self._caught_up: Callable[[], bool] | None = None
+        self._was_caught_up = False
         if tells(cache):
             self._caught_up = cache.caught_up
             cache.subscribe(self)
@@ -138,9 +139,11 @@ class Near:
     def trusted(self) -> EntryStore | None:
         """Return the entries, if they can be trusted at this moment."""
         if self._caught_up is not None and not self._caught_up():
-            self._on_their_way.clear()
-            self._listeners.cut_off()
+            if self._was_caught_up:  # before the first news nobody has heard of anything
+                self._on_their_way.clear()
+                self._listeners.cut_off()
             return None
+        self._was_caught_up = True
         if not self._serves:
             return None
         arrivals = self._arrivals

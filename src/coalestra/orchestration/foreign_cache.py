@@ -174,22 +174,26 @@ class CacheReads:
         """Answer each read as soon as the cache has a value or the lease for it."""
         unlike = {read.key: read.unlike for read in group.reads if read.unlike is not None}
         asking = foreign.lease(tuple(policies), now, policies, force=group.forced, unlike=unlike)
+        reads: dict[ResourceKey, list[Read]] = {}
+        for read in group.reads:
+            reads.setdefault(read.key, []).append(read)
         async with contextlib.aclosing(asking):
             async for answers in asking:
-                for read in group.reads:
-                    answer = answers.get(read.key)
-                    if answer is not None:
-                        self._take(foreign, read, answer)
+                for key, answer in answers.items():
+                    self._take(foreign, reads.get(key, ()), answer)
 
-    def _take(self, foreign: ForeignCache, read: Read, answer: Answer) -> None:
-        if answer.waiting:
-            read.cached = answer.revision
-            return
-        self._close((read,))
-        read.lease = answer.lease
-        if read.waiters:
-            self._answered(read, answer.revision)
-        lease, read.lease = read.lease, None
+    def _take(self, foreign: ForeignCache, reads: Iterable[Read], answer: Answer) -> None:
+        """Answer all reads of one key; the lease goes to the first that has use for it."""
+        lease = answer.lease
+        for read in reads:
+            if answer.waiting:
+                read.cached = answer.revision
+                continue
+            self._close((read,))
+            if read.waiters:
+                read.lease = lease
+                self._answered(read, answer.revision)
+                lease, read.lease = read.lease, None
         if lease is not None:
             foreign.give_back(lease, failed=False)
 
