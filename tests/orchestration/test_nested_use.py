@@ -11,6 +11,8 @@ import pytest
 from coalestra import (
     CallableSource,
     FetchContext,
+    FreshnessPolicy,
+    RefreshMode,
     ResourceKey,
     Snapshot,
     SnapshotBuilder,
@@ -170,3 +172,40 @@ def test_a_source_in_a_thread_may_ask_through_the_facade() -> None:
         snapshot = facade.build(OUTERS, deadline_seconds=30)
     assert len(snapshot) == len(OUTERS)
     assert len(asked) == len(OUTERS) + 1
+
+
+async def test_a_circle_over_two_builders_is_an_error_as_well() -> None:
+    """Each asks the other for the same key; the path leads through both."""
+    other = key("other")
+
+    async def ask_second(k: ResourceKey, context: FetchContext) -> Any:
+        return (await second.build([other])).value(other)
+
+    async def ask_first(k: ResourceKey, context: FetchContext) -> Any:
+        return (await first.build([INNER])).value(INNER)
+
+    first = builder(Single("first", "inner", fetch=ask_second), max_concurrency=1)
+    second = builder(Single("second", "other", fetch=ask_first), max_concurrency=1)
+    snapshot = await first.build([INNER], strict=False)
+    assert "must not form a cycle, got " in str(snapshot.error_for(INNER))
+    for building in (first, second):
+        await no_leaks(building)
+
+
+async def test_a_source_that_serves_a_refresh_does_not_wait_for_that_one() -> None:
+    waited = 0
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        nonlocal waited
+        await building.wait_for_refreshes()
+        waited += 1
+        return waited
+
+    policy = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(Single("s", "inner", fetch=fetch), default_policy=policy)
+    await building.build([INNER])
+    await asyncio.sleep(20)
+    assert (await building.build([INNER]))[INNER].stale
+    await building.wait_for_refreshes()
+    assert waited == 2
+    await no_leaks(building)

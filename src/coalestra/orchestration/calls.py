@@ -293,6 +293,11 @@ class Attempt:
         return self.stage is Progress.TAKING_IN
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop of the worker that makes it."""
+        return None if self._worker.task is None else self._worker.task.get_loop()
+
+    @property
     def elapsed_seconds(self) -> float:
         """How long the source has been running, on the builder's clock."""
         return self._call.parts.clock.monotonic() - self.ticks
@@ -588,6 +593,11 @@ class Call:
     def origin(self) -> object:
         """What tells the builder that makes the call from others."""
         return self.parts
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that an attempt of the call is under way on."""
+        return None if self._attempt is None else self._attempt.loop
 
     @property
     def keys_under_way(self) -> Collection[Flight]:

@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import enum
 import math
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -239,6 +240,10 @@ class Call(Protocol):
         """What tells the builder that makes the call from others."""
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that an attempt of the call is under way on."""
+
+    @property
     def keys_under_way(self) -> Collection[Flight]:
         """The flights that are not settled yet, none if the call is over."""
 
@@ -284,6 +289,7 @@ class Flight:
         "link",
         "linked",
         "missed",
+        "nesting",
         "offered",
         "phase",
         "pins",
@@ -334,6 +340,7 @@ class Flight:
         self.lane: Intake | None = None
         self.settlement: Settlement | None = None
         self.urgent: bool = False
+        self.nesting: bool = False
         self.stored: bool = False
         self.since: int = since
         self.lease: Lease | None = None
@@ -618,6 +625,11 @@ def nothing() -> None:
 # The board of flights: who has started one, who waits for it, and who waits for whom -------------
 
 
+_graphs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, WaitsFor[Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 class FlightBoard:
     """Keeps at most one flight per key for newcomers to join, and never lets a cycle in.
 
@@ -631,7 +643,7 @@ class FlightBoard:
         self.flights: dict[ResourceKey, Flight] = {}
         self.deriving: dict[Flight, None] = {}
         self.aside: dict[ResourceKey, dict[Flight, None]] = {}
-        self._waits: WaitsFor[Any] = WaitsFor()
+        self._graph: WaitsFor[Any] | None = None
         self._nested: dict[Call, int] = {}
 
     def start(self, gather: Gather, flight: Flight) -> None:
@@ -647,7 +659,7 @@ class FlightBoard:
 
     def join(self, gather: Gather, flight: Flight) -> None:
         """Let `gather` wait for `flight`; a wait that would close a cycle fails instead."""
-        if flight in self.deriving:
+        if flight.nesting or flight in self.deriving:
             cycle = self._link(gather, flight)
             if cycle is not None:
                 gather.failures[flight.key] = Failure.of_cycle(flight.key, cycle)
@@ -677,9 +689,17 @@ class FlightBoard:
         self._nested[call] = nested + 1
         if not nested:
             for flight in call.keys_under_way:
-                self.derive(flight)
-                flight.linked = True
+                flight.nesting = flight.linked = True
+                for gather in flight.waiters:
+                    self._link(gather, flight)
                 self._waits.add(flight, call)
+
+    @property
+    def _waits(self) -> WaitsFor[Any]:
+        """Who waits for whom, over all builders of the event loop: sources may use each other's."""
+        if self._graph is None:
+            self._graph = _graphs.setdefault(asyncio.get_running_loop(), WaitsFor())
+        return self._graph
 
     def unnest(self, call: Call) -> None:
         """Take back one `nest`; after the last one the call waits for nothing any more."""
@@ -792,7 +812,7 @@ class FlightBoard:
             del self.aside[flight.key]
 
     def __repr__(self) -> str:
-        return f"<FlightBoard flights={len(self.flights)} waiting={len(self._waits)}>"
+        return f"<FlightBoard flights={len(self.flights)} aside={len(self.aside)}>"
 
 
 # How a flight ends: which value its waiters get, by rules without any waiting --------------------

@@ -1166,7 +1166,7 @@ class Engine:
         gather.done = stage.tell
         gather.strike = lambda: self._strike(gather, stage)
         call = current_call.get()
-        if call is not None and call.origin is self.parts and call.keys_under_way:
+        if call is not None and call.loop is loop and call.keys_under_way:
             gather.within = call
             self.flights.board.nest(call)
         try:
