@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
 PYTEST := $(RUN) -m pytest -q
-PARALLEL := -n auto --maxprocesses=4
+PARALLEL := -n 4 --dist worksteal
 WITHOUT := --ignore=tests/release
 WORLDS := 1000
 TAG := $(shell git describe --exact-match --tags 2>/dev/null)
