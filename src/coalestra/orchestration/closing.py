@@ -321,6 +321,7 @@ class Closing:
         """Wait until the buffers of a closed builder are empty and managed sinks closed."""
         if self._engine.closed:
             await self._sinks.aclose(timeout_seconds=None)
+            await asyncio.sleep(0)  # a closing that a thread has asked for begins in this turn
             if self._late:
                 await asyncio.wait(self._late)
 
