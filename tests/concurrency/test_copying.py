@@ -440,6 +440,23 @@ def test_what_a_reader_fills_into_a_frozen_dataclass_is_its_own(
     assert notes[1] == []
 
 
+@dataclasses.dataclass(frozen=True)
+class Roomy:
+    """Has a slot that is no field: somebody may fill it once it is made."""
+
+    __slots__ = ("price", "spare")
+
+    price: int
+
+
+async def test_a_slot_that_is_no_field_is_a_place_to_keep_something(copies: PayloadCopies) -> None:
+    """So the record is not shared; as ``copy.deepcopy`` cannot copy this one, it is refused."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        copy.deepcopy(Roomy(1))
+    with pytest.raises(PayloadIsolationError):
+        await copies.seal(Roomy(1), context="payload")
+
+
 def test_entries_beyond_the_fields_of_a_frozen_dataclass_are_copied(copies: PayloadCopies) -> None:
     """They are as much a part of it as for ``copy.deepcopy``."""
     trade = Trade(1)

@@ -189,6 +189,26 @@ async def test_what_a_managed_part_raises_as_it_is_closed_hinders_no_other(
     assert building.closed
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["close", "aclose"])
+async def test_a_managed_part_that_cancels_itself_is_told_as_an_error_of_that_part(
+    plain: bool,
+) -> None:
+    """It is no cancellation of who closes the builder, who would otherwise wait or not be told."""
+
+    class Plain(Single):
+        def close(self) -> None:
+            raise asyncio.CancelledError
+
+    class Awaited(Single):
+        async def aclose(self) -> None:
+            raise asyncio.CancelledError
+
+    building = builder((Plain if plain else Awaited)("k"), manage_lifecycle=True)
+    with pytest.raises(RuntimeError, match=r"close was cancelled before it had ended"):
+        await asyncio.wait_for(building.aclose(), 100)
+    await asyncio.wait_for(building.aclose(), 100)
+
+
 async def test_a_time_for_all_of_it_bounds_every_stage() -> None:
     sink = FileSink()
     building = await hung_refresh(events=sink, manage_lifecycle=True)

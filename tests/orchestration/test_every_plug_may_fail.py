@@ -17,6 +17,7 @@ from coalestra import (
     Snapshot,
     SnapshotBuilder,
     SourceAuthorityPolicy,
+    SourceFailure,
     SourcePayload,
 )
 from coalestra.orchestration.flights import Flight, FlightBoard, Gather
@@ -182,3 +183,23 @@ async def test_an_error_of_the_engine_itself_ends_no_readers_in_waiting(
         again = await asyncio.wait_for(building.build(KEYS, strict=False), 50)
         assert len(again) == len(KEYS)
         await building.aclose()
+
+
+@pytest.mark.expects_leaks  # the fault is told to the loop
+async def test_an_error_that_cannot_even_be_recorded_ends_its_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What goes wrong in dealing with an error must not lose the key that the error is of."""
+
+    def unreadable(*_: Any) -> Any:
+        raise AssertionError("a fault of our own")
+
+    async def fails(asked: ResourceKey, context: Any) -> Any:
+        raise ConnectionError("down")
+
+    building = builder(
+        Single("first", "x", fetch=fails, priority=2), Single("second", "x", priority=1)
+    )
+    monkeypatch.setattr(SourceFailure, "of", unreadable)
+    snapshot = await asyncio.wait_for(building.build([key("x")]), 50)
+    assert snapshot[key("x")].source == "second"

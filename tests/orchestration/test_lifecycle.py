@@ -170,6 +170,31 @@ async def test_a_source_thread_that_cannot_be_ended_is_named_in_the_error_and_in
     await settle()
 
 
+@pytest.mark.expects_leaks  # the thread, which nothing can end
+async def test_after_closing_who_waits_for_a_thread_without_end_can_be_cancelled() -> None:
+    """Else the program could not end, as it cancels all tasks and waits for them."""
+    gate = ThreadGate()
+    source = CallableSource(
+        name="stuck",
+        priority=1,
+        supports=lambda key: True,
+        fetcher=lambda key, context: gate.pass_(),
+    )
+    building = builder(source)
+    reading = asyncio.ensure_future(building.build([K]))
+    await settle()
+    with pytest.raises(SourceTimeoutError, match="stuck"):
+        await building.aclose(copy_shutdown_timeout_seconds=1)
+    await asyncio.gather(reading, return_exceptions=True)
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert left, "the worker that waits for the thread"
+    for task in left:
+        task.cancel()
+    await settle()
+    assert all(task.done() for task in left)
+    gate.open()
+
+
 # Every stage runs, and the first error is raised
 
 
