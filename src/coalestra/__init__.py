@@ -158,6 +158,7 @@ __all__ = [
     "SyncResourcePublisher",
     "SyncSnapshotBuilder",
     "SyncSnapshotSession",
+    "TRANSIENT_ERRORS",
     "__version__",
     "capabilities",
     "deepcopy_payload",

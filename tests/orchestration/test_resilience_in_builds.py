@@ -29,7 +29,16 @@ from coalestra import (
     SourceTimeoutError,
     SourceUnavailableError,
 )
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
+from tests.orchestration.scripted import (
+    Batch,
+    Derived,
+    Scripted,
+    Single,
+    builder,
+    key,
+    latency,
+    tuned,
+)
 from tests.orchestration.stock import Stock
 from tests.support import Gate, LoopClock, no_leaks, settle
 
@@ -122,6 +131,101 @@ async def test_what_would_come_again_is_not_tried_again(error: Exception) -> Non
     (failure,) = failures(await attempt(builder(source)))
     assert len(source.calls) == failure.attempts == 1
     assert failure.error_type == type(error).__name__
+
+
+class Teapot(Exception):
+    """An error of a client of somebody else's."""
+
+
+def retrying_on(retry_on: Any, attempts: int = 3) -> SourceResiliencePolicy:
+    return SourceResiliencePolicy(
+        RetryPolicy(attempts, 1.0, jitter_ratio=0, retry_on=retry_on),
+        CircuitBreakerPolicy(enabled=False),
+    )
+
+
+@pytest.mark.parametrize("kind", [Single, Batch, Derived])
+async def test_a_policy_says_which_errors_are_tried_again(kind: type[Scripted]) -> None:
+    calls: list[Any] = []
+
+    async def fails(*asked: Any) -> Any:
+        calls.append(asked)
+        raise Teapot("short and stout") if len(calls) < 3 else DOWN
+
+    source = tuned(
+        Derived("x", needs=lambda _: []) if kind is Derived else kind("x"),
+        resilience_policy=retrying_on(Teapot, 9),
+    )
+    setattr(source, {Single: "fetch", Batch: "fetch_many"}.get(kind, "derive"), fails)
+    building = builder(source)
+    (failure,) = failures(await attempt(building))
+    assert (failure.error_type, failure.attempts) == ("ConnectionError", 3)
+    await no_leaks(building)
+
+
+async def test_a_predicate_is_given_what_the_source_raised() -> None:
+    asked: list[BaseException] = []
+
+    def says(error: BaseException) -> bool:
+        asked.append(error)
+        return "503" in str(error)
+
+    source = stock(retrying_on(says), Teapot("503"))
+    (failure,) = failures(await attempt(builder(source)))
+    assert failure.attempts == 3
+    assert [type(error) for error in asked] == [Teapot, Teapot]  # the last attempt needs no answer
+    source.change(x=Teapot("418"))
+    (failure,) = failures(await attempt(builder(source)))
+    assert failure.attempts == 1
+
+
+async def test_a_time_out_is_tried_again_only_if_the_policy_says_so() -> None:
+    source = tuned(Single("x", fetch=latency(50), timeout=2.0), resilience_policy=retrying_on(()))
+    (failure,) = failures(await attempt(builder(source)))
+    assert (failure.error_type, failure.attempts) == ("SourceTimeoutError", 1)
+
+
+@pytest.mark.parametrize(
+    "fault", [ValueError("broken"), asyncio.CancelledError(), GeneratorExit(), BaseException()]
+)
+async def test_a_predicate_that_raises_leaves_the_error_of_the_source(
+    fault: BaseException,
+) -> None:
+    loop = asyncio.get_running_loop()
+    told: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _loop, context: told.append(context))
+
+    def says(error: BaseException) -> bool:
+        raise fault
+
+    source = stock(retrying_on(says), Teapot("418"))
+    building = builder(source)
+    (failure,) = failures(await attempt(building))
+    assert (failure.error_type, failure.message, failure.attempts) == ("Teapot", "418", 1)
+    (context,) = told
+    assert context["exception"] is fault
+    assert context["message"] == "coalestra: retry_on of source 'x' failed"
+    source.change(x=1)
+    assert (await attempt(building))[X].value == 1
+    await no_leaks(building)
+
+
+def test_what_ends_the_program_is_not_tried_again_whatever_the_policy_says() -> None:
+    async def interrupts(k: ResourceKey, context: FetchContext) -> Any:
+        raise KeyboardInterrupt
+
+    source = tuned(Single("x", fetch=interrupts), resilience_policy=retrying_on(Exception))
+    building = builder(source, clock=None)
+    loop = asyncio.new_event_loop()
+    try:
+        task = loop.create_task(attempt(building))
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(task)
+        (failure,) = failures(loop.run_until_complete(task))
+        assert (failure.error_type, failure.attempts) == ("SourceProtocolError", 1)
+        loop.run_until_complete(building.aclose())
+    finally:
+        loop.close()
 
 
 async def test_a_time_out_of_the_source_itself_is_retried() -> None:

@@ -19,7 +19,7 @@ from coalestra.core.errors import (
     SourceTimeoutError,
     SourceUnavailableError,
 )
-from coalestra.resilience.retry import RetryPolicy, retryable
+from coalestra.resilience.retry import TRANSIENT_ERRORS, RetryPolicy
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ from coalestra.resilience.retry import RetryPolicy, retryable
 )
 def test_what_may_pass_by_itself_is_retried(error: Exception) -> None:
     """The three time-outs of Python 3.10 are all time-outs."""
-    assert retryable(error)
+    assert RetryPolicy().retries(error)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,108 @@ def test_what_may_pass_by_itself_is_retried(error: Exception) -> None:
 )
 def test_what_another_try_cannot_mend_is_not_retried(error: BaseException) -> None:
     """Errors of the program, and those about waiting itself."""
-    assert not retryable(error)
+    assert not RetryPolicy().retries(error)
+
+
+class Teapot(Exception):
+    """An error of a client of somebody else's."""
+
+
+class SmallTeapot(Teapot):
+    """One of its kinds."""
+
+
+class Judge:
+    """A predicate that is an object."""
+
+    def __call__(self, error: Exception) -> bool:
+        return "again" in str(error)
+
+    async def later(self, error: Exception) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "retry_on",
+    [
+        Teapot,
+        (Teapot,),
+        [KeyError, Teapot],
+        {Teapot},
+        frozenset({Teapot, OSError}),
+        lambda error: isinstance(error, Teapot),
+        Judge(),
+    ],
+    ids=lambda retry_on: type(retry_on).__name__,
+)
+def test_what_is_retried_is_told_by_types_or_by_a_predicate(retry_on: Any) -> None:
+    """Kinds of a type included."""
+    policy = RetryPolicy(retry_on=retry_on)
+    assert policy.retries(SmallTeapot("try again"))
+    assert not policy.retries(ValueError("no"))
+    assert hash(policy) == hash(RetryPolicy(retry_on=policy.retry_on))
+    assert policy == RetryPolicy(retry_on=policy.retry_on) != RetryPolicy()
+
+
+def test_what_is_told_takes_the_place_of_the_default_which_has_a_name() -> None:
+    """So that a policy can narrow the default as well as widen it."""
+    assert not RetryPolicy(retry_on=Teapot).retries(ConnectionResetError())
+    both = RetryPolicy(retry_on=(*TRANSIENT_ERRORS, Teapot))
+    assert both.retries(ConnectionResetError())
+    assert both.retries(Teapot())
+    assert not RetryPolicy(retry_on=()).retries(ConnectionResetError())
+    assert RetryPolicy(retry_on=None) == RetryPolicy()
+
+
+@pytest.mark.parametrize("retry_on", [Exception, SourceUnavailableError, lambda error: True])
+@pytest.mark.parametrize(
+    "final", [CircuitOpenError, SnapshotDeadlineExceededError, SourceQueueTimeoutError]
+)
+def test_nothing_makes_it_wait_again_in_the_same_place(retry_on: Any, final: Any) -> None:
+    """Whatever the policy says; a predicate is not even asked."""
+    assert not RetryPolicy(retry_on=retry_on).retries(final("no"))
+
+
+@pytest.mark.parametrize(
+    "retry_on",
+    [
+        503,
+        "ValueError",
+        ["ValueError"],
+        int,
+        object(),
+        ValueError("an instance"),
+        (ValueError, int),
+        (ValueError, None),
+        BaseException,
+        KeyboardInterrupt,
+        asyncio.CancelledError,
+        Judge().later,
+        iter([ValueError]),
+        True,
+    ],
+    ids=lambda retry_on: type(retry_on).__name__,
+)
+def test_what_no_error_can_be_compared_with_is_refused_by_name(retry_on: Any) -> None:
+    """When the policy is made, not when a source has failed."""
+    with pytest.raises(TypeError, match=r"^retry_on must be a subclass of Exception, several"):
+        RetryPolicy(retry_on=retry_on)
+
+
+def test_a_predicate_has_to_answer_at_once() -> None:
+    """What it returned instead is closed, so that nobody warns of it."""
+
+    async def later() -> bool:
+        return True
+
+    with pytest.raises(TypeError, match="retry_on must answer at once"):
+        RetryPolicy(retry_on=lambda error: later()).retries(Teapot())  # type: ignore[arg-type,return-value]  # wrong on purpose
+
+
+def test_what_is_retried_is_named_by_keyword_only() -> None:
+    """More such settings may come."""
+    with pytest.raises(TypeError, match="positional"):
+        RetryPolicy(2, 0.0, 1.0, 0.0, Teapot)  # type: ignore[call-arg]  # wrong on purpose
 
 
 def test_without_jitter_the_delay_doubles_up_to_its_limit() -> None:

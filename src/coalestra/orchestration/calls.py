@@ -91,7 +91,6 @@ from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.resilience.circuit_breaker import CircuitIdentity, CircuitScope, Outcome
 from coalestra.resilience.policies import SourceResiliencePolicy
-from coalestra.resilience.retry import retryable
 
 _BATCH, _DERIVED = SourceKind.BATCH, SourceKind.DERIVED
 _READY, _CALLING = Phase.READY, Phase.CALLING
@@ -673,12 +672,14 @@ class Call:
     def failed(self, attempt: Attempt, error: BaseException) -> None:
         """Decide whether a failed attempt is followed by another, and arrange for it."""
         self._attempt = None
+        ends_program = isinstance(error, PROGRAM_ENDS)
         error = self._own(error)
         try:
             loop = asyncio.get_running_loop()
             self._count_latency((loop.time() - attempt.began) * 1000)
             retry = self.policy.retry
-            if self.attempts < retry.max_attempts and retryable(error) and self._wanted():
+            more = self.attempts < retry.max_attempts and not ends_program and self._wanted()
+            if more and self._retries(error):
                 delay = retry.delay_for_attempt(self.attempts)
                 if delay < self.remaining():
                     self.work.record.retries += 1
@@ -687,6 +688,14 @@ class Call:
             if self._retry is None:
                 late = isinstance(error, SnapshotDeadlineExceededError)
                 self.end(error, _ABANDONED if late else _FAILURE)
+
+    def _retries(self, error: BaseException) -> bool:
+        """Whether the policy retries an error: not if it cannot say so."""
+        try:
+            return self.policy.retry.retries(error)
+        except BaseException as fault:
+            _tell_loop(fault, f"retry_on of source {self.link.name!r} failed")
+            return False
 
     def _own(self, error: BaseException) -> BaseException:
         """Return what is not meant for keys as the source's own failure.
@@ -1142,10 +1151,10 @@ class Call:
         return f"<Call {self.link.name} keys={len(self.flights)} attempts={self.attempts}>"
 
 
-def _tell_loop(error: BaseException) -> None:
+def _tell_loop(error: BaseException, what: str = "the end of a call failed") -> None:
     """Report what went wrong in settling, which goes on all the same."""
     pass_on(error)
-    context = {"message": "coalestra: the end of a call failed", "exception": error}
+    context = {"message": f"coalestra: {what}", "exception": error}
     asyncio.get_running_loop().call_exception_handler(context)
 
 

@@ -16,7 +16,7 @@ from coalestra.resilience.policies import (
     ResilienceResolver,
     SourceResiliencePolicy,
 )
-from coalestra.resilience.retry import RetryPolicy
+from coalestra.resilience.retry import TRANSIENT_ERRORS, RetryPolicy
 
 __all__ = [
     "CircuitBreaker",
@@ -29,4 +29,5 @@ __all__ = [
     "ResilienceResolver",
     "RetryPolicy",
     "SourceResiliencePolicy",
+    "TRANSIENT_ERRORS",
 ]

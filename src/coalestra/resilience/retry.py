@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
 
 from coalestra.core.errors import (
     CircuitOpenError,
@@ -12,30 +15,23 @@ from coalestra.core.errors import (
     SourceQueueTimeoutError,
     SourceUnavailableError,
 )
-from coalestra.core.validation import integer, number
+from coalestra.core.validation import integer, number, wrong_type
 
 _LARGEST_EXPONENT = 1000
 """Doubling more often would overflow a float; the cap on the delay holds long before."""
 
 # Python 3.10 has three timeout errors that are one from 3.11 on.
-_RETRIED = (
+TRANSIENT_ERRORS: tuple[type[Exception], ...] = (
     SourceUnavailableError,
     OSError,
     TimeoutError,
     asyncio.TimeoutError,
     concurrent.futures.TimeoutError,
 )
+"""What is retried by default: what says that it may pass, connections and time-outs."""
+
 _FINAL = (CircuitOpenError, SnapshotDeadlineExceededError, SourceQueueTimeoutError)
-
-
-def retryable(error: BaseException) -> bool:
-    """Whether trying again may help.
-
-    True for an unavailable source and for time-outs, connection and other operating system errors.
-    False for what waiting in the same place cannot mend: an open circuit, a deadline, a queue that
-    is too long.
-    """
-    return isinstance(error, _RETRIED) and not isinstance(error, _FINAL)
+"""What waiting in the same place cannot mend: no policy retries it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,11 @@ class RetryPolicy:
         base_delay_seconds: the wait after the first failure; it doubles with each further one.
         max_delay_seconds: no wait is longer.
         jitter_ratio: the part, 0 to 1, by which a wait is varied at random up and down.
+        retry_on: which errors are retried: an exception type or several, or a plain, quick function
+            that is given the error and says so. In place of `TRANSIENT_ERRORS`, which None stands
+            for: name these as well to go on retrying them.
+
+    An open circuit, a deadline and too long a queue are never retried.
 
     Raises:
         TypeError, ValueError: for a field of the wrong type or outside of its range.
@@ -56,12 +57,34 @@ class RetryPolicy:
     base_delay_seconds: float = 0.05
     max_delay_seconds: float = 1.0
     jitter_ratio: float = 0.1
+    retry_on: type[Exception] | Collection[type[Exception]] | Callable[[Any], bool] | None = field(
+        default=None, kw_only=True
+    )
 
     def __post_init__(self) -> None:
         integer("max_attempts", self.max_attempts, minimum=1)
         number("base_delay_seconds", self.base_delay_seconds, minimum=0)
         number("max_delay_seconds", self.max_delay_seconds, minimum=0)
         number("jitter_ratio", self.jitter_ratio, minimum=0, maximum=1)
+        object.__setattr__(self, "retry_on", _checked(self.retry_on))
+
+    def retries(self, error: BaseException) -> bool:
+        """Return whether a source that raised `error` is asked again while attempts are left.
+
+        Raises:
+            TypeError: if the function that says so returned an awaitable.
+            BaseException: whatever else it raised.
+        """
+        on: Any = TRANSIENT_ERRORS if self.retry_on is None else self.retry_on
+        if isinstance(error, _FINAL):
+            return False
+        if isinstance(on, (type, tuple)):
+            return isinstance(error, on)
+        answer = on(error)
+        if inspect.isawaitable(answer):
+            getattr(answer, "close", _nothing)()
+            raise TypeError("retry_on must answer at once, got an awaitable; use a plain function")
+        return bool(answer)
 
     def delay_for_attempt(self, attempt: int) -> float:
         """Return the seconds to wait after the failure of an attempt; the first is number 1.
@@ -78,3 +101,20 @@ class RetryPolicy:
 
         delay *= 1.0 + random.uniform(-self.jitter_ratio, self.jitter_ratio)
         return max(0.0, longest - abs(longest - delay))
+
+
+def _checked(retry_on: Any) -> Any:
+    """Return types in a form that `isinstance` takes, and anything else as it is."""
+    several = isinstance(retry_on, Collection) and not isinstance(retry_on, type)
+    kinds = tuple(retry_on) if several else (retry_on,)
+    if all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
+        return kinds if several else retry_on
+    plain = callable(retry_on) and not isinstance(retry_on, type)
+    if retry_on is None or (plain and not inspect.iscoroutinefunction(retry_on)):
+        return retry_on
+    rule = "a subclass of Exception, several of them, or a plain function of the error"
+    raise wrong_type("retry_on", rule, retry_on)
+
+
+def _nothing() -> None:
+    """Close what has nothing to close."""
