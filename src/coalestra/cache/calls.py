@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from coalestra.core.errors import (
     CacheCircuitOpenError,
@@ -59,96 +59,42 @@ async def call_each(
     and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
     caller's own cancellation.
     """
-    crew = _Crew(items, call, refused, ended)
-    await crew.work_off(min(width, len(items)), seconds)
-    return crew.results, crew.failures
+    loop = asyncio.get_running_loop()
+    results: dict[_I, _T] = {}
+    failures: dict[_I, BaseException] = {}
+    rest = iter(items)
+    running: dict[asyncio.Task[_T], tuple[_I, float]] = {}
 
+    async def made(item: _I) -> _T:
+        return await call(item)
 
-class _Shift(Generic[_I]):
-    """What one worker is at: an item since some time, or nothing; ``over`` if it is given up."""
-
-    __slots__ = ("began", "items", "over")
-
-    def __init__(self, now: float) -> None:
-        self.began: float = now
-        self.items: tuple[_I, ...] = ()
-        self.over: bool = False
-
-
-class _Crew(Generic[_I, _T]):
-    """The workers of one `call_each`; one whose call does not end, or ends it, is replaced."""
-
-    def __init__(
-        self,
-        items: Iterable[_I],
-        call: Callable[[_I], Awaitable[_T]],
-        refused: Callable[[], Exception | None],
-        ended: Callable[[BaseException | None], None],
-    ) -> None:
-        self.results: dict[_I, _T] = {}
-        self.failures: dict[_I, BaseException] = {}
-        self._rest = iter(items)
-        self._call = call
-        self._refused = refused
-        self._ended = ended
-        self._loop = asyncio.get_running_loop()
-        self._busy: dict[asyncio.Task[None], _Shift[_I]] = {}
-
-    async def work_off(self, width: int, seconds: float) -> None:
-        """Work until no item is left, with so many workers."""
-        busy, loop = self._busy, self._loop
-        for _ in range(width):
-            self._hire()
-        try:
-            while busy:
-                end = min(shift.began for shift in busy.values()) + seconds
-                left = max(0.0, end - loop.time())
-                await asyncio.wait(busy, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                for task, shift in tuple(busy.items()):
-                    if task.done():
-                        self._dismiss(task, _ending_of(task))
-                    elif loop.time() >= shift.began + seconds:
-                        self._dismiss(task, CacheTimeoutError(seconds))
-        finally:
-            for task in tuple(busy):
-                busy.pop(task).over = True
-                leave_behind(task)
-
-    def _hire(self) -> None:
-        shift: _Shift[_I] = _Shift(self._loop.time())
-        self._busy[self._loop.create_task(self._work(shift), name="coalestra cache call")] = shift
-
-    def _dismiss(self, task: asyncio.Task[None], error: BaseException) -> None:
-        shift = self._busy.pop(task)
-        shift.over = True
-        leave_behind(task)
-        for item in shift.items:  # its call ended the worker, or has not ended
-            self._fail(item, error)
-            self._hire()
-
-    async def _work(self, shift: _Shift[_I]) -> None:
-        for item in self._rest:
-            refusal = self._refused()
-            if refusal is not None:
-                self.failures[item] = refusal
-                continue
-            shift.items, shift.began = (item,), self._loop.time()
-            try:
-                result = await self._call(item)
-            except Exception as error:
-                if shift.over:
-                    return
-                self._fail(item, error)
-            else:
-                if shift.over:
-                    return
-                self.results[item] = result
-                self._ended(None)
-            shift.items = ()
-
-    def _fail(self, item: _I, error: BaseException) -> None:
-        self.failures[item] = error
-        self._ended(error)
+    try:
+        while True:
+            while len(running) < width and (item := next(rest, None)) is not None:
+                refusal = refused()
+                if refusal is None:
+                    task = loop.create_task(made(item), name="coalestra cache call")
+                    running[task] = item, loop.time() + seconds
+                else:
+                    failures[item] = refusal
+            if not running:
+                return results, failures
+            _, due = next(iter(running.values()))  # the first to begin has the least time left
+            left = max(0.0, due - loop.time())
+            await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            for task, (item, due) in tuple(running.items()):
+                if task.done() or loop.time() >= due:
+                    del running[task]
+                    error = _ending_of(task) if task.done() else CacheTimeoutError(seconds)
+                    if error is None:
+                        results[item] = task.result()
+                    else:
+                        failures[item] = error
+                    leave_behind(task)
+                    ended(error)
+    finally:
+        for task in running:
+            leave_behind(task)
 
 
 _left_behind: set[asyncio.Task[Any]] = set()
@@ -173,9 +119,8 @@ def _forget(task: asyncio.Task[Any]) -> None:
         task.exception()  # seen
 
 
-def _ending_of(task: asyncio.Task[None]) -> BaseException:
-    error = None if task.cancelled() else task.exception()
-    return asyncio.CancelledError() if error is None else error
+def _ending_of(task: asyncio.Task[Any]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
 # The calls that a cache offers, used as widely as it allows --------------------------------------
