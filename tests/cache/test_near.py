@@ -52,9 +52,8 @@ def kept(near: Near, revision: Revision) -> bool:
 
 
 def put(near: Near, revision: Revision) -> None:
-    filling = near.begin()
-    near.put(filling, revision)
-    near.end(filling)
+    with near.filling() as filling:
+        near.put(filling, revision)
 
 
 def test_news_of_another_version_removes_what_is_kept_and_is_passed_on() -> None:
@@ -73,12 +72,11 @@ def test_news_of_another_version_removes_what_is_kept_and_is_passed_on() -> None
 def test_what_was_read_before_a_change_is_not_put_in_after_it(told: str | None) -> None:
     near, _ = near_of(Telling())
     read, same = revision_of(A), revision_of(B)
-    filling = near.begin()
-    near.changed(A, told)
-    near.changed(B, same.version)
-    near.put(filling, read)
-    near.put(filling, same)
-    near.end(filling)
+    with near.filling() as filling:
+        near.changed(A, told)
+        near.changed(B, same.version)
+        near.put(filling, read)
+        near.put(filling, same)
     assert not kept(near, read)
     assert kept(near, same)
 
@@ -86,37 +84,37 @@ def test_what_was_read_before_a_change_is_not_put_in_after_it(told: str | None) 
 def test_what_was_read_before_this_process_wrote_is_not_put_in_after_it() -> None:
     near, _ = near_of(Telling())
     read, stored = revision_of(A), revision_of(A)
-    reading, writing = near.begin(), near.begin()
-    near.wrote(writing, stored)
-    near.put(reading, read)
-    assert kept(near, stored)
+    with near.filling() as reading, near.filling() as writing:
+        near.wrote(writing, stored)
+        near.put(reading, read)
+        assert kept(near, stored)
 
 
 @pytest.mark.parametrize("what", ["missed", "changed"])
 def test_what_was_stored_while_something_else_may_have_been_is_looked_up_again(what: str) -> None:
     near, _ = near_of(Telling())
     old, stored = revision_of(A), revision_of(A)
-    writing = near.begin()
-    if what == "missed":
-        near.missed()
-    else:
-        near.changed(A, "other")
-    put(near, old)
-    near.wrote(writing, stored)
-    assert near.store.peek(A) is None
+    with near.filling() as writing:
+        if what == "missed":
+            near.missed()
+        else:
+            near.changed(A, "other")
+        put(near, old)
+        near.wrote(writing, stored)
+        assert near.store.peek(A) is None
 
 
 def test_a_value_on_its_way_keeps_out_what_it_replaces_and_is_let_in_itself() -> None:
     near, _ = near_of(Telling())
     old, new = revision_of(A), revision_of(A)
     put(near, old)
-    reading, writing = near.begin(), near.begin()
-    near.give_way(new)
-    assert not kept(near, old)
-    near.put(reading, old)
-    assert not kept(near, old)
-    near.wrote(writing, new)
-    assert kept(near, new)
+    with near.filling() as reading, near.filling() as writing:
+        near.give_way(new)
+        assert not kept(near, old)
+        near.put(reading, old)
+        assert not kept(near, old)
+        near.wrote(writing, new)
+        assert kept(near, new)
 
 
 def test_without_entries_it_only_passes_on_the_news() -> None:
@@ -132,13 +130,13 @@ def test_without_entries_it_only_passes_on_the_news() -> None:
 def test_nor_after_a_gap_in_the_news_or_a_change_of_ones_own(what: str) -> None:
     near, _ = near_of(Telling())
     read = revision_of(A)
-    filling = near.begin()
-    if what == "missed":
-        near.missed()
-    else:
-        near.drop((A,))
-    near.put(filling, read)
-    assert not kept(near, read)
+    with near.filling() as filling:
+        if what == "missed":
+            near.missed()
+        else:
+            near.drop((A,))
+        near.put(filling, read)
+        assert not kept(near, read)
 
 
 def test_a_gap_empties_it() -> None:

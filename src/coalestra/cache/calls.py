@@ -119,6 +119,18 @@ def _forget(task: asyncio.Task[Any]) -> None:
         task.exception()  # seen
 
 
+async def in_time(call: Awaitable[_T], seconds: float | None) -> _T:
+    """Return what a call gives; one that takes longer is left behind for a `CacheTimeoutError`."""
+    task = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if seconds is not None and not task.done():
+            raise CacheTimeoutError(seconds)
+    finally:
+        leave_behind(task)
+    return task.result()
+
+
 def _ending_of(task: asyncio.Task[Any]) -> BaseException | None:
     return asyncio.CancelledError() if task.cancelled() else task.exception()
 

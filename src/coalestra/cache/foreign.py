@@ -13,7 +13,6 @@ Laws, beside those of the calls to it:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import weakref
 from collections.abc import (
     AsyncGenerator,
@@ -22,10 +21,9 @@ from collections.abc import (
     Collection,
     Coroutine,
     Iterable,
-    Iterator,
     Mapping,
 )
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from coalestra.cache.calls import (
     CacheCalls,
@@ -33,11 +31,11 @@ from coalestra.cache.calls import (
     Found,
     Policies,
     has,
-    leave_behind,
+    in_time,
     sound,
 )
 from coalestra.cache.memory import open_value, revision_of, seal_value
-from coalestra.cache.near import Near, tells
+from coalestra.cache.near import Filling, Near
 from coalestra.cache.store import (
     UNCHECKED,
     CacheListener,
@@ -168,19 +166,17 @@ class Channel:
         self.lanes: KeyLanes = KeyLanes()
         self.listeners: Listeners = Listeners()
         self.on_their_way: dict[ResourceKey, Revision] = {}
-        self.near: Near | None = _near_of(cache, self)
+        entries = getattr(cache, "near_entries", 0)
+        self.near: Near = Near(
+            cache,
+            entries if type(entries) is int else 0,
+            getattr(cache, "near_seconds", 0.0),
+            self.listeners,
+            self.on_their_way,
+        )
 
     def __repr__(self) -> str:
         return f"Channel({type(self.cache).__name__}, {self.lanes!r}, {self.listeners!r})"
-
-
-def _near_of(cache: Any, channel: Channel) -> Near | None:
-    """Return the memory in front of a cache that wants one, or tells of changes."""
-    entries = getattr(cache, "near_entries", 0)
-    if type(entries) is not int or (entries <= 0 and not tells(cache)):
-        return None
-    seconds = getattr(cache, "near_seconds", 0.0)
-    return Near(cache, entries, seconds, channel.listeners, channel.on_their_way)
 
 
 _channels: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
@@ -213,13 +209,6 @@ def _unheard(_outcomes: Outcomes) -> None:
 
 def _any(_revision: Revision) -> bool:
     return True
-
-
-class Keep(Protocol):
-    """Keeps a revision in memory, one that was read or one that was written."""
-
-    def __call__(self, revision: Revision, written: bool = False, /) -> None:
-        """Keep it, if it can still be current."""
 
 
 class Terms(NamedTuple):
@@ -308,14 +297,12 @@ class ForeignCache:
                 self._tasks.clear()
             channel = self._channel = channel_of(self.calls.cache)
             channel.listeners.subscribe(self.subscribers)
-            if channel.near is not None:
-                channel.near.store.tolerance = max(channel.near.store.tolerance, self.tolerance)
+            channel.near.store.tolerance = max(channel.near.store.tolerance, self.tolerance)
         return channel
 
     def near(self) -> EntryStore | None:
         """Return what is kept in memory of the cache, if that can be trusted at this moment."""
-        near = self.channel().near
-        return None if near is None else near.trusted()
+        return self.channel().near.trusted()
 
     def attach(self) -> None:
         """Be used on the running event loop.
@@ -338,42 +325,17 @@ class ForeignCache:
         Derived ones are joined to what they rest on, and left out if that is no longer current. The
         cache is rid of them, unless it should have left them out itself.
         """
-        with self._filling() as keep:
-            return await self._read(keys, now, policies, keep)
-
-    @contextlib.contextmanager
-    def _filling(self) -> Iterator[Keep]:
-        """Give what keeps revisions in memory, unless they have changed meanwhile."""
-        near = self.channel().near
-        if near is None:
-            yield _kept_nowhere
-            return
-        filling = near.begin()
-
-        def keep(revision: Revision, written: bool = False) -> None:
-            (near.wrote if written else near.put)(filling, revision)
-
-        try:
-            yield keep
-        finally:
-            near.end(filling)
-
-    async def _read(
-        self,
-        keys: Collection[ResourceKey],
-        now: float,
-        policies: Policies,
-        keep: Keep,
-    ) -> dict[ResourceKey, Revision]:
-        on_their_way = self.channel().on_their_way
-        known = {key: on_their_way[key] for key in keys if key in on_their_way}
-        rest = [key for key in keys if key not in known]
-        values = await self.calls.get(rest, now, policies, now + self.tolerance)
-        known.update(await self.sealed(values))
-        outdated = await self.outdated(known, keys, now, self.sealed)
-        for key, revision in known.items():
-            if key not in outdated and key not in on_their_way:
-                keep(revision)
+        channel = self.channel()
+        on_their_way, near = channel.on_their_way, channel.near
+        with near.filling() as filling:
+            known = {key: on_their_way[key] for key in keys if key in on_their_way}
+            rest = [key for key in keys if key not in known]
+            values = await self.calls.get(rest, now, policies, now + self.tolerance)
+            known.update(await self.sealed(values))
+            outdated = await self.outdated(known, keys, now, self.sealed)
+            for key, revision in known.items():
+                if key not in outdated and key not in on_their_way:
+                    near.put(filling, revision)
         for key in outdated:
             if on_their_way.get(key) is known[key]:
                 del on_their_way[key]
@@ -464,51 +426,33 @@ class ForeignCache:
                 yield {each.key: Answer(each) for each in held}
         if leasing is None or not rest:
             return
-        with self._filling() as keep:
-            asking = leasing.lease_many(
-                tuple(rest), now=now, policies=policies, force=force, unlike=unlike
-            )
+        seconds: float | None = self.calls.seconds  # for the first part
+        with channel.near.filling() as filling:
             try:
-                async for part in self._in_time(asking):
-                    answers = await self._answers(part, rest, ahead + channel.loop.time(), keep)
+                asking = leasing.lease_many(
+                    tuple(rest), now=now, policies=policies, force=force, unlike=unlike
+                )
+                while rest:
+                    part = await in_time(anext(asking), seconds)
+                    seconds = None
+                    answers = await self._answers(part, rest, ahead + channel.loop.time(), filling)
                     for key, answer in answers.items():
                         if not answer.waiting:
                             rest.pop(key, None)
                     yield answers
-                    if not rest:
-                        break
+            except StopAsyncIteration:
+                pass
             except Exception as error:
                 self.calls.tell("read", dict.fromkeys(rest, error))
             if rest:
                 yield dict.fromkeys(rest, Answer(None))
-
-    async def _in_time(
-        self, asking: AsyncGenerator[Mapping[ResourceKey, LeasedLookup], None]
-    ) -> AsyncGenerator[Mapping[ResourceKey, LeasedLookup], None]:
-        """Pass on what the cache gives; the first part has to come within the time of a call."""
-        seconds: float | None = self.calls.seconds
-        while True:
-            step = asyncio.ensure_future(anext(asking))
-            try:
-                await asyncio.wait({step}, timeout=seconds)
-            finally:
-                in_time = step.done()
-                leave_behind(step)
-            if not in_time:
-                raise CacheTimeoutError(self.calls.seconds)
-            try:
-                part = step.result()
-            except StopAsyncIteration:
-                return
-            seconds = None
-            yield part
 
     async def _answers(
         self,
         part: Mapping[ResourceKey, LeasedLookup],
         asked: Collection[ResourceKey],
         now: float,
-        keep: Keep,
+        filling: Filling,
     ) -> dict[ResourceKey, Answer]:
         """Seal what a leasing cache gave, join what is derived, and keep what is current."""
         values: Found = {}
@@ -531,7 +475,7 @@ class ForeignCache:
         current = {key: each for key, each in revisions.items() if holds(each)}
         for key, revision in current.items():
             if not part[key].waiting and part[key].lease is None:
-                keep(revision)
+                self.channel().near.put(filling, revision)
         return {
             key: Answer(current.get(key), told.lease, told.waiting)
             for key, told in part.items()
@@ -595,8 +539,7 @@ class ForeignCache:
         if current is not None and status is not _STORED:
             return status, current, current
         channel.on_their_way[revision.key] = revision
-        if channel.near is not None:
-            channel.near.give_way(revision)
+        channel.near.give_way(revision)
         channel.listeners.revised({revision.key: revision}, self.subscribers)
         return _STORED, revision, current
 
@@ -639,13 +582,13 @@ class ForeignCache:
                 if key not in offered:
                     self.give_back(lease, failed=False)
             write = _Write(self, offered, terms)
-            with self._filling() as keep:
+            with channel.near.filling() as filling:
                 outcomes = await write.run()
                 self._tell(channel, offered, outcomes, None if terms.insist else self.subscribers)
                 for status, current, _ in outcomes.values():
-                    keep(current, status is _STORED)
-            if channel.near is not None and write.failures:
-                channel.near.drop(write.failures)
+                    keep = channel.near.wrote if status is _STORED else channel.near.put
+                    keep(filling, current)
+            channel.near.drop(write.failures)
         return outcomes, write.failures
 
     def _tell(
@@ -686,14 +629,12 @@ class ForeignCache:
         for key in unique:
             channel.on_their_way.pop(key, None)
         channel.listeners.invalidating(unique)
-        if channel.near is not None:
-            channel.near.drop(unique)
+        channel.near.drop(unique)
         async with channel.lanes.turn(unique):
             try:
                 failures = await self.calls.remove(unique, insist=True)
             finally:
-                if channel.near is not None:
-                    channel.near.drop(unique)
+                channel.near.drop(unique)
                 channel.listeners.revised(dict.fromkeys(unique))
         for error in failures.values():
             raise error
@@ -711,10 +652,6 @@ class ForeignCache:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _kept_nowhere(_revision: Revision, _written: bool = False) -> None:
-    """Stand in for a memory that is not there."""
 
 
 class _Write:
@@ -758,28 +695,20 @@ class _Write:
 
     async def _fulfil(self, leases: Mapping[ResourceKey, Lease]) -> None:
         """Store what was acquired under leases."""
-        leasing, seconds = self._cache.leasing, self._calls.seconds
+        leasing, terms = self._cache.leasing, self._terms
         if leasing is None or not self._values:
             return
         offered = {leases[key]: value for key, value in self._values.items()}
-        terms = self._terms
-        task = asyncio.ensure_future(
-            leasing.fulfil_many(offered, policies=terms.policies, replace_equal=terms.replace_equal)
-        )
+        told: Mapping[ResourceKey, CacheWriteResult | Exception]
         try:
-            await asyncio.wait({task}, timeout=seconds)
-        finally:
-            leave_behind(task)
-        told: Mapping[ResourceKey, CacheWriteResult | Exception] = {}
-        error: Exception | None = None
-        try:
-            told = task.result()
-        except asyncio.InvalidStateError:
-            error = CacheTimeoutError(seconds)
-        except Exception as raised:
-            error = raised
+            fulfilling = leasing.fulfil_many(
+                offered, policies=terms.policies, replace_equal=terms.replace_equal
+            )
+            told = await in_time(fulfilling, self._calls.seconds)
+        except Exception as error:
+            told = dict.fromkeys(self._values, error)
         for key in self._values:
-            result = error or told.get(key)
+            result = told.get(key)
             if isinstance(result, CacheWriteResult):
                 self._results[key] = result
             elif isinstance(result, Exception):

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from coalestra.cache.store import EntryStore, Listeners
@@ -102,7 +103,7 @@ class Filling:
 
 
 class Near:
-    """The memory in front of one cache on one event loop; it hears the cache's news.
+    """The memory in front of one cache on one event loop; it hears the cache's news, if it tells.
 
     Args:
         cache: the cache.
@@ -154,15 +155,15 @@ class Near:
                 self._forget(key, version)
         return self.store
 
-    def begin(self) -> Filling:
-        """Begin to read or write; always followed by `end`."""
+    @contextmanager
+    def filling(self) -> Iterator[Filling]:
+        """Read or write, and learn meanwhile of the changes."""
         filling = Filling()
         self._fillings.add(filling)
-        return filling
-
-    def end(self, filling: Filling) -> None:
-        """Have read or written."""
-        self._fillings.discard(filling)
+        try:
+            yield filling
+        finally:
+            self._fillings.discard(filling)
 
     def put(self, filling: Filling, revision: Revision) -> None:
         """Keep what was read or written, unless it has changed since."""
