@@ -941,7 +941,15 @@ class SyncSnapshotBuilder:
 
     def health_snapshot(self) -> BuilderHealth:
         """Return the builder's health, together with the backlog of submissions."""
-        health = self._thread.run("health_snapshot()", self.builder.health_snapshot)
+        return self._with_backlog(
+            self._thread.run("health_snapshot()", self.builder.health_snapshot)
+        )
+
+    def health_snapshot_nowait(self) -> BuilderHealth:
+        """Return the same at once, on any thread; see `SnapshotBuilder.health_snapshot_nowait`."""
+        return self._with_backlog(self.builder.health_snapshot_nowait())
+
+    def _with_backlog(self, health: BuilderHealth) -> BuilderHealth:
         return dataclasses.replace(
             health,
             pending_submissions=self._backlog.pending,

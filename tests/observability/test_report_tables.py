@@ -51,6 +51,7 @@ COUNTERS: dict[str, set[str]] = {
 }
 
 OBSERVATIONS: dict[str, set[str]] = {
+    "snapshot_build_latency_ms": {"status"},
     "source_fetch_latency_ms": {"source"},
     "source_capacity_wait_ms": {"source"},
     "source_batch_size": {"source"},
@@ -270,6 +271,7 @@ def test_every_method_of_the_reporter_is_held_against_the_tables() -> None:
 
 STATUSES = {
     "snapshot_build_total": {"success", "error"},
+    "snapshot_build_latency_ms": {"success", "error"},
     "snapshot_session_resolve_total": {"success", "error"},
     "cache_access_total": {
         "fresh",
@@ -285,7 +287,7 @@ STATUSES = {
 
 
 @pytest.mark.parametrize("metric", STATUSES)
-def test_the_status_of_a_counter_takes_each_of_its_values_and_no_other(metric: str) -> None:
+def test_the_status_of_a_metric_takes_each_of_its_values_and_no_other(metric: str) -> None:
     seen = {record.labels["status"] for record in reported().metrics if record.metric == metric}
 
     assert seen == STATUSES[metric]

@@ -6,7 +6,9 @@ import asyncio
 import dataclasses
 import json
 import math
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from coalestra import (
     CacheStats,
     CallableSource,
     CircuitBreakerPolicy,
+    CircuitIdentity,
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
@@ -29,6 +32,7 @@ from coalestra import (
     SourceResiliencePolicy,
     SourceUnavailableError,
 )
+from coalestra.resilience.circuit_breaker import Outcome
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import ONCE, Single, builder, key
 from tests.orchestration.stock import BASE, Shop, Stock
@@ -60,6 +64,52 @@ async def test_it_is_read_without_asking_any_source() -> None:
     building = builder(source)
     await building.health_snapshot()
     assert source.calls == []
+
+
+async def test_any_thread_reads_it_at_once_while_the_loop_goes_on() -> None:
+    shop = Shop()
+    await shop.builder.build([BASE])
+    await settle()
+    with ThreadPoolExecutor(1) as elsewhere:
+        seen = elsewhere.submit(shop.builder.health_snapshot_nowait).result()
+    assert seen == await shop.builder.health_snapshot()
+
+
+async def test_at_once_means_that_a_cache_that_has_to_be_awaited_is_not_asked() -> None:
+    class Cache(SingleKeyCache):
+        async def stats(self) -> str:
+            return "asked"
+
+    building = builder(Single("k"), cache=Cache())
+    await building.build([K])
+    assert (await building.health_snapshot()).cache == "asked"
+    health = building.health_snapshot_nowait()
+    assert (health.cache, health.cache_call_count > 0) == (None, True)
+
+
+async def test_it_is_read_while_circuits_come_and_go_in_another_thread() -> None:
+    building = builder(Single("k"))
+    breaker = building.circuit_breaker
+    policy = CircuitBreakerPolicy(failure_threshold=1, scope=CircuitScope.RESOURCE)
+    began, over = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            identity = CircuitIdentity("k", CircuitScope.RESOURCE, str(number))
+            breaker.report(identity, Outcome.FAILURE, policy)
+            began.set()
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        failing = elsewhere.submit(fail)
+        began.wait()
+        try:
+            for _ in range(50):
+                assert building.health_snapshot_nowait().circuits
+        finally:
+            over.set()
+        failing.result()
 
 
 async def test_work_under_way_is_seen_while_it_lasts() -> None:

@@ -51,7 +51,12 @@ COUNTERS: dict[str, set[str]] = {
     "resource_refresh_total": {*OF_RESOURCE, "status"},
     "payload_copy_deadline_total": {"phase"},
 }
-OBSERVATIONS = {"source_fetch_latency_ms", "source_capacity_wait_ms", "source_batch_size"}
+OBSERVATIONS = {
+    "snapshot_build_latency_ms": "status",
+    "source_fetch_latency_ms": "source",
+    "source_capacity_wait_ms": "source",
+    "source_batch_size": "source",
+}
 EVENTS: dict[str, str] = {
     "snapshot_built": "snapshot_id resources resolved failed build_failed strict diagnostics",
     "snapshot_session_resolved": (
@@ -105,9 +110,10 @@ class Seen:
             self.faults.append(f"{metric} names a resource: {labels}")
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
-        if metric not in OBSERVATIONS or set(labels) != {"source"}:
+        label = OBSERVATIONS.get(metric, "")
+        if set(labels) != {label}:
             self.faults.append(f"{metric} with {sorted(labels)}")
-        self.observed.setdefault((metric, labels["source"]), []).append(value)
+        self.observed.setdefault((metric, labels.get(label, "")), []).append(value)
 
     def emit(self, event_type: str, **payload: Any) -> None:
         self.events.append(EventRecord(event_type, payload))
@@ -149,6 +155,9 @@ async def test_a_build_reports_itself_its_misses_and_what_it_resolved() -> None:
     building, seen = watched(Single("x"))
     snapshot = await building.build([X])
     assert seen.count("snapshot_build_total", status="success") == 1
+    assert seen.observed["snapshot_build_latency_ms", "success"] == [
+        snapshot.diagnostics.duration_ms
+    ]
     assert seen.count("cache_access_total", status="miss") == 1
     assert seen.count("source_fetch_total", source="x", status="success") == 1
     (built,) = seen.of("snapshot_built")
@@ -185,6 +194,9 @@ async def test_a_build_that_misses_keys_is_an_error_only_if_it_is_strict(strict:
     else:
         await building.build([X], strict=False)
     assert seen.count("snapshot_build_total", status="error") == strict
+    assert [status for _, status in seen.observed if status in ("success", "error")] == [
+        "error" if strict else "success"
+    ]
     (built,) = seen.of("snapshot_built")
     assert (built["failed"], built["build_failed"], built["strict"]) == (1, strict, strict)
     assert seen.of("source_failed") == [

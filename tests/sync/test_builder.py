@@ -150,6 +150,7 @@ def test_health_tells_the_backlog_too(sync: SyncSnapshotBuilder) -> None:
     health = sync.health_snapshot()
     assert (health.pending_submissions, health.max_pending_submissions) == (0, 1024)
     assert not health.closed
+    assert sync.health_snapshot_nowait() == health
 
 
 def test_refreshes_can_be_waited_for(sync: SyncSnapshotBuilder) -> None:

@@ -471,6 +471,12 @@ class Reporter:
     ) -> None:
         """Report a finished build; the counts of keys are those of its diagnostics."""
         self._count_status("snapshot_build_total", not build_failed)
+        if self._counting:
+            self._observe(
+                "snapshot_build_latency_ms",
+                diagnostics.duration_ms,
+                status="error" if build_failed else "success",
+            )
         if self._telling:
             self._tell(
                 "snapshot_built",

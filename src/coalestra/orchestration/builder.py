@@ -170,16 +170,16 @@ def _capacity(links: Iterable[Link], settings: BuilderSettings) -> CapacityContr
     return capacity
 
 
-async def collect_health(
-    engine: Engine, sinks: ObservabilitySinks, unfinished: Mapping[str, int]
+def collect_health(
+    engine: Engine, sinks: ObservabilitySinks, unfinished: Mapping[str, int], cache_stats: Any
 ) -> BuilderHealth:
-    """Return the state of a builder and its counters, without asking any source."""
+    """Return the state of a builder and its counters; any thread may ask for it."""
     parts = engine.parts
     cache, calls = parts.access.cache, parts.access.call_counts
     copies = {"builder": parts.copies.health()}
     if isinstance(cache, AsyncMemoryCache):
         copies["cache"] = cache.copy_health_snapshot()
-    capacity = await parts.capacity.snapshot()
+    capacity = parts.capacity.view()
     guarantees = timeout_guarantees(parts.chains.links)
     counters = parts.counters
     violations = dict(counters.transport_violations)
@@ -189,7 +189,7 @@ async def collect_health(
         singleflight_in_flight=engine.in_flight,
         source_support_cache_entries=parts.chains.entries,
         capacity=capacity,
-        cache=await parts.access.stats(),
+        cache=cache_stats,
         cache_left_alone=parts.access.left_alone,
         cache_call_count=calls["calls"],
         cache_failure_count=calls["failures"],
@@ -562,7 +562,15 @@ class SnapshotBuilder(BuilderSettings):
 
     async def health_snapshot(self) -> BuilderHealth:
         """Return the state of the builder and its counters, without asking any source."""
-        return await collect_health(self._engine, self._sinks, self._closing.unfinished)
+        return self._health(await self._engine.parts.access.stats())
+
+    def health_snapshot_nowait(self) -> BuilderHealth:
+        """Return the same at once, from any thread: ``cache`` is None if it has to be awaited."""
+        store = self._engine.parts.access.store
+        return self._health(None if store is None else store.stats())
+
+    def _health(self, cache_stats: Any) -> BuilderHealth:
+        return collect_health(self._engine, self._sinks, self._closing.unfinished, cache_stats)
 
     async def capacity_snapshot(self) -> dict[str, CapacitySnapshot]:
         """Return the state of every capacity limit, the builder's own under ``__global__``."""

@@ -1199,7 +1199,7 @@ class Engine:
     @property
     def workers(self) -> int:
         """How many workers are under way to call sources."""
-        return sum(not task.done() for task in self.flights.dispatch.workers)
+        return sum(not task.done() for task in self.flights.dispatch.workers.copy())
 
     @property
     def in_flight(self) -> int:
