@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 from typing import Any
 
@@ -109,3 +110,10 @@ def test_diagnostics_survive_pickling_and_copying() -> None:
     assert pickle.loads(pickle.dumps(frozen)) == frozen
     assert copy.deepcopy(frozen) == frozen
     assert dataclasses.replace(frozen, cache_hits=4).cache_hits == 4
+
+
+def test_the_json_form_has_every_field_under_its_name() -> None:
+    told = SnapshotDiagnostics(retries=2, source_calls_by_source={"rest": 3}).to_dict()
+    assert list(told) == [field.name for field in dataclasses.fields(SnapshotDiagnostics)]
+    assert (told["retries"], told["source_calls_by_source"]) == (2, {"rest": 3})
+    assert json.loads(json.dumps(told)) == told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import pickle
 from collections.abc import Mapping
@@ -11,6 +12,15 @@ from typing import Any
 
 import pytest
 
+from coalestra.core.errors import (
+    CoalestraError,
+    DependencyCycleError,
+    PayloadIsolationError,
+    ResourceResolutionError,
+    SnapshotDeadlineExceededError,
+    SourceFailure,
+    folded_message,
+)
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext, Snapshot, SnapshotDiagnostics
@@ -149,3 +159,71 @@ def test_every_record_of_a_snapshot_can_be_copied_pickled_and_replaced(record: A
 
 def test_its_representation_counts_and_shows_no_payload() -> None:
     assert repr(SNAPSHOT) == "Snapshot(snapshot_id='id-1', resources=2, errors=1, stale=1)"
+
+
+class Opaque:
+    def __repr__(self) -> str:
+        raise AssertionError("repr may hold secrets")
+
+
+def test_its_json_form_tells_where_values_come_from_and_not_what_they_are() -> None:
+    secret = value(A, {"card": "4111"})
+    told = Snapshot("id", 9.0, {A: secret, B: value(B, "b", stale=True)}).to_dict()
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert "4111" not in json.dumps(told)
+    assert (told["schema"], told["schema_version"]) == ("coalestra.snapshot", 1)
+    assert (told["snapshot_id"], told["created_at"]) == ("id", "1970-01-01T00:00:09.000000+00:00")
+    assert (told["complete"], list(told["resources"])) == (True, ["n:a", "n:b"])
+    assert told["resources"]["n:b"]["stale"] is True
+    assert told["diagnostics"]["observation_skew_ms"] == 0.0
+
+
+def test_its_json_form_has_the_payloads_and_metadata_if_asked_for() -> None:
+    held = {"at": math.nan, "who": Opaque()}
+    shown = SnapshotValue(A, held, "rest", 1.0, 1.0, 0.0, False, False, 0.0, metadata={"etag": "x"})
+    told = Snapshot("id", 9.0, {A: shown}).to_dict(include_values=True)["resources"]["n:a"]
+    assert told["value"] == {"at": "nan", "who": f"{__name__}.Opaque"}
+    assert told["metadata"] == {"etag": "x"}
+    assert told == shown.to_dict(include_value=True)
+    with pytest.raises(TypeError, match="^include_values must be"):
+        Snapshot("id", 9.0, {}).to_dict(include_values=1)  # type: ignore[arg-type]
+
+
+def test_keys_with_one_text_have_an_entry_each_in_the_json_form() -> None:
+    first, second = ResourceKey("n", "a:b"), ResourceKey("n", "a", "b")
+    assert str(first) == str(second)
+    told = Snapshot("id", 9.0, {first: value(first, 1)}, {second: ERROR}).to_dict()
+    assert (list(told["resources"]), list(told["errors"])) == ([first.canonical], ["n:a:b"])
+    assert told["complete"] is False
+
+
+def failed(*kinds: str) -> ResourceResolutionError:
+    return ResourceResolutionError(A, tuple(SourceFailure("rest", kind, "no", 2) for kind in kinds))
+
+
+@pytest.mark.parametrize(
+    "error, kind, reason, failures",
+    [
+        (ERROR, "LookupError", "failure", 0),
+        (failed(), "ResourceResolutionError", "unsupported", 0),
+        (failed("ValueError", "CircuitOpenError"), "ResourceResolutionError", "circuit_open", 2),
+        (failed("StaleSourceData"), "ResourceResolutionError", "stale", 1),
+        (failed("SnapshotDeadlineExceededError"), "ResourceResolutionError", "deadline", 1),
+        (SnapshotDeadlineExceededError("late"), "SnapshotDeadlineExceededError", "deadline", 0),
+        (DependencyCycleError((A, B, A)), "DependencyCycleError", "dependency_cycle", 0),
+        (
+            PayloadIsolationError(context="delivery", value_type="x.Y"),
+            "PayloadIsolationError",
+            "payload",
+            0,
+        ),
+        (CoalestraError("else"), "CoalestraError", "failure", 0),
+    ],
+)
+def test_an_error_in_the_json_form_has_type_message_and_a_word_for_the_reason(
+    error: Exception, kind: str, reason: str, failures: int
+) -> None:
+    told = Snapshot("id", 9.0, {}, {A: error}).to_dict()["errors"]["n:a"]
+    assert (told["resource"], told["type"], told["reason"]) == ("n:a", kind, reason)
+    assert told["message"] == folded_message(str(error))
+    assert len(told["failures"]) == failures

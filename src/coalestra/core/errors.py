@@ -442,6 +442,36 @@ def serialized_error(
     }
 
 
+_REASONS = {
+    "CircuitOpenError": "circuit_open",
+    "DependencyCycleError": "dependency_cycle",
+    "DependencyResolutionError": "dependency",
+    "PayloadIsolationError": "payload",
+    "SnapshotDeadlineExceededError": "deadline",
+    "SourceProtocolError": "protocol",
+    "SourceQueueTimeoutError": "capacity",
+    "SourceTimeoutError": "timeout",
+    "StaleSourceData": "stale",
+}
+
+
+def described_error(key: ResourceKey, error: Exception) -> dict[str, Any]:
+    """Return why a resource has no value as JSON-safe data, with the reason in a word.
+
+    That is the one of the source that was tried last; ``unsupported`` if there was none, and
+    ``failure`` for what is no business of the library's.
+    """
+    failures = error.failures if isinstance(error, ResourceResolutionError) else None
+    kind = type_name(error) if failures is None else failures[-1].error_type if failures else ""
+    return {
+        "resource": key.display,
+        "type": type_name(error),
+        "message": folded_message(message_of(error)),
+        "reason": _REASONS.get(kind, "failure") if kind else "unsupported",
+        "failures": [failure.to_dict() for failure in failures or ()],
+    }
+
+
 # Errors about a whole snapshot: what a strict build, a request or a session raises ---------------
 
 

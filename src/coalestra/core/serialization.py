@@ -8,6 +8,7 @@ may hold secrets, addresses or megabytes.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Mapping, Set
 from dataclasses import fields, is_dataclass
@@ -16,6 +17,9 @@ from typing import Any
 
 _MAX_DEPTH = 32
 _SEQUENCES = (list, tuple, deque)
+
+_FIRST, _END = -62_135_596_800, 253_402_300_799
+"""The first second of year 1, and the last one of year 9999."""
 
 
 def json_safe(value: Any) -> Any:
@@ -52,6 +56,18 @@ def _safe_container(value: Any, path: tuple[int, ...]) -> Any:
         # Sets have no order of their own; two equal ones shall give equal JSON.
         return sorted((_safe(item, path) for item in value), key=repr)
     return qualified_type(value)
+
+
+def utc_text(seconds: float) -> str | None:
+    """Return wall-clock seconds since the epoch as an ISO 8601 text in UTC, to the microsecond.
+
+    What no calendar has, such as a time in the year 10,000, is None.
+    """
+    if not _FIRST <= seconds < _END:
+        return None
+    whole, part = divmod(round(seconds * 1_000_000), 1_000_000)
+    year, month, day, hour, minute, second, *_ = time.gmtime(whole)
+    return f"{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{part:06}+00:00"
 
 
 def qualified_type(value: object) -> str:

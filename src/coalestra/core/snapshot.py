@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from coalestra.core.errors import described_error
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
-from coalestra.core.validation import a_kind_of, concealed, mapping, number, text
+from coalestra.core.serialization import json_safe, utc_text
+from coalestra.core.validation import a_kind_of, concealed, flag, mapping, number, text
 from coalestra.core.values import SnapshotValue
 
 # What one build, session or refresh did, counted -------------------------------------------------
@@ -66,6 +68,11 @@ class SnapshotDiagnostics:
     def __post_init__(self) -> None:
         for name in ("source_calls_by_source", "source_latency_ms_by_source"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every attribute under its name, as JSON-safe data."""
+        told: dict[str, Any] = json_safe(self)
+        return told
 
 
 class DiagnosticsRecorder:
@@ -160,6 +167,8 @@ def context_of(
 
 T = TypeVar("T")
 
+_SCHEMA, _SCHEMA_VERSION = "coalestra.snapshot", 1
+
 
 @dataclass(frozen=True, repr=False)
 class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
@@ -250,6 +259,28 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
     def complete(self) -> bool:
         """Whether nothing that was asked for has failed."""
         return not self.errors
+
+    def to_dict(self, *, include_values: bool = False) -> dict[str, Any]:
+        """Return the snapshot as JSON-safe data; see the reference of data for its keys.
+
+        Args:
+            include_values: whether the payloads and their metadata are in it.
+
+        Raises:
+            TypeError: for an argument of another type.
+        """
+        flag("include_values", include_values)
+        values = self.resources.items()
+        return {
+            "schema": _SCHEMA,
+            "schema_version": _SCHEMA_VERSION,
+            "snapshot_id": self.snapshot_id,
+            "created_at": utc_text(self.created_at),
+            "complete": self.complete,
+            "resources": {k.canonical: v.to_dict(include_value=include_values) for k, v in values},
+            "errors": {k.canonical: described_error(k, e) for k, e in self.errors.items()},
+            "diagnostics": self.diagnostics.to_dict(),
+        }
 
     if not TYPE_CHECKING:
 

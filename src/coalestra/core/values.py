@@ -20,7 +20,8 @@ from coalestra.core.frozen import (
     refuse_subclass,
 )
 from coalestra.core.keys import ResourceKey
-from coalestra.core.validation import concealed, instance, mapping, number, text
+from coalestra.core.serialization import json_safe, utc_text
+from coalestra.core.validation import concealed, flag, instance, mapping, number, text
 
 T = TypeVar("T")
 
@@ -233,6 +234,35 @@ class SnapshotValue(Generic[T]):
         if self.observed_at != self.fetched_at:
             return self.observed_at
         return self.fetched_at - self.latency_ms / 1000
+
+    def to_dict(self, *, include_value: bool = False) -> dict[str, Any]:
+        """Return where the value comes from as JSON-safe data, times as ISO texts in UTC.
+
+        Args:
+            include_value: whether ``value`` and ``metadata`` are in it. What is no JSON, such as a
+                ``Decimal``, is named by its type.
+
+        Raises:
+            TypeError: for an argument of another type.
+        """
+        told = {
+            "key": self.key.canonical,
+            "resource": self.key.display,
+            "source": self.source,
+            "observed_at": utc_text(self.observed_at),
+            "fetched_at": utc_text(self.fetched_at),
+            "age_seconds": self.age_seconds,
+            "stale": self.stale,
+            "from_cache": self.from_cache,
+            "latency_ms": self.latency_ms,
+            "attempts": self.attempts,
+            "authority_rank": self.authority_rank,
+            "version": self.version,
+            "dependency_versions": {k.canonical: v for k, v in self.dependency_versions.items()},
+        }
+        if flag("include_value", include_value):
+            told |= {"value": json_safe(self.value), "metadata": json_safe(self.metadata)}
+        return told
 
     def __init_subclass__(cls) -> None:
         refuse_subclass("SnapshotValue")
