@@ -18,6 +18,7 @@ import pytest
 import coalestra
 from tests.architecture.source_tree import PACKAGE, Function, Module, modules
 from tests.architecture.test_layers import RANK
+from tests.support import PUBLIC
 
 PACKAGES = [module.name for module in modules() if module.path.name == "__init__.py"]
 ASYNC_BUILD = """
@@ -130,7 +131,7 @@ def test_type_checkers_look_into_the_parts_that_programs_look_into() -> None:
     offered = {
         name: home for home in seen if home for name in importlib.import_module(home).__all__
     }
-    assert [name for name in coalestra.__all__ if name not in {"__version__", *offered}] == []
+    assert [name for name in PUBLIC if name not in {"__version__", *offered}] == []
 
 
 @pytest.mark.parametrize("missing", ["nothing_like_it", "_private", "__wrapped__"])
@@ -161,7 +162,7 @@ def test_every_name_of_the_package_is_exported_by_one_of_its_parts() -> None:
     parts = [importlib.import_module(f"coalestra.{part}") for part in RANK if part != "testing"]
     homes = {
         name: {id(getattr(part, name)) for part in parts if name in getattr(part, "__all__", ())}
-        for name in coalestra.__all__
+        for name in PUBLIC
         if name != "__version__"
     }
     assert {name: where for name, where in homes.items() if len(where) != 1} == {}
@@ -197,7 +198,7 @@ def test_submodules_are_attributes_without_an_import_of_their_own() -> None:
 
 
 def public_classes() -> dict[str, type[Any]]:
-    found = {name: getattr(coalestra, name) for name in coalestra.__all__}
+    found = {name: getattr(coalestra, name) for name in PUBLIC}
     return {name: each for name, each in found.items() if inspect.isclass(each)}
 
 

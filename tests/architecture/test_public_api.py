@@ -9,6 +9,7 @@ from pathlib import Path
 
 import coalestra
 from tests.architecture.public_api import describe_package, differences, recorded, rendered
+from tests.support import PUBLIC
 
 PACKAGE_HOME = Path(str(coalestra.__file__)).parents[1]
 
@@ -19,7 +20,7 @@ def test_the_package_offers_exactly_what_its_manifest_says() -> None:
 
 
 def test_every_exported_name_exists_once() -> None:
-    names = list(coalestra.__all__)
+    names = list(PUBLIC)
     assert len(names) == len(set(names))
     assert [name for name in names if not hasattr(coalestra, name)] == []
 
@@ -29,9 +30,7 @@ def test_nothing_is_public_by_accident() -> None:
     stray = [
         name
         for name in vars(coalestra)
-        if not name.startswith("_")
-        and name not in coalestra.__all__
-        and f"coalestra.{name}" not in modules
+        if not name.startswith("_") and name not in PUBLIC and f"coalestra.{name}" not in modules
     ]
     assert set(stray) <= {"annotations", "TYPE_CHECKING"}
 
@@ -39,7 +38,7 @@ def test_nothing_is_public_by_accident() -> None:
 def test_a_star_import_brings_every_public_name() -> None:
     namespace: dict[str, object] = {}
     exec("from coalestra import *", namespace)
-    assert set(coalestra.__all__) - {"__version__"} <= set(namespace)
+    assert set(PUBLIC) - {"__version__"} <= set(namespace)
 
 
 def test_importing_the_package_starts_no_thread_and_no_loop() -> None:

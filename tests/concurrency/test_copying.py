@@ -31,10 +31,9 @@ from coalestra.concurrency.copying import (
     OFFLOADED,
     PayloadCopies,
     PayloadIsolator,
-    Seal,
     deepcopy_payload,
 )
-from coalestra.concurrency.sealing import DeepSeal
+from coalestra.concurrency.sealing import DeepSeal, Seal
 from coalestra.core.errors import PayloadCopySubsystemClosedError, PayloadIsolationError
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey

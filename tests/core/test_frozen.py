@@ -13,6 +13,7 @@ import pytest
 
 import coalestra
 from coalestra.core.frozen import EMPTY, FrozenDict, immutable
+from tests.support import PUBLIC
 
 CHANGES: list[Callable[[Any], Any]] = [
     lambda d: d.__setitem__("a", 2),
@@ -92,7 +93,7 @@ def test_the_shared_empty_one_is_empty() -> None:
 
 RECORDS = [
     kind
-    for kind in (getattr(coalestra, name) for name in coalestra.__all__)
+    for kind in (getattr(coalestra, name) for name in PUBLIC)
     if isinstance(kind, type) and "__dataclass_fields__" in vars(kind)
 ]
 

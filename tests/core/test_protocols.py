@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import math
 import pickle
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ from typing import Any, get_origin
 
 import pytest
 
-import coalestra.core as core
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import (
@@ -74,6 +74,7 @@ def test_an_object_is_what_it_has_all_the_members_of(protocol: Any, members: Any
 
 
 def test_every_name_the_core_exports_is_there_once_and_documented() -> None:
+    core = importlib.import_module("coalestra.core")
     assert len(core.__all__) == len(set(core.__all__))
     for name in core.__all__:
         exported = getattr(core, name)

@@ -14,6 +14,7 @@ import coalestra
 from coalestra.orchestration.parts import BuilderSettings
 from tests.docs import public_names
 from tests.docs.pages import ROOT
+from tests.support import PUBLIC
 
 REFERENCE = ROOT / "docs" / "reference"
 REPORTS = Path(str(coalestra.__file__)).parent / "observability" / "reports.py"
@@ -32,7 +33,7 @@ def first_cells(page: str) -> set[str]:
 def test_every_public_error_has_its_entry() -> None:
     public = {
         name
-        for name in coalestra.__all__
+        for name in PUBLIC
         if inspect.isclass(kind := getattr(coalestra, name)) and issubclass(kind, Exception)
     }
     headings = set(re.findall(r"^### (\w+)$", text_of("errors.md"), re.MULTILINE))

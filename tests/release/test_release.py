@@ -29,6 +29,7 @@ from tests.release.matrix import (
     total,
 )
 from tests.release.versions import Disagreement, compare, declared
+from tests.support import PUBLIC
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 VERSION = declared(PYPROJECT)
@@ -162,7 +163,7 @@ def test_the_wheel_offers_exactly_what_the_manifest_says(clean_python: Path) -> 
     ids=str,
 )
 def test_a_package_that_breaks_a_promise_is_noticed(changed: dict[str, Any]) -> None:
-    exported = {name: getattr(coalestra, name) for name in coalestra.__all__}
+    exported = {name: getattr(coalestra, name) for name in PUBLIC}
     package = SimpleNamespace(**{**exported, **changed})
     with pytest.raises(AssertionError):
         for check in contract.PROMISES:

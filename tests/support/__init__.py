@@ -1,5 +1,7 @@
 """Virtual time, clocks, gates and leak checks for the tests."""
 
+import importlib
+
 from tests.support.cancellation import cancel_at_every_await
 from tests.support.clocks import EPOCH, LoopClock, ManualClock
 from tests.support.gates import Gate, ThreadGate
@@ -7,8 +9,12 @@ from tests.support.leaks import no_leaks, settle
 from tests.support.running import Leak, run_real, run_virtual
 from tests.support.virtual_loop import Deadlock, ShuffledLoop, VirtualLoop, loop_turn
 
+PUBLIC: list[str] = importlib.import_module("coalestra").__all__
+"""Every name that the package exports; type checkers see the names themselves instead."""
+
 __all__ = [
     "EPOCH",
+    "PUBLIC",
     "Deadlock",
     "Gate",
     "Leak",

@@ -3,20 +3,17 @@
 The public names are those in ``__all__``; everything else is for the library itself.
 """
 
-from coalestra.concurrency.capacity import (
-    CapacityController,
-    CapacityLease,
-    CapacityLimiter,
-    CapacitySnapshot,
-)
-from coalestra.concurrency.copying import PayloadCopier, PayloadIsolator, deepcopy_payload
+# ruff: noqa: F403 - what is imported is told by the modules, in ``__all__``
 
-__all__ = [
-    "CapacityController",
-    "CapacityLease",
-    "CapacityLimiter",
-    "CapacitySnapshot",
-    "PayloadCopier",
-    "PayloadIsolator",
-    "deepcopy_payload",
-]
+import typing as _typing
+from types import ModuleType as _ModuleType
+
+from coalestra.concurrency.capacity import *
+from coalestra.concurrency.copying import *
+
+if not _typing.TYPE_CHECKING:
+    __all__ = [
+        name
+        for name, value in globals().items()
+        if not (name.startswith("_") or isinstance(value, _ModuleType))
+    ]

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from coalestra.core.frozen import immutable
 from coalestra.core.validation import integer, text
 
+__all__ = ["CapacityController", "CapacityLease", "CapacityLimiter", "CapacitySnapshot"]
+
 GLOBAL = "__global__"
 """The name under which a controller reports its limit over all sources."""
 

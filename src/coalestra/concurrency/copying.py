@@ -39,15 +39,8 @@ from coalestra.core.health import PayloadCopyHealth
 from coalestra.core.validation import callable_, flag, integer
 from coalestra.core.values import SnapshotValue
 
-__all__ = [
-    "OFFLOADED",
-    "PayloadCopier",
-    "PayloadCopies",
-    "PayloadIsolator",
-    "Seal",
-    "Sealed",
-    "deepcopy_payload",
-]
+__all__ = ["PayloadCopier", "PayloadIsolator", "deepcopy_payload"]
+
 
 T = TypeVar("T")
 

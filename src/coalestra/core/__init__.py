@@ -1,254 +1,33 @@
 """Data and pure rules: nothing in here waits, locks, or asks what time it is."""
 
+# ruff: noqa: F403 - what is imported is told by the modules, in ``__all__``
+
+import typing as _typing
 from importlib import import_module as _import_module
-from typing import TYPE_CHECKING
+from types import ModuleType as _ModuleType
 
-from coalestra.core.acceptance import (
-    ResourceAcceptanceRule,
-    SnapshotAcceptancePolicy,
-    SnapshotAcceptanceReason,
-    SnapshotAcceptanceViolation,
-    SnapshotRequirement,
-)
-from coalestra.core.capability import (
-    COALESTRA_API_STABILITY,
-    COALESTRA_CAPABILITIES_SCHEMA,
-    COALESTRA_CAPABILITIES_SCHEMA_VERSION,
-    CoalestraCapabilities,
-    capabilities,
-    require_capabilities,
-)
-from coalestra.core.errors import (
-    ERROR_DIAGNOSTICS_SCHEMA,
-    ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-    BuilderClosedError,
-    CacheCircuitOpenError,
-    CacheTimeoutError,
-    CacheUnavailableError,
-    CapabilityRequirementError,
-    CircuitOpenError,
-    CoalestraError,
-    DependencyCycleError,
-    DependencyResolutionError,
-    ObservabilityShutdownTimeoutError,
-    PayloadCopyShutdownTimeoutError,
-    PayloadCopySubsystemClosedError,
-    PayloadIsolationError,
-    ResourceAcceptanceError,
-    ResourceResolutionError,
-    SerializedResourceError,
-    SerializedSnapshotBuildError,
-    SerializedSourceFailure,
-    SessionClosedError,
-    SnapshotAcceptanceError,
-    SnapshotBuildError,
-    SnapshotConsistencyError,
-    SnapshotDeadlineExceededError,
-    SourceFailure,
-    SourceProtocolError,
-    SourceQueueTimeoutError,
-    SourceTimeoutError,
-    SourceUnavailableError,
-    SubmissionBacklogFullError,
-)
-from coalestra.core.health import (
-    BUILDER_HEALTH_ASSESSMENT_SCHEMA,
-    BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
-    BUILDER_HEALTH_SCHEMA,
-    BUILDER_HEALTH_SCHEMA_VERSION,
-    BuilderHealth,
-    BuilderHealthAssessment,
-    BuilderHealthAssessmentPolicy,
-    BuilderHealthFinding,
-    BuilderHealthReason,
-    BuilderHealthSeverity,
-    PayloadCopyHealth,
-)
-from coalestra.core.keys import (
-    CASE_INSENSITIVE_KEY_NORMALIZER,
-    LEGACY_KEY_NORMALIZER,
-    PRESERVE_KEY_NORMALIZER,
-    KeyNormalizer,
-    QualifierInput,
-    ResourceKey,
-)
-from coalestra.core.policies import (
-    AuthorityPolicyProvider,
-    AuthorityPolicyResolver,
-    AuthorityResolver,
-    FreshnessPolicy,
-    FreshnessPolicyProvider,
-    FreshnessResolver,
-    ObservationPolicy,
-    PolicyResolver,
-    RefreshMode,
-    SourceAuthorityPolicy,
-)
-from coalestra.core.protocols import (
-    AsyncCache,
-    AtomicAsyncCache,
-    AuthorityAwareCache,
-    BatchAsyncCache,
-    BatchAtomicAsyncCache,
-    BatchSizedSource,
-    BatchSnapshotSource,
-    BlockingSourceTimeoutConfigured,
-    CacheNewsListener,
-    Clock,
-    ConcurrencyLimitedSource,
-    DerivedSource,
-    EventSink,
-    Lease,
-    LeasedLookup,
-    LeasingCache,
-    MetricsSink,
-    OrderAwareCache,
-    PolicyAwareCache,
-    ResilienceConfiguredSource,
-    SnapshotSource,
-    Source,
-    SourceBase,
-    SystemClock,
-    TellingCache,
-)
-from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
-from coalestra.core.results import (
-    CacheLookup,
-    CacheStats,
-    CacheWriteResult,
-    CacheWriteStatus,
-    PublishResult,
-    PublishStatus,
-)
-from coalestra.core.snapshot import FetchContext, Snapshot, SnapshotDiagnostics
-from coalestra.core.timeouts import (
-    SourceTimeoutGuarantee,
-    SourceTimeoutGuaranteeStatus,
-    inspect_source_timeout_guarantee,
-)
-from coalestra.core.values import ResourceUpdate, SnapshotValue, SourcePayload
+from coalestra.core.acceptance import *
+from coalestra.core.capability import *
+from coalestra.core.errors import *
+from coalestra.core.health import *
+from coalestra.core.keys import *
+from coalestra.core.policies import *
+from coalestra.core.protocols import *
+from coalestra.core.request import *
+from coalestra.core.results import *
+from coalestra.core.snapshot import *
+from coalestra.core.timeouts import *
+from coalestra.core.values import *
 
-__all__ = [
-    "ResourceKey",
-    "KeyNormalizer",
-    "QualifierInput",
-    "PRESERVE_KEY_NORMALIZER",
-    "LEGACY_KEY_NORMALIZER",
-    "CASE_INSENSITIVE_KEY_NORMALIZER",
-    "SourcePayload",
-    "ResourceUpdate",
-    "SnapshotValue",
-    "Snapshot",
-    "SnapshotDiagnostics",
-    "FetchContext",
-    "Clock",
-    "SystemClock",
-    "FreshnessPolicy",
-    "FreshnessPolicyProvider",
-    "FreshnessResolver",
-    "ObservationPolicy",
-    "PolicyResolver",
-    "RefreshMode",
-    "AuthorityPolicyProvider",
-    "AuthorityPolicyResolver",
-    "AuthorityResolver",
-    "SourceAuthorityPolicy",
-    "SnapshotRequest",
-    "SnapshotConsistencyPolicy",
-    "ResourceAcceptanceRule",
-    "SnapshotAcceptancePolicy",
-    "SnapshotAcceptanceReason",
-    "SnapshotAcceptanceViolation",
-    "SnapshotRequirement",
-    "CacheLookup",
-    "CacheStats",
-    "CacheWriteResult",
-    "CacheWriteStatus",
-    "PublishResult",
-    "PublishStatus",
-    "AsyncCache",
-    "AtomicAsyncCache",
-    "AuthorityAwareCache",
-    "LeasingCache",
-    "Lease",
-    "LeasedLookup",
-    "TellingCache",
-    "CacheNewsListener",
-    "OrderAwareCache",
-    "PolicyAwareCache",
-    "BatchAsyncCache",
-    "BatchAtomicAsyncCache",
-    "BatchSizedSource",
-    "BatchSnapshotSource",
-    "BlockingSourceTimeoutConfigured",
-    "ConcurrencyLimitedSource",
-    "DerivedSource",
-    "EventSink",
-    "MetricsSink",
-    "ResilienceConfiguredSource",
-    "SnapshotSource",
-    "Source",
-    "SourceBase",
-    "SourceTimeoutGuarantee",
-    "SourceTimeoutGuaranteeStatus",
-    "inspect_source_timeout_guarantee",
-    "CoalestraError",
-    "SourceUnavailableError",
-    "SourceTimeoutError",
-    "SnapshotDeadlineExceededError",
-    "SourceQueueTimeoutError",
-    "CircuitOpenError",
-    "SourceProtocolError",
-    "ResourceResolutionError",
-    "DependencyCycleError",
-    "DependencyResolutionError",
-    "SnapshotBuildError",
-    "SnapshotConsistencyError",
-    "SnapshotAcceptanceError",
-    "ResourceAcceptanceError",
-    "SessionClosedError",
-    "BuilderClosedError",
-    "PayloadIsolationError",
-    "PayloadCopySubsystemClosedError",
-    "PayloadCopyShutdownTimeoutError",
-    "ObservabilityShutdownTimeoutError",
-    "SubmissionBacklogFullError",
-    "CacheCircuitOpenError",
-    "CacheTimeoutError",
-    "CacheUnavailableError",
-    "CapabilityRequirementError",
-    "ERROR_DIAGNOSTICS_SCHEMA",
-    "ERROR_DIAGNOSTICS_SCHEMA_VERSION",
-    "SourceFailure",
-    "SerializedSourceFailure",
-    "SerializedResourceError",
-    "SerializedSnapshotBuildError",
-    "BuilderHealth",
-    "BUILDER_HEALTH_SCHEMA",
-    "BUILDER_HEALTH_SCHEMA_VERSION",
-    "BuilderHealthAssessment",
-    "BuilderHealthAssessmentPolicy",
-    "BuilderHealthFinding",
-    "BuilderHealthReason",
-    "BuilderHealthSeverity",
-    "BUILDER_HEALTH_ASSESSMENT_SCHEMA",
-    "BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION",
-    "PayloadCopyHealth",
-    "CoalestraCapabilities",
-    "capabilities",
-    "require_capabilities",
-    "COALESTRA_API_STABILITY",
-    "COALESTRA_CAPABILITIES_SCHEMA",
-    "COALESTRA_CAPABILITIES_SCHEMA_VERSION",
-]
-
-_COPYING = ("PayloadCopier", "PayloadIsolator", "deepcopy_payload")
-
-
-if not TYPE_CHECKING:
+if not _typing.TYPE_CHECKING:
+    __all__ = [
+        name
+        for name, value in globals().items()
+        if not (name.startswith("_") or isinstance(value, _ModuleType))
+    ]
 
     def __getattr__(name: str) -> object:
         """Bring in what copies payloads and was exported here once: it has moved up a layer."""
-        if name in _COPYING:
+        if name in ("PayloadCopier", "PayloadIsolator", "deepcopy_payload"):
             return getattr(_import_module("coalestra.concurrency"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,14 @@ from coalestra.core.policies import (
 from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
 from coalestra.core.values import SnapshotValue
 
+__all__ = [
+    "ResourceAcceptanceRule",
+    "SnapshotAcceptancePolicy",
+    "SnapshotAcceptanceReason",
+    "SnapshotAcceptanceViolation",
+    "SnapshotRequirement",
+]
+
 
 @immutable
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,20 @@ from coalestra.core.serialization import json_safe
 from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.validation import flag, instance, integer, number
 
+__all__ = [
+    "BUILDER_HEALTH_ASSESSMENT_SCHEMA",
+    "BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION",
+    "BUILDER_HEALTH_SCHEMA",
+    "BUILDER_HEALTH_SCHEMA_VERSION",
+    "BuilderHealth",
+    "BuilderHealthAssessment",
+    "BuilderHealthAssessmentPolicy",
+    "BuilderHealthFinding",
+    "BuilderHealthReason",
+    "BuilderHealthSeverity",
+    "PayloadCopyHealth",
+]
+
 BUILDER_HEALTH_SCHEMA = "coalestra.builder-health"
 """The name of the JSON schema of ``BuilderHealth.to_dict``."""
 

@@ -26,6 +26,15 @@ from coalestra.core.validation import (
     wrong_type,
 )
 
+__all__ = [
+    "CASE_INSENSITIVE_KEY_NORMALIZER",
+    "LEGACY_KEY_NORMALIZER",
+    "PRESERVE_KEY_NORMALIZER",
+    "KeyNormalizer",
+    "QualifierInput",
+    "ResourceKey",
+]
+
 # How the parts of a key are brought into one form, so that one resource has one key --------------
 
 
@@ -123,15 +132,6 @@ CASE_INSENSITIVE_KEY_NORMALIZER = KeyNormalizer(
 
 # The keys ----------------------------------------------------------------------------------------
 
-__all__ = [
-    "CASE_INSENSITIVE_KEY_NORMALIZER",
-    "LEGACY_KEY_NORMALIZER",
-    "PRESERVE_KEY_NORMALIZER",
-    "KeyNormalizer",
-    "QualifierInput",
-    "ResourceKey",
-    "distinct_keys",
-]
 
 QualifierInput = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Qualifiers as they may be given: a mapping, or pairs of name and value."""

@@ -23,6 +23,19 @@ from coalestra.core.validation import (
     text,
 )
 
+__all__ = [
+    "AuthorityPolicyProvider",
+    "AuthorityPolicyResolver",
+    "AuthorityResolver",
+    "FreshnessPolicy",
+    "FreshnessPolicyProvider",
+    "FreshnessResolver",
+    "ObservationPolicy",
+    "PolicyResolver",
+    "RefreshMode",
+    "SourceAuthorityPolicy",
+]
+
 # Which policy holds for a key: what freshness and authority have in common -----------------------
 
 

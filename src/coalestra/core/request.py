@@ -15,6 +15,8 @@ from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.validation import flag, instance, number
 from coalestra.core.values import SnapshotValue
 
+__all__ = ["SnapshotConsistencyPolicy", "SnapshotRequest"]
+
 # Whether values were observed close enough in time to be used together ---------------------------
 
 

@@ -10,6 +10,15 @@ from coalestra.core.frozen import immutable
 from coalestra.core.validation import number
 from coalestra.core.values import SnapshotValue
 
+__all__ = [
+    "CacheLookup",
+    "CacheStats",
+    "CacheWriteResult",
+    "CacheWriteStatus",
+    "PublishResult",
+    "PublishStatus",
+]
+
 
 @immutable
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.validation import a_kind_of, concealed, flag, mapping, number, text
 from coalestra.core.values import SnapshotValue
 
+__all__ = ["FetchContext", "Snapshot", "SnapshotDiagnostics"]
+
 # What one build, session or refresh did, counted -------------------------------------------------
 
 

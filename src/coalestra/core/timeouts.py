@@ -13,6 +13,12 @@ from typing import Any
 from coalestra.core.frozen import immutable
 from coalestra.core.validation import flag, number
 
+__all__ = [
+    "SourceTimeoutGuarantee",
+    "SourceTimeoutGuaranteeStatus",
+    "inspect_source_timeout_guarantee",
+]
+
 _ABSENT = object()
 
 

@@ -23,6 +23,8 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.validation import concealed, flag, instance, mapping, number, text
 
+__all__ = ["ResourceUpdate", "SnapshotValue", "SourcePayload"]
+
 T = TypeVar("T")
 
 _process = ""

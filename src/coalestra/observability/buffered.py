@@ -37,13 +37,8 @@ from coalestra.observability.sinks import (
     MetricRecord,
 )
 
-__all__ = [
-    "BufferOverflowPolicy",
-    "BufferedEventSink",
-    "BufferedMetricsSink",
-    "BufferedSink",
-    "BufferedSinkStats",
-]
+__all__ = ["BufferedEventSink", "BufferedMetricsSink", "BufferedSinkStats"]
+
 
 R = TypeVar("R")
 

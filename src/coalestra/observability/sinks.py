@@ -12,6 +12,18 @@ from coalestra.concurrency.lockfree import Cell
 from coalestra.core.frozen import immutable
 from coalestra.core.validation import instance
 
+__all__ = [
+    "BufferOverflowPolicy",
+    "EventRecord",
+    "InMemoryMetrics",
+    "LoggingEventSink",
+    "MetricRecord",
+    "MetricsSnapshot",
+    "NullEventSink",
+    "NullMetrics",
+    "ObservationSummary",
+]
+
 DEFAULT_MAX_PENDING = 10_000
 """How many records a buffer keeps waiting unless told otherwise."""
 

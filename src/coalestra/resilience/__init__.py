@@ -3,31 +3,18 @@
 The public names are those in ``__all__``; everything else is for the library itself.
 """
 
-from coalestra.resilience.circuit_breaker import (
-    CircuitBreaker,
-    CircuitBreakerPolicy,
-    CircuitIdentity,
-    CircuitScope,
-    CircuitSnapshot,
-    CircuitState,
-)
-from coalestra.resilience.policies import (
-    ResiliencePolicyResolver,
-    ResilienceResolver,
-    SourceResiliencePolicy,
-)
-from coalestra.resilience.retry import TRANSIENT_ERRORS, RetryPolicy
+# ruff: noqa: F403 - what is imported is told by the modules, in ``__all__``
 
-__all__ = [
-    "CircuitBreaker",
-    "CircuitBreakerPolicy",
-    "CircuitIdentity",
-    "CircuitScope",
-    "CircuitSnapshot",
-    "CircuitState",
-    "ResiliencePolicyResolver",
-    "ResilienceResolver",
-    "RetryPolicy",
-    "SourceResiliencePolicy",
-    "TRANSIENT_ERRORS",
-]
+import typing as _typing
+from types import ModuleType as _ModuleType
+
+from coalestra.resilience.circuit_breaker import *
+from coalestra.resilience.policies import *
+from coalestra.resilience.retry import *
+
+if not _typing.TYPE_CHECKING:
+    __all__ = [
+        name
+        for name, value in globals().items()
+        if not (name.startswith("_") or isinstance(value, _ModuleType))
+    ]

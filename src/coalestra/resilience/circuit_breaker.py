@@ -42,6 +42,15 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Clock, SystemClock
 from coalestra.core.validation import flag, instance, integer, number, readable
 
+__all__ = [
+    "CircuitBreaker",
+    "CircuitBreakerPolicy",
+    "CircuitIdentity",
+    "CircuitScope",
+    "CircuitSnapshot",
+    "CircuitState",
+]
+
 # Names, policies and figures ---------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ from coalestra.core.validation import callable_, instance, text
 from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
 from coalestra.resilience.retry import RetryPolicy
 
+__all__ = ["ResiliencePolicyResolver", "ResilienceResolver", "SourceResiliencePolicy"]
+
 
 @dataclass(frozen=True)
 class SourceResiliencePolicy:

@@ -17,6 +17,8 @@ from coalestra.core.errors import (
 )
 from coalestra.core.validation import integer, number, wrong_type
 
+__all__ = ["TRANSIENT_ERRORS", "RetryPolicy"]
+
 _LARGEST_EXPONENT = 1000
 """Doubling more often would overflow a float; the cap on the delay holds long before."""
 
