@@ -465,3 +465,55 @@ class MetricsSink(Protocol):
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         """Take one measurement, in the unit that the name of the metric ends in."""
+
+
+# Following the work while it is under way --------------------------------------------------------
+
+
+@runtime_checkable
+class Tracer(Protocol):
+    """Follows units of work while they are under way, as an exporter of spans does.
+
+    It is called on the event loop of the builder and must not block. What it raises counts as the
+    failure of a sink; the work goes on. A *span* is whatever ``begin`` returned; the library hands
+    it back and knows nothing else of it.
+
+    =============  ======================================================================
+    kind of span   what it stands for, and its attributes at the beginning
+    =============  ======================================================================
+    ``build``      one build: ``snapshot_id``, ``keys``
+    ``resolve``    one stage of a session: ``snapshot_id``, ``keys``
+    ``revalidate`` one revalidation of a session: ``snapshot_id``, ``keys``
+    ``refresh``    a refresh in the background: ``snapshot_id``, ``parent_snapshot_id``,
+                   ``keys``, ``reason``; linked to the span of what set it off
+    ``call``       one attempt of a call: ``source``, ``source_kind``, ``snapshot_id``,
+                   ``keys``, ``attempt``, ``waited_seconds`` (for capacity)
+    =============  ======================================================================
+
+    At the end a call has ``outcome`` (see ``AttemptTrace``), the others ``resolved`` and
+    ``failed``, which count keys.
+    """
+
+    def begin(
+        self, kind: str, attributes: Mapping[str, Any], *, parent: Any = None, link: Any = None
+    ) -> Any:
+        """Return a new span; without a parent it is begun below whatever is current."""
+
+    def enter(self, span: Any) -> None:
+        """Make a span current in the present context, which is that of a call or a build alone."""
+
+    def end(
+        self, span: Any, attributes: Mapping[str, Any], error: BaseException | None = None
+    ) -> None:
+        """End a span, once; `error` is what it failed with."""
+
+    def joined(self, parent: Any, call: Any, seconds: float, attributes: Mapping[str, Any]) -> None:
+        """Learn that a unit of work has waited for what another one had begun to acquire.
+
+        Args:
+            parent: the span of the one that waited.
+            call: the span of the call that served it, None if there was none.
+            seconds: how long it waited, up to now.
+            attributes: ``snapshot_id`` of the one that had begun it, ``resource_namespace`` and
+                ``resource_name`` of the key.
+        """
