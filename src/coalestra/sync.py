@@ -956,6 +956,21 @@ class SyncSnapshotBuilder:
             max_pending_submissions=self._backlog.limit,
         )
 
+    def submit(self, work: Callable[[SnapshotBuilder], Awaitable[T]]) -> Future[T]:
+        """Start ``work(builder)`` on the event loop of the builder's thread; never waits.
+
+        For what has no blocking method of its own. Cancelling the future cancels the work.
+
+        Args:
+            work: an async function; it must not block.
+
+        Raises:
+            RuntimeError: once the builder is closed, and in a forked process.
+        """
+        operation = self._thread.operation(lambda: work(self.builder))
+        self._thread.start(operation)
+        return operation.future
+
     def wait_for_refreshes(self) -> None:
         """Wait for the background refreshes that have been scheduled."""
         self._thread.run("wait_for_refreshes()", self.builder.wait_for_refreshes)

@@ -298,3 +298,29 @@ async def test_what_is_removed_at_once_is_let_go_bit_by_bit(
         await asyncio.sleep(0)
     assert sizes == {2_000, 0}, "in one step"
     assert len(alive) > 2, "neither all at once nor none"
+
+
+async def test_to_look_at_the_newest_entries_counts_and_moves_nothing() -> None:
+    cache = AsyncMemoryCache(max_entries=3)
+    await cache.set_many([value_of(key, key.name) for key in (A, B, C)])
+    await payload_of(cache, A)
+    before = await cache.stats()
+    assert [value.key for value in await cache.newest()] == [A, C, B]
+    assert [value.value for value in await cache.newest(2)] == [A.name, C.name]
+    assert await cache.stats() == before
+    await cache.set(value_of(ResourceKey("t", "d")))
+    assert await payload_of(cache, B) is None, "it is still the one used longest ago"
+
+
+async def test_who_looks_at_the_newest_entries_gets_copies() -> None:
+    cache = AsyncMemoryCache()
+    await cache.set(value_of(payload={"levels": [1]}))
+    (seen,) = await cache.newest()
+    seen.value["levels"].append(2)
+    assert await payload_of(cache) == {"levels": [1]}
+
+
+@pytest.mark.parametrize("limit", [0, True, 1.5])
+async def test_how_many_of_the_newest_entries_must_be_a_count(limit: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="limit must be"):
+        await AsyncMemoryCache().newest(limit)

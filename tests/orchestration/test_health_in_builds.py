@@ -34,7 +34,7 @@ from coalestra import (
 )
 from coalestra.resilience.circuit_breaker import Outcome
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import ONCE, Single, builder, key
+from tests.orchestration.scripted import ONCE, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, Shop, Stock
 from tests.support import Gate, ThreadGate, settle
 
@@ -249,7 +249,7 @@ async def test_each_source_tells_when_it_last_answered_and_last_failed() -> None
 
     async def told() -> dict[str, tuple[Any, ...]]:
         sources = (await building.health_snapshot()).sources
-        return {name: dataclasses.astuple(each) for name, each in sources.items()}
+        return {name: dataclasses.astuple(each)[:3] for name, each in sources.items()}
 
     assert await told() == {"k": (None, None, None), "idle": (None, None, None)}
     await building.build([key("k", "1")])
@@ -408,3 +408,84 @@ async def test_health_is_a_picture_of_its_moment() -> None:
     await building.build([key("k", "more")], strict=False)
     await building.aclose()
     assert first.to_dict() == data
+
+
+# What is under way, and how each source has fared -------------------------------------------------
+
+
+async def test_health_counts_the_attempts_of_each_source_and_how_long_they_took() -> None:
+    failing = iter([True, False, False])
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await asyncio.sleep(0.5)
+        if next(failing):
+            raise ConnectionError
+        return 1
+
+    source = Single("k", fetch=fetch)
+    source.resilience_policy = SourceResiliencePolicy(
+        retry=RetryPolicy(max_attempts=2, base_delay_seconds=0.0)
+    )
+    building = builder(source, Single("idle"))
+    await building.build([key("k", "1")])
+    await building.build([key("k", "2")])
+    sources = (await building.health_snapshot()).sources
+    fared = sources["k"]
+    assert (fared.attempt_count, fared.failed_attempt_count) == (3, 1)
+    assert fared.total_latency_ms == pytest.approx(1500)
+    assert (sources["idle"].attempt_count, sources["idle"].total_latency_ms) == (0, 0)
+
+
+async def test_flights_under_way_say_what_they_wait_for_and_who_waits_for_them() -> None:
+    gate = Gate()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        return 1
+
+    building = builder(Single("k", fetch=fetch), Derived("d", needs=lambda _: [key("k")]))
+    assert building.flights_under_way() == ()
+    first = asyncio.ensure_future(building.build([key("d")]))
+    second = asyncio.ensure_future(building.build([key("k")]))
+    await gate.wait_arrived()
+    await asyncio.sleep(2)
+    derived, fetched = building.flights_under_way()
+    assert (derived.key, derived.state, derived.source) == (
+        key("d"),
+        "waiting for dependencies",
+        None,
+    )
+    assert (derived.attempts, derived.running_seconds, derived.waiters) == (0, None, 1)
+    assert (fetched.key, fetched.state, fetched.source) == (key("k"), "being fetched", "k")
+    assert (fetched.waiters, fetched.attempts, fetched.refresh) == (2, 1, False)
+    assert fetched.running_seconds == pytest.approx(2)
+    assert building.flights_under_way(limit=1) == (derived,)
+    gate.open()
+    await asyncio.gather(first, second)
+    assert building.flights_under_way() == ()
+
+
+async def test_a_flight_that_only_refreshes_says_that_no_reader_waits() -> None:
+    gate = Gate(opened=True)
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        return 1
+
+    policy = FreshnessPolicy(1.0, 1_000.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(Single("k", fetch=fetch), default_policy=policy)
+    await building.build([key("k")])
+    await asyncio.sleep(5)
+    gate.opened = False
+    await building.build([key("k")])
+    await gate.wait_arrived(2)
+    (flight,) = building.flights_under_way()
+    assert flight.refresh
+    gate.open()
+    await building.wait_for_refreshes()
+
+
+@pytest.mark.parametrize("limit", [0, True, 1.5])
+async def test_how_many_flights_are_wanted_must_be_a_count(limit: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="limit must be"):
+        builder(Single("k")).flights_under_way(limit=limit)

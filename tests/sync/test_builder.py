@@ -14,9 +14,9 @@ from coalestra.core.errors import BuilderClosedError, SnapshotBuildError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotRequest
 from coalestra.orchestration.builder import SnapshotBuilder
-from coalestra.sync import SyncResourcePublisher, SyncSnapshotBuilder
+from coalestra.sync import THREAD_NAME, SyncResourcePublisher, SyncSnapshotBuilder
 from tests.sync.sources import Prices, builder, source
-from tests.sync.steps import PRICE, VOLUME, Door, error_of, in_a_fork, in_thread, outcome
+from tests.sync.steps import PATIENCE, PRICE, VOLUME, Door, error_of, in_a_fork, in_thread, outcome
 
 pytestmark = pytest.mark.concurrency
 
@@ -289,3 +289,26 @@ def test_the_representation_tells_the_state(sync: SyncSnapshotBuilder) -> None:
     assert repr(sync).startswith(
         "<SyncSnapshotBuilder closed=False <SubmissionBacklog 0/1024> over "
     )
+
+
+def test_work_of_any_kind_can_be_handed_to_the_loop_without_waiting(
+    sync: SyncSnapshotBuilder,
+) -> None:
+    async def work(builder: SnapshotBuilder) -> tuple[object, str]:
+        return builder, threading.current_thread().name
+
+    assert sync.submit(work).result(PATIENCE) == (sync.builder, THREAD_NAME)
+
+
+def test_handed_over_work_can_be_cancelled_and_is_refused_after_closing(prices: Prices) -> None:
+    door = Door()
+
+    async def work(builder: SnapshotBuilder) -> None:
+        await door.pass_()
+
+    with SyncSnapshotBuilder(builder(prices)) as sync:
+        handed = sync.submit(work)
+        assert door.reached.wait(PATIENCE)
+        assert handed.cancel()
+    with pytest.raises(BuilderClosedError):
+        sync.submit(work)

@@ -271,6 +271,16 @@ class AsyncMemoryCache:
         """How many entries are stored."""
         return len(self._store)
 
+    async def newest(self, limit: int = 50) -> tuple[SnapshotValue[Any], ...]:
+        """Return up to ``limit`` entries as they were fetched, those used last first.
+
+        To look into the cache: nothing is counted, and to look does not count as use.
+        """
+        revisions = self._store.newest(validation.integer("limit", limit, minimum=1))
+        return tuple(
+            [await open_value(self._copies, each, _READ, from_cache=True) for each in revisions]
+        )
+
     async def stats(self) -> CacheStats:
         """Counts of what happened since creation, and the size now."""
         return self._store.stats()

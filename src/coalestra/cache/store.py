@@ -26,6 +26,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final, Protocol
 
 from coalestra.core.keys import ResourceKey
@@ -427,6 +428,10 @@ class EntryStore:
         if revision is not None and not self._currency.holds(revision):
             return None
         return revision
+
+    def newest(self, limit: int) -> list[Revision]:
+        """Return up to ``limit`` entries, those used last first, counting and moving nothing."""
+        return list(islice(reversed(self._entries.values()), limit))
 
     # Writing ------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from coalestra.core.frozen import FrozenDict, immutable
+from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe
 from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.validation import flag, instance, integer, number
@@ -24,6 +25,7 @@ __all__ = [
     "BuilderHealthFinding",
     "BuilderHealthReason",
     "BuilderHealthSeverity",
+    "FlightSnapshot",
     "PayloadCopyHealth",
 ]
 
@@ -88,6 +90,30 @@ class PayloadCopyHealth:
     shutdown_incomplete: bool = False
     shutdown_timeout_count: int = 0
     active_at_last_shutdown_timeout: int = 0
+
+
+@immutable
+@dataclass(frozen=True, slots=True)
+class FlightSnapshot:
+    """The acquisition of one key at one moment, which whoever needs the key waits for.
+
+    Attributes:
+        key: what is acquired.
+        state: where it stands, in a few words.
+        source: whose call carries it; None while none does.
+        waiters: how many wait for it: readers, and keys that are derived from it.
+        refresh: whether they are background refreshes only, so that no reader waits.
+        attempts: how often that source has been called for it, by this call.
+        running_seconds: for how long the source has been running now; None if it is not.
+    """
+
+    key: ResourceKey
+    state: str
+    source: str | None
+    waiters: int
+    refresh: bool
+    attempts: int
+    running_seconds: float | None
 
 
 # The words in which health is told ---------------------------------------------------------------

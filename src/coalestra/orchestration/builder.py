@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 from coalestra.cache.access import CacheAccess
@@ -18,7 +19,7 @@ from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.errors import SnapshotBuildError
-from coalestra.core.health import BuilderHealth, PayloadCopyHealth
+from coalestra.core.health import BuilderHealth, FlightSnapshot, PayloadCopyHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyResolver,
@@ -39,7 +40,7 @@ from coalestra.core.protocols import (
 from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.timeouts import SourceTimeoutGuarantee
-from coalestra.core.validation import flag, instance, number, require_methods, text
+from coalestra.core.validation import flag, instance, integer, number, require_methods, text
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
@@ -575,6 +576,16 @@ class SnapshotBuilder(BuilderSettings):
     async def capacity_snapshot(self) -> dict[str, CapacitySnapshot]:
         """Return the state of every capacity limit, the builder's own under ``__global__``."""
         return await self.capacity.snapshot()
+
+    def flights_under_way(self, *, limit: int = 100) -> tuple[FlightSnapshot, ...]:
+        """Return where the acquisitions under way stand, the oldest first.
+
+        Args:
+            limit: how many at most.
+        """
+        integer("limit", limit, minimum=1)
+        flights = self._engine.flights.board.flights.values()
+        return tuple([flight.view() for flight in islice(flights, limit)])
 
     def clear_source_support_cache(self) -> None:
         """Forget which keys the sources said to support."""

@@ -569,6 +569,14 @@ class Call:
         attempt = self._attempt
         return ": it rested between two attempts" if attempt is None else f": {attempt.stage.value}"
 
+    @property
+    def running_seconds(self) -> float | None:
+        """How long its source has been running, on the builder's clock; None if it is not."""
+        attempt = self._attempt
+        if attempt is None or attempt.stage is not Progress.RUNNING:
+            return None
+        return max(0.0, attempt.elapsed_seconds)
+
     # What flights tell the call ---------------------------------------------------------------
 
     def extend(self, cutoff: float) -> None:
@@ -677,6 +685,7 @@ class Call:
         try:
             loop = asyncio.get_running_loop()
             self._count_latency((loop.time() - attempt.began) * 1000)
+            self.link.failed_attempts += 1
             retry = self.policy.retry
             more = self.attempts < retry.max_attempts and not ends_program and self._wanted()
             if more and self._retries(error):
@@ -1123,6 +1132,8 @@ class Call:
         """Add what one attempt took, in milliseconds."""
         name, by_source = self.link.name, self.work.record.source_latency_ms_by_source
         by_source[name] = by_source.get(name, 0.0) + latency_ms
+        self.link.attempts += 1
+        self.link.latency_ms += latency_ms
         if self.parts.report is not None:
             self.parts.report.fetch_latency(name, latency_ms)
 

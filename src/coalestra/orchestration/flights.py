@@ -24,6 +24,7 @@ from coalestra.core.errors import (
     message_of,
     type_name,
 )
+from coalestra.core.health import FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import Lease
@@ -222,6 +223,10 @@ class Call(Protocol):
     def doing(self) -> str:
         """What the call is at, to be put behind a sentence; empty for what goes without saying."""
 
+    @property
+    def running_seconds(self) -> float | None:
+        """How long its source has been running, on the builder's clock; None if it is not."""
+
     def extend(self, cutoff: float) -> None:
         """Learn that a flight of the call is wanted until `cutoff`, on the loop's clock."""
 
@@ -417,6 +422,19 @@ class Flight:
                     seen.add(id(owner))
                     stack.append(owner)
         return self.sponsor
+
+    def view(self) -> FlightSnapshot:
+        """Return where it stands now."""
+        call, waiting = self.call, self.waiters
+        return FlightSnapshot(
+            self.key,
+            self.phase.value,
+            None if call is None or self.link is None else self.link.name,
+            len(waiting),
+            bool(waiting) and all(gather.refresh for gather in waiting),
+            0 if call is None else call.attempts,
+            None if call is None else call.running_seconds,
+        )
 
     def __repr__(self) -> str:
         return f"<Flight {self.key.display} {self.phase.value}, waiters={len(self.waiters)}>"

@@ -37,35 +37,45 @@ _METHODS = {
 
 @dataclass(frozen=True, slots=True)
 class SourceHealth:
-    """How a source has fared lately, in seconds before now; None for what never was.
+    """How a source has fared: lately, in seconds before now, and since the builder was made.
 
     Attributes:
-        seconds_since_success: since it last answered.
-        seconds_since_error: since a call of it last failed, retries included.
+        seconds_since_success: since it last answered; None if it never did.
+        seconds_since_error: since a call of it last failed, retries included; None if none did.
         last_error: the type of that error. Its text may name a resource, and is not kept.
+        attempt_count: attempts that have come to an answer or an error.
+        failed_attempt_count: those that have come to an error.
+        total_latency_ms: how long all of them took together, in milliseconds.
     """
 
     seconds_since_success: float | None
     seconds_since_error: float | None
     last_error: str | None
+    attempt_count: int = 0
+    failed_attempt_count: int = 0
+    total_latency_ms: float = 0.0
 
 
 class Link:
     """One source in the chain, with what the engine needs to know of it.
 
     `context` names its payloads in errors. `asked` and `served` are its bits among the answers that
-    are remembered of a key. `succeeded_at`, `failed_at` are monotonic seconds.
+    are remembered of a key. `succeeded_at`, `failed_at` are monotonic seconds. `attempts` have come
+    to an answer or an error, `failed_attempts` to an error; `latency_ms` is the sum of both.
     """
 
     __slots__ = (
         "asked",
+        "attempts",
         "context",
         "declared_resilience",
         "failed_at",
+        "failed_attempts",
         "guarantee",
         "index",
         "kind",
         "last_error",
+        "latency_ms",
         "memoized",
         "name",
         "served",
@@ -87,6 +97,9 @@ class Link:
         self.succeeded_at: float | None = None
         self.failed_at: float | None = None
         self.last_error: str | None = None
+        self.attempts: int = 0
+        self.failed_attempts: int = 0
+        self.latency_ms: float = 0.0
 
     @property
     def timeout_seconds(self) -> float | None:
@@ -112,6 +125,9 @@ class Link:
             None if self.succeeded_at is None else now - self.succeeded_at,
             None if self.failed_at is None else now - self.failed_at,
             self.last_error,
+            self.attempts,
+            self.failed_attempts,
+            self.latency_ms,
         )
 
     def __repr__(self) -> str:
