@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar, cast
 
-from coalestra.concurrency.endings import pass_on
+from coalestra._endings import pass_on
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.threads import threads_of_context
 from coalestra.core.keys import ResourceKey

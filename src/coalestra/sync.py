@@ -29,11 +29,11 @@ from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from coalestra._endings import PROGRAM_ENDS
+from coalestra._lockfree import Changes
 from coalestra.cache.foreign import KeyLanes
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
-from coalestra.concurrency.endings import PROGRAM_ENDS
-from coalestra.concurrency.lockfree import Changes
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import (
     BuilderClosedError,

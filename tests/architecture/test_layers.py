@@ -12,8 +12,10 @@ from tests.architecture.source_tree import Module, modules
 RANK = {
     "_version": -1,
     "core": 0,
+    "_endings": 0.5,
+    "_lockfree": 0.5,
     "concurrency": 1,
-    "observability": 1.5,
+    "observability": 1,
     "resilience": 2,
     "cache": 2,
     "orchestration": 3,

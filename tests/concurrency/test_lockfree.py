@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.concurrency.lockfree import Bell, Cell, Changes
+from coalestra._lockfree import Bell, Cell, Changes
 from tests.support.strikes import at_every_line
 
 PATIENCE = 20.0

@@ -25,7 +25,7 @@ _WAITING_MODULES = frozenset(
         "queue",
         "selectors",
         "concurrent.futures._base",
-        "coalestra.concurrency.lockfree",
+        "coalestra._lockfree",
     }
 )
 _WORKER_LOOPS = frozenset(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.concurrency.lockfree import Bell
+from coalestra._lockfree import Bell
 from coalestra.core.errors import BuilderClosedError
 from coalestra.sync import LoopThread, SubmissionBacklog
 from tests.sync.steps import PATIENCE, Door, error_of, in_a_fork, in_thread, outcome

@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from coalestra._endings import pass_on
 from coalestra.concurrency.capacity import WaitQueue
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
-from coalestra.concurrency.endings import pass_on
 from coalestra.concurrency.sealing import FLAT, Seal, Sealed, seal_anyhow, seal_briefly, seal_flat
 from coalestra.concurrency.threads import Job, WorkerThreads, threads_of_context
 from coalestra.core.errors import (

@@ -30,7 +30,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from coalestra.concurrency.lockfree import LONGEST_WAIT_SECONDS
+from coalestra._lockfree import LONGEST_WAIT_SECONDS
 from coalestra.core.validation import number
 
 R = TypeVar("R")

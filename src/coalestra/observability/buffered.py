@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from coalestra.concurrency.lockfree import Bell, Cell, Changes
+from coalestra._lockfree import Bell, Cell, Changes
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.validation import choice, flag, integer, number, require_methods
 from coalestra.observability.sinks import (

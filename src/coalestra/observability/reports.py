@@ -19,8 +19,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from coalestra.concurrency.endings import pass_on
-from coalestra.concurrency.lockfree import Cell
+from coalestra._endings import pass_on
+from coalestra._lockfree import Cell
 from coalestra.core.acceptance import SnapshotAcceptanceViolation
 from coalestra.core.errors import (
     SnapshotConsistencyError,

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from coalestra.concurrency.lockfree import Cell
+from coalestra._lockfree import Cell
 from coalestra.core.frozen import immutable
 from coalestra.core.validation import instance
 

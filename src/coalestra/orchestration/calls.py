@@ -57,9 +57,9 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.capacity import CapacityLease
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation
-from coalestra.concurrency.endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.sealing import PORTION, Sealed
 from coalestra.concurrency.threads import current_threads
 from coalestra.core.errors import (

@@ -27,8 +27,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import islice
 from typing import Any
 
+from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.cache.store import EntryStore, decide
-from coalestra.concurrency.endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.pace import SLICE_SECONDS
 from coalestra.core.errors import (
     BuilderClosedError,
