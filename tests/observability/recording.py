@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from typing import Any
 
 from coalestra.core.keys import ResourceKey
+from coalestra.core.values import Revision
 from coalestra.observability import EventRecord, MetricRecord
 
 PATIENCE = 20.0
 """Real seconds after which a test that waits for a thread has failed; never used up otherwise."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """A value with its provenance, as reports look at it."""
-
-    key: ResourceKey
-    source: str = "exchange"
-    observed_at: float = 100.0
-    latency_ms: float = 12.5
-    attempts: int = 2
-    authority_rank: int = 7
+def revision_of(
+    key: ResourceKey, *, observed_at: float = 100.0, authority_rank: int = 7
+) -> Revision:
+    """A revision with its provenance, as reports look at it."""
+    return Revision(
+        key,
+        None,
+        None,
+        "exchange",
+        observed_at,
+        100.0,
+        "v1",
+        latency_ms=12.5,
+        attempts=2,
+        authority_rank=authority_rank,
+    )
 
 
 class Recorder:

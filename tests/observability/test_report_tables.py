@@ -20,7 +20,7 @@ from coalestra.observability.reports import (
     reporter_for,
 )
 from coalestra.observability.sinks import FAILURES
-from tests.observability.recording import Recorder, Value
+from tests.observability.recording import Recorder, revision_of
 
 
 def names(text: str) -> set[str]:
@@ -139,8 +139,8 @@ Call = Callable[[Reporter], None]
 
 
 def ignored(report: Reporter, status: PublishStatus) -> None:
-    candidate = Value(PRICE, observed_at=90.0, authority_rank=1)
-    report.resource_publish_ignored(candidate, Value(PRICE), status)
+    candidate = revision_of(PRICE, observed_at=90.0, authority_rank=1)
+    report.resource_publish_ignored(candidate, revision_of(PRICE), status)
 
 
 OTHER_EVENTS_OF_SOURCE_FAILED = {"source_payload_rejected", "source_circuit_open"}
@@ -156,7 +156,7 @@ CALLS: dict[str, list[Call]] = {
     "stale_fallback_used": [lambda r: r.stale_fallback_used(PRICE, OUTAGE)],
     "cache_failed": [lambda r: r.cache_failed("read", OUTAGE)],
     "flight_joined": [lambda r: r.flight_joined(PRICE)],
-    "resource_resolved": [lambda r: r.resource_resolved(Value(PRICE), "batch")],
+    "resource_resolved": [lambda r: r.resource_resolved(revision_of(PRICE), "batch")],
     "source_failed": [
         lambda r: r.source_failed(PRICE, "exchange", OUTAGE),
         lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "stale"),
@@ -201,7 +201,7 @@ CALLS: dict[str, list[Call]] = {
     "consistency_failed": [lambda r: r.consistency_failed("s1", SKEW)],
     "copy_deadline_exceeded": [lambda r: r.copy_deadline_exceeded("s1", "delivery")],
     "resource_published": [
-        lambda r: r.resource_published(Value(PRICE), replaced=True, forced=False)
+        lambda r: r.resource_published(revision_of(PRICE), replaced=True, forced=False)
     ],
     "resource_publish_ignored": [
         partial(ignored, status=PublishStatus.IGNORED_DUPLICATE),

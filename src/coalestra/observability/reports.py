@@ -8,7 +8,7 @@ Laws:
    grow with the number of resources. Events name the resource in full.
 3. Every text in a label or an event is one line of bounded length, whatever an application put
    into a name. An event holds nothing but texts, numbers, and lists and dictionaries of such.
-4. What nobody listens to costs one look at a flag: no label, payload or text is built for it.
+4. What nobody listens to costs one look at a flag: it is not put into words.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from coalestra._endings import pass_on
 from coalestra._lockfree import Cell
@@ -35,6 +35,7 @@ from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.results import PublishStatus
 from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.core.validation import flag, readable, require_methods
+from coalestra.core.values import Revision
 from coalestra.observability.buffered import (
     BufferedEventSink,
     BufferedMetricsSink,
@@ -52,34 +53,6 @@ if TYPE_CHECKING:
 
 Reported = BaseException | SourceFailure
 """What went wrong: an exception, or the record that was made of one."""
-
-
-class Provenance(Protocol):
-    """Where a revision or a value came from, as far as a report tells it."""
-
-    @property
-    def key(self) -> ResourceKey:
-        """What it is a value of."""
-
-    @property
-    def source(self) -> str:
-        """The name of the source or publisher."""
-
-    @property
-    def observed_at(self) -> float:
-        """When it held true, in wall seconds."""
-
-    @property
-    def latency_ms(self) -> float:
-        """How long the call that brought it took."""
-
-    @property
-    def attempts(self) -> int:
-        """How many tries it took; none for a published value."""
-
-    @property
-    def authority_rank(self) -> int:
-        """The rank of its source for this key."""
 
 
 @immutable
@@ -175,23 +148,29 @@ class Reporter:
         events = type(self._events).__name__ if self._telling else "off"
         return f"<{type(self).__name__} metrics={metrics} events={events} failures={self.failures}>"
 
-    def _count(self, metric: str, **labels: str) -> None:
-        try:
-            self._metrics.increment(metric, 1, **_readable(labels))
-        except BaseException as error:
-            self._note_failure(error)
+    def _count(self, metric: str, key: ResourceKey | None = None, /, **labels: str) -> None:
+        """Count one more; of a key the labels say what kind of resource it is, and not which."""
+        if self._counting:
+            try:
+                if key is not None:
+                    labels.update(resource_namespace=key.namespace, resource_name=key.name)
+                self._metrics.increment(metric, 1, **_put_into_words(labels))
+            except BaseException as error:
+                self._note_failure(error)
 
     def _observe(self, metric: str, value: float, **labels: str) -> None:
-        try:
-            self._metrics.observe(metric, value, **_readable(labels))
-        except BaseException as error:
-            self._note_failure(error)
+        if self._counting:
+            try:
+                self._metrics.observe(metric, value, **_put_into_words(labels))
+            except BaseException as error:
+                self._note_failure(error)
 
     def _tell(self, event_type: str, **payload: Any) -> None:
-        try:
-            self._events.emit(event_type, **_readable(payload))
-        except BaseException as error:
-            self._note_failure(error)
+        if self._telling:
+            try:
+                self._events.emit(event_type, **_put_into_words(payload))
+            except BaseException as error:
+                self._note_failure(error)
 
     def _note_failure(self, error: BaseException) -> None:
         self._failures.change(lambda count: count + 1)
@@ -199,19 +178,18 @@ class Reporter:
 
     # Calls to sources, and what came of them -----------------------------------------------------
 
-    def resource_resolved(self, value: Provenance, source_kind: str) -> None:
+    def resource_resolved(self, value: Revision, source_kind: str) -> None:
         """Report a fresh value of a ``single``, ``batch`` or ``derived`` source."""
-        self._count_fetch(value.source, "success")
-        if self._telling:
-            self._tell(
-                "resource_resolved",
-                resource=value.key.display,
-                source=value.source,
-                latency_ms=value.latency_ms,
-                attempts=value.attempts,
-                source_kind=source_kind,
-                authority_rank=value.authority_rank,
-            )
+        self._count("source_fetch_total", source=value.source, status="success")
+        self._tell(
+            "resource_resolved",
+            resource=value.key,
+            source=value.source,
+            latency_ms=value.latency_ms,
+            attempts=value.attempts,
+            source_kind=source_kind,
+            authority_rank=value.authority_rank,
+        )
 
     def source_failed(
         self, key: ResourceKey, source: str, error: Reported, status: str = "failure"
@@ -221,48 +199,33 @@ class Reporter:
         The status is ``failure``, ``stale``, ``invalid_timestamp`` (a payload that was rejected) or
         ``circuit_open`` (no call at all); the last two have events of their own.
         """
-        self._count_fetch(source, status)
-        if not self._telling:
-            return
-        resource, text = key.display, error_text_of(error)
+        self._count("source_fetch_total", source=source, status=status)
         if status == "circuit_open":
-            self._tell("source_circuit_open", source=source, resource=resource, error=text)
+            self._tell("source_circuit_open", source=source, resource=key, error=error)
         elif status == "invalid_timestamp":
-            self._tell("source_payload_rejected", resource=resource, source=source, error=text)
+            self._tell("source_payload_rejected", resource=key, source=source, error=error)
         else:
-            kind = error_type_of(error)
-            self._tell(
-                "source_failed", resource=resource, source=source, error_type=kind, error=text
-            )
-
-    def _count_fetch(self, source: str, status: str) -> None:
-        if self._counting:
-            self._count("source_fetch_total", source=source, status=status)
+            self._tell("source_failed", resource=key, source=source, error_type=error, error=error)
 
     def fetch_latency(self, source: str, latency_ms: float) -> None:
         """Observe how long one call took, in milliseconds."""
-        if self._counting:
-            self._observe("source_fetch_latency_ms", latency_ms, source=source)
+        self._observe("source_fetch_latency_ms", latency_ms, source=source)
 
     def batch_call(self, source: str, status: str) -> None:
         """Count a batch call as success, failure, deadline_exceeded or queue_timeout."""
-        if self._counting:
-            self._count("source_batch_call_total", source=source, status=status)
+        self._count("source_batch_call_total", source=source, status=status)
 
     def batch_size(self, source: str, size: int) -> None:
         """Observe how many keys one batch call is made for."""
-        if self._counting:
-            self._observe("source_batch_size", size, source=source)
+        self._observe("source_batch_size", size, source=source)
 
     def capacity_wait(self, source: str, waited_ms: float) -> None:
         """Observe how long one call waited for its slots, in milliseconds."""
-        if self._counting:
-            self._observe("source_capacity_wait_ms", waited_ms, source=source)
+        self._observe("source_capacity_wait_ms", waited_ms, source=source)
 
     def capacity_timeout(self, source: str, reason: str) -> None:
         """Count a call that got no slot: ``queue_timeout`` or ``snapshot_deadline``."""
-        if self._counting:
-            self._count("source_capacity_timeout_total", source=source, reason=reason)
+        self._count("source_capacity_timeout_total", source=source, reason=reason)
 
     def transport_violated(
         self,
@@ -278,19 +241,17 @@ class Reporter:
         It counts once, as ``completed_late``, ``failed_late`` or ``coalestra_timeout``; each of its
         keys has an event.
         """
-        if self._counting:
-            self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
-        if self._telling:
-            for key in keys:
-                self._tell(
-                    "source_transport_timeout_violated",
-                    source=source,
-                    resource=key.display,
-                    outcome=outcome,
-                    declared_transport_timeout_seconds=declared,
-                    observed_elapsed_seconds=elapsed,
-                    grace_seconds=grace,
-                )
+        self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
+        for key in keys:
+            self._tell(
+                "source_transport_timeout_violated",
+                source=source,
+                resource=key,
+                outcome=outcome,
+                declared_transport_timeout_seconds=declared,
+                observed_elapsed_seconds=elapsed,
+                grace_seconds=grace,
+            )
 
     def transport_budget_rejected(
         self,
@@ -305,30 +266,26 @@ class Reporter:
         What sets the budget is the reason: ``snapshot_deadline`` or ``source_timeout``. It counts
         once, and each key has an event.
         """
-        if self._counting:
-            self._count("source_transport_budget_rejection_total", source=source, reason=reason)
-        if self._telling:
-            for key in keys:
-                self._tell(
-                    "source_transport_budget_rejected",
-                    source=source,
-                    resource=key.display,
-                    transport_timeout_seconds=declared,
-                    available_budget_seconds=available,
-                )
+        self._count("source_transport_budget_rejection_total", source=source, reason=reason)
+        for key in keys:
+            self._tell(
+                "source_transport_budget_rejected",
+                source=source,
+                resource=key,
+                transport_timeout_seconds=declared,
+                available_budget_seconds=available,
+            )
 
     # Reading the cache, and sharing work in flight ---------------------------------------------
 
     def cache_access(self, key: ResourceKey, status: str) -> None:
         """Count one look into the cache, by what it found or why it was not taken."""
-        if self._counting:
-            self._count("cache_access_total", **labels_of(key), status=status)
+        self._count("cache_access_total", key, status=status)
 
     def cache_hit(self, key: ResourceKey, freshness: str) -> None:
         """Report a value served from the cache, ``fresh`` or ``stale_while_revalidate``."""
         self.cache_access(key, freshness)
-        if self._telling:
-            self._tell("cache_hit", resource=key.display, freshness=freshness)
+        self._tell("cache_hit", resource=key, freshness=freshness)
 
     def cache_missed(self, key: ResourceKey) -> None:
         """Report that the cache had nothing usable. There is a count for it, but no event."""
@@ -337,8 +294,7 @@ class Reporter:
     def cache_bypassed(self, key: ResourceKey, reason: str) -> None:
         """Report that the cache was passed over on purpose, and why."""
         self.cache_access(key, "revalidation_bypass")
-        if self._telling:
-            self._tell("cache_bypassed", resource=key.display, reason=reason)
+        self._tell("cache_bypassed", resource=key, reason=reason)
 
     def stale_fallback_used(
         self, key: ResourceKey, error: Reported, *, from_cache: bool = True
@@ -349,115 +305,83 @@ class Reporter:
         """
         if from_cache:
             self.cache_access(key, "stale_fallback")
-        if self._telling:
-            self._tell("stale_fallback_used", resource=key.display, error_type=error_type_of(error))
+        self._tell("stale_fallback_used", resource=key, error_type=error)
 
     def cache_failed(self, operation: str, error: Reported) -> None:
         """Report that a cache raised as it was to ``read`` or ``write``; it was done without."""
-        if self._counting:
-            self._count("cache_failure_total", operation=operation)
-        if self._telling:
-            self._tell(
-                "cache_failed",
-                operation=operation,
-                error_type=error_type_of(error),
-                error=error_text_of(error),
-            )
+        self._count("cache_failure_total", operation=operation)
+        self._tell("cache_failed", operation=operation, error_type=error, error=error)
 
     def flight_joined(self, key: ResourceKey) -> None:
         """Count a caller who shares an acquisition that was already under way."""
-        if self._counting:
-            self._count("singleflight_join_total", **labels_of(key))
+        self._count("singleflight_join_total", key)
 
     # Refreshes in the background ---------------------------------------------------------------
 
     def refresh_scheduled(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
         """Report a new refresh, why, and the snapshot that gave the occasion."""
         self._count_refresh(key, "scheduled")
-        if self._telling:
-            self._tell(
-                "resource_refresh_scheduled",
-                resource=key.display,
-                reason=reason,
-                snapshot_id=snapshot_id,
-            )
+        self._tell(
+            "resource_refresh_scheduled", resource=key, reason=reason, snapshot_id=snapshot_id
+        )
 
     def refresh_completed(self, key: ResourceKey, reason: str, source: str) -> None:
         """Report a refresh that brought a fresh value, and from which source."""
         self._count_refresh(key, "success")
-        if self._telling:
-            self._tell(
-                "resource_refresh_completed", resource=key.display, reason=reason, source=source
-            )
+        self._tell("resource_refresh_completed", resource=key, reason=reason, source=source)
 
     def refresh_failed(self, key: ResourceKey, reason: str, error: Reported) -> None:
         """Report a refresh that brought no fresh value, and what went wrong."""
         self._count_refresh(key, "failure")
-        if self._telling:
-            self._tell(
-                "resource_refresh_failed",
-                resource=key.display,
-                reason=reason,
-                error_type=error_type_of(error),
-                error=error_text_of(error),
-            )
+        self._tell(
+            "resource_refresh_failed", resource=key, reason=reason, error_type=error, error=error
+        )
 
     def refresh_cancelled(self, key: ResourceKey) -> None:
         """Report a refresh that was called off. There is a count for it, but no event."""
         self._count_refresh(key, "cancelled")
 
     def _count_refresh(self, key: ResourceKey, status: str) -> None:
-        if self._counting:
-            self._count("resource_refresh_total", **labels_of(key), status=status)
+        self._count("resource_refresh_total", key, status=status)
 
     # Events written into the cache, and entries taken out of it --------------------------------
 
-    def resource_published(self, value: Provenance, *, replaced: bool, forced: bool) -> None:
+    def resource_published(self, value: Revision, *, replaced: bool, forced: bool) -> None:
         """Report a published value that is in the cache now, and whether it replaced another."""
         self._count_publish(value, PublishStatus.PUBLISHED)
-        if self._telling:
-            self._tell(
-                "resource_published",
-                resource=value.key.display,
-                source=value.source,
-                observed_at=value.observed_at,
-                replaced=replaced,
-                forced=forced,
-                authority_rank=value.authority_rank,
-            )
+        self._tell(
+            "resource_published",
+            resource=value.key,
+            source=value.source,
+            observed_at=value.observed_at,
+            replaced=replaced,
+            forced=forced,
+            authority_rank=value.authority_rank,
+        )
 
     def resource_publish_ignored(
-        self, candidate: Provenance, cached: Provenance, status: PublishStatus
+        self, candidate: Revision, cached: Revision, status: PublishStatus
     ) -> None:
         """Report a published value that lost to the one in the cache, and by which rule."""
         self._count_publish(candidate, status)
-        if self._telling:
-            self._tell(
-                "resource_publish_ignored",
-                resource=candidate.key.display,
-                source=candidate.source,
-                status=status.value,
-                observed_at=candidate.observed_at,
-                cached_observed_at=cached.observed_at,
-                candidate_authority_rank=candidate.authority_rank,
-                cached_authority_rank=cached.authority_rank,
-            )
+        self._tell(
+            "resource_publish_ignored",
+            resource=candidate.key,
+            source=candidate.source,
+            status=status.value,
+            observed_at=candidate.observed_at,
+            cached_observed_at=cached.observed_at,
+            candidate_authority_rank=candidate.authority_rank,
+            cached_authority_rank=cached.authority_rank,
+        )
 
     def resource_invalidated(self, key: ResourceKey, reason: str) -> None:
         """Report an entry taken out of the cache by request, for ``reason`` (may be empty)."""
-        if self._counting:
-            self._count("resource_invalidation_total", **labels_of(key))
-        if self._telling:
-            self._tell("resource_invalidated", resource=key.display, reason=reason)
+        self._count("resource_invalidation_total", key)
+        self._tell("resource_invalidated", resource=key, reason=reason)
 
-    def _count_publish(self, value: Provenance, status: PublishStatus) -> None:
-        if self._counting:
-            self._count(
-                "resource_publish_total",
-                **labels_of(value.key),
-                source=value.source,
-                status=status.value,
-            )
+    def _count_publish(self, value: Revision, status: PublishStatus) -> None:
+        self._count("resource_publish_total", value.key, source=value.source, status=status.value)
 
     # Builds and sessions as a whole, and the policies they must meet ---------------------------
 
@@ -471,35 +395,31 @@ class Reporter:
     ) -> None:
         """Report a finished build; the counts of keys are those of its diagnostics."""
         self._count_status("snapshot_build_total", not build_failed)
-        if self._counting:
-            self._observe(
-                "snapshot_build_latency_ms",
-                diagnostics.duration_ms,
-                status="error" if build_failed else "success",
-            )
-        if self._telling:
-            self._tell(
-                "snapshot_built",
-                snapshot_id=snapshot_id,
-                resources=diagnostics.requested_resources,
-                resolved=diagnostics.resolved_resources,
-                failed=diagnostics.failed_resources,
-                build_failed=build_failed,
-                strict=strict,
-                diagnostics=ReportedDiagnostics.of(diagnostics),
-            )
+        self._observe(
+            "snapshot_build_latency_ms",
+            diagnostics.duration_ms,
+            status="error" if build_failed else "success",
+        )
+        self._tell(
+            "snapshot_built",
+            snapshot_id=snapshot_id,
+            resources=diagnostics.requested_resources,
+            resolved=diagnostics.resolved_resources,
+            failed=diagnostics.failed_resources,
+            build_failed=build_failed,
+            strict=strict,
+            diagnostics=diagnostics,
+        )
 
     def session_resolved(self, outcome: SessionResolution, *, succeeded: bool) -> None:
         """Report a finished ``resolve``; ``succeeded`` unless it is about to raise."""
         self._count_status("snapshot_session_resolve_total", succeeded)
-        if self._telling:
-            self._tell("snapshot_session_resolved", **fields_of(outcome))
+        self._tell("snapshot_session_resolved", **fields_of(outcome))
 
     def session_revalidated(self, outcome: SessionRevalidation) -> None:
         """Report a finished ``revalidate``; it has succeeded if its values were committed."""
         self._count_status("snapshot_session_revalidate_total", outcome.committed)
-        if self._telling:
-            self._tell("snapshot_session_revalidated", **fields_of(outcome))
+        self._tell("snapshot_session_revalidated", **fields_of(outcome))
 
     def acceptance_passed(self) -> None:
         """Count a snapshot that its acceptance policy lets through."""
@@ -511,16 +431,14 @@ class Reporter:
         """Report a snapshot that its acceptance policy turns down, and each reason for it."""
         self._count_status("snapshot_acceptance_total", False)
         reasons = [violation.reason.value for violation in violations]
-        if self._counting:
-            for reason in reasons:
-                self._count("snapshot_acceptance_violation_total", reason=reason)
-        if self._telling:
-            self._tell(
-                "snapshot_acceptance_failed",
-                snapshot_id=snapshot_id,
-                violations=len(reasons),
-                reasons=tuple(dict.fromkeys(reasons)),
-            )
+        for reason in reasons:
+            self._count("snapshot_acceptance_violation_total", reason=reason)
+        self._tell(
+            "snapshot_acceptance_failed",
+            snapshot_id=snapshot_id,
+            violations=len(reasons),
+            reasons=tuple(dict.fromkeys(reasons)),
+        )
 
     def consistency_passed(self) -> None:
         """Count a snapshot whose observations lie close enough together."""
@@ -529,54 +447,60 @@ class Reporter:
     def consistency_failed(self, snapshot_id: str, error: SnapshotConsistencyError) -> None:
         """Report a snapshot whose observations lie too far apart."""
         self._count_consistency("error")
-        if self._telling:
-            self._tell(
-                "snapshot_consistency_failed",
-                snapshot_id=snapshot_id,
-                resources=len(error.keys),
-                oldest_resource=error.oldest_key.display,
-                newest_resource=error.newest_key.display,
-                observation_skew_ms=error.observation_skew_seconds * 1000.0,
-                max_observation_skew_ms=error.max_observation_skew_seconds * 1000.0,
-            )
+        self._tell(
+            "snapshot_consistency_failed",
+            snapshot_id=snapshot_id,
+            resources=len(error.keys),
+            oldest_resource=error.oldest_key,
+            newest_resource=error.newest_key,
+            observation_skew_ms=error.observation_skew_seconds * 1000.0,
+            max_observation_skew_ms=error.max_observation_skew_seconds * 1000.0,
+        )
 
     def copy_deadline_exceeded(self, snapshot_id: str, phase: str) -> None:
         """Report that a deadline struck while a payload was being copied, and in which phase."""
-        if self._counting:
-            self._count("payload_copy_deadline_total", phase=phase)
-        if self._telling:
-            self._tell("payload_copy_deadline_exceeded", snapshot_id=snapshot_id, phase=phase)
+        self._count("payload_copy_deadline_total", phase=phase)
+        self._tell("payload_copy_deadline_exceeded", snapshot_id=snapshot_id, phase=phase)
 
     def _count_status(self, metric: str, succeeded: bool) -> None:
-        if self._counting:
-            self._count(metric, status="success" if succeeded else "error")
+        self._count(metric, status="success" if succeeded else "error")
 
     def _count_consistency(self, status: str) -> None:
-        if self._counting:
-            self._count("snapshot_consistency_total", status=status, rule="observation_skew")
+        self._count("snapshot_consistency_total", status=status, rule="observation_skew")
 
 
-def _readable(values: dict[str, Any]) -> dict[str, Any]:
-    """Make the texts among labels or a payload fit to be shown; an error has its own form."""
-    for name, value in values.items():
-        if type(value) is str and name != "error":
-            values[name] = readable(value)
-    return values
+def _put_into_words(facts: dict[str, Any]) -> dict[str, Any]:
+    """Make what is told fit to be shown: in place, each fact by its name or type."""
+    for name, fact in facts.items():
+        form = _FORMS.get(name)
+        if form is not None:
+            facts[name] = form(fact)
+        elif type(fact) is str:
+            facts[name] = readable(fact)
+    return facts
 
 
-def labels_of(key: ResourceKey) -> dict[str, str]:
-    """Return the labels that say what kind of resource ``key`` is, and not which one."""
-    return {"resource_namespace": key.namespace, "resource_name": key.name}
+def _display_of(key: ResourceKey) -> str:
+    return key.display
 
 
-def error_type_of(error: Reported) -> str:
-    """Return the name of the exception type behind ``error``."""
+def _error_type_of(error: Reported) -> str:
     return error.error_type if isinstance(error, SourceFailure) else type_name(error)
 
 
-def error_text_of(error: Reported) -> str:
-    """Return the message of ``error`` in one bounded line; never raises an ``Exception``."""
+def _error_text_of(error: Reported) -> str:
     return folded_message(error.message if isinstance(error, SourceFailure) else message_of(error))
+
+
+_FORMS: Mapping[str, Callable[[Any], object]] = {
+    "resource": _display_of,
+    "oldest_resource": _display_of,
+    "newest_resource": _display_of,
+    "error": _error_text_of,
+    "error_type": _error_type_of,
+    "diagnostics": ReportedDiagnostics.of,
+}
+"""How the facts of these names are told."""
 
 
 def fields_of(outcome: SessionResolution | SessionRevalidation) -> dict[str, str | int]:
