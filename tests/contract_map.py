@@ -148,6 +148,7 @@ SECTIONS: Mapping[int, Section] = {
             "core/test_diagnostics.py",
             "orchestration/test_reports_of_waiting.py",
             "orchestration/test_observability_in_builds.py",
+            "orchestration/test_tracing.py",
             "orchestration/test_texts.py",
             "orchestration/test_bounds.py",
             "observability/test_report_tables.py",

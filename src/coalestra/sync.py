@@ -45,6 +45,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.results import PublishResult
 from coalestra.core.snapshot import Snapshot
+from coalestra.core.trace import Trace
 from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
 from coalestra.core.values import ResourceUpdate
 from coalestra.orchestration.builder import SnapshotBuilder
@@ -889,6 +890,7 @@ class SyncSnapshotBuilder:
         deadline_seconds: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         snapshot_id: str | None = None,
+        trace: bool | None = None,
     ) -> Snapshot:
         """Resolve `keys` and return their snapshot; see `SnapshotBuilder.build`."""
         wanted = distinct(keys)
@@ -900,6 +902,7 @@ class SyncSnapshotBuilder:
                 deadline_seconds=deadline_seconds,
                 metadata=metadata,
                 snapshot_id=snapshot_id,
+                trace=trace,
             ),
         )
 
@@ -910,6 +913,7 @@ class SyncSnapshotBuilder:
         deadline_seconds: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         snapshot_id: str | None = None,
+        trace: bool | None = None,
     ) -> Snapshot:
         """Resolve a request and return its snapshot; see `SnapshotBuilder.build_request`."""
         return self._thread.run(
@@ -919,6 +923,7 @@ class SyncSnapshotBuilder:
                 deadline_seconds=deadline_seconds,
                 metadata=metadata,
                 snapshot_id=snapshot_id,
+                trace=trace,
             ),
         )
 
@@ -928,12 +933,16 @@ class SyncSnapshotBuilder:
         deadline_seconds: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         snapshot_id: str | None = None,
+        trace: bool | None = None,
     ) -> SyncSnapshotSession:
         """Open a session; its deadline runs from now. See `SnapshotBuilder.session`."""
 
         async def opened() -> SyncSnapshotSession:
             session = self.builder.session(
-                deadline_seconds=deadline_seconds, metadata=metadata, snapshot_id=snapshot_id
+                deadline_seconds=deadline_seconds,
+                metadata=metadata,
+                snapshot_id=snapshot_id,
+                trace=trace,
             )
             return SyncSnapshotSession(session, self._thread)
 
@@ -970,6 +979,10 @@ class SyncSnapshotBuilder:
         operation = self._thread.operation(lambda: work(self.builder))
         self._thread.start(operation)
         return operation.future
+
+    def recent_traces(self) -> tuple[Trace, ...]:
+        """Return the last traces at once, on any thread; see `SnapshotBuilder.recent_traces`."""
+        return self.builder.recent_traces()
 
     def wait_for_refreshes(self) -> None:
         """Wait for the background refreshes that have been scheduled."""

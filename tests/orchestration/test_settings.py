@@ -60,6 +60,15 @@ def kind(good: Any, *more: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple
     return (None, good, *more), (), (0, True, "text", object())
 
 
+class NoTracer:
+    """Follows nothing."""
+
+    def begin(self, kind: str, attributes: Any, *, parent: Any = None, link: Any = None) -> None:
+        """Begin nothing."""
+
+    enter = end = joined = begin
+
+
 SIMPLE: Table = {
     "max_concurrency": required(COUNT),
     "max_pending_tasks": optional(COUNT),
@@ -88,6 +97,7 @@ SIMPLE: Table = {
     "require_source_timeout_declarations": required(FLAG),
     "allow_unsafe_blocking_sources": required(FLAG),
     "source_transport_timeout_grace_seconds": required(SECONDS),
+    "trace": ((False, True, 0, 0.25, 1), (-0.1, 1.1, float("nan")), (None, "text", object())),
 }
 COLLABORATORS: Table = {
     "default_policy": kind(FreshnessPolicy(1, 2)),
@@ -119,6 +129,7 @@ COLLABORATORS: Table = {
     "clock": ((None, SystemClock(), ManualClock()), (), (0, "text", object())),
     "metrics": ((None, NullMetrics()), (), (0, "text", object())),
     "events": ((None, LoggingEventSink()), (), (0, "text", object())),
+    "tracer": ((None, NoTracer()), (), (0, "text", object())),
     "observation_policy": kind(ObservationPolicy()),
     "payload_copier": ((None, deepcopy_payload, lambda value: value), (), (0, "text", {})),
 }

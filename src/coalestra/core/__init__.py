@@ -17,6 +17,7 @@ from coalestra.core.request import *
 from coalestra.core.results import *
 from coalestra.core.snapshot import *
 from coalestra.core.timeouts import *
+from coalestra.core.trace import *
 from coalestra.core.values import *
 
 if not _typing.TYPE_CHECKING:

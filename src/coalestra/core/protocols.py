@@ -39,6 +39,7 @@ __all__ = [
     "SourceBase",
     "SystemClock",
     "TellingCache",
+    "Tracer",
 ]
 
 # What time it is, for the calendar and for measuring ---------------------------------------------
@@ -497,7 +498,11 @@ class Tracer(Protocol):
     def begin(
         self, kind: str, attributes: Mapping[str, Any], *, parent: Any = None, link: Any = None
     ) -> Any:
-        """Return a new span; without a parent it is begun below whatever is current."""
+        """Return a new span.
+
+        Without a parent it is begun below whatever is current, but for one with a `link`: it
+        begins a trace of its own, and is linked to the span that set it off.
+        """
 
     def enter(self, span: Any) -> None:
         """Make a span current in the present context, which is that of a call or a build alone."""

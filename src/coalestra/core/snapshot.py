@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from coalestra.core.errors import described_error
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
+from coalestra.core.trace import Trace
 from coalestra.core.validation import a_kind_of, concealed, flag, mapping, number, text
 from coalestra.core.values import SnapshotValue
 
@@ -258,6 +259,14 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         return tuple(key for key, value in self.resources.items() if value.stale)
 
     @property
+    def trace(self) -> Trace | None:
+        """How the values were come by, if that was traced."""
+        found: Any = vars(self).get("_trace")
+        if callable(found):
+            found = vars(self)["_trace"] = found()
+        return cast("Trace | None", found)
+
+    @property
     def complete(self) -> bool:
         """Whether nothing that was asked for has failed."""
         return not self.errors
@@ -316,18 +325,20 @@ def snapshot_of(
     resources: FrozenDict[ResourceKey, SnapshotValue[Any]],
     errors: FrozenDict[ResourceKey, Exception] = EMPTY,
     counted: Mapping[str, Any] = EMPTY,
+    trace: Callable[[], Trace] | None = None,
 ) -> Snapshot:
     """Return a `Snapshot` of facts that are known to be good, and frozen, without judging them.
 
-    ``counted`` are those of its diagnostics that the values themselves do not tell.
+    ``counted`` are those of its diagnostics that the values themselves do not tell; ``trace``
+    makes the trace, if there is one.
     """
-    return filled(
-        Snapshot,
-        {
-            "snapshot_id": snapshot_id,
-            "created_at": created_at,
-            "resources": resources,
-            "errors": errors,
-            "_counted": counted or NOTHING_COUNTED,
-        },
-    )
+    facts = {
+        "snapshot_id": snapshot_id,
+        "created_at": created_at,
+        "resources": resources,
+        "errors": errors,
+        "_counted": counted or NOTHING_COUNTED,
+    }
+    if trace is not None:
+        facts["_trace"] = trace
+    return filled(Snapshot, facts)

@@ -1,7 +1,8 @@
 """What one unit of work did: how each key was obtained, what it waited for, which calls were made.
 
 A trace is a record, made of facts that were noted on the way. All times are seconds since the unit
-of work began, on the clock of its event loop.
+of work began, on the clock of its event loop; what another unit of work had begun before that has
+negative ones.
 """
 
 from __future__ import annotations
@@ -12,6 +13,19 @@ from enum import Enum
 
 from coalestra.core.frozen import FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
+
+__all__ = [
+    "AttemptTrace",
+    "CallTrace",
+    "Foundation",
+    "KeyTrace",
+    "Obtained",
+    "SourceRefusal",
+    "StageTrace",
+    "Trace",
+    "Wait",
+    "WaitReason",
+]
 
 
 class Obtained(str, Enum):

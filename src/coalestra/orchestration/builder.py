@@ -36,10 +36,12 @@ from coalestra.core.protocols import (
     MetricsSink,
     Source,
     SystemClock,
+    Tracer,
 )
 from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.timeouts import SourceTimeoutGuarantee
+from coalestra.core.trace import Trace
 from coalestra.core.validation import flag, instance, integer, number, require_methods, text
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.observability.sinks import BufferOverflowPolicy
@@ -48,6 +50,7 @@ from coalestra.orchestration.parts import BuilderSettings, Parts
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
+from coalestra.orchestration.tracing import Tracing
 from coalestra.orchestration.unit import Judge, distinct, open_unit
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
@@ -74,6 +77,7 @@ class Collaborators:
     clock: Clock | None
     metrics: MetricsSink | None
     events: EventSink | None
+    tracer: Tracer | None
     observation_policy: ObservationPolicy | None
     payload_copier: PayloadCopier | None
 
@@ -109,6 +113,7 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "policy_resolver": ("resolve",),
     "cache": ("get", "set", "invalidate", "clear"),
     "clock": ("now", "monotonic"),
+    "tracer": ("begin", "enter", "end", "joined"),
 }
 
 
@@ -215,7 +220,9 @@ def collect_health(
         source_transport_timeout_violations=violations,
         **_copy_facts(copies),
         unfinished_source_calls=unfinished,
-        **_observability_facts(sinks, 0 if parts.report is None else parts.report.failures),
+        **_observability_facts(
+            sinks, parts.tracing.failures + (0 if parts.report is None else parts.report.failures)
+        ),
     )
 
 
@@ -275,6 +282,7 @@ class SnapshotBuilder(BuilderSettings):
         clock: tells the time; the system's by default.
         metrics: takes counts and observations.
         events: takes events.
+        tracer: follows units of work while they are under way.
         observation_policy: how far in the future an observation may be dated.
         payload_copier: copies payloads, instead of `copy.deepcopy` semantics.
 
@@ -313,6 +321,7 @@ class SnapshotBuilder(BuilderSettings):
         clock: Clock | None = None,
         metrics: MetricsSink | None = None,
         events: EventSink | None = None,
+        tracer: Tracer | None = None,
         max_concurrency: int = 8,
         max_pending_tasks: int | None = None,
         source_concurrency: Mapping[str, int] | None = None,
@@ -334,6 +343,7 @@ class SnapshotBuilder(BuilderSettings):
         require_source_timeout_declarations: bool = True,
         allow_unsafe_blocking_sources: bool = False,
         source_transport_timeout_grace_seconds: float = 0.05,
+        trace: bool | float = False,
     ) -> None:
         given = locals()
         super().__init__(
@@ -369,7 +379,7 @@ class SnapshotBuilder(BuilderSettings):
         )
         self.metrics: MetricsSink = self._sinks.metrics
         self.events: EventSink = self._sinks.events
-        parts = self._parts(chains)
+        parts = self._parts(chains, Tracing(float(self.trace), given.tracer))
         self._engine = Engine(parts, contextvars.copy_context())
         managed = (*self.sources, self.cache, given.metrics, given.events)
         self._closing = Closing(
@@ -427,7 +437,7 @@ class SnapshotBuilder(BuilderSettings):
         default = given_or(given.default_resilience, lambda: of_builder)
         return ResiliencePolicyResolver(default, given.source_resilience)
 
-    def _parts(self, chains: Chains) -> Parts:
+    def _parts(self, chains: Chains, tracing: Tracing) -> Parts:
         """Return what the engine works with."""
         threads = WorkerThreads()
         copies = PayloadCopies(
@@ -461,6 +471,7 @@ class SnapshotBuilder(BuilderSettings):
             copies=copies,
             report=report,
             threads=threads,
+            tracing=tracing,
             max_concurrency=self.max_concurrency,
             max_pending_tasks=pending,
             transport_grace_seconds=self.source_transport_timeout_grace_seconds,
@@ -474,6 +485,7 @@ class SnapshotBuilder(BuilderSettings):
         deadline_seconds: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         snapshot_id: str | None = None,
+        trace: bool | None = None,
     ) -> Snapshot:
         """Return one snapshot of `keys`.
 
@@ -483,6 +495,8 @@ class SnapshotBuilder(BuilderSettings):
             deadline_seconds: how long it may take, all in all.
             metadata: told to the sources in their context.
             snapshot_id: an id of your own; a fresh unique one by default.
+            trace: whether the snapshot tells how it came about; as the builder's setting says by
+                default.
 
         Raises:
             SnapshotBuildError: with `strict`, if a key failed; it holds the partial snapshot.
@@ -493,7 +507,9 @@ class SnapshotBuilder(BuilderSettings):
         wanted = distinct(keys)
         if not wanted:
             raise ValueError("keys must name at least one resource, got none")
-        unit = open_unit(self._engine, deadline_seconds, metadata, snapshot_id, lasting=False)
+        unit = open_unit(
+            self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
+        )
         snapshot = await unit.single_stage(wanted)
         failed = bool(snapshot.errors) and strict
         self._report_build(snapshot, failed=failed, strict=strict)
@@ -510,6 +526,7 @@ class SnapshotBuilder(BuilderSettings):
         deadline_seconds: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         snapshot_id: str | None = None,
+        trace: bool | None = None,
     ) -> Snapshot:
         """Return one snapshot for a request: its required keys have values, and its policies hold.
 
@@ -522,7 +539,9 @@ class SnapshotBuilder(BuilderSettings):
             RuntimeError: the builder is closed, or busy on another event loop.
         """
         instance("request", request, SnapshotRequest)
-        unit = open_unit(self._engine, deadline_seconds, metadata, snapshot_id, lasting=False)
+        unit = open_unit(
+            self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
+        )
         snapshot = await unit.single_stage(distinct(request.keys))
         failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
         judge = Judge(self._engine.parts, request.consistency_policy, request.acceptance_policy)
@@ -549,6 +568,7 @@ class SnapshotBuilder(BuilderSettings):
         deadline_seconds: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         snapshot_id: str | None = None,
+        trace: bool | None = None,
     ) -> SnapshotSession:
         """Open a session: a unit of work in several stages. Args are those of `build`.
 
@@ -556,8 +576,12 @@ class SnapshotBuilder(BuilderSettings):
             RuntimeError: the builder is closed.
         """
         return SnapshotSession(
-            open_unit(self._engine, deadline_seconds, metadata, snapshot_id, lasting=True)
+            open_unit(self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=True)
         )
+
+    def recent_traces(self) -> tuple[Trace, ...]:
+        """Return the last 32 traces of builds, sessions and refreshes, the latest last."""
+        return self._engine.parts.tracing.recent()
 
     # Looking in -------------------------------------------------------------------------------
 

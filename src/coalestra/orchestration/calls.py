@@ -89,6 +89,7 @@ from coalestra.orchestration.flights import (
 )
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
+from coalestra.orchestration.tracing import CallLog
 from coalestra.resilience.circuit_breaker import CircuitIdentity, CircuitScope, Outcome
 from coalestra.resilience.policies import SourceResiliencePolicy
 
@@ -345,6 +346,8 @@ class Attempt:
         call = self._call
         clock = asyncio.get_running_loop().time
         began, timeout = clock(), call.link.queue_timeout_seconds
+        if call.log is not None:
+            call.log.waits(call.parts.capacity.holders())
         try:
             with self.cut_off(math.inf if timeout is None else began + timeout):
                 return await call.parts.capacity.acquire(name)
@@ -422,6 +425,8 @@ class Attempt:
         timeout = link.timeout_seconds
         bound = math.inf if timeout is None else self.began + timeout
         run = self._call.work.variables.copy().run
+        if self._call.log is not None:
+            self._call.log.called(run)
         self._bound = bound
         end = min(bound, self._call.cutoff)
         try:
@@ -534,6 +539,7 @@ class Call:
         "fresh",
         "latency_ms",
         "link",
+        "log",
         "policy",
         "work",
     )
@@ -558,10 +564,13 @@ class Call:
         self._asked: Sequence[Flight] = ()
         self._groups: dict[CircuitIdentity, tuple[int, list[Flight]]] | None = None
         self._turn: int = 0
+        self.log: CallLog | None = None
         for flight in self.flights:
             flight.join_call(self)
             if flight.cutoff > self.cutoff:
                 self.cutoff = flight.cutoff
+            if flight.log is not None:
+                flight.log.calls.append(self.note())
 
     @property
     def doing(self) -> str:
@@ -576,6 +585,24 @@ class Call:
         if attempt is None or attempt.stage is not Progress.RUNNING:
             return None
         return max(0.0, attempt.elapsed_seconds)
+
+    def note(self) -> CallLog:
+        """Return what is noted of the call from now on, for traces."""
+        if self.log is None:
+            work, link, keys = self.work, self.link, len(self.flights)
+            self.log = CallLog(
+                self.parts.tracing,
+                work.trace,
+                work.context.snapshot_id,
+                link.name,
+                link.kind.value,
+                keys,
+            )
+            if self._attempt is not None and not math.isnan(self._attempt.began):
+                self.log.caught_up(self.attempts, self._attempt.began)
+            elif self._attempt is not None:
+                self.log.attempt(self.attempts + 1)
+        return self.log
 
     # What flights tell the call ---------------------------------------------------------------
 
@@ -655,6 +682,8 @@ class Call:
         if self._over or not self.flights:
             return
         attempt = self._attempt = Attempt(self, worker)
+        if self.log is not None:
+            self.log.attempt(self.attempts + 1)
         try:
             if not self.attempts:
                 self.policy = self.parts.resilience.resolve(
@@ -682,6 +711,8 @@ class Call:
         self._attempt = None
         ends_program = isinstance(error, PROGRAM_ENDS)
         error = self._own(error)
+        if self.log is not None:
+            self.log.ended(_outcome_of(error, _FAILURE), error)
         try:
             loop = asyncio.get_running_loop()
             self._count_latency((loop.time() - attempt.began) * 1000)
@@ -692,6 +723,8 @@ class Call:
                 delay = retry.delay_for_attempt(self.attempts)
                 if delay < self.remaining():
                     self.work.record.retries += 1
+                    if self.log is not None:
+                        self.log.rests(delay)
                     self._retry = loop.call_later(delay, self._lane.again, self)
         finally:
             if self._retry is None:
@@ -729,6 +762,8 @@ class Call:
             return
         error = self._own(error)
         self._over = True
+        if self.log is not None:
+            self.log.over(_outcome_of(error, outcome), error)
         self._attempt = None
         if self._retry is not None:
             self._retry.cancel()
@@ -765,6 +800,8 @@ class Call:
     def refuse(self, flight: Flight, error: BaseException, status: str) -> None:
         """Report that the source has failed for a key."""
         self.flights.pop(flight, None)
+        if self.log is not None and status == "circuit_open" and not self.flights:
+            self.log.over(status, error)
         if flight.call is self:
             flight.leave_call()
             self.dispatch.refused(flight, self._failure_of(error), status)
@@ -878,6 +915,8 @@ class Call:
         """Hand over what the source answered, without holding the loop for long."""
         attempt.stage = Progress.TAKING_IN
         parts, flights = self.parts, tuple(self.flights)
+        if self.log is not None:
+            self.log.ended("success")
         self.latency_ms = attempt.elapsed_seconds * 1000
         self._count_latency(self.latency_ms)
         values = _values_of(self.link, flights, answer)
@@ -896,6 +935,8 @@ class Call:
             self.lost()
             return
         self._over = True
+        if self.log is not None:
+            self.log.over("success")
         if not self._circuits_need_not_know:
             self.dispatch.hold(self.work)
             self._work_off(self._tell_circuits(_FAILURE))
@@ -1160,6 +1201,17 @@ class Call:
 
     def __repr__(self) -> str:
         return f"<Call {self.link.name} keys={len(self.flights)} attempts={self.attempts}>"
+
+
+def _outcome_of(error: BaseException, outcome: Outcome) -> str:
+    """Return what a trace calls the end of a call that an error stands for."""
+    if isinstance(error, SnapshotDeadlineExceededError):
+        return "deadline"
+    if isinstance(error, (SourceTimeoutError, SourceQueueTimeoutError)):
+        return "timeout"
+    if isinstance(error, CircuitOpenError):
+        return "circuit_open"
+    return "abandoned" if outcome is _ABANDONED else "failure"
 
 
 def _tell_loop(error: BaseException, what: str = "the end of a call failed") -> None:

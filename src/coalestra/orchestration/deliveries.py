@@ -244,7 +244,7 @@ class WarmReads:
         revisions = None if ages is None else store.find_all_fresh(keys, now, ages)
         if revisions is None:
             return {}
-        self._count(store, work, keys)
+        self._count(store, work, keys, revisions)
         return {revision.key: Reading(revision, None, from_cache=True) for revision in revisions}
 
     def likely(self, keys: Iterable[ResourceKey]) -> bool:
@@ -272,7 +272,7 @@ class WarmReads:
             await pace.rest()  # putting them together takes a while, too
         if values is None or work.expired:
             return None
-        self._count(store, work, keys)
+        self._count(store, work, keys, revisions)
         return FrozenDict(zip(keys, values, strict=True))
 
     async def _find(
@@ -320,8 +320,16 @@ class WarmReads:
                 await pace.keep()
         return values
 
-    def _count(self, store: EntryStore, work: Work, keys: Collection[ResourceKey]) -> None:
+    def _count(
+        self,
+        store: EntryStore,
+        work: Work,
+        keys: Collection[ResourceKey],
+        revisions: Iterable[Revision],
+    ) -> None:
         store.count_fresh(keys)
+        if work.trace is not None:
+            work.trace.warm(revisions, near=self._parts.access.store is not store)
         work.record.cache_hits += len(keys)
         work.record.cache_batch_reads += 1
         report = self._parts.report

@@ -46,6 +46,7 @@ from coalestra.orchestration.readings import (
     hold,
 )
 from coalestra.orchestration.sources import Link
+from coalestra.orchestration.tracing import CallLog, FlightLog, WorkTrace
 
 # Where a flight stands ---------------------------------------------------------------------------
 
@@ -131,6 +132,7 @@ class Work:
         "stages",
         "struck",
         "timer",
+        "trace",
         "variables",
         "view",
     )
@@ -141,8 +143,10 @@ class Work:
         *,
         deadline: Deadline | None = None,
         variables: contextvars.Context | None = None,
+        trace: WorkTrace | None = None,
     ) -> None:
         self.context: FetchContext = context
+        self.trace: WorkTrace | None = trace
         self.deadline: Deadline | None = deadline
         self.record: DiagnosticsRecorder = DiagnosticsRecorder()
         self.view: View = View()
@@ -219,6 +223,9 @@ class Call(Protocol):
     attempts: int
     """How many attempts have been made so far."""
 
+    def note(self) -> CallLog:
+        """Return what is noted of the call from now on, for traces."""
+
     @property
     def doing(self) -> str:
         """What the call is at, to be put behind a sentence; empty for what goes without saying."""
@@ -271,7 +278,7 @@ class Flight:
     board, `linked` that it waits for other flights, or others wait for it. `since` is how much news
     had been told when what it has taken in was last known to be current. `began` is the number of
     its call, 0 before that; `stored` says that its value is in the memory cache already. `lease` is
-    the right to store what it acquires, if the cache gives such.
+    the right to store what it acquires, if the cache gives such; `log` is kept for traces.
     """
 
     __slots__ = (
@@ -293,6 +300,7 @@ class Flight:
         "lease",
         "link",
         "linked",
+        "log",
         "missed",
         "nesting",
         "offered",
@@ -349,6 +357,7 @@ class Flight:
         self.stored: bool = False
         self.since: int = since
         self.lease: Lease | None = None
+        self.log: FlightLog | None = None
 
     # Phases: nobody else writes `phase`, nor what depends on it --------------------------------
 
@@ -396,6 +405,14 @@ class Flight:
         self.phase = _SETTLED
         self.settlement = settlement
         self.gather = self.call = None
+
+    def note(self) -> FlightLog:
+        """Return what is noted of the flight from now on, for the trace of one who waits for it."""
+        if self.log is None:
+            self.log = FlightLog(self.sponsor.context.snapshot_id)
+            if self.call is not None:
+                self.log.calls.append(self.call.note())
+        return self.log
 
     @property
     def wanted(self) -> bool:

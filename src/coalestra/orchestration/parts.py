@@ -21,6 +21,7 @@ from coalestra.core.validation import choice, flag, instance, integer, number, t
 from coalestra.observability.reports import Reporter
 from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.sources import Chains
+from coalestra.orchestration.tracing import Tracing
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver
 
@@ -53,6 +54,7 @@ class BuilderSettings:
         allow_unsafe_blocking_sources: whether blocking sources without a safe timeout are let in.
         source_transport_timeout_grace_seconds: what a call may take beyond its transport timeout
             before it counts as a violation.
+        trace: whether units of work are traced unless told otherwise, or the share of them that is.
     """
 
     max_concurrency: int = 8
@@ -74,6 +76,7 @@ class BuilderSettings:
     require_source_timeout_declarations: bool = True
     allow_unsafe_blocking_sources: bool = False
     source_transport_timeout_grace_seconds: float = 0.05
+    trace: bool | float = False
 
     def __post_init__(self) -> None:
         for name, check in RULES.items():
@@ -95,6 +98,10 @@ def _count_or_none(name: str, value: Any) -> object:
 
 def _seconds(name: str, value: Any) -> object:
     return number(name, value, minimum=0)
+
+
+def _rate(name: str, value: Any) -> object:
+    return value if type(value) is bool else number(name, value, minimum=0, maximum=1)
 
 
 def _flag_or_none(name: str, value: Any) -> object:
@@ -133,6 +140,7 @@ RULES: Mapping[str, Check] = {
     "require_source_timeout_declarations": flag,
     "allow_unsafe_blocking_sources": flag,
     "source_transport_timeout_grace_seconds": _seconds,
+    "trace": _rate,
 }
 """What each setting must be."""
 
@@ -181,6 +189,7 @@ class Parts:
         "report",
         "resilience",
         "threads",
+        "tracing",
         "transport_grace_seconds",
     )
 
@@ -199,6 +208,7 @@ class Parts:
         copies: PayloadCopies,
         report: Reporter | None,
         threads: WorkerThreads,
+        tracing: Tracing,
         max_concurrency: int,
         max_pending_tasks: int,
         transport_grace_seconds: float,
@@ -216,6 +226,7 @@ class Parts:
         self.copies = copies
         self.report = report
         self.threads = threads
+        self.tracing = tracing
         self.max_concurrency = max_concurrency
         self.max_pending_tasks = max_pending_tasks
         self.transport_grace_seconds = transport_grace_seconds

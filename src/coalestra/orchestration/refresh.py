@@ -98,7 +98,13 @@ class Refresher:
             },
             snapshot_id=os.urandom(16).hex(),
         )
-        work = Work(context, variables=self._variables)
+        parent = group[0].parent.trace
+        trace = self._parts.tracing.begin("refresh", context, None, parent)
+        variables = self._variables if trace is None else self._variables.copy()
+        work = Work(context, variables=variables, trace=trace)
+        if trace is not None:
+            link = None if parent is None else parent.span
+            trace.begin_stage("refresh", len(group), variables, link, reason=reason)
         for refresh in group:
             refresh.gather = Gather(work, (refresh.key,), Pins(), demand=Demand(refresh=True))
             refresh.gather.done = partial(self._done, refresh)
@@ -111,6 +117,8 @@ class Refresher:
         report = self._parts.report
         self._end(refresh)
         reading = gather.readings.get(key)
+        if gather.work.trace is not None:
+            gather.work.trace.refreshed(reading is not None)
         record.refresh_completed += reading is not None
         record.refresh_failed += reading is None
         if report is None:
@@ -154,6 +162,8 @@ class Refresher:
         for refresh in tuple(self._running):
             if refresh.gather is not None:
                 self._abandon(refresh.gather)
+                if refresh.gather.work.trace is not None:
+                    refresh.gather.work.trace.refreshed(False)
             if self._parts.report is not None:
                 self._parts.report.refresh_cancelled(refresh.key)
             self._end(refresh)

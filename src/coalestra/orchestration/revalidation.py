@@ -84,7 +84,8 @@ class Revalidation:
         counters = self._unit.engine.parts.counters
         counters.revalidation_attempts += 1
         try:
-            return await self._in_turn(turn)
+            with self._unit.stage("revalidate", len(self._named)) as stage:
+                return stage.came_to(await self._in_turn(turn))
         except (SnapshotConsistencyError, SnapshotAcceptanceError) as violation:
             self._violated = type(violation)
             raise

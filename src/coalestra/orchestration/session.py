@@ -118,8 +118,9 @@ class SnapshotSession:
     ) -> Snapshot:
         """Resolve further keys, and report what came of it; `check` raises unless it will do."""
         unit = self._unit
-        struck = await unit.acquire(wanted, retry_errors=retry_errors)
-        snapshot = await unit.snapshot(bound=not struck)
+        with unit.stage("resolve", len(wanted)) as stage:
+            struck = await unit.acquire(wanted, retry_errors=retry_errors)
+            snapshot = stage.came_to(await unit.snapshot(bound=not struck))
         succeeded = False
         try:
             check(snapshot)

@@ -38,6 +38,7 @@ from coalestra.core.errors import (
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_of_all
 from coalestra.core.results import CacheWriteStatus
+from coalestra.core.trace import Obtained, WaitReason
 from coalestra.core.values import Revision
 from coalestra.orchestration.calls import Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
@@ -220,6 +221,9 @@ class SingleFlight:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
         gather.open = True
         self.hold(gather.work)
+        if gather.work.trace is not None:
+            of_stage = gather.owner is None
+            gather.work.trace.look(gather.keys, gather.base, requested=of_stage)
         keys: Iterable[ResourceKey] = gather.keys
         if gather.readings:
             keys = [key for key in gather.keys if key not in gather.readings]
@@ -378,10 +382,18 @@ class SingleFlight:
         work.record.cache_hits += 1
         if self.parts.report is not None:
             self.parts.report.cache_hit(key, mode.value if stale else "fresh")
+        if work.trace is not None:
+            refreshed = None if notes is None else notes["refresh_scheduled"]
+            work.trace.cached(key, self._how(stale), refreshed)
         gather.readings[key] = Reading(
             revision, policy.ttl_seconds, stale=stale, from_cache=True, notes=notes
         )
         return True
+
+    def _how(self, stale: bool) -> Obtained:
+        if stale:
+            return Obtained.STALE
+        return Obtained.CACHE if self.parts.access.near is self._store else Obtained.NEAR_CACHE
 
     def _missed(
         self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy, cached: Revision | None
@@ -468,6 +480,7 @@ class SingleFlight:
             flight = Flight(key, policy, gather.work, forced=forced, since=self._news)
             flight.cached = cached
             self.board.start(gather, flight)
+            self._trace_flight(gather, flight)
             try:
                 self._proceed(flight)
             except BaseException as error:
@@ -477,6 +490,7 @@ class SingleFlight:
                 flight.cached = cached
             flight.forced = flight.forced or forced
             self.board.join(gather, flight)
+            self._trace_flight(gather, flight)
             if gather.urgent:
                 self._hurry(flight)
         if self._store is None:
@@ -484,11 +498,18 @@ class SingleFlight:
             if read is not None:
                 read.flight = self.board.flights.get(key)
 
+    @staticmethod
+    def _trace_flight(gather: Gather, flight: Flight) -> None:
+        trace = gather.work.trace
+        if trace is not None and gather in flight.waiters:
+            trace.flies(flight.key, flight.note(), joined=flight.waiters[gather])
+
     def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
         known = gather.pins.private.get(key)
         if known is not None:
             self.board.join(gather, known)
+            self._trace_flight(gather, known)
             return
         forced = key in gather.forced
         flight = Flight(key, policy, gather.work, forced=forced, pins=gather.pins, since=self._news)
@@ -496,6 +517,7 @@ class SingleFlight:
         gather.pins.private[key] = flight
         self.board.set_aside(flight)
         self.board.join(gather, flight)
+        self._trace_flight(gather, flight)
         self._later(flight)
 
     def _hurry(self, flight: Flight) -> None:
@@ -595,6 +617,8 @@ class SingleFlight:
 
     def _note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         flight.failures += (failure,)
+        if flight.log is not None:
+            flight.log.refused(failure, status)
         if self.parts.report is not None:
             self.parts.report.source_failed(flight.key, failure.source, failure, status)
 
@@ -618,6 +642,8 @@ class SingleFlight:
         gather.done = self._gathered
         flight.wait_for(gather)
         flight.since = self._news
+        if flight.log is not None:
+            flight.log.waits.begin(WaitReason.DEPENDENCIES)
         self.board.derive(flight)
         self.look(gather)
 
@@ -625,6 +651,8 @@ class SingleFlight:
         flight = gather.owner
         if flight is None or flight.gather is not gather:
             return
+        if flight.log is not None:
+            flight.log.waits.end()
         if not gather.failures:
             if flight.pins is not None:
                 hold(flight.pins, gather.readings)
@@ -651,6 +679,8 @@ class SingleFlight:
             flight.offer(revision, dated)
             if self._publishing and flight.key in self._publishing:
                 self._held_back.setdefault(flight.key, []).append(flight)
+                if flight.log is not None:
+                    flight.log.waits.begin(WaitReason.PUBLICATION)
             elif self._store is not None and flight.cacheable and flight.event is None:
                 if flight.stored:
                     self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
@@ -686,6 +716,8 @@ class SingleFlight:
         if not self._fit(flight) or flight.offered is None:
             return
         if self._store is None:
+            if flight.log is not None:
+                flight.log.waits.begin(WaitReason.STORE)
             self.writes.add(flight)
         else:
             self._put(self._store, flight, flight.offered)
@@ -737,6 +769,11 @@ class SingleFlight:
             return
         waiters = self.board.take_off(flight)
         flight.end(settlement)
+        if flight.log is not None:
+            flight.log.waits.end()
+            for gather in waiters:
+                if gather.work.trace is not None:
+                    gather.work.trace.handed(flight.key, flight.log)
         if flight.lease is not None:
             self._give_back(flight)
         if flight.pins is not None and type(settlement) is Reading:
@@ -824,6 +861,8 @@ class SingleFlight:
 
     def _tell(self, gather: Gather) -> None:
         done, gather.done = gather.done, nobody
+        if gather.work.trace is not None:
+            gather.work.trace.settled(gather.readings, gather.failures, gather.base)
         done(gather)
 
     def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from coalestra.concurrency.copying import deepcopy_payload
@@ -18,12 +19,13 @@ from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotConsistencyPolicy, check_consistency
 from coalestra.core.snapshot import Snapshot, context_of, snapshot_of
-from coalestra.core.validation import instance, number, text
+from coalestra.core.validation import flag, instance, number, text
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.flights import Gather, Work
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
 from coalestra.orchestration.singleflight import Engine
+from coalestra.orchestration.tracing import StageLog
 
 _ERRORS_BETWEEN_LOOKS = 32
 
@@ -75,6 +77,19 @@ class UnitOfWork:
 
     async def single_stage(self, keys: Mapping[ResourceKey, None]) -> Snapshot:
         """Settle the keys and return the snapshot of a unit that is asked for nothing else."""
+        if self.work.trace is None:
+            return await self._single_stage(keys)
+        with self.stage("build", len(keys)) as stage:
+            return stage.came_to(await self._single_stage(keys))
+
+    def stage(self, name: str, keys: int) -> AbstractContextManager[StageLog]:
+        """Return what notes, if anybody wants it, that the block is a stage for so many keys."""
+        trace = self.work.trace
+        if trace is None:
+            return nullcontext(StageLog(name, keys))
+        return trace.stage(name, keys, self.work.variables)
+
+    async def _single_stage(self, keys: Mapping[ResourceKey, None]) -> Snapshot:
         warm = self.engine.warm_reads
         values = await warm.values(self.work, keys) if warm.likely(keys) else None
         if values is None:
@@ -164,7 +179,9 @@ class UnitOfWork:
         self, readings: Mapping[ResourceKey, Reading], deadline: Deadline | None
     ) -> tuple[Mapping[ResourceKey, SnapshotValue[Any]], Mapping[ResourceKey, Exception]]:
         """Return a reader's copies, and the error for each that there is none of."""
-        values, uncopied = await self.engine.deliveries.values(readings, deadline)
+        trace = self.work.trace
+        with nullcontext() if trace is None else trace.delivering(len(readings)):
+            values, uncopied = await self.engine.deliveries.values(readings, deadline)
         if cut_short(uncopied):
             parts = self.engine.parts
             parts.counters.deadlines_exceeded += 1
@@ -193,8 +210,14 @@ class UnitOfWork:
             resolved_resources=len(values),
             failed_resources=len(errors),
         )
+        trace = self.work.trace
         return snapshot_of(
-            self.work.context.snapshot_id, self.created_at, frozen(values), frozen(errors), counted
+            self.work.context.snapshot_id,
+            self.created_at,
+            frozen(values),
+            frozen(errors),
+            counted,
+            None if trace is None else trace.recorded(),
         )
 
     def __repr__(self) -> str:
@@ -211,6 +234,7 @@ def open_unit(
     deadline_seconds: float | None,
     metadata: Mapping[str, Any] | None,
     snapshot_id: str | None,
+    trace: bool | None,
     *,
     lasting: bool,
 ) -> UnitOfWork:
@@ -225,6 +249,8 @@ def open_unit(
         instance("metadata", metadata, Mapping)
     if snapshot_id is not None:
         text("snapshot_id", snapshot_id)
+    if trace is not None:
+        flag("trace", trace)
     now = clock.now()
     context = context_of(
         now,
@@ -233,7 +259,9 @@ def open_unit(
         FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY,
         os.urandom(16).hex() if snapshot_id is None else snapshot_id,
     )
-    return UnitOfWork(engine, Work(context, deadline=deadline), lasting=lasting)
+    kind = "session" if lasting else "build"
+    noted = engine.parts.tracing.begin(kind, context, trace)
+    return UnitOfWork(engine, Work(context, deadline=deadline, trace=noted), lasting=lasting)
 
 
 class Judge:

@@ -1,0 +1,720 @@
+"""Notes of what a unit of work does, while it does it, and the trace that is made of them.
+
+Laws:
+
+1. What nobody asked to be traced costs one look at an attribute that is None.
+2. Notes are facts with the time at which they were made; nothing is decided by them. They hold no
+   payload, no exception and no flight, so that a trace that is kept keeps nothing else alive.
+3. A trace is made when somebody looks at it, of what was noted by the time it speaks of.
+4. A tracer's failure is counted and ends nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import Context
+from typing import Any
+
+from coalestra._endings import pass_on
+from coalestra.core.errors import SourceFailure, folded_message, message_of, type_name
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.protocols import Tracer
+from coalestra.core.snapshot import FetchContext, Snapshot
+from coalestra.core.trace import (
+    AttemptTrace,
+    CallTrace,
+    Foundation,
+    KeyTrace,
+    Obtained,
+    SourceRefusal,
+    StageTrace,
+    Trace,
+    Wait,
+    WaitReason,
+)
+from coalestra.core.values import Revision
+from coalestra.orchestration.readings import Failure, Reading
+
+MOST_KEYS = 1_000
+"""How many keys a trace has room for; of more it says how many there were."""
+
+MOST_KEPT = 32
+"""How many traces of the recent past a builder keeps."""
+
+
+def _now() -> float:
+    """Return the time of the event loop; outside of one, of the clock that loops go by."""
+    try:
+        return asyncio.get_running_loop().time()
+    except RuntimeError:
+        return time.monotonic()
+
+
+class Tracing:
+    """Which units of work a builder traces, what follows them, and the traces of the recent past.
+
+    `rate` is the share of units of work that are recorded unless their caller says otherwise.
+    """
+
+    def __init__(self, rate: float, tracer: Tracer | None) -> None:
+        self.rate: float = rate
+        self.tracer: Tracer | None = tracer
+        self.failures: int = 0
+        self._recent: OrderedDict[WorkTrace, Recorded] = OrderedDict()
+
+    def begin(
+        self,
+        kind: str,
+        context: FetchContext,
+        asked: bool | None = None,
+        parent: WorkTrace | None = None,
+    ) -> WorkTrace | None:
+        """Return the notes of a new unit of work, or None if nobody wants any."""
+        recording = self._chosen() if asked is None else asked
+        if parent is not None and parent.recording:
+            recording = True
+        if not recording and self.tracer is None:
+            return None
+        return WorkTrace(self, kind, context, recording, parent)
+
+    def _chosen(self) -> bool:
+        return self.rate > 0 and (self.rate >= 1 or random.random() < self.rate)
+
+    def keep(self, trace: WorkTrace) -> None:
+        """Keep what was recorded so far, in the place of what was kept of the same before."""
+        recorded = trace.recorded()
+        if recorded is not None:
+            self._recent[trace] = recorded
+            self._recent.move_to_end(trace)
+            while len(self._recent) > MOST_KEPT:
+                self._recent.popitem(last=False)
+
+    def recent(self) -> tuple[Trace, ...]:
+        """Return the traces of the recent past, the latest last."""
+        return tuple(recorded() for recorded in tuple(self._recent.values()))
+
+    def tell(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Return what a method of the tracer returns, or None if it fails."""
+        try:
+            return method(*arguments, **named)
+        except BaseException as error:
+            self.failures += 1
+            pass_on(error)
+            return None
+
+    def __repr__(self) -> str:
+        return f"<Tracing rate={self.rate} tracer={self.tracer!r} kept={len(self._recent)}>"
+
+
+# What is noted of a call, of a flight and of a key ------------------------------------------------
+
+
+class AttemptLog:
+    """What was noted of one attempt; see `AttemptTrace`."""
+
+    __slots__ = (
+        "called",
+        "end",
+        "error",
+        "holders",
+        "number",
+        "outcome",
+        "pause",
+        "span",
+        "start",
+    )
+
+    def __init__(self, number: int, start: float, called: float | None = None) -> None:
+        self.number: int = number
+        self.start: float = start
+        self.called: float | None = called
+        self.end: float | None = None
+        self.outcome: str = ""
+        self.holders: tuple[tuple[str, int], ...] = ()
+        self.error: tuple[str, str] | None = None
+        self.pause: float | None = None
+        self.span: Any = None
+
+
+class CallLog:
+    """What is noted of one call, and told to the tracer: one span for each attempt."""
+
+    __slots__ = (
+        "_parent",
+        "_tracing",
+        "attempts",
+        "end",
+        "error",
+        "keys",
+        "kind",
+        "outcome",
+        "snapshot_id",
+        "source",
+        "start",
+    )
+
+    def __init__(
+        self,
+        tracing: Tracing,
+        work: WorkTrace | None,
+        snapshot_id: str,
+        source: str,
+        kind: str,
+        keys: int,
+    ) -> None:
+        self._tracing = tracing
+        self._parent: WorkTrace | None = work
+        self.snapshot_id: str = snapshot_id
+        self.source: str = source
+        self.kind: str = kind
+        self.keys: int = keys
+        self.start: float = _now()
+        self.end: float | None = None
+        self.outcome: str = ""
+        self.error: tuple[str, str] | None = None
+        self.attempts: list[AttemptLog] = []
+
+    @property
+    def span(self) -> Any:
+        """The span of the latest attempt, for those who have waited for it."""
+        return self.attempts[-1].span if self.attempts else None
+
+    def attempt(self, number: int) -> None:
+        """Note that an attempt begins."""
+        self.attempts.append(AttemptLog(number, _now()))
+
+    def caught_up(self, number: int, called: float) -> None:
+        """Note an attempt that had begun, and called its source, before anything was noted."""
+        self.start = called
+        self.attempts.append(AttemptLog(number, called, called))
+
+    def waits(self, holders: Mapping[str, int]) -> None:
+        """Note that the attempt waits for capacity, and who has it."""
+        self.attempts[-1].holders = tuple(holders.items())
+
+    def called(self, run: Callable[..., Any]) -> None:
+        """Note that the source is being called; `run` runs something in the context of the call."""
+        attempt = self.attempts[-1]
+        attempt.called = _now()
+        tracer = self._tracing.tracer
+        if tracer is None:
+            return
+        attributes = {
+            "source": self.source,
+            "source_kind": self.kind,
+            "snapshot_id": self.snapshot_id,
+            "keys": self.keys,
+            "attempt": attempt.number,
+            "waited_seconds": attempt.called - attempt.start,
+        }
+        parent = None if self._parent is None else self._parent.span
+        attempt.span = self._tracing.tell(tracer.begin, "call", attributes, parent=parent)
+        if attempt.span is not None:
+            self._tracing.tell(run, tracer.enter, attempt.span)
+
+    def ended(self, outcome: str, error: BaseException | None = None) -> None:
+        """Note how the attempt has ended, once."""
+        attempt = self.attempts[-1] if self.attempts else None
+        if attempt is None or attempt.end is not None:
+            return
+        attempt.end, attempt.outcome = _now(), outcome
+        attempt.error = None if error is None else _said(error)
+        tracer = self._tracing.tracer
+        if tracer is not None and attempt.span is not None:
+            self._tracing.tell(tracer.end, attempt.span, {"outcome": outcome}, error)
+
+    def rests(self, seconds: float) -> None:
+        """Note that another attempt follows after a pause."""
+        self.attempts[-1].pause = seconds
+
+    def over(self, outcome: str, error: BaseException | None = None) -> None:
+        """Note that the call is over, once."""
+        if self.end is None:
+            self.ended(outcome, error)
+            self.end, self.outcome = _now(), outcome
+            self.error = None if error is None else _said(error)
+
+    def traced(self, began: float, until: float) -> CallTrace:
+        """Return what was noted by `until`, in seconds since `began`."""
+        over = self.end is not None and self.end <= until
+        attempts = [each for each in self.attempts if each.start <= until]
+        return CallTrace(
+            source=self.source,
+            kind=self.kind,
+            snapshot_id=self.snapshot_id,
+            keys=self.keys,
+            start=self.start - began,
+            end=_clipped(self.end, until) - began,
+            outcome=self.outcome if over else "under_way",
+            attempts=tuple(_attempt_traced(each, began, until) for each in attempts),
+            error_type=self.error[0] if over and self.error else None,
+            error=self.error[1] if over and self.error else None,
+        )
+
+
+def _attempt_traced(log: AttemptLog, began: float, until: float) -> AttemptTrace:
+    over = log.end is not None and log.end <= until
+    called = log.called is not None and log.called <= until
+    return AttemptTrace(
+        number=log.number,
+        start=log.start - began,
+        called=log.called - began if called and log.called is not None else None,
+        end=_clipped(log.end, until) - began,
+        outcome=log.outcome if over else "under_way",
+        holders=log.holders,
+        error_type=log.error[0] if over and log.error else None,
+        error=log.error[1] if over and log.error else None,
+        pause_seconds=log.pause if over else None,
+    )
+
+
+class _Waits:
+    """Stretches of waiting, the last of which may still go on."""
+
+    __slots__ = ("_stretches",)
+
+    def __init__(self) -> None:
+        self._stretches: list[tuple[WaitReason, str, float, float | None]] = []
+
+    def begin(self, reason: WaitReason, detail: str = "") -> None:
+        """Note that a wait begins, and with it ends the one before."""
+        self.end()
+        self._stretches.append((reason, detail, _now(), None))
+
+    def end(self) -> None:
+        """Note that the wait is over, if there is one."""
+        if self._stretches and self._stretches[-1][3] is None:
+            reason, detail, start, _ = self._stretches[-1]
+            self._stretches[-1] = reason, detail, start, _now()
+
+    def traced(self, began: float, until: float) -> Iterator[Wait]:
+        """Return the waits that had begun by `until`, in seconds since `began`."""
+        for reason, detail, start, end in self._stretches:
+            if start <= until:
+                yield Wait(reason, start - began, _clipped(end, until) - began, detail)
+
+
+class FlightLog:
+    """What is noted of one flight, for all traces of those who wait for it."""
+
+    __slots__ = ("calls", "refusals", "snapshot_id", "waits")
+
+    def __init__(self, snapshot_id: str) -> None:
+        self.snapshot_id: str = snapshot_id
+        self.calls: list[CallLog] = []
+        self.refusals: list[tuple[float, str, str, str, str]] = []
+        self.waits: _Waits = _Waits()
+
+    def refused(self, failure: SourceFailure, status: str) -> None:
+        """Note that a source brought nothing for the key."""
+        text = folded_message(failure.message)
+        self.refusals.append((_now(), failure.source, status, failure.error_type, text))
+
+
+class KeyLog:
+    """What is noted of one key in one stage; see `KeyTrace`."""
+
+    __slots__ = (
+        "end",
+        "error",
+        "flight",
+        "found",
+        "joined",
+        "key",
+        "obtained",
+        "refresh",
+        "requested",
+        "stage",
+        "start",
+        "waits",
+    )
+
+    def __init__(self, key: ResourceKey, stage: int, requested: bool) -> None:
+        self.key: ResourceKey = key
+        self.stage: int = stage
+        self.requested: bool = requested
+        self.start: float = _now()
+        self.end: float | None = None
+        self.obtained: Obtained | None = None
+        self.flight: FlightLog | None = None
+        self.joined: bool = False
+        self.waits: _Waits = _Waits()
+        self.refresh: str | None = None
+        self.found: tuple[str, str, tuple[Foundation, ...]] | None = None
+        self.error: tuple[str, str] | None = None
+
+    def traced(self, began: float, until: float, calls: dict[CallLog, int]) -> KeyTrace:
+        """Return what was noted by `until`; `calls` numbers the calls, and learns of new ones."""
+        flight = self.flight
+        waits = list(self.waits.traced(began, until))
+        mine: list[CallLog] = []
+        if flight is not None:
+            waits += flight.waits.traced(began, until)
+            mine = [call for call in flight.calls if call.start <= until]
+        source, version, rests_on = self.found or (None, None, ())
+        return KeyTrace(
+            key=self.key,
+            obtained=self.obtained or Obtained.FAILED,
+            start=self.start - began,
+            end=_clipped(self.end, until) - began,
+            requested=self.requested,
+            source=source,
+            version=version,
+            joined=flight.snapshot_id if flight is not None and self.joined else None,
+            waits=tuple(sorted(waits, key=lambda wait: wait.start)),
+            calls=tuple(calls.setdefault(call, len(calls)) for call in mine),
+            refusals=tuple(
+                SourceRefusal(source, at - began, status, error_type, text)
+                for at, source, status, error_type, text in (flight.refusals if flight else ())
+                if at <= until
+            ),
+            rests_on=rests_on,
+            refresh=self.refresh,
+            error_type=None if self.error is None else self.error[0],
+            error=None if self.error is None else self.error[1],
+        )
+
+
+def _clipped(end: float | None, until: float) -> float:
+    return until if end is None or end > until else end
+
+
+def _said(error: BaseException) -> tuple[str, str]:
+    return type_name(error), folded_message(message_of(error))
+
+
+# What is noted of a unit of work ------------------------------------------------------------------
+
+
+class Recorded:
+    """What a unit of work had noted at one moment; called, it makes the trace, once."""
+
+    __slots__ = ("_entries", "_trace", "_until", "_work")
+
+    def __init__(self, work: WorkTrace, entries: int, until: float) -> None:
+        self._work: WorkTrace | None = work
+        self._entries = entries
+        self._until = until
+        self._trace: Trace | None = None
+
+    def __call__(self) -> Trace:
+        """Return the trace."""
+        work = self._work
+        if self._trace is None and work is not None:
+            self._trace = work.traced(self._entries, self._until)
+            self._work = None
+        assert self._trace is not None
+        return self._trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self(),)
+
+
+def _itself(trace: Trace) -> Trace:
+    return trace
+
+
+class StageLog:
+    """What is noted of one stage; see `StageTrace`."""
+
+    __slots__ = ("end", "failed", "keys", "name", "resolved", "start")
+
+    def __init__(self, name: str, keys: int) -> None:
+        self.name: str = name
+        self.keys: int = keys
+        self.start: float = _now()
+        self.end: float | None = None
+        self.resolved: int = 0
+        self.failed: int = 0
+
+    def came_to(self, snapshot: Snapshot) -> Snapshot:
+        """Note what a stage has come to, and return it."""
+        self.resolved, self.failed = len(snapshot), len(snapshot.errors)
+        return snapshot
+
+
+class WorkTrace:
+    """What is noted of one unit of work: its stages, and each key that it looks for.
+
+    Without `recording` nothing is kept of the keys; there is a tracer to be told of spans then.
+    """
+
+    __slots__ = (
+        "_began",
+        "_context",
+        "_entries",
+        "_joins",
+        "_kind",
+        "_logs",
+        "_omitted",
+        "_parent",
+        "_stage",
+        "_stages",
+        "_tracing",
+        "recording",
+        "span",
+        "__weakref__",
+    )
+
+    def __init__(
+        self,
+        tracing: Tracing,
+        kind: str,
+        context: FetchContext,
+        recording: bool,
+        parent: WorkTrace | None,
+    ) -> None:
+        self._tracing = tracing
+        self._kind = kind
+        self._context = context
+        self._parent: str | None = None if parent is None else parent.snapshot_id
+        self._began = _now()
+        self._stages: list[StageLog] = []
+        self._stage = 0
+        self._entries: list[KeyLog] = []
+        self._logs: dict[ResourceKey, KeyLog] = {}
+        self._joins: dict[ResourceKey, float] = {}
+        self._omitted = 0
+        self.recording: bool = recording
+        self.span: Any = None
+
+    @property
+    def snapshot_id(self) -> str:
+        """The id of the snapshot that is made."""
+        return self._context.snapshot_id
+
+    # Stages -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def stage(self, name: str, keys: int, variables: Context) -> Iterator[StageLog]:
+        """Note the stage that the block is, for so many keys; keep what came of it.
+
+        `variables` is the context in which the unit of work calls sources: its span is current
+        there.
+        """
+        log = self.begin_stage(name, keys, variables)
+        try:
+            yield log
+        except BaseException as error:
+            self.end_stage(log, error)
+            raise
+        self.end_stage(log)
+
+    def begin_stage(
+        self, name: str, keys: int, variables: Context, link: Any = None, **more: Any
+    ) -> StageLog:
+        """Note that a stage begins, for so many keys."""
+        log = StageLog(name, keys)
+        self._stages.append(log)
+        self._stage += 1
+        tracer = self._tracing.tracer
+        if tracer is not None:
+            facts = {"snapshot_id": self.snapshot_id, "keys": keys, **more}
+            if self._parent is not None:
+                facts["parent_snapshot_id"] = self._parent
+            self.span = self._tracing.tell(tracer.begin, name, facts, link=link)
+            if self.span is not None:
+                self._tracing.tell(variables.run, tracer.enter, self.span)
+        return log
+
+    def end_stage(self, log: StageLog, error: BaseException | None = None) -> None:
+        """Note that a stage has ended, and keep what was recorded."""
+        log.end = _now()
+        tracer, span = self._tracing.tracer, self.span
+        if tracer is not None and span is not None:
+            facts = {"resolved": log.resolved, "failed": log.failed}
+            self._tracing.tell(tracer.end, span, facts, error)
+        self._tracing.keep(self)
+
+    def refreshed(self, succeeded: bool) -> None:
+        """Note that a key of a refresh has ended, and with the last one the whole."""
+        log = self._stages[0]
+        log.resolved += succeeded
+        log.failed += not succeeded
+        if log.resolved + log.failed == log.keys:
+            self.end_stage(log)
+
+    @contextmanager
+    def delivering(self, keys: int) -> Iterator[None]:
+        """Note the copying of values for the reader, which the block is."""
+        log = StageLog("delivery", keys)
+        self._stages.append(log)
+        try:
+            yield
+        finally:
+            log.end = _now()
+
+    # Keys -------------------------------------------------------------------------------------
+
+    def look(
+        self,
+        keys: Iterable[ResourceKey],
+        pins: Mapping[ResourceKey, Reading],
+        *,
+        requested: bool,
+    ) -> None:
+        """Note that keys are looked for; what is known of them keeps the story it came with.
+
+        That is what is pinned, and what a derivation needs and was noted before.
+        """
+        if self.recording:
+            for key in keys:
+                if key not in self._logs or (requested and key not in pins):
+                    self._log(key, requested)
+
+    def _log(self, key: ResourceKey, requested: bool) -> KeyLog | None:
+        log = self._logs.get(key)
+        if log is not None and (log.end is None or log.stage == self._stage):
+            log.requested |= requested
+            return log
+        if len(self._entries) >= MOST_KEYS:
+            self._omitted += 1
+            return None
+        log = self._logs[key] = KeyLog(key, self._stage, requested)
+        self._entries.append(log)
+        return log
+
+    def warm(self, revisions: Iterable[Revision], *, near: bool) -> None:
+        """Note that requested keys were all in memory."""
+        if self.recording:
+            how = Obtained.NEAR_CACHE if near else Obtained.CACHE
+            for revision in revisions:
+                log = self._log(revision.key, True)
+                if log is not None:
+                    log.obtained, log.end = how, log.start
+                    log.found = _facts(revision)
+
+    def cached(self, key: ResourceKey, how: Obtained, scheduled: bool | None) -> None:
+        """Note that the cache had a value of use; if that is being refreshed, whether by us."""
+        log = self._logs.get(key)
+        if log is not None and log.end is None:
+            log.obtained = how
+            if scheduled is not None:
+                log.refresh = "scheduled" if scheduled else "under_way"
+            log.end = _now()
+            log.waits.end()
+
+    def asks(self, key: ResourceKey) -> None:
+        """Note that a cache is asked which has to be awaited."""
+        log = self._logs.get(key)
+        if log is not None:
+            log.waits.begin(WaitReason.CACHE)
+
+    def flies(self, key: ResourceKey, flight: FlightLog, *, joined: bool) -> None:
+        """Note that a flight acquires the key, and whether another unit of work had begun it."""
+        if joined and self._tracing.tracer is not None:
+            self._joins[key] = _now()
+        log = self._log(key, False) if key in self._logs else None
+        if log is not None:
+            log.waits.end()
+            log.end = log.obtained = None
+            log.flight, log.joined = flight, joined
+            if joined:
+                log.waits.begin(WaitReason.FLIGHT, flight.snapshot_id)
+
+    def handed(self, key: ResourceKey, flight: FlightLog | None) -> None:
+        """Note that the flight of a key has ended for this unit of work."""
+        log = self._logs.get(key)
+        if log is not None:
+            log.waits.end()
+            log.end = _now()
+        since = self._joins.pop(key, None)
+        tracer = self._tracing.tracer
+        if since is None or tracer is None or flight is None:
+            return
+        facts = {
+            "snapshot_id": flight.snapshot_id,
+            "resource_namespace": key.namespace,
+            "resource_name": key.name,
+        }
+        call = flight.calls[-1].span if flight.calls else None
+        self._tracing.tell(tracer.joined, self.span, call, _now() - since, facts)
+
+    def settled(
+        self,
+        readings: Mapping[ResourceKey, Reading],
+        failures: Mapping[ResourceKey, Failure],
+        pins: Mapping[ResourceKey, Reading],
+    ) -> None:
+        """Note what keys that were waited for have come to."""
+        for key in (*readings, *failures) if self.recording else ():
+            log = self._logs.get(key)
+            if log is None:
+                continue
+            if log.end is None:
+                log.waits.end()
+                log.end = _now()
+            if key in readings:
+                _note_reading(log, readings[key], pinned=key in pins)
+            else:
+                _note_failure(log, failures[key])
+
+    # The trace --------------------------------------------------------------------------------
+
+    def recorded(self) -> Recorded | None:
+        """Return what has been noted by now, if anything is."""
+        return Recorded(self, len(self._entries), _now()) if self.recording else None
+
+    def traced(self, entries: int, until: float) -> Trace:
+        """Return the trace of the first so many entries, as things were at `until`."""
+        began = self._began
+        calls: dict[CallLog, int] = {}
+        logs = {log.key: log for log in self._entries[:entries]}
+        keys = {key: log.traced(began, until, calls) for key, log in logs.items()}
+        return Trace(
+            snapshot_id=self.snapshot_id,
+            kind=self._kind,
+            parent_snapshot_id=self._parent,
+            started_at=self._context.requested_at,
+            duration_seconds=until - began,
+            stages=tuple(
+                StageTrace(
+                    each.name, each.start - began, _clipped(each.end, until) - began, each.keys
+                )
+                for each in self._stages
+                if each.start <= until
+            ),
+            keys=FrozenDict(keys),
+            calls=tuple(call.traced(began, until) for call in calls),
+            omitted_keys=self._omitted,
+        )
+
+    def __repr__(self) -> str:
+        return f"<WorkTrace {self._kind} {self.snapshot_id} keys={len(self._entries)}>"
+
+
+def _note_reading(log: KeyLog, reading: Reading, *, pinned: bool) -> None:
+    log.found = _facts(reading.revision)
+    if reading.fallback is not None:
+        log.obtained = Obtained.FALLBACK
+        log.error = _said(reading.fallback)
+        return
+    log.error = None
+    if log.obtained is None:
+        log.obtained = Obtained.PINNED if pinned else _obtained(log, reading)
+
+
+def _obtained(log: KeyLog, reading: Reading) -> Obtained:
+    if reading.from_cache:
+        return Obtained.CACHE if log.flight is None else Obtained.PUBLISHED
+    calls = () if log.flight is None else log.flight.calls
+    return Obtained.DERIVED if calls and calls[-1].kind == "derived" else Obtained.FETCHED
+
+
+def _note_failure(log: KeyLog, failure: Failure) -> None:
+    log.obtained, log.found = Obtained.FAILED, None
+    log.error = _said(failure.make())
+
+
+def _facts(revision: Revision) -> tuple[str, str, tuple[Foundation, ...]]:
+    rests_on = tuple(
+        Foundation(each.key, each.version, each.source, each.observed_at)
+        for each in revision.dependencies
+    )
+    return revision.source, revision.version, rests_on

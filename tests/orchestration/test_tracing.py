@@ -1,0 +1,607 @@
+"""What a trace says of a build: how each key was come by, what it waited for, and what follows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from coalestra import (
+    AsyncMemoryCache,
+    FetchContext,
+    FreshnessPolicy,
+    NearCache,
+    RefreshMode,
+    ResourceKey,
+    RetryPolicy,
+    Snapshot,
+    SnapshotBuilder,
+    SnapshotBuildError,
+    SourceResiliencePolicy,
+    SourceUnavailableError,
+    SyncSnapshotBuilder,
+)
+from coalestra.core.trace import CallTrace, Obtained, Trace, WaitReason
+from coalestra.orchestration.tracing import MOST_KEPT, MOST_KEYS
+from tests.contracts.caches import SingleKeyCache
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
+from tests.support import Gate, no_leaks, settle
+
+A, B, D = key("a"), key("b"), key("d")
+SWR = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+TWICE = SourceResiliencePolicy(retry=RetryPolicy(max_attempts=2, base_delay_seconds=1.0))
+
+
+def trace_of(snapshot: Snapshot) -> Trace:
+    """The trace of a snapshot that has one."""
+    assert snapshot.trace is not None
+    return snapshot.trace
+
+
+def the_call(trace: Trace, wanted: ResourceKey = A) -> CallTrace:
+    """The only call that carried a key."""
+    (number,) = trace.keys[wanted].calls
+    return trace.calls[number]
+
+
+async def down(key: ResourceKey, context: FetchContext) -> Any:
+    """Fail after a second."""
+    await asyncio.sleep(1)
+    raise SourceUnavailableError("down for repairs")
+
+
+# Whether there is one -----------------------------------------------------------------------------
+
+
+async def test_a_snapshot_has_no_trace_unless_it_was_asked_for() -> None:
+    b = builder(Single("a"))
+    assert (await b.build([A])).trace is None
+    assert b.recent_traces() == ()
+    assert (await b.build([A], trace=True)).trace is not None
+
+
+async def test_a_builder_that_traces_can_be_told_not_to() -> None:
+    b = builder(Single("a"), trace=True)
+    assert (await b.build([A])).trace is not None
+    assert (await b.build([A], trace=False)).trace is None
+
+
+@pytest.mark.parametrize("rate, traced", [(0, 0), (0.5, 1), (1, 2)])
+async def test_a_rate_is_the_share_of_builds_that_are_traced(
+    rate: float, traced: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = iter([0.2, 0.7])
+    monkeypatch.setattr("random.random", lambda: next(draws))
+    b = builder(Single("a"), trace=rate)
+    found = [await b.build([A]), await b.build([A])]
+    assert sum(snapshot.trace is not None for snapshot in found) == traced
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan"), "yes", None])
+def test_a_rate_beyond_all_or_none_is_refused(rate: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="trace"):
+        builder(Single("a"), trace=rate)
+
+
+@pytest.mark.parametrize("asked", [1, "yes", 0.5])
+async def test_a_single_build_is_traced_or_not(asked: Any) -> None:
+    with pytest.raises(TypeError, match="trace"):
+        await builder(Single("a")).build([A], trace=asked)
+
+
+async def test_a_trace_stays_the_same_and_goes_where_its_snapshot_goes() -> None:
+    snapshot = await builder(Single("a", fetch=latency(1))).build([A], trace=True)
+    again = pickle.loads(pickle.dumps(snapshot))  # before anybody has looked
+    assert again.trace == snapshot.trace == copy.copy(snapshot).trace
+    assert snapshot.trace is snapshot.trace
+
+
+# How a key was come by ----------------------------------------------------------------------------
+
+
+async def test_a_fetched_key_says_which_call_brought_it_and_when() -> None:
+    b = builder(Single("a", fetch=latency(2)))
+    trace = trace_of(await b.build([A], trace=True, snapshot_id="mine"))
+    found = trace.keys[A]
+    assert (found.obtained, found.source, found.requested) == (Obtained.FETCHED, "a", True)
+    assert (found.start, found.end) == (0, 2)
+    call = the_call(trace)
+    assert (call.source, call.kind, call.keys, call.outcome) == ("a", "single", 1, "success")
+    assert (call.start, call.end, call.snapshot_id) == (0, 2, "mine")
+    (attempt,) = call.attempts
+    assert (attempt.number, attempt.called, attempt.end) == (1, 0, 2)
+    assert (trace.snapshot_id, trace.kind, trace.duration_seconds) == ("mine", "build", 2)
+    assert [stage.name for stage in trace.stages] == ["build", "delivery"]
+
+
+async def test_keys_of_a_batch_share_one_call() -> None:
+    b = builder(Batch("a", "a", "b"))
+    trace = trace_of(await b.build([A, B], trace=True))
+    assert trace.keys[A].calls == trace.keys[B].calls
+    assert the_call(trace).keys == 2
+
+
+async def test_what_is_in_memory_came_from_the_cache_and_no_call() -> None:
+    b = builder(Single("a", fetch=latency(2)))
+    await b.build([A])
+    trace = trace_of(await b.build([A], trace=True))
+    assert trace.keys[A].obtained is Obtained.CACHE
+    assert trace.calls == ()
+    assert trace.duration_seconds == 0
+
+
+async def test_the_general_way_through_the_cache_is_told_like_the_short_one() -> None:
+    b = builder(Single("a"), Single("b", fetch=latency(1)))
+    await b.build([A])
+    trace = trace_of(await b.build([A, B], trace=True))
+    assert trace.keys[A].obtained is Obtained.CACHE
+    assert trace.keys[B].obtained is Obtained.FETCHED
+
+
+async def test_a_cache_that_is_awaited_is_a_wait() -> None:
+    gate = Gate(opened=True)
+
+    class Slow(SingleKeyCache):
+        async def get(self, key: ResourceKey, **more: Any) -> Any:
+            await gate.pass_()
+            await asyncio.sleep(0.2)
+            return await super().get(key, **more)
+
+    b = builder(Single("a"), cache=Slow())
+    trace = trace_of(await b.build([A], trace=True))
+    wait = trace.keys[A].waits[0]
+    assert (wait.reason, wait.start) == (WaitReason.CACHE, 0)
+    assert wait.end == pytest.approx(0.2, abs=0.01)
+    assert trace.keys[A].obtained is Obtained.FETCHED
+    held = trace_of(await b.build([A], trace=True))
+    assert held.keys[A].obtained in (Obtained.CACHE, Obtained.NEAR_CACHE)
+    await b.aclose()
+    await no_leaks(b)
+
+
+async def test_the_memory_before_a_shared_cache_is_told_apart() -> None:
+    b = builder(Single("a"), cache=NearCache(SingleKeyCache()))
+    await b.build([A])
+    await settle()
+    assert trace_of(await b.build([A], trace=True)).keys[A].obtained is Obtained.NEAR_CACHE
+    await b.aclose()
+
+
+async def test_a_derived_key_says_what_it_rests_on_and_that_it_waited_for_it() -> None:
+    b = builder(Single("a", fetch=latency(3)), Derived("d", needs=lambda _: [A]))
+    snapshot = await b.build([D], trace=True)
+    trace = trace_of(snapshot)
+    found = trace.keys[D]
+    assert found.obtained is Obtained.DERIVED
+    (wait,) = found.waits
+    assert (wait.reason, wait.start, wait.end) == (WaitReason.DEPENDENCIES, 0, 3)
+    (below,) = found.rests_on
+    assert (below.key, below.source) == (A, "a")
+    assert below.version == trace.keys[A].version == snapshot[D].dependency_versions[A]
+    assert trace.keys[A].requested is False
+
+
+async def test_one_who_joins_says_whose_flight_and_how_long_though_the_other_is_not_traced() -> (
+    None
+):
+    gate = Gate()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        return 1
+
+    b = builder(Single("a", fetch=fetch))
+    first = asyncio.ensure_future(b.build([A], snapshot_id="first"))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    second = asyncio.ensure_future(b.build([A], trace=True))
+    await settle()
+    await asyncio.sleep(2)
+    gate.open()
+    trace = trace_of(await second)
+    found = trace.keys[A]
+    assert (found.obtained, found.joined) == (Obtained.FETCHED, "first")
+    assert [(w.reason, w.start, w.end, w.detail) for w in found.waits] == [
+        (WaitReason.FLIGHT, 0, 2, "first")
+    ]
+    call = the_call(trace)
+    assert (call.snapshot_id, call.start, call.end) == ("first", -1, 2)
+    assert (await first).trace is None
+
+
+async def test_attempts_tell_their_errors_and_the_pause_between_them() -> None:
+    source = tuned(Single("a", fetch=down), resilience_policy=TWICE)
+    b = builder(source)
+    trace = trace_of(await b.build([A], strict=False, trace=True))
+    first, second = the_call(trace).attempts
+    assert (first.outcome, first.error_type, first.error) == (
+        "failure",
+        "SourceUnavailableError",
+        "down for repairs",
+    )
+    assert first.pause_seconds is not None
+    assert second.start == pytest.approx(first.end + first.pause_seconds)
+    assert second.pause_seconds is None
+    assert the_call(trace).outcome == "failure"
+    found = trace.keys[A]
+    assert (found.obtained, found.error_type) == (Obtained.FAILED, "ResourceResolutionError")
+    (refusal,) = found.refusals
+    assert (refusal.source, refusal.status, refusal.at) == ("a", "failure", second.end)
+
+
+async def test_a_wait_for_capacity_names_who_held_it() -> None:
+    b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)), max_concurrency=1)
+    first = asyncio.ensure_future(b.build([A]))
+    await settle()
+    trace = trace_of(await b.build([B], trace=True))
+    (attempt,) = the_call(trace, B).attempts
+    assert attempt.holders == (("a", 1),)
+    assert (attempt.start, attempt.called, attempt.end) == (0, 2, 3)
+    await first
+
+
+async def test_the_next_source_is_told_with_what_the_first_one_refused() -> None:
+    b = builder(Single("high", "a", fetch=down, priority=20), Single("low", "a"))
+    trace = trace_of(await b.build([A], trace=True))
+    found = trace.keys[A]
+    assert [trace.calls[number].source for number in found.calls] == ["high", "low"]
+    assert [(each.source, each.error_type) for each in found.refusals] == [
+        ("high", "SourceUnavailableError")
+    ]
+    assert (found.source, found.obtained) == ("low", Obtained.FETCHED)
+
+
+async def test_a_stale_value_that_is_served_says_that_a_refresh_was_set_off() -> None:
+    b = builder(Single("a", fetch=latency(1)), default_policy=SWR)
+    await b.build([A])
+    await asyncio.sleep(20)
+    first = trace_of(await b.build([A], trace=True, snapshot_id="cause")).keys[A]
+    second = trace_of(await b.build([A], trace=True)).keys[A]
+    assert (first.obtained, first.refresh) == (Obtained.STALE, "scheduled")
+    assert (second.obtained, second.refresh) == (Obtained.STALE, "under_way")
+    await b.wait_for_refreshes()
+    refresh = b.recent_traces()[-1]
+    assert (refresh.kind, refresh.parent_snapshot_id) == ("refresh", "cause")
+    assert refresh.keys[A].obtained is Obtained.FETCHED
+    assert refresh.duration_seconds == 1
+
+
+async def test_a_fallback_says_what_it_stands_in_for() -> None:
+    answers = [latency(0), down]
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        return await answers.pop(0)(key, context)
+
+    b = builder(Single("a", fetch=fetch), default_policy=FreshnessPolicy(10.0, 100.0))
+    await b.build([A])
+    await asyncio.sleep(20)
+    found = trace_of(await b.build([A], trace=True)).keys[A]
+    assert (found.obtained, found.source) == (Obtained.FALLBACK, "a")
+    assert found.error_type == "ResourceResolutionError"
+    assert "repairs" in str(found.error)
+
+
+async def test_an_event_that_came_meanwhile_is_told_as_published() -> None:
+    gate = Gate()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        return 1
+
+    b = builder(Single("a", fetch=fetch))
+    building = asyncio.ensure_future(b.build([A], trace=True))
+    await gate.wait_arrived()
+    await b.publisher.publish(A, 2, source="feed")
+    gate.open()
+    snapshot = await building
+    assert snapshot.value(A) == 2
+    found = trace_of(snapshot).keys[A]
+    assert (found.obtained, found.source) == (Obtained.PUBLISHED, "feed")
+
+
+async def test_a_deadline_leaves_a_call_under_way_in_the_trace_that_is_made_then() -> None:
+    gate = Gate()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        return 1
+
+    b = builder(Single("a", fetch=fetch, timeout=100.0))
+    patient = asyncio.ensure_future(b.build([A]))
+    hasty = await b.build([A], strict=False, deadline_seconds=1.0, trace=True)
+    await asyncio.sleep(1)
+    gate.open()
+    await patient
+    trace = trace_of(hasty)  # looked at when the call was over: it tells what was known then
+    assert trace.keys[A].obtained is Obtained.FAILED
+    assert trace.keys[A].error_type == "ResourceResolutionError"
+    (attempt,) = the_call(trace).attempts
+    assert (the_call(trace).outcome, attempt.outcome, attempt.end) == ("under_way", "under_way", 1)
+
+
+async def test_an_open_circuit_is_told_without_an_attempt() -> None:
+    b = builder(Single("a", fetch=down))
+    for _ in range(20):
+        await b.build([A], strict=False)
+    trace = trace_of(await b.build([A], strict=False, trace=True))
+    call = the_call(trace)
+    assert call.outcome == "circuit_open"
+    assert all(attempt.called is None for attempt in call.attempts)
+    assert [refusal.status for refusal in trace.keys[A].refusals] == ["circuit_open"]
+
+
+async def test_a_strict_build_that_fails_has_its_trace_in_the_error() -> None:
+    b = builder(Single("a", fetch=down))
+    with pytest.raises(SnapshotBuildError) as raised:
+        await b.build([A], trace=True)
+    assert raised.value.snapshot is not None
+    assert trace_of(raised.value.snapshot).keys[A].obtained is Obtained.FAILED
+
+
+# Sessions -----------------------------------------------------------------------------------------
+
+
+async def test_a_session_tells_its_stages_and_each_snapshot_what_was_known_by_then() -> None:
+    b = builder(Single("a", fetch=latency(1)), Single("b", fetch=latency(2)))
+    async with b.session(trace=True) as session:
+        first = await session.resolve([A])
+        second = await session.resolve([A, B])
+        third = await session.revalidate([A], force_refresh=True)
+    assert list(trace_of(first).keys) == [A]
+    assert trace_of(second).keys[A] == trace_of(first).keys[A]
+    assert (trace_of(second).keys[B].start, trace_of(second).keys[B].end) == (1, 3)
+    stages = [stage.name for stage in trace_of(third).stages if stage.name != "delivery"]
+    assert stages == ["resolve", "resolve", "revalidate"]
+    assert (trace_of(third).keys[A].start, trace_of(third).keys[A].end) == (3, 4)
+    assert [trace.kind for trace in b.recent_traces()] == ["session"]
+
+
+async def test_two_stages_side_by_side_tell_of_their_own_keys() -> None:
+    b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)))
+    async with b.session(trace=True) as session:
+        await asyncio.gather(session.resolve([A]), session.resolve([B]))
+        trace = trace_of(session.snapshot())
+    assert {k: found.obtained for k, found in trace.keys.items()} == {
+        A: Obtained.FETCHED,
+        B: Obtained.FETCHED,
+    }
+
+
+async def test_what_a_derivation_needs_and_the_session_had_keeps_its_first_story() -> None:
+    b = builder(Single("a", fetch=latency(1)), Derived("d", needs=lambda _: [A]))
+    async with b.session(trace=True) as session:
+        await session.resolve([A])
+        trace = trace_of(await session.resolve([D]))
+    assert trace.keys[A].obtained is Obtained.FETCHED
+
+
+# Bounds -------------------------------------------------------------------------------------------
+
+
+async def test_a_trace_has_room_for_so_many_keys_and_counts_the_rest() -> None:
+    keys = [key("a", str(n)) for n in range(MOST_KEYS + 5)]
+    b = builder(Batch("a"))
+    trace = trace_of(await b.build(keys, trace=True))
+    assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 5)
+    trace = trace_of(await b.build(keys, trace=True))
+    assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 5)
+
+
+async def test_a_builder_keeps_so_many_traces_the_latest_last() -> None:
+    b = builder(Single("a"), trace=True)
+    for n in range(MOST_KEPT + 2):
+        await b.build([A], snapshot_id=str(n))
+    assert [trace.snapshot_id for trace in b.recent_traces()] == [
+        str(n) for n in range(2, MOST_KEPT + 2)
+    ]
+
+
+async def test_a_build_that_was_cancelled_is_among_the_recent_traces() -> None:
+    b = builder(Single("a", fetch=latency(10)), trace=True)
+    building = asyncio.ensure_future(b.build([A]))
+    await asyncio.sleep(1)
+    building.cancel()
+    await settle()
+    (trace,) = b.recent_traces()
+    assert trace.duration_seconds == 1
+    assert trace.keys[A].end == 1
+    await no_leaks(b)
+
+
+async def test_a_trace_keeps_no_payload_and_no_error_alive() -> None:
+    class Payload:
+        pass
+
+    class Broken(SourceUnavailableError):
+        pass
+
+    seen: list[weakref.ref[Any]] = []
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        if key == A:
+            payload = Payload()
+            seen.append(weakref.ref(payload))
+            return payload
+        error = Broken("x")
+        seen.append(weakref.ref(error))
+        raise error
+
+    b = builder(
+        Single("a", "a", "b", fetch=fetch), trace=True, cache=AsyncMemoryCache(max_entries=1)
+    )
+    snapshot = await b.build([A, B], strict=False)
+    trace = trace_of(snapshot)
+    del snapshot
+    await b.cache.clear()
+    await settle()
+    gc.collect()
+    assert len(seen) == 2
+    assert [ref() for ref in seen] == [None, None]
+    assert trace.keys[A].source == "a"
+    assert b.recent_traces()
+
+
+def test_the_threaded_facade_traces_the_same_way() -> None:
+    with SyncSnapshotBuilder(SnapshotBuilder([Single("a")], trace=True)) as b:
+        assert trace_of(b.build([A])).keys[A].obtained is Obtained.FETCHED
+        assert b.build([A], trace=False).trace is None
+        with b.session(trace=True) as session:
+            assert trace_of(session.resolve([A])).kind == "session"
+        assert [trace.kind for trace in b.recent_traces()] == ["build", "session"]
+
+
+# What follows the work while it is under way ------------------------------------------------------
+
+current: contextvars.ContextVar[str | None] = contextvars.ContextVar("current", default=None)
+
+
+class Spans:
+    """A tracer that writes down what it is told; a span is its number."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict[str, Any]] = []
+        self.ended: dict[str, tuple[Mapping[str, Any], BaseException | None]] = {}
+        self.joins: list[tuple[Any, Any, float, Mapping[str, Any]]] = []
+
+    def begin(
+        self, kind: str, attributes: Mapping[str, Any], *, parent: Any = None, link: Any = None
+    ) -> str:
+        name = f"{kind} {sum(each['kind'] == kind for each in self.begun) + 1}"
+        self.begun.append(
+            {"kind": kind, "name": name, "parent": parent, "link": link, **attributes}
+        )
+        return name
+
+    def enter(self, span: str) -> None:
+        current.set(span)
+
+    def end(
+        self, span: str, attributes: Mapping[str, Any], error: BaseException | None = None
+    ) -> None:
+        assert span not in self.ended
+        self.ended[span] = attributes, error
+
+    def joined(self, parent: Any, call: Any, seconds: float, attributes: Mapping[str, Any]) -> None:
+        self.joins.append((parent, call, seconds, attributes))
+
+
+async def test_a_tracer_sees_the_build_and_each_attempt_below_it_and_is_current_in_the_call() -> (
+    None
+):
+    seen: list[str | None] = []
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(0)
+        seen.append(current.get())
+        if len(seen) == 1:
+            raise SourceUnavailableError("once")
+        return 1
+
+    spans = Spans()
+    b = builder(tuned(Single("a", fetch=fetch), resilience_policy=TWICE), tracer=spans)
+    snapshot = await b.build([A], snapshot_id="s")
+    assert seen == ["call 1", "call 2"]
+    assert current.get() is None
+    assert snapshot.trace is None
+    assert b.recent_traces() == ()
+    assert [(each["name"], each["parent"]) for each in spans.begun] == [
+        ("build 1", None),
+        ("call 1", "build 1"),
+        ("call 2", "build 1"),
+    ]
+    assert {**spans.begun[1], "waited_seconds": 0} == {
+        "kind": "call",
+        "name": "call 1",
+        "parent": "build 1",
+        "link": None,
+        "source": "a",
+        "source_kind": "single",
+        "snapshot_id": "s",
+        "keys": 1,
+        "attempt": 1,
+        "waited_seconds": 0,
+    }
+    assert spans.ended["build 1"] == ({"resolved": 1, "failed": 0}, None)
+    outcome, error = spans.ended["call 1"]
+    assert outcome == {"outcome": "failure"}
+    assert isinstance(error, SourceUnavailableError)
+    assert spans.ended["call 2"] == ({"outcome": "success"}, None)
+
+
+async def test_a_tracer_sees_one_who_joined_with_how_long_and_the_call_that_served() -> None:
+    spans = Spans()
+    b = builder(Single("a", fetch=latency(2)), tracer=spans)
+    first = asyncio.ensure_future(b.build([A], snapshot_id="first"))
+    await settle()
+    await asyncio.sleep(0.5)
+    await b.build([A])
+    ((parent, call, seconds, attributes),) = spans.joins
+    assert (parent, call) == ("build 2", "call 1")
+    assert seconds == pytest.approx(1.5)
+    assert attributes == {
+        "snapshot_id": "first",
+        "resource_namespace": "test",
+        "resource_name": "a",
+    }
+    await first
+
+
+async def test_a_tracer_sees_a_refresh_linked_to_what_set_it_off() -> None:
+    spans = Spans()
+    b = builder(Single("a"), default_policy=SWR, tracer=spans)
+    await b.build([A])
+    await asyncio.sleep(20)
+    await b.build([A], snapshot_id="cause")
+    await b.wait_for_refreshes()
+    (refresh,) = [each for each in spans.begun if each["kind"] == "refresh"]
+    assert (refresh["link"], refresh["parent"], refresh["parent_snapshot_id"]) == (
+        "build 2",
+        None,
+        "cause",
+    )
+    assert spans.begun[-1]["parent"] == "refresh 1"
+    assert spans.ended["refresh 1"] == ({"resolved": 1, "failed": 0}, None)
+
+
+async def test_every_span_of_a_session_and_of_what_is_cut_off_ends() -> None:
+    spans = Spans()
+    b = builder(
+        Single("a", fetch=latency(5)), Single("b"), Derived("d", needs=lambda _: [B]), tracer=spans
+    )
+    async with b.session(deadline_seconds=1.0) as session:
+        await session.resolve([A, B, D], strict=False)
+    hanging = asyncio.ensure_future(b.build([A]))
+    await settle()
+    hanging.cancel()
+    await settle()
+    await b.aclose()
+    assert {each["name"] for each in spans.begun} == set(spans.ended)
+    assert {each["kind"] for each in spans.begun} == {"resolve", "call", "build"}
+
+
+@pytest.mark.parametrize("method", ["begin", "enter", "end", "joined"])
+async def test_what_a_tracer_raises_is_counted_and_stops_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no spans today")
+
+    spans = Spans()
+    monkeypatch.setattr(spans, method, broken)
+    b = builder(Single("a", fetch=latency(1)), tracer=spans)
+    first = asyncio.ensure_future(b.build([A]))
+    await settle()
+    assert (await b.build([A])).value(A) == (await first).value(A)
+    assert (await b.health_snapshot()).observability_failure_count > 0
+
+
+def test_a_tracer_must_have_its_methods() -> None:
+    with pytest.raises(TypeError, match="tracer.*joined"):
+        builder(Single("a"), tracer=object())
