@@ -73,19 +73,21 @@ EVENTS: dict[str, set[str]] = {
         "snapshot_id resources oldest_resource newest_resource observation_skew_ms "
         "max_observation_skew_ms"
     ),
-    "cache_hit": {"resource", "freshness"},
-    "cache_bypassed": {"resource", "reason"},
-    "stale_fallback_used": {"resource", "error_type"},
-    "resource_resolved": names("resource source latency_ms attempts source_kind authority_rank"),
-    "source_failed": {"resource", "source", "error_type", "error"},
-    "source_payload_rejected": {"resource", "source", "error"},
-    "source_circuit_open": {"source", "resource", "error"},
+    "cache_hit": {"resource", "freshness", "snapshot_id"},
+    "cache_bypassed": {"resource", "reason", "snapshot_id"},
+    "stale_fallback_used": {"resource", "error_type", "snapshot_id"},
+    "resource_resolved": names(
+        "resource source latency_ms attempts source_kind authority_rank snapshot_id"
+    ),
+    "source_failed": {"resource", "source", "error_type", "error", "snapshot_id"},
+    "source_payload_rejected": {"resource", "source", "error", "snapshot_id"},
+    "source_circuit_open": {"source", "resource", "error", "snapshot_id"},
     "source_transport_timeout_violated": names(
         "source resource outcome declared_transport_timeout_seconds observed_elapsed_seconds "
-        "grace_seconds"
+        "grace_seconds snapshot_id"
     ),
     "source_transport_budget_rejected": names(
-        "source resource transport_timeout_seconds available_budget_seconds"
+        "source resource transport_timeout_seconds available_budget_seconds snapshot_id"
     ),
     "resource_published": names("resource source observed_at replaced forced authority_rank"),
     "resource_publish_ignored": names(
@@ -94,9 +96,16 @@ EVENTS: dict[str, set[str]] = {
     ),
     "resource_invalidated": {"resource", "reason"},
     "resource_refresh_scheduled": {"resource", "reason", "snapshot_id"},
-    "resource_refresh_completed": {"resource", "reason", "source"},
-    "resource_refresh_failed": {"resource", "reason", "error_type", "error"},
+    "resource_refresh_completed": names("resource reason source snapshot_id parent_snapshot_id"),
+    "resource_refresh_failed": names(
+        "resource reason error_type error snapshot_id parent_snapshot_id"
+    ),
     "payload_copy_deadline_exceeded": {"snapshot_id", "phase"},
+    "snapshot_started": {"kind", "snapshot_id"},
+    "resource_joined": {"resource", "snapshot_id", "joined_snapshot_id"},
+    "source_call_queued": {"source", "keys", "snapshot_id"},
+    "source_call_started": {"source", "keys", "attempt", "snapshot_id"},
+    "source_call_retried": names("source attempt delay_seconds error_type error snapshot_id"),
     "cache_failed": {"operation", "error_type", "error"},
 }
 
@@ -148,23 +157,25 @@ OTHER_EVENTS_OF_SOURCE_FAILED = {"source_payload_rejected", "source_circuit_open
 CALLS: dict[str, list[Call]] = {
     "cache_access": [lambda r: r.cache_access(PRICE, "fresh")],
     "cache_hit": [
-        lambda r: r.cache_hit(PRICE, "fresh"),
-        lambda r: r.cache_hit(PRICE, "stale_while_revalidate"),
+        lambda r: r.cache_hit(PRICE, "fresh", "s1"),
+        lambda r: r.cache_hit(PRICE, "stale_while_revalidate", "s1"),
     ],
     "cache_missed": [lambda r: r.cache_missed(PRICE)],
-    "cache_bypassed": [lambda r: r.cache_bypassed(PRICE, "force_refresh")],
-    "stale_fallback_used": [lambda r: r.stale_fallback_used(PRICE, OUTAGE)],
+    "cache_bypassed": [lambda r: r.cache_bypassed(PRICE, "force_refresh", "s1")],
+    "stale_fallback_used": [lambda r: r.stale_fallback_used(PRICE, OUTAGE, "s1")],
     "cache_failed": [lambda r: r.cache_failed("read", OUTAGE)],
-    "flight_joined": [lambda r: r.flight_joined(PRICE)],
-    "resource_resolved": [lambda r: r.resource_resolved(revision_of(PRICE), "batch")],
+    "flight_joined": [lambda r: r.flight_joined(PRICE, "s1", "s0")],
+    "resource_resolved": [lambda r: r.resource_resolved(revision_of(PRICE), "batch", "s1")],
     "source_failed": [
-        lambda r: r.source_failed(PRICE, "exchange", OUTAGE),
-        lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "stale"),
+        lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "s1"),
+        lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "s1", "stale"),
     ],
     "source_payload_rejected": [
-        lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "invalid_timestamp")
+        lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "s1", "invalid_timestamp")
     ],
-    "source_circuit_open": [lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "circuit_open")],
+    "source_circuit_open": [
+        lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "s1", "circuit_open")
+    ],
     "fetch_latency": [lambda r: r.fetch_latency("exchange", 12.5)],
     "batch_call": [
         lambda r: r.batch_call("exchange", "success"),
@@ -172,6 +183,10 @@ CALLS: dict[str, list[Call]] = {
         lambda r: r.batch_call("exchange", "deadline_exceeded"),
         lambda r: r.batch_call("exchange", "queue_timeout"),
     ],
+    "work_begun": [lambda r: r.work_begun("build", "s1")],
+    "call_queued": [lambda r: r.call_queued("exchange", 3, "s1")],
+    "call_started": [lambda r: r.call_started("exchange", 3, 2, "s1")],
+    "call_retried": [lambda r: r.call_retried("exchange", 1, 0.5, OUTAGE, "s1")],
     "batch_size": [lambda r: r.batch_size("exchange", 25)],
     "capacity_wait": [lambda r: r.capacity_wait("exchange", 3.5)],
     "capacity_timeout": [
@@ -179,11 +194,13 @@ CALLS: dict[str, list[Call]] = {
         lambda r: r.capacity_timeout("exchange", "snapshot_deadline"),
     ],
     "transport_violated": [
-        lambda r: r.transport_violated([PRICE, DEPTH], "exchange", "completed_late", 1.0, 1.5, 0.05)
+        lambda r: r.transport_violated(
+            [PRICE, DEPTH], "exchange", "completed_late", 1.0, 1.5, 0.05, "s1"
+        )
     ],
     "transport_budget_rejected": [
         lambda r: r.transport_budget_rejected(
-            [PRICE, DEPTH], "exchange", "snapshot_deadline", 1.0, 0.5
+            [PRICE, DEPTH], "exchange", "snapshot_deadline", 1.0, 0.5, "s1"
         )
     ],
     "snapshot_built": [
@@ -210,8 +227,10 @@ CALLS: dict[str, list[Call]] = {
     ],
     "resource_invalidated": [lambda r: r.resource_invalidated(PRICE, "sold out")],
     "refresh_scheduled": [lambda r: r.refresh_scheduled(PRICE, "refresh_ahead", "s1")],
-    "refresh_completed": [lambda r: r.refresh_completed(PRICE, "refresh_ahead", "exchange")],
-    "refresh_failed": [lambda r: r.refresh_failed(PRICE, "refresh_ahead", OUTAGE)],
+    "refresh_completed": [
+        lambda r: r.refresh_completed(PRICE, "refresh_ahead", "exchange", "s1", "s0")
+    ],
+    "refresh_failed": [lambda r: r.refresh_failed(PRICE, "refresh_ahead", OUTAGE, "s1", "s0")],
     "refresh_cancelled": [lambda r: r.refresh_cancelled(PRICE)],
 }
 
@@ -362,7 +381,11 @@ PAYLOADS: dict[str, dict[str, object]] = {
         "consistency_failed": True,
         "acceptance_failed": False,
     },
-    "stale_fallback_used": {"resource": str(PRICE), "error_type": "ConnectionError"},
+    "stale_fallback_used": {
+        "resource": str(PRICE),
+        "error_type": "ConnectionError",
+        "snapshot_id": "s1",
+    },
     "resource_resolved": {
         "resource": str(PRICE),
         "source": "exchange",
@@ -370,12 +393,14 @@ PAYLOADS: dict[str, dict[str, object]] = {
         "attempts": 2,
         "source_kind": "batch",
         "authority_rank": 7,
+        "snapshot_id": "s1",
     },
     "source_failed": {
         "resource": str(PRICE),
         "source": "exchange",
         "error_type": "ConnectionError",
         "error": "the line is down",
+        "snapshot_id": "s1",
     },
     "transport_violated": {
         "source": "exchange",
@@ -384,12 +409,14 @@ PAYLOADS: dict[str, dict[str, object]] = {
         "declared_transport_timeout_seconds": 1.0,
         "observed_elapsed_seconds": 1.5,
         "grace_seconds": 0.05,
+        "snapshot_id": "s1",
     },
     "transport_budget_rejected": {
         "source": "exchange",
         "resource": str(DEPTH),
         "transport_timeout_seconds": 1.0,
         "available_budget_seconds": 0.5,
+        "snapshot_id": "s1",
     },
     "resource_published": {
         "resource": str(PRICE),
@@ -413,8 +440,19 @@ PAYLOADS: dict[str, dict[str, object]] = {
         "reason": "refresh_ahead",
         "error_type": "ConnectionError",
         "error": "the line is down",
+        "snapshot_id": "s1",
+        "parent_snapshot_id": "s0",
     },
 }
+
+
+OF_NO_BUILD = {"cache_failed", "resource_published", "resource_publish_ignored"}
+
+
+def test_every_event_says_which_build_it_belongs_to_unless_it_belongs_to_none() -> None:
+    without = {name for name, fields in EVENTS.items() if "snapshot_id" not in fields}
+
+    assert without == OF_NO_BUILD | {"resource_invalidated"}
 
 
 @pytest.mark.parametrize("method", PAYLOADS)
@@ -444,7 +482,7 @@ def test_a_stale_value_that_a_source_brought_is_no_cache_access() -> None:
     report = reporter_for(sink, sink)
     assert report is not None
 
-    report.stale_fallback_used(PRICE, OUTAGE, from_cache=False)
+    report.stale_fallback_used(PRICE, OUTAGE, "s1", from_cache=False)
 
     assert sink.metrics == []
     assert sink.emitted == ["stale_fallback_used"]

@@ -74,8 +74,8 @@ def test_without_events_no_key_is_rendered() -> None:
     report = reporter(sink, NullEventSink())
     key: Any = Unrenderable()
 
-    report.cache_hit(key, "fresh")
-    report.source_failed(key, "exchange", ValueError())
+    report.cache_hit(key, "fresh", "s1")
+    report.source_failed(key, "exchange", ValueError(), "s1")
 
     assert report.failures == 0
     assert [record.metric for record in sink.metrics] == [
@@ -89,16 +89,20 @@ def test_without_metrics_no_labels_are_built() -> None:
     report = reporter(NullMetrics(), sink)
     key: Any = Unlabelled()
 
-    report.cache_hit(key, "fresh")
+    report.cache_hit(key, "fresh", "s1")
 
-    assert sink.events[0].payload == {"resource": "the key", "freshness": "fresh"}
+    assert sink.events[0].payload == {
+        "resource": "the key",
+        "freshness": "fresh",
+        "snapshot_id": "s1",
+    }
 
 
 def test_what_a_sink_raises_is_counted_and_goes_no_further() -> None:
     sink = Raising(RuntimeError("the disk is full"))
     report = reporter(sink, sink)
 
-    report.cache_hit(PRICE, "fresh")
+    report.cache_hit(PRICE, "fresh", "s1")
     report.batch_size("exchange", 3)
 
     assert sink.calls == 3
@@ -109,7 +113,7 @@ def test_a_failing_metrics_sink_does_not_keep_the_event_back() -> None:
     events = Recorder()
     report = reporter(Raising(ValueError()), events)
 
-    report.cache_hit(PRICE, "fresh")
+    report.cache_hit(PRICE, "fresh", "s1")
 
     assert events.emitted == ["cache_hit"]
 
@@ -122,7 +126,7 @@ class Panic(BaseException):
 def test_what_is_no_ordinary_exception_is_counted_all_the_same(error: BaseException) -> None:
     report = reporter(Raising(error), Raising(error))
 
-    report.cache_hit(PRICE, "fresh")
+    report.cache_hit(PRICE, "fresh", "s1")
 
     assert report.failures == 2
 
@@ -152,7 +156,7 @@ def test_texts_in_labels_and_events_are_single_lines_of_bounded_length() -> None
     report = reporter(sink, sink)
     key = ResourceKey("mar\nket", "x" * 1_000_000, "y" * 10_000_000)
 
-    report.source_failed(key, "ex\nchange", ValueError("a\nb"))
+    report.source_failed(key, "ex\nchange", ValueError("a\nb"), "s1")
     report.cache_missed(key)
     report.resource_invalidated(key, "re\nason" * 1_000_000)
 
@@ -182,10 +186,10 @@ def test_a_full_buffer_that_raises_is_a_failing_sink_like_any_other() -> None:
     held = Held()
     with BufferedEventSink(held, max_pending=1, overflow=BufferOverflowPolicy.RAISE) as buffer:
         report = reporter(NullMetrics(), buffer)
-        report.cache_bypassed(PRICE, "first")
+        report.cache_bypassed(PRICE, "first", "s1")
         held.wait_arrived()
-        report.cache_bypassed(PRICE, "second")
-        report.cache_bypassed(PRICE, "third")
+        report.cache_bypassed(PRICE, "second", "s1")
+        report.cache_bypassed(PRICE, "third", "s1")
         held.let_through()
         assert buffer.flush(PATIENCE)
 
@@ -203,7 +207,7 @@ class Unreadable(Exception):
 def reported_error(error: BaseException | SourceFailure) -> tuple[str, str]:
     sink = Recorder()
     report = reporter(NullMetrics(), sink)
-    report.source_failed(PRICE, "exchange", error)
+    report.source_failed(PRICE, "exchange", error, "s1")
     assert report.failures == 0
     payload = sink.events[0].payload
     return payload["error_type"], payload["error"]

@@ -71,13 +71,20 @@ EVENTS: dict[str, str] = {
         "snapshot_id resources oldest_resource newest_resource observation_skew_ms "
         "max_observation_skew_ms"
     ),
-    "cache_hit": "resource freshness",
-    "cache_bypassed": "resource reason",
-    "stale_fallback_used": "resource error_type",
-    "resource_resolved": "resource source latency_ms attempts source_kind authority_rank",
-    "source_failed": "resource source error_type error",
-    "source_payload_rejected": "resource source error",
-    "source_circuit_open": "source resource error",
+    "cache_hit": "resource freshness snapshot_id",
+    "cache_bypassed": "resource reason snapshot_id",
+    "stale_fallback_used": "resource error_type snapshot_id",
+    "resource_resolved": (
+        "resource source latency_ms attempts source_kind authority_rank snapshot_id"
+    ),
+    "snapshot_started": "kind snapshot_id",
+    "resource_joined": "resource snapshot_id joined_snapshot_id",
+    "source_call_queued": "source keys snapshot_id",
+    "source_call_started": "source keys attempt snapshot_id",
+    "source_call_retried": "source attempt delay_seconds error_type error snapshot_id",
+    "source_failed": "resource source error_type error snapshot_id",
+    "source_payload_rejected": "resource source error snapshot_id",
+    "source_circuit_open": "source resource error snapshot_id",
     "resource_published": "resource source observed_at replaced forced authority_rank",
     "resource_publish_ignored": (
         "resource source status observed_at cached_observed_at candidate_authority_rank "
@@ -85,8 +92,8 @@ EVENTS: dict[str, str] = {
     ),
     "resource_invalidated": "resource reason",
     "resource_refresh_scheduled": "resource reason snapshot_id",
-    "resource_refresh_completed": "resource reason source",
-    "resource_refresh_failed": "resource reason error_type error",
+    "resource_refresh_completed": "resource reason source snapshot_id parent_snapshot_id",
+    "resource_refresh_failed": ("resource reason error_type error snapshot_id parent_snapshot_id"),
 }
 
 
@@ -179,9 +186,10 @@ async def test_a_build_reports_itself_its_misses_and_what_it_resolved() -> None:
 async def test_a_hit_is_counted_and_told_with_its_freshness() -> None:
     building, seen = watched(Single("x"))
     await building.build([X])
-    await building.build([X])
+    await building.build([X], snapshot_id="second")
     assert seen.count("cache_access_total", status="fresh") == 1
-    assert seen.of("cache_hit") == [{"resource": str(X), "freshness": "fresh"}]
+    (hit,) = seen.of("cache_hit")
+    assert hit == {"resource": str(X), "freshness": "fresh", "snapshot_id": "second"}
     assert seen.faults == []
 
 
@@ -190,9 +198,9 @@ async def test_a_build_that_misses_keys_is_an_error_only_if_it_is_strict(strict:
     building, seen = watched(Single("x", fetch=down))
     if strict:
         with pytest.raises(SnapshotBuildError):
-            await building.build([X])
+            await building.build([X], snapshot_id="s")
     else:
-        await building.build([X], strict=False)
+        await building.build([X], strict=False, snapshot_id="s")
     assert seen.count("snapshot_build_total", status="error") == strict
     assert [status for _, status in seen.observed if status in ("success", "error")] == [
         "error" if strict else "success"
@@ -205,6 +213,7 @@ async def test_a_build_that_misses_keys_is_an_error_only_if_it_is_strict(strict:
             "source": "x",
             "error_type": "ConnectionError",
             "error": "down and out",
+            "snapshot_id": "s",
         }
     ]
     assert seen.count("source_fetch_total", source="x", status="failure") == 1
@@ -217,13 +226,13 @@ async def test_a_stale_fallback_is_a_cache_access_if_the_cache_had_it() -> None:
     await building.build([X])
     await asyncio.sleep(5)
     source.answer = down
-    await building.build([X])
+    await building.build([X], snapshot_id="s")
     assert seen.count("cache_access_total", status="stale_fallback") == 1
-    told = {"resource": str(X), "error_type": "ResourceResolutionError"}
+    told = {"resource": str(X), "error_type": "ResourceResolutionError", "snapshot_id": "s"}
     assert seen.of("stale_fallback_used") == [told]
     await asyncio.sleep(200)
     source.answer = dated(-5)
-    await building.build([X])
+    await building.build([X], snapshot_id="s")
     assert seen.count("source_fetch_total", source="x", status="stale") == 1
     assert seen.count("cache_access_total", status="stale_fallback") == 1
     assert seen.of("stale_fallback_used") == [told, told]
@@ -320,13 +329,24 @@ async def test_refreshes_are_reported_from_beginning_to_end() -> None:
             await building.wait_for_refreshes()
     await building.aclose(cancel_refreshes=True)
     assert seen.count("cache_access_total", status=mode) == 3
-    assert seen.of("cache_hit")[0] == {"resource": str(X), "freshness": mode}
+    assert seen.of("cache_hit")[0] == {
+        "resource": str(X),
+        "freshness": mode,
+        "snapshot_id": "parent",
+    }
     counts = {"scheduled": 3, "success": 1, "failure": 1, "cancelled": 1}
     for status, count in counts.items():
         assert seen.count("resource_refresh_total", status=status) == count, status
     told = {"resource": str(X), "reason": mode}
     assert seen.of("resource_refresh_scheduled") == [{**told, "snapshot_id": "parent"}] * 3
-    assert seen.of("resource_refresh_completed") == [{**told, "source": "x"}]
+    (completed,) = seen.of("resource_refresh_completed")
+    (of_refresh, *_) = [each for each in seen.of("snapshot_started") if each["kind"] == "refresh"]
+    assert completed == {
+        **told,
+        "source": "x",
+        "snapshot_id": of_refresh["snapshot_id"],
+        "parent_snapshot_id": "parent",
+    }
     (failed,) = seen.of("resource_refresh_failed")
     assert failed["error_type"] == "ResourceResolutionError"
     assert seen.faults == []

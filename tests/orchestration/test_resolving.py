@@ -341,12 +341,12 @@ async def test_a_stand_in_tells_what_it_stands_in_for() -> None:
     await shop.builder.build([BASE])
     await asyncio.sleep(50)
     shop.stock.change(base=DOWN)
-    value = (await shop.builder.build([BASE]))[BASE]
+    value = (await shop.builder.build([BASE], snapshot_id="s"))[BASE]
     assert value.metadata["fallback_error_type"] == "ResourceResolutionError"
     assert "down" in value.metadata["fallback_error"]
     assert (value.from_cache, value.stale, value.age_seconds) == (True, True, 50)
     assert events.of("stale_fallback_used") == [
-        {"resource": "test:base", "error_type": "ResourceResolutionError"}
+        {"resource": "test:base", "error_type": "ResourceResolutionError", "snapshot_id": "s"}
     ]
     labels = {"resource_namespace": "test", "resource_name": "base"}
     assert metrics.counter("cache_access_total", status="stale_fallback", **labels) == 1
@@ -626,9 +626,13 @@ async def test_a_refresh_that_succeeds_is_counted_and_told() -> None:
     await asyncio.sleep(11)
     await session.resolve([BASE])
     await shop.builder.wait_for_refreshes()
-    assert events.of("resource_refresh_completed") == [
-        {"resource": "test:base", "reason": "stale_while_revalidate", "source": "stock"}
-    ]
+    (completed,) = events.of("resource_refresh_completed")
+    assert (completed["resource"], completed["reason"], completed["source"]) == (
+        "test:base",
+        "stale_while_revalidate",
+        "stock",
+    )
+    assert completed["parent_snapshot_id"] == session.snapshot_id != completed["snapshot_id"]
     assert session.snapshot().diagnostics.refresh_completed == 1
     labels = {"resource_namespace": "test", "resource_name": "base"}
     assert metrics.counter("resource_refresh_total", status="success", **labels) == 1

@@ -178,7 +178,35 @@ class Reporter:
 
     # Calls to sources, and what came of them -----------------------------------------------------
 
-    def resource_resolved(self, value: Revision, source_kind: str) -> None:
+    def call_queued(self, source: str, keys: int, snapshot_id: str) -> None:
+        """Report a call for so many keys that waits for capacity."""
+        self._tell("source_call_queued", source=source, keys=keys, snapshot_id=snapshot_id)
+
+    def call_started(self, source: str, keys: int, attempt: int, snapshot_id: str) -> None:
+        """Report that a source is asked for so many keys, for the first time or again."""
+        self._tell(
+            "source_call_started",
+            source=source,
+            keys=keys,
+            attempt=attempt,
+            snapshot_id=snapshot_id,
+        )
+
+    def call_retried(
+        self, source: str, attempt: int, delay: float, error: BaseException, snapshot_id: str
+    ) -> None:
+        """Report that a call is made again in so many seconds, after which attempt and error."""
+        self._tell(
+            "source_call_retried",
+            source=source,
+            attempt=attempt,
+            delay_seconds=delay,
+            error_type=error,
+            error=error,
+            snapshot_id=snapshot_id,
+        )
+
+    def resource_resolved(self, value: Revision, source_kind: str, snapshot_id: str) -> None:
         """Report a fresh value of a ``single``, ``batch`` or ``derived`` source."""
         self._count("source_fetch_total", source=value.source, status="success")
         self._tell(
@@ -189,10 +217,16 @@ class Reporter:
             attempts=value.attempts,
             source_kind=source_kind,
             authority_rank=value.authority_rank,
+            snapshot_id=snapshot_id,
         )
 
     def source_failed(
-        self, key: ResourceKey, source: str, error: Reported, status: str = "failure"
+        self,
+        key: ResourceKey,
+        source: str,
+        error: Reported,
+        snapshot_id: str,
+        status: str = "failure",
     ) -> None:
         """Report that a source brought no fresh value for a key, whatever the reason.
 
@@ -200,12 +234,13 @@ class Reporter:
         ``circuit_open`` (no call at all); the last two have events of their own.
         """
         self._count("source_fetch_total", source=source, status=status)
+        facts = {"resource": key, "source": source, "error": error, "snapshot_id": snapshot_id}
         if status == "circuit_open":
-            self._tell("source_circuit_open", source=source, resource=key, error=error)
+            self._tell("source_circuit_open", **facts)
         elif status == "invalid_timestamp":
-            self._tell("source_payload_rejected", resource=key, source=source, error=error)
+            self._tell("source_payload_rejected", **facts)
         else:
-            self._tell("source_failed", resource=key, source=source, error_type=error, error=error)
+            self._tell("source_failed", error_type=error, **facts)
 
     def fetch_latency(self, source: str, latency_ms: float) -> None:
         """Observe how long one call took, in milliseconds."""
@@ -235,6 +270,7 @@ class Reporter:
         declared: float,
         elapsed: float,
         grace: float,
+        snapshot_id: str,
     ) -> None:
         """Report one call that ran longer than its transport timeout allows (all in seconds).
 
@@ -251,6 +287,7 @@ class Reporter:
                 declared_transport_timeout_seconds=declared,
                 observed_elapsed_seconds=elapsed,
                 grace_seconds=grace,
+                snapshot_id=snapshot_id,
             )
 
     def transport_budget_rejected(
@@ -260,6 +297,7 @@ class Reporter:
         reason: str,
         declared: float,
         available: float,
+        snapshot_id: str,
     ) -> None:
         """Report one call that was not made, as it could have outlived its budget (in seconds).
 
@@ -274,6 +312,7 @@ class Reporter:
                 resource=key,
                 transport_timeout_seconds=declared,
                 available_budget_seconds=available,
+                snapshot_id=snapshot_id,
             )
 
     # Reading the cache, and sharing work in flight ---------------------------------------------
@@ -282,22 +321,22 @@ class Reporter:
         """Count one look into the cache, by what it found or why it was not taken."""
         self._count("cache_access_total", key, status=status)
 
-    def cache_hit(self, key: ResourceKey, freshness: str) -> None:
+    def cache_hit(self, key: ResourceKey, freshness: str, snapshot_id: str) -> None:
         """Report a value served from the cache, ``fresh`` or ``stale_while_revalidate``."""
         self.cache_access(key, freshness)
-        self._tell("cache_hit", resource=key, freshness=freshness)
+        self._tell("cache_hit", resource=key, freshness=freshness, snapshot_id=snapshot_id)
 
     def cache_missed(self, key: ResourceKey) -> None:
         """Report that the cache had nothing usable. There is a count for it, but no event."""
         self.cache_access(key, "miss")
 
-    def cache_bypassed(self, key: ResourceKey, reason: str) -> None:
+    def cache_bypassed(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
         """Report that the cache was passed over on purpose, and why."""
         self.cache_access(key, "revalidation_bypass")
-        self._tell("cache_bypassed", resource=key, reason=reason)
+        self._tell("cache_bypassed", resource=key, reason=reason, snapshot_id=snapshot_id)
 
     def stale_fallback_used(
-        self, key: ResourceKey, error: Reported, *, from_cache: bool = True
+        self, key: ResourceKey, error: Reported, snapshot_id: str, *, from_cache: bool = True
     ) -> None:
         """Report that a stale value stands in, as every source has failed with ``error``.
 
@@ -305,16 +344,19 @@ class Reporter:
         """
         if from_cache:
             self.cache_access(key, "stale_fallback")
-        self._tell("stale_fallback_used", resource=key, error_type=error)
+        self._tell("stale_fallback_used", resource=key, error_type=error, snapshot_id=snapshot_id)
 
     def cache_failed(self, operation: str, error: Reported) -> None:
         """Report that a cache raised as it was to ``read`` or ``write``; it was done without."""
         self._count("cache_failure_total", operation=operation)
         self._tell("cache_failed", operation=operation, error_type=error, error=error)
 
-    def flight_joined(self, key: ResourceKey) -> None:
-        """Count a caller who shares an acquisition that was already under way."""
+    def flight_joined(self, key: ResourceKey, snapshot_id: str, joined: str) -> None:
+        """Report a unit of work that shares what another one, ``joined``, had begun to acquire."""
         self._count("singleflight_join_total", key)
+        self._tell(
+            "resource_joined", resource=key, snapshot_id=snapshot_id, joined_snapshot_id=joined
+        )
 
     # Refreshes in the background ---------------------------------------------------------------
 
@@ -325,16 +367,33 @@ class Reporter:
             "resource_refresh_scheduled", resource=key, reason=reason, snapshot_id=snapshot_id
         )
 
-    def refresh_completed(self, key: ResourceKey, reason: str, source: str) -> None:
-        """Report a refresh that brought a fresh value, and from which source."""
+    def refresh_completed(
+        self, key: ResourceKey, reason: str, source: str, snapshot_id: str, parent: str
+    ) -> None:
+        """Report a refresh that brought a fresh value: from which source, and who set it off."""
         self._count_refresh(key, "success")
-        self._tell("resource_refresh_completed", resource=key, reason=reason, source=source)
+        self._tell(
+            "resource_refresh_completed",
+            resource=key,
+            reason=reason,
+            source=source,
+            snapshot_id=snapshot_id,
+            parent_snapshot_id=parent,
+        )
 
-    def refresh_failed(self, key: ResourceKey, reason: str, error: Reported) -> None:
-        """Report a refresh that brought no fresh value, and what went wrong."""
+    def refresh_failed(
+        self, key: ResourceKey, reason: str, error: Reported, snapshot_id: str, parent: str
+    ) -> None:
+        """Report a refresh that brought no fresh value: what went wrong, and who set it off."""
         self._count_refresh(key, "failure")
         self._tell(
-            "resource_refresh_failed", resource=key, reason=reason, error_type=error, error=error
+            "resource_refresh_failed",
+            resource=key,
+            reason=reason,
+            error_type=error,
+            error=error,
+            snapshot_id=snapshot_id,
+            parent_snapshot_id=parent,
         )
 
     def refresh_cancelled(self, key: ResourceKey) -> None:
@@ -384,6 +443,10 @@ class Reporter:
         self._count("resource_publish_total", value.key, source=value.source, status=status.value)
 
     # Builds and sessions as a whole, and the policies they must meet ---------------------------
+
+    def work_begun(self, kind: str, snapshot_id: str) -> None:
+        """Report that a ``build``, ``session`` or ``refresh`` has begun."""
+        self._tell("snapshot_started", kind=kind, snapshot_id=snapshot_id)
 
     def snapshot_built(
         self,

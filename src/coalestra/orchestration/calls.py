@@ -348,6 +348,8 @@ class Attempt:
         began, timeout = clock(), call.link.queue_timeout_seconds
         if call.log is not None:
             call.log.waits(call.parts.capacity.holders())
+        if call.parts.report is not None:
+            call.parts.report.call_queued(name, len(call.flights), call.snapshot_id)
         try:
             with self.cut_off(math.inf if timeout is None else began + timeout):
                 return await call.parts.capacity.acquire(name)
@@ -407,7 +409,9 @@ class Attempt:
         if report is not None:
             reason = "snapshot_deadline" if by_deadline else "source_timeout"
             keys = [flight.key for flight in call.flights]
-            report.transport_budget_rejected(keys, link.name, reason, declared, left)
+            report.transport_budget_rejected(
+                keys, link.name, reason, declared, left, call.snapshot_id
+            )
         kind = SnapshotDeadlineExceededError if by_deadline else SourceTimeoutError
         return kind(
             f"source {link.name!r} was not called: its transport timeout of {declared:g} s does "
@@ -427,6 +431,7 @@ class Attempt:
         run = self._call.work.variables.copy().run
         if self._call.log is not None:
             self._call.log.called(run)
+        self._call.report_start()
         self._bound = bound
         end = min(bound, self._call.cutoff)
         try:
@@ -502,7 +507,9 @@ class Attempt:
         violations[link.name] = violations.get(link.name, 0) + 1
         if call.parts.report is not None:
             keys = [flight.key for flight in call.flights]
-            call.parts.report.transport_violated(keys, link.name, outcome, declared, elapsed, grace)
+            call.parts.report.transport_violated(
+                keys, link.name, outcome, declared, elapsed, grace, call.snapshot_id
+            )
 
     def __repr__(self) -> str:
         return f"<Attempt {self._call.link.name} {self.stage.name.lower()} over={self.over}>"
@@ -629,6 +636,11 @@ class Call:
         return self.parts
 
     @property
+    def snapshot_id(self) -> str:
+        """The id of the snapshot that the call is made for."""
+        return self.work.context.snapshot_id
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that an attempt of the call is under way on."""
         return None if self._attempt is None else self._attempt.loop
@@ -725,6 +737,10 @@ class Call:
                     self.work.record.retries += 1
                     if self.log is not None:
                         self.log.rests(delay)
+                    if self.parts.report is not None:
+                        self.parts.report.call_retried(
+                            self.link.name, self.attempts, delay, error, self.snapshot_id
+                        )
                     self._retry = loop.call_later(delay, self._lane.again, self)
         finally:
             if self._retry is None:
@@ -1168,6 +1184,12 @@ class Call:
         number = next_number()
         for flight in self.flights:
             flight.began = number
+
+    def report_start(self) -> None:
+        """Report that the source is asked."""
+        report = self.parts.report
+        if report is not None:
+            report.call_started(self.link.name, len(self.flights), self.attempts, self.snapshot_id)
 
     def _count_latency(self, latency_ms: float) -> None:
         """Add what one attempt took, in milliseconds."""

@@ -335,7 +335,7 @@ class WarmReads:
         report = self._parts.report
         if report is not None:
             for key in keys:
-                report.cache_hit(key, "fresh")
+                report.cache_hit(key, "fresh", work.context.snapshot_id)
 
     def __repr__(self) -> str:
         return f"<WarmReads of {self._parts.access!r}>"

@@ -703,7 +703,8 @@ class FlightBoard:
         if joined:
             gather.work.record.coalesced_requests += 1
             if self._report is not None:
-                self._report.flight_joined(flight.key)
+                mine, its = gather.work.context, flight.sponsor.context
+                self._report.flight_joined(flight.key, mine.snapshot_id, its.snapshot_id)
         flight.waiters[gather] = joined
         gather.pending[flight.key] = flight
         if flight.cutoff != math.inf:

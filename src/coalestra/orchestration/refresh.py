@@ -102,6 +102,8 @@ class Refresher:
         trace = self._parts.tracing.begin("refresh", context, None, parent)
         variables = self._variables if trace is None else self._variables.copy()
         work = Work(context, variables=variables, trace=trace)
+        if self._parts.report is not None:
+            self._parts.report.work_begun("refresh", context.snapshot_id)
         if trace is not None:
             link = None if parent is None else parent.span
             trace.begin_stage("refresh", len(group), variables, link, reason=reason)
@@ -123,10 +125,11 @@ class Refresher:
         record.refresh_failed += reading is None
         if report is None:
             return
+        ids = gather.work.context.snapshot_id, refresh.parent.context.snapshot_id
         if reading is not None:
-            report.refresh_completed(key, refresh.reason, reading.revision.source)
+            report.refresh_completed(key, refresh.reason, reading.revision.source, *ids)
         else:
-            report.refresh_failed(key, refresh.reason, gather.failures[key].make())
+            report.refresh_failed(key, refresh.reason, gather.failures[key].make(), *ids)
 
     def _end(self, refresh: Refresh) -> None:
         self._running.pop(refresh, None)

@@ -330,7 +330,8 @@ class SingleFlight:
             self._acquire_privately(gather, key, policy)
         elif gather.forced and key in gather.forced:
             if self.parts.report is not None:
-                self.parts.report.cache_bypassed(key, "force_refresh")
+                snapshot_id = gather.work.context.snapshot_id
+                self.parts.report.cache_bypassed(key, "force_refresh", snapshot_id)
             # What must agree with pins is derived privately; what only has to be new is shared.
             if key in gather.private:
                 self._acquire_privately(gather, key, policy)
@@ -381,7 +382,8 @@ class SingleFlight:
             notes = {"refresh_scheduled": self._refresh(revision, mode, work)}
         work.record.cache_hits += 1
         if self.parts.report is not None:
-            self.parts.report.cache_hit(key, mode.value if stale else "fresh")
+            how = mode.value if stale else "fresh"
+            self.parts.report.cache_hit(key, how, work.context.snapshot_id)
         if work.trace is not None:
             refreshed = None if notes is None else notes["refresh_scheduled"]
             work.trace.cached(key, self._how(stale), refreshed)
@@ -620,7 +622,10 @@ class SingleFlight:
         if flight.log is not None:
             flight.log.refused(failure, status)
         if self.parts.report is not None:
-            self.parts.report.source_failed(flight.key, failure.source, failure, status)
+            snapshot_id = flight.sponsor.context.snapshot_id
+            self.parts.report.source_failed(
+                flight.key, failure.source, failure, snapshot_id, status
+            )
 
     def _not_called(self, link: Link, error: BaseException) -> SourceFailure:
         """Return the failure of a source that was asked something else than to be called."""
@@ -673,7 +678,8 @@ class SingleFlight:
         try:
             link, report = flight.link, self.parts.report
             if report is not None and link is not None:
-                report.resource_resolved(revision, link.kind.value)
+                snapshot_id = flight.sponsor.context.snapshot_id
+                report.resource_resolved(revision, link.kind.value, snapshot_id)
             if self._news > flight.since and self._is_behind(flight):
                 self.board.hide(flight, cacheable=False)
             flight.offer(revision, dated)
@@ -809,15 +815,20 @@ class SingleFlight:
         try:
             reading = gather.receive(key, settlement, joined)
             if reading is not None and reading.fallback is not None:
-                report = self.parts.report
-                if report is not None:
-                    report.stale_fallback_used(key, reading.fallback, from_cache=reading.from_cache)
+                self._report_fallback(gather, key, reading, reading.fallback)
         except BaseException as error:
             if key not in gather.readings:
                 gather.failures[key] = Failure.of_error(key, error)
             self._report_broken(gather, error)
         if not gather.pending and not gather.open:
             self.agenda.add(self._conclude, gather)
+
+    def _report_fallback(
+        self, gather: Gather, key: ResourceKey, reading: Reading, error: Exception
+    ) -> None:
+        report, snapshot_id = self.parts.report, gather.work.context.snapshot_id
+        if report is not None:
+            report.stale_fallback_used(key, error, snapshot_id, from_cache=reading.from_cache)
 
     def _check(self, gather: Gather) -> None:
         """Conclude a gather that waits for nothing more."""
@@ -936,10 +947,8 @@ class SingleFlight:
             stale = stale_candidate(awaited, failure, self.parts)
             if stale is not None:
                 gather.readings[key] = stale
-                if self.parts.report is not None and stale.fallback is not None:
-                    self.parts.report.stale_fallback_used(
-                        key, stale.fallback, from_cache=stale.from_cache
-                    )
+                if stale.fallback is not None:
+                    self._report_fallback(gather, key, stale, stale.fallback)
                 return
         gather.failures[key] = failure
 

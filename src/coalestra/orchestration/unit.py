@@ -261,6 +261,8 @@ def open_unit(
     )
     kind = "session" if lasting else "build"
     noted = engine.parts.tracing.begin(kind, context, trace)
+    if engine.parts.report is not None:
+        engine.parts.report.work_begun(kind, context.snapshot_id)
     return UnitOfWork(engine, Work(context, deadline=deadline, trace=noted), lasting=lasting)
 
 
