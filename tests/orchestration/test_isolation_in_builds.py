@@ -25,6 +25,7 @@ from coalestra import (
     SourcePayload,
 )
 from coalestra.concurrency.threads import threads_of_context
+from coalestra.orchestration.deliveries import all_or_none
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import Stock
@@ -512,3 +513,25 @@ async def test_health_knows_the_builder_and_the_default_cache_as_components() ->
     async with closing(Single("k"), cache=SingleKeyCache()) as building:
         health = await building.health_snapshot()
         assert set(health.payload_copy_components) == {"builder"}
+
+
+@pytest.mark.parametrize("error", [GeneratorExit, KeyError, asyncio.CancelledError])
+async def test_of_many_that_run_side_by_side_none_goes_on_if_one_fails(error: Any) -> None:
+    gate, undone = Gate(), []
+
+    async def wait() -> None:
+        try:
+            await gate.pass_()
+        finally:
+            undone.append(gate.waiting)
+
+    async def fail() -> None:
+        await gate.wait_arrived(2)
+        if error is asyncio.CancelledError:
+            gate.open()
+        raise error
+
+    with pytest.raises(error):
+        await all_or_none([wait(), fail(), wait()])
+    assert len(undone) == 2
+    await all_or_none([])

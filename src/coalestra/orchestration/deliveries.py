@@ -200,14 +200,23 @@ def _lateness(deadline: Deadline | None) -> str | None:
 
 
 async def all_or_none(coroutines: Iterable[Any]) -> None:
-    """Run coroutines side by side; if one fails or the caller is cancelled, end all and wait."""
-    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    """Run coroutines side by side; if one fails or the caller is cancelled, end all and wait.
+
+    What one fails with is raised when all have ended, so a `GeneratorExit` cannot cut that short.
+    """
+    tasks: list[asyncio.Task[Any]] = []
     try:
-        await asyncio.gather(*tasks)
+        tasks.extend(asyncio.ensure_future(each) for each in coroutines)
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+    errors = [each for each in ended if isinstance(each, BaseException)]
+    errors.sort(key=lambda error: isinstance(error, asyncio.CancelledError))  # the culprit first
+    for error in errors:
+        raise error
 
 
 # The short way to a snapshot: all of it is in the memory cache, fresh, and quickly copied --------
