@@ -23,11 +23,11 @@ import dataclasses
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 from coalestra._endings import PROGRAM_ENDS
 from coalestra._lockfree import Changes
@@ -42,7 +42,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.health import BuilderHealth
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
+from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.results import PublishResult
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
@@ -52,6 +52,7 @@ from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.closing import MOMENT_SECONDS, gives_way, insist
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.unit import distinct
+from coalestra.orchestration.verdicts import Requests, Results, in_form_of, named
 
 __all__ = ["SyncResourcePublisher", "SyncSnapshotBuilder", "SyncSnapshotSession"]
 
@@ -61,6 +62,7 @@ UNWIND_SECONDS = 1.0
 """How long cancelled work may clean up before closing goes on without it; never longer than the
 time that closing has in all."""
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 Work = Callable[[], Awaitable[T]]
@@ -772,6 +774,48 @@ class SyncSnapshotSession:
             lambda: self._session.resolve_request(request, retry_errors=retry_errors),
         )
 
+    def try_request(self, request: SnapshotRequest, *, retry_errors: bool = False) -> RequestResult:
+        """Return what comes of a request; see `SnapshotSession.try_request`."""
+        return self._thread.run(
+            "try_request()",
+            lambda: self._session.try_request(request, retry_errors=retry_errors),
+        )
+
+    @overload
+    def try_requests(
+        self,
+        requests: Mapping[K, SnapshotRequest],
+        *,
+        retry_errors: bool = False,
+        max_concurrency: int | None = None,
+    ) -> Mapping[K, RequestResult]: ...
+
+    @overload
+    def try_requests(
+        self,
+        requests: Sequence[SnapshotRequest],
+        *,
+        retry_errors: bool = False,
+        max_concurrency: int | None = None,
+    ) -> tuple[RequestResult, ...]: ...
+
+    def try_requests(
+        self,
+        requests: Requests,
+        *,
+        retry_errors: bool = False,
+        max_concurrency: int | None = None,
+    ) -> Results:
+        """Return what comes of each of many requests; see `SnapshotSession.try_requests`."""
+        asked = named(requests)
+        results = self._thread.run(
+            "try_requests()",
+            lambda: self._session.try_requests(
+                asked, retry_errors=retry_errors, max_concurrency=max_concurrency
+            ),
+        )
+        return in_form_of(requests, results)
+
     def revalidate(
         self,
         keys: Iterable[ResourceKey],
@@ -926,6 +970,72 @@ class SyncSnapshotBuilder:
                 trace=trace,
             ),
         )
+
+    def try_request(
+        self,
+        request: SnapshotRequest,
+        *,
+        deadline_seconds: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        snapshot_id: str | None = None,
+        trace: bool | None = None,
+    ) -> RequestResult:
+        """Return what comes of a request; see `SnapshotBuilder.try_request`."""
+        return self._thread.run(
+            "try_request()",
+            lambda: self.builder.try_request(
+                request,
+                deadline_seconds=deadline_seconds,
+                metadata=metadata,
+                snapshot_id=snapshot_id,
+                trace=trace,
+            ),
+        )
+
+    @overload
+    def try_requests(
+        self,
+        requests: Mapping[K, SnapshotRequest],
+        *,
+        deadline_seconds: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        trace: bool | None = None,
+        max_concurrency: int | None = None,
+    ) -> Mapping[K, RequestResult]: ...
+
+    @overload
+    def try_requests(
+        self,
+        requests: Sequence[SnapshotRequest],
+        *,
+        deadline_seconds: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        trace: bool | None = None,
+        max_concurrency: int | None = None,
+    ) -> tuple[RequestResult, ...]: ...
+
+    def try_requests(
+        self,
+        requests: Requests,
+        *,
+        deadline_seconds: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        trace: bool | None = None,
+        max_concurrency: int | None = None,
+    ) -> Results:
+        """Return what comes of each of many requests; see `SnapshotBuilder.try_requests`."""
+        asked = named(requests)
+        results = self._thread.run(
+            "try_requests()",
+            lambda: self.builder.try_requests(
+                asked,
+                deadline_seconds=deadline_seconds,
+                metadata=metadata,
+                trace=trace,
+                max_concurrency=max_concurrency,
+            ),
+        )
+        return in_form_of(requests, results)
 
     def session(
         self,

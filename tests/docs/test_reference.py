@@ -57,14 +57,15 @@ def test_every_count_of_the_diagnostics_is_named() -> None:
     assert set(re.findall(r"`(\w+)`", page)) == fields
 
 
-def test_every_key_of_the_json_form_of_a_snapshot_has_its_row() -> None:
+def test_every_key_of_the_json_form_of_a_snapshot_or_result_has_its_row() -> None:
     key = coalestra.ResourceKey("n", "a")
     value = coalestra.SnapshotValue(key, 1, "rest", 1.0, 1.0, 0.0, False, False, 0.0)
-    told = coalestra.Snapshot("id", 1.0, {key: value}, {key: ValueError()}).to_dict(
-        include_values=True
-    )
+    snapshot = coalestra.Snapshot("id", 1.0, {key: value}, {key: ValueError()})
+    told = snapshot.to_dict(include_values=True)
     of_value, of_error = told["resources"]["n:a"], told["errors"]["n:a"]
-    assert {*told, *of_value, *of_error} == first_cells("json.md")
+    of_request = coalestra.RequestResult(coalestra.SnapshotRequest(required=[key]), snapshot)
+    documented = {*told, *of_value, *of_error, *of_request.to_dict()}
+    assert documented == first_cells("json.md")
 
 
 def test_every_setting_of_a_builder_has_its_row() -> None:

@@ -22,9 +22,12 @@ from coalestra import (
     FreshnessPolicy,
     InMemoryMetrics,
     RefreshMode,
+    ResourceAcceptanceRule,
     ResourceKey,
     RetryPolicy,
+    SnapshotAcceptancePolicy,
     SnapshotBuilder,
+    SnapshotRequest,
     SourceResiliencePolicy,
 )
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
@@ -281,6 +284,29 @@ async def test_calls_that_never_wait_let_others_have_a_turn(
     building = builder(Single("x", fetch=fetch), max_pending_tasks=2)
     keys = [key("x", str(i)) for i in range(500)]
     assert await turns.most(building.build(keys)) <= 2 * 8
+
+
+@pytest.mark.parametrize("in_session", [False, True])
+async def test_many_warm_requests_let_others_have_a_turn(
+    in_session: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = Turns(monkeypatch)
+
+    class Counting(SnapshotAcceptancePolicy):
+        def rule_for(self, key: ResourceKey) -> ResourceAcceptanceRule:
+            turns.count()
+            return super().rule_for(key)
+
+    policy = Counting(ResourceAcceptanceRule(max_age_seconds=100))
+    requests = [
+        SnapshotRequest(required=[key("x", str(number))], acceptance_policy=policy)
+        for number in range(100)
+    ]
+    building = builder(Single("x"))
+    place = building.session() if in_session else building
+    await place.try_requests(requests)
+    turns.counts.clear()
+    assert await turns.most(place.try_requests(requests, max_concurrency=2)) <= 2
 
 
 async def test_an_answer_of_many_values_is_taken_in_over_many_turns(

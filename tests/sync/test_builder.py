@@ -12,7 +12,7 @@ import pytest
 
 from coalestra.core.errors import BuilderClosedError, SnapshotBuildError
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import SnapshotRequest
+from coalestra.core.request import RequestOutcome, SnapshotRequest
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import THREAD_NAME, SyncResourcePublisher, SyncSnapshotBuilder
 from tests.sync.sources import Prices, builder, source
@@ -123,6 +123,104 @@ def test_a_request_is_built(sync: SyncSnapshotBuilder) -> None:
     assert snapshot.snapshot_id == "cycle-2"
 
 
+def test_a_request_that_does_not_raise_says_what_came_of_it(sync: SyncSnapshotBuilder) -> None:
+    result = sync.try_request(
+        SnapshotRequest(required=[PRICE]), deadline_seconds=10, metadata={}, snapshot_id="cycle-3"
+    )
+    assert result.outcome is RequestOutcome.ACCEPTED
+    assert result.require_accepted().snapshot_id == "cycle-3"
+    with pytest.raises(TypeError, match="request must be a SnapshotRequest"):
+        sync.try_request(PRICE)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="deadline_seconds"):
+        sync.try_request(SnapshotRequest(required=[PRICE]), deadline_seconds=-1)
+
+
+def test_a_rejected_request_is_a_result_in_another_thread_too() -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("no price")
+
+    request = SnapshotRequest(required=[PRICE])
+    with SyncSnapshotBuilder(builder(fail)) as sync, sync.session() as session:
+        for result in (
+            sync.try_request(request),
+            session.try_request(request, retry_errors=True),
+            outcome(in_thread(lambda: sync.try_request(request))),
+            *sync.try_requests([request]),
+            *session.try_requests([request]),
+        ):
+            assert result.outcome is RequestOutcome.REJECTED
+            with pytest.raises(SnapshotBuildError, match="cannot resolve 1 resource"):
+                result.require_accepted()
+
+
+def test_a_request_that_takes_too_long_is_a_result(
+    sync: SyncSnapshotBuilder, prices: Prices
+) -> None:
+    prices.door = Door()
+    results = sync.try_requests(
+        [SnapshotRequest(required=[PRICE]), SnapshotRequest(required=[VOLUME])],
+        deadline_seconds=0.02,
+        max_concurrency=1,
+    )
+    assert ["SnapshotDeadlineExceededError" in each.reason for each in results] == [True, True]
+    assert (
+        "Deadline"
+        in sync.try_request(SnapshotRequest(required=[PRICE]), deadline_seconds=0.02).reason
+    )
+    prices.door.open()
+
+
+def test_many_requests_come_back_in_the_form_in_which_they_were_given(
+    sync: SyncSnapshotBuilder,
+) -> None:
+    price, volume = (SnapshotRequest(required=[key]) for key in (PRICE, VOLUME))
+    read_in: list[threading.Thread] = []
+
+    def lazily() -> Iterator[SnapshotRequest]:
+        read_in.append(threading.current_thread())
+        yield from (volume, price)
+
+    lazy: Any = lazily()
+    with sync.session() as session:
+        for several in (sync.try_requests, session.try_requests):
+            named = several({"v": volume, "p": price}, max_concurrency=1)
+            assert list(named) == ["v", "p"]
+            assert VOLUME in named["v"].require_accepted()
+            in_order = several([price, volume])
+            assert [each.request for each in in_order] == [price, volume]
+            assert several([]) == ()
+            with pytest.raises(TypeError, match=r"requests\[0\]"):
+                several([PRICE])  # type: ignore[list-item]
+            with pytest.raises(ValueError, match="max_concurrency"):
+                several([price], max_concurrency=0)
+    assert [each.request for each in sync.try_requests(lazy)] == [volume, price]
+    assert read_in == [threading.current_thread()]
+
+
+def test_what_a_session_has_read_for_one_request_holds_for_the_next(
+    sync: SyncSnapshotBuilder,
+) -> None:
+    with sync.session() as session:
+        first = session.try_request(SnapshotRequest(required=[PRICE]))
+        sync.publisher.publish(PRICE, {"price": 100}, source="stream")
+        (second,) = session.try_requests([SnapshotRequest(required=[PRICE, VOLUME])])
+        for result in (first, second):
+            assert result.require_accepted().value(PRICE) == {"price": 1}
+
+
+def test_closing_tells_who_waits_for_many_requests(
+    sync: SyncSnapshotBuilder, prices: Prices
+) -> None:
+    prices.door = Door()
+    requests = [SnapshotRequest(required=[key]) for key in (PRICE, VOLUME)]
+    sync.shutdown_timeout_seconds = 0.02
+    waiting = in_thread(lambda: sync.try_requests(requests, max_concurrency=1))
+    prices.door.wait_reached()
+    sync.close()
+    assert isinstance(error_of(waiting), BuilderClosedError)
+    assert prices.calls == 1
+
+
 def test_a_build_that_is_not_strict_returns_the_errors() -> None:
     def fail(*_: Any) -> Any:
         raise ValueError("no price")
@@ -209,6 +307,10 @@ def test_a_closed_facade_refuses_every_call(sync: SyncSnapshotBuilder) -> None:
     for call in (
         lambda: sync.build([PRICE]),
         lambda: sync.build_request(SnapshotRequest(required=[PRICE])),
+        lambda: sync.try_request(SnapshotRequest(required=[PRICE])),
+        lambda: sync.try_requests([]),
+        lambda: session.try_request(SnapshotRequest(required=[PRICE])),
+        lambda: session.try_requests([]),
         sync.session,
         sync.health_snapshot,
         sync.wait_for_refreshes,

@@ -147,8 +147,8 @@ _CONTEXT: Any = BaseException.__dict__["__context__"]
 _NAME: Any = type.__dict__["__name__"]
 
 
-def without_frames(error: BaseException) -> tuple[_Place, ...]:
-    """Take the traceback off ``error`` and off all that it was raised from.
+def without_frames(error: BaseException, spared: BaseException | None = None) -> tuple[_Place, ...]:
+    """Take the traceback off ``error`` and off all that it was raised from, up to ``spared``.
 
     Return where it was raised, as file, line and function, the innermost places last; those within
     this library are left out. Nothing that an exception refuses, as a frozen one does, is raised.
@@ -160,7 +160,7 @@ def without_frames(error: BaseException) -> tuple[_Place, ...]:
         if trace is not None:
             places = tuple(deque(_places(trace), _PLACES_KEPT))
             setattr(error, _NOTED, places)  # one may fail many keys, and is unframed for the first
-    left, seen, spare = [error], {id(error)}, _UNFRAMED_KEPT
+    left, seen, spare = [error], {id(error), id(spared)}, _UNFRAMED_KEPT
     while left:
         each = left.pop()
         if _TRACEBACK.__get__(each) is None:
@@ -173,6 +173,17 @@ def without_frames(error: BaseException) -> tuple[_Place, ...]:
                 seen.add(id(one))
                 left.append(one)
     return places
+
+
+def _place_text(place: _Place) -> str:
+    file, line, function = place
+    return f"raised in {function} ({file}, line {line})"
+
+
+def told(error: BaseException) -> str:
+    """Return an error that has lost its frames in one line: its type, its text, and its place."""
+    place = [_place_text(place) for place in getattr(error, _NOTED, ())[-1:]]
+    return ", ".join([f"{type_name(error)}({folded_message(message_of(error))})", *place])
 
 
 def _chained(error: BaseException) -> tuple[object, ...]:
@@ -328,8 +339,8 @@ class ResourceResolutionError(CoalestraError):
         self.__cause__ = _origin(self.failures)
         if hasattr(self, "add_note"):
             for failure in self.failures:
-                for file, line, function in failure.places[-1:]:
-                    self.add_note(f"{failure.source}: raised in {function} ({file}, line {line})")
+                for place in failure.places[-1:]:
+                    self.add_note(f"{failure.source}: {_place_text(place)}")
 
     def format_failures(
         self,
@@ -447,6 +458,7 @@ _REASONS = {
     "DependencyCycleError": "dependency_cycle",
     "DependencyResolutionError": "dependency",
     "PayloadIsolationError": "payload",
+    "ResourceAcceptanceError": "not_acceptable",
     "SnapshotDeadlineExceededError": "deadline",
     "SourceProtocolError": "protocol",
     "SourceQueueTimeoutError": "capacity",

@@ -1,21 +1,36 @@
-"""What an application asks for in one go, and what it must be like."""
+"""What an application asks for in one go, what it must be like, and what came of it."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from coalestra.core.acceptance import SnapshotAcceptancePolicy
-from coalestra.core.errors import SnapshotConsistencyError
-from coalestra.core.frozen import immutable
+from coalestra.core.acceptance import SnapshotAcceptancePolicy, SnapshotAcceptanceViolation
+from coalestra.core.errors import (
+    SnapshotAcceptanceError,
+    SnapshotBuildError,
+    SnapshotConsistencyError,
+    counted,
+    described,
+    described_error,
+    enumerated,
+    folded_message,
+    message_of,
+    told,
+    type_name,
+)
+from coalestra.core.frozen import EMPTY, frozen, immutable
 from coalestra.core.keys import ResourceKey, distinct_keys
+from coalestra.core.serialization import json_safe
+from coalestra.core.snapshot import Snapshot
 from coalestra.core.validation import flag, instance, number
 from coalestra.core.values import SnapshotValue
 
-__all__ = ["SnapshotConsistencyPolicy", "SnapshotRequest"]
+__all__ = ["RequestOutcome", "RequestResult", "SnapshotConsistencyPolicy", "SnapshotRequest"]
 
 # Whether values were observed close enough in time to be used together ---------------------------
 
@@ -45,29 +60,25 @@ class SnapshotConsistencyPolicy:
         flag("include_optional_resources", self.include_optional_resources)
 
 
-def check_consistency(
+def inconsistency_of(
     policy: SnapshotConsistencyPolicy,
     required: Collection[ResourceKey],
     optional: Collection[ResourceKey],
     snapshot: Mapping[ResourceKey, SnapshotValue[Any]],
-) -> None:
-    """Judge the resolved values of a request by ``policy``; those without a value do not count.
-
-    Raises:
-        SnapshotConsistencyError: if they lie too far apart; carries ``snapshot``.
-    """
+) -> SnapshotConsistencyError | None:
+    """Return what ``policy`` has against the values of a request; keys without one do not count."""
     asked = (*required, *optional) if policy.include_optional_resources else required
     found: Mapping[ResourceKey, SnapshotValue[Any]] = getattr(snapshot, "resources", snapshot)
     values = [value for key in asked if (value := found.get(key)) is not None]
     if len(values) < 2:
-        return
+        return None
     oldest = min(values, key=_observation)
     newest = max(values, key=_observation)
     allowed = policy.max_observation_skew_seconds
     # Added, not subtracted: the same rounding as in a time that somebody computed by adding.
     if newest.observed_at <= oldest.observed_at + allowed:
-        return
-    raise SnapshotConsistencyError(
+        return None
+    return SnapshotConsistencyError(
         keys=tuple(value.key for value in values),
         oldest_key=oldest.key,
         oldest_observed_at=oldest.observed_at,
@@ -153,3 +164,143 @@ class SnapshotRequest:
 def _listed(keys: list[ResourceKey]) -> str:
     shown = ", ".join(key.display for key in keys[:_SHOWN])
     return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
+
+
+# What came of a request that does not raise ------------------------------------------------------
+
+
+_SCHEMA, _SCHEMA_VERSION = "coalestra.request-result", 1
+
+
+class RequestOutcome(str, enum.Enum):
+    """Whether a request has what it asked for: in full, in part, or not so that it will do.
+
+    ``ACCEPTED``: every key has a value, none of them is stale, and the policies hold.
+    ``DEGRADED``: the policies hold, but an optional key has no value, or some value is stale.
+    ``REJECTED``: a required key has no value, a policy does not hold, or something else went wrong.
+    """
+
+    ACCEPTED = "accepted"
+    DEGRADED = "degraded"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, repr=False)
+class RequestResult:
+    """What came of a request, where it does not raise.
+
+    Attributes:
+        request: what was asked for.
+        snapshot: what was read, also if it was turned down; None if there is none.
+        error: why it was turned down, as the form that raises has it; else None.
+    """
+
+    request: SnapshotRequest
+    snapshot: Snapshot | None
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        instance("request", self.request, SnapshotRequest)
+        instance("snapshot", self.snapshot, Snapshot, optional=self.error is not None)
+        instance("error", self.error, Exception, optional=True)
+
+    @cached_property
+    def outcome(self) -> RequestOutcome:
+        """Whether the request has what it asked for."""
+        if self.error is not None:
+            return RequestOutcome.REJECTED
+        full = len(self._values) == len(self.request.keys) and not self.stale_keys
+        return RequestOutcome.ACCEPTED if full else RequestOutcome.DEGRADED
+
+    @cached_property
+    def reason(self) -> str:
+        """Why the outcome is what it is, as one sentence."""
+        if isinstance(self.error, SnapshotBuildError):
+            return message_of(self.error)
+        if self.error is not None:
+            return f"the request failed with {told(self.error)}"
+        lacks = []
+        if self.errors:
+            lacks.append(f"without {counted(len(self.errors), 'value')}: {described(self.errors)}")
+        if self.stale_keys:
+            stale = [self._values[key] for key in self.stale_keys]
+            ages = [f"{each.key.display} [{each.age_seconds:g} s old]" for each in stale[:_SHOWN]]
+            number = counted(len(stale), "stale value")
+            lacks.append(f"with {number}: {enumerated(ages, len(stale), 'value')}")
+        return f"accepted {', and '.join(lacks) or 'in full'}"
+
+    @cached_property
+    def errors(self) -> Mapping[ResourceKey, Exception]:
+        """Why keys of the request have no value, or one that was refused; read-only."""
+        refused = self.error.errors if isinstance(self.error, SnapshotBuildError) else EMPTY
+        failed = EMPTY if self.snapshot is None else self.snapshot.errors
+        found = {**refused, **failed}  # what kept a value from being there says more
+        return frozen({key: found[key] for key in self.request.keys if key in found})
+
+    @property
+    def violations(self) -> tuple[SnapshotAcceptanceViolation, ...]:
+        """Every rule and requirement of the acceptance policy that is broken."""
+        return self.error.violations if isinstance(self.error, SnapshotAcceptanceError) else ()
+
+    @cached_property
+    def stale_keys(self) -> tuple[ResourceKey, ...]:
+        """The keys of the request whose values were stale when they were delivered."""
+        return tuple(key for key, value in self._values.items() if value.stale)
+
+    @cached_property
+    def _values(self) -> Mapping[ResourceKey, SnapshotValue[Any]]:
+        found = EMPTY if self.snapshot is None else self.snapshot.resources
+        return {key: found[key] for key in self.request.keys if key in found}
+
+    def require_accepted(self) -> Snapshot:
+        """Return the snapshot, in full or degraded.
+
+        Raises:
+            Exception: `error`, if the request is rejected.
+        """
+        if self.error is None:
+            assert self.snapshot is not None
+            return self.snapshot
+        try:
+            # Without the traceback of an earlier call, which would grow by that of this one.
+            raise BaseException.with_traceback(self.error, None)
+        finally:
+            del self  # whom the traceback leads to, and who leads to the traceback
+
+    def to_dict(self, *, include_values: bool = False) -> dict[str, Any]:
+        """Return the result as JSON-safe data; see the reference of data for its keys.
+
+        Args:
+            include_values: whether the payloads that were read and their metadata are in it.
+
+        Raises:
+            TypeError: for an argument of another type.
+        """
+        flag("include_values", include_values)
+        read = None
+        if self.snapshot is not None:
+            read = self.snapshot.to_dict(include_values=include_values)
+        return {
+            "schema": _SCHEMA,
+            "schema_version": _SCHEMA_VERSION,
+            "outcome": self.outcome.value,
+            "reason": folded_message(self.reason),
+            "required": [key.canonical for key in self.request.required],
+            "optional": [key.canonical for key in self.request.optional],
+            "stale": [key.canonical for key in self.stale_keys],
+            "error_type": None if self.error is None else type_name(self.error),
+            "errors": {k.canonical: described_error(k, e) for k, e in self.errors.items()},
+            "violations": [
+                {
+                    **json_safe(each),
+                    "keys": [key.canonical for key in each.keys],
+                    "key": None if each.key is None else each.key.canonical,
+                    "message": folded_message(each.message),
+                }
+                for each in self.violations
+            ],
+            "snapshot": read,
+        }
+
+    def __repr__(self) -> str:
+        return f"<RequestResult {self.outcome.value}: {self.reason}>"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
@@ -38,7 +39,7 @@ from coalestra.core.protocols import (
     SystemClock,
     Tracer,
 )
-from coalestra.core.request import SnapshotRequest
+from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.trace import Trace
@@ -51,11 +52,23 @@ from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
 from coalestra.orchestration.tracing import Tracing
-from coalestra.orchestration.unit import Judge, distinct, open_unit
+from coalestra.orchestration.unit import UnitOfWork, distinct, open_unit
+from coalestra.orchestration.verdicts import (
+    Decided,
+    Requests,
+    Results,
+    accepted,
+    in_form_of,
+    named,
+    objection,
+    result_of,
+    several,
+)
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
 from coalestra.resilience.retry import RetryPolicy
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -542,18 +555,107 @@ class SnapshotBuilder(BuilderSettings):
         unit = open_unit(
             self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
         )
-        snapshot = await unit.single_stage(distinct(request.keys))
-        failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
-        judge = Judge(self._engine.parts, request.consistency_policy, request.acceptance_policy)
+        return accepted(*await self._decided(request, unit))
+
+    async def try_request(
+        self,
+        request: SnapshotRequest,
+        *,
+        deadline_seconds: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        snapshot_id: str | None = None,
+        trace: bool | None = None,
+    ) -> RequestResult:
+        """Return what comes of a request, whatever that is, where `build_request` would raise.
+
+        A deadline, a source that is down and an error of a policy are told by the result.
+
+        Args are those of `build`.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+            RuntimeError: the builder is closed, before or meanwhile, or busy on another event loop.
+        """
+        instance("request", request, SnapshotRequest)
+        self._engine.enter()
+        unit = open_unit(
+            self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
+        )
+        return await self._attempt(request, unit)
+
+    @overload
+    async def try_requests(
+        self,
+        requests: Mapping[K, SnapshotRequest],
+        *,
+        deadline_seconds: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        trace: bool | None = None,
+        max_concurrency: int | None = None,
+    ) -> Mapping[K, RequestResult]: ...
+
+    @overload
+    async def try_requests(
+        self,
+        requests: Sequence[SnapshotRequest],
+        *,
+        deadline_seconds: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        trace: bool | None = None,
+        max_concurrency: int | None = None,
+    ) -> tuple[RequestResult, ...]: ...
+
+    async def try_requests(
+        self,
+        requests: Requests,
+        *,
+        deadline_seconds: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        trace: bool | None = None,
+        max_concurrency: int | None = None,
+    ) -> Results:
+        """Return what comes of each of many requests, in their order, or by the names they have.
+
+        Each has a snapshot and an outcome of its own, and shares calls with the others as builds
+        do. Cancelling the caller cancels all of them.
+
+        Args:
+            requests: any number of them, or a mapping from names to them.
+            deadline_seconds: how long all of them together may take; who is late says so.
+            metadata: told to the sources in their context.
+            trace: whether the snapshots tell how they came about.
+            max_concurrency: how many are under way at once; `max_pending_tasks` by default.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+            RuntimeError: the builder is closed, before or meanwhile, or busy on another event loop.
+        """
+        self._engine.enter()
+        opened = partial(
+            open_unit, self._engine, deadline_seconds, metadata, None, trace, lasting=False
+        )
+        attempts = {
+            name: partial(self._attempt, request, opened())
+            for name, request in named(requests).items()
+        }
+        return in_form_of(requests, await several(self._engine.parts, attempts, max_concurrency))
+
+    async def _attempt(self, request: SnapshotRequest, unit: UnitOfWork) -> RequestResult:
+        return result_of(request, *await self._decided(request, unit))
+
+    async def _decided(self, request: SnapshotRequest, unit: UnitOfWork) -> Decided:
+        """Read what is asked for, say what speaks against it, and report both."""
+        snapshot, failed = None, True
         try:
-            if failed:
-                raise SnapshotBuildError(failed, snapshot=snapshot)
-            judge.judge(snapshot, request.required, request.optional)
-        except SnapshotBuildError:
-            self._report_build(snapshot, failed=True, strict=True)
-            raise
-        self._report_build(snapshot, failed=False, strict=True)
-        return snapshot
+            snapshot = await unit.single_stage(dict.fromkeys(request.keys))
+            error = objection(self._engine.parts, request, snapshot)
+            failed = error is not None
+        except Exception as raised:
+            error = raised
+        finally:
+            if snapshot is not None:
+                self._report_build(snapshot, failed=failed, strict=True)
+        return snapshot, error
 
     def _report_build(self, snapshot: Snapshot, *, failed: bool, strict: bool) -> None:
         report = self._engine.parts.report

@@ -28,7 +28,8 @@ from coalestra.core.snapshot import Snapshot
 from coalestra.observability.reports import SessionRevalidation
 from coalestra.orchestration.flights import Gather
 from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, dependents, hold, loose
-from coalestra.orchestration.unit import Judge, UnitOfWork, cut_short
+from coalestra.orchestration.unit import UnitOfWork, cut_short
+from coalestra.orchestration.verdicts import Judge, accepted
 
 
 class Revalidation:
@@ -121,7 +122,7 @@ class Revalidation:
             known = await self._unit.errors()
             errors = {key: error for key, error in known.items() if key not in self._readings}
             snapshot = self._unit.assembled(values, errors)
-            self._judge.judge(snapshot, tuple(self._named))
+            accepted(snapshot, self._judge.objection(snapshot, tuple(self._named)))
             if not self._outdated:
                 self._commit()
                 return self._visible(snapshot)

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar, overload
 
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import SessionClosedError, SnapshotBuildError
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import SnapshotConsistencyPolicy, SnapshotRequest
+from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
 from coalestra.observability.reports import SessionResolution
 from coalestra.orchestration.revalidation import Revalidation
-from coalestra.orchestration.unit import Judge, UnitOfWork, cut_short, distinct
+from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
+from coalestra.orchestration.verdicts import (
+    Decided,
+    Judge,
+    Requests,
+    Results,
+    accepted,
+    in_form_of,
+    named,
+    objection,
+    result_of,
+    several,
+)
+
+K = TypeVar("K")
 
 
 class SnapshotSession:
@@ -73,12 +89,13 @@ class SnapshotSession:
         flag("retry_errors", retry_errors)
         wanted = distinct(keys)
 
-        def check(snapshot: Snapshot) -> None:
+        def objects(snapshot: Snapshot) -> Exception | None:
             failed = {key: error for key, error in snapshot.errors.items() if key in wanted}
-            if strict and failed:
-                raise SnapshotBuildError(failed, snapshot=snapshot)
+            return SnapshotBuildError(failed, snapshot=snapshot) if strict and failed else None
 
-        return await self._resolve(wanted, check, strict=strict, retry_errors=retry_errors)
+        return accepted(
+            *await self._decided(wanted, objects, strict=strict, retry_errors=retry_errors)
+        )
 
     async def resolve_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -95,39 +112,96 @@ class SnapshotSession:
         self._require_open()
         instance("request", request, SnapshotRequest)
         flag("retry_errors", retry_errors)
-        judge = Judge(
-            self._unit.engine.parts, request.consistency_policy, request.acceptance_policy
-        )
+        return accepted(*await self._answer(request, retry_errors))
 
-        def check(snapshot: Snapshot) -> None:
-            failed = {k: e for k, e in snapshot.errors.items() if request.is_required(k)}
-            if failed:
-                raise SnapshotBuildError(failed, snapshot=snapshot)
-            judge.judge(snapshot, request.required, request.optional)
+    async def try_request(
+        self, request: SnapshotRequest, *, retry_errors: bool = False
+    ) -> RequestResult:
+        """Return what comes of a request, whatever that is, where `resolve_request` would raise.
 
+        What it has read is pinned, also if the request is turned down. The snapshot has everything
+        that the session was asked for so far; the outcome is about the request alone.
+
+        Raises:
+            TypeError: an argument is wrong.
+            SessionClosedError: the session is closed.
+            RuntimeError: the builder is closed, before or meanwhile, or busy on another event loop.
+        """
+        self._require_open()
+        instance("request", request, SnapshotRequest)
+        flag("retry_errors", retry_errors)
+        self._unit.engine.enter()
+        return await self._attempt(request, retry_errors)
+
+    @overload
+    async def try_requests(
+        self,
+        requests: Mapping[K, SnapshotRequest],
+        *,
+        retry_errors: bool = False,
+        max_concurrency: int | None = None,
+    ) -> Mapping[K, RequestResult]: ...
+
+    @overload
+    async def try_requests(
+        self,
+        requests: Sequence[SnapshotRequest],
+        *,
+        retry_errors: bool = False,
+        max_concurrency: int | None = None,
+    ) -> tuple[RequestResult, ...]: ...
+
+    async def try_requests(
+        self,
+        requests: Requests,
+        *,
+        retry_errors: bool = False,
+        max_concurrency: int | None = None,
+    ) -> Results:
+        """Return what comes of each of many requests that rest on one set of pinned values.
+
+        See `SnapshotBuilder.try_requests`; raises what `try_request` raises.
+        """
+        self._require_open()
+        flag("retry_errors", retry_errors)
+        engine = self._unit.engine
+        engine.enter()
+        attempts = {
+            name: partial(self._attempt, request, retry_errors)
+            for name, request in named(requests).items()
+        }
+        return in_form_of(requests, await several(engine.parts, attempts, max_concurrency))
+
+    async def _attempt(self, request: SnapshotRequest, retry_errors: bool) -> RequestResult:
+        return result_of(request, *await self._answer(request, retry_errors))
+
+    def _answer(self, request: SnapshotRequest, retry_errors: bool) -> Awaitable[Decided]:
+        objects = partial(objection, self._unit.engine.parts, request)
         wanted = dict.fromkeys(request.keys)
-        return await self._resolve(wanted, check, strict=True, retry_errors=retry_errors)
+        return self._decided(wanted, objects, strict=True, retry_errors=retry_errors)
 
-    async def _resolve(
+    async def _decided(
         self,
         wanted: Mapping[ResourceKey, None],
-        check: Callable[[Snapshot], None],
+        objects: Callable[[Snapshot], Exception | None],
         *,
         strict: bool,
         retry_errors: bool,
-    ) -> Snapshot:
-        """Resolve further keys, and report what came of it; `check` raises unless it will do."""
+    ) -> Decided:
+        """Resolve further keys, say what speaks against the snapshot, and report both."""
         unit = self._unit
-        with unit.stage("resolve", len(wanted)) as stage:
-            struck = await unit.acquire(wanted, retry_errors=retry_errors)
-            snapshot = stage.came_to(await unit.snapshot(bound=not struck))
-        succeeded = False
+        snapshot, succeeded = None, False
         try:
-            check(snapshot)
-            succeeded = True
+            with unit.stage("resolve", len(wanted)) as stage:
+                struck = await unit.acquire(wanted, retry_errors=retry_errors)
+                snapshot = stage.came_to(await unit.snapshot(bound=not struck))
+            error = objects(snapshot)
+            succeeded = error is None
+        except Exception as raised:
+            error = raised
         finally:
             report = unit.engine.parts.report
-            if report is not None:
+            if report is not None and snapshot is not None:
                 failed = sum(key in snapshot.errors for key in wanted)
                 report.session_resolved(
                     SessionResolution(
@@ -141,7 +215,7 @@ class SnapshotSession:
                     ),
                     succeeded=succeeded,
                 )
-        return snapshot
+        return snapshot, error
 
     async def revalidate(
         self,

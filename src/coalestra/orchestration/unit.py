@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import Deadline
-from coalestra.core.acceptance import SnapshotAcceptancePolicy, violations_of
-from coalestra.core.errors import (
-    SnapshotAcceptanceError,
-    SnapshotConsistencyError,
-    SnapshotDeadlineExceededError,
-)
+from coalestra.core.errors import SnapshotDeadlineExceededError
 from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import SnapshotConsistencyPolicy, check_consistency
 from coalestra.core.snapshot import Snapshot, context_of, snapshot_of
 from coalestra.core.validation import flag, instance, number, text
 from coalestra.core.values import SnapshotValue
 from coalestra.orchestration.flights import Gather, Work
-from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.tracing import StageLog
@@ -264,53 +257,3 @@ def open_unit(
     if engine.parts.report is not None:
         engine.parts.report.work_begun(kind, context.snapshot_id)
     return UnitOfWork(engine, Work(context, deadline=deadline, trace=noted), lasting=lasting)
-
-
-class Judge:
-    """Holds snapshots against policies; the required keys take part, and optional ones if asked."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        consistency: SnapshotConsistencyPolicy | None,
-        acceptance: SnapshotAcceptancePolicy | None,
-    ) -> None:
-        instance("consistency_policy", consistency, SnapshotConsistencyPolicy, optional=True)
-        instance("acceptance_policy", acceptance, SnapshotAcceptancePolicy, optional=True)
-        self._parts = parts
-        self._consistency = consistency
-        self._acceptance = acceptance
-
-    def judge(
-        self,
-        snapshot: Snapshot,
-        required: Collection[ResourceKey],
-        optional: Collection[ResourceKey] = (),
-    ) -> None:
-        """Check consistency, then acceptance, and report on both.
-
-        Raises:
-            SnapshotConsistencyError: observations lie too far apart.
-            SnapshotAcceptanceError: values are too old, stale, of too low authority, or too few.
-        """
-        report = self._parts.report
-        if self._consistency is not None:
-            try:
-                check_consistency(self._consistency, required, optional, snapshot)
-            except SnapshotConsistencyError as error:
-                if report is not None:
-                    report.consistency_failed(snapshot.snapshot_id, error)
-                raise
-            if report is not None:
-                report.consistency_passed()
-        if self._acceptance is not None:
-            now, policies = self._parts.clock.now(), self._parts.policies
-            violations = violations_of(
-                self._acceptance, required, optional, snapshot, now, policies
-            )
-            if violations:
-                if report is not None:
-                    report.acceptance_failed(snapshot.snapshot_id, violations)
-                raise SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
-            if report is not None:
-                report.acceptance_passed()

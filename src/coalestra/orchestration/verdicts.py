@@ -1,0 +1,171 @@
+"""Whether a snapshot will do, and telling so: by raising, by a result, or by many of them.
+
+Laws:
+
+1. What speaks against a snapshot is decided once, as an error that is returned. Whether that is
+   raised or put into a result is all that the two forms of a request differ in.
+2. A result takes any `Exception`, of the policies too, but those that say that a builder is closed.
+   Cancellation, what ends a program, and every other `BaseException` go on.
+3. Of many requests none is begun before there is room, and none outlives the call.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from coalestra.core.acceptance import SnapshotAcceptancePolicy, violations_of
+from coalestra.core.errors import (
+    BuilderClosedError,
+    PayloadCopySubsystemClosedError,
+    SnapshotAcceptanceError,
+    SnapshotBuildError,
+    without_frames,
+)
+from coalestra.core.frozen import FrozenDict
+from coalestra.core.keys import ResourceKey
+from coalestra.core.request import (
+    RequestResult,
+    SnapshotConsistencyPolicy,
+    SnapshotRequest,
+    inconsistency_of,
+)
+from coalestra.core.snapshot import Snapshot
+from coalestra.core.validation import instance, integer, shown, wrong_type
+from coalestra.orchestration.deliveries import all_or_none
+from coalestra.orchestration.parts import Parts
+
+# What speaks against a snapshot ------------------------------------------------------------------
+
+
+def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exception | None:
+    """Return what speaks against a snapshot of a request: what it lacks, then its policies."""
+    failed = {key: e for key, e in snapshot.errors.items() if request.is_required(key)}
+    if failed:
+        return SnapshotBuildError(failed, snapshot=snapshot)
+    if request.consistency_policy is None and request.acceptance_policy is None:
+        return None
+    judge = Judge(parts, request.consistency_policy, request.acceptance_policy)
+    return judge.objection(snapshot, request.required, request.optional)
+
+
+class Judge:
+    """Holds snapshots against policies; the required keys take part, and optional ones if asked."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        consistency: SnapshotConsistencyPolicy | None,
+        acceptance: SnapshotAcceptancePolicy | None,
+    ) -> None:
+        instance("consistency_policy", consistency, SnapshotConsistencyPolicy, optional=True)
+        instance("acceptance_policy", acceptance, SnapshotAcceptancePolicy, optional=True)
+        self._parts = parts
+        self._consistency = consistency
+        self._acceptance = acceptance
+
+    def objection(
+        self,
+        snapshot: Snapshot,
+        required: Collection[ResourceKey],
+        optional: Collection[ResourceKey] = (),
+    ) -> SnapshotBuildError | None:
+        """Check consistency, then acceptance; report on both, and return the first violation."""
+        report = self._parts.report
+        if self._consistency is not None:
+            inconsistency = inconsistency_of(self._consistency, required, optional, snapshot)
+            if inconsistency is not None:
+                if report is not None:
+                    report.consistency_failed(snapshot.snapshot_id, inconsistency)
+                return inconsistency
+            if report is not None:
+                report.consistency_passed()
+        if self._acceptance is not None:
+            now, policies = self._parts.clock.now(), self._parts.policies
+            violations = violations_of(
+                self._acceptance, required, optional, snapshot, now, policies
+            )
+            if violations:
+                if report is not None:
+                    report.acceptance_failed(snapshot.snapshot_id, violations)
+                return SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
+            if report is not None:
+                report.acceptance_passed()
+        return None
+
+
+# Telling it: by raising, or by a result ----------------------------------------------------------
+
+
+Decided = tuple[Snapshot | None, Exception | None]
+"""A snapshot, if there is one, and what speaks against it or kept it from being made."""
+
+
+def accepted(snapshot: Snapshot | None, error: Exception | None) -> Snapshot:
+    """Return the snapshot, or raise the error."""
+    if error is None:
+        assert snapshot is not None
+        return snapshot
+    try:
+        raise error
+    finally:
+        del error  # whose traceback leads here
+
+
+def result_of(
+    request: SnapshotRequest, snapshot: Snapshot | None, error: Exception | None
+) -> RequestResult:
+    """Return what came of a request; the error loses its traceback, which keeps all alive."""
+    if isinstance(error, (BuilderClosedError, PayloadCopySubsystemClosedError)):
+        accepted(snapshot, error)
+    if error is not None:
+        without_frames(error, spared=sys.exc_info()[1])  # the caller's own trouble, if any
+    return RequestResult(request, snapshot, error)
+
+
+# Many at once ------------------------------------------------------------------------------------
+
+
+Requests = Mapping[Any, SnapshotRequest] | Sequence[SnapshotRequest]
+Results = Mapping[Any, RequestResult] | tuple[RequestResult, ...]
+
+
+def named(requests: Requests) -> Mapping[Any, SnapshotRequest]:
+    """Return requests by the names that they were given, or else by their numbers.
+
+    Raises:
+        TypeError: for anything but requests.
+    """
+    if not isinstance(requests, Iterable):
+        rule = "an iterable of SnapshotRequests, or a mapping to them"
+        raise wrong_type("requests", rule, requests, "put a single one in a list")
+    found = FrozenDict(requests if isinstance(requests, Mapping) else enumerate(requests))
+    for name, request in found.items():
+        instance(f"requests[{shown(name)}]", request, SnapshotRequest)
+    return found
+
+
+def in_form_of(requests: Requests, results: Mapping[Any, RequestResult]) -> Results:
+    """Return results by name if the requests had names, else in their order."""
+    return results if isinstance(requests, Mapping) else tuple(results.values())
+
+
+async def several(
+    parts: Parts,
+    attempts: Mapping[Any, Callable[[], Awaitable[RequestResult]]],
+    max_concurrency: int | None,
+) -> Mapping[Any, RequestResult]:
+    """Return the results of all attempts, with no more under way at once than `max_concurrency`."""
+    integer("max_concurrency", max_concurrency, minimum=1, optional=True)
+    limit = parts.max_pending_tasks if max_concurrency is None else max_concurrency
+    results: dict[Any, Any] = dict.fromkeys(attempts)
+    rest = iter(attempts.items())
+
+    async def work() -> None:
+        for name, attempt in rest:
+            results[name] = await attempt()
+            await parts.pace.keep()  # many that wait for nothing would hold the event loop
+
+    await all_or_none(work() for _ in range(min(limit, len(attempts))))
+    return FrozenDict(results)
