@@ -41,6 +41,7 @@ def test_every_test_of_the_library_belongs_to_a_section() -> None:
         "regressions",
         "simulation",
         "redis",
+        "prometheus",
     }
     internal = {
         "cache/test_fan_out.py",

@@ -54,7 +54,7 @@ def recorded() -> dict[str, Any]:
 
 def extras_missing() -> set[str]:
     """The parts that need something which is not installed here."""
-    needs = {"redis": ("redis", "msgspec")}
+    needs = {"redis": ("redis", "msgspec"), "prometheus": ("prometheus_client",)}
     return {
         part
         for part, names in needs.items()

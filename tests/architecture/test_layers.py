@@ -23,8 +23,9 @@ RANK = {
     "testing": 4,
     "sync": 4,
     "redis": 5,
+    "prometheus": 5,
 }
-FOREIGN_IN = {"redis": {"redis", "msgspec"}}
+FOREIGN_IN = {"redis": {"redis", "msgspec"}, "prometheus": {"prometheus_client"}}
 FORBIDDEN_NAMES = {
     "utils", "util", "helpers", "helper", "common", "base", "misc", "manager", "handler", "wrapper",
 }  # fmt: skip

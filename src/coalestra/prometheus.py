@@ -1,0 +1,760 @@
+"""Metrics and health for Prometheus: needs the extra ``prometheus``.
+
+Laws:
+
+1. A report waits for nobody: it joins a line, which is settled by whoever finds it long and nobody
+   at it, and before every scrape. The locks of ``prometheus_client``, which a signal handler or a
+   finalizer could meet locked by its own thread, are taken only there, and never across a fork.
+2. The number of series is bounded: beyond ``max_series`` of one metric, the values that an
+   application chose (sources, kinds of resources) become ``other``; subjects never come here.
+3. Nothing here keeps a builder alive, and a builder that fails to tell its health takes no other
+   with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import threading
+import time
+import weakref
+from collections import Counter as Tally
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
+from coalestra.core.results import CacheStats
+from coalestra.core.validation import instance, integer, mapping, number, refusal, text
+from coalestra.orchestration.builder import SnapshotBuilder
+from coalestra.resilience.circuit_breaker import CircuitSnapshot
+from coalestra.sync import SyncSnapshotBuilder
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, values
+    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise ImportError(
+        "coalestra.prometheus must have the package prometheus_client, which cannot be imported; "
+        "install this package with its extra: python -m pip install '.[prometheus]'"
+    ) from error
+
+__all__ = ["LATENCY_BUCKETS", "HealthCollector", "PrometheusMetrics"]
+
+LATENCY_BUCKETS = (
+    0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+"""The upper bounds of the buckets of latencies and waits, in seconds, unless told otherwise."""
+
+OTHER = "other"
+"""What stands in a label for all values that found no room."""
+
+logger = logging.getLogger("coalestra")
+Builder = SnapshotBuilder | SyncSnapshotBuilder
+
+_SIZE_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+# What the sink shows -----------------------------------------------------------------------------
+
+Labels = Mapping[str, str]
+"""The labels of a metric, each with the values it has; none where an application chooses them."""
+
+_KIND: Labels = {"resource_namespace": "", "resource_name": ""}
+_SUCCESS: Labels = {"status": "success error"}
+_COUNTERS: Mapping[str, tuple[str, Labels]] = {
+    "snapshot_build_total": ("Builds", _SUCCESS),
+    "snapshot_session_resolve_total": ("Stages of sessions", _SUCCESS),
+    "snapshot_session_revalidate_total": ("Revalidations of sessions", _SUCCESS),
+    "snapshot_acceptance_total": ("Snapshots judged by an acceptance policy", _SUCCESS),
+    "snapshot_acceptance_violation_total": (
+        "Violations of acceptance policies",
+        {"reason": "too_old stale insufficient_authority requirement_unsatisfied"},
+    ),
+    "snapshot_consistency_total": (
+        "Snapshots judged by a consistency policy",
+        {**_SUCCESS, "rule": "observation_skew"},
+    ),
+    "cache_access_total": (
+        "Looks into the cache",
+        {**_KIND, "status": "fresh stale_while_revalidate miss stale_fallback revalidation_bypass"},
+    ),
+    "cache_failure_total": ("Errors of a cache", {"operation": "read write"}),
+    "singleflight_join_total": ("Readers who joined a call under way", _KIND),
+    "source_fetch_total": (
+        "Keys asked of a source",
+        {"source": "", "status": "success failure stale invalid_timestamp circuit_open"},
+    ),
+    "source_batch_call_total": (
+        "Batch calls",
+        {"source": "", "status": "success failure deadline_exceeded queue_timeout"},
+    ),
+    "source_capacity_timeout_total": (
+        "Calls that got no slot",
+        {"source": "", "reason": "queue_timeout snapshot_deadline"},
+    ),
+    "source_transport_budget_rejection_total": (
+        "Blocking calls not begun, as too little time was left",
+        {"source": "", "reason": "snapshot_deadline source_timeout"},
+    ),
+    "source_transport_timeout_violation_total": (
+        "Blocking calls that outlasted their declaration",
+        {"source": "", "outcome": "completed_late failed_late coalestra_timeout"},
+    ),
+    "resource_publish_total": (
+        "Published values",
+        {
+            **_KIND,
+            "source": "",
+            "status": "published ignored_older ignored_duplicate ignored_lower_authority",
+        },
+    ),
+    "resource_invalidation_total": ("Invalidated keys", _KIND),
+    "resource_refresh_total": (
+        "Refreshes in the background",
+        {**_KIND, "status": "scheduled success failure cancelled"},
+    ),
+    "payload_copy_deadline_total": ("Deadlines that struck during a copy", {"phase": ""}),
+}
+_OBSERVATIONS: Mapping[str, tuple[str, Labels]] = {
+    "snapshot_build_latency_ms": ("How long builds took, in seconds", _SUCCESS),
+    "source_fetch_latency_ms": (
+        "How long calls to sources took, each retry anew, in seconds",
+        {"source": ""},
+    ),
+    "source_capacity_wait_ms": ("Waits of calls for a slot, in seconds", {"source": ""}),
+    "source_batch_size": ("Keys in one batch call", {"source": ""}),
+}
+
+
+Pairs = tuple[tuple[str, str], ...]
+Step = Counter | tuple[Any, ...]
+"""A counter that grows by one, or what is to be called with which arguments; like ones are one."""
+
+_LINE: deque[Step] = deque()
+_AT_IT = threading.Lock()
+_PATIENCE_SECONDS = 1.0
+
+if hasattr(os, "register_at_fork"):
+
+    def _let_go() -> None:
+        if _AT_IT.locked():
+            _AT_IT.release()
+
+    os.register_at_fork(
+        before=lambda: _AT_IT.acquire(timeout=_PATIENCE_SECONDS),
+        after_in_parent=_let_go,
+        after_in_child=_let_go,
+    )
+
+
+def _in_several_processes() -> bool:
+    """Whether ``prometheus_client`` was imported with PROMETHEUS_MULTIPROC_DIR set."""
+    return values.ValueClass is not values.MutexValue
+
+
+_LONGEST_LINE = 1 if _in_several_processes() else 1000
+"""How long the line may grow; not at all where another process is scraped for this one."""
+
+
+def _report(step: Step) -> None:
+    _LINE.append(step)
+    while len(_LINE) >= _LONGEST_LINE and _AT_IT.acquire(blocking=False):
+        _settle_and_leave()
+
+
+def _settle_all() -> None:
+    """Settle what has been reported before; the end of another's turn is waited for."""
+    if _AT_IT.acquire(timeout=_PATIENCE_SECONDS):
+        _settle_and_leave()
+
+
+def _settle_and_leave() -> None:
+    try:
+        for step, times in Tally(_LINE.popleft() for _ in range(len(_LINE))).items():
+            if isinstance(step, tuple):
+                for _ in range(times):
+                    step[0](*step[1:])
+            else:
+                step.inc(times)
+    finally:
+        _AT_IT.release()
+
+
+class _Family:
+    """One metric of the library as one of ``prometheus_client``, with a bound on its series."""
+
+    def __init__(
+        self, origin: str, metric: Counter | Histogram, labels: Labels, max_series: int
+    ) -> None:
+        self.origin = origin
+        self.metric = metric
+        self.labels = {name: tuple(every.split()) for name, every in labels.items()}
+        self._max_series = max_series
+        self._known: dict[tuple[str, ...], Any] = {}
+
+    def series(self, builder: str, given: Mapping[str, str]) -> tuple[Any, bool]:
+        """Return the series with these labels, and whether it is theirs alone."""
+        labels = {name: str(given.get(name, "")) for name in self.labels}
+        found = self._known.get((builder, *labels.values()))
+        if found is None and len(self._known) >= self._max_series:
+            folded = (each if each in self.labels[n] else OTHER for n, each in labels.items())
+            return self.metric.labels(builder, *folded), False
+        if found is None and isinstance(self.metric, Counter):
+            self.begin(builder, labels)
+        return found or self._made(builder, *labels.values()), True
+
+    def begin(self, builder: str, given: Mapping[str, str]) -> None:
+        """Have each outcome start at zero, so that the first failure counts as an increase."""
+        for values in itertools.product(*(all_ or (given[n],) for n, all_ in self.labels.items())):
+            self._made(builder, *values)
+
+    def _made(self, *values: str) -> Any:
+        return self._known.setdefault(values, self.metric.labels(*values))
+
+
+def _plain(name: str, value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z]\w*", text(name, value), re.ASCII):
+        raise ValueError(refusal(name, "a name of letters, digits and _", value))
+    return value
+
+
+def _about(name: str, description: str, labels: Iterable[str], namespace: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "documentation": description,
+        "labelnames": ("builder", *labels),
+        "namespace": namespace,
+        "registry": None,  # what collects it is registered
+    }
+
+
+class _Families(Collector):
+    """The metrics of all sinks of one namespace on one registry, by name as they are shown."""
+
+    def __init__(self, namespace: str, buckets: tuple[float, ...], max_series: int) -> None:
+        self.settings = buckets, max_series
+        self._namespace = namespace
+        self._families: dict[str, _Family] = {}
+        for metric in _COUNTERS:
+            self.of(Counter, metric, ())
+        for metric in _OBSERVATIONS:
+            self.of(Histogram, metric, ())
+
+    def of(self, kind: type[Counter | Histogram], metric: str, labels: Iterable[str]) -> _Family:
+        """Return the family of a metric, made for these labels if the library does not know it."""
+        name = metric.removesuffix("_total")
+        if kind is Histogram and metric.endswith("_ms"):
+            name = metric.removesuffix("_ms") + "_seconds"
+        family = self._families.get(name)
+        if family is None:
+            family = self._families.setdefault(name, self._made(kind, name, metric, labels))
+        if family.origin != metric or not isinstance(family.metric, kind):
+            raise ValueError(
+                f"a metric must have a name of its own, got {metric!r} beside {family.origin!r} "
+                f"that is a {type(family.metric).__name__.lower()}"
+            )
+        return family
+
+    def _made(
+        self, kind: type[Counter | Histogram], name: str, metric: str, given: Iterable[str]
+    ) -> _Family:
+        known = _COUNTERS if kind is Counter else _OBSERVATIONS
+        description, labels = known.get(
+            _plain("metric", metric), (metric, dict.fromkeys(given, ""))
+        )
+        about = _about(name, description, labels, self._namespace)
+        buckets, max_series = self.settings
+        if kind is Histogram:
+            about["buckets"] = buckets if name.endswith("_seconds") else _SIZE_BUCKETS
+        return _Family(metric, kind(**about), labels, max_series)
+
+    def begin(self, builder: str) -> None:
+        """Start at zero what has no label that an application chooses."""
+        for metric, (_, labels) in _COUNTERS.items():
+            if all(labels.values()):
+                self.of(Counter, metric, ()).begin(builder, {})
+
+    def collect(self) -> Iterator[Metric]:
+        """Return every series, with all that was reported before."""
+        _settle_all()
+        for family in self._families.copy().values():
+            yield from family.metric.collect()
+
+    def describe(self) -> Iterator[Metric]:
+        """Return the metrics without series, for the registry to know their names."""
+        for family in self._families.copy().values():
+            yield from family.metric.describe()
+
+
+_SHARED: weakref.WeakKeyDictionary[CollectorRegistry, dict[str, _Families]]
+_SHARED = weakref.WeakKeyDictionary()
+_SHARING = threading.Lock()
+
+
+class PrometheusMetrics:
+    """A metrics sink that shows the library's counts and observations to Prometheus.
+
+    A count ``x_total`` becomes the counter ``coalestra_x_total``, an observation ``x_ms`` the
+    histogram ``coalestra_x_seconds``, each with the label ``builder`` before its own. Sinks on one
+    registry share their metrics. In multiprocess mode every report is in the shared files at once.
+
+    Args:
+        builder: stands in the label ``builder``; another one for each builder of a process.
+        registry: where to register; the default one of ``prometheus_client`` unless told otherwise.
+        namespace: what all names begin with.
+        latency_buckets: the upper bounds of the buckets of latencies, in seconds, ascending.
+        max_series: how many series each metric may have; in any more, sources and kinds of
+            resources are called ``other``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value, another sink of this namespace on this registry
+            has other buckets or another bound, or something else in the registry has such names.
+    """
+
+    __slots__ = ("_counts", "_families", "_observations", "builder")
+
+    coalestra_non_blocking = True
+
+    def __init__(
+        self,
+        builder: str = "default",
+        *,
+        registry: CollectorRegistry = REGISTRY,
+        namespace: str = "coalestra",
+        latency_buckets: Sequence[float] = LATENCY_BUCKETS,
+        max_series: int = 1000,
+    ) -> None:
+        self.builder: str = text("builder", builder)
+        instance("registry", registry, CollectorRegistry)
+        _plain("namespace", namespace)
+        buckets = tuple(number("latency_buckets", each, above=0) for each in latency_buckets)
+        if not buckets or list(buckets) != sorted(set(buckets)):
+            raise ValueError(f"latency_buckets must be one or more, ascending, got {buckets}")
+        settings = buckets, integer("max_series", max_series, minimum=1)
+        with _SHARING:
+            of_registry = _SHARED.setdefault(registry, {})
+            families = of_registry.get(namespace)
+            if families is None:
+                families = _Families(namespace, *settings)
+                registry.register(families)
+                of_registry[namespace] = families
+        if families.settings != settings:
+            raise ValueError(
+                "latency_buckets and max_series must be the same for all sinks of one namespace "
+                f"on one registry, got {settings} beside {families.settings}; give the same, or "
+                "another namespace"
+            )
+        self._families = families
+        self._counts: dict[tuple[str, ...], Counter] = {}
+        self._observations: dict[tuple[str, ...], Histogram] = {}
+        _report((families.begin, builder))
+
+    def increment(self, metric: str, value: int = 1, **labels: str) -> None:
+        """Add ``value``, which must not be negative, to the counter with these labels."""
+        series = self._counts.get((metric, *labels, *labels.values()))
+        if series is not None and value == 1:
+            _report(series)
+        elif not value >= 0:
+            raise ValueError(f"value must not be negative, got {value!r} for {metric!r}")
+        elif series is not None:
+            _report((series.inc, value))
+        else:
+            family = self._families.of(Counter, metric, labels)
+            _report((self._count, family, metric, tuple(labels.items()), value))
+
+    def observe(self, metric: str, value: float, **labels: str) -> None:
+        """Add one observation to the histogram with these labels."""
+        if metric.endswith("_ms"):
+            value /= 1000.0
+        series = self._observations.get((metric, *labels, *labels.values()))
+        if series is not None:
+            _report((series.observe, value))
+        else:
+            family = self._families.of(Histogram, metric, labels)
+            _report((self._observe, family, metric, tuple(labels.items()), value))
+
+    def _count(self, family: _Family, metric: str, pairs: Pairs, value: int) -> None:
+        self._remembered(self._counts, family, metric, dict(pairs)).inc(value)
+
+    def _observe(self, family: _Family, metric: str, pairs: Pairs, value: float) -> None:
+        self._remembered(self._observations, family, metric, dict(pairs)).observe(value)
+
+    def _remembered(
+        self, known: dict[tuple[str, ...], Any], family: _Family, metric: str, labels: Labels
+    ) -> Any:
+        """Return the series of a first report; the next one with these labels finds it at once."""
+        series, alone = family.series(self.builder, labels)
+        if alone and labels.keys() == family.labels.keys():
+            key = (metric, *labels, *labels.values())
+            known[key] = series
+        return series
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.builder!r})"
+
+
+# Health ------------------------------------------------------------------------------------------
+
+Figures = Iterable[tuple[tuple[str, ...], float | None]]
+"""The figure of each series by the values of its labels; None for what is not known."""
+
+
+class _Fact(NamedTuple):
+    """One metric of health; a counter if its name ends in ``_total``.
+
+    ``merged`` says which figure of several processes is shown of a gauge: the sum over those that
+    live (``livesum``), their greatest (``livemax``), or the greatest there ever was (``max``).
+    """
+
+    name: str
+    description: str
+    read: Callable[[BuilderHealth], Figures]
+    labels: tuple[str, ...] = ()
+    merged: Literal["livesum", "livemax", "max"] = "livesum"
+
+    @property
+    def counts(self) -> bool:
+        """Whether this is a counter."""
+        return self.name.endswith("_total")
+
+
+def _one(attribute: str) -> Callable[[BuilderHealth], Figures]:
+    return lambda health: [((), getattr(health, attribute))]
+
+
+def _each(mapping: str, attribute: str) -> Callable[[BuilderHealth], Figures]:
+    return lambda health: [
+        ((name,), getattr(each, attribute)) for name, each in getattr(health, mapping).items()
+    ]
+
+
+def _cache(**attributes: str) -> Callable[[BuilderHealth], Figures]:
+    """Return how to read figures of the memory cache: by label, or by none, the attribute."""
+    return lambda health: [
+        ((label,) if label else (), getattr(health.cache, name))
+        for label, name in attributes.items()
+        if isinstance(health.cache, CacheStats)
+    ]
+
+
+def _moment(attribute: str) -> Callable[[BuilderHealth], Figures]:
+    """Return how to read when something last happened to each source, in wall seconds."""
+    return lambda health: [
+        (labels, None if ago is None else round(time.time() - ago, 3))
+        for labels, ago in _each("sources", attribute)(health)
+    ]
+
+
+_STATES = ("closed", "half_open", "open")
+
+
+def _circuits(figure: Callable[[CircuitSnapshot], int]) -> Callable[[BuilderHealth], Figures]:
+    """Return how to read the greatest figure of a circuit of each source; 0 at rest."""
+
+    def read(health: BuilderHealth) -> Figures:
+        greatest = dict.fromkeys(health.sources, 0)
+        for identity, circuit in health.circuits.items():
+            known = greatest.get(identity.source, 0)
+            greatest[identity.source] = max(known, figure(circuit))
+        return [((source,), most) for source, most in greatest.items()]
+
+    return read
+
+
+def _troubled(health: BuilderHealth) -> Figures:
+    counts = {(source, state): 0 for source in health.sources for state in _STATES[1:]}
+    for identity, circuit in health.circuits.items():
+        if (series := (identity.source, circuit.state.value)) in counts:
+            counts[series] += circuit.count
+    return list(counts.items())
+
+
+def _severity(health: BuilderHealth) -> Figures:
+    return [((), list(BuilderHealthSeverity).index(health.assess().severity))]
+
+
+_SOURCE, _LIMITER, _COMPONENT, _SINK = ("source",), ("limiter",), ("component",), ("sink",)
+_UP = "builder_up"
+_FACTS = (
+    _Fact(_UP, "1 for a builder that is open; 0 if its health fails", lambda _: [((), 1)]),
+    _Fact(
+        "builder_severity",
+        "What its health comes to now: 0 healthy, 1 degraded, 2 critical",
+        _severity,
+        merged="livemax",
+    ),
+    _Fact("keys_in_flight", "Keys being acquired", _one("singleflight_in_flight")),
+    _Fact("background_refreshes", "Background refreshes under way", _one("background_refreshes")),
+    _Fact("dispatch_workers", "Workers that call sources", _one("active_dispatch_workers")),
+    _Fact(
+        "capacity_limit",
+        "Slots of a source, or of all together (__global__)",
+        _each("capacity", "limit"),
+        _LIMITER,
+    ),
+    _Fact("capacity_in_use", "Slots that are taken", _each("capacity", "in_use"), _LIMITER),
+    _Fact("capacity_waiting", "Calls waiting for a slot", _each("capacity", "waiting"), _LIMITER),
+    _Fact(
+        "queue_timeouts_total", "Waits for a slot that were too long", _one("queue_timeout_count")
+    ),
+    _Fact("source_timeouts_total", "Calls that took too long", _one("source_timeout_count")),
+    _Fact("deadlines_exceeded_total", "Keys failed by a deadline", _one("deadline_exceeded_count")),
+    _Fact("cache_entries", "Entries of the memory cache", _cache(**{"": "size"})),
+    _Fact(
+        "cache_max_entries", "Entries that the memory cache may have", _cache(**{"": "max_entries"})
+    ),
+    _Fact(
+        "cache_lookups_total",
+        "Answers of the memory cache",
+        _cache(fresh="fresh_hits", stale="stale_hits", miss="misses"),
+        ("result",),
+    ),
+    _Fact(
+        "cache_changes_total",
+        "Changes of the memory cache",
+        _cache(
+            set="sets", invalidation="invalidations", eviction="evictions", expiration="expirations"
+        ),
+        ("change",),
+    ),
+    _Fact(
+        "cache_left_alone", "1 if a cache failed too often to be asked", _one("cache_left_alone")
+    ),
+    _Fact("cache_calls_total", "Calls to a cache that is awaited", _one("cache_call_count")),
+    _Fact(
+        "cache_call_failures_total",
+        "Calls to such a cache that failed",
+        _one("cache_failure_count"),
+    ),
+    _Fact(
+        "cache_call_timeouts_total", "Calls to it that took too long", _one("cache_timeout_count")
+    ),
+    _Fact(
+        "source_circuit_state",
+        "The worst state of circuits of a source: 0 closed, 1 half-open, 2 open",
+        _circuits(lambda circuit: _STATES.index(circuit.state.value)),
+        _SOURCE,
+        "livemax",
+    ),
+    _Fact("source_circuits", "Circuits of a source by state", _troubled, ("source", "state")),
+    _Fact(
+        "source_consecutive_failures",
+        "Failures of a source in a row, the most of its circuits",
+        _circuits(lambda circuit: circuit.failures),
+        _SOURCE,
+        "livemax",
+    ),
+    _Fact(
+        "source_last_success_timestamp_seconds",
+        "When a source last answered",
+        _moment("seconds_since_success"),
+        _SOURCE,
+        "max",
+    ),
+    _Fact(
+        "source_last_error_timestamp_seconds",
+        "When a call to a source last failed",
+        _moment("seconds_since_error"),
+        _SOURCE,
+        "max",
+    ),
+    _Fact(
+        "payload_copies_in_progress",
+        "Payloads being copied in threads",
+        _each("payload_copy_components", "active_copies"),
+        _COMPONENT,
+    ),
+    _Fact(
+        "payload_copies_waiting",
+        "Payloads waiting for a thread",
+        _each("payload_copy_components", "waiting_for_capacity"),
+        _COMPONENT,
+    ),
+    _Fact(
+        "payload_copy_failures_total",
+        "Copies that failed",
+        _each("payload_copy_components", "failure_count"),
+        _COMPONENT,
+    ),
+    _Fact(
+        "pending_submissions",
+        "Submissions of a threaded builder that are not settled",
+        lambda health: [
+            ((), None if health.max_pending_submissions is None else health.pending_submissions)
+        ],
+    ),
+    _Fact("max_pending_submissions", "Submissions that may wait", _one("max_pending_submissions")),
+    _Fact(
+        "observability_pending",
+        "Records waiting for a sink",
+        _each("observability_buffers", "pending"),
+        _SINK,
+    ),
+    _Fact(
+        "observability_max_pending",
+        "Records that may wait for a sink",
+        _each("observability_buffers", "max_pending"),
+        _SINK,
+    ),
+    _Fact(
+        "observability_dropped_total",
+        "Records for a sink that found no room",
+        _each("observability_buffers", "dropped"),
+        _SINK,
+    ),
+    _Fact(
+        "observability_failures_total",
+        "Reports that a sink failed to take",
+        _one("observability_failure_count"),
+    ),
+)
+
+Reading = Mapping[str, list[tuple[tuple[str, ...], float]]]
+"""The figures of each fact by the values of its labels, the builder's name first."""
+
+
+class HealthCollector(Collector):
+    """Shows the health of builders to Prometheus; a scrape asks no source and waits for no loop.
+
+    A closed builder drops out, and so does one that nobody holds any more. Where several processes
+    are scraped as one (PROMETHEUS_MULTIPROC_DIR), nobody asks collectors: there a thread copies
+    health into gauges every ``interval_seconds``, in which a builder that is gone leaves zeros, and
+    ends with the last builder. Make it in each worker process then, not before the fork.
+
+    Args:
+        builders: the builders, of either kind, by what stands in the label ``builder``.
+        registry: where to register; the default one of ``prometheus_client`` unless told otherwise.
+        namespace: what all names begin with.
+        interval_seconds: how often health is copied where several processes are scraped as one.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value, or the registry has such names already, perhaps
+            another collector's: let that one `watch` these builders too.
+    """
+
+    def __init__(
+        self,
+        builders: Mapping[str, Builder],
+        *,
+        registry: CollectorRegistry = REGISTRY,
+        namespace: str = "coalestra",
+        interval_seconds: float = 5.0,
+    ) -> None:
+        instance("registry", registry, CollectorRegistry)
+        self._namespace: str = _plain("namespace", namespace)
+        self._interval: float = number("interval_seconds", interval_seconds, above=0)
+        self._builders: dict[str, weakref.ref[Builder]] = {}
+        self._failing: set[str] = set()
+        self._copies = _HealthCopies(namespace) if _in_several_processes() else None
+        self._copying = threading.Lock()
+        self._copier: threading.Thread | None = None
+        for name, builder in mapping("builders", builders).items():
+            self.watch(name, builder)
+        if self._copies is None:
+            registry.register(self)
+
+    def watch(self, name: str, builder: Builder) -> None:
+        """Show one more builder; it takes the place of an earlier one of this name."""
+        instance("builder", builder, (SnapshotBuilder, SyncSnapshotBuilder))
+        with self._copying:
+            self._builders[text("name", name)] = weakref.ref(builder)
+            if self._copies is not None:
+                self._copies.renew(self._read())
+                if self._copier is None:
+                    self._copier = threading.Thread(
+                        target=self._keep_copying,
+                        args=(self._copies,),
+                        name="coalestra-prometheus",
+                        daemon=True,
+                    )
+                    self._copier.start()
+
+    def _keep_copying(self, copies: _HealthCopies) -> None:
+        while True:
+            time.sleep(self._interval)
+            with self._copying:
+                copies.renew(self._read())
+                if not self._builders:
+                    self._copier = None
+                    return
+
+    def _read(self) -> Reading:
+        """Return all figures, and forget the builders that are gone."""
+        every: dict[str, list[tuple[tuple[str, ...], float]]] = {each.name: [] for each in _FACTS}
+        for name, reference in self._builders.copy().items():
+            builder = reference()
+            if builder is None or builder.closed:
+                if self._builders.get(name) is reference:
+                    del self._builders[name]
+                continue
+            for fact, labels, figure in self._figures(name, builder):
+                every[fact].append(((name, *labels), figure))
+        return every
+
+    def _figures(self, name: str, builder: Builder) -> list[tuple[str, tuple[str, ...], float]]:
+        try:
+            health = builder.health_snapshot_nowait()
+            figures = [
+                (fact.name, labels, float(figure))
+                for fact in _FACTS
+                for labels, figure in fact.read(health)
+                if figure is not None
+            ]
+        except Exception:
+            if name not in self._failing:
+                self._failing.add(name)
+                logger.warning("the health of builder %r cannot be read", name, exc_info=True)
+            return [(_UP, (), 0.0)]
+        self._failing.discard(name)
+        return figures
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the health of the builders that are open."""
+        return self._families(self._read())
+
+    def describe(self) -> Iterator[Metric]:
+        """Return the metrics without series, for the registry to know their names."""
+        return self._families({})
+
+    def _families(self, reading: Reading) -> Iterator[Metric]:
+        for fact in _FACTS:
+            kind = CounterMetricFamily if fact.counts else GaugeMetricFamily
+            name = f"{self._namespace}_{fact.name}"
+            family = kind(name, fact.description, labels=("builder", *fact.labels))
+            for labels, figure in reading.get(fact.name, ()):
+                family.add_metric(labels, figure)
+            yield family
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {', '.join(self._builders) or 'no builder'}>"
+
+
+class _HealthCopies:
+    """Health in gauges and counters, which are in the files that processes share."""
+
+    def __init__(self, namespace: str) -> None:
+        self._metrics: dict[str, Counter | Gauge] = {}
+        for fact in _FACTS:
+            about = _about(fact.name, fact.description, fact.labels, namespace)
+            self._metrics[fact.name] = (
+                Counter(**about) if fact.counts else Gauge(**about, multiprocess_mode=fact.merged)
+            )
+        self._shown: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def renew(self, reading: Reading) -> None:
+        """Show these figures instead of the last ones; counters grow by what is new."""
+        shown = {(name, labels): each for name, some in reading.items() for labels, each in some}
+        for (name, labels), figure in {**dict.fromkeys(self._shown, 0.0), **shown}.items():
+            series = self._metrics[name].labels(*labels)
+            if isinstance(series, Gauge):
+                if (name, labels) in shown or not name.endswith("_timestamp_seconds"):
+                    series.set(figure)
+            else:
+                last = self._shown.get((name, labels), 0.0)
+                series.inc(figure - last if figure >= last else figure)
+        self._shown = shown

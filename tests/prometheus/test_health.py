@@ -1,0 +1,294 @@
+"""The health of builders, read back from what a scrape brings."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from coalestra import (
+    CircuitBreakerPolicy,
+    CircuitScope,
+    ResourceKey,
+    SnapshotBuilder,
+    SourceResiliencePolicy,
+    SyncSnapshotBuilder,
+)
+from coalestra.prometheus import HealthCollector, PrometheusMetrics
+from tests.contracts.caches import SingleKeyCache
+from tests.orchestration.scripted import ONCE, Batch, Single, builder, key
+from tests.prometheus.scrape import figure, metrics, series
+from tests.support import Gate, ThreadGate, settle
+
+X = key("x")
+NAMES = "coalestra_builder_up"
+
+
+async def down(k: ResourceKey, context: Any) -> Any:
+    raise ConnectionError("down")
+
+
+def breaking(scope: CircuitScope = CircuitScope.SOURCE) -> SourceResiliencePolicy:
+    return SourceResiliencePolicy(
+        retry=ONCE.retry,
+        circuit=CircuitBreakerPolicy(
+            failure_threshold=2, recovery_timeout_seconds=30.0, scope=scope
+        ),
+    )
+
+
+async def test_work_under_way_is_seen_while_it_lasts(registry: CollectorRegistry) -> None:
+    gate = Gate()
+
+    async def fetch(k: ResourceKey, context: Any) -> str:
+        await gate.pass_()
+        return "fine"
+
+    building = builder(Single("x", fetch=fetch), source_concurrency={"x": 2})
+    HealthCollector({"shop": building}, registry=registry)
+    tasks = [asyncio.ensure_future(building.build([key("x", str(n))])) for n in range(5)]
+    await gate.wait_arrived(2)
+    await settle()
+    shown = {
+        name: figure(registry, f"coalestra_{name}", builder="shop", limiter="x")
+        for name in ("capacity_limit", "capacity_in_use", "capacity_waiting")
+    }
+    assert list(shown.values()) == [2, 2, 3]
+    assert figure(registry, "coalestra_capacity_limit", limiter="__global__") == 8
+    assert figure(registry, "coalestra_keys_in_flight") == 5
+    assert (figure(registry, "coalestra_dispatch_workers") or 0) > 0
+    assert figure(registry, "coalestra_builder_severity") == 2
+    gate.open()
+    await asyncio.gather(*tasks)
+    await settle()
+    assert figure(registry, "coalestra_keys_in_flight") == 0
+    assert figure(registry, "coalestra_builder_severity") == 0
+    assert figure(registry, "coalestra_cache_entries") == 5
+
+
+async def test_the_memory_cache_tells_its_answers_and_changes(registry: CollectorRegistry) -> None:
+    building = builder(Batch("x"))
+    HealthCollector({"shop": building}, registry=registry)
+    await building.build([X, key("x", "2")])
+    await building.build([X])
+    await building.publisher.invalidate(X)
+    lookups = {
+        labels["result"]: n for labels, n in series(registry, "coalestra_cache_lookups_total")
+    }
+    assert lookups == {"fresh": 1, "stale": 0, "miss": 2}
+    changes = {
+        labels["change"]: n for labels, n in series(registry, "coalestra_cache_changes_total")
+    }
+    assert changes == {"set": 2, "invalidation": 1, "eviction": 0, "expiration": 0}
+    assert figure(registry, "coalestra_cache_entries") == 1
+
+
+async def test_a_circuit_is_a_number_and_its_failures_are_counted(
+    registry: CollectorRegistry,
+) -> None:
+    source = Single("x", fetch=down)
+    source.resilience_policy = breaking()
+    building = builder(source, Single("calm"))
+    HealthCollector({"shop": building}, registry=registry)
+
+    def shown() -> tuple[float | None, ...]:
+        return (
+            figure(registry, "coalestra_source_circuit_state", source="x"),
+            figure(registry, "coalestra_source_consecutive_failures", source="x"),
+            figure(registry, "coalestra_source_circuits", source="x", state="half_open"),
+            figure(registry, "coalestra_source_circuits", source="x", state="open"),
+        )
+
+    assert shown() == (0, 0, 0, 0)
+    await building.build([X], strict=False)
+    assert shown() == (0, 1, 0, 0)
+    await building.build([X], strict=False)
+    assert shown() == (2, 2, 0, 1)
+    await asyncio.sleep(30.0)
+    assert shown() == (1, 2, 1, 0)
+    assert figure(registry, "coalestra_source_circuit_state", source="calm") == 0
+    source.answer = Single("x").answer
+    await building.build([X])
+    assert shown() == (0, 0, 0, 0)
+
+
+async def test_of_many_circuits_the_open_ones_are_counted(registry: CollectorRegistry) -> None:
+    source = Single("x", fetch=down)
+    source.resilience_policy = breaking(CircuitScope.RESOURCE)
+    building = builder(source)
+    HealthCollector({"shop": building}, registry=registry)
+    keys = [key("x", f"SECRET{number}") for number in range(3)]
+    await building.build(keys, strict=False)
+    await building.build(keys[:2], strict=False)
+    assert figure(registry, "coalestra_source_circuits", source="x", state="open") == 2
+    assert figure(registry, "coalestra_source_circuit_state", source="x") == 2
+    shown = [str(each.labels) for metric in metrics(registry).values() for each in metric.samples]
+    assert not [each for each in shown if "SECRET" in each]
+
+
+async def test_it_is_told_when_a_source_last_answered_and_failed(
+    registry: CollectorRegistry,
+) -> None:
+    building = builder(Single("x"), Single("y", fetch=down))
+    HealthCollector({"shop": building}, registry=registry)
+    success = "coalestra_source_last_success_timestamp_seconds"
+    failure = "coalestra_source_last_error_timestamp_seconds"
+    assert not series(registry, success) + series(registry, failure)
+    await building.build([X, key("y")], strict=False)
+    await asyncio.sleep(40.0)
+    for sample, source, other in ((success, "x", "y"), (failure, "y", "x")):
+        assert figure(registry, sample, source=source) == pytest.approx(time.time() - 40, abs=5)
+        assert figure(registry, sample, source=other) is None
+
+
+async def test_a_cache_that_has_to_be_awaited_is_not_asked(registry: CollectorRegistry) -> None:
+    class Cache(SingleKeyCache):
+        async def stats(self) -> Any:
+            raise AssertionError("asked")
+
+    building = builder(Single("x"), cache=Cache())
+    HealthCollector({"shop": building}, registry=registry)
+    await building.build([X])
+    assert (figure(registry, "coalestra_cache_calls_total") or 0) > 0
+    assert figure(registry, "coalestra_cache_left_alone") == 0
+    assert figure(registry, "coalestra_cache_entries") is None
+
+
+# Who asks, and whom -------------------------------------------------------------------------------
+
+
+def test_a_scrape_does_not_wait_for_the_loop_of_a_threaded_builder(
+    registry: CollectorRegistry,
+) -> None:
+    gate = ThreadGate()
+
+    async def fetch(k: ResourceKey, context: Any) -> str:
+        gate.pass_()
+        return "fine"
+
+    with SyncSnapshotBuilder(
+        SnapshotBuilder([Single("x", fetch=fetch)]), max_pending_submissions=7
+    ) as sync:
+        HealthCollector({"sync": sync}, registry=registry)
+        with ThreadPoolExecutor(1) as pool:
+            building = pool.submit(sync.build, [X])
+            gate.wait_arrived()
+            assert figure(registry, "coalestra_keys_in_flight", builder="sync") == 1
+            assert figure(registry, "coalestra_max_pending_submissions") == 7
+            assert figure(registry, "coalestra_pending_submissions") == 0
+            gate.open()
+            building.result()
+    assert figure(registry, NAMES) is None
+
+
+async def test_another_thread_may_scrape_while_the_loop_runs(registry: CollectorRegistry) -> None:
+    building = builder(Single("x"), metrics=PrometheusMetrics("shop", registry=registry))
+    HealthCollector({"shop": building}, registry=registry)
+    await building.build([X])
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(figure, registry, NAMES).result() == 1
+
+
+async def test_builders_that_are_closed_or_gone_drop_out(registry: CollectorRegistry) -> None:
+    built = {name: builder(Single("x")) for name in ("closed", "gone", "stays")}
+    collector = HealthCollector(built, registry=registry)
+    assert {labels["builder"] for labels, _ in series(registry, NAMES)} == set(built)
+    await built["closed"].aclose()
+    gone = weakref.ref(built.pop("gone"))
+    gc.collect()
+    assert gone() is None
+    assert [labels["builder"] for labels, _ in series(registry, NAMES)] == ["stays"]
+    assert repr(collector) == "<HealthCollector of stays>"
+    await built["stays"].aclose()
+    assert all(not metric.samples for metric in metrics(registry).values())
+
+
+async def test_a_builder_may_join_later_and_take_the_place_of_another(
+    registry: CollectorRegistry,
+) -> None:
+    old, new = builder(Single("x")), builder(Single("x"))
+    collector = HealthCollector({"shop": old}, registry=registry)
+    collector.watch("shop", new)
+    collector.watch("annex", old)
+    await new.build([X])
+    assert figure(registry, "coalestra_cache_entries", builder="shop") == 1
+    assert figure(registry, "coalestra_cache_entries", builder="annex") == 0
+
+
+async def test_a_builder_that_fails_to_tell_takes_no_other_with_it(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sick, well = builder(Single("x")), builder(Single("x"))
+    HealthCollector({"sick": sick, "well": well}, registry=registry)
+
+    def fail() -> Any:
+        raise ZeroDivisionError("no health")
+
+    monkeypatch.setattr(sick.circuit_breaker, "counted", fail)
+    with caplog.at_level(logging.WARNING, "coalestra"):
+        for _ in range(3):
+            up = {labels["builder"]: each for labels, each in series(registry, NAMES)}
+            assert up == {"sick": 0, "well": 1}
+    (record,) = caplog.records
+    assert record.getMessage() == "the health of builder 'sick' cannot be read"
+    assert record.exc_info is not None
+    assert figure(registry, "coalestra_keys_in_flight") == 0
+    monkeypatch.undo()
+    assert {each for _, each in series(registry, NAMES)} == {1}
+
+
+# Making one ---------------------------------------------------------------------------------------
+
+
+async def test_sink_and_collector_share_a_registry(registry: CollectorRegistry) -> None:
+    building = builder(Single("x"), metrics=PrometheusMetrics(registry=registry))
+    HealthCollector({"default": building}, registry=registry)
+    HealthCollector({"default": building}, registry=registry, namespace="mine")
+    await building.build([X])
+    shown = metrics(registry)
+    assert {"coalestra_snapshot_build", "coalestra_keys_in_flight", "mine_keys_in_flight"} <= set(
+        shown
+    )
+    assert all(metric.documentation for metric in shown.values())
+
+
+async def test_a_second_collector_of_the_same_names_is_refused(
+    registry: CollectorRegistry,
+) -> None:
+    HealthCollector({}, registry=registry)
+    with pytest.raises(ValueError, match="Duplicated timeseries"):
+        HealthCollector({"shop": builder(Single("x"))}, registry=registry)
+    Gauge("mine_keys_in_flight", "taken", registry=registry)
+    with pytest.raises(ValueError, match="Duplicated timeseries"):
+        HealthCollector({}, registry=registry, namespace="mine")
+
+
+@pytest.mark.parametrize(
+    "settings,error,said",
+    [
+        ({"builders": None}, TypeError, "builders must"),
+        ({"builders": {"a": 1}}, TypeError, "builder must"),
+        ({"builders": {"a": None}}, TypeError, "builder must"),
+        ({"registry": None}, TypeError, "registry must"),
+        ({"namespace": "a b"}, ValueError, "namespace must"),
+        ({"interval_seconds": 0}, ValueError, "interval_seconds must"),
+    ],
+)
+def test_settings_are_checked(
+    registry: CollectorRegistry, settings: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        HealthCollector(**{"builders": {}, "registry": registry, **settings})
+    assert not list(registry.collect())
+
+
+async def test_the_name_of_a_builder_is_checked(registry: CollectorRegistry) -> None:
+    with pytest.raises(ValueError, match="name must"):
+        HealthCollector({"": builder(Single("x"))}, registry=registry)

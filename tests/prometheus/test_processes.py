@@ -1,0 +1,210 @@
+"""Several worker processes scraped as one, by way of files that they share."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.parser import text_string_to_metric_families
+
+import coalestra
+from tests.docs.pages import ROOT
+from tests.prometheus.scrape import figure, metrics
+
+SOURCE = Path(str(coalestra.__file__)).parents[1]
+
+
+class Process:
+    """One worker."""
+
+    def __init__(self, shared: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.prometheus.worker"],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{SOURCE}{os.pathsep}{ROOT}",
+                "PROMETHEUS_MULTIPROC_DIR": str(shared),
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+
+    def do(self, *order: object) -> None:
+        """Have it do something, and wait until it is done."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == "done\n"
+
+    def kill(self) -> None:
+        """End it in the middle of whatever it does."""
+        self._process.send_signal(signal.SIGKILL)
+        self.end()
+
+    def end(self) -> None:
+        """Let it end."""
+        self._process.communicate()
+
+
+class Farm:
+    """Two workers and the registry that a scrape of any of them would show."""
+
+    def __init__(self, shared: Path) -> None:
+        self.shared = shared
+        self.first, self.second = Process(shared), Process(shared)
+
+    def each(self, *order: object) -> None:
+        """Have both do something."""
+        self.first.do(*order)
+        self.second.do(*order)
+
+    def figure(self, sample: str, **labels: str) -> float | None:
+        """One figure of a scrape."""
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, str(self.shared))  # type: ignore[no-untyped-call]  # theirs
+        text = generate_latest(registry).decode()
+        found = [
+            each.value
+            for metric in text_string_to_metric_families(text)
+            for each in metric.samples
+            if each.name == f"coalestra_{sample}" and labels.items() <= each.labels.items()
+        ]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+
+@pytest.fixture
+def farm(tmp_path: Path) -> Iterator[Farm]:
+    farm = Farm(tmp_path)
+    yield farm
+    farm.first.end()
+    farm.second.end()
+
+
+def test_counts_and_observations_of_all_processes_add_up_at_once(farm: Farm) -> None:
+    farm.first.do("build", "a", "a", "b")
+    farm.second.do("build", "a")
+    of_shop = {"builder": "shop", "status": "success"}
+    assert farm.figure("snapshot_build_total", **of_shop) == 4
+    assert farm.figure("snapshot_build_total", builder="shop", status="error") == 0
+    assert farm.figure("snapshot_build_latency_seconds_count", **of_shop) == 4
+    assert farm.figure("source_fetch_total", source="x", **of_shop) == 3
+    assert farm.figure("cache_access_total", status="fresh", resource_name="free") == 1
+
+
+def test_gauges_of_health_add_up_over_the_processes_that_live(farm: Farm) -> None:
+    farm.first.do("hold", 3)
+    farm.second.do("hold", 6)
+    farm.each("renew")
+    assert farm.figure("builder_up") == 2
+    assert farm.figure("keys_in_flight") == 9
+    assert farm.figure("capacity_in_use", limiter="x") == 3 + 4
+    assert farm.figure("capacity_limit", limiter="x") == 8
+    farm.second.kill()
+    mark_process_dead(farm.second.pid, str(farm.shared))  # type: ignore[no-untyped-call]  # theirs
+    assert (farm.figure("builder_up"), farm.figure("keys_in_flight")) == (1, 3)
+    farm.first.do("release")
+    farm.first.do("renew")
+    assert farm.figure("keys_in_flight") == 0
+
+
+def test_the_worst_state_of_a_circuit_and_the_latest_answer_are_shown(farm: Farm) -> None:
+    farm.each("build", "a")
+    farm.second.do("fail")
+    farm.each("renew")
+    assert farm.figure("source_circuit_state", source="x") == 2
+    assert farm.figure("source_circuits", source="x", state="open") == 1
+    assert farm.figure("builder_severity") == 1
+    answered = farm.figure("source_last_success_timestamp_seconds", source="x")
+    farm.first.do("build", "b")
+    farm.first.do("renew")
+    again = farm.figure("source_last_success_timestamp_seconds", source="x")
+    assert answered is not None
+    assert again is not None
+    assert again > answered
+
+
+def test_counters_of_health_grow_by_what_is_new_and_outlive_their_process(farm: Farm) -> None:
+    for expected in (2, 4):
+        farm.each("build", "a")
+        farm.each("renew")
+        farm.each("renew")
+        lookups = farm.figure("cache_lookups_total", result="fresh")
+        assert (lookups, farm.figure("cache_lookups_total", result="miss")) == (expected - 2, 2)
+    farm.second.kill()
+    mark_process_dead(farm.second.pid, str(farm.shared))  # type: ignore[no-untyped-call]  # theirs
+    assert farm.figure("cache_lookups_total", result="miss") == 2
+
+
+def test_a_builder_that_is_closed_leaves_zeros(farm: Farm) -> None:
+    farm.each("build", "a")
+    farm.each("renew")
+    assert (farm.figure("builder_up"), farm.figure("cache_entries")) == (2, 2)
+    answered = farm.figure("source_last_success_timestamp_seconds", source="x")
+    farm.second.do("close")
+    farm.second.do("renew")
+    assert (farm.figure("builder_up"), farm.figure("cache_entries")) == (1, 1)
+    assert farm.figure("cache_lookups_total", result="miss") == 2
+    assert farm.figure("source_last_success_timestamp_seconds", source="x") == answered
+
+
+def test_one_process_shows_what_several_do(farm: Farm, registry: CollectorRegistry) -> None:
+    from coalestra.prometheus import HealthCollector, PrometheusMetrics
+
+    farm.each("renew")
+    PrometheusMetrics(registry=registry)
+    HealthCollector({}, registry=registry)
+    shared = CollectorRegistry()
+    MultiProcessCollector(shared, str(farm.shared))  # type: ignore[no-untyped-call]  # theirs
+    shown = {metric.name for metric in shared.collect()}
+    assert shown <= set(metrics(registry))
+    assert figure(registry, "coalestra_builder_up") is None
+
+
+def test_a_thread_copies_health_until_the_last_builder_is_gone(tmp_path: Path) -> None:
+    program = """
+import asyncio, threading
+from coalestra import SnapshotBuilder
+from coalestra.prometheus import HealthCollector
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+def up():
+    return registry.get_sample_value("coalestra_builder_up", {"builder": "shop"})
+def copiers():
+    return [each for each in threading.enumerate() if each.name == "coalestra-prometheus"]
+async def main():
+    for _ in range(2):
+        builder = SnapshotBuilder([])
+        HealthCollector({"shop": builder}, interval_seconds=0.01)
+        (copier,) = copiers()
+        assert up() == 1
+        await builder.aclose()
+        copier.join(60)
+        assert not copiers()
+        assert up() == 0
+asyncio.run(main())
+"""
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SOURCE),
+            "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
+        },
+        check=True,
+    )
