@@ -90,6 +90,7 @@ async def test_at_once_means_that_a_cache_that_has_to_be_awaited_is_not_asked() 
 async def test_it_is_read_while_circuits_come_and_go_in_another_thread() -> None:
     building = builder(Single("k"))
     breaker = building.circuit_breaker
+    breaker.max_circuits = 50
     policy = CircuitBreakerPolicy(failure_threshold=1, scope=CircuitScope.RESOURCE)
     began, over = threading.Event(), threading.Event()
 
