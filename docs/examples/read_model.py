@@ -23,12 +23,11 @@ from coalestra import (
     CallableBatchSource,
     FetchContext,
     FreshnessPolicy,
+    RequestOutcome,
     ResourceAcceptanceRule,
     ResourceKey,
-    SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
     SnapshotBuilder,
-    SnapshotBuildError,
     SnapshotRequest,
 )
 
@@ -86,12 +85,12 @@ class Shop:
             optional=[rating],
             acceptance_policy=SnapshotAcceptancePolicy(resource_rules={stock: not_too_old}),
         )
-        try:
-            snapshot = await self.builder.build_request(request, deadline_seconds=2.0)
-        except SnapshotAcceptanceError as refusal:  # first: it is a SnapshotBuildError as well
-            return 409, {"refused": [violation.message for violation in refusal.violations]}
-        except SnapshotBuildError as error:
-            return 503, dict(error.to_dict())
+        result = await self.builder.try_request(request, deadline_seconds=2.0)
+        if result.violations:
+            return 409, {"refused": [violation.message for violation in result.violations]}
+        if result.outcome is RequestOutcome.REJECTED:
+            return 503, result.to_dict()
+        snapshot = result.require_accepted()
         if snapshot.maybe_value(price) is None:
             return 404, {"unknown": product}
         facts = {key.name: snapshot.maybe_value(key) for key in keys}

@@ -9,15 +9,24 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Coroutine, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-from coalestra import AsyncMemoryCache, ResourceKey, Snapshot, SnapshotBuildError
+from coalestra import (
+    AsyncMemoryCache,
+    RequestOutcome,
+    ResourceKey,
+    Snapshot,
+    SnapshotBuildError,
+    SnapshotRequest,
+)
 from coalestra.concurrency import pace
 from coalestra.orchestration import calls, deliveries, singleflight
 from tests.simulation.world import PAIR, World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
+
+T = TypeVar("T")
 
 BLOCKS = 10
 
@@ -104,6 +113,25 @@ async def build(world: World) -> None:
     check(world, keys, await in_time(answer, budget), floor)
 
 
+async def ask(world: World) -> None:
+    """Ask for several things at once, some of which may be missing."""
+    floor = dict(world.floor)
+    requests = [
+        SnapshotRequest(required=keys[:some], optional=keys[some:])
+        for keys in (wanted(world) for _ in range(world.chance.randint(1, 4)))
+        for some in [world.chance.randint(0, len(keys))]
+    ]
+    budget = None if world.calm or world.chance.random() < 0.6 else world.chance.uniform(0.01, 4)
+    most = world.chance.choice((None, 1, 2))
+    results = world.builder.try_requests(requests, deadline_seconds=budget, max_concurrency=most)
+    for result in await in_time(results, budget):
+        assert result.snapshot is not None
+        check(world, result.request.keys, result.snapshot, floor)
+        missing = any(k not in result.snapshot for k in result.request.required)
+        assert (result.outcome is RequestOutcome.REJECTED) == missing
+        assert list(result.errors) == [k for k in result.request.keys if k not in result.snapshot]
+
+
 async def build_both(world: World) -> None:
     """Look at what changes together."""
     snapshot = await world.builder.build(PAIR, strict=False)
@@ -114,13 +142,13 @@ async def build_both(world: World) -> None:
         assert len(set(numbers)) <= 1, "a pair that is published together is torn"
 
 
-async def in_time(answer: Coroutine[Any, Any, Snapshot], budget: float | None) -> Snapshot:
+async def in_time(answer: Coroutine[Any, Any, T], budget: float | None) -> T:
     """Return the answer, which must not take longer than its budget."""
     loop = asyncio.get_running_loop()
     began = loop.time()
-    snapshot = await answer
+    found = await answer
     assert budget is None or loop.time() - began <= budget + 1e-3
-    return snapshot
+    return found
 
 
 async def converse(world: World) -> None:
@@ -132,7 +160,11 @@ async def converse(world: World) -> None:
         for _ in range(3):
             keys = wanted(world)
             asked.update(dict.fromkeys(keys))
-            snapshot = await session.resolve(keys, strict=False)
+            if world.chance.random() < 0.3:
+                result = await session.try_request(SnapshotRequest(optional=keys))
+                snapshot = result.require_accepted()
+            else:
+                snapshot = await session.resolve(keys, strict=False)
             check(world, asked, snapshot, floor)
             versions = {k: value.version for k, value in snapshot.items()}
             assert {k: versions[k] for k in pinned} == pinned
@@ -196,4 +228,4 @@ def check(
                 assert value.value[str(needed)] == snapshot.value(needed)
 
 
-DEEDS = (build, build, build, build_both, converse, change, change_both)
+DEEDS = (build, build, build, ask, ask, build_both, converse, change, change_both)
