@@ -49,6 +49,7 @@ SECTIONS: Mapping[int, Section] = {
         "how a key is resolved: cache, sources in turn, stale values, refreshes, shared flights",
         (
             "orchestration/test_resolving.py",
+            "orchestration/test_absence.py",
             "orchestration/test_scheduling.py",
             "orchestration/test_warm_reads.py",
             "orchestration/test_coalescing.py",

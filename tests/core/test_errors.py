@@ -26,6 +26,8 @@ from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
     PayloadCopySubsystemClosedError,
     PayloadIsolationError,
+    ResourceAbsent,
+    ResourceAbsentError,
     ResourceAcceptanceError,
     ResourceResolutionError,
     SessionClosedError,
@@ -80,6 +82,11 @@ SAMPLES: list[tuple[CoalestraError, str]] = [
     (
         ResourceResolutionError(PRICE, (REFUSED,)),
         "cannot resolve market:price:BTC: rest: SourceUnavailableError(refused; attempts=2)",
+    ),
+    (ResourceAbsent("no such row", final=True, ttl_seconds=2), "no such row"),
+    (
+        ResourceAbsentError(PRICE, (SourceFailure("rest", "ResourceAbsent", "no such row"),)),
+        "market:price:BTC does not exist: rest: ResourceAbsent(no such row; attempts=1)",
     ),
     (
         DependencyCycleError((PRICE, DEPTH, PRICE)),

@@ -82,6 +82,7 @@ EVENTS: dict[str, set[str]] = {
     "source_failed": {"resource", "source", "error_type", "error", "snapshot_id"},
     "source_payload_rejected": {"resource", "source", "error", "snapshot_id"},
     "source_circuit_open": {"source", "resource", "error", "snapshot_id"},
+    "resource_absent": {"resource", "source", "snapshot_id"},
     "source_transport_timeout_violated": names(
         "source resource outcome declared_transport_timeout_seconds observed_elapsed_seconds "
         "grace_seconds snapshot_id"
@@ -152,10 +153,17 @@ def ignored(report: Reporter, status: PublishStatus) -> None:
     report.resource_publish_ignored(candidate, revision_of(PRICE), status)
 
 
-OTHER_EVENTS_OF_SOURCE_FAILED = {"source_payload_rejected", "source_circuit_open"}
+OTHER_EVENTS_OF_SOURCE_FAILED = {
+    "source_payload_rejected",
+    "source_circuit_open",
+    "resource_absent",
+}
 
 CALLS: dict[str, list[Call]] = {
-    "cache_access": [lambda r: r.cache_access(PRICE, "fresh")],
+    "cache_access": [
+        lambda r: r.cache_access(PRICE, "fresh"),
+        lambda r: r.cache_access(PRICE, "absent"),
+    ],
     "cache_hit": [
         lambda r: r.cache_hit(PRICE, "fresh", "s1"),
         lambda r: r.cache_hit(PRICE, "stale_while_revalidate", "s1"),
@@ -176,6 +184,7 @@ CALLS: dict[str, list[Call]] = {
     "source_circuit_open": [
         lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "s1", "circuit_open")
     ],
+    "resource_absent": [lambda r: r.source_failed(PRICE, "exchange", OUTAGE, "s1", "absent")],
     "fetch_latency": [lambda r: r.fetch_latency("exchange", 12.5)],
     "batch_call": [
         lambda r: r.batch_call("exchange", "success"),
@@ -232,6 +241,7 @@ CALLS: dict[str, list[Call]] = {
     ],
     "refresh_failed": [lambda r: r.refresh_failed(PRICE, "refresh_ahead", OUTAGE, "s1", "s0")],
     "refresh_cancelled": [lambda r: r.refresh_cancelled(PRICE)],
+    "refresh_absent": [lambda r: r.refresh_absent(PRICE)],
 }
 
 
@@ -298,10 +308,18 @@ STATUSES = {
         "miss",
         "stale_fallback",
         "revalidation_bypass",
+        "absent",
     },
-    "source_fetch_total": {"success", "failure", "stale", "invalid_timestamp", "circuit_open"},
+    "source_fetch_total": {
+        "success",
+        "failure",
+        "stale",
+        "invalid_timestamp",
+        "circuit_open",
+        "absent",
+    },
     "resource_publish_total": {status.value for status in PublishStatus},
-    "resource_refresh_total": {"scheduled", "success", "failure", "cancelled"},
+    "resource_refresh_total": {"scheduled", "success", "failure", "cancelled", "absent"},
 }
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from coalestra.core.errors import (
     CircuitOpenError,
+    ResourceAbsent,
     SnapshotDeadlineExceededError,
     SourceProtocolError,
     SourceQueueTimeoutError,
@@ -111,7 +112,8 @@ def test_what_is_told_takes_the_place_of_the_default_which_has_a_name() -> None:
 
 @pytest.mark.parametrize("retry_on", [Exception, SourceUnavailableError, lambda error: True])
 @pytest.mark.parametrize(
-    "final", [CircuitOpenError, SnapshotDeadlineExceededError, SourceQueueTimeoutError]
+    "final",
+    [CircuitOpenError, ResourceAbsent, SnapshotDeadlineExceededError, SourceQueueTimeoutError],
 )
 def test_nothing_makes_it_wait_again_in_the_same_place(retry_on: Any, final: Any) -> None:
     """Whatever the policy says; a predicate is not even asked."""

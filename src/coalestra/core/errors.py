@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey
-from coalestra.core.validation import integer, printable, readable
+from coalestra.core.validation import flag, integer, printable, readable, span
 
 if TYPE_CHECKING:
     from coalestra.core.acceptance import SnapshotAcceptanceViolation
@@ -320,6 +320,36 @@ class SourceProtocolError(CoalestraError):
     """A source broke the rules of being one: the mistake is in the source, so no retry helps."""
 
 
+class ResourceAbsent(CoalestraError):
+    """A source's answer that there is none: it has looked, and the resource does not exist.
+
+    A source raises it, or a batch source gives it as the value of a key. That is no failure: it is
+    not retried, and the source has answered as far as its circuit is concerned. Unless it is final
+    the key goes on to the next source. If every source that was asked says so, readers find a
+    `ResourceAbsentError`.
+
+    Attributes:
+        final: whether no further source is asked.
+        ttl_seconds: for how long a builder may remember that there is none; None: not at all. A
+            publication or an invalidation of the key ends that. Of several sources the shortest
+            counts.
+
+    Raises:
+        TypeError, ValueError: for a field of the wrong type, or a time that is negative or NaN.
+    """
+
+    def __init__(
+        self,
+        message: str = "there is none",
+        *,
+        final: bool = False,
+        ttl_seconds: float | None = None,
+    ) -> None:
+        self.final: bool = flag("final", final)
+        self.ttl_seconds = None if ttl_seconds is None else span("ttl_seconds", ttl_seconds)
+        super().__init__(message)
+
+
 class ResourceResolutionError(CoalestraError):
     """No source could give a usable value for a resource.
 
@@ -335,12 +365,15 @@ class ResourceResolutionError(CoalestraError):
     def __init__(self, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> None:
         self.key = key
         self.failures: tuple[SourceFailure, ...] = tuple(failures)
-        super().__init__(f"cannot resolve {key.display}: {self.format_failures()}")
+        super().__init__(self._sentence())
         self.__cause__ = _origin(self.failures)
         if hasattr(self, "add_note"):
             for failure in self.failures:
                 for place in failure.places[-1:]:
                     self.add_note(f"{failure.source}: {_place_text(place)}")
+
+    def _sentence(self) -> str:
+        return f"cannot resolve {self.key.display}: {self.format_failures()}"
 
     def format_failures(
         self,
@@ -363,6 +396,20 @@ class ResourceResolutionError(CoalestraError):
     def to_dict(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> SerializedResourceError:
         """Return the error and every failure as JSON-safe data."""
         return serialized_error(self.key, self, max_message_length)
+
+
+class ResourceAbsentError(ResourceResolutionError):
+    """There is no such resource: every source that was asked for it has answered so.
+
+    None of them failed, so asking again brings nothing new. No stale value stands in.
+
+    Attributes:
+        key: the resource.
+        failures: the answer of each source, in the order of asking.
+    """
+
+    def _sentence(self) -> str:
+        return f"{self.key.display} does not exist: {self.format_failures()}"
 
 
 def _origin(failures: tuple[SourceFailure, ...]) -> BaseException | None:
@@ -470,16 +517,17 @@ _REASONS = {
 def described_error(key: ResourceKey, error: Exception) -> dict[str, Any]:
     """Return why a resource has no value as JSON-safe data, with the reason in a word.
 
-    That is the one of the source that was tried last; ``unsupported`` if there was none, and
-    ``failure`` for what is no business of the library's.
+    That is the one of the source that was tried last; ``absent`` if all of them said so,
+    ``unsupported`` if there was none, and ``failure`` for what is no business of the library's.
     """
     failures = error.failures if isinstance(error, ResourceResolutionError) else None
     kind = type_name(error) if failures is None else failures[-1].error_type if failures else ""
+    reason = _REASONS.get(kind, "failure") if kind else "unsupported"
     return {
         "resource": key.display,
         "type": type_name(error),
         "message": folded_message(message_of(error)),
-        "reason": _REASONS.get(kind, "failure") if kind else "unsupported",
+        "reason": "absent" if isinstance(error, ResourceAbsentError) else reason,
         "failures": [failure.to_dict() for failure in failures or ()],
     }
 
@@ -811,7 +859,9 @@ __all__ = [
     "SourceQueueTimeoutError",
     "CircuitOpenError",
     "SourceProtocolError",
+    "ResourceAbsent",
     "ResourceResolutionError",
+    "ResourceAbsentError",
     "DependencyCycleError",
     "DependencyResolutionError",
     # whole snapshots

@@ -32,6 +32,7 @@ class SnapshotDiagnostics:
         stale_values: delivered values older than their time to live.
         coalesced_requests: keys that joined an acquisition already under way.
         source_calls: calls of sources, retries not counted.
+        absent_answers: answers of sources that there is none, which are no failures.
         batch_calls, derived_calls: how many of them were to batch and to derived sources.
         refresh_scheduled, refresh_completed, refresh_failed: background refreshes.
         support_cache_hits, support_cache_misses: remembered and new answers of ``supports``.
@@ -64,6 +65,7 @@ class SnapshotDiagnostics:
     retries: int = 0
     batch_chunks: int = 0
     future_timestamp_rejections: int = 0
+    absent_answers: int = 0
     observation_skew_ms: float = 0.0
     source_calls_by_source: Mapping[str, int] = field(default_factory=FrozenDict)
     source_latency_ms_by_source: Mapping[str, float] = field(default_factory=FrozenDict)

@@ -230,13 +230,17 @@ class Reporter:
     ) -> None:
         """Report that a source brought no fresh value for a key, whatever the reason.
 
-        The status is ``failure``, ``stale``, ``invalid_timestamp`` (a payload that was rejected) or
-        ``circuit_open`` (no call at all); the last two have events of their own.
+        The status is ``failure``, ``stale``, ``invalid_timestamp`` (a payload that was rejected),
+        ``circuit_open`` (no call at all) or ``absent`` (it answered that there is none, which is no
+        failure); the last three have events of their own.
         """
         self._count("source_fetch_total", source=source, status=status)
         facts = {"resource": key, "source": source, "error": error, "snapshot_id": snapshot_id}
         if status == "circuit_open":
             self._tell("source_circuit_open", **facts)
+        elif status == "absent":
+            del facts["error"]
+            self._tell("resource_absent", **facts)
         elif status == "invalid_timestamp":
             self._tell("source_payload_rejected", **facts)
         else:
@@ -395,6 +399,10 @@ class Reporter:
             snapshot_id=snapshot_id,
             parent_snapshot_id=parent,
         )
+
+    def refresh_absent(self, key: ResourceKey) -> None:
+        """Report a refresh that found out that there is none. There is a count for it, no event."""
+        self._count_refresh(key, "absent")
 
     def refresh_cancelled(self, key: ResourceKey) -> None:
         """Report a refresh that was called off. There is a count for it, but no event."""

@@ -64,6 +64,7 @@ from coalestra.concurrency.sealing import PORTION, Sealed
 from coalestra.concurrency.threads import current_threads
 from coalestra.core.errors import (
     CircuitOpenError,
+    ResourceAbsent,
     SnapshotDeadlineExceededError,
     SourceFailure,
     SourceProtocolError,
@@ -186,8 +187,8 @@ def _nothing() -> None:
 
 def _values_of(link: Link, flights: Sequence[Flight], result: Any) -> list[Any]:
     """Return what the answer holds for each flight; raise `SourceProtocolError` if malformed."""
-    if link.kind is not _BATCH:
-        return [result]
+    if link.kind is not _BATCH or isinstance(result, ResourceAbsent):
+        return [result] * len(flights)
     if not isinstance(result, Mapping):
         raise SourceProtocolError(
             f"fetch_many of source {link.name!r} must return a mapping of the requested keys, got "
@@ -445,8 +446,10 @@ class Attempt:
         except BaseException as error:
             if _comes_from_outside(error, self._worker):
                 raise
-            self._fail(error)
-            return None
+            if not isinstance(error, ResourceAbsent):
+                self._fail(error)
+                return None
+            answer = error
         finally:
             self._cut = None
         if self.over:
@@ -969,17 +972,21 @@ class Call:
         left = PORTION
         slow: list[tuple[Flight, Any]] = []
         ready: list[tuple[Flight, Revision, bool]] = []
-        for flight, value in zip(flights, values, strict=True):
-            made = self._made(flight, value)
-            if made is None:
-                slow.append((flight, value))
-            elif made:
-                ready.append((flight, *made))
-                left -= made[0].seal.weight
-            left -= 1
-            if left <= 0:
-                left = PORTION
-                await pace.keep()
+        self.dispatch.hold(self.work)  # what is refused goes on together
+        try:
+            for flight, value in zip(flights, values, strict=True):
+                made = self._made(flight, value)
+                if made is None:
+                    slow.append((flight, value))
+                elif made:
+                    ready.append((flight, *made))
+                    left -= made[0].seal.weight
+                left -= 1
+                if left <= 0:
+                    left = PORTION
+                    await pace.keep()
+        finally:
+            self.dispatch.release(self.work)
         self._store_together(ready)
         for flight, revision, dated in ready:
             self._deliver(flight, revision, dated)
@@ -1092,6 +1099,9 @@ class Call:
                     skew = self._accepted_skew(flight.key, observed_at)
                     if skew:
                         metadata = {**metadata, "clock_skew_seconds": skew}
+            if isinstance(payload, ResourceAbsent) or payload is ResourceAbsent:
+                self._refuse_absent(flight, payload)
+                return ()
             stale = self.answered_at - observed_at > flight.policy.ttl_seconds
             if not stale:
                 self.fresh.add(flight)
@@ -1156,6 +1166,12 @@ class Call:
             dated,
             flight.began,
         )
+
+    def _refuse_absent(self, flight: Flight, answer: ResourceAbsent | type[ResourceAbsent]) -> None:
+        """Note that the source has answered, that there is none."""
+        self.fresh.add(flight)
+        self.work.record.absent_answers += 1
+        self.refuse(flight, answer() if isinstance(answer, type) else answer, "absent")
 
     def _refuse_stale(self, flight: Flight, revision: Revision) -> None:
         """Keep a value that is too old to count: it may stand in when all else fails."""

@@ -279,9 +279,11 @@ class Flight:
     had been told when what it has taken in was last known to be current. `began` is the number of
     its call, 0 before that; `stored` says that its value is in the memory cache already. `lease` is
     the right to store what it acquires, if the cache gives such; `log` is kept for traces.
+    `absent_until` is until when it may be remembered, in monotonic seconds, that there is none.
     """
 
     __slots__ = (
+        "absent_until",
         "began",
         "cacheable",
         "cached",
@@ -358,6 +360,7 @@ class Flight:
         self.since: int = since
         self.lease: Lease | None = None
         self.log: FlightLog | None = None
+        self.absent_until: float = math.inf
 
     # Phases: nobody else writes `phase`, nor what depends on it --------------------------------
 
@@ -922,7 +925,8 @@ def _agrees(other: Revision, flight: Flight) -> bool:
 def after_failures(flight: Flight, failure: Failure | None, parts: Parts) -> Settlement:
     """Return the end of a flight that no source gave a fresh value for: an event may do.
 
-    `failure` is why, unless that is what its sources have said.
+    `failure` is why, unless that is what its sources have said. Nothing stale stands in for what
+    does not exist.
     """
     event = _event(flight, parts)
     if event is not None:
@@ -931,7 +935,25 @@ def after_failures(flight: Flight, failure: Failure | None, parts: Parts) -> Set
         failure = Failure.of_cycle(flight.key, flight.cycle)
     elif failure is None:
         failure = Failure.of_sources(flight.key, flight.failures)
+    if failure.absent and absence_stands(flight, parts):
+        return Failed(failure)
     return Failed(failure, stale_candidate(flight, failure, parts))
+
+
+def absence_stands(flight: Flight, parts: Parts) -> bool:
+    """Whether no value of the key is known that the absence has to give way to.
+
+    That is one that came later, or whose authority is higher than that of all who deny it.
+    """
+    store = parts.access.store
+    held = flight.cached if store is None else store.peek(flight.key)
+    if flight.event is not None:
+        return False
+    if held is None:
+        return True
+    ranks = [parts.authority.rank_for(flight.key, denier.source) for denier in flight.failures]
+    newer = flight.began and held.began > flight.began
+    return held.authority_rank <= max(ranks) and not newer
 
 
 def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> Reading | None:

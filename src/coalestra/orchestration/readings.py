@@ -7,6 +7,8 @@ from typing import Any
 
 from coalestra.core.errors import (
     DependencyCycleError,
+    ResourceAbsent,
+    ResourceAbsentError,
     ResourceResolutionError,
     SourceFailure,
     SourceUnavailableError,
@@ -69,10 +71,10 @@ class Failure:
     """Why a key has no value, kept as facts.
 
     Every reader gets an exception of its own, because a raised exception grows a traceback; and
-    only those that are looked at are made.
+    only those that are looked at are made. `absent` says that there is no value to be had.
     """
 
-    __slots__ = ("cycle", "key", "make")
+    __slots__ = ("absent", "cycle", "key", "make")
 
     def __init__(
         self,
@@ -80,15 +82,24 @@ class Failure:
         make: Callable[[], Exception],
         *,
         cycle: tuple[ResourceKey, ...] | None = None,
+        absent: bool = False,
     ) -> None:
         self.key: ResourceKey = key
+        self.absent: bool = absent
         self.make: Callable[[], Exception] = make
         self.cycle: tuple[ResourceKey, ...] | None = cycle
 
     @classmethod
     def of_sources(cls, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> Failure:
-        """Return the failure of a key whose every source failed."""
-        return cls(key, lambda: ResourceResolutionError(key, failures))
+        """Return the failure of a key that no source had a value of; if none failed, it is absent.
+
+        A source that failed might have had it, whatever the others say.
+        """
+        absent = bool(failures) and all(
+            isinstance(failure.exception, ResourceAbsent) for failure in failures
+        )
+        kind = ResourceAbsentError if absent else ResourceResolutionError
+        return cls(key, lambda: kind(key, failures), absent=absent)
 
     @classmethod
     def of_cycle(cls, key: ResourceKey, path: tuple[ResourceKey, ...]) -> Failure:

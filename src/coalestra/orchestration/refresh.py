@@ -119,15 +119,18 @@ class Refresher:
         report = self._parts.report
         self._end(refresh)
         reading = gather.readings.get(key)
+        absent = reading is None and gather.failures[key].absent
         if gather.work.trace is not None:
-            gather.work.trace.refreshed(reading is not None)
-        record.refresh_completed += reading is not None
-        record.refresh_failed += reading is None
+            gather.work.trace.refreshed(reading is not None or absent)
+        record.refresh_completed += reading is not None or absent
+        record.refresh_failed += reading is None and not absent
         if report is None:
             return
         ids = gather.work.context.snapshot_id, refresh.parent.context.snapshot_id
         if reading is not None:
             report.refresh_completed(key, refresh.reason, reading.revision.source, *ids)
+        elif absent:
+            report.refresh_absent(key)
         else:
             report.refresh_failed(key, refresh.reason, gather.failures[key].make(), *ids)
 

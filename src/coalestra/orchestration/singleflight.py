@@ -22,7 +22,7 @@ import asyncio
 import contextvars
 import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -33,7 +33,9 @@ from coalestra.concurrency.pace import SLICE_SECONDS
 from coalestra.core.errors import (
     BuilderClosedError,
     DependencyResolutionError,
+    ResourceAbsent,
     SourceFailure,
+    described,
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_of_all
@@ -49,6 +51,7 @@ from coalestra.orchestration.flights import (
     Phase,
     Read,
     Work,
+    absence_stands,
     after_failures,
     after_write,
     current_call,
@@ -82,6 +85,8 @@ _MOST_READS = 8
 """How often a derivation asks an awaited cache for one key while news of it keeps coming."""
 _MOST_NEWS = 10_000
 """How many keys news is remembered of while something is derived; then all of it is suspect."""
+_MOST_ABSENT = 10_000
+"""How many keys are remembered to be absent."""
 _SPARE_ROUNDS = 64
 """Rounds of deriving anew that changes from outside may cost, beyond one for each key."""
 
@@ -189,6 +194,7 @@ class SingleFlight:
         self._publishing: dict[ResourceKey, int] = {}
         self._held_back: dict[ResourceKey, list[Flight]] = {}
         self._renewed: dict[ResourceKey, str] = {}
+        self._absent: OrderedDict[ResourceKey, tuple[float, Failure]] = OrderedDict()
         self._news: int = 0
         self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
         parts.access.subscribers.subscribe(self)
@@ -376,6 +382,8 @@ class SingleFlight:
         if stale:
             if mode is not RefreshMode.STALE_WHILE_REVALIDATE or age > policy.max_stale_seconds:
                 return False
+            if self._absent and self._known_absent(key) is not None:
+                return False
             scheduled = self._refresh(revision, mode, work)
             notes = {"refresh_mode": mode.value, "refresh_scheduled": scheduled}
         elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
@@ -400,6 +408,15 @@ class SingleFlight:
     def _missed(
         self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy, cached: Revision | None
     ) -> None:
+        absent = self._known_absent(key) if self._absent else None
+        if absent is not None:
+            gather.failures[key] = absent
+            gather.work.record.cache_hits += 1
+            if self.parts.report is not None:
+                self.parts.report.cache_access(key, "absent")
+            if gather.work.trace is not None:
+                gather.work.trace.handed(key, None)
+            return
         gather.work.record.cache_misses += 1
         if self.parts.report is not None:
             self.parts.report.cache_missed(key)
@@ -437,7 +454,7 @@ class SingleFlight:
             self.reads.ask(gather, key, read.policy).rounds = read.rounds + 1
         elif revision is not None and self._serve(gather, read.policy, revision, now):
             return
-        elif isinstance(settlement, Reading):
+        elif isinstance(settlement, Reading) or (settlement and settlement.failure.absent):
             self._hand(gather, key, settlement, joined=True)
         else:
             self._missed(gather, key, read.policy, revision)
@@ -593,6 +610,8 @@ class SingleFlight:
             ending = after_failures(flight, failure, self.parts)
             if isinstance(ending, Failed) and ending.stale is not None:
                 self._keep_candidate(flight, ending.stale)
+            elif isinstance(ending, Failed) and ending.failure.absent:
+                self._keep_absence(flight, ending.failure)
             self.settle(flight, ending)
 
     def _next_link(self, flight: Flight) -> Link | None:
@@ -619,6 +638,9 @@ class SingleFlight:
 
     def _note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         flight.failures += (failure,)
+        if isinstance(failure.exception, ResourceAbsent):
+            status = "absent"
+            self._note_absence(flight, failure.exception)
         if flight.log is not None:
             flight.log.refused(failure, status)
         if self.parts.report is not None:
@@ -626,6 +648,50 @@ class SingleFlight:
             self.parts.report.source_failed(
                 flight.key, failure.source, failure, snapshot_id, status
             )
+
+    # Absent: what sources have said there is none of ------------------------------------------
+
+    def _note_absence(self, flight: Flight, answer: ResourceAbsent) -> None:
+        """Take note of for how long there is none; not of what is derived from what may change."""
+        seconds = answer.ttl_seconds or 0.0
+        if flight.gather is not None:
+            seconds = 0.0
+            if self._news > flight.since and self._is_behind(flight):
+                self.board.hide(flight, cacheable=False)
+        until = self.parts.clock.monotonic() + seconds
+        flight.absent_until = min(flight.absent_until, until)
+        if answer.final:
+            flight.position = len(self.parts.chains.links)
+
+    def _known_absent(self, key: ResourceKey) -> Failure | None:
+        """Return that there is no such key, if that may still be remembered."""
+        until, failure = self._absent.get(key, (-math.inf, None))
+        if failure is not None and until <= self.parts.clock.monotonic():
+            del self._absent[key]
+            return None
+        return failure
+
+    def _keep_absence(self, flight: Flight, failure: Failure) -> None:
+        """Let it be known that there is none, unless something newer is known of the key."""
+        key = flight.key
+        if (
+            not flight.cacheable
+            or key in self._publishing
+            or not absence_stands(flight, self.parts)
+        ):
+            return
+        if self._store is not None and key in self._store:
+            self._store.drop((key,))
+        if flight.absent_until > self.parts.clock.monotonic():
+            self._absent[key] = flight.absent_until, failure
+            if len(self._absent) > _MOST_ABSENT:
+                self._absent.popitem(last=False)
+
+    def _forget_absent(self, keys: Iterable[ResourceKey]) -> None:
+        """Learn that what has been said of these keys may be so no longer."""
+        if self._absent:
+            for key in keys:
+                self._absent.pop(key, None)
 
     def _not_called(self, link: Link, error: BaseException) -> SourceFailure:
         """Return the failure of a source that was asked something else than to be called."""
@@ -668,7 +734,10 @@ class SingleFlight:
             flight.cycle = cycles[0]
         name = "" if flight.link is None else flight.link.name
         errors = {key: failure.make() for key, failure in gather.failures.items()}
-        error = DependencyResolutionError(flight.key, name, errors)
+        error: Exception = DependencyResolutionError(flight.key, name, errors)
+        if all(failure.absent for failure in gather.failures.values()):
+            cause, error = error, ResourceAbsent(f"derived from {described(errors)}")
+            error.__cause__ = cause
         self.refused(flight, SourceFailure.of(name, error, 0), "failure")
 
     # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
@@ -683,6 +752,8 @@ class SingleFlight:
             if self._news > flight.since and self._is_behind(flight):
                 self.board.hide(flight, cacheable=False)
             flight.offer(revision, dated)
+            if self._absent:
+                self._absent.pop(flight.key, None)
             if self._publishing and flight.key in self._publishing:
                 self._held_back.setdefault(flight.key, []).append(flight)
                 if flight.log is not None:
@@ -970,6 +1041,7 @@ class SingleFlight:
         if self.board.busy:
             changes = {key: new for key, new in changes.items() if not self._is_own(key, new)}
         if changes:
+            self._forget_absent(changes)
             self.refresher.outdate(changes)
             self.reads.hide(changes)
             versions: dict[ResourceKey, str | None] = {}
@@ -1012,6 +1084,7 @@ class SingleFlight:
             for key in keys:
                 for flight in self.board.under_way(key):
                     self._invalidate(flight)
+        self._forget_absent(keys)
         self.refresher.outdate(keys)
         self.reads.hide(dict.fromkeys(keys))
         self._note_news(dict.fromkeys(keys))
@@ -1027,6 +1100,7 @@ class SingleFlight:
         """Learn that all matching keys are invalidated, also those that derivations rest on."""
         taken = {revision.key for flight in self.board.deriving for revision in _taken(flight)}
         under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys, *taken]
+        under_way += self._absent
         self.invalidating([key for key in dict.fromkeys(under_way) if matches(key)])
 
     def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
@@ -1034,6 +1108,7 @@ class SingleFlight:
         if self.board.busy:
             for flight in self.board.under_way(key):
                 self._invalidate(flight)
+        self._forget_absent((key,))
         self.refresher.outdate((key,))
         self.reads.hide({key: None})
         self._note_news({key: version})
@@ -1043,6 +1118,7 @@ class SingleFlight:
         for flight in tuple(self.board.flights.values()):
             if flight.began or flight.gather is not None:
                 self.board.hide(flight, cacheable=True)
+        self._absent.clear()
         self.reads.hide({})
 
     def _note_news(self, versions: Mapping[ResourceKey, str | None]) -> None:
@@ -1089,6 +1165,7 @@ class SingleFlight:
         self._held_back.clear()
         self._renewed.clear()
         self._changed.clear()
+        self._absent.clear()
 
     def __repr__(self) -> str:
         return f"<SingleFlight flights={len(self.board.flights)} tasks={len(self.tasks)}>"

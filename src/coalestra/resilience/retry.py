@@ -11,6 +11,7 @@ from typing import Any
 
 from coalestra.core.errors import (
     CircuitOpenError,
+    ResourceAbsent,
     SnapshotDeadlineExceededError,
     SourceQueueTimeoutError,
     SourceUnavailableError,
@@ -32,7 +33,12 @@ TRANSIENT_ERRORS: tuple[type[Exception], ...] = (
 )
 """What is retried by default: what says that it may pass, connections and time-outs."""
 
-_FINAL = (CircuitOpenError, SnapshotDeadlineExceededError, SourceQueueTimeoutError)
+_FINAL = (
+    CircuitOpenError,
+    ResourceAbsent,
+    SnapshotDeadlineExceededError,
+    SourceQueueTimeoutError,
+)
 """What waiting in the same place cannot mend: no policy retries it."""
 
 
@@ -49,7 +55,7 @@ class RetryPolicy:
             that is given the error and says so. In place of `TRANSIENT_ERRORS`, which None stands
             for: name these as well to go on retrying them.
 
-    An open circuit, a deadline and too long a queue are never retried.
+    An open circuit, a deadline, too long a queue and what is absent are never retried.
 
     Raises:
         TypeError, ValueError: for a field of the wrong type or outside of its range.
