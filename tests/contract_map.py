@@ -148,6 +148,8 @@ SECTIONS: Mapping[int, Section] = {
         "counters, observations, events, buffers in front of sinks, diagnostics",
         (
             "core/test_diagnostics.py",
+            "core/test_trace.py",
+            "properties/test_traces.py",
             "orchestration/test_reports_of_waiting.py",
             "orchestration/test_observability_in_builds.py",
             "orchestration/test_tracing.py",

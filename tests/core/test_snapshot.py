@@ -23,7 +23,8 @@ from coalestra.core.errors import (
 )
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import FetchContext, Snapshot, SnapshotDiagnostics
+from coalestra.core.snapshot import FetchContext, Snapshot, SnapshotDiagnostics, snapshot_of
+from coalestra.core.trace import KeyTrace, Obtained, Trace
 from coalestra.core.values import SnapshotValue
 
 A, B, C = (ResourceKey("n", name) for name in "abc")
@@ -227,3 +228,112 @@ def test_an_error_in_the_json_form_has_type_message_and_a_word_for_the_reason(
     assert (told["resource"], told["type"], told["reason"]) == ("n:a", kind, reason)
     assert told["message"] == folded_message(str(error))
     assert len(told["failures"]) == failures
+
+
+# What was done for it ----------------------------------------------------------------------------
+
+
+def with_trace(trace: Any) -> Snapshot:
+    """A snapshot as the engine makes one that was traced."""
+    snapshot = snapshot_of("b1", 9.0, SNAPSHOT.resources, SNAPSHOT.errors)  # type: ignore[arg-type]
+    vars(snapshot)["_trace"] = trace
+    return snapshot
+
+
+A_TRACE = Trace("b1", "build", None, 9.0, 0.1, keys={A: KeyTrace(A, Obtained.CACHE, 0.0, 0.001)})
+
+
+def test_a_snapshot_has_a_trace_only_if_it_was_traced() -> None:
+    assert SNAPSHOT.trace is None
+    assert snapshot_of("b1", 9.0, FrozenDict()).trace is None
+    assert with_trace(A_TRACE).trace is A_TRACE
+
+
+def test_what_was_noted_becomes_a_trace_once_when_somebody_asks() -> None:
+    made: list[Trace] = []
+
+    def make() -> Trace:
+        made.append(A_TRACE)
+        return made[-1]
+
+    snapshot = with_trace(make)
+    assert made == []
+    assert snapshot.trace is snapshot.trace
+    assert len(made) == 1
+
+
+def test_a_trace_goes_with_copies_and_pickles_of_its_snapshot() -> None:
+    """Not so what makes one: it belongs to its builder, and cannot be pickled."""
+    first = with_trace(lambda: A_TRACE)
+    twins: list[Snapshot] = [copy.copy(first), copy.deepcopy(first)]
+    twins.append(pickle.loads(pickle.dumps(with_trace(lambda: A_TRACE))))
+    for twin in twins:
+        assert twin.trace == A_TRACE
+        assert twin.resources == SNAPSHOT.resources
+        assert twin.diagnostics == with_trace(None).diagnostics
+
+
+def test_a_traced_snapshot_explains_its_keys_by_the_trace() -> None:
+    assert with_trace(A_TRACE).explain(A) == A_TRACE.explain(A)
+
+
+def test_a_key_that_the_trace_had_no_room_for_is_explained_by_its_value() -> None:
+    text = with_trace(A_TRACE).explain(B)
+    assert text.startswith("n:b was acquired (from 'rest', version ")
+    assert text.endswith("The trace had no room for more.")
+
+
+def told(**facts: Any) -> str:
+    """What a snapshot without a trace says of a value, without its first and last sentence."""
+    given: dict[str, Any] = {
+        "value": "secret", "source": "rest", "observed_at": 1.0, "fetched_at": 1.0,
+        "age_seconds": 2.0, "stale": False, "from_cache": False, "latency_ms": 12.0,
+        "version": "v1", **facts,
+    }  # fmt: skip
+    text = Snapshot("id", 9.0, {A: SnapshotValue(A, **given)}).explain(A)
+    assert text.endswith(" Built with trace=True, it tells more.")
+    assert "secret" not in text
+    return text.removesuffix(" Built with trace=True, it tells more.")
+
+
+def test_without_a_trace_a_value_tells_what_it_knows_itself() -> None:
+    assert told() == (
+        "n:a was acquired (from 'rest', version v1). It was observed 2.00 s before it was "
+        "delivered. Its source took 1 attempt and 12.0 ms."
+    )
+    assert told(from_cache=True, stale=True, attempts=3) == (
+        "n:a was in the cache (from 'rest', version v1). It was observed 2.00 s before it was "
+        "delivered, which is longer than its time to live: it is stale. Its source took 3 attempts "
+        "and 12.0 ms."
+    )
+    assert told(attempts=0).endswith("It was published.")
+    assert told(dependency_versions={B: "v2", C: "v3"}).endswith("It rests on 2 values: n:b, n:c.")
+    for fact, sentence in (
+        (
+            {"fallback_error_type": "TimeoutError", "fallback_error": "late\n"},
+            "It stands in for what failed: TimeoutError: late.",
+        ),
+        ({"coalesced_request": True}, "It was being acquired for another unit of work already."),
+        ({"refresh_scheduled": True}, "It set off a refresh in the background."),
+    ):
+        assert told(metadata=fact).endswith(sentence)
+
+
+def test_without_a_trace_an_error_tells_what_it_knows_itself() -> None:
+    assert SNAPSHOT.explain(C) == (
+        "n:c has no value: LookupError: c. Built with trace=True, it tells more."
+    )
+    failures = (SourceFailure("a", "OSError", "no route", 2), SourceFailure("b", "Gone", "x", 0))
+    failed = Snapshot("id", 9.0, {}, {C: ResourceResolutionError(C, failures)})
+    assert failed.explain(C) == (
+        "n:c has no value, as no source had one. 'a' failed in 2 attempts: OSError: no route. 'b' "
+        "was not called: Gone: x. Built with trace=True, it tells more."
+    )
+    nobody = Snapshot("id", 9.0, {}, {C: ResourceResolutionError(C, ())})
+    assert "n:c has no value: ResourceResolutionError: cannot resolve n:c: no" in nobody.explain(C)
+
+
+def test_what_was_not_asked_for_is_a_key_error() -> None:
+    for snapshot in (SNAPSHOT, with_trace(A_TRACE)):
+        with pytest.raises(KeyError, match="n:d was not asked for"):
+            snapshot.explain(ResourceKey("n", "d"))

@@ -10,7 +10,7 @@ from coalestra.core.errors import described_error
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
-from coalestra.core.trace import Trace
+from coalestra.core.trace import Trace, told_error, told_value
 from coalestra.core.validation import a_kind_of, concealed, flag, mapping, number, text
 from coalestra.core.values import SnapshotValue
 
@@ -294,6 +294,33 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
             "errors": {k.canonical: described_error(k, e) for k, e in self.errors.items()},
             "diagnostics": self.diagnostics.to_dict(),
         }
+
+    def explain(self, key: ResourceKey) -> str:
+        """Return in sentences how ``key`` came by its value, or why it has none.
+
+        With a trace they tell what was tried and waited for, else what the value or the error
+        itself knows.
+
+        Raises:
+            KeyError: if it was not asked for.
+        """
+        trace = self.trace
+        if trace is not None and key in trace.keys:
+            return trace.explain(key)
+        if key in self.resources:
+            told = told_value(self.resources[key])
+        elif key in self.errors:
+            told = told_error(key, self.errors[key])
+        else:
+            raise KeyError(f"{key.display} was not asked for")
+        more = (
+            "The trace had no room for more." if trace else "Built with trace=True, it tells more."
+        )
+        return f"{told} {more}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        trace = self.trace  # what makes one belongs to its builder, and stays there
+        return vars(self) if trace is None else {**vars(self), "_trace": trace}
 
     if not TYPE_CHECKING:
 

@@ -2,17 +2,26 @@
 
 A trace is a record, made of facts that were noted on the way. All times are seconds since the unit
 of work began, on the clock of its event loop; what another unit of work had begun before that has
-negative ones.
+negative ones. What follows the records puts them into words, and into rows of a picture; it says
+nothing that they do not hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
+from typing import Any
 
+from coalestra.core.errors import ResourceResolutionError, folded_message, message_of, type_name
 from coalestra.core.frozen import FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
+from coalestra.core.serialization import json_safe, utc_text
+from coalestra.core.validation import readable
+from coalestra.core.values import SnapshotValue
+from coalestra.core.waterfall import Bar, Row, Section, Waterfall, duration, many
 
 __all__ = [
     "AttemptTrace",
@@ -26,6 +35,11 @@ __all__ = [
     "Wait",
     "WaitReason",
 ]
+
+_SCHEMA = {"schema": "coalestra.trace", "schema_version": 1}
+"""The name and version of the JSON form; it grows when a reader of the older one would misread."""
+
+# The records -------------------------------------------------------------------------------------
 
 
 class Obtained(str, Enum):
@@ -262,3 +276,589 @@ class Trace:
             f"Trace({self.kind} {self.snapshot_id}, {self.duration_seconds * 1000:.3f} ms, "
             f"keys={len(self.keys)}, calls={len(self.calls)})"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trace as JSON-safe data.
+
+        ``keys`` is keyed by their canonical texts, in order; see the reference of data.
+        """
+        return {
+            **_SCHEMA,
+            **json_safe(self),
+            "started_at": utc_text(self.started_at),
+            "keys": {key.canonical: _key_data(found) for key, found in self.keys.items()},
+        }
+
+    def to_text(self, *, width: int = 100, limit: int = 24, ascii_only: bool = False) -> str:
+        """Return the trace as a waterfall for a terminal.
+
+        Stages, calls and keys come in the order of time. Where there are more than ``limit`` of
+        one kind, those that tell the same story share a row; if that is not enough, what failed,
+        stood in, or took longest is shown, and the rest counted.
+
+        Args:
+            width: how many cells a line may have, at least 40.
+            limit: how many rows there may be of stages, of calls, and of keys.
+            ascii_only: whether bars are drawn, and names escaped, in plain ASCII.
+
+        Raises:
+            TypeError, ValueError: for a width below 40 or a limit below 1.
+        """
+        return _pictured(self).text(width, limit, ascii_only=ascii_only)
+
+    def to_svg(self, *, limit: int = 60) -> str:
+        """Return the trace as a picture, light or dark as its reader prefers.
+
+        It stands alone or within a page, and needs neither a network nor a script; ``limit`` is as
+        in ``to_text``.
+        """
+        return _pictured(self).svg(limit)
+
+    def to_html(self, *, limit: int = 200) -> str:
+        """Return the trace as a page of its own, on which every call and key opens to sentences.
+
+        It needs neither a network nor a script; ``limit`` is as in ``to_text``.
+        """
+        return _pictured(self).html(limit)
+
+    def to_chrome(self) -> dict[str, Any]:
+        """Return the trace in the Trace Event Format, which Perfetto and ``chrome://tracing`` open.
+
+        Write it to a file with ``json.dump``. Arrows lead from each key to the calls that served
+        it. Times are microseconds since the earliest event.
+        """
+        return _Events(self).written()
+
+    def explain(self, key: ResourceKey) -> str:
+        """Return in sentences how ``key`` was obtained, and what it waited for.
+
+        Raises:
+            KeyError: if the trace has nothing on it.
+        """
+        if key not in self.keys:
+            more = f"; there was no room for {many(self.omitted_keys, 'key')}"
+            raise KeyError(f"{key.display} is not in this trace{more if self.omitted_keys else ''}")
+        return " ".join(_told(self, self.keys[key]))
+
+
+def _key_data(found: KeyTrace) -> dict[str, Any]:
+    below = [
+        {**json_safe(each), **_name_data(each.key), "observed_at": utc_text(each.observed_at)}
+        for each in found.rests_on
+    ]
+    return {**json_safe(found), **_name_data(found.key), "rests_on": below}
+
+
+def _name_data(key: ResourceKey) -> dict[str, Any]:
+    return {"key": key.canonical, "resource": key.display}
+
+
+# In words ----------------------------------------------------------------------------------------
+
+
+_OUTCOMES = {
+    Obtained.CACHE: ("was fresh in the cache", "from the cache"),
+    Obtained.NEAR_CACHE: ("was fresh in the near cache", "from the near cache"),
+    Obtained.STALE: ("was stale in the cache, and served while it is refreshed", "stale"),
+    Obtained.PINNED: ("had been read by an earlier stage", "pinned"),
+    Obtained.FETCHED: ("was fetched", "fetched"),
+    Obtained.DERIVED: ("was derived", "derived"),
+    Obtained.PUBLISHED: ("was published while it was being acquired", "published"),
+    Obtained.FALLBACK: ("is a stale value that stands in", "stale, standing in"),
+    Obtained.FAILED: ("has no value", "failed"),
+}
+"""Of each way, what a sentence and what a picture says."""
+
+_AT_ONCE = (Obtained.CACHE, Obtained.NEAR_CACHE, Obtained.STALE, Obtained.PINNED)
+
+_ENDINGS = {
+    "success": "succeeded in",
+    "failure": "failed after",
+    "timeout": "timed out after",
+    "deadline": "was ended by the deadline after",
+    "abandoned": "was given up after",
+    "under_way": "was still under way after",
+}
+
+_REFUSALS = {
+    "failure": "{} brought nothing",
+    "stale": "what {} brought was stale already",
+    "circuit_open": "the circuit of {} was open, so it was not asked",
+    "invalid_timestamp": "{} dated its value in the future",
+    "absent": "{} said that there is none",
+}
+
+_WAITS = {
+    WaitReason.CACHE: "for the cache to answer",
+    WaitReason.DEPENDENCIES: "for what it is derived from",
+    WaitReason.PUBLICATION: "for the end of a publication of it",
+    WaitReason.STORE: "to be stored in the cache",
+}
+
+_LISTED = 5
+"""How many inputs, attempts or steps a sentence names before it counts the rest."""
+
+_NOTICED = 0.000_05
+"""From how many seconds on a wait for capacity is spoken of."""
+
+
+def _named(source: str | None) -> str:
+    return f"'{readable(source or '')}'"
+
+
+def _why(error_type: str | None, error: str | None) -> str:
+    """Return an error as ``Type: message``, empty if there is none."""
+    parts = (error_type and readable(error_type), error and folded_message(error))
+    return ": ".join(part for part in parts if part)
+
+
+def _ended(*parts: str) -> str:
+    """Return the parts that are not empty, with colons between, as a sentence begun as it is."""
+    text = ": ".join(part for part in parts if part)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _sentence(*parts: str) -> str:
+    text = _ended(*parts)
+    return text[:1].upper() + text[1:]
+
+
+def _listed(parts: Sequence[str], between: str = ", ") -> str:
+    """Return the parts in a row; of many the last, and of the rest how many there are."""
+    if len(parts) <= _LISTED:
+        return between.join(parts)
+    rest = f"({len(parts) - _LISTED:,} more)"
+    return between.join([*parts[: _LISTED - 1], rest, parts[-1]])
+
+
+def _told(trace: Trace, found: KeyTrace) -> list[str]:
+    sentences = [_told_outcome(trace, found)]
+    if not found.requested:
+        sentences.append(_told_need(trace, found))
+    if found.obtained is Obtained.FALLBACK:
+        sentences.append(
+            _sentence("It stands in for what failed", _why(found.error_type, found.error))
+        )
+    if _missed(trace, found):
+        sentences.append("The cache had nothing fresh.")
+    sentences += _told_waits(found)
+    sentences += _told_tries(trace, found)
+    if found.rests_on:
+        sentences += _told_foundations(trace, found)
+    if found.refresh is not None:
+        under_way = "A refresh of it was under way already."
+        scheduled = "It set off a refresh in the background."
+        sentences.append(under_way if found.refresh == "under_way" else scheduled)
+    return sentences
+
+
+def _missed(trace: Trace, found: KeyTrace) -> bool:
+    """Whether it is certain that the cache was looked into, for this key and by this work."""
+    forced = trace.kind == "refresh" or any(stage.name == "revalidate" for stage in trace.stages)
+    tried = found.joined is None and bool(found.calls or found.refusals)
+    return tried and not forced and found.obtained not in (*_AT_ONCE, Obtained.FALLBACK)
+
+
+def _told_outcome(trace: Trace, found: KeyTrace) -> str:
+    lead = f"{found.key.display} {_OUTCOMES[found.obtained][0]}"
+    facts = [] if found.version is None else [f"version {readable(found.version)}"]
+    if found.source is not None:
+        if found.obtained in (Obtained.FETCHED, Obtained.DERIVED):
+            by = "from" if found.obtained is Obtained.FETCHED else "by"
+            lead += f" {by} {_named(found.source)}"
+        else:
+            facts.insert(0, f"from {_named(found.source)}")
+    lead += f" ({', '.join(facts)})" if facts else ""
+    known = ", as was known" if found.obtained is Obtained.FAILED else ","
+    lead += f"{known} {duration(found.end)} after the {readable(trace.kind)} began"
+    if found.obtained is Obtained.FAILED:
+        return _ended(lead, _why(found.error_type, found.error))
+    return _ended(lead)
+
+
+def _told_need(trace: Trace, found: KeyTrace) -> str:
+    needed = [
+        each.key.display
+        for each in trace.keys.values()
+        if any(below.key == found.key for below in each.rests_on)
+    ]
+    by = f"{_listed(needed)} needs it" if len(needed) == 1 else f"{_listed(needed)} need it"
+    return _sentence("It was not asked for", by if needed else "something derived needs it")
+
+
+def _told_waits(found: KeyTrace) -> Iterator[str]:
+    spent: dict[tuple[WaitReason, str], float] = {}
+    for wait in found.waits:
+        which = wait.reason, wait.detail
+        spent[which] = spent.get(which, 0.0) + wait.end - wait.start
+    flights = {detail for reason, detail in spent if reason is WaitReason.FLIGHT}
+    if found.joined is not None and found.joined not in flights:
+        yield _sentence(f"Snapshot {_named(found.joined)} had begun to acquire it")
+    for (reason, detail), seconds in spent.items():
+        if reason is WaitReason.FLIGHT:
+            whose = f"snapshot {_named(detail)}" if detail else "another unit of work"
+            yield _sentence(
+                f"{whose} had begun to acquire it; it waited {duration(seconds)} for that"
+            )
+        else:
+            yield _sentence(f"It waited {duration(seconds)} {_WAITS[reason]}")
+
+
+def _told_tries(trace: Trace, found: KeyTrace) -> list[str]:
+    """Return what was tried, call by call and source by source, in order."""
+    calls = [trace.calls[index] for index in found.calls]
+    spoken = {call.source for call in calls if call.outcome != "success"}
+    told = [(call.start, _told_call(trace, call)) for call in calls]
+    for refusal in found.refusals:
+        if refusal.source not in spoken or refusal.status not in ("failure", "circuit_open"):
+            said = _REFUSALS.get(refusal.status, "{} brought nothing").format(
+                _named(refusal.source)
+            )
+            told.append((refusal.at, _sentence(said, _why(refusal.error_type, refusal.message))))
+    return [sentence for _, sentence in sorted(told, key=lambda each: each[0])]
+
+
+def _told_call(trace: Trace, call: CallTrace) -> str:
+    source, why = _named(call.source), _why(call.error_type, call.error)
+    if call.outcome == "circuit_open":
+        return _sentence(f"the circuit of {source} was open, so it was not called", why)
+    if not call.attempts:
+        return _sentence(f"{source} was not reached", why)
+    lead = f"the call of {source}"
+    if call.snapshot_id != trace.snapshot_id:
+        lead += f" by snapshot {_named(call.snapshot_id)}"
+    if call.kind == "batch":
+        lead += f" for {many(call.keys, 'key')}"
+    if len(call.attempts) == 1:
+        return _sentence(f"{lead} {_told_attempt(call.attempts[0])}")
+    attempts: list[str] = []
+    pause = None
+    for attempt in call.attempts:
+        later = "" if pause is None else f", {duration(pause)} later,"
+        attempts.append(f"attempt {attempt.number}{later} {_told_attempt(attempt)}")
+        pause = attempt.pause_seconds
+    return _sentence(f"{lead} took {len(attempts)} attempts", _listed(attempts, "; "))
+
+
+def _told_attempt(attempt: AttemptTrace) -> str:
+    held = [f"{_named(source)} ({slots})" for source, slots in attempt.holders]
+    by = f" held by {_listed(held)}" if held else ""
+    why = _why(attempt.error_type, attempt.error)
+    because = f" ({why})" if why else ""
+    if attempt.called is None:
+        spent = duration(attempt.end - attempt.start)
+        return f"never reached it in {spent} of waiting for capacity{by}{because}"
+    ending = _ENDINGS.get(attempt.outcome, f"ended as {readable(attempt.outcome)} after")
+    text = f"{ending} {duration(attempt.end - attempt.called)}{because}"
+    waited = attempt.called - attempt.start
+    if waited < _NOTICED and not held:
+        return text
+    return f"waited {duration(waited)} for capacity{by} and {text}"
+
+
+def _told_foundations(trace: Trace, found: KeyTrace) -> Iterator[str]:
+    below = sorted(found.rests_on, key=lambda each: each.observed_at)
+    values = [
+        f"{each.key.display} from {_named(each.source)} (observed "
+        f"{_relative(each.observed_at - trace.started_at, trace.kind)})"
+        for each in below
+    ]
+    first = ", the oldest first" if len(below) > 1 else ""
+    yield _sentence(f"It rests on {many(len(below), 'value')}{first}", _listed(values, "; "))
+    path = critical_path(trace, found.key)
+    if len(path) > 1:
+        steps = [f"{key.display} after {duration(trace.keys[key].end)}" for key in path]
+        yield _sentence("The critical path", _listed(steps))
+
+
+def _relative(seconds: float, kind: str) -> str:
+    side = "before" if seconds < 0 else "after"
+    return f"{duration(abs(seconds))} {side} the {readable(kind)} began"
+
+
+def critical_path(trace: Trace, key: ResourceKey) -> list[ResourceKey]:
+    """Return which keys held up ``key``, from the first to itself.
+
+    Each is the input of the next that was there last, as long as that one was waiting by then.
+    """
+    path, seen = [key], {key}
+    while True:
+        found = trace.keys[path[-1]]
+        inputs = [trace.keys[each.key] for each in found.rests_on if each.key in trace.keys]
+        late = [each for each in inputs if found.start < each.end and each.key not in seen]
+        if not late:
+            return path[::-1]
+        path.append(max(late, key=lambda each: each.end).key)
+        seen.add(path[-1])
+
+
+def told_value(value: SnapshotValue[Any]) -> str:
+    """Return in sentences what a value itself tells of how it was come by."""
+    where = "was in the cache" if value.from_cache else "was acquired"
+    lead = f"{value.key.display} {where} (from {_named(value.source)}, version {value.version})."
+    sentences = [lead]
+    age = f"It was observed {duration(value.age_seconds)} before it was delivered"
+    stale = ", which is longer than its time to live: it is stale" if value.stale else ""
+    sentences.append(f"{age}{stale}.")
+    if value.attempts:
+        calls, took = many(value.attempts, "attempt"), duration(value.latency_ms / 1000)
+        sentences.append(f"Its source took {calls} and {took}.")
+    else:
+        sentences.append("It was published.")
+    facts = value.metadata
+    if "fallback_error" in facts:
+        why = _why(str(facts.get("fallback_error_type")), str(facts["fallback_error"]))
+        sentences.append(_sentence("It stands in for what failed", why))
+    if facts.get("coalesced_request"):
+        sentences.append("It was being acquired for another unit of work already.")
+    if facts.get("refresh_scheduled"):
+        sentences.append("It set off a refresh in the background.")
+    if value.dependency_versions:
+        below = [key.display for key in value.dependency_versions]
+        sentences.append(_sentence(f"It rests on {many(len(below), 'value')}", _listed(below)))
+    return " ".join(sentences)
+
+
+def told_error(key: ResourceKey, error: BaseException) -> str:
+    """Return in sentences what an error itself tells of why ``key`` has no value."""
+    failures = error.failures if isinstance(error, ResourceResolutionError) else ()
+    if not failures:
+        return _ended(f"{key.display} has no value", _why(type_name(error), message_of(error)))
+    tried = []
+    for each in failures:
+        how = f"failed in {many(each.attempts, 'attempt')}" if each.attempts else "was not called"
+        tried.append(_ended(f"{_named(each.source)} {how}", _why(each.error_type, each.message)))
+    return " ".join([f"{key.display} has no value, as no source had one.", *tried])
+
+
+# As a picture ------------------------------------------------------------------------------------
+
+
+_SEVERITY = {Obtained.FAILED: 3, Obtained.FALLBACK: 2, Obtained.STALE: 1}
+
+
+def _pictured(trace: Trace) -> Waterfall:
+    return Waterfall(
+        f"{readable(trace.kind)} {readable(trace.snapshot_id)}",
+        list(_facts(trace)),
+        trace.duration_seconds,
+        (
+            Section("Stages", "stage", [_stage_row(stage) for stage in trace.stages]),
+            Section("Calls", "call", [_call_row(trace, call) for call in trace.calls]),
+            Section(
+                "Keys",
+                "key",
+                [_key_row(trace, found) for found in trace.keys.values()],
+                trace.omitted_keys,
+            ),
+        ),
+    )
+
+
+def _facts(trace: Trace) -> Iterator[str]:
+    yield duration(trace.duration_seconds)
+    began = utc_text(trace.started_at)
+    if began is not None:
+        yield f"began {began[:23].replace('T', ' ')} UTC"
+    if trace.parent_snapshot_id is not None:
+        yield f"set off by {readable(trace.parent_snapshot_id)}"
+    counts = Counter(found.obtained for found in trace.keys.values())
+    yield many(len(trace.keys) + trace.omitted_keys, "key")
+    yield from (f"{counts[each]:,} {_OUTCOMES[each][1]}" for each in Obtained if counts[each])
+    yield many(len(trace.calls), "call")
+    last = max(trace.keys.values(), key=lambda found: found.end, default=None)
+    path = critical_path(trace, last.key) if last else []
+    if len(path) > 1:
+        yield f"critical path: {_listed([key.display for key in path], ', ')}"
+
+
+def _stage_row(stage: StageTrace) -> Row:
+    bars = (Bar("span", stage.start, stage.end),)
+    label = readable(stage.name)
+    return Row(label, many(stage.keys, "key"), stage.start, stage.end, bars, alike=label)
+
+
+def _call_row(trace: Trace, call: CallTrace) -> Row:
+    notes = [many(call.keys, "key")] if call.kind == "batch" else []
+    if len(call.attempts) > 1:
+        notes.append(many(len(call.attempts), "attempt"))
+    if call.outcome != "success":
+        notes.append(readable(call.error_type or call.outcome))
+    if call.snapshot_id != trace.snapshot_id:
+        notes.append(f"for {readable(call.snapshot_id)}")
+    return Row(
+        readable(call.source),
+        ", ".join(notes),
+        call.start,
+        call.end,
+        (Bar("span", call.start, call.end), *_bars(call)),
+        alike=(call.source, call.kind, call.outcome, call.error_type, len(call.attempts)),
+        severity=0 if call.outcome == "success" else 2,
+        details=partial(_call_details, trace, call),
+    )
+
+
+def _call_details(trace: Trace, call: CallTrace) -> list[str]:
+    return [_told_call(trace, call)]
+
+
+def _bars(call: CallTrace) -> Iterator[Bar]:
+    for attempt in call.attempts:
+        called = attempt.end if attempt.called is None else attempt.called
+        if called > attempt.start:
+            yield Bar("capacity", attempt.start, called)
+        if attempt.called is not None:
+            good = attempt.outcome in ("success", "under_way")
+            yield Bar("call" if good else "failed", called, attempt.end)
+        if attempt.pause_seconds is not None:
+            yield Bar("pause", attempt.end, attempt.end + attempt.pause_seconds)
+
+
+def _key_row(trace: Trace, found: KeyTrace) -> Row:
+    note = _OUTCOMES[found.obtained][1]
+    if found.error_type is not None:  # what the last source failed with tells most
+        last = found.refusals[-1].error_type if found.refusals else found.error_type
+        note = f"{note}: {readable(last)}"
+    elif found.source is not None:
+        note = f"{note}, {readable(found.source)}"
+    calls = [trace.calls[index] for index in found.calls if found.joined is None]
+    at_once = not (found.waits or calls) and found.obtained in _AT_ONCE
+    bars = [
+        Bar("at_once" if at_once else "span", found.start, found.end),
+        *(Bar(wait.reason.value, wait.start, wait.end) for wait in found.waits),
+        *(bar for call in calls for bar in _bars(call)),
+    ]
+    return Row(
+        found.key.display,
+        note,
+        found.start,
+        found.end,
+        tuple(
+            Bar(kind, max(start, found.start), min(end, found.end))
+            for kind, start, end in bars
+            if start <= found.end and end >= found.start
+        ),
+        alike=(found.key.namespace, found.key.name, note, found.joined is None, found.requested),
+        severity=_SEVERITY.get(found.obtained, 0),
+        details=partial(_told, trace, found),
+    )
+
+
+# As events of a trace file -----------------------------------------------------------------------
+
+
+_Record = StageTrace | CallTrace | KeyTrace
+
+_Part = tuple[str, float, float, Any]
+"""A slice within a slice: its name, from when to when, and the record that tells more."""
+
+
+class _Events:
+    """The Trace Event Format: slices on threads, where one lies within another or beside it.
+
+    The stages, each source, and the keys have as many threads as have work at once.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        records: list[_Record] = [*trace.stages, *trace.calls, *trace.keys.values()]
+        self._began = min((each.start for each in records), default=0.0)
+        self._busy_until: dict[str, list[float]] = {}
+        self._threads: dict[tuple[str, int], int] = {}
+        self._events: list[dict[str, Any]] = []
+        self._arrows = 0
+
+    def written(self) -> dict[str, Any]:
+        """Return all of them as the object that a trace file consists of."""
+        trace = self._trace
+        self._name("process", 0, f"{trace.kind} {trace.snapshot_id}")
+        for stage in trace.stages:
+            self._slice("stages", stage.name, stage, ())
+        called = [self._slice(f"source {c.source}", c.source, c, _parts(c)) for c in trace.calls]
+        for found in trace.keys.values():
+            waits = [(wait.reason.value, wait.start, wait.end, wait) for wait in found.waits]
+            thread = self._slice("keys", found.key.display, found, waits)
+            for index in found.calls:
+                self._arrow(thread, found, called[index], trace.calls[index])
+        return {
+            "traceEvents": self._events,
+            "displayTimeUnit": "ms",
+            "otherData": {
+                **_SCHEMA,
+                "snapshot_id": trace.snapshot_id,
+                "started_at": utc_text(trace.started_at),
+                "omitted_keys": trace.omitted_keys,
+            },
+        }
+
+    def _slice(
+        self,
+        track: str,
+        name: str,
+        record: _Record,
+        parts: Iterable[_Part],
+    ) -> int:
+        """Write one slice and what lies within it; return the thread that it is on."""
+        thread = self._free_thread(track, record.start, record.end)
+        told = _key_data(record) if isinstance(record, KeyTrace) else json_safe(record)
+        self._write("X", thread, name, record.start, until=record.end, args=told)
+        free = record.start
+        for part, start, end, inner in parts:
+            start, end = max(start, free), min(end, record.end)
+            if start < end:
+                self._write("X", thread, part, start, until=end, args=json_safe(inner))
+                free = end
+        return thread
+
+    def _free_thread(self, track: str, start: float, end: float) -> int:
+        busy = self._busy_until.setdefault(track, [])
+        lane = next((lane for lane, until in enumerate(busy) if until <= start), len(busy))
+        busy[lane : lane + 1] = [end]
+        if (track, lane) not in self._threads:
+            thread = self._threads[track, lane] = len(self._threads) + 1
+            self._name("thread", thread, f"{track} {lane + 1}" if lane else track)
+            order = 10_000 * list(self._busy_until).index(track) + lane
+            self._write("M", thread, "thread_sort_index", args={"sort_index": order})
+        return self._threads[track, lane]
+
+    def _arrow(self, thread: int, found: KeyTrace, to: int, call: CallTrace) -> None:
+        """Lead from a key to the call that carried it: from when both were there."""
+        at = max(found.start, call.start)
+        if at <= min(found.end, call.end):
+            self._arrows += 1
+            self._write("s", thread, "carried by", at, id=self._arrows)
+            self._write("f", to, "carried by", at, id=self._arrows, bp="e")
+
+    def _name(self, what: str, thread: int, name: str) -> None:
+        self._write("M", thread, f"{what}_name", args={"name": readable(name)})
+
+    def _write(
+        self,
+        phase: str,
+        thread: int,
+        name: str,
+        at: float | None = None,
+        *,
+        until: float | None = None,
+        **more: Any,
+    ) -> None:
+        event: dict[str, Any] = {"name": readable(name), "ph": phase, "pid": 1, "tid": thread}
+        if at is not None:
+            event |= {"cat": "coalestra", "ts": self._microseconds(at)}
+        if at is not None and until is not None:
+            lasted = self._microseconds(until) - self._microseconds(at)
+            event["dur"] = round(max(lasted, 0.0), 3)
+        self._events.append(event | more)
+
+    def _microseconds(self, seconds: float) -> float:
+        return round((seconds - self._began) * 1e6, 3)
+
+
+def _parts(call: CallTrace) -> Iterator[_Part]:
+    for attempt in call.attempts:
+        called = attempt.end if attempt.called is None else attempt.called
+        yield "wait for capacity", attempt.start, called, {"holders": attempt.holders}
+        yield f"attempt {attempt.number}", called, attempt.end, attempt
+        if attempt.pause_seconds is not None:
+            until = attempt.end + attempt.pause_seconds
+            yield "pause before a retry", attempt.end, until, {}
