@@ -19,6 +19,7 @@ from coalestra import (
     FreshnessPolicy,
     InMemoryMetrics,
     ResourceKey,
+    ResourceUpdate,
     SnapshotBuilder,
     SnapshotValue,
     SourceAuthorityPolicy,
@@ -693,7 +694,8 @@ def test_a_publication_left_on_a_dead_loop_blocks_no_key_on_the_next(
     async def leave() -> None:
         with monkeypatch.context() as slices:
             slices.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
-            task = asyncio.ensure_future(building.publisher.publish(KEYS[0], [1], source="s"))
+            events = [ResourceUpdate(each, [1], "s") for each in KEYS]
+            task = asyncio.ensure_future(building.publisher.publish_many(events))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             assert not task.done(), "it has been announced, and rests"

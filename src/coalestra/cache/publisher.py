@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from coalestra.cache.access import CacheAccess
@@ -31,6 +31,7 @@ from coalestra.core.values import (
     ResourceUpdate,
     Revision,
     SnapshotValue,
+    check_update,
     next_number,
     version_of,
 )
@@ -80,186 +81,128 @@ class PublisherParts:
         if type(resolver) is AuthorityPolicyResolver and not resolver.has_rules:
             object.__setattr__(self, "authority_resolver", None)
 
-    def judge(self, update: ResourceUpdate[Any], now: float) -> Revision:
-        """Return the revision that an event makes at ``now``, still without its payload.
+    def revision_of(
+        self,
+        key: ResourceKey,
+        value: Any,
+        source: str,
+        observed_at: float | None,
+        metadata: Mapping[str, Any],
+        now: float,
+    ) -> Revision:
+        """Return the revision that an event makes at ``now``; without a seal if that takes waiting.
 
         Raises `SourceProtocolError` if it was observed further in the future than allowed.
         """
-        observed_at, dated = update.observed_at, True
+        resolver, number, dated = self.authority_resolver, next_number(), observed_at is not None
+        told = _PUBLISHED_MARK
         if observed_at is None:
-            observed_at, dated = now, False
+            observed_at = now
         elif observed_at > now:
-            self._judge_future(update, observed_at, now)
-        rank, resolver = 0, self.authority_resolver
-        if resolver is not None:
-            rank = resolver.rank_for(update.key, update.source)
-        number = next_number()
+            self._judge_future(key, source, observed_at, now)
+            metadata = {**metadata, "clock_skew_seconds": observed_at - now}
+        if metadata:
+            told = self.copies.seal_metadata_now({**metadata, "published": True}, context=_IN)
+        payload, seal = self.copies.seal_now(value, context=_IN) or (value, None)
+        rank = 0 if resolver is None else resolver.rank_for(key, source)
         return Revision(
-            update.key,
-            None,
-            None,
-            update.source,
-            float(observed_at),
-            now,
-            version_of(number),
-            0.0,
-            0,
-            _PUBLISHED_MARK,
-            rank,
-            EMPTY,
-            (),
-            dated,
-            number,
-        )
+            key, payload, seal, source, float(observed_at), now, version_of(number), 0.0, 0,
+            told, rank, EMPTY, (), dated, number,
+        )  # fmt: skip
 
-    def _judge_future(self, update: ResourceUpdate[Any], observed_at: float, now: float) -> None:
+    def _judge_future(self, key: ResourceKey, source: str, observed_at: float, now: float) -> None:
         try:
             judge_observation(observed_at, now, self.observation_policy)
         except FutureObservation as rejection:
             raise SourceProtocolError(
-                f"{update.source} published {update.key.display} with a time in the future: "
-                f"{rejection}"
+                f"{source} published {key.display} with a time in the future: {rejection}"
             ) from rejection
 
+    def report(self, offered: Revision, outcome: Outcome, force: bool) -> None:
+        """Report what became of a revision."""
+        status, current, previous = outcome
+        if self.reporter is None:
+            return
+        if status is _STORED:
+            self.reporter.resource_published(offered, replaced=previous is not None, forced=force)
+        else:
+            self.reporter.resource_publish_ignored(offered, current, _STATUS[status])
 
-class _Publication:
-    """One call that publishes: judge, seal, write in one step, copy the outcome out.
+    def result_now(
+        self, offered: Revision, outcome: Outcome, policy: FreshnessPolicy, now: float
+    ) -> PublishResult | None:
+        """Tell what became of a revision, with copies; None if these take ``await result``."""
+        status, current, previous = outcome
+        open_now, before = self.copies.open_now, None
+        payload = open_now(current.payload, current.seal, context=_OUT)
+        if previous is not None:
+            earlier = open_now(previous.payload, previous.seal, context=_OUT)
+            if earlier is OFFLOADED:
+                return None
+            before = self._shown(previous, earlier, policy, now, from_cache=True)
+        if payload is OFFLOADED:
+            return None
+        value = self._shown(current, payload, policy, now, from_cache=current is not offered)
+        return PublishResult(_STATUS[status], value, before)
+
+    async def result(
+        self, offered: Revision, outcome: Outcome, policy: FreshnessPolicy, now: float
+    ) -> PublishResult:
+        """Tell what became of a revision, with copies of what is held now and was before."""
+
+        async def opened(revision: Revision) -> SnapshotValue[Any]:
+            payload = await self.copies.open(revision.payload, revision.seal, context=_OUT)
+            is_new = revision is offered
+            return self._shown(revision, payload, policy, now, from_cache=not is_new)
+
+        status, current, previous = outcome
+        before = None if previous is None else await opened(previous)
+        return PublishResult(_STATUS[status], await opened(current), before)
+
+    def _shown(
+        self,
+        revision: Revision,
+        payload: Any,
+        policy: FreshnessPolicy,
+        now: float,
+        *,
+        from_cache: bool,
+    ) -> SnapshotValue[Any]:
+        metadata, age = revision.metadata, now - revision.observed_at
+        if type(metadata) is not FrozenDict:
+            metadata = self.copies.open_metadata_now(metadata, context=_OUT)
+        stale = age > policy.ttl_seconds
+        return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)
+
+
+class _Announcement:
+    """Tells a cache's listeners of publications whose writing has to wait for something.
 
     Before anything is awaited, whatever has been judged so far is announced, so that a fetch under
-    way cannot slip in between an event and its writing; ``conclude`` always follows.
+    way cannot slip in between an event and its writing.
     """
 
-    __slots__ = (
-        "_announced",
-        "_judged",
-        "_listeners",
-        "_now",
-        "_pace",
-        "_parts",
-        "_policies",
-        "outcomes",
-    )
+    __slots__ = ("_access", "_listeners", "_told", "judged")
 
-    def __init__(self, parts: PublisherParts) -> None:
-        self._parts = parts
-        self._now = now_of(parts.clock)
-        self._pace = Pace()
-        self._judged: list[Revision] = []
-        self._policies: dict[ResourceKey, FreshnessPolicy] = {}
-        self._announced = 0
+    def __init__(self, access: CacheAccess) -> None:
+        self.judged: list[Revision] = []
+        self._access = access
+        self._told = 0
         self._listeners: Listeners | None = None
-        self.outcomes: list[Outcome] = []
 
-    async def judge(self, updates: Sequence[ResourceUpdate[Any]]) -> dict[Revision, Any]:
-        """Return the best revision per key and the event that it makes; all must be fit."""
-        judge, judged, now = self._parts.judge, self._judged, self._now
-        resolve, policies = self._parts.policy_resolver.resolve, self._policies
-        for update in updates:
-            judged.append(judge(update, now))
-            policies[update.key] = resolve(update.key)
-            if not len(judged) % PORTION and self._pace.due:
-                await self._rest()
-        if len(judged) == 1:
-            return {judged[0]: updates[0]}
-        if self._pace.due:
-            await self._rest()
-        made_of = dict(zip(judged, updates, strict=True))
-        return {revision: made_of[revision] for revision in best_per_key(judged).values()}
-
-    async def seal(self, best: Mapping[Revision, ResourceUpdate[Any]]) -> None:
-        """Copy the payloads and the metadata in."""
-        copies, now = self._parts.copies, self._now
-        for revision, update in best.items():
-            sealed = copies.seal_now(update.value, context=_IN)
-            if sealed is None:
-                self._announce()
-                sealed = await copies.seal(update.value, context=_IN)
-            revision.payload, revision.seal = sealed
-            skew = revision.observed_at - now
-            if update.metadata or skew > 0:
-                told = {**update.metadata, "published": True}
-                if skew > 0:
-                    told["clock_skew_seconds"] = skew
-                revision.metadata = copies.seal_metadata_now(told, context=_IN)
-            if self._pace.due:
-                await self._rest()
-
-    async def write(self, best: Collection[Revision], force: bool, replace_equal: bool) -> None:
-        """Offer the revisions to the cache, in one step if it is the library's own."""
-        access = self._parts.access
-        now = self._now if self._listeners is None else now_of(self._parts.clock)
-        if access.store is not None and len(best) == 1:
-            (revision,) = best
-            outcome = access.store.put(revision, now=now, force=force, replace_equal=replace_equal)
-            self.outcomes = [outcome]
-        elif access.store is not None:
-            self.outcomes = access.store.put_many(
-                best, now=now, force=force, replace_equal=replace_equal
-            )
-        elif access.foreign is not None:
-            self._announce()
-            written = await access.foreign.publish(
-                best, self._policies, now, force=force, replace_equal=replace_equal
-            )
-            self.outcomes = [written[each.key] for each in best]
-        if self._pace.due:
-            await self._rest()
+    def catch_up(self) -> None:
+        """Announce what has been judged since the last time."""
+        news = self.judged[self._told :]
+        if news:
+            if self._listeners is None:
+                self._listeners = self._access.listeners
+            self._told += len(news)
+            self._listeners.announced(news)
 
     def conclude(self) -> None:
         """Declare everything that was announced ended."""
         if self._listeners is not None:
-            self._listeners.concluded(self._judged[: self._announced])
-
-    async def results(self) -> dict[ResourceKey, PublishResult]:
-        """Return what became of each, with copies of what the cache holds now and held before."""
-        results = {}
-        copies, pace, policies = self._parts.copies, self._pace, self._policies
-        left = PORTION
-        for number, (status, current, previous) in enumerate(self.outcomes):
-            key = current.key
-            ttl, stored = policies[key].ttl_seconds, status is _STORED
-            payload = copies.open_now(current.payload, current.seal, context=_OUT)
-            if payload is OFFLOADED:
-                payload = await copies.open(current.payload, current.seal, context=_OUT)
-            value = self._presented(current, payload, ttl, not stored)
-            left -= current.seal.weight
-            before = None
-            if previous is not None:
-                payload = copies.open_now(previous.payload, previous.seal, context=_OUT)
-                if payload is OFFLOADED:
-                    payload = await copies.open(previous.payload, previous.seal, context=_OUT)
-                before = self._presented(previous, payload, ttl, True)
-                left -= previous.seal.weight
-                # Large ones are let go one by one, not all at the end.
-                self.outcomes[number] = (status, current, None)
-                previous = None
-            results[key] = PublishResult(_STATUS[status], value, before)
-            if left <= 0:
-                left = PORTION
-                if pace.due:
-                    await pace.rest()
-        return results
-
-    def _presented(
-        self, revision: Revision, payload: Any, ttl_seconds: float, from_cache: bool
-    ) -> SnapshotValue[Any]:
-        metadata = revision.metadata
-        if type(metadata) is not FrozenDict:
-            metadata = self._parts.copies.open_metadata_now(metadata, context=_OUT)
-        age = max(0.0, self._now - revision.observed_at)
-        return revision.presented(payload, metadata, age, age > ttl_seconds, from_cache)
-
-    def _announce(self) -> None:
-        news = self._judged[self._announced :]
-        if news:
-            if self._listeners is None:
-                self._listeners = self._parts.access.listeners
-            self._announced += len(news)
-            self._listeners.announced(news)
-
-    async def _rest(self) -> None:
-        self._announce()
-        await self._pace.rest()
+            self._listeners.concluded(self.judged[: self._told])
 
 
 class ResourcePublisher:
@@ -373,17 +316,35 @@ class ResourcePublisher:
         held before. Raises ValueError for a time that is not finite, `SourceProtocolError` for
         one too far in the future, `PayloadIsolationError` for a value that cannot be copied.
         """
-        told = EMPTY if metadata is None else metadata
-        update = ResourceUpdate(key, value, source, observed_at, told)
-        return await self.publish_update(update, force=force, replace_equal=replace_equal)
+        parts, told = self._parts, EMPTY if metadata is None else metadata
+        check_update(key, source, observed_at, told)
+        parts.check_open()
+        validation.flag("force", force)
+        validation.flag("replace_equal", replace_equal)
+        now, store = now_of(parts.clock), parts.access.store
+        policy = parts.policy_resolver.resolve(key)
+        revision = parts.revision_of(key, value, source, observed_at, told, now)
+        if store is None or revision.seal is None:
+            return (await self._publish((revision,), now, force, replace_equal))[key]
+        outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
+        parts.report(revision, outcome, force)
+        result = parts.result_now(revision, outcome, policy, now)
+        return await parts.result(revision, outcome, policy, now) if result is None else result
 
     async def publish_update(
         self, update: ResourceUpdate[Any], *, force: bool = False, replace_equal: bool = False
     ) -> PublishResult:
         """Publish one update; see `publish`."""
         validation.instance("update", update, ResourceUpdate)
-        results = await self._publish((update,), force, replace_equal)
-        return results[update.key]
+        return await self.publish(
+            update.key,
+            update.value,
+            source=update.source,
+            observed_at=update.observed_at,
+            metadata=update.metadata,
+            force=force,
+            replace_equal=replace_equal,
+        )
 
     async def publish_many(
         self,
@@ -401,7 +362,18 @@ class ResourcePublisher:
         for update in captured:
             if type(update) is not ResourceUpdate:
                 validation.instance("updates", update, ResourceUpdate)
-        return await self._publish(captured, force, replace_equal)
+        parts = self._parts
+        parts.check_open()
+        validation.flag("force", force)
+        validation.flag("replace_equal", replace_equal)
+        now = now_of(parts.clock)
+        made = (
+            parts.revision_of(
+                each.key, each.value, each.source, each.observed_at, each.metadata, now
+            )
+            for each in captured
+        )
+        return await self._publish(made, now, force, replace_equal)
 
     async def invalidate(self, key: ResourceKey, *, reason: str = "") -> None:
         """Remove ``key`` from the cache, so that the next reader fetches it."""
@@ -434,34 +406,66 @@ class ResourcePublisher:
             await close_copies(self._parts.copies, timeout_seconds)
 
     async def _publish(
-        self, updates: Sequence[ResourceUpdate[Any]], force: bool, replace_equal: bool
+        self, made: Iterable[Revision], now: float, force: bool, replace_equal: bool
     ) -> dict[ResourceKey, PublishResult]:
-        """Offer the best update per key to the cache; nothing is written if one is unfit."""
-        parts = self._parts
-        parts.check_open()
-        validation.flag("force", force)
-        validation.flag("replace_equal", replace_equal)
-        publication = _Publication(parts)
+        """Offer the best revision per key to the cache; nothing is written if one is unfit."""
+        parts, pace = self._parts, Pace()
+        policies: dict[ResourceKey, FreshnessPolicy] = {}
+        announcement = _Announcement(parts.access)
         try:
-            best = await publication.judge(updates)
-            await publication.seal(best)
-            await publication.write(best, force, replace_equal)
+            for revision in made:
+                announcement.judged.append(revision)
+                policies[revision.key] = parts.policy_resolver.resolve(revision.key)
+                if revision.seal is None:
+                    announcement.catch_up()
+                    sealed = await parts.copies.seal(revision.payload, context=_IN)
+                    revision.payload, revision.seal = sealed
+                if pace.due:
+                    announcement.catch_up()
+                    await pace.rest()
+            outcomes = await self._write(announcement, policies, force, replace_equal)
         finally:
-            publication.conclude()
+            announcement.conclude()
         if parts.reporter is not None:
-            pace = Pace()
-            for revision, outcome in zip(best, publication.outcomes, strict=True):
-                _report(parts.reporter, revision, outcome, force)
+            for revision, outcome in outcomes:
+                parts.report(revision, outcome, force)
                 await pace.keep()
-        return await publication.results()
+        results, left = {}, PORTION
+        outcomes.reverse()
+        while outcomes:  # large ones are let go one by one, not all at the end
+            revision, outcome = outcomes.pop()
+            policy = policies[revision.key]
+            result = parts.result_now(revision, outcome, policy, now)
+            if result is None:
+                result = await parts.result(revision, outcome, policy, now)
+            results[revision.key] = result
+            _, current, previous = outcome
+            left -= current.seal.weight + (0 if previous is None else previous.seal.weight)
+            if left <= 0:
+                left = PORTION
+                await pace.keep()
+        return results
 
-
-def _report(reporter: Reporter, revision: Revision, outcome: Outcome, force: bool) -> None:
-    status, current, previous = outcome
-    if status is _STORED:
-        reporter.resource_published(revision, replaced=previous is not None, forced=force)
-    else:
-        reporter.resource_publish_ignored(revision, current, _STATUS[status])
+    async def _write(
+        self,
+        announcement: _Announcement,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+        force: bool,
+        replace_equal: bool,
+    ) -> list[tuple[Revision, Outcome]]:
+        access, now = self._parts.access, now_of(self._parts.clock)
+        best = best_per_key(announcement.judged).values()
+        if access.foreign is None:
+            assert access.store is not None
+            outcomes = access.store.put_many(
+                best, now=now, force=force, replace_equal=replace_equal
+            )
+            return list(zip(best, outcomes, strict=True))
+        announcement.catch_up()
+        written = await access.foreign.publish(
+            best, policies, now, force=force, replace_equal=replace_equal
+        )
+        return [(each, written[each.key]) for each in best]
 
 
 def require_authority_aware(cache: AsyncCache, resolver: AuthorityPolicyResolver | None) -> None:

@@ -167,8 +167,9 @@ class Listeners:
         teller: CacheListener | None = None,
     ) -> None:
         """Tell all listeners but ``teller``, who knows, what is current now."""
-        for listener in self._alive():
-            if listener is not teller:
+        for reference in self.references:
+            listener = reference()
+            if listener is not None and listener is not teller:
                 listener.revised(changes)
 
     def announced(self, publications: Sequence[Revision]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from binascii import b2a_base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import count
+from math import isfinite
 from typing import Any, Generic, TypeVar, final
 
 from coalestra.core.frozen import (
@@ -28,7 +29,8 @@ __all__ = ["ResourceUpdate", "SnapshotValue", "SourcePayload"]
 T = TypeVar("T")
 
 _process = ""
-_serial = count(1).__next__
+next_number: Callable[[], int] = count(1).__next__
+"""Returns the next number of this process: what asks earlier has the smaller one."""
 
 
 def _enter_process() -> None:
@@ -42,11 +44,6 @@ if hasattr(os, "register_at_fork"):  # a forked child counts on from the same nu
     os.register_at_fork(after_in_child=_enter_process)
 
 
-def next_number() -> int:
-    """Return the next number of this process: what asks earlier has the smaller one."""
-    return _serial()
-
-
 def version_of(number: int) -> str:
     """Return the version that a number stands for; no other process has the same."""
     return f"{_process}{number}"
@@ -54,7 +51,7 @@ def version_of(number: int) -> str:
 
 def next_version() -> str:
     """Return a name for a new revision; no other one has it, in this process or any other."""
-    return f"{_process}{_serial()}"
+    return version_of(next_number())
 
 
 def number_of(version: str) -> int:
@@ -97,6 +94,18 @@ class SourcePayload(Generic[T]):
         refuse_subclass("SourcePayload")
 
 
+def check_update(key: object, source: object, observed_at: object, metadata: object) -> None:
+    """Raise TypeError or ValueError for what cannot make a `ResourceUpdate`."""
+    if type(key) is not ResourceKey:
+        instance("key", key, ResourceKey)
+    if type(source) is not str or not source or source.isspace():
+        text("source", source)
+    if observed_at is not None and (type(observed_at) is not float or not isfinite(observed_at)):
+        number("observed_at", observed_at)
+    if type(metadata) is not FrozenDict:
+        mapping("metadata", metadata)
+
+
 @immutable
 @dataclass(frozen=True, slots=True, repr=False)
 class ResourceUpdate(Generic[T]):
@@ -121,13 +130,9 @@ class ResourceUpdate(Generic[T]):
     metadata: Mapping[str, Any] = field(default_factory=empty)
 
     def __post_init__(self) -> None:
-        if type(self.key) is not ResourceKey:
-            instance("key", self.key, ResourceKey)
-        text("source", self.source)
-        if self.observed_at is not None:
-            number("observed_at", self.observed_at)
+        check_update(self.key, self.source, self.observed_at, self.metadata)
         if type(self.metadata) is not FrozenDict:
-            object.__setattr__(self, "metadata", frozen(mapping("metadata", self.metadata)))
+            object.__setattr__(self, "metadata", frozen(self.metadata))
 
     def __repr__(self) -> str:
         return concealed(self, "value", "metadata")
@@ -353,7 +358,9 @@ class Revision:
         self.attempts: int = attempts
         self.metadata: FrozenDict[str, Any] = metadata
         self.authority_rank: int = authority_rank
-        self.dependency_versions: FrozenDict[ResourceKey, str] = frozen(dependency_versions)
+        if type(dependency_versions) is not FrozenDict:
+            dependency_versions = frozen(dependency_versions)
+        self.dependency_versions: FrozenDict[ResourceKey, str] = dependency_versions
         self.dependencies: tuple[Revision, ...] = dependencies
         self.dated: bool = dated
         self.began: int = began
