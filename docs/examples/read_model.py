@@ -24,6 +24,8 @@ from coalestra import (
     FetchContext,
     FreshnessPolicy,
     RequestOutcome,
+    ResourceAbsent,
+    ResourceAbsentError,
     ResourceAcceptanceRule,
     ResourceKey,
     SnapshotAcceptancePolicy,
@@ -69,8 +71,8 @@ class Shop:
             self.calls[name] += 1
             if name in self.down:
                 raise ConnectionError(f"the {name} service is down")
-            # None: no such product. As an error it would open the circuit, for all products.
-            return {key: FACTS[name].get(key.subject) for key in keys}
+            none = ResourceAbsent("no such product")
+            return {key: FACTS[name].get(key.subject, none) for key in keys}
 
         return CallableBatchSource(
             name=name, priority=1, supports=lambda key: key.name == name, fetcher=ask
@@ -89,10 +91,9 @@ class Shop:
         if result.violations:
             return 409, {"refused": [violation.message for violation in result.violations]}
         if result.outcome is RequestOutcome.REJECTED:
-            return 503, result.to_dict()
+            absent = isinstance(result.errors.get(price), ResourceAbsentError)
+            return (404, {"unknown": product}) if absent else (503, result.to_dict())
         snapshot = result.require_accepted()
-        if snapshot.maybe_value(price) is None:
-            return 404, {"unknown": product}
         facts = {key.name: snapshot.maybe_value(key) for key in keys}
         return 200, {**facts, "old": [key.name for key in snapshot.stale_keys]}
 

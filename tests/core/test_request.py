@@ -20,6 +20,7 @@ from coalestra.core.acceptance import (
     SnapshotRequirement,
 )
 from coalestra.core.errors import (
+    ResourceAbsentError,
     ResourceResolutionError,
     SnapshotAcceptanceError,
     SnapshotBuildError,
@@ -116,6 +117,7 @@ def test_a_request_is_frozen_compares_and_copies() -> None:
 
 REQUEST = SnapshotRequest(required=[A], optional=[B])
 DOWN = ResourceResolutionError(B, (SourceFailure("rest", "ConnectionError", "no\nroute"),))
+ABSENT = ResourceAbsentError(B, (SourceFailure("rest", "ResourceAbsent", "no row"),))
 
 
 def read(key: ResourceKey, *, stale: bool = False, value: Any = 1) -> SnapshotValue[Any]:
@@ -142,6 +144,17 @@ def violation(*keys: ResourceKey, message: str = "too old") -> SnapshotAcceptanc
             snapshot(read(A), b=DOWN),
             "degraded",
             "accepted without 1 value: n:b [rest: ConnectionError(no route; attempts=1)]",
+        ),
+        (
+            snapshot(read(A), b=ABSENT),
+            "accepted",
+            "accepted without 1 value: n:b [rest: ResourceAbsent(no row; attempts=1)]",
+        ),
+        (
+            snapshot(read(A, stale=True), b=ABSENT),
+            "degraded",
+            "accepted without 1 value: n:b [rest: ResourceAbsent(no row; attempts=1)], and with "
+            "1 stale value: n:a [12.5 s old]",
         ),
         (
             snapshot(read(A, stale=True), read(B, stale=True)),

@@ -19,6 +19,8 @@ from coalestra import (
     RefreshMode,
     RequestOutcome,
     RequestResult,
+    ResourceAbsent,
+    ResourceAbsentError,
     ResourceAcceptanceRule,
     ResourceKey,
     ResourceResolutionError,
@@ -180,6 +182,18 @@ async def test_an_optional_key_without_a_value_degrades_a_request(ask: Ask) -> N
         "accepted without 1 value: test:b [stock: SourceUnavailableError(down; attempts=1)]"
     )
     assert shown(result.require_accepted()) == {A: 1}
+
+
+@both
+async def test_what_does_not_exist_rejects_a_request_only_if_it_is_required(ask: Ask) -> None:
+    building = builder(Stock("stock", {"a": 1, "b": ResourceAbsent("no such row")}))
+    result = await ask(building, SnapshotRequest(required=[A], optional=[B]))
+    assert result.outcome is ACCEPTED
+    assert isinstance(result.errors[B], ResourceAbsentError)
+    assert result.to_dict()["errors"][B.canonical]["reason"] == "absent"
+    result = await ask(building, SnapshotRequest(required=[A, B]))
+    assert result.outcome is REJECTED
+    assert isinstance(result.errors[B], ResourceAbsentError)
 
 
 @both

@@ -11,6 +11,7 @@ from typing import Any
 
 from coalestra.core.acceptance import SnapshotAcceptancePolicy, SnapshotAcceptanceViolation
 from coalestra.core.errors import (
+    ResourceAbsentError,
     SnapshotAcceptanceError,
     SnapshotBuildError,
     SnapshotConsistencyError,
@@ -175,8 +176,9 @@ _SCHEMA, _SCHEMA_VERSION = "coalestra.request-result", 1
 class RequestOutcome(str, enum.Enum):
     """Whether a request has what it asked for: in full, in part, or not so that it will do.
 
-    ``ACCEPTED``: every key has a value, none of them is stale, and the policies hold.
-    ``DEGRADED``: the policies hold, but an optional key has no value, or some value is stale.
+    ``ACCEPTED``: every key has a value, none of them is stale, and the policies hold. An optional
+    key may be absent: that something does not exist is an answer, too.
+    ``DEGRADED``: the policies hold, but an optional key failed, or some value is stale.
     ``REJECTED``: a required key has no value, a policy does not hold, or something else went wrong.
     """
 
@@ -209,7 +211,10 @@ class RequestResult:
         """Whether the request has what it asked for."""
         if self.error is not None:
             return RequestOutcome.REJECTED
-        full = len(self._values) == len(self.request.keys) and not self.stale_keys
+        # That something does not exist is an answer.
+        absent = [e for e in self.errors.values() if isinstance(e, ResourceAbsentError)]
+        answered = len(self._values) + len(absent) == len(self.request.keys)
+        full = answered and not self.stale_keys
         return RequestOutcome.ACCEPTED if full else RequestOutcome.DEGRADED
 
     @cached_property
