@@ -19,11 +19,15 @@ from coalestra import (
     FreshnessPolicy,
     NearCache,
     RefreshMode,
+    ResourceAcceptanceRule,
     ResourceKey,
     RetryPolicy,
     Snapshot,
+    SnapshotAcceptanceError,
+    SnapshotAcceptancePolicy,
     SnapshotBuilder,
     SnapshotBuildError,
+    SnapshotRequest,
     SourceResiliencePolicy,
     SourceUnavailableError,
     SyncSnapshotBuilder,
@@ -584,6 +588,70 @@ async def test_every_span_of_a_session_and_of_what_is_cut_off_ends() -> None:
     await b.aclose()
     assert {each["name"] for each in spans.begun} == set(spans.ended)
     assert {each["kind"] for each in spans.begun} == {"resolve", "call", "build"}
+
+
+async def test_stages_of_one_session_at_the_same_time_end_each_its_own_span() -> None:
+    spans = Spans()
+    b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)), tracer=spans)
+    async with b.session() as session:
+        await asyncio.gather(session.resolve([A]), session.resolve([B]))
+    assert list(spans.ended) == ["call 2", "resolve 2", "call 1", "resolve 1"]
+
+
+async def test_a_tracer_sees_one_who_gave_up_waiting_for_the_call_of_another() -> None:
+    spans = Spans()
+    b = builder(Single("a", fetch=latency(5)), tracer=spans)
+    first = asyncio.ensure_future(b.build([A], snapshot_id="first"))
+    await settle()
+    await b.build([A], deadline_seconds=1.0, strict=False)
+    ((parent, call, seconds, attributes),) = spans.joins
+    assert (parent, call, attributes["snapshot_id"]) == ("build 2", "call 1", "first")
+    assert seconds == pytest.approx(1.0)
+    await first
+    assert len(spans.joins) == 1
+
+
+async def test_a_stage_that_raises_has_failed_with_what_it_raises() -> None:
+    spans = Spans()
+    b = builder(Single("a", fetch=down), Single("b"), tracer=spans)
+    request = SnapshotRequest(
+        required=[B],
+        optional=[A],
+        acceptance_policy=SnapshotAcceptancePolicy(
+            ResourceAcceptanceRule(minimum_authority_rank=9)
+        ),
+    )
+    raised: list[BaseException] = []
+    async with b.session() as session:
+        for work in (
+            b.build([A, B]),
+            b.build_request(request),
+            session.resolve([A, B]),
+            session.resolve_request(request),
+            session.revalidate([B], acceptance_policy=request.acceptance_policy),
+        ):
+            with pytest.raises(SnapshotBuildError) as caught:
+                await work
+            raised.append(caught.value)
+        await b.build([A, B], strict=False)
+        await b.try_request(request)
+        await session.revalidate([B])
+    ends = {name: end for name, end in spans.ended.items() if not name.startswith("call")}
+    errors = [error for _, error in ends.values()]
+    assert errors[:5] == raised
+    assert [type(error) for error in errors[5:]] == [
+        type(None),
+        SnapshotAcceptanceError,
+        type(None),
+    ]
+    one_of_two, none_of_one = {"resolved": 1, "failed": 1}, {"resolved": 0, "failed": 0}
+    counts = [dict(facts) for facts, _ in ends.values()]
+    assert counts == [
+        *[one_of_two] * 4,
+        none_of_one,
+        *[one_of_two] * 2,
+        {"resolved": 1, "failed": 0},
+    ]
 
 
 @pytest.mark.parametrize("method", ["begin", "enter", "end", "joined"])

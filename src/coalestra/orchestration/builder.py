@@ -523,14 +523,8 @@ class SnapshotBuilder(BuilderSettings):
         unit = open_unit(
             self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
         )
-        snapshot = await unit.single_stage(wanted)
-        failed = bool(snapshot.errors) and strict
-        self._report_build(snapshot, failed=failed, strict=strict)
-        if failed:
-            raise SnapshotBuildError(
-                snapshot.errors, snapshot=None if unit.undelivered else snapshot
-            )
-        return snapshot
+        objects = self._lacking if strict else self._built
+        return accepted(*await unit.single_stage(wanted, objects))
 
     async def build_request(
         self,
@@ -645,19 +639,36 @@ class SnapshotBuilder(BuilderSettings):
 
     async def _decided(self, request: SnapshotRequest, unit: UnitOfWork) -> Decided:
         """Read what is asked for, say what speaks against it, and report both."""
-        snapshot, failed = None, True
-        try:
-            snapshot = await unit.single_stage(dict.fromkeys(request.keys))
-            error = objection(self._engine.parts, request, snapshot)
-            failed = error is not None
-        except Exception as raised:
-            error = raised
-        finally:
-            if snapshot is not None:
-                self._report_build(snapshot, failed=failed, strict=True)
-        return snapshot, error
 
-    def _report_build(self, snapshot: Snapshot, *, failed: bool, strict: bool) -> None:
+        def objects(unit: UnitOfWork, snapshot: Snapshot) -> Exception | None:
+            failed = True
+            try:
+                error = objection(unit.engine.parts, request, snapshot)
+                failed = error is not None
+                return error
+            except Exception as raised:
+                return raised
+            finally:
+                self._report_build(snapshot, failed=failed)
+
+        try:
+            return await unit.single_stage(dict.fromkeys(request.keys), objects)
+        except Exception as raised:
+            return None, raised
+
+    def _lacking(self, unit: UnitOfWork, snapshot: Snapshot) -> Exception | None:
+        """Report a build that must have every value, and return what speaks against it."""
+        failed = bool(snapshot.errors)
+        self._report_build(snapshot, failed=failed)
+        if not failed:
+            return None
+        return SnapshotBuildError(snapshot.errors, snapshot=None if unit.undelivered else snapshot)
+
+    def _built(self, _: UnitOfWork, snapshot: Snapshot) -> None:
+        """Report a build that may lack values."""
+        self._report_build(snapshot, failed=False, strict=False)
+
+    def _report_build(self, snapshot: Snapshot, *, failed: bool, strict: bool = True) -> None:
         report = self._engine.parts.report
         if report is not None:
             report.snapshot_built(

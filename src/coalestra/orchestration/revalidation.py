@@ -86,7 +86,11 @@ class Revalidation:
         counters.revalidation_attempts += 1
         try:
             with self._unit.stage("revalidate", len(self._named)) as stage:
-                return stage.came_to(await self._in_turn(turn))
+                try:
+                    return await self._in_turn(turn)
+                finally:
+                    stage.resolved = len(self._named) * self._committed
+                    stage.failed = len(self._failures)
         except (SnapshotConsistencyError, SnapshotAcceptanceError) as violation:
             self._violated = type(violation)
             raise

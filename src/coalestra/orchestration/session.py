@@ -194,21 +194,22 @@ class SnapshotSession:
         try:
             with unit.stage("resolve", len(wanted)) as stage:
                 struck = await unit.acquire(wanted, retry_errors=retry_errors)
-                snapshot = stage.came_to(await unit.snapshot(bound=not struck))
-            error = objects(snapshot)
+                snapshot = await unit.snapshot(bound=not struck)
+                stage.failed = sum(key in snapshot.errors for key in wanted)
+                stage.resolved = len(wanted) - stage.failed
+                error = stage.error = objects(snapshot)
             succeeded = error is None
         except Exception as raised:
             error = raised
         finally:
             report = unit.engine.parts.report
             if report is not None and snapshot is not None:
-                failed = sum(key in snapshot.errors for key in wanted)
                 report.session_resolved(
                     SessionResolution(
                         snapshot_id=self.snapshot_id,
                         requested=len(wanted),
-                        resolved=len(wanted) - failed,
-                        failed=failed,
+                        resolved=stage.resolved,
+                        failed=stage.failed,
                         total_resources=len(unit.requested),
                         strict=strict,
                         retry_errors=retry_errors,

@@ -415,7 +415,7 @@ class SingleFlight:
             if self.parts.report is not None:
                 self.parts.report.cache_access(key, "absent")
             if gather.work.trace is not None:
-                gather.work.trace.handed(key, None)
+                gather.work.trace.handed(key)
             return
         gather.work.record.cache_misses += 1
         if self.parts.report is not None:
@@ -850,7 +850,7 @@ class SingleFlight:
             flight.log.waits.end()
             for gather in waiters:
                 if gather.work.trace is not None:
-                    gather.work.trace.handed(flight.key, flight.log)
+                    gather.work.trace.handed(flight.key)
         if flight.lease is not None:
             self._give_back(flight)
         if flight.pins is not None and type(settlement) is Reading:

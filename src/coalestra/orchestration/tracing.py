@@ -25,7 +25,7 @@ from coalestra.core.errors import SourceFailure, folded_message, message_of, typ
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Tracer
-from coalestra.core.snapshot import FetchContext, Snapshot
+from coalestra.core.snapshot import FetchContext
 from coalestra.core.trace import (
     AttemptTrace,
     CallTrace,
@@ -423,20 +423,17 @@ def _itself(trace: Trace) -> Trace:
 class StageLog:
     """What is noted of one stage; see `StageTrace`."""
 
-    __slots__ = ("end", "failed", "keys", "name", "resolved", "start")
+    __slots__ = ("end", "error", "failed", "keys", "name", "resolved", "span", "start")
 
     def __init__(self, name: str, keys: int) -> None:
         self.name: str = name
         self.keys: int = keys
+        self.span: Any = None
         self.start: float = _now()
         self.end: float | None = None
         self.resolved: int = 0
         self.failed: int = 0
-
-    def came_to(self, snapshot: Snapshot) -> Snapshot:
-        """Note what a stage has come to, and return it."""
-        self.resolved, self.failed = len(snapshot), len(snapshot.errors)
-        return snapshot
+        self.error: BaseException | None = None
 
 
 class WorkTrace:
@@ -479,7 +476,7 @@ class WorkTrace:
         self._stage = 0
         self._entries: list[KeyLog] = []
         self._logs: dict[ResourceKey, KeyLog] = {}
-        self._joins: dict[ResourceKey, float] = {}
+        self._joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = {}
         self._omitted = 0
         self.recording: bool = recording
         self.span: Any = None
@@ -518,7 +515,7 @@ class WorkTrace:
             facts = {"snapshot_id": self.snapshot_id, "keys": keys, **more}
             if self._parent is not None:
                 facts["parent_snapshot_id"] = self._parent
-            self.span = self._tracing.tell(tracer.begin, name, facts, link=link)
+            self.span = log.span = self._tracing.tell(tracer.begin, name, facts, link=link)
             if self.span is not None:
                 self._tracing.tell(variables.run, tracer.enter, self.span)
         return log
@@ -526,8 +523,11 @@ class WorkTrace:
     def end_stage(self, log: StageLog, error: BaseException | None = None) -> None:
         """Note that a stage has ended, and keep what was recorded."""
         log.end = _now()
-        tracer, span = self._tracing.tracer, self.span
+        error, log.error = error or log.error, None
+        tracer, span = self._tracing.tracer, log.span
         if tracer is not None and span is not None:
+            for key in [key for key, (waiting, *_) in self._joins.items() if waiting is span]:
+                self._tell_join(key)  # it has given up
             facts = {"resolved": log.resolved, "failed": log.failed}
             self._tracing.tell(tracer.end, span, facts, error)
         self._tracing.keep(self)
@@ -608,8 +608,8 @@ class WorkTrace:
 
     def flies(self, key: ResourceKey, flight: FlightLog, *, joined: bool) -> None:
         """Note that a flight acquires the key, and whether another unit of work had begun it."""
-        if joined and self._tracing.tracer is not None:
-            self._joins[key] = _now()
+        if joined and self.span is not None:
+            self._joins[key] = self.span, flight, _now()
         log = self._log(key, False) if key in self._logs else None
         if log is not None:
             log.waits.end()
@@ -618,15 +618,20 @@ class WorkTrace:
             if joined:
                 log.waits.begin(WaitReason.FLIGHT, flight.snapshot_id)
 
-    def handed(self, key: ResourceKey, flight: FlightLog | None) -> None:
+    def handed(self, key: ResourceKey) -> None:
         """Note that the flight of a key has ended for this unit of work."""
         log = self._logs.get(key)
         if log is not None:
             log.waits.end()
             log.end = _now()
-        since = self._joins.pop(key, None)
+        if key in self._joins:
+            self._tell_join(key)
+
+    def _tell_join(self, key: ResourceKey) -> None:
+        """Tell the tracer of a wait for another's flight that is over."""
+        span, flight, since = self._joins.pop(key)
         tracer = self._tracing.tracer
-        if since is None or tracer is None or flight is None:
+        if tracer is None:
             return
         facts = {
             "snapshot_id": flight.snapshot_id,
@@ -634,7 +639,7 @@ class WorkTrace:
             "resource_name": key.name,
         }
         call = flight.calls[-1].span if flight.calls else None
-        self._tracing.tell(tracer.joined, self.span, call, _now() - since, facts)
+        self._tracing.tell(tracer.joined, span, call, _now() - since, facts)
 
     def settled(
         self,

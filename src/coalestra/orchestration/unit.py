@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -68,12 +68,23 @@ class UnitOfWork:
 
     # Acquiring --------------------------------------------------------------------------------
 
-    async def single_stage(self, keys: Mapping[ResourceKey, None]) -> Snapshot:
-        """Settle the keys and return the snapshot of a unit that is asked for nothing else."""
+    async def single_stage(
+        self,
+        keys: Mapping[ResourceKey, None],
+        objects: Callable[[UnitOfWork, Snapshot], Exception | None],
+    ) -> tuple[Snapshot, Exception | None]:
+        """Settle the keys of a unit that is asked for nothing else.
+
+        Return their snapshot, and what `objects` says against it.
+        """
         if self.work.trace is None:
-            return await self._single_stage(keys)
+            snapshot = await self._single_stage(keys)
+            return snapshot, objects(self, snapshot)
         with self.stage("build", len(keys)) as stage:
-            return stage.came_to(await self._single_stage(keys))
+            snapshot = await self._single_stage(keys)
+            stage.resolved, stage.failed = len(snapshot), len(snapshot.errors)
+            error = stage.error = objects(self, snapshot)
+            return snapshot, error
 
     def stage(self, name: str, keys: int) -> AbstractContextManager[StageLog]:
         """Return what notes, if anybody wants it, that the block is a stage for so many keys."""
