@@ -54,7 +54,11 @@ def recorded() -> dict[str, Any]:
 
 def extras_missing() -> set[str]:
     """The parts that need something which is not installed here."""
-    needs = {"redis": ("redis", "msgspec"), "prometheus": ("prometheus_client",)}
+    needs = {
+        "opentelemetry": ("opentelemetry",),
+        "prometheus": ("prometheus_client",),
+        "redis": ("redis", "msgspec"),
+    }
     return {
         part
         for part, names in needs.items()

@@ -22,10 +22,15 @@ RANK = {
     "adapters": 4,
     "testing": 4,
     "sync": 4,
+    "opentelemetry": 5,
     "redis": 5,
     "prometheus": 5,
 }
-FOREIGN_IN = {"redis": {"redis", "msgspec"}, "prometheus": {"prometheus_client"}}
+FOREIGN_IN = {
+    "opentelemetry": {"opentelemetry"},
+    "prometheus": {"prometheus_client"},
+    "redis": {"redis", "msgspec"},
+}
 FORBIDDEN_NAMES = {
     "utils", "util", "helpers", "helper", "common", "base", "misc", "manager", "handler", "wrapper",
 }  # fmt: skip

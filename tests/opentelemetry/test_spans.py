@@ -1,0 +1,286 @@
+"""What the tracer makes of what it is told, step by step, on the real SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+
+import pytest
+from opentelemetry import baggage, context, trace
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace import StatusCode
+
+from coalestra.opentelemetry import OpenTelemetryTracer
+from tests.opentelemetry.memory import Spans, attributes, told
+
+CALL = {"source": "rates", "source_kind": "batch", "snapshot_id": "s1", "keys": 3, "attempt": 2}
+BUILD = {"snapshot_id": "s1", "keys": 3}
+DONE = {"resolved": 3, "failed": 0}
+OTHERS = {"snapshot_id": "s0", "resource_namespace": "shop", "resource_name": "price"}
+
+
+@pytest.fixture
+def tracer(spans: Spans) -> OpenTelemetryTracer:
+    return OpenTelemetryTracer(spans.provider)
+
+
+def raised(error: BaseException, below: Callable[[], object] = lambda: None) -> BaseException:
+    """The error, as it is after it was raised here."""
+    try:
+        below()
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    "kind, attributes, name",
+    [
+        ("build", BUILD, "build snapshot"),
+        ("resolve", BUILD, "resolve snapshot"),
+        ("revalidate", BUILD, "revalidate snapshot"),
+        ("refresh", BUILD, "refresh resources"),
+        ("call", CALL, "fetch_many rates"),
+        ("call", {**CALL, "source_kind": "single"}, "fetch rates"),
+        ("call", {**CALL, "source_kind": "derived"}, "derive rates"),
+    ],
+)
+def test_a_span_is_named_after_what_is_done_and_to_what_kind_of_thing(
+    spans: Spans, tracer: OpenTelemetryTracer, kind: str, attributes: dict[str, object], name: str
+) -> None:
+    tracer.end(tracer.begin(kind, attributes), {})
+    assert [span.name for span in spans.ended] == [name]
+
+
+def test_attributes_have_semantic_names(spans: Spans, tracer: OpenTelemetryTracer) -> None:
+    call = tracer.begin("call", {**CALL, "waited_seconds": 0.25})
+    tracer.end(call, {"outcome": "success"})
+    tracer.end(tracer.begin("build", BUILD), {"resolved": 2, "failed": 1})
+
+    assert spans.one("fetch_many rates").attributes == {
+        "coalestra.source.name": "rates",
+        "coalestra.source.kind": "batch",
+        "coalestra.snapshot.id": "s1",
+        "coalestra.keys.requested": 3,
+        "coalestra.call.attempt": 2,
+        "coalestra.capacity.wait_time": 0.25,
+        "coalestra.outcome": "success",
+    }
+    build = spans.one("build snapshot")
+    assert build.attributes == {
+        "coalestra.snapshot.id": "s1",
+        "coalestra.keys.requested": 3,
+        "coalestra.keys.resolved": 2,
+        "coalestra.keys.failed": 1,
+    }
+    assert build.status.status_code is StatusCode.UNSET
+    scope = build.instrumentation_scope
+    assert scope is not None
+    assert (scope.name, bool(scope.version)) == ("coalestra", True)
+
+
+def test_a_stage_is_begun_below_what_is_current_and_a_call_below_its_parent(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    with spans.provider.get_tracer("test").start_as_current_span("request"):
+        build = tracer.begin("build", BUILD)
+    call = tracer.begin("call", CALL, parent=build)
+    tracer.end(call, {})
+    tracer.end(build, DONE)
+
+    assert spans.tree() == ["request", "  build snapshot", "    fetch_many rates"]
+
+
+def test_a_refresh_begins_a_trace_of_its_own_that_is_linked(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    with spans.provider.get_tracer("test").start_as_current_span("passing by"):
+        build = tracer.begin("build", BUILD)
+        refresh = tracer.begin("refresh", {"reason": "stale"}, link=build)
+        unknown = tracer.begin("refresh", {"reason": "stale"})
+        for span in (refresh, unknown, build):
+            tracer.end(span, DONE)
+
+    linked, alone = spans.named("refresh resources")
+    assert linked.parent is alone.parent is None
+    assert [link.context for link in linked.links] == [spans.one("build snapshot").context]
+    assert alone.links == ()
+
+
+def test_a_span_is_current_where_it_is_entered_and_nowhere_else(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    build, inside = tracer.begin("build", BUILD), contextvars.copy_context()
+    inside.run(tracer.enter, build)
+
+    assert inside.run(trace.get_current_span) is build.span
+    assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+def test_what_the_caller_carries_along_is_there_for_calls_as_well(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    def begin() -> None:
+        context.attach(baggage.set_baggage("tenant", "blue"))
+        build = tracer.begin("build", BUILD)
+        call = tracer.begin("call", CALL, parent=build)
+        tracer.enter(call)
+        assert baggage.get_baggage("tenant") == "blue"
+
+    contextvars.copy_context().run(begin)
+
+
+# Readers that joined ------------------------------------------------------------------------------
+
+
+def test_keys_that_waited_for_one_call_are_one_span_linked_to_it(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    build, call = tracer.begin("build", BUILD), tracer.begin("call", CALL)
+    for seconds in (2.0, 3.0, 2.5):
+        tracer.joined(build, call, seconds, OTHERS)
+    tracer.joined(build, tracer.begin("call", CALL), 1.0, OTHERS)
+    tracer.joined(build, None, 0.5, OTHERS)
+    tracer.end(build, DONE)
+    tracer.end(call, {})
+
+    first, second, third = spans.named("join flight")
+    assert [link.context for link in first.links] == [spans.one("fetch_many rates").context]
+    assert attributes(first)["coalestra.keys.requested"] == 3
+    assert attributes(first)["coalestra.snapshot.id"] == "s0"
+    assert attributes(first)["coalestra.resource.name"] == "price"
+    assert attributes(first)["coalestra.flight.wait_time"] == pytest.approx(3.0, abs=0.5)
+    assert first.start_time is not None
+    assert first.end_time is not None
+    assert (first.end_time - first.start_time) / 1e9 == pytest.approx(3.0, abs=0.5)
+    assert len(second.links) == 1
+    assert third.links == ()
+    assert spans.tree() == ["build snapshot", *["  join flight"] * 3, "fetch_many rates"]
+
+
+def test_the_spans_of_joined_calls_are_bounded_and_no_key_is_lost(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    build = tracer.begin("build", BUILD)
+    for _ in range(1_000):
+        tracer.joined(build, tracer.begin("call", CALL), 1.0, OTHERS)
+    tracer.end(build, DONE)
+
+    joins = spans.named("join flight")
+    assert len(joins) == 129
+    assert sum(attributes(span)["coalestra.keys.requested"] for span in joins) == 1_000
+    assert sum(span.links == () for span in joins) == 1
+
+
+# What went wrong ----------------------------------------------------------------------------------
+
+
+def test_a_failure_has_a_type_and_a_place_but_no_text(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    call = tracer.begin("call", CALL)
+    tracer.end(call, {"outcome": "failure"}, raised(ConnectionError("no route to SECRET")))
+
+    span = spans.one("fetch_many rates")
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description == "ConnectionError"
+    assert attributes(span)["error.type"] == "ConnectionError"
+    (event,) = span.events
+    assert event.name == "exception"
+    assert attributes(event)["exception.type"] == "ConnectionError"
+    assert "test_spans.py" in attributes(event)["exception.stacktrace"]
+    assert "in raised" in attributes(event)["exception.stacktrace"]
+    assert "SECRET" not in told(spans)
+
+
+def test_the_text_of_a_failure_is_told_if_it_is_asked_for(spans: Spans) -> None:
+    tracer = OpenTelemetryTracer(spans.provider, include_messages=True)
+    tracer.end(tracer.begin("call", CALL), {}, raised(ConnectionError("no route\nto SECRET")))
+
+    span = spans.one("fetch_many rates")
+    assert span.status.description == "ConnectionError: no route to SECRET"
+    assert attributes(span.events[0])["exception.message"] == "no route\nto SECRET"
+    assert repr(tracer) == "OpenTelemetryTracer(include_messages=True)"
+
+
+class Unreadable(Exception):
+    def __str__(self) -> str:
+        raise OSError("unreadable")
+
+
+@pytest.mark.parametrize("include_messages", [False, True])
+def test_an_error_that_cannot_be_read_ends_its_span_all_the_same(
+    spans: Spans, include_messages: bool
+) -> None:
+    tracer = OpenTelemetryTracer(spans.provider, include_messages=include_messages)
+    tracer.end(tracer.begin("call", CALL), {}, raised(Unreadable()))
+
+    span = spans.one("fetch_many rates")
+    assert attributes(span)["error.type"].endswith("test_spans.Unreadable")
+
+
+def test_what_was_called_off_has_not_failed(spans: Spans, tracer: OpenTelemetryTracer) -> None:
+    tracer.end(tracer.begin("build", BUILD), DONE, asyncio.CancelledError())
+
+    span = spans.one("build snapshot")
+    assert span.status.status_code is StatusCode.UNSET
+    assert attributes(span)["coalestra.outcome"] == "cancelled"
+    assert span.events == ()
+
+
+def test_a_deep_traceback_is_cut_to_its_innermost_places(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    def deeper(levels: int) -> None:
+        if levels == 0:
+            raise ValueError
+        deeper(levels - 1)
+
+    error = raised(AssertionError(), lambda: deeper(100))
+    tracer.end(tracer.begin("build", BUILD), {}, error)
+
+    (event,) = spans.one("build snapshot").events
+    assert attributes(event)["exception.stacktrace"].count("in deeper") == 20
+
+
+# Spans that nobody records ----------------------------------------------------------------------
+
+
+def test_a_trace_that_is_not_sampled_still_shows_clients_where_they_are() -> None:
+    spans = Spans(ALWAYS_OFF)
+    tracer = OpenTelemetryTracer(spans.provider)
+    build, inside = tracer.begin("build", BUILD), contextvars.copy_context()
+    inside.run(tracer.enter, build)
+    call = tracer.begin("call", CALL, parent=build)
+    tracer.joined(build, call, 1.0, OTHERS)
+
+    def traced() -> trace.SpanContext:
+        return trace.get_current_span().get_span_context()
+
+    assert inside.run(traced).trace_id == call.span.get_span_context().trace_id != 0
+    tracer.end(call, {}, raised(ValueError()))
+    tracer.end(build, DONE)
+    assert spans.ended == ()
+
+
+def test_without_an_sdk_the_callers_own_span_stays_current(spans: Spans) -> None:
+    tracer = OpenTelemetryTracer(trace.NoOpTracerProvider())
+    with spans.provider.get_tracer("test").start_as_current_span("request") as request:
+        build, inside = tracer.begin("build", BUILD), contextvars.copy_context()
+        inside.run(tracer.enter, build)
+        current = inside.run(trace.get_current_span).get_span_context()
+    tracer.joined(build, None, 1.0, OTHERS)
+    tracer.end(build, DONE, raised(ValueError()))
+
+    assert current == request.get_span_context()
+
+
+def test_what_is_no_provider_or_no_flag_is_refused(spans: Spans) -> None:
+    with pytest.raises(TypeError, match="tracer_provider"):
+        OpenTelemetryTracer("here")  # type: ignore[arg-type]  # that is what is tested
+    with pytest.raises(TypeError, match="include_messages"):
+        OpenTelemetryTracer(
+            spans.provider,
+            include_messages="no",  # type: ignore[arg-type]  # that is what is tested
+        )
