@@ -24,16 +24,17 @@ from coalestra.core.errors import (
     SnapshotDeadlineExceededError,
 )
 from coalestra.core.keys import ResourceKey
+from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.observability.reports import SessionRevalidation
 from coalestra.orchestration.flights import Gather
 from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, dependents, hold, loose
 from coalestra.orchestration.unit import UnitOfWork, cut_short
-from coalestra.orchestration.verdicts import Judge, accepted
+from coalestra.orchestration.verdicts import accepted, objection
 
 
 class Revalidation:
-    """Replaces the named pinned values, and every pinned value derived from them; used once.
+    """Replaces the pinned values that a request requires, and all derived from them; used once.
 
     With `forced`, all of these are read from the sources, past the cache, and none may be stale.
     """
@@ -43,9 +44,9 @@ class Revalidation:
         "_committed",
         "_failures",
         "_forced",
-        "_judge",
         "_loose",
         "_named",
+        "_request",
         "_readings",
         "_stamp",
         "_strict",
@@ -56,15 +57,14 @@ class Revalidation:
     def __init__(
         self,
         unit: UnitOfWork,
-        named: Mapping[ResourceKey, None],
-        judge: Judge,
+        request: SnapshotRequest,
         *,
         forced: bool,
         strict: bool,
     ) -> None:
         self._unit = unit
-        self._named = named
-        self._judge = judge
+        self._request = request
+        self._named = dict.fromkeys(request.required)
         self._forced = forced
         self._strict = strict
         self._affected: set[ResourceKey] = set()
@@ -126,7 +126,7 @@ class Revalidation:
             known = await self._unit.errors()
             errors = {key: error for key, error in known.items() if key not in self._readings}
             snapshot = self._unit.assembled(values, errors)
-            accepted(snapshot, self._judge.objection(snapshot, tuple(self._named)))
+            accepted(snapshot, objection(self._unit.engine.parts, self._request, snapshot))
             if not self._outdated:
                 self._commit()
                 return self._visible(snapshot)

@@ -18,7 +18,6 @@ from coalestra.orchestration.revalidation import Revalidation
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
 from coalestra.orchestration.verdicts import (
     Decided,
-    Judge,
     Requests,
     Results,
     accepted,
@@ -253,11 +252,12 @@ class SnapshotSession:
         self._require_open()
         flag("strict", strict)
         flag("force_refresh", force_refresh)
-        named = self._pinned(distinct(keys))
-        judge = Judge(self._unit.engine.parts, consistency_policy, acceptance_policy)
-        if acceptance_policy is not None:
-            _require_named(acceptance_policy, named)
-        revalidation = Revalidation(self._unit, named, judge, forced=force_refresh, strict=strict)
+        request = SnapshotRequest(
+            required=self._pinned(distinct(keys)),
+            consistency_policy=consistency_policy,
+            acceptance_policy=acceptance_policy,
+        )
+        revalidation = Revalidation(self._unit, request, forced=force_refresh, strict=strict)
         return await revalidation.run(self._revalidating)
 
     def _pinned(self, named: dict[ResourceKey, None]) -> dict[ResourceKey, None]:
@@ -317,11 +317,3 @@ class SnapshotSession:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
         return f"<SnapshotSession {self.snapshot_id} {state} keys={len(self._unit.requested)}>"
-
-
-def _require_named(policy: SnapshotAcceptancePolicy, named: Mapping[ResourceKey, None]) -> None:
-    for key in policy.referenced_keys:
-        if key not in named:
-            raise ValueError(
-                f"acceptance_policy names {key.display}, which is not among keys; add it there"
-            )

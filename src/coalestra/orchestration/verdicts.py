@@ -12,10 +12,10 @@ Laws:
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from coalestra.core.acceptance import SnapshotAcceptancePolicy, violations_of
+from coalestra.core.acceptance import violations_of
 from coalestra.core.errors import (
     BuilderClosedError,
     PayloadCopySubsystemClosedError,
@@ -24,10 +24,8 @@ from coalestra.core.errors import (
     without_frames,
 )
 from coalestra.core.frozen import FrozenDict
-from coalestra.core.keys import ResourceKey
 from coalestra.core.request import (
     RequestResult,
-    SnapshotConsistencyPolicy,
     SnapshotRequest,
     inconsistency_of,
 )
@@ -40,59 +38,38 @@ from coalestra.orchestration.parts import Parts
 
 
 def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exception | None:
-    """Return what speaks against a snapshot of a request: what it lacks, then its policies."""
+    """Return what speaks against a snapshot: what it lacks, then consistency, then acceptance.
+
+    Both policies are reported on, as far as they are asked.
+    """
+    report, required, optional = parts.report, request.required, request.optional
     failed = {key: e for key, e in snapshot.errors.items() if request.is_required(key)}
     if failed:
         return SnapshotBuildError(failed, snapshot=snapshot)
-    if request.consistency_policy is None and request.acceptance_policy is None:
-        return None
-    judge = Judge(parts, request.consistency_policy, request.acceptance_policy)
-    return judge.objection(snapshot, request.required, request.optional)
-
-
-class Judge:
-    """Holds snapshots against policies; the required keys take part, and optional ones if asked."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        consistency: SnapshotConsistencyPolicy | None,
-        acceptance: SnapshotAcceptancePolicy | None,
-    ) -> None:
-        instance("consistency_policy", consistency, SnapshotConsistencyPolicy, optional=True)
-        instance("acceptance_policy", acceptance, SnapshotAcceptancePolicy, optional=True)
-        self._parts = parts
-        self._consistency = consistency
-        self._acceptance = acceptance
-
-    def objection(
-        self,
-        snapshot: Snapshot,
-        required: Collection[ResourceKey],
-        optional: Collection[ResourceKey] = (),
-    ) -> SnapshotBuildError | None:
-        """Check consistency, then acceptance; report on both, and return the first violation."""
-        report = self._parts.report
-        if self._consistency is not None:
-            inconsistency = inconsistency_of(self._consistency, required, optional, snapshot)
-            if inconsistency is not None:
-                if report is not None:
-                    report.consistency_failed(snapshot.snapshot_id, inconsistency)
-                return inconsistency
+    if request.consistency_policy is not None:
+        found = inconsistency_of(request.consistency_policy, required, optional, snapshot)
+        if found is not None:
             if report is not None:
-                report.consistency_passed()
-        if self._acceptance is not None:
-            now, policies = self._parts.clock.now(), self._parts.policies
-            violations = violations_of(
-                self._acceptance, required, optional, snapshot, now, policies
-            )
-            if violations:
-                if report is not None:
-                    report.acceptance_failed(snapshot.snapshot_id, violations)
-                return SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
+                report.consistency_failed(snapshot.snapshot_id, found)
+            return found
+        if report is not None:
+            report.consistency_passed()
+    if request.acceptance_policy is not None:
+        violations = violations_of(
+            request.acceptance_policy,
+            required,
+            optional,
+            snapshot,
+            parts.clock.now(),
+            parts.policies,
+        )
+        if violations:
             if report is not None:
-                report.acceptance_passed()
-        return None
+                report.acceptance_failed(snapshot.snapshot_id, violations)
+            return SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
+        if report is not None:
+            report.acceptance_passed()
+    return None
 
 
 # Telling it: by raising, or by a result ----------------------------------------------------------
