@@ -30,6 +30,7 @@ SECTIONS: Mapping[int, Section] = {
             "core/test_snapshot.py",
             "core/test_frozen.py",
             "core/test_clock.py",
+            "orchestration/test_provenance.py",
         ),
     ),
     3: Section(

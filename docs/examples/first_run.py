@@ -76,9 +76,10 @@ async def the_forecast_goes(farm: Farm) -> None:
     chapter("The forecast service goes away")
     farm.stop_service()
     pass_time(farm, 40)
-    at = "the rain is old and says so; the need is new, but made from that rain"
+    at = "the rain is old and says so, and so does the need that is computed from it"
     snapshot = await look(farm, at, need, rain)
-    tell("the old forecasts say that they are stale", snapshot.stale_keys == (*map(rain, FIELDS),))
+    old = (*map(need, FIELDS), *map(rain, FIELDS))
+    tell("the old forecasts, and what rests on them, are stale", snapshot.stale_keys == old)
     try:
         await farm.water_the_driest()
     except SnapshotAcceptanceError as refusal:

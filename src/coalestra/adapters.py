@@ -454,9 +454,13 @@ class CallableDerivedSource(CallableAdapter):
     A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False. All times
     are seconds; every setting can be read back under its name, except that ``dependencies`` is
     a method. See `CallableAdapter` for what all adapters share.
+
+    With ``inherit_freshness`` a value is as old as the oldest of its dependencies, and stale if one
+    of them is; how long it is kept, its own policy says, from when it was derived.
     """
 
     deriver: DeriverFunction
+    inherit_freshness: bool
 
     def __init__(
         self,
@@ -474,6 +478,7 @@ class CallableDerivedSource(CallableAdapter):
         run_sync_in_thread: bool = True,
         blocking_io: bool = False,
         transport_timeout_seconds: float | None = None,
+        inherit_freshness: bool = False,
     ) -> None:
         """Make a source of `deriver`, asked for the keys that `supports` accepts.
 
@@ -481,6 +486,7 @@ class CallableDerivedSource(CallableAdapter):
             TypeError, ValueError: for a bad setting, naming it.
         """
         super().__init__("deriver", locals())
+        self.inherit_freshness = flag("inherit_freshness", inherit_freshness)
         self._dependencies = self._plain("dependencies", locals())
 
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:

@@ -71,11 +71,11 @@ def test_the_story_has_its_key_lines(story: str, line: str) -> None:
     assert line in story
 
 
-def test_a_value_that_rests_on_old_ones_is_marked_though_it_is_new_itself(story: str) -> None:
-    (line,) = (line for line in story.splitlines() if "WARNING" in line)
+def test_a_value_that_rests_on_old_ones_is_as_old_though_it_is_computed_anew(story: str) -> None:
+    (line,) = (line for line in story.splitlines() if "computed just now" in line)
     assert line == (
-        "  ! need of the south       8.0  planner    0 min  "
-        "WARNING: new, but rests on a STALE value, rain"
+        "  ! need of the south       8.0  planner   40 min  "
+        "STALE: computed just now, but from rain that is"
     )
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from coalestra import CacheWriteStatus, FreshnessPolicy, RefreshMode, ResourceKey
+from coalestra import (
+    CacheWriteStatus,
+    CallableDerivedSource,
+    FreshnessPolicy,
+    RefreshMode,
+    ResourceKey,
+    SnapshotBuilder,
+)
 from coalestra.core.protocols import (
     AtomicAsyncCache,
     AuthorityAwareCache,
@@ -451,6 +458,32 @@ async def test_a_derived_value_is_good_while_what_it_rests_on_is_there(
         held = await lease(other, C)
         stored = await fulfil(other, held, 30, rests_on={A: "x"}, observed_at=1.0)
         assert stored.status is STORED
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+async def test_a_derived_value_says_in_another_process_what_it_rests_on(
+    server: Server, prefix: str, inherits: bool
+) -> None:
+    source = CallableDerivedSource(
+        name="derived",
+        priority=1,
+        supports=lambda k: k != A,
+        dependencies=lambda k: [A if k == B else B],
+        deriver=lambda k, known, context: k.subject,
+        run_sync_in_thread=False,
+        inherit_freshness=inherits,
+    )
+    observed_at = time.time() - 30
+    async with caches(server, prefix, 2) as [one, other]:
+        async with SnapshotBuilder([source], cache=one, default_policy=POLICY) as builder:
+            await builder.publisher.publish(A, 1, source="stream", observed_at=observed_at)
+            await builder.build([C])
+        async with SnapshotBuilder([source], cache=other, default_policy=POLICY) as builder:
+            value = (await builder.build([C]))[C]
+        assert (value.from_cache, value.oldest_key) == (True, A)
+        assert value.oldest_observed_at == pytest.approx(observed_at, abs=0.01)
+        assert (value.inherits_freshness, value.rests_on_stale) == (inherits, False)
+        assert value.age_seconds == pytest.approx(30 if inherits else 0, abs=5)
 
 
 async def test_an_outdated_derived_value_defends_nothing(server: Server, prefix: str) -> None:

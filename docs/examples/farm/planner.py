@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coalestra import CallableDerivedSource, FetchContext, ResourceKey, Snapshot, SourcePayload
+from coalestra import CallableDerivedSource, FetchContext, ResourceKey, Snapshot
 from farm.keys import moisture, rain, target
 
 
@@ -10,11 +10,10 @@ def ingredients(key: ResourceKey) -> tuple[ResourceKey, ...]:
     return target(key.subject), moisture(key.subject), rain(key.subject)
 
 
-def plan(key: ResourceKey, known: Snapshot, context: FetchContext) -> SourcePayload[float]:
-    """Compute the need, and note on the side if it rests on a value that is past its time."""
+def plan(key: ResourceKey, known: Snapshot, context: FetchContext) -> float:
+    """Compute the need; what it is worth, it inherits from what it is computed from."""
     wanted, held, coming = (known.value(part, float) for part in ingredients(key))
-    stale = ", ".join(part.name for part in known.stale_keys)
-    return SourcePayload(max(0.0, wanted - held - coming), metadata={"stale_inputs": stale})
+    return max(0.0, wanted - held - coming)
 
 
 def planner_source() -> CallableDerivedSource:
@@ -24,5 +23,6 @@ def planner_source() -> CallableDerivedSource:
         supports=lambda key: key.namespace == "plan",
         dependencies=ingredients,
         deriver=plan,
+        inherit_freshness=True,  # as old as the oldest ingredient, and stale if one is
         run_sync_in_thread=False,  # quick arithmetic needs no thread
     )

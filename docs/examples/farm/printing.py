@@ -17,15 +17,10 @@ def show(snapshot: Snapshot, keys: Sequence[ResourceKey], *, look_at: str) -> No
     print(f"    {'value':21} {'mm':>5}  {'source':8}  {'age':>6}  how it came here")
     for key in keys:
         value = snapshot[key]
-        mark = "!" if doubts(value) else " "
+        mark = "!" if value.stale else " "
         age = f"{value.age_seconds / 60:.0f} min"
         name = f"{key.name} of the {key.subject}"
         print(f"  {mark} {name:21} {value.value:5.1f}  {value.source:8}  {age:>6}  {how(value)}")
-
-
-def doubts(value: SnapshotValue[float]) -> bool:
-    """Whether a value is old, or new but made from something old: it would not say so by itself."""
-    return value.stale or bool(value.metadata.get("stale_inputs"))
 
 
 def how(value: SnapshotValue[float]) -> str:
@@ -33,8 +28,8 @@ def how(value: SnapshotValue[float]) -> str:
     facts = value.metadata
     if "fallback_error" in facts:
         return f"STALE: the last one known, because {why(facts['fallback_error'])}"
-    if facts.get("stale_inputs"):
-        return f"WARNING: new, but rests on a STALE value, {facts['stale_inputs']}"
+    if value.stale_key:
+        return f"STALE: computed just now, but from {value.stale_key.name} that is"
     if value.dependency_versions:
         return f"computed from {len(value.dependency_versions)} others, all fresh"
     if facts.get("published"):

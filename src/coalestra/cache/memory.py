@@ -57,13 +57,13 @@ def revision_of(
     metadata: FrozenDict[str, Any] = EMPTY,
 ) -> Revision:
     """Return the revision that a value shows; without a payload it can only be compared."""
-    dated = value.observed_at != value.fetched_at
+    dated = value.dated
     return Revision(
         key=value.key,
         payload=payload,
         seal=seal,
         source=value.source,
-        observed_at=value.observed_at,
+        observed_at=value.observed_at if dated else value.fetched_at,
         fetched_at=value.fetched_at,
         latency_ms=value.latency_ms,
         attempts=value.attempts,

@@ -17,7 +17,7 @@ from coalestra.core.policies import (
     ttl_of,
 )
 from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
-from coalestra.core.values import SnapshotValue
+from coalestra.core.values import SnapshotValue, grounds_of
 
 __all__ = [
     "ResourceAcceptanceRule",
@@ -37,6 +37,11 @@ class ResourceAcceptanceRule:
         max_age_seconds: how long ago it may have been observed; None for any time.
         allow_stale: whether it may be older than its time to live.
         minimum_authority_rank: the rank its source must have at least; None for any rank.
+        max_oldest_age_seconds: how long ago the oldest of all that it was derived from, on any
+            level, may have been observed; None for any time.
+        allow_resting_on_stale: whether anything that it was derived from may be stale.
+
+    Of a value that was not derived, the last two judge the value itself.
 
     Raises:
         TypeError: for another type.
@@ -46,9 +51,13 @@ class ResourceAcceptanceRule:
     max_age_seconds: float | None = None
     allow_stale: bool = True
     minimum_authority_rank: int | None = None
+    max_oldest_age_seconds: float | None = field(default=None, kw_only=True)
+    allow_resting_on_stale: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        number("max_age_seconds", self.max_age_seconds, minimum=0, optional=True)
+        for name in ("max_age_seconds", "max_oldest_age_seconds"):
+            number(name, getattr(self, name), minimum=0, optional=True)
+        flag("allow_resting_on_stale", self.allow_resting_on_stale)
         flag("allow_stale", self.allow_stale)
         integer("minimum_authority_rank", self.minimum_authority_rank, optional=True)
 
@@ -59,7 +68,13 @@ class ResourceAcceptanceRule:
             self.allow_stale
             and self.max_age_seconds is None
             and self.minimum_authority_rank is None
+            and self.judges_nothing_below
         )
+
+    @property
+    def judges_nothing_below(self) -> bool:
+        """Whether what a value was derived from may be anything."""
+        return self.allow_resting_on_stale and self.max_oldest_age_seconds is None
 
 
 @immutable
@@ -173,6 +188,8 @@ class SnapshotAcceptanceReason(str, enum.Enum):
 
     STALE = "stale"
     TOO_OLD = "too_old"
+    OLDEST_TOO_OLD = "oldest_too_old"
+    RESTS_ON_STALE = "rests_on_stale"
     INSUFFICIENT_AUTHORITY = "insufficient_authority"
     REQUIREMENT_UNSATISFIED = "requirement_unsatisfied"
 
@@ -189,13 +206,14 @@ class SnapshotAcceptanceViolation:
         key: the resource, if it is about a single one.
         requirement_name: the requirement, if the value was refused as one of its alternatives,
             or if it is the requirement itself.
-        current_age_seconds: the age of the value when it was judged.
+        current_age_seconds: the age of the value when it was judged, or of its oldest input.
         max_age_seconds: the age it may have.
         stale: whether it is older than its time to live.
         authority_rank: the rank of its source.
         minimum_authority_rank: the rank it takes.
         accepted_count: how many alternatives are there and acceptable.
         required_count: how many it takes.
+        input_key: the resource below it that is too old or stale; itself if it was not derived.
     """
 
     reason: SnapshotAcceptanceReason
@@ -210,6 +228,7 @@ class SnapshotAcceptanceViolation:
     minimum_authority_rank: int | None = None
     accepted_count: int | None = None
     required_count: int | None = None
+    input_key: ResourceKey | None = None
 
 
 # Judging a snapshot by an acceptance policy ------------------------------------------------------
@@ -278,6 +297,7 @@ class _Trial:
             (oldest is None or age <= oldest)
             and (lowest is None or value.authority_rank >= lowest)
             and (rule.allow_stale or not self._is_stale(value, age))
+            and (rule.judges_nothing_below or not any(self._broken_below(value, rule)))
         ):
             return ()
         return tuple(self._broken(value, rule, age))
@@ -304,6 +324,7 @@ class _Trial:
                 current_age_seconds=age,
                 max_age_seconds=rule.max_age_seconds,
             )
+        yield from self._broken_below(value, rule)
         lowest = rule.minimum_authority_rank
         if lowest is not None and value.authority_rank < lowest:
             yield SnapshotAcceptanceViolation(
@@ -316,9 +337,50 @@ class _Trial:
                 minimum_authority_rank=lowest,
             )
 
+    def _broken_below(
+        self, value: SnapshotValue[Any], rule: ResourceAcceptanceRule
+    ) -> Iterator[SnapshotAcceptanceViolation]:
+        """What speaks against all that it was derived from, or against itself if it was not."""
+        key, limit = value.key, rule.max_oldest_age_seconds
+        ahead = value.observed_at - value.oldest_observed_at
+        age = max(value.age_seconds + ahead, self.now - value.oldest_observed_at)
+        if limit is not None and age > limit:
+            yield SnapshotAcceptanceViolation(
+                SnapshotAcceptanceReason.OLDEST_TOO_OLD,
+                (key,),
+                f"{key.display} must rest on nothing that is more than {limit:g} s old, got "
+                f"{value.oldest_key.display} observed {age:g} s ago",
+                key=key,
+                current_age_seconds=age,
+                max_age_seconds=limit,
+                input_key=value.oldest_key,
+            )
+        if rule.allow_resting_on_stale:
+            return
+        grounds = grounds_of(value.dependency_versions)
+        if grounds is None:
+            culprit, stale = key, self._is_stale(value, age)
+        else:
+            culprit = grounds.perishing
+            stale = value.rests_on_stale or self.now > grounds.stale_at
+        if stale:
+            yield SnapshotAcceptanceViolation(
+                SnapshotAcceptanceReason.RESTS_ON_STALE,
+                (key,),
+                f"{key.display} must rest on fresh values, got {culprit.display}, which is stale",
+                key=key,
+                stale=True,
+                input_key=culprit,
+            )
+
     def _is_stale(self, value: SnapshotValue[Any], age: float) -> bool:
         if value.stale or self.freshness is None:
             return value.stale
+        grounds = grounds_of(value.dependency_versions)
+        if grounds is not None and grounds.inherited_at is not None:  # kept since it was derived
+            if self.now > grounds.fresh_until:
+                return True
+            age = self.now - value.fetched_at
         common = self.common
         return gone_stale(
             age, ttl_of(self.freshness, value.key) if common is None else common.ttl_seconds

@@ -58,7 +58,7 @@ def empty() -> FrozenDict[Any, Any]:
 
 def frozen(mapping: Mapping[K, V]) -> FrozenDict[K, V]:
     """Return ``mapping`` if it is frozen already, else a frozen copy."""
-    if type(mapping) is FrozenDict:
+    if isinstance(mapping, FrozenDict):
         return mapping
     return FrozenDict(mapping) if mapping else EMPTY
 

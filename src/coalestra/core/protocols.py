@@ -158,7 +158,11 @@ class BatchSnapshotSource(SourceBase, Protocol):
 
 @runtime_checkable
 class DerivedSource(SourceBase, Protocol):
-    """A source that makes a value out of other resources."""
+    """A source that makes a value out of other resources.
+
+    One with ``inherit_freshness = True`` makes values that are as old as the oldest of these, and
+    stale if one of them is.
+    """
 
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
         """Return the keys that the value of ``key`` is made from; answers at once."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from binascii import b2a_base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import count
-from math import isfinite
-from typing import Any, Generic, TypeVar, final
+from math import inf, isfinite
+from typing import Any, Generic, NamedTuple, TypeVar, final
 
 from coalestra.core.frozen import (
     EMPTY,
@@ -138,6 +138,97 @@ class ResourceUpdate(Generic[T]):
         return concealed(self, "value", "metadata")
 
 
+# What a derived value was made from ---------------------------------------------------------------
+
+
+class Grounds(NamedTuple):
+    """What lies below a derived value, on whatever level.
+
+    Attributes:
+        oldest, oldest_at: what was observed longest ago, and when, in wall-clock seconds.
+        perishing, stale_at: what is the first to go stale, and when: before all times if it was
+            stale when it was used.
+        inherited_at: when the oldest of the direct inputs was observed, if the value inherits their
+            freshness; else None.
+        fresh_until: then also until when all of them are fresh; else after all times.
+    """
+
+    oldest: ResourceKey
+    oldest_at: float
+    perishing: ResourceKey
+    stale_at: float
+    inherited_at: float | None
+    fresh_until: float
+
+
+class Dependencies(FrozenDict[ResourceKey, str]):
+    """The versions that a value was derived from, with what is known of all that lies below."""
+
+    __slots__ = ("grounds",)
+
+    grounds: Grounds
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Dependencies:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _dependencies, (dict(self), self.grounds)
+
+
+def _dependencies(versions: Mapping[ResourceKey, str], grounds: Grounds) -> Dependencies:
+    made = Dependencies(versions)
+    made.grounds = grounds
+    return made
+
+
+def grounds_of(versions: Mapping[ResourceKey, str]) -> Grounds | None:
+    """Return what lies below the value that was derived from ``versions``; None if unknown."""
+    return versions.grounds if type(versions) is Dependencies else None
+
+
+def dependencies_on(
+    inputs: Iterable[tuple[Revision, float]], *, inherits: bool
+) -> FrozenDict[ResourceKey, str]:
+    """Return what a value rests on that is derived from ``inputs``; linear in their number.
+
+    Args:
+        inputs: the revisions, and until when, in wall-clock seconds, each is fresh by itself.
+        inherits: whether the value inherits their freshness.
+    """
+    versions: dict[ResourceKey, str] = {}
+    oldest = perishing = None
+    oldest_at = stale_at = inherited_at = fresh_until = inf
+    for revision, until in inputs:
+        key = first = last = revision.key
+        at = seen_at = revision.observed_at
+        soonest = until
+        versions[key] = revision.version
+        below = grounds_of(revision.dependency_versions)
+        if below is not None:
+            if below.inherited_at is not None:
+                seen_at, until = min(at, below.inherited_at), min(until, below.fresh_until)
+            if below.oldest_at <= at:
+                first, at = below.oldest, below.oldest_at
+            if below.stale_at <= soonest:
+                last, soonest = below.perishing, below.stale_at
+        if oldest is None or at < oldest_at:
+            oldest, oldest_at = first, at
+        if perishing is None or soonest < stale_at:
+            perishing, stale_at = last, soonest
+        if seen_at < inherited_at:
+            inherited_at = seen_at
+        if until < fresh_until:
+            fresh_until = until
+    if oldest is None or perishing is None:
+        return EMPTY
+    seen = (inherited_at, fresh_until) if inherits else (None, inf)
+    return _dependencies(versions, Grounds(oldest, oldest_at, perishing, stale_at, *seen))
+
+
+_ROUNDING_SECONDS = 1e-6
+"""A time that is put together from two others may be off by less than this."""
+
+
 @final
 @immutable
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -148,10 +239,12 @@ class SnapshotValue(Generic[T]):
         key: the resource.
         value: its value, this reader's own.
         source: the name of the source it came from.
-        observed_at: when it was true, in wall-clock seconds since the epoch.
+        observed_at: when it was true, in wall-clock seconds since the epoch; of a value that
+            inherits its freshness, when the oldest of its inputs was.
         fetched_at: when it was got, in wall-clock seconds since the epoch.
         age_seconds: how long before its delivery it was observed; never negative.
-        stale: whether that is longer than its time to live.
+        stale: whether that is longer than its time to live, or one of the inputs that it inherits
+            its freshness from is stale.
         from_cache: whether it was in the cache already.
         latency_ms: how long getting it from the source took.
         attempts: how many calls that took; 0 if it was published.
@@ -200,7 +293,7 @@ class SnapshotValue(Generic[T]):
     ) -> None:
         if type(metadata) is not FrozenDict:
             metadata = frozen(mapping("metadata", metadata))
-        if type(dependency_versions) is not FrozenDict:
+        if not isinstance(dependency_versions, FrozenDict):
             dependency_versions = frozen(mapping("dependency_versions", dependency_versions))
         number("observed_at", observed_at)
         number("fetched_at", fetched_at)
@@ -238,9 +331,56 @@ class SnapshotValue(Generic[T]):
         A value that its source did not date is as of the end of its reading for freshness, but
         what it knows may be as old as the beginning.
         """
-        if self.observed_at != self.fetched_at:
-            return self.observed_at
-        return self.fetched_at - self.latency_ms / 1000
+        return self.observed_at if self.dated else self.fetched_at - self.latency_ms / 1000
+
+    @property
+    def dated(self) -> bool:
+        """Whether ``observed_at`` is what its source or publisher said, as far as can be told."""
+        grounds = grounds_of(self.dependency_versions)
+        inherited = grounds is not None and grounds.inherited_at == self.observed_at
+        return self.observed_at != self.fetched_at and not inherited
+
+    @property
+    def inherits_freshness(self) -> bool:
+        """Whether it is as old as the oldest of its inputs, and stale if one is."""
+        grounds = grounds_of(self.dependency_versions)
+        return grounds is not None and grounds.inherited_at is not None
+
+    @property
+    def oldest_observed_at(self) -> float:
+        """When the oldest of all that it rests on was observed, on any level; wall-clock seconds.
+
+        Of a value that was not derived, this is ``observed_at``; so it is where a cache of one's
+        own was asked past the builder, and does not tell.
+        """
+        grounds = grounds_of(self.dependency_versions)
+        return self.observed_at if grounds is None else min(self.observed_at, grounds.oldest_at)
+
+    @property
+    def oldest_key(self) -> ResourceKey:
+        """Which resource that was: its own, unless something older lies below it."""
+        grounds = grounds_of(self.dependency_versions)
+        below = grounds is not None and grounds.oldest_at <= self.observed_at
+        return grounds.oldest if grounds is not None and below else self.key
+
+    @property
+    def rests_on_stale(self) -> bool:
+        """Whether something that it was derived from, on any level, is stale: then, or by now.
+
+        Now is when it was delivered. Of a value that was not derived, this is ``stale``.
+        """
+        grounds = grounds_of(self.dependency_versions)
+        if grounds is None:
+            return self.stale
+        return self.observed_at + self.age_seconds - grounds.stale_at > _ROUNDING_SECONDS
+
+    @property
+    def stale_key(self) -> ResourceKey | None:
+        """Which resource that was, the first to go stale; None if ``rests_on_stale`` is False."""
+        if not self.rests_on_stale:
+            return None
+        grounds = grounds_of(self.dependency_versions)
+        return self.key if grounds is None else grounds.perishing
 
     def to_dict(self, *, include_value: bool = False) -> dict[str, Any]:
         """Return where the value comes from as JSON-safe data, times as ISO texts in UTC.
@@ -252,6 +392,7 @@ class SnapshotValue(Generic[T]):
         Raises:
             TypeError: for an argument of another type.
         """
+        oldest_at = self.oldest_observed_at
         told = {
             "key": self.key.canonical,
             "resource": self.key.display,
@@ -260,6 +401,11 @@ class SnapshotValue(Generic[T]):
             "fetched_at": utc_text(self.fetched_at),
             "age_seconds": self.age_seconds,
             "stale": self.stale,
+            "oldest_key": self.oldest_key.canonical,
+            "oldest_observed_at": utc_text(oldest_at),
+            "oldest_age_seconds": self.age_seconds + (self.observed_at - oldest_at),
+            "rests_on_stale": self.rests_on_stale,
+            "stale_key": None if self.stale_key is None else self.stale_key.canonical,
             "from_cache": self.from_cache,
             "latency_ms": self.latency_ms,
             "attempts": self.attempts,
@@ -279,9 +425,18 @@ _Draft = draft_of(SnapshotValue)
 _SLOTS: Any = tuple(getattr(SnapshotValue, each.name).__set__ for each in fields(SnapshotValue))
 
 
+_OBSERVED_AT = [each.name for each in fields(SnapshotValue)].index("observed_at")
+
+
 def _write(value: SnapshotValue[Any], facts: tuple[Any, ...]) -> None:
     for write, fact in zip(_SLOTS, facts, strict=True):
         write(value, fact)
+
+
+def redated(value: SnapshotValue[T], observed_at: float) -> SnapshotValue[T]:
+    """Give a value that nobody has seen yet another date, and return it."""
+    _SLOTS[_OBSERVED_AT](value, observed_at)
+    return value
 
 
 # One revision of a resource as the library keeps it: sealed, shared, never handed out ------------
@@ -365,6 +520,11 @@ class Revision:
         self.dated: bool = dated
         self.began: int = began
         self.checked: int = -1
+
+    @property
+    def grounds(self) -> Grounds | None:
+        """What lies below it; None if it was not derived, or that is not known."""
+        return grounds_of(self.dependency_versions)
 
     @property
     def ordered_at(self) -> float:

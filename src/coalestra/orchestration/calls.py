@@ -74,7 +74,7 @@ from coalestra.core.errors import (
     type_name,
     without_frames,
 )
-from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.frozen import EMPTY
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all
 from coalestra.core.snapshot import Snapshot
@@ -1148,6 +1148,9 @@ class Call:
         parts, link, key = self.parts, self.link, flight.key
         gather, rank = flight.gather, self._rank
         used = () if gather is None else tuple([r.revision for r in gather.readings.values()])
+        rests_on = EMPTY
+        if gather is not None and used:
+            rests_on = self.dispatch.deliveries.rests_on(gather.readings.values(), link.inherits)
         copies = parts.copies
         return Revision(
             key,
@@ -1161,7 +1164,7 @@ class Call:
             self.attempts,
             copies.seal_metadata_now(metadata, context=link.context) if metadata else EMPTY,
             parts.authority.rank_for(key, link.name) if rank is None else rank,
-            FrozenDict({r.key: r.version for r in used}) if used else EMPTY,
+            rests_on,
             used,
             dated,
             flight.began,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -21,7 +22,14 @@ from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import gone_stale, quiet_ages, ttl_of
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
-from coalestra.core.values import Revision, SnapshotValue
+from coalestra.core.values import (
+    Dependencies,
+    Grounds,
+    Revision,
+    SnapshotValue,
+    dependencies_on,
+    redated,
+)
 from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Reading
@@ -37,13 +45,60 @@ _SHARED = Seal.SHARED
 class Deliveries:
     """Makes the copies that readers get, and tells each how old they are at that moment."""
 
-    __slots__ = ("_clock", "_copies", "_pace", "_policies")
+    __slots__ = ("_clock", "_copies", "_inheriting", "_pace", "_policies")
 
     def __init__(self, parts: Parts) -> None:
         self._copies = parts.copies
         self._pace = parts.pace
         self._clock = parts.clock
         self._policies = parts.policies
+        self._inheriting = parts.chains.inheriting
+
+    # What a derived value rests on --------------------------------------------------------------
+
+    def rests_on(self, readings: Iterable[Reading], inherits: bool) -> FrozenDict[ResourceKey, str]:
+        """Return what a value rests on that is derived from `readings`."""
+        inputs = [
+            (
+                each.revision,
+                -math.inf if each.stale else self._until(each.revision, each.ttl_seconds),
+            )
+            for each in readings
+        ]
+        return dependencies_on(inputs, inherits=inherits)
+
+    def _until(self, revision: Revision, ttl: float | None) -> float:
+        """Return until when a revision is fresh by itself; see `gone_stale`."""
+        if ttl is None:
+            ttl = ttl_of(self._policies, revision.key)
+        return revision.observed_at + ttl if ttl else math.inf
+
+    def grounds_of(self, revision: Revision) -> Grounds | None:
+        """Return what lies below a derived revision; None if it is not known what it rests on.
+
+        One from a cache of one's own does not tell, but is joined to the revisions it rests on.
+        """
+        stack = [revision] if revision.grounds is None and revision.dependencies else []
+        while stack:
+            each = stack[-1]
+            unknown = [one for one in each.dependencies if one.dependencies and not one.grounds]
+            if unknown:
+                stack += unknown
+                continue
+            del stack[-1]
+            inputs = [(one, self._until(one, None)) for one in each.dependencies]
+            inherits = each.source in self._inheriting
+            each.dependency_versions = dependencies_on(inputs, inherits=inherits)
+        return revision.grounds
+
+    def fresh_until(self, revision: Revision) -> float:
+        """Return until when all is fresh that a revision inherits its freshness from, if any."""
+        if not (self._inheriting and revision.dependency_versions):
+            return math.inf
+        grounds = self.grounds_of(revision)
+        return math.inf if grounds is None else grounds.fresh_until
+
+    # Copies ------------------------------------------------------------------------------------
 
     def value_here(self, reading: Reading, context: str) -> SnapshotValue[Any]:
         """Return a reader's copy made here and now, however large the payload."""
@@ -183,13 +238,19 @@ class Deliveries:
         ttl = reading.ttl_seconds
         if ttl is None:
             ttl = ttl_of(self._policies, revision.key)
-        return revision.presented(
-            payload,
-            metadata or EMPTY,
-            age if age > 0.0 else 0.0,
-            reading.stale or gone_stale(age, ttl),
-            reading.from_cache,
-        )
+        stale, at = reading.stale or gone_stale(age, ttl), None
+        versions = revision.dependency_versions
+        if versions:
+            if type(versions) is Dependencies:
+                grounds: Grounds | None = versions.grounds
+            else:
+                grounds = self.grounds_of(revision)
+            if grounds is not None and grounds.inherited_at is not None:
+                at = min(revision.observed_at, grounds.inherited_at)
+                age, stale = now - at, stale or now > grounds.fresh_until
+        age = age if age > 0.0 else 0.0
+        value = revision.presented(payload, metadata or EMPTY, age, stale, reading.from_cache)
+        return value if at is None else redated(value, at)
 
 
 def _lateness(deadline: Deadline | None) -> str | None:

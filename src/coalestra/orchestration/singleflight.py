@@ -376,7 +376,8 @@ class SingleFlight:
         """Take a cached revision if the policy lets a reader have it; schedule a refresh if due."""
         key, work = revision.key, gather.work
         age = max(0.0, now - revision.observed_at)
-        stale = age > policy.ttl_seconds
+        until = self.deliveries.fresh_until(revision)
+        stale = age > policy.ttl_seconds or now > until
         mode = policy.refresh_mode
         notes: dict[str, Any] | None = None
         if stale:
@@ -386,7 +387,9 @@ class SingleFlight:
                 return False
             scheduled = self._refresh(revision, mode, work)
             notes = {"refresh_mode": mode.value, "refresh_scheduled": scheduled}
-        elif mode is RefreshMode.REFRESH_AHEAD and policy.should_refresh_ahead(age):
+        elif mode is RefreshMode.REFRESH_AHEAD and (
+            policy.should_refresh_ahead(age) or now >= until - policy.refresh_ahead_seconds
+        ):
             notes = {"refresh_scheduled": self._refresh(revision, mode, work)}
         work.record.cache_hits += 1
         if self.parts.report is not None:

@@ -16,7 +16,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source
 from coalestra.core.snapshot import DiagnosticsRecorder
 from coalestra.core.timeouts import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
-from coalestra.core.validation import instance, integer, number, text
+from coalestra.core.validation import flag, instance, integer, number, text
 from coalestra.resilience.policies import SourceResiliencePolicy
 
 
@@ -59,7 +59,8 @@ class SourceHealth:
 class Link:
     """One source in the chain, with what the engine needs to know of it.
 
-    `context` names its payloads in errors. `asked` and `served` are its bits among the answers that
+    `context` names its payloads in errors. `inherits` says that what it derives is as fresh as what
+    that is derived from. `asked` and `served` are its bits among the answers that
     are remembered of a key. `succeeded_at`, `failed_at` are monotonic seconds. `attempts` have come
     to an answer or an error, `failed_attempts` to an error; `latency_ms` is the sum of both.
     """
@@ -73,6 +74,7 @@ class Link:
         "failed_attempts",
         "guarantee",
         "index",
+        "inherits",
         "kind",
         "last_error",
         "latency_ms",
@@ -91,6 +93,8 @@ class Link:
         self.name: str = source.name
         self.context: str = f"payload of {source.name}"
         self.kind: SourceKind = kind_of(source)
+        derived = self.kind is SourceKind.DERIVED
+        self.inherits: bool = derived and getattr(source, "inherit_freshness", False)
         self.guarantee: SourceTimeoutGuarantee = inspect_source_timeout_guarantee(source)
         self.memoized: bool = memoized and bool(getattr(source, "cache_supports", True))
         self.declared_resilience: Any = getattr(source, "resilience_policy", None)
@@ -148,6 +152,7 @@ def kind_of(source: Any) -> SourceKind:
 class Chains:
     """The sources by descending priority, and a bounded memory of what each supports.
 
+    `inheriting` are the names of those whose values are as fresh as what they are derived from;
     `entries` is how many answers are remembered. Those about one key are kept as the bits of one
     number, and forgotten together.
     """
@@ -162,6 +167,9 @@ class Chains:
         ordered = sorted(_checked(sources), key=lambda source: -source.priority)
         self.links: tuple[Link, ...] = tuple(
             Link(index, source, memoized=memoize) for index, source in enumerate(ordered)
+        )
+        self.inheriting: frozenset[str] = frozenset(
+            each.name for each in self.links if each.inherits
         )
         self.max_entries = max_entries
         self.entries: int = 0
@@ -272,6 +280,7 @@ def _check_limits(name: str, source: Any) -> None:
     for setting in ("max_concurrency", "max_batch_size"):
         value = getattr(source, setting, None)
         integer(f"{setting} of source {name!r}", value, minimum=1, optional=True)
+    flag(f"inherit_freshness of source {name!r}", getattr(source, "inherit_freshness", False))
     policy = getattr(source, "resilience_policy", None)
     instance(f"resilience_policy of source {name!r}", policy, SourceResiliencePolicy, optional=True)
 
