@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import re
 import threading
@@ -79,13 +80,16 @@ _COUNTERS: Mapping[str, tuple[str, Labels]] = {
     ),
     "cache_access_total": (
         "Looks into the cache",
-        {**_KIND, "status": "fresh stale_while_revalidate miss stale_fallback revalidation_bypass"},
+        {
+            **_KIND,
+            "status": "fresh stale_while_revalidate miss stale_fallback revalidation_bypass absent",
+        },
     ),
     "cache_failure_total": ("Errors of a cache", {"operation": "read write"}),
     "singleflight_join_total": ("Readers who joined a call under way", _KIND),
     "source_fetch_total": (
         "Keys asked of a source",
-        {"source": "", "status": "success failure stale invalid_timestamp circuit_open"},
+        {"source": "", "status": "success failure stale invalid_timestamp circuit_open absent"},
     ),
     "source_batch_call_total": (
         "Batch calls",
@@ -114,7 +118,7 @@ _COUNTERS: Mapping[str, tuple[str, Labels]] = {
     "resource_invalidation_total": ("Invalidated keys", _KIND),
     "resource_refresh_total": (
         "Refreshes in the background",
-        {**_KIND, "status": "scheduled success failure cancelled"},
+        {**_KIND, "status": "scheduled success failure cancelled absent"},
     ),
     "payload_copy_deadline_total": ("Deadlines that struck during a copy", {"phase": ""}),
 }
@@ -192,14 +196,15 @@ class _Family:
         self.origin = origin
         self.metric = metric
         self.labels = {name: tuple(every.split()) for name, every in labels.items()}
-        self._max_series = max_series
+        together = math.prod(len(every) or 1 for every in self.labels.values())
+        self._room = max_series - (together if isinstance(metric, Counter) else 1)
         self._known: dict[tuple[str, ...], Any] = {}
 
     def series(self, builder: str, given: Mapping[str, str]) -> tuple[Any, bool]:
         """Return the series with these labels, and whether it is theirs alone."""
         labels = {name: str(given.get(name, "")) for name in self.labels}
         found = self._known.get((builder, *labels.values()))
-        if found is None and len(self._known) >= self._max_series:
+        if found is None and len(self._known) > self._room:
             folded = (each if each in self.labels[n] else OTHER for n, each in labels.items())
             return self.metric.labels(builder, *folded), False
         if found is None and isinstance(self.metric, Counter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import re
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,11 @@ from coalestra import (
     SnapshotBuilder,
     SourceResiliencePolicy,
     SyncSnapshotBuilder,
+    prometheus,
 )
 from coalestra.prometheus import HealthCollector, PrometheusMetrics
 from tests.contracts.caches import SingleKeyCache
+from tests.docs.pages import ROOT
 from tests.orchestration.scripted import ONCE, Batch, Single, builder, key
 from tests.prometheus.scrape import figure, metrics, series
 from tests.support import Gate, ThreadGate, settle
@@ -292,3 +295,19 @@ def test_settings_are_checked(
 async def test_the_name_of_a_builder_is_checked(registry: CollectorRegistry) -> None:
     with pytest.raises(ValueError, match="name must"):
         HealthCollector({"": builder(Single("x"))}, registry=registry)
+
+
+def test_the_reference_names_every_metric_of_health() -> None:
+    page = (ROOT / "docs" / "reference" / "prometheus.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `coalestra_(\w+)` \| (counter|gauge) \| ([^|]*) \| (.+) \|$", page, re.MULTILINE
+    )
+    assert rows == [
+        (
+            fact.name,
+            "counter" if fact.counts else "gauge",
+            ", ".join(f"`{label}`" for label in fact.labels),
+            fact.description,
+        )
+        for fact in prometheus._FACTS
+    ]
