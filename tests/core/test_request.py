@@ -131,7 +131,9 @@ def snapshot(*values: SnapshotValue[Any], **errors: Exception) -> Snapshot:
 
 def violation(*keys: ResourceKey, message: str = "too old") -> SnapshotAcceptanceViolation:
     reason = SnapshotAcceptanceReason.TOO_OLD
-    return SnapshotAcceptanceViolation(reason, keys, message, key=keys[0], max_age_seconds=5.0)
+    return SnapshotAcceptanceViolation(
+        reason, keys, message, key=keys[0], max_age_seconds=5.0, input_key=C
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_the_json_form_of_a_result_has_no_payload_unless_asked_for() -> None:
     assert (broken["reason"], broken["message"], broken["key"], broken["keys"]) == (
         "too_old", "too old", "n:a", ["n:a"],
     )  # fmt: skip
-    assert broken["max_age_seconds"] == 5.0
+    assert (broken["max_age_seconds"], broken["input_key"]) == (5.0, "n:c")
     assert told["snapshot"]["snapshot_id"] == "id"
     shown = result.to_dict(include_values=True)["snapshot"]["resources"]["n:a"]["value"]
     assert shown == {"card": "4111", "at": "nan"}

@@ -16,6 +16,7 @@ from coalestra import (
     CoalestraError,
     FreshnessPolicy,
     InMemoryMetrics,
+    PolicyResolver,
     RefreshMode,
     RequestOutcome,
     RequestResult,
@@ -207,6 +208,28 @@ async def test_a_stale_value_degrades_a_request(ask: Ask) -> None:
     assert result.stale_keys == (A,)
     assert result.reason == "accepted with 1 stale value: test:a [6 s old]"
     assert not result.errors
+    await building.wait_for_refreshes()
+
+
+@both
+@pytest.mark.parametrize("inherits", [False, True])
+async def test_a_derived_value_degrades_a_request_if_it_inherits_that_something_is_stale(
+    ask: Ask, inherits: bool
+) -> None:
+    stale = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    lasting = FreshnessPolicy(100.0, 100.0)
+    derived = Derived("b", needs=lambda _: [A])
+    derived.inherit_freshness = inherits  # type: ignore[attr-defined]  # an ability of its own
+    building = builder(
+        Stock("stock", {"a": 1}),
+        derived,
+        default_policy=None,
+        policy_resolver=PolicyResolver(lasting, overrides={A: stale}),
+    )
+    await building.build([A])
+    await asyncio.sleep(6)
+    result = await ask(building, SnapshotRequest(required=[B]))
+    assert result.outcome is (DEGRADED if inherits else ACCEPTED)
     await building.wait_for_refreshes()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -295,17 +295,17 @@ class RequestResult:
             "stale": [key.canonical for key in self.stale_keys],
             "error_type": None if self.error is None else type_name(self.error),
             "errors": {k.canonical: described_error(k, e) for k, e in self.errors.items()},
-            "violations": [
-                {
-                    **json_safe(each),
-                    "keys": [key.canonical for key in each.keys],
-                    "key": None if each.key is None else each.key.canonical,
-                    "message": folded_message(each.message),
-                }
-                for each in self.violations
-            ],
+            "violations": [_as_data(violation) for violation in self.violations],
             "snapshot": read,
         }
 
     def __repr__(self) -> str:
         return f"<RequestResult {self.outcome.value}: {self.reason}>"
+
+
+def _as_data(violation: SnapshotAcceptanceViolation) -> dict[str, Any]:
+    facts = {each.name: getattr(violation, each.name) for each in fields(violation)}
+    facts["keys"] = [key.canonical for key in violation.keys]
+    facts["message"] = folded_message(violation.message)
+    keys = {name: key.canonical for name, key in facts.items() if isinstance(key, ResourceKey)}
+    return {**json_safe(facts), **keys}
