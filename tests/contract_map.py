@@ -130,6 +130,7 @@ SECTIONS: Mapping[int, Section] = {
             "concurrency/test_deadline.py",
             "concurrency/test_cut_off.py",
             "orchestration/test_deadlines_in_builds.py",
+            "orchestration/test_finishing_late.py",
             "orchestration/test_leaving.py",
             "orchestration/test_sessions.py",
             "orchestration/test_revalidation.py",

@@ -244,6 +244,21 @@ def test_circuits_that_are_put_together_are_counted_one_by_one() -> None:
     ]
 
 
+@dataclass(frozen=True)
+class Slow:
+    """A source that has answered nobody in time for so many calls."""
+
+    deadline_cuts_in_a_row: int
+
+
+def test_sources_that_are_slower_than_the_deadlines_of_their_readers_are_named() -> None:
+    facts = health(sources={"a": Slow(3), "b": Slow(2), "c": Slow(7), "d": object()})
+    assert found(facts) == [
+        (Reason.SOURCE_SLOWER_THAN_DEADLINES, DEGRADED, 3, 3, "a"),
+        (Reason.SOURCE_SLOWER_THAN_DEADLINES, DEGRADED, 7, 3, "c"),
+    ]
+
+
 GROWTH = [
     ("queue_timeout_count", Reason.QUEUE_TIMEOUTS_INCREASED),
     ("source_timeout_count", Reason.SOURCE_TIMEOUTS_INCREASED),
@@ -306,6 +321,7 @@ def everything_at_once() -> BuilderHealth:
             Identity("b"): Circuit(State.HALF_OPEN),
             Identity("a"): Circuit(State.OPEN),
         },
+        sources={"c": Slow(3)},
         cache_left_alone=True,
         **{counter: 5 for counter, _ in GROWTH},
     )
@@ -325,6 +341,7 @@ def test_findings_come_in_one_order_and_every_reason_has_its_place() -> None:
         Reason.OBSERVABILITY_BACKLOG_HIGH,
         Reason.CIRCUIT_OPEN,
         Reason.CIRCUIT_HALF_OPEN,
+        Reason.SOURCE_SLOWER_THAN_DEADLINES,
         Reason.CACHE_LEFT_ALONE,
         *(reason for _, reason in GROWTH),
     )
@@ -390,6 +407,8 @@ def test_a_reason_found_twice_is_given_once() -> None:
             CRITICAL,
         ),
         ({"counter_delta_degraded": 2}, {"queue_timeout_count": 1}, HEALTHY),
+        ({"deadline_cuts_degraded": 4}, {"sources": {"a": Slow(3)}}, HEALTHY),
+        ({"deadline_cuts_degraded": 1}, {"sources": {"a": Slow(1)}}, DEGRADED),
         ({"counter_delta_critical": 2}, {"queue_timeout_count": 2}, CRITICAL),
     ],
 )
@@ -415,6 +434,7 @@ def test_every_threshold_can_be_set(
         ("submission_backlog_critical_ratio", 0.4, ValueError),
         ("observability_backlog_degraded_ratio", -1, ValueError),
         ("observability_backlog_critical_ratio", 0.4, ValueError),
+        ("deadline_cuts_degraded", 0, ValueError),
         ("counter_delta_degraded", 0, ValueError),
         ("counter_delta_critical", None, TypeError),
     ],

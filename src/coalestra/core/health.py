@@ -153,6 +153,7 @@ class BuilderHealthReason(str, Enum):
     QUEUE_TIMEOUTS_INCREASED = "queue_timeouts_increased"
     REVALIDATION_FAILURES_INCREASED = "revalidation_failures_increased"
     SOURCE_CAPACITY_WAITING = "source_capacity_waiting"
+    SOURCE_SLOWER_THAN_DEADLINES = "source_slower_than_deadlines"
     SOURCE_TIMEOUTS_INCREASED = "source_timeouts_increased"
     SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED = "source_transport_timeout_violations_increased"
     SUBMISSION_BACKLOG_HIGH = "submission_backlog_high"
@@ -240,6 +241,7 @@ class BuilderHealthAssessmentPolicy:
         capacity_waiting_critical_ratio: those waiting at one limiter, to its limit.
         copy_waiting_degraded: copies waiting for a thread.
         copy_waiting_critical_ratio: those waiting in one component, to its limit.
+        deadline_cuts_degraded: calls of one source in a row that their readers' deadlines cut off.
         submission_backlog_degraded_ratio, submission_backlog_critical_ratio: pending submissions,
             to their limit.
         observability_backlog_degraded_ratio, observability_backlog_critical_ratio: records pending
@@ -263,6 +265,7 @@ class BuilderHealthAssessmentPolicy:
     observability_backlog_critical_ratio: float = 0.9
     counter_delta_degraded: int = 1
     counter_delta_critical: int = 5
+    deadline_cuts_degraded: int = 3
 
     def __post_init__(self) -> None:
         integer("capacity_waiting_degraded", self.capacity_waiting_degraded, minimum=1)
@@ -277,6 +280,7 @@ class BuilderHealthAssessmentPolicy:
             observability_backlog_degraded_ratio=self.observability_backlog_degraded_ratio,
             observability_backlog_critical_ratio=self.observability_backlog_critical_ratio,
         )
+        integer("deadline_cuts_degraded", self.deadline_cuts_degraded, minimum=1)
         integer("counter_delta_degraded", self.counter_delta_degraded, minimum=1)
         integer("counter_delta_critical", self.counter_delta_critical, minimum=1)
         _check_order(
@@ -527,6 +531,7 @@ def _findings(
     yield from _submission_backlog(health, policy)
     yield from _observability_backlogs(health, policy)
     yield from _circuits(health)
+    yield from _slow_sources(health, policy.deadline_cuts_degraded)
     if health.cache_left_alone:
         yield BuilderHealthFinding(
             _Reason.CACHE_LEFT_ALONE, _DEGRADED, "cache_left_alone", True, True
@@ -667,6 +672,21 @@ def _circuits(health: BuilderHealth) -> _Findings:
         if counts:
             sources = ", ".join(sorted(counts))
             yield BuilderHealthFinding(reason, _DEGRADED, metric, sum(counts.values()), 1, sources)
+
+
+def _slow_sources(health: BuilderHealth, degraded: int) -> _Findings:
+    """Degraded for each source that has answered nobody in time for so many calls."""
+    for name, source in health.sources.items():
+        cuts = getattr(source, "deadline_cuts_in_a_row", 0)
+        if cuts >= degraded:
+            yield BuilderHealthFinding(
+                _Reason.SOURCE_SLOWER_THAN_DEADLINES,
+                _DEGRADED,
+                "deadline_cuts_in_a_row",
+                cuts,
+                degraded,
+                name,
+            )
 
 
 def _growth(

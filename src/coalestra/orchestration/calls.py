@@ -14,14 +14,15 @@ prepares        copies of its inputs        it ends                waits longer
 waits for       a slot, its queue timeout,  it ends                waits longer
 capacity        the cutoff
 runs            the source, its timeout,    it goes on if it has   runs longer
-                the cutoff                  a bound, else it ends
+                the cutoff *                a bound, else it ends
 rests           a timer, for a new attempt  it ends                rests on
 takes in        having handed over all,     it goes on             may copy for longer
-                the cutoff
+                the cutoff *
 is over         --                          --                     --
 ==============  ==========================  =====================  =======================
 
-The cutoff is the latest deadline that anybody ever had for any of its keys.
+The cutoff is the latest deadline that anybody ever had for any of its keys. (*) If the policy lets
+the call finish late, the timeout of the source takes its place.
 
 Laws:
 
@@ -218,7 +219,7 @@ class Attempt:
     """One attempt of a call. `over` is set the moment its outcome is known.
 
     That may be before the source has ended. `bound` is when the present stage ends by itself, on
-    the loop's clock, whoever waits.
+    the loop's clock, whoever waits; `late` is until when it may go on past the cutoff.
     """
 
     __slots__ = (
@@ -226,6 +227,7 @@ class Attempt:
         "_call",
         "_cut",
         "_inputs",
+        "_late",
         "_worker",
         "began",
         "over",
@@ -238,6 +240,7 @@ class Attempt:
         self._worker = worker
         self._cut: CutOff | None = None
         self._bound = math.inf
+        self._late = -math.inf
         self._inputs: tuple[Any, ...] = ()
         self.stage: Progress = Progress.PREPARING
         self.over: bool = False
@@ -304,7 +307,7 @@ class Attempt:
         return self._call.parts.clock.monotonic() - self.ticks
 
     def _end(self) -> float | None:
-        end = min(self._bound, self._call.cutoff)
+        end = min(self._bound, max(self._call.cutoff, self._late))
         return None if end == math.inf else end
 
     def cut_off(self, bound: float, on_expire: Callable[[], None] | None = None) -> CutOff:
@@ -400,12 +403,13 @@ class Attempt:
         """Return why a blocking call must not be started, as it could outlive its budget."""
         call, link = self._call, self._call.link
         declared = link.guarantee.transport_timeout_seconds or 0.0
-        remaining, timeout = call.remaining(), link.timeout_seconds
-        timeout = math.inf if timeout is None else timeout
+        remaining = math.inf if call.finishes_late else call.remaining()
+        timeout = math.inf if link.timeout_seconds is None else link.timeout_seconds
         left = min(remaining, timeout)
         if declared < left:
             return None
         by_deadline = remaining < timeout
+        link.deadline_cuts += by_deadline
         report = call.parts.report
         if report is not None:
             reason = "snapshot_deadline" if by_deadline else "source_timeout"
@@ -434,9 +438,11 @@ class Attempt:
             self._call.log.called(run)
         self._call.report_start()
         self._bound = bound
-        end = min(bound, self._call.cutoff)
+        if self._call.finishes_late:
+            self._late = bound
+        end = self._end()
         try:
-            if end == math.inf:
+            if end is None:
                 answer = await _in_context(link, run(self._invoke), run)
             else:
                 with CutOff(end, self._expire) as self._cut:
@@ -483,7 +489,8 @@ class Attempt:
             return
         call, name = self._call, self._call.link.name
         self.write_off()
-        if call.cutoff < self._bound:
+        if max(call.cutoff, self._late) < self._bound:
+            call.link.deadline_cuts += 1
             error: Exception = SnapshotDeadlineExceededError(
                 f"the deadline{call.of_deadline()} passed while source {name!r} was running; raise "
                 "the deadline or lower the source timeout"
@@ -673,6 +680,11 @@ class Call:
         return self._interest.alive
 
     # Its time ---------------------------------------------------------------------------------
+
+    @property
+    def finishes_late(self) -> bool:
+        """Whether it goes on past the cutoff for as long as its source may take."""
+        return self.policy.finish_late and self.link.timeout_seconds is not None
 
     def remaining(self) -> float:
         """Return the seconds until nobody wants an answer any more."""
@@ -941,6 +953,8 @@ class Call:
         values = _values_of(self.link, flights, answer)
         self._answered = True
         self.link.succeeded_at = parts.clock.monotonic()
+        late = self.cutoff < asyncio.get_running_loop().time()
+        self.link.deadline_cuts = self.link.deadline_cuts + 1 if late else 0
         if self.link.kind is _BATCH:
             self._count_batch_end("success")
         self.answered_at = parts.clock.now()

@@ -597,8 +597,11 @@ class SingleFlight:
             flight.choose()
             self.board.deriving.pop(flight, None)
             self._proceed(flight)
-        else:
-            self._drop(flight)
+            return
+        ending = Failure.of_sources(flight.key, flight.failures)
+        if ending.absent and self._next_link(flight) is None:
+            self._keep_absence(flight, ending)  # said too late for whoever asked
+        self._drop(flight)
 
     def _proceed(self, flight: Flight) -> None:
         """Send a flight on to the next source of its chain; settle it if there is none."""

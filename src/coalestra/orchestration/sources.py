@@ -46,6 +46,8 @@ class SourceHealth:
         attempt_count: attempts that have come to an answer or an error.
         failed_attempt_count: those that have come to an error.
         total_latency_ms: how long all of them took together, in milliseconds.
+        deadline_cuts_in_a_row: calls that came to nothing, or answered too late, because of the
+            deadlines of their readers, since the source last answered in time.
     """
 
     seconds_since_success: float | None
@@ -54,6 +56,7 @@ class SourceHealth:
     attempt_count: int = 0
     failed_attempt_count: int = 0
     total_latency_ms: float = 0.0
+    deadline_cuts_in_a_row: int = 0
 
 
 class Link:
@@ -63,12 +66,14 @@ class Link:
     that is derived from. `asked` and `served` are its bits among the answers that
     are remembered of a key. `succeeded_at`, `failed_at` are monotonic seconds. `attempts` have come
     to an answer or an error, `failed_attempts` to an error; `latency_ms` is the sum of both.
+    `deadline_cuts` calls in a row were of no use, as their readers' deadlines had passed.
     """
 
     __slots__ = (
         "asked",
         "attempts",
         "context",
+        "deadline_cuts",
         "declared_resilience",
         "failed_at",
         "failed_attempts",
@@ -104,6 +109,7 @@ class Link:
         self.attempts: int = 0
         self.failed_attempts: int = 0
         self.latency_ms: float = 0.0
+        self.deadline_cuts: int = 0
 
     @property
     def timeout_seconds(self) -> float | None:
@@ -132,6 +138,7 @@ class Link:
             self.attempts,
             self.failed_attempts,
             self.latency_ms,
+            self.deadline_cuts,
         )
 
     def __repr__(self) -> str:
@@ -283,6 +290,15 @@ def _check_limits(name: str, source: Any) -> None:
     flag(f"inherit_freshness of source {name!r}", getattr(source, "inherit_freshness", False))
     policy = getattr(source, "resilience_policy", None)
     instance(f"resilience_policy of source {name!r}", policy, SourceResiliencePolicy, optional=True)
+    if (
+        policy is not None
+        and policy.finish_late
+        and getattr(source, "timeout_seconds", None) is None
+    ):
+        raise ValueError(
+            f"a source that may finish_late must have a timeout, got None for source {name!r}; "
+            "give it timeout_seconds"
+        )
 
 
 def timeout_guarantees(links: Iterable[Link]) -> Mapping[str, SourceTimeoutGuarantee]:

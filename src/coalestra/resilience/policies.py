@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from coalestra.core.validation import callable_, instance, text
+from coalestra.core.validation import callable_, flag, instance, text
 from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
 from coalestra.resilience.retry import RetryPolicy
 
@@ -16,16 +16,25 @@ __all__ = ["ResiliencePolicyResolver", "ResilienceResolver", "SourceResiliencePo
 class SourceResiliencePolicy:
     """How calls to a source are retried, and when they stop.
 
+    Attributes:
+        retry: which failed calls are made again, and when.
+        circuit: when the source is left alone.
+        finish_late: whether a call that is under way when the deadlines of all its readers have
+            passed goes on for as long as the ``timeout_seconds`` of its source allow, to fill the
+            cache. It keeps its slot. A source without a timeout is cut off all the same.
+
     Raises:
         TypeError: for a field of the wrong type.
     """
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     circuit: CircuitBreakerPolicy = field(default_factory=CircuitBreakerPolicy)
+    finish_late: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         instance("retry", self.retry, RetryPolicy)
         instance("circuit", self.circuit, CircuitBreakerPolicy)
+        flag("finish_late", self.finish_late)
 
 
 ResilienceResolver = Callable[[str], SourceResiliencePolicy | None]
