@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
 import weakref
 from collections.abc import Callable
@@ -282,10 +284,10 @@ async def turns_for(publisher: ResourcePublisher, updates: list[ResourceUpdate[A
     return turns
 
 
-async def test_publishing_many_events_gives_the_loop_back_in_every_stage(
+async def test_publishing_many_events_gives_the_loop_back_after_every_event(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With slices of no length: after each event sealed, and each portion of the other stages."""
+    """With slices of no length: after each event that was sealed; trifles are copied out later."""
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     updates = numbered(10 * PORTION, lambda n: n)
     assert await turns_for(standalone(AsyncMemoryCache()), updates) == pytest.approx(
@@ -303,6 +305,26 @@ def test_one_event_that_is_brief_to_copy_is_published_without_a_turn_of_others(v
         assert (result.published, result.value.value) == (True, value)
 
 
+@pytest.mark.parametrize("value", [1.5, {"price": "1"}, [[1], [2]]])
+async def test_results_tell_of_what_was_published_whenever_they_are_read(value: Any) -> None:
+    publisher = standalone(AsyncMemoryCache())
+    first = await publisher.publish_many([ResourceUpdate(A, value, "s", NOW - 2, {"a": 1})])
+    again = await publisher.publish_many([ResourceUpdate(A, "new", "s", NOW - 1)])
+    await publisher.publish(A, "newest", source="s", observed_at=NOW)
+    await publisher.aclose()
+    assert first[A] is first[A]
+    assert (first[A].value.value, first[A].previous, first[A].value.age_seconds) == (value, None, 2)
+    assert first[A].value.metadata == {"a": 1, "published": True}
+    (result,) = again.values()
+    assert (result.value.value, result.previous and result.previous.value) == ("new", value)
+    assert first[A].value.value is not (result.previous and result.previous.value) or value == 1.5
+    assert pickle.loads(pickle.dumps(again)) == again == copy.deepcopy(again) == dict(again)
+    assert repr(again) == repr(dict(again))
+    assert (list(again), len(again), B in again) == ([A], 1, False)
+    with pytest.raises(KeyError):
+        again[B]
+
+
 async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -316,7 +338,7 @@ async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event
 async def test_what_was_replaced_is_let_go_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     cache = AsyncMemoryCache()
-    publisher = standalone(cache)
+    publisher = standalone(cache, payload_copier=set.copy)
     updates = numbered(PORTION, lambda n: {n})
     await publisher.publish_many(updates)
     sealed = [cache.store.peek(update.key) for update in updates]

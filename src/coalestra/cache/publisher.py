@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import close_copies
 from coalestra.cache.store import Listeners, Outcome, best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
-from coalestra.concurrency.sealing import PORTION
+from coalestra.concurrency.sealing import PORTION, Seal
 from coalestra.core import validation
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.frozen import EMPTY, FrozenDict
@@ -48,6 +48,10 @@ _STATUS = {
     CacheWriteStatus.IGNORED_LOWER_AUTHORITY: PublishStatus.IGNORED_LOWER_AUTHORITY,
 }
 _PUBLISHED_MARK: FrozenDict[str, Any] = FrozenDict({"published": True})
+
+
+_Written = tuple[Revision, Outcome]
+"""A revision that was offered, and what became of it."""
 
 
 def _nothing_to_check() -> None:
@@ -118,9 +122,9 @@ class PublisherParts:
                 f"{source} published {key.display} with a time in the future: {rejection}"
             ) from rejection
 
-    def report(self, offered: Revision, outcome: Outcome, force: bool) -> None:
+    def report(self, written: _Written, force: bool) -> None:
         """Report what became of a revision."""
-        status, current, previous = outcome
+        offered, (status, current, previous) = written
         if self.reporter is None:
             return
         if status is _STORED:
@@ -129,37 +133,38 @@ class PublisherParts:
             self.reporter.resource_publish_ignored(offered, current, _STATUS[status])
 
     def result_now(
-        self, offered: Revision, outcome: Outcome, policy: FreshnessPolicy, now: float
+        self,
+        written: _Written,
+        policy: FreshnessPolicy,
+        now: float,
+        open_now: Callable[..., Any] | None = None,
     ) -> PublishResult | None:
         """Tell what became of a revision, with copies; None if these take ``await result``."""
-        status, current, previous = outcome
-        open_now, before = self.copies.open_now, None
+        offered, (status, current, previous) = written
+        before, open_now = None, open_now or self.copies.open_now
         payload = open_now(current.payload, current.seal, context=_OUT)
         if previous is not None:
             earlier = open_now(previous.payload, previous.seal, context=_OUT)
             if earlier is OFFLOADED:
                 return None
-            before = self._shown(previous, earlier, policy, now, from_cache=True)
+            before = self.shown(previous, earlier, policy, now, from_cache=True)
         if payload is OFFLOADED:
             return None
-        value = self._shown(current, payload, policy, now, from_cache=current is not offered)
+        value = self.shown(current, payload, policy, now, from_cache=current is not offered)
         return PublishResult(_STATUS[status], value, before)
 
-    async def result(
-        self, offered: Revision, outcome: Outcome, policy: FreshnessPolicy, now: float
-    ) -> PublishResult:
-        """Tell what became of a revision, with copies of what is held now and was before."""
+    async def result(self, written: _Written, policy: FreshnessPolicy, now: float) -> PublishResult:
+        """Tell what became of a revision, with copies that are made in threads."""
 
         async def opened(revision: Revision) -> SnapshotValue[Any]:
             payload = await self.copies.open(revision.payload, revision.seal, context=_OUT)
-            is_new = revision is offered
-            return self._shown(revision, payload, policy, now, from_cache=not is_new)
+            return self.shown(revision, payload, policy, now, from_cache=revision is not offered)
 
-        status, current, previous = outcome
+        offered, (status, current, previous) = written
         before = None if previous is None else await opened(previous)
         return PublishResult(_STATUS[status], await opened(current), before)
 
-    def _shown(
+    def shown(
         self,
         revision: Revision,
         payload: Any,
@@ -168,11 +173,80 @@ class PublisherParts:
         *,
         from_cache: bool,
     ) -> SnapshotValue[Any]:
+        """Return the value that the publisher's caller gets, around a payload of his own."""
         metadata, age = revision.metadata, now - revision.observed_at
         if type(metadata) is not FrozenDict:
             metadata = self.copies.open_metadata_now(metadata, context=_OUT)
         stale = age > policy.ttl_seconds
         return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)
+
+
+class _Results(Mapping[ResourceKey, PublishResult]):
+    """What became of several events; trifles are copied for those who look at them.
+
+    What the cache holds is sealed: it never changes, and its copy is the same at any time.
+    """
+
+    def __init__(
+        self,
+        parts: PublisherParts,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+        now: float,
+        written: Iterable[_Written],
+    ) -> None:
+        self._parts = parts
+        self._policies = policies
+        self._now = now
+        self._results: dict[ResourceKey, PublishResult | _Written]
+        self._results = {each[0].key: each for each in written}
+
+    async def complete(self, pace: Pace, force: bool) -> None:
+        """Report all, then copy those that are no trifles."""
+        parts, results, left = self._parts, self._results, PORTION
+        if parts.reporter is not None:
+            for written in results.values():
+                parts.report(cast(_Written, written), force)
+                await pace.keep()
+        for key, written in results.items():
+            _, (_, current, previous) = written = cast(_Written, written)
+            weight = current.seal.weight
+            if previous is not None:
+                weight = max(weight, previous.seal.weight)
+            if weight >= PORTION or not parts.copies.is_direct:
+                policy = self._policies[key]
+                result = parts.result_now(written, policy, self._now)
+                if result is None:
+                    result = await parts.result(written, policy, self._now)
+                results[key] = result  # what was replaced is let go one by one, not all at the end
+            left -= weight
+            if left <= 0:
+                left = PORTION
+                await pace.keep()
+
+    def __getitem__(self, key: ResourceKey) -> PublishResult:
+        result = self._results[key]
+        if type(result) is tuple:
+            policy = self._policies[key]
+            made = self._parts.result_now(result, policy, self._now, _opened)
+            result = self._results[key] = cast(PublishResult, made)
+        return cast(PublishResult, result)
+
+    def __iter__(self) -> Iterator[ResourceKey]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _opened(payload: Any, seal: Seal, *, context: str) -> Any:
+    """Copy a trifle: even if copying has been closed since it was published."""
+    return seal.opener(payload)
 
 
 class _Announcement:
@@ -327,9 +401,10 @@ class ResourcePublisher:
         if store is None or revision.seal is None:
             return (await self._publish((revision,), now, force, replace_equal))[key]
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
-        parts.report(revision, outcome, force)
-        result = parts.result_now(revision, outcome, policy, now)
-        return await parts.result(revision, outcome, policy, now) if result is None else result
+        written = revision, outcome
+        parts.report(written, force)
+        result = parts.result_now(written, policy, now)
+        return await parts.result(written, policy, now) if result is None else result
 
     async def publish_update(
         self, update: ResourceUpdate[Any], *, force: bool = False, replace_equal: bool = False
@@ -407,7 +482,7 @@ class ResourcePublisher:
 
     async def _publish(
         self, made: Iterable[Revision], now: float, force: bool, replace_equal: bool
-    ) -> dict[ResourceKey, PublishResult]:
+    ) -> Mapping[ResourceKey, PublishResult]:
         """Offer the best revision per key to the cache; nothing is written if one is unfit."""
         parts, pace = self._parts, Pace()
         policies: dict[ResourceKey, FreshnessPolicy] = {}
@@ -423,27 +498,12 @@ class ResourcePublisher:
                 if pace.due:
                     announcement.catch_up()
                     await pace.rest()
-            outcomes = await self._write(announcement, policies, force, replace_equal)
+            written = await self._write(announcement, policies, force, replace_equal)
+            results = _Results(parts, policies, now, written)
+            del written
         finally:
             announcement.conclude()
-        if parts.reporter is not None:
-            for revision, outcome in outcomes:
-                parts.report(revision, outcome, force)
-                await pace.keep()
-        results, left = {}, PORTION
-        outcomes.reverse()
-        while outcomes:  # large ones are let go one by one, not all at the end
-            revision, outcome = outcomes.pop()
-            policy = policies[revision.key]
-            result = parts.result_now(revision, outcome, policy, now)
-            if result is None:
-                result = await parts.result(revision, outcome, policy, now)
-            results[revision.key] = result
-            _, current, previous = outcome
-            left -= current.seal.weight + (0 if previous is None else previous.seal.weight)
-            if left <= 0:
-                left = PORTION
-                await pace.keep()
+        await results.complete(pace, force)
         return results
 
     async def _write(
@@ -452,7 +512,7 @@ class ResourcePublisher:
         policies: Mapping[ResourceKey, FreshnessPolicy],
         force: bool,
         replace_equal: bool,
-    ) -> list[tuple[Revision, Outcome]]:
+    ) -> list[_Written]:
         access, now = self._parts.access, now_of(self._parts.clock)
         best = best_per_key(announcement.judged).values()
         if access.foreign is None:

@@ -194,6 +194,7 @@ class PayloadCopies:
         uses_default_copier: False if the application brought its own.
         active: how many copies are in threads at this moment.
         closed: whether new copies are refused.
+        is_direct: whether what is brief is copied here and now, as the library does it.
     """
 
     def __init__(
@@ -229,7 +230,7 @@ class PayloadCopies:
         self._copier = None if self.uses_default_copier else copier
         self._own_seal = Seal("custom", copier or deepcopy_payload, brief=not self.run_in_thread)
         self._always_threads = run_in_thread is True
-        self._is_direct = self.uses_default_copier and not self._always_threads
+        self.is_direct: bool = self.uses_default_copier and not self._always_threads
         self._threads = threads
         self._slots = WaitQueue()
         self._drainers = WaitQueue()
@@ -257,7 +258,7 @@ class PayloadCopies:
             PayloadIsolationError: if the payload cannot be copied; says ``context``.
             PayloadCopySubsystemClosedError: after ``close``, for immutable payloads too.
         """
-        if self._is_direct:
+        if self.is_direct:
             sealed = seal_flat(value)
             if sealed is not None:
                 if sealed[1] is not _SHARED:
@@ -287,7 +288,7 @@ class PayloadCopies:
         """
         if seal is _SHARED:
             return payload
-        if self._is_direct and seal.brief:
+        if self.is_direct and seal.brief:
             try:
                 copied = seal.opener(payload)
             except BaseException as error:
@@ -500,7 +501,7 @@ class PayloadCopies:
 
     def close(self) -> None:
         """Refuse new copies, and everybody who still waits for a thread."""
-        self._is_direct = False
+        self.is_direct = False
         self.closed = True
         self._slots.refuse_all(lambda: PayloadCopySubsystemClosedError(component=self.component))
 
