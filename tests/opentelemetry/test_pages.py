@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.sdk.metrics.export import Gauge
 
 from coalestra import SyncSnapshotBuilder
 from coalestra.opentelemetry import OpenTelemetryMetrics, OpenTelemetryTracer
@@ -58,10 +59,13 @@ def test_the_table_of_levels_says_name_unit_and_attributes_of_each(meters: Meter
     with SyncSnapshotBuilder(builder(Single("a"))) as facade:
         sink.watch(facade)
         facade.build([key("a")])
-        told = {
-            name: (metric.unit, {*attributes(metric.data.data_points[0])})
-            for name, metric in meters.metrics().items()
-        }
+        read = meters.metrics()
+    told = {
+        name: (metric.unit, {*attributes(metric.data.data_points[0])})
+        for name, metric in read.items()
+    }
+    gauges = {name for name, metric in read.items() if isinstance(metric.data, Gauge)}
+    assert gauges == {"coalestra.source.success.age", "coalestra.builder.severity"}
 
     assert told == {
         name.strip("`"): (unit.strip("`"), names(labels) | {"coalestra.builder.name"})

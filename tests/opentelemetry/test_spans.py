@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from opentelemetry import baggage, context, trace
@@ -194,6 +195,14 @@ def test_a_failure_has_a_type_and_a_place_but_no_text(
     assert "SECRET" not in told(spans)
 
 
+def test_a_failure_that_was_never_raised_has_no_place(
+    spans: Spans, tracer: OpenTelemetryTracer
+) -> None:
+    tracer.end(tracer.begin("call", CALL), {"outcome": "timeout"}, TimeoutError())
+    (event,) = spans.one("fetch_many rates").events
+    assert attributes(event) == {"exception.type": "TimeoutError"}
+
+
 def test_the_text_of_a_failure_is_told_if_it_is_asked_for(spans: Spans) -> None:
     tracer = OpenTelemetryTracer(spans.provider, include_messages=True)
     tracer.end(tracer.begin("call", CALL), {}, raised(ConnectionError("no route\nto SECRET")))
@@ -264,8 +273,22 @@ def test_a_trace_that_is_not_sampled_still_shows_clients_where_they_are() -> Non
     assert spans.ended == ()
 
 
-def test_without_an_sdk_the_callers_own_span_stays_current(spans: Spans) -> None:
-    tracer = OpenTelemetryTracer(trace.NoOpTracerProvider())
+class NoSpans(trace.NoOpTracerProvider):
+    """What old versions of the API give without an SDK: not even the trace of the caller."""
+
+    def get_tracer(self, *_: Any, **__: Any) -> trace.Tracer:
+        class Nothing(trace.NoOpTracer):
+            def start_span(self, *_: Any, **__: Any) -> trace.Span:
+                return trace.INVALID_SPAN
+
+        return Nothing()
+
+
+@pytest.mark.parametrize("provider", [trace.NoOpTracerProvider, NoSpans])
+def test_without_an_sdk_the_callers_own_span_stays_current(
+    spans: Spans, provider: type[trace.TracerProvider]
+) -> None:
+    tracer = OpenTelemetryTracer(provider())
     with spans.provider.get_tracer("test").start_as_current_span("request") as request:
         build, inside = tracer.begin("build", BUILD), contextvars.copy_context()
         inside.run(tracer.enter, build)
