@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 try:
     from opentelemetry import metrics, trace
-    from opentelemetry.context import Context, attach, get_current
+    from opentelemetry.context import Context, attach, detach, get_current
 except ImportError as error:
     raise ImportError(
         "coalestra.opentelemetry must have the package opentelemetry-api, which cannot be "
@@ -166,10 +166,18 @@ class OpenTelemetryTracer:
         )
         return _Begun(span, context)
 
-    def enter(self, span: _Begun) -> None:
+    def enter(self, span: _Begun) -> Callable[[], None] | None:
         """Make a span current in the present context; see `Tracer.enter`."""
-        if span.span.get_span_context().is_valid:  # else it would hide the span of the caller
-            attach(trace.set_span_in_context(span.span))
+        if not span.span.get_span_context().is_valid:  # it would hide the span of the caller
+            return None
+        entered = trace.set_span_in_context(span.span)
+        token = attach(entered)
+
+        def leave() -> None:
+            if get_current() is entered:  # else what began it in this context was ended elsewhere
+                detach(token)
+
+        return leave
 
     def end(
         self, span: _Begun, attributes: Mapping[str, Any], error: BaseException | None = None

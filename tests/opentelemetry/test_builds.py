@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import StatusCode
 
 from coalestra import (
+    CacheLookup,
     CallableSource,
     FetchContext,
     FreshnessPolicy,
@@ -26,6 +27,7 @@ from coalestra import (
 )
 from coalestra.core.protocols import Tracer
 from coalestra.opentelemetry import OpenTelemetryMetrics, OpenTelemetryTracer
+from tests.contracts.caches import SingleKeyCache
 from tests.opentelemetry.memory import Meters, Spans, attributes, told
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
 from tests.support import Gate, settle
@@ -128,6 +130,25 @@ async def test_a_warm_build_is_one_span(spans: Spans) -> None:
     await used.build([B])
 
     assert spans.tree() == ["build snapshot", "  fetch_many b", "build snapshot"]
+
+
+async def test_what_a_cache_asks_its_server_hangs_below_the_stage_cold_or_warm(
+    spans: Spans,
+) -> None:
+    class Traced(SingleKeyCache):
+        async def get(
+            self, key: ResourceKey, *, now: float, policy: FreshnessPolicy
+        ) -> CacheLookup:
+            with client(spans).start_as_current_span("GET"):
+                return await super().get(key, now=now, policy=policy)
+
+    used = traced(spans, Single("a"), cache=Traced())
+    with client(spans).start_as_current_span("request"):
+        await used.build([A])
+        spans.exporter.clear()
+        await used.build([A])
+
+    assert {line for line in spans.tree() if "GET" in line} == {"    GET"}
 
 
 async def test_each_stage_of_a_session_hangs_below_what_asked_for_it(spans: Spans) -> None:

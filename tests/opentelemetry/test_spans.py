@@ -132,6 +132,20 @@ def test_what_the_caller_carries_along_is_there_for_calls_as_well(
     contextvars.copy_context().run(begin)
 
 
+def test_leaving_a_span_brings_the_callers_back_and_elsewhere_does_nothing(
+    spans: Spans, tracer: OpenTelemetryTracer, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = tracer.begin("build", BUILD)
+    with spans.provider.get_tracer("test").start_as_current_span("request") as request:
+        leave = tracer.enter(build)
+        assert leave is not None
+        contextvars.Context().run(leave)
+        assert trace.get_current_span() is build.span
+        leave()
+        assert trace.get_current_span() is request
+    assert caplog.records == []
+
+
 # Readers that joined ------------------------------------------------------------------------------
 
 

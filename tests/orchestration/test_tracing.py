@@ -8,7 +8,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -483,8 +483,9 @@ class Spans:
         )
         return name
 
-    def enter(self, span: str) -> None:
-        current.set(span)
+    def enter(self, span: str) -> Callable[[], None]:
+        token = current.set(span)
+        return lambda: current.reset(token)
 
     def end(
         self, span: str, attributes: Mapping[str, Any], error: BaseException | None = None

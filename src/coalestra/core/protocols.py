@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalestra.core.keys import ResourceKey
@@ -508,8 +508,12 @@ class Tracer(Protocol):
         begins a trace of its own, and is linked to the span that set it off.
         """
 
-    def enter(self, span: Any) -> None:
-        """Make a span current in the present context, which is that of a call or a build alone."""
+    def enter(self, span: Any) -> Callable[[], object] | None:
+        """Make a span current in the present context: a call's, a unit of work's, or its caller's.
+
+        What it returns takes that back, for the caller's context, which lives on; None if nothing
+        does.
+        """
 
     def end(
         self, span: Any, attributes: Mapping[str, Any], error: BaseException | None = None

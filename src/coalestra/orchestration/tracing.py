@@ -492,16 +492,23 @@ class WorkTrace:
     def stage(self, name: str, keys: int, variables: Context) -> Iterator[StageLog]:
         """Note the stage that the block is, for so many keys; keep what came of it.
 
-        `variables` is the context in which the unit of work calls sources: its span is current
-        there.
+        Its span is current in the block, which may ask a cache, and in `variables`, the context in
+        which the unit of work calls sources.
         """
         log = self.begin_stage(name, keys, variables)
+        tracer, leave = self._tracing.tracer, None
+        if tracer is not None and log.span is not None:
+            leave = self._tracing.tell(tracer.enter, log.span)
         try:
             yield log
         except BaseException as error:
             self.end_stage(log, error)
             raise
-        self.end_stage(log)
+        else:
+            self.end_stage(log)
+        finally:
+            if leave is not None:
+                self._tracing.tell(leave)
 
     def begin_stage(
         self, name: str, keys: int, variables: Context, link: Any = None, **more: Any
