@@ -22,6 +22,7 @@ from coalestra import (
     SnapshotBuilder,
     SnapshotBuildError,
     SnapshotDeadlineExceededError,
+    SnapshotRequest,
     SourcePayload,
 )
 from coalestra.concurrency.threads import threads_of_context
@@ -478,19 +479,22 @@ async def test_closing_that_copies_outlast_says_so_and_health_tells_when_they_en
     await asyncio.gather(reading, return_exceptions=True)
 
 
-async def test_closing_wakes_those_who_wait_for_a_copy_thread() -> None:
+@pytest.mark.parametrize("form", ["build", "try_request", "try_requests"])
+async def test_closing_wakes_those_who_wait_for_a_copy_thread(form: str) -> None:
     stuck, building = with_stuck(Stock("k", {"k": [1]}), max_copy_concurrency=1)
     await building.build([K])
     stuck.armed = True
-    readers = []
+    request = SnapshotRequest(required=[K])
+    readers: list[asyncio.Task[Any]] = []
     for _ in range(2):
-        readers.append(asyncio.ensure_future(building.build([K])))
+        asked: dict[str, Any] = {"build": [K], "try_request": request, "try_requests": [request]}
+        readers.append(asyncio.ensure_future(getattr(building, form)(asked[form])))
         await settle()
     closing_builder = asyncio.ensure_future(building.aclose())
     await settle()
     assert [each.done() for each in readers] == [False, True]
     error = readers[1].exception()
-    assert isinstance(error, PayloadCopySubsystemClosedError | SnapshotBuildError)
+    assert isinstance(error, PayloadCopySubsystemClosedError)
     stuck.gate.open()
     await closing_builder
     await asyncio.gather(*readers, return_exceptions=True)
