@@ -99,16 +99,16 @@ def told(found: KeyTrace, *calls: Any, **more: Any) -> str:
         (
             ResourceKey("news", "headline", "AAPL"),
             "news:headline:AAPL is a stale value that stands in (from 'news', version v9), 51.1 ms "
-            "after the build began. It stands in for what failed: ResourceResolutionError: every "
-            "source failed. The call of 'news' timed out after 50.0 ms (SourceTimeoutError: 50 "
-            "ms). What 'archive' brought was stale already: StaleSourceData: 3 h old.",
+            "after the build began. It stands in for what failed: no source had one. The call of "
+            "'news' timed out after 50.0 ms (SourceTimeoutError: 50 ms). What 'archive' brought "
+            "was stale already: StaleSourceData: 3 h old.",
         ),
         (
             ResourceKey("book", "depth", "<b>&\u202e"),
             "book:depth:<b>&\\u202e has no value, as was known 1.2 ms after the build began: "
-            "ResourceResolutionError: cannot resolve it. The cache had nothing fresh. The circuit "
-            "of 'book' was open, so it was not called: CircuitOpenError: open. 'paper' said that "
-            "there is none: Absent: no such book.",
+            "no source had one. The cache had nothing fresh. The circuit of 'book' was open, so it "
+            "was not called: CircuitOpenError: open. 'paper' said that there is none: Absent: no "
+            "such book.",
         ),
     ],
 )
@@ -209,6 +209,31 @@ def test_the_unit_of_work_is_called_what_it_is() -> None:
 def test_a_refresh_that_was_under_way_is_told_from_one_that_was_set_off() -> None:
     stale = KeyTrace(A, Obtained.STALE, 0.0, 0.0, refresh="under_way")
     assert told(stale).endswith("A refresh of it was under way already.")
+
+
+def test_an_error_that_no_source_is_to_blame_for_is_told_itself() -> None:
+    late: dict[str, Any] = {
+        "error_type": "SnapshotDeadlineExceededError",
+        "error": "0.2 s are over",
+    }
+    failed = KeyTrace(A, Obtained.FAILED, 0.0, 0.2, **late)
+    assert told(failed).endswith("began: SnapshotDeadlineExceededError: 0.2 s are over.")
+    stale = KeyTrace(A, Obtained.FALLBACK, 0.0, 0.2, **late)
+    assert told(stale).endswith("what failed: SnapshotDeadlineExceededError: 0.2 s are over.")
+
+
+def test_what_the_acquisition_of_another_one_waited_for_is_told_of_that() -> None:
+    waits = (Wait(WaitReason.FLIGHT, 0.0, 0.01, "a9"), Wait(WaitReason.CACHE, 0.0, 0.002))
+    joined = KeyTrace(A, Obtained.FETCHED, 0.0, 0.01, joined="a9", waits=waits)
+    assert "The acquisition waited 2.0 ms for the cache to answer." in told(joined)
+
+
+def test_what_a_cached_value_rests_on_did_not_hold_it_up() -> None:
+    one = KeyTrace(A, Obtained.CACHE, 0.0, 0.02)
+    below = (Foundation(A, "v", "s", EPOCH),)
+    other = KeyTrace(RISK, Obtained.CACHE, 0.0, 0.03, rests_on=below)
+    assert "It rests on 1 value: price:last:A" in traced(one, other).explain(RISK)
+    assert "critical path" not in traced(one, other).explain(RISK)
 
 
 def test_a_flight_without_a_known_owner_is_told_as_one() -> None:

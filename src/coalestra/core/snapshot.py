@@ -318,10 +318,6 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         )
         return f"{told} {more}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        trace = self.trace  # what makes one belongs to its builder, and stays there
-        return vars(self) if trace is None else {**vars(self), "_trace": trace}
-
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:

@@ -436,9 +436,7 @@ def _told(trace: Trace, found: KeyTrace) -> list[str]:
     if not found.requested:
         sentences.append(_told_need(trace, found))
     if found.obtained is Obtained.FALLBACK:
-        sentences.append(
-            _sentence("It stands in for what failed", _why(found.error_type, found.error))
-        )
+        sentences.append(_sentence("It stands in for what failed", _told_error(found)))
     if _missed(trace, found):
         sentences.append("The cache had nothing fresh.")
     sentences += _told_waits(found)
@@ -472,8 +470,13 @@ def _told_outcome(trace: Trace, found: KeyTrace) -> str:
     known = ", as was known" if found.obtained is Obtained.FAILED else ","
     lead += f"{known} {duration(found.end)} after the {readable(trace.kind)} began"
     if found.obtained is Obtained.FAILED:
-        return _ended(lead, _why(found.error_type, found.error))
+        return _ended(lead, _told_error(found))
     return _ended(lead)
+
+
+def _told_error(found: KeyTrace) -> str:
+    told_below = found.refusals and found.error_type == ResourceResolutionError.__name__
+    return "no source had one" if told_below else _why(found.error_type, found.error)
 
 
 def _told_need(trace: Trace, found: KeyTrace) -> str:
@@ -501,7 +504,8 @@ def _told_waits(found: KeyTrace) -> Iterator[str]:
                 f"{whose} had begun to acquire it; it waited {duration(seconds)} for that"
             )
         else:
-            yield _sentence(f"It waited {duration(seconds)} {_WAITS[reason]}")
+            who = "it" if found.joined is None else "the acquisition"
+            yield _sentence(f"{who} waited {duration(seconds)} {_WAITS[reason]}")
 
 
 def _told_tries(trace: Trace, found: KeyTrace) -> list[str]:
@@ -577,14 +581,15 @@ def _relative(seconds: float, kind: str) -> str:
 
 
 def critical_path(trace: Trace, key: ResourceKey) -> list[ResourceKey]:
-    """Return which keys held up ``key``, from the first to itself.
+    """Return which keys held up ``key``, if it was derived, from the first to itself.
 
     Each is the input of the next that was there last, as long as that one was waiting by then.
     """
     path, seen = [key], {key}
     while True:
         found = trace.keys[path[-1]]
-        inputs = [trace.keys[each.key] for each in found.rests_on if each.key in trace.keys]
+        below = found.rests_on if found.obtained is Obtained.DERIVED else ()
+        inputs = [trace.keys[each.key] for each in below if each.key in trace.keys]
         late = [each for each in inputs if found.start < each.end and each.key not in seen]
         if not late:
             return path[::-1]

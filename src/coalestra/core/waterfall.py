@@ -374,6 +374,7 @@ def _marks(row: Row, whole: float) -> Iterator[str]:
         left = min(left, 100 - wide)
         title = f"<title>{look.legend}: {duration(end - start)}</title>"
         if look.dash:
+            yield f'<rect class="ground" x="{left:.2f}%" y="8" width="{wide:.2f}%" height="4"/>'
             yield (
                 f'<line class="{kind}" x1="{left:.2f}%" x2="{left + wide:.2f}%" y1="10" y2="10" '
                 f'stroke-width="{look.high}" stroke-dasharray="{look.dash}">{title}</line>'
@@ -514,7 +515,7 @@ _PAGE_STYLE = (
     "details[open]>summary .label::before{content:'▾'}"
     "summary:focus-visible{outline:2px solid #1f6feb;outline-offset:1px}"
     "details[open] .label{white-space:normal;overflow-wrap:anywhere}"
-    "details p{margin:.2rem 0 .5rem 1.4rem;max-width:48rem;overflow-wrap:anywhere}"
+    "details p{margin:.4rem 0 .5rem 1.4rem;max-width:48rem;overflow-wrap:anywhere}"
     ".ticks{font-size:.8rem}.times{display:flex;justify-content:space-between}"
     "@media (max-width:46rem){.row{grid-template-columns:minmax(0,1fr) auto;gap:.1rem .8rem}"
     ".row .track{grid-column:1/-1;grid-row:2}.row .note{grid-column:1/-1;grid-row:3}"
