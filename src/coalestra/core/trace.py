@@ -761,7 +761,7 @@ _Part = tuple[str, float, float, Any]
 class _Events:
     """The Trace Event Format: slices on threads, where one lies within another or beside it.
 
-    The stages, each source, and the keys have as many threads as have work at once.
+    The stages, each source, and the keys have as many threads of their name as have work at once.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -821,7 +821,7 @@ class _Events:
         busy[lane : lane + 1] = [end]
         if (track, lane) not in self._threads:
             thread = self._threads[track, lane] = len(self._threads) + 1
-            self._name("thread", thread, f"{track} {lane + 1}" if lane else track)
+            self._name("thread", thread, track)
             order = 10_000 * list(self._busy_until).index(track) + lane
             self._write("M", thread, "thread_sort_index", args={"sort_index": order})
         return self._threads[track, lane]
