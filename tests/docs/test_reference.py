@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 import coalestra
+from coalestra import Obtained, WaitReason
 from coalestra.orchestration.parts import BuilderSettings
 from tests.docs import public_names
 from tests.docs.pages import ROOT
 from tests.support import PUBLIC
+from tests.support.traces import EVERYTHING
 
 REFERENCE = ROOT / "docs" / "reference"
 REPORTS = Path(str(coalestra.__file__)).parent / "observability" / "reports.py"
@@ -57,7 +59,7 @@ def test_every_count_of_the_diagnostics_is_named() -> None:
     assert set(re.findall(r"`(\w+)`", page)) == fields
 
 
-def test_every_key_of_the_json_form_of_a_snapshot_or_result_has_its_row() -> None:
+def test_every_key_of_the_json_form_of_a_snapshot_result_or_trace_has_its_row() -> None:
     key = coalestra.ResourceKey("n", "a")
     value = coalestra.SnapshotValue(key, 1, "rest", 1.0, 1.0, 0.0, False, False, 0.0)
     snapshot = coalestra.Snapshot("id", 1.0, {key: value}, {key: ValueError()})
@@ -65,7 +67,16 @@ def test_every_key_of_the_json_form_of_a_snapshot_or_result_has_its_row() -> Non
     of_value, of_error = told["resources"]["n:a"], told["errors"]["n:a"]
     of_request = coalestra.RequestResult(coalestra.SnapshotRequest(required=[key]), snapshot)
     documented = {*told, *of_value, *of_error, *of_request.to_dict()}
+    trace = EVERYTHING.to_dict()
+    of_call = trace["calls"][0]
+    documented |= {
+        *trace,
+        *trace["keys"]["risk:exposure:desk-7"],
+        *of_call,
+        *of_call["attempts"][0],
+    }
     assert documented == first_cells("json.md")
+    assert all(f"`{each.value}`" in text_of("json.md") for each in (*Obtained, *WaitReason))
 
 
 def test_every_setting_of_a_builder_has_its_row() -> None:

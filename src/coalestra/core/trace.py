@@ -398,8 +398,8 @@ _WAITS = {
 _LISTED = 5
 """How many inputs, attempts or steps a sentence names before it counts the rest."""
 
-_NOTICED = 0.000_05
-"""From how many seconds on a wait for capacity is spoken of."""
+_NOTICED = 0.001
+"""From how many seconds on it is told that a call was not made at once, if nobody held it up."""
 
 
 def _named(source: str | None) -> str:
@@ -555,9 +555,9 @@ def _told_attempt(attempt: AttemptTrace) -> str:
     ending = _ENDINGS.get(attempt.outcome, f"ended as {readable(attempt.outcome)} after")
     text = f"{ending} {duration(attempt.end - attempt.called)}{because}"
     waited = attempt.called - attempt.start
-    if waited < _NOTICED and not held:
-        return text
-    return f"waited {duration(waited)} for capacity{by} and {text}"
+    if held:
+        return f"waited {duration(waited)} for capacity{by} and {text}"
+    return text if waited < _NOTICED else f"was made {duration(waited)} later and {text}"
 
 
 def _told_foundations(trace: Trace, found: KeyTrace) -> Iterator[str]:
