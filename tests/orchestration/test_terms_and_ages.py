@@ -13,6 +13,7 @@ from coalestra import (
     FreshnessPolicy,
     PolicyResolver,
     RefreshMode,
+    RefreshState,
     ResourceAcceptanceRule,
     ResourceKey,
     ResourceResolutionError,
@@ -328,3 +329,123 @@ async def test_a_hung_refresh_keeps_no_later_one_away(how: str) -> None:
     hung.open()
     await building.wait_for_refreshes()
     await no_leaks(building)
+
+
+# Whether a new value is on its way, or its source is down ------------------------------------
+
+
+class Refreshed:
+    """One key that is served stale while it is refreshed, from a source that can go down."""
+
+    def __init__(self, policy: FreshnessPolicy = SWR, **settings: Any) -> None:
+        self.down: Exception | None = None
+        self.clock = ManualClock()
+        self.source = Single("s", "x", "y", fetch=self._fetch)
+        self.builder = builder(self.source, default_policy=policy, clock=self.clock, **settings)
+
+    async def _fetch(self, k: ResourceKey, context: FetchContext) -> Any:
+        if self.down is not None:
+            raise self.down
+        return len(self.source.calls)
+
+    async def state(self, k: ResourceKey = X, *, then_wait: bool = True) -> RefreshState:
+        value = (await self.builder.build([k]))[k]
+        assert value.to_dict()["refresh"] == value.refresh.value
+        assert ("refresh_error_type" in value.metadata) is (value.refresh is RefreshState.FAILING)
+        if then_wait:
+            await self.builder.wait_for_refreshes()
+        return value.refresh
+
+    async def failing(self) -> int:
+        return (await self.builder.health_snapshot()).failing_refreshes
+
+
+NOTHING, UNDER_WAY, FAILING = RefreshState.NONE, RefreshState.UNDER_WAY, RefreshState.FAILING
+
+
+async def test_a_stale_value_says_whether_it_is_being_refreshed_or_its_source_is_down() -> None:
+    it = Refreshed()
+    assert await it.state() is NOTHING
+    it.clock.advance(20)
+    assert await it.state(then_wait=False) is UNDER_WAY
+    assert await it.state() is UNDER_WAY, "somebody else has set it off"
+    assert await it.state() is NOTHING
+    it.down = ConnectionError("no route")
+    it.clock.advance(20)
+    assert await it.state() is UNDER_WAY
+    assert await it.failing() == 1
+    for _ in range(5):  # by then the circuit is open
+        assert await it.state() is FAILING
+    value = (await it.builder.build([X]))[X]
+    assert value.metadata["refresh_error_type"] == "ResourceResolutionError"
+    assert "CircuitOpenError" in value.metadata["refresh_error"]
+    assert "The last refresh of it has failed" in (await it.builder.build([X])).explain(X)
+
+
+async def test_it_is_no_longer_failing_once_a_refresh_has_succeeded() -> None:
+    it = Refreshed()
+    await it.state()
+    it.down = ConnectionError("no route")
+    it.clock.advance(20)
+    await it.state()
+    it.down = None
+    assert await it.state() is FAILING, "the next one is under way, and not yet there"
+    assert await it.state() is NOTHING
+    assert await it.failing() == 0
+    it.clock.advance(20)
+    assert await it.state() is UNDER_WAY
+
+
+async def test_another_value_of_the_key_has_no_failed_refresh() -> None:
+    for renew in ("publish", "force", "build"):
+        it = Refreshed()
+        await it.state()
+        it.down = ConnectionError("no route")
+        it.clock.advance(20)
+        await it.state()
+        it.down = None
+        if renew == "publish":
+            await it.builder.publisher.publish(X, "event", source="stream")
+        elif renew == "force":
+            async with it.builder.session() as session:
+                await session.resolve([X])
+                await session.revalidate([X], force_refresh=True)
+        else:
+            await it.builder.publisher.invalidate(X)
+            await it.builder.build([X])
+        assert await it.failing() == 0
+        await it.builder.wait_for_refreshes()
+        it.clock.advance(20)
+        assert await it.state() is UNDER_WAY
+
+
+async def test_what_is_refreshed_ahead_says_so_too() -> None:
+    ahead = FreshnessPolicy(
+        10, 500, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=5
+    )
+    it = Refreshed(ahead)
+    await it.state()
+    it.clock.advance(6)
+    it.down = ConnectionError("no route")
+    assert await it.state() is UNDER_WAY
+    assert await it.state() is FAILING
+
+
+async def test_failed_refreshes_are_remembered_of_a_bounded_number_of_keys() -> None:
+    it = Refreshed()
+    keys = [key("x", str(number)) for number in range(1_100)]
+    await it.builder.build(keys)
+    it.down = ConnectionError("no route")
+    it.clock.advance(20)
+    await it.builder.build(keys)
+    await it.builder.wait_for_refreshes()
+    assert await it.failing() == 1_000
+
+
+async def test_a_failed_refresh_is_told_of_a_cache_of_ones_own_too() -> None:
+    it = Refreshed(cache=BatchCache())
+    await it.state()
+    it.down = ConnectionError("no route")
+    it.clock.advance(20)
+    assert await it.state() is UNDER_WAY
+    assert await it.state() is FAILING

@@ -324,6 +324,7 @@ class BuilderHealth:
     Attributes:
         closed: whether the builder is closed.
         background_refreshes: refreshes under way.
+        failing_refreshes: keys whose last refresh has failed; of a thousand at most that is known.
         singleflight_in_flight: acquisitions that others may join.
         source_support_cache_entries: remembered answers of ``supports``.
         capacity: each limiter's ``limit``, ``in_use`` and ``waiting``, by source or ``__global__``.
@@ -419,6 +420,7 @@ class BuilderHealth:
     cache_call_count: int = 0
     cache_failure_count: int = 0
     cache_timeout_count: int = 0
+    failing_refreshes: int = 0
 
     def __post_init__(self) -> None:
         for name in _MAPPINGS:

@@ -20,7 +20,7 @@ from coalestra.core.frozen import FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.validation import readable
-from coalestra.core.values import SnapshotValue
+from coalestra.core.values import RefreshState, SnapshotValue
 from coalestra.core.waterfall import Bar, Row, Section, Waterfall, duration, many
 
 __all__ = [
@@ -618,6 +618,9 @@ def told_value(value: SnapshotValue[Any]) -> str:
         sentences.append("It was being acquired for another unit of work already.")
     if facts.get("refresh_scheduled"):
         sentences.append("It set off a refresh in the background.")
+    if value.refresh is RefreshState.FAILING:
+        why = _why(str(facts["refresh_error_type"]), str(facts.get("refresh_error")))
+        sentences.append(_sentence("The last refresh of it has failed", why))
     if value.dependency_versions:
         below = [key.display for key in value.dependency_versions]
         sentences.append(_sentence(f"It rests on {many(len(below), 'value')}", _listed(below)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from binascii import b2a_base64
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.validation import concealed, flag, instance, mapping, number, text
 
-__all__ = ["ResourceUpdate", "SnapshotValue", "SourcePayload"]
+__all__ = ["RefreshState", "ResourceUpdate", "SnapshotValue", "SourcePayload"]
 
 T = TypeVar("T")
 
@@ -225,6 +226,22 @@ def dependencies_on(
     return _dependencies(versions, Grounds(oldest, oldest_at, perishing, stale_at, *seen))
 
 
+class RefreshState(str, enum.Enum):
+    """What is being done about a value that was served although, or before, it is stale."""
+
+    NONE = "none"
+    """Nothing, as nothing is due."""
+
+    UNDER_WAY = "under_way"
+    """It is being refreshed in the background."""
+
+    FAILING = "failing"
+    """The last refresh of this very value failed: its sources are down, or spared by a circuit.
+
+    The next one is tried all the same.
+    """
+
+
 _ROUNDING_SECONDS = 1e-6
 """A time that is put together from two others may be off by less than this."""
 
@@ -382,6 +399,14 @@ class SnapshotValue(Generic[T]):
         grounds = grounds_of(self.dependency_versions)
         return self.key if grounds is None else grounds.perishing
 
+    @property
+    def refresh(self) -> RefreshState:
+        """What is being done in the background to renew it, as of when it was read."""
+        if "refresh_scheduled" not in self.metadata:
+            return RefreshState.NONE
+        failing = "refresh_error_type" in self.metadata
+        return RefreshState.FAILING if failing else RefreshState.UNDER_WAY
+
     def to_dict(self, *, include_value: bool = False) -> dict[str, Any]:
         """Return where the value comes from as JSON-safe data, times as ISO texts in UTC.
 
@@ -406,6 +431,7 @@ class SnapshotValue(Generic[T]):
             "oldest_age_seconds": self.age_seconds + (self.observed_at - oldest_at),
             "rests_on_stale": self.rests_on_stale,
             "stale_key": None if self.stale_key is None else self.stale_key.canonical,
+            "refresh": self.refresh.value,
             "from_cache": self.from_cache,
             "latency_ms": self.latency_ms,
             "attempts": self.attempts,

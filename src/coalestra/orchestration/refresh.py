@@ -5,23 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from typing import Any
 
+from coalestra.core.errors import folded_message, message_of, type_name
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
+from coalestra.core.values import Revision
 from coalestra.orchestration.flights import Gather, Work, current_call
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
 
+_MOST_FAILING = 1_000
+"""Of how many keys it is remembered that their last refresh has failed."""
+
 
 class Refresh:
-    """One key on its way to a fresher value, set off by one unit of work, its `parent`."""
+    """One revision on its way to be renewed, set off by one unit of work, its `parent`."""
 
-    __slots__ = ("gather", "key", "parent", "reason")
+    __slots__ = ("gather", "key", "parent", "reason", "version")
 
-    def __init__(self, key: ResourceKey, reason: str, parent: Work) -> None:
-        self.key: ResourceKey = key
+    def __init__(self, revision: Revision, reason: str, parent: Work) -> None:
+        self.key: ResourceKey = revision.key
+        self.version: str = revision.version
         self.reason: str = reason
         self.parent: Work = parent
         self.gather: Gather | None = None
@@ -51,6 +58,7 @@ class Refresher:
         self._current: dict[ResourceKey, Refresh] = {}
         self._next: dict[tuple[int, str], list[Refresh]] = {}
         self._waiters: dict[asyncio.Future[None], set[Refresh]] = {}
+        self._failing: dict[ResourceKey, tuple[str, dict[str, Any]]] = {}
         self.closed = False
 
     @property
@@ -63,11 +71,27 @@ class Refresher:
         """How many refreshes are under way."""
         return len(self._running)
 
-    def schedule(self, key: ResourceKey, reason: str, parent: Work) -> bool:
-        """Refresh `key` soon; False if that is under way already."""
+    @property
+    def failing(self) -> int:
+        """Of how many keys the last refresh has failed, as far as that is remembered."""
+        return len(self._failing)
+
+    def notes(self, revision: Revision) -> Mapping[str, Any]:
+        """Return what there is to say to who gets a revision whose last refresh has failed."""
+        version, said = self._failing.get(revision.key, ("", {}))
+        return said if version == revision.version else {}
+
+    def succeeded(self, key: ResourceKey) -> None:
+        """Learn that a source has given a value of a key."""
+        if self._failing:
+            self._failing.pop(key, None)
+
+    def schedule(self, revision: Revision, reason: str, parent: Work) -> bool:
+        """Refresh a revision soon; False if that is under way already."""
+        key = revision.key
         if self.closed or key in self._current:
             return False
-        refresh = self._current[key] = Refresh(key, reason, parent)
+        refresh = self._current[key] = Refresh(revision, reason, parent)
         self._running[refresh] = None
         group = self._next.get((id(parent), reason))
         if group is None:
@@ -81,9 +105,10 @@ class Refresher:
 
     def outdate(self, keys: Collection[ResourceKey]) -> None:
         """Let keys be refreshed anew: what is under way has read what was before."""
-        if self._current:
+        if self._current or self._failing:
             for key in keys:
                 self._current.pop(key, None)
+                self._failing.pop(key, None)
 
     def _start(self, parent_id: int, reason: str) -> None:
         group = [each for each in self._next.pop((parent_id, reason), ()) if each in self._running]
@@ -124,15 +149,23 @@ class Refresher:
             gather.work.trace.refreshed(reading is not None or absent)
         record.refresh_completed += reading is not None or absent
         record.refresh_failed += reading is None and not absent
+        error = None if reading is not None or absent else gather.failures[key].make()
+        self._failing.pop(key, None)
+        if error is not None:
+            said = {"refresh_error_type": type_name(error)}
+            said["refresh_error"] = folded_message(message_of(error))
+            self._failing[key] = refresh.version, said
+            if len(self._failing) > _MOST_FAILING:
+                del self._failing[next(iter(self._failing))]
         if report is None:
             return
         ids = gather.work.context.snapshot_id, refresh.parent.context.snapshot_id
         if reading is not None:
             report.refresh_completed(key, refresh.reason, reading.revision.source, *ids)
-        elif absent:
+        elif error is None:
             report.refresh_absent(key)
         else:
-            report.refresh_failed(key, refresh.reason, gather.failures[key].make(), *ids)
+            report.refresh_failed(key, refresh.reason, error, *ids)
 
     def _end(self, refresh: Refresh) -> None:
         self._running.pop(refresh, None)
@@ -180,6 +213,7 @@ class Refresher:
         self._running.clear()
         self._current.clear()
         self._waiters.clear()
+        self._failing.clear()
 
     def __repr__(self) -> str:
         return f"<Refresher active={len(self._running)} closed={self.closed}>"

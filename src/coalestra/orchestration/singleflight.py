@@ -356,12 +356,13 @@ class SingleFlight:
             else:
                 self._missed(gather, key, policy, revision)
 
-    def _refresh(self, revision: Revision, mode: RefreshMode, work: Work) -> bool:
-        """Schedule a refresh of a revision; return False if one is under way already."""
-        scheduled = self.refresher.schedule(revision.key, mode.value, work)
+    def _refresh(self, revision: Revision, mode: RefreshMode, work: Work) -> dict[str, Any]:
+        """Schedule a refresh of a revision, unless one is under way; return what to say of it."""
+        said = self.refresher.notes(revision)
+        scheduled = self.refresher.schedule(revision, mode.value, work)
         if scheduled and self._leases:
             self._renewed[revision.key] = revision.version
-        return scheduled
+        return {"refresh_scheduled": scheduled, **said}
 
     def _renew(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Acquire a key anew, unless another process is at it or has done so."""
@@ -385,12 +386,11 @@ class SingleFlight:
                 return False
             if self._absent and self._known_absent(key) is not None:
                 return False
-            scheduled = self._refresh(revision, mode, work)
-            notes = {"refresh_mode": mode.value, "refresh_scheduled": scheduled}
+            notes = {"refresh_mode": mode.value, **self._refresh(revision, mode, work)}
         elif mode is RefreshMode.REFRESH_AHEAD and (
             policy.should_refresh_ahead(age) or now >= until - policy.refresh_ahead_seconds
         ):
-            notes = {"refresh_scheduled": self._refresh(revision, mode, work)}
+            notes = self._refresh(revision, mode, work)
         work.record.cache_hits += 1
         if self.parts.report is not None:
             how = mode.value if stale else "fresh"
@@ -758,6 +758,7 @@ class SingleFlight:
             if self._news > flight.since and self._is_behind(flight):
                 self.board.hide(flight, cacheable=False)
             flight.offer(revision, dated)
+            self.refresher.succeeded(flight.key)
             if self._absent:
                 self._absent.pop(flight.key, None)
             if self._publishing and flight.key in self._publishing:
