@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.benchmarks import fetching, growth, publishing, reading, staging
+from tests.benchmarks import fetching, growth, observing, publishing, reading, staging
 from tests.benchmarks.footprint import cached_floats
 from tests.benchmarks.holding import HOLDS, longest_hold
 from tests.benchmarks.importing import beyond_asyncio, with_a_builder
@@ -106,6 +106,20 @@ TABLE = (
     *(
         Line(f"hold-{name}", f"the same, {work}", MILLISECONDS, "", subjects, Aim(5), rounds=3)
         for name, (work, subjects) in HOLDS.items()
+    ),
+    Line(
+        "trace-warm",
+        "warm 1,000 keys with `trace=True` (floor: without)",
+        PER_KEY,
+        "",
+        observing.watched_warm(observing.traced),
+    ),
+    Line(
+        "trace-cold",
+        "cold batch of 1,000 keys with `trace=True` (floor: without)",
+        PER_KEY,
+        "",
+        observing.watched_cold(observing.traced),
     ),
     Line(
         "import",

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from tests.benchmarks.subjects import Line
+from tests.benchmarks.subjects import UNWATCHED, Line
 from tests.benchmarks.worker import Samples
 
 OURS, FLOOR, YARDSTICK = "coalestra", "plain loop", "copy.deepcopy"
@@ -84,12 +84,13 @@ def _within(measured: float | None, most: float | None) -> bool:
 def row_of(line: Line, processes: Sequence[Samples]) -> Row:
     """Summarize what all processes found for a line."""
     figures = figures_of(processes)
+    floor = FLOOR if FLOOR in figures else UNWATCHED
     rivals = [(name, figures[name]) for name in RIVALS if name in figures]
     return Row(
         line,
         figures[OURS],
-        figures.get(FLOOR),
-        ratio(processes, OURS, FLOOR),
+        figures.get(floor),
+        ratio(processes, OURS, floor),
         ratio(processes, OURS, YARDSTICK),
         min(rivals, key=lambda rival: rival[1].median, default=None),
     )

@@ -103,16 +103,17 @@ def derived_source() -> CallableDerivedSource:
     )
 
 
-def builder_of(*sources: Any) -> SnapshotBuilder:
+def builder_of(*sources: Any, **settings: Any) -> SnapshotBuilder:
     """Return a builder with default settings, a long lifetime and an unbounded cache."""
-    return SnapshotBuilder(sources, default_policy=POLICY, cache=AsyncMemoryCache(max_entries=None))
+    cache = AsyncMemoryCache(max_entries=None)
+    return SnapshotBuilder(sources, default_policy=POLICY, cache=cache, **settings)
 
 
-def kept_builder(shop: Workshop, *sources: Any) -> SnapshotBuilder:
+def kept_builder(shop: Workshop, *sources: Any, **settings: Any) -> SnapshotBuilder:
     """Return a builder that is closed when the line has been measured."""
 
     async def make() -> SnapshotBuilder:
-        return builder_of(*sources)
+        return builder_of(*sources, **settings)
 
     builder = shop.run(make())
     shop.at_end(lambda: shop.run(builder.aclose()))
@@ -122,15 +123,21 @@ def kept_builder(shop: Workshop, *sources: Any) -> SnapshotBuilder:
 class FreshBuilder:
     """Replaces its builder by a new, empty one before every sample."""
 
-    def __init__(self, shop: Workshop, *sources: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        shop: Workshop,
+        *sources: Callable[[], Any],
+        settings: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         self._sources = sources
+        self._settings = settings
         self._builder: SnapshotBuilder | None = None
         shop.at_end(lambda: shop.run(self.close()))
 
     async def renew(self) -> SnapshotBuilder:
         """Close the old one and return a new one."""
         await self.close()
-        self._builder = builder_of(*(make() for make in self._sources))
+        self._builder = builder_of(*(make() for make in self._sources), **self._settings())
         return self._builder
 
     async def close(self) -> None:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 
 from tests.benchmarks.workshop import Workshop
 
+UNWATCHED = "the same unwatched"
+"""The name of the subject that is the floor of what a watcher adds."""
+
 
 class Role(enum.Enum):
     """Why a subject stands in the table."""

@@ -381,6 +381,16 @@ class KeyLog:
         )
 
 
+WarmKey = tuple[Obtained, float, ResourceKey, str, str, tuple[Foundation, ...]]
+"""What is noted of a key that was in memory with all others: how, when, and what was found."""
+
+
+def _warm_traced(warm: WarmKey, began: float) -> KeyTrace:
+    how, at, key, source, version, rests_on = warm
+    at -= began
+    return KeyTrace(key, how, at, at, source=source, version=version, rests_on=rests_on)
+
+
 def _clipped(end: float | None, until: float) -> float:
     return until if end is None or end > until else end
 
@@ -395,11 +405,11 @@ def _said(error: BaseException) -> tuple[str, str]:
 class Recorded:
     """What a unit of work had noted at one moment; called, it makes the trace, once."""
 
-    __slots__ = ("_entries", "_trace", "_until", "_work")
+    __slots__ = ("_noted", "_trace", "_until", "_work")
 
-    def __init__(self, work: WorkTrace, entries: int, until: float) -> None:
+    def __init__(self, work: WorkTrace, noted: tuple[int, int], until: float) -> None:
         self._work: WorkTrace | None = work
-        self._entries = entries
+        self._noted = noted
         self._until = until
         self._trace: Trace | None = None
 
@@ -407,7 +417,7 @@ class Recorded:
         """Return the trace."""
         work = self._work
         if self._trace is None and work is not None:
-            self._trace = work.traced(self._entries, self._until)
+            self._trace = work.traced(*self._noted, self._until)
             self._work = None
         assert self._trace is not None
         return self._trace
@@ -454,6 +464,7 @@ class WorkTrace:
         "_stage",
         "_stages",
         "_tracing",
+        "_warm",
         "recording",
         "span",
         "__weakref__",
@@ -475,6 +486,7 @@ class WorkTrace:
         self._stages: list[StageLog] = []
         self._stage = 0
         self._entries: list[KeyLog] = []
+        self._warm: list[WarmKey] = []
         self._logs: dict[ResourceKey, KeyLog] = {}
         self._joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = {}
         self._omitted = 0
@@ -580,7 +592,7 @@ class WorkTrace:
         if log is not None and (log.end is None or log.stage == self._stage):
             log.requested |= requested
             return log
-        if len(self._entries) >= MOST_KEYS:
+        if len(self._entries) + len(self._warm) >= MOST_KEYS:
             self._omitted += 1
             return None
         log = self._logs[key] = KeyLog(key, self._stage, requested)
@@ -588,14 +600,13 @@ class WorkTrace:
         return log
 
     def warm(self, revisions: Iterable[Revision], *, near: bool) -> None:
-        """Note that requested keys were all in memory."""
+        """Note that all keys of a stage were in memory."""
         if self.recording:
             how = Obtained.NEAR_CACHE if near else Obtained.CACHE
-            for revision in revisions:
-                log = self._log(revision.key, True)
-                if log is not None:
-                    log.obtained, log.end = how, log.start
-                    log.found = _facts(revision)
+            room = MOST_KEYS - len(self._entries) - len(self._warm)
+            known = [(how, _now(), revision.key, *_facts(revision)) for revision in revisions]
+            self._warm += known[:room]
+            self._omitted += max(0, len(known) - room)
 
     def cached(self, key: ResourceKey, how: Obtained, scheduled: bool | None) -> None:
         """Note that the cache had a value of use; if that is being refreshed, whether by us."""
@@ -671,14 +682,16 @@ class WorkTrace:
 
     def recorded(self) -> Recorded | None:
         """Return what has been noted by now, if anything is."""
-        return Recorded(self, len(self._entries), _now()) if self.recording else None
+        noted = len(self._warm), len(self._entries)
+        return Recorded(self, noted, _now()) if self.recording else None
 
-    def traced(self, entries: int, until: float) -> Trace:
-        """Return the trace of the first so many entries, as things were at `until`."""
+    def traced(self, warm: int, entries: int, until: float) -> Trace:
+        """Return the trace of the first so many warm and other keys, as things were at `until`."""
         began = self._began
         calls: dict[CallLog, int] = {}
+        keys = {each[2]: _warm_traced(each, began) for each in self._warm[:warm]}
         logs = {log.key: log for log in self._entries[:entries]}
-        keys = {key: log.traced(began, until, calls) for key, log in logs.items()}
+        keys |= {key: log.traced(began, until, calls) for key, log in logs.items()}
         return Trace(
             snapshot_id=self.snapshot_id,
             kind=self._kind,
@@ -725,8 +738,9 @@ def _note_failure(log: KeyLog, failure: Failure) -> None:
 
 
 def _facts(revision: Revision) -> tuple[str, str, tuple[Foundation, ...]]:
-    rests_on = tuple(
-        Foundation(each.key, each.version, each.source, each.observed_at)
-        for each in revision.dependencies
-    )
+    rests_on = tuple([_foundation(each) for each in revision.dependencies])
     return revision.source, revision.version, rests_on
+
+
+def _foundation(revision: Revision) -> Foundation:
+    return Foundation(revision.key, revision.version, revision.source, revision.observed_at)
