@@ -15,6 +15,7 @@ import pytest
 
 from coalestra import (
     AsyncMemoryCache,
+    Obtained,
     RequestOutcome,
     ResourceKey,
     Snapshot,
@@ -95,6 +96,9 @@ async def live(seed: int) -> None:
     await no_leaks(world.builder)
     assert world.calls.overlaps == []
     await world.builder.aclose()
+    assert not world.spans.open
+    health = await world.builder.health_snapshot()
+    assert health.observability_failure_count == 0
 
 
 async def act(world: World) -> None:
@@ -217,6 +221,7 @@ def check(
         # Where values are fresh for a second only, slow answers come stale, and circuits open.
         assert not world.calm or (world.brief and "CircuitOpenError" in str(error)), error
     least = {str(k): value for k, value in floor.items()}
+    check_trace(snapshot)
     seen: dict[str, int] = {}
     for k, value in snapshot.items():
         for name, number in facts(value.value):
@@ -226,6 +231,31 @@ def check(
             if needed in snapshot:
                 assert snapshot[needed].version == version, f"{k} is not made of {needed}"
                 assert value.value[str(needed)] == snapshot.value(needed)
+
+
+def check_trace(snapshot: Snapshot) -> None:
+    """What a trace tells is what the snapshot holds, and happened while it was made."""
+    trace = snapshot.trace
+    if trace is None:
+        return
+    for k, value in snapshot.items():
+        found = trace.keys[k]
+        assert found.obtained is not Obtained.FAILED, k
+        assert (found.version, found.source) == (value.version, value.source), k
+        assert {each.key: each.version for each in found.rests_on} == value.dependency_versions
+        assert found.error is None or found.obtained is Obtained.FALLBACK
+    for k in snapshot.errors.keys() - snapshot.keys():
+        assert trace.keys[k].obtained is Obtained.FAILED, k
+        assert trace.keys[k].error_type == type(snapshot.errors[k]).__name__
+    for found in trace.keys.values():
+        assert 0 <= found.start <= found.end <= trace.duration_seconds
+        for wait in found.waits:
+            assert wait.start <= wait.end <= trace.duration_seconds
+        for number in found.calls:
+            call = trace.calls[number]
+            assert call.start <= call.end <= trace.duration_seconds
+            for attempt in call.attempts:
+                assert call.start <= attempt.start <= attempt.end <= call.end
 
 
 DEEDS = (build, build, build, ask, ask, build_both, converse, change, change_both)

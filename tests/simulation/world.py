@@ -159,6 +159,28 @@ class Calls:
             self.overlaps.append(f"{source} was asked for {key} twice at once")
 
 
+class Spans:
+    """A tracer that knows which spans have not ended."""
+
+    def __init__(self) -> None:
+        self.open: set[int] = set()
+        self._count = 0
+
+    def begin(self, kind: str, attributes: Any, *, parent: Any = None, link: Any = None) -> int:
+        self._count += 1
+        self.open.add(self._count)
+        return self._count
+
+    def enter(self, span: int) -> None:
+        assert span in self.open
+
+    def end(self, span: int, attributes: Any, error: BaseException | None = None) -> None:
+        self.open.remove(span)
+
+    def joined(self, parent: Any, call: Any, seconds: float, attributes: Any) -> None:
+        assert seconds >= 0
+
+
 class World:
     """Random keys over random sources; each base key's truth is a number that only grows."""
 
@@ -185,6 +207,8 @@ class World:
             self.needs[key("derived", str(i))] = chance.sample(known, chance.randint(1, 3))
         self.keys = [*self.bases, *self.needs]
         self.lively = chance.sample(self.bases, 4)
+        self.traced = seed % 2 == 0
+        self.spans = Spans()
         self.builder = self._builder()
 
     def _builder(self) -> SnapshotBuilder:
@@ -212,6 +236,8 @@ class World:
             default_policy=policy,
             default_resilience=SourceResiliencePolicy(retry=retry),
             max_concurrency=chance.choice((1, 2, 8)),
+            trace=self.traced,
+            tracer=self.spans if self.traced else None,
         )
 
     def _sources(self) -> list[Any]:

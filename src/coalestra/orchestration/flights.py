@@ -12,7 +12,7 @@ import contextvars
 import enum
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from coalestra.concurrency.deadline import Deadline
@@ -24,6 +24,7 @@ from coalestra.core.errors import (
     message_of,
     type_name,
 )
+from coalestra.core.frozen import EMPTY
 from coalestra.core.health import FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -46,7 +47,7 @@ from coalestra.orchestration.readings import (
     hold,
 )
 from coalestra.orchestration.sources import Link
-from coalestra.orchestration.tracing import CallLog, FlightLog, WorkTrace
+from coalestra.orchestration.tracing import CallLog, FlightLog, KeyLog, WorkTrace
 
 # Where a flight stands ---------------------------------------------------------------------------
 
@@ -526,7 +527,7 @@ class Gather:
     A stage waits for its keys under the pins of its session. A derived acquisition (`owner`)
     waits for its dependencies. Once every key has a reading or a failure, `done` is called, once.
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
-    is `urgent`: it must not wait for the slot that the call holds.
+    is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces.
     """
 
     __slots__ = (
@@ -534,6 +535,7 @@ class Gather:
         "failures",
         "forced",
         "keys",
+        "logs",
         "open",
         "owner",
         "pending",
@@ -569,6 +571,7 @@ class Gather:
         self.refresh: bool = insisted.refresh
         self.owner: Flight | None = owner
         self.within: Call | None = None
+        self.logs: Mapping[ResourceKey, KeyLog] = EMPTY
         self.readings: dict[ResourceKey, Reading] = {}
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[ResourceKey, Flight | Read] = {}

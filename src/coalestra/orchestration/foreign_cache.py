@@ -97,8 +97,8 @@ class CacheReads:
     def _wait(gather: Gather, read: Read) -> None:
         read.waiters[gather] = None
         gather.pending[read.key] = read
-        if gather.work.trace is not None:
-            gather.work.trace.asks(read.key)
+        if gather.logs and read.key in gather.logs:
+            gather.logs[read.key].asks()
 
     def find(self, key: ResourceKey) -> Read | None:
         """Return the read of `key` that newcomers would share."""

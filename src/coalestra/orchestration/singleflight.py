@@ -227,9 +227,7 @@ class SingleFlight:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
         gather.open = True
         self.hold(gather.work)
-        if gather.work.trace is not None:
-            of_stage = gather.owner is None
-            gather.work.trace.look(gather.keys, gather.base, requested=of_stage)
+        self.note(gather)
         keys: Iterable[ResourceKey] = gather.keys
         if gather.readings:
             keys = [key for key in gather.keys if key not in gather.readings]
@@ -237,6 +235,12 @@ class SingleFlight:
             gather.work.record.cache_batch_reads += 1
         step = self._look_in_store if self._is_plain(gather) else self._look_on
         self.agenda.add(step, gather, iter(keys))
+
+    @staticmethod
+    def note(gather: Gather) -> None:
+        """Begin to keep notes of every key of a gather, if anybody wants any."""
+        if gather.work.trace is not None:
+            gather.logs = gather.work.trace.look(gather.keys, requested=gather.owner is None)
 
     def _look_on(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
         part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
@@ -395,9 +399,9 @@ class SingleFlight:
         if self.parts.report is not None:
             how = mode.value if stale else "fresh"
             self.parts.report.cache_hit(key, how, work.context.snapshot_id)
-        if work.trace is not None:
+        if gather.logs and key in gather.logs:
             refreshed = None if notes is None else notes["refresh_scheduled"]
-            work.trace.cached(key, self._how(stale), refreshed)
+            gather.logs[key].cached(self._how(stale), refreshed)
         gather.readings[key] = Reading(
             revision, policy.ttl_seconds, stale=stale, from_cache=True, notes=notes
         )
@@ -418,7 +422,7 @@ class SingleFlight:
             if self.parts.report is not None:
                 self.parts.report.cache_access(key, "absent")
             if gather.work.trace is not None:
-                gather.work.trace.handed(key)
+                gather.work.trace.handed(gather.logs.get(key), key)
             return
         gather.work.record.cache_misses += 1
         if self.parts.report is not None:
@@ -524,7 +528,8 @@ class SingleFlight:
     def _trace_flight(gather: Gather, flight: Flight) -> None:
         trace = gather.work.trace
         if trace is not None and gather in flight.waiters:
-            trace.flies(flight.key, flight.note(), joined=flight.waiters[gather])
+            key, joined = flight.key, flight.waiters[gather]
+            trace.flies(gather.logs.get(key), key, flight.note(), joined=joined)
 
     def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
@@ -857,7 +862,7 @@ class SingleFlight:
             flight.log.waits.end()
             for gather in waiters:
                 if gather.work.trace is not None:
-                    gather.work.trace.handed(flight.key)
+                    gather.work.trace.handed(gather.logs.get(flight.key), flight.key)
         if flight.lease is not None:
             self._give_back(flight)
         if flight.pins is not None and type(settlement) is Reading:
@@ -950,8 +955,9 @@ class SingleFlight:
 
     def _tell(self, gather: Gather) -> None:
         done, gather.done = gather.done, nobody
-        if gather.work.trace is not None:
-            gather.work.trace.settled(gather.readings, gather.failures, gather.base)
+        for key, log in gather.logs.items():
+            reading, failure = gather.readings.get(key), gather.failures.get(key)
+            log.settled(reading, failure, pinned=key in gather.base)
         done(gather)
 
     def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:
@@ -1303,6 +1309,7 @@ class Engine:
             self.flights.board.nest(call)
         try:
             if gather.work.expired:
+                self.flights.note(gather)
                 gather.strike()
             else:
                 gather.work.enter(gather)

@@ -22,7 +22,7 @@ from typing import Any
 
 from coalestra._endings import pass_on
 from coalestra.core.errors import SourceFailure, folded_message, message_of, type_name
-from coalestra.core.frozen import FrozenDict
+from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Tracer
 from coalestra.core.snapshot import FetchContext
@@ -38,7 +38,7 @@ from coalestra.core.trace import (
     Wait,
     WaitReason,
 )
-from coalestra.core.values import Revision
+from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.readings import Failure, Reading
 
 MOST_KEYS = 1_000
@@ -318,7 +318,7 @@ class FlightLog:
 
 
 class KeyLog:
-    """What is noted of one key in one stage; see `KeyTrace`."""
+    """What is noted of one key for one who waits for it; see `KeyTrace`."""
 
     __slots__ = (
         "end",
@@ -330,14 +330,12 @@ class KeyLog:
         "obtained",
         "refresh",
         "requested",
-        "stage",
         "start",
         "waits",
     )
 
-    def __init__(self, key: ResourceKey, stage: int, requested: bool) -> None:
+    def __init__(self, key: ResourceKey, requested: bool) -> None:
         self.key: ResourceKey = key
-        self.stage: int = stage
         self.requested: bool = requested
         self.start: float = _now()
         self.end: float | None = None
@@ -348,6 +346,55 @@ class KeyLog:
         self.refresh: str | None = None
         self.found: tuple[str, str, tuple[Foundation, ...]] | None = None
         self.error: tuple[str, str] | None = None
+
+    def tells_of(self, version: str | None) -> bool:
+        """Whether this is how the version was come by."""
+        return self.found is not None and self.found[1] == version
+
+    def asks(self) -> None:
+        """Note that a cache is asked which has to be awaited."""
+        self.waits.begin(WaitReason.CACHE)
+
+    def cached(self, how: Obtained, scheduled: bool | None) -> None:
+        """Note that the cache had a value of use; if that is being refreshed, whether by us."""
+        self.obtained = how
+        if scheduled is not None:
+            self.refresh = "scheduled" if scheduled else "under_way"
+        self.handed()
+
+    def flies(self, flight: FlightLog, *, joined: bool) -> None:
+        """Note that a flight acquires the key, and whether another unit of work had begun it."""
+        self.waits.end()
+        self.end = self.obtained = None
+        self.flight, self.joined = flight, joined
+        if joined:
+            self.waits.begin(WaitReason.FLIGHT, flight.snapshot_id)
+
+    def handed(self) -> None:
+        """Note that waiting is over."""
+        self.waits.end()
+        self.end = _now()
+
+    def settled(self, reading: Reading | None, failure: Failure | None, *, pinned: bool) -> None:
+        """Note what has been come to."""
+        if self.end is None:
+            self.handed()
+        if reading is None:
+            self.obtained, self.found = Obtained.FAILED, None
+            self.error = None if failure is None else _said(failure.make())
+            return
+        self.found = _facts(reading.revision)
+        self.error = None if reading.fallback is None else _said(reading.fallback)
+        if self.error is not None:
+            self.obtained = Obtained.FALLBACK
+        elif self.obtained is None:
+            self.obtained = Obtained.PINNED if pinned else self._how(reading)
+
+    def _how(self, reading: Reading) -> Obtained:
+        if reading.from_cache:
+            return Obtained.CACHE if self.flight is None else Obtained.PUBLISHED
+        calls = () if self.flight is None else self.flight.calls
+        return Obtained.DERIVED if calls and calls[-1].kind == "derived" else Obtained.FETCHED
 
     def traced(self, began: float, until: float, calls: dict[CallLog, int]) -> KeyTrace:
         """Return what was noted by `until`; `calls` numbers the calls, and learns of new ones."""
@@ -405,19 +452,26 @@ def _said(error: BaseException) -> tuple[str, str]:
 class Recorded:
     """What a unit of work had noted at one moment; called, it makes the trace, once."""
 
-    __slots__ = ("_noted", "_trace", "_until", "_work")
+    __slots__ = ("_noted", "_trace", "_until", "_versions", "_work")
 
-    def __init__(self, work: WorkTrace, noted: tuple[int, int], until: float) -> None:
+    def __init__(
+        self,
+        work: WorkTrace,
+        noted: tuple[int, int],
+        until: float,
+        versions: Mapping[ResourceKey, str],
+    ) -> None:
         self._work: WorkTrace | None = work
         self._noted = noted
         self._until = until
+        self._versions = versions
         self._trace: Trace | None = None
 
     def __call__(self) -> Trace:
         """Return the trace."""
         work = self._work
         if self._trace is None and work is not None:
-            self._trace = work.traced(*self._noted, self._until)
+            self._trace = work.traced(*self._noted, self._until, self._versions)
             self._work = None
         assert self._trace is not None
         return self._trace
@@ -458,10 +512,9 @@ class WorkTrace:
         "_entries",
         "_joins",
         "_kind",
-        "_logs",
+        "_known",
         "_omitted",
         "_parent",
-        "_stage",
         "_stages",
         "_tracing",
         "_warm",
@@ -484,10 +537,9 @@ class WorkTrace:
         self._parent: str | None = None if parent is None else parent.snapshot_id
         self._began = _now()
         self._stages: list[StageLog] = []
-        self._stage = 0
         self._entries: list[KeyLog] = []
         self._warm: list[WarmKey] = []
-        self._logs: dict[ResourceKey, KeyLog] = {}
+        self._known: dict[ResourceKey, KeyLog] = {}
         self._joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = {}
         self._omitted = 0
         self.recording: bool = recording
@@ -528,7 +580,6 @@ class WorkTrace:
         """Note that a stage begins, for so many keys."""
         log = StageLog(name, keys)
         self._stages.append(log)
-        self._stage += 1
         tracer = self._tracing.tracer
         if tracer is not None:
             facts = {"snapshot_id": self.snapshot_id, "keys": keys, **more}
@@ -571,31 +622,36 @@ class WorkTrace:
 
     # Keys -------------------------------------------------------------------------------------
 
-    def look(
-        self,
-        keys: Iterable[ResourceKey],
-        pins: Mapping[ResourceKey, Reading],
-        *,
-        requested: bool,
-    ) -> None:
-        """Note that keys are looked for; what is known of them keeps the story it came with.
+    def look(self, keys: Iterable[ResourceKey], *, requested: bool) -> dict[ResourceKey, KeyLog]:
+        """Return what is noted of keys that somebody looks for.
 
-        That is what is pinned, and what a derivation needs and was noted before.
+        What derivations need is noted once, unless it had failed.
         """
-        if self.recording:
-            for key in keys:
-                if key not in self._logs or (requested and key not in pins):
-                    self._log(key, requested)
+        logs: dict[ResourceKey, KeyLog] = {}
+        for key in keys if self.recording else ():
+            known = self._known.get(key)
+            if requested or known is None or known.obtained is Obtained.FAILED:
+                log = self._begin(key, requested)
+                if log is not None:
+                    logs[key] = log
+        return logs
 
-    def _log(self, key: ResourceKey, requested: bool) -> KeyLog | None:
-        log = self._logs.get(key)
-        if log is not None and (log.end is None or log.stage == self._stage):
-            log.requested |= requested
-            return log
+    def pinned(self, pins: Mapping[ResourceKey, Reading]) -> None:
+        """Note what a session shows that was never looked for, but read out of sight."""
+        for key, pin in pins.items() if self.recording else ():
+            log = self._known.get(key)
+            if log is not None and log.tells_of(pin.revision.version):
+                log.requested = True
+                continue
+            log = self._begin(key, True)
+            if log is not None:
+                log.obtained, log.end, log.found = Obtained.PINNED, log.start, _facts(pin.revision)
+
+    def _begin(self, key: ResourceKey, requested: bool) -> KeyLog | None:
         if len(self._entries) + len(self._warm) >= MOST_KEYS:
-            self._omitted += 1
+            self._omitted += key not in self._known
             return None
-        log = self._logs[key] = KeyLog(key, self._stage, requested)
+        log = self._known[key] = KeyLog(key, requested)
         self._entries.append(log)
         return log
 
@@ -608,40 +664,19 @@ class WorkTrace:
             self._warm += known[:room]
             self._omitted += max(0, len(known) - room)
 
-    def cached(self, key: ResourceKey, how: Obtained, scheduled: bool | None) -> None:
-        """Note that the cache had a value of use; if that is being refreshed, whether by us."""
-        log = self._logs.get(key)
-        if log is not None and log.end is None:
-            log.obtained = how
-            if scheduled is not None:
-                log.refresh = "scheduled" if scheduled else "under_way"
-            log.end = _now()
-            log.waits.end()
-
-    def asks(self, key: ResourceKey) -> None:
-        """Note that a cache is asked which has to be awaited."""
-        log = self._logs.get(key)
-        if log is not None:
-            log.waits.begin(WaitReason.CACHE)
-
-    def flies(self, key: ResourceKey, flight: FlightLog, *, joined: bool) -> None:
+    def flies(
+        self, log: KeyLog | None, key: ResourceKey, flight: FlightLog, *, joined: bool
+    ) -> None:
         """Note that a flight acquires the key, and whether another unit of work had begun it."""
         if joined and self.span is not None:
-            self._joins[key] = self.span, flight, _now()
-        log = self._log(key, False) if key in self._logs else None
+            self._joins.setdefault(key, (self.span, flight, _now()))
         if log is not None:
-            log.waits.end()
-            log.end = log.obtained = None
-            log.flight, log.joined = flight, joined
-            if joined:
-                log.waits.begin(WaitReason.FLIGHT, flight.snapshot_id)
+            log.flies(flight, joined=joined)
 
-    def handed(self, key: ResourceKey) -> None:
+    def handed(self, log: KeyLog | None, key: ResourceKey) -> None:
         """Note that the flight of a key has ended for this unit of work."""
-        log = self._logs.get(key)
         if log is not None:
-            log.waits.end()
-            log.end = _now()
+            log.handed()
         if key in self._joins:
             self._tell_join(key)
 
@@ -659,39 +694,37 @@ class WorkTrace:
         call = flight.calls[-1].span if flight.calls else None
         self._tracing.tell(tracer.joined, span, call, _now() - since, facts)
 
-    def settled(
-        self,
-        readings: Mapping[ResourceKey, Reading],
-        failures: Mapping[ResourceKey, Failure],
-        pins: Mapping[ResourceKey, Reading],
-    ) -> None:
-        """Note what keys that were waited for have come to."""
-        for key in (*readings, *failures) if self.recording else ():
-            log = self._logs.get(key)
-            if log is None:
-                continue
-            if log.end is None:
-                log.waits.end()
-                log.end = _now()
-            if key in readings:
-                _note_reading(log, readings[key], pinned=key in pins)
-            else:
-                _note_failure(log, failures[key])
-
     # The trace --------------------------------------------------------------------------------
 
-    def recorded(self) -> Recorded | None:
-        """Return what has been noted by now, if anything is."""
-        noted = len(self._warm), len(self._entries)
-        return Recorded(self, noted, _now()) if self.recording else None
+    def recorded(self, values: Mapping[ResourceKey, SnapshotValue[Any]] = EMPTY) -> Recorded | None:
+        """Return what has been noted by now, if anything is, of a snapshot with these values."""
+        if not self.recording:
+            return None
+        versions = {key: value.version for key, value in values.items()}
+        return Recorded(self, (len(self._warm), len(self._entries)), _now(), versions)
 
-    def traced(self, warm: int, entries: int, until: float) -> Trace:
-        """Return the trace of the first so many warm and other keys, as things were at `until`."""
+    def traced(
+        self, warm: int, entries: int, until: float, versions: Mapping[ResourceKey, str]
+    ) -> Trace:
+        """Return the trace of the first so many warm and other keys, as things were at `until`.
+
+        A key that was read more than once has the story of the version that was delivered.
+        """
         began = self._began
         calls: dict[CallLog, int] = {}
         keys = {each[2]: _warm_traced(each, began) for each in self._warm[:warm]}
-        logs = {log.key: log for log in self._entries[:entries]}
-        keys |= {key: log.traced(began, until, calls) for key, log in logs.items()}
+        logs: dict[ResourceKey, KeyLog] = {}
+        for log in self._entries[:entries]:
+            told = logs.get(log.key)
+            version = versions.get(log.key)
+            better = log.requested or log.tells_of(version)
+            if told is None or (better and not told.tells_of(version)):
+                logs[log.key] = log
+        for key, log in logs.items():
+            version = versions.get(key)
+            better = log.requested or log.tells_of(version)
+            if key not in keys or (better and keys[key].version != version):
+                keys[key] = log.traced(began, until, calls)
         return Trace(
             snapshot_id=self.snapshot_id,
             kind=self._kind,
@@ -712,29 +745,6 @@ class WorkTrace:
 
     def __repr__(self) -> str:
         return f"<WorkTrace {self._kind} {self.snapshot_id} keys={len(self._entries)}>"
-
-
-def _note_reading(log: KeyLog, reading: Reading, *, pinned: bool) -> None:
-    log.found = _facts(reading.revision)
-    if reading.fallback is not None:
-        log.obtained = Obtained.FALLBACK
-        log.error = _said(reading.fallback)
-        return
-    log.error = None
-    if log.obtained is None:
-        log.obtained = Obtained.PINNED if pinned else _obtained(log, reading)
-
-
-def _obtained(log: KeyLog, reading: Reading) -> Obtained:
-    if reading.from_cache:
-        return Obtained.CACHE if log.flight is None else Obtained.PUBLISHED
-    calls = () if log.flight is None else log.flight.calls
-    return Obtained.DERIVED if calls and calls[-1].kind == "derived" else Obtained.FETCHED
-
-
-def _note_failure(log: KeyLog, failure: Failure) -> None:
-    log.obtained, log.found = Obtained.FAILED, None
-    log.error = _said(failure.make())
 
 
 def _facts(revision: Revision) -> tuple[str, str, tuple[Foundation, ...]]:

@@ -215,13 +215,15 @@ class UnitOfWork:
             failed_resources=len(errors),
         )
         trace = self.work.trace
+        if trace is not None and self.lasting:
+            trace.pinned({key: self.pins[key] for key in values if key in self.pins})
         return snapshot_of(
             self.work.context.snapshot_id,
             self.created_at,
             frozen(values),
             frozen(errors),
             counted,
-            None if trace is None else trace.recorded(),
+            None if trace is None else trace.recorded(values),
         )
 
     def __repr__(self) -> str:
