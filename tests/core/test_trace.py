@@ -232,6 +232,22 @@ def test_an_error_that_no_source_is_to_blame_for_is_told_itself() -> None:
     assert told(stale).endswith("what failed: SnapshotDeadlineExceededError: 0.2 s are over.")
 
 
+def test_what_does_not_exist_is_told_from_a_failure() -> None:
+    refusal = SourceRefusal("quotes", 0.01, "absent", "ResourceAbsent", "delisted")
+    error: dict[str, Any] = {"error_type": "ResourceAbsentError", "error": "A does not exist"}
+    absent = KeyTrace(A, Obtained.FAILED, 0.0, 0.01, refusals=(refusal,), **error)
+    assert told(absent) == (
+        "price:last:A has no value, as was known 10.0 ms after the build began: it does not exist. "
+        "The cache had nothing fresh. 'quotes' said that there is none: ResourceAbsent: delisted."
+    )
+    remembered = KeyTrace(A, Obtained.FAILED, 0.0, 0.01, **error)
+    assert told(remembered).endswith("began: ResourceAbsentError: A does not exist.")
+    text = traced(absent).to_text()
+    assert "1 absent" in text
+    assert "failed" not in text
+    assert 'class="bad"' not in traced(absent).to_svg()
+
+
 def test_what_the_acquisition_of_another_one_waited_for_is_told_of_that() -> None:
     waits = (Wait(WaitReason.FLIGHT, 0.0, 0.01, "a9"), Wait(WaitReason.CACHE, 0.0, 0.002))
     joined = KeyTrace(A, Obtained.FETCHED, 0.0, 0.01, joined="a9", waits=waits)
@@ -326,6 +342,7 @@ def test_a_sentence_keeps_to_one_line_whatever_an_error_says() -> None:
         (6000.0, "1 h 40 min"),
         (86_400.0 * 3, "72 h"),
         (86_400.0 * 5, "5 d"),
+        (1e300, "1e+300 s"),
         (-0.004, "-4.0 ms"),
     ],
 )
@@ -379,9 +396,9 @@ def test_a_waterfall_shows_stages_calls_and_keys_in_the_order_of_time() -> None:
     assert EVERYTHING.to_text() == (
         """\
 build b1
-57.0 ms · began 2023-11-14 22:13:20.000 UTC · 10 keys · 1 from the cache · 1 from the near cache
-1 stale · 1 pinned · 2 fetched · 1 derived · 1 published · 1 stale, standing in · 1 failed · 5 calls
-critical path: price:last:AAPL, risk:exposure:desk-7
+57.0 ms · began 2023-11-14 22:13:20.000 UTC · 10 keys · 2 fetched · 1 from the cache
+1 from the near cache · 1 stale · 1 pinned · 1 published · 1 derived · 1 stale, standing in
+1 failed · 5 calls · critical path: price:last:AAPL, risk:exposure:desk-7
 
                         0                              57.0 ms
 Stages
@@ -417,7 +434,7 @@ def test_what_is_alike_shares_a_row_only_where_rows_are_too_many() -> None:
     assert of_many().to_text(limit=10, ascii_only=True) == (
         """\
 build b1
-61.2 ms - began 2023-11-14 22:13:20.000 UTC - 1,000 keys - 498 from the cache - 500 fetched
+61.2 ms - began 2023-11-14 22:13:20.000 UTC - 1,000 keys - 500 fetched - 498 from the cache
 2 failed - 10 calls
 
                                  0                        61.2 ms
@@ -449,7 +466,7 @@ def test_where_even_that_is_too_much_the_worst_and_slowest_are_kept_and_the_rest
     text = traced(*quick, failed, slow, omitted_keys=60).to_text(limit=2)
     lines = [line.split()[0] for line in text.splitlines() if line.startswith("  price")]
     assert lines == ["price:last:slow", "price:last:failed"]
-    assert "  and 940 more, faster and with less to tell; 60 keys that there was no room" in text
+    assert "  and 940 more, faster and with less to tell; 60 that there was no room" in text
     assert "1,002 keys" in text
 
 

@@ -12,10 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from typing import Any
 
-from coalestra.core.errors import ResourceResolutionError, folded_message, message_of, type_name
+from coalestra.core.errors import (
+    ResourceAbsentError,
+    ResourceResolutionError,
+    folded_message,
+    message_of,
+    type_name,
+)
 from coalestra.core.frozen import FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
@@ -475,8 +480,15 @@ def _told_outcome(trace: Trace, found: KeyTrace) -> str:
 
 
 def _told_error(found: KeyTrace) -> str:
-    told_below = found.refusals and found.error_type == ResourceResolutionError.__name__
-    return "no source had one" if told_below else _why(found.error_type, found.error)
+    if found.refusals and found.error_type == ResourceResolutionError.__name__:
+        return "no source had one"  # why is told of each
+    if found.refusals and _absent(found):
+        return "it does not exist"
+    return _why(found.error_type, found.error)
+
+
+def _absent(found: KeyTrace) -> bool:
+    return found.error_type == ResourceAbsentError.__name__
 
 
 def _told_need(trace: Trace, found: KeyTrace) -> str:
@@ -646,19 +658,15 @@ _SEVERITY = {Obtained.FAILED: 3, Obtained.FALLBACK: 2, Obtained.STALE: 1}
 
 
 def _pictured(trace: Trace) -> Waterfall:
+    keys = trace.keys.values()
     return Waterfall(
         f"{readable(trace.kind)} {readable(trace.snapshot_id)}",
         list(_facts(trace)),
         trace.duration_seconds,
         (
-            Section("Stages", "stage", [_stage_row(stage) for stage in trace.stages]),
-            Section("Calls", "call", [_call_row(trace, call) for call in trace.calls]),
-            Section(
-                "Keys",
-                "key",
-                [_key_row(trace, found) for found in trace.keys.values()],
-                trace.omitted_keys,
-            ),
+            Section("Stages", [_stage_row(stage) for stage in trace.stages]),
+            Section("Calls", [_call_row(trace, call) for call in trace.calls]),
+            Section("Keys", [_key_row(trace, each) for each in keys], trace.omitted_keys),
         ),
     )
 
@@ -670,14 +678,19 @@ def _facts(trace: Trace) -> Iterator[str]:
         yield f"began {began[:23].replace('T', ' ')} UTC"
     if trace.parent_snapshot_id is not None:
         yield f"set off by {readable(trace.parent_snapshot_id)}"
-    counts = Counter(found.obtained for found in trace.keys.values())
     yield many(len(trace.keys) + trace.omitted_keys, "key")
-    yield from (f"{counts[each]:,} {_OUTCOMES[each][1]}" for each in Obtained if counts[each])
+    for way, count in Counter(map(_way, trace.keys.values())).most_common():
+        yield f"{count:,} {way}"
     yield many(len(trace.calls), "call")
     last = max(trace.keys.values(), key=lambda found: found.end, default=None)
     path = critical_path(trace, last.key) if last else []
     if len(path) > 1:
         yield f"critical path: {_listed([key.display for key in path], ', ')}"
+
+
+def _way(found: KeyTrace) -> str:
+    failed = found.obtained is Obtained.FAILED
+    return "absent" if failed and _absent(found) else _OUTCOMES[found.obtained][1]
 
 
 def _stage_row(stage: StageTrace) -> Row:
@@ -702,12 +715,8 @@ def _call_row(trace: Trace, call: CallTrace) -> Row:
         (Bar("span", call.start, call.end), *_bars(call)),
         alike=(call.source, call.kind, call.outcome, call.error_type, len(call.attempts)),
         severity=0 if call.outcome == "success" else 2,
-        details=partial(_call_details, trace, call),
+        details=lambda: [_told_call(trace, call)],
     )
-
-
-def _call_details(trace: Trace, call: CallTrace) -> list[str]:
-    return [_told_call(trace, call)]
 
 
 def _bars(call: CallTrace) -> Iterator[Bar]:
@@ -723,8 +732,10 @@ def _bars(call: CallTrace) -> Iterator[Bar]:
 
 
 def _key_row(trace: Trace, found: KeyTrace) -> Row:
-    note = _OUTCOMES[found.obtained][1]
-    if found.error_type is not None:  # what the last source failed with tells most
+    note = _way(found)
+    if found.error_type is not None and not _absent(
+        found
+    ):  # what the last source failed with tells most
         last = found.refusals[-1].error_type if found.refusals else found.error_type
         note = f"{note}: {readable(last)}"
     elif found.source is not None:
@@ -747,8 +758,8 @@ def _key_row(trace: Trace, found: KeyTrace) -> Row:
             if start <= found.end and end >= found.start
         ),
         alike=(found.key.namespace, found.key.name, note, found.joined is None, found.requested),
-        severity=_SEVERITY.get(found.obtained, 0),
-        details=partial(_told, trace, found),
+        severity=1 if _absent(found) else _SEVERITY.get(found.obtained, 0),
+        details=lambda: _told(trace, found),
     )
 
 
@@ -799,22 +810,16 @@ class _Events:
             },
         }
 
-    def _slice(
-        self,
-        track: str,
-        name: str,
-        record: _Record,
-        parts: Iterable[_Part],
-    ) -> int:
+    def _slice(self, track: str, name: str, record: _Record, parts: Iterable[_Part]) -> int:
         """Write one slice and what lies within it; return the thread that it is on."""
         thread = self._free_thread(track, record.start, record.end)
         told = _key_data(record) if isinstance(record, KeyTrace) else json_safe(record)
-        self._write("X", thread, name, record.start, until=record.end, args=told)
+        self._write("X", thread, name, record.start, record.end, args=told)
         free = record.start
         for part, start, end, inner in parts:
             start, end = max(start, free), min(end, record.end)
             if start < end:
-                self._write("X", thread, part, start, until=end, args=json_safe(inner))
+                self._write("X", thread, part, start, end, args=json_safe(inner))
                 free = end
         return thread
 
@@ -840,22 +845,12 @@ class _Events:
     def _name(self, what: str, thread: int, name: str) -> None:
         self._write("M", thread, f"{what}_name", args={"name": readable(name)})
 
-    def _write(
-        self,
-        phase: str,
-        thread: int,
-        name: str,
-        at: float | None = None,
-        *,
-        until: float | None = None,
-        **more: Any,
-    ) -> None:
+    def _write(self, phase: str, thread: int, name: str, *times: float, **more: Any) -> None:
         event: dict[str, Any] = {"name": readable(name), "ph": phase, "pid": 1, "tid": thread}
-        if at is not None:
-            event |= {"cat": "coalestra", "ts": self._microseconds(at)}
-        if at is not None and until is not None:
-            lasted = self._microseconds(until) - self._microseconds(at)
-            event["dur"] = round(max(lasted, 0.0), 3)
+        if times:
+            start, end = self._microseconds(times[0]), self._microseconds(times[-1])
+            event |= {"cat": "coalestra", "ts": start}
+            more |= {"dur": round(end - start, 3)} if len(times) > 1 else {}
         self._events.append(event | more)
 
     def _microseconds(self, seconds: float) -> float:

@@ -30,10 +30,10 @@ def duration(seconds: float) -> str:
     if seconds < 99.95:
         return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
     for unit, size, smaller, part in _LONG:
-        if seconds < 100 * size or unit == "d":
+        if seconds < 100 * size or (unit == "d" and seconds < 1e10):
             count, rest = divmod(round(seconds / part), size // part)
             return f"{count} {unit} {rest} {smaller}" if rest else f"{count} {unit}"
-    return f"{seconds:g} s"
+    return f"{seconds:.3g} s"
 
 
 _LONG = (("min", 60, "s", 1), ("h", 3600, "min", 60), ("d", 86400, "h", 3600))
@@ -130,9 +130,12 @@ class Section(NamedTuple):
     """Rows under one heading, and how many more there would have been."""
 
     heading: str
-    noun: str
     rows: Sequence[Row]
     omitted: int = 0
+
+
+Chosen = list[tuple[Section, list[Row], str]]
+"""Section by section the rows that there is room for, and what is said of the rest."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class Waterfall:
         """Return a page of its own."""
         return _html(self, self._chosen(limit))
 
-    def _chosen(self, limit: int) -> list[tuple[Section, list[Row], str]]:
+    def _chosen(self, limit: int) -> Chosen:
         """Return what there is room for, section by section, and what is said of the rest."""
         integer("limit", limit, minimum=1)
         found = []
@@ -209,11 +212,11 @@ def _rest(section: Section, shown: Sequence[Row]) -> str:
     left = len(section.rows) - kept
     told = [f"and {left:,} more, faster and with less to tell"] if left else []
     if section.omitted:
-        told.append(f"{many(section.omitted, section.noun)} that there was no room to note")
+        told.append(f"{section.omitted:,} that there was no room to note")
     return "; ".join(told)
 
 
-def _used(chosen: Iterable[tuple[Section, list[Row], str]]) -> list[tuple[str, Look]]:
+def _used(chosen: Chosen) -> list[tuple[str, Look]]:
     """Return the kinds of bars that can be seen, for the legend."""
     seen = {bar.kind for _, rows, _ in chosen for row in rows for bar in row.bars}
     return [(kind, look) for kind, look in LOOKS.items() if kind in seen]
@@ -236,38 +239,49 @@ def _cells(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
+def _size(text: str) -> int:
+    """Return how many cells of a terminal ``text`` takes."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def _fitted(text: str, room: int, ending: str = "…") -> str:
+    """Return ``text``, cut if it takes more cells than there are."""
+    if _size(text) <= room:
+        return text
+    left = room - len(ending)
+    for index, character in enumerate(text):
+        left -= _cells(character)
+        if left < 0:
+            return (text[:index] + ending)[: max(room, 0)]
+    return text
+
+
 class _Text:
     """Draws with characters, into lines of a given width."""
 
     def __init__(self, width: int, ascii_only: bool) -> None:
         self._width = width
         self._ascii = ascii_only
-        self._cut = "..." if ascii_only else "…"
 
-    def drawn(self, picture: Waterfall, chosen: list[tuple[Section, list[Row], str]]) -> str:
+    def drawn(self, picture: Waterfall, chosen: Chosen) -> str:
         """Return the lines of a whole picture, as one text."""
-        lines = [self._fitted(picture.title, self._width), *self.wrapped(picture.facts, " · ")]
-        rows = [row for _, each, _ in chosen for row in each]
-        label = min(
-            max((self._size(row.label + row.others) for row in rows), default=0) + 2,
-            self._width * 2 // 5,
-        )
-        note = min(max((self._size(row.note) for row in rows), default=0), self._width // 4)
-        note = note if self._width >= 72 else 0
-        track = self._width - label - 1 - 11 - (note + 2 if note else 0)
-        whole = duration(picture.seconds)
-        lines += ["", " " * label + " 0" + self._padded_left(whole, track - 1)]
+        rows = [(row, self._plain(row.label)) for _, each, _ in chosen for row in each]
+        label = max((_size(name + row.others) for row, name in rows), default=0) + 2
+        label = min(label, self._width * 2 // 5)
+        note = max((_size(self._plain(row.note)) for row, _ in rows), default=0)
+        note = min(note, self._width // 4) if self._width >= 72 else 0
+        track = self._width - label - 1 - _TIME - (note + 2 if note else 0)
+        lines = [*self.wrapped([picture.title], ""), *self.wrapped(picture.facts, " · "), ""]
+        lines.append(f"{'':{label}} 0{duration(picture.seconds):>{track - 1}}")
         for section, kept, rest in chosen:
-            lines.append(self._fitted(section.heading, self._width))
+            lines.append(section.heading)
             for row in kept:
-                name = self._fitted(f"  {row.label}", label - len(row.others))
-                head = self._padded(name + row.others, label)
+                name = self._fitted(f"  {row.label}", label - len(row.others)) + row.others
+                name = self._fitted(name, label) + " " * (label - _size(name))
+                took = f"{duration(row.end - row.start):>{_TIME}}"
                 bars = self._bars(row, picture.seconds, track)
-                tail = f"  {self._fitted(row.note, note)}" if note else ""
-                took = self._padded_left(duration(row.end - row.start), 11)
-                lines.append(f"{head} {bars}{took}{tail}".rstrip())
-            if rest:
-                lines += self.wrapped([rest], "", "  ")
+                lines.append(f"{name} {bars}{took}  {self._fitted(row.note, note)}".rstrip())
+            lines += self.wrapped([rest] if rest else [], "", "  ")
         legend = [f"{self._glyph(look)} {look.legend}" for _, look in _used(chosen)]
         return "\n".join([*lines, "", *self.wrapped(legend, "   ")]).rstrip() + "\n"
 
@@ -284,42 +298,25 @@ class _Text:
 
     def wrapped(self, parts: Iterable[str], between: str, indent: str = "") -> list[str]:
         """Return the parts in lines, as many on each as there is room for."""
-        between = between if between.isascii() or not self._ascii else " - "
+        between = between.replace("·", "-") if self._ascii else between
         lines: list[str] = []
         for part in parts:
-            part = self._fitted(part, self._width - len(indent))
-            joined = f"{lines[-1]}{between}{part}" if lines else ""
-            if joined and self._size(joined) <= self._width:
-                lines[-1] = joined
+            fitted = self._fitted(part, self._width - len(indent))
+            if lines and _size(lines[-1] + between + fitted) <= self._width:
+                lines[-1] += between + fitted
             else:
-                lines.append(indent + part)
+                lines.append(indent + fitted)
         return lines
 
     def _plain(self, text: str) -> str:
         return text.encode("ascii", "backslashreplace").decode() if self._ascii else text
 
-    def _size(self, text: str) -> int:
-        return sum(map(_cells, self._plain(text)))
-
     def _fitted(self, text: str, room: int) -> str:
-        """Return ``text``, cut if it takes more cells than there are."""
-        text = self._plain(text)
-        if self._size(text) <= room:
-            return text
-        kept, left = "", room - len(self._cut)
-        for character in text:
-            left -= _cells(character)
-            if left < 0:
-                break
-            kept += character
-        return (kept + self._cut)[: max(room, 0)]
+        return _fitted(self._plain(text), room, "..." if self._ascii else "…")
 
-    def _padded(self, text: str, room: int) -> str:
-        fitted = self._fitted(text, room)
-        return fitted + " " * (room - self._size(fitted))
 
-    def _padded_left(self, text: str, room: int) -> str:
-        return self._fitted(text, room).rjust(room)
+_TIME = 11
+"""How many cells a length of time takes in a row, with the room before it."""
 
 
 # As SVG and HTML ---------------------------------------------------------------------------------
@@ -406,14 +403,9 @@ def _ticks(whole: float) -> list[tuple[int, str, str]]:
     return [(0, "0", "start"), (50, half, "middle"), (100, all_of_it, "end")]
 
 
-def _cut(text: str, room: float) -> str:
-    """Return as much of ``text`` as surely fits into that many pixels, at 13 pixels."""
-    left = room
-    for index, character in enumerate(text):
-        left -= 7.4 * _cells(character)
-        if left < 0:
-            return f"{text[: max(index - 1, 0)]}…"
-    return text
+def _cut(text: str, pixels: float) -> str:
+    """Return as much of ``text`` as surely fits into that many pixels, escaped."""
+    return _safe(_fitted(text, int(pixels / 7.4)))
 
 
 _LABEL, _TRACK, _TOOK, _NOTE = 290, 380, 90, 200
@@ -421,7 +413,7 @@ _WIDE = _LABEL + _TRACK + _TOOK + _NOTE
 _ROW = 24
 
 
-def _svg(picture: Waterfall, chosen: list[tuple[Section, list[Row], str]]) -> str:
+def _svg(picture: Waterfall, chosen: Chosen) -> str:
     parts: list[str] = []
     top = 28
     facts = _Text(_WIDE // 7, ascii_only=False).wrapped(picture.facts, " · ")
@@ -453,7 +445,7 @@ def _svg(picture: Waterfall, chosen: list[tuple[Section, list[Row], str]]) -> st
         f"<title>{_safe(picture.title)}</title><desc>{_safe(' · '.join(picture.facts))}</desc>"
         f"<style>{style}</style>"
         f'<rect class="ground" width="100%" height="100%" rx="8"/>'
-        f'<text class="title" x="16" y="28">{_safe(_cut(picture.title, _WIDE * 0.8))}</text>'
+        f'<text class="title" x="16" y="28">{_cut(picture.title, _WIDE * 0.8)}</text>'
         f"{''.join(parts)}</svg>"
     )
 
@@ -469,8 +461,8 @@ def _svg_grid(whole: float, top: int, high: int) -> str:
 
 def _svg_row(row: Row, whole: float, top: int) -> str:
     took = duration(row.end - row.start)
-    note = _safe(_cut(row.note, _NOTE - 10))
-    name = _safe(_cut(row.label, _LABEL - 30 - 7 * len(row.others)))
+    note = _cut(row.note, _NOTE - 10)
+    name = _cut(row.label, _LABEL - 30 - 7 * len(row.others))
     return (
         f"<g><title>{_safe(f'{row.label}{row.others}: {took}. {row.note}')}</title>"
         f'<text x="16" y="{top + 17}">{name}{row.others}</text>'
@@ -481,7 +473,7 @@ def _svg_row(row: Row, whole: float, top: int) -> str:
     )
 
 
-def _svg_legend(chosen: list[tuple[Section, list[Row], str]], top: int) -> str:
+def _svg_legend(chosen: Chosen, top: int) -> str:
     parts = []
     for index, (kind, look) in enumerate(_used(chosen)):
         left, down = 16 + index % 4 * 230, top + index // 4 * 22
@@ -526,7 +518,7 @@ _PAGE_STYLE = (
 )
 
 
-def _html(picture: Waterfall, chosen: list[tuple[Section, list[Row], str]]) -> str:
+def _html(picture: Waterfall, chosen: Chosen) -> str:
     facts = "".join(f"<li>{_safe(fact)}</li>" for fact in picture.facts)
     sections = "".join(_html_section(picture.seconds, *each) for each in chosen)
     legend = "".join(_html_legend(chosen))
@@ -566,7 +558,7 @@ def _html_row(row: Row, whole: float) -> str:
     return f'<li><details><summary class="row">{line}</summary>{told}</details></li>'
 
 
-def _html_legend(chosen: list[tuple[Section, list[Row], str]]) -> Iterator[str]:
+def _html_legend(chosen: Chosen) -> Iterator[str]:
     for kind, look in _used(chosen):
         sample = Row("", "", 0, 1, (Bar(kind, 0, 1),))
         yield f'<li><svg aria-hidden="true">{"".join(_marks(sample, 1))}</svg>{look.legend}</li>'
