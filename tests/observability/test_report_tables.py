@@ -204,7 +204,13 @@ CALLS: dict[str, list[Call]] = {
     ],
     "transport_violated": [
         lambda r: r.transport_violated(
-            [PRICE, DEPTH], "exchange", "completed_late", 1.0, 1.5, 0.05, "s1"
+            [PRICE, DEPTH],
+            "exchange",
+            "completed_late",
+            "s1",
+            declared_transport_timeout_seconds=1.0,
+            observed_elapsed_seconds=1.5,
+            grace_seconds=0.05,
         )
     ],
     "transport_budget_rejected": [

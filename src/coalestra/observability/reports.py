@@ -271,15 +271,13 @@ class Reporter:
         keys: Collection[ResourceKey],
         source: str,
         outcome: str,
-        declared: float,
-        elapsed: float,
-        grace: float,
         snapshot_id: str,
+        **seconds: float,
     ) -> None:
-        """Report one call that ran longer than its transport timeout allows (all in seconds).
+        """Report one call that ran longer than its transport timeout allows.
 
         It counts once, as ``completed_late``, ``failed_late`` or ``coalestra_timeout``; each of its
-        keys has an event.
+        keys has an event, which tells the ``seconds`` by their names.
         """
         self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
         for key in keys:
@@ -288,10 +286,8 @@ class Reporter:
                 source=source,
                 resource=key,
                 outcome=outcome,
-                declared_transport_timeout_seconds=declared,
-                observed_elapsed_seconds=elapsed,
-                grace_seconds=grace,
                 snapshot_id=snapshot_id,
+                **seconds,
             )
 
     def transport_budget_rejected(

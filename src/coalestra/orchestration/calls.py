@@ -518,7 +518,13 @@ class Attempt:
         if call.parts.report is not None:
             keys = [flight.key for flight in call.flights]
             call.parts.report.transport_violated(
-                keys, link.name, outcome, declared, elapsed, grace, call.snapshot_id
+                keys,
+                link.name,
+                outcome,
+                call.snapshot_id,
+                declared_transport_timeout_seconds=declared,
+                observed_elapsed_seconds=elapsed,
+                grace_seconds=grace,
             )
 
     def __repr__(self) -> str:

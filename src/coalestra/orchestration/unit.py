@@ -22,6 +22,9 @@ from coalestra.orchestration.tracing import StageLog
 
 _ERRORS_BETWEEN_LOOKS = 32
 
+_UNNOTED: AbstractContextManager[Any] = nullcontext(StageLog("", 0))
+"""Stands for the notes of a stage that nobody wants; what is written into it is never read."""
+
 
 def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     """Return the keys without repetitions, in order; `TypeError` for anything but keys."""
@@ -77,9 +80,6 @@ class UnitOfWork:
 
         Return their snapshot, and what `objects` says against it.
         """
-        if self.work.trace is None:
-            snapshot = await self._single_stage(keys)
-            return snapshot, objects(self, snapshot)
         with self.stage("build", len(keys)) as stage:
             snapshot = await self._single_stage(keys)
             stage.resolved, stage.failed = len(snapshot), len(snapshot.errors)
@@ -90,7 +90,7 @@ class UnitOfWork:
         """Return what notes, if anybody wants it, that the block is a stage for so many keys."""
         trace = self.work.trace
         if trace is None:
-            return nullcontext(StageLog(name, keys))
+            return _UNNOTED
         return trace.stage(name, keys, self.work.variables)
 
     async def _single_stage(self, keys: Mapping[ResourceKey, None]) -> Snapshot:
@@ -184,7 +184,7 @@ class UnitOfWork:
     ) -> tuple[Mapping[ResourceKey, SnapshotValue[Any]], Mapping[ResourceKey, Exception]]:
         """Return a reader's copies, and the error for each that there is none of."""
         trace = self.work.trace
-        with nullcontext() if trace is None else trace.delivering(len(readings)):
+        with _UNNOTED if trace is None else trace.delivering(len(readings)):
             values, uncopied = await self.engine.deliveries.values(readings, deadline)
         if cut_short(uncopied):
             parts = self.engine.parts

@@ -426,7 +426,7 @@ class CircuitBreaker:
         """Return the figures of all circuits by source, scope and state, naming no part of it."""
         groups: dict[CircuitIdentity, CircuitSnapshot] = {}
         now = self.clock.monotonic()
-        for identity, circuit in list(dict.items(self._circuits)):  # in one step, for any thread
+        for identity, circuit in dict.copy(self._circuits).items():  # in one step, for any thread
             view = circuit.view(now)
             if identity.scope is not CircuitScope.SOURCE:
                 identity = CircuitIdentity(identity.source, identity.scope, view.state.value)
