@@ -122,6 +122,27 @@ TABLE = (
         observing.watched_cold(observing.traced),
     ),
     Line(
+        "prometheus-warm",
+        "warm 1,000 keys with `PrometheusMetrics` (floor: without)",
+        PER_KEY,
+        "",
+        observing.watched_warm(observing.counted_by_prometheus),
+    ),
+    Line(
+        "prometheus-one",
+        "warm snapshot of 1 key with `PrometheusMetrics` (floor: without)",
+        MICROSECONDS,
+        "",
+        observing.watched_warm(observing.counted_by_prometheus, 1),
+    ),
+    Line(
+        "prometheus-cold",
+        "cold batch of 1,000 keys with `PrometheusMetrics` (floor: without)",
+        PER_KEY,
+        "",
+        observing.watched_cold(observing.counted_by_prometheus),
+    ),
+    Line(
         "import",
         "`import coalestra` beyond `import asyncio`",
         MILLISECONDS,

@@ -5,6 +5,7 @@ A line of these is made by `watched_warm` and `watched_cold` of what there is to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,11 +30,25 @@ def traced() -> dict[str, Any]:
     return {"trace": True}
 
 
-def watched_warm(watcher: Watcher) -> Callable[[Workshop], list[Subject]]:
-    """Return the subjects of a line that reads 1,000 cached keys."""
+def counted_by_prometheus() -> dict[str, Any]:
+    """Show every count and observation to Prometheus."""
+    return {"metrics": _sink_for_prometheus()}
+
+
+@functools.cache
+def _sink_for_prometheus() -> Any:
+    from prometheus_client import CollectorRegistry
+
+    from coalestra.prometheus import PrometheusMetrics
+
+    return PrometheusMetrics(registry=CollectorRegistry())
+
+
+def watched_warm(watcher: Watcher, count: int = 1000) -> Callable[[Workshop], list[Subject]]:
+    """Return the subjects of a line that reads so many cached keys."""
 
     def subjects(shop: Workshop) -> list[Subject]:
-        keys = keys_of(shop.scale.size(1000))
+        keys = keys_of(shop.scale.size(count))
         return [
             Subject(name, role, _warm(shop, keys, settings))
             for name, role, settings in _both(watcher)

@@ -539,11 +539,10 @@ class Reporter:
 def _put_into_words(facts: dict[str, Any]) -> dict[str, Any]:
     """Make what is told fit to be shown: in place, each fact by its name or type."""
     for name, fact in facts.items():
-        form = _FORMS.get(name)
-        if form is not None:
-            facts[name] = form(fact)
-        elif type(fact) is str:
+        if type(fact) is str:
             facts[name] = readable(fact)
+        elif name in _FORMS:
+            facts[name] = _FORMS[name](fact)
     return facts
 
 
