@@ -168,6 +168,7 @@ CALLS: dict[str, list[Call]] = {
         lambda r: r.cache_hit(PRICE, "fresh", "s1"),
         lambda r: r.cache_hit(PRICE, "stale_while_revalidate", "s1"),
     ],
+    "warm_hits": [lambda r: r.warm_hits([PRICE], "s1")],
     "cache_missed": [lambda r: r.cache_missed(PRICE)],
     "cache_bypassed": [lambda r: r.cache_bypassed(PRICE, "force_refresh", "s1")],
     "stale_fallback_used": [lambda r: r.stale_fallback_used(PRICE, OUTAGE, "s1")],

@@ -84,6 +84,26 @@ def test_without_events_no_key_is_rendered() -> None:
     ]
 
 
+def test_fresh_values_of_one_kind_that_are_read_together_are_one_count() -> None:
+    sink = Recorder()
+    keys = [ResourceKey("shop", name, str(n)) for n in range(3) for name in ("price", "stock")]
+    reporter(sink, sink).warm_hits([*keys, ResourceKey("bank", "price")], "s1")
+    counted = [(each.metric, each.value, each.labels) for each in sink.metrics]
+    assert counted == [
+        (
+            "cache_access_total",
+            number,
+            {"status": "fresh", "resource_namespace": namespace, "resource_name": name},
+        )
+        for namespace, name, number in (
+            ("shop", "price", 3),
+            ("shop", "stock", 3),
+            ("bank", "price", 1),
+        )
+    ]
+    assert sink.emitted == ["cache_hit"] * 7
+
+
 def test_without_metrics_no_labels_are_built() -> None:
     sink = Recorder()
     report = reporter(NullMetrics(), sink)

@@ -148,13 +148,15 @@ class Reporter:
         events = type(self._events).__name__ if self._telling else "off"
         return f"<{type(self).__name__} metrics={metrics} events={events} failures={self.failures}>"
 
-    def _count(self, metric: str, key: ResourceKey | None = None, /, **labels: str) -> None:
-        """Count one more; of a key the labels say what kind of resource it is, and not which."""
+    def _count(
+        self, metric: str, key: ResourceKey | None = None, times: int = 1, /, **labels: str
+    ) -> None:
+        """Count so many; of a key the labels say what kind of resource it is, and not which."""
         if self._counting:
             try:
                 if key is not None:
                     labels.update(resource_namespace=key.namespace, resource_name=key.name)
-                self._metrics.increment(metric, 1, **_put_into_words(labels))
+                self._metrics.increment(metric, times, **_put_into_words(labels))
             except BaseException as error:
                 self._note_failure(error)
 
@@ -325,6 +327,20 @@ class Reporter:
         """Report a value served from the cache, ``fresh`` or ``stale_while_revalidate``."""
         self.cache_access(key, freshness)
         self._tell("cache_hit", resource=key, freshness=freshness, snapshot_id=snapshot_id)
+
+    def warm_hits(self, keys: Collection[ResourceKey], snapshot_id: str) -> None:
+        """Report fresh values served together: those of one kind are one count."""
+        if self._counting:
+            kinds: dict[tuple[str, str], int] = {}
+            for key in keys:
+                kind = key.namespace, key.name
+                kinds[kind] = kinds.get(kind, 0) + 1
+            for (namespace, name), times in kinds.items():
+                kind_of = {"resource_namespace": namespace, "resource_name": name}
+                self._count("cache_access_total", None, times, status="fresh", **kind_of)
+        if self._telling:
+            for key in keys:
+                self._tell("cache_hit", resource=key, freshness="fresh", snapshot_id=snapshot_id)
 
     def cache_missed(self, key: ResourceKey) -> None:
         """Report that the cache had nothing usable. There is a count for it, but no event."""

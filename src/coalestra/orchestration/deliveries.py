@@ -402,10 +402,8 @@ class WarmReads:
             work.trace.warm(revisions, near=self._parts.access.store is not store)
         work.record.cache_hits += len(keys)
         work.record.cache_batch_reads += 1
-        report = self._parts.report
-        if report is not None:
-            for key in keys:
-                report.cache_hit(key, "fresh", work.context.snapshot_id)
+        if self._parts.report is not None:
+            self._parts.report.warm_hits(keys, work.context.snapshot_id)
 
     def __repr__(self) -> str:
         return f"<WarmReads of {self._parts.access!r}>"
