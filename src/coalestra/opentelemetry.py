@@ -23,12 +23,12 @@ from functools import partial
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Final
 
+from coalestra._lockfree import Cell
 from coalestra._version import __version__
 from coalestra.core.errors import folded_message, message_of
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
 from coalestra.core.serialization import qualified_type
 from coalestra.core.validation import flag, require_methods, text
-from coalestra.observability.sinks import InMemoryMetrics
 
 if TYPE_CHECKING:
     from coalestra.orchestration.builder import SnapshotBuilder
@@ -170,11 +170,10 @@ class OpenTelemetryTracer:
         """Make a span current in the present context; see `Tracer.enter`."""
         if not span.span.get_span_context().is_valid:  # it would hide the span of the caller
             return None
-        entered = trace.set_span_in_context(span.span)
-        token = attach(entered)
+        token = attach(span.context)
 
         def leave() -> None:
-            if get_current() is entered:  # else what began it in this context was ended elsewhere
+            if get_current() is span.context:  # else it is another context that is left here
                 detach(token)
 
         return leave
@@ -309,6 +308,7 @@ _HISTOGRAMS: Final[Mapping[str, tuple[str, str, str, Sequence[float]]]] = {
 
 # Health, as a reader's thread finds it -----------------------------------------------------------
 
+_Labels = tuple[tuple[str, str], ...]
 _Levels = Iterator[tuple[float, dict[str, str]]]
 _Read = Callable[[BuilderHealth], _Levels]
 
@@ -382,7 +382,7 @@ class _Instruments:
     """
 
     def __init__(self) -> None:
-        self.counts = {metric: InMemoryMetrics() for metric in _COUNTERS}
+        self.counts: dict[str, dict[_Labels, Cell[int]]] = {metric: {} for metric in _COUNTERS}
         self.watched: dict[str, weakref.ref[_Builder]] = {}
         self.histograms: dict[str, metrics.Histogram] = {}
         self._failing: set[str] = set()
@@ -403,6 +403,10 @@ class _Instruments:
             for metric, (name, unit, meaning, boundaries) in _HISTOGRAMS.items()
         }
 
+    def count(self, metric: str, labels: Mapping[str, str]) -> Cell[int]:
+        """Return where a counter with these labels is kept; KeyError if there is no such metric."""
+        return self.counts[metric].setdefault(tuple(sorted(labels.items())), Cell(0))
+
     def builders(self) -> dict[str, _Builder]:
         """Return the watched builders that are open, by name."""
         found = {name: known() for name, known in self.watched.items()}
@@ -410,10 +414,10 @@ class _Instruments:
 
     @staticmethod
     def _counted(
-        kept: InMemoryMetrics, _: metrics.CallbackOptions
+        counts: dict[_Labels, Cell[int]], _: metrics.CallbackOptions
     ) -> Iterator[metrics.Observation]:
-        for (_metric, labels), count in kept.snapshot().counters.items():
-            yield metrics.Observation(count, _attributes(labels))
+        for labels, count in counts.copy().items():
+            yield metrics.Observation(count.value, _attributes(labels))
 
     def _levels(self, read: _Read, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         for name, builder in self.builders().items():
@@ -451,7 +455,7 @@ class OpenTelemetryMetrics:
         ValueError: ``builder`` is empty.
     """
 
-    __slots__ = ("_instruments", "builder")
+    __slots__ = ("_counts", "_instruments", "builder")
 
     coalestra_non_blocking = True
 
@@ -461,6 +465,7 @@ class OpenTelemetryMetrics:
         provider = metrics.get_meter_provider() if meter_provider is None else meter_provider
         require_methods("meter_provider", provider, "get_meter")
         self.builder: str = text("builder", builder)
+        self._counts: dict[Any, Cell[int]] = {}
         mine = _Instruments()
         self._instruments = _shared.setdefault(provider, mine)
         if self._instruments is mine:
@@ -468,7 +473,12 @@ class OpenTelemetryMetrics:
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Count ``value`` more of something that the library counts."""
-        self._instruments.counts[metric].increment(metric, value, builder=self.builder, **labels)
+        series = (metric, *labels.items())
+        count = self._counts.get(series)
+        if count is None:
+            count = self._instruments.count(metric, {"builder": self.builder, **labels})
+            self._counts[series] = count
+        count.change(lambda counted: counted + value)
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         """Take one of the library's measurements, for the histogram that stands for it."""
