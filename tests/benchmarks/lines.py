@@ -7,6 +7,7 @@ from tests.benchmarks.footprint import cached_floats
 from tests.benchmarks.holding import HOLDS, longest_hold
 from tests.benchmarks.importing import beyond_asyncio, with_a_builder
 from tests.benchmarks.sharing import callers
+from tests.benchmarks.stock import single_source
 from tests.benchmarks.subjects import BYTES, MICROSECONDS, MILLISECONDS, PER_KEY, Aim, Line, Unit
 
 TABLE = (
@@ -141,6 +142,41 @@ TABLE = (
         PER_KEY,
         "",
         observing.watched_cold(observing.counted_by_prometheus),
+    ),
+    Line(
+        "spans-off",
+        "warm 1 key with `OpenTelemetryTracer`, not sampled (floor: without)",
+        MICROSECONDS,
+        "",
+        observing.watched_warm(observing.unsampled, 1),
+    ),
+    Line(
+        "spans-warm",
+        "the same, sampled and exported in batches",
+        MICROSECONDS,
+        "",
+        observing.watched_warm(observing.exported, 1),
+    ),
+    Line(
+        "spans-cold",
+        "the same, cold batch of 1,000 keys",
+        PER_KEY,
+        "",
+        observing.watched_cold(observing.exported),
+    ),
+    Line(
+        "spans-single",
+        "the same, cold 500 keys from an inline single source, a span for each",
+        PER_KEY,
+        "",
+        observing.watched_cold(observing.exported, 500, single_source),
+    ),
+    Line(
+        "otel-warm",
+        "warm 1,000 keys with `OpenTelemetryMetrics` (floor: without)",
+        PER_KEY,
+        "",
+        observing.watched_warm(observing.measured),
     ),
     Line(
         "import",

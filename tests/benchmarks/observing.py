@@ -12,6 +12,7 @@ from typing import Any
 from coalestra import ResourceKey
 from tests.benchmarks.stock import (
     FreshBuilder,
+    Maker,
     batch_source,
     kept_builder,
     keys_of,
@@ -44,6 +45,41 @@ def _sink_for_prometheus() -> Any:
     return PrometheusMetrics(registry=CollectorRegistry())
 
 
+@functools.cache
+def unsampled() -> dict[str, Any]:
+    """Make spans that the SDK of OpenTelemetry does not record."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+    from coalestra.opentelemetry import OpenTelemetryTracer
+
+    return {"tracer": OpenTelemetryTracer(TracerProvider(ALWAYS_OFF))}
+
+
+@functools.cache
+def exported() -> dict[str, Any]:
+    """Make spans that the SDK hands to an exporter in batches, in a thread of its own."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+
+    from coalestra.opentelemetry import OpenTelemetryTracer
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(SpanExporter()))
+    return {"tracer": OpenTelemetryTracer(provider)}
+
+
+@functools.cache
+def measured() -> dict[str, Any]:
+    """Count and measure for OpenTelemetry."""
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    from coalestra.opentelemetry import OpenTelemetryMetrics
+
+    return {"metrics": OpenTelemetryMetrics(MeterProvider([InMemoryMetricReader()]))}
+
+
 def watched_warm(watcher: Watcher, count: int = 1000) -> Callable[[Workshop], list[Subject]]:
     """Return the subjects of a line that reads so many cached keys."""
 
@@ -57,13 +93,15 @@ def watched_warm(watcher: Watcher, count: int = 1000) -> Callable[[Workshop], li
     return subjects
 
 
-def watched_cold(watcher: Watcher) -> Callable[[Workshop], list[Subject]]:
-    """Return the subjects of a line that fetches 1,000 keys in a batch."""
+def watched_cold(
+    watcher: Watcher, count: int = 1000, make: Callable[[Maker], Any] = batch_source
+) -> Callable[[Workshop], list[Subject]]:
+    """Return the subjects of a line that fetches so many keys, in a batch unless told otherwise."""
 
     def subjects(shop: Workshop) -> list[Subject]:
-        keys = keys_of(shop.scale.size(1000))
+        keys = keys_of(shop.scale.size(count))
         return [
-            Subject(name, role, _cold(shop, keys, settings))
+            Subject(name, role, _cold(shop, keys, settings, make))
             for name, role, settings in _both(watcher)
         ]
 
@@ -80,7 +118,12 @@ def _warm(shop: Workshop, keys: Sequence[ResourceKey], settings: Watcher) -> Cal
     return shop.timed(lambda: builder.build(keys), len(keys))
 
 
-def _cold(shop: Workshop, keys: Sequence[ResourceKey], settings: Watcher) -> Callable[[], float]:
-    fresh = FreshBuilder(shop, lambda: batch_source(price), settings=settings)
+def _cold(
+    shop: Workshop,
+    keys: Sequence[ResourceKey],
+    settings: Watcher,
+    make: Callable[[Maker], Any],
+) -> Callable[[], float]:
+    fresh = FreshBuilder(shop, lambda: make(price), settings=settings)
     prepare = preparing(fresh, lambda builder: builder.build(keys))
     return shop.timed_fresh(prepare, len(keys))
