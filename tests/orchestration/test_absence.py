@@ -726,6 +726,30 @@ async def test_what_rests_on_something_absent_and_something_failed_has_failed() 
     ]
 
 
+@pytest.mark.parametrize("through", [False, True], ids=["directly", "through another"])
+async def test_nobody_joins_what_waits_on_though_something_it_lacked_has_come(
+    through: bool,
+) -> None:
+    gate = Gate()
+    stock = Stock("stock", {"x": NONE})
+    middle = Derived("middle", needs=lambda _: [X])
+    slow = Stock("slow", {"slow": 1}, before=gate.pass_)
+    needed = key("middle") if through else X
+    derived = Derived("y", needs=lambda _: [needed, key("slow")])
+    building = builder(stock, middle, slow, derived)
+    early = asyncio.ensure_future(attempt(building, Y))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    await publish(building)
+    late = asyncio.ensure_future(attempt(building, Y))
+    await asyncio.sleep(1)
+    gate.open()
+    absence(await early, Y)
+    assert (await late).value(Y) == ((("event",), 1) if through else ("event", 1))
+    assert len(slow.calls) == 1
+    await no_leaks(building)
+
+
 async def test_what_rested_on_a_value_that_is_gone_is_not_served() -> None:
     source = Stock("x", {"x": 1})
     building = builder(source, Derived("y", needs=lambda _: [X]), default_policy=SHORT)

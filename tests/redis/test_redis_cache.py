@@ -13,10 +13,14 @@ from redis.asyncio import Redis
 from coalestra import (
     CacheWriteStatus,
     CallableDerivedSource,
+    CallableSource,
     FreshnessPolicy,
     RefreshMode,
+    ResourceAbsent,
+    ResourceAbsentError,
     ResourceKey,
     SnapshotBuilder,
+    SourceResiliencePolicy,
 )
 from coalestra.core.protocols import (
     AtomicAsyncCache,
@@ -484,6 +488,66 @@ async def test_a_derived_value_says_in_another_process_what_it_rests_on(
         assert value.oldest_observed_at == pytest.approx(observed_at, abs=0.01)
         assert (value.inherits_freshness, value.rests_on_stale) == (inherits, False)
         assert value.age_seconds == pytest.approx(30 if inherits else 0, abs=5)
+
+
+async def test_what_one_process_knows_not_to_exist_ends_with_the_news_of_another(
+    server: Server, prefix: str
+) -> None:
+    calls: list[str] = []
+
+    def source(name: str) -> CallableSource:
+        async def none(k: ResourceKey, context: Any) -> Any:
+            calls.append(name)
+            raise ResourceAbsent("no such row", ttl_seconds=600)
+
+        return CallableSource(name=name, priority=1, supports=lambda k: True, fetcher=none)
+
+    async with (
+        caches(server, prefix, 2) as [one, other],
+        SnapshotBuilder([source("one")], cache=one, default_policy=POLICY) as first,
+        SnapshotBuilder([source("other")], cache=other, default_policy=POLICY) as second,
+    ):
+        for builder in (first, second, first, second):
+            snapshot = await builder.build([A], strict=False)
+            assert type(snapshot.errors[A]) is ResourceAbsentError
+        assert calls == ["one", "other"]
+        await second.publisher.publish(A, 1, source="stream")
+        assert (await first.build([A])).value(A) == 1
+
+
+async def test_a_call_that_finishes_late_keeps_its_lease_and_fills_the_cache_for_all(
+    server: Server, prefix: str
+) -> None:
+    calls: list[str] = []
+    answer = asyncio.Event()
+
+    def source(name: str) -> CallableSource:
+        async def slow(k: ResourceKey, context: Any) -> str:
+            calls.append(name)
+            await answer.wait()
+            return name
+
+        return CallableSource(
+            name=name,
+            priority=1,
+            supports=lambda k: True,
+            fetcher=slow,
+            timeout_seconds=30.0,
+            resilience_policy=SourceResiliencePolicy(finish_late=True),
+        )
+
+    async with (
+        caches(server, prefix, 2) as [one, other],
+        SnapshotBuilder([source("one")], cache=one, default_policy=POLICY) as first,
+        SnapshotBuilder([source("other")], cache=other, default_policy=POLICY) as second,
+    ):
+        snapshot = await first.build([A], strict=False, deadline_seconds=0.2)
+        assert not snapshot.complete
+        waiting = asyncio.ensure_future(second.build([A]))
+        await asyncio.sleep(0.2)
+        answer.set()
+        assert (await waiting).value(A) == "one"
+        assert calls == ["one"]
 
 
 async def test_an_outdated_derived_value_defends_nothing(server: Server, prefix: str) -> None:

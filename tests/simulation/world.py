@@ -15,6 +15,7 @@ from coalestra import (
     FetchContext,
     FreshnessPolicy,
     RefreshMode,
+    ResourceAbsent,
     ResourceKey,
     ResourceUpdate,
     RetryPolicy,
@@ -190,6 +191,7 @@ class World:
         self.calm = chance.random() < 0.4
         self.wild = not self.calm and chance.random() < 0.4
         self.jumps = chance.random() < 0.2
+        self.vanishes = chance.random() < 0.5
         self.clock = TickingClock()
         self.calls = Calls()
         self.bases = [
@@ -234,7 +236,9 @@ class World:
             cache=cache,
             clock=self.clock,
             default_policy=policy,
-            default_resilience=SourceResiliencePolicy(retry=retry),
+            default_resilience=SourceResiliencePolicy(
+                retry=retry, finish_late=chance.random() < 0.5
+            ),
             max_concurrency=chance.choice((1, 2, 8)),
             trace=self.traced,
             tracer=self.spans if self.traced else None,
@@ -251,7 +255,10 @@ class World:
                 return {k: v for k, v in found.items() if not world.fails()}
 
         async def single(k: ResourceKey, context: FetchContext) -> Any:
-            return (await world.read("single", [k]))[k]
+            answer = (await world.read("single", [k]))[k]
+            if isinstance(answer, ResourceAbsent):
+                raise answer
+            return answer
 
         async def backup(k: ResourceKey, context: FetchContext) -> Any:
             return (await world.read("backup", [k]))[k]
@@ -282,6 +289,20 @@ class World:
         """Whether something goes wrong just now."""
         return not self.calm and self.chance.random() < 0.2
 
+    def is_absent(self, number: int) -> bool:
+        """Whether there is nothing of a base key while its truth is this number."""
+        return self.vanishes and number % 2 == 1
+
+    def may_be_absent(self, k: ResourceKey, floor: Mapping[ResourceKey, int]) -> bool:
+        """Whether a base key, or one that it is derived from, has not existed at some time since.
+
+        That is since the truth was as told by `floor`.
+        """
+        if k in self.needs:
+            return any(self.may_be_absent(each, floor) for each in self.needs[k])
+        numbers = range(floor.get(k, 0), self.truth.get(k, 0) + 1)
+        return any(self.is_absent(number) for number in numbers)
+
     async def pause(self) -> None:
         """Take a moment, or none."""
         for _ in range(self.chance.randint(0, 2)):
@@ -298,7 +319,13 @@ class World:
             await self.pause()
             if self.fails():
                 raise self.trouble()
-            return {k: SourcePayload(value, observed_at) for k, value in found.items()}
+            lasting = self.chance.choice((None, 1.0, 100.0))
+            return {
+                k: ResourceAbsent(ttl_seconds=lasting, final=self.chance.random() < 0.3)
+                if self.is_absent(value[1])
+                else SourcePayload(value, observed_at)
+                for k, value in found.items()
+            }
         except asyncio.CancelledError:
             cancelled = True
             raise
@@ -335,7 +362,7 @@ class World:
             value = self.truth[k]
             self.calls.changed.add(k)
             try:
-                if self.chance.random() < 0.5:
+                if self.chance.random() < 0.5 and not self.is_absent(value):
                     await self.builder.publisher.publish(k, (str(k), value), source="news")
                 else:
                     await self.builder.publisher.invalidate(k)

@@ -1158,6 +1158,8 @@ class SingleFlight:
                 if told > since and revision.version != version:
                     return True
             if each.gather is not None:
+                if each.gather.failures:
+                    return True  # what failed, or did not exist, may rest on any of it
                 for awaited in each.gather.pending.values():
                     if isinstance(awaited, Flight) and id(awaited) not in seen:
                         seen.add(id(awaited))
