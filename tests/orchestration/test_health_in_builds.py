@@ -457,13 +457,41 @@ async def test_flights_under_way_say_what_they_wait_for_and_who_waits_for_them()
         None,
     )
     assert (derived.attempts, derived.running_seconds, derived.waiters) == (0, None, 1)
-    assert (fetched.key, fetched.state, fetched.source) == (key("k"), "being fetched", "k")
+    assert (fetched.key, fetched.state, fetched.source) == (key("k"), "its source is running", "k")
     assert (fetched.waiters, fetched.attempts, fetched.refresh) == (2, 1, False)
     assert fetched.running_seconds == pytest.approx(2)
     assert building.flights_under_way(limit=1) == (derived,)
     gate.open()
     await asyncio.gather(first, second)
     assert building.flights_under_way() == ()
+
+
+async def test_flights_whose_call_waits_or_rests_say_so() -> None:
+    gate = Gate()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        if key.subject == "fails":
+            raise ConnectionError
+        return 1
+
+    source = Single("k", fetch=fetch)
+    source.resilience_policy = SourceResiliencePolicy(
+        retry=RetryPolicy(max_attempts=2, base_delay_seconds=9.0, max_delay_seconds=9.0)
+    )
+    building = builder(source, max_concurrency=1, max_pending_tasks=2)
+    keys = [key("k", subject) for subject in ("fails", "waits")]
+    build = asyncio.ensure_future(building.build(keys, strict=False))
+    await gate.wait_arrived()
+    running, waiting = building.flights_under_way()
+    assert (running.state, waiting.state) == ("its source is running", "waiting for capacity")
+    assert (waiting.source, waiting.attempts, waiting.running_seconds) == ("k", 0, None)
+    gate.open()
+    await settle()
+    (resting,) = building.flights_under_way()
+    assert (resting.key.subject, resting.state) == ("fails", "resting between two attempts")
+    assert (resting.attempts, resting.running_seconds) == (1, None)
+    await build
 
 
 async def test_a_flight_that_only_refreshes_says_that_no_reader_waits() -> None:

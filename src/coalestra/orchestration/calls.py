@@ -131,6 +131,14 @@ class Progress(enum.Enum):
     TAKING_IN = "the answer of its source was being copied"
 
 
+_STANDING = {
+    Progress.PREPARING: "its dependencies are being copied",
+    Progress.WAITING: "waiting for capacity",
+    Progress.RUNNING: "its source is running",
+    Progress.TAKING_IN: "the answer of its source is being copied",
+}
+
+
 class StaleSourceData(Exception):
     """A source answered with a value older than the policy's time to live."""
 
@@ -600,6 +608,14 @@ class Call:
         """What the call is at, to be put behind a sentence."""
         attempt = self._attempt
         return ": it rested between two attempts" if attempt is None else f": {attempt.stage.value}"
+
+    @property
+    def standing(self) -> str:
+        """Where the call stands, in a few words."""
+        attempt = self._attempt
+        if attempt is not None:
+            return _STANDING[attempt.stage]
+        return "resting between two attempts" if self.attempts else "waiting for its turn"
 
     @property
     def running_seconds(self) -> float | None:

@@ -235,6 +235,10 @@ class Call(Protocol):
     def running_seconds(self) -> float | None:
         """How long its source has been running, on the builder's clock; None if it is not."""
 
+    @property
+    def standing(self) -> str:
+        """Where the call stands, in a few words."""
+
     def extend(self, cutoff: float) -> None:
         """Learn that a flight of the call is wanted until `cutoff`, on the loop's clock."""
 
@@ -449,7 +453,7 @@ class Flight:
         call, waiting = self.call, self.waiters
         return FlightSnapshot(
             self.key,
-            self.phase.value,
+            self.phase.value if call is None or self.phase is not _CALLING else call.standing,
             None if call is None or self.link is None else self.link.name,
             len(waiting),
             bool(waiting) and all(gather.refresh for gather in waiting),
