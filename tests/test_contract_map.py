@@ -40,6 +40,7 @@ def test_every_test_of_the_library_belongs_to_a_section() -> None:
         "benchmarks",
         "regressions",
         "simulation",
+        "inspect",
         "opentelemetry",
         "redis",
         "prometheus",

@@ -41,7 +41,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         """Bring in a public name, a part of the package, or ``__all__``, and keep it."""
         value: object
-        if name in _PARTS:
+        if name in _PARTS or name == "inspect":
             value = _import_module(f"{__name__}.{name}")
         elif name == "__all__":
             parts = [_import_module(f"{__name__}.{part}") for part in _PARTS]

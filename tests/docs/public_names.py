@@ -20,7 +20,13 @@ from types import ModuleType
 from tests.docs.pages import ROOT
 
 PAGE = ROOT / "docs" / "public-api.md"
-PACKAGES = ("coalestra", "coalestra.opentelemetry", "coalestra.prometheus", "coalestra.redis")
+PACKAGES = (
+    "coalestra",
+    "coalestra.inspect",
+    "coalestra.opentelemetry",
+    "coalestra.prometheus",
+    "coalestra.redis",
+)
 
 _TABLE = re.compile(r"(<!-- names of ([\w.]+): begin -->\n).*?(<!-- names: end -->)", re.DOTALL)
 _ROW = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)

@@ -7,11 +7,13 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import coalestra
 from coalestra import Obtained, WaitReason
+from coalestra import inspect as live_page
 from coalestra.orchestration.parts import BuilderSettings
 from tests.docs import public_names
 from tests.docs.pages import ROOT
@@ -93,8 +95,9 @@ def test_every_setting_of_sources_and_facades_has_its_row() -> None:
         coalestra.AsyncMemoryCache,
         coalestra.SyncSnapshotBuilder,
     )
-    parameters = {name for kind in kinds for name in inspect.signature(kind).parameters}
-    assert parameters - {"builder"} <= first_cells("settings.md")
+    made: tuple[Any, ...] = (*kinds, live_page.app, live_page.serve)
+    parameters = {name for each in made for name in inspect.signature(each).parameters}
+    assert parameters - {"builder", "application"} <= first_cells("settings.md")
 
 
 def test_every_reason_of_health_is_explained() -> None:

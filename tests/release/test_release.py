@@ -69,12 +69,14 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_the_wheel_holds_every_module_the_type_marker_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_the_type_marker_the_page_and_nothing_else(
+    wheel: Path,
+) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     source = ROOT / "src"
     modules = {path.relative_to(source).as_posix() for path in source.rglob("coalestra/**/*.py")}
-    assert held == modules | {"coalestra/py.typed"}
+    assert held == modules | {"coalestra/py.typed", "coalestra/inspect/page.html"}
 
 
 def test_the_wheel_is_for_every_python_3_and_carries_the_license(wheel: Path) -> None:

@@ -1,0 +1,442 @@
+"""The page as an ASGI application: who may read it, what it answers, and how it keeps up to date.
+
+Laws:
+
+1. It only reads: GET and HEAD, nothing else. Who may not read learns nothing, not even what exists.
+2. There is one sampler for all viewers of an event loop, which looks at the builder while somebody
+   watches and at no other time.
+3. A viewer gets the newest state and never a queue of older ones, however slowly it reads.
+4. A stream ends by itself after a while, and the browser comes back: a server that waits for its
+   connections to end is not held up by a page left open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import re
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from html import escape
+from importlib import resources
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import quote
+
+from coalestra.core.trace import Trace
+from coalestra.core.validation import callable_, flag, number, text, wrong_type
+from coalestra.inspect.looks import (
+    AnyBuilder,
+    Names,
+    Story,
+    look_at,
+    look_into_cache,
+    own_of,
+    told_values,
+    trace_id,
+)
+from coalestra.orchestration.builder import SnapshotBuilder
+from coalestra.sync import SyncSnapshotBuilder
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Authorize = Callable[[Scope], "bool | Awaitable[bool]"]
+
+STREAM_SECONDS = 10.0
+"""After so long a stream of events ends, and the browser opens another."""
+SEND_SECONDS = 10.0
+"""A viewer that takes nothing for so long is given up."""
+MOST_VIEWERS = 32
+"""So many streams are open at a time; who comes then is asked to come later."""
+
+_TRACE_PATH = re.compile(r"traces/([0-9a-f]{12})\.(html|svg|txt|json|chrome\.json)")
+_PLAIN = "text/plain; charset=utf-8"
+_JSON = "application/json"
+_FORWARDED = {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
+
+_NOT_HERE = """\
+This page may be read from this machine only, as the application that serves it has not said
+who else may. Say so where it is made:
+
+    coalestra.inspect.app(builder, authorize=may_read)
+
+where may_read(scope) looks at the ASGI scope of a request, and returns True for those who may
+(or is an async function that does). Give authorize=lambda scope: True if what stands in front
+of the page, such as a route with a login, decides that already.
+"""
+_NOT_FOR_YOU = "You may not read this page.\n"
+
+
+# Who may read -------------------------------------------------------------------------------------
+
+
+def from_this_machine(scope: Scope) -> bool:
+    """Whether a request comes straight from this machine, and from a page opened by its own name.
+
+    Not if it was passed on by a proxy, nor by a foreign name that was made to lead here.
+    """
+    headers = dict(scope["headers"])
+    if not _FORWARDED.isdisjoint(headers) or not scope.get("client"):
+        return False
+    return _is_loopback(scope["client"][0]) and _is_loopback(_host_of(headers))
+
+
+def _host_of(headers: dict[bytes, bytes]) -> str:
+    host = headers.get(b"host", b"").decode("latin-1")
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
+# The page itself ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _template() -> tuple[str, str]:
+    """Return the page without its title, and the policy that lets its own script and style run."""
+    page = resources.files("coalestra.inspect").joinpath("page.html").read_text(encoding="utf-8")
+    allowed = {
+        tag: " ".join(
+            f"'sha256-{b64encode(sha256(inside.encode()).digest()).decode()}'"
+            for inside in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        )
+        for tag in ("style", "script")
+    }
+    policy = (
+        f"default-src 'none'; style-src {allowed['style']}; script-src {allowed['script']}; "
+        "connect-src 'self'; img-src 'self' data:; frame-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, policy
+
+
+_TRACE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'self'; sandbox allow-same-origin"
+)
+_DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
+
+
+class Exchange:
+    """One request, and the answer to it."""
+
+    __slots__ = ("_send", "headers", "method", "path", "receive", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.receive = receive
+        self._send = send
+        self.method: str = scope["method"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+        # Servers and frameworks differ in whether the path holds the one that this is mounted at.
+        if root and (path == root or path.startswith(f"{root}/")):
+            path = path[len(root) :]
+        self.path: str = path
+
+    async def begin(self, status: int, content_type: str, *more: tuple[str, str]) -> None:
+        """Send the status and the headers; those of ``more`` take the place of the usual ones."""
+        headers = {
+            "content-type": content_type,
+            "cache-control": "no-store",
+            "content-security-policy": _DATA_POLICY,
+            "cross-origin-opener-policy": "same-origin",
+            "cross-origin-resource-policy": "same-origin",
+            "referrer-policy": "no-referrer",
+            "x-content-type-options": "nosniff",
+            **dict(more),
+        }
+        encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+    async def body(self, content: bytes, *, more: bool = False) -> None:
+        """Send a part of the body; the last one unless there is ``more``."""
+        await self._send({"type": "http.response.body", "body": content, "more_body": more})
+
+    async def answer(
+        self, status: int, content: str | bytes, content_type: str = _PLAIN, **headers: str
+    ) -> None:
+        """Send the whole answer; without its body, if that was not asked for."""
+        encoded = content.encode() if isinstance(content, str) else content
+        more = [(name.replace("_", "-"), value) for name, value in headers.items()]
+        await self.begin(status, content_type, ("content-length", str(len(encoded))), *more)
+        await self.body(b"" if self.method == "HEAD" else encoded)
+
+
+# What all viewers share ---------------------------------------------------------------------------
+
+
+class Sampler:
+    """Looks at the builder again and again while somebody watches, and keeps the newest state."""
+
+    def __init__(self, builder: AnyBuilder, story: Story, interval_seconds: float) -> None:
+        self._builder = builder
+        self._story = story
+        self._interval = interval_seconds
+        self._task: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        self._taken_at = float("-inf")
+        self.viewers: int = 0
+        self.number: int = 0
+        self.state: bytes = b""
+        self.news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def enter(self) -> None:
+        """Count a viewer; with the first one begin to look."""
+        self.viewers += 1
+        if self._task is None:
+            self._task = asyncio.create_task(self._sample(), name="coalestra inspect")
+
+    def leave(self) -> None:
+        """Count a viewer less; with the last one stop."""
+        self.viewers -= 1
+        if not self.viewers and self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    @property
+    def number_of_old(self) -> int:
+        """The number of the newest state that is too old to be told to a new viewer."""
+        age = asyncio.get_running_loop().time() - self._taken_at
+        return self.number if age > self._interval else self.number - 1
+
+    async def _sample(self) -> None:
+        late = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._look(late)
+            due = loop.time() + self._interval
+            await asyncio.sleep(self._interval)
+            late = max(0.0, loop.time() - due)
+
+    async def current(self) -> bytes:
+        """Return a state that is no older than the interval."""
+        if asyncio.get_running_loop().time() - self._taken_at >= self._interval:
+            await self._look(0.0)
+        return self.state
+
+    async def _look(self, late: float) -> None:
+        async with self._looking:
+            now = asyncio.get_running_loop().time()
+            if now - self._taken_at < self._interval / 2:
+                return
+            try:
+                look = await look_at(self._builder)
+                told = self._story.told(look, now, late)
+                state = json.dumps(told, separators=(",", ":")).encode()
+            except Exception as error:
+                # What went wrong may name a resource, so its type is all that is shown.
+                state = json.dumps({"error": type(error).__name__}).encode()
+            self._taken_at, self.state = now, state
+            self.number += 1
+            news, self.news = self.news, asyncio.get_running_loop().create_future()
+            if not news.done():
+                news.set_result(None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be chosen about a page; see `app`."""
+
+    authorize: Authorize | None = None
+    title: str = "Coalestra"
+    show_values: bool = False
+    show_subjects: bool = False
+    interval_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.authorize is not None:
+            callable_("authorize", self.authorize)
+        text("title", self.title)
+        flag("show_values", self.show_values)
+        flag("show_subjects", self.show_subjects)
+        number("interval_seconds", self.interval_seconds, above=0)
+
+
+class Inspector:
+    """The page of one builder, as an ASGI application; made by `app`."""
+
+    def __init__(self, builder: AnyBuilder, settings: Settings) -> None:
+        if not isinstance(builder, (SnapshotBuilder, SyncSnapshotBuilder)):
+            raise wrong_type("builder", "a SnapshotBuilder or a SyncSnapshotBuilder", builder)
+        self.builder = builder
+        self.settings = settings
+        self._names = Names(show=settings.show_subjects)
+        self._samplers: dict[asyncio.AbstractEventLoop, Sampler] = {}
+
+    def __repr__(self) -> str:
+        return f"<Inspector of {self.builder!r}>"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI connection."""
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+        elif scope["type"] == "http":
+            await self._answer(Exchange(scope, receive, send))
+        else:  # a websocket, closed before it is open: a server answers 403
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _answer(self, exchange: Exchange) -> None:
+        if not await self._may_read(exchange):
+            told = _NOT_HERE if self.settings.authorize is None else _NOT_FOR_YOU
+            await exchange.answer(403, told)
+        elif exchange.method not in ("GET", "HEAD"):
+            await exchange.answer(405, "This page can only be read.\n", allow="GET, HEAD")
+        elif exchange.path == "":
+            # Relative to what was asked for, which a proxy may know by another path.
+            last = quote(exchange.scope["path"].rpartition("/")[2])
+            await exchange.answer(307, "", location=f"{last}/" if last else "/")
+        else:
+            await self._route(exchange, exchange.path[1:])
+
+    async def _may_read(self, exchange: Exchange) -> bool:
+        allowed = (self.settings.authorize or from_this_machine)(exchange.scope)
+        if inspect.isawaitable(allowed):
+            allowed = await allowed
+        # Another site may lead a person to the page, but not use a person's browser to read it.
+        site = exchange.headers.get(b"sec-fetch-site", b"none")
+        mode = exchange.headers.get(b"sec-fetch-mode", b"navigate")
+        return allowed is True and (site in (b"none", b"same-origin") or mode == b"navigate")
+
+    async def _route(self, exchange: Exchange, path: str) -> None:
+        trace = _TRACE_PATH.fullmatch(path)
+        if path == "":
+            page, policy = _template()
+            page = page.replace("{{title}}", escape(self.settings.title))
+            await exchange.answer(
+                200, page, "text/html; charset=utf-8", content_security_policy=policy
+            )
+        elif path == "state.json":
+            await exchange.answer(200, await self._sampler().current(), _JSON)
+        elif path == "cache.json":
+            await self._tell_cache(exchange)
+        elif path == "events":
+            await self._stream(exchange)
+        elif trace is not None:
+            await self._tell_trace(exchange, trace[1], trace[2])
+        else:
+            await exchange.answer(404, "There is no such page.\n")
+
+    def _sampler(self) -> Sampler:
+        loop = asyncio.get_running_loop()
+        sampler = self._samplers.get(loop)
+        if sampler is None:
+            for ended in [each for each in self._samplers if each.is_closed()]:
+                del self._samplers[ended]
+            story = Story(self.builder, self._names)
+            sampler = Sampler(self.builder, story, self.settings.interval_seconds)
+            self._samplers[loop] = sampler
+        return sampler
+
+    async def _tell_cache(self, exchange: Exchange) -> None:
+        try:
+            found = await look_into_cache(self.builder)
+        except Exception as error:
+            told: dict[str, Any] = {"error": type(error).__name__}
+        else:
+            shown, now = self.settings.show_values, own_of(self.builder).clock.now()
+            told = {"at": now, "values": None, "shows_values": shown}
+            if found is not None:
+                told["values"] = told_values(found, self._names, now, show_values=shown)
+        await exchange.answer(200, json.dumps(told), _JSON)
+
+    async def _tell_trace(self, exchange: Exchange, name: str, form: str) -> None:
+        traces = self.builder.recent_traces()
+        found = next((each for each in traces if trace_id(each) == name), None)
+        if found is None:
+            gone = "This trace is gone: a builder keeps the last few only.\n"
+            await exchange.answer(404, gone)
+            return
+        content_type, draw = _FORMS[form]
+        # It may be large, and the loop has other things to do.
+        content = await asyncio.to_thread(lambda: draw(self._names.trace(found)))
+        headers = {"content_security_policy": _TRACE_POLICY}
+        if form == "chrome.json":
+            headers["content_disposition"] = f'attachment; filename="coalestra-{name}.json"'
+        await exchange.answer(200, content, content_type, **headers)
+
+    async def _stream(self, exchange: Exchange) -> None:
+        """Send the state whenever there is a new one, until the viewer goes or the time is up."""
+        sampler = self._sampler()
+        if sampler.viewers >= MOST_VIEWERS:
+            await exchange.answer(503, "Too many are watching.\n", retry_after="10")
+            return
+        await exchange.begin(200, "text/event-stream; charset=utf-8", ("x-accel-buffering", "no"))
+        if exchange.method == "HEAD":
+            await exchange.body(b"")
+            return
+        gone = asyncio.create_task(_until_gone(exchange.receive), name="coalestra inspect viewer")
+        sampler.enter()
+        try:
+            if await _told_all(exchange, sampler, gone):
+                await exchange.body(b"")
+        finally:
+            sampler.leave()
+            gone.cancel()
+
+
+async def _told_all(exchange: Exchange, sampler: Sampler, gone: asyncio.Task[None]) -> bool:
+    """Tell one viewer until its time is up; return whether it is still there then."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + STREAM_SECONDS
+    told, content = sampler.number_of_old, b"retry: 500\n\n"
+    while loop.time() < until:
+        sending = asyncio.ensure_future(exchange.body(content, more=True))
+        try:
+            await asyncio.wait((sending, gone), timeout=SEND_SECONDS, return_when="FIRST_COMPLETED")
+            if gone.done() or not sending.done() or isinstance(sending.exception(), OSError):
+                return False
+            sending.result()
+        finally:
+            sending.cancel()
+        while sampler.number == told and loop.time() < until:
+            seconds = until - loop.time()
+            await asyncio.wait((sampler.news, gone), timeout=seconds, return_when="FIRST_COMPLETED")
+            if gone.done():
+                return False
+        told = sampler.number
+        content = b"data: " + sampler.state + b"\n\n"
+    return True
+
+
+async def _until_gone(receive: Receive) -> None:
+    """Return when the other side has gone, in whatever way a server tells of it."""
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except OSError:
+        return
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Agree to whatever a server's lifespan does: there is nothing to start or to end."""
+    while True:
+        stage = (await receive())["type"]
+        await send({"type": f"{stage}.complete"})
+        if stage == "lifespan.shutdown":
+            return
+
+
+_FORMS: dict[str, tuple[str, Callable[[Trace], str]]] = {
+    "html": ("text/html; charset=utf-8", lambda trace: trace.to_html()),
+    "svg": ("image/svg+xml", lambda trace: trace.to_svg()),
+    "txt": (_PLAIN, lambda trace: trace.to_text()),
+    "json": (_JSON, lambda trace: json.dumps(trace.to_dict())),
+    "chrome.json": (_JSON, lambda trace: json.dumps(trace.to_chrome())),
+}

@@ -1,0 +1,475 @@
+"""What a look at a builder finds, and how it is told as JSON.
+
+Laws:
+
+1. To look changes nothing: no source is asked, nothing is counted, no entry counts as used.
+2. Subjects, qualifiers and texts of errors are shown if asked for, values if asked for; else a
+   subject is a short code, the same one for as long as the page lives and another one on the next.
+3. Rates are differences of counters, told for the time between the two readings and no other.
+4. Everything is bounded, and what is left out is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import reprlib
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+from coalestra.cache.memory import AsyncMemoryCache
+from coalestra.concurrency.capacity import GLOBAL
+from coalestra.core.health import BuilderHealth, FlightSnapshot
+from coalestra.core.keys import ResourceKey
+from coalestra.core.serialization import json_safe
+from coalestra.core.trace import KeyTrace, Obtained, Trace
+from coalestra.core.values import Revision, SnapshotValue
+from coalestra.orchestration.builder import SnapshotBuilder
+from coalestra.orchestration.sources import kind_of
+from coalestra.sync import SyncSnapshotBuilder
+
+AnyBuilder = SnapshotBuilder | SyncSnapshotBuilder
+
+RATE_SECONDS = 10.0
+"""Rates and latencies are told for about so long before now."""
+BASELINE_SECONDS = 60.0
+"""A counter of failures that has grown within this time is a finding."""
+
+PATIENCE_SECONDS = 3.0
+_MOST_FLIGHTS = 50
+_MOST_TRACES = 50
+_MOST_ENTRIES = 300
+_MOST_KINDS = 80
+_MOST_EDGES = 300
+_MOST_VALUES = 50
+_STANDS_IN = (Obtained.STALE, Obtained.FALLBACK)
+
+
+# Names: what of a key may be seen ----------------------------------------------------------------
+
+
+class Names:
+    """Shows keys in full, or with a code in place of subject and qualifiers.
+
+    A code says that two are the same, and cannot be turned back: it hangs on a secret of its own.
+    """
+
+    __slots__ = ("_secret", "show")
+
+    def __init__(self, *, show: bool) -> None:
+        self.show: bool = show
+        self._secret = secrets.token_bytes(16)
+
+    def key(self, key: ResourceKey) -> ResourceKey:
+        """Return the key to be shown for a key."""
+        if self.show or not (key.subject or key.qualifiers):
+            return key
+        parts = repr((key.subject, key.qualifiers)).encode("utf-8", "surrogatepass")
+        code = blake2b(parts, digest_size=5, key=self._secret).hexdigest()
+        return ResourceKey(key.namespace, key.name, f"#{code}")
+
+    def trace(self, trace: Trace) -> Trace:
+        """Return the trace to be shown for a trace."""
+        if self.show:
+            return trace
+        keys = [self._key_trace(each) for each in trace.keys.values()]
+        calls = [
+            replace(
+                call,
+                error=None,
+                attempts=tuple([replace(each, error=None) for each in call.attempts]),
+            )
+            for call in trace.calls
+        ]
+        return replace(trace, keys={each.key: each for each in keys}, calls=tuple(calls))
+
+    def _key_trace(self, found: KeyTrace) -> KeyTrace:
+        return replace(
+            found,
+            key=self.key(found.key),
+            error=None,
+            refusals=tuple([replace(each, message="") for each in found.refusals]),
+            rests_on=tuple([replace(each, key=self.key(each.key)) for each in found.rests_on]),
+        )
+
+
+def kind_name(key: ResourceKey) -> str:
+    """Return the kind of resource that a key is of."""
+    return f"{key.namespace}:{key.name}"
+
+
+def trace_id(trace: Trace) -> str:
+    """Return what a trace is called in an address: ids of snapshots may hold anything."""
+    parts = repr((trace.snapshot_id, trace.kind, trace.started_at)).encode("utf-8", "replace")
+    return blake2b(parts, digest_size=6).hexdigest()
+
+
+# One look, taken on the builder's own event loop --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found at one moment.
+
+    `at` is wall-clock seconds since the epoch. `waited` is how long the builder's loop, if it is
+    another one, took to answer, in seconds; None if it did not. `entries` are some entries of the
+    memory cache, those used last; None if the cache is another one.
+    """
+
+    at: float
+    health: BuilderHealth
+    holders: Mapping[str, int]
+    flights: tuple[FlightSnapshot, ...]
+    traces: tuple[Trace, ...]
+    entries: list[Revision] | None
+    waited: float | None
+
+
+def own_of(builder: AnyBuilder) -> SnapshotBuilder:
+    """Return the builder itself, if it is on a loop of its own."""
+    return builder.builder if isinstance(builder, SyncSnapshotBuilder) else builder
+
+
+def _found(builder: SnapshotBuilder, health: BuilderHealth, waited: float | None) -> Look:
+    cache = builder.cache
+    return Look(
+        at=builder.clock.now(),
+        health=health,
+        holders=builder.capacity.holders(),
+        flights=builder.flights_under_way(limit=_MOST_FLIGHTS),
+        traces=builder.recent_traces(),
+        entries=cache.store.newest(_MOST_ENTRIES) if type(cache) is AsyncMemoryCache else None,
+        waited=waited,
+    )
+
+
+async def _look_here(builder: SnapshotBuilder, asked: float) -> Look:
+    waited = time.perf_counter() - asked
+    return _found(builder, await builder.health_snapshot(), waited)
+
+
+async def look_at(builder: AnyBuilder) -> Look:
+    """Look at a builder; what does not answer in time is told of as far as it can be seen.
+
+    Raises:
+        Exception: whatever is raised by what the builder was given, such as its clock.
+    """
+    own = own_of(builder)
+    work = partial(_look_here, asked=time.perf_counter())
+    if isinstance(builder, SyncSnapshotBuilder):
+        try:
+            looking: asyncio.Future[Look] = asyncio.wrap_future(builder.submit(work))
+        except RuntimeError:  # it is closed, and so its loop is over
+            return _with_backlog(builder, _found(own, own.health_snapshot_nowait(), 0.0))
+    else:
+        looking = asyncio.ensure_future(work(own))
+    if await _done_in_time(looking):
+        return _with_backlog(builder, looking.result())
+    return _with_backlog(builder, _found(own, own.health_snapshot_nowait(), None))
+
+
+async def _done_in_time(looking: asyncio.Future[Any]) -> bool:
+    """Wait for what looks, and cancel it if it takes too long; return whether it has an outcome."""
+    try:
+        await asyncio.wait((looking,), timeout=PATIENCE_SECONDS)
+    finally:
+        looking.cancel()
+    return looking.done() and not looking.cancelled()
+
+
+def _with_backlog(builder: AnyBuilder, look: Look) -> Look:
+    if not isinstance(builder, SyncSnapshotBuilder):
+        return look
+    health = replace(
+        look.health,
+        pending_submissions=builder.pending_submissions,
+        max_pending_submissions=builder.max_pending_submissions,
+    )
+    return replace(look, health=replace(health, closed=health.closed or builder.closed))
+
+
+async def look_into_cache(builder: AnyBuilder) -> tuple[SnapshotValue[Any], ...] | None:
+    """Return copies of the values used last; None if the cache is not the library's own in memory.
+
+    Raises:
+        TimeoutError: the builder's loop, or a copy, took too long.
+        Exception: what copying raised, or `RuntimeError` of a closed builder.
+    """
+    own = own_of(builder)
+    cache = own.cache
+    if type(cache) is not AsyncMemoryCache:
+        return None
+    newest = partial(cache.newest, _MOST_VALUES)
+    if isinstance(builder, SyncSnapshotBuilder):
+        looking = asyncio.wrap_future(builder.submit(lambda _: newest()))
+    else:
+        looking = asyncio.ensure_future(newest())
+    if not await _done_in_time(looking):
+        raise TimeoutError(f"the cache did not answer within {PATIENCE_SECONDS:g} s")
+    return looking.result()
+
+
+# A story of looks, and what it tells --------------------------------------------------------------
+
+
+class Story:
+    """The looks of the last minute, and what was learnt on the way, told as JSON-safe data.
+
+    Args:
+        builder: what is looked at.
+        names: what of a key may be seen.
+    """
+
+    def __init__(self, builder: AnyBuilder, names: Names) -> None:
+        own = own_of(builder)
+        self._names = names
+        self._sources: dict[str, tuple[Any, str]] = {
+            each.name: (each, kind_of(each).value) for each in own.sources
+        }
+        self._looks: deque[tuple[float, Look]] = deque()
+        self._traced: float = float(own.trace)
+        self._graph = Graph()
+        self._summaries: dict[int, tuple[Trace, dict[str, Any]]] = {}
+
+    def told(self, look: Look, now: float, late: float) -> dict[str, Any]:
+        """Take in a look and return the state to be shown.
+
+        Args:
+            look: the new look.
+            now: when it was taken, in seconds of a monotonic clock.
+            late: by how many seconds it was late, as the event loop was held.
+        """
+        while self._looks and self._looks[0][0] < now - BASELINE_SECONDS:
+            self._looks.popleft()
+        recent = [each for each in self._looks if each[0] >= now - RATE_SECONDS * 1.2]
+        then, before = recent[0] if recent else (now, None)
+        since = self._looks[0][1].health if self._looks else None
+        self._looks.append((now, look))
+        self._graph.learn(look)
+        health = look.health
+        return {
+            "at": look.at,
+            "loop": {"late_ms": late * 1000, "answers": look.waited is not None},
+            "waited_ms": None if look.waited is None else look.waited * 1000,
+            "verdict": {"closed": health.closed, **health.assess(previous=since).to_dict()},
+            "seconds": now - then,
+            "sources": self._told_sources(look, before, now - then),
+            "capacity": self._told_capacity(look),
+            "cache": _told_cache(health, None if before is None else before.health),
+            "flights": self._told_flights(look),
+            "refreshes": health.background_refreshes,
+            "submissions": [health.pending_submissions, health.max_pending_submissions],
+            "graph": self._graph.told(self._sources),
+            "tracing": self._traced,
+            "traces": self._told_traces(look.traces),
+        }
+
+    def _told_sources(
+        self, look: Look, before: Look | None, seconds: float
+    ) -> list[dict[str, Any]]:
+        health = look.health
+        told = []
+        for name, (source, kind) in self._sources.items():
+            fared = health.sources[name]
+            old = None if before is None else before.health.sources.get(name)
+            circuits = [
+                {"scope": identity.scope.value, **json_safe(circuit)}
+                for identity, circuit in health.circuits.items()
+                if identity.source == name
+            ]
+            told.append(
+                {
+                    "name": name,
+                    "kind": kind,
+                    "priority": source.priority,
+                    "timeout_seconds": getattr(source, "timeout_seconds", None),
+                    **json_safe(fared),
+                    **_rates(fared, old, seconds),
+                    "circuits": circuits,
+                    "slots": json_safe(health.capacity.get(name)),
+                    "holding": look.holders.get(name, 0),
+                    "unfinished": health.unfinished_source_calls.get(name, 0),
+                }
+            )
+        return told
+
+    def _told_capacity(self, look: Look) -> dict[str, Any]:
+        return {**json_safe(look.health.capacity[GLOBAL]), "holders": list(look.holders.items())}
+
+    def _told_flights(self, look: Look) -> dict[str, Any]:
+        shown = [
+            {
+                "key": str(self._names.key(each.key)),
+                "state": each.state,
+                "source": each.source,
+                "waiters": each.waiters,
+                "refresh": each.refresh,
+                "attempts": each.attempts,
+                "running_seconds": each.running_seconds,
+            }
+            for each in look.flights
+        ]
+        return {"count": look.health.singleflight_in_flight, "shown": shown}
+
+    def _told_traces(self, traces: Iterable[Trace]) -> list[dict[str, Any]]:
+        newest = sorted(traces, key=lambda each: each.started_at, reverse=True)[:_MOST_TRACES]
+        known = self._summaries
+        self._summaries = {
+            id(each): known.get(id(each)) or (each, _summary(each)) for each in newest
+        }
+        return [summary for _, summary in self._summaries.values()]
+
+
+def _rates(fared: Any, before: Any | None, seconds: float) -> dict[str, Any]:
+    """What a source was asked between two looks, a second and a failing second; its latency."""
+    if before is None or seconds <= 0:
+        return {"rate": None, "failing": None, "latency_ms": None}
+    attempts = fared.attempt_count - before.attempt_count
+    took = fared.total_latency_ms - before.total_latency_ms
+    return {
+        "rate": attempts / seconds,
+        "failing": (fared.failed_attempt_count - before.failed_attempt_count) / seconds,
+        "latency_ms": took / attempts if attempts > 0 else None,
+    }
+
+
+def _told_cache(health: BuilderHealth, before: BuilderHealth | None) -> dict[str, Any]:
+    now, then = _reads(health.cache), None if before is None else _reads(before.cache)
+    fresh, reads = (now[0] - then[0], now[1] - then[1]) if now and then else (None, None)
+    return {
+        "left_alone": health.cache_left_alone,
+        "calls": health.cache_call_count,
+        "failures": health.cache_failure_count,
+        "timeouts": health.cache_timeout_count,
+        "stats": json_safe(health.cache),
+        "fresh": fresh,
+        "reads": reads,
+    }
+
+
+def _reads(stats: Any) -> tuple[int, int] | None:
+    """Return how many reads of a cache found something fresh, and how many there were."""
+    hits, misses = getattr(stats, "hits", None), getattr(stats, "misses", None)
+    if not isinstance(hits, int) or not isinstance(misses, int):
+        return None
+    fresh = getattr(stats, "fresh_hits", hits)
+    return fresh if isinstance(fresh, int) else hits, hits + misses
+
+
+def _summary(trace: Trace) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for found in trace.keys.values():
+        counts[found.obtained.value] = counts.get(found.obtained.value, 0) + 1
+    return {
+        "id": trace_id(trace),
+        "kind": trace.kind,
+        "snapshot_id": trace.snapshot_id,
+        "parent": trace.parent_snapshot_id,
+        "started_at": trace.started_at,
+        "seconds": trace.duration_seconds,
+        "keys": len(trace.keys) + trace.omitted_keys,
+        "requested": sum(found.requested for found in trace.keys.values()),
+        "calls": len(trace.calls),
+        "obtained": counts,
+        "failed": counts.get(Obtained.FAILED.value, 0),
+        "stale": sum(counts.get(each.value, 0) for each in _STANDS_IN),
+    }
+
+
+def told_values(
+    values: Iterable[SnapshotValue[Any]], names: Names, now: float, *, show_values: bool
+) -> list[dict[str, Any]]:
+    """Return the values of a cache to be shown at ``now``, in wall-clock seconds."""
+    told = []
+    for value in values:
+        shown: dict[str, Any] = {
+            "key": str(names.key(value.key)),
+            "source": value.source,
+            "observed_at": value.observed_at,
+            "age_seconds": max(0.0, now - value.observed_at),
+            "derived_from": len(value.dependency_versions),
+        }
+        if show_values:
+            shown["value"] = _shown(value.value)
+        told.append(shown)
+    return told
+
+
+def _shown(value: object) -> str:
+    try:
+        text = _SHORT.repr(value)
+    except Exception as error:
+        text = f"<{type(value).__name__}: its repr raised {type(error).__name__}>"
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 12
+
+
+# What rests on what, by kind of resource ----------------------------------------------------------
+
+
+class Graph:
+    """Which kinds of resources were seen to come from which sources, and to rest on which others.
+
+    It is learnt from entries of the memory cache and from traces: what has not been read for a
+    while, or is kept in a cache elsewhere and in no trace, is not in it.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, set[str]] = {}
+        self._edges: dict[tuple[str, str], None] = {}
+        self._omitted: set[str] = set()
+        self._seen: dict[int, Trace] = {}
+
+    def learn(self, look: Look) -> None:
+        """Take in what a look shows."""
+        for entry in look.entries or ():
+            rests_on = [kind_name(each) for each in entry.dependency_versions]
+            self._note(kind_name(entry.key), entry.source, rests_on)
+        seen, self._seen = self._seen, {id(each): each for each in look.traces}
+        for trace_key, trace in self._seen.items():
+            if trace_key in seen:
+                continue
+            for found in trace.keys.values():
+                rests_on = [kind_name(each.key) for each in found.rests_on]
+                self._note(kind_name(found.key), found.source, rests_on)
+
+    def _note(self, kind: str, source: str | None, rests_on: Iterable[str]) -> None:
+        sources = self._place(kind)
+        if sources is None:
+            return
+        if source is not None and len(sources) < _MOST_KINDS:
+            sources.add(source)
+        for other in set(rests_on) - {kind}:
+            if self._place(other) is not None and len(self._edges) < _MOST_EDGES:
+                self._edges[other, kind] = None
+
+    def _place(self, kind: str) -> set[str] | None:
+        if kind not in self._kinds and len(self._kinds) >= _MOST_KINDS:
+            if len(self._omitted) < 10 * _MOST_KINDS:
+                self._omitted.add(kind)
+            return None
+        return self._kinds.setdefault(kind, set())
+
+    def told(self, sources: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+        """Return kinds and edges; what rests on something comes after it in ``[from, to]``."""
+        return {
+            "kinds": [
+                {
+                    "name": kind,
+                    "sources": sorted(served),
+                    "derived": any(sources.get(each, ("", ""))[1] == "derived" for each in served),
+                }
+                for kind, served in sorted(self._kinds.items())
+            ],
+            "edges": sorted(map(list, self._edges)),
+            "omitted": len(self._omitted),
+        }
