@@ -403,12 +403,7 @@ def _ticks(whole: float) -> list[tuple[int, str, str]]:
     return [(0, "0", "start"), (50, half, "middle"), (100, all_of_it, "end")]
 
 
-def _cut(text: str, pixels: float) -> str:
-    """Return as much of ``text`` as surely fits into that many pixels, escaped."""
-    return _safe(_fitted(text, int(pixels / 7.4)))
-
-
-_LABEL, _TRACK, _TOOK, _NOTE = 290, 380, 90, 200
+_LABEL, _TRACK, _TOOK, _NOTE = 290, 370, 90, 210
 _WIDE = _LABEL + _TRACK + _TOOK + _NOTE
 _ROW = 24
 
@@ -445,7 +440,7 @@ def _svg(picture: Waterfall, chosen: Chosen) -> str:
         f"<title>{_safe(picture.title)}</title><desc>{_safe(' · '.join(picture.facts))}</desc>"
         f"<style>{style}</style>"
         f'<rect class="ground" width="100%" height="100%" rx="8"/>'
-        f'<text class="title" x="16" y="28">{_cut(picture.title, _WIDE * 0.8)}</text>'
+        f'<text class="title" x="16" y="28">{_safe(_fitted(picture.title, _WIDE // 10))}</text>'
         f"{''.join(parts)}</svg>"
     )
 
@@ -461,15 +456,22 @@ def _svg_grid(whole: float, top: int, high: int) -> str:
 
 def _svg_row(row: Row, whole: float, top: int) -> str:
     took = duration(row.end - row.start)
-    note = _cut(row.note, _NOTE - 10)
-    name = _cut(row.label, _LABEL - 30 - 7 * len(row.others))
+    name = _fitted(row.label, _LABEL // 8 - len(row.others)) + row.others
     return (
         f"<g><title>{_safe(f'{row.label}{row.others}: {took}. {row.note}')}</title>"
-        f'<text x="16" y="{top + 17}">{name}{row.others}</text>'
+        f"{_svg_text(16, top, _LABEL - 26, name)}"
         f'<svg x="{_LABEL}" y="{top + 2}" width="{_TRACK}" height="20">'
         f"{''.join(_marks(row, whole))}</svg>"
         f'<text x="{_LABEL + _TRACK + _TOOK - 14}" y="{top + 17}" text-anchor="end">{took}</text>'
-        f'<text class="{_tone(row)}" x="{_WIDE - _NOTE}" y="{top + 17}">{note}</text></g>'
+        f"{_svg_text(_WIDE - _NOTE, top, _NOTE, _fitted(row.note, _NOTE // 8), _tone(row))}</g>"
+    )
+
+
+def _svg_text(left: int, top: int, wide: int, text: str, tone: str = "") -> str:
+    """Return a line of text; whatever its letters, none is seen outside of its place."""
+    return (
+        f'<svg x="{left}" y="{top}" width="{wide}" height="{_ROW}">'
+        f'<text class="{tone}" y="17">{_safe(text)}</text></svg>'
     )
 
 
