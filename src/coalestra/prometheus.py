@@ -142,16 +142,20 @@ _AT_IT = threading.Lock()
 _PATIENCE_SECONDS = 1.0
 
 if hasattr(os, "register_at_fork"):
+    _held: list[bool] = []
+
+    def _hold() -> None:
+        _held.append(_AT_IT.acquire(timeout=_PATIENCE_SECONDS))
 
     def _let_go() -> None:
-        if _AT_IT.locked():
+        if _held.pop():
             _AT_IT.release()
 
-    os.register_at_fork(
-        before=lambda: _AT_IT.acquire(timeout=_PATIENCE_SECONDS),
-        after_in_parent=_let_go,
-        after_in_child=_let_go,
-    )
+    def _begin_anew() -> None:
+        if _held.pop() or _AT_IT.locked():  # by a thread that is not there in the child
+            _AT_IT.release()
+
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_begin_anew)
 
 
 def _in_several_processes() -> bool:
@@ -366,15 +370,14 @@ class PrometheusMetrics:
         elif not value >= 0:
             raise ValueError(f"value must not be negative, got {value!r} for {metric!r}")
         elif series is not None:
-            _report((series.inc, value))
+            _report((series.inc, float(value)))
         else:
             family = self._families.of(Counter, metric, labels)
-            _report((self._count, family, metric, tuple(labels.items()), value))
+            _report((self._count, family, metric, tuple(labels.items()), float(value)))
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         """Add one observation to the histogram with these labels."""
-        if metric.endswith("_ms"):
-            value /= 1000.0
+        value = value / 1000.0 if metric.endswith("_ms") else float(value)
         series = self._observations.get((metric, *labels, *labels.values()))
         if series is not None:
             _report((series.observe, value))
@@ -382,7 +385,7 @@ class PrometheusMetrics:
             family = self._families.of(Histogram, metric, labels)
             _report((self._observe, family, metric, tuple(labels.items()), value))
 
-    def _count(self, family: _Family, metric: str, pairs: Pairs, value: int) -> None:
+    def _count(self, family: _Family, metric: str, pairs: Pairs, value: float) -> None:
         self._remembered(self._counts, family, metric, dict(pairs)).inc(value)
 
     def _observe(self, family: _Family, metric: str, pairs: Pairs, value: float) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from coalestra.prometheus import LATENCY_BUCKETS, PrometheusMetrics
 from tests.docs.pages import ROOT
 from tests.orchestration.scripted import Batch, Single, builder, key
 from tests.prometheus.scrape import figure, metrics, series
-from tests.support import Gate, settle
+from tests.support import Gate, ThreadGate, settle
 
 X = key("x", "SECRET")
 KIND = {"resource_namespace": "test", "resource_name": "x"}
@@ -245,6 +246,28 @@ def test_what_makes_no_sense_is_refused_where_it_is_reported(
     assert metrics(registry).keys() == before
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        lambda sink: sink.increment("snapshot_build_total", "1", status="success"),
+        lambda sink: sink.increment("snapshot_build_total", status=["success"]),
+        lambda sink: sink.observe("source_batch_size", None, source="a"),
+        lambda sink: sink.observe("source_fetch_latency_ms", "1", source="a"),
+    ],
+)
+def test_what_is_no_number_or_text_spoils_no_other_report(
+    registry: CollectorRegistry, report: Any
+) -> None:
+    sink: Any = PrometheusMetrics(registry=registry)
+    for _ in range(2):
+        sink.increment("snapshot_build_total", Decimal(2), status="success")
+        with pytest.raises(TypeError):
+            report(sink)
+        sink.observe("source_batch_size", Decimal(1), source="a")
+    assert figure(registry, "coalestra_snapshot_build_total", status="success") == 4
+    assert figure(registry, "coalestra_source_batch_size_count") == 2
+
+
 # Several sinks ------------------------------------------------------------------------------------
 
 
@@ -397,6 +420,38 @@ def test_a_child_that_was_forked_in_the_middle_of_settling_reports_and_scrapes(
         finally:
             over.set()
         reporting.result()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_fork_waits_a_moment_for_who_settles_and_takes_nothing_from_him(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = PrometheusMetrics(registry=registry)
+    metrics(registry)
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.01)
+    gate = ThreadGate()
+    plain = Counter.inc
+
+    def inc(counter: Counter, amount: float = 1, exemplar: Any = None) -> None:
+        gate.pass_()
+        plain(counter, amount, exemplar)
+
+    monkeypatch.setattr(Counter, "inc", inc)
+    sink.increment("snapshot_build_total", status="success")
+    with ThreadPoolExecutor(1) as pool:
+        settling = pool.submit(module._settle_all)
+        gate.wait_arrived()
+        child = os.fork()
+        if not child:
+            monkeypatch.setattr(Counter, "inc", plain)
+            sink.increment("snapshot_build_total", status="error")
+            shown = figure(registry, "coalestra_snapshot_build_total", status="error")
+            os._exit(0 if shown == 1 else 1)
+        gate.open()
+        settling.result()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert figure(registry, "coalestra_snapshot_build_total", status="success") == 1
 
 
 async def test_a_sink_that_cannot_take_a_report_fails_no_build(registry: CollectorRegistry) -> None:
