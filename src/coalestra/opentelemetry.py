@@ -207,7 +207,10 @@ class OpenTelemetryTracer:
             group, call, attributes = None, None, {}
         join = joins.get(group)
         if join is None:
-            join = joins[group] = _Join(call, _attributes(attributes.items()), start)
+            told = _attributes(attributes.items())
+            if "snapshot_id" in attributes:
+                told["coalestra.flight.snapshot_id"] = told.pop("coalestra.snapshot.id")
+            join = joins[group] = _Join(call, told, start)
         join.start, join.end = min(join.start, start), end
         join.keys += 1
 
@@ -433,9 +436,20 @@ class _Instruments:
                 yield metrics.Observation(value, _attributes({"builder": name, **labels}.items()))
 
 
-_shared: Final[weakref.WeakKeyDictionary[metrics.MeterProvider, _Instruments]] = (
-    weakref.WeakKeyDictionary()
-)
+_shared: Final[weakref.WeakKeyDictionary[object, _Instruments]] = weakref.WeakKeyDictionary()
+
+
+def _instruments_on(provider: metrics.MeterProvider | None) -> _Instruments:
+    """Return the instruments on a provider; the global one may be replaced by that of an SDK."""
+    current = metrics.get_meter_provider()
+    key: object = provider
+    if provider is None or provider is current:
+        key, provider = metrics.get_meter_provider, current  # for whichever it is by then
+    mine = _Instruments()
+    kept = _shared.setdefault(key, _shared.get(provider, mine))
+    if kept is mine:
+        mine.create(provider.get_meter(_SCOPE, __version__))
+    return kept
 
 
 class OpenTelemetryMetrics:
@@ -462,14 +476,11 @@ class OpenTelemetryMetrics:
     def __init__(
         self, meter_provider: metrics.MeterProvider | None = None, *, builder: str = "default"
     ) -> None:
-        provider = metrics.get_meter_provider() if meter_provider is None else meter_provider
-        require_methods("meter_provider", provider, "get_meter")
+        if meter_provider is not None:
+            require_methods("meter_provider", meter_provider, "get_meter")
         self.builder: str = text("builder", builder)
         self._counts: dict[Any, Cell[int]] = {}
-        mine = _Instruments()
-        self._instruments = _shared.setdefault(provider, mine)
-        if self._instruments is mine:
-            mine.create(provider.get_meter(_SCOPE, __version__))
+        self._instruments = _instruments_on(meter_provider)
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Count ``value`` more of something that the library counts."""

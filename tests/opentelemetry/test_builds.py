@@ -240,7 +240,7 @@ async def test_readers_who_joined_are_linked_to_the_call_that_served_them(spans:
     join = spans.one("join flight")
     assert [link.context for link in join.links] == [spans.one("fetch_many b").context]
     assert attributes(join) == {
-        "coalestra.snapshot.id": "first",
+        "coalestra.flight.snapshot_id": "first",
         "coalestra.resource.namespace": "test",
         "coalestra.resource.name": "b",
         "coalestra.keys.requested": 50,

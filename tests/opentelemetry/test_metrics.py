@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -21,6 +24,8 @@ from coalestra import (
     SyncSnapshotBuilder,
 )
 from coalestra.opentelemetry import OpenTelemetryMetrics
+from tests.architecture.source_tree import PACKAGE
+from tests.docs.pages import ROOT
 from tests.observability.test_report_tables import COUNTERS, OBSERVATIONS
 from tests.opentelemetry.memory import Meters, Spans, attributes
 from tests.orchestration.scripted import Batch, Single, builder, key
@@ -83,6 +88,43 @@ def test_two_providers_have_nothing_in_common(meters: Meters) -> None:
     OpenTelemetryMetrics(meters.provider)
 
     assert meters.values("coalestra.snapshot.builds") == {}
+
+
+GLOBAL = """
+from opentelemetry import metrics
+from coalestra.opentelemetry import OpenTelemetryMetrics
+from tests.opentelemetry.memory import Meters
+
+meters, sinks = Meters(), []
+for step in {steps}:
+    if step == "sink":
+        sinks.append(OpenTelemetryMetrics())
+    elif step == "named":
+        sinks.append(OpenTelemetryMetrics(meters.provider))
+    else:
+        metrics.set_meter_provider(meters.provider)
+for sink in sinks:
+    sink.increment("snapshot_build_total", status="success")
+    sink.observe("source_fetch_latency_ms", 1.0, source="a")
+assert meters.values("coalestra.snapshot.builds") == {{("default", "success"): len(sinks)}}
+((count, _),) = meters.values("coalestra.source.fetch.duration").values()
+assert count == len(sinks)
+"""
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [["sink", "set", "sink", "named"], ["named", "set", "sink"], ["set", "sink", "named"]],
+    ids=" ".join,
+)
+def test_the_global_provider_may_be_set_up_before_or_after(steps: list[str]) -> None:
+    program = GLOBAL.format(steps=steps)
+    path = os.pathsep.join([str(ROOT), str(PACKAGE.parent)])
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+    )
 
 
 def test_a_reader_of_differences_gets_what_came_since_it_last_read() -> None:

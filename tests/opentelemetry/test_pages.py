@@ -12,6 +12,7 @@ from opentelemetry.sdk.metrics.export import Gauge
 
 from coalestra import SyncSnapshotBuilder
 from coalestra.opentelemetry import OpenTelemetryMetrics, OpenTelemetryTracer
+from tests.architecture.source_tree import PACKAGE
 from tests.docs.pages import ROOT
 from tests.observability.test_report_tables import COUNTERS, OBSERVATIONS
 from tests.opentelemetry.memory import Meters, Spans, attributes
@@ -98,7 +99,7 @@ def test_without_the_api_the_import_says_what_to_install() -> None:
     program = "import sys; sys.modules['opentelemetry'] = None; import coalestra.opentelemetry"
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=ROOT / "src",
+        cwd=PACKAGE.parent,
         capture_output=True,
         text=True,
         check=False,

@@ -163,7 +163,7 @@ def test_keys_that_waited_for_one_call_are_one_span_linked_to_it(
     first, second, third = spans.named("join flight")
     assert [link.context for link in first.links] == [spans.one("fetch_many rates").context]
     assert attributes(first)["coalestra.keys.requested"] == 3
-    assert attributes(first)["coalestra.snapshot.id"] == "s0"
+    assert attributes(first)["coalestra.flight.snapshot_id"] == "s0"
     assert attributes(first)["coalestra.resource.name"] == "price"
     assert attributes(first)["coalestra.flight.wait_time"] == pytest.approx(3.0, abs=0.5)
     assert first.start_time is not None
