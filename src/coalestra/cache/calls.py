@@ -191,23 +191,6 @@ class CacheCalls:
         counts: calls, failures and timeouts among them, and calls refused as it is left alone.
     """
 
-    __slots__ = (
-        "_limit",
-        "_offers_many",
-        "_offers_one",
-        "_reading",
-        "_seconds",
-        "_tells_policies",
-        "_told",
-        "_writing",
-        "cache",
-        "carries_many",
-        "counts",
-        "is_atomic",
-        "validates_dependencies",
-        "validates_order",
-    )
-
     def __init__(
         self, cache: Any, limit: int, told: Callable[[str, Exception], None] | None
     ) -> None:

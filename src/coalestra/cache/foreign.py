@@ -252,18 +252,6 @@ class ForeignCache:
         leasing: the cache, if it gives leases; then only who holds one stores what he has fetched.
     """
 
-    __slots__ = (
-        "_channel",
-        "_giving_back",
-        "_tasks",
-        "calls",
-        "copies",
-        "copying",
-        "leasing",
-        "subscribers",
-        "tolerance",
-    )
-
     def __init__(
         self,
         cache: AsyncCache,

@@ -308,22 +308,6 @@ class EntryStore:
             of its users lets in.
     """
 
-    __slots__ = (
-        "_currency",
-        "_entries",
-        "_evictions",
-        "_expirations",
-        "_fresh_hits",
-        "_invalidations",
-        "_misses",
-        "_recency",
-        "_sets",
-        "_stale_hits",
-        "listeners",
-        "max_entries",
-        "tolerance",
-    )
-
     def __init__(self, max_entries: int | None = None) -> None:
         self.max_entries: int | None = max_entries
         self.listeners: Listeners = Listeners()

@@ -144,16 +144,6 @@ class WorkerThreads:
         TypeError, ValueError: if `idle_seconds` is not a finite number of at least 0.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_closed",
-        "_idle",
-        "_let_go",
-        "_running",
-        "idle_seconds",
-        "wait_seconds",
-    )
-
     def __init__(self, *, idle_seconds: float = 10.0) -> None:
         self.idle_seconds: float = number("idle_seconds", idle_seconds, minimum=0)
         self.wait_seconds: float = min(self.idle_seconds, LONGEST_WAIT_SECONDS)
