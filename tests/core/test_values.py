@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import pickle
+from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -29,6 +30,7 @@ from coalestra.core.values import (
     Revision,
     SnapshotValue,
     SourcePayload,
+    new_id,
     next_version,
 )
 
@@ -260,17 +262,21 @@ class TestVersions:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_a_forked_child_issues_none_that_its_parent_does(self) -> None:
+    @pytest.mark.parametrize("issue", [next_version, new_id])
+    def test_a_forked_child_issues_none_that_its_parent_does(
+        self, issue: Callable[[], str]
+    ) -> None:
+        issue()
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(write, " ".join(next_version() for _ in range(50)).encode())
+            os.write(write, " ".join(issue() for _ in range(50)).encode())
             os._exit(0)
         os.waitpid(child, 0)
         os.close(write)
         with os.fdopen(read) as issued:
             theirs = set(issued.read().split())
-        ours = {next_version() for _ in range(50)}
+        ours = {issue() for _ in range(50)}
         assert len(theirs) == 50
         assert not theirs & ours
         assert {version.split("-")[0] for version in theirs} != {

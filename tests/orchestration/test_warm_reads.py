@@ -44,6 +44,27 @@ async def test_an_entry_that_is_due_for_a_refresh_ahead_gets_one() -> None:
     assert len(source.calls) == 2
 
 
+@pytest.mark.parametrize("count", [1, 3, 40])
+async def test_a_few_keys_are_told_of_as_any_others(count: int) -> None:
+    clock = ManualClock()
+    building = builder(Batch("x"), clock=clock, default_policy=FreshnessPolicy(10, 20))
+    await building.build(MANY[:count])
+    clock.advance(5)
+    short, general = (
+        await building.build(MANY[:count]),
+        await building.build(MANY[:count], metadata={"for": "nobody"}),
+    )
+    assert short.resources == general.resources
+    assert (list(short), short.errors) == (MANY[:count], {})
+    assert short.created_at == general.created_at == clock.now()
+    assert short.diagnostics == general.diagnostics
+    assert len({short.snapshot_id, general.snapshot_id}) == 2
+    assert len(short.snapshot_id) == len(general.snapshot_id) == 32
+    await building.aclose()
+    with pytest.raises(RuntimeError):
+        await building.build(MANY[:count])
+
+
 async def test_each_key_is_judged_by_its_own_policy() -> None:
     clock, source = ManualClock(), Batch("all", "x", "brief")
     resolver = PolicyResolver(FreshnessPolicy(100, 100), {key("brief"): FreshnessPolicy(1, 1)})

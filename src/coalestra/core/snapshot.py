@@ -107,8 +107,7 @@ class DiagnosticsRecorder:
 for _each in fields(SnapshotDiagnostics)[:-2]:
     setattr(DiagnosticsRecorder, _each.name, _each.default)
 
-NOTHING_COUNTED: Mapping[str, Any] = FrozenDict(DiagnosticsRecorder().counted())
-"""What there is to say of a snapshot that nobody has counted anything for."""
+_NOTHING_COUNTED: Mapping[str, Any] = FrozenDict(DiagnosticsRecorder().counted())
 
 
 # What a source is told about the work it is asked for --------------------------------------------
@@ -341,7 +340,7 @@ def _diagnosed(
     skew = max(observed) - min(observed) if observed else 0.0
     stale = [value.stale for value in values.values()].count(True)
     facts = {"stale_values": stale, "observation_skew_ms": skew * 1000}
-    return filled(SnapshotDiagnostics, {**counted, **facts})
+    return filled(SnapshotDiagnostics, {**_NOTHING_COUNTED, **counted, **facts})
 
 
 def snapshot_of(
@@ -362,7 +361,7 @@ def snapshot_of(
         "created_at": created_at,
         "resources": resources,
         "errors": errors,
-        "_counted": counted or NOTHING_COUNTED,
+        "_counted": counted,
     }
     if trace is not None:
         facts["_trace"] = trace

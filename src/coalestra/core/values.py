@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 from binascii import b2a_base64
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import count
@@ -30,6 +31,7 @@ __all__ = ["RefreshState", "ResourceUpdate", "SnapshotValue", "SourcePayload"]
 T = TypeVar("T")
 
 _process = ""
+_ids: deque[str] = deque()
 next_number: Callable[[], int] = count(1).__next__
 """Returns the next number of this process: what asks earlier has the smaller one."""
 
@@ -38,11 +40,22 @@ def _enter_process() -> None:
     # Eight characters: with these, ten million versions take no more than 64 bytes each.
     global _process  # noqa: PLW0603 - read for every revision there is
     _process = b2a_base64(os.urandom(6), newline=False).decode()
+    _ids.clear()
 
 
 _enter_process()
 if hasattr(os, "register_at_fork"):  # a forked child counts on from the same number
     os.register_at_fork(after_in_child=_enter_process)
+
+
+def new_id() -> str:
+    """Return 32 hexadecimal digits that are no other snapshot's, in this process or any other."""
+    try:
+        return _ids.pop()
+    except IndexError:  # randomness is cheaper by the kilobyte
+        digits = os.urandom(1024).hex()
+        _ids.extend(digits[start : start + 32] for start in range(32, len(digits), 32))
+        return digits[:32]
 
 
 def version_of(number: int) -> str:

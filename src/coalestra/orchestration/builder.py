@@ -521,6 +521,11 @@ class SnapshotBuilder(BuilderSettings):
         wanted = distinct(keys)
         if not wanted:
             raise ValueError("keys must name at least one resource, got none")
+        if deadline_seconds is None and metadata is None and snapshot_id is None and trace is None:
+            self._engine.require_open()
+            warm = self._engine.warm_reads.snapshot(wanted)
+            if warm is not None:
+                return warm
         unit = open_unit(
             self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from coalestra.core.errors import folded_message, message_of, type_name
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
-from coalestra.core.values import Revision
+from coalestra.core.values import Revision, new_id
 from coalestra.orchestration.flights import Gather, Work, current_call
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
@@ -121,7 +120,7 @@ class Refresher:
                 "refresh_reason": reason,
                 "parent_snapshot_id": group[0].parent.context.snapshot_id,
             },
-            snapshot_id=os.urandom(16).hex(),
+            snapshot_id=new_id(),
         )
         parent = group[0].parent.trace
         trace = self._parts.tracing.begin("refresh", context, None, parent)

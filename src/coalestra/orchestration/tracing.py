@@ -65,6 +65,7 @@ class Tracing:
     def __init__(self, rate: float, tracer: Tracer | None) -> None:
         self.rate: float = rate
         self.tracer: Tracer | None = tracer
+        self.off: bool = not rate and tracer is None  # unless a caller says otherwise
         self.failures: int = 0
         self._recent: OrderedDict[WorkTrace, Recorded] = OrderedDict()
 

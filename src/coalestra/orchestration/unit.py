@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +13,7 @@ from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import Snapshot, context_of, snapshot_of
 from coalestra.core.validation import flag, instance, number, text
-from coalestra.core.values import SnapshotValue
+from coalestra.core.values import SnapshotValue, new_id
 from coalestra.orchestration.flights import Gather, Work
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
 from coalestra.orchestration.singleflight import Engine
@@ -263,7 +262,7 @@ def open_unit(
         None if deadline_seconds is None else now + deadline_seconds,
         None if deadline is None else deadline.monotonic_at,
         FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY,
-        os.urandom(16).hex() if snapshot_id is None else snapshot_id,
+        new_id() if snapshot_id is None else snapshot_id,
     )
     kind = "session" if lasting else "build"
     noted = engine.parts.tracing.begin(kind, context, trace)
