@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from coalestra.core.errors import (
     CoalestraError,
     DependencyCycleError,
     PayloadIsolationError,
+    ResourceAbsentError,
     ResourceResolutionError,
     SnapshotDeadlineExceededError,
     SourceFailure,
@@ -25,7 +27,7 @@ from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext, Snapshot, SnapshotDiagnostics, snapshot_of
 from coalestra.core.trace import KeyTrace, Obtained, Trace
-from coalestra.core.values import SnapshotValue
+from coalestra.core.values import Revision, SnapshotValue, dependencies_on
 
 A, B, C = (ResourceKey("n", name) for name in "abc")
 
@@ -270,7 +272,11 @@ def test_a_trace_goes_with_copies_and_pickles_of_its_snapshot() -> None:
 
 
 def test_a_traced_snapshot_explains_its_keys_by_the_trace() -> None:
-    assert with_trace(A_TRACE).explain(A) == A_TRACE.explain(A)
+    traced = with_trace(A_TRACE)
+    age = "It was observed 0 ms before it was delivered."
+    assert traced.explain(A) == f"{A_TRACE.explain(A)} {age}"
+    needed = replace(A_TRACE, keys={C: KeyTrace(C, Obtained.FAILED, 0.0, 0.001)})
+    assert with_trace(needed).explain(C) == needed.explain(C)
 
 
 def test_a_key_that_the_trace_had_no_room_for_is_explained_by_its_value() -> None:
@@ -294,16 +300,15 @@ def told(**facts: Any) -> str:
 
 def test_without_a_trace_a_value_tells_what_it_knows_itself() -> None:
     assert told() == (
-        "n:a was acquired (from 'rest', version v1). It was observed 2.00 s before it was "
-        "delivered. Its source took 1 attempt and 12.0 ms."
+        "n:a was acquired (from 'rest', version v1). Its source took 1 attempt and 12.0 ms. It was "
+        "observed 2.00 s before it was delivered."
     )
     assert told(from_cache=True, stale=True, attempts=3) == (
-        "n:a was in the cache (from 'rest', version v1). It was observed 2.00 s before it was "
-        "delivered, which is longer than its time to live: it is stale. Its source took 3 attempts "
-        "and 12.0 ms."
+        "n:a was in the cache (from 'rest', version v1). Its source took 3 attempts and 12.0 ms. "
+        "It was observed 2.00 s before it was delivered and is stale, as that is too long."
     )
-    assert told(attempts=0).endswith("It was published.")
-    assert told(dependency_versions={B: "v2", C: "v3"}).endswith("It rests on 2 values: n:b, n:c.")
+    assert "It was published." in told(attempts=0)
+    assert "It rests on 2 values: n:b, n:c." in told(dependency_versions={B: "v2", C: "v3"})
     for fact, sentence in (
         (
             {"fallback_error_type": "TimeoutError", "fallback_error": "late\n"},
@@ -311,8 +316,34 @@ def test_without_a_trace_a_value_tells_what_it_knows_itself() -> None:
         ),
         ({"coalesced_request": True}, "It was being acquired for another unit of work already."),
         ({"refresh_scheduled": True}, "It set off a refresh in the background."),
+        ({"refresh_scheduled": False}, "A refresh of it was under way already."),
+        (
+            {"refresh_scheduled": True, "refresh_error_type": "OSError", "refresh_error": "gone"},
+            "The last refresh of it has failed: OSError: gone.",
+        ),
     ):
-        assert told(metadata=fact).endswith(sentence)
+        assert sentence in told(metadata=fact)
+
+
+def derived(until: float, *, inherits: bool) -> str:
+    """What is said of a value, 2 s old, that rests on one of 9 s which is fresh until then."""
+    facts: dict[str, Any] = {"observed_at": 91.0, "fetched_at": 91.0, "version": "v"}
+    below = Revision(B, 1, None, "rest", **facts)
+    rests = dependencies_on([(below, until)], inherits=inherits)
+    times = {"observed_at": 91.0} if inherits else {}
+    age = 9.0 if inherits else 2.0
+    stale = inherits and until < 100.0
+    given = {"observed_at": 98.0, "fetched_at": 98.0, "age_seconds": age, "stale": stale, **times}
+    return told(dependency_versions=rests, **given)
+
+
+def test_a_derived_value_tells_what_is_old_or_stale_below_it() -> None:
+    assert derived(200.0, inherits=False).endswith(
+        "It was observed 2.00 s before it was delivered. The oldest of what it rests on is n:b."
+    )
+    assert "n:b, which it rests on, is stale." in derived(95.0, inherits=False)
+    assert "delivered and is stale, as n:b below it is." in derived(95.0, inherits=True)
+    assert "stale" not in derived(200.0, inherits=True)
 
 
 def test_without_a_trace_an_error_tells_what_it_knows_itself() -> None:
@@ -324,6 +355,11 @@ def test_without_a_trace_an_error_tells_what_it_knows_itself() -> None:
     assert failed.explain(C) == (
         "n:c has no value, as no source had one. 'a' failed in 2 attempts: OSError: no route. 'b' "
         "was not called: Gone: x. Built with trace=True, it tells more."
+    )
+    absence = (SourceFailure("a", "ResourceAbsent", "delisted"),)
+    absent = Snapshot("id", 9.0, {}, {C: ResourceAbsentError(C, absence)})
+    assert absent.explain(C).startswith(
+        "n:c has no value, as it does not exist. 'a' said that there is none: ResourceAbsent: del"
     )
     nobody = Snapshot("id", 9.0, {}, {C: ResourceResolutionError(C, ())})
     assert "n:c has no value: ResourceResolutionError: cannot resolve n:c: no" in nobody.explain(C)

@@ -10,7 +10,7 @@ from coalestra.core.errors import described_error
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
-from coalestra.core.trace import Trace, told_error, told_value
+from coalestra.core.trace import Trace, told_error, told_state, told_value
 from coalestra.core.validation import a_kind_of, concealed, flag, mapping, number, text
 from coalestra.core.values import SnapshotValue
 
@@ -303,19 +303,15 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         Raises:
             KeyError: if it was not asked for.
         """
-        trace = self.trace
+        trace, value = self.trace, self.resources.get(key)
         if trace is not None and key in trace.keys:
-            return trace.explain(key)
-        if key in self.resources:
-            told = told_value(self.resources[key])
-        elif key in self.errors:
-            told = told_error(key, self.errors[key])
-        else:
+            told = trace.explain(key)
+            return told if value is None else f"{told} {told_state(value)}"
+        if value is None and key not in self.errors:
             raise KeyError(f"{key.display} was not asked for")
-        more = (
-            "The trace had no room for more." if trace else "Built with trace=True, it tells more."
-        )
-        return f"{told} {more}"
+        told = told_error(key, self.errors[key]) if value is None else told_value(value)
+        more = "Built with trace=True, it tells more."
+        return f"{told} {'The trace had no room for more.' if trace else more}"
 
     if not TYPE_CHECKING:
 

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 from coalestra.core.errors import (
+    ResourceAbsent,
     ResourceAbsentError,
     ResourceResolutionError,
     folded_message,
@@ -385,12 +386,13 @@ _ENDINGS = {
     "under_way": "was still under way after",
 }
 
+_SAID_NONE = "said that there is none"
 _REFUSALS = {
     "failure": "{} brought nothing",
     "stale": "what {} brought was stale already",
     "circuit_open": "the circuit of {} was open, so it was not asked",
     "invalid_timestamp": "{} dated its value in the future",
-    "absent": "{} said that there is none",
+    "absent": f"{{}} {_SAID_NONE}",
 }
 
 _WAITS = {
@@ -399,6 +401,8 @@ _WAITS = {
     WaitReason.PUBLICATION: "for the end of a publication of it",
     WaitReason.STORE: "to be stored in the cache",
 }
+
+_NO_SOURCE, _EXISTS_NOT = "no source had one", "it does not exist"
 
 _LISTED = 5
 """How many inputs, attempts or steps a sentence names before it counts the rest."""
@@ -449,9 +453,7 @@ def _told(trace: Trace, found: KeyTrace) -> list[str]:
     if found.rests_on:
         sentences += _told_foundations(trace, found)
     if found.refresh is not None:
-        under_way = "A refresh of it was under way already."
-        scheduled = "It set off a refresh in the background."
-        sentences.append(under_way if found.refresh == "under_way" else scheduled)
+        sentences.append(_told_refresh(began=found.refresh == "scheduled"))
     return sentences
 
 
@@ -481,9 +483,9 @@ def _told_outcome(trace: Trace, found: KeyTrace) -> str:
 
 def _told_error(found: KeyTrace) -> str:
     if found.refusals and found.error_type == ResourceResolutionError.__name__:
-        return "no source had one"  # why is told of each
+        return _NO_SOURCE  # why is told of each
     if found.refusals and _absent(found):
-        return "it does not exist"
+        return _EXISTS_NOT
     return _why(found.error_type, found.error)
 
 
@@ -612,31 +614,49 @@ def critical_path(trace: Trace, key: ResourceKey) -> list[ResourceKey]:
 def told_value(value: SnapshotValue[Any]) -> str:
     """Return in sentences what a value itself tells of how it was come by."""
     where = "was in the cache" if value.from_cache else "was acquired"
-    lead = f"{value.key.display} {where} (from {_named(value.source)}, version {value.version})."
-    sentences = [lead]
-    age = f"It was observed {duration(value.age_seconds)} before it was delivered"
-    stale = ", which is longer than its time to live: it is stale" if value.stale else ""
-    sentences.append(f"{age}{stale}.")
+    origin = f"from {_named(value.source)}, version {readable(value.version)}"
+    sentences = [f"{value.key.display} {where} ({origin}).", "It was published."]
     if value.attempts:
         calls, took = many(value.attempts, "attempt"), duration(value.latency_ms / 1000)
-        sentences.append(f"Its source took {calls} and {took}.")
-    else:
-        sentences.append("It was published.")
+        sentences[1] = f"Its source took {calls} and {took}."
     facts = value.metadata
     if "fallback_error" in facts:
         why = _why(str(facts.get("fallback_error_type")), str(facts["fallback_error"]))
         sentences.append(_sentence("It stands in for what failed", why))
     if facts.get("coalesced_request"):
         sentences.append("It was being acquired for another unit of work already.")
-    if facts.get("refresh_scheduled"):
-        sentences.append("It set off a refresh in the background.")
-    if value.refresh is RefreshState.FAILING:
-        why = _why(str(facts["refresh_error_type"]), str(facts.get("refresh_error")))
-        sentences.append(_sentence("The last refresh of it has failed", why))
+    if value.refresh is not RefreshState.NONE:
+        sentences.append(_told_refresh(began=bool(facts["refresh_scheduled"])))
     if value.dependency_versions:
         below = [key.display for key in value.dependency_versions]
         sentences.append(_sentence(f"It rests on {many(len(below), 'value')}", _listed(below)))
+    return " ".join([*sentences, told_state(value)])
+
+
+def told_state(value: SnapshotValue[Any]) -> str:
+    """Return in sentences how old a value was when it was delivered, and what is stale of it."""
+    age = f"It was observed {duration(value.age_seconds)} before it was delivered"
+    culprit = value.stale_key
+    if value.stale:
+        inherited = culprit is not None and value.inherits_freshness
+        because = f"{culprit.display} below it is" if culprit and inherited else "that is too long"
+        age += f" and is stale, as {because}"
+    sentences = [_ended(age)]
+    if culprit is not None and not value.stale:
+        sentences.append(f"{culprit.display}, which it rests on, is stale.")
+    if value.oldest_key != value.key:
+        sentences.append(f"The oldest of what it rests on is {value.oldest_key.display}.")
+    if value.refresh is RefreshState.FAILING:
+        facts = value.metadata
+        why = _why(str(facts["refresh_error_type"]), str(facts.get("refresh_error")))
+        sentences.append(_sentence("The last refresh of it has failed", why))
     return " ".join(sentences)
+
+
+def _told_refresh(*, began: bool) -> str:
+    if began:
+        return "It set off a refresh in the background."
+    return "A refresh of it was under way already."
 
 
 def told_error(key: ResourceKey, error: BaseException) -> str:
@@ -644,11 +664,14 @@ def told_error(key: ResourceKey, error: BaseException) -> str:
     failures = error.failures if isinstance(error, ResourceResolutionError) else ()
     if not failures:
         return _ended(f"{key.display} has no value", _why(type_name(error), message_of(error)))
-    tried = []
+    absent = isinstance(error, ResourceAbsentError)
+    sentences = [f"{key.display} has no value, as {_EXISTS_NOT if absent else _NO_SOURCE}."]
     for each in failures:
         how = f"failed in {many(each.attempts, 'attempt')}" if each.attempts else "was not called"
-        tried.append(_ended(f"{_named(each.source)} {how}", _why(each.error_type, each.message)))
-    return " ".join([f"{key.display} has no value, as no source had one.", *tried])
+        how = _SAID_NONE if each.error_type == ResourceAbsent.__name__ else how
+        why = _why(each.error_type, each.message)
+        sentences.append(_ended(f"{_named(each.source)} {how}", why))
+    return " ".join(sentences)
 
 
 # As a picture ------------------------------------------------------------------------------------
