@@ -176,13 +176,20 @@ async def converse(world: World) -> None:
             pinned = versions
             await world.pause()
         if pinned and world.chance.random() < 0.5:
-            await revalidate(world, session, world.chance.choice(list(pinned)), asked)
+            await revalidate(world, session, world.chance.choice(list(pinned)), asked, floor)
 
 
 async def revalidate(
-    world: World, session: Any, k: ResourceKey, asked: Iterable[ResourceKey]
+    world: World,
+    session: Any,
+    k: ResourceKey,
+    asked: Iterable[ResourceKey],
+    floor: Mapping[ResourceKey, int],
 ) -> None:
-    """Replace one value and what was derived from it; the named base is as new as can be."""
+    """Replace one value and what was derived from it; the named base is as new as can be.
+
+    What failed before is not tried again.
+    """
     now = world.floor.get(k, 0)
     forced = world.chance.random() < 0.5
     if forced:
@@ -192,7 +199,7 @@ async def revalidate(
     except SnapshotBuildError:
         assert not world.calm or world.brief or world.vanishes
     else:
-        check(world, asked, snapshot, {k: now} if k in world.truth else {})
+        check(world, asked, snapshot, {k: now} if k in world.truth else {}, floor)
 
 
 async def change_both(world: World) -> None:
@@ -214,13 +221,18 @@ def check(
     asked: Iterable[ResourceKey],
     snapshot: Snapshot,
     floor: Mapping[ResourceKey, int],
+    failed_since: Mapping[ResourceKey, int] | None = None,
 ) -> None:
-    """Hold a snapshot against the laws, given what was known for sure before it was asked for."""
+    """Hold a snapshot against the laws, given what was known for sure before it was asked for.
+
+    `failed_since` is the same for what failed, where that was asked for earlier.
+    """
     assert list(snapshot) == [k for k in asked if k in snapshot], "in the order asked for"
     for k, error in snapshot.errors.items():
         assert "Cycle" not in repr(error)
         if isinstance(error, ResourceAbsentError):
-            assert world.may_be_absent(k, floor), f"{k} is said not to exist"
+            since = floor if failed_since is None else failed_since
+            assert world.may_be_absent(k, since), f"{k} is said not to exist"
             continue
         if world.vanishes and "ResourceAbsent" in str(error):
             continue  # one of its sources has denied it, another had nothing fresh
