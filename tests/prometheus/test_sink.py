@@ -25,6 +25,7 @@ from tests.docs.pages import ROOT
 from tests.orchestration.scripted import Batch, Single, builder, key
 from tests.prometheus.scrape import figure, metrics, series
 from tests.support import Gate, ThreadGate, settle
+from tests.sync.steps import in_a_fork
 
 X = key("x", "SECRET")
 KIND = {"resource_namespace": "test", "resource_name": "x"}
@@ -395,8 +396,13 @@ def test_a_report_in_the_middle_of_another_waits_for_nobody(
     assert figure(registry, "coalestra_snapshot_build_total", status="success") == 6001
 
 
+def told_of_an_error(sink: PrometheusMetrics, registry: CollectorRegistry) -> None:
+    """Report an error and say how many a scrape shows."""
+    sink.increment("snapshot_build_total", status="error")
+    raise RuntimeError(figure(registry, "coalestra_snapshot_build_total", status="error"))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_child_that_was_forked_in_the_middle_of_settling_reports_and_scrapes(
     registry: CollectorRegistry,
 ) -> None:
@@ -411,19 +417,13 @@ def test_a_child_that_was_forked_in_the_middle_of_settling_reports_and_scrapes(
         reporting = pool.submit(report)
         try:
             for _ in range(10):
-                child = os.fork()
-                if not child:
-                    sink.increment("snapshot_build_total", status="error")
-                    shown = figure(registry, "coalestra_snapshot_build_total", status="error")
-                    os._exit(0 if shown == 1 else 1)
-                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                assert in_a_fork(lambda: told_of_an_error(sink, registry)) == "1.0"
         finally:
             over.set()
         reporting.result()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_fork_waits_a_moment_for_who_settles_and_takes_nothing_from_him(
     registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,15 +442,15 @@ def test_a_fork_waits_a_moment_for_who_settles_and_takes_nothing_from_him(
     with ThreadPoolExecutor(1) as pool:
         settling = pool.submit(module._settle_all)
         gate.wait_arrived()
-        child = os.fork()
-        if not child:
+
+        def child() -> None:
             monkeypatch.setattr(Counter, "inc", plain)
-            sink.increment("snapshot_build_total", status="error")
-            shown = figure(registry, "coalestra_snapshot_build_total", status="error")
-            os._exit(0 if shown == 1 else 1)
+            told_of_an_error(sink, registry)
+
+        said = in_a_fork(child)
         gate.open()
         settling.result()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert said == "1.0"
     assert figure(registry, "coalestra_snapshot_build_total", status="success") == 1
 
 
