@@ -557,6 +557,25 @@ _FACTS = (
         "livemax",
     ),
     _Fact(
+        "source_consecutive_deadline_cuts",
+        "Calls to a source in a row that readers' deadlines made useless",
+        _each("sources", "deadline_cuts_in_a_row"),
+        _SOURCE,
+        "livemax",
+    ),
+    _Fact(
+        "source_attempts_total",
+        "Calls to a source that are over, retries included",
+        _each("sources", "attempt_count"),
+        _SOURCE,
+    ),
+    _Fact(
+        "source_failed_attempts_total",
+        "Calls to a source that failed, retries included",
+        _each("sources", "failed_attempt_count"),
+        _SOURCE,
+    ),
+    _Fact(
         "source_last_success_timestamp_seconds",
         "When a source last answered",
         _moment("seconds_since_success"),

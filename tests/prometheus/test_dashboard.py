@@ -145,6 +145,8 @@ def test_every_metric_that_is_shown_is_in_the_dashboard(shown: dict[str, set[str
         "coalestra_payload_copy_failures_total",
         "coalestra_queue_timeouts_total",
         "coalestra_snapshot_acceptance_total",
+        "coalestra_source_attempts_total",
+        "coalestra_source_failed_attempts_total",
         "coalestra_source_last_error_timestamp_seconds",
     }
 

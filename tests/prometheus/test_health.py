@@ -122,6 +122,22 @@ async def test_a_circuit_is_a_number_and_its_failures_are_counted(
     assert shown() == (0, 0, 0, 0)
 
 
+async def test_answers_that_come_too_late_for_their_readers_are_counted(
+    registry: CollectorRegistry,
+) -> None:
+    async def slow(k: ResourceKey, context: Any) -> str:
+        await asyncio.sleep(0.3)
+        return "late"
+
+    building = builder(Single("x", fetch=slow))
+    HealthCollector({"shop": building}, registry=registry)
+    for _ in range(2):
+        await building.build([X], strict=False, deadline_seconds=0.2)
+        await settle()
+    assert figure(registry, "coalestra_source_consecutive_deadline_cuts", source="x") == 2
+    assert figure(registry, "coalestra_deadlines_exceeded_total") == 2
+
+
 async def test_of_many_circuits_the_open_ones_are_counted(registry: CollectorRegistry) -> None:
     source = Single("x", fetch=down)
     source.resilience_policy = breaking(CircuitScope.RESOURCE)
@@ -145,6 +161,11 @@ async def test_it_is_told_when_a_source_last_answered_and_failed(
     failure = "coalestra_source_last_error_timestamp_seconds"
     assert not series(registry, success) + series(registry, failure)
     await building.build([X, key("y")], strict=False)
+    for source, failed in (("x", 0), ("y", 1)):
+        assert figure(registry, "coalestra_source_attempts_total", source=source) == 1
+        assert figure(registry, "coalestra_source_failed_attempts_total", source=source) == failed
+        cuts = "coalestra_source_consecutive_deadline_cuts"
+        assert figure(registry, cuts, source=source) == 0
     await asyncio.sleep(40.0)
     for sample, source, other in ((success, "x", "y"), (failure, "y", "x")):
         assert figure(registry, sample, source=source) == pytest.approx(time.time() - 40, abs=5)
