@@ -32,7 +32,13 @@ class Farm:
     """
 
     def __init__(
-        self, *, trace: bool = True, recovery_seconds: float = 30.0, **settings: Any
+        self,
+        *,
+        trace: bool = True,
+        recovery_seconds: float = 30.0,
+        name: str = "soil-sensors",
+        more: int = 0,
+        **settings: Any,
     ) -> None:
         self.url = ""
         self._port = 0
@@ -44,7 +50,9 @@ class Farm:
             ),
         )
         self.weather_fails = True
-        self._settings = settings
+        self._settings = {"title": "Farm", "interval_seconds": 0.1, **settings}
+        self._name = name
+        self._more = more
         self._loop: asyncio.AbstractEventLoop | None = None
         self._served = threading.Event()
         self._gate = asyncio.Event()
@@ -88,7 +96,7 @@ class Farm:
         async with SnapshotBuilder(
             self._sources(), default_policy=FreshnessPolicy(0.4, 60.0), trace=self._trace
         ) as self.builder:
-            self._page = app(self.builder, title="Farm", interval_seconds=0.1, **self._settings)
+            self._page = app(self.builder, **self._settings)
             await self._serve()
             self.url = self._server.url
             work = [asyncio.create_task(each) for each in (self._water(), self._look_up())]
@@ -144,8 +152,10 @@ class Farm:
         weather = ways("weather", "rain", fetcher=forecast, resilience_policy=self._resilience)
         needs = of_plot(("farm", "soil"), ("sky", "rain"))
         rests_on = of_plot(("farm", "need"), ("market", "price"))
+        idle = [ways(f"{'a-long-name-' * 8}{number}", "-") for number in range(self._more)]
         return [
-            CallableSource(**ways("soil-sensors", "soil", fetcher=soil, timeout_seconds=2.0)),
+            *(CallableSource(**each, fetcher=soil) for each in idle),
+            CallableSource(**ways(self._name, "soil", fetcher=soil, timeout_seconds=2.0)),
             CallableBatchSource(**weather),
             CallableBatchSource(
                 **ways("weather-archive", "rain", fetcher=archive) | {"priority": 5}

@@ -178,6 +178,30 @@ def test_without_tracing_it_says_how_to_switch_it_on(visit: Open) -> None:
         wait(page, "trace=True", "#traces")
 
 
+SPITEFUL = "</script><img src=x onerror=\"document.title='owned'\"><b>bold</b>{{title}}"
+
+
+def test_whatever_names_hold_is_shown_as_text(visit: Open) -> None:
+    with Farm(title=SPITEFUL, name=SPITEFUL, show_subjects=True).open() as farm:
+        page = visit(farm.url)
+        wait(page, "market:price", "#graph")
+        wait(page, re.escape("<b>bold</b>"), "h1")
+        wait(page, re.escape(SPITEFUL), "#sources")
+        page.locator("#traces button").first.click()
+        frame = page.frame_locator("#waterfall iframe")
+        frame.get_by_text("cost-model").first.wait_for()
+        assert page.locator("b, main img").count() == 0
+        assert frame.locator("b, img").count() == 0
+        assert "owned" not in page.title().replace(SPITEFUL, "")
+
+
+def test_very_many_sources_with_long_names_are_shown(visit: Open) -> None:
+    with Farm(more=120).open() as farm:
+        page = visit(farm.url)
+        playwright.expect(page.locator("#sources tbody tr")).to_have_count(127)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
 # Traces -------------------------------------------------------------------------------------------
 
 
@@ -192,6 +216,12 @@ def test_a_trace_is_opened_read_and_closed(farm: Farm, visit: Open) -> None:
     box = page.locator("#waterfall iframe").bounding_box()
     assert box is not None
     assert box["height"] > 200, "it is as high as what is in it"
+    high = page.locator("#waterfall iframe").evaluate("each => each.clientHeight")
+    frame.locator("summary").first.click()
+    frame.locator("details[open]").first.wait_for()
+    page.wait_for_function(
+        f"() => document.querySelector('#waterfall iframe').clientHeight > {high}"
+    )
     links = page.locator("#waterfall a").evaluate_all("all => all.map(each => each.href)")
     assert len(links) == 5
     for link in links:

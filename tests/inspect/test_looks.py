@@ -18,7 +18,8 @@ from coalestra import (
     RetryPolicy,
     SourceResiliencePolicy,
 )
-from coalestra.inspect.looks import Names, Story, look_at, told_values
+from coalestra.core.trace import KeyTrace, Obtained, Trace
+from coalestra.inspect.looks import Names, Story, Traces, look_at, told_values, trace_id
 from tests.contracts.caches import SingleKeyCache
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
@@ -356,6 +357,58 @@ async def test_very_many_kinds_do_not_make_an_endless_graph() -> None:
     graph = (await told(story_of(made), made))["graph"]
     assert len(graph["kinds"]) == 80
     assert graph["omitted"] == 120
+
+
+# Traces -------------------------------------------------------------------------------------------
+
+
+def trace_of(number: int, seconds: float = 0.0, obtained: Obtained = Obtained.CACHE) -> Trace:
+    found = KeyTrace(key("k"), obtained, 0.0, seconds)
+    return Trace(str(number), "build", None, float(number), seconds, keys={found.key: found})
+
+
+def ids(told: list[dict[str, Any]]) -> list[int]:
+    return [int(each["snapshot_id"]) for each in told]
+
+
+def test_of_many_traces_the_newest_the_slowest_and_the_worst_are_told() -> None:
+    traces = Traces()
+    traces.take([trace_of(1, 9.0), trace_of(2, 0.0, Obtained.FAILED), trace_of(3)])
+    traces.take([trace_of(4, 0.0, Obtained.FALLBACK), *(trace_of(n, 0.1) for n in range(5, 300))])
+    told = ids(traces.told(300.0))
+    assert told == sorted(told, reverse=True)
+    assert told[:20] == list(range(299, 279, -1))
+    assert {1, 2, 4} < set(told)
+    assert 3 not in told
+    assert len(told) <= 50
+
+
+def test_what_was_notable_is_let_go_after_a_quarter_of_an_hour() -> None:
+    traces = Traces()
+    traces.take([trace_of(1, 9.0), trace_of(2, 0.0, Obtained.FAILED)])
+    for number in range(100, 2_000):
+        traces.take([trace_of(number)])
+        told = ids(traces.told(float(number)))
+        assert ({1, 2} < set(told)) == (number < 901), number
+
+
+def test_very_many_traces_are_not_kept() -> None:
+    traces = Traces()
+    for number in range(5_000):
+        traces.take([trace_of(number, number % 7)])
+        traces.told(float(number))
+    assert sum(traces.find(trace_id(trace_of(n, n % 7))) is not None for n in range(5_000)) <= 130
+
+
+def test_a_trace_of_a_session_that_goes_on_takes_the_place_of_the_one_before() -> None:
+    traces = Traces()
+    before, after = trace_of(1, 1.0), trace_of(1, 2.0)
+    assert traces.take([before]) == [before]
+    assert traces.take([before]) == []
+    assert traces.take([after]) == [after]
+    (told,) = traces.told(1.0)
+    assert told["seconds"] == 2.0
+    assert traces.find(told["id"]) is after
 
 
 # Names and values ---------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from coalestra import FreshnessPolicy, SnapshotBuilder, SyncSnapshotBuilder
+from coalestra import AsyncMemoryCache, FreshnessPolicy, SnapshotBuilder, SyncSnapshotBuilder
 from coalestra.core.trace import Trace
 from coalestra.inspect import app
 from coalestra.inspect.asgi import MOST_VIEWERS, SEND_SECONDS, STREAM_SECONDS
+from coalestra.inspect.looks import Story
 from tests.inspect.client import Stream, get, scope_of
 from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.support import settle
@@ -186,6 +187,9 @@ async def test_a_websocket_is_refused() -> None:
         ("127.8.9.1", "localhost"),
         ("::1", "[::1]:8089"),
         ("::ffff:127.0.0.1", "localhost:8089"),
+        ("127.0.0.1", "farm.localhost:8089"),
+        ("127.0.0.1", "devbox"),  # nobody can have a name without a dot on the internet
+        ("testclient", "testserver"),  # no address: it has not come over a network
     ],
 )
 async def test_unless_told_otherwise_this_machine_may_read(client: str, host: str) -> None:
@@ -198,10 +202,13 @@ async def test_unless_told_otherwise_this_machine_may_read(client: str, host: st
     [
         {"client": ("192.168.0.7", 1)},
         {"client": ("2001:db8::1", 1)},
-        {"client": ("testclient", 1)},
+        {"client": ("testclient", 1), "headers": {"x-forwarded-for": "192.168.0.7"}},
         {"client": None},
+        {"client": ("", 0)},
         {"headers": {"host": "rebound.example:8089"}},
         {"headers": {"host": "127.0.0.1.example"}},
+        {"headers": {"host": "8.8.8.8"}},
+        {"headers": {"host": "localhost.example"}},
         {"headers": {"host": ""}},
         {"headers": {"x-forwarded-for": "127.0.0.1"}},
         {"headers": {"forwarded": "for=127.0.0.1"}},
@@ -560,12 +567,25 @@ async def test_the_text_of_an_error_is_in_a_trace_only_if_asked_for() -> None:
 
 async def test_a_trace_that_was_let_go_is_not_found() -> None:
     made = await traced()
+    (trace,) = (await get(app(made), "/state.json")).json["traces"]
+    for _ in range(40):
+        await made.build([K])
+    page = app(made)
+    await get(page, "/state.json")
+    answer = await get(page, f"/traces/{trace['id']}.html")
+    assert (answer.status, "gone" in answer.text) == (404, True)
+
+
+async def test_a_trace_that_was_shown_can_still_be_had_when_the_builder_has_let_it_go() -> None:
+    made = await traced()
     page = app(made)
     (trace,) = (await get(page, "/state.json")).json["traces"]
     for _ in range(40):
         await made.build([K])
-    answer = await get(page, f"/traces/{trace['id']}.html")
-    assert (answer.status, "gone" in answer.text) == (404, True)
+    await asyncio.sleep(2)
+    state = (await get(page, "/state.json")).json
+    assert trace in state["traces"], "it is the slowest"
+    assert (await get(page, f"/traces/{trace['id']}.html")).status == 200
 
 
 async def test_an_id_that_is_no_fit_for_an_address_is_no_trouble() -> None:
@@ -588,6 +608,22 @@ async def test_a_trace_is_drawn_on_another_thread(monkeypatch: pytest.MonkeyPatc
     (trace,) = (await get(page, "/state.json")).json["traces"]
     monkeypatch.setattr(Trace, "to_text", to_text)
     await get(page, f"/traces/{trace['id']}.txt")
+    assert names != [threading.main_thread()]
+
+
+async def test_what_a_look_finds_is_told_on_another_thread_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = Story.told
+    names = []
+
+    def seen(*arguments: Any) -> Any:
+        names.append(threading.current_thread())
+        return told(*arguments)
+
+    monkeypatch.setattr(Story, "told", seen)
+    assert (await get(page_of(), "/state.json")).json["verdict"]
+    assert len(names) == 1
     assert names != [threading.main_thread()]
 
 
@@ -626,6 +662,27 @@ async def test_values_in_memory_are_shown_only_if_asked_for() -> None:
     shown = (await get(app(made, show_values=True), "/cache.json")).json
     assert shown["values"][0]["value"] == "'secret-subject'"
     assert shown["values"][0]["key"].startswith("test:k:#")
+
+
+async def test_a_value_that_has_left_the_cache_is_not_kept_alive_for_having_been_seen() -> None:
+    class Payload(dict[str, int]):
+        pass
+
+    async def fetch(key: Any, context: Any) -> Any:
+        return Payload()
+
+    cache = AsyncMemoryCache()
+    made = builder(Single("k", fetch=fetch), trace=True, cache=cache)
+    page = app(made, show_values=True)
+    await made.build([K])
+    reference = weakref.ref(cache.store.newest(1)[0].payload)
+    async with Stream(page, scope_of("/events")) as viewer:
+        await viewer.states(2)
+        await get(page, "/cache.json")
+        await cache.clear()
+        await viewer.states(4)
+        gc.collect()
+        assert reference() is None
 
 
 async def test_watching_leaves_no_trace_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

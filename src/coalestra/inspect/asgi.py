@@ -27,12 +27,15 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote
 
+from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.trace import Trace
 from coalestra.core.validation import callable_, flag, number, text, wrong_type
 from coalestra.inspect.looks import (
     AnyBuilder,
+    Look,
     Names,
     Story,
+    Traces,
     look_at,
     look_into_cache,
     own_of,
@@ -77,30 +80,31 @@ _NOT_FOR_YOU = "You may not read this page.\n"
 
 
 def from_this_machine(scope: Scope) -> bool:
-    """Whether a request comes straight from this machine, and from a page opened by its own name.
+    """Whether a request comes straight from this machine, to a name that only this one can have.
 
-    Not if it was passed on by a proxy, nor by a foreign name that was made to lead here.
+    Not if a proxy has passed it on, nor if it was asked for by a name on the internet: anybody can
+    make one that leads here, and so read in the browser of a person what only that person may.
     """
     headers = dict(scope["headers"])
-    if not _FORWARDED.isdisjoint(headers) or not scope.get("client"):
-        return False
-    return _is_loopback(scope["client"][0]) and _is_loopback(_host_of(headers))
-
-
-def _host_of(headers: dict[bytes, bytes]) -> str:
+    client = (scope.get("client") or ("",))[0]
     host = headers.get(b"host", b"").decode("latin-1")
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if not (client and name) or not _FORWARDED.isdisjoint(headers):
+        return False
+    local = _is_loopback(name)
+    if local is None:
+        local = "." not in name or name.endswith(".localhost")
+    # What is no address, as the clients of tests give, cannot have come over a network.
+    return local and _is_loopback(client) is not False
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
+def _is_loopback(host: str) -> bool | None:
+    """Whether an address is one of this machine alone; None if it is no address."""
     try:
         address = ip_address(host)
     except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
+        return None
+    return bool((getattr(address, "ipv4_mapped", None) or address).is_loopback)
 
 
 # The page itself ----------------------------------------------------------------------------------
@@ -184,9 +188,12 @@ class Exchange:
 class Sampler:
     """Looks at the builder again and again while somebody watches, and keeps the newest state."""
 
-    def __init__(self, builder: AnyBuilder, story: Story, interval_seconds: float) -> None:
+    def __init__(
+        self, builder: AnyBuilder, story: Story, threads: WorkerThreads, interval_seconds: float
+    ) -> None:
         self._builder = builder
-        self._story = story
+        self.story = story
+        self._threads = threads
         self._interval = interval_seconds
         self._task: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
@@ -202,12 +209,14 @@ class Sampler:
         if self._task is None:
             self._task = asyncio.create_task(self._sample(), name="coalestra inspect")
 
-    def leave(self) -> None:
-        """Count a viewer less; with the last one stop."""
+    async def leave(self) -> None:
+        """Count a viewer less; with the last one stop, and wait until that is so."""
         self.viewers -= 1
-        if not self.viewers and self._task is not None:
-            self._task.cancel()
+        task = self._task
+        if not self.viewers and task is not None:
             self._task = None
+            task.cancel()
+            await asyncio.wait((task,))
 
     @property
     def number_of_old(self) -> int:
@@ -224,6 +233,10 @@ class Sampler:
             await asyncio.sleep(self._interval)
             late = max(0.0, loop.time() - due)
 
+    def _written(self, look: Look, now: float, late: float) -> bytes:
+        told = self.story.told(look, now, late)
+        return json.dumps(told, separators=(",", ":")).encode()
+
     async def current(self) -> bytes:
         """Return a state that is no older than the interval."""
         if asyncio.get_running_loop().time() - self._taken_at >= self._interval:
@@ -237,8 +250,7 @@ class Sampler:
                 return
             try:
                 look = await look_at(self._builder)
-                told = self._story.told(look, now, late)
-                state = json.dumps(told, separators=(",", ":")).encode()
+                state = await self._threads.run(self._written, look, now, late, or_here=True)
             except Exception as error:
                 # What went wrong may name a resource, so its type is all that is shown.
                 state = json.dumps({"error": type(error).__name__}).encode()
@@ -277,6 +289,7 @@ class Inspector:
         self.builder = builder
         self.settings = settings
         self._names = Names(show=settings.show_subjects)
+        self._threads = WorkerThreads(idle_seconds=5.0)
         self._samplers: dict[asyncio.AbstractEventLoop, Sampler] = {}
 
     def __repr__(self) -> str:
@@ -340,36 +353,42 @@ class Inspector:
             for ended in [each for each in self._samplers if each.is_closed()]:
                 del self._samplers[ended]
             story = Story(self.builder, self._names)
-            sampler = Sampler(self.builder, story, self.settings.interval_seconds)
+            interval = self.settings.interval_seconds
+            sampler = Sampler(self.builder, story, self._threads, interval)
             self._samplers[loop] = sampler
         return sampler
 
     async def _tell_cache(self, exchange: Exchange) -> None:
+        shown = self.settings.show_values
         try:
-            found = await look_into_cache(self.builder)
-        except Exception as error:
-            told: dict[str, Any] = {"error": type(error).__name__}
-        else:
-            shown, now = self.settings.show_values, own_of(self.builder).clock.now()
-            told = {"at": now, "values": None, "shows_values": shown}
+            found, now = await look_into_cache(self.builder), own_of(self.builder).clock.now()
+            told: dict[str, Any] = {"at": now, "values": None, "shows_values": shown}
             if found is not None:
                 told["values"] = told_values(found, self._names, now, show_values=shown)
+        except Exception as error:
+            told = {"error": type(error).__name__}
         await exchange.answer(200, json.dumps(told), _JSON)
 
     async def _tell_trace(self, exchange: Exchange, name: str, form: str) -> None:
-        traces = self.builder.recent_traces()
-        found = next((each for each in traces if trace_id(each) == name), None)
-        if found is None:
+        content_type, draw = _FORMS[form]
+        content = await self._threads.run(
+            self._drawn, self._sampler().story.traces, name, draw, or_here=True
+        )
+        if content is None:
             gone = "This trace is gone: a builder keeps the last few only.\n"
             await exchange.answer(404, gone)
             return
-        content_type, draw = _FORMS[form]
-        # It may be large, and the loop has other things to do.
-        content = await asyncio.to_thread(lambda: draw(self._names.trace(found)))
         headers = {"content_security_policy": _TRACE_POLICY}
         if form == "chrome.json":
             headers["content_disposition"] = f'attachment; filename="coalestra-{name}.json"'
         await exchange.answer(200, content, content_type, **headers)
+
+    def _drawn(self, known: Traces, name: str, draw: Callable[[Trace], str]) -> str | None:
+        trace = known.find(name)
+        if trace is None:
+            recent = self.builder.recent_traces()
+            trace = next((each for each in recent if trace_id(each) == name), None)
+        return None if trace is None else draw(self._names.trace(trace))
 
     async def _stream(self, exchange: Exchange) -> None:
         """Send the state whenever there is a new one, until the viewer goes or the time is up."""
@@ -387,8 +406,8 @@ class Inspector:
             if await _told_all(exchange, sampler, gone):
                 await exchange.body(b"")
         finally:
-            sampler.leave()
             gone.cancel()
+            await sampler.leave()
 
 
 async def _told_all(exchange: Exchange, sampler: Sampler, gone: asyncio.Task[None]) -> bool:

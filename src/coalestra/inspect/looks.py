@@ -42,11 +42,12 @@ BASELINE_SECONDS = 60.0
 
 PATIENCE_SECONDS = 3.0
 _MOST_FLIGHTS = 50
-_MOST_TRACES = 50
 _MOST_ENTRIES = 300
 _MOST_KINDS = 80
 _MOST_EDGES = 300
 _MOST_VALUES = 50
+_NEWEST_TOLD, _NEWEST_KEPT, _NOTABLE = 20, 100, 15
+_NOTABLE_SECONDS = 900.0
 _STANDS_IN = (Obtained.STALE, Obtained.FALLBACK)
 
 
@@ -125,7 +126,6 @@ class Look:
     health: BuilderHealth
     holders: Mapping[str, int]
     flights: tuple[FlightSnapshot, ...]
-    traces: tuple[Trace, ...]
     entries: list[Revision] | None
     waited: float | None
 
@@ -142,7 +142,6 @@ def _found(builder: SnapshotBuilder, health: BuilderHealth, waited: float | None
         health=health,
         holders=builder.capacity.holders(),
         flights=builder.flights_under_way(limit=_MOST_FLIGHTS),
-        traces=builder.recent_traces(),
         entries=cache.store.newest(_MOST_ENTRIES) if type(cache) is AsyncMemoryCache else None,
         waited=waited,
     )
@@ -218,7 +217,11 @@ async def look_into_cache(builder: AnyBuilder) -> tuple[SnapshotValue[Any], ...]
 
 
 class Story:
-    """The looks of the last minute, and what was learnt on the way, told as JSON-safe data.
+    """The health of the last minute, and what was learnt on the way, told as JSON-safe data.
+
+    Of older looks nothing else is kept, so that no value lives longer for having been seen.
+
+    It is told off the event loop: traces may be many and large.
 
     Args:
         builder: what is looked at.
@@ -227,14 +230,15 @@ class Story:
 
     def __init__(self, builder: AnyBuilder, names: Names) -> None:
         own = own_of(builder)
+        self._builder = own
         self._names = names
         self._sources: dict[str, tuple[Any, str]] = {
             each.name: (each, kind_of(each).value) for each in own.sources
         }
-        self._looks: deque[tuple[float, Look]] = deque()
+        self._past: deque[tuple[float, BuilderHealth]] = deque()
         self._traced: float = float(own.trace)
         self._graph = Graph()
-        self._summaries: dict[int, tuple[Trace, dict[str, Any]]] = {}
+        self.traces: Traces = Traces()
 
     def told(self, look: Look, now: float, late: float) -> dict[str, Any]:
         """Take in a look and return the state to be shown.
@@ -244,14 +248,14 @@ class Story:
             now: when it was taken, in seconds of a monotonic clock.
             late: by how many seconds it was late, as the event loop was held.
         """
-        while self._looks and self._looks[0][0] < now - BASELINE_SECONDS:
-            self._looks.popleft()
-        recent = [each for each in self._looks if each[0] >= now - RATE_SECONDS * 1.2]
+        health, past = look.health, self._past
+        while past and past[0][0] < now - BASELINE_SECONDS:
+            past.popleft()
+        recent = [each for each in past if each[0] >= now - RATE_SECONDS * 1.2]
         then, before = recent[0] if recent else (now, None)
-        since = self._looks[0][1].health if self._looks else None
-        self._looks.append((now, look))
-        self._graph.learn(look)
-        health = look.health
+        since = past[0][1] if past else None
+        past.append((now, health))
+        self._graph.learn(look.entries or (), self.traces.take(self._builder.recent_traces()))
         return {
             "at": look.at,
             "loop": {"late_ms": late * 1000, "answers": look.waited is not None},
@@ -260,23 +264,23 @@ class Story:
             "seconds": now - then,
             "sources": self._told_sources(look, before, now - then),
             "capacity": self._told_capacity(look),
-            "cache": _told_cache(health, None if before is None else before.health),
+            "cache": _told_cache(health, before),
             "flights": self._told_flights(look),
             "refreshes": health.background_refreshes,
             "submissions": [health.pending_submissions, health.max_pending_submissions],
             "graph": self._graph.told(self._sources),
             "tracing": self._traced,
-            "traces": self._told_traces(look.traces),
+            "traces": self.traces.told(look.at),
         }
 
     def _told_sources(
-        self, look: Look, before: Look | None, seconds: float
+        self, look: Look, before: BuilderHealth | None, seconds: float
     ) -> list[dict[str, Any]]:
         health = look.health
         told = []
         for name, (source, kind) in self._sources.items():
             fared = health.sources[name]
-            old = None if before is None else before.health.sources.get(name)
+            old = None if before is None else before.sources[name]
             circuits = [
                 {"scope": identity.scope.value, **json_safe(circuit)}
                 for identity, circuit in health.circuits.items()
@@ -316,14 +320,6 @@ class Story:
         ]
         return {"count": look.health.singleflight_in_flight, "shown": shown}
 
-    def _told_traces(self, traces: Iterable[Trace]) -> list[dict[str, Any]]:
-        newest = sorted(traces, key=lambda each: each.started_at, reverse=True)[:_MOST_TRACES]
-        known = self._summaries
-        self._summaries = {
-            id(each): known.get(id(each)) or (each, _summary(each)) for each in newest
-        }
-        return [summary for _, summary in self._summaries.values()]
-
 
 def _rates(fared: Any, before: Any | None, seconds: float) -> dict[str, Any]:
     """What a source was asked between two looks, a second and a failing second; its latency."""
@@ -359,6 +355,53 @@ def _reads(stats: Any) -> tuple[int, int] | None:
         return None
     fresh = getattr(stats, "fresh_hits", hits)
     return fresh if isinstance(fresh, int) else hits, hits + misses
+
+
+class Traces:
+    """The traces that were seen: the newest, and of a quarter of an hour the slowest and worst.
+
+    A busy builder keeps its last few for less than a second: what is shown must still be there when
+    somebody wants to see more of it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Trace, dict[str, Any]]] = {}
+
+    def take(self, traces: Iterable[Trace]) -> list[Trace]:
+        """Take in what a builder has kept; return what was not known before."""
+        named = [(trace_id(each), each) for each in traces]
+        kept = self._kept
+        new = [
+            (name, each) for name, each in named if name not in kept or kept[name][0] is not each
+        ]
+        # In one step: another thread may look for one.
+        self._kept = {**kept, **{name: (each, _summary(each)) for name, each in new}}
+        return [each for _, each in new]
+
+    def find(self, name: str) -> Trace | None:
+        """Return the trace of this name, if it is kept."""
+        found = self._kept.get(name)
+        return None if found is None else found[0]
+
+    def told(self, now: float) -> list[dict[str, Any]]:
+        """Let go of what is of no interest any more, and tell of the rest, the newest first."""
+        order = sorted(self._kept.items(), key=lambda item: -item[1][0].started_at)
+        lately = [item for item in order if now - item[1][0].started_at < _NOTABLE_SECONDS]
+        slowest = sorted(lately, key=lambda item: -item[1][0].duration_seconds)[:_NOTABLE]
+        troubled = [item for item in lately if _trouble(item[1][1]) > (0, 0)]
+        worst = sorted(troubled, key=lambda item: _trouble(item[1][1]), reverse=True)[:_NOTABLE]
+        notable = {name for name, _ in (*slowest, *worst)}
+        self._kept = {
+            name: each
+            for rank, (name, each) in enumerate(order)
+            if rank < _NEWEST_KEPT or name in notable
+        }
+        shown = notable | {name for name, _ in order[:_NEWEST_TOLD]}
+        return [summary for name, (_, summary) in self._kept.items() if name in shown]
+
+
+def _trouble(summary: Mapping[str, Any]) -> tuple[int, int]:
+    return summary["failed"], summary["stale"]
 
 
 def _summary(trace: Trace) -> dict[str, Any]:
@@ -427,17 +470,13 @@ class Graph:
         self._kinds: dict[str, set[str]] = {}
         self._edges: dict[tuple[str, str], None] = {}
         self._omitted: set[str] = set()
-        self._seen: dict[int, Trace] = {}
 
-    def learn(self, look: Look) -> None:
-        """Take in what a look shows."""
-        for entry in look.entries or ():
+    def learn(self, entries: Iterable[Revision], traces: Iterable[Trace]) -> None:
+        """Take in what entries and new traces show."""
+        for entry in entries:
             rests_on = [kind_name(each) for each in entry.dependency_versions]
             self._note(kind_name(entry.key), entry.source, rests_on)
-        seen, self._seen = self._seen, {id(each): each for each in look.traces}
-        for trace_key, trace in self._seen.items():
-            if trace_key in seen:
-                continue
+        for trace in traces:
             for found in trace.keys.values():
                 rests_on = [kind_name(each.key) for each in found.rests_on]
                 self._note(kind_name(found.key), found.source, rests_on)
