@@ -486,8 +486,8 @@ class BuilderHealth:
 # Limiters, circuits and buffers are read by attribute: their types belong to other layers.
 
 _Findings = Iterator[BuilderHealthFinding]
-_Loads = list[tuple[str, float]]
-"""Names of limiters or backlogs, and how full each is, to its limit."""
+_Loads = Iterable[tuple[str, int, int]]
+"""Names of limiters or backlogs, how many wait there, and how many may."""
 
 _Reason = BuilderHealthReason
 _DEGRADED = BuilderHealthSeverity.DEGRADED
@@ -528,10 +528,7 @@ def _findings(
         "observability_shutdown_incomplete",
         health.observability_shutdown_incomplete,
     )
-    yield from _source_waiting(health, policy)
-    yield from _copy_waiting(health, policy)
-    yield from _submission_backlog(health, policy)
-    yield from _observability_backlogs(health, policy)
+    yield from _crowds(health, policy)
     yield from _circuits(health)
     yield from _slow_sources(health, policy.deadline_cuts_degraded)
     if health.cache_left_alone:
@@ -575,30 +572,39 @@ def _stopped_workers(health: BuilderHealth) -> _Findings:
             )
 
 
-def _source_waiting(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
+def _crowds(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
     limiters = health.capacity.items()
-    return _waiting(
+    yield from _waiting(
         _Reason.SOURCE_CAPACITY_WAITING,
         "waiting_for_capacity",
         health.waiting_for_capacity,
-        [(name, each.waiting / each.limit) for name, each in limiters if each.limit > 0],
+        ((name, each.waiting, each.limit) for name, each in limiters),
         policy.capacity_waiting_degraded,
         policy.capacity_waiting_critical_ratio,
     )
-
-
-def _copy_waiting(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
-    return _waiting(
+    copies = health.payload_copy_components.items()
+    yield from _waiting(
         _Reason.PAYLOAD_COPY_CAPACITY_WAITING,
         "waiting_for_copy_capacity",
         health.waiting_for_copy_capacity,
-        [
-            (name, each.waiting_for_capacity / each.max_concurrency)
-            for name, each in health.payload_copy_components.items()
-            if each.max_concurrency > 0
-        ],
+        ((name, each.waiting_for_capacity, each.max_concurrency) for name, each in copies),
         policy.copy_waiting_degraded,
         policy.copy_waiting_critical_ratio,
+    )
+    yield from _backlogs(
+        _Reason.SUBMISSION_BACKLOG_HIGH,
+        "pending_submissions_ratio",
+        (("", health.pending_submissions, health.max_pending_submissions or 0),),
+        policy.submission_backlog_degraded_ratio,
+        policy.submission_backlog_critical_ratio,
+    )
+    buffers = health.observability_buffers.items()
+    yield from _backlogs(
+        _Reason.OBSERVABILITY_BACKLOG_HIGH,
+        "observability_pending_ratio",
+        ((name, each.pending, each.max_pending) for name, each in buffers),
+        policy.observability_backlog_degraded_ratio,
+        policy.observability_backlog_critical_ratio,
     )
 
 
@@ -616,46 +622,26 @@ def _waiting(
     """
     if waiting < degraded:
         return
-    component, ratio = max(loads, key=lambda load: load[1], default=("", 0.0))
+    component, ratio = max(_ratios(loads), key=lambda load: load[1], default=("", 0.0))
     if ratio >= critical:
         yield BuilderHealthFinding(reason, _CRITICAL, f"{metric}_ratio", ratio, critical, component)
     else:
         yield BuilderHealthFinding(reason, _DEGRADED, metric, waiting, degraded, component)
 
 
-def _submission_backlog(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
-    limit = health.max_pending_submissions
-    return _backlogs(
-        _Reason.SUBMISSION_BACKLOG_HIGH,
-        "pending_submissions_ratio",
-        [("", health.pending_submissions / limit)] if limit else [],
-        policy.submission_backlog_degraded_ratio,
-        policy.submission_backlog_critical_ratio,
-    )
-
-
-def _observability_backlogs(
-    health: BuilderHealth, policy: BuilderHealthAssessmentPolicy
-) -> _Findings:
-    buffers = health.observability_buffers.items()
-    return _backlogs(
-        _Reason.OBSERVABILITY_BACKLOG_HIGH,
-        "observability_pending_ratio",
-        [(name, each.pending / each.max_pending) for name, each in buffers if each.max_pending > 0],
-        policy.observability_backlog_degraded_ratio,
-        policy.observability_backlog_critical_ratio,
-    )
-
-
 def _backlogs(
     reason: BuilderHealthReason, metric: str, loads: _Loads, degraded: float, critical: float
 ) -> _Findings:
     """Degraded, then critical, from shares of a backlog's limit on; one finding for each."""
-    for component, ratio in loads:
+    for component, ratio in _ratios(loads):
         if ratio >= critical:
             yield BuilderHealthFinding(reason, _CRITICAL, metric, ratio, critical, component)
         elif ratio >= degraded:
             yield BuilderHealthFinding(reason, _DEGRADED, metric, ratio, degraded, component)
+
+
+def _ratios(loads: _Loads) -> Iterator[tuple[str, float]]:
+    return ((name, waiting / limit) for name, waiting, limit in loads if limit > 0)
 
 
 def _circuits(health: BuilderHealth) -> _Findings:
