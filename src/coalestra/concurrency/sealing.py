@@ -385,11 +385,8 @@ class InstanceShell:
         return twin
 
 
-Span = tuple[int, Sequence[Any], int]
-"""Parent, keys, first child: the children stand side by side, in the order of the keys."""
-
-Crossing = tuple[int, Sequence[Any], Sequence[int]]
-"""Parent, keys, children: a key and a child at a time; some were met before, here or elsewhere."""
+Links = tuple[int, Sequence[Any], Sequence[int]]
+"""Parent, keys, children: a key and a child at a time; those never met before stand in a row."""
 
 
 class Blueprint:
@@ -398,8 +395,7 @@ class Blueprint:
     Attributes:
         shells: one per container; that of a tuple makes a list.
         tuples: the links into each tuple, a tuple inside another one before it.
-        spans: the links into lists and dictionaries whose children stand side by side.
-        crossings: the links into all other lists and dictionaries.
+        items: the links into lists and dictionaries.
         attributes: the links into the dictionaries of plain instances.
         slots: the links into the slots of plain instances.
         keyed: the links into dictionaries and sets of what is copied itself and needs its hash.
@@ -409,21 +405,19 @@ class Blueprint:
     __slots__ = (
         "attributes",
         "classes",
-        "crossings",
+        "items",
         "keyed",
         "shells",
         "slots",
-        "spans",
         "tuples",
     )
 
     def __init__(self) -> None:
         self.shells: list[Any] = []
-        self.tuples: list[Crossing] = []
-        self.spans: list[Span] = []
-        self.crossings: list[Crossing] = []
-        self.attributes: list[Crossing] = []
-        self.slots: list[Crossing] = []
+        self.tuples: list[Links] = []
+        self.items: list[Links] = []
+        self.attributes: list[Links] = []
+        self.slots: list[Links] = []
         self.keyed: list[tuple[int, Sequence[int | None]]] = []
         self.classes: list[tuple[type, list[Any]]] = []
 
@@ -433,7 +427,7 @@ class Blueprint:
     @property
     def is_flat(self) -> bool:
         """Whether there is only one container."""
-        return len(self.shells) == 1 and not self.tuples and not self.crossings and not self.keyed
+        return len(self.shells) == 1 and not self.tuples and not self.items and not self.keyed
 
     def open(self, payload: Any) -> Any:
         """Return one more copy of the sealed graph, sharing nothing that could change."""
@@ -449,11 +443,7 @@ class Blueprint:
             for key, child in zip(keys, children, strict=True):
                 target[key] = copies[child]
             copies[parent] = tuple(target)
-        for parent, keys, first in self.spans:
-            target = copies[parent]
-            for child, key in enumerate(keys, first):
-                target[key] = copies[child]
-        for parent, keys, children in self.crossings:
+        for parent, keys, children in self.items:
             target = copies[parent]
             for key, child in zip(keys, children, strict=True):
                 target[key] = copies[child]
@@ -546,7 +536,7 @@ class Survey:
         self._blueprint = Blueprint()
         self._originals: list[Any] = []
         self._indexes: dict[int, int] = {}
-        self._tuples: dict[int, Crossing] = {}
+        self._tuples: dict[int, Links] = {}
         self._verdicts: dict[int, bool] = {}
         self._parts: dict[type, Parts | None] = {}
         self._classes: dict[type, list[Any]] = {}
@@ -641,10 +631,9 @@ class Survey:
         """Note what goes where in a list or dictionary."""
         first = len(self._originals)
         keys, children = self._children(items)
-        if len(keys) > len(self._originals) - first:
-            self._blueprint.crossings.append((parent, keys, children))
-        elif keys:
-            self._blueprint.spans.append((parent, keys, first))
+        if keys:
+            row = range(first, len(self._originals))
+            self._blueprint.items.append((parent, keys, row if len(row) == len(keys) else children))
 
     def _children(self, items: Iterable[tuple[Any, Any]]) -> tuple[tuple[Any, ...], list[int]]:
         """Return the keys under which containers stand, and the places of these.
@@ -711,7 +700,7 @@ class Survey:
         self._verdicts[id(value)] = verdict
         return verdict
 
-    def _tuples_inside_out(self) -> list[Crossing]:
+    def _tuples_inside_out(self) -> list[Links]:
         """The links into tuples, ordered so that a tuple is whole before another one takes it."""
         if len(self._tuples) < 2:
             return list(self._tuples.values())
