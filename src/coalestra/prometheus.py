@@ -497,6 +497,9 @@ _FACTS = (
     ),
     _Fact("keys_in_flight", "Keys being acquired", _one("singleflight_in_flight")),
     _Fact("background_refreshes", "Background refreshes under way", _one("background_refreshes")),
+    _Fact(
+        "failing_refreshes", "Keys whose last background refresh failed", _one("failing_refreshes")
+    ),
     _Fact("dispatch_workers", "Workers that call sources", _one("active_dispatch_workers")),
     _Fact(
         "capacity_limit",

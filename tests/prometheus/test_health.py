@@ -17,6 +17,8 @@ from prometheus_client import CollectorRegistry, Gauge
 from coalestra import (
     CircuitBreakerPolicy,
     CircuitScope,
+    FreshnessPolicy,
+    RefreshMode,
     ResourceKey,
     SnapshotBuilder,
     SourceResiliencePolicy,
@@ -91,6 +93,19 @@ async def test_the_memory_cache_tells_its_answers_and_changes(registry: Collecto
     }
     assert changes == {"set": 2, "invalidation": 1, "eviction": 0, "expiration": 0}
     assert figure(registry, "coalestra_cache_entries") == 1
+
+
+async def test_keys_that_cannot_be_refreshed_are_counted(registry: CollectorRegistry) -> None:
+    source = Single("x")
+    policy = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(source, default_policy=policy)
+    HealthCollector({"shop": building}, registry=registry)
+    await building.build([X])
+    source.answer = down
+    await asyncio.sleep(20.0)
+    await building.build([X])
+    await building.wait_for_refreshes()
+    assert figure(registry, "coalestra_failing_refreshes", builder="shop") == 1
 
 
 async def test_a_circuit_is_a_number_and_its_failures_are_counted(
