@@ -315,6 +315,16 @@ def test_of_many_inputs_the_oldest_and_the_newest_are_told() -> None:
     assert "(95 more); price:last:99 from 's' (observed 99.0 s after the build began)." in text
 
 
+@pytest.mark.parametrize(
+    "inputs, listed", [(5, "0 1 2 3 4"), (6, "0 1 2 3 (1 more) 5"), (9, "0 1 2 3 (4 more) 8")]
+)
+def test_five_of_a_list_are_told_and_the_rest_counted(inputs: int, listed: str) -> None:
+    below = tuple(Foundation(price(str(n)), "v", "s", EPOCH + n) for n in range(inputs))
+    text = told(KeyTrace(A, Obtained.DERIVED, 0.0, 1.0, rests_on=below))
+    found = ["".join(each) for each in re.findall(r"price:last:(\d)|(\(\d more\))", text)]
+    assert " ".join(found) == listed
+
+
 def test_a_sentence_keeps_to_one_line_whatever_an_error_says() -> None:
     failed = KeyTrace(HOSTILE, Obtained.FAILED, 0.0, 0.0, error_type="E", error="a\nb\x00" * 999)
     text = told(failed)
@@ -564,6 +574,20 @@ def test_a_page_is_whole_and_its_rows_open_without_a_script(trace: Trace) -> Non
             assert any(sentence in each for each in page.words)
 
 
+def test_what_went_wrong_is_written_in_another_colour() -> None:
+    root = ElementTree.fromstring(EVERYTHING.to_svg())
+    bad = [each.text for each in root.iter(f"{SVG}text") if each.get("class") == "bad"]
+    assert bad == ["timeout", "CircuitOpenError", "failed: Absent", "stale, standing in: Stale…"]
+
+
+def test_only_what_took_no_wait_and_no_call_was_there_at_once() -> None:
+    cached = KeyTrace(A, Obtained.CACHE, 0.0, 0.001)
+    awaited = replace(cached, waits=(Wait(WaitReason.CACHE, 0.0, 0.001),))
+    fetched = replace(cached, obtained=Obtained.FETCHED)
+    shown = ["there at once" in traced(each).to_text() for each in (cached, awaited, fetched)]
+    assert shown == [True, False, False]
+
+
 def test_nothing_that_is_shown_is_taken_for_markup() -> None:
     hostile = KeyTrace(
         HOSTILE,
@@ -578,7 +602,19 @@ def test_nothing_that_is_shown_is_taken_for_markup() -> None:
     )
     bad = call(attempt(outcome="<b>", error="</p>"), source="</svg>", snapshot_id='"><i>')
     stage = StageTrace("</h2>\x00", 0.0, 1.0, 1)
-    trace = traced(hostile, calls=(bad,), snapshot_id="<u>\ud800", kind="]]>", stages=(stage,))
+    derived = KeyTrace(
+        RISK, Obtained.DERIVED, 0.0, 2.0, rests_on=(Foundation(HOSTILE, "<i>", "<b>", EPOCH),)
+    )
+    trace = traced(
+        hostile,
+        derived,
+        calls=(bad,),
+        snapshot_id="<u>\ud800",
+        kind="]]>",
+        stages=(stage,),
+        parent_snapshot_id="<i>",
+    )
+    assert "critical path: " in trace.to_text()
     ElementTree.fromstring(trace.to_svg())
     tags = {tag for tag, _ in Page(trace.to_html()).found}
     assert {"img", "b", "i", "u", "script"}.isdisjoint(tags)

@@ -417,7 +417,7 @@ def _svg(picture: Waterfall, chosen: Chosen) -> str:
         parts.append(f'<text class="quiet" x="16" y="{top}">{_safe(line)}</text>')
     for section, rows, rest in chosen:
         top += 30
-        parts.append(f'<text class="head" x="16" y="{top}">{_safe(section.heading)}</text>')
+        parts.append(f'<text class="head" x="16" y="{top}">{section.heading}</text>')
         top += 10
         parts.append(_svg_grid(picture.seconds, top, _ROW * len(rows)))
         for row in rows:
@@ -425,7 +425,7 @@ def _svg(picture: Waterfall, chosen: Chosen) -> str:
             top += _ROW
         if rest:
             top += 18
-            parts.append(f'<text class="quiet" x="16" y="{top}">{_safe(rest)}</text>')
+            parts.append(f'<text class="quiet" x="16" y="{top}">{rest}</text>')
     top += 26
     parts.append(_svg_legend(chosen, top))
     high = top + 20 + 22 * ((len(_used(chosen)) - 1) // 4)
@@ -539,9 +539,9 @@ def _html(picture: Waterfall, chosen: Chosen) -> str:
 def _html_section(whole: float, section: Section, rows: list[Row], rest: str) -> str:
     times = "".join(f"<span>{text}</span>" for _, text, _ in _ticks(whole))
     shown = "".join(_html_row(row, whole) for row in rows)
-    left = f'<p class="quiet">{_safe(rest)}</p>' if rest else ""
+    left = f'<p class="quiet">{rest}</p>' if rest else ""
     return (
-        f"<section><h2>{_safe(section.heading)}</h2>"
+        f"<section><h2>{section.heading}</h2>"
         f'<div class="row ticks quiet" aria-hidden="true"><span></span>'
         f'<span class="track times">{times}</span></div><ol>{shown}</ol>{left}</section>'
     )
