@@ -185,6 +185,7 @@ class CacheCalls:
 
     Attributes:
         cache: the cache; what it can do is looked up once, by attribute.
+        seconds: how long one call may take.
         carries_many: whether one call can carry many keys.
         is_atomic: whether it compares and stores in one step.
         validates_dependencies, validates_order: what it promises to check itself.
@@ -203,7 +204,10 @@ class CacheCalls:
         self.validates_order: bool = _says(cache, "validates_write_order")
         self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
         self._tells_policies = _says(cache, "accepts_policies")
-        self._seconds = _limit_of(cache)
+        seconds = getattr(cache, "timeout_seconds", None)
+        if seconds is not None:
+            number("timeout_seconds of the cache", seconds, above=0)
+        self.seconds: float = DEFAULT_TIMEOUT_SECONDS if seconds is None else seconds
         self._limit = limit
         self._told = told
         self._reading = _Circuit()
@@ -212,11 +216,6 @@ class CacheCalls:
     def __repr__(self) -> str:
         named = [name for name in ("carries_many", "is_atomic") if getattr(self, name)]
         return f"CacheCalls({type(self.cache).__name__}: {', '.join(named) or 'single keys'})"
-
-    @property
-    def seconds(self) -> float:
-        """How long one call may take."""
-        return self._seconds
 
     @property
     def is_left_alone(self) -> bool:
@@ -312,7 +311,7 @@ class CacheCalls:
         if not has(self.cache, "stats"):
             return None
         calls = await call_each(
-            (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self._seconds
+            (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self.seconds
         )
         return calls[0].get(_ALL)
 
@@ -387,7 +386,7 @@ class CacheCalls:
             counts["timeouts"] += isinstance(error, CacheTimeoutError)
 
         results, raised = await call_each(
-            items, call, width=self._limit, seconds=self._seconds, refused=refused, ended=ended
+            items, call, width=self._limit, seconds=self.seconds, refused=refused, ended=ended
         )
         return results, {
             item: _as_exception(error, operation, name) for item, error in raised.items()
@@ -407,16 +406,6 @@ def _says(cache: Any, promise: str) -> bool:
         return getattr(cache, promise, False) is True
     except Exception:
         return False
-
-
-def _limit_of(cache: Any) -> float:
-    own = getattr(cache, "timeout_seconds", None)
-    if own is None:
-        return DEFAULT_TIMEOUT_SECONDS
-    seconds: float = number("timeout_seconds of the cache", own)
-    if seconds <= 0:
-        raise ValueError(f"timeout_seconds of the cache must be more than 0, got {seconds:g}")
-    return seconds
 
 
 def _as_exception(error: BaseException, operation: str, name: str) -> Exception:

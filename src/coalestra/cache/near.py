@@ -23,7 +23,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.results import CacheLookup
-from coalestra.core.validation import integer, number, refusal, require_methods
+from coalestra.core.validation import integer, number, require_methods
 from coalestra.core.values import Revision, SnapshotValue
 
 # A cache of one's own with a memory in front -----------------------------------------------------
@@ -51,9 +51,7 @@ class NearCache:
         require_methods("cache", cache, "get", "set", "invalidate", "clear")
         self.cache: AsyncCache = cache
         self.near_entries: int = integer("near_entries", near_entries, minimum=1)
-        self.near_seconds: float = number("near_seconds", near_seconds)
-        if near_seconds <= 0:
-            raise ValueError(refusal("near_seconds", "more than 0", near_seconds))
+        self.near_seconds: float = number("near_seconds", near_seconds, above=0)
 
     def __repr__(self) -> str:
         return f"NearCache({self.cache!r})"

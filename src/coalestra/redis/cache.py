@@ -23,12 +23,13 @@ from collections import OrderedDict, defaultdict
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
+    Callable,
     Collection,
     Iterable,
     Mapping,
     Sequence,
 )
-from itertools import count
+from itertools import count, islice
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -239,10 +240,10 @@ class RedisCache:
         self._prefix = _name_part("prefix", prefix)
         self._channel = f"{prefix}:#news"
         self.near_entries: int = integer("near_entries", near_entries, minimum=0)
-        self.near_seconds: float = _positive("near_seconds", near_seconds)
-        self._lease_ms = int(_positive("lease_seconds", lease_seconds) * 1000)
+        self.near_seconds: float = number("near_seconds", near_seconds, above=0)
+        self._lease_ms = int(number("lease_seconds", lease_seconds, above=0) * 1000)
         self._most_bytes = integer("max_value_bytes", max_value_bytes, minimum=1)
-        self._longest_ms = int(_positive("max_lifetime_seconds", max_lifetime_seconds) * 1000)
+        self._longest_ms = int(number("max_lifetime_seconds", max_lifetime_seconds, above=0) * 1000)
         self._codec: ValueCodec = MessagePackCodec(models) if codec is None else codec
         require_methods("codec", self._codec, "encode", "decode")
         used = Redis.from_url(client) if isinstance(client, str) else client
@@ -250,7 +251,7 @@ class RedisCache:
             raise wrong_type(
                 "client", "a redis.asyncio.Redis or RedisCluster", client, "or give a redis:// URL"
             )
-        limit = _positive("time_limit_seconds", time_limit_seconds)
+        limit = number("time_limit_seconds", time_limit_seconds, above=0)
         self._server = Server(used, limit)
         self.timeout_seconds: float = max(1.0, 4 * limit)
         self._news = News(used, self._channel, self._heard, self._missed, self._missed)
@@ -491,15 +492,13 @@ class RedisCache:
         token: str = "",
     ) -> dict[ResourceKey, _Entry]:
         """Read keys, or take leases on them; unreadable entries count as missing."""
-        token_and_times = [token, self._lease_ms, repr(now)]
-        calls = []
-        for part in self._parts(tuple(ages)):
-            arguments: list[Any] = [*token_and_times]
-            for key in part:
-                other = "" if unlike is None else unlike.get(key, "")
-                arguments.append(f"{mode}{min(ages[key], _FOREVER)!r} {other}")
-            calls.append(Call([self._name(key) for key in part], arguments))
-        moment, answers = await self._run(scripts.READ, calls)
+        others = unlike or {}
+
+        def given(part: Sequence[ResourceKey]) -> list[Any]:
+            wanted = [f"{mode}{min(ages[k], _FOREVER)!r} {others.get(k, '')}" for k in part]
+            return [token, self._lease_ms, repr(now), *wanted]
+
+        moment, answers = await self._run(scripts.READ, self._calls(ages, given))
         found: dict[ResourceKey, _Entry] = {}
         for key, told in zip(ages, answers, strict=True):
             if isinstance(told, Exception):
@@ -508,10 +507,14 @@ class RedisCache:
             found[key] = self._entry(key, told, moment, now)
         return found
 
-    def _parts(self, keys: tuple[ResourceKey, ...]) -> list[tuple[ResourceKey, ...]]:
-        """Split keys into those that one script may work on."""
-        size = 1 if self._server.is_cluster else _KEYS_IN_ONE_STEP
-        return [keys[start : start + size] for start in range(0, len(keys), size)]
+    def _calls(
+        self, keys: Iterable[ResourceKey], given: Callable[[Sequence[ResourceKey]], list[Any]]
+    ) -> list[Call]:
+        """Return the calls of a script for keys, each for as many as it may work on."""
+        left, calls = iter(keys), []
+        while part := tuple(islice(left, 1 if self._server.is_cluster else _KEYS_IN_ONE_STEP)):
+            calls.append(Call([self._name(key) for key in part], given(part)))
+        return calls
 
     async def _run(self, script: scripts.Script, calls: Sequence[Call]) -> tuple[float, list[Any]]:
         """Run a script that answers with its time first; return that, and one answer per name."""
@@ -803,10 +806,7 @@ class RedisCache:
     ) -> tuple[dict[ResourceKey, CacheWriteResult | Exception], int]:
         """Offer values; return what became of each, and how many others were told."""
         versions = [value.version for value in offered.values()]
-        calls = [
-            Call([self._name(key) for key in part], [self._channel, *(items[key] for key in part)])
-            for part in self._parts(tuple(items))
-        ]
+        calls = self._calls(items, lambda part: [self._channel, *map(items.__getitem__, part)])
         # Who writes knows what he wrote, unless he does not know whether he did.
         self._own.update(dict.fromkeys(versions))
         while len(self._own) > _MOST_OWN:
@@ -852,13 +852,7 @@ class RedisCache:
         await self._open()
         if not keys:
             return
-        calls = [
-            Call(
-                [self._name(key) for key in part],
-                [self._channel, *(key.canonical for key in part)],
-            )
-            for part in self._parts(tuple(keys))
-        ]
+        calls = self._calls(keys, lambda part: [self._channel, *(key.canonical for key in part)])
         answers = await self._server.run(scripts.INVALIDATE, calls)
         for answer in answers:
             if isinstance(answer, Exception):
@@ -1068,13 +1062,6 @@ def _outdated_among(known: Mapping[ResourceKey, Value]) -> set[ResourceKey]:
                 reached.add(dependent)
                 outdated.append(dependent)
     return reached
-
-
-def _positive(name: str, value: float) -> float:
-    seconds: float = number(name, value)
-    if seconds <= 0:
-        raise ValueError(refusal(name, "more than 0", value))
-    return seconds
 
 
 def _name_part(name: str, value: str) -> str:
