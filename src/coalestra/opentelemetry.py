@@ -303,6 +303,12 @@ _COUNTERS: Final[Mapping[str, tuple[str, str, str]]] = {
 }  # fmt: skip
 _HISTOGRAMS: Final[Mapping[str, tuple[str, str, str, Sequence[float]]]] = {
     "snapshot_build_latency_ms": ("snapshot.build.duration", "s", "one build", _SECONDS),
+    "snapshot_session_resolve_latency_ms": (
+        "session.resolution.duration",
+        "s",
+        "one stage of a session",
+        _SECONDS,
+    ),
     "source_fetch_latency_ms": ("source.fetch.duration", "s", "one call of a source", _SECONDS),
     "source_capacity_wait_ms": ("source.capacity.wait_time", "s", "waiting for a slot", _SECONDS),
     "source_batch_size": ("source.batch.size", "{key}", "keys in one batch call", _SIZES),

@@ -124,6 +124,10 @@ _COUNTERS: Mapping[str, tuple[str, Labels]] = {
 }
 _OBSERVATIONS: Mapping[str, tuple[str, Labels]] = {
     "snapshot_build_latency_ms": ("How long builds took, in seconds", _SUCCESS),
+    "snapshot_session_resolve_latency_ms": (
+        "How long stages of sessions took, in seconds",
+        _SUCCESS,
+    ),
     "source_fetch_latency_ms": (
         "How long calls to sources took, each retry anew, in seconds",
         {"source": ""},

@@ -52,6 +52,7 @@ COUNTERS: dict[str, set[str]] = {
 
 OBSERVATIONS: dict[str, set[str]] = {
     "snapshot_build_latency_ms": {"status"},
+    "snapshot_session_resolve_latency_ms": {"status"},
     "source_fetch_latency_ms": {"source"},
     "source_capacity_wait_ms": {"source"},
     "source_batch_size": {"source"},
@@ -224,8 +225,8 @@ CALLS: dict[str, list[Call]] = {
         lambda r: r.snapshot_built("s1", DIAGNOSTICS, build_failed=True, strict=True),
     ],
     "session_resolved": [
-        lambda r: r.session_resolved(RESOLUTION, succeeded=True),
-        lambda r: r.session_resolved(RESOLUTION, succeeded=False),
+        lambda r: r.session_resolved(RESOLUTION, succeeded=True, latency_ms=1.0),
+        lambda r: r.session_resolved(RESOLUTION, succeeded=False, latency_ms=1.0),
     ],
     "session_revalidated": [lambda r: r.session_revalidated(REVALIDATION)],
     "acceptance_passed": [lambda r: r.acceptance_passed()],
@@ -308,6 +309,7 @@ def test_every_method_of_the_reporter_is_held_against_the_tables() -> None:
 STATUSES = {
     "snapshot_build_total": {"success", "error"},
     "snapshot_build_latency_ms": {"success", "error"},
+    "snapshot_session_resolve_latency_ms": {"success", "error"},
     "snapshot_session_resolve_total": {"success", "error"},
     "cache_access_total": {
         "fresh",

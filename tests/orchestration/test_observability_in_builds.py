@@ -53,6 +53,7 @@ COUNTERS: dict[str, set[str]] = {
 }
 OBSERVATIONS = {
     "snapshot_build_latency_ms": "status",
+    "snapshot_session_resolve_latency_ms": "status",
     "source_fetch_latency_ms": "source",
     "source_capacity_wait_ms": "source",
     "source_batch_size": "source",
@@ -190,6 +191,26 @@ async def test_a_hit_is_counted_and_told_with_its_freshness() -> None:
     assert seen.count("cache_access_total", status="fresh") == 1
     (hit,) = seen.of("cache_hit")
     assert hit == {"resource": str(X), "freshness": "fresh", "snapshot_id": "second"}
+    assert seen.faults == []
+
+
+async def test_a_stage_of_a_session_is_timed_on_its_own() -> None:
+    async def slow(k: ResourceKey, context: FetchContext) -> str:
+        await asyncio.sleep(float(k.subject))
+        if k.subject == "2":
+            raise ConnectionError("down")
+        return "fine"
+
+    building, seen = watched(Single("x", fetch=slow))
+    async with building.session() as session:
+        for seconds in ("0.5", "3"):
+            await session.resolve([key("x", seconds)])
+            await asyncio.sleep(7)
+        with pytest.raises(SnapshotBuildError):
+            await session.resolve([key("x", "2")])
+    metric = "snapshot_session_resolve_latency_ms"
+    assert seen.observed[metric, "success"] == pytest.approx([500, 3000])
+    assert seen.observed[metric, "error"] == pytest.approx([2000])
     assert seen.faults == []
 
 

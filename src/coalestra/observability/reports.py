@@ -494,9 +494,16 @@ class Reporter:
             diagnostics=diagnostics,
         )
 
-    def session_resolved(self, outcome: SessionResolution, *, succeeded: bool) -> None:
+    def session_resolved(
+        self, outcome: SessionResolution, *, succeeded: bool, latency_ms: float
+    ) -> None:
         """Report a finished ``resolve``; ``succeeded`` unless it is about to raise."""
         self._count_status("snapshot_session_resolve_total", succeeded)
+        self._observe(
+            "snapshot_session_resolve_latency_ms",
+            latency_ms,
+            status="success" if succeeded else "error",
+        )
         self._tell("snapshot_session_resolved", **fields_of(outcome))
 
     def session_revalidated(self, outcome: SessionRevalidation) -> None:

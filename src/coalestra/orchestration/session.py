@@ -188,7 +188,8 @@ class SnapshotSession:
         retry_errors: bool,
     ) -> Decided:
         """Resolve further keys, say what speaks against the snapshot, and report both."""
-        unit = self._unit
+        unit, report = self._unit, self._unit.engine.parts.report
+        began = unit.engine.parts.clock.monotonic() if report is not None else 0.0
         snapshot, succeeded = None, False
         try:
             with unit.stage("resolve", len(wanted)) as stage:
@@ -201,7 +202,6 @@ class SnapshotSession:
         except Exception as raised:
             error = raised
         finally:
-            report = unit.engine.parts.report
             if report is not None and snapshot is not None:
                 report.session_resolved(
                     SessionResolution(
@@ -214,6 +214,7 @@ class SnapshotSession:
                         retry_errors=retry_errors,
                     ),
                     succeeded=succeeded,
+                    latency_ms=(unit.engine.parts.clock.monotonic() - began) * 1000.0,
                 )
         return snapshot, error
 
