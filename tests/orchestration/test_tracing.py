@@ -33,7 +33,7 @@ from coalestra import (
     SyncSnapshotBuilder,
 )
 from coalestra.core.trace import CallTrace, Obtained, Trace, WaitReason
-from coalestra.orchestration.tracing import MOST_KEPT, MOST_KEYS
+from coalestra.orchestration.tracing import MOST_KEPT, MOST_KEYS, MOST_STAGES
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
 from tests.support import Gate, no_leaks, settle
@@ -364,6 +364,7 @@ async def test_a_session_tells_its_stages_and_each_snapshot_what_was_known_by_th
     stages = [stage.name for stage in trace_of(third).stages if stage.name != "delivery"]
     assert stages == ["resolve", "resolve", "revalidate"]
     assert (trace_of(third).keys[A].start, trace_of(third).keys[A].end) == (3, 4)
+    assert trace_of(third).keys[A].obtained is Obtained.FETCHED
     assert [trace.kind for trace in b.recent_traces()] == ["session"]
 
 
@@ -396,6 +397,51 @@ async def test_a_trace_has_room_for_so_many_keys_and_counts_the_rest() -> None:
     assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 5)
     trace = trace_of(await b.build(keys, trace=True))
     assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 5)
+
+
+async def test_each_key_that_there_was_no_room_for_is_counted_once() -> None:
+    keys = [key("a", str(n)) for n in range(MOST_KEYS + 5)]
+    b = builder(Batch("a"), Derived("d", needs=lambda _: keys[:3]))
+    derived = [key("d", str(n)) for n in range(MOST_KEYS + 5)]
+    assert trace_of(await b.build(derived, trace=True)).omitted_keys == 5 + 3
+    async with b.session(trace=True) as session:
+        first = await session.resolve(keys[:4])
+        for _ in range(3):
+            trace = trace_of(await session.resolve(keys))
+            assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 5)
+        trace = trace_of(await session.revalidate(keys))
+        assert len(trace.keys) + trace.omitted_keys == len(keys)
+    assert trace_of(first).omitted_keys == 0
+
+
+async def test_what_was_in_memory_takes_the_room_of_one_key_in_a_session_too() -> None:
+    keys = [key("a", str(n)) for n in range(MOST_KEYS)]
+    b = builder(Batch("a"))
+    await b.build(keys)
+    async with b.session(trace=True) as session:
+        for start in range(0, MOST_KEYS, 200):
+            trace = trace_of(await session.resolve(keys[start : start + 200]))
+    assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 0)
+
+
+async def test_a_session_may_go_on_for_ever_and_its_trace_tells_of_what_is_delivered() -> None:
+    b = builder(Single("a", fetch=latency(1)), Single("b"))
+    async with b.session(trace=True) as session:
+        early = await session.resolve([A, B])
+        for _ in range(MOST_KEYS + MOST_STAGES):
+            late = await session.revalidate([A], force_refresh=True)
+        trace = trace_of(late)
+        (kept,) = b.recent_traces()
+    for told in (trace, kept):
+        found = told.keys[A]
+        assert (found.obtained, found.version) == (Obtained.FETCHED, late[A].version)
+        assert found.end - found.start == 1
+        assert len(told.stages) == MOST_STAGES
+        assert told.stages[-1].end == told.duration_seconds
+        assert len(told.stages) + told.omitted_stages > MOST_KEYS + MOST_STAGES
+    assert "that there was no room to note" in trace.to_text()
+    assert set(trace_of(early).keys) | {A} == {A, B}  # what took its place is not told of it
+    assert len(trace_of(early).keys) + trace_of(early).omitted_keys == 2
 
 
 async def test_a_builder_keeps_so_many_traces_the_latest_last() -> None:
@@ -449,6 +495,25 @@ async def test_a_trace_keeps_no_payload_and_no_error_alive() -> None:
     assert len(seen) == 2
     assert [ref() for ref in seen] == [None, None]
     assert trace.keys[A].source == "a"
+    assert b.recent_traces()
+
+
+async def test_a_trace_keeps_no_metadata_alive() -> None:
+    class Request:
+        pass
+
+    seen: list[weakref.ref[Any]] = []
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        seen.append(weakref.ref(context.metadata["request"]))
+        return None
+
+    b = builder(Single("a", fetch=fetch))
+    snapshot = await b.build([A], metadata={"request": Request()}, trace=True)
+    await settle()
+    gc.collect()
+    assert [ref() for ref in seen] == [None]
+    assert trace_of(snapshot).keys[A].source == "a"
     assert b.recent_traces()
 
 

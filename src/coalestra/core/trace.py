@@ -261,7 +261,7 @@ class Trace:
         stages: in order.
         keys: how each was obtained, in the order in which they were looked for.
         calls: the calls that its keys took part in.
-        omitted_keys: how many more keys there were than a trace has room for.
+        omitted_keys, omitted_stages: how many more there were than a trace has room for.
     """
 
     snapshot_id: str
@@ -273,6 +273,7 @@ class Trace:
     keys: Mapping[ResourceKey, KeyTrace] = field(default_factory=FrozenDict)
     calls: tuple[CallTrace, ...] = ()
     omitted_keys: int = 0
+    omitted_stages: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", frozen(self.keys))
@@ -687,7 +688,7 @@ def _pictured(trace: Trace) -> Waterfall:
         list(_facts(trace)),
         trace.duration_seconds,
         (
-            Section("Stages", [_stage_row(stage) for stage in trace.stages]),
+            Section("Stages", [_stage_row(stage) for stage in trace.stages], trace.omitted_stages),
             Section("Calls", [_call_row(trace, call) for call in trace.calls]),
             Section("Keys", [_key_row(trace, each) for each in keys], trace.omitted_keys),
         ),

@@ -4,7 +4,8 @@ Laws:
 
 1. What nobody asked to be traced costs one look at an attribute that is None.
 2. Notes are facts with the time at which they were made; nothing is decided by them. They hold no
-   payload, no exception and no flight, so that a trace that is kept keeps nothing else alive.
+   payload, no metadata, no exception and no flight, so that a trace that is kept keeps nothing else
+   alive. There is room for so many, however long a unit of work goes on; the rest is counted.
 3. A trace is made when somebody looks at it, of what was noted by the time it speaks of.
 4. A tracer's failure is counted and ends nothing.
 """
@@ -18,7 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from coalestra._endings import pass_on
 from coalestra.core.errors import SourceFailure, folded_message, message_of, type_name
@@ -43,6 +45,9 @@ from coalestra.orchestration.readings import Failure, Reading
 
 MOST_KEYS = 1_000
 """How many keys a trace has room for; of more it says how many there were."""
+
+MOST_STAGES = 500
+"""How many stages a trace has room for, the latest ones; of more it says how many there were."""
 
 MOST_KEPT = 32
 """How many traces of the recent past a builder keeps."""
@@ -389,7 +394,8 @@ class KeyLog:
         if self.error is not None:
             self.obtained = Obtained.FALLBACK
         elif self.obtained is None:
-            self.obtained = Obtained.PINNED if pinned else self._how(reading)
+            known = pinned and self.flight is None
+            self.obtained = Obtained.PINNED if known else self._how(reading)
 
     def _how(self, reading: Reading) -> Obtained:
         if reading.from_cache:
@@ -429,14 +435,30 @@ class KeyLog:
         )
 
 
-WarmKey = tuple[Obtained, float, ResourceKey, str, str, tuple[Foundation, ...]]
-"""What is noted of a key that was in memory with all others: how, when, and what was found."""
+class WarmKey(NamedTuple):
+    """What is noted of a key that was in memory with all others: how, when, and what was found."""
 
+    obtained: Obtained
+    start: float
+    key: ResourceKey
+    source: str
+    version: str
+    rests_on: tuple[Foundation, ...]
 
-def _warm_traced(warm: WarmKey, began: float) -> KeyTrace:
-    how, at, key, source, version, rests_on = warm
-    at -= began
-    return KeyTrace(key, how, at, at, source=source, version=version, rests_on=rests_on)
+    @property
+    def requested(self) -> bool:
+        """Always: what derived values need is looked for one by one."""
+        return True
+
+    def tells_of(self, version: str | None) -> bool:
+        """Whether this is how the version was come by."""
+        return self.version == version
+
+    def traced(self, began: float, *_: object) -> KeyTrace:
+        """Return it, in seconds since `began`."""
+        how, at, key, source, version, rests_on = self
+        at -= began
+        return KeyTrace(key, how, at, at, source=source, version=version, rests_on=rests_on)
 
 
 def _clipped(end: float | None, until: float) -> float:
@@ -450,30 +472,33 @@ def _said(error: BaseException) -> tuple[str, str]:
 # What is noted of a unit of work ------------------------------------------------------------------
 
 
+class Noted(NamedTuple):
+    """How far the notes of a unit of work had come at one moment, and what was delivered then."""
+
+    warm: int
+    entries: int
+    stages: int
+    omitted: int
+    until: float
+    values: Mapping[ResourceKey, SnapshotValue[Any]]
+
+
 class Recorded:
     """What a unit of work had noted at one moment; called, it makes the trace, once."""
 
-    __slots__ = ("_noted", "_trace", "_until", "_versions", "_work")
+    __slots__ = ("_noted", "_trace")
 
-    def __init__(
-        self,
-        work: WorkTrace,
-        noted: tuple[int, int],
-        until: float,
-        versions: Mapping[ResourceKey, str],
-    ) -> None:
-        self._work: WorkTrace | None = work
-        self._noted = noted
-        self._until = until
-        self._versions = versions
+    def __init__(self, work: WorkTrace, noted: Noted) -> None:
+        self._noted: tuple[WorkTrace, Noted] | None = work, noted
         self._trace: Trace | None = None
 
     def __call__(self) -> Trace:
         """Return the trace."""
-        work = self._work
-        if self._trace is None and work is not None:
-            self._trace = work.traced(*self._noted, self._until, self._versions)
-            self._work = None
+        noted = self._noted
+        if self._trace is None and noted is not None:
+            work, moment = noted
+            self._trace = work.traced(moment)
+            self._noted = None
         assert self._trace is not None
         return self._trace
 
@@ -509,17 +534,19 @@ class WorkTrace:
 
     __slots__ = (
         "_began",
-        "_context",
         "_entries",
         "_joins",
         "_kind",
         "_known",
-        "_omitted",
         "_parent",
         "_stages",
+        "_stages_begun",
+        "_started_at",
         "_tracing",
+        "_untold",
         "_warm",
         "recording",
+        "snapshot_id",
         "span",
         "__weakref__",
     )
@@ -534,22 +561,19 @@ class WorkTrace:
     ) -> None:
         self._tracing = tracing
         self._kind = kind
-        self._context = context
+        self.snapshot_id: str = context.snapshot_id
+        self._started_at = context.requested_at
         self._parent: str | None = None if parent is None else parent.snapshot_id
         self._began = _now()
         self._stages: list[StageLog] = []
+        self._stages_begun = 0
         self._entries: list[KeyLog] = []
         self._warm: list[WarmKey] = []
-        self._known: dict[ResourceKey, KeyLog] = {}
+        self._known: dict[ResourceKey, KeyLog | WarmKey] = {}
+        self._untold: set[int] = set()
         self._joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = {}
-        self._omitted = 0
         self.recording: bool = recording
         self.span: Any = None
-
-    @property
-    def snapshot_id(self) -> str:
-        """The id of the snapshot that is made."""
-        return self._context.snapshot_id
 
     # Stages -----------------------------------------------------------------------------------
 
@@ -579,8 +603,7 @@ class WorkTrace:
         self, name: str, keys: int, variables: Context, link: Any = None, **more: Any
     ) -> StageLog:
         """Note that a stage begins, for so many keys."""
-        log = StageLog(name, keys)
-        self._stages.append(log)
+        log = self._new_stage(name, keys)
         tracer = self._tracing.tracer
         if tracer is not None:
             facts = {"snapshot_id": self.snapshot_id, "keys": keys, **more}
@@ -614,12 +637,18 @@ class WorkTrace:
     @contextmanager
     def delivering(self, keys: int) -> Iterator[None]:
         """Note the copying of values for the reader, which the block is."""
-        log = StageLog("delivery", keys)
-        self._stages.append(log)
+        log = self._new_stage("delivery", keys)
         try:
             yield
         finally:
             log.end = _now()
+
+    def _new_stage(self, name: str, keys: int) -> StageLog:
+        log = StageLog(name, keys)
+        self._stages.append(log)
+        self._stages_begun += 1
+        del self._stages[:-MOST_STAGES]
+        return log
 
     # Keys -------------------------------------------------------------------------------------
 
@@ -632,38 +661,56 @@ class WorkTrace:
         for key in keys if self.recording else ():
             known = self._known.get(key)
             if requested or known is None or known.obtained is Obtained.FAILED:
-                log = self._begin(key, requested)
+                log = self._begin(key, requested=requested)
                 if log is not None:
                     logs[key] = log
         return logs
 
-    def pinned(self, pins: Mapping[ResourceKey, Reading]) -> None:
+    def shown(
+        self,
+        values: Mapping[ResourceKey, SnapshotValue[Any]],
+        pins: Mapping[ResourceKey, Reading],
+    ) -> None:
         """Note what a session shows that was never looked for, but read out of sight."""
-        for key, pin in pins.items() if self.recording else ():
-            log = self._known.get(key)
-            if log is not None and log.tells_of(pin.revision.version):
-                log.requested = True
-                continue
-            log = self._begin(key, True)
-            if log is not None:
-                log.obtained, log.end, log.found = Obtained.PINNED, log.start, _facts(pin.revision)
+        for key, value in values.items() if self.recording else ():
+            known, pin = self._known.get(key), pins.get(key)
+            if known is not None and known.tells_of(value.version):
+                if isinstance(known, KeyLog):
+                    known.requested = True
+            elif pin is not None and pin.revision.version == value.version:
+                log = self._begin(key, requested=True)
+                if log is not None:
+                    log.obtained, log.end = Obtained.PINNED, log.start
+                    log.found = _facts(pin.revision)
 
-    def _begin(self, key: ResourceKey, requested: bool) -> KeyLog | None:
-        if len(self._entries) + len(self._warm) >= MOST_KEYS:
-            self._omitted += key not in self._known
+    def _begin(self, key: ResourceKey, *, requested: bool) -> KeyLog | None:
+        """Begin the story of a key; where there is no room, in the place of its last one."""
+        known, log = self._known.get(key), KeyLog(key, requested)
+        if self._room > 0:
+            self._entries.append(log)
+        elif isinstance(known, KeyLog):
+            self._entries[self._entries.index(known)] = log
+        else:
+            if known is None:
+                self._untold.add(hash(key))
             return None
-        log = self._known[key] = KeyLog(key, requested)
-        self._entries.append(log)
+        self._known[key] = log
         return log
+
+    @property
+    def _room(self) -> int:
+        return MOST_KEYS - len(self._entries) - len(self._warm)
 
     def warm(self, revisions: Iterable[Revision], *, near: bool) -> None:
         """Note that all keys of a stage were in memory."""
         if self.recording:
-            how = Obtained.NEAR_CACHE if near else Obtained.CACHE
-            room = MOST_KEYS - len(self._entries) - len(self._warm)
-            known = [(how, _now(), revision.key, *_facts(revision)) for revision in revisions]
-            self._warm += known[:room]
-            self._omitted += max(0, len(known) - room)
+            how, now = Obtained.NEAR_CACHE if near else Obtained.CACHE, _now()
+            rest = iter(revisions)
+            for revision in islice(rest, self._room):
+                warm = WarmKey(how, now, revision.key, *_facts(revision))
+                self._warm.append(warm)
+                self._known[revision.key] = warm
+            self._untold.update([hash(revision.key) for revision in rest])
 
     def flies(
         self, log: KeyLog | None, key: ResourceKey, flight: FlightLog, *, joined: bool
@@ -701,47 +748,51 @@ class WorkTrace:
         """Return what has been noted by now, if anything is, of a snapshot with these values."""
         if not self.recording:
             return None
-        versions = {key: value.version for key, value in values.items()}
-        return Recorded(self, (len(self._warm), len(self._entries)), _now(), versions)
+        done = len(self._warm), len(self._entries), self._stages_begun, len(self._untold)
+        return Recorded(self, Noted(*done, _now(), values))
 
-    def traced(
-        self, warm: int, entries: int, until: float, versions: Mapping[ResourceKey, str]
-    ) -> Trace:
-        """Return the trace of the first so many warm and other keys, as things were at `until`.
+    def traced(self, noted: Noted) -> Trace:
+        """Return the trace of what was noted by one moment, as things were then.
 
-        A key that was read more than once has the story of the version that was delivered.
+        A key that was read more than once has the story of the version that was delivered, or none.
         """
-        began = self._began
+        began, until, values = self._began, noted.until, noted.values
+        stories: dict[ResourceKey, KeyLog | WarmKey] = {}
+        delivered: dict[ResourceKey, str] = {}
+        noted_by_then: list[KeyLog | WarmKey] = [*self._warm[: noted.warm]]
+        noted_by_then += self._entries[: noted.entries]
+        for story in noted_by_then:
+            key, told = story.key, stories.get(story.key)
+            if told is None and key in values:
+                delivered[key] = values[key].version
+            version = delivered.get(key)
+            better = story.requested or story.tells_of(version)
+            if story.start <= until and (told is None or (better and not told.tells_of(version))):
+                stories[key] = story
+        told_of = [
+            each
+            for key, each in stories.items()
+            if key not in delivered or each.tells_of(delivered[key])
+        ]
         calls: dict[CallLog, int] = {}
-        keys = {each[2]: _warm_traced(each, began) for each in self._warm[:warm]}
-        logs: dict[ResourceKey, KeyLog] = {}
-        for log in self._entries[:entries]:
-            told = logs.get(log.key)
-            version = versions.get(log.key)
-            better = log.requested or log.tells_of(version)
-            if told is None or (better and not told.tells_of(version)):
-                logs[log.key] = log
-        for key, log in logs.items():
-            version = versions.get(key)
-            better = log.requested or log.tells_of(version)
-            if key not in keys or (better and keys[key].version != version):
-                keys[key] = log.traced(began, until, calls)
+        keys = {each.key: each.traced(began, until, calls) for each in told_of}
+        stages = [each for each in self._stages if each.start <= until]
         return Trace(
             snapshot_id=self.snapshot_id,
             kind=self._kind,
             parent_snapshot_id=self._parent,
-            started_at=self._context.requested_at,
+            started_at=self._started_at,
             duration_seconds=until - began,
             stages=tuple(
                 StageTrace(
                     each.name, each.start - began, _clipped(each.end, until) - began, each.keys
                 )
-                for each in self._stages
-                if each.start <= until
+                for each in stages
             ),
             keys=FrozenDict(keys),
             calls=tuple(call.traced(began, until) for call in calls),
-            omitted_keys=self._omitted,
+            omitted_keys=noted.omitted + len(stories) - len(keys),
+            omitted_stages=noted.stages - len(stages),
         )
 
     def __repr__(self) -> str:

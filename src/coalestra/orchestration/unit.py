@@ -215,7 +215,7 @@ class UnitOfWork:
         )
         trace = self.work.trace
         if trace is not None and self.lasting:
-            trace.pinned({key: self.pins[key] for key in values if key in self.pins})
+            trace.shown(values, self.pins)
         return snapshot_of(
             self.work.context.snapshot_id,
             self.created_at,
