@@ -957,7 +957,8 @@ class SingleFlight:
         done, gather.done = gather.done, nobody
         for key, log in gather.logs.items():
             reading, failure = gather.readings.get(key), gather.failures.get(key)
-            log.settled(reading, failure, pinned=key in gather.base)
+            pinned = reading is not None and gather.base.get(key) is reading  # not renewed
+            log.settled(reading, failure, pinned=pinned)
         done(gather)
 
     def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:
