@@ -95,6 +95,11 @@ docs: $(VENV)/.docs ## build the documentation site into build/site, and run its
 	@echo "== documentation: build/site/index.html"
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
+.PHONY: pictures
+pictures: $(VENV)/.dev ## renew the pictures of the live page in docs/images
+	@echo "== pictures, by $$(sh .ci/find-chromium)"
+	@$(PYTEST) tests/inspect/test_browser.py -k pictures --pictures
+
 clean: ## remove environments, caches and what was built
 	@echo "== clean"
 	@rm -rf $(VENV) .venvs build dist .coverage .coverage.* htmlcov

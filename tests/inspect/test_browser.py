@@ -62,8 +62,10 @@ def visit(browser: Browser) -> Iterator[Open]:
     complaints: list[str] = []
     contexts = []
 
+    expected = re.compile(r"ERR_CONNECTION|status of 403|EventSource")
+
     def noted(message: Any) -> None:
-        if message.type in ("error", "warning") and "ERR_CONNECTION" not in message.text:
+        if message.type in ("error", "warning") and not expected.search(message.text):
             complaints.append(message.text)
 
     def visit(url: str, **settings: Any) -> Page:
@@ -375,6 +377,20 @@ def test_it_says_when_it_is_cut_off_since_when_and_comes_back_by_itself(visit: O
         wait(page, "Live", "#live")
         playwright.expect(page.locator("#cut")).to_be_hidden()
         playwright.expect(page.locator("#said")).to_have_text("Connected again.")
+
+
+def test_it_says_when_one_may_not_read_it_any_more(visit: Open) -> None:
+    allowed = [True]
+    with Farm(authorize=lambda scope: bool(allowed)).open() as farm:
+        page = visit(farm.url)
+        wait(page, "Live", "#live")
+        allowed.clear()
+        farm.stop_serving()
+        farm.serve_again()
+        wait(page, "you may not read it: sign in again", "#cut")
+        allowed.append(True)
+        wait(page, "Live", "#live")
+        playwright.expect(page.locator("#cut")).to_be_hidden()
 
 
 def test_a_page_nobody_looks_at_asks_for_nothing(farm: Farm, visit: Open) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import math
 import re
 import threading
 import weakref
@@ -22,7 +23,7 @@ from coalestra.inspect.asgi import MOST_VIEWERS, SEND_SECONDS, STREAM_SECONDS
 from coalestra.inspect.looks import Story
 from tests.inspect.client import Stream, get, scope_of
 from tests.orchestration.scripted import Derived, Single, builder, key
-from tests.support import settle
+from tests.support import LoopClock, settle
 
 K = key("k", "secret-subject")
 PATHS = ("/", "/state.json", "/cache.json", "/events", "/traces/0123456789ab.html", "/nothing")
@@ -436,6 +437,15 @@ async def test_an_error_in_looking_is_told_by_its_type_and_the_next_look_may_suc
         assert state == {"error": "RuntimeError"}
         fails.clear()
         assert (await viewer.states(2))[1]["verdict"]["severity"] == "healthy"
+
+
+async def test_a_clock_that_tells_no_time_is_told_as_an_error_not_as_a_state() -> None:
+    class Odd(LoopClock):
+        def now(self) -> float:
+            return math.nan
+
+    state = (await get(app(builder(Single("k"), clock=Odd())), "/state.json")).json
+    assert state == {"error": "ValueError"}
 
 
 def test_the_states_of_a_loop_that_has_ended_are_let_go() -> None:

@@ -235,7 +235,7 @@ class Sampler:
 
     def _written(self, look: Look, now: float, late: float) -> bytes:
         told = self.story.told(look, now, late)
-        return json.dumps(told, separators=(",", ":")).encode()
+        return json.dumps(told, separators=(",", ":"), allow_nan=False).encode()
 
     async def current(self) -> bytes:
         """Return a state that is no older than the interval."""

@@ -219,9 +219,8 @@ async def look_into_cache(builder: AnyBuilder) -> tuple[SnapshotValue[Any], ...]
 class Story:
     """The health of the last minute, and what was learnt on the way, told as JSON-safe data.
 
-    Of older looks nothing else is kept, so that no value lives longer for having been seen.
-
-    It is told off the event loop: traces may be many and large.
+    Of older looks nothing else is kept, so that no value lives longer for having been seen. It is
+    told off the event loop: traces may be many and large.
 
     Args:
         builder: what is looked at.
