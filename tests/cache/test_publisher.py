@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import threading
 import weakref
@@ -323,6 +324,16 @@ async def test_results_tell_of_what_was_published_whenever_they_are_read(value: 
     assert (list(again), len(again), B in again) == ([A], 1, False)
     with pytest.raises(KeyError):
         again[B]
+
+
+async def test_results_keep_no_cache_alive() -> None:
+    cache = AsyncMemoryCache()
+    store = weakref.ref(cache.store.listeners)
+    results = await standalone(cache).publish_many([ResourceUpdate(A, {"a": 1}, "s", NOW)])
+    del cache
+    gc.collect()
+    assert store() is None
+    assert results[A].value.value == {"a": 1}
 
 
 async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event(

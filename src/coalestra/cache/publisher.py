@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 from coalestra.cache.access import CacheAccess
@@ -122,7 +123,7 @@ class PublisherParts:
                 f"{source} published {key.display} with a time in the future: {rejection}"
             ) from rejection
 
-    def report(self, written: _Written, force: bool) -> None:
+    def report(self, force: bool, written: _Written) -> None:
         """Report what became of a revision."""
         offered, (status, current, previous) = written
         if self.reporter is None:
@@ -132,53 +133,56 @@ class PublisherParts:
         else:
             self.reporter.resource_publish_ignored(offered, current, _STATUS[status])
 
-    def result_now(
-        self,
-        written: _Written,
-        policy: FreshnessPolicy,
-        now: float,
-        open_now: Callable[..., Any] | None = None,
-    ) -> PublishResult | None:
-        """Tell what became of a revision, with copies; None if these take ``await result``."""
-        offered, (status, current, previous) = written
-        before, open_now = None, open_now or self.copies.open_now
-        payload = open_now(current.payload, current.seal, context=_OUT)
-        if previous is not None:
-            earlier = open_now(previous.payload, previous.seal, context=_OUT)
-            if earlier is OFFLOADED:
-                return None
-            before = self.shown(previous, earlier, policy, now, from_cache=True)
-        if payload is OFFLOADED:
+
+# What became of an event, with copies of what is held now and was before -------------------------
+
+
+def _result_now(
+    copies: PayloadCopies,
+    written: _Written,
+    policy: FreshnessPolicy,
+    now: float,
+    open_now: Callable[..., Any] | None = None,
+) -> PublishResult | None:
+    """Return the result of one event; None if its copies take ``await _result``."""
+    offered, (status, current, previous) = written
+    before, open_now = None, open_now or copies.open_now
+    payload = open_now(current.payload, current.seal, context=_OUT)
+    if previous is not None:
+        earlier = open_now(previous.payload, previous.seal, context=_OUT)
+        if earlier is OFFLOADED:
             return None
-        value = self.shown(current, payload, policy, now, from_cache=current is not offered)
-        return PublishResult(_STATUS[status], value, before)
+        before = _shown(copies, previous, earlier, policy, now, True)
+    if payload is OFFLOADED:
+        return None
+    value = _shown(copies, current, payload, policy, now, current is not offered)
+    return PublishResult(_STATUS[status], value, before)
 
-    async def result(self, written: _Written, policy: FreshnessPolicy, now: float) -> PublishResult:
-        """Tell what became of a revision, with copies that are made in threads."""
 
-        async def opened(revision: Revision) -> SnapshotValue[Any]:
-            payload = await self.copies.open(revision.payload, revision.seal, context=_OUT)
-            return self.shown(revision, payload, policy, now, from_cache=revision is not offered)
+async def _result(
+    copies: PayloadCopies, written: _Written, policy: FreshnessPolicy, now: float
+) -> PublishResult:
+    offered, (status, current, previous) = written
+    values: list[SnapshotValue[Any]] = []
+    for each in (current,) if previous is None else (current, previous):
+        payload = await copies.open(each.payload, each.seal, context=_OUT)
+        values.append(_shown(copies, each, payload, policy, now, each is not offered))
+    return PublishResult(_STATUS[status], *values)
 
-        offered, (status, current, previous) = written
-        before = None if previous is None else await opened(previous)
-        return PublishResult(_STATUS[status], await opened(current), before)
 
-    def shown(
-        self,
-        revision: Revision,
-        payload: Any,
-        policy: FreshnessPolicy,
-        now: float,
-        *,
-        from_cache: bool,
-    ) -> SnapshotValue[Any]:
-        """Return the value that the publisher's caller gets, around a payload of his own."""
-        metadata, age = revision.metadata, now - revision.observed_at
-        if type(metadata) is not FrozenDict:
-            metadata = self.copies.open_metadata_now(metadata, context=_OUT)
-        stale = age > policy.ttl_seconds
-        return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)
+def _shown(
+    copies: PayloadCopies,
+    revision: Revision,
+    payload: Any,
+    policy: FreshnessPolicy,
+    now: float,
+    from_cache: bool,
+) -> SnapshotValue[Any]:
+    metadata, age = revision.metadata, now - revision.observed_at
+    if type(metadata) is not FrozenDict:
+        metadata = copies.open_metadata_now(metadata, context=_OUT)
+    stale = age > policy.ttl_seconds
+    return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)
 
 
 class _Results(Mapping[ResourceKey, PublishResult]):
@@ -189,34 +193,34 @@ class _Results(Mapping[ResourceKey, PublishResult]):
 
     def __init__(
         self,
-        parts: PublisherParts,
+        copies: PayloadCopies,
         policies: Mapping[ResourceKey, FreshnessPolicy],
         now: float,
         written: Iterable[_Written],
     ) -> None:
-        self._parts = parts
+        self._copies = copies
         self._policies = policies
         self._now = now
         self._results: dict[ResourceKey, PublishResult | _Written]
         self._results = {each[0].key: each for each in written}
 
-    async def complete(self, pace: Pace, force: bool) -> None:
+    async def complete(self, report: Callable[[_Written], object] | None, pace: Pace) -> None:
         """Report all, then copy those that are no trifles."""
-        parts, results, left = self._parts, self._results, PORTION
-        if parts.reporter is not None:
+        copies, results, left = self._copies, self._results, PORTION
+        if report is not None:
             for written in results.values():
-                parts.report(cast(_Written, written), force)
+                report(cast(_Written, written))
                 await pace.keep()
         for key, written in results.items():
             _, (_, current, previous) = written = cast(_Written, written)
             weight = current.seal.weight
             if previous is not None:
                 weight = max(weight, previous.seal.weight)
-            if weight >= PORTION or not parts.copies.is_direct:
-                policy = self._policies[key]
-                result = parts.result_now(written, policy, self._now)
+            if weight >= PORTION or not copies.is_direct:
+                policy, now = self._policies[key], self._now
+                result = _result_now(copies, written, policy, now)
                 if result is None:
-                    result = await parts.result(written, policy, self._now)
+                    result = await _result(copies, written, policy, now)
                 results[key] = result  # what was replaced is let go one by one, not all at the end
             left -= weight
             if left <= 0:
@@ -226,8 +230,7 @@ class _Results(Mapping[ResourceKey, PublishResult]):
     def __getitem__(self, key: ResourceKey) -> PublishResult:
         result = self._results[key]
         if type(result) is tuple:
-            policy = self._policies[key]
-            made = self._parts.result_now(result, policy, self._now, _opened)
+            made = _result_now(self._copies, result, self._policies[key], self._now, _opened)
             result = self._results[key] = cast(PublishResult, made)
         return cast(PublishResult, result)
 
@@ -392,19 +395,16 @@ class ResourcePublisher:
         """
         parts, told = self._parts, EMPTY if metadata is None else metadata
         check_update(key, source, observed_at, told)
-        parts.check_open()
-        validation.flag("force", force)
-        validation.flag("replace_equal", replace_equal)
-        now, store = now_of(parts.clock), parts.access.store
+        now, store = self._begin(force, replace_equal), parts.access.store
         policy = parts.policy_resolver.resolve(key)
         revision = parts.revision_of(key, value, source, observed_at, told, now)
         if store is None or revision.seal is None:
             return (await self._publish((revision,), now, force, replace_equal))[key]
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
         written = revision, outcome
-        parts.report(written, force)
-        result = parts.result_now(written, policy, now)
-        return await parts.result(written, policy, now) if result is None else result
+        parts.report(force, written)
+        result = _result_now(parts.copies, written, policy, now)
+        return result or await _result(parts.copies, written, policy, now)
 
     async def publish_update(
         self, update: ResourceUpdate[Any], *, force: bool = False, replace_equal: bool = False
@@ -437,13 +437,9 @@ class ResourcePublisher:
         for update in captured:
             if type(update) is not ResourceUpdate:
                 validation.instance("updates", update, ResourceUpdate)
-        parts = self._parts
-        parts.check_open()
-        validation.flag("force", force)
-        validation.flag("replace_equal", replace_equal)
-        now = now_of(parts.clock)
+        now = self._begin(force, replace_equal)
         made = (
-            parts.revision_of(
+            self._parts.revision_of(
                 each.key, each.value, each.source, each.observed_at, each.metadata, now
             )
             for each in captured
@@ -480,6 +476,13 @@ class ResourcePublisher:
         if self._parts.owns_copies:
             await close_copies(self._parts.copies, timeout_seconds)
 
+    def _begin(self, force: bool, replace_equal: bool) -> float:
+        """Check what is asked for; return the time at which it is published."""
+        self._parts.check_open()
+        validation.flag("force", force)
+        validation.flag("replace_equal", replace_equal)
+        return now_of(self._parts.clock)
+
     async def _publish(
         self, made: Iterable[Revision], now: float, force: bool, replace_equal: bool
     ) -> Mapping[ResourceKey, PublishResult]:
@@ -499,11 +502,12 @@ class ResourcePublisher:
                     announcement.catch_up()
                     await pace.rest()
             written = await self._write(announcement, policies, force, replace_equal)
-            results = _Results(parts, policies, now, written)
+            results = _Results(parts.copies, policies, now, written)
             del written
         finally:
             announcement.conclude()
-        await results.complete(pace, force)
+        report = None if parts.reporter is None else partial(parts.report, force)
+        await results.complete(report, pace)
         return results
 
     async def _write(
