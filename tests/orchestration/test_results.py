@@ -14,6 +14,7 @@ import pytest
 from coalestra import (
     BuilderClosedError,
     CoalestraError,
+    FetchContext,
     FreshnessPolicy,
     InMemoryMetrics,
     PolicyResolver,
@@ -670,6 +671,24 @@ async def test_one_deadline_is_for_all_of_them_also_for_those_that_wait_for_room
     await no_leaks(building)
 
 
+async def test_a_request_that_waits_for_room_has_not_begun_though_its_time_runs() -> None:
+    told: list[Any] = []
+
+    async def fetch(_: ResourceKey, context: FetchContext) -> str:
+        told.append((context.deadline_at, context.metadata["seen"].copy()))
+        context.metadata["seen"].append("by me")
+        await asyncio.sleep(4)
+        return ""
+
+    building = builder(Single("x", fetch=fetch))
+    first, second = await building.try_requests(
+        asking(1, 2), deadline_seconds=10, metadata={"seen": []}, max_concurrency=1
+    )
+    assert second.require_accepted().created_at - first.require_accepted().created_at == 4
+    assert second.require_accepted().diagnostics.duration_ms == 4_000
+    assert told == [(first.require_accepted().created_at + 10, [])] * 2
+
+
 async def test_many_requests_tell_the_sources_their_metadata() -> None:
     told: list[Any] = []
 
@@ -781,8 +800,10 @@ async def test_a_wrong_limit_is_refused_and_begins_nothing(
     for place in (building, building.session()):
         with pytest.raises(error, match="max_concurrency"):
             await place.try_requests(asking(1), max_concurrency=limit)
-    with pytest.raises(ValueError, match="deadline_seconds"):
-        await building.try_requests(asking(1), deadline_seconds=-1)
+    for requests in (asking(1), []):  # whatever there is to ask
+        for wrong in ({"deadline_seconds": -1}, {"metadata": "ann"}, {"trace": 1}):
+            with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
+                await building.try_requests(requests, **wrong)
     assert not source.calls
 
 

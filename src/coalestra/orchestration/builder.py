@@ -52,7 +52,7 @@ from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
 from coalestra.orchestration.tracing import Tracing
-from coalestra.orchestration.unit import UnitOfWork, distinct, open_unit
+from coalestra.orchestration.unit import Terms, UnitOfWork, distinct, open_unit
 from coalestra.orchestration.verdicts import (
     Decided,
     Requests,
@@ -526,9 +526,8 @@ class SnapshotBuilder(BuilderSettings):
             warm = self._engine.warm_reads.snapshot(wanted)
             if warm is not None:
                 return warm
-        unit = open_unit(
-            self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
-        )
+        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
+        unit = open_unit(self._engine, terms, snapshot_id)
         objects = self._lacking if strict else self._built
         return accepted(*await unit.single_stage(wanted, objects))
 
@@ -552,9 +551,8 @@ class SnapshotBuilder(BuilderSettings):
             RuntimeError: the builder is closed, or busy on another event loop.
         """
         instance("request", request, SnapshotRequest)
-        unit = open_unit(
-            self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
-        )
+        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
+        unit = open_unit(self._engine, terms, snapshot_id)
         return accepted(*await self._decided(request, unit))
 
     async def try_request(
@@ -578,10 +576,9 @@ class SnapshotBuilder(BuilderSettings):
         """
         instance("request", request, SnapshotRequest)
         self._engine.enter()
-        unit = open_unit(
-            self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=False
-        )
-        return await self._attempt(request, unit)
+        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
+        unit = open_unit(self._engine, terms, snapshot_id)
+        return result_of(request, *await self._decided(request, unit))
 
     @overload
     async def try_requests(
@@ -631,16 +628,15 @@ class SnapshotBuilder(BuilderSettings):
             RuntimeError: the builder is closed, before or meanwhile, or busy on another event loop.
         """
         self._engine.enter()
-        opened = partial(
-            open_unit, self._engine, deadline_seconds, metadata, None, trace, lasting=False
-        )
+        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
         attempts = {
-            name: partial(self._attempt, request, opened())
+            name: partial(self._attempt, request, terms)
             for name, request in named(requests).items()
         }
         return in_form_of(requests, await several(self._engine.parts, attempts, max_concurrency))
 
-    async def _attempt(self, request: SnapshotRequest, unit: UnitOfWork) -> RequestResult:
+    async def _attempt(self, request: SnapshotRequest, terms: Terms) -> RequestResult:
+        unit = open_unit(self._engine, terms.for_another())
         return result_of(request, *await self._decided(request, unit))
 
     async def _decided(self, request: SnapshotRequest, unit: UnitOfWork) -> Decided:
@@ -694,9 +690,8 @@ class SnapshotBuilder(BuilderSettings):
         Raises:
             RuntimeError: the builder is closed.
         """
-        return SnapshotSession(
-            open_unit(self._engine, deadline_seconds, metadata, snapshot_id, trace, lasting=True)
-        )
+        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
+        return SnapshotSession(open_unit(self._engine, terms, snapshot_id, lasting=True))
 
     def recent_traces(self) -> tuple[Trace, ...]:
         """Return the last 32 traces of builds, sessions and refreshes, the latest last."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import Deadline
@@ -234,38 +234,62 @@ def cut_short(errors: Mapping[ResourceKey, Exception]) -> bool:
     return any(isinstance(error, SnapshotDeadlineExceededError) for error in errors.values())
 
 
+class Terms(NamedTuple):
+    """What a caller says of a unit of work, or of several that are to end by one deadline."""
+
+    deadline: Deadline | None
+    deadline_at: float | None
+    metadata: FrozenDict[str, Any]
+    trace: bool | None
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        deadline_seconds: float | None,
+        metadata: Mapping[str, Any] | None,
+        trace: bool | None,
+    ) -> Terms:
+        """Return them checked; `TypeError` or `ValueError` names the argument that is wrong."""
+        engine.require_open()
+        deadline, deadline_at = None, None
+        if deadline_seconds is not None:
+            number("deadline_seconds", deadline_seconds, above=0)
+            clock = engine.parts.clock
+            deadline = Deadline.after(clock, deadline_seconds)
+            deadline_at = clock.now() + deadline_seconds
+        if metadata is not None:
+            instance("metadata", metadata, Mapping)
+        if trace is not None:
+            flag("trace", trace)
+        return cls(deadline, deadline_at, _own(metadata or EMPTY), trace)
+
+    def for_another(self) -> Terms:
+        """Return the same with metadata that no other unit of work has a part in."""
+        return self._replace(metadata=_own(self.metadata))
+
+
+def _own(metadata: Mapping[str, Any]) -> FrozenDict[str, Any]:
+    return FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY
+
+
 def open_unit(
-    engine: Engine,
-    deadline_seconds: float | None,
-    metadata: Mapping[str, Any] | None,
-    snapshot_id: str | None,
-    trace: bool | None,
-    *,
-    lasting: bool,
+    engine: Engine, terms: Terms, snapshot_id: str | None = None, *, lasting: bool = False
 ) -> UnitOfWork:
-    """Begin a unit of work; `TypeError` or `ValueError` names the argument that is wrong."""
+    """Begin a unit of work; `TypeError` or `ValueError` for a wrong id."""
     engine.require_open()
-    clock = engine.parts.clock
-    deadline = None
-    if deadline_seconds is not None:
-        number("deadline_seconds", deadline_seconds, above=0)
-        deadline = Deadline.after(clock, deadline_seconds)
-    if metadata is not None:
-        instance("metadata", metadata, Mapping)
     if snapshot_id is not None:
         text("snapshot_id", snapshot_id)
-    if trace is not None:
-        flag("trace", trace)
-    now = clock.now()
+    deadline = terms.deadline
     context = context_of(
-        now,
-        None if deadline_seconds is None else now + deadline_seconds,
+        engine.parts.clock.now(),
+        terms.deadline_at,
         None if deadline is None else deadline.monotonic_at,
-        FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY,
+        terms.metadata,
         new_id() if snapshot_id is None else snapshot_id,
     )
     kind = "session" if lasting else "build"
-    noted = engine.parts.tracing.begin(kind, context, trace)
+    noted = engine.parts.tracing.begin(kind, context, terms.trace)
     if engine.parts.report is not None:
         engine.parts.report.work_begun(kind, context.snapshot_id)
     return UnitOfWork(engine, Work(context, deadline=deadline, trace=noted), lasting=lasting)

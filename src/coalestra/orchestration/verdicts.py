@@ -119,7 +119,8 @@ def named(requests: Requests) -> Mapping[Any, SnapshotRequest]:
         raise wrong_type("requests", rule, requests, "put a single one in a list")
     found = FrozenDict(requests if isinstance(requests, Mapping) else enumerate(requests))
     for name, request in found.items():
-        instance(f"requests[{shown(name)}]", request, SnapshotRequest)
+        if not isinstance(request, SnapshotRequest):
+            instance(f"requests[{shown(name)}]", request, SnapshotRequest)
     return found
 
 
