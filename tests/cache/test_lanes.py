@@ -43,6 +43,25 @@ async def test_operations_on_different_keys_run_side_by_side() -> None:
     assert loop.time() - began == pytest.approx(1)
 
 
+async def test_a_turn_may_wait_for_keys_that_it_does_not_hold() -> None:
+    lanes = KeyLanes()
+    log: list[str] = []
+
+    async def operate(name: str, key: ResourceKey, after: tuple[ResourceKey, ...] = ()) -> None:
+        async with lanes.turn([key], after):
+            await asyncio.sleep(1)
+            log.append(name)
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    above = [await begun(operate("base", A))]
+    above += [await begun(operate("above", key, (A,))) for key in (B, C)]
+    await asyncio.gather(*above)
+    assert log == ["base", "above", "above"]
+    assert loop.time() - began == pytest.approx(2)  # side by side, as none holds the base
+    assert len(lanes) == 0
+
+
 async def test_overlapping_groups_of_keys_cannot_block_each_other() -> None:
     lanes = KeyLanes()
     chance = random.Random(1)

@@ -46,6 +46,7 @@ from tests.redis.stock import (
     until,
     value_of,
 )
+from tests.support import Gate
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.server]
 
@@ -488,6 +489,35 @@ async def test_a_derived_value_says_in_another_process_what_it_rests_on(
         assert value.oldest_observed_at == pytest.approx(observed_at, abs=0.01)
         assert (value.inherits_freshness, value.rests_on_stale) == (inherits, False)
         assert value.age_seconds == pytest.approx(30 if inherits else 0, abs=5)
+
+
+async def test_what_is_given_to_readers_before_it_is_written_is_written_all_the_same(
+    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that takes its time to store makes readers go on at once, with the leases kept."""
+    gate = Gate()
+    source = CallableDerivedSource(
+        name="derived",
+        priority=1,
+        supports=lambda k: k != A,
+        dependencies=lambda k: [A if k == B else B],
+        deriver=lambda k, known, context: k.subject,
+        run_sync_in_thread=False,
+    )
+    async with caches(server, prefix, 2) as [one, other]:
+        fulfil_many = one.fulfil_many
+
+        async def late(*values: Any, **terms: Any) -> Any:
+            await gate.pass_()
+            return await fulfil_many(*values, **terms)
+
+        monkeypatch.setattr(one, "fulfil_many", late)
+        async with SnapshotBuilder([source], cache=one, default_policy=POLICY) as builder:
+            await builder.publisher.publish(A, 1, source="stream")
+            await builder.build([B])  # not held back by the write
+            gate.open()
+            await builder.build([C])
+        assert [await read(other, k) for k in (B, C)] == ["B", "C"]
 
 
 async def test_what_one_process_knows_not_to_exist_ends_with_the_news_of_another(

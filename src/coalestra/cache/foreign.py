@@ -77,14 +77,16 @@ class KeyLanes:
         return len(self._last)
 
     @asynccontextmanager
-    async def turn(self, keys: Collection[ResourceKey]) -> AsyncIterator[None]:
-        """Hold all of ``keys`` once those who came before have let go of each.
+    async def turn(
+        self, keys: Collection[ResourceKey], after: Collection[ResourceKey] = ()
+    ) -> AsyncIterator[None]:
+        """Hold all of ``keys`` once those who came before have let go of each, and of ``after``.
 
         It queues for all of them in one step, so that operations over several keys cannot block
         each other in a circle. Who breaks the wait off keeps the place until it would have come.
         """
         over = asyncio.get_running_loop().create_future()
-        ahead = {self._last[key] for key in keys if key in self._last}
+        ahead = {self._last[key] for key in (*keys, *after) if key in self._last}
         self._last.update(dict.fromkeys(keys, over))
 
         def passed(ended: asyncio.Future[None] | None = None) -> None:
@@ -523,7 +525,9 @@ class ForeignCache:
         wanted: Callable[[Revision], bool] = _any,
     ) -> tuple[Outcomes, Failures]:
         channel = self.channel()
-        async with channel.lanes.turn(revisions):
+        # A cache may refuse what rests on something that it does not hold yet.
+        below = {key for each in revisions.values() for key in each.dependency_versions}
+        async with channel.lanes.turn(revisions, below):
             offered = {key: each for key, each in revisions.items() if wanted(each)}
             for key, lease in (terms.leases or {}).items():
                 if key not in offered:

@@ -27,6 +27,7 @@ from coalestra.cache.foreign import Answer, ForeignCache, Outcomes, Terms
 from coalestra.cache.store import decide
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.protocols import Lease
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.values import Revision
 from coalestra.orchestration.flights import Flight, Gather, Read, ReadGroup
@@ -252,7 +253,7 @@ class CacheWrites:
         self._written = written
         self._ranked = getattr(parts.authority, "has_rules", True)
         self._slow = False
-        self._next: list[Flight] = []
+        self._next: dict[Flight, Lease | None] = {}
 
     def add(self, flight: Flight) -> None:
         """Write the value that a flight offers, together with the others of this step."""
@@ -267,7 +268,8 @@ class CacheWrites:
         if foreign.calls.carries_many:
             known = any(other.sponsor is flight.sponsor for other in self._next)
             flight.sponsor.record.cache_batch_writes += not known
-        self._next.append(flight)
+        # From here on the lease is the write's: a flight that is settled gives its own back.
+        self._next[flight], flight.lease = flight.lease, None
         if self._slow:
             self._settle(foreign, flight)
 
@@ -291,10 +293,10 @@ class CacheWrites:
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
-        self._next = []
+        self._next = {}
 
     def _send(self, foreign: ForeignCache) -> None:
-        group, self._next = self._next, []
+        group, self._next = self._next, {}
         loop = asyncio.get_running_loop()
         timer = loop.call_later(_QUICK_SECONDS, self._overdue, foreign, group)
         for forced in (False, True):
@@ -304,9 +306,7 @@ class CacheWrites:
                 if flight.forced is forced and flight.offered is not None
             }
             if flights:
-                leases = {each.key: each.lease for each in flights.values() if each.lease}
-                for flight in flights.values():
-                    flight.lease = None
+                leases = {each.key: lease for each in flights.values() if (lease := group[each])}
                 terms = Terms(
                     {flight.key: flight.policy for flight in group},
                     self._parts.clock.now(),
