@@ -957,8 +957,7 @@ class SingleFlight:
         done, gather.done = gather.done, nobody
         for key, log in gather.logs.items():
             reading, failure = gather.readings.get(key), gather.failures.get(key)
-            pinned = reading is not None and gather.base.get(key) is reading  # not renewed
-            log.settled(reading, failure, pinned=pinned)
+            log.settled(reading, failure, pinned=key in gather.base)
         done(gather)
 
     def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:
