@@ -14,6 +14,7 @@ from coalestra import (
     FetchContext,
     FreshnessPolicy,
     RefreshMode,
+    ResourceAbsent,
     ResourceKey,
     RetryPolicy,
     SourceResiliencePolicy,
@@ -409,6 +410,17 @@ def test_a_trace_of_a_session_that_goes_on_takes_the_place_of_the_one_before() -
     (told,) = traces.told(1.0)
     assert told["seconds"] == 2.0
     assert traces.find(told["id"]) is after
+
+
+async def test_what_does_not_exist_is_no_failure() -> None:
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        raise ResourceAbsent
+
+    made = builder(Single("k", fetch=fetch), trace=True)
+    await made.build([key("k")], strict=False)
+    state = await told(story_of(made), made)
+    assert (state["traces"][0]["failed"], state["traces"][0]["absent"]) == (0, 1)
+    assert state["sources"][0]["failed_attempt_count"] == 0
 
 
 # Names and values ---------------------------------------------------------------------------------

@@ -16,7 +16,13 @@ from typing import Any
 
 import pytest
 
-from coalestra import AsyncMemoryCache, FreshnessPolicy, SnapshotBuilder, SyncSnapshotBuilder
+from coalestra import (
+    AsyncMemoryCache,
+    BuilderHealthReason,
+    FreshnessPolicy,
+    SnapshotBuilder,
+    SyncSnapshotBuilder,
+)
 from coalestra.core.trace import Trace
 from coalestra.inspect import app
 from coalestra.inspect.asgi import MOST_VIEWERS, SEND_SECONDS, STREAM_SECONDS
@@ -46,6 +52,13 @@ async def test_the_page_comes_whole_with_its_title_and_asks_nobody_else() -> Non
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?:https?:)?//""", answer.text)
     assert "@import" not in answer.text
     assert "url(" not in answer.text
+
+
+async def test_the_page_knows_what_every_finding_of_health_means() -> None:
+    text = (await get(page_of(), "/")).text
+    told = text.partition("const FINDINGS = {")[2].partition("};")[0]
+    known = re.findall(r"^  (\w+): \[", told, re.MULTILINE)
+    assert sorted(known) == sorted(reason.value for reason in BuilderHealthReason)
 
 
 async def test_the_policy_of_the_page_lets_its_own_script_and_style_run_and_nothing_else() -> None:

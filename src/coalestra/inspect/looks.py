@@ -15,7 +15,7 @@ import asyncio
 import reprlib
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from coalestra.concurrency.capacity import GLOBAL
 from coalestra.core.health import BuilderHealth, FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe
-from coalestra.core.trace import KeyTrace, Obtained, Trace
+from coalestra.core.trace import KeyTrace, Trace
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.sources import kind_of
@@ -48,7 +48,6 @@ _MOST_EDGES = 300
 _MOST_VALUES = 50
 _NEWEST_TOLD, _NEWEST_KEPT, _NOTABLE = 20, 100, 15
 _NOTABLE_SECONDS = 900.0
-_STANDS_IN = (Obtained.STALE, Obtained.FALLBACK)
 
 
 # Names: what of a key may be seen ----------------------------------------------------------------
@@ -404,9 +403,10 @@ def _trouble(summary: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _summary(trace: Trace) -> dict[str, Any]:
-    counts: dict[str, int] = {}
-    for found in trace.keys.values():
-        counts[found.obtained.value] = counts.get(found.obtained.value, 0) + 1
+    counts = Counter(
+        "absent" if found.error_type == "ResourceAbsentError" else found.obtained.value
+        for found in trace.keys.values()
+    )
     return {
         "id": trace_id(trace),
         "kind": trace.kind,
@@ -418,8 +418,9 @@ def _summary(trace: Trace) -> dict[str, Any]:
         "requested": sum(found.requested for found in trace.keys.values()),
         "calls": len(trace.calls),
         "obtained": counts,
-        "failed": counts.get(Obtained.FAILED.value, 0),
-        "stale": sum(counts.get(each.value, 0) for each in _STANDS_IN),
+        "failed": counts["failed"],
+        "stale": counts["stale"] + counts["fallback"],
+        "absent": counts["absent"],
     }
 
 
