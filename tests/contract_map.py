@@ -165,6 +165,8 @@ SECTIONS: Mapping[int, Section] = {
             "concurrency/test_lockfree.py",
             "observability/test_metrics.py",
             "observability/test_events.py",
+            "observability/test_changes.py",
+            "orchestration/test_logged_changes.py",
         ),
     ),
     14: Section(

@@ -94,3 +94,33 @@ def test_failures_are_logged_as_warnings(
         LoggingEventSink().emit(event_type, **payload)
 
     assert [record.levelno for record in caplog.records] == [level]
+
+
+def test_levels_can_be_set_by_type_of_event(caplog: pytest.LogCaptureFixture) -> None:
+    sink = LoggingEventSink(
+        levels={"cache_hit": "debug", "source_failed": logging.ERROR, "snapshot_built": None}
+    )
+    with caplog.at_level(logging.DEBUG, logger="coalestra"):
+        for event_type in ("cache_hit", "source_failed", "snapshot_built", "resource_resolved"):
+            sink.emit(event_type)
+    assert [(r.levelname, getattr(r, "event_type", "")) for r in caplog.records] == [
+        ("DEBUG", "cache_hit"),
+        ("ERROR", "source_failed"),
+        ("INFO", "resource_resolved"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "levels, error",
+    [
+        ([("cache_hit", 10)], TypeError),
+        ({"cache_hit": 1.5}, TypeError),
+        ({"cache_hit": True}, TypeError),
+        ({"cache_hit": "loud"}, ValueError),
+        ({"cache_hit": -1}, ValueError),
+        ({"": 10}, ValueError),
+    ],
+)
+def test_a_level_that_logging_does_not_know_is_refused(levels: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="^levels"):
+        LoggingEventSink(levels=levels)

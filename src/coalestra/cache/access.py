@@ -12,6 +12,7 @@ from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache
+from coalestra.observability.changes import ChangeLog
 
 
 class CacheAccess:
@@ -25,6 +26,7 @@ class CacheAccess:
         max_pending_tasks: bounds the calls at a time to one with single-key methods only.
         observation: how far ahead of the clock what is held may be dated.
         failed: told of each failure that the library goes on without: the operation, the error.
+        log: says when it begins to fail, and when it works again.
 
     Attributes:
         cache: the cache.
@@ -42,6 +44,7 @@ class CacheAccess:
         max_pending_tasks: int,
         observation: ObservationPolicy,
         failed: Callable[[str, Exception], None] | None = None,
+        log: ChangeLog | None = None,
     ) -> None:
         self.cache: AsyncCache = cache
         self.store: EntryStore | None = None
@@ -51,7 +54,7 @@ class CacheAccess:
             self.store.tolerate(observation)
             self.subscribers: Listeners = self.store.listeners
         else:
-            self.foreign = ForeignCache(cache, copies, max_pending_tasks, observation, failed)
+            self.foreign = ForeignCache(cache, copies, max_pending_tasks, observation, failed, log)
             self.subscribers = self.foreign.subscribers
 
     def __repr__(self) -> str:

@@ -28,6 +28,7 @@ from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
 from coalestra.core.validation import integer, number, shown
 from coalestra.core.values import SnapshotValue
+from coalestra.observability.changes import ChangeLog
 
 # Many calls, few tasks: each bounded, each alone with its failure --------------------------------
 
@@ -193,7 +194,11 @@ class CacheCalls:
     """
 
     def __init__(
-        self, cache: Any, limit: int, told: Callable[[str, Exception], None] | None
+        self,
+        cache: Any,
+        limit: int,
+        told: Callable[[str, Exception], None] | None,
+        log: ChangeLog | None = None,
     ) -> None:
         self.cache: Any = cache
         self.carries_many: bool = has(cache, "get_many", "set_many", "invalidate_many")
@@ -210,6 +215,7 @@ class CacheCalls:
         self.seconds: float = DEFAULT_TIMEOUT_SECONDS if seconds is None else seconds
         self._limit = limit
         self._told = told
+        self._log = log
         self._reading = _Circuit()
         self._writing = _Circuit()
 
@@ -317,10 +323,21 @@ class CacheCalls:
 
     def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
         """Report failures that the library goes on without; refusals are only counted."""
-        if self._told is not None:
-            for error in {id(error): error for error in failures.values()}.values():
-                if not isinstance(error, CacheCircuitOpenError):
-                    self._told(operation, error)
+        for error in {id(error): error for error in failures.values()}.values():
+            if isinstance(error, CacheCircuitOpenError):
+                continue
+            if self._told is not None:
+                self._told(operation, error)
+            if self._log is not None:
+                self._log.failed(self._subject("read" if operation == "read" else "write"), error)
+
+    def works(self, operation: str) -> None:
+        """Learn that the cache has done what it was asked, a ``read`` or a ``write``."""
+        if self._log is not None and self._log.troubled:
+            self._log.works(self._subject(operation))
+
+    def _subject(self, operation: str) -> str:
+        return f"{operation} of cache {type(self.cache).__name__}"
 
     def _policies(self, policies: Policies, keys: Iterable[ResourceKey]) -> dict[str, Any]:
         if not self._tells_policies:
@@ -380,6 +397,7 @@ class CacheCalls:
         def ended(error: BaseException | None) -> None:
             if error is None:
                 circuit.failures = self._reading.failures = 0
+                self.works("read" if circuit is self._reading else "write")
                 return
             circuit.failed(loop.time())
             counts["failures"] += 1

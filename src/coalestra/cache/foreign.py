@@ -60,6 +60,7 @@ from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup, LeasingCache
 from coalestra.core.results import CacheWriteResult, CacheWriteStatus
 from coalestra.core.values import Revision, SnapshotValue
+from coalestra.observability.changes import ChangeLog
 
 # Turns per key: operations on the same key run one after the other, in the order they asked ------
 
@@ -220,8 +221,9 @@ class ForeignCache:
         max_pending_tasks: int,
         observation: ObservationPolicy,
         failed: Callable[[str, Exception], None] | None = None,
+        log: ChangeLog | None = None,
     ) -> None:
-        self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed)
+        self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed, log)
         self.subscribers: Listeners = Listeners()
         self.copies: PayloadCopies = copies
         self.copying: dict[ResourceKey, None] = {}
@@ -384,6 +386,7 @@ class ForeignCache:
                 while rest:
                     part = await in_time(anext(asking), seconds)
                     seconds = None
+                    self.calls.works("read")
                     answers = await self._answers(part, rest, ahead + channel.loop.time(), filling)
                     for key, answer in answers.items():
                         if not answer.waiting:
@@ -664,6 +667,8 @@ class _Write:
                 self._results[key] = result
             elif isinstance(result, Exception):
                 self.failures[key] = result
+        if self._results:
+            self._calls.works("write")
         lost = {key: result for key, result in self._results.items() if not result.stored}
         for key in await self._outdated(lost):
             del self._results[key]  # what is outdated takes nobody's place

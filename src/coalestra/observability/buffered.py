@@ -28,8 +28,10 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from coalestra._lockfree import Bell, Cell, Changes
+from coalestra.core.errors import SourceFailure
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.validation import choice, flag, integer, number, require_methods
+from coalestra.observability.changes import Condition, subject_of, write
 from coalestra.observability.sinks import (
     DEFAULT_MAX_PENDING,
     BufferOverflowPolicy,
@@ -96,6 +98,7 @@ class DeliveryQueue(Generic[R]):
             that report at the very same time may add one each.
         overflow: what happens to one more.
         name: of the worker thread.
+        subject: what the log calls it when deliveries begin to fail.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -109,7 +112,9 @@ class DeliveryQueue(Generic[R]):
         max_pending: int,
         overflow: BufferOverflowPolicy,
         name: str,
+        subject: str = "sink",
     ) -> None:
+        self._condition = Condition(subject)
         self._max_pending: int = integer("max_pending", max_pending, minimum=1)
         self._overflow: BufferOverflowPolicy = choice("overflow", overflow, BufferOverflowPolicy)
         self._deliver = deliver
@@ -225,10 +230,13 @@ class DeliveryQueue(Generic[R]):
             entry = self._waiting.popleft()
             self._deliver(entry.record)
             self._delivered += 1
+            if self._condition.failing:
+                self._note(None, is_own_thread)
         except BaseException as error:
             if entry is None:  # the line is empty
                 return False
             self._failures += 1
+            self._note(error, is_own_thread)
             # In the queue's own thread not even an exit has anybody else to tell.
             if not is_own_thread and isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -239,6 +247,13 @@ class DeliveryQueue(Generic[R]):
             self._turn = None
             self._changes.tell()
         return True
+
+    def _note(self, error: BaseException | None, is_own_thread: bool) -> None:
+        """Log that deliveries begin to fail, or work again."""
+        with contextlib.suppress(BaseException if is_own_thread else Exception):
+            if self._condition.is_news(error is not None, time.monotonic()):
+                subject = self._condition.subject
+                write(subject, None if error is None else SourceFailure.of(subject, error))
 
     def _do_without_thread(self, seconds: float | None) -> None:
         """Deliver in this thread if no other one does or can."""
@@ -388,9 +403,10 @@ class BufferedSink(Generic[R]):
         max_pending: int,
         overflow: BufferOverflowPolicy,
         name: str,
+        subject: str,
     ) -> None:
         self._queue: DeliveryQueue[R] = DeliveryQueue(
-            deliver, max_pending=max_pending, overflow=overflow, name=name
+            deliver, max_pending=max_pending, overflow=overflow, name=name, subject=subject
         )
         # The worker holds on to the queue but not to this object, so this is reached.
         weakref.finalize(self, self._queue.refuse).atexit = False
@@ -491,7 +507,8 @@ class BufferedEventSink(BufferedSink[EventRecord]):
         require_methods("downstream", downstream, "emit")
         self.downstream = downstream
         deliver = functools.partial(_replay_event, downstream)
-        super().__init__(deliver, max_pending, overflow, "coalestra-event-buffer")
+        subject = subject_of("event", downstream)
+        super().__init__(deliver, max_pending, overflow, "coalestra-event-buffer", subject)
 
     def emit(self, event_type: str, **payload: Any) -> None:
         """Take one event, to be delivered later with the payload it has now.
@@ -524,7 +541,8 @@ class BufferedMetricsSink(BufferedSink[MetricRecord]):
         require_methods("downstream", downstream, "increment", "observe")
         self.downstream = downstream
         deliver = functools.partial(_replay_metric, downstream)
-        super().__init__(deliver, max_pending, overflow, "coalestra-metrics-buffer")
+        subject = subject_of("metrics", downstream)
+        super().__init__(deliver, max_pending, overflow, "coalestra-metrics-buffer", subject)
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Take one count, to be delivered later.

@@ -41,9 +41,11 @@ from coalestra.observability.buffered import (
     BufferedMetricsSink,
     BufferedSinkStats,
 )
+from coalestra.observability.changes import ChangeLog, subject_of
 from coalestra.observability.sinks import (
     DEFAULT_MAX_PENDING,
     BufferOverflowPolicy,
+    LoggingEventSink,
     NullEventSink,
     NullMetrics,
 )
@@ -127,11 +129,18 @@ class Reporter:
     Get one from ``reporter_for``.
     """
 
-    __slots__ = ("_counting", "_events", "_failures", "_metrics", "_telling")
+    __slots__ = ("_counting", "_events", "_failures", "_log", "_metrics", "_telling")
 
     def __init__(
-        self, metrics: MetricsSink, events: EventSink, *, counting: bool, telling: bool
+        self,
+        metrics: MetricsSink,
+        events: EventSink,
+        *,
+        counting: bool,
+        telling: bool,
+        log: ChangeLog,
     ) -> None:
+        self._log = log
         self._metrics = metrics
         self._events = events
         self._counting = counting
@@ -158,24 +167,34 @@ class Reporter:
                     labels.update(resource_namespace=key.namespace, resource_name=key.name)
                 self._metrics.increment(metric, times, **_put_into_words(labels))
             except BaseException as error:
-                self._note_failure(error)
+                self._note_failure("metrics", self._metrics, error)
+            else:
+                if self._log.troubled:
+                    self._log.works(subject_of("metrics", self._metrics))
 
     def _observe(self, metric: str, value: float, **labels: str) -> None:
         if self._counting:
             try:
                 self._metrics.observe(metric, value, **_put_into_words(labels))
             except BaseException as error:
-                self._note_failure(error)
+                self._note_failure("metrics", self._metrics, error)
+            else:
+                if self._log.troubled:
+                    self._log.works(subject_of("metrics", self._metrics))
 
     def _tell(self, event_type: str, **payload: Any) -> None:
         if self._telling:
             try:
                 self._events.emit(event_type, **_put_into_words(payload))
             except BaseException as error:
-                self._note_failure(error)
+                self._note_failure("event", self._events, error)
+            else:
+                if self._log.troubled:
+                    self._log.works(subject_of("event", self._events))
 
-    def _note_failure(self, error: BaseException) -> None:
+    def _note_failure(self, kind: str, sink: object, error: BaseException) -> None:
         self._failures.change(lambda count: count + 1)
+        self._log.failed(subject_of(kind, sink), error)
         pass_on(error)
 
     # Calls to sources, and what came of them -----------------------------------------------------
@@ -597,8 +616,12 @@ def fields_of(outcome: SessionResolution | SessionRevalidation) -> dict[str, str
     return {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
 
 
-def reporter_for(metrics: MetricsSink, events: EventSink) -> Reporter | None:
+def reporter_for(
+    metrics: MetricsSink, events: EventSink, log: ChangeLog | None = None
+) -> Reporter | None:
     """Return the reporter to these sinks, or None if both discard what they get.
+
+    Sinks that raise are named in the ``log``.
 
     A null sink counts as one inside a buffer too. Subclasses of the null sinks do not: they may
     listen after all.
@@ -607,7 +630,8 @@ def reporter_for(metrics: MetricsSink, events: EventSink) -> Reporter | None:
     telling = type(_innermost(events)) is not NullEventSink
     if not counting and not telling:
         return None
-    return Reporter(metrics, events, counting=counting, telling=telling)
+    said = ChangeLog(silent=True) if log is None else log
+    return Reporter(metrics, events, counting=counting, telling=telling, log=said)
 
 
 def _innermost(sink: MetricsSink | EventSink) -> MetricsSink | EventSink:
@@ -628,6 +652,7 @@ class ObservabilitySinks:
         overflow: what happens to one more.
 
     Attributes:
+        log: says what begins to fail, and what works again; nothing if the event sink logs it all.
         metrics: the metrics sink, buffered or not.
         events: the event sink, buffered or not.
         buffers: every buffered sink by component, ``events`` and ``metrics``.
@@ -638,7 +663,7 @@ class ObservabilitySinks:
         ValueError: ``max_pending`` is below 1.
     """
 
-    __slots__ = ("buffers", "events", "metrics", "owned")
+    __slots__ = ("_sink_log", "buffers", "events", "log", "metrics", "owned")
 
     def __init__(
         self,
@@ -657,6 +682,9 @@ class ObservabilitySinks:
         require_methods("events", self.events, "emit")
         self.buffers: dict[str, Buffer] = {}
         self.owned: dict[str, Buffer] = {}
+        self.log = self._sink_log = ChangeLog()
+        if isinstance(_innermost(self.events), LoggingEventSink):
+            self.log = ChangeLog(silent=True)
         limits: dict[str, Any] = {"max_pending": max_pending, "overflow": overflow}
         if not isinstance(self.events, BufferedEventSink) and _wants_buffer(self.events, buffer):
             self.events = self.owned["events"] = BufferedEventSink(self.events, **limits)
@@ -671,7 +699,7 @@ class ObservabilitySinks:
 
     def reporter(self) -> Reporter | None:
         """Return what reports to these sinks, or None if both discard what they get."""
-        return reporter_for(self.metrics, self.events)
+        return reporter_for(self.metrics, self.events, self._sink_log)
 
     def stats(self) -> dict[str, BufferedSinkStats]:
         """Return the state of every buffered sink, by component."""
@@ -680,7 +708,7 @@ class ObservabilitySinks:
     async def aclose(
         self, *, timeout_seconds: float | None = 5.0, drain: bool = True
     ) -> dict[str, int]:
-        """Close the owned buffers, on a loop.
+        """Close the owned buffers, on a loop, and wait for what is being logged.
 
         Args:
             timeout_seconds: for all of them together; None waits as long as it takes.
@@ -698,6 +726,9 @@ class ObservabilitySinks:
         for name, buffer in self.owned.items():
             if not await buffer.until_ended(None if end is None else max(0.0, end - now())):
                 late[name] = buffer.stats().pending
+        left = None if end is None else max(0.0, end - now())
+        if lines := await self._sink_log.end(left, drain=drain):
+            late["log"] = lines
         return late
 
     def call_after_last_record(self, sink: object, callback: Callable[[], object]) -> bool:

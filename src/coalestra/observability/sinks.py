@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from coalestra._lockfree import Cell
-from coalestra.core.frozen import immutable
-from coalestra.core.validation import instance
+from coalestra.core.frozen import FrozenDict, immutable
+from coalestra.core.validation import instance, integer, mapping, refusal, text
 
 __all__ = [
     "BufferOverflowPolicy",
@@ -108,32 +108,56 @@ class LoggingEventSink:
     """Writes each event to a logger: failures at level WARNING, everything else at INFO.
 
     A failure is an event of ``FAILURES``, and a build or session call in which a key failed or
-    that changed nothing. A log record has the attributes ``event_type`` and ``event_payload`` for
-    structured formatters. Log handlers may write to files or networks, so a builder puts this sink
-    behind a buffer unless told otherwise.
+    that changed nothing. ``levels`` says otherwise for single types of events. A log record has the
+    attributes ``event_type`` and ``event_payload`` for structured formatters. Log handlers may
+    write to files or networks, so a builder puts this sink behind a buffer unless told otherwise.
 
     Args:
         logger: where to write; the logger ``coalestra`` by default.
+        levels: levels by type of event, as numbers or names of ``logging``; None: not logged.
 
     Raises:
-        TypeError: ``logger`` is neither None nor a logger.
+        TypeError: ``logger`` is no logger, or a level neither a number, a name nor None.
+        ValueError: ``logging`` knows no level of this name.
     """
 
-    __slots__ = ("logger",)
+    __slots__ = ("levels", "logger")
 
-    def __init__(self, logger: logging.Logger | None = None) -> None:
+    def __init__(
+        self,
+        logger: logging.Logger | None = None,
+        *,
+        levels: Mapping[str, int | str | None] | None = None,
+    ) -> None:
         instance("logger", logger, logging.Logger, optional=True)
         self.logger: logging.Logger = logging.getLogger("coalestra") if logger is None else logger
+        given = {} if levels is None else mapping("levels", levels)
+        self.levels: Mapping[str, int | None] = FrozenDict(
+            {text("levels", name): _level(name, level) for name, level in given.items()}
+        )
 
     def emit(self, event_type: str, **payload: Any) -> None:
         """Log one event."""
         failed = event_type in FAILURES or payload.get("failed") or payload.get("build_failed")
-        level = logging.WARNING if failed else logging.INFO
+        usual = logging.WARNING if failed else logging.INFO
+        level = self.levels.get(event_type, usual)
+        if level is None:
+            return
         extra = {"event_type": event_type, "event_payload": payload}
         self.logger.log(level, "%s %s", event_type, payload, extra=extra)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.logger!r})"
+
+
+def _level(event_type: str, level: int | str | None) -> int | None:
+    name = f"levels[{event_type!r}]"
+    if not isinstance(level, str):
+        return integer(name, level, minimum=0, optional=True)
+    known = logging.getLevelName(level.upper())
+    if not isinstance(known, int):
+        raise ValueError(refusal(name, "a level that logging knows", level))
+    return known
 
 
 Labels = tuple[tuple[str, str], ...]

@@ -561,6 +561,7 @@ class Call:
         "_rank",
         "_retry",
         "_turn",
+        "_unusable",
         "answered_at",
         "attempts",
         "cutoff",
@@ -591,6 +592,7 @@ class Call:
         self._retry: asyncio.TimerHandle | None = None
         self._answered: bool = False
         self._failure: SourceFailure | None = None
+        self._unusable: SourceFailure | None = None
         self._over: bool = False
         self._asked: Sequence[Flight] = ()
         self._groups: dict[CircuitIdentity, tuple[int, list[Flight]]] | None = None
@@ -992,6 +994,10 @@ class Call:
         self._over = True
         if self.log is not None:
             self.log.over("success")
+        if self._unusable is not None and not self.fresh:
+            parts.log.failed(f"source {self.link.name!r}", self._unusable)
+        elif parts.log.troubled:
+            parts.log.works(f"source {self.link.name!r}")
         if not self._circuits_need_not_know:
             self.dispatch.hold(self.work)
             self._work_off(self._tell_circuits(_FAILURE))
@@ -1096,6 +1102,7 @@ class Call:
         self.fresh.discard(flight)
         future = isinstance(error.__cause__, FutureObservation)
         self.work.record.future_timestamp_rejections += future
+        self._unusable = self._failure_of(error)
         self.refuse(flight, error, "invalid_timestamp" if future else "failure")
 
     def _store_together(self, ready: Sequence[tuple[Flight, Revision, bool]]) -> None:
@@ -1219,7 +1226,9 @@ class Call:
             flight.keep_stale(revision)
         finally:
             text = f"the value is {age:g} s old, the policy allows {ttl:g} s"
-            self.refuse(flight, StaleSourceData(text), "stale")
+            error = StaleSourceData(text)
+            self._unusable = self._failure_of(error)
+            self.refuse(flight, error, "stale")
 
     # What it counts for, in the diagnostics of its unit of work and in the metrics ----------------
 
@@ -1274,6 +1283,7 @@ class Call:
         if self.attempts and outcome is _FAILURE:
             self.link.failed_at = self.parts.clock.monotonic()
             self.link.last_error = type_name(error)
+            self.parts.log.failed(f"source {self.link.name!r}", self._failure_of(error))
         self._count_batch_end(status)
 
     def __repr__(self) -> str:

@@ -18,6 +18,7 @@ from coalestra.core.policies import (
 )
 from coalestra.core.protocols import Clock
 from coalestra.core.validation import choice, flag, instance, integer, number, text
+from coalestra.observability.changes import ChangeLog
 from coalestra.observability.reports import Reporter
 from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.sources import Chains
@@ -181,6 +182,7 @@ class Parts:
         "clock",
         "copies",
         "counters",
+        "log",
         "max_concurrency",
         "max_pending_tasks",
         "observation",
@@ -207,6 +209,7 @@ class Parts:
         access: CacheAccess,
         copies: PayloadCopies,
         report: Reporter | None,
+        log: ChangeLog,
         threads: WorkerThreads,
         tracing: Tracing,
         max_concurrency: int,
@@ -225,6 +228,7 @@ class Parts:
         self.access = access
         self.copies = copies
         self.report = report
+        self.log = log
         self.threads = threads
         self.tracing = tracing
         self.max_concurrency = max_concurrency

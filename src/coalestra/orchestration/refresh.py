@@ -8,7 +8,12 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
-from coalestra.core.errors import folded_message, message_of, type_name
+from coalestra.core.errors import (
+    ResourceResolutionError,
+    folded_message,
+    message_of,
+    type_name,
+)
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import Revision, new_id
@@ -156,6 +161,10 @@ class Refresher:
             self._failing[key] = refresh.version, said
             if len(self._failing) > _MOST_FAILING:
                 del self._failing[next(iter(self._failing))]
+            last = error.failures[-1:] if isinstance(error, ResourceResolutionError) else ()
+            self._parts.log.failed("background refresh", *(last or (error,)))
+        elif self._parts.log.troubled:
+            self._parts.log.works("background refresh")
         if report is None:
             return
         ids = gather.work.context.snapshot_id, refresh.parent.context.snapshot_id

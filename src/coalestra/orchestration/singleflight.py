@@ -707,7 +707,9 @@ class SingleFlight:
     def _not_called(self, link: Link, error: BaseException) -> SourceFailure:
         """Return the failure of a source that was asked something else than to be called."""
         pass_on(error)
-        return SourceFailure.of(link.name, error, 0)
+        failure = SourceFailure.of(link.name, error, 0)
+        self.parts.log.failed(f"source {link.name!r}", failure)
+        return failure
 
     # Derive: what a key rests on --------------------------------------------------------------
 
