@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from coalestra.core.validation import integer
@@ -90,8 +89,7 @@ class Bar(NamedTuple):
     end: float
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of a picture.
 
     Attributes:
@@ -102,7 +100,7 @@ class Row:
         alike: what it shares with rows that may be told as one.
         severity: how much it deserves to be seen, before its duration counts.
         details: makes the sentences that tell more; None if there are none.
-        count: how many it stands for.
+        number: how many it stands for.
     """
 
     label: str
@@ -113,12 +111,12 @@ class Row:
     alike: Hashable = None
     severity: int = 0
     details: Callable[[], Sequence[str]] | None = None
-    count: int = 1
+    number: int = 1
 
     @property
     def others(self) -> str:
         """What is said of those that it stands for besides."""
-        return f" and {self.count - 1:,} alike" if self.count > 1 else ""
+        return f" and {self.number - 1:,} alike" if self.number > 1 else ""
 
     @property
     def interest(self) -> tuple[int, float]:
@@ -138,8 +136,7 @@ Chosen = list[tuple[Section, list[Row], str]]
 """Section by section the rows that there is room for, and what is said of the rest."""
 
 
-@dataclass(frozen=True)
-class Waterfall:
+class Waterfall(NamedTuple):
     """What can be shown as text, SVG or HTML.
 
     Attributes:
@@ -198,17 +195,13 @@ def _together(group: Sequence[Row]) -> Row:
     if len(group) == 1:
         return slowest
     start, end = min(row.start for row in group), max(row.end for row in group)
-    return replace(
-        slowest,
-        start=start,
-        end=end,
-        bars=(Bar("span", start, end), *slowest.bars),
-        count=len(group),
-    )
+    told = slowest.alike, slowest.severity, slowest.details
+    bars = (Bar("span", start, end), *slowest.bars)
+    return Row(slowest.label, slowest.note, start, end, bars, *told, number=len(group))
 
 
 def _rest(section: Section, shown: Sequence[Row]) -> str:
-    kept = sum(row.count for row in shown)
+    kept = sum(row.number for row in shown)
     left = len(section.rows) - kept
     told = [f"and {left:,} more, faster and with less to tell"] if left else []
     if section.omitted:
