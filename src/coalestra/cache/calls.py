@@ -36,22 +36,14 @@ _I = TypeVar("_I", bound=Hashable)
 _T = TypeVar("_T")
 
 
-def _never() -> None:
-    """Refuse nothing."""
-
-
-def _untold(_error: BaseException | None) -> None:
-    """Take no notice."""
-
-
 async def call_each(
     items: Collection[_I],
     call: Callable[[_I], Awaitable[_T]],
     *,
     width: int,
     seconds: float,
-    refused: Callable[[], Exception | None] = _never,
-    ended: Callable[[BaseException | None], None] = _untold,
+    refused: Callable[[], Exception | None] = lambda: None,
+    ended: Callable[[BaseException | None], object] = lambda _: None,
 ) -> tuple[dict[_I, _T], dict[_I, BaseException]]:
     """Make a call for every item, at most ``width`` at a time; return results and failures.
 
@@ -86,7 +78,10 @@ async def call_each(
             for task, (item, due) in tuple(running.items()):
                 if task.done() or loop.time() >= due:
                     del running[task]
-                    error = _ending_of(task) if task.done() else CacheTimeoutError(seconds)
+                    error: BaseException | None = CacheTimeoutError(seconds)
+                    if task.done():
+                        cancelled = task.cancelled()
+                        error = asyncio.CancelledError() if cancelled else task.exception()
                     if error is None:
                         results[item] = task.result()
                     else:
@@ -130,10 +125,6 @@ async def in_time(call: Awaitable[_T], seconds: float | None) -> _T:
     finally:
         leave_behind(task)
     return task.result()
-
-
-def _ending_of(task: asyncio.Task[Any]) -> BaseException | None:
-    return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
 # The calls that a cache offers, used as widely as it allows --------------------------------------

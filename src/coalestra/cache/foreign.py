@@ -165,14 +165,6 @@ _T = TypeVar("_T")
 Outcomes = dict[ResourceKey, Outcome]
 
 
-def _unheard(_outcomes: Outcomes) -> None:
-    """Stand in for one who does not want to know."""
-
-
-def _any(_revision: Revision) -> bool:
-    return True
-
-
 class Terms(NamedTuple):
     """On which terms revisions are offered, at ``now`` by the wall clock.
 
@@ -501,7 +493,7 @@ class ForeignCache:
         terms: Terms,
         *,
         wanted: Callable[[Revision], bool],
-        ended: Callable[[Outcomes], None] = _unheard,
+        ended: Callable[[Outcomes], object] = lambda _: None,
     ) -> None:
         """Offer values to the cache, those still ``wanted`` when their turn has come.
 
@@ -525,7 +517,7 @@ class ForeignCache:
         self,
         revisions: Mapping[ResourceKey, Revision],
         terms: Terms,
-        wanted: Callable[[Revision], bool] = _any,
+        wanted: Callable[[Revision], bool] = lambda _: True,
     ) -> tuple[Outcomes, Failures]:
         channel = self.channel()
         # A cache may refuse what rests on something that it does not hold yet.

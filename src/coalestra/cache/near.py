@@ -150,7 +150,9 @@ class Near:
             now = time.monotonic()
             while arrivals and arrivals[0][0] <= now:
                 _, key, version = arrivals.popleft()
-                self._forget(key, version)
+                held = self.store.peek(key)
+                if held is not None and held.version == version:
+                    self.store.drop((key,))
         return self.store
 
     @contextmanager
@@ -215,14 +217,9 @@ class Near:
         self._arrivals.clear()
         self._on_their_way.clear()
         self.store.clear()
-        self._listeners.invalidating_where(_any_key)
+        self._listeners.invalidating_where(lambda _: True)
 
     # Small parts ------------------------------------------------------------------------------
-
-    def _forget(self, key: ResourceKey, version: str) -> None:
-        held = self.store.peek(key)
-        if held is not None and held.version == version:
-            self.store.drop((key,))
 
     def _compact(self) -> None:
         """Let go of arrivals that have been replaced since; of several the latest counts."""
@@ -241,7 +238,3 @@ def tells(cache: Any) -> bool:
     return all(
         callable(getattr(cache, name, None)) for name in ("subscribe", "unsubscribe", "caught_up")
     )
-
-
-def _any_key(_key: ResourceKey) -> bool:
-    return True

@@ -55,10 +55,6 @@ _Written = tuple[Revision, Outcome]
 """A revision that was offered, and what became of it."""
 
 
-def _nothing_to_check() -> None:
-    """Stand in for a check that never refuses."""
-
-
 @dataclasses.dataclass(frozen=True)
 class PublisherParts:
     """What a publisher works with; a builder fills this in to share its own parts.
@@ -78,7 +74,7 @@ class PublisherParts:
     events: EventSink
     reporter: Reporter | None
     max_pending_tasks: int
-    check_open: Callable[[], object] = _nothing_to_check
+    check_open: Callable[[], object] = lambda: None
     owns_copies: bool = False
 
     def __post_init__(self) -> None:

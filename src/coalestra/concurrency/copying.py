@@ -515,7 +515,7 @@ class PayloadCopies:
         try:
             with CutOff(when):
                 while self.active:
-                    await self._drainers.wait(_nothing)
+                    await self._drainers.wait(lambda: None)  # there is nothing to hand on
         except CutOffExpired:
             if self.active:
                 self._shutdown_timeouts += 1
@@ -525,7 +525,3 @@ class PayloadCopies:
     def _require_open(self) -> None:
         if self.closed:
             raise PayloadCopySubsystemClosedError(component=self.component)
-
-
-def _nothing() -> None:
-    """Nothing is handed over to those who only wait for the end."""
