@@ -497,35 +497,36 @@ class ResourcePublisher:
                 if pace.due:
                     announcement.catch_up()
                     await pace.rest()
-            written = await self._write(announcement, policies, force, replace_equal)
-            results = _Results(parts.copies, policies, now, written)
-            del written
+            best = best_per_key(announcement.judged)
+            if pace.due:
+                announcement.catch_up()
+                await pace.rest()
+            outcomes = await self._write(best, policies, announcement, force, replace_equal)
+            await pace.keep()
         finally:
             announcement.conclude()
+        results = _Results(parts.copies, policies, now, zip(best.values(), outcomes, strict=True))
+        del outcomes
         report = None if parts.reporter is None else partial(parts.report, force)
         await results.complete(report, pace)
         return results
 
     async def _write(
         self,
-        announcement: _Announcement,
+        best: Mapping[ResourceKey, Revision],
         policies: Mapping[ResourceKey, FreshnessPolicy],
+        announcement: _Announcement,
         force: bool,
         replace_equal: bool,
-    ) -> list[_Written]:
+    ) -> list[Outcome]:
         access, now = self._parts.access, now_of(self._parts.clock)
-        best = best_per_key(announcement.judged).values()
-        if access.foreign is None:
-            assert access.store is not None
-            outcomes = access.store.put_many(
-                best, now=now, force=force, replace_equal=replace_equal
-            )
-            return list(zip(best, outcomes, strict=True))
+        terms: dict[str, Any] = {"now": now, "force": force, "replace_equal": replace_equal}
+        if access.store is not None:
+            return access.store.put_many(best.values(), **terms)
+        assert access.foreign is not None
         announcement.catch_up()
-        written = await access.foreign.publish(
-            best, policies, now, force=force, replace_equal=replace_equal
-        )
-        return [(each, written[each.key]) for each in best]
+        written = await access.foreign.publish(best.values(), policies, **terms)
+        return [written[key] for key in best]
 
 
 def require_authority_aware(cache: AsyncCache, resolver: AuthorityPolicyResolver | None) -> None:
