@@ -28,7 +28,7 @@ from coalestra._version import __version__
 from coalestra.core.errors import folded_message, message_of
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
 from coalestra.core.serialization import qualified_type
-from coalestra.core.validation import flag, require_methods, text
+from coalestra.core.validation import flag, readable, require_methods, text
 
 if TYPE_CHECKING:
     from coalestra.orchestration.builder import SnapshotBuilder
@@ -69,7 +69,10 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
 
 def _attributes(facts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     known = _ATTRIBUTES
-    return {known.get(name) or f"coalestra.{name}": value for name, value in facts}
+    return {
+        known.get(name) or f"coalestra.{name}": readable(value) if type(value) is str else value
+        for name, value in facts
+    }
 
 
 # Spans --------------------------------------------------------------------------------------------
@@ -83,6 +86,7 @@ _STAGES: Final[Mapping[str, str]] = {
 _CALLS: Final[Mapping[str, str]] = {"single": "fetch", "batch": "fetch_many", "derived": "derive"}
 _MOST_JOINS: Final = 128
 _MOST_FRAMES: Final = 20
+_LONGEST_MESSAGE: Final = 4_096
 
 
 class _Join:
@@ -157,7 +161,8 @@ class OpenTelemetryTracer:
         name = _STAGES.get(kind)
         if name is None:
             source_kind = attributes.get("source_kind", kind)
-            name = f"{_CALLS.get(source_kind, source_kind)} {attributes.get('source', '')}"
+            source = readable(attributes.get("source", ""))
+            name = f"{_CALLS.get(source_kind, source_kind)} {source}"
         span = self._tracer.start_span(
             name,
             context,
@@ -168,8 +173,9 @@ class OpenTelemetryTracer:
 
     def enter(self, span: _Begun) -> Callable[[], None] | None:
         """Make a span current in the present context; see `Tracer.enter`."""
-        if not span.span.get_span_context().is_valid:  # it would hide the span of the caller
-            return None
+        own = span.span.get_span_context()
+        if not own.is_valid or own == trace.get_current_span().get_span_context():
+            return None  # without an SDK it would hide the span of the caller
         token = attach(span.context)
 
         def leave() -> None:
@@ -239,8 +245,10 @@ class OpenTelemetryTracer:
         if places:
             said["exception.stacktrace"] = places
         if self._messages:
-            said["exception.message"] = message_of(error)
-            description = f"{kind}: {folded_message(message_of(error))}"
+            message = message_of(error)
+            writable = message[:_LONGEST_MESSAGE].encode("utf-8", "backslashreplace")
+            said["exception.message"] = writable.decode()
+            description = f"{kind}: {folded_message(message)}"
         span.set_attribute("error.type", kind)
         span.add_event("exception", said)
         span.set_status(trace.Status(trace.StatusCode.ERROR, description))

@@ -24,11 +24,20 @@ import weakref
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
 from coalestra.core.results import CacheStats
-from coalestra.core.validation import instance, integer, mapping, number, refusal, text
+from coalestra.core.validation import (
+    instance,
+    integer,
+    mapping,
+    number,
+    readable,
+    refusal,
+    text,
+)
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.resilience.circuit_breaker import CircuitSnapshot
 from coalestra.sync import SyncSnapshotBuilder
@@ -174,25 +183,35 @@ _LONGEST_LINE = 1 if _in_several_processes() else 1000
 def _report(step: Step) -> None:
     _LINE.append(step)
     while len(_LINE) >= _LONGEST_LINE and _AT_IT.acquire(blocking=False):
-        _settle_and_leave()
+        try:
+            _settle()
+        finally:
+            _AT_IT.release()
 
 
-def _settle_all() -> None:
-    """Settle what has been reported before; the end of another's turn is waited for."""
-    if _AT_IT.acquire(timeout=_PATIENCE_SECONDS):
-        _settle_and_leave()
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Settle what has been reported, and let no fork into the block; another's turn is waited for.
 
-
-def _settle_and_leave() -> None:
+    Not for ever: what holds out longer than a fork waits, a fork need not wait for either.
+    """
+    mine = _AT_IT.acquire(timeout=_PATIENCE_SECONDS)
     try:
-        for step, times in Tally(_LINE.popleft() for _ in range(len(_LINE))).items():
-            if isinstance(step, tuple):
-                for _ in range(times):
-                    step[0](*step[1:])
-            else:
-                step.inc(times)
+        if mine:
+            _settle()
+        yield
     finally:
-        _AT_IT.release()
+        if mine:
+            _AT_IT.release()
+
+
+def _settle() -> None:
+    for step, times in Tally(_LINE.popleft() for _ in range(len(_LINE))).items():
+        if isinstance(step, tuple):
+            for _ in range(times):
+                step[0](*step[1:])
+        else:
+            step.inc(times)
 
 
 class _Family:
@@ -210,7 +229,7 @@ class _Family:
 
     def series(self, builder: str, given: Mapping[str, str]) -> tuple[Any, bool]:
         """Return the series with these labels, and whether it is theirs alone."""
-        labels = {name: str(given.get(name, "")) for name in self.labels}
+        labels = {name: readable(str(given.get(name, ""))) for name in self.labels}
         found = self._known.get((builder, *labels.values()))
         if found is None and len(self._known) > self._room:
             folded = (each if each in self.labels[n] else OTHER for n, each in labels.items())
@@ -292,9 +311,9 @@ class _Families(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return every series, with all that was reported before."""
-        _settle_all()
-        for family in self._families.copy().values():
-            yield from family.metric.collect()
+        with _turn():
+            families = self._families.copy().values()
+            return iter([each for family in families for each in family.metric.collect()])
 
     def describe(self) -> Iterator[Metric]:
         """Return the metrics without series, for the registry to know their names."""
@@ -341,9 +360,10 @@ class PrometheusMetrics:
         latency_buckets: Sequence[float] = LATENCY_BUCKETS,
         max_series: int = 1000,
     ) -> None:
-        self.builder: str = text("builder", builder)
+        self.builder: str = readable(text("builder", builder))
         instance("registry", registry, CollectorRegistry)
         _plain("namespace", namespace)
+        instance("latency_buckets", latency_buckets, Sequence)
         buckets = tuple(number("latency_buckets", each, above=0) for each in latency_buckets)
         if not buckets or list(buckets) != sorted(set(buckets)):
             raise ValueError(f"latency_buckets must be one or more, ascending, got {buckets}")
@@ -364,7 +384,7 @@ class PrometheusMetrics:
         self._families = families
         self._counts: dict[tuple[str, ...], Counter] = {}
         self._observations: dict[tuple[str, ...], Histogram] = {}
-        _report((families.begin, builder))
+        _report((families.begin, self.builder))
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Add ``value``, which must not be negative, to the counter with these labels."""
@@ -696,7 +716,7 @@ class HealthCollector(Collector):
         """Show one more builder; it takes the place of an earlier one of this name."""
         instance("builder", builder, (SnapshotBuilder, SyncSnapshotBuilder))
         with self._copying:
-            self._builders[text("name", name)] = weakref.ref(builder)
+            self._builders[readable(text("name", name))] = weakref.ref(builder)
             if self._copies is not None:
                 self._copies.renew(self._read())
                 if self._copier is None:
@@ -734,7 +754,7 @@ class HealthCollector(Collector):
         try:
             health = builder.health_snapshot_nowait()
             figures = [
-                (fact.name, labels, float(figure))
+                (fact.name, tuple(map(readable, labels)), float(figure))
                 for fact in _FACTS
                 for labels, figure in fact.read(health)
                 if figure is not None

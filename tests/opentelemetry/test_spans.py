@@ -12,8 +12,8 @@ from opentelemetry import baggage, context, trace
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import StatusCode
 
-from coalestra.opentelemetry import OpenTelemetryTracer
-from tests.opentelemetry.memory import Spans, attributes, told
+from coalestra.opentelemetry import OpenTelemetryMetrics, OpenTelemetryTracer
+from tests.opentelemetry.memory import Meters, Spans, attributes, told
 
 CALL = {"source": "rates", "source_kind": "batch", "snapshot_id": "s1", "keys": 3, "attempt": 2}
 BUILD = {"snapshot_id": "s1", "keys": 3}
@@ -227,6 +227,26 @@ def test_the_text_of_a_failure_is_told_if_it_is_asked_for(spans: Spans) -> None:
     assert repr(tracer) == "OpenTelemetryTracer(include_messages=True)"
 
 
+def test_no_text_is_longer_than_exporters_can_take_or_no_text_at_all(
+    spans: Spans, meters: Meters
+) -> None:
+    tracer = OpenTelemetryTracer(spans.provider, include_messages=True)
+    call = tracer.begin("call", {**CALL, "source": "rates\udc80", "snapshot_id": "i" * 9_000})
+    tracer.end(call, {}, raised(ConnectionError("\ud800" + "x" * 90_000)))
+    OpenTelemetryMetrics(meters.provider, builder="b\udc80").increment(
+        "source_fetch_total", source="\ud800", status="success"
+    )
+
+    span = spans.one("fetch_many rates\\udc80")
+    said = [span.status.description, *attributes(span).values()]
+    said += attributes(span.events[0]).values()
+    for point in meters.points("coalestra.source.keys"):
+        said += attributes(point).values()
+    for text in map(str, said):
+        assert text.encode()
+        assert len(text) < 5_000
+
+
 class Unreadable(Exception):
     def __str__(self) -> str:
         raise OSError("unreadable")
@@ -306,11 +326,11 @@ def test_without_an_sdk_the_callers_own_span_stays_current(
     with spans.provider.get_tracer("test").start_as_current_span("request") as request:
         build, inside = tracer.begin("build", BUILD), contextvars.copy_context()
         inside.run(tracer.enter, build)
-        current = inside.run(trace.get_current_span).get_span_context()
+        current = inside.run(trace.get_current_span)
     tracer.joined(build, None, 1.0, OTHERS)
     tracer.end(build, DONE, raised(ValueError()))
 
-    assert current == request.get_span_context()
+    assert current is request  # who else would take what the caller says of it
 
 
 def test_what_is_no_provider_or_no_flag_is_refused(spans: Spans) -> None:

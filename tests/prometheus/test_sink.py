@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from coalestra import ResourceKey, SnapshotBuildError
 from coalestra import prometheus as module
-from coalestra.prometheus import LATENCY_BUCKETS, PrometheusMetrics
+from coalestra.prometheus import LATENCY_BUCKETS, HealthCollector, PrometheusMetrics
 from tests.docs.pages import ROOT
 from tests.orchestration.scripted import Batch, Single, builder, key
 from tests.prometheus.scrape import figure, metrics, series
@@ -314,7 +314,8 @@ def test_a_registry_is_not_kept_alive(registry: CollectorRegistry) -> None:
     kept = weakref.ref(own)
     metrics(registry)
     del own, sink
-    module._settle_all()
+    with module._turn():
+        pass
     gc.collect()
     assert kept() is None
 
@@ -331,6 +332,7 @@ def test_a_registry_is_not_kept_alive(registry: CollectorRegistry) -> None:
         ({"latency_buckets": (2.0, 1.0)}, ValueError),
         ({"latency_buckets": (1.0, 1.0)}, ValueError),
         ({"latency_buckets": ("1",)}, TypeError),
+        ({"latency_buckets": 5}, TypeError),
         ({"max_series": 0}, ValueError),
         ({"max_series": 1.5}, TypeError),
     ],
@@ -423,6 +425,36 @@ def test_a_child_that_was_forked_in_the_middle_of_settling_reports_and_scrapes(
         reporting.result()
 
 
+def test_a_scrape_lets_no_fork_come_while_it_holds_locks(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+    plain = Counter.collect
+
+    def collect(counter: Counter) -> Any:
+        held.append(module._AT_IT.locked())
+        return plain(counter)
+
+    monkeypatch.setattr(Counter, "collect", collect)
+    PrometheusMetrics(registry=registry)
+    metrics(registry)
+    assert held
+    assert all(held)
+    assert not module._AT_IT.locked()
+
+
+async def test_a_label_that_utf_8_cannot_hold_fails_no_scrape(registry: CollectorRegistry) -> None:
+    sink = PrometheusMetrics("b\udc80", registry=registry)
+    source = Single("\ud800", "x")
+    async with builder(source, metrics=sink) as building:
+        HealthCollector({"b\udc80": building}, registry=registry)
+        await building.build([ResourceKey("n\udfff", "x")])
+        text = generate_latest(registry).decode()
+    assert 'source="\\\\ud800",status="success"' in text
+    assert 'coalestra_builder_up{builder="b\\\\udc80"} 1.0' in text
+    assert 'resource_namespace="n\\\\udfff"' in text
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_waits_a_moment_for_who_settles_and_takes_nothing_from_him(
     registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
@@ -440,7 +472,7 @@ def test_a_fork_waits_a_moment_for_who_settles_and_takes_nothing_from_him(
     monkeypatch.setattr(Counter, "inc", inc)
     sink.increment("snapshot_build_total", status="success")
     with ThreadPoolExecutor(1) as pool:
-        settling = pool.submit(module._settle_all)
+        settling = pool.submit(metrics, registry)
         gate.wait_arrived()
 
         def child() -> None:
