@@ -444,7 +444,8 @@ class Attempt:
         run = self._call.work.variables.copy().run
         if self._call.log is not None:
             self._call.log.called(run)
-        self._call.report_start()
+        if self._call.parts.report is not None:
+            self._call.report_start()
         self._bound = bound
         if self._call.finishes_late:
             self._late = bound

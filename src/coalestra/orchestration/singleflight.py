@@ -227,7 +227,8 @@ class SingleFlight:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
         gather.open = True
         self.hold(gather.work)
-        self.note(gather)
+        if gather.work.trace is not None:
+            self.note(gather)
         keys: Iterable[ResourceKey] = gather.keys
         if gather.readings:
             keys = [key for key in gather.keys if key not in gather.readings]
@@ -506,7 +507,8 @@ class SingleFlight:
             flight = Flight(key, policy, gather.work, forced=forced, since=self._news)
             flight.cached = cached
             self.board.start(gather, flight)
-            self._trace_flight(gather, flight)
+            if gather.work.trace is not None:
+                self._trace_flight(gather, flight)
             try:
                 self._proceed(flight)
             except BaseException as error:
@@ -516,7 +518,8 @@ class SingleFlight:
                 flight.cached = cached
             flight.forced = flight.forced or forced
             self.board.join(gather, flight)
-            self._trace_flight(gather, flight)
+            if gather.work.trace is not None:
+                self._trace_flight(gather, flight)
             if gather.urgent:
                 self._hurry(flight)
         if self._store is None:
@@ -536,7 +539,8 @@ class SingleFlight:
         known = gather.pins.private.get(key)
         if known is not None:
             self.board.join(gather, known)
-            self._trace_flight(gather, known)
+            if gather.work.trace is not None:
+                self._trace_flight(gather, known)
             return
         forced = key in gather.forced
         flight = Flight(key, policy, gather.work, forced=forced, pins=gather.pins, since=self._news)
@@ -544,7 +548,8 @@ class SingleFlight:
         gather.pins.private[key] = flight
         self.board.set_aside(flight)
         self.board.join(gather, flight)
-        self._trace_flight(gather, flight)
+        if gather.work.trace is not None:
+            self._trace_flight(gather, flight)
         self._later(flight)
 
     def _hurry(self, flight: Flight) -> None:
