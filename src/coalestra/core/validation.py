@@ -10,7 +10,8 @@ import enum
 import math
 import reprlib
 from binascii import crc32
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
 from typing import Any, Literal, TypeVar, overload
 
 from coalestra.core.frozen import EMPTY
@@ -232,6 +233,23 @@ def mapping(name: str, value: object, *, optional: bool = False) -> Mapping[Any,
     if not isinstance(value, Mapping):
         raise wrong_type(name, "a mapping or None" if optional else "a mapping", value)
     return value
+
+
+def ruled(default: T, check: Callable[..., object], *arguments: Any, **bounds: Any) -> T:
+    """Return a dataclass field that `check_fields` checks.
+
+    By ``check(name, value, *arguments, **bounds)``, which is one of the functions of this module or
+    like them.
+    """
+    return field(default=default, metadata={"rule": (check, arguments, bounds)})
+
+
+def check_fields(record: Any) -> None:
+    """Check every field of a dataclass that has a rule; see `ruled`."""
+    for each in fields(record):
+        if "rule" in each.metadata:
+            check, arguments, bounds = each.metadata["rule"]
+            check(each.name, getattr(record, each.name), *arguments, **bounds)
 
 
 def callable_(name: str, value: T, *, optional: bool = False) -> T:

@@ -43,7 +43,16 @@ from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.trace import Trace
-from coalestra.core.validation import flag, instance, integer, number, require_methods, text
+from coalestra.core.validation import (
+    check_fields,
+    flag,
+    instance,
+    integer,
+    number,
+    require_methods,
+    ruled,
+    text,
+)
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
@@ -72,35 +81,43 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
+def _one_of(kind: type[Any]) -> Any:
+    return ruled(None, instance, kind, optional=True)
+
+
+def _with_methods(*methods: str) -> Any:
+    return ruled(None, _may_have_methods, *methods)
+
+
+def _may_have_methods(name: str, value: object, *methods: str) -> None:
+    if value is not None:
+        require_methods(name, value, *methods)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collaborators:
     """What an application hands to a builder; None stands for the default."""
 
-    sources: Iterable[Source]
-    default_policy: FreshnessPolicy | None
-    policy_resolver: PolicyResolver | None
-    authority_policy: SourceAuthorityPolicy | None
-    authority_resolver: AuthorityPolicyResolver | None
-    cache: AsyncCache | None
-    retry_policy: RetryPolicy | None
-    circuit_breaker: CircuitBreaker | None
-    default_resilience: SourceResiliencePolicy | None
-    source_resilience: Mapping[str, SourceResiliencePolicy] | None
-    resilience_resolver: ResiliencePolicyResolver | None
-    clock: Clock | None
-    metrics: MetricsSink | None
-    events: EventSink | None
-    tracer: Tracer | None
-    observation_policy: ObservationPolicy | None
-    payload_copier: PayloadCopier | None
+    sources: Iterable[Source] = ruled((), instance, Iterable)
+    default_policy: FreshnessPolicy | None = _one_of(FreshnessPolicy)
+    policy_resolver: PolicyResolver | None = _with_methods("resolve")
+    authority_policy: SourceAuthorityPolicy | None = _one_of(SourceAuthorityPolicy)
+    authority_resolver: AuthorityPolicyResolver | None = _one_of(AuthorityPolicyResolver)
+    cache: AsyncCache | None = _with_methods("get", "set", "invalidate", "clear")
+    retry_policy: RetryPolicy | None = _one_of(RetryPolicy)
+    circuit_breaker: CircuitBreaker | None = _one_of(CircuitBreaker)
+    default_resilience: SourceResiliencePolicy | None = _one_of(SourceResiliencePolicy)
+    source_resilience: Mapping[str, SourceResiliencePolicy] | None = _one_of(Mapping)
+    resilience_resolver: ResiliencePolicyResolver | None = _one_of(ResiliencePolicyResolver)
+    clock: Clock | None = _with_methods("now", "monotonic")
+    metrics: MetricsSink | None = None
+    events: EventSink | None = None
+    tracer: Tracer | None = _with_methods("begin", "enter", "end", "joined")
+    observation_policy: ObservationPolicy | None = _one_of(ObservationPolicy)
+    payload_copier: PayloadCopier | None = None
 
     def __post_init__(self) -> None:
-        instance("sources", self.sources, Iterable)
-        for name, kind in _KINDS.items():
-            instance(name, getattr(self, name), kind, optional=True)
-        for name, methods in _METHODS.items():
-            if getattr(self, name) is not None:
-                require_methods(name, getattr(self, name), *methods)
+        check_fields(self)
         for source, policy in (self.source_resilience or {}).items():
             text("source_resilience key", source)
             instance(f"source_resilience[{source!r}]", policy, SourceResiliencePolicy)
@@ -109,25 +126,6 @@ class Collaborators:
                 "authority_policy and authority_resolver were both given; give the resolver alone, "
                 "with the policy as its default"
             )
-
-
-_KINDS: Mapping[str, type] = {
-    "default_policy": FreshnessPolicy,
-    "authority_policy": SourceAuthorityPolicy,
-    "authority_resolver": AuthorityPolicyResolver,
-    "retry_policy": RetryPolicy,
-    "circuit_breaker": CircuitBreaker,
-    "default_resilience": SourceResiliencePolicy,
-    "source_resilience": Mapping,
-    "resilience_resolver": ResiliencePolicyResolver,
-    "observation_policy": ObservationPolicy,
-}
-_METHODS: Mapping[str, tuple[str, ...]] = {
-    "policy_resolver": ("resolve",),
-    "cache": ("get", "set", "invalidate", "clear"),
-    "clock": ("now", "monotonic"),
-    "tracer": ("begin", "enter", "end", "joined"),
-}
 
 
 def given_or(value: T | None, default: Callable[[], T]) -> T:
@@ -360,14 +358,8 @@ class SnapshotBuilder(BuilderSettings):
         trace: bool | float = False,
     ) -> None:
         given = locals()
-        super().__init__(
-            **{each.name: given[each.name] for each in dataclasses.fields(BuilderSettings)}
-        )
-        self._assemble(
-            Collaborators(
-                **{each.name: given[each.name] for each in dataclasses.fields(Collaborators)}
-            )
-        )
+        super().__init__(**_picked(given, BuilderSettings))
+        self._assemble(Collaborators(**_picked(given, Collaborators)))
 
     def _assemble(self, given: Collaborators) -> None:
         """Choose the parts, check that they go together, and put them together."""

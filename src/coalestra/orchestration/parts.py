@@ -1,9 +1,9 @@
-"""The settings of a builder: their meaning, their defaults, and one table of rules for all."""
+"""What a builder is told, and what its engine works with."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from coalestra.cache.access import CacheAccess
@@ -17,7 +17,16 @@ from coalestra.core.policies import (
     ObservationPolicy,
 )
 from coalestra.core.protocols import Clock
-from coalestra.core.validation import choice, flag, instance, integer, number, text
+from coalestra.core.validation import (
+    check_fields,
+    choice,
+    flag,
+    instance,
+    integer,
+    number,
+    ruled,
+    text,
+)
 from coalestra.observability.changes import ChangeLog
 from coalestra.observability.reports import Reporter
 from coalestra.observability.sinks import BufferOverflowPolicy
@@ -26,7 +35,22 @@ from coalestra.orchestration.tracing import Tracing
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver
 
-# The settings of a builder: their meaning, their defaults, and one table of rules for all --------
+# The settings of a builder: their meaning, their defaults and their rules -------------------------
+
+
+def _rate(name: str, value: Any) -> object:
+    return value if type(value) is bool else number(name, value, minimum=0, maximum=1)
+
+
+def _flag_or_none(name: str, value: Any) -> object:
+    return None if value is None else flag(name, value)
+
+
+def _limits(name: str, value: Any) -> None:
+    instance(name, value, Mapping, optional=True)
+    for source, limit in (value or {}).items():
+        text(f"{name} key", source)
+        integer(f"{name}[{source!r}]", limit, minimum=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,180 +82,70 @@ class BuilderSettings:
         trace: whether units of work are traced unless told otherwise, or the share of them that is.
     """
 
-    max_concurrency: int = 8
-    max_pending_tasks: int | None = None
-    source_concurrency: Mapping[str, int] | None = None
-    cache_source_support: bool = True
-    source_support_cache_max_entries: int | None = 100_000
-    manage_lifecycle: bool = False
-    run_payload_copies_in_thread: bool | None = None
-    max_copy_concurrency: int = 4
-    cache_run_payload_copies_in_thread: bool | None = None
-    cache_max_copy_concurrency: int = 4
-    copy_shutdown_timeout_seconds: float = 5.0
-    buffer_observability: bool | None = None
-    observability_max_pending: int = 10_000
-    observability_overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST
-    observability_shutdown_timeout_seconds: float = 5.0
-    observability_drain_on_shutdown: bool = True
-    require_source_timeout_declarations: bool = True
-    allow_unsafe_blocking_sources: bool = False
-    source_transport_timeout_grace_seconds: float = 0.05
-    trace: bool | float = False
+    max_concurrency: int = ruled(8, integer, minimum=1)
+    max_pending_tasks: int | None = ruled(None, integer, minimum=1, optional=True)
+    source_concurrency: Mapping[str, int] | None = ruled(None, _limits)
+    cache_source_support: bool = ruled(True, flag)
+    source_support_cache_max_entries: int | None = ruled(100_000, integer, minimum=1, optional=True)
+    manage_lifecycle: bool = ruled(False, flag)
+    run_payload_copies_in_thread: bool | None = ruled(None, _flag_or_none)
+    max_copy_concurrency: int = ruled(4, integer, minimum=1)
+    cache_run_payload_copies_in_thread: bool | None = ruled(None, _flag_or_none)
+    cache_max_copy_concurrency: int = ruled(4, integer, minimum=1)
+    copy_shutdown_timeout_seconds: float = ruled(5.0, number, minimum=0)
+    buffer_observability: bool | None = ruled(None, _flag_or_none)
+    observability_max_pending: int = ruled(10_000, integer, minimum=1)
+    observability_overflow: BufferOverflowPolicy = ruled(
+        BufferOverflowPolicy.DROP_OLDEST, choice, BufferOverflowPolicy
+    )
+    observability_shutdown_timeout_seconds: float = ruled(5.0, number, minimum=0)
+    observability_drain_on_shutdown: bool = ruled(True, flag)
+    require_source_timeout_declarations: bool = ruled(True, flag)
+    allow_unsafe_blocking_sources: bool = ruled(False, flag)
+    source_transport_timeout_grace_seconds: float = ruled(0.05, number, minimum=0)
+    trace: bool | float = ruled(False, _rate)
 
     def __post_init__(self) -> None:
-        for name, check in RULES.items():
-            check(name, getattr(self, name))
+        check_fields(self)
         if self.max_pending_tasks is None:
             object.__setattr__(self, "max_pending_tasks", self.max_concurrency)
-
-
-Check = Callable[[str, Any], object]
-
-
-def _count(name: str, value: Any) -> object:
-    return integer(name, value, minimum=1)
-
-
-def _count_or_none(name: str, value: Any) -> object:
-    return integer(name, value, minimum=1, optional=True)
-
-
-def _seconds(name: str, value: Any) -> object:
-    return number(name, value, minimum=0)
-
-
-def _rate(name: str, value: Any) -> object:
-    return value if type(value) is bool else number(name, value, minimum=0, maximum=1)
-
-
-def _flag_or_none(name: str, value: Any) -> object:
-    return None if value is None else flag(name, value)
-
-
-def _overflow(name: str, value: Any) -> object:
-    return choice(name, value, BufferOverflowPolicy)
-
-
-def _limits(name: str, value: Any) -> object:
-    instance(name, value, Mapping, optional=True)
-    for source, limit in (value or {}).items():
-        text(f"{name} key", source)
-        integer(f"{name}[{source!r}]", limit, minimum=1)
-    return value
-
-
-RULES: Mapping[str, Check] = {
-    "max_concurrency": _count,
-    "max_pending_tasks": _count_or_none,
-    "source_concurrency": _limits,
-    "cache_source_support": flag,
-    "source_support_cache_max_entries": _count_or_none,
-    "manage_lifecycle": flag,
-    "run_payload_copies_in_thread": _flag_or_none,
-    "max_copy_concurrency": _count,
-    "cache_run_payload_copies_in_thread": _flag_or_none,
-    "cache_max_copy_concurrency": _count,
-    "copy_shutdown_timeout_seconds": _seconds,
-    "buffer_observability": _flag_or_none,
-    "observability_max_pending": _count,
-    "observability_overflow": _overflow,
-    "observability_shutdown_timeout_seconds": _seconds,
-    "observability_drain_on_shutdown": flag,
-    "require_source_timeout_declarations": flag,
-    "allow_unsafe_blocking_sources": flag,
-    "source_transport_timeout_grace_seconds": _seconds,
-    "trace": _rate,
-}
-"""What each setting must be."""
 
 
 # What the engine of one builder works with: fixed collaborators and a few counters ---------------
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Counters:
     """Cumulative counts since the builder was made, for its health."""
 
-    __slots__ = (
-        "deadlines_exceeded",
-        "queue_timeouts",
-        "revalidation_attempts",
-        "revalidation_failures",
-        "source_timeouts",
-        "transport_violations",
-    )
-
-    def __init__(self) -> None:
-        self.queue_timeouts: int = 0
-        self.source_timeouts: int = 0
-        self.deadlines_exceeded: int = 0
-        self.revalidation_attempts: int = 0
-        self.revalidation_failures: int = 0
-        self.transport_violations: dict[str, int] = {}
+    queue_timeouts: int = 0
+    source_timeouts: int = 0
+    deadlines_exceeded: int = 0
+    revalidation_attempts: int = 0
+    revalidation_failures: int = 0
+    transport_violations: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class Parts:
     """The parts that every stage of the engine shares for the life of a builder."""
 
-    __slots__ = (
-        "access",
-        "authority",
-        "breaker",
-        "capacity",
-        "chains",
-        "clock",
-        "copies",
-        "counters",
-        "log",
-        "max_concurrency",
-        "max_pending_tasks",
-        "observation",
-        "pace",
-        "policies",
-        "report",
-        "resilience",
-        "threads",
-        "tracing",
-        "transport_grace_seconds",
-    )
-
-    def __init__(
-        self,
-        *,
-        clock: Clock,
-        chains: Chains,
-        policies: FreshnessPolicyProvider,
-        authority: AuthorityPolicyProvider,
-        observation: ObservationPolicy,
-        capacity: CapacityController,
-        breaker: CircuitBreaker,
-        resilience: ResiliencePolicyResolver,
-        access: CacheAccess,
-        copies: PayloadCopies,
-        report: Reporter | None,
-        log: ChangeLog,
-        threads: WorkerThreads,
-        tracing: Tracing,
-        max_concurrency: int,
-        max_pending_tasks: int,
-        transport_grace_seconds: float,
-    ) -> None:
-        self.pace: Pace = Pace()
-        self.clock = clock
-        self.chains = chains
-        self.policies = policies
-        self.authority = authority
-        self.observation = observation
-        self.capacity = capacity
-        self.breaker = breaker
-        self.resilience = resilience
-        self.access = access
-        self.copies = copies
-        self.report = report
-        self.log = log
-        self.threads = threads
-        self.tracing = tracing
-        self.max_concurrency = max_concurrency
-        self.max_pending_tasks = max_pending_tasks
-        self.transport_grace_seconds = transport_grace_seconds
-        self.counters: Counters = Counters()
+    clock: Clock
+    chains: Chains
+    policies: FreshnessPolicyProvider
+    authority: AuthorityPolicyProvider
+    observation: ObservationPolicy
+    capacity: CapacityController
+    breaker: CircuitBreaker
+    resilience: ResiliencePolicyResolver
+    access: CacheAccess
+    copies: PayloadCopies
+    report: Reporter | None
+    log: ChangeLog
+    threads: WorkerThreads
+    tracing: Tracing
+    max_concurrency: int
+    max_pending_tasks: int
+    transport_grace_seconds: float
+    pace: Pace = dataclasses.field(default_factory=Pace)
+    counters: Counters = dataclasses.field(default_factory=Counters)
