@@ -19,7 +19,6 @@ from coalestra.cache.publisher import (
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
-from coalestra.core.errors import SnapshotBuildError
 from coalestra.core.health import BuilderHealth, FlightSnapshot, PayloadCopyHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
@@ -61,18 +60,8 @@ from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
 from coalestra.orchestration.tracing import Tracing
-from coalestra.orchestration.unit import Terms, UnitOfWork, distinct, open_unit
-from coalestra.orchestration.verdicts import (
-    Decided,
-    Requests,
-    Results,
-    accepted,
-    in_form_of,
-    named,
-    objection,
-    result_of,
-    several,
-)
+from coalestra.orchestration.unit import Terms, distinct, open_unit
+from coalestra.orchestration.verdicts import Requests, Results, in_form_of, named, several
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
 from coalestra.resilience.retry import RetryPolicy
@@ -389,12 +378,7 @@ class SnapshotBuilder(BuilderSettings):
         self._engine = Engine(parts, contextvars.copy_context())
         managed = (*self.sources, self.cache, given.metrics, given.events)
         self._closing = Closing(
-            self._engine,
-            parts.copies,
-            default_cache,
-            self._sinks,
-            parts.threads,
-            managed if self.manage_lifecycle else (),
+            self._engine, default_cache, self._sinks, managed if self.manage_lifecycle else ()
         )
         self.publisher: ResourcePublisher = ResourcePublisher.from_parts(
             PublisherParts(
@@ -522,8 +506,7 @@ class SnapshotBuilder(BuilderSettings):
                 return warm
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
         unit = open_unit(self._engine, terms, snapshot_id)
-        objects = self._lacking if strict else self._built
-        return accepted(*await unit.single_stage(wanted, objects))
+        return await unit.resolve(wanted, strict=strict)
 
     async def build_request(
         self,
@@ -547,7 +530,7 @@ class SnapshotBuilder(BuilderSettings):
         instance("request", request, SnapshotRequest)
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
         unit = open_unit(self._engine, terms, snapshot_id)
-        return accepted(*await self._decided(request, unit))
+        return await unit.resolve_request(request)
 
     async def try_request(
         self,
@@ -572,7 +555,7 @@ class SnapshotBuilder(BuilderSettings):
         self._engine.enter()
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
         unit = open_unit(self._engine, terms, snapshot_id)
-        return result_of(request, *await self._decided(request, unit))
+        return await unit.try_request(request)
 
     @overload
     async def try_requests(
@@ -630,46 +613,7 @@ class SnapshotBuilder(BuilderSettings):
         return in_form_of(requests, await several(self._engine.parts, attempts, max_concurrency))
 
     async def _attempt(self, request: SnapshotRequest, terms: Terms) -> RequestResult:
-        unit = open_unit(self._engine, terms.for_another())
-        return result_of(request, *await self._decided(request, unit))
-
-    async def _decided(self, request: SnapshotRequest, unit: UnitOfWork) -> Decided:
-        """Read what is asked for, say what speaks against it, and report both."""
-
-        def objects(unit: UnitOfWork, snapshot: Snapshot) -> Exception | None:
-            failed = True
-            try:
-                error = objection(unit.engine.parts, request, snapshot)
-                failed = error is not None
-                return error
-            except Exception as raised:
-                return raised
-            finally:
-                self._report_build(snapshot, failed=failed)
-
-        try:
-            return await unit.single_stage(dict.fromkeys(request.keys), objects)
-        except Exception as raised:
-            return None, raised
-
-    def _lacking(self, unit: UnitOfWork, snapshot: Snapshot) -> Exception | None:
-        """Report a build that must have every value, and return what speaks against it."""
-        failed = bool(snapshot.errors)
-        self._report_build(snapshot, failed=failed)
-        if not failed:
-            return None
-        return SnapshotBuildError(snapshot.errors, snapshot=None if unit.undelivered else snapshot)
-
-    def _built(self, _: UnitOfWork, snapshot: Snapshot) -> None:
-        """Report a build that may lack values."""
-        self._report_build(snapshot, failed=False, strict=False)
-
-    def _report_build(self, snapshot: Snapshot, *, failed: bool, strict: bool = True) -> None:
-        report = self._engine.parts.report
-        if report is not None:
-            report.snapshot_built(
-                snapshot.snapshot_id, snapshot.diagnostics, build_failed=failed, strict=strict
-            )
+        return await open_unit(self._engine, terms.for_another()).try_request(request)
 
     def session(
         self,

@@ -35,8 +35,6 @@ from itertools import islice
 from typing import Any
 
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.concurrency.copying import PayloadCopies
-from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.errors import (
     ObservabilityShutdownTimeoutError,
     PayloadCopyShutdownTimeoutError,
@@ -104,27 +102,23 @@ class Closing:
 
     Args:
         engine: what calls sources.
-        copies: what copies the builder's payloads in threads.
         cache: its default cache, which copies as well; None with a cache of the application's.
         sinks: where reports go.
-        threads: the builder's worker threads.
         managed: what the builder closes on behalf of the application.
     """
 
     def __init__(
         self,
         engine: Engine,
-        copies: PayloadCopies,
         cache: AsyncMemoryCache | None,
         sinks: ObservabilitySinks,
-        threads: WorkerThreads,
         managed: Iterable[Any],
     ) -> None:
         self._engine = engine
-        self._copies = copies
+        self._copies = engine.parts.copies
         self._cache = cache
         self._sinks = sinks
-        self._threads = threads
+        self._threads = engine.parts.threads
         self._managed = list({id(each): each for each in managed if each is not None}.values())
         self._late: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None

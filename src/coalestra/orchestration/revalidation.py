@@ -209,9 +209,7 @@ class Revalidation:
 
     async def _retained(self, errors: Mapping[ResourceKey, Exception]) -> Snapshot:
         """Return the state that stays, with the errors of this call; raise them if strict."""
-        unit = self._unit
-        values, uncopied = await unit.copies(unit.visible(), None)
-        retained = unit.assembled(values, {**await unit.errors(), **uncopied, **errors})
+        retained, _ = await self._unit.snapshot(None, errors)
         if self._strict:
             raise SnapshotBuildError(errors, snapshot=retained)
         return retained

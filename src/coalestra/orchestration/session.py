@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar, overload
 
@@ -13,20 +13,9 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
-from coalestra.observability.reports import SessionResolution
 from coalestra.orchestration.revalidation import Revalidation
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
-from coalestra.orchestration.verdicts import (
-    Decided,
-    Requests,
-    Results,
-    accepted,
-    in_form_of,
-    named,
-    objection,
-    result_of,
-    several,
-)
+from coalestra.orchestration.verdicts import Requests, Results, in_form_of, named, several
 
 K = TypeVar("K")
 
@@ -86,15 +75,7 @@ class SnapshotSession:
         self._require_open()
         flag("strict", strict)
         flag("retry_errors", retry_errors)
-        wanted = distinct(keys)
-
-        def objects(snapshot: Snapshot) -> Exception | None:
-            failed = {key: error for key, error in snapshot.errors.items() if key in wanted}
-            return SnapshotBuildError(failed, snapshot=snapshot) if strict and failed else None
-
-        return accepted(
-            *await self._decided(wanted, objects, strict=strict, retry_errors=retry_errors)
-        )
+        return await self._unit.resolve(distinct(keys), strict=strict, retry_errors=retry_errors)
 
     async def resolve_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -111,7 +92,7 @@ class SnapshotSession:
         self._require_open()
         instance("request", request, SnapshotRequest)
         flag("retry_errors", retry_errors)
-        return accepted(*await self._answer(request, retry_errors))
+        return await self._unit.resolve_request(request, retry_errors=retry_errors)
 
     async def try_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -130,7 +111,7 @@ class SnapshotSession:
         instance("request", request, SnapshotRequest)
         flag("retry_errors", retry_errors)
         self._unit.engine.enter()
-        return await self._attempt(request, retry_errors)
+        return await self._unit.try_request(request, retry_errors=retry_errors)
 
     @overload
     async def try_requests(
@@ -166,57 +147,10 @@ class SnapshotSession:
         engine = self._unit.engine
         engine.enter()
         attempts = {
-            name: partial(self._attempt, request, retry_errors)
+            name: partial(self._unit.try_request, request, retry_errors=retry_errors)
             for name, request in named(requests).items()
         }
         return in_form_of(requests, await several(engine.parts, attempts, max_concurrency))
-
-    async def _attempt(self, request: SnapshotRequest, retry_errors: bool) -> RequestResult:
-        return result_of(request, *await self._answer(request, retry_errors))
-
-    def _answer(self, request: SnapshotRequest, retry_errors: bool) -> Awaitable[Decided]:
-        objects = partial(objection, self._unit.engine.parts, request)
-        wanted = dict.fromkeys(request.keys)
-        return self._decided(wanted, objects, strict=True, retry_errors=retry_errors)
-
-    async def _decided(
-        self,
-        wanted: Mapping[ResourceKey, None],
-        objects: Callable[[Snapshot], Exception | None],
-        *,
-        strict: bool,
-        retry_errors: bool,
-    ) -> Decided:
-        """Resolve further keys, say what speaks against the snapshot, and report both."""
-        unit, report = self._unit, self._unit.engine.parts.report
-        began = unit.engine.parts.clock.monotonic() if report is not None else 0.0
-        snapshot, succeeded = None, False
-        try:
-            with unit.stage("resolve", len(wanted)) as stage:
-                struck = await unit.acquire(wanted, retry_errors=retry_errors)
-                snapshot = await unit.snapshot(bound=not struck)
-                stage.failed = sum(key in snapshot.errors for key in wanted)
-                stage.resolved = len(wanted) - stage.failed
-                error = stage.error = objects(snapshot)
-            succeeded = error is None
-        except Exception as raised:
-            error = raised
-        finally:
-            if report is not None and snapshot is not None:
-                report.session_resolved(
-                    SessionResolution(
-                        snapshot_id=self.snapshot_id,
-                        requested=len(wanted),
-                        resolved=stage.resolved,
-                        failed=stage.failed,
-                        total_resources=len(unit.requested),
-                        strict=strict,
-                        retry_errors=retry_errors,
-                    ),
-                    succeeded=succeeded,
-                    latency_ms=(unit.engine.parts.clock.monotonic() - began) * 1000.0,
-                )
-        return snapshot, error
 
     async def revalidate(
         self,
@@ -291,10 +225,9 @@ class SnapshotSession:
         """
         self._require_open()
         unit = self._unit
-        values, uncopied = await unit.copies(unit.visible(), unit.work.deadline)
-        snapshot = unit.assembled(values, {**await unit.errors(), **uncopied})
+        snapshot, uncopied = await unit.snapshot(unit.work.deadline)
         if cut_short(uncopied):
-            raise SnapshotBuildError(snapshot.errors, snapshot=snapshot if values else None)
+            raise SnapshotBuildError(snapshot.errors, snapshot=snapshot if len(snapshot) else None)
         return snapshot
 
     async def close(self) -> None:

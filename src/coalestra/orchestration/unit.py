@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import Deadline
-from coalestra.core.errors import SnapshotDeadlineExceededError
+from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
 from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.keys import ResourceKey
+from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot, context_of, snapshot_of
 from coalestra.core.validation import flag, instance, number, text
 from coalestra.core.values import SnapshotValue, new_id
+from coalestra.observability.reports import SessionResolution
 from coalestra.orchestration.flights import Gather, Work
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.tracing import StageLog
+from coalestra.orchestration.verdicts import Decided, accepted, objection, result_of
 
 _ERRORS_BETWEEN_LOOKS = 32
 
@@ -52,9 +56,9 @@ class UnitOfWork:
         "lasting",
         "pins",
         "requested",
-        "undelivered",
         "work",
         "_began",
+        "_undelivered",
     )
 
     def __init__(self, engine: Engine, work: Work, *, lasting: bool) -> None:
@@ -65,61 +69,116 @@ class UnitOfWork:
         self.requested: dict[ResourceKey, None] = {}
         self.pins: Pins = Pins()
         self.failures: dict[ResourceKey, Failure] = {}
-        self.undelivered: bool = False
         self._began = engine.parts.clock.monotonic()
+        self._undelivered = False  # whether the deadline left no time to copy anything
 
-    # Acquiring --------------------------------------------------------------------------------
+    # Stages -----------------------------------------------------------------------------------
 
-    async def single_stage(
+    async def resolve(
+        self, keys: Mapping[ResourceKey, None], *, strict: bool, retry_errors: bool = False
+    ) -> Snapshot:
+        """Return a snapshot of all that was asked for so far; if `strict`, each key has a value."""
+
+        def objects(snapshot: Snapshot) -> SnapshotBuildError | None:
+            failed = {key: e for key, e in snapshot.errors.items() if key in keys} if strict else {}
+            partly = None if self._undelivered else snapshot
+            return SnapshotBuildError(failed, snapshot=partly) if failed else None
+
+        return accepted(*await self._decided(keys, objects, strict, retry_errors))
+
+    async def resolve_request(
+        self, request: SnapshotRequest, *, retry_errors: bool = False
+    ) -> Snapshot:
+        """Return a snapshot of all that was asked for so far, if a request's rules let it pass."""
+        return accepted(*await self._answer(request, retry_errors))
+
+    async def try_request(
+        self, request: SnapshotRequest, *, retry_errors: bool = False
+    ) -> RequestResult:
+        """Return what comes of a request."""
+        return result_of(request, *await self._answer(request, retry_errors))
+
+    def _answer(self, request: SnapshotRequest, retry_errors: bool) -> Coroutine[Any, Any, Decided]:
+        objects = partial(objection, self.engine.parts, request)
+        return self._decided(dict.fromkeys(request.keys), objects, True, retry_errors)
+
+    async def _decided(
         self,
         keys: Mapping[ResourceKey, None],
-        objects: Callable[[UnitOfWork, Snapshot], Exception | None],
-    ) -> tuple[Snapshot, Exception | None]:
-        """Settle the keys of a unit that is asked for nothing else.
+        objects: Callable[[Snapshot], Exception | None],
+        strict: bool,
+        retry_errors: bool,
+    ) -> Decided:
+        """Settle further keys, and report how that went.
 
-        Return their snapshot, and what `objects` says against it.
+        Return the snapshot of all that was asked for so far, and what `objects` says against it or
+        what kept it from being made.
         """
-        with self.stage("build", len(keys)) as stage:
-            snapshot = await self._single_stage(keys)
-            stage.resolved, stage.failed = len(snapshot), len(snapshot.errors)
-            error = stage.error = objects(self, snapshot)
-            return snapshot, error
+        report, clock = self.engine.parts.report, self.engine.parts.clock
+        began = 0.0 if report is None else clock.monotonic()
+        snapshot, succeeded = None, False
+        try:
+            with self.stage("resolve" if self.lasting else "build", len(keys)) as stage:
+                snapshot = await self._settled(keys, retry_errors)
+                failed = sum(key in snapshot.errors for key in keys) if snapshot.errors else 0
+                stage.resolved, stage.failed = len(keys) - failed, failed
+                try:
+                    error = stage.error = objects(snapshot)
+                    succeeded = error is None
+                finally:
+                    if report is not None and self.lasting:
+                        report.session_resolved(
+                            SessionResolution(
+                                snapshot_id=snapshot.snapshot_id,
+                                requested=len(keys),
+                                resolved=len(keys) - failed,
+                                failed=failed,
+                                total_resources=len(self.requested),
+                                strict=strict,
+                                retry_errors=retry_errors,
+                            ),
+                            succeeded=succeeded,
+                            latency_ms=(clock.monotonic() - began) * 1000.0,
+                        )
+                    elif report is not None:
+                        report.snapshot_built(
+                            snapshot.snapshot_id,
+                            snapshot.diagnostics,
+                            build_failed=not succeeded,
+                            strict=strict,
+                        )
+        except Exception as raised:
+            return snapshot, raised
+        return snapshot, error
 
     def stage(self, name: str, keys: int) -> AbstractContextManager[StageLog]:
         """Return what notes, if anybody wants it, that the block is a stage for so many keys."""
         trace = self.work.trace
-        if trace is None:
-            return _UNNOTED
-        return trace.stage(name, keys, self.work.variables)
+        return _UNNOTED if trace is None else trace.stage(name, keys, self.work.variables)
 
-    async def _single_stage(self, keys: Mapping[ResourceKey, None]) -> Snapshot:
-        warm = self.engine.warm_reads
-        values = await warm.values(self.work, keys) if warm.likely(keys) else None
-        if values is None:
-            struck = await self.acquire(keys, at_hand=False)
-            return await self.snapshot(bound=not struck)
-        self.engine.require_open()
-        self.requested.update(keys)
-        return self.assembled(values, EMPTY)
+    async def _settled(self, keys: Mapping[ResourceKey, None], retry_errors: bool) -> Snapshot:
+        """Settle every key that is not settled yet; return all that was asked for so far."""
+        warm, requested = self.engine.warm_reads, self.requested
+        if not self.lasting and warm.likely(keys):
+            values = await warm.values(self.work, keys)
+            if values is not None:
+                self.engine.require_open()
+                requested.update(keys)
+                return self.assembled(values, EMPTY)
+        struck = await self._acquire(keys, retry_errors)
+        snapshot, uncopied = await self.snapshot(None if struck else self.work.deadline)
+        self._undelivered = not len(snapshot) and cut_short(uncopied)
+        return snapshot
 
-    async def acquire(
-        self,
-        keys: Mapping[ResourceKey, None],
-        *,
-        retry_errors: bool = False,
-        at_hand: bool = True,
-    ) -> bool:
-        """Settle every key that is not settled yet; return whether the deadline struck.
-
-        `at_hand` is whether it may be that nothing has to be waited for.
-        """
+    async def _acquire(self, keys: Mapping[ResourceKey, None], retry_errors: bool) -> bool:
+        """Pin or fail every key that is neither yet; return whether the deadline struck."""
         self.engine.require_open()
         known = self.pins if retry_errors else {**self.pins, **self.failures}
         wanted = {key: None for key in keys if key not in known} if known else keys
         self.requested.update(keys)
         if not wanted:
             return False
-        found = self.engine.warm_reads.readings(self.work, wanted) if at_hand else None
+        found = self.engine.warm_reads.readings(self.work, wanted) if self.lasting else None
         if found:
             self._pin(found)
             return False
@@ -167,16 +226,15 @@ class UnitOfWork:
                 await pace.keep()
         return errors
 
-    async def snapshot(self, *, bound: bool) -> Snapshot:
-        """Return an isolated snapshot, within the deadline if `bound`.
+    async def snapshot(
+        self, deadline: Deadline | None, news: Mapping[ResourceKey, Exception] = EMPTY
+    ) -> tuple[Snapshot, Mapping[ResourceKey, Exception]]:
+        """Return an isolated snapshot with `news` among its errors, and what was not copied.
 
-        What is not copied by then has that for its error; `undelivered` says that this is so of
-        everything.
+        What is not copied by the deadline has that for its error.
         """
-        deadline = self.work.deadline if bound else None
         values, uncopied = await self.copies(self.visible(), deadline)
-        self.undelivered = not values and cut_short(uncopied)
-        return self.assembled(values, {**await self.errors(), **uncopied})
+        return self.assembled(values, {**await self.errors(), **uncopied, **news}), uncopied
 
     async def copies(
         self, readings: Mapping[ResourceKey, Reading], deadline: Deadline | None
