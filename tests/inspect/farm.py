@@ -38,6 +38,7 @@ class Farm:
         recovery_seconds: float = 30.0,
         name: str = "soil-sensors",
         more: int = 0,
+        deadline_seconds: float = 5.0,
         **settings: Any,
     ) -> None:
         self.url = ""
@@ -53,6 +54,7 @@ class Farm:
         self._settings = {"title": "Farm", "interval_seconds": 0.1, **settings}
         self._name = name
         self._more = more
+        self._deadline_seconds = deadline_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._served = threading.Event()
         self._gate = asyncio.Event()
@@ -111,7 +113,7 @@ class Farm:
         while not self.builder.closed:
             number = next(self._numbers)
             plots = [ResourceKey("farm", "cost", f"plot-{number % 3}")]
-            await self.builder.build(plots, strict=False, deadline_seconds=5.0)
+            await self.builder.build(plots, strict=False, deadline_seconds=self._deadline_seconds)
             await asyncio.sleep(0.1)
 
     async def _look_up(self) -> None:

@@ -173,6 +173,16 @@ def test_a_source_that_comes_back_and_a_builder_that_is_closed_are_seen(visit: O
         assert page.locator("#said").inner_text() == "The builder is closed now."
 
 
+def test_a_source_that_is_too_slow_for_its_readers_is_seen(visit: Open) -> None:
+    with Farm(deadline_seconds=0.02).open() as farm:
+        page = visit(farm.url)
+        row = page.locator("#sources tr", has_text="prices").first
+        playwright.expect(row).to_contain_text(
+            re.compile(r"Too late.*calls in a row came too late for the deadlines"), timeout=WAIT_MS
+        )
+        wait(page, "Raise the deadline", "#findings")
+
+
 def test_without_tracing_it_says_how_to_switch_it_on(visit: Open) -> None:
     with Farm(trace=False).open() as farm:
         page = visit(farm.url)
