@@ -17,6 +17,7 @@ from coalestra import (
     InMemoryMetrics,
     PolicyResolver,
     RefreshMode,
+    RefreshState,
     ResourceAcceptanceRule,
     ResourceKey,
     Snapshot,
@@ -454,6 +455,45 @@ async def test_refresh_ahead_goes_by_what_goes_stale_first() -> None:
     await world.builder.wait_for_refreshes()
     await world.builder.wait_for_refreshes()
     assert len(world.plain.calls) == 4, "its inputs were due, too"
+
+
+@pytest.mark.parametrize("inherits", [{"middle"}, {"middle", "top"}])
+async def test_a_refresh_waits_for_inputs_that_are_stale_and_so_brings_something_fresh(
+    inherits: Collection[str],
+) -> None:
+    """Inputs are served stale while they are refreshed, too; once is enough all the same."""
+    world = World(inherits=inherits, default=SWR)
+    wanted = TOP if "top" in inherits else MIDDLE
+    await world.read(wanted)
+    world.clock.advance(61)
+    value = await world.read(wanted)
+    assert (value.stale, value.refresh) == (True, RefreshState.UNDER_WAY)
+    await world.builder.wait_for_refreshes()
+    value = await world.read(wanted)
+    assert (value.stale, value.from_cache, value.age_seconds) == (False, True, 0.0)
+    assert len(world.plain.calls) == 4
+
+
+async def test_a_refresh_that_brings_nothing_fresher_as_an_input_is_down_is_failing() -> None:
+    metrics = InMemoryMetrics()
+    world = World(inherits={"middle"}, default=SWR, metrics=metrics, buffer_observability=False)
+    await world.read(MIDDLE)
+    world.down.add("right")
+    world.clock.advance(61)
+    assert (await world.read(MIDDLE)).refresh is RefreshState.UNDER_WAY
+    await world.builder.wait_for_refreshes()
+    for _ in range(2):
+        value = await world.read(MIDDLE)
+        assert (value.stale, value.refresh, value.age_seconds) == (True, RefreshState.FAILING, 61.0)
+        assert value.metadata["refresh_error"] == "test:middle is still stale, as test:right is"
+        await world.builder.wait_for_refreshes()
+    assert metrics.counter("source_fetch_total", source="middle", status="failure") == 0
+    assert (await world.builder.health_snapshot()).sources["middle"].last_error is None
+    world.down.clear()
+    world.clock.advance(60)  # until the circuit of the source lets a call through
+    await world.read(MIDDLE)
+    await world.builder.wait_for_refreshes()
+    assert (await world.read(MIDDLE)).refresh is RefreshState.NONE
 
 
 async def test_a_forced_revalidation_renews_inputs_and_what_inherits_from_them() -> None:

@@ -532,6 +532,7 @@ class Gather:
     waits for its dependencies. Once every key has a reading or a failure, `done` is called, once.
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
     is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces.
+    With `renews`, what is stale or due is waited for, as a refresh inherits its freshness.
     """
 
     __slots__ = (
@@ -549,6 +550,7 @@ class Gather:
         "private",
         "readings",
         "refresh",
+        "renews",
         "rounds",
         "strike",
         "struck",
@@ -574,6 +576,7 @@ class Gather:
         self.private: frozenset[ResourceKey] = insisted.private
         self.refresh: bool = insisted.refresh
         self.owner: Flight | None = owner
+        self.renews: bool = False
         self.within: Call | None = None
         self.logs: Mapping[ResourceKey, KeyLog] = EMPTY
         self.readings: dict[ResourceKey, Reading] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from coalestra.core.errors import (
     ResourceResolutionError,
+    SourceUnavailableError,
     folded_message,
     message_of,
     type_name,
@@ -147,18 +148,24 @@ class Refresher:
         key, record = refresh.key, refresh.parent.record
         report = self._parts.report
         self._end(refresh)
-        reading = gather.readings.get(key)
+        reading, version = gather.readings.get(key), refresh.version
         absent = reading is None and gather.failures[key].absent
+        error = None if reading is not None or absent else gather.failures[key].make()
+        grounds = None if reading is None else reading.revision.grounds
+        if reading and grounds and grounds.fresh_until < self._parts.clock.now():
+            version = reading.revision.version
+            reading = None
+            stale = f"{key.display} is still stale, as {grounds.perishing.display} is"
+            error = SourceUnavailableError(stale)
         if gather.work.trace is not None:
             gather.work.trace.refreshed(reading is not None or absent)
         record.refresh_completed += reading is not None or absent
         record.refresh_failed += reading is None and not absent
-        error = None if reading is not None or absent else gather.failures[key].make()
         self._failing.pop(key, None)
         if error is not None:
             said = {"refresh_error_type": type_name(error)}
             said["refresh_error"] = folded_message(message_of(error))
-            self._failing[key] = refresh.version, said
+            self._failing[key] = version, said
             if len(self._failing) > _MOST_FAILING:
                 del self._failing[next(iter(self._failing))]
             last = error.failures[-1:] if isinstance(error, ResourceResolutionError) else ()

@@ -389,12 +389,16 @@ class SingleFlight:
         if stale:
             if mode is not RefreshMode.STALE_WHILE_REVALIDATE or age > policy.max_stale_seconds:
                 return False
+            if gather.renews:
+                return False
             if self._absent and self._known_absent(key) is not None:
                 return False
             notes = {"refresh_mode": mode.value, **self._refresh(revision, mode, work)}
         elif mode is RefreshMode.REFRESH_AHEAD and (
             policy.should_refresh_ahead(age) or now >= until - policy.refresh_ahead_seconds
         ):
+            if gather.renews:
+                return False
             notes = self._refresh(revision, mode, work)
         work.record.cache_hits += 1
         if self.parts.report is not None:
@@ -729,6 +733,9 @@ class SingleFlight:
         work = flight.living_sponsor()
         gather = Gather(work, keys, pins, demand=pins.demand, owner=flight)
         gather.done = self._gathered
+        gather.renews = link.inherits and any(
+            each.refresh or each.renews for each in flight.waiters
+        )
         flight.wait_for(gather)
         flight.since = self._news
         if flight.log is not None:
