@@ -236,7 +236,7 @@ class PayloadCopies:
         self._drainers = WaitQueue()
         self._waits = _Spell()
         self._durations = _Spell()
-        self._started = self._completed = self._failed = 0
+        self._completed = self._failed = 0
         self._timeouts = self._capacity_timeouts = 0
         self._peak_active = self._peak_waiting = 0
         self._shutdown_timeouts = self._active_at_timeout = 0
