@@ -20,8 +20,8 @@ FUNCTION_LINES = 60
 PARAMETERS = 6
 TYPE_IGNORES = 5
 
-# Records filled in by hand, for speed: a parameter for each field, as a dataclass would have it.
-RECORDS = {"Parts", "RedisCache", "Revision"}
+# Public, but of a part that may not be installed, so that the manifest does not tell.
+ELSEWHERE = {"RedisCache"}
 
 
 def test_no_function_needs_scrolling() -> None:
@@ -35,7 +35,7 @@ def test_no_function_needs_scrolling() -> None:
 
 
 def test_few_parameters_travel_unless_the_public_contract_says_so() -> None:
-    public = set(json.loads(MANIFEST.read_text(encoding="utf-8"))["coalestra"]) | RECORDS
+    public = set(json.loads(MANIFEST.read_text(encoding="utf-8"))["coalestra"]) | ELSEWHERE
     crowded = {}
     for module in modules():
         for owner, function in functions(module):

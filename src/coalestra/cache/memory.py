@@ -12,7 +12,7 @@ from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopie
 from coalestra.concurrency.pace import Pace
 from coalestra.core import validation
 from coalestra.core.errors import PayloadCopyShutdownTimeoutError
-from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.health import PayloadCopyHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider
@@ -70,7 +70,7 @@ def revision_of(
         metadata=metadata,
         authority_rank=value.authority_rank,
         version=value.version,
-        dependency_versions=value.dependency_versions,
+        dependency_versions=frozen(value.dependency_versions),
         dated=dated,
         began=0 if dated or value.attempts else number_of(value.version),
     )

@@ -481,6 +481,7 @@ def redated(value: SnapshotValue[T], observed_at: float) -> SnapshotValue[T]:
 # One revision of a resource as the library keeps it: sealed, shared, never handed out ------------
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Revision:
     """A sealed value with its provenance; equal to nothing but itself.
 
@@ -504,61 +505,22 @@ class Revision:
             or -1. The one attribute that may be written.
     """
 
-    __slots__ = (
-        "attempts",
-        "authority_rank",
-        "began",
-        "checked",
-        "dated",
-        "dependencies",
-        "dependency_versions",
-        "fetched_at",
-        "key",
-        "latency_ms",
-        "metadata",
-        "observed_at",
-        "payload",
-        "seal",
-        "source",
-        "version",
-    )
-
-    def __init__(
-        self,
-        key: ResourceKey,
-        payload: Any,
-        seal: Any,
-        source: str,
-        observed_at: float,
-        fetched_at: float,
-        version: str,
-        latency_ms: float = 0.0,
-        attempts: int = 1,
-        metadata: FrozenDict[str, Any] = EMPTY,
-        authority_rank: int = 0,
-        dependency_versions: Mapping[ResourceKey, str] = EMPTY,
-        dependencies: tuple[Revision, ...] = (),
-        dated: bool = True,
-        began: int = 0,
-    ) -> None:
-        self.key: ResourceKey = key
-        self.payload: Any = payload
-        self.seal: Any = seal
-        self.source: str = source
-        self.observed_at: float = observed_at
-        self.fetched_at: float = fetched_at
-        self.version: str = version
-        self.latency_ms: float = latency_ms
-        self.attempts: int = attempts
-        self.metadata: FrozenDict[str, Any] = metadata
-        self.authority_rank: int = authority_rank
-        if type(dependency_versions) is not FrozenDict:
-            dependency_versions = frozen(dependency_versions)
-        self.dependency_versions: FrozenDict[ResourceKey, str] = dependency_versions
-        self.dependencies: tuple[Revision, ...] = dependencies
-        self.dated: bool = dated
-        self.began: int = began
-        self.checked: int = -1
+    key: ResourceKey
+    payload: Any
+    seal: Any
+    source: str
+    observed_at: float
+    fetched_at: float
+    version: str
+    latency_ms: float = 0.0
+    attempts: int = 1
+    metadata: FrozenDict[str, Any] = field(default_factory=empty)
+    authority_rank: int = 0
+    dependency_versions: FrozenDict[ResourceKey, str] = field(default_factory=empty)
+    dependencies: tuple[Revision, ...] = ()
+    dated: bool = True
+    began: int = 0
+    checked: int = -1
 
     @property
     def grounds(self) -> Grounds | None:
