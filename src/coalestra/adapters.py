@@ -126,19 +126,16 @@ class Invocation:
         task = asyncio.current_task()
         try:
             return await awaitable
-        except asyncio.CancelledError as error:
-            # Before Python 3.11 a task does not say who asked, so there the caller has to judge.
-            if asked is None or _requests_to_cancel() != asked:
-                raise
-            self._check(error)
-            raise
-        except GeneratorExit as error:
-            if not _runs(task):  # the coroutine is being closed
-                raise
-            self._check(error)
-            raise
         except BaseException as error:
-            self._check(error)
+            if isinstance(error, asyncio.CancelledError):
+                # Before Python 3.11 a task does not say who asked, so there the caller must judge.
+                own = asked is not None and _requests_to_cancel() == asked
+            elif isinstance(error, GeneratorExit):
+                own = _runs(task)  # or else the coroutine is being closed
+            else:
+                own = True
+            if own:
+                self._check(error)
             raise
 
     def _check(self, error: BaseException) -> None:
@@ -204,25 +201,15 @@ else:
 # What the three callable adapters have in common: their settings and what these imply ------------
 
 
-def _seconds(name: str, value: object) -> float | None:
-    return number(name, value, above=0, optional=True)
-
-
-def _count(name: str, value: object) -> int | None:
-    return integer(name, value, minimum=1, optional=True)
-
-
-def _resilience(name: str, value: object) -> SourceResiliencePolicy | None:
-    return instance(name, value, SourceResiliencePolicy, optional=True)
-
+_seconds = partial(number, above=0, optional=True)
 
 _RULES: Mapping[str, Callable[[str, Any], Any]] = {
     "name": text,
     "priority": integer,
     "timeout_seconds": _seconds,
     "queue_timeout_seconds": _seconds,
-    "max_concurrency": _count,
-    "resilience_policy": _resilience,
+    "max_concurrency": partial(integer, minimum=1, optional=True),
+    "resilience_policy": partial(instance, kinds=SourceResiliencePolicy, optional=True),
     "cache_supports": flag,
     "run_sync_in_thread": flag,
     "blocking_io": flag,
@@ -398,7 +385,7 @@ class CallableBatchSource(CallableAdapter):
             TypeError, ValueError: for a bad setting, naming it.
         """
         super().__init__("fetcher", locals())
-        self.max_batch_size = _count("max_batch_size", max_batch_size)
+        self.max_batch_size = integer("max_batch_size", max_batch_size, minimum=1, optional=True)
 
     async def fetch_many(
         self, keys: Collection[ResourceKey], context: FetchContext

@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from coalestra._endings import PROGRAM_ENDS
 from coalestra._lockfree import Changes
@@ -64,6 +64,7 @@ time that closing has in all."""
 
 K = TypeVar("K")
 T = TypeVar("T")
+P = ParamSpec("P")
 
 Work = Callable[[], Awaitable[T]]
 """An async function that takes nothing, called on the loop."""
@@ -315,12 +316,16 @@ class LoopThread:
         if self._over:
             operation.settle()
 
-    def run(self, call: str, work: Work[T]) -> T:
+    def run(
+        self, call: str, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Do `work` on the loop and wait for it; breaking the wait off cancels the work.
 
         Args:
             call: what messages call the method that waits, such as ``build()``.
             work: what to do.
+            *args: what to call it with.
+            **kwargs: what to call it with by name.
 
         Raises:
             RuntimeError: if nothing can be accepted, in the loop's own thread, or when closing
@@ -328,7 +333,7 @@ class LoopThread:
             BaseException: whatever the work raised.
         """
         self.require_other_thread(call)
-        operation = self.operation(work)
+        operation = self.operation(partial(work, *args, **kwargs))
         try:
             self.start(operation)
             operation.wait()
@@ -695,7 +700,7 @@ class SyncResourcePublisher:
             raise error.__cause__ from None
 
     def _wait(self, call: str, errand: _Errand[T]) -> T:
-        return self._thread.run(call, partial(self._in_turn, errand))
+        return self._thread.run(call, self._in_turn, errand)
 
     def _submit(self, capture: Callable[[], _Errand[T]]) -> Future[T]:
         self._thread.require_usable()
@@ -761,24 +766,24 @@ class SyncSnapshotSession:
         self, keys: Iterable[ResourceKey], *, strict: bool = True, retry_errors: bool = False
     ) -> Snapshot:
         """Resolve `keys` and return everything requested so far."""
-        wanted = distinct(keys)
         return self._thread.run(
             "resolve()",
-            lambda: self._session.resolve(wanted, strict=strict, retry_errors=retry_errors),
+            self._session.resolve,
+            distinct(keys),
+            strict=strict,
+            retry_errors=retry_errors,
         )
 
     def resolve_request(self, request: SnapshotRequest, *, retry_errors: bool = False) -> Snapshot:
         """Resolve a request and return everything requested so far."""
         return self._thread.run(
-            "resolve_request()",
-            lambda: self._session.resolve_request(request, retry_errors=retry_errors),
+            "resolve_request()", self._session.resolve_request, request, retry_errors=retry_errors
         )
 
     def try_request(self, request: SnapshotRequest, *, retry_errors: bool = False) -> RequestResult:
         """Return what comes of a request; see `SnapshotSession.try_request`."""
         return self._thread.run(
-            "try_request()",
-            lambda: self._session.try_request(request, retry_errors=retry_errors),
+            "try_request()", self._session.try_request, request, retry_errors=retry_errors
         )
 
     @overload
@@ -810,9 +815,10 @@ class SyncSnapshotSession:
         asked = named(requests)
         results = self._thread.run(
             "try_requests()",
-            lambda: self._session.try_requests(
-                asked, retry_errors=retry_errors, max_concurrency=max_concurrency
-            ),
+            self._session.try_requests,
+            asked,
+            retry_errors=retry_errors,
+            max_concurrency=max_concurrency,
         )
         return in_form_of(requests, results)
 
@@ -826,16 +832,14 @@ class SyncSnapshotSession:
         acceptance_policy: SnapshotAcceptancePolicy | None = None,
     ) -> Snapshot:
         """Replace pinned values and what was derived from them, all or none."""
-        wanted = distinct(keys)
         return self._thread.run(
             "revalidate()",
-            lambda: self._session.revalidate(
-                wanted,
-                strict=strict,
-                force_refresh=force_refresh,
-                consistency_policy=consistency_policy,
-                acceptance_policy=acceptance_policy,
-            ),
+            self._session.revalidate,
+            distinct(keys),
+            strict=strict,
+            force_refresh=force_refresh,
+            consistency_policy=consistency_policy,
+            acceptance_policy=acceptance_policy,
         )
 
     def snapshot(self) -> Snapshot:
@@ -937,17 +941,15 @@ class SyncSnapshotBuilder:
         trace: bool | None = None,
     ) -> Snapshot:
         """Resolve `keys` and return their snapshot; see `SnapshotBuilder.build`."""
-        wanted = distinct(keys)
         return self._thread.run(
             "build()",
-            lambda: self.builder.build(
-                wanted,
-                strict=strict,
-                deadline_seconds=deadline_seconds,
-                metadata=metadata,
-                snapshot_id=snapshot_id,
-                trace=trace,
-            ),
+            self.builder.build,
+            distinct(keys),
+            strict=strict,
+            deadline_seconds=deadline_seconds,
+            metadata=metadata,
+            snapshot_id=snapshot_id,
+            trace=trace,
         )
 
     def build_request(
@@ -962,13 +964,12 @@ class SyncSnapshotBuilder:
         """Resolve a request and return its snapshot; see `SnapshotBuilder.build_request`."""
         return self._thread.run(
             "build_request()",
-            lambda: self.builder.build_request(
-                request,
-                deadline_seconds=deadline_seconds,
-                metadata=metadata,
-                snapshot_id=snapshot_id,
-                trace=trace,
-            ),
+            self.builder.build_request,
+            request,
+            deadline_seconds=deadline_seconds,
+            metadata=metadata,
+            snapshot_id=snapshot_id,
+            trace=trace,
         )
 
     def try_request(
@@ -983,13 +984,12 @@ class SyncSnapshotBuilder:
         """Return what comes of a request; see `SnapshotBuilder.try_request`."""
         return self._thread.run(
             "try_request()",
-            lambda: self.builder.try_request(
-                request,
-                deadline_seconds=deadline_seconds,
-                metadata=metadata,
-                snapshot_id=snapshot_id,
-                trace=trace,
-            ),
+            self.builder.try_request,
+            request,
+            deadline_seconds=deadline_seconds,
+            metadata=metadata,
+            snapshot_id=snapshot_id,
+            trace=trace,
         )
 
     @overload
@@ -1027,13 +1027,12 @@ class SyncSnapshotBuilder:
         asked = named(requests)
         results = self._thread.run(
             "try_requests()",
-            lambda: self.builder.try_requests(
-                asked,
-                deadline_seconds=deadline_seconds,
-                metadata=metadata,
-                trace=trace,
-                max_concurrency=max_concurrency,
-            ),
+            self.builder.try_requests,
+            asked,
+            deadline_seconds=deadline_seconds,
+            metadata=metadata,
+            trace=trace,
+            max_concurrency=max_concurrency,
         )
         return in_form_of(requests, results)
 

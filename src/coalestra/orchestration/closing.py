@@ -47,7 +47,7 @@ from coalestra.orchestration.singleflight import Engine
 MOMENT_SECONDS = 0.1
 """What a stage may take though the time for all of them is used up, to find out what is left."""
 
-Stage = Callable[[float], Awaitable[None]]
+Stage = Callable[[float], Awaitable[object]]
 """Does its work within so many seconds."""
 
 _ATTEMPTS = 10
@@ -238,38 +238,16 @@ class Closing:
                 self._errors.append(error)
 
     async def _close_part(self, part: Any, seconds: float) -> None:
-        close = getattr(part, "aclose", None)
-        if not callable(close):
-            close = getattr(part, "close", None)
-            if not callable(close):
+        close, on_loop = _closing_of(part)
+        if close is None:
+            return
+        if on_loop:
+            task = asyncio.ensure_future(_awaited(close))
+        else:
+            ended = await self._call_in_thread(close, seconds)
+            if not hasattr(ended, "__await__"):
                 return
-            if not asyncio.iscoroutinefunction(close):
-                ended = await self._call_in_thread(close, seconds)
-                if not hasattr(ended, "__await__"):
-                    return
-                close = partial(_same, ended)
-        await self._await_in_time(close, seconds)
-
-    async def _call_in_thread(self, close: Callable[[], Any], seconds: float) -> Any:
-        """Call what may block. It cannot be cut off, so a cancellation is of no use to anybody."""
-        loop = asyncio.get_running_loop()
-        end, ended = loop.time() + seconds, loop.create_future()
-        call = partial(contextvars.copy_context().run, close)
-        job = self._threads.start(call, _name_of(close), lambda _: _tell(ended), or_here=True)
-
-        async def wait(seconds: float) -> None:
-            await asyncio.wait([ended], timeout=seconds)
-
-        await insist(partial(_until, end, wait))
-        if not ended.done():
-            raise _takes_too_long(close, seconds)
-        try:
-            return job.outcome()
-        except asyncio.CancelledError as error:
-            raise _cancelled_itself(close) from error
-
-    async def _await_in_time(self, close: Callable[[], Any], seconds: float) -> None:
-        task = asyncio.ensure_future(_awaited(close))
+            task = asyncio.ensure_future(_awaited(lambda: ended))
         task.add_done_callback(_look_at)
         try:
             await asyncio.wait([task], timeout=seconds)
@@ -284,12 +262,26 @@ class Closing:
             raise _cancelled_itself(close)
         task.result()
 
+    async def _call_in_thread(self, close: Callable[[], Any], seconds: float) -> Any:
+        """Call what may block. It cannot be cut off, so a cancellation is of no use to anybody."""
+        loop = asyncio.get_running_loop()
+        end, ended = loop.time() + seconds, loop.create_future()
+        call = partial(contextvars.copy_context().run, close)
+        job = self._threads.start(call, _name_of(close), lambda _: _tell(ended), or_here=True)
+        await insist(partial(_until, end, lambda left: asyncio.wait([ended], timeout=left)))
+        if not ended.done():
+            raise _takes_too_long(close, seconds)
+        try:
+            return job.outcome()
+        except asyncio.CancelledError as error:
+            raise _cancelled_itself(close) from error
+
     def _close_late(self, sink: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close a sink that had its last record only now; in the thread that brought it."""
-        close = getattr(sink, "aclose", None) or getattr(sink, "close", None)
-        if not callable(close):
+        close, on_loop = _closing_of(sink)
+        if close is None:
             return
-        if not asyncio.iscoroutinefunction(close):
+        if not on_loop:
             with gives_way(TimeoutError()):  # which is what closing the builder has raised
                 close()
             return
@@ -331,12 +323,17 @@ def _cancelled_itself(close: Callable[[], Any]) -> RuntimeError:
     )
 
 
+def _closing_of(part: Any) -> tuple[Callable[[], Any] | None, bool]:
+    """Return how a part is closed, if it is, and whether that is done on the loop."""
+    close = getattr(part, "aclose", None)
+    if callable(close):
+        return close, True
+    close = getattr(part, "close", None)
+    return (close, asyncio.iscoroutinefunction(close)) if callable(close) else (None, False)
+
+
 async def _awaited(close: Callable[[], Awaitable[Any]]) -> None:
     await close()
-
-
-def _same(ended: Awaitable[Any]) -> Awaitable[Any]:
-    return ended
 
 
 def _tell(ended: asyncio.Future[None]) -> None:

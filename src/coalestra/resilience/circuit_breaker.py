@@ -40,7 +40,15 @@ from coalestra.core.errors import CircuitOpenError
 from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Clock, SystemClock
-from coalestra.core.validation import flag, instance, integer, number, readable
+from coalestra.core.validation import (
+    check_fields,
+    flag,
+    instance,
+    integer,
+    number,
+    readable,
+    ruled,
+)
 
 __all__ = [
     "CircuitBreaker",
@@ -128,16 +136,13 @@ class CircuitBreakerPolicy:
         TypeError, ValueError: for a field of the wrong type or outside of its range.
     """
 
-    scope: CircuitScope = CircuitScope.SOURCE
-    failure_threshold: int = 3
-    recovery_timeout_seconds: float = 10.0
-    enabled: bool = True
+    scope: CircuitScope = ruled(CircuitScope.SOURCE, instance, CircuitScope)
+    failure_threshold: int = ruled(3, integer, minimum=1)
+    recovery_timeout_seconds: float = ruled(10.0, number, minimum=0)
+    enabled: bool = ruled(True, flag)
 
     def __post_init__(self) -> None:
-        instance("scope", self.scope, CircuitScope)
-        integer("failure_threshold", self.failure_threshold, minimum=1)
-        number("recovery_timeout_seconds", self.recovery_timeout_seconds, minimum=0)
-        flag("enabled", self.enabled)
+        check_fields(self)
 
 
 @immutable
@@ -306,7 +311,8 @@ class CircuitBreaker:
         self.default_policy: CircuitBreakerPolicy = default_policy or from_numbers
         self.max_circuits: int = MAX_CIRCUITS
         self.turn: int = 0
-        self._circuits: OrderedDict[CircuitIdentity, Circuit] = OrderedDict()
+        # Plain, least used first, as other threads can copy these in one step.
+        self._circuits: dict[CircuitIdentity, Circuit] = {}
         self._recovered: OrderedDict[CircuitIdentity, int] = OrderedDict()
         self._admitted: WeakKeyDictionary[Any, dict[CircuitIdentity, int]] = WeakKeyDictionary()
 
@@ -377,7 +383,7 @@ class CircuitBreaker:
             raise refused
         circuit = self._circuits.get(identity) if policy.enabled else None
         if circuit is not None:
-            self._circuits.move_to_end(identity)
+            self._use(identity)
             self.turn += circuit.admit(self.clock.monotonic(), self.turn + 1)
         return self.turn
 
@@ -404,10 +410,13 @@ class CircuitBreaker:
         elif turn is not None and turn < circuit.turn:
             return
         elif outcome is Outcome.FAILURE:
-            self._circuits.move_to_end(identity)
+            self._use(identity)
         self.turn += circuit.report(outcome, self.clock.monotonic(), self.turn + 1, policy)
         if circuit.stored is _CLOSED and not circuit.failures:
             self._put_to_rest(identity, circuit.turn)
+
+    def _use(self, identity: CircuitIdentity) -> None:
+        self._circuits[identity] = self._circuits.pop(identity)
 
     def _put_to_rest(self, identity: CircuitIdentity, turn: int) -> None:
         del self._circuits[identity]
@@ -426,7 +435,7 @@ class CircuitBreaker:
         """Return the figures of all circuits by source, scope and state, naming no part of it."""
         groups: dict[CircuitIdentity, CircuitSnapshot] = {}
         now = self.clock.monotonic()
-        for identity, circuit in dict.copy(self._circuits).items():  # in one step, for any thread
+        for identity, circuit in self._circuits.copy().items():  # in one step, for any thread
             view = circuit.view(now)
             if identity.scope is not CircuitScope.SOURCE:
                 identity = CircuitIdentity(identity.source, identity.scope, view.state.value)

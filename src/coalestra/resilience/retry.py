@@ -16,7 +16,7 @@ from coalestra.core.errors import (
     SourceQueueTimeoutError,
     SourceUnavailableError,
 )
-from coalestra.core.validation import integer, number, wrong_type
+from coalestra.core.validation import check_fields, integer, number, ruled, wrong_type
 
 __all__ = ["TRANSIENT_ERRORS", "RetryPolicy"]
 
@@ -61,19 +61,16 @@ class RetryPolicy:
         TypeError, ValueError: for a field of the wrong type or outside of its range.
     """
 
-    max_attempts: int = 2
-    base_delay_seconds: float = 0.05
-    max_delay_seconds: float = 1.0
-    jitter_ratio: float = 0.1
+    max_attempts: int = ruled(2, integer, minimum=1)
+    base_delay_seconds: float = ruled(0.05, number, minimum=0)
+    max_delay_seconds: float = ruled(1.0, number, minimum=0)
+    jitter_ratio: float = ruled(0.1, number, minimum=0, maximum=1)
     retry_on: type[Exception] | Collection[type[Exception]] | Callable[[Any], bool] | None = field(
         default=None, kw_only=True
     )
 
     def __post_init__(self) -> None:
-        integer("max_attempts", self.max_attempts, minimum=1)
-        number("base_delay_seconds", self.base_delay_seconds, minimum=0)
-        number("max_delay_seconds", self.max_delay_seconds, minimum=0)
-        number("jitter_ratio", self.jitter_ratio, minimum=0, maximum=1)
+        check_fields(self)
         object.__setattr__(self, "retry_on", _checked(self.retry_on))
 
     def retries(self, error: BaseException) -> bool:
