@@ -170,6 +170,32 @@ async def test_a_cache_that_is_awaited_is_a_wait() -> None:
     await no_leaks(b)
 
 
+async def test_who_still_read_a_cache_when_anothers_flight_ended_says_whose_value_it_is() -> None:
+    gate = Gate(opened=True)
+
+    class Slow(SingleKeyCache):
+        async def get(self, key: ResourceKey, **more: Any) -> Any:
+            found = await super().get(key, **more)
+            await gate.pass_()
+            return found
+
+    source = Single("a")
+    b = builder(source, cache=Slow())
+    async with b.session(snapshot_id="other") as session:
+        await session.resolve([A])
+        await b.publisher.invalidate(A)
+        gate.close()
+        reader = asyncio.ensure_future(b.build([A], trace=True))
+        await settle()
+        await session.revalidate([A], force_refresh=True)
+        gate.open()
+        found = trace_of(await reader).keys[A]
+    assert (found.obtained, found.joined) == (Obtained.FETCHED, "other")
+    assert len(source.calls) == 2
+    await b.aclose()
+    await no_leaks(b)
+
+
 async def test_the_memory_before_a_shared_cache_is_told_apart() -> None:
     b = builder(Single("a"), cache=NearCache(SingleKeyCache()))
     await b.build([A])

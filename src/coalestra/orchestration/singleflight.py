@@ -458,7 +458,8 @@ class SingleFlight:
 
     def _take_from_cache(self, gather: Gather, read: Read, revision: Revision | None) -> None:
         key, now = read.key, self.parts.clock.now()
-        settlement = None if read.flight is None else read.flight.settlement
+        flight = read.flight
+        settlement = None if flight is None else flight.settlement
         if read.group.forced:
             self._acquire(gather, key, read.policy)
             self._pass_lease(read)
@@ -466,7 +467,11 @@ class SingleFlight:
             self.reads.ask(gather, key, read.policy).rounds = read.rounds + 1
         elif revision is not None and self._serve(gather, read.policy, revision, now):
             return
-        elif isinstance(settlement, Reading) or (settlement and settlement.failure.absent):
+        elif flight and (
+            isinstance(settlement, Reading) or (settlement and settlement.failure.absent)
+        ):
+            if gather.logs and key in gather.logs:
+                gather.logs[key].flies(flight.note(), joined=flight.sponsor is not gather.work)
             self._hand(gather, key, settlement, joined=True)
         else:
             self._missed(gather, key, read.policy, revision)

@@ -401,7 +401,8 @@ class KeyLog:
         if reading.from_cache:
             return Obtained.CACHE if self.flight is None else Obtained.PUBLISHED
         calls = () if self.flight is None else self.flight.calls
-        return Obtained.DERIVED if calls and calls[-1].kind == "derived" else Obtained.FETCHED
+        kind = calls[-1].kind if calls else "derived" if reading.revision.dependencies else ""
+        return Obtained.DERIVED if kind == "derived" else Obtained.FETCHED
 
     def traced(self, began: float, until: float, calls: dict[CallLog, int]) -> KeyTrace:
         """Return what was noted by `until`; `calls` numbers the calls, and learns of new ones."""
