@@ -571,7 +571,7 @@ async def test_a_call_that_finishes_late_keeps_its_lease_and_fills_the_cache_for
         SnapshotBuilder([source("one")], cache=one, default_policy=POLICY) as first,
         SnapshotBuilder([source("other")], cache=other, default_policy=POLICY) as second,
     ):
-        snapshot = await first.build([A], strict=False, deadline_seconds=0.2)
+        snapshot = await first.build([A], strict=False, deadline_seconds=1.0)
         assert not snapshot.complete
         waiting = asyncio.ensure_future(second.build([A]))
         await asyncio.sleep(0.2)
