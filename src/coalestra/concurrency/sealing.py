@@ -517,18 +517,6 @@ class Survey:
         walked: how many steps it took: one for an item, several for a container.
     """
 
-    __slots__ = (
-        "_allowed",
-        "_blueprint",
-        "_classes",
-        "_indexes",
-        "_originals",
-        "_parts",
-        "_tuples",
-        "_verdicts",
-        "walked",
-    )
-
     def __init__(self, allowed: float) -> None:
         """Allow so many steps."""
         self._allowed = allowed
