@@ -362,11 +362,6 @@ class DeliveryQueue(Generic[R]):
             shutdown_timeout_count=self._shutdown_timeouts,
         )
 
-    def __repr__(self) -> str:
-        now = self.stats()
-        state = "closed" if now.closed else "open"
-        return f"<{type(self).__name__} {self._name!r} {state} {now.pending}/{now.max_pending}>"
-
 
 def _one_more(count: int) -> int:
     return count + 1
@@ -384,10 +379,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_all_afresh)
 
 
-B = TypeVar("B", bound="BufferedSink[Any]")
+B = TypeVar("B", bound="BufferedSink[Any, Any]")
+S = TypeVar("S")
 
 
-class BufferedSink(Generic[R]):
+class BufferedSink(Generic[S, R]):
     """What the two buffered sinks have in common: a queue of records, and how to close it.
 
     As a context manager it closes on the way out, waiting for up to five seconds. One that is
@@ -399,14 +395,19 @@ class BufferedSink(Generic[R]):
 
     def __init__(
         self,
-        deliver: Callable[[R], object],
+        kind: str,
+        downstream: S,
+        deliver: Callable[[S, R], object],
         max_pending: int,
         overflow: BufferOverflowPolicy,
-        name: str,
-        subject: str,
     ) -> None:
+        self.downstream: S = downstream
         self._queue: DeliveryQueue[R] = DeliveryQueue(
-            deliver, max_pending=max_pending, overflow=overflow, name=name, subject=subject
+            functools.partial(deliver, downstream),
+            max_pending=max_pending,
+            overflow=overflow,
+            name=f"coalestra-{kind}-buffer",
+            subject=subject_of(kind, downstream),
         )
         # The worker holds on to the queue but not to this object, so this is reached.
         weakref.finalize(self, self._queue.refuse).atexit = False
@@ -478,17 +479,17 @@ class BufferedSink(Generic[R]):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _described(self, downstream: object) -> str:
+    def __repr__(self) -> str:
         now = self.stats()
         state = "closed" if now.closed else "open"
         return (
-            f"<{type(self).__name__} to {type(downstream).__name__} {state} "
+            f"<{type(self).__name__} to {type(self.downstream).__name__} {state} "
             f"pending={now.pending}/{now.max_pending} delivered={now.delivered} "
             f"dropped={now.dropped} failures={now.failures}>"
         )
 
 
-class BufferedEventSink(BufferedSink[EventRecord]):
+class BufferedEventSink(BufferedSink[EventSink, EventRecord]):
     """An event sink whose callers never wait for the sink behind it.
 
     Args:
@@ -505,10 +506,7 @@ class BufferedEventSink(BufferedSink[EventRecord]):
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
         require_methods("downstream", downstream, "emit")
-        self.downstream = downstream
-        deliver = functools.partial(_replay_event, downstream)
-        subject = subject_of("event", downstream)
-        super().__init__(deliver, max_pending, overflow, "coalestra-event-buffer", subject)
+        super().__init__("event", downstream, _replay_event, max_pending, overflow)
 
     def emit(self, event_type: str, **payload: Any) -> None:
         """Take one event, to be delivered later with the payload it has now.
@@ -518,11 +516,8 @@ class BufferedEventSink(BufferedSink[EventRecord]):
         """
         self._queue.put(EventRecord(event_type, payload))
 
-    def __repr__(self) -> str:
-        return self._described(self.downstream)
 
-
-class BufferedMetricsSink(BufferedSink[MetricRecord]):
+class BufferedMetricsSink(BufferedSink[MetricsSink, MetricRecord]):
     """A metrics sink whose callers never wait for the sink behind it.
 
     Args:
@@ -539,10 +534,7 @@ class BufferedMetricsSink(BufferedSink[MetricRecord]):
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
         require_methods("downstream", downstream, "increment", "observe")
-        self.downstream = downstream
-        deliver = functools.partial(_replay_metric, downstream)
-        subject = subject_of("metrics", downstream)
-        super().__init__(deliver, max_pending, overflow, "coalestra-metrics-buffer", subject)
+        super().__init__("metrics", downstream, _replay_metric, max_pending, overflow)
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Take one count, to be delivered later.
@@ -559,9 +551,6 @@ class BufferedMetricsSink(BufferedSink[MetricRecord]):
             queue.Full: there is no room, and the overflow policy is to raise.
         """
         self._queue.put(MetricRecord("observe", metric, value, labels))
-
-    def __repr__(self) -> str:
-        return self._described(self.downstream)
 
 
 def _replay_event(downstream: EventSink, record: EventRecord) -> None:
