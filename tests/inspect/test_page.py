@@ -223,6 +223,8 @@ async def test_unless_told_otherwise_this_machine_may_read(client: str, host: st
         {"headers": {"host": "127.0.0.1.example"}},
         {"headers": {"host": "8.8.8.8"}},
         {"headers": {"host": "localhost.example"}},
+        {"headers": {"host": "[::1].example"}},
+        {"headers": {"host": "[::1"}},
         {"headers": {"host": ""}},
         {"headers": {"x-forwarded-for": "127.0.0.1"}},
         {"headers": {"forwarded": "for=127.0.0.1"}},

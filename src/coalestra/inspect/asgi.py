@@ -58,6 +58,7 @@ SEND_SECONDS = 10.0
 MOST_VIEWERS = 32
 """So many streams are open at a time; who comes then is asked to come later."""
 
+_HOST = re.compile(r"(?:\[([^]]+)\]|([^][:]+))(?::\d*)?")
 _TRACE_PATH = re.compile(r"traces/([0-9a-f]{12})\.(html|svg|txt|json|chrome\.json)")
 _PLAIN = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -87,10 +88,10 @@ def from_this_machine(scope: Scope) -> bool:
     """
     headers = dict(scope["headers"])
     client = (scope.get("client") or ("",))[0]
-    host = headers.get(b"host", b"").decode("latin-1")
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if not (client and name) or not _FORWARDED.isdisjoint(headers):
+    asked = _HOST.fullmatch(headers.get(b"host", b"").decode("latin-1"))
+    if not (client and asked) or not _FORWARDED.isdisjoint(headers):
         return False
+    name = asked[1] or asked[2]
     local = _is_loopback(name)
     if local is None:
         local = "." not in name or name.endswith(".localhost")
