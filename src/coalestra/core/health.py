@@ -12,7 +12,7 @@ from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe
 from coalestra.core.timeouts import SourceTimeoutGuarantee
-from coalestra.core.validation import flag, instance, integer, number
+from coalestra.core.validation import check_fields, flag, instance, integer, number, ruled
 
 __all__ = [
     "BUILDER_HEALTH_ASSESSMENT_SCHEMA",
@@ -255,50 +255,33 @@ class BuilderHealthAssessmentPolicy:
             critical threshold below the degraded one.
     """
 
-    capacity_waiting_degraded: int = 1
-    capacity_waiting_critical_ratio: float = 1.0
-    copy_waiting_degraded: int = 1
-    copy_waiting_critical_ratio: float = 1.0
-    submission_backlog_degraded_ratio: float = 0.5
-    submission_backlog_critical_ratio: float = 0.9
-    observability_backlog_degraded_ratio: float = 0.5
-    observability_backlog_critical_ratio: float = 0.9
-    counter_delta_degraded: int = 1
-    counter_delta_critical: int = 5
-    deadline_cuts_degraded: int = 3
+    capacity_waiting_degraded: int = ruled(1, integer, minimum=1)
+    capacity_waiting_critical_ratio: float = ruled(1.0, number, above=0)
+    copy_waiting_degraded: int = ruled(1, integer, minimum=1)
+    copy_waiting_critical_ratio: float = ruled(1.0, number, above=0)
+    submission_backlog_degraded_ratio: float = ruled(0.5, number, above=0, maximum=1)
+    submission_backlog_critical_ratio: float = ruled(0.9, number, above=0, maximum=1)
+    observability_backlog_degraded_ratio: float = ruled(0.5, number, above=0, maximum=1)
+    observability_backlog_critical_ratio: float = ruled(0.9, number, above=0, maximum=1)
+    counter_delta_degraded: int = ruled(1, integer, minimum=1)
+    counter_delta_critical: int = ruled(5, integer, minimum=1)
+    deadline_cuts_degraded: int = ruled(3, integer, minimum=1)
 
     def __post_init__(self) -> None:
-        integer("capacity_waiting_degraded", self.capacity_waiting_degraded, minimum=1)
-        number("capacity_waiting_critical_ratio", self.capacity_waiting_critical_ratio, above=0)
-        integer("copy_waiting_degraded", self.copy_waiting_degraded, minimum=1)
-        number("copy_waiting_critical_ratio", self.copy_waiting_critical_ratio, above=0)
-        _check_scale(
-            submission_backlog_degraded_ratio=self.submission_backlog_degraded_ratio,
-            submission_backlog_critical_ratio=self.submission_backlog_critical_ratio,
-        )
-        _check_scale(
-            observability_backlog_degraded_ratio=self.observability_backlog_degraded_ratio,
-            observability_backlog_critical_ratio=self.observability_backlog_critical_ratio,
-        )
-        integer("deadline_cuts_degraded", self.deadline_cuts_degraded, minimum=1)
-        integer("counter_delta_degraded", self.counter_delta_degraded, minimum=1)
-        integer("counter_delta_critical", self.counter_delta_critical, minimum=1)
-        _check_order(
-            counter_delta_degraded=self.counter_delta_degraded,
-            counter_delta_critical=self.counter_delta_critical,
-        )
+        check_fields(self)
+        for degraded, critical in _SCALES:
+            lower, upper = getattr(self, degraded), getattr(self, critical)
+            if upper < lower:
+                raise ValueError(
+                    f"{critical} must not be below {degraded} ({lower!r}), got {upper!r}"
+                )
 
 
-def _check_scale(**ratios: float) -> None:
-    for name, ratio in ratios.items():
-        number(name, ratio, above=0, maximum=1)
-    _check_order(**ratios)
-
-
-def _check_order(**thresholds: float) -> None:
-    (degraded, lower), (critical, upper) = thresholds.items()
-    if upper < lower:
-        raise ValueError(f"{critical} must not be below {degraded} ({lower!r}), got {upper!r}")
+_SCALES = (
+    ("submission_backlog_degraded_ratio", "submission_backlog_critical_ratio"),
+    ("observability_backlog_degraded_ratio", "observability_backlog_critical_ratio"),
+    ("counter_delta_degraded", "counter_delta_critical"),
+)
 
 
 # The facts ---------------------------------------------------------------------------------------
