@@ -1147,7 +1147,8 @@ class SyncSnapshotBuilder:
             await insist(lambda: self._thread.drain(until, unwinding))
             await insist(lambda: self._end_builder(until))
         except BaseException:
-            if await self._has_late_workers():
+            health = self.builder.health_snapshot_nowait()
+            if health.payload_copy_shutdown_incomplete or health.observability_shutdown_incomplete:
                 self._lingering = asyncio.create_task(self._outlive_late_workers(unwinding))
             raise
         finally:
@@ -1168,10 +1169,6 @@ class SyncSnapshotBuilder:
             await builder.aclose(
                 cancel_refreshes=not in_time, shutdown_timeout_seconds=left_seconds
             )
-
-    async def _has_late_workers(self) -> bool:
-        health = await self.builder.health_snapshot()
-        return health.payload_copy_shutdown_incomplete or health.observability_shutdown_incomplete
 
     async def _outlive_late_workers(self, unwinding: float) -> None:
         try:

@@ -32,17 +32,6 @@ def entered(
     return operation
 
 
-def test_a_full_backlog_refuses_at_once_and_says_how_full_it_is(
-    loop: asyncio.AbstractEventLoop,
-) -> None:
-    backlog = SubmissionBacklog(2)
-    entered(backlog, loop)
-    entered(backlog, loop)
-    with pytest.raises(SubmissionBacklogFullError) as caught:
-        entered(backlog, loop)
-    assert (caught.value.limit, caught.value.pending) == (2, 2)
-
-
 def test_a_place_given_back_twice_counts_once(loop: asyncio.AbstractEventLoop) -> None:
     backlog = SubmissionBacklog(2)
     operation = entered(backlog, loop)
@@ -78,27 +67,12 @@ def test_of_two_that_come_to_the_last_place_at_once_one_has_it(
     assert accepted
 
 
-def test_a_flush_of_nothing_returns_at_once() -> None:
-    SubmissionBacklog(1).flush(None)
-
-
 def test_a_submission_that_is_still_being_made_is_not_waited_for(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
     backlog = SubmissionBacklog(1)
     entered(backlog, loop, accepted=False)
     backlog.flush(None)
-
-
-def test_a_flush_waits_for_what_was_accepted_before_it_and_nothing_else(
-    loop: asyncio.AbstractEventLoop,
-) -> None:
-    backlog = SubmissionBacklog(2)
-    before = entered(backlog, loop)
-    flushing = in_thread(lambda: backlog.flush(None))
-    before.discard()
-    entered(backlog, loop)
-    outcome(flushing)
 
 
 def test_a_flush_that_takes_too_long_says_how_much_is_left(
@@ -118,9 +92,3 @@ def test_a_flush_may_be_given_any_time(timeout: float, loop: asyncio.AbstractEve
     flushing = in_thread(lambda: backlog.flush(timeout))
     operation.discard()
     outcome(flushing)
-
-
-def test_the_representation_tells_how_full_it_is(loop: asyncio.AbstractEventLoop) -> None:
-    backlog = SubmissionBacklog(2)
-    entered(backlog, loop)
-    assert repr(backlog) == "<SubmissionBacklog 1/2>"

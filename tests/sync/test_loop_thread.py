@@ -17,7 +17,7 @@ import pytest
 from coalestra._lockfree import Bell
 from coalestra.core.errors import BuilderClosedError
 from coalestra.sync import LoopThread, SubmissionBacklog
-from tests.sync.steps import PATIENCE, Door, error_of, in_a_fork, in_thread, outcome
+from tests.sync.steps import PATIENCE, Door, error_of, in_thread, outcome
 
 pytestmark = pytest.mark.concurrency
 
@@ -28,23 +28,6 @@ async def answer() -> int:
     return 42
 
 
-def test_work_is_done_in_the_named_daemon_thread(loop_thread: LoopThread) -> None:
-    async def where() -> threading.Thread:
-        return threading.current_thread()
-
-    thread = loop_thread.run("where()", where)
-    assert thread.name == "coalestra-sync-loop"
-    assert thread.daemon
-
-
-def test_an_error_of_the_work_is_raised_where_it_was_asked_for(loop_thread: LoopThread) -> None:
-    async def fail() -> None:
-        raise KeyError("missing")
-
-    with pytest.raises(KeyError, match="missing"):
-        loop_thread.run("fail()", fail)
-
-
 def test_work_that_fails_before_it_can_be_awaited_fails_all_the_same(
     loop_thread: LoopThread,
 ) -> None:
@@ -53,18 +36,6 @@ def test_work_that_fails_before_it_can_be_awaited_fails_all_the_same(
 
     with pytest.raises(KeyError, match="missing"):
         loop_thread.run("fail()", fail)
-
-
-def test_work_sees_the_context_variables_of_its_caller(loop_thread: LoopThread) -> None:
-    async def request() -> str:
-        return REQUEST.get()
-
-    def call() -> str:
-        REQUEST.set("request 7")
-        return loop_thread.run("request()", request)
-
-    assert outcome(in_thread(call)) == "request 7"
-    assert loop_thread.run("request()", request) == "none"
 
 
 def test_work_begins_in_the_order_in_which_it_was_accepted(loop_thread: LoopThread) -> None:
@@ -79,16 +50,6 @@ def test_work_begins_in_the_order_in_which_it_was_accepted(loop_thread: LoopThre
     for operation in operations:
         outcome(operation.future)
     assert begun == list(range(200))
-
-
-def test_waiting_on_the_loops_own_thread_is_refused_with_the_remedy(
-    loop_thread: LoopThread,
-) -> None:
-    async def wait_for_itself() -> None:
-        loop_thread.run("build()", answer)
-
-    with pytest.raises(RuntimeError, match=r"build\(\) of the test must not be called on its own"):
-        loop_thread.run("outer()", wait_for_itself)
 
 
 @pytest.fixture
@@ -172,15 +133,6 @@ def test_work_cancelled_before_it_began_never_begins(loop_thread: LoopThread) ->
     assert begun == []
 
 
-def test_a_task_that_exits_does_not_end_the_loop_for_the_others(loop_thread: LoopThread) -> None:
-    async def leave() -> None:
-        raise SystemExit(3)
-
-    with pytest.raises(SystemExit):
-        loop_thread.run("leave()", leave)
-    assert loop_thread.run("answer()", answer) == 42
-
-
 def test_only_the_first_last_operation_counts(loop_thread: LoopThread) -> None:
     async def stop() -> None:
         loop_thread.stop()
@@ -190,55 +142,6 @@ def test_only_the_first_last_operation_counts(loop_thread: LoopThread) -> None:
     outcome(first.future)
     assert loop_thread.join(PATIENCE)
     assert not loop_thread.alive
-
-
-def test_after_the_last_operation_nothing_is_accepted(loop_thread: LoopThread) -> None:
-    async def stop() -> None:
-        loop_thread.stop()
-
-    loop_thread.finish(stop)
-    with pytest.raises(BuilderClosedError, match="the test is closed"):
-        loop_thread.run("answer()", answer)
-    refused = loop_thread.operation(answer)
-    with pytest.raises(BuilderClosedError):
-        loop_thread.start(refused)
-    assert refused.future.cancelled()
-
-
-def test_draining_cancels_what_takes_too_long_and_tells_who_waits(
-    loop_thread: LoopThread,
-) -> None:
-    door = Door()
-
-    async def stop() -> None:
-        await loop_thread.drain(asyncio.get_running_loop().time() + 0.01, 1.0)
-        after_draining.append(repr(loop_thread))
-        loop_thread.stop()
-
-    after_draining: list[str] = []
-    waiting = in_thread(lambda: loop_thread.run("build()", door.pass_))
-    door.wait_reached()
-    outcome(loop_thread.finish(stop).future)
-    assert isinstance(error_of(waiting), BuilderClosedError)
-    assert "operations=1" in after_draining[0]  # the last one itself
-
-
-def test_draining_waits_for_what_ends_in_time(loop_thread: LoopThread) -> None:
-    door = Door()
-
-    async def stop() -> None:
-        draining.set()
-        await loop_thread.drain(asyncio.get_running_loop().time() + PATIENCE, 1.0)
-        loop_thread.stop()
-
-    draining = threading.Event()
-    waiting = in_thread(lambda: loop_thread.run("build()", door.pass_))
-    door.wait_reached()
-    last = loop_thread.finish(stop)
-    assert draining.wait(PATIENCE)
-    door.open()
-    assert error_of(waiting) is None
-    outcome(last.future)
 
 
 def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
@@ -282,13 +185,6 @@ def test_cancelling_a_future_whose_loop_is_gone_does_no_harm(loop_thread: LoopTh
     loop_thread.join(PATIENCE)
     assert not done.future.cancel()
     assert done.future.result() == 42
-
-
-def test_a_forked_process_is_told_to_make_its_own(loop_thread: LoopThread) -> None:
-    message = in_a_fork(lambda: loop_thread.run("build()", answer))
-    assert "does not survive a fork" in message
-    assert "create a new builder" in message
-    assert loop_thread.run("answer()", answer) == 42
 
 
 def test_the_representation_tells_the_state(loop_thread: LoopThread) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
@@ -68,6 +68,7 @@ from coalestra.resilience.retry import RetryPolicy
 
 K = TypeVar("K")
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def _one_of(kind: type[Any]) -> Any:
@@ -117,9 +118,9 @@ class Collaborators:
             )
 
 
-def given_or(value: T | None, default: Callable[[], T]) -> T:
+def given_or(value: T | None, default: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Return what was given, however empty it may look, or else the default."""
-    return default() if value is None else value
+    return default(*args, **kwargs) if value is None else value
 
 
 def _require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> None:
@@ -397,14 +398,12 @@ class SnapshotBuilder(BuilderSettings):
         )
 
     def _choose_policies(self, given: Collaborators) -> None:
+        freshness = given_or(given.default_policy, FreshnessPolicy, 1.0, 10.0)
         self.policy_resolver: PolicyResolver = given_or(
-            given.policy_resolver,
-            lambda: PolicyResolver(
-                given_or(given.default_policy, lambda: FreshnessPolicy(1.0, 10.0))
-            ),
+            given.policy_resolver, PolicyResolver, freshness
         )
         self.authority_resolver: AuthorityPolicyResolver = given_or(
-            given.authority_resolver, lambda: AuthorityPolicyResolver(given.authority_policy)
+            given.authority_resolver, AuthorityPolicyResolver, given.authority_policy
         )
         if self.authority_resolver.has_rules:
             require_authority_aware(self.cache, self.authority_resolver)
@@ -412,20 +411,21 @@ class SnapshotBuilder(BuilderSettings):
             given.observation_policy, ObservationPolicy
         )
         self.circuit_breaker: CircuitBreaker = given_or(
-            given.circuit_breaker, lambda: CircuitBreaker(clock=self.clock)
+            given.circuit_breaker, CircuitBreaker, clock=self.clock
         )
-        self.resilience_resolver: ResiliencePolicyResolver = given_or(
-            given.resilience_resolver, lambda: self._resilience(given)
-        )
-        self.retry_policy: RetryPolicy = self.resilience_resolver.default.retry
-
-    def _resilience(self, given: Collaborators) -> ResiliencePolicyResolver:
-        of_builder = SourceResiliencePolicy(
+        resilience = given_or(
+            given.default_resilience,
+            SourceResiliencePolicy,
             retry=given_or(given.retry_policy, RetryPolicy),
             circuit=self.circuit_breaker.default_policy,
         )
-        default = given_or(given.default_resilience, lambda: of_builder)
-        return ResiliencePolicyResolver(default, given.source_resilience)
+        self.resilience_resolver: ResiliencePolicyResolver = given_or(
+            given.resilience_resolver,
+            ResiliencePolicyResolver,
+            resilience,
+            given.source_resilience,
+        )
+        self.retry_policy: RetryPolicy = self.resilience_resolver.default.retry
 
     def _parts(self, chains: Chains, tracing: Tracing) -> Parts:
         """Return what the engine works with."""
