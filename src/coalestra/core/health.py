@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -286,17 +286,6 @@ _SCALES = (
 
 # The facts ---------------------------------------------------------------------------------------
 
-_MAPPINGS = (
-    "capacity",
-    "circuits",
-    "source_timeout_guarantees",
-    "source_transport_timeout_violations",
-    "payload_copy_components",
-    "observability_buffers",
-    "unfinished_source_calls",
-    "sources",
-)
-
 
 @dataclass(frozen=True)
 class BuilderHealth:
@@ -406,8 +395,9 @@ class BuilderHealth:
     failing_refreshes: int = 0
 
     def __post_init__(self) -> None:
-        for name in _MAPPINGS:
-            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+        for each in fields(self):
+            if each.default_factory is FrozenDict:
+                object.__setattr__(self, each.name, FrozenDict(getattr(self, each.name)))
 
     def assess(
         self,
