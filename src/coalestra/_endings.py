@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+from typing import Any
 
 PROGRAM_ENDS = (KeyboardInterrupt, SystemExit)
 """What is meant for the whole program, wherever it is raised."""
@@ -27,3 +29,15 @@ def pass_on(error: BaseException) -> None:
 
 def _raise(error: BaseException) -> None:
     raise error
+
+
+def look_after(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
+    """Keep a task among others until it has ended; what it raises then counts as seen."""
+    tasks.add(task)
+    task.add_done_callback(partial(_ended, tasks))
+
+
+def _ended(tasks: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:
+    tasks.discard(task)
+    if not task.cancelled():
+        task.exception()

@@ -18,6 +18,7 @@ import math
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
+from coalestra._endings import look_after
 from coalestra.core.errors import (
     CacheCircuitOpenError,
     CacheTimeoutError,
@@ -100,19 +101,11 @@ _left_behind: set[asyncio.Task[Any]] = set()
 def leave_behind(task: asyncio.Task[Any]) -> None:
     """Cancel a call that nobody waits for any more, however it may end; one that is over is not."""
     if task.done():
-        _forget(task)
-        return
-    if task.get_loop().is_closed():
-        return
-    task.cancel()
-    _left_behind.add(task)
-    task.add_done_callback(_forget)
-
-
-def _forget(task: asyncio.Task[Any]) -> None:
-    _left_behind.discard(task)
-    if not task.cancelled():
-        task.exception()  # seen
+        if not task.cancelled():
+            task.exception()  # seen
+    elif not task.get_loop().is_closed():
+        task.cancel()
+        look_after(task, _left_behind)
 
 
 async def in_time(call: Awaitable[_T], seconds: float | None) -> _T:

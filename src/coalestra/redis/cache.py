@@ -35,6 +35,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from redis.asyncio import Redis, RedisCluster
 
+from coalestra._endings import look_after
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.core.errors import CoalestraError
 from coalestra.core.frozen import FrozenDict
@@ -913,14 +914,7 @@ class RedisCache:
 
     def _behind(self, work: Awaitable[Any]) -> None:
         """Do something that nobody waits for, and that may fail."""
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # counted where it was raised
+        look_after(asyncio.ensure_future(work), self._tasks)  # failures count where they are raised
 
 
 class _Question:

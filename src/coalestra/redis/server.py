@@ -22,6 +22,7 @@ from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
 from redis.client import NEVER_DECODE
 
+from coalestra._endings import look_after
 from coalestra.core.errors import CacheCircuitOpenError, CacheUnavailableError, message_of
 from coalestra.redis.scripts import Script
 from coalestra.resilience.circuit_breaker import (
@@ -214,8 +215,7 @@ class Server:
     async def _answer(self, call: Coroutine[Any, Any, Any], seconds: float) -> Any:
         # In a task of its own: redis-py may swallow a cancellation, and must not keep anybody.
         task = asyncio.ensure_future(call)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        look_after(task, self._tasks)  # what it raises is raised where it is waited for, if it is
         try:
             # A loop that was busy for so long gets time to look at what has arrived meanwhile.
             for share in (1 - _LAST_LOOK, _LAST_LOOK):
@@ -237,11 +237,6 @@ class Server:
             if isinstance(each, _UNREACHABLE):
                 raise _out_of_reach(each) from each
         return answer
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # raised where it was waited for, if it was
 
     async def close(self) -> None:
         """End the calls under way."""
