@@ -23,9 +23,9 @@ demo: $(VENV)/.package ## run the example application (docs/examples/first_run.p
 	@echo "== demo: docs/examples/first_run.py"
 	@$(RUN) docs/examples/first_run.py
 
-test: $(VENV)/.dev ## run the tests on the Python of .venv, in random order
+test: $(VENV)/.dev ## run the tests on the Python of .venv, in random order; not the slow ones
 	@echo "== tests"
-	@$(PYTEST) $(PARALLEL) $(WITHOUT)
+	@$(PYTEST) $(PARALLEL) $(WITHOUT) -m "not slow"
 
 simulate: $(VENV)/.dev ## live through many random worlds (WORLDS=1000)
 	@echo "== $(WORLDS) random worlds, twice"

@@ -16,6 +16,7 @@ from tests.benchmarks.table import growth_sentence, growth_table, table
 from tests.benchmarks.worker import measure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINES)
 def test_a_line_of_the_benchmark_can_be_measured(name: str) -> None:
     if "prometheus" in name:
