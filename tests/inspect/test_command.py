@@ -109,7 +109,10 @@ def test_ctrl_c_ends_it_also_while_somebody_watches(folder: Path) -> None:
     [
         ("farm_of_the_test", "MODULE:NAME"),
         (":builder", "MODULE:NAME"),
+        (".farm_of_the_test:builder", "MODULE:NAME"),
+        ("farm_of_the_test:", "MODULE:NAME"),
         ("no_such_module:builder", "there is no module 'no_such_module'"),
+        ("farm_of_the_test.deep:builder", "there is no module 'farm_of_the_test.deep'"),
         ("farm_of_the_test:nothing", "has no 'nothing'"),
         ("farm_of_the_test:made.nothing", "has no 'made.nothing'"),
         ("farm_of_the_test:wrong", "must be a SnapshotBuilder or SyncSnapshotBuilder"),
@@ -125,10 +128,20 @@ def test_what_cannot_be_served_is_told_in_one_line(
         main([path, "--port", "0"])
 
 
+def test_a_module_that_misses_another_one_says_which(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "needy_of_the_test.py").write_text("import no_such_driver", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ModuleNotFoundError, match="no_such_driver"):
+        main(["needy_of_the_test:builder"])
+
+
 def test_an_address_that_cannot_be_had_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit, match=r"cannot listen on 127\.0\.0\.1, port 70000"):
+    with pytest.raises(SystemExit, match=r"cannot serve at 127\.0\.0\.1, port 70000"):
         main(["farm_of_the_test:made.plain", "--port", "70000"])

@@ -468,11 +468,11 @@ class Rude:
     ],
 )
 def test_values_are_shown_by_their_repr_whatever_that_does(value: Any, shown: str) -> None:
-    (each,) = told_values([value_of(payload=value)], Names(show=True), 0.0, show_values=True)
+    (each,) = told_values([value_of(payload=value)], Names(show=True), 0.0, True)
     assert each["value"].startswith(shown)
 
 
 def test_a_large_value_is_cut() -> None:
     values = [value_of(payload=["x" * 5_000] * 5_000)]
-    (each,) = told_values(values, Names(show=True), 0.0, show_values=True)
+    (each,) = told_values(values, Names(show=True), 0.0, True)
     assert len(each["value"]) <= 300

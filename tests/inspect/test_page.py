@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import math
 import re
+import sys
 import threading
 import weakref
 from base64 import b64encode
@@ -229,6 +231,10 @@ async def test_unless_told_otherwise_this_machine_may_read(client: str, host: st
         {"headers": {"x-forwarded-for": "127.0.0.1"}},
         {"headers": {"forwarded": "for=127.0.0.1"}},
         {"headers": {"x-real-ip": "127.0.0.1"}},
+        {"headers": {"x-forwarded-proto": "https"}},
+        {"headers": {"via": "1.1 edge"}},
+        {"headers": {"cf-connecting-ip": "127.0.0.1"}},
+        {"http_version": "1.0"},  # as nginx asks, which adds no header unless told to
     ],
 )
 @pytest.mark.parametrize("path", PATHS)
@@ -529,6 +535,31 @@ async def test_the_builder_of_a_thread_that_is_held_is_seen_from_outside(
         held.result(10)
 
 
+@pytest.mark.real_loop
+def test_what_is_seen_from_outside_may_change_meanwhile() -> None:
+    stop: list[bool] = []
+
+    async def fetch(key: Any, context: Any) -> Any:
+        await asyncio.sleep(0)
+
+    async def work(own: SnapshotBuilder) -> None:
+        for count in itertools.takewhile(lambda _: not stop, itertools.count()):
+            await own.build([key("k", f"{count}-{index}") for index in range(20)])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with SyncSnapshotBuilder(SnapshotBuilder([Single("k", fetch=fetch)])) as sync:
+            working = sync.submit(work)
+            for _ in range(3_000):
+                assert len(sync.builder.flights_under_way(limit=10)) <= 10
+                assert set(sync.builder.capacity.holders()) <= {"k"}
+            stop.append(True)
+            working.result(10)
+    finally:
+        sys.setswitchinterval(interval)
+
+
 # Traces -------------------------------------------------------------------------------------------
 
 
@@ -675,6 +706,25 @@ def test_a_wrong_setting_is_refused_by_name(setting: str, value: Any, error: typ
 def test_only_a_builder_can_be_watched() -> None:
     with pytest.raises(TypeError, match="builder must be a SnapshotBuilder"):
         app(object())  # type: ignore[arg-type]  # the very mistake
+
+
+async def test_the_repr_of_a_value_holds_up_no_loop() -> None:
+    asked = []
+
+    class Slow:
+        def __repr__(self) -> str:
+            asked.append(threading.current_thread())
+            return "slow"
+
+    async def fetch(key: Any, context: Any) -> Any:
+        return Slow()
+
+    made = builder(Single("k", fetch=fetch))
+    await made.build([K])
+    (shown,) = (await get(app(made, show_values=True), "/cache.json")).json["values"]
+    assert shown["value"] == "slow"
+    assert len(asked) == 1
+    assert asked != [threading.main_thread()]
 
 
 async def test_values_in_memory_are_shown_only_if_asked_for() -> None:

@@ -145,6 +145,36 @@ async def test_an_application_that_fails_answers_500_and_is_reported() -> None:
     assert isinstance(reported[0]["exception"], LookupError)
 
 
+async def test_an_error_of_a_connection_of_the_applications_own_is_no_client_that_left() -> None:
+    errors = [ConnectionRefusedError("no database"), asyncio.TimeoutError("nor an answer")]
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    for error in errors:
+
+        async def fails(scope: Any, receive: Any, send: Any, error: Exception = error) -> None:
+            raise error
+
+        async with serve(fails, port=0) as server:
+            assert status(await spoken(server.port, LINE + b"\r\n")) == 500
+    assert [context["exception"] for context in reported] == errors
+
+
+async def test_a_connection_that_closing_finds_unbegun_is_closed_too() -> None:
+    server = serve(hello, port=0)
+    accept, closing = server._connected, []
+
+    def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accept(reader, writer)
+        closing.append(asyncio.create_task(server.aclose()))
+        for connection in server._connections:
+            connection.cancel()
+
+    server._connected = accepted  # type: ignore[method-assign]  # to be there first
+    async with server:
+        assert await spoken(server.port, LINE + b"\r\n") == b""
+        await asyncio.wait(closing)
+
+
 async def test_an_application_hears_that_its_client_has_gone() -> None:
     heard: list[str] = []
     told = asyncio.Event()

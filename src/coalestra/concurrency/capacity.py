@@ -339,7 +339,7 @@ class CapacityController:
 
         Who waits for a slot over all sources waits for these, not for its own source.
         """
-        return dict(Counter(lease.source for lease in self._leases).most_common())
+        return dict(Counter([lease.source for lease in self._leases.copy()]).most_common())
 
     async def snapshot(self) -> dict[str, CapacitySnapshot]:
         """Return the present figures by source name; the global ones under ``__global__``."""

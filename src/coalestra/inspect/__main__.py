@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import os
 import signal
@@ -47,11 +46,15 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 async def _builder_of(path: str) -> AnyBuilder:
     """Import the module and return what it names, or what that makes."""
     module, _, name = path.partition(":")
-    if not module or not name:
+    if not all(part.isidentifier() for each in (module, name) for part in each.split(".")):
         raise SystemExit(f"the builder must be given as MODULE:NAME, got {path!r}")
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise SystemExit(f"there is no module {module!r} here; start this in its folder")
-    found: Any = importlib.import_module(module)
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is here, and one that it needs is not
+        missing = f"there is no module {error.name!r} here; start this in its folder"
+        raise SystemExit(missing) from None
     for part in name.split("."):
         if not hasattr(found, part):
             raise SystemExit(f"module {module!r} has no {name!r}")
@@ -68,26 +71,26 @@ async def _builder_of(path: str) -> AnyBuilder:
 
 async def _serve(options: argparse.Namespace) -> None:
     builder = await _builder_of(options.builder)
-    page = app(
-        builder,
-        authorize=(lambda _scope: True) if options.open else None,
-        title=options.title,
-        show_values=options.show_values,
-        show_subjects=options.show_subjects,
-    )
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     with contextlib.suppress(NotImplementedError):  # on Windows Ctrl-C cancels this instead
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ended.set)
     try:
+        page = app(
+            builder,
+            authorize=(lambda _scope: True) if options.open else None,
+            title=options.title,
+            show_values=options.show_values,
+            show_subjects=options.show_subjects,
+        )
         async with serve(page, host=options.host, port=options.port) as server:
             where = f"Watching {options.builder} at {server.url} (Ctrl-C ends it)"
             print(where, flush=True)  # noqa: T201 - it is a command
             await ended.wait()
     except (OSError, ValueError) as error:
         where = f"{options.host}, port {options.port}"
-        raise SystemExit(f"cannot listen on {where}: {error}") from None
+        raise SystemExit(f"cannot serve at {where}: {error}") from None
     finally:
         if isinstance(builder, SyncSnapshotBuilder):
             await asyncio.to_thread(builder.close)

@@ -62,7 +62,7 @@ _HOST = re.compile(r"(?:\[([^]]+)\]|([^][:]+))(?::\d*)?")
 _TRACE_PATH = re.compile(r"traces/([0-9a-f]{12})\.(html|svg|txt|json|chrome\.json)")
 _PLAIN = "text/plain; charset=utf-8"
 _JSON = "application/json"
-_FORWARDED = {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
+_OF_PROXIES = re.compile(rb"via|forwarded|x-forwarded-.*|x-real-ip|.*-(client|connecting)-ip")
 
 _NOT_HERE = """\
 This page may be read from this machine only, as the application that serves it has not said
@@ -83,13 +83,15 @@ _NOT_FOR_YOU = "You may not read this page.\n"
 def from_this_machine(scope: Scope) -> bool:
     """Whether a request comes straight from this machine, to a name that only this one can have.
 
-    Not if a proxy has passed it on, nor if it was asked for by a name on the internet: anybody can
-    make one that leads here, and so read in the browser of a person what only that person may.
+    Not if a proxy has passed it on: it says so, or speaks HTTP/1.0, as nginx does and no browser.
+    Nor if it was asked for by a name on the internet: anybody can make one that leads here, and so
+    read in the browser of a person what only that person may.
     """
     headers = dict(scope["headers"])
     client = (scope.get("client") or ("",))[0]
     asked = _HOST.fullmatch(headers.get(b"host", b"").decode("latin-1"))
-    if not (client and asked) or not _FORWARDED.isdisjoint(headers):
+    passed_on = scope.get("http_version") == "1.0" or any(map(_OF_PROXIES.fullmatch, headers))
+    if passed_on or not (client and asked):
         return False
     name = asked[1] or asked[2]
     local = _is_loopback(name)
@@ -351,8 +353,9 @@ class Inspector:
         loop = asyncio.get_running_loop()
         sampler = self._samplers.get(loop)
         if sampler is None:
-            for ended in [each for each in self._samplers if each.is_closed()]:
-                del self._samplers[ended]
+            for other in tuple(self._samplers):
+                if other.is_closed():
+                    self._samplers.pop(other, None)
             story = Story(self.builder, self._names)
             interval = self.settings.interval_seconds
             sampler = Sampler(self.builder, story, self._threads, interval)
@@ -365,7 +368,9 @@ class Inspector:
             found, now = await look_into_cache(self.builder), own_of(self.builder).clock.now()
             told: dict[str, Any] = {"at": now, "values": None, "shows_values": shown}
             if found is not None:
-                told["values"] = told_values(found, self._names, now, show_values=shown)
+                told["values"] = await self._threads.run(
+                    told_values, found, self._names, now, shown, or_here=True
+                )
         except Exception as error:
             told = {"error": type(error).__name__}
         await exchange.answer(200, json.dumps(told), _JSON)
@@ -397,13 +402,15 @@ class Inspector:
         if sampler.viewers >= MOST_VIEWERS:
             await exchange.answer(503, "Too many are watching.\n", retry_after="10")
             return
-        await exchange.begin(200, "text/event-stream; charset=utf-8", ("x-accel-buffering", "no"))
+        head = "text/event-stream; charset=utf-8", ("x-accel-buffering", "no")
         if exchange.method == "HEAD":
+            await exchange.begin(200, *head)
             await exchange.body(b"")
             return
-        gone = asyncio.create_task(_until_gone(exchange.receive), name="coalestra inspect viewer")
         sampler.enter()
+        gone = asyncio.create_task(_until_gone(exchange.receive), name="coalestra inspect viewer")
         try:
+            await exchange.begin(200, *head)
             if await _told_all(exchange, sampler, gone):
                 await exchange.body(b"")
         finally:
@@ -420,9 +427,13 @@ async def _told_all(exchange: Exchange, sampler: Sampler, gone: asyncio.Task[Non
         sending = asyncio.ensure_future(exchange.body(content, more=True))
         try:
             await asyncio.wait((sending, gone), timeout=SEND_SECONDS, return_when="FIRST_COMPLETED")
-            if gone.done() or not sending.done() or isinstance(sending.exception(), OSError):
+            if not sending.done():
                 return False
             sending.result()
+            if gone.done():
+                return False
+        except OSError:
+            return False
         finally:
             sending.cancel()
         while sampler.number == told and loop.time() < until:

@@ -16,7 +16,7 @@ import reprlib
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -118,15 +118,15 @@ class Look:
 
     `at` is wall-clock seconds since the epoch. `waited` is how long the builder's loop, if it is
     another one, took to answer, in seconds; None if it did not. `entries` are some entries of the
-    memory cache, those used last; None if the cache is another one.
+    memory cache, those used last; none if the cache is another one, or its loop did not answer.
     """
 
     at: float
     health: BuilderHealth
     holders: Mapping[str, int]
     flights: tuple[FlightSnapshot, ...]
-    entries: list[Revision] | None
     waited: float | None
+    entries: Sequence[Revision] = ()
 
 
 def own_of(builder: AnyBuilder) -> SnapshotBuilder:
@@ -135,20 +135,22 @@ def own_of(builder: AnyBuilder) -> SnapshotBuilder:
 
 
 def _found(builder: SnapshotBuilder, health: BuilderHealth, waited: float | None) -> Look:
-    cache = builder.cache
+    """Return what any thread may see."""
     return Look(
         at=builder.clock.now(),
         health=health,
         holders=builder.capacity.holders(),
         flights=builder.flights_under_way(limit=_MOST_FLIGHTS),
-        entries=cache.store.newest(_MOST_ENTRIES) if type(cache) is AsyncMemoryCache else None,
         waited=waited,
     )
 
 
 async def _look_here(builder: SnapshotBuilder, asked: float) -> Look:
     waited = time.perf_counter() - asked
-    return _found(builder, await builder.health_snapshot(), waited)
+    look, cache = _found(builder, await builder.health_snapshot(), waited), builder.cache
+    if type(cache) is not AsyncMemoryCache:
+        return look
+    return replace(look, entries=cache.store.newest(_MOST_ENTRIES))
 
 
 async def look_at(builder: AnyBuilder) -> Look:
@@ -253,7 +255,7 @@ class Story:
         then, before = recent[0] if recent else (now, None)
         since = past[0][1] if past else None
         past.append((now, health))
-        self._graph.learn(look.entries or (), self.traces.take(self._builder.recent_traces()))
+        self._graph.learn(look.entries, self.traces.take(self._builder.recent_traces()))
         return {
             "at": look.at,
             "loop": {"late_ms": late * 1000, "answers": look.waited is not None},
@@ -425,9 +427,12 @@ def _summary(trace: Trace) -> dict[str, Any]:
 
 
 def told_values(
-    values: Iterable[SnapshotValue[Any]], names: Names, now: float, *, show_values: bool
+    values: Iterable[SnapshotValue[Any]], names: Names, now: float, show_values: bool
 ) -> list[dict[str, Any]]:
-    """Return the values of a cache to be shown at ``now``, in wall-clock seconds."""
+    """Return the values of a cache to be shown at ``now``, in wall-clock seconds.
+
+    Not on an event loop: the ``repr`` of a value may take any time.
+    """
     told = []
     for value in values:
         shown: dict[str, Any] = {

@@ -11,6 +11,7 @@ import asyncio
 import http
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
@@ -21,7 +22,7 @@ _REQUEST_BYTES = 16_384
 _REQUEST_SECONDS = 10.0
 _MOMENT_SECONDS = 1.0
 _MOST_CONNECTIONS = 64
-_LINE = re.compile(r"([A-Z]+) (/[^ #?]*)(?:\?([^ #]*))? HTTP/1\.[01]")
+_LINE = re.compile(r"([A-Z]+) (/[^ #?]*)(?:\?([^ #]*))? HTTP/(1\.[01])")
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\x00]*?)[ \t]*")
 
 Application = Callable[[Any, Any, Any], Awaitable[None]]
@@ -87,25 +88,29 @@ class Server:
         connection = asyncio.ensure_future(self._serve(reader, writer))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
+        # Also if it is cancelled before it has begun, or the client does not take what is left.
+        connection.add_done_callback(lambda _: writer.transport.abort())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answer = _Answer(writer)
         try:
             if len(self._connections) > _MOST_CONNECTIONS:
                 raise _Refused(503)
-            scope = await asyncio.wait_for(_request(reader), _REQUEST_SECONDS)
+            try:
+                scope = await asyncio.wait_for(_request(reader), _REQUEST_SECONDS)
+            except asyncio.TimeoutError:
+                raise _Refused(408) from None
+            except (OSError, asyncio.IncompleteReadError):
+                return  # the other side has gone
             scope["client"] = tuple(writer.get_extra_info("peername")[:2])
             scope["server"] = (self.host, self.port)
             await self._application(scope, _Receive(reader), answer.send)
         except _Refused as refused:
             await answer.refuse(refused.status, reader)
-        except asyncio.TimeoutError:
-            await answer.refuse(408, reader)
-        except OSError:  # the other side has gone
-            pass
         except Exception as error:
-            context = {"message": "coalestra.inspect: a request failed", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(context)
+            if not (isinstance(error, OSError) and writer.transport.is_closing()):
+                context = {"message": "coalestra.inspect: a request failed", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
             await answer.refuse(500, reader)
         finally:
             await answer.close()
@@ -117,8 +122,6 @@ async def _request(reader: asyncio.StreamReader) -> dict[str, Any]:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     except asyncio.LimitOverrunError:
         raise _Refused(431) from None
-    except asyncio.IncompleteReadError:
-        raise ConnectionResetError from None
     first, *lines = head[:-4].split("\r\n")
     line = _LINE.fullmatch(first)
     headers = [_HEADER.fullmatch(each) for each in lines]
@@ -133,7 +136,7 @@ async def _request(reader: asyncio.StreamReader) -> dict[str, Any]:
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
+        "http_version": line[4],
         "method": line[1],
         "scheme": "http",
         "path": unquote(line[2]),
@@ -188,24 +191,17 @@ class _Answer:
         if self._begun:
             return
         start = {"type": "http.response.start", "status": status}
-        try:
+        with suppress(OSError, asyncio.TimeoutError):
             await self.send({**start, "headers": [(b"content-length", b"0")]})
             self._writer.write_eof()
             # What the client still sends is read: to close in its face would destroy the answer.
             await asyncio.wait_for(_rest(reader), _MOMENT_SECONDS)
-        except (OSError, asyncio.TimeoutError):
-            return
 
     async def close(self) -> None:
-        """Close the connection; at once, if the client does not take what is left."""
-        transport = self._writer.transport
-        try:
-            self._writer.close()
+        """Close the connection when the client has taken what is left, or does not soon."""
+        self._writer.close()
+        with suppress(OSError, asyncio.TimeoutError):
             await asyncio.wait_for(self._writer.wait_closed(), _MOMENT_SECONDS)
-        except (OSError, asyncio.TimeoutError):
-            pass
-        finally:
-            transport.abort()
 
 
 def serve(application: Application, *, host: str = "127.0.0.1", port: int = 8089) -> Server:

@@ -660,7 +660,7 @@ class SnapshotBuilder(BuilderSettings):
             limit: how many at most.
         """
         integer("limit", limit, minimum=1)
-        flights = self._engine.flights.board.flights.values()
+        flights = self._engine.flights.board.flights.copy().values()
         return tuple([flight.view() for flight in islice(flights, limit)])
 
     def clear_source_support_cache(self) -> None:
