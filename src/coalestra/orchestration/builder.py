@@ -501,7 +501,7 @@ class SnapshotBuilder(BuilderSettings):
             raise ValueError("keys must name at least one resource, got none")
         if deadline_seconds is None and metadata is None and snapshot_id is None and trace is None:
             self._engine.require_open()
-            warm = self._engine.warm_reads.snapshot(wanted)
+            warm = self._engine.warm_reads.snapshot(wanted, strict=strict)
             if warm is not None:
                 return warm
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)

@@ -305,16 +305,16 @@ class WarmReads:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
-    def snapshot(self, keys: Collection[ResourceKey]) -> Snapshot | None:
+    def snapshot(self, keys: Collection[ResourceKey], *, strict: bool) -> Snapshot | None:
         """Return a snapshot of a few keys at once, or None if that takes more than looking.
 
-        So it does if anybody wants to be told of it.
+        So it does if anybody follows what is done.
         """
         parts = self._parts
         copies, clock, store = parts.copies, parts.clock, parts.access.near
         if store is None or len(keys) > PORTION or not copies.is_direct:
             return None
-        if parts.report is not None or not parts.tracing.off or next(iter(keys)) not in store:
+        if not parts.tracing.off or next(iter(keys)) not in store:
             return None
         began, now = clock.monotonic(), clock.now()
         ages = quiet_ages(parts.policies, keys)
@@ -341,7 +341,14 @@ class WarmReads:
             "cache_batch_reads": 1,
         }
         resources = FrozenDict(zip(keys, values, strict=True))
-        return snapshot_of(new_id(), now, resources, EMPTY, counted)
+        made = snapshot_of(new_id(), now, resources, EMPTY, counted)
+        report = parts.report
+        if report is not None:
+            report.work_begun("build", made.snapshot_id)
+            report.warm_hits(keys, made.snapshot_id)
+            told = made.snapshot_id, made.diagnostics
+            report.snapshot_built(*told, build_failed=False, strict=strict)
+        return made
 
     def readings(self, work: Work, keys: Collection[ResourceKey]) -> dict[ResourceKey, Reading]:
         """Return readings of all of a few `keys`, or none if that takes more than looking."""
