@@ -78,7 +78,6 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import EMPTY
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all
-from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import (
@@ -260,7 +259,10 @@ class Attempt:
         call = self._call
         name = call.link.name
         if call.link.kind is _DERIVED:
-            self._inputs = (await self._dependencies(),)
+            (flight,) = call.flights
+            readings = {} if flight.gather is None else flight.gather.in_order()
+            inputs = call.dispatch.deliveries.inputs(flight.sponsor.context, readings)
+            self._inputs = (await inputs,)
         self.stage = Progress.WAITING
         lease: CapacityLease | None = None
         try:
@@ -285,15 +287,6 @@ class Attempt:
                 lease.release()
         if answer is not None:
             await call.take_in(self, answer[0])
-
-    async def _dependencies(self) -> Snapshot:
-        """Return the dependencies of a derived key, copied for its derivation alone."""
-        (flight,) = self._call.flights
-        deliveries = self._call.dispatch.deliveries
-        readings = {} if flight.gather is None else flight.gather.in_order()
-        context = flight.sponsor.context
-        now = deliveries.inputs_now(context, readings)
-        return await deliveries.inputs(context, readings) if now is None else now
 
     # Its time ----------------------------------------------------------------------------------
 

@@ -35,12 +35,11 @@ from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Reading
 
-# From sealed readings to what a reader may keep: one isolated copy for each ----------------------
-
-
 _CONTEXT = "snapshot delivery"
 _DEPENDENCY = "derived dependency"
 _SHARED = Seal.SHARED
+_FAILED: Any = object()
+"""Stands for the copy of what could not be copied."""
 
 
 class Deliveries:
@@ -107,22 +106,6 @@ class Deliveries:
         payload = self._copies.open_here(revision.payload, revision.seal, context=context)
         return self._presented(reading, payload, context, self._clock.now())
 
-    def inputs_now(
-        self, context: FetchContext, readings: Mapping[ResourceKey, Reading]
-    ) -> Snapshot | None:
-        """Return the dependencies of a derivation, or None if copying them takes a while."""
-        if len(readings) > PORTION:
-            return None
-        now = self._clock.now()
-        values: dict[ResourceKey, SnapshotValue[Any]] = {}
-        for key, reading in readings.items():
-            revision = reading.revision
-            payload = self._copies.open_now(revision.payload, revision.seal, context=_DEPENDENCY)
-            if payload is OFFLOADED:
-                return None
-            values[key] = self._presented(reading, payload, _DEPENDENCY, now)
-        return snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
-
     async def inputs(
         self, context: FetchContext, readings: Mapping[ResourceKey, Reading]
     ) -> Snapshot:
@@ -148,26 +131,25 @@ class Deliveries:
         copied when `deadline` strikes has that for its error. Ages are those of the moment when
         all has been copied.
         """
-        opened: dict[ResourceKey, Any] = {}
+        opened: list[Any] = []
         errors: dict[ResourceKey, Exception] = {}
-        large: dict[ResourceKey, Reading] = {}
-        pace, left = self._pace, PORTION
+        large: list[tuple[int, ResourceKey, Revision]] = []
+        open_now, pace, left = self._copies.open_now, self._pace, PORTION
         pace.begin()
         late: str | None = None
         for key, reading in readings.items():
             if late is not None:
                 errors[key] = SnapshotDeadlineExceededError(late)
+                opened.append(_FAILED)
                 continue
             revision = reading.revision
             try:
-                payload = self._copies.open_now(revision.payload, revision.seal, context=context)
+                payload = open_now(revision.payload, revision.seal, context=context)
             except PayloadIsolationError as error:
-                errors[key] = error
-            else:
-                if payload is OFFLOADED:
-                    large[key] = reading
-                else:
-                    opened[key] = payload
+                errors[key], payload = error, _FAILED
+            if payload is OFFLOADED:
+                large.append((len(opened), key, revision))
+            opened.append(payload)
             left -= revision.seal.weight
             if left <= 0:
                 left = PORTION
@@ -179,43 +161,43 @@ class Deliveries:
 
     async def _large(
         self,
-        readings: Mapping[ResourceKey, Reading],
+        large: Sequence[tuple[int, ResourceKey, Revision]],
         deadline: Deadline | None,
         context: str,
-        opened: dict[ResourceKey, Any],
+        opened: list[Any],
         errors: dict[ResourceKey, Exception],
     ) -> None:
         """Copy large payloads with as many workers as there are threads for it."""
-        rest = iter(readings.items())
+        rest = iter(large)
 
         async def work() -> None:
-            for key, reading in rest:
-                revision = reading.revision
+            for index, key, revision in rest:
+                opened[index] = _FAILED
                 try:
-                    opened[key] = await self._copies.open(
+                    opened[index] = await self._copies.open(
                         revision.payload, revision.seal, context=context, deadline=deadline
                     )
                 except (PayloadIsolationError, SnapshotDeadlineExceededError) as error:
                     errors[key] = error
 
-        workers = min(len(readings), self._copies.max_concurrency)
+        workers = min(len(large), self._copies.max_concurrency)
         await all_or_none(work() for _ in range(workers))
 
     async def _all_presented(
         self,
         readings: Mapping[ResourceKey, Reading],
-        opened: Mapping[ResourceKey, Any],
+        opened: Iterable[Any],
         errors: dict[ResourceKey, Exception],
         context: str,
     ) -> dict[ResourceKey, SnapshotValue[Any]]:
         """Return the values of what was copied, in the order of the readings."""
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
         now, left = self._clock.now(), PORTION
-        for key, reading in readings.items():
-            if key not in opened:
+        for (key, reading), payload in zip(readings.items(), opened, strict=True):
+            if payload is _FAILED:
                 continue
             try:
-                values[key] = self._presented(reading, opened[key], context, now)
+                values[key] = self._presented(reading, payload, context, now)
             except PayloadIsolationError as error:
                 errors[key] = error
             left -= 1
