@@ -54,7 +54,6 @@ SECTIONS: Mapping[int, Section] = {
             "orchestration/test_scheduling.py",
             "orchestration/test_warm_reads.py",
             "orchestration/test_coalescing.py",
-            "orchestration/test_flight_board.py",
             "orchestration/test_cache_truth.py",
             "orchestration/test_news.py",
             "orchestration/test_custom_caches.py",

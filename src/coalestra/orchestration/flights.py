@@ -66,14 +66,6 @@ class Phase(enum.Enum):
 # Whether anyone still wants what many wait for ---------------------------------------------------
 
 
-class Sought(Protocol):
-    """Anything that people may or may not be waiting for."""
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anyone waits."""
-
-
 class Interest:
     """Finds out cheaply, again and again, whether anyone still waits for any of many things.
 
@@ -82,23 +74,21 @@ class Interest:
 
     __slots__ = ("_members", "_rest", "_witness")
 
-    def __init__(self, members: Collection[Sought]) -> None:
+    def __init__(self, members: Collection[Flight | Read]) -> None:
         self._members = members
-        self._rest: Iterator[Sought] | None = None
-        self._witness: Sought | None = None
+        self._rest: Iterator[Flight | Read] = iter(())
+        self._witness: Flight | Read | None = None
 
     @property
     def alive(self) -> bool:
         """Whether anyone waits for any of them."""
-        if self._witness is not None and self._witness.wanted:
+        if self._witness is not None and self._witness.waiters:
             return True
-        if self._rest is not None and self._find(self._rest):
-            return True
-        return self._find(iter(tuple(self._members)))
+        return self._find(self._rest) or self._find(iter(tuple(self._members)))
 
-    def _find(self, rest: Iterator[Sought]) -> bool:
+    def _find(self, rest: Iterator[Flight | Read]) -> bool:
         self._rest = rest
-        self._witness = next((each for each in rest if each.wanted), None)
+        self._witness = next((each for each in rest if each.waiters), None)
         return self._witness is not None
 
 
@@ -422,11 +412,6 @@ class Flight:
                 self.log.calls.append(self.call.note())
         return self.log
 
-    @property
-    def wanted(self) -> bool:
-        """Whether anyone still waits."""
-        return bool(self.waiters)
-
     def living_sponsor(self) -> Work:
         """Return the work to act for: the first that waits, directly or through derived keys.
 
@@ -519,11 +504,6 @@ class Read:
     def __repr__(self) -> str:
         return f"<Read {self.key.display} waiters={len(self.waiters)}>"
 
-    @property
-    def wanted(self) -> bool:
-        """Whether anyone still waits."""
-        return bool(self.waiters)
-
 
 class Gather:
     """A set of keys that somebody waits for, and what has become of each so far.
@@ -554,6 +534,7 @@ class Gather:
         "rounds",
         "strike",
         "struck",
+        "urgent",
         "within",
         "work",
     )
@@ -577,11 +558,12 @@ class Gather:
         self.refresh: bool = insisted.refresh
         self.owner: Flight | None = owner
         self.renews: bool = False
+        self.urgent: bool = owner is not None and owner.urgent
         self.within: Call | None = None
         self.logs: Mapping[ResourceKey, KeyLog] = EMPTY
         self.readings: dict[ResourceKey, Reading] = {}
         self.failures: dict[ResourceKey, Failure] = {}
-        self.pending: dict[ResourceKey, Flight | Read] = {}
+        self.pending: dict[Flight | Read, None] = {}
         self.open: bool = False
         self.struck: bool = False
         self.rounds: int = 0
@@ -593,11 +575,6 @@ class Gather:
     def cutoff(self) -> float:
         """The latest instant, on the loop's clock, at which anyone still wants the keys."""
         return self.work.cutoff if self.owner is None else self.owner.cutoff
-
-    @property
-    def urgent(self) -> bool:
-        """Whether a call under way, and the slot that it holds, wait for the keys."""
-        return self.within is not None if self.owner is None else self.owner.urgent
 
     @property
     def agrees(self) -> bool:
@@ -700,7 +677,7 @@ class FlightBoard:
         self.flights[key] = flight
         flight.joinable = True
         flight.waiters[gather] = False
-        gather.pending[key] = flight
+        gather.pending[flight] = None
         unlimited = gather.owner is None and gather.work.deadline is None
         flight.cutoff = math.inf if unlimited else gather.cutoff
         flight.urgent = gather.urgent
@@ -719,7 +696,7 @@ class FlightBoard:
                 mine, its = gather.work.context, flight.sponsor.context
                 self._report.flight_joined(flight.key, mine.snapshot_id, its.snapshot_id)
         flight.waiters[gather] = joined
-        gather.pending[flight.key] = flight
+        gather.pending[flight] = None
         if flight.cutoff != math.inf:
             self.extend(flight, gather.cutoff)
 
@@ -782,11 +759,11 @@ class FlightBoard:
             if each.call is not None:
                 each.call.extend(cutoff)
             if each.gather is not None:
-                stack += [one for one in each.gather.pending.values() if isinstance(one, Flight)]
+                stack += [one for one in each.gather.pending if isinstance(one, Flight)]
 
     def leave(self, gather: Gather, flight: Flight) -> None:
         """Let `gather` wait no longer."""
-        gather.pending.pop(flight.key, None)
+        gather.pending.pop(flight, None)
         flight.waiters.pop(gather, None)
         waiter = gather.within if gather.owner is None else gather.owner
         if waiter is not None and flight.linked:
@@ -826,10 +803,6 @@ class FlightBoard:
             flights.append(joinable)
         return flights
 
-    def matching(self, matches: Callable[[ResourceKey], bool]) -> list[ResourceKey]:
-        """Return every key with a flight under way for which `matches` is true."""
-        return [key for key in {**self.flights, **self.aside} if matches(key)]
-
     def take_off(self, flight: Flight) -> dict[Gather, bool]:
         """Remove a flight that has ended; return who waited for it, and whether they had joined.
 
@@ -839,7 +812,10 @@ class FlightBoard:
             flight.joinable = False
             del self.flights[flight.key]
         elif flight.key in self.aside:
-            self._forgetaside(flight)
+            aside = self.aside[flight.key]
+            aside.pop(flight, None)
+            if not aside:
+                del self.aside[flight.key]
         if flight.pins is not None and flight.pins.private.get(flight.key) is flight:
             del flight.pins.private[flight.key]
         if flight.linked:
@@ -847,18 +823,6 @@ class FlightBoard:
         self.deriving.pop(flight, None)
         waiters, flight.waiters = flight.waiters, {}
         return waiters
-
-    def clear(self) -> None:
-        """Let go of the flights: should one of them still end, it finds itself taken off."""
-        for flight in self.flights.values():
-            flight.joinable = False
-        self.flights.clear()
-
-    def _forgetaside(self, flight: Flight) -> None:
-        aside = self.aside[flight.key]
-        aside.pop(flight, None)
-        if not aside:
-            del self.aside[flight.key]
 
     def __repr__(self) -> str:
         return f"<FlightBoard flights={len(self.flights)} aside={len(self.aside)}>"

@@ -97,7 +97,7 @@ class CacheReads:
     @staticmethod
     def _wait(gather: Gather, read: Read) -> None:
         read.waiters[gather] = None
-        gather.pending[read.key] = read
+        gather.pending[read] = None
         if gather.logs and read.key in gather.logs:
             gather.logs[read.key].asks()
 
@@ -107,7 +107,7 @@ class CacheReads:
 
     def leave(self, gather: Gather, read: Read) -> None:
         """Let `gather` wait no longer; a group of reads that nobody waits for is given up."""
-        gather.pending.pop(read.key, None)
+        gather.pending.pop(read, None)
         read.waiters.pop(gather, None)
         if not read.waiters and read.group.task is not None and not read.group.interest.alive:
             self._close(read.group.reads)
@@ -137,7 +137,7 @@ class CacheReads:
         for read in group.reads:
             if gather in read.waiters:
                 self._parts.copies.count_timeouts(read.key in copying)
-                del read.waiters[gather]
+                del read.waiters[gather], gather.pending[read]
                 alone = Read(read.key, read.policy, group)
                 alone.waiters[gather] = None
                 alone.flight = read.flight
@@ -152,8 +152,8 @@ class CacheReads:
         task.add_done_callback(partial(self._done, group))
 
     async def _read(self, group: ReadGroup) -> dict[ResourceKey, Revision]:
-        wanted = [read for read in group.reads if read.wanted]
-        self._close(read for read in group.reads if not read.wanted)
+        wanted = [read for read in group.reads if read.waiters]
+        self._close(read for read in group.reads if not read.waiters)
         foreign = self._parts.access.foreign
         if foreign is None or not wanted:
             return {}

@@ -448,7 +448,7 @@ class SingleFlight:
         """Pass on what an awaited cache held: a reading, or the way to the sources."""
         waiters, read.waiters = read.waiters, {}
         for gather in waiters:
-            gather.pending.pop(read.key, None)
+            gather.pending.pop(read, None)
             try:
                 self._take_from_cache(gather, read, revision)
             except BaseException as error:
@@ -472,7 +472,7 @@ class SingleFlight:
         ):
             if gather.logs and key in gather.logs:
                 gather.logs[key].flies(flight.note(), joined=flight.sponsor is not gather.work)
-            self._hand(gather, key, settlement, joined=True)
+            self._hand(gather, flight, settlement, joined=True)
         else:
             self._missed(gather, key, read.policy, revision)
             flight = self.board.flights.get(key)
@@ -570,7 +570,8 @@ class SingleFlight:
             if each.link is not None:
                 self.dispatch.hurry(each)
             if each.gather is not None:
-                for awaited in each.gather.pending.values():
+                each.gather.urgent = True
+                for awaited in each.gather.pending:
                     if isinstance(awaited, Flight) and id(awaited) not in seen:
                         seen.add(id(awaited))
                         stack.append(awaited)
@@ -888,7 +889,7 @@ class SingleFlight:
             flight.pins.setdefault(flight.key, settlement)
         if len(waiters) <= _WAITERS_PER_STEP:
             for gather, joined in waiters.items():
-                self._hand(gather, flight.key, settlement, joined)
+                self._hand(gather, flight, settlement, joined)
         else:
             self._hand_on(flight, settlement, deque(waiters.items()))
 
@@ -906,14 +907,15 @@ class SingleFlight:
         """Tell very many waiters portion by portion; one who has left meanwhile is passed over."""
         for _ in range(min(_WAITERS_PER_STEP, len(rest))):
             gather, joined = rest.popleft()
-            if gather.pending.get(flight.key) is flight:
-                self._hand(gather, flight.key, settlement, joined)
+            if flight in gather.pending:
+                self._hand(gather, flight, settlement, joined)
         if rest:
             self.agenda.add(self._hand_on, flight, settlement, rest)
 
-    def _hand(self, gather: Gather, key: ResourceKey, settlement: Settlement, joined: bool) -> None:
+    def _hand(self, gather: Gather, flight: Flight, settlement: Settlement, joined: bool) -> None:
         """Give a gather what a flight ended with, and whether it had joined that flight."""
-        gather.pending.pop(key, None)
+        gather.pending.pop(flight, None)
+        key = flight.key
         try:
             reading = gather.receive(key, settlement, joined)
             if reading is not None and reading.fallback is not None:
@@ -1011,8 +1013,8 @@ class SingleFlight:
         """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
         self.parts.counters.deadlines_exceeded += 1
         gather.open, gather.struck = False, True
-        pending = dict(gather.pending)
-        self.agenda.add(self._leave_on, gather, pending, iter(tuple(pending.values())))
+        pending = {awaited.key: awaited for awaited in gather.pending}
+        self.agenda.add(self._leave_on, gather, pending, iter(pending.values()))
 
     def _leave_on(self, gather: Gather, pending: Pending, left: Iterator[Flight | Read]) -> None:
         """Leave some more of what is waited for: calls that end for that say what they were at."""
@@ -1057,7 +1059,7 @@ class SingleFlight:
 
     def _leave_all(self, gather: Gather) -> None:
         gather.open = False
-        for awaited in tuple(gather.pending.values()):
+        for awaited in tuple(gather.pending):
             self._stop_waiting(gather, awaited)
 
     def _stop_waiting(self, gather: Gather, awaited: Flight | Read) -> None:
@@ -1179,7 +1181,7 @@ class SingleFlight:
             if each.gather is not None:
                 if each.gather.failures:
                     return True  # what failed, or did not exist, may rest on any of it
-                for awaited in each.gather.pending.values():
+                for awaited in each.gather.pending:
                     if isinstance(awaited, Flight) and id(awaited) not in seen:
                         seen.add(id(awaited))
                         stack.append(awaited)
@@ -1189,6 +1191,8 @@ class SingleFlight:
     def forget(self) -> None:
         """Drop everything that belonged to an event loop which has ended."""
         self.agenda.clear()
+        for flight in self.board.flights.values():
+            flight.joinable = False  # should it still end, it takes no successor off the new board
         self.board = FlightBoard(self.parts.report)
         self.dispatch.forget()
         self.tasks.clear()
@@ -1326,7 +1330,7 @@ class Engine:
         gather.strike = lambda: self._strike(gather, stage)
         call = current_call.get()
         if call is not None and call.loop is loop and call.keys_under_way:
-            gather.within = call
+            gather.within, gather.urgent = call, True
             self.flights.board.nest(call)
         try:
             if gather.work.expired:
