@@ -71,14 +71,13 @@ Work = Callable[[], Awaitable[T]]
 
 
 class Operation(Generic[T]):
-    """Runs `work` as a task of a loop thread, once it was accepted.
+    """Some work that runs as a task of a loop thread, once it was accepted.
 
     It is claimed once: by the loop, which begins it, or by whoever gives it up before.
 
     Attributes:
         future: the outcome, for any thread. Cancelling it cancels the task; the future tells its
             waiters at once, without waiting for the task to end.
-        work: what to do; to be set before it is started.
         backlog: where it has a place until it has ended; None if a thread only waits for it.
         accepted: whether it is on its way to the loop.
         task: on the loop, once it has begun.
@@ -86,18 +85,16 @@ class Operation(Generic[T]):
 
     __slots__ = (
         "_changes", "_loop", "_operations", "_started", "_told", "_unclaimed", "accepted",
-        "backlog", "future", "task", "work",
+        "backlog", "future", "task",
     )  # fmt: skip
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         operations: dict[Operation[Any], None],
-        work: Work[T] | None = None,
         backlog: SubmissionBacklog | None = None,
     ) -> None:
         """Belong to `operations` of a loop, from which it is taken when it has ended."""
-        self.work = work
         self.backlog = backlog
         self.accepted = False
         self.task: asyncio.Task[T] | None = None
@@ -109,16 +106,17 @@ class Operation(Generic[T]):
         self.future: Future[T] = Future()
         self.future.add_done_callback(self._tell)
 
-    def begin(self, *, insist: bool = False) -> None:
+    def begin(self, work: Work[T], *, insist: bool = False) -> None:
         """Start the task, on the loop, unless it was given up.
 
         Args:
+            work: what to do.
             insist: whether to start it again if it is cancelled before its first step.
         """
         if not self._claim():
             return
-        self.task = self._loop.create_task(self._perform())
-        self.task.add_done_callback(partial(self._task_ended, insist))
+        self.task = self._loop.create_task(self._perform(work))
+        self.task.add_done_callback(partial(self._task_ended, work if insist else None))
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait in a thread until the future tells; return whether it does."""
@@ -145,7 +143,7 @@ class Operation(Generic[T]):
         if self.task is None:
             self.discard()
         else:
-            self._task_ended(False, self.task)
+            self._task_ended(None, self.task)
 
     def _claim(self) -> bool:
         try:
@@ -153,17 +151,16 @@ class Operation(Generic[T]):
         except IndexError:
             return False
 
-    async def _perform(self) -> T:
+    async def _perform(self, work: Work[T]) -> T:
         self._started = True
         if self.future.cancelled():  # while the loop was busy with something else
             raise asyncio.CancelledError
-        assert self.work is not None
-        return await self.work()
+        return await work()
 
-    def _task_ended(self, insist: bool, task: asyncio.Task[T]) -> None:
-        if insist and task.cancelled() and not self._started:
+    def _task_ended(self, again: Work[T] | None, task: asyncio.Task[T]) -> None:
+        if again is not None and task.cancelled() and not self._started:
             self._unclaimed.append(True)
-            self.begin(insist=True)
+            self.begin(again, insist=True)
             return
         self._end()
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -283,33 +280,30 @@ class LoopThread:
                 "builder there, or let a calling source run in a worker thread"
             )
 
-    def operation(
-        self, work: Work[T] | None = None, backlog: SubmissionBacklog | None = None
-    ) -> Operation[T]:
+    def operation(self, backlog: SubmissionBacklog | None = None) -> Operation[Any]:
         """Return an operation that has yet to be started; see `Operation`."""
-        return Operation(self._loop, self._operations, work, backlog)
+        return Operation(self._loop, self._operations, backlog)
 
-    def start(self, operation: Operation[Any]) -> None:
-        """Accept an operation, to run in a copy of the caller's context.
+    def start(self, work: Work[T], operation: Operation[T]) -> Operation[T]:
+        """Accept an operation that is to do `work`, in a copy of the caller's context; return it.
 
         Raises:
             RuntimeError: if nothing can be accepted any more; the operation is discarded.
         """
         try:
             self.require_usable()
-            self._enqueue(operation, self._begin)
+            self._enqueue(operation, partial(self._begin, operation, work))
         except BaseException:  # an interrupt may come when it is on its way already
             operation.discard()
             raise
+        return operation
 
-    def _enqueue(
-        self, operation: Operation[Any], begin: Callable[[Operation[Any]], object]
-    ) -> None:
+    def _enqueue(self, operation: Operation[Any], begin: Callable[[], object]) -> None:
         # Known first: either the end of the thread finds it here, or is seen by what follows.
         self._operations[operation] = None
         variables = contextvars.copy_context()
         try:
-            self._loop.call_soon_threadsafe(begin, operation, context=variables)
+            self._loop.call_soon_threadsafe(begin, context=variables)
         except RuntimeError:  # the loop is closed
             raise BuilderClosedError(self._owner) from None
         operation.accepted = True
@@ -333,9 +327,9 @@ class LoopThread:
             BaseException: whatever the work raised.
         """
         self.require_other_thread(call)
-        operation = self.operation(partial(work, *args, **kwargs))
+        operation: Operation[T] = self.operation()
         try:
-            self.start(operation)
+            self.start(partial(work, *args, **kwargs), operation)
             operation.wait()
         except BaseException:  # this thread was interrupted, by Ctrl-C for instance
             operation.discard()
@@ -349,11 +343,11 @@ class LoopThread:
 
     def finish(self, work: Work[None]) -> Operation[None]:
         """Accept the last operation; return the one accepted first if this is not the first."""
-        last = self._last.setdefault("last", self.operation(work))
+        last = self._last.setdefault("last", self.operation())
         # Once is enough, but an interrupt may have come between the two lines.
         if not last.accepted and not self.forked:
             with contextlib.suppress(BuilderClosedError):
-                self._enqueue(last, partial(Operation.begin, insist=True))
+                self._enqueue(last, partial(last.begin, work, insist=True))
         return last
 
     def join(self, seconds: float) -> bool:
@@ -369,11 +363,11 @@ class LoopThread:
 
     # On the loop ------------------------------------------------------------------------------
 
-    def _begin(self, operation: Operation[Any]) -> None:
+    def _begin(self, operation: Operation[T], work: Work[T]) -> None:
         if self._drained:
             operation.settle()  # accepted at the very moment of closing
         else:
-            operation.begin()
+            operation.begin(work)
 
     async def drain(self, until: float, unwinding_seconds: float) -> None:
         """Wait for all operations but the last; cancel those that take longer.
@@ -704,11 +698,10 @@ class SyncResourcePublisher:
 
     def _submit(self, capture: Callable[[], _Errand[T]]) -> Future[T]:
         self._thread.require_usable()
-        operation: Operation[T] = self._thread.operation(backlog=self._backlog)
+        operation: Operation[T] = self._thread.operation(self._backlog)
         try:
             self._backlog.enter(operation)
-            operation.work = partial(self._in_turn, capture())
-            self._thread.start(operation)
+            self._thread.start(partial(self._in_turn, capture()), operation)
         except BaseException:  # refused, or interrupted at any moment
             operation.discard()
             raise
@@ -1085,9 +1078,8 @@ class SyncSnapshotBuilder:
         Raises:
             RuntimeError: once the builder is closed, and in a forked process.
         """
-        operation = self._thread.operation(lambda: work(self.builder))
-        self._thread.start(operation)
-        return operation.future
+        operation: Operation[T] = self._thread.operation()
+        return self._thread.start(partial(work, self.builder), operation).future
 
     def recent_traces(self) -> tuple[Trace, ...]:
         """Return the last traces at once, on any thread; see `SnapshotBuilder.recent_traces`."""

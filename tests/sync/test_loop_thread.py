@@ -16,7 +16,7 @@ import pytest
 
 from coalestra._lockfree import Bell
 from coalestra.core.errors import BuilderClosedError
-from coalestra.sync import LoopThread, SubmissionBacklog
+from coalestra.sync import LoopThread, Operation, SubmissionBacklog, Work
 from tests.sync.steps import PATIENCE, Door, error_of, in_thread, outcome
 
 pytestmark = pytest.mark.concurrency
@@ -26,6 +26,12 @@ REQUEST = contextvars.ContextVar("request", default="none")
 
 async def answer() -> int:
     return 42
+
+
+def started(
+    thread: LoopThread, work: Work[Any], backlog: SubmissionBacklog | None = None
+) -> Operation[Any]:
+    return thread.start(work, thread.operation(backlog))
 
 
 def test_work_that_fails_before_it_can_be_awaited_fails_all_the_same(
@@ -44,9 +50,7 @@ def test_work_begins_in_the_order_in_which_it_was_accepted(loop_thread: LoopThre
     async def begin(number: int) -> None:
         begun.append(number)
 
-    operations = [loop_thread.operation(functools.partial(begin, n)) for n in range(200)]
-    for operation in operations:
-        loop_thread.start(operation)
+    operations = [started(loop_thread, functools.partial(begin, n)) for n in range(200)]
     for operation in operations:
         outcome(operation.future)
     assert begun == list(range(200))
@@ -122,10 +126,8 @@ def test_work_cancelled_before_it_began_never_begins(loop_thread: LoopThread) ->
     async def begin() -> None:
         begun.append(1)
 
-    holding = loop_thread.operation(hold_the_loop)
-    loop_thread.start(holding)
-    late = loop_thread.operation(begin)
-    loop_thread.start(late)
+    holding = started(loop_thread, hold_the_loop)
+    late = started(loop_thread, begin)
     assert late.future.cancel()
     door.set()
     outcome(holding.future)
@@ -179,8 +181,7 @@ def test_cancelling_a_future_whose_loop_is_gone_does_no_harm(loop_thread: LoopTh
     async def stop() -> None:
         loop_thread.stop()
 
-    done = loop_thread.operation(answer)
-    loop_thread.start(done)
+    done = started(loop_thread, answer)
     outcome(loop_thread.finish(stop).future)
     loop_thread.join(PATIENCE)
     assert not done.future.cancel()
@@ -191,7 +192,7 @@ def test_the_representation_tells_the_state(loop_thread: LoopThread) -> None:
     assert repr(loop_thread) == (
         "<LoopThread coalestra-sync-loop alive=True closing=False operations=0>"
     )
-    operation = loop_thread.operation(answer)
+    operation = loop_thread.operation()
     assert repr(operation) == "<Operation begun=False done=False>"
     operation.discard()
 
@@ -242,9 +243,8 @@ def test_an_operation_given_up_on_its_way_never_begins(loop_thread: LoopThread) 
     async def begin() -> None:
         begun.append(1)
 
-    loop_thread.start(loop_thread.operation(hold_the_loop))
-    given_up = loop_thread.operation(begin)
-    loop_thread.start(given_up)
+    started(loop_thread, hold_the_loop)
+    given_up = started(loop_thread, begin)
     given_up.discard()
     held.set()
     loop_thread.run("answer()", answer)
@@ -263,8 +263,7 @@ def test_an_error_that_comes_after_its_waiter_has_gone_is_reported_to_nobody(
             raise KeyError("too late") from None
 
     door_reached = threading.Event()
-    operation = loop_thread.operation(fail_on_cancellation)
-    loop_thread.start(operation)
+    operation = started(loop_thread, fail_on_cancellation)
     assert door_reached.wait(PATIENCE)
     operation.future.cancel()
     loop_thread.run("answer()", answer)
@@ -285,8 +284,7 @@ def test_what_ends_the_program_goes_to_the_threads_that_wait(
     door = Door()
     waiting = in_thread(lambda: loop_thread.run("build()", door.pass_))
     door.wait_reached()
-    submitted = loop_thread.operation(door.pass_, SubmissionBacklog(1))
-    loop_thread.start(submitted)
+    submitted = started(loop_thread, door.pass_, SubmissionBacklog(1))
 
     async def end_the_program() -> None:
         asyncio.get_running_loop().call_soon(raise_it, kind(3))
@@ -309,8 +307,7 @@ def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
     async def end_the_program() -> None:
         asyncio.get_running_loop().call_later(0, raise_it, SystemExit(3))
 
-    submitted = loop_thread.operation(end_the_program, SubmissionBacklog(1))
-    loop_thread.start(submitted)
+    submitted = started(loop_thread, end_the_program, SubmissionBacklog(1))
     outcome(submitted.future)
     while not caplog.records:
         assert loop_thread.run("answer()", answer) == 42
@@ -345,7 +342,7 @@ def test_the_last_operation_begins_again_if_it_is_cancelled_before_its_first_ste
         began.set()
         loop_thread.stop()
 
-    loop_thread.start(loop_thread.operation(hold))
+    started(loop_thread, hold)
     last = loop_thread.finish(stop)
     held.set()
     assert outcome(last.future) is None
@@ -357,14 +354,14 @@ def test_what_is_accepted_at_the_very_moment_of_closing_is_told(loop_thread: Loo
     async def stop() -> None:
         await loop_thread.drain(asyncio.get_running_loop().time(), 1.0)
         loop_thread.stop()
-        late = loop_thread.operation(answer)
-        loop_thread._enqueue(late, loop_thread._begin)
+        late = loop_thread.operation()
+        loop_thread._enqueue(late, functools.partial(loop_thread._begin, late, answer))
         came_late.append(late)
 
     came_late: list[Any] = []
     outcome(loop_thread.finish(stop).future)
     loop_thread.join(PATIENCE)
     assert came_late[0].future.cancelled()
-    over = loop_thread.operation(answer)
+    over = loop_thread.operation()
     with pytest.raises(BuilderClosedError):
-        loop_thread._enqueue(over, loop_thread._begin)
+        loop_thread._enqueue(over, functools.partial(loop_thread._begin, over, answer))

@@ -131,7 +131,7 @@ def hold(thread: LoopThread) -> threading.Event:
     async def wait() -> None:
         door.wait(10)
 
-    thread.start(thread.operation(wait))
+    thread.start(wait, thread.operation())
     return door
 
 

@@ -39,21 +39,6 @@ class Revalidation:
     With `forced`, all of these are read from the sources, past the cache, and none may be stale.
     """
 
-    __slots__ = (
-        "_affected",
-        "_committed",
-        "_failures",
-        "_forced",
-        "_loose",
-        "_named",
-        "_request",
-        "_readings",
-        "_stamp",
-        "_strict",
-        "_unit",
-        "_violated",
-    )
-
     def __init__(
         self,
         unit: UnitOfWork,
