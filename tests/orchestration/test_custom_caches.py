@@ -277,7 +277,7 @@ async def test_a_value_that_vanished_from_the_cache_is_simply_fetched_again() ->
 # Caches that fail
 
 
-class Failing(BatchAtomicCache):
+class FailingSingle(SingleKeyCache):
     """Fails in the calls whose names are in `broken`."""
 
     def __init__(self, *broken: str) -> None:
@@ -290,17 +290,8 @@ class Failing(BatchAtomicCache):
             raise ConnectionError(f"cache lost in {call}")
 
 
-class FailingSingle(SingleKeyCache):
-    """The same with single keys."""
-
-    def __init__(self, *broken: str) -> None:
-        super().__init__()
-        self.broken = set(broken)
-
-    async def _travel(self, call: str) -> None:
-        await super()._travel(call)
-        if call in self.broken:
-            raise ConnectionError(f"cache lost in {call}")
+class Failing(FailingSingle, BatchAtomicCache):
+    """The same with many keys at once."""
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ async def test_a_thread_brings_its_answer_home(batch: bool) -> None:
     await building.aclose()
 
 
-async def test_a_late_answer_may_take_a_thread_to_be_copied() -> None:
+def copied_behind_a_gate() -> tuple[ThreadGate, Single, SnapshotBuilder]:
     gate = ThreadGate()
 
     def copier(value: Any) -> Any:
@@ -337,7 +337,11 @@ async def test_a_late_answer_may_take_a_thread_to_be_copied() -> None:
         return ["value"]
 
     source = tuned(Single("x", fetch=fetch, timeout=10), resilience_policy=LATE)
-    building = builder(source, payload_copier=copier, run_payload_copies_in_thread=True)
+    return gate, source, builder(source, payload_copier=copier, run_payload_copies_in_thread=True)
+
+
+async def test_a_late_answer_may_take_a_thread_to_be_copied() -> None:
+    gate, source, building = copied_behind_a_gate()
     assert cut(await hasty(building))
     await asyncio.sleep(2)
     gate.open()
@@ -349,18 +353,7 @@ async def test_a_late_answer_may_take_a_thread_to_be_copied() -> None:
 
 
 async def test_a_late_copy_that_takes_longer_than_the_source_may_is_given_up() -> None:
-    gate = ThreadGate()
-
-    def copier(value: Any) -> Any:
-        gate.pass_()
-        return list(value)
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
-        await asyncio.sleep(3)
-        return ["value"]
-
-    source = tuned(Single("x", fetch=fetch, timeout=10), resilience_policy=LATE)
-    building = builder(source, payload_copier=copier, run_payload_copies_in_thread=True)
+    gate, _, building = copied_behind_a_gate()
     assert cut(await hasty(building))
     await asyncio.sleep(9)
     assert (await building.health_snapshot()).singleflight_in_flight == 0

@@ -150,7 +150,8 @@ async def test_after_closing_no_task_and_no_thread_is_left() -> None:
     assert not [each for each in left if each.name.startswith("coalestra")]
 
 
-async def test_a_source_thread_that_cannot_be_ended_is_named_in_the_error_and_in_health() -> None:
+async def closed_over_a_stuck_thread() -> tuple[ThreadGate, SnapshotBuilder, asyncio.Task[Any]]:
+    """A gate at which a thread waits for a source, its closed builder, and who reads from it."""
     gate = ThreadGate()
     source = CallableSource(
         name="stuck",
@@ -163,6 +164,11 @@ async def test_a_source_thread_that_cannot_be_ended_is_named_in_the_error_and_in
     await settle()
     with pytest.raises(SourceTimeoutError, match="stuck"):
         await building.aclose(copy_shutdown_timeout_seconds=1)
+    return gate, building, reading
+
+
+async def test_a_source_thread_that_cannot_be_ended_is_named_in_the_error_and_in_health() -> None:
+    gate, building, reading = await closed_over_a_stuck_thread()
     assert (await building.health_snapshot()).unfinished_source_calls == {"stuck": 1}
     with pytest.raises(RuntimeError):
         await reading
@@ -173,18 +179,7 @@ async def test_a_source_thread_that_cannot_be_ended_is_named_in_the_error_and_in
 @pytest.mark.expects_leaks  # the thread, which nothing can end
 async def test_after_closing_who_waits_for_a_thread_without_end_can_be_cancelled() -> None:
     """Else the program could not end, as it cancels all tasks and waits for them."""
-    gate = ThreadGate()
-    source = CallableSource(
-        name="stuck",
-        priority=1,
-        supports=lambda key: True,
-        fetcher=lambda key, context: gate.pass_(),
-    )
-    building = builder(source)
-    reading = asyncio.ensure_future(building.build([K]))
-    await settle()
-    with pytest.raises(SourceTimeoutError, match="stuck"):
-        await building.aclose(copy_shutdown_timeout_seconds=1)
+    gate, _, reading = await closed_over_a_stuck_thread()
     await asyncio.gather(reading, return_exceptions=True)
     left = asyncio.all_tasks() - {asyncio.current_task()}
     assert left, "the worker that waits for the thread"

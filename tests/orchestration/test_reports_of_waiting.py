@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from coalestra import InMemoryMetrics
+from coalestra import InMemoryMetrics, Snapshot, SnapshotBuilder
 from tests.orchestration.scripted import Batch, Derived, builder, key
 from tests.support import Gate, no_leaks
 
 
-async def test_a_deadline_that_strikes_in_the_queue_for_capacity_is_counted_as_such() -> None:
+async def one_slot_taken() -> tuple[
+    Gate, InMemoryMetrics, SnapshotBuilder, asyncio.Future[Snapshot]
+]:
     gate, metrics = Gate(), InMemoryMetrics()
     batch = Batch("batch", before=gate.pass_)
     building = builder(
@@ -17,6 +19,11 @@ async def test_a_deadline_that_strikes_in_the_queue_for_capacity_is_counted_as_s
     )
     holding = asyncio.ensure_future(building.build([key("batch", "1")]))
     await gate.wait_arrived()
+    return gate, metrics, building, holding
+
+
+async def test_a_deadline_that_strikes_in_the_queue_for_capacity_is_counted_as_such() -> None:
+    gate, metrics, building, holding = await one_slot_taken()
     await building.build([key("batch", "2")], strict=False, deadline_seconds=1)
     counted = metrics.counter
     waited = {"source": "batch", "reason": "snapshot_deadline"}
@@ -30,13 +37,7 @@ async def test_a_deadline_that_strikes_in_the_queue_for_capacity_is_counted_as_s
 
 
 async def test_a_caller_who_leaves_the_queue_before_any_deadline_is_no_timeout() -> None:
-    gate, metrics = Gate(), InMemoryMetrics()
-    batch = Batch("batch", before=gate.pass_)
-    building = builder(
-        batch, source_concurrency={"batch": 1}, metrics=metrics, buffer_observability=False
-    )
-    holding = asyncio.ensure_future(building.build([key("batch", "1")]))
-    await gate.wait_arrived()
+    gate, metrics, building, holding = await one_slot_taken()
     leaving = asyncio.ensure_future(building.build([key("batch", "2")], deadline_seconds=9))
     await asyncio.sleep(1)
     leaving.cancel()
