@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -721,9 +722,7 @@ class SnapshotBuilder(BuilderSettings):
                 observability_shutdown_timeout_seconds,
                 self.observability_shutdown_timeout_seconds,
             ),
-            total=number(
-                "shutdown_timeout_seconds", shutdown_timeout_seconds, minimum=0, optional=True
-            ),
+            total=_seconds("shutdown_timeout_seconds", shutdown_timeout_seconds, math.inf),
             cancel_refreshes=flag("cancel_refreshes", cancel_refreshes),
             drain=self.observability_drain_on_shutdown,
         )

@@ -29,6 +29,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -67,7 +68,7 @@ def gives_way(error: BaseException | None) -> Iterator[None]:
         )
 
 
-async def insist(stage: Callable[[], Awaitable[None]]) -> None:
+async def insist(stage: Callable[[], Awaitable[object]]) -> None:
     """Await what a stage of closing does, again if it is cut off: it is bounded by itself."""
     for _ in range(_ATTEMPTS - 1):
         try:
@@ -85,14 +86,14 @@ class Limits:
     Attributes:
         copies: for copies, and for sources and refreshes.
         observability: for the buffers.
-        total: for all stages together; None for no limit of its own.
+        total: for all stages together.
         cancel_refreshes: whether refreshes are given up at once.
         drain: whether buffers are emptied, or what waits in them is discarded.
     """
 
     copies: float
     observability: float
-    total: float | None = None
+    total: float = math.inf
     cancel_refreshes: bool = False
     drain: bool = True
 
@@ -123,7 +124,7 @@ class Closing:
         self._late: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._errors: list[BaseException] = []
-        self._end: float | None = None
+        self._end = math.inf
         self._over = False
         self.unfinished: Mapping[str, int] = {}
 
@@ -147,8 +148,7 @@ class Closing:
             raise self._errors[0]
 
     async def _run(self, limits: Limits) -> None:
-        loop = asyncio.get_running_loop()
-        self._end = None if limits.total is None else loop.time() + limits.total
+        self._end = asyncio.get_running_loop().time() + limits.total
         stages: tuple[tuple[float, Stage], ...] = (
             (limits.copies, partial(self._end_refreshes, limits.cancel_refreshes)),
             (limits.copies, self._end_engine),
@@ -157,9 +157,8 @@ class Closing:
             (max(limits.copies, limits.observability), self._end_managed),
         )
         for seconds, stage in stages:
-            stage_end = loop.time() + self._granted(seconds)  # also of a second attempt
             try:
-                await insist(partial(_until, stage_end, stage))
+                await _within(self._granted(seconds), stage)
             except BaseException as error:
                 self._errors.append(error)
         if not self._managed:
@@ -168,8 +167,6 @@ class Closing:
 
     def _granted(self, seconds: float) -> float:
         """Return how much of its own limit a stage, or a managed part, can have now."""
-        if self._end is None:
-            return seconds
         return min(seconds, max(MOMENT_SECONDS, self._end - asyncio.get_running_loop().time()))
 
     # The stages, each with the seconds that it has ---------------------------------------------
@@ -264,11 +261,10 @@ class Closing:
 
     async def _call_in_thread(self, close: Callable[[], Any], seconds: float) -> Any:
         """Call what may block. It cannot be cut off, so a cancellation is of no use to anybody."""
-        loop = asyncio.get_running_loop()
-        end, ended = loop.time() + seconds, loop.create_future()
+        ended = asyncio.get_running_loop().create_future()
         call = partial(contextvars.copy_context().run, close)
         job = self._threads.start(call, _name_of(close), lambda _: _tell(ended), or_here=True)
-        await insist(partial(_until, end, lambda left: asyncio.wait([ended], timeout=left)))
+        await _within(seconds, lambda left: asyncio.wait([ended], timeout=left))
         if not ended.done():
             raise _takes_too_long(close, seconds)
         try:
@@ -312,8 +308,11 @@ class Closing:
                 await asyncio.wait(self._late)
 
 
-async def _until(end: float, stage: Stage) -> None:
-    await stage(max(0.0, round(end - asyncio.get_running_loop().time(), 3)))
+async def _within(seconds: float, stage: Stage) -> None:
+    """Have a stage done in so many seconds, all attempts together."""
+    now = asyncio.get_running_loop().time
+    end = now() + seconds
+    await insist(lambda: stage(max(0.0, round(end - now(), 3))))
 
 
 def _cancelled_itself(close: Callable[[], Any]) -> RuntimeError:
