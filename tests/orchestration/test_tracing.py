@@ -682,12 +682,42 @@ async def test_every_span_of_a_session_and_of_what_is_cut_off_ends() -> None:
     assert {each["kind"] for each in spans.begun} == {"resolve", "call", "build"}
 
 
-async def test_stages_of_one_session_at_the_same_time_end_each_its_own_span() -> None:
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_stages_of_one_session_at_the_same_time_have_each_its_own_span(awaited: bool) -> None:
     spans = Spans()
-    b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)), tracer=spans)
+    b = builder(
+        Single("a", fetch=latency(3)),
+        Single("b", fetch=latency(2)),
+        Single("c", fetch=latency(5)),
+        Derived("d", needs=lambda _: [B]),
+        tracer=spans,
+        cache=SingleKeyCache() if awaited else None,
+    )
+    other = asyncio.ensure_future(b.build([key("c")]))
+    await settle()
     async with b.session() as session:
-        await asyncio.gather(session.resolve([A]), session.resolve([B]))
-    assert list(spans.ended) == ["call 2", "resolve 2", "call 1", "resolve 1"]
+        stages = [[A], [D], [key("c")]]
+        await asyncio.gather(*(session.resolve(keys) for keys in stages))
+        resolved = [each["name"] for each in spans.begun if each["kind"] == "resolve"]
+        first, second = (session.revalidate([k], force_refresh=True) for k in (A, B))
+        await asyncio.gather(first, second, session.resolve([key("a", "2")]))
+    await other
+    calls = {
+        name: [each["parent"] for each in spans.begun if each.get("source") == name]
+        for name in ("a", "b", "d")
+    }
+    ended = list(spans.ended)
+    for parents in calls.values():
+        assert len(parents) == len(set(parents)), "each stage makes the calls of its own"
+    assert calls["b"] == calls["d"], "a derivation and what it needs belong together"
+    for each in spans.begun:
+        if each["kind"] == "call":
+            assert ended.index(each["name"]) < ended.index(each["parent"])
+    ((waiting, _, seconds, _),) = spans.joins
+    assert waiting in set(resolved) - {calls["a"][0], calls["d"][0]}
+    assert seconds == pytest.approx(5, abs=0.01)
+    await b.aclose()
+    await no_leaks(b)
 
 
 async def test_a_tracer_sees_one_who_gave_up_waiting_for_the_call_of_another() -> None:

@@ -627,7 +627,7 @@ class Call:
             work, link, keys = self.work, self.link, len(self.flights)
             self.log = CallLog(
                 self.parts.tracing,
-                work.trace,
+                next(iter(self.flights)).span_of(work),
                 work.context.snapshot_id,
                 link.name,
                 link.kind.value,

@@ -417,21 +417,27 @@ class Flight:
 
         The work that started the flight keeps it for as long as it lives.
         """
-        if not self.sponsor.over:
-            return self.sponsor
-        seen = {id(self)}
-        stack = [self]
+        if self.sponsor.over:
+            living = (stage.work for stage in self._stages() if not stage.work.over)
+            self.sponsor = next(living, self.sponsor)
+        return self.sponsor
+
+    def span_of(self, work: Work) -> Any:
+        """Return the span of the stage of `work` that waits, if a tracer follows it."""
+        latest = None if work.trace is None else work.trace.span
+        return next((stage.span for stage in self._stages() if stage.work is work), latest)
+
+    def _stages(self) -> Iterator[Gather]:
+        """Yield what waits on nobody's behalf, directly or through derived keys."""
+        seen, stack = {id(self)}, [self]
         while stack:
             for gather in stack.pop().waiters:
                 owner = gather.owner
                 if owner is None:
-                    if not gather.work.over:
-                        self.sponsor = gather.work
-                        return gather.work
+                    yield gather
                 elif id(owner) not in seen:
                     seen.add(id(owner))
                     stack.append(owner)
-        return self.sponsor
 
     def view(self) -> FlightSnapshot:
         """Return where it stands now."""
@@ -511,7 +517,8 @@ class Gather:
     A stage waits for its keys under the pins of its session. A derived acquisition (`owner`)
     waits for its dependencies. Once every key has a reading or a failure, `done` is called, once.
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
-    is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces.
+    is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces;
+    `span` is that of the stage, if a tracer follows it.
     With `renews`, what is stale or due is waited for, as a refresh inherits its freshness.
     """
 
@@ -532,6 +539,7 @@ class Gather:
         "refresh",
         "renews",
         "rounds",
+        "span",
         "strike",
         "struck",
         "urgent",
@@ -561,6 +569,7 @@ class Gather:
         self.urgent: bool = owner is not None and owner.urgent
         self.within: Call | None = None
         self.logs: Mapping[ResourceKey, KeyLog] = EMPTY
+        self.span: Any = None
         self.readings: dict[ResourceKey, Reading] = {}
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[Flight | Read, None] = {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import Any
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.core.errors import (
@@ -59,6 +60,7 @@ class Revalidation:
         self._stamp = self._state()
         self._committed = False
         self._violated: type[BaseException] | None = None
+        self._span: Any = None
 
     async def run(self, turn: asyncio.Lock) -> Snapshot:
         """Wait for the turn, replace what is named, and report how it went.
@@ -71,6 +73,7 @@ class Revalidation:
         counters.revalidation_attempts += 1
         try:
             with self._unit.stage("revalidate", len(self._named)) as stage:
+                self._span = stage.span
                 try:
                     return await self._in_turn(turn)
                 finally:
@@ -129,7 +132,9 @@ class Revalidation:
         demand = Demand(forced, frozenset(derived))
         going = self._affected | self._loose
         kept = Pins({key: pin for key, pin in unit.pins.items() if key not in going}, demand)
-        await unit.engine.run(Gather(unit.work, self._wanted(), kept, demand=demand), self._take)
+        gather = Gather(unit.work, self._wanted(), kept, demand=demand)
+        gather.span = self._span
+        await unit.engine.run(gather, self._take)
 
     def _take(self, gather: Gather) -> None:
         self._readings = gather.readings

@@ -240,8 +240,11 @@ class SingleFlight:
     @staticmethod
     def note(gather: Gather) -> None:
         """Begin to keep notes of every key of a gather, if anybody wants any."""
-        if gather.work.trace is not None:
-            gather.logs = gather.work.trace.look(gather.keys, requested=gather.owner is None)
+        trace, owner = gather.work.trace, gather.owner
+        if trace is not None:
+            gather.logs = trace.look(gather.keys, requested=owner is None)
+            if gather.span is None:
+                gather.span = trace.span if owner is None else owner.span_of(gather.work)
 
     def _look_on(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
         part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
@@ -541,7 +544,8 @@ class SingleFlight:
         trace = gather.work.trace
         if trace is not None and gather in flight.waiters:
             key, joined = flight.key, flight.waiters[gather]
-            trace.flies(gather.logs.get(key), key, flight.note(), joined=joined)
+            waiting = gather.span if joined else None
+            trace.flies(gather.logs.get(key), key, flight.note(), joined=joined, waiting=waiting)
 
     def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""

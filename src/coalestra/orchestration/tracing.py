@@ -168,14 +168,14 @@ class CallLog:
     def __init__(
         self,
         tracing: Tracing,
-        work: WorkTrace | None,
+        parent: Any,
         snapshot_id: str,
         source: str,
         kind: str,
         keys: int,
     ) -> None:
         self._tracing = tracing
-        self._parent: WorkTrace | None = work
+        self._parent = parent
         self.snapshot_id: str = snapshot_id
         self.source: str = source
         self.kind: str = kind
@@ -219,8 +219,7 @@ class CallLog:
             "attempt": attempt.number,
             "waited_seconds": attempt.called - attempt.start,
         }
-        parent = None if self._parent is None else self._parent.span
-        attempt.span = self._tracing.tell(tracer.begin, "call", attributes, parent=parent)
+        attempt.span = self._tracing.tell(tracer.begin, "call", attributes, parent=self._parent)
         if attempt.span is not None:
             self._tracing.tell(run, tracer.enter, attempt.span)
 
@@ -714,11 +713,17 @@ class WorkTrace:
             self._untold.update([hash(revision.key) for revision in rest])
 
     def flies(
-        self, log: KeyLog | None, key: ResourceKey, flight: FlightLog, *, joined: bool
+        self,
+        log: KeyLog | None,
+        key: ResourceKey,
+        flight: FlightLog,
+        *,
+        joined: bool,
+        waiting: Any,
     ) -> None:
-        """Note that a flight acquires the key, and whether another unit of work had begun it."""
-        if joined and self.span is not None:
-            self._joins.setdefault(key, (self.span, flight, _now()))
+        """Note that a flight acquires the key, and which span waits if another had begun it."""
+        if waiting is not None:
+            self._joins.setdefault(key, (waiting, flight, _now()))
         if log is not None:
             log.flies(flight, joined=joined)
 
