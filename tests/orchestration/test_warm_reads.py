@@ -13,6 +13,7 @@ from coalestra import (
     AsyncMemoryCache,
     FreshnessPolicy,
     InMemoryMetrics,
+    NullEventSink,
     PolicyResolver,
     RefreshMode,
     SnapshotBuildError,
@@ -63,6 +64,35 @@ async def test_a_few_keys_are_told_of_as_any_others(count: int) -> None:
     await building.aclose()
     with pytest.raises(RuntimeError):
         await building.build(MANY[:count])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+async def test_a_few_keys_are_reported_as_any_others(strict: bool) -> None:
+    class Recorder(NullEventSink):
+        def emit(self, event_type: str, **payload: Any) -> None:
+            emitted.append((event_type, {**payload, "snapshot_id": "an id"}))
+
+    emitted: list[tuple[str, dict[str, Any]]] = []
+    clock, metrics = ManualClock(), InMemoryMetrics()
+    building = builder(
+        Batch("x"),
+        clock=clock,
+        default_policy=FreshnessPolicy(10, 20),
+        metrics=metrics,
+        events=Recorder(),
+    )
+    await building.build(MANY[:3])
+    told, counts = [], []
+    for metadata in (None, {"for": "nobody"}):
+        emitted.clear()
+        before = metrics.snapshot().counters
+        await building.build(MANY[:3], strict=strict, metadata=metadata)
+        told.append(list(emitted))
+        after = metrics.snapshot().counters
+        counts.append({series: after[series] - before.get(series, 0) for series in after})
+    assert told[0] == told[1]
+    assert counts[0] == counts[1]
+    assert [name for name, _ in told[0]][::4] == ["snapshot_started", "snapshot_built"]
 
 
 async def test_each_key_is_judged_by_its_own_policy() -> None:

@@ -403,9 +403,12 @@ class EntryStore:
         """Count ``keys`` as found fresh, and as used last."""
         self._fresh_hits += len(keys)
         if self._recency is not None:
+            move = self._recency.move_to_end
             for key in keys:
-                if key in self._recency:
-                    self._recency.move_to_end(key)
+                try:
+                    move(key)
+                except KeyError:  # it has left meanwhile
+                    continue
 
     def peek(self, key: ResourceKey) -> Revision | None:
         """Return the current entry of ``key`` whatever its age, counting and moving nothing."""
