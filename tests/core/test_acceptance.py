@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -69,6 +70,40 @@ def only(
     snapshot = Snapshot("id", NOW, {each.key: each for each in values})
     (violation,) = violations_of(policy, tuple(snapshot), (), snapshot, NOW)
     return violation
+
+
+class TestManyAtOnce:
+    def test_what_is_told_by_the_extremes_of_all_is_what_is_told_key_by_key(self) -> None:
+        chance = random.Random(7)
+        freshness = (None, PolicyResolver(FreshnessPolicy(4.0, 100.0)))
+        clear = 0
+        for _ in range(500):
+            rule = ResourceAcceptanceRule(
+                chance.choice((None, 3.0, 8.0)), chance.random() < 0.5, chance.choice((None, 1, 3))
+            )
+            if not rule.has_constraints:
+                continue
+            values = [
+                value(
+                    key,
+                    observed_at=NOW - chance.choice((0.0, 2.0, 6.0)),
+                    age_seconds=chance.choice((0.0, 5.0)),
+                    stale=chance.random() < 0.2,
+                    authority_rank=chance.choice((0, 2, 5)),
+                )
+                for key in chance.sample((A, B, C), chance.randint(0, 3))
+            ]
+            at_once, one_by_one = (
+                SnapshotAcceptancePolicy(rule),
+                SnapshotAcceptancePolicy(
+                    rule, resource_rules={ResourceKey("n", "other"): ANYTHING}
+                ),
+            )
+            for known in freshness:
+                told = found(at_once, *values, freshness=known)
+                assert told == found(one_by_one, *values, freshness=known)
+                clear += not told
+        assert 200 < clear < 800
 
 
 class TestRules:

@@ -258,6 +258,8 @@ def violations_of(
     """
     values: Mapping[ResourceKey, SnapshotValue[Any]] = getattr(snapshot, "resources", snapshot)
     trial = _Trial(policy, values, now, freshness, policy_of_all(freshness))
+    if trial.is_clear():
+        return ()
     judged_optional = (
         key
         for key in request_optional
@@ -284,6 +286,34 @@ class _Trial:
     now: float
     freshness: FreshnessPolicyProvider | None
     common: FreshnessPolicy | None
+
+    def is_clear(self) -> bool:
+        """Whether the extremes of all values show that nothing speaks against any of them.
+
+        It may be that nothing does, and this cannot tell.
+        """
+        rule, values = self.policy.default_rule, self.values.values()
+        if self.policy.resource_rules or self.policy.requirements or not rule.judges_nothing_below:
+            return False
+        if not values or not rule.has_constraints:
+            return True
+        lowest, most = rule.minimum_authority_rank, rule.max_age_seconds
+        if lowest is not None and min([value.authority_rank for value in values]) < lowest:
+            return False
+        told = max([value.age_seconds for value in values])
+        age = max(told, self.now - min([value.observed_at for value in values]))
+        if most is not None and age > most:
+            return False
+        return rule.allow_stale or self._all_are_fresh(age)
+
+    def _all_are_fresh(self, age: float) -> bool:
+        """Whether values of at most this age are fresh for sure."""
+        values = self.values.values()
+        if any(value.stale or value.dependency_versions for value in values):
+            return False
+        if self.freshness is None:
+            return True
+        return self.common is not None and not gone_stale(age, self.common.ttl_seconds)
 
     def against(self, key: ResourceKey) -> _Violations:
         """What speaks against the value of one key; nothing if it has none."""
