@@ -51,10 +51,6 @@ _STATUS = {
 _PUBLISHED_MARK: FrozenDict[str, Any] = FrozenDict({"published": True})
 
 
-_Written = tuple[Revision, Outcome]
-"""A revision that was offered, and what became of it."""
-
-
 @dataclasses.dataclass(frozen=True)
 class PublisherParts:
     """What a publisher works with; a builder fills this in to share its own parts.
@@ -119,9 +115,9 @@ class PublisherParts:
                 f"{source} published {key.display} with a time in the future: {rejection}"
             ) from rejection
 
-    def report(self, force: bool, written: _Written) -> None:
+    def report(self, force: bool, offered: Revision, outcome: Outcome) -> None:
         """Report what became of a revision."""
-        offered, (status, current, previous) = written
+        status, current, previous = outcome
         if self.reporter is None:
             return
         if status is _STORED:
@@ -135,13 +131,14 @@ class PublisherParts:
 
 def _result_now(
     copies: PayloadCopies,
-    written: _Written,
+    offered: Revision,
+    outcome: Outcome,
     policy: FreshnessPolicy,
     now: float,
     open_now: Callable[..., Any] | None = None,
 ) -> PublishResult | None:
     """Return the result of one event; None if its copies take ``await _result``."""
-    offered, (status, current, previous) = written
+    status, current, previous = outcome
     before, open_now = None, open_now or copies.open_now
     payload = open_now(current.payload, current.seal, context=_OUT)
     if previous is not None:
@@ -156,9 +153,13 @@ def _result_now(
 
 
 async def _result(
-    copies: PayloadCopies, written: _Written, policy: FreshnessPolicy, now: float
+    copies: PayloadCopies,
+    offered: Revision,
+    outcome: Outcome,
+    policy: FreshnessPolicy,
+    now: float,
 ) -> PublishResult:
-    offered, (status, current, previous) = written
+    status, current, previous = outcome
     values: list[SnapshotValue[Any]] = []
     for each in (current,) if previous is None else (current, previous):
         payload = await copies.open(each.payload, each.seal, context=_OUT)
@@ -190,51 +191,57 @@ class _Results(Mapping[ResourceKey, PublishResult]):
     def __init__(
         self,
         copies: PayloadCopies,
-        policies: Mapping[ResourceKey, FreshnessPolicy],
+        offered: Mapping[ResourceKey, Revision],
+        policies: Mapping[Revision, FreshnessPolicy],
         now: float,
-        written: Iterable[_Written],
+        outcomes: Iterable[Outcome],
     ) -> None:
         self._copies = copies
+        self._offered = offered
         self._policies = policies
         self._now = now
-        self._results: dict[ResourceKey, PublishResult | _Written]
-        self._results = {each[0].key: each for each in written}
+        self._results: dict[Revision, PublishResult | Outcome]
+        self._results = dict(zip(offered.values(), outcomes, strict=True))
 
-    async def complete(self, report: Callable[[_Written], object] | None, pace: Pace) -> None:
+    async def complete(
+        self, report: Callable[[Revision, Outcome], object] | None, pace: Pace
+    ) -> None:
         """Report all, then copy those that are no trifles."""
-        copies, results, left = self._copies, self._results, PORTION
+        copies, results, now, left = self._copies, self._results, self._now, PORTION
         if report is not None:
-            for written in results.values():
-                report(cast(_Written, written))
+            for offered, outcome in results.items():
+                report(offered, cast(Outcome, outcome))
                 await pace.keep()
-        for key, written in results.items():
-            _, (_, current, previous) = written = cast(_Written, written)
+        for offered, outcome in results.items():
+            _, current, previous = outcome = cast(Outcome, outcome)
             weight = current.seal.weight
             if previous is not None:
                 weight = max(weight, previous.seal.weight)
             if weight >= PORTION or not copies.is_direct:
-                policy, now = self._policies[key], self._now
-                result = _result_now(copies, written, policy, now)
+                policy = self._policies[offered]
+                result = _result_now(copies, offered, outcome, policy, now)
                 if result is None:
-                    result = await _result(copies, written, policy, now)
-                results[key] = result  # what was replaced is let go one by one, not all at the end
+                    result = await _result(copies, offered, outcome, policy, now)
+                results[offered] = result  # what was replaced is let go one by one
             left -= weight
             if left <= 0:
                 left = PORTION
                 await pace.keep()
 
     def __getitem__(self, key: ResourceKey) -> PublishResult:
-        result = self._results[key]
+        offered = self._offered[key]
+        result = self._results[offered]
         if type(result) is tuple:
-            made = _result_now(self._copies, result, self._policies[key], self._now, _opened)
-            result = self._results[key] = cast(PublishResult, made)
+            policy = self._policies[offered]
+            made = _result_now(self._copies, offered, result, policy, self._now, _opened)
+            result = self._results[offered] = cast(PublishResult, made)
         return cast(PublishResult, result)
 
     def __iter__(self) -> Iterator[ResourceKey]:
-        return iter(self._results)
+        return iter(self._offered)
 
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self._offered)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -397,10 +404,9 @@ class ResourcePublisher:
         if store is None or revision.seal is None:
             return (await self._publish((revision,), now, force, replace_equal))[key]
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
-        written = revision, outcome
-        parts.report(force, written)
-        result = _result_now(parts.copies, written, policy, now)
-        return result or await _result(parts.copies, written, policy, now)
+        parts.report(force, revision, outcome)
+        result = _result_now(parts.copies, revision, outcome, policy, now)
+        return result or await _result(parts.copies, revision, outcome, policy, now)
 
     async def publish_update(
         self, update: ResourceUpdate[Any], *, force: bool = False, replace_equal: bool = False
@@ -484,12 +490,12 @@ class ResourcePublisher:
     ) -> Mapping[ResourceKey, PublishResult]:
         """Offer the best revision per key to the cache; nothing is written if one is unfit."""
         parts, pace = self._parts, Pace()
-        policies: dict[ResourceKey, FreshnessPolicy] = {}
+        policies: dict[Revision, FreshnessPolicy] = {}
         announcement = _Announcement(parts.access)
         try:
             for revision in made:
                 announcement.judged.append(revision)
-                policies[revision.key] = parts.policy_resolver.resolve(revision.key)
+                policies[revision] = parts.policy_resolver.resolve(revision.key)
                 if revision.seal is None:
                     announcement.catch_up()
                     sealed = await parts.copies.seal(revision.payload, context=_IN)
@@ -505,7 +511,7 @@ class ResourcePublisher:
             await pace.keep()
         finally:
             announcement.conclude()
-        results = _Results(parts.copies, policies, now, zip(best.values(), outcomes, strict=True))
+        results = _Results(parts.copies, best, policies, now, outcomes)
         del outcomes
         report = None if parts.reporter is None else partial(parts.report, force)
         await results.complete(report, pace)
@@ -514,7 +520,7 @@ class ResourcePublisher:
     async def _write(
         self,
         best: Mapping[ResourceKey, Revision],
-        policies: Mapping[ResourceKey, FreshnessPolicy],
+        policies: Mapping[Revision, FreshnessPolicy],
         announcement: _Announcement,
         force: bool,
         replace_equal: bool,
@@ -525,7 +531,8 @@ class ResourcePublisher:
             return access.store.put_many(best.values(), **terms)
         assert access.foreign is not None
         announcement.catch_up()
-        written = await access.foreign.publish(best.values(), policies, **terms)
+        by_key = {key: policies[revision] for key, revision in best.items()}
+        written = await access.foreign.publish(best.values(), by_key, **terms)
         return [written[key] for key in best]
 
 
