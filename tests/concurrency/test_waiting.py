@@ -184,3 +184,16 @@ async def test_leaving_ten_thousand_waiters_from_the_front_is_linear() -> None:
         waiter.cancel()
         queue.leave(waiter)
     assert not queue
+
+
+async def test_any_thread_may_count_who_waits_while_others_come_and_go() -> None:
+    queue = WaitQueue()
+
+    class Restless(asyncio.Future[None]):
+        def done(self) -> bool:
+            queue.leave(queue.enqueue())  # as another thread may meanwhile
+            return super().done()
+
+    queue._waiters[Restless()] = None
+    queue.enqueue()
+    assert len(queue) == 2

@@ -46,7 +46,9 @@ class WaitQueue:
 
     def __len__(self) -> int:
         """Count the waiters that can still be woken."""
-        return sum(not waiter.done() for waiter in self._waiters)
+        return sum(
+            not waiter.done() for waiter in tuple(self._waiters)
+        )  # in one step, for any thread
 
     def __bool__(self) -> bool:
         return any(not waiter.done() for waiter in self._waiters)
