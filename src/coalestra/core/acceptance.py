@@ -293,7 +293,9 @@ class _Trial:
         It may be that nothing does, and this cannot tell.
         """
         rule, values = self.policy.default_rule, self.values.values()
-        if self.policy.resource_rules or self.policy.requirements or not rule.judges_nothing_below:
+        if type(self.policy) is not SnapshotAcceptancePolicy or not rule.judges_nothing_below:
+            return False  # a policy of the application's may have rules of its own
+        if self.policy.resource_rules or self.policy.requirements:
             return False
         if not values or not rule.has_constraints:
             return True
