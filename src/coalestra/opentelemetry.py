@@ -14,27 +14,29 @@ Laws:
 from __future__ import annotations
 
 import asyncio
-import logging
+import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from coalestra._lockfree import Cell
+from coalestra._telemetry import (
+    COUNTERS,
+    OBSERVATIONS,
+    Builder,
+    Watched,
+    backlog,
+    severity,
+    troubled_circuits,
+)
 from coalestra._version import __version__
 from coalestra.core.errors import folded_message, message_of
-from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
+from coalestra.core.health import BuilderHealth
 from coalestra.core.serialization import qualified_type
 from coalestra.core.validation import flag, readable, require_methods, text
-
-if TYPE_CHECKING:
-    from coalestra.orchestration.builder import SnapshotBuilder
-    from coalestra.sync import SyncSnapshotBuilder
-
-    _Builder = SnapshotBuilder | SyncSnapshotBuilder
 
 try:
     from opentelemetry import metrics, trace
@@ -47,7 +49,6 @@ except ImportError as error:
 
 __all__ = ["OpenTelemetryMetrics", "OpenTelemetryTracer"]
 
-_logger: Final = logging.getLogger("coalestra")
 _SCOPE: Final = "coalestra"
 
 _ATTRIBUTES: Final[Mapping[str, str]] = {
@@ -272,56 +273,6 @@ def _places(error: BaseException) -> str:
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
-# Each row: the name, which goes behind "coalestra.", the unit, and what it measures.
-_COUNTERS: Final[Mapping[str, tuple[str, str, str]]] = {
-    "snapshot_build_total": ("snapshot.builds", "{build}", "builds"),
-    "snapshot_session_resolve_total": ("session.resolutions", "{stage}", "stages of sessions"),
-    "snapshot_session_revalidate_total": (
-        "session.revalidations", "{revalidation}", "revalidations of sessions"
-    ),
-    "snapshot_acceptance_total": (
-        "acceptance.checks", "{snapshot}", "snapshots judged by an acceptance policy"
-    ),
-    "snapshot_acceptance_violation_total": (
-        "acceptance.violations", "{violation}", "violations of acceptance policies"
-    ),
-    "snapshot_consistency_total": (
-        "consistency.checks", "{snapshot}", "snapshots judged by a consistency policy"
-    ),
-    "cache_access_total": ("cache.lookups", "{key}", "keys looked up in the cache"),
-    "cache_failure_total": ("cache.failures", "{failure}", "errors of a cache that is awaited"),
-    "singleflight_join_total": ("flight.joins", "{key}", "keys that another reader was fetching"),
-    "source_fetch_total": ("source.keys", "{key}", "keys asked of a source"),
-    "source_batch_call_total": ("source.batch.calls", "{call}", "batch calls"),
-    "source_capacity_timeout_total": (
-        "source.capacity.timeouts", "{call}", "calls that got no slot"
-    ),
-    "source_transport_budget_rejection_total": (
-        "source.transport.rejections", "{call}", "blocking calls not begun for want of time"
-    ),
-    "source_transport_timeout_violation_total": (
-        "source.transport.violations", "{call}", "blocking calls longer than they declare"
-    ),
-    "resource_publish_total": ("resource.publications", "{value}", "published values"),
-    "resource_invalidation_total": ("resource.invalidations", "{key}", "invalidated keys"),
-    "resource_refresh_total": ("resource.refreshes", "{refresh}", "background refreshes"),
-    "payload_copy_deadline_total": (
-        "payload.copy.timeouts", "{copy}", "deadlines that struck during a copy"
-    ),
-}  # fmt: skip
-_HISTOGRAMS: Final[Mapping[str, tuple[str, str, str, Sequence[float]]]] = {
-    "snapshot_build_latency_ms": ("snapshot.build.duration", "s", "one build", _SECONDS),
-    "snapshot_session_resolve_latency_ms": (
-        "session.resolution.duration",
-        "s",
-        "one stage of a session",
-        _SECONDS,
-    ),
-    "source_fetch_latency_ms": ("source.fetch.duration", "s", "one call of a source", _SECONDS),
-    "source_capacity_wait_ms": ("source.capacity.wait_time", "s", "waiting for a slot", _SECONDS),
-    "source_batch_size": ("source.batch.size", "{key}", "keys in one batch call", _SIZES),
-}
-
 
 # Health, as a reader's thread finds it -----------------------------------------------------------
 
@@ -348,27 +299,14 @@ def _slots(field: str) -> _Read:
 
 
 def _circuits(health: BuilderHealth) -> _Levels:
-    counts: Counter[tuple[str, str]] = Counter()
-    for identity, circuit in health.circuits.items():
-        counts[identity.source, "open"] += circuit.open
-        counts[identity.source, "half_open"] += circuit.half_open
-    for source in health.sources:
-        for state in ("open", "half_open"):
-            yield counts[source, state], {"source": source, "circuit.state": state}
+    for (source, state), count in troubled_circuits(health).items():
+        yield count, {"source": source, "circuit.state": state}
 
 
 def _since_success(health: BuilderHealth) -> _Levels:
     for name, source in health.sources.items():
         if source.seconds_since_success is not None:
             yield source.seconds_since_success, {"source": name}
-
-
-def _backlog(health: BuilderHealth) -> float | None:
-    return None if health.max_pending_submissions is None else health.pending_submissions
-
-
-def _severity(health: BuilderHealth) -> float:
-    return list(BuilderHealthSeverity).index(health.assess().severity)
 
 
 # What is counted in things adds up over builders and processes; the others do not.
@@ -386,9 +324,9 @@ _LEVELS: Final[Sequence[tuple[str, str, str, _Read]]] = (
         "cache.entries", "{entry}", "values in the memory cache",
         _one(lambda h: getattr(h.cache, "size", None)),
     ),
-    ("submissions.pending", "{submission}", "submissions under way", _one(_backlog)),
+    ("submissions.pending", "{submission}", "submissions under way", _one(backlog)),
     ("source.success.age", "s", "since a source last answered", _since_success),
-    ("builder.severity", "1", "0 healthy, 1 degraded, 2 critical", _one(_severity)),
+    ("builder.severity", "1", "0 healthy, 1 degraded, 2 critical", _one(severity)),
 )  # fmt: skip
 
 
@@ -399,14 +337,13 @@ class _Instruments:
     """
 
     def __init__(self) -> None:
-        self.counts: dict[str, dict[_Labels, Cell[int]]] = {metric: {} for metric in _COUNTERS}
-        self.watched: dict[str, weakref.ref[_Builder]] = {}
+        self.counts: dict[str, dict[_Labels, Cell[int]]] = {metric: {} for metric in COUNTERS}
+        self.watched = Watched()
         self.histograms: dict[str, metrics.Histogram] = {}
-        self._failing: set[str] = set()
 
     def create(self, meter: metrics.Meter) -> None:
         """Make them; once."""
-        for metric, (name, unit, meaning) in _COUNTERS.items():
+        for metric, (name, unit, meaning, _) in COUNTERS.items():
             counted = partial(self._counted, self.counts[metric])
             meter.create_observable_counter(f"coalestra.{name}", [counted], unit, meaning)
         for name, unit, meaning, read in _LEVELS:
@@ -415,19 +352,17 @@ class _Instruments:
             create(f"coalestra.{name}", [partial(self._levels, read)], unit, meaning)
         self.histograms = {
             metric: meter.create_histogram(
-                f"coalestra.{name}", unit, meaning, explicit_bucket_boundaries_advisory=boundaries
+                f"coalestra.{name}",
+                unit,
+                meaning,
+                explicit_bucket_boundaries_advisory=_SECONDS if unit == "s" else _SIZES,
             )
-            for metric, (name, unit, meaning, boundaries) in _HISTOGRAMS.items()
+            for metric, (name, unit, meaning, _) in OBSERVATIONS.items()
         }
 
     def count(self, metric: str, labels: Mapping[str, str]) -> Cell[int]:
         """Return where a counter with these labels is kept; KeyError if there is no such metric."""
         return self.counts[metric].setdefault(tuple(sorted(labels.items())), Cell(0))
-
-    def builders(self) -> dict[str, _Builder]:
-        """Return the watched builders that are open, by name."""
-        found = {name: known() for name, known in self.watched.items()}
-        return {name: each for name, each in found.items() if each is not None and not each.closed}
 
     @staticmethod
     def _counted(
@@ -437,20 +372,13 @@ class _Instruments:
             yield metrics.Observation(count.value, _attributes(labels))
 
     def _levels(self, read: _Read, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        for name, builder in self.builders().items():
-            try:
-                facts = list(read(builder.health_snapshot_nowait()))
-                self._failing.discard(name)
-            except Exception:  # it hides no other builder
-                if name not in self._failing:
-                    self._failing.add(name)
-                    _logger.warning("the health of builder %r cannot be read", name, exc_info=True)
-                continue
-            for value, labels in facts:
+        for name, facts in self.watched.read(lambda health: list(read(health))):
+            for value, labels in facts or ():
                 yield metrics.Observation(value, _attributes({"builder": name, **labels}.items()))
 
 
 _shared: Final[weakref.WeakKeyDictionary[object, _Instruments]] = weakref.WeakKeyDictionary()
+_sharing: Final = threading.Lock()
 
 
 def _instruments_on(provider: metrics.MeterProvider | None) -> _Instruments:
@@ -460,9 +388,10 @@ def _instruments_on(provider: metrics.MeterProvider | None) -> _Instruments:
     if provider is None or provider is current:
         key, provider = metrics.get_meter_provider, current  # for whichever it is by then
     mine = _Instruments()
-    kept = _shared.setdefault(key, _shared.get(provider, mine))
-    if kept is mine:
-        mine.create(provider.get_meter(_SCOPE, __version__))
+    with _sharing:
+        kept = _shared.setdefault(key, _shared.get(provider, mine))
+        if kept is mine:
+            mine.create(provider.get_meter(_SCOPE, __version__))
     return kept
 
 
@@ -512,7 +441,7 @@ class OpenTelemetryMetrics:
         labels["builder"] = self.builder
         self._instruments.histograms[metric].record(value, _attributes(labels.items()))
 
-    def watch(self, builder: _Builder) -> None:
+    def watch(self, builder: Builder) -> None:
         """Measure the health of a builder whenever metrics are read, until it is closed.
 
         It is held weakly, and asked in the thread of the reader, which waits for no loop. The
@@ -523,14 +452,13 @@ class OpenTelemetryMetrics:
             ValueError: another builder that is open goes by the name of this sink.
         """
         require_methods("builder", builder, "health_snapshot_nowait")
-        builders = self._instruments.builders()
-        if builders.get(self.builder, builder) is not builder:
+        watched = self._instruments.watched
+        if watched.open().get(self.builder, builder) is not builder:
             raise ValueError(
                 f"builder must tell builders apart, got {self.builder!r} for another one that is "
                 "open; give each a sink with a name of its own"
             )
-        builders[self.builder] = builder
-        self._instruments.watched = {name: weakref.ref(each) for name, each in builders.items()}
+        watched.add(self.builder, builder)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of builder {self.builder!r}>"

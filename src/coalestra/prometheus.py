@@ -14,7 +14,6 @@ Laws:
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import os
 import re
@@ -27,7 +26,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
+from coalestra._telemetry import (
+    COUNTERS,
+    OBSERVATIONS,
+    Builder,
+    Labels,
+    Watched,
+    backlog,
+    severity,
+    troubled_circuits,
+)
+from coalestra.core.health import BuilderHealth
 from coalestra.core.results import CacheStats
 from coalestra.core.validation import (
     instance,
@@ -62,89 +71,9 @@ LATENCY_BUCKETS = (
 OTHER = "other"
 """What stands in a label for all values that found no room."""
 
-logger = logging.getLogger("coalestra")
-Builder = SnapshotBuilder | SyncSnapshotBuilder
-
 _SIZE_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 # What the sink shows -----------------------------------------------------------------------------
-
-Labels = Mapping[str, str]
-"""The labels of a metric, each with the values it has; none where an application chooses them."""
-
-_KIND: Labels = {"resource_namespace": "", "resource_name": ""}
-_SUCCESS: Labels = {"status": "success error"}
-_COUNTERS: Mapping[str, tuple[str, Labels]] = {
-    "snapshot_build_total": ("Builds", _SUCCESS),
-    "snapshot_session_resolve_total": ("Stages of sessions", _SUCCESS),
-    "snapshot_session_revalidate_total": ("Revalidations of sessions", _SUCCESS),
-    "snapshot_acceptance_total": ("Snapshots judged by an acceptance policy", _SUCCESS),
-    "snapshot_acceptance_violation_total": (
-        "Violations of acceptance policies",
-        {"reason": "too_old stale insufficient_authority requirement_unsatisfied"},
-    ),
-    "snapshot_consistency_total": (
-        "Snapshots judged by a consistency policy",
-        {**_SUCCESS, "rule": "observation_skew"},
-    ),
-    "cache_access_total": (
-        "Looks into the cache",
-        {
-            **_KIND,
-            "status": "fresh stale_while_revalidate miss stale_fallback revalidation_bypass absent",
-        },
-    ),
-    "cache_failure_total": ("Errors of a cache", {"operation": "read write"}),
-    "singleflight_join_total": ("Readers who joined a call under way", _KIND),
-    "source_fetch_total": (
-        "Keys asked of a source",
-        {"source": "", "status": "success failure stale invalid_timestamp circuit_open absent"},
-    ),
-    "source_batch_call_total": (
-        "Batch calls",
-        {"source": "", "status": "success failure deadline_exceeded queue_timeout"},
-    ),
-    "source_capacity_timeout_total": (
-        "Calls that got no slot",
-        {"source": "", "reason": "queue_timeout snapshot_deadline"},
-    ),
-    "source_transport_budget_rejection_total": (
-        "Blocking calls not begun, as too little time was left",
-        {"source": "", "reason": "snapshot_deadline source_timeout"},
-    ),
-    "source_transport_timeout_violation_total": (
-        "Blocking calls that outlasted their declaration",
-        {"source": "", "outcome": "completed_late failed_late coalestra_timeout"},
-    ),
-    "resource_publish_total": (
-        "Published values",
-        {
-            **_KIND,
-            "source": "",
-            "status": "published ignored_older ignored_duplicate ignored_lower_authority",
-        },
-    ),
-    "resource_invalidation_total": ("Invalidated keys", _KIND),
-    "resource_refresh_total": (
-        "Refreshes in the background",
-        {**_KIND, "status": "scheduled success failure cancelled absent"},
-    ),
-    "payload_copy_deadline_total": ("Deadlines that struck during a copy", {"phase": ""}),
-}
-_OBSERVATIONS: Mapping[str, tuple[str, Labels]] = {
-    "snapshot_build_latency_ms": ("How long builds took, in seconds", _SUCCESS),
-    "snapshot_session_resolve_latency_ms": (
-        "How long stages of sessions took, in seconds",
-        _SUCCESS,
-    ),
-    "source_fetch_latency_ms": (
-        "How long calls to sources took, each retry anew, in seconds",
-        {"source": ""},
-    ),
-    "source_capacity_wait_ms": ("Waits of calls for a slot, in seconds", {"source": ""}),
-    "source_batch_size": ("Keys in one batch call", {"source": ""}),
-}
-
 
 Pairs = tuple[tuple[str, str], ...]
 Step = Counter | tuple[Any, ...]
@@ -270,9 +199,9 @@ class _Families(Collector):
         self.settings = buckets, max_series
         self._namespace = namespace
         self._families: dict[str, _Family] = {}
-        for metric in _COUNTERS:
+        for metric in COUNTERS:
             self.of(Counter, metric, ())
-        for metric in _OBSERVATIONS:
+        for metric in OBSERVATIONS:
             self.of(Histogram, metric, ())
 
     def of(self, kind: type[Counter | Histogram], metric: str, labels: Iterable[str]) -> _Family:
@@ -293,10 +222,9 @@ class _Families(Collector):
     def _made(
         self, kind: type[Counter | Histogram], name: str, metric: str, given: Iterable[str]
     ) -> _Family:
-        known = _COUNTERS if kind is Counter else _OBSERVATIONS
-        description, labels = known.get(
-            _plain("metric", metric), (metric, dict.fromkeys(given, ""))
-        )
+        known = COUNTERS if kind is Counter else OBSERVATIONS
+        unknown = ("", "", metric, dict.fromkeys(given, ""))
+        _, _, description, labels = known.get(_plain("metric", metric), unknown)
         about = _about(name, description, labels, self._namespace)
         buckets, max_series = self.settings
         if kind is Histogram:
@@ -305,7 +233,7 @@ class _Families(Collector):
 
     def begin(self, builder: str) -> None:
         """Start at zero what has no label that an application chooses."""
-        for metric, (_, labels) in _COUNTERS.items():
+        for metric, (*_, labels) in COUNTERS.items():
             if all(labels.values()):
                 self.of(Counter, metric, ()).begin(builder, {})
 
@@ -497,27 +425,13 @@ def _circuits(figure: Callable[[CircuitSnapshot], int]) -> Callable[[BuilderHeal
     return read
 
 
-def _troubled(health: BuilderHealth) -> Figures:
-    counts = {(source, state): 0 for source in health.sources for state in _STATES[1:]}
-    for identity, circuit in health.circuits.items():
-        if (series := (identity.source, circuit.state.value)) in counts:
-            counts[series] += circuit.count
-    return list(counts.items())
-
-
-def _severity(health: BuilderHealth) -> Figures:
-    return [((), list(BuilderHealthSeverity).index(health.assess().severity))]
-
-
 _SOURCE, _LIMITER, _COMPONENT, _SINK = ("source",), ("limiter",), ("component",), ("sink",)
 _UP = "builder_up"
 _FACTS = (
     _Fact(_UP, "1 for a builder that is open; 0 if its health fails", lambda _: [((), 1)]),
     _Fact(
-        "builder_severity",
-        "What its health comes to now: 0 healthy, 1 degraded, 2 critical",
-        _severity,
-        merged="livemax",
+        "builder_severity", "What its health comes to now: 0 healthy, 1 degraded, 2 critical",
+        lambda health: [((), severity(health))], merged="livemax"
     ),
     _Fact("keys_in_flight", "Keys being acquired", _one("singleflight_in_flight")),
     _Fact("background_refreshes", "Background refreshes under way", _one("background_refreshes")),
@@ -526,10 +440,8 @@ _FACTS = (
     ),
     _Fact("dispatch_workers", "Workers that call sources", _one("active_dispatch_workers")),
     _Fact(
-        "capacity_limit",
-        "Slots of a source, or of all together (__global__)",
-        _each("capacity", "limit"),
-        _LIMITER,
+        "capacity_limit", "Slots of a source, or of all together (__global__)",
+        _each("capacity", "limit"), _LIMITER
     ),
     _Fact("capacity_in_use", "Slots that are taken", _each("capacity", "in_use"), _LIMITER),
     _Fact("capacity_waiting", "Calls waiting for a slot", _each("capacity", "waiting"), _LIMITER),
@@ -540,30 +452,26 @@ _FACTS = (
     _Fact("deadlines_exceeded_total", "Keys failed by a deadline", _one("deadline_exceeded_count")),
     _Fact("cache_entries", "Entries of the memory cache", _cache(**{"": "size"})),
     _Fact(
-        "cache_max_entries", "Entries that the memory cache may have", _cache(**{"": "max_entries"})
+        "cache_max_entries", "Entries that the memory cache may have",
+        _cache(**{"": "max_entries"})
     ),
     _Fact(
-        "cache_lookups_total",
-        "Answers of the memory cache",
-        _cache(fresh="fresh_hits", stale="stale_hits", miss="misses"),
-        ("result",),
+        "cache_lookups_total", "Answers of the memory cache",
+        _cache(fresh="fresh_hits", stale="stale_hits", miss="misses"), ("result",)
     ),
     _Fact(
-        "cache_changes_total",
-        "Changes of the memory cache",
+        "cache_changes_total", "Changes of the memory cache",
         _cache(
             set="sets", invalidation="invalidations", eviction="evictions", expiration="expirations"
-        ),
-        ("change",),
+        ), ("change",)
     ),
     _Fact(
         "cache_left_alone", "1 if a cache failed too often to be asked", _one("cache_left_alone")
     ),
     _Fact("cache_calls_total", "Calls to a cache that is awaited", _one("cache_call_count")),
     _Fact(
-        "cache_call_failures_total",
-        "Calls to such a cache that failed",
-        _one("cache_failure_count"),
+        "cache_call_failures_total", "Calls to such a cache that failed",
+        _one("cache_failure_count")
     ),
     _Fact(
         "cache_call_timeouts_total", "Calls to it that took too long", _one("cache_timeout_count")
@@ -571,101 +479,81 @@ _FACTS = (
     _Fact(
         "source_circuit_state",
         "The worst state of circuits of a source: 0 closed, 1 half-open, 2 open",
-        _circuits(lambda circuit: _STATES.index(circuit.state.value)),
-        _SOURCE,
-        "livemax",
+        _circuits(lambda circuit: _STATES.index(circuit.state.value)), _SOURCE, "livemax"
     ),
-    _Fact("source_circuits", "Circuits of a source by state", _troubled, ("source", "state")),
     _Fact(
-        "source_consecutive_failures",
-        "Failures of a source in a row, the most of its circuits",
-        _circuits(lambda circuit: circuit.failures),
-        _SOURCE,
-        "livemax",
+        "source_circuits", "Circuits of a source by state",
+        lambda health: troubled_circuits(health).items(), ("source", "state")
+    ),
+    _Fact(
+        "source_consecutive_failures", "Failures of a source in a row, the most of its circuits",
+        _circuits(lambda circuit: circuit.failures), _SOURCE, "livemax"
     ),
     _Fact(
         "source_consecutive_deadline_cuts",
         "Calls to a source in a row that readers' deadlines made useless",
-        _each("sources", "deadline_cuts_in_a_row"),
-        _SOURCE,
-        "livemax",
+        _each("sources", "deadline_cuts_in_a_row"), _SOURCE, "livemax"
     ),
     _Fact(
-        "source_attempts_total",
-        "Calls to a source that are over, retries included",
-        _each("sources", "attempt_count"),
-        _SOURCE,
+        "source_attempts_total", "Calls to a source that are over, retries included",
+        _each("sources", "attempt_count"), _SOURCE
     ),
     _Fact(
-        "source_failed_attempts_total",
-        "Calls to a source that failed, retries included",
-        _each("sources", "failed_attempt_count"),
-        _SOURCE,
+        "source_failed_attempts_total", "Calls to a source that failed, retries included",
+        _each("sources", "failed_attempt_count"), _SOURCE
     ),
     _Fact(
-        "source_last_success_timestamp_seconds",
-        "When a source last answered",
-        _moment("seconds_since_success"),
-        _SOURCE,
-        "max",
+        "source_last_success_timestamp_seconds", "When a source last answered",
+        _moment("seconds_since_success"), _SOURCE, "max"
     ),
     _Fact(
-        "source_last_error_timestamp_seconds",
-        "When a call to a source last failed",
-        _moment("seconds_since_error"),
-        _SOURCE,
-        "max",
+        "source_last_error_timestamp_seconds", "When a call to a source last failed",
+        _moment("seconds_since_error"), _SOURCE, "max"
     ),
     _Fact(
-        "payload_copies_in_progress",
-        "Payloads being copied in threads",
-        _each("payload_copy_components", "active_copies"),
-        _COMPONENT,
+        "payload_copies_in_progress", "Payloads being copied in threads",
+        _each("payload_copy_components", "active_copies"), _COMPONENT
     ),
     _Fact(
-        "payload_copies_waiting",
-        "Payloads waiting for a thread",
-        _each("payload_copy_components", "waiting_for_capacity"),
-        _COMPONENT,
+        "payload_copies_waiting", "Payloads waiting for a thread",
+        _each("payload_copy_components", "waiting_for_capacity"), _COMPONENT
     ),
     _Fact(
-        "payload_copy_failures_total",
-        "Copies that failed",
-        _each("payload_copy_components", "failure_count"),
-        _COMPONENT,
+        "payload_copy_failures_total", "Copies that failed",
+        _each("payload_copy_components", "failure_count"), _COMPONENT
     ),
     _Fact(
-        "pending_submissions",
-        "Submissions of a threaded builder that are not settled",
-        lambda health: [
-            ((), None if health.max_pending_submissions is None else health.pending_submissions)
-        ],
+        "pending_submissions", "Submissions of a threaded builder that are not settled",
+        lambda health: [((), backlog(health))]
     ),
     _Fact("max_pending_submissions", "Submissions that may wait", _one("max_pending_submissions")),
     _Fact(
-        "observability_pending",
-        "Records waiting for a sink",
-        _each("observability_buffers", "pending"),
-        _SINK,
+        "observability_pending", "Records waiting for a sink",
+        _each("observability_buffers", "pending"), _SINK
     ),
     _Fact(
-        "observability_max_pending",
-        "Records that may wait for a sink",
-        _each("observability_buffers", "max_pending"),
-        _SINK,
+        "observability_max_pending", "Records that may wait for a sink",
+        _each("observability_buffers", "max_pending"), _SINK
     ),
     _Fact(
-        "observability_dropped_total",
-        "Records for a sink that found no room",
-        _each("observability_buffers", "dropped"),
-        _SINK,
+        "observability_dropped_total", "Records for a sink that found no room",
+        _each("observability_buffers", "dropped"), _SINK
     ),
     _Fact(
-        "observability_failures_total",
-        "Reports that a sink failed to take",
-        _one("observability_failure_count"),
+        "observability_failures_total", "Reports that a sink failed to take",
+        _one("observability_failure_count")
     ),
-)
+)  # fmt: skip
+
+
+def _figures(health: BuilderHealth) -> list[tuple[str, tuple[str, ...], float]]:
+    return [
+        (fact.name, tuple(map(readable, labels)), float(figure))
+        for fact in _FACTS
+        for labels, figure in fact.read(health)
+        if figure is not None
+    ]
+
 
 Reading = Mapping[str, list[tuple[tuple[str, ...], float]]]
 """The figures of each fact by the values of its labels, the builder's name first."""
@@ -702,8 +590,7 @@ class HealthCollector(Collector):
         instance("registry", registry, CollectorRegistry)
         self._namespace: str = _plain("namespace", namespace)
         self._interval: float = number("interval_seconds", interval_seconds, above=0)
-        self._builders: dict[str, weakref.ref[Builder]] = {}
-        self._failing: set[str] = set()
+        self._watched = Watched()
         self._copies = _HealthCopies(namespace) if _in_several_processes() else None
         self._copying = threading.Lock()
         self._copier: threading.Thread | None = None
@@ -716,7 +603,7 @@ class HealthCollector(Collector):
         """Show one more builder; it takes the place of an earlier one of this name."""
         instance("builder", builder, (SnapshotBuilder, SyncSnapshotBuilder))
         with self._copying:
-            self._builders[readable(text("name", name))] = weakref.ref(builder)
+            self._watched.add(readable(text("name", name)), builder)
             if self._copies is not None:
                 self._copies.renew(self._read())
                 if self._copier is None:
@@ -733,39 +620,17 @@ class HealthCollector(Collector):
             time.sleep(self._interval)
             with self._copying:
                 copies.renew(self._read())
-                if not self._builders:
+                if not self._watched.open():
                     self._copier = None
                     return
 
     def _read(self) -> Reading:
-        """Return all figures, and forget the builders that are gone."""
+        """Return all figures."""
         every: dict[str, list[tuple[tuple[str, ...], float]]] = {each.name: [] for each in _FACTS}
-        for name, reference in self._builders.copy().items():
-            builder = reference()
-            if builder is None or builder.closed:
-                if self._builders.get(name) is reference:
-                    del self._builders[name]
-                continue
-            for fact, labels, figure in self._figures(name, builder):
+        for name, figures in self._watched.read(_figures):
+            for fact, labels, figure in figures or [(_UP, (), 0.0)]:
                 every[fact].append(((name, *labels), figure))
         return every
-
-    def _figures(self, name: str, builder: Builder) -> list[tuple[str, tuple[str, ...], float]]:
-        try:
-            health = builder.health_snapshot_nowait()
-            figures = [
-                (fact.name, tuple(map(readable, labels)), float(figure))
-                for fact in _FACTS
-                for labels, figure in fact.read(health)
-                if figure is not None
-            ]
-        except Exception:
-            if name not in self._failing:
-                self._failing.add(name)
-                logger.warning("the health of builder %r cannot be read", name, exc_info=True)
-            return [(_UP, (), 0.0)]
-        self._failing.discard(name)
-        return figures
 
     def collect(self) -> Iterator[Metric]:
         """Return the health of the builders that are open."""
@@ -785,7 +650,7 @@ class HealthCollector(Collector):
             yield family
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {', '.join(self._builders) or 'no builder'}>"
+        return f"<{type(self).__name__} of {', '.join(self._watched.open()) or 'no builder'}>"
 
 
 class _HealthCopies:

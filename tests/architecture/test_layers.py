@@ -22,6 +22,7 @@ RANK = {
     "adapters": 4,
     "testing": 4,
     "sync": 4,
+    "_telemetry": 4.5,
     "inspect": 5,
     "opentelemetry": 5,
     "redis": 5,

@@ -284,6 +284,16 @@ def test_the_thread_that_writes_ends_with_its_work_and_is_a_daemon(kept: Kept) -
         assert (thread.daemon, thread.is_alive()) == (True, False)
 
 
+def test_a_line_that_is_dropped_while_it_is_written_ends_no_writer(kept: Kept) -> None:
+    changes = log()
+    kept.before = changes._lines.clear
+    changes.failed("source 'a'", ConnectionError())
+    assert written(changes) == 0
+    changes.works("source 'a'")
+    assert written(changes) == 0
+    assert kept.lines == [FAILED, WORKS]
+
+
 def test_where_no_thread_can_be_had_the_end_writes_itself(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:

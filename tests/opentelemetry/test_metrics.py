@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import pytest
-from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.metrics import Meter, NoOpMeterProvider
 from opentelemetry.sdk.metrics import ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 
@@ -81,6 +83,30 @@ def test_what_was_counted_by_a_sink_that_is_gone_stays_counted(meters: Meters) -
     OpenTelemetryMetrics(meters.provider).increment("snapshot_build_total", status="success")
 
     assert meters.values("coalestra.snapshot.builds") == {("default", "success"): 2}
+
+
+def test_a_sink_of_another_thread_waits_until_the_instruments_are_there(meters: Meters) -> None:
+    asked, gate = threading.Event(), threading.Event()
+
+    class Slow:
+        def get_meter(self, name: str, version: str) -> Meter:
+            asked.set()
+            gate.wait(10)
+            return meters.provider.get_meter(name, version)
+
+    def observe() -> None:
+        OpenTelemetryMetrics(provider).observe("source_batch_size", 1.0, source="x")
+
+    provider: Any = Slow()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(observe)
+        asked.wait(10)
+        second = threads.submit(observe)
+        assert not wait([second], 0.02).done
+        gate.set()
+        first.result(10)
+        second.result(10)
+    assert meters.values("coalestra.source.batch.size")
 
 
 def test_two_providers_have_nothing_in_common(meters: Meters) -> None:

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from coalestra import SyncSnapshotBuilder
+from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.prometheus import HealthCollector, PrometheusMetrics
 from tests.docs.pages import ROOT
 from tests.orchestration.scripted import Batch, Single, builder, key
@@ -66,9 +67,9 @@ def shown() -> dict[str, set[str]]:
     """The names of all samples with their labels, of what has seen a bit of everything."""
     registry = CollectorRegistry()
     sink = PrometheusMetrics(registry=registry)
-    for metric, (_, labels) in module_tables("_COUNTERS"):
+    for metric, (*_, labels) in COUNTERS.items():
         sink.increment(metric, **dict.fromkeys(labels, "a"))  # type: ignore[arg-type]  # labels
-    for metric, (_, labels) in module_tables("_OBSERVATIONS"):
+    for metric, (*_, labels) in OBSERVATIONS.items():
         sink.observe(metric, 1.0, **dict.fromkeys(labels, "a"))
 
     class Slow:
@@ -89,12 +90,6 @@ def shown() -> dict[str, set[str]]:
         }
 
 
-def module_tables(name: str) -> Any:
-    from coalestra import prometheus
-
-    return getattr(prometheus, name).items()
-
-
 @pytest.mark.parametrize("query", [*QUERIES, *CONDITIONS])
 def test_a_query_parses_and_asks_for_what_there_is(query: str, shown: dict[str, set[str]]) -> None:
     expression = parsed(query)
@@ -110,8 +105,8 @@ def test_a_query_parses_and_asks_for_what_there_is(query: str, shown: dict[str, 
 
 def test_a_query_asks_for_values_that_labels_have() -> None:
     known: dict[str, set[str]] = {}
-    for table in ("_COUNTERS", "_OBSERVATIONS"):
-        for metric, (_, labels) in module_tables(table):
+    for table in (COUNTERS, OBSERVATIONS):
+        for metric, (*_, labels) in table.items():
             for label, every in labels.items():
                 if every:
                     known.setdefault(f"{metric}/{label}", set()).update(every.split())
@@ -119,10 +114,10 @@ def test_a_query_asks_for_values_that_labels_have() -> None:
     for query in [*QUERIES, *CONDITIONS]:
         for vector in vectors(parsed(query)):
             for matcher in vector.matchers.matchers:
-                every = known.get(f"{vector.name.removeprefix('coalestra_')}/{matcher.name}")
-                if every is not None:
+                has = known.get(f"{vector.name.removeprefix('coalestra_')}/{matcher.name}")
+                if has is not None:
                     checked += 1
-                    assert set(matcher.value.split("|")) <= every, query
+                    assert set(matcher.value.split("|")) <= has, query
     assert checked > 5
 
 

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from coalestra import ResourceKey, SnapshotBuildError
 from coalestra import prometheus as module
+from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.prometheus import LATENCY_BUCKETS, HealthCollector, PrometheusMetrics
 from tests.docs.pages import ROOT
 from tests.orchestration.scripted import Batch, Single, builder, key
@@ -147,11 +148,11 @@ def rows(title: str) -> dict[str, dict[str, set[str]]]:
 
 @pytest.mark.parametrize("title", ["Counters", "Observations"])
 def test_the_sink_knows_every_metric_of_the_reference_with_its_labels(title: str) -> None:
-    known = module._COUNTERS if title == "Counters" else module._OBSERVATIONS
+    known = COUNTERS if title == "Counters" else OBSERVATIONS
     documented = rows(title)
     assert len(documented) > 3
     assert set(known) == set(documented)
-    for metric, (_, labels) in known.items():
+    for metric, (*_, labels) in known.items():
         assert set(labels) == set(documented[metric]), metric
         for label, every in labels.items():
             # A status without a list of its own is success or error.

@@ -154,7 +154,7 @@ class ChangeLog:
             return
         news = condition.is_news(False, self._ticks())
         if not condition.failing:
-            del self.troubled[subject]
+            self.troubled.pop(subject, None)  # another thread may have seen the same
         if news:
             self._say(condition, None)
 
@@ -183,8 +183,10 @@ class ChangeLog:
         while self._role.setdefault("writer", me) is me:
             while self._lines:
                 with suppress(BaseException):  # in a thread not even an exit has anybody to tell
-                    write(*self._lines[0])
-                self._lines.popleft()
+                    try:
+                        write(*self._lines[0])
+                    finally:
+                        self._lines.popleft()  # if `end` has not dropped it
             self._role.pop("writer", None)
             self._changes.tell()
             if not self._lines:  # those that come from now on find nobody at it
@@ -200,11 +202,12 @@ class ChangeLog:
 
         Without ``drain`` only the one that is being written is waited for.
         """
-        while not drain and len(self._lines) > 1:
-            self._lines.pop()
+        with suppress(IndexError):  # all were written meanwhile
+            while not drain and len(self._lines) > 1:
+                self._lines.pop()
         self._go_on()
-        while self._lines and "writer" not in self._role:
-            write(*self._lines.popleft())
+        if self._lines and "writer" not in self._role:
+            self._write_all()  # here, as there is no thread to be had
         await self._changes.until(lambda: not self._role, seconds)
         return self.pending
 
