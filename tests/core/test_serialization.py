@@ -124,6 +124,36 @@ def test_a_value_becomes_json_safe(value: Any, expected: Any) -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+class Unreadable(list[int]):
+    def __iter__(self) -> Any:
+        raise OSError("unreadable")
+
+
+class Unequal(int):
+    def bit_length(self) -> int:
+        raise OSError("unreadable")
+
+
+class Torn(dict[str, int]):
+    def items(self) -> Any:
+        raise OSError("unreadable")
+
+
+@dataclass
+class Lacking:
+    never: int = field(init=False)
+
+
+@pytest.mark.parametrize(
+    "value", [Unreadable([1]), Unequal(3), Torn(a=1), Lacking(), 10**5_000, -(10**5_000)]
+)
+def test_what_cannot_be_read_or_written_is_named_by_its_type_and_takes_nothing_with_it(
+    value: Any,
+) -> None:
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    assert json.loads(json.dumps(json_safe({"a": [value], "b": 1}))) == {"a": [name], "b": 1}
+
+
 def test_what_contains_itself_is_named_by_its_type() -> None:
     loop: dict[str, Any] = {"items": []}
     loop["items"].append(loop)

@@ -16,6 +16,8 @@ from enum import Enum
 from typing import Any
 
 _MAX_DEPTH = 32
+_MOST_BITS = 14_000
+"""Python refuses to write integers of more than 4,300 digits, unless it is told otherwise."""
 _SEQUENCES = (list, tuple, deque)
 
 _FIRST, _END = -62_135_596_800, 253_402_300_799
@@ -27,22 +29,26 @@ def json_safe(value: Any) -> Any:
 
     Dataclasses and mappings become dicts (keys by ``str``), enums their values, sequences and
     sets lists, floats that are not finite ``nan``, ``infinity`` and ``-infinity``, and anything
-    else the name of its type. So does what contains itself, or is nested deeper than 32 levels.
+    else the name of its type. So does what contains itself, is nested deeper than 32 levels, has
+    more digits than Python writes, or cannot be read.
     """
     return _safe(value, ())
 
 
 def _safe(value: Any, path: tuple[int, ...]) -> Any:
-    if isinstance(value, Enum):
-        return _safe(value.value, path)
-    if value is None or isinstance(value, bool):
-        return value
-    for kind, render in _SCALARS:
-        if isinstance(value, kind):
-            return render(value)
-    if id(value) in path or len(path) >= _MAX_DEPTH:
+    try:
+        if isinstance(value, Enum):
+            return _safe(value.value, path)
+        if value is None or isinstance(value, bool):
+            return value
+        for kind, render in _SCALARS:
+            if isinstance(value, kind):
+                return render(value)
+        if id(value) in path or len(path) >= _MAX_DEPTH:
+            return qualified_type(value)
+        return _safe_container(value, (*path, id(value)))
+    except Exception:  # of the code that its type has for reading it
         return qualified_type(value)
-    return _safe_container(value, (*path, id(value)))
 
 
 def _safe_container(value: Any, path: tuple[int, ...]) -> Any:
@@ -82,6 +88,10 @@ def _key(key: object) -> str:
         return qualified_type(key)
 
 
+def _written(value: int) -> int | str:
+    return int(value) if value.bit_length() <= _MOST_BITS else qualified_type(value)
+
+
 def _finite(value: float) -> float | str:
     if math.isfinite(value):
         return float(value)
@@ -93,6 +103,6 @@ def _finite(value: float) -> float | str:
 # Subclasses are reduced to the built-in type: theirs may render themselves in other ways.
 _SCALARS: tuple[tuple[type, Any], ...] = (
     (str, str.__str__),
-    (int, int),
+    (int, _written),
     (float, _finite),
 )
