@@ -194,7 +194,7 @@ def collect_health(
     return BuilderHealth(
         closed=engine.closed,
         background_refreshes=engine.refresher.active,
-        failing_refreshes=engine.refresher.failing,
+        failing_refreshes=len(engine.refresher.failing),
         singleflight_in_flight=engine.in_flight,
         source_support_cache_entries=parts.chains.entries,
         capacity=capacity,

@@ -114,13 +114,6 @@ _QUIET_SECONDS = 0.05
 """How long no worker is started after one was cancelled from outside."""
 
 
-Refused = Callable[[Flight, SourceFailure, str], None]
-"""Takes note that a source failed for a key, and with which status."""
-
-Delivered = Callable[[Flight, Revision, bool], None]
-"""Takes a fresh value of a key, and whether its source said when it was observed."""
-
-
 class Progress(enum.Enum):
     """Where an attempt stands, in words for a message."""
 
@@ -272,7 +265,7 @@ class Attempt:
             lease = lease or await self._wait_for_capacity(name)
             if lease is None:
                 return
-            refusal = self._refusal() if call.link.guarantee.protected else None
+            refusal = self._refusal() if call.link.protected else None
             if refusal is not None:
                 call.end(refusal)
                 return
@@ -435,10 +428,7 @@ class Attempt:
         timeout = link.timeout_seconds
         bound = math.inf if timeout is None else self.began + timeout
         run = self._call.work.variables.copy().run
-        if self._call.log is not None:
-            self._call.log.called(run)
-        if self._call.parts.report is not None:
-            self._call.report_start()
+        self._call.report_start(run)
         self._bound = bound
         if self._call.finishes_late:
             self._late = bound
@@ -462,7 +452,7 @@ class Attempt:
             self._cut = None
         if self.over:
             return None
-        if link.guarantee.protected:
+        if link.protected:
             self._watch_transport("completed_late")
         return (answer,)
 
@@ -510,7 +500,7 @@ class Attempt:
         """Count a blocking call that outlived the transport timeout it declares."""
         call, link = self._call, self._call.link
         declared = link.guarantee.transport_timeout_seconds
-        if not link.guarantee.protected or declared is None:
+        if not link.protected or declared is None:
             return
         elapsed, grace = self.elapsed_seconds, call.parts.transport_grace_seconds
         if outcome != "coalestra_timeout" and elapsed <= declared + grace:
@@ -657,11 +647,6 @@ class Call:
     def urgent(self) -> bool:
         """Whether a call under way waits for this one."""
         return any(flight.urgent for flight in self.flights)
-
-    @property
-    def origin(self) -> object:
-        """What tells the builder that makes the call from others."""
-        return self.parts
 
     @property
     def snapshot_id(self) -> str:
@@ -1159,7 +1144,6 @@ class Call:
         if flight.call is not self:
             return
         del self.flights[flight]
-        flight.leave_call()
         try:
             self.dispatch.delivered(flight, revision, dated)
         except BaseException as error:
@@ -1243,9 +1227,11 @@ class Call:
         for flight in self.flights:
             flight.began = number
 
-    def report_start(self) -> None:
-        """Report that the source is asked."""
+    def report_start(self, run: Callable[..., Any]) -> None:
+        """Report that the source is asked; `run` runs something in the context of the call."""
         report = self.parts.report
+        if self.log is not None:
+            self.log.called(run)
         if report is not None:
             report.call_started(self.link.name, len(self.flights), self.attempts, self.snapshot_id)
 
@@ -1514,29 +1500,30 @@ class Dispatch:
 
     While a unit of work is on hold, more of its keys are on their way, and none is sent. After a
     worker was cancelled from outside, as at the end of a program, it is quiet for a while: what is
-    started then would be destroyed before it has begun.
+    started then would be destroyed before it has begun. `tasks` are those that copy in threads, or
+    read an awaited cache.
     """
 
     def __init__(
         self,
         parts: Parts,
-        deliveries: Deliveries,
-        tasks: set[asyncio.Task[Any]],
-        refused: Refused,
-        delivered: Delivered,
+        refused: Callable[[Flight, SourceFailure, str], None],
+        delivered: Callable[[Flight, Revision, bool], None],
         store: Callable[[Sequence[tuple[Flight, Revision]]], None],
     ) -> None:
-        """Report to `refused` and `delivered`; copies in threads are among the `tasks`.
+        """Report here what becomes of keys.
 
-        `store` lets readers of the memory cache see several values before they are delivered.
+        `refused` is told that a source failed for a key, and with which status; `delivered` takes a
+        fresh value, and whether its source said when it was observed. `store` lets readers of the
+        memory cache see several values before they are delivered.
         """
         self.parts: Parts = parts
-        self.deliveries: Deliveries = deliveries
-        self.tasks: set[asyncio.Task[Any]] = tasks
-        self.refused: Refused = refused
-        self.delivered: Delivered = delivered
+        self.deliveries: Deliveries = Deliveries(parts)
+        self.refused: Callable[[Flight, SourceFailure, str], None] = refused
+        self.delivered: Callable[[Flight, Revision, bool], None] = delivered
         self.store: Callable[[Sequence[tuple[Flight, Revision]]], None] = store
         self.workers: set[asyncio.Task[Any]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
         self.quiet_until: float = 0.0
         self._resting: dict[Lane, None] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -1544,6 +1531,7 @@ class Dispatch:
     def forget(self) -> None:
         """Drop what belonged to an event loop that has ended."""
         self.workers.clear()
+        self.tasks.clear()
         self.close()
         self.quiet_until = 0.0
 
@@ -1644,4 +1632,4 @@ class Dispatch:
         return lane
 
     def __repr__(self) -> str:
-        return f"<Dispatch workers={len(self.workers)}>"
+        return f"<Dispatch workers={len(self.workers)} tasks={len(self.tasks)}>"

@@ -2,7 +2,22 @@
 
 A `Flight` is one key on its way through its chain of sources, shared by everyone who needs
 the key. A `Gather` is somebody who waits for a set of keys: a stage of a build, or a derivation.
-Both are plain state; the scheduler moves them.
+Both are plain state, which `SingleFlight` and `Dispatch` move; a flight goes on like this:
+
+=========  ======================  ================================================  ============
+a flight   has, besides its key    leaves by                                         if nobody
+that is                                                                              waits
+=========  ======================  ================================================  ============
+choosing   --                      `wait_for`, `be_ready`; `settle`: chain at end    it ends
+gathering  `gather`                `be_ready`: all there; `choose`: something failed it ends
+ready      `link`                  `queue`, at the end of the step                   it ends
+calling    `lane`, then `call`     `offer`: a value; `choose`: the source failed     see `Call`
+writing    `offered`, `dated`      `settle`: stored, superseded, or not to be stored it goes on
+settled    `settlement`            --                                                --
+=========  ======================  ================================================  ============
+
+Whatever goes wrong in a step, and whatever is given up, is settled from where it is. `gather` stays
+while what was gathered is being derived.
 """
 
 from __future__ import annotations
@@ -49,8 +64,6 @@ from coalestra.orchestration.readings import (
 from coalestra.orchestration.sources import Link
 from coalestra.orchestration.tracing import CallLog, FlightLog, KeyLog, WorkTrace
 
-# Where a flight stands ---------------------------------------------------------------------------
-
 
 class Phase(enum.Enum):
     """Where a flight stands. `SETTLED` is the only phase that it never leaves."""
@@ -63,7 +76,12 @@ class Phase(enum.Enum):
     SETTLED = "settled"
 
 
-# Whether anyone still wants what many wait for ---------------------------------------------------
+_CHOOSING = Phase.CHOOSING
+_GATHERING = Phase.GATHERING
+_READY = Phase.READY
+_CALLING = Phase.CALLING
+_WRITING = Phase.WRITING
+_SETTLED = Phase.SETTLED
 
 
 class Interest:
@@ -200,14 +218,6 @@ class Work:
 # Flights and those who wait for them -------------------------------------------------------------
 
 
-_CHOOSING = Phase.CHOOSING
-_GATHERING = Phase.GATHERING
-_READY = Phase.READY
-_CALLING = Phase.CALLING
-_WRITING = Phase.WRITING
-_SETTLED = Phase.SETTLED
-
-
 class Call(Protocol):
     """The call to a source that a flight takes part in, as far as a flight cares."""
 
@@ -243,8 +253,8 @@ class Call(Protocol):
         """The unit of work that the call is made for."""
 
     @property
-    def origin(self) -> object:
-        """What tells the builder that makes the call from others."""
+    def parts(self) -> Parts:
+        """What belongs to the builder that makes the call."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -383,7 +393,7 @@ class Flight:
         self.call = call
 
     def leave_call(self) -> None:
-        """Be settled as far as the call is concerned."""
+        """Be refused by the source; `choose` follows."""
         self.call = None
 
     def keep_stale(self, revision: Revision) -> None:
@@ -395,14 +405,17 @@ class Flight:
     def offer(self, revision: Revision, dated: bool) -> None:
         """Have a value that is on its way to the cache."""
         self.phase = _WRITING
+        self.call = None
         self.offered = revision
         self.dated = dated
 
-    def end(self, settlement: Settlement) -> None:
-        """Be settled."""
+    def settle(self, settlement: Settlement) -> dict[Gather, bool]:
+        """Be settled; return who has waited, and whether they had joined."""
         self.phase = _SETTLED
         self.settlement = settlement
         self.gather = self.call = None
+        waiters, self.waiters = self.waiters, {}
+        return waiters
 
     def note(self) -> FlightLog:
         """Return what is noted of the flight from now on, for the trace of one who waits for it."""
@@ -812,11 +825,8 @@ class FlightBoard:
             flights.append(joinable)
         return flights
 
-    def take_off(self, flight: Flight) -> dict[Gather, bool]:
-        """Remove a flight that has ended; return who waited for it, and whether they had joined.
-
-        It removes only itself, never a successor under the same key.
-        """
+    def take_off(self, flight: Flight) -> None:
+        """Remove a flight that has ended: only itself, never a successor under the same key."""
         if flight.joinable:
             flight.joinable = False
             del self.flights[flight.key]
@@ -830,8 +840,6 @@ class FlightBoard:
         if flight.linked:
             self._waits.discard(flight)
         self.deriving.pop(flight, None)
-        waiters, flight.waiters = flight.waiters, {}
-        return waiters
 
     def __repr__(self) -> str:
         return f"<FlightBoard flights={len(self.flights)} aside={len(self.aside)}>"

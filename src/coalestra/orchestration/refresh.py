@@ -46,6 +46,9 @@ class Refresher:
     with the context variables of the builder's making and without the metadata of the request that
     set them off. What a refresh of a key keeps away is another one, until the key is invalidated:
     then the one under way brings what nobody wants, however long it takes.
+
+    `failing` are the keys whose last refresh has failed, each with the version that it was to
+    renew and what to say of it, until a source has given a value.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Refresher:
         self._current: dict[ResourceKey, Refresh] = {}
         self._next: dict[tuple[int, str], list[Refresh]] = {}
         self._waiters: dict[asyncio.Future[None], set[Refresh]] = {}
-        self._failing: dict[ResourceKey, tuple[str, dict[str, Any]]] = {}
+        self.failing: dict[ResourceKey, tuple[str, dict[str, Any]]] = {}
         self.closed = False
 
     @property
@@ -76,20 +79,10 @@ class Refresher:
         """How many refreshes are under way."""
         return len(self._running)
 
-    @property
-    def failing(self) -> int:
-        """Of how many keys the last refresh has failed, as far as that is remembered."""
-        return len(self._failing)
-
     def notes(self, revision: Revision) -> Mapping[str, Any]:
         """Return what there is to say to who gets a revision whose last refresh has failed."""
-        version, said = self._failing.get(revision.key, ("", {}))
+        version, said = self.failing.get(revision.key, ("", {}))
         return said if version == revision.version else {}
-
-    def succeeded(self, key: ResourceKey) -> None:
-        """Learn that a source has given a value of a key."""
-        if self._failing:
-            self._failing.pop(key, None)
 
     def schedule(self, revision: Revision, reason: str, parent: Work) -> bool:
         """Refresh a revision soon; False if that is under way already."""
@@ -110,10 +103,10 @@ class Refresher:
 
     def outdate(self, keys: Collection[ResourceKey]) -> None:
         """Let keys be refreshed anew: what is under way has read what was before."""
-        if self._current or self._failing:
+        if self._current or self.failing:
             for key in keys:
                 self._current.pop(key, None)
-                self._failing.pop(key, None)
+                self.failing.pop(key, None)
 
     def _start(self, parent_id: int, reason: str) -> None:
         group = [each for each in self._next.pop((parent_id, reason), ()) if each in self._running]
@@ -161,13 +154,13 @@ class Refresher:
             gather.work.trace.refreshed(reading is not None or absent)
         record.refresh_completed += reading is not None or absent
         record.refresh_failed += reading is None and not absent
-        self._failing.pop(key, None)
+        self.failing.pop(key, None)
         if error is not None:
             said = {"refresh_error_type": type_name(error)}
             said["refresh_error"] = folded_message(message_of(error))
-            self._failing[key] = version, said
-            if len(self._failing) > _MOST_FAILING:
-                del self._failing[next(iter(self._failing))]
+            self.failing[key] = version, said
+            if len(self.failing) > _MOST_FAILING:
+                del self.failing[next(iter(self.failing))]
             last = error.failures[-1:] if isinstance(error, ResourceResolutionError) else ()
             self._parts.log.failed("background refresh", *(last or (error,)))
         elif self._parts.log.troubled:
@@ -197,7 +190,7 @@ class Refresher:
         A source that asks for this while it serves a refresh does not wait for that one.
         """
         call = current_call.get()
-        own = None if call is None or call.origin is not self._parts else call.work
+        own = None if call is None or call.parts is not self._parts else call.work
         awaited = {
             each for each in self._running if each.gather is None or each.gather.work is not own
         }
@@ -228,7 +221,7 @@ class Refresher:
         self._running.clear()
         self._current.clear()
         self._waiters.clear()
-        self._failing.clear()
+        self.failing.clear()
 
     def __repr__(self) -> str:
         return f"<Refresher active={len(self._running)} closed={self.closed}>"

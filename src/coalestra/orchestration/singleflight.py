@@ -174,19 +174,13 @@ class SingleFlight:
         self.parts = parts
         self.agenda: Agenda = Agenda(self.broken)
         self.board: FlightBoard = FlightBoard(parts.report)
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self.deliveries: Deliveries = Deliveries(parts)
         self.dispatch: Dispatch = Dispatch(
-            parts,
-            self.deliveries,
-            self.tasks,
-            self.refused,
-            self.delivered,
-            self._store_together,
+            parts, self.refused, self.delivered, self._store_together
         )
+        self.deliveries: Deliveries = self.dispatch.deliveries
         self.hold: Callable[[Work], None] = self.dispatch.hold
         self.release: Callable[[Work], None] = self.dispatch.release
-        self.reads: CacheReads = CacheReads(parts, self._cache_answered, self.tasks)
+        self.reads: CacheReads = CacheReads(parts, self._cache_answered, self.dispatch.tasks)
         self.writes: CacheWrites = CacheWrites(parts, self._fit, self._written)
         self.refresher: Refresher = Refresher(parts, variables, self.look, self.abandon)
         self._store = parts.access.store
@@ -780,14 +774,15 @@ class SingleFlight:
     def delivered(self, flight: Flight, revision: Revision, dated: bool) -> None:
         """Take a fresh value of a flight; `dated` if its source said when it was observed."""
         try:
+            flight.offer(revision, dated)
             link, report = flight.link, self.parts.report
             if report is not None and link is not None:
                 snapshot_id = flight.sponsor.context.snapshot_id
                 report.resource_resolved(revision, link.kind.value, snapshot_id)
             if self._news > flight.since and self._is_behind(flight):
                 self.board.hide(flight, cacheable=False)
-            flight.offer(revision, dated)
-            self.refresher.succeeded(flight.key)
+            if self.refresher.failing:
+                self.refresher.failing.pop(flight.key, None)
             if self._absent:
                 self._absent.pop(flight.key, None)
             if self._publishing and flight.key in self._publishing:
@@ -880,8 +875,8 @@ class SingleFlight:
         """End a flight, once, and tell everyone who waits for it."""
         if flight.phase is _SETTLED:
             return
-        waiters = self.board.take_off(flight)
-        flight.end(settlement)
+        self.board.take_off(flight)
+        waiters = flight.settle(settlement)
         if flight.log is not None:
             flight.log.waits.end()
             for gather in waiters:
@@ -954,7 +949,7 @@ class SingleFlight:
         gather.yield_to_pins()
         if gather.base:
             self._judge(gather)
-        elif any(reading.revision.dependency_versions for reading in gather.readings.values()):
+        elif [each for each in gather.readings.values() if each.revision.dependency_versions]:
             self._certify(gather, iter(tuple(gather.readings.values())))
         else:
             self._tell(gather)
@@ -1199,7 +1194,6 @@ class SingleFlight:
             flight.joinable = False  # should it still end, it takes no successor off the new board
         self.board = FlightBoard(self.parts.report)
         self.dispatch.forget()
-        self.tasks.clear()
         self.reads.forget()
         self.writes.forget()
         self.refresher.forget()
@@ -1210,7 +1204,7 @@ class SingleFlight:
         self._absent.clear()
 
     def __repr__(self) -> str:
-        return f"<SingleFlight flights={len(self.board.flights)} tasks={len(self.tasks)}>"
+        return f"<SingleFlight flights={len(self.board.flights)} {self.dispatch!r}>"
 
 
 def _taken(flight: Flight) -> Collection[Revision]:
@@ -1377,10 +1371,8 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether anything is under way."""
-        flights = self.flights
-        return bool(
-            self._stages or flights.dispatch.workers or flights.tasks or self.refresher.active
-        )
+        dispatch = self.flights.dispatch
+        return bool(self._stages or dispatch.workers or dispatch.tasks or self.refresher.active)
 
     def enter(self) -> asyncio.AbstractEventLoop:
         """Begin something on the running event loop, make that loop the engine's own, return it.
@@ -1437,7 +1429,7 @@ class Engine:
         """
         self.refresher.cancel()
         self.parts.access.subscribers.unsubscribe(self.flights)
-        running = {*self.flights.dispatch.workers, *self.flights.tasks}
+        running = {*self.flights.dispatch.workers, *self.flights.dispatch.tasks}
         for task in running:
             task.cancel()
         if running:

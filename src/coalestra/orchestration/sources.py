@@ -85,6 +85,7 @@ class Link:
         "latency_ms",
         "memoized",
         "name",
+        "protected",
         "served",
         "source",
         "succeeded_at",
@@ -101,6 +102,7 @@ class Link:
         derived = self.kind is SourceKind.DERIVED
         self.inherits: bool = derived and getattr(source, "inherit_freshness", False)
         self.guarantee: SourceTimeoutGuarantee = inspect_source_timeout_guarantee(source)
+        self.protected: bool = self.guarantee.protected
         self.memoized: bool = memoized and bool(getattr(source, "cache_supports", True))
         self.declared_resilience: Any = getattr(source, "resilience_policy", None)
         self.succeeded_at: float | None = None
