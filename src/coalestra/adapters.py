@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 from coalestra._endings import pass_on
 from coalestra.concurrency.pace import Pace
@@ -31,8 +31,6 @@ from coalestra.core.validation import (
 )
 from coalestra.core.values import SourcePayload
 from coalestra.resilience.policies import SourceResiliencePolicy
-
-T = TypeVar("T")
 
 _NOT_AWAITABLE = frozenset({SourcePayload, bool, dict, float, int, list, str, tuple, type(None)})
 """What callables most often return; for others it takes a closer look."""
@@ -77,12 +75,14 @@ class Invocation:
         if self.in_thread:
             result = await self._call_in_thread(arguments)
         else:
-            result = self._call_now(arguments)
-        if type(result) in _NOT_AWAITABLE:
+            try:
+                result = self._function(*arguments)
+            except BaseException as error:
+                self._check(error)
+                raise
+        if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
             return result
-        if inspect.isawaitable(result):
-            return await self._awaited(result, asked)
-        return result
+        return await self._awaited(result, asked)
 
     def answer_now(self, *arguments: Any) -> Any:
         """Return the result of a callable that has to be plain.
@@ -90,17 +90,30 @@ class Invocation:
         Raises:
             TypeError: if it returned an awaitable.
         """
-        result = self._call_now(arguments)
+        try:
+            result = self._function(*arguments)
+        except BaseException as error:
+            self._check(error)
+            raise
         if type(result) not in _NOT_AWAITABLE and inspect.isawaitable(result):
             _discard(result)
             raise TypeError(f"{self.role} must be a plain function, got one that is async")
         return result
 
-    def _call_now(self, arguments: tuple[Any, ...]) -> Any:
+    async def _awaited(self, awaitable: Awaitable[Any], asked: int | None) -> Any:
+        task = asyncio.current_task()
         try:
-            return self._function(*arguments)
+            return await awaitable
         except BaseException as error:
-            self._check(error)
+            if isinstance(error, asyncio.CancelledError):
+                # Before Python 3.11 a task does not say who asked, so there the caller must judge.
+                own = asked is not None and _requests_to_cancel() == asked
+            elif isinstance(error, GeneratorExit):
+                own = _runs(task)  # or else the coroutine is being closed
+            else:
+                own = True
+            if own:
+                self._check(error)
             raise
 
     async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
@@ -121,22 +134,6 @@ class Invocation:
             raise error
         finally:
             del error
-
-    async def _awaited(self, awaitable: Awaitable[T], asked: int | None) -> T:
-        task = asyncio.current_task()
-        try:
-            return await awaitable
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                # Before Python 3.11 a task does not say who asked, so there the caller must judge.
-                own = asked is not None and _requests_to_cancel() == asked
-            elif isinstance(error, GeneratorExit):
-                own = _runs(task)  # or else the coroutine is being closed
-            else:
-                own = True
-            if own:
-                self._check(error)
-            raise
 
     def _check(self, error: BaseException) -> None:
         """Raise a `RuntimeError` in place of an exception that must not leave a source."""

@@ -397,8 +397,9 @@ class Attempt:
         """Return why a blocking call must not be started, as it could outlive its budget."""
         call, link = self._call, self._call.link
         declared = link.guarantee.transport_timeout_seconds or 0.0
-        remaining = math.inf if call.finishes_late else call.remaining()
         timeout = math.inf if link.timeout_seconds is None else link.timeout_seconds
+        late = call.policy.finish_late and timeout < math.inf
+        remaining = math.inf if late else call.remaining()
         left = min(remaining, timeout)
         if declared < left:
             return None
@@ -430,7 +431,7 @@ class Attempt:
         run = self._call.work.variables.copy().run
         self._call.report_start(run)
         self._bound = bound
-        if self._call.finishes_late:
+        if self._call.policy.finish_late and timeout is not None:
             self._late = bound
         end = self._end()
         try:
@@ -542,7 +543,6 @@ class Call:
         "_interest",
         "_lane",
         "_over",
-        "_rank",
         "_retry",
         "_turn",
         "_unusable",
@@ -683,11 +683,6 @@ class Call:
         return self._interest.alive
 
     # Its time ---------------------------------------------------------------------------------
-
-    @property
-    def finishes_late(self) -> bool:
-        """Whether it goes on past the cutoff for as long as its source may take."""
-        return self.policy.finish_late and self.link.timeout_seconds is not None
 
     def remaining(self) -> float:
         """Return the seconds until nobody wants an answer any more."""
@@ -951,18 +946,17 @@ class Call:
         parts, flights = self.parts, tuple(self.flights)
         if self.log is not None:
             self.log.ended("success")
-        self.latency_ms = attempt.elapsed_seconds * 1000
+        ended_at = parts.clock.monotonic()
+        self.latency_ms = (ended_at - attempt.ticks) * 1000
         self._count_latency(self.latency_ms)
         values = _values_of(self.link, flights, answer)
         self._answered = True
-        self.link.succeeded_at = parts.clock.monotonic()
+        self.link.succeeded_at = ended_at
         late = self.cutoff < asyncio.get_running_loop().time()
         self.link.deadline_cuts = self.link.deadline_cuts + 1 if late else 0
         if self.link.kind is _BATCH:
             self._count_batch_end("success")
         self.answered_at = parts.clock.now()
-        policy = policy_of_all(parts.authority)
-        self._rank = None if policy is None else policy.rank_for(self.link.name)
         if len(values) > 1 or not self._hand_over(flights[0], values[0]):
             await self._hand_over_all(attempt, flights, values)
         if self._over:
@@ -1167,7 +1161,7 @@ class Call:
         dated: bool,
     ) -> Revision:
         parts, link, key = self.parts, self.link, flight.key
-        gather, rank = flight.gather, self._rank
+        gather, rank = flight.gather, self._lane.rank
         used = () if gather is None else tuple([r.revision for r in gather.readings.values()])
         rests_on = EMPTY
         if gather is not None and used:
@@ -1346,6 +1340,7 @@ class Lane:
 
     A worker is a task in the context of the work. One whose call was cut off but does not end is
     written off: another takes its place, while the old one keeps its slot until it really ends.
+    `rank` is the authority of its source, if that is the same for every key.
     """
 
     __slots__ = (
@@ -1356,6 +1351,7 @@ class Lane:
         "dispatch",
         "limit",
         "link",
+        "rank",
         "work",
     )
 
@@ -1364,6 +1360,8 @@ class Lane:
         self.work: Work = work
         self.link: Link = link
         self.limit: int = limit
+        policy = policy_of_all(dispatch.parts.authority)
+        self.rank: int | None = None if policy is None else policy.rank_for(link.name)
         self._queue: deque[Call | Sequence[Flight]] = deque()
         self._workers = 0
         self._busy = 0

@@ -143,14 +143,16 @@ class Deliveries:
                 opened.append(_FAILED)
                 continue
             revision = reading.revision
-            try:
-                payload = open_now(revision.payload, revision.seal, context=context)
-            except PayloadIsolationError as error:
-                errors[key], payload = error, _FAILED
-            if payload is OFFLOADED:
-                large.append((len(opened), key, revision))
+            payload, seal = revision.payload, revision.seal
+            if seal is not _SHARED:
+                try:
+                    payload = open_now(payload, seal, context=context)
+                except PayloadIsolationError as error:
+                    errors[key], payload = error, _FAILED
+                if payload is OFFLOADED:
+                    large.append((len(opened), key, revision))
             opened.append(payload)
-            left -= revision.seal.weight
+            left -= seal.weight
             if left <= 0:
                 left = PORTION
                 if await pace.keep():
