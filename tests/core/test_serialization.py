@@ -145,7 +145,9 @@ class Lacking:
 
 
 @pytest.mark.parametrize(
-    "value", [Unreadable([1]), Unequal(3), Torn(a=1), Lacking(), 10**5_000, -(10**5_000)]
+    "value",
+    [Unreadable([1]), Unequal(3), Torn(a=1), Lacking(), 10**5_000, -(10**5_000)],
+    ids=["list", "int", "dict", "dataclass", "long", "negative"],
 )
 def test_what_cannot_be_read_or_written_is_named_by_its_type_and_takes_nothing_with_it(
     value: Any,
