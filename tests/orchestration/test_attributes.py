@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
-
-import pytest
 
 from coalestra import (
     AsyncMemoryCache,
     AuthorityPolicyResolver,
     BufferedEventSink,
     BufferedMetricsSink,
-    BufferOverflowPolicy,
-    CallableBatchSource,
-    CallableDerivedSource,
-    CallableSource,
     CircuitBreaker,
     CircuitBreakerPolicy,
     DependencyCycleError,
@@ -38,7 +31,6 @@ from coalestra import (
     SourceAuthorityPolicy,
     SourceResiliencePolicy,
     SubmissionBacklogFullError,
-    SyncSnapshotBuilder,
 )
 from coalestra.concurrency import CapacityController, CapacityLimiter
 from coalestra.core import SystemClock
@@ -125,11 +117,6 @@ async def test_sinks_are_read_back_as_used_so_possibly_buffered() -> None:
     assert (plain.events, plain.metrics) == (events, metrics)
 
 
-def test_sources_are_a_tuple_in_the_order_of_asking() -> None:
-    low, high = Single("low", priority=1), Single("high", priority=2)
-    assert SnapshotBuilder([low, high]).sources == (high, low)
-
-
 async def test_the_publisher_works_with_the_parts_of_its_builder() -> None:
     building = builder(Single("k"), max_pending_tasks=3)
     publisher = building.publisher
@@ -144,50 +131,6 @@ async def test_the_publisher_works_with_the_parts_of_its_builder() -> None:
 # Parts
 
 
-def test_the_memory_cache_shows_its_settings() -> None:
-    cache = AsyncMemoryCache(max_entries=5, max_copy_concurrency=2)
-    assert (cache.max_entries, cache.max_copy_concurrency) == (5, 2)
-    assert cache.run_payload_copies_in_thread is True
-    assert AsyncMemoryCache(max_entries=None).max_entries is None
-    custom = AsyncMemoryCache(payload_copier=lambda value: value)
-    assert custom.run_payload_copies_in_thread is False
-
-
-COMMON: dict[str, Any] = {
-    "name": "s",
-    "priority": 3,
-    "timeout_seconds": 9.0,
-    "queue_timeout_seconds": 2.0,
-    "max_concurrency": 4,
-    "resilience_policy": SourceResiliencePolicy(),
-    "cache_supports": False,
-    "run_sync_in_thread": True,
-    "blocking_io": True,
-    "transport_timeout_seconds": 1.0,
-}
-ADAPTERS: list[tuple[Any, dict[str, Any]]] = [
-    (CallableSource, {"fetcher": lambda key, context: 1}),
-    (CallableBatchSource, {"fetcher": lambda keys, context: {}, "max_batch_size": 7}),
-    (
-        CallableDerivedSource,
-        {"dependencies": lambda key: [], "deriver": lambda key, inputs, context: 1},
-    ),
-]
-
-
-@pytest.mark.parametrize("adapter, own", ADAPTERS)
-def test_callable_adapters_show_every_simple_setting(adapter: Any, own: dict[str, Any]) -> None:
-    source = adapter(supports=lambda key: True, **COMMON, **own)
-    for name, value in COMMON.items():
-        assert getattr(source, name) == value
-    if "max_batch_size" in own:
-        assert source.max_batch_size == 7
-    assert source.blocking_io_offloaded is True
-    quick = {"name": "s", "priority": 1, "supports": lambda key: True}
-    inline = adapter(**quick, run_sync_in_thread=False, **own)
-    assert inline.blocking_io_offloaded is False
-
-
 def test_limiters_leases_and_circuits_show_what_they_were_made_with() -> None:
     assert CapacityLimiter(3).limit == 3
     lease = CapacityController(global_limit=1).try_acquire("s")
@@ -198,31 +141,6 @@ def test_limiters_leases_and_circuits_show_what_they_were_made_with() -> None:
     clock, policy = ManualClock(), CircuitBreakerPolicy(failure_threshold=9)
     breaker = CircuitBreaker(clock=clock, default_policy=policy)
     assert (breaker.clock, breaker.default_policy) == (clock, policy)
-
-
-def test_the_logging_sink_shows_its_logger() -> None:
-    assert LoggingEventSink().logger.name == "coalestra"
-    logger = logging.getLogger("mine")
-    assert LoggingEventSink(logger).logger is logger
-
-
-def test_the_sync_facade_shows_its_builder_and_publisher() -> None:
-    building = SnapshotBuilder([Single("k")])
-    with SyncSnapshotBuilder(building, max_pending_submissions=3) as facade:
-        assert facade.builder is building
-        assert facade.publisher.max_pending_submissions == 3
-
-
-def test_buffer_settings_are_read_back() -> None:
-    building = SnapshotBuilder(
-        [Single("k")],
-        observability_overflow=BufferOverflowPolicy.DROP_NEWEST,
-        observability_max_pending=3,
-        observability_drain_on_shutdown=False,
-    )
-    assert building.observability_overflow is BufferOverflowPolicy.DROP_NEWEST
-    assert building.observability_max_pending == 3
-    assert building.observability_drain_on_shutdown is False
 
 
 # Errors
