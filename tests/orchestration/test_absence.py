@@ -212,6 +212,17 @@ async def test_a_subclass_of_it_is_one() -> None:
     assert snapshot.to_dict()["errors"]["test:x"]["reason"] == "absent"
 
 
+async def test_a_subclass_may_leave_out_what_its_base_is_made_with() -> None:
+    class NoSuchUser(ResourceAbsent):
+        def __init__(self, user: str) -> None:
+            self.user = user
+
+    error = NoSuchUser("ann")
+    assert (error.final, error.ttl_seconds, str(error)) == (False, None, "ann")
+    assert pickle.loads(pickle.dumps(ResourceAbsent("x", final=True))).final
+    absence(await attempt(builder(Stock("x", {"x": error}))))
+
+
 # The chain ----------------------------------------------------------------------------------------
 
 

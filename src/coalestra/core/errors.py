@@ -338,6 +338,10 @@ class ResourceAbsent(CoalestraError):
         TypeError, ValueError: for a field of the wrong type, or a time that is negative or NaN.
     """
 
+    # Also of a subclass that forgets to call the constructor.
+    final: bool = False
+    ttl_seconds: float | None = None
+
     def __init__(
         self,
         message: str = "there is none",
@@ -345,7 +349,7 @@ class ResourceAbsent(CoalestraError):
         final: bool = False,
         ttl_seconds: float | None = None,
     ) -> None:
-        self.final: bool = flag("final", final)
+        self.final = flag("final", final)
         self.ttl_seconds = None if ttl_seconds is None else span("ttl_seconds", ttl_seconds)
         super().__init__(message)
 
