@@ -389,6 +389,25 @@ async def test_circuits_are_counted_by_source_and_scope_without_naming_any_part(
     }
 
 
+def test_counting_circuits_runs_no_code_of_their_names_in_which_others_could_come_between() -> None:
+    """Health is read by any thread, while the loop's own adds circuits and forgets them."""
+
+    class Part:
+        hashed = 0
+
+        def __hash__(self) -> int:
+            Part.hashed += 1
+            return 1
+
+    breaker = CircuitBreaker()
+    identity = CircuitIdentity("rest", CircuitScope.SUBJECT, Part())
+    breaker.report(identity, Outcome.FAILURE, CircuitBreakerPolicy())
+    Part.hashed = 0
+    (counted,) = breaker.counted()
+    assert str(counted) == "rest:subject:closed"
+    assert Part.hashed == 0
+
+
 async def test_a_breaker_reports_outside_of_any_task() -> None:
     """The steps themselves know nothing of event loops."""
     breaker = CircuitBreaker(failure_threshold=1)
