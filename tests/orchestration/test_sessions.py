@@ -397,13 +397,14 @@ async def test_snapshot_copies_at_once_however_large_a_payload() -> None:
     assert snapshot.value(key("large")) is not session.snapshot().value(key("large"))
 
 
-async def test_snapshot_async_is_bound_by_the_deadline() -> None:
+@pytest.mark.parametrize("again", [False, True])
+async def test_snapshots_of_a_session_are_bound_by_its_deadline(again: bool) -> None:
     building = builder(Stock("large", {"large": LARGE}))
     session = building.session(deadline_seconds=100)
     await session.resolve([key("large")])
     await asyncio.sleep(101)
     with pytest.raises(SnapshotBuildError) as caught:
-        await session.snapshot_async()
+        await (session.resolve([key("large")]) if again else session.snapshot_async())
     assert caught.value.snapshot is None
     assert isinstance(caught.value.errors[key("large")], SnapshotDeadlineExceededError)
     assert session.snapshot().value(key("large")) == LARGE
