@@ -404,7 +404,8 @@ class ResourcePublisher:
         if store is None or revision.seal is None:
             return (await self._publish((revision,), now, force, replace_equal))[key]
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
-        parts.report(force, revision, outcome)
+        if parts.reporter is not None:
+            parts.report(force, revision, outcome)
         result = _result_now(parts.copies, revision, outcome, policy, now)
         return result or await _result(parts.copies, revision, outcome, policy, now)
 

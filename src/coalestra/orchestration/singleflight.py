@@ -1077,10 +1077,11 @@ class SingleFlight:
             self._forget_absent(changes)
             self.refresher.outdate(changes)
             self.reads.hide(changes)
-            versions: dict[ResourceKey, str | None] = {}
             if self.board.deriving:  # who else would ask?
                 versions = {k: None if new is None else new.version for k, new in changes.items()}
-            self._note_news(versions)
+                self._note_news(versions)
+            else:
+                self._changed.clear()
 
     def _is_own(self, key: ResourceKey, revision: Revision | None) -> bool:
         """Tell the flights of a key of a change; return whether it is none, but one's own value."""
@@ -1381,7 +1382,8 @@ class Engine:
             RuntimeError: if the builder is closed, or has work under way on another loop.
         """
         self.require_open()
-        return self.attach()
+        loop = asyncio.get_running_loop()
+        return loop if self._loop is loop else self.attach()
 
     def attach(self) -> asyncio.AbstractEventLoop:
         """Make the running event loop the engine's own, and return it.
