@@ -1,26 +1,22 @@
-"""Pictures and pages of traces as a real browser draws them.
-
-Needs Playwright for Python and a Chromium on the PATH.
-"""
+"""Pictures and pages of traces as a real browser draws them."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.trace import KeyTrace, Obtained, Trace
+from tests.support.browser import a_browser
 from tests.support.traces import EVERYTHING, RISK, of_many, traced
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright for Python here")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 LONG = traced(
     *(
@@ -39,22 +35,14 @@ TRACES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = [
-        each for each in ("chromium", "chromium-browser", "google-chrome") if shutil.which(each)
-    ]
-    if not found:
-        pytest.skip("no Chromium on the PATH")
-    with playwright.sync_playwright() as driver:
-        arguments = ["--no-sandbox", "--disable-gpu"]
-        browser = driver.chromium.launch(executable_path=shutil.which(found[0]), args=arguments)
+    with a_browser() as browser:
         yield browser
-        browser.close()
 
 
-def opened(browser: Browser, file: Path, content: str, width: int = 1280, **more: Any) -> Page:
+def opened(browser: Browser, file: Path, content: str) -> Page:
     """A page that may ask for nothing but its own file, and complain of nothing."""
     file.write_text(content, encoding="utf-8")
-    page = browser.new_page(viewport={"width": width, "height": 800}, offline=True, **more)
+    page = browser.new_page(viewport={"width": 1280, "height": 800}, offline=True)
     page.on("request", lambda request: _only(request.url, file))
     page.on("console", lambda message: pytest.fail(message.text))
     page.goto(file.as_uri())
@@ -66,13 +54,14 @@ def _only(url: str, file: Path) -> None:
 
 
 @TRACES
-@pytest.mark.parametrize("width", [320, 720, 1280])
 def test_a_page_fits_the_width_of_its_window(
-    browser: Browser, tmp_path: Path, trace: Trace, width: int
+    browser: Browser, tmp_path: Path, trace: Trace
 ) -> None:
-    page = opened(browser, tmp_path / "trace.html", trace.to_html(), width)
+    page = opened(browser, tmp_path / "trace.html", trace.to_html())
     page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for width in (320, 720, 1280):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
 
@@ -94,13 +83,13 @@ def test_a_trace_is_light_or_dark_as_its_reader_prefers(
     browser: Browser, tmp_path: Path, form: str
 ) -> None:
     content = EVERYTHING.to_html() if form == "html" else EVERYTHING.to_svg()
-    found = []
-    for scheme in ("light", "dark"):
-        page = opened(browser, tmp_path / f"trace.{form}", content, color_scheme=scheme)
-        root = "document.querySelector('.coalestra-trace')"
-        found.append(page.evaluate(f"getComputedStyle({root}).backgroundColor"))
-        page.close()
-    assert found == ["rgb(255, 255, 255)", "rgb(15, 21, 28)"]
+    page = opened(browser, tmp_path / f"trace.{form}", content)
+    ground = "getComputedStyle(document.querySelector('.coalestra-trace')).backgroundColor"
+    page.emulate_media(color_scheme="light")
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(ground) == "rgb(15, 21, 28)"
+    page.close()
 
 
 SEEN = """

@@ -1,14 +1,11 @@
 """The page in a real browser: what it says, by keyboard, on a narrow screen, cut off and back.
 
-Needs Playwright for Python and a Chromium on the PATH: ``sh .ci/find-chromium`` looks for one.
 ``--pictures`` renews the screenshots in docs/images.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.inspect.farm import Farm
+from tests.support.browser import a_browser
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -23,13 +21,6 @@ if TYPE_CHECKING:
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright for Python here")
 
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "images"
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-QUIETLY = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]  # fmt: skip
 WAIT_MS = 15_000
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -37,14 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        if os.environ.get("COALESTRA_REQUIRE_BROWSER"):
-            pytest.fail("a Chromium is required here, and none is on the PATH")
-        pytest.skip("no Chromium on the PATH; sh .ci/find-chromium installs one if it can")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIETLY)
+    with a_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +53,13 @@ def visit(browser: Browser) -> Iterator[Open]:
         if message.type in ("error", "warning") and not expected.search(message.text):
             complaints.append(message.text)
 
-    def visit(url: str, **settings: Any) -> Page:
+    def visit(url: str, *, clock: bool = False, **settings: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
         context.set_default_timeout(WAIT_MS)
         contexts.append(context)
         page = context.new_page()
+        if clock:  # that can be put forward
+            page.clock.install()
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", noted)
         page.goto(url)
@@ -300,17 +287,15 @@ def test_a_kind_in_the_graph_lights_up_what_it_is_tied_to(farm: Farm, visit: Ope
 NARROW = {"viewport": {"width": 360, "height": 780}}
 
 
-@pytest.mark.parametrize("width", [320, 360, 768, 1280, 2200])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_sticks_out_whatever_the_width(
-    farm: Farm, visit: Open, width: int, scheme: str
-) -> None:
-    page = visit(farm.url, viewport={"width": width, "height": 780}, color_scheme=scheme)
+def test_nothing_sticks_out_whatever_the_width(farm: Farm, visit: Open) -> None:
+    page = visit(farm.url)
     wait(page, "market:price", "#graph")
     page.locator("#memory summary").click()
     page.locator("#traces button").first.click()
     page.frame_locator("#waterfall iframe").get_by_text("cost-model").first.wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for width in (320, 360, 768, 1280, 2200):
+        page.set_viewport_size({"width": width, "height": 780})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_on_a_narrow_screen_every_figure_has_its_name_beside_it(farm: Farm, visit: Open) -> None:
@@ -326,13 +311,16 @@ def test_on_a_narrow_screen_every_figure_has_its_name_beside_it(farm: Farm, visi
     assert "none" not in labels
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_told_from_its_ground(farm: Farm, visit: Open, scheme: str) -> None:
-    page = visit(farm.url, color_scheme=scheme)
+def test_text_can_be_told_from_its_ground_be_it_light_or_dark(farm: Farm, visit: Open) -> None:
+    page = visit(farm.url)
     wait(page, "Left alone", "#sources")
     wait(page, "complete|stale", "#traces")
-    poor = page.evaluate(CONTRAST)
-    assert poor == []
+    grounds = set()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert page.evaluate(CONTRAST) == []
+    assert len(grounds) == 2
 
 
 CONTRAST = """() => {
@@ -376,9 +364,10 @@ def test_who_wants_no_motion_gets_none(farm: Farm, visit: Open) -> None:
 
 def test_it_says_when_it_is_cut_off_since_when_and_comes_back_by_itself(visit: Open) -> None:
     with Farm().open() as farm:
-        page = visit(farm.url)
+        page = visit(farm.url, clock=True)
         wait(page, "Live", "#live")
         farm.stop_serving()
+        page.clock.fast_forward(8_000)
         wait(page, r"Not connected since \d\d:\d\d:\d\d\. What you see is from then", "#cut")
         wait(page, "Not connected", "#live")
         playwright.expect(page.locator("body")).to_have_class("old")
@@ -392,13 +381,16 @@ def test_it_says_when_it_is_cut_off_since_when_and_comes_back_by_itself(visit: O
 def test_it_says_when_one_may_not_read_it_any_more(visit: Open) -> None:
     allowed = [True]
     with Farm(authorize=lambda scope: bool(allowed)).open() as farm:
-        page = visit(farm.url)
+        page = visit(farm.url, clock=True)
         wait(page, "Live", "#live")
         allowed.clear()
         farm.stop_serving()
         farm.serve_again()
+        page.wait_for_function("() => refused")
+        page.clock.fast_forward(8_000)
         wait(page, "you may not read it: sign in again", "#cut")
         allowed.append(True)
+        page.clock.fast_forward(16_000)
         wait(page, "Live", "#live")
         playwright.expect(page.locator("#cut")).to_be_hidden()
 

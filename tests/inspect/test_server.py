@@ -192,7 +192,11 @@ async def test_an_application_hears_that_its_client_has_gone() -> None:
     assert heard == ["http.request", "http.disconnect"]
 
 
-async def test_closing_ends_every_connection_also_one_that_takes_nothing() -> None:
+async def test_closing_ends_every_connection_also_one_that_takes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coalestra.inspect.server._MOMENT_SECONDS", 0.02)
+
     async def floods(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while True:

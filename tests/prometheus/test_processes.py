@@ -16,9 +16,11 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.parser import text_string_to_metric_families
 
 import coalestra
+from coalestra.prometheus import HealthCollector, PrometheusMetrics
 from tests.docs.pages import ROOT
-from tests.prometheus.scrape import figure, metrics
+from tests.prometheus.scrape import metrics
 
+pytestmark = pytest.mark.slow
 SOURCE = Path(str(coalestra.__file__)).parents[1]
 
 
@@ -70,11 +72,19 @@ class Farm:
         self.first.do(*order)
         self.second.do(*order)
 
-    def figure(self, sample: str, **labels: str) -> float | None:
-        """One figure of a scrape."""
+    def scraped(self) -> CollectorRegistry:
+        """What a scrape asks."""
         registry = CollectorRegistry()
         MultiProcessCollector(registry, str(self.shared))  # type: ignore[no-untyped-call]  # theirs
-        text = generate_latest(registry).decode()
+        return registry
+
+    def names(self) -> set[str]:
+        """The names of all metrics of a scrape."""
+        return set(metrics(self.scraped()))
+
+    def figure(self, sample: str, **labels: str) -> float | None:
+        """One figure of a scrape."""
+        text = generate_latest(self.scraped()).decode()
         found = [
             each.value
             for metric in text_string_to_metric_families(text)
@@ -91,6 +101,13 @@ def farm(tmp_path: Path) -> Iterator[Farm]:
     yield farm
     farm.first.end()
     farm.second.end()
+
+
+def names_of_one_process(registry: CollectorRegistry) -> set[str]:
+    """The names of all metrics where each process is scraped for itself."""
+    PrometheusMetrics(registry=registry)
+    HealthCollector({}, registry=registry)
+    return set(metrics(registry))
 
 
 def test_counts_and_observations_of_all_processes_add_up_at_once(farm: Farm) -> None:
@@ -148,29 +165,19 @@ def test_counters_of_health_grow_by_what_is_new_and_outlive_their_process(farm: 
     assert farm.figure("cache_lookups_total", result="miss") == 2
 
 
-def test_a_builder_that_is_closed_leaves_zeros(farm: Farm) -> None:
+def test_a_builder_that_is_closed_leaves_zeros_and_what_it_counted(
+    farm: Farm, registry: CollectorRegistry
+) -> None:
     farm.each("build", "a")
     farm.each("renew")
     assert (farm.figure("builder_up"), farm.figure("cache_entries")) == (2, 2)
+    assert farm.names() <= names_of_one_process(registry)
     answered = farm.figure("source_last_success_timestamp_seconds", source="x")
     farm.second.do("close")
     farm.second.do("renew")
     assert (farm.figure("builder_up"), farm.figure("cache_entries")) == (1, 1)
     assert farm.figure("cache_lookups_total", result="miss") == 2
     assert farm.figure("source_last_success_timestamp_seconds", source="x") == answered
-
-
-def test_one_process_shows_what_several_do(farm: Farm, registry: CollectorRegistry) -> None:
-    from coalestra.prometheus import HealthCollector, PrometheusMetrics
-
-    farm.each("renew")
-    PrometheusMetrics(registry=registry)
-    HealthCollector({}, registry=registry)
-    shared = CollectorRegistry()
-    MultiProcessCollector(shared, str(farm.shared))  # type: ignore[no-untyped-call]  # theirs
-    shown = {metric.name for metric in shared.collect()}
-    assert shown <= set(metrics(registry))
-    assert figure(registry, "coalestra_builder_up") is None
 
 
 def test_a_thread_copies_health_until_the_last_builder_is_gone(tmp_path: Path) -> None:
