@@ -5,19 +5,17 @@ A watched builder is not kept alive, nor does one that fails to tell its health 
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, TypeVar
 
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
+from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
 
 Builder = SnapshotBuilder | SyncSnapshotBuilder
 T = TypeVar("T")
-
-logger: Final = logging.getLogger("coalestra")
 
 # What the library counts and observes ------------------------------------------------------------
 
@@ -124,11 +122,15 @@ OBSERVATIONS: Final[Metrics] = {
 
 
 class Watched:
-    """Builders by name, held weakly; one that is closed or gone drops out."""
+    """Builders by name, held weakly; one that is closed or gone drops out.
+
+    Attributes:
+        changes: logs what begins to fail, and that it works again.
+    """
 
     def __init__(self) -> None:
         self._held: dict[str, weakref.ref[Builder]] = {}
-        self._failing: set[str] = set()
+        self.changes: ChangeLog = ChangeLog()
 
     def add(self, name: str, builder: Builder) -> None:
         """Watch one more, in the place of an earlier one of this name."""
@@ -146,17 +148,16 @@ class Watched:
         return found
 
     def read(self, told: Callable[[BuilderHealth], T]) -> Iterator[tuple[str, T | None]]:
-        """Return what each of them tells; None for one that fails to, which is logged once."""
+        """Return what each of them tells; None for one that fails to, which is logged."""
         for name, builder in self.open().items():
+            subject = f"reading the health of builder {name!r}"
             try:
                 facts = told(builder.health_snapshot_nowait())
-            except Exception:
-                if name not in self._failing:
-                    self._failing.add(name)
-                    logger.warning("the health of builder %r cannot be read", name, exc_info=True)
+            except Exception as error:
+                self.changes.failed(subject, error)
                 yield name, None
             else:
-                self._failing.discard(name)
+                self.changes.works(subject)
                 yield name, facts
 
 

@@ -427,6 +427,7 @@ def _circuits(figure: Callable[[CircuitSnapshot], int]) -> Callable[[BuilderHeal
 
 _SOURCE, _LIMITER, _COMPONENT, _SINK = ("source",), ("limiter",), ("component",), ("sink",)
 _UP = "builder_up"
+_COPYING = "copying health into the files that processes share"
 _FACTS = (
     _Fact(_UP, "1 for a builder that is open; 0 if its health fails", lambda _: [((), 1)]),
     _Fact(
@@ -619,7 +620,12 @@ class HealthCollector(Collector):
         while True:
             time.sleep(self._interval)
             with self._copying:
-                copies.renew(self._read())
+                try:
+                    copies.renew(self._read())
+                except Exception as error:  # of the files that are shared
+                    self._watched.changes.failed(_COPYING, error)
+                else:
+                    self._watched.changes.works(_COPYING)
                 if not self._watched.open():
                     self._copier = None
                     return

@@ -32,6 +32,7 @@ from tests.observability.test_report_tables import COUNTERS, OBSERVATIONS
 from tests.opentelemetry.memory import Meters, Spans, attributes
 from tests.orchestration.scripted import Batch, Single, builder, key
 from tests.support import Gate, LoopClock
+from tests.support.running import until_logged
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -352,6 +353,7 @@ async def test_a_builder_that_cannot_say_how_it_is_hides_no_other_and_is_logged_
         for clock.broken in (True, True, False, True):
             read.append(set(meters.values("coalestra.builder.flights")))
         clock.broken = False
+        until_logged()
 
     assert read == [{("well",)}, {("well",)}, {("ill",), ("well",)}, {("well",)}]
     assert [record.name for record in caplog.records] == ["coalestra"] * 2

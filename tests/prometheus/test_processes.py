@@ -184,7 +184,7 @@ def test_a_thread_copies_health_until_the_last_builder_is_gone(tmp_path: Path) -
     program = """
 import asyncio, threading
 from coalestra import SnapshotBuilder
-from coalestra.prometheus import HealthCollector
+from coalestra.prometheus import HealthCollector, _HealthCopies
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -195,11 +195,19 @@ def up():
 def copiers():
     return [each for each in threading.enumerate() if each.name == "coalestra-prometheus"]
 async def main():
-    for _ in range(2):
+    for trouble in (None, OSError("no room")):
         builder = SnapshotBuilder([])
         HealthCollector({"shop": builder}, interval_seconds=0.01)
         (copier,) = copiers()
         assert up() == 1
+        if trouble:
+            renew, raised = _HealthCopies.renew, threading.Event()
+            def fails(*_):
+                raised.set()
+                raise trouble
+            _HealthCopies.renew = fails
+            assert raised.wait(60)
+            _HealthCopies.renew = renew
         await builder.aclose()
         copier.join(60)
         assert not copiers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -94,3 +95,10 @@ def _wind_up(loop: VirtualLoop) -> None:
             loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()
+
+
+def until_logged() -> None:
+    """Wait until what the library logs of its own accord is written."""
+    for thread in threading.enumerate():
+        if thread.name == "coalestra-log":
+            thread.join(10)
