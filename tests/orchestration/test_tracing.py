@@ -470,6 +470,17 @@ async def test_a_session_may_go_on_for_ever_and_its_trace_tells_of_what_is_deliv
     assert len(trace_of(early).keys) + trace_of(early).omitted_keys == 2
 
 
+async def test_what_many_values_rest_on_is_held_once_for_all_traces() -> None:
+    bases = [key("a", str(n)) for n in range(20)]
+    derived = [key("d", str(n)) for n in range(20)]
+    b = builder(Batch("a"), Derived("d", needs=lambda _: bases))
+    traces = [trace_of(await b.build(derived, trace=True)) for _ in range(3)]
+    held = {
+        id(each) for trace in traces for found in trace.keys.values() for each in found.rests_on
+    }
+    assert len(held) == len(bases)
+
+
 async def test_a_builder_keeps_so_many_traces_the_latest_last() -> None:
     b = builder(Single("a"), trace=True)
     for n in range(MOST_KEPT + 2):

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -806,9 +807,11 @@ class WorkTrace:
 
 
 def _facts(revision: Revision) -> tuple[str, str, tuple[Foundation, ...]]:
-    rests_on = tuple([_foundation(each) for each in revision.dependencies])
+    rests_on = tuple(
+        [_foundation(r.key, r.version, r.source, r.observed_at) for r in revision.dependencies]
+    )
     return revision.source, revision.version, rests_on
 
 
-def _foundation(revision: Revision) -> Foundation:
-    return Foundation(revision.key, revision.version, revision.source, revision.observed_at)
+_foundation = lru_cache(maxsize=4_096)(Foundation)
+"""Makes one record of a revision, however many values of however many traces rest on it."""
