@@ -80,7 +80,7 @@ class UnitOfWork:
         """Return a snapshot of all that was asked for so far; if `strict`, each key has a value."""
 
         def objects(snapshot: Snapshot) -> SnapshotBuildError | None:
-            failed = {key: e for key, e in snapshot.errors.items() if key in keys} if strict else {}
+            failed = self._failed_of(keys, snapshot) if strict else EMPTY
             partly = None if self._undelivered else snapshot
             return SnapshotBuildError(failed, snapshot=partly) if failed else None
 
@@ -120,7 +120,7 @@ class UnitOfWork:
         try:
             with self.stage("resolve" if self.lasting else "build", len(keys)) as stage:
                 snapshot = await self._settled(keys, retry_errors)
-                failed = sum(key in snapshot.errors for key in keys) if snapshot.errors else 0
+                failed = len(self._failed_of(keys, snapshot))
                 stage.resolved, stage.failed = len(keys) - failed, failed
                 try:
                     error = stage.error = objects(snapshot)
@@ -151,6 +151,14 @@ class UnitOfWork:
             return snapshot, raised
         return snapshot, error
 
+    def _failed_of(
+        self, keys: Mapping[ResourceKey, None], snapshot: Snapshot
+    ) -> Mapping[ResourceKey, Exception]:
+        errors = snapshot.errors
+        if not errors or len(keys) == len(self.requested):  # nothing else was ever asked for
+            return errors
+        return {key: error for key, error in errors.items() if key in keys}
+
     def stage(self, name: str, keys: int) -> AbstractContextManager[StageLog]:
         """Return what notes, if anybody wants it, that the block is a stage for so many keys."""
         trace = self.work.trace
@@ -158,12 +166,12 @@ class UnitOfWork:
 
     async def _settled(self, keys: Mapping[ResourceKey, None], retry_errors: bool) -> Snapshot:
         """Settle every key that is not settled yet; return all that was asked for so far."""
-        warm, requested = self.engine.warm_reads, self.requested
+        warm = self.engine.warm_reads
         if not self.lasting and warm.likely(keys):
             values = await warm.values(self.work, keys)
             if values is not None:
                 self.engine.require_open()
-                requested.update(keys)
+                self.requested.update(keys)
                 return self.assembled(values, EMPTY)
         struck = await self._acquire(keys, retry_errors)
         snapshot, uncopied = await self.snapshot(None if struck else self.work.deadline)
