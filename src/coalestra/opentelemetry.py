@@ -7,8 +7,9 @@ Laws:
 2. The event loop waits for nothing here: a span begins and ends in memory, a count is a number in
    memory until a reader fetches it in a thread of its own. What an exporter does with them is not
    this module's to bound: it needs a batching processor.
-3. The series are bounded by sources, kinds of resources and outcomes; the spans of joined readers
-   by the calls that they joined, and by `_MOST_JOINS` for each unit of work.
+3. The series of a counter are bounded by sources, kinds of resources and outcomes, and by
+   `_MOST_SERIES`; the spans of joined readers by the calls that they joined, and by `_MOST_JOINS`
+   for each unit of work.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
     "source_kind": "coalestra.source.kind",
     "attempt": "coalestra.call.attempt",
     "waited_seconds": "coalestra.capacity.wait_time",
+    "otel.metric.overflow": "otel.metric.overflow",
 }
 """The semantic names of facts and labels; any other is put behind ``coalestra.``."""
 
@@ -271,12 +273,15 @@ def _places(error: BaseException) -> str:
 
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_MOST_SERIES: Final = 2_000
+_OVERFLOW: Final = (("otel.metric.overflow", True),)
+"""As OpenTelemetry bounds and calls what finds no room."""
 _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
 # Health, as a reader's thread finds it -----------------------------------------------------------
 
-_Labels = tuple[tuple[str, str], ...]
+_Labels = tuple[tuple[str, Any], ...]
 _Levels = Iterator[tuple[float, dict[str, str]]]
 _Read = Callable[[BuilderHealth], _Levels]
 
@@ -362,7 +367,11 @@ class _Instruments:
 
     def count(self, metric: str, labels: Mapping[str, str]) -> Cell[int]:
         """Return where a counter with these labels is kept; KeyError if there is no such metric."""
-        return self.counts[metric].setdefault(tuple(sorted(labels.items())), Cell(0))
+        counts = self.counts[metric]
+        series: _Labels = tuple(sorted(labels.items()))
+        if series not in counts and len(counts) >= _MOST_SERIES:
+            series = _OVERFLOW
+        return counts.setdefault(series, Cell(0))
 
     @staticmethod
     def _counted(
@@ -431,7 +440,8 @@ class OpenTelemetryMetrics:
         count = self._counts.get(series)
         if count is None:
             count = self._instruments.count(metric, {"builder": self.builder, **labels})
-            self._counts[series] = count
+            if len(self._counts) < _MOST_SERIES:
+                self._counts[series] = count
         count.change(lambda counted: counted + value)
 
     def observe(self, metric: str, value: float, **labels: str) -> None:

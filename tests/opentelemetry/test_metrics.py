@@ -110,6 +110,18 @@ def test_a_sink_of_another_thread_waits_until_the_instruments_are_there(meters: 
     assert meters.values("coalestra.source.batch.size")
 
 
+def test_kinds_without_end_do_not_make_series_without_end(meters: Meters) -> None:
+    sink = OpenTelemetryMetrics(meters.provider)
+    for number in range(2_100):
+        sink.increment("resource_invalidation_total", resource_name=f"{number}")
+    for _ in range(5):
+        sink.increment("resource_invalidation_total", resource_name="0")
+        sink.increment("resource_invalidation_total", resource_name="2099")
+    counted = meters.values("coalestra.resource.invalidations")
+    assert len(counted) == 2_001
+    assert counted[True,] == 105
+
+
 def test_two_providers_have_nothing_in_common(meters: Meters) -> None:
     OpenTelemetryMetrics(Meters().provider).increment("snapshot_build_total", status="success")
     OpenTelemetryMetrics(meters.provider)

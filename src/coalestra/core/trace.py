@@ -27,7 +27,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.validation import readable
 from coalestra.core.values import RefreshState, SnapshotValue
-from coalestra.core.waterfall import Bar, Row, Section, Waterfall, duration, many
+from coalestra.core.waterfall import LOOKS, Bar, Row, Section, Waterfall, duration, many
 
 __all__ = [
     "AttemptTrace",
@@ -709,7 +709,7 @@ def _facts(trace: Trace) -> Iterator[str]:
     last = max(trace.keys.values(), key=lambda found: found.end, default=None)
     path = critical_path(trace, last.key) if last else []
     if len(path) > 1:
-        yield f"critical path: {_listed([key.display for key in path], ', ')}"
+        yield f"critical path: {_listed([key.display for key in path])}"
 
 
 def _way(found: KeyTrace) -> str:
@@ -744,22 +744,28 @@ def _call_row(trace: Trace, call: CallTrace) -> Row:
 
 
 def _bars(call: CallTrace) -> Iterator[Bar]:
+    for kind, start, end, attempt in _stretches(call):
+        if kind == "call" and attempt.outcome not in ("success", "under_way"):
+            kind = "failed"
+        yield Bar(kind, start, end)
+
+
+def _stretches(call: CallTrace) -> Iterator[tuple[str, float, float, AttemptTrace]]:
+    """Yield what the attempts of a call consist of: waits, calls and pauses, from when to when."""
     for attempt in call.attempts:
         called = attempt.end if attempt.called is None else attempt.called
         if called > attempt.start:
-            yield Bar("capacity", attempt.start, called)
+            yield "capacity", attempt.start, called, attempt
         if attempt.called is not None:
-            good = attempt.outcome in ("success", "under_way")
-            yield Bar("call" if good else "failed", called, attempt.end)
+            yield "call", called, attempt.end, attempt
         if attempt.pause_seconds is not None:
-            yield Bar("pause", attempt.end, attempt.end + attempt.pause_seconds)
+            yield "pause", attempt.end, attempt.end + attempt.pause_seconds, attempt
 
 
 def _key_row(trace: Trace, found: KeyTrace) -> Row:
     note = _way(found)
-    if found.error_type is not None and not _absent(
-        found
-    ):  # what the last source failed with tells most
+    if found.error_type is not None and not _absent(found):
+        # What the last source failed with tells most.
         last = found.refusals[-1].error_type if found.refusals else found.error_type
         note = f"{note}: {readable(last)}"
     elif found.source is not None:
@@ -882,10 +888,9 @@ class _Events:
 
 
 def _parts(call: CallTrace) -> Iterator[_Part]:
-    for attempt in call.attempts:
-        called = attempt.end if attempt.called is None else attempt.called
-        yield "wait for capacity", attempt.start, called, {"holders": attempt.holders}
-        yield f"attempt {attempt.number}", called, attempt.end, attempt
-        if attempt.pause_seconds is not None:
-            until = attempt.end + attempt.pause_seconds
-            yield "pause before a retry", attempt.end, until, {}
+    for kind, start, end, attempt in _stretches(call):
+        if kind == "call":
+            yield f"attempt {attempt.number}", start, end, attempt
+        else:
+            told = {"holders": attempt.holders} if kind == "capacity" else {}
+            yield LOOKS[kind].legend, start, end, told

@@ -19,7 +19,7 @@ import re
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from html import escape
 from importlib import resources
@@ -61,6 +61,7 @@ MOST_VIEWERS = 32
 _HOST = re.compile(r"(?:\[([^]]+)\]|([^][:]+))(?::\d*)?")
 _TRACE_PATH = re.compile(r"traces/([0-9a-f]{12})\.(html|svg|txt|json|chrome\.json)")
 _PLAIN = "text/plain; charset=utf-8"
+_EVENTS = "text/event-stream; charset=utf-8"
 _JSON = "application/json"
 _OF_PROXIES = re.compile(rb"via|forwarded|x-forwarded-.*|x-real-ip|.*-(client|connecting)-ip")
 
@@ -156,7 +157,7 @@ class Exchange:
             path = path[len(root) :]
         self.path: str = path
 
-    async def begin(self, status: int, content_type: str, *more: tuple[str, str]) -> None:
+    async def begin(self, status: int, content_type: str, **more: str) -> None:
         """Send the status and the headers; those of ``more`` take the place of the usual ones."""
         headers = {
             "content-type": content_type,
@@ -166,7 +167,7 @@ class Exchange:
             "cross-origin-resource-policy": "same-origin",
             "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
-            **dict(more),
+            **{name.replace("_", "-"): value for name, value in more.items()},
         }
         encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
@@ -180,8 +181,7 @@ class Exchange:
     ) -> None:
         """Send the whole answer; without its body, if that was not asked for."""
         encoded = content.encode() if isinstance(content, str) else content
-        more = [(name.replace("_", "-"), value) for name, value in headers.items()]
-        await self.begin(status, content_type, ("content-length", str(len(encoded))), *more)
+        await self.begin(status, content_type, content_length=str(len(encoded)), **headers)
         await self.body(b"" if self.method == "HEAD" else encoded)
 
 
@@ -268,11 +268,11 @@ class Sampler:
 class Settings:
     """What may be chosen about a page; see `app`."""
 
-    authorize: Authorize | None = None
-    title: str = "Coalestra"
-    show_values: bool = False
-    show_subjects: bool = False
-    interval_seconds: float = 1.0
+    authorize: Authorize | None
+    title: str
+    show_values: bool
+    show_subjects: bool
+    interval_seconds: float
 
     def __post_init__(self) -> None:
         if self.authorize is not None:
@@ -402,15 +402,15 @@ class Inspector:
         if sampler.viewers >= MOST_VIEWERS:
             await exchange.answer(503, "Too many are watching.\n", retry_after="10")
             return
-        head = "text/event-stream; charset=utf-8", ("x-accel-buffering", "no")
+        begin = partial(exchange.begin, 200, _EVENTS, x_accel_buffering="no")
         if exchange.method == "HEAD":
-            await exchange.begin(200, *head)
+            await begin()
             await exchange.body(b"")
             return
         sampler.enter()
         gone = asyncio.create_task(_until_gone(exchange.receive), name="coalestra inspect viewer")
         try:
-            await exchange.begin(200, *head)
+            await begin()
             if await _told_all(exchange, sampler, gone):
                 await exchange.body(b"")
         finally:
