@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
 
+from coalestra.cache.calls import CacheCalls
 from coalestra.cache.foreign import Channel, ForeignCache
 from coalestra.cache.store import Outcome
 from coalestra.concurrency.copying import PayloadCopies
@@ -40,8 +41,11 @@ def foreign(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
 
-def access_over(cache: AsyncCache, limit: int = 4, **settings: Any) -> ForeignCache:
-    return ForeignCache(cache, PayloadCopies("test"), limit, ObservationPolicy(), **settings)
+def access_over(
+    cache: AsyncCache, limit: int = 4, failed: Callable[[str, Exception], None] | None = None
+) -> ForeignCache:
+    calls = CacheCalls(cache, limit, failed)
+    return ForeignCache(calls, PayloadCopies("test"), ObservationPolicy())
 
 
 async def read(

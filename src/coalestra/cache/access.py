@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from coalestra.cache.calls import CacheCalls
 from coalestra.cache.foreign import ForeignCache
 from coalestra.cache.memory import AsyncMemoryCache, let_go
 from coalestra.cache.store import EntryStore, Listeners
@@ -54,7 +55,8 @@ class CacheAccess:
             self.store.tolerate(observation)
             self.subscribers: Listeners = self.store.listeners
         else:
-            self.foreign = ForeignCache(cache, copies, max_pending_tasks, observation, failed, log)
+            calls = CacheCalls(cache, max_pending_tasks, failed, log)
+            self.foreign = ForeignCache(calls, copies, observation)
             self.subscribers = self.foreign.subscribers
 
     def __repr__(self) -> str:

@@ -60,7 +60,6 @@ from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup, LeasingCache
 from coalestra.core.results import CacheWriteResult, CacheWriteStatus
 from coalestra.core.values import Revision, SnapshotValue
-from coalestra.observability.changes import ChangeLog
 
 # Turns per key: operations on the same key run one after the other, in the order they asked ------
 
@@ -208,14 +207,11 @@ class ForeignCache:
 
     def __init__(
         self,
-        cache: AsyncCache,
+        calls: CacheCalls,
         copies: PayloadCopies,
-        max_pending_tasks: int,
         observation: ObservationPolicy,
-        failed: Callable[[str, Exception], None] | None = None,
-        log: ChangeLog | None = None,
     ) -> None:
-        self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed, log)
+        self.calls: CacheCalls = calls
         self.subscribers: Listeners = Listeners()
         self.copies: PayloadCopies = copies
         self.copying: dict[ResourceKey, None] = {}
@@ -223,10 +219,8 @@ class ForeignCache:
         self._channel: Channel | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._giving_back: dict[Lease, bool] = {}
-        self.leasing: LeasingCache | None = None
-        if has(cache, "lease_many", "fulfil_many", "release_many"):
-            leasing: Any = cache
-            self.leasing = leasing
+        leases = has(calls.cache, "lease_many", "fulfil_many", "release_many")
+        self.leasing: LeasingCache | None = calls.cache if leases else None
 
     def __repr__(self) -> str:
         return f"ForeignCache({self.calls!r})"
@@ -630,7 +624,7 @@ class _Write:
             status = self._status(key, current, force=self._terms.force)
             if status is not _STORED:
                 self._results[key] = CacheWriteResult(status, current, current)
-        for key in await self._outdated(self._results):
+        for key in await self._outdated():
             del self._results[key]
         rest = [key for key in self._values if key not in self._results]
         if self._calls.is_atomic:
@@ -661,8 +655,7 @@ class _Write:
                 self.failures[key] = result
         if self._results:
             self._calls.works("write")
-        lost = {key: result for key, result in self._results.items() if not result.stored}
-        for key in await self._outdated(lost):
+        for key in await self._outdated():
             del self._results[key]  # what is outdated takes nobody's place
 
     async def _open(self) -> None:
@@ -711,10 +704,9 @@ class _Write:
         for equal in (False, True):
             some = [key for key in keys if self._replaces_equal(self._offered[key]) is equal]
             await self._offer(some, force=self._terms.force, replace_equal=equal)
-        done = {key: self._results[key] for key in keys if key in self._results}
-        lost = {key: result for key, result in done.items() if not result.stored}
-        again = {key for key, result in lost.items() if self._status(key, result.value) is _STORED}
-        again.update(await self._outdated(lost))
+        lost = self._lost().items()
+        again = {key for key, held in lost if self._status(key, held) is _STORED}
+        again.update(await self._outdated())
         await self._offer(again, force=True, replace_equal=True)
         await self._replace_unreadable()
 
@@ -751,21 +743,24 @@ class _Write:
             if key in self._results:
                 del self.failures[key]
 
-    async def _outdated(self, lost: Mapping[ResourceKey, CacheWriteResult]) -> list[ResourceKey]:
+    def _lost(self) -> Found:
+        """Return what has stayed in the cache, by key."""
+        return {key: each.value for key, each in self._results.items() if not each.stored}
+
+    async def _outdated(self) -> list[ResourceKey]:
         """Return where what stayed is outdated: it must not keep a newer revision out."""
-        stayed = {key: revision_of(result.value) for key, result in lost.items()}
+        stayed = {key: revision_of(value) for key, value in self._lost().items()}
         outdated = await self._cache.outdated(dict(stayed), (), self._terms.now, _bare)
         return [key for key in outdated if key in stayed]
 
     async def _outcomes(self) -> Outcomes:
         results, wanted = self._results, self._terms.insist
-        lost = {key: result.value for key, result in results.items() if not result.stored}
         before = {
             key: result.previous
             for key, result in results.items()
             if wanted and result.stored and type(result.previous) is SnapshotValue
         }
-        current = await self._cache.sealed(lost)
+        current = await self._cache.sealed(self._lost())
         replaced = await self._cache.sealed(before)
         outcomes: Outcomes = {}
         for key, result in results.items():
