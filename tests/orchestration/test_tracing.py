@@ -788,8 +788,8 @@ async def test_a_stage_that_raises_has_failed_with_what_it_raises() -> None:
 
 
 @pytest.mark.parametrize("method", ["begin", "enter", "end", "joined"])
-async def test_what_a_tracer_raises_is_counted_and_stops_nothing(
-    method: str, monkeypatch: pytest.MonkeyPatch
+async def test_what_a_tracer_raises_is_counted_and_logged_once_and_stops_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no spans today")
@@ -801,6 +801,9 @@ async def test_what_a_tracer_raises_is_counted_and_stops_nothing(
     await settle()
     assert (await b.build([A])).value(A) == (await first).value(A)
     assert (await b.health_snapshot()).observability_failure_count > 0
+    await b.build([A], trace=True)
+    await b.aclose()
+    assert [each.getMessage() for each in caplog.records] == ["tracer Spans fails: RuntimeError"]
 
 
 def test_a_tracer_must_have_its_methods() -> None:

@@ -653,6 +653,7 @@ class ObservabilitySinks:
 
     Attributes:
         log: says what begins to fail, and what works again; nothing if the event sink logs it all.
+        sink_log: says that of sinks, which no event sink is told of.
         metrics: the metrics sink, buffered or not.
         events: the event sink, buffered or not.
         buffers: every buffered sink by component, ``events`` and ``metrics``.
@@ -663,7 +664,7 @@ class ObservabilitySinks:
         ValueError: ``max_pending`` is below 1.
     """
 
-    __slots__ = ("_sink_log", "buffers", "events", "log", "metrics", "owned")
+    __slots__ = ("buffers", "events", "log", "metrics", "owned", "sink_log")
 
     def __init__(
         self,
@@ -682,7 +683,7 @@ class ObservabilitySinks:
         require_methods("events", self.events, "emit")
         self.buffers: dict[str, Buffer] = {}
         self.owned: dict[str, Buffer] = {}
-        self.log = self._sink_log = ChangeLog()
+        self.log = self.sink_log = ChangeLog()
         if isinstance(_innermost(self.events), LoggingEventSink):
             self.log = ChangeLog(silent=True)
         limits: dict[str, Any] = {"max_pending": max_pending, "overflow": overflow}
@@ -699,7 +700,7 @@ class ObservabilitySinks:
 
     def reporter(self) -> Reporter | None:
         """Return what reports to these sinks, or None if both discard what they get."""
-        return reporter_for(self.metrics, self.events, self._sink_log)
+        return reporter_for(self.metrics, self.events, self.sink_log)
 
     def stats(self) -> dict[str, BufferedSinkStats]:
         """Return the state of every buffered sink, by component."""
@@ -727,7 +728,7 @@ class ObservabilitySinks:
             if not await buffer.until_ended(None if end is None else max(0.0, end - now())):
                 late[name] = buffer.stats().pending
         left = None if end is None else max(0.0, end - now())
-        if lines := await self._sink_log.end(left, drain=drain):
+        if lines := await self.sink_log.end(left, drain=drain):
             late["log"] = lines
         return late
 

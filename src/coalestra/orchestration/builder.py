@@ -376,7 +376,8 @@ class SnapshotBuilder(BuilderSettings):
         )
         self.metrics: MetricsSink = self._sinks.metrics
         self.events: EventSink = self._sinks.events
-        parts = self._parts(chains, Tracing(float(self.trace), given.tracer))
+        tracing = Tracing(float(self.trace), given.tracer, self._sinks.sink_log)
+        parts = self._parts(chains, tracing)
         self._engine = Engine(parts, contextvars.copy_context())
         managed = (*self.sources, self.cache, given.metrics, given.events)
         self._closing = Closing(

@@ -7,7 +7,7 @@ Laws:
    payload, no metadata, no exception and no flight, so that a trace that is kept keeps nothing else
    alive. There is room for so many, however long a unit of work goes on; the rest is counted.
 3. A trace is made when somebody looks at it, of what was noted by the time it speaks of.
-4. A tracer's failure is counted and ends nothing.
+4. A tracer's failure is counted, logged once, and ends nothing.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from coalestra.core.trace import (
     WaitReason,
 )
 from coalestra.core.values import Revision, SnapshotValue
+from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.readings import Failure, Reading
 
 MOST_KEYS = 1_000
@@ -68,11 +69,12 @@ class Tracing:
     `rate` is the share of units of work that are recorded unless their caller says otherwise.
     """
 
-    def __init__(self, rate: float, tracer: Tracer | None) -> None:
+    def __init__(self, rate: float, tracer: Tracer | None, log: ChangeLog) -> None:
         self.rate: float = rate
         self.tracer: Tracer | None = tracer
         self.off: bool = not rate and tracer is None  # unless a caller says otherwise
         self.failures: int = 0
+        self._log = log
         self._recent: OrderedDict[WorkTrace, Recorded] = OrderedDict()
 
     def begin(
@@ -112,6 +114,8 @@ class Tracing:
             return method(*arguments, **named)
         except BaseException as error:
             self.failures += 1
+            # Once: that another method of it succeeds does not say that it works again.
+            self._log.failed(f"tracer {type(self.tracer).__name__}", error)
             pass_on(error)
             return None
 
