@@ -408,11 +408,12 @@ def test_counting_circuits_runs_no_code_of_their_names_in_which_others_could_com
     assert Part.hashed == 0
 
 
-async def test_a_breaker_reports_outside_of_any_task() -> None:
-    """The steps themselves know nothing of event loops."""
+def test_a_breaker_works_outside_of_any_task() -> None:
+    """Nothing waits, so that any other loop, or none, may drive it."""
     breaker = CircuitBreaker(failure_threshold=1)
-    identity = breaker.identity_for("rest")
-    turn = breaker.admit(identity, breaker.default_policy)
-    breaker.report(identity, Outcome.FAILURE, breaker.default_policy, turn)
+    with pytest.raises(StopIteration) as admitted:
+        breaker.before_call("rest").send(None)
+    with pytest.raises(StopIteration):
+        breaker.record_failure("rest", ticket=admitted.value.value).send(None)
     with pytest.raises(CircuitOpenError, match="in 10 s"):
-        breaker.admit(identity, breaker.default_policy)
+        breaker.before_call("rest").send(None)

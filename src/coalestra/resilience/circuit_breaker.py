@@ -476,9 +476,7 @@ class CircuitBreaker:
         """
         identity, chosen = self._resolve(source, key, policy)
         turn = self.admit(identity, chosen)
-        task = _current_task()
-        if task is not None:
-            self._admitted.setdefault(task, {})[identity] = turn
+        self._turns_of_task()[identity] = turn
         return replace(identity, turn=turn)
 
     async def record_success(
@@ -559,21 +557,22 @@ class CircuitBreaker:
         ticket: CircuitIdentity | None,
     ) -> None:
         identity, chosen = self._resolve(source, key, policy)
-        known = self._admitted.get(_current_task(), {}).pop(identity, None)
+        known = self._turns_of_task().pop(identity, None)
         self.report(identity, outcome, chosen, known if ticket is None else ticket.turn)
+
+    def _turns_of_task(self) -> dict[CircuitIdentity, int]:
+        """Return in which turns the running task was admitted; outside of one, nothing is known."""
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no loop runs
+            task = None
+        return {} if task is None else self._admitted.setdefault(task, {})
 
     def _resolve(
         self, source: str, key: ResourceKey | None, policy: CircuitBreakerPolicy | None
     ) -> tuple[CircuitIdentity, CircuitBreakerPolicy]:
         chosen = policy or self.default_policy
         return self.identity_for(source, key=key, scope=chosen.scope), chosen
-
-
-def _current_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
 
 
 @lru_cache(maxsize=1024)
