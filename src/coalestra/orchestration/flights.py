@@ -532,13 +532,15 @@ class Gather:
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
     is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces;
     `span` is that of the stage, if a tracer follows it.
-    With `renews`, what is stale or due is waited for, as a refresh inherits its freshness.
+    It is `open` while its keys are being looked for, and `holds` back the calls of its work for as
+    long. With `renews`, what is stale or due is waited for, as a refresh inherits its freshness.
     """
 
     __slots__ = (
         "done",
         "failures",
         "forced",
+        "holds",
         "keys",
         "logs",
         "open",
@@ -587,6 +589,7 @@ class Gather:
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[Flight | Read, None] = {}
         self.open: bool = False
+        self.holds: bool = False
         self.struck: bool = False
         self.rounds: int = 0
         self.agreed: tuple[int, int] | None = None

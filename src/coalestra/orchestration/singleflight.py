@@ -25,7 +25,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.cache.store import EntryStore, decide
@@ -99,14 +99,27 @@ _WRITING = Phase.WRITING
 Subject = Flight | Gather
 """What a step is about, and what is settled if the step fails."""
 
-Pending = dict[ResourceKey, Flight | Read]
+Steps = Iterator[None]
+Step = Callable[..., Steps | None]
+T = TypeVar("T")
+
+
+def _the_rest(_subject: Subject, rest: Steps) -> Steps:
+    return rest
+
+
+def _portions(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    rest = iter(items)
+    while part := tuple(islice(rest, size)):
+        yield part
 
 
 class Agenda:
     """Runs small synchronous steps without recursion and without holding the event loop.
 
     A step may add further steps. They run after it, in order, so a chain of ten thousand
-    settling keys needs no stack. When a run has taken `SLICE_SECONDS` the rest continues in a
+    settling keys needs no stack. A long one is a generator: what follows a `yield` is a step of its
+    own, at the end of the list. When a run has taken `SLICE_SECONDS` the rest continues in a
     later turn of the event loop. `broken` is told of a step that failed, and what it was about.
     """
 
@@ -117,13 +130,13 @@ class Agenda:
         broken: Callable[[Subject, BaseException], None],
         watch: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._steps: deque[tuple[Callable[..., None], Subject, tuple[Any, ...]]] = deque()
+        self._steps: deque[tuple[Step, Subject, tuple[Any, ...]]] = deque()
         self._running = False
         self._handle: asyncio.Handle | None = None
         self._broken = broken
         self._watch = watch
 
-    def add(self, step: Callable[..., None], subject: Subject, *arguments: Any) -> None:
+    def add(self, step: Step, subject: Subject, *arguments: Any) -> None:
         """Put a step at the end, and run the list now unless it is being run already."""
         self._steps.append((step, subject, arguments))
         if not self._running and self._handle is None:
@@ -142,7 +155,9 @@ class Agenda:
             while steps:
                 step, subject, arguments = steps.popleft()
                 try:
-                    step(subject, *arguments)
+                    rest = step(subject, *arguments)
+                    if rest is not None and next(rest, self) is not self:
+                        steps.append((_the_rest, subject, (rest,)))
                 except BaseException as error:
                     self._broken(subject, error)
                 looks -= 1
@@ -199,6 +214,8 @@ class SingleFlight:
         if isinstance(subject, Flight):
             self.settle(subject, Failed(Failure.of_error(subject.key, error)))
             return
+        if subject.holds:
+            self._looked(subject)
         self._leave_all(subject)
         for key in subject.keys:
             if key not in subject.readings and key not in subject.failures:
@@ -219,7 +236,7 @@ class SingleFlight:
 
     def look(self, gather: Gather) -> None:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
-        gather.open = True
+        gather.open = gather.holds = True
         self.hold(gather.work)
         if gather.work.trace is not None:
             self.note(gather)
@@ -228,8 +245,7 @@ class SingleFlight:
             keys = [key for key in gather.keys if key not in gather.readings]
         if keys and self._store is not None and not (gather.forced or gather.refresh):
             gather.work.record.cache_batch_reads += 1
-        step = self._look_in_store if self._is_plain(gather) else self._look_on
-        self.agenda.add(step, gather, iter(keys))
+        self.agenda.add(self._look_on, gather, keys)
 
     @staticmethod
     def note(gather: Gather) -> None:
@@ -240,37 +256,33 @@ class SingleFlight:
             if gather.span is None:
                 gather.span = trace.span if owner is None else owner.span_of(gather.work)
 
-    def _look_on(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
-        part = tuple(islice(rest, _KEYS_PER_STEP)) if gather.open else ()
-        more = len(part) == _KEYS_PER_STEP
-        try:
+    def _look_on(self, gather: Gather, keys: Iterable[ResourceKey]) -> Steps:
+        """Look for keys, until the gather is struck; then conclude what is complete, make calls."""
+        pins = gather.pins
+        plain = not (pins or pins.private or gather.forced or gather.refresh)
+        yield from (self._look_in_store if plain else self._look_for_each)(gather, keys)
+        self._looked(gather)
+
+    def _look_for_each(self, gather: Gather, keys: Iterable[ResourceKey]) -> Steps:
+        for part in _portions(keys, _KEYS_PER_STEP):
             now, near = self.parts.clock.now(), self.parts.access.near
             for key in part:
                 self._look_for(gather, key, now, near)
-        except BaseException:
-            self._looked(gather)
-            raise
-        if more:
-            self.agenda.add(self._look_on, gather, rest)
-        else:
-            self._looked(gather)
+            if len(part) == _KEYS_PER_STEP:
+                yield
+            if not gather.open:
+                return
 
-    @staticmethod
-    def _is_plain(gather: Gather) -> bool:
-        """Whether the cache comes first for every key, and nothing is pinned."""
-        return not (gather.pins or gather.pins.private or gather.forced or gather.refresh)
-
-    def _look_in_store(self, gather: Gather, rest: Iterator[ResourceKey]) -> None:
-        """Do as `_look_on` for keys of which nothing can be known yet.
+    def _look_in_store(self, gather: Gather, keys: Iterable[ResourceKey]) -> Steps:
+        """Look for keys of which nothing can be known yet: the cache comes first for all of them.
 
         What memory holds is read in one go, so that what was written together is seen
-        together; the flights of what it lacks are begun in steps.
+        together; the flights of what it lacks are begun, or joined, in steps.
         """
-        part = tuple(islice(rest, _KEYS_AT_ONCE)) if gather.open else ()
-        missed: list[tuple[ResourceKey, FreshnessPolicy, Revision | None]] = []
-        try:
+        common: FreshnessPolicy | None = policy_of_all(self.parts.policies)
+        for part in _portions(keys, _KEYS_AT_ONCE):
+            missed: list[tuple[ResourceKey, FreshnessPolicy, Revision | None]] = []
             now, near = self.parts.clock.now(), self.parts.access.near
-            common: FreshnessPolicy | None = policy_of_all(self.parts.policies)
             for key in part:
                 policy = self._policy(gather, key) if common is None else common
                 if policy is None:
@@ -278,40 +290,22 @@ class SingleFlight:
                 revision = None if near is None else near.find(key, now, policy)
                 if revision is None or not self._serve(gather, policy, revision, now):
                     missed.append((key, policy, revision))
-        except BaseException:
-            self._looked(gather)
-            raise
-        self.agenda.add(
-            self._begin, gather, iter(missed), rest if len(part) == _KEYS_AT_ONCE else None
-        )
-
-    def _begin(
-        self,
-        gather: Gather,
-        missed: Iterator[tuple[ResourceKey, FreshnessPolicy, Revision | None]],
-        rest: Iterator[ResourceKey] | None,
-    ) -> None:
-        """Ask for keys that memory lacks, or begin or join their flights; look for the rest."""
-        part = tuple(islice(missed, _KEYS_PER_STEP)) if gather.open else ()
-        try:
-            for key, policy, revision in part:
+            for number, (key, policy, revision) in enumerate(missed, 1):
                 if self._store is None:
                     self._ask_cache(gather, key, policy)
                 else:
                     self._missed(gather, key, policy, revision)
-        except BaseException:
-            self._looked(gather)
-            raise
-        if len(part) == _KEYS_PER_STEP:
-            self.agenda.add(self._begin, gather, missed, rest)
-        elif rest is not None and gather.open:
-            self.agenda.add(self._look_in_store, gather, rest)
-        else:
-            self._looked(gather)
+                if not number % _KEYS_PER_STEP:
+                    yield
+                    if not gather.open:
+                        return
+            if len(part) == _KEYS_AT_ONCE:
+                yield
+            if not gather.open:
+                return
 
     def _looked(self, gather: Gather) -> None:
-        """Note that all has been looked for: what is complete is concluded, calls are made."""
-        gather.open = False
+        gather.open = gather.holds = False
         self.release(gather.work)
         self._check(gather)
 
@@ -890,7 +884,7 @@ class SingleFlight:
             for gather, joined in waiters.items():
                 self._hand(gather, flight, settlement, joined)
         else:
-            self._hand_on(flight, settlement, deque(waiters.items()))
+            self.agenda.add(self._hand_on, flight, settlement, waiters)
 
     def _give_back(self, flight: Flight) -> None:
         """Let go of the lease of a flight that has stored nothing."""
@@ -901,15 +895,14 @@ class SingleFlight:
             foreign.give_back(lease, failed=in_vain)
 
     def _hand_on(
-        self, flight: Flight, settlement: Settlement, rest: deque[tuple[Gather, bool]]
-    ) -> None:
+        self, flight: Flight, settlement: Settlement, waiters: Mapping[Gather, bool]
+    ) -> Steps:
         """Tell very many waiters portion by portion; one who has left meanwhile is passed over."""
-        for _ in range(min(_WAITERS_PER_STEP, len(rest))):
-            gather, joined = rest.popleft()
-            if flight in gather.pending:
-                self._hand(gather, flight, settlement, joined)
-        if rest:
-            self.agenda.add(self._hand_on, flight, settlement, rest)
+        for part in _portions(waiters.items(), _WAITERS_PER_STEP):
+            for gather, joined in part:
+                if flight in gather.pending:
+                    self._hand(gather, flight, settlement, joined)
+            yield
 
     def _hand(self, gather: Gather, flight: Flight, settlement: Settlement, joined: bool) -> None:
         """Give a gather what a flight ended with, and whether it had joined that flight."""
@@ -938,33 +931,34 @@ class SingleFlight:
         if not gather.pending and not gather.open:
             self.agenda.add(self._conclude, gather)
 
-    def _conclude(self, gather: Gather) -> None:
+    def _conclude(self, gather: Gather) -> Steps | None:
         """Tell the one who waits, after readings at odds with the others were derived anew."""
         if not gather.complete or gather.struck:
-            return
+            return None
         alone = len(gather.readings) == 1 and not gather.base
         if alone or gather.agrees:
             self._tell(gather)
-            return
+            return None
         gather.yield_to_pins()
         if gather.base:
             self._judge(gather)
         elif [each for each in gather.readings.values() if each.revision.dependency_versions]:
-            self._certify(gather, iter(tuple(gather.readings.values())))
+            return self._certify(gather)
         else:
             self._tell(gather)
+        return None
 
-    def _certify(self, gather: Gather, rest: Iterator[Reading]) -> None:
+    def _certify(self, gather: Gather) -> Steps:
         """Look for the readings in what its unit of work has seen; judge them if that fails."""
-        if gather.struck:
-            return
-        part = tuple(islice(rest, _READINGS_PER_STEP))
-        if not gather.work.view.covers(part):
-            self._judge(gather)
-        elif len(part) == _READINGS_PER_STEP:
-            self.agenda.add(self._certify, gather, rest)
-        else:
-            self._tell(gather)
+        for part in _portions(tuple(gather.readings.values()), _READINGS_PER_STEP):
+            if not gather.work.view.covers(part):
+                self._judge(gather)
+                return
+            if len(part) == _READINGS_PER_STEP:
+                yield
+            if gather.struck:
+                return
+        self._tell(gather)
 
     def _judge(self, gather: Gather) -> None:
         odd = at_odds(gather.readings, gather.base)
@@ -1012,29 +1006,20 @@ class SingleFlight:
         """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
         self.parts.counters.deadlines_exceeded += 1
         gather.open, gather.struck = False, True
-        pending = {awaited.key: awaited for awaited in gather.pending}
-        self.agenda.add(self._leave_on, gather, pending, iter(pending.values()))
+        self.agenda.add(self._strike_on, gather, {each.key: each for each in gather.pending})
 
-    def _leave_on(self, gather: Gather, pending: Pending, left: Iterator[Flight | Read]) -> None:
-        """Leave some more of what is waited for: calls that end for that say what they were at."""
-        part = tuple(islice(left, _KEYS_PER_STEP))
-        for awaited in part:
-            self._stop_waiting(gather, awaited)
-        if len(part) == _KEYS_PER_STEP:
-            self.agenda.add(self._leave_on, gather, pending, left)
-            return
-        keys = [k for k in gather.keys if k not in gather.readings and k not in gather.failures]
-        self.agenda.add(self._strike_on, gather, pending, iter(keys))
-
-    def _strike_on(self, gather: Gather, pending: Pending, left: Iterator[ResourceKey]) -> None:
-        """End the waiting for some more keys."""
-        part = tuple(islice(left, _KEYS_PER_STEP))
-        for key in part:
-            if key not in gather.readings and key not in gather.failures:
-                self._strike_key(gather, key, pending.get(key))
-        if len(part) == _KEYS_PER_STEP:
-            self.agenda.add(self._strike_on, gather, pending, left)
-            return
+    def _strike_on(self, gather: Gather, pending: Mapping[ResourceKey, Flight | Read]) -> Steps:
+        """Leave what is waited for, so that calls that end for that say so; then end the rest."""
+        for part in _portions(pending.values(), _KEYS_PER_STEP):
+            for awaited in part:
+                self._stop_waiting(gather, awaited)
+            yield
+        for keys in _portions(gather.keys, _KEYS_PER_STEP):
+            for key in keys:
+                if key not in gather.readings and key not in gather.failures:
+                    self._strike_key(gather, key, pending.get(key))
+            if len(keys) == _KEYS_PER_STEP:
+                yield
         gather.yield_to_pins()
         for key in at_odds(gather.readings, gather.base):
             del gather.readings[key]
