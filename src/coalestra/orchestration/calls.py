@@ -115,20 +115,15 @@ _QUIET_SECONDS = 0.05
 
 
 class Progress(enum.Enum):
-    """Where an attempt stands, in words for a message."""
+    """Where an attempt stands, in words: for a message afterwards, and for now."""
 
-    PREPARING = "its dependencies were being copied"
-    WAITING = "it waited for capacity"
-    RUNNING = "its source was running"
-    TAKING_IN = "the answer of its source was being copied"
-
-
-_STANDING = {
-    Progress.PREPARING: "its dependencies are being copied",
-    Progress.WAITING: "waiting for capacity",
-    Progress.RUNNING: "its source is running",
-    Progress.TAKING_IN: "the answer of its source is being copied",
-}
+    PREPARING = "its dependencies were being copied", "its dependencies are being copied"
+    WAITING = "it waited for capacity", "waiting for capacity"
+    RUNNING = "its source was running", "its source is running"
+    TAKING_IN = (
+        "the answer of its source was being copied",
+        "the answer of its source is being copied",
+    )
 
 
 class StaleSourceData(Exception):
@@ -593,14 +588,16 @@ class Call:
     def doing(self) -> str:
         """What the call is at, to be put behind a sentence."""
         attempt = self._attempt
-        return ": it rested between two attempts" if attempt is None else f": {attempt.stage.value}"
+        return (
+            f": {'it rested between two attempts' if attempt is None else attempt.stage.value[0]}"
+        )
 
     @property
     def standing(self) -> str:
         """Where the call stands, in a few words."""
         attempt = self._attempt
         if attempt is not None:
-            return _STANDING[attempt.stage]
+            return str(attempt.stage.value[1])
         return "resting between two attempts" if self.attempts else "waiting for its turn"
 
     @property
@@ -1342,18 +1339,6 @@ class Lane:
     written off: another takes its place, while the old one keeps its slot until it really ends.
     `rank` is the authority of its source, if that is the same for every key.
     """
-
-    __slots__ = (
-        "_busy",
-        "_hurried",
-        "_queue",
-        "_workers",
-        "dispatch",
-        "limit",
-        "link",
-        "rank",
-        "work",
-    )
 
     def __init__(self, dispatch: Dispatch, work: Work, link: Link, limit: int) -> None:
         self.dispatch: Dispatch = dispatch

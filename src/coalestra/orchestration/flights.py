@@ -615,6 +615,13 @@ class Gather:
         """Return the readings in the order of the keys."""
         return {key: self.readings[key] for key in self.keys}
 
+    def trace_flight(self, flight: Flight, *, joined: bool) -> None:
+        """Note for the trace of its work, if there is one, that it waits for a flight."""
+        trace, key = self.work.trace, flight.key
+        if trace is not None:
+            waiting = self.span if joined else None
+            trace.flies(self.logs.get(key), key, flight.note(), joined=joined, waiting=waiting)
+
     def accepts_stale(self, key: ResourceKey) -> bool:
         """Whether a stale value may stand in for a failed `key`."""
         return not self.refresh and not (self.forced and key in self.forced)
@@ -706,6 +713,8 @@ class FlightBoard:
         unlimited = gather.owner is None and gather.work.deadline is None
         flight.cutoff = math.inf if unlimited else gather.cutoff
         flight.urgent = gather.urgent
+        if gather.work.trace is not None:
+            gather.trace_flight(flight, joined=False)
 
     def join(self, gather: Gather, flight: Flight) -> None:
         """Let `gather` wait for `flight`; a wait that would close a cycle fails instead."""
@@ -722,6 +731,8 @@ class FlightBoard:
                 self._report.flight_joined(flight.key, mine.snapshot_id, its.snapshot_id)
         flight.waiters[gather] = joined
         gather.pending[flight] = None
+        if gather.work.trace is not None:
+            gather.trace_flight(flight, joined=joined)
         if flight.cutoff != math.inf:
             self.extend(flight, gather.cutoff)
 

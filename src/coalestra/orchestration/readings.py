@@ -17,9 +17,6 @@ from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import Revision
 
-# What a reader holds while it works: readings, failures, and how a flight ended ------------------
-
-
 _JOINED = FrozenDict({"coalesced_request": True})
 
 
@@ -158,9 +155,8 @@ Settlement = Reading | Failed
 # The values one unit of work has settled on, and whether new readings agree with them ------------
 #
 # A derived value is only as good as the revisions it was made from. Readings that arrive on
-# different
-# ways (one from the cache, one from a source) may rest on different revisions of the same key. The
-# rules here find that out. They know nothing of time, tasks or sources.
+# different ways (one from the cache, one from a source) may rest on different revisions of the same
+# key. The rules here find that out. They know nothing of time, tasks or sources.
 
 
 class Demand:

@@ -2,15 +2,17 @@
 
 Laws:
 
-1. A key has at most one flight to join. A publication or an invalidation of the key, or a demand
-   for a value read from now on, takes a flight that has begun out of sight; it then ends for its
-   own waiters.
+1. A key has at most one flight to join. News of the key or of what it rests on, or a demand for a
+   value read from now on, takes a flight that has begun out of sight; it then ends for its own
+   waiters.
 2. A flight waits for nothing but its own dependencies, and for them without a task, slot or frame.
 3. A settled key reaches its waiters at once, whatever else they wait for.
 4. What a waiter's deadline or cancellation ends is that waiter's waiting, nothing else.
 5. Whatever is raised, by whomever, in whichever step: the flight or the waiter that the step was
    about is settled, once. `SingleFlight.broken` is where that is seen to.
 6. A deadline ends its reader even if all of this is wrong: `Stage` is told by a timer of its own.
+7. That there is no such thing is an answer as well. It is remembered for as long as its sources
+   have said, gives way to any news of the key, and is never remembered of what is derived.
 
 Everything here decides synchronously, on the event loop, in steps of one `Agenda`; what has to be
 awaited (calls, an awaited cache, copies) is done elsewhere and reports back.
@@ -483,7 +485,6 @@ class SingleFlight:
         """Return the flight that newcomers may join; one that took in old news is none."""
         flight = self.board.flights.get(key)
         if flight is not None and self._news > flight.since and self._is_behind(flight):
-            self.board.hide(flight, cacheable=False)
             return None
         return flight
 
@@ -507,8 +508,6 @@ class SingleFlight:
             flight = Flight(key, policy, gather.work, forced=forced, since=self._news)
             flight.cached = cached
             self.board.start(gather, flight)
-            if gather.work.trace is not None:
-                self._trace_flight(gather, flight)
             try:
                 self._proceed(flight)
             except BaseException as error:
@@ -518,8 +517,6 @@ class SingleFlight:
                 flight.cached = cached
             flight.forced = flight.forced or forced
             self.board.join(gather, flight)
-            if gather.work.trace is not None:
-                self._trace_flight(gather, flight)
             if gather.urgent:
                 self._hurry(flight)
         if self._store is None:
@@ -527,21 +524,11 @@ class SingleFlight:
             if read is not None:
                 read.flight = self.board.flights.get(key)
 
-    @staticmethod
-    def _trace_flight(gather: Gather, flight: Flight) -> None:
-        trace = gather.work.trace
-        if trace is not None and gather in flight.waiters:
-            key, joined = flight.key, flight.waiters[gather]
-            waiting = gather.span if joined else None
-            trace.flies(gather.logs.get(key), key, flight.note(), joined=joined, waiting=waiting)
-
     def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
         known = gather.pins.private.get(key)
         if known is not None:
             self.board.join(gather, known)
-            if gather.work.trace is not None:
-                self._trace_flight(gather, known)
             return
         forced = key in gather.forced
         flight = Flight(key, policy, gather.work, forced=forced, pins=gather.pins, since=self._news)
@@ -549,8 +536,6 @@ class SingleFlight:
         gather.pins.private[key] = flight
         self.board.set_aside(flight)
         self.board.join(gather, flight)
-        if gather.work.trace is not None:
-            self._trace_flight(gather, flight)
         self._later(flight)
 
     def _hurry(self, flight: Flight) -> None:
@@ -568,11 +553,19 @@ class SingleFlight:
                         seen.add(id(awaited))
                         stack.append(awaited)
 
-    def _leave(self, gather: Gather, flight: Flight) -> None:
+    def _leave_all(self, gather: Gather) -> None:
+        gather.open = False
+        for awaited in tuple(gather.pending):
+            self._leave(gather, awaited)
+
+    def _leave(self, gather: Gather, awaited: Flight | Read) -> None:
         """Let `gather` wait no longer. What nobody waits for is given up, or runs to its bound."""
-        self.board.leave(gather, flight)
-        if not flight.waiters:
-            self.agenda.add(self._unwanted, flight)
+        if isinstance(awaited, Read):
+            self.reads.leave(gather, awaited)
+            return
+        self.board.leave(gather, awaited)
+        if not awaited.waiters:
+            self.agenda.add(self._unwanted, awaited)
 
     def _unwanted(self, flight: Flight) -> None:
         if flight.phase is _SETTLED or flight.waiters:
@@ -674,8 +667,8 @@ class SingleFlight:
         seconds = answer.ttl_seconds or 0.0
         if flight.gather is not None:
             seconds = 0.0
-            if self._news > flight.since and self._is_behind(flight):
-                self.board.hide(flight, cacheable=False)
+            if self._news > flight.since:
+                self._is_behind(flight)
         until = self.parts.clock.monotonic() + seconds
         flight.absent_until = min(flight.absent_until, until)
         if answer.final:
@@ -773,8 +766,8 @@ class SingleFlight:
             if report is not None and link is not None:
                 snapshot_id = flight.sponsor.context.snapshot_id
                 report.resource_resolved(revision, link.kind.value, snapshot_id)
-            if self._news > flight.since and self._is_behind(flight):
-                self.board.hide(flight, cacheable=False)
+            if self._news > flight.since:
+                self._is_behind(flight)
             if self.refresher.failing:
                 self.refresher.failing.pop(flight.key, None)
             if self._absent:
@@ -1012,7 +1005,7 @@ class SingleFlight:
         """Leave what is waited for, so that calls that end for that say so; then end the rest."""
         for part in _portions(pending.values(), _KEYS_PER_STEP):
             for awaited in part:
-                self._stop_waiting(gather, awaited)
+                self._leave(gather, awaited)
             yield
         for keys in _portions(gather.keys, _KEYS_PER_STEP):
             for key in keys:
@@ -1040,17 +1033,6 @@ class SingleFlight:
                     self._report_fallback(gather, key, stale, stale.fallback)
                 return
         gather.failures[key] = failure
-
-    def _leave_all(self, gather: Gather) -> None:
-        gather.open = False
-        for awaited in tuple(gather.pending):
-            self._stop_waiting(gather, awaited)
-
-    def _stop_waiting(self, gather: Gather, awaited: Flight | Read) -> None:
-        if isinstance(awaited, Read):
-            self.reads.leave(gather, awaited)
-        else:
-            self._leave(gather, awaited)
 
     # News: what the cache tells of other writers ------------------------------------------------
 
@@ -1154,7 +1136,17 @@ class SingleFlight:
                 self.board.hide(flight, cacheable=False)
 
     def _is_behind(self, flight: Flight) -> bool:
-        """Whether a flight has taken in what there was news of since, or waits for one that has."""
+        """Whether a flight has taken in what there was news of since, or waits for one that has.
+
+        If so, newcomers must not join it, and its value is not cached.
+        """
+        if not self._has_taken_old(flight):
+            flight.since = self._news
+            return False
+        self.board.hide(flight, cacheable=False)
+        return True
+
+    def _has_taken_old(self, flight: Flight) -> bool:
         since = flight.since
         stack, seen = [flight], {id(flight)}
         while stack:
@@ -1170,7 +1162,6 @@ class SingleFlight:
                     if isinstance(awaited, Flight) and id(awaited) not in seen:
                         seen.add(id(awaited))
                         stack.append(awaited)
-        flight.since = self._news
         return False
 
     def forget(self) -> None:

@@ -518,8 +518,6 @@ def _itself(trace: Trace) -> Trace:
 class StageLog:
     """What is noted of one stage; see `StageTrace`."""
 
-    __slots__ = ("end", "error", "failed", "keys", "name", "resolved", "span", "start")
-
     def __init__(self, name: str, keys: int) -> None:
         self.name: str = name
         self.keys: int = keys
@@ -536,25 +534,6 @@ class WorkTrace:
 
     Without `recording` nothing is kept of the keys; there is a tracer to be told of spans then.
     """
-
-    __slots__ = (
-        "_began",
-        "_entries",
-        "_joins",
-        "_kind",
-        "_known",
-        "_parent",
-        "_stages",
-        "_stages_begun",
-        "_started_at",
-        "_tracing",
-        "_untold",
-        "_warm",
-        "recording",
-        "snapshot_id",
-        "span",
-        "__weakref__",
-    )
 
     def __init__(
         self,
