@@ -378,6 +378,15 @@ def test_it_says_when_it_is_cut_off_since_when_and_comes_back_by_itself(visit: O
         playwright.expect(page.locator("#said")).to_have_text("Connected again.")
 
 
+def test_a_page_that_is_seldom_renewed_is_not_taken_for_cut_off(visit: Open) -> None:
+    with Farm(interval_seconds=60.0).open() as farm:
+        page = visit(farm.url, clock=True)
+        wait(page, "Live", "#live")
+        page.clock.fast_forward(9_000)
+        assert page.locator("#cut").is_hidden()
+        assert page.locator("#live").inner_text().startswith("Live")
+
+
 def test_it_says_when_one_may_not_read_it_any_more(visit: Open) -> None:
     allowed = [True]
     with Farm(authorize=lambda scope: bool(allowed)).open() as farm:

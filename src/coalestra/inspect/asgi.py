@@ -237,7 +237,7 @@ class Sampler:
             late = max(0.0, loop.time() - due)
 
     def _written(self, look: Look, now: float, late: float) -> bytes:
-        told = self.story.told(look, now, late)
+        told = {**self.story.told(look, now, late), "interval": self._interval}
         return json.dumps(told, separators=(",", ":"), allow_nan=False).encode()
 
     async def current(self) -> bytes:
