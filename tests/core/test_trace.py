@@ -6,7 +6,9 @@ import copy
 import json
 import pickle
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 from typing import Any
@@ -633,6 +635,26 @@ def test_pictures_are_bounded_whatever_the_number_of_keys() -> None:
     assert len(trace.to_text()) < 5_000
     assert len(trace.to_svg()) < 100_000
     assert len(trace.to_html()) < 400_000
+
+
+def test_a_page_costs_in_proportion_to_what_keys_rest_on() -> None:
+    def cost(number: int) -> int:
+        below = [KeyTrace(price(str(n)), Obtained.FETCHED, 0.0, 1.0, False) for n in range(number)]
+        rests_on = tuple([Foundation(each.key, "v1", "quotes", EPOCH) for each in below])
+        desks = [ResourceKey("risk", "exposure", f"{n}") for n in range(number)]
+        above = [
+            KeyTrace(desk, Obtained.DERIVED, 0.0, 2.0, rests_on=rests_on[at : at + 3])
+            for at, desk in enumerate(desks)
+        ]
+        trace, steps = traced(*below, *above), Counter[str]()
+        sys.setprofile(lambda frame, event, argument: steps.update([event]))
+        try:
+            trace.to_html(limit=9_999)
+        finally:
+            sys.setprofile(None)
+        return steps.total()
+
+    assert cost(200) < 5 * cost(50)
 
 
 def luminance(colour: str) -> float:

@@ -9,9 +9,10 @@ nothing that they do not hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from coalestra.core.errors import (
@@ -291,7 +292,7 @@ class Trace:
         """
         return {
             **_SCHEMA,
-            **json_safe(self),
+            **json_safe(replace(self, keys={})),
             "started_at": utc_text(self.started_at),
             "keys": {key.canonical: _key_data(found) for key, found in self.keys.items()},
         }
@@ -345,15 +346,21 @@ class Trace:
         if key not in self.keys:
             more = f"; there was no room for {many(self.omitted_keys, 'key')}"
             raise KeyError(f"{key.display} is not in this trace{more if self.omitted_keys else ''}")
-        return " ".join(_told(self, self.keys[key]))
+        return " ".join(_told(self, self.keys[key], _needed_by(self)))
 
 
 def _key_data(found: KeyTrace) -> dict[str, Any]:
     below = [
-        {**json_safe(each), **_name_data(each.key), "observed_at": utc_text(each.observed_at)}
+        {
+            **_name_data(each.key),
+            "version": each.version,
+            "source": each.source,
+            "observed_at": utc_text(each.observed_at),
+        }
         for each in found.rests_on
     ]
-    return {**json_safe(found), **_name_data(found.key), "rests_on": below}
+    told = json_safe(replace(found, rests_on=()))
+    return {**told, **_name_data(found.key), "rests_on": below}
 
 
 def _name_data(key: ResourceKey) -> dict[str, Any]:
@@ -441,10 +448,22 @@ def _listed(parts: Sequence[str], between: str = ", ") -> str:
     return between.join([*parts[: _LISTED - 1], rest, parts[-1]])
 
 
-def _told(trace: Trace, found: KeyTrace) -> list[str]:
+_Needs = Mapping[ResourceKey, Sequence[KeyTrace]]
+
+
+def _needed_by(trace: Trace) -> _Needs:
+    """Return by key what rests on it, in order."""
+    needs: dict[ResourceKey, list[KeyTrace]] = {}
+    for found in trace.keys.values():
+        for below in found.rests_on:
+            needs.setdefault(below.key, []).append(found)
+    return needs
+
+
+def _told(trace: Trace, found: KeyTrace, needs: _Needs) -> list[str]:
     sentences = [_told_outcome(trace, found)]
     if not found.requested:
-        sentences.append(_told_need(trace, found))
+        sentences.append(_told_need(needs.get(found.key, ())))
     if found.obtained is Obtained.FALLBACK:
         sentences.append(_sentence("It stands in for what failed", _told_error(found)))
     if _missed(trace, found):
@@ -494,12 +513,8 @@ def _absent(found: KeyTrace) -> bool:
     return found.error_type == ResourceAbsentError.__name__
 
 
-def _told_need(trace: Trace, found: KeyTrace) -> str:
-    needed = [
-        each.key.display
-        for each in trace.keys.values()
-        if any(below.key == found.key for below in each.rests_on)
-    ]
+def _told_need(needs: Sequence[KeyTrace]) -> str:
+    needed = [each.key.display for each in needs]
     by = f"{_listed(needed)} needs it" if len(needed) == 1 else f"{_listed(needed)} need it"
     return _sentence("It was not asked for", by if needed else "something derived needs it")
 
@@ -683,6 +698,7 @@ _SEVERITY = {Obtained.FAILED: 3, Obtained.FALLBACK: 2, Obtained.STALE: 1}
 
 def _pictured(trace: Trace) -> Waterfall:
     keys = trace.keys.values()
+    needs = cache(lambda: _needed_by(trace))
     return Waterfall(
         f"{readable(trace.kind)} {readable(trace.snapshot_id)}",
         list(_facts(trace)),
@@ -690,7 +706,7 @@ def _pictured(trace: Trace) -> Waterfall:
         (
             Section("Stages", [_stage_row(stage) for stage in trace.stages], trace.omitted_stages),
             Section("Calls", [_call_row(trace, call) for call in trace.calls]),
-            Section("Keys", [_key_row(trace, each) for each in keys], trace.omitted_keys),
+            Section("Keys", [_key_row(trace, each, needs) for each in keys], trace.omitted_keys),
         ),
     )
 
@@ -762,7 +778,7 @@ def _stretches(call: CallTrace) -> Iterator[tuple[str, float, float, AttemptTrac
             yield "pause", attempt.end, attempt.end + attempt.pause_seconds, attempt
 
 
-def _key_row(trace: Trace, found: KeyTrace) -> Row:
+def _key_row(trace: Trace, found: KeyTrace, needs: Callable[[], _Needs]) -> Row:
     note = _way(found)
     if found.error_type is not None and not _absent(found):
         # What the last source failed with tells most.
@@ -789,7 +805,7 @@ def _key_row(trace: Trace, found: KeyTrace) -> Row:
         ),
         alike=(found.key.namespace, found.key.name, note, found.joined is None, found.requested),
         severity=1 if _absent(found) else _SEVERITY.get(found.obtained, 0),
-        details=lambda: _told(trace, found),
+        details=lambda: _told(trace, found, needs()),
     )
 
 
