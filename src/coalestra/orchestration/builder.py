@@ -195,7 +195,7 @@ def collect_health(
         closed=engine.closed,
         background_refreshes=engine.refresher.active,
         failing_refreshes=len(engine.refresher.failing),
-        singleflight_in_flight=engine.in_flight,
+        singleflight_in_flight=len(engine.flights.board.flights),
         source_support_cache_entries=parts.chains.entries,
         capacity=capacity,
         cache=cache_stats,

@@ -588,9 +588,8 @@ class Call:
     def doing(self) -> str:
         """What the call is at, to be put behind a sentence."""
         attempt = self._attempt
-        return (
-            f": {'it rested between two attempts' if attempt is None else attempt.stage.value[0]}"
-        )
+        was = "it rested between two attempts" if attempt is None else attempt.stage.value[0]
+        return f": {was}"
 
     @property
     def standing(self) -> str:
@@ -1558,7 +1557,7 @@ class Dispatch:
     def ready(self, flight: Flight) -> None:
         """Group a flight with the others that are ready for the same source in this step."""
         work = flight.sponsor
-        if work.closed or work.struck:
+        if work.over:
             work = flight.living_sponsor()
         link = flight.link
         if link is None:

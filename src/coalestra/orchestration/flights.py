@@ -126,20 +126,20 @@ class Intake(Protocol):
 class Work:
     """The context, deadline, counters and lanes that the stages of one unit of work share.
 
-    While stages wait, one timer watches the deadline for all of them.
+    While stages wait, one timer watches the deadline for all of them. Once it is `over`, closed or
+    struck by its deadline, nothing is started in its name any more.
     """
 
     __slots__ = (
-        "closed",
         "context",
         "deadline",
         "flushing",
         "lanes",
+        "over",
         "planning",
         "ready",
         "record",
         "stages",
-        "struck",
         "timer",
         "trace",
         "variables",
@@ -168,8 +168,7 @@ class Work:
         self.timer: asyncio.TimerHandle | None = None
         self.planning: int = 0
         self.flushing: bool = False
-        self.struck: bool = False
-        self.closed: bool = False
+        self.over: bool = False
 
     @property
     def cutoff(self) -> float:
@@ -180,11 +179,6 @@ class Work:
     def expired(self) -> bool:
         """Whether the deadline has passed."""
         return self.deadline is not None and self.deadline.expired
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing may be started in the name of this work any more."""
-        return self.closed or self.struck
 
     def enter(self, stage: Gather) -> None:
         """Watch the deadline, if there is one, for a stage that begins to wait."""
@@ -205,7 +199,7 @@ class Work:
 
     def _strike(self) -> None:
         self.timer = None
-        self.struck = True
+        self.over = True
         for stage in tuple(self.stages):
             stage.strike()
 
@@ -605,11 +599,6 @@ class Gather:
     def agrees(self) -> bool:
         """Whether the readings were found to agree with the pins as they are now."""
         return self.agreed == self.base.stamp
-
-    @property
-    def complete(self) -> bool:
-        """Whether every key has come to a reading or a failure."""
-        return not self.open and not self.pending
 
     def in_order(self) -> dict[ResourceKey, Reading]:
         """Return the readings in the order of the keys."""

@@ -233,7 +233,7 @@ class SnapshotSession:
     async def close(self) -> None:
         """Take no more calls. Snapshots that were returned stay good."""
         self._closed = True
-        self._unit.work.closed = True
+        self._unit.work.over = True
 
     def _require_open(self) -> None:
         if self._closed:

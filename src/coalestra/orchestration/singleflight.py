@@ -125,18 +125,13 @@ class Agenda:
     later turn of the event loop. `broken` is told of a step that failed, and what it was about.
     """
 
-    __slots__ = ("_broken", "_handle", "_running", "_steps", "_watch")
+    __slots__ = ("_broken", "_handle", "_running", "_steps")
 
-    def __init__(
-        self,
-        broken: Callable[[Subject, BaseException], None],
-        watch: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, broken: Callable[[Subject, BaseException], None]) -> None:
         self._steps: deque[tuple[Step, Subject, tuple[Any, ...]]] = deque()
         self._running = False
         self._handle: asyncio.Handle | None = None
         self._broken = broken
-        self._watch = watch
 
     def add(self, step: Step, subject: Subject, *arguments: Any) -> None:
         """Put a step at the end, and run the list now unless it is being run already."""
@@ -151,7 +146,7 @@ class Agenda:
         self._running = True
         self._handle = None
         steps = self._steps
-        until = self._watch() + SLICE_SECONDS
+        until = time.perf_counter() + SLICE_SECONDS
         looks = _STEPS_BETWEEN_LOOKS
         try:
             while steps:
@@ -165,7 +160,7 @@ class Agenda:
                 looks -= 1
                 if not looks:
                     looks = _STEPS_BETWEEN_LOOKS
-                    if self._watch() > until:
+                    if time.perf_counter() > until:
                         break
         finally:
             self._running = False
@@ -799,7 +794,7 @@ class SingleFlight:
                 if flight.forced is forced
                 and flight.cacheable
                 and flight.event is None
-                and flight.key not in self._publishing
+                and not (self._publishing and flight.key in self._publishing)
             }
             if fit and store is not None:
                 outcomes = store.put_many(fit, now=now, replace_equal=forced, teller=self)
@@ -926,7 +921,7 @@ class SingleFlight:
 
     def _conclude(self, gather: Gather) -> Steps | None:
         """Tell the one who waits, after readings at odds with the others were derived anew."""
-        if not gather.complete or gather.struck:
+        if gather.open or gather.pending or gather.struck:
             return None
         alone = len(gather.readings) == 1 and not gather.base
         if alone or gather.agrees:
@@ -1339,11 +1334,6 @@ class Engine:
     def workers(self) -> int:
         """How many workers are under way to call sources."""
         return sum(not task.done() for task in self.flights.dispatch.workers.copy())
-
-    @property
-    def in_flight(self) -> int:
-        """How many keys are being acquired, by a flight that newcomers may join."""
-        return len(self.flights.board.flights)
 
     @property
     def busy(self) -> bool:
