@@ -20,7 +20,15 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from coalestra.core.trace import KeyTrace, Obtained, Trace
-from coalestra.inspect.looks import Names, Story, Traces, look_at, told_values, trace_id
+from coalestra.inspect.looks import (
+    Names,
+    Story,
+    Traces,
+    kind_name,
+    look_at,
+    told_values,
+    trace_id,
+)
 from tests.contracts.caches import SingleKeyCache
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
@@ -349,6 +357,26 @@ async def test_what_was_learnt_is_kept_while_the_page_lives() -> None:
     await told(story, made)
     await made.cache.clear()
     assert (await told(story, made))["graph"]["edges"] == EDGES
+
+
+async def test_an_entry_that_was_seen_before_is_not_gone_through_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = layered()
+    story, named = story_of(made), list[ResourceKey]()
+
+    def name_of(key: ResourceKey) -> str:
+        named.append(key)
+        return kind_name(key)
+
+    monkeypatch.setattr("coalestra.inspect.looks.kind_name", name_of)
+    await made.build([key("t", "1")])
+    await told(story, made)
+    assert len(named) == 4 + 3  # what is held, and what that rests on
+    named.clear()
+    await made.build([key("b", "2")])
+    await told(story, made)
+    assert named == [key("b", "2")]
 
 
 async def test_very_many_kinds_do_not_make_an_endless_graph() -> None:

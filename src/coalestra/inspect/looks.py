@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 from coalestra.cache.memory import AsyncMemoryCache
@@ -45,6 +46,7 @@ _MOST_FLIGHTS = 50
 _MOST_ENTRIES = 300
 _MOST_KINDS = 80
 _MOST_EDGES = 300
+_MOST_INPUTS = 1_000
 _MOST_VALUES = 50
 _NEWEST_TOLD, _NEWEST_KEPT, _NOTABLE = 20, 100, 15
 _NOTABLE_SECONDS = 900.0
@@ -475,24 +477,27 @@ class Graph:
         self._kinds: dict[str, set[str]] = {}
         self._edges: dict[tuple[str, str], None] = {}
         self._omitted: set[str] = set()
+        self._seen: set[str] = set()
 
     def learn(self, entries: Iterable[Revision], traces: Iterable[Trace]) -> None:
-        """Take in what entries and new traces show."""
-        for entry in entries:
-            rests_on = [kind_name(each) for each in entry.dependency_versions]
-            self._note(kind_name(entry.key), entry.source, rests_on)
+        """Take in what new entries and new traces show."""
+        by_version = {entry.version: entry for entry in entries}
+        for version in by_version.keys() - self._seen:
+            entry = by_version[version]
+            self._note(entry.key, entry.source, entry.dependency_versions)
+        self._seen = set(by_version)
         for trace in traces:
             for found in trace.keys.values():
-                rests_on = [kind_name(each.key) for each in found.rests_on]
-                self._note(kind_name(found.key), found.source, rests_on)
+                self._note(found.key, found.source, (each.key for each in found.rests_on))
 
-    def _note(self, kind: str, source: str | None, rests_on: Iterable[str]) -> None:
+    def _note(self, key: ResourceKey, source: str | None, rests_on: Iterable[ResourceKey]) -> None:
+        kind = kind_name(key)
         sources = self._place(kind)
         if sources is None:
             return
         if source is not None and len(sources) < _MOST_KINDS:
             sources.add(source)
-        for other in set(rests_on) - {kind}:
+        for other in {kind_name(each) for each in islice(rests_on, _MOST_INPUTS)} - {kind}:
             if self._place(other) is not None and len(self._edges) < _MOST_EDGES:
                 self._edges[other, kind] = None
 
