@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from coalestra import BufferedEventSink, BufferedMetricsSink
+from coalestra._lockfree import Changes
 from coalestra.core.errors import SourceFailure
 from coalestra.observability.changes import LOGGER, ChangeLog, Condition
+from tests.support import ThreadGate, settle
 
 
 class Kept(logging.Handler):
@@ -404,3 +406,34 @@ def test_a_handler_that_blocks_holds_up_the_buffer_and_nobody_else(kept: Kept) -
         assert not buffer.flush(0.05)
         released.set()
         assert buffer.flush(5)
+
+
+async def test_a_line_that_comes_as_the_writer_leaves_is_waited_for(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, leaving, gone, tell = log(), ThreadGate(), ThreadGate(), Changes.tell
+
+    class Role(dict[str, threading.Thread]):
+        def pop(self, *arguments: Any) -> Any:
+            if not leaving.arrived:
+                changes.works("wire")  # nobody starts another writer, as there still is one
+                leaving.pass_()
+            return super().pop(*arguments)
+
+    def told(self: Changes) -> None:
+        tell(self)
+        gone.pass_()
+
+    changes._role = Role()
+    monkeypatch.setattr(Changes, "tell", told)
+    changes.failed("wire", OSError())
+    leaving.wait_arrived()
+    ending = asyncio.ensure_future(changes.end(60.0, drain=True))
+    await settle()
+    leaving.open()
+    gone.wait_arrived()
+    await settle()
+    assert not ending.done()
+    gone.open()
+    assert await ending == 0
+    assert kept.lines == ["WARNING wire fails: OSError", "INFO wire works again"]

@@ -208,7 +208,8 @@ class ChangeLog:
         self._go_on()
         if self._lines and "writer" not in self._role:
             self._write_all()  # here, as there is no thread to be had
-        await self._changes.until(lambda: not self._role, seconds)
+        # A line that came as the writer was leaving has it come back: then it is not over yet.
+        await self._changes.until(lambda: not (self._role or self._lines), seconds)
         return self.pending
 
     def __repr__(self) -> str:
