@@ -564,7 +564,6 @@ class Call:
         self.flights: dict[Flight, None] = dict.fromkeys(flights)
         self.fresh: set[Flight] = set()
         self.attempts: int = 0
-        self.cutoff: float = -math.inf
         self._interest: Interest | None = None
         self.policy: SourceResiliencePolicy = _UNDECIDED
         self._attempt: Attempt | None = None
@@ -577,12 +576,7 @@ class Call:
         self._groups: dict[CircuitIdentity, tuple[int, list[Flight]]] | None = None
         self._turn: int = 0
         self.log: CallLog | None = None
-        for flight in self.flights:
-            flight.join_call(self)
-            if flight.cutoff > self.cutoff:
-                self.cutoff = flight.cutoff
-            if flight.log is not None:
-                flight.log.calls.append(self.note())
+        self.cutoff: float = Flight.join_call(self.flights, self)
 
     @property
     def doing(self) -> str:
@@ -1592,8 +1586,7 @@ class Dispatch:
             waiting = [flight for flight in flights if flight.phase is _READY]
             try:
                 lane = self._lane(work, index)
-                for flight in waiting:
-                    flight.queue(lane)
+                Flight.queue(waiting, lane)
                 lane.add(waiting)
             except BaseException as error:
                 pass_on(error)

@@ -377,14 +377,24 @@ class Flight:
         """Wait for the end of the step, to travel with others to the same source."""
         self.phase = _READY
 
-    def queue(self, lane: Intake) -> None:
-        """Wait in a lane for a worker that calls the source."""
-        self.phase = _CALLING
-        self.lane = lane
+    @staticmethod
+    def queue(flights: Iterable[Flight], lane: Intake) -> None:
+        """Let flights wait in a lane for a worker that calls the source."""
+        for flight in flights:
+            flight.phase = _CALLING
+            flight.lane = lane
 
-    def join_call(self, call: Call) -> None:
-        """Be one of the keys that `call` is made for."""
-        self.call = call
+    @staticmethod
+    def join_call(flights: Iterable[Flight], call: Call) -> float:
+        """Let flights be the keys that `call` is made for; return until when any is wanted."""
+        cutoff = -math.inf
+        for flight in flights:
+            flight.call = call
+            if flight.cutoff > cutoff:
+                cutoff = flight.cutoff
+            if flight.log is not None:
+                flight.log.calls.append(call.note())
+        return cutoff
 
     def leave_call(self) -> None:
         """Be refused by the source; `choose` follows."""

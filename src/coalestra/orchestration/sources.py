@@ -194,17 +194,24 @@ class Chains:
         self, link: Link, key: ResourceKey, record: DiagnosticsRecorder, variables: Context
     ) -> bool:
         """Whether the source of `link` serves `key`; raises what the source raises."""
+        answers, known = self._answers, 0
+        if link.memoized:
+            known = answers.get(key, 0)
+            if known & link.asked:
+                record.support_cache_hits += 1
+                if self.max_entries is not None:
+                    answers.move_to_end(key)
+                return bool(known & link.served)
+            record.support_cache_misses += 1
+        # In a copy of the variables, so that nothing that a source sets there reaches anybody else.
+        try:
+            answer = variables.copy().run(link.source.supports, key)
+        except asyncio.CancelledError as error:
+            raise _cancelled_itself(link) from error
+        if answer is not True and answer is not False:
+            answer = _as_answer(link, answer)
         if not link.memoized:
-            return _supports(link, key, variables)
-        answers = self._answers
-        known = answers.get(key, 0)
-        if known & link.asked:
-            record.support_cache_hits += 1
-            if self.max_entries is not None:
-                answers.move_to_end(key)
-            return bool(known & link.served)
-        record.support_cache_misses += 1
-        answer = _supports(link, key, variables)
+            return answer
         # Taken out anew: the source may have called for the answers to be forgotten.
         known = answers.pop(key, 0) if known else 0
         self.entries += not (known & link.asked)
@@ -226,14 +233,7 @@ def _cancelled_itself(link: Link) -> SourceUnavailableError:
     return SourceUnavailableError(f"source {link.name!r} cancelled itself")
 
 
-def _supports(link: Link, key: ResourceKey, variables: Context) -> bool:
-    # In a copy of the variables, so that nothing that a source sets there reaches anybody else.
-    try:
-        answer = variables.copy().run(link.source.supports, key)
-    except asyncio.CancelledError as error:
-        raise _cancelled_itself(link) from error
-    if answer is True or answer is False:
-        return answer
+def _as_answer(link: Link, answer: object) -> bool:
     if inspect.isawaitable(answer):
         if inspect.iscoroutine(answer):
             answer.close()
