@@ -6,10 +6,11 @@ A watched builder is not kept alive, nor does one that fails to tell its health 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, TypeVar
 
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
+from coalestra.core.results import CacheStats
 from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
@@ -161,20 +162,46 @@ class Watched:
                 yield name, facts
 
 
-def severity(health: BuilderHealth) -> int:
+Figures = Iterable[tuple[tuple[str, ...], float | None]]
+"""The figure of each series by the values of its labels; None for what is not known."""
+Read = Callable[[BuilderHealth], Figures]
+
+
+def one(attribute: str) -> Read:
+    """Return how to read a figure of the builder."""
+    return lambda health: [((), getattr(health, attribute))]
+
+
+def each(mapping: str, attribute: str) -> Read:
+    """Return how to read a figure of each source, limiter or the like, by its name."""
+    return lambda health: [
+        ((name,), getattr(found, attribute)) for name, found in getattr(health, mapping).items()
+    ]
+
+
+def of_cache(**attributes: str) -> Read:
+    """Return how to read figures of the memory cache: by label, or by none, the attribute."""
+    return lambda health: [
+        ((label,) if label else (), getattr(health.cache, name))
+        for label, name in attributes.items()
+        if isinstance(health.cache, CacheStats)
+    ]
+
+
+def severity(health: BuilderHealth) -> Figures:
     """Return what health comes to: 0 healthy, 1 degraded, 2 critical."""
-    return list(BuilderHealthSeverity).index(health.assess().severity)
+    return [((), list(BuilderHealthSeverity).index(health.assess().severity))]
 
 
-def backlog(health: BuilderHealth) -> int | None:
+def backlog(health: BuilderHealth) -> Figures:
     """Return the submissions under way; None of a builder that takes none."""
-    return None if health.max_pending_submissions is None else health.pending_submissions
+    return [((), None if health.max_pending_submissions is None else health.pending_submissions)]
 
 
-def troubled_circuits(health: BuilderHealth) -> dict[tuple[str, str], int]:
+def troubled_circuits(health: BuilderHealth) -> Figures:
     """Return how many circuits of each source are open and half-open, by source and state."""
     counts = {(source, state): 0 for source in health.sources for state in ("half_open", "open")}
     for identity, circuit in health.circuits.items():
         if (series := (identity.source, circuit.state.value)) in counts:
             counts[series] += circuit.count
-    return counts
+    return counts.items()

@@ -28,14 +28,17 @@ from coalestra._telemetry import (
     COUNTERS,
     OBSERVATIONS,
     Builder,
+    Read,
     Watched,
     backlog,
+    each,
+    of_cache,
+    one,
     severity,
     troubled_circuits,
 )
 from coalestra._version import __version__
 from coalestra.core.errors import folded_message, message_of
-from coalestra.core.health import BuilderHealth
 from coalestra.core.serialization import qualified_type
 from coalestra.core.validation import flag, readable, require_methods, text
 
@@ -282,56 +285,32 @@ _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000
 # Health, as a reader's thread finds it -----------------------------------------------------------
 
 _Labels = tuple[tuple[str, Any], ...]
-_Levels = Iterator[tuple[float, dict[str, str]]]
-_Read = Callable[[BuilderHealth], _Levels]
-
-
-def _one(fact: Callable[[BuilderHealth], float | None]) -> _Read:
-    def read(health: BuilderHealth) -> _Levels:
-        value = fact(health)
-        if value is not None:
-            yield value, {}
-
-    return read
-
-
-def _slots(field: str) -> _Read:
-    def read(health: BuilderHealth) -> _Levels:
-        for name, limiter in health.capacity.items():
-            yield getattr(limiter, field), {"capacity.limiter": name}
-
-    return read
-
-
-def _circuits(health: BuilderHealth) -> _Levels:
-    for (source, state), count in troubled_circuits(health).items():
-        yield count, {"source": source, "circuit.state": state}
-
-
-def _since_success(health: BuilderHealth) -> _Levels:
-    for name, source in health.sources.items():
-        if source.seconds_since_success is not None:
-            yield source.seconds_since_success, {"source": name}
-
+_LIMITER: Final = ("capacity.limiter",)
 
 # What is counted in things adds up over builders and processes; the others do not.
-_LEVELS: Final[Sequence[tuple[str, str, str, _Read]]] = (
-    ("builder.flights", "{key}", "keys being acquired", _one(lambda h: h.singleflight_in_flight)),
+_LEVELS: Final[Sequence[tuple[str, str, str, Read, tuple[str, ...]]]] = (
+    ("builder.flights", "{key}", "keys being acquired", one("singleflight_in_flight"), ()),
     (
         "builder.refreshes", "{refresh}", "background refreshes under way",
-        _one(lambda h: h.background_refreshes),
+        one("background_refreshes"), (),
     ),
-    ("capacity.limit", "{slot}", "slots that there are", _slots("limit")),
-    ("capacity.usage", "{slot}", "slots in use", _slots("in_use")),
-    ("capacity.pending", "{call}", "calls that wait for a slot", _slots("waiting")),
-    ("source.circuits", "{circuit}", "circuits that are open or half-open", _circuits),
+    ("capacity.limit", "{slot}", "slots that there are", each("capacity", "limit"), _LIMITER),
+    ("capacity.usage", "{slot}", "slots in use", each("capacity", "in_use"), _LIMITER),
     (
-        "cache.entries", "{entry}", "values in the memory cache",
-        _one(lambda h: getattr(h.cache, "size", None)),
+        "capacity.pending", "{call}", "calls that wait for a slot", each("capacity", "waiting"),
+        _LIMITER,
     ),
-    ("submissions.pending", "{submission}", "submissions under way", _one(backlog)),
-    ("source.success.age", "s", "since a source last answered", _since_success),
-    ("builder.severity", "1", "0 healthy, 1 degraded, 2 critical", _one(severity)),
+    (
+        "source.circuits", "{circuit}", "circuits that are open or half-open", troubled_circuits,
+        ("source", "circuit.state"),
+    ),
+    ("cache.entries", "{entry}", "values in the memory cache", of_cache(**{"": "size"}), ()),
+    ("submissions.pending", "{submission}", "submissions under way", backlog, ()),
+    (
+        "source.success.age", "s", "since a source last answered",
+        each("sources", "seconds_since_success"), ("source",),
+    ),
+    ("builder.severity", "1", "0 healthy, 1 degraded, 2 critical", severity, ()),
 )  # fmt: skip
 
 
@@ -351,10 +330,10 @@ class _Instruments:
         for metric, (name, unit, meaning, _) in COUNTERS.items():
             counted = partial(self._counted, self.counts[metric])
             meter.create_observable_counter(f"coalestra.{name}", [counted], unit, meaning)
-        for name, unit, meaning, read in _LEVELS:
+        for name, unit, meaning, read, labels in _LEVELS:
             additive, gauge = meter.create_observable_up_down_counter, meter.create_observable_gauge
             create: Callable[..., object] = gauge if unit in ("s", "1") else additive
-            create(f"coalestra.{name}", [partial(self._levels, read)], unit, meaning)
+            create(f"coalestra.{name}", [partial(self._levels, read, labels)], unit, meaning)
         self.histograms = {
             metric: meter.create_histogram(
                 f"coalestra.{name}",
@@ -380,10 +359,14 @@ class _Instruments:
         for labels, count in counts.copy().items():
             yield metrics.Observation(count.value, _attributes(labels))
 
-    def _levels(self, read: _Read, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        for name, facts in self.watched.read(lambda health: list(read(health))):
-            for value, labels in facts or ():
-                yield metrics.Observation(value, _attributes({"builder": name, **labels}.items()))
+    def _levels(
+        self, read: Read, labels: tuple[str, ...], _: metrics.CallbackOptions
+    ) -> Iterator[metrics.Observation]:
+        for name, figures in self.watched.read(lambda health: list(read(health))):
+            for values, figure in figures or ():
+                if figure is not None:
+                    told = {"builder": name, **dict(zip(labels, values, strict=True))}
+                    yield metrics.Observation(figure, _attributes(told.items()))
 
 
 _shared: Final[weakref.WeakKeyDictionary[object, _Instruments]] = weakref.WeakKeyDictionary()

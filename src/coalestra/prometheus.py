@@ -30,14 +30,18 @@ from coalestra._telemetry import (
     COUNTERS,
     OBSERVATIONS,
     Builder,
+    Figures,
     Labels,
+    Read,
     Watched,
     backlog,
+    each,
+    of_cache,
+    one,
     severity,
     troubled_circuits,
 )
 from coalestra.core.health import BuilderHealth
-from coalestra.core.results import CacheStats
 from coalestra.core.validation import (
     instance,
     integer,
@@ -325,7 +329,7 @@ class PrometheusMetrics:
             _report((series.inc, float(value)))
         else:
             family = self._families.of(Counter, metric, labels)
-            _report((self._count, family, metric, tuple(labels.items()), float(value)))
+            _report((self._take, family, metric, tuple(labels.items()), float(value)))
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         """Add one observation to the histogram with these labels."""
@@ -335,32 +339,24 @@ class PrometheusMetrics:
             _report((series.observe, value))
         else:
             family = self._families.of(Histogram, metric, labels)
-            _report((self._observe, family, metric, tuple(labels.items()), value))
+            _report((self._take, family, metric, tuple(labels.items()), value))
 
-    def _count(self, family: _Family, metric: str, pairs: Pairs, value: float) -> None:
-        self._remembered(self._counts, family, metric, dict(pairs)).inc(value)
-
-    def _observe(self, family: _Family, metric: str, pairs: Pairs, value: float) -> None:
-        self._remembered(self._observations, family, metric, dict(pairs)).observe(value)
-
-    def _remembered(
-        self, known: dict[tuple[str, ...], Any], family: _Family, metric: str, labels: Labels
-    ) -> Any:
-        """Return the series of a first report; the next one with these labels finds it at once."""
+    def _take(self, family: _Family, metric: str, pairs: Pairs, value: float) -> None:
+        """Take in a first report; the next one with its labels finds their series at once."""
+        labels = dict(pairs)
         series, alone = family.series(self.builder, labels)
+        counts = isinstance(series, Counter)
         if alone and labels.keys() == family.labels.keys():
-            key = (metric, *labels, *labels.values())
-            known[key] = series
-        return series
+            known = self._counts if counts else self._observations
+            series_of = (metric, *labels, *labels.values())
+            known[series_of] = series
+        (series.inc if counts else series.observe)(value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.builder!r})"
 
 
 # Health ------------------------------------------------------------------------------------------
-
-Figures = Iterable[tuple[tuple[str, ...], float | None]]
-"""The figure of each series by the values of its labels; None for what is not known."""
 
 
 class _Fact(NamedTuple):
@@ -372,7 +368,7 @@ class _Fact(NamedTuple):
 
     name: str
     description: str
-    read: Callable[[BuilderHealth], Figures]
+    read: Read
     labels: tuple[str, ...] = ()
     merged: Literal["livesum", "livemax", "max"] = "livesum"
 
@@ -382,37 +378,18 @@ class _Fact(NamedTuple):
         return self.name.endswith("_total")
 
 
-def _one(attribute: str) -> Callable[[BuilderHealth], Figures]:
-    return lambda health: [((), getattr(health, attribute))]
-
-
-def _each(mapping: str, attribute: str) -> Callable[[BuilderHealth], Figures]:
-    return lambda health: [
-        ((name,), getattr(each, attribute)) for name, each in getattr(health, mapping).items()
-    ]
-
-
-def _cache(**attributes: str) -> Callable[[BuilderHealth], Figures]:
-    """Return how to read figures of the memory cache: by label, or by none, the attribute."""
-    return lambda health: [
-        ((label,) if label else (), getattr(health.cache, name))
-        for label, name in attributes.items()
-        if isinstance(health.cache, CacheStats)
-    ]
-
-
-def _moment(attribute: str) -> Callable[[BuilderHealth], Figures]:
+def _moment(attribute: str) -> Read:
     """Return how to read when something last happened to each source, in wall seconds."""
     return lambda health: [
         (labels, None if ago is None else round(time.time() - ago, 3))
-        for labels, ago in _each("sources", attribute)(health)
+        for labels, ago in each("sources", attribute)(health)
     ]
 
 
 _STATES = ("closed", "half_open", "open")
 
 
-def _circuits(figure: Callable[[CircuitSnapshot], int]) -> Callable[[BuilderHealth], Figures]:
+def _circuits(figure: Callable[[CircuitSnapshot], int]) -> Read:
     """Return how to read the greatest figure of a circuit of each source; 0 at rest."""
 
     def read(health: BuilderHealth) -> Figures:
@@ -432,50 +409,50 @@ _FACTS = (
     _Fact(_UP, "1 for a builder that is open; 0 if its health fails", lambda _: [((), 1)]),
     _Fact(
         "builder_severity", "What its health comes to now: 0 healthy, 1 degraded, 2 critical",
-        lambda health: [((), severity(health))], merged="livemax"
+        severity, merged="livemax"
     ),
-    _Fact("keys_in_flight", "Keys being acquired", _one("singleflight_in_flight")),
-    _Fact("background_refreshes", "Background refreshes under way", _one("background_refreshes")),
+    _Fact("keys_in_flight", "Keys being acquired", one("singleflight_in_flight")),
+    _Fact("background_refreshes", "Background refreshes under way", one("background_refreshes")),
     _Fact(
-        "failing_refreshes", "Keys whose last background refresh failed", _one("failing_refreshes")
+        "failing_refreshes", "Keys whose last background refresh failed", one("failing_refreshes")
     ),
-    _Fact("dispatch_workers", "Workers that call sources", _one("active_dispatch_workers")),
+    _Fact("dispatch_workers", "Workers that call sources", one("active_dispatch_workers")),
     _Fact(
         "capacity_limit", "Slots of a source, or of all together (__global__)",
-        _each("capacity", "limit"), _LIMITER
+        each("capacity", "limit"), _LIMITER
     ),
-    _Fact("capacity_in_use", "Slots that are taken", _each("capacity", "in_use"), _LIMITER),
-    _Fact("capacity_waiting", "Calls waiting for a slot", _each("capacity", "waiting"), _LIMITER),
+    _Fact("capacity_in_use", "Slots that are taken", each("capacity", "in_use"), _LIMITER),
+    _Fact("capacity_waiting", "Calls waiting for a slot", each("capacity", "waiting"), _LIMITER),
     _Fact(
-        "queue_timeouts_total", "Waits for a slot that were too long", _one("queue_timeout_count")
+        "queue_timeouts_total", "Waits for a slot that were too long", one("queue_timeout_count")
     ),
-    _Fact("source_timeouts_total", "Calls that took too long", _one("source_timeout_count")),
-    _Fact("deadlines_exceeded_total", "Keys failed by a deadline", _one("deadline_exceeded_count")),
-    _Fact("cache_entries", "Entries of the memory cache", _cache(**{"": "size"})),
+    _Fact("source_timeouts_total", "Calls that took too long", one("source_timeout_count")),
+    _Fact("deadlines_exceeded_total", "Keys failed by a deadline", one("deadline_exceeded_count")),
+    _Fact("cache_entries", "Entries of the memory cache", of_cache(**{"": "size"})),
     _Fact(
         "cache_max_entries", "Entries that the memory cache may have",
-        _cache(**{"": "max_entries"})
+        of_cache(**{"": "max_entries"})
     ),
     _Fact(
         "cache_lookups_total", "Answers of the memory cache",
-        _cache(fresh="fresh_hits", stale="stale_hits", miss="misses"), ("result",)
+        of_cache(fresh="fresh_hits", stale="stale_hits", miss="misses"), ("result",)
     ),
     _Fact(
         "cache_changes_total", "Changes of the memory cache",
-        _cache(
+        of_cache(
             set="sets", invalidation="invalidations", eviction="evictions", expiration="expirations"
         ), ("change",)
     ),
     _Fact(
-        "cache_left_alone", "1 if a cache failed too often to be asked", _one("cache_left_alone")
+        "cache_left_alone", "1 if a cache failed too often to be asked", one("cache_left_alone")
     ),
-    _Fact("cache_calls_total", "Calls to a cache that is awaited", _one("cache_call_count")),
+    _Fact("cache_calls_total", "Calls to a cache that is awaited", one("cache_call_count")),
     _Fact(
         "cache_call_failures_total", "Calls to such a cache that failed",
-        _one("cache_failure_count")
+        one("cache_failure_count")
     ),
     _Fact(
-        "cache_call_timeouts_total", "Calls to it that took too long", _one("cache_timeout_count")
+        "cache_call_timeouts_total", "Calls to it that took too long", one("cache_timeout_count")
     ),
     _Fact(
         "source_circuit_state",
@@ -484,7 +461,7 @@ _FACTS = (
     ),
     _Fact(
         "source_circuits", "Circuits of a source by state",
-        lambda health: troubled_circuits(health).items(), ("source", "state")
+        troubled_circuits, ("source", "state")
     ),
     _Fact(
         "source_consecutive_failures", "Failures of a source in a row, the most of its circuits",
@@ -493,15 +470,15 @@ _FACTS = (
     _Fact(
         "source_consecutive_deadline_cuts",
         "Calls to a source in a row that readers' deadlines made useless",
-        _each("sources", "deadline_cuts_in_a_row"), _SOURCE, "livemax"
+        each("sources", "deadline_cuts_in_a_row"), _SOURCE, "livemax"
     ),
     _Fact(
         "source_attempts_total", "Calls to a source that are over, retries included",
-        _each("sources", "attempt_count"), _SOURCE
+        each("sources", "attempt_count"), _SOURCE
     ),
     _Fact(
         "source_failed_attempts_total", "Calls to a source that failed, retries included",
-        _each("sources", "failed_attempt_count"), _SOURCE
+        each("sources", "failed_attempt_count"), _SOURCE
     ),
     _Fact(
         "source_last_success_timestamp_seconds", "When a source last answered",
@@ -513,36 +490,36 @@ _FACTS = (
     ),
     _Fact(
         "payload_copies_in_progress", "Payloads being copied in threads",
-        _each("payload_copy_components", "active_copies"), _COMPONENT
+        each("payload_copy_components", "active_copies"), _COMPONENT
     ),
     _Fact(
         "payload_copies_waiting", "Payloads waiting for a thread",
-        _each("payload_copy_components", "waiting_for_capacity"), _COMPONENT
+        each("payload_copy_components", "waiting_for_capacity"), _COMPONENT
     ),
     _Fact(
         "payload_copy_failures_total", "Copies that failed",
-        _each("payload_copy_components", "failure_count"), _COMPONENT
+        each("payload_copy_components", "failure_count"), _COMPONENT
     ),
     _Fact(
         "pending_submissions", "Submissions of a threaded builder that are not settled",
-        lambda health: [((), backlog(health))]
+        backlog
     ),
-    _Fact("max_pending_submissions", "Submissions that may wait", _one("max_pending_submissions")),
+    _Fact("max_pending_submissions", "Submissions that may wait", one("max_pending_submissions")),
     _Fact(
         "observability_pending", "Records waiting for a sink",
-        _each("observability_buffers", "pending"), _SINK
+        each("observability_buffers", "pending"), _SINK
     ),
     _Fact(
         "observability_max_pending", "Records that may wait for a sink",
-        _each("observability_buffers", "max_pending"), _SINK
+        each("observability_buffers", "max_pending"), _SINK
     ),
     _Fact(
         "observability_dropped_total", "Records for a sink that found no room",
-        _each("observability_buffers", "dropped"), _SINK
+        each("observability_buffers", "dropped"), _SINK
     ),
     _Fact(
         "observability_failures_total", "Reports that a sink failed to take",
-        _one("observability_failure_count")
+        one("observability_failure_count")
     ),
 )  # fmt: skip
 
