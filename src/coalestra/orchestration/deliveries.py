@@ -159,7 +159,21 @@ class Deliveries:
                     late = _lateness(deadline)
         if large:
             await self._large(large, deadline, context, opened, errors)
-        return await self._all_presented(readings, opened, errors, context), errors
+        values: dict[ResourceKey, SnapshotValue[Any]] = {}
+        now, left = self._clock.now(), PORTION
+        for (key, reading), payload in zip(readings.items(), opened, strict=True):
+            if payload is _FAILED:
+                continue
+            try:
+                values[key] = self._presented(reading, payload, context, now)
+            except PayloadIsolationError as error:
+                errors[key] = error
+            left -= 1
+            if not left:
+                left = PORTION
+                if await pace.keep():
+                    now = self._clock.now()
+        return values, errors
 
     async def _large(
         self,
@@ -184,30 +198,6 @@ class Deliveries:
 
         workers = min(len(large), self._copies.max_concurrency)
         await all_or_none(work() for _ in range(workers))
-
-    async def _all_presented(
-        self,
-        readings: Mapping[ResourceKey, Reading],
-        opened: Iterable[Any],
-        errors: dict[ResourceKey, Exception],
-        context: str,
-    ) -> dict[ResourceKey, SnapshotValue[Any]]:
-        """Return the values of what was copied, in the order of the readings."""
-        values: dict[ResourceKey, SnapshotValue[Any]] = {}
-        now, left = self._clock.now(), PORTION
-        for (key, reading), payload in zip(readings.items(), opened, strict=True):
-            if payload is _FAILED:
-                continue
-            try:
-                values[key] = self._presented(reading, payload, context, now)
-            except PayloadIsolationError as error:
-                errors[key] = error
-            left -= 1
-            if not left:
-                left = PORTION
-                if await self._pace.keep():
-                    now = self._clock.now()
-        return values
 
     def _presented(
         self, reading: Reading, payload: Any, context: str, now: float

@@ -110,10 +110,11 @@ def _the_rest(_subject: Subject, rest: Steps) -> Steps:
     return rest
 
 
-def _portions(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+def _portions(items: Collection[T], size: int) -> Iterable[Collection[T]]:
+    if len(items) <= size:
+        return (items,)
     rest = iter(items)
-    while part := tuple(islice(rest, size)):
-        yield part
+    return iter(lambda: tuple(islice(rest, size)), ())
 
 
 class Agenda:
@@ -237,7 +238,7 @@ class SingleFlight:
         self.hold(gather.work)
         if gather.work.trace is not None:
             self.note(gather)
-        keys: Iterable[ResourceKey] = gather.keys
+        keys: Collection[ResourceKey] = gather.keys
         if gather.readings:
             keys = [key for key in gather.keys if key not in gather.readings]
         if keys and self._store is not None and not (gather.forced or gather.refresh):
@@ -253,14 +254,14 @@ class SingleFlight:
             if gather.span is None:
                 gather.span = trace.span if owner is None else owner.span_of(gather.work)
 
-    def _look_on(self, gather: Gather, keys: Iterable[ResourceKey]) -> Steps:
+    def _look_on(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
         """Look for keys, until the gather is struck; then conclude what is complete, make calls."""
         pins = gather.pins
-        plain = not (pins or pins.private or gather.forced or gather.refresh)
-        yield from (self._look_in_store if plain else self._look_for_each)(gather, keys)
-        self._looked(gather)
+        if pins or pins.private or gather.forced or gather.refresh:
+            return self._look_for_each(gather, keys)
+        return self._look_in_store(gather, keys)
 
-    def _look_for_each(self, gather: Gather, keys: Iterable[ResourceKey]) -> Steps:
+    def _look_for_each(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
         for part in _portions(keys, _KEYS_PER_STEP):
             now, near = self.parts.clock.now(), self.parts.access.near
             for key in part:
@@ -268,9 +269,10 @@ class SingleFlight:
             if len(part) == _KEYS_PER_STEP:
                 yield
             if not gather.open:
-                return
+                break
+        self._looked(gather)
 
-    def _look_in_store(self, gather: Gather, keys: Iterable[ResourceKey]) -> Steps:
+    def _look_in_store(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
         """Look for keys of which nothing can be known yet: the cache comes first for all of them.
 
         What memory holds is read in one go, so that what was written together is seen
@@ -295,11 +297,12 @@ class SingleFlight:
                 if not number % _KEYS_PER_STEP:
                     yield
                     if not gather.open:
-                        return
+                        break
             if len(part) == _KEYS_AT_ONCE:
                 yield
             if not gather.open:
-                return
+                break
+        self._looked(gather)
 
     def _looked(self, gather: Gather) -> None:
         gather.open = gather.holds = False
