@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from coalestra.core.errors import (
@@ -346,7 +346,7 @@ class Trace:
         if key not in self.keys:
             more = f"; there was no room for {many(self.omitted_keys, 'key')}"
             raise KeyError(f"{key.display} is not in this trace{more if self.omitted_keys else ''}")
-        return " ".join(_told(self, self.keys[key], _needed_by(self)))
+        return " ".join(_told(self, self.keys[key], partial(_needed_by, self)))
 
 
 def _key_data(found: KeyTrace) -> dict[str, Any]:
@@ -448,10 +448,10 @@ def _listed(parts: Sequence[str], between: str = ", ") -> str:
     return between.join([*parts[: _LISTED - 1], rest, parts[-1]])
 
 
-_Needs = Mapping[ResourceKey, Sequence[KeyTrace]]
+_Needs = Callable[[], Mapping[ResourceKey, Sequence[KeyTrace]]]
 
 
-def _needed_by(trace: Trace) -> _Needs:
+def _needed_by(trace: Trace) -> Mapping[ResourceKey, Sequence[KeyTrace]]:
     """Return by key what rests on it, in order."""
     needs: dict[ResourceKey, list[KeyTrace]] = {}
     for found in trace.keys.values():
@@ -463,7 +463,7 @@ def _needed_by(trace: Trace) -> _Needs:
 def _told(trace: Trace, found: KeyTrace, needs: _Needs) -> list[str]:
     sentences = [_told_outcome(trace, found)]
     if not found.requested:
-        sentences.append(_told_need(needs.get(found.key, ())))
+        sentences.append(_told_need(needs().get(found.key, ())))
     if found.obtained is Obtained.FALLBACK:
         sentences.append(_sentence("It stands in for what failed", _told_error(found)))
     if _missed(trace, found):
@@ -698,7 +698,7 @@ _SEVERITY = {Obtained.FAILED: 3, Obtained.FALLBACK: 2, Obtained.STALE: 1}
 
 def _pictured(trace: Trace) -> Waterfall:
     keys = trace.keys.values()
-    needs = cache(lambda: _needed_by(trace))
+    needs = cache(partial(_needed_by, trace))
     return Waterfall(
         f"{readable(trace.kind)} {readable(trace.snapshot_id)}",
         list(_facts(trace)),
@@ -778,7 +778,7 @@ def _stretches(call: CallTrace) -> Iterator[tuple[str, float, float, AttemptTrac
             yield "pause", attempt.end, attempt.end + attempt.pause_seconds, attempt
 
 
-def _key_row(trace: Trace, found: KeyTrace, needs: Callable[[], _Needs]) -> Row:
+def _key_row(trace: Trace, found: KeyTrace, needs: _Needs) -> Row:
     note = _way(found)
     if found.error_type is not None and not _absent(found):
         # What the last source failed with tells most.
@@ -805,7 +805,7 @@ def _key_row(trace: Trace, found: KeyTrace, needs: Callable[[], _Needs]) -> Row:
         ),
         alike=(found.key.namespace, found.key.name, note, found.joined is None, found.requested),
         severity=1 if _absent(found) else _SEVERITY.get(found.obtained, 0),
-        details=lambda: _told(trace, found, needs()),
+        details=lambda: _told(trace, found, needs),
     )
 
 
