@@ -8,16 +8,16 @@ Both are plain state, which `SingleFlight` and `Dispatch` move; a flight goes on
 a flight   has, besides its key    leaves by                                         if nobody
 that is                                                                              waits
 =========  ======================  ================================================  ============
-choosing   --                      `wait_for`, `be_ready`; `settle`: chain at end    it ends
+choosing   --                      `wait_for`, `be_ready`; end of the chain          it ends
 gathering  `gather`                `be_ready`: all there; `choose`: something failed it ends
 ready      `link`                  `queue`, at the end of the step                   it ends
 calling    `lane`, then `call`     `offer`: a value; `choose`: the source failed     see `Call`
-writing    `offered`, `dated`      `settle`: stored, superseded, or not to be stored it goes on
+writing    `offered`, `dated`      being stored, superseded, or not to be stored     it goes on
 settled    `settlement`            --                                                --
 =========  ======================  ================================================  ============
 
-Whatever goes wrong in a step, and whatever is given up, is settled from where it is. `gather` stays
-while what was gathered is being derived.
+`FlightBoard.take_off` settles it, also what is given up, or whose step failed, from where it is.
+`gather` stays while what was gathered is being derived.
 """
 
 from __future__ import annotations
@@ -361,7 +361,7 @@ class Flight:
         self.log: FlightLog | None = None
         self.absent_until: float = math.inf
 
-    # Phases: nobody else writes `phase`, nor what depends on it --------------------------------
+    # Phases: nobody but these, and `take_off`, writes `phase` or what depends on it ------------
 
     def choose(self) -> None:
         """Go back to the chain, for its next source."""
@@ -412,14 +412,6 @@ class Flight:
         self.call = None
         self.offered = revision
         self.dated = dated
-
-    def settle(self, settlement: Settlement) -> dict[Gather, bool]:
-        """Be settled; return who has waited, and whether they had joined."""
-        self.phase = _SETTLED
-        self.settlement = settlement
-        self.gather = self.call = None
-        waiters, self.waiters = self.waiters, {}
-        return waiters
 
     def note(self) -> FlightLog:
         """Return what is noted of the flight from now on, for the trace of one who waits for it."""
@@ -612,7 +604,8 @@ class Gather:
 
     def in_order(self) -> dict[ResourceKey, Reading]:
         """Return the readings in the order of the keys."""
-        return {key: self.readings[key] for key in self.keys}
+        readings = self.readings
+        return readings if len(readings) == 1 else {key: readings[key] for key in self.keys}
 
     def trace_flight(self, flight: Flight, *, joined: bool) -> None:
         """Note for the trace of its work, if there is one, that it waits for a flight."""
@@ -838,8 +831,11 @@ class FlightBoard:
             flights.append(joinable)
         return flights
 
-    def take_off(self, flight: Flight) -> None:
-        """Remove a flight that has ended: only itself, never a successor under the same key."""
+    def take_off(self, flight: Flight, settlement: Settlement) -> dict[Gather, bool]:
+        """End a flight; return who has waited for it, and whether they had joined.
+
+        It removes only itself, never a successor under the same key.
+        """
         if flight.joinable:
             flight.joinable = False
             del self.flights[flight.key]
@@ -853,6 +849,10 @@ class FlightBoard:
         if flight.linked:
             self._waits.discard(flight)
         self.deriving.pop(flight, None)
+        flight.phase, flight.settlement = _SETTLED, settlement
+        flight.gather = flight.call = None
+        waiters, flight.waiters = flight.waiters, {}
+        return waiters
 
     def __repr__(self) -> str:
         return f"<FlightBoard flights={len(self.flights)} aside={len(self.aside)}>"

@@ -860,8 +860,7 @@ class SingleFlight:
         """End a flight, once, and tell everyone who waits for it."""
         if flight.phase is _SETTLED:
             return
-        self.board.take_off(flight)
-        waiters = flight.settle(settlement)
+        waiters = self.board.take_off(flight, settlement)
         if flight.log is not None:
             flight.log.waits.end()
             for gather in waiters:
