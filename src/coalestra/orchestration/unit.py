@@ -248,10 +248,13 @@ class UnitOfWork:
         self, readings: Mapping[ResourceKey, Reading], deadline: Deadline | None
     ) -> tuple[Mapping[ResourceKey, SnapshotValue[Any]], Mapping[ResourceKey, Exception]]:
         """Return a reader's copies, and the error for each that there is none of."""
-        trace = self.work.trace
-        with _UNNOTED if trace is None else trace.delivering(len(readings)):
-            values, uncopied = await self.engine.deliveries.values(readings, deadline)
-        if cut_short(uncopied):
+        trace, copying = self.work.trace, self.engine.deliveries.values(readings, deadline)
+        if trace is None:
+            values, uncopied = await copying
+        else:
+            with trace.delivering(len(readings)):
+                values, uncopied = await copying
+        if uncopied and cut_short(uncopied):
             parts = self.engine.parts
             parts.counters.deadlines_exceeded += 1
             if parts.report is not None:
