@@ -520,6 +520,34 @@ async def test_what_is_given_to_readers_before_it_is_written_is_written_all_the_
         assert [await read(other, k) for k in (B, C)] == ["B", "C"]
 
 
+async def test_while_news_may_be_missing_no_value_on_its_way_is_served(
+    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may have replaced it, and that would not be known."""
+    gate = Gate()
+    source = CallableSource(
+        name="plain", priority=1, supports=lambda k: True, fetcher=lambda k, context: 1
+    )
+    async with caches(server, prefix, 2) as [one, other]:
+        fulfil_many = one.fulfil_many
+
+        async def late(*values: Any, **terms: Any) -> Any:
+            await gate.pass_()
+            return await fulfil_many(*values, **terms)
+
+        monkeypatch.setattr(one, "fulfil_many", late)
+        monkeypatch.setattr(one, "caught_up", lambda: False)
+        monkeypatch.setattr(one, "subscribe", lambda listener: None)  # the news are lost
+        async with (
+            SnapshotBuilder([source], cache=one, default_policy=POLICY) as first,
+            SnapshotBuilder([source], cache=other, default_policy=POLICY) as second,
+        ):
+            assert (await first.build([A])).value(A) == 1  # which is not written yet
+            await second.publisher.publish(A, 2, source="stream")
+            assert (await first.build([A])).value(A) == 2
+            gate.open()
+
+
 async def test_what_one_process_knows_not_to_exist_ends_with_the_news_of_another(
     server: Server, prefix: str
 ) -> None:

@@ -353,7 +353,8 @@ class ForeignCache:
         channel, leasing = self.channel(), self.leasing
         ahead = now - channel.loop.time()  # it may take long
         rest = dict.fromkeys(keys)
-        if not (force or unlike):
+        # While news may be missing, others may have replaced it: then the cache decides.
+        if not (force or unlike or channel.near.is_behind):
             on_their_way = [channel.on_their_way.get(key) for key in keys]
             # What a derived one rests on may have changed: it is judged once it is there.
             held = [each for each in on_their_way if each and not each.dependency_versions]

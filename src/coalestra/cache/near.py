@@ -135,9 +135,14 @@ class Near:
     def __repr__(self) -> str:
         return f"<Near {self.store!r}>"
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the cache tells of changes, and some may be missing at this moment."""
+        return self._caught_up is not None and not self._caught_up()
+
     def trusted(self) -> EntryStore | None:
         """Return the entries, if they can be trusted at this moment."""
-        if self._caught_up is not None and not self._caught_up():
+        if self.is_behind:
             if self._was_caught_up:  # before the first news nobody has heard of anything
                 self._on_their_way.clear()
                 self._listeners.cut_off()
