@@ -20,6 +20,7 @@ from coalestra import (
     SnapshotBuildError,
     SourceResiliencePolicy,
 )
+from coalestra.orchestration import singleflight
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
 from tests.support import Gate, cancel_at_every_await, no_leaks, settle
 
@@ -67,6 +68,26 @@ async def test_a_build_with_a_deadline_cancelled_at_any_await_is_gone_by_its_dea
         await no_leaks(builders[-1])
 
     assert await cancel_at_every_await(start, check) > 10
+
+
+async def test_who_leaves_before_his_keys_were_looked_for_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """His turn comes late, as others have many keys to be looked for before his."""
+    monkeypatch.setattr(singleflight, "SLICE_SECONDS", -1.0)
+    source = Batch("many", *"abcdex")
+    building = builder(source)
+    others = [
+        asyncio.ensure_future(building.build([key(name, str(n)) for n in range(1_000)]))
+        for name in "abcde"
+    ]
+    leaving = asyncio.ensure_future(building.build([X]))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait([leaving, *others])
+    assert leaving.cancelled()
+    assert sum(len(asked) for asked in source.calls) == 5_000
+    await no_leaks(building)
 
 
 async def test_an_abandoned_call_runs_on_to_the_last_deadline_and_no_longer() -> None:

@@ -257,6 +257,8 @@ class SingleFlight:
     def _look_on(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
         """Look for keys, until the gather is struck; then conclude what is complete, make calls."""
         pins = gather.pins
+        if not gather.open:
+            keys = ()  # who waited has gone before it was his turn
         if pins or pins.private or gather.forced or gather.refresh:
             return self._look_for_each(gather, keys)
         return self._look_in_store(gather, keys)
