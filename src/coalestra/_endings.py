@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any
 
 PROGRAM_ENDS = (KeyboardInterrupt, SystemExit)
@@ -33,11 +32,12 @@ def _raise(error: BaseException) -> None:
 
 def look_after(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
     """Keep a task among others until it has ended; what it raises then counts as seen."""
+
+    # No partial of the tasks: asyncio shows its arguments, the tasks theirs, and so on without end.
+    def ended(task: asyncio.Task[Any]) -> None:
+        tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
+
     tasks.add(task)
-    task.add_done_callback(partial(_ended, tasks))
-
-
-def _ended(tasks: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:
-    tasks.discard(task)
-    if not task.cancelled():
-        task.exception()
+    task.add_done_callback(ended)

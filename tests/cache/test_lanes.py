@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from coalestra._endings import look_after
 from coalestra.cache.foreign import KeyLanes
 from coalestra.core.keys import ResourceKey
 from tests.contracts.samples import A, B, C, begun
@@ -134,3 +135,12 @@ async def test_cancelling_at_any_await_leaves_the_lanes_idle() -> None:
 
 def test_lanes_describe_themselves() -> None:
     assert repr(KeyLanes()) == "KeyLanes(0 busy)"
+
+
+async def test_a_task_that_is_looked_after_can_be_shown_however_many_there_are() -> None:
+    tasks: set[asyncio.Task[None]] = set()
+    for _ in range(30):
+        look_after(asyncio.ensure_future(asyncio.sleep(1)), tasks)
+    assert len(repr(next(iter(tasks)))) < 1_000
+    await asyncio.sleep(2)
+    assert not tasks
