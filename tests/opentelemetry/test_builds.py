@@ -360,12 +360,12 @@ async def test_the_exemplar_of_a_duration_leads_to_the_trace_of_its_own_build(
 
     sink = OpenTelemetryMetrics(meters.provider)
     used = traced(spans, Single("a", fetch=fetch), metrics=sink, max_concurrency=1)
-    builds = [
-        asyncio.ensure_future(used.build([key("a", subject)])) for subject in ("slow", "quick")
-    ]
+    first = asyncio.ensure_future(used.build([key("a", "slow")]))
     await gate.wait_arrived()
+    second = asyncio.ensure_future(used.build([key("a", "quick")]))
+    await settle()
     gate.open()
-    await asyncio.gather(*builds)
+    await asyncio.gather(first, second)
 
     slow, quick = (span.context.trace_id for span in spans.named("fetch a") if span.context)
     read = meters.metrics()  # once: a reader forgets the exemplars that it has read

@@ -81,6 +81,7 @@ async def test_who_leaves_before_his_keys_were_looked_for_starts_nothing(
         asyncio.ensure_future(building.build([key(name, str(n)) for n in range(1_000)]))
         for name in "abcde"
     ]
+    await asyncio.sleep(0)
     leaving = asyncio.ensure_future(building.build([X]))
     await asyncio.sleep(0)
     leaving.cancel()
