@@ -110,7 +110,9 @@ class ThreadWatch:
             if thread in self._older and not is_worker:
                 continue
             place = _own_frame(frames[ident])
-            if thread.name.endswith("-buffer"):
+            if thread.name == "coalestra-log":
+                idle = False  # it lives only while it has something to write
+            elif thread.name.endswith("-buffer"):
                 idle = _is_at_rest(frames[ident])
             else:
                 idle = _is_idle(place, is_worker=is_worker)
