@@ -26,12 +26,13 @@ from coalestra.core.errors import CacheUnavailableError
 from coalestra.redis import RedisCache, SharedCacheUnavailableError
 from tests.redis.processes import SOURCE
 from tests.redis.servers import Server, running
-from tests.redis.stock import A, B, until
+from tests.redis.stock import PATIENT_SECONDS, A, B, until
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.server]
 
 POLICY = FreshnessPolicy(60.0, 120.0)
 LIMIT_SECONDS = 0.25
+BRIEF = {"time_limit_seconds": LIMIT_SECONDS}
 
 
 class Truth:
@@ -59,7 +60,7 @@ async def a_process(
     """A builder over a shared cache, as one process has them."""
     truth = Truth()
     client = Redis.from_url(server.url)
-    cache = RedisCache(client, prefix=prefix, time_limit_seconds=LIMIT_SECONDS, **settings)
+    cache = RedisCache(client, prefix=prefix, **{"time_limit_seconds": PATIENT_SECONDS, **settings})
     try:
         async with SnapshotBuilder([truth.source], cache=cache, default_policy=POLICY) as builder:
             yield builder, cache, truth
@@ -84,7 +85,7 @@ async def test_a_server_that_was_never_there_costs_no_build_more_than_its_limit(
     prefix: str,
 ) -> None:
     server = Server()  # not started
-    async with a_process(server, prefix) as (builder, cache, _):
+    async with a_process(server, prefix, **BRIEF) as (builder, cache, _):
         for _ in range(5):
             got, seconds = await timed_value(builder)
             assert got == 1
@@ -105,7 +106,7 @@ async def test_a_server_that_was_never_there_costs_no_build_more_than_its_limit(
 async def test_while_the_server_is_away_builds_go_on_with_their_sources(
     own_server: Server, prefix: str, how: str
 ) -> None:
-    async with a_process(own_server, prefix) as (builder, cache, truth):
+    async with a_process(own_server, prefix, **BRIEF) as (builder, cache, truth):
         assert await value(builder) == 1
         own_server.stop() if how == "stopped" else own_server.pause()
         try:
@@ -135,7 +136,7 @@ async def test_while_the_server_is_away_builds_go_on_with_their_sources(
 async def test_a_warm_read_does_not_wait_for_a_server_that_has_just_stalled(
     own_server: Server, prefix: str
 ) -> None:
-    async with a_process(own_server, prefix) as (builder, cache, truth):
+    async with a_process(own_server, prefix, **BRIEF) as (builder, cache, truth):
         calls = -1
         while calls != cache.health().calls:
             calls = cache.health().calls
@@ -155,8 +156,8 @@ async def test_what_was_fetched_while_cut_off_replaces_nothing_newer(
 ) -> None:
     """One process loses the server; another one publishes; the first comes back."""
     async with (
-        a_process(own_server, prefix) as (cut, cut_cache, cut_truth),
-        a_process(own_server, prefix) as (other, _, _),
+        a_process(own_server, prefix, **BRIEF) as (cut, cut_cache, cut_truth),
+        a_process(own_server, prefix, **BRIEF) as (other, _, _),
     ):
         await value(cut)
         run = cut_cache._server.run
@@ -293,7 +294,7 @@ async def test_waiting_for_another_process_survives_the_loss_of_the_news(
 
 async def test_health_of_the_builder_names_a_cache_that_fails(prefix: str) -> None:
     server = Server()
-    async with a_process(server, prefix) as (builder, _, _):
+    async with a_process(server, prefix, **BRIEF) as (builder, _, _):
         for _ in range(8):
             await value(builder)
         health = await builder.health_snapshot()
