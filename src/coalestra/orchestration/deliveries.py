@@ -300,7 +300,12 @@ class WarmReads:
             left -= revision.seal.weight
             if left < 0 or type(revision.metadata) is not FrozenDict:
                 return None
-            payload = copies.open_now(revision.payload, revision.seal, context=_CONTEXT)
+            try:
+                payload = copies.open_now(revision.payload, revision.seal, context=_CONTEXT)
+            except PayloadIsolationError:
+                return None
+            if payload is OFFLOADED:
+                return None
             age = now - revision.observed_at
             values.append(
                 revision.presented(payload, revision.metadata, age if age > 0 else 0.0, False, True)
