@@ -26,7 +26,7 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext, Snapshot, SnapshotDiagnostics, snapshot_of
-from coalestra.core.trace import KeyTrace, Obtained, Trace
+from coalestra.core.trace import KeyTrace, Obtained, Trace, pending_trace
 from coalestra.core.values import Revision, SnapshotValue, dependencies_on
 
 A, B, C = (ResourceKey("n", name) for name in "abc")
@@ -252,15 +252,17 @@ def test_a_snapshot_has_a_trace_only_if_it_was_traced() -> None:
 
 
 def test_what_was_noted_becomes_a_trace_once_when_somebody_asks() -> None:
-    made: list[Trace] = []
+    made: list[Mapping[ResourceKey, KeyTrace]] = []
 
-    def make() -> Trace:
-        made.append(A_TRACE)
-        return made[-1]
+    def records() -> dict[str, Any]:
+        made.append(A_TRACE.keys)
+        rest: dict[str, Any] = {"stages": (), "calls": (), "omitted_keys": 0, "omitted_stages": 0}
+        return {"keys": made[-1], **rest}
 
-    snapshot = with_trace(make)
+    snapshot = with_trace(pending_trace(records, "b1", "build", None, 9.0, 0.1))
     assert made == []
     assert snapshot.trace is snapshot.trace
+    assert snapshot.trace == A_TRACE
     assert len(made) == 1
 
 

@@ -243,7 +243,11 @@ def test_what_does_not_exist_is_told_from_a_failure() -> None:
         "The cache had nothing fresh. 'quotes' said that there is none: ResourceAbsent: delisted."
     )
     remembered = KeyTrace(A, Obtained.FAILED, 0.0, 0.01, **error)
-    assert told(remembered).endswith("began: ResourceAbsentError: A does not exist.")
+    assert told(remembered).endswith(
+        "began: it was remembered not to exist: ResourceAbsentError: A does not exist."
+    )
+    of_another = replace(remembered, joined="a9")
+    assert "began: ResourceAbsentError: A does not exist. Snapshot 'a9'" in told(of_another)
     text = traced(absent).to_text()
     assert "1 absent" in text
     assert "failed" not in text
@@ -393,6 +397,15 @@ def test_its_json_form_keeps_keys_apart_whose_texts_are_alike() -> None:
     one, other = ResourceKey("a", "b:c"), ResourceKey("a", "b", "c")
     trace = traced(*(KeyTrace(key, Obtained.CACHE, 0.0, 0.0) for key in (one, other)))
     assert len(trace.to_dict()["keys"]) == 2
+
+
+def test_what_many_keys_rest_on_is_told_of_each_in_data_of_its_own() -> None:
+    below = tuple(Foundation(price(str(n)), "v", "quotes", EPOCH) for n in range(2))
+    keys = [KeyTrace(rate(str(n)), Obtained.CACHE, 0.0, 0.0, rests_on=below) for n in range(2)]
+    one, other = (found["rests_on"] for found in traced(*keys).to_dict()["keys"].values())
+    assert one == other
+    assert [each["key"] for each in one] == ["price:last:0", "price:last:1"]
+    assert one[0] is not other[0]
 
 
 def test_it_can_be_copied_and_pickled() -> None:

@@ -32,7 +32,7 @@ from coalestra import (
     SourceUnavailableError,
     SyncSnapshotBuilder,
 )
-from coalestra.core.trace import CallTrace, Obtained, Trace, WaitReason
+from coalestra.core.trace import CallTrace, KeyTrace, Obtained, Trace, WaitReason
 from coalestra.orchestration.tracing import MOST_KEPT, MOST_KEYS, MOST_STAGES
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
@@ -488,6 +488,29 @@ async def test_a_builder_keeps_so_many_traces_the_latest_last() -> None:
     assert [trace.snapshot_id for trace in b.recent_traces()] == [
         str(n) for n in range(2, MOST_KEPT + 2)
     ]
+
+
+async def test_of_the_traces_that_a_builder_keeps_only_those_that_are_looked_into_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b = builder(Single("a"), trace=True)
+    for n in range(3):
+        await b.build([A], snapshot_id=str(n))
+    made: list[ResourceKey] = []
+
+    def counted(key: ResourceKey, *facts: Any, **more: Any) -> KeyTrace:
+        made.append(key)
+        return KeyTrace(key, *facts, **more)
+
+    monkeypatch.setattr("coalestra.orchestration.tracing.KeyTrace", counted)
+    first, second, _ = b.recent_traces()
+    assert [first.snapshot_id, first.duration_seconds, made] == ["0", 0.0, []]
+    assert first.keys[A].requested
+    assert copy.copy(second).keys[A] is not None
+    assert made == [A, A]
+    assert b.recent_traces()[0] is first
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = first.other  # type: ignore[attr-defined]  # there is none
 
 
 async def test_a_build_that_was_cancelled_is_among_the_recent_traces() -> None:

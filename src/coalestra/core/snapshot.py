@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from coalestra.core.errors import described_error
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
@@ -262,10 +262,10 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
     @property
     def trace(self) -> Trace | None:
         """How the values were come by, if that was traced."""
-        found: Any = vars(self).get("_trace")
-        if callable(found):
-            found = vars(self)["_trace"] = found()
-        return cast("Trace | None", found)
+        found: Trace | None = vars(self).get("_trace")
+        if found is not None:
+            len(found.keys)  # until they are made it holds on to the values
+        return found
 
     @property
     def complete(self) -> bool:
@@ -345,12 +345,11 @@ def snapshot_of(
     resources: FrozenDict[ResourceKey, SnapshotValue[Any]],
     errors: FrozenDict[ResourceKey, Exception] = EMPTY,
     counted: Mapping[str, Any] = EMPTY,
-    trace: Callable[[], Trace] | None = None,
+    trace: Trace | None = None,
 ) -> Snapshot:
     """Return a `Snapshot` of facts that are known to be good, and frozen, without judging them.
 
-    ``counted`` are those of its diagnostics that the values themselves do not tell; ``trace``
-    makes the trace, if there is one.
+    ``counted`` are those of its diagnostics that the values themselves do not tell.
     """
     facts = {
         "snapshot_id": snapshot_id,

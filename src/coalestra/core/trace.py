@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coalestra.core.errors import (
     ResourceAbsent,
@@ -23,7 +23,7 @@ from coalestra.core.errors import (
     message_of,
     type_name,
 )
-from coalestra.core.frozen import FrozenDict, frozen
+from coalestra.core.frozen import FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.validation import readable
@@ -279,6 +279,21 @@ class Trace:
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", frozen(self.keys))
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Have the records made when somebody looks at one: few traces are ever read."""
+            facts = vars(self)
+            if name in _RECORDS and (records := facts.get("_records")) is not None:
+                facts.update(records())
+                facts.pop("_records", None)
+            if name not in facts:
+                raise AttributeError(f"a trace has no attribute {name!r}", name=name, obj=self)
+            return facts[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     def __repr__(self) -> str:
         return (
             f"Trace({self.kind} {self.snapshot_id}, {self.duration_seconds * 1000:.3f} ms, "
@@ -290,11 +305,12 @@ class Trace:
 
         ``keys`` is keyed by their canonical texts, in order; see the reference of data.
         """
+        known: dict[int, dict[str, Any]] = {}
         return {
             **_SCHEMA,
             **json_safe(replace(self, keys={})),
             "started_at": utc_text(self.started_at),
-            "keys": {key.canonical: _key_data(found) for key, found in self.keys.items()},
+            "keys": {key.canonical: _key_data(found, known) for key, found in self.keys.items()},
         }
 
     def to_text(self, *, width: int = 100, limit: int = 24, ascii_only: bool = False) -> str:
@@ -349,17 +365,29 @@ class Trace:
         return " ".join(_told(self, self.keys[key], partial(_needed_by, self)))
 
 
-def _key_data(found: KeyTrace) -> dict[str, Any]:
-    below = [
-        {
-            **_name_data(each.key),
-            "version": each.version,
-            "source": each.source,
-            "observed_at": utc_text(each.observed_at),
-        }
-        for each in found.rests_on
-    ]
+_FACTS = ("snapshot_id", "kind", "parent_snapshot_id", "started_at", "duration_seconds")
+_RECORDS = ("stages", "keys", "calls", "omitted_keys", "omitted_stages")
+for _default in ("stages", "calls", "omitted_keys", "omitted_stages"):
+    delattr(Trace, _default)  # it would hide what is not made yet
+
+
+def pending_trace(records: Callable[[], dict[str, Any]], *facts: Any) -> Trace:
+    """Return a trace with these first facts, whose ``records`` are made when one is looked at."""
+    return filled(Trace, {**dict(zip(_FACTS, facts, strict=True)), "_records": records})
+
+
+def _key_data(found: KeyTrace, known: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Return a key as JSON-safe data; what is ``known`` of a foundation is not written again."""
+    for each in found.rests_on:
+        if id(each) not in known:
+            known[id(each)] = {
+                **_name_data(each.key),
+                "version": each.version,
+                "source": each.source,
+                "observed_at": utc_text(each.observed_at),
+            }
     told = json_safe(replace(found, rests_on=()))
+    below = [known[id(each)].copy() for each in found.rests_on]
     return {**told, **_name_data(found.key), "rests_on": below}
 
 
@@ -506,7 +534,9 @@ def _told_error(found: KeyTrace) -> str:
         return _NO_SOURCE  # why is told of each
     if found.refusals and _absent(found):
         return _EXISTS_NOT
-    return _why(found.error_type, found.error)
+    remembered = _absent(found) and found.joined is None and not found.calls
+    why = _why(found.error_type, found.error)
+    return f"it was remembered not to exist: {why}" if remembered else why
 
 
 def _absent(found: KeyTrace) -> bool:
@@ -832,6 +862,7 @@ class _Events:
         self._threads: dict[tuple[str, int], int] = {}
         self._events: list[dict[str, Any]] = []
         self._arrows = 0
+        self._known: dict[int, dict[str, Any]] = {}
 
     def written(self) -> dict[str, Any]:
         """Return all of them as the object that a trace file consists of."""
@@ -859,7 +890,8 @@ class _Events:
     def _slice(self, track: str, name: str, record: _Record, parts: Iterable[_Part]) -> int:
         """Write one slice and what lies within it; return the thread that it is on."""
         thread = self._free_thread(track, record.start, record.end)
-        told = _key_data(record) if isinstance(record, KeyTrace) else json_safe(record)
+        key = _key_data(record, self._known) if isinstance(record, KeyTrace) else None
+        told = key or json_safe(record)
         self._write("X", thread, name, record.start, record.end, args=told)
         free = record.start
         for part, start, end, inner in parts:

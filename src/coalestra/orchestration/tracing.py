@@ -19,7 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from coalestra.core.trace import (
     Trace,
     Wait,
     WaitReason,
+    pending_trace,
 )
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.observability.changes import ChangeLog
@@ -71,11 +73,11 @@ class Tracing:
 
     def __init__(self, rate: float, tracer: Tracer | None, log: ChangeLog) -> None:
         self.rate: float = rate
-        self.tracer: Tracer | None = tracer
+        self.tracer: Any = tracer  # there is one wherever there is a span
         self.off: bool = not rate and tracer is None  # unless a caller says otherwise
         self.failures: int = 0
         self._log = log
-        self._recent: OrderedDict[WorkTrace, Recorded] = OrderedDict()
+        self._recent: OrderedDict[WorkTrace, Trace] = OrderedDict()
 
     def begin(
         self,
@@ -85,28 +87,24 @@ class Tracing:
         parent: WorkTrace | None = None,
     ) -> WorkTrace | None:
         """Return the notes of a new unit of work, or None if nobody wants any."""
-        recording = self._chosen() if asked is None else asked
-        if parent is not None and parent.recording:
-            recording = True
+        recording = bool(self.rate and random.random() < self.rate) if asked is None else asked
+        recording = recording or (parent is not None and parent.recording)
         if not recording and self.tracer is None:
             return None
         return WorkTrace(self, kind, context, recording, parent)
 
-    def _chosen(self) -> bool:
-        return self.rate > 0 and (self.rate >= 1 or random.random() < self.rate)
-
-    def keep(self, trace: WorkTrace) -> None:
+    def keep(self, work: WorkTrace) -> None:
         """Keep what was recorded so far, in the place of what was kept of the same before."""
-        recorded = trace.recorded()
-        if recorded is not None:
-            self._recent[trace] = recorded
-            self._recent.move_to_end(trace)
+        trace = work.recorded()
+        if trace is not None:
+            self._recent[work] = trace
+            self._recent.move_to_end(work)
             while len(self._recent) > MOST_KEPT:
                 self._recent.popitem(last=False)
 
     def recent(self) -> tuple[Trace, ...]:
         """Return the traces of the recent past, the latest last."""
-        return tuple(recorded() for recorded in tuple(self._recent.values()))
+        return tuple(self._recent.values())
 
     def tell(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Return what a method of the tracer returns, or None if it fails."""
@@ -126,70 +124,110 @@ class Tracing:
 # What is noted of a call, of a flight and of a key ------------------------------------------------
 
 
-class AttemptLog:
-    """What was noted of one attempt; see `AttemptTrace`."""
+@dataclass(slots=True, eq=False)
+class _Stretch:
+    """What began at one time, and has ended at another or goes on."""
 
-    __slots__ = (
-        "called",
-        "end",
-        "error",
-        "holders",
-        "number",
-        "outcome",
-        "pause",
-        "span",
-        "start",
-    )
+    start: float = field(default_factory=_now, kw_only=True)
+    end: float | None = field(default=None, kw_only=True)
 
-    def __init__(self, number: int, start: float, called: float | None = None) -> None:
-        self.number: int = number
-        self.start: float = start
-        self.called: float | None = called
-        self.end: float | None = None
-        self.outcome: str = ""
-        self.holders: tuple[tuple[str, int], ...] = ()
-        self.error: tuple[str, str] | None = None
-        self.pause: float | None = None
-        self.span: Any = None
+    def had_ended(self, until: float) -> bool:
+        """Whether it was over by then."""
+        return self.end is not None and self.end <= until
+
+    def within(self, began: float, until: float) -> tuple[float, float]:
+        """Return when it began and ended, or `until`, in seconds since `began`."""
+        end = self.end if self.end is not None and self.end <= until else until
+        return self.start - began, end - began
 
 
-class CallLog:
+@dataclass(slots=True, eq=False)
+class _Wait(_Stretch):
+    """What is noted of one stretch of waiting; see `Wait`."""
+
+    reason: WaitReason
+    detail: str
+
+
+class _Waits:
+    """Stretches of waiting, the last of which may still go on."""
+
+    __slots__ = ("_stretches",)
+
+    def __init__(self) -> None:
+        self._stretches: list[_Wait] = []
+
+    def begin(self, reason: WaitReason, detail: str = "") -> None:
+        """Note that a wait begins, and with it ends the one before."""
+        self.end()
+        self._stretches.append(_Wait(reason, detail))
+
+    def end(self) -> None:
+        """Note that the wait is over, if there is one."""
+        if self._stretches and self._stretches[-1].end is None:
+            self._stretches[-1].end = _now()
+
+    def traced(self, began: float, until: float) -> list[Wait]:
+        """Return the waits that had begun by `until`, in seconds since `began`."""
+        begun = [each for each in self._stretches if each.start <= until]
+        return [Wait(each.reason, *each.within(began, until), each.detail) for each in begun]
+
+
+@dataclass(slots=True, eq=False)
+class _Try(_Stretch):
+    """What attempts and calls have in common: an outcome, and the error that it was."""
+
+    outcome: str = field(default="", kw_only=True)
+    error: tuple[str, str] | None = field(default=None, kw_only=True)
+
+    def settle(self, outcome: str, error: BaseException | None) -> None:
+        """Note how it has ended."""
+        self.end, self.outcome = _now(), outcome
+        self.error = None if error is None else _said(error)
+
+    def told(self, began: float, until: float) -> dict[str, Any]:
+        """Return what both kinds of records tell of it as it was at `until`."""
+        start, end = self.within(began, until)
+        if not self.had_ended(until):
+            return {"start": start, "end": end, "outcome": "under_way"}
+        error_type, error = self.error or (None, None)
+        facts = {"start": start, "end": end, "outcome": self.outcome}
+        return {**facts, "error_type": error_type, "error": error}
+
+
+@dataclass(slots=True, eq=False)
+class AttemptLog(_Try):
+    """What is noted of one attempt; see `AttemptTrace`."""
+
+    number: int
+    called: float | None = None
+    holders: tuple[tuple[str, int], ...] = ()
+    pause: float | None = None
+    span: Any = None
+
+    def traced(self, began: float, until: float) -> AttemptTrace:
+        """Return what was noted by `until`, in seconds since `began`."""
+        called = None if self.called is None or self.called > until else self.called - began
+        return AttemptTrace(
+            number=self.number,
+            called=called,
+            holders=self.holders,
+            pause_seconds=self.pause if self.had_ended(until) else None,
+            **self.told(began, until),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class CallLog(_Try):
     """What is noted of one call, and told to the tracer: one span for each attempt."""
 
-    __slots__ = (
-        "_parent",
-        "_tracing",
-        "attempts",
-        "end",
-        "error",
-        "keys",
-        "kind",
-        "outcome",
-        "snapshot_id",
-        "source",
-        "start",
-    )
-
-    def __init__(
-        self,
-        tracing: Tracing,
-        parent: Any,
-        snapshot_id: str,
-        source: str,
-        kind: str,
-        keys: int,
-    ) -> None:
-        self._tracing = tracing
-        self._parent = parent
-        self.snapshot_id: str = snapshot_id
-        self.source: str = source
-        self.kind: str = kind
-        self.keys: int = keys
-        self.start: float = _now()
-        self.end: float | None = None
-        self.outcome: str = ""
-        self.error: tuple[str, str] | None = None
-        self.attempts: list[AttemptLog] = []
+    tracing: Tracing
+    parent: Any
+    snapshot_id: str
+    source: str
+    kind: str
+    keys: int
+    attempts: list[AttemptLog] = field(default_factory=list)
 
     @property
     def span(self) -> Any:
@@ -198,12 +236,12 @@ class CallLog:
 
     def attempt(self, number: int) -> None:
         """Note that an attempt begins."""
-        self.attempts.append(AttemptLog(number, _now()))
+        self.attempts.append(AttemptLog(number))
 
     def caught_up(self, number: int, called: float) -> None:
         """Note an attempt that had begun, and called its source, before anything was noted."""
         self.start = called
-        self.attempts.append(AttemptLog(number, called, called))
+        self.attempts.append(AttemptLog(number, called, start=called))
 
     def waits(self, holders: Mapping[str, int]) -> None:
         """Note that the attempt waits for capacity, and who has it."""
@@ -211,10 +249,9 @@ class CallLog:
 
     def called(self, run: Callable[..., Any]) -> None:
         """Note that the source is being called; `run` runs something in the context of the call."""
-        attempt = self.attempts[-1]
+        attempt, tracing = self.attempts[-1], self.tracing
         attempt.called = _now()
-        tracer = self._tracing.tracer
-        if tracer is None:
+        if tracing.tracer is None:
             return
         attributes = {
             "source": self.source,
@@ -224,20 +261,18 @@ class CallLog:
             "attempt": attempt.number,
             "waited_seconds": attempt.called - attempt.start,
         }
-        attempt.span = self._tracing.tell(tracer.begin, "call", attributes, parent=self._parent)
+        attempt.span = tracing.tell(tracing.tracer.begin, "call", attributes, parent=self.parent)
         if attempt.span is not None:
-            self._tracing.tell(run, tracer.enter, attempt.span)
+            tracing.tell(run, tracing.tracer.enter, attempt.span)
 
     def ended(self, outcome: str, error: BaseException | None = None) -> None:
         """Note how the attempt has ended, once."""
         attempt = self.attempts[-1] if self.attempts else None
-        if attempt is None or attempt.end is not None:
-            return
-        attempt.end, attempt.outcome = _now(), outcome
-        attempt.error = None if error is None else _said(error)
-        tracer = self._tracing.tracer
-        if tracer is not None and attempt.span is not None:
-            self._tracing.tell(tracer.end, attempt.span, {"outcome": outcome}, error)
+        if attempt is not None and attempt.end is None:
+            attempt.settle(outcome, error)
+            if attempt.span is not None:
+                tell, tracer = self.tracing.tell, self.tracing.tracer
+                tell(tracer.end, attempt.span, {"outcome": outcome}, error)
 
     def rests(self, seconds: float) -> None:
         """Note that another attempt follows after a pause."""
@@ -247,117 +282,51 @@ class CallLog:
         """Note that the call is over, once."""
         if self.end is None:
             self.ended(outcome, error)
-            self.end, self.outcome = _now(), outcome
-            self.error = None if error is None else _said(error)
+            self.settle(outcome, error)
 
     def traced(self, began: float, until: float) -> CallTrace:
         """Return what was noted by `until`, in seconds since `began`."""
-        over = self.end is not None and self.end <= until
         attempts = [each for each in self.attempts if each.start <= until]
         return CallTrace(
             source=self.source,
             kind=self.kind,
             snapshot_id=self.snapshot_id,
             keys=self.keys,
-            start=self.start - began,
-            end=_clipped(self.end, until) - began,
-            outcome=self.outcome if over else "under_way",
-            attempts=tuple(_attempt_traced(each, began, until) for each in attempts),
-            error_type=self.error[0] if over and self.error else None,
-            error=self.error[1] if over and self.error else None,
+            attempts=tuple([each.traced(began, until) for each in attempts]),
+            **self.told(began, until),
         )
 
 
-def _attempt_traced(log: AttemptLog, began: float, until: float) -> AttemptTrace:
-    over = log.end is not None and log.end <= until
-    called = log.called is not None and log.called <= until
-    return AttemptTrace(
-        number=log.number,
-        start=log.start - began,
-        called=log.called - began if called and log.called is not None else None,
-        end=_clipped(log.end, until) - began,
-        outcome=log.outcome if over else "under_way",
-        holders=log.holders,
-        error_type=log.error[0] if over and log.error else None,
-        error=log.error[1] if over and log.error else None,
-        pause_seconds=log.pause if over else None,
-    )
-
-
-class _Waits:
-    """Stretches of waiting, the last of which may still go on."""
-
-    __slots__ = ("_stretches",)
-
-    def __init__(self) -> None:
-        self._stretches: list[tuple[WaitReason, str, float, float | None]] = []
-
-    def begin(self, reason: WaitReason, detail: str = "") -> None:
-        """Note that a wait begins, and with it ends the one before."""
-        self.end()
-        self._stretches.append((reason, detail, _now(), None))
-
-    def end(self) -> None:
-        """Note that the wait is over, if there is one."""
-        if self._stretches and self._stretches[-1][3] is None:
-            reason, detail, start, _ = self._stretches[-1]
-            self._stretches[-1] = reason, detail, start, _now()
-
-    def traced(self, began: float, until: float) -> Iterator[Wait]:
-        """Return the waits that had begun by `until`, in seconds since `began`."""
-        for reason, detail, start, end in self._stretches:
-            if start <= until:
-                yield Wait(reason, start - began, _clipped(end, until) - began, detail)
-
-
+@dataclass(slots=True, eq=False)
 class FlightLog:
     """What is noted of one flight, for all traces of those who wait for it."""
 
-    __slots__ = ("calls", "refusals", "snapshot_id", "waits")
-
-    def __init__(self, snapshot_id: str) -> None:
-        self.snapshot_id: str = snapshot_id
-        self.calls: list[CallLog] = []
-        self.refusals: list[tuple[float, str, str, str, str]] = []
-        self.waits: _Waits = _Waits()
+    snapshot_id: str
+    calls: list[CallLog] = field(default_factory=list)
+    refusals: list[SourceRefusal] = field(default_factory=list)
+    waits: _Waits = field(default_factory=_Waits)
 
     def refused(self, failure: SourceFailure, status: str) -> None:
         """Note that a source brought nothing for the key."""
-        text = folded_message(failure.message)
-        self.refusals.append((_now(), failure.source, status, failure.error_type, text))
+        said = failure.error_type, folded_message(failure.message)
+        self.refusals.append(SourceRefusal(failure.source, _now(), status, *said))
 
 
-class KeyLog:
+@dataclass(slots=True, eq=False)
+class KeyLog(_Stretch):
     """What is noted of one key for one who waits for it; see `KeyTrace`."""
 
-    __slots__ = (
-        "end",
-        "error",
-        "flight",
-        "found",
-        "joined",
-        "key",
-        "obtained",
-        "refresh",
-        "requested",
-        "start",
-        "waits",
-    )
+    key: ResourceKey
+    requested: bool
+    obtained: Obtained | None = None
+    flight: FlightLog | None = None
+    joined: bool = False
+    waits: _Waits = field(default_factory=_Waits)
+    refresh: str | None = None
+    found: tuple[str, str, tuple[Foundation, ...]] | None = None
+    error: tuple[str, str] | None = None
 
-    def __init__(self, key: ResourceKey, requested: bool) -> None:
-        self.key: ResourceKey = key
-        self.requested: bool = requested
-        self.start: float = _now()
-        self.end: float | None = None
-        self.obtained: Obtained | None = None
-        self.flight: FlightLog | None = None
-        self.joined: bool = False
-        self.waits: _Waits = _Waits()
-        self.refresh: str | None = None
-        self.found: tuple[str, str, tuple[Foundation, ...]] | None = None
-        self.error: tuple[str, str] | None = None
-
-    def tells_of(self, version: str | None) -> bool:
+    def tells_of(self, version: str) -> bool:
         """Whether this is how the version was come by."""
         return self.found is not None and self.found[1] == version
 
@@ -410,34 +379,34 @@ class KeyLog:
 
     def traced(self, began: float, until: float, calls: dict[CallLog, int]) -> KeyTrace:
         """Return what was noted by `until`; `calls` numbers the calls, and learns of new ones."""
-        flight = self.flight
-        waits = list(self.waits.traced(began, until))
-        mine: list[CallLog] = []
-        if flight is not None:
-            waits += flight.waits.traced(began, until)
-            mine = [call for call in flight.calls if call.start <= until]
+        flight = self.flight or _NO_FLIGHT
+        waits = self.waits.traced(began, until) + flight.waits.traced(began, until)
+        mine = [call for call in flight.calls if call.start <= until]
+        refusals = [each for each in flight.refusals if each.at <= until]
+        start, end = self.within(began, until)
         source, version, rests_on = self.found or (None, None, ())
+        error_type, error = self.error or (None, None)
         return KeyTrace(
             key=self.key,
             obtained=self.obtained or Obtained.FAILED,
-            start=self.start - began,
-            end=_clipped(self.end, until) - began,
+            start=start,
+            end=end,
             requested=self.requested,
             source=source,
             version=version,
-            joined=flight.snapshot_id if flight is not None and self.joined else None,
+            joined=flight.snapshot_id if self.joined else None,
             waits=tuple(sorted(waits, key=lambda wait: wait.start)),
-            calls=tuple(calls.setdefault(call, len(calls)) for call in mine),
-            refusals=tuple(
-                SourceRefusal(source, at - began, status, error_type, text)
-                for at, source, status, error_type, text in (flight.refusals if flight else ())
-                if at <= until
-            ),
+            calls=tuple([calls.setdefault(call, len(calls)) for call in mine]),
+            refusals=tuple([replace(each, at=each.at - began) for each in refusals]),
             rests_on=rests_on,
             refresh=self.refresh,
-            error_type=None if self.error is None else self.error[0],
-            error=None if self.error is None else self.error[1],
+            error_type=error_type,
+            error=error,
         )
+
+
+_NO_FLIGHT = FlightLog("")
+"""Stands for the flight of a key that none acquired; nothing is written into it."""
 
 
 class WarmKey(NamedTuple):
@@ -455,7 +424,7 @@ class WarmKey(NamedTuple):
         """Always: what derived values need is looked for one by one."""
         return True
 
-    def tells_of(self, version: str | None) -> bool:
+    def tells_of(self, version: str) -> bool:
         """Whether this is how the version was come by."""
         return self.version == version
 
@@ -466,10 +435,6 @@ class WarmKey(NamedTuple):
         return KeyTrace(key, how, at, at, source=source, version=version, rests_on=rests_on)
 
 
-def _clipped(end: float | None, until: float) -> float:
-    return until if end is None or end > until else end
-
-
 def _said(error: BaseException) -> tuple[str, str]:
     return type_name(error), folded_message(message_of(error))
 
@@ -477,56 +442,16 @@ def _said(error: BaseException) -> tuple[str, str]:
 # What is noted of a unit of work ------------------------------------------------------------------
 
 
-class Noted(NamedTuple):
-    """How far the notes of a unit of work had come at one moment, and what was delivered then."""
-
-    warm: int
-    entries: int
-    stages: int
-    omitted: int
-    until: float
-    values: Mapping[ResourceKey, SnapshotValue[Any]]
-
-
-class Recorded:
-    """What a unit of work had noted at one moment; called, it makes the trace, once."""
-
-    __slots__ = ("_noted", "_trace")
-
-    def __init__(self, work: WorkTrace, noted: Noted) -> None:
-        self._noted: tuple[WorkTrace, Noted] | None = work, noted
-        self._trace: Trace | None = None
-
-    def __call__(self) -> Trace:
-        """Return the trace."""
-        noted = self._noted
-        if self._trace is None and noted is not None:
-            work, moment = noted
-            self._trace = work.traced(moment)
-            self._noted = None
-        assert self._trace is not None
-        return self._trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self(),)
-
-
-def _itself(trace: Trace) -> Trace:
-    return trace
-
-
-class StageLog:
+@dataclass(slots=True, eq=False)
+class StageLog(_Stretch):
     """What is noted of one stage; see `StageTrace`."""
 
-    def __init__(self, name: str, keys: int) -> None:
-        self.name: str = name
-        self.keys: int = keys
-        self.span: Any = None
-        self.start: float = _now()
-        self.end: float | None = None
-        self.resolved: int = 0
-        self.failed: int = 0
-        self.error: BaseException | None = None
+    name: str
+    keys: int
+    span: Any = None
+    resolved: int = 0
+    failed: int = 0
+    error: BaseException | None = None
 
 
 class WorkTrace:
@@ -568,18 +493,16 @@ class WorkTrace:
         Its span is current in the block, which may ask a cache, and in `variables`, the context in
         which the unit of work calls sources.
         """
-        log = self.begin_stage(name, keys, variables)
-        tracer, leave = self._tracing.tracer, None
-        if tracer is not None and log.span is not None:
-            leave = self._tracing.tell(tracer.enter, log.span)
+        log, leave = self.begin_stage(name, keys, variables), None
+        if log.span is not None:
+            leave = self._tracing.tell(self._tracing.tracer.enter, log.span)
         try:
             yield log
         except BaseException as error:
-            self.end_stage(log, error)
+            log.error = error
             raise
-        else:
-            self.end_stage(log)
         finally:
+            self.end_stage(log)
             if leave is not None:
                 self._tracing.tell(leave)
 
@@ -587,8 +510,7 @@ class WorkTrace:
         self, name: str, keys: int, variables: Context, link: Any = None, **more: Any
     ) -> StageLog:
         """Note that a stage begins, for so many keys."""
-        log = self._new_stage(name, keys)
-        tracer = self._tracing.tracer
+        log, tracer = self._new_stage(name, keys), self._tracing.tracer
         if tracer is not None:
             facts = {"snapshot_id": self.snapshot_id, "keys": keys, **more}
             if self._parent is not None:
@@ -598,16 +520,15 @@ class WorkTrace:
                 self._tracing.tell(variables.run, tracer.enter, self.span)
         return log
 
-    def end_stage(self, log: StageLog, error: BaseException | None = None) -> None:
+    def end_stage(self, log: StageLog) -> None:
         """Note that a stage has ended, and keep what was recorded."""
         log.end = _now()
-        error, log.error = error or log.error, None
-        tracer, span = self._tracing.tracer, log.span
-        if tracer is not None and span is not None:
-            for key in [key for key, (waiting, *_) in self._joins.items() if waiting is span]:
+        error, log.error = log.error, None
+        if log.span is not None:
+            for key in [key for key, (waiting, *_) in self._joins.items() if waiting is log.span]:
                 self._tell_join(key)  # it has given up
             facts = {"resolved": log.resolved, "failed": log.failed}
-            self._tracing.tell(tracer.end, span, facts, error)
+            self._tracing.tell(self._tracing.tracer.end, log.span, facts, error)
         self._tracing.keep(self)
 
     def refreshed(self, succeeded: bool) -> None:
@@ -721,69 +642,63 @@ class WorkTrace:
     def _tell_join(self, key: ResourceKey) -> None:
         """Tell the tracer of a wait for another's flight that is over."""
         span, flight, since = self._joins.pop(key)
-        tracer = self._tracing.tracer
-        if tracer is None:
-            return
         facts = {
             "snapshot_id": flight.snapshot_id,
             "resource_namespace": key.namespace,
             "resource_name": key.name,
         }
         call = flight.calls[-1].span if flight.calls else None
-        self._tracing.tell(tracer.joined, span, call, _now() - since, facts)
+        self._tracing.tell(self._tracing.tracer.joined, span, call, _now() - since, facts)
 
     # The trace --------------------------------------------------------------------------------
 
-    def recorded(self, values: Mapping[ResourceKey, SnapshotValue[Any]] = EMPTY) -> Recorded | None:
-        """Return what has been noted by now, if anything is, of a snapshot with these values."""
+    def recorded(self, values: Mapping[ResourceKey, SnapshotValue[Any]] = EMPTY) -> Trace | None:
+        """Return the trace by now, if there is to be one, of a snapshot with these values."""
         if not self.recording:
             return None
-        done = len(self._warm), len(self._entries), self._stages_begun, len(self._untold)
-        return Recorded(self, Noted(*done, _now(), values))
+        until = _now()
+        noted = len(self._warm), len(self._entries), self._stages_begun, len(self._untold)
+        records = partial(self._records, until, values, *noted)
+        about = self.snapshot_id, self._kind, self._parent, self._started_at
+        return pending_trace(records, *about, until - self._began)
 
-    def traced(self, noted: Noted) -> Trace:
-        """Return the trace of what was noted by one moment, as things were then.
+    def _records(
+        self,
+        until: float,
+        values: Mapping[ResourceKey, SnapshotValue[Any]],
+        warm: int,
+        entries: int,
+        stages_begun: int,
+        untold: int,
+    ) -> dict[str, Any]:
+        """Return the records of what had been noted at one moment, as things were then.
 
-        A key that was read more than once has the story of the version that was delivered, or none.
+        A key that was read more than once has the story of the version that was delivered, or none;
+        one that was not delivered the latest of which it was asked for.
         """
-        began, until, values = self._began, noted.until, noted.values
-        stories: dict[ResourceKey, KeyLog | WarmKey] = {}
-        delivered: dict[ResourceKey, str] = {}
-        noted_by_then: list[KeyLog | WarmKey] = [*self._warm[: noted.warm]]
-        noted_by_then += self._entries[: noted.entries]
-        for story in noted_by_then:
-            key, told = story.key, stories.get(story.key)
-            if told is None and key in values:
-                delivered[key] = values[key].version
-            version = delivered.get(key)
-            better = story.requested or story.tells_of(version)
-            if story.start <= until and (told is None or (better and not told.tells_of(version))):
-                stories[key] = story
-        told_of = [
-            each
-            for key, each in stories.items()
-            if key not in delivered or each.tells_of(delivered[key])
-        ]
+        began = self._began
+        noted: list[KeyLog | WarmKey] = [*self._warm[:warm], *self._entries[:entries]]
+        stories: dict[ResourceKey, list[KeyLog | WarmKey]] = {}
+        for story in noted:
+            if story.start <= until:
+                stories.setdefault(story.key, []).append(story)
+        keys: dict[ResourceKey, KeyTrace] = {}
         calls: dict[CallLog, int] = {}
-        keys = {each.key: each.traced(began, until, calls) for each in told_of}
+        for key, mine in stories.items():
+            if key in values:
+                fitting = [each for each in mine if each.tells_of(values[key].version)]
+            else:
+                fitting = [each for each in reversed(mine) if each.requested] or mine
+            if fitting:
+                keys[key] = fitting[0].traced(began, until, calls)
         stages = [each for each in self._stages if each.start <= until]
-        return Trace(
-            snapshot_id=self.snapshot_id,
-            kind=self._kind,
-            parent_snapshot_id=self._parent,
-            started_at=self._started_at,
-            duration_seconds=until - began,
-            stages=tuple(
-                StageTrace(
-                    each.name, each.start - began, _clipped(each.end, until) - began, each.keys
-                )
-                for each in stages
-            ),
-            keys=FrozenDict(keys),
-            calls=tuple(call.traced(began, until) for call in calls),
-            omitted_keys=noted.omitted + len(stories) - len(keys),
-            omitted_stages=noted.stages - len(stages),
-        )
+        return {
+            "stages": tuple([StageTrace(s.name, *s.within(began, until), s.keys) for s in stages]),
+            "keys": FrozenDict(keys),
+            "calls": tuple([call.traced(began, until) for call in calls]),
+            "omitted_keys": untold + len(stories) - len(keys),
+            "omitted_stages": stages_begun - len(stages),
+        }
 
     def __repr__(self) -> str:
         return f"<WorkTrace {self._kind} {self.snapshot_id} keys={len(self._entries)}>"
