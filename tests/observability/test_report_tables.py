@@ -13,12 +13,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.results import PublishStatus
 from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.observability import NullEventSink, NullMetrics
-from coalestra.observability.reports import (
-    Reporter,
-    SessionResolution,
-    SessionRevalidation,
-    reporter_for,
-)
+from coalestra.observability.reports import Reporter, reporter_for
 from coalestra.observability.sinks import FAILURES
 from tests.observability.recording import Recorder, revision_of
 
@@ -116,21 +111,26 @@ DEPTH = ResourceKey("market", "depth", "BTC-SECRET")
 OUTAGE = ConnectionError("the line is down")
 
 DIAGNOSTICS = SnapshotDiagnostics(requested_resources=3, resolved_resources=2, failed_resources=1)
-RESOLUTION = SessionResolution(
-    "s1", requested=3, resolved=2, failed=1, total_resources=5, strict=False, retry_errors=True
-)
-REVALIDATION = SessionRevalidation(
-    "s1",
-    requested=2,
-    affected=4,
-    refreshed=3,
-    failed=1,
-    committed=False,
-    retained_previous=True,
-    strict=True,
-    force_refresh=True,
-    consistency_failed=True,
-)
+RESOLUTION = {
+    "snapshot_id": "s1",
+    "requested": 3,
+    "resolved": 2,
+    "failed": 1,
+    "total_resources": 5,
+    "strict": False,
+    "retry_errors": True,
+}
+REVALIDATION = {
+    "snapshot_id": "s1",
+    "requested": 2,
+    "affected": 4,
+    "refreshed": 3,
+    "failed": 1,
+    "strict": True,
+    "force_refresh": True,
+    "consistency_failed": True,
+    "acceptance_failed": False,
+}
 VIOLATIONS = (
     SnapshotAcceptanceViolation(SnapshotAcceptanceReason.STALE, (PRICE,), "is stale"),
     SnapshotAcceptanceViolation(SnapshotAcceptanceReason.TOO_OLD, (PRICE,), "is too old"),
@@ -163,6 +163,7 @@ OTHER_EVENTS_OF_SOURCE_FAILED = {
 CALLS: dict[str, list[Call]] = {
     "cache_access": [
         lambda r: r.cache_access(PRICE, "fresh"),
+        lambda r: r.cache_access(PRICE, "miss"),
         lambda r: r.cache_access(PRICE, "absent"),
     ],
     "cache_hit": [
@@ -170,7 +171,6 @@ CALLS: dict[str, list[Call]] = {
         lambda r: r.cache_hit(PRICE, "stale_while_revalidate", "s1"),
     ],
     "warm_hits": [lambda r: r.warm_hits([PRICE], "s1")],
-    "cache_missed": [lambda r: r.cache_missed(PRICE)],
     "cache_bypassed": [lambda r: r.cache_bypassed(PRICE, "force_refresh", "s1")],
     "stale_fallback_used": [lambda r: r.stale_fallback_used(PRICE, OUTAGE, "s1")],
     "cache_failed": [lambda r: r.cache_failed("read", OUTAGE)],
@@ -225,14 +225,21 @@ CALLS: dict[str, list[Call]] = {
         lambda r: r.snapshot_built("s1", DIAGNOSTICS, build_failed=True, strict=True),
     ],
     "session_resolved": [
-        lambda r: r.session_resolved(RESOLUTION, succeeded=True, latency_ms=1.0),
-        lambda r: r.session_resolved(RESOLUTION, succeeded=False, latency_ms=1.0),
+        lambda r: r.session_resolved(succeeded=True, latency_ms=1.0, **RESOLUTION),
+        lambda r: r.session_resolved(succeeded=False, latency_ms=1.0, **RESOLUTION),
     ],
-    "session_revalidated": [lambda r: r.session_revalidated(REVALIDATION)],
-    "acceptance_passed": [lambda r: r.acceptance_passed()],
-    "acceptance_failed": [lambda r: r.acceptance_failed("s1", VIOLATIONS)],
-    "consistency_passed": [lambda r: r.consistency_passed()],
-    "consistency_failed": [lambda r: r.consistency_failed("s1", SKEW)],
+    "session_revalidated": [
+        lambda r: r.session_revalidated(committed=True, **REVALIDATION),
+        lambda r: r.session_revalidated(committed=False, **REVALIDATION),
+    ],
+    "acceptance_judged": [
+        lambda r: r.acceptance_judged("s1", ()),
+        lambda r: r.acceptance_judged("s1", VIOLATIONS),
+    ],
+    "consistency_judged": [
+        lambda r: r.consistency_judged("s1", None),
+        lambda r: r.consistency_judged("s1", SKEW),
+    ],
     "copy_deadline_exceeded": [lambda r: r.copy_deadline_exceeded("s1", "delivery")],
     "resource_published": [
         lambda r: r.resource_published(revision_of(PRICE), replaced=True, forced=False)
@@ -248,8 +255,10 @@ CALLS: dict[str, list[Call]] = {
         lambda r: r.refresh_completed(PRICE, "refresh_ahead", "exchange", "s1", "s0")
     ],
     "refresh_failed": [lambda r: r.refresh_failed(PRICE, "refresh_ahead", OUTAGE, "s1", "s0")],
-    "refresh_cancelled": [lambda r: r.refresh_cancelled(PRICE)],
-    "refresh_absent": [lambda r: r.refresh_absent(PRICE)],
+    "refresh_came_to": [
+        lambda r: r.refresh_came_to(PRICE, "cancelled"),
+        lambda r: r.refresh_came_to(PRICE, "absent"),
+    ],
 }
 
 
@@ -301,7 +310,8 @@ def test_nothing_is_reported_that_the_tables_do_not_name() -> None:
 
 
 def test_every_method_of_the_reporter_is_held_against_the_tables() -> None:
-    methods = {name for name in dir(Reporter) if not name.startswith("_")} - {"failures"}
+    own = {"failures", "listens"}
+    methods = {name for name in dir(Reporter) if not name.startswith("_")} - own
 
     assert methods == set(CALLS) - OTHER_EVENTS_OF_SOURCE_FAILED
 
@@ -311,6 +321,9 @@ STATUSES = {
     "snapshot_build_latency_ms": {"success", "error"},
     "snapshot_session_resolve_latency_ms": {"success", "error"},
     "snapshot_session_resolve_total": {"success", "error"},
+    "snapshot_session_revalidate_total": {"success", "error"},
+    "snapshot_acceptance_total": {"success", "error"},
+    "snapshot_consistency_total": {"success", "error"},
     "cache_access_total": {
         "fresh",
         "stale_while_revalidate",
@@ -373,12 +386,12 @@ PAYLOADS: dict[str, dict[str, object]] = {
         "strict": True,
         "diagnostics": DIAGNOSTICS,
     },
-    "acceptance_failed": {
+    "acceptance_judged": {
         "snapshot_id": "s1",
         "violations": 3,
         "reasons": ("stale", "too_old"),
     },
-    "consistency_failed": {
+    "consistency_judged": {
         "snapshot_id": "s1",
         "resources": 2,
         "oldest_resource": str(PRICE),
@@ -490,7 +503,7 @@ def test_each_field_of_an_event_holds_the_fact_it_is_named_after(method: str) ->
 
 
 def test_each_violation_of_an_acceptance_policy_is_counted_under_its_reason() -> None:
-    metrics = reported("acceptance_failed").metrics
+    metrics = reported("acceptance_judged").metrics
 
     reasons = [record.labels["reason"] for record in metrics if "reason" in record.labels]
     assert reasons == ["stale", "too_old", "stale"]

@@ -159,7 +159,7 @@ def test_what_ends_the_program_reaches_it_after_the_step_that_reported(
 
     async def program() -> None:
         report = reporter(Raising(kind()), NullEventSink())
-        report.cache_missed(PRICE)
+        report.cache_access(PRICE, "miss")
         steps.append("the step goes on")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -177,7 +177,7 @@ def test_texts_in_labels_and_events_are_single_lines_of_bounded_length() -> None
     key = ResourceKey("mar\nket", "x" * 1_000_000, "y" * 10_000_000)
 
     report.source_failed(key, "ex\nchange", ValueError("a\nb"), "s1")
-    report.cache_missed(key)
+    report.cache_access(key, "miss")
     report.resource_invalidated(key, "re\nason" * 1_000_000)
 
     texts = [text for record in sink.metrics for text in record.labels.values()]

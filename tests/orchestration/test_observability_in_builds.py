@@ -475,8 +475,8 @@ async def test_with_null_sinks_no_label_event_or_rendered_key_is_built(
         events=NullEventSink(),
     )
     monkeypatch.setattr(ResourceKey, "__str__", refuse)
-    for name in ("Reporter._count", "Reporter._tell", "_put_into_words"):
-        monkeypatch.setattr(f"coalestra.observability.reports.{name}", refuse)
+    for name in ("_count", "_observe", "_tell", "_hand"):
+        monkeypatch.setattr(f"coalestra.observability.reports.Reporter.{name}", refuse)
     async with building.session() as session:
         await session.resolve([key("d"), key("s")])
         await session.revalidate([key("d")], force_refresh=True)

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from coalestra._endings import pass_on
@@ -29,7 +30,6 @@ from coalestra.core.errors import (
     message_of,
     type_name,
 )
-from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.results import PublishStatus
@@ -57,46 +57,60 @@ Reported = BaseException | SourceFailure
 """What went wrong: an exception, or the record that was made of one."""
 
 
-@immutable
-@dataclasses.dataclass(frozen=True, slots=True)
-class SessionResolution:
-    """The outcome of one ``resolve`` of a session, as its event tells it.
-
-    ``requested``, ``resolved`` and ``failed`` count keys of this call, ``total_resources`` those of
-    the snapshot that it returned.
-    """
-
-    snapshot_id: str
-    requested: int
-    resolved: int
-    failed: int
-    total_resources: int
-    strict: bool
-    retry_errors: bool
-
-
-@immutable
-@dataclasses.dataclass(frozen=True, slots=True)
-class SessionRevalidation:
-    """The outcome of one ``revalidate`` of a session, as its event tells it.
-
-    ``requested`` counts keys of this call, ``affected`` these and the pinned ones derived from
-    them, ``refreshed`` and ``failed`` those of them with and without a new value. The new values
-    were ``committed``, or the previous ones retained.
-    """
-
-    snapshot_id: str
-    requested: int
-    affected: int
-    refreshed: int
-    failed: int
-    committed: bool
-    retained_previous: bool
-    strict: bool
-    force_refresh: bool
-    consistency_failed: bool = False
-    acceptance_failed: bool = False
-
+EVENTS: Mapping[str, tuple[str, ...]] = {
+    event_type: tuple(facts.split())
+    for event_type, facts in {
+        "snapshot_started": "kind snapshot_id",
+        "snapshot_built": "snapshot_id resources resolved failed build_failed strict diagnostics",
+        "snapshot_session_resolved": (
+            "snapshot_id requested resolved failed total_resources strict retry_errors"
+        ),
+        "snapshot_session_revalidated": (
+            "snapshot_id requested affected refreshed failed committed retained_previous strict "
+            "force_refresh consistency_failed acceptance_failed"
+        ),
+        "snapshot_acceptance_failed": "snapshot_id violations reasons",
+        "snapshot_consistency_failed": (
+            "snapshot_id resources oldest_resource newest_resource observation_skew_ms "
+            "max_observation_skew_ms"
+        ),
+        "cache_hit": "resource freshness snapshot_id",
+        "cache_bypassed": "resource reason snapshot_id",
+        "cache_failed": "operation error_type error",
+        "stale_fallback_used": "resource error_type snapshot_id",
+        "resource_joined": "resource snapshot_id joined_snapshot_id",
+        "source_call_queued": "source keys snapshot_id",
+        "source_call_started": "source keys attempt snapshot_id",
+        "source_call_retried": "source attempt delay_seconds error_type error snapshot_id",
+        "resource_resolved": (
+            "resource source latency_ms attempts source_kind authority_rank snapshot_id"
+        ),
+        "resource_absent": "resource source snapshot_id",
+        "source_failed": "error_type resource source error snapshot_id",
+        "source_payload_rejected": "resource source error snapshot_id",
+        "source_circuit_open": "resource source error snapshot_id",
+        "source_transport_timeout_violated": (
+            "source resource outcome snapshot_id declared_transport_timeout_seconds "
+            "observed_elapsed_seconds grace_seconds"
+        ),
+        "source_transport_budget_rejected": (
+            "source resource transport_timeout_seconds available_budget_seconds snapshot_id"
+        ),
+        "resource_refresh_scheduled": "resource reason snapshot_id",
+        "resource_refresh_completed": "resource reason source snapshot_id parent_snapshot_id",
+        "resource_refresh_failed": (
+            "resource reason error_type error snapshot_id parent_snapshot_id"
+        ),
+        "resource_published": "resource source observed_at replaced forced authority_rank",
+        "resource_publish_ignored": (
+            "resource source status observed_at cached_observed_at candidate_authority_rank "
+            "cached_authority_rank"
+        ),
+        "resource_invalidated": "resource reason",
+        "payload_copy_deadline_exceeded": "snapshot_id phase",
+    }.items()
+}
+"""The facts that each event tells, in order."""
 
 _DIAGNOSTICS = tuple(field.name for field in dataclasses.fields(SnapshotDiagnostics))
 
@@ -131,21 +145,19 @@ class Reporter:
 
     __slots__ = ("_counting", "_events", "_failures", "_log", "_metrics", "_telling")
 
-    def __init__(
-        self,
-        metrics: MetricsSink,
-        events: EventSink,
-        *,
-        counting: bool,
-        telling: bool,
-        log: ChangeLog,
-    ) -> None:
+    def __init__(self, metrics: MetricsSink, events: EventSink, log: ChangeLog) -> None:
         self._log = log
         self._metrics = metrics
         self._events = events
-        self._counting = counting
-        self._telling = telling
+        # Subclasses of the null sinks may listen after all.
+        self._counting = type(_innermost(metrics)) is not NullMetrics
+        self._telling = type(_innermost(events)) is not NullEventSink
         self._failures = Cell(0)
+
+    @property
+    def listens(self) -> bool:
+        """Whether there is a sink that does not discard what it gets."""
+        return self._counting or self._telling
 
     @property
     def failures(self) -> int:
@@ -162,84 +174,62 @@ class Reporter:
     ) -> None:
         """Count so many; of a key the labels say what kind of resource it is, and not which."""
         if self._counting:
-            try:
-                if key is not None:
-                    labels.update(resource_namespace=key.namespace, resource_name=key.name)
-                self._metrics.increment(metric, times, **_put_into_words(labels))
-            except BaseException as error:
-                self._note_failure("metrics", self._metrics, error)
-            else:
-                if self._log.troubled:
-                    self._log.works(subject_of("metrics", self._metrics))
+            if key is not None:
+                labels.update(resource_namespace=key.namespace, resource_name=key.name)
+            self._hand("metrics", "increment", (metric, times), labels)
+
+    def _count_status(self, metric: str, succeeded: bool, **labels: str) -> None:
+        self._count(metric, status="success" if succeeded else "error", **labels)
 
     def _observe(self, metric: str, value: float, **labels: str) -> None:
         if self._counting:
-            try:
-                self._metrics.observe(metric, value, **_put_into_words(labels))
-            except BaseException as error:
-                self._note_failure("metrics", self._metrics, error)
-            else:
-                if self._log.troubled:
-                    self._log.works(subject_of("metrics", self._metrics))
+            self._hand("metrics", "observe", (metric, value), labels)
 
-    def _tell(self, event_type: str, **payload: Any) -> None:
+    def _tell(self, event_type: str, *facts: Any) -> None:
+        """Tell of an event the facts that `EVENTS` names, in this order."""
         if self._telling:
-            try:
-                self._events.emit(event_type, **_put_into_words(payload))
-            except BaseException as error:
-                self._note_failure("event", self._events, error)
-            else:
-                if self._log.troubled:
-                    self._log.works(subject_of("event", self._events))
+            payload = dict(zip(EVENTS[event_type], facts, strict=True))
+            self._hand("event", "emit", (event_type,), payload)
 
-    def _note_failure(self, kind: str, sink: object, error: BaseException) -> None:
-        self._failures.change(lambda count: count + 1)
-        self._log.failed(subject_of(kind, sink), error)
-        pass_on(error)
+    def _hand(self, kind: str, method: str, said: tuple[Any, ...], facts: dict[str, Any]) -> None:
+        """Hand something to a sink, each fact as it is shown by its name or type."""
+        sink: object = self._events if kind == "event" else self._metrics
+        try:
+            for name, fact in facts.items():
+                if type(fact) is str:
+                    facts[name] = readable(fact)
+                elif name in _FORMS:
+                    facts[name] = _FORMS[name](fact)
+            getattr(sink, method)(*said, **facts)
+        except BaseException as error:
+            self._failures.change(lambda count: count + 1)
+            self._log.failed(subject_of(kind, sink), error)
+            pass_on(error)
+        else:
+            if self._log.troubled:
+                self._log.works(subject_of(kind, sink))
 
     # Calls to sources, and what came of them -----------------------------------------------------
 
     def call_queued(self, source: str, keys: int, snapshot_id: str) -> None:
         """Report a call for so many keys that waits for capacity."""
-        self._tell("source_call_queued", source=source, keys=keys, snapshot_id=snapshot_id)
+        self._tell("source_call_queued", source, keys, snapshot_id)
 
     def call_started(self, source: str, keys: int, attempt: int, snapshot_id: str) -> None:
         """Report that a source is asked for so many keys, for the first time or again."""
-        self._tell(
-            "source_call_started",
-            source=source,
-            keys=keys,
-            attempt=attempt,
-            snapshot_id=snapshot_id,
-        )
+        self._tell("source_call_started", source, keys, attempt, snapshot_id)
 
     def call_retried(
         self, source: str, attempt: int, delay: float, error: BaseException, snapshot_id: str
     ) -> None:
         """Report that a call is made again in so many seconds, after which attempt and error."""
-        self._tell(
-            "source_call_retried",
-            source=source,
-            attempt=attempt,
-            delay_seconds=delay,
-            error_type=error,
-            error=error,
-            snapshot_id=snapshot_id,
-        )
+        self._tell("source_call_retried", source, attempt, delay, error, error, snapshot_id)
 
     def resource_resolved(self, value: Revision, source_kind: str, snapshot_id: str) -> None:
         """Report a fresh value of a ``single``, ``batch`` or ``derived`` source."""
         self._count("source_fetch_total", source=value.source, status="success")
-        self._tell(
-            "resource_resolved",
-            resource=value.key,
-            source=value.source,
-            latency_ms=value.latency_ms,
-            attempts=value.attempts,
-            source_kind=source_kind,
-            authority_rank=value.authority_rank,
-            snapshot_id=snapshot_id,
-        )
+        took, rank = (value.latency_ms, value.attempts, source_kind), value.authority_rank
+        self._tell("resource_resolved", value.key, value.source, *took, rank, snapshot_id)
 
     def source_failed(
         self,
@@ -256,16 +246,12 @@ class Reporter:
         failure); the last three have events of their own.
         """
         self._count("source_fetch_total", source=source, status=status)
-        facts = {"resource": key, "source": source, "error": error, "snapshot_id": snapshot_id}
-        if status == "circuit_open":
-            self._tell("source_circuit_open", **facts)
-        elif status == "absent":
-            del facts["error"]
-            self._tell("resource_absent", **facts)
-        elif status == "invalid_timestamp":
-            self._tell("source_payload_rejected", **facts)
+        if status == "absent":
+            self._tell("resource_absent", key, source, snapshot_id)
+        elif status in _OTHER_FAILURES:
+            self._tell(_OTHER_FAILURES[status], key, source, error, snapshot_id)
         else:
-            self._tell("source_failed", error_type=error, **facts)
+            self._tell("source_failed", error, key, source, error, snapshot_id)
 
     def fetch_latency(self, source: str, latency_ms: float) -> None:
         """Observe how long one call took, in milliseconds."""
@@ -301,15 +287,9 @@ class Reporter:
         keys has an event, which tells the ``seconds`` by their names.
         """
         self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
+        facts = {"source": source, "outcome": outcome, "snapshot_id": snapshot_id, **seconds}
         for key in keys:
-            self._tell(
-                "source_transport_timeout_violated",
-                source=source,
-                resource=key,
-                outcome=outcome,
-                snapshot_id=snapshot_id,
-                **seconds,
-            )
+            self._tell_named("source_transport_timeout_violated", {**facts, "resource": key})
 
     def transport_budget_rejected(
         self,
@@ -326,15 +306,9 @@ class Reporter:
         once, and each key has an event.
         """
         self._count("source_transport_budget_rejection_total", source=source, reason=reason)
+        seconds = declared, available
         for key in keys:
-            self._tell(
-                "source_transport_budget_rejected",
-                source=source,
-                resource=key,
-                transport_timeout_seconds=declared,
-                available_budget_seconds=available,
-                snapshot_id=snapshot_id,
-            )
+            self._tell("source_transport_budget_rejected", source, key, *seconds, snapshot_id)
 
     # Reading the cache, and sharing work in flight ---------------------------------------------
 
@@ -345,7 +319,7 @@ class Reporter:
     def cache_hit(self, key: ResourceKey, freshness: str, snapshot_id: str) -> None:
         """Report a value served from the cache, ``fresh`` or ``stale_while_revalidate``."""
         self.cache_access(key, freshness)
-        self._tell("cache_hit", resource=key, freshness=freshness, snapshot_id=snapshot_id)
+        self._tell("cache_hit", key, freshness, snapshot_id)
 
     def warm_hits(self, keys: Collection[ResourceKey], snapshot_id: str) -> None:
         """Report fresh values served together: those of one kind are one count."""
@@ -359,16 +333,12 @@ class Reporter:
                 self._count("cache_access_total", None, times, status="fresh", **kind_of)
         if self._telling:
             for key in keys:
-                self._tell("cache_hit", resource=key, freshness="fresh", snapshot_id=snapshot_id)
-
-    def cache_missed(self, key: ResourceKey) -> None:
-        """Report that the cache had nothing usable. There is a count for it, but no event."""
-        self.cache_access(key, "miss")
+                self._tell("cache_hit", key, "fresh", snapshot_id)
 
     def cache_bypassed(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
         """Report that the cache was passed over on purpose, and why."""
         self.cache_access(key, "revalidation_bypass")
-        self._tell("cache_bypassed", resource=key, reason=reason, snapshot_id=snapshot_id)
+        self._tell("cache_bypassed", key, reason, snapshot_id)
 
     def stale_fallback_used(
         self, key: ResourceKey, error: Reported, snapshot_id: str, *, from_cache: bool = True
@@ -379,67 +349,41 @@ class Reporter:
         """
         if from_cache:
             self.cache_access(key, "stale_fallback")
-        self._tell("stale_fallback_used", resource=key, error_type=error, snapshot_id=snapshot_id)
+        self._tell("stale_fallback_used", key, error, snapshot_id)
 
     def cache_failed(self, operation: str, error: Reported) -> None:
         """Report that a cache raised as it was to ``read`` or ``write``; it was done without."""
         self._count("cache_failure_total", operation=operation)
-        self._tell("cache_failed", operation=operation, error_type=error, error=error)
+        self._tell("cache_failed", operation, error, error)
 
     def flight_joined(self, key: ResourceKey, snapshot_id: str, joined: str) -> None:
         """Report a unit of work that shares what another one, ``joined``, had begun to acquire."""
         self._count("singleflight_join_total", key)
-        self._tell(
-            "resource_joined", resource=key, snapshot_id=snapshot_id, joined_snapshot_id=joined
-        )
+        self._tell("resource_joined", key, snapshot_id, joined)
 
     # Refreshes in the background ---------------------------------------------------------------
 
     def refresh_scheduled(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
         """Report a new refresh, why, and the snapshot that gave the occasion."""
-        self._count_refresh(key, "scheduled")
-        self._tell(
-            "resource_refresh_scheduled", resource=key, reason=reason, snapshot_id=snapshot_id
-        )
+        self.refresh_came_to(key, "scheduled")
+        self._tell("resource_refresh_scheduled", key, reason, snapshot_id)
 
     def refresh_completed(
         self, key: ResourceKey, reason: str, source: str, snapshot_id: str, parent: str
     ) -> None:
         """Report a refresh that brought a fresh value: from which source, and who set it off."""
-        self._count_refresh(key, "success")
-        self._tell(
-            "resource_refresh_completed",
-            resource=key,
-            reason=reason,
-            source=source,
-            snapshot_id=snapshot_id,
-            parent_snapshot_id=parent,
-        )
+        self.refresh_came_to(key, "success")
+        self._tell("resource_refresh_completed", key, reason, source, snapshot_id, parent)
 
     def refresh_failed(
         self, key: ResourceKey, reason: str, error: Reported, snapshot_id: str, parent: str
     ) -> None:
         """Report a refresh that brought no fresh value: what went wrong, and who set it off."""
-        self._count_refresh(key, "failure")
-        self._tell(
-            "resource_refresh_failed",
-            resource=key,
-            reason=reason,
-            error_type=error,
-            error=error,
-            snapshot_id=snapshot_id,
-            parent_snapshot_id=parent,
-        )
+        self.refresh_came_to(key, "failure")
+        self._tell("resource_refresh_failed", key, reason, error, error, snapshot_id, parent)
 
-    def refresh_absent(self, key: ResourceKey) -> None:
-        """Report a refresh that found out that there is none. There is a count for it, no event."""
-        self._count_refresh(key, "absent")
-
-    def refresh_cancelled(self, key: ResourceKey) -> None:
-        """Report a refresh that was called off. There is a count for it, but no event."""
-        self._count_refresh(key, "cancelled")
-
-    def _count_refresh(self, key: ResourceKey, status: str) -> None:
+    def refresh_came_to(self, key: ResourceKey, status: str) -> None:
+        """Count a refresh; one that found that there is none, or was called off, has no event."""
         self._count("resource_refresh_total", key, status=status)
 
     # Events written into the cache, and entries taken out of it --------------------------------
@@ -447,36 +391,23 @@ class Reporter:
     def resource_published(self, value: Revision, *, replaced: bool, forced: bool) -> None:
         """Report a published value that is in the cache now, and whether it replaced another."""
         self._count_publish(value, PublishStatus.PUBLISHED)
-        self._tell(
-            "resource_published",
-            resource=value.key,
-            source=value.source,
-            observed_at=value.observed_at,
-            replaced=replaced,
-            forced=forced,
-            authority_rank=value.authority_rank,
-        )
+        what, rank = (value.key, value.source, value.observed_at), value.authority_rank
+        self._tell("resource_published", *what, replaced, forced, rank)
 
     def resource_publish_ignored(
         self, candidate: Revision, cached: Revision, status: PublishStatus
     ) -> None:
         """Report a published value that lost to the one in the cache, and by which rule."""
         self._count_publish(candidate, status)
-        self._tell(
-            "resource_publish_ignored",
-            resource=candidate.key,
-            source=candidate.source,
-            status=status.value,
-            observed_at=candidate.observed_at,
-            cached_observed_at=cached.observed_at,
-            candidate_authority_rank=candidate.authority_rank,
-            cached_authority_rank=cached.authority_rank,
-        )
+        what = candidate.key, candidate.source, status.value
+        observed = candidate.observed_at, cached.observed_at
+        ranks = candidate.authority_rank, cached.authority_rank
+        self._tell("resource_publish_ignored", *what, *observed, *ranks)
 
     def resource_invalidated(self, key: ResourceKey, reason: str) -> None:
         """Report an entry taken out of the cache by request, for ``reason`` (may be empty)."""
         self._count("resource_invalidation_total", key)
-        self._tell("resource_invalidated", resource=key, reason=reason)
+        self._tell("resource_invalidated", key, reason)
 
     def _count_publish(self, value: Revision, status: PublishStatus) -> None:
         self._count("resource_publish_total", value.key, source=value.source, status=status.value)
@@ -485,7 +416,7 @@ class Reporter:
 
     def work_begun(self, kind: str, snapshot_id: str) -> None:
         """Report that a ``build``, ``session`` or ``refresh`` has begun."""
-        self._tell("snapshot_started", kind=kind, snapshot_id=snapshot_id)
+        self._tell("snapshot_started", kind, snapshot_id)
 
     def snapshot_built(
         self,
@@ -497,99 +428,77 @@ class Reporter:
     ) -> None:
         """Report a finished build; the counts of keys are those of its diagnostics."""
         self._count_status("snapshot_build_total", not build_failed)
-        self._observe(
-            "snapshot_build_latency_ms",
-            diagnostics.duration_ms,
-            status="error" if build_failed else "success",
-        )
+        status = "error" if build_failed else "success"
+        self._observe("snapshot_build_latency_ms", diagnostics.duration_ms, status=status)
         self._tell(
             "snapshot_built",
-            snapshot_id=snapshot_id,
-            resources=diagnostics.requested_resources,
-            resolved=diagnostics.resolved_resources,
-            failed=diagnostics.failed_resources,
-            build_failed=build_failed,
-            strict=strict,
-            diagnostics=diagnostics,
+            snapshot_id,
+            diagnostics.requested_resources,
+            diagnostics.resolved_resources,
+            diagnostics.failed_resources,
+            build_failed,
+            strict,
+            diagnostics,
         )
 
-    def session_resolved(
-        self, outcome: SessionResolution, *, succeeded: bool, latency_ms: float
-    ) -> None:
-        """Report a finished ``resolve``; ``succeeded`` unless it is about to raise."""
+    def session_resolved(self, *, succeeded: bool, latency_ms: float, **facts: Any) -> None:
+        """Report a finished ``resolve``; ``succeeded`` unless it is about to raise.
+
+        ``requested``, ``resolved`` and ``failed`` count keys of this call, ``total_resources``
+        those of the snapshot that it returned.
+        """
         self._count_status("snapshot_session_resolve_total", succeeded)
-        self._observe(
-            "snapshot_session_resolve_latency_ms",
-            latency_ms,
-            status="success" if succeeded else "error",
-        )
-        self._tell("snapshot_session_resolved", **fields_of(outcome))
+        status = "success" if succeeded else "error"
+        self._observe("snapshot_session_resolve_latency_ms", latency_ms, status=status)
+        self._tell_named("snapshot_session_resolved", facts)
 
-    def session_revalidated(self, outcome: SessionRevalidation) -> None:
-        """Report a finished ``revalidate``; it has succeeded if its values were committed."""
-        self._count_status("snapshot_session_revalidate_total", outcome.committed)
-        self._tell("snapshot_session_revalidated", **fields_of(outcome))
+    def session_revalidated(self, *, committed: bool, **facts: Any) -> None:
+        """Report a finished ``revalidate``; it has succeeded if its values were ``committed``.
 
-    def acceptance_passed(self) -> None:
-        """Count a snapshot that its acceptance policy lets through."""
-        self._count_status("snapshot_acceptance_total", True)
+        Else the previous ones were retained. ``requested`` counts keys of this call, ``affected``
+        these and the pinned ones derived from them, ``refreshed`` and ``failed`` those of them with
+        and without a new value.
+        """
+        self._count_status("snapshot_session_revalidate_total", committed)
+        kept = {"committed": committed, "retained_previous": not committed}
+        self._tell_named("snapshot_session_revalidated", {**facts, **kept})
 
-    def acceptance_failed(
+    def _tell_named(self, event_type: str, facts: Mapping[str, Any]) -> None:
+        self._tell(event_type, *(facts[name] for name in EVENTS[event_type]))
+
+    def acceptance_judged(
         self, snapshot_id: str, violations: Collection[SnapshotAcceptanceViolation]
     ) -> None:
-        """Report a snapshot that its acceptance policy turns down, and each reason for it."""
-        self._count_status("snapshot_acceptance_total", False)
+        """Report that an acceptance policy lets a snapshot through, or each reason against it."""
+        self._count_status("snapshot_acceptance_total", not violations)
         reasons = [violation.reason.value for violation in violations]
         for reason in reasons:
             self._count("snapshot_acceptance_violation_total", reason=reason)
-        self._tell(
-            "snapshot_acceptance_failed",
-            snapshot_id=snapshot_id,
-            violations=len(reasons),
-            reasons=tuple(dict.fromkeys(reasons)),
-        )
+        if reasons:
+            different = tuple(dict.fromkeys(reasons))
+            self._tell("snapshot_acceptance_failed", snapshot_id, len(reasons), different)
 
-    def consistency_passed(self) -> None:
-        """Count a snapshot whose observations lie close enough together."""
-        self._count_consistency("success")
-
-    def consistency_failed(self, snapshot_id: str, error: SnapshotConsistencyError) -> None:
-        """Report a snapshot whose observations lie too far apart."""
-        self._count_consistency("error")
-        self._tell(
-            "snapshot_consistency_failed",
-            snapshot_id=snapshot_id,
-            resources=len(error.keys),
-            oldest_resource=error.oldest_key,
-            newest_resource=error.newest_key,
-            observation_skew_ms=error.observation_skew_seconds * 1000.0,
-            max_observation_skew_ms=error.max_observation_skew_seconds * 1000.0,
-        )
+    def consistency_judged(self, snapshot_id: str, error: SnapshotConsistencyError | None) -> None:
+        """Report whether the observations of a snapshot lie close enough together."""
+        self._count_status("snapshot_consistency_total", error is None, rule="observation_skew")
+        if error is not None:
+            extremes = error.oldest_key, error.newest_key
+            skews = error.observation_skew_seconds, error.max_observation_skew_seconds
+            skews_ms = [seconds * 1000.0 for seconds in skews]
+            facts = (snapshot_id, len(error.keys), *extremes, *skews_ms)
+            self._tell("snapshot_consistency_failed", *facts)
 
     def copy_deadline_exceeded(self, snapshot_id: str, phase: str) -> None:
         """Report that a deadline struck while a payload was being copied, and in which phase."""
         self._count("payload_copy_deadline_total", phase=phase)
-        self._tell("payload_copy_deadline_exceeded", snapshot_id=snapshot_id, phase=phase)
-
-    def _count_status(self, metric: str, succeeded: bool) -> None:
-        self._count(metric, status="success" if succeeded else "error")
-
-    def _count_consistency(self, status: str) -> None:
-        self._count("snapshot_consistency_total", status=status, rule="observation_skew")
+        self._tell("payload_copy_deadline_exceeded", snapshot_id, phase)
 
 
-def _put_into_words(facts: dict[str, Any]) -> dict[str, Any]:
-    """Make what is told fit to be shown: in place, each fact by its name or type."""
-    for name, fact in facts.items():
-        if type(fact) is str:
-            facts[name] = readable(fact)
-        elif name in _FORMS:
-            facts[name] = _FORMS[name](fact)
-    return facts
-
-
-def _display_of(key: ResourceKey) -> str:
-    return key.display
+_OTHER_FAILURES = {
+    "circuit_open": "source_circuit_open",
+    "invalid_timestamp": "source_payload_rejected",
+}
+"""The statuses of failures that have an event of their own."""
 
 
 def _error_type_of(error: Reported) -> str:
@@ -601,9 +510,7 @@ def _error_text_of(error: Reported) -> str:
 
 
 _FORMS: Mapping[str, Callable[[Any], object]] = {
-    "resource": _display_of,
-    "oldest_resource": _display_of,
-    "newest_resource": _display_of,
+    **dict.fromkeys(("resource", "oldest_resource", "newest_resource"), attrgetter("display")),
     "error": _error_text_of,
     "error_type": _error_type_of,
     "diagnostics": ReportedDiagnostics.of,
@@ -611,27 +518,15 @@ _FORMS: Mapping[str, Callable[[Any], object]] = {
 """How the facts of these names are told."""
 
 
-def fields_of(outcome: SessionResolution | SessionRevalidation) -> dict[str, str | int]:
-    """Return the fields of an outcome by name, for the payload of its event."""
-    return {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
-
-
 def reporter_for(
     metrics: MetricsSink, events: EventSink, log: ChangeLog | None = None
 ) -> Reporter | None:
-    """Return the reporter to these sinks, or None if both discard what they get.
+    """Return the reporter to these sinks, or None if both are null sinks, inside a buffer or not.
 
     Sinks that raise are named in the ``log``.
-
-    A null sink counts as one inside a buffer too. Subclasses of the null sinks do not: they may
-    listen after all.
     """
-    counting = type(_innermost(metrics)) is not NullMetrics
-    telling = type(_innermost(events)) is not NullEventSink
-    if not counting and not telling:
-        return None
-    said = ChangeLog(silent=True) if log is None else log
-    return Reporter(metrics, events, counting=counting, telling=telling, log=said)
+    report = Reporter(metrics, events, ChangeLog(silent=True) if log is None else log)
+    return report if report.listens else None
 
 
 def _innermost(sink: MetricsSink | EventSink) -> MetricsSink | EventSink:
@@ -687,16 +582,13 @@ class ObservabilitySinks:
         if isinstance(_innermost(self.events), LoggingEventSink):
             self.log = ChangeLog(silent=True)
         limits: dict[str, Any] = {"max_pending": max_pending, "overflow": overflow}
-        if not isinstance(self.events, BufferedEventSink) and _wants_buffer(self.events, buffer):
-            self.events = self.owned["events"] = BufferedEventSink(self.events, **limits)
-        if not isinstance(self.metrics, BufferedMetricsSink) and _wants_buffer(
-            self.metrics, buffer
-        ):
-            self.metrics = self.owned["metrics"] = BufferedMetricsSink(self.metrics, **limits)
-        if isinstance(self.events, BufferedEventSink):
-            self.buffers["events"] = self.events
-        if isinstance(self.metrics, BufferedMetricsSink):
-            self.buffers["metrics"] = self.metrics
+        for name, kind in (("events", BufferedEventSink), ("metrics", BufferedMetricsSink)):
+            sink = getattr(self, name)
+            if not isinstance(sink, kind) and _wants_buffer(sink, buffer):
+                sink = self.owned[name] = kind(sink, **limits)
+                setattr(self, name, sink)
+            if isinstance(sink, kind):
+                self.buffers[name] = sink
 
     def reporter(self) -> Reporter | None:
         """Return what reports to these sinks, or None if both discard what they get."""
@@ -723,12 +615,15 @@ class ObservabilitySinks:
             buffer.refuse(discard=not drain)
         now = asyncio.get_running_loop().time
         end = None if timeout_seconds is None else now() + timeout_seconds
+
+        def left() -> float | None:
+            return None if end is None else max(0.0, end - now())
+
         late = {}
         for name, buffer in self.owned.items():
-            if not await buffer.until_ended(None if end is None else max(0.0, end - now())):
+            if not await buffer.until_ended(left()):
                 late[name] = buffer.stats().pending
-        left = None if end is None else max(0.0, end - now())
-        if lines := await self.sink_log.end(left, drain=drain):
+        if lines := await self.sink_log.end(left(), drain=drain):
             late["log"] = lines
         return late
 

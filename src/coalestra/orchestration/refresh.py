@@ -171,7 +171,7 @@ class Refresher:
         if reading is not None:
             report.refresh_completed(key, refresh.reason, reading.revision.source, *ids)
         elif error is None:
-            report.refresh_absent(key)
+            report.refresh_came_to(key, "absent")
         else:
             report.refresh_failed(key, refresh.reason, error, *ids)
 
@@ -212,7 +212,7 @@ class Refresher:
                 if refresh.gather.work.trace is not None:
                     refresh.gather.work.trace.refreshed(False)
             if self._parts.report is not None:
-                self._parts.report.refresh_cancelled(refresh.key)
+                self._parts.report.refresh_came_to(refresh.key, "cancelled")
             self._end(refresh)
 
     def forget(self) -> None:

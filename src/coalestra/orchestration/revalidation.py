@@ -27,7 +27,6 @@ from coalestra.core.errors import (
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
-from coalestra.observability.reports import SessionRevalidation
 from coalestra.orchestration.flights import Gather
 from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, dependents, hold, loose
 from coalestra.orchestration.unit import UnitOfWork, cut_short
@@ -210,19 +209,16 @@ class Revalidation:
             return
         pins = self._unit.pins if self._committed else self._readings
         report.session_revalidated(
-            SessionRevalidation(
-                snapshot_id=self._unit.work.context.snapshot_id,
-                requested=len(self._named),
-                affected=len(self._affected),
-                refreshed=sum(key in pins for key in self._affected),
-                failed=len(self._failures),
-                committed=self._committed,
-                retained_previous=not self._committed,
-                strict=self._strict,
-                force_refresh=self._forced,
-                consistency_failed=self._violated is SnapshotConsistencyError,
-                acceptance_failed=self._violated is SnapshotAcceptanceError,
-            )
+            committed=self._committed,
+            snapshot_id=self._unit.work.context.snapshot_id,
+            requested=len(self._named),
+            affected=len(self._affected),
+            refreshed=sum(key in pins for key in self._affected),
+            failed=len(self._failures),
+            strict=self._strict,
+            force_refresh=self._forced,
+            consistency_failed=self._violated is SnapshotConsistencyError,
+            acceptance_failed=self._violated is SnapshotAcceptanceError,
         )
 
     def __repr__(self) -> str:

@@ -424,7 +424,7 @@ class SingleFlight:
             return
         gather.work.record.cache_misses += 1
         if self.parts.report is not None:
-            self.parts.report.cache_missed(key)
+            self.parts.report.cache_access(key, "miss")
         self._acquire(gather, key, policy, cached)
 
     def _ask_cache(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:

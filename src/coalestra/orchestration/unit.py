@@ -16,7 +16,6 @@ from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot, context_of, snapshot_of
 from coalestra.core.validation import flag, instance, number, text
 from coalestra.core.values import SnapshotValue, new_id
-from coalestra.observability.reports import SessionResolution
 from coalestra.orchestration.flights import Gather, Work
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
 from coalestra.orchestration.singleflight import Engine
@@ -128,17 +127,15 @@ class UnitOfWork:
                 finally:
                     if report is not None and self.lasting:
                         report.session_resolved(
-                            SessionResolution(
-                                snapshot_id=snapshot.snapshot_id,
-                                requested=len(keys),
-                                resolved=len(keys) - failed,
-                                failed=failed,
-                                total_resources=len(self.requested),
-                                strict=strict,
-                                retry_errors=retry_errors,
-                            ),
                             succeeded=succeeded,
                             latency_ms=(clock.monotonic() - began) * 1000.0,
+                            snapshot_id=snapshot.snapshot_id,
+                            requested=len(keys),
+                            resolved=len(keys) - failed,
+                            failed=failed,
+                            total_resources=len(self.requested),
+                            strict=strict,
+                            retry_errors=retry_errors,
                         )
                     elif report is not None:
                         report.snapshot_built(

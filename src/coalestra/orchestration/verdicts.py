@@ -48,12 +48,10 @@ def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exc
         return SnapshotBuildError(failed, snapshot=snapshot)
     if request.consistency_policy is not None:
         found = inconsistency_of(request.consistency_policy, required, optional, snapshot)
-        if found is not None:
-            if report is not None:
-                report.consistency_failed(snapshot.snapshot_id, found)
-            return found
         if report is not None:
-            report.consistency_passed()
+            report.consistency_judged(snapshot.snapshot_id, found)
+        if found is not None:
+            return found
     if request.acceptance_policy is not None:
         violations = violations_of(
             request.acceptance_policy,
@@ -63,12 +61,10 @@ def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exc
             parts.clock.now(),
             parts.policies,
         )
-        if violations:
-            if report is not None:
-                report.acceptance_failed(snapshot.snapshot_id, violations)
-            return SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
         if report is not None:
-            report.acceptance_passed()
+            report.acceptance_judged(snapshot.snapshot_id, violations)
+        if violations:
+            return SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
     return None
 
 
