@@ -488,61 +488,54 @@ _FAILURE_COUNTERS = (
 def _findings(
     health: BuilderHealth, previous: BuilderHealth | None, policy: BuilderHealthAssessmentPolicy
 ) -> _Findings:
-    yield from _flag(_Reason.BUILDER_CLOSED, "closed", health.closed)
+    yield from _graded(_Reason.BUILDER_CLOSED, "closed", health.closed, None, True)
     yield from _unsafe_sources(health)
-    yield from _stopped_workers(health)
-    yield from _flag(
+    for name, buffer in health.observability_buffers.items():
+        if not buffer.closed and not buffer.worker_alive:  # nobody empties it
+            yield BuilderHealthFinding(
+                _Reason.OBSERVABILITY_WORKER_STOPPED, _CRITICAL, "worker_alive", False, None, name
+            )
+    for reason in (
         _Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE,
-        "payload_copy_shutdown_incomplete",
-        health.payload_copy_shutdown_incomplete,
-    )
-    yield from _flag(
         _Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE,
-        "observability_shutdown_incomplete",
-        health.observability_shutdown_incomplete,
-    )
+    ):
+        yield from _graded(reason, reason.value, getattr(health, reason.value), None, True)
     yield from _crowds(health, policy)
     yield from _circuits(health)
-    yield from _slow_sources(health, policy.deadline_cuts_degraded)
-    if health.cache_left_alone:
-        yield BuilderHealthFinding(
-            _Reason.CACHE_LEFT_ALONE, _DEGRADED, "cache_left_alone", True, True
-        )
+    for name, source in health.sources.items():
+        metric, degraded = "deadline_cuts_in_a_row", policy.deadline_cuts_degraded
+        cuts = getattr(source, metric, 0)
+        yield from _graded(_Reason.SOURCE_SLOWER_THAN_DEADLINES, metric, cuts, degraded, None, name)
+    alone = health.cache_left_alone
+    yield from _graded(_Reason.CACHE_LEFT_ALONE, "cache_left_alone", alone, True, None)
     if previous is not None:
+        steps = policy.counter_delta_degraded, policy.counter_delta_critical
         for reason, counter in _FAILURE_COUNTERS:
             grown = getattr(health, counter) - getattr(previous, counter)
-            yield from _growth(reason, counter, grown, policy)
+            yield from _graded(reason, counter, grown, *steps)
 
 
-def _flag(reason: BuilderHealthReason, metric: str, is_so: bool) -> _Findings:
-    """Critical while a fact is true."""
-    if is_so:
-        yield BuilderHealthFinding(reason, _CRITICAL, metric, True, True)
+def _graded(
+    reason: BuilderHealthReason,
+    metric: str,
+    observed: int | float | bool,
+    degraded: int | float | bool | None,
+    critical: int | float | bool | None,
+    component: str = "",
+) -> _Findings:
+    """Critical or else degraded from these figures on; None: never."""
+    for severity, threshold in ((_CRITICAL, critical), (_DEGRADED, degraded)):
+        if threshold is not None and observed >= threshold:
+            yield BuilderHealthFinding(reason, severity, metric, observed, threshold, component)
+            return
 
 
 def _unsafe_sources(health: BuilderHealth) -> _Findings:
     """Critical while a source blocks without protection; the component is the names, joined."""
+    metric, guarantees = "unsafe_blocking_source_count", health.source_timeout_guarantees
+    names = ", ".join(sorted(name for name, guarantee in guarantees.items() if guarantee.unsafe))
     count = health.unsafe_blocking_source_count
-    if count:
-        guarantees = health.source_timeout_guarantees
-        names = sorted(name for name, guarantee in guarantees.items() if guarantee.unsafe)
-        yield BuilderHealthFinding(
-            _Reason.UNSAFE_BLOCKING_SOURCE,
-            _CRITICAL,
-            "unsafe_blocking_source_count",
-            count,
-            1,
-            ", ".join(names),
-        )
-
-
-def _stopped_workers(health: BuilderHealth) -> _Findings:
-    """Critical for each buffer that is open and has nobody to empty it."""
-    for name, buffer in health.observability_buffers.items():
-        if not buffer.closed and not buffer.worker_alive:
-            yield BuilderHealthFinding(
-                _Reason.OBSERVABILITY_WORKER_STOPPED, _CRITICAL, "worker_alive", False, None, name
-            )
+    yield from _graded(_Reason.UNSAFE_BLOCKING_SOURCE, metric, count, None, 1, names)
 
 
 def _crowds(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
@@ -564,21 +557,19 @@ def _crowds(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Fi
         policy.copy_waiting_degraded,
         policy.copy_waiting_critical_ratio,
     )
-    yield from _backlogs(
-        _Reason.SUBMISSION_BACKLOG_HIGH,
-        "pending_submissions_ratio",
-        (("", health.pending_submissions, health.max_pending_submissions or 0),),
-        policy.submission_backlog_degraded_ratio,
-        policy.submission_backlog_critical_ratio,
-    )
-    buffers = health.observability_buffers.items()
-    yield from _backlogs(
-        _Reason.OBSERVABILITY_BACKLOG_HIGH,
-        "observability_pending_ratio",
-        ((name, each.pending, each.max_pending) for name, each in buffers),
+    reason, metric = _Reason.SUBMISSION_BACKLOG_HIGH, "pending_submissions_ratio"
+    shares = policy.submission_backlog_degraded_ratio, policy.submission_backlog_critical_ratio
+    most = health.max_pending_submissions or 0
+    for component, ratio in _ratios([("", health.pending_submissions, most)]):
+        yield from _graded(reason, metric, ratio, *shares, component)
+    reason, metric = _Reason.OBSERVABILITY_BACKLOG_HIGH, "observability_pending_ratio"
+    shares = (
         policy.observability_backlog_degraded_ratio,
         policy.observability_backlog_critical_ratio,
     )
+    buffers = health.observability_buffers.items()
+    for component, ratio in _ratios((name, b.pending, b.max_pending) for name, b in buffers):
+        yield from _graded(reason, metric, ratio, *shares, component)
 
 
 def _waiting(
@@ -593,24 +584,12 @@ def _waiting(
 
     The component is the limiter with the most waiters for its limit.
     """
-    if waiting < degraded:
-        return
-    component, ratio = max(_ratios(loads), key=lambda load: load[1], default=("", 0.0))
-    if ratio >= critical:
-        yield BuilderHealthFinding(reason, _CRITICAL, f"{metric}_ratio", ratio, critical, component)
-    else:
-        yield BuilderHealthFinding(reason, _DEGRADED, metric, waiting, degraded, component)
-
-
-def _backlogs(
-    reason: BuilderHealthReason, metric: str, loads: _Loads, degraded: float, critical: float
-) -> _Findings:
-    """Degraded, then critical, from shares of a backlog's limit on; one finding for each."""
-    for component, ratio in _ratios(loads):
+    if waiting >= degraded:
+        component, ratio = max(_ratios(loads), key=lambda load: load[1], default=("", 0.0))
         if ratio >= critical:
-            yield BuilderHealthFinding(reason, _CRITICAL, metric, ratio, critical, component)
-        elif ratio >= degraded:
-            yield BuilderHealthFinding(reason, _DEGRADED, metric, ratio, degraded, component)
+            yield from _graded(reason, f"{metric}_ratio", ratio, None, critical, component)
+        else:
+            yield from _graded(reason, metric, waiting, degraded, None, component)
 
 
 def _ratios(loads: _Loads) -> Iterator[tuple[str, float]]:
@@ -619,42 +598,13 @@ def _ratios(loads: _Loads) -> Iterator[tuple[str, float]]:
 
 def _circuits(health: BuilderHealth) -> _Findings:
     """Degraded while any circuit is open, or half-open; the component is the sources, joined."""
-    opened: Counter[str] = Counter()
-    half_open: Counter[str] = Counter()
-    for identity, circuit in health.circuits.items():
-        source = str(getattr(identity, "source", identity))
-        state = getattr(circuit, "state", None)  # of a single one; a group counts
-        opened[source] += getattr(circuit, "open", int(state == "open"))
-        half_open[source] += getattr(circuit, "half_open", int(state == "half_open"))
-    for reason, metric, counts in (
-        (_Reason.CIRCUIT_OPEN, "circuits_open", +opened),
-        (_Reason.CIRCUIT_HALF_OPEN, "circuits_half_open", +half_open),
+    for reason, metric, state in (
+        (_Reason.CIRCUIT_OPEN, "circuits_open", "open"),
+        (_Reason.CIRCUIT_HALF_OPEN, "circuits_half_open", "half_open"),
     ):
-        if counts:
-            sources = ", ".join(sorted(counts))
-            yield BuilderHealthFinding(reason, _DEGRADED, metric, sum(counts.values()), 1, sources)
-
-
-def _slow_sources(health: BuilderHealth, degraded: int) -> _Findings:
-    """Degraded for each source that has answered nobody in time for so many calls."""
-    for name, source in health.sources.items():
-        cuts = getattr(source, "deadline_cuts_in_a_row", 0)
-        if cuts >= degraded:
-            yield BuilderHealthFinding(
-                _Reason.SOURCE_SLOWER_THAN_DEADLINES,
-                _DEGRADED,
-                "deadline_cuts_in_a_row",
-                cuts,
-                degraded,
-                name,
-            )
-
-
-def _growth(
-    reason: BuilderHealthReason, metric: str, grown: int, policy: BuilderHealthAssessmentPolicy
-) -> _Findings:
-    """Degraded, then critical, by how much a counter has grown since the earlier snapshot."""
-    if grown >= policy.counter_delta_critical:
-        yield BuilderHealthFinding(reason, _CRITICAL, metric, grown, policy.counter_delta_critical)
-    elif grown >= policy.counter_delta_degraded:
-        yield BuilderHealthFinding(reason, _DEGRADED, metric, grown, policy.counter_delta_degraded)
+        counts: Counter[str] = Counter()
+        for identity, circuit in health.circuits.items():
+            own = int(getattr(circuit, "state", None) == state)  # of a single one; a group counts
+            counts[str(getattr(identity, "source", identity))] += getattr(circuit, state, own)
+        sources = ", ".join(sorted(+counts))
+        yield from _graded(reason, metric, counts.total(), 1, None, sources)
