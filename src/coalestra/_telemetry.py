@@ -5,14 +5,16 @@ A watched builder is not kept alive, nor does one that fails to tell its health 
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
 from coalestra.core.results import CacheStats
 from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.builder import SnapshotBuilder
+from coalestra.resilience.circuit_breaker import CircuitSnapshot
 from coalestra.sync import SyncSnapshotBuilder
 
 Builder = SnapshotBuilder | SyncSnapshotBuilder
@@ -167,19 +169,57 @@ Figures = Iterable[tuple[tuple[str, ...], float | None]]
 Read = Callable[[BuilderHealth], Figures]
 
 
-def one(attribute: str) -> Read:
-    """Return how to read a figure of the builder."""
-    return lambda health: [((), getattr(health, attribute))]
+class Fact(NamedTuple):
+    """One figure of health; a counter if its name ends in ``_total``.
+
+    ``merged`` says which figure of several processes is shown of a gauge: the sum over those that
+    live (``livesum``), their greatest (``livemax``), or the greatest there ever was (``max``).
+    """
+
+    name: str
+    description: str
+    read: Read
+    labels: tuple[str, ...]
+    merged: Literal["livesum", "livemax", "max"]
+
+    @property
+    def counts(self) -> bool:
+        """Whether this is a counter."""
+        return self.name.endswith("_total")
 
 
-def each(mapping: str, attribute: str) -> Read:
-    """Return how to read a figure of each source, limiter or the like, by its name."""
+_NAMED_BY: Final = {
+    "capacity": "limiter",
+    "sources": "source",
+    "payload_copy_components": "component",
+    "observability_buffers": "sink",
+}
+"""What the health of a builder keeps by name, and by the name of what."""
+
+
+def fact(
+    name: str,
+    description: str,
+    figure: str | Read,
+    *labels: str,
+    merged: Literal["livesum", "livemax", "max"] = "livesum",
+) -> Fact:
+    """Return a fact of a figure of the builder, or of each of what it keeps by name."""
+    if not isinstance(figure, str):
+        return Fact(name, description, figure, labels, merged)
+    mapping, _, attribute = figure.rpartition(".")
+    if mapping:
+        return Fact(name, description, _each(mapping, attribute), (_NAMED_BY[mapping],), merged)
+    return Fact(name, description, lambda h: [((), getattr(h, attribute))], (), merged)
+
+
+def _each(mapping: str, attribute: str) -> Read:
     return lambda health: [
         ((name,), getattr(found, attribute)) for name, found in getattr(health, mapping).items()
     ]
 
 
-def of_cache(**attributes: str) -> Read:
+def _of_cache(**attributes: str) -> Read:
     """Return how to read figures of the memory cache: by label, or by none, the attribute."""
     return lambda health: [
         ((label,) if label else (), getattr(health.cache, name))
@@ -188,20 +228,107 @@ def of_cache(**attributes: str) -> Read:
     ]
 
 
-def severity(health: BuilderHealth) -> Figures:
-    """Return what health comes to: 0 healthy, 1 degraded, 2 critical."""
+def _severity(health: BuilderHealth) -> Figures:
     return [((), list(BuilderHealthSeverity).index(health.assess().severity))]
 
 
-def backlog(health: BuilderHealth) -> Figures:
+def _backlog(health: BuilderHealth) -> Figures:
     """Return the submissions under way; None of a builder that takes none."""
     return [((), None if health.max_pending_submissions is None else health.pending_submissions)]
 
 
-def troubled_circuits(health: BuilderHealth) -> Figures:
-    """Return how many circuits of each source are open and half-open, by source and state."""
+def _troubled_circuits(health: BuilderHealth) -> Figures:
     counts = {(source, state): 0 for source in health.sources for state in ("half_open", "open")}
     for identity, circuit in health.circuits.items():
         if (series := (identity.source, circuit.state.value)) in counts:
             counts[series] += circuit.count
     return counts.items()
+
+
+def _worst_circuit(figure: Callable[[CircuitSnapshot], int]) -> Read:
+    """Return how to read the greatest figure of a circuit of each source; 0 at rest."""
+
+    def read(health: BuilderHealth) -> Figures:
+        greatest = dict.fromkeys(health.sources, 0)
+        for identity, circuit in health.circuits.items():
+            known = greatest.get(identity.source, 0)
+            greatest[identity.source] = max(known, figure(circuit))
+        return [((source,), most) for source, most in greatest.items()]
+
+    return read
+
+
+def _moment(attribute: str) -> Read:
+    """Return how to read when something last happened to each source, in wall seconds."""
+    return lambda health: [
+        (labels, None if ago is None else round(time.time() - ago, 3))
+        for labels, ago in _each("sources", attribute)(health)
+    ]
+
+
+_STATES = ("closed", "half_open", "open")
+UP: Final = fact(
+    "builder_up", "1 for a builder that is open; 0 if its health fails", lambda _: [((), 1)]
+)
+FACTS: Final[Mapping[str, Fact]] = {each.name: each for each in (
+    UP,
+    fact("builder_severity", "What its health comes to now: 0 healthy, 1 degraded, 2 critical",
+         _severity, merged="livemax"),
+    fact("keys_in_flight", "Keys being acquired", "singleflight_in_flight"),
+    fact("background_refreshes", "Background refreshes under way", "background_refreshes"),
+    fact("failing_refreshes", "Keys whose last background refresh failed", "failing_refreshes"),
+    fact("dispatch_workers", "Workers that call sources", "active_dispatch_workers"),
+    fact("capacity_limit", "Slots of a source, or of all together (__global__)", "capacity.limit"),
+    fact("capacity_in_use", "Slots that are taken", "capacity.in_use"),
+    fact("capacity_waiting", "Calls waiting for a slot", "capacity.waiting"),
+    fact("queue_timeouts_total", "Waits for a slot that were too long", "queue_timeout_count"),
+    fact("source_timeouts_total", "Calls that took too long", "source_timeout_count"),
+    fact("deadlines_exceeded_total", "Keys failed by a deadline", "deadline_exceeded_count"),
+    fact("cache_entries", "Entries of the memory cache", _of_cache(**{"": "size"})),
+    fact("cache_max_entries", "Entries that the memory cache may have",
+         _of_cache(**{"": "max_entries"})),
+    fact("cache_lookups_total", "Answers of the memory cache",
+         _of_cache(fresh="fresh_hits", stale="stale_hits", miss="misses"), "result"),
+    fact("cache_changes_total", "Changes of the memory cache",
+         _of_cache(set="sets", invalidation="invalidations", eviction="evictions",
+                   expiration="expirations"), "change"),
+    fact("cache_left_alone", "1 if a cache failed too often to be asked", "cache_left_alone"),
+    fact("cache_calls_total", "Calls to a cache that is awaited", "cache_call_count"),
+    fact("cache_call_failures_total", "Calls to such a cache that failed", "cache_failure_count"),
+    fact("cache_call_timeouts_total", "Calls to it that took too long", "cache_timeout_count"),
+    fact("source_circuit_state",
+         "The worst state of circuits of a source: 0 closed, 1 half-open, 2 open",
+         _worst_circuit(lambda circuit: _STATES.index(circuit.state.value)), "source",
+         merged="livemax"),
+    fact("source_circuits", "Circuits of a source by state", _troubled_circuits,
+         "source", "state"),
+    fact("source_consecutive_failures", "Failures of a source in a row, the most of its circuits",
+         _worst_circuit(lambda circuit: circuit.failures), "source", merged="livemax"),
+    fact("source_consecutive_deadline_cuts",
+         "Calls to a source in a row that readers' deadlines made useless",
+         "sources.deadline_cuts_in_a_row", merged="livemax"),
+    fact("source_attempts_total", "Calls to a source that are over, retries included",
+         "sources.attempt_count"),
+    fact("source_failed_attempts_total", "Calls to a source that failed, retries included",
+         "sources.failed_attempt_count"),
+    fact("source_last_success_timestamp_seconds", "When a source last answered",
+         _moment("seconds_since_success"), "source", merged="max"),
+    fact("source_last_error_timestamp_seconds", "When a call to a source last failed",
+         _moment("seconds_since_error"), "source", merged="max"),
+    fact("payload_copies_in_progress", "Payloads being copied in threads",
+         "payload_copy_components.active_copies"),
+    fact("payload_copies_waiting", "Payloads waiting for a thread",
+         "payload_copy_components.waiting_for_capacity"),
+    fact("payload_copy_failures_total", "Copies that failed",
+         "payload_copy_components.failure_count"),
+    fact("pending_submissions", "Submissions of a threaded builder that are not settled", _backlog),
+    fact("max_pending_submissions", "Submissions that may wait", "max_pending_submissions"),
+    fact("observability_pending", "Records waiting for a sink", "observability_buffers.pending"),
+    fact("observability_max_pending", "Records that may wait for a sink",
+         "observability_buffers.max_pending"),
+    fact("observability_dropped_total", "Records for a sink that found no room",
+         "observability_buffers.dropped"),
+    fact("observability_failures_total", "Reports that a sink failed to take",
+         "observability_failure_count"),
+)}  # fmt: skip
+"""What exporters show of the health of a builder, by name."""

@@ -24,19 +24,7 @@ from traceback import walk_tb
 from typing import Any, Final
 
 from coalestra._lockfree import Cell
-from coalestra._telemetry import (
-    COUNTERS,
-    OBSERVATIONS,
-    Builder,
-    Read,
-    Watched,
-    backlog,
-    each,
-    of_cache,
-    one,
-    severity,
-    troubled_circuits,
-)
+from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, Builder, Fact, Watched, fact
 from coalestra._version import __version__
 from coalestra.core.errors import folded_message, message_of
 from coalestra.core.serialization import qualified_type
@@ -68,6 +56,8 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
     "source_kind": "coalestra.source.kind",
     "attempt": "coalestra.call.attempt",
     "waited_seconds": "coalestra.capacity.wait_time",
+    "limiter": "coalestra.capacity.limiter",
+    "state": "coalestra.circuit.state",
     "otel.metric.overflow": "otel.metric.overflow",
 }
 """The semantic names of facts and labels; any other is put behind ``coalestra.``."""
@@ -285,33 +275,24 @@ _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000
 # Health, as a reader's thread finds it -----------------------------------------------------------
 
 _Labels = tuple[tuple[str, Any], ...]
-_LIMITER: Final = ("capacity.limiter",)
 
 # What is counted in things adds up over builders and processes; the others do not.
-_LEVELS: Final[Sequence[tuple[str, str, str, Read, tuple[str, ...]]]] = (
-    ("builder.flights", "{key}", "keys being acquired", one("singleflight_in_flight"), ()),
+_LEVELS: Final[Sequence[tuple[str, str, Fact]]] = (
+    ("builder.flights", "{key}", FACTS["keys_in_flight"]),
+    ("builder.refreshes", "{refresh}", FACTS["background_refreshes"]),
+    ("capacity.limit", "{slot}", FACTS["capacity_limit"]),
+    ("capacity.usage", "{slot}", FACTS["capacity_in_use"]),
+    ("capacity.pending", "{call}", FACTS["capacity_waiting"]),
+    ("source.circuits", "{circuit}", FACTS["source_circuits"]),
+    ("cache.entries", "{entry}", FACTS["cache_entries"]),
+    ("submissions.pending", "{submission}", FACTS["pending_submissions"]),
     (
-        "builder.refreshes", "{refresh}", "background refreshes under way",
-        one("background_refreshes"), (),
+        "source.success.age",
+        "s",
+        fact("", "Since a source last answered", "sources.seconds_since_success"),
     ),
-    ("capacity.limit", "{slot}", "slots that there are", each("capacity", "limit"), _LIMITER),
-    ("capacity.usage", "{slot}", "slots in use", each("capacity", "in_use"), _LIMITER),
-    (
-        "capacity.pending", "{call}", "calls that wait for a slot", each("capacity", "waiting"),
-        _LIMITER,
-    ),
-    (
-        "source.circuits", "{circuit}", "circuits that are open or half-open", troubled_circuits,
-        ("source", "circuit.state"),
-    ),
-    ("cache.entries", "{entry}", "values in the memory cache", of_cache(**{"": "size"}), ()),
-    ("submissions.pending", "{submission}", "submissions under way", backlog, ()),
-    (
-        "source.success.age", "s", "since a source last answered",
-        each("sources", "seconds_since_success"), ("source",),
-    ),
-    ("builder.severity", "1", "0 healthy, 1 degraded, 2 critical", severity, ()),
-)  # fmt: skip
+    ("builder.severity", "1", FACTS["builder_severity"]),
+)
 
 
 class _Instruments:
@@ -330,10 +311,11 @@ class _Instruments:
         for metric, (name, unit, meaning, _) in COUNTERS.items():
             counted = partial(self._counted, self.counts[metric])
             meter.create_observable_counter(f"coalestra.{name}", [counted], unit, meaning)
-        for name, unit, meaning, read, labels in _LEVELS:
+        for name, unit, level in _LEVELS:
             additive, gauge = meter.create_observable_up_down_counter, meter.create_observable_gauge
             create: Callable[..., object] = gauge if unit in ("s", "1") else additive
-            create(f"coalestra.{name}", [partial(self._levels, read, labels)], unit, meaning)
+            read = partial(self._levels, level)
+            create(f"coalestra.{name}", [read], unit, level.description)
         self.histograms = {
             metric: meter.create_histogram(
                 f"coalestra.{name}",
@@ -359,13 +341,11 @@ class _Instruments:
         for labels, count in counts.copy().items():
             yield metrics.Observation(count.value, _attributes(labels))
 
-    def _levels(
-        self, read: Read, labels: tuple[str, ...], _: metrics.CallbackOptions
-    ) -> Iterator[metrics.Observation]:
-        for name, figures in self.watched.read(lambda health: list(read(health))):
+    def _levels(self, level: Fact, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
+        for name, figures in self.watched.read(lambda health: list(level.read(health))):
             for values, figure in figures or ():
                 if figure is not None:
-                    told = {"builder": name, **dict(zip(labels, values, strict=True))}
+                    told = {"builder": name, **dict(zip(level.labels, values, strict=True))}
                     yield metrics.Observation(figure, _attributes(told.items()))
 
 

@@ -22,25 +22,11 @@ import time
 import weakref
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from coalestra._telemetry import (
-    COUNTERS,
-    OBSERVATIONS,
-    Builder,
-    Figures,
-    Labels,
-    Read,
-    Watched,
-    backlog,
-    each,
-    of_cache,
-    one,
-    severity,
-    troubled_circuits,
-)
+from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, UP, Builder, Labels, Watched
 from coalestra.core.health import BuilderHealth
 from coalestra.core.validation import (
     instance,
@@ -52,7 +38,6 @@ from coalestra.core.validation import (
     text,
 )
 from coalestra.orchestration.builder import SnapshotBuilder
-from coalestra.resilience.circuit_breaker import CircuitSnapshot
 from coalestra.sync import SyncSnapshotBuilder
 
 try:
@@ -359,175 +344,13 @@ class PrometheusMetrics:
 # Health ------------------------------------------------------------------------------------------
 
 
-class _Fact(NamedTuple):
-    """One metric of health; a counter if its name ends in ``_total``.
-
-    ``merged`` says which figure of several processes is shown of a gauge: the sum over those that
-    live (``livesum``), their greatest (``livemax``), or the greatest there ever was (``max``).
-    """
-
-    name: str
-    description: str
-    read: Read
-    labels: tuple[str, ...] = ()
-    merged: Literal["livesum", "livemax", "max"] = "livesum"
-
-    @property
-    def counts(self) -> bool:
-        """Whether this is a counter."""
-        return self.name.endswith("_total")
-
-
-def _moment(attribute: str) -> Read:
-    """Return how to read when something last happened to each source, in wall seconds."""
-    return lambda health: [
-        (labels, None if ago is None else round(time.time() - ago, 3))
-        for labels, ago in each("sources", attribute)(health)
-    ]
-
-
-_STATES = ("closed", "half_open", "open")
-
-
-def _circuits(figure: Callable[[CircuitSnapshot], int]) -> Read:
-    """Return how to read the greatest figure of a circuit of each source; 0 at rest."""
-
-    def read(health: BuilderHealth) -> Figures:
-        greatest = dict.fromkeys(health.sources, 0)
-        for identity, circuit in health.circuits.items():
-            known = greatest.get(identity.source, 0)
-            greatest[identity.source] = max(known, figure(circuit))
-        return [((source,), most) for source, most in greatest.items()]
-
-    return read
-
-
-_SOURCE, _LIMITER, _COMPONENT, _SINK = ("source",), ("limiter",), ("component",), ("sink",)
-_UP = "builder_up"
 _COPYING = "copying health into the files that processes share"
-_FACTS = (
-    _Fact(_UP, "1 for a builder that is open; 0 if its health fails", lambda _: [((), 1)]),
-    _Fact(
-        "builder_severity", "What its health comes to now: 0 healthy, 1 degraded, 2 critical",
-        severity, merged="livemax"
-    ),
-    _Fact("keys_in_flight", "Keys being acquired", one("singleflight_in_flight")),
-    _Fact("background_refreshes", "Background refreshes under way", one("background_refreshes")),
-    _Fact(
-        "failing_refreshes", "Keys whose last background refresh failed", one("failing_refreshes")
-    ),
-    _Fact("dispatch_workers", "Workers that call sources", one("active_dispatch_workers")),
-    _Fact(
-        "capacity_limit", "Slots of a source, or of all together (__global__)",
-        each("capacity", "limit"), _LIMITER
-    ),
-    _Fact("capacity_in_use", "Slots that are taken", each("capacity", "in_use"), _LIMITER),
-    _Fact("capacity_waiting", "Calls waiting for a slot", each("capacity", "waiting"), _LIMITER),
-    _Fact(
-        "queue_timeouts_total", "Waits for a slot that were too long", one("queue_timeout_count")
-    ),
-    _Fact("source_timeouts_total", "Calls that took too long", one("source_timeout_count")),
-    _Fact("deadlines_exceeded_total", "Keys failed by a deadline", one("deadline_exceeded_count")),
-    _Fact("cache_entries", "Entries of the memory cache", of_cache(**{"": "size"})),
-    _Fact(
-        "cache_max_entries", "Entries that the memory cache may have",
-        of_cache(**{"": "max_entries"})
-    ),
-    _Fact(
-        "cache_lookups_total", "Answers of the memory cache",
-        of_cache(fresh="fresh_hits", stale="stale_hits", miss="misses"), ("result",)
-    ),
-    _Fact(
-        "cache_changes_total", "Changes of the memory cache",
-        of_cache(
-            set="sets", invalidation="invalidations", eviction="evictions", expiration="expirations"
-        ), ("change",)
-    ),
-    _Fact(
-        "cache_left_alone", "1 if a cache failed too often to be asked", one("cache_left_alone")
-    ),
-    _Fact("cache_calls_total", "Calls to a cache that is awaited", one("cache_call_count")),
-    _Fact(
-        "cache_call_failures_total", "Calls to such a cache that failed",
-        one("cache_failure_count")
-    ),
-    _Fact(
-        "cache_call_timeouts_total", "Calls to it that took too long", one("cache_timeout_count")
-    ),
-    _Fact(
-        "source_circuit_state",
-        "The worst state of circuits of a source: 0 closed, 1 half-open, 2 open",
-        _circuits(lambda circuit: _STATES.index(circuit.state.value)), _SOURCE, "livemax"
-    ),
-    _Fact(
-        "source_circuits", "Circuits of a source by state",
-        troubled_circuits, ("source", "state")
-    ),
-    _Fact(
-        "source_consecutive_failures", "Failures of a source in a row, the most of its circuits",
-        _circuits(lambda circuit: circuit.failures), _SOURCE, "livemax"
-    ),
-    _Fact(
-        "source_consecutive_deadline_cuts",
-        "Calls to a source in a row that readers' deadlines made useless",
-        each("sources", "deadline_cuts_in_a_row"), _SOURCE, "livemax"
-    ),
-    _Fact(
-        "source_attempts_total", "Calls to a source that are over, retries included",
-        each("sources", "attempt_count"), _SOURCE
-    ),
-    _Fact(
-        "source_failed_attempts_total", "Calls to a source that failed, retries included",
-        each("sources", "failed_attempt_count"), _SOURCE
-    ),
-    _Fact(
-        "source_last_success_timestamp_seconds", "When a source last answered",
-        _moment("seconds_since_success"), _SOURCE, "max"
-    ),
-    _Fact(
-        "source_last_error_timestamp_seconds", "When a call to a source last failed",
-        _moment("seconds_since_error"), _SOURCE, "max"
-    ),
-    _Fact(
-        "payload_copies_in_progress", "Payloads being copied in threads",
-        each("payload_copy_components", "active_copies"), _COMPONENT
-    ),
-    _Fact(
-        "payload_copies_waiting", "Payloads waiting for a thread",
-        each("payload_copy_components", "waiting_for_capacity"), _COMPONENT
-    ),
-    _Fact(
-        "payload_copy_failures_total", "Copies that failed",
-        each("payload_copy_components", "failure_count"), _COMPONENT
-    ),
-    _Fact(
-        "pending_submissions", "Submissions of a threaded builder that are not settled",
-        backlog
-    ),
-    _Fact("max_pending_submissions", "Submissions that may wait", one("max_pending_submissions")),
-    _Fact(
-        "observability_pending", "Records waiting for a sink",
-        each("observability_buffers", "pending"), _SINK
-    ),
-    _Fact(
-        "observability_max_pending", "Records that may wait for a sink",
-        each("observability_buffers", "max_pending"), _SINK
-    ),
-    _Fact(
-        "observability_dropped_total", "Records for a sink that found no room",
-        each("observability_buffers", "dropped"), _SINK
-    ),
-    _Fact(
-        "observability_failures_total", "Reports that a sink failed to take",
-        one("observability_failure_count")
-    ),
-)  # fmt: skip
 
 
 def _figures(health: BuilderHealth) -> list[tuple[str, tuple[str, ...], float]]:
     return [
         (fact.name, tuple(map(readable, labels)), float(figure))
-        for fact in _FACTS
+        for fact in FACTS.values()
         for labels, figure in fact.read(health)
         if figure is not None
     ]
@@ -609,9 +432,9 @@ class HealthCollector(Collector):
 
     def _read(self) -> Reading:
         """Return all figures."""
-        every: dict[str, list[tuple[tuple[str, ...], float]]] = {each.name: [] for each in _FACTS}
+        every: dict[str, list[tuple[tuple[str, ...], float]]] = {name: [] for name in FACTS}
         for name, figures in self._watched.read(_figures):
-            for fact, labels, figure in figures or [(_UP, (), 0.0)]:
+            for fact, labels, figure in figures or [(UP.name, (), 0.0)]:
                 every[fact].append(((name, *labels), figure))
         return every
 
@@ -624,7 +447,7 @@ class HealthCollector(Collector):
         return self._families({})
 
     def _families(self, reading: Reading) -> Iterator[Metric]:
-        for fact in _FACTS:
+        for fact in FACTS.values():
             kind = CounterMetricFamily if fact.counts else GaugeMetricFamily
             name = f"{self._namespace}_{fact.name}"
             family = kind(name, fact.description, labels=("builder", *fact.labels))
@@ -641,7 +464,7 @@ class _HealthCopies:
 
     def __init__(self, namespace: str) -> None:
         self._metrics: dict[str, Counter | Gauge] = {}
-        for fact in _FACTS:
+        for fact in FACTS.values():
             about = _about(fact.name, fact.description, fact.labels, namespace)
             self._metrics[fact.name] = (
                 Counter(**about) if fact.counts else Gauge(**about, multiprocess_mode=fact.merged)

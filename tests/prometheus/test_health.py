@@ -23,8 +23,8 @@ from coalestra import (
     SnapshotBuilder,
     SourceResiliencePolicy,
     SyncSnapshotBuilder,
-    prometheus,
 )
+from coalestra._telemetry import FACTS
 from coalestra.prometheus import HealthCollector, PrometheusMetrics
 from tests.contracts.caches import SingleKeyCache
 from tests.docs.pages import ROOT
@@ -348,5 +348,5 @@ def test_the_reference_names_every_metric_of_health() -> None:
             ", ".join(f"`{label}`" for label in fact.labels),
             fact.description,
         )
-        for fact in prometheus._FACTS
+        for fact in FACTS.values()
     ]
