@@ -7,7 +7,7 @@ Nothing is needed but the standard library, and nothing is fetched from elsewher
 
 from __future__ import annotations
 
-from coalestra.inspect.asgi import Authorize, Inspector, Settings
+from coalestra.inspect.asgi import Authorize, Inspector
 from coalestra.inspect.looks import AnyBuilder
 from coalestra.inspect.server import Server, serve
 
@@ -43,5 +43,4 @@ def app(
     Raises:
         TypeError, ValueError: for a bad argument, naming it.
     """
-    settings = Settings(authorize, title, show_values, show_subjects, interval_seconds)
-    return Inspector(builder, settings)
+    return Inspector(builder, authorize, title, show_values, show_subjects, interval_seconds)

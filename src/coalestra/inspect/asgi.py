@@ -3,8 +3,8 @@
 Laws:
 
 1. It only reads: GET and HEAD, nothing else. Who may not read learns nothing, not even what exists.
-2. There is one sampler for all viewers of an event loop, which looks at the builder while somebody
-   watches and at no other time.
+2. All viewers of an event loop share their looks at the builder: there is one an interval, while
+   somebody watches and at no other time.
 3. A viewer gets the newest state and never a queue of older ones, however slowly it reads.
 4. A stream ends by itself after a while, and the browser comes back: a server that waits for its
    connections to end is not held up by a page left open.
@@ -18,7 +18,6 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
 from html import escape
@@ -189,109 +188,71 @@ class Exchange:
 
 
 class Sampler:
-    """Looks at the builder again and again while somebody watches, and keeps the newest state."""
+    """Looks at the builder when a viewer wants a state, unless there is one that is young enough.
+
+    Attributes:
+        story: what is told of the looks.
+        viewers: how many watch now.
+        due: when the state is too old, on the clock of the event loop.
+    """
 
     def __init__(
         self, builder: AnyBuilder, story: Story, threads: WorkerThreads, interval_seconds: float
     ) -> None:
+        self.story: Story = story
+        self.viewers: int = 0
+        self.due: float = float("-inf")
         self._builder = builder
-        self.story = story
         self._threads = threads
         self._interval = interval_seconds
-        self._task: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
-        self._taken_at = float("-inf")
-        self.viewers: int = 0
-        self.number: int = 0
-        self.state: bytes = b""
-        self.news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._state = b""
 
-    def enter(self) -> None:
-        """Count a viewer; with the first one begin to look."""
-        self.viewers += 1
-        if self._task is None:
-            self._task = asyncio.create_task(self._sample(), name="coalestra inspect")
+    async def state(self, late: float = 0.0) -> bytes:
+        """Return a state that is no older than the interval.
 
-    async def leave(self) -> None:
-        """Count a viewer less; with the last one stop, and wait until that is so."""
-        self.viewers -= 1
-        task = self._task
-        if not self.viewers and task is not None:
-            self._task = None
-            task.cancel()
-            await asyncio.wait((task,))
-
-    @property
-    def number_of_old(self) -> int:
-        """The number of the newest state that is too old to be told to a new viewer."""
-        age = asyncio.get_running_loop().time() - self._taken_at
-        return self.number if age > self._interval else self.number - 1
-
-    async def _sample(self) -> None:
-        late = 0.0
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._look(late)
-            due = loop.time() + self._interval
-            await asyncio.sleep(self._interval)
-            late = max(0.0, loop.time() - due)
+        Args:
+            late: by how many seconds this is asked too late, as the event loop was held.
+        """
+        now = asyncio.get_running_loop().time
+        async with self._looking:
+            began = now()
+            if began >= self.due - self._interval / 10:  # a timer may be early by a little
+                try:
+                    look = await look_at(self._builder)
+                    written = self._written, look, began, late
+                    state = await self._threads.run(*written, or_here=True)
+                except Exception as error:
+                    # What went wrong may name a resource, so its type is all that is shown.
+                    state = json.dumps({"error": type(error).__name__}).encode()
+                self.due, self._state = began + self._interval, state
+            return self._state
 
     def _written(self, look: Look, now: float, late: float) -> bytes:
         told = {**self.story.told(look, now, late), "interval": self._interval}
         return json.dumps(told, separators=(",", ":"), allow_nan=False).encode()
 
-    async def current(self) -> bytes:
-        """Return a state that is no older than the interval."""
-        if asyncio.get_running_loop().time() - self._taken_at >= self._interval:
-            await self._look(0.0)
-        return self.state
-
-    async def _look(self, late: float) -> None:
-        async with self._looking:
-            now = asyncio.get_running_loop().time()
-            if now - self._taken_at < self._interval / 2:
-                return
-            try:
-                look = await look_at(self._builder)
-                state = await self._threads.run(self._written, look, now, late, or_here=True)
-            except Exception as error:
-                # What went wrong may name a resource, so its type is all that is shown.
-                state = json.dumps({"error": type(error).__name__}).encode()
-            self._taken_at, self.state = now, state
-            self.number += 1
-            news, self.news = self.news, asyncio.get_running_loop().create_future()
-            if not news.done():
-                news.set_result(None)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What may be chosen about a page; see `app`."""
-
-    authorize: Authorize | None
-    title: str
-    show_values: bool
-    show_subjects: bool
-    interval_seconds: float
-
-    def __post_init__(self) -> None:
-        if self.authorize is not None:
-            callable_("authorize", self.authorize)
-        text("title", self.title)
-        flag("show_values", self.show_values)
-        flag("show_subjects", self.show_subjects)
-        number("interval_seconds", self.interval_seconds, above=0)
-
 
 class Inspector:
     """The page of one builder, as an ASGI application; made by `app`."""
 
-    def __init__(self, builder: AnyBuilder, settings: Settings) -> None:
+    def __init__(
+        self,
+        builder: AnyBuilder,
+        authorize: Authorize | None,
+        title: str,
+        show_values: bool,
+        show_subjects: bool,
+        interval_seconds: float,
+    ) -> None:
         if not isinstance(builder, (SnapshotBuilder, SyncSnapshotBuilder)):
             raise wrong_type("builder", "a SnapshotBuilder or a SyncSnapshotBuilder", builder)
         self.builder = builder
-        self.settings = settings
-        self._names = Names(show=settings.show_subjects)
+        self._authorize = callable_("authorize", authorize, optional=True)
+        self._title = text("title", title)
+        self._shows_values = flag("show_values", show_values)
+        self._names = Names(show=flag("show_subjects", show_subjects))
+        self._interval = number("interval_seconds", interval_seconds, above=0)
         self._threads = WorkerThreads(idle_seconds=5.0)
         self._samplers: dict[asyncio.AbstractEventLoop, Sampler] = {}
 
@@ -310,7 +271,7 @@ class Inspector:
 
     async def _answer(self, exchange: Exchange) -> None:
         if not await self._may_read(exchange):
-            told = _NOT_HERE if self.settings.authorize is None else _NOT_FOR_YOU
+            told = _NOT_HERE if self._authorize is None else _NOT_FOR_YOU
             await exchange.answer(403, told)
         elif exchange.method not in ("GET", "HEAD"):
             await exchange.answer(405, "This page can only be read.\n", allow="GET, HEAD")
@@ -322,7 +283,7 @@ class Inspector:
             await self._route(exchange, exchange.path[1:])
 
     async def _may_read(self, exchange: Exchange) -> bool:
-        allowed = (self.settings.authorize or from_this_machine)(exchange.scope)
+        allowed = (self._authorize or from_this_machine)(exchange.scope)
         if inspect.isawaitable(allowed):
             allowed = await allowed
         # Another site may lead a person to the page, but not use a person's browser to read it.
@@ -334,12 +295,12 @@ class Inspector:
         trace = _TRACE_PATH.fullmatch(path)
         if path == "":
             page, policy = _template()
-            page = page.replace("{{title}}", escape(self.settings.title))
+            page = page.replace("{{title}}", escape(self._title))
             await exchange.answer(
                 200, page, "text/html; charset=utf-8", content_security_policy=policy
             )
         elif path == "state.json":
-            await exchange.answer(200, await self._sampler().current(), _JSON)
+            await exchange.answer(200, await self._sampler().state(), _JSON)
         elif path == "cache.json":
             await self._tell_cache(exchange)
         elif path == "events":
@@ -357,13 +318,12 @@ class Inspector:
                 if other.is_closed():
                     self._samplers.pop(other, None)
             story = Story(self.builder, self._names)
-            interval = self.settings.interval_seconds
-            sampler = Sampler(self.builder, story, self._threads, interval)
+            sampler = Sampler(self.builder, story, self._threads, self._interval)
             self._samplers[loop] = sampler
         return sampler
 
     async def _tell_cache(self, exchange: Exchange) -> None:
-        shown = self.settings.show_values
+        shown = self._shows_values
         try:
             found, now = await look_into_cache(self.builder), own_of(self.builder).clock.now()
             told: dict[str, Any] = {"at": now, "values": None, "shows_values": shown}
@@ -377,12 +337,10 @@ class Inspector:
 
     async def _tell_trace(self, exchange: Exchange, name: str, form: str) -> None:
         content_type, draw = _FORMS[form]
-        content = await self._threads.run(
-            self._drawn, self._sampler().story.traces, name, draw, or_here=True
-        )
+        known = self._sampler().story.traces
+        content = await self._threads.run(self._drawn, known, name, draw, or_here=True)
         if content is None:
-            gone = "This trace is gone: a builder keeps the last few only.\n"
-            await exchange.answer(404, gone)
+            await exchange.answer(404, "This trace is gone: a builder keeps the last few only.\n")
             return
         headers = {"content_security_policy": _TRACE_POLICY}
         if form == "chrome.json":
@@ -407,7 +365,7 @@ class Inspector:
             await begin()
             await exchange.body(b"")
             return
-        sampler.enter()
+        sampler.viewers += 1
         gone = asyncio.create_task(_until_gone(exchange.receive), name="coalestra inspect viewer")
         try:
             await begin()
@@ -415,35 +373,33 @@ class Inspector:
                 await exchange.body(b"")
         finally:
             gone.cancel()
-            await sampler.leave()
+            sampler.viewers -= 1
 
 
 async def _told_all(exchange: Exchange, sampler: Sampler, gone: asyncio.Task[None]) -> bool:
     """Tell one viewer until its time is up; return whether it is still there then."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + STREAM_SECONDS
-    told, content = sampler.number_of_old, b"retry: 500\n\n"
-    while loop.time() < until:
+    now = asyncio.get_running_loop().time
+    until, content, late = now() + STREAM_SECONDS, b"retry: 500\n\n", 0.0
+    while True:
         sending = asyncio.ensure_future(exchange.body(content, more=True))
         try:
             await asyncio.wait((sending, gone), timeout=SEND_SECONDS, return_when="FIRST_COMPLETED")
             if not sending.done():
                 return False
             sending.result()
-            if gone.done():
-                return False
         except OSError:
             return False
         finally:
             sending.cancel()
-        while sampler.number == told and loop.time() < until:
-            seconds = until - loop.time()
-            await asyncio.wait((sampler.news, gone), timeout=seconds, return_when="FIRST_COMPLETED")
-            if gone.done():
-                return False
-        told = sampler.number
-        content = b"data: " + sampler.state + b"\n\n"
-    return True
+        if content.startswith(b"data") and (pause := min(sampler.due, until) - now()) > 0:
+            due = now() + pause
+            await asyncio.wait((gone,), timeout=pause)
+            late = max(0.0, now() - due)
+        if gone.done():
+            return False
+        if now() >= until:
+            return True
+        content = b"data: " + await sampler.state(late) + b"\n\n"
 
 
 async def _until_gone(receive: Receive) -> None:
