@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, TypeAlias, cast
+from typing import Annotated, Any, TypeAlias, cast, get_origin, get_type_hints
 
 from coalestra._endings import pass_on
 from coalestra.concurrency.pace import Pace
@@ -49,20 +49,10 @@ class Invocation:
     def __init__(
         self, function: Callable[..., Any], *, source: str, parameter: str, in_thread: bool
     ) -> None:
-        callable_(parameter, function)
-        self._function = function
+        self._function = callable_(parameter, function)
         self._label = source
         self.role: str = f"{parameter} of source {source!r}"
         self.in_thread: bool = in_thread and not is_coroutine_function(function)
-
-    @classmethod
-    def plain(cls, function: Callable[..., Any], *, source: str, parameter: str) -> Invocation:
-        """Return how to call a function that must answer at once; TypeError if it is async."""
-        called = cls(function, source=source, parameter=parameter, in_thread=False)
-        if is_coroutine_function(function):
-            remedy = "it must answer without waiting"
-            raise wrong_type(parameter, "a plain function", function, remedy)
-        return called
 
     async def call(self, *arguments: Any) -> Any:
         """Return the result, awaited if it is awaitable.
@@ -75,11 +65,7 @@ class Invocation:
         if self.in_thread:
             result = await self._call_in_thread(arguments)
         else:
-            try:
-                result = self._function(*arguments)
-            except BaseException as error:
-                self._check(error)
-                raise
+            result = self._call_here(arguments)
         if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
             return result
         return await self._awaited(result, asked)
@@ -90,11 +76,7 @@ class Invocation:
         Raises:
             TypeError: if it returned an awaitable.
         """
-        try:
-            result = self._function(*arguments)
-        except BaseException as error:
-            self._check(error)
-            raise
+        result = self._call_here(arguments)
         if type(result) not in _NOT_AWAITABLE and inspect.isawaitable(result):
             _discard(result)
             raise TypeError(f"{self.role} must be a plain function, got one that is async")
@@ -116,12 +98,24 @@ class Invocation:
                 self._check(error)
             raise
 
+    def _call_here(self, arguments: tuple[Any, ...]) -> Any:
+        try:
+            return self._function(*arguments)
+        except BaseException as error:
+            self._check(error)
+            raise
+
     async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
         ended: list[tuple[Any, BaseException | None]] = []
+
+        def call() -> None:
+            try:
+                ended.append((self._function(*arguments), None))
+            except BaseException as error:
+                ended.append((None, error))
+
         try:
-            await threads_of_context().run(
-                _call_and_keep, ended, self._function, arguments, label=self._label
-            )
+            await threads_of_context().run(call, label=self._label)
         except asyncio.CancelledError:
             while ended:
                 _discard(ended.pop()[0])
@@ -158,17 +152,6 @@ def is_coroutine_function(function: Callable[..., Any]) -> bool:
     )
 
 
-def _call_and_keep(
-    ended: list[tuple[Any, BaseException | None]],
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
-    try:
-        ended.append((function(*arguments), None))
-    except BaseException as error:
-        ended.append((None, error))
-
-
 def _discard(result: Any) -> None:
     """Close a coroutine that nobody is going to await."""
     if inspect.iscoroutine(result):
@@ -198,21 +181,12 @@ else:
 # What the three callable adapters have in common: their settings and what these imply ------------
 
 
-_seconds = partial(number, above=0, optional=True)
-
-_RULES: Mapping[str, Callable[[str, Any], Any]] = {
-    "name": text,
-    "priority": integer,
-    "timeout_seconds": _seconds,
-    "queue_timeout_seconds": _seconds,
-    "max_concurrency": partial(integer, minimum=1, optional=True),
-    "resilience_policy": partial(instance, kinds=SourceResiliencePolicy, optional=True),
-    "cache_supports": flag,
-    "run_sync_in_thread": flag,
-    "blocking_io": flag,
-    "transport_timeout_seconds": _seconds,
-}
-"""What each setting that all adapters take must be."""
+_Seconds = Annotated[float | None, partial(number, above=0, optional=True)]
+_Limit = Annotated[int | None, partial(integer, minimum=1, optional=True)]
+_Flag = Annotated[bool, flag]
+_Resilience = Annotated[
+    SourceResiliencePolicy | None, partial(instance, kinds=SourceResiliencePolicy, optional=True)
+]
 
 
 class CallableAdapter:
@@ -234,25 +208,21 @@ class CallableAdapter:
             runs in a worker thread.
     """
 
-    name: str
-    priority: int
-    timeout_seconds: float | None
-    queue_timeout_seconds: float | None
-    max_concurrency: int | None
-    resilience_policy: SourceResiliencePolicy | None
-    cache_supports: bool
-    run_sync_in_thread: bool
-    blocking_io: bool
-    transport_timeout_seconds: float | None
+    name: Annotated[str, text]
+    priority: Annotated[int, integer]
+    timeout_seconds: _Seconds
+    queue_timeout_seconds: _Seconds
+    max_concurrency: _Limit
+    resilience_policy: _Resilience
+    cache_supports: _Flag
+    run_sync_in_thread: _Flag
+    blocking_io: _Flag
+    transport_timeout_seconds: _Seconds
     blocking_io_offloaded: bool
 
     def __init__(self, parameter: str, arguments: Mapping[str, Any]) -> None:
-        """Take the settings among the arguments of a call, and the function of that parameter.
-
-        Raises:
-            TypeError, ValueError: for a bad setting, naming it.
-        """
-        for setting, check in _RULES.items():
+        """Take the settings among the arguments of a call, and the function of that parameter."""
+        for setting, check in _CHECKS.items():
             setattr(self, setting, check(setting, arguments[setting]))
         if self.transport_timeout_seconds is not None and not self.blocking_io:
             raise ValueError(
@@ -274,20 +244,32 @@ class CallableAdapter:
         self._supports = self._plain("supports", arguments)
 
     def _plain(self, parameter: str, arguments: Mapping[str, Any]) -> Invocation:
-        return Invocation.plain(arguments[parameter], source=self.name, parameter=parameter)
+        function = arguments[parameter]
+        called = Invocation(function, source=self.name, parameter=parameter, in_thread=False)
+        if is_coroutine_function(function):
+            remedy = "it must answer without waiting"
+            raise wrong_type(parameter, "a plain function", function, remedy)
+        return called
 
     def supports(self, key: ResourceKey) -> bool:
         """Return whether this source can answer for `key`: what the function says, as a bool."""
-        answer = self._supports.answer_now(key)
-        return answer if answer is True else bool(answer)
+        return bool(self._supports.answer_now(key))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, priority={self.priority!r})"
 
 
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(CallableAdapter, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
+"""What checks each setting that all adapters take: what its attribute is annotated with."""
+
+
 def as_payload(value: Any) -> SourcePayload[Any]:
     """Return `value` as a payload: itself if it is one already."""
-    return value if isinstance(value, SourcePayload) else SourcePayload(value)
+    return value if type(value) is SourcePayload else SourcePayload(value)
 
 
 # A source that fetches one resource at a time with a function ------------------------------------
@@ -326,11 +308,7 @@ class CallableSource(CallableAdapter):
         blocking_io: bool = False,
         transport_timeout_seconds: float | None = None,
     ) -> None:
-        """Make a source of `fetcher`, asked for the keys that `supports` accepts.
-
-        Raises:
-            TypeError, ValueError: for a bad setting, naming it.
-        """
+        """Make a source of `fetcher`; a bad setting is a TypeError or ValueError that names it."""
         super().__init__("fetcher", locals())
 
     async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
@@ -376,11 +354,7 @@ class CallableBatchSource(CallableAdapter):
         blocking_io: bool = False,
         transport_timeout_seconds: float | None = None,
     ) -> None:
-        """Make a source of `fetcher`, asked for the keys that `supports` accepts.
-
-        Raises:
-            TypeError, ValueError: for a bad setting, naming it.
-        """
+        """Make a source of `fetcher`; a bad setting is a TypeError or ValueError that names it."""
         super().__init__("fetcher", locals())
         self.max_batch_size = integer("max_batch_size", max_batch_size, minimum=1, optional=True)
 
@@ -410,7 +384,7 @@ async def _as_payloads(values: Mapping[ResourceKey, Any]) -> dict[ResourceKey, S
     rest = iter(tuple(values.items()))
     while part := tuple(islice(rest, _VALUES_BETWEEN_LOOKS)):
         for key, value in part:
-            payloads[key] = value if type(value) is SourcePayload else SourcePayload(value)
+            payloads[key] = as_payload(value)
         if pace.due:
             await pace.rest()
     return payloads
@@ -427,9 +401,6 @@ DependenciesFunction: TypeAlias = Callable[[ResourceKey], Iterable[ResourceKey]]
 
 DeriverFunction: TypeAlias = Callable[[ResourceKey, Snapshot, FetchContext], Any]
 """Returns the value for a key from its dependencies, a payload of it, or an awaitable of either."""
-
-
-_COLLECTIONS = frozenset({tuple, list, set, frozenset, dict})
 
 
 class CallableDerivedSource(CallableAdapter):
@@ -464,23 +435,17 @@ class CallableDerivedSource(CallableAdapter):
         transport_timeout_seconds: float | None = None,
         inherit_freshness: bool = False,
     ) -> None:
-        """Make a source of `deriver`, asked for the keys that `supports` accepts.
-
-        Raises:
-            TypeError, ValueError: for a bad setting, naming it.
-        """
+        """Make a source of `deriver`; a bad setting is a TypeError or ValueError that names it."""
         super().__init__("deriver", locals())
         self.inherit_freshness = flag("inherit_freshness", inherit_freshness)
         self._dependencies = self._plain("dependencies", locals())
 
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
         """Return the keys that `key` is computed from; the builder checks that they are keys."""
-        declared = self._dependencies.answer_now(key)
-        if type(declared) in _COLLECTIONS:
-            return cast("Collection[ResourceKey]", declared)
-        if isinstance(declared, Iterable) and not isinstance(declared, Collection):
-            return tuple(declared)
-        return cast("Collection[ResourceKey]", declared)
+        declared: Any = self._dependencies.answer_now(key)
+        if isinstance(declared, (tuple, list, Collection)) or not isinstance(declared, Iterable):
+            return declared
+        return tuple(declared)
 
     async def derive(
         self, key: ResourceKey, dependencies: Snapshot, context: FetchContext
