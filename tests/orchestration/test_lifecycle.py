@@ -752,6 +752,22 @@ def test_closing_that_was_cut_short_with_its_loop_is_done_by_the_next_call() -> 
     assert source.ends == 2
 
 
+def test_closing_that_was_left_on_a_loop_that_stands_still_is_done_by_the_next_call() -> None:
+    """A loop that was interrupted may never be closed, nor run again."""
+    building = made(Single("k"))
+    abandoned = asyncio.new_event_loop()
+    closing = abandoned.create_task(building.aclose())
+    abandoned.call_soon(abandoned.stop)
+    abandoned.run_forever()
+    assert building.closed
+    assert not closing.done()
+
+    run_virtual(building.aclose())
+
+    abandoned.run_until_complete(closing)
+    abandoned.close()
+
+
 def test_closing_on_another_loop_than_the_work_was_done_on() -> None:
     building = made(Single("k"))
     asyncio.run(_discard(building.build([K])))

@@ -35,6 +35,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from coalestra._endings import look_after
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.core.errors import (
     ObservabilityShutdownTimeoutError,
@@ -116,10 +117,8 @@ class Closing:
         managed: Iterable[Any],
     ) -> None:
         self._engine = engine
-        self._copies = engine.parts.copies
         self._cache = cache
         self._sinks = sinks
-        self._threads = engine.parts.threads
         self._managed = list({id(each): each for each in managed if each is not None}.values())
         self._late: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
@@ -137,12 +136,11 @@ class Closing:
         if self._over:
             return
         self._engine.close()
+        loop = asyncio.get_running_loop()
         while not self._over:
             task = self._task
-            if task is None or task.done() or task.get_loop().is_closed():
-                task = self._task = asyncio.get_running_loop().create_task(
-                    self._run(limits), name="coalestra closing"
-                )
+            if task is None or task.done() or task.get_loop() is not loop:
+                task = self._task = loop.create_task(self._run(limits), name="coalestra closing")
             await asyncio.wait([task])
         if self._errors:
             raise self._errors[0]
@@ -162,7 +160,7 @@ class Closing:
             except BaseException as error:
                 self._errors.append(error)
         if not self._managed:
-            self._threads.close()
+            self._engine.parts.threads.close()
             self._over = True
 
     def _granted(self, seconds: float) -> float:
@@ -201,10 +199,10 @@ class Closing:
     async def _end_copies(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
-        self._copies.close()
-        active: dict[str, int] = {}
-        if left := await self._copies.drain(seconds):
-            active[self._copies.component] = left
+        copies, active = self._engine.parts.copies, {}
+        copies.close()
+        if left := await copies.drain(seconds):
+            active[copies.component] = left
         if self._cache is not None:
             try:
                 left_seconds = max(0.0, end - loop.time())
@@ -245,7 +243,7 @@ class Closing:
             if not hasattr(ended, "__await__"):
                 return
             task = asyncio.ensure_future(_awaited(lambda: ended))
-        task.add_done_callback(_look_at)
+        look_after(task, set())
         try:
             await asyncio.wait([task], timeout=seconds)
         except asyncio.CancelledError:  # cut off, so it is closed again the next time
@@ -263,7 +261,8 @@ class Closing:
         """Call what may block. It cannot be cut off, so a cancellation is of no use to anybody."""
         ended = asyncio.get_running_loop().create_future()
         call = partial(contextvars.copy_context().run, close)
-        job = self._threads.start(call, _name_of(close), lambda _: _tell(ended), or_here=True)
+        threads = self._engine.parts.threads
+        job = threads.start(call, _name_of(close), lambda _: _tell(ended), or_here=True)
         await _within(seconds, lambda left: asyncio.wait([ended], timeout=left))
         if not ended.done():
             raise _takes_too_long(close, seconds)
@@ -282,20 +281,17 @@ class Closing:
                 close()
             return
 
-        def start() -> None:
-            task = loop.create_task(_awaited(close))
-            task.add_done_callback(_look_at)
-            self._late.add(task)
-
         with contextlib.suppress(RuntimeError):  # its loop is closed, so it is too late for that
-            loop.call_soon_threadsafe(start)
+            loop.call_soon_threadsafe(
+                lambda: look_after(loop.create_task(_awaited(close)), self._late)
+            )
 
     # However long it takes -----------------------------------------------------------------------
 
     async def wait_for_copies(self) -> None:
         """Wait until no copy of a closed builder is running."""
         if self._engine.closed:
-            await self._copies.drain(None)
+            await self._engine.parts.copies.drain(None)
             if self._cache is not None:
                 await self._cache.aclose_payload_copies(timeout_seconds=None)
 
@@ -349,12 +345,6 @@ def _takes_too_long(close: Callable[[], Any], seconds: float) -> TimeoutError:
         f"closing a managed part must end within {seconds:g} s, got {_name_of(close)} that takes "
         "longer; bound its own closing"
     )
-
-
-def _look_at(task: asyncio.Task[None]) -> None:
-    """Take note of an error that nobody may wait for any more."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _listed(keys: Sequence[ResourceKey]) -> str:
