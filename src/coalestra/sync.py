@@ -25,24 +25,24 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from coalestra._endings import PROGRAM_ENDS
 from coalestra._lockfree import Changes
 from coalestra.cache.foreign import KeyLanes
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
-from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import (
     BuilderClosedError,
     PayloadIsolationError,
     SubmissionBacklogFullError,
 )
+from coalestra.core.frozen import FrozenDict
 from coalestra.core.health import BuilderHealth
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
+from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.results import PublishResult
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
@@ -52,7 +52,7 @@ from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.closing import MOMENT_SECONDS, gives_way, insist
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.unit import distinct
-from coalestra.orchestration.verdicts import Requests, Results, in_form_of, named
+from coalestra.orchestration.verdicts import Several
 
 __all__ = ["SyncResourcePublisher", "SyncSnapshotBuilder", "SyncSnapshotSession"]
 
@@ -717,6 +717,57 @@ def _given(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return {} if metadata is None else metadata
 
 
+def blocking(
+    of: str, method: Callable[Concatenate[Any, P], Awaitable[T]], **read: Callable[[Any], object]
+) -> Callable[Concatenate[Any, P], T]:
+    """Return a method that has an async one done on the loop, and waits for what it returns.
+
+    Args:
+        of: the attribute that holds the object whose method that is.
+        method: what is done, which also says how it is called, what it means and what it raises.
+        **read: how the first argument, under its name, is read in the caller's thread.
+    """
+
+    def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, taken in read.items():
+            if name in kwargs:
+                kwargs[name] = taken(kwargs[name])
+            elif args:
+                args = taken(args[0]), *args[1:]
+        call = getattr(getattr(self, of), method.__name__)
+        return self._thread.run(f"{method.__name__}()", call, *args, **kwargs)
+
+    made: Callable[Concatenate[Any, P], T] = cast(Any, wraps(method)(wait))
+    made.__qualname__ = f"Sync{method.__qualname__}"
+    return made
+
+
+class SeveralBlocking(Protocol[P]):
+    """What takes requests by name, or in order, and returns the results in the same form."""
+
+    @overload
+    def __call__(
+        self, requests: Mapping[K, SnapshotRequest], *args: P.args, **kwargs: P.kwargs
+    ) -> Mapping[K, RequestResult]: ...
+
+    @overload
+    def __call__(
+        self, requests: Sequence[SnapshotRequest], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[RequestResult, ...]: ...
+
+
+def several_blocking(of: str, method: Several[P]) -> SeveralBlocking[P]:
+    """Return the same for a method that takes several requests, however they are given."""
+    made = blocking(of, cast(Any, method), requests=_collected)
+    return cast("SeveralBlocking[P]", made)
+
+
+def _collected(requests: Any) -> Any:
+    if isinstance(requests, Mapping):
+        return FrozenDict(requests)
+    return tuple(requests) if isinstance(requests, Iterable) else requests
+
+
 class SyncSnapshotSession:
     """Several stages of one piece of work that share an id, a deadline and pinned values.
 
@@ -755,85 +806,20 @@ class SyncSnapshotSession:
         """Whether the session, or the builder that it belongs to, is closed."""
         return self._session.closed or self._thread.closing
 
-    def resolve(
-        self, keys: Iterable[ResourceKey], *, strict: bool = True, retry_errors: bool = False
-    ) -> Snapshot:
-        """Resolve `keys` and return everything requested so far."""
-        return self._thread.run(
-            "resolve()",
-            self._session.resolve,
-            distinct(keys),
-            strict=strict,
-            retry_errors=retry_errors,
-        )
+    resolve = blocking("_session", SnapshotSession.resolve, keys=distinct)
+    """Resolve further keys and return everything requested so far."""
 
-    def resolve_request(self, request: SnapshotRequest, *, retry_errors: bool = False) -> Snapshot:
-        """Resolve a request and return everything requested so far."""
-        return self._thread.run(
-            "resolve_request()", self._session.resolve_request, request, retry_errors=retry_errors
-        )
+    resolve_request = blocking("_session", SnapshotSession.resolve_request)
+    """Resolve a request and return everything requested so far."""
 
-    def try_request(self, request: SnapshotRequest, *, retry_errors: bool = False) -> RequestResult:
-        """Return what comes of a request; see `SnapshotSession.try_request`."""
-        return self._thread.run(
-            "try_request()", self._session.try_request, request, retry_errors=retry_errors
-        )
+    try_request = blocking("_session", SnapshotSession.try_request)
+    """Return what comes of a request."""
 
-    @overload
-    def try_requests(
-        self,
-        requests: Mapping[K, SnapshotRequest],
-        *,
-        retry_errors: bool = False,
-        max_concurrency: int | None = None,
-    ) -> Mapping[K, RequestResult]: ...
+    try_requests = several_blocking("_session", SnapshotSession.try_requests)
+    """Return what comes of each of many requests."""
 
-    @overload
-    def try_requests(
-        self,
-        requests: Sequence[SnapshotRequest],
-        *,
-        retry_errors: bool = False,
-        max_concurrency: int | None = None,
-    ) -> tuple[RequestResult, ...]: ...
-
-    def try_requests(
-        self,
-        requests: Requests,
-        *,
-        retry_errors: bool = False,
-        max_concurrency: int | None = None,
-    ) -> Results:
-        """Return what comes of each of many requests; see `SnapshotSession.try_requests`."""
-        asked = named(requests)
-        results = self._thread.run(
-            "try_requests()",
-            self._session.try_requests,
-            asked,
-            retry_errors=retry_errors,
-            max_concurrency=max_concurrency,
-        )
-        return in_form_of(requests, results)
-
-    def revalidate(
-        self,
-        keys: Iterable[ResourceKey],
-        *,
-        strict: bool = True,
-        force_refresh: bool = False,
-        consistency_policy: SnapshotConsistencyPolicy | None = None,
-        acceptance_policy: SnapshotAcceptancePolicy | None = None,
-    ) -> Snapshot:
-        """Replace pinned values and what was derived from them, all or none."""
-        return self._thread.run(
-            "revalidate()",
-            self._session.revalidate,
-            distinct(keys),
-            strict=strict,
-            force_refresh=force_refresh,
-            consistency_policy=consistency_policy,
-            acceptance_policy=acceptance_policy,
-        )
+    revalidate = blocking("_session", SnapshotSession.revalidate, keys=distinct)
+    """Replace pinned values and what was derived from them, all or none."""
 
     def snapshot(self) -> Snapshot:
         """Return everything requested so far, copied within the session's deadline."""
@@ -923,111 +909,20 @@ class SyncSnapshotBuilder:
         """How many of the publisher's submissions may be under way."""
         return self._backlog.limit
 
-    def build(
-        self,
-        keys: Iterable[ResourceKey],
-        *,
-        strict: bool = True,
-        deadline_seconds: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        snapshot_id: str | None = None,
-        trace: bool | None = None,
-    ) -> Snapshot:
-        """Resolve `keys` and return their snapshot; see `SnapshotBuilder.build`."""
-        return self._thread.run(
-            "build()",
-            self.builder.build,
-            distinct(keys),
-            strict=strict,
-            deadline_seconds=deadline_seconds,
-            metadata=metadata,
-            snapshot_id=snapshot_id,
-            trace=trace,
-        )
+    build = blocking("builder", SnapshotBuilder.build, keys=distinct)
+    """Resolve `keys` and return their snapshot."""
 
-    def build_request(
-        self,
-        request: SnapshotRequest,
-        *,
-        deadline_seconds: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        snapshot_id: str | None = None,
-        trace: bool | None = None,
-    ) -> Snapshot:
-        """Resolve a request and return its snapshot; see `SnapshotBuilder.build_request`."""
-        return self._thread.run(
-            "build_request()",
-            self.builder.build_request,
-            request,
-            deadline_seconds=deadline_seconds,
-            metadata=metadata,
-            snapshot_id=snapshot_id,
-            trace=trace,
-        )
+    build_request = blocking("builder", SnapshotBuilder.build_request)
+    """Resolve a request and return its snapshot."""
 
-    def try_request(
-        self,
-        request: SnapshotRequest,
-        *,
-        deadline_seconds: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        snapshot_id: str | None = None,
-        trace: bool | None = None,
-    ) -> RequestResult:
-        """Return what comes of a request; see `SnapshotBuilder.try_request`."""
-        return self._thread.run(
-            "try_request()",
-            self.builder.try_request,
-            request,
-            deadline_seconds=deadline_seconds,
-            metadata=metadata,
-            snapshot_id=snapshot_id,
-            trace=trace,
-        )
+    try_request = blocking("builder", SnapshotBuilder.try_request)
+    """Return what comes of a request."""
 
-    @overload
-    def try_requests(
-        self,
-        requests: Mapping[K, SnapshotRequest],
-        *,
-        deadline_seconds: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        trace: bool | None = None,
-        max_concurrency: int | None = None,
-    ) -> Mapping[K, RequestResult]: ...
+    try_requests = several_blocking("builder", SnapshotBuilder.try_requests)
+    """Return what comes of each of many requests."""
 
-    @overload
-    def try_requests(
-        self,
-        requests: Sequence[SnapshotRequest],
-        *,
-        deadline_seconds: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        trace: bool | None = None,
-        max_concurrency: int | None = None,
-    ) -> tuple[RequestResult, ...]: ...
-
-    def try_requests(
-        self,
-        requests: Requests,
-        *,
-        deadline_seconds: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        trace: bool | None = None,
-        max_concurrency: int | None = None,
-    ) -> Results:
-        """Return what comes of each of many requests; see `SnapshotBuilder.try_requests`."""
-        asked = named(requests)
-        results = self._thread.run(
-            "try_requests()",
-            self.builder.try_requests,
-            asked,
-            deadline_seconds=deadline_seconds,
-            metadata=metadata,
-            trace=trace,
-            max_concurrency=max_concurrency,
-        )
-        return in_form_of(requests, results)
+    wait_for_refreshes = blocking("builder", SnapshotBuilder.wait_for_refreshes)
+    """Wait for the background refreshes that have been scheduled."""
 
     def session(
         self,
@@ -1084,10 +979,6 @@ class SyncSnapshotBuilder:
     def recent_traces(self) -> tuple[Trace, ...]:
         """Return the last traces at once, on any thread; see `SnapshotBuilder.recent_traces`."""
         return self.builder.recent_traces()
-
-    def wait_for_refreshes(self) -> None:
-        """Wait for the background refreshes that have been scheduled."""
-        self._thread.run("wait_for_refreshes()", self.builder.wait_for_refreshes)
 
     def flush_submissions(self, *, timeout_seconds: float | None = None) -> None:
         """Wait for the submissions accepted before; see `SyncResourcePublisher.flush`."""

@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.publisher import (
-    PublisherParts,
-    ResourcePublisher,
-    require_authority_aware,
-)
+from coalestra.cache.publisher import PublisherParts, ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
@@ -61,13 +57,19 @@ from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
 from coalestra.orchestration.tracing import Tracing
-from coalestra.orchestration.unit import Terms, distinct, open_unit
-from coalestra.orchestration.verdicts import Requests, Results, in_form_of, named, several
+from coalestra.orchestration.unit import Terms, distinct
+from coalestra.orchestration.verdicts import (
+    Requests,
+    Results,
+    in_form_of,
+    in_same_form,
+    named,
+    several,
+)
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
 from coalestra.resilience.retry import RetryPolicy
 
-K = TypeVar("K")
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -506,8 +508,7 @@ class SnapshotBuilder(BuilderSettings):
             warm = self._engine.warm_reads.snapshot(wanted, strict=strict)
             if warm is not None:
                 return warm
-        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
-        unit = open_unit(self._engine, terms, snapshot_id)
+        unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
         return await unit.resolve(wanted, strict=strict)
 
     async def build_request(
@@ -530,8 +531,7 @@ class SnapshotBuilder(BuilderSettings):
             RuntimeError: the builder is closed, or busy on another event loop.
         """
         instance("request", request, SnapshotRequest)
-        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
-        unit = open_unit(self._engine, terms, snapshot_id)
+        unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
         return await unit.resolve_request(request)
 
     async def try_request(
@@ -555,32 +555,10 @@ class SnapshotBuilder(BuilderSettings):
         """
         instance("request", request, SnapshotRequest)
         self._engine.enter()
-        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
-        unit = open_unit(self._engine, terms, snapshot_id)
+        unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
         return await unit.try_request(request)
 
-    @overload
-    async def try_requests(
-        self,
-        requests: Mapping[K, SnapshotRequest],
-        *,
-        deadline_seconds: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        trace: bool | None = None,
-        max_concurrency: int | None = None,
-    ) -> Mapping[K, RequestResult]: ...
-
-    @overload
-    async def try_requests(
-        self,
-        requests: Sequence[SnapshotRequest],
-        *,
-        deadline_seconds: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        trace: bool | None = None,
-        max_concurrency: int | None = None,
-    ) -> tuple[RequestResult, ...]: ...
-
+    @in_same_form
     async def try_requests(
         self,
         requests: Requests,
@@ -615,7 +593,7 @@ class SnapshotBuilder(BuilderSettings):
         return in_form_of(requests, await several(self._engine.parts, attempts, max_concurrency))
 
     async def _attempt(self, request: SnapshotRequest, terms: Terms) -> RequestResult:
-        return await open_unit(self._engine, terms.for_another()).try_request(request)
+        return await terms.for_another().open().try_request(request)
 
     def session(
         self,
@@ -631,7 +609,7 @@ class SnapshotBuilder(BuilderSettings):
             RuntimeError: the builder is closed.
         """
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
-        return SnapshotSession(open_unit(self._engine, terms, snapshot_id, lasting=True))
+        return SnapshotSession(terms.open(snapshot_id, lasting=True))
 
     def recent_traces(self) -> tuple[Trace, ...]:
         """Return the last 32 traces of builds, sessions and refreshes, the latest last."""

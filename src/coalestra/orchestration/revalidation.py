@@ -29,7 +29,7 @@ from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.flights import Gather
 from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, dependents, hold, loose
-from coalestra.orchestration.unit import UnitOfWork, cut_short
+from coalestra.orchestration.unit import UnitOfWork
 from coalestra.orchestration.verdicts import accepted, objection
 
 
@@ -40,12 +40,7 @@ class Revalidation:
     """
 
     def __init__(
-        self,
-        unit: UnitOfWork,
-        request: SnapshotRequest,
-        *,
-        forced: bool,
-        strict: bool,
+        self, unit: UnitOfWork, request: SnapshotRequest, *, forced: bool, strict: bool
     ) -> None:
         self._unit = unit
         self._request = request
@@ -187,11 +182,10 @@ class Revalidation:
 
     async def _undelivered(self, uncopied: Mapping[ResourceKey, Exception]) -> Snapshot:
         """Retain what there is, as values cannot be copied, or a deadline leaves no time for it."""
-        if not cut_short(uncopied):
+        late = [e for e in uncopied.values() if isinstance(e, SnapshotDeadlineExceededError)]
+        if not late:
             return await self._retained(uncopied)
-        late = next(e for e in uncopied.values() if isinstance(e, SnapshotDeadlineExceededError))
-        text = str(late)
-        errors = {key: SnapshotDeadlineExceededError(text) for key in self._wanted()}
+        errors = {key: SnapshotDeadlineExceededError(str(late[0])) for key in self._wanted()}
         if self._strict:
             raise SnapshotBuildError(errors)
         return await self._retained(errors)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import TypeVar, overload
 
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import SessionClosedError, SnapshotBuildError
@@ -15,9 +14,14 @@ from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
 from coalestra.orchestration.revalidation import Revalidation
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
-from coalestra.orchestration.verdicts import Requests, Results, in_form_of, named, several
-
-K = TypeVar("K")
+from coalestra.orchestration.verdicts import (
+    Requests,
+    Results,
+    in_form_of,
+    in_same_form,
+    named,
+    several,
+)
 
 
 class SnapshotSession:
@@ -41,7 +45,7 @@ class SnapshotSession:
     @property
     def created_at(self) -> float:
         """When the session began, in seconds since the epoch on the builder's clock."""
-        return self._unit.created_at
+        return self._unit.work.context.requested_at
 
     @property
     def context(self) -> FetchContext:
@@ -113,24 +117,7 @@ class SnapshotSession:
         self._unit.engine.enter()
         return await self._unit.try_request(request, retry_errors=retry_errors)
 
-    @overload
-    async def try_requests(
-        self,
-        requests: Mapping[K, SnapshotRequest],
-        *,
-        retry_errors: bool = False,
-        max_concurrency: int | None = None,
-    ) -> Mapping[K, RequestResult]: ...
-
-    @overload
-    async def try_requests(
-        self,
-        requests: Sequence[SnapshotRequest],
-        *,
-        retry_errors: bool = False,
-        max_concurrency: int | None = None,
-    ) -> tuple[RequestResult, ...]: ...
-
+    @in_same_form
     async def try_requests(
         self,
         requests: Requests,

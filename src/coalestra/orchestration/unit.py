@@ -49,7 +49,6 @@ class UnitOfWork:
     """
 
     __slots__ = (
-        "created_at",
         "engine",
         "failures",
         "lasting",
@@ -60,11 +59,10 @@ class UnitOfWork:
         "_undelivered",
     )
 
-    def __init__(self, engine: Engine, work: Work, *, lasting: bool) -> None:
+    def __init__(self, engine: Engine, work: Work, lasting: bool) -> None:
         self.engine: Engine = engine
         self.work: Work = work
         self.lasting: bool = lasting
-        self.created_at: float = work.context.requested_at
         self.requested: dict[ResourceKey, None] = {}
         self.pins: Pins = Pins()
         self.failures: dict[ResourceKey, Failure] = {}
@@ -163,32 +161,30 @@ class UnitOfWork:
 
     async def _settled(self, keys: Mapping[ResourceKey, None], retry_errors: bool) -> Snapshot:
         """Settle every key that is not settled yet; return all that was asked for so far."""
-        warm = self.engine.warm_reads
+        engine, work, warm = self.engine, self.work, self.engine.warm_reads
         if not self.lasting and warm.likely(keys):
-            values = await warm.values(self.work, keys)
+            values = await warm.values(work, keys)
             if values is not None:
-                self.engine.require_open()
+                engine.require_open()
                 self.requested.update(keys)
                 return self.assembled(values, EMPTY)
-        struck = await self._acquire(keys, retry_errors)
-        snapshot, uncopied = await self.snapshot(None if struck else self.work.deadline)
+        found: Mapping[ResourceKey, Reading] = EMPTY
+        wanted, struck = keys, False
+        if self.pins or self.failures:
+            failures = EMPTY if retry_errors else self.failures
+            wanted = {k: None for k in keys if k not in self.pins and k not in failures}
+        self.requested.update(keys)
+        if wanted and self.lasting:
+            found = warm.readings(work, wanted)
+        if wanted and not found:
+            await engine.run(Gather(work, wanted, self.pins), self._keep)
+            struck = work.expired
+        else:
+            engine.require_open()
+            self._pin(found)
+        snapshot, uncopied = await self.snapshot(None if struck else work.deadline)
         self._undelivered = not len(snapshot) and cut_short(uncopied)
         return snapshot
-
-    async def _acquire(self, keys: Mapping[ResourceKey, None], retry_errors: bool) -> bool:
-        """Pin or fail every key that is neither yet; return whether the deadline struck."""
-        self.engine.require_open()
-        known = self.pins if retry_errors else {**self.pins, **self.failures}
-        wanted = {key: None for key in keys if key not in known} if known else keys
-        self.requested.update(keys)
-        if not wanted:
-            return False
-        found = self.engine.warm_reads.readings(self.work, wanted) if self.lasting else None
-        if found:
-            self._pin(found)
-            return False
-        await self.engine.run(Gather(self.work, wanted, self.pins), self._keep)
-        return self.work.expired
 
     def _keep(self, gather: Gather) -> None:
         """Take over what a gather has come to, in the very step in which it was complete."""
@@ -245,12 +241,9 @@ class UnitOfWork:
         self, readings: Mapping[ResourceKey, Reading], deadline: Deadline | None
     ) -> tuple[Mapping[ResourceKey, SnapshotValue[Any]], Mapping[ResourceKey, Exception]]:
         """Return a reader's copies, and the error for each that there is none of."""
-        trace, copying = self.work.trace, self.engine.deliveries.values(readings, deadline)
-        if trace is None:
-            values, uncopied = await copying
-        else:
-            with trace.delivering(len(readings)):
-                values, uncopied = await copying
+        trace = self.work.trace
+        with _UNNOTED if trace is None else trace.delivering(len(readings)):
+            values, uncopied = await self.engine.deliveries.values(readings, deadline)
         if uncopied and cut_short(uncopied):
             parts = self.engine.parts
             parts.counters.deadlines_exceeded += 1
@@ -284,7 +277,7 @@ class UnitOfWork:
             trace.shown(values, self.pins)
         return snapshot_of(
             self.work.context.snapshot_id,
-            self.created_at,
+            self.work.context.requested_at,
             frozen(values),
             frozen(errors),
             counted,
@@ -303,6 +296,7 @@ def cut_short(errors: Mapping[ResourceKey, Exception]) -> bool:
 class Terms(NamedTuple):
     """What a caller says of a unit of work, or of several that are to end by one deadline."""
 
+    engine: Engine
     deadline: Deadline | None
     deadline_at: float | None
     metadata: FrozenDict[str, Any]
@@ -328,34 +322,28 @@ class Terms(NamedTuple):
             instance("metadata", metadata, Mapping)
         if trace is not None:
             flag("trace", trace)
-        return cls(deadline, deadline_at, _own(metadata or EMPTY), trace)
+        return cls(engine, deadline, deadline_at, _own(metadata or EMPTY), trace)
 
     def for_another(self) -> Terms:
         """Return the same with metadata that no other unit of work has a part in."""
         return self._replace(metadata=_own(self.metadata))
 
+    def open(self, snapshot_id: str | None = None, *, lasting: bool = False) -> UnitOfWork:
+        """Begin a unit of work; `TypeError` or `ValueError` for a wrong id."""
+        parts, deadline = self.engine.parts, self.deadline
+        context = context_of(
+            parts.clock.now(),
+            self.deadline_at,
+            None if deadline is None else deadline.monotonic_at,
+            self.metadata,
+            new_id() if snapshot_id is None else text("snapshot_id", snapshot_id),
+        )
+        kind = "session" if lasting else "build"
+        noted = parts.tracing.begin(kind, context, self.trace)
+        if parts.report is not None:
+            parts.report.work_begun(kind, context.snapshot_id)
+        return UnitOfWork(self.engine, Work(context, deadline=deadline, trace=noted), lasting)
+
 
 def _own(metadata: Mapping[str, Any]) -> FrozenDict[str, Any]:
     return FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY
-
-
-def open_unit(
-    engine: Engine, terms: Terms, snapshot_id: str | None = None, *, lasting: bool = False
-) -> UnitOfWork:
-    """Begin a unit of work; `TypeError` or `ValueError` for a wrong id."""
-    engine.require_open()
-    if snapshot_id is not None:
-        text("snapshot_id", snapshot_id)
-    deadline = terms.deadline
-    context = context_of(
-        engine.parts.clock.now(),
-        terms.deadline_at,
-        None if deadline is None else deadline.monotonic_at,
-        terms.metadata,
-        new_id() if snapshot_id is None else snapshot_id,
-    )
-    kind = "session" if lasting else "build"
-    noted = engine.parts.tracing.begin(kind, context, terms.trace)
-    if engine.parts.report is not None:
-        engine.parts.report.work_begun(kind, context.snapshot_id)
-    return UnitOfWork(engine, Work(context, deadline=deadline, trace=noted), lasting=lasting)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 from coalestra.core.acceptance import violations_of
 from coalestra.core.errors import (
@@ -100,8 +100,32 @@ def result_of(
 # Many at once ------------------------------------------------------------------------------------
 
 
+K = TypeVar("K")
+P = ParamSpec("P")
+
 Requests = Mapping[Any, SnapshotRequest] | Sequence[SnapshotRequest]
 Results = Mapping[Any, RequestResult] | tuple[RequestResult, ...]
+
+
+class Several(Protocol[P]):
+    """What takes requests by name, or in order, and returns the results in the same form."""
+
+    @overload
+    async def __call__(
+        self, requests: Mapping[K, SnapshotRequest], *args: P.args, **kwargs: P.kwargs
+    ) -> Mapping[K, RequestResult]: ...
+
+    @overload
+    async def __call__(
+        self, requests: Sequence[SnapshotRequest], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[RequestResult, ...]: ...
+
+
+def in_same_form(
+    method: Callable[Concatenate[Any, Requests, P], Awaitable[Results]],
+) -> Several[P]:
+    """Tell type checkers that the results of a method have the form of the requests."""
+    return cast("Several[P]", method)
 
 
 def named(requests: Requests) -> Mapping[Any, SnapshotRequest]:
