@@ -137,9 +137,8 @@ _OMITTED = object()
 """Stands for a key that a batch source left out of its answer."""
 
 
-@types.coroutine
-def _in_context(link: Link, awaitable: Any, run: Callable[..., Any]) -> Generator[Any, Any, Any]:
-    """Await what a source returned, each step of it by the `run` of its call's context."""
+def _first_step(link: Link, awaitable: Any) -> tuple[Any, Any]:
+    """Begin what a source returned: return it with what it waits for, or None with its answer."""
     steps = awaitable
     if type(steps) is not types.CoroutineType:
         if not inspect.isawaitable(awaitable):
@@ -147,10 +146,18 @@ def _in_context(link: Link, awaitable: Any, run: Callable[..., Any]) -> Generato
                 f"source {link.name!r} returned {type(awaitable).__qualname__} where an awaitable "
                 "is needed; make the method async, or use a callable adapter"
             )
-        steps = run(_steps_of, awaitable)
-    send = getattr(steps, "send", None) or (lambda _nothing: next(steps))
+        steps = getattr(awaitable, "__await__", lambda: awaitable)()
     try:
-        item = run(send, None)
+        return steps, _sender(steps)(None)
+    except StopIteration as stop:
+        return None, stop.value
+
+
+@types.coroutine
+def _further_steps(steps: Any, item: Any, run: Callable[..., Any]) -> Generator[Any, Any, Any]:
+    """Await what a source has begun, each step by the `run` of its call's context."""
+    send = _sender(steps)
+    try:
         while True:
             try:
                 sent = yield item
@@ -162,9 +169,8 @@ def _in_context(link: Link, awaitable: Any, run: Callable[..., Any]) -> Generato
         return stop.value
 
 
-def _steps_of(awaitable: Any) -> Any:
-    steps = getattr(awaitable, "__await__", None)
-    return awaitable if steps is None else steps()
+def _sender(steps: Any) -> Callable[[Any], Any]:
+    return getattr(steps, "send", None) or (lambda _nothing: next(steps))
 
 
 def _thrown_into(steps: Any, error: BaseException) -> Any:
@@ -217,30 +223,18 @@ class Attempt:
     the loop's clock, whoever waits; `late` is until when it may go on past the cutoff.
     """
 
-    __slots__ = (
-        "_bound",
-        "_call",
-        "_cut",
-        "_inputs",
-        "_late",
-        "_worker",
-        "began",
-        "over",
-        "stage",
-        "ticks",
-    )
+    stage: Progress = Progress.PREPARING
+    over: bool = False
+    began: float = math.nan
+    ticks: float = math.nan
+    _cut: CutOff | None = None
+    _bound: float = math.inf
+    _late: float = -math.inf
+    _inputs: tuple[Any, ...] = ()
 
     def __init__(self, call: Call, worker: Worker) -> None:
         self._call = call
         self._worker = worker
-        self._cut: CutOff | None = None
-        self._bound = math.inf
-        self._late = -math.inf
-        self._inputs: tuple[Any, ...] = ()
-        self.stage: Progress = Progress.PREPARING
-        self.over: bool = False
-        self.began: float = math.nan
-        self.ticks: float = math.nan
 
     async def run(self) -> None:
         """Make the attempt; return when the source has really ended."""
@@ -422,19 +416,18 @@ class Attempt:
         self.ticks = self._call.parts.clock.monotonic()
         self.stage = Progress.RUNNING
         timeout = link.timeout_seconds
-        bound = math.inf if timeout is None else self.began + timeout
+        self._bound = math.inf
+        if timeout is not None:
+            self._bound = self.began + timeout
+            if self._call.policy.finish_late:
+                self._late = self._bound
         run = self._call.work.variables.copy().run
         self._call.report_start(run)
-        self._bound = bound
-        if self._call.policy.finish_late and timeout is not None:
-            self._late = bound
-        end = self._end()
         try:
-            if end is None:
-                answer = await _in_context(link, run(self._invoke), run)
-            else:
-                with CutOff(end, self._expire) as self._cut:
-                    answer = await _in_context(link, run(self._invoke), run)
+            steps, answer = run(self._begin)
+            if steps is not None:  # it waits for something, so it takes watching
+                with CutOff(self._end(), self._expire) as self._cut:
+                    answer = await _further_steps(steps, answer, run)
         except CutOffExpired:
             return None
         except BaseException as error:
@@ -452,15 +445,17 @@ class Attempt:
             self._watch_transport("completed_late")
         return (answer,)
 
-    def _invoke(self) -> Any:
+    def _begin(self) -> tuple[Any, Any]:
+        """Call the source, and take its first step."""
         current_call.set(self._call)
         link, context, flights = self._call.link, self._call.work.context, self._call.flights
         if link.kind is _BATCH:
-            return link.source.fetch_many(tuple([flight.key for flight in flights]), context)
+            keys = tuple([flight.key for flight in flights])
+            return _first_step(link, link.source.fetch_many(keys, context))
         (flight,) = flights
         if link.kind is _DERIVED:
-            return link.source.derive(flight.key, *self._inputs, context)
-        return link.source.fetch(flight.key, context)
+            return _first_step(link, link.source.derive(flight.key, *self._inputs, context))
+        return _first_step(link, link.source.fetch(flight.key, context))
 
     def _fail(self, error: BaseException) -> None:
         if self.over:
@@ -529,31 +524,21 @@ class Call:
     answered with something fresh.
     """
 
-    __slots__ = (
-        "_answered",
-        "_asked",
-        "_attempt",
-        "_failure",
-        "_groups",
-        "_interest",
-        "_lane",
-        "_over",
-        "_retry",
-        "_turn",
-        "_unusable",
-        "answered_at",
-        "attempts",
-        "cutoff",
-        "dispatch",
-        "parts",
-        "flights",
-        "fresh",
-        "latency_ms",
-        "link",
-        "log",
-        "policy",
-        "work",
-    )
+    policy: SourceResiliencePolicy = _UNDECIDED
+    attempts: int = 0
+    answered_at: float = math.nan
+    latency_ms: float = math.nan
+    log: CallLog | None = None
+    _interest: Interest | None = None
+    _attempt: Attempt | None = None
+    _retry: asyncio.TimerHandle | None = None
+    _answered: bool = False
+    _failure: SourceFailure | None = None
+    _unusable: SourceFailure | None = None
+    _over: bool = False
+    _asked: Sequence[Flight] = ()
+    _groups: dict[CircuitIdentity, tuple[int, list[Flight]]] | None = None
+    _turn: int = 0
 
     def __init__(self, lane: Lane, flights: Iterable[Flight]) -> None:
         self._lane = lane
@@ -563,19 +548,6 @@ class Call:
         self.parts: Parts = lane.dispatch.parts
         self.flights: dict[Flight, None] = dict.fromkeys(flights)
         self.fresh: set[Flight] = set()
-        self.attempts: int = 0
-        self._interest: Interest | None = None
-        self.policy: SourceResiliencePolicy = _UNDECIDED
-        self._attempt: Attempt | None = None
-        self._retry: asyncio.TimerHandle | None = None
-        self._answered: bool = False
-        self._failure: SourceFailure | None = None
-        self._unusable: SourceFailure | None = None
-        self._over: bool = False
-        self._asked: Sequence[Flight] = ()
-        self._groups: dict[CircuitIdentity, tuple[int, list[Flight]]] | None = None
-        self._turn: int = 0
-        self.log: CallLog | None = None
         self.cutoff: float = Flight.join_call(self.flights, self)
 
     @property
@@ -1278,15 +1250,14 @@ def _tell_loop(error: BaseException, what: str = "the end of a call failed") -> 
 class Worker:
     """A task that works off the queue of a lane. `gone`: the lane has stopped counting on it."""
 
-    __slots__ = ("_lane", "_requests", "call", "closing", "gone", "task")
+    task: asyncio.Task[Any] | None = None
+    call: Call | None = None
+    closing: bool = False
+    gone: bool = False
+    _requests: OwnCancellation | None = None
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._requests: OwnCancellation | None = None
-        self.task: asyncio.Task[Any] | None = None
-        self.call: Call | None = None
-        self.closing: bool = False
-        self.gone: bool = False
 
     @property
     def interrupted(self) -> bool:

@@ -50,7 +50,6 @@ from coalestra.core.values import Revision
 from coalestra.observability.reports import Reporter
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import (
-    NO_DEMAND,
     NO_PINS,
     Demand,
     Failed,
@@ -130,21 +129,10 @@ class Work:
     struck by its deadline, nothing is started in its name any more.
     """
 
-    __slots__ = (
-        "context",
-        "deadline",
-        "flushing",
-        "lanes",
-        "over",
-        "planning",
-        "ready",
-        "record",
-        "stages",
-        "timer",
-        "trace",
-        "variables",
-        "view",
-    )
+    timer: asyncio.TimerHandle | None = None
+    planning: int = 0
+    flushing: bool = False
+    over: bool = False
 
     def __init__(
         self,
@@ -165,10 +153,6 @@ class Work:
         self.lanes: dict[int, Intake] = {}
         self.ready: dict[int, list[Any]] = {}
         self.stages: dict[Gather, None] = {}
-        self.timer: asyncio.TimerHandle | None = None
-        self.planning: int = 0
-        self.flushing: bool = False
-        self.over: bool = False
 
     @property
     def cutoff(self) -> float:
@@ -281,85 +265,43 @@ class Flight:
     `absent_until` is until when it may be remembered, in monotonic seconds, that there is none.
     """
 
-    __slots__ = (
-        "absent_until",
-        "began",
-        "cacheable",
-        "cached",
-        "call",
-        "candidate",
-        "cutoff",
-        "cycle",
-        "dated",
-        "event",
-        "failures",
-        "forced",
-        "gather",
-        "joinable",
-        "key",
-        "lane",
-        "lease",
-        "link",
-        "linked",
-        "log",
-        "missed",
-        "nesting",
-        "offered",
-        "phase",
-        "pins",
-        "policy",
-        "position",
-        "settlement",
-        "since",
-        "sponsor",
-        "stored",
-        "urgent",
-        "waiters",
-    )
+    position: int = 0
+    phase: Phase = _CHOOSING
+    link: Link | None = None
+    failures: tuple[SourceFailure, ...] = ()
+    cycle: tuple[ResourceKey, ...] | None = None
+    cached: Revision | None = None
+    candidate: Revision | None = None
+    event: Revision | None = None
+    offered: Revision | None = None
+    dated: bool = False
+    cacheable: bool = True
+    began: int = 0
+    missed: bool = False
+    joinable: bool = False
+    linked: bool = False
+    gather: Gather | None = None
+    call: Call | None = None
+    lane: Intake | None = None
+    settlement: Settlement | None = None
+    urgent: bool = False
+    nesting: bool = False
+    stored: bool = False
+    lease: Lease | None = None
+    log: FlightLog | None = None
+    cutoff: float = -math.inf
+    absent_until: float = math.inf
+    forced: bool = False
+    pins: Pins | None = None
 
     def __init__(
-        self,
-        key: ResourceKey,
-        policy: FreshnessPolicy,
-        sponsor: Work,
-        *,
-        forced: bool = False,
-        pins: Pins | None = None,
-        since: int = 0,
+        self, key: ResourceKey, policy: FreshnessPolicy, sponsor: Work, since: int = 0
     ) -> None:
         self.key: ResourceKey = key
         self.policy: FreshnessPolicy = policy
         self.sponsor: Work = sponsor
-        self.forced: bool = forced
-        self.pins: Pins | None = pins
-        self.waiters: dict[Gather, bool] = {}
-        self.cutoff: float = -math.inf
-        self.phase: Phase = _CHOOSING
-        self.position: int = 0
-        self.link: Link | None = None
-        self.failures: tuple[SourceFailure, ...] = ()
-        self.cycle: tuple[ResourceKey, ...] | None = None
-        self.cached: Revision | None = None
-        self.candidate: Revision | None = None
-        self.event: Revision | None = None
-        self.offered: Revision | None = None
-        self.dated: bool = False
-        self.cacheable: bool = True
-        self.began: int = 0
-        self.missed: bool = False
-        self.joinable: bool = False
-        self.linked: bool = False
-        self.gather: Gather | None = None
-        self.call: Call | None = None
-        self.lane: Intake | None = None
-        self.settlement: Settlement | None = None
-        self.urgent: bool = False
-        self.nesting: bool = False
-        self.stored: bool = False
         self.since: int = since
-        self.lease: Lease | None = None
-        self.log: FlightLog | None = None
-        self.absent_until: float = math.inf
+        self.waiters: dict[Gather, bool] = {}
 
     # Phases: nobody but these, and `take_off`, writes `phase` or what depends on it ------------
 
@@ -493,28 +435,17 @@ class Read:
     instead of a value, for the flight that follows.
     """
 
-    __slots__ = (
-        "cached",
-        "flight",
-        "group",
-        "key",
-        "lease",
-        "policy",
-        "rounds",
-        "unlike",
-        "waiters",
-    )
+    flight: Flight | None = None
+    rounds: int = 0
+    unlike: str | None = None
+    cached: Revision | None = None
+    lease: Lease | None = None
 
     def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: ReadGroup) -> None:
         self.key: ResourceKey = key
         self.policy: FreshnessPolicy = policy
         self.group: ReadGroup = group
         self.waiters: dict[Gather, None] = {}
-        self.flight: Flight | None = None
-        self.rounds: int = 0
-        self.unlike: str | None = None
-        self.cached: Revision | None = None
-        self.lease: Lease | None = None
 
     def __repr__(self) -> str:
         return f"<Read {self.key.display} waiters={len(self.waiters)}>"
@@ -532,31 +463,18 @@ class Gather:
     long. With `renews`, what is stale or due is waited for, as a refresh inherits its freshness.
     """
 
-    __slots__ = (
-        "done",
-        "failures",
-        "forced",
-        "holds",
-        "keys",
-        "logs",
-        "open",
-        "owner",
-        "pending",
-        "agreed",
-        "base",
-        "pins",
-        "private",
-        "readings",
-        "refresh",
-        "renews",
-        "rounds",
-        "span",
-        "strike",
-        "struck",
-        "urgent",
-        "within",
-        "work",
-    )
+    forced: frozenset[ResourceKey] = frozenset()
+    private: frozenset[ResourceKey] = frozenset()
+    refresh: bool = False
+    renews: bool = False
+    within: Call | None = None
+    logs: Mapping[ResourceKey, KeyLog] = EMPTY
+    span: Any = None
+    open: bool = False
+    holds: bool = False
+    struck: bool = False
+    rounds: int = 0
+    agreed: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -571,24 +489,13 @@ class Gather:
         self.keys: dict[ResourceKey, None] = dict.fromkeys(keys)
         self.base: Pins = pins
         self.pins: Pins = pins
-        insisted = NO_DEMAND if demand is None else demand
-        self.forced: frozenset[ResourceKey] = insisted.forced
-        self.private: frozenset[ResourceKey] = insisted.private
-        self.refresh: bool = insisted.refresh
+        if demand is not None:
+            self.forced, self.private, self.refresh = demand.forced, demand.private, demand.refresh
         self.owner: Flight | None = owner
-        self.renews: bool = False
         self.urgent: bool = owner is not None and owner.urgent
-        self.within: Call | None = None
-        self.logs: Mapping[ResourceKey, KeyLog] = EMPTY
-        self.span: Any = None
         self.readings: dict[ResourceKey, Reading] = {}
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[Flight | Read, None] = {}
-        self.open: bool = False
-        self.holds: bool = False
-        self.struck: bool = False
-        self.rounds: int = 0
-        self.agreed: tuple[int, int] | None = None
         self.done: Callable[[Gather], None] = nobody
         self.strike: Callable[[], None] = nothing
 

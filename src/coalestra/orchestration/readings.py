@@ -184,10 +184,6 @@ class Demand:
         )
 
 
-NO_DEMAND = Demand()
-"""Any usable value will do."""
-
-
 class Pins(dict[ResourceKey, Reading]):
     """The readings that a unit of work, or one derivation, must stay consistent with.
 

@@ -505,8 +505,11 @@ class SingleFlight:
             self.refresher.outdate((key,))
             flight = None
         if flight is None:
-            flight = Flight(key, policy, gather.work, forced=forced, since=self._news)
-            flight.cached = cached
+            flight = Flight(key, policy, gather.work, self._news)
+            if forced:
+                flight.forced = True
+            if cached is not None:
+                flight.cached = cached
             self.board.start(gather, flight)
             try:
                 self._proceed(flight)
@@ -530,9 +533,9 @@ class SingleFlight:
         if known is not None:
             self.board.join(gather, known)
             return
-        forced = key in gather.forced
-        flight = Flight(key, policy, gather.work, forced=forced, pins=gather.pins, since=self._news)
-        flight.cacheable = forced
+        flight = Flight(key, policy, gather.work, self._news)
+        flight.pins = gather.pins
+        flight.cacheable = flight.forced = key in gather.forced
         gather.pins.private[key] = flight
         self.board.set_aside(flight)
         self.board.join(gather, flight)
