@@ -82,7 +82,6 @@ from coalestra.core.values import Revision, SourcePayload, next_number, next_ver
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import (
     Flight,
-    Intake,
     Interest,
     Phase,
     Work,
@@ -1311,15 +1310,15 @@ class Lane:
         self.limit: int = limit
         policy = policy_of_all(dispatch.parts.authority)
         self.rank: int | None = None if policy is None else policy.rank_for(link.name)
-        self._queue: deque[Call | Sequence[Flight]] = deque()
+        self._queue: deque[Call | Flight | list[Flight]] = deque()
         self._workers = 0
         self._busy = 0
         self._hurried = 0
 
-    def add(self, flights: Sequence[Flight]) -> None:
+    def add(self, flights: list[Flight]) -> None:
         """Queue calls for the flights: for a batch source in chunks of its size, else one each."""
         if self.link.kind is not _BATCH:
-            self._queue.extend(zip(flights, strict=True))
+            self._queue.extend(flights)
         else:
             size = self.link.max_batch_size or len(flights)
             if len(flights) > size:
@@ -1336,7 +1335,8 @@ class Lane:
     def hurry(self, flight: Flight) -> None:
         """Make the call of a queued flight next, by a worker more than there may be."""
         for queued in self._queue:
-            if queued is flight.call or (not isinstance(queued, Call) and flight in queued):
+            waits = flight in queued if isinstance(queued, list) else queued is flight
+            if waits or queued is flight.call:
                 self._queue.remove(queued)
                 self._queue.appendleft(queued)
                 self._hurried += 1
@@ -1406,9 +1406,9 @@ class Lane:
         flights = self._still_here(queued)
         return Call(self, flights) if flights else None
 
-    def _still_here(self, queued: Iterable[Flight]) -> list[Flight]:
-        link = self.link
-        return [f for f in queued if f.phase is _CALLING and f.call is None and f.link is link]
+    def _still_here(self, queued: Flight | list[Flight]) -> list[Flight]:
+        link, flights = self.link, queued if isinstance(queued, list) else (queued,)
+        return [f for f in flights if f.phase is _CALLING and f.call is None and f.link is link]
 
     def _ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
         """See to what a worker leaves behind, however it ended, and even if it never began."""
@@ -1565,7 +1565,7 @@ class Dispatch:
                 for flight in waiting:
                     self.refused(flight, failure, "failure")
 
-    def _lane(self, work: Work, index: int) -> Intake:
+    def _lane(self, work: Work, index: int) -> Lane:
         lane = work.lanes.get(index)
         if lane is None:
             parts = self.parts

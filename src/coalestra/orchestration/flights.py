@@ -27,8 +27,8 @@ import contextvars
 import enum
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from coalestra.concurrency.deadline import Deadline
 from coalestra.concurrency.waits_for import WaitsFor
@@ -61,7 +61,10 @@ from coalestra.orchestration.readings import (
     hold,
 )
 from coalestra.orchestration.sources import Link
-from coalestra.orchestration.tracing import CallLog, FlightLog, KeyLog, WorkTrace
+from coalestra.orchestration.tracing import FlightLog, KeyLog, WorkTrace
+
+if TYPE_CHECKING:
+    from coalestra.orchestration.calls import Call, Lane
 
 
 class Phase(enum.Enum):
@@ -112,16 +115,6 @@ class Interest:
 # One unit of work: what every stage of a build, a session or a refresh shares --------------------
 
 
-class Intake(Protocol):
-    """Where keys that are ready for one source are handed in."""
-
-    def add(self, flights: Sequence[Any]) -> None:
-        """Take flights that are ready for a call."""
-
-    def hurry(self, flight: Any) -> None:
-        """Make the call of a queued flight next."""
-
-
 class Work:
     """The context, deadline, counters and lanes that the stages of one unit of work share.
 
@@ -150,8 +143,8 @@ class Work:
         self.variables: contextvars.Context = (
             contextvars.copy_context() if variables is None else variables
         )
-        self.lanes: dict[int, Intake] = {}
-        self.ready: dict[int, list[Any]] = {}
+        self.lanes: dict[int, Lane] = {}
+        self.ready: dict[int, list[Flight]] = {}
         self.stages: dict[Gather, None] = {}
 
     @property
@@ -196,53 +189,6 @@ class Work:
 # Flights and those who wait for them -------------------------------------------------------------
 
 
-class Call(Protocol):
-    """The call to a source that a flight takes part in, as far as a flight cares."""
-
-    attempts: int
-    """How many attempts have been made so far."""
-
-    def note(self) -> CallLog:
-        """Return what is noted of the call from now on, for traces."""
-
-    @property
-    def doing(self) -> str:
-        """What the call is at, to be put behind a sentence; empty for what goes without saying."""
-
-    @property
-    def running_seconds(self) -> float | None:
-        """How long its source has been running, on the builder's clock; None if it is not."""
-
-    @property
-    def standing(self) -> str:
-        """Where the call stands, in a few words."""
-
-    def extend(self, cutoff: float) -> None:
-        """Learn that a flight of the call is wanted until `cutoff`, on the loop's clock."""
-
-    def unwanted(self) -> None:
-        """Learn that nobody waits for one of the flights any more."""
-
-    def hurry(self) -> None:
-        """Learn that a call under way waits for this one: it must not wait for that one's slot."""
-
-    @property
-    def work(self) -> Work:
-        """The unit of work that the call is made for."""
-
-    @property
-    def parts(self) -> Parts:
-        """What belongs to the builder that makes the call."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop | None:
-        """The event loop that an attempt of the call is under way on."""
-
-    @property
-    def keys_under_way(self) -> Collection[Flight]:
-        """The flights that are not settled yet, none if the call is over."""
-
-
 current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
     "coalestra_current_call", default=None
 )
@@ -282,7 +228,7 @@ class Flight:
     linked: bool = False
     gather: Gather | None = None
     call: Call | None = None
-    lane: Intake | None = None
+    lane: Lane | None = None
     settlement: Settlement | None = None
     urgent: bool = False
     nesting: bool = False
@@ -320,7 +266,7 @@ class Flight:
         self.phase = _READY
 
     @staticmethod
-    def queue(flights: Iterable[Flight], lane: Intake) -> None:
+    def queue(flights: Iterable[Flight], lane: Lane) -> None:
         """Let flights wait in a lane for a worker that calls the source."""
         for flight in flights:
             flight.phase = _CALLING
