@@ -75,11 +75,12 @@ async def test_who_leaves_before_his_keys_were_looked_for_starts_nothing(
 ) -> None:
     """His turn comes late, as others have many keys to be looked for before his."""
     monkeypatch.setattr(singleflight, "SLICE_SECONDS", -1.0)
-    source = Batch("many", *"abcdex")
+    names = "abcdefghijklmnopqrstuvw"
+    source = Batch("many", *names, "x")
     building = builder(source)
     others = [
-        asyncio.ensure_future(building.build([key(name, str(n)) for n in range(1_000)]))
-        for name in "abcde"
+        asyncio.ensure_future(building.build([key(name, str(n)) for n in range(256)]))
+        for name in names
     ]
     await asyncio.sleep(0)
     leaving = asyncio.ensure_future(building.build([X]))
@@ -87,7 +88,7 @@ async def test_who_leaves_before_his_keys_were_looked_for_starts_nothing(
     leaving.cancel()
     await asyncio.wait([leaving, *others])
     assert leaving.cancelled()
-    assert sum(len(asked) for asked in source.calls) == 5_000
+    assert sum(len(asked) for asked in source.calls) == len(names) * 256
     await no_leaks(building)
 
 

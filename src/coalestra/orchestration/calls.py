@@ -538,6 +538,7 @@ class Call:
     _asked: Sequence[Flight] = ()
     _groups: dict[CircuitIdentity, tuple[int, list[Flight]]] | None = None
     _turn: int = 0
+    _slow: list[tuple[Flight, Any]] | None = None
 
     def __init__(self, lane: Lane, flights: Iterable[Flight]) -> None:
         self._lane = lane
@@ -675,7 +676,7 @@ class Call:
                 self.policy = self.parts.resilience.resolve(
                     self.link.name, declared=self.link.declared_resilience
                 )
-                if len(self.parts.breaker):
+                if self.parts.breaker.circuits:
                     await self._pass_open_circuits()
             if self.flights:
                 await attempt.run()
@@ -822,7 +823,7 @@ class Call:
             return False
         breaker = self.parts.breaker
         self._turn, self._asked = breaker.turn, tuple(self.flights)
-        return len(breaker) > 0
+        return bool(breaker.circuits)
 
     async def enter_circuits(self) -> None:
         """Ask the circuits that are not at rest, and refuse the keys that they keep out."""
@@ -879,7 +880,7 @@ class Call:
         """Whether telling the circuits of success would change nothing."""
         if not self._asked:
             return True
-        if self._groups is not None or len(self.parts.breaker):
+        if self._groups is not None or self.parts.breaker.circuits:
             return False
         whole = self.policy.circuit.scope is CircuitScope.SOURCE
         return bool(self.fresh) if whole else len(self.fresh) == len(self._asked)
@@ -918,8 +919,12 @@ class Call:
         if self.link.kind is _BATCH:
             self._count_batch_end("success")
         self.answered_at = parts.clock.now()
-        if len(values) > 1 or not self._hand_over(flights[0], values[0]):
-            await self._hand_over_all(attempt, flights, values)
+        if len(values) > 1 or values[0] is _OMITTED:
+            await self._hand_over_all(flights, values)
+        else:
+            self._hand_over(flights[0], values[0])
+        if self._slow is not None:
+            await self._copy_in_threads(attempt, self._slow)
         if self._over:
             return
         if self.flights:
@@ -936,51 +941,45 @@ class Call:
             self.dispatch.hold(self.work)
             self._work_off(self._tell_circuits(_FAILURE))
 
-    async def _hand_over_all(
-        self, attempt: Attempt, flights: Sequence[Flight], values: Sequence[Any]
-    ) -> None:
-        pairs = zip(flights, values, strict=True)
-        omitted = [flight for flight, value in pairs if value is _OMITTED]
-        pace = self.parts.pace
+    async def _hand_over_all(self, flights: Sequence[Flight], values: Sequence[Any]) -> None:
+        """Hand over many values, after readers of the memory cache see all of them in one step."""
+        pace, left = self.parts.pace, PORTION
         pace.begin()
-        if omitted:
-            await self._refuse_omitted(omitted)
-        left = PORTION
-        slow: list[tuple[Flight, Any]] = []
-        ready: list[tuple[Flight, Revision, bool]] = []
+        if any(value is _OMITTED for value in values):
+            await self._refuse_omitted(flights, values)
+        ready: list[tuple[Flight, Revision]] = []
         self.dispatch.hold(self.work)  # what is refused goes on together
         try:
             for flight, value in zip(flights, values, strict=True):
-                made = self._made(flight, value)
-                if made is None:
-                    slow.append((flight, value))
-                elif made:
-                    ready.append((flight, *made))
-                    left -= made[0].seal.weight
+                revision = self._made(flight, value)
+                if revision is not None:
+                    ready.append((flight, revision))
+                    left -= revision.seal.weight
                 left -= 1
                 if left <= 0:
                     left = PORTION
                     await pace.keep()
         finally:
             self.dispatch.release(self.work)
-        self._store_together(ready)
-        for flight, revision, dated in ready:
-            self._deliver(flight, revision, dated)
+        if self.parts.access.store is not None:
+            self.work.record.cache_batch_writes += 1
+            self.dispatch.store([each for each in ready if each[0].call is self])
+        for flight, revision in ready:
+            self._deliver(flight, revision)
             left -= _HANDING_OVER
             if left <= 0:
                 left = PORTION
                 await pace.keep()
-        if slow:
-            await self._copy_in_threads(attempt, slow)
 
-    async def _refuse_omitted(self, flights: Sequence[Flight]) -> None:
+    async def _refuse_omitted(self, flights: Sequence[Flight], values: Sequence[Any]) -> None:
         """Let the keys that were left out go on, together, to where they are served next."""
         error = SourceUnavailableError(f"source {self.link.name!r} left the key out of its answer")
         self.dispatch.hold(self.work)
         try:
-            for flight in flights:
-                self.refuse(flight, error, "failure")
-                await self.parts.pace.keep()
+            for flight, value in zip(flights, values, strict=True):
+                if value is _OMITTED:
+                    self.refuse(flight, error, "failure")
+                    await self.parts.pace.keep()
         finally:
             self.dispatch.release(self.work)
 
@@ -1039,31 +1038,18 @@ class Call:
         self._unusable = self._failure_of(error)
         self.refuse(flight, error, "invalid_timestamp" if future else "failure")
 
-    def _store_together(self, ready: Sequence[tuple[Flight, Revision, bool]]) -> None:
-        """Let readers of the memory cache see the values of one answer in one step."""
-        if len(ready) > 1 and self.parts.access.store is not None:
-            self.work.record.cache_batch_writes += 1
-            self.dispatch.store(
-                [(flight, revision) for flight, revision, _ in ready if flight.call is self]
-            )
+    def _hand_over(self, flight: Flight, value: Any, sealed: Sealed | None = None) -> None:
+        """Report one value, unless sealing it takes a thread."""
+        revision = self._made(flight, value, sealed)
+        if revision is not None:
+            self._deliver(flight, revision)
 
-    def _hand_over(self, flight: Flight, value: Any, sealed: Sealed | None = None) -> bool:
-        """Report one value; False if sealing it takes a thread. Then call again with the seal."""
-        made = self._made(flight, value, sealed)
-        if made:
-            self._deliver(flight, *made)
-        return made is not None
+    def _made(self, flight: Flight, value: Any, sealed: Sealed | None = None) -> Revision | None:
+        """Return what one value has become; None if that is of no use, or not to be had yet.
 
-    def _made(
-        self, flight: Flight, value: Any, sealed: Sealed | None = None
-    ) -> tuple[Revision, bool] | tuple[()] | None:
-        """Return what one value has become, and whether it is dated; nothing if it is of no use.
-
-        None says that sealing it takes a thread. Then call again with the seal.
+        What it takes a thread to seal is put with the `_slow` ones, to be made with its seal.
         """
-        if flight.call is not self:
-            return ()
-        if value is _OMITTED:
+        if flight.call is not self or value is _OMITTED:
             return None
         dated = False
         try:
@@ -1078,31 +1064,29 @@ class Call:
                         metadata = {**metadata, "clock_skew_seconds": skew}
             if isinstance(payload, ResourceAbsent) or payload is ResourceAbsent:
                 self._refuse_absent(flight, payload)
-                return ()
+                return None
             stale = self.answered_at - observed_at > flight.policy.ttl_seconds
             if not stale:
                 self.fresh.add(flight)
             if sealed is None:
                 sealed = self.parts.copies.seal_now(payload, context=self.link.context)
                 if sealed is None:
+                    self._slow = self._slow or []
+                    self._slow.append((flight, value))
                     return None
             revision = self._revision(flight, sealed, metadata, observed_at, dated=dated)
         except BaseException as error:
             self._refuse_value(flight, error)
-            return ()
-        if stale:
-            self._refuse_stale(flight, revision)
-            return ()
-        return revision, dated
+            return None
+        if not stale:
+            return revision
+        self._refuse_stale(flight, revision)
+        return None
 
-    def _deliver(self, flight: Flight, revision: Revision, dated: bool) -> None:
-        if flight.call is not self:
-            return
-        del self.flights[flight]
-        try:
-            self.dispatch.delivered(flight, revision, dated)
-        except BaseException as error:
-            self.dispatch.refused(flight, self._failure_of(error), "failure")
+    def _deliver(self, flight: Flight, revision: Revision) -> None:
+        if flight.call is self:
+            del self.flights[flight]
+            self.dispatch.delivered(flight, revision)
 
     def _accepted_skew(self, key: ResourceKey, observed_at: float) -> float:
         try:
@@ -1455,19 +1439,19 @@ class Dispatch:
         self,
         parts: Parts,
         refused: Callable[[Flight, SourceFailure, str], None],
-        delivered: Callable[[Flight, Revision, bool], None],
+        delivered: Callable[[Flight, Revision], None],
         store: Callable[[Sequence[tuple[Flight, Revision]]], None],
     ) -> None:
         """Report here what becomes of keys.
 
         `refused` is told that a source failed for a key, and with which status; `delivered` takes a
-        fresh value, and whether its source said when it was observed. `store` lets readers of the
-        memory cache see several values before they are delivered.
+        fresh value. `store` lets readers of the memory cache see several values before they are
+        delivered.
         """
         self.parts: Parts = parts
         self.deliveries: Deliveries = Deliveries(parts)
         self.refused: Callable[[Flight, SourceFailure, str], None] = refused
-        self.delivered: Callable[[Flight, Revision, bool], None] = delivered
+        self.delivered: Callable[[Flight, Revision], None] = delivered
         self.store: Callable[[Sequence[tuple[Flight, Revision]]], None] = store
         self.workers: set[asyncio.Task[Any]] = set()
         self.tasks: set[asyncio.Task[Any]] = set()

@@ -12,7 +12,7 @@ choosing   --                      `wait_for`, `be_ready`; end of the chain     
 gathering  `gather`                `be_ready`: all there; `choose`: something failed it ends
 ready      `link`                  `queue`, at the end of the step                   it ends
 calling    `lane`, then `call`     `offer`: a value; `choose`: the source failed     see `Call`
-writing    `offered`, `dated`      being stored, superseded, or not to be stored     it goes on
+writing    `offered`               being stored, superseded, or not to be stored     it goes on
 settled    `settlement`            --                                                --
 =========  ======================  ================================================  ============
 
@@ -196,12 +196,15 @@ current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
 waits on behalf of that call."""
 
 
+_NOBODY: dict[Gather, bool] = {}
+
+
 class Flight:
     """The one flight that acquires a key; any number of gathers wait for it.
 
     `cutoff` is the latest deadline any waiter ever had. `cacheable` turns false when the key is
     invalidated under way; `event` is what was published for it meanwhile. `offered` is the value
-    on its way to the cache, `dated` if its source said when. `pins` is set for a private
+    on its way to the cache. `pins` is set for a private
     derivation, which serves one unit of work alone and is never joined by others. `missed` says
     that the cache had nothing of use for the key, `joinable` that newcomers find the flight on the
     board, `linked` that it waits for other flights, or others wait for it. `since` is how much news
@@ -220,7 +223,6 @@ class Flight:
     candidate: Revision | None = None
     event: Revision | None = None
     offered: Revision | None = None
-    dated: bool = False
     cacheable: bool = True
     began: int = 0
     missed: bool = False
@@ -239,6 +241,7 @@ class Flight:
     absent_until: float = math.inf
     forced: bool = False
     pins: Pins | None = None
+    _shares_waiters: bool = True
 
     def __init__(
         self, key: ResourceKey, policy: FreshnessPolicy, sponsor: Work, since: int = 0
@@ -247,7 +250,7 @@ class Flight:
         self.policy: FreshnessPolicy = policy
         self.sponsor: Work = sponsor
         self.since: int = since
-        self.waiters: dict[Gather, bool] = {}
+        self.waiters: dict[Gather, bool] = _NOBODY
 
     # Phases: nobody but these, and `take_off`, writes `phase` or what depends on it ------------
 
@@ -294,12 +297,23 @@ class Flight:
         if known is None or known.observed_at < revision.observed_at:
             self.candidate = revision
 
-    def offer(self, revision: Revision, dated: bool) -> None:
+    def offer(self, revision: Revision) -> None:
         """Have a value that is on its way to the cache."""
         self.phase = _WRITING
         self.call = None
         self.offered = revision
-        self.dated = dated
+
+    def wait(self, gather: Gather, joined: bool) -> None:
+        """Let `gather` wait for the flight; `joined` if another unit of work had started it."""
+        if self._shares_waiters:
+            self.waiters, self._shares_waiters = self.waiters.copy(), False
+        self.waiters[gather] = joined
+
+    def leave(self, gather: Gather) -> None:
+        """Let `gather` wait no longer."""
+        if self._shares_waiters:
+            self.waiters, self._shares_waiters = self.waiters.copy(), False
+        self.waiters.pop(gather, None)
 
     def note(self) -> FlightLog:
         """Return what is noted of the flight from now on, for the trace of one who waits for it."""
@@ -406,7 +420,8 @@ class Gather:
     is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces;
     `span` is that of the stage, if a tracer follows it.
     It is `open` while its keys are being looked for, and `holds` back the calls of its work for as
-    long. With `renews`, what is stale or due is waited for, as a refresh inherits its freshness.
+    long; `alone` stands then for the waiters of each flight that it starts, until others join.
+    With `renews`, what is stale or due is waited for, as a refresh inherits its freshness.
     """
 
     forced: frozenset[ResourceKey] = frozenset()
@@ -421,6 +436,7 @@ class Gather:
     struck: bool = False
     rounds: int = 0
     agreed: tuple[int, int] | None = None
+    alone: dict[Gather, bool] | None = None
 
     def __init__(
         self,
@@ -553,7 +569,10 @@ class FlightBoard:
         key = flight.key
         self.flights[key] = flight
         flight.joinable = True
-        flight.waiters[gather] = False
+        if gather.alone is None:
+            flight.wait(gather, joined=False)
+        else:
+            flight.waiters = gather.alone
         gather.pending[flight] = None
         unlimited = gather.owner is None and gather.work.deadline is None
         flight.cutoff = math.inf if unlimited else gather.cutoff
@@ -574,7 +593,7 @@ class FlightBoard:
             if self._report is not None:
                 mine, its = gather.work.context, flight.sponsor.context
                 self._report.flight_joined(flight.key, mine.snapshot_id, its.snapshot_id)
-        flight.waiters[gather] = joined
+        flight.wait(gather, joined)
         gather.pending[flight] = None
         if gather.work.trace is not None:
             gather.trace_flight(flight, joined=joined)
@@ -645,7 +664,7 @@ class FlightBoard:
     def leave(self, gather: Gather, flight: Flight) -> None:
         """Let `gather` wait no longer."""
         gather.pending.pop(flight, None)
-        flight.waiters.pop(gather, None)
+        flight.leave(gather)
         waiter = gather.within if gather.owner is None else gather.owner
         if waiter is not None and flight.linked:
             self._waits.remove(waiter, flight)
@@ -704,7 +723,7 @@ class FlightBoard:
         self.deriving.pop(flight, None)
         flight.phase, flight.settlement = _SETTLED, settlement
         flight.gather = flight.call = None
-        waiters, flight.waiters = flight.waiters, {}
+        waiters, flight.waiters = flight.waiters, _NOBODY
         return waiters
 
     def __repr__(self) -> str:

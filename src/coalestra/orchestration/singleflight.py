@@ -98,6 +98,9 @@ _GRACE_SECONDS = 0.25
 _SETTLED = Phase.SETTLED
 _WRITING = Phase.WRITING
 
+Wanted = tuple[ResourceKey, FreshnessPolicy, Revision | None]
+"""A key that has to be acquired, its policy, and what the cache has of it, which may stand in."""
+
 Subject = Flight | Gather
 """What a step is about, and what is settled if the step fails."""
 
@@ -208,7 +211,12 @@ class SingleFlight:
 
     def broken(self, subject: Subject, error: BaseException) -> None:
         """Settle what a step was about that failed: nobody waits for ever for an error of ours."""
-        self._report_broken(subject, error)
+        try:
+            self._report_broken(subject, error)
+        finally:
+            self._settle_broken(subject, error)
+
+    def _settle_broken(self, subject: Subject, error: BaseException) -> None:
         if isinstance(subject, Flight):
             self.settle(subject, Failed(Failure.of_error(subject.key, error)))
             return
@@ -235,6 +243,7 @@ class SingleFlight:
     def look(self, gather: Gather) -> None:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
         gather.open = gather.holds = True
+        gather.alone = {gather: False}
         self.hold(gather.work)
         if gather.work.trace is not None:
             self.note(gather)
@@ -282,7 +291,7 @@ class SingleFlight:
         """
         common: FreshnessPolicy | None = policy_of_all(self.parts.policies)
         for part in _portions(keys, _KEYS_AT_ONCE):
-            missed: list[tuple[ResourceKey, FreshnessPolicy, Revision | None]] = []
+            missed: list[Wanted] = []
             now, near = self.parts.clock.now(), self.parts.access.near
             for key in part:
                 policy = self._policy(gather, key) if common is None else common
@@ -291,12 +300,13 @@ class SingleFlight:
                 revision = None if near is None else near.find(key, now, policy)
                 if revision is None or not self._serve(gather, policy, revision, now):
                     missed.append((key, policy, revision))
-            for number, (key, policy, revision) in enumerate(missed, 1):
+            for wanted in _portions(missed, _KEYS_PER_STEP):
                 if self._store is None:
-                    self._ask_cache(gather, key, policy)
+                    for key, policy, _ in wanted:
+                        self._ask_cache(gather, key, policy)
                 else:
-                    self._missed(gather, key, policy, revision)
-                if not number % _KEYS_PER_STEP:
+                    self._missed(gather, wanted)
+                if len(wanted) == _KEYS_PER_STEP:
                     yield
                     if not gather.open:
                         break
@@ -308,6 +318,7 @@ class SingleFlight:
 
     def _looked(self, gather: Gather) -> None:
         gather.open = gather.holds = False
+        gather.alone = None
         self.release(gather.work)
         self._check(gather)
 
@@ -342,7 +353,7 @@ class SingleFlight:
             elif self._leases:
                 self.reads.ask_for_lease(gather, key, policy, None)
             else:
-                self._acquire(gather, key, policy)
+                self._acquire(gather, ((key, policy, None),))
         elif gather.refresh:
             self._renew(gather, key, policy)
         else:
@@ -352,7 +363,7 @@ class SingleFlight:
             if self._store is None:
                 self._ask_cache(gather, key, policy)
             else:
-                self._missed(gather, key, policy, revision)
+                self._missed(gather, ((key, policy, revision),))
 
     def _refresh(self, revision: Revision, mode: RefreshMode, work: Work) -> dict[str, Any]:
         """Schedule a refresh of a revision, unless one is under way; return what to say of it."""
@@ -367,7 +378,7 @@ class SingleFlight:
         if self._leases:
             self.reads.ask_for_lease(gather, key, policy, self._renewed.pop(key, None))
         else:
-            self._acquire(gather, key, policy)
+            self._acquire(gather, ((key, policy, None),))
 
     def _serve(
         self, gather: Gather, policy: FreshnessPolicy, revision: Revision, now: float
@@ -410,28 +421,34 @@ class SingleFlight:
             return Obtained.STALE
         return Obtained.CACHE if self.parts.access.near is self._store else Obtained.NEAR_CACHE
 
-    def _missed(
-        self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy, cached: Revision | None
-    ) -> None:
-        absent = self._known_absent(key) if self._absent else None
-        if absent is not None:
-            gather.failures[key] = absent
-            gather.work.record.cache_hits += 1
-            if self.parts.report is not None:
-                self.parts.report.cache_access(key, "absent")
-            if gather.work.trace is not None:
-                gather.work.trace.handed(gather.logs.get(key), key)
-            return
-        gather.work.record.cache_misses += 1
+    def _missed(self, gather: Gather, wanted: Collection[Wanted]) -> None:
+        """Acquire what the cache has nothing of use of, unless there is known to be none."""
+        if self._absent:
+            wanted = [each for each in wanted if not self._is_absent(gather, each[0])]
+        gather.work.record.cache_misses += len(wanted)
         if self.parts.report is not None:
-            self.parts.report.cache_access(key, "miss")
-        self._acquire(gather, key, policy, cached)
+            for key, _, _ in wanted:
+                self.parts.report.cache_access(key, "miss")
+        self._acquire(gather, wanted)
+
+    def _is_absent(self, gather: Gather, key: ResourceKey) -> bool:
+        """Let a key fail for `gather` that is known to be absent."""
+        absent = self._known_absent(key)
+        if absent is None:
+            return False
+        gather.failures[key] = absent
+        gather.work.record.cache_hits += 1
+        if self.parts.report is not None:
+            self.parts.report.cache_access(key, "absent")
+        if gather.work.trace is not None:
+            gather.work.trace.handed(gather.logs.get(key), key)
+        return True
 
     def _ask_cache(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Read a cache that has to be awaited, unless a flight has done so in vain."""
         flight = self._joinable(key)
         if flight is not None and flight.missed:
-            self._missed(gather, key, policy, None)
+            self._missed(gather, ((key, policy, None),))
             return
         read = self.reads.ask(gather, key, policy)
         if flight is not None:
@@ -454,7 +471,7 @@ class SingleFlight:
         flight = read.flight
         settlement = None if flight is None else flight.settlement
         if read.group.forced:
-            self._acquire(gather, key, read.policy)
+            self._acquire(gather, ((key, read.policy, None),))
             self._pass_lease(read)
         elif read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
             self.reads.ask(gather, key, read.policy).rounds = read.rounds + 1
@@ -467,7 +484,7 @@ class SingleFlight:
                 gather.logs[key].flies(flight.note(), joined=flight.sponsor is not gather.work)
             self._hand(gather, flight, settlement, joined=True)
         else:
-            self._missed(gather, key, read.policy, revision)
+            self._missed(gather, ((key, read.policy, revision),))
             flight = self.board.flights.get(key)
             if flight is not None:
                 flight.missed = True
@@ -488,44 +505,44 @@ class SingleFlight:
             return None
         return flight
 
-    def _acquire(
-        self,
-        gather: Gather,
-        key: ResourceKey,
-        policy: FreshnessPolicy,
-        cached: Revision | None = None,
-    ) -> None:
-        """Let `gather` wait for the flight of `key`; start one if there is none to join."""
+    def _acquire(self, gather: Gather, wanted: Collection[Wanted]) -> None:
+        """Let `gather` wait for the flights of keys; start those that there are none to join of."""
+        flights, forced, begun = self.board.flights, gather.forced, []
+        for key, policy, cached in wanted:
+            flight = flights.get(key)
+            if flight is not None and self._join(gather, flight, cached):
+                continue
+            flight = Flight(key, policy, gather.work, self._news)
+            if cached is not None:
+                flight.cached = cached
+            if forced and key in forced:
+                flight.forced = True
+            self.board.start(gather, flight)
+            begun.append(flight)
+        self._proceed(begun)
+        if self._store is None:
+            for key, _, _ in wanted:
+                read = self.reads.find(key)
+                if read is not None:
+                    read.flight = flights.get(key)
+
+    def _join(self, gather: Gather, flight: Flight, cached: Revision | None) -> bool:
+        """Let `gather` wait for a flight under way, unless that may bring what is too old."""
+        if self._news > flight.since and self._is_behind(flight):
+            return False
+        key = flight.key
         forced = bool(gather.forced) and key in gather.forced
-        flight = self.board.flights.get(key)
-        if flight is not None:
-            flight = self._joinable(key)
-        if flight is not None and forced and not _serves_forced(flight, gather):
+        if forced and not _serves_forced(flight, gather):
             self.board.hide(flight, cacheable=False)
             self.refresher.outdate((key,))
-            flight = None
-        if flight is None:
-            flight = Flight(key, policy, gather.work, self._news)
-            if forced:
-                flight.forced = True
-            if cached is not None:
-                flight.cached = cached
-            self.board.start(gather, flight)
-            try:
-                self._proceed(flight)
-            except BaseException as error:
-                self.broken(flight, error)
-        else:
-            if cached is not None:
-                flight.cached = cached
-            flight.forced = flight.forced or forced
-            self.board.join(gather, flight)
-            if gather.urgent:
-                self._hurry(flight)
-        if self._store is None:
-            read = self.reads.find(key)
-            if read is not None:
-                read.flight = self.board.flights.get(key)
+            return False
+        if cached is not None:
+            flight.cached = cached
+        flight.forced = flight.forced or forced
+        self.board.join(gather, flight)
+        if gather.urgent:
+            self._hurry(flight)
+        return True
 
     def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
@@ -604,29 +621,36 @@ class SingleFlight:
         if flight.waiters:
             flight.choose()
             self.board.deriving.pop(flight, None)
-            self._proceed(flight)
+            self._proceed((flight,))
             return
         ending = Failure.of_sources(flight.key, flight.failures)
         if ending.absent and self._next_link(flight) is None:
             self._keep_absence(flight, ending)  # said too late for whoever asked
         self._drop(flight)
 
-    def _proceed(self, flight: Flight) -> None:
-        """Send a flight on to the next source of its chain; settle it if there is none."""
-        over = flight.cutoff != math.inf and flight.cutoff <= asyncio.get_running_loop().time()
-        link = None if over else self._next_link(flight)
-        if link is not None and link.kind is SourceKind.DERIVED:
-            self._derive(flight, link)
-        elif link is not None:
-            self.dispatch.ready(flight)
-        else:
-            failure = late(flight.key, flight.sponsor.deadline, flight) if over else None
-            ending = after_failures(flight, failure, self.parts)
-            if isinstance(ending, Failed) and ending.stale is not None:
-                self._keep_candidate(flight, ending.stale)
-            elif isinstance(ending, Failed) and ending.failure.absent:
-                self._keep_absence(flight, ending.failure)
-            self.settle(flight, ending)
+    def _proceed(self, flights: Iterable[Flight]) -> None:
+        """Send flights on to the next source of their chains; settle those that have none."""
+        now = asyncio.get_running_loop().time()
+        for flight in flights:
+            try:
+                link = None if flight.cutoff <= now else self._next_link(flight)
+                if link is None:
+                    self._end_of_chain(flight, over=flight.cutoff <= now)
+                elif link.kind is SourceKind.DERIVED:
+                    self._derive(flight, link)
+                else:
+                    self.dispatch.ready(flight)
+            except BaseException as error:
+                self.broken(flight, error)
+
+    def _end_of_chain(self, flight: Flight, over: bool) -> None:
+        failure = late(flight.key, flight.sponsor.deadline, flight) if over else None
+        ending = after_failures(flight, failure, self.parts)
+        if isinstance(ending, Failed) and ending.stale is not None:
+            self._keep_candidate(flight, ending.stale)
+        elif isinstance(ending, Failed) and ending.failure.absent:
+            self._keep_absence(flight, ending.failure)
+        self.settle(flight, ending)
 
     def _next_link(self, flight: Flight) -> Link | None:
         chains = self.parts.chains
@@ -761,30 +785,28 @@ class SingleFlight:
 
     # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
 
-    def delivered(self, flight: Flight, revision: Revision, dated: bool) -> None:
-        """Take a fresh value of a flight; `dated` if its source said when it was observed."""
+    def delivered(self, flight: Flight, revision: Revision) -> None:
+        """Take a fresh value of a flight."""
         try:
-            flight.offer(revision, dated)
-            link, report = flight.link, self.parts.report
-            if report is not None and link is not None:
+            report, key = self.parts.report, flight.key
+            if report is not None and flight.link is not None:
                 snapshot_id = flight.sponsor.context.snapshot_id
-                report.resource_resolved(revision, link.kind.value, snapshot_id)
+                report.resource_resolved(revision, flight.link.kind.value, snapshot_id)
             if self._news > flight.since:
                 self._is_behind(flight)
             if self.refresher.failing:
-                self.refresher.failing.pop(flight.key, None)
+                self.refresher.failing.pop(key, None)
             if self._absent:
-                self._absent.pop(flight.key, None)
-            if self._publishing and flight.key in self._publishing:
-                self._held_back.setdefault(flight.key, []).append(flight)
+                self._absent.pop(key, None)
+            if self._publishing and key in self._publishing:
+                flight.offer(revision)
+                self._held_back.setdefault(key, []).append(flight)
                 if flight.log is not None:
                     flight.log.waits.begin(WaitReason.PUBLICATION)
-            elif self._store is not None and flight.cacheable and flight.event is None:
-                if flight.stored:
-                    self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
-                else:
-                    self._put(self._store, flight, revision)
+            elif flight.stored and flight.cacheable and flight.event is None:
+                self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
             else:
+                flight.offer(revision)
                 self._offer(flight)
         except BaseException as error:
             self.broken(flight, error)
@@ -818,25 +840,26 @@ class SingleFlight:
                 flight.log.waits.begin(WaitReason.STORE)
             self.writes.add(flight)
         else:
-            self._put(self._store, flight, flight.offered)
-
-    def _put(self, store: EntryStore, flight: Flight, revision: Revision) -> None:
-        now = self.parts.clock.now()
-        status, current, _ = store.put(revision, now=now, replace_equal=flight.forced, teller=self)
-        self.settle(flight, after_write(flight, status, current, self.parts))
+            status, current, _ = self._store.put(
+                flight.offered,
+                now=self.parts.clock.now(),
+                replace_equal=flight.forced,
+                teller=self,
+            )
+            self._written(flight, status, current)
 
     def _fit(self, flight: Flight) -> bool:
         """Whether the value of a flight may be written; if not, the flight ends without that."""
-        if flight.offered is None or flight.phase is _SETTLED:
+        offered, event = flight.offered, flight.event
+        if offered is None or flight.phase is _SETTLED:
             return False
-        event = flight.event
-        if not flight.cacheable or (event is not None and not flight.dated):
-            self.settle(flight, instead_of_event(flight, flight.offered, self.parts))
+        if not flight.cacheable or (event is not None and not offered.dated):
+            self.settle(flight, instead_of_event(flight, offered, self.parts))
             return False
         if event is None:
             return True
         # The event counts even if the cache has had to make room and holds it no longer.
-        status = decide(flight.offered, event, replace_equal=flight.forced)
+        status = decide(offered, event, replace_equal=flight.forced)
         if status is CacheWriteStatus.STORED:
             return True
         held = None if self._store is None else self._store.peek(flight.key)
@@ -844,7 +867,10 @@ class SingleFlight:
         return False
 
     def _written(self, flight: Flight, status: CacheWriteStatus, current: Revision) -> None:
-        if flight.phase is not _SETTLED:
+        """End a flight with what was written, or with what its value has lost to."""
+        if status is CacheWriteStatus.STORED and flight.phase is not _SETTLED:
+            self.settle(flight, Reading(current, flight.policy.ttl_seconds))
+        elif flight.phase is not _SETTLED:
             self.settle(flight, after_write(flight, status, current, self.parts))
 
     def _keep_candidate(self, flight: Flight, stale: Reading) -> None:
@@ -904,9 +930,12 @@ class SingleFlight:
         gather.pending.pop(flight, None)
         key = flight.key
         try:
-            reading = gather.receive(key, settlement, joined)
-            if reading is not None and reading.fallback is not None:
-                self._report_fallback(gather, key, reading, reading.fallback)
+            if joined or gather.forced or type(settlement) is not Reading:
+                reading = gather.receive(key, settlement, joined)
+                if reading is not None and reading.fallback is not None:
+                    self._report_fallback(gather, key, reading, reading.fallback)
+            else:
+                gather.readings[key] = settlement
         except BaseException as error:
             if key not in gather.readings:
                 gather.failures[key] = Failure.of_error(key, error)

@@ -312,20 +312,20 @@ class CircuitBreaker:
         self.max_circuits: int = MAX_CIRCUITS
         self.turn: int = 0
         # Plain, least used first, as other threads can copy these in one step.
-        self._circuits: dict[CircuitIdentity, Circuit] = {}
+        self.circuits: dict[CircuitIdentity, Circuit] = {}
         self._recovered: OrderedDict[CircuitIdentity, int] = OrderedDict()
         self._admitted: WeakKeyDictionary[Any, dict[CircuitIdentity, int]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         """Count the circuits that are not at rest."""
-        return len(self._circuits)
+        return len(self.circuits)
 
     def __bool__(self) -> bool:
         return True
 
     def __repr__(self) -> str:
         now = self.clock.monotonic()
-        states = [circuit.state(now).value for circuit in self._circuits.values()]
+        states = [circuit.state(now).value for circuit in self.circuits.values()]
         counts = " ".join(f"{state}={states.count(state)}" for state in sorted(set(states)))
         return f"<{type(self).__name__} {counts or 'all at rest'}>"
 
@@ -358,7 +358,7 @@ class CircuitBreaker:
         self, identity: CircuitIdentity, policy: CircuitBreakerPolicy
     ) -> CircuitOpenError | None:
         """Return the error of a call that would be refused now, else None; changes nothing."""
-        circuit = self._circuits.get(identity) if self._circuits and policy.enabled else None
+        circuit = self.circuits.get(identity) if self.circuits and policy.enabled else None
         if circuit is None or not circuit.refuses(now := self.clock.monotonic()):
             return None
         if circuit.probing:
@@ -381,7 +381,7 @@ class CircuitBreaker:
         refused = self.refusal(identity, policy)
         if refused is not None:
             raise refused
-        circuit = self._circuits.get(identity) if policy.enabled else None
+        circuit = self.circuits.get(identity) if policy.enabled else None
         if circuit is not None:
             self._use(identity)
             self.turn += circuit.admit(self.clock.monotonic(), self.turn + 1)
@@ -398,7 +398,7 @@ class CircuitBreaker:
 
         Without one the call counts as admitted now.
         """
-        circuit = self._circuits.get(identity) if policy.enabled else None
+        circuit = self.circuits.get(identity) if policy.enabled else None
         if circuit is None:
             if outcome is not Outcome.FAILURE or not policy.enabled:
                 return
@@ -406,7 +406,7 @@ class CircuitBreaker:
             if turn is not None and turn < since:
                 return
             self._make_room()
-            circuit = self._circuits[identity] = Circuit(since)
+            circuit = self.circuits[identity] = Circuit(since)
         elif turn is not None and turn < circuit.turn:
             return
         elif outcome is Outcome.FAILURE:
@@ -416,10 +416,10 @@ class CircuitBreaker:
             self._put_to_rest(identity, circuit.turn)
 
     def _use(self, identity: CircuitIdentity) -> None:
-        self._circuits[identity] = self._circuits.pop(identity)
+        self.circuits[identity] = self.circuits.pop(identity)
 
     def _put_to_rest(self, identity: CircuitIdentity, turn: int) -> None:
-        del self._circuits[identity]
+        del self.circuits[identity]
         if turn:
             self._recovered[identity] = turn
             if len(self._recovered) > _MAX_RECOVERED:
@@ -427,15 +427,15 @@ class CircuitBreaker:
 
     def _make_room(self) -> None:
         """Forget the circuit unused for longest; one with a probe under way only if all have."""
-        if len(self._circuits) >= self.max_circuits:
-            idle = (identity for identity, circuit in self._circuits.items() if not circuit.probing)
-            del self._circuits[next(idle, next(iter(self._circuits)))]
+        if len(self.circuits) >= self.max_circuits:
+            idle = (identity for identity, circuit in self.circuits.items() if not circuit.probing)
+            del self.circuits[next(idle, next(iter(self.circuits)))]
 
     def counted(self) -> dict[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of all circuits by source, scope and state, naming no part of it."""
         groups: dict[CircuitIdentity, CircuitSnapshot] = {}
         now = self.clock.monotonic()
-        for identity, circuit in self._circuits.copy().items():  # in one step, for any thread
+        for identity, circuit in self.circuits.copy().items():  # in one step, for any thread
             view = circuit.view(now)
             if identity.scope is not CircuitScope.SOURCE:
                 identity = CircuitIdentity(identity.source, identity.scope, view.state.value)
@@ -454,7 +454,7 @@ class CircuitBreaker:
     ) -> CircuitState:
         """Return the state of a circuit now."""
         identity, _ = self._resolve(source, key, policy)
-        circuit = self._circuits.get(identity)
+        circuit = self.circuits.get(identity)
         return _CLOSED if circuit is None else circuit.state(self.clock.monotonic())
 
     async def before_call(
@@ -538,7 +538,7 @@ class CircuitBreaker:
         if key is not None and source is None:
             raise ValueError("source must be given together with key, got None; name the source")
         one = None if source is None or key is None else self._resolve(source, key, policy)[0]
-        for identity in tuple(self._circuits):
+        for identity in tuple(self.circuits):
             if identity == one if one is not None else source in (None, identity.source):
                 self.turn += 1
                 self._put_to_rest(identity, self.turn)
@@ -546,7 +546,7 @@ class CircuitBreaker:
     async def snapshot(self) -> Mapping[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of every circuit that has failures or is not closed, by its name."""
         now = self.clock.monotonic()
-        return MappingProxyType({name: each.view(now) for name, each in self._circuits.items()})
+        return MappingProxyType({name: each.view(now) for name, each in self.circuits.items()})
 
     def _record(
         self,
