@@ -57,6 +57,17 @@ class Module:
                 found += [(node.lineno, module, alias.name) for alias in node.names]
         return tuple(found)
 
+    @cached_property
+    def for_types_only(self) -> frozenset[int]:
+        """The lines that only a type checker reads."""
+        return frozenset(
+            line
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+            for each in node.body
+            for line in range(each.lineno, (each.end_lineno or each.lineno) + 1)
+        )
+
     def definitions(self) -> Iterator[Definition]:
         """Every class and function, at any depth."""
         for node in ast.walk(self.tree):

@@ -162,7 +162,9 @@ def test_the_wheel_offers_exactly_what_the_manifest_says(clean_python: Path) -> 
         {"SnapshotBuilder": partial(SnapshotBuilder, require_source_timeout_declarations=False)},
         {"ERROR_DIAGNOSTICS_SCHEMA_VERSION": 2},
     ],
-    ids=str,
+    ids=lambda changed: "_".join(
+        [*changed, *getattr(changed.get("SnapshotBuilder"), "keywords", "")]
+    ),
 )
 def test_a_package_that_breaks_a_promise_is_noticed(changed: dict[str, Any]) -> None:
     exported = {name: getattr(coalestra, name) for name in PUBLIC}

@@ -868,9 +868,7 @@ class SingleFlight:
 
     def _written(self, flight: Flight, status: CacheWriteStatus, current: Revision) -> None:
         """End a flight with what was written, or with what its value has lost to."""
-        if status is CacheWriteStatus.STORED and flight.phase is not _SETTLED:
-            self.settle(flight, Reading(current, flight.policy.ttl_seconds))
-        elif flight.phase is not _SETTLED:
+        if flight.phase is not _SETTLED:
             self.settle(flight, after_write(flight, status, current, self.parts))
 
     def _keep_candidate(self, flight: Flight, stale: Reading) -> None:
