@@ -232,6 +232,16 @@ def test_a_copied_error_keeps_the_context_it_was_raised_in() -> None:
     assert not twin.__suppress_context__
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from 3.11 on")
+def test_a_note_on_a_copy_of_an_error_is_on_that_copy_alone() -> None:
+    error = SourceUnavailableError("down")
+    error.add_note("raised in fetch")
+    one, other = copy.copy(error), copy.copy(error)
+    one.add_note("while request 7 was served")
+    assert one.__notes__ == ["raised in fetch", "while request 7 was served"]
+    assert other.__notes__ == error.__notes__ == ["raised in fetch"]
+
+
 def test_a_note_travels_with_a_pickled_error() -> None:
     error = SourceUnavailableError("down")
     error.hint = "call again"  # type: ignore[attr-defined]

@@ -44,6 +44,8 @@ class CoalestraError(Exception):
     def __copy__(self: E) -> E:
         twin = _without_facts(type(self), self.args)
         twin.__dict__.update(self.__dict__)
+        if notes := self.__dict__.get("__notes__"):  # one added to a copy is that copy's alone
+            twin.__dict__["__notes__"] = list(notes)
         twin.__cause__ = self.__cause__
         twin.__context__ = self.__context__
         twin.__suppress_context__ = self.__suppress_context__
@@ -183,7 +185,11 @@ def _place_text(place: _Place) -> str:
 def told(error: BaseException) -> str:
     """Return an error that has lost its frames in one line: its type, its text, and its place."""
     place = [_place_text(place) for place in getattr(error, _NOTED, ())[-1:]]
-    return ", ".join([f"{type_name(error)}({folded_message(message_of(error))})", *place])
+    return ", ".join([_named(error), *place])
+
+
+def _named(error: BaseException) -> str:
+    return f"{type_name(error)}({folded_message(message_of(error))})"
 
 
 def _chained(error: BaseException) -> tuple[object, ...]:
@@ -484,7 +490,7 @@ def described(errors: Mapping[ResourceKey, Exception]) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, ResourceResolutionError):
         return error.format_failures()
-    return f"{type(error).__name__}({folded_message(message_of(error))})"
+    return _named(error)
 
 
 def serialized_error(
@@ -495,7 +501,7 @@ def serialized_error(
     return {
         "schema": ERROR_DIAGNOSTICS_SCHEMA,
         "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-        "error_type": type(error).__name__,
+        "error_type": type_name(error),
         "resource": key.display,
         "message": folded_message(message_of(error), max_message_length),
         "failures": [
