@@ -12,7 +12,7 @@ import reprlib
 from binascii import crc32
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, TypeVar, cast
 
 from coalestra.core.frozen import EMPTY
 
@@ -74,104 +74,67 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def refusal(name: str, rule: str, value: object, remedy: str = "") -> str:
+def refusal(name: str, rule: str, value: object, remedy: str = "", kind: str = "") -> str:
     """Return the sentence of an error: what ``name`` must be, what it was, and what to do."""
-    sentence = f"{name} must be {rule}, got {shown(value)}"
+    sentence = f"{name} must be {rule}, got {shown(value)}{kind}"
     return f"{sentence}; {remedy}" if remedy else sentence
 
 
 def wrong_type(name: str, rule: str, value: object, remedy: str = "") -> TypeError:
     """Return the error for a value of another type; the message names that type too."""
-    kind = type(value).__name__
-    sentence = f"{name} must be {rule}, got {shown(value)} of type {kind}"
-    return TypeError(f"{sentence}; {remedy}" if remedy else sentence)
-
-
-@overload
-def number(
-    name: str,
-    value: object,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    optional: Literal[False] = False,
-) -> float: ...
-
-
-@overload
-def number(
-    name: str,
-    value: object,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    optional: bool,
-) -> float | None: ...
+    return TypeError(refusal(name, rule, value, remedy, f" of type {type(value).__name__}"))
 
 
 def number(
     name: str,
-    value: object,
+    value: T,
     *,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
     optional: bool = False,
-) -> float | None:
+) -> T:
     """Return a finite int or float within its bounds, or None if that is allowed.
 
     ``minimum`` and ``maximum`` are inclusive, ``above`` is not.
     """
     if value is None and optional:
-        return None
+        return value
+    given: Any = value
     if (
-        type(value) is float
-        and math.isfinite(value)
-        and not _outside(value, minimum, above, maximum)
+        type(given) is float
+        and math.isfinite(given)
+        and not _outside(given, minimum, above, maximum)
     ):
         return value  # the usual case, without the sentence for a refusal
     rule = _ranged("a finite number", minimum, above, maximum, optional)
-    checked = _real(name, rule, value)
-    if not _is_finite(checked) or _outside(checked, minimum, above, maximum):
-        raise ValueError(refusal(name, rule, value))
-    return checked
-
-
-def span(name: str, value: object) -> float:
-    """Return a length of time that is not negative but may be infinite."""
-    rule = _ranged("a number", 0, None, None, optional=False)
-    checked = _real(name, rule, value)
-    if not (checked == math.inf or (_is_finite(checked) and checked >= 0)):
-        raise ValueError(refusal(name, rule, value))
-    return checked
-
-
-@overload
-def integer(
-    name: str, value: object, *, minimum: int | None = None, optional: Literal[False] = False
-) -> int: ...
-
-
-@overload
-def integer(
-    name: str, value: object, *, minimum: int | None = None, optional: bool
-) -> int | None: ...
-
-
-def integer(
-    name: str, value: object, *, minimum: int | None = None, optional: bool = False
-) -> int | None:
-    """Return an int of at least ``minimum``, or None if that is allowed."""
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise wrong_type(name, _ranged("an integer", minimum, None, None, optional), value)
-    if minimum is not None and value < minimum:
-        rule = _ranged("an integer", minimum, None, None, optional)
+    if not _is_real(given):
+        raise wrong_type(name, rule, value)
+    if not _is_finite(given) or _outside(given, minimum, above, maximum):
         raise ValueError(refusal(name, rule, value))
     return value
+
+
+def span(name: str, value: T) -> T:
+    """Return a length of time that is not negative but may be infinite."""
+    rule, given = "a number of at least 0", cast(Any, value)
+    if not _is_real(given):
+        raise wrong_type(name, rule, value)
+    if given != math.inf and not (_is_finite(given) and given >= 0):
+        raise ValueError(refusal(name, rule, value))
+    return value
+
+
+def integer(name: str, value: T, *, minimum: int | None = None, optional: bool = False) -> T:
+    """Return an int of at least ``minimum``, or None if that is allowed."""
+    if value is None and optional:
+        return value
+    given: Any = value
+    whole = isinstance(given, int) and not isinstance(given, bool)
+    if whole and (minimum is None or given >= minimum):
+        return value
+    rule = _ranged("an integer", minimum, None, None, optional)
+    raise ValueError(refusal(name, rule, value)) if whole else wrong_type(name, rule, value)
 
 
 def flag(name: str, value: object) -> bool:
@@ -190,29 +153,13 @@ def text(name: str, value: object, *, empty: bool = False) -> str:
     return value
 
 
-@overload
-def instance(
-    name: str, value: object, kinds: type[T], *, optional: Literal[False] = False
-) -> T: ...
-
-
-@overload
-def instance(name: str, value: object, kinds: type[T], *, optional: bool) -> T | None: ...
-
-
-@overload
-def instance(
-    name: str, value: object, kinds: tuple[type[Any], ...], *, optional: bool = False
-) -> Any: ...
-
-
 def instance(
     name: str,
-    value: object,
+    value: T,
     kinds: type[Any] | tuple[type[Any], ...],
     *,
     optional: bool = False,
-) -> Any:
+) -> T:
     """Return an instance of ``kinds``, or None if that is allowed."""
     if isinstance(value, kinds) or (value is None and optional):
         return value
@@ -292,10 +239,8 @@ def choice(name: str, value: object, kind: type[E]) -> E:
     )
 
 
-def _real(name: str, rule: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise wrong_type(name, rule, value)
-    return value
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_finite(value: float) -> bool:
