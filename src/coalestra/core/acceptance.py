@@ -161,15 +161,12 @@ class SnapshotAcceptancePolicy:
             instance("requirements", requirement, SnapshotRequirement)
         object.__setattr__(self, "resource_rules", rules)
         object.__setattr__(self, "requirements", requirements)
-        if not self._constrains():
+        judging = (self.default_rule, *rules.values())
+        if not requirements and not any(rule.has_constraints for rule in judging):
             raise ValueError(
                 "acceptance policy must refuse something, got no constraint in default_rule, "
                 "resource_rules or requirements; leave the policy out instead"
             )
-
-    def _constrains(self) -> bool:
-        rules = (self.default_rule, *self.resource_rules.values())
-        return bool(self.requirements) or any(rule.has_constraints for rule in rules)
 
     @property
     def referenced_keys(self) -> frozenset[ResourceKey]:
@@ -192,6 +189,9 @@ class SnapshotAcceptanceReason(str, enum.Enum):
     RESTS_ON_STALE = "rests_on_stale"
     INSUFFICIENT_AUTHORITY = "insufficient_authority"
     REQUIREMENT_UNSATISFIED = "requirement_unsatisfied"
+
+
+_Reason = SnapshotAcceptanceReason
 
 
 @immutable
@@ -231,6 +231,15 @@ class SnapshotAcceptanceViolation:
     input_key: ResourceKey | None = None
 
 
+def _broken(
+    key: ResourceKey, reason: SnapshotAcceptanceReason, must: str, **facts: Any
+) -> SnapshotAcceptanceViolation:
+    """Return what is wrong with the value of one key, which is something that it must do or be."""
+    return SnapshotAcceptanceViolation(
+        reason, (key,), f"{key.display} must {must}", key=key, **facts
+    )
+
+
 # Judging a snapshot by an acceptance policy ------------------------------------------------------
 #
 # Laws:
@@ -240,9 +249,6 @@ class SnapshotAcceptanceViolation:
 # 3. An alternative that a requirement can do without is not reported for its sake.
 
 
-_Violations = tuple[SnapshotAcceptanceViolation, ...]
-
-
 def violations_of(
     policy: SnapshotAcceptancePolicy,
     request_required: Collection[ResourceKey],
@@ -250,7 +256,7 @@ def violations_of(
     snapshot: Mapping[ResourceKey, SnapshotValue[Any]],
     now: float,
     freshness: FreshnessPolicyProvider | None = None,
-) -> _Violations:
+) -> tuple[SnapshotAcceptanceViolation, ...]:
     """Return all that ``policy`` has against ``snapshot``: single values first, then requirements.
 
     ``now`` is wall-clock seconds since the epoch. With ``freshness``, a value that went stale since
@@ -317,57 +323,30 @@ class _Trial:
             return True
         return self.common is not None and not gone_stale(age, self.common.ttl_seconds)
 
-    def against(self, key: ResourceKey) -> _Violations:
+    def against(self, key: ResourceKey) -> list[SnapshotAcceptanceViolation]:
         """What speaks against the value of one key; nothing if it has none."""
         rule = self.policy.rule_for(key)
         value = self.values.get(key) if rule.has_constraints else None
         if value is None:
-            return ()
+            return []
+        broken = []
         age = max(0.0, value.age_seconds, self.now - value.observed_at)
-        oldest, lowest = rule.max_age_seconds, rule.minimum_authority_rank
-        if (  # as it is with most of many
-            (oldest is None or age <= oldest)
-            and (lowest is None or value.authority_rank >= lowest)
-            and (rule.allow_stale or not self._is_stale(value, age))
-            and (rule.judges_nothing_below or not any(self._broken_below(value, rule)))
-        ):
-            return ()
-        return tuple(self._broken(value, rule, age))
-
-    def _broken(
-        self, value: SnapshotValue[Any], rule: ResourceAcceptanceRule, age: float
-    ) -> Iterator[SnapshotAcceptanceViolation]:
-        key = value.key
+        most, lowest = rule.max_age_seconds, rule.minimum_authority_rank
         if not rule.allow_stale and self._is_stale(value, age):
-            yield SnapshotAcceptanceViolation(
-                SnapshotAcceptanceReason.STALE,
-                (key,),
-                f"{key.display} must be fresh, got a stale value observed {age:g} s ago",
-                key=key,
-                current_age_seconds=age,
-                stale=True,
-            )
-        if rule.max_age_seconds is not None and age > rule.max_age_seconds:
-            yield SnapshotAcceptanceViolation(
-                SnapshotAcceptanceReason.TOO_OLD,
-                (key,),
-                f"{key.display} must be at most {rule.max_age_seconds:g} s old, got {age:g} s",
-                key=key,
-                current_age_seconds=age,
-                max_age_seconds=rule.max_age_seconds,
-            )
-        yield from self._broken_below(value, rule)
-        lowest = rule.minimum_authority_rank
-        if lowest is not None and value.authority_rank < lowest:
-            yield SnapshotAcceptanceViolation(
-                SnapshotAcceptanceReason.INSUFFICIENT_AUTHORITY,
-                (key,),
-                f"{key.display} must have an authority rank of at least {lowest}, got "
-                f"{value.authority_rank} from source {value.source}",
-                key=key,
-                authority_rank=value.authority_rank,
-                minimum_authority_rank=lowest,
-            )
+            must = f"be fresh, got a stale value observed {age:g} s ago"
+            broken.append(_broken(key, _Reason.STALE, must, current_age_seconds=age, stale=True))
+        if most is not None and age > most:
+            must = f"be at most {most:g} s old, got {age:g} s"
+            ages = {"current_age_seconds": age, "max_age_seconds": most}
+            broken.append(_broken(key, _Reason.TOO_OLD, must, **ages))
+        if not rule.judges_nothing_below:
+            broken += self._broken_below(value, rule)
+        if lowest is not None and (rank := value.authority_rank) < lowest:
+            must = f"have an authority rank of at least {lowest}, got {rank} "
+            must += f"from source {value.source}"
+            ranks = {"authority_rank": rank, "minimum_authority_rank": lowest}
+            broken.append(_broken(key, _Reason.INSUFFICIENT_AUTHORITY, must, **ranks))
+        return broken
 
     def _broken_below(
         self, value: SnapshotValue[Any], rule: ResourceAcceptanceRule
@@ -377,16 +356,11 @@ class _Trial:
         ahead = value.observed_at - value.oldest_observed_at
         age = max(value.age_seconds + ahead, self.now - value.oldest_observed_at)
         if limit is not None and age > limit:
-            yield SnapshotAcceptanceViolation(
-                SnapshotAcceptanceReason.OLDEST_TOO_OLD,
-                (key,),
-                f"{key.display} must rest on nothing that is more than {limit:g} s old, got "
-                f"{value.oldest_key.display} observed {age:g} s ago",
-                key=key,
-                current_age_seconds=age,
-                max_age_seconds=limit,
-                input_key=value.oldest_key,
-            )
+            oldest = value.oldest_key
+            must = f"rest on nothing that is more than {limit:g} s old, got "
+            must += f"{oldest.display} observed {age:g} s ago"
+            ages = {"current_age_seconds": age, "max_age_seconds": limit}
+            yield _broken(key, _Reason.OLDEST_TOO_OLD, must, **ages, input_key=oldest)
         if rule.allow_resting_on_stale:
             return
         grounds = grounds_of(value.dependency_versions)
@@ -396,14 +370,8 @@ class _Trial:
             culprit = grounds.perishing
             stale = value.rests_on_stale or self.now > grounds.stale_at
         if stale:
-            yield SnapshotAcceptanceViolation(
-                SnapshotAcceptanceReason.RESTS_ON_STALE,
-                (key,),
-                f"{key.display} must rest on fresh values, got {culprit.display}, which is stale",
-                key=key,
-                stale=True,
-                input_key=culprit,
-            )
+            must = f"rest on fresh values, got {culprit.display}, which is stale"
+            yield _broken(key, _Reason.RESTS_ON_STALE, must, stale=True, input_key=culprit)
 
     def _is_stale(self, value: SnapshotValue[Any], age: float) -> bool:
         if value.stale or self.freshness is None:
@@ -430,7 +398,7 @@ class _Trial:
         name = requirement.name
         titled = f"requirement {name!r}" if name else "a requirement"
         yield SnapshotAcceptanceViolation(
-            SnapshotAcceptanceReason.REQUIREMENT_UNSATISFIED,
+            _Reason.REQUIREMENT_UNSATISFIED,
             requirement.keys,
             f"{titled} must have {requirement.minimum_count} acceptable of "
             f"{len(requirement.keys)} resources, got {accepted}",
