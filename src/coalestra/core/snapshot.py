@@ -146,26 +146,6 @@ class FetchContext:
         return concealed(self, "metadata")
 
 
-def context_of(
-    requested_at: float,
-    deadline_at: float | None,
-    deadline_monotonic: float | None,
-    metadata: FrozenDict[str, Any],
-    snapshot_id: str,
-) -> FetchContext:
-    """Return a `FetchContext` of arguments that are known to be good, without judging them."""
-    return filled(
-        FetchContext,
-        {
-            "requested_at": requested_at,
-            "deadline_at": deadline_at,
-            "deadline_monotonic": deadline_monotonic,
-            "metadata": metadata,
-            "snapshot_id": snapshot_id,
-        },
-    )
-
-
 # The result of a build or a session: values by key, and errors by key ----------------------------
 
 

@@ -180,19 +180,15 @@ class Dependencies(FrozenDict[ResourceKey, str]):
 
     __slots__ = ("grounds",)
 
-    grounds: Grounds
+    def __init__(self, versions: Mapping[ResourceKey, str], grounds: Grounds) -> None:
+        super().__init__(versions)
+        self.grounds = grounds
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Dependencies:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _dependencies, (dict(self), self.grounds)
-
-
-def _dependencies(versions: Mapping[ResourceKey, str], grounds: Grounds) -> Dependencies:
-    made = Dependencies(versions)
-    made.grounds = grounds
-    return made
+        return Dependencies, (dict(self), self.grounds)
 
 
 def grounds_of(versions: Mapping[ResourceKey, str]) -> Grounds | None:
@@ -236,7 +232,7 @@ def dependencies_on(
     if oldest is None or perishing is None:
         return EMPTY
     seen = (inherited_at, fresh_until) if inherits else (None, inf)
-    return _dependencies(versions, Grounds(oldest, oldest_at, perishing, stale_at, *seen))
+    return Dependencies(versions, Grounds(oldest, oldest_at, perishing, stale_at, *seen))
 
 
 class RefreshState(str, enum.Enum):
@@ -331,25 +327,24 @@ class SnapshotValue(Generic[T]):
         number("latency_ms", latency_ms)
         if version is None:
             version = next_version()
-        _write(
-            self,
-            (
-                key,
-                value,
-                source,
-                observed_at,
-                fetched_at,
-                age_seconds,
-                stale,
-                from_cache,
-                latency_ms,
-                attempts,
-                metadata,
-                authority_rank,
-                version,
-                dependency_versions,
-            ),
+        facts = (
+            key,
+            value,
+            source,
+            observed_at,
+            fetched_at,
+            age_seconds,
+            stale,
+            from_cache,
+            latency_ms,
+            attempts,
+            metadata,
+            authority_rank,
+            version,
+            dependency_versions,
         )
+        for write, fact in zip(_WRITE.values(), facts, strict=True):
+            write(self, fact)
 
     def __repr__(self) -> str:
         return concealed(self, "value", "metadata")
@@ -390,8 +385,9 @@ class SnapshotValue(Generic[T]):
     def oldest_key(self) -> ResourceKey:
         """Which resource that was: its own, unless something older lies below it."""
         grounds = grounds_of(self.dependency_versions)
-        below = grounds is not None and grounds.oldest_at <= self.observed_at
-        return grounds.oldest if grounds is not None and below else self.key
+        if grounds is None or grounds.oldest_at > self.observed_at:
+            return self.key
+        return grounds.oldest
 
     @property
     def rests_on_stale(self) -> bool:
@@ -461,20 +457,15 @@ class SnapshotValue(Generic[T]):
 
 
 _Draft = draft_of(SnapshotValue)
-_SLOTS: Any = tuple(getattr(SnapshotValue, each.name).__set__ for each in fields(SnapshotValue))
-
-
-_OBSERVED_AT = [each.name for each in fields(SnapshotValue)].index("observed_at")
-
-
-def _write(value: SnapshotValue[Any], facts: tuple[Any, ...]) -> None:
-    for write, fact in zip(_SLOTS, facts, strict=True):
-        write(value, fact)
+_WRITE: Any = {
+    each.name: getattr(SnapshotValue, each.name).__set__ for each in fields(SnapshotValue)
+}
+"""What writes a field of a value, past its being frozen."""
 
 
 def redated(value: SnapshotValue[T], observed_at: float) -> SnapshotValue[T]:
     """Give a value that nobody has seen yet another date, and return it."""
-    _SLOTS[_OBSERVED_AT](value, observed_at)
+    _WRITE["observed_at"](value, observed_at)
     return value
 
 
@@ -485,18 +476,12 @@ def redated(value: SnapshotValue[T], observed_at: float) -> SnapshotValue[T]:
 class Revision:
     """A sealed value with its provenance; equal to nothing but itself.
 
+    What has the name of an attribute of `SnapshotValue` is what that says.
+
     Attributes:
-        key: the resource.
         payload: the value in its sealed form; only ``seal`` knows how to open it.
         seal: how to open it.
-        source: the name of the source it came from.
-        observed_at, fetched_at: when it was true and when it was got, in wall-clock seconds.
-        latency_ms: how long getting it took.
-        attempts: how many calls that took; 0 if it was published.
         metadata: sealed too.
-        authority_rank: how much its source counts in the write order.
-        version: what tells this revision from every other one.
-        dependency_versions: the versions it was derived from, by key.
         dependencies: the very revisions it was derived from, where they are known.
         dated: whether its source or publisher said when it was true.
         began: the number of this process at which its reading began, or it was published; 0 if
@@ -547,7 +532,16 @@ class Revision:
         class of an object stops all of them.
         """
         if FREE_THREADED:
-            return self._written(payload, metadata, age_seconds, stale, from_cache)
+            made: SnapshotValue[Any] = object.__new__(SnapshotValue)
+            own: dict[str, Any] = {
+                "value": payload,
+                "metadata": metadata,
+                "age_seconds": age_seconds,
+            }
+            own |= {"stale": stale, "from_cache": from_cache}
+            for name, write in _WRITE.items():
+                write(made, own[name] if name in own else getattr(self, name))
+            return made
         draft: Any = _Draft()
         draft.key = self.key
         draft.value = payload
@@ -565,34 +559,6 @@ class Revision:
         draft.dependency_versions = self.dependency_versions
         draft.__class__ = SnapshotValue
         value: SnapshotValue[Any] = draft
-        return value
-
-    def _written(
-        self,
-        payload: Any,
-        metadata: FrozenDict[str, Any],
-        age_seconds: float,
-        stale: bool,
-        from_cache: bool,
-    ) -> SnapshotValue[Any]:
-        value: SnapshotValue[Any] = object.__new__(SnapshotValue)
-        facts = (
-            self.key,
-            payload,
-            self.source,
-            self.observed_at,
-            self.fetched_at,
-            age_seconds,
-            stale,
-            from_cache,
-            self.latency_ms,
-            self.attempts,
-            metadata,
-            self.authority_rank,
-            self.version,
-            self.dependency_versions,
-        )
-        _write(value, facts)
         return value
 
     def __repr__(self) -> str:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import Deadline
 from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
-from coalestra.core.frozen import EMPTY, FrozenDict, frozen
+from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotRequest
-from coalestra.core.snapshot import Snapshot, context_of, snapshot_of
+from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.validation import flag, instance, number, text
 from coalestra.core.values import SnapshotValue, new_id
 from coalestra.orchestration.flights import Gather, Work
@@ -331,13 +331,14 @@ class Terms(NamedTuple):
     def open(self, snapshot_id: str | None = None, *, lasting: bool = False) -> UnitOfWork:
         """Begin a unit of work; `TypeError` or `ValueError` for a wrong id."""
         parts, deadline = self.engine.parts, self.deadline
-        context = context_of(
-            parts.clock.now(),
-            self.deadline_at,
-            None if deadline is None else deadline.monotonic_at,
-            self.metadata,
-            new_id() if snapshot_id is None else text("snapshot_id", snapshot_id),
-        )
+        facts = {  # known to be good
+            "requested_at": parts.clock.now(),
+            "deadline_at": self.deadline_at,
+            "deadline_monotonic": None if deadline is None else deadline.monotonic_at,
+            "metadata": self.metadata,
+            "snapshot_id": new_id() if snapshot_id is None else text("snapshot_id", snapshot_id),
+        }
+        context = filled(FetchContext, facts)
         kind = "session" if lasting else "build"
         noted = parts.tracing.begin(kind, context, self.trace)
         if parts.report is not None:
