@@ -155,21 +155,24 @@ OFFLOADED: Final = _Offloaded()
 _SHARED = Seal.SHARED
 
 
+def _sealer_by(copier: PayloadCopier, *, brief: bool) -> Callable[[Any], Sealed]:
+    seal = Seal("custom", copier, brief=brief)
+    return lambda value: (copier(value), seal)
+
+
 class SealedMetadata(FrozenDict[str, Any]):
     """Metadata kept by the library that holds something mutable: each reader needs a copy."""
 
     __slots__ = ()
 
 
+@dataclasses.dataclass(slots=True)
 class _Spell:
     """How often something lasted how long, in milliseconds."""
 
-    __slots__ = ("count", "longest_ms", "total_ms")
-
-    def __init__(self) -> None:
-        self.count: int = 0
-        self.total_ms: float = 0.0
-        self.longest_ms: float = 0.0
+    count: int = 0
+    total_ms: float = 0.0
+    longest_ms: float = 0.0
 
     def add(self, seconds: float) -> None:
         """Count one more, of so many seconds."""
@@ -228,7 +231,9 @@ class PayloadCopies:
         self.active: int = 0
         self.closed: bool = False
         self._copier = None if self.uses_default_copier else copier
-        self._own_seal = Seal("custom", copier or deepcopy_payload, brief=not self.run_in_thread)
+        self._sealer: Callable[[Any], Sealed] = seal_anyhow
+        if self._copier is not None:
+            self._sealer = _sealer_by(self._copier, brief=not self.run_in_thread)
         self._always_threads = run_in_thread is True
         self.is_direct: bool = self.uses_default_copier and not self._always_threads
         self._threads = threads
@@ -261,17 +266,13 @@ class PayloadCopies:
         if self.is_direct:
             sealed = seal_flat(value)
             if sealed is not None:
-                if sealed[1] is not _SHARED:
-                    self._completed += 1
+                self._completed += sealed[1] is not _SHARED
                 return sealed
         self._require_open()
-        if self._copier is not None:
-            if self.run_in_thread:
-                return None
-            return self._copied(self._copier, value, context), self._own_seal
-        sealer = seal_briefly if self.run_in_thread else seal_anyhow
+        if self.run_in_thread and self._copier is not None:
+            return None
         try:
-            sealed = sealer(value)
+            sealed = (seal_briefly if self.run_in_thread else self._sealer)(value)
         except BaseException as error:
             raise self._failure(value, context, error) from error
         if sealed is None or (self._always_threads and sealed[1] is not _SHARED):
@@ -359,9 +360,7 @@ class PayloadCopies:
             SnapshotDeadlineExceededError: if ``deadline`` comes first.
             PayloadCopySubsystemClosedError: if closed before the copy began.
         """
-        if self._copier is not None:
-            return await self._in_thread(self._copier, value, context, deadline), self._own_seal
-        return await self._in_thread(seal_anyhow, value, context, deadline)
+        return await self._in_thread(self._sealer, value, context, deadline)
 
     async def open(
         self, payload: Any, seal: Seal, *, context: str, deadline: Deadline | None = None
@@ -378,20 +377,17 @@ class PayloadCopies:
         self, copier: Callable[[Any], T], value: Any, context: str, deadline: Deadline | None
     ) -> T:
         self._require_open()
-        if deadline is None:
-            await self._take_slot()
-            job = await self._ended(partial(copier, value))
-        else:
-            has_slot = False
-            try:
-                if deadline.expired:
-                    raise CutOffExpired(deadline.loop_time)
-                with deadline.cut_off():
-                    await self._take_slot()
-                    has_slot = True
-                    job = await self._ended(partial(copier, value))
-            except CutOffExpired:
-                raise self._late(deadline, has_slot) from None
+        has_slot = False
+        try:
+            if deadline is not None and deadline.expired:
+                raise CutOffExpired(deadline.loop_time)
+            with CutOff(None) if deadline is None else deadline.cut_off():
+                await self._take_slot()
+                has_slot = True
+                job = await self._ended(partial(copier, value))
+        except CutOffExpired:
+            assert deadline is not None
+            raise self._late(deadline, has_slot) from None
         try:
             return job.outcome()
         except BaseException as error:

@@ -19,6 +19,7 @@ Every copy is what ``copy.deepcopy`` makes, except that immutable objects may st
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import dataclasses
@@ -325,17 +326,6 @@ def state_of(instance: Any, cls: type[Any], hooks: list[Any]) -> State | None:
     return attributes, slots
 
 
-def made_of(cls: type, state: State) -> Any:
-    """Return a new instance in that state, without calling its class."""
-    instance: Any = object.__new__(cls)
-    attributes, slots = state
-    if attributes:
-        instance.__dict__.update(attributes)
-    for name, value in slots.items():
-        object.__setattr__(instance, name, value)
-    return instance
-
-
 # A sealed graph of containers, and the quickest way to make one more of it -----------------------
 #
 # The graph is kept flat: a list of *shells* (one per container, each able to ``copy()`` itself
@@ -350,7 +340,7 @@ keeps every other thread, the event loop's too, waiting until it ends."""
 
 
 class HugeShell:
-    """The shell of a list or dictionary that other threads can interrupt the copying of."""
+    """The shell of a container that other threads can interrupt the copying of."""
 
     __slots__ = ("_items",)
 
@@ -358,37 +348,43 @@ class HugeShell:
         self._items = items
 
     def copy(self) -> Any:
-        """Return a new container with the same items in the same order."""
+        """Return a new dictionary, set or list with the same items in the same order."""
         if type(self._items) is dict:
             return {key: value for key, value in self._items.items()}  # noqa: C416 - see HUGE
+        if type(self._items) is set:
+            return {item for item in self._items}  # noqa: C416 - see HUGE
         return [item for item in self._items]  # noqa: C416 - see HUGE
 
 
 class InstanceShell:
-    """The shell of a plain instance: a sealed one, its dictionary, and the names of its slots."""
+    """The shell of a plain instance: its class, and what it has in its two places."""
 
-    __slots__ = ("_attributes", "_cls", "_instance", "_slots")
+    __slots__ = ("_attributes", "_cls", "_slots")
 
-    def __init__(self, instance: Any, slots: Collection[str]) -> None:
-        self._instance = instance
-        self._cls = type(instance)
-        self._attributes = getattr(instance, "__dict__", None)
-        self._slots = tuple(slots)
+    def __init__(self, cls: type, attributes: dict[str, Any], slots: dict[str, Any]) -> None:
+        self._cls = cls
+        self._attributes = attributes
+        self._slots = slots
 
     def copy(self) -> Any:
         """Return a new instance with the same attributes, without calling its class."""
-        twin: Any = object.__new__(self._cls)
+        instance: Any = object.__new__(self._cls)
         if self._attributes:
-            twin.__dict__.update(self._attributes)
-        for name in self._slots:
-            object.__setattr__(twin, name, object.__getattribute__(self._instance, name))
-        return twin
+            instance.__dict__.update(self._attributes)
+        for name, value in self._slots.items():
+            object.__setattr__(instance, name, value)
+        return instance
+
+
+def _set_attribute(instance: Any, name: str, value: Any) -> None:
+    instance.__dict__[name] = value  # whatever the class has under that name
 
 
 Links = tuple[int, Sequence[Any], Sequence[int]]
 """Parent, keys, children: a key and a child at a time; those never met before stand in a row."""
 
 
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Blueprint:
     """How to make one more copy of a graph; the first shell is the whole.
 
@@ -396,30 +392,19 @@ class Blueprint:
         shells: one per container; that of a tuple makes a list.
         tuples: the links into each tuple, a tuple inside another one before it.
         items: the links into lists and dictionaries.
-        attributes: the links into the dictionaries of plain instances.
-        slots: the links into the slots of plain instances.
+        places: the links into plain instances, with what puts them into one of their two places.
         keyed: the links into dictionaries and sets of what is copied itself and needs its hash.
         classes: the classes of plain instances, and what they said when these were sealed.
     """
 
-    __slots__ = (
-        "attributes",
-        "classes",
-        "items",
-        "keyed",
-        "shells",
-        "slots",
-        "tuples",
+    shells: list[Any] = dataclasses.field(default_factory=list)
+    tuples: list[Links] = dataclasses.field(default_factory=list)
+    items: list[Links] = dataclasses.field(default_factory=list)
+    places: list[tuple[Callable[[Any, str, Any], object], Links]] = dataclasses.field(
+        default_factory=list
     )
-
-    def __init__(self) -> None:
-        self.shells: list[Any] = []
-        self.tuples: list[Links] = []
-        self.items: list[Links] = []
-        self.attributes: list[Links] = []
-        self.slots: list[Links] = []
-        self.keyed: list[tuple[int, Sequence[int | None]]] = []
-        self.classes: list[tuple[type, list[Any]]] = []
+    keyed: list[tuple[int, Sequence[int | None]]] = dataclasses.field(default_factory=list)
+    classes: list[tuple[type, list[Any]]] = dataclasses.field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"<Blueprint of {len(self.shells)} containers>"
@@ -452,14 +437,9 @@ class Blueprint:
         return copies[0]
 
     def _link_instances(self, copies: list[Any]) -> None:
-        for parent, names, children in self.attributes:
-            target = copies[parent].__dict__
+        for put, (parent, names, children) in self.places:
             for name, child in zip(names, children, strict=True):
-                target[name] = copies[child]
-        for parent, names, children in self.slots:
-            instance = copies[parent]
-            for name, child in zip(names, children, strict=True):
-                object.__setattr__(instance, name, copies[child])
+                put(copies[parent], name, copies[child])
         for parent, places in self.keyed:
             _put_keys(copies[parent], [None if at is None else copies[at] for at in places])
 
@@ -481,8 +461,7 @@ def _put_keys(target: Any, keys: Sequence[Any]) -> None:
 _DEEPEST_HOLDER = 50
 _FEW = 8
 _CONTAINER_STEPS = 16
-_MUTABLE = frozenset({dict, list, set, bytearray})
-_SIZED = _MUTABLE | {tuple}
+_SIZED = {*FLAT, tuple}
 
 
 class UnknownPayload(Exception):
@@ -558,39 +537,23 @@ class Survey:
         if cls not in _SIZED:
             return self._visit_instance(parent, cls, original)
         self._walk(len(original))
-        if cls is dict:
-            return self._visit_dict(parent, original)
-        if cls is list or cls is tuple:
-            return self._visit_row(parent, original)
-        shell = original.copy()
-        if cls is set:
-            self._link_keys(parent, shell)
-        self._blueprint.shells.append(shell)
-        return shell
-
-    def _visit_dict(self, parent: int, original: dict[Any, Any]) -> dict[Any, Any]:
-        shell: dict[Any, Any] = self._shell_of(original, dict.copy)
-        if not is_flat(shell):
-            self._link_keys(parent, shell)
-            self._link(parent, shell.items())
-        return shell
-
-    def _visit_row(self, parent: int, original: Any) -> list[Any]:
-        shell: list[Any] = self._shell_of(original, list)
-        if type(original) is tuple:
-            self._tuples[parent] = (parent, *self._children(enumerate(shell)))
-        elif not only_atoms(shell):
-            self._link(parent, enumerate(shell))
-        return shell
-
-    def _shell_of(self, original: Any, copied: Callable[[Any], Any]) -> Any:
-        """Keep the shell of a list, tuple or dictionary, and return a first copy."""
-        if len(original) < HUGE:
-            shell = first = copied(original)
+        first: Any
+        if len(original) < HUGE or cls is bytearray:
+            shell = first = list(original) if cls is tuple else original.copy()
         else:
             first = HugeShell(original).copy()
             shell = HugeShell(first)
         self._blueprint.shells.append(shell)
+        if cls is tuple:
+            self._tuples[parent] = (parent, *self._children(enumerate(first)))
+        elif cls is list:
+            if not only_atoms(first):
+                self._link(parent, enumerate(first))
+        elif cls is set:
+            self._link_keys(parent, first)
+        elif cls is dict and not is_flat(first):
+            self._link_keys(parent, first)
+            self._link(parent, first.items())
         return first
 
     def _visit_instance(self, parent: int, cls: type, original: Any) -> Any:
@@ -604,16 +567,14 @@ class Survey:
             raise UnknownPayload
         attributes, slots = state
         self._walk(len(attributes) + len(slots))
-        twin = made_of(cls, state)
-        self._blueprint.shells.append(InstanceShell(twin, slots))
-        for held, links in (
-            (attributes, self._blueprint.attributes),
-            (slots, self._blueprint.slots),
-        ):
+        first = InstanceShell(cls, attributes, slots).copy()
+        for held, put in ((attributes, _set_attribute), (slots, object.__setattr__)):
             names, children = self._children(held.items())
             if names:
-                links.append((parent, names, children))
-        return twin
+                self._blueprint.places.append((put, (parent, names, children)))
+        slots.update(dict.fromkeys(names))  # a shell keeps nothing that the source may change
+        self._blueprint.shells.append(InstanceShell(cls, getattr(first, "__dict__", {}), slots))
+        return first
 
     def _link(self, parent: int, items: Iterable[tuple[Any, Any]]) -> None:
         """Note what goes where in a list or dictionary."""
@@ -637,7 +598,7 @@ class Survey:
                 continue
             index = indexes.get(id(child))
             if index is None:
-                if cls not in _MUTABLE and self._is_immutable(child):
+                if cls not in FLAT and self._is_immutable(child):
                     continue
                 index = indexes[id(child)] = len(originals)
                 originals.append(child)
@@ -661,7 +622,7 @@ class Survey:
         All links come first, so that only another dictionary or set of such keys can be missing.
         """
         blueprint = self._blueprint
-        linked = {parent for parent, *_ in (*blueprint.attributes, *blueprint.slots)}
+        linked = {parent for _, (parent, *_) in blueprint.places}
         linked.update(self._tuples)
         for _, children in blueprint.keyed:
             if not linked.isdisjoint(children):
@@ -727,12 +688,10 @@ def seal_flat(value: Any) -> Sealed | None:
 def seal_briefly(value: Any) -> Sealed | None:
     """Seal a payload that is not large and of known types; return None for any other."""
     sealed = seal_flat(value)
-    if sealed is not None:
-        return sealed
-    try:
-        return _survey(value, BRIEF)
-    except (UnknownPayload, LargePayload):
-        return None
+    if sealed is None:
+        with contextlib.suppress(UnknownPayload, LargePayload):
+            return _survey(value, BRIEF)
+    return sealed
 
 
 def seal_anyhow(value: Any) -> Sealed:
