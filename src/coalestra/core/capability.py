@@ -52,25 +52,21 @@ _FEATURES = (
 )
 
 
-def _schemas() -> Mapping[str, int]:
-    return FrozenDict(
-        {
-            "builder_health": BUILDER_HEALTH_SCHEMA_VERSION,
-            "builder_health_assessment": BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
-            "capabilities": COALESTRA_CAPABILITIES_SCHEMA_VERSION,
-            "error_diagnostics": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-        }
-    )
-
-
-def _defaults() -> Mapping[str, Any]:
-    return FrozenDict(
-        {
-            "allow_unsafe_blocking_sources": False,
-            "buffer_observability": "auto",
-            "require_source_timeout_declarations": True,
-        }
-    )
+_SCHEMAS: Mapping[str, int] = FrozenDict(
+    {
+        "builder_health": BUILDER_HEALTH_SCHEMA_VERSION,
+        "builder_health_assessment": BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
+        "capabilities": COALESTRA_CAPABILITIES_SCHEMA_VERSION,
+        "error_diagnostics": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
+    }
+)
+_DEFAULTS: Mapping[str, Any] = FrozenDict(
+    {
+        "allow_unsafe_blocking_sources": False,
+        "buffer_observability": "auto",
+        "require_source_timeout_declarations": True,
+    }
+)
 
 
 @immutable
@@ -93,8 +89,8 @@ class CoalestraCapabilities:
     python_requires: str = ">=3.10"
     stability: str = "beta"
     features: tuple[str, ...] = _FEATURES
-    schemas: Mapping[str, int] = field(default_factory=_schemas)
-    defaults: Mapping[str, Any] = field(default_factory=_defaults)
+    schemas: Mapping[str, int] = field(default_factory=lambda: _SCHEMAS)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: _DEFAULTS)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))

@@ -251,10 +251,7 @@ class ResourceKey(_Kept):
     def qualifier(self, name: str, default: str | None = None) -> str | None:
         """Return the value of the qualifier ``name``, or ``default`` if there is none."""
         wanted = self._normalizer.normalize_qualifier_name(name)
-        for known, value in self.qualifiers:
-            if known == wanted:
-                return value
-        return default
+        return dict(self.qualifiers).get(wanted, default)
 
     def with_qualifiers(
         self, qualifiers: QualifierInput | None = None, **additional: Any
@@ -270,13 +267,13 @@ class ResourceKey(_Kept):
         for given in (qualifiers, additional):
             if given is not None:
                 merged.update(_sorted_pairs(given, self._normalizer))
-        return self._with_pairs(tuple(sorted(merged.items())))
+        return _restored(*self._parts[:3], tuple(sorted(merged.items())), self._normalizer)
 
     def without_qualifiers(self, *names: str) -> ResourceKey:
         """Return this key without the qualifiers named, those it has; without names, with none."""
         dropped = {self._normalizer.normalize_qualifier_name(name) for name in names}
         kept = (pair for pair in self.qualifiers if names and pair[0] not in dropped)
-        return self._with_pairs(tuple(kept))
+        return _restored(*self._parts[:3], tuple(kept), self._normalizer)
 
     def normalized(self, normalizer: KeyNormalizer) -> ResourceKey:
         """Return this key in the form of another normalizer, which it keeps from then on.
@@ -287,9 +284,6 @@ class ResourceKey(_Kept):
         return ResourceKey(
             self.namespace, self.name, self.subject, self.qualifiers, normalizer=normalizer
         )
-
-    def _with_pairs(self, pairs: tuple[tuple[str, str], ...]) -> ResourceKey:
-        return _restored(self.namespace, self.name, self.subject, pairs, self._normalizer)
 
     def __hash__(self) -> int:
         return self._hash
