@@ -92,4 +92,5 @@ def test_a_policy_is_made_of_policies(field: str) -> None:
 def test_the_resolver_tells_about_itself() -> None:
     """Every stateful object can be looked into."""
     text = repr(ResiliencePolicyResolver(DEFAULT, {"b": BY_NAME, "a": BY_NAME}, dynamic))
-    assert text.startswith("<ResiliencePolicyResolver overrides=['a', 'b'] dynamic=yes default=")
+    assert text.startswith("ResiliencePolicyResolver(default=SourceResiliencePolicy(")
+    assert text.endswith("2 overrides, dynamic)")

@@ -36,13 +36,14 @@ __all__ = [
     "SourceAuthorityPolicy",
 ]
 
-# Which policy holds for a key: what freshness and authority have in common -----------------------
+# Which policy holds for a key, or a source: what all kinds of policies have in common ------------
 
 
+K = TypeVar("K")
 P = TypeVar("P")
 
 
-class KeyedPolicies(Generic[P]):
+class KeyedPolicies(Generic[K, P]):
     """The override of a key, else the answer of a function, else a default."""
 
     __slots__ = ("_kind", "default", "dynamic", "overrides")
@@ -51,32 +52,34 @@ class KeyedPolicies(Generic[P]):
         self,
         kind: type[P],
         default: P,
-        overrides: Mapping[ResourceKey, P] | None,
-        dynamic: Callable[[ResourceKey], P | None] | None,
+        overrides: Mapping[K, P] | None,
+        dynamic: Callable[[K], P | None] | None,
     ) -> None:
         self._kind: type[P] = kind
         self.default: P = instance("default", default, kind)
-        self.overrides: Mapping[ResourceKey, P] = FrozenDict(
-            mapping("overrides", overrides, optional=True)
-        )
-        self.dynamic: Callable[[ResourceKey], P | None] | None = callable_(
-            "dynamic", dynamic, optional=True
-        )
+        self.overrides: Mapping[K, P] = FrozenDict(mapping("overrides", overrides, optional=True))
+        self.dynamic = callable_("dynamic", dynamic, optional=True)
         for key, policy in self.overrides.items():
-            instance("overrides key", key, ResourceKey)
-            instance(f"overrides[{key.display}]", policy, kind)
+            instance(f"overrides[{self._named(key)}]", policy, kind)
 
-    def resolve(self, key: ResourceKey) -> P:
+    def _named(self, key: Any) -> str:
+        """Return how errors name a key; `TypeError` if it is none."""
+        name: str = instance("overrides key", key, ResourceKey).display
+        return name
+
+    def _chosen(self, key: K) -> P | None:
+        """Return the policy that was chosen for ``key``, if any; raises what ``dynamic`` raises."""
+        override = self.overrides.get(key)
+        if override is not None or self.dynamic is None:
+            return override
+        return instance("dynamic result", self.dynamic(key), self._kind, optional=True)
+
+    def resolve(self, key: K) -> P:
         """Return the policy of ``key``; raises what the dynamic resolver raises."""
-        if self.overrides:
-            override = self.overrides.get(key)
-            if override is not None:
-                return override
-        if self.dynamic is not None:
-            answer = self.dynamic(key)
-            if answer is not None:
-                return instance("dynamic result", answer, self._kind)
-        return self.default
+        if not self.overrides and self.dynamic is None:
+            return self.default
+        chosen = self._chosen(key)
+        return self.default if chosen is None else chosen
 
     def __repr__(self) -> str:
         dynamic = ", dynamic" if self.dynamic is not None else ""
@@ -277,7 +280,7 @@ def ttl_of(policies: FreshnessPolicyProvider, key: ResourceKey) -> float | None:
         return None
 
 
-class PolicyResolver(KeyedPolicies[FreshnessPolicy]):
+class PolicyResolver(KeyedPolicies[ResourceKey, FreshnessPolicy]):
     """The freshness policy of every key: its override, else the dynamic answer, else the default.
 
     Attributes:
@@ -350,7 +353,7 @@ class AuthorityPolicyProvider(Protocol):
 _NO_RULES = SourceAuthorityPolicy()
 
 
-class AuthorityPolicyResolver(KeyedPolicies[SourceAuthorityPolicy]):
+class AuthorityPolicyResolver(KeyedPolicies[ResourceKey, SourceAuthorityPolicy]):
     """The authority policy of every key: its override, else the dynamic answer, else the default.
 
     Attributes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from coalestra.core.validation import callable_, flag, instance, text
+from coalestra.core.policies import KeyedPolicies
+from coalestra.core.validation import flag, instance, text
 from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
 from coalestra.resilience.retry import RetryPolicy
 
@@ -41,19 +43,19 @@ ResilienceResolver = Callable[[str], SourceResiliencePolicy | None]
 """Chooses a policy by the name of a source; None leaves the choice to what comes next."""
 
 
-class ResiliencePolicyResolver:
+class ResiliencePolicyResolver(KeyedPolicies[str, SourceResiliencePolicy]):
     """Chooses the policy of a source: by name, else dynamically, else as declared, else default.
 
-    Args:
+    Attributes:
         default: for sources that nothing else covers.
         overrides: policies by source name; they win.
-        dynamic: asked next, with the name of the source.
+        dynamic: asked next, with the name of the source; or None.
 
     Raises:
-        TypeError: for an argument of the wrong type.
+        TypeError, ValueError: for an argument of the wrong type, or an empty name.
     """
 
-    __slots__ = ("_default", "_dynamic", "_overrides")
+    __slots__ = ()
 
     def __init__(
         self,
@@ -61,19 +63,11 @@ class ResiliencePolicyResolver:
         overrides: Mapping[str, SourceResiliencePolicy] | None = None,
         dynamic: ResilienceResolver | None = None,
     ) -> None:
-        instance("default", default, SourceResiliencePolicy, optional=True)
-        callable_("dynamic", dynamic, optional=True)
-        self._default = default or SourceResiliencePolicy()
-        self._overrides = dict(overrides or {})
-        self._dynamic = dynamic
-        for source, policy in self._overrides.items():
-            text("overrides key", source)
-            instance(f"overrides[{source!r}]", policy, SourceResiliencePolicy)
+        chosen = SourceResiliencePolicy() if default is None else default
+        super().__init__(SourceResiliencePolicy, chosen, overrides, dynamic)
 
-    @property
-    def default(self) -> SourceResiliencePolicy:
-        """The policy for sources that nothing else covers."""
-        return self._default
+    def _named(self, key: Any) -> str:
+        return repr(text("overrides key", key))
 
     def resolve(
         self, source: str, *, declared: SourceResiliencePolicy | None = None
@@ -87,21 +81,7 @@ class ResiliencePolicyResolver:
         Raises:
             TypeError: if `declared`, or what the dynamic resolver returned, is not a policy.
         """
-        override = self._overrides.get(source)
-        if override is not None:
-            return override
-        if self._dynamic is not None:
-            chosen = self._dynamic(source)
-            instance("dynamic result", chosen, SourceResiliencePolicy, optional=True)
-            if chosen is not None:
-                return chosen
-        if declared is None:
-            return self._default
-        return instance("declared", declared, SourceResiliencePolicy)
-
-    def __repr__(self) -> str:
-        dynamic = "yes" if self._dynamic is not None else "no"
-        return (
-            f"<ResiliencePolicyResolver overrides={sorted(self._overrides)} dynamic={dynamic} "
-            f"default={self._default!r}>"
-        )
+        chosen = self._chosen(source)
+        if chosen is None and declared is not None:
+            chosen = instance("declared", declared, SourceResiliencePolicy)
+        return self.default if chosen is None else chosen
