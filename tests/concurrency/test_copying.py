@@ -17,6 +17,7 @@ import gc
 import ipaddress
 import pathlib
 import re
+import sys
 import threading
 import types
 import uuid
@@ -635,7 +636,7 @@ def test_tuples_that_share_parts_many_times_over_are_judged_once_each(
         list(range(120_000)),
         dict.fromkeys(range(120_000), 0.5),
         {"rows": [[number] for number in range(6_000)]},
-        {"all": (list(range(110_000)), dict.fromkeys(range(110_000)))},
+        {"all": (list(range(110_000)), dict.fromkeys(range(110_000)), set(range(110_000)))},
     ],
     ids=["long list", "large dict", "many rows", "huge parts"],
 )
@@ -649,6 +650,29 @@ async def test_a_large_payload_is_sealed_and_opened_in_a_thread(
     result = await copies.open(payload, kind, context="test")
     assert result == payload == value
     assert len({id(result), id(payload), id(value)}) == 3
+
+
+@pytest.mark.parametrize("kind", [list, dict, set])
+def test_no_call_that_other_threads_wait_for_copies_a_huge_container(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any]
+) -> None:
+    """One call in C over all of it would keep every other thread, the event loop's too."""
+    monkeypatch.setattr(sealing, "HUGE", 10)
+    huge = kind(zip(range(20), range(20), strict=True))
+    copied_at_once: list[int] = []
+
+    def note(_frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ == "copy":
+            copied_at_once.append(len(function.__self__))
+
+    sys.setprofile(note)
+    try:
+        payload, seal = sealing.seal_anyhow([huge])
+        (copied,) = seal.opener(payload)
+    finally:
+        sys.setprofile(None)
+    assert copied == huge
+    assert set(copied_at_once) == {1}  # the list around it
 
 
 async def test_a_copy_of_unknown_length_is_made_in_a_thread_until_one_was_brief(

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -234,7 +235,7 @@ def test_a_copied_error_keeps_the_context_it_was_raised_in() -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from 3.11 on")
 def test_a_note_on_a_copy_of_an_error_is_on_that_copy_alone() -> None:
-    error = SourceUnavailableError("down")
+    error: Any = SourceUnavailableError("down")
     error.add_note("raised in fetch")
     one, other = copy.copy(error), copy.copy(error)
     one.add_note("while request 7 was served")
