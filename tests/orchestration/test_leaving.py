@@ -73,22 +73,22 @@ async def test_a_build_with_a_deadline_cancelled_at_any_await_is_gone_by_its_dea
 async def test_who_leaves_before_his_keys_were_looked_for_starts_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """His turn comes late, as others have many keys to be looked for before his."""
+    """His turn comes late: of twenty others, who came before him, four have theirs in each step."""
     monkeypatch.setattr(singleflight, "SLICE_SECONDS", -1.0)
-    names = "abcdefghijklmnopqrstuvw"
-    source = Batch("many", *names, "x")
+    source = Batch("many", "x", "y")
     building = builder(source)
     others = [
-        asyncio.ensure_future(building.build([key(name, str(n)) for n in range(256)]))
-        for name in names
+        asyncio.ensure_future(building.build([key("y", f"{who} {n}") for n in range(260)]))
+        for who in range(20)
     ]
     await asyncio.sleep(0)
     leaving = asyncio.ensure_future(building.build([X]))
-    await asyncio.sleep(0)
+    for _ in range(2):
+        await asyncio.sleep(0)
     leaving.cancel()
     await asyncio.wait([leaving, *others])
     assert leaving.cancelled()
-    assert sum(len(asked) for asked in source.calls) == len(names) * 256
+    assert sum(len(asked) for asked in source.calls) == 20 * 260
     await no_leaks(building)
 
 
