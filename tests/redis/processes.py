@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import coalestra
+from tests.redis.stock import PATIENT_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(str(coalestra.__file__)).parents[1]
@@ -39,9 +41,12 @@ class Process:
         self._process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
-        """What it says to the order that is next."""
+        """What it says to the order that is next; it is killed if it says nothing for a minute."""
         assert self._process.stdout is not None
+        patience = threading.Timer(60, self._process.kill)
+        patience.start()
         line = self._process.stdout.readline()
+        patience.cancel()
         assert line, f"the worker ended with {self._process.poll()}"
         said: dict[str, Any] = json.loads(line)
         return said
@@ -76,7 +81,7 @@ def processes(
     url: str, prefix: str, number: int, *, offsets: tuple[float, ...] = (), **settings: Any
 ) -> Iterator[list[Process]]:
     """So many workers, all of them ready."""
-    settings = {"time_limit_seconds": 3.0, **settings}
+    settings = {"time_limit_seconds": PATIENT_SECONDS, **settings}
     shifts = [*offsets, *[0.0] * number][:number]
     started = [Process(url, prefix, shift, **settings) for shift in shifts]
     try:

@@ -17,7 +17,7 @@ from tests.redis.servers import Server
 
 POLICY = FreshnessPolicy(60, 120)
 A, B, C = (ResourceKey("shared", "thing", name) for name in "ABC")
-PATIENT_SECONDS = 5.0
+PATIENT_SECONDS = 20.0
 """A time limit that a busy machine keeps."""
 
 
@@ -103,12 +103,12 @@ async def fulfil(cache: RedisCache, held: Lease, payload: Any = 1, **terms: Any)
     return outcome[held.key]
 
 
-async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], object]) -> None:
     """Wait for something that others bring about."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENT_SECONDS
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"{condition} did not come true within {seconds:g} s")
+            raise TimeoutError(f"{condition} did not come true within {PATIENT_SECONDS:g} s")
         await asyncio.sleep(0.005)
 
 

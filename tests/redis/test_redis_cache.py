@@ -33,6 +33,7 @@ from coalestra.core.protocols import (
 from coalestra.redis import RedisCache, UnstorableValueError
 from tests.redis.servers import Server
 from tests.redis.stock import (
+    PATIENT_SECONDS,
     POLICY,
     A,
     B,
@@ -104,8 +105,8 @@ async def test_what_has_no_date_is_as_old_as_its_time_on_the_server(
         await one.set(value_of(now=time.time() - 3600))
         found = await other.get(A, now=time.time() + 3600, policy=POLICY)
         assert found.value is not None
-        assert found.age_seconds == pytest.approx(0.0, abs=2.0)
-        assert found.value.observed_at == pytest.approx(time.time() + 3600, abs=2.0)
+        assert found.age_seconds == pytest.approx(0.0, abs=20)
+        assert found.value.observed_at == pytest.approx(time.time() + 3600, abs=20)
 
 
 async def test_the_server_drops_what_nobody_may_use_any_more(server: Server, prefix: str) -> None:
@@ -118,7 +119,7 @@ async def test_the_server_drops_what_nobody_may_use_any_more(server: Server, pre
             int(server.command("PTTL", f"{prefix}:shared:thing:{name}").strip()[1:]) / 1000
             for name in "ABC"
         ]
-        assert lives == pytest.approx([90, 10, 7 * 86400], abs=2.0)
+        assert lives == pytest.approx([90, 10, 7 * 86400], abs=9)
 
 
 # Order ----------------------------------------------------------------------------------------
@@ -303,25 +304,44 @@ async def test_a_lease_that_is_not_renewed_passes_to_the_next(server: Server, pr
         token, one_lease = held.token, held
         del held
         one._leases.clear()  # as if the process had died
-        began = time.monotonic()
-        taken = await lease(other)
+        taken = await asyncio.wait_for(lease(other), PATIENT_SECONDS)
         assert taken.token != token
-        assert time.monotonic() - began < 3.0
         assert (await fulfil(one, one_lease, "late")).status is OLDER
         assert (await fulfil(other, taken, "second")).status is STORED
         assert await read(one) == "second"
 
 
-async def test_a_lease_lasts_while_its_holder_lives(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2, lease_seconds=1.0) as [one, other]:
+async def test_a_lease_lasts_while_its_holder_lives(
+    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is renewed after a third of its time each; here, of a hundredth of that."""
+    async with caches(server, prefix, 2, lease_seconds=30.0) as [one, other]:
+        loop, pauses = asyncio.get_running_loop(), []
+        call_later = loop.call_later
+
+        def hurried(delay: float, callback: Any, *arguments: Any, **terms: Any) -> Any:
+            if callback == one._renew:
+                pauses.append(delay)
+                delay /= 100
+            return call_later(delay, callback, *arguments, **terms)
+
+        monkeypatch.setattr(loop, "call_later", hurried)
         held = await lease(one)
+        for _ in range(2):
+            ends = ends_of_lease(server, prefix)
+            await until(lambda: ends_of_lease(server, prefix) > ends)  # noqa: B023
+        assert set(pauses) == {10.0}
         waiting = asyncio.create_task(leased(other))
-        await asyncio.sleep(2.5)
-        assert not waiting.done()
+        await until(lambda: other.health().waiting)
         assert (await fulfil(one, held, "slow")).status is STORED
         told = (await waiting)[A].lookup.value
         assert told is not None
         assert told.value == "slow"
+
+
+def ends_of_lease(server: Server, prefix: str) -> float:
+    """When the lease on A ends, by the server's clock."""
+    return float(server.command("HGET", f"{prefix}:shared:thing:A", "x").split(b"\r\n")[1])
 
 
 async def test_closing_gives_back_leases_at_once(server: Server, prefix: str) -> None:
@@ -341,7 +361,7 @@ async def test_a_lease_that_reaches_nobody_is_given_back(server: Server, prefix:
         await asyncio.sleep(0)
         reading.cancel()
         await asyncio.wait({reading})
-        assert (await asyncio.wait_for(leased(other), 3))[A].lease is not None
+        assert (await asyncio.wait_for(leased(other), PATIENT_SECONDS))[A].lease is not None
 
 
 async def test_a_stale_value_comes_along_with_the_lease(server: Server, prefix: str) -> None:
@@ -411,7 +431,7 @@ async def test_a_fetch_that_began_before_an_invalidation_stores_nothing(
         await other.invalidate(A)
         assert (await fulfil(one, held, "too old")).status is OLDER
         assert await read(other) is None
-        assert (await asyncio.wait_for(leased(other), 3))[A].lease is not None
+        assert (await asyncio.wait_for(leased(other), PATIENT_SECONDS))[A].lease is not None
 
 
 async def test_a_fetch_that_began_before_a_publication_does_not_undo_it(
@@ -599,10 +619,11 @@ async def test_a_call_that_finishes_late_keeps_its_lease_and_fills_the_cache_for
         SnapshotBuilder([source("one")], cache=one, default_policy=POLICY) as first,
         SnapshotBuilder([source("other")], cache=other, default_policy=POLICY) as second,
     ):
-        snapshot = await first.build([A], strict=False, deadline_seconds=1.0)
-        assert not snapshot.complete
+        while not calls:  # on a busy machine the deadline may end before the source is asked
+            snapshot = await first.build([A], strict=False, deadline_seconds=0.1)
+            assert not snapshot.complete
         waiting = asyncio.ensure_future(second.build([A]))
-        await asyncio.sleep(0.2)
+        await until(lambda: other.health().waiting)
         answer.set()
         assert (await waiting).value(A) == "one"
         assert calls == ["one"]

@@ -3,6 +3,7 @@
 Usage: ``python -m tests.redis.worker URL PREFIX [CLOCK_OFFSET [SETTINGS]]``. Each line of input is
 a JSON object with ``do``; each line of output its answer. The source's truth is kept on the same
 server, apart from the cache: ``PREFIX-truth:NAME`` holds a number, ``PREFIX-calls`` counts calls.
+Told to be ``held``, each call takes one from the list ``PREFIX-gate`` before it answers.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Worker:
         self.client = Redis.from_url(url)
         self.cache = RedisCache(self.client, prefix=prefix, **settings)
         self.delay = 0.0
+        self.held = False
         self.fails = False
         self.heard = True
         sources: list[Any] = [
@@ -82,6 +84,8 @@ class Worker:
         for key in keys:
             values[key] = int(await self.plain.get(f"{self.prefix}-truth:{key.subject}") or 0)
         await asyncio.sleep(self.delay)
+        while self.held and not await self.plain.lpop(f"{self.prefix}-gate"):  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
         if self.fails:
             raise ConnectionError("the source is down")
         return values
@@ -131,14 +135,13 @@ class Worker:
         await self.plain.delete(lock)
         return {"value": value, "error": error, "began": began, "ended": ended}
 
-    async def history(self, seed: int, seconds: float, names: list[str]) -> dict[str, Any]:
-        """Read and change at random for some time, several at once; return all that happened."""
+    async def history(self, seed: int, length: int, names: list[str]) -> dict[str, Any]:
+        """Read and change at random, four at once; return all that happened."""
         events: list[dict[str, Any]] = []
-        end = time.monotonic() + seconds
 
         async def act(number: int) -> None:
             dice = random.Random(seed * 100 + number)
-            while time.monotonic() < end:
+            for _ in range(length):
                 name = dice.choice(names)
                 chance = dice.random()
                 if chance < 0.1 and "+" not in name:
@@ -149,6 +152,7 @@ class Worker:
                 await asyncio.sleep(dice.choice([0.0, 0.0, 0.002, 0.01]))
 
         await asyncio.gather(*(act(number) for number in range(4)))
+        await self.plain.incr(f"{self.prefix}-ended")
         return {"events": events}
 
     async def do(self, order: dict[str, Any]) -> dict[str, Any]:

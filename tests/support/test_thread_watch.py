@@ -43,9 +43,7 @@ def test_a_thread_held_at_a_gate_is_no_work_until_the_gate_opens() -> None:
     thread = threading.Thread(target=gate.pass_, name="visitor")
     thread.start()
     gate.wait_arrived()
-    began = time.monotonic()
-    assert watch.working(jobs=0) == []
-    assert time.monotonic() - began < BLOCKED_SECONDS
+    assert watch.working(jobs=0) == []  # at the first look, with nothing to compare it with
     gate.open()
     thread.join()
     assert watch.working(jobs=0) == []
