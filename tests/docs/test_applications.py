@@ -85,6 +85,8 @@ def test_two_processes_share_a_cache_whose_server_stops_and_starts(tmp_path: Pat
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_every_example_is_listed_and_small(example: Path) -> None:
+def test_every_example_is_listed_run_and_small(example: Path) -> None:
     assert f"[{example.name}]({example.name})" in (EXAMPLES / "README.md").read_text("utf-8")
+    tests = [Path(__file__), Path(__file__).with_name("test_first_run.py")]
+    assert any(f'"{example.name}"' in each.read_text("utf-8") for each in tests)
     assert 50 <= len(example.read_text("utf-8").splitlines()) <= 150
