@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
 PYTEST := $(RUN) -m pytest -q
-PARALLEL := -n 4 --dist worksteal
+PARALLEL := -n auto --maxprocesses=4 --dist worksteal
+THOROUGH := --hypothesis-profile=thorough
 WITHOUT := --ignore=tests/release
 WORLDS := 1000
 TAG := $(shell git describe --exact-match --tags 2>/dev/null)
@@ -70,7 +71,7 @@ check-tests: $(VENV)/.dev
 	@echo "== concurrency: interleavings that are forced, in fixed order"
 	@$(PYTEST) -p no:randomly -m concurrency $(WITHOUT)
 	@echo "== all tests, with the lines of the library they reach"
-	@$(PYTEST) $(PARALLEL) $(WITHOUT) --cov --cov-report=
+	@$(PYTEST) $(PARALLEL) $(WITHOUT) $(THOROUGH) --cov --cov-report=
 
 distributions: $(VENV)/.dev ## build the wheel and the source distribution into dist/, and verify them
 	@echo "== distributions, and the wheel alone in a clean environment"

@@ -14,11 +14,17 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import ShuffledLoop, VirtualLoop, run_real, run_virtual
 
-# Examples are timed on the clock of a machine that may be busy with something else.
-settings.register_profile(
-    "coalestra", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
-settings.load_profile("coalestra")
+# Examples are timed on the clock of a machine that may be busy with something else. Continuous
+# integration asks for `--hypothesis-profile=thorough`.
+for profile, examples in {"brief": 20, "thorough": 100}.items():
+    settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        print_blob=True,
+    )
+settings.load_profile("brief")
 
 LOOPS = ("virtual", "debug", "shuffled", "eager")
 
@@ -36,8 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--worlds",
         type=int,
-        default=100,
-        help="how many random worlds each test of the simulation lives through (default: 100)",
+        default=40,
+        help="how many random worlds each test of the simulation lives through (default: 40)",
     )
     parser.addoption(
         "--distributions",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coalestra.concurrency.waits_for import Order, Spot
@@ -23,7 +23,6 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(STEPS)
 def test_it_agrees_with_a_plain_list(steps: list[tuple[str, int, int]]) -> None:
     """After any steps, and the labels always rise."""

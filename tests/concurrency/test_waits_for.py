@@ -8,10 +8,11 @@ from collections.abc import Callable, Hashable, Iterable
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coalestra.concurrency.waits_for import WaitsFor
+from tests.support.examples import times
 
 
 class NaiveGraph:
@@ -54,7 +55,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@times(5)
 @given(STEPS)
 def test_it_agrees_with_a_naive_search_after_any_changes(steps: list[tuple[str, int, int]]) -> None:
     """Same edges, same refusals, and every reported cycle is one."""
@@ -79,7 +80,7 @@ def test_it_agrees_with_a_naive_search_after_any_changes(steps: list[tuple[str, 
         assert len(graph) == len({node for edge in naive.edges for node in edge})
 
 
-@settings(max_examples=200, deadline=None)
+@times(2)
 @given(st.permutations([(a, b) for a in range(7) for b in range(a + 1, 7)]))
 def test_an_acyclic_graph_is_accepted_in_any_order_of_its_edges(
     edges: list[tuple[int, int]],

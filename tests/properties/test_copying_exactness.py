@@ -13,10 +13,11 @@ import re
 import uuid
 from typing import Any, NamedTuple
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coalestra.concurrency.sealing import seal_anyhow, seal_briefly
+from tests.support.examples import times
 
 
 class Side(enum.Enum):
@@ -270,7 +271,7 @@ def topology(root: Any) -> list[Any]:
     return rows
 
 
-@settings(max_examples=300)
+@times(3)
 @given(st.one_of(LEAVES, graphs(KNOWN), graphs(KNOWN + UNKNOWN)))
 def test_every_sealed_and_every_opened_copy_is_what_deepcopy_makes(value: Any) -> None:
     expected = topology(copy.deepcopy(value))
@@ -280,7 +281,7 @@ def test_every_sealed_and_every_opened_copy_is_what_deepcopy_makes(value: Any) -
     assert topology(seal.opener(payload)) == expected
 
 
-@settings(max_examples=300)
+@times(3)
 @given(st.one_of(LEAVES, graphs(KNOWN), graphs(KNOWN + UNKNOWN)))
 def test_no_two_copies_share_an_object_that_can_change(value: Any) -> None:
     payload, seal = seal_anyhow(value)

@@ -8,7 +8,7 @@ import unicodedata
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coalestra.core.frozen import FrozenDict
@@ -26,6 +26,7 @@ from coalestra.core.trace import (
     WaitReason,
 )
 from tests.core.test_trace import Page, events_of, within
+from tests.support.examples import times
 
 SECONDS = st.floats(-10.0, 1000.0, allow_nan=False)
 EPOCHS = st.floats(allow_nan=False, allow_infinity=False)
@@ -117,7 +118,7 @@ def cells(line: str) -> int:
     )
 
 
-@settings(max_examples=25)
+@times(0.25)
 @given(traces(), st.integers(40, 200), st.integers(1, 9), st.booleans())
 def test_no_line_of_a_waterfall_is_wider_than_allowed(
     trace: Trace, width: int, limit: int, ascii_only: bool
@@ -130,7 +131,7 @@ def test_no_line_of_a_waterfall_is_wider_than_allowed(
     assert len(lines) < 60 + 3 * limit
 
 
-@settings(max_examples=25)
+@times(0.25)
 @given(traces(), st.integers(1, 9))
 def test_every_bar_of_a_picture_lies_within_its_track(trace: Trace, limit: int) -> None:
     root = ElementTree.fromstring(trace.to_svg(limit=limit))
@@ -144,7 +145,7 @@ def test_every_bar_of_a_picture_lies_within_its_track(trace: Trace, limit: int) 
     assert all(0 <= float(each.get("y") or 0) <= high for each in root if "%" not in str(each))
 
 
-@settings(max_examples=25)
+@times(0.25)
 @given(traces())
 def test_a_page_has_no_elements_but_its_own(trace: Trace) -> None:
     page = Page(trace.to_html())
@@ -155,7 +156,7 @@ def test_a_page_has_no_elements_but_its_own(trace: Trace) -> None:
     }  # fmt: skip
 
 
-@settings(max_examples=25)
+@times(0.25)
 @given(traces())
 def test_every_key_is_told_in_one_line_of_bounded_length(trace: Trace) -> None:
     for key in trace.keys:
@@ -166,7 +167,7 @@ def test_every_key_is_told_in_one_line_of_bounded_length(trace: Trace) -> None:
         assert len(text) < 20_000
 
 
-@settings(max_examples=25)
+@times(0.25)
 @given(traces())
 def test_data_and_trace_files_are_json_and_slices_lie_within_each_other(trace: Trace) -> None:
     data = trace.to_dict()

@@ -67,7 +67,7 @@ def run(command: Sequence[str]) -> str:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
     }
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    environment["PYTHONPYCACHEPREFIX"] = str(ENVIRONMENTS / "pycache")
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -147,7 +147,8 @@ def install(version: str, python: Path, wheel: Path) -> Path:
 def kinds_of_runs(version: str) -> list[list[str]]:
     """The options of each run on a Python: in order, shuffled by its own seed, and eagerly."""
     minor = int(version.partition(".")[2])
-    kinds = [["--worlds=400"], ["--loop=shuffled", f"--loop-seed={minor}"]]
+    thorough = ["--worlds=200", "--hypothesis-profile=thorough"]
+    kinds = [thorough, ["--loop=shuffled", f"--loop-seed={minor}"]]
     return [*kinds, ["--loop=eager"]] if minor >= 12 else kinds
 
 
