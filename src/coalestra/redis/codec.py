@@ -19,7 +19,9 @@ import uuid
 import zoneinfo
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any, Final, Protocol
+from functools import partial
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 from msgspec.msgpack import Decoder, Encoder, Ext
@@ -96,28 +98,20 @@ class Model:
         """
         instance("models", kind, type)
         name = f"{kind.__module__}.{kind.__qualname__}"
+        if issubclass(kind, enum.Flag):
+            return cls(kind, name, attrgetter("value"), kind)
         if issubclass(kind, enum.Enum):
-            if issubclass(kind, enum.Flag):
-                return cls(kind, name, _value_of, kind)
-            return cls(kind, name, _name_of, kind.__getitem__)
+            return cls(kind, name, attrgetter("name"), kind.__getitem__)
         if dataclasses.is_dataclass(kind):
             return _of_fields(kind, name, [field.name for field in dataclasses.fields(kind)])
         if issubclass(kind, tuple) and hasattr(kind, "_fields"):
             return cls(kind, name, list, lambda parts: kind(*parts))
         if issubclass(kind, msgspec.Struct):
-            return _of_struct(kind, name)
+            return cls(kind, name, msgspec.structs.asdict, lambda parts: kind(**parts))
         raise TypeError(
             f"models must be enums, dataclasses, named tuples or msgspec.Structs, got {name}; for "
             "another type give Model(kind, name, dump=..., load=...)"
         )
-
-
-def _name_of(member: enum.Enum) -> str:
-    return member.name
-
-
-def _value_of(member: enum.Enum) -> Any:
-    return member.value
 
 
 def _of_fields(kind: type[Any], name: str, fields: list[str]) -> Model:
@@ -135,18 +129,6 @@ def _of_fields(kind: type[Any], name: str, fields: list[str]) -> Model:
     return Model(kind, name, dump, load)
 
 
-def _of_struct(kind: type[Any], name: str) -> Model:
-    fields: tuple[str, ...] = kind.__struct_fields__
-
-    def dump(value: Any) -> dict[str, Any]:
-        return {field: getattr(value, field) for field in fields}
-
-    def load(parts: Mapping[str, Any]) -> Any:
-        return kind(**parts)
-
-    return Model(kind, name, dump, load)
-
-
 # The codec ---------------------------------------------------------------------------------------
 
 
@@ -160,26 +142,10 @@ class ValueCodec(Protocol):
         """Return the value of these bytes; `UnreadableEntryError` if it cannot be told."""
 
 
-_MODEL = 1
-_LARGE_INT = 2
-_DECIMAL = 3
-_DATETIME = 4
-_DATE = 5
-_TIME = 6
-_TIMEDELTA = 7
-_UUID = 8
-_TUPLE = 9
-_SET = 10
-_FROZENSET = 11
-_PAIRS = 12
-_BYTEARRAY = 13
-_FROZEN_DICT = 14
-
+_MODEL, _LARGE_INT, _PAIRS = 1, 2, 12
 _PLAIN: Final = frozenset({type(None), bool, float, bytes})
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1
 _encode: Final = Encoder().encode
-
-_Write = Callable[[Any], Any]
 
 
 class _Refused(Exception):
@@ -214,22 +180,12 @@ class MessagePackCodec:
             if model.kind in self._models or model.name in self._named:
                 raise ValueError(f"models must be different, got {model.name} twice")
             self._models[model.kind] = self._named[model.name] = model
-        self._writers: dict[type[Any], _Write] = {
+        self._writers: dict[type[Any], Callable[[Any], Any]] = {
             str: _text,
             int: _integer,
             list: self._list,
             dict: self._dict,
-            FrozenDict: self._tagged(_FROZEN_DICT, dict),
-            tuple: self._tagged(_TUPLE, list),
-            set: self._tagged(_SET, list),
-            frozenset: self._tagged(_FROZENSET, list),
-            Decimal: _as_text(_DECIMAL),
-            bytearray: lambda value: Ext(_BYTEARRAY, bytes(value)),
-            uuid.UUID: lambda value: Ext(_UUID, value.bytes),
-            dt.date: lambda value: Ext(_DATE, value.isoformat().encode()),
-            dt.timedelta: _timedelta,
-            dt.datetime: _moment(_DATETIME),
-            dt.time: _moment(_TIME),
+            **{kind: self._tagged(tag) for kind, tag in _TAGS.items()},
         }
         self._decoder = Decoder(ext_hook=self._read)
 
@@ -294,19 +250,18 @@ class MessagePackCodec:
             }
         return Ext(_PAIRS, _encode([[write(key), write(item)] for key, item in value.items()]))
 
-    def _tagged(self, code: int, plain: Callable[[Any], Any]) -> _Write:
-        return lambda value: Ext(code, _encode(self._write(plain(value))))
+    def _tagged(self, tag: _Tag) -> Callable[[Any], Ext]:
+        write = self._write
+        return lambda value: Ext(tag.code, _encode(write(tag.write(value))))
 
     # Reading ----------------------------------------------------------------------------------
 
     def _read(self, code: int, data: memoryview) -> Any:
+        told = self._decoder.decode(data)
         if code == _MODEL:
-            name, parts = self._decoder.decode(data)
+            name, parts = told
             return self._named[name].load(parts)
-        read = _READERS.get(code)
-        if read is not None:
-            return read(bytes(data))
-        return _CONTAINERS[code](self._decoder.decode(data))
+        return _READERS[code](told)
 
 
 def _text(value: str) -> str:
@@ -322,23 +277,8 @@ def _text(value: str) -> str:
 def _integer(value: int) -> Any:
     if _SMALLEST <= value <= _LARGEST:
         return value
-    return Ext(_LARGE_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
-
-
-def _as_text(code: int) -> _Write:
-    return lambda value: Ext(code, str(value).encode())
-
-
-def _timedelta(value: dt.timedelta) -> Ext:
-    return Ext(_TIMEDELTA, _encode([value.days, value.seconds, value.microseconds]))
-
-
-def _moment(code: int) -> _Write:
-    def write(value: Any) -> Ext:
-        naive = value.replace(tzinfo=None, fold=0).isoformat()
-        return Ext(code, _encode([naive, value.fold, _zone(value)]))
-
-    return write
+    size = value.bit_length() // 8 + 1
+    return Ext(_LARGE_INT, _encode(value.to_bytes(size, "big", signed=True)))
 
 
 def _zone(value: Any) -> Any:
@@ -346,13 +286,66 @@ def _zone(value: Any) -> Any:
     if zone is None:
         return None
     if type(zone) is dt.timezone:
-        offset = zone.utcoffset(None)
         name = None if zone is dt.timezone.utc else zone.tzname(None)
-        return [offset.days, offset.seconds, offset.microseconds, name]
+        return [*_told_span(zone.utcoffset(None)), name]
     if type(zone) is zoneinfo.ZoneInfo and zone.key is not None:
         return zone.key
     name = qualified_type(zone)
     raise _Refused(value, f"its zone is a {name}; use datetime.timezone or zoneinfo.ZoneInfo")
+
+
+def _zone_of(told: Any) -> dt.tzinfo | None:
+    if told is None:
+        return None
+    if isinstance(told, str):
+        return zoneinfo.ZoneInfo(told)
+    *offset, name = told
+    span = dt.timedelta(*offset)
+    if name is None:
+        return dt.timezone.utc
+    unnamed = dt.timezone(span)
+    return unnamed if unnamed.tzname(None) == name else dt.timezone(span, name)
+
+
+def _told_span(value: dt.timedelta) -> list[int]:
+    return [value.days, value.seconds, value.microseconds]
+
+
+def _told_moment(value: Any) -> list[Any]:
+    return [value.replace(tzinfo=None, fold=0).isoformat(), value.fold, _zone(value)]
+
+
+def _moment(kind: Any, parts: Any) -> Any:
+    naive, fold, zone = parts
+    return kind.fromisoformat(naive).replace(tzinfo=_zone_of(zone), fold=fold)
+
+
+class _Tag(NamedTuple):
+    """How a type is told from others: by a number, and what stands for its values."""
+
+    code: int
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+
+
+_TAGS: Final[Mapping[type[Any], _Tag]] = {
+    Decimal: _Tag(3, str, Decimal),
+    dt.datetime: _Tag(4, _told_moment, partial(_moment, dt.datetime)),
+    dt.date: _Tag(5, dt.date.isoformat, dt.date.fromisoformat),
+    dt.time: _Tag(6, _told_moment, partial(_moment, dt.time)),
+    dt.timedelta: _Tag(7, _told_span, lambda parts: dt.timedelta(*parts)),
+    uuid.UUID: _Tag(8, attrgetter("bytes"), lambda data: uuid.UUID(bytes=data)),
+    tuple: _Tag(9, list, tuple),
+    set: _Tag(10, list, set),
+    frozenset: _Tag(11, list, frozenset),
+    bytearray: _Tag(13, bytes, bytearray),
+    FrozenDict: _Tag(14, dict, FrozenDict),
+}
+_READERS: Final[Mapping[int, Callable[[Any], Any]]] = {
+    _LARGE_INT: partial(int.from_bytes, byteorder="big", signed=True),
+    _PAIRS: dict,
+    **{tag.code: tag.read for tag in _TAGS.values()},
+}
 
 
 def _place_of(culprit: Any, value: Any, place: str) -> str:
@@ -369,45 +362,3 @@ def _place_of(culprit: Any, value: Any, place: str) -> str:
         within = ((f"an element of {place}", item) for item in value)
     found = (_place_of(culprit, item, named) for named, item in within)
     return next((each for each in found if each), "" if place != "value" else "a part of value")
-
-
-def _zone_of(told: Any) -> dt.tzinfo | None:
-    if told is None:
-        return None
-    if isinstance(told, str):
-        return zoneinfo.ZoneInfo(told)
-    *offset, name = told
-    span = dt.timedelta(*offset)
-    if name is None:
-        return dt.timezone.utc
-    unnamed = dt.timezone(span)
-    return unnamed if unnamed.tzname(None) == name else dt.timezone(span, name)
-
-
-def _datetime_of(parts: Any) -> dt.datetime:
-    naive, fold, zone = parts
-    return dt.datetime.fromisoformat(naive).replace(tzinfo=_zone_of(zone), fold=fold)
-
-
-def _time_of(parts: Any) -> dt.time:
-    naive, fold, zone = parts
-    return dt.time.fromisoformat(naive).replace(tzinfo=_zone_of(zone), fold=fold)
-
-
-_READERS: Final[Mapping[int, Callable[[bytes], Any]]] = {
-    _LARGE_INT: lambda data: int.from_bytes(data, "big", signed=True),
-    _DECIMAL: lambda data: Decimal(data.decode()),
-    _DATE: lambda data: dt.date.fromisoformat(data.decode()),
-    _UUID: lambda data: uuid.UUID(bytes=data),
-    _BYTEARRAY: bytearray,
-}
-_CONTAINERS: Final[Mapping[int, Callable[[Any], Any]]] = {
-    _TUPLE: tuple,
-    _SET: set,
-    _FROZENSET: frozenset,
-    _PAIRS: dict,
-    _FROZEN_DICT: FrozenDict,
-    _TIMEDELTA: lambda parts: dt.timedelta(*parts),
-    _DATETIME: _datetime_of,
-    _TIME: _time_of,
-}
