@@ -12,10 +12,10 @@ def test_every_kind_of_news_reaches_every_listener() -> None:
     listeners.subscribe(one)
     listeners.subscribe(two)
     revision = revision_of(A)
-    listeners.announced([revision])
+    listeners.announced([A])
     listeners.revised({A: revision})
-    listeners.concluded([revision])
-    listeners.invalidating([A, B])
+    listeners.concluded([A])
+    listeners.invalidating({A: None, B: None})
     listeners.invalidating_where(lambda key: key == B)
     assert one.heard == two.heard
     assert [what for what, *_ in one.heard] == [

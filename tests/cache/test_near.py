@@ -65,7 +65,7 @@ def test_news_of_another_version_removes_what_is_kept_and_is_passed_on() -> None
     assert witness.heard == []
     near.changed(A, "other")
     assert not kept(near, held)
-    assert witness.heard == [("changed_elsewhere", (A, "other"))]
+    assert witness.heard == [("invalidating", (A,), "other")]
 
 
 @pytest.mark.parametrize("told", [None, "other"])
@@ -109,7 +109,7 @@ def test_a_value_on_its_way_keeps_out_what_it_replaces_and_is_let_in_itself() ->
     old, new = revision_of(A), revision_of(A)
     put(near, old)
     with near.filling() as reading, near.filling() as writing:
-        near.give_way(new)
+        near.drop({A: new.version})
         assert not kept(near, old)
         near.put(reading, old)
         assert not kept(near, old)
@@ -123,7 +123,7 @@ def test_without_entries_it_only_passes_on_the_news() -> None:
     assert near.trusted() is None
     assert not len(near.store)
     near.changed(A, None)
-    assert witness.heard == [("changed_elsewhere", (A, None))]
+    assert witness.heard == [("invalidating", (A,))]
 
 
 @pytest.mark.parametrize("what", ["missed", "dropped"])
@@ -134,7 +134,7 @@ def test_nor_after_a_gap_in_the_news_or_a_change_of_ones_own(what: str) -> None:
         if what == "missed":
             near.missed()
         else:
-            near.drop((A,))
+            near.drop({A: None})
         near.put(filling, read)
         assert not kept(near, read)
 
@@ -178,9 +178,25 @@ def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPa
 
 def test_what_it_remembers_of_arrivals_is_bounded() -> None:
     near, _ = near_of(SingleKeyCache(), entries=10)
-    for _ in range(5000):
-        put(near, revision_of(A))
-    assert len(near._arrivals) < 2000
+    for number in range(5000):
+        put(near, revision_of(ResourceKey("test", "entry", str(number))))
+    assert len(near._due) < 2000
+
+
+def test_what_is_looked_up_again_lasts_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    near, _ = near_of(SingleKeyCache(), seconds=1.0)
+    held = revision_of(A)
+    put(near, held)
+    now[0] += 0.9
+    put(near, held)
+    now[0] += 0.9
+    assert near.trusted() is near.store
+    assert kept(near, held)
+    now[0] += 0.2
+    assert near.trusted() is near.store
+    assert not kept(near, held)
 
 
 # Behind a builder -----------------------------------------------------------------------------

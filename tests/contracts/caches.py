@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from typing import Any
 
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
-from coalestra.core.protocols import AsyncCache
+from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
 from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
 from coalestra.core.values import SnapshotValue
 
@@ -116,6 +116,52 @@ class BatchAtomicCache(BatchCache, AtomicCache):
             if _compared(value, known, False, True) is CacheWriteStatus.STORED:
                 best[value.key] = value
         return {key: self._offer(value, force, replace_equal) for key, value in best.items()}
+
+
+class LeasingCache(BatchAtomicCache):
+    """Gives leases, and knows which have not come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leased: dict[ResourceKey, Lease] = {}
+
+    async def lease_many(
+        self,
+        keys: Collection[ResourceKey],
+        *,
+        now: float,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+        force: bool = False,
+        unlike: Mapping[ResourceKey, str] | None = None,
+    ) -> AsyncGenerator[Mapping[ResourceKey, LeasedLookup], None]:
+        await self._travel("lease_many")
+        found: dict[ResourceKey, LeasedLookup] = {}
+        for key in keys:
+            lookup, lease = self._lookup(key, now, policies[key]), None
+            if force or not lookup.fresh:
+                lease = self.leased[key] = Lease(key, f"lease {len(self.calls)}")
+            found[key] = LeasedLookup(lookup, lease)
+        yield found
+
+    async def fulfil_many(
+        self,
+        values: Mapping[Lease, Value],
+        *,
+        policies: Mapping[ResourceKey, FreshnessPolicy],
+        replace_equal: bool = False,
+    ) -> Mapping[ResourceKey, CacheWriteResult | Exception]:
+        await self._travel("fulfil_many")
+        self._take_back(values)
+        return {each.key: self._offer(each, False, replace_equal) for each in values.values()}
+
+    async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
+        await self._travel("release_many")
+        self._take_back(leases)
+
+    def _take_back(self, leases: Collection[Lease]) -> None:
+        for lease in leases:
+            if self.leased.get(lease.key) is lease:
+                del self.leased[lease.key]
 
 
 def _compared(

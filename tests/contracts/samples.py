@@ -101,20 +101,18 @@ class Witness:
         for key, revision in changes.items():
             self.heard.append(("revised", key, revision and revision.version))
 
-    def announced(self, publications: Sequence[Revision]) -> None:
-        self.heard.append(("announced", tuple(each.key for each in publications)))
+    def announced(self, keys: Collection[ResourceKey]) -> None:
+        self.heard.append(("announced", tuple(keys)))
 
-    def concluded(self, publications: Sequence[Revision]) -> None:
-        self.heard.append(("concluded", tuple(each.key for each in publications)))
+    def concluded(self, keys: Collection[ResourceKey]) -> None:
+        self.heard.append(("concluded", tuple(keys)))
 
-    def invalidating(self, keys: Collection[ResourceKey]) -> None:
-        self.heard.append(("invalidating", tuple(keys)))
+    def invalidating(self, versions: Mapping[ResourceKey, str | None]) -> None:
+        elsewhere = [version for version in versions.values() if version is not None]
+        self.heard.append(("invalidating", tuple(versions), *elsewhere))
 
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         self.heard.append(("invalidating_where", tuple(key for key in (A, B, C) if matches(key))))
-
-    def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
-        self.heard.append(("changed_elsewhere", (key, version)))
 
     def cut_off(self) -> None:
         self.heard.append(("cut_off",))

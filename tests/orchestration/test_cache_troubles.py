@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,11 +26,13 @@ from coalestra import (
     SourceAuthorityPolicy,
     SourceUnavailableError,
 )
+from coalestra.orchestration.singleflight import SingleFlight
 from tests.contracts.caches import (
     FOREIGN,
     AtomicCache,
     BatchAtomicCache,
     BatchCache,
+    LeasingCache,
     SingleKeyCache,
 )
 from tests.contracts.samples import value_of
@@ -532,6 +535,75 @@ async def test_a_read_that_an_invalidation_overtook_brings_nothing() -> None:
     gate.open()
     assert (await reading).value(BASE) == 1
     await shop.builder.aclose()
+
+
+# Leases -------------------------------------------------------------------------------------------
+
+
+async def test_a_cache_that_is_slow_to_give_leases_is_left_alone_after_a_while() -> None:
+    cache, gate = hanging(LeasingCache, "lease_many")
+    building = builder(Single("b"), cache=cache)
+    for number in range(5):
+        assert await seconds(building.build([key("b", str(number))])) < 1.1
+    assert await seconds(building.build([key("b", "one more")])) < 0.1
+    health = await building.health_snapshot()
+    assert health.cache_left_alone
+    assert health.cache_timeout_count == 5
+    gate.open()
+    await asyncio.sleep(10)
+    await building.build([key("b", "well again")])
+    assert not (await building.health_snapshot()).cache_left_alone
+    await building.aclose()
+    assert set(cache.held) == {key("b", "well again")}
+
+
+class CopiedOnce:
+    """Fails when it is copied for the second time, on its way into the cache."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo: object) -> CopiedOnce:
+        CopiedOnce.copies += 1
+        if CopiedOnce.copies == 2:
+            raise LookupError("once is enough")
+        return self
+
+
+async def test_the_lease_on_what_cannot_be_copied_into_the_cache_is_given_back() -> None:
+    async def fetch(key: ResourceKey, context: object) -> Any:
+        return CopiedOnce()
+
+    cache = LeasingCache()
+    building = builder(Single("b", fetch=fetch), cache=cache)
+    assert type((await building.build(KEYS[:1])).value(KEYS[0])) is CopiedOnce
+    await asyncio.sleep(1)
+    assert (cache.held, cache.leased) == ({}, {})
+    assert "release_many" in cache.calls
+    await building.aclose()
+
+
+async def test_the_answers_of_a_leasing_cache_are_passed_on_in_portions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turn, answered = 0, Counter[int]()
+    pass_on = SingleFlight._cache_answered
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+
+    def watched(self: SingleFlight, read: Any, revision: Any) -> None:
+        if not answered[turn]:
+            asyncio.get_running_loop().call_soon(next_turn)
+        answered[turn] += 1
+        pass_on(self, read, revision)
+
+    monkeypatch.setattr(SingleFlight, "_cache_answered", watched)
+    building = builder(Batch("b"), cache=LeasingCache())
+    await building.build([key("b", str(number)) for number in range(1_000)])
+    assert answered.total() == 1_000
+    assert max(answered.values()) <= 256
+    await building.aclose()
 
 
 # A cache that is right at every read --------------------------------------------------------------

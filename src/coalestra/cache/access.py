@@ -32,7 +32,7 @@ class CacheAccess:
     Attributes:
         cache: the cache.
         store: the entry store of the library's own memory cache, else None.
-        foreign: the view over any other cache, else None.
+        foreign: the view over any other cache; there is none where there is a ``store``.
         subscribers: who hears of changes through this view, on any event loop; held weakly.
     """
 
@@ -49,61 +49,54 @@ class CacheAccess:
     ) -> None:
         self.cache: AsyncCache = cache
         self.store: EntryStore | None = None
-        self.foreign: ForeignCache | None = None
         if type(cache) is AsyncMemoryCache:
             self.store = cache.store
             self.store.tolerate(observation)
             self.subscribers: Listeners = self.store.listeners
         else:
             calls = CacheCalls(cache, max_pending_tasks, failed, log)
-            self.foreign = ForeignCache(calls, copies, observation)
+            self.foreign: ForeignCache = ForeignCache(calls, copies, observation)
             self.subscribers = self.foreign.subscribers
 
     def __repr__(self) -> str:
-        return f"CacheAccess({self.store or self.foreign!r})"
+        return f"CacheAccess({self.foreign if self.store is None else self.store!r})"
 
     @property
     def near(self) -> EntryStore | None:
         """The entries that can be used without awaiting at this moment, if there are any."""
-        return self.store if self.foreign is None else self.foreign.near()
+        return self.foreign.near() if self.store is None else self.store
 
     @property
     def leases(self) -> bool:
         """Whether the cache says who is to acquire a key, and stores for him alone."""
-        return self.foreign is not None and self.foreign.leasing is not None
+        return self.store is None and self.foreign.leasing is not None
 
     @property
     def left_alone(self) -> bool:
         """Whether the cache has failed so often in a row that it is not asked just now."""
-        if self.foreign is None:
-            return False
-        return (
-            self.foreign.calls.is_left_alone or getattr(self.cache, "is_available", True) is False
-        )
+        return self.store is None and self.foreign.calls.is_left_alone
 
     @property
     def call_counts(self) -> Mapping[str, int]:
         """How many ``calls`` to the cache were made, and of these ``failures`` and ``timeouts``."""
-        if self.foreign is None:
+        if self.store is not None:
             return dict.fromkeys(("calls", "failures", "timeouts"), 0)
         own = getattr(self.cache, "call_counts", None)
         return own if isinstance(own, Mapping) else self.foreign.calls.counts
 
     def attach(self) -> None:
         """Be used on the running event loop; raises `RuntimeError` if the cache must not be."""
-        if self.foreign is not None:
+        if self.store is None:
             self.foreign.attach()
 
     @property
     def listeners(self) -> Listeners:
         """Who hears of changes to the cache on the running event loop, which must be there."""
-        return self.subscribers if self.foreign is None else self.foreign.channel().listeners
+        return self.foreign.channel().listeners if self.store is None else self.subscribers
 
     async def stats(self) -> Any | None:
         """Return what the cache says of itself; None if it says nothing, or fails to."""
-        if self.foreign is not None:
-            return await self.foreign.calls.stats()
-        return None if self.store is None else self.store.stats()
+        return await self.foreign.calls.stats() if self.store is None else self.store.stats()
 
     async def invalidate(self, keys: Collection[ResourceKey]) -> None:
         """Remove ``keys``; listeners hear of it before the first await.
@@ -111,7 +104,7 @@ class CacheAccess:
         Raises:
             CacheUnavailableError: the cache did not do it; or what the cache raised.
         """
-        if self.store is not None:
-            await let_go(self.store.drop(keys))
-        elif self.foreign is not None:
+        if self.store is None:
             await self.foreign.invalidate(keys)
+        else:
+            await let_go(self.store.drop(keys))

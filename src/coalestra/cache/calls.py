@@ -8,7 +8,8 @@ Laws:
 2. Where a call for many keys fails, they are tried one by one.
 3. A cache that failed too often in a row is left alone for a while: reads are misses at once,
    values are not stored. What an application asked for, a publication or an invalidation, is tried
-   all the same. Failed reads keep no writes away, and a write that succeeds brings reads back.
+   all the same. Failed reads keep no writes away, and a write that succeeds brings reads back. A
+   cache that says whether it ``is_available`` sees to this itself.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ async def call_each(
     call: Callable[[_I], Awaitable[_T]],
     *,
     width: int,
-    seconds: float,
+    seconds: float | None,
     refused: Callable[[], Exception | None] = lambda: None,
     ended: Callable[[BaseException | None], object] = lambda _: None,
 ) -> tuple[dict[_I, _T], dict[_I, BaseException]]:
     """Make a call for every item, at most ``width`` at a time; return results and failures.
 
-    A call that takes longer than ``seconds`` is cancelled and counts as failed by a
+    A call that takes longer than ``seconds`` (None: it may) is cancelled and counts as failed by a
     `CacheTimeoutError`; should it not end, it is left behind. ``refused`` is asked before each call
     and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
     caller's own cancellation.
@@ -68,21 +69,22 @@ async def call_each(
                 refusal = refused()
                 if refusal is None:
                     task = loop.create_task(made(item), name="coalestra cache call")
-                    running[task] = item, loop.time() + seconds
+                    running[task] = item, math.inf if seconds is None else loop.time() + seconds
                 else:
                     failures[item] = refusal
             if not running:
                 return results, failures
             _, due = next(iter(running.values()))  # the first to begin has the least time left
-            left = max(0.0, due - loop.time())
+            left = None if seconds is None else max(0.0, due - loop.time())
             await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             for task, (item, due) in tuple(running.items()):
                 if task.done() or loop.time() >= due:
                     del running[task]
-                    error: BaseException | None = CacheTimeoutError(seconds)
-                    if task.done():
-                        cancelled = task.cancelled()
-                        error = asyncio.CancelledError() if cancelled else task.exception()
+                    error: BaseException | None
+                    if task.cancelled():
+                        error = asyncio.CancelledError()
+                    else:
+                        error = task.exception() if task.done() else CacheTimeoutError(seconds or 0)
                     if error is None:
                         results[item] = task.result()
                     else:
@@ -108,18 +110,6 @@ def leave_behind(task: asyncio.Task[Any]) -> None:
         look_after(task, _left_behind)
 
 
-async def in_time(call: Awaitable[_T], seconds: float | None) -> _T:
-    """Return what a call gives; one that takes longer is left behind for a `CacheTimeoutError`."""
-    task = asyncio.ensure_future(call)
-    try:
-        await asyncio.wait({task}, timeout=seconds)
-        if seconds is not None and not task.done():
-            raise CacheTimeoutError(seconds)
-    finally:
-        leave_behind(task)
-    return task.result()
-
-
 # The calls that a cache offers, used as widely as it allows --------------------------------------
 
 DEFAULT_TIMEOUT_SECONDS: Final = 1.0
@@ -129,6 +119,7 @@ _FAILURES_IN_A_ROW = 5
 _RECOVERY_SECONDS = 5.0
 _ANY_AGE = FreshnessPolicy(math.inf, math.inf)
 _ALL: Final = "all keys"
+_READS: Final = ("get", "get of many", "lease_many")
 
 Found = dict[ResourceKey, SnapshotValue[Any]]
 Failures = dict[ResourceKey, Exception]
@@ -189,10 +180,11 @@ class CacheCalls:
         self._offers_many = self.carries_many and has(cache, "set_many_if_newer")
         self._offers_one = has(cache, "set_if_newer")
         self.is_atomic: bool = self._offers_many or self._offers_one
-        self.validates_dependencies: bool = _says(cache, "validates_dependency_versions")
-        self.validates_order: bool = _says(cache, "validates_write_order")
+        self.validates_dependencies: bool = _said(cache, "validates_dependency_versions") is True
+        self.validates_order: bool = _said(cache, "validates_write_order") is True
         self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
-        self._tells_policies = _says(cache, "accepts_policies")
+        self._guards_itself = type(_said(cache, "is_available")) is bool
+        self._tells_policies = _said(cache, "accepts_policies") is True
         seconds = getattr(cache, "timeout_seconds", None)
         if seconds is not None:
             number("timeout_seconds of the cache", seconds, above=0)
@@ -200,8 +192,7 @@ class CacheCalls:
         self._limit = limit
         self._told = told
         self._log = log
-        self._reading = _Circuit()
-        self._writing = _Circuit()
+        self._circuits = {"read": _Circuit(), "write": _Circuit()}
 
     def __repr__(self) -> str:
         named = [name for name in ("carries_many", "is_atomic") if getattr(self, name)]
@@ -210,7 +201,9 @@ class CacheCalls:
     @property
     def is_left_alone(self) -> bool:
         """Whether the cache has failed too often in a row to be asked just now."""
-        return max(self._reading.failures, self._writing.failures) >= _FAILURES_IN_A_ROW
+        if self._guards_itself:
+            return self.cache.is_available is False
+        return max(each.failures for each in self._circuits.values()) >= _FAILURES_IN_A_ROW
 
     async def get(
         self, keys: Collection[ResourceKey], now: float, policies: Policies, horizon: float
@@ -224,7 +217,7 @@ class CacheCalls:
         async def one(key: ResourceKey) -> Any:
             return await self.cache.get(key, now=now, policy=policies[key])
 
-        answers, failures = await self._many_or_each(self._reading, "get", keys, many, one)
+        answers, failures = await self._many_or_each("get", keys, many, one)
         values: Found = {}
         for key in keys:
             try:
@@ -251,7 +244,7 @@ class CacheCalls:
         async def one(key: ResourceKey) -> Any:
             await self.cache.set(values[key], **self._policy(policies, key))
 
-        _, failures = await self._many_or_each(self._writing, "set", values, many, one, insist)
+        _, failures = await self._many_or_each("set", values, many, one, insist)
         return failures
 
     async def offer(
@@ -280,9 +273,7 @@ class CacheCalls:
             return _result(result, key)
 
         many_at_once = many if self._offers_many else None
-        return await self._many_or_each(
-            self._writing, "set_if_newer", values, many_at_once, one, insist
-        )
+        return await self._many_or_each("set_if_newer", values, many_at_once, one, insist)
 
     async def remove(self, keys: Collection[ResourceKey], *, insist: bool) -> Failures:
         """Remove ``keys`` from the cache."""
@@ -292,18 +283,37 @@ class CacheCalls:
             return dict.fromkeys(keys)
 
         _, failures = await self._many_or_each(
-            self._writing, "invalidate", keys, many, self.cache.invalidate, insist
+            "invalidate", keys, many, self.cache.invalidate, insist
         )
         return failures
+
+    async def once(
+        self,
+        operation: str,
+        call: Callable[[], Awaitable[_T]],
+        *,
+        patient: bool = False,
+        insist: bool = False,
+    ) -> _T:
+        """Make a call for whatever number of keys; a ``patient`` one may take any time.
+
+        Raises what the cache raised, or why it was not asked.
+        """
+        results, failures = await self._calls(
+            operation, (_ALL,), lambda _: call(), insist, None if patient else self.seconds
+        )
+        for error in failures.values():
+            raise error
+        return results[_ALL]
 
     async def stats(self) -> Any | None:
         """Return what the cache says of itself; None if it says nothing, or fails to."""
         if not has(self.cache, "stats"):
             return None
-        calls = await call_each(
+        results, _ = await call_each(
             (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self.seconds
         )
-        return calls[0].get(_ALL)
+        return results.get(_ALL)
 
     def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
         """Report failures that the library goes on without; refusals are only counted."""
@@ -315,13 +325,8 @@ class CacheCalls:
             if self._log is not None:
                 self._log.failed(self._subject("read" if operation == "read" else "write"), error)
 
-    def works(self, operation: str) -> None:
-        """Learn that the cache has done what it was asked, a ``read`` or a ``write``."""
-        if self._log is not None and self._log.troubled:
-            self._log.works(self._subject(operation))
-
-    def _subject(self, operation: str) -> str:
-        return f"{operation} of cache {type(self.cache).__name__}"
+    def _subject(self, kind: str) -> str:
+        return f"{kind} of cache {type(self.cache).__name__}"
 
     def _policies(self, policies: Policies, keys: Iterable[ResourceKey]) -> dict[str, Any]:
         if not self._tells_policies:
@@ -333,7 +338,6 @@ class CacheCalls:
 
     async def _many_or_each(
         self,
-        circuit: _Circuit,
         operation: str,
         keys: Collection[ResourceKey],
         many: Callable[[], Awaitable[Any]] | None,
@@ -344,32 +348,31 @@ class CacheCalls:
         if not keys:
             return {}, {}
         if many is not None and self.carries_many:
-            made = many
-            results, failures = await self._calls(
-                circuit, f"{operation} of many", (_ALL,), lambda _: made(), insist
-            )
-            if not failures:
-                return results[_ALL], {}
-            error = failures[_ALL]
-            if isinstance(error, (CacheTimeoutError, CacheCircuitOpenError)):
+            try:
+                return await self.once(f"{operation} of many", many, insist=insist), {}
+            except (CacheTimeoutError, CacheCircuitOpenError) as error:
                 return {}, dict.fromkeys(keys, error)
-        return await self._calls(circuit, operation, keys, one, insist)
+            except Exception:
+                pass  # which of them it was is found out
+        return await self._calls(operation, keys, one, insist, self.seconds)
 
     async def _calls(
         self,
-        circuit: _Circuit,
         operation: str,
         items: Collection[_I],
         call: Callable[[_I], Awaitable[_T]],
         insist: bool,
+        seconds: float | None,
     ) -> tuple[dict[_I, _T], dict[_I, Exception]]:
         loop, counts, name = asyncio.get_running_loop(), self.counts, type(self.cache).__name__
+        kind = "read" if operation in _READS else "write"
+        circuit = self._circuits[kind]
         free = self._limit if insist else 0
 
         def refused() -> Exception | None:
             nonlocal free
             free -= 1
-            if free >= 0 or circuit.admits(loop.time()):
+            if free >= 0 or self._guards_itself or circuit.admits(loop.time()):
                 counts["calls"] += 1
                 return None
             counts["refused"] += 1
@@ -380,15 +383,16 @@ class CacheCalls:
 
         def ended(error: BaseException | None) -> None:
             if error is None:
-                circuit.failures = self._reading.failures = 0
-                self.works("read" if circuit is self._reading else "write")
+                circuit.failures = self._circuits["read"].failures = 0
+                if self._log is not None and self._log.troubled:
+                    self._log.works(self._subject(kind))
                 return
             circuit.failed(loop.time())
             counts["failures"] += 1
             counts["timeouts"] += isinstance(error, CacheTimeoutError)
 
         results, raised = await call_each(
-            items, call, width=self._limit, seconds=self.seconds, refused=refused, ended=ended
+            items, call, width=self._limit, seconds=seconds, refused=refused, ended=ended
         )
         return results, {
             item: _as_exception(error, operation, name) for item, error in raised.items()
@@ -403,11 +407,12 @@ def has(cache: Any, *methods: str) -> bool:
         return False
 
 
-def _says(cache: Any, promise: str) -> bool:
+def _said(cache: Any, name: str) -> Any:
+    """Return what a cache says of itself by an attribute; None if it says nothing."""
     try:
-        return getattr(cache, promise, False) is True
+        return getattr(cache, name, None)
     except Exception:
-        return False
+        return None
 
 
 def _as_exception(error: BaseException, operation: str, name: str) -> Exception:

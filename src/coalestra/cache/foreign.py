@@ -25,6 +25,7 @@ from collections.abc import (
     Mapping,
 )
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from coalestra.cache.calls import (
@@ -33,21 +34,20 @@ from coalestra.cache.calls import (
     Found,
     Policies,
     has,
-    in_time,
     sound,
 )
 from coalestra.cache.memory import open_value, revision_of, seal_value
 from coalestra.cache.near import Filling, Near
 from coalestra.cache.store import (
-    UNCHECKED,
     CacheListener,
-    Currency,
     EntryStore,
     Listeners,
     Outcome,
     best_per_key,
     decide,
     future_tolerance,
+    outdated_among,
+    with_all_below,
 )
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.pace import Pace
@@ -293,25 +293,14 @@ class ForeignCache:
         What is ``absent`` and not known is not held.
         """
         on_their_way = self.channel().on_their_way
-        asked = {*known, *absent}
-        level: Collection[Revision] = known.values()
-        while True:
-            wanted = [key for revision in level for key in revision.dependency_versions]
-            wanted = [key for key in dict.fromkeys(wanted) if key not in asked]
-            if not wanted:
-                break
-            asked.update(wanted)
-            found = {key: on_their_way[key] for key in wanted if key in on_their_way}
-            rest = [key for key in wanted if key not in found]
-            found.update(await make(await self.calls.held(rest, now)))
-            known.update(found)
-            level = found.values()
-        if not any(revision.dependency_versions for revision in known.values()):
-            return []
-        for revision in known.values():
-            revision.checked = UNCHECKED
-        holds = Currency(known).holds
-        return [key for key, revision in known.items() if not holds(revision)]
+
+        async def held(keys: list[ResourceKey]) -> dict[ResourceKey, Revision]:
+            found = {key: on_their_way[key] for key in keys if key in on_their_way}
+            rest = [key for key in keys if key not in found]
+            return found | await make(await self.calls.held(rest, now))
+
+        known.update(await with_all_below(known, absent, held))
+        return outdated_among(known)
 
     async def _remove_outdated(self, outdated: Mapping[ResourceKey, Revision], now: float) -> None:
         """Remove entries found outdated, unless they have been replaced in the meantime."""
@@ -364,23 +353,24 @@ class ForeignCache:
                 yield {each.key: Answer(each) for each in held}
         if leasing is None or not rest:
             return
-        seconds: float | None = self.calls.seconds  # for the first part
         with channel.near.filling() as filling:
             try:
                 asking = leasing.lease_many(
                     tuple(rest), now=now, policies=policies, force=force, unlike=unlike
                 )
+                first = True
                 while rest:
-                    part = await in_time(anext(asking), seconds)
-                    seconds = None
-                    self.calls.works("read")
+                    part = await self.calls.once(
+                        "lease_many", lambda: anext(asking, None), patient=not first
+                    )
+                    if part is None:
+                        break
+                    first = False
                     answers = await self._answers(part, rest, ahead + channel.loop.time(), filling)
                     for key, answer in answers.items():
                         if not answer.waiting:
                             rest.pop(key, None)
                     yield answers
-            except StopAsyncIteration:
-                pass
             except Exception as error:
                 self.calls.tell("read", dict.fromkeys(rest, error))
             if rest:
@@ -407,22 +397,23 @@ class ForeignCache:
             revisions = await self.sealed(values)
         except BaseException:
             for told in part.values():
-                if told.lease is not None:
-                    self.give_back(told.lease, failed=False)
+                self.give_back(told.lease, failed=False)
             raise
-        holds = Currency(revisions).holds
-        current = {key: each for key, each in revisions.items() if holds(each)}
-        for key, revision in current.items():
+        for key in outdated_among(revisions):
+            del revisions[key]
+        for key, revision in revisions.items():
             if not part[key].waiting and part[key].lease is None:
                 self.channel().near.put(filling, revision)
         return {
-            key: Answer(current.get(key), told.lease, told.waiting)
+            key: Answer(revisions.get(key), told.lease, told.waiting)
             for key, told in part.items()
             if key in asked
         }
 
-    def give_back(self, lease: Lease, *, failed: bool) -> None:
-        """Let go of a lease without a value; ``failed`` if it was tried in vain."""
+    def give_back(self, lease: Lease | None, *, failed: bool) -> None:
+        """Let go of a lease, if there is one, without a value; ``failed`` if tried in vain."""
+        if lease is None:
+            return
         if not self._giving_back:
             asyncio.get_running_loop().call_soon(self._give_back)
         self._giving_back[lease] = failed
@@ -436,7 +427,8 @@ class ForeignCache:
 
     async def _release(self, leasing: LeasingCache, leases: list[Lease], failed: bool) -> None:
         try:
-            await leasing.release_many(leases, failed=failed)
+            release = partial(leasing.release_many, leases, failed=failed)
+            await self.calls.once("release_many", release, insist=True)
         except Exception as error:
             self.calls.tell("write", {leases[0].key: error})
 
@@ -466,7 +458,7 @@ class ForeignCache:
         """Whether a value on its way still counts as held."""
         return self.channel().on_their_way.get(revision.key) is revision
 
-    def hold(self, revision: Revision, now: float, *, replace_equal: bool) -> Outcome:
+    def hold(self, revision: Revision, now: float, *, replace_equal: bool = False) -> Outcome:
         """Let a value that is being written behind count as held from now on.
 
         One that may not replace what is on its way already does not count.
@@ -478,7 +470,7 @@ class ForeignCache:
         if current is not None and status is not _STORED:
             return status, current, current
         channel.on_their_way[revision.key] = revision
-        channel.near.give_way(revision)
+        channel.near.drop({revision.key: revision.version})
         channel.listeners.revised({revision.key: revision}, self.subscribers)
         return _STORED, revision, current
 
@@ -519,9 +511,6 @@ class ForeignCache:
         below = {key for each in revisions.values() for key in each.dependency_versions}
         async with channel.lanes.turn(revisions, below):
             offered = {key: each for key, each in revisions.items() if wanted(each)}
-            for key, lease in (terms.leases or {}).items():
-                if key not in offered:
-                    self.give_back(lease, failed=False)
             write = _Write(self, offered, terms)
             with channel.near.filling() as filling:
                 outcomes = await write.run()
@@ -529,7 +518,7 @@ class ForeignCache:
                 for status, current, _ in outcomes.values():
                     keep = channel.near.wrote if status is _STORED else channel.near.put
                     keep(filling, current)
-            channel.near.drop(write.failures)
+            channel.near.drop(dict.fromkeys(write.failures))
         return outcomes, write.failures
 
     def _tell(
@@ -565,18 +554,18 @@ class ForeignCache:
         Raises:
             CacheUnavailableError: not all could be removed; or what the cache raised.
         """
-        unique = tuple(dict.fromkeys(keys))
+        gone = dict.fromkeys(keys)
         channel = self.channel()
-        for key in unique:
+        for key in gone:
             channel.on_their_way.pop(key, None)
-        channel.listeners.invalidating(unique)
-        channel.near.drop(unique)
-        async with channel.lanes.turn(unique):
+        channel.listeners.invalidating(gone)
+        channel.near.drop(gone)
+        async with channel.lanes.turn(gone):
             try:
-                failures = await self.calls.remove(unique, insist=True)
+                failures = await self.calls.remove(tuple(gone), insist=True)
             finally:
-                channel.near.drop(unique)
-                channel.listeners.revised(dict.fromkeys(unique))
+                channel.near.drop(gone)
+                channel.listeners.revised(gone)
         for error in failures.values():
             raise error
 
@@ -635,17 +624,23 @@ class _Write:
         return await self._outcomes()
 
     async def _fulfil(self, leases: Mapping[ResourceKey, Lease]) -> None:
-        """Store what was acquired under leases."""
+        """Store what was acquired under leases; give those back of what cannot be stored."""
         leasing, terms = self._cache.leasing, self._terms
+        for key, lease in leases.items():
+            if key not in self._values:
+                self._cache.give_back(lease, failed=key in self.failures)
         if leasing is None or not self._values:
             return
         offered = {leases[key]: value for key, value in self._values.items()}
         told: Mapping[ResourceKey, CacheWriteResult | Exception]
         try:
-            fulfilling = leasing.fulfil_many(
-                offered, policies=terms.policies, replace_equal=terms.replace_equal
+            fulfil = partial(
+                leasing.fulfil_many,
+                offered,
+                policies=terms.policies,
+                replace_equal=terms.replace_equal,
             )
-            told = await in_time(fulfilling, self._calls.seconds)
+            told = await self._calls.once("fulfil_many", fulfil, insist=True)
         except Exception as error:
             told = dict.fromkeys(self._values, error)
         for key in self._values:
@@ -654,8 +649,6 @@ class _Write:
                 self._results[key] = result
             elif isinstance(result, Exception):
                 self.failures[key] = result
-        if self._results:
-            self._calls.works("write")
         for key in await self._outdated():
             del self._results[key]  # what is outdated takes nobody's place
 

@@ -13,11 +13,12 @@ Laws:
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
+from coalestra.cache.calls import has
 from coalestra.cache.store import EntryStore, Listeners
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -81,7 +82,7 @@ class NearCache:
 
 # The memory --------------------------------------------------------------------------------------
 
-_SPARE_ARRIVALS = 1000
+_SPARE_DUE = 1000
 
 
 class Filling:
@@ -125,10 +126,10 @@ class Near:
         self._seconds = seconds
         self._listeners = listeners
         self._fillings: set[Filling] = set()
-        self._arrivals: deque[tuple[float, ResourceKey, str]] = deque()
+        self._due: OrderedDict[ResourceKey, float] = OrderedDict()
         self._caught_up: Callable[[], bool] | None = None
         self._was_caught_up = False
-        if tells(cache):
+        if has(cache, "subscribe", "unsubscribe", "caught_up"):
             self._caught_up = cache.caught_up
             cache.subscribe(self)
 
@@ -150,14 +151,10 @@ class Near:
         self._was_caught_up = True
         if not self._serves:
             return None
-        arrivals = self._arrivals
-        if arrivals:
+        if self._due:
             now = time.monotonic()
-            while arrivals and arrivals[0][0] <= now:
-                _, key, version = arrivals.popleft()
-                held = self.store.peek(key)
-                if held is not None and held.version == version:
-                    self.store.drop((key,))
+            while self._due and next(iter(self._due.values())) <= now:
+                self.store.drop(self._due.popitem(last=False)[:1])
         return self.store
 
     @contextmanager
@@ -177,31 +174,22 @@ class Near:
         held = self.store.peek(revision.key)
         if held is None or held.version != revision.version:
             self.store.put(revision, force=True)
-        arrivals = self._arrivals
-        arrivals.append((time.monotonic() + self._seconds, revision.key, revision.version))
-        if len(arrivals) > 2 * (self.store.max_entries or 0) + _SPARE_ARRIVALS:
-            self._compact()
+        self._due[revision.key] = time.monotonic() + self._seconds
+        self._due.move_to_end(revision.key)
+        if len(self._due) > 2 * len(self.store) + _SPARE_DUE:  # most have left it since
+            self._due = OrderedDict((k, due) for k, due in self._due.items() if k in self.store)
 
     def wrote(self, filling: Filling, revision: Revision) -> None:
         """Keep what this process has stored; what others of it have read before is not kept."""
-        if not filling.allows(revision):
-            self.drop((revision.key,))  # who knows which of the two came last
-            return
-        for each in self._fillings:
-            each.changed[revision.key] = revision.version
+        certain = filling.allows(revision)  # else who knows which of the two came last
+        self.drop({revision.key: revision.version if certain else None})
         self.put(filling, revision)
 
-    def give_way(self, revision: Revision) -> None:
-        """Forget what a value on its way replaces; only that one may be put in after it."""
+    def drop(self, versions: Mapping[ResourceKey, str | None]) -> None:
+        """Forget keys that this process changes; only these versions may be put in after it."""
         for filling in self._fillings:
-            filling.changed[revision.key] = revision.version
-        self.store.drop((revision.key,))
-
-    def drop(self, keys: Collection[ResourceKey]) -> None:
-        """Forget keys that this process itself has changed."""
-        for filling in self._fillings:
-            filling.changed.update(dict.fromkeys(keys))
-        self.store.drop(keys)
+            filling.changed.update(versions)
+        self.store.drop(versions)
 
     # News -------------------------------------------------------------------------------------
 
@@ -213,33 +201,13 @@ class Near:
         if version is None or held is None or held.version != version:
             self.store.drop((key,))
             self._on_their_way.pop(key, None)
-            self._listeners.changed_elsewhere(key, version)
+            self._listeners.invalidating({key: version})
 
     def missed(self) -> None:
         """Learn that anything may have changed."""
         for filling in self._fillings:
             filling.void = True
-        self._arrivals.clear()
+        self._due.clear()
         self._on_their_way.clear()
         self.store.clear()
         self._listeners.invalidating_where(lambda _: True)
-
-    # Small parts ------------------------------------------------------------------------------
-
-    def _compact(self) -> None:
-        """Let go of arrivals that have been replaced since; of several the latest counts."""
-        latest: Mapping[tuple[ResourceKey, str], float] = {
-            (key, version): due for due, key, version in self._arrivals
-        }
-        self._arrivals = deque(
-            (due, key, version)
-            for (key, version), due in sorted(latest.items(), key=lambda item: item[1])
-            if (held := self.store.peek(key)) is not None and held.version == version
-        )
-
-
-def tells(cache: Any) -> bool:
-    """Whether a cache tells of changes."""
-    return all(
-        callable(getattr(cache, name, None)) for name in ("subscribe", "unsubscribe", "caught_up")
-    )

@@ -12,7 +12,7 @@ from coalestra.cache.memory import close_copies
 from coalestra.cache.store import Listeners, Outcome, best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
-from coalestra.concurrency.sealing import PORTION, Seal
+from coalestra.concurrency.sealing import PORTION
 from coalestra.core import validation
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.frozen import EMPTY, FrozenDict
@@ -31,7 +31,6 @@ from coalestra.core.results import CacheWriteStatus, PublishResult, PublishStatu
 from coalestra.core.values import (
     ResourceUpdate,
     Revision,
-    SnapshotValue,
     check_update,
     next_number,
     version_of,
@@ -129,29 +128,6 @@ class PublisherParts:
 # What became of an event, with copies of what is held now and was before -------------------------
 
 
-def _result_now(
-    copies: PayloadCopies,
-    offered: Revision,
-    outcome: Outcome,
-    policy: FreshnessPolicy,
-    now: float,
-    open_now: Callable[..., Any] | None = None,
-) -> PublishResult | None:
-    """Return the result of one event; None if its copies take ``await _result``."""
-    status, current, previous = outcome
-    before, open_now = None, open_now or copies.open_now
-    payload = open_now(current.payload, current.seal, context=_OUT)
-    if previous is not None:
-        earlier = open_now(previous.payload, previous.seal, context=_OUT)
-        if earlier is OFFLOADED:
-            return None
-        before = _shown(copies, previous, earlier, policy, now, True)
-    if payload is OFFLOADED:
-        return None
-    value = _shown(copies, current, payload, policy, now, current is not offered)
-    return PublishResult(_STATUS[status], value, before)
-
-
 async def _result(
     copies: PayloadCopies,
     offered: Revision,
@@ -159,27 +135,36 @@ async def _result(
     policy: FreshnessPolicy,
     now: float,
 ) -> PublishResult:
-    status, current, previous = outcome
-    values: list[SnapshotValue[Any]] = []
-    for each in (current,) if previous is None else (current, previous):
-        payload = await copies.open(each.payload, each.seal, context=_OUT)
-        values.append(_shown(copies, each, payload, policy, now, each is not offered))
-    return PublishResult(_STATUS[status], *values)
+    """Return the result of one event; its payloads are copied here and now, or in a thread."""
+    payloads = []
+    for each in outcome[1:]:
+        if each is not None:
+            payload = copies.open_now(each.payload, each.seal, context=_OUT)
+            if payload is OFFLOADED:
+                payload = await copies.open(each.payload, each.seal, context=_OUT)
+            payloads.append(payload)
+    return _told(copies, offered, outcome, payloads, policy, now)
 
 
-def _shown(
+def _told(
     copies: PayloadCopies,
-    revision: Revision,
-    payload: Any,
+    offered: Revision,
+    outcome: Outcome,
+    payloads: Iterable[Any],
     policy: FreshnessPolicy,
     now: float,
-    from_cache: bool,
-) -> SnapshotValue[Any]:
-    metadata, age = revision.metadata, now - revision.observed_at
-    if type(metadata) is not FrozenDict:
-        metadata = copies.open_metadata_now(metadata, context=_OUT)
-    stale = age > policy.ttl_seconds
-    return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)
+) -> PublishResult:
+    """Return the result of one event around copies of what is current, and of what was before."""
+    values = []
+    for revision, payload in zip(outcome[1:], payloads, strict=False):
+        assert revision is not None
+        metadata, age = revision.metadata, now - revision.observed_at
+        if type(metadata) is not FrozenDict:
+            metadata = copies.open_metadata_now(metadata, context=_OUT)
+        stale, from_cache = age > policy.ttl_seconds, revision is not offered
+        age = age if age > 0 else 0.0
+        values.append(revision.presented(payload, metadata, age, stale, from_cache))
+    return PublishResult(_STATUS[outcome[0]], *values)
 
 
 class _Results(Mapping[ResourceKey, PublishResult]):
@@ -207,7 +192,7 @@ class _Results(Mapping[ResourceKey, PublishResult]):
         self, report: Callable[[Revision, Outcome], object] | None, pace: Pace
     ) -> None:
         """Report all, then copy those that are no trifles."""
-        copies, results, now, left = self._copies, self._results, self._now, PORTION
+        copies, results, left = self._copies, self._results, PORTION
         if report is not None:
             for offered, outcome in results.items():
                 report(offered, cast(Outcome, outcome))
@@ -219,9 +204,7 @@ class _Results(Mapping[ResourceKey, PublishResult]):
                 weight = max(weight, previous.seal.weight)
             if weight >= PORTION or not copies.is_direct:
                 policy = self._policies[offered]
-                result = _result_now(copies, offered, outcome, policy, now)
-                if result is None:
-                    result = await _result(copies, offered, outcome, policy, now)
+                result = await _result(copies, offered, outcome, policy, self._now)
                 results[offered] = result  # what was replaced is let go one by one
             left -= weight
             if left <= 0:
@@ -231,11 +214,13 @@ class _Results(Mapping[ResourceKey, PublishResult]):
     def __getitem__(self, key: ResourceKey) -> PublishResult:
         offered = self._offered[key]
         result = self._results[offered]
-        if type(result) is tuple:
+        if isinstance(result, tuple):
+            # Even if copying has been closed since it was published.
+            payloads = [each.seal.opener(each.payload) for each in result[1:] if each is not None]
             policy = self._policies[offered]
-            made = _result_now(self._copies, offered, result, policy, self._now, _opened)
-            result = self._results[offered] = cast(PublishResult, made)
-        return cast(PublishResult, result)
+            result = _told(self._copies, offered, result, payloads, policy, self._now)
+            self._results[offered] = result
+        return result
 
     def __iter__(self) -> Iterator[ResourceKey]:
         return iter(self._offered)
@@ -248,41 +233,6 @@ class _Results(Mapping[ResourceKey, PublishResult]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
-
-
-def _opened(payload: Any, seal: Seal, *, context: str) -> Any:
-    """Copy a trifle: even if copying has been closed since it was published."""
-    return seal.opener(payload)
-
-
-class _Announcement:
-    """Tells a cache's listeners of publications whose writing has to wait for something.
-
-    Before anything is awaited, whatever has been judged so far is announced, so that a fetch under
-    way cannot slip in between an event and its writing.
-    """
-
-    __slots__ = ("_access", "_listeners", "_told", "judged")
-
-    def __init__(self, access: CacheAccess) -> None:
-        self.judged: list[Revision] = []
-        self._access = access
-        self._told = 0
-        self._listeners: Listeners | None = None
-
-    def catch_up(self) -> None:
-        """Announce what has been judged since the last time."""
-        news = self.judged[self._told :]
-        if news:
-            if self._listeners is None:
-                self._listeners = self._access.listeners
-            self._told += len(news)
-            self._listeners.announced(news)
-
-    def conclude(self) -> None:
-        """Declare everything that was announced ended."""
-        if self._listeners is not None:
-            self._listeners.concluded(self.judged[: self._told])
 
 
 class ResourcePublisher:
@@ -402,12 +352,11 @@ class ResourcePublisher:
         policy = parts.policy_resolver.resolve(key)
         revision = parts.revision_of(key, value, source, observed_at, told, now)
         if store is None or revision.seal is None:
-            return (await self._publish((revision,), now, force, replace_equal))[key]
+            return (await self._publish((key,), (revision,), now, force, replace_equal))[key]
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
         if parts.reporter is not None:
             parts.report(force, revision, outcome)
-        result = _result_now(parts.copies, revision, outcome, policy, now)
-        return result or await _result(parts.copies, revision, outcome, policy, now)
+        return await _result(parts.copies, revision, outcome, policy, now)
 
     async def publish_update(
         self, update: ResourceUpdate[Any], *, force: bool = False, replace_equal: bool = False
@@ -447,7 +396,8 @@ class ResourcePublisher:
             )
             for each in captured
         )
-        return await self._publish(made, now, force, replace_equal)
+        keys = [each.key for each in captured]
+        return await self._publish(keys, made, now, force, replace_equal)
 
     async def invalidate(self, key: ResourceKey, *, reason: str = "") -> None:
         """Remove ``key`` from the cache, so that the next reader fetches it."""
@@ -487,54 +437,63 @@ class ResourcePublisher:
         return now_of(self._parts.clock)
 
     async def _publish(
-        self, made: Iterable[Revision], now: float, force: bool, replace_equal: bool
+        self,
+        keys: Collection[ResourceKey],
+        made: Iterable[Revision],
+        now: float,
+        force: bool,
+        replace_equal: bool,
     ) -> Mapping[ResourceKey, PublishResult]:
-        """Offer the best revision per key to the cache; nothing is written if one is unfit."""
+        """Offer the best revision per key to the cache; nothing is written if one is unfit.
+
+        Before anything is awaited the events are announced, so that a fetch under way cannot slip
+        in between an event and its writing.
+        """
         parts, pace = self._parts, Pace()
+        access, copies = parts.access, parts.copies
         policies: dict[Revision, FreshnessPolicy] = {}
-        announcement = _Announcement(parts.access)
+        announced: Listeners | None = None
+
+        def announce() -> None:
+            nonlocal announced
+            if announced is None:
+                announced = access.listeners
+                announced.announced(keys)
+
         try:
+            if access.store is None:
+                announce()
             for revision in made:
-                announcement.judged.append(revision)
                 policies[revision] = parts.policy_resolver.resolve(revision.key)
                 if revision.seal is None:
-                    announcement.catch_up()
-                    sealed = await parts.copies.seal(revision.payload, context=_IN)
-                    revision.payload, revision.seal = sealed
+                    announce()
+                    revision.payload, revision.seal = await copies.seal(
+                        revision.payload, context=_IN
+                    )
                 if pace.due:
-                    announcement.catch_up()
+                    announce()
                     await pace.rest()
-            best = best_per_key(announcement.judged)
+            best = best_per_key(policies)
             if pace.due:
-                announcement.catch_up()
+                announce()
                 await pace.rest()
-            outcomes = await self._write(best, policies, announcement, force, replace_equal)
+            moment = now_of(parts.clock)
+            terms: dict[str, Any] = {"now": moment, "force": force, "replace_equal": replace_equal}
+            if access.store is not None:
+                outcomes = access.store.put_many(best.values(), **terms)
+            else:
+                by_key = {key: policies[revision] for key, revision in best.items()}
+                written = await access.foreign.publish(best.values(), by_key, **terms)
+                outcomes = [written[key] for key in best]
             await pace.keep()
         finally:
-            announcement.conclude()
-        results = _Results(parts.copies, best, policies, now, outcomes)
+            if announced is not None:
+                announced.concluded(keys)
+        results = _Results(copies, best, policies, now, outcomes)
         del outcomes
         report = None if parts.reporter is None else partial(parts.report, force)
         await results.complete(report, pace)
         return results
-
-    async def _write(
-        self,
-        best: Mapping[ResourceKey, Revision],
-        policies: Mapping[Revision, FreshnessPolicy],
-        announcement: _Announcement,
-        force: bool,
-        replace_equal: bool,
-    ) -> list[Outcome]:
-        access, now = self._parts.access, now_of(self._parts.clock)
-        terms: dict[str, Any] = {"now": now, "force": force, "replace_equal": replace_equal}
-        if access.store is not None:
-            return access.store.put_many(best.values(), **terms)
-        assert access.foreign is not None
-        announcement.catch_up()
-        by_key = {key: policies[revision] for key, revision in best.items()}
-        written = await access.foreign.publish(best.values(), by_key, **terms)
-        return [written[key] for key in best]
 
 
 def require_authority_aware(cache: AsyncCache, resolver: AuthorityPolicyResolver | None) -> None:

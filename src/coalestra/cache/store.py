@@ -25,14 +25,14 @@ from __future__ import annotations
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider, ObservationPolicy
 from coalestra.core.results import CacheStats, CacheWriteStatus
-from coalestra.core.values import Revision, number_of
+from coalestra.core.values import Revision, SnapshotValue, number_of
 
 # The write order: which revision of a resource may replace which ---------------------------------
 
@@ -112,30 +112,27 @@ class CacheListener(Protocol):
     """Hears of every change of knowledge, synchronously and in order.
 
     Calls come from the event loop that made the change, after the cache is consistent again. Every
-    ``announced`` is followed by one ``concluded`` with the same revisions, whether it succeeded,
+    ``announced`` is followed by one ``concluded`` with the same keys, whether it succeeded,
     failed or was cancelled; in between, ``revised`` tells of those keys that it did replace.
     """
 
     def revised(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
         """These are current now, in one step; None after an invalidation."""
 
-    def announced(self, publications: Sequence[Revision]) -> None:
-        """Publications begin whose outcome is open; a fetch already running must not undo them.
+    def announced(self, keys: Collection[ResourceKey]) -> None:
+        """Publications begin whose outcome is open; a fetch already running must not undo them."""
 
-        Their values are being copied or written: they may have no payload yet.
-        """
-
-    def concluded(self, publications: Sequence[Revision]) -> None:
+    def concluded(self, keys: Collection[ResourceKey]) -> None:
         """Announced publications have ended; what they replaced has been told by ``revised``."""
 
-    def invalidating(self, keys: Collection[ResourceKey]) -> None:
-        """These keys are invalidated now, whether or not the cache holds them."""
+    def invalidating(self, versions: Mapping[ResourceKey, str | None]) -> None:
+        """These keys are invalidated now, whether or not the cache holds them.
+
+        Another process may have written them: then the cache has these versions, else None.
+        """
 
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         """Every key for which ``matches`` is true is invalidated now, held or not."""
-
-    def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
-        """Another process has changed the key; its value is of this version now, or gone."""
 
     def cut_off(self) -> None:
         """What other processes did may not be known: whoever comes now must read for himself."""
@@ -172,30 +169,25 @@ class Listeners:
             if listener is not None and listener is not teller:
                 listener.revised(changes)
 
-    def announced(self, publications: Sequence[Revision]) -> None:
+    def announced(self, keys: Collection[ResourceKey]) -> None:
         """Tell all listeners of publications whose outcome is open."""
         for listener in self._alive():
-            listener.announced(publications)
+            listener.announced(keys)
 
-    def concluded(self, publications: Sequence[Revision]) -> None:
+    def concluded(self, keys: Collection[ResourceKey]) -> None:
         """Tell all listeners that announced publications have ended."""
         for listener in self._alive():
-            listener.concluded(publications)
+            listener.concluded(keys)
 
-    def invalidating(self, keys: Collection[ResourceKey]) -> None:
+    def invalidating(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Tell all listeners of invalidated keys."""
         for listener in self._alive():
-            listener.invalidating(keys)
+            listener.invalidating(versions)
 
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         """Tell all listeners of an invalidation given as a rule."""
         for listener in self._alive():
             listener.invalidating_where(matches)
-
-    def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
-        """Tell all listeners of what another process did."""
-        for listener in self._alive():
-            listener.changed_elsewhere(key, version)
 
     def cut_off(self) -> None:
         """Tell all listeners that news may be missing."""
@@ -211,10 +203,11 @@ class Listeners:
 
 # Whether a derived entry still rests on the current revisions of what it was made from -----------
 
-UNCHECKED: Final = -1
+_UNCHECKED: Final = -1
 _WALKING: Final = -2
 _OUTDATED: Final = -3
 
+_Held = TypeVar("_Held", Revision, SnapshotValue[Any])
 _Step = tuple[Revision, Iterator[tuple[ResourceKey, str]]]
 
 
@@ -267,7 +260,7 @@ class Currency:
                 if not dependency.dependency_versions:
                     dependency.checked = self.epoch
                     continue
-                if dependency.checked != UNCHECKED and dependency.checked < 0:
+                if dependency.checked != _UNCHECKED and dependency.checked < 0:
                     return self._outdated(path)
                 path.append(self._enter(dependency))
                 break
@@ -293,6 +286,35 @@ class Currency:
         for walked, _ in path:
             walked.checked = _OUTDATED
         return False
+
+
+def outdated_among(known: Mapping[ResourceKey, Revision]) -> list[ResourceKey]:
+    """Return the keys of what does not rest on current revisions; ``known`` is all there is."""
+    for revision in known.values():
+        revision.checked = _UNCHECKED
+    holds = Currency(known).holds
+    return [key for key, revision in known.items() if not holds(revision)]
+
+
+async def with_all_below(
+    known: Mapping[ResourceKey, _Held],
+    absent: Iterable[ResourceKey],
+    held: Callable[[list[ResourceKey]], Awaitable[Mapping[ResourceKey, _Held]]],
+) -> dict[ResourceKey, _Held]:
+    """Return ``known`` with all that it rests on and is ``held``: one question for each level.
+
+    What is ``absent`` and not known is not held.
+    """
+    asked = {*known, *absent}
+    level = every = dict(known)
+    while True:
+        below = (key for each in level.values() for key in each.dependency_versions)
+        wanted = [key for key in dict.fromkeys(below) if key not in asked]
+        if not wanted:
+            return every
+        asked.update(wanted)
+        level = dict(await held(wanted))
+        every.update(level)
 
 
 # The entry store ---------------------------------------------------------------------------------
@@ -476,7 +498,7 @@ class EntryStore:
             del entries[current.key]  # the new one goes to the end, under its own key object
             currency.removed(current)
         entries[key] = revision
-        revision.checked = UNCHECKED
+        revision.checked = _UNCHECKED
         currency.epoch += 1
         self._sets += 1
         if self._recency is not None and len(entries) > (self.max_entries or 0):
@@ -489,7 +511,7 @@ class EntryStore:
 
     def drop(self, keys: Iterable[ResourceKey]) -> list[Revision]:
         """Invalidate ``keys`` in one step; return what was stored. All are told to listeners."""
-        told = keys if isinstance(keys, (tuple, list, dict)) else tuple(keys)
+        told: dict[ResourceKey, str | None] = dict.fromkeys(keys)
         self.listeners.invalidating(told)
         return self._remove(told)
 

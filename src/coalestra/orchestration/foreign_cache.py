@@ -18,19 +18,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from coalestra.cache.foreign import Answer, ForeignCache, Outcomes, Terms
+from coalestra._endings import look_after
+from coalestra.cache.foreign import Answer, Outcomes, Terms
 from coalestra.cache.store import decide
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import Lease
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.values import Revision
-from coalestra.orchestration.flights import Flight, Gather, Read, ReadGroup
+from coalestra.orchestration.flights import Flight, Gather, Read, ReadGroup, Work
 from coalestra.orchestration.parts import Parts
 
 _STORED = CacheWriteStatus.STORED
@@ -132,11 +134,9 @@ class CacheReads:
         group.hurried[gather] = loop.call_later(left * _SHARE, self._go_on, gather, group)
 
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
-        foreign = self._parts.access.foreign
-        copying = {} if foreign is None else foreign.copying
         for read in group.reads:
             if gather in read.waiters:
-                self._parts.copies.count_timeouts(read.key in copying)
+                self._parts.copies.count_timeouts(read.key in self._parts.access.foreign.copying)
                 del read.waiters[gather], gather.pending[read]
                 alone = Read(read.key, read.policy, group)
                 alone.waiters[gather] = None
@@ -148,45 +148,55 @@ class CacheReads:
         work = self._read(group)
         task = asyncio.get_running_loop().create_task(work, name="coalestra cache read")
         group.task = task
-        self._tasks.add(task)
+        look_after(task, self._tasks)
         task.add_done_callback(partial(self._done, group))
 
-    async def _read(self, group: ReadGroup) -> dict[ResourceKey, Revision]:
-        wanted = [read for read in group.reads if read.waiters]
-        self._close(read for read in group.reads if not read.waiters)
-        foreign = self._parts.access.foreign
-        if foreign is None or not wanted:
-            return {}
-        if foreign.calls.carries_many:
-            for work in {gather.work for read in wanted for gather in read.waiters}:
-                work.record.cache_batch_reads += 1
-        policies = {read.key: read.policy for read in wanted}
-        now = self._parts.clock.now()
-        if not self._leases:
-            return await foreign.read(tuple(policies), now, policies)
-        await self._read_or_lease(foreign, group, policies, now)
-        return {}
-
-    async def _read_or_lease(
-        self,
-        foreign: ForeignCache,
-        group: ReadGroup,
-        policies: Mapping[ResourceKey, FreshnessPolicy],
-        now: float,
-    ) -> None:
-        """Answer each read as soon as the cache has a value or the lease for it."""
-        unlike = {read.key: read.unlike for read in group.reads if read.unlike is not None}
-        asking = foreign.lease(tuple(policies), now, policies, force=group.forced, unlike=unlike)
-        reads: dict[ResourceKey, list[Read]] = {}
+    async def _read(self, group: ReadGroup) -> None:
+        """Ask the cache, and pass on what it answers as soon as it does."""
+        reads: dict[ResourceKey, list[Read]] = defaultdict(list)
         for read in group.reads:
-            reads.setdefault(read.key, []).append(read)
+            if read.waiters:
+                reads[read.key].append(read)
+        self._close(read for read in group.reads if not read.waiters)
+        if not reads:
+            return
+        foreign, now = self._parts.access.foreign, self._parts.clock.now()
+        if foreign.calls.carries_many:
+            for work in {gather.work for read in group.reads for gather in read.waiters}:
+                work.record.cache_batch_reads += 1
+        policies = {key: same[-1].policy for key, same in reads.items()}
+        unlike = {read.key: read.unlike for read in group.reads if read.unlike is not None}
+        if not self._leases:
+            found = await foreign.read(policies, now, policies)
+            await self._pass_on(group, reads, {key: Answer(found.get(key)) for key in policies})
+            return
+        asking = foreign.lease(policies, now, policies, force=group.forced, unlike=unlike)
         async with contextlib.aclosing(asking):
             async for answers in asking:
-                for key, answer in answers.items():
-                    self._take(foreign, reads.get(key, ()), answer)
+                await self._pass_on(group, reads, dict(answers))
 
-    def _take(self, foreign: ForeignCache, reads: Iterable[Read], answer: Answer) -> None:
-        """Answer all reads of one key; the lease goes to the first that has use for it."""
+    async def _pass_on(
+        self,
+        group: ReadGroup,
+        reads: Mapping[ResourceKey, list[Read]],
+        rest: dict[ResourceKey, Answer],
+    ) -> None:
+        """Answer the reads of a group in portions; leases that reach nobody are given back."""
+        try:
+            while rest:
+                for key in tuple(islice(rest, _ANSWERS_PER_TURN)):
+                    self._take(group, reads.get(key, ()), rest.pop(key))
+                if rest:
+                    await asyncio.sleep(0)
+        finally:
+            for answer in rest.values():
+                self._parts.access.foreign.give_back(answer.lease, failed=False)
+
+    def _take(self, group: ReadGroup, reads: Iterable[Read], answer: Answer) -> None:
+        """Answer all reads of one key; the lease goes to the first that has use for it.
+
+        Who gives leases knows himself whether a value has been invalidated meanwhile.
+        """
         lease = answer.lease
         for read in reads:
             if answer.waiting:
@@ -195,33 +205,20 @@ class CacheReads:
             self._close((read,))
             if read.waiters:
                 read.lease = lease
-                self._answered(read, answer.revision)
+                gone = not self._leases and group.changed.get(read.key, read) is None
+                self._answered(read, None if gone else answer.revision)
                 lease, read.lease = read.lease, None
-        if lease is not None:
-            foreign.give_back(lease, failed=False)
+        self._parts.access.foreign.give_back(lease, failed=False)
 
-    def _done(self, group: ReadGroup, task: asyncio.Task[dict[ResourceKey, Revision]]) -> None:
+    def _done(self, group: ReadGroup, _task: asyncio.Task[None]) -> None:
         """Answer everyone who still waits, however the reading ended."""
-        self._tasks.discard(task)
+        self._groups.pop(group, None)
         self._close(group.reads)
         for timer in group.hurried.values():
             timer.cancel()
-        failed = task.cancelled() or task.exception() is not None
-        self._answer(group, {} if failed else task.result(), deque(group.reads))
-
-    def _answer(
-        self, group: ReadGroup, found: Mapping[ResourceKey, Revision], rest: deque[Read]
-    ) -> None:
-        """Answer some more reads of a group; what is news meanwhile counts for the rest."""
-        for _ in range(min(_ANSWERS_PER_TURN, len(rest))):
-            read = rest.popleft()
+        for read in group.reads:
             if read.waiters:
-                gone = group.changed.get(read.key, read) is None
-                self._answered(read, None if gone else found.get(read.key))
-        if rest:
-            asyncio.get_running_loop().call_soon(self._answer, group, found, rest)
-        else:
-            self._groups.pop(group, None)
+                self._answered(read, None)
 
     def _close(self, reads: Iterable[Read]) -> None:
         """Keep newcomers from sharing reads that are over, or will not be made."""
@@ -254,51 +251,40 @@ class CacheWrites:
         self._ranked = getattr(parts.authority, "has_rules", True)
         self._slow = False
         self._next: dict[Flight, Lease | None] = {}
+        self._writers: set[Work] = set()
 
     def add(self, flight: Flight) -> None:
         """Write the value that a flight offers, together with the others of this step."""
         foreign = self._parts.access.foreign
-        if foreign is None:
-            return
         if flight.lease is None and foreign.leasing is not None:
-            self._settle_alone(flight)
+            self._settle(flight, alone=True)
             return
         if not self._next:
-            asyncio.get_running_loop().call_soon(self._send, foreign)
-        if foreign.calls.carries_many:
-            known = any(other.sponsor is flight.sponsor for other in self._next)
-            flight.sponsor.record.cache_batch_writes += not known
+            asyncio.get_running_loop().call_soon(self._send)
+        if foreign.calls.carries_many and flight.sponsor not in self._writers:
+            self._writers.add(flight.sponsor)
+            flight.sponsor.record.cache_batch_writes += 1
         # From here on the lease is the write's: a flight that is settled gives its own back.
         self._next[flight], flight.lease = flight.lease, None
         if self._slow:
-            self._settle(foreign, flight)
-
-    def _settle_alone(self, flight: Flight) -> None:
-        """Settle a flight whose value may not be stored."""
-        revision, cached = flight.offered, flight.cached
-        if revision is not None:
-            status = decide(revision, cached, replace_equal=flight.forced)
-            stays = cached is not None and status is not _STORED
-            self._written(flight, status, cached if cached is not None and stays else revision)
+            self._settle(flight)
 
     def add_stale(self, revision: Revision, policy: FreshnessPolicy) -> None:
         """Write a stale value, for which nobody waits."""
         foreign, now = self._parts.access.foreign, self._parts.clock.now()
-        if foreign is None or foreign.leasing is not None:
-            return
-        if foreign.hold(revision, now, replace_equal=False)[0] is not _STORED:
-            return
-        policies = {revision.key: policy}
-        foreign.write_behind((revision,), Terms(policies, now), wanted=foreign.holds)
+        if foreign.leasing is None and foreign.hold(revision, now)[0] is _STORED:
+            terms = Terms({revision.key: policy}, now)
+            foreign.write_behind((revision,), terms, wanted=foreign.holds)
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
         self._next = {}
+        self._writers.clear()
 
-    def _send(self, foreign: ForeignCache) -> None:
-        group, self._next = self._next, {}
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(_QUICK_SECONDS, self._overdue, foreign, group)
+    def _send(self) -> None:
+        group, foreign = self._next, self._parts.access.foreign
+        self.forget()
+        timer = asyncio.get_running_loop().call_later(_QUICK_SECONDS, self._overdue, group)
         for forced in (False, True):
             flights = {
                 flight.offered: flight
@@ -316,37 +302,38 @@ class CacheWrites:
                 foreign.write_behind(
                     flights,
                     terms,
-                    wanted=partial(self._wanted, foreign, flights),
+                    wanted=partial(self._wanted, flights),
                     ended=partial(self._ended, flights.values(), timer),
                 )
 
-    def _wanted(
-        self,
-        foreign: ForeignCache,
-        flights: Mapping[Revision, Flight],
-        revision: Revision,
-    ) -> bool:
+    def _wanted(self, flights: Mapping[Revision, Flight], revision: Revision) -> bool:
         flight = flights[revision]
-        return self._fit(flight) if flight.settlement is None else foreign.holds(revision)
+        if flight.settlement is None:
+            return self._fit(flight)
+        return self._parts.access.foreign.holds(revision)
 
-    def _overdue(self, foreign: ForeignCache, group: Iterable[Flight]) -> None:
+    def _overdue(self, group: Iterable[Flight]) -> None:
         self._slow = True
         for flight in group:
             if flight.settlement is None and self._fit(flight):
-                self._settle(foreign, flight)
+                self._settle(flight)
 
-    def _settle(self, foreign: ForeignCache, flight: Flight) -> None:
-        """Settle a flight before its value has been written, if nothing else can be known of it."""
+    def _settle(self, flight: Flight, *, alone: bool = False) -> None:
+        """Settle a flight whose value has not been written, if nothing else can be known of it.
+
+        What is got ``alone``, without a lease, is not going to be.
+        """
         revision, cached, equal = flight.offered, flight.cached, flight.forced
-        if revision is None or (flight.forced and self._ranked):
+        if revision is None or (equal and self._ranked and not alone):
             return
+        status, current = _STORED, revision
         if cached is not None and not cached.dependency_versions:
             status = decide(revision, cached, replace_equal=equal)
-            if status is not _STORED:
-                self._written(flight, status, cached)
-                return
-        now = self._parts.clock.now()
-        status, current, _ = foreign.hold(revision, now, replace_equal=equal)
+        if cached is not None and status is not _STORED:
+            current = cached
+        elif not alone:
+            now = self._parts.clock.now()
+            status, current, _ = self._parts.access.foreign.hold(revision, now, replace_equal=equal)
         self._written(flight, status, current)
 
     def _ended(

@@ -908,10 +908,8 @@ class SingleFlight:
     def _give_back(self, flight: Flight) -> None:
         """Let go of the lease of a flight that has stored nothing."""
         lease, flight.lease = flight.lease, None
-        foreign = self.parts.access.foreign
-        if foreign is not None and lease is not None:
-            in_vain = isinstance(flight.settlement, Failed) and bool(flight.failures)
-            foreign.give_back(lease, failed=in_vain)
+        in_vain = isinstance(flight.settlement, Failed) and bool(flight.failures)
+        self.parts.access.foreign.give_back(lease, failed=in_vain)
 
     def _hand_on(
         self, flight: Flight, settlement: Settlement, waiters: Mapping[Gather, bool]
@@ -1092,15 +1090,14 @@ class SingleFlight:
                 self.board.hide(flight, cacheable=True)
         return False
 
-    def announced(self, publications: Sequence[Revision]) -> None:
+    def announced(self, keys: Collection[ResourceKey]) -> None:
         """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
-        for publication in publications:
-            self._publishing[publication.key] = self._publishing.get(publication.key, 0) + 1
+        for key in keys:
+            self._publishing[key] = self._publishing.get(key, 0) + 1
 
-    def concluded(self, publications: Sequence[Revision]) -> None:
+    def concluded(self, keys: Collection[ResourceKey]) -> None:
         """Learn that publications have ended: values held back go to the cache, or give way."""
-        for publication in publications:
-            key = publication.key
+        for key in keys:
             left = self._publishing.pop(key, 1) - 1
             if left:
                 self._publishing[key] = left
@@ -1108,16 +1105,16 @@ class SingleFlight:
             for flight in self._held_back.pop(key, ()):
                 self.agenda.add(self._offer, flight)
 
-    def invalidating(self, keys: Collection[ResourceKey]) -> None:
+    def invalidating(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Learn that keys are invalidated: what was read before is not cached nor joined."""
         if self.board.busy:
-            for key in keys:
+            for key in versions:
                 for flight in self.board.under_way(key):
                     self._invalidate(flight)
-        self._forget_absent(keys)
-        self.refresher.outdate(keys)
-        self.reads.hide(dict.fromkeys(keys))
-        self._note_news(dict.fromkeys(keys))
+        self._forget_absent(versions)
+        self.refresher.outdate(versions)
+        self.reads.hide(dict.fromkeys(versions))
+        self._note_news(versions)
 
     def _invalidate(self, flight: Flight) -> None:
         """Forget what a flight knows from before; its value, too, unless it is still to be read."""
@@ -1131,17 +1128,7 @@ class SingleFlight:
         taken = {revision.key for flight in self.board.deriving for revision in _taken(flight)}
         under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys, *taken]
         under_way += self._absent
-        self.invalidating([key for key in dict.fromkeys(under_way) if matches(key)])
-
-    def changed_elsewhere(self, key: ResourceKey, version: str | None) -> None:
-        """Learn what another process did: what was read before is not cached nor joined."""
-        if self.board.busy:
-            for flight in self.board.under_way(key):
-                self._invalidate(flight)
-        self._forget_absent((key,))
-        self.refresher.outdate((key,))
-        self.reads.hide({key: None})
-        self._note_news({key: version})
+        self.invalidating({key: None for key in under_way if matches(key)})
 
     def cut_off(self) -> None:
         """Learn that news may be missing: nobody joins what has begun to read before."""
@@ -1437,7 +1424,7 @@ class Engine:
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
         self.flights.dispatch.close()
-        if self.parts.access.foreign is not None:
+        if self.parts.access.store is None:
             await self.parts.access.foreign.drain(timeout_seconds)
         left: dict[str, int] = {}
         for task in running:
