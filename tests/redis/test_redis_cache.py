@@ -30,7 +30,7 @@ from coalestra.core.protocols import (
     LeasingCache,
     TellingCache,
 )
-from coalestra.redis import RedisCache, UnstorableValueError
+from coalestra.redis import RedisCache, SharedCacheUnavailableError, UnstorableValueError
 from tests.redis.servers import Server
 from tests.redis.stock import (
     PATIENT_SECONDS,
@@ -354,6 +354,21 @@ async def test_closing_gives_back_leases_at_once(server: Server, prefix: str) ->
         assert held.key == A
 
 
+async def test_who_waits_for_another_process_is_told_when_the_cache_is_closed(
+    server: Server, prefix: str
+) -> None:
+    """Else he would go on asking, and be given a lease that nobody gives back."""
+    async with caches(server, prefix, 3) as [one, other, third]:
+        held = await lease(one)
+        waiting = asyncio.create_task(leased(other))
+        await until(lambda: other.health().waiting)
+        await other.aclose()
+        with pytest.raises(RuntimeError, match="closed"):
+            await asyncio.wait_for(waiting, 3)
+        await one.release_many([held])
+        assert (await asyncio.wait_for(leased(third), 3))[A].lease is not None
+
+
 async def test_a_lease_that_reaches_nobody_is_given_back(server: Server, prefix: str) -> None:
     async with caches(server, prefix, 2) as [one, other]:
         await leased(one, (B,))
@@ -634,6 +649,25 @@ async def test_an_outdated_derived_value_defends_nothing(server: Server, prefix:
         await one.set(value_of(B, "outdated", rests_on={A: "gone"}, observed_at=500.0))
         result = await other.set_if_newer(value_of(B, "new", observed_at=400.0))
         assert result.status is STORED
+
+
+async def test_who_cannot_replace_an_outdated_derived_value_is_told_so(
+    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with caches(server, prefix) as [one]:
+        await one.set(value_of(B, "outdated", rests_on={A: "gone"}, observed_at=500.0))
+        written, write = 0, one._write
+
+        async def failing(offered: Any, items: Any) -> Any:
+            nonlocal written
+            written += 1
+            if written == 2:
+                return {B: SharedCacheUnavailableError("no memory left")}, 0
+            return await write(offered, items)
+
+        monkeypatch.setattr(one, "_write", failing)
+        with pytest.raises(SharedCacheUnavailableError, match="no memory left"):
+            await one.set_if_newer(value_of(B, "new", observed_at=400.0))
 
 
 # News -----------------------------------------------------------------------------------------

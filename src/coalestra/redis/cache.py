@@ -19,7 +19,7 @@ import os
 import re
 import time
 import weakref
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -36,6 +36,8 @@ import msgspec
 from redis.asyncio import Redis, RedisCluster
 
 from coalestra._endings import look_after
+from coalestra.cache.memory import revision_of
+from coalestra.cache.store import outdated_among, with_all_below
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.core.errors import CoalestraError
 from coalestra.core.frozen import FrozenDict
@@ -160,36 +162,6 @@ class RedisCacheHealth:
     last_error: str | None
 
 
-class _Waiting:
-    """One caller who waits for leases of others, and the news of its keys since it last asked."""
-
-    def __init__(self) -> None:
-        self.news: dict[ResourceKey, bytes] = {}
-        self.parked: Collection[ResourceKey] = ()
-        self.woken: asyncio.Event = asyncio.Event()
-
-    def hear(self, key: ResourceKey, letter: bytes) -> None:
-        """Take note of the news of a key."""
-        self.news[key] = letter
-        self.woken.set()
-
-    async def some(self, keys: Collection[ResourceKey], seconds: float) -> dict[ResourceKey, bytes]:
-        """Return the news of `keys` as soon as there are some; nothing after so long."""
-        self.parked = keys
-        end = asyncio.get_running_loop().time() + seconds
-        while True:
-            told = {key: self.news.pop(key) for key in keys if key in self.news}
-            if told:
-                self.parked = ()
-                return told
-            self.woken.clear()
-            try:
-                with CutOff(end):
-                    await self.woken.wait()
-            except CutOffExpired:
-                return {}
-
-
 # The cache ---------------------------------------------------------------------------------------
 
 
@@ -262,7 +234,7 @@ class RedisCache:
         self._token = f"{os.urandom(8).hex()}-"
         self._serial = count(1).__next__
         self._listeners: weakref.WeakSet[CacheNewsListener] = weakref.WeakSet()
-        self._waiting: dict[ResourceKey, set[_Waiting]] = {}
+        self._asking: dict[ResourceKey, set[_Question]] = {}
         self._leases: weakref.WeakKeyDictionary[Lease, float] = weakref.WeakKeyDictionary()
         self._renewal: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -280,13 +252,10 @@ class RedisCache:
             state=server.state.value,
             news_connected=news.connected,
             news_lost=news.lost,
-            calls=server.calls,
-            failures=server.failures,
-            timeouts=server.timeouts,
-            refused=server.refused,
+            **server.counts,
             leases=len(self._leases),
             waiting=sum(
-                any(key in each.parked for each in group) for key, group in self._waiting.items()
+                any(key in each.parked for each in group) for key, group in self._asking.items()
             ),
             unreadable=self._unreadable,
             unstorable=self._unstorable,
@@ -302,13 +271,7 @@ class RedisCache:
     @property
     def call_counts(self) -> Mapping[str, int]:
         """How many ``calls`` were made, ``failures`` and ``timeouts`` of these, and ``refused``."""
-        server = self._server
-        return {
-            "calls": server.calls,
-            "failures": server.failures,
-            "timeouts": server.timeouts,
-            "refused": server.refused,
-        }
+        return dict(self._server.counts)
 
     # Begin and end ----------------------------------------------------------------------------
 
@@ -366,7 +329,7 @@ class RedisCache:
         """Let go of what belonged to an event loop that has ended."""
         client = self._server.client
         self._news = News(client, self._channel, self._heard, self._missed, self._missed)
-        self._waiting.clear()
+        self._asking.clear()
         self._leases.clear()
         self._tasks.clear()
         self._renewal = None
@@ -394,16 +357,16 @@ class RedisCache:
         if letter == scripts.CLEARED or key is None:
             self._missed()
             return
-        for waiting in self._waiting.get(key, ()):
-            waiting.hear(key, letter)
+        for question in self._asking.get(key, ()):
+            question.hear(key, letter)
         if letter in (scripts.STORED, scripts.INVALIDATED) and version not in self._own:
             for listener in tuple(self._listeners):
                 listener.changed(key, version or None)
 
     def _missed(self) -> None:
-        for key, waiting in tuple(self._waiting.items()):
-            for each in tuple(waiting):
-                each.hear(key, scripts.RELEASED)
+        for key, group in self._asking.items():
+            for question in group:
+                question.hear(key, scripts.RELEASED)
         for listener in tuple(self._listeners):
             listener.missed()
 
@@ -449,11 +412,12 @@ class RedisCache:
         """
         question = _Question(self, now, policies, _FORCE if force else _LEASE, dict(unlike or {}))
         pending = dict.fromkeys(keys)
-        self._expect(question.waiting, pending)
+        for key in pending:
+            self._asking.setdefault(key, set()).add(question)
         try:
-            await self._open()
             wanted: Collection[ResourceKey] = tuple(pending)
             while pending:
+                await self._open()
                 known = await question.put(wanted)
                 for key, each in known.items():
                     if not each.waiting:
@@ -461,28 +425,24 @@ class RedisCache:
                 yield known
                 if not pending:
                     break
-                told = await question.waiting.some(pending, question.patience())
+                told = await question.news_of(pending)
                 wanted = tuple(told) or tuple(pending)
-                alone = [key for key, letter in told.items() if letter == scripts.FAILED]
+                alone = {
+                    key: LeasedLookup(question.in_need(key))
+                    for key, letter in told.items()
+                    if letter == scripts.FAILED
+                }
                 if alone:
                     wanted = [key for key in wanted if key not in alone]
                     for key in alone:
                         del pending[key]
-                    yield {key: LeasedLookup(question.in_need(key)) for key in alone}
+                    yield alone
         finally:
-            self._expect_no_more(question.waiting, keys)
-
-    def _expect(self, waiting: _Waiting, keys: Iterable[ResourceKey]) -> None:
-        for key in keys:
-            self._waiting.setdefault(key, set()).add(waiting)
-
-    def _expect_no_more(self, waiting: _Waiting, keys: Iterable[ResourceKey]) -> None:
-        for key in keys:
-            group = self._waiting.get(key)
-            if group is not None:
-                group.discard(waiting)
+            for key in dict.fromkeys(keys):
+                group = self._asking.get(key, set())
+                group.discard(question)
                 if not group:
-                    del self._waiting[key]
+                    self._asking.pop(key, None)
 
     async def ask(
         self,
@@ -556,19 +516,15 @@ class RedisCache:
 
         ``absent`` keys that are not in ``values`` are not held.
         """
-        known = dict(values)
-        asked = {*values, *absent}
-        level: Iterable[Value] = values.values()
-        while True:
-            needed = (key for value in level for key in value.dependency_versions)
-            wanted = [key for key in dict.fromkeys(needed) if key not in asked]
-            if not wanted:
-                return known, _outdated_among(known)
-            asked.update(wanted)
-            found = await self.ask(dict.fromkeys(wanted, _FOREVER), now, _GET)
-            fresh = {key: entry.value for key, entry in found.items() if entry.value is not None}
-            known.update(fresh)
-            level = fresh.values()
+
+        async def held(keys: list[ResourceKey]) -> dict[ResourceKey, Value]:
+            found = await self.ask(dict.fromkeys(keys, _FOREVER), now, _GET)
+            return {key: entry.value for key, entry in found.items() if entry.value is not None}
+
+        complete = await with_all_below(values, absent, held)
+        if not any(value.dependency_versions for value in complete.values()):
+            return complete, set()
+        return complete, set(outdated_among({k: revision_of(v) for k, v in complete.items()}))
 
     # Leases -----------------------------------------------------------------------------------
 
@@ -715,23 +671,23 @@ class RedisCache:
         """
         await self._open()
         flags = ("f" if force else "") + ("e" if replace_equal else "") + "p"
-        offered = {value.key: value for value in values}
-        known = policies or {}
-        items = {key: self._offer(each, known.get(key), flags) for key, each in offered.items()}
-        results, heard = await self._write(offered, items)
-        for answer in results.values():
-            if isinstance(answer, Exception):
-                raise answer
-        told = {key: each for key, each in results.items() if isinstance(each, CacheWriteResult)}
-        again = await self._outdated_winners(told)
-        if again:
+        offered, known = {value.key: value for value in values}, policies or {}
+        told: dict[ResourceKey, CacheWriteResult] = {}
+        over: dict[ResourceKey, str] = {}
+        heard, rest = 0, list(offered)
+        while rest:
             items = {
-                key: self._offer(offered[key], known.get(key), flags, over=told[key].value.version)
-                for key in again
+                key: self._offer(offered[key], known.get(key), flags, over=over.get(key))
+                for key in rest
             }
-            more, others = await self._write(offered, items)
+            results, others = await self._write(offered, items)
             heard += others
-            told.update((k, v) for k, v in more.items() if isinstance(v, CacheWriteResult))
+            for key, answer in results.items():
+                if isinstance(answer, Exception):
+                    raise answer
+                told[key] = answer
+            rest = [] if over else await self._outdated_winners(told)
+            over = {key: told[key].value.version for key in rest}
         if heard:
             await self._server.barrier()
         return told
@@ -918,7 +874,11 @@ class RedisCache:
 
 
 class _Question:
-    """One call of `RedisCache.lease_many`: what it asks, and what it knows already."""
+    """One call of `RedisCache.lease_many`: what it asks, what it knows, and hears of its keys.
+
+    Attributes:
+        parked: the keys that are being acquired by others, while it waits for news of these.
+    """
 
     def __init__(
         self,
@@ -928,7 +888,9 @@ class _Question:
         mode: str,
         unlike: dict[ResourceKey, str],
     ) -> None:
-        self.waiting = _Waiting()
+        self.parked: Mapping[ResourceKey, Any] = {}
+        self._news: dict[ResourceKey, bytes] = {}
+        self._woken = asyncio.Event()
         self._cache = cache
         self._ahead = now - time.monotonic()
         self._policies = policies
@@ -939,9 +901,25 @@ class _Question:
         self._left: dict[ResourceKey, float] = {}
         self._rounds = 0
 
-    def patience(self) -> float:
-        """Return for how long to wait for news before looking again."""
-        return min(_LOOK_AGAIN_SECONDS, *self._left.values()) + 0.01
+    def hear(self, key: ResourceKey, letter: bytes) -> None:
+        """Take note of the news of a key."""
+        self._news[key] = letter
+        self._woken.set()
+
+    async def news_of(self, keys: Mapping[ResourceKey, Any]) -> dict[ResourceKey, bytes]:
+        """Return the news of `keys` as soon as there are some; none when it is time to look."""
+        patience = min(_LOOK_AGAIN_SECONDS, *self._left.values()) + 0.01
+        self.parked = keys
+        try:
+            with CutOff(asyncio.get_running_loop().time() + patience):
+                while not (told := keys.keys() & self._news.keys()):
+                    self._woken.clear()
+                    await self._woken.wait()
+        except CutOffExpired:
+            told = set()
+        finally:
+            self.parked = {}
+        return {key: self._news.pop(key) for key in told}
 
     def in_need(self, key: ResourceKey) -> CacheLookup:
         """Return what is stored for a key though it was not good enough."""
@@ -973,7 +951,7 @@ class _Question:
         """Ask once; enter what needs no waiting, and return what has to be asked once more."""
         now = self._ahead + time.monotonic()
         for key in keys:
-            self.waiting.news.pop(key, None)
+            self._news.pop(key, None)
             self._left.pop(key, None)
         ages = {key: _servable_age(self._policies[key]) for key in keys}
         found = await self._cache.ask(ages, now, self._mode, {**self._unlike, **self._unfit}, token)
@@ -986,7 +964,7 @@ class _Question:
         again: list[ResourceKey] = []
         for key, entry in found.items():
             fit = key in values and key not in outdated
-            if entry.state == _HIT and key in self.waiting.news and self._rounds < _MOST_ROUNDS:
+            if entry.state == _HIT and key in self._news and self._rounds < _MOST_ROUNDS:
                 again.append(key)  # it may have changed since
                 continue
             if not fit and entry.version is not None and self._unfit.get(key) != entry.version:
@@ -1034,28 +1012,6 @@ def _lookup(value: Value | None, now: float, policy: FreshnessPolicy) -> CacheLo
     age = max(0.0, now - value.observed_at)
     fresh, usable = age <= policy.ttl_seconds, age <= policy.max_stale_seconds
     return CacheLookup(value, fresh, usable, age)
-
-
-def _outdated_among(known: Mapping[ResourceKey, Value]) -> set[ResourceKey]:
-    """Return the keys of ``known`` with a dependency, direct or not, of another version.
-
-    ``known`` holds every dependency that there is. Linear in entries and dependencies.
-    """
-    dependents: dict[ResourceKey, list[ResourceKey]] = defaultdict(list)
-    outdated: list[ResourceKey] = []
-    for key, value in known.items():
-        for dependency, version in value.dependency_versions.items():
-            dependents[dependency].append(key)
-            current = known.get(dependency)
-            if current is None or current.version != version:
-                outdated.append(key)
-    reached = set(outdated)
-    while outdated:
-        for dependent in dependents.get(outdated.pop(), ()):
-            if dependent not in reached:
-                reached.add(dependent)
-                outdated.append(dependent)
-    return reached
 
 
 def _name_part(name: str, value: str) -> str:

@@ -29,7 +29,7 @@ Laws:
 from __future__ import annotations
 
 import hashlib
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from coalestra.core.keys import KeyNormalizer, ResourceKey
@@ -83,23 +83,17 @@ CLEARED: Final = b"c"
 """Every key was invalidated."""
 
 
-class Message(NamedTuple):
-    """What is told of a key: what happened, the version that is there now, and which key."""
+def message_of(data: bytes) -> tuple[bytes, str, ResourceKey | None]:
+    """Return what a message says: what happened, the version that is there now, and which key.
 
-    letter: bytes
-    version: str
-    key: ResourceKey | None
-
-
-def message_of(data: bytes) -> Message:
-    """Return what a message says: a letter, the length of the version, the version, the key.
+    It is a letter, the length of the version, the version, and the text of the key.
 
     Raises:
         ValueError: if it is none.
     """
     size = int(data[1:4])
     version, canonical = data[4 : 4 + size].decode(), data[4 + size :].decode()
-    return Message(data[:1], version, key_of(canonical) if canonical else None)
+    return data[:1], version, key_of(canonical) if canonical else None
 
 
 class Script:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from itertools import count
-from typing import Any, Final, NamedTuple
+from itertools import compress, count
+from typing import Any, Final, NamedTuple, cast
 
 from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
@@ -81,10 +81,7 @@ class Server:
         self.client: Client = client
         self.is_cluster: bool = isinstance(client, RedisCluster)
         self.time_limit_seconds: float = time_limit_seconds
-        self.calls: int = 0
-        self.failures: int = 0
-        self.timeouts: int = 0
-        self.refused: int = 0
+        self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
         self.last_error: str | None = None
         self._circuit = Circuit()
         self._turns = count(1).__next__
@@ -92,7 +89,8 @@ class Server:
         self._offset: tuple[float, float, float] | None = None
 
     def __repr__(self) -> str:
-        return f"<Server {self.state.value}, {self.failures} of {self.calls} calls failed>"
+        failures, calls = self.counts["failures"], self.counts["calls"]
+        return f"<Server {self.state.value}, {failures} of {calls} calls failed>"
 
     @property
     def state(self) -> CircuitState:
@@ -110,8 +108,7 @@ class Server:
         Raises:
             SharedCacheUnavailableError: if the server was not reached, or did not answer in time.
         """
-        answers: list[Any] = await self._limited(self._send(script, calls))
-        return answers
+        return cast(list[Any], await self._limited(self._send(script, calls)))
 
     async def barrier(self) -> None:
         """Return when the server has sent out all news of what it did before.
@@ -130,8 +127,7 @@ class Server:
             found = client.scan_iter(match=pattern, count=500)
             return [name.decode() if isinstance(name, bytes) else name async for name in found]
 
-        names: list[str] = await self._limited(scanned(), _SCAN_SECONDS)
-        return names
+        return cast(list[str], await self._limited(scanned(), _SCAN_SECONDS))
 
     async def command(self, *arguments: Any) -> Any:
         """Run one command."""
@@ -153,16 +149,15 @@ class Server:
             except exceptions.ConnectionError as error:
                 if not left or isinstance(error, exceptions.AuthenticationError):
                     raise
-        unknown = [
-            n for n, each in enumerate(answers) if isinstance(each, exceptions.NoScriptError)
-        ]
-        if unknown:
+        unknown = [isinstance(each, exceptions.NoScriptError) for each in answers]
+        if any(unknown):
             # A server that is new, or was started again: nothing has been run yet.
-            again = [calls[number] for number in unknown]
-            for number, answer in zip(
-                unknown, await self._pipelined("EVAL", script.text, again), strict=True
-            ):
-                answers[number] = answer
+            again = list(compress(calls, unknown))
+            more = iter(await self._pipelined("EVAL", script.text, again))
+            answers = [
+                next(more) if isinstance(each, exceptions.NoScriptError) else each
+                for each in answers
+            ]
         return answers
 
     async def _pipelined(self, command: str, script: str, calls: Sequence[Call]) -> list[Any]:
@@ -174,34 +169,30 @@ class Server:
                 return [await self.client.execute_command(*commands[0], **_BYTES)]
             except exceptions.ResponseError as error:
                 return [error]
-        pipeline: Any = (
-            self.client.pipeline()
-            if isinstance(self.client, RedisCluster)
-            else self.client.pipeline(transaction=False)
-        )
+        client: Any = self.client
+        pipeline = client.pipeline(**({} if self.is_cluster else {"transaction": False}))
         for each in commands:
             pipeline.execute_command(*each, **_BYTES)
-        answers: list[Any] = await pipeline.execute(raise_on_error=False)
-        return answers
+        return cast(list[Any], await pipeline.execute(raise_on_error=False))
 
     async def _limited(self, call: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
         """Await a call to the server by the rules at the head of this module."""
         circuit = self._circuit
         if circuit.refuses(time.monotonic()):
             call.close()
-            self.refused += 1
+            self.counts["refused"] += 1
             raise SharedCacheLeftAloneError(
                 f"the server of the shared cache is left alone for a moment: {self.last_error}"
             )
         circuit.admit(time.monotonic(), self._turns())
         turn, outcome = circuit.turn, Outcome.ABANDONED
-        self.calls += 1
+        self.counts["calls"] += 1
         try:
             answer = await self._answer(call, seconds or self.time_limit_seconds)
             outcome = Outcome.SUCCESS
         except SharedCacheUnavailableError as error:
             outcome = Outcome.FAILURE
-            self.failures += 1
+            self.counts["failures"] += 1
             self.last_error = str(error)
             raise
         except exceptions.RedisError:
@@ -225,7 +216,7 @@ class Server:
         finally:
             task.cancel()
         if not task.done():
-            self.timeouts += 1
+            self.counts["timeouts"] += 1
             raise SharedCacheUnavailableError(
                 f"the server of the shared cache did not answer within {seconds * 1000:g} ms"
             )
