@@ -718,24 +718,27 @@ def _given(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def blocking(
-    of: str, method: Callable[Concatenate[Any, P], Awaitable[T]], **read: Callable[[Any], object]
+    of: str,
+    method: Callable[Concatenate[Any, P], Awaitable[T]],
+    first: str = "",
+    read: Callable[[Any], object] = distinct,
 ) -> Callable[Concatenate[Any, P], T]:
     """Return a method that has an async one done on the loop, and waits for what it returns.
 
     Args:
         of: the attribute that holds the object whose method that is.
         method: what is done, which also says how it is called, what it means and what it raises.
-        **read: how the first argument, under its name, is read in the caller's thread.
+        first: the name of its first argument, if that is to be read in the caller's thread.
+        read: what reads it.
     """
+    name, call = method.__name__, f"{method.__name__}()"
 
     def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for name, taken in read.items():
-            if name in kwargs:
-                kwargs[name] = taken(kwargs[name])
-            elif args:
-                args = taken(args[0]), *args[1:]
-        call = getattr(getattr(self, of), method.__name__)
-        return self._thread.run(f"{method.__name__}()", call, *args, **kwargs)
+        if first and args:
+            args = read(args[0]), *args[1:]
+        elif first in kwargs:
+            kwargs[first] = read(kwargs[first])
+        return self._thread.run(call, getattr(getattr(self, of), name), *args, **kwargs)
 
     made: Callable[Concatenate[Any, P], T] = cast(Any, wraps(method)(wait))
     made.__qualname__ = f"Sync{method.__qualname__}"
@@ -758,7 +761,7 @@ class SeveralBlocking(Protocol[P]):
 
 def several_blocking(of: str, method: Several[P]) -> SeveralBlocking[P]:
     """Return the same for a method that takes several requests, however they are given."""
-    made = blocking(of, cast(Any, method), requests=_collected)
+    made = blocking(of, cast(Any, method), "requests", _collected)
     return cast("SeveralBlocking[P]", made)
 
 
@@ -806,7 +809,7 @@ class SyncSnapshotSession:
         """Whether the session, or the builder that it belongs to, is closed."""
         return self._session.closed or self._thread.closing
 
-    resolve = blocking("_session", SnapshotSession.resolve, keys=distinct)
+    resolve = blocking("_session", SnapshotSession.resolve, "keys")
     """Resolve further keys and return everything requested so far."""
 
     resolve_request = blocking("_session", SnapshotSession.resolve_request)
@@ -818,7 +821,7 @@ class SyncSnapshotSession:
     try_requests = several_blocking("_session", SnapshotSession.try_requests)
     """Return what comes of each of many requests."""
 
-    revalidate = blocking("_session", SnapshotSession.revalidate, keys=distinct)
+    revalidate = blocking("_session", SnapshotSession.revalidate, "keys")
     """Replace pinned values and what was derived from them, all or none."""
 
     def snapshot(self) -> Snapshot:
@@ -909,7 +912,7 @@ class SyncSnapshotBuilder:
         """How many of the publisher's submissions may be under way."""
         return self._backlog.limit
 
-    build = blocking("builder", SnapshotBuilder.build, keys=distinct)
+    build = blocking("builder", SnapshotBuilder.build, "keys")
     """Resolve `keys` and return their snapshot."""
 
     build_request = blocking("builder", SnapshotBuilder.build_request)
