@@ -365,8 +365,7 @@ def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
     """Pin readings, and out of sight what they rest on, unless other values are pinned already."""
     derived = _derived(readings)
     hidden = _newest_hidden(derived.values(), readings, pins) if derived else {}
-    for key, reading in readings.items():
-        pins.setdefault(key, reading)
+    pins.update({**readings, **pins})  # which asks no key for its hash, as a look at each would
     for key, revision in hidden.items():
         pins[key] = Reading(revision, None, from_cache=True)
 

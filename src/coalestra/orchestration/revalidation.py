@@ -136,13 +136,12 @@ class Revalidation:
 
     def _wanted(self) -> list[ResourceKey]:
         """Return the affected keys that somebody has asked for; the rest is read if needed."""
-        asked = self._unit.requested.keys() | self._named.keys()
+        asked = {**self._unit.requested, **self._named}
         return [key for key in self._unit.pins if key in self._affected and key in asked]
 
     def _candidate(self) -> dict[ResourceKey, Reading]:
         """Return what the session would show after the commit, and what is named out of sight."""
-        shown = {k: self._readings.get(k, reading) for k, reading in self._unit.visible().items()}
-        return {**shown, **{key: self._readings[key] for key in self._named if key not in shown}}
+        return {**self._unit.visible(), **self._readings}
 
     def _visible(self, snapshot: Snapshot) -> Snapshot:
         """Return the snapshot without what the session has not been asked for."""
@@ -172,8 +171,10 @@ class Revalidation:
         """Put the new readings in the place of the old ones."""
         pins = self._unit.pins
         for key in self._affected | self._loose:
-            pins.pop(key, None)
             self._unit.failures.pop(key, None)
+            if key not in self._readings:
+                pins.pop(key, None)
+        pins.update(self._readings)
         hold(pins, self._readings)
         pins.generation += 1
         self._committed = True

@@ -171,8 +171,9 @@ class UnitOfWork:
         found: Mapping[ResourceKey, Reading] = EMPTY
         wanted, struck = keys, False
         if self.pins or self.failures:
-            failures = EMPTY if retry_errors else self.failures
-            wanted = {k: None for k in keys if k not in self.pins and k not in failures}
+            known = self.pins if retry_errors else {**self.pins, **self.failures}
+            if len({**known, **keys}) < len(known) + len(keys):
+                wanted = {key: None for key in keys if key not in known}
         self.requested.update(keys)
         if wanted and self.lasting:
             found = warm.readings(work, wanted)
@@ -204,8 +205,8 @@ class UnitOfWork:
 
     def visible(self) -> Mapping[ResourceKey, Reading]:
         """Return the readings of what was asked for, in the order of asking."""
-        if not self.lasting and list(self.requested) == list(self.pins):
-            return self.pins
+        if list(self.requested) == list(self.pins):
+            return dict(self.pins)
         get = self.pins.get
         return {key: reading for key in self.requested if (reading := get(key)) is not None}
 
