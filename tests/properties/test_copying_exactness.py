@@ -138,8 +138,6 @@ KNOWN = [
     "slotted",
     "mixed",
     "doubled",
-    "keyed",
-    "set of names",
 ]
 UNKNOWN = [
     "own copy",
@@ -152,6 +150,8 @@ UNKNOWN = [
     "frozen slots",
     "point",
     "set of it",
+    "keyed",
+    "set of names",
 ]
 
 

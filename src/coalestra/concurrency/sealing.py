@@ -12,7 +12,8 @@ Every copy is what ``copy.deepcopy`` makes, except that immutable objects may st
    sealed, and once more when that is opened.
 4. Exact lists, dictionaries, sets, byte arrays, tuples with something mutable in them, and plain
    instances are copied as a graph, aliases and cycles included. A payload that holds anything else
-   where a copy is needed is left to ``copy.deepcopy`` as a whole.
+   where a copy is needed, or a key or a member of a set that is copied itself, is left to
+   ``copy.deepcopy`` as a whole.
 5. Brief is what may be done on the event loop. For a graph it is counted in steps when it is
    sealed. How long ``copy.deepcopy`` takes nobody can know, so its last copy is timed.
 """
@@ -393,7 +394,6 @@ class Blueprint:
         tuples: the links into each tuple, a tuple inside another one before it.
         items: the links into lists and dictionaries.
         places: the links into plain instances, with what puts them into one of their two places.
-        keyed: the links into dictionaries and sets of what is copied itself and needs its hash.
         classes: the classes of plain instances, and what they said when these were sealed.
     """
 
@@ -403,7 +403,6 @@ class Blueprint:
     places: list[tuple[Callable[[Any, str, Any], object], Links]] = dataclasses.field(
         default_factory=list
     )
-    keyed: list[tuple[int, Sequence[int | None]]] = dataclasses.field(default_factory=list)
     classes: list[tuple[type, list[Any]]] = dataclasses.field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -412,7 +411,7 @@ class Blueprint:
     @property
     def is_flat(self) -> bool:
         """Whether there is only one container."""
-        return len(self.shells) == 1 and not self.tuples and not self.items and not self.keyed
+        return len(self.shells) == 1 and not self.tuples and not self.items
 
     def open(self, payload: Any) -> Any:
         """Return one more copy of the sealed graph, sharing nothing that could change."""
@@ -432,28 +431,10 @@ class Blueprint:
             target = copies[parent]
             for key, child in zip(keys, children, strict=True):
                 target[key] = copies[child]
-        if self.classes:
-            self._link_instances(copies)
-        return copies[0]
-
-    def _link_instances(self, copies: list[Any]) -> None:
         for put, (parent, names, children) in self.places:
             for name, child in zip(names, children, strict=True):
                 put(copies[parent], name, copies[child])
-        for parent, places in self.keyed:
-            _put_keys(copies[parent], [None if at is None else copies[at] for at in places])
-
-
-def _put_keys(target: Any, keys: Sequence[Any]) -> None:
-    """Put keys in place of those of a dictionary or set; None keeps the one that is there."""
-    own = list(target)
-    values = list(target.values()) if type(target) is dict else None
-    target.clear()
-    new = [held if key is None else key for held, key in zip(own, keys, strict=True)]
-    if values is None:
-        target.update(new)
-    else:
-        target.update(zip(new, values, strict=True))
+        return copies[0]
 
 
 # Finding the containers of a payload and their links, in one walk, breadth first -----------------
@@ -520,8 +501,6 @@ class Survey:
         # The walk finds more originals as it goes; each is visited in the order it was found.
         copies = [self._visit(place, original) for place, original in enumerate(self._originals)]
         blueprint = self._blueprint
-        if len(blueprint.keyed) > 1:
-            self._require_whole_keys()
         blueprint.tuples = self._tuples_inside_out()
         blueprint.classes = list(self._classes.items())
         return blueprint.link(copies), blueprint
@@ -550,9 +529,9 @@ class Survey:
             if not only_atoms(first):
                 self._link(parent, enumerate(first))
         elif cls is set:
-            self._link_keys(parent, first)
+            self._require_shared(first)
         elif cls is dict and not is_flat(first):
-            self._link_keys(parent, first)
+            self._require_shared(first)
             self._link(parent, first.items())
         return first
 
@@ -606,27 +585,10 @@ class Survey:
             children.append(index)
         return tuple(keys), children
 
-    def _link_keys(self, parent: int, keys: Collection[Any]) -> None:
-        """Note which keys of a dictionary, or members of a set, are copied themselves."""
-        if not only_atoms(keys):
-            places, children = self._children(enumerate(keys))
-            if places:
-                row: list[int | None] = [None] * len(keys)
-                for place, child in zip(places, children, strict=True):
-                    row[place] = child
-                self._blueprint.keyed.append((parent, row))
-
-    def _require_whole_keys(self) -> None:
-        """Refuse keys that may not be whole, and so have no hash yet, when they are put in place.
-
-        All links come first, so that only another dictionary or set of such keys can be missing.
-        """
-        blueprint = self._blueprint
-        linked = {parent for _, (parent, *_) in blueprint.places}
-        linked.update(self._tuples)
-        for _, children in blueprint.keyed:
-            if not linked.isdisjoint(children):
-                raise UnknownPayload
+    def _require_shared(self, keys: Collection[Any]) -> None:
+        """Leave keys that are copied, and so may need a hash before they are whole, to others."""
+        if not only_atoms(keys) and not all(map(self._is_immutable, keys)):
+            raise UnknownPayload
 
     def _is_immutable(self, value: Any, depth: int = 0) -> bool:
         """Whether a value can be shared; False when in doubt."""
