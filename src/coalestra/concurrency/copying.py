@@ -266,7 +266,8 @@ class PayloadCopies:
         if self.is_direct:
             sealed = seal_flat(value)
             if sealed is not None:
-                self._completed += sealed[1] is not _SHARED
+                if sealed[1] is not _SHARED:
+                    self._completed += 1
                 return sealed
         self._require_open()
         if self.run_in_thread and self._copier is not None:

@@ -397,13 +397,11 @@ class Blueprint:
         classes: the classes of plain instances, and what they said when these were sealed.
     """
 
-    shells: list[Any] = dataclasses.field(default_factory=list)
-    tuples: list[Links] = dataclasses.field(default_factory=list)
-    items: list[Links] = dataclasses.field(default_factory=list)
-    places: list[tuple[Callable[[Any, str, Any], object], Links]] = dataclasses.field(
-        default_factory=list
-    )
-    classes: list[tuple[type, list[Any]]] = dataclasses.field(default_factory=list)
+    shells: Sequence[Any]
+    tuples: Sequence[Links]
+    items: Sequence[Links]
+    places: Sequence[tuple[Callable[[Any, str, Any], object], Links]]
+    classes: Sequence[tuple[type, list[Any]]]
 
     def __repr__(self) -> str:
         return f"<Blueprint of {len(self.shells)} containers>"
@@ -481,13 +479,15 @@ class Survey:
         """Allow so many steps."""
         self._allowed = allowed
         self.walked: int = 0
-        self._blueprint = Blueprint()
         self._originals: list[Any] = []
         self._indexes: dict[int, int] = {}
+        self._shells: list[Any] = []
         self._tuples: dict[int, Links] = {}
+        self._items: list[Links] = []
+        self._places: list[tuple[Callable[[Any, str, Any], object], Links]] = []
+        self._classes: dict[type, list[Any]] = {}
         self._verdicts: dict[int, bool] = {}
         self._parts: dict[type, Parts | None] = {}
-        self._classes: dict[type, list[Any]] = {}
 
     def private_copy(self, value: Any) -> tuple[Any, Blueprint | None]:
         """Return a first copy and the blueprint for more; the value and None if immutable.
@@ -500,9 +500,8 @@ class Survey:
             return value, None
         # The walk finds more originals as it goes; each is visited in the order it was found.
         copies = [self._visit(place, original) for place, original in enumerate(self._originals)]
-        blueprint = self._blueprint
-        blueprint.tuples = self._tuples_inside_out()
-        blueprint.classes = list(self._classes.items())
+        tuples, classes = self._tuples_inside_out(), tuple(self._classes.items())
+        blueprint = Blueprint(self._shells, tuples, self._items, self._places, classes)
         return blueprint.link(copies), blueprint
 
     def _walk(self, items: int) -> None:
@@ -522,7 +521,7 @@ class Survey:
         else:
             first = HugeShell(original).copy()
             shell = HugeShell(first)
-        self._blueprint.shells.append(shell)
+        self._shells.append(shell)
         if cls is tuple:
             self._tuples[parent] = (parent, *self._children(enumerate(first)))
         elif cls is list:
@@ -550,9 +549,10 @@ class Survey:
         for held, put in ((attributes, _set_attribute), (slots, object.__setattr__)):
             names, children = self._children(held.items())
             if names:
-                self._blueprint.places.append((put, (parent, names, children)))
-        slots.update(dict.fromkeys(names))  # a shell keeps nothing that the source may change
-        self._blueprint.shells.append(InstanceShell(cls, getattr(first, "__dict__", {}), slots))
+                self._places.append((put, (parent, names, children)))
+        if slots:
+            slots.update(dict.fromkeys(names))  # a shell keeps nothing that the source may change
+        self._shells.append(InstanceShell(cls, getattr(first, "__dict__", {}), slots))
         return first
 
     def _link(self, parent: int, items: Iterable[tuple[Any, Any]]) -> None:
@@ -561,7 +561,7 @@ class Survey:
         keys, children = self._children(items)
         if keys:
             row = range(first, len(self._originals))
-            self._blueprint.items.append((parent, keys, row if len(row) == len(keys) else children))
+            self._items.append((parent, keys, row if len(row) == len(keys) else children))
 
     def _children(self, items: Iterable[tuple[Any, Any]]) -> tuple[tuple[Any, ...], list[int]]:
         """Return the keys under which containers stand, and the places of these.

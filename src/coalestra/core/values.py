@@ -65,7 +65,7 @@ def version_of(number: int) -> str:
 
 def next_version() -> str:
     """Return a name for a new revision; no other one has it, in this process or any other."""
-    return version_of(next_number())
+    return f"{_process}{next_number()}"
 
 
 def number_of(version: str) -> int:
