@@ -13,6 +13,11 @@ def labels_agree(order: Order, expected: list[Spot]) -> bool:
     return list(order) == expected and labels == sorted(set(labels))
 
 
+def move(order: Order, spots: list[Spot], place: Spot, *, after: bool) -> None:
+    order.remove(*spots)
+    order.put(spots, place if after else place.before)
+
+
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["append", "prepend", "remove", "move_before", "move_after"]),
@@ -30,12 +35,8 @@ def test_it_agrees_with_a_plain_list(steps: list[tuple[str, int, int]]) -> None:
     for step, first, second in steps:
         if step in ("append", "prepend") or len(row) < 2:
             spot = Spot()
-            if step == "prepend":
-                order.prepend(spot)
-                row.insert(0, spot)
-            else:
-                order.append(spot)
-                row.append(spot)
+            order.put([spot], order if step == "prepend" else order.before)
+            row.insert(0 if step == "prepend" else len(row), spot)
         elif step == "remove":
             order.remove(row.pop(first % len(row)))
         else:
@@ -44,20 +45,18 @@ def test_it_agrees_with_a_plain_list(steps: list[tuple[str, int, int]]) -> None:
             row = [spot for spot in row if spot not in moved]
             at = row.index(place) + (step == "move_after")
             row[at:at] = moved
-            getattr(order, step)(moved, place)
+            move(order, moved, place, after=step == "move_after")
         assert labels_agree(order, row)
 
 
 def test_any_number_of_spots_may_be_put_in_at_one_place() -> None:
     """The labels between two neighbours run out after some five hundred, and are renewed."""
     order, first, last = Order(), Spot(), Spot()
-    order.append(first)
-    order.append(last)
+    order.put([first, last], order)
     row = [first, last]
     for _ in range(2_000):
         spot = Spot()
-        order.append(spot)
-        order.move_before([spot], last)
+        order.put([spot], last.before)
         row.insert(-1, spot)
     assert labels_agree(order, row)
 
@@ -65,9 +64,8 @@ def test_any_number_of_spots_may_be_put_in_at_one_place() -> None:
 def test_a_long_run_is_moved_in_one_go() -> None:
     """Its spots share the room between two neighbours evenly."""
     order, row = Order(), [Spot() for _ in range(1_000)]
-    for spot in row:
-        order.append(spot)
-    order.move_after(row[1:-1], row[-1])
+    order.put(row, order)
+    move(order, row[1:-1], row[-1], after=True)
     assert labels_agree(order, [row[0], row[-1], *row[1:-1]])
-    order.move_before(row[1:-1], row[-1])
+    move(order, row[1:-1], row[-1], after=False)
     assert labels_agree(order, row)

@@ -44,30 +44,13 @@ class Order(Spot):
             yield spot
             spot = spot.after
 
-    def append(self, spot: Spot) -> None:
-        """Put a spot that stands nowhere at the back."""
-        self._insert((spot,), self.before)
-
-    def prepend(self, spot: Spot) -> None:
-        """Put a spot that stands nowhere at the front."""
-        self._insert((spot,), self)
-
     def remove(self, *spots: Spot) -> None:
         """Take spots out."""
         for spot in spots:
             spot.before.after, spot.after.before = spot.after, spot.before
 
-    def move_before(self, spots: Sequence[Spot], place: Spot) -> None:
-        """Put spots, in the given order, right before another that is not among them."""
-        self.remove(*spots)
-        self._insert(spots, place.before)
-
-    def move_after(self, spots: Sequence[Spot], place: Spot) -> None:
-        """Put spots, in the given order, right after another that is not among them."""
-        self.remove(*spots)
-        self._insert(spots, place)
-
-    def _insert(self, spots: Sequence[Spot], left: Spot) -> None:
+    def put(self, spots: Sequence[Spot], left: Spot) -> None:
+        """Put spots that stand nowhere right after another one, or the order: that is in front."""
         right = left.after
         if right is self:
             label, step = (0 if left is self else left.label + _GAP), _GAP
@@ -146,10 +129,10 @@ class WaitsFor(Generic[N]):
             # A new target goes to the very back, a new waiter to the very front: nothing to check.
             if behind is None:
                 behind = self._nodes[target] = _Node(target)
-                self._order.append(behind)
+                self._order.put((behind,), self._order.before)
             if ahead is None:
                 ahead = self._nodes[waiter] = _Node(waiter)
-                self._order.prepend(ahead)
+                self._order.put((ahead,), self._order)
         ahead.targets[behind] = None
         behind.waiters[ahead] = None
         return None
@@ -194,11 +177,12 @@ class WaitsFor(Generic[N]):
             if met is not None:
                 return _cycle(met, backward, forward)
         if low is None:
-            self._order.move_after(forward.visited(), waiter)
+            moved = forward.visited()
         else:
             leading = [node for node in backward.visited() if node.label > low.label]
-            trailing = [node for node in forward.visited() if node.label < low.label]
-            self._order.move_before(leading + trailing, low)
+            moved = leading + [node for node in forward.visited() if node.label < low.label]
+        self._order.remove(*moved)
+        self._order.put(moved, waiter if low is None else low.before)
         return None
 
 
