@@ -18,7 +18,6 @@ now, the rest in threads. Laws:
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -416,34 +415,28 @@ class PayloadCopies:
     async def _ended(self, work: Callable[[], T]) -> Job[T]:
         """Use the slot that was taken for one piece of work, and wait for its end."""
         slot = [self._release]  # given back once, by whoever comes first
+        clock = asyncio.get_running_loop().time
+        began = clock()
+
+        def on_end(job: Job[T]) -> None:
+            error = job.error
+            if error is None:
+                self._durations.add(clock() - began)
+            else:
+                self._failed += 1
+            if slot:
+                slot.pop()()
+            if error is not None:
+                pass_on(error)
+
         try:
-            loop = asyncio.get_running_loop()
-            ended: asyncio.Future[None] = loop.create_future()
-            began = loop.time()
-
-            def on_end(job: Job[T]) -> None:
-                try:
-                    if not ended.done() and not loop.is_closed():
-                        ended.set_result(None)
-                    error = job.error
-                    if error is None:
-                        self._durations.add(loop.time() - began)
-                    else:
-                        self._failed += 1
-                finally:
-                    if slot:
-                        slot.pop()()
-                if error is not None:
-                    pass_on(error)
-
             threads = threads_of_context() if self._threads is None else self._threads
-            call = partial(contextvars.copy_context().run, work)
-            job = threads.start(call, f"copy:{self.component}", on_end, or_here=True)
+            job = threads.start(work, f"copy:{self.component}", on_end, or_here=True)
         except BaseException:
             if slot:
                 slot.pop()()
             raise
-        await ended
+        await job.ended
         return job
 
     def _release(self) -> None:

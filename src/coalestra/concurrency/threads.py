@@ -41,26 +41,28 @@ _numbers = itertools.count(1)
 class Job(Generic[R]):
     """One call on its way through a thread and back to its loop.
 
-    `on_end` is called once, when the call has ended: on the loop, or in the thread if the loop has
-    been closed.
+    Attributes:
+        label: the name that it is counted under.
+        ended: a future that is done once the call has ended.
+        error: what the call raised, until it is taken.
     """
 
-    __slots__ = ("_call", "_loop", "_on_end", "_result", "_running", "error", "label")
+    __slots__ = ("_call", "_on_end", "_result", "_running", "ended", "error", "label")
 
     def __init__(
         self,
         call: Callable[[], R],
         label: str,
-        on_end: Callable[[Job[R]], object],
+        on_end: Callable[[Job[R]], object] | None,
         running: dict[Job[Any], None],
     ) -> None:
         self.label = label
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.error: BaseException | None = None
         self._call: Callable[[], R] | None = call
-        self._loop = asyncio.get_running_loop()
         self._on_end = on_end
         self._running = running
         self._result: R | None = None
-        self.error: BaseException | None = None  # what the call raised, until it is taken
 
     def make(self) -> None:
         """Make the call; in the thread."""
@@ -75,15 +77,20 @@ class Job(Generic[R]):
     def report(self) -> None:
         """Tell the loop that the call has ended; in the thread."""
         try:
-            self._loop.call_soon_threadsafe(self.end)
+            self.ended.get_loop().call_soon_threadsafe(self.end)
         except RuntimeError:  # the loop is closed, nobody waits any more
             with contextlib.suppress(BaseException):
                 self.end()
 
     def end(self) -> None:
-        """Count the call as ended."""
+        """Count the call as ended; on the loop, or in the thread if the loop has been closed."""
         self._running.pop(self, None)
-        self._on_end(self)
+        try:
+            if not self.ended.done() and not self.ended.get_loop().is_closed():
+                self.ended.set_result(None)
+        finally:
+            if self._on_end is not None:
+                self._on_end(self)
 
     def lose(self) -> None:
         """End a call whose thread does not exist in this process."""
@@ -200,29 +207,29 @@ class WorkerThreads:
             RuntimeError: if the threads are closed, or no thread can be had.
             BaseException: whatever the function raised.
         """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        call = partial(contextvars.copy_context().run, function, *arguments)
         label = label or getattr(function, "__qualname__", type(function).__qualname__)
-        job = self.start(call, label, lambda _: _tell(done), or_here=or_here)
-        await _until_done(done, lambda: self._let_go)
+        job = self.start(partial(function, *arguments), label, or_here=or_here)
+        await _until_done(job.ended, lambda: self._let_go)
         return job.outcome()
 
     def start(
         self,
         call: Callable[[], R],
         label: str,
-        on_end: Callable[[Job[R]], object],
+        on_end: Callable[[Job[R]], object] | None = None,
         *,
         or_here: bool = False,
     ) -> Job[R]:
-        """Have a call made in a thread and return at once; `on_end` learns when it has ended.
+        """Have a call made in a thread, in a copy of the caller's context, and return at once.
+
+        `on_end` is called once, when the call has ended.
 
         Raises:
             RuntimeError: as `run`; `on_end` is not called then.
         """
         if self._closed:
             raise RuntimeError("these worker threads are closed; no more work is accepted")
-        job = Job(call, label, on_end, self._running)
+        job = Job(partial(contextvars.copy_context().run, call), label, on_end, self._running)
         try:
             self._running[job] = None
             self._hand_over(job)
@@ -279,11 +286,6 @@ class WorkerThreads:
     def claim(self, worker: _Worker) -> bool:
         """Take a worker out of those at rest; False if somebody else was quicker."""
         return self._idle.pop(worker, self) is None
-
-
-def _tell(done: asyncio.Future[None]) -> None:
-    if not done.done() and not done.get_loop().is_closed():
-        done.set_result(None)
 
 
 async def _until_done(done: asyncio.Future[None], let_go: Callable[[], bool]) -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import dataclasses
 import logging
 import math
@@ -259,12 +258,9 @@ class Closing:
 
     async def _call_in_thread(self, close: Callable[[], Any], seconds: float) -> Any:
         """Call what may block. It cannot be cut off, so a cancellation is of no use to anybody."""
-        ended = asyncio.get_running_loop().create_future()
-        call = partial(contextvars.copy_context().run, close)
-        threads = self._engine.parts.threads
-        job = threads.start(call, _name_of(close), lambda _: _tell(ended), or_here=True)
-        await _within(seconds, lambda left: asyncio.wait([ended], timeout=left))
-        if not ended.done():
+        job = self._engine.parts.threads.start(close, _name_of(close), or_here=True)
+        await _within(seconds, lambda left: asyncio.wait([job.ended], timeout=left))
+        if not job.ended.done():
             raise _takes_too_long(close, seconds)
         try:
             return job.outcome()
@@ -329,11 +325,6 @@ def _closing_of(part: Any) -> tuple[Callable[[], Any] | None, bool]:
 
 async def _awaited(close: Callable[[], Awaitable[Any]]) -> None:
     await close()
-
-
-def _tell(ended: asyncio.Future[None]) -> None:
-    if not ended.done() and not ended.get_loop().is_closed():
-        ended.set_result(None)
 
 
 def _name_of(close: Callable[[], Any]) -> str:
