@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from coalestra.concurrency.pace import at_once
 from coalestra.core.errors import (
     CoalestraError,
     DependencyCycleError,
@@ -331,7 +332,7 @@ def derived(until: float, *, inherits: bool) -> str:
     """What is said of a value, 2 s old, that rests on one of 9 s which is fresh until then."""
     facts: dict[str, Any] = {"observed_at": 91.0, "fetched_at": 91.0, "version": "v"}
     below = Revision(B, 1, None, "rest", **facts)
-    rests = dependencies_on([(below, until)], inherits=inherits)
+    rests = at_once(dependencies_on([(below, until)], inherits=inherits))
     times = {"observed_at": 91.0} if inherits else {}
     age = 9.0 if inherits else 2.0
     stale = inherits and until < 100.0

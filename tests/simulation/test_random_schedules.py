@@ -24,7 +24,8 @@ from coalestra import (
     SnapshotRequest,
 )
 from coalestra.concurrency import pace
-from coalestra.orchestration import calls, deliveries, singleflight
+from coalestra.core import values
+from coalestra.orchestration import calls, deliveries, readings, singleflight
 from tests.simulation.world import PAIR, World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
 
@@ -64,6 +65,8 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     monkeypatch.setattr(calls, "_CALLS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
     monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)
+    for module in (readings, values):
+        monkeypatch.setattr(module, "_PER_SLICE", 1)
     run_block(block, worlds)
 
 

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Generator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+Slices = Generator[None, None, T]
+"""Work in slices, none of which takes long: what follows a `yield` may be done later."""
 
 SLICE_SECONDS = 0.002
 """How long the library works before the event loop gets a turn."""
+
+
+def at_once(slices: Slices[T]) -> T:
+    """Do what could be done in slices, now; return the result."""
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 class Pace:
@@ -55,6 +72,17 @@ class Pace:
             return False
         await self.rest()
         return True
+
+    async def through(self, slices: Slices[T]) -> T:
+        """Do what is done in slices, resting between them if it is time to; return the result."""
+        self.begin()
+        while True:
+            try:
+                next(slices)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            await self.keep()
 
     def __repr__(self) -> str:
         return f"<Pace {self._until - time.perf_counter():+.4f} s left>"

@@ -100,7 +100,8 @@ class DiagnosticsRecorder:
         """Return what has been counted so far, and more ``facts``, by name."""
         counted = {**vars(self), **facts}
         for name in ("source_calls_by_source", "source_latency_ms_by_source"):
-            counted[name] = frozen(dict(counted[name]))
+            counts = counted[name]
+            counted[name] = FrozenDict(counts) if counts else EMPTY
         return counted
 
 

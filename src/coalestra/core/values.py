@@ -6,7 +6,7 @@ import enum
 import os
 from binascii import b2a_base64
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import count
 from math import inf, isfinite
@@ -196,10 +196,13 @@ def grounds_of(versions: Mapping[ResourceKey, str]) -> Grounds | None:
     return versions.grounds if type(versions) is Dependencies else None
 
 
+_PER_SLICE = 512
+
+
 def dependencies_on(
     inputs: Iterable[tuple[Revision, float]], *, inherits: bool
-) -> FrozenDict[ResourceKey, str]:
-    """Return what a value rests on that is derived from ``inputs``; linear in their number.
+) -> Generator[None, None, FrozenDict[ResourceKey, str]]:
+    """Return what a value rests on that is derived from ``inputs``, in slices of a few hundred.
 
     Args:
         inputs: the revisions, and until when, in wall-clock seconds, each is fresh by itself.
@@ -229,6 +232,8 @@ def dependencies_on(
             inherited_at = seen_at
         if until < fresh_until:
             fresh_until = until
+        if not len(versions) % _PER_SLICE:
+            yield
     if oldest is None or perishing is None:
         return EMPTY
     seen = (inherited_at, fresh_until) if inherits else (None, inf)

@@ -75,7 +75,7 @@ from coalestra.core.errors import (
     type_name,
     without_frames,
 )
-from coalestra.core.frozen import EMPTY
+from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
@@ -242,8 +242,10 @@ class Attempt:
         if call.link.kind is _DERIVED:
             (flight,) = call.flights
             readings = {} if flight.gather is None else flight.gather.in_order()
-            inputs = call.dispatch.deliveries.inputs(flight.sponsor.context, readings)
-            self._inputs = (await inputs,)
+            context, inherits = flight.sponsor.context, call.link.inherits
+            preparing = call.dispatch.deliveries.inputs(context, readings, inherits=inherits)
+            inputs, call.rests_on = await preparing
+            self._inputs = (inputs,)
         self.stage = Progress.WAITING
         lease: CapacityLease | None = None
         try:
@@ -520,7 +522,7 @@ class Call:
     """A call that carries one key, or a batch of keys, to one source, retries included.
 
     `flights` are those of its keys that are not settled yet, `fresh` those that the source has
-    answered with something fresh.
+    answered with something fresh. `rests_on` are the versions of its inputs, if it derives.
     """
 
     policy: SourceResiliencePolicy = _UNDECIDED
@@ -528,6 +530,7 @@ class Call:
     answered_at: float = math.nan
     latency_ms: float = math.nan
     log: CallLog | None = None
+    rests_on: FrozenDict[ResourceKey, str] = EMPTY
     _interest: Interest | None = None
     _attempt: Attempt | None = None
     _retry: asyncio.TimerHandle | None = None
@@ -1108,9 +1111,6 @@ class Call:
         parts, link, key = self.parts, self.link, flight.key
         gather, rank = flight.gather, self._lane.rank
         used = () if gather is None else tuple([r.revision for r in gather.readings.values()])
-        rests_on = EMPTY
-        if gather is not None and used:
-            rests_on = self.dispatch.deliveries.rests_on(gather.readings.values(), link.inherits)
         copies = parts.copies
         return Revision(
             key,
@@ -1124,7 +1124,7 @@ class Call:
             self.attempts,
             copies.seal_metadata_now(metadata, context=link.context) if metadata else EMPTY,
             parts.authority.rank_for(key, link.name) if rank is None else rank,
-            rests_on,
+            self.rests_on,
             used,
             dated,
             flight.began,

@@ -11,7 +11,7 @@ from typing import Any
 from coalestra.cache.store import EntryStore
 from coalestra.concurrency.copying import OFFLOADED
 from coalestra.concurrency.deadline import Deadline
-from coalestra.concurrency.pace import Pace
+from coalestra.concurrency.pace import Pace, Slices, at_once
 from coalestra.concurrency.sealing import PORTION, Seal
 from coalestra.core.errors import (
     PayloadCopySubsystemClosedError,
@@ -56,15 +56,17 @@ class Deliveries:
 
     # What a derived value rests on --------------------------------------------------------------
 
-    def rests_on(self, readings: Iterable[Reading], inherits: bool) -> FrozenDict[ResourceKey, str]:
+    def _rests_on(
+        self, readings: Iterable[Reading], inherits: bool
+    ) -> Slices[FrozenDict[ResourceKey, str]]:
         """Return what a value rests on that is derived from `readings`."""
-        inputs = [
+        inputs = (
             (
                 each.revision,
                 -math.inf if each.stale else self._until(each.revision, each.ttl_seconds),
             )
             for each in readings
-        ]
+        )
         return dependencies_on(inputs, inherits=inherits)
 
     def _until(self, revision: Revision, ttl: float | None) -> float:
@@ -88,7 +90,7 @@ class Deliveries:
             del stack[-1]
             inputs = [(one, self._until(one, None)) for one in each.dependencies]
             inherits = each.source in self._inheriting
-            each.dependency_versions = dependencies_on(inputs, inherits=inherits)
+            each.dependency_versions = at_once(dependencies_on(inputs, inherits=inherits))
         return revision.grounds
 
     def fresh_until(self, revision: Revision) -> float:
@@ -107,9 +109,9 @@ class Deliveries:
         return self._presented(reading, payload, context, self._clock.now())
 
     async def inputs(
-        self, context: FetchContext, readings: Mapping[ResourceKey, Reading]
-    ) -> Snapshot:
-        """Return the dependencies of a derivation, copied for it alone.
+        self, context: FetchContext, readings: Mapping[ResourceKey, Reading], *, inherits: bool
+    ) -> tuple[Snapshot, FrozenDict[ResourceKey, str]]:
+        """Return the dependencies of a derivation, copied for it alone, and what it rests on.
 
         Raises:
             PayloadIsolationError: one of them cannot be copied.
@@ -117,7 +119,8 @@ class Deliveries:
         values, errors = await self.values(readings, None, _DEPENDENCY)
         if errors:
             raise next(iter(errors.values()))
-        return snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
+        inputs = snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
+        return inputs, await self._pace.through(self._rests_on(readings.values(), inherits))
 
     async def values(
         self,

@@ -145,7 +145,7 @@ class Work:
         )
         self.lanes: dict[int, Lane] = {}
         self.ready: dict[int, list[Flight]] = {}
-        self.stages: dict[Gather, None] = {}
+        self.stages: dict[Gather, Callable[[Any], None]] = {}
 
     @property
     def cutoff(self) -> float:
@@ -157,11 +157,11 @@ class Work:
         """Whether the deadline has passed."""
         return self.deadline is not None and self.deadline.expired
 
-    def enter(self, stage: Gather) -> None:
+    def enter(self, stage: Gather, strike: Callable[[Any], None]) -> None:
         """Watch the deadline, if there is one, for a stage that begins to wait."""
         if self.deadline is None:
             return
-        self.stages[stage] = None
+        self.stages[stage] = strike
         if self.timer is None:
             self.timer = asyncio.get_running_loop().call_at(self.cutoff, self._strike)
 
@@ -177,8 +177,8 @@ class Work:
     def _strike(self) -> None:
         self.timer = None
         self.over = True
-        for stage in tuple(self.stages):
-            stage.strike()
+        for stage, strike in tuple(self.stages.items()):
+            strike(stage)
 
     def __repr__(self) -> str:
         return (
@@ -415,13 +415,15 @@ class Gather:
     """A set of keys that somebody waits for, and what has become of each so far.
 
     A stage waits for its keys under the pins of its session. A derived acquisition (`owner`)
-    waits for its dependencies. Once every key has a reading or a failure, `done` is called, once.
+    waits for its dependencies. Once every key has a reading or a failure, `done` is called, and it
+    is `over`, as it is if nobody waits any more.
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
     is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces;
     `span` is that of the stage, if a tracer follows it.
-    It is `open` while its keys are being looked for, and `holds` back the calls of its work for as
-    long; `alone` stands then for the waiters of each flight that it starts, until others join.
-    With `renews`, what is stale or due is waited for, as a refresh inherits its freshness.
+    It is `open` while its keys are being looked for or its readings judged, and `holds` back the
+    calls of its work while they are looked for; `alone` stands then for the waiters of each flight
+    that it starts, until others join. With `renews`, what is stale or due is waited for, as a
+    refresh inherits its freshness.
     """
 
     forced: frozenset[ResourceKey] = frozenset()
@@ -434,6 +436,7 @@ class Gather:
     open: bool = False
     holds: bool = False
     struck: bool = False
+    over: bool = False
     rounds: int = 0
     agreed: tuple[int, int] | None = None
     alone: dict[Gather, bool] | None = None
@@ -443,6 +446,7 @@ class Gather:
         work: Work,
         keys: Iterable[ResourceKey],
         pins: Pins,
+        done: Callable[[Gather], None],
         *,
         demand: Demand | None = None,
         owner: Flight | None = None,
@@ -458,8 +462,7 @@ class Gather:
         self.readings: dict[ResourceKey, Reading] = {}
         self.failures: dict[ResourceKey, Failure] = {}
         self.pending: dict[Flight | Read, None] = {}
-        self.done: Callable[[Gather], None] = nobody
-        self.strike: Callable[[], None] = nothing
+        self.done: Callable[[Gather], None] = done
 
     @property
     def cutoff(self) -> float:
@@ -508,6 +511,12 @@ class Gather:
             self.base = self.pins = Pins()
         hold(self.pins, self.readings)
 
+    def tell(self) -> None:
+        """Tell who waits, once, what it has come to."""
+        if not self.over:
+            self.over = True
+            self.done(self)
+
     def receive(self, key: ResourceKey, settlement: Settlement, joined: bool) -> Reading | None:
         """Take what a flight ended with; return the reading, if it came to one.
 
@@ -530,14 +539,6 @@ class Gather:
     def __repr__(self) -> str:
         for_whom = "stage" if self.owner is None else str(self.owner.key)
         return f"<Gather for {for_whom}: {len(self.readings)} of {len(self.keys)}>"
-
-
-def nobody(_gather: Gather) -> None:
-    """Stand in until somebody wants to know."""
-
-
-def nothing() -> None:
-    """Stand in until the gather has been opened."""
 
 
 # The board of flights: who has started one, who waits for it, and who waits for whom -------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from coalestra.concurrency.pace import Slices, at_once
 from coalestra.core.errors import (
     DependencyCycleError,
     ResourceAbsent,
@@ -18,6 +19,8 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.values import Revision
 
 _JOINED = FrozenDict({"coalesced_request": True})
+_PER_SLICE = 512
+"""Of how many values the lineage is looked at in one slice."""
 
 
 class Reading:
@@ -28,7 +31,7 @@ class Reading:
     metadata for this reader; `fallback` is the error that a stale value stands in for.
     """
 
-    __slots__ = ("fallback", "from_cache", "notes", "revision", "stale", "ttl_seconds")
+    __slots__ = ("_joined", "fallback", "from_cache", "notes", "revision", "stale", "ttl_seconds")
 
     def __init__(
         self,
@@ -47,17 +50,20 @@ class Reading:
             notes if notes is None or type(notes) is FrozenDict else FrozenDict(notes)
         )
         self.fallback: Exception | None = None
+        self._joined: Reading | None = None
 
     def joined(self) -> Reading:
-        """Return the same reading for one who has joined the flight of another unit of work."""
-        noted = Reading(
-            self.revision,
-            self.ttl_seconds,
-            stale=self.stale,
-            from_cache=self.from_cache,
-            notes=FrozenDict({**self.notes, **_JOINED}) if self.notes else _JOINED,
-        )
-        noted.fallback = self.fallback
+        """Return the same reading for all who have joined the flight of another unit of work."""
+        noted = self._joined
+        if noted is None:
+            noted = self._joined = Reading(
+                self.revision,
+                self.ttl_seconds,
+                stale=self.stale,
+                from_cache=self.from_cache,
+                notes=FrozenDict({**self.notes, **_JOINED}) if self.notes else _JOINED,
+            )
+            noted.fallback = self.fallback
         return noted
 
     def __repr__(self) -> str:
@@ -230,42 +236,52 @@ def _newest_hidden(
     derived: Iterable[Revision],
     readings: Mapping[ResourceKey, Reading],
     pins: Mapping[ResourceKey, Reading],
-) -> dict[ResourceKey, Revision]:
+) -> Slices[dict[ResourceKey, Revision]]:
     """Return, for keys known only as somebody's dependency, the revision that was fetched last."""
     hidden: dict[ResourceKey, Revision] = {}
-    for revision in lineage(derived).values():
+    seen: set[int] = set()
+    stack = list(derived)
+    while stack:
+        revision = stack.pop()
+        if id(revision) in seen:
+            continue
+        seen.add(id(revision))
+        stack += revision.dependencies
         key = revision.key
         if key not in readings and key not in pins:
             known = hidden.get(key)
             if known is None or known.fetched_at < revision.fetched_at:
                 hidden[key] = revision
+        if not len(seen) % _PER_SLICE:
+            yield
     return hidden
 
 
 def at_odds(
     readings: Mapping[ResourceKey, Reading], pins: Mapping[ResourceKey, Reading]
-) -> set[ResourceKey]:
+) -> Slices[set[ResourceKey]]:
     """Return the keys whose derived values rest on other revisions than the rest of the readings.
 
     What is pinned stands. Then comes what was read in its own right, then the newest of what is
     known only as a dependency. Linear in the number of entries and dependencies.
     """
-    if len(readings) == 1 and not pins:
-        return set()
-    derived = _derived(readings)
-    if not derived:
-        return set()
-    chosen = _Chosen(_newest_hidden(derived.values(), readings, pins), readings, pins)
-    wrong: dict[int, bool] = {}
     odd: set[ResourceKey] = set()
-    for key, revision in derived.items():
+    derived = _derived(readings)
+    if not derived or (len(readings) == 1 and not pins):
+        return odd
+    hidden = yield from _newest_hidden(derived.values(), readings, pins)
+    chosen = _Chosen(hidden, readings, pins)
+    wrong: dict[int, bool] = {}
+    for number, (key, revision) in enumerate(derived.items(), 1):
         if _is_shallow(revision):
             differs = chosen.differs(revision)
         else:
-            _judge(revision, chosen, wrong)
+            yield from _judge(revision, chosen, wrong)
             differs = wrong[id(revision)]
         if differs:
             odd.add(key)
+        if not number % _PER_SLICE:
+            yield
     return odd
 
 
@@ -304,7 +320,7 @@ class _Chosen:
         return False
 
 
-def _judge(root: Revision, chosen: _Chosen, wrong: dict[int, bool]) -> None:
+def _judge(root: Revision, chosen: _Chosen, wrong: dict[int, bool]) -> Slices[None]:
     """Enter for `root` and all it rests on whether anything below it differs from `chosen`."""
     stack = [root]
     while stack:
@@ -320,6 +336,8 @@ def _judge(root: Revision, chosen: _Chosen, wrong: dict[int, bool]) -> None:
         wrong[id(revision)] = chosen.differs(revision) or any(
             wrong[id(each)] for each in revision.dependencies
         )
+        if not len(wrong) % _PER_SLICE:
+            yield
 
 
 class View:
@@ -335,9 +353,17 @@ class View:
         self._seen: dict[ResourceKey, str] = {}
         self._sound: dict[int, Revision] = {}
 
-    def covers(self, readings: Collection[Reading]) -> bool:
-        """Whether all readings agree with what was seen before; linear in what is new in them."""
-        return all(self._admit(reading.revision) for reading in readings)
+    def covers(self, readings: Iterable[Reading]) -> Slices[bool]:
+        """Return whether all readings agree with what was seen before.
+
+        Linear in what is new in them.
+        """
+        for number, reading in enumerate(readings, 1):
+            if not self._admit(reading.revision):
+                return False
+            if not number % _PER_SLICE:
+                yield
+        return True
 
     def _admit(self, root: Revision) -> bool:
         """Enter `root` and all it rests on, unless something differs from what was seen."""
@@ -363,19 +389,51 @@ class View:
 
 def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
     """Pin readings, and out of sight what they rest on, unless other values are pinned already."""
+    at_once(held(pins, readings))
+
+
+def held(pins: dict[ResourceKey, Reading], readings: Mapping[ResourceKey, Reading]) -> Slices[None]:
+    """Do as `hold` does, in slices, where nobody sees the pins yet."""
+    hidden: dict[ResourceKey, Revision] = {}
     derived = _derived(readings)
-    hidden = _newest_hidden(derived.values(), readings, pins) if derived else {}
+    if derived:
+        hidden = yield from _newest_hidden(derived.values(), readings, pins)
     pins.update({**readings, **pins})  # which asks no key for its hash, as a look at each would
-    for key, revision in hidden.items():
+    for number, (key, revision) in enumerate(hidden.items(), 1):
         pins[key] = Reading(revision, None, from_cache=True)
+        if not number % _PER_SLICE:
+            yield
 
 
-def loose(
-    pins: Mapping[ResourceKey, Reading], visible: Mapping[ResourceKey, Any], going: set[ResourceKey]
-) -> set[ResourceKey]:
-    """Return what is pinned out of sight and serves nothing but the keys that are `going`."""
-    if pins.keys() <= visible.keys():
-        return set()
+def reach(
+    pins: Mapping[ResourceKey, Reading],
+    visible: Collection[ResourceKey],
+    keys: Iterable[ResourceKey],
+) -> Slices[tuple[set[ResourceKey], set[ResourceKey]]]:
+    """Return what goes when `keys` are replaced, and what is then needed no longer.
+
+    The first are `keys` and every pinned key that was derived from one of them, directly or not;
+    the second is what is pinned out of sight and serves nothing but these.
+    """
+    used_by: dict[ResourceKey, list[ResourceKey]] = {}
+    for number, (key, reading) in enumerate(pins.items(), 1):
+        for name in reading.revision.dependency_versions:
+            used_by.setdefault(name, []).append(key)
+        if not number % _PER_SLICE:
+            yield
+    going = set(keys)
+    stack = [key for key in going if key in used_by] if used_by else []
+    while stack:
+        for key in used_by.get(stack.pop(), ()):
+            if key not in going:
+                going.add(key)
+                stack.append(key)
+                if not len(going) % _PER_SLICE:
+                    yield
+    hidden = set(pins).difference(visible)
+    if not hidden:
+        return going, hidden
+    yield
     needed: set[ResourceKey] = set()
     stack = [key for key in visible if key in pins and key not in going]
     while stack:
@@ -383,22 +441,6 @@ def loose(
         if key in pins and key not in needed:
             needed.add(key)
             stack.extend(pins[key].revision.dependency_versions)
-    return {key for key in pins if key not in needed and key not in going}
-
-
-def dependents(
-    pins: Mapping[ResourceKey, Reading], keys: Iterable[ResourceKey]
-) -> set[ResourceKey]:
-    """Return `keys` and every pinned key that was derived from one of them, directly or not."""
-    used_by: dict[ResourceKey, list[ResourceKey]] = {}
-    for key, reading in pins.items():
-        for name in reading.revision.dependency_versions:
-            used_by.setdefault(name, []).append(key)
-    found = set(keys)
-    stack = list(found)
-    while stack:
-        for key in used_by.get(stack.pop(), ()):
-            if key not in found:
-                found.add(key)
-                stack.append(key)
-    return found
+            if not len(needed) % _PER_SLICE:
+                yield
+    return going, {key for key in hidden if key not in needed and key not in going}

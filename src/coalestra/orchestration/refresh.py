@@ -24,6 +24,7 @@ from coalestra.orchestration.readings import Demand, Pins
 
 _MOST_FAILING = 1_000
 """Of how many keys it is remembered that their last refresh has failed."""
+_ANEW = Demand(refresh=True)
 
 
 class Refresh:
@@ -131,8 +132,8 @@ class Refresher:
             link = None if parent is None else parent.span
             trace.begin_stage("refresh", len(group), variables, link, reason=reason)
         for refresh in group:
-            refresh.gather = Gather(work, (refresh.key,), Pins(), demand=Demand(refresh=True))
-            refresh.gather.done = partial(self._done, refresh)
+            done = partial(self._done, refresh)
+            refresh.gather = Gather(work, (refresh.key,), Pins(), done, demand=_ANEW)
         for refresh in group:
             if refresh.gather is not None:
                 self._look(refresh.gather)
@@ -176,6 +177,7 @@ class Refresher:
             report.refresh_failed(key, refresh.reason, error, *ids)
 
     def _end(self, refresh: Refresh) -> None:
+        refresh.gather = None
         self._running.pop(refresh, None)
         if self._current.get(refresh.key) is refresh:
             del self._current[refresh.key]

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from coalestra.concurrency.pace import Slices
 from coalestra.core.errors import (
     SnapshotAcceptanceError,
     SnapshotBuildError,
@@ -28,9 +29,12 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.flights import Gather
-from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, dependents, hold, loose
+from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, held, reach
+from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork
 from coalestra.orchestration.verdicts import accepted, objection
+
+T = TypeVar("T")
 
 
 class Revalidation:
@@ -51,6 +55,7 @@ class Revalidation:
         self._loose: set[ResourceKey] = set()
         self._readings: dict[ResourceKey, Reading] = {}
         self._failures: dict[ResourceKey, Failure] = {}
+        self._next: dict[ResourceKey, Reading] = {}
         self._stamp = self._state()
         self._committed = False
         self._violated: type[BaseException] | None = None
@@ -102,14 +107,15 @@ class Revalidation:
                 return await self._retained(
                     {key: failure.make() for key, failure in self._failures.items()}
                 )
-            values, uncopied = await self._unit.copies(self._candidate(), self._unit.work.deadline)
+            shown = await self._through(self._shown())
+            values, uncopied = await self._unit.copies(shown, self._unit.work.deadline)
             if uncopied:
                 return await self._undelivered(uncopied)
             known = await self._unit.errors()
             errors = {key: error for key, error in known.items() if key not in self._readings}
             snapshot = self._unit.assembled(values, errors)
             accepted(snapshot, objection(self._unit.engine.parts, self._request, snapshot))
-            if not self._outdated:
+            if await self._ready():
                 self._commit()
                 return self._visible(snapshot)
 
@@ -117,31 +123,51 @@ class Revalidation:
 
     async def _acquire(self) -> None:
         """Read anew what is affected, under the pins that are not; failures are kept as facts."""
-        unit = self._unit
-        self._affected = dependents(unit.pins, self._named)
-        self._loose = loose(unit.pins, unit.requested, self._affected)
         self._stamp = self._state()
+        stage = await self._through(self._plan(dict(self._unit.pins)))
+        stage.span = self._span
+        await self._unit.engine.run(stage)
+
+    def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:
+        """Find out what goes with what is named, and what of it is to be read."""
+        self._affected, self._loose = yield from self._reach(pins)
         forced = frozenset(self._affected) if self._forced else frozenset()
-        derived = (key for key in forced if unit.pins[key].revision.dependency_versions)
-        demand = Demand(forced, frozenset(derived))
+        derived = frozenset(key for key in forced if pins[key].revision.dependency_versions)
+        demand = Demand(forced, derived)
+        yield
         going = self._affected | self._loose
-        kept = Pins({key: pin for key, pin in unit.pins.items() if key not in going}, demand)
-        gather = Gather(unit.work, self._wanted(), kept, demand=demand)
-        gather.span = self._span
-        await unit.engine.run(gather, self._take)
+        kept = Pins({key: pin for key, pin in pins.items() if key not in going}, demand)
+        yield
+        return Stage(self._unit.work, self._wanted(), kept, self._take, demand=demand)
 
     def _take(self, gather: Gather) -> None:
         self._readings = gather.readings
         self._failures = gather.failures
 
-    def _wanted(self) -> list[ResourceKey]:
+    def _wanted(self) -> dict[ResourceKey, None]:
         """Return the affected keys that somebody has asked for; the rest is read if needed."""
         asked = {**self._unit.requested, **self._named}
-        return [key for key in self._unit.pins if key in self._affected and key in asked]
+        return {key: None for key in self._unit.pins if key in self._affected and key in asked}
 
-    def _candidate(self) -> dict[ResourceKey, Reading]:
-        """Return what the session would show after the commit, and what is named out of sight."""
-        return {**self._unit.visible(), **self._readings}
+    def _reach(
+        self, pins: Mapping[ResourceKey, Reading]
+    ) -> Slices[tuple[set[ResourceKey], set[ResourceKey]]]:
+        return reach(pins, self._unit.requested.copy(), self._named)
+
+    def _shown(self) -> Slices[Mapping[ResourceKey, Reading]]:
+        """Return what the session shows after the commit, and what is named out of sight."""
+        yield from self._succeed(dict(self._unit.pins))
+        yield
+        return {**self._unit.visible(self._next), **self._readings}
+
+    def _succeed(self, pins: dict[ResourceKey, Reading]) -> Slices[None]:
+        """Lay out, in the place of `pins`, what is pinned after the commit."""
+        for key in (self._affected | self._loose).difference(self._readings):
+            pins.pop(key, None)
+        yield
+        pins.update(self._readings)
+        yield from held(pins, self._readings)
+        self._next = pins
 
     def _visible(self, snapshot: Snapshot) -> Snapshot:
         """Return the snapshot without what the session has not been asked for."""
@@ -151,31 +177,30 @@ class Revalidation:
         values = {key: value for key, value in snapshot.items() if key in requested}
         return self._unit.assembled(values, snapshot.errors)
 
-    @property
-    def _outdated(self) -> bool:
-        """Whether the session has meanwhile pinned more that is derived from what is replaced."""
-        pins = self._unit.pins
-        if self._state() == self._stamp:
-            return False
-        return (
-            pins.generation != self._stamp[0]
-            or dependents(pins, self._named) != self._affected
-            or loose(pins, self._unit.requested, self._affected) != self._loose
-        )
+    async def _ready(self) -> bool:
+        """Be about to commit; False if more has been pinned that is derived from what goes."""
+        while (stamp := self._state()) != self._stamp:
+            pins = dict(self._unit.pins)
+            if await self._through(self._reach(pins)) != (self._affected, self._loose):
+                return False
+            await self._through(self._succeed(pins))
+            self._stamp = stamp
+        return True
+
+    async def _through(self, slices: Slices[T]) -> T:
+        return await self._unit.engine.parts.pace.through(slices)
 
     def _state(self) -> tuple[int, int, int]:
         """Return what changes with everything that the session pins, replaces or makes visible."""
         return *self._unit.pins.stamp, len(self._unit.requested)
 
     def _commit(self) -> None:
-        """Put the new readings in the place of the old ones."""
-        pins = self._unit.pins
-        for key in self._affected | self._loose:
-            self._unit.failures.pop(key, None)
-            if key not in self._readings:
-                pins.pop(key, None)
-        pins.update(self._readings)
-        hold(pins, self._readings)
+        """Put the new state in the place of the old one, in one step."""
+        pins, failures = self._unit.pins, self._unit.failures
+        for key in [key for key in failures if key in self._affected or key in self._loose]:
+            del failures[key]
+        pins.clear()
+        pins.update(self._next)
         pins.generation += 1
         self._committed = True
 

@@ -59,8 +59,6 @@ from coalestra.orchestration.flights import (
     current_call,
     instead_of_event,
     late,
-    nobody,
-    nothing,
     stale_candidate,
 )
 from coalestra.orchestration.foreign_cache import CacheReads, CacheWrites
@@ -82,7 +80,6 @@ _STEPS_BETWEEN_LOOKS = 4
 _KEYS_PER_STEP = 64
 _KEYS_AT_ONCE = 1_024
 _WAITERS_PER_STEP = 256
-_READINGS_PER_STEP = 512
 _MOST_READS = 8
 """How often a derivation asks an awaited cache for one key while news of it keeps coming."""
 _MOST_NEWS = 10_000
@@ -91,6 +88,9 @@ _MOST_ABSENT = 10_000
 """How many keys are remembered to be absent."""
 _SPARE_ROUNDS = 64
 """Rounds of deriving anew that changes from outside may cost, beyond one for each key."""
+
+_WOKEN_SECONDS = 0.000_01
+"""What a reader of one key does at least as soon as it is told."""
 
 _GRACE_SECONDS = 0.25
 """How long the ends of very many keys may take at a deadline; then the reader is told anyway."""
@@ -129,9 +129,10 @@ class Agenda:
     later turn of the event loop. `broken` is told of a step that failed, and what it was about.
     """
 
-    __slots__ = ("_broken", "_handle", "_running", "_steps")
+    __slots__ = ("_broken", "_handle", "_running", "_steps", "_until")
 
     def __init__(self, broken: Callable[[Subject, BaseException], None]) -> None:
+        self._until = 0.0
         self._steps: deque[tuple[Step, Subject, tuple[Any, ...]]] = deque()
         self._running = False
         self._handle: asyncio.Handle | None = None
@@ -150,7 +151,7 @@ class Agenda:
         self._running = True
         self._handle = None
         steps = self._steps
-        until = time.perf_counter() + SLICE_SECONDS
+        self._until = time.perf_counter() + SLICE_SECONDS
         looks = _STEPS_BETWEEN_LOOKS
         try:
             while steps:
@@ -164,12 +165,16 @@ class Agenda:
                 looks -= 1
                 if not looks:
                     looks = _STEPS_BETWEEN_LOOKS
-                    if time.perf_counter() > until:
+                    if time.perf_counter() > self._until:
                         break
         finally:
             self._running = False
             if steps:
                 self._handle = asyncio.get_running_loop().call_soon(self.run)
+
+    def leave_room(self) -> None:
+        """Take up less time in this turn: a task was woken that goes on in the next one."""
+        self._until -= _WOKEN_SECONDS
 
     def clear(self) -> None:
         """Forget every step: the loop they belonged to is gone."""
@@ -263,25 +268,31 @@ class SingleFlight:
             if gather.span is None:
                 gather.span = trace.span if owner is None else owner.span_of(gather.work)
 
-    def _look_on(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
+    def _look_on(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps | None:
         """Look for keys, until the gather is struck; then conclude what is complete, make calls."""
         pins = gather.pins
         if not gather.open:
             keys = ()  # who waited has gone before it was his turn
-        if pins or pins.private or gather.forced or gather.refresh:
+        if len(keys) > 1 and not (pins or pins.private or gather.forced or gather.refresh):
+            return self._look_in_store(gather, keys)
+        if len(keys) > _KEYS_PER_STEP:
             return self._look_for_each(gather, keys)
-        return self._look_in_store(gather, keys)
+        self._look_for_all(gather, keys)
+        self._looked(gather)
+        return None
 
     def _look_for_each(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
         for part in _portions(keys, _KEYS_PER_STEP):
-            now, near = self.parts.clock.now(), self.parts.access.near
-            for key in part:
-                self._look_for(gather, key, now, near)
-            if len(part) == _KEYS_PER_STEP:
-                yield
+            self._look_for_all(gather, part)
+            yield
             if not gather.open:
                 break
         self._looked(gather)
+
+    def _look_for_all(self, gather: Gather, keys: Iterable[ResourceKey]) -> None:
+        now, near = self.parts.clock.now(), self.parts.access.near
+        for key in keys:
+            self._look_for(gather, key, now, near)
 
     def _look_in_store(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
         """Look for keys of which nothing can be known yet: the cache comes first for all of them.
@@ -749,8 +760,7 @@ class SingleFlight:
             return
         pins = NO_PINS if flight.pins is None else flight.pins
         work = flight.living_sponsor()
-        gather = Gather(work, keys, pins, demand=pins.demand, owner=flight)
-        gather.done = self._gathered
+        gather = Gather(work, keys, pins, self._gathered, demand=pins.demand, owner=flight)
         gather.renews = link.inherits and any(
             each.refresh or each.renews for each in flight.waiters
         )
@@ -903,7 +913,7 @@ class SingleFlight:
             for gather, joined in waiters.items():
                 self._hand(gather, flight, settlement, joined)
         else:
-            self.agenda.add(self._hand_on, flight, settlement, waiters)
+            self.agenda.add(self._hand_on, flight, settlement, deque(waiters.items()))
 
     def _give_back(self, flight: Flight) -> None:
         """Let go of the lease of a flight that has stored nothing."""
@@ -912,11 +922,12 @@ class SingleFlight:
         self.parts.access.foreign.give_back(lease, failed=in_vain)
 
     def _hand_on(
-        self, flight: Flight, settlement: Settlement, waiters: Mapping[Gather, bool]
+        self, flight: Flight, settlement: Settlement, waiters: deque[tuple[Gather, bool]]
     ) -> Steps:
         """Tell very many waiters portion by portion; one who has left meanwhile is passed over."""
-        for part in _portions(waiters.items(), _WAITERS_PER_STEP):
-            for gather, joined in part:
+        while waiters:
+            for _ in range(min(_WAITERS_PER_STEP, len(waiters))):
+                gather, joined = waiters.popleft()
                 if flight in gather.pending:
                     self._hand(gather, flight, settlement, joined)
             yield
@@ -960,41 +971,39 @@ class SingleFlight:
             self._tell(gather)
             return None
         gather.yield_to_pins()
-        if gather.base:
-            self._judge(gather)
-        elif [each for each in gather.readings.values() if each.revision.dependency_versions]:
-            return self._certify(gather)
-        else:
-            self._tell(gather)
+        readings = gather.readings.values()
+        if gather.base or [each for each in readings if each.revision.dependency_versions]:
+            return self._judge(gather)
+        self._tell(gather)
         return None
 
-    def _certify(self, gather: Gather) -> Steps:
-        """Look for the readings in what its unit of work has seen; judge them if that fails."""
-        for part in _portions(tuple(gather.readings.values()), _READINGS_PER_STEP):
-            if not gather.work.view.covers(part):
-                self._judge(gather)
-                return
-            if len(part) == _READINGS_PER_STEP:
-                yield
-            if gather.struck:
-                return
-        self._tell(gather)
-
-    def _judge(self, gather: Gather) -> None:
-        odd = at_odds(gather.readings, gather.base)
-        if odd:
+    def _judge(self, gather: Gather) -> Steps:
+        """Look for the readings in what its unit of work has seen; if that fails, judge them."""
+        odd: Collection[ResourceKey] = ()
+        gather.open = True  # nobody else is to judge it meanwhile
+        seen = gather.work.view.covers(tuple(gather.readings.values()))
+        if gather.base or not (yield from seen):
+            odd = yield from at_odds(gather.readings, gather.base)
+        if not gather.open:
+            return
+        gather.open = False
+        if not gather.agrees:
+            self._check(gather)  # more has been pinned meanwhile
+        elif odd:
             self._derive_anew(gather, odd)
         else:
             self._tell(gather)
 
     def _tell(self, gather: Gather) -> None:
-        done, gather.done = gather.done, nobody
-        for key, log in gather.logs.items():
-            reading, failure = gather.readings.get(key), gather.failures.get(key)
-            log.settled(reading, failure, pinned=key in gather.base)
-        done(gather)
+        if gather.logs and not gather.over:
+            for key, log in gather.logs.items():
+                reading, failure = gather.readings.get(key), gather.failures.get(key)
+                log.settled(reading, failure, pinned=key in gather.base)
+        gather.tell()
+        if gather.owner is None:
+            self.agenda.leave_room()
 
-    def _derive_anew(self, gather: Gather, odd: set[ResourceKey]) -> None:
+    def _derive_anew(self, gather: Gather, odd: Collection[ResourceKey]) -> None:
         """Replace derived readings that rest on other revisions than the rest of the gather.
 
         What comes of it is judged again. Each round leaves the lowest of the keys in agreement, so
@@ -1019,7 +1028,7 @@ class SingleFlight:
 
     def abandon(self, gather: Gather) -> None:
         """End the waiting without an outcome: the one who waited has gone."""
-        gather.done = nobody
+        gather.over = True
         self._leave_all(gather)
 
     def strike(self, gather: Gather) -> None:
@@ -1040,8 +1049,12 @@ class SingleFlight:
                     self._strike_key(gather, key, pending.get(key))
             if len(keys) == _KEYS_PER_STEP:
                 yield
-        gather.yield_to_pins()
-        for key in at_odds(gather.readings, gather.base):
+        odd: Collection[ResourceKey] = ()
+        gather.agreed = None
+        while not gather.agrees:
+            gather.yield_to_pins()
+            odd = yield from at_odds(gather.readings, gather.base)
+        for key in odd:
             del gather.readings[key]
             gather.failures[key] = late(key, gather.work.deadline, None)
         self._tell(gather)
@@ -1230,32 +1243,25 @@ def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
     )
 
 
-class Stage:
-    """One who waits outside of the engine, told once: when all is known, or at the deadline.
+class Stage(Gather):
+    """A gather that a task waits for: until all is known, or the deadline strikes.
 
-    `keep` is called with the gather in the very step in which that is so.
+    `done` is called in the very step in which that is so.
     """
 
-    __slots__ = ("_error", "_future", "_gather", "_keep", "_timer", "over")
+    _future: asyncio.Future[None] | None = None
+    _error: BaseException | None = None
+    _timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, gather: Gather, keep: Callable[[Gather], None]) -> None:
-        self._gather = gather
-        self._keep = keep
-        self._future: asyncio.Future[None] | None = None
-        self._error: BaseException | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self.over: bool = False
-
-    def tell(self, gather: Gather) -> None:
-        """Take over what the gather has come to."""
-        if self.over:
-            return
-        self.over = True
-        try:
-            self._keep(gather)
-        except BaseException as error:
-            self._error = error
-        self._wake()
+    def tell(self) -> None:
+        """Let the task go on, once."""
+        if not self.over:
+            self.over = True
+            try:
+                self.done(self)
+            except BaseException as error:
+                self._error = error
+            self._wake()
 
     def insist(self, seconds: float) -> None:
         """Be told in so many seconds at the latest, even if the engine never gets there."""
@@ -1263,11 +1269,10 @@ class Stage:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._tell_anyway)
 
     def _tell_anyway(self) -> None:
-        gather = self._gather
-        for key in gather.keys:
-            if key not in gather.readings and key not in gather.failures:
-                gather.failures[key] = late(key, gather.work.deadline, None)
-        self.tell(gather)
+        for key in self.keys:
+            if key not in self.readings and key not in self.failures:
+                self.failures[key] = late(key, self.work.deadline, None)
+        self.tell()
 
     def fail(self, error: BaseException) -> None:
         """End the waiting with an error."""
@@ -1303,50 +1308,45 @@ class Engine:
         self.deliveries: Deliveries = self.flights.deliveries
         self.refresher: Refresher = self.flights.refresher
         self.warm_reads: WarmReads = WarmReads(parts)
-        self._stages: dict[Gather, Stage] = {}
+        self._stages: dict[Stage, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.closed: bool = False
 
-    async def run(self, gather: Gather, keep: Callable[[Gather], None]) -> None:
+    async def run(self, stage: Stage) -> None:
         """Wait until every key of a stage has a reading or a failure, or its deadline strikes.
-
-        `keep` is called in the very step in which that is so.
 
         Raises:
             RuntimeError: if the builder is closed, before or meanwhile.
         """
-        loop = self.enter()
-        stage = self._stages[gather] = Stage(gather, keep)
-        gather.done = stage.tell
-        gather.strike = lambda: self._strike(gather, stage)
+        loop, work = self.enter(), stage.work
+        self._stages[stage] = None
         call = current_call.get()
         if call is not None and call.loop is loop and call.keys_under_way:
-            gather.within, gather.urgent = call, True
+            stage.within, stage.urgent = call, True
             self.flights.board.nest(call)
         try:
-            if gather.work.expired:
-                self.flights.note(gather)
-                gather.strike()
+            if work.expired:
+                self.flights.note(stage)
+                self._strike(stage)
             else:
-                gather.work.enter(gather)
-                self.flights.look(gather)
+                work.enter(stage, self._strike)
+                self.flights.look(stage)
             await stage.wait()
         finally:
-            self._stages.pop(gather, None)
-            gather.work.leave(gather)
-            gather.strike = nothing
+            self._stages.pop(stage, None)
+            work.leave(stage)
             stage.close()
             if not stage.over and not loop.is_closed():
-                self.flights.abandon(gather)
-            if gather.within is not None:
-                self.flights.board.unnest(gather.within)
+                self.flights.abandon(stage)
+            if stage.within is not None:
+                self.flights.board.unnest(stage.within)
 
-    def _strike(self, gather: Gather, stage: Stage) -> None:
+    def _strike(self, stage: Stage) -> None:
         """End the waiting of a stage at its deadline, whatever the engine makes of that."""
         try:
-            self.flights.strike(gather)
+            self.flights.strike(stage)
         except BaseException as error:
-            self.flights.broken(gather, error)
+            self.flights.broken(stage, error)
         stage.insist(_GRACE_SECONDS)
 
     # The event loop ---------------------------------------------------------------------------
@@ -1406,8 +1406,8 @@ class Engine:
         """Refuse new stages, and end those under way with an error."""
         self.closed = True
         self.refresher.closed = True
-        for gather, stage in tuple(self._stages.items()):
-            self.flights.abandon(gather)
+        for stage in tuple(self._stages):
+            self.flights.abandon(stage)
             stage.fail(BuilderClosedError())
 
     async def stop(self, timeout_seconds: float) -> Mapping[str, int]:

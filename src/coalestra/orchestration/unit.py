@@ -18,7 +18,7 @@ from coalestra.core.validation import flag, instance, number, text
 from coalestra.core.values import SnapshotValue, new_id
 from coalestra.orchestration.flights import Gather, Work
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
-from coalestra.orchestration.singleflight import Engine
+from coalestra.orchestration.singleflight import Engine, Stage
 from coalestra.orchestration.tracing import StageLog
 from coalestra.orchestration.verdicts import Decided, accepted, objection, result_of
 
@@ -178,7 +178,7 @@ class UnitOfWork:
         if wanted and self.lasting:
             found = warm.readings(work, wanted)
         if wanted and not found:
-            await engine.run(Gather(work, wanted, self.pins), self._keep)
+            await engine.run(Stage(work, wanted, self.pins, self._keep))
             struck = work.expired
         else:
             engine.require_open()
@@ -203,11 +203,11 @@ class UnitOfWork:
 
     # Delivering -------------------------------------------------------------------------------
 
-    def visible(self) -> Mapping[ResourceKey, Reading]:
-        """Return the readings of what was asked for, in the order of asking."""
-        if list(self.requested) == list(self.pins):
-            return dict(self.pins)
-        get = self.pins.get
+    def visible(self, pins: Mapping[ResourceKey, Reading]) -> Mapping[ResourceKey, Reading]:
+        """Return those of `pins` that were asked for, in the order of asking."""
+        if list(self.requested) == list(pins):
+            return dict(pins)
+        get = pins.get
         return {key: reading for key in self.requested if (reading := get(key)) is not None}
 
     def failed(self) -> list[Failure]:
@@ -235,8 +235,11 @@ class UnitOfWork:
 
         What is not copied by the deadline has that for its error.
         """
-        values, uncopied = await self.copies(self.visible(), deadline)
-        return self.assembled(values, {**await self.errors(), **uncopied, **news}), uncopied
+        values, uncopied = await self.copies(self.visible(self.pins), deadline)
+        errors: Mapping[ResourceKey, Exception] = EMPTY
+        if self.failures or uncopied or news:
+            errors = {**await self.errors(), **uncopied, **news}
+        return self.assembled(values, errors), uncopied
 
     async def copies(
         self, readings: Mapping[ResourceKey, Reading], deadline: Deadline | None
@@ -257,7 +260,7 @@ class UnitOfWork:
         """Return an isolated snapshot without waiting, however long the copying takes."""
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
         errors = {failure.key: failure.make() for failure in self.failed()}
-        for key, reading in self.visible().items():
+        for key, reading in self.visible(self.pins).items():
             values[key] = self.engine.deliveries.value_here(reading, "snapshot delivery")
         return self.assembled(values, errors)
 
