@@ -17,6 +17,9 @@ TAG := $(shell git describe --exact-match --tags 2>/dev/null)
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
+# Without bytecode every worker compiles the tests, and every process of a test the library.
+unexport PYTHONDONTWRITEBYTECODE
+
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 

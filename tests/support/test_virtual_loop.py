@@ -10,7 +10,15 @@ import time
 
 import pytest
 
-from tests.support import Deadlock, Leak, ShuffledLoop, VirtualLoop, run_virtual, settle
+from tests.support import (
+    Deadlock,
+    Leak,
+    ShuffledLoop,
+    VirtualLoop,
+    run_virtual,
+    settle,
+    virtual_loop,
+)
 from tests.support.virtual_loop import PATIENCE, START
 
 
@@ -84,7 +92,11 @@ def test_a_timer_at_infinity_is_no_way_out_of_a_deadlock() -> None:
         run_virtual(main())
 
 
-def test_a_timer_that_renews_itself_for_ever_is_a_deadlock_in_the_end() -> None:
+def test_a_timer_that_renews_itself_for_ever_is_a_deadlock_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(virtual_loop, "HORIZON", START + 300 * 86_400.0)
+
     async def main() -> None:
         loop = asyncio.get_running_loop()
 

@@ -147,9 +147,8 @@ def test_only_the_first_last_operation_counts(loop_thread: LoopThread) -> None:
 
 
 def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
-    loop_thread: LoopThread, monkeypatch: pytest.MonkeyPatch
+    loop_thread: LoopThread,
 ) -> None:
-    monkeypatch.setattr("coalestra.sync.UNWIND_SECONDS", 0.01)
     door = Door()
 
     async def stubborn() -> None:
@@ -167,7 +166,7 @@ def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
         kept.append(asyncio.create_task(stubborn()))
 
     async def stop() -> None:
-        loop_thread.stop()
+        loop_thread.stop(unwinding_seconds=0.01)
 
     loop_thread.run("leave_behind()", leave_behind)
     door.wait_reached()
