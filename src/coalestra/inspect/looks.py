@@ -16,25 +16,26 @@ import reprlib
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.concurrency.capacity import GLOBAL
 from coalestra.core.health import BuilderHealth, FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe
-from coalestra.core.trace import KeyTrace, Trace
+from coalestra.core.trace import CallTrace, KeyTrace, Trace
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.sources import kind_of
 from coalestra.sync import SyncSnapshotBuilder
 
 AnyBuilder = SnapshotBuilder | SyncSnapshotBuilder
+T = TypeVar("T")
 
 RATE_SECONDS = 10.0
 """Rates and latencies are told for about so long before now."""
@@ -80,15 +81,13 @@ class Names:
         if self.show:
             return trace
         keys = [self._key_trace(each) for each in trace.keys.values()]
-        calls = [
-            replace(
-                call,
-                error=None,
-                attempts=tuple([replace(each, error=None) for each in call.attempts]),
-            )
-            for call in trace.calls
-        ]
-        return replace(trace, keys={each.key: each for each in keys}, calls=tuple(calls))
+        calls = tuple([self._call_trace(each) for each in trace.calls])
+        return replace(trace, keys={each.key: each for each in keys}, calls=calls)
+
+    @staticmethod
+    def _call_trace(call: CallTrace) -> CallTrace:
+        attempts = tuple([replace(each, error=None) for each in call.attempts])
+        return replace(call, error=None, attempts=attempts)
 
     def _key_trace(self, found: KeyTrace) -> KeyTrace:
         return replace(
@@ -138,13 +137,8 @@ def own_of(builder: AnyBuilder) -> SnapshotBuilder:
 
 def _found(builder: SnapshotBuilder, health: BuilderHealth, waited: float | None) -> Look:
     """Return what any thread may see."""
-    return Look(
-        at=builder.clock.now(),
-        health=health,
-        holders=builder.capacity.holders(),
-        flights=builder.flights_under_way(limit=_MOST_FLIGHTS),
-        waited=waited,
-    )
+    flights = builder.flights_under_way(limit=_MOST_FLIGHTS)
+    return Look(builder.clock.now(), health, builder.capacity.holders(), flights, waited)
 
 
 async def _look_here(builder: SnapshotBuilder, asked: float) -> Look:
@@ -161,18 +155,33 @@ async def look_at(builder: AnyBuilder) -> Look:
     Raises:
         Exception: whatever is raised by what the builder was given, such as its clock.
     """
-    own = own_of(builder)
-    work = partial(_look_here, asked=time.perf_counter())
-    if isinstance(builder, SyncSnapshotBuilder):
-        try:
-            looking: asyncio.Future[Look] = asyncio.wrap_future(builder.submit(work))
-        except RuntimeError:  # it is closed, and so its loop is over
-            return _with_backlog(builder, _found(own, own.health_snapshot_nowait(), 0.0))
+    own, looking, waited = own_of(builder), None, None
+    try:
+        looking = _asked(builder, partial(_look_here, asked=time.perf_counter()))
+    except RuntimeError:  # it is closed, and so its loop is over
+        waited = 0.0
+    if looking is not None and await _done_in_time(looking):
+        look = looking.result()
     else:
-        looking = asyncio.ensure_future(work(own))
-    if await _done_in_time(looking):
-        return _with_backlog(builder, looking.result())
-    return _with_backlog(builder, _found(own, own.health_snapshot_nowait(), None))
+        look = _found(own, own.health_snapshot_nowait(), waited)
+    if not isinstance(builder, SyncSnapshotBuilder):
+        return look
+    health = replace(
+        look.health,
+        closed=look.health.closed or builder.closed,
+        pending_submissions=builder.pending_submissions,
+        max_pending_submissions=builder.max_pending_submissions,
+    )
+    return replace(look, health=health)
+
+
+def _asked(
+    builder: AnyBuilder, work: Callable[[SnapshotBuilder], Coroutine[Any, Any, T]]
+) -> asyncio.Future[T]:
+    """Have something done on the builder's own loop."""
+    if isinstance(builder, SyncSnapshotBuilder):
+        return asyncio.wrap_future(builder.submit(work))
+    return asyncio.ensure_future(work(builder))
 
 
 async def _done_in_time(looking: asyncio.Future[Any]) -> bool:
@@ -184,17 +193,6 @@ async def _done_in_time(looking: asyncio.Future[Any]) -> bool:
     return looking.done() and not looking.cancelled()
 
 
-def _with_backlog(builder: AnyBuilder, look: Look) -> Look:
-    if not isinstance(builder, SyncSnapshotBuilder):
-        return look
-    health = replace(
-        look.health,
-        pending_submissions=builder.pending_submissions,
-        max_pending_submissions=builder.max_pending_submissions,
-    )
-    return replace(look, health=replace(health, closed=health.closed or builder.closed))
-
-
 async def look_into_cache(builder: AnyBuilder) -> tuple[SnapshotValue[Any], ...] | None:
     """Return copies of the values used last; None if the cache is not the library's own in memory.
 
@@ -202,15 +200,10 @@ async def look_into_cache(builder: AnyBuilder) -> tuple[SnapshotValue[Any], ...]
         TimeoutError: the builder's loop, or a copy, took too long.
         Exception: what copying raised, or `RuntimeError` of a closed builder.
     """
-    own = own_of(builder)
-    cache = own.cache
+    cache = own_of(builder).cache
     if type(cache) is not AsyncMemoryCache:
         return None
-    newest = partial(cache.newest, _MOST_VALUES)
-    if isinstance(builder, SyncSnapshotBuilder):
-        looking = asyncio.wrap_future(builder.submit(lambda _: newest()))
-    else:
-        looking = asyncio.ensure_future(newest())
+    looking = _asked(builder, lambda _: cache.newest(_MOST_VALUES))
     if not await _done_in_time(looking):
         raise TimeoutError(f"the cache did not answer within {PATIENCE_SECONDS:g} s")
     return looking.result()
@@ -234,9 +227,7 @@ class Story:
         own = own_of(builder)
         self._builder = own
         self._names = names
-        self._sources: dict[str, tuple[Any, str]] = {
-            each.name: (each, kind_of(each).value) for each in own.sources
-        }
+        self._sources = {each.name: (each, kind_of(each).value) for each in own.sources}
         self._past: deque[tuple[float, BuilderHealth]] = deque()
         self._traced: float = float(own.trace)
         self._graph = Graph()
@@ -265,7 +256,7 @@ class Story:
             "verdict": {"closed": health.closed, **health.assess(previous=since).to_dict()},
             "seconds": now - then,
             "sources": self._told_sources(look, before, now - then),
-            "capacity": self._told_capacity(look),
+            "capacity": {**json_safe(health.capacity[GLOBAL]), "holders": [*look.holders.items()]},
             "cache": _told_cache(health, before),
             "flights": self._told_flights(look),
             "refreshes": health.background_refreshes,
@@ -279,46 +270,29 @@ class Story:
         self, look: Look, before: BuilderHealth | None, seconds: float
     ) -> list[dict[str, Any]]:
         health = look.health
-        told = []
-        for name, (source, kind) in self._sources.items():
-            fared = health.sources[name]
-            old = None if before is None else before.sources[name]
-            circuits = [
-                {"scope": identity.scope.value, **json_safe(circuit)}
-                for identity, circuit in health.circuits.items()
-                if identity.source == name
-            ]
-            told.append(
-                {
-                    "name": name,
-                    "kind": kind,
-                    "priority": source.priority,
-                    "timeout_seconds": getattr(source, "timeout_seconds", None),
-                    **json_safe(fared),
-                    **_rates(fared, old, seconds),
-                    "circuits": circuits,
-                    "slots": json_safe(health.capacity.get(name)),
-                    "holding": look.holders.get(name, 0),
-                    "unfinished": health.unfinished_source_calls.get(name, 0),
-                }
-            )
-        return told
-
-    def _told_capacity(self, look: Look) -> dict[str, Any]:
-        return {**json_safe(look.health.capacity[GLOBAL]), "holders": list(look.holders.items())}
+        circuits: dict[str, list[Any]] = {name: [] for name in self._sources}
+        for identity, circuit in health.circuits.items():
+            told = {"scope": identity.scope.value, **json_safe(circuit)}
+            circuits.setdefault(identity.source, []).append(told)
+        return [
+            {
+                "name": name,
+                "kind": kind,
+                "priority": source.priority,
+                "timeout_seconds": getattr(source, "timeout_seconds", None),
+                **json_safe(health.sources[name]),
+                **_rates(health.sources[name], before and before.sources[name], seconds),
+                "circuits": circuits[name],
+                "slots": json_safe(health.capacity.get(name)),
+                "holding": look.holders.get(name, 0),
+                "unfinished": health.unfinished_source_calls.get(name, 0),
+            }
+            for name, (source, kind) in self._sources.items()
+        ]
 
     def _told_flights(self, look: Look) -> dict[str, Any]:
         shown = [
-            {
-                "key": str(self._names.key(each.key)),
-                "state": each.state,
-                "source": each.source,
-                "waiters": each.waiters,
-                "refresh": each.refresh,
-                "attempts": each.attempts,
-                "running_seconds": each.running_seconds,
-            }
-            for each in look.flights
+            {**json_safe(each), "key": str(self._names.key(each.key))} for each in look.flights
         ]
         return {"count": look.health.singleflight_in_flight, "shown": shown}
 
@@ -367,43 +341,32 @@ class Traces:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Trace, dict[str, Any]]] = {}
+        self._kept: dict[str, tuple[Trace, dict[str, Any]]] = {}  # with what is told of each
 
     def take(self, traces: Iterable[Trace]) -> list[Trace]:
         """Take in what a builder has kept; return what was not known before."""
-        named = [(trace_id(each), each) for each in traces]
-        kept = self._kept
-        new = [
-            (name, each) for name, each in named if name not in kept or kept[name][0] is not each
-        ]
+        new = {name: each for each in traces if self.find(name := trace_id(each)) is not each}
         # In one step: another thread may look for one.
-        self._kept = {**kept, **{name: (each, _summary(each)) for name, each in new}}
-        return [each for _, each in new]
+        self._kept = self._kept | {name: (each, _summary(each)) for name, each in new.items()}
+        return [*new.values()]
 
     def find(self, name: str) -> Trace | None:
         """Return the trace of this name, if it is kept."""
-        found = self._kept.get(name)
-        return None if found is None else found[0]
+        return self._kept.get(name, (None,))[0]
 
     def told(self, now: float) -> list[dict[str, Any]]:
         """Let go of what is of no interest any more, and tell of the rest, the newest first."""
-        order = sorted(self._kept.items(), key=lambda item: -item[1][0].started_at)
-        lately = [item for item in order if now - item[1][0].started_at < _NOTABLE_SECONDS]
-        slowest = sorted(lately, key=lambda item: -item[1][0].duration_seconds)[:_NOTABLE]
-        troubled = [item for item in lately if _trouble(item[1][1]) > (0, 0)]
-        worst = sorted(troubled, key=lambda item: _trouble(item[1][1]), reverse=True)[:_NOTABLE]
-        notable = {name for name, _ in (*slowest, *worst)}
-        self._kept = {
-            name: each
-            for rank, (name, each) in enumerate(order)
-            if rank < _NEWEST_KEPT or name in notable
-        }
-        shown = notable | {name for name, _ in order[:_NEWEST_TOLD]}
-        return [summary for name, (_, summary) in self._kept.items() if name in shown]
-
-
-def _trouble(summary: Mapping[str, Any]) -> tuple[int, int]:
-    return summary["failed"], summary["stale"]
+        told = {name: summary for name, (_, summary) in self._kept.items()}
+        order = sorted(told, key=lambda name: -told[name]["started_at"])
+        lately = [name for name in order if now - told[name]["started_at"] < _NOTABLE_SECONDS]
+        slowest = sorted(lately, key=lambda name: -told[name]["seconds"])
+        trouble = {name: (told[name]["failed"], told[name]["stale"]) for name in lately}
+        troubled = [name for name in lately if any(trouble[name])]
+        worst = sorted(troubled, key=trouble.__getitem__, reverse=True)
+        notable = {*slowest[:_NOTABLE], *worst[:_NOTABLE]}
+        kept, shown = notable | {*order[:_NEWEST_KEPT]}, notable | {*order[:_NEWEST_TOLD]}
+        self._kept = {name: self._kept[name] for name in order if name in kept}
+        return [told[name] for name in self._kept if name in shown]
 
 
 def _summary(trace: Trace) -> dict[str, Any]:
