@@ -125,15 +125,39 @@ class Row(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Rows under one heading, and how many more there would have been."""
+    """Rows under one heading.
+
+    Attributes:
+        heading: what they are.
+        rows: those that are shown.
+        omitted: how many more there would have been.
+        rest: what is said of those that are not shown.
+    """
 
     heading: str
     rows: Sequence[Row]
     omitted: int = 0
+    rest: str = ""
 
+    def fitting(self, limit: int) -> Section:
+        """Return it with at most ``limit`` rows, in the order of time.
 
-Chosen = list[tuple[Section, list[Row], str]]
-"""Section by section the rows that there is room for, and what is said of the rest."""
+        Only if there are more are those put together that tell the same story; if these are still
+        too many, the worst and then the slowest are kept.
+        """
+        rows = list(self.rows)
+        if len(rows) > limit:
+            groups: dict[Hashable, list[Row]] = {}
+            for row in rows:
+                groups.setdefault(row.alike, []).append(row)
+            rows = [_together(group) for group in groups.values()]
+            rows = sorted(rows, key=lambda row: row.interest, reverse=True)[:limit]
+        left = len(self.rows) - sum(row.number for row in rows)
+        told = [f"and {left:,} more, faster and with less to tell"] if left else []
+        if self.omitted:
+            told.append(f"{self.omitted:,} that there was no room to note")
+        rows.sort(key=lambda row: (row.start, row.end))
+        return self._replace(rows=rows, rest="; ".join(told))
 
 
 class Waterfall(NamedTuple):
@@ -154,40 +178,27 @@ class Waterfall(NamedTuple):
     def text(self, width: int, limit: int, *, ascii_only: bool) -> str:
         """Return lines of at most ``width`` cells of a terminal."""
         integer("width", width, minimum=40)
-        return _Text(width, ascii_only).drawn(self, self._chosen(limit))
+        return _Text(width, ascii_only).drawn(self._fitting(limit))
 
     def svg(self, limit: int) -> str:
         """Return a picture that stands alone, or within a page."""
-        return _svg(self, self._chosen(limit))
+        return _svg(self._fitting(limit))
 
     def html(self, limit: int) -> str:
         """Return a page of its own."""
-        return _html(self, self._chosen(limit))
+        return _html(self._fitting(limit))
 
-    def _chosen(self, limit: int) -> Chosen:
-        """Return what there is room for, section by section, and what is said of the rest."""
+    def _fitting(self, limit: int) -> Waterfall:
+        """Return it with what there is room for."""
         integer("limit", limit, minimum=1)
-        found = []
-        for section in self.sections:
-            if section.rows or section.omitted:
-                rows = _fitting(section.rows, limit)
-                found.append((section, rows, _rest(section, rows)))
-        return found
+        there = [section for section in self.sections if section.rows or section.omitted]
+        return self._replace(sections=[section.fitting(limit) for section in there])
 
-
-def _fitting(rows: Sequence[Row], limit: int) -> list[Row]:
-    """Return at most ``limit`` rows in the order of time.
-
-    Only if there are more are those put together that tell the same story; if these are still too
-    many, the worst and then the slowest are kept.
-    """
-    if len(rows) > limit:
-        groups: dict[Hashable, list[Row]] = {}
-        for row in rows:
-            groups.setdefault(row.alike, []).append(row)
-        rows = [_together(group) for group in groups.values()]
-        rows = sorted(rows, key=lambda row: row.interest, reverse=True)[:limit]
-    return sorted(rows, key=lambda row: (row.start, row.end))
+    @property
+    def legend(self) -> list[tuple[str, Look]]:
+        """The kinds of bars that can be seen."""
+        seen = {bar.kind for each in self.sections for row in each.rows for bar in row.bars}
+        return [(kind, look) for kind, look in LOOKS.items() if kind in seen]
 
 
 def _together(group: Sequence[Row]) -> Row:
@@ -198,21 +209,6 @@ def _together(group: Sequence[Row]) -> Row:
     told = slowest.alike, slowest.severity, slowest.details
     bars = (Bar("span", start, end), *slowest.bars)
     return Row(slowest.label, slowest.note, start, end, bars, *told, number=len(group))
-
-
-def _rest(section: Section, shown: Sequence[Row]) -> str:
-    kept = sum(row.number for row in shown)
-    left = len(section.rows) - kept
-    told = [f"and {left:,} more, faster and with less to tell"] if left else []
-    if section.omitted:
-        told.append(f"{section.omitted:,} that there was no room to note")
-    return "; ".join(told)
-
-
-def _used(chosen: Chosen) -> list[tuple[str, Look]]:
-    """Return the kinds of bars that can be seen, for the legend."""
-    seen = {bar.kind for _, rows, _ in chosen for row in rows for bar in row.bars}
-    return [(kind, look) for kind, look in LOOKS.items() if kind in seen]
 
 
 def _share(seconds: float, whole: float) -> float:
@@ -256,26 +252,26 @@ class _Text:
         self._width = width
         self._ascii = ascii_only
 
-    def drawn(self, picture: Waterfall, chosen: Chosen) -> str:
+    def drawn(self, picture: Waterfall) -> str:
         """Return the lines of a whole picture, as one text."""
-        rows = [(row, self._plain(row.label)) for _, each, _ in chosen for row in each]
-        label = max((_size(name + row.others) for row, name in rows), default=0) + 2
-        label = min(label, self._width * 2 // 5)
-        note = max((_size(self._plain(row.note)) for row, _ in rows), default=0)
+        rows = [row for section in picture.sections for row in section.rows]
+        names = [self._plain(row.label) + row.others for row in rows]
+        label = min(max(map(_size, names), default=0) + 2, self._width * 2 // 5)
+        note = max((_size(self._plain(row.note)) for row in rows), default=0)
         note = min(note, self._width // 4) if self._width >= 72 else 0
         track = self._width - label - 1 - _TIME - (note + 2 if note else 0)
         lines = [*self.wrapped([picture.title], ""), *self.wrapped(picture.facts, " · "), ""]
         lines.append(f"{'':{label}} 0{duration(picture.seconds):>{track - 1}}")
-        for section, kept, rest in chosen:
+        for section in picture.sections:
             lines.append(section.heading)
-            for row in kept:
+            for row in section.rows:
                 name = self._fitted(f"  {row.label}", label - len(row.others)) + row.others
                 name = self._fitted(name, label) + " " * (label - _size(name))
                 took = f"{duration(row.end - row.start):>{_TIME}}"
                 bars = self._bars(row, picture.seconds, track)
                 lines.append(f"{name} {bars}{took}  {self._fitted(row.note, note)}".rstrip())
-            lines += self.wrapped([rest] if rest else [], "", "  ")
-        legend = [f"{self._glyph(look)} {look.legend}" for _, look in _used(chosen)]
+            lines += self.wrapped([section.rest] if section.rest else [], "", "  ")
+        legend = [f"{self._glyph(look)} {look.legend}" for _, look in picture.legend]
         return "\n".join([*lines, "", *self.wrapped(legend, "   ")]).rstrip() + "\n"
 
     def _glyph(self, look: Look) -> str:
@@ -379,15 +375,19 @@ def _marks(row: Row, whole: float) -> Iterator[str]:
             yield f'<text class="cross" x="{middle:.2f}%" y="14" text-anchor="middle">✕</text>'
 
 
+def _sample(kind: str) -> str:
+    return "".join(_marks(Row("", "", 0, 1, (Bar(kind, 0, 1),)), 1))
+
+
 def _tone(row: Row) -> str:
     return "bad" if row.severity > 1 else "quiet"
 
 
-def _lines() -> str:
-    return "".join(
-        f'<line class="grid" x1="{share}%" x2="{share}%" y1="0" y2="100%"/>'
-        for share in (0, 25, 50, 75, 100)
-    )
+_LINES = "".join(
+    f'<line class="grid" x1="{share}%" x2="{share}%" y1="0" y2="100%"/>'
+    for share in (0, 25, 50, 75, 100)
+)
+"""The lines of a grid, in per cent of whatever they are put into."""
 
 
 def _ticks(whole: float) -> list[tuple[int, str, str]]:
@@ -401,27 +401,31 @@ _WIDE = _LABEL + _TRACK + _TOOK + _NOTE
 _ROW = 24
 
 
-def _svg(picture: Waterfall, chosen: Chosen) -> str:
+def _svg(picture: Waterfall) -> str:
     parts: list[str] = []
     top = 28
-    facts = _Text(_WIDE // 7, ascii_only=False).wrapped(picture.facts, " · ")
-    for line in facts:
+    for line in _Text(_WIDE // 7, ascii_only=False).wrapped(picture.facts, " · "):
         top += 20
         parts.append(f'<text class="quiet" x="16" y="{top}">{_safe(line)}</text>')
-    for section, rows, rest in chosen:
+    for section in picture.sections:
         top += 30
         parts.append(f'<text class="head" x="16" y="{top}">{section.heading}</text>')
         top += 10
-        parts.append(_svg_grid(picture.seconds, top, _ROW * len(rows)))
-        for row in rows:
+        parts.append(_svg_grid(picture.seconds, top, _ROW * len(section.rows)))
+        for row in section.rows:
             parts.append(_svg_row(row, picture.seconds, top))
             top += _ROW
-        if rest:
+        if section.rest:
             top += 18
-            parts.append(f'<text class="quiet" x="16" y="{top}">{rest}</text>')
+            parts.append(f'<text class="quiet" x="16" y="{top}">{section.rest}</text>')
     top += 26
-    parts.append(_svg_legend(chosen, top))
-    high = top + 20 + 22 * ((len(_used(chosen)) - 1) // 4)
+    for index, (kind, look) in enumerate(picture.legend):
+        left, down = 16 + index % 4 * 230, top + index // 4 * 22
+        parts.append(
+            f'<svg x="{left}" y="{down - 14}" width="28" height="20">{_sample(kind)}</svg>'
+            f'<text class="quiet" x="{left + 36}" y="{down}">{look.legend}</text>'
+        )
+    high = top + 20 + 22 * ((len(picture.legend) - 1) // 4)
     style = (
         f".coalestra-trace text{{font:13px {_FONT}}}.coalestra-trace .head{{font-weight:600}}"
         f".coalestra-trace .title{{font-size:16px;font-weight:600}}"
@@ -444,7 +448,7 @@ def _svg_grid(whole: float, top: int, high: int) -> str:
         f'text-anchor="{anchor}">{text}</text>'
         for share, text, anchor in _ticks(whole)
     )
-    return f'{times}<svg x="{_LABEL}" y="{top}" width="{_TRACK}" height="{high}">{_lines()}</svg>'
+    return f'{times}<svg x="{_LABEL}" y="{top}" width="{_TRACK}" height="{high}">{_LINES}</svg>'
 
 
 def _svg_row(row: Row, whole: float, top: int) -> str:
@@ -466,18 +470,6 @@ def _svg_text(left: int, top: int, wide: int, text: str, tone: str = "") -> str:
         f'<svg x="{left}" y="{top}" width="{wide}" height="{_ROW}">'
         f'<text class="{tone}" y="17">{_safe(text)}</text></svg>'
     )
-
-
-def _svg_legend(chosen: Chosen, top: int) -> str:
-    parts = []
-    for index, (kind, look) in enumerate(_used(chosen)):
-        left, down = 16 + index % 4 * 230, top + index // 4 * 22
-        sample = Row("", "", 0, 1, (Bar(kind, 0, 1),))
-        parts.append(
-            f'<svg x="{left}" y="{down - 14}" width="28" height="20">{"".join(_marks(sample, 1))}'
-            f'</svg><text class="quiet" x="{left + 36}" y="{down}">{look.legend}</text>'
-        )
-    return "".join(parts)
 
 
 _PAGE_STYLE = (
@@ -513,10 +505,13 @@ _PAGE_STYLE = (
 )
 
 
-def _html(picture: Waterfall, chosen: Chosen) -> str:
+def _html(picture: Waterfall) -> str:
     facts = "".join(f"<li>{_safe(fact)}</li>" for fact in picture.facts)
-    sections = "".join(_html_section(picture.seconds, *each) for each in chosen)
-    legend = "".join(_html_legend(chosen))
+    sections = "".join(_html_section(picture.seconds, each) for each in picture.sections)
+    legend = "".join(
+        f'<li><svg aria-hidden="true">{_sample(kind)}</svg>{look.legend}</li>'
+        for kind, look in picture.legend
+    )
     title = _safe(picture.title)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -529,10 +524,10 @@ def _html(picture: Waterfall, chosen: Chosen) -> str:
     )
 
 
-def _html_section(whole: float, section: Section, rows: list[Row], rest: str) -> str:
+def _html_section(whole: float, section: Section) -> str:
     times = "".join(f"<span>{text}</span>" for _, text, _ in _ticks(whole))
-    shown = "".join(_html_row(row, whole) for row in rows)
-    left = f'<p class="quiet">{rest}</p>' if rest else ""
+    shown = "".join(_html_row(row, whole) for row in section.rows)
+    left = f'<p class="quiet">{section.rest}</p>' if section.rest else ""
     return (
         f"<section><h2>{section.heading}</h2>"
         f'<div class="row ticks quiet" aria-hidden="true"><span></span>'
@@ -543,7 +538,7 @@ def _html_section(whole: float, section: Section, rows: list[Row], rest: str) ->
 def _html_row(row: Row, whole: float) -> str:
     line = (
         f'<span class="label">{_safe(row.label)}{row.others}</span> '
-        f'<span class="track"><svg aria-hidden="true">{_lines()}{"".join(_marks(row, whole))}'
+        f'<span class="track"><svg aria-hidden="true">{_LINES}{"".join(_marks(row, whole))}'
         f'</svg></span> <span class="took">{duration(row.end - row.start)}</span> '
         f'<span class="note {_tone(row)}">{_safe(row.note)}</span>'
     )
@@ -551,9 +546,3 @@ def _html_row(row: Row, whole: float) -> str:
         return f'<li class="row">{line}</li>'
     told = "".join(f"<p>{_safe(each)}</p>" for each in row.details())
     return f'<li><details><summary class="row">{line}</summary>{told}</details></li>'
-
-
-def _html_legend(chosen: Chosen) -> Iterator[str]:
-    for kind, look in _used(chosen):
-        sample = Row("", "", 0, 1, (Bar(kind, 0, 1),))
-        yield f'<li><svg aria-hidden="true">{"".join(_marks(sample, 1))}</svg>{look.legend}</li>'
