@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from coalestra.inspect import app, serve
+from coalestra.inspect.asgi import from_this_machine
+from tests.inspect.client import scope_of
 from tests.orchestration.scripted import Single, builder
 
 pytestmark = pytest.mark.real_loop
@@ -103,6 +105,7 @@ async def test_the_page_is_served() -> None:
         (LINE + b"Content-Length: 5\r\n\r\nhello", 413),
         (LINE + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 413),
         (LINE + b"a: " + b"b" * 40_000 + b"\r\n\r\n", 431),
+        (LINE + b"a:" + b" " * 16_000 + b"\0\r\n\r\n", 400),  # cheap to read all the same
         (b"\x16\x03\x01\x02\x00\x01\xfc\r\n\r\n", 400),  # somebody speaks TLS
         (LINE + b"Content-Length: 0\r\n\r\n", 200),
         (b"OPTIONS / HTTP/1.0\r\nhost:x\r\n\r\n", 200),
@@ -119,6 +122,22 @@ async def test_half_a_request_is_no_trouble(request_: bytes) -> None:
     async with serve(hello, port=0) as server:
         assert await spoken(server.port, request_, finish=True) == b""
         assert status(await spoken(server.port, LINE + b"\r\n")) == 200
+
+
+async def test_who_has_gone_before_it_was_seen_who_it_is_is_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients: list[Any] = []
+
+    async def told(scope: Any, receive: Any, send: Any) -> None:
+        clients.append(scope["client"])
+        await hello(scope, receive, send)
+
+    monkeypatch.setattr(asyncio.StreamWriter, "get_extra_info", lambda *_: None)
+    async with serve(told, port=0) as server:
+        assert status(await spoken(server.port, LINE + b"\r\n")) == 200
+    assert clients == [None]
+    assert not from_this_machine(scope_of("/", client=None))
 
 
 async def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ import http
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,7 +22,7 @@ _REQUEST_SECONDS = 10.0
 _MOMENT_SECONDS = 1.0
 _MOST_CONNECTIONS = 64
 _LINE = re.compile(r"([A-Z]+) (/[^ #?]*)(?:\?([^ #]*))? HTTP/(1\.[01])")
-_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\x00]*?)[ \t]*")
+_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\x00]*)")
 
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -66,12 +65,7 @@ class Server:
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
-    async def __aexit__(
-        self,
-        _: type[BaseException] | None,
-        __: BaseException | None,
-        ___: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -102,9 +96,10 @@ class Server:
                 raise _Refused(408) from None
             except (OSError, asyncio.IncompleteReadError):
                 return  # the other side has gone
-            scope["client"] = tuple(writer.get_extra_info("peername")[:2])
+            peer = writer.get_extra_info("peername")
+            scope["client"] = peer and tuple(peer[:2])  # None of one that has gone already
             scope["server"] = (self.host, self.port)
-            await self._application(scope, _Receive(reader), answer.send)
+            await self._application(scope, _receiving(reader), answer.send)
         except _Refused as refused:
             await answer.refuse(refused.status, reader)
         except Exception as error:
@@ -127,7 +122,8 @@ async def _request(reader: asyncio.StreamReader) -> dict[str, Any]:
     headers = [_HEADER.fullmatch(each) for each in lines]
     if line is None or None in headers:
         raise _Refused(400)
-    pairs = [(found[1].lower().encode(), found[2].encode("latin-1")) for found in headers if found]
+    given = [(each[1].lower(), each[2].strip(" \t")) for each in headers if each]
+    pairs = [(name.encode(), value.encode("latin-1")) for name, value in given]
     names = [name for name, _ in pairs]
     if names.count(b"host") != 1:
         raise _Refused(400)
@@ -152,19 +148,17 @@ async def _rest(reader: asyncio.StreamReader) -> None:
         pass
 
 
-class _Receive:
-    """What an application awaits: that there is no body, and then that the client has gone."""
+def _receiving(reader: asyncio.StreamReader) -> Callable[[], Awaitable[dict[str, Any]]]:
+    """Return what tells an application that there is no body, and then that the client has gone."""
+    told = [{"type": "http.request", "body": b"", "more_body": False}]
 
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        self._reader = reader
-        self._asked = False
-
-    async def __call__(self) -> dict[str, Any]:
-        if not self._asked:
-            self._asked = True
-            return {"type": "http.request", "body": b"", "more_body": False}
-        await _rest(self._reader)  # more than one request on a connection is not answered
+    async def receive() -> dict[str, Any]:
+        if told:
+            return told.pop()
+        await _rest(reader)  # more than one request on a connection is not answered
         return {"type": "http.disconnect"}
+
+    return receive
 
 
 class _Answer:
