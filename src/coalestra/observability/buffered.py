@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import queue
 import sys
@@ -76,17 +75,15 @@ class BufferedSinkStats:
     shutdown_timeout_count: int = 0
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Entry:
     """A record in the line, or a turn of the worker: something that can be waited for."""
 
-    __slots__ = ("record", "settled")
-
-    def __init__(self, record: Any = None) -> None:
-        self.record = record
-        self.settled = False
+    record: Any = None
+    settled: bool = False
 
 
-class DeliveryQueue(Generic[R]):
+class _Queue(Generic[R]):
     """Takes records from any thread and hands them to ``deliver`` in a thread of its own.
 
     The thread is a daemon, starts with the first record and ends once the queue is closed and
@@ -99,20 +96,15 @@ class DeliveryQueue(Generic[R]):
         overflow: what happens to one more.
         name: of the worker thread.
         subject: what the log calls it when deliveries begin to fail.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: ``max_pending`` is below 1.
     """
 
     def __init__(
         self,
         deliver: Callable[[R], object],
-        *,
         max_pending: int,
         overflow: BufferOverflowPolicy,
         name: str,
-        subject: str = "sink",
+        subject: str,
     ) -> None:
         self._condition = Condition(subject)
         self._max_pending: int = integer("max_pending", max_pending, minimum=1)
@@ -123,7 +115,7 @@ class DeliveryQueue(Generic[R]):
         self._refused, self._discarded = Cell(0), Cell(0)
         self._delivered = self._failures = self._disowned = 0
         self._peak = self._shutdown_timeouts = 0
-        self._closed = self._ended = self._gone = False
+        self._closed = self.ended = self._gone = False
         self._at_end: deque[Callable[[], object]] = deque()
         self.begin_afresh()
         _queues.add(self)
@@ -164,7 +156,7 @@ class DeliveryQueue(Generic[R]):
             self._bell.ring()
         else:
             self._start()
-        if self._ended:  # closed meanwhile, and the worker has gone
+        if self.ended:  # closed meanwhile, and the worker has gone
             self._drop(down_to=0)
 
     def _drop(self, *, down_to: int) -> None:
@@ -205,17 +197,17 @@ class DeliveryQueue(Generic[R]):
             while not (self._waiting and end is not None and time.monotonic() >= end):
                 if self._deliver_next(is_own_thread=stay):
                     continue
-                self._ended = self._closed
-                if self._ended and not self._waiting:
+                self.ended = self._closed
+                if self.ended and not self._waiting:
                     break
-                if not self._ended:
+                if not self.ended:
                     if not stay:
                         break
                     self._bell.wait()
         finally:
-            if not self._ended:
+            if not self.ended:
                 role.pop("worker", None)
-        if self._ended:
+        if self.ended:
             self._run_callbacks()
             self._gone = True
         elif self._waiting:  # came when this was still the worker
@@ -270,10 +262,9 @@ class DeliveryQueue(Generic[R]):
     # Waiting and closing ----------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> bool:
-        """See `BufferedSink.flush`; the worker, which cannot wait for itself, returns at once."""
+        # The worker, which cannot wait for itself, returns at once.
         number("timeout", timeout, minimum=0, optional=True)
-        last = self._last_waiting()
-        unsettled = [each for each in (last, self._turn) if each is not None]
+        unsettled = [each for each in (self._last_waiting(), self._turn) if each is not None]
         if self._is_worker():
             timeout = 0
         else:
@@ -281,7 +272,6 @@ class DeliveryQueue(Generic[R]):
         return self._changes.wait_for(lambda: all(each.settled for each in unsettled), timeout)
 
     def close(self, *, timeout: float | None = 5.0, drain: bool = True) -> bool:
-        """See `BufferedSink.close`; always False in the worker thread itself."""
         number("timeout", timeout, minimum=0, optional=True)
         self.refuse(discard=not flag("drain", drain))
         if self._is_worker():
@@ -290,26 +280,18 @@ class DeliveryQueue(Generic[R]):
         return self._note_end(self._changes.wait_for(lambda: self._gone, timeout))
 
     async def until_ended(self, timeout: float | None) -> bool:
-        """See `BufferedSink.until_ended`."""
         self._do_without_thread(timeout)
         return self._note_end(await self._changes.until(lambda: self._gone, timeout))
 
     def refuse(self, *, discard: bool = False) -> None:
-        """Accept no more records, and do not wait; ``discard`` drops what is pending."""
         self._closed = True
         if discard:
             self._drop(down_to=0)
         self._bell.ring()
 
-    @property
-    def ended(self) -> bool:
-        """Whether nothing will be delivered any more."""
-        return self._ended
-
     def call_at_end(self, callback: Callable[[], object]) -> None:
-        """Have ``callback`` called after the last record of a closed queue, by its worker."""
         self._at_end.append(callback)
-        if self._ended:
+        if self.ended:
             self._run_callbacks()
 
     def _run_callbacks(self) -> None:
@@ -327,7 +309,7 @@ class DeliveryQueue(Generic[R]):
         return ended
 
     def _is_worker(self) -> bool:
-        return not self._ended and self._role.get("worker") is threading.current_thread()
+        return not self.ended and self._role.get("worker") is threading.current_thread()
 
     def _last_waiting(self) -> _Entry | None:
         try:
@@ -342,7 +324,6 @@ class DeliveryQueue(Generic[R]):
         return min(len(self._waiting) + (self._turn is not None), self._max_pending)
 
     def stats(self) -> BufferedSinkStats:
-        """Return the counts and the state."""
         while True:  # until nothing moved while they were read
             settled = self._delivered, self._failures, self._discarded.value
             turn, waiting, pending = self._turn, len(self._waiting), self._pending
@@ -358,7 +339,7 @@ class DeliveryQueue(Generic[R]):
             closed=self._closed,
             max_pending=self._max_pending,
             peak_pending=self._peak,
-            worker_alive=not self._ended and not (self._closed and self._thread is None),
+            worker_alive=not self.ended and not (self._closed and self._thread is None),
             shutdown_timeout_count=self._shutdown_timeouts,
         )
 
@@ -367,7 +348,7 @@ def _one_more(count: int) -> int:
     return count + 1
 
 
-_queues: weakref.WeakSet[DeliveryQueue[Any]] = weakref.WeakSet()
+_queues: weakref.WeakSet[_Queue[Any]] = weakref.WeakSet()
 
 
 def _begin_all_afresh() -> None:
@@ -397,18 +378,13 @@ class BufferedSink(Generic[S, R]):
         self,
         kind: str,
         downstream: S,
-        deliver: Callable[[S, R], object],
+        deliver: Callable[[R], object],
         max_pending: int,
         overflow: BufferOverflowPolicy,
     ) -> None:
         self.downstream: S = downstream
-        self._queue: DeliveryQueue[R] = DeliveryQueue(
-            functools.partial(deliver, downstream),
-            max_pending=max_pending,
-            overflow=overflow,
-            name=f"coalestra-{kind}-buffer",
-            subject=subject_of(kind, downstream),
-        )
+        name, subject = f"coalestra-{kind}-buffer", subject_of(kind, downstream)
+        self._queue: _Queue[R] = _Queue(deliver, max_pending, overflow, name, subject)
         # The worker holds on to the queue but not to this object, so this is reached.
         weakref.finalize(self, self._queue.refuse).atexit = False
 
@@ -506,7 +482,11 @@ class BufferedEventSink(BufferedSink[EventSink, EventRecord]):
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
         require_methods("downstream", downstream, "emit")
-        super().__init__("event", downstream, _replay_event, max_pending, overflow)
+
+        def replay(record: EventRecord) -> None:
+            downstream.emit(record.event_type, **record.payload)
+
+        super().__init__("event", downstream, replay, max_pending, overflow)
 
     def emit(self, event_type: str, **payload: Any) -> None:
         """Take one event, to be delivered later with the payload it has now.
@@ -534,7 +514,11 @@ class BufferedMetricsSink(BufferedSink[MetricsSink, MetricRecord]):
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
         require_methods("downstream", downstream, "increment", "observe")
-        super().__init__("metrics", downstream, _replay_metric, max_pending, overflow)
+
+        def replay(record: MetricRecord) -> None:
+            getattr(downstream, record.operation)(record.metric, record.value, **record.labels)
+
+        super().__init__("metrics", downstream, replay, max_pending, overflow)
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Take one count, to be delivered later.
@@ -551,13 +535,3 @@ class BufferedMetricsSink(BufferedSink[MetricsSink, MetricRecord]):
             queue.Full: there is no room, and the overflow policy is to raise.
         """
         self._queue.put(MetricRecord("observe", metric, value, labels))
-
-
-def _replay_event(downstream: EventSink, record: EventRecord) -> None:
-    downstream.emit(record.event_type, **record.payload)
-
-
-def _replay_metric(downstream: MetricsSink, record: MetricRecord) -> None:
-    is_count = record.operation == "increment"
-    call: Callable[..., None] = downstream.increment if is_count else downstream.observe
-    call(record.metric, record.value, **record.labels)
