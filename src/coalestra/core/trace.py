@@ -488,21 +488,23 @@ def _needed_by(trace: Trace) -> Mapping[ResourceKey, Sequence[KeyTrace]]:
     return needs
 
 
-def _told(trace: Trace, found: KeyTrace, needs: _Needs) -> list[str]:
-    sentences = [_told_outcome(trace, found)]
+def _told(trace: Trace, found: KeyTrace, needs: _Needs) -> Iterator[str]:
+    yield _told_outcome(trace, found)
     if not found.requested:
-        sentences.append(_told_need(needs().get(found.key, ())))
+        needed = _listed([each.key.display for each in needs().get(found.key, ())])
+        plural = len(needs().get(found.key, ())) > 1
+        by = f"{needed} need it" if plural else f"{needed or 'something derived'} needs it"
+        yield _sentence("It was not asked for", by)
     if found.obtained is Obtained.FALLBACK:
-        sentences.append(_sentence("It stands in for what failed", _told_error(found)))
+        yield _sentence("It stands in for what failed", _told_error(found))
     if _missed(trace, found):
-        sentences.append("The cache had nothing fresh.")
-    sentences += _told_waits(found)
-    sentences += _told_tries(trace, found)
+        yield "The cache had nothing fresh."
+    yield from _told_waits(found)
+    yield from _told_tries(trace, found)
     if found.rests_on:
-        sentences += _told_foundations(trace, found)
+        yield from _told_foundations(trace, found)
     if found.refresh is not None:
-        sentences.append(_told_refresh(began=found.refresh == "scheduled"))
-    return sentences
+        yield _told_refresh(began=found.refresh == "scheduled")
 
 
 def _missed(trace: Trace, found: KeyTrace) -> bool:
@@ -522,11 +524,10 @@ def _told_outcome(trace: Trace, found: KeyTrace) -> str:
         else:
             facts.insert(0, f"from {_named(found.source)}")
     lead += f" ({', '.join(facts)})" if facts else ""
-    known = ", as was known" if found.obtained is Obtained.FAILED else ","
+    failed = found.obtained is Obtained.FAILED
+    known = ", as was known" if failed else ","
     lead += f"{known} {duration(found.end)} after the {readable(trace.kind)} began"
-    if found.obtained is Obtained.FAILED:
-        return _ended(lead, _told_error(found))
-    return _ended(lead)
+    return _ended(lead, _told_error(found) if failed else "")
 
 
 def _told_error(found: KeyTrace) -> str:
@@ -543,26 +544,18 @@ def _absent(found: KeyTrace) -> bool:
     return found.error_type == ResourceAbsentError.__name__
 
 
-def _told_need(needs: Sequence[KeyTrace]) -> str:
-    needed = [each.key.display for each in needs]
-    by = f"{_listed(needed)} needs it" if len(needed) == 1 else f"{_listed(needed)} need it"
-    return _sentence("It was not asked for", by if needed else "something derived needs it")
-
-
 def _told_waits(found: KeyTrace) -> Iterator[str]:
     spent: dict[tuple[WaitReason, str], float] = {}
     for wait in found.waits:
         which = wait.reason, wait.detail
         spent[which] = spent.get(which, 0.0) + wait.end - wait.start
-    flights = {detail for reason, detail in spent if reason is WaitReason.FLIGHT}
-    if found.joined is not None and found.joined not in flights:
+    if found.joined is not None and (WaitReason.FLIGHT, found.joined) not in spent:
         yield _sentence(f"Snapshot {_named(found.joined)} had begun to acquire it")
     for (reason, detail), seconds in spent.items():
         if reason is WaitReason.FLIGHT:
             whose = f"snapshot {_named(detail)}" if detail else "another unit of work"
-            yield _sentence(
-                f"{whose} had begun to acquire it; it waited {duration(seconds)} for that"
-            )
+            waited = f"it waited {duration(seconds)} for that"
+            yield _sentence(f"{whose} had begun to acquire it; {waited}")
         else:
             who = "it" if found.joined is None else "the acquisition"
             yield _sentence(f"{who} waited {duration(seconds)} {_WAITS[reason]}")
@@ -575,10 +568,9 @@ def _told_tries(trace: Trace, found: KeyTrace) -> list[str]:
     told = [(call.start, _told_call(trace, call)) for call in calls]
     for refusal in found.refusals:
         if refusal.source not in spoken or refusal.status not in ("failure", "circuit_open"):
-            said = _REFUSALS.get(refusal.status, "{} brought nothing").format(
-                _named(refusal.source)
-            )
-            told.append((refusal.at, _sentence(said, _why(refusal.error_type, refusal.message))))
+            said = _REFUSALS.get(refusal.status, _REFUSALS["failure"])
+            why = _why(refusal.error_type, refusal.message)
+            told.append((refusal.at, _sentence(said.format(_named(refusal.source)), why)))
     return [sentence for _, sentence in sorted(told, key=lambda each: each[0])]
 
 
@@ -596,11 +588,11 @@ def _told_call(trace: Trace, call: CallTrace) -> str:
     if len(call.attempts) == 1:
         return _sentence(f"{lead} {_told_attempt(call.attempts[0])}")
     attempts: list[str] = []
-    pause = None
+    later = ""
     for attempt in call.attempts:
-        later = "" if pause is None else f", {duration(pause)} later,"
         attempts.append(f"attempt {attempt.number}{later} {_told_attempt(attempt)}")
         pause = attempt.pause_seconds
+        later = "" if pause is None else f", {duration(pause)} later,"
     return _sentence(f"{lead} took {len(attempts)} attempts", _listed(attempts, "; "))
 
 
@@ -622,22 +614,18 @@ def _told_attempt(attempt: AttemptTrace) -> str:
 
 def _told_foundations(trace: Trace, found: KeyTrace) -> Iterator[str]:
     below = sorted(found.rests_on, key=lambda each: each.observed_at)
-    values = [
-        f"{each.key.display} from {_named(each.source)} (observed "
-        f"{_relative(each.observed_at - trace.started_at, trace.kind)})"
-        for each in below
-    ]
+    values = []
+    for each in below:
+        ago = each.observed_at - trace.started_at
+        when = f"{duration(abs(ago))} {'before' if ago < 0 else 'after'} the {readable(trace.kind)}"
+        source = _named(each.source)
+        values.append(f"{each.key.display} from {source} (observed {when} began)")
     first = ", the oldest first" if len(below) > 1 else ""
     yield _sentence(f"It rests on {many(len(below), 'value')}{first}", _listed(values, "; "))
     path = critical_path(trace, found.key)
     if len(path) > 1:
         steps = [f"{key.display} after {duration(trace.keys[key].end)}" for key in path]
         yield _sentence("The critical path", _listed(steps))
-
-
-def _relative(seconds: float, kind: str) -> str:
-    side = "before" if seconds < 0 else "after"
-    return f"{duration(abs(seconds))} {side} the {readable(kind)} began"
 
 
 def critical_path(trace: Trace, key: ResourceKey) -> list[ResourceKey]:
@@ -661,10 +649,9 @@ def told_value(value: SnapshotValue[Any]) -> str:
     """Return in sentences what a value itself tells of how it was come by."""
     where = "was in the cache" if value.from_cache else "was acquired"
     origin = f"from {_named(value.source)}, version {readable(value.version)}"
-    sentences = [f"{value.key.display} {where} ({origin}).", "It was published."]
-    if value.attempts:
-        calls, took = many(value.attempts, "attempt"), duration(value.latency_ms / 1000)
-        sentences[1] = f"Its source took {calls} and {took}."
+    calls, took = many(value.attempts, "attempt"), duration(value.latency_ms / 1000)
+    brought = f"Its source took {calls} and {took}." if value.attempts else "It was published."
+    sentences = [f"{value.key.display} {where} ({origin}).", brought]
     facts = value.metadata
     if "fallback_error" in facts:
         why = _why(str(facts.get("fallback_error_type")), str(facts["fallback_error"]))
