@@ -34,89 +34,64 @@ _SOURCE: Labels = {"source": ""}
 COUNTERS: Final[Metrics] = {
     "snapshot_build_total": ("snapshot.builds", "{build}", "Builds", _SUCCESS),
     "snapshot_session_resolve_total": (
-        "session.resolutions", "{stage}", "Stages of sessions", _SUCCESS,
-    ),
+        "session.resolutions", "{stage}", "Stages of sessions", _SUCCESS),
     "snapshot_session_revalidate_total": (
-        "session.revalidations", "{revalidation}", "Revalidations of sessions", _SUCCESS,
-    ),
+        "session.revalidations", "{revalidation}", "Revalidations of sessions", _SUCCESS),
     "snapshot_acceptance_total": (
-        "acceptance.checks", "{snapshot}", "Snapshots judged by an acceptance policy", _SUCCESS,
-    ),
+        "acceptance.checks", "{snapshot}", "Snapshots judged by an acceptance policy", _SUCCESS),
     "snapshot_acceptance_violation_total": (
         "acceptance.violations", "{violation}", "Violations of acceptance policies",
-        {"reason": "too_old stale insufficient_authority requirement_unsatisfied"},
-    ),
+        {"reason": "too_old stale insufficient_authority requirement_unsatisfied"}),
     "snapshot_consistency_total": (
         "consistency.checks", "{snapshot}", "Snapshots judged by a consistency policy",
-        {**_SUCCESS, "rule": "observation_skew"},
-    ),
+        {**_SUCCESS, "rule": "observation_skew"}),
     "cache_access_total": (
         "cache.lookups", "{key}", "Looks into the cache",
-        {
-            **_KIND,
-            "status": "fresh stale_while_revalidate miss stale_fallback revalidation_bypass absent",
-        },
-    ),
+        {**_KIND, "status":
+         "fresh stale_while_revalidate miss stale_fallback revalidation_bypass absent"}),
     "cache_failure_total": (
-        "cache.failures", "{failure}", "Errors of a cache", {"operation": "read write"},
-    ),
+        "cache.failures", "{failure}", "Errors of a cache", {"operation": "read write"}),
     "singleflight_join_total": (
-        "flight.joins", "{key}", "Readers who joined a call under way", _KIND,
-    ),
+        "flight.joins", "{key}", "Readers who joined a call under way", _KIND),
     "source_fetch_total": (
         "source.keys", "{key}", "Keys asked of a source",
-        {**_SOURCE, "status": "success failure stale invalid_timestamp circuit_open absent"},
-    ),
+        {**_SOURCE, "status": "success failure stale invalid_timestamp circuit_open absent"}),
     "source_batch_call_total": (
         "source.batch.calls", "{call}", "Batch calls",
-        {**_SOURCE, "status": "success failure deadline_exceeded queue_timeout"},
-    ),
+        {**_SOURCE, "status": "success failure deadline_exceeded queue_timeout"}),
     "source_capacity_timeout_total": (
         "source.capacity.timeouts", "{call}", "Calls that got no slot",
-        {**_SOURCE, "reason": "queue_timeout snapshot_deadline"},
-    ),
+        {**_SOURCE, "reason": "queue_timeout snapshot_deadline"}),
     "source_transport_budget_rejection_total": (
         "source.transport.rejections", "{call}",
         "Blocking calls not begun, as too little time was left",
-        {**_SOURCE, "reason": "snapshot_deadline source_timeout"},
-    ),
+        {**_SOURCE, "reason": "snapshot_deadline source_timeout"}),
     "source_transport_timeout_violation_total": (
         "source.transport.violations", "{call}", "Blocking calls that outlasted their declaration",
-        {**_SOURCE, "outcome": "completed_late failed_late coalestra_timeout"},
-    ),
+        {**_SOURCE, "outcome": "completed_late failed_late coalestra_timeout"}),
     "resource_publish_total": (
         "resource.publications", "{value}", "Published values",
-        {
-            **_KIND, **_SOURCE,
-            "status": "published ignored_older ignored_duplicate ignored_lower_authority",
-        },
-    ),
+        {**_KIND, **_SOURCE,
+         "status": "published ignored_older ignored_duplicate ignored_lower_authority"}),
     "resource_invalidation_total": (
-        "resource.invalidations", "{key}", "Invalidated keys", _KIND,
-    ),
+        "resource.invalidations", "{key}", "Invalidated keys", _KIND),
     "resource_refresh_total": (
         "resource.refreshes", "{refresh}", "Refreshes in the background",
-        {**_KIND, "status": "scheduled success failure cancelled absent"},
-    ),
+        {**_KIND, "status": "scheduled success failure cancelled absent"}),
     "payload_copy_deadline_total": (
-        "payload.copy.timeouts", "{copy}", "Deadlines that struck during a copy", {"phase": ""},
-    ),
+        "payload.copy.timeouts", "{copy}", "Deadlines that struck during a copy", {"phase": ""}),
 }  # fmt: skip
 OBSERVATIONS: Final[Metrics] = {
     "snapshot_build_latency_ms": (
-        "snapshot.build.duration", "s", "How long builds took, in seconds", _SUCCESS,
-    ),
+        "snapshot.build.duration", "s", "How long builds took, in seconds", _SUCCESS),
     "snapshot_session_resolve_latency_ms": (
         "session.resolution.duration", "s", "How long stages of sessions took, in seconds",
-        _SUCCESS,
-    ),
+        _SUCCESS),
     "source_fetch_latency_ms": (
         "source.fetch.duration", "s",
-        "How long calls to sources took, each retry anew, in seconds", _SOURCE,
-    ),
+        "How long calls to sources took, each retry anew, in seconds", _SOURCE),
     "source_capacity_wait_ms": (
-        "source.capacity.wait_time", "s", "Waits of calls for a slot, in seconds", _SOURCE,
-    ),
+        "source.capacity.wait_time", "s", "Waits of calls for a slot, in seconds", _SOURCE),
     "source_batch_size": ("source.batch.size", "{key}", "Keys in one batch call", _SOURCE),
 }  # fmt: skip
 

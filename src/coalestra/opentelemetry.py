@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from traceback import walk_tb
 from typing import Any, Final
@@ -85,17 +86,15 @@ _MOST_FRAMES: Final = 20
 _LONGEST_MESSAGE: Final = 4_096
 
 
+@dataclass(slots=True)
 class _Join:
     """The waiting of one unit of work for what one call of another brought, for all keys of it."""
 
-    __slots__ = ("attributes", "call", "end", "keys", "start")
-
-    def __init__(self, call: _Begun | None, attributes: dict[str, Any], start: int) -> None:
-        self.call = call
-        self.attributes = attributes
-        self.start = start
-        self.end = start
-        self.keys = 0
+    call: _Begun | None
+    attributes: dict[str, Any]
+    start: int
+    end: int
+    keys: int = 0
 
 
 class _Begun:
@@ -212,7 +211,7 @@ class OpenTelemetryTracer:
             told = _attributes(attributes.items())
             if "snapshot_id" in attributes:
                 told["coalestra.flight.snapshot_id"] = told.pop("coalestra.snapshot.id")
-            join = joins[group] = _Join(call, told, start)
+            join = joins[group] = _Join(call, told, start, end)
         join.start, join.end = min(join.start, start), end
         join.keys += 1
 
@@ -266,10 +265,10 @@ def _places(error: BaseException) -> str:
 
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 _MOST_SERIES: Final = 2_000
 _OVERFLOW: Final = (("otel.metric.overflow", True),)
 """As OpenTelemetry bounds and calls what finds no room."""
-_SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
 # Health, as a reader's thread finds it -----------------------------------------------------------

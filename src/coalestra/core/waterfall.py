@@ -110,7 +110,7 @@ class Row(NamedTuple):
     bars: tuple[Bar, ...]
     alike: Hashable = None
     severity: int = 0
-    details: Callable[[], Sequence[str]] | None = None
+    details: Callable[[], Iterable[str]] | None = None
     number: int = 1
 
     @property
