@@ -768,6 +768,37 @@ def test_closing_that_was_left_on_a_loop_that_stands_still_is_done_by_the_next_c
     abandoned.close()
 
 
+def test_refreshes_left_on_a_loop_that_has_ended_are_not_waited_for() -> None:
+    hung: list[asyncio.Task[Any] | None] = []
+
+    async def fetch(*_: Any) -> int:
+        if gone:
+            hung.append(asyncio.current_task())
+            await asyncio.Event().wait()
+        return 1
+
+    clock, gone = ManualClock(), False
+    source = CallableSource(name="s", priority=1, supports=lambda _: True, fetcher=fetch)
+    policy = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = SnapshotBuilder([source], default_policy=policy, clock=clock)
+
+    async def leave_a_refresh() -> None:
+        nonlocal gone
+        await building.build([K])
+        clock.advance(6)
+        gone = True
+        await building.build([K])
+        await settle()
+        assert hung
+
+    ended = asyncio.new_event_loop()
+    ended.run_until_complete(leave_a_refresh())
+    ended.close()
+
+    run_virtual(building.wait_for_refreshes())
+    run_virtual(building.aclose())
+
+
 def test_closing_on_another_loop_than_the_work_was_done_on() -> None:
     building = made(Single("k"))
     asyncio.run(_discard(building.build([K])))

@@ -648,7 +648,12 @@ class SnapshotBuilder(BuilderSettings):
         self._engine.parts.chains.forget()
 
     async def wait_for_refreshes(self) -> None:
-        """Wait for the background refreshes that are scheduled at this moment."""
+        """Wait for the background refreshes that are scheduled at this moment.
+
+        Raises:
+            RuntimeError: the builder is busy on another event loop.
+        """
+        self._engine.attach()
         await self._engine.refresher.wait()
 
     # The end ----------------------------------------------------------------------------------

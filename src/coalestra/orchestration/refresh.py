@@ -30,7 +30,7 @@ _ANEW = Demand(refresh=True)
 class Refresh:
     """One revision on its way to be renewed, set off by one unit of work, its `parent`."""
 
-    __slots__ = ("gather", "key", "parent", "reason", "version")
+    __slots__ = ("ended", "gather", "key", "parent", "reason", "version")
 
     def __init__(self, revision: Revision, reason: str, parent: Work) -> None:
         self.key: ResourceKey = revision.key
@@ -38,6 +38,7 @@ class Refresh:
         self.reason: str = reason
         self.parent: Work = parent
         self.gather: Gather | None = None
+        self.ended: asyncio.Future[None] | None = None  # of whoever waits for it
 
 
 class Refresher:
@@ -65,8 +66,7 @@ class Refresher:
         self._abandon = abandon
         self._running: dict[Refresh, None] = {}
         self._current: dict[ResourceKey, Refresh] = {}
-        self._next: dict[tuple[int, str], list[Refresh]] = {}
-        self._waiters: dict[asyncio.Future[None], set[Refresh]] = {}
+        self._next: dict[tuple[Work, str], list[Refresh]] = {}
         self.failing: dict[ResourceKey, tuple[str, dict[str, Any]]] = {}
         self.closed = False
 
@@ -92,11 +92,10 @@ class Refresher:
             return False
         refresh = self._current[key] = Refresh(revision, reason, parent)
         self._running[refresh] = None
-        group = self._next.get((id(parent), reason))
-        if group is None:
-            group = self._next[id(parent), reason] = []
-            asyncio.get_running_loop().call_soon(self._start, id(parent), reason)
-        group.append(refresh)
+        if (parent, reason) not in self._next:
+            self._next[parent, reason] = []
+            asyncio.get_running_loop().call_soon(self._start, parent, reason)
+        self._next[parent, reason].append(refresh)
         parent.record.refresh_scheduled += 1
         if self._parts.report is not None:
             self._parts.report.refresh_scheduled(key, reason, parent.context.snapshot_id)
@@ -109,8 +108,8 @@ class Refresher:
                 self._current.pop(key, None)
                 self.failing.pop(key, None)
 
-    def _start(self, parent_id: int, reason: str) -> None:
-        group = [each for each in self._next.pop((parent_id, reason), ()) if each in self._running]
+    def _start(self, parent: Work, reason: str) -> None:
+        group = [each for each in self._next.pop((parent, reason), ()) if each in self._running]
         if not group:
             return
         context = FetchContext(
@@ -118,18 +117,17 @@ class Refresher:
             metadata={
                 "background_refresh": True,
                 "refresh_reason": reason,
-                "parent_snapshot_id": group[0].parent.context.snapshot_id,
+                "parent_snapshot_id": parent.context.snapshot_id,
             },
             snapshot_id=new_id(),
         )
-        parent = group[0].parent.trace
-        trace = self._parts.tracing.begin("refresh", context, None, parent)
+        trace = self._parts.tracing.begin("refresh", context, None, parent.trace)
         variables = self._variables if trace is None else self._variables.copy()
         work = Work(context, variables=variables, trace=trace)
         if self._parts.report is not None:
             self._parts.report.work_begun("refresh", context.snapshot_id)
         if trace is not None:
-            link = None if parent is None else parent.span
+            link = None if parent.trace is None else parent.trace.span
             trace.begin_stage("refresh", len(group), variables, link, reason=reason)
         for refresh in group:
             done = partial(self._done, refresh)
@@ -181,10 +179,8 @@ class Refresher:
         self._running.pop(refresh, None)
         if self._current.get(refresh.key) is refresh:
             del self._current[refresh.key]
-        for waiter, awaited in tuple(self._waiters.items()):
-            awaited.discard(refresh)
-            if not awaited and not waiter.done():
-                waiter.set_result(None)
+        if refresh.ended is not None and not refresh.ended.done():
+            refresh.ended.set_result(None)
 
     async def wait(self) -> None:
         """Wait for the refreshes that are under way or scheduled at this moment.
@@ -193,17 +189,13 @@ class Refresher:
         """
         call = current_call.get()
         own = None if call is None or call.parts is not self._parts else call.work
-        awaited = {
-            each for each in self._running if each.gather is None or each.gather.work is not own
-        }
-        if not awaited:
-            return
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters[waiter] = awaited
-        try:
-            await waiter
-        finally:
-            self._waiters.pop(waiter, None)
+        awaited = []
+        for each in self._running:
+            if each.gather is None or each.gather.work is not own:
+                each.ended = each.ended or asyncio.get_running_loop().create_future()
+                awaited.append(each.ended)
+        if awaited:
+            await asyncio.wait(awaited)
 
     def cancel(self) -> None:
         """Give up every refresh."""
@@ -222,7 +214,6 @@ class Refresher:
         self._next.clear()
         self._running.clear()
         self._current.clear()
-        self._waiters.clear()
         self.failing.clear()
 
     def __repr__(self) -> str:
