@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterable
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,6 +25,14 @@ def at_once(slices: Slices[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+def portions(items: Collection[T], size: int) -> Iterable[Collection[T]]:
+    """Return items in portions of a size, or as they are if they are no more than that."""
+    if len(items) <= size:
+        return (items,)
+    rest = iter(items)
+    return iter(lambda: tuple(islice(rest, size)), ())
 
 
 class Pace:

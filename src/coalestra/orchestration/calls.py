@@ -61,6 +61,7 @@ from typing import Any
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.capacity import CapacityLease
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation
+from coalestra.concurrency.pace import portions
 from coalestra.concurrency.sealing import PORTION, Sealed
 from coalestra.concurrency.threads import current_threads
 from coalestra.core.errors import (
@@ -825,7 +826,8 @@ class Call:
         if self.attempts or not self.policy.circuit.enabled:
             return False
         breaker = self.parts.breaker
-        self._turn, self._asked = breaker.turn, tuple(self.flights)
+        self._turn = breaker.turn
+        self._asked = tuple(self.flights)
         return bool(breaker.circuits)
 
     async def enter_circuits(self) -> None:
@@ -917,7 +919,7 @@ class Call:
         values = _values_of(self.link, flights, answer)
         self._answered = True
         self.link.succeeded_at = ended_at
-        late = self.cutoff < asyncio.get_running_loop().time()
+        late = self.cutoff != math.inf and self.cutoff < asyncio.get_running_loop().time()
         self.link.deadline_cuts = self.link.deadline_cuts + 1 if late else 0
         if self.link.kind is _BATCH:
             self._count_batch_end("success")
@@ -955,10 +957,11 @@ class Call:
         try:
             for flight, value in zip(flights, values, strict=True):
                 revision = self._made(flight, value)
-                if revision is not None:
+                if revision is None:
+                    left -= 1
+                else:
                     ready.append((flight, revision))
                     left -= revision.seal.weight
-                left -= 1
                 if left <= 0:
                     left = PORTION
                     await pace.keep()
@@ -966,13 +969,11 @@ class Call:
             self.dispatch.release(self.work)
         if self.parts.access.store is not None:
             self.work.record.cache_batch_writes += 1
-            self.dispatch.store([each for each in ready if each[0].call is self])
-        for flight, revision in ready:
-            self._deliver(flight, revision)
-            left -= _HANDING_OVER
-            if left <= 0:
-                left = PORTION
-                await pace.keep()
+            self.dispatch.store(self, ready)
+        for portion in portions(ready, max(1, PORTION // _HANDING_OVER)):
+            for flight, revision in portion:
+                self._deliver(flight, revision)
+            await pace.keep()
 
     async def _refuse_omitted(self, flights: Sequence[Flight], values: Sequence[Any]) -> None:
         """Let the keys that were left out go on, together, to where they are served next."""
@@ -1054,30 +1055,49 @@ class Call:
         """
         if flight.call is not self or value is _OMITTED:
             return None
-        dated = False
+        parts, link, answered_at = self.parts, self.link, self.answered_at
+        metadata: Mapping[str, Any] = EMPTY
+        payload, observed_at, dated, stale = value, answered_at, False, False
         try:
-            metadata: Mapping[str, Any] = EMPTY
-            payload, observed_at = value, self.answered_at
             if type(value) is SourcePayload:
                 payload, metadata = value.value, value.metadata
                 if value.observed_at is not None:
                     dated, observed_at = True, value.observed_at
+                    stale = answered_at - observed_at > flight.policy.ttl_seconds
                     skew = self._accepted_skew(flight.key, observed_at)
                     if skew:
                         metadata = {**metadata, "clock_skew_seconds": skew}
             if isinstance(payload, ResourceAbsent) or payload is ResourceAbsent:
                 self._refuse_absent(flight, payload)
                 return None
-            stale = self.answered_at - observed_at > flight.policy.ttl_seconds
             if not stale:
                 self.fresh.add(flight)
             if sealed is None:
-                sealed = self.parts.copies.seal_now(payload, context=self.link.context)
+                sealed = parts.copies.seal_now(payload, context=link.context)
                 if sealed is None:
                     self._slow = self._slow or []
                     self._slow.append((flight, value))
                     return None
-            revision = self._revision(flight, sealed, metadata, observed_at, dated=dated)
+            gather, rank = flight.gather, self._lane.rank
+            revision = Revision(
+                flight.key,
+                sealed[0],
+                sealed[1],
+                link.name,
+                observed_at,
+                answered_at,
+                next_version(),
+                self.latency_ms,
+                self.attempts,
+                parts.copies.seal_metadata_now(metadata, context=link.context)
+                if metadata
+                else EMPTY,
+                parts.authority.rank_for(flight.key, link.name) if rank is None else rank,
+                self.rests_on,
+                () if gather is None else gather.revisions(),
+                dated,
+                flight.began,
+            )
         except BaseException as error:
             self._refuse_value(flight, error)
             return None
@@ -1098,37 +1118,6 @@ class Call:
             raise SourceProtocolError(
                 f"source {self.link.name!r}, {key.display}: {error}"
             ) from error
-
-    def _revision(
-        self,
-        flight: Flight,
-        sealed: Sealed,
-        metadata: Mapping[str, Any],
-        observed_at: float,
-        *,
-        dated: bool,
-    ) -> Revision:
-        parts, link, key = self.parts, self.link, flight.key
-        gather, rank = flight.gather, self._lane.rank
-        used = () if gather is None else tuple([r.revision for r in gather.readings.values()])
-        copies = parts.copies
-        return Revision(
-            key,
-            sealed[0],
-            sealed[1],
-            link.name,
-            observed_at,
-            self.answered_at,
-            next_version(),
-            self.latency_ms,
-            self.attempts,
-            copies.seal_metadata_now(metadata, context=link.context) if metadata else EMPTY,
-            parts.authority.rank_for(key, link.name) if rank is None else rank,
-            self.rests_on,
-            used,
-            dated,
-            flight.began,
-        )
 
     def _refuse_absent(self, flight: Flight, answer: ResourceAbsent | type[ResourceAbsent]) -> None:
         """Note that the source has answered, that there is none."""
@@ -1390,9 +1379,12 @@ class Lane:
         flights = self._still_here(queued)
         return Call(self, flights) if flights else None
 
-    def _still_here(self, queued: Flight | list[Flight]) -> list[Flight]:
-        link, flights = self.link, queued if isinstance(queued, list) else (queued,)
-        return [f for f in flights if f.phase is _CALLING and f.call is None and f.link is link]
+    def _still_here(self, queued: Flight | list[Flight]) -> Sequence[Flight]:
+        link = self.link
+        if isinstance(queued, list):
+            return [f for f in queued if f.phase is _CALLING and f.call is None and f.link is link]
+        here = queued.phase is _CALLING and queued.call is None and queued.link is link
+        return (queued,) if here else ()
 
     def _ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
         """See to what a worker leaves behind, however it ended, and even if it never began."""
@@ -1440,7 +1432,7 @@ class Dispatch:
         parts: Parts,
         refused: Callable[[Flight, SourceFailure, str], None],
         delivered: Callable[[Flight, Revision], None],
-        store: Callable[[Sequence[tuple[Flight, Revision]]], None],
+        store: Callable[[Call, Sequence[tuple[Flight, Revision]]], None],
     ) -> None:
         """Report here what becomes of keys.
 
@@ -1452,7 +1444,7 @@ class Dispatch:
         self.deliveries: Deliveries = Deliveries(parts)
         self.refused: Callable[[Flight, SourceFailure, str], None] = refused
         self.delivered: Callable[[Flight, Revision], None] = delivered
-        self.store: Callable[[Sequence[tuple[Flight, Revision]]], None] = store
+        self.store: Callable[[Call, Sequence[tuple[Flight, Revision]]], None] = store
         self.workers: set[asyncio.Task[Any]] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.quiet_until: float = 0.0
@@ -1503,21 +1495,19 @@ class Dispatch:
         if not work.planning and work.ready:
             self._flush_soon(work)
 
-    def ready(self, flight: Flight) -> None:
-        """Group a flight with the others that are ready for the same source in this step."""
-        work = flight.sponsor
-        if work.over:
-            work = flight.living_sponsor()
-        link = flight.link
-        if link is None:
+    def ready(self, flights: Sequence[Flight]) -> None:
+        """Group flights of one sponsor with others that are ready for the same source by then."""
+        if not flights:
             return
-        flight.be_ready()
-        group = work.ready.get(link.index)
-        if group is None:
-            group = work.ready[link.index] = []
-        group.append(flight)
-        if not work.flushing:
-            self._flush_soon(work)
+        work = flights[0].living_sponsor()
+        ready = work.ready
+        for flight in flights:
+            link = flight.be_ready()
+            if link in ready:
+                ready[link].append(flight)
+            elif link is not None:
+                ready[link] = [flight]
+        self._flush_soon(work)
 
     def hurry(self, flight: Flight) -> None:
         """Let a flight queue for nothing, as a call under way waits for it."""
@@ -1537,28 +1527,27 @@ class Dispatch:
         if work.planning:
             return
         ready, work.ready = work.ready, {}
-        for index, flights in ready.items():
+        for link, flights in ready.items():
             waiting = [flight for flight in flights if flight.phase is _READY]
             try:
-                lane = self._lane(work, index)
+                lane = self._lane(work, link)
                 Flight.queue(waiting, lane)
                 lane.add(waiting)
             except BaseException as error:
                 pass_on(error)
-                failure = SourceFailure.of(self.parts.chains.links[index].name, error, 0)
+                failure = SourceFailure.of(link.name, error, 0)
                 for flight in waiting:
                     self.refused(flight, failure, "failure")
 
-    def _lane(self, work: Work, index: int) -> Lane:
-        lane = work.lanes.get(index)
+    def _lane(self, work: Work, link: Link) -> Lane:
+        lane = work.lanes.get(link)
         if lane is None:
             parts = self.parts
-            link = parts.chains.links[index]
             limit = parts.max_pending_tasks
             if link.kind is _BATCH:
                 limit = parts.max_concurrency
             work.variables.run(current_threads.set, parts.threads)
-            lane = work.lanes[index] = Lane(self, work, link, limit)
+            lane = work.lanes[link] = Lane(self, work, link, limit)
         return lane
 
     def __repr__(self) -> str:

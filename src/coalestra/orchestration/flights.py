@@ -143,8 +143,8 @@ class Work:
         self.variables: contextvars.Context = (
             contextvars.copy_context() if variables is None else variables
         )
-        self.lanes: dict[int, Lane] = {}
-        self.ready: dict[int, list[Flight]] = {}
+        self.lanes: dict[Link, Lane] = {}
+        self.ready: dict[Link, list[Flight]] = {}
         self.stages: dict[Gather, Callable[[Any], None]] = {}
 
     @property
@@ -264,9 +264,10 @@ class Flight:
         self.phase = _GATHERING
         self.gather = gather
 
-    def be_ready(self) -> None:
-        """Wait for the end of the step, to travel with others to the same source."""
+    def be_ready(self) -> Link | None:
+        """Wait for the end of the step, to travel with others to the same source; return that."""
         self.phase = _READY
+        return self.link
 
     @staticmethod
     def queue(flights: Iterable[Flight], lane: Lane) -> None:
@@ -479,6 +480,10 @@ class Gather:
         readings = self.readings
         return readings if len(readings) == 1 else {key: readings[key] for key in self.keys}
 
+    def revisions(self) -> tuple[Revision, ...]:
+        """Return the revisions that have been read."""
+        return tuple([reading.revision for reading in self.readings.values()])
+
     def trace_flight(self, flight: Flight, *, joined: bool) -> None:
         """Note for the trace of its work, if there is one, that it waits for a flight."""
         trace, key = self.work.trace, flight.key
@@ -565,21 +570,22 @@ class FlightBoard:
         self._graph: WaitsFor[Any] | None = None
         self._nested: dict[Call, int] = {}
 
-    def start(self, gather: Gather, flight: Flight) -> None:
-        """Put up a new flight, and let `gather`, which brought it about, wait for it."""
-        key = flight.key
-        self.flights[key] = flight
-        flight.joinable = True
-        if gather.alone is None:
-            flight.wait(gather, joined=False)
-        else:
-            flight.waiters = gather.alone
-        gather.pending[flight] = None
-        unlimited = gather.owner is None and gather.work.deadline is None
-        flight.cutoff = math.inf if unlimited else gather.cutoff
-        flight.urgent = gather.urgent
-        if gather.work.trace is not None:
-            gather.trace_flight(flight, joined=False)
+    def start(self, gather: Gather, flights: Iterable[Flight]) -> None:
+        """Put up new flights, and let `gather`, which brought them about, wait for them."""
+        cutoff, alone, traced = gather.cutoff, gather.alone, gather.work.trace is not None
+        for flight in flights:
+            self.flights[flight.key] = flight
+            flight.joinable = True
+            flight.cutoff = cutoff
+            if alone is None:
+                flight.wait(gather, joined=False)
+            else:
+                flight.waiters = alone
+            gather.pending[flight] = None
+            if gather.urgent:
+                flight.urgent = True
+            if traced:
+                gather.trace_flight(flight, joined=False)
 
     def join(self, gather: Gather, flight: Flight) -> None:
         """Let `gather` wait for `flight`; a wait that would close a cycle fails instead."""
@@ -721,10 +727,13 @@ class FlightBoard:
             del flight.pins.private[flight.key]
         if flight.linked:
             self._waits.discard(flight)
-        self.deriving.pop(flight, None)
-        flight.phase, flight.settlement = _SETTLED, settlement
+        if self.deriving:
+            self.deriving.pop(flight, None)
+        flight.phase = _SETTLED
+        flight.settlement = settlement
         flight.gather = flight.call = None
-        waiters, flight.waiters = flight.waiters, _NOBODY
+        waiters = flight.waiters
+        flight.waiters = _NOBODY
         return waiters
 
     def __repr__(self) -> str:

@@ -26,12 +26,11 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.cache.store import EntryStore, decide
-from coalestra.concurrency.pace import SLICE_SECONDS
+from coalestra.concurrency.pace import SLICE_SECONDS, portions
 from coalestra.core.errors import (
     BuilderClosedError,
     DependencyResolutionError,
@@ -44,7 +43,7 @@ from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_of_all
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.trace import Obtained, WaitReason
 from coalestra.core.values import Revision
-from coalestra.orchestration.calls import Dispatch
+from coalestra.orchestration.calls import Call, Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
 from coalestra.orchestration.flights import (
     Flight,
@@ -95,6 +94,7 @@ _WOKEN_SECONDS = 0.000_01
 _GRACE_SECONDS = 0.25
 """How long the ends of very many keys may take at a deadline; then the reader is told anyway."""
 
+_DERIVED = SourceKind.DERIVED
 _SETTLED = Phase.SETTLED
 _WRITING = Phase.WRITING
 
@@ -106,18 +106,10 @@ Subject = Flight | Gather
 
 Steps = Iterator[None]
 Step = Callable[..., Steps | None]
-T = TypeVar("T")
 
 
 def _the_rest(_subject: Subject, rest: Steps) -> Steps:
     return rest
-
-
-def _portions(items: Collection[T], size: int) -> Iterable[Collection[T]]:
-    if len(items) <= size:
-        return (items,)
-    rest = iter(items)
-    return iter(lambda: tuple(islice(rest, size)), ())
 
 
 class Agenda:
@@ -282,7 +274,7 @@ class SingleFlight:
         return None
 
     def _look_for_each(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
-        for part in _portions(keys, _KEYS_PER_STEP):
+        for part in portions(keys, _KEYS_PER_STEP):
             self._look_for_all(gather, part)
             yield
             if not gather.open:
@@ -301,7 +293,7 @@ class SingleFlight:
         together; the flights of what it lacks are begun, or joined, in steps.
         """
         common: FreshnessPolicy | None = policy_of_all(self.parts.policies)
-        for part in _portions(keys, _KEYS_AT_ONCE):
+        for part in portions(keys, _KEYS_AT_ONCE):
             missed: list[Wanted] = []
             now, near = self.parts.clock.now(), self.parts.access.near
             for key in part:
@@ -311,7 +303,7 @@ class SingleFlight:
                 revision = None if near is None else near.find(key, now, policy)
                 if revision is None or not self._serve(gather, policy, revision, now):
                     missed.append((key, policy, revision))
-            for wanted in _portions(missed, _KEYS_PER_STEP):
+            for wanted in portions(missed, _KEYS_PER_STEP):
                 if self._store is None:
                     for key, policy, _ in wanted:
                         self._ask_cache(gather, key, policy)
@@ -519,17 +511,18 @@ class SingleFlight:
     def _acquire(self, gather: Gather, wanted: Collection[Wanted]) -> None:
         """Let `gather` wait for the flights of keys; start those that there are none to join of."""
         flights, forced, begun = self.board.flights, gather.forced, []
+        work, news = gather.work, self._news
         for key, policy, cached in wanted:
             flight = flights.get(key)
             if flight is not None and self._join(gather, flight, cached):
                 continue
-            flight = Flight(key, policy, gather.work, self._news)
+            flight = Flight(key, policy, work, news)
             if cached is not None:
                 flight.cached = cached
             if forced and key in forced:
                 flight.forced = True
-            self.board.start(gather, flight)
             begun.append(flight)
+        self.board.start(gather, begun)
         self._proceed(begun)
         if self._store is None:
             for key, _, _ in wanted:
@@ -642,16 +635,26 @@ class SingleFlight:
     def _proceed(self, flights: Iterable[Flight]) -> None:
         """Send flights on to the next source of their chains; settle those that have none."""
         now = asyncio.get_running_loop().time()
+        ready: list[Flight] = []
         for flight in flights:
             try:
                 link = None if flight.cutoff <= now else self._next_link(flight)
                 if link is None:
                     self._end_of_chain(flight, over=flight.cutoff <= now)
-                elif link.kind is SourceKind.DERIVED:
+                elif link.kind is _DERIVED:
                     self._derive(flight, link)
                 else:
-                    self.dispatch.ready(flight)
+                    ready.append(flight)
             except BaseException as error:
+                self.broken(flight, error)
+        self._be_ready(ready)
+
+    def _be_ready(self, flights: Sequence[Flight]) -> None:
+        """Hand over flights of one sponsor that are ready for their sources."""
+        try:
+            self.dispatch.ready(flights)
+        except BaseException as error:
+            for flight in flights:
                 self.broken(flight, error)
 
     def _end_of_chain(self, flight: Flight, over: bool) -> None:
@@ -666,8 +669,7 @@ class SingleFlight:
     def _next_link(self, flight: Flight) -> Link | None:
         chains = self.parts.chains
         record = flight.sponsor.record
-        while flight.position < len(chains.links):
-            link = chains.links[flight.position]
+        for link in chains.links[flight.position :]:
             flight.position += 1
             try:
                 if chains.supports(link, flight.key, record, flight.sponsor.variables):
@@ -780,7 +782,7 @@ class SingleFlight:
         if not gather.failures:
             if flight.pins is not None:
                 hold(flight.pins, gather.readings)
-            self.dispatch.ready(flight)
+            self._be_ready((flight,))
             return
         cycles = [f.cycle for f in gather.failures.values() if f.cycle is not None]
         if cycles:
@@ -821,24 +823,23 @@ class SingleFlight:
         except BaseException as error:
             self.broken(flight, error)
 
-    def _store_together(self, answer: Sequence[tuple[Flight, Revision]]) -> None:
+    def _store_together(self, call: Call, ready: Sequence[tuple[Flight, Revision]]) -> None:
         """Write the values of one answer to the memory cache in one step; each is delivered later.
 
-        What there has been news of meanwhile is left to its delivery.
+        What there has been news of meanwhile, or was settled, is left to its delivery.
         """
-        store, now = self._store, self.parts.clock.now()
-        for forced in (False, True):
-            fit = {
-                revision: flight
-                for flight, revision in answer
-                if flight.forced is forced
-                and flight.cacheable
-                and flight.event is None
-                and not (self._publishing and flight.key in self._publishing)
-            }
-            if fit and store is not None:
-                outcomes = store.put_many(fit, now=now, replace_equal=forced, teller=self)
-                for flight, outcome in zip(fit.values(), outcomes, strict=True):
+        store, publishing, now = self._store, self._publishing, self.parts.clock.now()
+        fit: dict[bool, list[tuple[Flight, Revision]]] = {False: [], True: []}
+        for pair in ready:
+            flight = pair[0]
+            waits = publishing and flight.key in publishing
+            if flight.call is call and flight.cacheable and flight.event is None and not waits:
+                fit[flight.forced].append(pair)
+        for forced, pairs in fit.items():
+            if pairs and store is not None:
+                revisions = [revision for _, revision in pairs]
+                outcomes = store.put_many(revisions, now=now, replace_equal=forced, teller=self)
+                for (flight, _), outcome in zip(pairs, outcomes, strict=True):
                     flight.stored = outcome[0] is CacheWriteStatus.STORED
 
     def _offer(self, flight: Flight) -> None:
@@ -1039,11 +1040,11 @@ class SingleFlight:
 
     def _strike_on(self, gather: Gather, pending: Mapping[ResourceKey, Flight | Read]) -> Steps:
         """Leave what is waited for, so that calls that end for that say so; then end the rest."""
-        for part in _portions(pending.values(), _KEYS_PER_STEP):
+        for part in portions(pending.values(), _KEYS_PER_STEP):
             for awaited in part:
                 self._leave(gather, awaited)
             yield
-        for keys in _portions(gather.keys, _KEYS_PER_STEP):
+        for keys in portions(gather.keys, _KEYS_PER_STEP):
             for key in keys:
                 if key not in gather.readings and key not in gather.failures:
                     self._strike_key(gather, key, pending.get(key))

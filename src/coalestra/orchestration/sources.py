@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextvars import Context
@@ -63,9 +64,10 @@ class Link:
     """One source in the chain, with what the engine needs to know of it.
 
     `context` names its payloads in errors. `inherits` says that what it derives is as fresh as what
-    that is derived from. `asked` and `served` are its bits among the answers that
-    are remembered of a key. `succeeded_at`, `failed_at` are monotonic seconds. `attempts` have come
-    to an answer or an error, `failed_attempts` to an error; `latency_ms` is the sum of both.
+    that is derived from. `asked` is its bit among the answers that are
+    remembered of a key; `served` has one more for a yes. `succeeded_at`, `failed_at` are monotonic
+    seconds. `attempts` have come to an answer or an error, `failed_attempts` to an error;
+    `latency_ms` is the sum of both.
     `deadline_cuts` calls in a row were of no use, as their readers' deadlines had passed.
     """
 
@@ -78,7 +80,6 @@ class Link:
         "failed_at",
         "failed_attempts",
         "guarantee",
-        "index",
         "inherits",
         "kind",
         "last_error",
@@ -92,9 +93,8 @@ class Link:
     )
 
     def __init__(self, index: int, source: Any, *, memoized: bool) -> None:
-        self.index: int = index
         self.asked: int = 1 << 2 * index
-        self.served: int = 2 << 2 * index
+        self.served: int = 3 << 2 * index
         self.source: Any = source
         self.name: str = source.name
         self.context: str = f"payload of {source.name}"
@@ -144,7 +144,7 @@ class Link:
         )
 
     def __repr__(self) -> str:
-        return f"<Link {self.index} {self.name} {self.kind.value}>"
+        return f"<Link {self.name} {self.kind.value}>"
 
 
 def kind_of(source: Any) -> SourceKind:
@@ -181,6 +181,7 @@ class Chains:
             each.name for each in self.links if each.inherits
         )
         self.max_entries = max_entries
+        self._limit = math.inf if max_entries is None else max_entries
         self.entries: int = 0
         self._answers: OrderedDict[ResourceKey, int] = OrderedDict()
         self._asked = sum(link.asked for link in self.links)
@@ -199,9 +200,9 @@ class Chains:
             known = answers.get(key, 0)
             if known & link.asked:
                 record.support_cache_hits += 1
-                if self.max_entries is not None:
+                if self._limit < math.inf:
                     answers.move_to_end(key)
-                return bool(known & link.served)
+                return known & link.served == link.served
             record.support_cache_misses += 1
         # In a copy of the variables, so that nothing that a source sets there reaches anybody else.
         try:
@@ -214,16 +215,12 @@ class Chains:
             return answer
         # Taken out anew: the source may have called for the answers to be forgotten.
         known = answers.pop(key, 0) if known else 0
-        self.entries += not (known & link.asked)
-        answers[key] = known | link.asked | (link.served if answer else 0)
-        if self.max_entries is not None and self.entries > self.max_entries:
-            self._make_room(self.max_entries)
-        return answer
-
-    def _make_room(self, limit: int) -> None:
-        while self.entries > limit:
-            _, forgotten = self._answers.popitem(last=False)
+        answers[key] = known | (link.served if answer else link.asked)
+        self.entries += 1
+        while self.entries > self._limit:
+            _, forgotten = answers.popitem(last=False)
             self.entries -= (forgotten & self._asked).bit_count()
+        return answer
 
     def __repr__(self) -> str:
         return f"<Chains {' > '.join(link.name for link in self.links)} entries={self.entries}>"
