@@ -262,7 +262,7 @@ class _Queue(Generic[R]):
     # Waiting and closing ----------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> bool:
-        # The worker, which cannot wait for itself, returns at once.
+        """See `BufferedSink.flush`; the worker, which cannot wait for itself, returns at once."""
         number("timeout", timeout, minimum=0, optional=True)
         unsettled = [each for each in (self._last_waiting(), self._turn) if each is not None]
         if self._is_worker():
@@ -272,6 +272,7 @@ class _Queue(Generic[R]):
         return self._changes.wait_for(lambda: all(each.settled for each in unsettled), timeout)
 
     def close(self, *, timeout: float | None = 5.0, drain: bool = True) -> bool:
+        """See `BufferedSink.close`; always False in the worker thread itself."""
         number("timeout", timeout, minimum=0, optional=True)
         self.refuse(discard=not flag("drain", drain))
         if self._is_worker():
@@ -280,16 +281,19 @@ class _Queue(Generic[R]):
         return self._note_end(self._changes.wait_for(lambda: self._gone, timeout))
 
     async def until_ended(self, timeout: float | None) -> bool:
+        """See `BufferedSink.until_ended`."""
         self._do_without_thread(timeout)
         return self._note_end(await self._changes.until(lambda: self._gone, timeout))
 
     def refuse(self, *, discard: bool = False) -> None:
+        """Accept no more records, and do not wait; ``discard`` drops what is pending."""
         self._closed = True
         if discard:
             self._drop(down_to=0)
         self._bell.ring()
 
     def call_at_end(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called after the last record of a closed queue, by its worker."""
         self._at_end.append(callback)
         if self.ended:
             self._run_callbacks()
@@ -324,6 +328,7 @@ class _Queue(Generic[R]):
         return min(len(self._waiting) + (self._turn is not None), self._max_pending)
 
     def stats(self) -> BufferedSinkStats:
+        """Return the counts and the state."""
         while True:  # until nothing moved while they were read
             settled = self._delivered, self._failures, self._discarded.value
             turn, waiting, pending = self._turn, len(self._waiting), self._pending
