@@ -234,16 +234,36 @@ class Sampler:
 
 
 class Inspector:
-    """The page of one builder, as an ASGI application; made by `app`."""
+    """The page of one builder, as an ASGI application without dependencies.
+
+    It only reads, and looks at the builder only while somebody watches. Mount it anywhere: all its
+    addresses are relative.
+
+    Args:
+        builder: a `SnapshotBuilder`, used on the event loop that serves the page, or a
+            `SyncSnapshotBuilder`.
+        authorize: says who may read: called with the ASGI scope of every request, it returns True
+            for those who may, or is an async function that does. Without it only requests that come
+            straight from this machine are answered.
+        title: what the page is called.
+        show_values: show the values in the memory cache, by their ``repr``.
+        show_subjects: show subjects and qualifiers of keys, and texts of errors. Without it there
+            is a code in place of a subject.
+        interval_seconds: how often the page is renewed.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, naming it.
+    """
 
     def __init__(
         self,
         builder: AnyBuilder,
-        authorize: Authorize | None,
-        title: str,
-        show_values: bool,
-        show_subjects: bool,
-        interval_seconds: float,
+        *,
+        authorize: Authorize | None = None,
+        title: str = "Coalestra",
+        show_values: bool = False,
+        show_subjects: bool = False,
+        interval_seconds: float = 1.0,
     ) -> None:
         if not isinstance(builder, (SnapshotBuilder, SyncSnapshotBuilder)):
             raise wrong_type("builder", "a SnapshotBuilder or a SyncSnapshotBuilder", builder)

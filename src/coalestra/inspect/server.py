@@ -35,13 +35,30 @@ class _Refused(Exception):
 
 
 class Server:
-    """Serves an ASGI application; made by `serve`, and used with ``async with``.
+    """Serves a page from a program that has no web server of its own.
+
+    It listens from the beginning of an ``async with`` to its end::
+
+        async with inspect.serve(inspect.app(builder)) as server:
+            print(server.url)
+            ...
+
+    Args:
+        application: what `app` returned, or any other ASGI application that takes no bodies.
+        host: the address to listen on. Other machines than this one reach another address than the
+            default only if the page is made with ``authorize``, too.
+        port: the port; 0 for any that is free.
 
     Attributes:
         host, port: where it listens; the port that was chosen, if any one was asked for.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, naming it.
     """
 
-    def __init__(self, application: Application, host: str, port: int) -> None:
+    def __init__(
+        self, application: Application, *, host: str = "127.0.0.1", port: int = 8089
+    ) -> None:
         self._application: Application = callable_("application", application)
         self.host: str = text("host", host)
         self.port: int = int(number("port", integer("port", port), minimum=0, maximum=65_535))
@@ -196,27 +213,3 @@ class _Answer:
         self._writer.close()
         with suppress(OSError, asyncio.TimeoutError):
             await asyncio.wait_for(self._writer.wait_closed(), _MOMENT_SECONDS)
-
-
-def serve(application: Application, *, host: str = "127.0.0.1", port: int = 8089) -> Server:
-    """Serve a page from a program that has no web server of its own.
-
-    ::
-
-        async with inspect.serve(inspect.app(builder)) as server:
-            print(server.url)
-            ...
-
-    Args:
-        application: what `app` returned, or any other ASGI application that takes no bodies.
-        host: the address to listen on. Other machines than this one reach another address than the
-            default only if the page is made with ``authorize``, too.
-        port: the port; 0 for any that is free.
-
-    Returns:
-        The server, which listens from the beginning of an ``async with`` to its end.
-
-    Raises:
-        TypeError, ValueError: for a bad argument, naming it.
-    """
-    return Server(application, host, port)
