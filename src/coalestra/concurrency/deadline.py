@@ -184,7 +184,7 @@ class CutOff:
       loop, the block ends with `CancelledError`: a cancellation is never swallowed.
     - Cut-offs nest. When several strike together the outermost of them reports.
     - If the block survives (it caught the cancellation, or raised something else) its own outcome
-      stands, and `expired` tells.
+      stands, and `expired` tells that the time was up before the block had ended.
 
     Args:
         when: the instant on the event loop's clock, or None for never.
@@ -194,24 +194,19 @@ class CutOff:
         RuntimeError: on entering outside of a task, or a second time.
     """
 
-    __slots__ = ("_cancellation", "_expired", "_handle", "_left", "_on_expire", "when")
+    __slots__ = ("_cancellation", "_handle", "_left", "_on_expire", "expired", "when")
 
     def __init__(self, when: float | None, on_expire: Callable[[], object] | None = None) -> None:
         self.when = when
         self._on_expire = on_expire
         self._handle: asyncio.TimerHandle | None = None
         self._cancellation: OwnCancellation | None = None
-        self._expired = False
+        self.expired: bool = False
         self._left = False
-
-    @property
-    def expired(self) -> bool:
-        """Whether the time was up before the block had ended."""
-        return self._expired
 
     def move(self, when: float | None) -> bool:
         """Set another time, or none; return False if it comes too late to matter."""
-        if self._expired or self._left:
+        if self.expired or self._left:
             return False
         self.when = when
         if self._cancellation is not None:
@@ -227,7 +222,7 @@ class CutOff:
 
     def _expire(self) -> None:
         self._handle = None
-        self._expired = True
+        self.expired = True
         try:
             if self._on_expire is not None:
                 self._on_expire()
@@ -258,11 +253,11 @@ class CutOff:
         cancellation, self._cancellation = self._cancellation, None
         if cancellation is None:
             return
-        alone = self._expired and cancellation.withdraw()
+        alone = self.expired and cancellation.withdraw()
         cancellation.end()
         if alone and self.when is not None and isinstance(error, asyncio.CancelledError):
             raise CutOffExpired(self.when) from error
 
     def __repr__(self) -> str:
-        state = "expired" if self._expired else "left" if self._left else "open"
+        state = "expired" if self.expired else "left" if self._left else "open"
         return f"<CutOff when={self.when} {state}>"

@@ -154,7 +154,7 @@ class WorkerThreads:
     def __init__(self, *, idle_seconds: float = 10.0) -> None:
         self.idle_seconds: float = number("idle_seconds", idle_seconds, minimum=0)
         self.wait_seconds: float = min(self.idle_seconds, LONGEST_WAIT_SECONDS)
-        self._closed = False
+        self.closed: bool = False
         self._let_go = False
         self._idle: dict[_Worker, None] = {}
         self._running: dict[Job[Any], None] = {}
@@ -176,13 +176,8 @@ class WorkerThreads:
         """How many threads wait for work."""
         return len(self._idle)
 
-    @property
-    def closed(self) -> bool:
-        """Whether new work is refused."""
-        return self._closed
-
     def __repr__(self) -> str:
-        return f"<WorkerThreads busy={dict(self.busy)} idle={self.idle} closed={self._closed}>"
+        return f"<WorkerThreads busy={dict(self.busy)} idle={self.idle} closed={self.closed}>"
 
     async def run(
         self,
@@ -209,8 +204,28 @@ class WorkerThreads:
         """
         label = label or getattr(function, "__qualname__", type(function).__qualname__)
         job = self.start(partial(function, *arguments), label, or_here=or_here)
-        await _until_done(job.ended, lambda: self._let_go)
+        await self._until_ended(job)
         return job.outcome()
+
+    async def _until_ended(self, job: Job[Any]) -> None:
+        """Wait for the end of a job; a cancellation of the caller has to wait as well.
+
+        It does not once callers were let go: who ends a program cancels all that there is, and
+        would wait for ever for a thread that never ends.
+        """
+        cancellation: asyncio.CancelledError | None = None
+        while not job.ended.done():
+            try:
+                await asyncio.shield(job.ended)
+            except asyncio.CancelledError as error:
+                if self._let_go:
+                    raise
+                cancellation = error
+        if cancellation is not None:
+            try:
+                raise cancellation
+            finally:
+                cancellation = None
 
     def start(
         self,
@@ -227,7 +242,7 @@ class WorkerThreads:
         Raises:
             RuntimeError: as `run`; `on_end` is not called then.
         """
-        if self._closed:
+        if self.closed:
             raise RuntimeError("these worker threads are closed; no more work is accepted")
         job = Job(partial(contextvars.copy_context().run, call), label, on_end, self._running)
         try:
@@ -274,39 +289,18 @@ class WorkerThreads:
 
     def close(self) -> None:
         """Refuse new work and end the threads without any; the others end with their work."""
-        self._closed = True
+        self.closed = True
         self.end_idle()
 
     def rest(self, worker: _Worker) -> bool:
         """Take a worker back; False tells it to end."""
         self._idle[worker] = None
         # Looked at afterwards: closing shuts first and then ends whoever is at rest.
-        return not (self._closed and self.claim(worker))
+        return not (self.closed and self.claim(worker))
 
     def claim(self, worker: _Worker) -> bool:
         """Take a worker out of those at rest; False if somebody else was quicker."""
         return self._idle.pop(worker, self) is None
-
-
-async def _until_done(done: asyncio.Future[None], let_go: Callable[[], bool]) -> None:
-    """Wait for a future that nobody cancels; a cancellation of the caller has to wait as well.
-
-    It does not once callers were `let_go`: who ends a program cancels all that there is, and would
-    wait for ever for a thread that never ends.
-    """
-    cancellation: asyncio.CancelledError | None = None
-    while not done.done():
-        try:
-            await asyncio.shield(done)
-        except asyncio.CancelledError as error:
-            if let_go():
-                raise
-            cancellation = error
-    if cancellation is not None:
-        try:
-            raise cancellation
-        finally:
-            cancellation = None
 
 
 _instances: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()

@@ -856,9 +856,6 @@ def _amounts(components: Mapping[str, int]) -> str:
     return ", ".join(f"{name}: {amount}" for name, amount in components.items()) or "none named"
 
 
-# Every exception of the library, and the records and JSON shapes that they report with -----------
-
-
 __all__ = [
     # the root
     "CoalestraError",

@@ -112,9 +112,6 @@ class SystemClock:
         return "SystemClock()"
 
 
-# What an application may bring along: sources, caches and sinks, told by their structure ---------
-
-
 # Sources ------------------------------------------------------------------------------------------
 
 
