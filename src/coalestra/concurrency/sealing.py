@@ -20,7 +20,6 @@ Every copy is what ``copy.deepcopy`` makes, except that immutable objects may st
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import copyreg
 import dataclasses
@@ -649,11 +648,10 @@ def seal_flat(value: Any) -> Sealed | None:
 
 def seal_briefly(value: Any) -> Sealed | None:
     """Seal a payload that is not large and of known types; return None for any other."""
-    sealed = seal_flat(value)
-    if sealed is None:
-        with contextlib.suppress(UnknownPayload, LargePayload):
-            return _survey(value, BRIEF)
-    return sealed
+    try:
+        return _survey(value, BRIEF)
+    except (UnknownPayload, LargePayload):
+        return None
 
 
 def seal_anyhow(value: Any) -> Sealed:
