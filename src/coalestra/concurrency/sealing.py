@@ -135,28 +135,41 @@ ATOMS: set[type] = {
 
 MOST_ATOMS = 1000
 
-_STANDARD_ATOMS = {
-    ("datetime", "date"),
-    ("datetime", "timedelta"),
-    ("datetime", "timezone"),
-    ("decimal", "Decimal"),
-    ("fractions", "Fraction"),
-    ("ipaddress", "IPv4Address"),
-    ("ipaddress", "IPv6Address"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "PureWindowsPath"),
-    ("pathlib", "WindowsPath"),
-    ("re", "Pattern"),
-    ("uuid", "UUID"),
-    ("zoneinfo", "ZoneInfo"),
-}
-"""Named, not imported: an instance can only exist where the module has been imported."""
-
-_STANDARD_TIMES = {("datetime", "datetime"), ("datetime", "time")}
-
 Parts = Callable[[Any], Collection[Any]]
 """Tells what a holder holds."""
+
+
+def _nothing(_: object) -> tuple[()]:
+    return ()
+
+
+def _itself(holder: Collection[Any]) -> Collection[Any]:
+    return holder
+
+
+def _time_zone(moment: Any) -> tuple[Any]:
+    return (moment.tzinfo,)
+
+
+_STANDARD: dict[tuple[str, str], Parts] = {
+    ("datetime", "date"): _nothing,
+    ("datetime", "datetime"): _time_zone,
+    ("datetime", "time"): _time_zone,
+    ("datetime", "timedelta"): _nothing,
+    ("datetime", "timezone"): _nothing,
+    ("decimal", "Decimal"): _nothing,
+    ("fractions", "Fraction"): _nothing,
+    ("ipaddress", "IPv4Address"): _nothing,
+    ("ipaddress", "IPv6Address"): _nothing,
+    ("pathlib", "PosixPath"): _nothing,
+    ("pathlib", "PurePosixPath"): _nothing,
+    ("pathlib", "PureWindowsPath"): _nothing,
+    ("pathlib", "WindowsPath"): _nothing,
+    ("re", "Pattern"): _nothing,
+    ("uuid", "UUID"): _nothing,
+    ("zoneinfo", "ZoneInfo"): _nothing,
+}
+"""Named, not imported: an instance can only exist where the module has been imported."""
 
 
 def parts_of(cls: type) -> Parts | None:
@@ -166,33 +179,29 @@ def parts_of(cls: type) -> Parts | None:
     """
     if cls is tuple or cls is frozenset:
         return _itself
-    if _is_atom(cls):
-        if len(ATOMS) < MOST_ATOMS:
-            ATOMS.add(cls)
-        return _nothing
-    if _is_standard(cls, _STANDARD_TIMES):
-        return _time_zone
-    if cls.__dictoffset__ or not copies_by_default(cls, hooks_of(cls)):
-        return None
+    parts = _known_parts(cls)
+    if parts is _nothing and len(ATOMS) < MOST_ATOMS:
+        ATOMS.add(cls)
+    if parts is not None or cls.__dictoffset__ or not copies_by_default(cls, hooks_of(cls)):
+        return parts
     if issubclass(cls, tuple):
         return _itself if hasattr(cls, "_fields") else None
     return _parts_of_dataclass(cls)
 
 
-def _is_atom(cls: type) -> bool:
+def _known_parts(cls: type) -> Parts | None:
     if issubclass(cls, type):
-        return True
+        return _nothing
     if isinstance(cls, enum.EnumMeta):
-        return getattr(cls, "__deepcopy__", None) is getattr(enum.Enum, "__deepcopy__", None)
-    return _is_standard(cls, _STANDARD_ATOMS) and not cls.__dictoffset__
-
-
-def _is_standard(cls: type, names: set[tuple[str, str]]) -> bool:
+        as_usual = getattr(cls, "__deepcopy__", None) is getattr(enum.Enum, "__deepcopy__", None)
+        return _nothing if as_usual else None
     # Modules may be parts of others, as pathlib is a package in newer versions.
     name = (str(cls.__module__).partition(".")[0], cls.__qualname__)
-    return name in names and getattr(sys.modules.get(name[0]), name[1], None) is cls
+    parts = None if cls.__dictoffset__ else _STANDARD.get(name)
+    return parts if getattr(sys.modules.get(name[0]), name[1], None) is cls else None
 
 
+_OBJECT: Any = object  # whose attributes have other types than those of the same name elsewhere
 _GENERATED = frozenset(
     {"__init__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__"}
     | {"__setattr__", "__delattr__", "__getstate__", "__setstate__", "__replace__"}
@@ -216,7 +225,7 @@ def _parts_of_dataclass(cls: type) -> Parts | None:
 
 def _find_fields(cls: type) -> Parts | None:
     parameters = cls.__dict__.get("__dataclass_params__")
-    if parameters is None or not parameters.frozen or not inherits(cls, "__new__"):
+    if parameters is None or not parameters.frozen or cls.__new__ is not _OBJECT.__new__:
         return None
     fields, slots = cls.__dict__.get("__dataclass_fields__", {}), []
     for base in cls.__mro__[:-1]:
@@ -241,24 +250,11 @@ def _keeps_nothing(name: str, attribute: Any) -> bool:
     return attribute.__code__.co_filename in _GENERATED_IN
 
 
-def _nothing(_: object) -> tuple[()]:
-    return ()
-
-
-def _itself(holder: Collection[Any]) -> Collection[Any]:
-    return holder
-
-
-def _time_zone(moment: Any) -> tuple[Any]:
-    return (moment.tzinfo,)
-
-
 # Which classes leave their copying to ``copy.deepcopy`` -------------------------------------------
 
 _HOOKS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 """What a class, or by accident an instance, can define to be asked how it is copied."""
 
-_BUILDERS = ("__new__", "__getnewargs__", "__getnewargs_ex__")
 _NEW_OBJECT: Any = object().__reduce_ex__(2)[0]
 
 
@@ -276,9 +272,9 @@ def copies_by_default(cls: type, hooks: list[Any]) -> bool:
     """Whether ``copy.deepcopy`` takes instances apart by itself, running no code of the class."""
     if hooks != _NO_HOOKS and not _has_state_of_dataclass(hooks):
         return False
-    if issubclass(cls, tuple):  # has an attribute access of its own, in C
-        return inherits(cls, "__getattr__")
-    return inherits(cls, "__getattr__", "__getattribute__")
+    # A tuple has an attribute access of its own, in C.
+    plain = issubclass(cls, tuple) or cls.__getattribute__ is _OBJECT.__getattribute__
+    return plain and not hasattr(cls, "__getattr__")
 
 
 def _has_state_of_dataclass(hooks: list[Any]) -> bool:
@@ -291,14 +287,11 @@ def _has_state_of_dataclass(hooks: list[Any]) -> bool:
     )
 
 
-def inherits(cls: type, *names: str) -> bool:
-    """Whether a class has left these attributes as ``object`` has them, or does not."""
-    return all(getattr(cls, name, None) is getattr(object, name, None) for name in names)
-
-
 def is_plain(cls: type, hooks: list[Any]) -> bool:
     """Whether instances are all that their attributes are, and copied by these."""
-    return copies_by_default(cls, hooks) and inherits(cls, *_BUILDERS)
+    builds_itself = hasattr(cls, "__getnewargs__") or hasattr(cls, "__getnewargs_ex__")
+    own_new = cls.__new__ is not _OBJECT.__new__
+    return copies_by_default(cls, hooks) and not own_new and not builds_itself
 
 
 State = tuple[dict[str, Any], dict[str, Any]]
@@ -321,7 +314,7 @@ def state_of(instance: Any, cls: type[Any], hooks: list[Any]) -> State | None:
         return None
     if type(attributes) is not dict or not attributes.keys().isdisjoint(_HOOKS):
         return None
-    if slots and not inherits(cls, "__setattr__"):
+    if slots and cls.__setattr__ is not _OBJECT.__setattr__:
         return None
     return attributes, slots
 
