@@ -223,6 +223,27 @@ async def test_a_subclass_may_leave_out_what_its_base_is_made_with() -> None:
     absence(await attempt(builder(Stock("x", {"x": error}))))
 
 
+@pytest.mark.parametrize("odd", ["30", math.nan, -1.0, LookupError("not known")], ids=repr)
+@pytest.mark.parametrize("fact", ["final", "ttl_seconds"])
+@pytest.mark.expects_leaks  # the loop is told
+async def test_what_a_subclass_says_and_cannot_be_meant_is_left_alone(fact: str, odd: Any) -> None:
+    def told(_self: ResourceAbsent) -> Any:
+        if isinstance(odd, Exception):
+            raise odd
+        return odd
+
+    def silent(self: ResourceAbsent) -> None:
+        """Set nothing."""
+
+    kind: Any = type("NoSuchUser", (ResourceAbsent,), {fact: property(told), "__init__": silent})
+    building, (first, second) = chain(kind(), NONE)
+    absence(await attempt(building))
+    absence(await attempt(building))
+    assert (len(first.calls), len(second.calls)) == (2, 2)
+    building, (_, second) = chain(kind(), "found")
+    assert (await building.build([X])).value(X) == "found"
+
+
 # The chain ----------------------------------------------------------------------------------------
 
 

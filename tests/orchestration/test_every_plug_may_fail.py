@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,7 @@ from coalestra import (
 from coalestra.orchestration.flights import Flight, FlightBoard, Gather
 from coalestra.orchestration.singleflight import SingleFlight
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
-from tests.support import EPOCH, LoopClock, no_leaks, settle
+from tests.support import EPOCH, LoopClock, VirtualLoop, no_leaks, run_virtual, settle
 
 BASES = [key("base", str(number)) for number in range(3)]
 KEYS = [*BASES, key("derived"), key("single"), key("late")]
@@ -33,6 +35,16 @@ MOST_CALLS = 60
 
 class Panic(BaseException):
     """No ordinary exception."""
+
+
+class Answering:
+    """Resolves every key to the same thing, whatever that is."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def resolve(self, key: ResourceKey) -> Any:
+        return self.answer
 
 
 class Fuse:
@@ -203,3 +215,42 @@ async def test_an_error_that_cannot_even_be_recorded_ends_its_key(
     monkeypatch.setattr(SourceFailure, "of", unreadable)
     snapshot = await asyncio.wait_for(building.build([key("x")]), 50)
     assert snapshot[key("x")].source == "second"
+
+
+@pytest.mark.parametrize("answer", [None, 5, FreshnessPolicy], ids=repr)
+async def test_a_key_whose_policy_is_none_has_failed_and_is_not_left_out(answer: Any) -> None:
+    policies: Any = Answering(answer)
+    building = builder(Batch("base"), default_policy=None, policy_resolver=policies)
+    snapshot = await building.build(BASES, strict=False)
+    assert list(snapshot.errors) == BASES
+    assert "freshness policy: TypeError" in str(snapshot.errors[BASES[0]])
+    async with building.session() as session:
+        assert list((await session.resolve(BASES, strict=False)).errors) == BASES
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("plug", ["clock", "policy", "authority"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_ends_the_program_reaches_it_from_every_plug(
+    plug: str, error: type[BaseException]
+) -> None:
+    """An interrupt strikes wherever the program is: in whichever call of a plug."""
+
+    async def act(building: SnapshotBuilder, fuse: Fuse) -> bool:
+        for _ in range(2):
+            await building.build(KEYS, strict=False)
+        await building.wait_for_refreshes()
+        await settle()
+        return fuse.blown
+
+    for calls in range(MOST_CALLS):
+        fuse, loop = Fuse(error), VirtualLoop()
+        building = world(plug, fuse)
+        fuse.arm(calls)
+        with contextlib.suppress(error):
+            blown = run_virtual(act(building, fuse), loop=loop, leaks_allowed=True)
+            assert not blown, f"call {calls} of the {plug} was swallowed"
+            break
+    else:
+        raise AssertionError("more calls than were tried")
+    gc.collect()  # what the program has broken off

@@ -396,6 +396,17 @@ async def test_it_is_no_longer_failing_once_a_refresh_has_succeeded() -> None:
     assert await it.state() is UNDER_WAY
 
 
+async def test_of_a_value_that_was_cleared_away_no_refresh_is_failing() -> None:
+    it = Refreshed()
+    await it.state()
+    it.down = ConnectionError("no route")
+    it.clock.advance(20)
+    await it.state()
+    assert await it.failing() == 1
+    await it.builder.publisher.cache.clear()
+    assert await it.failing() == 0
+
+
 async def test_another_value_of_the_key_has_no_failed_refresh() -> None:
     for renew in ("publish", "force", "build"):
         it = Refreshed()

@@ -266,6 +266,8 @@ def quiet_ages(
         return repeat(quiet_seconds(common))
     try:
         return [quiet_seconds(policies.resolve(key)) for key in keys]
+    except (KeyboardInterrupt, SystemExit):
+        raise
     except BaseException:  # it is asked again, key by key, by whoever can tell which one fails
         return None
 

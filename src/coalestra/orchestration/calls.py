@@ -786,10 +786,13 @@ class Call:
         """Take small steps; others have a turn whenever a slice of time is used up."""
         pace = self.parts.pace
         pace.begin()
-        for _ in steps:
-            if pace.due:
-                asyncio.get_running_loop().call_soon(self._work_off, steps)
-                return
+        try:
+            for _ in steps:
+                if pace.due:
+                    asyncio.get_running_loop().call_soon(self._work_off, steps)
+                    return
+        except BaseException as broken:
+            _tell_loop(broken)
         self.dispatch.release(self.work)
 
     def refuse(self, flight: Flight, error: BaseException, status: str) -> None:
@@ -1036,6 +1039,7 @@ class Call:
         )
 
     def _refuse_value(self, flight: Flight, error: BaseException) -> None:
+        pass_on(error)
         self.fresh.discard(flight)
         future = isinstance(error.__cause__, FutureObservation)
         self.work.record.future_timestamp_rejections += future

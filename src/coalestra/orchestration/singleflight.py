@@ -42,6 +42,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_of_all
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.trace import Obtained, WaitReason
+from coalestra.core.validation import flag, instance, span
 from coalestra.core.values import Revision
 from coalestra.orchestration.calls import Call, Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
@@ -328,7 +329,7 @@ class SingleFlight:
     def _policy(self, gather: Gather, key: ResourceKey) -> FreshnessPolicy | None:
         """Return the policy of a key; if there is none to be had, the key fails."""
         try:
-            return self.parts.policies.resolve(key)
+            return instance("policy", self.parts.policies.resolve(key), FreshnessPolicy)
         except BaseException as error:
             gather.failures[key] = Failure.of_error(key, error, "freshness policy")
             pass_on(error)
@@ -703,15 +704,23 @@ class SingleFlight:
     # Absent: what sources have said there is none of ------------------------------------------
 
     def _note_absence(self, flight: Flight, answer: ResourceAbsent) -> None:
-        """Take note of for how long there is none; not of what is derived from what may change."""
-        seconds = answer.ttl_seconds or 0.0
+        """Take note of for how long there is none; not of what is derived from what may change.
+
+        What a subclass makes of that is left alone if it makes no sense.
+        """
+        final, seconds = False, 0.0
+        try:
+            final = flag("final", answer.final)
+            seconds = span("ttl_seconds", answer.ttl_seconds or 0.0)
+        except BaseException as error:
+            self._report_broken(flight, error)
         if flight.gather is not None:
             seconds = 0.0
             if self._news > flight.since:
                 self._is_behind(flight)
         until = self.parts.clock.monotonic() + seconds
         flight.absent_until = min(flight.absent_until, until)
-        if answer.final:
+        if final:
             flight.position = len(self.parts.chains.links)
 
     def _known_absent(self, key: ResourceKey) -> Failure | None:
@@ -1141,7 +1150,7 @@ class SingleFlight:
         """Learn that all matching keys are invalidated, also those that derivations rest on."""
         taken = {revision.key for flight in self.board.deriving for revision in _taken(flight)}
         under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys, *taken]
-        under_way += self._absent
+        under_way += [*self.refresher.failing, *self._absent]
         self.invalidating({key: None for key in under_way if matches(key)})
 
     def cut_off(self) -> None:
