@@ -20,10 +20,12 @@ from coalestra import (
     ResourceKey,
     SnapshotBuilder,
     SnapshotBuildError,
+    SnapshotSession,
     SourceResiliencePolicy,
     SourceTimeoutError,
     SourceUnavailableError,
 )
+from coalestra.orchestration import singleflight
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
 from tests.orchestration.scripted import LASTING, ONCE, Batch, Derived, Single, builder, key
 from tests.orchestration.stock import Stock
@@ -625,6 +627,91 @@ def test_open_circuits_are_remembered_on_the_next_loop_and_probes_are_not_lost()
     clock.advance(11)
     assert asyncio.run(read()) == "up"
     asyncio.run(building.aclose())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_probe_left_over_from_a_loop_that_has_ended_reopens_its_circuit() -> None:
+    clock = ManualClock()
+    source = Hanging("k")
+    source.healed = True
+    source.resilience_policy = SourceResiliencePolicy(
+        retry=ONCE.retry,
+        circuit=CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=10),
+    )
+    building = made(source, clock=clock)
+    asyncio.run(
+        building.circuit_breaker.record_failure("k", policy=source.resilience_policy.circuit)
+    )
+    clock.advance(11)
+    source.healed = False
+    left = left_on_a_loop(lambda: building.build([K]))
+    source.healed = True
+
+    async def read() -> Any:
+        return (await building.build([K])).value(K)
+
+    with pytest.raises(SnapshotBuildError, match="may be probed in 10 s"):
+        run_virtual(read())
+    clock.advance(11)
+    assert run_virtual(read()) == "fine"
+    assert left
+    asyncio.run(building.aclose())
+
+
+def left_on_a_loop(work: Callable[[], Coroutine[Any, Any, Any]]) -> list[asyncio.Task[Any]]:
+    """Begin work on an event loop that ends in the midst of it; return the task in a list."""
+
+    async def begin() -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not task.done()
+        return task
+
+    loop = asyncio.new_event_loop()
+    left = [loop.run_until_complete(begin())]
+    for task in asyncio.all_tasks(loop):
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # dropped on purpose
+    loop.close()
+    return left
+
+
+@pytest.mark.parametrize("call", ["look", "resolve", "revalidate"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_session_whose_call_was_left_on_the_last_loop_goes_on_on_the_next(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Hanging("k")
+    source.healed = True
+    building = made(source, max_pending_tasks=1)
+    session = asyncio.run(opened(building))
+    source.healed = False
+    calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+        "look": lambda: session.resolve([key("k", f"many {number}") for number in range(50)]),
+        "resolve": lambda: session.resolve([key("k", "1")]),
+        "revalidate": lambda: session.revalidate([K], force_refresh=True),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(singleflight, "SLICE_SECONDS", -1.0)  # a turn for each key
+        patch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+        patch.setattr(singleflight, "_KEYS_PER_STEP", 1)
+        left = left_on_a_loop(calls[call])
+    source.healed = True
+
+    async def go_on() -> None:
+        await session.resolve([key("k", "2")])
+        await session.revalidate([K], force_refresh=True)
+
+    run_virtual(go_on())
+    assert left
+    asyncio.run(building.aclose())
+
+
+async def opened(building: SnapshotBuilder) -> SnapshotSession:
+    """Return a session that has resolved K."""
+    session = building.session()
+    await session.resolve([K])
+    return session
 
 
 def test_a_session_without_deadline_goes_on_on_the_next_loop() -> None:

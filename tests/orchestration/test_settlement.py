@@ -36,6 +36,7 @@ from coalestra import (
 from coalestra.concurrency import pace
 from coalestra.concurrency.deadline import CutOff
 from coalestra.orchestration import calls
+from tests.contracts.caches import BatchAtomicCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
 from tests.support import Gate, ThreadGate, VirtualLoop, no_leaks, run_virtual, settle
 
@@ -616,6 +617,97 @@ def test_an_error_keeps_no_payload_alive_once_it_is_dropped(kind: str) -> None:
     gc.disable()
     try:
         asyncio.run(main())
+    finally:
+        gc.enable()
+
+
+class Slow(Payload):
+    """Takes a thread to be copied."""
+
+    def __deepcopy__(self, _memo: object) -> Slow:
+        return Slow()
+
+
+async def waits(_key: ResourceKey, _context: FetchContext) -> Any:
+    payload = Payload()
+    await asyncio.sleep(100)
+    return payload
+
+
+async def left_alone(building: SnapshotBuilder) -> None:
+    reading = asyncio.ensure_future(building.build([GOOD, key("waits")]))
+    await asyncio.sleep(1)
+    reading.cancel()
+    await asyncio.wait([reading])
+
+
+async def talk(building: SnapshotBuilder) -> None:
+    async with building.session(metadata={"for": Payload()}) as session:
+        await session.resolve([GOOD, key("derived")])
+        await session.revalidate([GOOD], force_refresh=True)
+
+
+async def renew(building: SnapshotBuilder) -> None:
+    for _ in range(2):
+        await building.build([GOOD, key("batch")], metadata={"for": Payload()})
+        await asyncio.sleep(10)
+        await building.wait_for_refreshes()
+
+
+async def share(building: SnapshotBuilder) -> None:
+    await asyncio.gather(*(building.build([GOOD], metadata={"n": Payload()}) for _ in range(3)))
+
+
+DEEDS: dict[str, Callable[[SnapshotBuilder], Any]] = {
+    "read": lambda building: building.build([GOOD, key("batch"), key("derived")]),
+    "read what takes a thread": lambda building: building.build([key("slow")]),
+    "say what for": lambda building: building.build([GOOD], metadata={"for": Payload()}),
+    "be late": lambda b: b.build([GOOD, key("waits")], strict=False, deadline_seconds=1),
+    "fail in part": lambda building: building.build([GOOD, key("nobody")]),
+    "leave": left_alone,
+    "talk": talk,
+    "renew": renew,
+    "share": share,
+}
+
+
+@pytest.mark.parametrize("cache", [None, BatchAtomicCache], ids=["memory", "awaited"])
+@pytest.mark.parametrize("deed", DEEDS)
+def test_nothing_of_a_unit_of_work_that_is_over_waits_for_the_collector(
+    deed: str, cache: Callable[[], Any] | None
+) -> None:
+    """A payload may be large, and a program may do without the collector."""
+
+    async def give(_key: ResourceKey, _context: FetchContext) -> Any:
+        await asyncio.sleep(0)
+        return Payload()
+
+    async def give_slow(_key: ResourceKey, _context: FetchContext) -> Any:
+        return Slow()
+
+    async def main() -> int:
+        building = builder(
+            Single("good", fetch=give),
+            Single("slow", fetch=give_slow),
+            Single("waits", fetch=waits),
+            Batch("batch", answer=lambda _: Payload()),
+            Derived("derived", needs=lambda _: [GOOD, key("batch")]),
+            default_policy=FreshnessPolicy(5, 50, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE),
+            cache=None if cache is None else cache(),
+        )
+        with contextlib.suppress(SnapshotBuildError):
+            await DEEDS[deed](building)
+        keys = [GOOD, key("batch"), key("derived"), key("slow")]
+        await building.publisher.invalidate_many(keys)
+        await asyncio.sleep(1)
+        left = sum(isinstance(each, Payload) for each in gc.get_objects())
+        await building.aclose()
+        return left
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert run_virtual(main()) == 0
     finally:
         gc.enable()
 

@@ -246,7 +246,7 @@ class CutOff:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._left = True
+        self._left, self._on_expire = True, None  # it may lead to whoever keeps this
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None

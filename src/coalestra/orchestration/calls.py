@@ -40,10 +40,12 @@ Laws:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import inspect
 import math
 import types
+import weakref
 from collections import deque
 from collections.abc import (
     Callable,
@@ -175,12 +177,15 @@ def _sender(steps: Any) -> Callable[[Any], Any]:
 
 def _thrown_into(steps: Any, error: BaseException) -> Any:
     """Do as ``yield from`` does: close or tell what is awaited, as far as it can be told."""
-    if isinstance(error, GeneratorExit):
-        getattr(steps, "close", _nothing)()
-        raise error
-    if not hasattr(steps, "throw"):
-        raise error
-    return steps.throw(error)
+    try:
+        if isinstance(error, GeneratorExit):
+            getattr(steps, "close", _nothing)()
+            raise error
+        if not hasattr(steps, "throw"):
+            raise error
+        return steps.throw(error)
+    finally:
+        del error  # its traceback leads here
 
 
 def _nothing() -> None:
@@ -643,6 +648,14 @@ class Call:
         if not self._over and self._retry is None:
             self.end(SourceUnavailableError(f"the call of source {self.link.name!r} was lost"))
 
+    def forget(self) -> None:
+        """Learn that the event loop has ended, and with it whoever waited; tell the circuits."""
+        over, self._over = self._over, True
+        if not over:
+            with contextlib.suppress(Exception):  # of a clock: nobody is left to be told
+                for _ in self._tell_circuits(_ABANDONED):
+                    pass
+
     def _wanted(self) -> bool:
         if self._interest is None:
             self._interest = Interest(self.flights)
@@ -938,7 +951,7 @@ class Call:
         if self.flights:
             self.lost()
             return
-        self._over = True
+        self._over, self._attempt = True, None
         if self.log is not None:
             self.log.over("success")
         if self._unusable is not None and not self.fresh:
@@ -1544,14 +1557,16 @@ class Dispatch:
                     self.refused(flight, failure, "failure")
 
     def _lane(self, work: Work, link: Link) -> Lane:
-        lane = work.lanes.get(link)
+        known = work.lanes.get(link)
+        lane = None if known is None else known()
         if lane is None:
             parts = self.parts
             limit = parts.max_pending_tasks
             if link.kind is _BATCH:
                 limit = parts.max_concurrency
             work.variables.run(current_threads.set, parts.threads)
-            lane = work.lanes[link] = Lane(self, work, link, limit)
+            lane = Lane(self, work, link, limit)
+            work.lanes[link] = weakref.ref(lane)  # so that the two are no circle
         return lane
 
     def __repr__(self) -> str:

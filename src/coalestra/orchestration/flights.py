@@ -122,6 +122,7 @@ class Work:
     struck by its deadline, nothing is started in its name any more.
     """
 
+    loop: asyncio.AbstractEventLoop | None = None
     timer: asyncio.TimerHandle | None = None
     planning: int = 0
     flushing: bool = False
@@ -143,7 +144,7 @@ class Work:
         self.variables: contextvars.Context = (
             contextvars.copy_context() if variables is None else variables
         )
-        self.lanes: dict[Link, Lane] = {}
+        self.lanes: dict[Link, weakref.ref[Lane]] = {}
         self.ready: dict[Link, list[Flight]] = {}
         self.stages: dict[Gather, Callable[[Any], None]] = {}
 
@@ -156,6 +157,13 @@ class Work:
     def expired(self) -> bool:
         """Whether the deadline has passed."""
         return self.deadline is not None and self.deadline.expired
+
+    def settle_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Go on upon an event loop; what was under way upon another one has ended with that."""
+        if self.loop is not None and self.loop is not loop:
+            self.lanes, self.ready, self.stages = {}, {}, {}
+            self.timer, self.planning, self.flushing = None, 0, False
+        self.loop = loop
 
     def enter(self, stage: Gather, strike: Callable[[Any], None]) -> None:
         """Watch the deadline, if there is one, for a stage that begins to wait."""

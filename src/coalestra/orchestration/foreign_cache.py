@@ -219,6 +219,7 @@ class CacheReads:
         for read in group.reads:
             if read.waiters:
                 self._answered(read, None)
+        group.reads.clear()  # which lead back to it, and would keep all that was read alive
 
     def _close(self, reads: Iterable[Read]) -> None:
         """Keep newcomers from sharing reads that are over, or will not be made."""

@@ -35,7 +35,7 @@ class SnapshotSession:
     def __init__(self, unit: UnitOfWork) -> None:
         self._unit = unit
         self._closed = False
-        self._revalidating = asyncio.Lock()
+        self._turn: tuple[asyncio.AbstractEventLoop | None, asyncio.Lock] = None, asyncio.Lock()
 
     @property
     def snapshot_id(self) -> str:
@@ -179,8 +179,11 @@ class SnapshotSession:
             consistency_policy=consistency_policy,
             acceptance_policy=acceptance_policy,
         )
+        loop = self._unit.engine.enter()
+        if self._turn[0] is not loop:
+            self._turn = loop, asyncio.Lock()  # whoever had the other one has ended with its loop
         revalidation = Revalidation(self._unit, request, forced=force_refresh, strict=strict)
-        return await revalidation.run(self._revalidating)
+        return await revalidation.run(self._turn[1])
 
     def _pinned(self, named: dict[ResourceKey, None]) -> dict[ResourceKey, None]:
         if not named:

@@ -26,6 +26,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
@@ -1206,8 +1207,10 @@ class SingleFlight:
     def forget(self) -> None:
         """Drop everything that belonged to an event loop which has ended."""
         self.agenda.clear()
-        for flight in self.board.flights.values():
+        for flight in [*self.board.flights.values(), *chain(*self.board.aside.values())]:
             flight.joinable = False  # should it still end, it takes no successor off the new board
+            if flight.call is not None:
+                flight.call.forget()
         self.board = FlightBoard(self.parts.report)
         self.dispatch.forget()
         self.reads.forget()
@@ -1329,6 +1332,7 @@ class Engine:
             RuntimeError: if the builder is closed, before or meanwhile.
         """
         loop, work = self.enter(), stage.work
+        work.settle_on(loop)
         self._stages[stage] = None
         call = current_call.get()
         if call is not None and call.loop is loop and call.keys_under_way:

@@ -120,8 +120,10 @@ class UnitOfWork:
                 failed = len(self._failed_of(keys, snapshot))
                 stage.resolved, stage.failed = len(keys) - failed, failed
                 try:
-                    error = stage.error = objects(snapshot)
+                    error = objects(snapshot)
                     succeeded = error is None
+                    if self.work.trace is not None:  # else the stage is everybody's, and stays
+                        stage.error = error
                 finally:
                     if report is not None and self.lasting:
                         report.session_resolved(
