@@ -7,6 +7,7 @@ import contextvars
 import gc
 import itertools
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable
@@ -104,6 +105,13 @@ async def test_no_state_grows_with_the_number_of_keys_ever_seen() -> None:
     assert living_keys() <= before + 5
     assert len(churning.metrics.snapshot().counters) <= series + 2
     await no_leaks(churning.builder)
+
+
+async def test_many_flights_leave_no_room_for_as_many_behind() -> None:
+    building = builder(Batch("b"))
+    await building.build([key("b", str(number)) for number in range(10_000)])
+    assert sys.getsizeof(building._engine.flights.board.flights) < 1_000
+    await building.aclose()
 
 
 async def test_circuits_that_remember_failures_are_bounded_too() -> None:

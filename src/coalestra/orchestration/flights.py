@@ -726,6 +726,8 @@ class FlightBoard:
         if flight.joinable:
             flight.joinable = False
             del self.flights[flight.key]
+            if not self.flights:
+                self.flights.clear()  # one that has held many keys would keep room for as many
         elif flight.key in self.aside:
             aside = self.aside[flight.key]
             aside.pop(flight, None)
