@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -25,12 +26,14 @@ from coalestra.core.policies import (
     FutureObservation,
     ObservationPolicy,
     judge_observation,
+    policy_of_all,
 )
 from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, now_of
 from coalestra.core.results import CacheWriteStatus, PublishResult, PublishStatus
 from coalestra.core.values import (
     ResourceUpdate,
     Revision,
+    SnapshotValue,
     check_update,
     next_number,
     version_of,
@@ -40,13 +43,6 @@ from coalestra.observability.reports import Reporter, reporter_for
 _IN = "published value"
 _OUT = "publish result"
 _STORED = CacheWriteStatus.STORED
-_PUBLISHED = PublishStatus.PUBLISHED
-_STATUS = {
-    CacheWriteStatus.STORED: _PUBLISHED,
-    CacheWriteStatus.IGNORED_OLDER: PublishStatus.IGNORED_OLDER,
-    CacheWriteStatus.IGNORED_DUPLICATE: PublishStatus.IGNORED_DUPLICATE,
-    CacheWriteStatus.IGNORED_LOWER_AUTHORITY: PublishStatus.IGNORED_LOWER_AUTHORITY,
-}
 _PUBLISHED_MARK: FrozenDict[str, Any] = FrozenDict({"published": True})
 
 
@@ -122,7 +118,11 @@ class PublisherParts:
         if status is _STORED:
             self.reporter.resource_published(offered, replaced=previous is not None, forced=force)
         else:
-            self.reporter.resource_publish_ignored(offered, current, _STATUS[status])
+            self.reporter.resource_publish_ignored(offered, current, _status_of(status))
+
+
+def _status_of(status: CacheWriteStatus) -> PublishStatus:
+    return PublishStatus.PUBLISHED if status is _STORED else PublishStatus(status.value)
 
 
 # What became of an event, with copies of what is held now and was before -------------------------
@@ -136,14 +136,16 @@ async def _result(
     now: float,
 ) -> PublishResult:
     """Return the result of one event; its payloads are copied here and now, or in a thread."""
-    payloads = []
-    for each in outcome[1:]:
-        if each is not None:
-            payload = copies.open_now(each.payload, each.seal, context=_OUT)
-            if payload is OFFLOADED:
-                payload = await copies.open(each.payload, each.seal, context=_OUT)
-            payloads.append(payload)
-    return _told(copies, offered, outcome, payloads, policy, now)
+    _, current, previous = outcome
+    earlier = None
+    payload = copies.open_now(current.payload, current.seal, context=_OUT)
+    if payload is OFFLOADED:
+        payload = await copies.open(current.payload, current.seal, context=_OUT)
+    if previous is not None:
+        earlier = copies.open_now(previous.payload, previous.seal, context=_OUT)
+        if earlier is OFFLOADED:
+            earlier = await copies.open(previous.payload, previous.seal, context=_OUT)
+    return _told(copies, offered, outcome, (payload, earlier), policy, now)
 
 
 def _told(
@@ -155,16 +157,27 @@ def _told(
     now: float,
 ) -> PublishResult:
     """Return the result of one event around copies of what is current, and of what was before."""
-    values = []
-    for revision, payload in zip(outcome[1:], payloads, strict=False):
-        assert revision is not None
-        metadata, age = revision.metadata, now - revision.observed_at
-        if type(metadata) is not FrozenDict:
-            metadata = copies.open_metadata_now(metadata, context=_OUT)
-        stale, from_cache = age > policy.ttl_seconds, revision is not offered
-        age = age if age > 0 else 0.0
-        values.append(revision.presented(payload, metadata, age, stale, from_cache))
-    return PublishResult(_STATUS[outcome[0]], *values)
+    (status, current, previous), (payload, earlier) = outcome, payloads
+    before = None
+    if previous is not None:
+        before = _shown(copies, previous, earlier, policy, now)
+    value = _shown(copies, current, payload, policy, now, current is not offered)
+    return PublishResult(_status_of(status), value, before)
+
+
+def _shown(
+    copies: PayloadCopies,
+    revision: Revision,
+    payload: Any,
+    policy: FreshnessPolicy,
+    now: float,
+    from_cache: bool = True,
+) -> SnapshotValue[Any]:
+    metadata, age = revision.metadata, now - revision.observed_at
+    if type(metadata) is not FrozenDict:
+        metadata = copies.open_metadata_now(metadata, context=_OUT)
+    stale = age > policy.ttl_seconds
+    return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)
 
 
 class _Results(Mapping[ResourceKey, PublishResult]):
@@ -177,13 +190,13 @@ class _Results(Mapping[ResourceKey, PublishResult]):
         self,
         copies: PayloadCopies,
         offered: Mapping[ResourceKey, Revision],
-        policies: Mapping[Revision, FreshnessPolicy],
+        policy_of: Callable[[ResourceKey], FreshnessPolicy],
         now: float,
         outcomes: Iterable[Outcome],
     ) -> None:
         self._copies = copies
         self._offered = offered
-        self._policies = policies
+        self._policy_of = policy_of
         self._now = now
         self._results: dict[Revision, PublishResult | Outcome]
         self._results = dict(zip(offered.values(), outcomes, strict=True))
@@ -192,32 +205,31 @@ class _Results(Mapping[ResourceKey, PublishResult]):
         self, report: Callable[[Revision, Outcome], object] | None, pace: Pace
     ) -> None:
         """Report all, then copy those that are no trifles."""
-        copies, results, left = self._copies, self._results, PORTION
+        copies, results = self._copies, self._results
         if report is not None:
             for offered, outcome in results.items():
                 report(offered, cast(Outcome, outcome))
                 await pace.keep()
-        for offered, outcome in results.items():
-            _, current, previous = outcome = cast(Outcome, outcome)
-            weight = current.seal.weight
-            if previous is not None:
-                weight = max(weight, previous.seal.weight)
-            if weight >= PORTION or not copies.is_direct:
-                policy = self._policies[offered]
-                result = await _result(copies, offered, outcome, policy, self._now)
-                results[offered] = result  # what was replaced is let go one by one
-            left -= weight
-            if left <= 0:
-                left = PORTION
-                await pace.keep()
+        for offered in [
+            offered
+            for offered, (_, current, previous) in cast(dict[Revision, Outcome], results).items()
+            if current.seal.weight >= PORTION
+            or (previous is not None and previous.seal.weight >= PORTION)
+            or not copies.is_direct
+        ]:
+            outcome, policy = cast(Outcome, results[offered]), self._policy_of(offered.key)
+            # What was replaced is let go one by one.
+            results[offered] = await _result(copies, offered, outcome, policy, self._now)
+            del outcome
+            await pace.keep()
 
     def __getitem__(self, key: ResourceKey) -> PublishResult:
         offered = self._offered[key]
         result = self._results[offered]
         if isinstance(result, tuple):
             # Even if copying has been closed since it was published.
-            payloads = [each.seal.opener(each.payload) for each in result[1:] if each is not None]
-            policy = self._policies[offered]
+            payloads = (each and each.seal.opener(each.payload) for each in result[1:])
+            policy = self._policy_of(key)
             result = _told(self._copies, offered, result, payloads, policy, self._now)
             self._results[offered] = result
         return result
@@ -233,6 +245,26 @@ class _Results(Mapping[ResourceKey, PublishResult]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
+
+
+@contextmanager
+def _announcing(access: CacheAccess, keys: Collection[ResourceKey]) -> Iterator[Callable[[], None]]:
+    """Let publications be announced, which is to be done before anything is awaited.
+
+    So a fetch under way cannot slip in between an event and its writing.
+    """
+    told: list[Listeners] = []
+
+    def announce() -> None:
+        if not told:
+            told.append(access.listeners)
+            told[0].announced(keys)
+
+    try:
+        yield announce
+    finally:
+        for listeners in told:
+            listeners.concluded(keys)
 
 
 class ResourcePublisher:
@@ -432,8 +464,9 @@ class ResourcePublisher:
     def _begin(self, force: bool, replace_equal: bool) -> float:
         """Check what is asked for; return the time at which it is published."""
         self._parts.check_open()
-        validation.flag("force", force)
-        validation.flag("replace_equal", replace_equal)
+        if type(force) is not bool or type(replace_equal) is not bool:
+            validation.flag("force", force)
+            validation.flag("replace_equal", replace_equal)
         return now_of(self._parts.clock)
 
     async def _publish(
@@ -444,52 +477,47 @@ class ResourcePublisher:
         force: bool,
         replace_equal: bool,
     ) -> Mapping[ResourceKey, PublishResult]:
-        """Offer the best revision per key to the cache; nothing is written if one is unfit.
-
-        Before anything is awaited the events are announced, so that a fetch under way cannot slip
-        in between an event and its writing.
-        """
-        parts, pace = self._parts, Pace()
-        access, copies = parts.access, parts.copies
-        policies: dict[Revision, FreshnessPolicy] = {}
-        announced: Listeners | None = None
-
-        def announce() -> None:
-            nonlocal announced
-            if announced is None:
-                announced = access.listeners
-                announced.announced(keys)
-
-        try:
+        """Offer the best revision per key to the cache; nothing is written if one is unfit."""
+        parts, pace, access = self._parts, Pace(), self._parts.access
+        policies: dict[ResourceKey, FreshnessPolicy] = {}
+        common = policy_of_all(parts.policy_resolver)
+        with _announcing(access, keys) as announce:
             if access.store is None:
                 announce()
+            judged: list[Revision] = []
+            weighed = 0
             for revision in made:
-                policies[revision] = parts.policy_resolver.resolve(revision.key)
+                judged.append(revision)
+                if common is None:
+                    policies[revision.key] = parts.policy_resolver.resolve(revision.key)
                 if revision.seal is None:
                     announce()
-                    revision.payload, revision.seal = await copies.seal(
-                        revision.payload, context=_IN
-                    )
-                if pace.due:
-                    announce()
-                    await pace.rest()
-            best = best_per_key(policies)
+                    sealed = await parts.copies.seal(revision.payload, context=_IN)
+                    revision.payload, revision.seal = sealed
+                weighed += revision.seal.weight
+                if weighed >= PORTION:
+                    weighed = 0
+                    if pace.due:
+                        announce()
+                        await pace.rest()
+            best = best_per_key(judged)
             if pace.due:
                 announce()
                 await pace.rest()
-            moment = now_of(parts.clock)
-            terms: dict[str, Any] = {"now": moment, "force": force, "replace_equal": replace_equal}
+            terms: Any = {
+                "now": now_of(parts.clock),
+                "force": force,
+                "replace_equal": replace_equal,
+            }
             if access.store is not None:
                 outcomes = access.store.put_many(best.values(), **terms)
             else:
-                by_key = {key: policies[revision] for key, revision in best.items()}
-                written = await access.foreign.publish(best.values(), by_key, **terms)
+                policies = policies or dict.fromkeys(best, common)
+                written = await access.foreign.publish(best.values(), policies, **terms)
                 outcomes = [written[key] for key in best]
             await pace.keep()
-        finally:
-            if announced is not None:
-                announced.concluded(keys)
-        results = _Results(copies, best, policies, now, outcomes)
+        policy_of = policies.__getitem__ if common is None else lambda _: common
+        results = _Results(parts.copies, best, policy_of, now, outcomes)
         del outcomes
         report = None if parts.reporter is None else partial(parts.report, force)
         await results.complete(report, pace)

@@ -220,7 +220,7 @@ class Currency:
     questions costs each entry and each edge once. Walking is iterative: chains may be very deep.
     Entries found current are joined to what they rest on (``Revision.dependencies``).
 
-    The owner counts up ``epoch`` with every revision that enters.
+    The owner counts up ``epoch`` with every revision that enters where there was none.
     """
 
     __slots__ = ("_entries", "_horizon", "epoch")
@@ -458,11 +458,9 @@ class EntryStore:
 
         All listeners but ``teller`` hear of it if it was stored.
         """
-        outcome = self._put(revision, now + self.tolerance, force, replace_equal)
+        outcome = self._put((revision,), now + self.tolerance, force, replace_equal)[0]
         if outcome[0] is _STORED:
-            listening = self.listeners.references
-            if len(listening) > 1 or (listening and listening[0]() is not teller):
-                self.listeners.revised({revision.key: revision}, teller)
+            self.listeners.revised({revision.key: revision}, teller)
         return outcome
 
     def put_many(
@@ -475,8 +473,7 @@ class EntryStore:
         teller: CacheListener | None = None,
     ) -> list[Outcome]:
         """Offer sealed revisions of different keys, in one step; see ``put``."""
-        put, horizon = self._put, now + self.tolerance
-        outcomes = [put(revision, horizon, force, replace_equal) for revision in revisions]
+        outcomes = self._put(revisions, now + self.tolerance, force, replace_equal)
         listening = self.listeners.references
         if len(listening) > 1 or (listening and listening[0]() is not teller):
             changes = {new.key: new for status, new, _ in outcomes if status is _STORED}
@@ -484,28 +481,36 @@ class EntryStore:
                 self.listeners.revised(changes, teller)
         return outcomes
 
-    def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
-        key, entries, currency = revision.key, self._entries, self._currency
-        previous = current = entries.get(key)
-        if current is not None:
-            if current.dependency_versions and not currency.holds(current):
-                self._invalidations += 1
-                previous = None
-            elif not force:
-                status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
-                if status is not _STORED:
-                    return status, current, current
-            del entries[current.key]  # the new one goes to the end, under its own key object
-            currency.removed(current)
-        entries[key] = revision
-        revision.checked = _UNCHECKED
-        currency.epoch += 1
-        self._sets += 1
-        if self._recency is not None and len(entries) > (self.max_entries or 0):
-            _, oldest = self._recency.popitem(last=False)
-            self._currency.removed(oldest)
-            self._evictions += 1
-        return _STORED, revision, previous
+    def _put(
+        self, revisions: Iterable[Revision], horizon: float, force: bool, replace_equal: bool
+    ) -> list[Outcome]:
+        entries, currency, recency = self._entries, self._currency, self._recency
+        outcomes: list[Outcome] = []
+        for revision in revisions:
+            key = revision.key
+            previous = current = entries.get(key)
+            if current is None:
+                currency.epoch += 1
+            else:
+                if current.dependency_versions and not currency.holds(current):
+                    self._invalidations += 1
+                    previous = None
+                elif not force:
+                    status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
+                    if status is not _STORED:
+                        outcomes.append((status, current, current))
+                        continue
+                del entries[current.key]  # the new one goes to the end, under its own key object
+                currency.removed(current)
+            entries[key] = revision
+            revision.checked = _UNCHECKED
+            self._sets += 1
+            if recency is not None and len(entries) > (self.max_entries or 0):
+                _, oldest = recency.popitem(last=False)
+                currency.removed(oldest)
+                self._evictions += 1
+            outcomes.append((_STORED, revision, previous))
+        return outcomes
 
     # Removing -----------------------------------------------------------------------------------
 

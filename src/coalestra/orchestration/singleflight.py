@@ -1094,7 +1094,8 @@ class SingleFlight:
         if changes:
             self._forget_absent(changes)
             self.refresher.outdate(changes)
-            self.reads.hide(changes)
+            if self._store is None:
+                self.reads.hide(changes)
             if self.board.deriving:  # who else would ask?
                 versions = {k: None if new is None else new.version for k, new in changes.items()}
                 self._note_news(versions)
