@@ -1158,12 +1158,13 @@ class Call:
     def count_attempt(self) -> None:
         """Count an attempt, and with the first one the call."""
         if not self.attempts:
-            record, name = self.work.record, self.link.name
+            record, name, kind = self.work.record, self.link.name, self.link.kind
             record.source_calls += 1
             by_source = record.source_calls_by_source
             by_source[name] = by_source.get(name, 0) + 1
-            record.derived_calls += self.link.kind is _DERIVED
-            if self.link.kind is _BATCH:
+            if kind is _DERIVED:
+                record.derived_calls += 1
+            elif kind is _BATCH:
                 record.batch_calls += 1
                 if self.parts.report is not None:
                     self.parts.report.batch_size(name, len(self.flights))

@@ -772,11 +772,9 @@ def after_write(
     """
     own = current if flight.offered is None else flight.offered
     policy = flight.policy
-    if (
-        status is not CacheWriteStatus.STORED
-        and current.version != own.version
-        and _agrees(current, flight)
-    ):
+    if status is CacheWriteStatus.STORED:
+        return Reading(own, policy.ttl_seconds)
+    if current.version != own.version and _agrees(current, flight):
         age = age_of(current, parts.clock.now())
         stale = age > policy.ttl_seconds
         usable = (

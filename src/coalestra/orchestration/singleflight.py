@@ -829,7 +829,10 @@ class SingleFlight:
                 self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
             else:
                 flight.offer(revision)
-                self._offer(flight)
+                if flight.cacheable and flight.event is None:
+                    self._write(flight, revision)
+                else:
+                    self._offer(flight)
         except BaseException as error:
             self.broken(flight, error)
 
@@ -854,20 +857,19 @@ class SingleFlight:
 
     def _offer(self, flight: Flight) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
-        if not self._fit(flight) or flight.offered is None:
-            return
-        if self._store is None:
+        if self._fit(flight) and flight.offered is not None:
+            self._write(flight, flight.offered)
+
+    def _write(self, flight: Flight, revision: Revision) -> None:
+        store, now = self._store, self.parts.clock.now()
+        if store is None:
             if flight.log is not None:
                 flight.log.waits.begin(WaitReason.STORE)
             self.writes.add(flight)
-        else:
-            status, current, _ = self._store.put(
-                flight.offered,
-                now=self.parts.clock.now(),
-                replace_equal=flight.forced,
-                teller=self,
-            )
-            self._written(flight, status, current)
+            return
+        replace = flight.forced
+        status, current, _ = store.put(revision, now=now, replace_equal=replace, teller=self)
+        self._written(flight, status, current)
 
     def _fit(self, flight: Flight) -> bool:
         """Whether the value of a flight may be written; if not, the flight ends without that."""
