@@ -11,7 +11,9 @@ from coalestra import (
     CacheLookup,
     FetchContext,
     FreshnessPolicy,
+    InMemoryMetrics,
     ResourceKey,
+    SnapshotBuilder,
     SnapshotBuildError,
     SnapshotValue,
 )
@@ -226,3 +228,164 @@ async def test_a_joiner_goes_on_to_the_next_source_after_the_owners_deadline() -
     assert joiner[A].source == "second"
     assert A in (await owner).errors
     assert (len(first.calls), len(second.calls)) == (1, 1)
+
+
+# Many who need one key and nothing else wait as one
+
+
+async def together(building: SnapshotBuilder, count: int = 5, **more: Any) -> list[Any]:
+    """Begin builds of one key, the first of which has begun to acquire it."""
+    first = asyncio.ensure_future(building.build([A], **more))
+    await asyncio.sleep(1)
+    others = [asyncio.ensure_future(building.build([A], **more)) for _ in range(count)]
+    await settle()
+    return [first, *others]
+
+
+@pytest.mark.parametrize("settings", [{}, {"metrics": InMemoryMetrics()}, {"trace": True}])
+async def test_a_crowd_is_told_what_each_of_them_would_be(settings: dict[str, Any]) -> None:
+    """Where somebody follows what each of them does, they wait one by one."""
+    building = builder(Single("single", fetch=latency(5)), **settings)
+    tasks = await together(building)
+    (flight,) = building.flights_under_way()
+    assert flight.waiters == 6
+    first, *others = await asyncio.gather(*tasks)
+    assert len({snapshot.snapshot_id for snapshot in (first, *others)}) == 6
+    for snapshot in others:
+        counted = snapshot.diagnostics
+        assert (counted.requested_resources, counted.resolved_resources) == (1, 1)
+        assert (counted.cache_misses, counted.cache_batch_reads) == (1, 1)
+        assert (counted.coalesced_requests, counted.source_calls) == (1, 0)
+        assert counted.duration_ms == pytest.approx(4_000)
+        assert snapshot.created_at == first.created_at + 1
+        assert not snapshot[A].from_cache
+        assert snapshot[A].metadata == {"coalesced_request": True}
+    cache = (await building.health_snapshot()).cache
+    assert cache is not None
+    assert (cache.misses, cache.sets) == (6, 1)
+    await no_leaks(building)
+
+
+async def test_each_of_a_crowd_has_a_copy_of_its_own() -> None:
+    async def fetch(key: ResourceKey, context: FetchContext) -> list[int]:
+        await asyncio.sleep(5)
+        return [1]
+
+    building = builder(Single("single", fetch=fetch))
+    snapshots = await asyncio.gather(*await together(building))
+    assert len({id(snapshot.value(A)) for snapshot in snapshots}) == len(snapshots)
+
+
+async def test_each_of_a_crowd_has_a_copy_that_takes_a_thread() -> None:
+    large = [list(range(200)) for _ in range(200)]
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(5)
+        return large
+
+    building = builder(Single("single", fetch=fetch))
+    snapshots = await asyncio.gather(*await together(building, 2))
+    assert [snapshot.value(A) for snapshot in snapshots] == [large] * 3
+
+
+@pytest.mark.parametrize("strict", [True, False])
+async def test_each_of_a_crowd_has_an_error_of_its_own(strict: bool) -> None:
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(5)
+        raise ConnectionError("down")
+
+    source = Single("single", fetch=fetch)
+    building = builder(source)
+    tasks = await together(building, strict=strict)
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    snapshots: list[Any] = [getattr(each, "snapshot", each) for each in ended]
+    assert [isinstance(each, SnapshotBuildError) for each in ended] == [strict] * 6
+    assert len({id(snapshot.errors[A]) for snapshot in snapshots}) == 6
+    assert {snapshot.diagnostics.failed_resources for snapshot in snapshots} == {1}
+    assert source.calls == [A]
+
+
+async def test_one_who_leaves_a_crowd_takes_nobody_with_him_and_the_last_one_ends_the_call() -> (
+    None
+):
+    ended = []
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        try:
+            await asyncio.sleep(50)
+        finally:
+            ended.append(key)
+
+    building = builder(Single("single", fetch=fetch))
+    tasks = await together(building, 3)
+    for task in tasks:
+        assert not ended
+        task.cancel()
+        await settle()
+    assert ended == [A]
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await no_leaks(building)
+
+
+async def test_who_comes_when_a_whole_crowd_has_left_joins_the_call_that_goes_on() -> None:
+    gate = Gate()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return "value"
+
+    source = Single("single", fetch=fetch)
+    building = builder(source)
+    first, *crowd = await together(building, 2)
+    for task in crowd:
+        task.cancel()
+    await settle()
+    last = asyncio.ensure_future(building.build([A]))
+    await settle()
+    gate.open()
+    assert {snapshot.value(A) for snapshot in await asyncio.gather(first, last)} == {"value"}
+    assert source.calls == [A]
+
+
+async def test_a_crowd_goes_on_in_its_own_name_when_the_owners_deadline_has_struck() -> None:
+    async def fail_late(key: ResourceKey, context: FetchContext) -> str:
+        await asyncio.sleep(3)
+        raise ConnectionError("down")
+
+    second = Single("second", "single", fetch=latency(1))
+    building = builder(Single("first", "single", fetch=fail_late, priority=20), second)
+    owner = asyncio.ensure_future(building.build([A], deadline_seconds=2, strict=False))
+    await asyncio.sleep(1)
+    crowd = await asyncio.gather(*(building.build([A]) for _ in range(3)))
+    assert A in (await owner).errors
+    assert [snapshot[A].source for snapshot in crowd] == ["second"] * 3
+    assert len(second.calls) == 1
+
+
+async def test_who_comes_after_an_invalidation_does_not_join_the_crowd() -> None:
+    source = Single("single", fetch=latency(5))
+    building = builder(source)
+    tasks = await together(building, 2)
+    await building.publisher.invalidate(A)
+    tasks += [asyncio.ensure_future(building.build([A])) for _ in range(2)]
+    await asyncio.gather(*tasks)
+    assert source.calls == [A, A]
+
+
+async def test_closing_the_builder_ends_a_crowd_with_an_error_for_each() -> None:
+    building = builder(Single("single", fetch=latency(50)))
+    tasks = await together(building, 3)
+    await building.aclose()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(error).__name__ for error in ended} == {"BuilderClosedError"}
+    assert len({id(error) for error in ended}) == 4
+
+
+async def test_a_source_that_asks_for_what_it_serves_is_told_of_the_cycle_in_a_crowd() -> None:
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(5)
+        return (await building.build([A], strict=False)).errors[A]
+
+    building = builder(Single("single", fetch=fetch))
+    snapshots = await asyncio.gather(*await together(building, 3))
+    assert all("Cycle" in repr(snapshot.value(A)) for snapshot in snapshots)

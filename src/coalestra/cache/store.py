@@ -432,6 +432,12 @@ class EntryStore:
                 except KeyError:  # it has left meanwhile
                     continue
 
+    def lacks(self, key: ResourceKey) -> bool:
+        """Whether there is no entry of ``key``; if so, a miss is counted."""
+        lacking = key not in self._entries
+        self._misses += lacking
+        return lacking
+
     def peek(self, key: ResourceKey) -> Revision | None:
         """Return the current entry of ``key`` whatever its age, counting and moving nothing."""
         revision = self._entries.get(key)

@@ -94,10 +94,11 @@ def immutable(kind: type[T]) -> type[T]:
 def filled(kind: type[T], attributes: dict[str, Any]) -> T:
     """Return an instance of a frozen dataclass without slots, past its constructor and checks.
 
-    A frozen one fills itself through ``object.__setattr__``, one slow call for each field.
+    A frozen one fills itself through ``object.__setattr__``, one slow call for each field. It keeps
+    ``attributes``, which must be its own.
     """
     made = object.__new__(kind)
-    vars(made).update(attributes)
+    object.__setattr__(made, "__dict__", attributes)
     return made
 
 

@@ -52,12 +52,13 @@ from coalestra.core.validation import (
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
+from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import BuilderSettings, Parts
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
 from coalestra.orchestration.tracing import Tracing
-from coalestra.orchestration.unit import Terms, distinct
+from coalestra.orchestration.unit import Terms, distinct, together
 from coalestra.orchestration.verdicts import (
     Requests,
     Results,
@@ -508,8 +509,14 @@ class SnapshotBuilder(BuilderSettings):
             warm = self._engine.warm_reads.snapshot(wanted, strict=strict)
             if warm is not None:
                 return warm
+            joined = self._engine.join(wanted, self._open_work)
+            if joined is not None:
+                return await together(self._engine, *joined, strict)
         unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
         return await unit.resolve(wanted, strict=strict)
+
+    def _open_work(self) -> Work:
+        return Terms.of(self._engine, None, None, None).open().work
 
     async def build_request(
         self,

@@ -239,6 +239,7 @@ class Flight:
     gather: Gather | None = None
     call: Call | None = None
     lane: Lane | None = None
+    crowd: Any = None
     settlement: Settlement | None = None
     urgent: bool = False
     nesting: bool = False
@@ -366,7 +367,7 @@ class Flight:
             self.key,
             self.phase.value if call is None or self.phase is not _CALLING else call.standing,
             None if call is None or self.link is None else self.link.name,
-            len(waiting),
+            sum([gather.size for gather in waiting]),
             bool(waiting) and all(gather.refresh for gather in waiting),
             0 if call is None else call.attempts,
             None if call is None else call.running_seconds,
@@ -477,6 +478,11 @@ class Gather:
     def cutoff(self) -> float:
         """The latest instant, on the loop's clock, at which anyone still wants the keys."""
         return self.work.cutoff if self.owner is None else self.owner.cutoff
+
+    @property
+    def size(self) -> int:
+        """How many it stands for."""
+        return 1
 
     @property
     def agrees(self) -> bool:

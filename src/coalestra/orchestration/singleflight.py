@@ -166,9 +166,9 @@ class Agenda:
             if steps:
                 self._handle = asyncio.get_running_loop().call_soon(self.run)
 
-    def leave_room(self) -> None:
-        """Take up less time in this turn: a task was woken that goes on in the next one."""
-        self._until -= _WOKEN_SECONDS
+    def leave_room(self, tasks: int = 1) -> None:
+        """Take up less time in this turn: tasks were woken that go on in the next one."""
+        self._until -= tasks * _WOKEN_SECONDS
 
     def clear(self) -> None:
         """Forget every step: the loop they belonged to is gone."""
@@ -502,6 +502,10 @@ class SingleFlight:
             flight.lease, read.lease = read.lease, None
 
     # Join and leave ---------------------------------------------------------------------------
+
+    def shared(self, key: ResourceKey) -> Flight | None:
+        """Return the flight that whoever needs a key, whatever its value, may join unseen."""
+        return None if self._absent and key in self._absent else self._joinable(key)
 
     def _joinable(self, key: ResourceKey) -> Flight | None:
         """Return the flight that newcomers may join; one that took in old news is none."""
@@ -1315,6 +1319,39 @@ class Stage(Gather):
             raise error
 
 
+class Crowd(Stage):
+    """Builds of one key that have joined its flight, and need nothing else: they wait as one.
+
+    `tasks` are those who wait, each for a future of its own.
+    """
+
+    def __init__(self, work: Work, flight: Flight, agenda: Agenda) -> None:
+        super().__init__(work, (flight.key,), NO_PINS, lambda _: None)
+        self._agenda = agenda
+        self.tasks: dict[asyncio.Future[None], None] = {}
+
+    @property
+    def size(self) -> int:
+        """How many wait."""
+        return len(self.tasks)
+
+    def _wake(self) -> None:
+        self._agenda.add(Crowd._wake_all, self)
+
+    def _wake_all(self) -> Steps:
+        for part in portions(self.tasks.copy(), _STEPS_BETWEEN_LOOKS):
+            for future in part:
+                if not future.done():
+                    future.set_result(None)
+            self._agenda.leave_room(len(part))
+            yield
+
+    def require_told(self) -> None:
+        """Raise `RuntimeError` if the builder was closed before anything was known."""
+        if self._error is not None:
+            raise BuilderClosedError
+
+
 class Engine:
     """Runs the stages of units of work on one event loop, from the first one to the end."""
 
@@ -1357,6 +1394,37 @@ class Engine:
                 self.flights.abandon(stage)
             if stage.within is not None:
                 self.flights.board.unnest(stage.within)
+
+    def join(
+        self, keys: Collection[ResourceKey], open_work: Callable[[], Work]
+    ) -> tuple[Crowd, asyncio.Future[None]] | None:
+        """Wait for the flight of a single key together with others; return what to await.
+
+        None if there is no flight to join, or anybody follows what each of them does.
+        """
+        parts, (key, *others), loop = self.parts, keys, self.enter()
+        store, followed = parts.access.store, parts.report is not None or not parts.tracing.off
+        if others or followed or store is None or current_call.get() is not None:
+            return None
+        flight = self.flights.shared(key)
+        if flight is None or not store.lacks(key):
+            return None
+        crowd = flight.crowd
+        if crowd is None or crowd.over:
+            crowd = flight.crowd = Crowd(open_work(), flight, self.flights.agenda)
+            self._stages[crowd] = None
+            self.flights.board.join(crowd, flight)
+        future = loop.create_future()
+        crowd.tasks[future] = None
+        return crowd, future
+
+    def leave(self, crowd: Crowd, future: asyncio.Future[None]) -> None:
+        """Wait no longer; what nobody waits for any more is given up."""
+        del crowd.tasks[future]
+        if not crowd.tasks:
+            self._stages.pop(crowd, None)
+            if not crowd.over and not future.get_loop().is_closed():
+                self.flights.abandon(crowd)
 
     def _strike(self, stage: Stage) -> None:
         """End the waiting of a stage at its deadline, whatever the engine makes of that."""

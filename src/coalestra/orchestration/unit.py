@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,7 +19,7 @@ from coalestra.core.validation import flag, instance, number, text
 from coalestra.core.values import SnapshotValue, new_id
 from coalestra.orchestration.flights import Gather, Work
 from coalestra.orchestration.readings import Failure, Pins, Reading, hold
-from coalestra.orchestration.singleflight import Engine, Stage
+from coalestra.orchestration.singleflight import Crowd, Engine, Stage
 from coalestra.orchestration.tracing import StageLog
 from coalestra.orchestration.verdicts import Decided, accepted, objection, result_of
 
@@ -292,6 +293,40 @@ class UnitOfWork:
 
     def __repr__(self) -> str:
         return f"<UnitOfWork {self.work.context.snapshot_id} pins={len(self.pins)}>"
+
+
+_TOGETHER = {
+    "requested_resources": 1,
+    "cache_misses": 1,
+    "cache_batch_reads": 1,
+    "coalesced_requests": 1,
+}
+
+
+async def together(
+    engine: Engine, crowd: Crowd, told: asyncio.Future[None], strict: bool
+) -> Snapshot:
+    """Wait with others for the one key of a crowd; return a snapshot of one's own."""
+    clock = engine.parts.clock
+    began, created_at = clock.monotonic(), clock.now()
+    try:
+        await told
+    finally:
+        engine.leave(crowd, told)
+    crowd.require_told()
+    copies = engine.deliveries.at_hand(crowd.readings)
+    values, errors = copies or await engine.deliveries.values(crowd.readings, None)
+    for failure in crowd.failures.values():
+        errors[failure.key] = failure.make()
+    counted = {
+        **_TOGETHER,
+        "duration_ms": (clock.monotonic() - began) * 1000,
+        "resolved_resources": len(values),
+        "failed_resources": len(errors),
+    }
+    snapshot = snapshot_of(new_id(), created_at, FrozenDict(values), frozen(errors), counted)
+    failed = SnapshotBuildError(errors, snapshot=snapshot) if errors and strict else None
+    return accepted(snapshot, failed)
 
 
 def cut_short(errors: Mapping[ResourceKey, Exception]) -> bool:
