@@ -28,7 +28,18 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.validation import readable
 from coalestra.core.values import RefreshState, SnapshotValue
-from coalestra.core.waterfall import LOOKS, Bar, Row, Section, Waterfall, duration, many
+from coalestra.core.waterfall import (
+    LOOKS,
+    Bar,
+    Row,
+    Section,
+    Text,
+    Waterfall,
+    duration,
+    html,
+    many,
+    svg,
+)
 
 __all__ = [
     "AttemptTrace",
@@ -328,7 +339,7 @@ class Trace:
         Raises:
             TypeError, ValueError: for a width below 40 or a limit below 1.
         """
-        return _pictured(self).text(width, limit, ascii_only=ascii_only)
+        return Text(width, ascii_only=ascii_only).drawn(_pictured(self, limit))
 
     def to_svg(self, *, limit: int = 60) -> str:
         """Return the trace as a picture, light or dark as its reader prefers.
@@ -336,14 +347,14 @@ class Trace:
         It stands alone or within a page, and needs neither a network nor a script; ``limit`` is as
         in ``to_text``.
         """
-        return _pictured(self).svg(limit)
+        return svg(_pictured(self, limit))
 
     def to_html(self, *, limit: int = 200) -> str:
         """Return the trace as a page of its own, on which every call and key opens to sentences.
 
         It needs neither a network nor a script; ``limit`` is as in ``to_text``.
         """
-        return _pictured(self).html(limit)
+        return html(_pictured(self, limit))
 
     def to_chrome(self) -> dict[str, Any]:
         """Return the trace in the Trace Event Format, which Perfetto and ``chrome://tracing`` open.
@@ -713,19 +724,16 @@ def told_error(key: ResourceKey, error: BaseException) -> str:
 _SEVERITY = {Obtained.FAILED: 3, Obtained.FALLBACK: 2, Obtained.STALE: 1}
 
 
-def _pictured(trace: Trace) -> Waterfall:
-    keys = trace.keys.values()
+def _pictured(trace: Trace, limit: int) -> Waterfall:
     needs = cache(partial(_needed_by, trace))
-    return Waterfall(
-        f"{readable(trace.kind)} {readable(trace.snapshot_id)}",
-        list(_facts(trace)),
-        trace.duration_seconds,
-        (
-            Section("Stages", [_stage_row(stage) for stage in trace.stages], trace.omitted_stages),
-            Section("Calls", [_call_row(trace, call) for call in trace.calls]),
-            Section("Keys", [_key_row(trace, each, needs) for each in keys], trace.omitted_keys),
-        ),
+    keys = [_key_row(trace, found, needs) for found in trace.keys.values()]
+    sections = (
+        Section("Stages", [_stage_row(stage) for stage in trace.stages], trace.omitted_stages),
+        Section("Calls", [_call_row(trace, call) for call in trace.calls]),
+        Section("Keys", keys, trace.omitted_keys),
     )
+    title, facts = f"{readable(trace.kind)} {readable(trace.snapshot_id)}", [*_facts(trace)]
+    return Waterfall(title, facts, trace.duration_seconds, sections).fitting(limit)
 
 
 def _facts(trace: Trace) -> Iterator[str]:

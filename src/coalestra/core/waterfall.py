@@ -175,21 +175,8 @@ class Waterfall(NamedTuple):
     seconds: float
     sections: Sequence[Section]
 
-    def text(self, width: int, limit: int, *, ascii_only: bool) -> str:
-        """Return lines of at most ``width`` cells of a terminal."""
-        integer("width", width, minimum=40)
-        return _Text(width, ascii_only).drawn(self._fitting(limit))
-
-    def svg(self, limit: int) -> str:
-        """Return a picture that stands alone, or within a page."""
-        return _svg(self._fitting(limit))
-
-    def html(self, limit: int) -> str:
-        """Return a page of its own."""
-        return _html(self._fitting(limit))
-
-    def _fitting(self, limit: int) -> Waterfall:
-        """Return it with what there is room for."""
+    def fitting(self, limit: int) -> Waterfall:
+        """Return it with at most ``limit`` rows in each section."""
         integer("limit", limit, minimum=1)
         there = [section for section in self.sections if section.rows or section.omitted]
         return self._replace(sections=[section.fitting(limit) for section in there])
@@ -245,11 +232,11 @@ def _fitted(text: str, room: int, ending: str = "…") -> str:
     return text
 
 
-class _Text:
-    """Draws with characters, into lines of a given width."""
+class Text:
+    """Draws with characters, into lines of at most ``width`` cells of a terminal."""
 
-    def __init__(self, width: int, ascii_only: bool) -> None:
-        self._width = width
+    def __init__(self, width: int, *, ascii_only: bool) -> None:
+        self._width = integer("width", width, minimum=40)
         self._ascii = ascii_only
 
     def drawn(self, picture: Waterfall) -> str:
@@ -401,10 +388,11 @@ _WIDE = _LABEL + _TRACK + _TOOK + _NOTE
 _ROW = 24
 
 
-def _svg(picture: Waterfall) -> str:
+def svg(picture: Waterfall) -> str:
+    """Return a picture that stands alone, or within a page."""
     parts: list[str] = []
     top = 28
-    for line in _Text(_WIDE // 7, ascii_only=False).wrapped(picture.facts, " · "):
+    for line in Text(_WIDE // 7, ascii_only=False).wrapped(picture.facts, " · "):
         top += 20
         parts.append(f'<text class="quiet" x="16" y="{top}">{_safe(line)}</text>')
     for section in picture.sections:
@@ -505,7 +493,8 @@ _PAGE_STYLE = (
 )
 
 
-def _html(picture: Waterfall) -> str:
+def html(picture: Waterfall) -> str:
+    """Return a page of its own."""
     facts = "".join(f"<li>{_safe(fact)}</li>" for fact in picture.facts)
     sections = "".join(_html_section(picture.seconds, each) for each in picture.sections)
     legend = "".join(

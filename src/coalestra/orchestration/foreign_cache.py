@@ -31,6 +31,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import Lease
 from coalestra.core.results import CacheWriteStatus
+from coalestra.core.trace import WaitReason
 from coalestra.core.values import Revision
 from coalestra.orchestration.flights import Flight, Gather, Read, ReadGroup, Work
 from coalestra.orchestration.parts import Parts
@@ -101,7 +102,7 @@ class CacheReads:
         read.waiters[gather] = None
         gather.pending[read] = None
         if gather.logs and read.key in gather.logs:
-            gather.logs[read.key].asks()
+            gather.logs[read.key].waits.begin(WaitReason.CACHE)
 
     def find(self, key: ResourceKey) -> Read | None:
         """Return the read of `key` that newcomers would share."""

@@ -330,10 +330,6 @@ class KeyLog(_Stretch):
         """Whether this is how the version was come by."""
         return self.found is not None and self.found[1] == version
 
-    def asks(self) -> None:
-        """Note that a cache is asked which has to be awaited."""
-        self.waits.begin(WaitReason.CACHE)
-
     def cached(self, how: Obtained, scheduled: bool | None) -> None:
         """Note that the cache had a value of use; if that is being refreshed, whether by us."""
         self.obtained = how
@@ -383,25 +379,21 @@ class KeyLog(_Stretch):
         waits = self.waits.traced(began, until) + flight.waits.traced(began, until)
         mine = [call for call in flight.calls if call.start <= until]
         refusals = [each for each in flight.refusals if each.at <= until]
-        start, end = self.within(began, until)
         source, version, rests_on = self.found or (None, None, ())
-        error_type, error = self.error or (None, None)
         return KeyTrace(
-            key=self.key,
-            obtained=self.obtained or Obtained.FAILED,
-            start=start,
-            end=end,
-            requested=self.requested,
-            source=source,
-            version=version,
-            joined=flight.snapshot_id if self.joined else None,
-            waits=tuple(sorted(waits, key=lambda wait: wait.start)),
-            calls=tuple([calls.setdefault(call, len(calls)) for call in mine]),
-            refusals=tuple([replace(each, at=each.at - began) for each in refusals]),
-            rests_on=rests_on,
-            refresh=self.refresh,
-            error_type=error_type,
-            error=error,
+            self.key,
+            self.obtained or Obtained.FAILED,
+            *self.within(began, until),
+            self.requested,
+            source,
+            version,
+            flight.snapshot_id if self.joined else None,
+            tuple(sorted(waits, key=lambda wait: wait.start)),
+            tuple([calls.setdefault(call, len(calls)) for call in mine]),
+            tuple([replace(each, at=each.at - began) for each in refusals]),
+            rests_on,
+            self.refresh,
+            *(self.error or ()),
         )
 
 
