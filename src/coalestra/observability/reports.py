@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -176,31 +176,36 @@ class Reporter:
         if self._counting:
             if key is not None:
                 labels.update(resource_namespace=key.namespace, resource_name=key.name)
-            self._hand("metrics", "increment", (metric, times), labels)
+            self._hand("metrics", "increment", (metric, times), labels.items())
 
     def _count_status(self, metric: str, succeeded: bool, **labels: str) -> None:
         self._count(metric, status="success" if succeeded else "error", **labels)
 
     def _observe(self, metric: str, value: float, **labels: str) -> None:
         if self._counting:
-            self._hand("metrics", "observe", (metric, value), labels)
+            self._hand("metrics", "observe", (metric, value), labels.items())
 
     def _tell(self, event_type: str, *facts: Any) -> None:
         """Tell of an event the facts that `EVENTS` names, in this order."""
         if self._telling:
-            payload = dict(zip(EVENTS[event_type], facts, strict=True))
-            self._hand("event", "emit", (event_type,), payload)
+            told = zip(EVENTS[event_type], facts, strict=True)
+            self._hand("event", "emit", (event_type,), told)
 
-    def _hand(self, kind: str, method: str, said: tuple[Any, ...], facts: dict[str, Any]) -> None:
+    def _hand(
+        self, kind: str, method: str, said: tuple[Any, ...], facts: Iterable[tuple[str, Any]]
+    ) -> None:
         """Hand something to a sink, each fact as it is shown by its name or type."""
         sink: object = self._events if kind == "event" else self._metrics
+        shown: dict[str, Any] = {}
         try:
-            for name, fact in facts.items():
+            for name, fact in facts:
                 if type(fact) is str:
-                    facts[name] = readable(fact)
+                    shown[name] = readable(fact)
                 elif name in _FORMS:
-                    facts[name] = _FORMS[name](fact)
-            getattr(sink, method)(*said, **facts)
+                    shown[name] = _FORMS[name](fact)
+                else:
+                    shown[name] = fact
+            getattr(sink, method)(*said, **shown)
         except BaseException as error:
             self._failures.change(lambda count: count + 1)
             self._log.failed(subject_of(kind, sink), error)
