@@ -358,3 +358,14 @@ async def test_others_see_all_values_of_one_answer_or_none(
             await asyncio.sleep(0)
         assert writing.result().diagnostics.cache_batch_writes == 1
     assert seen == {None, 0, 1, 2}
+
+
+async def test_what_an_answer_has_one_value_of_is_no_write_of_many() -> None:
+    class Forgetful(Batch):
+        async def fetch_many(self, keys: Any, context: FetchContext) -> Any:
+            return {k: 1 for k in keys if k.subject == "0"}
+
+    building = builder(Forgetful("b"))
+    for keys in ([key("b", "0"), key("b", "1")], [key("b", "1"), key("b", "2")]):
+        snapshot = await building.build(keys, strict=False)
+        assert snapshot.diagnostics.cache_batch_writes == 0

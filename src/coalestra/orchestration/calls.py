@@ -983,7 +983,7 @@ class Call:
                     await pace.keep()
         finally:
             self.dispatch.release(self.work)
-        if self.parts.access.store is not None:
+        if len(ready) > 1 and self.parts.access.store is not None:
             self.work.record.cache_batch_writes += 1
             self.dispatch.store(self, ready)
         for portion in portions(ready, max(1, PORTION // _HANDING_OVER)):
