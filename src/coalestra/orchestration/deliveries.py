@@ -20,7 +20,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import gone_stale, quiet_ages, ttl_of
+from coalestra.core.policies import gone_stale, policy_of_all, quiet_ages, ttl_of
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.values import (
     Dependencies,
@@ -363,7 +363,9 @@ class WarmReads:
         if revisions is None:
             return {}
         self._count(store, work, keys, revisions)
-        return {revision.key: Reading(revision, None, from_cache=True) for revision in revisions}
+        common = policy_of_all(self._parts.policies)
+        ttl = None if common is None else common.ttl_seconds
+        return {revision.key: Reading(revision, ttl, from_cache=True) for revision in revisions}
 
     def likely(self, keys: Iterable[ResourceKey]) -> bool:
         """Whether it is worth a try: not if the first key is missing, or copies may be slow."""
