@@ -82,10 +82,9 @@ async def test_with_a_foreign_cache_an_event_is_announced_before_anything_is_awa
 
 async def test_an_announcement_is_followed_by_the_outcome_and_then_concluded() -> None:
     parts = parts_for(BatchAtomicCache())
-    foreign = parts.access.foreign
     witness = Witness()
     parts.access.subscribers.subscribe(witness)
-    await foreign.publish([revision_of(A, observed_at=NOW + 0.5)], {}, NOW)
+    await parts.access.publish([revision_of(A, observed_at=NOW + 0.5)], {}, NOW)
     witness.heard.clear()
     publisher = ResourcePublisher.from_parts(parts)
     results = await publisher.publish_many([ResourceUpdate(A, 1, "s"), ResourceUpdate(B, 2, "s")])

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.calls import CacheCalls
-from coalestra.cache.foreign import Channel, ForeignCache
+from coalestra.cache.access import CacheAccess, Channel
 from coalestra.cache.store import Outcome
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.keys import ResourceKey
@@ -32,7 +31,7 @@ def cache(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def access(cache: AsyncCache) -> ForeignCache:
+def access(cache: AsyncCache) -> CacheAccess:
     return access_over(cache)
 
 
@@ -43,25 +42,24 @@ def foreign(request: pytest.FixtureRequest) -> Any:
 
 def access_over(
     cache: AsyncCache, limit: int = 4, failed: Callable[[str, Exception], None] | None = None
-) -> ForeignCache:
-    calls = CacheCalls(cache, limit, failed)
-    return ForeignCache(calls, PayloadCopies("test"), ObservationPolicy())
+) -> CacheAccess:
+    return CacheAccess(cache, PayloadCopies("test"), limit, ObservationPolicy(), failed)
 
 
 async def read(
-    access: ForeignCache, *keys: ResourceKey, policy: FreshnessPolicy = POLICY
+    access: CacheAccess, *keys: ResourceKey, policy: FreshnessPolicy = POLICY
 ) -> dict[ResourceKey, Revision]:
     return await access.read(keys, NOW, dict.fromkeys(keys, policy))
 
 
 async def write(
-    access: ForeignCache, revisions: Collection[Revision], **terms: bool
+    access: CacheAccess, revisions: Collection[Revision], **terms: bool
 ) -> dict[ResourceKey, Outcome]:
     policies = {each.key: POLICY for each in revisions}
     return await access.publish(revisions, policies, NOW, **terms)
 
 
-async def test_what_was_written_is_read_in_the_order_asked(access: ForeignCache) -> None:
+async def test_what_was_written_is_read_in_the_order_asked(access: CacheAccess) -> None:
     await write(access, [revision_of(key, number) for number, key in enumerate(KEYS)])
     asked = KEYS[::-1]
     found = await read(access, *asked, C)
@@ -69,7 +67,7 @@ async def test_what_was_written_is_read_in_the_order_asked(access: ForeignCache)
     assert tuple(found) == asked
 
 
-async def test_a_read_keeps_version_rank_and_provenance(access: ForeignCache) -> None:
+async def test_a_read_keeps_version_rank_and_provenance(access: CacheAccess) -> None:
     written = revision_of(rank=7, metadata={"feed": "x"})
     await write(access, [written])
     found = (await read(access, A))[A]
@@ -81,7 +79,7 @@ async def test_a_read_keeps_version_rank_and_provenance(access: ForeignCache) ->
     assert (found.source, found.observed_at, found.latency_ms) == ("test", NOW, 1.5)
 
 
-async def test_an_entry_beyond_max_stale_is_not_read(access: ForeignCache) -> None:
+async def test_an_entry_beyond_max_stale_is_not_read(access: CacheAccess) -> None:
     await write(access, [revision_of(observed_at=NOW - 31), revision_of(B, observed_at=NOW - 29)])
     assert set(await read(access, A, B)) == {B}
 
@@ -99,7 +97,7 @@ async def test_an_entry_beyond_max_stale_is_not_read(access: ForeignCache) -> No
     ],
 )
 async def test_writes_follow_the_write_order_and_tell_what_stayed(
-    access: ForeignCache,
+    access: CacheAccess,
     rank: int,
     observed: float,
     force: bool,
@@ -120,7 +118,7 @@ async def test_writes_follow_the_write_order_and_tell_what_stayed(
     assert (await read(access, A))[A].version == winner.version
 
 
-async def test_of_one_batch_the_best_per_key_is_written(access: ForeignCache) -> None:
+async def test_of_one_batch_the_best_per_key_is_written(access: CacheAccess) -> None:
     written = await write(
         access,
         [
@@ -140,13 +138,13 @@ async def test_of_one_batch_the_best_per_key_is_written(access: ForeignCache) ->
     }
 
 
-async def test_invalidated_keys_are_gone_and_others_stay(access: ForeignCache) -> None:
+async def test_invalidated_keys_are_gone_and_others_stay(access: CacheAccess) -> None:
     await write(access, [revision_of(A), revision_of(B)])
     await access.invalidate([A, C, A])
     assert set(await read(access, A, B, C)) == {B}
 
 
-async def test_many_writers_of_one_key_leave_the_best(access: ForeignCache) -> None:
+async def test_many_writers_of_one_key_leave_the_best(access: CacheAccess) -> None:
     for times in itertools.permutations(range(4)):
         await access.invalidate([A])
         await asyncio.gather(
@@ -156,7 +154,7 @@ async def test_many_writers_of_one_key_leave_the_best(access: ForeignCache) -> N
 
 
 async def test_a_derived_entry_is_read_while_its_dependencies_are_current(
-    access: ForeignCache,
+    access: CacheAccess,
 ) -> None:
     base = revision_of(A)
     derived = revision_of(B, rests_on=[base])
@@ -167,7 +165,7 @@ async def test_a_derived_entry_is_read_while_its_dependencies_are_current(
 
 
 async def test_a_derived_entry_ends_with_its_dependency_through_any_chain(
-    access: ForeignCache,
+    access: CacheAccess,
 ) -> None:
     base = revision_of(A)
     chain = [base]
@@ -179,7 +177,7 @@ async def test_a_derived_entry_ends_with_its_dependency_through_any_chain(
     await access.drain(1)
 
 
-async def test_a_derived_entry_without_its_dependency_is_not_read(access: ForeignCache) -> None:
+async def test_a_derived_entry_without_its_dependency_is_not_read(access: CacheAccess) -> None:
     base = revision_of(A)
     await write(access, [base, revision_of(B, rests_on=[base])])
     await access.invalidate([A])
@@ -188,7 +186,7 @@ async def test_a_derived_entry_without_its_dependency_is_not_read(access: Foreig
 
 
 async def test_an_outdated_derived_entry_keeps_no_newer_derivation_out(
-    access: ForeignCache,
+    access: CacheAccess,
 ) -> None:
     base, newer = revision_of(A), revision_of(A, 2.0, observed_at=NOW + 1)
     await write(access, [base, revision_of(B, "old", rests_on=[base])])
@@ -199,7 +197,7 @@ async def test_an_outdated_derived_entry_keeps_no_newer_derivation_out(
 
 
 async def test_derived_entries_read_with_their_dependencies_are_joined_to_them(
-    access: ForeignCache,
+    access: CacheAccess,
 ) -> None:
     base = revision_of(A)
     await write(access, [base, revision_of(B, rests_on=[base])])
@@ -217,10 +215,10 @@ async def test_dependencies_read_only_to_judge_a_derived_entry_are_joined_to_it(
     assert [each.version for each in found.dependencies] == [base.version]
 
 
-async def test_nothing_read_or_written_shares_a_mutable_object(access: ForeignCache) -> None:
+async def test_nothing_read_or_written_shares_a_mutable_object(access: CacheAccess) -> None:
     copies = PayloadCopies("test")
     payload = {"levels": [1, 2]}
-    await access.calls.cache.set(value_of(A, payload, metadata={"tags": ["x"]}))
+    await access.cache.set(value_of(A, payload, metadata={"tags": ["x"]}))
     payload["levels"].append(3)
     found = (await read(access, A))[A]
     copies.open_now(found.payload, found.seal, context="test")["levels"].clear()
@@ -238,7 +236,7 @@ async def test_a_foreign_cache_is_given_copies(foreign: SingleKeyCache) -> None:
 
 
 async def test_listeners_hear_of_what_was_stored_and_not_of_what_was_ignored(
-    access: ForeignCache,
+    access: CacheAccess,
 ) -> None:
     witness = Witness()
     access.subscribers.subscribe(witness)
@@ -252,7 +250,7 @@ async def test_listeners_hear_of_what_was_stored_and_not_of_what_was_ignored(
 
 
 async def test_listeners_hear_of_an_invalidation_before_anything_is_awaited(
-    access: ForeignCache,
+    access: CacheAccess,
 ) -> None:
     witness = Witness()
     access.subscribers.subscribe(witness)
@@ -262,7 +260,7 @@ async def test_listeners_hear_of_an_invalidation_before_anything_is_awaited(
     await invalidation
 
 
-async def test_a_listener_nobody_holds_is_forgotten(access: ForeignCache) -> None:
+async def test_a_listener_nobody_holds_is_forgotten(access: CacheAccess) -> None:
     access.subscribers.subscribe(Witness())
     await write(access, [revision_of(A)])
     assert access.subscribers.references == ()

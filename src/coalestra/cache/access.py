@@ -1,23 +1,202 @@
-"""What the engine and the publisher use of a cache, whichever it is."""
+"""One cache, as the library uses it: the own one in memory, or any that has to be awaited.
+
+The first is used through its entry store. The other is an edge where values are copied. Its laws,
+beside those of the calls to it:
+
+1. Writes and invalidations of one key run one after the other, in the order they were asked for,
+   among all users of the cache object on one event loop.
+2. A value on its way into the cache counts as held, for all of them. A later revision or an
+   invalidation ends that, and then it is not written any more.
+3. What is held is judged as in the memory cache: the write order, the tolerated future, and for
+   what is derived the revisions held now. A mismatch is a miss, whoever should have seen it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+import asyncio
+import weakref
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Mapping,
+)
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
-from coalestra.cache.calls import CacheCalls
-from coalestra.cache.foreign import ForeignCache
-from coalestra.cache.memory import AsyncMemoryCache, let_go
-from coalestra.cache.store import EntryStore, Listeners
+from coalestra.cache.calls import (
+    CacheCalls,
+    Failures,
+    Found,
+    Policies,
+    has,
+    sound,
+)
+from coalestra.cache.memory import AsyncMemoryCache, let_go, open_value, revision_of, seal_value
+from coalestra.cache.near import Filling, Near
+from coalestra.cache.store import (
+    CacheListener,
+    EntryStore,
+    Listeners,
+    Outcome,
+    best_per_key,
+    decide,
+    future_tolerance,
+    outdated_among,
+    with_all_below,
+)
 from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.pace import Pace
+from coalestra.core.errors import (
+    CacheCircuitOpenError,
+    CacheTimeoutError,
+)
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import ObservationPolicy
-from coalestra.core.protocols import AsyncCache
+from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
+from coalestra.core.results import CacheWriteResult, CacheWriteStatus
+from coalestra.core.values import Revision, SnapshotValue
 from coalestra.observability.changes import ChangeLog
+
+# Turns per key: operations on the same key run one after the other, in the order they asked ------
+
+
+class KeyLanes:
+    """First-in, first-out turns for any number of keys; nothing is kept for an idle one."""
+
+    def __init__(self) -> None:
+        self._last: dict[ResourceKey, asyncio.Future[None]] = {}
+
+    def __repr__(self) -> str:
+        return f"KeyLanes({len(self._last)} busy)"
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    @asynccontextmanager
+    async def turn(
+        self, keys: Collection[ResourceKey], after: Collection[ResourceKey] = ()
+    ) -> AsyncIterator[None]:
+        """Hold all of ``keys`` once those who came before have let go of each, and of ``after``.
+
+        It queues for all of them in one step, so that operations over several keys cannot block
+        each other in a circle. Who breaks the wait off keeps the place until it would have come.
+        """
+        over = asyncio.get_running_loop().create_future()
+        ahead = {self._last[key] for key in (*keys, *after) if key in self._last}
+        self._last.update(dict.fromkeys(keys, over))
+
+        def passed(ended: asyncio.Future[None] | None = None) -> None:
+            ahead.discard(ended)
+            if not ahead and not over.get_loop().is_closed():
+                for key in keys:
+                    if self._last.get(key) is over:
+                        del self._last[key]
+                over.set_result(None)
+
+        try:
+            if ahead:
+                await asyncio.wait(ahead)
+                ahead.clear()
+            yield
+        finally:
+            passed()
+            for each in tuple(ahead):
+                each.add_done_callback(passed)
+
+
+# What the users of one foreign cache object share ------------------------------------------------
+
+
+class Channel:
+    """The lanes and listeners of one cache on one event loop, and the values on their way into it.
+
+    A publisher made by the application and a builder over the same cache object meet here, so the
+    builder hears of what the publisher does. It holds cache and loop, so neither identity can be
+    taken by another object while the channel lives.
+    """
+
+    __slots__ = ("__weakref__", "cache", "lanes", "listeners", "loop", "near", "on_their_way")
+
+    def __init__(self, cache: AsyncCache, loop: asyncio.AbstractEventLoop) -> None:
+        self.cache: AsyncCache = cache
+        self.loop: asyncio.AbstractEventLoop = loop
+        self.lanes: KeyLanes = KeyLanes()
+        self.listeners: Listeners = Listeners()
+        self.on_their_way: dict[ResourceKey, Revision] = {}
+        entries = getattr(cache, "near_entries", 0)
+        self.near: Near = Near(
+            cache,
+            entries if type(entries) is int else 0,
+            getattr(cache, "near_seconds", 0.0),
+            self.listeners,
+            self.on_their_way,
+        )
+
+    def __repr__(self) -> str:
+        return f"Channel({type(self.cache).__name__}, {self.lanes!r}, {self.listeners!r})"
+
+
+_channels: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
+
+
+def channel_of(cache: AsyncCache) -> Channel:
+    """Return the channel of ``cache`` on the running loop; it lives while somebody uses it."""
+    loop = asyncio.get_running_loop()
+    identity = (id(cache), id(loop))
+    channel = _channels.get(identity)
+    if channel is None:
+        channel = _channels[identity] = Channel(cache, loop)
+    return channel
+
+
+# The view over a cache that is not the library's own ---------------------------------------------
+
+_STORED = CacheWriteStatus.STORED
+_READ = "cache read"
+_WRITE = "cache write"
+
+_T = TypeVar("_T")
+
+Outcomes = dict[ResourceKey, Outcome]
+
+
+class Terms(NamedTuple):
+    """On which terms revisions are offered, at ``now`` by the wall clock.
+
+    Who ``insists`` wants to know what was there before, and what failed. With ``leases``, there is
+    one for each key.
+    """
+
+    policies: Policies
+    now: float
+    force: bool = False
+    replace_equal: bool = False
+    insist: bool = False
+    leases: Mapping[ResourceKey, Lease] | None = None
+
+
+class Answer(NamedTuple):
+    """What a leasing cache has for a key.
+
+    Attributes:
+        revision: what is stored, if anything; beside a lease, or while waiting, for use in need.
+        lease: the lease on the key, for whoever acquires it.
+        waiting: whether another answer follows, once somebody else has acquired it.
+    """
+
+    revision: Revision | None
+    lease: Lease | None = None
+    waiting: bool = False
 
 
 class CacheAccess:
-    """One cache, as the library uses it: without awaiting, or as one that has to be awaited.
+    """One cache, as the engine and the publisher use it.
 
     A subclass of `AsyncMemoryCache` has to be awaited, because it may have changed any method.
 
@@ -31,12 +210,15 @@ class CacheAccess:
 
     Attributes:
         cache: the cache.
-        store: the entry store of the library's own memory cache, else None.
-        foreign: the view over any other cache; there is none where there is a ``store``.
+        store: the entry store of the library's own memory cache, which is then used itself; else
+            None, and all is read and written through here.
         subscribers: who hears of changes through this view, on any event loop; held weakly.
+        calls: the calls to the cache, with what it can do and what became of them.
+        leases: whether it says who is to acquire a key, and stores for him alone.
+        copies: seal and open values.
+        copying: the keys of what has been read and is being copied in at this moment.
+        tolerance: how many seconds ahead of the clock what is held may be dated.
     """
-
-    __slots__ = ("cache", "foreign", "store", "subscribers")
 
     def __init__(
         self,
@@ -48,63 +230,572 @@ class CacheAccess:
         log: ChangeLog | None = None,
     ) -> None:
         self.cache: AsyncCache = cache
-        self.store: EntryStore | None = None
-        if type(cache) is AsyncMemoryCache:
-            self.store = cache.store
-            self.store.tolerate(observation)
-            self.subscribers: Listeners = self.store.listeners
-        else:
-            calls = CacheCalls(cache, max_pending_tasks, failed, log)
-            self.foreign: ForeignCache = ForeignCache(calls, copies, observation)
-            self.subscribers = self.foreign.subscribers
+        self.store: EntryStore | None = cache.store if type(cache) is AsyncMemoryCache else None
+        self.subscribers: Listeners = Listeners() if self.store is None else self.store.listeners
+        self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed, log)
+        self.leases: bool = has(cache, "lease_many", "fulfil_many", "release_many")
+        self.copies: PayloadCopies = copies
+        self.copying: dict[ResourceKey, None] = {}
+        self.tolerance: float = future_tolerance(observation)
+        if self.store is not None:
+            self.store.tolerate(self.tolerance)
+        self._channel: Channel | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._giving_back: dict[Lease, bool] = {}
 
     def __repr__(self) -> str:
-        return f"CacheAccess({self.foreign if self.store is None else self.store!r})"
+        return f"CacheAccess({self.calls if self.store is None else self.store!r})"
+
+    def channel(self) -> Channel:
+        """Return what all users of the cache share on the running event loop."""
+        channel = self._channel
+        if channel is None or channel.loop is not asyncio.get_running_loop():
+            if channel is not None:
+                channel.listeners.unsubscribe(self.subscribers)
+                self._tasks.clear()
+            channel = self._channel = channel_of(self.cache)
+            channel.listeners.subscribe(self.subscribers)
+            channel.near.store.tolerate(self.tolerance)
+        return channel
 
     @property
     def near(self) -> EntryStore | None:
         """The entries that can be used without awaiting at this moment, if there are any."""
-        return self.foreign.near() if self.store is None else self.store
-
-    @property
-    def leases(self) -> bool:
-        """Whether the cache says who is to acquire a key, and stores for him alone."""
-        return self.store is None and self.foreign.leasing is not None
-
-    @property
-    def left_alone(self) -> bool:
-        """Whether the cache has failed so often in a row that it is not asked just now."""
-        return self.store is None and self.foreign.calls.is_left_alone
-
-    @property
-    def call_counts(self) -> Mapping[str, int]:
-        """How many ``calls`` to the cache were made, and of these ``failures`` and ``timeouts``."""
-        if self.store is not None:
-            return dict.fromkeys(("calls", "failures", "timeouts"), 0)
-        own = getattr(self.cache, "call_counts", None)
-        return own if isinstance(own, Mapping) else self.foreign.calls.counts
-
-    def attach(self) -> None:
-        """Be used on the running event loop; raises `RuntimeError` if the cache must not be."""
-        if self.store is None:
-            self.foreign.attach()
+        return self.channel().near.trusted() if self.store is None else self.store
 
     @property
     def listeners(self) -> Listeners:
         """Who hears of changes to the cache on the running event loop, which must be there."""
-        return self.foreign.channel().listeners if self.store is None else self.subscribers
+        return self.channel().listeners if self.store is None else self.subscribers
+
+    def attach(self) -> None:
+        """Be used on the running event loop; raises `RuntimeError` if the cache must not be."""
+        if self.store is None:
+            self.channel()
+            check = getattr(self.cache, "check_usable", None)
+            if callable(check):
+                check()
 
     async def stats(self) -> Any | None:
         """Return what the cache says of itself; None if it says nothing, or fails to."""
-        return await self.foreign.calls.stats() if self.store is None else self.store.stats()
+        return await self.calls.stats() if self.store is None else self.store.stats()
 
-    async def invalidate(self, keys: Collection[ResourceKey]) -> None:
-        """Remove ``keys``; listeners hear of it before the first await.
+    # Reading ------------------------------------------------------------------------------------
+
+    async def read(
+        self, keys: Collection[ResourceKey], now: float, policies: Policies
+    ) -> dict[ResourceKey, Revision]:
+        """Return the usable entries among ``keys``, in their order; never raises.
+
+        Derived ones are joined to what they rest on, and left out if that is no longer current. The
+        cache is rid of them, unless it should have left them out itself.
+        """
+        channel = self.channel()
+        on_their_way, near = channel.on_their_way, channel.near
+        with near.filling() as filling:
+            known = {key: on_their_way[key] for key in keys if key in on_their_way}
+            rest = [key for key in keys if key not in known]
+            values = await self.calls.get(rest, now, policies, now + self.tolerance)
+            known.update(await self.sealed(values))
+            outdated = await self.outdated(known, keys, now, self.sealed)
+            for key, revision in known.items():
+                if key not in outdated and key not in on_their_way:
+                    near.put(filling, revision)
+        for key in outdated:
+            if on_their_way.get(key) is known[key]:
+                del on_their_way[key]
+        held = {key: known[key] for key in outdated if key in values or key not in keys}
+        if held and not self.calls.validates_dependencies:
+            self._behind(self._remove_outdated(held, now))
+        return {key: known[key] for key in keys if key in known and key not in outdated}
+
+    async def outdated(
+        self,
+        known: dict[ResourceKey, Revision],
+        absent: Iterable[ResourceKey],
+        now: float,
+        make: Callable[[Found], Awaitable[dict[ResourceKey, Revision]]],
+    ) -> list[ResourceKey]:
+        """Add to ``known`` all that it rests on, level by level; return what is outdated of it.
+
+        What is ``absent`` and not known is not held.
+        """
+        on_their_way = self.channel().on_their_way
+
+        async def held(keys: list[ResourceKey]) -> dict[ResourceKey, Revision]:
+            found = {key: on_their_way[key] for key in keys if key in on_their_way}
+            rest = [key for key in keys if key not in found]
+            return found | await make(await self.calls.held(rest, now))
+
+        known.update(await with_all_below(known, absent, held))
+        return outdated_among(known)
+
+    async def _remove_outdated(self, outdated: Mapping[ResourceKey, Revision], now: float) -> None:
+        """Remove entries found outdated, unless they have been replaced in the meantime."""
+        async with self.channel().lanes.turn(outdated):
+            held = await self.calls.held(tuple(outdated), now)
+            same = [key for key, value in held.items() if value.version == outdated[key].version]
+            self.calls.tell("invalidate", await self.calls.remove(same, insist=False))
+
+    async def sealed(self, values: Found) -> dict[ResourceKey, Revision]:
+        """Copy values in; one that cannot be copied is told and left out."""
+        revisions: dict[ResourceKey, Revision] = {}
+        pace = Pace()
+        for key, value in values.items():
+            self.copying[key] = None
+            try:
+                revisions[key] = await seal_value(self.copies, value, _READ)
+            except Exception as error:
+                self.calls.tell("read", {key: error})
+            finally:
+                self.copying.pop(key, None)
+            await pace.keep()
+        return revisions
+
+    # Leases -------------------------------------------------------------------------------------
+
+    async def lease(
+        self,
+        keys: Collection[ResourceKey],
+        now: float,
+        policies: Policies,
+        *,
+        force: bool = False,
+        unlike: Mapping[ResourceKey, str] | None = None,
+    ) -> AsyncGenerator[Mapping[ResourceKey, Answer], None]:
+        """Give what there is for each key, or the lease on it, as it becomes known; never raises.
+
+        ``force`` asks for leases in any case; versions ``unlike`` these are of no use.
+        """
+        channel = self.channel()
+        ahead = now - channel.loop.time()  # it may take long
+        rest = dict.fromkeys(keys)
+        # While news may be missing, others may have replaced it: then the cache decides.
+        if not (force or unlike or channel.near.is_behind):
+            on_their_way = [channel.on_their_way.get(key) for key in keys]
+            # What a derived one rests on may have changed: it is judged once it is there.
+            held = [each for each in on_their_way if each and not each.dependency_versions]
+            for each in held:
+                del rest[each.key]
+            if held:
+                yield {each.key: Answer(each) for each in held}
+        if not rest:
+            return
+        with channel.near.filling() as filling:
+            try:
+                asking = self.calls.cache.lease_many(
+                    tuple(rest), now=now, policies=policies, force=force, unlike=unlike
+                )
+                first = True
+                while rest:
+                    part = await self.calls.once(
+                        "lease_many", lambda: anext(asking, None), patient=not first
+                    )
+                    if part is None:
+                        break
+                    first = False
+                    answers = await self._answers(part, rest, ahead + channel.loop.time(), filling)
+                    for key, answer in answers.items():
+                        if not answer.waiting:
+                            rest.pop(key, None)
+                    yield answers
+            except Exception as error:
+                self.calls.tell("read", dict.fromkeys(rest, error))
+            if rest:
+                yield dict.fromkeys(rest, Answer(None))
+
+    async def _answers(
+        self,
+        part: Mapping[ResourceKey, LeasedLookup],
+        asked: Collection[ResourceKey],
+        now: float,
+        filling: Filling,
+    ) -> dict[ResourceKey, Answer]:
+        """Seal what a leasing cache gave, join what is derived, and keep what is current."""
+        values: Found = {}
+        horizon = now + self.tolerance
+        for key, told in part.items():
+            value = told.lookup.value
+            try:
+                if value is not None and sound(value, key).observed_at <= horizon:
+                    values[key] = value
+            except Exception as error:
+                self.calls.tell("read", {key: error})
+        try:
+            revisions = await self.sealed(values)
+        except BaseException:
+            for told in part.values():
+                self.give_back(told.lease, failed=False)
+            raise
+        for key in outdated_among(revisions):
+            del revisions[key]
+        for key, revision in revisions.items():
+            if not part[key].waiting and part[key].lease is None:
+                self.channel().near.put(filling, revision)
+        return {
+            key: Answer(revisions.get(key), told.lease, told.waiting)
+            for key, told in part.items()
+            if key in asked
+        }
+
+    def give_back(self, lease: Lease | None, *, failed: bool) -> None:
+        """Let go of a lease, if there is one, without a value; ``failed`` if tried in vain."""
+        if lease is None:
+            return
+        if not self._giving_back:
+            asyncio.get_running_loop().call_soon(self._give_back)
+        self._giving_back[lease] = failed
+
+    def _give_back(self) -> None:
+        given, self._giving_back = self._giving_back, {}
+        for failed in (False, True):
+            leases = [lease for lease, value in given.items() if value is failed]
+            if leases:
+                self._behind(self._release(leases, failed))
+
+    async def _release(self, leases: list[Lease], failed: bool) -> None:
+        try:
+            release = partial(self.calls.cache.release_many, leases, failed=failed)
+            await self.calls.once("release_many", release, insist=True)
+        except Exception as error:
+            self.calls.tell("write", {leases[0].key: error})
+
+    # Writing ------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        revisions: Collection[Revision],
+        policies: Policies,
+        now: float,
+        *,
+        force: bool = False,
+        replace_equal: bool = False,
+    ) -> Outcomes:
+        """Offer the best revision per key; return what became of each.
 
         Raises:
-            CacheUnavailableError: the cache did not do it; or what the cache raised.
+            CacheUnavailableError: not all could be written; or what the cache raised.
         """
-        if self.store is None:
-            await self.foreign.invalidate(keys)
-        else:
+        terms = Terms(policies, now, force, replace_equal, insist=True)
+        outcomes, failures = await self._write(best_per_key(revisions), terms)
+        for error in failures.values():
+            raise error
+        return outcomes
+
+    def holds(self, revision: Revision) -> bool:
+        """Whether a value on its way still counts as held."""
+        return self.channel().on_their_way.get(revision.key) is revision
+
+    def hold(self, revision: Revision, now: float, *, replace_equal: bool = False) -> Outcome:
+        """Let a value that is being written behind count as held from now on.
+
+        One that may not replace what is on its way already does not count.
+        """
+        channel = self.channel()
+        current = channel.on_their_way.get(revision.key)
+        horizon = now + self.tolerance
+        status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
+        if current is not None and status is not _STORED:
+            return status, current, current
+        channel.on_their_way[revision.key] = revision
+        channel.near.drop({revision.key: revision.version})
+        channel.listeners.revised({revision.key: revision}, self.subscribers)
+        return _STORED, revision, current
+
+    def write_behind(
+        self,
+        revisions: Collection[Revision],
+        terms: Terms,
+        *,
+        wanted: Callable[[Revision], bool],
+        ended: Callable[[Outcomes], object] = lambda _: None,
+    ) -> None:
+        """Offer values to the cache, those still ``wanted`` when their turn has come.
+
+        Failures are told. ``ended`` learns the outcomes, whatever happens.
+        """
+
+        def done(task: asyncio.Task[tuple[Outcomes, Failures]]) -> None:
+            outcomes: Outcomes = {}
+            if not task.cancelled() and task.exception() is None:
+                outcomes, failures = task.result()
+                self.calls.tell("write", failures)
+            for revision in revisions:
+                if channel.on_their_way.get(revision.key) is revision:
+                    del channel.on_their_way[revision.key]
+            ended(outcomes)
+
+        channel = self.channel()
+        self._behind(self._write(best_per_key(revisions), terms, wanted)).add_done_callback(done)
+
+    async def _write(
+        self,
+        revisions: Mapping[ResourceKey, Revision],
+        terms: Terms,
+        wanted: Callable[[Revision], bool] = lambda _: True,
+    ) -> tuple[Outcomes, Failures]:
+        channel = self.channel()
+        # A cache may refuse what rests on something that it does not hold yet.
+        below = {key for each in revisions.values() for key in each.dependency_versions}
+        async with channel.lanes.turn(revisions, below):
+            offered = {key: each for key, each in revisions.items() if wanted(each)}
+            write = _Write(self, offered, terms)
+            with channel.near.filling() as filling:
+                outcomes = await write.run()
+                self._tell(channel, offered, outcomes, None if terms.insist else self.subscribers)
+                for status, current, _ in outcomes.values():
+                    keep = channel.near.wrote if status is _STORED else channel.near.put
+                    keep(filling, current)
+            channel.near.drop(dict.fromkeys(write.failures))
+        return outcomes, write.failures
+
+    def _tell(
+        self,
+        channel: Channel,
+        offered: Mapping[ResourceKey, Revision],
+        outcomes: Outcomes,
+        teller: CacheListener | None,
+    ) -> None:
+        """Tell of what readers see now and did not see before.
+
+        What was fetched is no news to the ``teller``, who has settled its flight.
+        """
+        changes: dict[ResourceKey, Revision | None] = {}
+        known: dict[ResourceKey, Revision | None] = {}
+        for key, (status, current, _) in outcomes.items():
+            waiting = channel.on_their_way.get(key)
+            was_held = waiting is offered[key]
+            if (status is _STORED) is not was_held:
+                (known if status is _STORED else changes)[key] = current
+            if was_held or decide(current, waiting) is _STORED:
+                channel.on_their_way.pop(key, None)
+        if changes:
+            channel.listeners.revised(changes)
+        if known:
+            channel.listeners.revised(known, teller)
+
+    # Invalidating and ending --------------------------------------------------------------------
+
+    async def invalidate(self, keys: Collection[ResourceKey]) -> None:
+        """Remove ``keys``. Listeners hear of it before the first await, and again afterwards.
+
+        Raises:
+            CacheUnavailableError: not all could be removed; or what the cache raised.
+        """
+        if self.store is not None:
             await let_go(self.store.drop(keys))
+            return
+        gone = dict.fromkeys(keys)
+        channel = self.channel()
+        for key in gone:
+            channel.on_their_way.pop(key, None)
+        channel.listeners.invalidating(gone)
+        channel.near.drop(gone)
+        async with channel.lanes.turn(gone):
+            try:
+                failures = await self.calls.remove(tuple(gone), insist=True)
+            finally:
+                channel.near.drop(gone)
+                channel.listeners.revised(gone)
+        for error in failures.values():
+            raise error
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Wait until what is on its way is written, for so long at most; then give it up."""
+        if self.store is None:
+            self.channel()  # drops those of another loop
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    def _behind(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.get_running_loop().create_task(work, name="coalestra cache write")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class _Write:
+    """One group of revisions on its way into the cache, whose lanes are held meanwhile.
+
+    Attributes:
+        failures: why keys could not be written.
+    """
+
+    def __init__(
+        self, cache: CacheAccess, offered: Mapping[ResourceKey, Revision], terms: Terms
+    ) -> None:
+        self.failures: Failures = {}
+        self._cache = cache
+        self._calls = cache.calls
+        self._offered = offered
+        self._terms = terms
+        self._values: Found = {}
+        self._results: dict[ResourceKey, CacheWriteResult] = {}
+
+    async def run(self) -> Outcomes:
+        """Write what may be written; return what became of all but the failures."""
+        await self._open()
+        if self._terms.leases is not None:
+            await self._fulfil(self._terms.leases)
+            return await self._outcomes()
+        looked_at = [key for key in self._values if self._looks_first(self._offered[key])]
+        held = await self._calls.held(looked_at, self._terms.now)
+        for key, current in held.items():
+            status = self._status(key, current, force=self._terms.force)
+            if status is not _STORED:
+                self._results[key] = CacheWriteResult(status, current, current)
+        for key in await self._outdated():
+            del self._results[key]
+        rest = [key for key in self._values if key not in self._results]
+        if self._calls.is_atomic:
+            await self._let_compare(rest)
+        else:
+            await self._store(rest, held, insist=self._terms.insist)
+        return await self._outcomes()
+
+    async def _fulfil(self, leases: Mapping[ResourceKey, Lease]) -> None:
+        """Store what was acquired under leases; give those back of what cannot be stored."""
+        terms = self._terms
+        for key, lease in leases.items():
+            if key not in self._values:
+                self._cache.give_back(lease, failed=key in self.failures)
+        if not self._values:
+            return
+        offered = {leases[key]: value for key, value in self._values.items()}
+        told: Mapping[ResourceKey, CacheWriteResult | Exception]
+        try:
+            fulfil = partial(
+                self._calls.cache.fulfil_many,
+                offered,
+                policies=terms.policies,
+                replace_equal=terms.replace_equal,
+            )
+            told = await self._calls.once("fulfil_many", fulfil, insist=True)
+        except Exception as error:
+            told = dict.fromkeys(self._values, error)
+        for key in self._values:
+            result = told.get(key)
+            if isinstance(result, CacheWriteResult):
+                self._results[key] = result
+            elif isinstance(result, Exception):
+                self.failures[key] = result
+        for key in await self._outdated():
+            del self._results[key]  # what is outdated takes nobody's place
+
+    async def _open(self) -> None:
+        pace = Pace()
+        for key, revision in self._offered.items():
+            try:
+                self._values[key] = await open_value(self._cache.copies, revision, _WRITE)
+            except Exception as error:
+                self.failures[key] = error
+            await pace.keep()
+
+    def _looks_first(self, revision: Revision) -> bool:
+        """Whether the library compares before it offers a value.
+
+        A cache that compares would take an undated fetch for as new as the end of its reading. One
+        that knows better tells undated values by their equal times, which may be by chance.
+        """
+        if self._terms.force or not self._calls.is_atomic:
+            return not self._calls.is_atomic
+        if revision.dated:
+            return revision.observed_at == revision.fetched_at
+        return revision.attempts > 0 and not self._calls.validates_order
+
+    def _status(
+        self, key: ResourceKey, current: SnapshotValue[Any], *, force: bool = False
+    ) -> CacheWriteStatus:
+        terms = self._terms
+        return decide(
+            self._offered[key],
+            revision_of(current),
+            force=force,
+            replace_equal=terms.replace_equal,
+            horizon=terms.now + self._cache.tolerance,
+        )
+
+    async def _store(self, keys: Iterable[ResourceKey], held: Found, *, insist: bool) -> None:
+        values = {key: self._values[key] for key in keys}
+        failed = await self._calls.store(values, self._terms.policies, insist=insist)
+        self.failures.update(failed)
+        for key, value in values.items():
+            if key not in failed:
+                self._results[key] = CacheWriteResult(_STORED, value, held.get(key))
+
+    async def _let_compare(self, keys: Collection[ResourceKey]) -> None:
+        """Let the cache compare; where it cannot know the write order, have the last word."""
+        for equal in (False, True):
+            some = [key for key in keys if self._replaces_equal(self._offered[key]) is equal]
+            await self._offer(some, force=self._terms.force, replace_equal=equal)
+        lost = self._lost().items()
+        again = {key for key, held in lost if self._status(key, held) is _STORED}
+        again.update(await self._outdated())
+        await self._offer(again, force=True, replace_equal=True)
+        await self._replace_unreadable()
+
+    def _replaces_equal(self, revision: Revision) -> bool:
+        by_arrival = not revision.attempts or not self._calls.validates_order
+        return self._terms.replace_equal or (not revision.dated and by_arrival)
+
+    async def _offer(
+        self, keys: Iterable[ResourceKey], *, force: bool, replace_equal: bool
+    ) -> None:
+        results, failed = await self._calls.offer(
+            {key: self._values[key] for key in keys},
+            self._terms.policies,
+            force=force,
+            replace_equal=replace_equal,
+            insist=self._terms.insist,
+        )
+        self._results.update(results)
+        self.failures.update(failed)
+
+    async def _replace_unreadable(self) -> None:
+        """Write over an entry that the cache cannot compare with as it cannot read it."""
+        away = CacheTimeoutError, CacheCircuitOpenError
+        tried = [
+            key
+            for key, error in self.failures.items()
+            if key in self._values and not isinstance(error, away)
+        ]
+        readable = await self._calls.held(tried, self._terms.now)
+        unreadable = [key for key in tried if key not in readable]
+        # Insisting, as all that could not be compared may have made the cache look dead.
+        await self._store(unreadable, {}, insist=True)
+        for key in unreadable:
+            if key in self._results:
+                del self.failures[key]
+
+    def _lost(self) -> Found:
+        """Return what has stayed in the cache, by key."""
+        return {key: each.value for key, each in self._results.items() if not each.stored}
+
+    async def _outdated(self) -> list[ResourceKey]:
+        """Return where what stayed is outdated: it must not keep a newer revision out."""
+        stayed = {key: revision_of(value) for key, value in self._lost().items()}
+        outdated = await self._cache.outdated(dict(stayed), (), self._terms.now, _bare)
+        return [key for key in outdated if key in stayed]
+
+    async def _outcomes(self) -> Outcomes:
+        results, wanted = self._results, self._terms.insist
+        before = {
+            key: result.previous
+            for key, result in results.items()
+            if wanted and result.stored and type(result.previous) is SnapshotValue
+        }
+        current = await self._cache.sealed(self._lost())
+        replaced = await self._cache.sealed(before)
+        outcomes: Outcomes = {}
+        for key, result in results.items():
+            now_held = current.get(key, self._offered[key])
+            was_held = replaced.get(key) if result.stored else now_held
+            outcomes[key] = (result.status, now_held, was_held)
+        return outcomes
+
+
+async def _bare(values: Found) -> dict[ResourceKey, Revision]:
+    """Return revisions that can only be compared."""
+    return {key: revision_of(value) for key, value in values.items()}

@@ -165,7 +165,6 @@ class CacheCalls:
         carries_many: whether one call can carry many keys.
         is_atomic: whether it compares and stores in one step.
         validates_dependencies, validates_order: what it promises to check itself.
-        counts: calls, failures and timeouts among them, and calls refused as it is left alone.
     """
 
     def __init__(
@@ -182,7 +181,7 @@ class CacheCalls:
         self.is_atomic: bool = self._offers_many or self._offers_one
         self.validates_dependencies: bool = _said(cache, "validates_dependency_versions") is True
         self.validates_order: bool = _said(cache, "validates_write_order") is True
-        self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
+        self._counts = dict.fromkeys(("calls", "failures", "timeouts"), 0)
         self._guards_itself = type(_said(cache, "is_available")) is bool
         self._tells_policies = _said(cache, "accepts_policies") is True
         seconds = getattr(cache, "timeout_seconds", None)
@@ -197,6 +196,12 @@ class CacheCalls:
     def __repr__(self) -> str:
         named = [name for name in ("carries_many", "is_atomic") if getattr(self, name)]
         return f"CacheCalls({type(self.cache).__name__}: {', '.join(named) or 'single keys'})"
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many ``calls`` were made, and of these ``failures`` and ``timeouts``."""
+        own = _said(self.cache, "call_counts")
+        return own if isinstance(own, Mapping) else self._counts
 
     @property
     def is_left_alone(self) -> bool:
@@ -364,7 +369,7 @@ class CacheCalls:
         insist: bool,
         seconds: float | None,
     ) -> tuple[dict[_I, _T], dict[_I, Exception]]:
-        loop, counts, name = asyncio.get_running_loop(), self.counts, type(self.cache).__name__
+        loop, counts, name = asyncio.get_running_loop(), self._counts, type(self.cache).__name__
         kind = "read" if operation in _READS else "write"
         circuit = self._circuits[kind]
         free = self._limit if insist else 0
@@ -375,7 +380,6 @@ class CacheCalls:
             if free >= 0 or self._guards_itself or circuit.admits(loop.time()):
                 counts["calls"] += 1
                 return None
-            counts["refused"] += 1
             return CacheCircuitOpenError(
                 f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is left "
                 f"alone for up to {_RECOVERY_SECONDS:g} s"

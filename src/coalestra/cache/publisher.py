@@ -513,7 +513,7 @@ class ResourcePublisher:
                 outcomes = access.store.put_many(best.values(), **terms)
             else:
                 policies = policies or dict.fromkeys(best, common)
-                written = await access.foreign.publish(best.values(), policies, **terms)
+                written = await access.publish(best.values(), policies, **terms)
                 outcomes = [written[key] for key in best]
             await pace.keep()
         policy_of = policies.__getitem__ if common is None else lambda _: common

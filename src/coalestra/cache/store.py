@@ -360,9 +360,9 @@ class EntryStore:
         """A number that grows with every change of what is stored."""
         return self._currency.epoch
 
-    def tolerate(self, policy: ObservationPolicy) -> None:
-        """Hold what a user with this policy lets in."""
-        self.tolerance = max(self.tolerance, future_tolerance(policy))
+    def tolerate(self, seconds: float) -> None:
+        """Hold what a user lets in who takes what is so far ahead of the clock."""
+        self.tolerance = max(self.tolerance, seconds)
 
     # Reading ------------------------------------------------------------------------------------
 

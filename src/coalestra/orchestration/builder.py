@@ -186,7 +186,7 @@ def collect_health(
 ) -> BuilderHealth:
     """Return the state of a builder and its counters; any thread may ask for it."""
     parts = engine.parts
-    cache, calls = parts.access.cache, parts.access.call_counts
+    cache, calls = parts.access.cache, parts.access.calls.counts
     copies = {"builder": parts.copies.health()}
     if isinstance(cache, AsyncMemoryCache):
         copies["cache"] = cache.copy_health_snapshot()
@@ -202,7 +202,7 @@ def collect_health(
         source_support_cache_entries=parts.chains.entries,
         capacity=capacity,
         cache=cache_stats,
-        cache_left_alone=parts.access.left_alone,
+        cache_left_alone=parts.access.calls.is_left_alone,
         cache_call_count=calls["calls"],
         cache_failure_count=calls["failures"],
         cache_timeout_count=calls["timeouts"],

@@ -25,7 +25,7 @@ from itertools import islice
 from typing import Any
 
 from coalestra._endings import look_after
-from coalestra.cache.foreign import Answer, Outcomes, Terms
+from coalestra.cache.access import Answer, Outcomes, Terms
 from coalestra.cache.store import decide
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -137,7 +137,7 @@ class CacheReads:
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
         for read in group.reads:
             if gather in read.waiters:
-                self._parts.copies.count_timeouts(read.key in self._parts.access.foreign.copying)
+                self._parts.copies.count_timeouts(read.key in self._parts.access.copying)
                 del read.waiters[gather], gather.pending[read]
                 alone = Read(read.key, read.policy, group)
                 alone.waiters[gather] = None
@@ -161,17 +161,17 @@ class CacheReads:
         self._close(read for read in group.reads if not read.waiters)
         if not reads:
             return
-        foreign, now = self._parts.access.foreign, self._parts.clock.now()
-        if foreign.calls.carries_many:
+        access, now = self._parts.access, self._parts.clock.now()
+        if access.calls.carries_many:
             for work in {gather.work for read in group.reads for gather in read.waiters}:
                 work.record.cache_batch_reads += 1
         policies = {key: same[-1].policy for key, same in reads.items()}
         unlike = {read.key: read.unlike for read in group.reads if read.unlike is not None}
         if not self._leases:
-            found = await foreign.read(policies, now, policies)
+            found = await access.read(policies, now, policies)
             await self._pass_on(group, reads, {key: Answer(found.get(key)) for key in policies})
             return
-        asking = foreign.lease(policies, now, policies, force=group.forced, unlike=unlike)
+        asking = access.lease(policies, now, policies, force=group.forced, unlike=unlike)
         async with contextlib.aclosing(asking):
             async for answers in asking:
                 await self._pass_on(group, reads, dict(answers))
@@ -191,7 +191,7 @@ class CacheReads:
                     await asyncio.sleep(0)
         finally:
             for answer in rest.values():
-                self._parts.access.foreign.give_back(answer.lease, failed=False)
+                self._parts.access.give_back(answer.lease, failed=False)
 
     def _take(self, group: ReadGroup, reads: Iterable[Read], answer: Answer) -> None:
         """Answer all reads of one key; the lease goes to the first that has use for it.
@@ -209,7 +209,7 @@ class CacheReads:
                 gone = not self._leases and group.changed.get(read.key, read) is None
                 self._answered(read, None if gone else answer.revision)
                 lease, read.lease = read.lease, None
-        self._parts.access.foreign.give_back(lease, failed=False)
+        self._parts.access.give_back(lease, failed=False)
 
     def _done(self, group: ReadGroup, _task: asyncio.Task[None]) -> None:
         """Answer everyone who still waits, however the reading ended."""
@@ -257,13 +257,13 @@ class CacheWrites:
 
     def add(self, flight: Flight) -> None:
         """Write the value that a flight offers, together with the others of this step."""
-        foreign = self._parts.access.foreign
-        if flight.lease is None and foreign.leasing is not None:
+        access = self._parts.access
+        if flight.lease is None and access.leases:
             self._settle(flight, alone=True)
             return
         if not self._next:
             asyncio.get_running_loop().call_soon(self._send)
-        if foreign.calls.carries_many and flight.sponsor not in self._writers:
+        if access.calls.carries_many and flight.sponsor not in self._writers:
             self._writers.add(flight.sponsor)
             flight.sponsor.record.cache_batch_writes += 1
         # From here on the lease is the write's: a flight that is settled gives its own back.
@@ -273,10 +273,10 @@ class CacheWrites:
 
     def add_stale(self, revision: Revision, policy: FreshnessPolicy) -> None:
         """Write a stale value, for which nobody waits."""
-        foreign, now = self._parts.access.foreign, self._parts.clock.now()
-        if foreign.leasing is None and foreign.hold(revision, now)[0] is _STORED:
+        access, now = self._parts.access, self._parts.clock.now()
+        if not access.leases and access.hold(revision, now)[0] is _STORED:
             terms = Terms({revision.key: policy}, now)
-            foreign.write_behind((revision,), terms, wanted=foreign.holds)
+            access.write_behind((revision,), terms, wanted=access.holds)
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
@@ -284,7 +284,7 @@ class CacheWrites:
         self._writers.clear()
 
     def _send(self) -> None:
-        group, foreign = self._next, self._parts.access.foreign
+        group, access = self._next, self._parts.access
         self.forget()
         timer = asyncio.get_running_loop().call_later(_QUICK_SECONDS, self._overdue, group)
         for forced in (False, True):
@@ -299,9 +299,9 @@ class CacheWrites:
                     {flight.key: flight.policy for flight in group},
                     self._parts.clock.now(),
                     replace_equal=forced,
-                    leases=leases if foreign.leasing is not None else None,
+                    leases=leases if access.leases else None,
                 )
-                foreign.write_behind(
+                access.write_behind(
                     flights,
                     terms,
                     wanted=partial(self._wanted, flights),
@@ -312,7 +312,7 @@ class CacheWrites:
         flight = flights[revision]
         if flight.settlement is None:
             return self._fit(flight)
-        return self._parts.access.foreign.holds(revision)
+        return self._parts.access.holds(revision)
 
     def _overdue(self, group: Iterable[Flight]) -> None:
         self._slow = True
@@ -335,7 +335,7 @@ class CacheWrites:
             current = cached
         elif not alone:
             now = self._parts.clock.now()
-            status, current, _ = self._parts.access.foreign.hold(revision, now, replace_equal=equal)
+            status, current, _ = self._parts.access.hold(revision, now, replace_equal=equal)
         self._written(flight, status, current)
 
     def _ended(

@@ -936,7 +936,7 @@ class SingleFlight:
         """Let go of the lease of a flight that has stored nothing."""
         lease, flight.lease = flight.lease, None
         in_vain = isinstance(flight.settlement, Failed) and bool(flight.failures)
-        self.parts.access.foreign.give_back(lease, failed=in_vain)
+        self.parts.access.give_back(lease, failed=in_vain)
 
     def _hand_on(
         self, flight: Flight, settlement: Settlement, waiters: deque[tuple[Gather, bool]]
@@ -1509,8 +1509,7 @@ class Engine:
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
         self.flights.dispatch.close()
-        if self.parts.access.store is None:
-            await self.parts.access.foreign.drain(timeout_seconds)
+        await self.parts.access.drain(timeout_seconds)
         left: dict[str, int] = {}
         for task in running:
             name = task.get_name().removeprefix("coalestra ")
