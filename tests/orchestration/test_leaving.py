@@ -22,7 +22,7 @@ from coalestra import (
 )
 from coalestra.orchestration import singleflight
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
-from tests.support import Gate, cancel_at_every_await, no_leaks, settle
+from tests.support import Gate, LoopClock, cancel_at_every_await, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -268,3 +268,29 @@ async def test_closing_waits_for_refreshes_unless_told_to_cancel_them() -> None:
         began = loop.time()
         await building.aclose(cancel_refreshes=cancel, copy_shutdown_timeout_seconds=20)
         assert loop.time() - began == pytest.approx(0 if cancel else 10)
+
+
+class Stopped(LoopClock):
+    """A clock that can be stopped: it tells no time then."""
+
+    stopped = False
+
+    def monotonic(self) -> float:
+        if self.stopped:
+            raise LookupError("stopped")
+        return super().monotonic()
+
+
+async def test_who_joins_and_finds_that_no_clock_goes_keeps_nothing_under_way() -> None:
+    clock = Stopped()
+    building = builder(Single("a", fetch=latency(1_000)), clock=clock)
+    waiting = [asyncio.ensure_future(building.build([key("a")])) for _ in range(2)]
+    await settle()
+    clock.stopped = True
+    with pytest.raises(LookupError):
+        await building.build([key("a")])
+    clock.stopped = False
+    for task in waiting:
+        task.cancel()
+    await no_leaks(building)
+    await building.aclose()

@@ -308,8 +308,8 @@ async def together(
 ) -> Snapshot:
     """Wait with others for the one key of a crowd; return a snapshot of one's own."""
     clock = engine.parts.clock
-    began, created_at = clock.monotonic(), clock.now()
     try:
+        began, created_at = clock.monotonic(), clock.now()
         await told
     finally:
         engine.leave(crowd, told)
