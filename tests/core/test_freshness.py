@@ -148,8 +148,6 @@ class TestObservations:
         with pytest.raises(FutureObservation) as caught:
             judge_observation(NOW + 2.0, NOW, self.POLICY)
         error = caught.value
-        assert (error.observed_at, error.now) == (NOW + 2.0, NOW)
-        assert (error.skew_seconds, error.tolerance_seconds) == (2.0, 1.5)
         assert str(error) == (
             "observed_at must be at most 1.5 s ahead of the clock, got 2 s ahead; "
             "compare the clocks, or raise future_tolerance_seconds"

@@ -211,25 +211,7 @@ class FutureObservation(ValueError):
     """An observation is further ahead of the clock than the policy tolerates.
 
     Internal: whoever judges turns it into an error that also names the source.
-
-    Attributes:
-        observed_at, now: the two times, in wall-clock seconds since the epoch.
-        skew_seconds: how far ahead it is.
-        tolerance_seconds: how far it may be.
     """
-
-    def __init__(self, observed_at: float, now: float, tolerance_seconds: float) -> None:
-        self.observed_at = observed_at
-        self.now = now
-        self.skew_seconds: float = observed_at - now
-        self.tolerance_seconds = tolerance_seconds
-        super().__init__(
-            f"observed_at must be at most {tolerance_seconds:g} s ahead of the clock, got "
-            f"{self.skew_seconds:g} s ahead; compare the clocks, or raise future_tolerance_seconds"
-        )
-
-    def __reduce__(self) -> tuple[type[FutureObservation], tuple[float, float, float]]:
-        return type(self), (self.observed_at, self.now, self.tolerance_seconds)
 
 
 def judge_observation(observed_at: float, now: float, policy: ObservationPolicy) -> float:
@@ -242,7 +224,10 @@ def judge_observation(observed_at: float, now: float, policy: ObservationPolicy)
         return 0.0
     tolerance = policy.future_tolerance_seconds
     if policy.reject_future_observations and observed_at > now + tolerance:
-        raise FutureObservation(observed_at, now, tolerance)
+        raise FutureObservation(
+            f"observed_at must be at most {tolerance:g} s ahead of the clock, got "
+            f"{observed_at - now:g} s ahead; compare the clocks, or raise future_tolerance_seconds"
+        )
     return observed_at - now
 
 

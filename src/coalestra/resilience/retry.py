@@ -87,7 +87,8 @@ class RetryPolicy:
             return isinstance(error, on)
         answer = on(error)
         if inspect.isawaitable(answer):
-            getattr(answer, "close", _nothing)()
+            if hasattr(answer, "close"):
+                answer.close()
             raise TypeError("retry_on must answer at once, got an awaitable; use a plain function")
         return bool(answer)
 
@@ -119,7 +120,3 @@ def _checked(retry_on: Any) -> Any:
         return retry_on
     rule = "a subclass of Exception, several of them, or a plain function of the error"
     raise wrong_type("retry_on", rule, retry_on)
-
-
-def _nothing() -> None:
-    """Close what has nothing to close."""
