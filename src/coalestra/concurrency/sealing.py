@@ -255,6 +255,7 @@ def _keeps_nothing(name: str, attribute: Any) -> bool:
 _HOOKS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 """What a class, or by accident an instance, can define to be asked how it is copied."""
 
+_HOOKED = frozenset(_HOOKS)
 _NEW_OBJECT: Any = object().__reduce_ex__(2)[0]
 
 
@@ -312,7 +313,7 @@ def state_of(instance: Any, cls: type[Any], hooks: list[Any]) -> State | None:
     slots = {} if slots is None else slots
     if builder is not _NEW_OBJECT or arguments != (cls,) or any(more):
         return None
-    if type(attributes) is not dict or not attributes.keys().isdisjoint(_HOOKS):
+    if type(attributes) is not dict or not _HOOKED.isdisjoint(attributes):
         return None
     if slots and cls.__setattr__ is not _OBJECT.__setattr__:
         return None
@@ -352,19 +353,19 @@ class HugeShell:
 class InstanceShell:
     """The shell of a plain instance: its class, and what it has in its two places."""
 
-    __slots__ = ("_attributes", "_cls", "_slots")
+    __slots__ = ("attributes", "cls", "slots")
 
     def __init__(self, cls: type, attributes: dict[str, Any], slots: dict[str, Any]) -> None:
-        self._cls = cls
-        self._attributes = attributes
-        self._slots = slots
+        self.cls = cls
+        self.attributes = attributes
+        self.slots = slots
 
     def copy(self) -> Any:
         """Return a new instance with the same attributes, without calling its class."""
-        instance: Any = object.__new__(self._cls)
-        if self._attributes:
-            instance.__dict__.update(self._attributes)
-        for name, value in self._slots.items():
+        instance: Any = object.__new__(self.cls)
+        if self.attributes:
+            instance.__dict__.update(self.attributes)
+        for name, value in self.slots.items():
             object.__setattr__(instance, name, value)
         return instance
 
@@ -373,6 +374,7 @@ def _set_attribute(instance: Any, name: str, value: Any) -> None:
     instance.__dict__[name] = value  # whatever the class has under that name
 
 
+Put = Callable[[Any, str, Any], object]
 Links = tuple[int, Sequence[Any], Sequence[int]]
 """Parent, keys, children: a key and a child at a time; those never met before stand in a row."""
 
@@ -392,7 +394,7 @@ class Blueprint:
     shells: Sequence[Any]
     tuples: Sequence[Links]
     items: Sequence[Links]
-    places: Sequence[tuple[Callable[[Any, str, Any], object], Links]]
+    places: Sequence[tuple[Put, Links]]
     classes: Sequence[tuple[type, list[Any]]]
 
     def __repr__(self) -> str:
@@ -476,7 +478,7 @@ class Survey:
         self._shells: list[Any] = []
         self._tuples: dict[int, Links] = {}
         self._items: list[Links] = []
-        self._places: list[tuple[Callable[[Any, str, Any], object], Links]] = []
+        self._places: list[tuple[Put, Links]] = []
         self._classes: dict[type, list[Any]] = {}
         self._verdicts: dict[int, bool] = {}
         self._parts: dict[type, Parts | None] = {}
@@ -537,15 +539,23 @@ class Survey:
             raise UnknownPayload
         attributes, slots = state
         self._walk(len(attributes) + len(slots))
-        first = InstanceShell(cls, attributes, slots).copy()
-        for held, put in ((attributes, _set_attribute), (slots, object.__setattr__)):
-            names, children = self._children(held.items())
-            if names:
-                self._places.append((put, (parent, names, children)))
+        shell = InstanceShell(cls, attributes, slots)
+        first = shell.copy()
+        self._shells.append(shell)
+        # From here on a shell keeps nothing that the source may change.
+        if attributes:
+            self._place(parent, _set_attribute, attributes)
+            shell.attributes = first.__dict__
         if slots:
-            slots.update(dict.fromkeys(names))  # a shell keeps nothing that the source may change
-        self._shells.append(InstanceShell(cls, getattr(first, "__dict__", {}), slots))
+            slots.update(dict.fromkeys(self._place(parent, object.__setattr__, slots)))
         return first
+
+    def _place(self, parent: int, put: Put, held: dict[str, Any]) -> Sequence[str]:
+        """Note what goes where in one place of an instance, and return under which names."""
+        names, children = self._children(held.items())
+        if names:
+            self._places.append((put, (parent, names, children)))
+        return names
 
     def _link(self, parent: int, items: Iterable[tuple[Any, Any]]) -> None:
         """Note what goes where in a list or dictionary."""
