@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import ShuffledLoop, VirtualLoop, run_real, run_virtual
+from tests.support.running import until_logged
 
 # Examples are timed on the clock of a machine that may be busy with something else. Continuous
 # integration asks for `--hypothesis-profile=thorough`.
@@ -104,6 +105,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     names = pyfuncitem._fixtureinfo.argnames
     _plain(pyfuncitem, function)(**{name: pyfuncitem.funcargs[name] for name in names})
     return True
+
+
+def pytest_runtest_teardown() -> None:
+    """Let what a builder of this test has to log not come into the log of the next one."""
+    until_logged()
 
 
 def _plain(

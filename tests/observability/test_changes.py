@@ -40,9 +40,6 @@ class Kept(logging.Handler):
 
 @pytest.fixture(name="kept")
 def _kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
-    for thread in threading.enumerate():
-        if thread.name == "coalestra-log":  # of a builder that another test has not closed
-            thread.join(10)
     handler, level = Kept(), LOGGER.level
     monkeypatch.setattr(LOGGER, "handlers", [handler])  # and none of those that pytest puts there
     monkeypatch.setattr(LOGGER, "propagate", False)

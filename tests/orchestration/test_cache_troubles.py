@@ -38,7 +38,7 @@ from tests.contracts.caches import (
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
-from tests.support import Gate, LoopClock, no_leaks, settle
+from tests.support import Gate, LoopClock, loop_turn, no_leaks, settle
 
 KEYS = [key("b", str(number)) for number in range(5)]
 KINDS = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
@@ -585,17 +585,11 @@ async def test_the_lease_on_what_cannot_be_copied_into_the_cache_is_given_back()
 async def test_the_answers_of_a_leasing_cache_are_passed_on_in_portions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    turn, answered = 0, Counter[int]()
+    answered = Counter[Any]()  # of each task in each turn
     pass_on = SingleFlight._cache_answered
 
-    def next_turn() -> None:
-        nonlocal turn
-        turn += 1
-
     def watched(self: SingleFlight, read: Any, revision: Any) -> None:
-        if not answered[turn]:
-            asyncio.get_running_loop().call_soon(next_turn)
-        answered[turn] += 1
+        answered[loop_turn(), asyncio.current_task()] += 1
         pass_on(self, read, revision)
 
     monkeypatch.setattr(SingleFlight, "_cache_answered", watched)

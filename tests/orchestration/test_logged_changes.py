@@ -70,9 +70,6 @@ class Keeping(logging.Handler):
 
 @pytest.fixture(name="records")
 def _records() -> Iterator[list[logging.LogRecord]]:
-    for thread in threading.enumerate():
-        if thread.name == "coalestra-log":  # of a builder that another test has not closed
-            thread.join(10)
     logger, handler = logging.getLogger("coalestra"), Keeping()
     level = logger.level
     logger.addHandler(handler)
