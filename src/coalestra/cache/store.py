@@ -471,7 +471,7 @@ class EntryStore:
 
     def put_many(
         self,
-        revisions: Iterable[Revision],
+        revisions: Collection[Revision],
         *,
         now: float = math.inf,
         force: bool = False,
@@ -479,6 +479,8 @@ class EntryStore:
         teller: CacheListener | None = None,
     ) -> list[Outcome]:
         """Offer sealed revisions of different keys, in one step; see ``put``."""
+        if self.enter_many({revision.key: revision for revision in revisions}, teller=teller):
+            return [(_STORED, revision, None) for revision in revisions]
         outcomes = self._put(revisions, now + self.tolerance, force, replace_equal)
         listening = self.listeners.references
         if len(listening) > 1 or (listening and listening[0]() is not teller):
@@ -486,6 +488,25 @@ class EntryStore:
             if changes:
                 self.listeners.revised(changes, teller)
         return outcomes
+
+    def enter_many(
+        self, revisions: dict[ResourceKey, Revision], *, teller: CacheListener | None = None
+    ) -> bool:
+        """Do as ``put_many``, in less time, if no key is held and there is room for all.
+
+        Return whether that is so. None of them may have been here before.
+        """
+        if self.max_entries is not None and len(self) + len(revisions) > self.max_entries:
+            return False
+        # Sets and dictionaries that are made of each other ask no key for its hash.
+        if len(set(revisions).difference(self._entries)) < len(revisions):
+            return False
+        self._entries.update(revisions)
+        self._currency.epoch += len(revisions)
+        self._sets += len(revisions)
+        if revisions:
+            self.listeners.revised(revisions, teller)
+        return True
 
     def _put(
         self, revisions: Iterable[Revision], horizon: float, force: bool, replace_equal: bool

@@ -964,11 +964,14 @@ class Call:
 
     async def _hand_over_all(self, flights: Sequence[Flight], values: Sequence[Any]) -> None:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
-        pace, left = self.parts.pace, PORTION
+        pace, left, many = self.parts.pace, PORTION, len(values) > PORTION
         pace.begin()
+        if many:
+            await pace.rest()  # the call has had its time in this turn
         if any(value is _OMITTED for value in values):
             await self._refuse_omitted(flights, values)
-        ready: list[tuple[Flight, Revision]] = []
+        made: dict[Revision, Flight] = {}
+        by_key: dict[ResourceKey, Revision] = {}
         self.dispatch.hold(self.work)  # what is refused goes on together
         try:
             for flight, value in zip(flights, values, strict=True):
@@ -976,20 +979,24 @@ class Call:
                 if revision is None:
                     left -= 1
                 else:
-                    ready.append((flight, revision))
+                    made[revision], by_key[flight.key] = flight, revision
                     left -= revision.seal.weight
                 if left <= 0:
                     left = PORTION
                     await pace.keep()
         finally:
             self.dispatch.release(self.work)
-        if len(ready) > 1 and self.parts.access.store is not None:
+        stored: Collection[Revision] = ()
+        if len(made) > 1 and self.parts.access.store is not None:
+            if many:
+                await pace.rest()  # all at once takes a while
             self.work.record.cache_batch_writes += 1
-            self.dispatch.store(self, ready)
-        for portion in portions(ready, max(1, PORTION // _HANDING_OVER)):
-            for flight, revision in portion:
-                self._deliver(flight, revision)
+            stored = self.dispatch.store(self, made, by_key)
+        for portion in portions(made.items(), max(1, PORTION // _HANDING_OVER)):
             await pace.keep()
+            for revision, flight in portion:
+                flight.stored = revision in stored
+                self._deliver(flight, revision)
 
     async def _refuse_omitted(self, flights: Sequence[Flight], values: Sequence[Any]) -> None:
         """Let the keys that were left out go on, together, to where they are served next."""
@@ -1436,6 +1443,11 @@ class Lane:
 # Dispatch: ready keys are grouped by source and handed to the lanes of their unit of work --------
 
 
+Storing = Callable[
+    [Call, dict[Revision, Flight], dict[ResourceKey, Revision]], Collection[Revision]
+]
+
+
 class Dispatch:
     """Makes the keys that become ready for one source in one step travel together.
 
@@ -1450,19 +1462,19 @@ class Dispatch:
         parts: Parts,
         refused: Callable[[Flight, SourceFailure, str], None],
         delivered: Callable[[Flight, Revision], None],
-        store: Callable[[Call, Sequence[tuple[Flight, Revision]]], None],
+        store: Storing,
     ) -> None:
         """Report here what becomes of keys.
 
         `refused` is told that a source failed for a key, and with which status; `delivered` takes a
         fresh value. `store` lets readers of the memory cache see several values before they are
-        delivered.
+        delivered, and returns which they see.
         """
         self.parts: Parts = parts
         self.deliveries: Deliveries = Deliveries(parts)
         self.refused: Callable[[Flight, SourceFailure, str], None] = refused
         self.delivered: Callable[[Flight, Revision], None] = delivered
-        self.store: Callable[[Call, Sequence[tuple[Flight, Revision]]], None] = store
+        self.store: Storing = store
         self.workers: set[asyncio.Task[Any]] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.quiet_until: float = 0.0

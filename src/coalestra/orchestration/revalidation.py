@@ -172,7 +172,7 @@ class Revalidation:
     def _visible(self, snapshot: Snapshot) -> Snapshot:
         """Return the snapshot without what the session has not been asked for."""
         requested = self._unit.requested
-        if self._named.keys() <= requested.keys():
+        if len({**requested, **self._named}) == len(requested):
             return snapshot
         values = {key: value for key, value in snapshot.items() if key in requested}
         return self._unit.assembled(values, snapshot.errors)

@@ -188,8 +188,9 @@ class SnapshotSession:
     def _pinned(self, named: dict[ResourceKey, None]) -> dict[ResourceKey, None]:
         if not named:
             raise ValueError("keys must name at least one resolved key of the session, got none")
-        for key in named:
-            if key not in self._unit.pins:
+        pins = self._unit.pins
+        for key in named if len({**pins, **named}) > len(pins) else ():  # which asks for no hash
+            if key not in pins:
                 raise ValueError(
                     f"keys must be resolved in this session, got {key.display}; resolve it first"
                 )

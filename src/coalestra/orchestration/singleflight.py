@@ -98,6 +98,7 @@ _GRACE_SECONDS = 0.25
 
 _DERIVED = SourceKind.DERIVED
 _SETTLED = Phase.SETTLED
+_STORED = CacheWriteStatus.STORED
 _WRITING = Phase.WRITING
 
 Wanted = tuple[ResourceKey, FreshnessPolicy, Revision | None]
@@ -154,6 +155,7 @@ class Agenda:
                     rest = step(subject, *arguments)
                     if rest is not None and next(rest, self) is not self:
                         steps.append((_the_rest, subject, (rest,)))
+                        looks = 1  # a slice of much, which may have taken a while
                 except BaseException as error:
                     self._broken(subject, error)
                 looks -= 1
@@ -840,24 +842,34 @@ class SingleFlight:
         except BaseException as error:
             self.broken(flight, error)
 
-    def _store_together(self, call: Call, ready: Sequence[tuple[Flight, Revision]]) -> None:
-        """Write the values of one answer to the memory cache in one step; each is delivered later.
+    def _store_together(
+        self, call: Call, made: Mapping[Revision, Flight], by_key: dict[ResourceKey, Revision]
+    ) -> Collection[Revision]:
+        """Write the values of one answer to the memory cache in one step; return which it took.
 
         What there has been news of meanwhile, or was settled, is left to its delivery.
         """
         store, publishing, now = self._store, self._publishing, self.parts.clock.now()
-        fit: dict[bool, list[tuple[Flight, Revision]]] = {False: [], True: []}
-        for pair in ready:
-            flight = pair[0]
-            waits = publishing and flight.key in publishing
-            if flight.call is call and flight.cacheable and flight.event is None and not waits:
-                fit[flight.forced].append(pair)
-        for forced, pairs in fit.items():
-            if pairs and store is not None:
-                revisions = [revision for _, revision in pairs]
-                outcomes = store.put_many(revisions, now=now, replace_equal=forced, teller=self)
-                for (flight, _), outcome in zip(pairs, outcomes, strict=True):
-                    flight.stored = outcome[0] is CacheWriteStatus.STORED
+        if store is None:
+            return ()
+        news = publishing or self.board.aside  # where all flights are that there was any of
+        special = [None for flight in made.values() if flight.forced or flight.call is not call]
+        if not news and not special and store.enter_many(by_key, teller=self):
+            return made
+        stored: set[Revision] = set()
+        fit = [
+            (flight, revision)
+            for revision, flight in made.items()
+            if flight.call is call
+            and flight.cacheable
+            and flight.event is None
+            and flight.key not in publishing
+        ]
+        for forced in (False, True):
+            revisions = [revision for flight, revision in fit if flight.forced is forced]
+            outcomes = store.put_many(revisions, now=now, replace_equal=forced, teller=self)
+            stored.update([new for status, new, _ in outcomes if status is _STORED])
+        return stored
 
     def _offer(self, flight: Flight) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
