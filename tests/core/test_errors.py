@@ -378,6 +378,8 @@ def test_a_long_cycle_is_shown_by_its_ends() -> None:
     assert len(error.path) == 10_001
     assert "n:k4 -> (9991 more) -> n:k9996" in str(error)
     assert str(error).endswith("n:k9999 -> n:k0; remove one of these dependencies")
+    named = [key for key in path if hasattr(key, "_display")]
+    assert len(named) == 9, "each of them may have an error of its own"
 
 
 def test_an_error_that_cannot_be_read_does_not_break_the_one_that_reports_it() -> None:

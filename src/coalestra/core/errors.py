@@ -438,10 +438,13 @@ class DependencyCycleError(CoalestraError):
 
     def __init__(self, path: tuple[ResourceKey, ...]) -> None:
         self.path: tuple[ResourceKey, ...] = tuple(path)
-        shown = [key.display for key in self.path]
-        hidden = len(shown) - 2 * MAX_RESOURCES_SHOWN
+        ends = self.path  # each of very many keys may fail with the same path
+        hidden = len(ends) - 2 * MAX_RESOURCES_SHOWN
         if hidden > 0:
-            shown[MAX_RESOURCES_SHOWN:-MAX_RESOURCES_SHOWN] = [f"({hidden} more)"]
+            ends = ends[:MAX_RESOURCES_SHOWN] + ends[-MAX_RESOURCES_SHOWN:]
+        shown = [key.display for key in ends]
+        if hidden > 0:
+            shown.insert(MAX_RESOURCES_SHOWN, f"({hidden} more)")
         super().__init__(
             f"dependencies must not form a cycle, got {' -> '.join(shown)}; "
             "remove one of these dependencies"
