@@ -394,6 +394,16 @@ async def test_a_session_tells_its_stages_and_each_snapshot_what_was_known_by_th
     assert [trace.kind for trace in b.recent_traces()] == ["session"]
 
 
+async def test_keys_come_in_the_order_in_which_they_were_looked_for() -> None:
+    b = builder(Single("a", "a", "b"))
+    await b.build([B])
+    async with b.session(trace=True) as session:
+        await session.resolve([A])
+        trace = trace_of(await session.resolve([B]))
+    assert list(trace.keys) == [A, B]
+    assert [each.obtained for each in trace.keys.values()] == [Obtained.FETCHED, Obtained.CACHE]
+
+
 async def test_two_stages_side_by_side_tell_of_their_own_keys() -> None:
     b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)))
     async with b.session(trace=True) as session:

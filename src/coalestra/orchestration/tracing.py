@@ -468,8 +468,7 @@ class WorkTrace:
         self._began = _now()
         self._stages: list[StageLog] = []
         self._stages_begun = 0
-        self._entries: list[KeyLog] = []
-        self._warm: list[WarmKey] = []
+        self._entries: list[KeyLog | WarmKey] = []
         self._known: dict[ResourceKey, KeyLog | WarmKey] = {}
         self._untold: set[int] = set()
         self._joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = {}
@@ -596,7 +595,7 @@ class WorkTrace:
 
     @property
     def _room(self) -> int:
-        return MOST_KEYS - len(self._entries) - len(self._warm)
+        return MOST_KEYS - len(self._entries)
 
     def warm(self, revisions: Iterable[Revision], *, near: bool) -> None:
         """Note that all keys of a stage were in memory."""
@@ -605,7 +604,7 @@ class WorkTrace:
             rest = iter(revisions)
             for revision in islice(rest, self._room):
                 warm = WarmKey(how, now, revision.key, *_facts(revision))
-                self._warm.append(warm)
+                self._entries.append(warm)
                 self._known[revision.key] = warm
             self._untold.update([hash(revision.key) for revision in rest])
 
@@ -649,7 +648,7 @@ class WorkTrace:
         if not self.recording:
             return None
         until = _now()
-        noted = len(self._warm), len(self._entries), self._stages_begun, len(self._untold)
+        noted = len(self._entries), self._stages_begun, len(self._untold)
         records = partial(self._records, until, values, *noted)
         about = self.snapshot_id, self._kind, self._parent, self._started_at
         return pending_trace(records, *about, until - self._began)
@@ -658,7 +657,6 @@ class WorkTrace:
         self,
         until: float,
         values: Mapping[ResourceKey, SnapshotValue[Any]],
-        warm: int,
         entries: int,
         stages_begun: int,
         untold: int,
@@ -669,9 +667,8 @@ class WorkTrace:
         one that was not delivered the latest of which it was asked for.
         """
         began = self._began
-        noted: list[KeyLog | WarmKey] = [*self._warm[:warm], *self._entries[:entries]]
         stories: dict[ResourceKey, list[KeyLog | WarmKey]] = {}
-        for story in noted:
+        for story in self._entries[:entries]:
             if story.start <= until:
                 stories.setdefault(story.key, []).append(story)
         keys: dict[ResourceKey, KeyTrace] = {}
