@@ -135,10 +135,7 @@ class OpenTelemetryTracer:
     __slots__ = ("_messages", "_tracer")
 
     def __init__(
-        self,
-        tracer_provider: trace.TracerProvider | None = None,
-        *,
-        include_messages: bool = False,
+        self, tracer_provider: trace.TracerProvider | None = None, *, include_messages: bool = False
     ) -> None:
         if tracer_provider is not None:
             require_methods("tracer_provider", tracer_provider, "get_tracer")

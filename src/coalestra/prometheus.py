@@ -28,15 +28,7 @@ from typing import Any
 
 from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, UP, Builder, Labels, Watched
 from coalestra.core.health import BuilderHealth
-from coalestra.core.validation import (
-    instance,
-    integer,
-    mapping,
-    number,
-    readable,
-    refusal,
-    text,
-)
+from coalestra.core.validation import instance, integer, mapping, number, readable, refusal, text
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
 

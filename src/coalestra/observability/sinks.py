@@ -210,10 +210,7 @@ class ObservationSummary:
     def including(self, value: float) -> ObservationSummary:
         """Return the summary with one more observation."""
         return ObservationSummary(
-            self.count + 1,
-            self.total + value,
-            min(self.minimum, value),
-            max(self.maximum, value),
+            self.count + 1, self.total + value, min(self.minimum, value), max(self.maximum, value)
         )
 
 

@@ -563,9 +563,7 @@ class WorkTrace:
         return logs
 
     def shown(
-        self,
-        values: Mapping[ResourceKey, SnapshotValue[Any]],
-        pins: Mapping[ResourceKey, Reading],
+        self, values: Mapping[ResourceKey, SnapshotValue[Any]], pins: Mapping[ResourceKey, Reading]
     ) -> None:
         """Note what a session shows that was never looked for, but read out of sight."""
         for key, value in values.items() if self.recording else ():
@@ -609,13 +607,7 @@ class WorkTrace:
             self._untold.update([hash(revision.key) for revision in rest])
 
     def flies(
-        self,
-        log: KeyLog | None,
-        key: ResourceKey,
-        flight: FlightLog,
-        *,
-        joined: bool,
-        waiting: Any,
+        self, log: KeyLog | None, key: ResourceKey, flight: FlightLog, *, joined: bool, waiting: Any
     ) -> None:
         """Note that a flight acquires the key, and which span waits if another had begun it."""
         if waiting is not None:
