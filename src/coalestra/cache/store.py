@@ -421,14 +421,14 @@ class EntryStore:
             found.append(revision)
         return found
 
-    def count_fresh(self, keys: Collection[ResourceKey]) -> None:
-        """Count ``keys`` as found fresh, and as used last."""
-        self._fresh_hits += len(keys)
+    def count_fresh(self, revisions: Collection[Revision]) -> None:
+        """Count entries as found fresh, and as used last."""
+        self._fresh_hits += len(revisions)
         if self._recency is not None:
             move = self._recency.move_to_end
-            for key in keys:
+            for revision in revisions:
                 try:
-                    move(key)
+                    move(revision.key)  # the very key of the entry, which needs no comparison
                 except KeyError:  # it has left meanwhile
                     continue
 

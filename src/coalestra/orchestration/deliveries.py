@@ -334,7 +334,7 @@ class WarmReads:
                 revision.presented(payload, revision.metadata, age if age > 0 else 0.0, False, True)
             )
         count = len(values)
-        store.count_fresh(keys)
+        store.count_fresh(revisions)
         counted = {
             "duration_ms": (clock.monotonic() - began) * 1000,
             "requested_resources": count,
@@ -445,9 +445,9 @@ class WarmReads:
         store: EntryStore,
         work: Work,
         keys: Collection[ResourceKey],
-        revisions: Iterable[Revision],
+        revisions: Collection[Revision],
     ) -> None:
-        store.count_fresh(keys)
+        store.count_fresh(revisions)
         if work.trace is not None:
             work.trace.warm(revisions, near=self._parts.access.store is not store)
         work.record.cache_hits += len(keys)
