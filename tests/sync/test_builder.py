@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import math
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,13 @@ from coalestra.core.errors import BuilderClosedError, SnapshotBuildError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestOutcome, SnapshotRequest
 from coalestra.orchestration.builder import SnapshotBuilder
-from coalestra.sync import THREAD_NAME, SyncResourcePublisher, SyncSnapshotBuilder
+from coalestra.orchestration.session import SnapshotSession
+from coalestra.sync import (
+    THREAD_NAME,
+    SyncResourcePublisher,
+    SyncSnapshotBuilder,
+    SyncSnapshotSession,
+)
 from tests.sync.sources import Prices, builder, source
 from tests.sync.steps import PATIENCE, PRICE, VOLUME, Door, error_of, in_a_fork, in_thread, outcome
 
@@ -101,7 +108,27 @@ def test_keys_are_read_where_they_are_given(sync: SyncSnapshotBuilder) -> None:
         yield PRICE
 
     sync.build(keys())
-    assert read_in == [threading.current_thread()]
+    sync.build(keys=keys())
+    with sync.session() as session:
+        session.resolve(keys())
+        session.revalidate(keys=keys())
+    assert read_in == [threading.current_thread()] * 4
+
+
+def test_a_blocking_method_says_what_the_async_one_says(sync: SyncSnapshotBuilder) -> None:
+    for blocking, method in (
+        (SyncSnapshotBuilder.build, SnapshotBuilder.build),
+        (SyncSnapshotBuilder.try_requests, SnapshotBuilder.try_requests),
+        (SyncSnapshotSession.revalidate, SnapshotSession.revalidate),
+    ):
+        assert inspect.signature(blocking) == inspect.signature(method)
+        assert inspect.getdoc(blocking) == inspect.getdoc(method)
+        assert not inspect.iscoroutinefunction(blocking)
+    assert "SyncSnapshotBuilder.build" in repr(SyncSnapshotBuilder.build)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'keys'"):
+        sync.build()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stict'"):
+        sync.build([PRICE], stict=False)  # type: ignore[call-arg]
 
 
 def test_a_failed_build_raises_as_the_async_one(sync: SyncSnapshotBuilder) -> None:
