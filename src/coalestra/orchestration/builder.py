@@ -500,7 +500,8 @@ class SnapshotBuilder(BuilderSettings):
             ValueError: no keys.
             RuntimeError: the builder is closed, or busy on another event loop.
         """
-        flag("strict", strict)
+        if type(strict) is not bool:
+            flag("strict", strict)
         wanted = distinct(keys)
         if not wanted:
             raise ValueError("keys must name at least one resource, got none")

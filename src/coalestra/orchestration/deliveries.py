@@ -308,7 +308,9 @@ class WarmReads:
         So it does if anybody follows what is done.
         """
         parts = self._parts
-        copies, clock, store = parts.copies, parts.clock, parts.access.near
+        copies, clock, store = parts.copies, parts.clock, parts.access.store
+        if store is None:
+            store = parts.access.near
         if store is None or len(keys) > PORTION or not copies.is_direct:
             return None
         if not parts.tracing.off or next(iter(keys)) not in store:
