@@ -23,7 +23,7 @@ import dataclasses
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from functools import partial, wraps
 from itertools import islice
@@ -749,13 +749,13 @@ class SeveralBlocking(Protocol[P]):
     """What takes requests by name, or in order, and returns the results in the same form."""
 
     @overload
-    def __call__(
+    def __call__(  # type: ignore[overload-overlap]  # a mapping is taken for one
         self, requests: Mapping[K, SnapshotRequest], *args: P.args, **kwargs: P.kwargs
     ) -> Mapping[K, RequestResult]: ...
 
     @overload
     def __call__(
-        self, requests: Sequence[SnapshotRequest], *args: P.args, **kwargs: P.kwargs
+        self, requests: Iterable[SnapshotRequest], *args: P.args, **kwargs: P.kwargs
     ) -> tuple[RequestResult, ...]: ...
 
 

@@ -575,7 +575,7 @@ async def test_no_requests_have_no_results() -> None:
 
 
 async def test_any_iterable_of_requests_will_do() -> None:
-    lazy: Any = (each for each in asking(1, 2))
+    lazy = (each for each in asking(1, 2))
     assert values_of(await builder(Single("x")).try_requests(lazy)) == ["1", "2"]
 
 

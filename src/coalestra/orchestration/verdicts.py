@@ -12,7 +12,7 @@ Laws:
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 from coalestra.core.acceptance import violations_of
@@ -103,7 +103,7 @@ def result_of(
 K = TypeVar("K")
 P = ParamSpec("P")
 
-Requests = Mapping[Any, SnapshotRequest] | Sequence[SnapshotRequest]
+Requests = Mapping[Any, SnapshotRequest] | Iterable[SnapshotRequest]
 Results = Mapping[Any, RequestResult] | tuple[RequestResult, ...]
 
 
@@ -111,13 +111,13 @@ class Several(Protocol[P]):
     """What takes requests by name, or in order, and returns the results in the same form."""
 
     @overload
-    async def __call__(
+    async def __call__(  # type: ignore[overload-overlap]  # a mapping is taken for one
         self, requests: Mapping[K, SnapshotRequest], *args: P.args, **kwargs: P.kwargs
     ) -> Mapping[K, RequestResult]: ...
 
     @overload
     async def __call__(
-        self, requests: Sequence[SnapshotRequest], *args: P.args, **kwargs: P.kwargs
+        self, requests: Iterable[SnapshotRequest], *args: P.args, **kwargs: P.kwargs
     ) -> tuple[RequestResult, ...]: ...
 
 
