@@ -57,6 +57,26 @@ def test_a_rewritten_entry_does_not_hold_on_to_the_key_it_had_before(
     assert [key is rewritten.key for key in store] == [True]
 
 
+def test_a_write_of_several_values_does_not_look_through_all_that_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = EntryStore(10_000)
+    store.put_many([revision_of(numbered(number)) for number in range(1_000)])
+    hashed: list[ResourceKey] = []
+    ask = ResourceKey.__hash__
+
+    def hash_of(key: ResourceKey) -> int:
+        hashed.append(key)
+        return ask(key)
+
+    monkeypatch.setattr(ResourceKey, "__hash__", hash_of)
+
+    store.put_many([revision_of(numbered(1), observed_at=NOW + 1), revision_of(numbered(2_000))])
+
+    assert len(store) == 1_001
+    assert len(hashed) < 50
+
+
 def test_peeking_counts_and_moves_nothing() -> None:
     store = EntryStore(2)
     store.put(revision_of(A, observed_at=NOW - 999))

@@ -498,8 +498,7 @@ class EntryStore:
         """
         if self.max_entries is not None and len(self) + len(revisions) > self.max_entries:
             return False
-        # Sets and dictionaries that are made of each other ask no key for its hash.
-        if len(set(revisions).difference(self._entries)) < len(revisions):
+        if not self._entries.keys().isdisjoint(revisions.keys()):
             return False
         self._entries.update(revisions)
         self._currency.epoch += len(revisions)
