@@ -252,18 +252,23 @@ def _keeps_nothing(name: str, attribute: Any) -> bool:
 
 # Which classes leave their copying to ``copy.deepcopy`` -------------------------------------------
 
-_HOOKS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+_HOOKS = frozenset({"__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"})
 """What a class, or by accident an instance, can define to be asked how it is copied."""
 
-_HOOKED = frozenset(_HOOKS)
 _NEW_OBJECT: Any = object().__reduce_ex__(2)[0]
 
 
 def hooks_of(cls: type) -> list[Any]:
     """Return what a class says at this moment about its copying, and the registry about it."""
-    hooks = [getattr(cls, name, None) for name in _HOOKS]
-    hooks.append(copyreg.dispatch_table.get(cls))
-    return hooks
+    # One by one, as each copy of an instance asks; not every class has every one of them.
+    return [
+        getattr(cls, "__deepcopy__", None),
+        cls.__reduce_ex__,
+        cls.__reduce__,
+        getattr(cls, "__getstate__", None),
+        getattr(cls, "__setstate__", None),
+        copyreg.dispatch_table.get(cls),
+    ]
 
 
 _NO_HOOKS = hooks_of(object)
@@ -313,7 +318,7 @@ def state_of(instance: Any, cls: type[Any], hooks: list[Any]) -> State | None:
     slots = {} if slots is None else slots
     if builder is not _NEW_OBJECT or arguments != (cls,) or any(more):
         return None
-    if type(attributes) is not dict or not _HOOKED.isdisjoint(attributes):
+    if type(attributes) is not dict or not _HOOKS.isdisjoint(attributes):
         return None
     if slots and cls.__setattr__ is not _OBJECT.__setattr__:
         return None

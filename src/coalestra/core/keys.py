@@ -390,8 +390,12 @@ def _sorted_pairs(
     qualifiers: QualifierInput, normalizer: KeyNormalizer
 ) -> tuple[tuple[str, str], ...]:
     found: dict[str, str] = {}
+    only_strips = normalizer is PRESERVE_KEY_NORMALIZER
     for given, plain in _given_pairs(qualifiers):
-        name, value = normalizer.normalize_qualifier(given, plain)
+        if only_strips and type(given) is str:
+            name, value = _strip(given), _strip(str(plain))
+        else:
+            name, value = normalizer.normalize_qualifier(given, plain)
         if not name:
             raise ValueError(refusal("qualifier name", "a non-empty string", given))
         if name in found:
@@ -404,7 +408,7 @@ def _sorted_pairs(
 
 
 def _given_pairs(qualifiers: object) -> Iterable[tuple[str, Any]]:
-    if isinstance(qualifiers, Mapping):
+    if type(qualifiers) is dict or isinstance(qualifiers, Mapping):
         return qualifiers.items()
     rule = "a mapping, or pairs of name and value"
     if isinstance(qualifiers, (str, bytes)) or not isinstance(qualifiers, Iterable):
