@@ -149,27 +149,24 @@ class _Wait(_Stretch):
     detail: str
 
 
-class _Waits:
+class _Waits(list[_Wait]):
     """Stretches of waiting, the last of which may still go on."""
 
-    __slots__ = ("_stretches",)
-
-    def __init__(self) -> None:
-        self._stretches: list[_Wait] = []
+    __slots__ = ()
 
     def begin(self, reason: WaitReason, detail: str = "") -> None:
         """Note that a wait begins, and with it ends the one before."""
         self.end()
-        self._stretches.append(_Wait(reason, detail))
+        self.append(_Wait(reason, detail))
 
     def end(self) -> None:
         """Note that the wait is over, if there is one."""
-        if self._stretches and self._stretches[-1].end is None:
-            self._stretches[-1].end = _now()
+        if self and self[-1].end is None:
+            self[-1].end = _now()
 
     def traced(self, began: float, until: float) -> list[Wait]:
         """Return the waits that had begun by `until`, in seconds since `began`."""
-        begun = [each for each in self._stretches if each.start <= until]
+        begun = [each for each in self if each.start <= until]
         return [Wait(each.reason, *each.within(began, until), each.detail) for each in begun]
 
 
@@ -469,7 +466,7 @@ class WorkTrace:
         self._stages: list[StageLog] = []
         self._stages_begun = 0
         self._entries: list[KeyLog | WarmKey] = []
-        self._known: dict[ResourceKey, KeyLog | WarmKey] = {}
+        self._latest: dict[ResourceKey, KeyLog | WarmKey] | None = None
         self._untold: set[int] = set()
         self._joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = {}
         self.recording: bool = recording
@@ -554,8 +551,9 @@ class WorkTrace:
         What derivations need is noted once, unless it had failed.
         """
         logs: dict[ResourceKey, KeyLog] = {}
+        latest = self._known
         for key in keys if self.recording else ():
-            known = self._known.get(key)
+            known = latest.get(key)
             if requested or known is None or known.obtained is Obtained.FAILED:
                 log = self._begin(key, requested=requested)
                 if log is not None:
@@ -592,6 +590,13 @@ class WorkTrace:
         return log
 
     @property
+    def _known(self) -> dict[ResourceKey, KeyLog | WarmKey]:
+        """The latest story of each key; a build that finds all in memory never asks for it."""
+        if self._latest is None:
+            self._latest = {each.key: each for each in self._entries}
+        return self._latest
+
+    @property
     def _room(self) -> int:
         return MOST_KEYS - len(self._entries)
 
@@ -600,10 +605,9 @@ class WorkTrace:
         if self.recording:
             how, now = Obtained.NEAR_CACHE if near else Obtained.CACHE, _now()
             rest = iter(revisions)
-            for revision in islice(rest, self._room):
-                warm = WarmKey(how, now, revision.key, *_facts(revision))
-                self._entries.append(warm)
-                self._known[revision.key] = warm
+            told = islice(rest, self._room)
+            self._entries += [WarmKey(how, now, each.key, *_facts(each)) for each in told]
+            self._latest = None
             self._untold.update([hash(revision.key) for revision in rest])
 
     def flies(
@@ -686,10 +690,9 @@ class WorkTrace:
 
 
 def _facts(revision: Revision) -> tuple[str, str, tuple[Foundation, ...]]:
-    rests_on = tuple(
-        [_foundation(r.key, r.version, r.source, r.observed_at) for r in revision.dependencies]
-    )
-    return revision.source, revision.version, rests_on
+    below = revision.dependencies
+    rests_on = [_foundation(r.key, r.version, r.source, r.observed_at) for r in below or ()]
+    return revision.source, revision.version, tuple(rests_on)
 
 
 _foundation = lru_cache(maxsize=4_096)(Foundation)
