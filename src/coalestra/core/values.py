@@ -98,7 +98,9 @@ class SourcePayload(Generic[T]):
     def __init__(
         self, value: T, observed_at: float | None = None, metadata: Mapping[str, Any] = EMPTY
     ) -> None:
-        if observed_at is not None:
+        if observed_at is not None and (
+            type(observed_at) is not float or not isfinite(observed_at)
+        ):
             number("observed_at", observed_at)
         if type(metadata) is not FrozenDict:
             metadata = frozen(mapping("metadata", metadata))
