@@ -139,16 +139,7 @@ class PayloadIsolator:
         )
 
 
-class _Offloaded:
-    """The one value of its kind."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "OFFLOADED"
-
-
-OFFLOADED: Final = _Offloaded()
+OFFLOADED: Final = object()
 """What ``PayloadCopies.open_now`` returns for a payload that must be opened with ``await``."""
 
 _SHARED = Seal.SHARED
