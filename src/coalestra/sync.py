@@ -163,12 +163,11 @@ class Operation(Generic[T]):
             self.begin(again, insist=True)
             return
         self._end()
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        error = None if task.cancelled() else task.exception()
         if task.cancelled():
             self.future.cancel()
-        if self.future.done() and not self.future.cancelled():  # it was told of something else
-            return
-        if not self.future.set_running_or_notify_cancel():
+        told = self.future.done() and not self.future.cancelled()  # of something else
+        if told or not self.future.set_running_or_notify_cancel():
             return
         if error is None:
             self.future.set_result(task.result())

@@ -219,9 +219,9 @@ def concealed(record: Any, *payloads: str) -> str:
     return f"{type(record).__qualname__}({', '.join(texts)})"
 
 
-def require_methods(name: str, value: object, *methods: str) -> None:
-    """Raise `TypeError` unless ``value`` has methods of these names."""
-    for method in methods:
+def require_methods(name: str, value: object, *methods: str, optional: bool = False) -> None:
+    """Raise `TypeError` unless ``value`` has methods of these names, or is None if allowed."""
+    for method in () if value is None and optional else methods:
         if not callable(getattr(value, method, None)):
             raise TypeError(
                 f"{name} must have a method {method}(), got {type(value).__name__}; give an object "

@@ -80,12 +80,7 @@ def _one_of(kind: type[Any]) -> Any:
 
 
 def _with_methods(*methods: str) -> Any:
-    return ruled(None, _may_have_methods, *methods)
-
-
-def _may_have_methods(name: str, value: object, *methods: str) -> None:
-    if value is not None:
-        require_methods(name, value, *methods)
+    return ruled(None, require_methods, *methods, optional=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
