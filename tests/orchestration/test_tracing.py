@@ -33,7 +33,7 @@ from coalestra import (
     SyncSnapshotBuilder,
 )
 from coalestra.core.trace import CallTrace, KeyTrace, Obtained, Trace, WaitReason
-from coalestra.orchestration.tracing import MOST_KEPT, MOST_KEYS, MOST_STAGES
+from coalestra.orchestration.tracing import MOST_ATTEMPTS, MOST_KEPT, MOST_KEYS, MOST_STAGES
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
 from tests.support import Gate, no_leaks, settle
@@ -489,6 +489,27 @@ async def test_what_many_values_rest_on_is_held_once_for_all_traces() -> None:
         id(each) for trace in traces for found in trace.keys.values() for each in found.rests_on
     }
     assert len(held) == len(bases)
+
+
+async def test_of_a_call_that_is_tried_again_and_again_the_first_and_latest_attempts_are_kept() -> (
+    None
+):
+    tries = MOST_ATTEMPTS + 50
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(1)
+        raise ConnectionError("down")
+
+    often = SourceResiliencePolicy(RetryPolicy(tries, 0.0))
+    b = builder(tuned(Single("a", fetch=fetch), resilience_policy=often))
+    snapshot = await b.build([A], strict=False, trace=True)
+    (made,) = trace_of(snapshot).calls
+    numbers = [each.number for each in made.attempts]
+    assert numbers == [1, *range(tries - MOST_ATTEMPTS + 2, tries + 1)]
+    text = trace_of(snapshot).explain(A)
+    assert f"took {tries} attempts: attempt 1 failed" in text
+    assert f"; ({tries - 5} more); attempt {tries}, " in text
+    assert f"{tries} attempts" in trace_of(snapshot).to_text()
 
 
 async def test_a_builder_keeps_so_many_traces_the_latest_last() -> None:

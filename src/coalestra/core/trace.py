@@ -227,7 +227,8 @@ class CallTrace:
         start: when it was made; its first attempt may begin later.
         end: when its last key was settled.
         outcome: that of its last attempt, or ``circuit_open``.
-        attempts: its attempts in order; none if it was never let through.
+        attempts: its attempts in order, of very many the first and the latest; none if it was never
+            let through.
         error_type, error: what it failed with, or None.
     """
 
@@ -479,11 +480,11 @@ def _sentence(*parts: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _listed(parts: Sequence[str], between: str = ", ") -> str:
-    """Return the parts in a row; of many the last, and of the rest how many there are."""
+def _listed(parts: Sequence[str], between: str = ", ", more: int = 0) -> str:
+    """Return the parts in a row; of many the last, and of the rest (and ``more``) how many."""
     if len(parts) <= _LISTED:
         return between.join(parts)
-    rest = f"({len(parts) - _LISTED:,} more)"
+    rest = f"({len(parts) - _LISTED + more:,} more)"
     return between.join([*parts[: _LISTED - 1], rest, parts[-1]])
 
 
@@ -599,12 +600,13 @@ def _told_call(trace: Trace, call: CallTrace) -> str:
     if len(call.attempts) == 1:
         return _sentence(f"{lead} {_told_attempt(call.attempts[0])}")
     attempts: list[str] = []
-    later = ""
+    count, later = call.attempts[-1].number, ""
     for attempt in call.attempts:
         attempts.append(f"attempt {attempt.number}{later} {_told_attempt(attempt)}")
         pause = attempt.pause_seconds
         later = "" if pause is None else f", {duration(pause)} later,"
-    return _sentence(f"{lead} took {len(attempts)} attempts", _listed(attempts, "; "))
+    listed = _listed(attempts, "; ", more=count - len(attempts))
+    return _sentence(f"{lead} took {many(count, 'attempt')}", listed)
 
 
 def _told_attempt(attempt: AttemptTrace) -> str:
@@ -767,7 +769,7 @@ def _stage_row(stage: StageTrace) -> Row:
 def _call_row(trace: Trace, call: CallTrace) -> Row:
     notes = [many(call.keys, "key")] if call.kind == "batch" else []
     if len(call.attempts) > 1:
-        notes.append(many(len(call.attempts), "attempt"))
+        notes.append(many(call.attempts[-1].number, "attempt"))
     if call.outcome != "success":
         notes.append(readable(call.error_type or call.outcome))
     if call.snapshot_id != trace.snapshot_id:

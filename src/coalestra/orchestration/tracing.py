@@ -53,6 +53,9 @@ MOST_KEYS = 1_000
 MOST_STAGES = 500
 """How many stages a trace has room for, the latest ones; of more it says how many there were."""
 
+MOST_ATTEMPTS = 100
+"""How many attempts of a call a trace has room for: the first and the latest ones."""
+
 MOST_KEPT = 32
 """How many traces of the recent past a builder keeps."""
 
@@ -234,6 +237,7 @@ class CallLog(_Try):
     def attempt(self, number: int) -> None:
         """Note that an attempt begins."""
         self.attempts.append(AttemptLog(number))
+        del self.attempts[1 : 1 - MOST_ATTEMPTS]
 
     def caught_up(self, number: int, called: float) -> None:
         """Note an attempt that had begun, and called its source, before anything was noted."""
