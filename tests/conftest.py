@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import importlib.util
 import inspect
 from collections.abc import Callable, Coroutine
@@ -83,6 +84,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = chosen
+
+
+def pytest_collection_finish() -> None:
+    """Keep the tests themselves out of what is collected, and copied by forks, as they run."""
+    gc.collect()
+    gc.freeze()
 
 
 def _runs_on_the_loop(item: pytest.Item) -> bool:
