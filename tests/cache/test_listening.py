@@ -12,11 +12,11 @@ def test_every_kind_of_news_reaches_every_listener() -> None:
     listeners.subscribe(one)
     listeners.subscribe(two)
     revision = revision_of(A)
-    listeners.announced([A])
-    listeners.revised({A: revision})
-    listeners.concluded([A])
-    listeners.invalidating({A: None, B: None})
-    listeners.invalidating_where(lambda key: key == B)
+    listeners.tell(lambda each: each.announced([A]))
+    listeners.tell(lambda each: each.revised({A: revision}))
+    listeners.tell(lambda each: each.concluded([A]))
+    listeners.tell(lambda each: each.invalidating({A: None, B: None}))
+    listeners.tell(lambda each: each.invalidating_where(lambda key: key == B))
     assert one.heard == two.heard
     assert [what for what, *_ in one.heard] == [
         "announced",
@@ -32,7 +32,7 @@ def test_the_one_who_tells_of_a_revision_is_not_told() -> None:
     teller, other = Witness(), Witness()
     listeners.subscribe(teller)
     listeners.subscribe(other)
-    listeners.revised({A: None}, teller)
+    listeners.tell(lambda each: each.revised({A: None}), teller)
     assert (teller.heard, other.heard) == ([], [("revised", A, None)])
 
 
@@ -48,7 +48,7 @@ def test_unsubscribing_a_stranger_does_nothing() -> None:
     known = Witness()
     listeners.subscribe(known)
     listeners.unsubscribe(Witness())
-    listeners.revised({A: None})
+    listeners.tell(lambda each: each.revised({A: None}))
     assert known.heard == [("revised", A, None)]
 
 
@@ -57,5 +57,5 @@ def test_listeners_can_listen_to_listeners() -> None:
     witness = Witness()
     inner.subscribe(witness)
     outer.subscribe(inner)
-    outer.revised({A: None})
+    outer.tell(lambda each: each.revised({A: None}))
     assert witness.heard == [("revised", A, None)]

@@ -384,9 +384,9 @@ def test_each_event_loop_has_a_channel_of_its_own_and_only_the_last_one_is_liste
     channels = [run_virtual(meet()) for _ in range(2)]
     first, second = channels
     assert first is not second
-    first.listeners.revised({A: None})
+    first.listeners.tell(lambda each: each.revised({A: None}))
     assert witness.heard == []
-    second.listeners.revised({B: None})
+    second.listeners.tell(lambda each: each.revised({B: None}))
     assert witness.heard == [("revised", B, None)]
     left = weakref.ref(first)
     del channels, first

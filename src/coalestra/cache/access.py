@@ -40,7 +40,6 @@ from coalestra.cache.calls import (
 from coalestra.cache.memory import AsyncMemoryCache, let_go, open_value, revision_of, seal_value
 from coalestra.cache.near import Filling, Near
 from coalestra.cache.store import (
-    CacheListener,
     EntryStore,
     Listeners,
     Outcome,
@@ -499,7 +498,8 @@ class CacheAccess:
             return status, current, current
         channel.on_their_way[revision.key] = revision
         channel.near.drop({revision.key: revision.version})
-        channel.listeners.revised({revision.key: revision}, self.subscribers)
+        news = {revision.key: revision}
+        channel.listeners.tell(lambda each: each.revised(news), self.subscribers)
         return _STORED, revision, current
 
     def write_behind(
@@ -554,7 +554,7 @@ class CacheAccess:
         channel: Channel,
         offered: Mapping[ResourceKey, Revision],
         outcomes: Outcomes,
-        teller: CacheListener | None,
+        teller: Listeners | None,
     ) -> None:
         """Tell of what readers see now and did not see before.
 
@@ -570,9 +570,9 @@ class CacheAccess:
             if was_held or decide(current, waiting) is _STORED:
                 channel.on_their_way.pop(key, None)
         if changes:
-            channel.listeners.revised(changes)
+            channel.listeners.tell(lambda each: each.revised(changes))
         if known:
-            channel.listeners.revised(known, teller)
+            channel.listeners.tell(lambda each: each.revised(known), teller)
 
     # Invalidating and ending --------------------------------------------------------------------
 
@@ -589,14 +589,14 @@ class CacheAccess:
         channel = self.channel()
         for key in gone:
             channel.on_their_way.pop(key, None)
-        channel.listeners.invalidating(gone)
+        channel.listeners.tell(lambda each: each.invalidating(gone))
         channel.near.drop(gone)
         async with channel.lanes.turn(gone):
             try:
                 failures = await self.calls.remove(tuple(gone), insist=True)
             finally:
                 channel.near.drop(gone)
-                channel.listeners.revised(gone)
+                channel.listeners.tell(lambda each: each.revised(gone))
         for error in failures.values():
             raise error
 

@@ -146,7 +146,7 @@ class Near:
         if self.is_behind:
             if self._was_caught_up:  # before the first news nobody has heard of anything
                 self._on_their_way.clear()
-                self._listeners.cut_off()
+                self._listeners.tell(lambda each: each.cut_off())
             return None
         self._was_caught_up = True
         if not self._serves:
@@ -201,7 +201,7 @@ class Near:
         if version is None or held is None or held.version != version:
             self.store.drop((key,))
             self._on_their_way.pop(key, None)
-            self._listeners.invalidating({key: version})
+            self._listeners.tell(lambda each: each.invalidating({key: version}))
 
     def missed(self) -> None:
         """Learn that anything may have changed."""
@@ -210,4 +210,4 @@ class Near:
         self._due.clear()
         self._on_their_way.clear()
         self.store.clear()
-        self._listeners.invalidating_where(lambda _: True)
+        self._listeners.tell(lambda each: each.invalidating_where(lambda _: True))

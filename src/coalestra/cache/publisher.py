@@ -258,13 +258,13 @@ def _announcing(access: CacheAccess, keys: Collection[ResourceKey]) -> Iterator[
     def announce() -> None:
         if not told:
             told.append(access.listeners)
-            told[0].announced(keys)
+            told[0].tell(lambda each: each.announced(keys))
 
     try:
         yield announce
     finally:
         for listeners in told:
-            listeners.concluded(keys)
+            listeners.tell(lambda each: each.concluded(keys))
 
 
 class ResourcePublisher:

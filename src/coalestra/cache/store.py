@@ -27,7 +27,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider, ObservationPolicy
@@ -139,65 +139,37 @@ class CacheListener(Protocol):
 
 
 class Listeners:
-    """Listeners of one cache, held weakly: a cache does not keep its builders alive."""
+    """Listeners of one cache, and groups of such, held weakly: it keeps no builder alive."""
 
     __slots__ = ("__weakref__", "references")
 
     def __init__(self) -> None:
-        self.references: tuple[weakref.ref[CacheListener], ...] = ()
+        self.references: tuple[weakref.ref[CacheListener | Listeners], ...] = ()
 
     def __repr__(self) -> str:
         return f"Listeners({len(self.references)})"
 
-    def subscribe(self, listener: CacheListener) -> None:
+    def subscribe(self, listener: CacheListener | Listeners) -> None:
         """Add a listener; the caller must keep a reference to it. Twice is once."""
         self.unsubscribe(listener)
         self.references += (weakref.ref(listener, self._forget),)
 
-    def unsubscribe(self, listener: CacheListener) -> None:
+    def unsubscribe(self, listener: CacheListener | Listeners) -> None:
         """Remove a listener; an unknown one is ignored."""
         self.references = tuple(each for each in self.references if each() is not listener)
 
-    def revised(
-        self,
-        changes: Mapping[ResourceKey, Revision | None],
-        teller: CacheListener | None = None,
-    ) -> None:
-        """Tell all listeners but ``teller``, who knows, what is current now."""
+    def tell(self, news: Callable[[CacheListener], object], teller: object = None) -> None:
+        """Tell news to all listeners but ``teller``, who knows, and to those of other groups."""
         for reference in self.references:
             listener = reference()
-            if listener is not None and listener is not teller:
-                listener.revised(changes)
+            if listener is None or listener is teller:
+                continue
+            if type(listener) is Listeners:
+                listener.tell(news)
+            else:
+                news(cast(CacheListener, listener))
 
-    def announced(self, keys: Collection[ResourceKey]) -> None:
-        """Tell all listeners of publications whose outcome is open."""
-        for listener in self._alive():
-            listener.announced(keys)
-
-    def concluded(self, keys: Collection[ResourceKey]) -> None:
-        """Tell all listeners that announced publications have ended."""
-        for listener in self._alive():
-            listener.concluded(keys)
-
-    def invalidating(self, versions: Mapping[ResourceKey, str | None]) -> None:
-        """Tell all listeners of invalidated keys."""
-        for listener in self._alive():
-            listener.invalidating(versions)
-
-    def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
-        """Tell all listeners of an invalidation given as a rule."""
-        for listener in self._alive():
-            listener.invalidating_where(matches)
-
-    def cut_off(self) -> None:
-        """Tell all listeners that news may be missing."""
-        for listener in self._alive():
-            listener.cut_off()
-
-    def _alive(self) -> list[CacheListener]:
-        return [each for reference in self.references if (each := reference()) is not None]
-
-    def _forget(self, dead: weakref.ref[CacheListener]) -> None:
+    def _forget(self, dead: weakref.ref[CacheListener | Listeners]) -> None:
         self.references = tuple(each for each in self.references if each is not dead)
 
 
@@ -465,8 +437,9 @@ class EntryStore:
         All listeners but ``teller`` hear of it if it was stored.
         """
         outcome = self._put((revision,), now + self.tolerance, force, replace_equal)[0]
-        if outcome[0] is _STORED:
-            self.listeners.revised({revision.key: revision}, teller)
+        if outcome[0] is _STORED and self.listeners.references:
+            changes = {revision.key: revision}
+            self.listeners.tell(lambda each: each.revised(changes), teller)
         return outcome
 
     def put_many(
@@ -486,7 +459,7 @@ class EntryStore:
         if len(listening) > 1 or (listening and listening[0]() is not teller):
             changes = {new.key: new for status, new, _ in outcomes if status is _STORED}
             if changes:
-                self.listeners.revised(changes, teller)
+                self.listeners.tell(lambda each: each.revised(changes), teller)
         return outcomes
 
     def enter_many(
@@ -543,13 +516,13 @@ class EntryStore:
     def drop(self, keys: Iterable[ResourceKey]) -> list[Revision]:
         """Invalidate ``keys`` in one step; return what was stored. All are told to listeners."""
         told: dict[ResourceKey, str | None] = dict.fromkeys(keys)
-        self.listeners.invalidating(told)
+        self.listeners.tell(lambda each: each.invalidating(told))
         return self._remove(told)
 
     def drop_where(self, matches: Callable[[ResourceKey], bool]) -> list[Revision]:
         """Invalidate every key that matches, in one step; return what was stored."""
         held = [key for key in self._entries if matches(key)]
-        self.listeners.invalidating_where(matches)
+        self.listeners.tell(lambda each: each.invalidating_where(matches))
         return self._remove(held)
 
     def clear(self) -> list[Revision]:

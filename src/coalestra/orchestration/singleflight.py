@@ -1465,7 +1465,8 @@ class Engine:
         Raises:
             RuntimeError: if the builder is closed, or has work under way on another loop.
         """
-        self.require_open()
+        if self.closed:
+            raise BuilderClosedError
         loop = asyncio.get_running_loop()
         return loop if self._loop is loop else self.attach()
 
