@@ -232,6 +232,27 @@ async def test_what_this_process_publishes_or_invalidates_is_seen_at_once() -> N
         assert (await builder.build([A]))[A].value == 1
 
 
+async def test_what_may_have_been_written_is_looked_up_though_its_publisher_has_left() -> None:
+    gate = Gate()
+
+    class Slow(SingleKeyCache):
+        async def set(self, value: Any) -> None:
+            await super().set(value)
+            await gate.pass_()
+
+    gate.open()
+    cache = Slow()
+    async with builder_over(NearCache(cache), one) as builder:
+        await builder.build([A])
+        gate.close()
+        publishing = asyncio.ensure_future(builder.publisher.publish(A, 2, source="s"))
+        await asyncio.sleep(0.5)
+        assert cache.held[A].value == 2
+        publishing.cancel()
+        await asyncio.wait([publishing])
+        assert (await builder.build([A]))[A].value == 2
+
+
 async def test_while_the_news_are_cut_reads_go_to_the_cache() -> None:
     cache = Telling()
     async with builder_over(cache, one) as builder:

@@ -539,14 +539,17 @@ class CacheAccess:
         below = {key for each in revisions.values() for key in each.dependency_versions}
         async with channel.lanes.turn(revisions, below):
             offered = {key: each for key, each in revisions.items() if wanted(each)}
-            write = _Write(self, offered, terms)
-            with channel.near.filling() as filling:
-                outcomes = await write.run()
-                self._tell(channel, offered, outcomes, None if terms.insist else self.subscribers)
-                for status, current, _ in outcomes.values():
-                    keep = channel.near.wrote if status is _STORED else channel.near.put
-                    keep(filling, current)
-            channel.near.drop(dict.fromkeys(write.failures))
+            write, outcomes = _Write(self, offered, terms), Outcomes()
+            try:
+                with channel.near.filling() as filling:
+                    outcomes = await write.run()
+                    teller = None if terms.insist else self.subscribers
+                    self._tell(channel, offered, outcomes, teller)
+                    for status, current, _ in outcomes.values():
+                        keep = channel.near.wrote if status is _STORED else channel.near.put
+                        keep(filling, current)
+            finally:  # who knows whether the others have been written
+                channel.near.drop({key: None for key in offered if key not in outcomes})
         return outcomes, write.failures
 
     def _tell(

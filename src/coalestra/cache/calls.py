@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from coalestra._endings import look_after
@@ -241,15 +242,13 @@ class CacheCalls:
 
     async def store(self, values: Found, policies: Policies, *, insist: bool) -> Failures:
         """Store values whatever is there."""
-
-        async def many() -> Any:
-            await self.cache.set_many(tuple(values.values()), **self._policies(policies, values))
-            return dict.fromkeys(values)
-
-        async def one(key: ResourceKey) -> Any:
-            await self.cache.set(values[key], **self._policy(policies, key))
-
-        _, failures = await self._many_or_each("set", values, many, one, insist)
+        _, failures = await self._many_or_each(
+            "set",
+            values,
+            lambda: self.cache.set_many(tuple(values.values()), **self._policies(policies, values)),
+            lambda key: self.cache.set(values[key], **self._policy(policies, key)),
+            insist,
+        )
         return failures
 
     async def offer(
@@ -258,37 +257,29 @@ class CacheCalls:
         """Let the cache store what its own comparison prefers."""
         terms: dict[str, Any] = {"force": force, "replace_equal": replace_equal}
 
-        async def many() -> Any:
-            chosen = tuple(values.values())
+        async def some(chosen: Found) -> dict[ResourceKey, CacheWriteResult]:
             results = await self.cache.set_many_if_newer(
-                chosen, **terms, **self._policies(policies, values)
+                tuple(chosen.values()), **terms, **self._policies(policies, chosen)
             )
-            return {key: _result(results[key], key) for key in values}
+            return {key: _result(results[key], key) for key in chosen}
 
-        async def one(key: ResourceKey) -> Any:
-            value = values[key]
-            if self._offers_one:
-                result = await self.cache.set_if_newer(
-                    value, **terms, **self._policy(policies, key)
-                )
-            else:
-                several = self._policies(policies, (key,))
-                results = await self.cache.set_many_if_newer((value,), **terms, **several)
-                result = results[key]
-            return _result(result, key)
+        async def one(key: ResourceKey) -> CacheWriteResult:
+            if not self._offers_one:
+                return (await some({key: values[key]}))[key]
+            policy = self._policy(policies, key)
+            return _result(await self.cache.set_if_newer(values[key], **terms, **policy), key)
 
-        many_at_once = many if self._offers_many else None
-        return await self._many_or_each("set_if_newer", values, many_at_once, one, insist)
+        many = partial(some, values) if self._offers_many else None
+        return await self._many_or_each("set_if_newer", values, many, one, insist)
 
     async def remove(self, keys: Collection[ResourceKey], *, insist: bool) -> Failures:
         """Remove ``keys`` from the cache."""
-
-        async def many() -> Any:
-            await self.cache.invalidate_many(keys)
-            return dict.fromkeys(keys)
-
         _, failures = await self._many_or_each(
-            "invalidate", keys, many, self.cache.invalidate, insist
+            "invalidate",
+            keys,
+            lambda: self.cache.invalidate_many(keys),
+            self.cache.invalidate,
+            insist,
         )
         return failures
 
@@ -446,6 +437,12 @@ def _result(result: object, key: ResourceKey) -> CacheWriteResult:
     return result
 
 
+_NUMBERS: Final = {
+    **dict.fromkeys(("observed_at", "fetched_at", "latency_ms"), number),
+    **dict.fromkeys(("attempts", "authority_rank"), integer),
+}
+
+
 def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     """Return a value that a cache gave for a key; raises for one that cannot be trusted."""
     if type(value) is not SnapshotValue:
@@ -453,27 +450,14 @@ def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     if value.key != key:
         other = shown(value.key)
         raise _odd(key, f"a value of {other}; store and return values under their own key")
-    if not _has_plain_numbers(value):
-        for name in ("observed_at", "fetched_at", "latency_ms"):
-            number(f"{name} of the cached value of {key.display}", getattr(value, name))
-        for name in ("attempts", "authority_rank"):
-            integer(f"{name} of the cached value of {key.display}", getattr(value, name))
+    for name, check in _NUMBERS.items():
+        check(f"{name} of the cached value of {key.display}", getattr(value, name))
     versions = value.dependency_versions
     if type(value.version) is not str or not all(
         type(each) is ResourceKey and type(version) is str for each, version in versions.items()
     ):
         raise _odd(key, "versions that are no text")
     return value
-
-
-def _has_plain_numbers(value: SnapshotValue[Any]) -> bool:
-    """Whether there is no need to look closely: nearly every value is like that."""
-    times = value.observed_at, value.fetched_at, value.latency_ms
-    return (
-        type(value.attempts) is type(value.authority_rank) is int
-        and set(map(type, times)) == {float}
-        and math.isfinite(sum(times))
-    )
 
 
 def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:

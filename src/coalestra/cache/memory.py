@@ -246,7 +246,15 @@ class AsyncMemoryCache:
         self, namespace: str, *, name: str | None = None, subject: str | None = None
     ) -> tuple[ResourceKey, ...]:
         """Forget a namespace, or the part of it with this name and subject; return the keys."""
-        return await _gone(self._store.drop_where(_belonging_to(namespace, name, subject)))
+        return await _gone(
+            self._store.drop_where(
+                lambda key: (
+                    key.namespace == namespace
+                    and name in (None, key.name)
+                    and subject in (None, key.subject)
+                )
+            )
+        )
 
     async def prune(
         self, *, now: float, policy_resolver: FreshnessPolicyProvider
@@ -332,16 +340,3 @@ async def _gone(removed: list[Revision]) -> tuple[ResourceKey, ...]:
     keys = tuple([revision.key for revision in removed])
     await let_go(removed)
     return keys
-
-
-def _belonging_to(
-    namespace: str, name: str | None, subject: str | None
-) -> Callable[[ResourceKey], bool]:
-    def belongs(key: ResourceKey) -> bool:
-        return (
-            key.namespace == namespace
-            and (name is None or key.name == name)
-            and (subject is None or key.subject == subject)
-        )
-
-    return belongs

@@ -227,7 +227,7 @@ class RedisCache:
         limit = number("time_limit_seconds", time_limit_seconds, above=0)
         self._server = Server(used, limit)
         self.timeout_seconds: float = max(1.0, 4 * limit)
-        self._news = News(used, self._channel, self._heard, self._missed, self._missed)
+        self._news = News(used, self._channel, self._heard, self._missed)
         self._made_by = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -327,8 +327,7 @@ class RedisCache:
 
     def _forget(self) -> None:
         """Let go of what belonged to an event loop that has ended."""
-        client = self._server.client
-        self._news = News(client, self._channel, self._heard, self._missed, self._missed)
+        self._news = News(self._server.client, self._channel, self._heard, self._missed)
         self._asking.clear()
         self._leases.clear()
         self._tasks.clear()

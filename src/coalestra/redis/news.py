@@ -6,8 +6,8 @@ between.
 
 Laws:
 
-1. ``heard`` is called for each message in order, ``up`` before the first one and ``down`` after the
-   last one of a connection. Between ``down`` and ``up`` messages may be missing.
+1. ``heard`` is called for each message in order, ``missed`` before the first one and after the last
+   one of a connection, as between two connections messages may be missing.
 2. A connection that is silent for longer than two heartbeats is given up.
 3. `catch_up` takes in what has arrived on this machine; if it returns True there is nothing more.
 """
@@ -154,7 +154,7 @@ class News:
     Args:
         client: whose server, or any server of whose cluster, tells the news.
         channel: where.
-        heard, up, down: called as said at the head of this module.
+        heard, missed: called as said at the head of this module.
     """
 
     def __init__(
@@ -162,8 +162,7 @@ class News:
         client: Client,
         channel: str,
         heard: Callable[[bytes], None],
-        up: Callable[[], None],
-        down: Callable[[], None],
+        missed: Callable[[], None],
     ) -> None:
         self.connected: bool = False
         self.lost: int = 0
@@ -171,8 +170,7 @@ class News:
         self._client = client
         self._channel = channel.encode()
         self._heard = heard
-        self._up = up
-        self._down = down
+        self._missed = missed
         self._line: _Line | None = None
         self._task: asyncio.Task[None] | None = None
         self._first: asyncio.Future[None] | None = None
@@ -230,7 +228,7 @@ class News:
             raise TimeoutError(f"no subscription within {_CONNECT_SECONDS:g} s")
         opening.result()
         self.connected = True
-        self._up()
+        self._missed()
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
         while not line.lost.done():
@@ -257,7 +255,7 @@ class News:
         if self.connected:
             self.connected = False
             self.lost += self._task is not None
-            self._down()
+            self._missed()
 
 
 class _HandedOver:
