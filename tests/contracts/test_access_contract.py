@@ -15,10 +15,16 @@ from coalestra.cache.store import Outcome
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, ObservationPolicy
-from coalestra.core.protocols import AsyncCache
+from coalestra.core.protocols import AsyncCache, Lease
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.values import Revision
-from tests.contracts.caches import FOREIGN, BatchAtomicCache, SingleKeyCache, WrappedMemoryCache
+from tests.contracts.caches import (
+    FOREIGN,
+    BatchAtomicCache,
+    LeasingCache,
+    SingleKeyCache,
+    WrappedMemoryCache,
+)
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun, revision_of, value_of
 from tests.support import cancel_at_every_await, run_virtual
 
@@ -391,3 +397,31 @@ def test_each_event_loop_has_a_channel_of_its_own_and_only_the_last_one_is_liste
     left = weakref.ref(first)
     del channels, first
     assert left() is None
+
+
+def test_leases_left_on_a_loop_that_has_ended_keep_no_later_ones_from_being_given_back() -> None:
+    cache = LeasingCache()
+    access = access_over(cache)
+    leases = [Lease(A, "one"), Lease(B, "two")]
+    cache.leased = {each.key: each for each in leases}
+
+    def leave() -> None:
+        access.give_back(leases[0], failed=False)
+        loop.stop()
+
+    async def begin() -> None:
+        access.attach()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    loop.call_soon(leave)
+    loop.run_forever()
+    loop.close()
+
+    async def later() -> None:
+        access.attach()
+        access.give_back(leases[1], failed=False)
+        await asyncio.sleep(1)
+
+    run_virtual(later())
+    assert set(cache.leased) == {A}

@@ -435,6 +435,30 @@ async def test_a_value_that_cannot_be_stored_lets_the_others_go_on(
         assert (await waiting)[A] == LeasedLookup(await other.get(A, now=0.0, policy=POLICY))
 
 
+async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
+    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tuple(ResourceKey("many", "n", str(number)) for number in range(500))
+    made: list[int] = []
+    async with caches(server, prefix, 2, lease_seconds=1.0) as [one, other]:
+        run = one._server.run
+
+        async def counted(script: Any, calls: Any) -> Any:
+            made.append(len(calls))
+            return await run(script, calls)
+
+        monkeypatch.setattr(one._server, "run", counted)
+        told = await leased(one, keys)
+        held = [each.lease for each in told.values() if each.lease is not None]
+        assert len(held) == len(keys)
+        await asyncio.sleep(1.5)
+        waiting = asyncio.create_task(leased(other, keys[:1]))
+        await until(lambda: other.health().waiting)
+        await one.release_many(held)
+        assert (await waiting)[keys[0]].lease is not None
+        assert max(made) == 10
+
+
 # Fences ---------------------------------------------------------------------------------------
 
 
@@ -712,6 +736,30 @@ async def test_clearing_is_told_as_a_gap(server: Server, prefix: str) -> None:
         assert other.caught_up()
         assert told.gaps == gaps + 1
         assert [await read(other, key) for key in (A, B)] == [None, None]
+
+
+async def test_clearing_much_opens_few_connections(server: Server, prefix: str) -> None:
+    def opened() -> int:
+        told = server.command("INFO", "stats")
+        return int(told.partition(b"total_connections_received:")[2].split()[0])
+
+    async with caches(server, prefix) as [cache]:
+        keys = [ResourceKey("many", "n", str(number)) for number in range(12_000)]
+        await cache.set_many([value_of(key) for key in keys])
+        before = opened()
+        await cache.clear()
+        assert opened() <= before + 3
+        assert await read(cache, keys[-1]) is None
+
+
+async def test_of_several_values_for_one_key_the_best_is_stored(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix) as [cache]:
+        now = time.time()
+        values = [value_of(A, n, observed_at=now - n) for n in (2, 1, 3)]
+        assert (await cache.set_many_if_newer(values))[A].value.value == 1
+        assert await read(cache) == 1
 
 
 async def test_two_prefixes_have_nothing_in_common(server: Server, prefix: str) -> None:

@@ -252,6 +252,7 @@ class CacheAccess:
             if channel is not None:
                 channel.listeners.unsubscribe(self.subscribers)
                 self._tasks.clear()
+                self._giving_back.clear()  # they end by themselves
             channel = self._channel = channel_of(self.cache)
             channel.listeners.subscribe(self.subscribers)
             channel.near.store.tolerate(self.tolerance)

@@ -23,21 +23,21 @@ from collections import OrderedDict
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
-    Callable,
     Collection,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
 from itertools import count, islice
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 from redis.asyncio import Redis, RedisCluster
 
 from coalestra._endings import look_after
 from coalestra.cache.memory import revision_of
-from coalestra.cache.store import outdated_among, with_all_below
+from coalestra.cache.store import best_per_key, outdated_among, with_all_below
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.core.errors import CoalestraError
 from coalestra.core.frozen import FrozenDict
@@ -124,6 +124,9 @@ _MOST_OWN: Final = 10_000
 _AGAIN_SECONDS: Final = (0.0, 0.1, 1.0)
 _KEYS_IN_ONE_STEP: Final = 50
 """The server does nothing else meanwhile, so that one script takes no more keys than this."""
+_NAMES_IN_ONE_CALL: Final = 5_000
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -453,12 +456,12 @@ class RedisCache:
     ) -> dict[ResourceKey, _Entry]:
         """Read keys, or take leases on them; unreadable entries count as missing."""
         others = unlike or {}
-
-        def given(part: Sequence[ResourceKey]) -> list[Any]:
-            wanted = [f"{mode}{min(ages[k], _FOREVER)!r} {others.get(k, '')}" for k in part]
-            return [token, self._lease_ms, repr(now), *wanted]
-
-        moment, answers = await self._run(scripts.READ, self._calls(ages, given))
+        wanted = (
+            (key, f"{mode}{min(age, _FOREVER)!r} {others.get(key, '')}")
+            for key, age in ages.items()
+        )
+        calls = self._calls(wanted, token, self._lease_ms, repr(now))
+        moment, answers = await self._run(scripts.READ, calls)
         found: dict[ResourceKey, _Entry] = {}
         for key, told in zip(ages, answers, strict=True):
             if isinstance(told, Exception):
@@ -467,14 +470,23 @@ class RedisCache:
             found[key] = self._entry(key, told, moment, now)
         return found
 
-    def _calls(
-        self, keys: Iterable[ResourceKey], given: Callable[[Sequence[ResourceKey]], list[Any]]
-    ) -> list[Call]:
-        """Return the calls of a script for keys, each for as many as it may work on."""
-        left, calls = iter(keys), []
+    def _calls(self, items: Iterable[tuple[Any, ...]], *shared: Any) -> list[Call]:
+        """Return the calls of a script for keys, each for as many as it may work on.
+
+        An item is a key and what the script is given for it, after what is ``shared``.
+        """
+        return [
+            Call(
+                [self._name(key) for key, *_ in part],
+                [*shared, *(each for _, *own in part for each in own)],
+            )
+            for part in self._portions(items)
+        ]
+
+    def _portions(self, items: Iterable[_T]) -> Iterator[tuple[_T, ...]]:
+        left = iter(items)
         while part := tuple(islice(left, 1 if self._server.is_cluster else _KEYS_IN_ONE_STEP)):
-            calls.append(Call([self._name(key) for key in part], given(part)))
-        return calls
+            yield part
 
     async def _run(self, script: scripts.Script, calls: Sequence[Call]) -> tuple[float, list[Any]]:
         """Run a script that answers with its time first; return that, and one answer per name."""
@@ -557,10 +569,9 @@ class RedisCache:
             return
         self._renewal = self._loop.call_later(self._lease_ms / 3000, self._renew)
         now = time.monotonic()
-        leases = [lease for lease, until in self._leases.items() if now < until]
-        calls = [Call([self._name(each.key)], [each.token, self._lease_ms]) for each in leases]
-        if calls:
-            self._behind(self._server.run(scripts.RENEW, calls))
+        held = [(lease.key, lease.token) for lease, until in self._leases.items() if now < until]
+        if held:
+            self._behind(self._server.run(scripts.RENEW, self._calls(held, self._lease_ms)))
 
     async def fulfil_many(
         self,
@@ -611,13 +622,8 @@ class RedisCache:
         await self._release(leases, scripts.FAILED if failed else scripts.RELEASED)
 
     async def _release(self, leases: Collection[Lease], letter: bytes) -> None:
-        calls = [
-            Call(
-                [self._name(lease.key)],
-                [self._channel, lease.token, letter, lease.key.canonical],
-            )
-            for lease in leases
-        ]
+        held = ((lease.key, lease.token, lease.key.canonical) for lease in leases)
+        calls = self._calls(held, self._channel, letter)
         for lease in leases:
             self._leases.pop(lease, None)
         if calls:
@@ -661,6 +667,7 @@ class RedisCache:
     ) -> Mapping[ResourceKey, CacheWriteResult]:
         """Store those values that the write order prefers to what is there, in one round trip.
 
+        Of several for one key the best one is offered.
         What is stored ends the leases on its keys. When this returns, everybody who hears the news
         of the server can have heard of it.
 
@@ -671,6 +678,9 @@ class RedisCache:
         await self._open()
         flags = ("f" if force else "") + ("e" if replace_equal else "") + "p"
         offered, known = {value.key: value for value in values}, policies or {}
+        if len(offered) < len(values):
+            best = best_per_key([revision_of(value) for value in values])
+            offered = {v.key: v for v in values if v.version == best[v.key].version}
         told: dict[ResourceKey, CacheWriteResult] = {}
         over: dict[ResourceKey, str] = {}
         heard, rest = 0, list(offered)
@@ -762,7 +772,7 @@ class RedisCache:
     ) -> tuple[dict[ResourceKey, CacheWriteResult | Exception], int]:
         """Offer values; return what became of each, and how many others were told."""
         versions = [value.version for value in offered.values()]
-        calls = self._calls(items, lambda part: [self._channel, *map(items.__getitem__, part)])
+        calls = self._calls(items.items(), self._channel)
         # Who writes knows what he wrote, unless he does not know whether he did.
         self._own.update(dict.fromkeys(versions))
         while len(self._own) > _MOST_OWN:
@@ -808,21 +818,25 @@ class RedisCache:
         await self._open()
         if not keys:
             return
-        calls = self._calls(keys, lambda part: [self._channel, *(key.canonical for key in part)])
-        answers = await self._server.run(scripts.INVALIDATE, calls)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise SharedCacheUnavailableError(f"not invalidated: {answer}") from answer
-        if sum(answers):
+        calls = self._calls(((key, key.canonical) for key in keys), self._channel)
+        if sum(await self._removed(scripts.INVALIDATE, calls)):
             await self._server.barrier()
 
     async def clear(self) -> None:
         """Remove everything under its prefix, whoever stored it."""
         await self._open()
-        names = await self._server.names_of(f"{self._prefix}:*")
-        await asyncio.gather(*(self._server.command("UNLINK", name) for name in names))
+        names = iter(await self._server.names_of(f"{self._prefix}:*"))
+        while some := tuple(islice(names, _NAMES_IN_ONE_CALL)):
+            await self._removed(scripts.UNLINK, [Call(part, ()) for part in self._portions(some)])
         await self._server.command("PUBLISH", self._channel, scripts.CLEARED + b"000")
         await self._server.barrier()
+
+    async def _removed(self, script: scripts.Script, calls: Sequence[Call]) -> list[int]:
+        answers = await self._server.run(script, calls)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise SharedCacheUnavailableError(f"not invalidated: {answer}") from answer
+        return answers
 
     # Small parts ------------------------------------------------------------------------------
 

@@ -256,27 +256,38 @@ return told
 """
 )
 
+UNLINK: Final = Script("return redis.call('UNLINK', unpack(KEYS))")
+
 RELEASE: Final = Script(
     _TELL
     + """
--- ARGV: channel, token, letter of the news, identity. Answers whether it was still held.
-local l, v = unpack(fields(KEYS[1], 'l', 'v'))
-if l ~= ARGV[2] then return 0 end
-redis.call('HDEL', KEYS[1], 'l', 'x')
-tell(ARGV[1], ARGV[3], v or '', ARGV[4])
-return 1
+-- ARGV: channel, letter of the news, then each key's token and text. Answers how many were held.
+local held = 0
+for i, key in ipairs(KEYS) do
+  local l, v = unpack(fields(key, 'l', 'v'))
+  if l == ARGV[2 * i + 1] then
+    redis.call('HDEL', key, 'l', 'x')
+    tell(ARGV[1], ARGV[2], v or '', ARGV[2 * i + 2])
+    held = held + 1
+  end
+end
+return held
 """
 )
 
 RENEW: Final = Script(
     _TELL
     + """
--- ARGV: token, lease in ms. Answers whether it is still held.
-if fields(KEYS[1], 'l')[1] ~= ARGV[1] then return 0 end
-local lasting = tonumber(ARGV[2])
-redis.call('HSET', KEYS[1], 'x', text(clock() * 1000 + lasting))
-local left = redis.call('PTTL', KEYS[1])
-if left >= 0 and left < lasting then redis.call('PEXPIRE', KEYS[1], lasting) end
-return 1
+-- ARGV: lease in ms, then each key's token. Answers how many are still held.
+local held, lasting, now = 0, tonumber(ARGV[1]), clock() * 1000
+for i, key in ipairs(KEYS) do
+  if fields(key, 'l')[1] == ARGV[i + 1] then
+    redis.call('HSET', key, 'x', text(now + lasting))
+    local left = redis.call('PTTL', key)
+    if left >= 0 and left < lasting then redis.call('PEXPIRE', key, lasting) end
+    held = held + 1
+  end
+end
+return held
 """
 )
