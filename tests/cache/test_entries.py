@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.store import EntryStore
+from coalestra.cache.store import EntryStore, best_per_key
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -61,7 +61,7 @@ def test_a_write_of_several_values_does_not_look_through_all_that_is_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = EntryStore(10_000)
-    store.put_many([revision_of(numbered(number)) for number in range(1_000)])
+    store.put_many(best_per_key([revision_of(numbered(number)) for number in range(1_000)]))
     hashed: list[ResourceKey] = []
     ask = ResourceKey.__hash__
 
@@ -69,9 +69,10 @@ def test_a_write_of_several_values_does_not_look_through_all_that_is_held(
         hashed.append(key)
         return ask(key)
 
+    offered = [revision_of(numbered(1), observed_at=NOW + 1), revision_of(numbered(2_000))]
     monkeypatch.setattr(ResourceKey, "__hash__", hash_of)
 
-    store.put_many([revision_of(numbered(1), observed_at=NOW + 1), revision_of(numbered(2_000))])
+    store.put_many(best_per_key(offered))
 
     assert len(store) == 1_001
     assert len(hashed) < 50

@@ -208,7 +208,7 @@ class AsyncMemoryCache:
     ) -> Mapping[ResourceKey, CacheWriteResult]:
         """Offer values by the write order, in one step; of several for one key, the best one."""
         revisions = await self._sealed(values)
-        now = max((each.fetched_at for each in revisions), default=0.0)
+        now = max((each.fetched_at for each in revisions.values()), default=0.0)
         outcomes = self._store.put_many(
             revisions, now=max(now, self._told_now), force=force, replace_equal=replace_equal
         )
@@ -317,7 +317,7 @@ class AsyncMemoryCache:
         )
         return CacheLookup(value, fresh, age <= policy.max_stale_seconds, age)
 
-    async def _sealed(self, values: Collection[SnapshotValue[Any]]) -> Collection[Revision]:
+    async def _sealed(self, values: Collection[SnapshotValue[Any]]) -> dict[ResourceKey, Revision]:
         for value in values:
             validation.instance("values", value, SnapshotValue)
         revisions = []
@@ -325,7 +325,7 @@ class AsyncMemoryCache:
         for value in values:
             revisions.append(await seal_value(self._copies, value, _WRITE))
             await pace.keep()
-        return best_per_key(revisions).values()
+        return best_per_key(revisions)
 
 
 async def let_go(removed: list[Any]) -> None:

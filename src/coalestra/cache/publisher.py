@@ -510,7 +510,7 @@ class ResourcePublisher:
                 "replace_equal": replace_equal,
             }
             if access.store is not None:
-                outcomes = access.store.put_many(best.values(), **terms)
+                outcomes = access.store.put_many(best, **terms)
             else:
                 policies = policies or dict.fromkeys(best, common)
                 written = await access.publish(best.values(), policies, **terms)

@@ -444,20 +444,22 @@ class EntryStore:
 
     def put_many(
         self,
-        revisions: Collection[Revision],
+        revisions: dict[ResourceKey, Revision],
         *,
         now: float = math.inf,
         force: bool = False,
         replace_equal: bool = False,
         teller: CacheListener | None = None,
     ) -> list[Outcome]:
-        """Offer sealed revisions of different keys, in one step; see ``put``."""
-        if self.enter_many({revision.key: revision for revision in revisions}, teller=teller):
-            return [(_STORED, revision, None) for revision in revisions]
-        outcomes = self._put(revisions, now + self.tolerance, force, replace_equal)
+        """Offer new sealed revisions by their keys, in one step; see ``put``."""
+        if self.enter_many(revisions, teller=teller):
+            return [(_STORED, revision, None) for revision in revisions.values()]
+        outcomes = self._put(revisions.values(), now + self.tolerance, force, replace_equal)
         listening = self.listeners.references
         if len(listening) > 1 or (listening and listening[0]() is not teller):
-            changes = {new.key: new for status, new, _ in outcomes if status is _STORED}
+            stored = [new for status, new, _ in outcomes if status is _STORED]
+            all_of_them = len(stored) == len(revisions)
+            changes = revisions if all_of_them else {new.key: new for new in stored}
             if changes:
                 self.listeners.tell(lambda each: each.revised(changes), teller)
         return outcomes
@@ -477,7 +479,7 @@ class EntryStore:
         self._currency.epoch += len(revisions)
         self._sets += len(revisions)
         if revisions:
-            self.listeners.revised(revisions, teller)
+            self.listeners.tell(lambda each: each.revised(revisions), teller)
         return True
 
     def _put(

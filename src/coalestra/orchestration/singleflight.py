@@ -866,7 +866,7 @@ class SingleFlight:
             and flight.key not in publishing
         ]
         for forced in (False, True):
-            revisions = [revision for flight, revision in fit if flight.forced is forced]
+            revisions = {each.key: new for each, new in fit if each.forced is forced}
             outcomes = store.put_many(revisions, now=now, replace_equal=forced, teller=self)
             stored.update([new for status, new, _ in outcomes if status is _STORED])
         return stored
