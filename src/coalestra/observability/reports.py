@@ -233,8 +233,8 @@ class Reporter:
     def resource_resolved(self, value: Revision, source_kind: str, snapshot_id: str) -> None:
         """Report a fresh value of a ``single``, ``batch`` or ``derived`` source."""
         self._count("source_fetch_total", source=value.source, status="success")
-        took, rank = (value.latency_ms, value.attempts, source_kind), value.authority_rank
-        self._tell("resource_resolved", value.key, value.source, *took, rank, snapshot_id)
+        facts = value.latency_ms, value.attempts, source_kind, value.authority_rank
+        self._tell("resource_resolved", value.key, value.source, *facts, snapshot_id)
 
     def source_failed(
         self,
@@ -396,8 +396,8 @@ class Reporter:
     def resource_published(self, value: Revision, *, replaced: bool, forced: bool) -> None:
         """Report a published value that is in the cache now, and whether it replaced another."""
         self._count_publish(value, PublishStatus.PUBLISHED)
-        what, rank = (value.key, value.source, value.observed_at), value.authority_rank
-        self._tell("resource_published", *what, replaced, forced, rank)
+        facts = value.observed_at, replaced, forced, value.authority_rank
+        self._tell("resource_published", value.key, value.source, *facts)
 
     def resource_publish_ignored(
         self, candidate: Revision, cached: Revision, status: PublishStatus
@@ -487,11 +487,9 @@ class Reporter:
         """Report whether the observations of a snapshot lie close enough together."""
         self._count_status("snapshot_consistency_total", error is None, rule="observation_skew")
         if error is not None:
-            extremes = error.oldest_key, error.newest_key
-            skews = error.observation_skew_seconds, error.max_observation_skew_seconds
-            skews_ms = [seconds * 1000.0 for seconds in skews]
-            facts = (snapshot_id, len(error.keys), *extremes, *skews_ms)
-            self._tell("snapshot_consistency_failed", *facts)
+            skew, most = error.observation_skew_seconds, error.max_observation_skew_seconds
+            facts = len(error.keys), error.oldest_key, error.newest_key, skew * 1e3, most * 1e3
+            self._tell("snapshot_consistency_failed", snapshot_id, *facts)
 
     def copy_deadline_exceeded(self, snapshot_id: str, phase: str) -> None:
         """Report that a deadline struck while a payload was being copied, and in which phase."""
