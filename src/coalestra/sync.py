@@ -217,8 +217,11 @@ class LoopThread:
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         try:
             self._thread.start()
-        except BaseException:
+        except RuntimeError:  # there is no thread
             self._loop.close()
+            raise
+        except BaseException:  # it was interrupted, so there may be one
+            self._loop.call_soon_threadsafe(self.stop, 0.0)
             raise
 
     @property

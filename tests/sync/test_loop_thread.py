@@ -16,8 +16,8 @@ import pytest
 
 from coalestra._lockfree import Bell
 from coalestra.core.errors import BuilderClosedError
-from coalestra.sync import LoopThread, Operation, SubmissionBacklog, Work
-from tests.sync.steps import PATIENCE, Door, error_of, in_thread, outcome
+from coalestra.sync import THREAD_NAME, LoopThread, Operation, SubmissionBacklog, Work
+from tests.sync.steps import PATIENCE, Door, error_of, in_thread, loop_threads, outcome
 
 pytestmark = pytest.mark.concurrency
 
@@ -203,6 +203,21 @@ def test_a_thread_that_cannot_start_leaves_no_loop_open(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="can't start new thread"):
         LoopThread(name="x", owner="the test")
     assert loop.is_closed()
+
+
+def test_a_thread_whose_start_is_interrupted_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LoopThread(name=THREAD_NAME, owner="the test")
+    for thread in loop_threads():
+        thread.join(PATIENCE)
+    assert loop_threads() == []
 
 
 def refuse(_: threading.Thread) -> None:
