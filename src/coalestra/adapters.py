@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from itertools import islice
@@ -166,16 +165,10 @@ def _runs(task: asyncio.Task[Any] | None) -> bool:
         return False
 
 
-if sys.version_info >= (3, 11):
-
-    def _requests_to_cancel() -> int | None:
-        task = asyncio.current_task()
-        return None if task is None else task.cancelling()
-
-else:
-
-    def _requests_to_cancel() -> int | None:
-        return None
+def _requests_to_cancel() -> int | None:
+    """How often the running task was asked to end; None where Python, before 3.11, does not say."""
+    cancelling = getattr(asyncio.current_task(), "cancelling", None)
+    return None if cancelling is None else cancelling()
 
 
 # What the three callable adapters have in common: their settings and what these imply ------------
@@ -224,15 +217,10 @@ class CallableAdapter:
         """Take the settings among the arguments of a call, and the function of that parameter."""
         for setting, check in _CHECKS.items():
             setattr(self, setting, check(setting, arguments[setting]))
-        if self.transport_timeout_seconds is not None and not self.blocking_io:
-            raise ValueError(
-                refusal(
-                    "transport_timeout_seconds",
-                    "None unless blocking_io is True",
-                    self.transport_timeout_seconds,
-                    "set blocking_io=True if the callable blocks",
-                )
-            )
+        seconds, rule = self.transport_timeout_seconds, "None unless blocking_io is True"
+        if seconds is not None and not self.blocking_io:
+            remedy = "set blocking_io=True if the callable blocks"
+            raise ValueError(refusal("transport_timeout_seconds", rule, seconds, remedy))
         setattr(self, parameter, arguments[parameter])
         self._invocation = Invocation(
             arguments[parameter],
