@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.contract_map import SECTIONS
 
 HERE = Path(__file__).parent
@@ -18,15 +16,14 @@ def test_the_table_has_every_section_once_and_in_order() -> None:
     assert len(set(titles)) == len(titles)
 
 
-@pytest.mark.parametrize("number", SECTIONS)
-def test_every_section_is_tested_in_files_that_exist_and_hold_tests(number: int) -> None:
-    section = SECTIONS[number]
-    assert section.files
-    assert len(set(section.files)) == len(section.files)
-    for name in section.files:
-        path = HERE / name
-        assert path.is_file(), f"section {number} ({section.about}) names {name}, which is missing"
-        assert "def test_" in path.read_text(), f"{name} holds no tests"
+def test_every_section_is_tested_in_files_that_exist_and_hold_tests() -> None:
+    for number, section in SECTIONS.items():
+        assert section.files
+        assert len(set(section.files)) == len(section.files)
+        for name in section.files:
+            path = HERE / name
+            assert path.is_file(), f"section {number} ({section.about}) names the missing {name}"
+            assert "def test_" in path.read_text(), f"{name} holds no tests"
 
 
 def test_every_test_of_the_library_belongs_to_a_section() -> None:

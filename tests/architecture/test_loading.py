@@ -204,23 +204,19 @@ def is_protocol(each: type[Any]) -> bool:
     return bool(getattr(each, "_is_protocol", False))
 
 
-@pytest.mark.parametrize("name", public_classes())
-def test_the_attributes_of_every_public_class_have_types_at_runtime(name: str) -> None:
+def test_the_attributes_of_every_public_class_have_types_at_runtime() -> None:
     """Libraries that read annotations find every name in them."""
-    each = public_classes()[name]
-    hints = get_type_hints(each)
-    if dataclasses.is_dataclass(each):
-        assert {field.name for field in dataclasses.fields(each)} <= hints.keys()
-    assert hints or not is_typeddict(each)
+    for name, each in public_classes().items():
+        hints = get_type_hints(each)
+        if dataclasses.is_dataclass(each):
+            assert {field.name for field in dataclasses.fields(each)} <= hints.keys(), name
+        assert hints or not is_typeddict(each), name
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, each in public_classes().items() if is_protocol(each)]
-)
-def test_the_methods_of_every_protocol_have_types_at_runtime(name: str) -> None:
+def test_the_methods_of_every_protocol_have_types_at_runtime() -> None:
     """Whoever implements one may ask it what is expected."""
-    each = public_classes()[name]
-    for method in vars(each).values():
+    protocols = [each for each in public_classes().values() if is_protocol(each)]
+    for method in (method for each in protocols for method in vars(each).values()):
         if inspect.isfunction(method):
             get_type_hints(method)
 

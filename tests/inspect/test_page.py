@@ -110,11 +110,11 @@ async def test_what_is_not_there_is_not_found(path: str) -> None:
     assert (await get(page_of(), path)).status == 404
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO"])
 @pytest.mark.parametrize("path", PATHS)
-async def test_it_can_only_be_read(path: str, method: str) -> None:
-    answer = await get(page_of(), path, method)
-    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+async def test_it_can_only_be_read(path: str) -> None:
+    for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO"):
+        answer = await get(page_of(), path, method)
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD"), method
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -136,14 +136,6 @@ COLLABORATORS: Table = {
 ALL: Table = {**SIMPLE, **COLLABORATORS}
 
 
-def cases(column: int) -> list[Any]:
-    return [
-        pytest.param(name, value, id=f"{name}-{number}")
-        for name, columns in ALL.items()
-        for number, value in enumerate(columns[column])
-    ]
-
-
 def made(**settings: Any) -> SnapshotBuilder:
     return SnapshotBuilder([Single("s")], **settings)
 
@@ -153,21 +145,15 @@ def test_every_parameter_of_the_builder_has_its_line_in_the_table() -> None:
     assert parameters == {"sources", *ALL}
 
 
-@pytest.mark.parametrize("name, value", cases(0))
-def test_good_values_are_taken(name: str, value: Any) -> None:
-    made(**{name: value})
-
-
-@pytest.mark.parametrize("name, value", cases(1))
-def test_wrong_values_are_value_errors_that_name_the_parameter(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=name):
+@pytest.mark.parametrize("name", ALL)
+def test_good_values_are_taken_and_others_refused_by_the_name_of_the_parameter(name: str) -> None:
+    good, wrong_values, wrong_types = ALL[name]
+    for value in good:
         made(**{name: value})
-
-
-@pytest.mark.parametrize("name, value", cases(2))
-def test_wrong_types_are_type_errors_that_name_the_parameter(name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=name):
-        made(**{name: value})
+    for error, values in ((ValueError, wrong_values), (TypeError, wrong_types)):
+        for value in values:
+            with pytest.raises(error, match=name):
+                made(**{name: value})
 
 
 @pytest.mark.parametrize("name", SIMPLE)
