@@ -158,7 +158,6 @@ class Deliveries:
         errors: dict[ResourceKey, Exception] = {}
         large: list[tuple[int, ResourceKey, Revision]] = []
         open_now, pace, left = self._copies.open_now, self._pace, PORTION
-        pace.begin()
         late: str | None = None
         for key, reading in readings.items():
             if late is not None:

@@ -433,7 +433,8 @@ class Gather:
     It is `open` while its keys are being looked for or its readings judged, and `holds` back the
     calls of its work while they are looked for; `alone` stands then for the waiters of each flight
     that it starts, until others join. With `renews`, what is stale or due is waited for, as a
-    refresh inherits its freshness.
+    refresh inherits its freshness. One that `pins_beneath` is told with what `beneath` has `below`
+    its readings, if it was asked.
     """
 
     forced: frozenset[ResourceKey] = frozenset()
@@ -450,6 +451,8 @@ class Gather:
     rounds: int = 0
     agreed: tuple[int, int] | None = None
     alone: dict[Gather, bool] | None = None
+    pins_beneath: bool = False
+    below: dict[ResourceKey, Reading] | None = None
 
     def __init__(
         self,
@@ -512,12 +515,11 @@ class Gather:
     def yield_to_pins(self) -> None:
         """Give up readings of what was pinned otherwise meanwhile: what is pinned stands."""
         self.agreed = self.base.stamp
-        if not self.base:
-            return
-        for key in self.readings.keys() & self.base.keys():
-            pin = self.base[key]
-            if pin.revision is not self.readings[key].revision:
-                self.readings[key] = pin
+        if self.base:
+            for key, reading in self.readings.items():
+                pin = self.base.get(key, reading)
+                if pin.revision is not reading.revision:
+                    self.readings[key] = pin
 
     def settle_pins(self) -> None:
         """Hold fast to what has been read so far, so that what is derived anew agrees with it.

@@ -21,6 +21,8 @@ from coalestra.core.values import Revision
 _JOINED = FrozenDict({"coalesced_request": True})
 _PER_SLICE = 512
 """Of how many values the lineage is looked at in one slice."""
+_MANY_TIMES = 8
+"""So many pins are copied in the time in which one key tells its hash."""
 
 
 class Reading:
@@ -387,28 +389,43 @@ class View:
         return True
 
 
-def hold(pins: Pins, readings: Mapping[ResourceKey, Reading]) -> None:
-    """Pin readings, and out of sight what they rest on, unless other values are pinned already."""
-    at_once(held(pins, readings))
-
-
-def held(pins: dict[ResourceKey, Reading], readings: Mapping[ResourceKey, Reading]) -> Slices[None]:
-    """Do as `hold` does, in slices, where nobody sees the pins yet."""
-    hidden: dict[ResourceKey, Revision] = {}
+def beneath(
+    readings: Mapping[ResourceKey, Reading], pins: Mapping[ResourceKey, Reading]
+) -> Slices[dict[ResourceKey, Reading]]:
+    """Return what is to be pinned out of sight with `readings`: what they rest on, in slices."""
     derived = _derived(readings)
-    if derived:
-        hidden = yield from _newest_hidden(derived.values(), readings, pins)
-    pins.update({**readings, **pins})  # which asks no key for its hash, as a look at each would
+    if not derived:
+        return {}
+    hidden = yield from _newest_hidden(derived.values(), readings, pins)
+    found: dict[ResourceKey, Reading] = {}
     for number, (key, revision) in enumerate(hidden.items(), 1):
-        pins[key] = Reading(revision, None, from_cache=True)
+        found[key] = Reading(revision, None, from_cache=True)
         if not number % _PER_SLICE:
             yield
+    return found
+
+
+def hold(
+    pins: dict[ResourceKey, Reading],
+    readings: Mapping[ResourceKey, Reading],
+    below: Mapping[ResourceKey, Reading] | None = None,
+) -> None:
+    """Pin readings, and out of sight what they rest on, unless other values are pinned already.
+
+    `below` is what `beneath` has said of these readings and pins, if it was asked.
+    """
+    more = {**readings, **(at_once(beneath(readings, pins)) if below is None else below)}
+    if len(pins) < _MANY_TIMES * len(more):
+        pins.update({**more, **pins})  # which asks no key for its hash, as a look at each would
+    else:
+        for key, reading in more.items():
+            pins.setdefault(key, reading)
 
 
 def reach(
     pins: Mapping[ResourceKey, Reading],
     visible: Collection[ResourceKey],
-    keys: Iterable[ResourceKey],
+    keys: Collection[ResourceKey],
 ) -> Slices[tuple[set[ResourceKey], set[ResourceKey]]]:
     """Return what goes when `keys` are replaced, and what is then needed no longer.
 
@@ -422,7 +439,7 @@ def reach(
         if not number % _PER_SLICE:
             yield
     going = set(keys)
-    stack = [key for key in going if key in used_by] if used_by else []
+    stack = [key for key in keys if key in used_by] if used_by else []
     while stack:
         for key in used_by.get(stack.pop(), ()):
             if key not in going:

@@ -29,7 +29,15 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.flights import Gather
-from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, held, reach
+from coalestra.orchestration.readings import (
+    Demand,
+    Failure,
+    Pins,
+    Reading,
+    beneath,
+    hold,
+    reach,
+)
 from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork
 from coalestra.orchestration.verdicts import accepted, objection
@@ -115,9 +123,10 @@ class Revalidation:
             errors = {key: error for key, error in known.items() if key not in self._readings}
             snapshot = self._unit.assembled(values, errors)
             accepted(snapshot, objection(self._unit.engine.parts, self._request, snapshot))
+            visible = self._visible(snapshot)
             if await self._ready():
                 self._commit()
-                return self._visible(snapshot)
+                return visible
 
     # The new state, beside the old one --------------------------------------------------------
 
@@ -131,9 +140,10 @@ class Revalidation:
     def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:
         """Find out what goes with what is named, and what of it is to be read."""
         self._affected, self._loose = yield from self._reach(pins)
+        yield
         forced = frozenset(self._affected) if self._forced else frozenset()
-        derived = frozenset(key for key in forced if pins[key].revision.dependency_versions)
-        demand = Demand(forced, derived)
+        derived = (k for k, p in pins.items() if p.revision.dependency_versions and k in forced)
+        demand = Demand(forced, frozenset(derived if forced else ()))
         yield
         going = self._affected | self._loose
         kept = Pins({key: pin for key, pin in pins.items() if key not in going}, demand)
@@ -147,7 +157,8 @@ class Revalidation:
     def _wanted(self) -> dict[ResourceKey, None]:
         """Return the affected keys that somebody has asked for; the rest is read if needed."""
         asked = {**self._unit.requested, **self._named}
-        return {key: None for key in self._unit.pins if key in self._affected and key in asked}
+        spared = set(asked).difference(self._affected)  # which asks no key for its hash
+        return {key: None for key in asked if key not in spared} if spared else asked
 
     def _reach(
         self, pins: Mapping[ResourceKey, Reading]
@@ -166,7 +177,7 @@ class Revalidation:
             pins.pop(key, None)
         yield
         pins.update(self._readings)
-        yield from held(pins, self._readings)
+        hold(pins, {}, (yield from beneath(self._readings, pins)))
         self._next = pins
 
     def _visible(self, snapshot: Snapshot) -> Snapshot:
@@ -174,11 +185,12 @@ class Revalidation:
         requested = self._unit.requested
         if len({**requested, **self._named}) == len(requested):
             return snapshot
-        values = {key: value for key, value in snapshot.items() if key in requested}
+        values = {key: value for key, value in snapshot.resources.items() if key in requested}
         return self._unit.assembled(values, snapshot.errors)
 
     async def _ready(self) -> bool:
         """Be about to commit; False if more has been pinned that is derived from what goes."""
+        await self._unit.engine.parts.pace.keep()
         while (stamp := self._state()) != self._stamp:
             pins = dict(self._unit.pins)
             if await self._through(self._reach(pins)) != (self._affected, self._loose):
@@ -188,7 +200,9 @@ class Revalidation:
         return True
 
     async def _through(self, slices: Slices[T]) -> T:
-        return await self._unit.engine.parts.pace.through(slices)
+        pace = self._unit.engine.parts.pace
+        pace.begin()
+        return await pace.through(slices)
 
     def _state(self) -> tuple[int, int, int]:
         """Return what changes with everything that the session pins, replaces or makes visible."""

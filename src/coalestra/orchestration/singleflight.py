@@ -71,6 +71,7 @@ from coalestra.orchestration.readings import (
     Reading,
     Settlement,
     at_odds,
+    beneath,
     hold,
     lineage,
 )
@@ -995,7 +996,7 @@ class SingleFlight:
         """Tell the one who waits, after readings at odds with the others were derived anew."""
         if gather.open or gather.pending or gather.struck:
             return None
-        alone = len(gather.readings) == 1 and not gather.base
+        alone = len(gather.readings) == 1 and not gather.base and not gather.pins_beneath
         if alone or gather.agrees:
             self._tell(gather)
             return None
@@ -1010,9 +1011,14 @@ class SingleFlight:
         """Look for the readings in what its unit of work has seen; if that fails, judge them."""
         odd: Collection[ResourceKey] = ()
         gather.open = True  # nobody else is to judge it meanwhile
+        if len(gather.readings) > _KEYS_AT_ONCE:
+            yield
         seen = gather.work.view.covers(tuple(gather.readings.values()))
         if gather.base or not (yield from seen):
             odd = yield from at_odds(gather.readings, gather.base)
+        below = None
+        if gather.pins_beneath and not odd:
+            below = yield from beneath(gather.readings, gather.base)
         if not gather.open:
             return
         gather.open = False
@@ -1021,6 +1027,7 @@ class SingleFlight:
         elif odd:
             self._derive_anew(gather, odd)
         else:
+            gather.below = below
             self._tell(gather)
 
     def _tell(self, gather: Gather) -> None:

@@ -181,7 +181,9 @@ class UnitOfWork:
         if wanted and self.lasting:
             found = warm.readings(work, wanted)
         if wanted and not found:
-            await engine.run(Stage(work, wanted, self.pins, self._keep))
+            stage = Stage(work, wanted, self.pins, self._keep)
+            stage.pins_beneath = self.lasting
+            await engine.run(stage)
             struck = work.expired
         else:
             engine.require_open()
@@ -192,12 +194,16 @@ class UnitOfWork:
 
     def _keep(self, gather: Gather) -> None:
         """Take over what a gather has come to, in the very step in which it was complete."""
-        self._pin(gather.readings)
+        self._pin(gather.readings, gather.below)
         self.failures.update(gather.failures)
 
-    def _pin(self, readings: Mapping[ResourceKey, Reading]) -> None:
+    def _pin(
+        self,
+        readings: Mapping[ResourceKey, Reading],
+        below: Mapping[ResourceKey, Reading] | None = None,
+    ) -> None:
         if self.lasting:
-            hold(self.pins, readings)
+            hold(self.pins, readings, below)
         else:
             self.pins.update(readings)
         if self.failures:
@@ -249,6 +255,7 @@ class UnitOfWork:
     ) -> tuple[Mapping[ResourceKey, SnapshotValue[Any]], Mapping[ResourceKey, Exception]]:
         """Return a reader's copies, and the error for each that there is none of."""
         trace = self.work.trace
+        self.engine.parts.pace.begin()
         with _UNNOTED if trace is None else trace.delivering(len(readings)):
             values, uncopied = await self.engine.deliveries.values(readings, deadline)
         if uncopied and cut_short(uncopied):
