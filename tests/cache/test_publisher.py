@@ -42,10 +42,8 @@ from tests.support import ManualClock, cancel_at_every_await, settle
 
 
 def parts_for(cache: AsyncCache, **settings: Any) -> PublisherParts:
-    copies = PayloadCopies("builder")
     defaults: dict[str, Any] = {
-        "access": CacheAccess(cache, copies, 4, ObservationPolicy()),
-        "copies": copies,
+        "access": CacheAccess(cache, PayloadCopies("builder"), 4, ObservationPolicy()),
         "clock": ManualClock(NOW),
         "policy_resolver": PolicyResolver(POLICY),
         "observation_policy": ObservationPolicy(),
@@ -53,7 +51,6 @@ def parts_for(cache: AsyncCache, **settings: Any) -> PublisherParts:
         "metrics": NullMetrics(),
         "events": NullEventSink(),
         "reporter": None,
-        "max_pending_tasks": 4,
     }
     return PublisherParts(**{**defaults, **settings})
 

@@ -163,6 +163,7 @@ class CacheCalls:
     Attributes:
         cache: the cache; what it can do is looked up once, by attribute.
         seconds: how long one call may take.
+        limit: how many calls there are at a time where each is for one key.
         carries_many: whether one call can carry many keys.
         is_atomic: whether it compares and stores in one step.
         validates_dependencies, validates_order: what it promises to check itself.
@@ -189,7 +190,7 @@ class CacheCalls:
         if seconds is not None:
             number("timeout_seconds of the cache", seconds, above=0)
         self.seconds: float = DEFAULT_TIMEOUT_SECONDS if seconds is None else seconds
-        self._limit = limit
+        self.limit: int = limit
         self._told = told
         self._log = log
         self._circuits = {"read": _Circuit(), "write": _Circuit()}
@@ -363,7 +364,7 @@ class CacheCalls:
         loop, counts, name = asyncio.get_running_loop(), self._counts, type(self.cache).__name__
         kind = "read" if operation in _READS else "write"
         circuit = self._circuits[kind]
-        free = self._limit if insist else 0
+        free = self.limit if insist else 0
 
         def refused() -> Exception | None:
             nonlocal free
@@ -387,7 +388,7 @@ class CacheCalls:
             counts["timeouts"] += isinstance(error, CacheTimeoutError)
 
         results, raised = await call_each(
-            items, call, width=self._limit, seconds=seconds, refused=refused, ended=ended
+            items, call, width=self.limit, seconds=seconds, refused=refused, ended=ended
         )
         return results, {
             item: _as_exception(error, operation, name) for item, error in raised.items()

@@ -56,7 +56,6 @@ class PublisherParts:
     """
 
     access: CacheAccess
-    copies: PayloadCopies
     clock: Clock
     policy_resolver: FreshnessPolicyProvider
     observation_policy: ObservationPolicy
@@ -64,7 +63,6 @@ class PublisherParts:
     metrics: MetricsSink
     events: EventSink
     reporter: Reporter | None
-    max_pending_tasks: int
     check_open: Callable[[], object] = lambda: None
     owns_copies: bool = False
 
@@ -87,15 +85,17 @@ class PublisherParts:
         Raises `SourceProtocolError` if it was observed further in the future than allowed.
         """
         resolver, number, dated = self.authority_resolver, next_number(), observed_at is not None
-        told = _PUBLISHED_MARK
+        told, copies = _PUBLISHED_MARK, self.access.copies
         if observed_at is None:
             observed_at = now
         elif observed_at > now:
             self._judge_future(key, source, observed_at, now)
             metadata = {**metadata, "clock_skew_seconds": observed_at - now}
         if metadata:
-            told = self.copies.seal_metadata_now({**metadata, "published": True}, context=_IN)
-        payload, seal = self.copies.seal_now(value, context=_IN) or (value, None)
+            told = copies.seal_metadata_now(
+                {**metadata, "published": True}, context=_IN
+            )
+        payload, seal = copies.seal_now(value, context=_IN) or (value, None)
         rank = 0 if resolver is None else resolver.rank_for(key, source)
         return Revision(
             key, payload, seal, source, float(observed_at), now, version_of(number), 0.0, 0,
@@ -313,7 +313,6 @@ class ResourcePublisher:
                 observation,
                 None if reporter is None else reporter.cache_failed,
             ),
-            copies=copies,
             clock=clock,
             policy_resolver=policy_resolver,
             observation_policy=observation,
@@ -321,7 +320,6 @@ class ResourcePublisher:
             metrics=metrics,
             events=events,
             reporter=reporter,
-            max_pending_tasks=max_pending_tasks,
             owns_copies=True,
         )
 
@@ -358,7 +356,7 @@ class ResourcePublisher:
     @property
     def max_pending_tasks(self) -> int:
         """The most tasks used at a time with a cache that has single-key methods only."""
-        return self._parts.max_pending_tasks
+        return self._parts.access.calls.limit
 
     async def publish(
         self,
@@ -388,7 +386,7 @@ class ResourcePublisher:
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
         if parts.reporter is not None:
             parts.report(force, revision, outcome)
-        return await _result(parts.copies, revision, outcome, policy, now)
+        return await _result(parts.access.copies, revision, outcome, policy, now)
 
     async def publish_update(
         self, update: ResourceUpdate[Any], *, force: bool = False, replace_equal: bool = False
@@ -459,7 +457,7 @@ class ResourcePublisher:
         (None: no limit).
         """
         if self._parts.owns_copies:
-            await close_copies(self._parts.copies, timeout_seconds)
+            await close_copies(self._parts.access.copies, timeout_seconds)
 
     def _begin(self, force: bool, replace_equal: bool) -> float:
         """Check what is asked for; return the time at which it is published."""
@@ -492,7 +490,7 @@ class ResourcePublisher:
                     policies[revision.key] = parts.policy_resolver.resolve(revision.key)
                 if revision.seal is None:
                     announce()
-                    sealed = await parts.copies.seal(revision.payload, context=_IN)
+                    sealed = await access.copies.seal(revision.payload, context=_IN)
                     revision.payload, revision.seal = sealed
                 weighed += revision.seal.weight
                 if weighed >= PORTION:
@@ -517,7 +515,7 @@ class ResourcePublisher:
                 outcomes = [written[key] for key in best]
             await pace.keep()
         policy_of = policies.__getitem__ if common is None else lambda _: common
-        results = _Results(parts.copies, best, policy_of, now, outcomes)
+        results = _Results(access.copies, best, policy_of, now, outcomes)
         del outcomes
         report = None if parts.reporter is None else partial(parts.report, force)
         await results.complete(report, pace)

@@ -384,7 +384,6 @@ class SnapshotBuilder(BuilderSettings):
         self.publisher: ResourcePublisher = ResourcePublisher.from_parts(
             PublisherParts(
                 access=parts.access,
-                copies=parts.copies,
                 clock=self.clock,
                 policy_resolver=self.policy_resolver,
                 observation_policy=self.observation_policy,
@@ -392,7 +391,6 @@ class SnapshotBuilder(BuilderSettings):
                 metrics=self.metrics,
                 events=self.events,
                 reporter=parts.report,
-                max_pending_tasks=parts.max_pending_tasks,
                 check_open=self._engine.enter,
             )
         )
