@@ -375,6 +375,39 @@ async def test_what_is_derived_in_the_cache_gives_way_to_an_input_on_its_way(
     assert (await shop.builder.build([TOP])).value(TOP) == ((2,),)
 
 
+async def test_a_quick_write_ends_no_patience_with_a_slow_one_of_the_same_step() -> None:
+    slow, at_source = Gate(), Gate()
+
+    class Slow(SingleKeyCache):
+        async def set(self, value: Any) -> None:
+            if value.value == "forced":
+                await slow.pass_()
+            await super().set(value)
+
+    truth = {KEYS[0]: "old", KEYS[1]: "quick"}
+
+    async def fetch(key: ResourceKey, context: object) -> Any:
+        await at_source.pass_()
+        return truth[key]
+
+    cache = Slow()
+    vars(cache)["timeout_seconds"] = 60.0
+    building = builder(Single("b", fetch=fetch), cache=cache)
+    at_source.open()
+    async with building.session() as session:
+        await session.resolve(KEYS[:1])
+        at_source.close()
+        truth[KEYS[0]] = "forced"
+        forced = asyncio.ensure_future(session.revalidate(KEYS[:1], force_refresh=True))
+        quick = asyncio.ensure_future(building.build(KEYS[1:2]))
+        await asyncio.sleep(1)
+        at_source.open()
+        assert await seconds(asyncio.wait_for(forced, 5)) < 0.1
+        await quick
+    slow.open()
+    await building.aclose()
+
+
 async def test_two_builders_over_one_cache_object_share_what_is_on_its_way() -> None:
     cache, gate = hanging(BatchAtomicCache, "set_many_if_newer")
     one, two = (builder(Single("b"), cache=cache) for _ in range(2))

@@ -92,9 +92,7 @@ class PublisherParts:
             self._judge_future(key, source, observed_at, now)
             metadata = {**metadata, "clock_skew_seconds": observed_at - now}
         if metadata:
-            told = copies.seal_metadata_now(
-                {**metadata, "published": True}, context=_IN
-            )
+            told = copies.seal_metadata_now({**metadata, "published": True}, context=_IN)
         payload, seal = copies.seal_now(value, context=_IN) or (value, None)
         rank = 0 if resolver is None else resolver.rank_for(key, source)
         return Revision(

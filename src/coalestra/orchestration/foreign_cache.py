@@ -252,24 +252,27 @@ class CacheWrites:
         self._written = written
         self._ranked = getattr(parts.authority, "has_rules", True)
         self._slow = False
-        self._next: dict[Flight, Lease | None] = {}
+        self._next: dict[Revision, Flight] = {}
+        self._held: dict[ResourceKey, Lease] = {}
         self._writers: set[Work] = set()
 
-    def add(self, flight: Flight) -> None:
+    def add(self, flight: Flight, revision: Revision) -> None:
         """Write the value that a flight offers, together with the others of this step."""
         access = self._parts.access
         if flight.lease is None and access.leases:
-            self._settle(flight, alone=True)
+            self._settle(flight, revision, alone=True)
             return
         if not self._next:
             asyncio.get_running_loop().call_soon(self._send)
         if access.calls.carries_many and flight.sponsor not in self._writers:
             self._writers.add(flight.sponsor)
             flight.sponsor.record.cache_batch_writes += 1
-        # From here on the lease is the write's: a flight that is settled gives its own back.
-        self._next[flight], flight.lease = flight.lease, None
+        self._next[revision] = flight
+        if flight.lease is not None:
+            # From here on it is the write's: a flight that is settled gives its own back.
+            self._held[flight.key], flight.lease = flight.lease, None
         if self._slow:
-            self._settle(flight)
+            self._settle(flight, revision)
 
     def add_stale(self, revision: Revision, policy: FreshnessPolicy) -> None:
         """Write a stale value, for which nobody waits."""
@@ -280,53 +283,49 @@ class CacheWrites:
 
     def forget(self) -> None:
         """Drop everything: the event loop it belonged to has ended."""
-        self._next = {}
-        self._writers.clear()
+        self._next, self._held, self._writers = {}, {}, set()
 
     def _send(self) -> None:
-        group, access = self._next, self._parts.access
+        loop, access = asyncio.get_running_loop(), self._parts.access
+        group, held = self._next, self._held
         self.forget()
-        timer = asyncio.get_running_loop().call_later(_QUICK_SECONDS, self._overdue, group)
         for forced in (False, True):
-            flights = {
-                flight.offered: flight
-                for flight in group
-                if flight.forced is forced and flight.offered is not None
-            }
-            if flights:
-                leases = {each.key: lease for each in flights.values() if (lease := group[each])}
+            part = {offered: each for offered, each in group.items() if each.forced is forced}
+            if part:
+                leases = {each.key: held[each.key] for each in part if each.key in held}
                 terms = Terms(
-                    {flight.key: flight.policy for flight in group},
+                    {flight.key: flight.policy for flight in part.values()},
                     self._parts.clock.now(),
                     replace_equal=forced,
                     leases=leases if access.leases else None,
                 )
+                timer = loop.call_later(_QUICK_SECONDS, self._overdue, part)
                 access.write_behind(
-                    flights,
+                    part,
                     terms,
-                    wanted=partial(self._wanted, flights),
-                    ended=partial(self._ended, flights.values(), timer),
+                    wanted=partial(self._wanted, part),
+                    ended=partial(self._ended, part, timer),
                 )
 
-    def _wanted(self, flights: Mapping[Revision, Flight], revision: Revision) -> bool:
-        flight = flights[revision]
+    def _wanted(self, part: Mapping[Revision, Flight], revision: Revision) -> bool:
+        flight = part[revision]
         if flight.settlement is None:
             return self._fit(flight)
         return self._parts.access.holds(revision)
 
-    def _overdue(self, group: Iterable[Flight]) -> None:
+    def _overdue(self, part: Mapping[Revision, Flight]) -> None:
         self._slow = True
-        for flight in group:
+        for revision, flight in part.items():
             if flight.settlement is None and self._fit(flight):
-                self._settle(flight)
+                self._settle(flight, revision)
 
-    def _settle(self, flight: Flight, *, alone: bool = False) -> None:
+    def _settle(self, flight: Flight, revision: Revision, *, alone: bool = False) -> None:
         """Settle a flight whose value has not been written, if nothing else can be known of it.
 
         What is got ``alone``, without a lease, is not going to be.
         """
-        revision, cached, equal = flight.offered, flight.cached, flight.forced
-        if revision is None or (equal and self._ranked and not alone):
+        cached, equal = flight.cached, flight.forced
+        if equal and self._ranked and not alone:
             return
         status, current = _STORED, revision
         if cached is not None and not cached.dependency_versions:
@@ -339,14 +338,14 @@ class CacheWrites:
         self._written(flight, status, current)
 
     def _ended(
-        self, flights: Iterable[Flight], timer: asyncio.TimerHandle, outcomes: Outcomes
+        self, part: Mapping[Revision, Flight], timer: asyncio.TimerHandle, outcomes: Outcomes
     ) -> None:
         """Settle those flights that are not settled yet, whatever became of the writing."""
         self._slow = self._slow and timer.when() <= asyncio.get_running_loop().time()
         timer.cancel()
-        for flight in flights:
-            if flight.offered is not None and flight.settlement is None:
-                status, current, _ = outcomes.get(flight.key, (_STORED, flight.offered, None))
+        for revision, flight in part.items():
+            if flight.settlement is None:
+                status, current, _ = outcomes.get(flight.key, (_STORED, revision, None))
                 self._written(flight, status, current)
 
     def __repr__(self) -> str:

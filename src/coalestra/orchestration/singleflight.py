@@ -882,7 +882,7 @@ class SingleFlight:
         if store is None:
             if flight.log is not None:
                 flight.log.waits.begin(WaitReason.STORE)
-            self.writes.add(flight)
+            self.writes.add(flight, revision)
             return
         replace = flight.forced
         status, current, _ = store.put(revision, now=now, replace_equal=replace, teller=self)
