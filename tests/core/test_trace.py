@@ -722,22 +722,6 @@ def within(inner: dict[str, Any], outer: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("trace", [EVERYTHING, of_many(200), EMPTY])
-def test_slices_of_one_thread_lie_within_each_other_or_apart(trace: Trace) -> None:
-    threads: dict[int, list[dict[str, Any]]] = {}
-    for event in events_of(trace):
-        if event["ph"] == "X":
-            threads.setdefault(event["tid"], []).append(event)
-    for slices in threads.values():
-        for at, one in enumerate(slices):
-            for other in slices[at + 1 :]:
-                apart = (
-                    one["ts"] + one["dur"] <= other["ts"] + 1e-6
-                    or other["ts"] + other["dur"] <= one["ts"] + 1e-6
-                )
-                assert apart or within(one, other) or within(other, one)
-
-
 def test_processes_and_threads_have_names_and_an_order() -> None:
     named = [event for event in events_of(EVERYTHING) if event["ph"] == "M"]
     assert named[0]["name"] == "process_name"

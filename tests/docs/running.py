@@ -1,4 +1,4 @@
-"""Runs the Python blocks of one page as one program, and compares what they print.
+"""Runs examples, and the Python blocks of one page as one program, and compares what they print.
 
 ``python -m tests.docs.running PAGE NUMBER`` runs one of the programs of a page in this process.
 """
@@ -8,11 +8,34 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
+import coalestra
 from tests.docs.pages import ROOT, Block, Page, page_of
+
+EXAMPLES = ROOT / "docs" / "examples"
+PACKAGE_HOME = Path(str(coalestra.__file__)).parents[1]
+
+
+def printed_by(example: str, directory: Path) -> str:
+    """Run an example as a reader would, warnings being errors; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / example)],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE_HOME), "PYTHONIOENCODING": "utf-8"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    return done.stdout
 
 
 class WrongOutput(AssertionError):

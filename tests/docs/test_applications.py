@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import coalestra
-from tests.docs.pages import ROOT
+from tests.docs.running import EXAMPLES, printed_by
 from tests.redis.servers import binary
-
-EXAMPLES = ROOT / "docs" / "examples"
-PACKAGE_HOME = Path(str(coalestra.__file__)).parents[1]
 
 
 def told_by(application: str, directory: Path) -> list[str]:
-    """Run an application as a reader would, warnings being errors; return the lines it prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / application)],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE_HOME), "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    return [line.strip() for line in done.stdout.splitlines()]
+    """The lines that an application prints."""
+    return [line.strip() for line in printed_by(application, directory).splitlines()]
 
 
 def test_a_read_model_has_a_status_code_for_each_state_of_its_services(tmp_path: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import os
 import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,11 +13,7 @@ from typing import Any
 
 import pytest
 
-import coalestra
-from tests.docs.pages import ROOT
-
-EXAMPLES = ROOT / "docs" / "examples"
-PACKAGE_HOME = Path(str(coalestra.__file__)).parents[1]
+from tests.docs.running import EXAMPLES, printed_by
 
 
 @pytest.fixture(name="first_run")
@@ -32,18 +26,8 @@ def imported_first_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(name="story", scope="module")
-def printed_story() -> str:
-    """Run the example as `make demo` does, warnings being errors, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / "first_run.py")],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE_HOME), "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+def printed_story(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return printed_by("first_run.py", tmp_path_factory.mktemp("story"))
 
 
 LINES = [

@@ -8,7 +8,7 @@ import unicodedata
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coalestra.core.frozen import FrozenDict
@@ -25,8 +25,9 @@ from coalestra.core.trace import (
     Wait,
     WaitReason,
 )
-from tests.core.test_trace import Page, events_of, within
+from tests.core.test_trace import EMPTY, Page, events_of, within
 from tests.support.examples import times
+from tests.support.traces import EVERYTHING, of_many
 
 SECONDS = st.floats(-10.0, 1000.0, allow_nan=False)
 EPOCHS = st.floats(allow_nan=False, allow_infinity=False)
@@ -168,6 +169,9 @@ def test_every_key_is_told_in_one_line_of_bounded_length(trace: Trace) -> None:
 
 
 @times(0.25)
+@example(EVERYTHING)
+@example(of_many(200))
+@example(EMPTY)
 @given(traces())
 def test_data_and_trace_files_are_json_and_slices_lie_within_each_other(trace: Trace) -> None:
     data = trace.to_dict()
