@@ -521,6 +521,20 @@ async def test_a_builder_keeps_so_many_traces_the_latest_last() -> None:
     ]
 
 
+async def test_a_session_that_goes_on_is_among_the_latest_again() -> None:
+    b = builder(Single("a", "a", "b"), trace=True)
+    async with b.session(snapshot_id="s") as session:
+        await session.resolve([A])
+        for n in range(MOST_KEPT - 1):
+            await b.build([A], snapshot_id=str(n))
+        assert b.recent_traces()[0].snapshot_id == "s"
+        await session.resolve([B])
+        await b.build([A], snapshot_id="last")
+    kept = [trace.snapshot_id for trace in b.recent_traces()]
+    assert kept == [*map(str, range(1, MOST_KEPT - 1)), "s", "last"]
+    assert set(b.recent_traces()[-2].keys) == {A, B}
+
+
 async def test_of_the_traces_that_a_builder_keeps_only_those_that_are_looked_into_are_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

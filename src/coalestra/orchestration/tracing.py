@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context
@@ -80,7 +79,7 @@ class Tracing:
         self.off: bool = not rate and tracer is None  # unless a caller says otherwise
         self.failures: int = 0
         self._log = log
-        self._recent: OrderedDict[WorkTrace, Trace] = OrderedDict()
+        self._recent: dict[WorkTrace, Trace] = {}
 
     def begin(
         self,
@@ -100,14 +99,14 @@ class Tracing:
         """Keep what was recorded so far, in the place of what was kept of the same before."""
         trace = work.recorded()
         if trace is not None:
+            self._recent.pop(work, None)
             self._recent[work] = trace
-            self._recent.move_to_end(work)
-            while len(self._recent) > MOST_KEPT:
-                self._recent.popitem(last=False)
+            if len(self._recent) > MOST_KEPT:
+                del self._recent[next(iter(self._recent))]
 
     def recent(self) -> tuple[Trace, ...]:
         """Return the traces of the recent past, the latest last."""
-        return tuple(self._recent.values())
+        return tuple(self._recent.copy().values())  # in one step: any thread may ask
 
     def tell(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Return what a method of the tracer returns, or None if it fails."""
