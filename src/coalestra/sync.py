@@ -79,13 +79,14 @@ class Operation(Generic[T]):
         future: the outcome, for any thread. Cancelling it cancels the task; the future tells its
             waiters at once, without waiting for the task to end.
         backlog: where it has a place until it has ended; None if a thread only waits for it.
+        last: whether it ends the loop; if it is cancelled before its first step it begins again.
         accepted: whether it is on its way to the loop.
         task: on the loop, once it has begun.
     """
 
     __slots__ = (
         "_changes", "_loop", "_operations", "_started", "_told", "_unclaimed", "accepted",
-        "backlog", "future", "task",
+        "backlog", "future", "last", "task",
     )  # fmt: skip
 
     def __init__(
@@ -93,9 +94,12 @@ class Operation(Generic[T]):
         loop: asyncio.AbstractEventLoop,
         operations: dict[Operation[Any], None],
         backlog: SubmissionBacklog | None = None,
+        *,
+        last: bool = False,
     ) -> None:
         """Belong to `operations` of a loop, from which it is taken when it has ended."""
         self.backlog = backlog
+        self.last = last
         self.accepted = False
         self.task: asyncio.Task[T] | None = None
         self._loop = loop
@@ -106,17 +110,11 @@ class Operation(Generic[T]):
         self.future: Future[T] = Future()
         self.future.add_done_callback(self._tell)
 
-    def begin(self, work: Work[T], *, insist: bool = False) -> None:
-        """Start the task, on the loop, unless it was given up.
-
-        Args:
-            work: what to do.
-            insist: whether to start it again if it is cancelled before its first step.
-        """
-        if not self._claim():
-            return
-        self.task = self._loop.create_task(self._perform(work))
-        self.task.add_done_callback(partial(self._task_ended, work if insist else None))
+    def begin(self, work: Work[T]) -> None:
+        """Start the task, on the loop, unless it was given up."""
+        if self._claim():
+            self.task = self._loop.create_task(self._perform(work))
+            self.task.add_done_callback(partial(self._task_ended, work if self.last else None))
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait in a thread until the future tells; return whether it does."""
@@ -160,7 +158,7 @@ class Operation(Generic[T]):
     def _task_ended(self, again: Work[T] | None, task: asyncio.Task[T]) -> None:
         if again is not None and task.cancelled() and not self._started:
             self._unclaimed.append(True)
-            self.begin(again, insist=True)
+            self.begin(again)
             return
         self._end()
         error = None if task.cancelled() else task.exception()
@@ -294,18 +292,18 @@ class LoopThread:
         """
         try:
             self.require_usable()
-            self._enqueue(operation, partial(self._begin, operation, work))
+            self._enqueue(operation, work)
         except BaseException:  # an interrupt may come when it is on its way already
             operation.discard()
             raise
         return operation
 
-    def _enqueue(self, operation: Operation[Any], begin: Callable[[], object]) -> None:
+    def _enqueue(self, operation: Operation[T], work: Work[T]) -> None:
         # Known first: either the end of the thread finds it here, or is seen by what follows.
         self._operations[operation] = None
         variables = contextvars.copy_context()
         try:
-            self._loop.call_soon_threadsafe(begin, context=variables)
+            self._loop.call_soon_threadsafe(self._begin, operation, work, context=variables)
         except RuntimeError:  # the loop is closed
             raise BuilderClosedError(self._owner) from None
         operation.accepted = True
@@ -345,11 +343,12 @@ class LoopThread:
 
     def finish(self, work: Work[None]) -> Operation[None]:
         """Accept the last operation; return the one accepted first if this is not the first."""
-        last = self._last.setdefault("last", self.operation())
+        operation: Operation[None] = Operation(self._loop, self._operations, last=True)
+        last = self._last.setdefault("last", operation)
         # Once is enough, but an interrupt may have come between the two lines.
         if not last.accepted and not self.forked:
             with contextlib.suppress(BuilderClosedError):
-                self._enqueue(last, partial(last.begin, work, insist=True))
+                self._enqueue(last, work)
         return last
 
     def join(self, seconds: float) -> bool:
@@ -366,7 +365,7 @@ class LoopThread:
     # On the loop ------------------------------------------------------------------------------
 
     def _begin(self, operation: Operation[T], work: Work[T]) -> None:
-        if self._drained:
+        if self._drained and not operation.last:
             operation.settle()  # accepted at the very moment of closing
         else:
             operation.begin(work)
@@ -389,9 +388,8 @@ class LoopThread:
             await asyncio.wait(late, timeout=unwinding_seconds)
 
     def _working(self) -> dict[asyncio.Task[Any], Operation[Any]]:
-        last = self._last.get("last")
         operations = self._operations.copy()
-        return {each.task: each for each in operations if each.task and each is not last}
+        return {each.task: each for each in operations if each.task and not each.last}
 
     def stop(self, unwinding_seconds: float = UNWIND_SECONDS) -> None:
         """End the thread as soon as every task has ended; those that have not are cancelled."""

@@ -369,7 +369,7 @@ def test_what_is_accepted_at_the_very_moment_of_closing_is_told(loop_thread: Loo
         await loop_thread.drain(asyncio.get_running_loop().time(), 1.0)
         loop_thread.stop()
         late = loop_thread.operation()
-        loop_thread._enqueue(late, functools.partial(loop_thread._begin, late, answer))
+        loop_thread._enqueue(late, answer)
         came_late.append(late)
 
     came_late: list[Any] = []
@@ -378,4 +378,4 @@ def test_what_is_accepted_at_the_very_moment_of_closing_is_told(loop_thread: Loo
     assert came_late[0].future.cancelled()
     over = loop_thread.operation()
     with pytest.raises(BuilderClosedError):
-        loop_thread._enqueue(over, functools.partial(loop_thread._begin, over, answer))
+        loop_thread._enqueue(over, answer)
