@@ -231,7 +231,7 @@ def test_every_python_runs_the_suite_in_order_shuffled_and_if_it_can_eagerly(
 ) -> None:
     runs = kinds_of_runs(version)
     assert len(runs) == kinds
-    assert runs[0] == ["--worlds=200", "--hypothesis-profile=thorough"]
+    assert runs[0] == ["--worlds=200"]
     assert ["--loop=eager"] in runs or version < "3.12"
 
 
