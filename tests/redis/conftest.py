@@ -10,7 +10,14 @@ import pytest
 pytest.importorskip("redis")
 pytest.importorskip("msgspec")
 
+from tests.redis.processes import dismiss
 from tests.redis.servers import Server, running
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_worker_left() -> Iterator[None]:
+    yield
+    dismiss()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -21,18 +20,21 @@ SOURCE = Path(str(coalestra.__file__)).parents[1]
 
 
 class Process:
-    """One worker of its own process."""
+    """One worker of its own process, for one test after another."""
 
-    def __init__(self, url: str, prefix: str, offset: float = 0.0, **settings: Any) -> None:
-        command = [sys.executable, "-m", "tests.redis.worker", url, prefix]
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [*command, str(offset), json.dumps(settings)],
+            [sys.executable, "-m", "tests.redis.worker"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{ROOT}"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def order(self, do: str, **terms: Any) -> None:
         """Say what to do, without waiting for the answer."""
@@ -57,37 +59,48 @@ class Process:
 
     def kill(self) -> None:
         """End it in the middle of whatever it does."""
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        with self._process:
+            self._process.kill()
 
     def end(self) -> None:
-        """Let it close what it has, and see that it does so in time."""
-        if self._process.poll() is None:
+        """Give it no more orders, and see that it ends by itself in time."""
+        with self._process:
             assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            try:
-                assert self._process.wait(30) == 0
-            finally:
-                self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+            self._process.stdin.close()
+            assert self._process.wait(60) == 0
+
+
+_idle: list[Process] = []
 
 
 @contextlib.contextmanager
 def processes(
     url: str, prefix: str, number: int, *, offsets: tuple[float, ...] = (), **settings: Any
 ) -> Iterator[list[Process]]:
-    """So many workers, all of them ready."""
+    """So many workers, all of them ready; those that live on are kept for the next who asks."""
     settings = {"time_limit_seconds": PATIENT_SECONDS, **settings}
     shifts = [*offsets, *[0.0] * number][:number]
-    started = [Process(url, prefix, shift, **settings) for shift in shifts]
+    used = [_idle.pop() if _idle else Process() for _ in range(number)]
+    left = list(used)
     try:
-        for each in started:
+        for each, offset in zip(used, shifts, strict=True):
+            each.order("begin", url=url, prefix=prefix, offset=offset, settings=settings)
+        for each in used:
             each.answer()
-        yield started
+        yield used
+        living = [each for each in used if each.alive]
+        for each in living:
+            each.order("end")
+        for each in living:
+            each.answer()
+            left.remove(each)
+            _idle.append(each)
     finally:
-        for each in started:
-            each.end()
+        for each in left:
+            each.kill()
+
+
+def dismiss() -> None:
+    """End the workers that were kept."""
+    while _idle:
+        _idle.pop().end()

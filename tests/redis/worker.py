@@ -1,8 +1,9 @@
 """A process of its own over a shared cache; it does what it is told, line by line.
 
-Usage: ``python -m tests.redis.worker URL PREFIX [CLOCK_OFFSET [SETTINGS]]``. Each line of input is
-a JSON object with ``do``; each line of output its answer. The source's truth is kept on the same
-server, apart from the cache: ``PREFIX-truth:NAME`` holds a number, ``PREFIX-calls`` counts calls.
+Each line of input is a JSON object with ``do``; each line of output its answer. To ``begin`` is to
+be one builder over one cache, with a URL, a prefix, an offset of the clock and settings, until told
+to ``end``. The source's truth is kept on the same server, apart from the cache: a number under
+``PREFIX-truth:NAME``, and the count of calls under ``PREFIX-calls``.
 Told to be ``held``, each call takes one from the list ``PREFIX-gate`` before it answers.
 """
 
@@ -155,32 +156,37 @@ class Worker:
         await self.plain.incr(f"{self.prefix}-ended")
         return {"events": events}
 
-    async def do(self, order: dict[str, Any]) -> dict[str, Any]:
-        what = order.pop("do")
+    async def do(self, what: str, order: dict[str, Any]) -> dict[str, Any]:
         if what == "set":
             for name, value in order.items():
                 setattr(self, name, value)
             return {}
-        if what == "health":
-            health = self.cache.health()
-            assessed = await self.builder.health_snapshot()
-            return {name: getattr(health, name) for name in health.__dataclass_fields__} | {
-                "builder": repr(assessed.assess())
-            }
         answer: dict[str, Any] = await getattr(self, what)(**order)
         return answer
 
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        lines = asyncio.StreamReader()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-        say({"ready": True})
-        while line := await lines.readline():
-            say(await self.do(json.loads(line)))
+    async def end(self) -> dict[str, Any]:
+        """Close what it has."""
         await self.builder.aclose()
         await self.cache.aclose()
         await self.client.aclose()
         await self.plain.aclose()
+        return {}
+
+
+async def serve() -> None:
+    """Take orders until there is no one left to give them."""
+    loop = asyncio.get_running_loop()
+    lines = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    worker = None
+    while line := await lines.readline():
+        order = json.loads(line)
+        what = order.pop("do")
+        if worker is None or what == "begin":
+            worker = Worker(**order)
+            say({})
+        else:
+            say(await worker.do(what, order))
 
 
 def say(answer: dict[str, Any]) -> None:
@@ -189,11 +195,4 @@ def say(answer: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    url, prefix, *more = sys.argv[1:]
-    offset = float(more[0]) if more else 0.0
-    settings = json.loads(more[1]) if len(more) > 1 else {}
-
-    async def main() -> None:
-        await Worker(url, prefix, offset, settings).run()
-
-    asyncio.run(main())
+    asyncio.run(serve())
