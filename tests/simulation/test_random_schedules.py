@@ -25,7 +25,7 @@ from coalestra import (
 )
 from coalestra.concurrency import pace
 from coalestra.core import values
-from coalestra.orchestration import calls, deliveries, readings, singleflight
+from coalestra.orchestration import calls, deliveries, foreign_cache, readings, singleflight, unit
 from tests.simulation.world import PAIR, World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
 
@@ -64,7 +64,10 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(calls, "_CALLS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
+    monkeypatch.setattr(singleflight, "_WAITERS_PER_STEP", 1)
     monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(foreign_cache, "_ANSWERS_PER_TURN", 1)
+    monkeypatch.setattr(unit, "_ERRORS_BETWEEN_LOOKS", 1)
     for module in (readings, values):
         monkeypatch.setattr(module, "_PER_SLICE", 1)
     run_block(block, worlds)
