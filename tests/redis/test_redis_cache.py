@@ -30,7 +30,12 @@ from coalestra.core.protocols import (
     LeasingCache,
     TellingCache,
 )
-from coalestra.redis import RedisCache, SharedCacheUnavailableError, UnstorableValueError
+from coalestra.redis import (
+    MessagePackCodec,
+    RedisCache,
+    SharedCacheUnavailableError,
+    UnstorableValueError,
+)
 from tests.redis.servers import Server
 from tests.redis.stock import (
     PATIENT_SECONDS,
@@ -235,6 +240,39 @@ async def test_an_entry_of_a_model_that_is_not_known_here_is_a_miss_and_counted(
         async with caches(server, prefix) as [older]:
             assert await read(older) is None
             assert older.health().unreadable == 1
+
+
+class Odd(MessagePackCodec):
+    """Raises what it should not."""
+
+    def encode(self, value: Any) -> bytes:
+        if value == "unwritable":
+            raise ZeroDivisionError
+        return super().encode(value)
+
+    def decode(self, data: bytes) -> Any:
+        value = super().decode(data)
+        if value == "unreadable":
+            raise ZeroDivisionError
+        return value
+
+
+async def test_whatever_a_codec_raises_concerns_one_entry_alone(
+    server: Server, prefix: str
+) -> None:
+    async with caches(server, prefix, 2, codec=Odd()) as [one, other]:
+        held, fine = await lease(one), await lease(one, B)
+        waiting = asyncio.create_task(leased(other))
+        await until(lambda: other.health().waiting)
+        values = {held: value_of(A, "unwritable"), fine: value_of(B, "well")}
+        outcome = await one.fulfil_many(values, policies={A: POLICY, B: POLICY})
+        assert isinstance(outcome[A], ZeroDivisionError)
+        assert (await waiting)[A].lookup.value is None
+        await one.set(value_of(C, "unreadable"))
+        assert [await read(other, key) for key in (B, C)] == ["well", None]
+        found = await other.get_many((B, C), now=time.time(), policies={B: POLICY, C: POLICY})
+        assert found[B].value is not None
+        assert other.health().unreadable == 2
 
 
 # Leases ---------------------------------------------------------------------------------------

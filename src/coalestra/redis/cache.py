@@ -516,7 +516,7 @@ class RedisCache:
         value = None
         try:
             value = self._value(key, data, version, fetched_at, observed_at, now)
-        except UnreadableEntryError:
+        except Exception:  # whoever has written it, and whatever the codec makes of it
             self._unreadable += 1
         return _Entry(state.decode(), value, version, int(second))
 
@@ -598,7 +598,7 @@ class RedisCache:
                     over=lease.replaces,
                 )
                 self._leases.pop(lease, None)
-            except UnstorableValueError as error:
+            except Exception as error:
                 results[lease.key] = error
                 self._behind(self.release_many((lease,), failed=True))
         if items:
@@ -608,13 +608,8 @@ class RedisCache:
             except BaseException:
                 self.let_go([lease for lease in values if lease.key in items])
                 raise
-            self.let_go(
-                [
-                    lease
-                    for lease in values
-                    if isinstance(results[lease.key], SharedCacheUnavailableError)
-                ]
-            )
+            away = SharedCacheUnavailableError
+            self.let_go([each for each in values if isinstance(results[each.key], away)])
         return results
 
     async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
@@ -854,15 +849,10 @@ class RedisCache:
     ) -> Value:
         if len(data) > self._most_bytes:
             raise UnreadableEntryError(f"it is larger than {self._most_bytes:,} bytes")
-        try:
-            stored = _decode(data)
-            if stored.form != _FORM:
-                raise UnreadableEntryError(f"it has form {stored.form}, and not {_FORM}")
-            rests_on = {scripts.key_of(text): version for text, version in stored.rests_on}
-        except UnreadableEntryError:
-            raise
-        except Exception as error:
-            raise UnreadableEntryError(str(error)) from error
+        stored = _decode(data)
+        if stored.form != _FORM:
+            raise UnreadableEntryError(f"it has form {stored.form}, and not {_FORM}")
+        rests_on = {scripts.key_of(text): version for text, version in stored.rests_on}
         metadata = self._codec.decode(stored.metadata) if stored.metadata else {}
         return SnapshotValue(
             key,
