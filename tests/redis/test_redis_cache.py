@@ -22,6 +22,7 @@ from coalestra import (
     SnapshotBuilder,
     SourceResiliencePolicy,
 )
+from coalestra.concurrency.pace import Pace
 from coalestra.core.protocols import (
     AtomicAsyncCache,
     AuthorityAwareCache,
@@ -200,6 +201,29 @@ async def test_a_value_that_is_too_large_is_refused(server: Server, prefix: str)
     async with caches(server, prefix, max_value_bytes=1000) as [cache]:
         with pytest.raises(UnstorableValueError, match="max_value_bytes is 1,000"):
             await cache.set(value_of(A, "x" * 1000))
+
+
+async def test_reading_and_writing_many_values_gives_the_loop_back_in_between(
+    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(Pace):
+        kept = 0
+
+        async def keep(self) -> bool:
+            Counted.kept += 1
+            return await super().keep()
+
+    monkeypatch.setattr("coalestra.redis.cache.Pace", Counted)
+    keys = [ResourceKey("many", "n", str(number)) for number in range(100)]
+    async with caches(server, prefix) as [cache]:
+        await cache.set_many([value_of(key) for key in keys])
+        assert Counted.kept == 2 * len(keys)
+        await cache.get_many(keys, now=time.time(), policies=dict.fromkeys(keys, POLICY))
+        assert Counted.kept == 3 * len(keys)
+        told = (await leased(cache, tuple(keys), force=True)).values()
+        values = {each.lease: value_of(each.lease.key) for each in told if each.lease is not None}
+        await cache.fulfil_many(values, policies={})
+        assert Counted.kept == 6 * len(keys)
 
 
 # Entries that cannot be read ------------------------------------------------------------------

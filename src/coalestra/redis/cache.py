@@ -39,6 +39,7 @@ from coalestra._endings import look_after
 from coalestra.cache.memory import revision_of
 from coalestra.cache.store import best_per_key, outdated_among, with_all_below
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from coalestra.concurrency.pace import Pace
 from coalestra.core.errors import CoalestraError
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
@@ -463,7 +464,9 @@ class RedisCache:
         calls = self._calls(wanted, token, self._lease_ms, repr(now))
         moment, answers = await self._run(scripts.READ, calls)
         found: dict[ResourceKey, _Entry] = {}
+        pace = Pace()
         for key, told in zip(ages, answers, strict=True):
+            await pace.keep()
             if isinstance(told, Exception):
                 text = f"the shared cache could not be read: {told}"
                 raise SharedCacheUnavailableError(text) from told
@@ -588,28 +591,26 @@ class RedisCache:
         await self._open()
         results: dict[ResourceKey, CacheWriteResult | Exception] = {}
         items: dict[ResourceKey, bytes] = {}
-        for lease, value in values.items():
-            try:
-                items[lease.key] = self._offer(
-                    value,
-                    policies.get(value.key),
-                    "e" if replace_equal else "",
-                    token=lease.token,
-                    over=lease.replaces,
-                )
-                self._leases.pop(lease, None)
-            except Exception as error:
-                results[lease.key] = error
-                self._behind(self.release_many((lease,), failed=True))
-        if items:
-            offered = {value.key: value for value in values.values()}
-            try:
+        pace = Pace()
+        try:
+            for lease, value in values.items():
+                await pace.keep()
+                policy, flags = policies.get(value.key), "e" if replace_equal else ""
+                terms: Any = {"token": lease.token, "over": lease.replaces}
+                try:
+                    items[lease.key] = self._offer(value, policy, flags, **terms)
+                    self._leases.pop(lease, None)
+                except Exception as error:
+                    results[lease.key] = error
+                    self._behind(self.release_many((lease,), failed=True))
+            if items:
+                offered = {value.key: value for value in values.values()}
                 results.update((await self._write(offered, items))[0])
-            except BaseException:
-                self.let_go([lease for lease in values if lease.key in items])
-                raise
-            away = SharedCacheUnavailableError
-            self.let_go([each for each in values if isinstance(results[each.key], away)])
+        except BaseException:
+            self.let_go(tuple(values))
+            raise
+        away = SharedCacheUnavailableError
+        self.let_go([each for each in values if isinstance(results[each.key], away)])
         return results
 
     async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
@@ -678,12 +679,12 @@ class RedisCache:
             offered = {v.key: v for v in values if v.version == best[v.key].version}
         told: dict[ResourceKey, CacheWriteResult] = {}
         over: dict[ResourceKey, str] = {}
-        heard, rest = 0, list(offered)
+        heard, rest, pace = 0, list(offered), Pace()
         while rest:
-            items = {
-                key: self._offer(offered[key], known.get(key), flags, over=over.get(key))
-                for key in rest
-            }
+            items: dict[ResourceKey, bytes] = {}
+            for key in rest:
+                items[key] = self._offer(offered[key], known.get(key), flags, over=over.get(key))
+                await pace.keep()
             results, others = await self._write(offered, items)
             heard += others
             for key, answer in results.items():
@@ -779,8 +780,9 @@ class RedisCache:
                 self._own.pop(version, None)
             raise
         results: dict[ResourceKey, CacheWriteResult | Exception] = {}
-        heard = 0
+        heard, pace = 0, Pace()
         for key, told in zip(items, answers, strict=True):
+            await pace.keep()
             value = offered[key]
             if isinstance(told, Exception):
                 error = SharedCacheUnavailableError(f"{key.display} was not stored: {told}")
