@@ -29,14 +29,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from coalestra.cache.calls import (
-    CacheCalls,
-    Failures,
-    Found,
-    Policies,
-    has,
-    sound,
-)
+from coalestra.cache.calls import CacheCalls, Failures, Found, Policies, has, sound
 from coalestra.cache.memory import AsyncMemoryCache, let_go, open_value, revision_of, seal_value
 from coalestra.cache.near import Filling, Near
 from coalestra.cache.store import (
@@ -51,10 +44,7 @@ from coalestra.cache.store import (
 )
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.pace import Pace
-from coalestra.core.errors import (
-    CacheCircuitOpenError,
-    CacheTimeoutError,
-)
+from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup

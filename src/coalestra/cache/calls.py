@@ -21,11 +21,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from coalestra._endings import look_after
-from coalestra.core.errors import (
-    CacheCircuitOpenError,
-    CacheTimeoutError,
-    CacheUnavailableError,
-)
+from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus

@@ -127,11 +127,7 @@ def _status_of(status: CacheWriteStatus) -> PublishStatus:
 
 
 async def _result(
-    copies: PayloadCopies,
-    offered: Revision,
-    outcome: Outcome,
-    policy: FreshnessPolicy,
-    now: float,
+    copies: PayloadCopies, offered: Revision, outcome: Outcome, policy: FreshnessPolicy, now: float
 ) -> PublishResult:
     """Return the result of one event; its payloads are copied here and now, or in a thread."""
     _, current, previous = outcome

@@ -47,14 +47,7 @@ from coalestra.core.policies import FreshnessPolicy, RefreshMode
 from coalestra.core.protocols import CacheNewsListener, Lease, LeasedLookup
 from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
 from coalestra.core.serialization import qualified_type
-from coalestra.core.validation import (
-    integer,
-    number,
-    refusal,
-    require_methods,
-    text,
-    wrong_type,
-)
+from coalestra.core.validation import integer, number, refusal, require_methods, text, wrong_type
 from coalestra.core.values import SnapshotValue
 from coalestra.redis import scripts
 from coalestra.redis.codec import (
@@ -577,11 +570,7 @@ class RedisCache:
             self._behind(self._server.run(scripts.RENEW, self._calls(held, self._lease_ms)))
 
     async def fulfil_many(
-        self,
-        values: Mapping[Lease, Value],
-        *,
-        policies: Policies,
-        replace_equal: bool = False,
+        self, values: Mapping[Lease, Value], *, policies: Policies, replace_equal: bool = False
     ) -> Mapping[ResourceKey, CacheWriteResult | Exception]:
         """Store what was acquired under leases; see `LeasingCache.fulfil_many`.
 
@@ -948,10 +937,7 @@ class _Question:
         return known
 
     async def _put(
-        self,
-        keys: Collection[ResourceKey],
-        token: str,
-        known: dict[ResourceKey, LeasedLookup],
+        self, keys: Collection[ResourceKey], token: str, known: dict[ResourceKey, LeasedLookup]
     ) -> list[ResourceKey]:
         """Ask once; enter what needs no waiting, and return what has to be asked once more."""
         now = self._ahead + time.monotonic()
