@@ -41,7 +41,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.health import BuilderHealth
-from coalestra.core.keys import ResourceKey
+from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.results import PublishResult
 from coalestra.core.snapshot import Snapshot
@@ -582,7 +582,7 @@ class SyncResourcePublisher:
         replace_equal: bool = False,
     ) -> Mapping[ResourceKey, PublishResult]:
         """Publish the best update per key and return what became of them."""
-        return self._wait("publish_many()", self._many(tuple(updates), force, replace_equal))
+        return self._wait("publish_many()", self._many(updates, force, replace_equal))
 
     def invalidate(self, key: ResourceKey, *, reason: str = "") -> None:
         """Remove `key` from the cache."""
@@ -639,9 +639,7 @@ class SyncResourcePublisher:
         replace_equal: bool = False,
     ) -> Future[Mapping[ResourceKey, PublishResult]]:
         """Submit several updates as one; see `submit_publish`."""
-        return self._submit(
-            lambda: self._many(tuple(map(self._captured, updates)), force, replace_equal)
-        )
+        return self._submit(lambda: self._many(updates, force, replace_equal, self._captured))
 
     def submit_invalidate(self, key: ResourceKey, *, reason: str = "") -> Future[None]:
         """Submit the removal of `key`; see `submit_publish`."""
@@ -663,21 +661,23 @@ class SyncResourcePublisher:
         return (update.key,), partial(publish, update, force=force, replace_equal=replace_equal)
 
     def _many(
-        self, updates: tuple[ResourceUpdate[Any], ...], force: bool, replace_equal: bool
+        self,
+        updates: Iterable[ResourceUpdate[Any]],
+        force: bool,
+        replace_equal: bool,
+        taken: Callable[[ResourceUpdate[Any]], ResourceUpdate[Any]] = lambda update: update,
     ) -> _Errand[Mapping[ResourceKey, PublishResult]]:
-        for update in updates:
+        several = tuple(map(taken, instance("updates", updates, Iterable)))
+        for update in several:
             instance("updates", update, ResourceUpdate)
         publish = self._publisher.publish_many
-        keys = tuple(dict.fromkeys(update.key for update in updates))
-        return keys, partial(publish, updates, force=force, replace_equal=replace_equal)
+        keys = tuple(dict.fromkeys(update.key for update in several))
+        return keys, partial(publish, several, force=force, replace_equal=replace_equal)
 
     def _removal(self, keys: Iterable[ResourceKey], reason: str) -> _Errand[None]:
         text("reason", reason, empty=True)
-        distinct_keys = tuple(dict.fromkeys(keys))
-        for key in distinct_keys:
-            instance("keys", key, ResourceKey)
-        invalidate = self._publisher.invalidate_many
-        return distinct_keys, partial(invalidate, distinct_keys, reason=reason)
+        unique = distinct_keys("keys", keys)
+        return unique, partial(self._publisher.invalidate_many, unique, reason=reason)
 
     def _captured(self, update: ResourceUpdate[Any]) -> ResourceUpdate[Any]:
         instance("update", update, ResourceUpdate)

@@ -253,6 +253,11 @@ async def test_wrong_arguments_are_refused_by_name() -> None:
         await publisher.publish_update((A, 1))
     with pytest.raises(TypeError, match="keys"):
         await publisher.invalidate_many(["a:b"])
+    for odd in (None, 5, object()):
+        with pytest.raises(TypeError, match="updates must be an Iterable"):
+            await publisher.publish_many(odd)
+        with pytest.raises(TypeError, match="keys must be a collection"):
+            await publisher.invalidate_many(odd)
     with pytest.raises(TypeError, match="reason"):
         await publisher.invalidate(A, reason=None)
 

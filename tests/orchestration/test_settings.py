@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -21,8 +21,10 @@ from coalestra import (
     ObservationPolicy,
     PolicyResolver,
     ResiliencePolicyResolver,
+    ResourceKey,
     RetryPolicy,
     SnapshotBuilder,
+    SnapshotRequest,
     SourceAuthorityPolicy,
     SourceResiliencePolicy,
     deepcopy_payload,
@@ -371,6 +373,26 @@ async def test_a_build_of_nothing_is_a_value_error() -> None:
         await made().build(key("s"))  # type: ignore[arg-type]  # that is the point
     with pytest.raises(TypeError, match="keys"):
         await made().build(["s"])  # type: ignore[list-item]  # that is the point
+
+
+@pytest.mark.parametrize("wrong", [None, 5, object(), SnapshotRequest(required=[key("x")])])
+async def test_keys_that_cannot_be_gone_through_are_a_type_error_that_names_them(
+    wrong: Any,
+) -> None:
+    building = made()
+    session = building.session()
+    for ask in (building.build, session.resolve, session.revalidate):
+        with pytest.raises(TypeError, match="keys must be an Iterable"):
+            await ask(wrong)
+
+
+async def test_what_is_raised_while_keys_are_gone_through_is_left_as_it_is() -> None:
+    def keys() -> Iterator[ResourceKey]:
+        yield key("x")
+        raise TypeError("a mistake of their own")
+
+    with pytest.raises(TypeError, match="a mistake of their own"):
+        await made().build(keys())
 
 
 @pytest.mark.parametrize(

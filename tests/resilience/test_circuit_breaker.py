@@ -417,3 +417,12 @@ def test_a_breaker_works_outside_of_any_task() -> None:
         breaker.record_failure("rest", ticket=admitted.value.value).send(None)
     with pytest.raises(CircuitOpenError, match="in 10 s"):
         breaker.before_call("rest").send(None)
+
+
+async def test_a_policy_that_is_none_is_refused_by_name() -> None:
+    breaker: Any = CircuitBreaker()
+    for odd in (5, 0, "strict"):
+        with pytest.raises(TypeError, match="policy must be a CircuitBreakerPolicy"):
+            await breaker.before_call("rest", policy=odd)
+        with pytest.raises(TypeError, match="policy must be a CircuitBreakerPolicy"):
+            await breaker.record_failure("rest", policy=odd)

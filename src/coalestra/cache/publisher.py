@@ -17,7 +17,7 @@ from coalestra.concurrency.sealing import PORTION
 from coalestra.core import validation
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.frozen import EMPTY, FrozenDict
-from coalestra.core.keys import ResourceKey
+from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.policies import (
     AuthorityPolicyProvider,
     AuthorityPolicyResolver,
@@ -409,7 +409,7 @@ class ResourcePublisher:
         Between updates of equal rank and time the later one counts. If one update is unfit,
         nothing is written.
         """
-        captured = tuple(updates)
+        captured = tuple(validation.instance("updates", updates, Iterable))
         for update in captured:
             if type(update) is not ResourceUpdate:
                 validation.instance("updates", update, ResourceUpdate)
@@ -431,10 +431,7 @@ class ResourcePublisher:
         """Remove ``keys`` from the cache; ``reason`` goes into the events."""
         self._parts.check_open()
         validation.text("reason", reason, empty=True)
-        unique = tuple(dict.fromkeys(keys))
-        for key in unique:
-            if type(key) is not ResourceKey:
-                validation.instance("keys", key, ResourceKey)
+        unique = distinct_keys("keys", keys)
         if not unique:
             return
         await self._parts.access.invalidate(unique)

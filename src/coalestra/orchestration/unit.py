@@ -31,11 +31,15 @@ _UNNOTED: AbstractContextManager[Any] = nullcontext(StageLog("", 0))
 
 def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     """Return the keys without repetitions, in order; `TypeError` for anything but keys."""
-    if isinstance(keys, ResourceKey):
-        raise TypeError(
-            "keys must be an iterable of ResourceKey, got a single one; put it in a list"
-        )
-    found = dict.fromkeys(keys)
+    try:
+        found = dict.fromkeys(keys)
+    except TypeError:
+        if isinstance(keys, ResourceKey):
+            raise TypeError(
+                "keys must be an iterable of ResourceKey, got a single one; put it in a list"
+            ) from None
+        instance("keys", keys, Iterable)
+        raise
     for key in found:
         if type(key) is not ResourceKey:
             raise TypeError(f"keys must be ResourceKeys, got {type(key).__qualname__}")

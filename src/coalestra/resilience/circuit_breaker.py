@@ -571,6 +571,7 @@ class CircuitBreaker:
     def _resolve(
         self, source: str, key: ResourceKey | None, policy: CircuitBreakerPolicy | None
     ) -> tuple[CircuitIdentity, CircuitBreakerPolicy]:
+        instance("policy", policy, CircuitBreakerPolicy, optional=True)
         chosen = policy or self.default_policy
         return self.identity_for(source, key=key, scope=chosen.scope), chosen
 
