@@ -13,7 +13,7 @@ T = TypeVar("T")
 Slices = Generator[None, None, T]
 """Work in slices, none of which takes long: what follows a `yield` may be done later."""
 
-SLICE_SECONDS = 0.002
+SLICE_SECONDS = 0.001_5
 """How long the library works before the event loop gets a turn."""
 
 

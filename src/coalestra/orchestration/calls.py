@@ -109,7 +109,7 @@ _HANDING_OVER = 4
 _HOLDERS_SHOWN = 3
 """How many sources that hold slots a message names."""
 
-_CALLS_BETWEEN_LOOKS = 8
+_CALLS_BETWEEN_LOOKS = 4
 """Calls that never wait would otherwise all be made in one step of the event loop."""
 
 _QUIET_SECONDS = 0.05
@@ -788,9 +788,10 @@ class Call:
             yield from self._tell_circuits(outcome)
         except BaseException as broken:
             _tell_loop(broken)
-        while self.flights:
+        for flight in tuple(self.flights):
             try:
-                self.refuse(next(iter(self.flights)), error, "failure")
+                if flight in self.flights:
+                    self.refuse(flight, error, "failure")
             except BaseException as broken:
                 _tell_loop(broken)
             yield
@@ -932,6 +933,8 @@ class Call:
         ended_at = parts.clock.monotonic()
         self.latency_ms = (ended_at - attempt.ticks) * 1000
         self._count_latency(self.latency_ms)
+        if len(flights) > PORTION:
+            await parts.pace.rest()  # the call has had its time in this turn
         values = _values_of(self.link, flights, answer)
         self._answered = True
         self.link.succeeded_at = ended_at
@@ -966,8 +969,6 @@ class Call:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
         pace, left, many = self.parts.pace, PORTION, len(values) > PORTION
         pace.begin()
-        if many:
-            await pace.rest()  # the call has had its time in this turn
         if any(value is _OMITTED for value in values):
             await self._refuse_omitted(flights, values)
         made: dict[Revision, Flight] = {}

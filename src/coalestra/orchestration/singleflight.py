@@ -1071,10 +1071,11 @@ class SingleFlight:
         """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
         self.parts.counters.deadlines_exceeded += 1
         gather.open, gather.struck = False, True
-        self.agenda.add(self._strike_on, gather, {each.key: each for each in gather.pending})
+        self.agenda.add(self._strike_on, gather)
 
-    def _strike_on(self, gather: Gather, pending: Mapping[ResourceKey, Flight | Read]) -> Steps:
+    def _strike_on(self, gather: Gather) -> Steps:
         """Leave what is waited for, so that calls that end for that say so; then end the rest."""
+        pending: dict[ResourceKey, Flight | Read] = {each.key: each for each in gather.pending}
         for part in portions(pending.values(), _KEYS_PER_STEP):
             for awaited in part:
                 self._leave(gather, awaited)
