@@ -78,6 +78,30 @@ def test_a_write_of_several_values_does_not_look_through_all_that_is_held(
     assert len(hashed) < 50
 
 
+@pytest.mark.parametrize("max_entries", [3, 5, 8, None])
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_what_is_written_together_is_stored_and_told_like_one_after_the_other(
+    max_entries: int | None, held: int
+) -> None:
+    """Also if it all is new and finds room, and so takes one step for all of it."""
+    stores = EntryStore(max_entries), EntryStore(max_entries)
+    witnesses = [Witness(), Witness()]
+    before = [revision_of(numbered(number), observed_at=NOW - 1) for number in range(held)]
+    offered = [revision_of(numbered(number)) for number in range(2, 6)]
+    for store, witness in zip(stores, witnesses, strict=True):
+        for revision in before:
+            store.put(revision)
+        store.listeners.subscribe(witness)
+    together, one_by_one = stores
+    outcomes = [one_by_one.put(revision) for revision in offered]
+    assert together.put_many({revision.key: revision for revision in offered}) == outcomes
+    assert list(together) == list(one_by_one)
+    assert together.stats() == one_by_one.stats()
+    assert together.epoch == one_by_one.epoch
+    assert witnesses[0].heard == witnesses[1].heard
+    assert [what for what, *_ in witnesses[0].heard] == ["revised"] * len(offered)
+
+
 def test_peeking_counts_and_moves_nothing() -> None:
     store = EntryStore(2)
     store.put(revision_of(A, observed_at=NOW - 999))
