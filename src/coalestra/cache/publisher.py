@@ -43,6 +43,7 @@ from coalestra.observability.reports import Reporter, reporter_for
 _IN = "published value"
 _OUT = "publish result"
 _STORED = CacheWriteStatus.STORED
+_PUBLISHED = PublishStatus.PUBLISHED
 _PUBLISHED_MARK: FrozenDict[str, Any] = FrozenDict({"published": True})
 
 
@@ -116,11 +117,7 @@ class PublisherParts:
         if status is _STORED:
             self.reporter.resource_published(offered, replaced=previous is not None, forced=force)
         else:
-            self.reporter.resource_publish_ignored(offered, current, _status_of(status))
-
-
-def _status_of(status: CacheWriteStatus) -> PublishStatus:
-    return PublishStatus.PUBLISHED if status is _STORED else PublishStatus(status.value)
+            self.reporter.resource_publish_ignored(offered, current, PublishStatus(status.value))
 
 
 # What became of an event, with copies of what is held now and was before -------------------------
@@ -156,7 +153,9 @@ def _told(
     if previous is not None:
         before = _shown(copies, previous, earlier, policy, now)
     value = _shown(copies, current, payload, policy, now, current is not offered)
-    return PublishResult(_status_of(status), value, before)
+    return PublishResult(
+        _PUBLISHED if status is _STORED else PublishStatus(status.value), value, before
+    )
 
 
 def _shown(

@@ -436,7 +436,7 @@ class EntryStore:
 
         All listeners but ``teller`` hear of it if it was stored.
         """
-        outcome = self._put((revision,), now + self.tolerance, force, replace_equal)[0]
+        outcome = self._put(revision, now + self.tolerance, force, replace_equal)
         if outcome[0] is _STORED and self.listeners.references:
             changes = {revision.key: revision}
             self.listeners.tell(lambda each: each.revised(changes), teller)
@@ -454,7 +454,8 @@ class EntryStore:
         """Offer new sealed revisions by their keys, in one step; see ``put``."""
         if self.enter_many(revisions, teller=teller):
             return [(_STORED, revision, None) for revision in revisions.values()]
-        outcomes = self._put(revisions.values(), now + self.tolerance, force, replace_equal)
+        put, horizon = self._put, now + self.tolerance
+        outcomes = [put(revision, horizon, force, replace_equal) for revision in revisions.values()]
         listening = self.listeners.references
         if len(listening) > 1 or (listening and listening[0]() is not teller):
             stored = [new for status, new, _ in outcomes if status is _STORED]
@@ -482,36 +483,29 @@ class EntryStore:
             self.listeners.tell(lambda each: each.revised(revisions), teller)
         return True
 
-    def _put(
-        self, revisions: Iterable[Revision], horizon: float, force: bool, replace_equal: bool
-    ) -> list[Outcome]:
-        entries, currency, recency = self._entries, self._currency, self._recency
-        outcomes: list[Outcome] = []
-        for revision in revisions:
-            key = revision.key
-            previous = current = entries.get(key)
-            if current is None:
-                currency.epoch += 1
-            else:
-                if current.dependency_versions and not currency.holds(current):
-                    self._invalidations += 1
-                    previous = None
-                elif not force:
-                    status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
-                    if status is not _STORED:
-                        outcomes.append((status, current, current))
-                        continue
-                del entries[current.key]  # the new one goes to the end, under its own key object
-                currency.removed(current)
-            entries[key] = revision
-            revision.checked = _UNCHECKED
-            self._sets += 1
-            if recency is not None and len(entries) > (self.max_entries or 0):
-                _, oldest = recency.popitem(last=False)
-                currency.removed(oldest)
-                self._evictions += 1
-            outcomes.append((_STORED, revision, previous))
-        return outcomes
+    def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
+        key, entries, currency = revision.key, self._entries, self._currency
+        previous = current = entries.get(key)
+        if current is None:
+            currency.epoch += 1
+        else:
+            if current.dependency_versions and not currency.holds(current):
+                self._invalidations += 1
+                previous = None
+            elif not force:
+                status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
+                if status is not _STORED:
+                    return status, current, current
+            del entries[current.key]  # the new one goes to the end, under its own key object
+            currency.removed(current)
+        entries[key] = revision
+        revision.checked = _UNCHECKED
+        self._sets += 1
+        if self._recency is not None and len(entries) > (self.max_entries or 0):
+            _, oldest = self._recency.popitem(last=False)
+            currency.removed(oldest)
+            self._evictions += 1
+        return _STORED, revision, previous
 
     # Removing -----------------------------------------------------------------------------------
 
