@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,10 +152,10 @@ def kinds_of_runs(version: str) -> list[list[str]]:
     return [*kinds, ["--loop=eager"]] if minor >= 12 else kinds
 
 
-def outcomes_on(version: str, python: Path, wheel: Path) -> Iterator[Outcome]:
-    """Install the wheel, and only the wheel, and run the tests against it."""
+def outcomes_on(version: str, installation: Future[Path]) -> Iterator[Outcome]:
+    """Run the tests against the wheel that was installed, and against nothing but the wheel."""
     try:
-        mine = install(version, python, wheel)
+        mine = installation.result()
     except CommandFailed as failure:
         yield Outcome(version, "installation", False, failure.output)
         return
@@ -206,8 +207,10 @@ def main() -> int:
     print(f"testing {wheel.name} on Python {', '.join(pythons)}", flush=True)
     began = time.monotonic()
     outcomes = []
-    for version, python in pythons.items():
-        for outcome in outcomes_on(version, python, wheel):
+    with ThreadPoolExecutor() as pool:  # most of it is waiting for the network
+        made = {each: pool.submit(install, each, pythons[each], wheel) for each in pythons}
+    for version, installation in made.items():
+        for outcome in outcomes_on(version, installation):
             outcomes.append(outcome)
             if not outcome.passed:
                 print(outcome.output, flush=True)
