@@ -17,6 +17,7 @@ from coalestra import BufferedEventSink, BufferedMetricsSink
 from coalestra._lockfree import Changes
 from coalestra.core.errors import SourceFailure
 from coalestra.observability.changes import LOGGER, ChangeLog, Condition
+from tests.observability.recording import PATIENCE
 from tests.support import ThreadGate, settle
 
 
@@ -282,7 +283,7 @@ def test_the_thread_that_writes_ends_with_its_work_and_is_a_daemon(kept: Kept) -
         written(changes)
     assert len(kept.lines) == 4
     for thread in seen:
-        thread.join(5)
+        thread.join(PATIENCE)
         assert (thread.daemon, thread.is_alive()) == (True, False)
 
 

@@ -14,7 +14,7 @@ from tests.sync.steps import PATIENCE, loop_threads
 def _no_thread_left() -> Iterator[None]:
     yield
     for thread in loop_threads():
-        thread.join(5)
+        thread.join(PATIENCE)
     assert loop_threads() == []
 
 

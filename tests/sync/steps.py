@@ -15,7 +15,7 @@ from coalestra.sync import THREAD_NAME
 
 T = TypeVar("T")
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Real seconds after which a thread that should have come is given up."""
 
 PRICE = ResourceKey("market", "price", "BTC")

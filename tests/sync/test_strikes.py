@@ -101,7 +101,7 @@ CALLS: dict[str, Callable[[SyncSnapshotBuilder], object]] = {
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_handler_may_close_wherever_it_strikes(call: str, raises: bool) -> None:
     def opened() -> SyncSnapshotBuilder:
-        return SyncSnapshotBuilder(builder(Prices()), shutdown_timeout_seconds=0.2)
+        return SyncSnapshotBuilder(builder(Prices()), shutdown_timeout_seconds=PATIENCE)
 
     def struck(number: int) -> None:
         facade, left = opened(), [number]
@@ -145,7 +145,7 @@ def test_a_child_forked_at_any_line_of_a_submission_is_refused_and_may_close(
     def fork() -> None:
         child = os.fork()
         if not child:
-            signal.alarm(4)
+            signal.alarm(60)
             try:
                 facade.publisher.submit_publish(PRICE, 1, source="child")
             except RuntimeError as error:
@@ -178,7 +178,7 @@ def test_a_thread_that_has_the_number_of_an_ended_loop_thread_is_not_taken_for_i
 PROGRAM = """
 import atexit, faulthandler, os, types
 from coalestra import *
-faulthandler.dump_traceback_later(15, exit=True)
+faulthandler.dump_traceback_later(50, exit=True)
 KEY = ResourceKey("test", "value")
 def say(text, write=os.write):
     write(1, text.encode())
