@@ -1520,7 +1520,8 @@ class Engine:
         """End every task; return how many calls of each source are still running after that long.
 
         A source that runs in a thread, or ignores its cancellation, cannot be ended from outside.
-        What waits for a thread may leave it behind from now on, so that the program can end.
+        What waits for a thread leaves it behind then: a program that has cancelled all tasks at
+        once will not do so again, and could not end.
         """
         self.refresher.cancel()
         self.parts.access.subscribers.unsubscribe(self.flights)
@@ -1536,6 +1537,8 @@ class Engine:
             name = task.get_name().removeprefix("coalestra ")
             left[name] = left.get(name, 0) + 1
         self.parts.threads.let_go()
+        for task in running:
+            task.cancel()
         return left
 
     def __repr__(self) -> str:
