@@ -131,7 +131,6 @@ def _constant(value: Any) -> Any:
     return fetch
 
 
-@pytest.mark.late_tasks  # else both calls have ended before the loop looks at its timers
 async def test_a_deadline_that_passes_while_calls_are_planned_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -643,13 +643,14 @@ class SingleFlight:
 
     def _proceed(self, flights: Iterable[Flight]) -> None:
         """Send flights on to the next source of their chains; settle those that have none."""
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
         ready: list[Flight] = []
         for flight in flights:
             try:
-                link = None if flight.cutoff <= now else self._next_link(flight)
+                over = flight.cutoff != math.inf and flight.cutoff <= loop.time()
+                link = None if over else self._next_link(flight)
                 if link is None:
-                    self._end_of_chain(flight, over=flight.cutoff <= now)
+                    self._end_of_chain(flight, over)
                 elif link.kind is _DERIVED:
                     self._derive(flight, link)
                 else:
