@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -94,7 +95,15 @@ def _wind_up(loop: VirtualLoop) -> None:
                 loop.run_until_complete(asyncio.wait(tasks, timeout=60))
             loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
+        for task in asyncio.all_tasks(loop):  # broken off once more: what never began is no news
+            coroutine = task.get_coro()
+            if inspect.iscoroutine(coroutine) and _is_unbegun(coroutine):
+                coroutine.close()
         loop.close()
+
+
+def _is_unbegun(coroutine: Coroutine[Any, Any, Any]) -> bool:
+    return inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
 
 
 def until_logged() -> None:

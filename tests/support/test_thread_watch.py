@@ -119,3 +119,24 @@ def test_who_waits_for_the_end_of_a_thread_is_blocked_as_long_as_that_one() -> N
         condition.notify()
     follower.join()
     assert watch.working(jobs=0) == []
+
+
+@pytest.mark.usefixtures("looks_far_apart")
+def test_a_thread_that_has_not_begun_its_work_is_working_however_long_it_gets_no_processor() -> (
+    None
+):
+    """Holding it where it tells that it has started stands for a machine that is busy elsewhere."""
+
+    class Held(threading.Event):
+        def set(self) -> None:
+            super().set()
+            processor.wait(30)
+
+    watch, processor = ThreadWatch(), threading.Event()
+    thread = threading.Thread(target=int, name="late")
+    vars(thread)["_started"] = Held()
+    thread.start()
+    assert not is_given_up(watch)
+    processor.set()
+    thread.join()
+    assert watch.working(jobs=0) == []

@@ -3,7 +3,8 @@
 Virtual time stands still while a thread works on something the loop was promised. It may move
 again once every such thread is *parked*: held at a ``ThreadGate``, or blocked on a lock for
 ``BLOCKED_SECONDS`` of real time, so that only the test (or a timer) can set it going. A thread that
-has been notified is never parked, however long a busy machine takes to give it a processor.
+has been notified, or is starting or ending, is never parked, however long a busy machine takes to
+give it a processor.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class ThreadWatch:
                 idle = _is_at_rest(frames[ident])
             else:
                 idle = _is_idle(place, is_worker=is_worker)
-            if _is_released(frames[ident]):
+            if _is_starting_or_ending(frames[ident]) or _is_released(frames[ident]):
                 names.append(thread.name)
             elif idle:
                 self._sightings.pop(ident, None)
@@ -147,6 +148,16 @@ def _module(frame: FrameType | None) -> str:
 
 def _is_waiting(frame: FrameType) -> bool:
     return _module(frame) in _WAITING_MODULES
+
+
+def _is_starting_or_ending(frame: FrameType) -> bool:
+    """Whether the thread is at what comes before its work, or after it, which nothing holds up."""
+    current: FrameType | None = frame
+    begun = False
+    while current is not None and current.f_code.co_name != "_bootstrap_inner":
+        begun |= current.f_code.co_name == "run"
+        current = current.f_back
+    return current is not None and not begun
 
 
 def _is_released(frame: FrameType) -> bool:
