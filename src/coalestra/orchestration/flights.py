@@ -65,6 +65,7 @@ from coalestra.orchestration.tracing import FlightLog, KeyLog, WorkTrace
 
 if TYPE_CHECKING:
     from coalestra.orchestration.calls import Call, Lane
+    from coalestra.orchestration.singleflight import Crowd
 
 
 class Phase(enum.Enum):
@@ -239,7 +240,7 @@ class Flight:
     gather: Gather | None = None
     call: Call | None = None
     lane: Lane | None = None
-    crowd: Any = None
+    crowd: Crowd | None = None
     settlement: Settlement | None = None
     urgent: bool = False
     nesting: bool = False
