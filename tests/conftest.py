@@ -7,14 +7,14 @@ import functools
 import gc
 import importlib.util
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import ShuffledLoop, VirtualLoop, run_real, run_virtual
-from tests.support.running import until_logged
+from tests.support import Leak, ShuffledLoop, VirtualLoop, run_real, run_virtual
+from tests.support.running import closes_loops_and_tells, until_logged
 
 # Examples are timed on the clock of a machine that may be busy with something else. Continuous
 # integration asks for `--hypothesis-profile=thorough`.
@@ -114,9 +114,21 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def pytest_runtest_teardown() -> None:
-    """Let what a builder of this test has to log not come into the log of the next one."""
+under_way: list[str] = []
+"""The tasks under way on loops that this test has closed, if it did not mean to."""
+
+asyncio.BaseEventLoop.close = closes_loops_and_tells(  # type: ignore[assignment,method-assign]
+    asyncio.BaseEventLoop.close, under_way
+)
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_for_the_log_of_another_test() -> Iterator[None]:
+    under_way.clear()
+    yield
     until_logged()
+    if under_way:
+        raise Leak("a loop was closed, and not by `drop`, under\n  " + "\n  ".join(under_way))
 
 
 def _plain(

@@ -21,7 +21,7 @@ from coalestra.core.errors import (
     PayloadIsolationError,
     SnapshotDeadlineExceededError,
 )
-from tests.support import LoopClock, ThreadGate, VirtualLoop, cancel_at_every_await, settle
+from tests.support import LoopClock, ThreadGate, VirtualLoop, cancel_at_every_await, drop, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -424,9 +424,9 @@ def test_a_copy_whose_loop_was_closed_gives_its_slot_back() -> None:
 
     loop = asyncio.new_event_loop()
     left = loop.run_until_complete(begin())
-    loop.close()
-    left._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own switch
+    drop(loop)
     assert copies.active == 1
+    assert not left.done()
     gate.open()
     while threads.busy:
         time.sleep(0)

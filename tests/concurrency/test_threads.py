@@ -22,7 +22,7 @@ from coalestra.concurrency.threads import (
     jobs_in_flight,
     threads_of_context,
 )
-from tests.support import ThreadGate, settle
+from tests.support import ThreadGate, drop, settle
 from tests.support.strikes import at_every_line
 
 pytestmark = pytest.mark.concurrency
@@ -394,9 +394,9 @@ def test_a_call_whose_loop_has_closed_is_no_longer_counted(threads: WorkerThread
     task = loop.create_task(coroutine)
     loop.run_until_complete(asyncio.sleep(0))
     gate.wait_arrived()
-    loop.close()
+    drop(loop)
+    assert not task.done()
     assert sum(threads.busy.values()) == 1
-    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own switch
     coroutine.close()
     gate.open()
 

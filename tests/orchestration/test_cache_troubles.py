@@ -38,7 +38,7 @@ from tests.contracts.caches import (
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
-from tests.support import Gate, LoopClock, loop_turn, no_leaks, settle
+from tests.support import Gate, LoopClock, drop, loop_turn, no_leaks, settle
 
 KEYS = [key("b", str(number)) for number in range(5)]
 KINDS = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
@@ -801,10 +801,7 @@ def test_a_publication_left_on_a_dead_loop_blocks_no_key_on_the_next(
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave())
-    for left in asyncio.all_tasks(loop):
-        left._log_destroy_pending = False  # type: ignore[attr-defined]  # dropped on purpose
-        del left
-    loop.close()
+    drop(loop)
 
     async def later() -> None:
         for _ in range(2):

@@ -29,7 +29,7 @@ from coalestra.orchestration import singleflight
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
 from tests.orchestration.scripted import LASTING, ONCE, Batch, Derived, Single, builder, key
 from tests.orchestration.stock import Stock
-from tests.support import Gate, ManualClock, ThreadGate, no_leaks, run_virtual, settle
+from tests.support import Gate, ManualClock, ThreadGate, drop, no_leaks, run_virtual, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -489,9 +489,7 @@ def abandoned(building: SnapshotBuilder, *, readers: int = 3, kind: str = "run")
         return
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave())
-    for task in asyncio.all_tasks(loop):
-        task._log_destroy_pending = False  # type: ignore[attr-defined]  # dropped on purpose
-    loop.close()
+    drop(loop)
 
 
 class Hanging(Single):
@@ -574,9 +572,7 @@ def test_refreshes_left_over_from_the_first_loop_do_not_block_later_ones(kind: s
         abandoned(building, readers=0, kind=kind)
         loop = asyncio.new_event_loop()
         assert loop.run_until_complete(read())
-        for task in asyncio.all_tasks(loop):
-            task._log_destroy_pending = False  # type: ignore[attr-defined]  # dropped
-        loop.close()
+        drop(loop)
     source.healed = True
 
     async def refreshed() -> bool:
@@ -666,9 +662,7 @@ def left_on_a_loop(work: Callable[[], Coroutine[Any, Any, Any]]) -> list[asyncio
 
     loop = asyncio.new_event_loop()
     left = [loop.run_until_complete(begin())]
-    for task in asyncio.all_tasks(loop):
-        task._log_destroy_pending = False  # type: ignore[attr-defined]  # dropped on purpose
-    loop.close()
+    drop(loop)
     return left
 
 
@@ -876,7 +870,7 @@ def test_refreshes_left_on_a_loop_that_has_ended_are_not_waited_for() -> None:
 
     ended = asyncio.new_event_loop()
     ended.run_until_complete(leave_a_refresh())
-    ended.close()
+    drop(ended)
 
     run_virtual(building.wait_for_refreshes())
     run_virtual(building.aclose())

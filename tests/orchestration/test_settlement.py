@@ -38,7 +38,7 @@ from coalestra.concurrency.deadline import CutOff
 from coalestra.orchestration import calls
 from tests.contracts.caches import BatchAtomicCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
-from tests.support import Gate, ThreadGate, VirtualLoop, no_leaks, run_virtual, settle
+from tests.support import Gate, ThreadGate, VirtualLoop, drop, no_leaks, run_virtual, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -795,8 +795,7 @@ def test_what_is_left_of_an_ended_loop_disturbs_no_other() -> None:
         building = builder(Single("good", fetch=forever), clock=None)
         task = loop.create_task(building.build([GOOD]))
         loop.run_forever()
-        loop.set_exception_handler(lambda *_: None)
-        loop.close()
+        drop(loop)
         assert not task.done()
 
     async def main() -> None:
