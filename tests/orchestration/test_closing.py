@@ -19,7 +19,7 @@ from coalestra import (
     SnapshotBuilder,
     SourceTimeoutError,
 )
-from tests.orchestration.scripted import Single, builder, key
+from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ThreadGate, run_virtual, settle
 
@@ -381,6 +381,30 @@ async def test_a_cancellation_wins_over_an_error_of_closing(end: str) -> None:
     assert building.closed
     sink.gate.open()
     await building.wait_for_observability_shutdown()
+
+
+@pytest.mark.parametrize("at", ["cache_access_total", "singleflight_join_total"])
+async def test_a_sink_that_closes_the_builder_from_within_a_step_leaves_nothing_under_way(
+    at: str,
+) -> None:
+    """As an eager task does, whose first step is taken where it is made."""
+
+    class Closing(FileSink):
+        coalestra_non_blocking = True
+
+        def write(self, line: str) -> None:
+            if line == at and not building.closed:
+                building.aclose().send(None)
+
+    base, top = key("base"), key("top")
+    building = builder(
+        Derived("top", needs=lambda _: [base]), Single("base"), events=Closing(), metrics=Closing()
+    )
+    builds = (building.build(keys) for keys in ([base, top], [top, base, K]))
+    outcomes = await asyncio.gather(*builds, return_exceptions=True)
+    assert all(isinstance(each, RuntimeError) for each in outcomes), outcomes
+    await building.aclose()
+    assert building.health_snapshot_nowait().singleflight_in_flight == 0
 
 
 async def test_without_an_error_of_the_block_the_one_of_closing_is_raised() -> None:

@@ -989,8 +989,13 @@ class SingleFlight:
             report.stale_fallback_used(key, error, snapshot_id, from_cache=reading.from_cache)
 
     def _check(self, gather: Gather) -> None:
-        """Conclude a gather that waits for nothing more."""
-        if not gather.pending and not gather.open:
+        """Conclude a gather that waits for nothing more, as one does that was given up meanwhile.
+
+        What is plugged in may have closed the builder while flights were begun for it.
+        """
+        if gather.over:
+            self._leave_all(gather)
+        elif not gather.pending and not gather.open:
             self.agenda.add(self._conclude, gather)
 
     def _conclude(self, gather: Gather) -> Steps | None:
