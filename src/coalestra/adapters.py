@@ -356,20 +356,23 @@ class CallableBatchSource(CallableAdapter):
         result = await self._invocation.call(keys, context)
         if not isinstance(result, Mapping):
             return cast("Mapping[ResourceKey, SourcePayload[Any]]", result)
-        return await _as_payloads(result)
+        return await _as_payloads(result, len(keys) + 1)
 
 
 _VALUES_BETWEEN_LOOKS = 64
 _PAYLOADS_ONLY = frozenset({SourcePayload})
 
 
-async def _as_payloads(values: Mapping[ResourceKey, Any]) -> dict[ResourceKey, SourcePayload[Any]]:
+async def _as_payloads(
+    values: Mapping[ResourceKey, Any], most: int
+) -> dict[ResourceKey, SourcePayload[Any]]:
+    """Return values as payloads, so many at `most`: among one more than asked for, one is odd."""
     if type(values) is dict and _PAYLOADS_ONLY.issuperset(map(type, values.values())):
         return values.copy()
     payloads: dict[ResourceKey, SourcePayload[Any]] = {}
     pace = Pace()
     # The function may keep its mapping and change it while others run in between.
-    rest = iter(tuple(values.items()))
+    rest = iter(tuple(islice(values.items(), most)))
     while part := tuple(islice(rest, _VALUES_BETWEEN_LOOKS)):
         for key, value in part:
             payloads[key] = as_payload(value)

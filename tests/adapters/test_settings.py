@@ -290,7 +290,7 @@ async def test_a_mapping_that_changes_while_it_is_taken_over_does_no_harm() -> N
 
     source = adapter("batch", fetch)
     assert isinstance(source, CallableBatchSource)
-    assert len(await source.fetch_many((PRICE,), CONTEXT)) == 30_000
+    assert len(await source.fetch_many(tuple(kept), CONTEXT)) == 30_000
     assert not kept
 
 

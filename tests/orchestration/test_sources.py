@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -272,6 +275,19 @@ class Answering(Batch):
         return self.reply(keys)
 
 
+class Endless(Mapping[ResourceKey, Any]):
+    """An answer without end, as a lazy one may be by mistake."""
+
+    def __getitem__(self, key: ResourceKey) -> Any:
+        return 1
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __iter__(self) -> Iterator[ResourceKey]:
+        return (key("x", str(number)) for number in itertools.count())
+
+
 async def test_keys_left_out_of_a_batch_go_on_to_the_next_source() -> None:
     partly = Answering(
         "partly", "x", priority=2, reply=lambda keys: {k: 1 for k in keys if k.subject == "a"}
@@ -305,8 +321,9 @@ async def test_any_mapping_is_an_answer() -> None:
         lambda keys: {**dict.fromkeys(keys, 1), "x": 1},
         lambda keys: [1 for _ in keys],
         lambda keys: None,
+        lambda keys: Endless(),
     ],
-    ids=["unrequested key", "no key", "list", "None"],
+    ids=["unrequested key", "no key", "list", "None", "endless"],
 )
 async def test_a_malformed_batch_answer_fails_the_whole_call(reply: Callable[[Any], Any]) -> None:
     odd = Answering("odd", "x", reply=reply)
@@ -318,6 +335,17 @@ async def test_a_malformed_batch_answer_fails_the_whole_call(reply: Callable[[An
         assert types(error.failures) == [("odd", "SourceProtocolError")]
         assert "odd" in error.failures[0].message
     assert len(odd.calls) == 1
+
+
+async def test_an_answer_without_end_is_refused_through_an_adapter_too() -> None:
+    source = CallableBatchSource(
+        name="odd",
+        priority=1,
+        supports=lambda k: True,
+        fetcher=lambda keys, context: Endless(),
+        run_sync_in_thread=False,
+    )
+    assert types(await failures_of(builder(source), K)) == [("odd", "SourceProtocolError")]
 
 
 async def test_chunks_hold_no_more_than_the_batch_size_and_run_within_capacity() -> None:
@@ -391,8 +419,10 @@ async def test_a_dependency_named_twice_is_one() -> None:
         lambda: 5,
         lambda: [[]],
         lambda: "base",
+        coroutine,
+        itertools.count,
     ],
-    ids=["text", "None among keys", "number", "unhashable", "bare text"],
+    ids=["text", "None among keys", "number", "unhashable", "bare text", "coroutine", "endless"],
 )
 async def test_a_dependency_that_is_no_key_is_a_protocol_error(declared: Any) -> None:
     source: Any = Derived("x", needs=lambda k: [])
@@ -408,9 +438,12 @@ async def test_one_key_instead_of_a_collection_counts_as_that_dependency() -> No
     assert (await builder(source, Single("base")).build([K])).value(K) == ("",)
 
 
-def broken_iterator() -> Iterator[ResourceKey]:
-    yield BASE
-    raise RuntimeError("bug")
+def broken_by(error: BaseException) -> Callable[[], Iterator[ResourceKey]]:
+    def declare() -> Iterator[ResourceKey]:
+        yield BASE
+        raise error
+
+    return declare
 
 
 @pytest.mark.parametrize(
@@ -419,7 +452,9 @@ def broken_iterator() -> Iterator[ResourceKey]:
         (raising(RuntimeError("bug")), "RuntimeError"),
         (raising(TypeError("bug")), "TypeError"),
         (raising(asyncio.CancelledError()), "SourceUnavailableError"),
-        (broken_iterator, "RuntimeError"),
+        (broken_by(RuntimeError("bug")), "RuntimeError"),
+        (broken_by(TypeError("bug")), "TypeError"),
+        (broken_by(asyncio.CancelledError()), "SourceUnavailableError"),
     ],
 )
 async def test_dependencies_that_raise_fail_the_source_and_the_next_is_tried(
@@ -430,6 +465,22 @@ async def test_dependencies_that_raise_fail_the_source_and_the_next_is_tried(
     assert types(await failures_of(builder(source, Single("base")), K)) == [("d", error_type)]
     second = Single("second", "x", priority=1)
     assert (await builder(source, second).build([K]))[K].source == "second"
+
+
+async def test_dependencies_that_are_thought_of_meanwhile_see_the_variables_of_the_build() -> None:
+    variable = contextvars.ContextVar("variable", default="unset")
+    seen = []
+
+    def declare(key: ResourceKey) -> Iterator[ResourceKey]:
+        seen.append(variable.get())
+        variable.set(f"set for {key.subject}")
+        yield BASE
+
+    source: Any = Derived("x", needs=lambda k: [])
+    source.dependencies = declare
+    variable.set("of the build")
+    await builder(source, Single("base")).build([key("x", "1"), key("x", "2")])
+    assert (seen, variable.get()) == (["of the build"] * 2, "of the build")
 
 
 async def test_a_failed_dependency_fails_the_derivation_and_the_next_source_is_tried() -> None:

@@ -209,7 +209,7 @@ def _values_of(link: Link, flights: Sequence[Flight], result: Any) -> list[Any]:
 
 
 def _refuse_unrequested(link: Link, asked: Collection[ResourceKey], result: Iterable[Any]) -> None:
-    for key in result:
+    for key in islice(result, len(asked) + 1):  # where one is; there may be no end
         if key not in asked:
             named = key.display if isinstance(key, ResourceKey) else f"a {type(key).__qualname__}"
             raise SourceProtocolError(

@@ -232,12 +232,17 @@ def _cancelled_itself(link: Link) -> SourceUnavailableError:
 
 def _as_answer(link: Link, answer: object) -> bool:
     if inspect.isawaitable(answer):
-        if inspect.iscoroutine(answer):
-            answer.close()
+        _close_coroutine(answer)
         raise SourceProtocolError(
             f"supports() of source {link.name!r} returned an awaitable; it must be a plain function"
         )
     return bool(answer)
+
+
+def _close_coroutine(answer: object) -> None:
+    """Close what nobody is going to await, if that is so."""
+    if inspect.iscoroutine(answer):
+        answer.close()
 
 
 def dependencies_of(link: Link, key: ResourceKey, variables: Context) -> tuple[ResourceKey, ...]:
@@ -247,20 +252,28 @@ def dependencies_of(link: Link, key: ResourceKey, variables: Context) -> tuple[R
         SourceProtocolError: if that is no key.
     """
     try:
-        declared = variables.copy().run(link.source.dependencies, key)
+        return variables.copy().run(_declared, link, key)
     except asyncio.CancelledError as error:
         raise _cancelled_itself(link) from error
+
+
+def _declared(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
+    """Ask a source, and take what it names one by one: it may think of that only meanwhile."""
+    declared = link.source.dependencies(key)
     try:
-        keys = tuple(dict.fromkeys(declared))
+        rest = iter(declared)
     except TypeError:
-        keys = (declared,)
-    for each in keys:
+        rest = iter((declared,))
+    keys: dict[ResourceKey, None] = {}
+    for each in rest:
         if not isinstance(each, ResourceKey):
+            _close_coroutine(each)
             raise SourceProtocolError(
                 f"dependencies() of source {link.name!r} for {key.display} must be ResourceKeys, "
                 f"got {type(each).__qualname__}"
             )
-    return keys
+        keys[each] = None
+    return tuple(keys)
 
 
 def _checked(sources: Iterable[Source]) -> list[Any]:
