@@ -415,6 +415,16 @@ async def test_two_stages_side_by_side_tell_of_their_own_keys() -> None:
     }
 
 
+async def test_what_another_stage_was_about_to_bring_is_not_told_though_it_came_since() -> None:
+    b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)))
+    async with b.session(trace=True) as session:
+        slow = asyncio.ensure_future(session.resolve([A]))
+        early = await session.resolve([B])
+        await slow
+    found = trace_of(early).keys[A]
+    assert (found.obtained, found.version, found.end) == (Obtained.FAILED, None, 1)
+
+
 async def test_what_a_derivation_needs_and_the_session_had_keeps_its_first_story() -> None:
     b = builder(Single("a", fetch=latency(1)), Derived("d", needs=lambda _: [A]))
     async with b.session(trace=True) as session:
@@ -543,11 +553,12 @@ async def test_of_the_traces_that_a_builder_keeps_only_those_that_are_looked_int
         await b.build([A], snapshot_id=str(n))
     made: list[ResourceKey] = []
 
-    def counted(key: ResourceKey, *facts: Any, **more: Any) -> KeyTrace:
-        made.append(key)
-        return KeyTrace(key, *facts, **more)
+    class Counted(KeyTrace):
+        def __init__(self, key: ResourceKey, *facts: Any, **more: Any) -> None:
+            super().__init__(key, *facts, **more)
+            made.append(key)
 
-    monkeypatch.setattr("coalestra.orchestration.tracing.KeyTrace", counted)
+    monkeypatch.setattr("coalestra.orchestration.tracing.KeyTrace", Counted)
     first, second, _ = b.recent_traces()
     assert [first.snapshot_id, first.duration_seconds, made] == ["0", 0.0, []]
     assert first.keys[A].requested

@@ -21,7 +21,9 @@ from contextvars import Context
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from math import inf
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from coalestra._endings import pass_on
 from coalestra.core.errors import SourceFailure, folded_message, message_of, type_name
@@ -126,21 +128,32 @@ class Tracing:
 # What is noted of a call, of a flight and of a key ------------------------------------------------
 
 
+R = TypeVar("R", AttemptTrace, CallTrace, KeyTrace, StageTrace, Wait)
+
+
 @dataclass(slots=True, eq=False)
 class _Stretch:
-    """What began at one time, and has ended at another or goes on."""
+    """What began at one time, and has ended at another or goes on.
+
+    `before_end` is what the record of it holds instead of facts that only its end brings.
+    """
+
+    before_end: ClassVar[Mapping[str, Any]] = {}
 
     start: float = field(default_factory=_now, kw_only=True)
-    end: float | None = field(default=None, kw_only=True)
+    end: float = field(default=inf, kw_only=True)
 
-    def had_ended(self, until: float) -> bool:
-        """Whether it was over by then."""
-        return self.end is not None and self.end <= until
+    def told(self, record: type[R], began: float, until: float, **more: Any) -> R:
+        """Return the record of what was noted by `until`, in seconds since `began`.
 
-    def within(self, began: float, until: float) -> tuple[float, float]:
-        """Return when it began and ended, or `until`, in seconds since `began`."""
-        end = self.end if self.end is not None and self.end <= until else until
-        return self.start - began, end - began
+        What is not told in `more` is kept here under the same name.
+        """
+        names = [name for name in record.__match_args__ if name not in more]
+        facts: dict[str, Any] = more | {name: getattr(self, name) for name in names}
+        if self.end > until:
+            facts |= self.before_end
+        facts |= {"start": self.start - began, "end": min(self.end, until) - began}
+        return record(**facts)
 
 
 @dataclass(slots=True, eq=False)
@@ -163,57 +176,46 @@ class _Waits(list[_Wait]):
 
     def end(self) -> None:
         """Note that the wait is over, if there is one."""
-        if self and self[-1].end is None:
+        if self and self[-1].end == inf:
             self[-1].end = _now()
-
-    def traced(self, began: float, until: float) -> list[Wait]:
-        """Return the waits that had begun by `until`, in seconds since `began`."""
-        begun = [each for each in self if each.start <= until]
-        return [Wait(each.reason, *each.within(began, until), each.detail) for each in begun]
 
 
 @dataclass(slots=True, eq=False)
 class _Try(_Stretch):
     """What attempts and calls have in common: an outcome, and the error that it was."""
 
+    before_end: ClassVar[Mapping[str, Any]] = {
+        "outcome": "under_way",
+        "error_type": None,
+        "error": None,
+    }
+
     outcome: str = field(default="", kw_only=True)
-    error: tuple[str, str] | None = field(default=None, kw_only=True)
+    error_type: str | None = field(default=None, kw_only=True)
+    error: str | None = field(default=None, kw_only=True)
 
     def settle(self, outcome: str, error: BaseException | None) -> None:
         """Note how it has ended."""
         self.end, self.outcome = _now(), outcome
-        self.error = None if error is None else _said(error)
-
-    def told(self, began: float, until: float) -> dict[str, Any]:
-        """Return what both kinds of records tell of it as it was at `until`."""
-        start, end = self.within(began, until)
-        if not self.had_ended(until):
-            return {"start": start, "end": end, "outcome": "under_way"}
-        error_type, error = self.error or (None, None)
-        facts = {"start": start, "end": end, "outcome": self.outcome}
-        return {**facts, "error_type": error_type, "error": error}
+        self.error_type, self.error = _said(error)
 
 
 @dataclass(slots=True, eq=False)
 class AttemptLog(_Try):
     """What is noted of one attempt; see `AttemptTrace`."""
 
+    before_end: ClassVar[Mapping[str, Any]] = {**_Try.before_end, "pause_seconds": None}
+
     number: int
     called: float | None = None
     holders: tuple[tuple[str, int], ...] = ()
-    pause: float | None = None
+    pause_seconds: float | None = None
     span: Any = None
 
     def traced(self, began: float, until: float) -> AttemptTrace:
         """Return what was noted by `until`, in seconds since `began`."""
         called = None if self.called is None or self.called > until else self.called - began
-        return AttemptTrace(
-            number=self.number,
-            called=called,
-            holders=self.holders,
-            pause_seconds=self.pause if self.had_ended(until) else None,
-            **self.told(began, until),
-        )
+        return self.told(AttemptTrace, began, until, called=called)
 
 
 @dataclass(slots=True, eq=False)
@@ -268,7 +270,7 @@ class CallLog(_Try):
     def ended(self, outcome: str, error: BaseException | None = None) -> None:
         """Note how the attempt has ended, once."""
         attempt = self.attempts[-1] if self.attempts else None
-        if attempt is not None and attempt.end is None:
+        if attempt is not None and attempt.end == inf:
             attempt.settle(outcome, error)
             if attempt.span is not None:
                 tell, tracer = self.tracing.tell, self.tracing.tracer
@@ -276,25 +278,19 @@ class CallLog(_Try):
 
     def rests(self, seconds: float) -> None:
         """Note that another attempt follows after a pause."""
-        self.attempts[-1].pause = seconds
+        self.attempts[-1].pause_seconds = seconds
 
     def over(self, outcome: str, error: BaseException | None = None) -> None:
         """Note that the call is over, once."""
-        if self.end is None:
+        if self.end == inf:
             self.ended(outcome, error)
             self.settle(outcome, error)
 
     def traced(self, began: float, until: float) -> CallTrace:
         """Return what was noted by `until`, in seconds since `began`."""
-        attempts = [each for each in self.attempts if each.start <= until]
-        return CallTrace(
-            source=self.source,
-            kind=self.kind,
-            snapshot_id=self.snapshot_id,
-            keys=self.keys,
-            attempts=tuple([each.traced(began, until) for each in attempts]),
-            **self.told(began, until),
-        )
+        begun = [each for each in self.attempts if each.start <= until]
+        attempts = tuple([each.traced(began, until) for each in begun])
+        return self.told(CallTrace, began, until, attempts=attempts)
 
 
 @dataclass(slots=True, eq=False)
@@ -316,19 +312,24 @@ class FlightLog:
 class KeyLog(_Stretch):
     """What is noted of one key for one who waits for it; see `KeyTrace`."""
 
+    before_end: ClassVar[Mapping[str, Any]] = {
+        "obtained": Obtained.FAILED,
+        **dict.fromkeys(("source", "version", "error_type", "error")),
+        "rests_on": (),
+    }
+
     key: ResourceKey
     requested: bool
     obtained: Obtained | None = None
     flight: FlightLog | None = None
-    joined: bool = False
+    joined: str | None = None
     waits: _Waits = field(default_factory=_Waits)
     refresh: str | None = None
-    found: tuple[str, str, tuple[Foundation, ...]] | None = None
-    error: tuple[str, str] | None = None
-
-    def tells_of(self, version: str) -> bool:
-        """Whether this is how the version was come by."""
-        return self.found is not None and self.found[1] == version
+    source: str | None = None
+    version: str | None = None
+    rests_on: tuple[Foundation, ...] = ()
+    error_type: str | None = None
+    error: str | None = None
 
     def cached(self, how: Obtained, scheduled: bool | None) -> None:
         """Note that the cache had a value of use; if that is being refreshed, whether by us."""
@@ -340,8 +341,8 @@ class KeyLog(_Stretch):
     def flies(self, flight: FlightLog, *, joined: bool) -> None:
         """Note that a flight acquires the key, and whether another unit of work had begun it."""
         self.waits.end()
-        self.end = self.obtained = None
-        self.flight, self.joined = flight, joined
+        self.end, self.obtained = inf, None
+        self.flight, self.joined = flight, flight.snapshot_id if joined else None
         if joined:
             self.waits.begin(WaitReason.FLIGHT, flight.snapshot_id)
 
@@ -352,19 +353,23 @@ class KeyLog(_Stretch):
 
     def settled(self, reading: Reading | None, failure: Failure | None, *, pinned: bool) -> None:
         """Note what has been come to."""
-        if self.end is None:
+        if self.end == inf:
             self.handed()
         if reading is None:
-            self.obtained, self.found = Obtained.FAILED, None
-            self.error = None if failure is None else _said(failure.make())
+            self.obtained, self.version = Obtained.FAILED, None
+            self.error_type, self.error = _said(None if failure is None else failure.make())
             return
-        self.found = _facts(reading.revision)
-        self.error = None if reading.fallback is None else _said(reading.fallback)
-        if self.error is not None:
+        self.found(reading.revision)
+        self.error_type, self.error = _said(reading.fallback)
+        if reading.fallback is not None:
             self.obtained = Obtained.FALLBACK
         elif self.obtained is None:
             known = pinned and self.flight is None
             self.obtained = Obtained.PINNED if known else self._how(reading)
+
+    def found(self, revision: Revision) -> None:
+        """Note which revision it is."""
+        self.source, self.version, self.rests_on = _facts(revision)
 
     def _how(self, reading: Reading) -> Obtained:
         if reading.from_cache:
@@ -376,24 +381,18 @@ class KeyLog(_Stretch):
     def traced(self, began: float, until: float, calls: dict[CallLog, int]) -> KeyTrace:
         """Return what was noted by `until`; `calls` numbers the calls, and learns of new ones."""
         flight = self.flight or _NO_FLIGHT
-        waits = self.waits.traced(began, until) + flight.waits.traced(began, until)
+        both = sorted([*self.waits, *flight.waits], key=attrgetter("start"))
+        waits = [each for each in both if each.start <= until]
         mine = [call for call in flight.calls if call.start <= until]
         refusals = [each for each in flight.refusals if each.at <= until]
-        source, version, rests_on = self.found or (None, None, ())
-        return KeyTrace(
-            self.key,
-            self.obtained or Obtained.FAILED,
-            *self.within(began, until),
-            self.requested,
-            source,
-            version,
-            flight.snapshot_id if self.joined else None,
-            tuple(sorted(waits, key=lambda wait: wait.start)),
-            tuple([calls.setdefault(call, len(calls)) for call in mine]),
-            tuple([replace(each, at=each.at - began) for each in refusals]),
-            rests_on,
-            self.refresh,
-            *(self.error or ()),
+        return self.told(
+            KeyTrace,
+            began,
+            until,
+            obtained=self.obtained or Obtained.FAILED,
+            waits=tuple([each.told(Wait, began, until) for each in waits]),
+            calls=tuple([calls.setdefault(call, len(calls)) for call in mine]),
+            refusals=tuple([replace(each, at=each.at - began) for each in refusals]),
         )
 
 
@@ -416,10 +415,6 @@ class WarmKey(NamedTuple):
         """Always: what derived values need is looked for one by one."""
         return True
 
-    def tells_of(self, version: str) -> bool:
-        """Whether this is how the version was come by."""
-        return self.version == version
-
     def traced(self, began: float, *_: object) -> KeyTrace:
         """Return it, in seconds since `began`."""
         how, at, key, source, version, rests_on = self
@@ -427,8 +422,9 @@ class WarmKey(NamedTuple):
         return KeyTrace(key, how, at, at, source=source, version=version, rests_on=rests_on)
 
 
-def _said(error: BaseException) -> tuple[str, str]:
-    return type_name(error), folded_message(message_of(error))
+def _said(error: BaseException | None) -> tuple[str | None, str | None]:
+    """Return the type and the text of an error, if there is one."""
+    return (None, None) if error is None else (type_name(error), folded_message(message_of(error)))
 
 
 # What is noted of a unit of work ------------------------------------------------------------------
@@ -569,14 +565,14 @@ class WorkTrace:
         """Note what a session shows that was never looked for, but read out of sight."""
         for key, value in values.items() if self.recording else ():
             known, pin = self._known.get(key), pins.get(key)
-            if known is not None and known.tells_of(value.version):
+            if known is not None and known.version == value.version:
                 if isinstance(known, KeyLog):
                     known.requested = True
             elif pin is not None and pin.revision.version == value.version:
                 log = self._begin(key, requested=True)
                 if log is not None:
                     log.obtained, log.end = Obtained.PINNED, log.start
-                    log.found = _facts(pin.revision)
+                    log.found(pin.revision)
 
     def _begin(self, key: ResourceKey, *, requested: bool) -> KeyLog | None:
         """Begin the story of a key; where there is no room, in the place of its last one."""
@@ -674,14 +670,14 @@ class WorkTrace:
         calls: dict[CallLog, int] = {}
         for key, mine in stories.items():
             if key in values:
-                fitting = [each for each in mine if each.tells_of(values[key].version)]
+                fitting = [each for each in mine if each.version == values[key].version]
             else:
                 fitting = [each for each in reversed(mine) if each.requested] or mine
             if fitting:
                 keys[key] = fitting[0].traced(began, until, calls)
         stages = [each for each in self._stages if each.start <= until]
         return {
-            "stages": tuple([StageTrace(s.name, *s.within(began, until), s.keys) for s in stages]),
+            "stages": tuple([each.told(StageTrace, began, until) for each in stages]),
             "keys": FrozenDict(keys),
             "calls": tuple([call.traced(began, until) for call in calls]),
             "omitted_keys": untold + len(stories) - len(keys),
