@@ -14,11 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from coalestra._endings import PROGRAM_ENDS
 
 S = TypeVar("S")
 
@@ -150,3 +156,315 @@ class Changes:
             self._ringers.pop(ring, None)
             if timer is not None:
                 timer.cancel()
+
+
+R = TypeVar("R")
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A record in the line, or a turn of the worker: something that can be waited for."""
+
+    record: Any = None
+    settled: bool = False
+
+
+class WorkerQueue(Generic[R]):
+    """Takes records from any thread and hands them to ``deliver`` in a thread of its own.
+
+    1. Accepting a record waits for nothing and holds no lock.
+    2. Records leave in the order in which they came, one at a time. Each one ends in exactly one of
+       ``delivered``, ``failures`` and ``dropped``, and so does each one that found no room.
+    3. One at a time is the worker: a thread of the queue's own, or, where no thread can be started,
+       whoever waits for an end. What a delivery raises is counted and goes no further.
+    4. A record leaves the line only while a turn of the worker is under way, so that whoever looks
+       at both misses none.
+
+    The thread is a daemon and starts with the first record. In a forked child the queue starts
+    afresh: what was pending is the parent's to deliver.
+
+    Args:
+        deliver: takes one record; it may block, and it may raise.
+        max_pending: how many records may wait; the one in delivery does not. Threads that report at
+            the very same time may add one each.
+        drop_oldest: whether one more takes the place of what waited longest; else it is dropped.
+        name: of the worker thread.
+        lingers: whether the thread ends with the queue; else whenever nothing is left to do.
+        noted: is told what each delivery raised, or None.
+    """
+
+    def __init__(
+        self,
+        deliver: Callable[[R], object],
+        max_pending: int,
+        *,
+        drop_oldest: bool,
+        name: str,
+        lingers: bool,
+        noted: Callable[[BaseException | None], object] = lambda _: None,
+    ) -> None:
+        self.max_pending: int = max_pending
+        self._drop_oldest = drop_oldest
+        self._deliver = deliver
+        self._noted = noted
+        self._name = name
+        self._lingers = lingers
+        self._waiting: deque[_Entry] = deque()
+        self._refused, self._discarded = Cell(0), Cell(0)
+        self._delivered = self._failures = self._disowned = 0
+        self._peak = self._shutdown_timeouts = 0
+        self.closed = self.ended = self._gone = False
+        self._at_end: deque[Callable[[], object]] = deque()
+        self.begin_afresh()
+        _queues.add(self)
+
+    def begin_afresh(self) -> None:
+        """Be without a worker and without pending records, as at first and after a fork."""
+        self._disowned += len(self._waiting)
+        self._waiting.clear()
+        self._turn: _Entry | None = None
+        self._thread: threading.Thread | None = None
+        # Whoever is the worker stands here, under the one name that the first one takes.
+        self._role: dict[str, threading.Thread] = {}
+        self._bell = Bell()
+        self._changes = Changes()
+
+    # Accepting --------------------------------------------------------------------------------
+
+    def put(self, record: R) -> bool:
+        """Accept a record; return False if it was dropped."""
+        full = len(self._waiting) >= self.max_pending
+        if self.closed or (full and not self._drop_oldest):
+            self._refused.change(_one_more)
+            return False
+        self._waiting.append(_Entry(record))
+        if full:
+            self._drop(down_to=self.max_pending)
+        self._peak = max(self._peak, self.pending)
+        if "worker" in self._role:
+            self._bell.ring()
+        else:
+            self._start()
+        if self.ended:  # closed meanwhile, and the worker has gone
+            self._drop(down_to=0)
+        return True
+
+    def _drop(self, *, down_to: int) -> None:
+        """Drop what waited longest until no more than so many records wait."""
+        while len(self._waiting) > down_to:
+            with contextlib.suppress(IndexError):  # the worker took it
+                entry = self._waiting.popleft()
+                self._discarded.change(_one_more)
+                entry.settled = True
+        self._changes.tell()
+
+    def _start(self) -> None:
+        """Start a worker thread unless one is on its way, or none can be had."""
+        if sys.is_finalizing() or (self._thread is not None and self._thread.is_alive()):
+            return
+        stay = {"stay": self._lingers}
+        thread = threading.Thread(target=self._work, kwargs=stay, name=self._name, daemon=True)
+        self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError:  # records wait for the next try, or for a flush
+            self._thread = None
+
+    # Delivering -------------------------------------------------------------------------------
+
+    def _work(self, end: float | None = None, *, stay: bool = True) -> None:
+        """Be the worker, unless somebody is: to the end of the queue, or of what is waiting.
+
+        Args:
+            end: when to stop, on the monotonic clock.
+            stay: whether to wait for more records until the queue is closed.
+        """
+        role, me = self._role, threading.current_thread()
+        if role.setdefault("worker", me) is not me:
+            if self._thread is me:  # whoever is the worker starts another one if need be
+                self._thread = None
+            return
+        try:
+            while not (self._waiting and end is not None and time.monotonic() >= end):
+                if self._deliver_next():
+                    continue
+                self.ended = self.closed
+                if self.ended and not self._waiting:
+                    break
+                if not self.ended:
+                    if not stay:
+                        break
+                    self._bell.wait()
+        finally:
+            if not self.ended:
+                role.pop("worker", None)
+                if self._thread is me:  # so that who comes from now on starts another one
+                    self._thread = None
+        if self.ended:
+            self._run_callbacks()
+            self._gone = True
+        elif self._waiting:  # came when this was still the worker
+            self._start()
+        self._changes.tell()
+
+    def _deliver_next(self) -> bool:
+        """Deliver the record that waited longest; return False if there is none."""
+        turn = self._turn = _Entry()
+        entry = None
+        try:
+            entry = self._waiting.popleft()
+            self._deliver(entry.record)
+            self._delivered += 1
+            self._note(None)
+        except BaseException as error:
+            if entry is None:  # the line is empty
+                return False
+            self._failures += 1
+            self._note(error)
+            if not self._is_own_thread and isinstance(error, PROGRAM_ENDS):
+                raise
+        finally:
+            for each in (turn, entry):
+                if each is not None:
+                    each.settled = True
+            self._turn = None
+            self._changes.tell()
+        return True
+
+    def _note(self, error: BaseException | None) -> None:
+        with contextlib.suppress(BaseException if self._is_own_thread else Exception):
+            self._noted(error)
+
+    @property
+    def _is_own_thread(self) -> bool:
+        """Whether this is the queue's own thread, in which not even an exit has anybody to tell."""
+        return threading.current_thread() is self._thread
+
+    def _do_without_thread(self, seconds: float | None) -> None:
+        """Deliver in this thread if no other one does or can."""
+        if self._thread is None and self._waiting:
+            self._start()
+        # No other thread runs while the interpreter ends. One that was in the midst of a delivery
+        # may hold locks of the sink, so that delivering more could wait for ever.
+        gone = sys.is_finalizing() and self._turn is None
+        if gone:
+            self._role = {}
+        if gone or not (self._thread is not None and self._thread.is_alive()):
+            self._work(None if seconds is None else time.monotonic() + seconds, stay=False)
+
+    # Waiting and closing ----------------------------------------------------------------------
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all that was accepted before has been dealt with; return whether it has been.
+
+        Where no thread can be started, it is delivered here. The worker, which cannot wait for
+        itself, returns at once.
+        """
+        unsettled = [each for each in (self._last_waiting(), self._turn) if each is not None]
+        if self._is_worker():
+            timeout = 0
+        else:
+            self._do_without_thread(timeout)
+        return self._changes.wait_for(lambda: all(each.settled for each in unsettled), timeout)
+
+    def wait_ended(self, timeout: float | None) -> bool:
+        """Wait for the end of a closed queue; return whether it is over. The worker only asks."""
+        if self._is_worker():
+            return False
+        self._do_without_thread(timeout)
+        return self._note_end(self._changes.wait_for(lambda: self._gone, timeout))
+
+    async def until_ended(self, timeout: float | None) -> bool:
+        """Wait for the end of a closed queue without blocking the loop; see `wait_ended`."""
+        self._do_without_thread(timeout)
+        return self._note_end(await self._changes.until(lambda: self._gone, timeout))
+
+    async def until_empty(self, timeout: float | None) -> int:
+        """Wait until nothing is pending without blocking the loop; return how much is."""
+        self._do_without_thread(timeout)
+        await self._changes.until(lambda: not self.pending, timeout)
+        return self.pending
+
+    def refuse(self, *, discard: bool = False) -> None:
+        """Accept no more records, and do not wait; ``discard`` drops what is pending."""
+        self.closed = True
+        if discard:
+            self.discard()
+        self._bell.ring()
+
+    def discard(self) -> None:
+        """Drop all but the record in delivery."""
+        self._drop(down_to=0)
+
+    def call_at_end(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called after the last record of a closed queue, by its worker."""
+        self._at_end.append(callback)
+        if self.ended:
+            self._run_callbacks()
+
+    def _run_callbacks(self) -> None:
+        while self._at_end:
+            with contextlib.suppress(BaseException):  # nobody is left to tell
+                self._at_end.popleft()()
+
+    def _note_end(self, ended: bool) -> bool:
+        if not ended:
+            self._shutdown_timeouts += 1
+        elif not sys.is_finalizing():
+            worker = self._role.get("worker")
+            if worker is not None and worker is not threading.current_thread():
+                worker.join(1.0)  # it has a few steps left
+        return ended
+
+    def _is_worker(self) -> bool:
+        return not self.ended and self._role.get("worker") is threading.current_thread()
+
+    def _last_waiting(self) -> _Entry | None:
+        try:
+            return self._waiting[-1]
+        except IndexError:
+            return None
+
+    # Looking in -------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> int:
+        """How many records were accepted and are not dealt with."""
+        return min(len(self._waiting) + (self._turn is not None), self.max_pending)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counts and the state, by the names of `BufferedSinkStats`."""
+        while True:  # until nothing moved while they were read
+            settled = self._delivered, self._failures, self._discarded.value
+            turn, waiting, pending = self._turn, len(self._waiting), self.pending
+            if settled == (self._delivered, self._failures, self._discarded.value):
+                break
+        delivered, failures, discarded = settled
+        return {
+            "enqueued": sum(settled) + self._disowned + waiting + (turn is not None),
+            "delivered": delivered,
+            "dropped": discarded + self._refused.value,
+            "failures": failures,
+            "pending": pending,
+            "closed": self.closed,
+            "max_pending": self.max_pending,
+            "peak_pending": self._peak,
+            "worker_alive": not self.ended and not (self.closed and self._thread is None),
+            "shutdown_timeout_count": self._shutdown_timeouts,
+        }
+
+
+def _one_more(count: int) -> int:
+    return count + 1
+
+
+_queues: weakref.WeakSet[WorkerQueue[Any]] = weakref.WeakSet()
+
+
+def _begin_all_afresh() -> None:
+    for each in list(_queues):
+        each.begin_afresh()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_all_afresh)

@@ -12,7 +12,7 @@ from tests.architecture.source_tree import Module, modules
 RANK = {
     "_version": -1,
     "core": 0,
-    "_endings": 0.5,
+    "_endings": 0.25,
     "_lockfree": 0.5,
     "concurrency": 1,
     "observability": 1,

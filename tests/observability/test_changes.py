@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from coalestra import BufferedEventSink, BufferedMetricsSink
-from coalestra._lockfree import Changes
 from coalestra.core.errors import SourceFailure
 from coalestra.observability.changes import LOGGER, ChangeLog, Condition
 from tests.observability.recording import PATIENCE
-from tests.support import ThreadGate, settle
+from tests.support.running import until_logged
 
 
 class Kept(logging.Handler):
@@ -287,16 +286,6 @@ def test_the_thread_that_writes_ends_with_its_work_and_is_a_daemon(kept: Kept) -
         assert (thread.daemon, thread.is_alive()) == (True, False)
 
 
-def test_a_line_that_is_dropped_while_it_is_written_ends_no_writer(kept: Kept) -> None:
-    changes = log()
-    kept.before = changes._lines.clear
-    changes.failed("source 'a'", ConnectionError())
-    assert written(changes) == 0
-    changes.works("source 'a'")
-    assert written(changes) == 0
-    assert kept.lines == [FAILED, WORKS]
-
-
 def test_where_no_thread_can_be_had_the_end_writes_itself(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +302,9 @@ def test_where_no_thread_can_be_had_the_end_writes_itself(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_writes_though_the_thread_of_its_parent_is_not_there(kept: Kept) -> None:
+def test_a_forked_child_writes_its_own_lines_though_its_parents_thread_is_not_there(
+    kept: Kept,
+) -> None:
     released = threading.Event()
     kept.before = lambda: released.wait(30)
     changes = log()
@@ -322,7 +313,7 @@ def test_a_forked_child_writes_though_the_thread_of_its_parent_is_not_there(kept
     if not child:
         kept.before = lambda: None
         changes.works("source 'a'")
-        os._exit(0 if written(changes) == 0 and kept.lines == [FAILED, WORKS] else 1)
+        os._exit(0 if written(changes) == 0 and kept.lines == [WORKS] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     released.set()
     assert written(changes) == 0
@@ -409,32 +400,16 @@ def test_a_handler_that_blocks_holds_up_the_buffer_and_nobody_else(kept: Kept) -
         assert buffer.flush(5)
 
 
-async def test_a_line_that_comes_as_the_writer_leaves_is_waited_for(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes, leaving, gone, tell = log(), ThreadGate(), ThreadGate(), Changes.tell
+def test_a_line_that_comes_as_the_writer_leaves_is_written_too(kept: Kept) -> None:
+    changes = log()
 
     class Role(dict[str, threading.Thread]):
         def pop(self, *arguments: Any) -> Any:
-            if not leaving.arrived:
-                changes.works("wire")  # nobody starts another writer, as there still is one
-                leaving.pass_()
+            changes.works("wire")  # nobody starts another writer, as there still is one
             return super().pop(*arguments)
 
-    def told(self: Changes) -> None:
-        tell(self)
-        gone.pass_()
-
-    changes._role = Role()
-    monkeypatch.setattr(Changes, "tell", told)
+    changes._lines._role = Role()
     changes.failed("wire", OSError())
-    leaving.wait_arrived()
-    ending = asyncio.ensure_future(changes.end(60.0, drain=True))
-    await settle()
-    leaving.open()
-    gone.wait_arrived()
-    await settle()
-    assert not ending.done()
-    gone.open()
-    assert await ending == 0
+    for _ in range(2):
+        until_logged()
     assert kept.lines == ["WARNING wire fails: OSError", "INFO wire works again"]

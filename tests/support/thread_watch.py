@@ -206,7 +206,7 @@ def _is_at_rest(frame: FrameType) -> bool:
     while current is not None:
         if current.f_code.co_name == "_work":
             queue = current.f_locals["self"]
-            ending = queue._closed and not queue._gone
+            ending = queue.closed and not queue._gone
             return not (queue._waiting or queue._turn is not None or ending)
         current = current.f_back
     return False

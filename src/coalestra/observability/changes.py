@@ -14,14 +14,12 @@ Laws:
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from coalestra._lockfree import Changes
+from coalestra._lockfree import WorkerQueue
 from coalestra.core.errors import SourceFailure, folded_message
 from coalestra.core.validation import readable
 
@@ -87,6 +85,10 @@ def write(subject: str, failure: SourceFailure | None) -> None:
         LOGGER.handle(_record_of(subject, failure))
 
 
+def _write_line(line: tuple[str, SourceFailure | None]) -> None:
+    write(*line)
+
+
 def _record_of(subject: str, failure: SourceFailure | None) -> logging.LogRecord:
     make = partial(LOGGER.makeRecord, LOGGER.name)
     if failure is None:
@@ -129,10 +131,9 @@ class ChangeLog:
         self._silent = silent
         self._ticks = ticks
         self._conditions: dict[str, Condition] = {}
-        self._lines: deque[tuple[str, SourceFailure | None]] = deque()
-        # Whoever writes stands here, under the one name that the first one takes.
-        self._role: dict[str, threading.Thread] = {}
-        self._changes = Changes()
+        self._lines: WorkerQueue[tuple[str, SourceFailure | None]] = WorkerQueue(
+            _write_line, _MOST_LINES, drop_oldest=False, name="coalestra-log", lingers=False
+        )
 
     def failed(self, subject: str, error: BaseException | SourceFailure) -> None:
         """Say that a subject fails, and why, unless that was said last."""
@@ -145,7 +146,7 @@ class ChangeLog:
             self.troubled[subject] = condition
             if not isinstance(error, SourceFailure):
                 error = SourceFailure.of(subject, error)
-            self._say(condition, error)
+            self._lines.put((condition.subject, error))
 
     def works(self, subject: str) -> None:
         """Say that a subject works again, if it was said that it fails."""
@@ -156,61 +157,21 @@ class ChangeLog:
         if not condition.failing:
             self.troubled.pop(subject, None)  # another thread may have seen the same
         if news:
-            self._say(condition, None)
-
-    def _say(self, condition: Condition, failure: SourceFailure | None) -> None:
-        if len(self._lines) < _MOST_LINES:
-            self._lines.append((condition.subject, failure))
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """Have the lines written, unless somebody is at it."""
-        if not self._lines:
-            return
-        thread = threading.Thread(target=self._write_all, name="coalestra-log", daemon=True)
-        writer = self._role.setdefault("writer", thread)
-        if writer is not thread:
-            if writer.ident is None or writer.is_alive():
-                return
-            self._role["writer"] = thread  # the other one has not survived a fork
-        try:
-            thread.start()
-        except RuntimeError:  # there is none to be had: they wait for the next change, or the end
-            self._role.pop("writer", None)
-
-    def _write_all(self) -> None:
-        me = threading.current_thread()
-        while self._role.setdefault("writer", me) is me:
-            while self._lines:
-                with suppress(BaseException):  # in a thread not even an exit has anybody to tell
-                    try:
-                        write(*self._lines[0])
-                    finally:
-                        self._lines.popleft()  # if `end` has not dropped it
-            self._role.pop("writer", None)
-            self._changes.tell()
-            if not self._lines:  # those that come from now on find nobody at it
-                return
+            self._lines.put((condition.subject, None))
 
     @property
     def pending(self) -> int:
         """How many lines are not written yet."""
-        return len(self._lines)
+        return self._lines.pending
 
     async def end(self, seconds: float | None, *, drain: bool) -> int:
         """Wait for so long until all lines are written; return how many are not.
 
         Without ``drain`` only the one that is being written is waited for.
         """
-        with suppress(IndexError):  # all were written meanwhile
-            while not drain and len(self._lines) > 1:
-                self._lines.pop()
-        self._go_on()
-        if self._lines and "writer" not in self._role:
-            self._write_all()  # here, as there is no thread to be had
-        # A line that came as the writer was leaving has it come back: then it is not over yet.
-        await self._changes.until(lambda: not (self._role or self._lines), seconds)
-        return self.pending
+        if not drain:
+            self._lines.discard()
+        return await self._lines.until_empty(seconds)
 
     def __repr__(self) -> str:
         return f"<ChangeLog troubled={list(self.troubled)} pending={self.pending}>"

@@ -615,7 +615,7 @@ class ObservabilitySinks:
             Calling again waits for those.
         """
         for buffer in self.owned.values():
-            buffer.refuse(discard=not drain)
+            buffer.queue.refuse(discard=not drain)
         now = asyncio.get_running_loop().time
         end = None if timeout_seconds is None else now() + timeout_seconds
 
@@ -624,8 +624,8 @@ class ObservabilitySinks:
 
         late = {}
         for name, buffer in self.owned.items():
-            if not await buffer.until_ended(left()):
-                late[name] = buffer.stats().pending
+            if not await buffer.queue.until_ended(left()):
+                late[name] = buffer.queue.pending
         if lines := await self.sink_log.end(left(), drain=drain):
             late["log"] = lines
         return late
@@ -636,7 +636,8 @@ class ObservabilitySinks:
         That happens in the thread of the last worker. Returns False, and forgets the callback, if
         none is at work for the sink now.
         """
-        left = [each for each in self.owned.values() if each.downstream is sink and not each.ended]
+        queues = [each.queue for each in self.owned.values() if each.downstream is sink]
+        left = [each for each in queues if not each.ended]
 
         once = [callback]
 
@@ -645,8 +646,8 @@ class ObservabilitySinks:
                 with contextlib.suppress(IndexError):  # another worker ended at the same time
                     once.pop()()
 
-        for buffer in left:
-            buffer.call_at_end(ended)
+        for each in left:
+            each.call_at_end(ended)
         return bool(left)
 
 
