@@ -446,14 +446,7 @@ class CallableDerivedSource(CallableAdapter):
 
 
 __all__ = [
-    "BatchFetcherFunction",
-    "BatchSupportsFunction",
-    "CallableBatchSource",
-    "CallableDerivedSource",
-    "CallableSource",
-    "DependenciesFunction",
-    "DerivedSupportsFunction",
-    "DeriverFunction",
-    "FetcherFunction",
-    "SupportsFunction",
-]
+    "BatchFetcherFunction", "BatchSupportsFunction", "CallableBatchSource", "CallableDerivedSource",
+    "CallableSource", "DependenciesFunction", "DerivedSupportsFunction", "DeriverFunction",
+    "FetcherFunction", "SupportsFunction",
+]  # fmt: skip

@@ -20,12 +20,9 @@ from coalestra.core.validation import flag, instance, integer, mapping, number, 
 from coalestra.core.values import SnapshotValue, grounds_of
 
 __all__ = [
-    "ResourceAcceptanceRule",
-    "SnapshotAcceptancePolicy",
-    "SnapshotAcceptanceReason",
-    "SnapshotAcceptanceViolation",
-    "SnapshotRequirement",
-]
+    "ResourceAcceptanceRule", "SnapshotAcceptancePolicy", "SnapshotAcceptanceReason",
+    "SnapshotAcceptanceViolation", "SnapshotRequirement",
+]  # fmt: skip
 
 
 @immutable

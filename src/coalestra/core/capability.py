@@ -17,13 +17,10 @@ from coalestra.core.serialization import json_safe
 from coalestra.core.validation import instance, integer, text
 
 __all__ = [
-    "COALESTRA_API_STABILITY",
-    "COALESTRA_CAPABILITIES_SCHEMA",
-    "COALESTRA_CAPABILITIES_SCHEMA_VERSION",
-    "CoalestraCapabilities",
-    "capabilities",
+    "COALESTRA_API_STABILITY", "COALESTRA_CAPABILITIES_SCHEMA",
+    "COALESTRA_CAPABILITIES_SCHEMA_VERSION", "CoalestraCapabilities", "capabilities",
     "require_capabilities",
-]
+]  # fmt: skip
 
 COALESTRA_API_STABILITY = "0.6"
 """The series of versions that keep to this API."""

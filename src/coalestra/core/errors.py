@@ -669,10 +669,7 @@ class SnapshotAcceptanceError(SnapshotBuildError):
     """
 
     def __init__(
-        self,
-        *,
-        violations: tuple[SnapshotAcceptanceViolation, ...],
-        snapshot: Any | None = None,
+        self, *, violations: tuple[SnapshotAcceptanceViolation, ...], snapshot: Any | None = None
     ) -> None:
         self.violations: tuple[SnapshotAcceptanceViolation, ...] = tuple(violations)
         super().__init__(_by_resource(self.violations), snapshot=snapshot)
@@ -687,9 +684,7 @@ def _listed(violations: tuple[SnapshotAcceptanceViolation, ...], limit: int) -> 
     return enumerated(shown, len(violations), "violation")
 
 
-def _by_resource(
-    violations: Iterable[SnapshotAcceptanceViolation],
-) -> dict[ResourceKey, Exception]:
+def _by_resource(violations: Iterable[SnapshotAcceptanceViolation]) -> dict[ResourceKey, Exception]:
     concerned: dict[ResourceKey, list[SnapshotAcceptanceViolation]] = {}
     for violation in violations:
         for key in violation.keys:
@@ -860,42 +855,15 @@ def _amounts(components: Mapping[str, int]) -> str:
 
 
 __all__ = [
-    # the root
-    "CoalestraError",
-    # sources and single resources
-    "SourceUnavailableError",
-    "SourceTimeoutError",
-    "SnapshotDeadlineExceededError",
-    "SourceQueueTimeoutError",
-    "CircuitOpenError",
-    "SourceProtocolError",
-    "ResourceAbsent",
-    "ResourceResolutionError",
-    "ResourceAbsentError",
-    "DependencyCycleError",
-    "DependencyResolutionError",
-    # whole snapshots
-    "SnapshotBuildError",
-    "SnapshotConsistencyError",
-    "SnapshotAcceptanceError",
-    "ResourceAcceptanceError",
-    # running the library
-    "SessionClosedError",
-    "BuilderClosedError",
-    "PayloadIsolationError",
-    "PayloadCopySubsystemClosedError",
-    "PayloadCopyShutdownTimeoutError",
-    "ObservabilityShutdownTimeoutError",
-    "SubmissionBacklogFullError",
-    "CacheCircuitOpenError",
-    "CacheTimeoutError",
-    "CacheUnavailableError",
-    "CapabilityRequirementError",
-    # reports
-    "ERROR_DIAGNOSTICS_SCHEMA",
-    "ERROR_DIAGNOSTICS_SCHEMA_VERSION",
-    "SourceFailure",
-    "SerializedSourceFailure",
-    "SerializedResourceError",
-    "SerializedSnapshotBuildError",
-]
+    "CoalestraError", "SourceUnavailableError", "SourceTimeoutError",
+    "SnapshotDeadlineExceededError", "SourceQueueTimeoutError", "CircuitOpenError",
+    "SourceProtocolError", "ResourceAbsent", "ResourceResolutionError", "ResourceAbsentError",
+    "DependencyCycleError", "DependencyResolutionError", "SnapshotBuildError",
+    "SnapshotConsistencyError", "SnapshotAcceptanceError", "ResourceAcceptanceError",
+    "SessionClosedError", "BuilderClosedError", "PayloadIsolationError",
+    "PayloadCopySubsystemClosedError", "PayloadCopyShutdownTimeoutError",
+    "ObservabilityShutdownTimeoutError", "SubmissionBacklogFullError", "CacheCircuitOpenError",
+    "CacheTimeoutError", "CacheUnavailableError", "CapabilityRequirementError",
+    "ERROR_DIAGNOSTICS_SCHEMA", "ERROR_DIAGNOSTICS_SCHEMA_VERSION", "SourceFailure",
+    "SerializedSourceFailure", "SerializedResourceError", "SerializedSnapshotBuildError",
+]  # fmt: skip

@@ -15,19 +15,11 @@ from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.validation import check_fields, flag, instance, integer, number, ruled
 
 __all__ = [
-    "BUILDER_HEALTH_ASSESSMENT_SCHEMA",
-    "BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION",
-    "BUILDER_HEALTH_SCHEMA",
-    "BUILDER_HEALTH_SCHEMA_VERSION",
-    "BuilderHealth",
-    "BuilderHealthAssessment",
-    "BuilderHealthAssessmentPolicy",
-    "BuilderHealthFinding",
-    "BuilderHealthReason",
-    "BuilderHealthSeverity",
-    "FlightSnapshot",
-    "PayloadCopyHealth",
-]
+    "BUILDER_HEALTH_ASSESSMENT_SCHEMA", "BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION",
+    "BUILDER_HEALTH_SCHEMA", "BUILDER_HEALTH_SCHEMA_VERSION", "BuilderHealth",
+    "BuilderHealthAssessment", "BuilderHealthAssessmentPolicy", "BuilderHealthFinding",
+    "BuilderHealthReason", "BuilderHealthSeverity", "FlightSnapshot", "PayloadCopyHealth",
+]  # fmt: skip
 
 BUILDER_HEALTH_SCHEMA = "coalestra.builder-health"
 """The name of the JSON schema of ``BuilderHealth.to_dict``."""

@@ -27,13 +27,9 @@ from coalestra.core.validation import (
 )
 
 __all__ = [
-    "CASE_INSENSITIVE_KEY_NORMALIZER",
-    "LEGACY_KEY_NORMALIZER",
-    "PRESERVE_KEY_NORMALIZER",
-    "KeyNormalizer",
-    "QualifierInput",
-    "ResourceKey",
-]
+    "CASE_INSENSITIVE_KEY_NORMALIZER", "LEGACY_KEY_NORMALIZER", "PRESERVE_KEY_NORMALIZER",
+    "KeyNormalizer", "QualifierInput", "ResourceKey",
+]  # fmt: skip
 
 # How the parts of a key are brought into one form, so that one resource has one key --------------
 
@@ -211,11 +207,7 @@ class ResourceKey(_Kept):
 
     @classmethod
     def legacy(
-        cls,
-        namespace: str,
-        name: str,
-        subject: str = "",
-        qualifiers: QualifierInput | None = None,
+        cls, namespace: str, name: str, subject: str = "", qualifiers: QualifierInput | None = None
     ) -> ResourceKey:
         """Return a key in the form of ``LEGACY_KEY_NORMALIZER``."""
         return cls(namespace, name, subject, qualifiers, normalizer=LEGACY_KEY_NORMALIZER)

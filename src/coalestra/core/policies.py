@@ -24,17 +24,10 @@ from coalestra.core.validation import (
 )
 
 __all__ = [
-    "AuthorityPolicyProvider",
-    "AuthorityPolicyResolver",
-    "AuthorityResolver",
-    "FreshnessPolicy",
-    "FreshnessPolicyProvider",
-    "FreshnessResolver",
-    "ObservationPolicy",
-    "PolicyResolver",
-    "RefreshMode",
-    "SourceAuthorityPolicy",
-]
+    "AuthorityPolicyProvider", "AuthorityPolicyResolver", "AuthorityResolver", "FreshnessPolicy",
+    "FreshnessPolicyProvider", "FreshnessResolver", "ObservationPolicy", "PolicyResolver",
+    "RefreshMode", "SourceAuthorityPolicy",
+]  # fmt: skip
 
 # Which policy holds for a key, or a source: what all kinds of policies have in common ------------
 

@@ -14,33 +14,13 @@ from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.values import SnapshotValue, SourcePayload
 
 __all__ = [
-    "AsyncCache",
-    "AtomicAsyncCache",
-    "AuthorityAwareCache",
-    "BatchAsyncCache",
-    "BatchAtomicAsyncCache",
-    "BatchSizedSource",
-    "BatchSnapshotSource",
-    "BlockingSourceTimeoutConfigured",
-    "CacheNewsListener",
-    "Clock",
-    "ConcurrencyLimitedSource",
-    "DerivedSource",
-    "EventSink",
-    "Lease",
-    "LeasedLookup",
-    "LeasingCache",
-    "MetricsSink",
-    "OrderAwareCache",
-    "PolicyAwareCache",
-    "ResilienceConfiguredSource",
-    "SnapshotSource",
-    "Source",
-    "SourceBase",
-    "SystemClock",
-    "TellingCache",
-    "Tracer",
-]
+    "AsyncCache", "AtomicAsyncCache", "AuthorityAwareCache", "BatchAsyncCache",
+    "BatchAtomicAsyncCache", "BatchSizedSource", "BatchSnapshotSource",
+    "BlockingSourceTimeoutConfigured", "CacheNewsListener", "Clock", "ConcurrencyLimitedSource",
+    "DerivedSource", "EventSink", "Lease", "LeasedLookup", "LeasingCache", "MetricsSink",
+    "OrderAwareCache", "PolicyAwareCache", "ResilienceConfiguredSource", "SnapshotSource", "Source",
+    "SourceBase", "SystemClock", "TellingCache", "Tracer",
+]  # fmt: skip
 
 # What time it is, for the calendar and for measuring ---------------------------------------------
 

@@ -11,13 +11,9 @@ from coalestra.core.validation import number
 from coalestra.core.values import SnapshotValue
 
 __all__ = [
-    "CacheLookup",
-    "CacheStats",
-    "CacheWriteResult",
-    "CacheWriteStatus",
-    "PublishResult",
+    "CacheLookup", "CacheStats", "CacheWriteResult", "CacheWriteStatus", "PublishResult",
     "PublishStatus",
-]
+]  # fmt: skip
 
 
 @immutable

@@ -101,8 +101,4 @@ def _finite(value: float) -> float | str:
 
 
 # Subclasses are reduced to the built-in type: theirs may render themselves in other ways.
-_SCALARS: tuple[tuple[type, Any], ...] = (
-    (str, str.__str__),
-    (int, _written),
-    (float, _finite),
-)
+_SCALARS: tuple[tuple[type, Any], ...] = ((str, str.__str__), (int, _written), (float, _finite))

@@ -14,10 +14,8 @@ from coalestra.core.frozen import immutable
 from coalestra.core.validation import flag, number
 
 __all__ = [
-    "SourceTimeoutGuarantee",
-    "SourceTimeoutGuaranteeStatus",
-    "inspect_source_timeout_guarantee",
-]
+    "SourceTimeoutGuarantee", "SourceTimeoutGuaranteeStatus", "inspect_source_timeout_guarantee",
+]  # fmt: skip
 
 _ABSENT = object()
 

@@ -154,11 +154,7 @@ def text(name: str, value: object, *, empty: bool = False) -> str:
 
 
 def instance(
-    name: str,
-    value: T,
-    kinds: type[Any] | tuple[type[Any], ...],
-    *,
-    optional: bool = False,
+    name: str, value: T, kinds: type[Any] | tuple[type[Any], ...], *, optional: bool = False
 ) -> T:
     """Return an instance of ``kinds``, or None if that is allowed."""
     if isinstance(value, kinds) or (value is None and optional):

@@ -418,10 +418,7 @@ class SnapshotBuilder(BuilderSettings):
             circuit=self.circuit_breaker.default_policy,
         )
         self.resilience_resolver: ResiliencePolicyResolver = given_or(
-            given.resilience_resolver,
-            ResiliencePolicyResolver,
-            resilience,
-            given.source_resilience,
+            given.resilience_resolver, ResiliencePolicyResolver, resilience, given.source_resilience
         )
         self.retry_policy: RetryPolicy = self.resilience_resolver.default.retry
 

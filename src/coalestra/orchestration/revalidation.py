@@ -29,15 +29,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.flights import Gather
-from coalestra.orchestration.readings import (
-    Demand,
-    Failure,
-    Pins,
-    Reading,
-    beneath,
-    hold,
-    reach,
-)
+from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, beneath, hold, reach
 from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork
 from coalestra.orchestration.verdicts import accepted, objection

@@ -58,11 +58,7 @@ class SnapshotSession:
         return self._closed
 
     async def resolve(
-        self,
-        keys: Iterable[ResourceKey],
-        *,
-        strict: bool = True,
-        retry_errors: bool = False,
+        self, keys: Iterable[ResourceKey], *, strict: bool = True, retry_errors: bool = False
     ) -> Snapshot:
         """Resolve further keys and return the snapshot of everything asked for so far.
 
@@ -119,11 +115,7 @@ class SnapshotSession:
 
     @in_same_form
     async def try_requests(
-        self,
-        requests: Requests,
-        *,
-        retry_errors: bool = False,
-        max_concurrency: int | None = None,
+        self, requests: Requests, *, retry_errors: bool = False, max_concurrency: int | None = None
     ) -> Results:
         """Return what comes of each of many requests that rest on one set of pinned values.
 

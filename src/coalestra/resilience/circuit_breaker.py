@@ -40,24 +40,12 @@ from coalestra.core.errors import CircuitOpenError
 from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Clock, SystemClock
-from coalestra.core.validation import (
-    check_fields,
-    flag,
-    instance,
-    integer,
-    number,
-    readable,
-    ruled,
-)
+from coalestra.core.validation import check_fields, flag, instance, integer, number, readable, ruled
 
 __all__ = [
-    "CircuitBreaker",
-    "CircuitBreakerPolicy",
-    "CircuitIdentity",
-    "CircuitScope",
-    "CircuitSnapshot",
+    "CircuitBreaker", "CircuitBreakerPolicy", "CircuitIdentity", "CircuitScope", "CircuitSnapshot",
     "CircuitState",
-]
+]  # fmt: skip
 
 # Names, policies and figures ---------------------------------------------------------------------
 

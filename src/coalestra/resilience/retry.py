@@ -33,12 +33,7 @@ TRANSIENT_ERRORS: tuple[type[Exception], ...] = (
 )
 """What is retried by default: what says that it may pass, connections and time-outs."""
 
-_FINAL = (
-    CircuitOpenError,
-    ResourceAbsent,
-    SnapshotDeadlineExceededError,
-    SourceQueueTimeoutError,
-)
+_FINAL = (CircuitOpenError, ResourceAbsent, SnapshotDeadlineExceededError, SourceQueueTimeoutError)
 """What waiting in the same place cannot mend: no policy retries it."""
 
 
