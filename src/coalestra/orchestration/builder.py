@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
@@ -71,9 +71,6 @@ from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
 from coalestra.resilience.retry import RetryPolicy
 
-T = TypeVar("T")
-P = ParamSpec("P")
-
 
 def _one_of(kind: type[Any]) -> Any:
     return ruled(None, instance, kind, optional=True)
@@ -115,11 +112,6 @@ class Collaborators:
                 "authority_policy and authority_resolver were both given; give the resolver alone, "
                 "with the policy as its default"
             )
-
-
-def given_or(value: T | None, default: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what was given, however empty it may look, or else the default."""
-    return default(*args, **kwargs) if value is None else value
 
 
 def _require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> None:
@@ -187,8 +179,7 @@ def collect_health(
         copies["cache"] = cache.copy_health_snapshot()
     capacity = parts.capacity.view()
     guarantees = timeout_guarantees(parts.chains.links)
-    counters = parts.counters
-    violations = dict(counters.transport_violations)
+    violations = parts.counters.source_transport_timeout_violations.copy()
     return BuilderHealth(
         closed=engine.closed,
         background_refreshes=engine.refresher.active,
@@ -205,11 +196,7 @@ def collect_health(
         sources={link.name: link.health(parts.clock.monotonic()) for link in parts.chains.links},
         active_dispatch_workers=engine.workers,
         waiting_for_capacity=sum(each.waiting for each in capacity.values()),
-        queue_timeout_count=counters.queue_timeouts,
-        source_timeout_count=counters.source_timeouts,
-        deadline_exceeded_count=counters.deadlines_exceeded,
-        revalidation_attempt_count=counters.revalidation_attempts,
-        revalidation_failure_count=counters.revalidation_failures,
+        **{**vars(parts.counters), "source_transport_timeout_violations": violations},
         source_timeout_guarantees=guarantees,
         blocking_source_count=sum(each.blocking_io for each in guarantees.values()),
         protected_blocking_source_count=sum(each.protected for each in guarantees.values()),
@@ -218,7 +205,6 @@ def collect_health(
             not each.declaration_present for each in guarantees.values()
         ),
         source_transport_timeout_violation_count=sum(violations.values()),
-        source_transport_timeout_violations=violations,
         **_copy_facts(copies),
         unfinished_source_calls=unfinished,
         **_observability_facts(
@@ -303,6 +289,9 @@ class SnapshotBuilder(BuilderSettings):
         TypeError: an argument is of the wrong type.
         ValueError: an argument has a wrong value, two do not go together, or a source does not
             declare safe timeouts. The message names the argument or the source, and the remedy.
+
+    What asks for values raises a `RuntimeError` if the builder is closed, or busy on another event
+    loop, and a `TypeError` or `ValueError` for a wrong argument.
     """
 
     def __init__(
@@ -361,7 +350,7 @@ class SnapshotBuilder(BuilderSettings):
         cache, default_cache = _caches(given, self)
         self.sources: tuple[Source, ...] = tuple(link.source for link in chains.links)
         self.cache: AsyncCache = cache
-        self.clock: Clock = given_or(given.clock, SystemClock)
+        self.clock: Clock = SystemClock() if given.clock is None else given.clock
         self.payload_copier: PayloadCopier | None = given.payload_copier
         self.capacity: CapacityController = _capacity(chains.links, self)
         self._choose_policies(given)
@@ -396,30 +385,25 @@ class SnapshotBuilder(BuilderSettings):
         )
 
     def _choose_policies(self, given: Collaborators) -> None:
-        freshness = given_or(given.default_policy, FreshnessPolicy, 1.0, 10.0)
-        self.policy_resolver: PolicyResolver = given_or(
-            given.policy_resolver, PolicyResolver, freshness
-        )
-        self.authority_resolver: AuthorityPolicyResolver = given_or(
-            given.authority_resolver, AuthorityPolicyResolver, given.authority_policy
-        )
-        if self.authority_resolver.has_rules:
-            require_authority_aware(self.cache, self.authority_resolver)
-        self.observation_policy: ObservationPolicy = given_or(
-            given.observation_policy, ObservationPolicy
-        )
-        self.circuit_breaker: CircuitBreaker = given_or(
-            given.circuit_breaker, CircuitBreaker, clock=self.clock
-        )
-        resilience = given_or(
-            given.default_resilience,
-            SourceResiliencePolicy,
-            retry=given_or(given.retry_policy, RetryPolicy),
-            circuit=self.circuit_breaker.default_policy,
-        )
-        self.resilience_resolver: ResiliencePolicyResolver = given_or(
-            given.resilience_resolver, ResiliencePolicyResolver, resilience, given.source_resilience
-        )
+        # What may be a subclass of the application's is taken however empty it may look.
+        freshness, authority = given.policy_resolver, given.authority_resolver
+        if freshness is None:
+            freshness = PolicyResolver(given.default_policy or FreshnessPolicy(1.0, 10.0))
+        if authority is None:
+            authority = AuthorityPolicyResolver(given.authority_policy)
+        if authority.has_rules:
+            require_authority_aware(self.cache, authority)
+        self.policy_resolver: PolicyResolver = freshness
+        self.authority_resolver: AuthorityPolicyResolver = authority
+        self.observation_policy: ObservationPolicy = given.observation_policy or ObservationPolicy()
+        breaker, resilience = given.circuit_breaker, given.resilience_resolver
+        self.circuit_breaker: CircuitBreaker = breaker or CircuitBreaker(clock=self.clock)
+        if resilience is None:
+            default = given.default_resilience or SourceResiliencePolicy(
+                given.retry_policy or RetryPolicy(), self.circuit_breaker.default_policy
+            )
+            resilience = ResiliencePolicyResolver(default, given.source_resilience)
+        self.resilience_resolver: ResiliencePolicyResolver = resilience
         self.retry_policy: RetryPolicy = self.resilience_resolver.default.retry
 
     def _parts(self, chains: Chains, tracing: Tracing) -> Parts:
@@ -488,7 +472,6 @@ class SnapshotBuilder(BuilderSettings):
         Raises:
             SnapshotBuildError: with `strict`, if a key failed; it holds the partial snapshot.
             ValueError: no keys.
-            RuntimeError: the builder is closed, or busy on another event loop.
         """
         if type(strict) is not bool:
             flag("strict", strict)
@@ -526,7 +509,6 @@ class SnapshotBuilder(BuilderSettings):
             SnapshotBuildError: a required key failed; it holds the partial snapshot.
             SnapshotConsistencyError: observations lie too far apart.
             SnapshotAcceptanceError: values are not acceptable.
-            RuntimeError: the builder is closed, or busy on another event loop.
         """
         instance("request", request, SnapshotRequest)
         unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
@@ -543,13 +525,10 @@ class SnapshotBuilder(BuilderSettings):
     ) -> RequestResult:
         """Return what comes of a request, whatever that is, where `build_request` would raise.
 
-        A deadline, a source that is down and an error of a policy are told by the result.
+        A deadline, a source that is down and an error of a policy are told by the result; raised
+        is what is wrong with an argument, and that the builder is closed, before or meanwhile.
 
         Args are those of `build`.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong.
-            RuntimeError: the builder is closed, before or meanwhile, or busy on another event loop.
         """
         instance("request", request, SnapshotRequest)
         self._engine.enter()
@@ -578,9 +557,7 @@ class SnapshotBuilder(BuilderSettings):
             trace: whether the snapshots tell how they came about.
             max_concurrency: how many are under way at once; `max_pending_tasks` by default.
 
-        Raises:
-            TypeError, ValueError: an argument is wrong.
-            RuntimeError: the builder is closed, before or meanwhile, or busy on another event loop.
+        Raises what `try_request` raises.
         """
         self._engine.enter()
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
@@ -601,11 +578,7 @@ class SnapshotBuilder(BuilderSettings):
         snapshot_id: str | None = None,
         trace: bool | None = None,
     ) -> SnapshotSession:
-        """Open a session: a unit of work in several stages. Args are those of `build`.
-
-        Raises:
-            RuntimeError: the builder is closed.
-        """
+        """Open a session: a unit of work in several stages. Args are those of `build`."""
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
         return SnapshotSession(terms.open(snapshot_id, lasting=True))
 
@@ -632,11 +605,7 @@ class SnapshotBuilder(BuilderSettings):
         return await self.capacity.snapshot()
 
     def flights_under_way(self, *, limit: int = 100) -> tuple[FlightSnapshot, ...]:
-        """Return where the acquisitions under way stand, the oldest first.
-
-        Args:
-            limit: how many at most.
-        """
+        """Return where the acquisitions under way stand, the oldest first; so many at most."""
         integer("limit", limit, minimum=1)
         flights = self._engine.flights.board.flights.copy().values()
         return tuple([flight.view() for flight in islice(flights, limit)])
@@ -646,11 +615,7 @@ class SnapshotBuilder(BuilderSettings):
         self._engine.parts.chains.forget()
 
     async def wait_for_refreshes(self) -> None:
-        """Wait for the background refreshes that are scheduled at this moment.
-
-        Raises:
-            RuntimeError: the builder is busy on another event loop.
-        """
+        """Wait for the background refreshes that are scheduled at this moment."""
         self._engine.attach()
         await self._engine.refresher.wait()
 
@@ -693,23 +658,26 @@ class SnapshotBuilder(BuilderSettings):
             TimeoutError: a managed part did not close in time.
             Exception: what the closing of a managed part raised.
         """
+        total = number(
+            "shutdown_timeout_seconds", shutdown_timeout_seconds, minimum=0, optional=True
+        )
         limits = Limits(
-            copies=_seconds(
-                "copy_shutdown_timeout_seconds",
-                copy_shutdown_timeout_seconds,
-                self.copy_shutdown_timeout_seconds,
+            self._seconds("copy_shutdown_timeout_seconds", copy_shutdown_timeout_seconds),
+            self._seconds(
+                "observability_shutdown_timeout_seconds", observability_shutdown_timeout_seconds
             ),
-            observability=_seconds(
-                "observability_shutdown_timeout_seconds",
-                observability_shutdown_timeout_seconds,
-                self.observability_shutdown_timeout_seconds,
-            ),
-            total=_seconds("shutdown_timeout_seconds", shutdown_timeout_seconds, math.inf),
-            cancel_refreshes=flag("cancel_refreshes", cancel_refreshes),
-            drain=self.observability_drain_on_shutdown,
+            math.inf if total is None else total,
+            flag("cancel_refreshes", cancel_refreshes),
+            self.observability_drain_on_shutdown,
         )
         self._engine.attach()
         await self._closing.close(limits)
+
+    def _seconds(self, name: str, given: float | None) -> float:
+        """Return how long a stage of closing may take: as given, or else by the setting."""
+        checked = number(name, given, minimum=0, optional=True)
+        seconds: float = getattr(self, name) if checked is None else checked
+        return seconds
 
     async def wait_for_payload_copy_shutdown(self) -> None:
         """Wait, however long, until no payload copy of a closed builder is running."""
@@ -740,8 +708,3 @@ class SnapshotBuilder(BuilderSettings):
 def _picked(arguments: Mapping[str, Any], record: type[Any]) -> dict[str, Any]:
     """Return those arguments of a call that are fields of a record."""
     return {field.name: arguments[field.name] for field in dataclasses.fields(record)}
-
-
-def _seconds(name: str, given: float | None, default: float) -> float:
-    checked = number(name, given, minimum=0, optional=True)
-    return default if checked is None else checked

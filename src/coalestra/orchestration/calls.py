@@ -366,7 +366,7 @@ class Attempt:
         )
 
     def _impatient(self, timeout: float | None) -> Exception:
-        self._call.parts.counters.queue_timeouts += 1
+        self._call.parts.counters.queue_timeout_count += 1
         self._report_timeout("queue_timeout")
         return SourceQueueTimeoutError(
             f"waited {timeout:g} s for {self._capacity()}; raise its max_concurrency, the "
@@ -486,7 +486,7 @@ class Attempt:
                 "the deadline or lower the source timeout"
             )
         else:
-            call.parts.counters.source_timeouts += 1
+            call.parts.counters.source_timeout_count += 1
             timeout = self._bound - self.began
             error = SourceTimeoutError(f"source {name!r} did not answer within {timeout:g} s")
         try:
@@ -503,7 +503,7 @@ class Attempt:
         elapsed, grace = self.elapsed_seconds, call.parts.transport_grace_seconds
         if outcome != "coalestra_timeout" and elapsed <= declared + grace:
             return
-        violations = call.parts.counters.transport_violations
+        violations = call.parts.counters.source_transport_timeout_violations
         violations[link.name] = violations.get(link.name, 0) + 1
         if call.parts.report is not None:
             keys = [flight.key for flight in call.flights]
@@ -1208,7 +1208,7 @@ class Call:
         if isinstance(error, SnapshotDeadlineExceededError):
             now = asyncio.get_running_loop().time()
             ahead = any(flight.cutoff > now for flight in self.flights)
-            self.parts.counters.deadlines_exceeded += ahead  # if not, the waiters have counted
+            self.parts.counters.deadline_exceeded_count += ahead  # if not, the waiters have counted
             status = "deadline_exceeded"
         elif isinstance(error, SourceQueueTimeoutError):
             status = "queue_timeout"

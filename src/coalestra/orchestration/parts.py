@@ -114,16 +114,16 @@ class BuilderSettings:
 # What the engine of one builder works with: fixed collaborators and a few counters ---------------
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Counters:
-    """Cumulative counts since the builder was made, for its health."""
+    """Cumulative counts since the builder was made, under their names in `BuilderHealth`."""
 
-    queue_timeouts: int = 0
-    source_timeouts: int = 0
-    deadlines_exceeded: int = 0
-    revalidation_attempts: int = 0
-    revalidation_failures: int = 0
-    transport_violations: dict[str, int] = dataclasses.field(default_factory=dict)
+    queue_timeout_count: int = 0
+    source_timeout_count: int = 0
+    deadline_exceeded_count: int = 0
+    revalidation_attempt_count: int = 0
+    revalidation_failure_count: int = 0
+    source_transport_timeout_violations: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)

@@ -69,7 +69,7 @@ class Revalidation:
             SnapshotConsistencyError, SnapshotAcceptanceError: a policy is violated.
         """
         counters = self._unit.engine.parts.counters
-        counters.revalidation_attempts += 1
+        counters.revalidation_attempt_count += 1
         try:
             with self._unit.stage("revalidate", len(self._named)) as stage:
                 self._span = stage.span
@@ -82,7 +82,7 @@ class Revalidation:
             self._violated = type(violation)
             raise
         finally:
-            counters.revalidation_failures += not self._committed
+            counters.revalidation_failure_count += not self._committed
             self._report()
 
     async def _in_turn(self, turn: asyncio.Lock) -> Snapshot:

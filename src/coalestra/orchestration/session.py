@@ -30,6 +30,10 @@ class SnapshotSession:
     A key, once resolved, keeps its value for the life of the session, and so does whatever it was
     derived from. Get one from `SnapshotBuilder.session`; use it with ``async with``. Calls may run
     side by side; those under way when it is closed still come to their end.
+
+    Once it is closed every call raises `SessionClosedError`. What asks for values raises a
+    `RuntimeError` if the builder is closed, or busy on another event loop, and a `TypeError` or
+    `ValueError` for a wrong argument.
     """
 
     def __init__(self, unit: UnitOfWork) -> None:
@@ -69,8 +73,6 @@ class SnapshotSession:
 
         Raises:
             SnapshotBuildError: with `strict`, if a key failed; it holds the partial snapshot.
-            SessionClosedError: the session is closed.
-            RuntimeError: the builder is closed.
         """
         self._require_open()
         flag("strict", strict)
@@ -86,8 +88,6 @@ class SnapshotSession:
             SnapshotBuildError: a required key failed; it holds the partial snapshot.
             SnapshotConsistencyError: observations lie too far apart.
             SnapshotAcceptanceError: values are not acceptable.
-            SessionClosedError: the session is closed.
-            RuntimeError: the builder is closed.
         """
         self._require_open()
         instance("request", request, SnapshotRequest)
@@ -101,11 +101,6 @@ class SnapshotSession:
 
         What it has read is pinned, also if the request is turned down. The snapshot has everything
         that the session was asked for so far; the outcome is about the request alone.
-
-        Raises:
-            TypeError: an argument is wrong.
-            SessionClosedError: the session is closed.
-            RuntimeError: the builder is closed, before or meanwhile, or busy on another event loop.
         """
         self._require_open()
         instance("request", request, SnapshotRequest)
@@ -119,7 +114,7 @@ class SnapshotSession:
     ) -> Results:
         """Return what comes of each of many requests that rest on one set of pinned values.
 
-        See `SnapshotBuilder.try_requests`; raises what `try_request` raises.
+        See `SnapshotBuilder.try_requests`.
         """
         self._require_open()
         flag("retry_errors", retry_errors)
@@ -160,8 +155,6 @@ class SnapshotSession:
                 they hold the snapshot that was turned down.
             ValueError: no keys, or one that the session has no value of, or a policy names
                 another.
-            SessionClosedError: the session is closed.
-            RuntimeError: the builder is closed.
         """
         self._require_open()
         flag("strict", strict)
@@ -191,11 +184,7 @@ class SnapshotSession:
     # Snapshots and the end --------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """Return the snapshot of everything asked for so far; copies at once, however large.
-
-        Raises:
-            SessionClosedError: the session is closed.
-        """
+        """Return the snapshot of everything asked for so far; copies at once, however large."""
         self._require_open()
         return self._unit.snapshot_now()
 
@@ -204,7 +193,6 @@ class SnapshotSession:
 
         Raises:
             SnapshotBuildError: copying did not fit the deadline; it holds what did.
-            SessionClosedError: the session is closed.
         """
         self._require_open()
         unit = self._unit

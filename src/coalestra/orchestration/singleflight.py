@@ -1075,7 +1075,7 @@ class SingleFlight:
 
     def strike(self, gather: Gather) -> None:
         """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
-        self.parts.counters.deadlines_exceeded += 1
+        self.parts.counters.deadline_exceeded_count += 1
         gather.open, gather.struck = False, True
         self.agenda.add(self._strike_on, gather)
 

@@ -264,7 +264,7 @@ class UnitOfWork:
             values, uncopied = await self.engine.deliveries.values(readings, deadline)
         if uncopied and cut_short(uncopied):
             parts = self.engine.parts
-            parts.counters.deadlines_exceeded += 1
+            parts.counters.deadline_exceeded_count += 1
             if parts.report is not None:
                 snapshot_id = self.work.context.snapshot_id
                 parts.report.copy_deadline_exceeded(snapshot_id, "snapshot_delivery")
