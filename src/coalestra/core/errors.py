@@ -7,7 +7,7 @@ sources and single resources, those of whole snapshots, and those of running the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -112,10 +112,8 @@ def folded_message(message: str, max_length: int = MAX_MESSAGE_LENGTH) -> str:
     """Return ``message`` in one line of at most ``max_length`` characters.
 
     White space of any kind becomes single spaces, what else cannot be printed is escaped, a cut
-    shows as a trailing ``...``, and an empty message says that it is empty.
-
-    Raises:
-        TypeError, ValueError: unless ``max_length`` is an int of at least 1.
+    shows as a trailing ``...``, and an empty message says that it is empty. Every such length is an
+    int of at least 1; anything else raises a `TypeError` or `ValueError`.
     """
     integer("max_message_length", max_length, minimum=1)
     words = message.split(None, max_length + 1)[: max_length + 1]  # more do not fit, however short
@@ -391,11 +389,7 @@ class ResourceResolutionError(CoalestraError):
         max_failures: int = MAX_FAILURES_SHOWN,
         max_message_length: int = MAX_MESSAGE_LENGTH,
     ) -> str:
-        """Return the failures in one line, the first ``max_failures`` by name.
-
-        Raises:
-            TypeError, ValueError: unless both limits are ints of at least 1.
-        """
+        """Return the failures in one line, the first ``max_failures`` by name."""
         integer("max_failures", max_failures, minimum=1)
         if not self.failures:
             return "no compatible source"
@@ -411,11 +405,8 @@ class ResourceResolutionError(CoalestraError):
 class ResourceAbsentError(ResourceResolutionError):
     """There is no such resource: every source that was asked for it has answered so.
 
-    None of them failed, so asking again brings nothing new. No stale value stands in.
-
-    Attributes:
-        key: the resource.
-        failures: the answer of each source, in the order of asking.
+    None of them failed, so asking again brings nothing new. No stale value stands in. The
+    ``failures`` are the answers of the sources, in the order of asking.
     """
 
     def _sentence(self) -> str:
@@ -438,13 +429,11 @@ class DependencyCycleError(CoalestraError):
 
     def __init__(self, path: tuple[ResourceKey, ...]) -> None:
         self.path: tuple[ResourceKey, ...] = tuple(path)
-        ends = self.path  # each of very many keys may fail with the same path
-        hidden = len(ends) - 2 * MAX_RESOURCES_SHOWN
-        if hidden > 0:
-            ends = ends[:MAX_RESOURCES_SHOWN] + ends[-MAX_RESOURCES_SHOWN:]
-        shown = [key.display for key in ends]
-        if hidden > 0:
-            shown.insert(MAX_RESOURCES_SHOWN, f"({hidden} more)")
+        most, length = MAX_RESOURCES_SHOWN, len(self.path)
+        # Each of very many keys may fail with the same path.
+        shown = [key.display for key in (*self.path[:most], *self.path[max(most, length - most) :])]
+        if length > 2 * most:
+            shown.insert(most, f"({length - 2 * most} more)")
         super().__init__(
             f"dependencies must not form a cycle, got {' -> '.join(shown)}; "
             "remove one of these dependencies"
@@ -476,6 +465,13 @@ def enumerated(shown: list[str], total: int, noun: str) -> str:
     if hidden:
         shown = [*shown, f"and {counted(hidden, f'more {noun}')}"]
     return "; ".join(shown)
+
+
+def listed(keys: Sequence[ResourceKey]) -> str:
+    """Return the first of the keys, and how many more there are."""
+    shown = ", ".join(key.display for key in keys[:MAX_RESOURCES_SHOWN])
+    hidden = len(keys) - MAX_RESOURCES_SHOWN
+    return shown if hidden <= 0 else f"{shown} and {hidden} more"
 
 
 def counted(number: int, noun: str) -> str:
@@ -574,14 +570,7 @@ class SnapshotBuildError(CoalestraError):
     def to_dict(
         self, *, max_message_length: int = MAX_MESSAGE_LENGTH
     ) -> SerializedSnapshotBuildError:
-        """Return the error, with that of every resource, as JSON-safe data.
-
-        Args:
-            max_message_length: how many characters of each message to keep; at least 1.
-
-        Raises:
-            TypeError, ValueError: for another ``max_message_length``.
-        """
+        """Return the error, with that of every resource, as JSON-safe data."""
         partial = self.snapshot is not None
         return {
             "schema": ERROR_DIAGNOSTICS_SCHEMA,
@@ -624,10 +613,8 @@ class SnapshotConsistencyError(SnapshotBuildError):
         snapshot: Any | None = None,
     ) -> None:
         self.keys: tuple[ResourceKey, ...] = tuple(keys)
-        self.oldest_key = oldest_key
-        self.oldest_observed_at = oldest_observed_at
-        self.newest_key = newest_key
-        self.newest_observed_at = newest_observed_at
+        self.oldest_key, self.oldest_observed_at = oldest_key, oldest_observed_at
+        self.newest_key, self.newest_observed_at = newest_key, newest_observed_at
         self.observation_skew_seconds = observation_skew_seconds
         self.max_observation_skew_seconds = max_observation_skew_seconds
         super().__init__({}, snapshot=snapshot)

@@ -11,6 +11,7 @@ from typing import Any
 
 from coalestra.core.acceptance import SnapshotAcceptancePolicy, SnapshotAcceptanceViolation
 from coalestra.core.errors import (
+    MAX_RESOURCES_SHOWN,
     ResourceAbsentError,
     SnapshotAcceptanceError,
     SnapshotBuildError,
@@ -20,6 +21,7 @@ from coalestra.core.errors import (
     described_error,
     enumerated,
     folded_message,
+    listed,
     message_of,
     told,
     type_name,
@@ -91,9 +93,6 @@ def inconsistency_of(
     )
 
 
-_SHOWN = 5
-
-
 @dataclass(frozen=True, init=False)
 class SnapshotRequest:
     """The resources that a snapshot must have, those it may do without, and the rules for both.
@@ -137,7 +136,7 @@ class SnapshotRequest:
         both = [key for key in self.optional if key in self._required]
         if both:
             raise ValueError(
-                f"required and optional must have no key in common, got {_listed(both)} in both; "
+                f"required and optional must have no key in common, got {listed(both)} in both; "
                 "leave it in one of them"
             )
         if self.acceptance_policy is not None:
@@ -145,7 +144,7 @@ class SnapshotRequest:
             if foreign:
                 raise ValueError(
                     f"acceptance_policy must name keys of the request only, got "
-                    f"{_listed(sorted(foreign))}; ask for it, or leave it out of the policy"
+                    f"{listed(sorted(foreign))}; ask for it, or leave it out of the policy"
                 )
 
     @cached_property
@@ -160,11 +159,6 @@ class SnapshotRequest:
     def is_required(self, key: ResourceKey) -> bool:
         """Whether ``key`` is one of the required ones."""
         return key in self._required
-
-
-def _listed(keys: list[ResourceKey]) -> str:
-    shown = ", ".join(key.display for key in keys[:_SHOWN])
-    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
 
 
 # What came of a request that does not raise ------------------------------------------------------
@@ -229,7 +223,10 @@ class RequestResult:
             lacks.append(f"without {counted(len(self.errors), 'value')}: {described(self.errors)}")
         if self.stale_keys:
             stale = [self._values[key] for key in self.stale_keys]
-            ages = [f"{each.key.display} [{each.age_seconds:g} s old]" for each in stale[:_SHOWN]]
+            ages = [
+                f"{each.key.display} [{each.age_seconds:g} s old]"
+                for each in stale[:MAX_RESOURCES_SHOWN]
+            ]
             number = counted(len(stale), "stale value")
             lacks.append(f"with {number}: {enumerated(ages, len(stale), 'value')}")
         return f"accepted {', and '.join(lacks) or 'in full'}"

@@ -29,9 +29,8 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from coalestra._endings import look_after
@@ -40,8 +39,8 @@ from coalestra.core.errors import (
     ObservabilityShutdownTimeoutError,
     PayloadCopyShutdownTimeoutError,
     SourceTimeoutError,
+    listed,
 )
-from coalestra.core.keys import ResourceKey
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.orchestration.singleflight import Engine
 
@@ -52,7 +51,6 @@ Stage = Callable[[float], Awaitable[object]]
 """Does its work within so many seconds."""
 
 _ATTEMPTS = 10
-_SHOWN = 5
 
 
 @contextlib.contextmanager
@@ -178,7 +176,7 @@ class Closing:
         finally:
             waiting.cancel()
         if refresher.active:
-            count, names = refresher.active, _listed(tuple(refresher.keys))
+            count, names = refresher.active, listed(tuple(refresher.keys))
             refresher.cancel()
             raise SourceTimeoutError(
                 f"closed, but background refreshes must end within {seconds:g} s of closing, got "
@@ -336,8 +334,3 @@ def _takes_too_long(close: Callable[[], Any], seconds: float) -> TimeoutError:
         f"closing a managed part must end within {seconds:g} s, got {_name_of(close)} that takes "
         "longer; bound its own closing"
     )
-
-
-def _listed(keys: Sequence[ResourceKey]) -> str:
-    shown = ", ".join(key.display for key in islice(keys, _SHOWN))
-    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
