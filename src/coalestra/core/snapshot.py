@@ -191,13 +191,10 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         return key in self.resources
 
     @overload
-    def value(self, key: ResourceKey) -> Any: ...
-
-    @overload
     def value(self, key: ResourceKey, expected_type: type[T]) -> T: ...
 
     @overload
-    def value(self, key: ResourceKey, expected_type: None) -> Any: ...
+    def value(self, key: ResourceKey, expected_type: None = None) -> Any: ...
 
     def value(self, key: ResourceKey, expected_type: type[T] | None = None) -> T | Any:
         """Return the bare value of ``key``.
@@ -215,13 +212,10 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         return found
 
     @overload
-    def maybe_value(self, key: ResourceKey) -> Any: ...
-
-    @overload
     def maybe_value(self, key: ResourceKey, expected_type: type[T]) -> T | None: ...
 
     @overload
-    def maybe_value(self, key: ResourceKey, expected_type: None) -> Any: ...
+    def maybe_value(self, key: ResourceKey, expected_type: None = None) -> Any: ...
 
     def maybe_value(self, key: ResourceKey, expected_type: type[T] | None = None) -> T | Any:
         """Return the bare value of ``key``, or None if it has none.

@@ -346,24 +346,9 @@ class SnapshotValue(Generic[T]):
         number("latency_ms", latency_ms)
         if version is None:
             version = next_version()
-        facts = (
-            key,
-            value,
-            source,
-            observed_at,
-            fetched_at,
-            age_seconds,
-            stale,
-            from_cache,
-            latency_ms,
-            attempts,
-            metadata,
-            authority_rank,
-            version,
-            dependency_versions,
-        )
-        for write, fact in zip(_WRITE.values(), facts, strict=True):
-            write(self, fact)
+        facts = locals()
+        for name, write in _WRITE.items():
+            write(self, facts[name])
 
     def __repr__(self) -> str:
         return concealed(self, "value", "metadata")
@@ -552,12 +537,7 @@ class Revision:
         """
         if FREE_THREADED:
             made: SnapshotValue[Any] = object.__new__(SnapshotValue)
-            own: dict[str, Any] = {
-                "value": payload,
-                "metadata": metadata,
-                "age_seconds": age_seconds,
-            }
-            own |= {"stale": stale, "from_cache": from_cache}
+            own: dict[str, Any] = {**locals(), "value": payload}
             for name, write in _WRITE.items():
                 write(made, own[name] if name in own else getattr(self, name))
             return made
