@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import pickle
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ from coalestra.concurrency import pace
 from tests.observability.recording import Recorder
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
-from tests.support import Gate, no_leaks
+from tests.support import Gate, LoopClock, no_leaks
 
 X, Y = key("x"), key("y")
 NONE = ResourceAbsent("no such row")
@@ -850,3 +851,30 @@ async def test_a_read_that_a_flight_overtook_shares_its_answer() -> None:
         gate.open()
         absence(await reader)
     assert len(source.calls) == 2
+
+
+@pytest.mark.expects_leaks  # that the clock was wrong is told to the loop
+@pytest.mark.parametrize("says", [math.nan, math.inf])
+@pytest.mark.parametrize("reading", range(1, 4))
+async def test_an_absence_that_the_clock_knows_no_time_of_is_not_remembered_for_ever(
+    reading: int, says: float
+) -> None:
+    class Clock(LoopClock):
+        left = 0
+
+        def monotonic(self) -> float:
+            self.left -= 1
+            return super().monotonic() if self.left else says
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        if source.calls[1:]:
+            return "here"
+        clock.left = reading
+        raise ResourceAbsent("not yet", ttl_seconds=5)
+
+    clock, source = Clock(), Single("x", fetch=fetch)
+    building = builder(source, clock=clock)
+    with contextlib.suppress(ValueError):  # of the time that the build has taken
+        assert (await attempt(building)).errors
+    await asyncio.sleep(6)
+    assert (await building.build([X])).value(X) == "here"

@@ -741,3 +741,35 @@ async def test_a_dynamic_resolver_that_returns_nonsense_fails_that_source() -> N
     resolver = ResiliencePolicyResolver(dynamic=lambda name: "often")  # type: ignore[arg-type, return-value]
     snapshot = await attempt(builder(Single("x"), resilience_resolver=resolver))
     assert failures(snapshot)[0].error_type == "TypeError"
+
+
+@pytest.mark.expects_leaks  # that the clock was wrong is told to the loop
+async def test_a_clock_that_fails_as_one_circuit_is_told_hides_nothing_from_the_others() -> None:
+    class Clock(LoopClock):
+        left = -1
+
+        def monotonic(self) -> float:
+            self.left -= 1
+            if not self.left:
+                raise LookupError("no time")
+            return super().monotonic()
+
+    async def before() -> None:
+        if clock.left < -100:
+            raise DOWN
+        clock.left = 1  # as the first of the circuits is told
+
+    clock, keys = Clock(), [key("x", "a"), key("x", "b")]
+    source = tuned(
+        Batch("x", before=before), resilience_policy=breaking(scope=CircuitScope.RESOURCE)
+    )
+    breaker = CircuitBreaker(clock=clock)
+    building = builder(source, circuit_breaker=breaker, default_policy=FreshnessPolicy(0, 0))
+    clock.left = -1000
+    assert len((await attempt(building, *keys)).errors) == 2
+    await asyncio.sleep(RECOVERY)
+    clock.left = -1
+    assert len(await attempt(building, *keys)) == 2
+    await asyncio.sleep(1.0)
+    assert len(await attempt(building, *keys)) == 2
+    await no_leaks(building)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -426,3 +427,53 @@ async def test_a_policy_that_is_none_is_refused_by_name() -> None:
             await breaker.before_call("rest", policy=odd)
         with pytest.raises(TypeError, match="policy must be a CircuitBreakerPolicy"):
             await breaker.record_failure("rest", policy=odd)
+
+
+class FailingClock(ManualClock):
+    """Says what it is told to, or raises that."""
+
+    says: float | BaseException | None = None
+
+    def monotonic(self) -> float:
+        if isinstance(self.says, BaseException):
+            raise self.says
+        return super().monotonic() if self.says is None else self.says
+
+
+class Panic(BaseException):
+    """No ordinary exception."""
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+@pytest.mark.parametrize("says", [math.nan, math.inf, LookupError("no time"), Panic()], ids=repr)
+async def test_a_probe_whose_end_the_clock_knows_no_time_of_lets_the_next_one_through(
+    outcome: Outcome, says: float | BaseException
+) -> None:
+    """Or the source would be left alone for ever."""
+    clock, policy = FailingClock(), CircuitBreakerPolicy(failure_threshold=1)
+    breaker = CircuitBreaker(clock=clock, default_policy=policy)
+    circuit = breaker.identity_for("rest")
+    breaker.report(circuit, Outcome.FAILURE, policy)
+    clock.advance(policy.recovery_timeout_seconds)
+    turn = breaker.admit(circuit, policy)
+    clock.says = says
+    with pytest.raises((ValueError, LookupError, Panic)):
+        breaker.report(circuit, outcome, policy, turn)
+    clock.says = None
+    turn = breaker.admit(circuit, policy)
+    breaker.report(circuit, Outcome.SUCCESS, policy, turn)
+    assert not breaker.circuits
+
+
+@pytest.mark.parametrize("says", [math.nan, math.inf, LookupError("no time")], ids=repr)
+async def test_a_failure_that_the_clock_knows_no_time_of_opens_nothing_for_ever(
+    says: float | BaseException,
+) -> None:
+    clock, policy = FailingClock(), CircuitBreakerPolicy(failure_threshold=1)
+    breaker = CircuitBreaker(clock=clock, default_policy=policy)
+    clock.says = says
+    with pytest.raises((ValueError, LookupError)):
+        await breaker.record_failure("rest")
+    clock.says = None
+    assert not breaker.circuits
+    await breaker.before_call("rest")

@@ -46,13 +46,25 @@ def now_of(clock: Clock) -> float:
     Raises:
         ValueError: the clock says NaN or infinity; values would be of that date for ever.
     """
-    now = clock.now()
-    if not math.isfinite(now):
+    return _believed("now", clock.now())
+
+
+def monotonic_of(clock: Clock) -> float:
+    """Return the monotonic time in seconds, as a clock of somebody else's says.
+
+    Raises:
+        ValueError: the clock says NaN or infinity; circuits would be open for ever.
+    """
+    return _believed("monotonic", clock.monotonic())
+
+
+def _believed(method: str, seconds: float) -> float:
+    if not math.isfinite(seconds):
         raise ValueError(
-            f"now() of the clock must be a finite number of seconds, got {now!r}; let it raise "
-            "instead if it does not know"
+            f"{method}() of the clock must be a finite number of seconds, got {seconds!r}; let it "
+            "raise instead if it does not know"
         )
-    return now
+    return seconds
 
 
 class CheckedClock:
@@ -68,8 +80,8 @@ class CheckedClock:
         return now_of(self._clock)
 
     def monotonic(self) -> float:
-        """Return seconds since some fixed moment."""
-        return self._clock.monotonic()
+        """Return seconds since some fixed moment; see `monotonic_of`."""
+        return monotonic_of(self._clock)
 
     def __repr__(self) -> str:
         return repr(self._clock)

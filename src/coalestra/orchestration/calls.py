@@ -919,7 +919,10 @@ class Call:
         self._asked = ()
         for identity, (turn, group) in groups.items():
             fared = outcome if self.fresh.isdisjoint(group) else _SUCCESS
-            breaker.report(identity, fared, policy, turn)
+            try:
+                breaker.report(identity, fared, policy, turn)
+            except BaseException as error:  # of its clock: the other circuits are told all the same
+                _tell_loop(error)
             yield
 
     # What the source answered, handed over key by key ------------------------------------------

@@ -39,7 +39,7 @@ from weakref import WeakKeyDictionary
 from coalestra.core.errors import CircuitOpenError
 from coalestra.core.frozen import immutable
 from coalestra.core.keys import ResourceKey
-from coalestra.core.protocols import Clock, SystemClock
+from coalestra.core.protocols import Clock, SystemClock, monotonic_of
 from coalestra.core.validation import check_fields, flag, instance, integer, number, readable, ruled
 
 __all__ = [
@@ -312,7 +312,7 @@ class CircuitBreaker:
         return True
 
     def __repr__(self) -> str:
-        now = self.clock.monotonic()
+        now = monotonic_of(self.clock)
         states = [circuit.state(now).value for circuit in self.circuits.values()]
         counts = " ".join(f"{state}={states.count(state)}" for state in sorted(set(states)))
         return f"<{type(self).__name__} {counts or 'all at rest'}>"
@@ -347,7 +347,7 @@ class CircuitBreaker:
     ) -> CircuitOpenError | None:
         """Return the error of a call that would be refused now, else None; changes nothing."""
         circuit = self.circuits.get(identity) if self.circuits and policy.enabled else None
-        if circuit is None or not circuit.refuses(now := self.clock.monotonic()):
+        if circuit is None or not circuit.refuses(now := monotonic_of(self.clock)):
             return None
         if circuit.probing:
             outlook = "the one call that probes it is under way"
@@ -371,8 +371,8 @@ class CircuitBreaker:
             raise refused
         circuit = self.circuits.get(identity) if policy.enabled else None
         if circuit is not None:
-            self._use(identity)
-            self.turn += circuit.admit(self.clock.monotonic(), self.turn + 1)
+            self._use(identity, circuit)
+            self.turn += circuit.admit(monotonic_of(self.clock), self.turn + 1)
         return self.turn
 
     def report(
@@ -393,18 +393,24 @@ class CircuitBreaker:
             since = self._recovered.get(identity, 0)
             if turn is not None and turn < since:
                 return
-            self._make_room()
-            circuit = self.circuits[identity] = Circuit(since)
+            circuit = Circuit(since)
         elif turn is not None and turn < circuit.turn:
             return
-        elif outcome is Outcome.FAILURE:
-            self._use(identity)
-        self.turn += circuit.report(outcome, self.clock.monotonic(), self.turn + 1, policy)
+        try:
+            now = monotonic_of(self.clock)
+        except BaseException:
+            circuit.probing = False  # or nobody would ever be let through again
+            raise
+        if outcome is Outcome.FAILURE:
+            self._use(identity, circuit)
+        self.turn += circuit.report(outcome, now, self.turn + 1, policy)
         if circuit.stored is _CLOSED and not circuit.failures:
             self._put_to_rest(identity, circuit.turn)
 
-    def _use(self, identity: CircuitIdentity) -> None:
-        self.circuits[identity] = self.circuits.pop(identity)
+    def _use(self, identity: CircuitIdentity, circuit: Circuit) -> None:
+        if self.circuits.pop(identity, None) is None:
+            self._make_room()
+        self.circuits[identity] = circuit
 
     def _put_to_rest(self, identity: CircuitIdentity, turn: int) -> None:
         del self.circuits[identity]
@@ -422,7 +428,7 @@ class CircuitBreaker:
     def counted(self) -> dict[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of all circuits by source, scope and state, naming no part of it."""
         groups: dict[CircuitIdentity, CircuitSnapshot] = {}
-        now = self.clock.monotonic()
+        now = monotonic_of(self.clock)
         for identity, circuit in self.circuits.copy().items():  # in one step, for any thread
             view = circuit.view(now)
             if identity.scope is not CircuitScope.SOURCE:
@@ -443,7 +449,7 @@ class CircuitBreaker:
         """Return the state of a circuit now."""
         identity, _ = self._resolve(source, key, policy)
         circuit = self.circuits.get(identity)
-        return _CLOSED if circuit is None else circuit.state(self.clock.monotonic())
+        return _CLOSED if circuit is None else circuit.state(monotonic_of(self.clock))
 
     async def before_call(
         self,
@@ -533,7 +539,7 @@ class CircuitBreaker:
 
     async def snapshot(self) -> Mapping[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of every circuit that has failures or is not closed, by its name."""
-        now = self.clock.monotonic()
+        now = monotonic_of(self.clock)
         return MappingProxyType({name: each.view(now) for name, each in self.circuits.items()})
 
     def _record(
