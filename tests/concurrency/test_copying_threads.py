@@ -294,8 +294,10 @@ class TestClosing:
         assert health.shutdown_incomplete
         assert not health.shutdown_complete
         assert (health.shutdown_timeout_count, health.active_at_last_shutdown_timeout) == (1, 1)
+        with pytest.raises(PayloadCopySubsystemClosedError):
+            await task
         gate.open()
-        await task
+        assert await copies.drain(None) == 0
         health = copies.health()
         assert health.shutdown_complete
         assert not health.shutdown_incomplete

@@ -15,6 +15,7 @@ from coalestra import (
     FreshnessPolicy,
     PayloadCopyShutdownTimeoutError,
     PayloadCopySubsystemClosedError,
+    PayloadIsolationError,
     RefreshMode,
     ResourceKey,
     ResourceResolutionError,
@@ -498,6 +499,43 @@ async def test_closing_wakes_those_who_wait_for_a_copy_thread(form: str) -> None
     stuck.gate.open()
     await closing_builder
     await asyncio.gather(*readers, return_exceptions=True)
+
+
+@pytest.mark.parametrize("form", ["build", "try_request", "resolve", "revalidate"])
+async def test_closing_lets_go_of_those_whose_copies_outlast_it(form: str) -> None:
+    stuck, building = with_stuck(Stock("k", {"k": [1]}), copy_shutdown_timeout_seconds=2.0)
+    session = building.session()
+    await session.resolve([K])
+    stuck.armed = True
+    unit = building if form in ("build", "try_request") else session
+    asked: Any = SnapshotRequest(required=[K]) if form == "try_request" else [K]
+    reader = asyncio.ensure_future(getattr(unit, form)(asked))
+    await settle()
+    with pytest.raises(PayloadCopyShutdownTimeoutError):
+        await building.aclose()
+    with pytest.raises(PayloadCopySubsystemClosedError):
+        await reader
+    stuck.gate.open()
+    await building.wait_for_payload_copy_shutdown()
+    assert not (await building.health_snapshot()).payload_copy_shutdown_incomplete
+
+
+async def test_what_cannot_be_copied_out_costs_a_session_no_other_value() -> None:
+    class Once:
+        copied = False
+
+        def __deepcopy__(self, memo: Any) -> Once:
+            if self.copied:
+                raise ValueError("a copy of a copy")
+            copy = Once()
+            copy.copied = True
+            return copy
+
+    session = builder(Stock("k", {"k": Once(), "l": 1})).session()
+    await session.resolve([K, key("l")], strict=False)
+    for snapshot in (session.snapshot(), await session.snapshot_async()):
+        assert list(snapshot) == [key("l")]
+        assert isinstance(snapshot.errors[K], PayloadIsolationError)
 
 
 async def test_a_session_of_a_closed_builder_makes_no_more_copies() -> None:

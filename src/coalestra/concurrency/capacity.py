@@ -88,7 +88,7 @@ class WaitQueue:
         """Wake the longest waiting; return whether there was anyone to wake."""
         while self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
-            if _can_be_woken(waiter):
+            if can_be_woken(waiter):
                 waiter.set_result(None)
                 return True
         return False
@@ -105,13 +105,14 @@ class WaitQueue:
         refused = 0
         while self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
-            if _can_be_woken(waiter):
+            if can_be_woken(waiter):
                 waiter.set_exception(make_error())
                 refused += 1
         return refused
 
 
-def _can_be_woken(waiter: asyncio.Future[None]) -> bool:
+def can_be_woken(waiter: asyncio.Future[None]) -> bool:
+    """Whether somebody may still wait: it is not done, and its loop not closed."""
     return not waiter.done() and not waiter.get_loop().is_closed()
 
 

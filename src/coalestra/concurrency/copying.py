@@ -11,7 +11,8 @@ now, the rest in threads. Laws:
 3. Whoever stops waiting for a copy leaves at once. The slot stays taken until the thread has ended,
    since a thread cannot be stopped; it is given back in the callback of that end, so that nothing
    hangs on a task that somebody could cancel.
-4. After ``close`` nothing starts; waiters are told so, and ``drain`` waits for what is running.
+4. After ``close`` nothing starts; waiters are told so, and ``drain`` waits for what is running. Who
+   waits for what is running longer than that is told so, too.
 5. Every copy that was started is active, or counts once as completed or as failed.
 """
 
@@ -24,7 +25,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from coalestra._endings import pass_on
-from coalestra.concurrency.capacity import WaitQueue
+from coalestra.concurrency.capacity import WaitQueue, can_be_woken
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
 from coalestra.concurrency.sealing import FLAT, Seal, Sealed, seal_anyhow, seal_briefly, seal_flat
 from coalestra.concurrency.threads import Job, WorkerThreads, threads_of_context
@@ -229,6 +230,7 @@ class PayloadCopies:
         self._threads = threads
         self._slots = WaitQueue()
         self._drainers = WaitQueue()
+        self._awaited: dict[asyncio.Future[None], None] = {}
         self._waits = _Spell()
         self._durations = _Spell()
         self._completed = self._failed = 0
@@ -427,7 +429,11 @@ class PayloadCopies:
             if slot:
                 slot.pop()()
             raise
-        await job.ended
+        self._awaited[job.ended] = None
+        try:
+            await job.ended
+        finally:
+            del self._awaited[job.ended]
         return job
 
     def _release(self) -> None:
@@ -484,7 +490,7 @@ class PayloadCopies:
         """Refuse new copies, and everybody who still waits for a thread."""
         self.is_direct = False
         self.closed = True
-        self._slots.refuse_all(lambda: PayloadCopySubsystemClosedError(component=self.component))
+        self._slots.refuse_all(self._closed)
 
     async def drain(self, timeout_seconds: float | None) -> int:
         """Wait until no copy runs, for ``timeout_seconds`` at most; return how many still do."""
@@ -501,8 +507,14 @@ class PayloadCopies:
             if self.active:
                 self._shutdown_timeouts += 1
                 self._active_at_timeout = self.active
+                for ended in self._awaited:
+                    if can_be_woken(ended):
+                        ended.set_exception(self._closed())
         return self.active
 
     def _require_open(self) -> None:
         if self.closed:
-            raise PayloadCopySubsystemClosedError(component=self.component)
+            raise self._closed()
+
+    def _closed(self) -> PayloadCopySubsystemClosedError:
+        return PayloadCopySubsystemClosedError(component=self.component)

@@ -742,7 +742,7 @@ class PayloadIsolationError(CoalestraError):
 
 
 class PayloadCopySubsystemClosedError(CoalestraError):
-    """A copy was asked for, or still waiting for its turn, when copying was closed.
+    """A copy was asked for, waited for its turn or did not end when copying was closed.
 
     Attributes:
         component: whose copies: ``builder``, ``cache`` or ``publisher``.

@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import Deadline
-from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
+from coalestra.core.errors import (
+    PayloadIsolationError,
+    SnapshotBuildError,
+    SnapshotDeadlineExceededError,
+)
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotRequest
@@ -275,7 +279,10 @@ class UnitOfWork:
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
         errors = {failure.key: failure.make() for failure in self.failed()}
         for key, reading in self.visible(self.pins).items():
-            values[key] = self.engine.deliveries.value_here(reading, "snapshot delivery")
+            try:
+                values[key] = self.engine.deliveries.value_here(reading, "snapshot delivery")
+            except PayloadIsolationError as error:
+                errors[key] = error
         return self.assembled(values, errors)
 
     def assembled(
