@@ -10,8 +10,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Literal, NamedTuple, TypeVar
 
+from coalestra.core.acceptance import SnapshotAcceptanceReason
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
-from coalestra.core.results import CacheStats
+from coalestra.core.results import CacheStats, PublishStatus
 from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.resilience.circuit_breaker import CircuitSnapshot
@@ -41,7 +42,7 @@ COUNTERS: Final[Metrics] = {
         "acceptance.checks", "{snapshot}", "Snapshots judged by an acceptance policy", _SUCCESS),
     "snapshot_acceptance_violation_total": (
         "acceptance.violations", "{violation}", "Violations of acceptance policies",
-        {"reason": "too_old stale insufficient_authority requirement_unsatisfied"}),
+        {"reason": " ".join(SnapshotAcceptanceReason)}),
     "snapshot_consistency_total": (
         "consistency.checks", "{snapshot}", "Snapshots judged by a consistency policy",
         {**_SUCCESS, "rule": "observation_skew"}),
@@ -72,7 +73,7 @@ COUNTERS: Final[Metrics] = {
     "resource_publish_total": (
         "resource.publications", "{value}", "Published values",
         {**_KIND, **_SOURCE,
-         "status": "published ignored_older ignored_duplicate ignored_lower_authority"}),
+         "status": " ".join(PublishStatus)}),
     "resource_invalidation_total": (
         "resource.invalidations", "{key}", "Invalidated keys", _KIND),
     "resource_refresh_total": (

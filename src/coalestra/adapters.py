@@ -23,10 +23,11 @@ from coalestra.core.validation import (
     flag,
     instance,
     integer,
+    is_coroutine_function,
     number,
+    plain_function,
     refusal,
     text,
-    wrong_type,
 )
 from coalestra.core.values import SourcePayload
 from coalestra.resilience.policies import SourceResiliencePolicy
@@ -142,15 +143,6 @@ class Invocation:
         return f"<Invocation {self.role} in_thread={self.in_thread}>"
 
 
-def is_coroutine_function(function: Callable[..., Any]) -> bool:
-    """Say whether calling `function` only makes a coroutine, so that nothing blocks yet."""
-    while isinstance(function, partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        type(function).__call__
-    )
-
-
 def _discard(result: Any) -> None:
     """Close a coroutine that nobody is going to await."""
     if inspect.iscoroutine(result):
@@ -232,12 +224,8 @@ class CallableAdapter:
         self._supports = self._plain("supports", arguments)
 
     def _plain(self, parameter: str, arguments: Mapping[str, Any]) -> Invocation:
-        function = arguments[parameter]
-        called = Invocation(function, source=self.name, parameter=parameter, in_thread=False)
-        if is_coroutine_function(function):
-            remedy = "it must answer without waiting"
-            raise wrong_type(parameter, "a plain function", function, remedy)
-        return called
+        function = plain_function(parameter, arguments[parameter])
+        return Invocation(function, source=self.name, parameter=parameter, in_thread=False)
 
     def supports(self, key: ResourceKey) -> bool:
         """Return whether this source can answer for `key`: what the function says, as a bool."""

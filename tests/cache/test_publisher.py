@@ -422,3 +422,28 @@ async def test_an_update_of_a_class_of_ones_own_is_published_like_any_other() ->
 
     results = await standalone(AsyncMemoryCache()).publish_many([Tick(A, 1, "s", NOW)])
     assert results[A].value.value == 1
+
+
+class Policies:
+    """Says of every key that it has this policy."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def resolve(self, key: ResourceKey) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [None, 5, {"ttl_seconds": 5}])
+async def test_an_event_for_a_key_without_a_policy_is_refused_before_it_is_written(
+    answer: Any,
+) -> None:
+    cache = AsyncMemoryCache()
+    publisher = standalone(cache, policy_resolver=Policies(answer))
+    for publishing in (
+        publisher.publish(A, 1, source="s"),
+        publisher.publish_many([ResourceUpdate(A, 1, "s"), ResourceUpdate(B, 1, "s")]),
+    ):
+        with pytest.raises(TypeError, match="^policy must be a FreshnessPolicy, got"):
+            await publishing
+    assert await cache.size() == 0

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import weakref
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -341,6 +342,26 @@ async def test_a_value_under_another_key_is_a_miss_and_told(foreign: SingleKeyCa
     ((operation, text),) = told.failures
     assert operation == "read"
     assert "store and return values under their own key" in text
+
+
+class Anything:
+    """Claims to be equal to whatever it is compared with."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return hash(A)
+
+
+@pytest.mark.parametrize("field, odd", [("key", Anything()), ("source", None), ("source", ["x"])])
+async def test_a_value_whose_provenance_is_none_is_a_miss_and_told(
+    foreign: SingleKeyCache, field: str, odd: Any
+) -> None:
+    foreign.held.update({A: replace(value_of(A), **{field: odd}), C: value_of(C)})
+    told = Told()
+    assert set(await read(access_over(foreign, failed=told), A, C)) == {C}
+    assert len(told.failures) == 1
 
 
 async def test_users_of_one_cache_object_hear_each_other(foreign: SingleKeyCache) -> None:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
+from coalestra import AsyncMemoryCache, CallableBatchSource, SnapshotBuilder
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import AuthorityPolicyResolver, SourceAuthorityPolicy
 
 KEY, OTHER = ResourceKey("n", "a"), ResourceKey("n", "b")
 POLICY = SourceAuthorityPolicy({"exchange": 10, "guess": -5}, default_rank=1)
+
+
+class Ranks(AuthorityPolicyResolver):
+    """Ranks that hang on the key, by a rule of the application's own."""
+
+    def rank_for(self, key: ResourceKey, source: str) -> int:
+        return 7 if key == KEY else 3
+
+
+class Chosen(AuthorityPolicyResolver):
+    """Policies that hang on the key, chosen by a rule of the application's own."""
+
+    def resolve(self, key: ResourceKey) -> SourceAuthorityPolicy:
+        return SourceAuthorityPolicy(default_rank=7 if key == KEY else 3)
 
 
 def test_a_source_has_its_own_rank_or_the_default() -> None:
@@ -62,6 +78,8 @@ def test_an_override_goes_before_the_dynamic_answer_and_that_before_the_default(
         (AuthorityPolicyResolver(POLICY), True),
         (AuthorityPolicyResolver(None, {KEY: POLICY}), True),
         (AuthorityPolicyResolver(None, None, lambda key: None), True),
+        (Ranks(), True),
+        (Chosen(), True),
     ],
 )
 def test_there_are_rules_as_soon_as_a_rank_may_differ_from_zero(
@@ -85,3 +103,35 @@ def test_a_resolver_without_rules_ranks_everybody_zero() -> None:
 def test_a_resolver_is_checked(arguments: Any, name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be"):
         AuthorityPolicyResolver(*arguments)
+
+
+@pytest.mark.parametrize("kind", [Ranks, Chosen])
+async def test_a_fetched_value_has_the_rank_that_a_resolver_of_ones_own_gives_it(
+    kind: type[AuthorityPolicyResolver],
+) -> None:
+    source = CallableBatchSource(
+        name="any",
+        priority=1,
+        supports=lambda key: True,
+        fetcher=lambda keys, context: dict.fromkeys(keys, 1),
+    )
+    builder = SnapshotBuilder([source], authority_resolver=kind())
+    snapshot = await builder.build([KEY, OTHER])
+    assert [value.authority_rank for value in snapshot.values()] == [7, 3]
+    event = await builder.publisher.publish(KEY, 2, source="any")
+    assert event.value.authority_rank == 7
+    await builder.aclose()
+
+
+@pytest.mark.parametrize("rank", [None, "7", 7.0, math.nan, True])
+async def test_a_rank_that_is_none_is_an_error_before_anything_is_written(rank: Any) -> None:
+    class Odd(AuthorityPolicyResolver):
+        def rank_for(self, key: ResourceKey, source: str) -> int:
+            return rank  # type: ignore[no-any-return]  # what must not work
+
+    cache = AsyncMemoryCache()
+    builder = SnapshotBuilder([], cache=cache, authority_resolver=Odd())
+    with pytest.raises(TypeError, match="^rank must be an integer, got"):
+        await builder.publisher.publish(KEY, 1, source="any")
+    assert await cache.size() == 0
+    await builder.aclose()

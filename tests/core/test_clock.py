@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import time
+from decimal import Decimal
+from typing import Any
 
 import pytest
 
-from coalestra.core.protocols import Clock, SystemClock
+from coalestra.core.protocols import Clock, SystemClock, monotonic_of, now_of
 from tests.support import ManualClock
 
 
@@ -29,3 +33,36 @@ def test_the_system_clock_has_no_state() -> None:
     with pytest.raises(AttributeError):
         SystemClock().offset = 1  # type: ignore[attr-defined]  # what must not work
     assert repr(SystemClock()) == "SystemClock()"
+
+
+class Telling:
+    """A clock that says whatever it was told to say."""
+
+    def __init__(self, moment: Any) -> None:
+        self.moment = moment
+
+    def now(self) -> Any:
+        return self.moment
+
+    monotonic = now
+
+
+@pytest.mark.parametrize(
+    "moment, error",
+    [(m, TypeError) for m in (None, "5", Decimal(5), True, datetime.datetime(2024, 1, 1))]
+    + [(m, ValueError) for m in (math.nan, math.inf, 10**400)],
+    ids=lambda each: str(each)[:20],
+)
+def test_a_moment_that_is_none_is_an_error_that_names_the_clock(
+    moment: Any, error: type[Exception]
+) -> None:
+    clock: Any = Telling(moment)
+    for name, read in (("now", now_of), ("monotonic", monotonic_of)):
+        with pytest.raises(error, match=rf"^{name}\(\) of the clock must be a finite number"):
+            read(clock)
+
+
+@pytest.mark.parametrize("moment", [5, 5.5, -1.0])
+def test_a_clock_may_tell_whole_seconds_and_those_before_the_epoch(moment: float) -> None:
+    clock: Any = Telling(moment)
+    assert now_of(clock) is monotonic_of(clock) is moment

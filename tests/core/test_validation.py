@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from coalestra.core.validation import (
     integer,
     mapping,
     number,
+    plain_function,
     shown,
     span,
     text,
@@ -26,6 +28,20 @@ from coalestra.core.validation import (
 class Size(str, enum.Enum):
     SMALL = "small"
     LARGE = "large"
+
+
+async def answer_later() -> None:
+    """Answer when it is awaited."""
+
+
+class Later:
+    """Can be called, and answers when that is awaited."""
+
+    async def __call__(self) -> None:
+        """Answer."""
+
+    async def answer(self) -> None:
+        """Answer."""
 
 
 ACCEPTED: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = [
@@ -48,6 +64,8 @@ ACCEPTED: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = [
     (instance, 1, {"kinds": (str, int)}),
     (mapping, {"a": 1}, {}),
     (callable_, len, {}),
+    (plain_function, len, {}),
+    (plain_function, None, {"optional": True}),
     (callable_, None, {"optional": True}),
     (choice, Size.LARGE, {"kind": Size}),
 ]
@@ -71,6 +89,11 @@ WRONG_TYPE: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = [
     (mapping, None, {}),
     (callable_, 1, {}),
     (callable_, None, {}),
+    (plain_function, None, {}),
+    (plain_function, answer_later, {}),
+    (plain_function, partial(partial(answer_later)), {}),
+    (plain_function, Later(), {}),
+    (plain_function, Later().answer, {}),
     (choice, "large", {"kind": Size}),
 ]
 

@@ -153,6 +153,22 @@ async def test_refresh_ahead_serves_fresh_and_renews_inside_its_window_only(
     assert (await shop.builder.build([BASE])).value(BASE) == (2 if ahead else 1)
 
 
+class Eager(FreshnessPolicy):
+    """Has everything renewed ahead that is asked for."""
+
+    def should_refresh_ahead(self, age_seconds: float) -> bool:
+        return True
+
+
+async def test_a_policy_of_ones_own_says_when_to_refresh_ahead() -> None:
+    eager = Eager(10.0, 100.0, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=4.0)
+    shop = Shop(default_policy=eager)
+    await shop.builder.build([BASE])
+    value = (await shop.builder.build([BASE]))[BASE]
+    assert dict(value.metadata) == {"refresh_scheduled": True}
+    await shop.builder.wait_for_refreshes()
+
+
 async def test_refresh_ahead_does_not_serve_what_has_become_stale() -> None:
     shop = Shop(default_policy=AHEAD)
     await shop.builder.build([BASE])

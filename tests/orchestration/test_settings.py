@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ import pytest
 from coalestra import (
     AsyncMemoryCache,
     AuthorityPolicyResolver,
+    BufferedEventSink,
+    BufferedMetricsSink,
     BufferOverflowPolicy,
     CallableSource,
     CircuitBreaker,
     FreshnessPolicy,
+    KeyNormalizer,
     LoggingEventSink,
     NullMetrics,
     ObservationPolicy,
@@ -415,3 +419,53 @@ async def test_wrong_arguments_of_aclose_are_named_and_close_nothing(
     with pytest.raises((TypeError, ValueError), match=argument):
         await building.aclose(**settings)
     assert not building.closed
+
+
+class Late:
+    """A clock, a resolver, an event sink and a metrics sink whose answers have to be awaited."""
+
+    coalestra_non_blocking = True
+
+    async def answer(self, *_: object, **__: object) -> Any:
+        """Answer later."""
+
+    now = monotonic = resolve = emit = increment = observe = answer
+
+
+LATE: Any = Late()
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: made(payload_copier=LATE.answer), "payload_copier"),
+        (lambda: made(clock=LATE), r"now\(\) of clock"),
+        (
+            lambda: made(default_policy=None, policy_resolver=LATE),
+            r"resolve\(\) of policy_resolver",
+        ),
+        (lambda: made(events=LATE), r"emit\(\) of events"),
+        (lambda: made(metrics=LATE), r"increment\(\) of metrics"),
+        (lambda: BufferedEventSink(LATE), r"emit\(\) of downstream"),
+        (lambda: BufferedMetricsSink(LATE), r"increment\(\) of downstream"),
+        (lambda: AsyncMemoryCache(payload_copier=LATE.answer), "payload_copier"),
+        (lambda: PolicyResolver(FreshnessPolicy(1, 1), dynamic=LATE.answer), "dynamic"),
+        (lambda: AuthorityPolicyResolver(dynamic=LATE.answer), "dynamic"),
+        (lambda: KeyNormalizer(name=LATE.answer), "name"),
+        (lambda: RetryPolicy(retry_on=partial(LATE.answer)), "retry_on"),
+    ],
+)
+def test_what_must_answer_at_once_is_refused_if_it_is_a_coroutine_function(
+    make: Callable[[], Any], name: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be .*a plain function"):
+        make()
+
+
+async def test_a_predicate_that_would_be_true_of_everything_invalidates_nothing() -> None:
+    cache = AsyncMemoryCache()
+    building = made(cache=cache)
+    await building.build([key("s")])
+    with pytest.raises(TypeError, match="predicate must be a plain function"):
+        await cache.invalidate_matching(LATE.answer)
+    assert await cache.size() == 1

@@ -12,13 +12,14 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from coalestra import ResourceKey, SnapshotBuildError
+from coalestra import PublishStatus, ResourceKey, SnapshotAcceptanceReason, SnapshotBuildError
 from coalestra import prometheus as module
 from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.prometheus import LATENCY_BUCKETS, HealthCollector, PrometheusMetrics
@@ -71,6 +72,22 @@ async def test_calls_batches_joins_and_publications_are_shown(registry: Collecto
     assert figure(registry, "coalestra_source_batch_call_total", status="success", **of_shop) == 1
     published = "coalestra_resource_publish_total"
     assert figure(registry, published, source="news", status="published", **KIND, **of_shop) == 1
+
+
+@pytest.mark.parametrize(
+    "metric, label, kind",
+    [
+        ("snapshot_acceptance_violation_total", "reason", SnapshotAcceptanceReason),
+        ("resource_publish_total", "status", PublishStatus),
+    ],
+)
+def test_every_outcome_that_the_library_can_tell_begins_at_zero(
+    registry: CollectorRegistry, metric: str, label: str, kind: type[Enum]
+) -> None:
+    sink, first = PrometheusMetrics(registry=registry), next(iter(kind)).value
+    sink.increment(metric, **dict.fromkeys(COUNTERS[metric][3], "x") | {label: first})
+    shown = {labels[label]: figure for labels, figure in series(registry, f"coalestra_{metric}")}
+    assert shown == {each.value: float(each.value == first) for each in kind}
 
 
 async def test_a_failure_is_an_increase_from_a_zero_that_was_shown_before(

@@ -25,7 +25,7 @@ from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, Cach
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
-from coalestra.core.validation import integer, number, shown
+from coalestra.core.validation import integer, number, shown, text
 from coalestra.core.values import SnapshotValue
 from coalestra.observability.changes import ChangeLog
 
@@ -434,7 +434,8 @@ def _result(result: object, key: ResourceKey) -> CacheWriteResult:
     return result
 
 
-_NUMBERS: Final = {
+_CHECKS: Final[Mapping[str, Callable[[str, Any], object]]] = {
+    "source": partial(text, empty=True),
     **dict.fromkeys(("observed_at", "fetched_at", "latency_ms"), number),
     **dict.fromkeys(("attempts", "authority_rank"), integer),
 }
@@ -444,10 +445,10 @@ def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     """Return a value that a cache gave for a key; raises for one that cannot be trusted."""
     if type(value) is not SnapshotValue:
         raise _odd(key, f"a {type(value).__qualname__} instead of a SnapshotValue")
-    if value.key != key:
+    if type(value.key) is not ResourceKey or value.key != key:
         other = shown(value.key)
         raise _odd(key, f"a value of {other}; store and return values under their own key")
-    for name, check in _NUMBERS.items():
+    for name, check in _CHECKS.items():
         check(f"{name} of the cached value of {key.display}", getattr(value, name))
     versions = value.dependency_versions
     if type(value.version) is not str or not all(

@@ -240,7 +240,8 @@ class AsyncMemoryCache:
 
         The predicate may also be asked about keys that are being fetched at the moment.
         """
-        return await _gone(self._store.drop_where(validation.callable_("predicate", predicate)))
+        matches = validation.plain_function("predicate", predicate)
+        return await _gone(self._store.drop_where(matches))
 
     async def invalidate_namespace(
         self, namespace: str, *, name: str | None = None, subject: str | None = None

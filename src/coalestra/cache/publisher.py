@@ -26,7 +26,9 @@ from coalestra.core.policies import (
     FutureObservation,
     ObservationPolicy,
     judge_observation,
+    policy_for,
     policy_of_all,
+    rank_of,
 )
 from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, now_of
 from coalestra.core.results import CacheWriteStatus, PublishResult, PublishStatus
@@ -95,7 +97,7 @@ class PublisherParts:
         if metadata:
             told = copies.seal_metadata_now({**metadata, "published": True}, context=_IN)
         payload, seal = copies.seal_now(value, context=_IN) or (value, None)
-        rank = 0 if resolver is None else resolver.rank_for(key, source)
+        rank = 0 if resolver is None else rank_of(resolver, key, source)
         return Revision(
             key, payload, seal, source, float(observed_at), now, version_of(number), 0.0, 0,
             told, rank, EMPTY, (), dated, number,
@@ -372,7 +374,7 @@ class ResourcePublisher:
         parts, told = self._parts, EMPTY if metadata is None else metadata
         check_update(key, source, observed_at, told)
         now, store = self._begin(force, replace_equal), parts.access.store
-        policy = parts.policy_resolver.resolve(key)
+        policy = policy_for(parts.policy_resolver, key)
         revision = parts.revision_of(key, value, source, observed_at, told, now)
         if store is None or revision.seal is None:
             return (await self._publish((key,), (revision,), now, force, replace_equal))[key]
@@ -477,7 +479,7 @@ class ResourcePublisher:
             for revision in made:
                 judged.append(revision)
                 if common is None:
-                    policies[revision.key] = parts.policy_resolver.resolve(revision.key)
+                    policies[revision.key] = policy_for(parts.policy_resolver, revision.key)
                 if revision.seal is None:
                     announce()
                     sealed = await access.copies.seal(revision.payload, context=_IN)

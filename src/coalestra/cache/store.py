@@ -30,7 +30,12 @@ from itertools import islice
 from typing import Any, Final, Protocol, TypeVar, cast
 
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider, ObservationPolicy
+from coalestra.core.policies import (
+    FreshnessPolicy,
+    FreshnessPolicyProvider,
+    ObservationPolicy,
+    policy_for,
+)
 from coalestra.core.results import CacheStats, CacheWriteStatus
 from coalestra.core.values import Revision, SnapshotValue, number_of
 
@@ -534,7 +539,8 @@ class EntryStore:
             revision = self._entries.get(key)
             if revision is None:
                 continue
-            expired = now - revision.observed_at > policy_resolver.resolve(key).max_stale_seconds
+            longest = policy_for(policy_resolver, key).max_stale_seconds
+            expired = now - revision.observed_at > longest
             if expired or not self._currency.holds(revision):
                 self._expirations += expired
                 self._invalidations += not expired

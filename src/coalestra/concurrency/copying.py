@@ -36,7 +36,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.health import PayloadCopyHealth
-from coalestra.core.validation import callable_, flag, integer
+from coalestra.core.validation import flag, integer, plain_function
 from coalestra.core.values import SnapshotValue
 
 __all__ = ["PayloadCopier", "PayloadIsolator", "deepcopy_payload"]
@@ -79,7 +79,7 @@ class PayloadIsolator:
     """
 
     def __init__(self, copier: PayloadCopier | None = None) -> None:
-        callable_("copier", copier, optional=True)
+        plain_function("copier", copier, optional=True)
         self._copier: PayloadCopier = deepcopy_payload if copier is None else copier
 
     def __repr__(self) -> str:
@@ -210,7 +210,7 @@ class PayloadCopies:
             max_concurrency: the most copies in threads at a time.
             threads: the threads to use; by default those of whoever asks for a copy.
         """
-        callable_("payload_copier", copier, optional=True)
+        plain_function("payload_copier", copier, optional=True)
         if run_in_thread is not None:
             flag("run_payload_copies_in_thread", run_in_thread)
         self.component = component

@@ -17,8 +17,8 @@ from typing import Any, final
 
 from coalestra.core.frozen import FREE_THREADED, draft_of, immutable, refuse_subclass
 from coalestra.core.validation import (
-    callable_,
     instance,
+    plain_function,
     readable,
     refusal,
     shown,
@@ -73,7 +73,7 @@ class KeyNormalizer:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            callable_(field.name, getattr(self, field.name))
+            plain_function(field.name, getattr(self, field.name))
 
     def normalize_namespace(self, value: str) -> str:
         """Return the normal form of a namespace; `TypeError` unless it is a string."""

@@ -12,13 +12,13 @@ from typing import Any, Generic, Protocol, TypeVar
 from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import (
-    callable_,
     choice,
     flag,
     instance,
     integer,
     mapping,
     number,
+    plain_function,
     span,
     text,
 )
@@ -51,7 +51,7 @@ class KeyedPolicies(Generic[K, P]):
         self._kind: type[P] = kind
         self.default: P = instance("default", default, kind)
         self.overrides: Mapping[K, P] = FrozenDict(mapping("overrides", overrides, optional=True))
-        self.dynamic = callable_("dynamic", dynamic, optional=True)
+        self.dynamic = plain_function("dynamic", dynamic, optional=True)
         for key, policy in self.overrides.items():
             instance(f"overrides[{self._named(key)}]", policy, kind)
 
@@ -81,9 +81,14 @@ class KeyedPolicies(Generic[K, P]):
 
 
 def policy_of_all(policies: object) -> Any:
-    """Return the policy that all keys have in common by these policies; None if they may differ."""
+    """Return the policy that all keys have in common by these policies; None if they may differ.
+
+    Those of a class of the application's, which answers in another way, may.
+    """
     kind = type(policies)
     if getattr(kind, "resolve", None) is not KeyedPolicies.resolve:
+        return None
+    if getattr(kind, "rank_for", _rank_for) is not _rank_for:
         return None
     keyed: Any = policies
     return None if keyed.overrides or keyed.dynamic is not None else keyed.default
@@ -162,9 +167,11 @@ class FreshnessPolicy:
 
 
 def quiet_seconds(policy: FreshnessPolicy) -> float:
-    """Return up to which age a value is fresh and nothing is due; negative if something is."""
+    """Return up to which age a value is fresh and nothing is due; negative if something may be."""
     if policy.refresh_mode is not RefreshMode.REFRESH_AHEAD:
         return policy.ttl_seconds
+    if type(policy) is not FreshnessPolicy:
+        return -math.inf  # one of the application's may say in another way what is due
     due = policy.ttl_seconds - policy.refresh_ahead_seconds
     return math.nextafter(due, -math.inf) if due > 0 else -math.inf
 
@@ -233,6 +240,11 @@ class FreshnessPolicyProvider(Protocol):
 
     def resolve(self, key: ResourceKey) -> FreshnessPolicy:
         """Return the policy of ``key``."""
+
+
+def policy_for(policies: FreshnessPolicyProvider, key: ResourceKey) -> FreshnessPolicy:
+    """Return the policy of ``key``; raises what it raises, or `TypeError` if that is none."""
+    return instance("policy", policies.resolve(key), FreshnessPolicy)
 
 
 def quiet_ages(
@@ -330,6 +342,11 @@ class AuthorityPolicyProvider(Protocol):
         """Return the rank of the source of this name, for ``key``."""
 
 
+def rank_of(authority: AuthorityPolicyProvider, key: ResourceKey, source: str) -> int:
+    """Return the rank of a source for ``key``; raises as `policy_for` does."""
+    return integer("rank", authority.rank_for(key, source))
+
+
 _NO_RULES = SourceAuthorityPolicy()
 
 
@@ -359,8 +376,11 @@ class AuthorityPolicyResolver(KeyedPolicies[ResourceKey, SourceAuthorityPolicy])
     @property
     def has_rules(self) -> bool:
         """Whether any value can have another rank than 0."""
-        return bool(self.overrides) or self.dynamic is not None or self.default != _NO_RULES
+        return bool(policy_of_all(self) != _NO_RULES)
 
     def rank_for(self, key: ResourceKey, source: str) -> int:
         """Return the rank of the source of this name, for ``key``."""
         return self.resolve(key).rank_for(source)
+
+
+_rank_for = AuthorityPolicyResolver.rank_for

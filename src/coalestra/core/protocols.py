@@ -11,6 +11,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.results import CacheLookup, CacheWriteResult
 from coalestra.core.snapshot import FetchContext, Snapshot
+from coalestra.core.validation import number
 from coalestra.core.values import SnapshotValue, SourcePayload
 
 __all__ = [
@@ -44,6 +45,7 @@ def now_of(clock: Clock) -> float:
     """Return the wall-clock time in seconds since the epoch, as a clock of somebody else's says.
 
     Raises:
+        TypeError: the clock says something that is neither an int nor a float.
         ValueError: the clock says NaN or infinity; values would be of that date for ever.
     """
     return _believed("now", clock.now())
@@ -53,12 +55,15 @@ def monotonic_of(clock: Clock) -> float:
     """Return the monotonic time in seconds, as a clock of somebody else's says.
 
     Raises:
+        TypeError: the clock says something that is neither an int nor a float.
         ValueError: the clock says NaN or infinity; circuits would be open for ever.
     """
     return _believed("monotonic", clock.monotonic())
 
 
 def _believed(method: str, seconds: float) -> float:
+    if type(seconds) is not float:
+        number(f"{method}() of the clock", seconds)
     if not math.isfinite(seconds):
         raise ValueError(
             f"{method}() of the clock must be a finite number of seconds, got {seconds!r}; let it "

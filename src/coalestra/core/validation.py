@@ -7,11 +7,13 @@ name of the parameter, the rule, what was given, and the remedy where there is o
 from __future__ import annotations
 
 import enum
+import inspect
 import math
 import reprlib
 from binascii import crc32
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from coalestra.core.frozen import EMPTY
@@ -202,6 +204,23 @@ def callable_(name: str, value: T, *, optional: bool = False) -> T:
     raise wrong_type(name, "a callable or None" if optional else "a callable", value)
 
 
+def plain_function(name: str, value: T, *, optional: bool = False) -> T:
+    """Return something that can be called and answers at once, or None if that is allowed."""
+    callable_(name, value, optional=optional)
+    if value is not None and is_coroutine_function(value):
+        raise wrong_type(name, "a plain function", value, "it must answer without waiting")
+    return value
+
+
+def is_coroutine_function(function: Any) -> bool:
+    """Whether calling ``function`` only makes a coroutine, so that it has not answered yet."""
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        type(function).__call__
+    )
+
+
 def concealed(record: Any, *payloads: str) -> str:
     """Return the ``repr`` of a dataclass that tells of some fields no more than their type.
 
@@ -215,14 +234,22 @@ def concealed(record: Any, *payloads: str) -> str:
     return f"{type(record).__qualname__}({', '.join(texts)})"
 
 
-def require_methods(name: str, value: object, *methods: str, optional: bool = False) -> None:
-    """Raise `TypeError` unless ``value`` has methods of these names, or is None if allowed."""
+def require_methods(
+    name: str, value: object, *methods: str, optional: bool = False, plain: bool = False
+) -> None:
+    """Raise `TypeError` unless ``value`` has methods of these names, or is None if allowed.
+
+    Those that are ``plain`` answer at once: no coroutine function will do.
+    """
     for method in () if value is None and optional else methods:
-        if not callable(getattr(value, method, None)):
+        found = getattr(value, method, None)
+        if not callable(found):
             raise TypeError(
                 f"{name} must have a method {method}(), got {type(value).__name__}; give an object "
                 f"with {' and '.join(methods)}"
             )
+        if plain:
+            plain_function(f"{method}() of {name}", found)
 
 
 def choice(name: str, value: object, kind: type[E]) -> E:

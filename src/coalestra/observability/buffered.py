@@ -189,7 +189,7 @@ class BufferedEventSink(BufferedSink[EventSink, EventRecord]):
         max_pending: int = DEFAULT_MAX_PENDING,
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
-        require_methods("downstream", downstream, "emit")
+        require_methods("downstream", downstream, "emit", plain=True)
 
         def replay(record: EventRecord) -> None:
             downstream.emit(record.event_type, **record.payload)
@@ -221,7 +221,7 @@ class BufferedMetricsSink(BufferedSink[MetricsSink, MetricRecord]):
         max_pending: int = DEFAULT_MAX_PENDING,
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
-        require_methods("downstream", downstream, "increment", "observe")
+        require_methods("downstream", downstream, "increment", "observe", plain=True)
 
         def replay(record: MetricRecord) -> None:
             getattr(downstream, record.operation)(record.metric, record.value, **record.labels)

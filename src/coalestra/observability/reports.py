@@ -577,8 +577,8 @@ class ObservabilitySinks:
             flag("buffer_observability", buffer)
         self.metrics: MetricsSink = NullMetrics() if metrics is None else metrics
         self.events: EventSink = NullEventSink() if events is None else events
-        require_methods("metrics", self.metrics, "increment", "observe")
-        require_methods("events", self.events, "emit")
+        require_methods("metrics", self.metrics, "increment", "observe", plain=True)
+        require_methods("events", self.events, "emit", plain=True)
         self.buffers: dict[str, Buffer] = {}
         self.owned: dict[str, Buffer] = {}
         self.log = self.sink_log = ChangeLog()

@@ -76,8 +76,8 @@ def _one_of(kind: type[Any]) -> Any:
     return ruled(None, instance, kind, optional=True)
 
 
-def _with_methods(*methods: str) -> Any:
-    return ruled(None, require_methods, *methods, optional=True)
+def _with_methods(*methods: str, plain: bool = True) -> Any:
+    return ruled(None, require_methods, *methods, optional=True, plain=plain)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Collaborators:
     policy_resolver: PolicyResolver | None = _with_methods("resolve")
     authority_policy: SourceAuthorityPolicy | None = _one_of(SourceAuthorityPolicy)
     authority_resolver: AuthorityPolicyResolver | None = _one_of(AuthorityPolicyResolver)
-    cache: AsyncCache | None = _with_methods("get", "set", "invalidate", "clear")
+    cache: AsyncCache | None = _with_methods("get", "set", "invalidate", "clear", plain=False)
     retry_policy: RetryPolicy | None = _one_of(RetryPolicy)
     circuit_breaker: CircuitBreaker | None = _one_of(CircuitBreaker)
     default_resilience: SourceResiliencePolicy | None = _one_of(SourceResiliencePolicy)

@@ -80,7 +80,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all
+from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import (
@@ -1120,7 +1120,7 @@ class Call:
                 parts.copies.seal_metadata_now(metadata, context=link.context)
                 if metadata
                 else EMPTY,
-                parts.authority.rank_for(flight.key, link.name) if rank is None else rank,
+                rank_of(parts.authority, flight.key, link.name) if rank is None else rank,
                 self.rests_on,
                 () if gather is None else gather.revisions(),
                 dated,

@@ -42,7 +42,7 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import EMPTY
 from coalestra.core.health import FlightSnapshot
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.policies import FreshnessPolicy, rank_of
 from coalestra.core.protocols import Lease
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
@@ -854,7 +854,7 @@ def absence_stands(flight: Flight, parts: Parts) -> bool:
         return False
     if held is None:
         return True
-    ranks = [parts.authority.rank_for(flight.key, denier.source) for denier in flight.failures]
+    ranks = [rank_of(parts.authority, flight.key, denier.source) for denier in flight.failures]
     newer = flight.began and held.began > flight.began
     return held.authority_rank <= max(ranks) and not newer
 

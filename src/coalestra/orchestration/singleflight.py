@@ -40,10 +40,10 @@ from coalestra.core.errors import (
     described,
 )
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_of_all
+from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_for, policy_of_all
 from coalestra.core.results import CacheWriteStatus
 from coalestra.core.trace import Obtained, WaitReason
-from coalestra.core.validation import flag, instance, span
+from coalestra.core.validation import flag, span
 from coalestra.core.values import Revision
 from coalestra.orchestration.calls import Call, Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
@@ -333,7 +333,7 @@ class SingleFlight:
     def _policy(self, gather: Gather, key: ResourceKey) -> FreshnessPolicy | None:
         """Return the policy of a key; if there is none to be had, the key fails."""
         try:
-            return instance("policy", self.parts.policies.resolve(key), FreshnessPolicy)
+            return policy_for(self.parts.policies, key)
         except BaseException as error:
             gather.failures[key] = Failure.of_error(key, error, "freshness policy")
             pass_on(error)

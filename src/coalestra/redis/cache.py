@@ -215,7 +215,7 @@ class RedisCache:
         self._most_bytes = integer("max_value_bytes", max_value_bytes, minimum=1)
         self._longest_ms = int(number("max_lifetime_seconds", max_lifetime_seconds, above=0) * 1000)
         self._codec: ValueCodec = MessagePackCodec(models) if codec is None else codec
-        require_methods("codec", self._codec, "encode", "decode")
+        require_methods("codec", self._codec, "encode", "decode", plain=True)
         used = Redis.from_url(client) if isinstance(client, str) else client
         if not isinstance(used, (Redis, RedisCluster)):
             raise wrong_type(

@@ -29,7 +29,7 @@ from msgspec.msgpack import Decoder, Encoder, Ext
 from coalestra.core.errors import CoalestraError
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.serialization import qualified_type
-from coalestra.core.validation import callable_, instance, text
+from coalestra.core.validation import instance, plain_function, text
 
 # What can go wrong -------------------------------------------------------------------------------
 
@@ -83,8 +83,8 @@ class Model:
     def __post_init__(self) -> None:
         instance("kind", self.kind, type)
         text("name", self.name)
-        callable_("dump", self.dump)
-        callable_("load", self.load)
+        plain_function("dump", self.dump)
+        plain_function("load", self.load)
 
     @classmethod
     def of(cls, kind: type[Any]) -> Model:

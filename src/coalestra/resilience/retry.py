@@ -16,7 +16,14 @@ from coalestra.core.errors import (
     SourceQueueTimeoutError,
     SourceUnavailableError,
 )
-from coalestra.core.validation import check_fields, integer, number, ruled, wrong_type
+from coalestra.core.validation import (
+    check_fields,
+    integer,
+    is_coroutine_function,
+    number,
+    ruled,
+    wrong_type,
+)
 
 __all__ = ["TRANSIENT_ERRORS", "RetryPolicy"]
 
@@ -111,7 +118,7 @@ def _checked(retry_on: Any) -> Any:
     if all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
         return kinds if several else retry_on
     plain = callable(retry_on) and not isinstance(retry_on, type)
-    if retry_on is None or (plain and not inspect.iscoroutinefunction(retry_on)):
+    if retry_on is None or (plain and not is_coroutine_function(retry_on)):
         return retry_on
     rule = "a subclass of Exception, several of them, or a plain function of the error"
     raise wrong_type("retry_on", rule, retry_on)
