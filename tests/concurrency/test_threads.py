@@ -19,11 +19,11 @@ from coalestra.concurrency.threads import (
     Job,
     WorkerThreads,
     current_threads,
-    jobs_in_flight,
     threads_of_context,
 )
 from tests.support import ThreadGate, drop, settle
 from tests.support.strikes import at_every_line
+from tests.support.thread_watch import library_jobs
 
 pytestmark = pytest.mark.concurrency
 
@@ -419,13 +419,13 @@ async def test_the_threads_of_a_context_are_those_set_in_it(threads: WorkerThrea
 async def test_jobs_in_flight_counts_all_threads_of_the_process(threads: WorkerThreads) -> None:
     """Whoever they belong to."""
     gate, other = ThreadGate(), WorkerThreads()
-    before = jobs_in_flight()
+    before = library_jobs()
     calls = [asyncio.create_task(each.run(gate.pass_)) for each in (threads, other)]
     await settle()
-    assert jobs_in_flight() == before + 2
+    assert library_jobs() == before + 2
     gate.open()
     await asyncio.gather(*calls)
-    assert jobs_in_flight() == before
+    assert library_jobs() == before
     other.close()
 
 

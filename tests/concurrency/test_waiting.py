@@ -45,11 +45,15 @@ async def test_every_waiter_is_woken_once() -> None:
 async def test_the_longest_waiting_is_woken_first() -> None:
     """Order of arrival is forced here, whatever order the loop runs tasks in."""
     queue = WaitQueue()
-    first, second = queue.enqueue(), queue.enqueue()
+    first = asyncio.create_task(queue.wait(nothing))
+    await settle()
+    second = asyncio.create_task(queue.wait(nothing))
+    await settle()
     queue.wake_next()
+    await settle()
     assert (first.done(), second.done()) == (True, False)
     queue.wake_next()
-    assert second.done()
+    await second
 
 
 async def test_a_cancelled_waiter_is_passed_over_in_the_very_step_of_its_cancellation() -> None:
@@ -92,26 +96,16 @@ async def test_a_waiter_cancelled_before_it_was_woken_leaves_without_giving_back
     assert (len(queue), given_back) == (0, [])
 
 
-async def test_wake_all_wakes_everybody_and_counts_them() -> None:
+async def test_refused_waiters_get_an_exception_each() -> None:
     """Those cancelled meanwhile do not count."""
-    queue = WaitQueue()
+    queue, errors = WaitQueue(), [LookupError("closed") for _ in range(3)]
     tasks = [asyncio.create_task(queue.wait(nothing)) for _ in range(3)]
     await settle()
     tasks[1].cancel()
-    assert queue.wake_all() == 2
-    await asyncio.wait(tasks)
-    assert [task.cancelled() for task in tasks].count(True) == 1
-
-
-async def test_refused_waiters_get_an_exception_each() -> None:
-    """One shared exception would collect the tracebacks of all."""
-    queue = WaitQueue()
-    tasks = [asyncio.create_task(queue.wait(nothing)) for _ in range(3)]
-    await settle()
-    assert queue.refuse_all(lambda: LookupError("closed")) == 3
-    errors = await asyncio.gather(*tasks, return_exceptions=True)
-    assert len(set(map(id, errors))) == 3
-    assert all(isinstance(error, LookupError) for error in errors)
+    assert [queue.wake_next(error) for error in errors] == [True, True, False]
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [each for each in ends if isinstance(each, LookupError)] in (errors[:2], errors[1::-1])
+    assert isinstance(ends[1], asyncio.CancelledError)
 
 
 async def test_a_waiter_refused_and_cancelled_in_one_step_is_cancelled_and_gives_nothing_back() -> (
@@ -121,7 +115,7 @@ async def test_a_waiter_refused_and_cancelled_in_one_step_is_cancelled_and_gives
     queue, given_back = WaitQueue(), []
     task = asyncio.create_task(queue.wait(lambda: given_back.append(1)))
     await settle()
-    queue.refuse_all(lambda: LookupError("closed"))
+    queue.wake_next(LookupError("closed"))
     task.cancel()
     assert await ended_cancelled(task)
     assert given_back == []
@@ -171,17 +165,22 @@ def test_a_woken_waiter_whose_coroutine_is_dropped_gives_its_turn_back() -> None
 async def test_its_repr_tells_how_many_wait() -> None:
     """Every stateful object can be looked into."""
     queue = WaitQueue()
-    queue.enqueue()
+    task = asyncio.create_task(queue.wait(nothing))
+    await settle()
     assert repr(queue) == "<WaitQueue waiting=1>"
+    queue.wake_next()
+    await task
 
 
 async def test_leaving_ten_thousand_waiters_from_the_front_is_linear() -> None:
     """A queue that searched for each leaver would need a hundred million steps here."""
     queue = WaitQueue()
-    waiters = [queue.enqueue() for _ in range(10_000)]
-    for waiter in waiters:
-        waiter.cancel()
-        queue.leave(waiter)
+    waits = [queue.wait(nothing) for _ in range(10_000)]
+    for wait in waits:
+        wait.send(None)
+    assert len(queue) == 10_000
+    for wait in waits:
+        wait.close()
     assert not queue
 
 
@@ -190,9 +189,11 @@ async def test_any_thread_may_count_who_waits_while_others_come_and_go() -> None
 
     class Restless(asyncio.Future[None]):
         def done(self) -> bool:
-            queue.leave(queue.enqueue())  # as another thread may meanwhile
+            wait = queue.wait(nothing)
+            wait.send(None)  # as another thread may meanwhile
+            wait.close()
             return super().done()
 
     queue._waiters[Restless()] = None
-    queue.enqueue()
+    queue._waiters[asyncio.get_running_loop().create_future()] = None
     assert len(queue) == 2

@@ -76,7 +76,8 @@ def threads_held() -> list[str]:
 def library_jobs() -> int:
     """How many calls the library's own worker threads have accepted and not yet reported."""
     module = sys.modules.get("coalestra.concurrency.threads")
-    return 0 if module is None else int(module.jobs_in_flight())
+    every = () if module is None else tuple(module._instances)
+    return sum(sum(threads.busy.values()) for threads in every)
 
 
 class ThreadWatch:

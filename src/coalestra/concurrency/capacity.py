@@ -46,69 +46,39 @@ class WaitQueue:
 
     def __len__(self) -> int:
         """Count the waiters that can still be woken."""
-        return sum(
-            not waiter.done() for waiter in tuple(self._waiters)
-        )  # in one step, for any thread
-
-    def __bool__(self) -> bool:
-        return any(not waiter.done() for waiter in self._waiters)
+        return sum(not each.done() for each in tuple(self._waiters))  # a copy, for any thread
 
     def __repr__(self) -> str:
         return f"<WaitQueue waiting={len(self)}>"
 
-    def enqueue(self) -> asyncio.Future[None]:
-        """Put a new waiter at the end; whoever awaits it must `leave` if the wait is broken off."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters[waiter] = None
-        return waiter
-
-    def leave(self, waiter: asyncio.Future[None]) -> bool:
-        """Take a waiter out; return whether it had been woken, so that its turn must go on."""
-        if waiter in self._waiters:
-            del self._waiters[waiter]
-            return False
-        return waiter.done() and not waiter.cancelled() and waiter.exception() is None
-
     async def wait(self, give_back: Callable[[], object]) -> None:
         """Wait for one's turn.
 
-        Args:
-            give_back: called when the turn came but the task was cancelled (or dropped) before it
-                could go on; it must hand the turn to the next.
+        ``give_back`` is called when the turn came but the task was cancelled (or dropped) before it
+        could go on; it must hand the turn to the next.
         """
-        waiter = self.enqueue()
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = None
         try:
             await waiter
         except BaseException:
-            if self.leave(waiter):
+            if waiter in self._waiters:
+                del self._waiters[waiter]
+            elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 give_back()
             raise
 
-    def wake_next(self) -> bool:
-        """Wake the longest waiting; return whether there was anyone to wake."""
+    def wake_next(self, error: Exception | None = None) -> bool:
+        """Wake the longest waiting, with an ``error`` of its own; return whether there was any."""
         while self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
             if can_be_woken(waiter):
-                waiter.set_result(None)
+                if error is None:
+                    waiter.set_result(None)
+                else:
+                    waiter.set_exception(error)
                 return True
         return False
-
-    def wake_all(self) -> int:
-        """Wake everybody; return how many there were."""
-        woken = 0
-        while self.wake_next():
-            woken += 1
-        return woken
-
-    def refuse_all(self, make_error: Callable[[], Exception]) -> int:
-        """End every wait with an exception of its own; return how many there were."""
-        refused = 0
-        while self._waiters:
-            waiter, _ = self._waiters.popitem(last=False)
-            if can_be_woken(waiter):
-                waiter.set_exception(make_error())
-                refused += 1
-        return refused
 
 
 def can_be_woken(waiter: asyncio.Future[None]) -> bool:
@@ -278,9 +248,7 @@ class CapacityController:
         Leases from before keep to the limits of before, so that none of them frees a slot twice.
         """
         self._global = CapacityLimiter(self._global.limit)
-        self._sources = {
-            source: CapacityLimiter(limiter.limit) for source, limiter in self._sources.items()
-        }
+        self._sources = {name: CapacityLimiter(own.limit) for name, own in self._sources.items()}
         self._leases = {}
 
     def try_acquire(self, source: str) -> CapacityLease | None:
@@ -333,9 +301,8 @@ class CapacityController:
 
     def view(self) -> dict[str, CapacitySnapshot]:
         """Return the present figures by source name; the global ones under ``__global__``."""
-        figures = {GLOBAL: self._global.view()}
-        figures.update((name, limiter.view()) for name, limiter in self._sources.items())
-        return figures
+        limiters = {GLOBAL: self._global, **self._sources}
+        return {name: limiter.view() for name, limiter in limiters.items()}
 
     def holders(self) -> dict[str, int]:
         """Return how many leases each source holds, by its name, the most first.

@@ -146,11 +146,6 @@ OFFLOADED: Final = object()
 _SHARED = Seal.SHARED
 
 
-def _sealer_by(copier: PayloadCopier, *, brief: bool) -> Callable[[Any], Sealed]:
-    seal = Seal("custom", copier, brief=brief)
-    return lambda value: (copier(value), seal)
-
-
 class SealedMetadata(FrozenDict[str, Any]):
     """Metadata kept by the library that holds something mutable: each reader needs a copy."""
 
@@ -181,10 +176,18 @@ class _Spell:
 class PayloadCopies:
     """All copying of one component: what is brief happens at once, the rest in bounded threads.
 
-    Attributes:
+    What cannot be copied raises `PayloadIsolationError`, which names its type and the ``context``,
+    and whatever needs a copy after ``close`` raises `PayloadCopySubsystemClosedError`.
+
+    Args:
         component: the name in errors and health.
-        run_in_thread: whether threads are used where copying takes long.
-        max_concurrency: how many threads copy at a time.
+        copier: replaces the default copier, for every payload (not for metadata).
+        run_in_thread: True always, False never, None where it takes long (with a ``copier``
+            of one's own: never). Immutable payloads need no copy and so no thread.
+        max_concurrency: the most copies in threads at a time.
+        threads: the threads to use; by default those of whoever asks for a copy.
+
+    Attributes:
         uses_default_copier: False if the application brought its own.
         active: how many copies are in threads at this moment.
         closed: whether new copies are refused.
@@ -200,20 +203,10 @@ class PayloadCopies:
         max_concurrency: int = 4,
         threads: WorkerThreads | None = None,
     ) -> None:
-        """Copy for ``component``.
-
-        Args:
-            component: a name.
-            copier: replaces the default copier, for every payload (not for metadata).
-            run_in_thread: True always, False never, None where it takes long (with a ``copier``
-                of one's own: never). Immutable payloads need no copy and so no thread.
-            max_concurrency: the most copies in threads at a time.
-            threads: the threads to use; by default those of whoever asks for a copy.
-        """
         plain_function("payload_copier", copier, optional=True)
         if run_in_thread is not None:
             flag("run_payload_copies_in_thread", run_in_thread)
-        self.component = component
+        self.component: str = component
         self.max_concurrency: int = integer("max_copy_concurrency", max_concurrency, minimum=1)
         self.uses_default_copier: bool = copier is None or copier is deepcopy_payload
         self.run_in_thread: bool = (
@@ -221,10 +214,11 @@ class PayloadCopies:
         )
         self.active: int = 0
         self.closed: bool = False
-        self._copier = None if self.uses_default_copier else copier
+        self._copier: PayloadCopier | None = None
         self._sealer: Callable[[Any], Sealed] = seal_anyhow
-        if self._copier is not None:
-            self._sealer = _sealer_by(self._copier, brief=not self.run_in_thread)
+        if copier is not None and not self.uses_default_copier:
+            seal, self._copier = Seal("custom", copier, brief=not self.run_in_thread), copier
+            self._sealer = lambda value: (copier(value), seal)
         self._always_threads = run_in_thread is True
         self.is_direct: bool = self.uses_default_copier and not self._always_threads
         self._threads = threads
@@ -251,9 +245,7 @@ class PayloadCopies:
     def seal_now(self, value: Any, *, context: str) -> Sealed | None:
         """Seal a payload without waiting; None if it takes ``await seal(...)``.
 
-        Raises:
-            PayloadIsolationError: if the payload cannot be copied; says ``context``.
-            PayloadCopySubsystemClosedError: after ``close``, for immutable payloads too.
+        Closed, it refuses immutable payloads too.
         """
         if self.is_direct:
             sealed = seal_flat(value)
@@ -274,12 +266,7 @@ class PayloadCopies:
         return sealed
 
     def open_now(self, payload: Any, seal: Seal, *, context: str) -> Any:
-        """Return one reader's copy of a sealed payload; ``OFFLOADED`` if it takes ``await open``.
-
-        Raises:
-            PayloadIsolationError: if the payload cannot be copied; says ``context``.
-            PayloadCopySubsystemClosedError: after ``close``.
-        """
+        """Return one reader's copy of a sealed payload; `OFFLOADED` if it takes ``await open``."""
         if seal is _SHARED:
             return payload
         if self.is_direct and seal.brief:
@@ -295,11 +282,7 @@ class PayloadCopies:
         return self._copied(self._copier or seal.opener, payload, context)
 
     def open_here(self, payload: Any, seal: Seal, *, context: str) -> Any:
-        """Return one reader's copy of a sealed payload without a thread, however long it takes.
-
-        Raises:
-            PayloadIsolationError, PayloadCopySubsystemClosedError: as `open_now`.
-        """
+        """Return one reader's copy of a sealed payload without a thread, however long it takes."""
         if seal is _SHARED:
             return payload
         self._require_open()
@@ -308,11 +291,7 @@ class PayloadCopies:
     def seal_metadata_now(
         self, metadata: Mapping[str, Any], *, context: str
     ) -> FrozenDict[str, Any]:
-        """Return metadata to keep. It is small by nature, so this never takes a thread.
-
-        Raises:
-            PayloadIsolationError: if a value cannot be copied; says ``context``.
-        """
+        """Return metadata to keep. It is small by nature, so this never takes a thread."""
         if not metadata:
             return EMPTY
         payload, seal = self._copied(seal_anyhow, dict(metadata), context)
@@ -321,11 +300,7 @@ class PayloadCopies:
     def open_metadata_now(
         self, metadata: FrozenDict[str, Any], *, context: str
     ) -> FrozenDict[str, Any]:
-        """Return one reader's copy of metadata that ``seal_metadata_now`` returned.
-
-        Raises:
-            PayloadIsolationError: if a value cannot be copied; says ``context``.
-        """
+        """Return one reader's copy of metadata that ``seal_metadata_now`` returned."""
         if type(metadata) is FrozenDict:
             return metadata
         return FrozenDict(self._copied(deepcopy_payload, dict(metadata), context))
@@ -348,23 +323,15 @@ class PayloadCopies:
     async def seal(self, value: Any, *, context: str, deadline: Deadline | None = None) -> Sealed:
         """Seal a payload in a thread: one that ``seal_now`` returned None for.
 
-        Raises:
-            PayloadIsolationError: if the payload cannot be copied; says ``context``.
-            SnapshotDeadlineExceededError: if ``deadline`` comes first.
-            PayloadCopySubsystemClosedError: if closed before the copy began.
+        Raises `SnapshotDeadlineExceededError` if ``deadline`` comes first.
         """
         return await self._in_thread(self._sealer, value, context, deadline)
 
     async def open(
         self, payload: Any, seal: Seal, *, context: str, deadline: Deadline | None = None
     ) -> Any:
-        """Open a payload in a thread: one that ``open_now`` returned ``OFFLOADED`` for.
-
-        Raises:
-            what `seal` raises.
-        """
-        copier = self._copier or seal.opener
-        return await self._in_thread(copier, payload, context, deadline)
+        """Open a payload in a thread, as `seal` does: one that ``open_now`` has not opened."""
+        return await self._in_thread(self._copier or seal.opener, payload, context, deadline)
 
     async def _in_thread(
         self, copier: Callable[[Any], T], value: Any, context: str, deadline: Deadline | None
@@ -390,20 +357,17 @@ class PayloadCopies:
         if self.active < self.max_concurrency:
             self.active += 1
         else:
-            await self._wait_for_slot()
+            clock = asyncio.get_running_loop().time
+            began = clock()
+            self._peak_waiting = max(self._peak_waiting, len(self._slots) + 1)
+            try:
+                await self._slots.wait(self._release)
+            finally:
+                self._waits.add(clock() - began)
             if self.closed:
                 self._release()
                 self._require_open()
         self._peak_active = max(self._peak_active, self.active)
-
-    async def _wait_for_slot(self) -> None:
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        self._peak_waiting = max(self._peak_waiting, len(self._slots) + 1)
-        try:
-            await self._slots.wait(self._release)
-        finally:
-            self._waits.add(clock() - began)
 
     async def _ended(self, work: Callable[[], T]) -> Job[T]:
         """Use the slot that was taken for one piece of work, and wait for its end."""
@@ -440,8 +404,8 @@ class PayloadCopies:
         """Hand the slot on, or put it back and tell those who wait for the end."""
         if not self._slots.wake_next():
             self.active -= 1
-            if not self.active:
-                self._drainers.wake_all()
+            while not self.active and self._drainers.wake_next():
+                pass
 
     def _late(self, deadline: Deadline, has_slot: bool) -> SnapshotDeadlineExceededError:
         self._timeouts += 1
@@ -490,17 +454,14 @@ class PayloadCopies:
         """Refuse new copies, and everybody who still waits for a thread."""
         self.is_direct = False
         self.closed = True
-        self._slots.refuse_all(self._closed)
+        while self._slots.wake_next(self._closed()):
+            pass
 
     async def drain(self, timeout_seconds: float | None) -> int:
         """Wait until no copy runs, for ``timeout_seconds`` at most; return how many still do."""
-        if not self.active:
-            return 0
-        when = None
-        if timeout_seconds is not None:
-            when = asyncio.get_running_loop().time() + timeout_seconds
+        loop = asyncio.get_running_loop()
         try:
-            with CutOff(when):
+            with CutOff(None if timeout_seconds is None else loop.time() + timeout_seconds):
                 while self.active:
                     await self._drainers.wait(lambda: None)  # there is nothing to hand on
         except CutOffExpired:

@@ -27,7 +27,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from coalestra._lockfree import LONGEST_WAIT_SECONDS
@@ -152,8 +151,8 @@ class WorkerThreads:
     """
 
     def __init__(self, *, idle_seconds: float = 10.0) -> None:
-        self.idle_seconds: float = number("idle_seconds", idle_seconds, minimum=0)
-        self.wait_seconds: float = min(self.idle_seconds, LONGEST_WAIT_SECONDS)
+        number("idle_seconds", idle_seconds, minimum=0)
+        self.wait_seconds: float = min(idle_seconds, LONGEST_WAIT_SECONDS)
         self.closed: bool = False
         self._let_go = False
         self._idle: dict[_Worker, None] = {}
@@ -169,7 +168,7 @@ class WorkerThreads:
     @property
     def busy(self) -> Mapping[str, int]:
         """How many calls are at work, by label; a call counts until its caller's loop knows."""
-        return MappingProxyType(dict(Counter(job.label for job in self._running.copy())))
+        return Counter(job.label for job in self._running.copy())
 
     @property
     def idle(self) -> int:
@@ -192,15 +191,9 @@ class WorkerThreads:
         function has ended, and only then raises `CancelledError`: whatever it holds around this
         call it holds for as long as the thread is at work.
 
-        Args:
-            function: what to run.
-            *arguments: what to call it with.
-            label: the name under which `busy` counts it; by default the function's own.
-            or_here: whether to call the function here where no thread can be had.
-
-        Raises:
-            RuntimeError: if the threads are closed, or no thread can be had.
-            BaseException: whatever the function raised.
+        ``label`` is the name under which `busy` counts it, by default the function's own;
+        ``or_here`` lets the function be called here where no thread can be had. Raises RuntimeError
+        if the threads are closed, or no thread can be had, or whatever the function raised.
         """
         label = label or getattr(function, "__qualname__", type(function).__qualname__)
         job = self.start(partial(function, *arguments), label, or_here=or_here)
@@ -237,10 +230,8 @@ class WorkerThreads:
     ) -> Job[R]:
         """Have a call made in a thread, in a copy of the caller's context, and return at once.
 
-        `on_end` is called once, when the call has ended.
-
-        Raises:
-            RuntimeError: as `run`; `on_end` is not called then.
+        `on_end` is called once, when the call has ended. Raises RuntimeError as `run`; then
+        `on_end` is not called.
         """
         if self.closed:
             raise RuntimeError("these worker threads are closed; no more work is accepted")
@@ -248,15 +239,12 @@ class WorkerThreads:
         try:
             self._running[job] = None
             self._hand_over(job)
-        except RuntimeError:
-            if not or_here:
+        except BaseException as error:
+            if not or_here or not isinstance(error, RuntimeError):
                 self._running.pop(job, None)
                 raise
             job.make()
             job.end()
-        except BaseException:
-            self._running.pop(job, None)
-            raise
         return job
 
     def _hand_over(self, job: Job[Any]) -> None:
@@ -304,11 +292,6 @@ class WorkerThreads:
 
 
 _instances: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
-
-
-def jobs_in_flight() -> int:
-    """Count the calls at work in all worker threads of the process."""
-    return sum(sum(threads.busy.values()) for threads in tuple(_instances))
 
 
 def _forget_all() -> None:
