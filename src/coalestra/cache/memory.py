@@ -80,20 +80,44 @@ async def open_value(
     copies: PayloadCopies,
     revision: Revision,
     context: str,
-    *,
-    age: float | None = None,
-    stale: bool = False,
+    now: float | None = None,
+    policy: FreshnessPolicy | None = None,
     from_cache: bool = False,
 ) -> SnapshotValue[Any]:
-    """Copy a revision out for one reader; as it was when it was fetched, without an ``age``."""
+    """Copy a revision out for one reader, as of ``now``; without that, as it was fetched."""
     payload = copies.open_now(revision.payload, revision.seal, context=context)
     if payload is OFFLOADED:
         payload = await copies.open(revision.payload, revision.seal, context=context)
-    metadata = copies.open_metadata_now(revision.metadata, context=context)
-    if age is None:
-        age = max(0.0, revision.fetched_at - revision.observed_at)
-    return revision.presented(payload, metadata, age, stale, from_cache)
+    return show_value(copies, revision, payload, context, now, policy, from_cache)
 
+
+def show_value(
+    copies: PayloadCopies,
+    revision: Revision,
+    payload: Any,
+    context: str,
+    now: float | None,
+    policy: FreshnessPolicy | None,
+    from_cache: bool,
+) -> SnapshotValue[Any]:
+    """Return what one reader gets around a copy of the payload; see ``open_value``."""
+    metadata = revision.metadata
+    if type(metadata) is not FrozenDict:
+        metadata = copies.open_metadata_now(metadata, context=context)
+    age = (revision.fetched_at if now is None else now) - revision.observed_at
+    stale = policy is not None and age > policy.ttl_seconds
+    return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)
+
+
+def lookup_of(value: SnapshotValue[Any] | None, now: float, policy: FreshnessPolicy) -> CacheLookup:
+    """Return the lookup of what a cache holds, judged at ``now``."""
+    if value is None:
+        return MISS
+    age = max(0.0, now - value.observed_at)
+    return CacheLookup(value, age <= policy.ttl_seconds, age <= policy.max_stale_seconds, age)
+
+
+MISS = CacheLookup(None, fresh=False, usable_stale=False)
 
 # The memory cache: an entry store behind the asynchronous cache protocols ------------------------
 
@@ -101,7 +125,6 @@ async def open_value(
 _READ = "cache read"
 _WRITE = "cache write"
 _PORTION = 500
-_MISS = CacheLookup(None, fresh=False, usable_stale=False)
 
 
 class AsyncMemoryCache:
@@ -162,7 +185,7 @@ class AsyncMemoryCache:
         """Look ``key`` up at ``now`` (wall seconds); the lookup is empty if nothing is usable."""
         self._told_now = validation.number("now", now)
         revision = self._store.find(key, now, policy)
-        return _MISS if revision is None else await self._lookup(revision, now, policy)
+        return MISS if revision is None else await self._lookup(revision, now, policy)
 
     async def get_many(
         self,
@@ -175,12 +198,12 @@ class AsyncMemoryCache:
         self._told_now = validation.number("now", now)
         wanted = {key: policies[key] for key in keys}
         find = self._store.find
-        found = {key: find(key, now, policy) for key, policy in wanted.items()}
-        lookups = dict.fromkeys(found, _MISS)
+        held = [find(key, now, policy) for key, policy in wanted.items()]
+        lookups = dict.fromkeys(wanted, MISS)
         pace = Pace()
-        for key, revision in found.items():
+        for (key, policy), revision in zip(wanted.items(), held, strict=True):
             if revision is not None:
-                lookups[key] = await self._lookup(revision, now, wanted[key])
+                lookups[key] = await self._lookup(revision, now, policy)
                 await pace.keep()
         return lookups
 
@@ -218,9 +241,7 @@ class AsyncMemoryCache:
         while outcomes:  # what was replaced is let go one by one
             status, current, previous = outcomes.pop()
             await pace.keep()
-            before = None
-            if previous is not None:
-                before = await open_value(self._copies, previous, _READ)
+            before = None if previous is None else await open_value(self._copies, previous, _READ)
             after = await open_value(self._copies, current, _READ)
             results[current.key] = CacheWriteResult(status, after, before)
         return results
@@ -311,12 +332,8 @@ class AsyncMemoryCache:
         await self.aclose_payload_copies()
 
     async def _lookup(self, revision: Revision, now: float, policy: FreshnessPolicy) -> CacheLookup:
-        age = max(0.0, now - revision.observed_at)
-        fresh = age <= policy.ttl_seconds
-        value = await open_value(
-            self._copies, revision, _READ, age=age, stale=not fresh, from_cache=True
-        )
-        return CacheLookup(value, fresh, age <= policy.max_stale_seconds, age)
+        value = await open_value(self._copies, revision, _READ, now, policy, from_cache=True)
+        return lookup_of(value, now, policy)
 
     async def _sealed(self, values: Collection[SnapshotValue[Any]]) -> dict[ResourceKey, Revision]:
         for value in values:

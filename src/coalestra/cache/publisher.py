@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 from coalestra.cache.access import CacheAccess
-from coalestra.cache.memory import close_copies
+from coalestra.cache.memory import close_copies, open_value, show_value
 from coalestra.cache.store import Listeners, Outcome, best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
@@ -92,7 +92,12 @@ class PublisherParts:
         if observed_at is None:
             observed_at = now
         elif observed_at > now:
-            self._judge_future(key, source, observed_at, now)
+            try:
+                judge_observation(observed_at, now, self.observation_policy)
+            except FutureObservation as rejection:
+                raise SourceProtocolError(
+                    f"{source} published {key.display} with a time in the future: {rejection}"
+                ) from rejection
             metadata = {**metadata, "clock_skew_seconds": observed_at - now}
         if metadata:
             told = copies.seal_metadata_now({**metadata, "published": True}, context=_IN)
@@ -103,76 +108,35 @@ class PublisherParts:
             told, rank, EMPTY, (), dated, number,
         )  # fmt: skip
 
-    def _judge_future(self, key: ResourceKey, source: str, observed_at: float, now: float) -> None:
-        try:
-            judge_observation(observed_at, now, self.observation_policy)
-        except FutureObservation as rejection:
-            raise SourceProtocolError(
-                f"{source} published {key.display} with a time in the future: {rejection}"
-            ) from rejection
 
-    def report(self, force: bool, offered: Revision, outcome: Outcome) -> None:
-        """Report what became of a revision."""
-        status, current, previous = outcome
-        if self.reporter is None:
-            return
-        if status is _STORED:
-            self.reporter.resource_published(offered, replaced=previous is not None, forced=force)
-        else:
-            self.reporter.resource_publish_ignored(offered, current, PublishStatus(status.value))
+def _report(reporter: Reporter, force: bool, offered: Revision, outcome: Outcome) -> None:
+    """Report what became of a revision."""
+    status, current, previous = outcome
+    if status is _STORED:
+        reporter.resource_published(offered, replaced=previous is not None, forced=force)
+    else:
+        reporter.resource_publish_ignored(offered, current, _told(status))
 
 
 # What became of an event, with copies of what is held now and was before -------------------------
+
+
+def _told(status: CacheWriteStatus) -> PublishStatus:
+    return _PUBLISHED if status is _STORED else PublishStatus(status.value)
 
 
 async def _result(
     copies: PayloadCopies, offered: Revision, outcome: Outcome, policy: FreshnessPolicy, now: float
 ) -> PublishResult:
     """Return the result of one event; its payloads are copied here and now, or in a thread."""
-    _, current, previous = outcome
-    earlier = None
-    payload = copies.open_now(current.payload, current.seal, context=_OUT)
+    status, current, previous = outcome
+    payload, before = copies.open_now(current.payload, current.seal, context=_OUT), None
     if payload is OFFLOADED:
         payload = await copies.open(current.payload, current.seal, context=_OUT)
     if previous is not None:
-        earlier = copies.open_now(previous.payload, previous.seal, context=_OUT)
-        if earlier is OFFLOADED:
-            earlier = await copies.open(previous.payload, previous.seal, context=_OUT)
-    return _told(copies, offered, outcome, (payload, earlier), policy, now)
-
-
-def _told(
-    copies: PayloadCopies,
-    offered: Revision,
-    outcome: Outcome,
-    payloads: Iterable[Any],
-    policy: FreshnessPolicy,
-    now: float,
-) -> PublishResult:
-    """Return the result of one event around copies of what is current, and of what was before."""
-    (status, current, previous), (payload, earlier) = outcome, payloads
-    before = None
-    if previous is not None:
-        before = _shown(copies, previous, earlier, policy, now)
-    value = _shown(copies, current, payload, policy, now, current is not offered)
-    return PublishResult(
-        _PUBLISHED if status is _STORED else PublishStatus(status.value), value, before
-    )
-
-
-def _shown(
-    copies: PayloadCopies,
-    revision: Revision,
-    payload: Any,
-    policy: FreshnessPolicy,
-    now: float,
-    from_cache: bool = True,
-) -> SnapshotValue[Any]:
-    metadata, age = revision.metadata, now - revision.observed_at
-    if type(metadata) is not FrozenDict:
-        metadata = copies.open_metadata_now(metadata, context=_OUT)
-    stale = age > policy.ttl_seconds
-    return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)
+        before = await open_value(copies, previous, _OUT, now, policy, True)
+    after = show_value(copies, current, payload, _OUT, now, policy, current is not offered)
+    return PublishResult(_told(status), after, before)
 
 
 class _Results(Mapping[ResourceKey, PublishResult]):
@@ -222,12 +186,17 @@ class _Results(Mapping[ResourceKey, PublishResult]):
         offered = self._offered[key]
         result = self._results[offered]
         if isinstance(result, tuple):
-            # Even if copying has been closed since it was published.
-            payloads = (each and each.seal.opener(each.payload) for each in result[1:])
-            policy = self._policy_of(key)
-            result = _told(self._copies, offered, result, payloads, policy, self._now)
-            self._results[offered] = result
+            status, current, previous = result
+            after = self._shown(current, offered)
+            before = None if previous is None else self._shown(previous, None)
+            result = self._results[offered] = PublishResult(_told(status), after, before)
         return result
+
+    def _shown(self, revision: Revision, offered: Revision | None) -> SnapshotValue[Any]:
+        """Copy a trifle, even if copying has been closed since it was published."""
+        payload, policy = revision.seal.opener(revision.payload), self._policy_of(revision.key)
+        stayed = revision is not offered
+        return show_value(self._copies, revision, payload, _OUT, self._now, policy, stayed)
 
     def __iter__(self) -> Iterator[ResourceKey]:
         return iter(self._offered)
@@ -380,7 +349,7 @@ class ResourcePublisher:
             return (await self._publish((key,), (revision,), now, force, replace_equal))[key]
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
         if parts.reporter is not None:
-            parts.report(force, revision, outcome)
+            _report(parts.reporter, force, revision, outcome)
         return await _result(parts.access.copies, revision, outcome, policy, now)
 
     async def publish_update(
@@ -509,7 +478,7 @@ class ResourcePublisher:
         policy_of = policies.__getitem__ if common is None else lambda _: common
         results = _Results(access.copies, best, policy_of, now, outcomes)
         del outcomes
-        report = None if parts.reporter is None else partial(parts.report, force)
+        report = None if parts.reporter is None else partial(_report, parts.reporter, force)
         await results.complete(report, pace)
         return results
 

@@ -36,7 +36,7 @@ import msgspec
 from redis.asyncio import Redis, RedisCluster
 
 from coalestra._endings import look_after
-from coalestra.cache.memory import revision_of
+from coalestra.cache.memory import MISS, lookup_of, revision_of
 from coalestra.cache.store import best_per_key, outdated_among, with_all_below
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.concurrency.pace import Pace
@@ -109,7 +109,6 @@ _STATUS: Final = {
     "fenced": CacheWriteStatus.IGNORED_OLDER,
 }
 _STORED: Final = CacheWriteStatus.STORED
-_ABSENT: Final = CacheLookup(None, fresh=False, usable_stale=False)
 _FOREVER: Final = 1e300
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _MOST_RENEWED_SECONDS: Final = 60.0
@@ -382,11 +381,11 @@ class RedisCache:
         """
         await self._open()
         ages = {key: policies[key].max_stale_seconds for key in keys}
-        found = await self.ask(ages, now, _GET)
-        values = {key: entry.value for key, entry in found.items() if entry.value is not None}
+        entries = await self.ask(ages, now, _GET)
+        values = {key: each.value for key, each in entries.items() if each.value is not None}
         _, outdated = await self.judged(values, tuple(keys), now)
         return {
-            key: _ABSENT if key in outdated else _lookup(values.get(key), now, policies[key])
+            key: MISS if key in outdated else lookup_of(values.get(key), now, policies[key])
             for key in keys
         }
 
@@ -917,7 +916,7 @@ class _Question:
 
     def in_need(self, key: ResourceKey) -> CacheLookup:
         """Return what is stored for a key though it was not good enough."""
-        return self._in_need.get(key, _ABSENT)
+        return self._in_need.get(key, MISS)
 
     async def put(self, keys: Collection[ResourceKey]) -> dict[ResourceKey, LeasedLookup]:
         """Ask for keys; return those that need no waiting, and what derived ones rest on."""
@@ -977,7 +976,7 @@ class _Question:
         token: str,
         known: dict[ResourceKey, LeasedLookup],
     ) -> None:
-        lookup = _lookup(value, now, self._policies[key])
+        lookup = lookup_of(value, now, self._policies[key])
         if entry.state == _WAIT:
             self._left[key] = entry.number / 1000
             self._in_need[key] = lookup
@@ -995,14 +994,6 @@ def _servable_age(policy: FreshnessPolicy) -> float:
     if policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE:
         return policy.max_stale_seconds
     return policy.ttl_seconds
-
-
-def _lookup(value: Value | None, now: float, policy: FreshnessPolicy) -> CacheLookup:
-    if value is None:
-        return _ABSENT
-    age = max(0.0, now - value.observed_at)
-    fresh, usable = age <= policy.ttl_seconds, age <= policy.max_stale_seconds
-    return CacheLookup(value, fresh, usable, age)
 
 
 def _name_part(name: str, value: str) -> str:
