@@ -64,25 +64,13 @@ from coalestra.resilience.circuit_breaker import CircuitState
 Policies = Mapping[ResourceKey, FreshnessPolicy]
 Value = SnapshotValue[Any]
 
-# What is stored under a name: a value with its provenance ----------------------------------------
-
-
-class _Stored(msgspec.Struct, array_like=True, frozen=True):
-    """A value and what is known of it, but for what the server itself has to know."""
-
-    form: int
-    source: str
-    latency_ms: float
-    attempts: int
-    authority_rank: int
-    payload: bytes
-    metadata: bytes
-    rests_on: list[tuple[str, str]]
+# What is stored under a name: a value and what is known of it, but for what the server must know -
 
 
 _FORM: Final = 1
-_NOTHING: Final = b""
 _encode = msgspec.msgpack.Encoder().encode
+_Stored = tuple[int, str, float, int, int, bytes, bytes, list[tuple[str, str]]]
+"""Form, source, latency in ms, attempts, rank, payload, metadata, and what it rests on."""
 _decode = msgspec.msgpack.Decoder(_Stored).decode
 
 
@@ -166,7 +154,8 @@ class RedisCache:
 
     Standalone, behind Sentinel, or a cluster: the client decides. It belongs to one event loop at a
     time, and to the process that made it. `SnapshotBuilder(sources, cache=RedisCache(client))` is
-    all it takes.
+    all it takes. What asks the server raises `SharedCacheUnavailableError` if it cannot be reached,
+    or refuses.
 
     Args:
         client: a client of redis-py for asyncio; it stays the application's. Or a URL
@@ -306,7 +295,7 @@ class RedisCache:
         if self._renewal is not None:
             self._renewal.cancel()
         if self._loop is asyncio.get_running_loop():
-            await self._release(tuple(self._leases), scripts.RELEASED)
+            await self.release_many(tuple(self._leases))
             await self._news.close()
             for task in tuple(self._tasks):
                 task.cancel()
@@ -346,10 +335,9 @@ class RedisCache:
     def _heard(self, data: bytes) -> None:
         try:
             letter, version, key = scripts.message_of(data)
-        except Exception:
-            self._missed()  # from a version of the library that says more
-            return
-        if letter == scripts.CLEARED or key is None:
+        except Exception:  # from a version of the library that says more
+            letter, version, key = scripts.CLEARED, "", None
+        if key is None:
             self._missed()
             return
         for question in self._asking.get(key, ()):
@@ -374,11 +362,7 @@ class RedisCache:
     async def get_many(
         self, keys: Collection[ResourceKey], *, now: float, policies: Policies
     ) -> Mapping[ResourceKey, CacheLookup]:
-        """Return what there is for each key on the server, in one round trip.
-
-        Raises:
-            SharedCacheUnavailableError: if the server cannot be reached.
-        """
+        """Return what there is for each key on the server, in one round trip."""
         await self._open()
         ages = {key: policies[key].max_stale_seconds for key in keys}
         entries = await self.ask(ages, now, _GET)
@@ -401,9 +385,6 @@ class RedisCache:
         """Give what there is for each key, or the lease on it, as soon as either is known.
 
         See `LeasingCache.lease_many`.
-
-        Raises:
-            SharedCacheUnavailableError: if the server cannot be reached, now or while it waits.
         """
         question = _Question(self, now, policies, _FORCE if force else _LEASE, dict(unlike or {}))
         pending = dict.fromkeys(keys)
@@ -421,14 +402,13 @@ class RedisCache:
                 if not pending:
                     break
                 told = await question.news_of(pending)
-                wanted = tuple(told) or tuple(pending)
                 alone = {
                     key: LeasedLookup(question.in_need(key))
                     for key, letter in told.items()
                     if letter == scripts.FAILED
                 }
+                wanted = [key for key in told or pending if key not in alone]
                 if alone:
-                    wanted = [key for key in wanted if key not in alone]
                     for key in alone:
                         del pending[key]
                     yield alone
@@ -472,7 +452,7 @@ class RedisCache:
         """
         return [
             Call(
-                [self._name(key) for key, *_ in part],
+                [scripts.name_of(self._prefix, key) for key, *_ in part],
                 [*shared, *(each for _, *own in part for each in own)],
             )
             for part in self._portions(items)
@@ -502,18 +482,48 @@ class RedisCache:
     def _entry(self, key: ResourceKey, told: bytes, moment: float, now: float) -> _Entry:
         """Return an entry as the server tells it, with times on the reader's clock."""
         state, second, observed, stored, undated, size, rest = told.split(b" ", 6)
-        data, version = rest[int(size) :], rest[: int(size)].decode()
-        if observed == b"-":
-            return _Entry(state.decode(), None, None, int(second))
-        observed_at, fetched_at = float(observed), now - (moment - float(stored))
-        if undated == b"1":
-            observed_at = now - (moment - observed_at)
-        value = None
-        try:
-            value = self._value(key, data, version, fetched_at, observed_at, now)
-        except Exception:  # whoever has written it, and whatever the codec makes of it
-            self._unreadable += 1
+        value = version = None
+        if observed != b"-":
+            data, version = rest[int(size) :], rest[: int(size)].decode()
+            observed_at, fetched_at = float(observed), now - (moment - float(stored))
+            if undated == b"1":
+                observed_at = now - (moment - observed_at)
+            try:
+                value = self._value(key, version, data, now, observed_at, fetched_at)
+            except Exception:  # whoever has written it, and whatever the codec makes of it
+                self._unreadable += 1
         return _Entry(state.decode(), value, version, int(second))
+
+    def _value(
+        self,
+        key: ResourceKey,
+        version: str,
+        data: bytes,
+        now: float,
+        observed_at: float,
+        fetched_at: float,
+    ) -> Value:
+        if len(data) > self._most_bytes:
+            raise UnreadableEntryError(f"it is larger than {self._most_bytes:,} bytes")
+        form, source, latency_ms, attempts, rank, payload, metadata, rests_on = _decode(data)
+        if form != _FORM:
+            raise UnreadableEntryError(f"it has form {form}, and not {_FORM}")
+        return SnapshotValue(
+            key,
+            self._codec.decode(payload),
+            source,
+            observed_at,
+            fetched_at,
+            max(0.0, now - observed_at),
+            stale=False,
+            from_cache=True,
+            latency_ms=latency_ms,
+            attempts=attempts,
+            metadata=FrozenDict(self._codec.decode(metadata) if metadata else {}),
+            authority_rank=rank,
+            version=version,
+            dependency_versions=FrozenDict({scripts.key_of(text): v for text, v in rests_on}),
+        )
 
     async def judged(
         self, values: Mapping[ResourceKey, Value], absent: Collection[ResourceKey], now: float
@@ -547,7 +557,7 @@ class RedisCache:
         # A question that was cut off may reach the server after the first of these.
         for pause in _AGAIN_SECONDS:
             await asyncio.sleep(pause)
-            await self._release(leases, scripts.RELEASED)
+            await self.release_many(leases)
 
     def leased(self, key: ResourceKey, token: str, replaces: str | None) -> Lease:
         """Return a lease that was granted, to be renewed from now on for as long as it is held."""
@@ -571,11 +581,7 @@ class RedisCache:
     async def fulfil_many(
         self, values: Mapping[Lease, Value], *, policies: Policies, replace_equal: bool = False
     ) -> Mapping[ResourceKey, CacheWriteResult | Exception]:
-        """Store what was acquired under leases; see `LeasingCache.fulfil_many`.
-
-        Raises:
-            SharedCacheUnavailableError: if the server cannot be reached.
-        """
+        """Store what was acquired under leases; see `LeasingCache.fulfil_many`."""
         await self._open()
         results: dict[ResourceKey, CacheWriteResult | Exception] = {}
         items: dict[ResourceKey, bytes] = {}
@@ -603,9 +609,7 @@ class RedisCache:
 
     async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
         """Give back leases without a value; see `LeasingCache.release_many`."""
-        await self._release(leases, scripts.FAILED if failed else scripts.RELEASED)
-
-    async def _release(self, leases: Collection[Lease], letter: bytes) -> None:
+        letter = scripts.FAILED if failed else scripts.RELEASED
         held = ((lease.key, lease.token, lease.key.canonical) for lease in leases)
         calls = self._calls(held, self._channel, letter)
         for lease in leases:
@@ -620,7 +624,7 @@ class RedisCache:
 
     async def set(self, value: Value, *, policy: FreshnessPolicy | None = None) -> None:
         """Store a value whatever is there; ``policy`` says for how long."""
-        await self.set_many((value,), policies={} if policy is None else {value.key: policy})
+        await self.set_if_newer(value, force=True, policy=policy)
 
     async def set_many(
         self, values: Collection[Value], *, policies: Policies | None = None
@@ -651,13 +655,9 @@ class RedisCache:
     ) -> Mapping[ResourceKey, CacheWriteResult]:
         """Store those values that the write order prefers to what is there, in one round trip.
 
-        Of several for one key the best one is offered.
-        What is stored ends the leases on its keys. When this returns, everybody who hears the news
-        of the server can have heard of it.
-
-        Raises:
-            SharedCacheUnavailableError: if the server cannot be reached, or refused.
-            UnstorableValueError: for a value that cannot be encoded; then nothing is written.
+        Of several for one key the best one is offered. What is stored ends the leases on its keys.
+        When this returns, everybody who hears the news of the server can have heard of it. Raises
+        `UnstorableValueError` for a value that cannot be encoded; then nothing is written.
         """
         await self._open()
         flags = ("f" if force else "") + ("e" if replace_equal else "") + "p"
@@ -713,22 +713,12 @@ class RedisCache:
         rests_on = [(key.canonical, version) for key, version in value.dependency_versions.items()]
         try:
             payload = self._codec.encode(value.value)
-            metadata = self._codec.encode(dict(value.metadata)) if value.metadata else _NOTHING
+            metadata = self._codec.encode(dict(value.metadata)) if value.metadata else b""
         except UnstorableValueError:
             self._unstorable += 1
             raise
-        data = _encode(
-            _Stored(
-                _FORM,
-                value.source,
-                value.latency_ms,
-                value.attempts,
-                value.authority_rank,
-                payload,
-                metadata,
-                rests_on,
-            )
-        )
+        known = value.source, value.latency_ms, value.attempts, value.authority_rank
+        data = _encode((_FORM, *known, payload, metadata, rests_on))
         if len(data) > self._most_bytes:
             self._unstorable += 1
             limit = f"it takes {len(data):,} bytes, and max_value_bytes is {self._most_bytes:,}"
@@ -796,9 +786,6 @@ class RedisCache:
         """Remove what there is for ``keys``, and end their leases.
 
         When this returns, everybody who hears the news of the server can have heard of it.
-
-        Raises:
-            SharedCacheUnavailableError: if the server cannot be reached, or refused.
         """
         await self._open()
         if not keys:
@@ -822,44 +809,6 @@ class RedisCache:
             if isinstance(answer, Exception):
                 raise SharedCacheUnavailableError(f"not invalidated: {answer}") from answer
         return answers
-
-    # Small parts ------------------------------------------------------------------------------
-
-    def _name(self, key: ResourceKey) -> str:
-        return scripts.name_of(self._prefix, key)
-
-    def _value(
-        self,
-        key: ResourceKey,
-        data: bytes,
-        version: str,
-        fetched_at: float,
-        observed_at: float,
-        now: float,
-    ) -> Value:
-        if len(data) > self._most_bytes:
-            raise UnreadableEntryError(f"it is larger than {self._most_bytes:,} bytes")
-        stored = _decode(data)
-        if stored.form != _FORM:
-            raise UnreadableEntryError(f"it has form {stored.form}, and not {_FORM}")
-        rests_on = {scripts.key_of(text): version for text, version in stored.rests_on}
-        metadata = self._codec.decode(stored.metadata) if stored.metadata else {}
-        return SnapshotValue(
-            key,
-            self._codec.decode(stored.payload),
-            stored.source,
-            observed_at,
-            fetched_at,
-            max(0.0, now - observed_at),
-            stale=False,
-            from_cache=True,
-            latency_ms=stored.latency_ms,
-            attempts=stored.attempts,
-            metadata=FrozenDict(metadata),
-            authority_rank=stored.authority_rank,
-            version=version,
-            dependency_versions=FrozenDict(rests_on),
-        )
 
     def _behind(self, work: Awaitable[Any]) -> None:
         """Do something that nobody waits for, and that may fail."""
@@ -962,31 +911,17 @@ class _Question:
                 if entry.state == _HIT and self._mode != _FORCE:
                     again.append(key)
                     continue
-            self._enter(key, entry, values.get(key) if fit else None, now, token, known)
+            lookup = lookup_of(values[key] if fit else None, now, self._policies[key])
+            lease = None
+            if entry.state == _WAIT:
+                self._left[key], self._in_need[key] = entry.number / 1000, lookup
+            elif entry.state == _LEASED:
+                replaces = entry.version if entry.version == self._unfit.get(key) else None
+                lease = self._cache.leased(key, token, replaces)
+            known[key] = LeasedLookup(lookup, lease, waiting=entry.state == _WAIT)
         for key in complete.keys() - found.keys() - outdated - known.keys():
             known[key] = LeasedLookup(CacheLookup(complete[key], False, False), None)
         return again
-
-    def _enter(
-        self,
-        key: ResourceKey,
-        entry: _Entry,
-        value: Value | None,
-        now: float,
-        token: str,
-        known: dict[ResourceKey, LeasedLookup],
-    ) -> None:
-        lookup = lookup_of(value, now, self._policies[key])
-        if entry.state == _WAIT:
-            self._left[key] = entry.number / 1000
-            self._in_need[key] = lookup
-            known[key] = LeasedLookup(lookup, None, waiting=True)
-            return
-        lease = None
-        if entry.state == _LEASED:
-            replaces = entry.version if entry.version == self._unfit.get(key) else None
-            lease = self._cache.leased(key, token, replaces)
-        known[key] = LeasedLookup(lookup, lease)
 
 
 def _servable_age(policy: FreshnessPolicy) -> float:
