@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,7 +96,6 @@ def test_what_is_written_together_is_stored_and_told_like_one_after_the_other(
     assert together.put_many({revision.key: revision for revision in offered}) == outcomes
     assert list(together) == list(one_by_one)
     assert together.stats() == one_by_one.stats()
-    assert together.epoch == one_by_one.epoch
     assert witnesses[0].heard == witnesses[1].heard
     assert [what for what, *_ in witnesses[0].heard] == ["revised"] * len(offered)
 
@@ -138,10 +136,9 @@ def test_an_ignored_write_returns_what_stayed_and_moves_nothing() -> None:
     store = EntryStore(10)
     old = revision_of(A)
     store.put(old)
-    epoch = store.epoch
     status, current, previous = store.put(revision_of(A, observed_at=NOW - 1))
     assert (status, current, previous) == (CacheWriteStatus.IGNORED_OLDER, old, old)
-    assert store.epoch == epoch
+    assert store.peek(A) is old
 
 
 def test_a_stored_write_returns_itself_and_what_was_before() -> None:
@@ -149,23 +146,6 @@ def test_a_stored_write_returns_itself_and_what_was_before() -> None:
     old, new = revision_of(A), revision_of(A, observed_at=NOW + 1)
     assert store.put(old) == (CacheWriteStatus.STORED, old, None)
     assert store.put(new) == (CacheWriteStatus.STORED, new, old)
-
-
-def test_every_change_of_what_is_stored_moves_the_epoch() -> None:
-    store = EntryStore(2)
-    epochs = [store.epoch]
-    changes: list[Callable[[], object]] = [
-        lambda: store.put(revision_of(A)),
-        lambda: store.put(revision_of(A), force=True),
-        lambda: store.put(revision_of(B, observed_at=NOW - 99)),
-        lambda: store.put(revision_of(C)),
-        lambda: store.find(B, NOW, POLICY),
-        lambda: store.drop([C]),
-    ]
-    for change in changes:
-        change()
-        epochs.append(store.epoch)
-    assert epochs == sorted(set(epochs))
 
 
 def test_a_derived_entry_ends_when_a_dependency_is_replaced_dropped_expired_or_evicted() -> None:
@@ -241,6 +221,17 @@ def test_a_derived_entry_found_current_is_joined_to_what_it_rests_on() -> None:
     store.put(base)
     assert store.find(B, NOW, POLICY) is derived
     assert derived.dependencies == (base,)
+
+
+def test_what_is_current_in_one_store_may_be_outdated_in_another() -> None:
+    one, other = EntryStore(None), EntryStore(None)
+    base, newer = revision_of(A), revision_of(A, observed_at=NOW + 1)
+    derived = revision_of(B, rests_on=[base])
+    for store, below in ((one, base), (other, newer)):
+        store.put(below)
+        store.put(derived)
+    assert one.find(B, NOW, POLICY) is derived
+    assert other.find(B, NOW, POLICY) is None
 
 
 def test_entries_that_claim_to_rest_on_each_other_are_never_current() -> None:
@@ -401,5 +392,5 @@ def test_a_rule_that_fails_changes_nothing() -> None:
 
 
 def test_the_store_describes_itself() -> None:
-    assert repr(EntryStore(5)) == "EntryStore(0 entries, max 5, epoch 0)"
-    assert repr(EntryStore(None)) == "EntryStore(0 entries, unbounded, epoch 0)"
+    assert repr(EntryStore(5)) == "EntryStore(0 entries, max 5)"
+    assert repr(EntryStore(None)) == "EntryStore(0 entries, unbounded)"

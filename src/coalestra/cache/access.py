@@ -132,17 +132,7 @@ class Channel:
 
 
 _channels: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
-
-
-def channel_of(cache: AsyncCache) -> Channel:
-    """Return the channel of ``cache`` on the running loop; it lives while somebody uses it."""
-    loop = asyncio.get_running_loop()
-    identity = (id(cache), id(loop))
-    channel = _channels.get(identity)
-    if channel is None:
-        channel = _channels[identity] = Channel(cache, loop)
-    return channel
-
+"""Those in use, by the identity of their cache and loop."""
 
 # The view over a cache that is not the library's own ---------------------------------------------
 
@@ -198,13 +188,10 @@ class CacheAccess:
         log: says when it begins to fail, and when it works again.
 
     Attributes:
-        cache: the cache.
         store: the entry store of the library's own memory cache, which is then used itself; else
             None, and all is read and written through here.
         subscribers: who hears of changes through this view, on any event loop; held weakly.
-        calls: the calls to the cache, with what it can do and what became of them.
-        leases: whether it says who is to acquire a key, and stores for him alone.
-        copies: seal and open values.
+        leases: whether the cache says who is to acquire a key, and stores for him alone.
         copying: the keys of what has been read and is being copied in at this moment.
         tolerance: how many seconds ahead of the clock what is held may be dated.
     """
@@ -237,13 +224,15 @@ class CacheAccess:
 
     def channel(self) -> Channel:
         """Return what all users of the cache share on the running event loop."""
-        channel = self._channel
-        if channel is None or channel.loop is not asyncio.get_running_loop():
+        channel, loop = self._channel, asyncio.get_running_loop()
+        if channel is None or channel.loop is not loop:
             if channel is not None:
                 channel.listeners.unsubscribe(self.subscribers)
                 self._tasks.clear()
                 self._giving_back.clear()  # they end by themselves
-            channel = self._channel = channel_of(self.cache)
+            identity = (id(self.cache), id(loop))
+            self._channel = channel = _channels.get(identity) or Channel(self.cache, loop)
+            _channels[identity] = channel
             channel.listeners.subscribe(self.subscribers)
             channel.near.store.tolerate(self.tolerance)
         return channel
@@ -637,8 +626,8 @@ class _Write:
         looked_at = [key for key in self._values if self._looks_first(self._offered[key])]
         held = await self._calls.held(looked_at, self._terms.now)
         for key, current in held.items():
-            status = self._status(key, current, force=self._terms.force)
-            if status is not _STORED:
+            status = self._status(key, current)
+            if status is not _STORED and not self._terms.force:
                 self._results[key] = CacheWriteResult(status, current, current)
         for key in await self._outdated():
             del self._results[key]
@@ -699,16 +688,10 @@ class _Write:
             return revision.observed_at == revision.fetched_at
         return revision.attempts > 0 and not self._calls.validates_order
 
-    def _status(
-        self, key: ResourceKey, current: SnapshotValue[Any], *, force: bool = False
-    ) -> CacheWriteStatus:
-        terms = self._terms
+    def _status(self, key: ResourceKey, current: SnapshotValue[Any]) -> CacheWriteStatus:
+        equal, horizon = self._terms.replace_equal, self._terms.now + self._cache.tolerance
         return decide(
-            self._offered[key],
-            revision_of(current),
-            force=force,
-            replace_equal=terms.replace_equal,
-            horizon=terms.now + self._cache.tolerance,
+            self._offered[key], revision_of(current), replace_equal=equal, horizon=horizon
         )
 
     async def _store(self, keys: Iterable[ResourceKey], held: Found, *, insist: bool) -> None:

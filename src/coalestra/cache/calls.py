@@ -129,11 +129,8 @@ class _Circuit:
     Open from the last of too many failures in a row, it lets one call through every so often.
     """
 
-    __slots__ = ("failures", "until")
-
-    def __init__(self) -> None:
-        self.failures = 0
-        self.until = 0.0
+    failures = 0
+    until = 0.0
 
     def admits(self, now: float) -> bool:
         """Whether a call may be made; one that finds out if the cache is back is the only one."""
@@ -143,11 +140,6 @@ class _Circuit:
             return False
         self.until = now + _RECOVERY_SECONDS
         return True
-
-    def failed(self, now: float) -> None:
-        """Take in a failure."""
-        self.failures += 1
-        self.until = now + _RECOVERY_SECONDS
 
 
 class CacheCalls:
@@ -183,9 +175,9 @@ class CacheCalls:
         self._guards_itself = type(_said(cache, "is_available")) is bool
         self._tells_policies = _said(cache, "accepts_policies") is True
         seconds = getattr(cache, "timeout_seconds", None)
-        if seconds is not None:
-            number("timeout_seconds of the cache", seconds, above=0)
-        self.seconds: float = DEFAULT_TIMEOUT_SECONDS if seconds is None else seconds
+        if seconds is None:
+            seconds = DEFAULT_TIMEOUT_SECONDS
+        self.seconds: float = number("timeout_seconds of the cache", seconds, above=0)
         self.limit: int = limit
         self._told = told
         self._log = log
@@ -379,7 +371,8 @@ class CacheCalls:
                 if self._log is not None and self._log.troubled:
                     self._log.works(self._subject(kind))
                 return
-            circuit.failed(loop.time())
+            circuit.failures += 1
+            circuit.until = loop.time() + _RECOVERY_SECONDS
             counts["failures"] += 1
             counts["timeouts"] += isinstance(error, CacheTimeoutError)
 
@@ -393,10 +386,7 @@ class CacheCalls:
 
 def has(cache: Any, *methods: str) -> bool:
     """Whether a cache has all of these methods."""
-    try:
-        return all(callable(getattr(cache, name, None)) for name in methods)
-    except Exception:
-        return False
+    return all(callable(_said(cache, name)) for name in methods)
 
 
 def _said(cache: Any, name: str) -> Any:

@@ -26,7 +26,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Final, Protocol, TypeVar, cast
 
 from coalestra.core.keys import ResourceKey
@@ -183,86 +183,68 @@ class Listeners:
 _UNCHECKED: Final = -1
 _WALKING: Final = -2
 _OUTDATED: Final = -3
+_OF_NO_USE: Final = (_WALKING, _OUTDATED)
+_runs: Final = count()  # no two mappings share one, though they may share revisions
 
 _Held = TypeVar("_Held", Revision, SnapshotValue[Any])
-_Step = tuple[Revision, Iterator[tuple[ResourceKey, str]]]
 
 
 class Currency:
     """Judges the entries of one mapping, whose owner reports every revision that leaves it.
 
     An entry is current when each dependency version it recorded is the version held now, and those
-    entries are current themselves. Answers are kept on the revisions (``Revision.checked``) and
-    stay good until an entry that somebody's answer relied on is replaced or removed, so a run of
-    questions costs each entry and each edge once. Walking is iterative: chains may be very deep.
-    Entries found current are joined to what they rest on (``Revision.dependencies``).
-
-    The owner counts up ``epoch`` with every revision that enters where there was none.
+    entries are current themselves. Answers are kept on the revisions (``Revision.checked``): the
+    number of the run in which it was found current. A run lasts until an entry that somebody's
+    answer relied on is replaced or removed, so its questions cost each entry and each edge once.
+    Walking is iterative: chains may be very deep. Entries found current are joined to what they
+    rest on (``Revision.dependencies``).
     """
 
-    __slots__ = ("_entries", "_horizon", "epoch")
+    __slots__ = ("_entries", "_run")
 
     def __init__(self, entries: Mapping[ResourceKey, Revision]) -> None:
-        self.epoch: int = 0
         self._entries = entries
-        self._horizon = 0
+        self._run = next(_runs)
 
     def __repr__(self) -> str:
-        return f"Currency(epoch={self.epoch}, answers_since={self._horizon})"
+        return f"Currency({len(self._entries)} entries, run {self._run})"
 
     def removed(self, revision: Revision) -> None:
-        """Note that ``revision`` has left: answers that relied on it are void."""
-        self.epoch += 1
-        if revision.checked >= self._horizon:
-            self._horizon = self.epoch
+        """Learn that a revision has left the mapping; answers that relied on it are void."""
+        if revision.checked == self._run:
+            self._run = next(_runs)
 
     def holds(self, revision: Revision) -> bool:
         """Say whether ``revision``, which is held, is current."""
-        if revision.checked >= self._horizon or not revision.dependency_versions:
+        if revision.checked == self._run or not revision.dependency_versions:
             return True
-        if revision.checked == _OUTDATED:
-            return False
-        return self._walk(revision)
+        return revision.checked != _OUTDATED and self._walk(revision)
 
     def _walk(self, revision: Revision) -> bool:
-        path = [self._enter(revision)]
+        entries, run, path = self._entries, self._run, [_entered(revision)]
         while path:
             walked, remaining = path[-1]
             for key, version in remaining:
-                dependency = self._entries.get(key)
-                if dependency is None or dependency.version != version:
-                    return self._outdated(path)
-                if dependency.checked >= self._horizon:
-                    continue
-                if not dependency.dependency_versions:
-                    dependency.checked = self.epoch
-                    continue
-                if dependency.checked != _UNCHECKED and dependency.checked < 0:
-                    return self._outdated(path)
-                path.append(self._enter(dependency))
-                break
+                below = entries.get(key)
+                if below is None or below.version != version or below.checked in _OF_NO_USE:
+                    for each, _ in path:
+                        each.checked = _OUTDATED
+                    return False
+                if below.checked != run and below.dependency_versions:
+                    path.append(_entered(below))
+                    break
+                below.checked = run
             else:
-                self._leave(walked)
                 path.pop()
+                walked.checked = run
+                if not walked.dependencies:
+                    walked.dependencies = tuple(entries[key] for key in walked.dependency_versions)
         return True
 
-    @staticmethod
-    def _enter(revision: Revision) -> _Step:
-        revision.checked = _WALKING
-        return revision, iter(revision.dependency_versions.items())
 
-    def _leave(self, revision: Revision) -> None:
-        revision.checked = self.epoch
-        if not revision.dependencies:
-            revision.dependencies = tuple(
-                self._entries[key] for key in revision.dependency_versions
-            )
-
-    @staticmethod
-    def _outdated(path: list[_Step]) -> bool:
-        for walked, _ in path:
-            walked.checked = _OUTDATED
-        return False
+def _entered(revision: Revision) -> tuple[Revision, Iterator[tuple[ResourceKey, str]]]:
+    revision.checked = _WALKING
+    return revision, iter(revision.dependency_versions.items())
 
 
 def outdated_among(known: Mapping[ResourceKey, Revision]) -> list[ResourceKey]:
@@ -321,7 +303,7 @@ class EntryStore:
 
     def __repr__(self) -> str:
         bound = "unbounded" if self.max_entries is None else f"max {self.max_entries}"
-        return f"EntryStore({len(self._entries)} entries, {bound}, epoch {self.epoch})"
+        return f"EntryStore({len(self._entries)} entries, {bound})"
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -331,11 +313,6 @@ class EntryStore:
 
     def __iter__(self) -> Iterator[ResourceKey]:
         return iter(self._entries)
-
-    @property
-    def epoch(self) -> int:
-        """A number that grows with every change of what is stored."""
-        return self._currency.epoch
 
     def tolerate(self, seconds: float) -> None:
         """Hold what a user lets in who takes what is so far ahead of the clock."""
@@ -351,30 +328,24 @@ class EntryStore:
         use, but stays: the clock may come back.
         """
         revision = self._entries.get(key)
-        if revision is None:
-            self._misses += 1
-            return None
-        age = now - revision.observed_at
-        if age > policy.max_stale_seconds:
-            self._expirations += 1
-            self._misses += 1
-            self._discard(revision)
-            return None
-        if revision.dependency_versions and not self._currency.holds(revision):
-            self._invalidations += 1
-            self._misses += 1
-            self._discard(revision)
-            return None
-        if age < 0 and -age > self.tolerance:
-            self._misses += 1
-            return None
-        if self._recency is not None:
-            self._recency.move_to_end(revision.key)
-        if age <= policy.ttl_seconds:
-            self._fresh_hits += 1
-        else:
-            self._stale_hits += 1
-        return revision
+        if revision is not None:
+            age = now - revision.observed_at
+            if age > policy.max_stale_seconds:
+                self._expirations += 1
+                self._discard(revision)
+            elif revision.dependency_versions and not self._currency.holds(revision):
+                self._invalidations += 1
+                self._discard(revision)
+            elif age >= -self.tolerance:
+                if self._recency is not None:
+                    self._recency.move_to_end(revision.key)
+                if age <= policy.ttl_seconds:
+                    self._fresh_hits += 1
+                else:
+                    self._stale_hits += 1
+                return revision
+        self._misses += 1
+        return None
 
     def find_all_fresh(
         self, keys: Iterable[ResourceKey], now: float, ages: Iterable[float]
@@ -418,9 +389,7 @@ class EntryStore:
     def peek(self, key: ResourceKey) -> Revision | None:
         """Return the current entry of ``key`` whatever its age, counting and moving nothing."""
         revision = self._entries.get(key)
-        if revision is not None and not self._currency.holds(revision):
-            return None
-        return revision
+        return revision if revision is None or self._currency.holds(revision) else None
 
     def newest(self, limit: int) -> list[Revision]:
         """Return up to ``limit`` entries, those used last first, counting and moving nothing."""
@@ -482,7 +451,6 @@ class EntryStore:
         if not self._entries.keys().isdisjoint(revisions.keys()):
             return False
         self._entries.update(revisions)
-        self._currency.epoch += len(revisions)
         self._sets += len(revisions)
         if revisions:
             self.listeners.tell(lambda each: each.revised(revisions), teller)
@@ -491,9 +459,7 @@ class EntryStore:
     def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
         key, entries, currency = revision.key, self._entries, self._currency
         previous = current = entries.get(key)
-        if current is None:
-            currency.epoch += 1
-        else:
+        if current is not None:
             if current.dependency_versions and not currency.holds(current):
                 self._invalidations += 1
                 previous = None
