@@ -274,6 +274,27 @@ async def test_flights_say_where_they_stand_without_subjects_unless_asked() -> N
     await build
 
 
+async def test_keys_of_any_length_are_told_in_short() -> None:
+    gate, long = Gate(), "x" * 100_000
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        return 1
+
+    made = builder(Single("k", fetch=fetch))
+    build = asyncio.ensure_future(made.build([ResourceKey(long, "k", long, {long: long})]))
+    await gate.wait_arrived()
+    for show in (True, False):
+        assert len(json.dumps(await told(story_of(made, show=show), made))) < 10_000
+    gate.open()
+    await build
+    assert len(json.dumps(await told(story_of(made), made))) < 10_000
+    values = [value_of(ResourceKey("n", "a", long)), value_of(ResourceKey("n", "a", long + "y"))]
+    shown = [each["key"] for each in told_values(values, Names(show=True), 0.0, False)]
+    assert [len(each) for each in shown] == [200, 200]
+    assert shown[0] != shown[1]
+
+
 async def test_of_very_many_flights_some_are_shown_and_all_are_counted() -> None:
     gate = Gate()
     made = builder(Batch("k", before=gate.pass_))

@@ -56,6 +56,12 @@ async def test_the_page_comes_whole_with_its_title_and_asks_nobody_else() -> Non
     assert "url(" not in answer.text
 
 
+async def test_a_title_that_no_encoding_has_is_shown_as_far_as_it_can_be() -> None:
+    answer = await get(page_of(title="Farm \udcff west"), "/")
+    assert answer.status == 200
+    assert "<title>Farm ? west</title>" in answer.text
+
+
 async def test_the_page_knows_what_every_finding_of_health_means() -> None:
     text = (await get(page_of(), "/")).text
     told = text.partition("const FINDINGS = {")[2].partition("};")[0]

@@ -232,6 +232,42 @@ async def test_closing_ends_every_connection_also_one_that_takes_nothing(
     assert not [task for task in others if "_serve" in repr(task)]
 
 
+async def test_who_takes_nothing_of_an_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalestra.inspect.server._TAKING_SECONDS", 0.05)
+    monkeypatch.setattr("coalestra.inspect.server._MOMENT_SECONDS", 0.02)
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    ended = asyncio.Event()
+
+    async def tells_all(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            await send({"type": "http.response.body", "body": b"x" * 20_000_000})
+        finally:
+            ended.set()
+
+    async with serve(tells_all, port=0) as server:
+        async with opened(server.port) as (reader, writer):
+            reader._transport.pause_reading()  # type: ignore[attr-defined]  # asyncio's own
+            writer.write(LINE + b"\r\n")
+            await asyncio.wait_for(ended.wait(), 10)
+            while server._connections:
+                await asyncio.wait(server._connections)
+    assert reported == []
+
+
+async def test_a_large_answer_comes_whole() -> None:
+    body = bytes(range(256)) * 2_000
+
+    async def tells_all(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    async with serve(tells_all, port=0) as server:
+        answer = await spoken(server.port, LINE + b"\r\n")
+    assert answer.partition(b"\r\n\r\n")[2] == body
+
+
 async def test_streams_reach_the_client_part_by_part_and_end_with_the_server() -> None:
     async with serve(app(builder(Single("k")), interval_seconds=0.02), port=0) as server:
         async with opened(server.port) as (reader, writer):

@@ -179,7 +179,8 @@ class Exchange:
         self, status: int, content: str | bytes, content_type: str = _PLAIN, **headers: str
     ) -> None:
         """Send the whole answer; without its body, if that was not asked for."""
-        encoded = content.encode() if isinstance(content, str) else content
+        # A name may hold half a surrogate pair, as one of a file that is not UTF-8.
+        encoded = content.encode("utf-8", "replace") if isinstance(content, str) else content
         await self.begin(status, content_type, content_length=str(len(encoded)), **headers)
         await self.body(b"" if self.method == "HEAD" else encoded)
 

@@ -29,6 +29,7 @@ from coalestra.core.health import BuilderHealth, FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe
 from coalestra.core.trace import CallTrace, KeyTrace, Trace
+from coalestra.core.validation import readable
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.sources import kind_of
@@ -101,7 +102,7 @@ class Names:
 
 def kind_name(key: ResourceKey) -> str:
     """Return the kind of resource that a key is of."""
-    return f"{key.namespace}:{key.name}"
+    return readable(f"{key.namespace}:{key.name}")
 
 
 def trace_id(trace: Trace) -> str:
@@ -292,7 +293,7 @@ class Story:
 
     def _told_flights(self, look: Look) -> dict[str, Any]:
         shown = [
-            {**json_safe(each), "key": str(self._names.key(each.key))} for each in look.flights
+            {**json_safe(each), "key": self._names.key(each.key).display} for each in look.flights
         ]
         return {"count": look.health.singleflight_in_flight, "shown": shown}
 
@@ -401,7 +402,7 @@ def told_values(
     told = []
     for value in values:
         shown: dict[str, Any] = {
-            "key": str(names.key(value.key)),
+            "key": names.key(value.key).display,
             "source": value.source,
             "observed_at": value.observed_at,
             "age_seconds": max(0.0, now - value.observed_at),
@@ -416,7 +417,7 @@ def told_values(
 def _shown(value: object) -> str:
     try:
         text = _SHORT.repr(value)
-    except Exception as error:
+    except BaseException as error:  # a value's own; it is not asked for on the event loop
         text = f"<{type(value).__name__}: its repr raised {type(error).__name__}>"
     return text if len(text) <= 300 else f"{text[:297]}..."
 

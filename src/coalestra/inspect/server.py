@@ -1,8 +1,9 @@
 """A small HTTP/1.1 server for the page, for programs that have no web server of their own.
 
 It answers one request on each connection and closes it, so that there is nothing to keep in step.
-What is too long, too slow or not HTTP is refused; bodies are not taken. It runs on the event loop
-of whoever starts it, and does not listen to signals.
+What is too long, too slow or not HTTP is refused; bodies are not taken, and a client that takes
+nothing of its answer is given up. It runs on the event loop of whoever starts it, and does not
+listen to signals.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
+from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.core.validation import callable_, integer, number, text
 
 _REQUEST_BYTES = 16_384
 _REQUEST_SECONDS = 10.0
+_TAKING_SECONDS = 10.0
+_PART_BYTES = 65_536
 _MOMENT_SECONDS = 1.0
 _MOST_CONNECTIONS = 64
 _LINE = re.compile(r"([A-Z]+) (/[^ #?]*)(?:\?([^ #]*))? HTTP/(1\.[01])")
@@ -186,16 +190,27 @@ class _Answer:
         self._begun = False
 
     async def send(self, message: Any) -> None:
-        """Write one message, no faster than the client reads."""
+        """Write one message, no faster than the client reads.
+
+        Raises:
+            ConnectionAbortedError: if it has taken nothing for a while.
+        """
         if message["type"] == "http.response.start":
             status, headers = message["status"], message["headers"]
             lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}".encode()]
             lines += [name + b": " + value for name, value in headers]
-            self._writer.write(b"\r\n".join([*lines, b"connection: close", b"", b""]))
+            content = b"\r\n".join([*lines, b"connection: close", b"", b""])
             self._begun = True
         else:
-            self._writer.write(message.get("body", b""))
-        await self._writer.drain()
+            content = message.get("body", b"")
+        for start in range(0, len(content), _PART_BYTES):
+            self._writer.write(content[start : start + _PART_BYTES])
+            try:
+                with CutOff(asyncio.get_running_loop().time() + _TAKING_SECONDS):
+                    await self._writer.drain()
+            except CutOffExpired:
+                self._writer.transport.abort()
+                raise ConnectionAbortedError("the client takes nothing") from None
 
     async def refuse(self, status: int, reader: asyncio.StreamReader) -> None:
         """Answer with a status alone, unless something was answered already."""
