@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import os
 import time
 from typing import Any
@@ -20,6 +21,8 @@ from coalestra import (
     ResourceAbsentError,
     ResourceKey,
     SnapshotBuilder,
+    SourceAuthorityPolicy,
+    SourcePayload,
     SourceResiliencePolicy,
 )
 from coalestra.concurrency.pace import Pace
@@ -897,7 +900,11 @@ async def test_a_loop_beside_the_first_is_refused(server: Server, prefix: str) -
         ({"prefix": "a*"}, "letters, digits"),
         ({"prefix": ""}, "prefix"),
         ({"time_limit_seconds": 0}, "above 0"),
-        ({"lease_seconds": -1}, "above 0"),
+        ({"lease_seconds": -1}, "lease_seconds must be a finite number of at least 0.001"),
+        ({"lease_seconds": 0.0001}, "lease_seconds must be a finite number of at least 0.001"),
+        ({"lease_seconds": 1e10}, "lease_seconds .* of at most 1e"),
+        ({"max_lifetime_seconds": 1e-9}, "max_lifetime_seconds .* of at least 0.001"),
+        ({"max_lifetime_seconds": 1e300}, "max_lifetime_seconds .* of at most 1e"),
         ({"near_entries": -1}, "near_entries"),
         ({"codec": object()}, "codec"),
     ],
@@ -905,6 +912,58 @@ async def test_a_loop_beside_the_first_is_refused(server: Server, prefix: str) -
 def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         RedisCache(**{"client": "redis://localhost", **arguments})
+
+
+class Numpyish(float):
+    """A float that calls itself as those of numpy do."""
+
+    def __repr__(self) -> str:
+        return f"np.float64({float(self)!r})"
+
+    __str__ = __repr__
+
+    def __sub__(self, other: float) -> Numpyish:
+        return Numpyish(float(self) - other)
+
+    __add__ = __radd__ = lambda self, other: Numpyish(float(self) + other)
+
+
+class Rank(int, enum.Enum):
+    """Ranks with names."""
+
+    LOW = 1
+    HIGH = 2
+
+
+async def test_numbers_of_another_class_are_shared_as_the_numbers_that_they_are(
+    server: Server, prefix: str
+) -> None:
+    class NumpyishClock:
+        def now(self) -> float:
+            return Numpyish(time.time())
+
+        monotonic = staticmethod(time.monotonic)
+
+    async def fetch(key: ResourceKey, context: Any) -> SourcePayload[int]:
+        return SourcePayload(1, Numpyish(time.time() + 0.5))
+
+    source = CallableSource(name="s", priority=1, supports=lambda key: True, fetcher=fetch)
+    settings: dict[str, Any] = {
+        "clock": NumpyishClock(),
+        "default_policy": FreshnessPolicy(Numpyish(60.0), Numpyish(120.0)),
+        "authority_policy": SourceAuthorityPolicy({"s": Rank.LOW, "event": Rank.HIGH}),
+    }
+    async with caches(server, prefix, 2) as [one, other]:
+        first = SnapshotBuilder([source], cache=one, **settings)
+        second = SnapshotBuilder([source], cache=other, **settings)
+        await first.build([A])
+        await until(lambda: not one.health().leases)
+        assert (await second.build([A]))[A].from_cache
+        terms: dict[str, Any] = {"source": "event", "observed_at": Numpyish(time.time() + 0.5)}
+        assert (await second.publisher.publish(A, 2, **terms)).published
+        assert (await first.build([A])).value(A) == 2
+        for each in (first, second):
+            await each.aclose()
 
 
 async def test_nothing_is_left_after_closing(server: Server, prefix: str) -> None:

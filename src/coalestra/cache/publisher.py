@@ -89,9 +89,8 @@ class PublisherParts:
         """
         resolver, number, dated = self.authority_resolver, next_number(), observed_at is not None
         told, copies = _PUBLISHED_MARK, self.access.copies
-        if observed_at is None:
-            observed_at = now
-        elif observed_at > now:
+        observed_at = now if observed_at is None else float(observed_at)
+        if observed_at > now:
             try:
                 judge_observation(observed_at, now, self.observation_policy)
             except FutureObservation as rejection:
@@ -104,7 +103,7 @@ class PublisherParts:
         payload, seal = copies.seal_now(value, context=_IN) or (value, None)
         rank = 0 if resolver is None else rank_of(resolver, key, source)
         return Revision(
-            key, payload, seal, source, float(observed_at), now, version_of(number), 0.0, 0,
+            key, payload, seal, source, observed_at, now, version_of(number), 0.0, 0,
             told, rank, EMPTY, (), dated, number,
         )  # fmt: skip
 

@@ -63,7 +63,7 @@ def monotonic_of(clock: Clock) -> float:
 
 def _believed(method: str, seconds: float) -> float:
     if type(seconds) is not float:
-        number(f"{method}() of the clock", seconds)
+        seconds = float(number(f"{method}() of the clock", seconds))
     if not math.isfinite(seconds):
         raise ValueError(
             f"{method}() of the clock must be a finite number of seconds, got {seconds!r}; let it "

@@ -1090,7 +1090,7 @@ class Call:
             if type(value) is SourcePayload:
                 payload, metadata = value.value, value.metadata
                 if value.observed_at is not None:
-                    dated, observed_at = True, value.observed_at
+                    dated, observed_at = True, float(value.observed_at)
                     stale = answered_at - observed_at > flight.policy.ttl_seconds
                     skew = self._accepted_skew(flight.key, observed_at)
                     if skew:

@@ -98,6 +98,8 @@ _STATUS: Final = {
 }
 _STORED: Final = CacheWriteStatus.STORED
 _FOREVER: Final = 1e300
+_LONGEST_SECONDS: Final = 1e9
+"""The server does not take the milliseconds of all that a float can be."""
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _MOST_RENEWED_SECONDS: Final = 60.0
 _MOST_ROUNDS: Final = 8
@@ -199,9 +201,9 @@ class RedisCache:
         self._channel = f"{prefix}:#news"
         self.near_entries: int = integer("near_entries", near_entries, minimum=0)
         self.near_seconds: float = number("near_seconds", near_seconds, above=0)
-        self._lease_ms = int(number("lease_seconds", lease_seconds, above=0) * 1000)
+        self._lease_ms = _milliseconds("lease_seconds", lease_seconds)
         self._most_bytes = integer("max_value_bytes", max_value_bytes, minimum=1)
-        self._longest_ms = int(number("max_lifetime_seconds", max_lifetime_seconds, above=0) * 1000)
+        self._longest_ms = _milliseconds("max_lifetime_seconds", max_lifetime_seconds)
         self._codec: ValueCodec = MessagePackCodec(models) if codec is None else codec
         require_methods("codec", self._codec, "encode", "decode", plain=True)
         used = Redis.from_url(client) if isinstance(client, str) else client
@@ -430,10 +432,10 @@ class RedisCache:
         """Read keys, or take leases on them; unreadable entries count as missing."""
         others = unlike or {}
         wanted = (
-            (key, f"{mode}{min(age, _FOREVER)!r} {others.get(key, '')}")
+            (key, f"{mode}{_plain(min(age, _FOREVER))} {others.get(key, '')}")
             for key, age in ages.items()
         )
-        calls = self._calls(wanted, token, self._lease_ms, repr(now))
+        calls = self._calls(wanted, token, self._lease_ms, _plain(now))
         moment, answers = await self._run(scripts.READ, calls)
         found: dict[ResourceKey, _Entry] = {}
         pace = Pace()
@@ -727,8 +729,9 @@ class RedisCache:
             flags += "u"
         parts = [(over or "").encode(), value.version.encode(), value.key.canonical.encode()]
         head = (
-            f"{token or '-'} {flags or '-'} {value.authority_rank} {value.observed_at!r} "
-            f"{value.attempts} {value.latency_ms!r} {self._lifetime_ms(value, policy)} "
+            f"{token or '-'} {flags or '-'} {int(value.authority_rank)} "
+            f"{_plain(value.observed_at)} {int(value.attempts)} {_plain(value.latency_ms)} "
+            f"{self._lifetime_ms(value, policy)} "
             f"{' '.join(str(len(part)) for part in parts)}\n"
         )
         return b"".join((head.encode(), *parts, data))
@@ -929,6 +932,16 @@ def _servable_age(policy: FreshnessPolicy) -> float:
     if policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE:
         return policy.max_stale_seconds
     return policy.ttl_seconds
+
+
+def _plain(seconds: float) -> str:
+    """Return a number as the server reads it, whatever its class calls itself, as numpy's do."""
+    return repr(float(seconds))
+
+
+def _milliseconds(name: str, seconds: float) -> int:
+    """Return a time as the server counts it, if that can have it."""
+    return int(number(name, seconds, minimum=0.001, maximum=_LONGEST_SECONDS) * 1000)
 
 
 def _name_part(name: str, value: str) -> str:
