@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from coalestra.core.frozen import FrozenDict, immutable
@@ -16,7 +16,17 @@ from coalestra.core.policies import (
     policy_of_all,
     ttl_of,
 )
-from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
+from coalestra.core.validation import (
+    check_fields,
+    flag,
+    instance,
+    integer,
+    mapping,
+    number,
+    refusal,
+    ruled,
+    text,
+)
 from coalestra.core.values import SnapshotValue, grounds_of
 
 __all__ = [
@@ -45,18 +55,15 @@ class ResourceAcceptanceRule:
         ValueError: for an age that is negative or not finite.
     """
 
-    max_age_seconds: float | None = None
-    allow_stale: bool = True
-    minimum_authority_rank: int | None = None
-    max_oldest_age_seconds: float | None = field(default=None, kw_only=True)
-    allow_resting_on_stale: bool = field(default=True, kw_only=True)
+    max_age_seconds: float | None = ruled(None, number, minimum=0, optional=True)
+    allow_stale: bool = ruled(True, flag)
+    minimum_authority_rank: int | None = ruled(None, integer, optional=True)
+    _: KW_ONLY
+    max_oldest_age_seconds: float | None = ruled(None, number, minimum=0, optional=True)
+    allow_resting_on_stale: bool = ruled(True, flag)
 
     def __post_init__(self) -> None:
-        for name in ("max_age_seconds", "max_oldest_age_seconds"):
-            number(name, getattr(self, name), minimum=0, optional=True)
-        flag("allow_resting_on_stale", self.allow_resting_on_stale)
-        flag("allow_stale", self.allow_stale)
-        integer("minimum_authority_rank", self.minimum_authority_rank, optional=True)
+        check_fields(self)
 
     @property
     def has_constraints(self) -> bool:
@@ -97,8 +104,7 @@ class SnapshotRequirement:
         alternatives = distinct_keys("keys", keys)
         if not alternatives:
             raise ValueError(refusal("keys", "at least one key", alternatives))
-        integer("minimum_count", minimum_count, minimum=1)
-        if minimum_count > len(alternatives):
+        if integer("minimum_count", minimum_count, minimum=1) > len(alternatives):
             rule = f"at most the number of different keys ({len(alternatives)})"
             raise ValueError(refusal("minimum_count", rule, minimum_count))
         object.__setattr__(self, "keys", alternatives)
@@ -320,30 +326,28 @@ class _Trial:
             return True
         return self.common is not None and not gone_stale(age, self.common.ttl_seconds)
 
-    def against(self, key: ResourceKey) -> list[SnapshotAcceptanceViolation]:
+    def against(self, key: ResourceKey) -> Iterator[SnapshotAcceptanceViolation]:
         """What speaks against the value of one key; nothing if it has none."""
         rule = self.policy.rule_for(key)
         value = self.values.get(key) if rule.has_constraints else None
         if value is None:
-            return []
-        broken = []
+            return
         age = max(0.0, value.age_seconds, self.now - value.observed_at)
         most, lowest = rule.max_age_seconds, rule.minimum_authority_rank
         if not rule.allow_stale and self._is_stale(value, age):
             must = f"be fresh, got a stale value observed {age:g} s ago"
-            broken.append(_broken(key, _Reason.STALE, must, current_age_seconds=age, stale=True))
+            yield _broken(key, _Reason.STALE, must, current_age_seconds=age, stale=True)
         if most is not None and age > most:
             must = f"be at most {most:g} s old, got {age:g} s"
             ages = {"current_age_seconds": age, "max_age_seconds": most}
-            broken.append(_broken(key, _Reason.TOO_OLD, must, **ages))
+            yield _broken(key, _Reason.TOO_OLD, must, **ages)
         if not rule.judges_nothing_below:
-            broken += self._broken_below(value, rule)
+            yield from self._broken_below(value, rule)
         if lowest is not None and (rank := value.authority_rank) < lowest:
             must = f"have an authority rank of at least {lowest}, got {rank} "
             must += f"from source {value.source}"
             ranks = {"authority_rank": rank, "minimum_authority_rank": lowest}
-            broken.append(_broken(key, _Reason.INSUFFICIENT_AUTHORITY, must, **ranks))
-        return broken
+            yield _broken(key, _Reason.INSUFFICIENT_AUTHORITY, must, **ranks)
 
     def _broken_below(
         self, value: SnapshotValue[Any], rule: ResourceAcceptanceRule
@@ -388,7 +392,7 @@ class _Trial:
     ) -> Iterator[SnapshotAcceptanceViolation]:
         """What speaks against a requirement, and then against its rejected alternatives."""
         present = [key for key in requirement.keys if key in self.values]
-        rejected = {key: broken for key in present if (broken := self.against(key))}
+        rejected = [broken for key in present if (broken := list(self.against(key)))]
         accepted = len(present) - len(rejected)
         if accepted >= requirement.minimum_count:
             return
@@ -403,6 +407,6 @@ class _Trial:
             accepted_count=accepted,
             required_count=requirement.minimum_count,
         )
-        for broken in rejected.values():
+        for broken in rejected:
             for violation in broken:
                 yield replace(violation, requirement_name=name)

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from coalestra.core.frozen import FrozenDict, immutable
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import (
+    check_fields,
     choice,
     flag,
     instance,
@@ -19,6 +20,7 @@ from coalestra.core.validation import (
     mapping,
     number,
     plain_function,
+    ruled,
     span,
     text,
 )
@@ -199,12 +201,11 @@ class ObservationPolicy:
         ValueError: for a tolerance that is negative or not finite.
     """
 
-    future_tolerance_seconds: float = 1.0
-    reject_future_observations: bool = True
+    future_tolerance_seconds: float = ruled(1.0, number, minimum=0)
+    reject_future_observations: bool = ruled(True, flag)
 
     def __post_init__(self) -> None:
-        number("future_tolerance_seconds", self.future_tolerance_seconds, minimum=0)
-        flag("reject_future_observations", self.reject_future_observations)
+        check_fields(self)
 
 
 class FutureObservation(ValueError):
@@ -351,16 +352,7 @@ _NO_RULES = SourceAuthorityPolicy()
 
 
 class AuthorityPolicyResolver(KeyedPolicies[ResourceKey, SourceAuthorityPolicy]):
-    """The authority policy of every key: its override, else the dynamic answer, else the default.
-
-    Attributes:
-        default: the policy of everything that is not mentioned.
-        overrides: policies by key; read-only.
-        dynamic: asked for keys without an override, or None.
-
-    Raises:
-        TypeError: for anything of another type, also what ``dynamic`` returns.
-    """
+    """The authority policy of every key, chosen as by a `PolicyResolver`."""
 
     __slots__ = ()
 
