@@ -866,9 +866,6 @@ class SyncSnapshotBuilder:
             shutdown_timeout_seconds: how long closing waits for accepted work, before it cancels
                 what is left.
             max_pending_submissions: how many of the publisher's submissions may be under way.
-
-        Raises:
-            TypeError, ValueError: for a bad argument, naming it.
         """
         if not (callable(getattr(builder, "aclose", None)) and hasattr(builder, "publisher")):
             raise wrong_type("builder", "a SnapshotBuilder", builder)

@@ -49,10 +49,6 @@ class ResourceAcceptanceRule:
         allow_resting_on_stale: whether anything that it was derived from may be stale.
 
     Of a value that was not derived, the last two judge the value itself.
-
-    Raises:
-        TypeError: for another type.
-        ValueError: for an age that is negative or not finite.
     """
 
     max_age_seconds: float | None = ruled(None, number, minimum=0, optional=True)
@@ -92,7 +88,6 @@ class SnapshotRequirement:
         name: what to call it in violations; may be empty.
 
     Raises:
-        TypeError: for another type.
         ValueError: without keys, or unless the count is from 1 to their number.
     """
 
@@ -142,7 +137,6 @@ class SnapshotAcceptancePolicy:
         include_optional_resources: whether the default rule is for optional ones too.
 
     Raises:
-        TypeError: for another type.
         ValueError: if it would accept everything.
     """
 

@@ -105,7 +105,6 @@ class CoalestraCapabilities:
 
         Raises:
             CapabilityRequirementError: naming everything that is missing or too old.
-            TypeError, ValueError: for requirements that are none.
         """
         wanted = _feature_names(features)
         missing = tuple(name for name in dict.fromkeys(wanted) if not self.supports(name))
@@ -142,7 +141,6 @@ def require_capabilities(
 
     Raises:
         CapabilityRequirementError: naming everything that is missing or too old.
-        TypeError, ValueError: for requirements that are none.
     """
     _INSTALLED.require(features=features, schemas=schemas)
     return _INSTALLED

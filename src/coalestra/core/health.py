@@ -242,7 +242,6 @@ class BuilderHealthAssessmentPolicy:
             since the snapshot compared with.
 
     Raises:
-        TypeError: for a threshold of the wrong type.
         ValueError: for a count below 1, a ratio that is not above 0 (above 1 for a backlog), and a
             critical threshold below the degraded one.
     """
@@ -403,9 +402,6 @@ class BuilderHealth:
             previous: an earlier snapshot of the same builder; with it the growth of the failure
                 counters is judged too.
             policy: the thresholds; the default ones if None.
-
-        Raises:
-            TypeError: for an argument of another type.
         """
         instance("previous", previous, BuilderHealth, optional=True)
         instance("policy", policy, BuilderHealthAssessmentPolicy, optional=True)
@@ -425,9 +421,6 @@ class BuilderHealth:
             include_assessment: if False, ``assessment`` is None.
             previous: see ``assess``.
             assessment_policy: see ``assess``.
-
-        Raises:
-            TypeError: for an argument of another type.
         """
         verdict: BuilderHealthAssessment | None = None
         if flag("include_assessment", include_assessment):

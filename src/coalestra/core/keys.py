@@ -60,9 +60,6 @@ class KeyNormalizer:
 
     A transform does all there is to do to its part: one that replaces the default strips only if
     it says so itself.
-
-    Raises:
-        TypeError: for a transform that cannot be called.
     """
 
     namespace: StringTransform = str.strip

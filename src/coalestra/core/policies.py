@@ -127,10 +127,6 @@ class FreshnessPolicy:
         refresh_mode: when and how it is renewed.
         refresh_ahead_seconds: how long before the end of ``ttl_seconds`` to begin; only with
             ``RefreshMode.REFRESH_AHEAD``, and not more than a finite ``ttl_seconds``.
-
-    Raises:
-        TypeError: for another type.
-        ValueError: for a number out of these bounds.
     """
 
     ttl_seconds: float
@@ -195,10 +191,6 @@ class ObservationPolicy:
     Attributes:
         future_tolerance_seconds: how far ahead is put down to clocks that differ.
         reject_future_observations: whether anything further ahead is refused.
-
-    Raises:
-        TypeError: for another type.
-        ValueError: for a tolerance that is negative or not finite.
     """
 
     future_tolerance_seconds: float = ruled(1.0, number, minimum=0)
@@ -307,10 +299,6 @@ class SourceAuthorityPolicy:
     Attributes:
         source_ranks: ranks by name of source; read-only.
         default_rank: the rank of every other source.
-
-    Raises:
-        TypeError: for names that are not strings or ranks that are not integers.
-        ValueError: for an empty name.
     """
 
     source_ranks: Mapping[str, int] = field(default_factory=FrozenDict)

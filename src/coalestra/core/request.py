@@ -49,10 +49,6 @@ class SnapshotConsistencyPolicy:
     Attributes:
         max_observation_skew_seconds: the longest time between the oldest and the newest.
         include_optional_resources: whether optional resources take part, where resolved.
-
-    Raises:
-        TypeError: for another type.
-        ValueError: for a skew that is negative or not finite.
     """
 
     max_observation_skew_seconds: float
@@ -104,7 +100,6 @@ class SnapshotRequest:
         acceptance_policy: what the values must be like; None for no rules.
 
     Raises:
-        TypeError: for another type.
         ValueError: without keys, with a key in both groups, or with a policy that names a key
             outside the request.
     """
@@ -274,9 +269,6 @@ class RequestResult:
 
         Args:
             include_values: whether the payloads that were read and their metadata are in it.
-
-        Raises:
-            TypeError: for an argument of another type.
         """
         flag("include_values", include_values)
         read = None

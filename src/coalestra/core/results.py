@@ -66,9 +66,6 @@ class CacheLookup:
         fresh: whether it is within its time to live.
         usable_stale: whether it is older, but may still be used in need.
         age_seconds: its age since it was observed, or None without a value.
-
-    Raises:
-        TypeError, ValueError: for an age that is not a finite number.
     """
 
     value: SnapshotValue[Any] | None

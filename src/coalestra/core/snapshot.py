@@ -124,10 +124,6 @@ class FetchContext:
         deadline_monotonic: the same moment on the clock's monotonic reading, in seconds.
         metadata: what the caller wants sources to know; read-only.
         snapshot_id: the id of the snapshot being made.
-
-    Raises:
-        TypeError: for another type.
-        ValueError: for a time that is not finite.
     """
 
     requested_at: float
@@ -252,9 +248,6 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
 
         Args:
             include_values: whether the payloads and their metadata are in it.
-
-        Raises:
-            TypeError: for an argument of another type.
         """
         flag("include_values", include_values)
         values = self.resources.items()

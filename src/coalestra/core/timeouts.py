@@ -86,7 +86,6 @@ def inspect_source_timeout_guarantee(source: Any) -> SourceTimeoutGuarantee:
     ``transport_timeout_seconds`` and ``timeout_seconds`` (None if absent), both in seconds.
 
     Raises:
-        TypeError: for a declaration of the wrong type.
         ValueError: for a timeout that is not above 0, and for a transport timeout of a source
             that does not declare ``blocking_io=True``.
     """

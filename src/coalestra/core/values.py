@@ -85,10 +85,6 @@ class SourcePayload(Generic[T]):
         observed_at: when it was true, in wall-clock seconds since the epoch; None for the moment
             at which it is fetched.
         metadata: anything worth knowing about it; read-only.
-
-    Raises:
-        TypeError: for another type of ``observed_at`` or ``metadata``.
-        ValueError: for a time that is not finite.
     """
 
     value: T
@@ -145,10 +141,6 @@ class ResourceUpdate(Generic[T]):
         source: who says so; counts for authority.
         observed_at: when it was true, in wall-clock seconds since the epoch; None for now.
         metadata: anything worth knowing about it; read-only.
-
-    Raises:
-        TypeError: for another type of anything but ``value``.
-        ValueError: for an empty source, or a time that is not finite.
     """
 
     key: ResourceKey
@@ -298,10 +290,6 @@ class SnapshotValue(Generic[T]):
         version: an opaque name of this revision, the same in all its copies. Not compared.
         dependency_versions: the versions it was derived from, by key; empty unless it was
             derived. Not compared.
-
-    Raises:
-        TypeError: for a time that is no number, or a mapping that is none.
-        ValueError: for a time that is not finite.
     """
 
     key: ResourceKey
@@ -426,9 +414,6 @@ class SnapshotValue(Generic[T]):
         Args:
             include_value: whether ``value`` and ``metadata`` are in it. What is no JSON, such as a
                 ``Decimal``, is named by its type.
-
-        Raises:
-            TypeError: for an argument of another type.
         """
         oldest_at = self.oldest_observed_at
         told = {

@@ -286,7 +286,6 @@ class SnapshotBuilder(BuilderSettings):
         payload_copier: what copies payloads, if not the default.
 
     Raises:
-        TypeError: an argument is of the wrong type.
         ValueError: an argument has a wrong value, two do not go together, or a source does not
             declare safe timeouts. The message names the argument or the source, and the remedy.
 

@@ -119,9 +119,6 @@ class CircuitBreakerPolicy:
         failure_threshold: failures in a row that open it; at least 1.
         recovery_timeout_seconds: how long it then refuses calls.
         enabled: if False every call is let through and nothing is counted.
-
-    Raises:
-        TypeError, ValueError: for a field of the wrong type or outside of its range.
     """
 
     scope: CircuitScope = ruled(CircuitScope.SOURCE, instance, CircuitScope)
@@ -278,9 +275,6 @@ class CircuitBreaker:
         recovery_timeout_seconds: of the default policy.
         clock: whose monotonic seconds count; by default the system's.
         default_policy: in place of the one made of the two numbers.
-
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type or outside of its range.
     """
 
     def __init__(

@@ -24,9 +24,6 @@ class SourceResiliencePolicy:
         finish_late: whether a call that is under way when the deadlines of all its readers have
             passed goes on for as long as the ``timeout_seconds`` of its source allow, to fill the
             cache. It keeps its slot. A source without a timeout is cut off all the same.
-
-    Raises:
-        TypeError: for a field of the wrong type.
     """
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -50,9 +47,6 @@ class ResiliencePolicyResolver(KeyedPolicies[str, SourceResiliencePolicy]):
         default: for sources that nothing else covers.
         overrides: policies by source name; they win.
         dynamic: asked next, with the name of the source; or None.
-
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type, or an empty name.
     """
 
     __slots__ = ()

@@ -58,9 +58,6 @@ class RetryPolicy:
             for: name these as well to go on retrying them.
 
     An open circuit, a deadline, too long a queue and what is absent are never retried.
-
-    Raises:
-        TypeError, ValueError: for a field of the wrong type or outside of its range.
     """
 
     max_attempts: int = ruled(2, integer, minimum=1)
