@@ -177,6 +177,9 @@ _Resilience = Annotated[
 class CallableAdapter:
     """A source made from functions; every setting is an attribute under its parameter's name.
 
+    A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False; a coroutine
+    function never does.
+
     Attributes:
         name: the source's name, unique in a builder.
         priority: sources with a higher one are asked first.
@@ -186,7 +189,7 @@ class CallableAdapter:
         max_concurrency: how many calls may run at once; None: no limit of its own.
         resilience_policy: retries and circuit of this source; None: the builder's.
         cache_supports: whether answers of ``supports`` may be remembered.
-        run_sync_in_thread: whether a plain function runs in a worker thread.
+        run_sync_in_thread: whether a plain function leaves the event loop.
         blocking_io: whether the function waits for a network, a disk or the like.
         transport_timeout_seconds: the longest its transport lets it wait.
         blocking_io_offloaded: whether calls leave the event loop: True for a plain function that
@@ -254,17 +257,18 @@ def as_payload(value: Any) -> SourcePayload[Any]:
 SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
 """Says whether a source can answer for a key; plain and quick."""
 
+BatchSupportsFunction: TypeAlias = SupportsFunction
+"""The same for a batch source."""
+
+DerivedSupportsFunction: TypeAlias = SupportsFunction
+"""The same for a derived source."""
+
 FetcherFunction: TypeAlias = Callable[[ResourceKey, FetchContext], Any]
 """Returns the value for a key, a `SourcePayload` of it, or an awaitable of either."""
 
 
 class CallableSource(CallableAdapter):
-    """Asks a plain or async function for one resource at a time.
-
-    A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False. All times
-    are seconds; every setting can be read back under its name. See `CallableAdapter` for those
-    that all adapters share.
-    """
+    """Asks a plain or async function for one resource at a time; see `CallableAdapter`."""
 
     fetcher: FetcherFunction
 
@@ -284,7 +288,6 @@ class CallableSource(CallableAdapter):
         blocking_io: bool = False,
         transport_timeout_seconds: float | None = None,
     ) -> None:
-        """Make a source of `fetcher`; a bad setting is a TypeError or ValueError that names it."""
         super().__init__("fetcher", locals())
 
     async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
@@ -295,19 +298,14 @@ class CallableSource(CallableAdapter):
 # A source that fetches many resources with one call of a function --------------------------------
 
 
-BatchSupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
-"""Says whether a batch source can answer for a key; plain and quick."""
-
 BatchFetcherFunction: TypeAlias = Callable[[Collection[ResourceKey], FetchContext], Any]
 """Returns a mapping of keys to values or payloads, or an awaitable of it; keys may be left out."""
 
 
 class CallableBatchSource(CallableAdapter):
-    """Asks a plain or async function for many resources at once.
+    """Asks a plain or async function for many resources at once; see `CallableAdapter`.
 
-    A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False. All times
-    are seconds; every setting can be read back under its name. ``max_batch_size`` bounds the keys
-    of one call (None: no bound). See `CallableAdapter` for what all adapters share.
+    ``max_batch_size`` bounds the keys of one call; None: no bound.
     """
 
     fetcher: BatchFetcherFunction
@@ -330,19 +328,15 @@ class CallableBatchSource(CallableAdapter):
         blocking_io: bool = False,
         transport_timeout_seconds: float | None = None,
     ) -> None:
-        """Make a source of `fetcher`; a bad setting is a TypeError or ValueError that names it."""
         super().__init__("fetcher", locals())
         self.max_batch_size = integer("max_batch_size", max_batch_size, minimum=1, optional=True)
 
     async def fetch_many(
         self, keys: Collection[ResourceKey], context: FetchContext
     ) -> Mapping[ResourceKey, SourcePayload[Any]]:
-        """Return what the fetcher returns for `keys`, every value as a payload.
-
-        A result that is not a mapping is passed on as it is; the builder refuses it.
-        """
+        """Return what the fetcher returns for `keys`, every value as a payload."""
         result = await self._invocation.call(keys, context)
-        if not isinstance(result, Mapping):
+        if not isinstance(result, Mapping):  # which the builder refuses
             return cast("Mapping[ResourceKey, SourcePayload[Any]]", result)
         return await _as_payloads(result, len(keys) + 1)
 
@@ -372,9 +366,6 @@ async def _as_payloads(
 # A source that computes a resource from others with a function -----------------------------------
 
 
-DerivedSupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
-"""Says whether a derived source can answer for a key; plain and quick."""
-
 DependenciesFunction: TypeAlias = Callable[[ResourceKey], Iterable[ResourceKey]]
 """Returns the keys that a derived resource is computed from; plain and quick."""
 
@@ -383,11 +374,7 @@ DeriverFunction: TypeAlias = Callable[[ResourceKey, Snapshot, FetchContext], Any
 
 
 class CallableDerivedSource(CallableAdapter):
-    """Asks a plain or async function to compute a resource from its dependencies.
-
-    A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False. All times
-    are seconds; every setting can be read back under its name, except that ``dependencies`` is
-    a method. See `CallableAdapter` for what all adapters share.
+    """Has a plain or async function compute a resource from others; see `CallableAdapter`.
 
     With ``inherit_freshness`` a value is as old as the oldest of its dependencies, and stale if one
     of them is; how long it is kept, its own policy says, from when it was derived.
@@ -414,7 +401,6 @@ class CallableDerivedSource(CallableAdapter):
         transport_timeout_seconds: float | None = None,
         inherit_freshness: bool = False,
     ) -> None:
-        """Make a source of `deriver`; a bad setting is a TypeError or ValueError that names it."""
         super().__init__("deriver", locals())
         self.inherit_freshness = flag("inherit_freshness", inherit_freshness)
         self._dependencies = self._plain("dependencies", locals())

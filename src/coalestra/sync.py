@@ -194,12 +194,8 @@ class Operation(Generic[T]):
 class LoopThread:
     """A daemon thread that runs one event loop for as long as it is needed.
 
-    Args:
-        name: the name of the thread.
-        owner: what messages call the object that blocks on this thread.
-
-    Raises:
-        RuntimeError: if the system cannot start another thread.
+    Messages call the object that blocks on it by the name of its `owner`. It is a `RuntimeError` if
+    the system cannot start another thread.
     """
 
     def __init__(self, *, name: str, owner: str) -> None:
@@ -287,8 +283,7 @@ class LoopThread:
     def start(self, work: Work[T], operation: Operation[T]) -> Operation[T]:
         """Accept an operation that is to do `work`, in a copy of the caller's context; return it.
 
-        Raises:
-            RuntimeError: if nothing can be accepted any more; the operation is discarded.
+        If nothing can be accepted any more it is discarded, and a RuntimeError raised.
         """
         try:
             self.require_usable()
@@ -315,16 +310,9 @@ class LoopThread:
     ) -> T:
         """Do `work` on the loop and wait for it; breaking the wait off cancels the work.
 
-        Args:
-            call: what messages call the method that waits, such as ``build()``.
-            work: what to do.
-            *args: what to call it with.
-            **kwargs: what to call it with by name.
-
-        Raises:
-            RuntimeError: if nothing can be accepted, in the loop's own thread, or when closing
-                cut the work short.
-            BaseException: whatever the work raised.
+        Messages call the method that waits by the name of its `call`, such as ``build()``. Raises
+        what the work does, and a RuntimeError if nothing can be accepted, in the loop's own thread,
+        or when closing cut the work short.
         """
         self.require_other_thread(call)
         operation: Operation[T] = self.operation()
@@ -352,10 +340,9 @@ class LoopThread:
         return last
 
     def join(self, seconds: float) -> bool:
-        """Wait for the end of the thread once it was stopped.
+        """Wait for the end of the thread once it was stopped; return whether it has come.
 
-        Returns:
-            False if tasks remain that ignore their cancellation; the thread ends with them.
+        It has not while tasks remain that ignore their cancellation; the thread ends with them.
         """
         self._changes.wait_for(lambda: self._over or self._overdue, seconds)
         if self._over:
@@ -371,11 +358,9 @@ class LoopThread:
             operation.begin(work)
 
     async def drain(self, until: float, unwinding_seconds: float) -> None:
-        """Wait for all operations but the last; cancel those that take longer.
+        """Wait for all operations but the last, until then on the loop's clock.
 
-        Args:
-            until: how long they may take, on the loop's clock.
-            unwinding_seconds: how long those that were cancelled may clean up.
+        Those that take longer are cancelled, and have so many seconds to clean up.
         """
         now = self._loop.time
         while (working := self._working()) and now() < until:
@@ -450,11 +435,7 @@ class LoopThread:
 
 
 class SubmissionBacklog:
-    """A bounded number of places for operations, for any thread; nobody waits for one.
-
-    Args:
-        limit: how many submissions may be under way at once.
-    """
+    """A bounded number of places for operations, for any thread; nobody waits for one."""
 
     __slots__ = ("_changes", "_places", "limit")
 
@@ -469,11 +450,7 @@ class SubmissionBacklog:
         return min(len(self._places), self.limit)
 
     def enter(self, operation: Operation[Any]) -> None:
-        """Take a place for an operation, until it leaves.
-
-        Raises:
-            SubmissionBacklogFullError: at once, if all are taken.
-        """
+        """Take a place for an operation, until it leaves; raise at once if all are taken."""
         places = self._places
         places[operation] = None
         # Of those that came at the same time to the last place, the first one has it.
@@ -487,11 +464,7 @@ class SubmissionBacklog:
         self._changes.tell()
 
     def flush(self, timeout_seconds: float | None) -> None:
-        """Wait until what is accepted now is done, whether it succeeds or not.
-
-        Raises:
-            TimeoutError: if that takes longer.
-        """
+        """Wait until what is accepted now is done; TimeoutError if that takes longer than so."""
         left = [each for each in self._places.copy() if each.accepted]
         accepted = len(left)
 
@@ -521,7 +494,8 @@ class SyncResourcePublisher:
     ``publish*`` and ``invalidate*`` wait for the outcome. ``submit_*`` return a future at once;
     by then values, metadata and collections have been copied, so that later changes do not
     matter. A bounded number of submissions may be under way. Cancelling a future takes its
-    submission back, unless it was done already.
+    submission back, unless it was done already. Once the builder is closed, in a forked process,
+    and where a call would wait on the loop's own thread, it raises a `RuntimeError`.
     """
 
     __slots__ = ("_backlog", "_isolator", "_lanes", "_publisher", "_thread")
@@ -533,7 +507,6 @@ class SyncResourcePublisher:
         backlog: SubmissionBacklog,
         isolator: PayloadIsolator,
     ) -> None:
-        """Publish through `publisher` on the loop of `thread`; made by `SyncSnapshotBuilder`."""
         self._publisher = publisher
         self._thread = thread
         self._backlog = backlog
@@ -597,7 +570,6 @@ class SyncResourcePublisher:
 
         Raises:
             TimeoutError: if they take longer than `timeout_seconds` (None: wait for ever).
-            RuntimeError: on the facade's own event loop thread, or in a forked process.
         """
         number("timeout_seconds", timeout_seconds, minimum=0, optional=True)
         self._thread.require_running()
@@ -620,7 +592,6 @@ class SyncResourcePublisher:
         Raises:
             SubmissionBacklogFullError: at once, if too many submissions are under way.
             PayloadIsolationError: if the value or metadata cannot be copied.
-            RuntimeError: if the facade is closed or the process forked.
         """
         update = ResourceUpdate(key, value, source, observed_at, _given(metadata))
         return self.submit_publish_update(update, force=force, replace_equal=replace_equal)
@@ -780,7 +751,6 @@ class SyncSnapshotSession:
     __slots__ = ("_session", "_thread")
 
     def __init__(self, session: SnapshotSession, thread: LoopThread) -> None:
-        """Work with `session` on the loop of `thread`; made by `SyncSnapshotBuilder.session`."""
         self._session = session
         self._thread = thread
 
@@ -844,10 +814,12 @@ class SyncSnapshotBuilder:
     builder is closed. Breaking a wait off (Ctrl-C) cancels what it waits for.
 
     Attributes:
-        builder: the builder on the loop.
+        builder: the builder on the loop; not in use by another one.
         publisher: publishes into the builder's cache.
         close_builder: whether closing closes the builder as well.
-        shutdown_timeout_seconds: how long closing waits for accepted work.
+        shutdown_timeout_seconds: how long closing waits for accepted work, before it cancels what
+            is left.
+        max_pending_submissions: how many of the publisher's submissions may be under way.
     """
 
     def __init__(
@@ -858,25 +830,14 @@ class SyncSnapshotBuilder:
         shutdown_timeout_seconds: float = 5.0,
         max_pending_submissions: int = 1024,
     ) -> None:
-        """Start the thread.
-
-        Args:
-            builder: not in use by another event loop.
-            close_builder: close the builder together with this.
-            shutdown_timeout_seconds: how long closing waits for accepted work, before it cancels
-                what is left.
-            max_pending_submissions: how many of the publisher's submissions may be under way.
-        """
         if not (callable(getattr(builder, "aclose", None)) and hasattr(builder, "publisher")):
             raise wrong_type("builder", "a SnapshotBuilder", builder)
         self.builder = builder
         self.close_builder: bool = flag("close_builder", close_builder)
-        self.shutdown_timeout_seconds: float = number(
-            "shutdown_timeout_seconds", shutdown_timeout_seconds, minimum=0
-        )
-        self._backlog = SubmissionBacklog(
-            integer("max_pending_submissions", max_pending_submissions, minimum=1)
-        )
+        number("shutdown_timeout_seconds", shutdown_timeout_seconds, minimum=0)
+        self.shutdown_timeout_seconds: float = shutdown_timeout_seconds
+        integer("max_pending_submissions", max_pending_submissions, minimum=1)
+        self._backlog = SubmissionBacklog(max_pending_submissions)
         isolator = PayloadIsolator(getattr(builder, "payload_copier", None))
         self._lingering: asyncio.Task[None] | None = None
         self._thread = LoopThread(name=THREAD_NAME, owner="the sync snapshot builder")
@@ -965,13 +926,8 @@ class SyncSnapshotBuilder:
     def submit(self, work: Callable[[SnapshotBuilder], Awaitable[T]]) -> Future[T]:
         """Start ``work(builder)`` on the event loop of the builder's thread; never waits.
 
-        For what has no blocking method of its own. Cancelling the future cancels the work.
-
-        Args:
-            work: an async function; it must not block.
-
-        Raises:
-            RuntimeError: once the builder is closed, and in a forked process.
+        For what has no blocking method of its own: an async function that does not block.
+        Cancelling the future cancels the work.
         """
         operation: Operation[T] = self._thread.operation()
         return self._thread.start(partial(work, self.builder), operation).future
