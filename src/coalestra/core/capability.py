@@ -14,7 +14,7 @@ from coalestra.core.health import (
     BUILDER_HEALTH_SCHEMA_VERSION,
 )
 from coalestra.core.serialization import json_safe
-from coalestra.core.validation import instance, integer, text
+from coalestra.core.validation import instance, integer, mapping, text
 
 __all__ = [
     "COALESTRA_API_STABILITY", "COALESTRA_CAPABILITIES_SCHEMA",
@@ -49,21 +49,17 @@ _FEATURES = (
 )
 
 
-_SCHEMAS: Mapping[str, int] = FrozenDict(
-    {
-        "builder_health": BUILDER_HEALTH_SCHEMA_VERSION,
-        "builder_health_assessment": BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
-        "capabilities": COALESTRA_CAPABILITIES_SCHEMA_VERSION,
-        "error_diagnostics": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-    }
-)
-_DEFAULTS: Mapping[str, Any] = FrozenDict(
-    {
-        "allow_unsafe_blocking_sources": False,
-        "buffer_observability": "auto",
-        "require_source_timeout_declarations": True,
-    }
-)
+_SCHEMAS = {
+    "builder_health": BUILDER_HEALTH_SCHEMA_VERSION,
+    "builder_health_assessment": BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
+    "capabilities": COALESTRA_CAPABILITIES_SCHEMA_VERSION,
+    "error_diagnostics": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
+}
+_DEFAULTS = {
+    "allow_unsafe_blocking_sources": False,
+    "buffer_observability": "auto",
+    "require_source_timeout_declarations": True,
+}
 
 
 @immutable
@@ -106,10 +102,15 @@ class CoalestraCapabilities:
         Raises:
             CapabilityRequirementError: naming everything that is missing or too old.
         """
-        wanted = _feature_names(features)
+        if isinstance(features, (str, bytes)):
+            raise TypeError(
+                f"features must be a collection of names, got {features!r}; write ({features!r},)"
+            )
+        wanted = [text("features", name) for name in instance("features", features, (Iterable,))]
         missing = tuple(name for name in dict.fromkeys(wanted) if not self.supports(name))
         mismatches: dict[str, tuple[int, int | None]] = {}
-        for name, minimum in _minimum_versions(schemas).items():
+        for name, minimum in mapping("schemas", schemas, optional=True).items():
+            integer(f"schemas[{text('schemas', name)!r}]", minimum, minimum=1)
             installed = self.schemas.get(name)
             if installed is None or installed < minimum:
                 mismatches[name] = (minimum, installed)
@@ -135,33 +136,10 @@ def require_capabilities(
 ) -> CoalestraCapabilities:
     """Return what the installed version offers if that is enough for the application.
 
-    Args:
-        features: names of features that must be there.
-        schemas: the lowest acceptable version of each named JSON schema.
-
-    Raises:
-        CapabilityRequirementError: naming everything that is missing or too old.
+    It is judged by `CoalestraCapabilities.require`.
     """
     _INSTALLED.require(features=features, schemas=schemas)
     return _INSTALLED
-
-
-def _feature_names(features: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(features, (str, bytes)):
-        raise TypeError(
-            f"features must be a collection of names, got {features!r}; write ({features!r},)"
-        )
-    return tuple(text("features", name) for name in instance("features", features, (Iterable,)))
-
-
-def _minimum_versions(schemas: Mapping[str, int] | None) -> Mapping[str, int]:
-    if schemas is None:
-        return {}
-    instance("schemas", schemas, (Mapping,))
-    return {
-        text("schemas", name): integer(f"schemas[{name!r}]", minimum, minimum=1)
-        for name, minimum in schemas.items()
-    }
 
 
 _INSTALLED = CoalestraCapabilities(__version__)

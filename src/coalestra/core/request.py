@@ -123,9 +123,6 @@ class SnapshotRequest:
         object.__setattr__(self, "optional", distinct_keys("optional", optional))
         object.__setattr__(self, "consistency_policy", consistency_policy)
         object.__setattr__(self, "acceptance_policy", acceptance_policy)
-        self._check_groups()
-
-    def _check_groups(self) -> None:
         if not self.keys:
             raise ValueError("a request must have at least one key in required or optional")
         both = [key for key in self.optional if key in self._required]
@@ -134,13 +131,13 @@ class SnapshotRequest:
                 f"required and optional must have no key in common, got {listed(both)} in both; "
                 "leave it in one of them"
             )
-        if self.acceptance_policy is not None:
-            foreign = self.acceptance_policy.referenced_keys.difference(self.keys)
-            if foreign:
-                raise ValueError(
-                    f"acceptance_policy must name keys of the request only, got "
-                    f"{listed(sorted(foreign))}; ask for it, or leave it out of the policy"
-                )
+        named = () if acceptance_policy is None else acceptance_policy.referenced_keys
+        foreign = set(named).difference(self.keys)
+        if foreign:
+            raise ValueError(
+                f"acceptance_policy must name keys of the request only, got "
+                f"{listed(sorted(foreign))}; ask for it, or leave it out of the policy"
+            )
 
     @cached_property
     def keys(self) -> tuple[ResourceKey, ...]:
