@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from coalestra._lockfree import LONGEST_WAIT_SECONDS
 from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, UP, Builder, Labels, Watched
 from coalestra.core.health import BuilderHealth
 from coalestra.core.validation import instance, integer, mapping, number, readable, refusal, text
@@ -410,7 +411,7 @@ class HealthCollector(Collector):
 
     def _keep_copying(self, copies: _HealthCopies) -> None:
         while True:
-            time.sleep(self._interval)
+            time.sleep(min(self._interval, LONGEST_WAIT_SECONDS))
             with self._copying:
                 try:
                     copies.renew(self._read())

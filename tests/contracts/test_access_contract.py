@@ -63,7 +63,9 @@ async def write(
     access: CacheAccess, revisions: Collection[Revision], **terms: bool
 ) -> dict[ResourceKey, Outcome]:
     policies = {each.key: POLICY for each in revisions}
-    return await access.publish(revisions, policies, NOW, **terms)
+    outcomes, failures = await access.publish(revisions, policies, NOW, **terms)
+    access.raise_first(failures)
+    return outcomes
 
 
 async def test_what_was_written_is_read_in_the_order_asked(access: CacheAccess) -> None:

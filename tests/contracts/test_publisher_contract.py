@@ -10,6 +10,7 @@ import pytest
 
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.core.errors import SourceProtocolError
+from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyResolver,
     ObservationPolicy,
@@ -18,9 +19,9 @@ from coalestra.core.policies import (
 )
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.results import PublishStatus
-from coalestra.core.values import ResourceUpdate
+from coalestra.core.values import ResourceUpdate, SnapshotValue
 from coalestra.observability import InMemoryMetrics
-from tests.contracts.caches import ALL
+from tests.contracts.caches import ALL, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C
 from tests.support import ManualClock
 
@@ -288,6 +289,38 @@ async def test_invalidated_keys_are_removed_and_reported(cache: AsyncCache) -> N
     ]
     labels = {"resource_namespace": "market", "resource_name": "price"}
     assert metrics.counter("resource_invalidation_total", **labels) == 2
+
+
+class Failing(SingleKeyCache):
+    """Takes and gives up A only."""
+
+    async def set(self, value: SnapshotValue[Any]) -> None:
+        await super().set(value)
+        if value.key != A:
+            del self.held[value.key]
+            raise OSError(f"no room for {value.key.subject}")
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        if key != A:
+            raise OSError(f"no way to {key.subject}")
+        await super().invalidate(key)
+
+
+async def test_of_several_keys_that_a_cache_fails_for_none_is_lost_nor_what_it_did_write() -> None:
+    events, metrics = Events(), InMemoryMetrics()
+    publisher = publisher_to(Failing(), events=events, metrics=metrics)
+    with pytest.raises(OSError, match="no room for B"):
+        await publisher.publish_many([ResourceUpdate(key, 1, "s") for key in (B, A, C)])
+    with pytest.raises(OSError, match="no way to B"):
+        await publisher.invalidate_many([B, A, C])
+    told = [(name, payload.get("resource") or payload["error"]) for name, payload in events.seen]
+    assert told == [
+        ("resource_published", str(A)),
+        ("cache_failed", "no room for C"),
+        ("resource_invalidated", str(A)),
+        ("cache_failed", "no way to C"),
+    ]
+    assert metrics.counter("cache_failure_total", operation="write") == 2
 
 
 async def test_outcomes_are_reported(cache: AsyncCache) -> None:

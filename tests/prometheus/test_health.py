@@ -24,8 +24,9 @@ from coalestra import (
     SourceResiliencePolicy,
     SyncSnapshotBuilder,
 )
+from coalestra._lockfree import LONGEST_WAIT_SECONDS
 from coalestra._telemetry import FACTS
-from coalestra.prometheus import HealthCollector, PrometheusMetrics
+from coalestra.prometheus import HealthCollector, PrometheusMetrics, _HealthCopies
 from tests.contracts.caches import SingleKeyCache
 from tests.docs.pages import ROOT
 from tests.orchestration.scripted import ONCE, Batch, Single, builder, key
@@ -329,6 +330,16 @@ def test_settings_are_checked(
     with pytest.raises(error, match=said):
         HealthCollector(**{"builders": {}, "registry": registry, **settings})
     assert not list(registry.collect())
+
+
+def test_an_interval_of_any_length_can_be_waited_for(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("coalestra.prometheus.time.sleep", slept.append)
+    collector = HealthCollector({}, registry=registry, interval_seconds=1e300)
+    collector._keep_copying(_HealthCopies("coalestra"))  # ends, as there is no builder
+    assert slept == [LONGEST_WAIT_SECONDS]
 
 
 async def test_the_name_of_a_builder_is_checked(registry: CollectorRegistry) -> None:

@@ -449,17 +449,20 @@ class CacheAccess:
         *,
         force: bool = False,
         replace_equal: bool = False,
-    ) -> Outcomes:
-        """Offer the best revision per key; return what became of each.
+    ) -> tuple[Outcomes, Failures]:
+        """Offer the best revision per key; return what became of each, and the failures."""
+        terms = Terms(policies, now, force, replace_equal, insist=True)
+        return await self._write(best_per_key(revisions), terms)
+
+    def raise_first(self, failures: Failures) -> None:
+        """Raise the first of the failures of what an application asked for, and tell of the others.
 
         Raises:
-            CacheUnavailableError: not all could be written; or what the cache raised.
+            CacheUnavailableError: or what the cache raised.
         """
-        terms = Terms(policies, now, force, replace_equal, insist=True)
-        outcomes, failures = await self._write(best_per_key(revisions), terms)
-        for error in failures.values():
-            raise error
-        return outcomes
+        for first in failures.values():
+            self.calls.tell("write", {k: each for k, each in failures.items() if each is not first})
+            raise first
 
     def holds(self, revision: Revision) -> bool:
         """Whether a value on its way still counts as held."""
@@ -559,15 +562,14 @@ class CacheAccess:
 
     # Invalidating and ending --------------------------------------------------------------------
 
-    async def invalidate(self, keys: Collection[ResourceKey]) -> None:
-        """Remove ``keys``. Listeners hear of it before the first await, and again afterwards.
+    async def invalidate(self, keys: Collection[ResourceKey]) -> Failures:
+        """Remove ``keys``; return why some could not be.
 
-        Raises:
-            CacheUnavailableError: not all could be removed; or what the cache raised.
+        Listeners hear of it before the first await, and again afterwards.
         """
         if self.store is not None:
             await let_go(self.store.drop(keys))
-            return
+            return {}
         gone = dict.fromkeys(keys)
         channel = self.channel()
         for key in gone:
@@ -576,12 +578,10 @@ class CacheAccess:
         channel.near.drop(gone)
         async with channel.lanes.turn(gone):
             try:
-                failures = await self.calls.remove(tuple(gone), insist=True)
+                return await self.calls.remove(tuple(gone), insist=True)
             finally:
                 channel.near.drop(gone)
                 channel.listeners.tell(lambda each: each.revised(gone))
-        for error in failures.values():
-            raise error
 
     async def drain(self, timeout_seconds: float) -> None:
         """Wait until what is on its way is written, for so long at most; then give it up."""

@@ -376,7 +376,8 @@ class ResourcePublisher:
         """Publish the best update per key, whatever their order; see `publish`.
 
         Between updates of equal rank and time the later one counts. If one update is unfit,
-        nothing is written.
+        nothing is written. If a cache of your own fails for some keys, the first error is raised
+        and the others are told as ``cache_failed``; all other keys have been published.
         """
         captured = tuple(validation.instance("updates", updates, Iterable))
         for update in captured:
@@ -403,12 +404,14 @@ class ResourcePublisher:
         unique = distinct_keys("keys", keys)
         if not unique:
             return
-        await self._parts.access.invalidate(unique)
+        failures = await self._parts.access.invalidate(unique)
         if self._parts.reporter is not None:
             pace = Pace()
             for key in unique:
-                self._parts.reporter.resource_invalidated(key, reason)
-                await pace.keep()
+                if key not in failures:
+                    self._parts.reporter.resource_invalidated(key, reason)
+                    await pace.keep()
+        self._parts.access.raise_first(failures)
 
     async def aclose(self, *, timeout_seconds: float | None = 5.0) -> None:
         """Refuse new publications and wait for running copies; shared parts are left alone.
@@ -435,8 +438,12 @@ class ResourcePublisher:
         force: bool,
         replace_equal: bool,
     ) -> Mapping[ResourceKey, PublishResult]:
-        """Offer the best revision per key to the cache; nothing is written if one is unfit."""
+        """Offer the best revision per key to the cache; nothing is written if one is unfit.
+
+        What a cache that takes keys one by one did write before it failed is reported all the same.
+        """
         parts, pace, access = self._parts, Pace(), self._parts.access
+        report = None if parts.reporter is None else partial(_report, parts.reporter, force)
         policies: dict[ResourceKey, FreshnessPolicy] = {}
         common = policy_of_all(parts.policy_resolver)
         with _announcing(access, keys) as announce:
@@ -471,13 +478,16 @@ class ResourcePublisher:
                 outcomes = access.store.put_many(best, **terms)
             else:
                 policies = policies or dict.fromkeys(best, common)
-                written = await access.publish(best.values(), policies, **terms)
+                written, failures = await access.publish(best.values(), policies, **terms)
+                if failures and report is not None:
+                    for key, outcome in written.items():
+                        report(best[key], outcome)
+                access.raise_first(failures)
                 outcomes = [written[key] for key in best]
             await pace.keep()
         policy_of = policies.__getitem__ if common is None else lambda _: common
         results = _Results(access.copies, best, policy_of, now, outcomes)
         del outcomes
-        report = None if parts.reporter is None else partial(_report, parts.reporter, force)
         await results.complete(report, pace)
         return results
 
