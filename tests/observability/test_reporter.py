@@ -74,7 +74,7 @@ def test_without_events_no_key_is_rendered() -> None:
     report = reporter(sink, NullEventSink())
     key: Any = Unrenderable()
 
-    report.cache_hit(key, "fresh", "s1")
+    report.tell("cache_hit", resource=key, freshness="fresh", snapshot_id="s1")
     report.source_failed(key, "exchange", ValueError(), "s1")
 
     assert report.failures == 0
@@ -109,7 +109,7 @@ def test_without_metrics_no_labels_are_built() -> None:
     report = reporter(NullMetrics(), sink)
     key: Any = Unlabelled()
 
-    report.cache_hit(key, "fresh", "s1")
+    report.tell("cache_hit", resource=key, freshness="fresh", snapshot_id="s1")
 
     assert sink.events[0].payload == {
         "resource": "the key",
@@ -122,8 +122,8 @@ def test_what_a_sink_raises_is_counted_and_goes_no_further() -> None:
     sink = Raising(RuntimeError("the disk is full"))
     report = reporter(sink, sink)
 
-    report.cache_hit(PRICE, "fresh", "s1")
-    report.batch_size("exchange", 3)
+    report.tell("cache_hit", resource=PRICE, freshness="fresh", snapshot_id="s1")
+    report.observe("source_batch_size", 3, source="exchange")
 
     assert sink.calls == 3
     assert report.failures == 3
@@ -133,7 +133,7 @@ def test_a_failing_metrics_sink_does_not_keep_the_event_back() -> None:
     events = Recorder()
     report = reporter(Raising(ValueError()), events)
 
-    report.cache_hit(PRICE, "fresh", "s1")
+    report.tell("cache_hit", resource=PRICE, freshness="fresh", snapshot_id="s1")
 
     assert events.emitted == ["cache_hit"]
 
@@ -146,7 +146,7 @@ class Panic(BaseException):
 def test_what_is_no_ordinary_exception_is_counted_all_the_same(error: BaseException) -> None:
     report = reporter(Raising(error), Raising(error))
 
-    report.cache_hit(PRICE, "fresh", "s1")
+    report.tell("cache_hit", resource=PRICE, freshness="fresh", snapshot_id="s1")
 
     assert report.failures == 2
 
@@ -159,7 +159,7 @@ def test_what_ends_the_program_reaches_it_after_the_step_that_reported(
 
     async def program() -> None:
         report = reporter(Raising(kind()), NullEventSink())
-        report.cache_access(PRICE, "miss")
+        report.count("cache_access_total", PRICE, status="miss")
         steps.append("the step goes on")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -177,8 +177,8 @@ def test_texts_in_labels_and_events_are_single_lines_of_bounded_length() -> None
     key = ResourceKey("mar\nket", "x" * 1_000_000, "y" * 10_000_000)
 
     report.source_failed(key, "ex\nchange", ValueError("a\nb"), "s1")
-    report.cache_access(key, "miss")
-    report.resource_invalidated(key, "re\nason" * 1_000_000)
+    report.count("cache_access_total", key, status="miss")
+    report.tell("resource_invalidated", resource=key, reason="re\nason" * 1_000_000)
 
     texts = [text for record in sink.metrics for text in record.labels.values()]
     texts += [text for event in sink.events for text in event.payload.values()]
@@ -206,10 +206,10 @@ def test_a_full_buffer_that_raises_is_a_failing_sink_like_any_other() -> None:
     held = Held()
     with BufferedEventSink(held, max_pending=1, overflow=BufferOverflowPolicy.RAISE) as buffer:
         report = reporter(NullMetrics(), buffer)
-        report.cache_bypassed(PRICE, "first", "s1")
+        report.tell("cache_bypassed", resource=PRICE, reason="first", snapshot_id="s1")
         held.wait_arrived()
-        report.cache_bypassed(PRICE, "second", "s1")
-        report.cache_bypassed(PRICE, "third", "s1")
+        report.tell("cache_bypassed", resource=PRICE, reason="second", snapshot_id="s1")
+        report.tell("cache_bypassed", resource=PRICE, reason="third", snapshot_id="s1")
         held.let_through()
         assert buffer.flush(PATIENCE)
 

@@ -25,77 +25,14 @@ from coalestra import (
     SourceAuthorityPolicy,
     SourcePayload,
 )
+from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.observability import EventRecord
+from tests.observability.recording import EVENTS
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
 from tests.support import Gate, settle
 
 X = key("x", "1")
 OF_RESOURCE = {"resource_namespace", "resource_name"}
-
-COUNTERS: dict[str, set[str]] = {
-    "snapshot_build_total": {"status"},
-    "snapshot_session_resolve_total": {"status"},
-    "snapshot_session_revalidate_total": {"status"},
-    "snapshot_acceptance_total": {"status"},
-    "snapshot_acceptance_violation_total": {"reason"},
-    "snapshot_consistency_total": {"status", "rule"},
-    "cache_access_total": {*OF_RESOURCE, "status"},
-    "singleflight_join_total": OF_RESOURCE,
-    "source_fetch_total": {"source", "status"},
-    "source_batch_call_total": {"source", "status"},
-    "source_capacity_timeout_total": {"source", "reason"},
-    "source_transport_budget_rejection_total": {"source", "reason"},
-    "source_transport_timeout_violation_total": {"source", "outcome"},
-    "resource_publish_total": {*OF_RESOURCE, "source", "status"},
-    "resource_invalidation_total": OF_RESOURCE,
-    "resource_refresh_total": {*OF_RESOURCE, "status"},
-    "payload_copy_deadline_total": {"phase"},
-}
-OBSERVATIONS = {
-    "snapshot_build_latency_ms": "status",
-    "snapshot_session_resolve_latency_ms": "status",
-    "source_fetch_latency_ms": "source",
-    "source_capacity_wait_ms": "source",
-    "source_batch_size": "source",
-}
-EVENTS: dict[str, str] = {
-    "snapshot_built": "snapshot_id resources resolved failed build_failed strict diagnostics",
-    "snapshot_session_resolved": (
-        "snapshot_id requested resolved failed total_resources strict retry_errors"
-    ),
-    "snapshot_session_revalidated": (
-        "snapshot_id requested affected refreshed failed committed retained_previous strict "
-        "force_refresh consistency_failed acceptance_failed"
-    ),
-    "snapshot_acceptance_failed": "snapshot_id violations reasons",
-    "snapshot_consistency_failed": (
-        "snapshot_id resources oldest_resource newest_resource observation_skew_ms "
-        "max_observation_skew_ms"
-    ),
-    "cache_hit": "resource freshness snapshot_id",
-    "cache_bypassed": "resource reason snapshot_id",
-    "stale_fallback_used": "resource error_type snapshot_id",
-    "resource_resolved": (
-        "resource source latency_ms attempts source_kind authority_rank snapshot_id"
-    ),
-    "snapshot_started": "kind snapshot_id",
-    "resource_joined": "resource snapshot_id joined_snapshot_id",
-    "source_call_queued": "source keys snapshot_id",
-    "source_call_started": "source keys attempt snapshot_id",
-    "source_call_retried": "source attempt delay_seconds error_type error snapshot_id",
-    "source_failed": "resource source error_type error snapshot_id",
-    "source_payload_rejected": "resource source error snapshot_id",
-    "source_circuit_open": "source resource error snapshot_id",
-    "resource_published": "resource source observed_at replaced forced authority_rank",
-    "resource_publish_ignored": (
-        "resource source status observed_at cached_observed_at candidate_authority_rank "
-        "cached_authority_rank"
-    ),
-    "resource_invalidated": "resource reason",
-    "resource_refresh_scheduled": "resource reason snapshot_id",
-    "resource_refresh_completed": "resource reason source snapshot_id parent_snapshot_id",
-    "resource_refresh_failed": ("resource reason error_type error snapshot_id parent_snapshot_id"),
-}
 
 
 class Seen:
@@ -110,18 +47,22 @@ class Seen:
         self.faults: list[str] = []
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
-        if set(labels) != COUNTERS.get(metric):
-            self.faults.append(f"{metric} with {sorted(labels)}")
+        self._check(metric, labels)
         series = metric, tuple(sorted(labels.items()))
         self.counts[series] = self.counts.get(series, 0) + value
         if any(re.search(r"subject|:", text) for text in labels.values()):
             self.faults.append(f"{metric} names a resource: {labels}")
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
-        label = OBSERVATIONS.get(metric, "")
-        if set(labels) != {label}:
-            self.faults.append(f"{metric} with {sorted(labels)}")
-        self.observed.setdefault((metric, labels.get(label, "")), []).append(value)
+        self._check(metric, labels)
+        (label,) = labels.values()
+        self.observed.setdefault((metric, label), []).append(value)
+
+    def _check(self, metric: str, labels: dict[str, str]) -> None:
+        *_, known = {**COUNTERS, **OBSERVATIONS}[metric]
+        every = {name: values.split() or [labels.get(name, "")] for name, values in known.items()}
+        if set(labels) != set(every) or any(labels[name] not in every[name] for name in labels):
+            self.faults.append(f"{metric} with {labels}")
 
     def emit(self, event_type: str, **payload: Any) -> None:
         self.events.append(EventRecord(event_type, payload))
@@ -130,7 +71,7 @@ class Seen:
 
     def count(self, metric: str, **labels: str) -> int:
         """Return a counter; labels of the resource are those of `X` unless given."""
-        if COUNTERS[metric] >= OF_RESOURCE:
+        if COUNTERS[metric][-1].keys() >= OF_RESOURCE:
             labels = {"resource_namespace": "test", "resource_name": "x", **labels}
         return self.counts.get((metric, tuple(sorted(labels.items()))), 0)
 
@@ -475,7 +416,7 @@ async def test_with_null_sinks_no_label_event_or_rendered_key_is_built(
         events=NullEventSink(),
     )
     monkeypatch.setattr(ResourceKey, "__str__", refuse)
-    for name in ("_count", "_observe", "_tell", "_hand"):
+    for name in ("count", "observe", "tell", "_hand"):
         monkeypatch.setattr(f"coalestra.observability.reports.Reporter.{name}", refuse)
     async with building.session() as session:
         await session.resolve([key("d"), key("s")])

@@ -111,10 +111,26 @@ class PublisherParts:
 def _report(reporter: Reporter, force: bool, offered: Revision, outcome: Outcome) -> None:
     """Report what became of a revision."""
     status, current, previous = outcome
+    facts = {"resource": offered.key, "source": offered.source}
     if status is _STORED:
-        reporter.resource_published(offered, replaced=previous is not None, forced=force)
+        reporter.tell(
+            "resource_published",
+            **facts,
+            observed_at=offered.observed_at,
+            replaced=previous is not None,
+            forced=force,
+            authority_rank=offered.authority_rank,
+        )
     else:
-        reporter.resource_publish_ignored(offered, current, _told(status))
+        reporter.tell(
+            "resource_publish_ignored",
+            **facts,
+            status=status.value,
+            observed_at=offered.observed_at,
+            cached_observed_at=current.observed_at,
+            candidate_authority_rank=offered.authority_rank,
+            cached_authority_rank=current.authority_rank,
+        )
 
 
 # What became of an event, with copies of what is held now and was before -------------------------
@@ -409,7 +425,7 @@ class ResourcePublisher:
             pace = Pace()
             for key in unique:
                 if key not in failures:
-                    self._parts.reporter.resource_invalidated(key, reason)
+                    self._parts.reporter.tell("resource_invalidated", resource=key, reason=reason)
                     await pace.keep()
         self._parts.access.raise_first(failures)
 

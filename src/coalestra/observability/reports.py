@@ -1,4 +1,7 @@
-"""What the library reports: one method per fact, which counts it and emits its event if it has one.
+"""What the library reports: events, which count if there is a counter for such, and metrics.
+
+An event, a count or an observation that is the whole of a report is made by its name; a method of
+its own has what is told in more than one way, or worked out of something else.
 
 Laws:
 
@@ -32,7 +35,6 @@ from coalestra.core.errors import (
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import EventSink, MetricsSink
-from coalestra.core.results import PublishStatus
 from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.core.validation import flag, readable, require_methods
 from coalestra.core.values import Revision
@@ -57,60 +59,33 @@ Reported = BaseException | SourceFailure
 """What went wrong: an exception, or the record that was made of one."""
 
 
-EVENTS: Mapping[str, tuple[str, ...]] = {
-    event_type: tuple(facts.split())
-    for event_type, facts in {
-        "snapshot_started": "kind snapshot_id",
-        "snapshot_built": "snapshot_id resources resolved failed build_failed strict diagnostics",
-        "snapshot_session_resolved": (
-            "snapshot_id requested resolved failed total_resources strict retry_errors"
-        ),
-        "snapshot_session_revalidated": (
-            "snapshot_id requested affected refreshed failed committed retained_previous strict "
-            "force_refresh consistency_failed acceptance_failed"
-        ),
-        "snapshot_acceptance_failed": "snapshot_id violations reasons",
-        "snapshot_consistency_failed": (
-            "snapshot_id resources oldest_resource newest_resource observation_skew_ms "
-            "max_observation_skew_ms"
-        ),
-        "cache_hit": "resource freshness snapshot_id",
-        "cache_bypassed": "resource reason snapshot_id",
-        "cache_failed": "operation error_type error",
-        "stale_fallback_used": "resource error_type snapshot_id",
-        "resource_joined": "resource snapshot_id joined_snapshot_id",
-        "source_call_queued": "source keys snapshot_id",
-        "source_call_started": "source keys attempt snapshot_id",
-        "source_call_retried": "source attempt delay_seconds error_type error snapshot_id",
-        "resource_resolved": (
-            "resource source latency_ms attempts source_kind authority_rank snapshot_id"
-        ),
-        "resource_absent": "resource source snapshot_id",
-        "source_failed": "error_type resource source error snapshot_id",
-        "source_payload_rejected": "resource source error snapshot_id",
-        "source_circuit_open": "resource source error snapshot_id",
-        "source_transport_timeout_violated": (
-            "source resource outcome snapshot_id declared_transport_timeout_seconds "
-            "observed_elapsed_seconds grace_seconds"
-        ),
-        "source_transport_budget_rejected": (
-            "source resource transport_timeout_seconds available_budget_seconds snapshot_id"
-        ),
-        "resource_refresh_scheduled": "resource reason snapshot_id",
-        "resource_refresh_completed": "resource reason source snapshot_id parent_snapshot_id",
-        "resource_refresh_failed": (
-            "resource reason error_type error snapshot_id parent_snapshot_id"
-        ),
-        "resource_published": "resource source observed_at replaced forced authority_rank",
-        "resource_publish_ignored": (
-            "resource source status observed_at cached_observed_at candidate_authority_rank "
-            "cached_authority_rank"
-        ),
-        "resource_invalidated": "resource reason",
-        "payload_copy_deadline_exceeded": "snapshot_id phase",
-    }.items()
+COUNTED: Mapping[str, tuple[str, str]] = {
+    "cache_hit": ("cache_access_total", "resource status=freshness"),
+    "cache_bypassed": ("cache_access_total", "resource status=revalidation_bypass"),
+    "cache_failed": ("cache_failure_total", "operation"),
+    "resource_joined": ("singleflight_join_total", "resource"),
+    "resource_resolved": ("source_fetch_total", "source status=success"),
+    "resource_refresh_scheduled": ("resource_refresh_total", "resource status=scheduled"),
+    "resource_refresh_completed": ("resource_refresh_total", "resource status=success"),
+    "resource_refresh_failed": ("resource_refresh_total", "resource status=failure"),
+    "resource_published": ("resource_publish_total", "resource source status=published"),
+    "resource_publish_ignored": ("resource_publish_total", "resource source status"),
+    "resource_invalidated": ("resource_invalidation_total", "resource"),
+    "payload_copy_deadline_exceeded": ("payload_copy_deadline_total", "phase"),
 }
-"""The facts that each event tells, in order."""
+"""The events that count, each with its counter and the labels of that.
+
+A label has the fact of its name or of the one behind ``=``, or else that word. ``resource`` stands
+for the two labels that say of which kind it is.
+"""
+
+_LABELS = {
+    event_type: [
+        (label, fact or label)
+        for label, _, fact in (each.partition("=") for each in labels.split())
+    ]
+    for event_type, (_, labels) in COUNTED.items()
+}
 
 _DIAGNOSTICS = tuple(field.name for field in dataclasses.fields(SnapshotDiagnostics))
 
@@ -169,7 +144,7 @@ class Reporter:
         events = type(self._events).__name__ if self._telling else "off"
         return f"<{type(self).__name__} metrics={metrics} events={events} failures={self.failures}>"
 
-    def _count(
+    def count(
         self, metric: str, key: ResourceKey | None = None, times: int = 1, /, **labels: str
     ) -> None:
         """Count so many; of a key the labels say what kind of resource it is, and not which."""
@@ -179,17 +154,23 @@ class Reporter:
             self._hand("metrics", "increment", (metric, times), labels.items())
 
     def _count_status(self, metric: str, succeeded: bool, **labels: str) -> None:
-        self._count(metric, status="success" if succeeded else "error", **labels)
+        self.count(metric, status="success" if succeeded else "error", **labels)
 
-    def _observe(self, metric: str, value: float, **labels: str) -> None:
+    def observe(self, metric: str, value: float, **labels: str) -> None:
+        """Observe a value, in the unit that the name of the metric tells."""
         if self._counting:
             self._hand("metrics", "observe", (metric, value), labels.items())
 
-    def _tell(self, event_type: str, *facts: Any) -> None:
-        """Tell of an event the facts that `EVENTS` names, in this order."""
+    def tell(self, event_type: str, **facts: Any) -> None:
+        """Tell these facts of an event, and count it if it counts.
+
+        Errors and resources are given as they are.
+        """
+        if self._counting and event_type in COUNTED:
+            labels = {label: facts.get(fact, fact) for label, fact in _LABELS[event_type]}
+            self.count(COUNTED[event_type][0], labels.pop("resource", None), **labels)
         if self._telling:
-            told = zip(EVENTS[event_type], facts, strict=True)
-            self._hand("event", "emit", (event_type,), told)
+            self._hand("event", "emit", (event_type,), facts.items())
 
     def _hand(
         self, kind: str, method: str, said: tuple[Any, ...], facts: Iterable[tuple[str, Any]]
@@ -214,27 +195,20 @@ class Reporter:
             if self._log.troubled:
                 self._log.works(subject_of(kind, sink))
 
-    # Calls to sources, and what came of them -----------------------------------------------------
-
-    def call_queued(self, source: str, keys: int, snapshot_id: str) -> None:
-        """Report a call for so many keys that waits for capacity."""
-        self._tell("source_call_queued", source, keys, snapshot_id)
-
-    def call_started(self, source: str, keys: int, attempt: int, snapshot_id: str) -> None:
-        """Report that a source is asked for so many keys, for the first time or again."""
-        self._tell("source_call_started", source, keys, attempt, snapshot_id)
-
-    def call_retried(
-        self, source: str, attempt: int, delay: float, error: BaseException, snapshot_id: str
-    ) -> None:
-        """Report that a call is made again in so many seconds, after which attempt and error."""
-        self._tell("source_call_retried", source, attempt, delay, error, error, snapshot_id)
+    # What is told in more than one way, or worked out ------------------------------------------
 
     def resource_resolved(self, value: Revision, source_kind: str, snapshot_id: str) -> None:
         """Report a fresh value of a ``single``, ``batch`` or ``derived`` source."""
-        self._count("source_fetch_total", source=value.source, status="success")
-        facts = value.latency_ms, value.attempts, source_kind, value.authority_rank
-        self._tell("resource_resolved", value.key, value.source, *facts, snapshot_id)
+        self.tell(
+            "resource_resolved",
+            resource=value.key,
+            source=value.source,
+            latency_ms=value.latency_ms,
+            attempts=value.attempts,
+            source_kind=source_kind,
+            authority_rank=value.authority_rank,
+            snapshot_id=snapshot_id,
+        )
 
     def source_failed(
         self,
@@ -250,178 +224,34 @@ class Reporter:
         ``circuit_open`` (no call at all) or ``absent`` (it answered that there is none, which is no
         failure); the last three have events of their own.
         """
-        self._count("source_fetch_total", source=source, status=status)
-        if status == "absent":
-            self._tell("resource_absent", key, source, snapshot_id)
-        elif status in _OTHER_FAILURES:
-            self._tell(_OTHER_FAILURES[status], key, source, error, snapshot_id)
-        else:
-            self._tell("source_failed", error, key, source, error, snapshot_id)
-
-    def fetch_latency(self, source: str, latency_ms: float) -> None:
-        """Observe how long one call took, in milliseconds."""
-        self._observe("source_fetch_latency_ms", latency_ms, source=source)
-
-    def batch_call(self, source: str, status: str) -> None:
-        """Count a batch call as success, failure, deadline_exceeded or queue_timeout."""
-        self._count("source_batch_call_total", source=source, status=status)
-
-    def batch_size(self, source: str, size: int) -> None:
-        """Observe how many keys one batch call is made for."""
-        self._observe("source_batch_size", size, source=source)
-
-    def capacity_wait(self, source: str, waited_ms: float) -> None:
-        """Observe how long one call waited for its slots, in milliseconds."""
-        self._observe("source_capacity_wait_ms", waited_ms, source=source)
-
-    def capacity_timeout(self, source: str, reason: str) -> None:
-        """Count a call that got no slot: ``queue_timeout`` or ``snapshot_deadline``."""
-        self._count("source_capacity_timeout_total", source=source, reason=reason)
-
-    def transport_violated(
-        self,
-        keys: Collection[ResourceKey],
-        source: str,
-        outcome: str,
-        snapshot_id: str,
-        **seconds: float,
-    ) -> None:
-        """Report one call that ran longer than its transport timeout allows.
-
-        It counts once, as ``completed_late``, ``failed_late`` or ``coalestra_timeout``; each of its
-        keys has an event, which tells the ``seconds`` by their names.
-        """
-        self._count("source_transport_timeout_violation_total", source=source, outcome=outcome)
-        facts = {"source": source, "outcome": outcome, "snapshot_id": snapshot_id, **seconds}
-        for key in keys:
-            self._tell_named("source_transport_timeout_violated", {**facts, "resource": key})
-
-    def transport_budget_rejected(
-        self,
-        keys: Collection[ResourceKey],
-        source: str,
-        reason: str,
-        declared: float,
-        available: float,
-        snapshot_id: str,
-    ) -> None:
-        """Report one call that was not made, as it could have outlived its budget (in seconds).
-
-        What sets the budget is the reason: ``snapshot_deadline`` or ``source_timeout``. It counts
-        once, and each key has an event.
-        """
-        self._count("source_transport_budget_rejection_total", source=source, reason=reason)
-        seconds = declared, available
-        for key in keys:
-            self._tell("source_transport_budget_rejected", source, key, *seconds, snapshot_id)
-
-    # Reading the cache, and sharing work in flight ---------------------------------------------
-
-    def cache_access(self, key: ResourceKey, status: str) -> None:
-        """Count one look into the cache, by what it found or why it was not taken."""
-        self._count("cache_access_total", key, status=status)
-
-    def cache_hit(self, key: ResourceKey, freshness: str, snapshot_id: str) -> None:
-        """Report a value served from the cache, ``fresh`` or ``stale_while_revalidate``."""
-        self.cache_access(key, freshness)
-        self._tell("cache_hit", key, freshness, snapshot_id)
+        self.count("source_fetch_total", source=source, status=status)
+        told: dict[str, Any] = {"error_type": error, "resource": key, "source": source}
+        if status in _OTHER_FAILURES:
+            del told["error_type"]
+        if status != "absent":
+            told["error"] = error
+        self.tell(_OTHER_FAILURES.get(status, "source_failed"), **told, snapshot_id=snapshot_id)
 
     def warm_hits(self, keys: Collection[ResourceKey], snapshot_id: str) -> None:
         """Report fresh values served together: those of one kind are one count."""
         if self._counting:
-            kinds: dict[tuple[str, str], int] = {}
+            kinds: dict[tuple[str, str], int] = {}  # quicker than a Counter of few
             for key in keys:
                 kind = key.namespace, key.name
                 kinds[kind] = kinds.get(kind, 0) + 1
             for (namespace, name), times in kinds.items():
                 kind_of = {"resource_namespace": namespace, "resource_name": name}
-                self._count("cache_access_total", None, times, status="fresh", **kind_of)
+                self.count("cache_access_total", None, times, status="fresh", **kind_of)
         if self._telling:
             for key in keys:
-                self._tell("cache_hit", key, "fresh", snapshot_id)
-
-    def cache_bypassed(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
-        """Report that the cache was passed over on purpose, and why."""
-        self.cache_access(key, "revalidation_bypass")
-        self._tell("cache_bypassed", key, reason, snapshot_id)
-
-    def stale_fallback_used(
-        self, key: ResourceKey, error: Reported, snapshot_id: str, *, from_cache: bool = True
-    ) -> None:
-        """Report that a stale value stands in, as every source has failed with ``error``.
-
-        One that the last source brought, and not the cache, is no cache access.
-        """
-        if from_cache:
-            self.cache_access(key, "stale_fallback")
-        self._tell("stale_fallback_used", key, error, snapshot_id)
+                facts = {"resource": key, "freshness": "fresh", "snapshot_id": snapshot_id}
+                self._hand("event", "emit", ("cache_hit",), facts.items())
 
     def cache_failed(self, operation: str, error: Reported) -> None:
         """Report that a cache raised as it was to ``read`` or ``write``; it was done without."""
-        self._count("cache_failure_total", operation=operation)
-        self._tell("cache_failed", operation, error, error)
-
-    def flight_joined(self, key: ResourceKey, snapshot_id: str, joined: str) -> None:
-        """Report a unit of work that shares what another one, ``joined``, had begun to acquire."""
-        self._count("singleflight_join_total", key)
-        self._tell("resource_joined", key, snapshot_id, joined)
-
-    # Refreshes in the background ---------------------------------------------------------------
-
-    def refresh_scheduled(self, key: ResourceKey, reason: str, snapshot_id: str) -> None:
-        """Report a new refresh, why, and the snapshot that gave the occasion."""
-        self.refresh_came_to(key, "scheduled")
-        self._tell("resource_refresh_scheduled", key, reason, snapshot_id)
-
-    def refresh_completed(
-        self, key: ResourceKey, reason: str, source: str, snapshot_id: str, parent: str
-    ) -> None:
-        """Report a refresh that brought a fresh value: from which source, and who set it off."""
-        self.refresh_came_to(key, "success")
-        self._tell("resource_refresh_completed", key, reason, source, snapshot_id, parent)
-
-    def refresh_failed(
-        self, key: ResourceKey, reason: str, error: Reported, snapshot_id: str, parent: str
-    ) -> None:
-        """Report a refresh that brought no fresh value: what went wrong, and who set it off."""
-        self.refresh_came_to(key, "failure")
-        self._tell("resource_refresh_failed", key, reason, error, error, snapshot_id, parent)
-
-    def refresh_came_to(self, key: ResourceKey, status: str) -> None:
-        """Count a refresh; one that found that there is none, or was called off, has no event."""
-        self._count("resource_refresh_total", key, status=status)
-
-    # Events written into the cache, and entries taken out of it --------------------------------
-
-    def resource_published(self, value: Revision, *, replaced: bool, forced: bool) -> None:
-        """Report a published value that is in the cache now, and whether it replaced another."""
-        self._count_publish(value, PublishStatus.PUBLISHED)
-        facts = value.observed_at, replaced, forced, value.authority_rank
-        self._tell("resource_published", value.key, value.source, *facts)
-
-    def resource_publish_ignored(
-        self, candidate: Revision, cached: Revision, status: PublishStatus
-    ) -> None:
-        """Report a published value that lost to the one in the cache, and by which rule."""
-        self._count_publish(candidate, status)
-        what = candidate.key, candidate.source, status.value
-        observed = candidate.observed_at, cached.observed_at
-        ranks = candidate.authority_rank, cached.authority_rank
-        self._tell("resource_publish_ignored", *what, *observed, *ranks)
-
-    def resource_invalidated(self, key: ResourceKey, reason: str) -> None:
-        """Report an entry taken out of the cache by request, for ``reason`` (may be empty)."""
-        self._count("resource_invalidation_total", key)
-        self._tell("resource_invalidated", key, reason)
-
-    def _count_publish(self, value: Revision, status: PublishStatus) -> None:
-        self._count("resource_publish_total", value.key, source=value.source, status=status.value)
+        self.tell("cache_failed", operation=operation, error_type=error, error=error)
 
     # Builds and sessions as a whole, and the policies they must meet ---------------------------
-
-    def work_begun(self, kind: str, snapshot_id: str) -> None:
-        """Report that a ``build``, ``session`` or ``refresh`` has begun."""
-        self._tell("snapshot_started", kind, snapshot_id)
 
     def snapshot_built(
         self,
@@ -434,16 +264,16 @@ class Reporter:
         """Report a finished build; the counts of keys are those of its diagnostics."""
         self._count_status("snapshot_build_total", not build_failed)
         status = "error" if build_failed else "success"
-        self._observe("snapshot_build_latency_ms", diagnostics.duration_ms, status=status)
-        self._tell(
+        self.observe("snapshot_build_latency_ms", diagnostics.duration_ms, status=status)
+        self.tell(
             "snapshot_built",
-            snapshot_id,
-            diagnostics.requested_resources,
-            diagnostics.resolved_resources,
-            diagnostics.failed_resources,
-            build_failed,
-            strict,
-            diagnostics,
+            snapshot_id=snapshot_id,
+            resources=diagnostics.requested_resources,
+            resolved=diagnostics.resolved_resources,
+            failed=diagnostics.failed_resources,
+            build_failed=build_failed,
+            strict=strict,
+            diagnostics=diagnostics,
         )
 
     def session_resolved(self, *, succeeded: bool, latency_ms: float, **facts: Any) -> None:
@@ -454,8 +284,8 @@ class Reporter:
         """
         self._count_status("snapshot_session_resolve_total", succeeded)
         status = "success" if succeeded else "error"
-        self._observe("snapshot_session_resolve_latency_ms", latency_ms, status=status)
-        self._tell_named("snapshot_session_resolved", facts)
+        self.observe("snapshot_session_resolve_latency_ms", latency_ms, status=status)
+        self.tell("snapshot_session_resolved", **facts)
 
     def session_revalidated(self, *, committed: bool, **facts: Any) -> None:
         """Report a finished ``revalidate``; it has succeeded if its values were ``committed``.
@@ -466,10 +296,7 @@ class Reporter:
         """
         self._count_status("snapshot_session_revalidate_total", committed)
         kept = {"committed": committed, "retained_previous": not committed}
-        self._tell_named("snapshot_session_revalidated", {**facts, **kept})
-
-    def _tell_named(self, event_type: str, facts: Mapping[str, Any]) -> None:
-        self._tell(event_type, *(facts[name] for name in EVENTS[event_type]))
+        self.tell("snapshot_session_revalidated", **facts, **kept)
 
     def acceptance_judged(
         self, snapshot_id: str, violations: Collection[SnapshotAcceptanceViolation]
@@ -478,26 +305,28 @@ class Reporter:
         self._count_status("snapshot_acceptance_total", not violations)
         reasons = [violation.reason.value for violation in violations]
         for reason in reasons:
-            self._count("snapshot_acceptance_violation_total", reason=reason)
+            self.count("snapshot_acceptance_violation_total", reason=reason)
         if reasons:
-            different = tuple(dict.fromkeys(reasons))
-            self._tell("snapshot_acceptance_failed", snapshot_id, len(reasons), different)
+            told = {"violations": len(reasons), "reasons": tuple(dict.fromkeys(reasons))}
+            self.tell("snapshot_acceptance_failed", snapshot_id=snapshot_id, **told)
 
     def consistency_judged(self, snapshot_id: str, error: SnapshotConsistencyError | None) -> None:
         """Report whether the observations of a snapshot lie close enough together."""
         self._count_status("snapshot_consistency_total", error is None, rule="observation_skew")
         if error is not None:
-            skew, most = error.observation_skew_seconds, error.max_observation_skew_seconds
-            facts = len(error.keys), error.oldest_key, error.newest_key, skew * 1e3, most * 1e3
-            self._tell("snapshot_consistency_failed", snapshot_id, *facts)
-
-    def copy_deadline_exceeded(self, snapshot_id: str, phase: str) -> None:
-        """Report that a deadline struck while a payload was being copied, and in which phase."""
-        self._count("payload_copy_deadline_total", phase=phase)
-        self._tell("payload_copy_deadline_exceeded", snapshot_id, phase)
+            self.tell(
+                "snapshot_consistency_failed",
+                snapshot_id=snapshot_id,
+                resources=len(error.keys),
+                oldest_resource=error.oldest_key,
+                newest_resource=error.newest_key,
+                observation_skew_ms=error.observation_skew_seconds * 1e3,
+                max_observation_skew_ms=error.max_observation_skew_seconds * 1e3,
+            )
 
 
 _OTHER_FAILURES = {
+    "absent": "resource_absent",
     "circuit_open": "source_circuit_open",
     "invalid_timestamp": "source_payload_rejected",
 }

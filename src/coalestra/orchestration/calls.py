@@ -343,7 +343,7 @@ class Attempt:
         if call.log is not None:
             call.log.waits(call.parts.capacity.holders())
         if call.parts.report is not None:
-            call.parts.report.call_queued(name, len(call.flights), call.snapshot_id)
+            call.parts.report.tell("source_call_queued", **call.facts, keys=len(call.flights))
         try:
             with self.cut_off(math.inf if timeout is None else began + timeout):
                 return await call.parts.capacity.acquire(name)
@@ -356,7 +356,8 @@ class Attempt:
         finally:
             self._cut = None
             if call.parts.report is not None:
-                call.parts.report.capacity_wait(name, (clock() - began) * 1000)
+                waited_ms = (clock() - began) * 1000
+                call.parts.report.observe("source_capacity_wait_ms", waited_ms, source=name)
 
     def _late_in_queue(self) -> Exception:
         self._report_timeout("snapshot_deadline")
@@ -386,8 +387,9 @@ class Attempt:
         return f"capacity of source {name!r}{held}"
 
     def _report_timeout(self, reason: str) -> None:
-        if self._call.parts.report is not None:
-            self._call.parts.report.capacity_timeout(self._call.link.name, reason)
+        report, name = self._call.parts.report, self._call.link.name
+        if report is not None:
+            report.count("source_capacity_timeout_total", source=name, reason=reason)
 
     def _refusal(self) -> Exception | None:
         """Return why a blocking call must not be started, as it could outlive its budget."""
@@ -404,10 +406,16 @@ class Attempt:
         report = call.parts.report
         if report is not None:
             reason = "snapshot_deadline" if by_deadline else "source_timeout"
-            keys = [flight.key for flight in call.flights]
-            report.transport_budget_rejected(
-                keys, link.name, reason, declared, left, call.snapshot_id
-            )
+            counted = {"source": link.name, "reason": reason}
+            report.count("source_transport_budget_rejection_total", **counted)
+            for flight in call.flights:
+                report.tell(
+                    "source_transport_budget_rejected",
+                    **call.facts,
+                    resource=flight.key,
+                    transport_timeout_seconds=declared,
+                    available_budget_seconds=left,
+                )
         kind = SnapshotDeadlineExceededError if by_deadline else SourceTimeoutError
         return kind(
             f"source {link.name!r} was not called: its transport timeout of {declared:g} s does "
@@ -505,17 +513,19 @@ class Attempt:
             return
         violations = call.parts.counters.source_transport_timeout_violations
         violations[link.name] = violations.get(link.name, 0) + 1
-        if call.parts.report is not None:
-            keys = [flight.key for flight in call.flights]
-            call.parts.report.transport_violated(
-                keys,
-                link.name,
-                outcome,
-                call.snapshot_id,
-                declared_transport_timeout_seconds=declared,
-                observed_elapsed_seconds=elapsed,
-                grace_seconds=grace,
-            )
+        report, counted = call.parts.report, {"source": link.name, "outcome": outcome}
+        if report is not None:
+            report.count("source_transport_timeout_violation_total", **counted)
+            for flight in call.flights:
+                report.tell(
+                    "source_transport_timeout_violated",
+                    **call.facts,
+                    outcome=outcome,
+                    resource=flight.key,
+                    declared_transport_timeout_seconds=declared,
+                    observed_elapsed_seconds=elapsed,
+                    grace_seconds=grace,
+                )
 
     def __repr__(self) -> str:
         return f"<Attempt {self._call.link.name} {self.stage.name.lower()} over={self.over}>"
@@ -573,6 +583,11 @@ class Call:
         if attempt is not None:
             return str(attempt.stage.value[1])
         return "resting between two attempts" if self.attempts else "waiting for its turn"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every event of the call tells of it."""
+        return {"source": self.link.name, "snapshot_id": self.snapshot_id}
 
     @property
     def running_seconds(self) -> float | None:
@@ -730,8 +745,13 @@ class Call:
                     if self.log is not None:
                         self.log.rests(delay)
                     if self.parts.report is not None:
-                        self.parts.report.call_retried(
-                            self.link.name, self.attempts, delay, error, self.snapshot_id
+                        self.parts.report.tell(
+                            "source_call_retried",
+                            **self.facts,
+                            attempt=self.attempts,
+                            delay_seconds=delay,
+                            error_type=error,
+                            error=error,
                         )
                     self._retry = loop.call_later(delay, self._lane.again, self)
         finally:
@@ -1178,7 +1198,8 @@ class Call:
             elif kind is _BATCH:
                 record.batch_calls += 1
                 if self.parts.report is not None:
-                    self.parts.report.batch_size(name, len(self.flights))
+                    size = len(self.flights)
+                    self.parts.report.observe("source_batch_size", size, source=name)
         self.attempts += 1
         number = next_number()
         for flight in self.flights:
@@ -1190,7 +1211,8 @@ class Call:
         if self.log is not None:
             self.log.called(run)
         if report is not None:
-            report.call_started(self.link.name, len(self.flights), self.attempts, self.snapshot_id)
+            told = {"keys": len(self.flights), "attempt": self.attempts}
+            report.tell("source_call_started", **self.facts, **told)
 
     def _count_latency(self, latency_ms: float) -> None:
         """Add what one attempt took, in milliseconds."""
@@ -1199,12 +1221,13 @@ class Call:
         self.link.attempts += 1
         self.link.latency_ms += latency_ms
         if self.parts.report is not None:
-            self.parts.report.fetch_latency(name, latency_ms)
+            self.parts.report.observe("source_fetch_latency_ms", latency_ms, source=name)
 
     def _count_batch_end(self, status: str) -> None:
         """Count how a batch call ended; other calls are counted by their keys alone."""
         if self.parts.report is not None and self.link.kind is _BATCH:
-            self.parts.report.batch_call(self.link.name, status)
+            counted = {"source": self.link.name, "status": status}
+            self.parts.report.count("source_batch_call_total", **counted)
 
     def _count_end(self, error: BaseException, outcome: Outcome) -> None:
         status = "failure"

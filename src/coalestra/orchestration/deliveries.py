@@ -347,7 +347,7 @@ class WarmReads:
         made = snapshot_of(new_id(), now, resources, EMPTY, counted)
         report = parts.report
         if report is not None:
-            report.work_begun("build", made.snapshot_id)
+            report.tell("snapshot_started", kind="build", snapshot_id=made.snapshot_id)
             report.warm_hits(keys, made.snapshot_id)
             told = made.snapshot_id, made.diagnostics
             report.snapshot_built(*told, build_failed=False, strict=strict)

@@ -616,7 +616,8 @@ class FlightBoard:
             gather.work.record.coalesced_requests += 1
             if self._report is not None:
                 mine, its = gather.work.context, flight.sponsor.context
-                self._report.flight_joined(flight.key, mine.snapshot_id, its.snapshot_id)
+                ids = {"snapshot_id": mine.snapshot_id, "joined_snapshot_id": its.snapshot_id}
+                self._report.tell("resource_joined", resource=flight.key, **ids)
         flight.wait(gather, joined)
         gather.pending[flight] = None
         if gather.work.trace is not None:

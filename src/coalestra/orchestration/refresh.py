@@ -98,7 +98,8 @@ class Refresher:
         self._next[parent, reason].append(refresh)
         parent.record.refresh_scheduled += 1
         if self._parts.report is not None:
-            self._parts.report.refresh_scheduled(key, reason, parent.context.snapshot_id)
+            facts = {"reason": reason, "snapshot_id": parent.context.snapshot_id}
+            self._parts.report.tell("resource_refresh_scheduled", resource=key, **facts)
         return True
 
     def outdate(self, keys: Collection[ResourceKey]) -> None:
@@ -125,7 +126,8 @@ class Refresher:
         variables = self._variables if trace is None else self._variables.copy()
         work = Work(context, variables=variables, trace=trace)
         if self._parts.report is not None:
-            self._parts.report.work_begun("refresh", context.snapshot_id)
+            told = {"kind": "refresh", "snapshot_id": context.snapshot_id}
+            self._parts.report.tell("snapshot_started", **told)
         if trace is not None:
             link = None if parent.trace is None else parent.trace.span
             trace.begin_stage("refresh", len(group), variables, link, reason=reason)
@@ -166,13 +168,18 @@ class Refresher:
             self._parts.log.works("background refresh")
         if report is None:
             return
-        ids = gather.work.context.snapshot_id, refresh.parent.context.snapshot_id
+        facts: dict[str, Any] = {"resource": key, "reason": refresh.reason}
+        ids = {
+            "snapshot_id": gather.work.context.snapshot_id,
+            "parent_snapshot_id": refresh.parent.context.snapshot_id,
+        }
         if reading is not None:
-            report.refresh_completed(key, refresh.reason, reading.revision.source, *ids)
+            source = reading.revision.source
+            report.tell("resource_refresh_completed", **facts, source=source, **ids)
         elif error is None:
-            report.refresh_came_to(key, "absent")
+            report.count("resource_refresh_total", key, status="absent")
         else:
-            report.refresh_failed(key, refresh.reason, error, *ids)
+            report.tell("resource_refresh_failed", **facts, error_type=error, error=error, **ids)
 
     def _end(self, refresh: Refresh) -> None:
         refresh.gather = None
@@ -206,7 +213,8 @@ class Refresher:
                 if refresh.gather.work.trace is not None:
                     refresh.gather.work.trace.refreshed(False)
             if self._parts.report is not None:
-                self._parts.report.refresh_came_to(refresh.key, "cancelled")
+                count = self._parts.report.count
+                count("resource_refresh_total", refresh.key, status="cancelled")
             self._end(refresh)
 
     def forget(self) -> None:

@@ -353,8 +353,8 @@ class SingleFlight:
             self._acquire_privately(gather, key, policy)
         elif gather.forced and key in gather.forced:
             if self.parts.report is not None:
-                snapshot_id = gather.work.context.snapshot_id
-                self.parts.report.cache_bypassed(key, "force_refresh", snapshot_id)
+                told = {"reason": "force_refresh", "snapshot_id": gather.work.context.snapshot_id}
+                self.parts.report.tell("cache_bypassed", resource=key, **told)
             # What must agree with pins is derived privately; what only has to be new is shared.
             if key in gather.private:
                 self._acquire_privately(gather, key, policy)
@@ -414,8 +414,9 @@ class SingleFlight:
             notes = self._refresh(revision, mode, work)
         work.record.cache_hits += 1
         if self.parts.report is not None:
-            how = mode.value if stale else "fresh"
-            self.parts.report.cache_hit(key, how, work.context.snapshot_id)
+            how, snapshot_id = mode.value if stale else "fresh", work.context.snapshot_id
+            facts = {"resource": key, "freshness": how, "snapshot_id": snapshot_id}
+            self.parts.report.tell("cache_hit", **facts)
         if gather.logs and key in gather.logs:
             refreshed = None if notes is None else notes["refresh_scheduled"]
             gather.logs[key].cached(self._how(stale), refreshed)
@@ -436,7 +437,7 @@ class SingleFlight:
         gather.work.record.cache_misses += len(wanted)
         if self.parts.report is not None:
             for key, _, _ in wanted:
-                self.parts.report.cache_access(key, "miss")
+                self.parts.report.count("cache_access_total", key, status="miss")
         self._acquire(gather, wanted)
 
     def _is_absent(self, gather: Gather, key: ResourceKey) -> bool:
@@ -447,7 +448,7 @@ class SingleFlight:
         gather.failures[key] = absent
         gather.work.record.cache_hits += 1
         if self.parts.report is not None:
-            self.parts.report.cache_access(key, "absent")
+            self.parts.report.count("cache_access_total", key, status="absent")
         if gather.work.trace is not None:
             gather.work.trace.handed(gather.logs.get(key), key)
         return True
@@ -986,7 +987,10 @@ class SingleFlight:
     ) -> None:
         report, snapshot_id = self.parts.report, gather.work.context.snapshot_id
         if report is not None:
-            report.stale_fallback_used(key, error, snapshot_id, from_cache=reading.from_cache)
+            if reading.from_cache:
+                report.count("cache_access_total", key, status="stale_fallback")
+            facts = {"resource": key, "error_type": error, "snapshot_id": snapshot_id}
+            report.tell("stale_fallback_used", **facts)
 
     def _check(self, gather: Gather) -> None:
         """Conclude a gather that waits for nothing more, as one does that was given up meanwhile.

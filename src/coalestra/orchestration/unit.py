@@ -271,7 +271,8 @@ class UnitOfWork:
             parts.counters.deadline_exceeded_count += 1
             if parts.report is not None:
                 snapshot_id = self.work.context.snapshot_id
-                parts.report.copy_deadline_exceeded(snapshot_id, "snapshot_delivery")
+                facts = {"snapshot_id": snapshot_id, "phase": "snapshot_delivery"}
+                parts.report.tell("payload_copy_deadline_exceeded", **facts)
         return values, uncopied
 
     def snapshot_now(self) -> Snapshot:
@@ -401,7 +402,8 @@ class Terms(NamedTuple):
         kind = "session" if lasting else "build"
         noted = parts.tracing.begin(kind, context, self.trace)
         if parts.report is not None:
-            parts.report.work_begun(kind, context.snapshot_id)
+            told = {"kind": kind, "snapshot_id": context.snapshot_id}
+            parts.report.tell("snapshot_started", **told)
         return UnitOfWork(self.engine, Work(context, deadline=deadline, trace=noted), lasting)
 
 
