@@ -200,9 +200,9 @@ class BuilderHealthAssessment:
     ) -> BuilderHealthAssessment:
         """Return the verdict that follows from ``findings``."""
         found = tuple(findings)
-        present = {finding.severity for finding in found}
-        worst = [severity for severity in BuilderHealthSeverity if severity in present]
-        return cls(worst[-1] if worst else BuilderHealthSeverity.HEALTHY, found, baseline_used)
+        present = {BuilderHealthSeverity.HEALTHY, *(finding.severity for finding in found)}
+        worst = [severity for severity in BuilderHealthSeverity if severity in present][-1]
+        return cls(worst, found, baseline_used)
 
     @property
     def reasons(self) -> tuple[BuilderHealthReason, ...]:
@@ -396,12 +396,10 @@ class BuilderHealth:
         previous: BuilderHealth | None = None,
         policy: BuilderHealthAssessmentPolicy | None = None,
     ) -> BuilderHealthAssessment:
-        """Judge this snapshot.
+        """Judge this snapshot, by default thresholds if there is no policy.
 
-        Args:
-            previous: an earlier snapshot of the same builder; with it the growth of the failure
-                counters is judged too.
-            policy: the thresholds; the default ones if None.
+        With an earlier snapshot of the same builder the growth of the failure counters is judged
+        too.
         """
         instance("previous", previous, BuilderHealth, optional=True)
         instance("policy", policy, BuilderHealthAssessmentPolicy, optional=True)
@@ -415,13 +413,7 @@ class BuilderHealth:
         previous: BuilderHealth | None = None,
         assessment_policy: BuilderHealthAssessmentPolicy | None = None,
     ) -> dict[str, Any]:
-        """Return every attribute, and the verdict, as JSON-safe data.
-
-        Args:
-            include_assessment: if False, ``assessment`` is None.
-            previous: see ``assess``.
-            assessment_policy: see ``assess``.
-        """
+        """Return every attribute, and the verdict of ``assess`` if wanted, as JSON-safe data."""
         verdict: BuilderHealthAssessment | None = None
         if flag("include_assessment", include_assessment):
             verdict = self.assess(previous=previous, policy=assessment_policy)
@@ -474,7 +466,10 @@ def _findings(
     health: BuilderHealth, previous: BuilderHealth | None, policy: BuilderHealthAssessmentPolicy
 ) -> _Findings:
     yield from _graded(_Reason.BUILDER_CLOSED, "closed", health.closed, None, True)
-    yield from _unsafe_sources(health)
+    metric, guarantees = "unsafe_blocking_source_count", health.source_timeout_guarantees
+    unsafe = ", ".join(sorted(name for name, guarantee in guarantees.items() if guarantee.unsafe))
+    count = health.unsafe_blocking_source_count
+    yield from _graded(_Reason.UNSAFE_BLOCKING_SOURCE, metric, count, None, 1, unsafe)
     for name, buffer in health.observability_buffers.items():
         if not buffer.closed and not buffer.worker_alive:  # nobody empties it
             yield BuilderHealthFinding(
@@ -515,14 +510,6 @@ def _graded(
             return
 
 
-def _unsafe_sources(health: BuilderHealth) -> _Findings:
-    """Critical while a source blocks without protection; the component is the names, joined."""
-    metric, guarantees = "unsafe_blocking_source_count", health.source_timeout_guarantees
-    names = ", ".join(sorted(name for name, guarantee in guarantees.items() if guarantee.unsafe))
-    count = health.unsafe_blocking_source_count
-    yield from _graded(_Reason.UNSAFE_BLOCKING_SOURCE, metric, count, None, 1, names)
-
-
 def _crowds(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
     limiters = health.capacity.items()
     yield from _waiting(
@@ -543,18 +530,16 @@ def _crowds(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Fi
         policy.copy_waiting_critical_ratio,
     )
     reason, metric = _Reason.SUBMISSION_BACKLOG_HIGH, "pending_submissions_ratio"
-    shares = policy.submission_backlog_degraded_ratio, policy.submission_backlog_critical_ratio
+    low, high = policy.submission_backlog_degraded_ratio, policy.submission_backlog_critical_ratio
     most = health.max_pending_submissions or 0
     for component, ratio in _ratios([("", health.pending_submissions, most)]):
-        yield from _graded(reason, metric, ratio, *shares, component)
+        yield from _graded(reason, metric, ratio, low, high, component)
     reason, metric = _Reason.OBSERVABILITY_BACKLOG_HIGH, "observability_pending_ratio"
-    shares = (
-        policy.observability_backlog_degraded_ratio,
-        policy.observability_backlog_critical_ratio,
-    )
+    low = policy.observability_backlog_degraded_ratio
+    high = policy.observability_backlog_critical_ratio
     buffers = health.observability_buffers.items()
     for component, ratio in _ratios((name, b.pending, b.max_pending) for name, b in buffers):
-        yield from _graded(reason, metric, ratio, *shares, component)
+        yield from _graded(reason, metric, ratio, low, high, component)
 
 
 def _waiting(
