@@ -182,19 +182,21 @@ class CircuitSnapshot:
 # One circuit: the table above --------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Circuit:
     """The state of one circuit. Time comes in as an argument, in seconds of one monotonic clock.
 
     `turn` is that of its last change of state.
     """
 
-    turn: int = 0
-    stored: CircuitState = _CLOSED
-    failures: int = 0
-    opened_at: float | None = None
-    probe_at: float = 0.0
-    probing: bool = False
+    __slots__ = ("failures", "opened_at", "probe_at", "probing", "stored", "turn")
+
+    def __init__(self, turn: int = 0) -> None:
+        self.stored: CircuitState = _CLOSED
+        self.failures: int = 0
+        self.opened_at: float | None = None
+        self.probe_at: float = 0.0
+        self.probing: bool = False
+        self.turn: int = turn
 
     def state(self, now: float) -> CircuitState:
         """Return the state at `now`: an open circuit turns half-open by the passing of time."""
@@ -269,8 +271,7 @@ class CircuitBreaker:
     them; half-open, `recovery_timeout_seconds` later, it lets one probe through, which decides.
 
     Args:
-        failure_threshold: of the default policy.
-        recovery_timeout_seconds: of the default policy.
+        failure_threshold, recovery_timeout_seconds: of the default policy.
         clock: whose monotonic seconds count; by default the system's.
         default_policy: in place of the one made of the two numbers.
     """
@@ -312,15 +313,9 @@ class CircuitBreaker:
     def identity_for(
         self, source: str, *, key: ResourceKey | None = None, scope: CircuitScope | None = None
     ) -> CircuitIdentity:
-        """Return which circuit a call belongs to.
+        """Return which circuit a call for a key of a source belongs to.
 
-        Args:
-            source: the name of the source.
-            key: the key asked for; needed by every scope but SOURCE.
-            scope: by default that of the default policy.
-
-        Raises:
-            ValueError: if the scope needs a key and there is none.
+        By default the scope is that of the default policy; every one but SOURCE needs the key.
         """
         scope = self.default_policy.scope if scope is None else scope
         if scope is CircuitScope.SOURCE:
@@ -351,12 +346,9 @@ class CircuitBreaker:
         )
 
     def admit(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> int:
-        """Let a call through and return its turn; a half-open circuit admits its only probe.
+        """Let a call through and return its turn, with which it must `report` once.
 
-        Whoever was let through must `report` once, with that turn.
-
-        Raises:
-            CircuitOpenError: if the circuit is open, or its probe is under way.
+        A half-open circuit admits its only probe. One that would refuse is a `CircuitOpenError`.
         """
         refused = self.refusal(identity, policy)
         if refused is not None:
@@ -458,7 +450,6 @@ class CircuitBreaker:
 
         Raises:
             CircuitOpenError: if the circuit is open, or its probe is under way.
-            ValueError: if the policy's scope needs a key and there is none.
         """
         identity, chosen = self._resolve(source, key, policy)
         turn = self.admit(identity, chosen)
@@ -516,11 +507,7 @@ class CircuitBreaker:
         key: ResourceKey | None = None,
         policy: CircuitBreakerPolicy | None = None,
     ) -> None:
-        """Close circuits as if nothing had failed: one, all of a source, or every one.
-
-        Raises:
-            ValueError: if a key is given without a source.
-        """
+        """Close circuits as if nothing had failed: one, all of a source, or every one."""
         if key is not None and source is None:
             raise ValueError("source must be given together with key, got None; name the source")
         one = None if source is None or key is None else self._resolve(source, key, policy)[0]

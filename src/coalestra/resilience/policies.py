@@ -66,15 +66,7 @@ class ResiliencePolicyResolver(KeyedPolicies[str, SourceResiliencePolicy]):
     def resolve(
         self, source: str, *, declared: SourceResiliencePolicy | None = None
     ) -> SourceResiliencePolicy:
-        """Return the policy for a source.
-
-        Args:
-            source: its name.
-            declared: the policy that the source itself declares, if any.
-
-        Raises:
-            TypeError: if `declared`, or what the dynamic resolver returned, is not a policy.
-        """
+        """Return the policy for a source of this name, which may declare one itself."""
         chosen = self._chosen(source)
         if chosen is None and declared is not None:
             chosen = instance("declared", declared, SourceResiliencePolicy)
