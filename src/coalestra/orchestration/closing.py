@@ -26,12 +26,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from coalestra._endings import look_after
 from coalestra.cache.memory import AsyncMemoryCache
@@ -77,33 +76,24 @@ async def insist(stage: Callable[[], Awaitable[object]]) -> None:
     await stage()
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How long the stages of one closing may take, in seconds.
+class Limits(NamedTuple):
+    """How long stages of one closing may take, in seconds, and how much they are to do.
 
-    Attributes:
-        copies: for copies, and for sources and refreshes.
-        observability: for the buffers.
-        total: for all stages together.
-        cancel_refreshes: whether refreshes are given up at once.
-        drain: whether buffers are emptied, or what waits in them is discarded.
+    Refreshes are waited for, or cancelled at once; buffers are drained, or discarded.
     """
 
     copies: float
     observability: float
-    total: float = math.inf
-    cancel_refreshes: bool = False
-    drain: bool = True
+    total: float
+    cancel_refreshes: bool
+    drain: bool
 
 
 class Closing:
     """The parts of a builder that have to be closed, and how far that is.
 
-    Args:
-        engine: what calls sources.
-        cache: its default cache, which copies as well; None with a cache of the application's.
-        sinks: where reports go.
-        managed: what the builder closes on behalf of the application.
+    These are its engine, its default cache, which copies as well, its sinks, and what it manages:
+    what it closes on behalf of the application.
     """
 
     def __init__(
@@ -125,11 +115,7 @@ class Closing:
         self.unfinished: Mapping[str, int] = {}
 
     async def close(self, limits: Limits) -> None:
-        """Close everything, or wait for the closing under way; do nothing if it is over.
-
-        Raises:
-            BaseException: the first that went wrong in any stage.
-        """
+        """Close everything, or wait for the closing under way; do nothing if it is over."""
         if self._over:
             return
         self._engine.close()

@@ -182,21 +182,19 @@ class CircuitSnapshot:
 # One circuit: the table above --------------------------------------------------------------------
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Circuit:
     """The state of one circuit. Time comes in as an argument, in seconds of one monotonic clock.
 
     `turn` is that of its last change of state.
     """
 
-    __slots__ = ("failures", "opened_at", "probe_at", "probing", "stored", "turn")
-
-    def __init__(self, turn: int = 0) -> None:
-        self.stored: CircuitState = _CLOSED
-        self.failures: int = 0
-        self.opened_at: float | None = None
-        self.probe_at: float = 0.0
-        self.probing: bool = False
-        self.turn: int = turn
+    turn: int = 0
+    stored: CircuitState = _CLOSED
+    failures: int = 0
+    opened_at: float | None = None
+    probe_at: float = 0.0
+    probing: bool = False
 
     def state(self, now: float) -> CircuitState:
         """Return the state at `now`: an open circuit turns half-open by the passing of time."""
