@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -117,6 +117,13 @@ _RECOVERY_SECONDS = 5.0
 _ANY_AGE = FreshnessPolicy(math.inf, math.inf)
 _ALL: Final = "all keys"
 _READS: Final = ("get", "get of many", "lease_many")
+_MANY: Final = {
+    "get": "get_many",
+    "set": "set_many",
+    "set_if_newer": "set_many_if_newer",
+    "invalidate": "invalidate_many",
+}
+"""The methods for one key, and for many."""
 
 Found = dict[ResourceKey, SnapshotValue[Any]]
 Failures = dict[ResourceKey, Exception]
@@ -204,15 +211,8 @@ class CacheCalls:
         self, keys: Collection[ResourceKey], now: float, policies: Policies, horizon: float
     ) -> Found:
         """Return what the cache holds and calls usable, if dated no later than ``horizon``."""
-
-        async def many() -> Any:
-            found = await self.cache.get_many(keys, now=now, policies=policies)
-            return {key: found.get(key) for key in keys}
-
-        async def one(key: ResourceKey) -> Any:
-            return await self.cache.get(key, now=now, policy=policies[key])
-
-        answers, failures = await self._many_or_each("get", keys, many, one)
+        items = dict(zip(keys, keys, strict=True))
+        answers, failures = await self._ask("get", items, policies, _as_it_is, now=now)
         values: Found = {}
         for key in keys:
             try:
@@ -231,46 +231,19 @@ class CacheCalls:
 
     async def store(self, values: Found, policies: Policies, *, insist: bool) -> Failures:
         """Store values whatever is there."""
-        _, failures = await self._many_or_each(
-            "set",
-            values,
-            lambda: self.cache.set_many(tuple(values.values()), **self._policies(policies, values)),
-            lambda key: self.cache.set(values[key], **self._policy(policies, key)),
-            insist,
-        )
-        return failures
+        return (await self._ask("set", values, policies, insist=insist))[1]
 
     async def offer(
         self, values: Found, policies: Policies, *, force: bool, replace_equal: bool, insist: bool
     ) -> tuple[dict[ResourceKey, CacheWriteResult], Failures]:
         """Let the cache store what its own comparison prefers."""
-        terms: dict[str, Any] = {"force": force, "replace_equal": replace_equal}
-
-        async def some(chosen: Found) -> dict[ResourceKey, CacheWriteResult]:
-            results = await self.cache.set_many_if_newer(
-                tuple(chosen.values()), **terms, **self._policies(policies, chosen)
-            )
-            return {key: _result(results[key], key) for key in chosen}
-
-        async def one(key: ResourceKey) -> CacheWriteResult:
-            if not self._offers_one:
-                return (await some({key: values[key]}))[key]
-            policy = self._policy(policies, key)
-            return _result(await self.cache.set_if_newer(values[key], **terms, **policy), key)
-
-        many = partial(some, values) if self._offers_many else None
-        return await self._many_or_each("set_if_newer", values, many, one, insist)
+        terms: Any = {"force": force, "replace_equal": replace_equal, "insist": insist}
+        return await self._ask("set_if_newer", values, policies, _result, **terms)
 
     async def remove(self, keys: Collection[ResourceKey], *, insist: bool) -> Failures:
         """Remove ``keys`` from the cache."""
-        _, failures = await self._many_or_each(
-            "invalidate",
-            keys,
-            lambda: self.cache.invalidate_many(keys),
-            self.cache.invalidate,
-            insist,
-        )
-        return failures
+        items = dict(zip(keys, keys, strict=True))
+        return (await self._ask("invalidate", items, {}, insist=insist))[1]
 
     async def once(
         self,
@@ -313,33 +286,46 @@ class CacheCalls:
     def _subject(self, kind: str) -> str:
         return f"{kind} of cache {type(self.cache).__name__}"
 
-    def _policies(self, policies: Policies, keys: Iterable[ResourceKey]) -> dict[str, Any]:
-        if not self._tells_policies:
-            return {}
-        return {"policies": {key: policies[key] for key in keys}}
-
-    def _policy(self, policies: Policies, key: ResourceKey) -> dict[str, Any]:
-        return {"policy": policies[key]} if self._tells_policies else {}
-
-    async def _many_or_each(
+    async def _ask(
         self,
-        operation: str,
-        keys: Collection[ResourceKey],
-        many: Callable[[], Awaitable[Any]] | None,
-        one: Callable[[ResourceKey], Awaitable[Any]],
+        method: str,
+        items: Mapping[ResourceKey, Any],
+        policies: Policies,
+        check: Callable[[Any, ResourceKey], Any] | None = None,
+        *,
         insist: bool = False,
+        **terms: Any,
     ) -> tuple[dict[ResourceKey, Any], Failures]:
-        """Make one call for all keys; if there is none, or it fails, one for each."""
-        if not keys:
+        """Call a method for all items at once; if that is not offered, or fails, for each.
+
+        What it answers for a key, if it does, is given through ``check``.
+        """
+        tells = method == "get" or (self._tells_policies and method != "invalidate")
+
+        async def many(keys: Collection[ResourceKey]) -> dict[ResourceKey, Any]:
+            told = {"policies": {key: policies[key] for key in keys}} if tells else {}
+            call = getattr(self.cache, _MANY[method])
+            answers = await call(tuple([items[key] for key in keys]), **terms, **told)
+            return {} if check is None else {key: check(answers.get(key), key) for key in keys}
+
+        async def one(key: ResourceKey) -> Any:
+            if method == "set_if_newer" and not self._offers_one:
+                return (await many((key,)))[key]
+            told = {"policy": policies[key]} if tells else {}
+            answer = await getattr(self.cache, method)(items[key], **terms, **told)
+            return None if check is None else check(answer, key)
+
+        if not items:
             return {}, {}
-        if many is not None and self.carries_many:
+        if self._offers_many if method == "set_if_newer" else self.carries_many:
             try:
-                return await self.once(f"{operation} of many", many, insist=insist), {}
+                name = f"{method} of many"
+                return await self.once(name, lambda: many(items.keys()), insist=insist), {}
             except (CacheTimeoutError, CacheCircuitOpenError) as error:
-                return {}, dict.fromkeys(keys, error)
+                return {}, dict.fromkeys(items, error)
             except Exception:
                 pass  # which of them it was is found out
-        return await self._calls(operation, keys, one, insist, self.seconds)
+        return await self._calls(method, items, one, insist, self.seconds)
 
     async def _calls(
         self,
@@ -414,6 +400,10 @@ def _usable(lookup: object, key: ResourceKey) -> SnapshotValue[Any] | None:
     if lookup.value is None or not (lookup.fresh or lookup.usable_stale):
         return None
     return sound(lookup.value, key)
+
+
+def _as_it_is(answer: object, _: ResourceKey) -> object:
+    return answer
 
 
 def _result(result: object, key: ResourceKey) -> CacheWriteResult:

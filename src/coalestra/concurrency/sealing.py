@@ -39,6 +39,7 @@ PORTION = 32
 """The weight that may be opened on the event loop between two looks at the clock."""
 
 
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Seal:
     """How one sealed payload is opened; found out once, when it was sealed.
 
@@ -49,18 +50,13 @@ class Seal:
         weight: how much of a `PORTION` opening it takes. One of unknown size takes it all.
     """
 
-    __slots__ = ("brief", "name", "opener", "weight")
+    name: str
+    opener: Callable[[Any], Any]
+    brief: bool
+    weight: int = PORTION
 
     SHARED: ClassVar[Seal]
     """Deeply immutable: the payload is its own copy."""
-
-    def __init__(
-        self, name: str, opener: Callable[[Any], Any], *, brief: bool, weight: int = PORTION
-    ) -> None:
-        self.name: str = name
-        self.opener: Callable[[Any], Any] = opener
-        self.brief: bool = brief
-        self.weight: int = weight
 
     def __repr__(self) -> str:
         return f"<Seal {self.name}{'' if self.brief else ', takes a thread'}>"
@@ -71,12 +67,9 @@ def _same(payload: Any) -> Any:
 
 
 Seal.SHARED = Seal("shared", _same, brief=True, weight=1)
-_FLAT = 2
+_COPIED: tuple[Any, ...] = (dict, list, set, bytearray)
 FLAT: dict[type, Seal] = {
-    dict: Seal("flat dict", dict.copy, brief=True, weight=_FLAT),
-    list: Seal("flat list", list.copy, brief=True, weight=_FLAT),
-    set: Seal("flat set", set.copy, brief=True, weight=_FLAT),
-    bytearray: Seal("flat bytearray", bytearray.copy, brief=True, weight=_FLAT),
+    kind: Seal(f"flat {kind.__name__}", kind.copy, brief=True, weight=2) for kind in _COPIED
 }
 """The seals of brief containers that hold only immutable objects."""
 
@@ -216,11 +209,9 @@ _fields: weakref.WeakKeyDictionary[type, Parts | None] = weakref.WeakKeyDictiona
 
 def _parts_of_dataclass(cls: type) -> Parts | None:
     """Return how to list the fields of a frozen dataclass that can keep nothing else."""
-    try:
-        return _fields[cls]
-    except KeyError:
-        parts = _fields[cls] = _find_fields(cls)
-        return parts
+    if cls not in _fields:
+        _fields[cls] = _find_fields(cls)
+    return _fields[cls]
 
 
 def _find_fields(cls: type) -> Parts | None:
@@ -251,6 +242,11 @@ def _keeps_nothing(name: str, attribute: Any) -> bool:
 
 
 # Which classes leave their copying to ``copy.deepcopy`` -------------------------------------------
+
+
+class UnknownPayload(Exception):
+    """The payload holds something that only its own class knows how to copy."""
+
 
 _HOOKS = frozenset({"__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"})
 """What a class, or by accident an instance, can define to be asked how it is copied."""
@@ -300,28 +296,32 @@ def is_plain(cls: type, hooks: list[Any]) -> bool:
     return copies_by_default(cls, hooks) and not own_new and not builds_itself
 
 
-State = tuple[dict[str, Any], dict[str, Any]]
-"""What an instance has in its dictionary, and in its slots: two places, whatever the names."""
+def state_of(
+    instance: Any, cls: type[Any], hooks: list[Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what an instance of a plain class has in its dictionary, and in its slots: two places.
 
-
-def state_of(instance: Any, cls: type[Any], hooks: list[Any]) -> State | None:
-    """Return the state of an instance of a plain class; None if it has a say in its copying."""
+    Raises `UnknownPayload` if it has a say in its copying.
+    """
     try:
         builder, arguments, state, *more = instance.__reduce_ex__(4)
         if type(state) is list and _has_state_of_dataclass(hooks):
             names = [field.name for field in dataclasses.fields(cls)]
             return {}, dict(zip(names, state, strict=True))
-    except Exception:  # copy.deepcopy will meet it again, and report it
-        return None
+    except Exception:
+        raise UnknownPayload from None  # copy.deepcopy will meet it again, and report it
     attributes, slots = state if isinstance(state, tuple) else (state, None)
     attributes = {} if attributes is None else attributes
     slots = {} if slots is None else slots
-    if builder is not _NEW_OBJECT or arguments != (cls,) or any(more):
-        return None
-    if type(attributes) is not dict or not _HOOKS.isdisjoint(attributes):
-        return None
-    if slots and cls.__setattr__ is not _OBJECT.__setattr__:
-        return None
+    if (
+        builder is not _NEW_OBJECT
+        or arguments != (cls,)
+        or any(more)
+        or type(attributes) is not dict
+        or not _HOOKS.isdisjoint(attributes)
+        or (slots and cls.__setattr__ is not _OBJECT.__setattr__)
+    ):
+        raise UnknownPayload
     return attributes, slots
 
 
@@ -338,32 +338,28 @@ HUGE = 100_000
 keeps every other thread, the event loop's too, waiting until it ends."""
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class HugeShell:
     """The shell of a container that other threads can interrupt the copying of."""
 
-    __slots__ = ("_items",)
-
-    def __init__(self, items: Any) -> None:
-        self._items = items
+    items: Any
 
     def copy(self) -> Any:
         """Return a new dictionary, set or list with the same items in the same order."""
-        if type(self._items) is dict:
-            return {key: value for key, value in self._items.items()}  # noqa: C416 - see HUGE
-        if type(self._items) is set:
-            return {item for item in self._items}  # noqa: C416 - see HUGE
-        return [item for item in self._items]  # noqa: C416 - see HUGE
+        if type(self.items) is dict:
+            return {key: value for key, value in self.items.items()}  # noqa: C416 - see HUGE
+        if type(self.items) is set:
+            return {item for item in self.items}  # noqa: C416 - see HUGE
+        return [item for item in self.items]  # noqa: C416 - see HUGE
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class InstanceShell:
     """The shell of a plain instance: its class, and what it has in its two places."""
 
-    __slots__ = ("attributes", "cls", "slots")
-
-    def __init__(self, cls: type, attributes: dict[str, Any], slots: dict[str, Any]) -> None:
-        self.cls = cls
-        self.attributes = attributes
-        self.slots = slots
+    cls: type
+    attributes: dict[str, Any]
+    slots: dict[str, Any]
 
     def copy(self) -> Any:
         """Return a new instance with the same attributes, without calling its class."""
@@ -442,10 +438,6 @@ _CONTAINER_STEPS = 16
 _SIZED = {*FLAT, tuple}
 
 
-class UnknownPayload(Exception):
-    """The payload holds something that only its own class knows how to copy."""
-
-
 class LargePayload(Exception):
     """The walk would take more steps than were allowed."""
 
@@ -470,12 +462,14 @@ def is_flat(container: dict[Any, Any]) -> bool:
 class Survey:
     """One walk over one payload.
 
+    Args:
+        allowed: how many steps it may take: one for an item, several for a container.
+
     Attributes:
-        walked: how many steps it took: one for an item, several for a container.
+        walked: how many it took.
     """
 
     def __init__(self, allowed: float) -> None:
-        """Allow so many steps."""
         self._allowed = allowed
         self.walked: int = 0
         self._originals: list[Any] = []
@@ -539,10 +533,7 @@ class Survey:
             hooks = self._classes[cls] = hooks_of(cls)
             if not is_plain(cls, hooks):
                 raise UnknownPayload
-        state = state_of(original, cls, hooks)
-        if state is None:
-            raise UnknownPayload
-        attributes, slots = state
+        attributes, slots = state_of(original, cls, hooks)
         self._walk(len(attributes) + len(slots))
         shell = InstanceShell(cls, attributes, slots)
         first = shell.copy()
@@ -606,10 +597,9 @@ class Survey:
         if verdict is not None:
             return verdict
         self._verdicts[id(value)] = False
-        try:
-            parts = self._parts[cls]
-        except KeyError:
-            parts = self._parts[cls] = parts_of(cls)
+        if cls not in self._parts:
+            self._parts[cls] = parts_of(cls)
+        parts = self._parts[cls]
         if parts is None or depth > _DEEPEST_HOLDER:
             return False
         held = parts(value)
