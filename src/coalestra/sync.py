@@ -31,7 +31,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from coalestra._endings import PROGRAM_ENDS
 from coalestra._lockfree import Changes
-from coalestra.cache.access import KeyLanes
+from coalestra.cache.near import KeyLanes
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
 from coalestra.core.errors import (

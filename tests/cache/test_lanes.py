@@ -8,7 +8,7 @@ import random
 import pytest
 
 from coalestra._endings import look_after
-from coalestra.cache.access import KeyLanes
+from coalestra.cache.near import KeyLanes
 from coalestra.core.keys import ResourceKey
 from tests.contracts.samples import A, B, C, begun
 from tests.support import cancel_at_every_await, settle

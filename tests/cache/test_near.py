@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from coalestra import CallableSource, FreshnessPolicy, NearCache, ResourceKey, SnapshotBuilder
-from coalestra.cache.near import Near
-from coalestra.cache.store import Listeners
+from coalestra.cache.near import Channel
 from coalestra.core.values import Revision
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
 from tests.contracts.samples import NOW, A, B, Witness, revision_of
@@ -41,17 +40,19 @@ class Telling(BatchAtomicCache):
         return self.connected
 
 
-def near_of(cache: Any, *, entries: int = 10, seconds: float = 60.0) -> tuple[Near, Witness]:
-    listeners, witness = Listeners(), Witness()
-    listeners.subscribe(witness)
-    return Near(cache, entries, seconds, listeners, {}), witness
+def near_of(cache: Any, *, entries: int = 10, seconds: float = 60.0) -> tuple[Channel, Witness]:
+    cache.near_entries, cache.near_seconds = entries, seconds
+    channel, witness = Channel(cache, asyncio.new_event_loop()), Witness()
+    channel.loop.close()
+    channel.listeners.subscribe(witness)
+    return channel, witness
 
 
-def kept(near: Near, revision: Revision) -> bool:
+def kept(near: Channel, revision: Revision) -> bool:
     return near.store.peek(revision.key) is revision
 
 
-def put(near: Near, revision: Revision) -> None:
+def put(near: Channel, revision: Revision) -> None:
     with near.filling() as filling:
         near.put(filling, revision)
 
@@ -149,17 +150,14 @@ def test_a_gap_empties_it() -> None:
 
 def test_it_serves_nothing_while_news_may_be_missing() -> None:
     cache = Telling()
-    on_their_way: dict[ResourceKey, Revision] = {}
-    listeners, witness = Listeners(), Witness()
-    listeners.subscribe(witness)
-    near = Near(cache, 10, 60.0, listeners, on_their_way)
+    near, witness = near_of(cache)
     assert near.trusted() is near.store
     assert witness.heard == []
     cache.connected = False
-    on_their_way[A] = revision_of(A)
+    near.on_their_way[A] = revision_of(A)
     assert near.trusted() is None
     assert witness.heard == [("cut_off",)]
-    assert on_their_way == {}
+    assert near.on_their_way == {}
 
 
 def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:

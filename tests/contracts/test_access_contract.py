@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.access import CacheAccess, Channel
+from coalestra.cache.access import CacheAccess
+from coalestra.cache.near import Channel
 from coalestra.cache.store import Outcome
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.keys import ResourceKey

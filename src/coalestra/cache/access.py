@@ -14,10 +14,8 @@ beside those of the calls to it:
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterator,
     Awaitable,
     Callable,
     Collection,
@@ -25,13 +23,12 @@ from collections.abc import (
     Iterable,
     Mapping,
 )
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from coalestra.cache.calls import CacheCalls, Failures, Found, Policies, has, sound
 from coalestra.cache.memory import AsyncMemoryCache, let_go, open_value, revision_of, seal_value
-from coalestra.cache.near import Filling, Near
+from coalestra.cache.near import Channel, Filling, channel_of
 from coalestra.cache.store import (
     EntryStore,
     Listeners,
@@ -51,88 +48,6 @@ from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
 from coalestra.core.results import CacheWriteResult, CacheWriteStatus
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.observability.changes import ChangeLog
-
-# Turns per key: operations on the same key run one after the other, in the order they asked ------
-
-
-class KeyLanes:
-    """First-in, first-out turns for any number of keys; nothing is kept for an idle one."""
-
-    def __init__(self) -> None:
-        self._last: dict[ResourceKey, asyncio.Future[None]] = {}
-
-    def __repr__(self) -> str:
-        return f"KeyLanes({len(self._last)} busy)"
-
-    def __len__(self) -> int:
-        return len(self._last)
-
-    @asynccontextmanager
-    async def turn(
-        self, keys: Collection[ResourceKey], after: Collection[ResourceKey] = ()
-    ) -> AsyncIterator[None]:
-        """Hold all of ``keys`` once those who came before have let go of each, and of ``after``.
-
-        It queues for all of them in one step, so that operations over several keys cannot block
-        each other in a circle. Who breaks the wait off keeps the place until it would have come.
-        """
-        over = asyncio.get_running_loop().create_future()
-        ahead = {self._last[key] for key in (*keys, *after) if key in self._last}
-        self._last.update(dict.fromkeys(keys, over))
-
-        def passed(ended: asyncio.Future[None] | None = None) -> None:
-            ahead.discard(ended)
-            if not ahead and not over.get_loop().is_closed():
-                for key in keys:
-                    if self._last.get(key) is over:
-                        del self._last[key]
-                over.set_result(None)
-
-        try:
-            if ahead:
-                await asyncio.wait(ahead)
-                ahead.clear()
-            yield
-        finally:
-            passed()
-            for each in tuple(ahead):
-                each.add_done_callback(passed)
-
-
-# What the users of one foreign cache object share ------------------------------------------------
-
-
-class Channel:
-    """The lanes and listeners of one cache on one event loop, and the values on their way into it.
-
-    A publisher made by the application and a builder over the same cache object meet here, so the
-    builder hears of what the publisher does. It holds cache and loop, so neither identity can be
-    taken by another object while the channel lives.
-    """
-
-    __slots__ = ("__weakref__", "cache", "lanes", "listeners", "loop", "near", "on_their_way")
-
-    def __init__(self, cache: AsyncCache, loop: asyncio.AbstractEventLoop) -> None:
-        self.cache: AsyncCache = cache
-        self.loop: asyncio.AbstractEventLoop = loop
-        self.lanes: KeyLanes = KeyLanes()
-        self.listeners: Listeners = Listeners()
-        self.on_their_way: dict[ResourceKey, Revision] = {}
-        entries = getattr(cache, "near_entries", 0)
-        self.near: Near = Near(
-            cache,
-            entries if type(entries) is int else 0,
-            getattr(cache, "near_seconds", 0.0),
-            self.listeners,
-            self.on_their_way,
-        )
-
-    def __repr__(self) -> str:
-        return f"Channel({type(self.cache).__name__}, {self.lanes!r}, {self.listeners!r})"
-
-
-_channels: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
-"""Those in use, by the identity of their cache and loop."""
 
 # The view over a cache that is not the library's own ---------------------------------------------
 
@@ -230,17 +145,15 @@ class CacheAccess:
                 channel.listeners.unsubscribe(self.subscribers)
                 self._tasks.clear()
                 self._giving_back.clear()  # they end by themselves
-            identity = (id(self.cache), id(loop))
-            self._channel = channel = _channels.get(identity) or Channel(self.cache, loop)
-            _channels[identity] = channel
+            self._channel = channel = channel_of(self.cache, loop)
             channel.listeners.subscribe(self.subscribers)
-            channel.near.store.tolerate(self.tolerance)
+            channel.store.tolerate(self.tolerance)
         return channel
 
     @property
     def near(self) -> EntryStore | None:
         """The entries that can be used without awaiting at this moment, if there are any."""
-        return self.channel().near.trusted() if self.store is None else self.store
+        return self.channel().trusted() if self.store is None else self.store
 
     @property
     def listeners(self) -> Listeners:
@@ -270,8 +183,8 @@ class CacheAccess:
         cache is rid of them, unless it should have left them out itself.
         """
         channel = self.channel()
-        on_their_way, near = channel.on_their_way, channel.near
-        with near.filling() as filling:
+        on_their_way = channel.on_their_way
+        with channel.filling() as filling:
             known = {key: on_their_way[key] for key in keys if key in on_their_way}
             rest = [key for key in keys if key not in known]
             values = await self.calls.get(rest, now, policies, now + self.tolerance)
@@ -279,7 +192,7 @@ class CacheAccess:
             outdated = await self.outdated(known, keys, now, self.sealed)
             for key, revision in known.items():
                 if key not in outdated and key not in on_their_way:
-                    near.put(filling, revision)
+                    channel.put(filling, revision)
         for key in outdated:
             if on_their_way.get(key) is known[key]:
                 del on_their_way[key]
@@ -350,7 +263,7 @@ class CacheAccess:
         ahead = now - channel.loop.time()  # it may take long
         rest = dict.fromkeys(keys)
         # While news may be missing, others may have replaced it: then the cache decides.
-        if not (force or unlike or channel.near.is_behind):
+        if not (force or unlike or channel.is_behind):
             on_their_way = [channel.on_their_way.get(key) for key in keys]
             # What a derived one rests on may have changed: it is judged once it is there.
             held = [each for each in on_their_way if each and not each.dependency_versions]
@@ -360,7 +273,7 @@ class CacheAccess:
                 yield {each.key: Answer(each) for each in held}
         if not rest:
             return
-        with channel.near.filling() as filling:
+        with channel.filling() as filling:
             try:
                 asking = self.calls.cache.lease_many(
                     tuple(rest), now=now, policies=policies, force=force, unlike=unlike
@@ -410,7 +323,7 @@ class CacheAccess:
             del revisions[key]
         for key, revision in revisions.items():
             if not part[key].waiting and part[key].lease is None:
-                self.channel().near.put(filling, revision)
+                self.channel().put(filling, revision)
         return {
             key: Answer(revisions.get(key), told.lease, told.waiting)
             for key, told in part.items()
@@ -480,7 +393,7 @@ class CacheAccess:
         if current is not None and status is not _STORED:
             return status, current, current
         channel.on_their_way[revision.key] = revision
-        channel.near.drop({revision.key: revision.version})
+        channel.drop({revision.key: revision.version})
         news = {revision.key: revision}
         channel.listeners.tell(lambda each: each.revised(news), self.subscribers)
         return _STORED, revision, current
@@ -524,15 +437,15 @@ class CacheAccess:
             offered = {key: each for key, each in revisions.items() if wanted(each)}
             write, outcomes = _Write(self, offered, terms), Outcomes()
             try:
-                with channel.near.filling() as filling:
+                with channel.filling() as filling:
                     outcomes = await write.run()
                     teller = None if terms.insist else self.subscribers
                     self._tell(channel, offered, outcomes, teller)
                     for status, current, _ in outcomes.values():
-                        keep = channel.near.wrote if status is _STORED else channel.near.put
+                        keep = channel.wrote if status is _STORED else channel.put
                         keep(filling, current)
             finally:  # who knows whether the others have been written
-                channel.near.drop({key: None for key in offered if key not in outcomes})
+                channel.drop({key: None for key in offered if key not in outcomes})
         return outcomes, write.failures
 
     def _tell(
@@ -575,12 +488,12 @@ class CacheAccess:
         for key in gone:
             channel.on_their_way.pop(key, None)
         channel.listeners.tell(lambda each: each.invalidating(gone))
-        channel.near.drop(gone)
+        channel.drop(gone)
         async with channel.lanes.turn(gone):
             try:
                 return await self.calls.remove(tuple(gone), insist=True)
             finally:
-                channel.near.drop(gone)
+                channel.drop(gone)
                 channel.listeners.tell(lambda each: each.revised(gone))
 
     async def drain(self, timeout_seconds: float) -> None:

@@ -88,22 +88,19 @@ async def open_value(
     payload = copies.open_now(revision.payload, revision.seal, context=context)
     if payload is OFFLOADED:
         payload = await copies.open(revision.payload, revision.seal, context=context)
-    return show_value(copies, revision, payload, context, now, policy, from_cache)
+    metadata = copies.open_metadata_now(revision.metadata, context=context)
+    return show_value(revision, payload, metadata, now, policy, from_cache)
 
 
 def show_value(
-    copies: PayloadCopies,
     revision: Revision,
     payload: Any,
-    context: str,
+    metadata: FrozenDict[str, Any],
     now: float | None,
     policy: FreshnessPolicy | None,
     from_cache: bool,
 ) -> SnapshotValue[Any]:
-    """Return what one reader gets around a copy of the payload; see ``open_value``."""
-    metadata = revision.metadata
-    if type(metadata) is not FrozenDict:
-        metadata = copies.open_metadata_now(metadata, context=context)
+    """Return what one reader gets around his copies of payload and metadata; see ``open_value``."""
     age = (revision.fetched_at if now is None else now) - revision.observed_at
     stale = policy is not None and age > policy.ttl_seconds
     return revision.presented(payload, metadata, age if age > 0 else 0.0, stale, from_cache)

@@ -1,6 +1,7 @@
-"""What is kept in memory of a cache that has to be awaited, for as long as that can be trusted.
+"""What all users of a cache that has to be awaited share on one event loop.
 
-Laws:
+That is turns per key, the values on their way into the cache, who hears of changes, and what is
+kept of it in memory. Laws of that memory:
 
 1. It serves only while it is trusted. Where the cache tells of changes, that is while all news that
    have arrived have been taken in, and none may be missing; else for a short time after reading.
@@ -12,10 +13,13 @@ Laws:
 
 from __future__ import annotations
 
+import asyncio
 import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from coalestra.cache.calls import has
@@ -80,73 +84,115 @@ class NearCache:
         await self.cache.clear()
 
 
-# The memory --------------------------------------------------------------------------------------
+# Turns per key: operations on the same key run one after the other, in the order they asked ------
+
+
+class KeyLanes:
+    """First-in, first-out turns for any number of keys; nothing is kept for an idle one."""
+
+    def __init__(self) -> None:
+        self._last: dict[ResourceKey, asyncio.Future[None]] = {}
+
+    def __repr__(self) -> str:
+        return f"KeyLanes({len(self._last)} busy)"
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    @asynccontextmanager
+    async def turn(
+        self, keys: Collection[ResourceKey], after: Collection[ResourceKey] = ()
+    ) -> AsyncIterator[None]:
+        """Hold all of ``keys`` once those who came before have let go of each, and of ``after``.
+
+        It queues for all of them in one step, so that operations over several keys cannot block
+        each other in a circle. Who breaks the wait off keeps the place until it would have come.
+        """
+        over = asyncio.get_running_loop().create_future()
+        ahead = {self._last[key] for key in (*keys, *after) if key in self._last}
+        self._last.update(dict.fromkeys(keys, over))
+
+        def passed(ended: asyncio.Future[None] | None = None) -> None:
+            ahead.discard(ended)
+            if not ahead and not over.get_loop().is_closed():
+                for key in keys:
+                    if self._last.get(key) is over:
+                        del self._last[key]
+                over.set_result(None)
+
+        try:
+            if ahead:
+                await asyncio.wait(ahead)
+                ahead.clear()
+            yield
+        finally:
+            passed()
+            for each in tuple(ahead):
+                each.add_done_callback(passed)
+
+
+# The channel ------------------------------------------------------------------------------------
 
 _SPARE_DUE = 1000
 
 
+@dataclass(slots=True, eq=False)
 class Filling:
     """One reading or writing under way: what has changed since it began."""
 
-    __slots__ = ("changed", "void")
-
-    def __init__(self) -> None:
-        self.changed: dict[ResourceKey, str | None] = {}
-        self.void: bool = False
+    changed: dict[ResourceKey, str | None] = field(default_factory=dict)
+    void: bool = False
 
     def allows(self, revision: Revision) -> bool:
         """Whether a revision may still be put in."""
-        if self.void:
-            return False
-        return self.changed.get(revision.key, revision.version) == revision.version
+        known = self.changed.get(revision.key, revision.version)
+        return known == revision.version and not self.void
 
 
-class Near:
-    """The memory in front of one cache on one event loop; it hears the cache's news, if it tells.
+class Channel:
+    """What the users of one cache object have in common on one event loop.
 
-    Args:
-        cache: the cache.
-        entries, seconds: how many are kept, 0 for none, and for how long without being looked up
-            again.
-        listeners: who hears of what others have changed.
+    A publisher made by the application and a builder over the same cache meet here, so the builder
+    hears of what the publisher does, and both of what the cache tells, if it does. It holds cache
+    and loop, so neither identity can be taken by another object while the channel lives.
+
+    Attributes:
+        listeners: who hears of changes.
         on_their_way: values that count as held until they are written; of no use once changed.
+        store: what is kept in memory; see `trusted`.
     """
 
-    def __init__(
-        self,
-        cache: Any,
-        entries: int,
-        seconds: float,
-        listeners: Listeners,
-        on_their_way: MutableMapping[ResourceKey, Revision],
-    ) -> None:
-        self.store: EntryStore = EntryStore(max(1, entries))
-        self._serves = entries > 0
-        self._on_their_way = on_their_way
-        self._seconds = seconds
-        self._listeners = listeners
+    def __init__(self, cache: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop: asyncio.AbstractEventLoop = loop
+        self.lanes: KeyLanes = KeyLanes()
+        self.listeners: Listeners = Listeners()
+        self.on_their_way: dict[ResourceKey, Revision] = {}
+        entries = getattr(cache, "near_entries", 0)
+        self._serves = type(entries) is int and entries > 0
+        self.store: EntryStore = EntryStore(entries if self._serves else 1)
+        self._cache = cache
+        self._seconds = getattr(cache, "near_seconds", 0.0)
         self._fillings: set[Filling] = set()
         self._due: OrderedDict[ResourceKey, float] = OrderedDict()
-        self._caught_up: Callable[[], bool] | None = None
+        self._tells = has(cache, "subscribe", "unsubscribe", "caught_up")
         self._was_caught_up = False
-        if has(cache, "subscribe", "unsubscribe", "caught_up"):
-            self._caught_up = cache.caught_up
+        if self._tells:
             cache.subscribe(self)
 
     def __repr__(self) -> str:
-        return f"<Near {self.store!r}>"
+        return f"Channel({type(self._cache).__name__}, {self.lanes!r}, {self.listeners!r})"
 
     @property
     def is_behind(self) -> bool:
         """Whether the cache tells of changes, and some may be missing at this moment."""
-        return self._caught_up is not None and not self._caught_up()
+        return self._tells and not self._cache.caught_up()
 
     def trusted(self) -> EntryStore | None:
         """Return the entries, if they can be trusted at this moment."""
         if self.is_behind:
             if self._was_caught_up:  # before the first news nobody has heard of anything
-                self._on_their_way.clear()
-                self._listeners.tell(lambda each: each.cut_off())
+                self.on_their_way.clear()
+                self.listeners.tell(lambda each: each.cut_off())
             return None
         self._was_caught_up = True
         if not self._serves:
@@ -200,14 +246,26 @@ class Near:
         held = self.store.peek(key)
         if version is None or held is None or held.version != version:
             self.store.drop((key,))
-            self._on_their_way.pop(key, None)
-            self._listeners.tell(lambda each: each.invalidating({key: version}))
+            self.on_their_way.pop(key, None)
+            self.listeners.tell(lambda each: each.invalidating({key: version}))
 
     def missed(self) -> None:
         """Learn that anything may have changed."""
         for filling in self._fillings:
             filling.void = True
         self._due.clear()
-        self._on_their_way.clear()
+        self.on_their_way.clear()
         self.store.clear()
-        self._listeners.tell(lambda each: each.invalidating_where(lambda _: True))
+        self.listeners.tell(lambda each: each.invalidating_where(lambda _: True))
+
+
+_channels: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
+
+
+def channel_of(cache: AsyncCache, loop: asyncio.AbstractEventLoop) -> Channel:
+    """Return the channel of ``cache`` on ``loop``; it lives while somebody uses it."""
+    identity = (id(cache), id(loop))
+    channel = _channels.get(identity)
+    if channel is None:
+        channel = _channels[identity] = Channel(cache, loop)
+    return channel

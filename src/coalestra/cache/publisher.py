@@ -150,7 +150,8 @@ async def _result(
         payload = await copies.open(current.payload, current.seal, context=_OUT)
     if previous is not None:
         before = await open_value(copies, previous, _OUT, now, policy, True)
-    after = show_value(copies, current, payload, _OUT, now, policy, current is not offered)
+    metadata = copies.open_metadata_now(current.metadata, context=_OUT)
+    after = show_value(current, payload, metadata, now, policy, current is not offered)
     return PublishResult(_told(status), after, before)
 
 
@@ -210,8 +211,8 @@ class _Results(Mapping[ResourceKey, PublishResult]):
     def _shown(self, revision: Revision, offered: Revision | None) -> SnapshotValue[Any]:
         """Copy a trifle, even if copying has been closed since it was published."""
         payload, policy = revision.seal.opener(revision.payload), self._policy_of(revision.key)
-        stayed = revision is not offered
-        return show_value(self._copies, revision, payload, _OUT, self._now, policy, stayed)
+        metadata = self._copies.open_metadata_now(revision.metadata, context=_OUT)
+        return show_value(revision, payload, metadata, self._now, policy, revision is not offered)
 
     def __iter__(self) -> Iterator[ResourceKey]:
         return iter(self._offered)
