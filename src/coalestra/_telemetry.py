@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Final, Literal, NamedTuple
 
 from coalestra.core.acceptance import SnapshotAcceptanceReason
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
 from coalestra.core.results import CacheStats, PublishStatus
+from coalestra.core.validation import readable
 from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.resilience.circuit_breaker import CircuitSnapshot
 from coalestra.sync import SyncSnapshotBuilder
 
 Builder = SnapshotBuilder | SyncSnapshotBuilder
-T = TypeVar("T")
 
 # What the library counts and observes ------------------------------------------------------------
 
@@ -100,6 +100,34 @@ OBSERVATIONS: Final[Metrics] = {
 # Builders, and what is read of their health ------------------------------------------------------
 
 
+Figures = Iterable[tuple[tuple[str, ...], float | None]]
+"""The figure of each series by the values of its labels; None for what is not known."""
+Read = Callable[[BuilderHealth], Figures]
+
+
+class Fact(NamedTuple):
+    """One figure of health; a counter if its name ends in ``_total``.
+
+    ``merged`` says which figure of several processes is shown of a gauge: the sum over those that
+    live (``livesum``), their greatest (``livemax``), or the greatest there ever was (``max``).
+    """
+
+    name: str
+    description: str
+    read: Read
+    labels: tuple[str, ...]
+    merged: Literal["livesum", "livemax", "max"]
+
+    @property
+    def counts(self) -> bool:
+        """Whether this is a counter."""
+        return self.name.endswith("_total")
+
+
+Reading = Mapping[str, Sequence[tuple[tuple[str, ...], float]]]
+"""The figures of each fact by the values of its labels, the builder's name first."""
+
+
 class Watched:
     """Builders by name, held weakly; one that is closed or gone drops out.
 
@@ -126,42 +154,23 @@ class Watched:
                 del self._held[name]
         return found
 
-    def read(self, told: Callable[[BuilderHealth], T]) -> Iterator[tuple[str, T | None]]:
-        """Return what each of them tells; None for one that fails to, which is logged."""
+    def read(self, facts: Collection[Fact]) -> Reading:
+        """Return what they tell of some facts; of one that fails to only that it is not up."""
+        reading: dict[str, list[tuple[tuple[str, ...], float]]] = {each.name: [] for each in facts}
         for name, builder in self.open().items():
             subject = f"reading the health of builder {name!r}"
             try:
-                facts = told(builder.health_snapshot_nowait())
+                health = builder.health_snapshot_nowait()
+                found = [(fact.name, [*fact.read(health)]) for fact in facts]
             except Exception as error:
                 self.changes.failed(subject, error)
-                yield name, None
+                found = [(UP.name, [((), 0)])] if UP in facts else []
             else:
                 self.changes.works(subject)
-                yield name, facts
-
-
-Figures = Iterable[tuple[tuple[str, ...], float | None]]
-"""The figure of each series by the values of its labels; None for what is not known."""
-Read = Callable[[BuilderHealth], Figures]
-
-
-class Fact(NamedTuple):
-    """One figure of health; a counter if its name ends in ``_total``.
-
-    ``merged`` says which figure of several processes is shown of a gauge: the sum over those that
-    live (``livesum``), their greatest (``livemax``), or the greatest there ever was (``max``).
-    """
-
-    name: str
-    description: str
-    read: Read
-    labels: tuple[str, ...]
-    merged: Literal["livesum", "livemax", "max"]
-
-    @property
-    def counts(self) -> bool:
-        """Whether this is a counter."""
-        return self.name.endswith("_total")
+            for about, figures in found:
+                known = [(labels, figure) for labels, figure in figures if figure is not None]
+                reading[about] += [((name, *map(readable, each)), figure) for each, figure in known]
+        return reading
 
 
 _NAMED_BY: Final = {

@@ -25,7 +25,16 @@ from traceback import walk_tb
 from typing import Any, Final
 
 from coalestra._lockfree import Cell
-from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, Builder, Fact, Watched, fact
+from coalestra._telemetry import (
+    COUNTERS,
+    FACTS,
+    OBSERVATIONS,
+    Builder,
+    Fact,
+    Reading,
+    Watched,
+    fact,
+)
 from coalestra._version import __version__
 from coalestra.core.errors import folded_message, message_of
 from coalestra.core.serialization import qualified_type
@@ -264,6 +273,7 @@ def _places(error: BaseException) -> str:
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 _MOST_SERIES: Final = 2_000
+_READING_SECONDS: Final = 1.0
 _OVERFLOW: Final = (("otel.metric.overflow", True),)
 """As OpenTelemetry bounds and calls what finds no room."""
 
@@ -285,7 +295,7 @@ _LEVELS: Final[Sequence[tuple[str, str, Fact]]] = (
     (
         "source.success.age",
         "s",
-        fact("", "Since a source last answered", "sources.seconds_since_success"),
+        fact("success_age", "Since a source last answered", "sources.seconds_since_success"),
     ),
     ("builder.severity", "1", FACTS["builder_severity"]),
 )
@@ -301,6 +311,9 @@ class _Instruments:
         self.counts: dict[str, dict[_Labels, Cell[int]]] = {metric: {} for metric in COUNTERS}
         self.watched = Watched()
         self.histograms: dict[str, metrics.Histogram] = {}
+        self._reading: Reading = {}
+        self._read_at = 0.0
+        self._unread: set[str] = set()
 
     def create(self, meter: metrics.Meter) -> None:
         """Make them; once."""
@@ -338,11 +351,22 @@ class _Instruments:
             yield metrics.Observation(count.value, _attributes(labels))
 
     def _levels(self, level: Fact, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        for name, figures in self.watched.read(lambda health: list(level.read(health))):
-            for values, figure in figures or ():
-                if figure is not None:
-                    told = {"builder": name, **dict(zip(level.labels, values, strict=True))}
-                    yield metrics.Observation(figure, _attributes(told.items()))
+        for labels, figure in self._reading_for(level)[level.name]:
+            told = zip(("builder", *level.labels), labels, strict=True)
+            yield metrics.Observation(figure, _attributes(told))
+
+    def _reading_for(self, level: Fact) -> Reading:
+        """Return the reading of this collection, which asks once for each level.
+
+        Where several readers collect at the same time, one may find what another has just read.
+        """
+        now = time.monotonic()
+        if level.name not in self._unread or now - self._read_at > _READING_SECONDS:
+            facts = {each.name: each for _, _, each in _LEVELS}
+            self._reading, self._read_at = self.watched.read(facts.values()), now
+            self._unread = set(facts)
+        self._unread.discard(level.name)
+        return self._reading
 
 
 _shared: Final[weakref.WeakKeyDictionary[object, _Instruments]] = weakref.WeakKeyDictionary()

@@ -27,8 +27,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from coalestra._lockfree import LONGEST_WAIT_SECONDS
-from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, UP, Builder, Labels, Watched
-from coalestra.core.health import BuilderHealth
+from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, Builder, Labels, Reading, Watched
 from coalestra.core.validation import instance, integer, mapping, number, readable, refusal, text
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
@@ -340,19 +339,6 @@ class PrometheusMetrics:
 _COPYING = "copying health into the files that processes share"
 
 
-def _figures(health: BuilderHealth) -> list[tuple[str, tuple[str, ...], float]]:
-    return [
-        (fact.name, tuple(map(readable, labels)), float(figure))
-        for fact in FACTS.values()
-        for labels, figure in fact.read(health)
-        if figure is not None
-    ]
-
-
-Reading = Mapping[str, list[tuple[tuple[str, ...], float]]]
-"""The figures of each fact by the values of its labels, the builder's name first."""
-
-
 class HealthCollector(Collector):
     """Shows the health of builders to Prometheus; a scrape asks no source and waits for no loop.
 
@@ -399,7 +385,7 @@ class HealthCollector(Collector):
         with self._copying:
             self._watched.add(readable(text("name", name)), builder)
             if self._copies is not None:
-                self._copies.renew(self._read())
+                self._copies.renew(self._watched.read(FACTS.values()))
                 if self._copier is None:
                     self._copier = threading.Thread(
                         target=self._keep_copying,
@@ -414,7 +400,7 @@ class HealthCollector(Collector):
             time.sleep(min(self._interval, LONGEST_WAIT_SECONDS))
             with self._copying:
                 try:
-                    copies.renew(self._read())
+                    copies.renew(self._watched.read(FACTS.values()))
                 except Exception as error:  # of the files that are shared
                     self._watched.changes.failed(_COPYING, error)
                 else:
@@ -423,17 +409,9 @@ class HealthCollector(Collector):
                     self._copier = None
                     return
 
-    def _read(self) -> Reading:
-        """Return all figures."""
-        every: dict[str, list[tuple[tuple[str, ...], float]]] = {name: [] for name in FACTS}
-        for name, figures in self._watched.read(_figures):
-            for fact, labels, figure in figures or [(UP.name, (), 0.0)]:
-                every[fact].append(((name, *labels), figure))
-        return every
-
     def collect(self) -> Iterator[Metric]:
         """Return the health of the builders that are open."""
-        return self._families(self._read())
+        return self._families(self._watched.read(FACTS.values()))
 
     def describe(self) -> Iterator[Metric]:
         """Return the metrics without series, for the registry to know their names."""

@@ -18,6 +18,7 @@ from opentelemetry.sdk.metrics import ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 
 from coalestra import (
+    BuilderHealth,
     CircuitBreakerPolicy,
     FetchContext,
     ResourceKey,
@@ -287,6 +288,25 @@ async def test_levels_are_read_in_the_thread_of_the_reader_while_the_loop_is_hel
         "builder.flights": {("orders",): 3},
     }
     assert entries == {("orders",): 3}
+
+
+async def test_a_collection_asks_a_builder_for_its_health_once(
+    meters: Meters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = OpenTelemetryMetrics(meters.provider)
+    asked: list[BuilderHealth] = []
+    async with builder(Single("single"), metrics=sink) as used:
+        health = used.health_snapshot_nowait
+
+        def counted() -> BuilderHealth:
+            asked.append(health())
+            return asked[-1]
+
+        monkeypatch.setattr(used, "health_snapshot_nowait", counted)
+        sink.watch(used)
+        for _ in range(3):
+            assert "coalestra.builder.severity" in meters.metrics()
+    assert len(asked) == 3
 
 
 async def test_an_open_circuit_shows_with_its_source_and_in_the_severity(meters: Meters) -> None:
