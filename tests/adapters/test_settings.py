@@ -16,9 +16,9 @@ from coalestra.adapters import (
     CallableSource,
     Invocation,
 )
+from coalestra.core.health import SourceTimeoutGuaranteeStatus, inspect_source_timeout_guarantee
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import BatchSnapshotSource, DerivedSource, SnapshotSource
-from coalestra.core.timeouts import SourceTimeoutGuaranteeStatus, inspect_source_timeout_guarantee
 from coalestra.core.values import SourcePayload
 from coalestra.resilience.policies import SourceResiliencePolicy
 from tests.adapters.sample_calls import (

@@ -18,8 +18,9 @@ from coalestra.core.health import (
     BuilderHealthReason,
     BuilderHealthSeverity,
     PayloadCopyHealth,
+    SourceTimeoutGuarantee,
+    SourceTimeoutGuaranteeStatus,
 )
-from coalestra.core.timeouts import SourceTimeoutGuarantee, SourceTimeoutGuaranteeStatus
 
 HEALTHY = BuilderHealthSeverity.HEALTHY
 DEGRADED = BuilderHealthSeverity.DEGRADED

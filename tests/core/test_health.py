@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.health import BuilderHealth, PayloadCopyHealth
-from coalestra.core.timeouts import SourceTimeoutGuarantee, SourceTimeoutGuaranteeStatus
+from coalestra.core.health import (
+    BuilderHealth,
+    PayloadCopyHealth,
+    SourceTimeoutGuarantee,
+    SourceTimeoutGuaranteeStatus,
+)
 
 IDLE = BuilderHealth(False, 0, 0, 0)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.timeouts import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
+from coalestra.core.health import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
 
 
 def source(**declared: Any) -> Any:

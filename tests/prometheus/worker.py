@@ -10,8 +10,7 @@ from typing import Any
 from coalestra import CallableSource, CircuitBreakerPolicy, ResourceKey, SnapshotBuilder
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.prometheus import HealthCollector, PrometheusMetrics
-from coalestra.resilience.policies import SourceResiliencePolicy
-from coalestra.resilience.retry import RetryPolicy
+from coalestra.resilience.policies import RetryPolicy, SourceResiliencePolicy
 
 
 class Worker:

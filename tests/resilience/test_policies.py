@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
-from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
-from coalestra.resilience.retry import RetryPolicy
+from coalestra.resilience.policies import (
+    ResiliencePolicyResolver,
+    RetryPolicy,
+    SourceResiliencePolicy,
+)
 
 
 def policy(attempts: int) -> SourceResiliencePolicy:

@@ -37,7 +37,6 @@ from coalestra.core.protocols import (
 )
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
-from coalestra.core.timeouts import SourceTimeoutGuarantee
 from coalestra.core.trace import Trace
 from coalestra.core.validation import (
     check_fields,
@@ -68,8 +67,11 @@ from coalestra.orchestration.verdicts import (
     several,
 )
 from coalestra.resilience.circuit_breaker import CircuitBreaker
-from coalestra.resilience.policies import ResiliencePolicyResolver, SourceResiliencePolicy
-from coalestra.resilience.retry import RetryPolicy
+from coalestra.resilience.policies import (
+    ResiliencePolicyResolver,
+    RetryPolicy,
+    SourceResiliencePolicy,
+)
 
 
 def _one_of(kind: type[Any]) -> Any:
@@ -117,7 +119,7 @@ class Collaborators:
 def _require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> None:
     """Raise `ValueError` for a source that does not say if it blocks, or blocks unsafely."""
     for link in links:
-        guarantee: SourceTimeoutGuarantee = link.guarantee
+        guarantee = link.guarantee
         status = guarantee.status.value
         if not guarantee.declaration_present and settings.require_source_timeout_declarations:
             raise ValueError(

@@ -1,27 +1,53 @@
-"""Sessions: one unit of work in several stages, which pins what it has read."""
+"""Sessions: one unit of work in several stages, which pins what it has read.
+
+Laws of replacing pinned values, all or none:
+
+1. Everything is acquired, copied and judged beside the pinned state. Only then, in one step, does
+   it take that state's place. Whatever fails before, is cancelled or strikes leaves all as it was.
+2. What was derived from a replaced value is replaced with it. What is pinned out of sight for the
+   sake of replaced values alone is let go, so that they can rest on newer ones.
+3. Errors are told of keys that somebody has asked for: of the session, or of this call.
+4. No two replace values of one session at once. Stages may go on beside one: what these pin
+   meanwhile is taken into account, or the whole is done anew.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
+from coalestra.concurrency.deadline import CutOff, CutOffExpired
+from coalestra.concurrency.pace import Slices
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
-from coalestra.core.errors import SessionClosedError, SnapshotBuildError
+from coalestra.core.errors import (
+    SessionClosedError,
+    SnapshotAcceptanceError,
+    SnapshotBuildError,
+    SnapshotConsistencyError,
+    SnapshotDeadlineExceededError,
+)
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
-from coalestra.orchestration.revalidation import Revalidation
+from coalestra.orchestration.flights import Gather
+from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, beneath, hold, reach
+from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
 from coalestra.orchestration.verdicts import (
     Requests,
     Results,
+    accepted,
     in_form_of,
     in_same_form,
     named,
+    objection,
     several,
 )
+
+T = TypeVar("T")
 
 
 class SnapshotSession:
@@ -222,3 +248,221 @@ class SnapshotSession:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
         return f"<SnapshotSession {self.snapshot_id} {state} keys={len(self._unit.requested)}>"
+
+
+# Replacing pinned values -------------------------------------------------------------------------
+
+
+class Revalidation:
+    """Replaces the pinned values that a request requires, and all derived from them; used once.
+
+    With `forced`, all of these are read from the sources, past the cache, and none may be stale.
+    """
+
+    def __init__(
+        self, unit: UnitOfWork, request: SnapshotRequest, *, forced: bool, strict: bool
+    ) -> None:
+        self._unit = unit
+        self._request = request
+        self._named = dict.fromkeys(request.required)
+        self._forced = forced
+        self._strict = strict
+        self._affected: set[ResourceKey] = set()
+        self._loose: set[ResourceKey] = set()
+        self._readings: dict[ResourceKey, Reading] = {}
+        self._failures: dict[ResourceKey, Failure] = {}
+        self._next: dict[ResourceKey, Reading] = {}
+        self._stamp = self._state()
+        self._committed = False
+        self._violated: type[BaseException] | None = None
+        self._span: Any = None
+
+    async def run(self, turn: asyncio.Lock) -> Snapshot:
+        """Wait for the turn, replace what is named, and report how it went.
+
+        Raises:
+            SnapshotBuildError: if strict, and a value cannot be had; holds what is retained.
+            SnapshotConsistencyError, SnapshotAcceptanceError: a policy is violated.
+        """
+        counters = self._unit.engine.parts.counters
+        counters.revalidation_attempt_count += 1
+        try:
+            with self._unit.stage("revalidate", len(self._named)) as stage:
+                self._span = stage.span
+                try:
+                    return await self._in_turn(turn)
+                finally:
+                    stage.resolved = len(self._named) * self._committed
+                    stage.failed = len(self._failures)
+        except (SnapshotConsistencyError, SnapshotAcceptanceError) as violation:
+            self._violated = type(violation)
+            raise
+        finally:
+            counters.revalidation_failure_count += not self._committed
+            self._report()
+
+    async def _in_turn(self, turn: asyncio.Lock) -> Snapshot:
+        deadline = self._unit.work.deadline
+        try:
+            with CutOff(None if deadline is None else deadline.loop_time):
+                await turn.acquire()
+        except CutOffExpired:
+            text = "the deadline passed while another revalidation of the session was under way"
+            return await self._retained(
+                {key: SnapshotDeadlineExceededError(text) for key in self._named}
+            )
+        try:
+            return await self._replaced()
+        finally:
+            turn.release()
+
+    async def _replaced(self) -> Snapshot:
+        while True:
+            await self._acquire()
+            if self._failures:
+                return await self._retained(
+                    {key: failure.make() for key, failure in self._failures.items()}
+                )
+            shown = await self._through(self._shown())
+            values, uncopied = await self._unit.copies(shown, self._unit.work.deadline)
+            if uncopied:
+                return await self._undelivered(uncopied)
+            known = await self._unit.errors()
+            errors = {key: error for key, error in known.items() if key not in self._readings}
+            snapshot = self._unit.assembled(values, errors)
+            accepted(snapshot, objection(self._unit.engine.parts, self._request, snapshot))
+            visible = self._visible(snapshot)
+            if await self._ready():
+                self._commit()
+                return visible
+
+    # The new state, beside the old one --------------------------------------------------------
+
+    async def _acquire(self) -> None:
+        """Read anew what is affected, under the pins that are not; failures are kept as facts."""
+        self._stamp = self._state()
+        stage = await self._through(self._plan(dict(self._unit.pins)))
+        stage.span = self._span
+        await self._unit.engine.run(stage)
+
+    def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:
+        """Find out what goes with what is named, and what of it is to be read."""
+        self._affected, self._loose = yield from self._reach(pins)
+        yield
+        forced = frozenset(self._affected) if self._forced else frozenset()
+        derived = (k for k, p in pins.items() if p.revision.dependency_versions and k in forced)
+        demand = Demand(forced, frozenset(derived if forced else ()))
+        yield
+        going = self._affected | self._loose
+        kept = Pins({key: pin for key, pin in pins.items() if key not in going}, demand)
+        yield
+        return Stage(self._unit.work, self._wanted(), kept, self._take, demand=demand)
+
+    def _take(self, gather: Gather) -> None:
+        self._readings = gather.readings
+        self._failures = gather.failures
+
+    def _wanted(self) -> dict[ResourceKey, None]:
+        """Return the affected keys that somebody has asked for; the rest is read if needed."""
+        asked = {**self._unit.requested, **self._named}
+        spared = set(asked).difference(self._affected)  # which asks no key for its hash
+        return {key: None for key in asked if key not in spared} if spared else asked
+
+    def _reach(
+        self, pins: Mapping[ResourceKey, Reading]
+    ) -> Slices[tuple[set[ResourceKey], set[ResourceKey]]]:
+        return reach(pins, self._unit.requested.copy(), self._named)
+
+    def _shown(self) -> Slices[Mapping[ResourceKey, Reading]]:
+        """Return what the session shows after the commit, and what is named out of sight."""
+        yield from self._succeed(dict(self._unit.pins))
+        yield
+        return {**self._unit.visible(self._next), **self._readings}
+
+    def _succeed(self, pins: dict[ResourceKey, Reading]) -> Slices[None]:
+        """Lay out, in the place of `pins`, what is pinned after the commit."""
+        for key in (self._affected | self._loose).difference(self._readings):
+            pins.pop(key, None)
+        yield
+        pins.update(self._readings)
+        hold(pins, {}, (yield from beneath(self._readings, pins)))
+        self._next = pins
+
+    def _visible(self, snapshot: Snapshot) -> Snapshot:
+        """Return the snapshot without what the session has not been asked for."""
+        requested = self._unit.requested
+        if len({**requested, **self._named}) == len(requested):
+            return snapshot
+        values = {key: value for key, value in snapshot.resources.items() if key in requested}
+        return self._unit.assembled(values, snapshot.errors)
+
+    async def _ready(self) -> bool:
+        """Be about to commit; False if more has been pinned that is derived from what goes."""
+        await self._unit.engine.parts.pace.keep()
+        while (stamp := self._state()) != self._stamp:
+            pins = dict(self._unit.pins)
+            if await self._through(self._reach(pins)) != (self._affected, self._loose):
+                return False
+            await self._through(self._succeed(pins))
+            self._stamp = stamp
+        return True
+
+    async def _through(self, slices: Slices[T]) -> T:
+        pace = self._unit.engine.parts.pace
+        pace.begin()
+        return await pace.through(slices)
+
+    def _state(self) -> tuple[int, int, int]:
+        """Return what changes with everything that the session pins, replaces or makes visible."""
+        return *self._unit.pins.stamp, len(self._unit.requested)
+
+    def _commit(self) -> None:
+        """Put the new state in the place of the old one, in one step."""
+        pins, failures = self._unit.pins, self._unit.failures
+        for key in [key for key in failures if key in self._affected or key in self._loose]:
+            del failures[key]
+        pins.clear()
+        pins.update(self._next)
+        pins.generation += 1
+        self._committed = True
+
+    # The old state, if it stays ---------------------------------------------------------------
+
+    async def _undelivered(self, uncopied: Mapping[ResourceKey, Exception]) -> Snapshot:
+        """Retain what there is, as values cannot be copied, or a deadline leaves no time for it."""
+        late = [e for e in uncopied.values() if isinstance(e, SnapshotDeadlineExceededError)]
+        if not late:
+            return await self._retained(uncopied)
+        errors = {key: SnapshotDeadlineExceededError(str(late[0])) for key in self._wanted()}
+        if self._strict:
+            raise SnapshotBuildError(errors)
+        return await self._retained(errors)
+
+    async def _retained(self, errors: Mapping[ResourceKey, Exception]) -> Snapshot:
+        """Return the state that stays, with the errors of this call; raise them if strict."""
+        retained, _ = await self._unit.snapshot(None, errors)
+        if self._strict:
+            raise SnapshotBuildError(errors, snapshot=retained)
+        return retained
+
+    def _report(self) -> None:
+        report = self._unit.engine.parts.report
+        if report is None:
+            return
+        pins = self._unit.pins if self._committed else self._readings
+        report.session_revalidated(
+            committed=self._committed,
+            snapshot_id=self._unit.work.context.snapshot_id,
+            requested=len(self._named),
+            affected=len(self._affected),
+            refreshed=sum(key in pins for key in self._affected),
+            failed=len(self._failures),
+            strict=self._strict,
+            force_refresh=self._forced,
+            consistency_failed=self._violated is SnapshotConsistencyError,
+            acceptance_failed=self._violated is SnapshotAcceptanceError,
+        )
+
+    def __repr__(self) -> str:
+        state = "committed" if self._committed else "open"
+        return f"<Revalidation {state} named={len(self._named)} of {self._unit!r}>"

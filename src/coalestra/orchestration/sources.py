@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from coalestra.core.errors import SourceProtocolError, SourceUnavailableError
+from coalestra.core.health import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source
 from coalestra.core.snapshot import DiagnosticsRecorder
-from coalestra.core.timeouts import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
 from coalestra.core.validation import flag, instance, integer, number, text
 from coalestra.resilience.policies import SourceResiliencePolicy
 

@@ -10,7 +10,6 @@ from types import ModuleType as _ModuleType
 
 from coalestra.resilience.circuit_breaker import *
 from coalestra.resilience.policies import *
-from coalestra.resilience.retry import *
 
 if not _typing.TYPE_CHECKING:
     __all__ = [
