@@ -15,13 +15,15 @@ from coalestra.cache.access import CacheAccess
 from coalestra.cache.near import Channel
 from coalestra.cache.store import Outcome
 from coalestra.concurrency.copying import PayloadCopies
+from coalestra.core.errors import CacheUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease
-from coalestra.core.results import CacheWriteStatus
-from coalestra.core.values import Revision
+from coalestra.core.results import CacheWriteResult, CacheWriteStatus
+from coalestra.core.values import Revision, SnapshotValue
 from tests.contracts.caches import (
     FOREIGN,
+    AtomicCache,
     BatchAtomicCache,
     LeasingCache,
     SingleKeyCache,
@@ -365,6 +367,33 @@ async def test_a_value_whose_provenance_is_none_is_a_miss_and_told(
     told = Told()
     assert set(await read(access_over(foreign, failed=told), A, C)) == {C}
     assert len(told.failures) == 1
+
+
+class Misjudging(AtomicCache):
+    """Stores what it is offered, and says of it whatever it is told to say."""
+
+    def __init__(self, answer: Callable[[SnapshotValue[Any]], Any]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    async def set_if_newer(self, value: SnapshotValue[Any], **terms: bool) -> CacheWriteResult:
+        await super().set_if_newer(value, **terms)
+        return self.answer(value)  # type: ignore[no-any-return]  # what a real one must not say
+
+
+async def test_a_status_that_is_a_bare_text_is_an_error_that_says_so() -> None:
+    status: Any = "stored"
+    access = access_over(Misjudging(lambda value: CacheWriteResult(status, value)))
+    with pytest.raises(CacheUnavailableError, match="'stored' instead of a CacheWriteStatus"):
+        await write(access, [revision_of(A)])
+
+
+@pytest.mark.parametrize("previous", [value_of(B), "junk", 5])
+async def test_what_cannot_have_been_there_before_is_nobodys_previous_value(previous: Any) -> None:
+    stored = CacheWriteStatus.STORED
+    access = access_over(Misjudging(lambda value: CacheWriteResult(stored, value, previous)))
+    status, current, before = (await write(access, [revision_of(A, "new")]))[A]
+    assert (status, current.payload, before) == (stored, "new", None)
 
 
 async def test_users_of_one_cache_object_hear_each_other(foreign: SingleKeyCache) -> None:

@@ -26,7 +26,7 @@ from collections.abc import (
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from coalestra.cache.calls import CacheCalls, Failures, Found, Policies, has, sound
+from coalestra.cache.calls import CacheCalls, Failures, Found, Policies, has, is_sound, sound
 from coalestra.cache.memory import AsyncMemoryCache, let_go, open_value, revision_of, seal_value
 from coalestra.cache.near import Channel, Filling, channel_of
 from coalestra.cache.store import (
@@ -674,7 +674,7 @@ class _Write:
         before = {
             key: result.previous
             for key, result in results.items()
-            if wanted and result.stored and type(result.previous) is SnapshotValue
+            if wanted and result.stored and is_sound(result.previous, key)
         }
         current = await self._cache.sealed(self._lost())
         replaced = await self._cache.sealed(before)

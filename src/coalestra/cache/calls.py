@@ -18,7 +18,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeGuard, TypeVar
 
 from coalestra._endings import look_after
 from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
@@ -409,6 +409,8 @@ def _as_it_is(answer: object, _: ResourceKey) -> object:
 def _result(result: object, key: ResourceKey) -> CacheWriteResult:
     if not isinstance(result, CacheWriteResult):
         raise _odd(key, f"a {type(result).__qualname__} instead of a CacheWriteResult")
+    if not isinstance(result.status, CacheWriteStatus):  # a bare text is equal to a member
+        raise _odd(key, f"{shown(result.status)} instead of a CacheWriteStatus")
     if result.status is not CacheWriteStatus.STORED:
         sound(result.value, key)
     return result
@@ -436,6 +438,15 @@ def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     ):
         raise _odd(key, "versions that are no text")
     return value
+
+
+def is_sound(value: object, key: ResourceKey) -> TypeGuard[SnapshotValue[Any]]:
+    """Whether a value that a cache gave for a key can be trusted."""
+    try:
+        sound(value, key)
+    except Exception:
+        return False
+    return True
 
 
 def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
