@@ -77,11 +77,19 @@ class TestManyAtOnce:
         chance = random.Random(7)
         freshness = (None, PolicyResolver(FreshnessPolicy(4.0, 100.0)))
         clear = 0
-        for _ in range(500):
+        for _ in range(1_000):
             rule = ResourceAcceptanceRule(
-                chance.choice((None, 3.0, 8.0)), chance.random() < 0.5, chance.choice((None, 1, 3))
+                chance.choice((None, 3.0, 8.0)),
+                chance.random() < 0.5,
+                chance.choice((None, 1, 3)),
+                max_oldest_age_seconds=chance.choice((None, None, 3.0, 8.0)),
+                allow_resting_on_stale=chance.random() < 0.8,
             )
-            if not rule.has_constraints:
+            few = chance.choice(((), (A,), (A, B), (A, B, C)))
+            wanted = (
+                [SnapshotRequirement.any_of(few), SnapshotRequirement.all_of(few)] if few else []
+            )
+            if not (rule.has_constraints or wanted):
                 continue
             values = [
                 value(
@@ -90,20 +98,19 @@ class TestManyAtOnce:
                     age_seconds=chance.choice((0.0, 5.0)),
                     stale=chance.random() < 0.2,
                     authority_rank=chance.choice((0, 2, 5)),
+                    dependency_versions=chance.choice(({}, {}, {}, {C: "v"})),
                 )
                 for key in chance.sample((A, B, C), chance.randint(0, 3))
             ]
             at_once, one_by_one = (
-                SnapshotAcceptancePolicy(rule),
-                SnapshotAcceptancePolicy(
-                    rule, resource_rules={ResourceKey("n", "other"): ANYTHING}
-                ),
+                SnapshotAcceptancePolicy(rule, requirements=wanted),
+                SnapshotAcceptancePolicy(rule, {ResourceKey("n", "other"): ANYTHING}, wanted),
             )
             for known in freshness:
                 told = found(at_once, *values, freshness=known)
                 assert told == found(one_by_one, *values, freshness=known)
                 clear += not told
-        assert 200 < clear < 800
+        assert 200 < clear < 1_000
 
 
 class TestRules:

@@ -296,20 +296,26 @@ class _Trial:
         It may be that nothing does, and this cannot tell.
         """
         rule, values = self.policy.default_rule, self.values.values()
-        if type(self.policy) is not SnapshotAcceptancePolicy or not rule.judges_nothing_below:
+        if type(self.policy) is not SnapshotAcceptancePolicy or self.policy.resource_rules:
             return False  # a policy of the application's may have rules of its own
-        if self.policy.resource_rules or self.policy.requirements:
+        if not all(self.values.keys() >= {*each.keys} for each in self.policy.requirements):
             return False
         if not values or not rule.has_constraints:
             return True
-        lowest, most = rule.minimum_authority_rank, rule.max_age_seconds
+        if not (rule.judges_nothing_below or all(not v.dependency_versions for v in values)):
+            return False
+        lowest = rule.minimum_authority_rank
         if lowest is not None and min([value.authority_rank for value in values]) < lowest:
             return False
         told = max([value.age_seconds for value in values])
         age = max(told, self.now - min([value.observed_at for value in values]))
-        if most is not None and age > most:
+        if any(
+            age > most
+            for most in (rule.max_age_seconds, rule.max_oldest_age_seconds)
+            if most is not None
+        ):
             return False
-        return rule.allow_stale or self._all_are_fresh(age)
+        return (rule.allow_stale and rule.allow_resting_on_stale) or self._all_are_fresh(age)
 
     def _all_are_fresh(self, age: float) -> bool:
         """Whether values of at most this age are fresh for sure."""
