@@ -86,9 +86,8 @@ class TestManyAtOnce:
                 allow_resting_on_stale=chance.random() < 0.8,
             )
             few = chance.choice(((), (A,), (A, B), (A, B, C)))
-            wanted = (
-                [SnapshotRequirement.any_of(few), SnapshotRequirement.all_of(few)] if few else []
-            )
+            kinds = (SnapshotRequirement.any_of, SnapshotRequirement.all_of)
+            wanted = tuple(kind(few) for kind in kinds) if few else ()
             if not (rule.has_constraints or wanted):
                 continue
             values = [
