@@ -265,6 +265,25 @@ async def test_while_the_news_are_cut_many_readers_still_make_one_call(
         assert truth.calls == 2
 
 
+async def test_a_subscription_that_the_server_refuses_is_none(
+    own_server: Server, prefix: str
+) -> None:
+    own_server.command("ACL", "SETUSER", "default", "-subscribe")
+    async with (
+        a_process(own_server, prefix) as (one, cache, _),
+        a_process(own_server, prefix) as (other, other_cache, _),
+    ):
+        for each in (cache, other_cache):
+            await each._news.start(0)  # nobody waits for it
+        await value(one)
+        for turn in range(2, 5):
+            await other.publisher.publish(A, turn, source="truth")
+            assert await value(one) == turn
+        await until(lambda: cache.health().last_error)
+        assert "refused the subscription: NOPERM" in (cache.health().last_error or "")
+        assert not cache.health().news_connected
+
+
 async def test_waiting_for_another_process_survives_the_loss_of_the_news(
     own_server: Server, prefix: str
 ) -> None:

@@ -63,11 +63,12 @@ def parsed(data: bytearray, start: int) -> tuple[Any, int]:
 
 
 class _Line(asyncio.Protocol):
-    """One connection, from the subscription on."""
+    """One connection, from the subscription on; `refusal` is why there is none."""
 
     def __init__(self, channel: bytes, heard: Callable[[bytes], None]) -> None:
         self.subscribed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.refusal: str | None = None
         self.quiet: bool = False
         self._heard = heard
         self._channel = channel
@@ -105,6 +106,8 @@ class _Line(asyncio.Protocol):
             if isinstance(reply, list) and reply[0] == b"message":
                 self._heard(reply[2])
             elif not self.subscribed.done():
+                if not isinstance(reply, list):
+                    self.refusal = reply.decode(errors="replace")
                 self.subscribed.set_result(None)
         del self._data[:start]
 
@@ -247,6 +250,8 @@ class News:
         await asyncio.wait({line.subscribed, line.lost}, return_when=asyncio.FIRST_COMPLETED)
         if not line.subscribed.done():
             raise ConnectionError("the connection ended before the subscription was confirmed")
+        if line.refusal is not None:
+            raise ConnectionError(f"the server refused the subscription: {line.refusal}")
 
     def _end_line(self) -> None:
         line, self._line = self._line, None
