@@ -9,11 +9,22 @@ from typing import Any
 
 import pytest
 
-from coalestra import CallableSource, FreshnessPolicy, NearCache, ResourceKey, SnapshotBuilder
+from coalestra import (
+    CallableDerivedSource,
+    CallableSource,
+    FreshnessPolicy,
+    NearCache,
+    ObservationPolicy,
+    ResourceKey,
+    SnapshotBuilder,
+    SnapshotBuildError,
+)
+from coalestra.cache.access import CacheAccess
 from coalestra.cache.near import Channel
+from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.values import Revision
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
-from tests.contracts.samples import NOW, A, B, Witness, revision_of
+from tests.contracts.samples import NOW, A, B, Witness, revision_of, value_of
 from tests.support import Gate, ManualClock
 
 POLICY = FreshnessPolicy(60.0, 120.0)
@@ -38,6 +49,12 @@ class Telling(BatchAtomicCache):
 
     def caught_up(self) -> bool:
         return self.connected
+
+
+class LeftAlone(Telling):
+    """One that has failed so often that it is not asked for a while."""
+
+    is_available = False
 
 
 def near_of(cache: Any, *, entries: int = 10, seconds: float = 60.0) -> tuple[Channel, Witness]:
@@ -150,14 +167,12 @@ def test_a_gap_empties_it() -> None:
 
 def test_it_serves_nothing_while_news_may_be_missing() -> None:
     cache = Telling()
-    near, witness = near_of(cache)
+    near, _ = near_of(cache)
     assert near.trusted() is near.store
-    assert witness.heard == []
     cache.connected = False
     near.on_their_way[A] = revision_of(A)
     assert near.trusted() is None
-    assert witness.heard == [("cut_off",)]
-    assert near.on_their_way == {}
+    assert not near.waiting
 
 
 def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +215,10 @@ def test_what_is_looked_up_again_lasts_from_then_on(monkeypatch: pytest.MonkeyPa
 # Behind a builder -----------------------------------------------------------------------------
 
 
-def builder_over(cache: Any, fetch: Callable[..., Any]) -> SnapshotBuilder:
+def builder_over(cache: Any, fetch: Callable[..., Any], *others: Any) -> SnapshotBuilder:
     source = CallableSource(name="s", priority=1, supports=lambda _: True, fetcher=fetch)
     clock = ManualClock(NOW)
-    return SnapshotBuilder([source], cache=cache, default_policy=POLICY, clock=clock)
+    return SnapshotBuilder([source, *others], cache=cache, default_policy=POLICY, clock=clock)
 
 
 async def one(_key: ResourceKey, _context: object) -> int:
@@ -261,8 +276,10 @@ async def test_while_the_news_are_cut_reads_go_to_the_cache() -> None:
         assert cache.calls.count("get_many") == before + 1
 
 
-async def test_while_the_news_are_cut_nobody_joins_a_fetch_that_began_before() -> None:
+@pytest.mark.parametrize("since", ["the beginning", "the second reader"])
+async def test_while_the_news_are_cut_nobody_joins_a_fetch_that_began_before(since: str) -> None:
     cache, gate = Telling(), Gate()
+    cache.connected = since != "the beginning"
     truth = [1]
 
     async def slow(_key: ResourceKey, _context: object) -> int:
@@ -279,6 +296,77 @@ async def test_while_the_news_are_cut_nobody_joins_a_fetch_that_began_before() -
         await gate.wait_arrived(2)
         gate.open()
         assert [(await first)[A].value, (await second)[A].value] == [1, 2]
+
+
+@pytest.mark.parametrize("since", ["the beginning", "the second reader"])
+async def test_nor_a_derivation_that_has_taken_in_what_may_be_old(since: str) -> None:
+    cache, gate = Telling(), Gate()
+    cache.connected = since != "the beginning"
+
+    async def derive(_key: ResourceKey, snapshot: Any, _context: object) -> int:
+        value: int = snapshot[A].value
+        await gate.pass_()
+        return value
+
+    derived = CallableDerivedSource(
+        name="derived",
+        priority=2,
+        supports=lambda key: key == B,
+        dependencies=lambda _: [A],
+        deriver=derive,
+    )
+    async with builder_over(cache, one, derived) as builder:
+        first = asyncio.ensure_future(builder.build([B]))
+        await gate.wait_arrived(1)
+        cache.held[A] = value_of(A, 2)  # by another process
+        cache.connected = False
+        second = asyncio.ensure_future(builder.build([B]))
+        await gate.wait_arrived(2)
+        gate.open()
+        assert [(await first)[B].value, (await second)[B].value] == [1, 2]
+
+
+async def test_while_the_news_are_cut_a_cycle_is_still_found() -> None:
+    cache, asked = Telling(), 0
+    cache.connected = False
+
+    async def asks_itself(key: ResourceKey, _context: object) -> int:
+        nonlocal asked
+        asked += 1
+        return asked if asked > 9 else (await builder.build([B if key == A else A])).value(key)
+
+    async with builder_over(cache, asks_itself) as builder:
+        with pytest.raises(SnapshotBuildError, match="must not form a cycle"):
+            await builder.build([A])
+        assert asked == 2
+
+
+async def test_while_a_cache_that_tells_is_left_alone_readers_share_a_fetch() -> None:
+    """Nobody could tell them more than the source, which is spared the crowd."""
+    cache, gate = LeftAlone(), Gate()
+    cache.connected = False
+
+    async def slow(_key: ResourceKey, _context: object) -> int:
+        await gate.pass_()
+        return 1
+
+    async with builder_over(cache, slow) as builder:
+        first = asyncio.ensure_future(builder.build([A]))
+        await gate.wait_arrived(1)
+        second = asyncio.ensure_future(builder.build([A]))
+        await asyncio.sleep(0.1)
+        gate.open()
+        assert [(await first)[A].value, (await second)[A].value] == [1, 1]
+        assert gate.arrived == 1
+
+
+async def test_while_the_news_are_cut_what_is_on_its_way_does_not_count_as_held() -> None:
+    cache, on_its_way = Telling(), revision_of(A)
+    access = CacheAccess(cache, PayloadCopies("test"), 4, ObservationPolicy())
+    access.hold(on_its_way, NOW)
+    assert await access.read([A], NOW, {A: POLICY}) == {A: on_its_way}
+    cache.connected = False
+    assert await access.read([A], NOW, {A: POLICY}) == {}
 
 
 async def test_news_from_elsewhere_are_seen_by_the_next_read() -> None:

@@ -113,6 +113,3 @@ class Witness:
 
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         self.heard.append(("invalidating_where", tuple(key for key in (A, B, C) if matches(key))))
-
-    def cut_off(self) -> None:
-        self.heard.append(("cut_off",))

@@ -223,17 +223,23 @@ HISTORY = 50
 """What each of four readers in each of four processes does one after the other."""
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["connected", "news cut again and again"])
+CUTS = {"connected": [], "news cut again and again": [0.02, 0.05, 0.1], "news seldom up": [0.001]}
+"""After how many seconds the connections on which news are told are cut, each time."""
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_random_history_keeps_the_laws(server: Server, prefix: str, seed: int, cut: bool) -> None:
+def test_a_random_history_keeps_the_laws(
+    server: Server, prefix: str, seed: int, cuts: list[float]
+) -> None:
     names = ["a", "b", "c", "a+b", "b+c"]
     dice = random.Random(seed)
     with processes(server.url, prefix, 4, offsets=(-3.0, 0.0, 3.0, 0.0)) as workers:
         for index, each in enumerate(workers):
             each.do("set", delay=0.002 * index)
             each.order("history", seed=seed * 10 + index, length=HISTORY, names=names)
-        while cut and number(server, f"{prefix}-ended") < 4:
-            time.sleep(dice.choice([0.02, 0.05, 0.1]))
+        while cuts and number(server, f"{prefix}-ended") < 4:
+            time.sleep(dice.choice(cuts))
             server.command("CLIENT", "KILL", "TYPE", "pubsub")
         events = [event for each in workers for event in each.answer()["events"]]
     assert len(events) == 4 * 4 * HISTORY

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from coalestra import (
     BuilderHealthReason,
     CallableBatchSource,
+    CallableDerivedSource,
     CircuitBreakerPolicy,
     FreshnessPolicy,
     ResourceKey,
@@ -27,6 +28,7 @@ from coalestra.redis import RedisCache, SharedCacheUnavailableError
 from tests.redis.processes import SOURCE
 from tests.redis.servers import Server, running
 from tests.redis.stock import PATIENT_SECONDS, A, B, until
+from tests.support import Gate
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.server]
 
@@ -41,9 +43,11 @@ class Truth:
     def __init__(self) -> None:
         self.value = 1
         self.calls = 0
+        self.gate = Gate(opened=True)
 
     async def fetch(self, keys: Collection[ResourceKey], _context: object) -> dict[Any, Any]:
         self.calls += 1
+        await self.gate.pass_()
         return dict.fromkeys(keys, self.value)
 
     @property
@@ -136,6 +140,31 @@ async def test_while_the_server_is_away_builds_go_on_with_their_sources(
         for _ in range(20):
             await value(builder)
         assert truth.calls == calls
+
+
+@pytest.mark.usefixtures("left_alone_for_long")
+@pytest.mark.parametrize("since", ["the beginning", "a moment"])
+async def test_while_the_server_is_away_readers_share_a_call_under_way(
+    own_server: Server, prefix: str, since: str
+) -> None:
+    async with a_process(own_server, prefix) as (builder, cache, truth):
+        if since == "a moment":
+            await value(builder)
+            await until(cache.caught_up)
+            await value(builder)
+        own_server.stop()
+        with impatient(cache):
+            while cache.health().state != "open":
+                await value(builder)
+            calls = truth.calls
+            truth.gate.close()
+            first = asyncio.create_task(value(builder))
+            await truth.gate.wait_arrived(calls + 1)
+            second = asyncio.create_task(value(builder))
+            await until(lambda: builder.flights_under_way()[0].waiters == 2)
+            truth.gate.open()
+            assert [await first, await second] == [1, 1]
+            assert truth.calls == calls + 1
 
 
 async def test_a_warm_read_does_not_wait_for_a_server_that_has_just_stalled(
@@ -263,6 +292,37 @@ async def test_while_the_news_are_cut_many_readers_still_make_one_call(
         cache._news.catch_up = lambda: False  # type: ignore[method-assign]  # cut by the test
         assert set(await asyncio.gather(*(value(builder, B) for _ in range(50)))) == {1}
         assert truth.calls == 2
+
+
+async def test_what_is_derived_while_the_news_are_cut_is_derived_once_and_kept(
+    server: Server, prefix: str
+) -> None:
+    """Each newcomer asks the server, and waits there for the one who has the lease."""
+    gate = Gate()
+
+    async def derive(_key: ResourceKey, snapshot: Any, _context: object) -> Any:
+        await gate.pass_()
+        return snapshot[A].value
+
+    derived = CallableDerivedSource(
+        name="derived",
+        priority=2,
+        supports=lambda key: key == B,
+        dependencies=lambda _: [A],
+        deriver=derive,
+    )
+    async with (
+        a_process(server, prefix) as (_, cache, truth),
+        SnapshotBuilder([truth.source, derived], cache=cache, default_policy=POLICY) as builder,
+    ):
+        cache._news.catch_up = lambda: False  # type: ignore[method-assign]  # cut by the test
+        first = asyncio.create_task(value(builder, B))
+        await gate.wait_arrived()
+        second = asyncio.create_task(value(builder, B))
+        await until(lambda: cache.health().waiting or gate.arrived > 1)
+        gate.open()
+        assert [await first, await second, await value(builder, B)] == [1, 1, 1]
+        assert gate.arrived == 1
 
 
 async def test_a_subscription_that_the_server_refuses_is_none(

@@ -9,6 +9,7 @@ beside those of the calls to it:
    invalidation ends that, and then it is not written any more.
 3. What is held is judged as in the memory cache: the write order, the tolerated future, and for
    what is derived the revisions held now. A mismatch is a miss, whoever should have seen it.
+4. While others may have changed something unheard, only what the cache says counts as held.
 """
 
 from __future__ import annotations
@@ -155,6 +156,17 @@ class CacheAccess:
         """The entries that can be used without awaiting at this moment, if there are any."""
         return self.channel().trusted() if self.store is None else self.store
 
+    def is_cut_off(self) -> bool:
+        """Whether others may have changed something unheard; values on their way count for nothing.
+
+        Not while the cache is left alone: nobody could be asked instead.
+        """
+        channel = self.channel()
+        if not channel.is_behind or self.calls.is_left_alone:
+            return False
+        channel.on_their_way.clear()
+        return True
+
     @property
     def listeners(self) -> Listeners:
         """Who hears of changes to the cache on the running event loop, which must be there."""
@@ -185,7 +197,8 @@ class CacheAccess:
         channel = self.channel()
         on_their_way = channel.on_their_way
         with channel.filling() as filling:
-            known = {key: on_their_way[key] for key in keys if key in on_their_way}
+            waiting = channel.waiting
+            known = {key: waiting[key] for key in keys if key in waiting}
             rest = [key for key in keys if key not in known]
             values = await self.calls.get(rest, now, policies, now + self.tolerance)
             known.update(await self.sealed(values))
@@ -212,7 +225,7 @@ class CacheAccess:
 
         What is ``absent`` and not known is not held.
         """
-        on_their_way = self.channel().on_their_way
+        on_their_way = self.channel().waiting
 
         async def held(keys: list[ResourceKey]) -> dict[ResourceKey, Revision]:
             found = {key: on_their_way[key] for key in keys if key in on_their_way}
@@ -262,9 +275,9 @@ class CacheAccess:
         channel = self.channel()
         ahead = now - channel.loop.time()  # it may take long
         rest = dict.fromkeys(keys)
-        # While news may be missing, others may have replaced it: then the cache decides.
-        if not (force or unlike or channel.is_behind):
-            on_their_way = [channel.on_their_way.get(key) for key in keys]
+        if not (force or unlike):
+            waiting = channel.waiting
+            on_their_way = [waiting.get(key) for key in keys]
             # What a derived one rests on may have changed: it is judged once it is there.
             held = [each for each in on_their_way if each and not each.dependency_versions]
             for each in held:

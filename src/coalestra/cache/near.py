@@ -5,7 +5,6 @@ kept of it in memory. Laws of that memory:
 
 1. It serves only while it is trusted. Where the cache tells of changes, that is while all news that
    have arrived have been taken in, and none may be missing; else for a short time after reading.
-   While news may be missing nobody joins a reading that has begun before, either.
 2. What was read before a change of its key is never put in after it: whoever reads or writes keeps
    a `Filling` open meanwhile, which learns of the changes.
 3. After a time even a trusted entry is looked up again.
@@ -175,7 +174,6 @@ class Channel:
         self._fillings: set[Filling] = set()
         self._due: OrderedDict[ResourceKey, float] = OrderedDict()
         self._tells = has(cache, "subscribe", "unsubscribe", "caught_up")
-        self._was_caught_up = False
         if self._tells:
             cache.subscribe(self)
 
@@ -187,15 +185,14 @@ class Channel:
         """Whether the cache tells of changes, and some may be missing at this moment."""
         return self._tells and not self._cache.caught_up()
 
+    @property
+    def waiting(self) -> Mapping[ResourceKey, Revision]:
+        """The values on their way, as long as others cannot have replaced them unheard."""
+        return {} if self.is_behind else self.on_their_way
+
     def trusted(self) -> EntryStore | None:
         """Return the entries, if they can be trusted at this moment."""
-        if self.is_behind:
-            if self._was_caught_up:  # before the first news nobody has heard of anything
-                self.on_their_way.clear()
-                self.listeners.tell(lambda each: each.cut_off())
-            return None
-        self._was_caught_up = True
-        if not self._serves:
+        if self.is_behind or not self._serves:
             return None
         if self._due:
             now = time.monotonic()

@@ -139,9 +139,6 @@ class CacheListener(Protocol):
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         """Every key for which ``matches`` is true is invalidated now, held or not."""
 
-    def cut_off(self) -> None:
-        """What other processes did may not be known: whoever comes now must read for himself."""
-
 
 class Listeners:
     """Listeners of one cache, and groups of such, held weakly: it keeps no builder alive."""

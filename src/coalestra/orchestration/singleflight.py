@@ -2,9 +2,9 @@
 
 Laws:
 
-1. A key has at most one flight to join. News of the key or of what it rests on, or a demand for a
-   value read from now on, takes a flight that has begun out of sight; it then ends for its own
-   waiters.
+1. A key has at most one flight to join. News of the key or of what it rests on, a newcomer while
+   news may be missing, or a demand for a value read from now on, takes a flight that has begun out
+   of sight; it then ends for its own waiters.
 2. A flight waits for nothing but its own dependencies, and for them without a task, slot or frame.
 3. A settled key reaches its waiters at once, whatever else they wait for.
 4. What a waiter's deadline or cancellation ends is that waiter's waiting, nothing else.
@@ -270,6 +270,9 @@ class SingleFlight:
         pins = gather.pins
         if not gather.open:
             keys = ()  # who waited has gone before it was his turn
+        comes_now = gather.owner is None and gather.within is None  # not for who came before
+        if comes_now and self._store is None and self.parts.access.is_cut_off():
+            self._hide_what_has_begun()
         if len(keys) > 1 and not (pins or pins.private or gather.forced or gather.refresh):
             return self._look_in_store(gather, keys)
         if len(keys) > _KEYS_PER_STEP:
@@ -1191,8 +1194,8 @@ class SingleFlight:
         under_way += [*self.refresher.failing, *self._absent]
         self.invalidating({key: None for key in under_way if matches(key)})
 
-    def cut_off(self) -> None:
-        """Learn that news may be missing: nobody joins what has begun to read before."""
+    def _hide_what_has_begun(self) -> None:
+        """Let nobody who comes from now on join what has begun to read: news may be missing."""
         for flight in tuple(self.board.flights.values()):
             if flight.began or flight.gather is not None:
                 self.board.hide(flight, cacheable=True)
