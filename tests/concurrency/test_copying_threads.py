@@ -159,7 +159,7 @@ async def test_a_deadline_ends_the_wait_for_a_running_copy() -> None:
     gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    task = start(copies, Held(gate), Deadline.after(LoopClock(), 0.25))
+    task = start(copies, Held(gate), Deadline(LoopClock(), 0.25))
     with pytest.raises(SnapshotDeadlineExceededError, match=r"0\.25 s"):
         await task
     assert loop.time() - began == pytest.approx(0.25)
@@ -175,7 +175,7 @@ async def test_a_deadline_ends_the_wait_for_a_slot() -> None:
     first = start(copies, Held(gate))
     await settle()
     with pytest.raises(SnapshotDeadlineExceededError, match="waited for a copy thread"):
-        await copies.seal(Held(gate), context="test", deadline=Deadline.after(LoopClock(), 0.5))
+        await copies.seal(Held(gate), context="test", deadline=Deadline(LoopClock(), 0.5))
     health = copies.health()
     assert (health.timeout_count, health.capacity_timeout_count) == (1, 1)
     assert (health.waiting_for_capacity, health.started_count) == (0, 1)
@@ -188,7 +188,7 @@ async def test_a_deadline_ends_the_wait_for_a_slot() -> None:
 async def test_a_copy_is_not_started_once_the_deadline_has_passed() -> None:
     """Nobody would wait for it."""
     gate, copies = ThreadGate(), PayloadCopies("builder")
-    deadline = Deadline.after(LoopClock(), 0.0)
+    deadline = Deadline(LoopClock(), 0.0)
     with pytest.raises(SnapshotDeadlineExceededError):
         await copies.seal(Held(gate), context="test", deadline=deadline)
     assert gate.arrived == 0
@@ -202,7 +202,7 @@ async def test_opening_obeys_bound_and_deadline_like_sealing() -> None:
     shut = ThreadGate()
     payload.gate = shut
     with pytest.raises(SnapshotDeadlineExceededError):
-        await copies.open(payload, seal, context="test", deadline=Deadline.after(LoopClock(), 1.0))
+        await copies.open(payload, seal, context="test", deadline=Deadline(LoopClock(), 1.0))
     await finish(copies, shut)
 
 

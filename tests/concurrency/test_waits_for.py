@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Hashable, Iterable
 from itertools import pairwise
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from coalestra.concurrency.waits_for import WaitsFor
 from tests.support.examples import times
+
+N = TypeVar("N", bound=Hashable)
 
 
 class NaiveGraph:
@@ -41,6 +44,11 @@ class NaiveGraph:
 
 def is_way(cycle: tuple[int, ...], edges: Iterable[tuple[int, int]]) -> bool:
     return set(pairwise(cycle)) <= set(edges)
+
+
+def edges_of(graph: WaitsFor[N]) -> tuple[tuple[N, N], ...]:
+    nodes = graph._nodes.values()
+    return tuple((node.name, target.name) for node in nodes for target in node.targets)
 
 
 NODES = st.integers(0, 9)
@@ -76,7 +84,7 @@ def test_it_agrees_with_a_naive_search_after_any_changes(steps: list[tuple[str, 
         else:
             graph.discard(waiter)
             naive.edges = {edge for edge in naive.edges if waiter not in edge}
-        assert set(graph.edges()) == naive.edges
+        assert set(edges_of(graph)) == naive.edges
         assert len(graph) == len({node for edge in naive.edges for node in edge})
 
 
@@ -113,7 +121,7 @@ def test_a_refused_edge_leaves_the_graph_as_it_was() -> None:
     graph.add("a", "b")
     graph.add("b", "a")
     graph.add("z", "z")
-    assert graph.edges() == (("a", "b"),)
+    assert edges_of(graph) == (("a", "b"),)
     assert "z" not in graph
 
 
@@ -133,7 +141,7 @@ def test_nodes_without_edges_are_forgotten() -> None:
         graph.add(waiter, target)
     graph.discard("a")
     assert "a" not in graph
-    assert graph.edges() == (("b", "c"),)
+    assert edges_of(graph) == (("b", "c"),)
     graph.remove("b", "c")
     graph.remove("b", "c")
     graph.discard("unknown")

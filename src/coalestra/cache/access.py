@@ -498,10 +498,7 @@ class CacheAccess:
             return {}
         gone = dict.fromkeys(keys)
         channel = self.channel()
-        for key in gone:
-            channel.on_their_way.pop(key, None)
-        channel.listeners.tell(lambda each: each.invalidating(gone))
-        channel.drop(gone)
+        channel.invalidate(gone)
         async with channel.lanes.turn(gone):
             try:
                 return await self.calls.remove(tuple(gone), insist=True)

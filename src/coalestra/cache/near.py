@@ -234,17 +234,22 @@ class Channel:
             filling.changed.update(versions)
         self.store.drop(versions)
 
+    def invalidate(self, versions: Mapping[ResourceKey, str | None]) -> None:
+        """Forget keys that are invalidated now, and tell; see `CacheListener.invalidating`."""
+        self.drop(versions)
+        for key in versions:
+            self.on_their_way.pop(key, None)
+        self.listeners.tell(lambda each: each.invalidating(versions))
+
     # News -------------------------------------------------------------------------------------
 
     def changed(self, key: ResourceKey, version: str | None) -> None:
         """Learn that the key's value is of this version now; None for none."""
-        for filling in self._fillings:
-            filling.changed[key] = version
         held = self.store.peek(key)
         if version is None or held is None or held.version != version:
-            self.store.drop((key,))
-            self.on_their_way.pop(key, None)
-            self.listeners.tell(lambda each: each.invalidating({key: version}))
+            self.invalidate({key: version})
+        for filling in self._fillings:
+            filling.changed[key] = version
 
     def missed(self) -> None:
         """Learn that anything may have changed."""

@@ -102,25 +102,18 @@ class Deadline:
 
     Args:
         clock: the builder's clock.
-        monotonic_at: the instant on `clock.monotonic()`, in seconds.
+        seconds: how long from now.
     """
 
     __slots__ = ("_clock", "_loop", "_loop_at", "budget_seconds", "monotonic_at")
 
-    def __init__(self, clock: Clock, monotonic_at: float) -> None:
+    def __init__(self, clock: Clock, seconds: float) -> None:
         self._clock = clock
-        self.monotonic_at: float = monotonic_at
-        self.budget_seconds: float = monotonic_at - clock.monotonic()
+        self.monotonic_at: float = clock.monotonic() + seconds
+        self.budget_seconds: float = seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_at = 0.0
         self._find_loop()
-
-    @classmethod
-    def after(cls, clock: Clock, seconds: float) -> Deadline:
-        """Return the deadline `seconds` from now."""
-        deadline = cls(clock, clock.monotonic() + seconds)
-        deadline.budget_seconds = seconds
-        return deadline
 
     def _find_loop(self) -> asyncio.AbstractEventLoop | None:
         if self._loop is None:
@@ -157,10 +150,10 @@ class Deadline:
         """Whether the deadline has passed on either clock."""
         return not self.remaining()
 
-    def cut_off(self, on_expire: Callable[[], object] | None = None) -> CutOff:
+    def cut_off(self) -> CutOff:
         """Return a cut-off at this deadline, at once if it has passed already."""
         loop = asyncio.get_running_loop()
-        return CutOff(min(self.loop_time, loop.time() + self.remaining()), on_expire)
+        return CutOff(min(self.loop_time, loop.time() + self.remaining()))
 
     def __repr__(self) -> str:
         return f"<Deadline budget={self.budget_seconds:g} s remaining={self.remaining():.3f} s>"

@@ -105,11 +105,6 @@ class WaitsFor(Generic[N]):
         edges = sum(len(node.targets) for node in self._nodes.values())
         return f"<WaitsFor nodes={len(self._nodes)} edges={edges}>"
 
-    def edges(self) -> tuple[tuple[N, N], ...]:
-        """Return every (waiter, target) there is."""
-        nodes = self._nodes.values()
-        return tuple((node.name, target.name) for node in nodes for target in node.targets)
-
     def add(self, waiter: N, target: N) -> tuple[N, ...] | None:
         """Let `waiter` wait for `target`, unless that would close a cycle.
 
@@ -141,30 +136,24 @@ class WaitsFor(Generic[N]):
         """Let `waiter` no longer wait for `target`; nothing happens if it did not."""
         ahead, behind = self._nodes.get(waiter), self._nodes.get(target)
         if ahead is not None and behind is not None and behind in ahead.targets:
-            del ahead.targets[behind]
-            del behind.waiters[ahead]
-            self._drop_if_bare(ahead)
-            self._drop_if_bare(behind)
+            self._cut(ahead, behind)
 
     def discard(self, node: N) -> None:
         """Forget a node and all its edges; nothing happens if it is not there."""
         known = self._nodes.get(node)
-        if known is None:
-            return
-        for target in known.targets:
-            del target.waiters[known]
-            self._drop_if_bare(target)
-        for waiter in known.waiters:
-            del waiter.targets[known]
-            self._drop_if_bare(waiter)
-        known.targets.clear()
-        known.waiters.clear()
-        self._drop_if_bare(known)
+        if known is not None:
+            for target in tuple(known.targets):
+                self._cut(known, target)
+            for waiter in tuple(known.waiters):
+                self._cut(waiter, known)
 
-    def _drop_if_bare(self, node: _Node[N]) -> None:
-        if not node.targets and not node.waiters:
-            self._order.remove(node)
-            del self._nodes[node.name]
+    def _cut(self, ahead: _Node[N], behind: _Node[N]) -> None:
+        """Remove an edge, and of its nodes those that have no other."""
+        del ahead.targets[behind], behind.waiters[ahead]
+        for node in (ahead, behind):
+            if not node.targets and not node.waiters:
+                self._order.remove(node)
+                del self._nodes[node.name]
 
     def _reorder(self, waiter: _Node[N], target: _Node[N]) -> tuple[N, ...] | None:
         """Make waiter stand before target, or return the cycle that forbids it."""

@@ -72,8 +72,12 @@ class CacheReads:
         if read is None:
             read = self._open[key] = self._begin(key, policy, forced=False)
         self._wait(gather, read)
-        if gather.cutoff != math.inf and gather not in read.group.hurried and not self._leases:
-            self._hurry(gather, read.group)
+        group = read.group
+        if gather.cutoff != math.inf and gather not in group.hurried and not self._leases:
+            # It goes on without the cache while there is time left for its sources.
+            loop = asyncio.get_running_loop()
+            seconds = (gather.cutoff - loop.time()) * _SHARE
+            group.hurried[gather] = loop.call_later(seconds, self._go_on, gather, group)
         return read
 
     def ask_for_lease(
@@ -127,12 +131,6 @@ class CacheReads:
         self._open.clear()
         self._groups.clear()
         self._next.clear()
-
-    def _hurry(self, gather: Gather, group: ReadGroup) -> None:
-        """Let a gather go on without the cache while there is time left for its sources."""
-        loop = asyncio.get_running_loop()
-        left = gather.cutoff - loop.time()
-        group.hurried[gather] = loop.call_later(left * _SHARE, self._go_on, gather, group)
 
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
         for read in group.reads:

@@ -376,7 +376,7 @@ class Terms(NamedTuple):
         if deadline_seconds is not None:
             number("deadline_seconds", deadline_seconds, above=0)
             clock = engine.parts.clock
-            deadline = Deadline.after(clock, deadline_seconds)
+            deadline = Deadline(clock, deadline_seconds)
             deadline_at = clock.now() + deadline_seconds
         if metadata is not None:
             instance("metadata", metadata, Mapping)
