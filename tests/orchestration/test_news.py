@@ -273,3 +273,45 @@ async def test_an_expired_deadline_never_shows_a_stale_derived_value_beside_a_ne
     snapshot: Snapshot = await building.build([D, BASE], strict=False, deadline_seconds=2)
     assert snapshot.value(BASE) == "b"
     assert D in snapshot.errors
+
+
+class Counted(dict[Any, Any]):
+    """Counts what it is asked."""
+
+    asked = 0
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked += 1
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("news", ["publish", "invalidate", "other"])
+@pytest.mark.parametrize("joined", [True, False])
+async def test_news_costs_a_chain_under_way_no_more_than_a_look_at_each_of_its_keys(
+    news: str, joined: bool
+) -> None:
+    """Whoever is derived from the next, and so on, has all of that below itself."""
+    gate, links = Gate(), [key("link", str(number)) for number in range(100)]
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await gate.pass_()
+        return "fetched"
+
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        return [links[int(k.subject) - 1]] if k.subject != "0" else [BASE]
+
+    building = builder(Single("base", fetch=fetch), Derived("link", needs=needs))
+    changed = building._engine.flights._changed = Counted()
+    early = asyncio.ensure_future(building.build(links[-1:]))
+    await gate.wait_arrived()
+    if news == "invalidate":
+        await building.publisher.invalidate(BASE)
+    else:
+        about = BASE if news == "publish" else key("other")
+        await building.publisher.publish(about, "event", source="stream")
+    joining = asyncio.ensure_future(building.build(links if joined else [BASE]))
+    await settle()
+    gate.open()
+    await asyncio.gather(early, joining)
+    assert changed.asked <= 4 * len(links)
+    await no_leaks(building)

@@ -476,7 +476,8 @@ class Revision:
         began: the number of this process at which its reading began, or it was published; 0 if
             that is not known.
         checked: the epoch of the store at which it was last seen to rest on current revisions,
-            or -1. The one attribute that may be written.
+            or -1. It may be written, as may `vouched`.
+        vouched: what a builder whose derivations take it in last knew of news of what it rests on.
     """
 
     key: ResourceKey
@@ -495,6 +496,7 @@ class Revision:
     dated: bool = True
     began: int = 0
     checked: int = -1
+    vouched: object = None
 
     @property
     def grounds(self) -> Grounds | None:

@@ -209,6 +209,7 @@ class SingleFlight:
         self._absent: OrderedDict[ResourceKey, tuple[float, Failure]] = OrderedDict()
         self._news: int = 0
         self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
+        self._voucher: tuple[int, int] = 0, 0
         parts.access.subscribers.subscribe(self)
 
     def broken(self, subject: Subject, error: BaseException) -> None:
@@ -809,13 +810,28 @@ class SingleFlight:
         cycles = [f.cycle for f in gather.failures.values() if f.cycle is not None]
         if cycles:
             flight.cycle = cycles[0]
+        work = flight.living_sponsor()
+        self.hold(work)
+        self.agenda.add(self._underived, flight, gather, work)
+
+    def _underived(self, flight: Flight, gather: Gather, work: Work) -> Steps:
+        """Refuse a flight with the error of each dependency that failed; many take a while."""
+        errors: dict[ResourceKey, Exception] = {}
         name = "" if flight.link is None else flight.link.name
-        errors = {key: failure.make() for key, failure in gather.failures.items()}
-        error: Exception = DependencyResolutionError(flight.key, name, errors)
-        if all(failure.absent for failure in gather.failures.values()):
-            cause, error = error, ResourceAbsent(f"derived from {described(errors)}")
-            error.__cause__ = cause
-        self.refused(flight, SourceFailure.of(name, error, 0), "failure")
+        try:
+            for part in portions(gather.failures.values(), _KEYS_PER_STEP):
+                errors.update((failure.key, failure.make()) for failure in part)
+                if len(part) == _KEYS_PER_STEP:
+                    yield
+            if flight.gather is not gather:
+                return
+            error: Exception = DependencyResolutionError(flight.key, name, errors)
+            if all(failure.absent for failure in gather.failures.values()):
+                cause, error = error, ResourceAbsent(f"derived from {described(errors)}")
+                error.__cause__ = cause
+            self.refused(flight, SourceFailure.of(name, error, 0), "failure")
+        finally:
+            self.release(work)
 
     # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
 
@@ -1189,8 +1205,10 @@ class SingleFlight:
 
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         """Learn that all matching keys are invalidated, also those that derivations rest on."""
-        taken = {revision.key for flight in self.board.deriving for revision in _taken(flight)}
-        under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys, *taken]
+        gathers = [flight.gather for flight in self.board.deriving if flight.gather is not None]
+        taken = lineage(revision for gather in gathers for revision in gather.revisions())
+        under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys]
+        under_way += [revision.key for revision in taken.values()]
         under_way += [*self.refresher.failing, *self._absent]
         self.invalidating({key: None for key in under_way if matches(key)})
 
@@ -1220,28 +1238,51 @@ class SingleFlight:
 
         If so, newcomers must not join it, and its value is not cached.
         """
+        if not (flight.joinable or flight.cacheable):
+            return True
         if not self._has_taken_old(flight):
-            flight.since = self._news
             return False
         self.board.hide(flight, cacheable=False)
         return True
 
     def _has_taken_old(self, flight: Flight) -> bool:
-        since = flight.since
-        stack, seen = [flight], {id(flight)}
+        """Look at all that a flight has taken in, or waits for, and was not known to be current."""
+        since, news = flight.since, self._news
+        if self._voucher != (since, news):
+            self._voucher = since, news
+        stack, seen = [flight], {flight}
         while stack:
-            each = stack.pop()
-            for revision in _taken(each):
-                told, version = self._changed.get(revision.key, (0, None))
-                if told > since and revision.version != version:
-                    return True
-            if each.gather is not None:
-                if each.gather.failures:
-                    return True  # what failed, or did not exist, may rest on any of it
-                for awaited in each.gather.pending:
-                    if isinstance(awaited, Flight) and id(awaited) not in seen:
-                        seen.add(id(awaited))
-                        stack.append(awaited)
+            gather = stack.pop().gather
+            if gather is None:
+                continue
+            # What failed, or did not exist, may rest on any of it.
+            if gather.failures or self._rests_on_news(gather.revisions()):
+                self._voucher = 0, 0
+                return True
+            for awaited in gather.pending:
+                if isinstance(awaited, Flight) and awaited.since < news and awaited not in seen:
+                    seen.add(awaited)
+                    stack.append(awaited)
+        for each in seen:
+            if each.since >= since:
+                each.since = news
+        return False
+
+    def _rests_on_news(self, revisions: Iterable[Revision]) -> bool:
+        """Whether there is news of any of them, or of what they rest on; each is asked about once.
+
+        One that is vouched for has been found current before, with all that it rests on.
+        """
+        voucher, (since, _), stack = self._voucher, self._voucher, list(revisions)
+        while stack:
+            revision = stack.pop()
+            if revision.vouched is voucher:
+                continue
+            revision.vouched = voucher
+            told, version = self._changed.get(revision.key, (0, None))
+            if told > since and revision.version != version:
+                return True
+            stack += revision.dependencies
         return False
 
     def forget(self) -> None:
@@ -1264,13 +1305,6 @@ class SingleFlight:
 
     def __repr__(self) -> str:
         return f"<SingleFlight flights={len(self.board.flights)} {self.dispatch!r}>"
-
-
-def _taken(flight: Flight) -> Collection[Revision]:
-    """Return every revision that a derivation has taken in so far, and what those rest on."""
-    if flight.gather is None or not flight.gather.readings:
-        return ()
-    return lineage(reading.revision for reading in flight.gather.readings.values()).values()
 
 
 def _serves_forced(flight: Flight, gather: Gather) -> bool:
