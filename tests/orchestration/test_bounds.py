@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from coalestra import (
     RefreshMode,
     ResourceAcceptanceRule,
     ResourceKey,
+    ResourceResolutionError,
     RetryPolicy,
     SnapshotAcceptancePolicy,
     SnapshotBuilder,
@@ -329,3 +330,35 @@ async def test_an_answer_of_many_values_is_taken_in_over_many_turns(
     building = builder(Batch("x"), payload_copier=copier)
     keys = [key("x", str(i)) for i in range(500)]
     assert await turns.most(building.build(keys)) <= 2
+
+
+@pytest.mark.parametrize("form", ["build", "derived", "revalidate"])
+async def test_the_errors_of_many_keys_are_made_over_many_turns(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, down = Turns(monkeypatch), False
+
+    class Counting(ResourceResolutionError):
+        def __init__(self, *arguments: Any) -> None:
+            turns.count()
+            super().__init__(*arguments)
+
+    async def before() -> None:
+        if down:
+            raise ConnectionError("down")
+
+    keys = [key("x", str(i)) for i in range(500)]
+    source = Batch("x", before=before)
+    building = builder(source, Derived("d", needs=lambda k: keys))
+    session = building.session()
+    if form == "revalidate":
+        await session.resolve(keys)
+    down = True
+    monkeypatch.setattr("coalestra.orchestration.readings.ResourceResolutionError", Counting)
+    works: dict[str, Callable[[], Awaitable[Any]]] = {
+        "build": lambda: building.build(keys, strict=False),
+        "derived": lambda: building.build([key("d")], strict=False),
+        "revalidate": lambda: session.revalidate(keys, strict=False, force_refresh=True),
+    }
+    assert await turns.most(works[form]()) <= 128
+    assert sum(turns.counts.values()) >= 500

@@ -320,9 +320,7 @@ class Revalidation:
         while True:
             await self._acquire()
             if self._failures:
-                return await self._retained(
-                    {key: failure.make() for key, failure in self._failures.items()}
-                )
+                return await self._retained(await self._unit.errors(self._failures.values()))
             shown = await self._through(self._shown())
             values, uncopied = await self._unit.copies(shown, self._unit.work.deadline)
             if uncopied:

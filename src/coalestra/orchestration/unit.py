@@ -234,12 +234,17 @@ class UnitOfWork:
         failed = (key for key in self.requested if key in self.failures and key not in self.pins)
         return [self.failures[key] for key in failed]
 
-    async def errors(self) -> dict[ResourceKey, Exception]:
-        """Return a fresh error for each of the failures; made in slices, as they take a while."""
+    async def errors(
+        self, failures: Iterable[Failure] | None = None
+    ) -> dict[ResourceKey, Exception]:
+        """Return a fresh error for each failure; made in slices, as they take a while.
+
+        The failures are those that were asked for, unless others are given.
+        """
         errors: dict[ResourceKey, Exception] = {}
         pace = self.engine.parts.pace
         pace.begin()
-        for failure in self.failed():
+        for failure in self.failed() if failures is None else failures:
             errors[failure.key] = failure.make()
             if not len(errors) % _ERRORS_BETWEEN_LOOKS:
                 await pace.keep()
