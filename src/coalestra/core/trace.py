@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from functools import cache, partial
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from coalestra.core.errors import (
@@ -317,12 +317,11 @@ class Trace:
 
         ``keys`` is keyed by their canonical texts, in order; see the reference of data.
         """
-        known: dict[int, dict[str, Any]] = {}
         return {
             **_SCHEMA,
             **json_safe(replace(self, keys={})),
             "started_at": utc_text(self.started_at),
-            "keys": {key.canonical: _key_data(found, known) for key, found in self.keys.items()},
+            "keys": {key.canonical: _key_data(found) for key, found in self.keys.items()},
         }
 
     def to_text(self, *, width: int = 100, limit: int = 24, ascii_only: bool = False) -> str:
@@ -374,7 +373,16 @@ class Trace:
         if key not in self.keys:
             more = f"; there was no room for {many(self.omitted_keys, 'key')}"
             raise KeyError(f"{key.display} is not in this trace{more if self.omitted_keys else ''}")
-        return " ".join(_told(self, self.keys[key], partial(_needed_by, self)))
+        return " ".join(_told(self, self.keys[key]))
+
+    @cached_property
+    def _resting_on(self) -> Mapping[ResourceKey, Sequence[KeyTrace]]:
+        """By key the values that were made from it, in order."""
+        found: dict[ResourceKey, list[KeyTrace]] = {}
+        for value in self.keys.values():
+            for below in value.rests_on:
+                found.setdefault(below.key, []).append(value)
+        return found
 
 
 _FACTS = ("snapshot_id", "kind", "parent_snapshot_id", "started_at", "duration_seconds")
@@ -388,19 +396,16 @@ def pending_trace(records: Callable[[], dict[str, Any]], *facts: Any) -> Trace:
     return filled(Trace, {**dict(zip(_FACTS, facts, strict=True)), "_records": records})
 
 
-def _key_data(found: KeyTrace, known: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Return a key as JSON-safe data; what is ``known`` of a foundation is not written again."""
-    for each in found.rests_on:
-        if id(each) not in known:
-            known[id(each)] = {
-                **_name_data(each.key),
-                "version": each.version,
-                "source": each.source,
-                "observed_at": utc_text(each.observed_at),
-            }
+def _key_data(found: KeyTrace) -> dict[str, Any]:
     told = json_safe(replace(found, rests_on=()))
-    below = [known[id(each)].copy() for each in found.rests_on]
+    below = [_foundation_data(each).copy() for each in found.rests_on]
     return {**told, **_name_data(found.key), "rests_on": below}
+
+
+@lru_cache(maxsize=4_096)  # many keys rest on one
+def _foundation_data(each: Foundation) -> dict[str, Any]:
+    facts = {"version": each.version, "source": each.source}
+    return {**_name_data(each.key), **facts, "observed_at": utc_text(each.observed_at)}
 
 
 def _name_data(key: ResourceKey) -> dict[str, Any]:
@@ -488,24 +493,12 @@ def _listed(parts: Sequence[str], between: str = ", ", more: int = 0) -> str:
     return between.join([*parts[: _LISTED - 1], rest, parts[-1]])
 
 
-_Needs = Callable[[], Mapping[ResourceKey, Sequence[KeyTrace]]]
-
-
-def _needed_by(trace: Trace) -> Mapping[ResourceKey, Sequence[KeyTrace]]:
-    """Return by key what rests on it, in order."""
-    needs: dict[ResourceKey, list[KeyTrace]] = {}
-    for found in trace.keys.values():
-        for below in found.rests_on:
-            needs.setdefault(below.key, []).append(found)
-    return needs
-
-
-def _told(trace: Trace, found: KeyTrace, needs: _Needs) -> Iterator[str]:
+def _told(trace: Trace, found: KeyTrace) -> Iterator[str]:
     yield _told_outcome(trace, found)
     if not found.requested:
-        needed = _listed([each.key.display for each in needs().get(found.key, ())])
-        plural = len(needs().get(found.key, ())) > 1
-        by = f"{needed} need it" if plural else f"{needed or 'something derived'} needs it"
+        users = [each.key.display for each in trace._resting_on.get(found.key, ())]
+        named = _listed(users) or "something derived"
+        by = f"{named} need it" if len(users) > 1 else f"{named} needs it"
         yield _sentence("It was not asked for", by)
     if found.obtained is Obtained.FALLBACK:
         yield _sentence("It stands in for what failed", _told_error(found))
@@ -727,8 +720,7 @@ _SEVERITY = {Obtained.FAILED: 3, Obtained.FALLBACK: 2, Obtained.STALE: 1}
 
 
 def _pictured(trace: Trace, limit: int) -> Waterfall:
-    needs = cache(partial(_needed_by, trace))
-    keys = [_key_row(trace, found, needs) for found in trace.keys.values()]
+    keys = [_key_row(trace, found) for found in trace.keys.values()]
     sections = (
         Section("Stages", [_stage_row(stage) for stage in trace.stages], trace.omitted_stages),
         Section("Calls", [_call_row(trace, call) for call in trace.calls]),
@@ -805,7 +797,7 @@ def _stretches(call: CallTrace) -> Iterator[tuple[str, float, float, AttemptTrac
             yield "pause", attempt.end, attempt.end + attempt.pause_seconds, attempt
 
 
-def _key_row(trace: Trace, found: KeyTrace, needs: _Needs) -> Row:
+def _key_row(trace: Trace, found: KeyTrace) -> Row:
     note = _way(found)
     if found.error_type is not None and not _absent(found):
         # What the last source failed with tells most.
@@ -832,7 +824,7 @@ def _key_row(trace: Trace, found: KeyTrace, needs: _Needs) -> Row:
         ),
         alike=(found.key.namespace, found.key.name, note, found.joined is None, found.requested),
         severity=1 if _absent(found) else _SEVERITY.get(found.obtained, 0),
-        details=lambda: _told(trace, found, needs),
+        details=lambda: _told(trace, found),
     )
 
 
@@ -859,7 +851,6 @@ class _Events:
         self._threads: dict[tuple[str, int], int] = {}
         self._events: list[dict[str, Any]] = []
         self._arrows = 0
-        self._known: dict[int, dict[str, Any]] = {}
 
     def written(self) -> dict[str, Any]:
         """Return all of them as the object that a trace file consists of."""
@@ -887,8 +878,7 @@ class _Events:
     def _slice(self, track: str, name: str, record: _Record, parts: Iterable[_Part]) -> int:
         """Write one slice and what lies within it; return the thread that it is on."""
         thread = self._free_thread(track, record.start, record.end)
-        key = _key_data(record, self._known) if isinstance(record, KeyTrace) else None
-        told = key or json_safe(record)
+        told = _key_data(record) if isinstance(record, KeyTrace) else json_safe(record)
         self._write("X", thread, name, record.start, record.end, args=told)
         free = record.start
         for part, start, end, inner in parts:

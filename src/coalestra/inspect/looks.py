@@ -136,18 +136,14 @@ def own_of(builder: AnyBuilder) -> SnapshotBuilder:
     return builder.builder if isinstance(builder, SyncSnapshotBuilder) else builder
 
 
-def _found(builder: SnapshotBuilder, health: BuilderHealth, waited: float | None) -> Look:
-    """Return what any thread may see."""
-    flights = builder.flights_under_way(limit=_MOST_FLIGHTS)
-    return Look(builder.clock.now(), health, builder.capacity.holders(), flights, waited)
-
-
-async def _look_here(builder: SnapshotBuilder, asked: float) -> Look:
-    waited = time.perf_counter() - asked
-    look, cache = _found(builder, await builder.health_snapshot(), waited), builder.cache
-    if type(cache) is not AsyncMemoryCache:
-        return look
-    return replace(look, entries=cache.store.newest(_MOST_ENTRIES))
+async def _look_inside(
+    builder: SnapshotBuilder, asked: float
+) -> tuple[BuilderHealth, float, Sequence[Revision]]:
+    """Return what only the builder's loop can see, and how long it took to answer."""
+    waited, cache = time.perf_counter() - asked, builder.cache
+    health = await builder.health_snapshot()
+    entries = cache.store.newest(_MOST_ENTRIES) if type(cache) is AsyncMemoryCache else ()
+    return health, waited, entries
 
 
 async def look_at(builder: AnyBuilder) -> Look:
@@ -156,24 +152,24 @@ async def look_at(builder: AnyBuilder) -> Look:
     Raises:
         Exception: whatever is raised by what the builder was given, such as its clock.
     """
-    own, looking, waited = own_of(builder), None, None
+    own, inside = own_of(builder), None
+    waited: float | None = None
     try:
-        looking = _asked(builder, partial(_look_here, asked=time.perf_counter()))
+        looking = _asked(builder, partial(_look_inside, asked=time.perf_counter()))
     except RuntimeError:  # it is closed, and so its loop is over
         waited = 0.0
-    if looking is not None and await _done_in_time(looking):
-        look = looking.result()
     else:
-        look = _found(own, own.health_snapshot_nowait(), waited)
-    if not isinstance(builder, SyncSnapshotBuilder):
-        return look
-    health = replace(
-        look.health,
-        closed=look.health.closed or builder.closed,
-        pending_submissions=builder.pending_submissions,
-        max_pending_submissions=builder.max_pending_submissions,
-    )
-    return replace(look, health=health)
+        inside = looking.result() if await _done_in_time(looking) else None
+    health, waited, entries = inside or (own.health_snapshot_nowait(), waited, ())
+    if isinstance(builder, SyncSnapshotBuilder):
+        health = replace(
+            health,
+            closed=health.closed or builder.closed,
+            pending_submissions=builder.pending_submissions,
+            max_pending_submissions=builder.max_pending_submissions,
+        )
+    flights = own.flights_under_way(limit=_MOST_FLIGHTS)
+    return Look(own.clock.now(), health, own.capacity.holders(), flights, waited, entries)
 
 
 def _asked(
