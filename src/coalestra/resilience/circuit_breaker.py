@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
@@ -165,19 +165,6 @@ class CircuitSnapshot:
         """How many of them are half-open."""
         return self.count if self.state is _HALF_OPEN else 0
 
-    def with_one_more(self, other: CircuitSnapshot) -> CircuitSnapshot:
-        """Return this together with another one in the same state."""
-        latest = max(self, other, key=lambda each: each.opened_at)
-        return replace(
-            self,
-            failures=max(self.failures, other.failures),
-            opened_at=latest.opened_at,
-            half_open_probe_active=self.half_open_probe_active or other.half_open_probe_active,
-            seconds_since_opened=latest.seconds_since_opened,
-            seconds_until_probe=min(self.seconds_until_probe, other.seconds_until_probe),
-            count=self.count + 1,
-        )
-
 
 # One circuit: the table above --------------------------------------------------------------------
 
@@ -246,6 +233,19 @@ class Circuit:
             self.probing,
             None if opened_at is None else max(0.0, now - opened_at),
             max(0.0, self.probe_at - now) if state is _OPEN else 0.0,
+        )
+
+    @staticmethod
+    def view_together(circuits: Sequence[Circuit], now: float) -> CircuitSnapshot:
+        """Return the figures at `now` of several in the same state."""
+        latest = max(circuits, key=lambda each: each.opened_at or 0.0).view(now)
+        soonest = min(each.probe_at for each in circuits)
+        return replace(
+            latest,
+            failures=max(each.failures for each in circuits),
+            half_open_probe_active=any(each.probing for each in circuits),
+            seconds_until_probe=max(0.0, soonest - now) if latest.state is _OPEN else 0.0,
+            count=len(circuits),
         )
 
     def __repr__(self) -> str:
@@ -409,15 +409,16 @@ class CircuitBreaker:
 
     def counted(self) -> dict[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of all circuits by source, scope and state, naming no part of it."""
-        groups: dict[CircuitIdentity, CircuitSnapshot] = {}
+        groups: dict[tuple[str, CircuitScope, str], list[Circuit]] = {}
         now = monotonic_of(self.clock)
         for identity, circuit in self.circuits.copy().items():  # in one step, for any thread
-            view = circuit.view(now)
-            if identity.scope is not CircuitScope.SOURCE:
-                identity = CircuitIdentity(identity.source, identity.scope, view.state.value)
-            known = groups.get(identity)
-            groups[identity] = view if known is None else known.with_one_more(view)
-        return groups
+            source, scope = identity.source, identity.scope
+            part = "" if scope is CircuitScope.SOURCE else circuit.state(now).value
+            groups.setdefault((source, scope, part), []).append(circuit)
+        return {
+            CircuitIdentity(*group): Circuit.view_together(some, now)
+            for group, some in groups.items()
+        }
 
     # The same steps by source and key, as coroutines -------------------------------------------
 
