@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import enum
 import os
+import threading
 import time
 from typing import Any
 
@@ -912,6 +914,33 @@ async def test_a_loop_beside_the_first_is_refused(server: Server, prefix: str) -
 def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         RedisCache(**{"client": "redis://localhost", **arguments})
+
+
+@dataclasses.dataclass
+class Rows:
+    """Many of something."""
+
+    rows: list[Any]
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_a_large_value_is_written_on_another_thread(
+    server: Server, prefix: str, large: bool
+) -> None:
+    asked: list[threading.Thread] = []
+
+    class Codec(MessagePackCodec):
+        def encode(self, value: Any) -> bytes:
+            asked.append(threading.current_thread())
+            return super().encode(value)
+
+    rows = Rows([{"n": n} for n in range(10_000 if large else 10)])
+    async with caches(server, prefix, codec=Codec([Rows])) as [cache]:
+        for value in (rows, {"a": rows}, [(rows,)]):
+            await cache.set(value_of(payload=value))
+            assert await read(cache) == value
+    assert all((each is not threading.main_thread()) is large for each in asked)
+    assert len(asked) == 3
 
 
 class Numpyish(float):

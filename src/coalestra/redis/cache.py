@@ -40,6 +40,7 @@ from coalestra.cache.memory import MISS, lookup_of, revision_of
 from coalestra.cache.store import best_per_key, outdated_among, with_all_below
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.concurrency.pace import Pace
+from coalestra.concurrency.threads import threads_of_context
 from coalestra.core.errors import CoalestraError
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
@@ -56,6 +57,7 @@ from coalestra.redis.codec import (
     UnreadableEntryError,
     UnstorableValueError,
     ValueCodec,
+    is_large,
 )
 from coalestra.redis.news import News
 from coalestra.redis.server import Call, Client, Server, SharedCacheUnavailableError
@@ -594,7 +596,7 @@ class RedisCache:
                 policy, flags = policies.get(value.key), "e" if replace_equal else ""
                 terms: Any = {"token": lease.token, "over": lease.replaces}
                 try:
-                    items[lease.key] = self._offer(value, policy, flags, **terms)
+                    items[lease.key] = await self._offer(value, policy, flags, **terms)
                     self._leases.pop(lease, None)
                 except Exception as error:
                     results[lease.key] = error
@@ -673,7 +675,8 @@ class RedisCache:
         while rest:
             items: dict[ResourceKey, bytes] = {}
             for key in rest:
-                items[key] = self._offer(offered[key], known.get(key), flags, over=over.get(key))
+                policy, loser = known.get(key), over.get(key)
+                items[key] = await self._offer(offered[key], policy, flags, over=loser)
                 await pace.keep()
             results, others = await self._write(offered, items)
             heard += others
@@ -698,7 +701,7 @@ class RedisCache:
         _, outdated = await self.judged(winners, (), now)
         return [key for key in winners if key in outdated]
 
-    def _offer(
+    async def _offer(
         self,
         value: Value,
         policy: FreshnessPolicy | None,
@@ -714,7 +717,12 @@ class RedisCache:
         """
         rests_on = [(key.canonical, version) for key, version in value.dependency_versions.items()]
         try:
-            payload = self._codec.encode(value.value)
+            if is_large(value.value):
+                payload = await threads_of_context().run(
+                    self._codec.encode, value.value, label="encode", or_here=True
+                )
+            else:
+                payload = self._codec.encode(value.value)
             metadata = self._codec.encode(dict(value.metadata)) if value.metadata else b""
         except UnstorableValueError:
             self._unstorable += 1
