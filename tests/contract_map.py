@@ -157,7 +157,6 @@ SECTIONS: Mapping[int, Section] = {
             "orchestration/test_tracing.py",
             "orchestration/test_texts.py",
             "orchestration/test_bounds.py",
-            "observability/test_report_tables.py",
             "observability/test_reporter.py",
             "observability/test_buffered_sinks.py",
             "observability/test_buffering.py",

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from coalestra.observability import LoggingEventSink, NullEventSink
+from coalestra.observability.sinks import FAILURES
+from tests.observability.recording import EVENTS
 
 
 def test_an_event_is_logged_at_info_to_the_logger_of_the_library(
@@ -94,6 +96,11 @@ def test_failures_are_logged_as_warnings(
         LoggingEventSink().emit(event_type, **payload)
 
     assert [record.levelno for record in caplog.records] == [level]
+
+
+def test_every_event_about_a_failure_is_logged_as_one() -> None:
+    assert {name for name in EVENTS if "fail" in name or "reject" in name} <= FAILURES
+    assert set(EVENTS) >= FAILURES
 
 
 def test_levels_can_be_set_by_type_of_event(caplog: pytest.LogCaptureFixture) -> None:

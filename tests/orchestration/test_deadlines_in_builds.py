@@ -23,6 +23,7 @@ from coalestra import (
     SourcePayload,
     SourceResiliencePolicy,
 )
+from tests.observability.recording import Recorder
 from tests.orchestration.scripted import ONCE, Batch, Derived, Single, builder, key, latency
 from tests.support import ManualClock, ThreadGate, no_leaks, settle
 
@@ -122,7 +123,7 @@ async def test_a_cache_that_hangs_leaves_half_of_the_deadline_to_the_sources(stu
 
 async def test_delivery_that_does_not_fit_leaves_no_snapshot() -> None:
     gate = ThreadGate()
-    metrics = InMemoryMetrics()
+    metrics, events = InMemoryMetrics(), Recorder()
     copied = 0
 
     def copier(value: Any) -> Any:
@@ -141,12 +142,16 @@ async def test_delivery_that_does_not_fit_leaves_no_snapshot() -> None:
         payload_copier=copier,
         run_payload_copies_in_thread=True,
         metrics=metrics,
+        events=events,
+        buffer_observability=False,
     )
     with pytest.raises(SnapshotBuildError, match="of 2 s") as caught:
-        await building.build([X], deadline_seconds=2)
+        await building.build([X], deadline_seconds=2, snapshot_id="s")
     assert caught.value.snapshot is None
     assert isinstance(caught.value.errors[X], SnapshotDeadlineExceededError)
     assert metrics.counter("payload_copy_deadline_total", phase="snapshot_delivery") == 1
+    told = [each.payload for each in events.events if "copy" in each.event_type]
+    assert told == [{"snapshot_id": "s", "phase": "snapshot_delivery"}]
     gate.open()
     await building.aclose()
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 import pytest
 
 from coalestra import (
+    CallableBatchSource,
     FetchContext,
     FreshnessPolicy,
     NullEventSink,
     NullMetrics,
     RefreshMode,
+    ResourceAbsent,
     ResourceAcceptanceRule,
     ResourceKey,
     SnapshotAcceptancePolicy,
@@ -28,8 +30,9 @@ from coalestra import (
 from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.observability import EventRecord
 from tests.observability.recording import EVENTS
+from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
-from tests.support import Gate, settle
+from tests.support import Gate, ThreadGate, settle
 
 X = key("x", "1")
 OF_RESOURCE = {"resource_namespace", "resource_name"}
@@ -50,8 +53,9 @@ class Seen:
         self._check(metric, labels)
         series = metric, tuple(sorted(labels.items()))
         self.counts[series] = self.counts.get(series, 0) + value
-        if any(re.search(r"subject|:", text) for text in labels.values()):
-            self.faults.append(f"{metric} names a resource: {labels}")
+        for text in labels.values():
+            if type(text) is not str or re.search(r"subject|:", text):
+                self.faults.append(f"{metric} names a resource, or has no plain text: {labels}")
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         self._check(metric, labels)
@@ -68,6 +72,9 @@ class Seen:
         self.events.append(EventRecord(event_type, payload))
         if set(payload) != set(EVENTS.get(event_type, "?").split()):
             self.faults.append(f"{event_type} with {sorted(payload)}")
+        for name, value in payload.items():
+            if name != "diagnostics" and type(value) not in (str, int, float, bool, tuple):
+                self.faults.append(f"{event_type} has a {name} that is no plain value")
 
     def count(self, metric: str, **labels: str) -> int:
         """Return a counter; labels of the resource are those of `X` unless given."""
@@ -264,6 +271,71 @@ async def test_batch_calls_are_counted_by_how_they_end() -> None:
     assert seen.faults == []
 
 
+async def test_a_blocking_call_counts_once_and_each_of_its_keys_has_an_event() -> None:
+    """Whether it was not made, as it could outlive the deadline, or outlived its own limit."""
+    gate = ThreadGate()
+
+    def fetch(keys: Collection[ResourceKey], context: FetchContext) -> dict[ResourceKey, int]:
+        gate.pass_()
+        return dict.fromkeys(keys, 1)
+
+    source = CallableBatchSource(
+        name="x",
+        priority=1,
+        supports=lambda k: k.name == "x",
+        fetcher=fetch,
+        blocking_io=True,
+        transport_timeout_seconds=1.0,
+        timeout_seconds=3.0,
+    )
+    building, seen = watched(source)
+    keys = [X, key("x", "2")]
+    await building.build(keys, strict=False, deadline_seconds=0.5, snapshot_id="s")
+    reading = asyncio.ensure_future(building.build(keys, snapshot_id="s"))
+    while not gate.arrived:
+        await settle()
+    await asyncio.sleep(1.5)
+    gate.open()
+    await reading
+    rejected, violated = {"reason": "snapshot_deadline"}, {"outcome": "completed_late"}
+    assert seen.count("source_transport_budget_rejection_total", source="x", **rejected) == 1
+    assert seen.count("source_transport_timeout_violation_total", source="x", **violated) == 1
+    of_both = {"source": "x", "snapshot_id": "s"}
+    limits = {"transport_timeout_seconds": 1.0, "available_budget_seconds": 0.5}
+    assert seen.of("source_transport_budget_rejected") == [
+        {"resource": str(k), **of_both, **limits} for k in keys
+    ]
+    took = {
+        "declared_transport_timeout_seconds": 1.0,
+        "observed_elapsed_seconds": 1.5,
+        "grace_seconds": 0.05,
+    }
+    assert seen.of("source_transport_timeout_violated") == [
+        {"resource": str(k), **of_both, **violated, **took} for k in keys
+    ]
+    assert seen.faults == []
+    await building.aclose()
+
+
+async def test_what_is_absent_and_a_cache_that_fails_are_told() -> None:
+    class Away(SingleKeyCache):
+        async def get(self, key: ResourceKey, **_: Any) -> Any:
+            raise LookupError("away")
+
+    async def absent(k: ResourceKey, context: FetchContext) -> Any:
+        return ResourceAbsent("sold out")
+
+    building, seen = watched(Single("x", fetch=absent), cache=Away())
+    await building.build([X], strict=False, snapshot_id="s")
+    assert seen.count("source_fetch_total", source="x", status="absent") == 1
+    assert seen.of("resource_absent") == [{"resource": str(X), "source": "x", "snapshot_id": "s"}]
+    assert seen.count("cache_failure_total", operation="read") == 1
+    assert seen.of("cache_failed") == [
+        {"operation": "read", "error_type": "LookupError", "error": "away"}
+    ]
+    assert seen.faults == []
+
+
 async def test_every_kind_of_source_is_named() -> None:
     building, seen = watched(
         Single("s"), Batch("b"), Derived("d", needs=lambda k: [key("s"), key("b")])
@@ -335,8 +407,17 @@ async def test_publications_are_counted_by_their_outcome() -> None:
     assert seen.count("resource_invalidation_total") == 1
     assert seen.of("resource_invalidated") == [{"resource": str(X), "reason": "test"}]
     (published,) = seen.of("resource_published")
-    assert (published["replaced"], published["forced"]) == (False, False)
-    assert len(seen.of("resource_publish_ignored")) == 3
+    assert published == {
+        "resource": str(X),
+        "source": "s",
+        "observed_at": now,
+        "replaced": False,
+        "forced": False,
+        "authority_rank": 0,
+    }
+    *_, outranked = ignored = seen.of("resource_publish_ignored")
+    assert len(ignored) == 3
+    assert (outranked["candidate_authority_rank"], outranked["cached_authority_rank"]) == (-1, 0)
     assert seen.faults == []
 
 
@@ -385,18 +466,26 @@ async def test_policies_report_what_they_let_through_and_what_they_turn_down() -
             assert limit == 2
     strict = SnapshotAcceptancePolicy(ResourceAcceptanceRule(max_age_seconds=1))
     with pytest.raises(SnapshotBuildError):
-        await building.build_request(SnapshotRequest(required=keys, acceptance_policy=strict))
+        old = [*keys, key("x", "2")]
+        await building.build_request(SnapshotRequest(required=old, acceptance_policy=strict))
     for status in ("success", "error"):
         rule = {"status": status, "rule": "observation_skew"}
         assert seen.count("snapshot_consistency_total", **rule) == 1
         assert seen.count("snapshot_acceptance_total", status=status) == 1
-    assert seen.count("snapshot_acceptance_violation_total", reason="too_old") == 1
+    assert seen.count("snapshot_acceptance_violation_total", reason="too_old") == 2
     (apart,) = seen.of("snapshot_consistency_failed")
     assert (apart["oldest_resource"], apart["newest_resource"]) == (str(X), str(keys[1]))
     assert apart["observation_skew_ms"] == pytest.approx(5000)
+    assert (apart["resources"], apart["max_observation_skew_ms"]) == (2, 2000)
     (refused,) = seen.of("snapshot_acceptance_failed")
-    assert (refused["violations"], refused["reasons"]) == (1, ("too_old",))
+    assert (refused["violations"], refused["reasons"]) == (2, ("too_old",))
     assert seen.faults == []
+
+
+def test_every_event_says_which_build_it_belongs_to_unless_it_belongs_to_none() -> None:
+    of_no_build = {"cache_failed", "resource_published", "resource_publish_ignored"}
+    without = {name for name, facts in EVENTS.items() if "snapshot_id" not in facts}
+    assert without == of_no_build | {"resource_invalidated"}
 
 
 # Nothing for nobody -------------------------------------------------------------------------------
