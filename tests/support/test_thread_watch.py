@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from coalestra.concurrency.threads import WorkerThreads
+from coalestra.observability import BufferedEventSink
+from tests.observability.recording import Recorder
 from tests.support import ThreadGate, settle, thread_watch
 from tests.support.thread_watch import BLOCKED_SECONDS, ThreadWatch, library_jobs
 from tests.support.virtual_loop import PATIENCE
@@ -106,6 +108,26 @@ def test_a_thread_that_has_been_notified_is_working_however_long_it_gets_no_proc
         condition.notify()
         assert not is_given_up(watch)
     thread.join()
+
+
+@pytest.mark.usefixtures("looks_far_apart")
+def test_a_buffer_that_has_something_to_deliver_is_working_however_long_it_gets_no_processor() -> (
+    None
+):
+    """A bell that is rung and not heard stands for a machine that is busy elsewhere."""
+    watch, sink = ThreadWatch(), Recorder()
+    buffer, processor = BufferedEventSink(sink), threading.Event()
+    buffer.queue._bell = SimpleNamespace(  # type: ignore[assignment]  # a bell
+        ring=int, wait=processor.wait
+    )
+    buffer.emit("first")
+    assert buffer.flush(30)
+    assert is_given_up(watch)
+    buffer.emit("second")
+    assert not is_given_up(watch)
+    processor.set()
+    assert buffer.close(timeout=30)
+    assert sink.emitted == ["first", "second"]
 
 
 @pytest.mark.usefixtures("looks_far_apart")

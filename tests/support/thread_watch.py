@@ -164,10 +164,16 @@ def _is_starting_or_ending(frame: FrameType) -> bool:
 def _is_released(frame: FrameType) -> bool:
     """Whether what this thread waited for has come, and it only has not gone on yet.
 
-    A condition forgets a waiter as it notifies it, the list of threads forgets one that ends, and
-    who waits for a change of the library's state has a function that looks at it.
+    A condition forgets a waiter as it notifies it, the list of threads forgets one that ends, who
+    waits for a change of the library's state has a function that looks at it, and the bell of a
+    buffer that has something to do has been rung, or is being rung.
     """
-    current: FrameType | None = frame
+    current: FrameType | None = frame.f_back
+    while current is not None and _is_waiting(current):
+        if current.f_code.co_name == "_work":
+            return not _is_at_rest(current)
+        current = current.f_back
+    current = frame
     while current is not None and _is_waiting(current):
         own = current.f_locals
         if "holds" in own:
