@@ -45,7 +45,6 @@ def test_every_test_of_the_library_belongs_to_a_section() -> None:
     internal = {
         "cache/test_fan_out.py",
         "cache/test_lanes.py",
-        "cache/test_listening.py",
         "concurrency/test_pace.py",
         "concurrency/test_ordering.py",
         "concurrency/test_threads.py",

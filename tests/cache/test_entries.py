@@ -10,8 +10,6 @@ import pytest
 from coalestra.cache.store import EntryStore, best_per_key
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy
-from coalestra.core.results import CacheWriteStatus
 from coalestra.core.values import Revision
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, revision_of
 
@@ -34,15 +32,6 @@ def test_the_least_recently_used_entry_leaves_first() -> None:
     store.put(revision_of(C))
     assert found(store, A, B, C) == [A, C]
     assert store.stats().evictions == 1
-
-
-def test_rewriting_an_entry_makes_it_recent() -> None:
-    store = EntryStore(2)
-    store.put(revision_of(A))
-    store.put(revision_of(B))
-    store.put(revision_of(A), replace_equal=True)
-    store.put(revision_of(C))
-    assert found(store, A, B, C) == [A, C]
 
 
 @pytest.mark.parametrize("max_entries", [2, None])
@@ -110,14 +99,6 @@ def test_peeking_counts_and_moves_nothing() -> None:
     assert (store.stats().hits, store.stats().misses) == (0, 0)
 
 
-def test_an_unbounded_store_keeps_everything() -> None:
-    store = EntryStore(None)
-    for number in range(20_000):
-        store.put(revision_of(numbered(number)))
-    assert len(store) == 20_000
-    assert store.stats().max_entries is None
-
-
 def test_every_outcome_is_counted() -> None:
     store = EntryStore(10)
     store.put(revision_of(A))
@@ -130,22 +111,6 @@ def test_every_outcome_is_counted() -> None:
     assert (stats.size, stats.max_entries, stats.sets) == (1, 10, 3)
     assert (stats.hits, stats.fresh_hits, stats.stale_hits, stats.misses) == (2, 1, 1, 2)
     assert (stats.invalidations, stats.expirations, stats.evictions) == (1, 1, 0)
-
-
-def test_an_ignored_write_returns_what_stayed_and_moves_nothing() -> None:
-    store = EntryStore(10)
-    old = revision_of(A)
-    store.put(old)
-    status, current, previous = store.put(revision_of(A, observed_at=NOW - 1))
-    assert (status, current, previous) == (CacheWriteStatus.IGNORED_OLDER, old, old)
-    assert store.peek(A) is old
-
-
-def test_a_stored_write_returns_itself_and_what_was_before() -> None:
-    store = EntryStore(10)
-    old, new = revision_of(A), revision_of(A, observed_at=NOW + 1)
-    assert store.put(old) == (CacheWriteStatus.STORED, old, None)
-    assert store.put(new) == (CacheWriteStatus.STORED, new, old)
 
 
 def test_a_derived_entry_ends_when_a_dependency_is_replaced_dropped_expired_or_evicted() -> None:
@@ -185,42 +150,6 @@ def test_a_changed_root_ends_a_chain_of_ten_thousand() -> None:
     store.put(revision_of(A), force=True)
     assert store.find(last.key, NOW, POLICY) is None
     assert found(store, *map(numbered, range(10_000))) == []
-
-
-def test_a_derived_entry_put_back_with_what_it_rests_on_is_current_again() -> None:
-    store = EntryStore(None)
-    base = revision_of(A)
-    derived = revision_of(B, rests_on=[base])
-    store.put(base)
-    store.put(derived)
-    store.put(revision_of(A), force=True)
-    assert store.find(B, NOW, POLICY) is None
-    store.put(base, force=True)
-    store.put(derived)
-    assert store.find(B, NOW, POLICY) is derived
-
-
-def test_rewriting_an_outdated_derived_entry_makes_it_recent() -> None:
-    store = EntryStore(3)
-    base = revision_of(A)
-    store.put(base)
-    store.put(revision_of(B, rests_on=[base]))
-    store.put(revision_of(A), force=True)
-    store.put(revision_of(C))
-    store.put(revision_of(B))
-    store.put(revision_of(numbered(1)))
-    assert found(store, A, B, C, numbered(1)) == [B, C, numbered(1)]
-
-
-def test_a_derived_entry_found_current_is_joined_to_what_it_rests_on() -> None:
-    store = EntryStore(None)
-    base = revision_of(A)
-    derived = revision_of(B, rests_on=[base])
-    derived.dependencies = NOTHING
-    store.put(derived)
-    store.put(base)
-    assert store.find(B, NOW, POLICY) is derived
-    assert derived.dependencies == (base,)
 
 
 def test_what_is_current_in_one_store_may_be_outdated_in_another() -> None:
@@ -319,13 +248,6 @@ def test_validity_agrees_with_looking_at_everything(seed: int) -> None:
             assert (store.peek(each) is not None) == current(each)
 
 
-def test_infinite_policies_never_expire_an_entry() -> None:
-    store = EntryStore(1)
-    store.put(revision_of(A, observed_at=0.0))
-    endless = FreshnessPolicy(float("inf"), float("inf"))
-    assert store.find(A, NOW, endless) is not None
-
-
 def test_listeners_hear_of_writes_and_invalidations_in_order() -> None:
     store = EntryStore(2)
     witness = Witness()
@@ -339,44 +261,6 @@ def test_listeners_hear_of_writes_and_invalidations_in_order() -> None:
         ("revised", A, revision.version),
         ("invalidating", (A, B)),
     ]
-
-
-@pytest.mark.parametrize("others", [0, 1])
-def test_everyone_but_the_teller_hears_of_a_write(others: int) -> None:
-    store = EntryStore()
-    teller, *listeners = witnesses = [Witness() for _ in range(1 + others)]
-    for witness in witnesses:
-        store.listeners.subscribe(witness)
-    revision = revision_of(A)
-    store.put(revision, teller=teller)
-    assert teller.heard == []
-    assert all(each.heard == [("revised", A, revision.version)] for each in listeners)
-    store.put(revision, force=True)
-    assert teller.heard == [("revised", A, revision.version)]
-
-
-def test_listeners_hear_of_invalidation_by_rule_with_the_rule() -> None:
-    store = EntryStore(2)
-    witness = Witness()
-    store.put(revision_of(A))
-    store.listeners.subscribe(witness)
-    assert [each.key for each in store.drop_where(lambda key: key != B)] == [A]
-    store.clear()
-    assert witness.heard == [
-        ("invalidating_where", (A, C)),
-        ("invalidating_where", (A, B, C)),
-    ]
-
-
-def test_eviction_and_expiry_are_not_news() -> None:
-    store = EntryStore(1)
-    store.put(revision_of(A, observed_at=NOW - 99))
-    witness = Witness()
-    store.listeners.subscribe(witness)
-    store.find(A, NOW, POLICY)
-    store.put(revision_of(B))
-    store.put(revision_of(C))
-    assert [(name, key) for name, key, _ in witness.heard] == [("revised", B), ("revised", C)]
 
 
 def test_a_rule_that_fails_changes_nothing() -> None:

@@ -11,56 +11,9 @@ from coalestra._endings import look_after
 from coalestra.cache.near import KeyLanes
 from coalestra.core.keys import ResourceKey
 from tests.contracts.samples import A, B, C, begun
-from tests.support import cancel_at_every_await, settle
+from tests.support import settle
 
 pytestmark = pytest.mark.concurrency
-
-
-async def test_operations_on_one_key_run_one_after_the_other_in_order() -> None:
-    lanes = KeyLanes()
-    log: list[str] = []
-
-    async def operate(name: str) -> None:
-        async with lanes.turn([A]):
-            log.append(f"{name} begins")
-            await asyncio.sleep(1)
-            log.append(f"{name} ends")
-
-    await asyncio.gather(*[await begun(operate(name)) for name in "123"])
-    assert log == [f"{name} {what}" for name in "123" for what in ("begins", "ends")]
-    assert len(lanes) == 0
-
-
-async def test_operations_on_different_keys_run_side_by_side() -> None:
-    lanes = KeyLanes()
-
-    async def operate(key: ResourceKey) -> None:
-        async with lanes.turn([key]):
-            await asyncio.sleep(1)
-
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    await asyncio.gather(operate(A), operate(B), operate(C))
-    assert loop.time() - began == pytest.approx(1)
-
-
-async def test_a_turn_may_wait_for_keys_that_it_does_not_hold() -> None:
-    lanes = KeyLanes()
-    log: list[str] = []
-
-    async def operate(name: str, key: ResourceKey, after: tuple[ResourceKey, ...] = ()) -> None:
-        async with lanes.turn([key], after):
-            await asyncio.sleep(1)
-            log.append(name)
-
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    above = [await begun(operate("base", A))]
-    above += [await begun(operate("above", key, (A,))) for key in (B, C)]
-    await asyncio.gather(*above)
-    assert log == ["base", "above", "above"]
-    assert loop.time() - began == pytest.approx(2)  # side by side, as none holds the base
-    assert len(lanes) == 0
 
 
 async def test_overlapping_groups_of_keys_cannot_block_each_other() -> None:
@@ -115,22 +68,6 @@ async def test_ten_thousand_abandoned_turns_end_without_recursion() -> None:
     await asyncio.gather(first, *others, return_exceptions=True)
     await operate()
     assert len(lanes) == 0
-
-
-async def test_cancelling_at_any_await_leaves_the_lanes_idle() -> None:
-    lanes = KeyLanes()
-
-    async def operate(keys: list[ResourceKey]) -> None:
-        async with lanes.turn(keys):
-            await asyncio.sleep(0.1)
-
-    async def work() -> None:
-        await asyncio.gather(operate([A, B]), operate([B, C]), operate([C, A]), operate([A]))
-
-    def check() -> None:
-        assert len(lanes) == 0
-
-    assert await cancel_at_every_await(work, check) > 3
 
 
 def test_lanes_describe_themselves() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -29,7 +28,7 @@ from tests.contracts.caches import (
     SingleKeyCache,
     WrappedMemoryCache,
 )
-from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun, revision_of, value_of
+from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, revision_of, value_of
 from tests.support import cancel_at_every_await, run_virtual
 
 KEYS = tuple(ResourceKey("market", "depth", str(number)) for number in range(20))
@@ -71,150 +70,9 @@ async def write(
     return outcomes
 
 
-async def test_what_was_written_is_read_in_the_order_asked(access: CacheAccess) -> None:
-    await write(access, [revision_of(key, number) for number, key in enumerate(KEYS)])
-    asked = KEYS[::-1]
-    found = await read(access, *asked, C)
-    assert [found[key].payload for key in asked] == list(range(len(KEYS)))[::-1]
-    assert tuple(found) == asked
-
-
-async def test_a_read_keeps_version_rank_and_provenance(access: CacheAccess) -> None:
-    written = revision_of(rank=7, metadata={"feed": "x"})
-    await write(access, [written])
-    found = (await read(access, A))[A]
-    assert (found.version, found.authority_rank, found.metadata) == (
-        written.version,
-        7,
-        {"feed": "x"},
-    )
-    assert (found.source, found.observed_at, found.latency_ms) == ("test", NOW, 1.5)
-
-
 async def test_an_entry_beyond_max_stale_is_not_read(access: CacheAccess) -> None:
     await write(access, [revision_of(observed_at=NOW - 31), revision_of(B, observed_at=NOW - 29)])
     assert set(await read(access, A, B)) == {B}
-
-
-@pytest.mark.parametrize(
-    "rank, observed, force, replace_equal, status",
-    [
-        (6, NOW - 9, False, False, "stored"),
-        (4, NOW, False, True, "ignored_lower_authority"),
-        (5, NOW - 4, False, False, "stored"),
-        (5, NOW - 6, False, True, "ignored_older"),
-        (5, NOW - 5, False, False, "ignored_duplicate"),
-        (5, NOW - 5, False, True, "stored"),
-        (0, NOW - 9, True, False, "stored"),
-    ],
-)
-async def test_writes_follow_the_write_order_and_tell_what_stayed(
-    access: CacheAccess,
-    rank: int,
-    observed: float,
-    force: bool,
-    replace_equal: bool,
-    status: str,
-) -> None:
-    old = revision_of(payload="old", rank=5, observed_at=NOW - 5)
-    new = revision_of(payload="new", rank=rank, observed_at=observed)
-    await write(access, [old])
-    outcomes = await write(access, [new], force=force, replace_equal=replace_equal)
-    became, current, previous = outcomes[A]
-    assert became is CacheWriteStatus(status)
-    winner = new if became is CacheWriteStatus.STORED else old
-    assert current.version == winner.version
-    assert current.payload == winner.payload
-    assert previous is not None
-    assert previous.version == old.version
-    assert (await read(access, A))[A].version == winner.version
-
-
-async def test_of_one_batch_the_best_per_key_is_written(access: CacheAccess) -> None:
-    written = await write(
-        access,
-        [
-            revision_of(A, "late", observed_at=NOW + 1),
-            revision_of(A, "early"),
-            revision_of(B, "first"),
-            revision_of(B, "second"),
-        ],
-    )
-    assert {key: current.payload for key, (_, current, _) in written.items()} == {
-        A: "late",
-        B: "second",
-    }
-    assert {key: each.payload for key, each in (await read(access, A, B)).items()} == {
-        A: "late",
-        B: "second",
-    }
-
-
-async def test_invalidated_keys_are_gone_and_others_stay(access: CacheAccess) -> None:
-    await write(access, [revision_of(A), revision_of(B)])
-    await access.invalidate([A, C, A])
-    assert set(await read(access, A, B, C)) == {B}
-
-
-async def test_many_writers_of_one_key_leave_the_best(access: CacheAccess) -> None:
-    for times in itertools.permutations(range(4)):
-        await access.invalidate([A])
-        await asyncio.gather(
-            *(write(access, [revision_of(A, time, observed_at=NOW - 9 + time)]) for time in times)
-        )
-        assert (await read(access, A))[A].payload == 3
-
-
-async def test_a_derived_entry_is_read_while_its_dependencies_are_current(
-    access: CacheAccess,
-) -> None:
-    base = revision_of(A)
-    derived = revision_of(B, rests_on=[base])
-    top = revision_of(C, rests_on=[derived])
-    await write(access, [top, derived, base])
-    assert set(await read(access, C)) == {C}
-    assert set(await read(access, A, B, C)) == {A, B, C}
-
-
-async def test_a_derived_entry_ends_with_its_dependency_through_any_chain(
-    access: CacheAccess,
-) -> None:
-    base = revision_of(A)
-    chain = [base]
-    for key in KEYS:
-        chain.append(revision_of(key, rests_on=[chain[-1]]))
-    await write(access, chain)
-    await write(access, [revision_of(A, 2.0, observed_at=NOW + 1)])
-    assert set(await read(access, *reversed(KEYS), A)) == {A}
-    await access.drain(1)
-
-
-async def test_a_derived_entry_without_its_dependency_is_not_read(access: CacheAccess) -> None:
-    base = revision_of(A)
-    await write(access, [base, revision_of(B, rests_on=[base])])
-    await access.invalidate([A])
-    assert await read(access, B) == {}
-    await access.drain(1)
-
-
-async def test_an_outdated_derived_entry_keeps_no_newer_derivation_out(
-    access: CacheAccess,
-) -> None:
-    base, newer = revision_of(A), revision_of(A, 2.0, observed_at=NOW + 1)
-    await write(access, [base, revision_of(B, "old", rests_on=[base])])
-    await write(access, [newer])
-    written = await write(access, [revision_of(B, "new", rests_on=[newer])])
-    assert written[B][0] is CacheWriteStatus.STORED
-    assert (await read(access, B))[B].payload == "new"
-
-
-async def test_derived_entries_read_with_their_dependencies_are_joined_to_them(
-    access: CacheAccess,
-) -> None:
-    base = revision_of(A)
-    await write(access, [base, revision_of(B, rests_on=[base])])
-    found = (await read(access, A, B))[B]
-    assert [each.version for each in found.dependencies] == [base.version]
 
 
 async def test_dependencies_read_only_to_judge_a_derived_entry_are_joined_to_it(
@@ -247,43 +105,10 @@ async def test_a_foreign_cache_is_given_copies(foreign: SingleKeyCache) -> None:
     assert revision.payload == {"levels": [1, 2]}
 
 
-async def test_listeners_hear_of_what_was_stored_and_not_of_what_was_ignored(
-    access: CacheAccess,
-) -> None:
-    witness = Witness()
-    access.subscribers.subscribe(witness)
-    old, older = revision_of(A), revision_of(A, observed_at=NOW - 1)
-    await write(access, [old])
-    await write(access, [older])
-    assert witness.heard == [("revised", A, old.version)]
-    access.subscribers.unsubscribe(witness)
-    await write(access, [revision_of(B)])
-    assert len(witness.heard) == 1
-
-
-async def test_listeners_hear_of_an_invalidation_before_anything_is_awaited(
-    access: CacheAccess,
-) -> None:
-    witness = Witness()
-    access.subscribers.subscribe(witness)
-    await write(access, [revision_of(A)])
-    invalidation = await begun(access.invalidate([A, B]))
-    assert ("invalidating", (A, B)) in witness.heard
-    await invalidation
-
-
 async def test_a_listener_nobody_holds_is_forgotten(access: CacheAccess) -> None:
     access.subscribers.subscribe(Witness())
     await write(access, [revision_of(A)])
     assert access.subscribers.references == ()
-
-
-async def test_single_key_caches_are_driven_by_a_bounded_number_of_tasks() -> None:
-    cache = SingleKeyCache()
-    access = access_over(cache, limit=3)
-    await write(access, [revision_of(key) for key in KEYS])
-    assert set(await read(access, *KEYS)) == set(KEYS)
-    assert cache.peak_running == 3
 
 
 async def test_a_batch_cache_is_asked_once_for_all_keys() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from coalestra.core.keys import ResourceKey
-from coalestra.core.values import Revision
 from coalestra.observability import EventRecord, MetricRecord
 
 PATIENCE = 20.0
@@ -62,24 +60,6 @@ EVENTS: dict[str, str] = {
     "payload_copy_deadline_exceeded": "snapshot_id phase",
 }
 """Every event, and the facts that it tells."""
-
-
-def revision_of(
-    key: ResourceKey, *, observed_at: float = 100.0, authority_rank: int = 7
-) -> Revision:
-    """A revision with its provenance, as reports look at it."""
-    return Revision(
-        key,
-        None,
-        None,
-        "exchange",
-        observed_at,
-        100.0,
-        "v1",
-        latency_ms=12.5,
-        attempts=2,
-        authority_rank=authority_rank,
-    )
 
 
 class Recorder:

@@ -9,18 +9,14 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.errors import SourceFailure
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.observability import (
-    BufferedEventSink,
-    BufferedMetricsSink,
-    BufferOverflowPolicy,
     NullEventSink,
     NullMetrics,
 )
 from coalestra.observability.reports import Reporter, reporter_for
-from tests.observability.recording import PATIENCE, Held, Raising, Recorder
+from tests.observability.recording import Raising, Recorder
 
 PRICE = ResourceKey("market", "price", "BTC")
 
@@ -50,16 +46,6 @@ def reporter(metrics: Any, events: Any) -> Reporter:
     report = reporter_for(metrics, events)
     assert report is not None
     return report
-
-
-def test_without_a_listener_there_is_no_reporter() -> None:
-    assert reporter_for(NullMetrics(), NullEventSink()) is None
-
-
-def test_null_sinks_behind_buffers_do_not_listen_either() -> None:
-    metrics, events = BufferedMetricsSink(NullMetrics()), BufferedEventSink(NullEventSink())
-
-    assert reporter_for(metrics, events) is None
 
 
 def test_a_subclass_of_a_null_sink_may_listen() -> None:
@@ -118,39 +104,6 @@ def test_without_metrics_no_labels_are_built() -> None:
     }
 
 
-def test_what_a_sink_raises_is_counted_and_goes_no_further() -> None:
-    sink = Raising(RuntimeError("the disk is full"))
-    report = reporter(sink, sink)
-
-    report.tell("cache_hit", resource=PRICE, freshness="fresh", snapshot_id="s1")
-    report.observe("source_batch_size", 3, source="exchange")
-
-    assert sink.calls == 3
-    assert report.failures == 3
-
-
-def test_a_failing_metrics_sink_does_not_keep_the_event_back() -> None:
-    events = Recorder()
-    report = reporter(Raising(ValueError()), events)
-
-    report.tell("cache_hit", resource=PRICE, freshness="fresh", snapshot_id="s1")
-
-    assert events.emitted == ["cache_hit"]
-
-
-class Panic(BaseException):
-    """No ordinary exception."""
-
-
-@pytest.mark.parametrize("error", [Panic(), asyncio.CancelledError(), GeneratorExit()])
-def test_what_is_no_ordinary_exception_is_counted_all_the_same(error: BaseException) -> None:
-    report = reporter(Raising(error), Raising(error))
-
-    report.tell("cache_hit", resource=PRICE, freshness="fresh", snapshot_id="s1")
-
-    assert report.failures == 2
-
-
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 def test_what_ends_the_program_reaches_it_after_the_step_that_reported(
     kind: type[BaseException],
@@ -200,61 +153,6 @@ def test_the_diagnostics_of_an_event_are_json_and_read_like_the_snapshots() -> N
     assert copy.deepcopy(told) == told
     with pytest.raises(AttributeError, match="no field 'other'"):
         _ = told.other
-
-
-def test_a_full_buffer_that_raises_is_a_failing_sink_like_any_other() -> None:
-    held = Held()
-    with BufferedEventSink(held, max_pending=1, overflow=BufferOverflowPolicy.RAISE) as buffer:
-        report = reporter(NullMetrics(), buffer)
-        report.tell("cache_bypassed", resource=PRICE, reason="first", snapshot_id="s1")
-        held.wait_arrived()
-        report.tell("cache_bypassed", resource=PRICE, reason="second", snapshot_id="s1")
-        report.tell("cache_bypassed", resource=PRICE, reason="third", snapshot_id="s1")
-        held.let_through()
-        assert buffer.flush(PATIENCE)
-
-    assert report.failures == 1
-    assert [event.payload["reason"] for event in held.events] == ["first", "second"]
-
-
-class Unreadable(Exception):
-    """An error whose message cannot be had."""
-
-    def __str__(self) -> str:
-        raise RuntimeError("no message for you")
-
-
-def reported_error(error: BaseException | SourceFailure) -> tuple[str, str]:
-    sink = Recorder()
-    report = reporter(NullMetrics(), sink)
-    report.source_failed(PRICE, "exchange", error, "s1")
-    assert report.failures == 0
-    payload = sink.events[0].payload
-    return payload["error_type"], payload["error"]
-
-
-def test_an_error_is_told_by_its_type_and_its_message() -> None:
-    assert reported_error(ConnectionError("line down")) == ("ConnectionError", "line down")
-
-
-def test_a_recorded_failure_is_told_like_the_error_it_was_made_of() -> None:
-    failure = SourceFailure("exchange", "TimeoutError", "took too long")
-
-    assert reported_error(failure) == ("TimeoutError", "took too long")
-
-
-def test_a_message_is_told_in_one_bounded_line() -> None:
-    _, text = reported_error(ValueError("one\ntwo\n" + "x" * 1_000_000))
-
-    assert text.startswith("one two xxx")
-    assert len(text) == 300
-
-
-def test_an_error_whose_message_cannot_be_read_is_still_reported() -> None:
-    kind, text = reported_error(Unreadable())
-
-    assert kind == "Unreadable"
-    assert "RuntimeError" in text
 
 
 def test_a_reporter_tells_which_sides_it_serves() -> None:

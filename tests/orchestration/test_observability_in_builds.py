@@ -29,8 +29,8 @@ from coalestra import (
 )
 from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.observability import EventRecord
-from tests.observability.recording import EVENTS
 from tests.contracts.caches import SingleKeyCache
+from tests.observability.recording import EVENTS
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
 from tests.support import Gate, ThreadGate, settle
 
