@@ -32,7 +32,6 @@ from coalestra import (
     Snapshot,
     SnapshotBuilder,
     SnapshotBuildError,
-    SnapshotRequest,
     SourceAuthorityPolicy,
     SourceFailure,
     SourcePayload,
@@ -187,15 +186,6 @@ async def test_applications_that_know_nothing_of_it_see_a_failed_resource() -> N
     assert isinstance(raised.value.__cause__, ResourceAbsentError)
     assert raised.value.snapshot is not None
     assert set(raised.value.snapshot) == {Y}
-
-
-async def test_a_request_tells_the_absence_of_what_is_required_and_of_what_is_optional() -> None:
-    building = builder(Stock("x", {"x": NONE}), Single("y"))
-    snapshot = await building.build_request(SnapshotRequest(required=[Y], optional=[X]))
-    absence(snapshot)
-    with pytest.raises(SnapshotBuildError) as raised:
-        await building.build_request(SnapshotRequest(required=[X], optional=[Y]))
-    assert type(raised.value.errors[X]) is ResourceAbsentError
 
 
 def test_threads_are_told_of_it_as_well() -> None:
@@ -518,18 +508,6 @@ async def test_a_value_that_was_fetched_since_ends_what_is_remembered() -> None:
     await asyncio.sleep(6)
     source.change(x="still there")
     assert (await attempt(building)).value(X) == "still there"
-
-
-async def test_a_forced_reading_asks_the_source_and_not_the_memory() -> None:
-    source = Stock("x", {"x": "there"})
-    building = builder(source)
-    async with building.session() as session:
-        await session.resolve([X])
-        source.change(x=FOR_A_MINUTE)
-        await building.publisher.invalidate(X)
-        absence(await attempt(building))
-        source.change(x="there again")
-        assert (await session.revalidate([X], force_refresh=True)).value(X) == "there again"
 
 
 async def test_readers_of_one_moment_share_one_answer() -> None:

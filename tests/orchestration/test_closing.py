@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -426,26 +425,3 @@ async def test_health_tells_of_the_copies_of_a_memory_cache_that_was_passed_in()
             "builder",
             "cache",
         }
-
-
-@pytest.mark.parametrize("how", ["hangs", "cancels", "fails", "panics"])
-async def test_health_ends_whatever_a_cache_says_of_itself(how: str) -> None:
-    class Panic(BaseException):
-        pass
-
-    class Telling(AsyncMemoryCache):
-        async def stats(self) -> Any:
-            answers: dict[str, Callable[[], Any]] = {
-                "hangs": asyncio.Event().wait,
-                "cancels": lambda: _raising(asyncio.CancelledError()),
-                "fails": lambda: _raising(ValueError()),
-                "panics": lambda: _raising(Panic()),
-            }
-            return await answers[how]()
-
-    async with builder(Single("k"), cache=Telling()) as building:
-        assert (await building.health_snapshot()).cache is None
-
-
-async def _raising(error: BaseException) -> None:
-    raise error

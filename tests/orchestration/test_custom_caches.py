@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from coalestra import (
-    AsyncCache,
     FreshnessPolicy,
     RefreshMode,
     ResourceKey,
-    SnapshotBuilder,
     SnapshotBuildError,
     SourceUnavailableError,
 )
@@ -25,7 +23,7 @@ from tests.contracts.caches import (
     SingleKeyCache,
 )
 from tests.contracts.samples import value_of
-from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
 from tests.support import Gate, LoopClock, ThreadGate, cancel_at_every_await, no_leaks, settle
 
@@ -33,13 +31,6 @@ Make = Callable[[], Any]
 SHORT = FreshnessPolicy(10.0, 100.0)
 
 every_cache = pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
-foreign = pytest.mark.parametrize(
-    "make",
-    [SingleKeyCache, BatchCache, AtomicCache, BatchAtomicCache],
-    ids=lambda make: make.__name__,
-)
-
-
 # What is the same for all
 
 
@@ -214,20 +205,6 @@ async def test_single_key_caches_are_driven_by_no_more_workers_than_allowed(limi
     assert cache.peak_running == limit
 
 
-@foreign
-async def test_the_write_order_holds_for_every_cache(make: Make) -> None:
-    shop = Shop(cache=make())
-    publisher = shop.builder.publisher
-    await asyncio.sleep(10)
-    await publisher.publish(BASE, "new", source="s")
-    older = await publisher.publish(BASE, "old", source="s", observed_at=1.0)
-    assert older.status.value == "ignored_older"
-    assert (await shop.builder.build([BASE])).value(BASE) == "new"
-    forced = await publisher.publish(BASE, "old", source="s", observed_at=1.0, force=True)
-    assert forced.previous is not None
-    assert forced.previous.value == "new"
-
-
 # Dependency validation
 
 
@@ -277,55 +254,6 @@ async def test_a_value_that_vanished_from_the_cache_is_simply_fetched_again() ->
 # Caches that fail
 
 
-class FailingSingle(SingleKeyCache):
-    """Fails in the calls whose names are in `broken`."""
-
-    def __init__(self, *broken: str) -> None:
-        super().__init__()
-        self.broken = set(broken)
-
-    async def _travel(self, call: str) -> None:
-        await super()._travel(call)
-        if call in self.broken:
-            raise ConnectionError(f"cache lost in {call}")
-
-
-class Failing(FailingSingle, BatchAtomicCache):
-    """The same with many keys at once."""
-
-
-@pytest.mark.parametrize(
-    "cache",
-    [
-        Failing("get_many"),
-        Failing("set_many_if_newer"),
-        Failing("get_many", "set_many_if_newer", "invalidate_many"),
-        FailingSingle("get"),
-        FailingSingle("set"),
-        FailingSingle("get", "set", "invalidate"),
-    ],
-)
-async def test_a_cache_that_raises_does_not_fail_a_build(cache: SingleKeyCache) -> None:
-    shop = Shop(cache=cache)
-    for _ in range(2):
-        snapshot = await shop.builder.build([TOP, BASE, OTHER])
-        assert shown(snapshot) == {TOP: ((1,),), BASE: 1, OTHER: 10}
-    session = await shop.session(BASE)
-    shop.stock.change(base=2)
-    after = await session.revalidate([BASE], force_refresh=True)
-    assert shown(after) == {BASE: 2}
-    await no_leaks(shop.builder)
-    await shop.builder.aclose()
-
-
-async def test_a_publication_into_a_cache_that_raises_tells_its_publisher() -> None:
-    writes = ("set_many_if_newer", "set_if_newer", "set_many", "set")
-    shop = Shop(cache=Failing("get_many", *writes))
-    with pytest.raises(ConnectionError):
-        await shop.builder.publisher.publish(BASE, 1, source="s")
-    assert (await shop.builder.build([BASE])).value(BASE) == 1
-
-
 @pytest.mark.parametrize("error", [ConnectionError, GeneratorExit, asyncio.CancelledError, None])
 async def test_stats_that_raise_or_hang_do_not_fail_health(
     error: type[BaseException] | None,
@@ -356,19 +284,6 @@ class Hanging(SingleKeyCache):
         self.calls.append(call)
         if call in self.where:
             await self.gate.pass_()
-
-
-@pytest.mark.parametrize("where", ["get", "set"])
-async def test_a_cache_that_hangs_fails_no_build(where: str) -> None:
-    cache = Hanging(where)
-    building = builder(Single("k"), cache=cache)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    assert (await building.build([key("k")])).complete
-    assert loop.time() - began < (1.02 if where == "get" else 0.02)
-    assert (await building.build([key("k")], deadline_seconds=0.1)).complete
-    cache.gate.open()
-    await building.aclose()
 
 
 async def test_a_hanging_cache_read_does_not_outlive_the_readers_who_left() -> None:
@@ -428,14 +343,3 @@ async def test_who_goes_on_without_a_cached_value_that_is_being_copied_is_counte
     assert (await building.health_snapshot()).payload_copy_timeout_count == 1
     gate.open()
     await building.aclose()
-
-
-async def test_two_builders_may_share_one_cache() -> None:
-    cache: AsyncCache = BatchAtomicCache()
-    source = Single("k")
-    first: SnapshotBuilder = builder(source, cache=cache, default_policy=LASTING)
-    second = builder(Single("k"), cache=cache, default_policy=LASTING)
-    one = await first.build([key("k")])
-    two = await second.build([key("k")])
-    assert two[key("k")].version == one[key("k")].version
-    assert two[key("k")].from_cache

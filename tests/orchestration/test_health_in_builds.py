@@ -18,7 +18,6 @@ from coalestra import (
     BuilderHealthReason,
     BuilderHealthSeverity,
     CacheStats,
-    CallableSource,
     CircuitBreakerPolicy,
     CircuitIdentity,
     CircuitScope,
@@ -129,20 +128,6 @@ async def test_work_under_way_is_seen_while_it_lasts() -> None:
     assert finding.component == "k"
     gate.open()
     await asyncio.gather(*tasks)
-
-
-async def test_background_refreshes_are_counted() -> None:
-    gate = Gate(opened=True)
-    policy = FreshnessPolicy(5, 50, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    building = builder(Stock("k", {"k": 1}, before=gate.pass_), default_policy=policy)
-    await building.build([K])
-    await asyncio.sleep(6)
-    gate.close()
-    await building.build([K])
-    assert (await building.health_snapshot()).background_refreshes == 1
-    gate.open()
-    await building.wait_for_refreshes()
-    assert (await building.health_snapshot()).background_refreshes == 0
 
 
 async def test_timeouts_of_each_kind_are_counted_and_their_growth_is_found() -> None:
@@ -261,47 +246,6 @@ async def test_each_source_tells_when_it_last_answered_and_last_failed() -> None
     assert await told() == {"k": (3.0, 1.0, "LookupError"), "idle": (None, None, None)}
 
 
-async def test_revalidations_are_counted_with_their_failures() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    before = await shop.builder.health_snapshot()
-    await session.revalidate([BASE])
-    shop.stock.change(base=SourceUnavailableError("down"))
-    await session.revalidate([BASE], force_refresh=True, strict=False)
-    health = await shop.builder.health_snapshot()
-    assert (health.revalidation_attempt_count, health.revalidation_failure_count) == (2, 1)
-    assert reasons(health, previous=before) == {
-        BuilderHealthReason.REVALIDATION_FAILURES_INCREASED: "degraded"
-    }
-
-
-async def test_a_blocking_call_that_outlives_its_transport_timeout_is_counted_by_source() -> None:
-    gate = ThreadGate()
-    source = CallableSource(
-        name="slow",
-        priority=1,
-        supports=lambda key: True,
-        fetcher=lambda key, context: gate.pass_(),
-        timeout_seconds=2.0,
-        blocking_io=True,
-        transport_timeout_seconds=1.0,
-        resilience_policy=ONCE,
-    )
-    building = builder(source)
-    before = await building.health_snapshot()
-    assert before.protected_blocking_source_count == before.blocking_source_count == 1
-    await building.build([K], strict=False)
-    health = await building.health_snapshot()
-    assert health.source_transport_timeout_violation_count == 1
-    assert health.source_transport_timeout_violations == {"slow": 1}
-    assert BuilderHealthReason.SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED in reasons(
-        health, previous=before
-    )
-    gate.open()
-    await settle()
-    await building.aclose()
-
-
 async def test_a_closed_builder_is_critical() -> None:
     building = builder(Single("k"))
     await building.aclose()
@@ -356,12 +300,6 @@ async def test_a_full_buffer_and_what_it_drops_are_found() -> None:
 async def test_a_cache_without_stats_has_none() -> None:
     building = builder(Single("k"), cache=SingleKeyCache())
     assert (await building.health_snapshot()).cache is None
-
-
-async def test_capacity_snapshot_names_the_limit_over_all_sources() -> None:
-    building = builder(Single("k"), source_concurrency={"k": 2}, max_concurrency=3)
-    capacity = await building.capacity_snapshot()
-    assert {name: each.limit for name, each in capacity.items()} == {"__global__": 3, "k": 2}
 
 
 # As data
@@ -510,8 +448,10 @@ async def test_a_flight_that_only_refreshes_says_that_no_reader_waits() -> None:
     await gate.wait_arrived(2)
     (flight,) = building.flights_under_way()
     assert flight.refresh
+    assert (await building.health_snapshot()).background_refreshes == 1
     gate.open()
     await building.wait_for_refreshes()
+    assert (await building.health_snapshot()).background_refreshes == 0
 
 
 @pytest.mark.parametrize("limit", [0, True, 1.5])

@@ -89,24 +89,6 @@ async def test_async_with_closes_the_builder_also_after_an_error() -> None:
     assert building.closed
 
 
-async def test_a_caller_that_is_cancelled_while_closing_does_not_stop_the_closing() -> None:
-    gate = Gate()
-
-    class Slow(Single):
-        async def aclose(self) -> None:
-            await gate.pass_()
-
-    building = builder(Slow("k"), manage_lifecycle=True)
-    closing = asyncio.ensure_future(building.aclose())
-    await gate.wait_arrived()
-    closing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await closing
-    gate.open()
-    await building.aclose()
-    assert building.closed
-
-
 async def test_builds_under_way_end_with_an_error_when_the_builder_is_closed() -> None:
     gate = Gate()
     building = builder(Stock("k", {"k": 1}, before=gate.pass_))
@@ -704,28 +686,6 @@ async def opened(building: SnapshotBuilder) -> SnapshotSession:
     return session
 
 
-def test_a_session_without_deadline_goes_on_on_the_next_loop() -> None:
-    stock = Stock("stock", {"k": 1, "l": 2})
-    building = made(stock)
-    sessions = []
-
-    async def begin() -> None:
-        session = building.session()
-        sessions.append(session)
-        await session.resolve([K])
-
-    async def go_on() -> dict[ResourceKey, Any]:
-        (session,) = sessions
-        await session.resolve([key("l")])
-        snapshot = await session.revalidate([K], force_refresh=True)
-        return {each: value.value for each, value in snapshot.items()}
-
-    asyncio.run(begin())
-    stock.change(k=3)
-    assert asyncio.run(go_on()) == {K: 3, key("l"): 2}
-    asyncio.run(building.aclose())
-
-
 def in_another_loop(work: Callable[[], Coroutine[Any, Any, Any]]) -> BaseException | None:
     """Run work on a loop of its own in another thread; return what it raised."""
     errors: list[BaseException | None] = []
@@ -843,46 +803,3 @@ def test_closing_that_was_left_on_a_loop_that_stands_still_is_done_by_the_next_c
 
     abandoned.run_until_complete(closing)
     abandoned.close()
-
-
-def test_refreshes_left_on_a_loop_that_has_ended_are_not_waited_for() -> None:
-    hung: list[asyncio.Task[Any] | None] = []
-
-    async def fetch(*_: Any) -> int:
-        if gone:
-            hung.append(asyncio.current_task())
-            await asyncio.Event().wait()
-        return 1
-
-    clock, gone = ManualClock(), False
-    source = CallableSource(name="s", priority=1, supports=lambda _: True, fetcher=fetch)
-    policy = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    building = SnapshotBuilder([source], default_policy=policy, clock=clock)
-
-    async def leave_a_refresh() -> None:
-        nonlocal gone
-        await building.build([K])
-        clock.advance(6)
-        gone = True
-        await building.build([K])
-        await settle()
-        assert hung
-
-    ended = asyncio.new_event_loop()
-    ended.run_until_complete(leave_a_refresh())
-    drop(ended)
-
-    run_virtual(building.wait_for_refreshes())
-    run_virtual(building.aclose())
-
-
-def test_closing_on_another_loop_than_the_work_was_done_on() -> None:
-    building = made(Single("k"))
-    asyncio.run(_discard(building.build([K])))
-    asyncio.run(building.aclose())
-    asyncio.run(building.aclose())
-    assert building.closed
-
-
-async def _discard(work: Coroutine[Any, Any, Any]) -> None:
-    await work

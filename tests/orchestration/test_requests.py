@@ -10,7 +10,6 @@ import pytest
 
 from coalestra import (
     FreshnessPolicy,
-    InMemoryMetrics,
     RefreshMode,
     ResourceAcceptanceError,
     ResourceAcceptanceRule,
@@ -23,7 +22,6 @@ from coalestra import (
     SnapshotBuildError,
     SnapshotConsistencyError,
     SnapshotConsistencyPolicy,
-    SnapshotDeadlineExceededError,
     SnapshotRequest,
     SnapshotRequirement,
     SourceAuthorityPolicy,
@@ -32,7 +30,7 @@ from coalestra import (
 )
 from tests.orchestration.scripted import builder, key
 from tests.orchestration.stock import BASE, OTHER, TOP, Shop, Stock, shown
-from tests.support import EPOCH, Gate, no_leaks
+from tests.support import EPOCH
 
 A, B, C = key("a"), key("b"), key("c")
 DOWN = SourceUnavailableError("down")
@@ -66,37 +64,6 @@ def serving(**values: Any) -> SnapshotBuilder:
 
 
 # The request itself
-
-
-def test_a_request_without_keys_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        SnapshotRequest()
-
-
-def test_a_key_in_both_groups_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match=str(A)):
-        SnapshotRequest(required=[A, B], optional=[A])
-
-
-def test_a_policy_may_name_keys_of_the_request_only() -> None:
-    rule = ResourceAcceptanceRule(max_age_seconds=1)
-    with pytest.raises(ValueError, match="acceptance_policy"):
-        SnapshotRequest(
-            required=[A], acceptance_policy=SnapshotAcceptancePolicy(resource_rules={B: rule})
-        )
-    with pytest.raises(ValueError, match="acceptance_policy"):
-        SnapshotRequest(
-            required=[A],
-            acceptance_policy=SnapshotAcceptancePolicy(
-                requirements=(SnapshotRequirement.any_of([A, B]),)
-            ),
-        )
-
-
-def test_keys_are_the_required_ones_and_then_the_optional_ones() -> None:
-    request = SnapshotRequest(required=[B], optional=[C, A])
-    assert tuple(request.keys) == (B, C, A)
-    assert (request.is_required(B), request.is_required(A)) == (True, False)
 
 
 @both
@@ -140,21 +107,6 @@ async def test_failed_required_keys_raise_with_the_partial_snapshot(ask: Ask) ->
 async def test_all_optional_keys_may_fail(ask: Ask) -> None:
     snapshot = await ask(serving(a=DOWN), SnapshotRequest(optional=[A]))
     assert (len(snapshot), list(snapshot.errors)) == (0, [A])
-
-
-@both
-async def test_the_deadline_fails_the_keys_that_are_late(ask: Ask) -> None:
-    gate = Gate()
-    building = builder(Stock("quick", {"a": 1}), Stock("slow", {"b": 2}, before=gate.pass_))
-    snapshot = await ask(building, SnapshotRequest(required=[A], optional=[B]), deadline_seconds=2)
-    assert shown(snapshot) == {A: 1}
-    with pytest.raises(SnapshotBuildError) as caught:
-        await ask(building, SnapshotRequest(required=[B]), deadline_seconds=2)
-    (error,) = caught.value.errors.values()
-    assert isinstance(error, SnapshotDeadlineExceededError | ResourceResolutionError)
-    assert "SnapshotDeadlineExceededError" in f"{type(error).__name__} {error}"
-    gate.open()
-    await no_leaks(building)
 
 
 async def test_a_build_request_takes_id_and_metadata_like_a_build() -> None:
@@ -447,28 +399,3 @@ async def test_failed_required_keys_come_first_then_consistency_then_acceptance(
     with pytest.raises(SnapshotAcceptanceError):
         await ask(building, SnapshotRequest(required=[A], optional=[B, C], **policies))
     assert shown(await ask(building, SnapshotRequest(required=[B], **policies))) == {B: "v"}
-
-
-@both
-async def test_outcomes_of_both_policies_are_counted(ask: Ask) -> None:
-    metrics = InMemoryMetrics()
-    building = builder(Stock("stock", {"a": at(0), "b": at(9)}), metrics=metrics)
-    await asyncio.sleep(10)
-    consistent = SnapshotRequest(
-        required=[B], consistency_policy=NEAR, acceptance_policy=accepting(max_age_seconds=5)
-    )
-    await ask(building, consistent)
-    with pytest.raises(SnapshotConsistencyError):
-        await ask(building, SnapshotRequest(required=[A, B], consistency_policy=NEAR))
-    old = accepting(max_age_seconds=5)
-    with pytest.raises(SnapshotAcceptanceError):
-        await ask(building, SnapshotRequest(required=[A], acceptance_policy=old))
-    count = metrics.counter
-    skew = {"rule": "observation_skew"}
-    assert count("snapshot_consistency_total", status="success", **skew) == 1
-    assert count("snapshot_consistency_total", status="error", **skew) == 1
-    assert count("snapshot_acceptance_total", status="success") == 1
-    assert count("snapshot_acceptance_total", status="error") == 1
-    assert count("snapshot_acceptance_violation_total", reason="too_old") == 1
-    total = "snapshot_build_total" if ask is in_a_build else "snapshot_session_resolve_total"
-    assert (count(total, status="success"), count(total, status="error")) == (1, 2)

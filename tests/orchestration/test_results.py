@@ -33,7 +33,6 @@ from coalestra import (
     SnapshotAcceptanceReason,
     SnapshotBuilder,
     SnapshotBuildError,
-    SnapshotConsistencyError,
     SnapshotConsistencyPolicy,
     SnapshotRequest,
     SnapshotRequirement,
@@ -460,32 +459,7 @@ async def test_a_builder_that_is_busy_on_another_loop_raises() -> None:
     assert (await pending).outcome is ACCEPTED
 
 
-async def test_a_cancelled_request_is_cancelled_and_leaves_nothing() -> None:
-    gate = Gate()
-    building = builder(Stock("stock", {"a": 1}, before=gate.pass_))
-    task = asyncio.ensure_future(building.try_request(SnapshotRequest(required=[A])))
-    await gate.wait_arrived()
-    task.cancel()
-    await asyncio.wait([task])
-    assert task.cancelled()
-    await no_leaks(building)
-
-
 # In a session
-
-
-async def test_what_a_rejected_request_has_read_stays_pinned() -> None:
-    stock = Stock("stock", {"a": at(0), "b": at(9)})
-    building = builder(stock)
-    await asyncio.sleep(10)
-    session = building.session()
-    request = SnapshotRequest(required=[A, B], consistency_policy=NEAR)
-    result = await session.try_request(request)
-    assert isinstance(result.error, SnapshotConsistencyError)
-    assert result.reason == str(result.error)
-    assert not result.errors
-    assert list(session.snapshot()) == [A, B]
-    assert len(stock.calls) == 2
 
 
 async def test_the_outcome_is_about_the_request_and_not_about_the_rest_of_the_session() -> None:
@@ -687,18 +661,6 @@ async def test_a_request_that_waits_for_room_has_not_begun_though_its_time_runs(
     assert second.require_accepted().created_at - first.require_accepted().created_at == 4
     assert second.require_accepted().diagnostics.duration_ms == 4_000
     assert told == [(first.require_accepted().created_at + 10, [])] * 2
-
-
-async def test_many_requests_tell_the_sources_their_metadata() -> None:
-    told: list[Any] = []
-
-    async def fetch(_: ResourceKey, context: Any) -> str:
-        told.append((context.metadata, context.deadline_at is not None))
-        return ""
-
-    building = builder(Single("x", fetch=fetch))
-    await building.try_requests(asking(1, 2), metadata={"user": "ann"}, deadline_seconds=5)
-    assert told == [({"user": "ann"}, True)] * 2
 
 
 async def test_cancelling_the_caller_cancels_all_and_begins_no_more() -> None:

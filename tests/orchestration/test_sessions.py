@@ -112,15 +112,6 @@ async def test_a_resolved_key_is_never_fetched_again() -> None:
     assert [call.name for call in shop.stock.calls] == ["base", "other"]
 
 
-async def test_a_publication_does_not_change_what_a_session_has_pinned() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    await shop.publish(BASE, 7)
-    assert shown(await session.resolve([BASE])) == {BASE: 1}
-    assert shown(session.snapshot()) == {BASE: 1}
-    assert (await shop.builder.build([BASE])).value(BASE) == 7
-
-
 async def test_an_invalidation_does_not_change_what_a_session_has_pinned() -> None:
     shop = Shop()
     session = await shop.session(TOP)

@@ -906,6 +906,7 @@ async def test_a_call_that_raises_late_is_a_violation(seconds: float, late: int)
     assert labels_of(metrics, VIOLATIONS, "outcome", *OUTCOMES) == [0, late, 0]
     health = await building.health_snapshot()
     assert health.source_transport_timeout_violation_count == late
+    assert health.protected_blocking_source_count == health.blocking_source_count == 1
     await building.aclose()
 
 
