@@ -37,11 +37,9 @@ _NOT_AWAITABLE = frozenset({SourcePayload, bool, dict, float, int, list, str, tu
 
 
 class Invocation:
-    """One callable of an adapter, and how to call it.
+    """One callable of an adapter, and how to call it: here, or in a worker thread.
 
-    Attributes:
-        role: what messages call it, such as ``fetcher of source 'rest'``.
-        in_thread: whether it runs in a worker thread; a coroutine function never does.
+    Its role is what messages call it, such as ``fetcher of source 'rest'``.
     """
 
     __slots__ = ("_function", "_label", "in_thread", "role")
@@ -55,12 +53,7 @@ class Invocation:
         self.in_thread: bool = in_thread and not is_coroutine_function(function)
 
     async def call(self, *arguments: Any) -> Any:
-        """Return the result, awaited if it is awaitable.
-
-        Raises:
-            RuntimeError: in place of an exception that must not leave a source.
-            Exception: whatever else the callable raised.
-        """
+        """Return the result, awaited if it is awaitable, or raise an ordinary exception."""
         asked = _requests_to_cancel()
         if self.in_thread:
             result = await self._call_in_thread(arguments)
@@ -71,11 +64,7 @@ class Invocation:
         return await self._awaited(result, asked)
 
     def answer_now(self, *arguments: Any) -> Any:
-        """Return the result of a callable that has to be plain.
-
-        Raises:
-            TypeError: if it returned an awaitable.
-        """
+        """Return the result of a callable that has to be plain; an awaitable is a `TypeError`."""
         result = self._call_here(arguments)
         if type(result) not in _NOT_AWAITABLE and inspect.isawaitable(result):
             _discard(result)

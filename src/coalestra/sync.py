@@ -696,11 +696,8 @@ def blocking(
 ) -> Callable[Concatenate[Any, P], T]:
     """Return a method that has an async one done on the loop, and waits for what it returns.
 
-    Args:
-        of: the attribute that holds the object whose method that is.
-        method: what is done, which also says how it is called, what it means and what it raises.
-        first: the name of its first argument, if that is to be read in the caller's thread.
-        read: what reads it.
+    The ``method``, of the object in the attribute ``of``, also says how it is called, what it means
+    and what it raises. If its ``first`` argument is named, that is ``read`` in the caller's thread.
     """
     name, call = method.__name__, f"{method.__name__}()"
 

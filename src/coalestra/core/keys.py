@@ -250,9 +250,6 @@ class ResourceKey(_Kept):
         """Return this key with more qualifiers; a new one replaces an old one of the same name.
 
         Among the new ones, those given by keyword replace those of ``qualifiers``.
-
-        Raises:
-            TypeError, ValueError: as on making a key.
         """
         merged = dict(self.qualifiers)
         for given in (qualifiers, additional):
@@ -403,14 +400,9 @@ def _given_pairs(qualifiers: object) -> Iterable[tuple[str, Any]]:
 
 
 def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
-    """Return each of ``keys`` once, in the order given.
-
-    Raises:
-        TypeError: unless they are resource keys; the message says ``name``.
-    """
-    found: tuple[Any, ...]
+    """Return each of ``keys`` once, in the order given; a `TypeError` says ``name``."""
     try:
-        found = tuple(keys)
+        found: tuple[Any, ...] = tuple(keys)
     except TypeError:
         raise wrong_type(name, "a collection of ResourceKey", keys) from None
     for key in found:

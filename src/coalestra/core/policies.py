@@ -208,10 +208,9 @@ class FutureObservation(ValueError):
 
 
 def judge_observation(observed_at: float, now: float, policy: ObservationPolicy) -> float:
-    """Return by how many seconds an accepted observation is ahead of the clock; 0.0 if it is not.
+    """Return by how many seconds an observation is ahead of the clock; 0.0 if it is not.
 
-    Raises:
-        FutureObservation: if the policy refuses it.
+    One that the policy refuses is a `FutureObservation`.
     """
     if observed_at <= now:
         return 0.0

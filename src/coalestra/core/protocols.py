@@ -44,20 +44,13 @@ class Clock(Protocol):
 def now_of(clock: Clock) -> float:
     """Return the wall-clock time in seconds since the epoch, as a clock of somebody else's says.
 
-    Raises:
-        TypeError: the clock says something that is neither an int nor a float.
-        ValueError: the clock says NaN or infinity; values would be of that date for ever.
+    NaN and infinity are a `ValueError`: values would be of that date for ever.
     """
     return _believed("now", clock.now())
 
 
 def monotonic_of(clock: Clock) -> float:
-    """Return the monotonic time in seconds, as a clock of somebody else's says.
-
-    Raises:
-        TypeError: the clock says something that is neither an int nor a float.
-        ValueError: the clock says NaN or infinity; circuits would be open for ever.
-    """
+    """Return the monotonic time in seconds; NaN and infinity would open circuits for ever."""
     return _believed("monotonic", clock.monotonic())
 
 
@@ -406,9 +399,7 @@ class LeasingCache(Protocol):
     async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
         """Give back leases without a value, at once and without an error.
 
-        Args:
-            leases: the leases.
-            failed: whether it was tried in vain; then those who wait go on, each on his own.
+        If it was tried in vain, and ``failed``, those who wait go on, each on his own.
         """
 
 

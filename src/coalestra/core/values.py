@@ -210,9 +210,8 @@ def dependencies_on(
 ) -> Generator[None, None, FrozenDict[ResourceKey, str]]:
     """Return what a value rests on that is derived from ``inputs``, in slices of a few hundred.
 
-    Args:
-        inputs: the revisions, and until when, in wall-clock seconds, each is fresh by itself.
-        inherits: whether the value inherits their freshness.
+    These are revisions, and until when, in wall-clock seconds, each is fresh by itself; the value
+    may inherit that.
     """
     versions: dict[ResourceKey, str] = {}
     oldest = perishing = None

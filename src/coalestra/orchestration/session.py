@@ -278,12 +278,7 @@ class Revalidation:
         self._span: Any = None
 
     async def run(self, turn: asyncio.Lock) -> Snapshot:
-        """Wait for the turn, replace what is named, and report how it went.
-
-        Raises:
-            SnapshotBuildError: if strict, and a value cannot be had; holds what is retained.
-            SnapshotConsistencyError, SnapshotAcceptanceError: a policy is violated.
-        """
+        """Wait for the turn, replace what is named, and report how it went."""
         counters = self._unit.engine.parts.counters
         counters.revalidation_attempt_count += 1
         try:
@@ -345,7 +340,9 @@ class Revalidation:
 
     def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:
         """Find out what goes with what is named, and what of it is to be read."""
-        self._affected, self._loose = yield from self._reach(pins)
+        self._affected, self._loose = yield from reach(
+            pins, self._unit.requested.copy(), self._named
+        )
         yield
         forced = frozenset(self._affected) if self._forced else frozenset()
         derived = (k for k, p in pins.items() if p.revision.dependency_versions and k in forced)
@@ -365,11 +362,6 @@ class Revalidation:
         asked = {**self._unit.requested, **self._named}
         spared = set(asked).difference(self._affected)  # which asks no key for its hash
         return {key: None for key in asked if key not in spared} if spared else asked
-
-    def _reach(
-        self, pins: Mapping[ResourceKey, Reading]
-    ) -> Slices[tuple[set[ResourceKey], set[ResourceKey]]]:
-        return reach(pins, self._unit.requested.copy(), self._named)
 
     def _shown(self) -> Slices[Mapping[ResourceKey, Reading]]:
         """Return what the session shows after the commit, and what is named out of sight."""
@@ -399,7 +391,8 @@ class Revalidation:
         await self._unit.engine.parts.pace.keep()
         while (stamp := self._state()) != self._stamp:
             pins = dict(self._unit.pins)
-            if await self._through(self._reach(pins)) != (self._affected, self._loose):
+            reached = reach(pins, self._unit.requested.copy(), self._named)
+            if await self._through(reached) != (self._affected, self._loose):
                 return False
             await self._through(self._succeed(pins))
             self._stamp = stamp
