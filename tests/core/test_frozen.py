@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import coalestra
-from coalestra.core.frozen import EMPTY, FrozenDict, immutable
+from coalestra.core.frozen import EMPTY, FrozenDict, record
 from tests.support import PUBLIC
 
 CHANGES: list[Callable[[Any], Any]] = [
@@ -109,8 +109,7 @@ def test_every_public_record_refuses_every_change_with_the_same_error(record: ty
             delattr(made, name)
 
 
-@immutable
-@dataclasses.dataclass(frozen=True, slots=True)
+@record
 class Record:
     field: int
 

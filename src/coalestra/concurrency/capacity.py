@@ -21,9 +21,8 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
-from coalestra.core.frozen import immutable
+from coalestra.core.frozen import record
 from coalestra.core.validation import integer, text
 
 __all__ = ["CapacityController", "CapacityLease", "CapacityLimiter", "CapacitySnapshot"]
@@ -86,8 +85,7 @@ def can_be_woken(waiter: asyncio.Future[None]) -> bool:
     return not waiter.done() and not waiter.get_loop().is_closed()
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class CapacitySnapshot:
     """A limiter at one moment: slots in all, slots taken, tasks waiting for one."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, field, replace
 from typing import Any
 
-from coalestra.core.frozen import FrozenDict, immutable
+from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.policies import (
     FreshnessPolicy,
@@ -35,8 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class ResourceAcceptanceRule:
     """What one value must be like.
 
@@ -77,8 +76,7 @@ class ResourceAcceptanceRule:
         return self.allow_resting_on_stale and self.max_oldest_age_seconds is None
 
 
-@immutable
-@dataclass(frozen=True, slots=True, init=False)
+@record(init=False)
 class SnapshotRequirement:
     """That so many out of several resources are there and acceptable.
 
@@ -125,8 +123,7 @@ class SnapshotRequirement:
         return cls(keys, minimum_count=minimum_count, name=name)
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class SnapshotAcceptancePolicy:
     """What the values of a request must be like, one by one and together.
 
@@ -191,8 +188,7 @@ class SnapshotAcceptanceReason(str, enum.Enum):
 _Reason = SnapshotAcceptanceReason
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class SnapshotAcceptanceViolation:
     """One rule that a snapshot breaks, with the facts; those that do not belong to it are None.
 
@@ -279,8 +275,7 @@ def violations_of(
     return tuple(found)
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class _Trial:
     """One snapshot under one policy, at one moment."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from coalestra._version import __version__
 from coalestra.core.errors import ERROR_DIAGNOSTICS_SCHEMA_VERSION, CapabilityRequirementError
-from coalestra.core.frozen import FrozenDict, immutable
+from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.health import (
     BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
     BUILDER_HEALTH_SCHEMA_VERSION,
@@ -62,8 +62,7 @@ _DEFAULTS = {
 }
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class CoalestraCapabilities:
     """What a version of the library offers.
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from traceback import format_list
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from coalestra.core.frozen import FrozenDict, immutable
+from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import flag, integer, printable, readable, span
 
@@ -221,8 +220,7 @@ class _Raised:
     _places: tuple[_Place, ...]
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class SourceFailure(_Raised):
     """Why one source gave no value for a resource.
 

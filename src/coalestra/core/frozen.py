@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import FrozenInstanceError, fields
-from typing import Any, NoReturn, TypeVar, cast
+from dataclasses import FrozenInstanceError, dataclass, field, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -65,15 +66,27 @@ def frozen(mapping: Mapping[K, V]) -> FrozenDict[K, V]:
 
 # Slotted dataclasses that refuse every change with the same error --------------------------------
 
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
 
-def immutable(kind: type[T]) -> type[T]:
-    """Make a frozen dataclass with slots refuse every change with `FrozenInstanceError`.
+    def dataclass_transform(**_: Any) -> Any:
+        """Tell type checkers, and nobody else, that something makes dataclasses."""
+        return lambda made: made
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def record(kind: Any = None, **options: Any) -> Any:
+    """Make a class a frozen dataclass with slots; every change is a `FrozenInstanceError`.
 
     What `dataclasses` makes of the two raises `TypeError` for a name that is no field, and
     ``Model[int](...)`` sets one: before Python 3.13 it forgives an `AttributeError` only, which
     `FrozenInstanceError` is.
     """
-    names = {field.name for field in fields(cast(Any, kind))}
+    if kind is None:
+        return partial(record, **options)
+    kind = dataclass(frozen=True, slots=True, **options)(kind)
+    names = {each.name for each in fields(kind)}
 
     def refuse(done: str) -> Callable[..., None]:
         def change(self: Any, name: str, *value: Any) -> None:

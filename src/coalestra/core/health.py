@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from coalestra.core.frozen import FrozenDict, immutable
+from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe
 from coalestra.core.validation import check_fields, flag, instance, integer, number, ruled
@@ -49,8 +49,7 @@ class SourceTimeoutGuaranteeStatus(str, Enum):
 _Status = SourceTimeoutGuaranteeStatus
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class SourceTimeoutGuarantee:
     """What one source declares about blocking, and what follows from it.
 
@@ -152,8 +151,7 @@ BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION = 1
 """The version of that schema."""
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class PayloadCopyHealth:
     """The state of one component's payload copies at one moment.
 
@@ -202,8 +200,7 @@ class PayloadCopyHealth:
     active_at_last_shutdown_timeout: int = 0
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class FlightSnapshot:
     """The acquisition of one key at one moment, which whoever needs the key waits for.
 
@@ -270,8 +267,7 @@ class BuilderHealthReason(str, Enum):
     UNSAFE_BLOCKING_SOURCE = "unsafe_blocking_source"
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class BuilderHealthFinding:
     """One thing that was found.
 
@@ -297,8 +293,7 @@ class BuilderHealthFinding:
         return found
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class BuilderHealthAssessment:
     """The verdict on one health snapshot.
 
@@ -339,8 +334,7 @@ class BuilderHealthAssessment:
         }
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class BuilderHealthAssessmentPolicy:
     """From which figures on health is degraded or critical.
 

@@ -12,10 +12,10 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, final
 
-from coalestra.core.frozen import FREE_THREADED, draft_of, immutable, refuse_subclass
+from coalestra.core.frozen import FREE_THREADED, draft_of, record, refuse_subclass
 from coalestra.core.validation import (
     instance,
     plain_function,
@@ -53,8 +53,7 @@ def stripped_casefold(value: str) -> str:
     return value.strip().casefold()
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class KeyNormalizer:
     """One transform for each kind of part; by default all strip surrounding white space.
 
@@ -151,8 +150,7 @@ class _Kept:
 
 
 @final
-@immutable
-@dataclass(frozen=True, order=True, init=False, repr=False, slots=True)
+@record(order=True, init=False, repr=False)
 class ResourceKey(_Kept):
     """The identity of a resource: immutable, hashable, ordered by its fields.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import repeat
 from typing import Any, Generic, Protocol, TypeVar
 
-from coalestra.core.frozen import FrozenDict, immutable
+from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import (
     check_fields,
@@ -114,8 +114,7 @@ class RefreshMode(str, enum.Enum):
     """Shortly before it goes stale, in the background; a stale one is waited for."""
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class FreshnessPolicy:
     """How long a value is fresh, how long it is of use, and how it is renewed.
 
@@ -183,8 +182,7 @@ def gone_stale(age_seconds: float, ttl_seconds: float | None) -> bool:
     return ttl_seconds is not None and age_seconds > ttl_seconds > 0.0
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class ObservationPolicy:
     """What to do about observations that are ahead of the clock.
 
@@ -290,8 +288,7 @@ class PolicyResolver(KeyedPolicies[ResourceKey, FreshnessPolicy]):
 # Whose word counts more, when values of one resource compete for its place in the cache ----------
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class SourceAuthorityPolicy:
     """The rank of each source; a value replaces those of lower rank, whatever their age.
 

@@ -26,7 +26,7 @@ from coalestra.core.errors import (
     told,
     type_name,
 )
-from coalestra.core.frozen import EMPTY, frozen, immutable
+from coalestra.core.frozen import EMPTY, frozen, record
 from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.serialization import json_safe
 from coalestra.core.snapshot import Snapshot
@@ -41,8 +41,7 @@ __all__ = ["RequestOutcome", "RequestResult", "SnapshotConsistencyPolicy", "Snap
 _observation = attrgetter("observed_at")
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class SnapshotConsistencyPolicy:
     """How far apart the values of a request may have been observed.
 

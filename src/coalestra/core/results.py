@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import Any
 
-from coalestra.core.frozen import immutable
+from coalestra.core.frozen import record
 from coalestra.core.validation import number
 from coalestra.core.values import SnapshotValue
 
@@ -16,8 +15,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class CacheStats:
     """The counts of a cache since it was made.
 
@@ -56,8 +54,7 @@ class CacheWriteStatus(str, enum.Enum):
     IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class CacheLookup:
     """What a cache has for a key.
 
@@ -78,8 +75,7 @@ class CacheLookup:
             number("age_seconds", self.age_seconds)
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class CacheWriteResult:
     """What a cache did with a value.
 
@@ -111,8 +107,7 @@ class PublishStatus(str, enum.Enum):
     IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class PublishResult:
     """What became of a published value.
 

@@ -19,7 +19,7 @@ from coalestra.core.frozen import (
     draft_of,
     empty,
     frozen,
-    immutable,
+    record,
     refuse_subclass,
 )
 from coalestra.core.keys import ResourceKey
@@ -75,8 +75,7 @@ def number_of(version: str) -> int:
 
 
 @final
-@immutable
-@dataclass(frozen=True, slots=True, init=False, repr=False)
+@record(init=False, repr=False)
 class SourcePayload(Generic[T]):
     """What a source returns when it has more to say than the bare value.
 
@@ -130,8 +129,7 @@ def check_update(key: object, source: object, observed_at: object, metadata: obj
         mapping("metadata", metadata)
 
 
-@immutable
-@dataclass(frozen=True, slots=True, repr=False)
+@record(repr=False)
 class ResourceUpdate(Generic[T]):
     """A value that an application publishes, because it learnt of it without asking.
 
@@ -266,8 +264,7 @@ _ROUNDING_SECONDS = 1e-6
 
 
 @final
-@immutable
-@dataclass(frozen=True, slots=True, init=False, repr=False)
+@record(init=False, repr=False)
 class SnapshotValue(Generic[T]):
     """A value with its provenance.
 

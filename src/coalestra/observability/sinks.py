@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from coalestra._lockfree import Cell
-from coalestra.core.frozen import FrozenDict, immutable
+from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.validation import instance, integer, mapping, refusal, text
 
 __all__ = [
@@ -72,8 +71,7 @@ class NullMetrics:
         return f"{type(self).__name__}()"
 
 
-@immutable
-@dataclasses.dataclass(frozen=True, slots=True)
+@record
 class EventRecord:
     """One event as it was emitted.
 
@@ -167,8 +165,7 @@ Series = tuple[str, Labels]
 """What one number is kept for: the name of a metric, and its labels."""
 
 
-@immutable
-@dataclasses.dataclass(frozen=True, slots=True)
+@record
 class MetricRecord:
     """One call to a metrics sink.
 
@@ -185,8 +182,7 @@ class MetricRecord:
     labels: dict[str, str]
 
 
-@immutable
-@dataclasses.dataclass(frozen=True, slots=True)
+@record
 class ObservationSummary:
     """What all observations of one series come to, in the unit of the metric.
 
@@ -214,8 +210,7 @@ class ObservationSummary:
         )
 
 
-@immutable
-@dataclasses.dataclass(frozen=True, slots=True)
+@record
 class MetricsSnapshot:
     """Everything an ``InMemoryMetrics`` held at one moment.
 

@@ -37,7 +37,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from coalestra.core.errors import CircuitOpenError
-from coalestra.core.frozen import immutable
+from coalestra.core.frozen import record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Clock, SystemClock, monotonic_of
 from coalestra.core.validation import check_fields, flag, instance, integer, number, readable, ruled
@@ -83,8 +83,7 @@ class Outcome(Enum):
     SKIPPED = "it was not made after all"
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class CircuitIdentity:
     """Which circuit: a source, a scope, and which part of the source within the scope.
 
@@ -130,8 +129,7 @@ class CircuitBreakerPolicy:
         check_fields(self)
 
 
-@immutable
-@dataclass(frozen=True, slots=True)
+@record
 class CircuitSnapshot:
     """A circuit at one moment, or several in the same state put together.
 
