@@ -28,12 +28,19 @@ from coalestra import (
     SnapshotBuilder,
     SnapshotBuildError,
     SnapshotRequest,
+    SourcePayload,
     SourceResiliencePolicy,
     SourceUnavailableError,
     SyncSnapshotBuilder,
 )
 from coalestra.core.trace import CallTrace, KeyTrace, Obtained, Trace, WaitReason
-from coalestra.orchestration.tracing import MOST_ATTEMPTS, MOST_KEPT, MOST_KEYS, MOST_STAGES
+from coalestra.orchestration.tracing import (
+    MOST_ATTEMPTS,
+    MOST_INPUTS,
+    MOST_KEPT,
+    MOST_KEYS,
+    MOST_STAGES,
+)
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
 from tests.support import Gate, no_leaks, settle
@@ -499,6 +506,26 @@ async def test_what_many_values_rest_on_is_held_once_for_all_traces() -> None:
         id(each) for trace in traces for found in trace.keys.values() for each in found.rests_on
     }
     assert len(held) == len(bases)
+
+
+async def test_of_very_many_inputs_the_oldest_and_the_latest_are_kept_and_the_rest_counted() -> (
+    None
+):
+    bases = [key("a", str(n)) for n in range(MOST_INPUTS + 7)]
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> SourcePayload[int]:
+        number = int(str(key.subject))
+        return SourcePayload(number, observed_at=context.requested_at - 200 + number / 10)
+
+    b = builder(Single("a", fetch=fetch), Derived("d", needs=lambda _: bases))
+    for _ in range(2):  # derived, and then found in memory
+        trace = trace_of(await b.build([D], trace=True))
+        found = trace.keys[D]
+        told = [each.key for each in found.rests_on]
+        half = MOST_INPUTS // 2
+        assert (told, found.omitted_inputs) == ([*bases[:half], *bases[-half:]], 7)
+        assert f"It rests on {len(bases):,} values, the oldest first: test:a:0 " in trace.explain(D)
+        assert f"({len(bases) - 5:,} more); test:a:{len(bases) - 1} from" in trace.explain(D)
 
 
 async def test_of_a_call_that_is_tried_again_and_again_the_first_and_latest_attempts_are_kept() -> (

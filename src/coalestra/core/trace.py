@@ -167,6 +167,7 @@ class KeyTrace:
         rests_on: what a derived value was made from.
         refresh: ``scheduled`` if it set off a refresh, ``under_way`` if one was, else None.
         error_type, error: why it has no value, or what a fallback stands in for; None if neither.
+        omitted_inputs: how many more it was made from than there is room for.
     """
 
     key: ResourceKey
@@ -184,6 +185,7 @@ class KeyTrace:
     refresh: str | None = None
     error_type: str | None = None
     error: str | None = None
+    omitted_inputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -627,7 +629,8 @@ def _told_foundations(trace: Trace, found: KeyTrace) -> Iterator[str]:
         source = _named(each.source)
         values.append(f"{each.key.display} from {source} (observed {when} began)")
     first = ", the oldest first" if len(below) > 1 else ""
-    yield _sentence(f"It rests on {many(len(below), 'value')}{first}", _listed(values, "; "))
+    count, listed = len(below) + found.omitted_inputs, _listed(values, "; ", found.omitted_inputs)
+    yield _sentence(f"It rests on {many(count, 'value')}{first}", listed)
     path = critical_path(trace, found.key)
     if len(path) > 1:
         steps = [f"{key.display} after {duration(trace.keys[key].end)}" for key in path]

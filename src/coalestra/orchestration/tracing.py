@@ -57,6 +57,9 @@ MOST_STAGES = 500
 MOST_ATTEMPTS = 100
 """How many attempts of a call a trace has room for: the first and the latest ones."""
 
+MOST_INPUTS = 1_000
+"""Of how many revisions below a value a trace has room to tell: the oldest and the latest."""
+
 MOST_KEPT = 32
 """How many traces of the recent past a builder keeps."""
 
@@ -316,6 +319,7 @@ class KeyLog(_Stretch):
         "obtained": Obtained.FAILED,
         **dict.fromkeys(("source", "version", "error_type", "error")),
         "rests_on": (),
+        "omitted_inputs": 0,
     }
 
     key: ResourceKey
@@ -328,6 +332,7 @@ class KeyLog(_Stretch):
     source: str | None = None
     version: str | None = None
     rests_on: tuple[Foundation, ...] = ()
+    omitted_inputs: int = 0
     error_type: str | None = None
     error: str | None = None
 
@@ -369,7 +374,7 @@ class KeyLog(_Stretch):
 
     def found(self, revision: Revision) -> None:
         """Note which revision it is."""
-        self.source, self.version, self.rests_on = _facts(revision)
+        self.source, self.version, self.rests_on, self.omitted_inputs = _facts(revision)
 
     def _how(self, reading: Reading) -> Obtained:
         if reading.from_cache:
@@ -400,15 +405,22 @@ _NO_FLIGHT = FlightLog("")
 """Stands for the flight of a key that none acquired; nothing is written into it."""
 
 
+Found = tuple[str, str, tuple[Foundation, ...], int]
+"""Of a value its source, its version, what it rests on, and on how many more."""
+
+
 class WarmKey(NamedTuple):
     """What is noted of a key that was in memory with all others: how, when, and what was found."""
 
     obtained: Obtained
     start: float
     key: ResourceKey
-    source: str
-    version: str
-    rests_on: tuple[Foundation, ...]
+    found: Found
+
+    @property
+    def version(self) -> str:
+        """Of the value that was found."""
+        return self.found[1]
 
     @property
     def requested(self) -> bool:
@@ -417,9 +429,9 @@ class WarmKey(NamedTuple):
 
     def traced(self, began: float, *_: object) -> KeyTrace:
         """Return it, in seconds since `began`."""
-        how, at, key, source, version, rests_on = self
-        at -= began
-        return KeyTrace(key, how, at, at, source=source, version=version, rests_on=rests_on)
+        at, names = self.start - began, ("source", "version", "rests_on", "omitted_inputs")
+        found: dict[str, Any] = dict(zip(names, self.found, strict=True))
+        return KeyTrace(self.key, self.obtained, at, at, **found)
 
 
 def _said(error: BaseException | None) -> tuple[str | None, str | None]:
@@ -605,7 +617,7 @@ class WorkTrace:
             how, now = Obtained.NEAR_CACHE if near else Obtained.CACHE, _now()
             rest = iter(revisions)
             told = islice(rest, self._room)
-            self._entries += [WarmKey(how, now, each.key, *_facts(each)) for each in told]
+            self._entries += [WarmKey(how, now, each.key, _facts(each)) for each in told]
             self._latest = None
             self._untold.update([hash(revision.key) for revision in rest])
 
@@ -688,10 +700,16 @@ class WorkTrace:
         return f"<WorkTrace {self._kind} {self.snapshot_id} keys={len(self._entries)}>"
 
 
-def _facts(revision: Revision) -> tuple[str, str, tuple[Foundation, ...]]:
+def _facts(revision: Revision) -> Found:
     below = revision.dependencies
-    rests_on = [_foundation(r.key, r.version, r.source, r.observed_at) for r in below or ()]
-    return revision.source, revision.version, tuple(rests_on)
+    if not below:
+        return revision.source, revision.version, (), 0
+    omitted = max(0, len(below) - MOST_INPUTS)
+    if omitted:
+        ordered, half = sorted(below, key=attrgetter("observed_at")), MOST_INPUTS // 2
+        below = (*ordered[:half], *ordered[-half:])
+    rests_on = [_foundation(r.key, r.version, r.source, r.observed_at) for r in below]
+    return revision.source, revision.version, tuple(rests_on), omitted
 
 
 _foundation = lru_cache(maxsize=4_096)(Foundation)
