@@ -63,7 +63,7 @@ from typing import Any
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.capacity import CapacityLease
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation
-from coalestra.concurrency.pace import portions
+from coalestra.concurrency.pace import Slices, portions
 from coalestra.concurrency.sealing import PORTION, Sealed
 from coalestra.concurrency.threads import current_threads
 from coalestra.core.errors import (
@@ -102,6 +102,9 @@ _SUCCESS, _FAILURE, _ABANDONED = Outcome.SUCCESS, Outcome.FAILURE, Outcome.ABAND
 
 _UNDECIDED = SourceResiliencePolicy()
 """Stands for the policy of a call that has not begun yet."""
+
+_KEYS_AT_ONCE = 1_024
+"""Of a large batch, so many keys are gone through before others may have a turn."""
 
 _HANDING_OVER = 4
 """What it weighs beside the copying of the payload, of a `PORTION`: a few times a warm read."""
@@ -192,20 +195,25 @@ def _nothing() -> None:
     """Close what has nothing to close."""
 
 
-def _values_of(link: Link, flights: Sequence[Flight], result: Any) -> list[Any]:
-    """Return what the answer holds for each flight; raise `SourceProtocolError` if malformed."""
-    if link.kind is not _BATCH or isinstance(result, ResourceAbsent):
-        return [result] * len(flights)
+def _answers(
+    link: Link, flights: Collection[Flight], result: Any
+) -> Slices[deque[tuple[Flight, Any]]]:
+    """Return what a batch holds for each flight; raise `SourceProtocolError` if malformed."""
+    if isinstance(result, ResourceAbsent):
+        return deque([(flight, result) for flight in flights])
     if not isinstance(result, Mapping):
         raise SourceProtocolError(
             f"fetch_many of source {link.name!r} must return a mapping of the requested keys, got "
             f"{type(result).__qualname__}"
         )
-    get = result.get
-    values = [get(flight.key, _OMITTED) for flight in flights]
-    if len(result) != len([True for value in values if value is not _OMITTED]):
+    get, answers = result.get, deque[tuple[Flight, Any]]()
+    for part in portions(flights, _KEYS_AT_ONCE):
+        answers.extend([(flight, get(flight.key, _OMITTED)) for flight in part])
+        if len(part) == _KEYS_AT_ONCE:
+            yield
+    if len(result) != len([True for _, value in answers if value is not _OMITTED]):
         _refuse_unrequested(link, {flight.key for flight in flights}, result)
-    return values
+    return answers
 
 
 def _refuse_unrequested(link: Link, asked: Collection[ResourceKey], result: Iterable[Any]) -> None:
@@ -950,26 +958,29 @@ class Call:
     async def take_in(self, attempt: Attempt, answer: Any) -> None:
         """Hand over what the source answered, without holding the loop for long."""
         attempt.stage = Progress.TAKING_IN
-        parts, flights = self.parts, tuple(self.flights)
+        parts, link, flights = self.parts, self.link, tuple(self.flights)
         if self.log is not None:
             self.log.ended("success")
         ended_at = parts.clock.monotonic()
         self.latency_ms = (ended_at - attempt.ticks) * 1000
         self._count_latency(self.latency_ms)
-        if len(flights) > PORTION:
+        many = len(flights) > PORTION
+        if many:
             await parts.pace.rest()  # the call has had its time in this turn
-        values = _values_of(self.link, flights, answer)
-        self._answered = True
-        self.link.succeeded_at = ended_at
-        late = self.cutoff != math.inf and self.cutoff < asyncio.get_running_loop().time()
-        self.link.deadline_cuts = self.link.deadline_cuts + 1 if late else 0
-        if self.link.kind is _BATCH:
+        answers = deque([(flights[0], answer)])
+        if link.kind is _BATCH:
+            answers = await parts.pace.through(_answers(link, flights, answer))
             self._count_batch_end("success")
+        del flights  # so that each may go as soon as it is settled
+        self._answered = True
+        link.succeeded_at = ended_at
+        late = self.cutoff != math.inf and self.cutoff < asyncio.get_running_loop().time()
+        link.deadline_cuts = link.deadline_cuts + 1 if late else 0
         self.answered_at = parts.clock.now()
-        if len(values) > 1 or values[0] is _OMITTED:
-            await self._hand_over_all(flights, values)
+        if len(answers) > 1 or answers[0][1] is _OMITTED:
+            await self._hand_over_all(answers)
         else:
-            self._hand_over(flights[0], values[0])
+            self._hand_over(*answers[0])
         if self._slow is not None:
             await self._copy_in_threads(attempt, self._slow)
         if self._over:
@@ -981,24 +992,34 @@ class Call:
         if self.log is not None:
             self.log.over("success")
         if self._unusable is not None and not self.fresh:
-            parts.log.failed(f"source {self.link.name!r}", self._unusable)
+            parts.log.failed(f"source {link.name!r}", self._unusable)
         elif parts.log.troubled:
-            parts.log.works(f"source {self.link.name!r}")
-        if not self._circuits_need_not_know:
+            parts.log.works(f"source {link.name!r}")
+        if many or not self._circuits_need_not_know:
             self.dispatch.hold(self.work)
-            self._work_off(self._tell_circuits(_FAILURE))
+            self._work_off(self._concluding())
 
-    async def _hand_over_all(self, flights: Sequence[Flight], values: Sequence[Any]) -> None:
+    def _concluding(self) -> Iterator[None]:
+        """Tell the circuits; then let go of the flights, as many at once would hold the loop."""
+        yield from self._tell_circuits(_FAILURE)
+        self._asked = ()
+        while self.fresh:
+            for _ in range(min(len(self.fresh), PORTION)):
+                self.fresh.pop()
+            yield
+
+    async def _hand_over_all(self, answers: deque[tuple[Flight, Any]]) -> None:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
-        pace, left, many = self.parts.pace, PORTION, len(values) > PORTION
+        pace, left, many = self.parts.pace, PORTION, len(answers) > PORTION
         pace.begin()
-        if any(value is _OMITTED for value in values):
-            await self._refuse_omitted(flights, values)
+        if any(value is _OMITTED for _, value in answers):
+            await self._refuse_omitted([flight for flight, it in answers if it is _OMITTED])
         made: dict[Revision, Flight] = {}
         by_key: dict[ResourceKey, Revision] = {}
         self.dispatch.hold(self.work)  # what is refused goes on together
         try:
-            for flight, value in zip(flights, values, strict=True):
+            while answers:
+                flight, value = answers.popleft()
                 revision = self._made(flight, value)
                 if revision is None:
                     left -= 1
@@ -1016,21 +1037,24 @@ class Call:
                 await pace.rest()  # all at once takes a while
             self.work.record.cache_batch_writes += 1
             stored = self.dispatch.store(self, made, by_key)
-        for portion in portions(made.items(), max(1, PORTION // _HANDING_OVER)):
+        rest, everything = deque(made.items()), len(stored) == len(made)
+        made, stored = {}, () if everything else stored
+        portion = max(1, PORTION // _HANDING_OVER)
+        while rest:
             await pace.keep()
-            for revision, flight in portion:
-                flight.stored = revision in stored
+            for _ in range(min(len(rest), portion)):
+                revision, flight = rest.popleft()
+                flight.stored = everything or revision in stored
                 self._deliver(flight, revision)
 
-    async def _refuse_omitted(self, flights: Sequence[Flight], values: Sequence[Any]) -> None:
+    async def _refuse_omitted(self, flights: Sequence[Flight]) -> None:
         """Let the keys that were left out go on, together, to where they are served next."""
         error = SourceUnavailableError(f"source {self.link.name!r} left the key out of its answer")
         self.dispatch.hold(self.work)
         try:
-            for flight, value in zip(flights, values, strict=True):
-                if value is _OMITTED:
-                    self.refuse(flight, error, "failure")
-                    await self.parts.pace.keep()
+            for flight in flights:
+                self.refuse(flight, error, "failure")
+                await self.parts.pace.keep()
         finally:
             self.dispatch.release(self.work)
 
@@ -1409,6 +1433,8 @@ class Lane:
                 continue
             worker.call = call
             self._busy += 1
+            if len(call.flights) > _KEYS_AT_ONCE:
+                await pace.rest()  # it took a while to make
             await call.run(worker)
             if worker.gone:
                 return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -227,12 +227,13 @@ class UnitOfWork:
         get = pins.get
         return {key: reading for key in self.requested if (reading := get(key)) is not None}
 
-    def failed(self) -> list[Failure]:
-        """Return the failure of every key that was asked for and has nothing else."""
-        if not self.failures:
-            return []
-        failed = (key for key in self.requested if key in self.failures and key not in self.pins)
-        return [self.failures[key] for key in failed]
+    def _failed(self) -> Iterator[Failure | None]:
+        """Yield, for every key that was asked for, the failure if it has nothing else."""
+        if self.failures:
+            failures, pins = self.failures.copy(), set(self.pins)
+            for key in tuple(self.requested):
+                failure = failures.get(key)
+                yield None if failure is None or key in pins else failure
 
     async def errors(
         self, failures: Iterable[Failure] | None = None
@@ -244,9 +245,10 @@ class UnitOfWork:
         errors: dict[ResourceKey, Exception] = {}
         pace = self.engine.parts.pace
         pace.begin()
-        for failure in self.failed() if failures is None else failures:
-            errors[failure.key] = failure.make()
-            if not len(errors) % _ERRORS_BETWEEN_LOOKS:
+        for looked, failure in enumerate(self._failed() if failures is None else failures):
+            if failure is not None:
+                errors[failure.key] = failure.make()
+            if not looked % _ERRORS_BETWEEN_LOOKS:
                 await pace.keep()
         return errors
 
@@ -283,7 +285,7 @@ class UnitOfWork:
     def snapshot_now(self) -> Snapshot:
         """Return an isolated snapshot without waiting, however long the copying takes."""
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
-        errors = {failure.key: failure.make() for failure in self.failed()}
+        errors = {failure.key: failure.make() for failure in self._failed() if failure}
         for key, reading in self.visible(self.pins).items():
             try:
                 values[key] = self.engine.deliveries.value_here(reading, "snapshot delivery")
