@@ -44,9 +44,6 @@ class NearCache:
         cache: the cache; it stays the application's.
         near_entries: how many entries are kept in memory.
         near_seconds: after so long an entry is looked up in the cache again.
-
-    Raises:
-        TypeError, ValueError: for a cache without the methods of one, or a number out of bounds.
     """
 
     def __init__(

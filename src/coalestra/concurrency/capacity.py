@@ -98,9 +98,6 @@ class CapacityLimiter:
     """A fixed number of slots, given out first come, first served.
 
     A limiter is bound to no event loop. Use it from one loop at a time, not from several threads.
-
-    Raises:
-        TypeError, ValueError: if `limit` is not a whole number of at least 1.
     """
 
     __slots__ = ("_in_use", "_limit", "_queue")
@@ -202,8 +199,7 @@ class CapacityController:
         source_limits: limits by source name; they win over what sources declare.
 
     Raises:
-        TypeError, ValueError: if a limit is not a whole number of at least 1, or a limited source
-            is named like the global limit, ``__global__``.
+        ValueError: if a limited source is named like the global limit, ``__global__``.
     """
 
     __slots__ = ("_global", "_leases", "_sources")

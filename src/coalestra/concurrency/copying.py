@@ -74,6 +74,8 @@ def not_isolated(value: Any, context: str) -> PayloadIsolationError:
 class PayloadIsolator:
     """Copies payloads and snapshot values at once, where they are.
 
+    What cannot be copied raises `PayloadIsolationError`, which names its type and the ``context``.
+
     Args:
         copier: replaces the default copier, for payloads (metadata is always deep-copied).
     """
@@ -91,20 +93,12 @@ class PayloadIsolator:
         return self._copier is deepcopy_payload
 
     def copy(self, value: T, *, context: str) -> T:
-        """Return a copy of a payload.
-
-        Raises:
-            PayloadIsolationError: if that is impossible; names ``context`` and the type.
-        """
+        """Return a copy of a payload."""
         copied: T = isolated(self._copier, value, context)
         return copied
 
     def copy_metadata(self, metadata: Mapping[str, Any], *, context: str) -> dict[str, Any]:
-        """Return a deep copy of metadata as a new dictionary.
-
-        Raises:
-            PayloadIsolationError: if that is impossible; names ``context`` and the type.
-        """
+        """Return a deep copy of metadata as a new dictionary."""
         return isolated(deepcopy_payload, dict(metadata), context)
 
     def clone_snapshot_value(
@@ -119,11 +113,7 @@ class PayloadIsolator:
         latency_ms: float | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> SnapshotValue[T]:
-        """Return an isolated copy of a value, with the given facts in place of its own.
-
-        Raises:
-            PayloadIsolationError: if payload or metadata cannot be copied.
-        """
+        """Return an isolated copy of a value, with the given facts in place of its own."""
         changes: dict[str, Any] = {
             "fetched_at": fetched_at,
             "age_seconds": age_seconds,

@@ -483,12 +483,7 @@ class Survey:
         self._parts: dict[type, Parts | None] = {}
 
     def private_copy(self, value: Any) -> tuple[Any, Blueprint | None]:
-        """Return a first copy and the blueprint for more; the value and None if immutable.
-
-        Raises:
-            UnknownPayload: if only ``copy.deepcopy`` will do.
-            LargePayload: if it takes more steps than allowed.
-        """
+        """Return a first copy and the blueprint for more; the value and None if immutable."""
         if not self._children([(None, value)])[0]:
             return value, None
         # The walk finds more originals as it goes; each is visited in the order it was found.

@@ -145,9 +145,6 @@ class WorkerThreads:
 
     Args:
         idle_seconds: how long a thread without work waits for more before it ends.
-
-    Raises:
-        TypeError, ValueError: if `idle_seconds` is not a finite number of at least 0.
     """
 
     def __init__(self, *, idle_seconds: float = 10.0) -> None:

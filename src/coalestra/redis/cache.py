@@ -29,7 +29,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from itertools import count, islice
+from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -67,7 +67,6 @@ Policies = Mapping[ResourceKey, FreshnessPolicy]
 Value = SnapshotValue[Any]
 
 # What is stored under a name: a value and what is known of it, but for what the server must know -
-
 
 _FORM: Final = 1
 _encode = msgspec.msgpack.Encoder().encode
@@ -174,9 +173,6 @@ class RedisCache:
         lease_seconds: how long the others wait for a process that has died.
         max_value_bytes: how large one value may be, encoded.
         max_lifetime_seconds: when the server drops an entry whose policy lets it live for longer.
-
-    Raises:
-        TypeError, ValueError: for an argument of another kind, or out of bounds.
     """
 
     validates_dependency_versions = True
@@ -220,8 +216,6 @@ class RedisCache:
         self._made_by = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self._token = f"{os.urandom(8).hex()}-"
-        self._serial = count(1).__next__
         self._listeners: weakref.WeakSet[CacheNewsListener] = weakref.WeakSet()
         self._asking: dict[ResourceKey, set[_Question]] = {}
         self._leases: weakref.WeakKeyDictionary[Lease, float] = weakref.WeakKeyDictionary()
@@ -285,7 +279,12 @@ class RedisCache:
                     "this RedisCache belongs to another event loop that is still open; make one "
                     "for each loop, with a client of its own"
                 )
-            self._forget()
+            # Let go of what belonged to the one that has ended.
+            self._news = News(self._server.client, self._channel, self._heard, self._missed)
+            self._asking.clear()
+            self._leases.clear()
+            self._tasks.clear()
+            self._renewal = None
         self._loop = loop
 
     async def aclose(self) -> None:
@@ -313,14 +312,6 @@ class RedisCache:
         self.check_usable()
         if not self._news.connected:
             await self._news.start(self._server.time_limit_seconds)
-
-    def _forget(self) -> None:
-        """Let go of what belonged to an event loop that has ended."""
-        self._news = News(self._server.client, self._channel, self._heard, self._missed)
-        self._asking.clear()
-        self._leases.clear()
-        self._tasks.clear()
-        self._renewal = None
 
     # News -------------------------------------------------------------------------------------
 
@@ -407,7 +398,7 @@ class RedisCache:
                     break
                 told = await question.news_of(pending)
                 alone = {
-                    key: LeasedLookup(question.in_need(key))
+                    key: LeasedLookup(question.in_need.get(key, MISS))
                     for key, letter in told.items()
                     if letter == scripts.FAILED
                 }
@@ -441,11 +432,9 @@ class RedisCache:
         moment, answers = await self._run(scripts.READ, calls)
         found: dict[ResourceKey, _Entry] = {}
         pace = Pace()
+        _all(answers, "the shared cache could not be read")
         for key, told in zip(ages, answers, strict=True):
             await pace.keep()
-            if isinstance(told, Exception):
-                text = f"the shared cache could not be read: {told}"
-                raise SharedCacheUnavailableError(text) from told
             found[key] = self._entry(key, told, moment, now)
         return found
 
@@ -548,10 +537,6 @@ class RedisCache:
 
     # Leases -----------------------------------------------------------------------------------
 
-    def new_token(self) -> str:
-        """Return a name for leases that no other ones have."""
-        return f"{self._token}{self._serial()}"
-
     def let_go(self, leases: Collection[Lease]) -> None:
         """Give back leases that nobody has received, or may have been granted unseen."""
         if not self._closed and leases:
@@ -594,9 +579,9 @@ class RedisCache:
             for lease, value in values.items():
                 await pace.keep()
                 policy, flags = policies.get(value.key), "e" if replace_equal else ""
-                terms: Any = {"token": lease.token, "over": lease.replaces}
                 try:
-                    items[lease.key] = await self._offer(value, policy, flags, **terms)
+                    offer = self._offer(value, policy, flags, lease.token, lease.replaces)
+                    items[lease.key] = await offer
                     self._leases.pop(lease, None)
                 except Exception as error:
                     results[lease.key] = error
@@ -676,7 +661,7 @@ class RedisCache:
             items: dict[ResourceKey, bytes] = {}
             for key in rest:
                 policy, loser = known.get(key), over.get(key)
-                items[key] = await self._offer(offered[key], policy, flags, over=loser)
+                items[key] = await self._offer(offered[key], policy, flags, "-", loser)
                 await pace.keep()
             results, others = await self._write(offered, items)
             heard += others
@@ -684,37 +669,25 @@ class RedisCache:
                 if isinstance(answer, Exception):
                     raise answer
                 told[key] = answer
-            rest = [] if over else await self._outdated_winners(told)
-            over = {key: told[key].value.version for key in rest}
+            # What is derived and outdated defends nothing.
+            stayed = {} if over else {k: each.value for k, each in told.items() if not each.stored}
+            now = max((value.fetched_at for value in stayed.values()), default=0.0)
+            _, outdated = await self.judged(stayed, (), now)
+            over = {key: value.version for key, value in stayed.items() if key in outdated}
+            rest = list(over)
         if heard:
             await self._server.barrier()
         return told
-
-    async def _outdated_winners(
-        self, results: Mapping[ResourceKey, CacheWriteResult]
-    ) -> list[ResourceKey]:
-        """Return the keys where what stayed is derived and outdated: it defends nothing."""
-        winners = {key: each.value for key, each in results.items() if not each.stored}
-        if not any(value.dependency_versions for value in winners.values()):
-            return []
-        now = max(value.fetched_at for value in winners.values())
-        _, outdated = await self.judged(winners, (), now)
-        return [key for key in winners if key in outdated]
 
     async def _offer(
         self,
         value: Value,
         policy: FreshnessPolicy | None,
         flags: str,
-        *,
-        token: str = "",
-        over: str | None = None,
+        token: str,
+        over: str | None,
     ) -> bytes:
-        """Return what the script is given to offer one value.
-
-        Raises:
-            UnstorableValueError: if it cannot be encoded.
-        """
+        """Return what the script is given to offer a value; raises if it cannot be encoded."""
         rests_on = [(key.canonical, version) for key, version in value.dependency_versions.items()]
         try:
             if is_large(value.value):
@@ -737,7 +710,7 @@ class RedisCache:
             flags += "u"
         parts = [(over or "").encode(), value.version.encode(), value.key.canonical.encode()]
         head = (
-            f"{token or '-'} {flags or '-'} {int(value.authority_rank)} "
+            f"{token} {flags or '-'} {int(value.authority_rank)} "
             f"{_plain(value.observed_at)} {int(value.attempts)} {_plain(value.latency_ms)} "
             f"{self._lifetime_ms(value, policy)} "
             f"{' '.join(str(len(part)) for part in parts)}\n"
@@ -802,7 +775,7 @@ class RedisCache:
         if not keys:
             return
         calls = self._calls(((key, key.canonical) for key in keys), self._channel)
-        if sum(await self._removed(scripts.INVALIDATE, calls)):
+        if sum(_all(await self._server.run(scripts.INVALIDATE, calls), "not invalidated")):
             await self._server.barrier()
 
     async def clear(self) -> None:
@@ -810,16 +783,10 @@ class RedisCache:
         await self._open()
         names = iter(await self._server.names_of(f"{self._prefix}:*"))
         while some := tuple(islice(names, _NAMES_IN_ONE_CALL)):
-            await self._removed(scripts.UNLINK, [Call(part, ()) for part in self._portions(some)])
+            calls = [Call(part, ()) for part in self._portions(some)]
+            _all(await self._server.run(scripts.UNLINK, calls), "not invalidated")
         await self._server.command("PUBLISH", self._channel, scripts.CLEARED + b"000")
         await self._server.barrier()
-
-    async def _removed(self, script: scripts.Script, calls: Sequence[Call]) -> list[int]:
-        answers = await self._server.run(script, calls)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise SharedCacheUnavailableError(f"not invalidated: {answer}") from answer
-        return answers
 
     def _behind(self, work: Awaitable[Any]) -> None:
         """Do something that nobody waits for, and that may fail."""
@@ -830,6 +797,7 @@ class _Question:
     """One call of `RedisCache.lease_many`: what it asks, what it knows, and hears of its keys.
 
     Attributes:
+        in_need: what is stored for keys that it waits for, though it was not good enough.
         parked: the keys that are being acquired by others, while it waits for news of these.
     """
 
@@ -850,7 +818,7 @@ class _Question:
         self._mode = mode
         self._unlike = unlike
         self._unfit: dict[ResourceKey, str] = {}
-        self._in_need: dict[ResourceKey, CacheLookup] = {}
+        self.in_need: dict[ResourceKey, CacheLookup] = {}
         self._left: dict[ResourceKey, float] = {}
         self._rounds = 0
 
@@ -874,17 +842,13 @@ class _Question:
             self.parked = {}
         return {key: self._news.pop(key) for key in told}
 
-    def in_need(self, key: ResourceKey) -> CacheLookup:
-        """Return what is stored for a key though it was not good enough."""
-        return self._in_need.get(key, MISS)
-
     async def put(self, keys: Collection[ResourceKey]) -> dict[ResourceKey, LeasedLookup]:
         """Ask for keys; return those that need no waiting, and what derived ones rest on."""
         known: dict[ResourceKey, LeasedLookup] = {}
         self._rounds = 0
         while keys:
             self._rounds += 1
-            token = self._cache.new_token()
+            token = os.urandom(12).hex()
             try:
                 keys = await self._put(keys, token, known)
             except BaseException:
@@ -925,7 +889,7 @@ class _Question:
             lookup = lookup_of(values[key] if fit else None, now, self._policies[key])
             lease = None
             if entry.state == _WAIT:
-                self._left[key], self._in_need[key] = entry.number / 1000, lookup
+                self._left[key], self.in_need[key] = entry.number / 1000, lookup
             elif entry.state == _LEASED:
                 replaces = entry.version if entry.version == self._unfit.get(key) else None
                 lease = self._cache.leased(key, token, replaces)
@@ -933,6 +897,14 @@ class _Question:
         for key in complete.keys() - found.keys() - outdated - known.keys():
             known[key] = LeasedLookup(CacheLookup(complete[key], False, False), None)
         return again
+
+
+def _all(answers: list[Any], failed: str) -> list[Any]:
+    """Return answers; raises if there is an error among them."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise SharedCacheUnavailableError(f"{failed}: {answer}") from answer
+    return answers
 
 
 def _servable_age(policy: FreshnessPolicy) -> float:

@@ -70,9 +70,6 @@ class Model:
         name: what the bytes call it. Keep it when the class moves or is renamed.
         dump: returns what a value is made of, out of types the codec knows.
         load: returns the value made of that.
-
-    Raises:
-        TypeError, ValueError: for a field of another type, or an empty name.
     """
 
     kind: type[Any]
@@ -92,9 +89,6 @@ class Model:
 
         Its name is the module's and the class's. Dataclasses come back field by field, without a
         call of ``__init__`` or ``__post_init__``, as after copying.
-
-        Raises:
-            TypeError: for any other type; give a ``Model`` with functions of your own.
         """
         instance("models", kind, type)
         name = f"{kind.__module__}.{kind.__qualname__}"
@@ -169,7 +163,7 @@ class MessagePackCodec:
             ``msgspec.Struct`` as they are, any other as a `Model`.
 
     Raises:
-        TypeError, ValueError: for something that is no model, or two models of one name or type.
+        ValueError: for two models of one name or type.
     """
 
     def __init__(self, models: Iterable[type[Any] | Model] = ()) -> None:
@@ -195,8 +189,7 @@ class MessagePackCodec:
     def encode(self, value: Any) -> bytes:
         """Return the value as bytes.
 
-        Raises:
-            UnstorableValueError: for a type that is not known, or a value within itself.
+        Raises `UnstorableValueError` for a type that is not known, or a value within itself.
         """
         try:
             return _encode(self._write(value))
@@ -210,8 +203,7 @@ class MessagePackCodec:
     def decode(self, data: bytes) -> Any:
         """Return the value of these bytes.
 
-        Raises:
-            UnreadableEntryError: if they are not what ``encode`` made with the same models.
+        Raises `UnreadableEntryError` if they are not what ``encode`` made with the same models.
         """
         try:
             return self._decoder.decode(data)

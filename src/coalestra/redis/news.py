@@ -154,10 +154,7 @@ class _Line(asyncio.Protocol):
 class News:
     """Keeps a subscription for as long as it is open, and tells when there is none.
 
-    Args:
-        client: whose server, or any server of whose cluster, tells the news.
-        channel: where.
-        heard, missed: called as said at the head of this module.
+    The news are those of the client's server, or of any server of its cluster.
     """
 
     def __init__(

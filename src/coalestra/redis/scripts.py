@@ -86,10 +86,8 @@ CLEARED: Final = b"c"
 def message_of(data: bytes) -> tuple[bytes, str, ResourceKey | None]:
     """Return what a message says: what happened, the version that is there now, and which key.
 
-    It is a letter, the length of the version, the version, and the text of the key.
-
-    Raises:
-        ValueError: if it is none.
+    It is a letter, the length of the version, the version, and the text of the key. Raises
+    ValueError if it is none.
     """
     size = int(data[1:4])
     version, canonical = data[4 : 4 + size].decode(), data[4 + size :].decode()

@@ -70,12 +70,7 @@ class Call(NamedTuple):
 
 
 class Server:
-    """One server, or cluster of servers, as one client reaches it.
-
-    Args:
-        client: of redis-py, for asyncio.
-        time_limit_seconds: how long a call may take.
-    """
+    """One server, or cluster of servers, as one client of redis-py reaches it."""
 
     def __init__(self, client: Client, time_limit_seconds: float) -> None:
         self.client: Client = client
@@ -103,11 +98,7 @@ class Server:
         return None if self._offset is None else self._offset[0]
 
     async def run(self, script: Script, calls: Sequence[Call]) -> list[Any]:
-        """Run a script for each call, in one round trip; return the answers, errors among them.
-
-        Raises:
-            SharedCacheUnavailableError: if the server was not reached, or did not answer in time.
-        """
+        """Run a script for each call, in one round trip; return the answers, errors among them."""
         return cast(list[Any], await self._limited(self._send(script, calls)))
 
     async def barrier(self) -> None:
