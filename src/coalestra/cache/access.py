@@ -543,23 +543,36 @@ class _Write:
     async def run(self) -> Outcomes:
         """Write what may be written; return what became of all but the failures."""
         await self._open()
-        if self._terms.leases is not None:
+        if self._terms.leases is None:
+            await self._compare()
+        else:
             await self._fulfil(self._terms.leases)
-            return await self._outcomes()
+        return await self._outcomes()
+
+    async def _compare(self) -> None:
+        """Offer values; where the cache cannot know the write order, have the last word."""
+        terms, atomic = self._terms, self._calls.is_atomic
         looked_at = [key for key in self._values if self._looks_first(self._offered[key])]
-        held = await self._calls.held(looked_at, self._terms.now)
+        held = await self._calls.held(looked_at, terms.now)
         for key, current in held.items():
             status = self._status(key, current)
-            if status is not _STORED and not self._terms.force:
+            if status is not _STORED and not terms.force:
                 self._results[key] = CacheWriteResult(status, current, current)
-        for key in await self._outdated():
-            del self._results[key]
         rest = [key for key in self._values if key not in self._results]
-        if self._calls.is_atomic:
-            await self._let_compare(rest)
+        if atomic:
+            for equal in (False, True):
+                some = [key for key in rest if self._replaces_equal(self._offered[key]) is equal]
+                await self._offer(some, force=terms.force, replace_equal=equal)
         else:
-            await self._store(rest, held, insist=self._terms.insist)
-        return await self._outcomes()
+            await self._store(rest, held, insist=terms.insist)
+        lost = self._lost().items()
+        again = {key for key, stayed in lost if self._status(key, stayed) is _STORED}
+        again.update(await self._outdated())
+        if atomic:
+            await self._offer(again, force=True, replace_equal=True)
+            await self._replace_unreadable()
+        else:
+            await self._store(again, held, insist=terms.insist)
 
     async def _fulfil(self, leases: Mapping[ResourceKey, Lease]) -> None:
         """Store what was acquired under leases; give those back of what cannot be stored."""
@@ -624,17 +637,6 @@ class _Write:
         for key, value in values.items():
             if key not in failed:
                 self._results[key] = CacheWriteResult(_STORED, value, held.get(key))
-
-    async def _let_compare(self, keys: Collection[ResourceKey]) -> None:
-        """Let the cache compare; where it cannot know the write order, have the last word."""
-        for equal in (False, True):
-            some = [key for key in keys if self._replaces_equal(self._offered[key]) is equal]
-            await self._offer(some, force=self._terms.force, replace_equal=equal)
-        lost = self._lost().items()
-        again = {key for key, held in lost if self._status(key, held) is _STORED}
-        again.update(await self._outdated())
-        await self._offer(again, force=True, replace_equal=True)
-        await self._replace_unreadable()
 
     def _replaces_equal(self, revision: Revision) -> bool:
         by_arrival = not revision.attempts or not self._calls.validates_order
