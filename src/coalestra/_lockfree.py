@@ -239,17 +239,17 @@ class WorkerQueue(Generic[R]):
             return False
         self._waiting.append(_Entry(record))
         if full:
-            self._drop(down_to=self.max_pending)
+            self.drop(down_to=self.max_pending)
         self._peak = max(self._peak, self.pending)
         if "worker" in self._role:
             self._bell.ring()
         else:
             self._start()
         if self.ended:  # closed meanwhile, and the worker has gone
-            self._drop(down_to=0)
+            self.drop()
         return True
 
-    def _drop(self, *, down_to: int) -> None:
+    def drop(self, *, down_to: int = 0) -> None:
         """Drop what waited longest until no more than so many records wait."""
         while len(self._waiting) > down_to:
             with contextlib.suppress(IndexError):  # the worker took it
@@ -389,12 +389,8 @@ class WorkerQueue(Generic[R]):
         """Accept no more records, and do not wait; ``discard`` drops what is pending."""
         self.closed = True
         if discard:
-            self.discard()
+            self.drop()
         self._bell.ring()
-
-    def discard(self) -> None:
-        """Drop all but the record in delivery."""
-        self._drop(down_to=0)
 
     def call_at_end(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called after the last record of a closed queue, by its worker."""

@@ -170,7 +170,7 @@ class ChangeLog:
         Without ``drain`` only the one that is being written is waited for.
         """
         if not drain:
-            self._lines.discard()
+            self._lines.drop()
         return await self._lines.until_empty(seconds)
 
     def __repr__(self) -> str:

@@ -17,9 +17,9 @@ Laws:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -467,16 +467,10 @@ class ObservabilitySinks:
         """
         queues = [each.queue for each in self.owned.values() if each.downstream is sink]
         left = [each for each in queues if not each.ended]
-
-        once = [callback]
-
-        def ended() -> None:
-            if all(each.ended for each in left):
-                with contextlib.suppress(IndexError):  # another worker ended at the same time
-                    once.pop()()
-
-        for each in left:
-            each.call_at_end(ended)
+        for each in left:  # at the end of one look for that of the next
+            callback = partial(each.call_at_end, callback)
+        if left:
+            callback()
         return bool(left)
 
 
