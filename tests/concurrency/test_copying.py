@@ -23,6 +23,7 @@ import types
 import uuid
 import weakref
 import zoneinfo
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pytest
@@ -681,6 +682,7 @@ async def test_a_copy_of_unknown_length_is_made_in_a_thread_until_one_was_brief(
 ) -> None:
     """Nobody knows what a class does to be copied, but how long the last time took is known."""
     here = threading.current_thread().name
+    monkeypatch.setattr(sealing, "_ENOUGH", 0)
     monkeypatch.setattr(sealing, "BRIEF_SECONDS", -1.0)
     assert copies.seal_now([Foreign()], context="test") is None
     payload, kind = await copies.seal([Foreign()], context="test")
@@ -697,6 +699,38 @@ async def test_a_copy_of_unknown_length_is_made_in_a_thread_until_one_was_brief(
     (result,) = copies.open_now(payload, kind, context="test")
     assert result.thread == here
     assert copies.open_now(payload, kind, context="test") is OFFLOADED
+
+
+@pytest.mark.parametrize("within", [list, collections.deque, collections.UserList])
+async def test_code_of_an_application_is_run_in_threads_until_it_was_brief_often_enough(
+    copies: PayloadCopies, monkeypatch: pytest.MonkeyPatch, within: Callable[[Any], Any]
+) -> None:
+    """What it waits for may be there at first, and not the next time."""
+
+    class Lazy:
+        def __deepcopy__(self, memo: object) -> Lazy:
+            return self
+
+    monkeypatch.setattr(sealing, "BRIEF_SECONDS", 1000.0)
+    payload, kind = await copies.seal(within([Lazy()]), context="test")
+    for _ in range(sealing._ENOUGH):
+        assert copies.open_now(payload, kind, context="test") is OFFLOADED
+        await copies.open(payload, kind, context="test")
+    assert copies.open_now(payload, kind, context="test") is not OFFLOADED
+    other, its = await copies.seal(within([Lazy()]), context="test")
+    assert copies.open_now(other, its, context="test") is not OFFLOADED
+    monkeypatch.setattr(sealing, "BRIEF_SECONDS", -1.0)
+    copies.open_now(other, its, context="test")
+    monkeypatch.setattr(sealing, "BRIEF_SECONDS", 1000.0)
+    await copies.open(payload, kind, context="test")
+    for one, seal_of_it in ((payload, kind), (other, its)):
+        assert copies.open_now(one, seal_of_it, context="test") is OFFLOADED
+
+
+def test_what_is_looked_at_to_find_code_of_an_application_is_bounded() -> None:
+    assert sealing.doubtful_class([[n] for n in range(100)]) is None
+    for large in ([None] * 2_000, collections.deque([None] * 2_000), [[n] for n in range(999)]):
+        assert sealing.doubtful_class([large]) is not None
 
 
 @pytest.mark.parametrize(
