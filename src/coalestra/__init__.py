@@ -1,8 +1,8 @@
 """Consistent, immutable snapshots of many resources, for one unit of work at a time.
 
-What is given an argument of a wrong type raises a `TypeError`, for a wrong value a `ValueError`;
-both name the argument, the rule, and what was given. Times are seconds: finite, and not negative
-where they are lengths, unless their description says otherwise.
+What refuses an argument raises a `TypeError` for a wrong type, and a `ValueError` for a wrong
+value; both name the argument, the rule, and what was given. Times are seconds: finite, and not
+negative where they are lengths, unless their description says otherwise.
 
 What the parts of the package export is exported here, and brought in when somebody first asks for
 it, so that ``import coalestra`` alone costs next to nothing. Type checkers look into all parts.

@@ -133,6 +133,13 @@ async def test_a_scope_below_the_source_needs_a_key(scope: CircuitScope) -> None
         await breaker.before_call("rest")
 
 
+def test_the_name_of_a_scope_is_none() -> None:
+    """Its circuit would look like that of the scope, and be another."""
+    scope: Any = "resource"
+    with pytest.raises(TypeError, match="scope must be a CircuitScope"):
+        CircuitBreaker().identity_for("rest", key=BTC, scope=scope)
+
+
 async def test_a_disabled_policy_lets_everything_through_and_counts_nothing() -> None:
     """Also through a circuit that another policy has opened."""
     breaker = breaker_at(ManualClock())

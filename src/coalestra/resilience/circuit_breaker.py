@@ -316,6 +316,7 @@ class CircuitBreaker:
         scope = self.default_policy.scope if scope is None else scope
         if scope is CircuitScope.SOURCE:
             return _of_whole(source)
+        instance("scope", scope, CircuitScope)
         if key is None:
             raise ValueError(
                 f"key must be given for a circuit of scope {scope.value!r}, got None; "
