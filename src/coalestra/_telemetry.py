@@ -12,8 +12,8 @@ from typing import Final, Literal, NamedTuple
 
 from coalestra.core.acceptance import SnapshotAcceptanceReason
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
-from coalestra.core.results import CacheStats, PublishStatus
 from coalestra.core.validation import readable
+from coalestra.core.values import CacheStats, PublishStatus
 from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.resilience.circuit_breaker import CircuitSnapshot

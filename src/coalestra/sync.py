@@ -43,11 +43,10 @@ from coalestra.core.frozen import FrozenDict
 from coalestra.core.health import BuilderHealth
 from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.request import RequestResult, SnapshotRequest
-from coalestra.core.results import PublishResult
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
 from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
-from coalestra.core.values import ResourceUpdate
+from coalestra.core.values import PublishResult, ResourceUpdate
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.closing import MOMENT_SECONDS, gives_way, insist
 from coalestra.orchestration.session import SnapshotSession

@@ -18,7 +18,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import PolicyResolver
-from coalestra.core.results import CacheStats
+from coalestra.core.values import CacheStats
 from tests.contracts.samples import NOW, POLICY, A, B, C, begun, value_of
 from tests.support import settle
 

@@ -33,8 +33,7 @@ from coalestra.core.policies import (
     SourceAuthorityPolicy,
 )
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.results import PublishResult
-from coalestra.core.values import ResourceUpdate
+from coalestra.core.values import PublishResult, ResourceUpdate
 from coalestra.observability import NullEventSink, NullMetrics
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun, revision_of

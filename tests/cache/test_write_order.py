@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from coalestra.cache.store import best_per_key, decide
-from coalestra.core.results import CacheWriteStatus
-from coalestra.core.values import next_number, next_version, version_of
+from coalestra.core.values import CacheWriteStatus, next_number, next_version, version_of
 from tests.contracts.samples import NOW, A, B, revision_of
 
 

@@ -10,8 +10,7 @@ from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
-from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
-from coalestra.core.values import SnapshotValue
+from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
 
 Value = SnapshotValue[Any]
 

@@ -18,8 +18,7 @@ from coalestra.core.errors import CacheUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease
-from coalestra.core.results import CacheWriteResult, CacheWriteStatus
-from coalestra.core.values import Revision, SnapshotValue
+from coalestra.core.values import CacheWriteResult, CacheWriteStatus, Revision, SnapshotValue
 from tests.contracts.caches import (
     FOREIGN,
     AtomicCache,

@@ -13,7 +13,7 @@ from coalestra.core.protocols import (
     BatchAsyncCache,
     BatchAtomicAsyncCache,
 )
-from coalestra.core.results import CacheWriteStatus
+from coalestra.core.values import CacheWriteStatus
 from tests.contracts.caches import ALL, ATOMIC, BATCH, BATCH_ATOMIC
 from tests.contracts.samples import NOW, POLICY, A, B, C, value_of
 

@@ -18,8 +18,7 @@ from coalestra.core.policies import (
     SourceAuthorityPolicy,
 )
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.results import PublishStatus
-from coalestra.core.values import ResourceUpdate, SnapshotValue
+from coalestra.core.values import PublishStatus, ResourceUpdate, SnapshotValue
 from coalestra.observability import InMemoryMetrics
 from tests.contracts.caches import ALL, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C

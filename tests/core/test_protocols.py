@@ -28,14 +28,14 @@ from coalestra.core.protocols import (
     SnapshotSource,
     SourceBase,
 )
-from coalestra.core.results import (
+from coalestra.core.snapshot import FetchContext
+from coalestra.core.values import (
     CacheWriteResult,
     CacheWriteStatus,
     PublishResult,
     PublishStatus,
+    SnapshotValue,
 )
-from coalestra.core.snapshot import FetchContext
-from coalestra.core.values import SnapshotValue
 
 SOURCE = {"name": "rest", "priority": 1, "timeout_seconds": None, "supports": bool}
 SINGLE = dict.fromkeys(("get", "set", "invalidate", "clear"), print)

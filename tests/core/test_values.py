@@ -18,14 +18,12 @@ import pytest
 from coalestra.core import values
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.results import (
+from coalestra.core.values import (
     CacheLookup,
     CacheWriteResult,
     CacheWriteStatus,
     PublishResult,
     PublishStatus,
-)
-from coalestra.core.values import (
     ResourceUpdate,
     Revision,
     SnapshotValue,

@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from coalestra.core.keys import ResourceKey
-from coalestra.core.results import PublishResult, PublishStatus
-from coalestra.core.values import ResourceUpdate, SnapshotValue
+from coalestra.core.values import PublishResult, PublishStatus, ResourceUpdate, SnapshotValue
 from tests.sync.steps import PRICE, Door
 
 RESULT = PublishResult(

@@ -132,7 +132,7 @@ class StuckCache:
         self.door = Door()
 
     async def get(self, key: Any, policy: Any = None, *_: Any, **__: Any) -> Any:
-        from coalestra.core.results import CacheLookup
+        from coalestra.core.values import CacheLookup
 
         return CacheLookup(None, False, False, None)
 

@@ -3,8 +3,7 @@
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.near import NearCache
 from coalestra.cache.publisher import ResourcePublisher
-from coalestra.core.results import CacheStats, PublishResult, PublishStatus
-from coalestra.core.values import ResourceUpdate
+from coalestra.core.values import CacheStats, PublishResult, PublishStatus, ResourceUpdate
 
 __all__ = [
     "AsyncMemoryCache",

@@ -46,8 +46,7 @@ from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
-from coalestra.core.results import CacheWriteResult, CacheWriteStatus
-from coalestra.core.values import Revision, SnapshotValue
+from coalestra.core.values import CacheWriteResult, CacheWriteStatus, Revision, SnapshotValue
 from coalestra.observability.changes import ChangeLog
 
 # The view over a cache that is not the library's own ---------------------------------------------

@@ -24,9 +24,8 @@ from coalestra._endings import look_after
 from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
-from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
 from coalestra.core.validation import integer, number, shown, text
-from coalestra.core.values import SnapshotValue
+from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
 from coalestra.observability.changes import ChangeLog
 
 # Many calls, few tasks: each bounded, each alone with its failure --------------------------------

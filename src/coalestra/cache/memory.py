@@ -16,8 +16,14 @@ from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.health import PayloadCopyHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider
-from coalestra.core.results import CacheLookup, CacheStats, CacheWriteResult
-from coalestra.core.values import Revision, SnapshotValue, number_of
+from coalestra.core.values import (
+    CacheLookup,
+    CacheStats,
+    CacheWriteResult,
+    Revision,
+    SnapshotValue,
+    number_of,
+)
 
 # Ending the copying of a component ---------------------------------------------------------------
 

@@ -26,9 +26,8 @@ from coalestra.cache.store import EntryStore, Listeners
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.results import CacheLookup
 from coalestra.core.validation import integer, number, require_methods
-from coalestra.core.values import Revision, SnapshotValue
+from coalestra.core.values import CacheLookup, Revision, SnapshotValue
 
 # A cache of one's own with a memory in front -----------------------------------------------------
 

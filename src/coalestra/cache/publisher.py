@@ -31,8 +31,10 @@ from coalestra.core.policies import (
     rank_of,
 )
 from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, now_of
-from coalestra.core.results import CacheWriteStatus, PublishResult, PublishStatus
 from coalestra.core.values import (
+    CacheWriteStatus,
+    PublishResult,
+    PublishStatus,
     ResourceUpdate,
     Revision,
     SnapshotValue,

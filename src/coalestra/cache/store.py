@@ -36,8 +36,7 @@ from coalestra.core.policies import (
     ObservationPolicy,
     policy_for,
 )
-from coalestra.core.results import CacheStats, CacheWriteStatus
-from coalestra.core.values import Revision, SnapshotValue, number_of
+from coalestra.core.values import CacheStats, CacheWriteStatus, Revision, SnapshotValue, number_of
 
 # The write order: which revision of a resource may replace which ---------------------------------
 

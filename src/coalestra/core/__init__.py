@@ -14,7 +14,6 @@ from coalestra.core.keys import *
 from coalestra.core.policies import *
 from coalestra.core.protocols import *
 from coalestra.core.request import *
-from coalestra.core.results import *
 from coalestra.core.snapshot import *
 from coalestra.core.trace import *
 from coalestra.core.values import *

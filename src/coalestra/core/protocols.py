@@ -9,10 +9,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
-from coalestra.core.results import CacheLookup, CacheWriteResult
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import number
-from coalestra.core.values import SnapshotValue, SourcePayload
+from coalestra.core.values import CacheLookup, CacheWriteResult, SnapshotValue, SourcePayload
 
 __all__ = [
     "AsyncCache", "AtomicAsyncCache", "AuthorityAwareCache", "BatchAsyncCache",

@@ -44,9 +44,8 @@ from coalestra.core.health import FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, rank_of
 from coalestra.core.protocols import Lease
-from coalestra.core.results import CacheWriteStatus
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
-from coalestra.core.values import Revision
+from coalestra.core.values import CacheWriteStatus, Revision
 from coalestra.observability.reports import Reporter
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import (

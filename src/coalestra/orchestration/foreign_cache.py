@@ -30,9 +30,8 @@ from coalestra.cache.store import decide
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import Lease
-from coalestra.core.results import CacheWriteStatus
 from coalestra.core.trace import WaitReason
-from coalestra.core.values import Revision
+from coalestra.core.values import CacheWriteStatus, Revision
 from coalestra.orchestration.flights import Flight, Gather, Read, ReadGroup, Work
 from coalestra.orchestration.parts import Parts
 

@@ -41,10 +41,9 @@ from coalestra.core.errors import (
 )
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_for, policy_of_all
-from coalestra.core.results import CacheWriteStatus
 from coalestra.core.trace import Obtained, WaitReason
 from coalestra.core.validation import flag, span
-from coalestra.core.values import Revision
+from coalestra.core.values import CacheWriteStatus, Revision
 from coalestra.orchestration.calls import Call, Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
 from coalestra.orchestration.flights import (

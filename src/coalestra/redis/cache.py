@@ -46,10 +46,9 @@ from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode
 from coalestra.core.protocols import CacheNewsListener, Lease, LeasedLookup
-from coalestra.core.results import CacheLookup, CacheWriteResult, CacheWriteStatus
 from coalestra.core.serialization import qualified_type
 from coalestra.core.validation import integer, number, refusal, require_methods, text, wrong_type
-from coalestra.core.values import SnapshotValue
+from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
 from coalestra.redis import scripts
 from coalestra.redis.codec import (
     MessagePackCodec,
