@@ -16,6 +16,7 @@ from coalestra.core.capability import (
     require_capabilities,
 )
 from coalestra.core.errors import CapabilityRequirementError
+from tests.release.contract import DEFAULTS, FEATURES, SCHEMAS
 
 
 def test_the_capabilities_are_those_of_this_version() -> None:
@@ -26,33 +27,9 @@ def test_the_capabilities_are_those_of_this_version() -> None:
         "api_stability": "0.6",
         "python_requires": ">=3.10",
         "stability": "beta",
-        "features": [
-            "automatic_observability_buffering",
-            "blocking_source_timeout_guarantees",
-            "builder_health_assessment",
-            "builder_health_serialization",
-            "controlled_payload_copy_shutdown",
-            "payload_copy_health",
-            "payload_copy_offload",
-            "snapshot_acceptance",
-            "snapshot_consistency",
-            "snapshot_requests",
-            "source_authority",
-            "sync_submission_backlog",
-            "transactional_revalidation",
-            "versioned_error_diagnostics",
-        ],
-        "schemas": {
-            "builder_health": 1,
-            "builder_health_assessment": 1,
-            "capabilities": 1,
-            "error_diagnostics": 1,
-        },
-        "defaults": {
-            "allow_unsafe_blocking_sources": False,
-            "buffer_observability": "auto",
-            "require_source_timeout_declarations": True,
-        },
+        "features": sorted(FEATURES),
+        "schemas": SCHEMAS,
+        "defaults": DEFAULTS,
     }
 
 

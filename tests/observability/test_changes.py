@@ -221,22 +221,6 @@ def test_a_recovery_that_nobody_wants_to_hear_of_ends_the_trouble_all_the_same(k
     assert kept.lines == [FAILED, FAILED]
 
 
-@pytest.mark.parametrize("raised", [ValueError, SystemExit, KeyboardInterrupt])
-def test_what_a_handler_raises_goes_no_further(kept: Kept, raised: type[BaseException]) -> None:
-    def refuse() -> None:
-        raise raised
-
-    changes = log()
-    kept.before = refuse
-    changes.failed("source 'a'", ConnectionError())
-    written(changes)
-    kept.before = lambda: None
-    changes.works("source 'a'")
-    written(changes)
-    assert kept.lines == [WORKS]
-    assert changes.pending == 0
-
-
 def test_a_factory_of_records_that_raises_is_borne(kept: Kept) -> None:
     def refuse(*_: Any, **__: Any) -> logging.LogRecord:
         raise ValueError("no record")

@@ -175,17 +175,6 @@ async def test_each_stage_of_a_session_hangs_below_what_asked_for_it(spans: Span
     ]
 
 
-async def test_stages_of_one_session_at_the_same_time_end_each_on_its_own(spans: Spans) -> None:
-    used = traced(spans, Single("a", fetch=latency(2)), Single("b", fetch=latency(1)))
-    async with used.session() as session:
-        await asyncio.gather(session.resolve([A]), session.resolve([B]))
-
-    assert len(spans.named("resolve snapshot")) == 2
-    assert sorted(span.name for span in spans.ended) == [
-        "fetch a", "fetch b", "resolve snapshot", "resolve snapshot",
-    ]  # fmt: skip
-
-
 async def test_waiting_for_capacity_is_told_with_the_call(spans: Spans) -> None:
     used = traced(spans, Single("a", fetch=latency(2)), max_concurrency=1)
     await asyncio.gather(used.build([A]), used.build([key("a", "other")]))
@@ -249,18 +238,6 @@ async def test_readers_who_joined_are_linked_to_the_call_that_served_them(spans:
     assert spans.tree()[-3:] == ["late", "  build snapshot", "    join flight"]
 
 
-async def test_a_reader_who_gives_up_waiting_is_linked_to_what_he_waited_for(spans: Spans) -> None:
-    used = traced(spans, Single("a", fetch=latency(5)))
-    first = asyncio.ensure_future(used.build([A]))
-    await settle()
-    await used.build([A], deadline_seconds=1.0, strict=False)
-    (join,) = spans.named("join flight")
-    await first
-
-    assert [link.context for link in join.links] == [spans.one("fetch a").context]
-    assert attributes(join)["coalestra.flight.wait_time"] == pytest.approx(1.0, abs=0.2)
-
-
 # How it ended ---------------------------------------------------------------------------------
 
 
@@ -294,23 +271,6 @@ async def test_what_was_called_off_has_ended_but_not_failed(spans: Spans) -> Non
     assert attributes(spans.one("build snapshot"))["coalestra.outcome"] == "cancelled"
     assert attributes(spans.one("fetch a"))["coalestra.outcome"] == "abandoned"
     assert {span.status.status_code for span in spans.ended} == {StatusCode.UNSET}
-
-
-async def test_keys_that_failed_where_that_is_allowed_are_no_error_of_the_build(
-    spans: Spans,
-) -> None:
-    async def fails(key: ResourceKey, context: FetchContext) -> int:
-        raise ConnectionError(f"no {key}")
-
-    used = traced(spans, Single("a", fetch=fails), Single("b"))
-    await used.build([A, B], strict=False)
-
-    build = spans.one("build snapshot")
-    assert attributes(build)["coalestra.keys.resolved"] == 1
-    assert attributes(build)["coalestra.keys.failed"] == 1
-    assert build.status.status_code is StatusCode.UNSET
-    assert spans.one("fetch a").status.description == "ConnectionError"
-    assert "SECRET" not in told(spans)
 
 
 async def test_a_build_that_raises_has_failed_with_the_type_of_what_it_raises(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 from collections.abc import Callable
 from typing import Any
@@ -91,32 +90,6 @@ def test_a_stage_is_begun_below_what_is_current_and_a_call_below_its_parent(
     tracer.end(build, DONE)
 
     assert spans.tree() == ["request", "  build snapshot", "    fetch_many rates"]
-
-
-def test_a_refresh_begins_a_trace_of_its_own_that_is_linked(
-    spans: Spans, tracer: OpenTelemetryTracer
-) -> None:
-    with spans.provider.get_tracer("test").start_as_current_span("passing by"):
-        build = tracer.begin("build", BUILD)
-        refresh = tracer.begin("refresh", {"reason": "stale"}, link=build)
-        unknown = tracer.begin("refresh", {"reason": "stale"})
-        for span in (refresh, unknown, build):
-            tracer.end(span, DONE)
-
-    linked, alone = spans.named("refresh resources")
-    assert linked.parent is alone.parent is None
-    assert [link.context for link in linked.links] == [spans.one("build snapshot").context]
-    assert alone.links == ()
-
-
-def test_a_span_is_current_where_it_is_entered_and_nowhere_else(
-    spans: Spans, tracer: OpenTelemetryTracer
-) -> None:
-    build, inside = tracer.begin("build", BUILD), contextvars.copy_context()
-    inside.run(tracer.enter, build)
-
-    assert inside.run(trace.get_current_span) is build.span
-    assert trace.get_current_span() is trace.INVALID_SPAN
 
 
 def test_what_the_caller_carries_along_is_there_for_calls_as_well(
@@ -261,15 +234,6 @@ def test_an_error_that_cannot_be_read_ends_its_span_all_the_same(
 
     span = spans.one("fetch_many rates")
     assert attributes(span)["error.type"].endswith("test_spans.Unreadable")
-
-
-def test_what_was_called_off_has_not_failed(spans: Spans, tracer: OpenTelemetryTracer) -> None:
-    tracer.end(tracer.begin("build", BUILD), DONE, asyncio.CancelledError())
-
-    span = spans.one("build snapshot")
-    assert span.status.status_code is StatusCode.UNSET
-    assert attributes(span)["coalestra.outcome"] == "cancelled"
-    assert span.events == ()
 
 
 def test_a_deep_traceback_is_cut_to_its_innermost_places(

@@ -16,11 +16,7 @@ from coalestra import (
     FreshnessPolicy,
     InMemoryMetrics,
     LoggingEventSink,
-    ObservabilityShutdownTimeoutError,
     ObservationPolicy,
-    PayloadCopyShutdownTimeoutError,
-    PayloadCopySubsystemClosedError,
-    PayloadIsolationError,
     PolicyResolver,
     ResiliencePolicyResolver,
     ResourceKey,
@@ -30,7 +26,6 @@ from coalestra import (
     SnapshotBuilder,
     SourceAuthorityPolicy,
     SourceResiliencePolicy,
-    SubmissionBacklogFullError,
 )
 from coalestra.concurrency import CapacityController, CapacityLimiter
 from coalestra.core import SystemClock
@@ -144,26 +139,6 @@ def test_limiters_leases_and_circuits_show_what_they_were_made_with() -> None:
 
 
 # Errors
-
-
-def test_errors_keep_what_they_were_made_from() -> None:
-    cycle = DependencyCycleError((K, BASE, K))
-    assert cycle.path == (K, BASE, K)
-    isolation = PayloadIsolationError(context="here", value_type="Odd")
-    assert (isolation.context, isolation.value_type) == ("here", "Odd")
-    full = SubmissionBacklogFullError(limit=3, pending=4)
-    assert (full.limit, full.pending) == (3, 4)
-    assert PayloadCopySubsystemClosedError(component="cache").component == "cache"
-    copies = PayloadCopyShutdownTimeoutError(
-        timeout_seconds=2, active_components={"builder": 2, "cache": 1}
-    )
-    assert (copies.timeout_seconds, copies.active_copies) == (2, 3)
-    assert dict(copies.active_components) == {"builder": 2, "cache": 1}
-    late = ObservabilityShutdownTimeoutError(
-        timeout_seconds=2, pending_components={"events": 4, "metrics": 5}
-    )
-    assert (late.timeout_seconds, late.pending_records) == (2, 9)
-    assert dict(late.pending_components) == {"events": 4, "metrics": 5}
 
 
 async def test_errors_of_a_build_keep_their_facts() -> None:

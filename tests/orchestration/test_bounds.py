@@ -158,28 +158,6 @@ async def build_as(who: str, building: SnapshotBuilder, *keys: ResourceKey) -> N
     await asyncio.create_task(run())
 
 
-@pytest.mark.parametrize("kind", ["single", "batch", "derived", "dependency"])
-async def test_a_source_sees_the_context_of_the_build_that_called_it(kind: str) -> None:
-    seen: list[str] = []
-    note = seeing(seen)
-
-    async def before() -> None:
-        await note(key("x"), None)
-
-    sources: dict[str, list[Scripted]] = {
-        "single": [Single("x", fetch=note)],
-        "batch": [Batch("x", before=before)],
-        "derived": [Derived("x", needs=lambda k: [], before=before)],
-        "dependency": [Derived("x", needs=lambda k: [key("base")]), Single("base", fetch=note)],
-    }
-    building = builder(*sources[kind])
-    first = asyncio.ensure_future(build_as("first", building, key("x")))
-    await settle()
-    await build_as("second", building, key("x"))
-    await first
-    assert seen == ["first"]
-
-
 async def test_a_background_refresh_sees_the_context_of_the_builders_making() -> None:
     seen: list[str] = []
     REQUEST.set("maker")
@@ -190,16 +168,6 @@ async def test_a_background_refresh_sees_the_context_of_the_builders_making() ->
     await build_as("other visitor", building, key("x"))
     await building.wait_for_refreshes()
     assert seen == ["visitor", "maker"]
-
-
-async def test_what_a_source_sets_does_not_reach_the_build() -> None:
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        REQUEST.set("source")
-        return ""
-
-    REQUEST.set("mine")
-    await builder(Single("x", fetch=fetch)).build([key("x")])
-    assert REQUEST.get() == "mine"
 
 
 # Clocks that stand still --------------------------------------------------------------------------

@@ -65,40 +65,6 @@ async def test_callers_that_arrive_together_cause_one_call() -> None:
     assert sum(s.diagnostics.coalesced_requests for s in snapshots) == 49
 
 
-async def test_callers_over_a_cache_that_awaits_cause_one_call_and_one_read() -> None:
-    gate = Gate()
-    cache = SlowCache(gate)
-    source = Single("single", fetch=latency(1))
-    building = builder(source, cache=cache)
-    first = asyncio.ensure_future(building.build([A]))
-    await gate.wait_arrived()
-    others = [asyncio.ensure_future(building.build([A])) for _ in range(9)]
-    await settle()
-    reads_before_the_write = cache.reads
-    gate.open()
-    await asyncio.gather(first, *others)
-    assert (reads_before_the_write, source.calls) == (1, [A])
-
-
-async def test_a_caller_between_the_cache_miss_and_the_answer_joins_the_call() -> None:
-    cache = SlowCache(Gate(opened=True))
-    at_source = Gate()
-
-    async def fetch(key: ResourceKey, context: FetchContext) -> str:
-        await at_source.pass_()
-        return "value"
-
-    source = Single("single", fetch=fetch)
-    building = builder(source, cache=cache)
-    first = asyncio.ensure_future(building.build([A]))
-    await at_source.wait_arrived()
-    second = asyncio.ensure_future(building.build([A]))
-    await settle()
-    at_source.open()
-    await asyncio.gather(first, second)
-    assert source.calls == [A]
-
-
 async def test_a_caller_whose_cache_read_was_slow_does_not_repeat_the_call() -> None:
     gate = Gate()
     cache = SlowCache(gate)
@@ -146,19 +112,6 @@ async def test_a_joiner_of_a_batch_key_gets_it_when_the_batch_ends_not_when_the_
     await building.build([key("quick", "1")])
     assert loop.time() == began
     await owner
-
-
-async def test_every_waiter_of_a_failed_key_gets_an_error_of_its_own() -> None:
-    async def fetch(key: ResourceKey, context: FetchContext) -> str:
-        await asyncio.sleep(1)
-        raise ConnectionError("down")
-
-    building = builder(Single("single", fetch=fetch))
-    first, second = await asyncio.gather(
-        building.build([A], strict=False), building.build([A], strict=False)
-    )
-    assert str(first.errors[A]) == str(second.errors[A])
-    assert first.errors[A] is not second.errors[A]
 
 
 async def test_a_cancelled_follower_leaves_the_shared_call_alone() -> None:
@@ -266,28 +219,6 @@ async def test_a_crowd_is_told_what_each_of_them_would_be(settings: dict[str, An
     await no_leaks(building)
 
 
-async def test_each_of_a_crowd_has_a_copy_of_its_own() -> None:
-    async def fetch(key: ResourceKey, context: FetchContext) -> list[int]:
-        await asyncio.sleep(5)
-        return [1]
-
-    building = builder(Single("single", fetch=fetch))
-    snapshots = await asyncio.gather(*await together(building))
-    assert len({id(snapshot.value(A)) for snapshot in snapshots}) == len(snapshots)
-
-
-async def test_each_of_a_crowd_has_a_copy_that_takes_a_thread() -> None:
-    large = [list(range(200)) for _ in range(200)]
-
-    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
-        await asyncio.sleep(5)
-        return large
-
-    building = builder(Single("single", fetch=fetch))
-    snapshots = await asyncio.gather(*await together(building, 2))
-    assert [snapshot.value(A) for snapshot in snapshots] == [large] * 3
-
-
 @pytest.mark.parametrize("strict", [True, False])
 async def test_each_of_a_crowd_has_an_error_of_its_own(strict: bool) -> None:
     async def fetch(key: ResourceKey, context: FetchContext) -> Any:
@@ -370,15 +301,6 @@ async def test_who_comes_after_an_invalidation_does_not_join_the_crowd() -> None
     tasks += [asyncio.ensure_future(building.build([A])) for _ in range(2)]
     await asyncio.gather(*tasks)
     assert source.calls == [A, A]
-
-
-async def test_closing_the_builder_ends_a_crowd_with_an_error_for_each() -> None:
-    building = builder(Single("single", fetch=latency(50)))
-    tasks = await together(building, 3)
-    await building.aclose()
-    ended = await asyncio.gather(*tasks, return_exceptions=True)
-    assert {type(error).__name__ for error in ended} == {"BuilderClosedError"}
-    assert len({id(error) for error in ended}) == 4
 
 
 async def test_a_source_that_asks_for_what_it_serves_is_told_of_the_cycle_in_a_crowd() -> None:

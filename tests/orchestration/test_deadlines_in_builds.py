@@ -73,18 +73,6 @@ async def test_a_build_that_is_not_strict_returns_what_it_has_at_the_deadline() 
     await settle()
 
 
-async def test_waiting_for_capacity_ends_at_the_deadline() -> None:
-    metrics = InMemoryMetrics()
-    source = Single("x", fetch=latency(50))
-    building = builder(source, max_concurrency=1, metrics=metrics)
-    holder = asyncio.ensure_future(building.build([key("x", "holder")]))
-    await settle()
-    snapshot = await building.build([X], strict=False, deadline_seconds=2)
-    assert says_deadline(snapshot.errors[X])
-    holder.cancel()
-    await no_leaks(building)
-
-
 class StuckCache(AsyncMemoryCache):
     """A cache of somebody else's that never answers a question, or never takes a value."""
 
@@ -179,42 +167,6 @@ async def test_after_a_deadline_the_partial_snapshot_is_delivered_all_the_same()
     await building.aclose()
 
 
-async def test_the_stages_of_a_session_share_one_deadline() -> None:
-    building = builder(Single("x", fetch=latency(2)))
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    async with building.session(deadline_seconds=5) as session:
-        await session.resolve([key("x", "a")])
-        await session.resolve([key("x", "b")])
-        snapshot = await session.resolve([key("x", "c")], strict=False)
-        assert loop.time() - began == pytest.approx(5)
-        assert says_deadline(snapshot.errors[key("x", "c")])
-        late = await session.resolve([key("x", "d")], strict=False)
-        assert loop.time() - began == pytest.approx(5)
-        assert says_deadline(late.errors[key("x", "d")])
-        assert list(late) == [key("x", "a"), key("x", "b")]
-    await no_leaks(building)
-
-
-async def test_a_retry_that_would_not_fit_is_not_started_and_the_first_error_stays() -> None:
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        raise ConnectionError("down")
-
-    source = Single("x", fetch=fetch)
-    source.resilience_policy = SourceResiliencePolicy(
-        retry=RetryPolicy(max_attempts=3, base_delay_seconds=5, max_delay_seconds=5)
-    )
-    building = builder(source)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    snapshot = await building.build([X], strict=False, deadline_seconds=2)
-    assert loop.time() == began
-    error = snapshot.errors[X]
-    assert isinstance(error, ResourceResolutionError)
-    assert error.failures[0].error_type == "ConnectionError"
-    assert len(source.calls) == 1
-
-
 async def test_a_clock_that_runs_ahead_of_the_loop_ends_the_session_too() -> None:
     clock = ManualClock()
     building = builder(Single("x"), clock=clock)
@@ -238,14 +190,6 @@ async def test_a_stale_answer_of_a_source_stands_in_at_the_deadline() -> None:
     assert (value.value, value.source, value.stale) == ("stale", "first", True)
     assert "SnapshotDeadlineExceededError" in value.metadata["fallback_error"]
     await settle()
-
-
-async def test_a_deadline_counts_in_the_health_of_the_builder() -> None:
-    building = builder(Single("x", fetch=latency(50)))
-    assert (await building.health_snapshot()).deadline_exceeded_count == 0
-    await building.build([X], strict=False, deadline_seconds=2)
-    await settle()
-    assert (await building.health_snapshot()).deadline_exceeded_count > 0
 
 
 async def test_a_call_under_the_deadline_is_not_a_circuit_failure() -> None:
@@ -310,26 +254,6 @@ async def test_a_worker_thread_keeps_its_slot_until_it_ends(by: str) -> None:
     await building.aclose()
 
 
-async def test_a_blocking_call_that_cannot_fit_the_deadline_is_not_started() -> None:
-    calls: list[ResourceKey] = []
-    source = CallableSource(
-        name="x",
-        priority=1,
-        supports=lambda key: True,
-        fetcher=lambda key, context: calls.append(key),
-        timeout_seconds=30.0,
-        blocking_io=True,
-        transport_timeout_seconds=5.0,
-    )
-    building = builder(source)
-    snapshot = await building.build([X], strict=False, deadline_seconds=2)
-    assert says_deadline(snapshot.errors[X])
-    assert "transport timeout of 5 s" in str(snapshot.errors[X])
-    assert calls == []
-    await no_leaks(building)
-    await building.aclose()
-
-
 async def test_the_copy_of_what_a_source_returned_is_bounded_too() -> None:
     gate = ThreadGate()
 
@@ -352,18 +276,6 @@ async def test_the_copy_of_what_a_source_returned_is_bounded_too() -> None:
     await settle()
     await no_leaks(building)
     await building.aclose()
-
-
-async def test_a_shared_call_lasts_until_the_latest_deadline_of_those_who_wait() -> None:
-    source = Single("x", fetch=latency(10))
-    building = builder(source)
-    hasty = asyncio.ensure_future(building.build([X], strict=False, deadline_seconds=2))
-    await asyncio.sleep(1)
-    patient = asyncio.ensure_future(building.build([X], deadline_seconds=50))
-    assert says_deadline((await hasty).errors[X])
-    assert (await patient).value(X) == "1"
-    assert len(source.calls) == 1
-    await no_leaks(building)
 
 
 async def test_a_try_that_outlasts_its_deadline_says_how_many_there_were() -> None:

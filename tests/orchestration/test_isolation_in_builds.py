@@ -22,7 +22,6 @@ from coalestra import (
     Snapshot,
     SnapshotBuilder,
     SnapshotBuildError,
-    SnapshotDeadlineExceededError,
     SnapshotRequest,
     SourcePayload,
 )
@@ -179,19 +178,6 @@ async def test_a_derivation_may_change_its_inputs_and_keep_its_output(
         assert source.kept == mutable()
 
 
-async def test_two_derivations_do_not_share_their_input(cached: dict[str, Any]) -> None:
-    class Careless(Derived):
-        async def derive(self, key: ResourceKey, dependencies: Snapshot, context: Any) -> Any:
-            value = dependencies.value(K)
-            assert value == mutable()
-            spoil(value)
-            return 1
-
-    careless = Careless("d", needs=lambda k: [K])
-    async with closing(Keeping(), careless, **cached) as building:
-        await building.build([key("d", "1"), key("d", "2"), K])
-
-
 async def test_a_publisher_keeps_what_it_gave_and_what_it_got(cached: dict[str, Any]) -> None:
     async with closing(Single("k"), **cached) as building:
         given, metadata = mutable(), {"tags": ["a"]}
@@ -289,15 +275,6 @@ async def test_after_an_uncopyable_payload_the_next_source_is_asked() -> None:
         assert (await building.build([K])).value(K) == "good"
 
 
-async def test_a_custom_copier_that_fails_is_a_failure_of_the_key() -> None:
-    def copier(value: Any) -> Any:
-        raise RuntimeError("no copies today")
-
-    async with closing(Stock("k", {"k": [1]}), payload_copier=copier) as building:
-        with pytest.raises(SnapshotBuildError, match="PayloadIsolationError"):
-            await building.build([K])
-
-
 # Copiers, threads and their bounds
 
 
@@ -380,26 +357,6 @@ def with_stuck(*sources: Any, **settings: Any) -> tuple[Stuck, SnapshotBuilder]:
     return stuck, building
 
 
-async def test_the_deadline_bounds_the_copy_for_delivery_and_there_is_no_snapshot_then() -> None:
-    stuck, building = with_stuck(Stock("k", {"k": [1]}))
-    await building.build([K])
-    stuck.armed = True
-    with pytest.raises(SnapshotBuildError) as caught:
-        await building.build([K], deadline_seconds=3)
-    assert caught.value.snapshot is None
-    error = caught.value.errors[K]
-    assert isinstance(error, SnapshotDeadlineExceededError)
-    assert "3 s" in str(error)
-    health = await building.health_snapshot()
-    assert health.active_payload_copies == 1
-    assert health.payload_copy_timeout_count == 1
-    assert health.deadline_exceeded_count == 1
-    stuck.gate.open()
-    await settle()
-    await no_leaks(building)
-    await building.aclose()
-
-
 async def test_a_waiter_for_a_copy_thread_leaves_at_its_deadline() -> None:
     stuck, building = with_stuck(Stock("k", {"k": [1]}), max_copy_concurrency=1)
     await building.build([K])
@@ -412,19 +369,6 @@ async def test_a_waiter_for_a_copy_thread_leaves_at_its_deadline() -> None:
     assert (copies.capacity_timeout_count, copies.waiting_for_capacity) == (1, 0)
     stuck.gate.open()
     assert (await first).value(K) == [1]
-    await no_leaks(building)
-    await building.aclose()
-
-
-async def test_the_deadline_bounds_the_copy_of_what_a_source_returned() -> None:
-    stuck, building = with_stuck(Stock("k", {"k": [1]}))
-    stuck.armed = True
-    snapshot = await building.build([K], strict=False, deadline_seconds=3)
-    assert "SnapshotDeadlineExceededError" in (
-        f"{type(snapshot.errors[K]).__name__} {snapshot.errors[K]}"
-    )
-    stuck.gate.open()
-    await settle()
     await no_leaks(building)
     await building.aclose()
 

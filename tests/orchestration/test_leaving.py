@@ -9,16 +9,9 @@ from typing import Any
 import pytest
 
 from coalestra import (
-    CircuitBreakerPolicy,
     FetchContext,
-    FreshnessPolicy,
-    RefreshMode,
     ResourceKey,
-    ResourceResolutionError,
-    RetryPolicy,
     SnapshotBuilder,
-    SnapshotBuildError,
-    SourceResiliencePolicy,
 )
 from coalestra.orchestration import singleflight
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
@@ -180,94 +173,6 @@ async def test_a_misbehaving_source_fails_its_keys_like_any_other_error(
     snapshot = await building.build([X, key("x", "2")])
     assert {value.source for value in snapshot.values()} == {"second"}
     await no_leaks(building)
-
-
-async def test_a_cancelled_probe_reopens_the_circuit() -> None:
-    answers: list[Any] = [ConnectionError("down")]
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        if answers:
-            raise answers.pop()
-        await asyncio.sleep(100)
-        return ""
-
-    source = Single("x", fetch=fetch)
-    source.resilience_policy = SourceResiliencePolicy(
-        retry=RetryPolicy(max_attempts=1),
-        circuit=CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=5),
-    )
-    building = builder(source)
-    await building.build([X], strict=False)
-    await asyncio.sleep(6)
-    probe = asyncio.ensure_future(building.build([X]))
-    await asyncio.sleep(1)
-    probe.cancel()
-    await settle()
-    refused = await building.build([X], strict=False)
-    error = refused.errors[X]
-    assert isinstance(error, ResourceResolutionError)
-    assert error.failures[0].error_type == "CircuitOpenError"
-    await no_leaks(building)
-
-
-async def test_a_deadline_while_waiting_for_capacity_leaves_the_circuit_alone() -> None:
-    source = Single("x", fetch=latency(100))
-    building = builder(source, max_concurrency=1)
-    holder = asyncio.ensure_future(building.build([key("x", "holder")]))
-    await asyncio.sleep(1)
-    with pytest.raises(SnapshotBuildError, match="SnapshotDeadlineExceededError"):
-        await building.build([X], deadline_seconds=2)
-    assert (await building.health_snapshot()).circuits == {}
-    holder.cancel()
-    await no_leaks(building)
-
-
-async def test_a_deadline_falls_back_to_a_stale_cached_value() -> None:
-    source = Single("x")
-    building = builder(source, default_policy=FreshnessPolicy(1, 100))
-    await building.build([X])
-    await asyncio.sleep(5)
-    source.answer = latency(50)
-    snapshot = await building.build([X], deadline_seconds=2)
-    assert snapshot[X].stale
-    assert "SnapshotDeadlineExceededError" in snapshot[X].metadata["fallback_error"]
-
-
-async def test_closing_ends_running_builds_with_a_clear_error_and_leaves_no_task() -> None:
-    building = builder(Single("x", fetch=latency(100)), Batch("y"))
-    running = asyncio.ensure_future(building.build([X, key("y", "1")]))
-    session = building.session()
-    stage = asyncio.ensure_future(session.resolve([key("x", "2")]))
-    await asyncio.sleep(1)
-    await building.aclose()
-    for task in (running, stage):
-        with pytest.raises(RuntimeError, match="closed"):
-            await task
-    with pytest.raises(RuntimeError, match="closed"):
-        await building.build([X])
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def test_closing_twice_is_closing_once() -> None:
-    building = builder(Single("x"))
-    await asyncio.gather(building.aclose(), building.aclose())
-    await building.aclose()
-    assert building.closed
-
-
-async def test_closing_waits_for_refreshes_unless_told_to_cancel_them() -> None:
-    policy = FreshnessPolicy(1, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    for cancel in (False, True):
-        source = Single("x")
-        building = builder(source, default_policy=policy)
-        await building.build([X])
-        await asyncio.sleep(5)
-        source.answer = latency(10)
-        await building.build([X])
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        await building.aclose(cancel_refreshes=cancel, copy_shutdown_timeout_seconds=20)
-        assert loop.time() - began == pytest.approx(0 if cancel else 10)
 
 
 class Stopped(LoopClock):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from coalestra import (
     Snapshot,
     SourcePayload,
 )
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key
+from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.support import Gate, LoopClock, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
@@ -119,68 +118,6 @@ async def test_waiters_get_the_event_when_every_source_fails_meanwhile() -> None
 
 
 # What a source may do wrong ---------------------------------------------------------------------
-
-
-class Broken(Mapping[ResourceKey, Any]):
-    """A mapping that cannot be read."""
-
-    def __getitem__(self, key: ResourceKey) -> Any:
-        raise OSError("connection lost")
-
-    def __iter__(self) -> Iterator[ResourceKey]:
-        raise OSError("connection lost")
-
-    def __len__(self) -> int:
-        return 1
-
-
-async def test_an_answer_that_fails_while_it_is_read_is_a_failure_of_its_source() -> None:
-    class Lazy(Batch):
-        async def fetch_many(self, keys: Any, context: FetchContext) -> Mapping[ResourceKey, Any]:
-            return Broken()
-
-    building = builder(Lazy("lazy", "x", priority=20), Single("plain", "x"))
-    snapshot = await building.build([key("x")])
-    assert snapshot[key("x")].source == "plain"
-    await no_leaks(building)
-
-
-async def test_supports_and_dependencies_that_raise_a_cancellation_are_failures_like_others() -> (
-    None
-):
-    class Cancelled(Derived):
-        def supports(self, key: ResourceKey) -> bool:
-            if key.subject == "supports":
-                raise asyncio.CancelledError
-            return super().supports(key)
-
-    def needs(k: ResourceKey) -> list[ResourceKey]:
-        raise asyncio.CancelledError
-
-    building = builder(Cancelled("odd", "x", needs=needs, priority=20), Single("plain", "x"))
-    snapshot = await building.build([key("x", "supports"), key("x", "dependencies")])
-    assert {value.source for value in snapshot.values()} == {"plain"}
-
-
-async def test_an_attribute_that_raises_is_a_failure_of_its_source() -> None:
-    class Odd(Single):
-        armed = False
-
-        @property
-        def timeout_seconds(self) -> float | None:
-            if self.armed:
-                raise LookupError("no configuration")
-            return None
-
-        @timeout_seconds.setter
-        def timeout_seconds(self, value: float | None) -> None:
-            """Take no notice."""
-
-    odd = Odd("odd", "x", priority=20)
-    building = builder(odd, Single("plain", "x"))
-    odd.armed = True
-    assert (await building.build([key("x")]))[key("x")].source == "plain"
-    await no_leaks(building)
 
 
 # Caches that have to be awaited -----------------------------------------------------------------

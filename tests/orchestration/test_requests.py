@@ -23,8 +23,6 @@ from coalestra import (
     SnapshotConsistencyError,
     SnapshotConsistencyPolicy,
     SnapshotRequest,
-    SnapshotRequirement,
-    SourceAuthorityPolicy,
     SourcePayload,
     SourceUnavailableError,
 )
@@ -175,15 +173,6 @@ async def test_what_a_refused_request_has_read_stays_pinned() -> None:
 
 
 @both
-@pytest.mark.parametrize("skew", [0.0, 4.9, 5.0])
-async def test_observations_no_further_apart_than_allowed_pass(ask: Ask, skew: float) -> None:
-    building = serving(a=at(0), b=at(skew))
-    await asyncio.sleep(10)
-    request = SnapshotRequest(required=[A, B], consistency_policy=NEAR)
-    assert len(await ask(building, request)) == 2
-
-
-@both
 async def test_observations_further_apart_raise_with_all_the_facts(ask: Ask) -> None:
     building = serving(a=at(0), b=at(5.5), c=at(3))
     await asyncio.sleep(10)
@@ -215,13 +204,6 @@ async def test_optional_keys_take_part_in_consistency_only_if_included(
         assert len(await ask(building, request)) == 2
 
 
-@both
-async def test_fewer_than_two_resolved_keys_are_always_consistent(ask: Ask) -> None:
-    policy = SnapshotConsistencyPolicy(0.0, include_optional_resources=True)
-    request = SnapshotRequest(required=[A], optional=[B], consistency_policy=policy)
-    assert shown(await ask(serving(a=1, b=DOWN), request)) == {A: 1}
-
-
 async def test_other_keys_of_the_session_take_no_part_in_consistency() -> None:
     stock = Stock("stock", {"a": at(0), "b": at(9), "c": at(9)})
     building = builder(stock)
@@ -237,10 +219,6 @@ async def test_other_keys_of_the_session_take_no_part_in_consistency() -> None:
 
 def accepting(**rule: Any) -> SnapshotAcceptancePolicy:
     return SnapshotAcceptancePolicy(ResourceAcceptanceRule(**rule))
-
-
-def requiring(requirement: SnapshotRequirement, **rule: Any) -> SnapshotAcceptancePolicy:
-    return SnapshotAcceptancePolicy(ResourceAcceptanceRule(**rule), requirements=(requirement,))
 
 
 @both
@@ -280,104 +258,6 @@ async def test_staleness_is_judged_at_the_request_and_not_at_acquisition() -> No
     with pytest.raises(SnapshotAcceptanceError) as caught:
         await session.resolve_request(request)
     assert [each.reason for each in caught.value.violations] == [SnapshotAcceptanceReason.STALE]
-
-
-@both
-async def test_values_of_too_low_authority_are_refused(ask: Ask) -> None:
-    stock = Stock("stock", {"a": 1})
-    building = builder(stock, authority_policy=SourceAuthorityPolicy({"stock": 2}))
-    good = SnapshotRequest(required=[A], acceptance_policy=accepting(minimum_authority_rank=2))
-    assert (await ask(building, good))[A].authority_rank == 2
-    bad = SnapshotRequest(required=[A], acceptance_policy=accepting(minimum_authority_rank=3))
-    with pytest.raises(SnapshotAcceptanceError) as caught:
-        await ask(building, bad)
-    (violation,) = caught.value.violations
-    assert violation.reason is SnapshotAcceptanceReason.INSUFFICIENT_AUTHORITY
-    assert (violation.authority_rank, violation.minimum_authority_rank) == (2, 3)
-
-
-@both
-async def test_a_rule_of_its_own_goes_before_the_default_rule_for_optional_keys_too(
-    ask: Ask,
-) -> None:
-    building = serving(a=at(0), b=at(0))
-    await asyncio.sleep(10)
-    policy = SnapshotAcceptancePolicy(
-        ResourceAcceptanceRule(max_age_seconds=5),
-        resource_rules={A: ResourceAcceptanceRule(max_age_seconds=50)},
-    )
-    request = SnapshotRequest(required=[A], optional=[B], acceptance_policy=policy)
-    assert len(await ask(building, request)) == 2
-    strict = SnapshotAcceptancePolicy(resource_rules={B: ResourceAcceptanceRule(max_age_seconds=5)})
-    request = SnapshotRequest(required=[A], optional=[B], acceptance_policy=strict)
-    with pytest.raises(SnapshotAcceptanceError) as caught:
-        await ask(building, request)
-    assert list(caught.value.errors) == [B]
-
-
-@both
-@pytest.mark.parametrize("included", [False, True])
-async def test_the_default_rule_applies_to_optional_keys_only_if_included(
-    ask: Ask, included: bool
-) -> None:
-    building = serving(a=at(9), b=at(0))
-    await asyncio.sleep(10)
-    policy = SnapshotAcceptancePolicy(
-        ResourceAcceptanceRule(max_age_seconds=5), include_optional_resources=included
-    )
-    request = SnapshotRequest(required=[A], optional=[B], acceptance_policy=policy)
-    if included:
-        with pytest.raises(SnapshotAcceptanceError):
-            await ask(building, request)
-    else:
-        assert len(await ask(building, request)) == 2
-
-
-@both
-async def test_a_missing_optional_key_violates_no_rule_but_counts_for_no_requirement(
-    ask: Ask,
-) -> None:
-    building = serving(a=1, b=DOWN, c=3)
-    rule = SnapshotAcceptancePolicy(resource_rules={B: ResourceAcceptanceRule(max_age_seconds=1)})
-    request = SnapshotRequest(required=[A], optional=[B], acceptance_policy=rule)
-    assert shown(await ask(building, request)) == {A: 1}
-    keys = [B, C]
-    for requirement, met in (
-        (SnapshotRequirement.any_of(keys), True),
-        (SnapshotRequirement.at_least(1, keys), True),
-        (SnapshotRequirement.all_of(keys, name="both"), False),
-        (SnapshotRequirement.at_least(2, keys, name="two"), False),
-    ):
-        request = SnapshotRequest(optional=[A, B, C], acceptance_policy=requiring(requirement))
-        if met:
-            assert len(await ask(building, request)) == 2
-        else:
-            with pytest.raises(SnapshotAcceptanceError) as caught:
-                await ask(building, request)
-            (violation,) = caught.value.violations
-            assert violation.reason is SnapshotAcceptanceReason.REQUIREMENT_UNSATISFIED
-            assert violation.requirement_name == requirement.name
-            assert (violation.accepted_count, violation.required_count) == (1, 2)
-
-
-@both
-async def test_the_rejected_alternatives_of_a_requirement_matter_only_if_it_fails(
-    ask: Ask,
-) -> None:
-    building = serving(a=at(0), b=at(9))
-    await asyncio.sleep(10)
-    met = requiring(SnapshotRequirement.any_of([A, B]), max_age_seconds=5)
-    request = SnapshotRequest(optional=[A, B], acceptance_policy=met)
-    assert len(await ask(building, request)) == 2
-    unmet = requiring(SnapshotRequirement.all_of([A, B]), max_age_seconds=5)
-    request = SnapshotRequest(optional=[A, B], acceptance_policy=unmet)
-    with pytest.raises(SnapshotAcceptanceError) as caught:
-        await ask(building, request)
-    reasons = {each.reason for each in caught.value.violations}
-    assert reasons == {
-        SnapshotAcceptanceReason.TOO_OLD,
-        SnapshotAcceptanceReason.REQUIREMENT_UNSATISFIED,
-    }
 
 
 # The order of the checks

@@ -11,7 +11,6 @@ import pytest
 from coalestra import (
     CircuitBreaker,
     CircuitBreakerPolicy,
-    CircuitOpenError,
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
@@ -21,13 +20,9 @@ from coalestra import (
     RetryPolicy,
     Snapshot,
     SnapshotBuilder,
-    SnapshotDeadlineExceededError,
     SourceFailure,
     SourcePayload,
-    SourceQueueTimeoutError,
     SourceResiliencePolicy,
-    SourceTimeoutError,
-    SourceUnavailableError,
 )
 from tests.orchestration.scripted import (
     Batch,
@@ -94,43 +89,6 @@ async def timed(awaited: Awaitable[Any]) -> float:
 
 
 # Retries
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        SourceUnavailableError("down"),
-        SourceTimeoutError("slow"),
-        TimeoutError("slow"),
-        asyncio.TimeoutError(),
-        ConnectionResetError("reset"),
-        OSError("disk"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-async def test_what_may_pass_is_tried_again(error: Exception) -> None:
-    source = stock(retrying(3), error)
-    (failure,) = failures(await attempt(builder(source)))
-    assert len(source.calls) == failure.attempts == 3
-    assert failure.error_type == type(error).__name__
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("no"),
-        KeyError("no"),
-        CircuitOpenError("open"),
-        SnapshotDeadlineExceededError("late"),
-        SourceQueueTimeoutError("queue"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-async def test_what_would_come_again_is_not_tried_again(error: Exception) -> None:
-    source = stock(retrying(3), error)
-    (failure,) = failures(await attempt(builder(source)))
-    assert len(source.calls) == failure.attempts == 1
-    assert failure.error_type == type(error).__name__
 
 
 class Teapot(Exception):
@@ -314,21 +272,6 @@ async def test_nobody_left_means_no_further_retry() -> None:
 
 # Circuits of every scope
 
-SCOPES: dict[CircuitScope, dict[str, str]] = {
-    CircuitScope.SOURCE: {"a": "x", "": "x", "other": "x"},
-    CircuitScope.NAMESPACE: {"a": "x:namespace:test", "": "x:namespace:test"},
-    CircuitScope.SUBJECT: {"a": "x:subject:a", "": "x:subject:test:x"},
-    CircuitScope.RESOURCE: {"a": f"x:resource:{key('x', 'a')}", "": f"x:resource:{key('x')}"},
-}
-
-
-@pytest.mark.parametrize("scope", CircuitScope)
-async def test_a_circuit_covers_what_its_scope_says(scope: CircuitScope) -> None:
-    for subject, name in SCOPES[scope].items():
-        building = builder(stock(breaking(scope=scope)))
-        await attempt(building, key("x", subject))
-        assert await circuits(building) == {name: ("open", 1)}
-
 
 @pytest.mark.parametrize(
     "scope, left",
@@ -398,14 +341,6 @@ async def test_a_circuit_that_opens_does_not_stop_the_retries_of_a_call_under_wa
     assert len(source.calls) == 2
 
 
-async def test_a_disabled_circuit_counts_nothing() -> None:
-    source = stock(retrying(1))
-    building = builder(source)
-    for _ in range(10):
-        await attempt(building)
-    assert (len(source.calls), await circuits(building)) == (10, {})
-
-
 async def test_an_answer_that_is_too_old_is_a_failure() -> None:
     async def stale(k: ResourceKey, context: FetchContext) -> SourcePayload[str]:
         return SourcePayload("old", observed_at=context.requested_at - 50)
@@ -469,19 +404,6 @@ async def test_a_batch_is_one_probe_with_all_its_keys() -> None:
     up.update(keys)
     assert list(await attempt(building, *keys)) == keys
     assert await circuits(building) == {}
-
-
-async def test_a_probe_that_fails_opens_the_circuit_for_another_while() -> None:
-    source = stock(breaking(3))
-    building = builder(source)
-    for _ in range(3):
-        await attempt(building)
-    await asyncio.sleep(RECOVERY)
-    await attempt(building)
-    assert await circuits(building) == {"x": ("open", 4)}
-    await asyncio.sleep(RECOVERY - 1)
-    await attempt(building)
-    assert len(source.calls) == 4
 
 
 async def test_a_cancelled_probe_opens_the_circuit_again() -> None:
@@ -653,29 +575,6 @@ async def test_a_batch_that_fails_counts_once_for_each_of_its_circuits() -> None
 # Which policy applies
 
 
-@pytest.mark.parametrize(
-    "given, calls",
-    [
-        ("override dynamic declared default", 3),
-        ("dynamic declared default", 4),
-        ("declared default", 5),
-        ("default", 6),
-        ("", 2),
-    ],
-)
-async def test_an_override_beats_the_dynamic_choice_the_declared_policy_and_the_default(
-    given: str, calls: int
-) -> None:
-    resolver = ResiliencePolicyResolver(
-        retrying(6) if "default" in given else None,
-        {"x": retrying(3)} if "override" in given else None,
-        (lambda name: retrying(4)) if "dynamic" in given else (lambda name: None),
-    )
-    source = stock(retrying(5) if "declared" in given else None)
-    await attempt(builder(source, resilience_resolver=resolver))
-    assert len(source.calls) == calls
-
-
 async def test_the_builder_takes_policies_by_name_and_a_default_too() -> None:
     declared = stock(retrying(5))
     named = {"source_resilience": {"x": retrying(3)}, "default_resilience": retrying(6)}
@@ -735,12 +634,6 @@ async def test_a_dynamic_resolver_that_raises_fails_that_source_and_not_the_buil
     assert "no policy today" in failure.message
     assert source.calls == []
     await no_leaks(alone)
-
-
-async def test_a_dynamic_resolver_that_returns_nonsense_fails_that_source() -> None:
-    resolver = ResiliencePolicyResolver(dynamic=lambda name: "often")  # type: ignore[arg-type, return-value]
-    snapshot = await attempt(builder(Single("x"), resilience_resolver=resolver))
-    assert failures(snapshot)[0].error_type == "TypeError"
 
 
 @pytest.mark.expects_leaks  # that the clock was wrong is told to the loop

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +74,28 @@ async def refused(building: Any, *keys: ResourceKey) -> Mapping[ResourceKey, Exc
     with pytest.raises(SnapshotBuildError) as caught:
         await building.build(keys)
     return caught.value.errors
+
+
+async def gone_stale(*keys: ResourceKey, **settings: Any) -> tuple[Shop, Gate]:
+    """A shop whose cached values are stale by now, and the gate at which its next calls wait."""
+    gate = Gate(opened=True)
+    shop = Shop(default_policy=SWR, **settings)
+    shop.stock.before = gate.pass_
+    await shop.builder.build(keys or [BASE])
+    await asyncio.sleep(11)
+    gate.close()
+    return shop, gate
+
+
+async def asked(answer: Any = 1, **settings: Any) -> tuple[Shop, Gate, asyncio.Future[Snapshot]]:
+    """A shop, the gate at which its source is about to answer so, and who reads from it."""
+    gate = Gate()
+    shop = Shop(**settings)
+    shop.stock.before = gate.pass_
+    shop.stock.change(base=answer)
+    reader = asyncio.ensure_future(shop.builder.build([BASE]))
+    await gate.wait_arrived()
+    return shop, gate, reader
 
 
 # What the cache answers
@@ -383,12 +404,7 @@ async def test_a_derivation_may_rest_on_a_stand_in() -> None:
 
 
 async def test_a_published_value_serves_those_who_wait_for_failing_sources() -> None:
-    gate = Gate()
-    shop = Shop()
-    shop.stock.before = gate.pass_
-    shop.stock.change(base=DOWN)
-    reader = asyncio.ensure_future(shop.builder.build([BASE]))
-    await gate.wait_arrived()
+    shop, gate, reader = await asked(DOWN)
     await shop.builder.publisher.publish(BASE, "event", source="stream")
     gate.open()
     value = (await reader)[BASE]
@@ -396,12 +412,7 @@ async def test_a_published_value_serves_those_who_wait_for_failing_sources() -> 
 
 
 async def test_a_published_value_that_is_stale_by_now_stands_in_as_such() -> None:
-    gate = Gate()
-    shop = Shop(default_policy=BLOCKING)
-    shop.stock.before = gate.pass_
-    shop.stock.change(base=DOWN)
-    reader = asyncio.ensure_future(shop.builder.build([BASE]))
-    await gate.wait_arrived()
+    shop, gate, reader = await asked(DOWN, default_policy=BLOCKING)
     await shop.builder.publisher.publish(BASE, "event", source="stream")
     await asyncio.sleep(20)
     gate.open()
@@ -440,11 +451,7 @@ async def test_a_winner_that_may_not_be_used_any_more_does_not_replace_the_value
 
 
 async def test_a_fresh_event_that_came_during_the_call_replaces_its_undated_value() -> None:
-    gate = Gate()
-    shop = Shop(default_policy=BLOCKING, authority_policy=STREAM_FIRST)
-    shop.stock.before = gate.pass_
-    reader = asyncio.ensure_future(shop.builder.build([BASE]))
-    await gate.wait_arrived()
+    shop, gate, reader = await asked(default_policy=BLOCKING, authority_policy=STREAM_FIRST)
     await shop.builder.publisher.publish(BASE, "event", source="stream")
     gate.open()
     value = (await reader)[BASE]
@@ -452,11 +459,7 @@ async def test_a_fresh_event_that_came_during_the_call_replaces_its_undated_valu
 
 
 async def test_an_event_that_is_stale_when_the_call_ends_leaves_its_value_alone() -> None:
-    gate = Gate()
-    shop = Shop(default_policy=BLOCKING)
-    shop.stock.before = gate.pass_
-    reader = asyncio.ensure_future(shop.builder.build([BASE]))
-    await gate.wait_arrived()
+    shop, gate, reader = await asked(default_policy=BLOCKING)
     await shop.builder.publisher.publish(BASE, "event", source="stream")
     await asyncio.sleep(11)
     gate.open()
@@ -475,12 +478,7 @@ async def test_a_forced_read_never_gets_a_stale_winner() -> None:
 
 
 async def test_an_older_dated_payload_gives_way_to_a_newer_one_in_the_cache() -> None:
-    gate = Gate()
-    shop = Shop()
-    shop.stock.change(base=SourcePayload("dated", observed_at=EPOCH - 5))
-    shop.stock.before = gate.pass_
-    reader = asyncio.ensure_future(shop.builder.build([BASE]))
-    await gate.wait_arrived()
+    shop, gate, reader = await asked(SourcePayload("dated", observed_at=EPOCH - 5))
     await shop.builder.publisher.publish(BASE, "event", source="stream")
     gate.open()
     value = (await reader)[BASE]
@@ -498,12 +496,7 @@ async def served_stale(shop: Shop, *keys: ResourceKey) -> Snapshot:
 
 
 async def test_there_is_one_refresh_of_a_key_at_a_time() -> None:
-    gate = Gate(opened=True)
-    shop = Shop(default_policy=SWR)
-    shop.stock.before = gate.pass_
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    gate.close()
+    shop, gate = await gone_stale()
     marks = []
     for _ in range(3):
         value = (await shop.builder.build([BASE]))[BASE]
@@ -548,34 +541,8 @@ async def test_a_refresh_tells_its_source_whose_and_why_it_is(
     assert context.requested_at == EPOCH + age
 
 
-async def test_a_refresh_sees_none_of_the_context_variables_of_the_request_that_asked() -> None:
-    variable: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="nobody")
-    seen: list[str] = []
-
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        seen.append(variable.get())
-        return 1
-
-    building = builder(Single("base", fetch=fetch), default_policy=SWR)
-
-    async def request(name: str) -> None:
-        variable.set(name)
-        await building.build([BASE])
-
-    await asyncio.create_task(request("first"))
-    await asyncio.sleep(11)
-    await asyncio.create_task(request("second"))
-    await building.wait_for_refreshes()
-    assert seen[1] == "nobody"
-
-
 async def test_a_refresh_is_not_bound_by_the_deadline_of_the_build_that_asked() -> None:
-    gate = Gate(opened=True)
-    shop = Shop(default_policy=SWR)
-    shop.stock.before = gate.pass_
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    gate.close()
+    shop, gate = await gone_stale()
     shop.stock.change(base=2)
     await shop.builder.build([BASE], deadline_seconds=1)
     await gate.wait_arrived(2)
@@ -633,12 +600,7 @@ async def test_refreshes_wait_for_capacity_like_everyone_else() -> None:
 
 
 async def test_a_reader_that_needs_a_refreshing_key_joins_its_refresh() -> None:
-    gate = Gate(opened=True)
-    shop = Shop(default_policy=SWR)
-    shop.stock.before = gate.pass_
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    gate.close()
+    shop, gate = await gone_stale()
     await shop.builder.build([BASE])
     await gate.wait_arrived(2)
     await asyncio.sleep(100)
@@ -673,12 +635,7 @@ async def test_refreshes_that_one_build_asks_for_travel_together() -> None:
 
 
 async def test_waiting_for_refreshes_ends_with_those_scheduled_before() -> None:
-    gate = Gate(opened=True)
-    shop = Shop(default_policy=SWR)
-    shop.stock.before = gate.pass_
-    await shop.builder.build([BASE, OTHER])
-    await asyncio.sleep(11)
-    gate.close()
+    shop, gate = await gone_stale(BASE, OTHER)
     await shop.builder.build([BASE])
     await gate.wait_arrived(3)
     waiting = asyncio.ensure_future(shop.builder.wait_for_refreshes())
@@ -694,12 +651,7 @@ async def test_waiting_for_refreshes_ends_with_those_scheduled_before() -> None:
 
 
 async def test_who_waits_for_refreshes_may_be_cancelled_and_they_go_on() -> None:
-    gate = Gate(opened=True)
-    shop = Shop(default_policy=SWR)
-    shop.stock.before = gate.pass_
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    gate.close()
+    shop, gate = await gone_stale()
     shop.stock.change(base=2)
     await shop.builder.build([BASE])
     waiters = [asyncio.ensure_future(shop.builder.wait_for_refreshes()) for _ in range(3)]
@@ -717,12 +669,7 @@ async def test_who_waits_for_refreshes_may_be_cancelled_and_they_go_on() -> None
 @pytest.mark.parametrize("begun", [True, False])
 async def test_closing_gives_refreshes_up_and_counts_them(begun: bool) -> None:
     metrics = InMemoryMetrics()
-    gate = Gate(opened=True)
-    shop = Shop(default_policy=SWR, metrics=metrics)
-    shop.stock.before = gate.pass_
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    gate.close()
+    shop, gate = await gone_stale(metrics=metrics)
     await shop.builder.build([BASE])
     waiting = asyncio.ensure_future(shop.builder.wait_for_refreshes())
     if begun:
@@ -910,12 +857,7 @@ async def test_refreshes_may_be_given_up_at_any_step(steps: int, count: int) -> 
 
 
 async def test_waiting_for_several_refreshes_ends_with_the_last_of_them() -> None:
-    gate = Gate(opened=True)
-    shop = Shop(default_policy=SWR)
-    shop.stock.before = gate.pass_
-    await shop.builder.build([BASE, OTHER])
-    await asyncio.sleep(11)
-    gate.close()
+    shop, gate = await gone_stale(BASE, OTHER)
     await shop.builder.build([BASE, OTHER])
     waiting = asyncio.ensure_future(shop.builder.wait_for_refreshes())
     await gate.wait_arrived(4)

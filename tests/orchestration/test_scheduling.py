@@ -11,7 +11,6 @@ from coalestra import (
     DependencyCycleError,
     FetchContext,
     ResourceKey,
-    SnapshotBuildError,
 )
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
 from tests.support import Gate, no_leaks, settle
@@ -65,43 +64,6 @@ async def test_a_hundred_derived_keys_over_a_hundred_bases_make_one_batch_call()
     assert snapshot.diagnostics.derived_calls == 100
 
 
-async def test_two_levels_of_derivation_make_one_batch_call() -> None:
-    bases = Batch("base")
-    lower = Derived("lower", needs=lambda k: [key("base", k.subject)])
-    upper = Derived("upper", needs=lambda k: [key("lower", k.subject), key("base", "common")])
-    building = builder(bases, lower, upper)
-    await building.build([key("upper", str(i)) for i in range(50)])
-    assert [len(call) for call in bases.calls] == [51]
-
-
-async def test_keys_that_fall_through_one_batch_source_go_to_the_next_together() -> None:
-    first = Batch("first", "x", priority=20, answer=lambda k: k.subject)
-    second = Batch("second", "x")
-
-    async def nothing(keys: object, context: object) -> dict[ResourceKey, str]:
-        return {}
-
-    first.fetch_many = nothing  # type: ignore[method-assign]
-    building = builder(first, second)
-    await building.build([key("x", str(i)) for i in range(300)])
-    assert [len(call) for call in second.calls] == [300]
-
-
-async def test_a_large_batch_is_split_into_chunks_that_run_side_by_side() -> None:
-    async def wait() -> None:
-        await asyncio.sleep(1)
-
-    source = Batch("x", before=wait)
-    source.max_batch_size = 10
-    building = builder(source, max_concurrency=4)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    snapshot = await building.build([key("x", str(i)) for i in range(40)])
-    assert sorted(len(call) for call in source.calls) == [10, 10, 10, 10]
-    assert loop.time() - began == pytest.approx(1)
-    assert snapshot.diagnostics.batch_chunks == 4
-
-
 async def test_two_builds_that_need_each_others_plain_keys_both_finish() -> None:
     gate = Gate()
 
@@ -121,23 +83,6 @@ async def test_two_builds_that_need_each_others_plain_keys_both_finish() -> None
     assert one.value(key("left")) == ("b",)
     assert two.value(key("right")) == ("a",)
     assert len(plain.calls) == 2
-
-
-async def test_a_cycle_in_one_build_is_an_error_that_names_the_path() -> None:
-    source = Derived("d", needs=lambda k: [key("d", "abca"["abc".index(k.subject) + 1])])
-    building = builder(source)
-    snapshot = await building.build([key("d", "a")], strict=False)
-    error = snapshot.errors[key("d", "a")]
-    assert isinstance(error, DependencyCycleError)
-    assert {k.subject for k in error.path} == {"a", "b", "c"}
-    assert error.path[0] == error.path[-1]
-    await no_leaks(building)
-
-
-async def test_a_key_that_depends_on_itself_is_a_cycle() -> None:
-    building = builder(Derived("d", needs=lambda k: [k]))
-    snapshot = await building.build([key("d")], strict=False)
-    assert isinstance(snapshot.errors[key("d")], DependencyCycleError)
 
 
 @pytest.mark.parametrize("builds", [2, 3])
@@ -186,28 +131,6 @@ async def test_a_cycle_is_found_that_closes_when_a_key_turns_to_a_derived_source
     errors = (await waiting).errors
     assert all(isinstance(errors[each], DependencyCycleError) for each in (early, late))
     await no_leaks(building)
-
-
-async def test_a_source_below_the_derived_one_can_break_a_cycle() -> None:
-    ring = Derived("ring", priority=20, needs=lambda k: [key("ring", "ab"["ba".index(k.subject)])])
-    plain = Single("plain", "ring", priority=1)
-    building = builder(ring, plain)
-    snapshot = await building.build([key("ring", "a"), key("ring", "b")])
-    assert "plain" in {value.source for value in snapshot.values()}
-
-
-async def test_workers_are_bounded_however_many_keys_there_are() -> None:
-    most = 0
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        nonlocal most
-        most = max(most, len(asyncio.all_tasks()))
-        await asyncio.sleep(0)
-        return ""
-
-    building = builder(Single("x", fetch=fetch), max_concurrency=64, max_pending_tasks=5)
-    await building.build([key("x", str(i)) for i in range(2_000)])
-    assert most <= 5 + 2
 
 
 async def test_a_chain_of_ten_thousand_derived_keys_resolves_cold_and_warm() -> None:
@@ -261,13 +184,3 @@ async def test_a_diamond_of_thirty_layers_takes_linear_work_cold_and_warm() -> N
     assert len(nodes.calls) == 61
     await building.build([top])
     assert len(nodes.calls) == 61
-
-
-async def test_a_failed_strict_build_carries_the_partial_snapshot() -> None:
-    building = builder(Single("x"))
-    with pytest.raises(SnapshotBuildError) as caught:
-        await building.build([key("x", "1"), key("unknown")])
-    assert caught.value.snapshot is not None
-    assert list(caught.value.snapshot) == [key("x", "1")]
-    assert "no compatible source" in str(caught.value)
-    await settle()

@@ -907,28 +907,6 @@ async def test_joining_a_large_call_with_a_longer_deadline_moves_its_end_once(
     await no_leaks(building)
 
 
-async def test_an_open_circuit_says_when_it_may_be_probed() -> None:
-    """Whether it is found open before the call waits for capacity, or just before it is made."""
-    source = tuned(
-        Single("k", fetch=_down),
-        resilience_policy=SourceResiliencePolicy(
-            RetryPolicy(max_attempts=1),
-            CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=30.0),
-        ),
-    )
-    building = builder(source)
-    await building.build([key("k")], strict=False)
-    await asyncio.sleep(10)
-    snapshot = await building.build([key("k")], strict=False)
-    assert "open after 1 failures in a row; it may be probed in 20 s" in str(
-        snapshot.errors[key("k")]
-    )
-
-
-async def _down(_key: ResourceKey, _context: FetchContext) -> Any:
-    raise ConnectionError("down")
-
-
 async def test_closing_in_the_quiet_after_a_cancellation_leaves_nothing_behind() -> None:
     """Neither a worker that is still to be started nor the timer that would start it."""
     building = builder(Single("good", fetch=_forever), max_pending_tasks=1)

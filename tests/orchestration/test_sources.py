@@ -15,12 +15,10 @@ import pytest
 
 from coalestra import (
     CallableBatchSource,
-    CallableDerivedSource,
     CallableSource,
     DependencyCycleError,
     FetchContext,
     InMemoryMetrics,
-    ObservationPolicy,
     ResourceKey,
     ResourceResolutionError,
     Snapshot,
@@ -35,10 +33,6 @@ from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, sho
 from tests.support import EPOCH, Gate, ThreadGate, no_leaks, settle
 
 K = key("x")
-
-
-async def failing(key: ResourceKey, context: FetchContext) -> Any:
-    raise SourceUnavailableError("down")
 
 
 async def failures_of(
@@ -513,14 +507,6 @@ async def test_a_key_of_a_cycle_may_come_from_another_source() -> None:
     assert (await building.build([K]))[K].source == "way out"
 
 
-async def test_a_derivation_that_raises_is_a_failure_of_its_source() -> None:
-    async def broken() -> None:
-        raise ValueError("bug")
-
-    building = builder(Single("base"), Derived("x", needs=lambda k: [BASE], before=broken))
-    assert types(await failures_of(building, K)) == [("x", "ValueError")]
-
-
 async def test_a_derivation_given_up_while_its_dependencies_are_fetched_is_not_run() -> None:
     gate = Gate()
     shop = Shop()
@@ -565,20 +551,6 @@ async def test_an_observation_too_far_ahead_is_rejected_and_the_next_source_trie
     await building.aclose()
 
 
-@pytest.mark.parametrize("ahead", [0.5, 1.0])
-async def test_an_observation_within_tolerance_is_accepted_with_its_skew(ahead: float) -> None:
-    value = (await builder(Single("x", fetch=dated(ahead))).build([K]))[K]
-    assert (value.age_seconds, value.stale, value.observed_at) == (0, False, EPOCH + ahead)
-    assert value.metadata == {"own": 1, "clock_skew_seconds": pytest.approx(ahead)}
-
-
-async def test_any_observation_is_accepted_if_the_policy_rejects_none() -> None:
-    policy = ObservationPolicy(future_tolerance_seconds=0, reject_future_observations=False)
-    building = builder(Single("x", fetch=dated(500)), observation_policy=policy)
-    value = (await building.build([K]))[K]
-    assert (value.age_seconds, value.metadata["clock_skew_seconds"]) == (0, pytest.approx(500))
-
-
 async def test_no_observation_is_dated_as_of_its_fetch_and_leaves_no_skew() -> None:
     async def fetch(key: ResourceKey, context: FetchContext) -> SourcePayload[str]:
         await asyncio.sleep(2)
@@ -613,22 +585,6 @@ async def test_a_plain_source_without_a_timeout_may_take_its_time() -> None:
     assert (await building.build([K])).value(K) == "patience"
 
 
-async def test_a_custom_source_may_omit_its_timeout_altogether() -> None:
-    class Bare:
-        name = "bare"
-        priority = 1
-        blocking_io = False
-
-        def supports(self, key: ResourceKey) -> bool:
-            return True
-
-        async def fetch(self, key: ResourceKey, context: FetchContext) -> str:
-            return "bare"
-
-    bare: Any = Bare()
-    assert (await builder(bare).build([K])).value(K) == "bare"
-
-
 async def test_a_method_that_does_not_return_an_awaitable_is_a_protocol_error() -> None:
     class Hasty(Plain):
         def fetch(self, key: ResourceKey, context: FetchContext) -> Any:
@@ -646,33 +602,6 @@ async def test_the_source_timeout_is_a_failure_and_the_next_source_is_tried() ->
     assert types(await failures_of(builder(source), K)) == [("slow", "SourceTimeoutError")]
     second = Single("second", "x", priority=1)
     assert (await builder(source, second).build([K]))[K].source == "second"
-
-
-async def test_adapters_of_each_kind_serve_a_build_with_plain_and_async_functions() -> None:
-    async def later(key: ResourceKey, context: FetchContext) -> int:
-        return 2
-
-    building = builder(
-        CallableSource(
-            name="plain", priority=1, supports=lambda k: k == BASE, fetcher=lambda k, context: 1
-        ),
-        CallableSource(name="async", priority=1, supports=lambda k: k == OTHER, fetcher=later),
-        CallableBatchSource(
-            name="batch",
-            priority=1,
-            supports=lambda k: k == K,
-            fetcher=lambda keys, context: dict.fromkeys(keys, 3),
-        ),
-        CallableDerivedSource(
-            name="derived",
-            priority=1,
-            supports=lambda k: k == TOP,
-            dependencies=lambda k: [BASE, OTHER, K],
-            deriver=lambda k, found, context: [each.value for each in found.values()],
-        ),
-    )
-    assert (await building.build([TOP])).value(TOP) == [1, 2, 3]
-    await building.aclose()
 
 
 # Timeout declarations
@@ -785,22 +714,6 @@ def test_a_transport_timeout_of_a_source_that_does_not_block_is_an_error() -> No
 def labels_of(metrics: InMemoryMetrics, name: str, label: str, *values: str) -> list[int]:
     """The counts of source `blocking` by the values of one label."""
     return [metrics.counter(name, source="blocking", **{label: each}) for each in values]
-
-
-@pytest.mark.parametrize("deadline", [0.5, 1.0])
-async def test_a_call_that_could_outlive_the_deadline_is_refused_before_it_starts(
-    deadline: float,
-) -> None:
-    called: list[ResourceKey] = []
-    metrics = InMemoryMetrics()
-    building = builder(blocking(lambda k, context: called.append(k)), metrics=metrics)
-    failures = await failures_of(building, K, deadline_seconds=deadline)
-    assert types(failures) == [("blocking", "SnapshotDeadlineExceededError")]
-    assert called == []
-    name = "source_transport_budget_rejection_total"
-    assert labels_of(metrics, name, "reason", "snapshot_deadline", "source_timeout") == [1, 0]
-    await no_leaks(building)
-    await building.aclose()
 
 
 async def test_a_call_that_fits_into_the_deadline_is_made() -> None:

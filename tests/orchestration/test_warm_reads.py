@@ -20,7 +20,7 @@ from coalestra import (
     SnapshotBuildError,
     SnapshotDeadlineExceededError,
 )
-from tests.orchestration.scripted import Batch, Derived, builder, key
+from tests.orchestration.scripted import Batch, builder, key
 from tests.support import ManualClock
 
 AHEAD = FreshnessPolicy(10, 20, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=4)
@@ -107,25 +107,6 @@ async def test_each_key_is_judged_by_its_own_policy() -> None:
     assert source.calls[1:] == [(key("brief"),)]
 
 
-async def test_a_policy_that_cannot_be_told_fails_its_key_alone() -> None:
-    known = True
-
-    def policy(asked: Any) -> FreshnessPolicy:
-        if asked == key("y") and not known:
-            raise LookupError("no such policy")
-        return FreshnessPolicy(100, 100)
-
-    resolver = PolicyResolver(FreshnessPolicy(1, 1), dynamic=policy)
-    building = builder(Batch("all", "x", "y"), default_policy=None, policy_resolver=resolver)
-    await building.build([key("x"), key("y")])
-    known = False
-    snapshot = await building.build([key("x"), key("y")], strict=False)
-    assert list(snapshot) == [key("x")]
-    error = snapshot.error_for(key("y"))
-    assert error is not None
-    assert isinstance(error.__cause__, LookupError)
-
-
 async def test_hits_are_counted_once_whichever_way_is_taken_in_the_end() -> None:
     metrics = InMemoryMetrics()
     cache = AsyncMemoryCache()
@@ -149,15 +130,6 @@ async def test_what_is_read_the_short_way_is_kept_longest() -> None:
     await building.build([four])
     kept = await building.build([one, three, four])
     assert all(value.from_cache for value in kept.values())
-
-
-async def test_a_derived_entry_whose_base_has_changed_is_not_served() -> None:
-    building = builder(Batch("x"), Derived("sum", needs=lambda k: [key("x")]))
-    await building.build([key("x"), key("sum")])
-    await asyncio.sleep(1)
-    await building.publisher.publish(key("x"), "news", source="stream")
-    snapshot = await building.build([key("sum")])
-    assert snapshot.value(key("sum")) == ("news",)
 
 
 @pytest.mark.usefixtures("slices")
@@ -228,15 +200,6 @@ async def test_what_can_be_copied_no_more_fails_its_key_in_a_warm_read_too() -> 
         with pytest.raises(SnapshotBuildError):
             await building.build(keys)
     assert snapshot.value(MANY[1]) == "plain"
-
-
-async def test_a_reader_never_shares_what_he_is_given() -> None:
-    building = builder(Batch("x", answer=lambda k: {"list": [1]}))
-    first, second = [await building.build([key("x")]) for _ in range(2)]
-    second.value(key("x"))["list"].append(2)
-    third = await building.build([key("x")])
-    assert (first.value(key("x")), third.value(key("x"))) == ({"list": [1]}, {"list": [1]})
-    assert second[key("x")].from_cache
 
 
 @pytest.mark.usefixtures("slices")

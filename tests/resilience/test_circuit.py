@@ -14,7 +14,6 @@ from coalestra.resilience.circuit_breaker import (
     CircuitBreakerPolicy,
     CircuitIdentity,
     CircuitScope,
-    CircuitSnapshot,
     CircuitState,
     Outcome,
 )
@@ -108,57 +107,6 @@ def test_each_report_takes_each_state_where_the_table_says(
     assert changed == (circuit.turn == 9) == (circuit.turn != turn)
     assert changed or state is before
     assert (figures.failures, figures.half_open_probe_active) == (failures, is_probing)
-
-
-@pytest.mark.parametrize(
-    "start,admitted", [(fresh, 3), (failed_once, 3), (opened, 0), (half_open, 1), (probing, 0)]
-)
-def test_each_state_admits_all_none_or_one(start: Callable[[], Circuit], admitted: int) -> None:
-    """Of three calls that ask."""
-    circuit = start()
-    refused_before = circuit.refuses(NOW)
-    assert [ask(circuit) for _ in range(3)].count(True) == admitted
-    assert refused_before == (not admitted)
-
-
-def test_an_open_circuit_turns_half_open_exactly_at_its_time() -> None:
-    """Not a moment before."""
-    circuit = opened()
-    assert circuit.state(NOW + 9.999) is OPEN
-    assert circuit.view(NOW + 4).seconds_until_probe == 6.0
-    assert circuit.view(NOW + 4).seconds_since_opened == 4.0
-    assert circuit.state(NOW + 10) is HALF_OPEN
-    assert circuit.view(NOW + 11).seconds_until_probe == 0.0
-    assert circuit.view(NOW + 11).seconds_since_opened == 11.0
-    untroubled = fresh().view(NOW)
-    assert (untroubled.seconds_since_opened, untroubled.seconds_until_probe) == (None, 0.0)
-
-
-@pytest.mark.parametrize("step", [Outcome.FAILURE, Outcome.ABANDONED])
-def test_a_probe_that_fails_or_is_cancelled_reopens_for_the_whole_time(step: Outcome) -> None:
-    """Counted from now, not from the first opening."""
-    circuit = probing()
-    step_on(circuit, step)
-    assert circuit.view(NOW).opened_at == NOW
-    assert not ask(circuit, NOW + 9)
-    assert ask(circuit, NOW + 10)
-
-
-def test_a_skipped_probe_makes_room_for_exactly_one_other() -> None:
-    """At once: nothing has been learned."""
-    circuit = probing()
-    step_on(circuit, Outcome.SKIPPED)
-    assert [ask(circuit) for _ in range(3)] == [True, False, False]
-
-
-def test_looking_at_a_circuit_changes_nothing() -> None:
-    """However late it is."""
-    circuit = opened()
-    before = circuit.view(NOW)
-    circuit.refuses(NOW + 99)
-    circuit.state(NOW + 99)
-    circuit.view(NOW + 99)
-    assert circuit.view(NOW) == before == CircuitSnapshot(OPEN, 2, NOW, False)
 
 
 @given(st.lists(st.sampled_from(["ask", "time", *Outcome])))

@@ -38,27 +38,6 @@ async def open_it(breaker: CircuitBreaker, source: str = "rest", **how: Any) -> 
         await breaker.record_failure(source, **how)
 
 
-async def test_failures_in_a_row_open_the_circuit_and_calls_are_refused() -> None:
-    """Until its time is over."""
-    clock = ManualClock()
-    breaker = breaker_at(clock)
-    await open_it(breaker)
-    assert await breaker.state_for("rest") is CircuitState.OPEN
-    with pytest.raises(CircuitOpenError, match=r"circuit rest .* 2 failures .* in 10 s"):
-        await breaker.before_call("rest")
-    clock.advance(10)
-    assert await breaker.state_for("rest") is CircuitState.HALF_OPEN
-
-
-async def test_a_success_in_between_begins_the_count_anew() -> None:
-    """Only failures in a row count."""
-    breaker = breaker_at(ManualClock())
-    for _ in range(5):
-        await breaker.record_failure("rest")
-        await breaker.record_success("rest")
-    assert await breaker.state_for("rest") is CircuitState.CLOSED
-
-
 async def test_of_a_hundred_callers_at_a_half_open_circuit_one_gets_through() -> None:
     """All ask at the same moment."""
     clock = ManualClock()
@@ -110,17 +89,6 @@ def test_the_scope_decides_which_keys_share_a_circuit(
     breaker = CircuitBreaker()
     identity = breaker.identity_for("rest", key=key, scope=scope)
     assert identity == CircuitIdentity("rest", scope, part)
-
-
-async def test_one_subject_that_fails_leaves_the_others_alone() -> None:
-    """The circuits of a scope are apart."""
-    breaker = breaker_at(ManualClock())
-    policy = CircuitBreakerPolicy(scope=CircuitScope.SUBJECT, failure_threshold=2)
-    await open_it(breaker, key=BTC, policy=policy)
-    with pytest.raises(CircuitOpenError):
-        await breaker.before_call("rest", key=BTC, policy=policy)
-    await breaker.before_call("rest", key=ETH, policy=policy)
-    await breaker.before_call("other", key=BTC, policy=policy)
 
 
 @pytest.mark.parametrize(

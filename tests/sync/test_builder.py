@@ -131,15 +131,6 @@ def test_a_blocking_method_says_what_the_async_one_says(sync: SyncSnapshotBuilde
         sync.build([PRICE], stict=False)  # type: ignore[call-arg]
 
 
-def test_a_failed_build_raises_as_the_async_one(sync: SyncSnapshotBuilder) -> None:
-    with pytest.raises(ValueError, match="keys"):
-        sync.build([])
-    with pytest.raises(TypeError, match="keys"):
-        sync.build(["price"])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="keys"):
-        sync.build(PRICE)  # type: ignore[arg-type]
-
-
 def test_a_request_is_built(sync: SyncSnapshotBuilder) -> None:
     snapshot = sync.build_request(
         SnapshotRequest(required=[PRICE], optional=[VOLUME]),
@@ -181,23 +172,6 @@ def test_a_rejected_request_is_a_result_in_another_thread_too() -> None:
                 result.require_accepted()
 
 
-def test_a_request_that_takes_too_long_is_a_result(
-    sync: SyncSnapshotBuilder, prices: Prices
-) -> None:
-    prices.door = Door()
-    results = sync.try_requests(
-        [SnapshotRequest(required=[PRICE]), SnapshotRequest(required=[VOLUME])],
-        deadline_seconds=0.02,
-        max_concurrency=1,
-    )
-    assert ["SnapshotDeadlineExceededError" in each.reason for each in results] == [True, True]
-    assert (
-        "Deadline"
-        in sync.try_request(SnapshotRequest(required=[PRICE]), deadline_seconds=0.02).reason
-    )
-    prices.door.open()
-
-
 def test_many_requests_come_back_in_the_form_in_which_they_were_given(
     sync: SyncSnapshotBuilder,
 ) -> None:
@@ -223,17 +197,6 @@ def test_many_requests_come_back_in_the_form_in_which_they_were_given(
                 several([price], max_concurrency=0)
     assert [each.request for each in sync.try_requests(lazy)] == [volume, price]
     assert read_in == [threading.current_thread()]
-
-
-def test_what_a_session_has_read_for_one_request_holds_for_the_next(
-    sync: SyncSnapshotBuilder,
-) -> None:
-    with sync.session() as session:
-        first = session.try_request(SnapshotRequest(required=[PRICE]))
-        sync.publisher.publish(PRICE, {"price": 100}, source="stream")
-        (second,) = session.try_requests([SnapshotRequest(required=[PRICE, VOLUME])])
-        for result in (first, second):
-            assert result.require_accepted().value(PRICE) == {"price": 1}
 
 
 def test_closing_tells_who_waits_for_many_requests(
@@ -385,12 +348,6 @@ def test_a_session_keeps_what_it_has_read(sync: SyncSnapshotBuilder) -> None:
     session.close()
 
 
-def test_a_session_ends_with_its_builder(sync: SyncSnapshotBuilder) -> None:
-    with sync.session() as session:
-        sync.close()
-        assert session.closed
-
-
 def test_a_session_in_a_forked_process_has_nothing_to_close(sync: SyncSnapshotBuilder) -> None:
     with sync.session() as session:
         assert in_a_fork(session.close) == "nothing was raised"
@@ -403,17 +360,6 @@ def test_sources_see_the_context_variables_of_the_caller() -> None:
         tenant.set("a")
         assert sync.build([PRICE]).value(PRICE) == "a"
         assert outcome(in_thread(lambda: sync.build([VOLUME]))).value(VOLUME) == "none"
-
-
-def test_an_interrupted_caller_leaves_nothing_behind(
-    sync: SyncSnapshotBuilder, prices: Prices
-) -> None:
-    prices.door = Door()
-    waiting = in_thread(lambda: sync.build([PRICE], deadline_seconds=0.02))
-    assert isinstance(error_of(waiting), SnapshotBuildError)
-    prices.door.open()
-    prices.door = None
-    assert sync.health_snapshot().waiting_for_capacity == 0
 
 
 def test_the_representation_tells_the_state(sync: SyncSnapshotBuilder) -> None:

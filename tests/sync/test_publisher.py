@@ -50,6 +50,19 @@ def update(value: Any, key: Any = PRICE) -> ResourceUpdate[Any]:
     return ResourceUpdate(key, value, source="stream")
 
 
+HANDED_ON = [
+    {
+        "update": ResourceUpdate(PRICE, 1, "stream", 5.0, {"a": 1}),
+        "force": False,
+        "replace_equal": False,
+    },
+    {"update": update(2), "force": True, "replace_equal": True},
+    {"updates": (update(3),), "force": True, "replace_equal": False},
+    {"keys": (PRICE,), "reason": "gap"},
+    {"keys": (PRICE, VOLUME), "reason": ""},
+]
+
+
 def test_waiting_methods_return_what_the_publisher_returned(
     publisher: SyncResourcePublisher, downstream: RecordingPublisher
 ) -> None:
@@ -60,17 +73,7 @@ def test_waiting_methods_return_what_the_publisher_returned(
     assert publisher.publish_many([update(3)], force=True) == {PRICE: RESULT}
     publisher.invalidate(PRICE, reason="gap")
     publisher.invalidate_many([PRICE, VOLUME, PRICE])
-    assert downstream.arguments == [
-        {
-            "update": ResourceUpdate(PRICE, 1, "stream", 5.0, {"a": 1}),
-            "force": False,
-            "replace_equal": False,
-        },
-        {"update": update(2), "force": True, "replace_equal": True},
-        {"updates": (update(3),), "force": True, "replace_equal": False},
-        {"keys": (PRICE,), "reason": "gap"},
-        {"keys": (PRICE, VOLUME), "reason": ""},
-    ]
+    assert downstream.arguments == HANDED_ON
     assert {thread.name for thread in downstream.threads} == {"coalestra-sync-loop"}
 
 
@@ -87,17 +90,7 @@ def test_submitting_methods_do_the_same_and_hand_the_outcome_to_a_future(
     assert outcome(one) is outcome(two) is RESULT
     assert outcome(many) == {PRICE: RESULT}
     assert [outcome(future) for future in gone] == [None, None]
-    assert downstream.arguments == [
-        {
-            "update": ResourceUpdate(PRICE, 1, "stream", 5.0, {"a": 1}),
-            "force": False,
-            "replace_equal": False,
-        },
-        {"update": update(2), "force": True, "replace_equal": True},
-        {"updates": (update(3),), "force": True, "replace_equal": False},
-        {"keys": (PRICE,), "reason": "gap"},
-        {"keys": (PRICE, VOLUME), "reason": ""},
-    ]
+    assert downstream.arguments == HANDED_ON
 
 
 def test_what_was_submitted_cannot_be_changed_any_more(
