@@ -195,25 +195,32 @@ def _nothing() -> None:
     """Close what has nothing to close."""
 
 
-def _answers(
-    link: Link, flights: Collection[Flight], result: Any
-) -> Slices[deque[tuple[Flight, Any]]]:
-    """Return what a batch holds for each flight; raise `SourceProtocolError` if malformed."""
+_Answers = tuple[deque[tuple[Flight, Any]], list[Flight]]
+"""What a batch holds for its flights, and those that it holds nothing for."""
+
+
+def _answers(link: Link, flights: Collection[Flight], result: Any) -> Slices[_Answers]:
+    """Return what a batch holds; raise `SourceProtocolError` if it is malformed."""
     if isinstance(result, ResourceAbsent):
-        return deque([(flight, result) for flight in flights])
+        return deque([(flight, result) for flight in flights]), []
     if not isinstance(result, Mapping):
         raise SourceProtocolError(
             f"fetch_many of source {link.name!r} must return a mapping of the requested keys, got "
             f"{type(result).__qualname__}"
         )
-    get, answers = result.get, deque[tuple[Flight, Any]]()
+    get, answers, omitted = result.get, deque[tuple[Flight, Any]](), list[Flight]()
     for part in portions(flights, _KEYS_AT_ONCE):
-        answers.extend([(flight, get(flight.key, _OMITTED)) for flight in part])
+        for flight in part:
+            value = get(flight.key, _OMITTED)
+            if value is _OMITTED:
+                omitted.append(flight)
+            else:
+                answers.append((flight, value))
         if len(part) == _KEYS_AT_ONCE:
             yield
-    if len(result) != len([True for _, value in answers if value is not _OMITTED]):
+    if len(result) != len(answers):
         _refuse_unrequested(link, {flight.key for flight in flights}, result)
-    return answers
+    return answers, omitted
 
 
 def _refuse_unrequested(link: Link, asked: Collection[ResourceKey], result: Iterable[Any]) -> None:
@@ -967,9 +974,9 @@ class Call:
         many = len(flights) > PORTION
         if many:
             await parts.pace.rest()  # the call has had its time in this turn
-        answers = deque([(flights[0], answer)])
+        answers, omitted = deque([(flights[0], answer)]), list[Flight]()
         if link.kind is _BATCH:
-            answers = await parts.pace.through(_answers(link, flights, answer))
+            answers, omitted = await parts.pace.through(_answers(link, flights, answer))
             self._count_batch_end("success")
         del flights  # so that each may go as soon as it is settled
         self._answered = True
@@ -977,9 +984,11 @@ class Call:
         late = self.cutoff != math.inf and self.cutoff < asyncio.get_running_loop().time()
         link.deadline_cuts = link.deadline_cuts + 1 if late else 0
         self.answered_at = parts.clock.now()
-        if len(answers) > 1 or answers[0][1] is _OMITTED:
+        if omitted:
+            await self._refuse_omitted(omitted)
+        if len(answers) > 1:
             await self._hand_over_all(answers)
-        else:
+        elif answers:
             self._hand_over(*answers[0])
         if self._slow is not None:
             await self._copy_in_threads(attempt, self._slow)
@@ -1012,8 +1021,6 @@ class Call:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
         pace, left, many = self.parts.pace, PORTION, len(answers) > PORTION
         pace.begin()
-        if any(value is _OMITTED for _, value in answers):
-            await self._refuse_omitted([flight for flight, it in answers if it is _OMITTED])
         made: dict[Revision, Flight] = {}
         by_key: dict[ResourceKey, Revision] = {}
         self.dispatch.hold(self.work)  # what is refused goes on together
@@ -1125,7 +1132,7 @@ class Call:
 
         What it takes a thread to seal is put with the `_slow` ones, to be made with its seal.
         """
-        if flight.call is not self or value is _OMITTED:
+        if flight.call is not self:
             return None
         parts, link, answered_at = self.parts, self.link, self.answered_at
         metadata: Mapping[str, Any] = EMPTY
