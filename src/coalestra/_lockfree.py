@@ -326,7 +326,7 @@ class WorkerQueue(Generic[R]):
         finally:
             for each in (turn, entry):
                 if each is not None:
-                    each.settled = True
+                    each.record, each.settled = None, True  # and nothing keeps it alive
             self._turn = None
             self._changes.tell()
         return True

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from coalestra._lockfree import Bell, Cell, Changes
+from coalestra._lockfree import Bell, Cell, Changes, WorkerQueue
 from tests.support.strikes import at_every_line
 
 PATIENCE = 20.0
@@ -130,3 +132,30 @@ def test_a_change_told_after_the_loop_of_who_waited_is_gone_does_no_harm() -> No
 
     asyncio.run(leave())
     changes.tell()
+
+
+async def test_a_record_that_was_delivered_is_let_go_before_its_delivery_is_over() -> None:
+    class Record:
+        pass
+
+    held: list[Callable[[], object]] = []
+
+    class Watched(Changes):
+        def tell(self) -> None:
+            told.append(None if not held else held[0]())
+            super().tell()
+
+    told: list[object] = []
+    put = threading.Event()
+
+    def deliver(record: Record) -> None:
+        assert put.wait(PATIENCE)
+        held.append(weakref.ref(record))
+
+    queue = WorkerQueue[Record](deliver, 10, drop_oldest=False, name="test", lingers=False)
+    queue._changes = Watched()
+    queue.put(Record())
+    put.set()
+    assert await queue.until_empty(PATIENCE) == 0
+    assert held
+    assert told[0] is None
