@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -209,3 +211,146 @@ async def test_a_source_that_serves_a_refresh_does_not_wait_for_that_one() -> No
     await building.wait_for_refreshes()
     assert waited == 2
     await no_leaks(building)
+
+
+# Through sessions, and through refreshes ------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Single, Batch])
+async def test_a_source_may_ask_the_session_that_asks_it_whose_workers_are_all_busy(
+    kind: Any,
+) -> None:
+    """They wait for what is asked for, so that it takes another one."""
+
+    class Asks(kind):  # type: ignore[misc]  # one of two
+        async def fetch(self, k: ResourceKey, context: FetchContext) -> Any:
+            return (await self.fetch_many([k], context))[k]
+
+        async def fetch_many(self, keys: Any, context: FetchContext) -> Any:
+            if INNER in keys:
+                return dict.fromkeys(keys, 1)
+            return dict.fromkeys(keys, (await session.resolve([INNER])).value(INNER))
+
+    source = Asks("outer", "outer", "inner")
+    source.max_batch_size = 1
+    building = builder(source, max_concurrency=1)
+    session = building.session()
+    snapshot = await session.resolve(OUTERS)
+    assert {value.value for value in snapshot.values()} == {1}
+    await no_leaks(building)
+
+
+async def test_a_source_that_replaces_values_of_the_session_that_waits_for_it_is_told_so() -> None:
+    inside: list[Snapshot] = []
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if len(source.calls) > 2:
+            inside.append(await session.revalidate([INNER], strict=False))
+        return len(source.calls)
+
+    source = Single("outer", "outer", "inner", fetch=fetch)
+    building = builder(source)
+    session = building.session()
+    await session.resolve([INNER, OUTERS[0]])
+    snapshot = await session.revalidate(OUTERS[:1], force_refresh=True)
+    assert snapshot.value(OUTERS[0]) == 3
+    assert "must not form a cycle, got test:outer:0" in str(inside[0].error_for(INNER))
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("started", [True, False])
+async def test_refreshes_that_a_source_waits_for_wait_for_no_slot(started: bool) -> None:
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k == OUTERS[0]:
+            if started:
+                await settle()
+            await building.wait_for_refreshes()
+        return len(source.calls)
+
+    source = Single("outer", "outer", "inner", fetch=fetch)
+    policy = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(source, default_policy=policy, max_concurrency=1)
+    await building.build([INNER])
+    await asyncio.sleep(20)
+    snapshot = await building.build([INNER, OUTERS[0]])
+    assert snapshot[INNER].stale
+    assert source.calls == [INNER, OUTERS[0], INNER]
+    await no_leaks(building)
+
+
+# Over several event loops ---------------------------------------------------------------------
+
+
+class Facades:
+    """Two facades, on loops of their own, whose sources ask each other."""
+
+    def __init__(self, form: str, asks: Any, **settings: Any) -> None:
+        self.asks = asks
+        self.meet = threading.Barrier(2)
+        self.facades = [
+            SyncSnapshotBuilder(
+                SnapshotBuilder(
+                    [
+                        CallableSource(
+                            name=f"source {number}",
+                            priority=1,
+                            supports=lambda k: True,
+                            fetcher=partial(getattr(self, form), number),
+                        )
+                    ],
+                    default_policy=LASTING,
+                    **settings,
+                )
+            )
+            for number in range(2)
+        ]
+
+    def thread(self, number: int, k: ResourceKey, context: FetchContext) -> Any:
+        asked = self.asks(self, number, k)
+        return 1 if asked is None else self.facades[1 - number].build([asked]).value(asked)
+
+    async def loop(self, number: int, k: ResourceKey, context: FetchContext) -> Any:
+        asked = await asyncio.to_thread(self.asks, self, number, k)
+        if asked is None:
+            return 1
+        other = self.facades[1 - number]
+        return (await asyncio.wrap_future(other.submit(lambda b: b.build([asked])))).value(asked)
+
+    def build(self, *numbers: int) -> list[Snapshot]:
+        with ThreadPoolExecutor(2) as pool:
+            builds = [
+                pool.submit(self.facades[number].build, [INNER], strict=False) for number in numbers
+            ]
+            try:
+                return [each.result(20) for each in builds]
+            finally:
+                for facade in self.facades:
+                    facade.close()
+
+
+@pytest.mark.parametrize("form", ["thread", "loop"])
+@pytest.mark.parametrize("numbers", [(0,), (0, 1)])
+def test_a_circle_over_two_event_loops_is_an_error_whoever_has_begun_it(
+    form: str, numbers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asks(facades: Facades, number: int, k: ResourceKey) -> ResourceKey:
+        if len(numbers) == 2:
+            facades.meet.wait(20)  # both are under way before either asks the other
+        return k
+
+    monkeypatch.setattr("coalestra.orchestration.singleflight._LOOK_SECONDS", 0.001)
+    snapshots = Facades(form, asks).build(*numbers)
+    assert "must not form a cycle, got test:inner" in str(
+        [each.error_for(INNER) for each in snapshots]
+    )
+
+
+@pytest.mark.parametrize("form", ["thread", "loop"])
+def test_what_is_asked_for_through_another_event_loop_waits_for_no_slot(form: str) -> None:
+    def asks(facades: Facades, number: int, k: ResourceKey) -> ResourceKey | None:
+        if number:
+            return OUTERS[0]
+        return k if k == INNER else None
+
+    snapshots = Facades(form, asks, max_concurrency=1).build(0)
+    assert snapshots[0].value(INNER) == 1

@@ -659,6 +659,18 @@ class Call:
         """The event loop that an attempt of the call is under way on."""
         return None if self._attempt is None else self._attempt.loop
 
+    def upon(self, loop: asyncio.AbstractEventLoop) -> Call | None:
+        """Return the call upon a loop that waits for what its source asks for.
+
+        If that is not this one, it is the last of those upon whose behalf this one is made.
+        """
+        call: Call | None = self
+        while call is not None and call.keys_under_way and call.loop is not None:
+            if call.loop is loop:
+                return call
+            call = call.work.variables.get(current_call)
+        return None
+
     @property
     def keys_under_way(self) -> Collection[Flight]:
         """The flights that are not settled yet, none if the call is over."""
@@ -1372,15 +1384,22 @@ class Lane:
         self._hurried = 0
 
     def add(self, flights: list[Flight]) -> None:
-        """Queue calls for the flights: for a batch source in chunks of its size, else one each."""
-        if self.link.kind is not _BATCH:
-            self._queue.extend(flights)
-        else:
+        """Queue calls for the flights: for a batch source in chunks of its size, else one each.
+
+        What a worker may be waiting for goes first, with a worker more than there may be.
+        """
+        queued: Sequence[Flight | list[Flight]] = flights
+        if self.link.kind is _BATCH:
             size = self.link.max_batch_size or len(flights)
             if len(flights) > size:
                 self.work.record.batch_chunks += -(-len(flights) // size)
             starts = range(0, len(flights), size)
-            self._queue.extend([flights[start : start + size] for start in starts])
+            queued = [flights[start : start + size] for start in starts]
+        if [flight for flight in flights if flight.urgent]:
+            self._hurried += 1
+            self._queue.extendleft(reversed(queued))
+        else:
+            self._queue.extend(queued)
         self.staff()
 
     def again(self, call: Call) -> None:

@@ -759,6 +759,59 @@ class FlightBoard:
         return f"<FlightBoard flights={len(self.flights)} aside={len(self.aside)}>"
 
 
+# Waiting over several event loops: sources may use builders of other threads ---------------------
+#
+# What one loop decides in a step may close a circle with what another one decides at the same time.
+# So these are not kept out, but found: by whoever waits in one, who looks again and again.
+
+
+_asked: dict[Call, dict[Gather, None]] = {}
+"""What the sources of calls under way wait for, of all builders and loops."""
+
+
+def ask_for(call: Call, gather: Gather) -> None:
+    """Let it be known that the source of a call waits for a gather."""
+    _asked.setdefault(call, {})[gather] = None
+
+
+def asks_no_more(call: Call, gather: Gather) -> None:
+    """Take back `ask_for`."""
+    asked = _asked.get(call, {})
+    asked.pop(gather, None)
+    if not asked:
+        _asked.pop(call, None)
+
+
+def circle_of(call: Call, gather: Gather) -> tuple[Flight, ...]:
+    """Return over which flights a gather waits for the very call whose source waits for it.
+
+    Whatever belongs to another thread is copied in one step before it is looked at.
+    """
+    came_from: dict[Flight, Flight | None] = {}
+    stack: list[tuple[Flight | None, Gather]] = [(None, gather)]
+    while stack:
+        before, waiting = stack.pop()
+        for flight in waiting.pending.copy():
+            if not isinstance(flight, Flight) or flight in came_from:
+                continue
+            came_from[flight] = before
+            its, inputs = flight.call, flight.gather
+            if its is call:
+                return _way_to(flight, came_from)
+            if inputs is not None:
+                stack.append((flight, inputs))
+            if its is not None:
+                stack += [(flight, each) for each in _asked.get(its, {}).copy()]
+    return ()
+
+
+def _way_to(flight: Flight, came_from: Mapping[Flight, Flight | None]) -> tuple[Flight, ...]:
+    way = [flight]
+    while (before := came_from[way[-1]]) is not None:
+        way.append(before)
+    return tuple(reversed(way))
+
+
 # How a flight ends: which value its waiters get, by rules without any waiting --------------------
 
 

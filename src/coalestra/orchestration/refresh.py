@@ -18,7 +18,7 @@ from coalestra.core.errors import (
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import Revision, new_id
-from coalestra.orchestration.flights import Gather, Work, current_call
+from coalestra.orchestration.flights import Gather, Work, circle_of, current_call
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
 
@@ -30,7 +30,7 @@ _ANEW = Demand(refresh=True)
 class Refresh:
     """One revision on its way to be renewed, set off by one unit of work, its `parent`."""
 
-    __slots__ = ("ended", "gather", "key", "parent", "reason", "version")
+    __slots__ = ("ended", "gather", "key", "parent", "reason", "urgent", "version")
 
     def __init__(self, revision: Revision, reason: str, parent: Work) -> None:
         self.key: ResourceKey = revision.key
@@ -38,6 +38,7 @@ class Refresh:
         self.reason: str = reason
         self.parent: Work = parent
         self.gather: Gather | None = None
+        self.urgent: bool = False
         self.ended: asyncio.Future[None] | None = None  # of whoever waits for it
 
 
@@ -59,11 +60,13 @@ class Refresher:
         variables: contextvars.Context,
         look: Callable[[Gather], None],
         abandon: Callable[[Gather], None],
+        hurry: Callable[[Gather], None],
     ) -> None:
         self._parts = parts
         self._variables = variables
         self._look = look
         self._abandon = abandon
+        self._hurry = hurry
         self._running: dict[Refresh, None] = {}
         self._current: dict[ResourceKey, Refresh] = {}
         self._next: dict[tuple[Work, str], list[Refresh]] = {}
@@ -134,6 +137,7 @@ class Refresher:
         for refresh in group:
             done = partial(self._done, refresh)
             refresh.gather = Gather(work, (refresh.key,), Pins(), done, demand=_ANEW)
+            refresh.gather.urgent = refresh.urgent
         for refresh in group:
             if refresh.gather is not None:
                 self._look(refresh.gather)
@@ -192,15 +196,18 @@ class Refresher:
     async def wait(self) -> None:
         """Wait for the refreshes that are under way or scheduled at this moment.
 
-        A source that asks for this while it serves a refresh does not wait for that one.
+        A source that asks for this does not wait for what waits for it, and what it waits for
+        needs no slot.
         """
-        call = current_call.get()
-        own = None if call is None or call.parts is not self._parts else call.work
-        awaited = []
-        for each in self._running:
-            if each.gather is None or each.gather.work is not own:
-                each.ended = each.ended or asyncio.get_running_loop().create_future()
-                awaited.append(each.ended)
+        call, awaited = current_call.get(), []
+        for each in self._running.copy():
+            if call is not None and each.gather is not None and circle_of(call, each.gather):
+                continue
+            each.ended = each.ended or asyncio.get_running_loop().create_future()
+            awaited.append(each.ended)
+            each.urgent = each.urgent or (call is not None and bool(call.keys_under_way))
+            if each.urgent and each.gather is not None:
+                self._hurry(each.gather)
         if awaited:
             await asyncio.wait(awaited)
 

@@ -22,6 +22,7 @@ from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.concurrency.pace import Slices
 from coalestra.core.acceptance import SnapshotAcceptancePolicy
 from coalestra.core.errors import (
+    DependencyCycleError,
     SessionClosedError,
     SnapshotAcceptanceError,
     SnapshotBuildError,
@@ -32,7 +33,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
-from coalestra.orchestration.flights import Gather
+from coalestra.orchestration.flights import Gather, circle_of, current_call
 from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, beneath, hold, reach
 from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
@@ -50,6 +51,12 @@ from coalestra.orchestration.verdicts import (
 T = TypeVar("T")
 
 
+class Turn(asyncio.Lock):
+    """Is had by one who replaces values after the other; `stage` is what he waits for."""
+
+    stage: Stage | None = None
+
+
 class SnapshotSession:
     """A unit of work that reads in stages under one id, one deadline and one set of values.
 
@@ -65,7 +72,7 @@ class SnapshotSession:
     def __init__(self, unit: UnitOfWork) -> None:
         self._unit = unit
         self._closed = False
-        self._turn: tuple[asyncio.AbstractEventLoop | None, asyncio.Lock] = None, asyncio.Lock()
+        self._turn: tuple[asyncio.AbstractEventLoop | None, Turn] = None, Turn()
 
     @property
     def snapshot_id(self) -> str:
@@ -192,7 +199,7 @@ class SnapshotSession:
         )
         loop = self._unit.engine.enter()
         if self._turn[0] is not loop:
-            self._turn = loop, asyncio.Lock()  # whoever had the other one has ended with its loop
+            self._turn = loop, Turn()  # whoever had the other one has ended with its loop
         revalidation = Revalidation(self._unit, request, forced=force_refresh, strict=strict)
         return await revalidation.run(self._turn[1])
 
@@ -277,7 +284,7 @@ class Revalidation:
         self._violated: type[BaseException] | None = None
         self._span: Any = None
 
-    async def run(self, turn: asyncio.Lock) -> Snapshot:
+    async def run(self, turn: Turn) -> Snapshot:
         """Wait for the turn, replace what is named, and report how it went."""
         counters = self._unit.engine.parts.counters
         counters.revalidation_attempt_count += 1
@@ -296,8 +303,12 @@ class Revalidation:
             counters.revalidation_failure_count += not self._committed
             self._report()
 
-    async def _in_turn(self, turn: asyncio.Lock) -> Snapshot:
-        deadline = self._unit.work.deadline
+    async def _in_turn(self, turn: Turn) -> Snapshot:
+        deadline, call = self._unit.work.deadline, current_call.get()
+        circle = circle_of(call, turn.stage) if call and turn.stage else ()
+        if circle:  # the one whose turn it is waits for the source that waits for this one
+            path = tuple([flight.key for flight in (*circle, circle[0])])
+            return await self._retained({key: DependencyCycleError(path) for key in self._named})
         try:
             with CutOff(None if deadline is None else deadline.loop_time):
                 await turn.acquire()
@@ -307,13 +318,14 @@ class Revalidation:
                 {key: SnapshotDeadlineExceededError(text) for key in self._named}
             )
         try:
-            return await self._replaced()
+            return await self._replaced(turn)
         finally:
+            turn.stage = None
             turn.release()
 
-    async def _replaced(self) -> Snapshot:
+    async def _replaced(self, turn: Turn) -> Snapshot:
         while True:
-            await self._acquire()
+            await self._acquire(turn)
             if self._failures:
                 return await self._retained(await self._unit.errors(self._failures.values()))
             shown = await self._through(self._shown())
@@ -331,11 +343,12 @@ class Revalidation:
 
     # The new state, beside the old one --------------------------------------------------------
 
-    async def _acquire(self) -> None:
+    async def _acquire(self, turn: Turn) -> None:
         """Read anew what is affected, under the pins that are not; failures are kept as facts."""
         self._stamp = self._state()
         stage = await self._through(self._plan(dict(self._unit.pins)))
         stage.span = self._span
+        turn.stage = stage
         await self._unit.engine.run(stage)
 
     def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:

@@ -26,6 +26,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -56,6 +57,9 @@ from coalestra.orchestration.flights import (
     absence_stands,
     after_failures,
     after_write,
+    ask_for,
+    asks_no_more,
+    circle_of,
     current_call,
     instead_of_event,
     late,
@@ -92,6 +96,9 @@ _SPARE_ROUNDS = 64
 
 _WOKEN_SECONDS = 0.000_01
 """What a reader of one key does at least as soon as it is told."""
+
+_LOOK_SECONDS = 0.1
+"""How often who waits on behalf of a source upon another event loop looks for a circle."""
 
 _GRACE_SECONDS = 0.25
 """How long the ends of very many keys may take at a deadline; then the reader is told anyway."""
@@ -199,7 +206,7 @@ class SingleFlight:
         self.release: Callable[[Work], None] = self.dispatch.release
         self.reads: CacheReads = CacheReads(parts, self._cache_answered, self.dispatch.tasks)
         self.writes: CacheWrites = CacheWrites(parts, self._fit, self._written)
-        self.refresher: Refresher = Refresher(parts, variables, self.look, self.abandon)
+        self.refresher: Refresher = Refresher(parts, variables, self.look, self.abandon, self.hurry)
         self._store = parts.access.store
         self._leases = parts.access.leases
         self._publishing: dict[ResourceKey, int] = {}
@@ -574,6 +581,13 @@ class SingleFlight:
         self.board.set_aside(flight)
         self.board.join(gather, flight)
         self._later(flight)
+
+    def hurry(self, gather: Gather) -> None:
+        """Let all that is waited for queue for nothing, now and later."""
+        gather.urgent = True
+        for awaited in gather.pending:
+            if isinstance(awaited, Flight):
+                self._hurry(awaited)
 
     def _hurry(self, flight: Flight) -> None:
         """Let a flight, and what it waits for, queue for nothing: who holds a slot waits for it."""
@@ -1090,6 +1104,13 @@ class SingleFlight:
         gather.open = False
         self._check(gather)
 
+    def refuse_circle(self, gather: Gather, circle: Sequence[Flight]) -> None:
+        """Fail what a gather waits for in vain, as that waits for it."""
+        path = tuple([flight.key for flight in (*circle, circle[0])])
+        gather.failures[path[0]] = Failure.of_cycle(path[0], path)
+        self._leave(gather, circle[0])
+        self._check(gather)
+
     def abandon(self, gather: Gather) -> None:
         """End the waiting without an outcome: the one who waited has gone."""
         gather.over = True
@@ -1338,6 +1359,7 @@ class Stage(Gather):
     _future: asyncio.Future[None] | None = None
     _error: BaseException | None = None
     _timer: asyncio.TimerHandle | None = None
+    _look: asyncio.TimerHandle | None = None
 
     def tell(self) -> None:
         """Let the task go on, once."""
@@ -1366,10 +1388,17 @@ class Stage(Gather):
         self._error = error
         self._wake()
 
+    def look_out(
+        self, look: Callable[[tuple[Flight, ...]], None], seen: tuple[Flight, ...]
+    ) -> None:
+        """Have a look at what it waits for after a while, and be told what was seen before."""
+        self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, look, seen)
+
     def close(self) -> None:
         """Leave no timer behind."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._look):
+            if timer is not None:
+                timer.cancel()
 
     def _wake(self) -> None:
         if self._future is not None and not self._future.done():
@@ -1441,9 +1470,8 @@ class Engine:
         work.settle_on(loop)
         self._stages[stage] = None
         call = current_call.get()
-        if call is not None and call.loop is loop and call.keys_under_way:
-            stage.within, stage.urgent = call, True
-            self.flights.board.nest(call)
+        if call is not None and call.keys_under_way:
+            self._run_for(call, stage, loop)
         try:
             if work.expired:
                 self.flights.note(stage)
@@ -1460,6 +1488,26 @@ class Engine:
                 self.flights.abandon(stage)
             if stage.within is not None:
                 self.flights.board.unnest(stage.within)
+            if call is not None:
+                asks_no_more(call, stage)
+
+    def _run_for(self, call: Call, stage: Stage, loop: asyncio.AbstractEventLoop) -> None:
+        """Let a stage be awaited by the source of a call, perhaps upon another loop."""
+        ask_for(call, stage)
+        own = call.upon(loop)
+        if own is not None:
+            stage.within, stage.urgent = own, True
+            self.flights.board.nest(own)
+        if own is not call:
+            stage.look_out(partial(self._look_for_circle, call, stage), ())
+
+    def _look_for_circle(self, call: Call, stage: Stage, seen: tuple[Flight, ...]) -> None:
+        """Break the circle over several loops that a stage waits in; seen twice, it is one."""
+        circle = circle_of(call, stage)
+        if circle and circle == seen and not stage.open:
+            self.flights.refuse_circle(stage, circle)
+        if not stage.over:
+            stage.look_out(partial(self._look_for_circle, call, stage), circle)
 
     def join(
         self, keys: Collection[ResourceKey], open_work: Callable[[], Work]
