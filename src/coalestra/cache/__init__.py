@@ -6,11 +6,6 @@ from coalestra.cache.publisher import ResourcePublisher
 from coalestra.core.values import CacheStats, PublishResult, PublishStatus, ResourceUpdate
 
 __all__ = [
-    "AsyncMemoryCache",
-    "CacheStats",
-    "NearCache",
-    "PublishResult",
-    "PublishStatus",
-    "ResourcePublisher",
-    "ResourceUpdate",
-]
+    "AsyncMemoryCache", "CacheStats", "NearCache", "PublishResult", "PublishStatus",
+    "ResourcePublisher", "ResourceUpdate",
+]  # fmt: skip

@@ -176,11 +176,7 @@ class WorkerThreads:
         return f"<WorkerThreads busy={dict(self.busy)} idle={self.idle} closed={self.closed}>"
 
     async def run(
-        self,
-        function: Callable[..., R],
-        *arguments: Any,
-        label: str = "",
-        or_here: bool = False,
+        self, function: Callable[..., R], *arguments: Any, label: str = "", or_here: bool = False
     ) -> R:
         """Run a function in a thread, in a copy of the caller's context, and return its result.
 

@@ -42,17 +42,9 @@ from coalestra.core.waterfall import (
 )
 
 __all__ = [
-    "AttemptTrace",
-    "CallTrace",
-    "Foundation",
-    "KeyTrace",
-    "Obtained",
-    "SourceRefusal",
-    "StageTrace",
-    "Trace",
-    "Wait",
-    "WaitReason",
-]
+    "AttemptTrace", "CallTrace", "Foundation", "KeyTrace", "Obtained", "SourceRefusal",
+    "StageTrace", "Trace", "Wait", "WaitReason",
+]  # fmt: skip
 
 _SCHEMA = {"schema": "coalestra.trace", "schema_version": 1}
 """The name and version of the JSON form; it grows when a reader of the older one would misread."""

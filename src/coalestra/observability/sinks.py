@@ -12,16 +12,9 @@ from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.validation import instance, integer, mapping, refusal, text
 
 __all__ = [
-    "BufferOverflowPolicy",
-    "EventRecord",
-    "InMemoryMetrics",
-    "LoggingEventSink",
-    "MetricRecord",
-    "MetricsSnapshot",
-    "NullEventSink",
-    "NullMetrics",
-    "ObservationSummary",
-]
+    "BufferOverflowPolicy", "EventRecord", "InMemoryMetrics", "LoggingEventSink", "MetricRecord",
+    "MetricsSnapshot", "NullEventSink", "NullMetrics", "ObservationSummary",
+]  # fmt: skip
 
 DEFAULT_MAX_PENDING = 10_000
 """How many records a buffer keeps waiting unless told otherwise."""

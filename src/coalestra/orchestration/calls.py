@@ -47,15 +47,7 @@ import math
 import types
 import weakref
 from collections import deque
-from collections.abc import (
-    Callable,
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -83,13 +75,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
-from coalestra.orchestration.flights import (
-    Flight,
-    Interest,
-    Phase,
-    Work,
-    current_call,
-)
+from coalestra.orchestration.flights import Flight, Interest, Phase, Work, current_call
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.orchestration.tracing import CallLog

@@ -202,9 +202,7 @@ class Pins(dict[ResourceKey, Reading]):
     __slots__ = ("demand", "generation", "private")
 
     def __init__(
-        self,
-        readings: Mapping[ResourceKey, Reading] | None = None,
-        demand: Demand | None = None,
+        self, readings: Mapping[ResourceKey, Reading] | None = None, demand: Demand | None = None
     ) -> None:
         if readings:
             super().__init__(readings)

@@ -167,11 +167,7 @@ class Chains:
     """
 
     def __init__(
-        self,
-        sources: Iterable[Source],
-        *,
-        memoize: bool = True,
-        max_entries: int | None = 100_000,
+        self, sources: Iterable[Source], *, memoize: bool = True, max_entries: int | None = 100_000
     ) -> None:
         ordered = sorted(_checked(sources), key=lambda source: -source.priority)
         self.links: tuple[Link, ...] = tuple(

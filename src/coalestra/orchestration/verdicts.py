@@ -24,11 +24,7 @@ from coalestra.core.errors import (
     without_frames,
 )
 from coalestra.core.frozen import FrozenDict
-from coalestra.core.request import (
-    RequestResult,
-    SnapshotRequest,
-    inconsistency_of,
-)
+from coalestra.core.request import RequestResult, SnapshotRequest, inconsistency_of
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.validation import instance, integer, shown, wrong_type
 from coalestra.orchestration.deliveries import all_or_none
@@ -121,9 +117,7 @@ class Several(Protocol[P]):
     ) -> tuple[RequestResult, ...]: ...
 
 
-def in_same_form(
-    method: Callable[Concatenate[Any, Requests, P], Awaitable[Results]],
-) -> Several[P]:
+def in_same_form(method: Callable[Concatenate[Any, Requests, P], Awaitable[Results]]) -> Several[P]:
     """Tell type checkers that the results of a method have the form of the requests."""
     return cast("Several[P]", method)
 

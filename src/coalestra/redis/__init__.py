@@ -20,13 +20,6 @@ from coalestra.redis.codec import (
 from coalestra.redis.server import SharedCacheLeftAloneError, SharedCacheUnavailableError
 
 __all__ = [
-    "MessagePackCodec",
-    "Model",
-    "RedisCache",
-    "RedisCacheHealth",
-    "SharedCacheLeftAloneError",
-    "SharedCacheUnavailableError",
-    "UnreadableEntryError",
-    "UnstorableValueError",
-    "ValueCodec",
-]
+    "MessagePackCodec", "Model", "RedisCache", "RedisCacheHealth", "SharedCacheLeftAloneError",
+    "SharedCacheUnavailableError", "UnreadableEntryError", "UnstorableValueError", "ValueCodec",
+]  # fmt: skip

@@ -679,12 +679,7 @@ class RedisCache:
         return told
 
     async def _offer(
-        self,
-        value: Value,
-        policy: FreshnessPolicy | None,
-        flags: str,
-        token: str,
-        over: str | None,
+        self, value: Value, policy: FreshnessPolicy | None, flags: str, token: str, over: str | None
     ) -> bytes:
         """Return what the script is given to offer a value; raises if it cannot be encoded."""
         rests_on = [(key.canonical, version) for key, version in value.dependency_versions.items()]
