@@ -112,21 +112,21 @@ class Deliveries:
         payload = self._copies.open_here(revision.payload, revision.seal, context=context)
         return self._presented(reading, payload, context, self._clock.now())
 
-    def at_hand(self, readings: Mapping[ResourceKey, Reading]) -> Copies | None:
-        """Return what `values` would of a few readings, at once; None if that takes a thread."""
-        values: dict[ResourceKey, SnapshotValue[Any]] = {}
-        errors: dict[ResourceKey, Exception] = {}
-        now = self._clock.now()
-        for key, reading in readings.items():
-            revision = reading.revision
-            try:
-                payload = self._copies.open_now(revision.payload, revision.seal, context=_CONTEXT)
-                if payload is OFFLOADED:
-                    return None
-                values[key] = self._presented(reading, payload, _CONTEXT, now)
-            except PayloadIsolationError as error:
-                errors[key] = error
-        return values, errors
+    def at_hand(
+        self, readings: Mapping[ResourceKey, Reading], context: str = _CONTEXT
+    ) -> Copies | None:
+        """Return what `values` would of a single reading, at once; None if it takes more."""
+        if len(readings) != 1:
+            return None
+        ((key, reading),) = readings.items()
+        revision = reading.revision
+        try:
+            payload = self._copies.open_now(revision.payload, revision.seal, context=context)
+            if payload is OFFLOADED:
+                return None
+            return {key: self._presented(reading, payload, context, self._clock.now())}, {}
+        except PayloadIsolationError as error:
+            return {}, {key: error}
 
     async def inputs(
         self, context: FetchContext, readings: Mapping[ResourceKey, Reading], *, inherits: bool
@@ -136,7 +136,8 @@ class Deliveries:
         Raises:
             PayloadIsolationError: one of them cannot be copied.
         """
-        values, errors = await self.values(readings, None, _DEPENDENCY)
+        copies = self.at_hand(readings, _DEPENDENCY)
+        values, errors = copies or await self.values(readings, None, _DEPENDENCY)
         if errors:
             raise next(iter(errors.values()))
         inputs = snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
