@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.access import CacheAccess
+from coalestra.cache.access import CacheAccess, Terms
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publisher import PublisherParts, ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
@@ -80,7 +80,9 @@ async def test_an_announcement_is_followed_by_the_outcome_and_then_concluded() -
     parts = parts_for(BatchAtomicCache())
     witness = Witness()
     parts.access.subscribers.subscribe(witness)
-    await parts.access.publish([revision_of(A, observed_at=NOW + 0.5)], {}, NOW)
+    await parts.access.write(
+        {A: revision_of(A, observed_at=NOW + 0.5)}, Terms({}, NOW, insist=True)
+    )
     witness.heard.clear()
     publisher = ResourcePublisher.from_parts(parts)
     results = await publisher.publish_many([ResourceUpdate(A, 1, "s"), ResourceUpdate(B, 2, "s")])

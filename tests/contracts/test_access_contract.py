@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.access import CacheAccess
+from coalestra.cache.access import CacheAccess, Terms
 from coalestra.cache.near import Channel
-from coalestra.cache.store import Outcome
+from coalestra.cache.store import Outcome, best_per_key
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.errors import CacheUnavailableError
 from coalestra.core.keys import ResourceKey
@@ -61,10 +61,12 @@ async def read(
 
 
 async def write(
-    access: CacheAccess, revisions: Collection[Revision], **terms: bool
+    access: CacheAccess, revisions: Collection[Revision], **terms: Any
 ) -> dict[ResourceKey, Outcome]:
     policies = {each.key: POLICY for each in revisions}
-    outcomes, failures = await access.publish(revisions, policies, NOW, **terms)
+    outcomes, failures = await access.write(
+        best_per_key(revisions), Terms(policies, NOW, insist=True, **terms)
+    )
     access.raise_first(failures)
     return outcomes
 

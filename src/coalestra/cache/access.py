@@ -344,47 +344,27 @@ class CacheAccess:
 
     def give_back(self, lease: Lease | None, *, failed: bool) -> None:
         """Let go of a lease, if there is one, without a value; ``failed`` if tried in vain."""
-        if lease is None:
-            return
-        if not self._giving_back:
-            asyncio.get_running_loop().call_soon(self._give_back)
-        self._giving_back[lease] = failed
+        if lease is not None:
+            if not self._giving_back:
+                loop = asyncio.get_running_loop()
+                loop.call_soon(lambda: self._behind(self._give_back()))
+            self._giving_back[lease] = failed
 
-    def _give_back(self) -> None:
+    async def _give_back(self) -> None:
         given, self._giving_back = self._giving_back, {}
         for failed in (False, True):
             leases = [lease for lease, value in given.items() if value is failed]
             if leases:
-                self._behind(self._release(leases, failed))
-
-    async def _release(self, leases: list[Lease], failed: bool) -> None:
-        try:
-            release = partial(self.calls.cache.release_many, leases, failed=failed)
-            await self.calls.once("release_many", release, insist=True)
-        except Exception as error:
-            self.calls.tell("write", {leases[0].key: error})
+                try:
+                    release = partial(self.calls.cache.release_many, leases, failed=failed)
+                    await self.calls.once("release_many", release, insist=True)
+                except Exception as error:
+                    self.calls.tell("write", {leases[0].key: error})
 
     # Writing ------------------------------------------------------------------------------------
 
-    async def publish(
-        self,
-        revisions: Collection[Revision],
-        policies: Policies,
-        now: float,
-        *,
-        force: bool = False,
-        replace_equal: bool = False,
-    ) -> tuple[Outcomes, Failures]:
-        """Offer the best revision per key; return what became of each, and the failures."""
-        terms = Terms(policies, now, force, replace_equal, insist=True)
-        return await self._write(best_per_key(revisions), terms)
-
     def raise_first(self, failures: Failures) -> None:
-        """Raise the first of the failures of what an application asked for, and tell of the others.
-
-        Raises:
-            CacheUnavailableError: or what the cache raised.
-        """
+        """Raise the first of the failures of what an application asked for; tell of the others."""
         for first in failures.values():
             self.calls.tell("write", {k: each for k, each in failures.items() if each is not first})
             raise first
@@ -434,14 +414,15 @@ class CacheAccess:
             ended(outcomes)
 
         channel = self.channel()
-        self._behind(self._write(best_per_key(revisions), terms, wanted)).add_done_callback(done)
+        self._behind(self.write(best_per_key(revisions), terms, wanted)).add_done_callback(done)
 
-    async def _write(
+    async def write(
         self,
         revisions: Mapping[ResourceKey, Revision],
         terms: Terms,
         wanted: Callable[[Revision], bool] = lambda _: True,
     ) -> tuple[Outcomes, Failures]:
+        """Offer values in their turn; return what became of each, and the failures."""
         channel = self.channel()
         # A cache may refuse what rests on something that it does not hold yet.
         below = {key for each in revisions.values() for key in each.dependency_versions}

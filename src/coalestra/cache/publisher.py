@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-from coalestra.cache.access import CacheAccess
+from coalestra.cache.access import CacheAccess, Terms
 from coalestra.cache.memory import close_copies, open_value, show_value
 from coalestra.cache.store import Listeners, Outcome, best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
@@ -488,16 +488,15 @@ class ResourcePublisher:
             if pace.due:
                 announce()
                 await pace.rest()
-            terms: Any = {
-                "now": now_of(parts.clock),
-                "force": force,
-                "replace_equal": replace_equal,
-            }
+            moment = now_of(parts.clock)
             if access.store is not None:
-                outcomes = access.store.put_many(best, **terms)
+                outcomes = access.store.put_many(
+                    best, now=moment, force=force, replace_equal=replace_equal
+                )
             else:
                 policies = policies or dict.fromkeys(best, common)
-                written, failures = await access.publish(best.values(), policies, **terms)
+                terms = Terms(policies, moment, force, replace_equal, insist=True)
+                written, failures = await access.write(best, terms)
                 if failures and report is not None:
                     for key, outcome in written.items():
                         report(best[key], outcome)
