@@ -211,7 +211,7 @@ class CacheCalls:
     ) -> Found:
         """Return what the cache holds and calls usable, if dated no later than ``horizon``."""
         items = dict(zip(keys, keys, strict=True))
-        answers, failures = await self._ask("get", items, policies, _as_it_is, now=now)
+        answers, failures = await self._ask("get", items, policies, lambda told, _: told, now=now)
         values: Found = {}
         for key in keys:
             try:
@@ -399,10 +399,6 @@ def _usable(lookup: object, key: ResourceKey) -> SnapshotValue[Any] | None:
     if lookup.value is None or not (lookup.fresh or lookup.usable_stale):
         return None
     return sound(lookup.value, key)
-
-
-def _as_it_is(answer: object, _: ResourceKey) -> object:
-    return answer
 
 
 def _result(result: object, key: ResourceKey) -> CacheWriteResult:

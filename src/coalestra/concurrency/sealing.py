@@ -158,23 +158,14 @@ def _time_zone(moment: Any) -> tuple[Any]:
     return (moment.tzinfo,)
 
 
-_STANDARD: dict[tuple[str, str], Parts] = {
-    ("datetime", "date"): _nothing,
-    ("datetime", "datetime"): _time_zone,
-    ("datetime", "time"): _time_zone,
-    ("datetime", "timedelta"): _nothing,
-    ("datetime", "timezone"): _nothing,
-    ("decimal", "Decimal"): _nothing,
-    ("fractions", "Fraction"): _nothing,
-    ("ipaddress", "IPv4Address"): _nothing,
-    ("ipaddress", "IPv6Address"): _nothing,
-    ("pathlib", "PosixPath"): _nothing,
-    ("pathlib", "PurePosixPath"): _nothing,
-    ("pathlib", "PureWindowsPath"): _nothing,
-    ("pathlib", "WindowsPath"): _nothing,
-    ("re", "Pattern"): _nothing,
-    ("uuid", "UUID"): _nothing,
-    ("zoneinfo", "ZoneInfo"): _nothing,
+_IMMUTABLE = """
+    datetime.date datetime.timedelta datetime.timezone decimal.Decimal fractions.Fraction
+    ipaddress.IPv4Address ipaddress.IPv6Address pathlib.PosixPath pathlib.PurePosixPath
+    pathlib.PureWindowsPath pathlib.WindowsPath re.Pattern uuid.UUID zoneinfo.ZoneInfo
+"""
+_STANDARD: dict[str, Parts] = {
+    **dict.fromkeys(_IMMUTABLE.split(), _nothing),
+    **dict.fromkeys(("datetime.datetime", "datetime.time"), _time_zone),
 }
 """Named, not imported: an instance can only exist where the module has been imported."""
 
@@ -203,9 +194,9 @@ def _known_parts(cls: type) -> Parts | None:
         as_usual = getattr(cls, "__deepcopy__", None) is getattr(enum.Enum, "__deepcopy__", None)
         return _nothing if as_usual else None
     # Modules may be parts of others, as pathlib is a package in newer versions.
-    name = (str(cls.__module__).partition(".")[0], cls.__qualname__)
-    parts = None if cls.__dictoffset__ else _STANDARD.get(name)
-    return parts if getattr(sys.modules.get(name[0]), name[1], None) is cls else None
+    module, name = str(cls.__module__).partition(".")[0], cls.__qualname__
+    parts = None if cls.__dictoffset__ else _STANDARD.get(f"{module}.{name}")
+    return parts if getattr(sys.modules.get(module), name, None) is cls else None
 
 
 _OBJECT: Any = object  # whose attributes have other types than those of the same name elsewhere
@@ -446,11 +437,6 @@ class Blueprint:
 
     def __repr__(self) -> str:
         return f"<Blueprint of {len(self.shells)} containers>"
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether there is only one container."""
-        return len(self.shells) == 1 and not self.tuples and not self.items
 
     def open(self, payload: Any) -> Any:
         """Return one more copy of the sealed graph, sharing nothing that could change."""
@@ -711,6 +697,7 @@ def _survey(value: Any, allowed: float) -> Sealed:
     if blueprint is None:
         return payload, _SHARED
     brief = survey.walked <= BRIEF
-    if brief and blueprint.is_flat and type(payload) in FLAT:
+    is_flat = len(blueprint.shells) == 1 and not blueprint.items  # it may be in itself
+    if brief and is_flat and type(payload) in FLAT:
         return payload, FLAT[type(payload)]
     return payload, Seal("graph", blueprint.open, brief=brief)
