@@ -429,18 +429,18 @@ class Blueprint:
         classes: the classes of plain instances, and what they said when these were sealed.
     """
 
-    shells: Sequence[Any]
-    tuples: Sequence[Links]
-    items: Sequence[Links]
-    places: Sequence[tuple[Put, Links]]
-    classes: Sequence[tuple[type, list[Any]]]
+    shells: list[Any]
+    tuples: list[Links]
+    items: list[Links]
+    places: list[tuple[Put, Links]]
+    classes: dict[type, list[Any]]
 
     def __repr__(self) -> str:
         return f"<Blueprint of {len(self.shells)} containers>"
 
     def open(self, payload: Any) -> Any:
         """Return one more copy of the sealed graph, sharing nothing that could change."""
-        for cls, hooks in self.classes:
+        for cls, hooks in self.classes.items():
             if hooks_of(cls) != hooks:
                 return copy.deepcopy(payload)
         return self.link([shell.copy() for shell in self.shells])
@@ -506,11 +506,8 @@ class Survey:
         self.walked: int = 0
         self._originals: list[Any] = []
         self._indexes: dict[int, int] = {}
-        self._shells: list[Any] = []
         self._tuples: dict[int, Links] = {}
-        self._items: list[Links] = []
-        self._places: list[tuple[Put, Links]] = []
-        self._classes: dict[type, list[Any]] = {}
+        self._made = Blueprint([], [], [], [], {})
         self._verdicts: dict[int, bool] = {}
         self._parts: dict[type, Parts | None] = {}
 
@@ -520,9 +517,8 @@ class Survey:
             return value, None
         # The walk finds more originals as it goes; each is visited in the order it was found.
         copies = [self._visit(place, original) for place, original in enumerate(self._originals)]
-        tuples, classes = self._tuples_inside_out(), tuple(self._classes.items())
-        blueprint = Blueprint(self._shells, tuples, self._items, self._places, classes)
-        return blueprint.link(copies), blueprint
+        self._made.tuples = self._tuples_inside_out()
+        return self._made.link(copies), self._made
 
     def _walk(self, items: int) -> None:
         self.walked += items + _CONTAINER_STEPS
@@ -541,7 +537,7 @@ class Survey:
         else:
             first = HugeShell(original).copy()
             shell = HugeShell(first)
-        self._shells.append(shell)
+        self._made.shells.append(shell)
         if cls is tuple:
             self._tuples[parent] = (parent, *self._children(enumerate(first)))
         elif cls is list:
@@ -555,16 +551,16 @@ class Survey:
         return first
 
     def _visit_instance(self, parent: int, cls: type, original: Any) -> Any:
-        hooks = self._classes.get(cls)
+        hooks = self._made.classes.get(cls)
         if hooks is None:
-            hooks = self._classes[cls] = hooks_of(cls)
+            hooks = self._made.classes[cls] = hooks_of(cls)
             if not is_plain(cls, hooks):
                 raise UnknownPayload
         attributes, slots = state_of(original, cls, hooks)
         self._walk(len(attributes) + len(slots))
         shell = InstanceShell(cls, attributes, slots)
         first = shell.copy()
-        self._shells.append(shell)
+        self._made.shells.append(shell)
         # From here on a shell keeps nothing that the source may change.
         if attributes:
             self._place(parent, _set_attribute, attributes)
@@ -577,7 +573,7 @@ class Survey:
         """Note what goes where in one place of an instance, and return under which names."""
         names, children = self._children(held.items())
         if names:
-            self._places.append((put, (parent, names, children)))
+            self._made.places.append((put, (parent, names, children)))
         return names
 
     def _link(self, parent: int, items: Iterable[tuple[Any, Any]]) -> None:
@@ -586,7 +582,7 @@ class Survey:
         keys, children = self._children(items)
         if keys:
             row = range(first, len(self._originals))
-            self._items.append((parent, keys, row if len(row) == len(keys) else children))
+            self._made.items.append((parent, keys, row if len(row) == len(keys) else children))
 
     def _children(self, items: Iterable[tuple[Any, Any]]) -> tuple[tuple[Any, ...], list[int]]:
         """Return the keys under which containers stand, and the places of these.
