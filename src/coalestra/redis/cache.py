@@ -89,13 +89,6 @@ _WAIT: Final = "w"
 _GET: Final = "g"
 _LEASE: Final = "l"
 _FORCE: Final = "f"
-_STATUS: Final = {
-    "stored": CacheWriteStatus.STORED,
-    "older": CacheWriteStatus.IGNORED_OLDER,
-    "duplicate": CacheWriteStatus.IGNORED_DUPLICATE,
-    "lower": CacheWriteStatus.IGNORED_LOWER_AUTHORITY,
-    "fenced": CacheWriteStatus.IGNORED_OLDER,
-}
 _STORED: Final = CacheWriteStatus.STORED
 _FOREVER: Final = 1e300
 _LONGEST_SECONDS: Final = 1e9
@@ -455,7 +448,7 @@ class RedisCache:
         while part := tuple(islice(left, 1 if self._server.is_cluster else _KEYS_IN_ONE_STEP)):
             yield part
 
-    async def _run(self, script: scripts.Script, calls: Sequence[Call]) -> tuple[float, list[Any]]:
+    async def _run(self, script: str, calls: Sequence[Call]) -> tuple[float, list[Any]]:
         """Run a script that answers with its time first; return that, and one answer per name."""
         sent = time.time()
         answers = await self._server.run(script, calls)
@@ -746,7 +739,7 @@ class RedisCache:
                 results[key] = error
                 continue
             entry = self._entry(key, told, moment, value.fetched_at)
-            status = _STATUS[entry.state]
+            status = CacheWriteStatus(entry.state)
             if status is _STORED:
                 heard += entry.number
                 results[key] = CacheWriteResult(status, value, entry.value)

@@ -29,6 +29,7 @@ Laws:
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -94,17 +95,14 @@ def message_of(data: bytes) -> tuple[bytes, str, ResourceKey | None]:
     return data[:1], version, key_of(canonical) if canonical else None
 
 
-class Script:
-    """A script and the digest that the server knows it by."""
-
-    __slots__ = ("digest", "text")
-
-    def __init__(self, text: str) -> None:
-        self.text: str = text
-        self.digest: str = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+@cache
+def whole(script: str) -> tuple[str, str]:
+    """Return the text of a script with what all of them share, and how the server knows it."""
+    text = _SHARED + script
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-_TELL = """
+_SHARED = """
 local function tell(channel, letter, version, identity)
   local head = letter .. string.format('%03d', #version)
   return redis.call('PUBLISH', channel, head .. version .. identity)
@@ -130,9 +128,7 @@ local function entry(first, second, o, t, u, v, d)
 end
 """
 
-READ: Final = Script(
-    _TELL
-    + """
+READ: Final = """
 -- ARGV: token, lease in ms, the reader's time; then for each key: mode, age still of use, a
 -- space, and the version that is of no use. Modes: 'g' get, 'l' lease unless of use, 'f' lease in
 -- any case. Answers the server's time, then an entry for each key, after h(it), l(eased), w(ait)
@@ -167,11 +163,8 @@ for i, key in ipairs(KEYS) do
 end
 return answers
 """
-)
 
-WRITE: Final = Script(
-    _TELL
-    + """
+WRITE: Final = """
 -- ARGV: channel, then for each key: token, flags, rank, time of observation, attempts, latency and
 -- lifetime in ms, three lengths and a line's end, then the version that gives way, the version, the
 -- key and the value. Flags: f(orce), e(qual ones are replaced), u(ndated), p(revious is wanted);
@@ -205,15 +198,15 @@ local function write(key, item)
   end
   if d and not forced and not (holds and over ~= '' and over == v) then
     local mine, theirs = tonumber(rank), tonumber(r)
-    if mine < theirs then status = 'lower'
+    if mine < theirs then status = 'ignored_lower_authority'
     elseif mine == theirs then
       local later = tonumber(when) - tonumber(w)
-      if later < 0 then status = 'older'
-      elseif later == 0 and not flags:find('e', 1, true) then status = 'duplicate' end
+      if later < 0 then status = 'ignored_older'
+      elseif later == 0 and not flags:find('e', 1, true) then status = 'ignored_duplicate' end
     end
   end
   if not holds and (undated or not d or status ~= 'stored') then
-    return entry('fenced', 0, o, t, u, v, d)
+    return entry('ignored_older', 0, o, t, u, v, d)
   end
   if status ~= 'stored' then
     if leased then
@@ -239,11 +232,8 @@ for i, key in ipairs(KEYS) do
 end
 return answers
 """
-)
 
-INVALIDATE: Final = Script(
-    _TELL
-    + """
+INVALIDATE: Final = """
 -- ARGV: channel, then each key's text. Answers how many were told.
 local told = 0
 for i, key in ipairs(KEYS) do
@@ -252,13 +242,10 @@ for i, key in ipairs(KEYS) do
 end
 return told
 """
-)
 
-UNLINK: Final = Script("return redis.call('UNLINK', unpack(KEYS))")
+UNLINK: Final = "return redis.call('UNLINK', unpack(KEYS))"
 
-RELEASE: Final = Script(
-    _TELL
-    + """
+RELEASE: Final = """
 -- ARGV: channel, letter of the news, then each key's token and text. Answers how many were held.
 local held = 0
 for i, key in ipairs(KEYS) do
@@ -271,11 +258,8 @@ for i, key in ipairs(KEYS) do
 end
 return held
 """
-)
 
-RENEW: Final = Script(
-    _TELL
-    + """
+RENEW: Final = """
 -- ARGV: lease in ms, then each key's token. Answers how many are still held.
 local held, lasting, now = 0, tonumber(ARGV[1]), clock() * 1000
 for i, key in ipairs(KEYS) do
@@ -288,4 +272,3 @@ for i, key in ipairs(KEYS) do
 end
 return held
 """
-)

@@ -24,7 +24,7 @@ from redis.client import NEVER_DECODE
 
 from coalestra._endings import look_after
 from coalestra.core.errors import CacheCircuitOpenError, CacheUnavailableError, message_of
-from coalestra.redis.scripts import Script
+from coalestra.redis.scripts import whole
 from coalestra.resilience.circuit_breaker import (
     Circuit,
     CircuitBreakerPolicy,
@@ -97,7 +97,7 @@ class Server:
         """How far the server's clock is ahead of this machine's; None before the first answer."""
         return None if self._offset is None else self._offset[0]
 
-    async def run(self, script: Script, calls: Sequence[Call]) -> list[Any]:
+    async def run(self, script: str, calls: Sequence[Call]) -> list[Any]:
         """Run a script for each call, in one round trip; return the answers, errors among them."""
         return cast(list[Any], await self._limited(self._send(script, calls)))
 
@@ -132,10 +132,11 @@ class Server:
         if known is None or error <= known[1] or now - known[2] > _MEASUREMENT_HOLDS_SECONDS:
             self._offset = (server_time - (sent + answered) / 2, error, now)
 
-    async def _send(self, script: Script, calls: Sequence[Call]) -> list[Any]:
+    async def _send(self, script: str, calls: Sequence[Call]) -> list[Any]:
+        text, digest = whole(script)
         for left in reversed(range(_CLOSED_CONNECTIONS)):
             try:
-                answers = await self._pipelined("EVALSHA", script.digest, calls)
+                answers = await self._pipelined("EVALSHA", digest, calls)
                 break
             except exceptions.ConnectionError as error:
                 if not left or isinstance(error, exceptions.AuthenticationError):
@@ -144,7 +145,7 @@ class Server:
         if any(unknown):
             # A server that is new, or was started again: nothing has been run yet.
             again = list(compress(calls, unknown))
-            more = iter(await self._pipelined("EVAL", script.text, again))
+            more = iter(await self._pipelined("EVAL", text, again))
             answers = [
                 next(more) if isinstance(each, exceptions.NoScriptError) else each
                 for each in answers
