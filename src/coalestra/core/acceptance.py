@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from coalestra.core.frozen import FrozenDict, record
@@ -16,17 +16,7 @@ from coalestra.core.policies import (
     policy_of_all,
     ttl_of,
 )
-from coalestra.core.validation import (
-    check_fields,
-    flag,
-    instance,
-    integer,
-    mapping,
-    number,
-    refusal,
-    ruled,
-    text,
-)
+from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
 from coalestra.core.values import SnapshotValue, grounds_of
 
 __all__ = [
@@ -50,15 +40,18 @@ class ResourceAcceptanceRule:
     Of a value that was not derived, the last two judge the value itself.
     """
 
-    max_age_seconds: float | None = ruled(None, number, minimum=0, optional=True)
-    allow_stale: bool = ruled(True, flag)
-    minimum_authority_rank: int | None = ruled(None, integer, optional=True)
-    _: KW_ONLY
-    max_oldest_age_seconds: float | None = ruled(None, number, minimum=0, optional=True)
-    allow_resting_on_stale: bool = ruled(True, flag)
+    max_age_seconds: float | None = None
+    allow_stale: bool = True
+    minimum_authority_rank: int | None = None
+    max_oldest_age_seconds: float | None = field(default=None, kw_only=True)
+    allow_resting_on_stale: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        for name in ("max_age_seconds", "max_oldest_age_seconds"):
+            number(name, getattr(self, name), minimum=0, optional=True)
+        flag("allow_resting_on_stale", self.allow_resting_on_stale)
+        flag("allow_stale", self.allow_stale)
+        integer("minimum_authority_rank", self.minimum_authority_rank, optional=True)
 
     @property
     def has_constraints(self) -> bool:
