@@ -868,3 +868,43 @@ async def test_an_async_call_is_never_a_transport_violation() -> None:
     await building.build([K])
     assert (await building.health_snapshot()).source_transport_timeout_violation_count == 0
     assert math.isclose(building.clock.now(), EPOCH + 100)
+
+
+# What a source declares is asked for anew --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Single, Batch])
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("timeout_seconds", math.nan),
+        ("queue_timeout_seconds", math.nan),
+        ("queue_timeout_seconds", "5"),
+        ("max_batch_size", -1),
+    ],
+)
+async def test_what_a_source_declares_later_and_cannot_be_meant_fails_its_keys_by_name(
+    kind: Any, setting: str, value: Any
+) -> None:
+    """A timer that is set for NaN stops the others of the event loop as well."""
+    gate = Gate()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        return 1
+
+    source = kind("x")
+    building = builder(source, Single("held", fetch=fetch), max_concurrency=1)
+    holding = asyncio.ensure_future(building.build([key("held")]))
+    await gate.wait_arrived()
+    setattr(source, setting, value)
+    waiting = asyncio.ensure_future(building.build([K], strict=False))
+    await settle()
+    gate.open()
+    error = (await waiting).error_for(K)
+    if setting == "max_batch_size" and kind is Single:
+        assert error is None
+    else:
+        assert f"{setting} of source 'x' must be " in str(error)
+    await holding
+    await no_leaks(building)

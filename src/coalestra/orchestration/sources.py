@@ -116,20 +116,18 @@ class Link:
     @property
     def timeout_seconds(self) -> float | None:
         """The longest that one call may take, in seconds, or None for no limit of its own."""
-        timeout: float | None = getattr(self.source, "timeout_seconds", None)
-        return timeout
+        return _seconds_of(self.source, self.name, "timeout_seconds")
 
     @property
     def queue_timeout_seconds(self) -> float | None:
         """The longest wait for capacity, in seconds: the source timeout unless declared."""
-        timeout: float | None = getattr(self.source, "queue_timeout_seconds", None)
+        timeout = _seconds_of(self.source, self.name, "queue_timeout_seconds")
         return self.timeout_seconds if timeout is None else timeout
 
     @property
     def max_batch_size(self) -> int | None:
         """The most keys that one batch call may carry, or None for any number."""
-        size: int | None = getattr(self.source, "max_batch_size", None)
-        return size
+        return _limit_of(self.source, self.name, "max_batch_size")
 
     def health(self, now: float) -> SourceHealth:
         """Return how the source has fared, at `now` in monotonic seconds."""
@@ -145,6 +143,21 @@ class Link:
 
     def __repr__(self) -> str:
         return f"<Link {self.name} {self.kind.value}>"
+
+
+# What a source declares may change, and so is checked whenever it is asked.
+
+
+def _seconds_of(source: Any, name: str, setting: str) -> float | None:
+    seconds: float | None = getattr(source, setting, None)
+    if seconds is None:
+        return None
+    return number(f"{setting} of source {name!r}", seconds, above=0, optional=True)
+
+
+def _limit_of(source: Any, name: str, setting: str) -> int | None:
+    limit: int | None = getattr(source, setting, None)
+    return integer(f"{setting} of source {name!r}", limit, minimum=1, optional=True)
 
 
 def kind_of(source: Any) -> SourceKind:
@@ -290,11 +303,9 @@ def _checked(sources: Iterable[Source]) -> list[Any]:
 
 def _check_limits(name: str, source: Any) -> None:
     for setting in ("timeout_seconds", "queue_timeout_seconds"):
-        value = getattr(source, setting, None)
-        number(f"{setting} of source {name!r}", value, above=0, optional=True)
+        _seconds_of(source, name, setting)
     for setting in ("max_concurrency", "max_batch_size"):
-        value = getattr(source, setting, None)
-        integer(f"{setting} of source {name!r}", value, minimum=1, optional=True)
+        _limit_of(source, name, setting)
     flag(f"inherit_freshness of source {name!r}", getattr(source, "inherit_freshness", False))
     policy = getattr(source, "resilience_policy", None)
     instance(f"resilience_policy of source {name!r}", policy, SourceResiliencePolicy, optional=True)
