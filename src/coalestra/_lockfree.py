@@ -110,11 +110,9 @@ class Changes:
             ring()
 
     def wait_for(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
-        """Wait in this thread until ``holds`` returns True; return what it says in the end.
+        """Wait in this thread, for so long at most, until ``holds`` returns True.
 
-        Args:
-            holds: looks at the state; may be called any number of times.
-            seconds: the longest wait, however long; None waits as long as it takes.
+        It may be called any number of times; returned is what it says in the end.
         """
         if holds():
             return True
@@ -275,9 +273,7 @@ class WorkerQueue(Generic[R]):
     def _work(self, end: float | None = None, *, stay: bool = True) -> None:
         """Be the worker, unless somebody is: to the end of the queue, or of what is waiting.
 
-        Args:
-            end: when to stop, on the monotonic clock.
-            stay: whether to wait for more records until the queue is closed.
+        To the latter unless it is to `stay`, and to an `end` on the monotonic clock at the latest.
         """
         role, me = self._role, threading.current_thread()
         if role.setdefault("worker", me) is not me:

@@ -212,8 +212,7 @@ class Sampler:
     async def state(self, late: float = 0.0) -> bytes:
         """Return a state that is no older than the interval.
 
-        Args:
-            late: by how many seconds this is asked too late, as the event loop was held.
+        It is asked for so many seconds `late`, as the event loop was held.
         """
         now = asyncio.get_running_loop().time
         async with self._looking:

@@ -214,10 +214,6 @@ class Story:
 
     Of older looks nothing else is kept, so that no value lives longer for having been seen. It is
     told off the event loop: traces may be many and large.
-
-    Args:
-        builder: what is looked at.
-        names: what of a key may be seen.
     """
 
     def __init__(self, builder: AnyBuilder, names: Names) -> None:
@@ -233,10 +229,7 @@ class Story:
     def told(self, look: Look, now: float, late: float) -> dict[str, Any]:
         """Take in a look and return the state to be shown.
 
-        Args:
-            look: the new look.
-            now: when it was taken, in seconds of a monotonic clock.
-            late: by how many seconds it was late, as the event loop was held.
+        It was taken `now`, on a monotonic clock, and so many seconds `late`, as the loop was held.
         """
         health, past = look.health, self._past
         while past and past[0][0] < now - BASELINE_SECONDS:
