@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from coalestra.cache.access import CacheAccess, Terms
 from coalestra.cache.memory import close_copies, open_value, show_value
-from coalestra.cache.store import Listeners, Outcome, best_per_key
+from coalestra.cache.store import Outcome, best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION
@@ -230,23 +230,17 @@ class _Results(Mapping[ResourceKey, PublishResult]):
 
 
 @contextmanager
-def _announcing(access: CacheAccess, keys: Collection[ResourceKey]) -> Iterator[Callable[[], None]]:
-    """Let publications be announced, which is to be done before anything is awaited.
+def _announced(access: CacheAccess, keys: Collection[ResourceKey]) -> Iterator[None]:
+    """Announce publications, so that no fetch slips in between an event and its writing.
 
-    So a fetch under way cannot slip in between an event and its writing.
+    Not before their payloads are sealed, which may take any time: readers would wait for that.
     """
-    told: list[Listeners] = []
-
-    def announce() -> None:
-        if not told:
-            told.append(access.listeners)
-            told[0].tell(lambda each: each.announced(keys))
-
+    listeners = access.listeners
+    listeners.tell(lambda each: each.announced(keys))
     try:
-        yield announce
+        yield
     finally:
-        for listeners in told:
-            listeners.tell(lambda each: each.concluded(keys))
+        listeners.tell(lambda each: each.concluded(keys))
 
 
 class ResourcePublisher:
@@ -465,44 +459,37 @@ class ResourcePublisher:
         report = None if parts.reporter is None else partial(_report, parts.reporter, force)
         policies: dict[ResourceKey, FreshnessPolicy] = {}
         common = policy_of_all(parts.policy_resolver)
-        with _announcing(access, keys) as announce:
-            if access.store is None:
-                announce()
-            judged: list[Revision] = []
-            weighed = 0
-            for revision in made:
-                judged.append(revision)
-                if common is None:
-                    policies[revision.key] = policy_for(parts.policy_resolver, revision.key)
-                if revision.seal is None:
-                    announce()
-                    sealed = await access.copies.seal(revision.payload, context=_IN)
-                    revision.payload, revision.seal = sealed
-                weighed += revision.seal.weight
-                if weighed >= PORTION:
-                    weighed = 0
-                    if pace.due:
-                        announce()
-                        await pace.rest()
-            best = best_per_key(judged)
-            if pace.due:
-                announce()
-                await pace.rest()
-            moment = now_of(parts.clock)
-            if access.store is not None:
-                outcomes = access.store.put_many(
-                    best, now=moment, force=force, replace_equal=replace_equal
-                )
-            else:
-                policies = policies or dict.fromkeys(best, common)
-                terms = Terms(policies, moment, force, replace_equal, insist=True)
+        judged: list[Revision] = []
+        weighed = 0
+        for revision in made:
+            judged.append(revision)
+            if common is None:
+                policies[revision.key] = policy_for(parts.policy_resolver, revision.key)
+            if revision.seal is None:
+                sealed = await access.copies.seal(revision.payload, context=_IN)
+                revision.payload, revision.seal = sealed
+            weighed += revision.seal.weight
+            if weighed >= PORTION:
+                weighed = 0
+                await pace.keep()
+        best = best_per_key(judged)
+        await pace.keep()
+        moment = now_of(parts.clock)
+        if access.store is not None:
+            outcomes = access.store.put_many(
+                best, now=moment, force=force, replace_equal=replace_equal
+            )
+        else:
+            policies = policies or dict.fromkeys(best, common)
+            terms = Terms(policies, moment, force, replace_equal, insist=True)
+            with _announced(access, keys):
                 written, failures = await access.write(best, terms)
-                if failures and report is not None:
-                    for key, outcome in written.items():
-                        report(best[key], outcome)
-                access.raise_first(failures)
-                outcomes = [written[key] for key in best]
-            await pace.keep()
+            if failures and report is not None:
+                for key, outcome in written.items():
+                    report(best[key], outcome)
+            access.raise_first(failures)
+            outcomes = [written[key] for key in best]
+        await pace.keep()
         policy_of = policies.__getitem__ if common is None else lambda _: common
         results = _Results(access.copies, best, policy_of, now, outcomes)
         del outcomes
