@@ -53,80 +53,6 @@ async def finish(copies: PayloadCopies, gate: ThreadGate) -> None:
     assert (copies.active, copies.health().waiting_for_capacity) == (0, 0)
 
 
-async def test_no_more_copies_run_at_once_than_allowed() -> None:
-    """The others wait, and health tells."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=2)
-    tasks = [start(copies, Held(gate)) for _ in range(5)]
-    await settle()
-    health = copies.health()
-    assert gate.arrived == 2
-    assert (health.active_copies, health.waiting_for_capacity) == (2, 3)
-    gate.open()
-    assert len(await asyncio.gather(*tasks)) == 5
-    health = copies.health()
-    assert (health.active_copies, health.waiting_for_capacity) == (0, 0)
-    assert (health.peak_active_copies, health.peak_waiting_for_capacity) == (2, 3)
-    assert (health.started_count, health.completed_count) == (5, 5)
-    assert health.capacity_wait_count == 3
-    await settle()
-
-
-async def test_brief_copies_never_wait_for_a_thread() -> None:
-    """A full house of slow copies delays nobody with a small payload."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
-    task = start(copies, Held(gate))
-    await settle()
-    sealed = copies.seal_now({"price": 1}, context="test")
-    assert sealed is not None
-    assert copies.open_now(*sealed, context="test") == {"price": 1}
-    assert not task.done()
-    await finish(copies, gate)
-
-
-async def test_slots_are_given_out_in_the_order_of_asking() -> None:
-    """First come, first served."""
-    copies = PayloadCopies("builder", max_concurrency=1)
-    gates = [ThreadGate(str(number)) for number in range(3)]
-    tasks = []
-    for gate in gates:
-        tasks.append(start(copies, Held(gate)))
-        await settle()
-    for number, gate in enumerate(gates):
-        assert [each.arrived for each in gates] == [1] * (number + 1) + [0] * (2 - number)
-        gate.open()
-        await tasks[number]
-        await settle()
-
-
-async def test_a_cancelled_waiter_leaves_at_once_and_its_slot_stays_taken() -> None:
-    """A thread cannot be stopped, and pretending otherwise would break the bound."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
-    first = start(copies, Held(gate))
-    await settle()
-    first.cancel()
-    await settle()
-    assert first.cancelled()
-    assert copies.active == 1
-    second = start(copies, [Held(gate)])
-    await settle()
-    assert gate.arrived == 1
-    gate.open()
-    await second
-    assert copies.health().completed_count == 2
-    await finish(copies, gate)
-
-
-async def test_a_failure_after_the_waiter_has_left_is_counted_and_reported_to_nobody() -> None:
-    """There is nobody to tell, and the event loop shall not complain."""
-    gate, copies = ThreadGate(), PayloadCopies("builder")
-    task = start(copies, Held(gate, fails=True))
-    await settle()
-    task.cancel()
-    await settle()
-    await finish(copies, gate)
-    assert copies.health().failure_count == 1
-
-
 def as_the_next_turn_comes(copies: PayloadCopies, strike: Callable[[], object]) -> None:
     """Call ``strike`` once a waiter has been given the slot, before it can go on."""
     loop = asyncio.get_running_loop()
@@ -185,39 +111,6 @@ async def test_a_deadline_ends_the_wait_for_a_slot() -> None:
     await finish(copies, gate)
 
 
-async def test_a_copy_is_not_started_once_the_deadline_has_passed() -> None:
-    """Nobody would wait for it."""
-    gate, copies = ThreadGate(), PayloadCopies("builder")
-    deadline = Deadline(LoopClock(), 0.0)
-    with pytest.raises(SnapshotDeadlineExceededError):
-        await copies.seal(Held(gate), context="test", deadline=deadline)
-    assert gate.arrived == 0
-
-
-async def test_opening_obeys_bound_and_deadline_like_sealing() -> None:
-    """One queue for both directions."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
-    gate.open()
-    payload, seal = await copies.seal(Held(gate), context="test")
-    shut = ThreadGate()
-    payload.gate = shut
-    with pytest.raises(SnapshotDeadlineExceededError):
-        await copies.open(payload, seal, context="test", deadline=Deadline(LoopClock(), 1.0))
-    await finish(copies, shut)
-
-
-async def test_a_failure_in_a_thread_is_that_payloads_failure_only() -> None:
-    """The slot is free again, and the next copy works."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
-    gate.open()
-    with pytest.raises(PayloadIsolationError):
-        await copies.seal(Held(gate, fails=True), context="test")
-    await copies.seal(Held(gate), context="test")
-    health = copies.health()
-    assert (health.started_count, health.completed_count, health.failure_count) == (2, 1, 1)
-    await settle()
-
-
 async def test_cancelling_anywhere_leaves_neither_slot_nor_waiter_nor_task() -> None:
     """Three copies through one slot, cancelled at every step."""
     gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
@@ -254,54 +147,6 @@ async def test_a_failure_that_meets_a_cancellation_bothers_nobody() -> None:
 
 class TestClosing:
     """Closing refuses what is new, tells who waits, and waits for what runs."""
-
-    async def test_waiters_are_told_and_running_copies_are_waited_for(self) -> None:
-        """The copy that runs still reaches who asked for it."""
-        gate, copies = ThreadGate(), PayloadCopies("cache", max_concurrency=1)
-        running = start(copies, Held(gate))
-        await settle()
-        waiting = start(copies, Held(gate))
-        await settle()
-        copies.close()
-        with pytest.raises(PayloadCopySubsystemClosedError, match="cache"):
-            await waiting
-        with pytest.raises(PayloadCopySubsystemClosedError):
-            await copies.seal(Held(gate), context="test")
-        drained = asyncio.create_task(copies.drain(5.0))
-        await settle()
-        assert not drained.done()
-        gate.open()
-        assert await drained == 0
-        assert isinstance((await running)[0], Held)
-        health = copies.health()
-        assert health.shutdown_started
-        assert health.shutdown_complete
-        assert not health.accepting_copies
-        assert not health.shutdown_incomplete
-        await settle()
-
-    async def test_a_late_copy_is_reported_and_its_end_completes_the_shutdown(self) -> None:
-        """Health flips by itself, without another call."""
-        gate, copies = ThreadGate(), PayloadCopies("builder")
-        task = start(copies, Held(gate))
-        await settle()
-        copies.close()
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        assert await copies.drain(2.0) == 1
-        assert loop.time() - began == pytest.approx(2.0)
-        health = copies.health()
-        assert health.shutdown_incomplete
-        assert not health.shutdown_complete
-        assert (health.shutdown_timeout_count, health.active_at_last_shutdown_timeout) == (1, 1)
-        with pytest.raises(PayloadCopySubsystemClosedError):
-            await task
-        gate.open()
-        assert await copies.drain(None) == 0
-        health = copies.health()
-        assert health.shutdown_complete
-        assert not health.shutdown_incomplete
-        assert health.shutdown_timeout_count == 1
 
     async def test_draining_at_rest_returns_at_once(self) -> None:
         """Also with no time given at all, and again and again."""
@@ -459,14 +304,3 @@ def test_a_copy_that_a_fork_has_lost_is_not_active_in_the_child() -> None:
     assert os.waitstatus_to_exitcode(status) == 0
     assert copies.active == 0
     threads.close()
-
-
-@pytest.mark.real_loop
-async def test_copies_in_threads_work_on_a_plain_loop() -> None:
-    """The same in real time."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=2)
-    tasks = [start(copies, Held(gate)) for _ in range(6)]
-    gate.open()
-    assert len(await asyncio.gather(*tasks)) == 6
-    copies.close()
-    assert await copies.drain(None) == 0

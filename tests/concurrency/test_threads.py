@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.concurrency.threads import (
     Job,
     WorkerThreads,
@@ -43,60 +42,6 @@ def threads() -> Any:
 
 def ident() -> int:
     return threading.get_ident()
-
-
-async def test_a_function_runs_in_another_thread_and_its_result_comes_back(
-    threads: WorkerThreads,
-) -> None:
-    """With its arguments."""
-    assert await threads.run(max, 3, 7) == 7
-    assert await threads.run(ident) != ident()
-
-
-async def test_an_error_of_the_function_comes_back(threads: WorkerThreads) -> None:
-    """The very same exception."""
-    error = KeyError("mine")
-
-    def fail() -> None:
-        raise error
-
-    with pytest.raises(KeyError) as caught:
-        await threads.run(fail)
-    assert caught.value is error
-
-
-async def test_the_function_sees_the_callers_context_and_cannot_change_it(
-    threads: WorkerThreads,
-) -> None:
-    """It runs in a copy."""
-
-    def look_and_set() -> str:
-        seen = VARIABLE.get()
-        VARIABLE.set("changed")
-        return seen
-
-    VARIABLE.set("callers")
-    assert await threads.run(look_and_set) == "callers"
-    assert VARIABLE.get() == "callers"
-
-
-async def test_calls_one_after_the_other_share_one_thread(threads: WorkerThreads) -> None:
-    """The thread is at rest before its result is told."""
-    assert len({await threads.run(ident) for _ in range(20)}) == 1
-    assert (threads.busy, threads.idle, threads.closed) == ({}, 1, False)
-
-
-async def test_calls_side_by_side_have_a_thread_each(threads: WorkerThreads) -> None:
-    """Nothing queues behind a blocked thread."""
-    gate = ThreadGate()
-    calls = [asyncio.create_task(threads.run(gate.pass_, label="blocked")) for _ in range(3)]
-    await settle()
-    gate.wait_arrived(3)
-    assert threads.busy == {"blocked": 3}
-    gate.open()
-    await asyncio.gather(*calls)
-    assert threads.busy == {}
-    assert threads.idle == 3
 
 
 async def test_calls_are_counted_under_the_functions_name_by_default(
@@ -193,22 +138,6 @@ async def test_an_error_that_nobody_waits_for_keeps_nothing_alive() -> None:
         gc.enable()
 
 
-async def test_a_cut_off_tells_at_its_time_and_ends_with_the_thread(threads: WorkerThreads) -> None:
-    """Its callback is how the others learn in time."""
-    gate, told = ThreadGate(), []
-    loop = asyncio.get_running_loop()
-    when = loop.time() + 1
-
-    def expire() -> None:
-        told.append(loop.time())
-        gate.open()
-
-    with pytest.raises(CutOffExpired):
-        with CutOff(when, expire):
-            await threads.run(gate.pass_)
-    assert told == [when]
-
-
 async def test_closed_threads_refuse_work_and_end(threads: WorkerThreads) -> None:
     """Closing waits for those at rest."""
     before = threading.active_count()
@@ -240,14 +169,6 @@ async def test_a_thread_at_work_while_closing_ends_with_its_work(threads: Worker
     assert threads.idle == 0
     seen[0].join()
     assert (threads.busy, threads.idle, threads.closed) == ({}, 0, True)
-
-
-async def test_threads_can_be_ended_without_closing(threads: WorkerThreads) -> None:
-    """The next call starts a new one."""
-    await threads.run(ident)
-    threads.end_idle()
-    assert threads.idle == 0
-    assert await threads.run(max, 1, 2) == 2
 
 
 async def test_a_thread_without_work_ends_after_its_idle_time() -> None:
@@ -303,14 +224,6 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_threads")
-async def test_a_thread_that_cannot_be_started_is_not_counted(threads: WorkerThreads) -> None:
-    """Its call fails and nothing is left of it."""
-    with pytest.raises(RuntimeError, match="start"):
-        await threads.run(ident)
-    assert threads.busy == {}
-
-
-@pytest.mark.usefixtures("no_threads")
 async def test_work_that_must_not_be_lost_is_done_here_where_no_thread_can_be_started(
     threads: WorkerThreads,
 ) -> None:
@@ -352,20 +265,6 @@ async def test_no_thread_is_relied_on_while_the_interpreter_ends(
 
 def fail_with(error: BaseException) -> None:
     raise error
-
-
-class Panic(BaseException):
-    """No ordinary exception, as test frameworks, Rust and greenlets raise them."""
-
-
-@pytest.mark.parametrize("kind", [Panic, GeneratorExit, asyncio.CancelledError])
-async def test_whatever_a_call_raises_ends_it_and_not_its_thread(
-    threads: WorkerThreads, kind: type[BaseException]
-) -> None:
-    """The bookkeeping of the thread goes on, and the next call finds it at rest."""
-    with pytest.raises(kind):
-        await threads.run(fail_with, kind())
-    assert (threads.busy, threads.idle) == ({}, 1)
 
 
 async def test_a_call_that_stops_an_iteration_fails_like_any_other(threads: WorkerThreads) -> None:
@@ -480,13 +379,6 @@ def test_threads_may_be_told_to_rest_longer_than_threads_can_wait() -> None:
     threads = WorkerThreads(idle_seconds=1e300)
     assert asyncio.run(threads.run(max, 1, 2)) == 2
     threads.close()
-
-
-@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
-def test_an_impossible_idle_time_is_refused(seconds: float) -> None:
-    """By name."""
-    with pytest.raises(ValueError, match="idle_seconds"):
-        WorkerThreads(idle_seconds=seconds)
 
 
 def test_a_signal_handler_may_use_the_threads_wherever_it_strikes() -> None:

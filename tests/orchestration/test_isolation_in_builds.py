@@ -243,16 +243,6 @@ async def test_immutable_payloads_are_handed_on_as_they_are() -> None:
         assert health.payload_copy_started_count == 0
 
 
-async def test_aliases_and_cycles_within_a_payload_survive() -> None:
-    inner = [1]
-    payload: list[Any] = [inner, inner]
-    payload.append(payload)
-    async with closing(Stock("k", {"k": payload})) as building:
-        value = (await building.build([K])).value(K)
-        assert value[0] is value[1]
-        assert value[2] is value
-
-
 # Payloads that cannot be copied
 
 

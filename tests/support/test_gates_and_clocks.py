@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
-import pytest
-
-from tests.support import EPOCH, Gate, LoopClock, ManualClock, ThreadGate, settle
+from tests.support import EPOCH, Gate, LoopClock, ManualClock, settle
 
 
 async def test_a_gate_holds_everyone_until_it_opens() -> None:
@@ -20,17 +17,6 @@ async def test_a_gate_holds_everyone_until_it_opens() -> None:
     await asyncio.gather(*tasks)
     assert repr(gate) == "<Gate 'door' open, 3 arrived, 0 held>"
     await gate.pass_()
-
-
-async def test_a_closed_gate_holds_those_who_come_later() -> None:
-    gate = Gate(opened=True)
-    await gate.pass_()
-    gate.close()
-    late = asyncio.create_task(gate.pass_())
-    await gate.wait_arrived(2)
-    assert not late.done()
-    gate.open()
-    await late
 
 
 async def test_a_gate_lets_a_given_number_through_in_order() -> None:
@@ -72,38 +58,6 @@ async def gate_opened(gate: Gate) -> None:
     gate.open()
 
 
-async def test_time_moves_while_a_thread_is_held_at_a_gate() -> None:
-    gate = ThreadGate("pier")
-    call = asyncio.create_task(asyncio.to_thread(gate.pass_))
-    await settle()
-    assert gate.arrived == 1
-    await asyncio.sleep(1000)
-    assert not call.done()
-    before = asyncio.get_running_loop().time()
-    gate.open()
-    sleeper = asyncio.create_task(asyncio.sleep(1))
-    await call
-    assert asyncio.get_running_loop().time() == before
-    await sleeper
-
-
-async def test_an_open_thread_gate_holds_nobody() -> None:
-    gate = ThreadGate()
-    gate.open()
-    await asyncio.to_thread(gate.pass_)
-    gate.wait_arrived()
-    assert "open, 1 arrived" in repr(gate)
-
-
-def test_a_thread_gate_can_be_awaited_by_a_plain_test() -> None:
-    gate = ThreadGate()
-    thread = threading.Thread(target=gate.pass_)
-    thread.start()
-    gate.wait_arrived()
-    gate.open()
-    thread.join()
-
-
 def test_a_manual_clock_moves_only_by_hand() -> None:
     clock = ManualClock()
     wall, monotonic = clock.now(), clock.monotonic()
@@ -112,15 +66,6 @@ def test_a_manual_clock_moves_only_by_hand() -> None:
     assert (clock.now() - wall, clock.monotonic() - monotonic) == (2.5, 2.5)
     clock.set_wall(EPOCH - 60)
     assert (clock.now(), clock.monotonic() - monotonic) == (EPOCH - 60, 2.5)
-
-
-async def test_a_loop_clock_follows_the_loop() -> None:
-    clock = LoopClock()
-    wall, monotonic = clock.now(), clock.monotonic()
-    await asyncio.sleep(7)
-    assert clock.now() - wall == pytest.approx(7)
-    assert clock.monotonic() - monotonic == pytest.approx(7)
-    assert await asyncio.to_thread(clock.now) == clock.now()
 
 
 def test_a_loop_clock_made_outside_of_a_loop_stands_at_the_epoch() -> None:

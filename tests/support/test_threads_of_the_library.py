@@ -12,17 +12,6 @@ from tests.support import Deadlock, ThreadGate, run_virtual, settle
 from tests.support.virtual_loop import PATIENCE
 
 
-async def test_time_stands_still_while_a_worker_thread_works() -> None:
-    loop = asyncio.get_running_loop()
-    threads = WorkerThreads()
-    sleeper = asyncio.create_task(asyncio.sleep(60))
-    before = loop.time()
-    assert await threads.run(sum, range(300_000)) == 44_999_850_000
-    assert loop.time() == before
-    await sleeper
-    threads.close()
-
-
 async def test_time_moves_while_a_worker_thread_is_held_at_a_gate() -> None:
     threads, gate = WorkerThreads(), ThreadGate()
     call = asyncio.create_task(threads.run(gate.pass_))

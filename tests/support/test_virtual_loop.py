@@ -74,15 +74,6 @@ def test_a_task_that_waits_for_nothing_is_a_deadlock_naming_its_innermost_line()
     assert "outer" in caught.value.waiting[0]
 
 
-def test_a_deadlock_names_every_waiting_task() -> None:
-    async def main() -> None:
-        await asyncio.gather(never(), never())
-
-    with pytest.raises(Deadlock) as caught:
-        run_virtual(main())
-    assert len(caught.value.waiting) == 3
-
-
 def test_a_timer_at_infinity_is_no_way_out_of_a_deadlock() -> None:
     async def main() -> None:
         asyncio.get_running_loop().call_at(math.inf, lambda: None)
@@ -110,16 +101,6 @@ def test_a_timer_that_renews_itself_for_ever_is_a_deadlock_in_the_end(
         run_virtual(main())
 
 
-async def test_time_stands_still_while_an_executor_works() -> None:
-    loop = asyncio.get_running_loop()
-    asleep = asyncio.ensure_future(asyncio.sleep(1000))
-    before = loop.time()
-    assert await asyncio.to_thread(sum, range(200_000)) == 19_999_900_000
-    assert loop.time() == before
-    assert not asleep.done()
-    await asleep
-
-
 async def test_a_foreign_thread_may_finish_in_real_time() -> None:
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[int] = loop.create_future()
@@ -133,15 +114,6 @@ async def test_a_foreign_thread_may_finish_in_real_time() -> None:
     assert await answer == 333328333350000
     assert loop.time() == START
     thread.join()
-
-
-async def test_a_thread_blocked_on_a_lock_does_not_stop_time() -> None:
-    released = threading.Event()
-    call = asyncio.create_task(asyncio.to_thread(released.wait, 10))
-    await asyncio.sleep(500)
-    assert not call.done()
-    released.set()
-    assert await call is True
 
 
 async def test_a_socket_is_given_real_time() -> None:
@@ -184,12 +156,6 @@ async def test_settling_runs_everything_that_needs_no_time() -> None:
     assert seen == ["stepped"]
     assert loop.time() == START
     await task
-
-
-async def test_settling_waits_for_threads_at_work() -> None:
-    task = asyncio.create_task(asyncio.to_thread(sum, range(500_000)))
-    await settle()
-    assert task.done()
 
 
 def test_an_interrupt_strikes_at_the_step_asked_for() -> None:
