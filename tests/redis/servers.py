@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -53,10 +54,18 @@ def missing() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that is free, and none of those that the system gives out by itself.
+
+    Else one that starts, or comes back, may find its port given to somebody else meanwhile. The
+    dice are none that a test has seeded: workers side by side would come to the same numbers.
+    """
+    given_out = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    lowest = int(given_out.read_text().split()[0]) if given_out.exists() else 32_768
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(lowest, 20_000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
