@@ -551,6 +551,13 @@ async def test_an_observation_too_far_ahead_is_rejected_and_the_next_source_trie
     await building.aclose()
 
 
+@pytest.mark.parametrize("ahead", [0.5, 1.0])
+async def test_an_observation_within_tolerance_is_accepted_with_its_skew(ahead: float) -> None:
+    value = (await builder(Single("x", fetch=dated(ahead))).build([K]))[K]
+    assert (value.age_seconds, value.stale, value.observed_at) == (0, False, EPOCH + ahead)
+    assert value.metadata == {"own": 1, "clock_skew_seconds": pytest.approx(ahead)}
+
+
 async def test_no_observation_is_dated_as_of_its_fetch_and_leaves_no_skew() -> None:
     async def fetch(key: ResourceKey, context: FetchContext) -> SourcePayload[str]:
         await asyncio.sleep(2)
