@@ -201,9 +201,13 @@ async def _requested(shop: Workshop, keys: list[ResourceKey]) -> Work:
 
 async def _many_callers(shop: Workshop, keys: list[ResourceKey]) -> Work:
     builder = builder_of(batch_source(price))
-    tasks = [asyncio.ensure_future(builder.build(keys[:1])) for _ in keys]
+    callers = asyncio.gather(*(builder.build(keys[:1]) for _ in keys))  # which takes a while itself
     await asyncio.sleep(0)
-    return lambda: asyncio.gather(*tasks)
+
+    async def all_of_them() -> None:
+        await callers
+
+    return all_of_them
 
 
 def _batch(fetcher: Any) -> CallableBatchSource:

@@ -11,7 +11,7 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, final
 
@@ -400,7 +400,7 @@ def _given_pairs(qualifiers: object) -> Iterable[tuple[str, Any]]:
 def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
     """Return each of ``keys`` once, in the order given; a `TypeError` says ``name``."""
     try:
-        found: tuple[Any, ...] = tuple(keys)
+        found: Collection[Any] = keys.copy() if type(keys) is dict else tuple(keys)
     except TypeError:
         raise wrong_type(name, "a collection of ResourceKey", keys) from None
     for key in found:

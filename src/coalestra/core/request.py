@@ -131,7 +131,7 @@ class SnapshotRequest:
                 "leave it in one of them"
             )
         named = () if acceptance_policy is None else acceptance_policy.referenced_keys
-        foreign = set(named).difference(self.keys)
+        foreign = set(named).difference(self.keys) if named else ()
         if foreign:
             raise ValueError(
                 f"acceptance_policy must name keys of the request only, got "

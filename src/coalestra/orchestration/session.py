@@ -192,15 +192,16 @@ class SnapshotSession:
         self._require_open()
         flag("strict", strict)
         flag("force_refresh", force_refresh)
+        named = self._pinned(distinct(keys))
         request = SnapshotRequest(
-            required=self._pinned(distinct(keys)),
+            required=named,
             consistency_policy=consistency_policy,
             acceptance_policy=acceptance_policy,
         )
         loop = self._unit.engine.enter()
         if self._turn[0] is not loop:
             self._turn = loop, Turn()  # whoever had the other one has ended with its loop
-        revalidation = Revalidation(self._unit, request, forced=force_refresh, strict=strict)
+        revalidation = Revalidation(self._unit, named, request, force_refresh, strict)
         return await revalidation.run(self._turn[1])
 
     def _pinned(self, named: dict[ResourceKey, None]) -> dict[ResourceKey, None]:
@@ -261,17 +262,22 @@ class SnapshotSession:
 
 
 class Revalidation:
-    """Replaces the pinned values that a request requires, and all derived from them; used once.
+    """Replaces the pinned values of what is `named`, and all derived from them; used once.
 
     With `forced`, all of these are read from the sources, past the cache, and none may be stale.
     """
 
     def __init__(
-        self, unit: UnitOfWork, request: SnapshotRequest, *, forced: bool, strict: bool
+        self,
+        unit: UnitOfWork,
+        named: Mapping[ResourceKey, None],
+        request: SnapshotRequest,
+        forced: bool,
+        strict: bool,
     ) -> None:
         self._unit = unit
+        self._named = named
         self._request = request
-        self._named = dict.fromkeys(request.required)
         self._forced = forced
         self._strict = strict
         self._affected: set[ResourceKey] = set()
