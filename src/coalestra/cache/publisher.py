@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from coalestra.cache.access import CacheAccess, Terms
 from coalestra.cache.memory import close_copies, open_value, show_value
@@ -157,70 +157,62 @@ async def _result(
     return PublishResult(_told(status), after, before)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class _Results(Mapping[ResourceKey, PublishResult]):
     """What became of several events; trifles are copied for those who look at them.
 
     What the cache holds is sealed: it never changes, and its copy is the same at any time.
     """
 
-    def __init__(
-        self,
-        copies: PayloadCopies,
-        offered: Mapping[ResourceKey, Revision],
-        policy_of: Callable[[ResourceKey], FreshnessPolicy],
-        now: float,
-        outcomes: Iterable[Outcome],
-    ) -> None:
-        self._copies = copies
-        self._offered = offered
-        self._policy_of = policy_of
-        self._now = now
-        self._results: dict[Revision, PublishResult | Outcome]
-        self._results = dict(zip(offered.values(), outcomes, strict=True))
+    copies: PayloadCopies
+    offered: Mapping[ResourceKey, Revision]
+    policy_of: Callable[[ResourceKey], FreshnessPolicy]
+    now: float
+    outcomes: dict[Revision, Outcome]
+    results: dict[Revision, PublishResult] = dataclasses.field(default_factory=dict)
 
     async def complete(
         self, report: Callable[[Revision, Outcome], object] | None, pace: Pace
     ) -> None:
         """Report all, then copy those that are no trifles."""
-        copies, results = self._copies, self._results
         if report is not None:
-            for offered, outcome in results.items():
-                report(offered, cast(Outcome, outcome))
+            for offered, outcome in self.outcomes.items():
+                report(offered, outcome)
                 await pace.keep()
         for offered in [
             offered
-            for offered, (_, current, previous) in cast(dict[Revision, Outcome], results).items()
+            for offered, (_, current, previous) in self.outcomes.items()
             if current.seal.weight >= PORTION
             or (previous is not None and previous.seal.weight >= PORTION)
-            or not copies.is_direct
+            or not self.copies.is_direct
         ]:
-            outcome, policy = cast(Outcome, results[offered]), self._policy_of(offered.key)
             # What was replaced is let go one by one.
-            results[offered] = await _result(copies, offered, outcome, policy, self._now)
+            outcome, policy = self.outcomes.pop(offered), self.policy_of(offered.key)
+            self.results[offered] = await _result(self.copies, offered, outcome, policy, self.now)
             del outcome
             await pace.keep()
 
     def __getitem__(self, key: ResourceKey) -> PublishResult:
-        offered = self._offered[key]
-        result = self._results[offered]
-        if isinstance(result, tuple):
-            status, current, previous = result
-            after = self._shown(current, offered)
-            before = None if previous is None else self._shown(previous, None)
-            result = self._results[offered] = PublishResult(_told(status), after, before)
-        return result
+        offered = self.offered[key]
+        if offered in self.outcomes:
+            status, current, previous = self.outcomes[offered]
+            after = self.shown(current, offered)
+            before = None if previous is None else self.shown(previous, None)
+            self.results[offered] = PublishResult(_told(status), after, before)
+            del self.outcomes[offered]
+        return self.results[offered]
 
-    def _shown(self, revision: Revision, offered: Revision | None) -> SnapshotValue[Any]:
+    def shown(self, revision: Revision, offered: Revision | None) -> SnapshotValue[Any]:
         """Copy a trifle, even if copying has been closed since it was published."""
-        payload, policy = revision.seal.opener(revision.payload), self._policy_of(revision.key)
-        metadata = self._copies.open_metadata_now(revision.metadata, context=_OUT)
-        return show_value(revision, payload, metadata, self._now, policy, revision is not offered)
+        payload, policy = revision.seal.opener(revision.payload), self.policy_of(revision.key)
+        metadata = self.copies.open_metadata_now(revision.metadata, context=_OUT)
+        return show_value(revision, payload, metadata, self.now, policy, revision is not offered)
 
     def __iter__(self) -> Iterator[ResourceKey]:
-        return iter(self._offered)
+        return iter(self.offered)
 
     def __len__(self) -> int:
-        return len(self._offered)
+        return len(self.offered)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -491,8 +483,9 @@ class ResourcePublisher:
             outcomes = [written[key] for key in best]
         await pace.keep()
         policy_of = policies.__getitem__ if common is None else lambda _: common
-        results = _Results(access.copies, best, policy_of, now, outcomes)
-        del outcomes
+        became = dict(zip(best.values(), outcomes, strict=True))
+        results = _Results(access.copies, best, policy_of, now, became)
+        del outcomes, became
         await results.complete(report, pace)
         return results
 
