@@ -24,6 +24,7 @@ from collections.abc import (
     Iterable,
     Mapping,
 )
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -502,6 +503,7 @@ class CacheAccess:
         return task
 
 
+@dataclass(eq=False)
 class _Write:
     """One group of revisions on its way into the cache, whose lanes are held meanwhile.
 
@@ -509,39 +511,35 @@ class _Write:
         failures: why keys could not be written.
     """
 
-    def __init__(
-        self, cache: CacheAccess, offered: Mapping[ResourceKey, Revision], terms: Terms
-    ) -> None:
-        self.failures: Failures = {}
-        self._cache = cache
-        self._calls = cache.calls
-        self._offered = offered
-        self._terms = terms
-        self._values: Found = {}
-        self._results: dict[ResourceKey, CacheWriteResult] = {}
+    cache: CacheAccess
+    offered: Mapping[ResourceKey, Revision]
+    terms: Terms
+    failures: Failures = field(default_factory=dict)
+    values: Found = field(default_factory=dict)
+    results: dict[ResourceKey, CacheWriteResult] = field(default_factory=dict)
 
     async def run(self) -> Outcomes:
         """Write what may be written; return what became of all but the failures."""
         await self._open()
-        if self._terms.leases is None:
+        if self.terms.leases is None:
             await self._compare()
         else:
-            await self._fulfil(self._terms.leases)
+            await self._fulfil(self.terms.leases)
         return await self._outcomes()
 
     async def _compare(self) -> None:
         """Offer values; where the cache cannot know the write order, have the last word."""
-        terms, atomic = self._terms, self._calls.is_atomic
-        looked_at = [key for key in self._values if self._looks_first(self._offered[key])]
-        held = await self._calls.held(looked_at, terms.now)
+        terms, atomic = self.terms, self.cache.calls.is_atomic
+        looked_at = [key for key in self.values if self._looks_first(self.offered[key])]
+        held = await self.cache.calls.held(looked_at, terms.now)
         for key, current in held.items():
             status = self._status(key, current)
             if status is not _STORED and not terms.force:
-                self._results[key] = CacheWriteResult(status, current, current)
-        rest = [key for key in self._values if key not in self._results]
+                self.results[key] = CacheWriteResult(status, current, current)
+        rest = [key for key in self.values if key not in self.results]
         if atomic:
             for equal in (False, True):
-                some = [key for key in rest if self._replaces_equal(self._offered[key]) is equal]
+                some = [key for key in rest if self._replaces_equal(self.offered[key]) is equal]
                 await self._offer(some, force=terms.force, replace_equal=equal)
         else:
             await self._store(rest, held, insist=terms.insist)
@@ -556,38 +554,38 @@ class _Write:
 
     async def _fulfil(self, leases: Mapping[ResourceKey, Lease]) -> None:
         """Store what was acquired under leases; give those back of what cannot be stored."""
-        terms = self._terms
+        terms = self.terms
         for key, lease in leases.items():
-            if key not in self._values:
-                self._cache.give_back(lease, failed=key in self.failures)
-        if not self._values:
+            if key not in self.values:
+                self.cache.give_back(lease, failed=key in self.failures)
+        if not self.values:
             return
-        offered = {leases[key]: value for key, value in self._values.items()}
+        offered = {leases[key]: value for key, value in self.values.items()}
         told: Mapping[ResourceKey, CacheWriteResult | Exception]
         try:
             fulfil = partial(
-                self._calls.cache.fulfil_many,
+                self.cache.calls.cache.fulfil_many,
                 offered,
                 policies=terms.policies,
                 replace_equal=terms.replace_equal,
             )
-            told = await self._calls.once("fulfil_many", fulfil, insist=True)
+            told = await self.cache.calls.once("fulfil_many", fulfil, insist=True)
         except Exception as error:
-            told = dict.fromkeys(self._values, error)
-        for key in self._values:
+            told = dict.fromkeys(self.values, error)
+        for key in self.values:
             result = told.get(key)
             if isinstance(result, CacheWriteResult):
-                self._results[key] = result
+                self.results[key] = result
             elif isinstance(result, Exception):
                 self.failures[key] = result
         for key in await self._outdated():
-            del self._results[key]  # what is outdated takes nobody's place
+            del self.results[key]  # what is outdated takes nobody's place
 
     async def _open(self) -> None:
         pace = Pace()
-        for key, revision in self._offered.items():
+        for key, revision in self.offered.items():
             try:
-                self._values[key] = await open_value(self._cache.copies, revision, _WRITE)
+                self.values[key] = await open_value(self.cache.copies, revision, _WRITE)
             except Exception as error:
                 self.failures[key] = error
             await pace.keep()
@@ -598,41 +596,39 @@ class _Write:
         A cache that compares would take an undated fetch for as new as the end of its reading. One
         that knows better tells undated values by their equal times, which may be by chance.
         """
-        if self._terms.force or not self._calls.is_atomic:
-            return not self._calls.is_atomic
+        if self.terms.force or not self.cache.calls.is_atomic:
+            return not self.cache.calls.is_atomic
         if revision.dated:
             return revision.observed_at == revision.fetched_at
-        return revision.attempts > 0 and not self._calls.validates_order
+        return revision.attempts > 0 and not self.cache.calls.validates_order
 
     def _status(self, key: ResourceKey, current: SnapshotValue[Any]) -> CacheWriteStatus:
-        equal, horizon = self._terms.replace_equal, self._terms.now + self._cache.tolerance
-        return decide(
-            self._offered[key], revision_of(current), replace_equal=equal, horizon=horizon
-        )
+        equal, horizon = self.terms.replace_equal, self.terms.now + self.cache.tolerance
+        return decide(self.offered[key], revision_of(current), replace_equal=equal, horizon=horizon)
 
     async def _store(self, keys: Iterable[ResourceKey], held: Found, *, insist: bool) -> None:
-        values = {key: self._values[key] for key in keys}
-        failed = await self._calls.store(values, self._terms.policies, insist=insist)
+        values = {key: self.values[key] for key in keys}
+        failed = await self.cache.calls.store(values, self.terms.policies, insist=insist)
         self.failures.update(failed)
         for key, value in values.items():
             if key not in failed:
-                self._results[key] = CacheWriteResult(_STORED, value, held.get(key))
+                self.results[key] = CacheWriteResult(_STORED, value, held.get(key))
 
     def _replaces_equal(self, revision: Revision) -> bool:
-        by_arrival = not revision.attempts or not self._calls.validates_order
-        return self._terms.replace_equal or (not revision.dated and by_arrival)
+        by_arrival = not revision.attempts or not self.cache.calls.validates_order
+        return self.terms.replace_equal or (not revision.dated and by_arrival)
 
     async def _offer(
         self, keys: Iterable[ResourceKey], *, force: bool, replace_equal: bool
     ) -> None:
-        results, failed = await self._calls.offer(
-            {key: self._values[key] for key in keys},
-            self._terms.policies,
+        results, failed = await self.cache.calls.offer(
+            {key: self.values[key] for key in keys},
+            self.terms.policies,
             force=force,
             replace_equal=replace_equal,
-            insist=self._terms.insist,
+            insist=self.terms.insist,
         )
-        self._results.update(results)
+        self.results.update(results)
         self.failures.update(failed)
 
     async def _replace_unreadable(self) -> None:
@@ -641,38 +637,38 @@ class _Write:
         tried = [
             key
             for key, error in self.failures.items()
-            if key in self._values and not isinstance(error, away)
+            if key in self.values and not isinstance(error, away)
         ]
-        readable = await self._calls.held(tried, self._terms.now)
+        readable = await self.cache.calls.held(tried, self.terms.now)
         unreadable = [key for key in tried if key not in readable]
         # Insisting, as all that could not be compared may have made the cache look dead.
         await self._store(unreadable, {}, insist=True)
         for key in unreadable:
-            if key in self._results:
+            if key in self.results:
                 del self.failures[key]
 
     def _lost(self) -> Found:
         """Return what has stayed in the cache, by key."""
-        return {key: each.value for key, each in self._results.items() if not each.stored}
+        return {key: each.value for key, each in self.results.items() if not each.stored}
 
     async def _outdated(self) -> list[ResourceKey]:
         """Return where what stayed is outdated: it must not keep a newer revision out."""
         stayed = {key: revision_of(value) for key, value in self._lost().items()}
-        outdated = await self._cache.outdated(dict(stayed), (), self._terms.now, _bare)
+        outdated = await self.cache.outdated(dict(stayed), (), self.terms.now, _bare)
         return [key for key in outdated if key in stayed]
 
     async def _outcomes(self) -> Outcomes:
-        results, wanted = self._results, self._terms.insist
+        results, wanted = self.results, self.terms.insist
         before = {
             key: result.previous
             for key, result in results.items()
             if wanted and result.stored and is_sound(result.previous, key)
         }
-        current = await self._cache.sealed(self._lost())
-        replaced = await self._cache.sealed(before)
+        current = await self.cache.sealed(self._lost())
+        replaced = await self.cache.sealed(before)
         outcomes: Outcomes = {}
         for key, result in results.items():
-            now_held = current.get(key, self._offered[key])
+            now_held = current.get(key, self.offered[key])
             was_held = replaced.get(key) if result.stored else now_held
             outcomes[key] = (result.status, now_held, was_held)
         return outcomes

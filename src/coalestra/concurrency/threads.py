@@ -26,6 +26,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +38,11 @@ R = TypeVar("R")
 _numbers = itertools.count(1)
 
 
+def _new_future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class Job(Generic[R]):
     """One call on its way through a thread and back to its loop.
 
@@ -46,22 +52,13 @@ class Job(Generic[R]):
         error: what the call raised, until it is taken.
     """
 
-    __slots__ = ("_call", "_on_end", "_result", "_running", "ended", "error", "label")
-
-    def __init__(
-        self,
-        call: Callable[[], R],
-        label: str,
-        on_end: Callable[[Job[R]], object] | None,
-        running: dict[Job[Any], None],
-    ) -> None:
-        self.label = label
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.error: BaseException | None = None
-        self._call: Callable[[], R] | None = call
-        self._on_end = on_end
-        self._running = running
-        self._result: R | None = None
+    _call: Callable[[], R] | None
+    label: str
+    _on_end: Callable[[Job[R]], object] | None
+    _running: dict[Job[Any], None]
+    ended: asyncio.Future[None] = field(default_factory=_new_future)
+    error: BaseException | None = None
+    _result: R | None = None
 
     def make(self) -> None:
         """Make the call; in the thread."""

@@ -373,7 +373,8 @@ class RedisCache:
 
         See `LeasingCache.lease_many`.
         """
-        question = _Question(self, now, policies, _FORCE if force else _LEASE, dict(unlike or {}))
+        ahead, mode = now - time.monotonic(), _FORCE if force else _LEASE
+        question = _Question(self, ahead, policies, mode, dict(unlike or {}))
         pending = dict.fromkeys(keys)
         for key in pending:
             self._asking.setdefault(key, set()).add(question)
@@ -780,34 +781,28 @@ class RedisCache:
         look_after(asyncio.ensure_future(work), self._tasks)  # failures count where they are raised
 
 
+@dataclasses.dataclass(eq=False)
 class _Question:
     """One call of `RedisCache.lease_many`: what it asks, what it knows, and hears of its keys.
 
     Attributes:
+        ahead: by how much the clock of who asks is ahead of the monotonic one.
         in_need: what is stored for keys that it waits for, though it was not good enough.
         parked: the keys that are being acquired by others, while it waits for news of these.
     """
 
-    def __init__(
-        self,
-        cache: RedisCache,
-        now: float,
-        policies: Policies,
-        mode: str,
-        unlike: dict[ResourceKey, str],
-    ) -> None:
-        self.parked: Mapping[ResourceKey, Any] = {}
-        self._news: dict[ResourceKey, bytes] = {}
-        self._woken = asyncio.Event()
-        self._cache = cache
-        self._ahead = now - time.monotonic()
-        self._policies = policies
-        self._mode = mode
-        self._unlike = unlike
-        self._unfit: dict[ResourceKey, str] = {}
-        self.in_need: dict[ResourceKey, CacheLookup] = {}
-        self._left: dict[ResourceKey, float] = {}
-        self._rounds = 0
+    cache: RedisCache
+    ahead: float
+    policies: Policies
+    mode: str
+    unlike: Mapping[ResourceKey, str]
+    parked: Mapping[ResourceKey, Any] = dataclasses.field(default_factory=dict)
+    in_need: dict[ResourceKey, CacheLookup] = dataclasses.field(default_factory=dict)
+    _news: dict[ResourceKey, bytes] = dataclasses.field(default_factory=dict)
+    _woken: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    _unfit: dict[ResourceKey, str] = dataclasses.field(default_factory=dict)
+    _left: dict[ResourceKey, float] = dataclasses.field(default_factory=dict)
+    _rounds: int = 0
 
     def hear(self, key: ResourceKey, letter: bytes) -> None:
         """Take note of the news of a key."""
@@ -842,7 +837,7 @@ class _Question:
                 # What was leased on the way has reached nobody.
                 leases = [each.lease for each in known.values() if each.lease is not None]
                 leases += [Lease(key, token) for key in keys]
-                self._cache.let_go(leases)
+                self.cache.let_go(leases)
                 raise
         return known
 
@@ -850,18 +845,18 @@ class _Question:
         self, keys: Collection[ResourceKey], token: str, known: dict[ResourceKey, LeasedLookup]
     ) -> list[ResourceKey]:
         """Ask once; enter what needs no waiting, and return what has to be asked once more."""
-        now = self._ahead + time.monotonic()
+        now = self.ahead + time.monotonic()
         for key in keys:
             self._news.pop(key, None)
             self._left.pop(key, None)
-        ages = {key: _servable_age(self._policies[key]) for key in keys}
-        found = await self._cache.ask(ages, now, self._mode, {**self._unlike, **self._unfit}, token)
+        ages = {key: _servable_age(self.policies[key]) for key in keys}
+        found = await self.cache.ask(ages, now, self.mode, {**self.unlike, **self._unfit}, token)
         values = {
             key: entry.value
             for key, entry in found.items()
             if entry.value is not None and entry.version != self._unfit.get(key)
         }
-        complete, outdated = await self._cache.judged(values, keys, now)
+        complete, outdated = await self.cache.judged(values, keys, now)
         again: list[ResourceKey] = []
         for key, entry in found.items():
             fit = key in values and key not in outdated
@@ -870,16 +865,16 @@ class _Question:
                 continue
             if not fit and entry.version is not None and self._unfit.get(key) != entry.version:
                 self._unfit[key] = entry.version
-                if entry.state == _HIT and self._mode != _FORCE:
+                if entry.state == _HIT and self.mode != _FORCE:
                     again.append(key)
                     continue
-            lookup = lookup_of(values[key] if fit else None, now, self._policies[key])
+            lookup = lookup_of(values[key] if fit else None, now, self.policies[key])
             lease = None
             if entry.state == _WAIT:
                 self._left[key], self.in_need[key] = entry.number / 1000, lookup
             elif entry.state == _LEASED:
                 replaces = entry.version if entry.version == self._unfit.get(key) else None
-                lease = self._cache.leased(key, token, replaces)
+                lease = self.cache.leased(key, token, replaces)
             known[key] = LeasedLookup(lookup, lease, waiting=entry.state == _WAIT)
         for key in complete.keys() - found.keys() - outdated - known.keys():
             known[key] = LeasedLookup(CacheLookup(complete[key], False, False), None)

@@ -20,6 +20,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from redis.asyncio import RedisCluster
@@ -151,30 +152,24 @@ class _Line(asyncio.Protocol):
         return not self._data  # the rest of a message may be on its way
 
 
+@dataclass(eq=False, repr=False)
 class News:
     """Keeps a subscription for as long as it is open, and tells when there is none.
 
     The news are those of the client's server, or of any server of its cluster.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        channel: str,
-        heard: Callable[[bytes], None],
-        missed: Callable[[], None],
-    ) -> None:
-        self.connected: bool = False
-        self.lost: int = 0
-        self.last_error: str | None = None
-        self._client = client
-        self._channel = channel.encode()
-        self._heard = heard
-        self._missed = missed
-        self._line: _Line | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._first: asyncio.Future[None] | None = None
-        self._patient_until: float = 0.0
+    client: Client
+    channel: str
+    heard: Callable[[bytes], None]
+    missed: Callable[[], None]
+    connected: bool = False
+    lost: int = 0
+    last_error: str | None = None
+    _line: _Line | None = None
+    _task: asyncio.Task[None] | None = None
+    _first: asyncio.Future[None] | None = None
+    _patient_until: float = 0.0
 
     def __repr__(self) -> str:
         return f"<News {'connected' if self.connected else 'cut off'}, lost {self.lost} times>"
@@ -217,7 +212,7 @@ class News:
             await asyncio.sleep(_PAUSES[min(failed, len(_PAUSES) - 1)])
 
     async def _listen(self) -> None:
-        line = self._line = _Line(self._channel, self._heard)
+        line = self._line = _Line(self.channel.encode(), self.heard)
         opening = asyncio.ensure_future(self._open(line))
         try:
             done, _ = await asyncio.wait({opening}, timeout=_CONNECT_SECONDS)
@@ -228,7 +223,7 @@ class News:
             raise TimeoutError(f"no subscription within {_CONNECT_SECONDS:g} s")
         opening.result()
         self.connected = True
-        self._missed()
+        self.missed()
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
         while not line.lost.done():
@@ -237,7 +232,7 @@ class News:
                 raise TimeoutError(f"silent for {2 * _HEARTBEAT_SECONDS:g} s")
 
     async def _open(self, line: _Line) -> None:
-        connection = await _connection_of(self._client)
+        connection = await _connection_of(self.client)
         try:
             await connection.connect()
             line.take_over(connection.hand_over())
@@ -257,7 +252,7 @@ class News:
         if self.connected:
             self.connected = False
             self.lost += self._task is not None
-            self._missed()
+            self.missed()
 
 
 class _HandedOver:
