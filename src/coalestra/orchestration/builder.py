@@ -6,7 +6,6 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -58,14 +57,7 @@ from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
 from coalestra.orchestration.tracing import Tracing
 from coalestra.orchestration.unit import Terms, distinct, together
-from coalestra.orchestration.verdicts import (
-    Requests,
-    Results,
-    in_form_of,
-    in_same_form,
-    named,
-    several,
-)
+from coalestra.orchestration.verdicts import Requests, Results, in_same_form, several
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import (
     ResiliencePolicyResolver,
@@ -562,14 +554,12 @@ class SnapshotBuilder(BuilderSettings):
         """
         self._engine.enter()
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
-        attempts = {
-            name: partial(self._attempt, request, terms)
-            for name, request in named(requests).items()
-        }
-        return in_form_of(requests, await several(self._engine.parts, attempts, max_concurrency))
-
-    async def _attempt(self, request: SnapshotRequest, terms: Terms) -> RequestResult:
-        return await terms.for_another().open().try_request(request)
+        return await several(
+            self._engine.parts,
+            requests,
+            lambda request: terms.for_another().open().try_request(request),
+            max_concurrency,
+        )
 
     def session(
         self,

@@ -41,9 +41,7 @@ from coalestra.orchestration.verdicts import (
     Requests,
     Results,
     accepted,
-    in_form_of,
     in_same_form,
-    named,
     objection,
     several,
 )
@@ -153,11 +151,8 @@ class SnapshotSession:
         flag("retry_errors", retry_errors)
         engine = self._unit.engine
         engine.enter()
-        attempts = {
-            name: partial(self._unit.try_request, request, retry_errors=retry_errors)
-            for name, request in named(requests).items()
-        }
-        return in_form_of(requests, await several(engine.parts, attempts, max_concurrency))
+        attempt = partial(self._unit.try_request, retry_errors=retry_errors)
+        return await several(engine.parts, requests, attempt, max_concurrency)
 
     async def revalidate(
         self,

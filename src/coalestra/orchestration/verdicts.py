@@ -122,42 +122,32 @@ def in_same_form(method: Callable[Concatenate[Any, Requests, P], Awaitable[Resul
     return cast("Several[P]", method)
 
 
-def named(requests: Requests) -> Mapping[Any, SnapshotRequest]:
-    """Return requests by the names that they were given, or else by their numbers.
+async def several(
+    parts: Parts,
+    requests: Requests,
+    attempt: Callable[[SnapshotRequest], Awaitable[RequestResult]],
+    max_concurrency: int | None,
+) -> Results:
+    """Attempt many requests; return their results by name if they have names, else in their order.
 
-    Raises:
-        TypeError: for anything but requests.
+    No more are under way at once than `max_concurrency`.
     """
     if not isinstance(requests, Iterable):
         rule = "an iterable of SnapshotRequests, or a mapping to them"
         raise wrong_type("requests", rule, requests, "put a single one in a list")
-    found = FrozenDict(requests if isinstance(requests, Mapping) else enumerate(requests))
-    for name, request in found.items():
+    named = FrozenDict(requests if isinstance(requests, Mapping) else enumerate(requests))
+    for name, request in named.items():
         if not isinstance(request, SnapshotRequest):
             instance(f"requests[{shown(name)}]", request, SnapshotRequest)
-    return found
-
-
-def in_form_of(requests: Requests, results: Mapping[Any, RequestResult]) -> Results:
-    """Return results by name if the requests had names, else in their order."""
-    return results if isinstance(requests, Mapping) else tuple(results.values())
-
-
-async def several(
-    parts: Parts,
-    attempts: Mapping[Any, Callable[[], Awaitable[RequestResult]]],
-    max_concurrency: int | None,
-) -> Mapping[Any, RequestResult]:
-    """Return the results of all attempts, with no more under way at once than `max_concurrency`."""
     integer("max_concurrency", max_concurrency, minimum=1, optional=True)
     limit = parts.max_pending_tasks if max_concurrency is None else max_concurrency
-    results: dict[Any, Any] = dict.fromkeys(attempts)
-    rest = iter(attempts.items())
+    results: dict[Any, Any] = dict.fromkeys(named)
+    rest = iter(named.items())
 
     async def work() -> None:
-        for name, attempt in rest:
-            results[name] = await attempt()
+        for name, request in rest:
+            results[name] = await attempt(request)
             await parts.pace.keep()  # many that wait for nothing would hold the event loop
 
-    await all_or_none(work() for _ in range(min(limit, len(attempts))))
-    return FrozenDict(results)
+    await all_or_none(work() for _ in range(min(limit, len(named))))
+    return FrozenDict(results) if isinstance(requests, Mapping) else tuple(results.values())
