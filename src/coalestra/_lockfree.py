@@ -1,4 +1,4 @@
-"""State that threads share without locks, and how threads and loops wait for it to change.
+"""State that threads share without locks, how threads and loops wait for it, and a queue of such.
 
 Laws:
 
