@@ -153,8 +153,10 @@ class Reporter:
                 labels.update(resource_namespace=key.namespace, resource_name=key.name)
             self._hand("metrics", "increment", (metric, times), labels.items())
 
-    def _count_status(self, metric: str, succeeded: bool, **labels: str) -> None:
-        self.count(metric, status="success" if succeeded else "error", **labels)
+    def _count_status(self, metric: str, succeeded: bool, **labels: str) -> str:
+        status = "success" if succeeded else "error"
+        self.count(metric, status=status, **labels)
+        return status
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         """Observe a value, in the unit that the name of the metric tells."""
@@ -262,8 +264,7 @@ class Reporter:
         strict: bool,
     ) -> None:
         """Report a finished build; the counts of keys are those of its diagnostics."""
-        self._count_status("snapshot_build_total", not build_failed)
-        status = "error" if build_failed else "success"
+        status = self._count_status("snapshot_build_total", not build_failed)
         self.observe("snapshot_build_latency_ms", diagnostics.duration_ms, status=status)
         self.tell(
             "snapshot_built",
@@ -282,8 +283,7 @@ class Reporter:
         ``requested``, ``resolved`` and ``failed`` count keys of this call, ``total_resources``
         those of the snapshot that it returned.
         """
-        self._count_status("snapshot_session_resolve_total", succeeded)
-        status = "success" if succeeded else "error"
+        status = self._count_status("snapshot_session_resolve_total", succeeded)
         self.observe("snapshot_session_resolve_latency_ms", latency_ms, status=status)
         self.tell("snapshot_session_resolved", **facts)
 

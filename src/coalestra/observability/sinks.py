@@ -229,7 +229,7 @@ class InMemoryMetrics:
 
     def __init__(self) -> None:
         self._counters: dict[Series, Cell[int]] = {}
-        self._observations: dict[Series, Cell[ObservationSummary | None]] = {}
+        self._observations: dict[Series, Cell[ObservationSummary]] = {}
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Add ``value`` to the counter with exactly these labels."""
@@ -242,9 +242,10 @@ class InMemoryMetrics:
     def observe(self, metric: str, value: float, **labels: str) -> None:
         """Add one observation to the summary with exactly these labels."""
         series = series_of(metric, labels)
-        first = ObservationSummary(1, value, value, value)
-        summary = self._observations.setdefault(series, Cell(None))
-        summary.change(lambda known: first if known is None else known.including(value))
+        first = Cell(ObservationSummary(1, value, value, value))
+        summary = self._observations.setdefault(series, first)
+        if summary is not first:
+            summary.change(lambda known: known.including(value))
 
     def counter(self, metric: str, **labels: str) -> int:
         """Return the counter with exactly these labels; 0 if it was never increased."""
@@ -258,10 +259,9 @@ class InMemoryMetrics:
 
     def snapshot(self) -> MetricsSnapshot:
         """Return a copy of all that is kept; what is reported meanwhile may be in it or not."""
-        summaries = {series: cell.value for series, cell in self._observations.copy().items()}
         return MetricsSnapshot(
             {series: cell.value for series, cell in self._counters.copy().items()},
-            {series: summary for series, summary in summaries.items() if summary is not None},
+            {series: cell.value for series, cell in self._observations.copy().items()},
         )
 
     def __repr__(self) -> str:
