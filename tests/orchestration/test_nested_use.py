@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,10 +15,12 @@ from coalestra import (
     CallableSource,
     FetchContext,
     FreshnessPolicy,
+    PolicyResolver,
     RefreshMode,
     ResourceKey,
     Snapshot,
     SnapshotBuilder,
+    SourceUnavailableError,
     SyncSnapshotBuilder,
 )
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
@@ -258,6 +261,93 @@ async def test_a_source_that_replaces_values_of_the_session_that_waits_for_it_is
     await no_leaks(building)
 
 
+async def test_what_is_asked_for_is_tried_again_before_what_waits_for_the_slot_of_who_asks() -> (
+    None
+):
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k == OUTERS[0]:
+            return int((await session.resolve([INNER])).value(INNER))
+        if k == INNER and source.calls.count(INNER) == 1:
+            raise SourceUnavailableError("not yet")
+        return 1
+
+    source = Single("outer", "outer", "inner", fetch=fetch)
+    source.resilience_policy = None
+    building = builder(source, max_concurrency=1)
+    session = building.session()
+    snapshot = await session.resolve(OUTERS[:4])
+    assert {value.value for value in snapshot.values()} == {1}
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("through_session", [True, False])
+async def test_what_is_asked_for_step_by_step_takes_no_more_workers_than_there_may_be(
+    through_session: bool,
+) -> None:
+    """One that does not wait itself comes back, and takes what has come meanwhile."""
+    inners = [key("inner", str(number)) for number in range(20)]
+    gate, running, most = Gate(), 0, 0
+
+    async def refuse(k: ResourceKey, context: FetchContext) -> int:
+        await asyncio.sleep(int(k.subject))
+        raise SourceUnavailableError("ask the next one")
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        nonlocal running, most
+        if k == OUTERS[0]:
+            await ask(inners)
+            return 1
+        running += 1
+        most = max(most, running)
+        await gate.pass_()
+        running -= 1
+        return 1
+
+    async def ask(keys: list[ResourceKey]) -> None:
+        async def one(k: ResourceKey) -> None:
+            await asyncio.sleep(int(k.subject))
+            await session.resolve([k])
+
+        if through_session:
+            await asyncio.gather(*(one(k) for k in keys))
+        else:
+            await building.build(keys)
+
+    first = Single("first", "inner", fetch=refuse, priority=20)
+    building = builder(first, Single("outer", "outer", "inner", fetch=fetch), max_pending_tasks=2)
+    session = building.session()
+    asked = asyncio.ensure_future(session.resolve(OUTERS[:1]))
+    await asyncio.sleep(500)
+    gate.open()
+    await asked
+    assert most == 2
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("started", [True, False])
+async def test_a_source_waits_for_no_refresh_that_comes_to_wait_for_it(started: bool) -> None:
+    """The refresh of what is derived from its key has not got there yet when it begins to wait."""
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if len(source.calls) == 2:
+            await building.build([key("derived")])
+            if started:
+                await settle()
+            await building.wait_for_refreshes()
+        return len(source.calls)
+
+    source = Single("inner", fetch=fetch)
+    derived = Derived("derived", needs=lambda k: [INNER])
+    swr = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    policies = PolicyResolver(FreshnessPolicy(10, 500), {key("derived"): swr})
+    building = builder(derived, source, policy_resolver=policies, default_policy=None)
+    await building.build([key("derived")])
+    await asyncio.sleep(20)
+    assert (await building.build([INNER])).value(INNER) == 2
+    await building.wait_for_refreshes()
+    await no_leaks(building)
+
+
 @pytest.mark.parametrize("started", [True, False])
 async def test_refreshes_that_a_source_waits_for_wait_for_no_slot(started: bool) -> None:
     async def fetch(k: ResourceKey, context: FetchContext) -> int:
@@ -338,7 +428,7 @@ def test_a_circle_over_two_event_loops_is_an_error_whoever_has_begun_it(
             facades.meet.wait(20)  # both are under way before either asks the other
         return k
 
-    monkeypatch.setattr("coalestra.orchestration.singleflight._LOOK_SECONDS", 0.001)
+    monkeypatch.setattr("coalestra.orchestration.singleflight.LOOK_SECONDS", 0.001)
     snapshots = Facades(form, asks).build(*numbers)
     assert "must not form a cycle, got test:inner" in str(
         [each.error_for(INNER) for each in snapshots]
@@ -354,3 +444,43 @@ def test_what_is_asked_for_through_another_event_loop_waits_for_no_slot(form: st
 
     snapshots = Facades(form, asks, max_concurrency=1).build(0)
     assert snapshots[0].value(INNER) == 1
+
+
+@pytest.mark.parametrize("strikes_in", ["setdefault", "pop"])
+def test_what_one_thread_takes_back_takes_nothing_away_from_another(
+    strikes_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two steps of the one that asks, or takes back, another may do the other."""
+    call, first, second = object(), object(), object()
+
+    class Interrupted(dict[Any, Any]):
+        struck = False
+
+        def strike(self, where: str) -> None:
+            if where == strikes_in and flights.asks(call) and not self.struck:
+                self.struck = True
+                take_back = strikes_in == "setdefault"
+                flights.asks_no_more(call, first) if take_back else flights.ask_for(call, second)
+
+        def setdefault(self, *item: Any) -> Any:
+            found = super().setdefault(*item)
+            self.strike("setdefault")
+            return found
+
+        def pop(self, *item: Any) -> Any:
+            self.strike("pop")
+            return super().pop(*item)
+
+    flights: Any = importlib.import_module("coalestra.orchestration.flights")
+    asked = Interrupted()
+    monkeypatch.setattr(flights, "_asked", asked)
+    asked.struck = True
+    flights.ask_for(call, first)
+    asked.struck = False
+    if strikes_in == "setdefault":
+        flights.ask_for(call, second)
+    else:
+        flights.asks_no_more(call, first)
+    assert asked == {call: {second: None}}
+    flights.asks_no_more(call, second)
+    assert not asked

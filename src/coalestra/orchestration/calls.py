@@ -75,7 +75,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
-from coalestra.orchestration.flights import Flight, Interest, Phase, Work, current_call
+from coalestra.orchestration.flights import Flight, Interest, Phase, Work, asks, current_call
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.orchestration.tracing import CallLog
@@ -1366,14 +1366,11 @@ class Lane:
         self.rank: int | None = None if policy is None else policy.rank_for(link.name)
         self._queue: deque[Call | Flight | list[Flight]] = deque()
         self._workers = 0
-        self._busy = 0
+        self._calls: set[Call] = set()
         self._hurried = 0
 
     def add(self, flights: list[Flight]) -> None:
-        """Queue calls for the flights: for a batch source in chunks of its size, else one each.
-
-        What a worker may be waiting for goes first, with a worker more than there may be.
-        """
+        """Queue calls for the flights: for a batch source in chunks of its size, else one each."""
         queued: Sequence[Flight | list[Flight]] = flights
         if self.link.kind is _BATCH:
             size = self.link.max_batch_size or len(flights)
@@ -1382,16 +1379,26 @@ class Lane:
             starts = range(0, len(flights), size)
             queued = [flights[start : start + size] for start in starts]
         if [flight for flight in flights if flight.urgent]:
-            self._hurried += 1
-            self._queue.extendleft(reversed(queued))
+            self._put_first(queued)
         else:
             self._queue.extend(queued)
         self.staff()
 
     def again(self, call: Call) -> None:
         """Queue a call once more, for its next attempt."""
-        self._queue.append(call)
+        if call.urgent:
+            self._put_first((call,))
+        else:
+            self._queue.append(call)
         self.staff()
+
+    def _put_first(self, queued: Sequence[Call | Flight | list[Flight]]) -> None:
+        """Queue what workers may be waiting for; those that wait make room for others."""
+        self._queue.extendleft(reversed(queued))
+        if len(self._calls) >= self.limit + self._hurried:
+            # They wait for what their source asks for, or for the slot of one that does.
+            waiting = [call for call in self._calls if asks(call) or not call.urgent]
+            self._hurried += len(self._calls) - len(waiting) < self.limit
 
     def hurry(self, flight: Flight) -> None:
         """Make the call of a queued flight next, by a worker more than there may be."""
@@ -1409,14 +1416,15 @@ class Lane:
         self._workers -= 1
         if not self._workers:
             self._hurried = 0
-        self._busy -= worker.call is not None
+        if worker.call is not None:
+            self._calls.discard(worker.call)
         self.staff()
 
     def staff(self) -> None:
         """Start as many workers as the queue keeps busy."""
         # Looked at anew each time: an eager task may have worked the queue off by now.
         most = self.limit + self._hurried
-        while self._workers < min(most, self._busy + len(self._queue)):
+        while self._workers < min(most, len(self._calls) + len(self._queue)):
             if self.dispatch.quiet_until and self._is_quiet():
                 return
             worker = Worker(self)
@@ -1444,14 +1452,14 @@ class Lane:
             if call is None:
                 continue
             worker.call = call
-            self._busy += 1
+            self._calls.add(call)
             if len(call.flights) > _KEYS_AT_ONCE:
                 await pace.rest()  # it took a while to make
             await call.run(worker)
             if worker.gone:
                 return
             worker.call = None
-            self._busy -= 1
+            self._calls.discard(call)
             if worker.interrupted:
                 self.dispatch.be_quiet()
                 break

@@ -765,13 +765,17 @@ class FlightBoard:
 # So these are not kept out, but found: by whoever waits in one, who looks again and again.
 
 
+LOOK_SECONDS = 0.1
+"""How often who may wait in a circle that he cannot see come about looks for one."""
+
 _asked: dict[Call, dict[Gather, None]] = {}
 """What the sources of calls under way wait for, of all builders and loops."""
 
 
 def ask_for(call: Call, gather: Gather) -> None:
     """Let it be known that the source of a call waits for a gather."""
-    _asked.setdefault(call, {})[gather] = None
+    while gather not in (asked := _asked.setdefault(call, {})):
+        asked[gather] = None  # if another thread drops these just now, it is entered anew
 
 
 def asks_no_more(call: Call, gather: Gather) -> None:
@@ -779,7 +783,13 @@ def asks_no_more(call: Call, gather: Gather) -> None:
     asked = _asked.get(call, {})
     asked.pop(gather, None)
     if not asked:
-        _asked.pop(call, None)
+        for other in _asked.pop(call, {}).copy():  # entered by another thread meanwhile
+            ask_for(call, other)
+
+
+def asks(call: Call) -> bool:
+    """Whether the source of a call waits for anything that it has asked for."""
+    return call in _asked
 
 
 def circle_of(call: Call, gather: Gather) -> tuple[Flight, ...]:

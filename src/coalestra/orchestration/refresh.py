@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coalestra.core.errors import (
     ResourceResolutionError,
@@ -18,9 +18,12 @@ from coalestra.core.errors import (
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import Revision, new_id
-from coalestra.orchestration.flights import Gather, Work, circle_of, current_call
+from coalestra.orchestration.flights import LOOK_SECONDS, Gather, Work, circle_of, current_call
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
+
+if TYPE_CHECKING:
+    from coalestra.orchestration.calls import Call
 
 _MOST_FAILING = 1_000
 """Of how many keys it is remembered that their last refresh has failed."""
@@ -199,17 +202,25 @@ class Refresher:
         A source that asks for this does not wait for what waits for it, and what it waits for
         needs no slot.
         """
-        call, awaited = current_call.get(), []
-        for each in self._running.copy():
-            if call is not None and each.gather is not None and circle_of(call, each.gather):
-                continue
-            each.ended = each.ended or asyncio.get_running_loop().create_future()
-            awaited.append(each.ended)
-            each.urgent = each.urgent or (call is not None and bool(call.keys_under_way))
-            if each.urgent and each.gather is not None:
-                self._hurry(each.gather)
-        if awaited:
-            await asyncio.wait(awaited)
+        call, awaited = current_call.get(), [*self._running]
+        while awaited := [each for each in awaited if self._keeps(call, each)]:
+            ended = [self._end_of(each, call) for each in awaited]
+            await asyncio.wait(ended, timeout=None if call is None else LOOK_SECONDS)
+
+    def _keeps(self, call: Call | None, refresh: Refresh) -> bool:
+        """Whether a refresh is under way, and does not wait, by now, for a call that waits."""
+        if call is not None and refresh.gather is not None and circle_of(call, refresh.gather):
+            return False
+        return refresh in self._running
+
+    def _end_of(self, refresh: Refresh, call: Call | None) -> asyncio.Future[None]:
+        """Return what tells the end of a refresh, which a call under way may be waiting for."""
+        if call is not None and call.keys_under_way and not refresh.urgent:
+            refresh.urgent = True
+            if refresh.gather is not None:
+                self._hurry(refresh.gather)
+        refresh.ended = refresh.ended or asyncio.get_running_loop().create_future()
+        return refresh.ended
 
     def cancel(self) -> None:
         """Give up every refresh."""

@@ -48,6 +48,7 @@ from coalestra.core.values import CacheWriteStatus, Revision
 from coalestra.orchestration.calls import Call, Dispatch
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
 from coalestra.orchestration.flights import (
+    LOOK_SECONDS,
     Flight,
     FlightBoard,
     Gather,
@@ -96,9 +97,6 @@ _SPARE_ROUNDS = 64
 
 _WOKEN_SECONDS = 0.000_01
 """What a reader of one key does at least as soon as it is told."""
-
-_LOOK_SECONDS = 0.1
-"""How often who waits on behalf of a source upon another event loop looks for a circle."""
 
 _GRACE_SECONDS = 0.25
 """How long the ends of very many keys may take at a deadline; then the reader is told anyway."""
@@ -1392,7 +1390,7 @@ class Stage(Gather):
         self, look: Callable[[tuple[Flight, ...]], None], seen: tuple[Flight, ...]
     ) -> None:
         """Have a look at what it waits for after a while, and be told what was seen before."""
-        self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, look, seen)
+        self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS, look, seen)
 
     def close(self) -> None:
         """Leave no timer behind."""
