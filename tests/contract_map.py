@@ -85,7 +85,6 @@ SECTIONS: Mapping[int, Section] = {
             "cache/test_memory.py",
             "cache/test_entries.py",
             "cache/test_write_order.py",
-            "contracts/test_cache_contract.py",
             "contracts/test_access_contract.py",
             "cache/test_fan_out.py",
             "orchestration/test_custom_caches.py",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import gc
 import threading
@@ -15,12 +14,10 @@ import pytest
 
 from coalestra.concurrency.threads import WorkerThreads, current_threads
 from coalestra.core.values import SourcePayload
-from tests.adapters.sample_calls import KINDS, PRICE, VOLUME, adapter, answering, call, payload_in
+from tests.adapters.sample_calls import KINDS, adapter, answering, call, payload_in
 from tests.support import ThreadGate, settle
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
-
-REQUEST = contextvars.ContextVar("request", default="none")
 
 
 def plain(kind: str, seen: list[threading.Thread]) -> Callable[..., Any]:
@@ -29,32 +26,6 @@ def plain(kind: str, seen: list[threading.Thread]) -> Callable[..., Any]:
         return answering(kind, "value")
 
     return function
-
-
-async def test_a_plain_function_runs_in_a_worker_thread(kind: str) -> None:
-    seen: list[threading.Thread] = []
-    answer = await call(adapter(kind, plain(kind, seen)))
-    assert payload_in(kind, answer) == SourcePayload("value")
-    assert seen[0] is not threading.current_thread()
-
-
-async def test_a_plain_function_runs_on_the_loop_when_told_so(kind: str) -> None:
-    seen: list[threading.Thread] = []
-    answer = await call(adapter(kind, plain(kind, seen), run_sync_in_thread=False))
-    assert payload_in(kind, answer) == SourcePayload("value")
-    assert seen == [threading.current_thread()]
-
-
-async def test_an_async_function_runs_on_the_loop(kind: str) -> None:
-    seen: list[threading.Thread] = []
-
-    async def function(*_: Any) -> Any:
-        await asyncio.sleep(1)
-        return plain(kind, seen)()
-
-    answer = await call(adapter(kind, function))
-    assert payload_in(kind, answer) == SourcePayload("value")
-    assert seen == [threading.current_thread()]
 
 
 class Service:
@@ -110,45 +81,6 @@ async def test_what_a_thread_returned_to_be_awaited_is_awaited_on_the_loop(kind:
     await call(adapter(kind, function))
     assert called[0] is not threading.current_thread()
     assert awaited == [threading.current_thread()]
-
-
-async def test_a_payload_is_passed_on_as_it_is(kind: str) -> None:
-    payload = SourcePayload("value", observed_at=5.0, metadata={"page": 3})
-    answer = await call(adapter(kind, lambda *_: answering(kind, payload)))
-    assert payload_in(kind, answer) is payload
-
-
-async def test_a_worker_thread_sees_the_context_variables_of_the_call(kind: str) -> None:
-    REQUEST.set("request 7")
-    answer = await call(adapter(kind, lambda *_: answering(kind, REQUEST.get())))
-    assert payload_in(kind, answer).value == "request 7"
-
-
-async def test_the_worker_threads_are_those_of_the_context(kind: str) -> None:
-    threads = WorkerThreads()
-    gate = ThreadGate()
-    token = current_threads.set(threads)
-    try:
-        task = asyncio.create_task(call(adapter(kind, lambda *_: gate.pass_())))
-        await settle()
-        assert threads.busy == {"rest": 1}
-        gate.open()
-        await task
-    finally:
-        current_threads.reset(token)
-        threads.close()
-
-
-async def test_an_error_of_the_function_arrives_unchanged(kind: str) -> None:
-    error = ConnectionError("no route")
-
-    def function(*_: Any) -> Any:
-        raise error
-
-    for in_thread in (True, False):
-        with pytest.raises(ConnectionError) as caught:
-            await call(adapter(kind, function, run_sync_in_thread=in_thread))
-        assert caught.value is error
 
 
 class Strange(BaseException):
@@ -272,29 +204,6 @@ async def test_an_error_keeps_nothing_alive_but_what_it_leads_to(kind: str, leav
         current_threads.reset(token)
 
 
-async def test_a_cancellation_from_outside_stays_one(kind: str) -> None:
-    async def function(*_: Any) -> Any:
-        await asyncio.sleep(3600)
-
-    task = asyncio.create_task(call(adapter(kind, function)))
-    await settle()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-async def test_a_cancelled_call_takes_as_long_as_its_thread(kind: str) -> None:
-    gate = ThreadGate()
-    task = asyncio.create_task(call(adapter(kind, lambda *_: gate.pass_())))
-    await settle()
-    task.cancel()
-    await settle()
-    assert not task.done()
-    gate.open()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
 async def test_a_coroutine_that_a_cancelled_thread_still_returns_is_closed(kind: str) -> None:
     gate = ThreadGate()
     left: list[Any] = []
@@ -315,20 +224,6 @@ async def test_a_coroutine_that_a_cancelled_thread_still_returns_is_closed(kind:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left[0].cr_frame is None
-
-
-async def test_arguments_arrive_in_the_order_of_the_contract(kind: str) -> None:
-    seen: list[Any] = []
-
-    def function(*arguments: Any) -> Any:
-        seen.extend(arguments)
-        return answering(kind, 1)
-
-    await call(adapter(kind, function))
-    assert len(seen) == (3 if kind == "derived" else 2)
-    assert seen[0] == ((PRICE,) if kind == "batch" else PRICE)
-    assert seen[-1].requested_at == 1_700_000_000.0
-    assert VOLUME not in seen
 
 
 async def test_a_function_that_cancels_the_task_it_runs_in_has_cancelled_it(kind: str) -> None:

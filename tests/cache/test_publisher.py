@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.access import CacheAccess, Terms
+from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publisher import PublisherParts, ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.sealing import PORTION
 from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
-    PayloadCopySubsystemClosedError,
-    PayloadIsolationError,
     SourceProtocolError,
 )
 from coalestra.core.frozen import EMPTY
@@ -36,8 +34,8 @@ from coalestra.core.protocols import AsyncCache
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import PublishResult, ResourceUpdate
 from coalestra.observability import NullEventSink, NullMetrics
-from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
-from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun, revision_of
+from tests.contracts.caches import SingleKeyCache
+from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun
 from tests.orchestration.scripted import Single, builder
 from tests.support import Gate, ManualClock, cancel_at_every_await, settle
 
@@ -76,32 +74,6 @@ async def test_with_a_foreign_cache_an_event_is_announced_before_anything_is_awa
     assert witness.heard == [("announced", (A,))]
     publishing.close()
     assert witness.heard == [("announced", (A,)), ("concluded", (A,))]
-
-
-async def test_an_announcement_is_followed_by_the_outcome_and_then_concluded() -> None:
-    parts = parts_for(BatchAtomicCache())
-    witness = Witness()
-    parts.access.subscribers.subscribe(witness)
-    await parts.access.write(
-        {A: revision_of(A, observed_at=NOW + 0.5)}, Terms({}, NOW, insist=True)
-    )
-    witness.heard.clear()
-    publisher = ResourcePublisher.from_parts(parts)
-    results = await publisher.publish_many([ResourceUpdate(A, 1, "s"), ResourceUpdate(B, 2, "s")])
-    assert not results[A].published
-    assert witness.heard == [
-        ("announced", (A, B)),
-        ("revised", B, results[B].value.version),
-        ("concluded", (A, B)),
-    ]
-
-
-async def test_with_the_memory_cache_a_small_event_needs_no_announcement() -> None:
-    parts = parts_for(AsyncMemoryCache())
-    witness = Witness()
-    parts.access.subscribers.subscribe(witness)
-    result = await ResourcePublisher.from_parts(parts).publish(A, [1], source="s")
-    assert witness.heard == [("revised", A, result.value.version)]
 
 
 class Slow:
@@ -188,14 +160,6 @@ async def test_cancelled_publications_leave_no_announcement_open() -> None:
     assert await cancel_at_every_await(lambda: publisher.publish_many(updates), check) > 1
 
 
-async def test_an_invalidation_hears_of_keys_the_cache_does_not_hold() -> None:
-    parts = parts_for(AsyncMemoryCache())
-    witness = Witness()
-    parts.access.subscribers.subscribe(witness)
-    await ResourcePublisher.from_parts(parts).invalidate(A)
-    assert witness.heard == [("invalidating", (A,))]
-
-
 async def test_a_publisher_shares_what_a_builder_gives_it_and_closes_none_of_it() -> None:
     cache = AsyncMemoryCache()
     parts = parts_for(cache)
@@ -222,14 +186,6 @@ async def test_the_owner_may_refuse_further_publications() -> None:
             await work
 
 
-async def test_a_closed_standalone_publisher_refuses_new_copies() -> None:
-    publisher = standalone(AsyncMemoryCache())
-    await publisher.aclose()
-    await publisher.aclose()
-    with pytest.raises(PayloadCopySubsystemClosedError):
-        await publisher.publish(A, [1], source="s")
-
-
 async def test_closing_names_copies_that_are_late() -> None:
     Slow.release.clear()
     publisher = standalone(AsyncMemoryCache())
@@ -242,22 +198,6 @@ async def test_closing_names_copies_that_are_late() -> None:
     assert dict(caught.value.active_components) == {"publisher": 1}
     await asyncio.wait([publishing])
     await settle()
-
-
-class Uncopyable:
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise RuntimeError("one of a kind")
-
-
-async def test_a_value_that_cannot_be_copied_is_refused_and_nothing_is_written() -> None:
-    cache = AsyncMemoryCache()
-    updates: list[ResourceUpdate[Any]] = [
-        ResourceUpdate(A, 1, "s"),
-        ResourceUpdate(B, Uncopyable(), "s"),
-    ]
-    with pytest.raises(PayloadIsolationError):
-        await standalone(cache).publish_many(updates)
-    assert await cache.size() == 0
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,9 @@ from coalestra.concurrency.capacity import (
     CapacityLimiter,
     CapacitySnapshot,
 )
-from coalestra.concurrency.deadline import CutOff, CutOffExpired
-from tests.support import cancel_at_every_await, run_virtual, settle
+from tests.support import cancel_at_every_await, settle
 
 pytestmark = pytest.mark.concurrency
-
-
-async def finish(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
 
 
 # The limiter ---------------------------------------------------------------------------------
@@ -82,18 +75,6 @@ async def test_slots_are_given_out_in_the_order_of_asking() -> None:
     assert order == ["a", "b", "c", "late"]
 
 
-async def test_a_slot_released_to_a_waiter_stays_in_use_all_the_time() -> None:
-    """It goes from hand to hand, so nobody can slip in between."""
-    limiter = CapacityLimiter(1)
-    await limiter.acquire()
-    waiter = asyncio.create_task(limiter.acquire())
-    await settle()
-    limiter.release()
-    assert limiter.view() == CapacitySnapshot(1, 1, 0)
-    await waiter
-    limiter.release()
-
-
 async def test_a_release_too_many_is_refused_and_changes_nothing() -> None:
     """Otherwise the limiter would grow."""
     limiter = CapacityLimiter(1)
@@ -101,22 +82,6 @@ async def test_a_release_too_many_is_refused_and_changes_nothing() -> None:
         limiter.release()
     await limiter.acquire()
     assert not limiter.try_acquire()
-
-
-async def test_a_cancelled_waiter_takes_no_slot() -> None:
-    """The slot it waited for goes to the next in the queue."""
-    limiter = CapacityLimiter(1)
-    await limiter.acquire()
-    first = asyncio.create_task(limiter.acquire())
-    await settle()
-    second = asyncio.create_task(limiter.acquire())
-    await settle()
-    first.cancel()
-    limiter.release()
-    await second
-    assert limiter.view() == CapacitySnapshot(1, 1, 0)
-    await asyncio.wait([first])
-    assert limiter.view() == CapacitySnapshot(1, 1, 0)
 
 
 async def test_a_waiter_cancelled_in_the_step_of_the_hand_over_passes_the_slot_on() -> None:
@@ -135,18 +100,6 @@ async def test_a_waiter_cancelled_in_the_step_of_the_hand_over_passes_the_slot_o
     assert limiter.view() == CapacitySnapshot(1, 0, 0)
 
 
-async def test_a_slot_is_free_again_when_its_only_waiter_was_cancelled_in_the_hand_over() -> None:
-    """And newcomers find it free at once."""
-    limiter = CapacityLimiter(1)
-    await limiter.acquire()
-    waiter = asyncio.create_task(limiter.acquire())
-    await settle()
-    limiter.release()
-    waiter.cancel()
-    await asyncio.wait([waiter])
-    assert limiter.try_acquire()
-
-
 async def test_a_free_slot_is_taken_past_waiters_that_are_cancelled_but_still_queued() -> None:
     """Queueing behind the dead would wait for a wake-up that never comes."""
     limiter = CapacityLimiter(1)
@@ -158,54 +111,6 @@ async def test_a_free_slot_is_taken_past_waiters_that_are_cancelled_but_still_qu
     await limiter.acquire()
     assert limiter.view() == CapacitySnapshot(1, 1, 0)
     await asyncio.wait([waiter])
-
-
-async def test_a_cut_off_in_the_step_of_the_hand_over_passes_the_slot_on() -> None:
-    """Time-outs go through cancellation, and obey the same law."""
-    limiter = CapacityLimiter(1)
-    loop = asyncio.get_running_loop()
-    await limiter.acquire()
-    loop.call_at(loop.time() + 1, limiter.release)
-    with pytest.raises(CutOffExpired):
-        with CutOff(loop.time() + 1):
-            await limiter.acquire()
-    assert limiter.view() == CapacitySnapshot(1, 0, 0)
-
-
-def test_one_limiter_serves_several_event_loops_in_turn() -> None:
-    """It is bound to none of them."""
-    limiter = CapacityLimiter(1)
-
-    async def crowd() -> None:
-        async def work() -> None:
-            async with limiter.slot():
-                await asyncio.sleep(1)
-
-        await asyncio.gather(*(work() for _ in range(3)))
-
-    for _ in range(3):
-        run_virtual(crowd())
-    assert limiter.view() == CapacitySnapshot(1, 0, 0)
-
-
-def test_a_loop_that_ends_with_waiters_leaves_the_limiter_usable() -> None:
-    """Its tasks are cancelled as it ends; the next loop finds every slot."""
-    limiter = CapacityLimiter(1)
-
-    async def ends_early() -> None:
-        await limiter.acquire()
-        tasks = [asyncio.create_task(limiter.acquire()) for _ in range(3)]
-        await asyncio.sleep(0)
-        await finish(*tasks)
-        limiter.release()
-
-    async def later() -> None:
-        async with limiter.slot():
-            assert not limiter.try_acquire()
-
-    run_virtual(ends_early())
-    run_virtual(later())
-    assert limiter.view() == CapacitySnapshot(1, 0, 0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -248,54 +153,10 @@ def test_an_explicit_limit_wins_over_what_the_source_declares() -> None:
     assert limits == [2, 4, None, None]
 
 
-def test_the_first_registered_limit_of_a_source_stays() -> None:
-    """Slots may be in use already; a limiter is not exchanged under them."""
-    controller = CapacityController(global_limit=8)
-    controller.register_source("db", 4)
-    controller.register_source("db", 1)
-    assert controller.limit_for("db") == 4
-
-
 def test_a_limited_source_may_not_be_named_like_the_global_limit() -> None:
     """Its figures would hide the global ones."""
     with pytest.raises(ValueError, match="__global__"):
         CapacityController(global_limit=1, source_limits={"__global__": 1})
-
-
-@pytest.mark.parametrize("limit", [0, -3])
-def test_limits_below_one_are_refused_by_name(limit: int) -> None:
-    """The message names the parameter."""
-    with pytest.raises(ValueError, match="global_limit"):
-        CapacityController(global_limit=limit)
-    with pytest.raises(ValueError, match=r"source_limits\['a'\]"):
-        CapacityController(global_limit=1, source_limits={"a": limit})
-    with pytest.raises(ValueError, match="limit"):
-        CapacityController(global_limit=1).register_source("a", limit)
-
-
-@pytest.mark.parametrize("limit", [True, 2.0, "3"])
-def test_limits_that_are_no_whole_numbers_are_refused(limit: Any) -> None:
-    """A bool is not a number."""
-    with pytest.raises(TypeError, match="global_limit"):
-        CapacityController(global_limit=limit)
-    with pytest.raises(TypeError, match="limit"):
-        CapacityController(global_limit=1).register_source("a", limit)
-
-
-async def test_a_crowd_at_one_source_leaves_the_global_slots_to_others() -> None:
-    """Those who wait for their source hold no global slot."""
-    controller = CapacityController(global_limit=2, source_limits={"slow": 1})
-    held = await controller.acquire("slow")
-    crowd = [asyncio.create_task(controller.acquire("slow")) for _ in range(5)]
-    await settle()
-    other = controller.try_acquire("fast")
-    assert other is not None
-    figures = await controller.snapshot()
-    assert figures["__global__"] == CapacitySnapshot(2, 2, 0)
-    assert figures["slow"] == CapacitySnapshot(1, 1, 5)
-    await finish(*crowd)
-    held.release()
-    other.release()
 
 
 async def test_leases_that_wait_for_the_global_slot_get_it_in_turn() -> None:
@@ -388,16 +249,6 @@ async def test_an_acquire_cancelled_after_any_number_of_steps_holds_nothing(step
     await asyncio.wait([waiter])
     withdraw()
     assert all(not f.in_use and not f.waiting for f in controller.view().values())
-
-
-async def test_a_slot_is_held_for_the_length_of_a_block() -> None:
-    """Also when the block ends with an error."""
-    controller = CapacityController(global_limit=1)
-    with pytest.raises(KeyError):
-        async with controller.slot("a"):
-            assert controller.view()["__global__"].in_use == 1
-            raise KeyError
-    assert controller.view()["__global__"].in_use == 0
 
 
 async def test_capacity_tells_about_itself() -> None:

@@ -6,26 +6,10 @@ import asyncio
 
 import pytest
 
-from coalestra.concurrency.pace import SLICE_SECONDS, Pace, Slices, at_once
+from coalestra.concurrency.pace import SLICE_SECONDS, Pace
 from tests.support import VirtualLoop
 
 pytestmark = pytest.mark.concurrency
-
-
-async def test_a_used_up_slice_lets_others_run_and_starts_a_new_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    pace = Pace()
-    assert not pace.due
-    now += SLICE_SECONDS
-    assert pace.due
-    ran: list[str] = []
-    asyncio.get_running_loop().call_soon(ran.append, "other")
-    await pace.rest()
-    assert ran == ["other"]
-    assert not pace.due
 
 
 async def test_keeping_pace_rests_only_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,17 +46,6 @@ async def test_those_who_share_a_pace_use_one_slice_in_a_turn(
     assert max(steps.values()) <= 2 + 2  # a slice, and one step of each of the others
 
 
-async def test_a_slice_of_long_ago_is_not_held_against_a_beginner(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    pace = Pace()
-    now += 60
-    pace.begin()
-    assert not pace.due
-
-
 async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -87,26 +60,3 @@ async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(
     resting.close()
     pace.begin()
     assert not pace.due
-
-
-async def test_what_is_done_in_slices_rests_between_them_when_it_is_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now, loop = 100.0, asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    steps: list[int] = []
-
-    def slices() -> Slices[str]:
-        nonlocal now
-        for _ in range(4):
-            now += SLICE_SECONDS / 2
-            steps.append(loop.steps)
-            yield
-        return "done"
-
-    pace = Pace()
-    assert await pace.through(slices()) == "done"
-    assert [step - steps[0] for step in steps] == [0, 0, 1, 1]
-    assert at_once(slices()) == "done"
-    assert len(set(steps[4:])) == 1

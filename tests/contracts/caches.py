@@ -189,7 +189,4 @@ FOREIGN: tuple[Callable[[], SingleKeyCache], ...] = (
     BatchAtomicCache,
 )
 MEMORY: tuple[Callable[[], AsyncCache], ...] = (AsyncMemoryCache, WrappedMemoryCache)
-BATCH: tuple[Callable[[], AsyncCache], ...] = (BatchCache, BatchAtomicCache, *MEMORY)
-ATOMIC: tuple[Callable[[], AsyncCache], ...] = (AtomicCache, BatchAtomicCache, *MEMORY)
-BATCH_ATOMIC: tuple[Callable[[], AsyncCache], ...] = (BatchAtomicCache, *MEMORY)
 ALL: tuple[Callable[[], AsyncCache], ...] = (*FOREIGN, *MEMORY)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
 from typing import Any
 
 import pytest
@@ -121,19 +119,6 @@ async def test_what_stayed_comes_from_the_cache_and_is_copied_for_both_places_in
         assert (other.value, other.metadata["tags"]) == (["new"], ["x"])
 
 
-async def test_an_older_event_is_ignored_and_the_value_that_stayed_returned(
-    cache: AsyncCache,
-) -> None:
-    publisher = publisher_to(cache)
-    await publisher.publish(A, "new", source="s", observed_at=NOW)
-    result = await publisher.publish(A, "old", source="s", observed_at=NOW - 1)
-    assert result.status is PublishStatus.IGNORED_OLDER
-    assert not result.published
-    assert result.value.value == "new"
-    assert result.previous is not None
-    assert result.previous.value == "new"
-
-
 @pytest.mark.parametrize("at", [NOW, NOW - 1])
 async def test_a_dated_duplicate_is_ignored_unless_equals_are_replaced(
     cache: AsyncCache, at: float
@@ -184,16 +169,6 @@ async def test_what_is_held_from_the_future_does_not_win_by_its_date(cache: Asyn
     assert after.published
 
 
-async def test_a_forced_event_replaces_anything_and_counts_as_published(
-    cache: AsyncCache,
-) -> None:
-    publisher = publisher_to(cache)
-    await publisher.publish(A, "new", source="s")
-    result = await publisher.publish(A, "old", source="s", observed_at=NOW - 20, force=True)
-    assert result.status is PublishStatus.PUBLISHED
-    assert await payload_in(cache) == "old"
-
-
 async def test_ranks_come_from_the_resolver_and_decide(cache: AsyncCache) -> None:
     if not getattr(cache, "validates_source_authority", False):
         vars(cache)["validates_source_authority"] = True
@@ -218,15 +193,6 @@ async def test_of_many_updates_the_best_per_key_counts_whatever_their_order(
     assert await payload_in(cache) == "late"
 
 
-async def test_between_equal_updates_the_later_one_counts(cache: AsyncCache) -> None:
-    updates = [ResourceUpdate(A, 1, "s", NOW), ResourceUpdate(A, 2, "s", NOW)]
-    assert (await publisher_to(cache).publish_many(updates))[A].value.value == 2
-
-
-async def test_publishing_nothing_gives_nothing(cache: AsyncCache) -> None:
-    assert await publisher_to(cache).publish_many([]) == {}
-
-
 async def test_an_observation_too_far_ahead_is_refused_and_nothing_written(
     cache: AsyncCache,
 ) -> None:
@@ -246,31 +212,6 @@ async def test_the_observation_policy_may_allow_the_future(cache: AsyncCache) ->
     lenient = ObservationPolicy(reject_future_observations=False)
     publisher = publisher_to(cache, observation_policy=lenient)
     assert (await publisher.publish(A, 1, source="s", observed_at=NOW + 60)).published
-
-
-@pytest.mark.parametrize("observed_at", [math.nan, math.inf, -math.inf])
-async def test_a_time_that_is_not_finite_is_refused(cache: AsyncCache, observed_at: float) -> None:
-    with pytest.raises(ValueError, match="observed_at"):
-        await publisher_to(cache).publish(A, 1, source="s", observed_at=observed_at)
-
-
-async def test_nothing_is_shared_between_producer_cache_and_result(cache: AsyncCache) -> None:
-    payload, notes = {"levels": [1]}, {"tags": ["x"]}
-    publisher = publisher_to(cache)
-    result = await publisher.publish(A, payload, source="s", metadata=notes)
-    payload["levels"].append(2)
-    notes["tags"].append("y")
-    assert result.value.value == {"levels": [1]}
-    assert result.value.metadata["tags"] == ["x"]
-    result.value.value["levels"].append(3)
-    result.value.metadata["tags"].append("z")
-    held = (await cache.get(A, now=NOW, policy=POLICY)).value
-    assert held is not None
-    assert held.value == {"levels": [1]}
-    assert held.metadata["tags"] == ["x"]
-    second = await publisher.publish(A, 2, source="s", replace_equal=True)
-    assert second.previous is not None
-    assert second.previous.value == {"levels": [1]}
 
 
 async def test_invalidated_keys_are_removed_and_reported(cache: AsyncCache) -> None:
@@ -353,12 +294,3 @@ async def test_outcomes_are_reported(cache: AsyncCache) -> None:
     labels = {"resource_namespace": "market", "resource_name": "price", "source": "s"}
     assert metrics.counter("resource_publish_total", status="published", **labels) == 2
     assert metrics.counter("resource_publish_total", status="ignored_older", **labels) == 1
-
-
-async def test_publishers_at_the_same_time_leave_the_latest_event(cache: AsyncCache) -> None:
-    publisher = publisher_to(cache)
-    order = (2, 0, 3, 1)
-    await asyncio.gather(
-        *(publisher.publish(A, n, source="s", observed_at=NOW - 9 + n) for n in order)
-    )
-    assert await payload_in(cache) == 3

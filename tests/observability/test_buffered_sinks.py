@@ -17,7 +17,6 @@ import pytest
 from coalestra.observability import (
     BufferedEventSink,
     BufferedMetricsSink,
-    BufferedSinkStats,
     BufferOverflowPolicy,
     MetricRecord,
 )
@@ -66,33 +65,6 @@ def test_counts_and_observations_arrive_as_they_were_made() -> None:
     ]
 
 
-def test_delivery_happens_in_one_daemon_thread_of_its_own() -> None:
-    threads = set()
-
-    class Noting(Recorder):
-        def emit(self, event_type: str, **payload: Any) -> None:
-            threads.add(threading.current_thread())
-
-    with BufferedEventSink(Noting()) as sink:
-        for _ in range(20):
-            sink.emit("noted")
-        assert sink.flush(PATIENCE)
-
-    (thread,) = threads
-    assert thread is not threading.current_thread()
-    assert thread.daemon
-
-
-def test_without_a_record_there_is_no_thread() -> None:
-    before = workers()
-
-    sink = BufferedEventSink(Recorder())
-
-    assert workers() <= before
-    assert sink.stats().worker_alive
-    assert sink.close(timeout=0)
-
-
 def test_a_payload_is_delivered_as_it_was_when_it_was_emitted() -> None:
     held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
     payload = {"number": 1}
@@ -102,19 +74,6 @@ def test_a_payload_is_delivered_as_it_was_when_it_was_emitted() -> None:
     assert sink.close(timeout=PATIENCE)
 
     assert held.events[1].payload == {"number": 1}
-
-
-@pytest.mark.parametrize("error", [ValueError("broken"), SystemExit(1), KeyboardInterrupt()])
-def test_what_a_sink_raises_is_counted_and_the_worker_goes_on(error: BaseException) -> None:
-    downstream = Raising(error)
-    with BufferedEventSink(downstream) as sink:
-        sink.emit("first")
-        sink.emit("second")
-        assert sink.flush(PATIENCE)
-        stats = sink.stats()
-
-    assert downstream.calls == 2
-    assert (stats.failures, stats.delivered, stats.worker_alive) == (2, 0, True)
 
 
 def test_a_sink_may_emit_into_the_buffer_that_feeds_it() -> None:
@@ -188,20 +147,6 @@ def test_of_what_finds_no_room_one_is_dropped(
     assert sink.stats().dropped == 1
 
 
-def test_metrics_overflow_by_the_same_rules() -> None:
-    held = Held()
-    sink = BufferedMetricsSink(held, max_pending=1, overflow=BufferOverflowPolicy.RAISE)
-    sink.increment("first")
-    held.wait_arrived()
-    sink.increment("second")
-
-    with pytest.raises(queue.Full):
-        sink.observe("third", 1.0)
-
-    held.let_through()
-    assert sink.close(timeout=PATIENCE)
-
-
 def test_a_flooded_buffer_never_has_more_pending_than_it_may() -> None:
     held, sink = held_buffer(3, BufferOverflowPolicy.DROP_OLDEST)
     for _ in range(50):
@@ -233,16 +178,6 @@ def test_every_record_ends_as_delivered_failed_or_dropped(overflow: BufferOverfl
 # Waiting for delivery
 
 
-def test_flush_says_whether_all_was_dealt_with_in_time() -> None:
-    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
-
-    assert not sink.flush(timeout=0)
-    held.let_through()
-    assert sink.flush(PATIENCE)
-    assert sink.flush(timeout=0), "of an empty buffer at once"
-    assert sink.close(timeout=PATIENCE)
-
-
 def test_flush_waits_for_the_record_in_delivery_though_later_ones_were_dropped() -> None:
     held, sink = held_buffer(1, BufferOverflowPolicy.DROP_OLDEST)
     for _ in range(5):
@@ -270,74 +205,6 @@ def test_flush_and_close_in_the_worker_itself_do_not_wait_for_themselves() -> No
 
 
 # Closing
-
-
-def test_close_delivers_what_is_pending_and_ends_the_thread() -> None:
-    before = workers()
-    downstream = Recorder()
-    sink = BufferedEventSink(downstream)
-    for _ in range(10):
-        sink.emit("again")
-
-    assert sink.close()
-    assert len(downstream.events) == 10
-    assert workers() <= before
-    assert not sink.stats().worker_alive
-    assert sink.close(), "and again"
-    assert sink.stats().shutdown_timeout_count == 0
-
-
-def test_close_without_draining_discards_all_but_the_record_in_delivery() -> None:
-    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
-    sink.emit("second")
-    sink.emit("third")
-
-    assert not sink.close(timeout=0, drain=False)
-    held.let_through()
-    assert sink.close(timeout=PATIENCE)
-
-    assert held.emitted == ["first"]
-    assert sink.stats().dropped == 2
-
-
-def test_a_sink_that_blocks_does_not_hold_close_beyond_its_timeout_and_gets_what_is_left() -> None:
-    held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
-    sink.emit("second")
-
-    assert not sink.close(timeout=0)
-    stats = sink.stats()
-    assert (stats.closed, stats.worker_alive, stats.pending) == (True, True, 2)
-    assert stats.shutdown_timeout_count == 1
-
-    held.let_through()
-    assert sink.close(timeout=PATIENCE)
-    assert sink.stats().shutdown_timeout_count == 1
-    assert held.emitted == ["first", "second"]
-
-
-@pytest.mark.parametrize("overflow", list(BufferOverflowPolicy))
-def test_what_comes_after_closing_is_dropped_without_an_error(
-    overflow: BufferOverflowPolicy,
-) -> None:
-    downstream = Recorder()
-    sink = BufferedEventSink(downstream, overflow=overflow)
-    sink.close()
-
-    sink.emit("too late")
-
-    stats = sink.stats()
-    assert downstream.events == []
-    assert (stats.dropped, stats.enqueued, stats.pending) == (1, 0, 0)
-
-
-def test_leaving_the_block_closes() -> None:
-    downstream = Recorder()
-
-    with BufferedMetricsSink(downstream) as sink:
-        sink.increment("calls")
-
-    assert sink.stats().closed
-    assert len(downstream.metrics) == 1
 
 
 def test_a_forgotten_buffer_delivers_what_it_has_and_its_thread_ends() -> None:
@@ -496,26 +363,6 @@ def test_a_forked_child_delivers_its_own_records_and_not_the_parents() -> None:
 
 
 # Looking in, and settings
-
-
-def test_the_statistics_add_up() -> None:
-    downstream = Recorder()
-    sink = BufferedEventSink(downstream, max_pending=5)
-    sink.emit("first")
-    sink.close()
-
-    assert sink.stats() == BufferedSinkStats(
-        enqueued=1,
-        delivered=1,
-        dropped=0,
-        failures=0,
-        pending=0,
-        closed=True,
-        max_pending=5,
-        peak_pending=1,
-        worker_alive=False,
-        shutdown_timeout_count=0,
-    )
 
 
 def test_a_buffer_tells_its_state() -> None:

@@ -10,9 +10,6 @@ from coalestra import (
     BufferedEventSink,
     BufferedMetricsSink,
     CircuitBreaker,
-    CircuitBreakerPolicy,
-    DependencyCycleError,
-    DependencyResolutionError,
     FreshnessPolicy,
     InMemoryMetrics,
     LoggingEventSink,
@@ -21,16 +18,15 @@ from coalestra import (
     ResiliencePolicyResolver,
     ResourceKey,
     ResourcePublisher,
-    ResourceResolutionError,
     RetryPolicy,
     SnapshotBuilder,
     SourceAuthorityPolicy,
     SourceResiliencePolicy,
 )
-from coalestra.concurrency import CapacityController, CapacityLimiter
+from coalestra.concurrency import CapacityController
 from coalestra.core import SystemClock
-from tests.orchestration.scripted import Derived, Single, builder, key
-from tests.orchestration.stock import BASE, Stock
+from tests.orchestration.scripted import Single, builder, key
+from tests.orchestration.stock import Stock
 from tests.support import ManualClock
 
 K = key("k")
@@ -126,42 +122,7 @@ async def test_the_publisher_works_with_the_parts_of_its_builder() -> None:
 # Parts
 
 
-def test_limiters_leases_and_circuits_show_what_they_were_made_with() -> None:
-    assert CapacityLimiter(3).limit == 3
-    lease = CapacityController(global_limit=1).try_acquire("s")
-    assert lease is not None
-    assert lease.released is False
-    lease.release()
-    assert lease.released is True
-    clock, policy = ManualClock(), CircuitBreakerPolicy(failure_threshold=9)
-    breaker = CircuitBreaker(clock=clock, default_policy=policy)
-    assert (breaker.clock, breaker.default_policy) == (clock, policy)
-
-
 # Errors
-
-
-async def test_errors_of_a_build_keep_their_facts() -> None:
-    def needs(k: ResourceKey) -> list[ResourceKey]:
-        return [key("loop", "2" if k.subject == "1" else "1")]
-
-    building = builder(Derived("loop", needs=needs), Derived("d", needs=lambda k: [BASE]))
-    one, two = key("loop", "1"), key("loop", "2")
-    snapshot = await building.build([one, key("d"), BASE], strict=False)
-    error = snapshot.errors[one]
-    assert isinstance(error, DependencyCycleError)
-    assert error.path[0] == error.path[-1]
-    assert set(error.path) == {one, two}
-    missing = snapshot.errors[BASE]
-    assert isinstance(missing, ResourceResolutionError)
-    assert (missing.key, missing.failures) == (BASE, ())
-    assert "no compatible source" in str(missing)
-    derived = snapshot.errors[key("d")]
-    assert isinstance(derived, ResourceResolutionError)
-    (failure,) = derived.failures
-    assert (failure.source, failure.error_type) == ("d", "DependencyResolutionError")
-    made = DependencyResolutionError(key("d"), "d", {BASE: missing})
-    assert (made.key, made.source, dict(made.errors)) == (key("d"), "d", {BASE: missing})
 
 
 async def test_a_custom_source_needs_no_more_than_the_protocol_names() -> None:

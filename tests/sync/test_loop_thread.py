@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import signal
 import sys
@@ -20,8 +19,6 @@ from coalestra.sync import THREAD_NAME, LoopThread, Operation, SubmissionBacklog
 from tests.sync.steps import PATIENCE, Door, error_of, in_thread, loop_threads, outcome
 
 pytestmark = pytest.mark.concurrency
-
-REQUEST = contextvars.ContextVar("request", default="none")
 
 
 async def answer() -> int:
