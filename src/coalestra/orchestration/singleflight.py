@@ -1130,7 +1130,7 @@ class SingleFlight:
         for keys in portions(gather.keys, _KEYS_PER_STEP):
             for key in keys:
                 if key not in gather.readings and key not in gather.failures:
-                    self._strike_key(gather, key, pending.get(key))
+                    self._strike_key(gather, key, pending.pop(key, None))
             if len(keys) == _KEYS_PER_STEP:
                 yield
         odd: Collection[ResourceKey] = ()
@@ -1375,9 +1375,9 @@ class Stage(Gather):
             self._timer = asyncio.get_running_loop().call_later(seconds, self._tell_anyway)
 
     def _tell_anyway(self) -> None:
-        for key in self.keys:
-            if key not in self.readings and key not in self.failures:
-                self.failures[key] = late(key, self.work.deadline, None)
+        settled = {**self.readings, **self.failures}  # which asks no key for its hash
+        for key in set(self.keys).difference(settled):
+            self.failures[key] = late(key, self.work.deadline, None)
         self.tell()
 
     def fail(self, error: BaseException) -> None:
