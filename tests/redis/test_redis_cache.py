@@ -42,6 +42,7 @@ from coalestra.redis import (
     SharedCacheUnavailableError,
     UnstorableValueError,
 )
+from coalestra.redis.scripts import name_of
 from tests.redis.servers import Server
 from tests.redis.stock import (
     PATIENT_SECONDS,
@@ -914,6 +915,49 @@ async def test_a_loop_beside_the_first_is_refused(server: Server, prefix: str) -
 def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         RedisCache(**{"client": "redis://localhost", **arguments})
+
+
+@pytest.mark.parametrize("junk", [b"", b"abc", b"1 2", b"\xff\x00", None], ids=repr)
+@pytest.mark.parametrize("field", list("rowtvlx"))
+async def test_an_entry_of_damaged_fields_spoils_only_itself_and_is_replaced(
+    server: Server, prefix: str, field: str, junk: bytes | None
+) -> None:
+    async with caches(server, prefix, near_entries=0) as [cache], Redis.from_url(server.url) as raw:
+        for key in (A, B):
+            await cache.set(value_of(key, "old"))
+        await lease(cache, force=True)
+        if junk is None:
+            await raw.hdel(name_of(prefix, A), field)
+        else:
+            await raw.hset(name_of(prefix, A), field, junk)
+        told = await cache.get_many((A, B), now=time.time(), policies={A: POLICY, B: POLICY})
+        assert told[B].value is not None
+        damaged = field in "ot" or (field == "v" and junk is None)
+        assert (told[A].value is None) is damaged
+        assert cache.health().unreadable == damaged
+        news = [value_of(key, "new", observed_at=time.time()) for key in (A, B)]
+        results = await cache.set_many_if_newer(news)
+        assert {each.status for each in results.values()} == {STORED}
+        assert [await read(cache, key) for key in (A, B)] == ["new", "new"]
+
+
+@pytest.mark.parametrize("field", ["o", "t", "w", "r"])
+async def test_who_acquires_a_damaged_entry_holds_its_lease(
+    server: Server, prefix: str, field: str
+) -> None:
+    async with caches(server, prefix) as [cache], Redis.from_url(server.url) as raw:
+        await cache.set(value_of())
+        held = await lease(cache, force=True)
+        await raw.hset(name_of(prefix, A), field, "abc")
+        assert (await fulfil(cache, held, "acquired")).stored
+        assert await read(cache) == "acquired"
+
+
+async def test_a_damaged_lease_keeps_nobody_away(server: Server, prefix: str) -> None:
+    async with caches(server, prefix, 2) as [one, other], Redis.from_url(server.url) as raw:
+        await lease(one)
+        await raw.hset(name_of(prefix, A), "x", "abc")
+        assert (await fulfil(other, await lease(other), "acquired")).stored
 
 
 @dataclasses.dataclass

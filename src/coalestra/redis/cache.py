@@ -418,7 +418,7 @@ class RedisCache:
         """Read keys, or take leases on them; unreadable entries count as missing."""
         others = unlike or {}
         wanted = (
-            (key, f"{mode}{_plain(min(age, _FOREVER))} {others.get(key, '')}")
+            (key, _bytes(f"{mode}{_plain(min(age, _FOREVER))} {others.get(key, '')}"))
             for key, age in ages.items()
         )
         calls = self._calls(wanted, token, self._lease_ms, _plain(now))
@@ -469,16 +469,17 @@ class RedisCache:
         """Return an entry as the server tells it, with times on the reader's clock."""
         state, second, observed, stored, undated, size, rest = told.split(b" ", 6)
         value = version = None
+        self._unreadable += state.endswith(b"!")
         if observed != b"-":
-            data, version = rest[int(size) :], rest[: int(size)].decode()
-            observed_at, fetched_at = float(observed), now - (moment - float(stored))
-            if undated == b"1":
-                observed_at = now - (moment - observed_at)
+            data, version = rest[int(size) :], rest[: int(size)].decode(errors="surrogateescape")
             try:
+                observed_at, fetched_at = float(observed), now - (moment - float(stored))
+                if undated == b"1":
+                    observed_at = now - (moment - observed_at)
                 value = self._value(key, version, data, now, observed_at, fetched_at)
             except Exception:  # whoever has written it, and whatever the codec makes of it
                 self._unreadable += 1
-        return _Entry(state.decode(), value, version, int(second))
+        return _Entry(state.decode().rstrip("!"), value, version, int(second))
 
     def _value(
         self,
@@ -696,7 +697,7 @@ class RedisCache:
             raise UnstorableValueError(qualified_type(value.value), "value", limit)
         if value.observed_at == value.fetched_at:
             flags += "u"
-        parts = [(over or "").encode(), value.version.encode(), value.key.canonical.encode()]
+        parts = [_bytes(over or ""), value.version.encode(), value.key.canonical.encode()]
         head = (
             f"{token} {flags or '-'} {int(value.authority_rank)} "
             f"{_plain(value.observed_at)} {int(value.attempts)} {_plain(value.latency_ms)} "
@@ -899,6 +900,11 @@ def _servable_age(policy: FreshnessPolicy) -> float:
 def _plain(seconds: float) -> str:
     """Return a number as the server reads it, whatever its class calls itself, as numpy's do."""
     return repr(float(seconds))
+
+
+def _bytes(text: str) -> bytes:
+    """Return a text as bytes; a version may be damaged."""
+    return text.encode(errors="surrogateescape")
 
 
 def _milliseconds(name: str, seconds: float) -> int:

@@ -24,6 +24,7 @@ Laws:
    is dated, and newer than what is there.
 4. A value that is stored without a lease (a publication), and an invalidation, remove the lease.
 5. Every change is told on the channel of its prefix within the same step.
+6. An entry whose numbers are none counts as missing, for its key alone.
 """
 
 from __future__ import annotations
@@ -115,16 +116,26 @@ local function text(seconds)
   return string.format('%.6f', seconds)
 end
 local function fields(key, ...)
-  local got = redis.pcall('HMGET', key, ...)
+  local got, has = redis.pcall('HMGET', key, ...), {}
   if got.err then
     redis.call('DEL', key)
     got = redis.call('HMGET', key, ...)
   end
-  return got
+  for i, name in ipairs({...}) do has[name] = got[i] end
+  local function odd(name)
+    return has[name] ~= nil and not tonumber((has[name] or ''):match('^%S+$'))
+  end
+  local damaged = has.d and (has.v == false or odd('r') or odd('o') or odd('w') or odd('t'))
+  local unleased = has.l and odd('x')
+  for i, name in ipairs({...}) do
+    local of_lease = name == 'l' or name == 'x'
+    if of_lease and unleased or damaged and not of_lease then got[i] = false end
+  end
+  return got, damaged
 end
 local function entry(first, second, o, t, u, v, d)
   if not d then return first .. ' ' .. second .. ' - - - 0 ' end
-  return table.concat({first, second, o, t, u, #v, v .. d}, ' ')
+  return table.concat({first, second, o, t, u == '1' and '1' or '0', #v, v .. d}, ' ')
 end
 """
 
@@ -132,13 +143,14 @@ READ: Final = """
 -- ARGV: token, lease in ms, the reader's time; then for each key: mode, age still of use, a
 -- space, and the version that is of no use. Modes: 'g' get, 'l' lease unless of use, 'f' lease in
 -- any case. Answers the server's time, then an entry for each key, after h(it), l(eased), w(ait)
--- or m(iss) and for how many ms the lease of another one lasts.
+-- or m(iss) and for how many ms the lease of another one lasts; '!' marks one that is damaged.
 local now = clock()
 local reader, lasting = tonumber(ARGV[3]), tonumber(ARGV[2])
 local answers = {text(now)}
 for i, key in ipairs(KEYS) do
   local mode, age, unlike = ARGV[3 + i]:match('^(.)(%S+) (.*)$')
-  local d, v, o, t, u, l, x = unpack(fields(key, 'd', 'v', 'o', 't', 'u', 'l', 'x'))
+  local got, damaged = fields(key, 'd', 'v', 'o', 't', 'u', 'l', 'x')
+  local d, v, o, t, u, l, x = unpack(got)
   local state, left = 'm', 0
   if d and v ~= unlike and mode ~= 'f' then
     local since = (u == '1') and now or reader
@@ -159,7 +171,7 @@ for i, key in ipairs(KEYS) do
       end
     end
   end
-  answers[#answers + 1] = entry(state, left, o, t, u, v, d)
+  answers[#answers + 1] = entry(damaged and state .. '!' or state, left, o, t, u, v, d)
 end
 return answers
 """
@@ -180,7 +192,8 @@ local function write(key, item)
   local over = item:sub(stop + 1, stop + a)
   local version = item:sub(stop + a + 1, stop + a + b)
   local identity = item:sub(stop + a + b + 1, stop + a + b + c)
-  local d, v, r, o, t, u, l, w = unpack(fields(key, 'd', 'v', 'r', 'o', 't', 'u', 'l', 'w'))
+  local got = fields(key, 'd', 'v', 'r', 'o', 't', 'u', 'l', 'w')
+  local d, v, r, o, t, u, l, w = unpack(got)
   local undated, forced = flags:find('u', 1, true), flags:find('f', 1, true)
   local leased = token ~= '-'
   local holds = not leased or l == token
@@ -249,7 +262,8 @@ RELEASE: Final = """
 -- ARGV: channel, letter of the news, then each key's token and text. Answers how many were held.
 local held = 0
 for i, key in ipairs(KEYS) do
-  local l, v = unpack(fields(key, 'l', 'v'))
+  local got = fields(key, 'l', 'v')
+  local l, v = unpack(got)
   if l == ARGV[2 * i + 1] then
     redis.call('HDEL', key, 'l', 'x')
     tell(ARGV[1], ARGV[2], v or '', ARGV[2 * i + 2])
