@@ -368,6 +368,32 @@ async def test_refreshes_that_a_source_waits_for_wait_for_no_slot(started: bool)
     await no_leaks(building)
 
 
+@pytest.mark.parametrize("ends", ["refresh", "build"])
+async def test_refreshes_whose_sources_wait_for_each_other_all_end(ends: str) -> None:
+    """By all refreshes under way, or by the build of one who waits for them."""
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if len(source.calls) > 2:
+            await settle()
+            if k == INNER or ends == "refresh":
+                await building.wait_for_refreshes()
+            else:
+                await building.build([INNER], strict=False)
+        return len(source.calls)
+
+    source = Single("outer", "outer", "inner", fetch=fetch)
+    policy = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    building = builder(source, default_policy=policy)
+    await building.build([INNER, OUTERS[0]])
+    await asyncio.sleep(20)
+    if ends == "build":
+        await building.publisher.invalidate(INNER)
+    keys = [INNER, OUTERS[0]]
+    assert (await building.build(keys[::-1], strict=False)).value(OUTERS[0])
+    await building.wait_for_refreshes()
+    await no_leaks(building)
+
+
 # Over several event loops ---------------------------------------------------------------------
 
 

@@ -759,7 +759,7 @@ class FlightBoard:
         return f"<FlightBoard flights={len(self.flights)} aside={len(self.aside)}>"
 
 
-# Waiting over several event loops: sources may use builders of other threads ---------------------
+# Circles over several event loops, or over refreshes that a source waits for ---------------------
 #
 # What one loop decides in a step may close a circle with what another one decides at the same time.
 # So these are not kept out, but found: by whoever waits in one, who looks again and again.

@@ -18,7 +18,15 @@ from coalestra.core.errors import (
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import Revision, new_id
-from coalestra.orchestration.flights import LOOK_SECONDS, Gather, Work, circle_of, current_call
+from coalestra.orchestration.flights import (
+    LOOK_SECONDS,
+    Gather,
+    Work,
+    ask_for,
+    asks_no_more,
+    circle_of,
+    current_call,
+)
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
 
@@ -203,9 +211,19 @@ class Refresher:
         needs no slot.
         """
         call, awaited = current_call.get(), [*self._running]
-        while awaited := [each for each in awaited if self._keeps(call, each)]:
-            ended = [self._end_of(each, call) for each in awaited]
-            await asyncio.wait(ended, timeout=None if call is None else LOOK_SECONDS)
+        asked: dict[Gather, None] = {}
+        try:
+            while awaited := [each for each in awaited if self._keeps(call, each)]:
+                if call is not None:
+                    asked |= {each.gather: None for each in awaited if each.gather is not None}
+                    for gather in asked:
+                        ask_for(call, gather)
+                ended = [self._end_of(each, call) for each in awaited]
+                await asyncio.wait(ended, timeout=None if call is None else LOOK_SECONDS)
+        finally:
+            if call is not None:
+                for gather in asked:
+                    asks_no_more(call, gather)
 
     def _keeps(self, call: Call | None, refresh: Refresh) -> bool:
         """Whether a refresh is under way, and does not wait, by now, for a call that waits."""

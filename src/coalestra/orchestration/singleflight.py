@@ -1496,11 +1496,10 @@ class Engine:
         if own is not None:
             stage.within, stage.urgent = own, True
             self.flights.board.nest(own)
-        if own is not call:
-            stage.look_out(partial(self._look_for_circle, call, stage), ())
+        stage.look_out(partial(self._look_for_circle, call, stage), ())
 
     def _look_for_circle(self, call: Call, stage: Stage, seen: tuple[Flight, ...]) -> None:
-        """Break the circle over several loops that a stage waits in; seen twice, it is one."""
+        """Break the circle that a stage waits in; seen twice, it is one."""
         circle = circle_of(call, stage)
         if circle and circle == seen and not stage.open:
             self.flights.refuse_circle(stage, circle)

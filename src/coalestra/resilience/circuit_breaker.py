@@ -302,7 +302,7 @@ class CircuitBreaker:
 
     def __repr__(self) -> str:
         now = monotonic_of(self.clock)
-        states = [circuit.state(now).value for circuit in self.circuits.values()]
+        states = [circuit.state(now).value for circuit in self.circuits.copy().values()]
         counts = " ".join(f"{state}={states.count(state)}" for state in sorted(set(states)))
         return f"<{type(self).__name__} {counts or 'all at rest'}>"
 
