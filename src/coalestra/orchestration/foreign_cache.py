@@ -20,6 +20,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -45,25 +46,19 @@ _QUICK_SECONDS = 0.01
 _ANSWERS_PER_TURN = 256
 
 
+@dataclass(eq=False, repr=False)
 class CacheReads:
     """Carries questions to the cache in groups, and each answer to everyone who asked.
 
     `answered` is called with each read and what the cache held.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        answered: Callable[[Read, Revision | None], None],
-        tasks: set[asyncio.Task[Any]],
-    ) -> None:
-        self._parts = parts
-        self._answered = answered
-        self._tasks = tasks
-        self._leases = parts.access.leases
-        self._open: dict[ResourceKey, Read] = {}
-        self._next: dict[bool, ReadGroup] = {}
-        self._groups: dict[ReadGroup, None] = {}
+    parts: Parts
+    answered: Callable[[Read, Revision | None], None]
+    tasks: set[asyncio.Task[Any]]
+    _open: dict[ResourceKey, Read] = field(default_factory=dict)
+    _next: dict[bool, ReadGroup] = field(default_factory=dict)
+    _groups: dict[ReadGroup, None] = field(default_factory=dict)
 
     def ask(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> Read:
         """Let `gather` wait for what the cache holds of `key`; return the read to wait for."""
@@ -71,8 +66,8 @@ class CacheReads:
         if read is None:
             read = self._open[key] = self._begin(key, policy, forced=False)
         self._wait(gather, read)
-        group = read.group
-        if gather.cutoff != math.inf and gather not in group.hurried and not self._leases:
+        group, leases = read.group, self.parts.access.leases
+        if gather.cutoff != math.inf and gather not in group.hurried and not leases:
             # It goes on without the cache while there is time left for its sources.
             loop = asyncio.get_running_loop()
             seconds = (gather.cutoff - loop.time()) * _SHARE
@@ -134,19 +129,19 @@ class CacheReads:
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
         for read in group.reads:
             if gather in read.waiters:
-                self._parts.copies.count_timeouts(read.key in self._parts.access.copying)
+                self.parts.copies.count_timeouts(read.key in self.parts.access.copying)
                 del read.waiters[gather], gather.pending[read]
                 alone = Read(read.key, read.policy, group)
                 alone.waiters[gather] = None
                 alone.flight = read.flight
-                self._answered(alone, None)
+                self.answered(alone, None)
 
     def _send(self, group: ReadGroup) -> None:
         del self._next[group.forced]
         work = self._read(group)
         task = asyncio.get_running_loop().create_task(work, name="coalestra cache read")
         group.task = task
-        look_after(task, self._tasks)
+        look_after(task, self.tasks)
         task.add_done_callback(partial(self._done, group))
 
     async def _read(self, group: ReadGroup) -> None:
@@ -158,13 +153,13 @@ class CacheReads:
         self._close(read for read in group.reads if not read.waiters)
         if not reads:
             return
-        access, now = self._parts.access, self._parts.clock.now()
+        access, now = self.parts.access, self.parts.clock.now()
         if access.calls.carries_many:
             for work in {gather.work for read in group.reads for gather in read.waiters}:
                 work.record.cache_batch_reads += 1
         policies = {key: same[-1].policy for key, same in reads.items()}
         unlike = {read.key: read.unlike for read in group.reads if read.unlike is not None}
-        if not self._leases:
+        if not self.parts.access.leases:
             found = await access.read(policies, now, policies)
             await self._pass_on(group, reads, {key: Answer(found.get(key)) for key in policies})
             return
@@ -188,7 +183,7 @@ class CacheReads:
                     await asyncio.sleep(0)
         finally:
             for answer in rest.values():
-                self._parts.access.give_back(answer.lease, failed=False)
+                self.parts.access.give_back(answer.lease, failed=False)
 
     def _take(self, group: ReadGroup, reads: Iterable[Read], answer: Answer) -> None:
         """Answer all reads of one key; the lease goes to the first that has use for it.
@@ -203,10 +198,10 @@ class CacheReads:
             self._close((read,))
             if read.waiters:
                 read.lease = lease
-                gone = not self._leases and group.changed.get(read.key, read) is None
-                self._answered(read, None if gone else answer.revision)
+                gone = not self.parts.access.leases and group.changed.get(read.key, read) is None
+                self.answered(read, None if gone else answer.revision)
                 lease, read.lease = read.lease, None
-        self._parts.access.give_back(lease, failed=False)
+        self.parts.access.give_back(lease, failed=False)
 
     def _done(self, group: ReadGroup, _task: asyncio.Task[None]) -> None:
         """Answer everyone who still waits, however the reading ended."""
@@ -216,7 +211,7 @@ class CacheReads:
             timer.cancel()
         for read in group.reads:
             if read.waiters:
-                self._answered(read, None)
+                self.answered(read, None)
         group.reads.clear()  # which lead back to it, and would keep all that was read alive
 
     def _close(self, reads: Iterable[Read]) -> None:
@@ -229,6 +224,7 @@ class CacheReads:
         return f"<CacheReads open={len(self._open)}>"
 
 
+@dataclass(eq=False, repr=False)
 class CacheWrites:
     """Carries the values of flights to the cache in groups.
 
@@ -238,24 +234,20 @@ class CacheWrites:
     whether the value of a flight may still be written, and settles the flight if not.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        fit: Callable[[Flight], bool],
-        written: Callable[[Flight, CacheWriteStatus, Revision], None],
-    ) -> None:
-        self._parts = parts
-        self._fit = fit
-        self._written = written
-        self._ranked = getattr(parts.authority, "has_rules", True)
-        self._slow = False
-        self._next: dict[Revision, Flight] = {}
-        self._held: dict[ResourceKey, Lease] = {}
-        self._writers: set[Work] = set()
+    parts: Parts
+    fit: Callable[[Flight], bool]
+    written: Callable[[Flight, CacheWriteStatus, Revision], None]
+    _slow: bool = False
+    _next: dict[Revision, Flight] = field(default_factory=dict)
+    _held: dict[ResourceKey, Lease] = field(default_factory=dict)
+    _writers: set[Work] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._ranked = getattr(self.parts.authority, "has_rules", True)
 
     def add(self, flight: Flight, revision: Revision) -> None:
         """Write the value that a flight offers, together with the others of this step."""
-        access = self._parts.access
+        access = self.parts.access
         if flight.lease is None and access.leases:
             self._settle(flight, revision, alone=True)
             return
@@ -273,7 +265,7 @@ class CacheWrites:
 
     def add_stale(self, revision: Revision, policy: FreshnessPolicy) -> None:
         """Write a stale value, for which nobody waits."""
-        access, now = self._parts.access, self._parts.clock.now()
+        access, now = self.parts.access, self.parts.clock.now()
         if not access.leases and access.hold(revision, now)[0] is _STORED:
             terms = Terms({revision.key: policy}, now)
             access.write_behind((revision,), terms, wanted=access.holds)
@@ -283,7 +275,7 @@ class CacheWrites:
         self._next, self._held, self._writers = {}, {}, set()
 
     def _send(self) -> None:
-        loop, access = asyncio.get_running_loop(), self._parts.access
+        loop, access = asyncio.get_running_loop(), self.parts.access
         group, held = self._next, self._held
         self.forget()
         for forced in (False, True):
@@ -292,7 +284,7 @@ class CacheWrites:
                 leases = {each.key: held[each.key] for each in part if each.key in held}
                 terms = Terms(
                     {flight.key: flight.policy for flight in part.values()},
-                    self._parts.clock.now(),
+                    self.parts.clock.now(),
                     replace_equal=forced,
                     leases=leases if access.leases else None,
                 )
@@ -307,13 +299,13 @@ class CacheWrites:
     def _wanted(self, part: Mapping[Revision, Flight], revision: Revision) -> bool:
         flight = part[revision]
         if flight.settlement is None:
-            return self._fit(flight)
-        return self._parts.access.holds(revision)
+            return self.fit(flight)
+        return self.parts.access.holds(revision)
 
     def _overdue(self, part: Mapping[Revision, Flight]) -> None:
         self._slow = True
         for revision, flight in part.items():
-            if flight.settlement is None and self._fit(flight):
+            if flight.settlement is None and self.fit(flight):
                 self._settle(flight, revision)
 
     def _settle(self, flight: Flight, revision: Revision, *, alone: bool = False) -> None:
@@ -330,9 +322,9 @@ class CacheWrites:
         if cached is not None and status is not _STORED:
             current = cached
         elif not alone:
-            now = self._parts.clock.now()
-            status, current, _ = self._parts.access.hold(revision, now, replace_equal=equal)
-        self._written(flight, status, current)
+            now = self.parts.clock.now()
+            status, current, _ = self.parts.access.hold(revision, now, replace_equal=equal)
+        self.written(flight, status, current)
 
     def _ended(
         self, part: Mapping[Revision, Flight], timer: asyncio.TimerHandle, outcomes: Outcomes
@@ -343,7 +335,7 @@ class CacheWrites:
         for revision, flight in part.items():
             if flight.settlement is None:
                 status, current, _ = outcomes.get(flight.key, (_STORED, revision, None))
-                self._written(flight, status, current)
+                self.written(flight, status, current)
 
     def __repr__(self) -> str:
         return f"<CacheWrites waiting={len(self._next)} slow={self._slow}>"
