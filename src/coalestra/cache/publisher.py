@@ -273,14 +273,9 @@ class ResourcePublisher:
         )
         observation = observation_policy or ObservationPolicy()
         reporter = reporter_for(metrics, events)
+        failed = None if reporter is None else reporter.cache_failed
         self._parts = PublisherParts(
-            access=CacheAccess(
-                cache,
-                copies,
-                max_pending_tasks,
-                observation,
-                None if reporter is None else reporter.cache_failed,
-            ),
+            access=CacheAccess(cache, copies, max_pending_tasks, observation, failed),
             clock=clock,
             policy_resolver=policy_resolver,
             observation_policy=observation,

@@ -143,12 +143,7 @@ _encode: Final = Encoder().encode
 
 
 class _Refused(Exception):
-    """Ends the writing of a value; where in the value is looked for afterwards."""
-
-    def __init__(self, value: Any, reason: str) -> None:
-        super().__init__(reason)
-        self.value = value
-        self.reason = reason
+    """Ends the writing of a value, with the culprit and the reason; its place is found later."""
 
 
 class MessagePackCodec:
@@ -194,8 +189,9 @@ class MessagePackCodec:
         try:
             return _encode(self._write(value))
         except _Refused as refused:
-            name, place = qualified_type(refused.value), _place_of(refused.value, value, "value")
-            raise UnstorableValueError(name, place, refused.reason) from None
+            culprit, reason = refused.args
+            place = _place_of(culprit, value, "value")
+            raise UnstorableValueError(qualified_type(culprit), place, reason) from None
         except RecursionError:
             reason = "it is nested too deeply, or contains itself"
             raise UnstorableValueError(qualified_type(value), "value", reason) from None
