@@ -271,15 +271,12 @@ class AsyncMemoryCache:
         self, namespace: str, *, name: str | None = None, subject: str | None = None
     ) -> tuple[ResourceKey, ...]:
         """Forget a namespace, or the part of it with this name and subject; return the keys."""
-        return await _gone(
-            self._store.drop_where(
-                lambda key: (
-                    key.namespace == namespace
-                    and name in (None, key.name)
-                    and subject in (None, key.subject)
-                )
-            )
-        )
+
+        def within(key: ResourceKey) -> bool:
+            named = name in (None, key.name) and subject in (None, key.subject)
+            return named and key.namespace == namespace
+
+        return await _gone(self._store.drop_where(within))
 
     async def prune(
         self, *, now: float, policy_resolver: FreshnessPolicyProvider
