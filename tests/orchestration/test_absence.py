@@ -249,13 +249,6 @@ def chain(*answers: Any, **settings: Any) -> tuple[SnapshotBuilder, list[Stock]]
     return builder(*sources, **settings), sources
 
 
-async def test_it_goes_on_to_the_next_source() -> None:
-    building, _ = chain(NONE, "found")
-    snapshot = await attempt(building)
-    assert (snapshot[X].value, snapshot[X].source) == ("found", "b")
-    assert snapshot.diagnostics.absent_answers == 1
-
-
 async def test_one_that_is_final_ends_the_chain() -> None:
     building, (_, second) = chain(ResourceAbsent(final=True), "found")
     assert sources_of(absence(await attempt(building))) == [("a", "ResourceAbsent")]
@@ -351,17 +344,6 @@ async def test_it_is_no_failure_in_metrics_and_events() -> None:
     assert told.payload["source"] == "x"
 
 
-async def test_a_trace_tells_what_was_said_and_that_it_was_remembered() -> None:
-    building = builder(Stock("x", {"x": FOR_A_MINUTE}))
-    for calls in (1, 0):
-        trace = (await attempt(building, trace=True)).trace
-        assert trace is not None
-        told = trace.keys[X]
-        assert [refusal.status for refusal in told.refusals] == ["absent"] * calls
-        assert (told.error_type, len(trace.calls)) == ("ResourceAbsentError", calls)
-        assert told.end == told.start == 0
-
-
 # What is remembered -------------------------------------------------------------------------------
 
 
@@ -384,12 +366,6 @@ async def test_it_is_remembered_for_as_long_as_the_source_says() -> None:
     assert (snapshot.diagnostics.cache_hits, snapshot.diagnostics.source_calls) == (1, 0)
     await asyncio.sleep(0.2)
     assert (await attempt(building)).value(X) == "there"
-
-
-async def test_each_reader_gets_an_error_of_its_own() -> None:
-    building = builder(Stock("x", {"x": FOR_A_MINUTE}))
-    errors = [absence(await attempt(building)) for _ in range(3)]
-    assert len({id(error) for error in errors}) == 3
 
 
 @pytest.mark.parametrize(
@@ -508,18 +484,6 @@ async def test_a_value_that_was_fetched_since_ends_what_is_remembered() -> None:
     await asyncio.sleep(6)
     source.change(x="still there")
     assert (await attempt(building)).value(X) == "still there"
-
-
-async def test_readers_of_one_moment_share_one_answer() -> None:
-    gate = Gate()
-    source = Stock("x", {"x": NONE}, before=gate.pass_)
-    building = builder(source)
-    readers = [asyncio.ensure_future(attempt(building)) for _ in range(5)]
-    await gate.wait_arrived()
-    gate.open()
-    for reader in readers:
-        absence(await reader)
-    assert len(source.calls) == 1
 
 
 async def test_so_many_absent_keys_are_remembered_and_no_more(
@@ -761,15 +725,6 @@ async def test_nobody_joins_what_waits_on_though_something_it_lacked_has_come(
     await no_leaks(building)
 
 
-async def test_what_rested_on_a_value_that_is_gone_is_not_served() -> None:
-    source = Stock("x", {"x": 1})
-    building = builder(source, Derived("y", needs=lambda _: [X]), default_policy=SHORT)
-    assert (await attempt(building, Y)).value(Y) == (1,)
-    await asyncio.sleep(6)
-    source.change(x=NONE)
-    absence(await attempt(building, X, Y), Y)
-
-
 # Caches that are awaited --------------------------------------------------------------------------
 
 
@@ -781,16 +736,6 @@ class Awaited(AsyncMemoryCache):
     async def get_many(self, keys: Any, **how: Any) -> Mapping[ResourceKey, CacheLookup]:
         self.reads += 1
         return await super().get_many(keys, **how)
-
-
-async def test_with_a_cache_that_is_awaited_it_is_remembered_as_well() -> None:
-    source = Stock("x", {"x": FOR_A_MINUTE})
-    building = builder(source, cache=Awaited())
-    for _ in range(3):
-        absence(await attempt(building))
-    assert len(source.calls) == 1
-    await publish(building)
-    assert (await attempt(building)).value(X) == "event"
 
 
 async def test_what_an_awaited_cache_holds_is_not_served_stale_while_it_is_known_to_be_gone() -> (

@@ -20,7 +20,7 @@ from coalestra import (
 from coalestra.concurrency import pace
 from coalestra.orchestration import calls
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
-from tests.support import Gate, LoopClock, no_leaks, settle
+from tests.support import Gate, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -178,30 +178,6 @@ async def test_a_derivation_that_took_in_a_value_replaced_since_is_not_joined() 
     assert (await building.build([key("d")])).value(key("d")) == ("new",)
 
 
-async def test_a_dated_read_older_than_the_event_gives_way_and_a_newer_one_wins() -> None:
-    gate = Gate()
-    dated_at = 0.0
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> SourcePayload[str]:
-        await gate.pass_()
-        return SourcePayload("fetched", observed_at=dated_at)
-
-    for offset, expected in ((-1.0, "event"), (+1.0, "fetched")):
-        gate = Gate()
-        clock = LoopClock()
-        building = builder(Single("x", fetch=fetch), clock=clock)
-        reader = asyncio.ensure_future(building.build([K]))
-        await gate.wait_arrived()
-        await asyncio.sleep(5)
-        now = clock.now()
-        await building.publisher.publish(K, "event", source="stream", observed_at=now)
-        dated_at = now + offset
-        await asyncio.sleep(2)
-        gate.open()
-        assert (await reader).value(K) == expected
-        assert (await building.build([K])).value(K) == expected
-
-
 async def test_a_build_of_base_and_derived_shows_the_derived_value_of_that_very_base() -> None:
     answers = iter("abcdef")
 
@@ -221,17 +197,6 @@ async def test_a_build_of_base_and_derived_shows_the_derived_value_of_that_very_
     snapshot = await building.build([key("d"), key("base")])
     assert snapshot.value(key("d")) == (snapshot.value(key("base")),)
     assert snapshot[key("d")].dependency_versions[key("base")] == snapshot[key("base")].version
-
-
-async def test_a_session_shows_the_base_that_its_derived_value_was_made_from() -> None:
-    building = builder(Single("base"), Derived("d", needs=lambda k: [key("base")]))
-    async with building.session() as session:
-        await session.resolve([key("d")])
-        await asyncio.sleep(1)
-        await building.publisher.publish(key("base"), "new", source="stream")
-        later = await session.resolve([key("base")])
-        assert later.value(key("d")) == (later.value(key("base")),)
-        assert later.diagnostics.source_calls == 2
 
 
 async def test_a_derivation_over_two_ways_to_one_base_sees_one_revision_of_it() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
@@ -117,31 +116,6 @@ async def test_waiting_for_capacity_is_bounded_by_the_queue_or_else_the_source_t
     assert (health.queue_timeout_count, health.source_timeout_count) == (1, 0)
     holder.cancel()
     await no_leaks(building)
-
-
-async def test_a_key_that_waited_too_long_goes_on_to_its_next_source() -> None:
-    busy = Single("busy", "x", priority=20, fetch=latency(50))
-    busy.max_concurrency = 1
-    busy.queue_timeout_seconds = 2
-    building = builder(busy, Single("spare", "x"))
-    holder = asyncio.ensure_future(building.build([key("x", "holder")]))
-    await settle()
-    snapshot = await building.build([key("x")])
-    assert snapshot[key("x")].source == "spare"
-    holder.cancel()
-    await no_leaks(building)
-
-
-@pytest.mark.parametrize("kind", ["single", "derived"])
-async def test_the_workers_of_one_source_are_bounded_by_max_pending_tasks(kind: str) -> None:
-    crowd = Crowd()
-    source: Any = Single("x", fetch=crowd.fetch)
-    if kind == "derived":
-        source = Derived("x", needs=lambda k: [], before=crowd.stay)
-    building = builder(source, max_concurrency=10, max_pending_tasks=3)
-    snapshot = await building.build(keys("x", 9))
-    assert crowd.most == 3
-    assert list(snapshot) == keys("x", 9)
 
 
 async def test_the_capacity_snapshot_names_the_global_limiter() -> None:
@@ -281,17 +255,6 @@ async def test_the_source_timeout_begins_with_the_call_and_not_with_the_queue() 
     assert [len(snapshot) for snapshot in snapshots] == [1, 1, 1]
 
 
-async def test_without_any_bound_a_build_waits_for_capacity_as_long_as_it_takes() -> None:
-    gate = Gate()
-    building = builder(gated(gate), max_concurrency=1)
-    tasks = [asyncio.ensure_future(building.build([k])) for k in keys("x", 2)]
-    await asyncio.sleep(1_000_000)
-    assert await in_use(building) == (1, 1)
-    gate.open()
-    await asyncio.gather(*tasks)
-    await no_leaks(building)
-
-
 @pytest.mark.parametrize(
     "queue_timeout, deadline, expected",
     [(2.0, 5.0, "SourceQueueTimeoutError"), (5.0, 2.0, "SnapshotDeadlineExceededError")],
@@ -312,19 +275,6 @@ async def test_waiting_for_capacity_ends_by_whichever_limit_comes_first(
     assert ("waited 2 s for capacity of source 'x'" in failure.message) is (queue_timeout == 2.0)
     assert (await building.health_snapshot()).circuits == {}
     lease.release()
-    await no_leaks(building)
-
-
-async def test_a_caller_with_more_time_extends_the_wait_for_capacity() -> None:
-    building = builder(Single("x"), max_concurrency=1)
-    lease = await building.capacity.acquire("x")
-    hasty = asyncio.ensure_future(building.build([key("x")], strict=False, deadline_seconds=2))
-    await asyncio.sleep(1)
-    patient = asyncio.ensure_future(building.build([key("x")], deadline_seconds=50))
-    assert list((await hasty).errors) == [key("x")]
-    assert await in_use(building) == (1, 1)
-    lease.release()
-    assert (await patient).value(key("x")) == ""
     await no_leaks(building)
 
 

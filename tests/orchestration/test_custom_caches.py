@@ -10,8 +10,6 @@ import pytest
 
 from coalestra import (
     FreshnessPolicy,
-    RefreshMode,
-    ResourceKey,
     SnapshotBuildError,
     SourceUnavailableError,
 )
@@ -23,8 +21,8 @@ from tests.contracts.caches import (
     SingleKeyCache,
 )
 from tests.contracts.samples import value_of
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key
-from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
+from tests.orchestration.scripted import Batch, Single, builder, key
+from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
 from tests.support import Gate, LoopClock, ThreadGate, cancel_at_every_await, no_leaks, settle
 
 Make = Callable[[], Any]
@@ -73,30 +71,6 @@ async def test_an_expired_value_is_fetched_again_and_stands_in_if_that_fails(mak
 
 
 @every_cache
-async def test_stale_while_revalidate_refreshes_in_the_background(make: Make) -> None:
-    policy = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    shop = Shop(cache=make(), default_policy=policy)
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    shop.stock.change(base=2)
-    assert (await shop.builder.build([BASE])).value(BASE) == 1
-    await shop.builder.wait_for_refreshes()
-    assert (await shop.builder.build([BASE])).value(BASE) == 2
-    await no_leaks(shop.builder)
-
-
-@every_cache
-async def test_events_go_into_the_cache_and_invalidations_out_of_it(make: Make) -> None:
-    shop = Shop(cache=make())
-    await shop.builder.build([BASE])
-    await shop.publish(BASE, 2)
-    assert (await shop.builder.build([BASE])).value(BASE) == 2
-    await shop.builder.publisher.invalidate(BASE)
-    assert (await shop.builder.build([BASE])).value(BASE) == 1
-    assert len(shop.stock.calls) == 2
-
-
-@every_cache
 async def test_derived_values_are_never_served_once_a_dependency_has_changed(make: Make) -> None:
     shop = Shop(cache=make())
     assert (await shop.builder.build([TOP])).value(TOP) == ((1,),)
@@ -119,19 +93,6 @@ async def test_sessions_pin_and_revalidate_over_any_cache(make: Make) -> None:
     assert shown(forced) == {BASE: 3, TOP: ((3,),), MIDDLE: (3,)}
     assert (await shop.builder.build([TOP])).value(TOP) == ((3,),)
     await no_leaks(shop.builder)
-
-
-@every_cache
-async def test_chains_of_derived_keys_work_cold_and_warm(make: Make) -> None:
-    def needs(k: ResourceKey) -> list[ResourceKey]:
-        return [key("link", str(int(k.subject) - 1))] if int(k.subject) else [BASE]
-
-    building = builder(Stock("stock", {"base": 1}), Derived("link", needs=needs), cache=make())
-    last = key("link", "50")
-    first = await building.build([last])
-    second = await building.build([last])
-    assert second[last].version == first[last].version
-    assert second[last].from_cache
 
 
 @every_cache
@@ -227,30 +188,6 @@ async def test_only_a_cache_that_does_not_check_dependencies_itself_is_rid_of_wh
         assert ("invalidate_many" in cache.calls) is (make is BatchAtomicCache)
 
 
-async def test_entries_that_fail_the_check_are_invalidated() -> None:
-    cache = BatchAtomicCache()
-    shop = Shop(cache=cache)
-    await shop.builder.build([TOP])
-    other = builder(Single("none"), cache=cache)
-    await asyncio.sleep(1)
-    await other.publisher.publish(BASE, 2, source="stream")
-    cache.calls.clear()
-    snapshot = await other.build([TOP], strict=False)
-    assert TOP in snapshot.errors
-    await asyncio.sleep(1)
-    assert TOP not in cache.held
-    assert "invalidate_many" in cache.calls
-
-
-async def test_a_value_that_vanished_from_the_cache_is_simply_fetched_again() -> None:
-    cache = SingleKeyCache()
-    shop = Shop(cache=cache)
-    await shop.builder.build([TOP])
-    del cache.held[MIDDLE]
-    await shop.publish(BASE, 5)
-    assert (await shop.builder.build([TOP])).value(TOP) == ((5,),)
-
-
 # Caches that fail
 
 
@@ -296,17 +233,6 @@ async def test_a_hanging_cache_read_does_not_outlive_the_readers_who_left() -> N
     await settle()
     assert cache.gate.waiting == 0
     await no_leaks(building)
-
-
-async def test_closing_ends_cache_calls_under_way() -> None:
-    cache = Hanging("get")
-    building = builder(Single("k"), cache=cache)
-    task = asyncio.ensure_future(building.build([key("k")]))
-    await cache.gate.wait_arrived()
-    await building.aclose()
-    with pytest.raises(RuntimeError, match="closed"):
-        await task
-    assert cache.gate.waiting == 0
 
 
 async def test_a_reader_in_a_hurry_goes_on_without_the_cache_and_others_do_not() -> None:

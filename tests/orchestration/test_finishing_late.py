@@ -26,7 +26,7 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
-from tests.support import Gate, ThreadGate, no_leaks, settle
+from tests.support import ThreadGate, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -258,42 +258,6 @@ async def test_news_of_the_key_counts_more_than_what_was_asked_before_it(news: s
     await no_leaks(building)
 
 
-async def test_closing_ends_it() -> None:
-    gate = Gate()
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
-        await gate.pass_()
-
-    source = tuned(Single("x", fetch=fetch, timeout=100), resilience_policy=LATE)
-    building = builder(source)
-    assert cut(await hasty(building))
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    await building.aclose()
-    assert loop.time() == began
-    assert gate.waiting == 0
-    await no_leaks(building)
-
-
-async def test_readers_of_a_derived_key_find_what_it_is_made_of() -> None:
-    source = slow()
-    building = builder(source, Derived("y", needs=lambda _: [X]))
-    await hasty(building, Y)
-    await asyncio.sleep(2)
-    assert (await hasty(building, Y)).value(Y) == ("1",)
-    assert len(source.calls) == 1
-    await no_leaks(building)
-
-
-async def test_a_session_that_has_ended_leaves_it_to_others() -> None:
-    source = slow()
-    building = builder(source)
-    async with building.session(deadline_seconds=2) as session:
-        assert cut(await session.resolve([X], strict=False))
-    await asyncio.sleep(2)
-    assert (await hasty(building))[X].from_cache
-
-
 @pytest.mark.parametrize("batch", [False, True])
 async def test_a_thread_brings_its_answer_home(batch: bool) -> None:
     """Even one that could not be called at all within the deadline, as it cannot be stopped."""
@@ -338,18 +302,6 @@ def copied_behind_a_gate() -> tuple[ThreadGate, Single, SnapshotBuilder]:
 
     source = tuned(Single("x", fetch=fetch, timeout=10), resilience_policy=LATE)
     return gate, source, builder(source, payload_copier=copier, run_payload_copies_in_thread=True)
-
-
-async def test_a_late_answer_may_take_a_thread_to_be_copied() -> None:
-    gate, source, building = copied_behind_a_gate()
-    assert cut(await hasty(building))
-    await asyncio.sleep(2)
-    gate.open()
-    await settle()
-    assert (await building.build([X])).value(X) == ["value"]
-    assert len(source.calls) == 1
-    await no_leaks(building)
-    await building.aclose()
 
 
 async def test_a_late_copy_that_takes_longer_than_the_source_may_is_given_up() -> None:

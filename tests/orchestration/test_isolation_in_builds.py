@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 
 from coalestra import (
-    FreshnessPolicy,
     PayloadCopyShutdownTimeoutError,
     PayloadCopySubsystemClosedError,
     PayloadIsolationError,
-    RefreshMode,
     ResourceKey,
     ResourceResolutionError,
     Snapshot,
@@ -25,7 +23,6 @@ from coalestra import (
     SnapshotRequest,
     SourcePayload,
 )
-from coalestra.concurrency.threads import threads_of_context
 from coalestra.orchestration.deliveries import all_or_none
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
@@ -132,27 +129,6 @@ async def test_callers_who_share_one_fetch_share_no_object(cached: dict[str, Any
             spoil(snapshot.value(K))
 
 
-async def test_a_session_keeps_what_it_pinned_whatever_readers_do(cached: dict[str, Any]) -> None:
-    source = Keeping()
-    async with closing(source, **cached) as building, building.session() as session:
-        for again in range(4):
-            snapshot = await (session.snapshot_async() if again % 2 else session.resolve([K]))
-            assert snapshot.value(K) == session.snapshot().value(K) == mutable()
-            spoil(snapshot.value(K))
-            spoil(session.snapshot().value(K))
-            snapshot[K].metadata["tags"].append("spoilt")
-        assert session.snapshot()[K].metadata["tags"] == ["a"]
-
-
-async def test_a_revalidated_session_pins_a_copy_of_its_own(cached: dict[str, Any]) -> None:
-    source = Keeping()
-    async with closing(source, **cached) as building, building.session() as session:
-        await session.resolve([K])
-        spoil((await session.revalidate([K], force_refresh=True)).value(K))
-        spoil(source.kept)
-        assert session.snapshot().value(K) == mutable()
-
-
 async def test_a_derivation_may_change_its_inputs_and_keep_its_output(
     cached: dict[str, Any],
 ) -> None:
@@ -218,23 +194,6 @@ async def test_a_custom_cache_may_change_what_it_was_given(settings: dict[str, A
         assert spoilt.value(K) is not held.value
 
 
-async def test_stale_values_and_refreshed_ones_are_isolated_too(settings: dict[str, Any]) -> None:
-    mode = RefreshMode.STALE_WHILE_REVALIDATE
-    policy = FreshnessPolicy(5.0, 100.0, refresh_mode=mode)
-    source = Keeping()
-    async with closing(source, default_policy=policy, **settings) as building:
-        await building.build([K])
-        await asyncio.sleep(6)
-        stale = await building.build([K])
-        assert stale[K].stale
-        spoil(stale.value(K))
-        await building.wait_for_refreshes()
-        spoil(source.kept)
-        refreshed = await building.build([K])
-        assert not refreshed[K].stale
-        assert refreshed.value(K) == mutable()
-
-
 async def test_immutable_payloads_are_handed_on_as_they_are() -> None:
     payload = (1, "two", frozenset({3}))
     async with closing(Stock("k", {"k": payload})) as building:
@@ -257,12 +216,6 @@ async def test_an_uncopyable_payload_fails_its_key_alone() -> None:
         assert failure.error_type == "PayloadIsolationError"
         assert "generator" in failure.message
         assert (await building.health_snapshot()).payload_copy_failure_count >= 1
-
-
-async def test_after_an_uncopyable_payload_the_next_source_is_asked() -> None:
-    first = Stock("first", {"k": threading.Lock()}, priority=20)
-    async with closing(first, Stock("second", {"k": "good"})) as building:
-        assert (await building.build([K])).value(K) == "good"
 
 
 # Copiers, threads and their bounds
@@ -301,29 +254,6 @@ async def test_large_payloads_are_copied_in_threads_and_small_ones_are_not() -> 
         assert (await building.health_snapshot()).payload_copy_components[
             "builder"
         ].peak_active_copies == 1
-
-
-async def test_no_more_copies_run_at_once_than_allowed() -> None:
-    gate = ThreadGate()
-
-    def copier(value: Any) -> Any:
-        gate.pass_()
-        return value
-
-    keys = [key("b", str(n)) for n in range(5)]
-    async with closing(
-        Batch("b"),
-        payload_copier=copier,
-        run_payload_copies_in_thread=True,
-        max_copy_concurrency=2,
-    ) as building:
-        tasks = [asyncio.ensure_future(building.build(keys)) for _ in range(3)]
-        await settle()
-        gate.open()
-        await asyncio.gather(*tasks)
-        copies = (await building.health_snapshot()).payload_copy_components["builder"]
-        assert copies.peak_active_copies == 2
-        assert copies.peak_waiting_for_capacity >= 1
 
 
 class Stuck:
@@ -380,16 +310,6 @@ async def test_a_cancelled_reader_leaves_the_copy_slot_taken_until_the_thread_en
 
 
 # The end
-
-
-async def test_closing_waits_for_running_copies_and_leaves_no_thread() -> None:
-    threads_of_context().end_idle()
-    before = set(threading.enumerate())
-    async with closing(Stock("k", {"k": LARGE})) as building:
-        await building.build([K])
-        await building.publisher.publish(key("other"), LARGE, source="s")
-    left = {each for each in threading.enumerate() if each.name.startswith("coalestra")}
-    assert not left - before
 
 
 async def test_closing_that_copies_outlast_says_so_and_health_tells_when_they_end() -> None:

@@ -354,26 +354,6 @@ async def test_parts_are_closed_once_each_and_off_the_loop_if_they_are_managed(
         assert threading.get_ident() not in part.threads
 
 
-async def test_sinks_behind_a_buffer_are_closed_too_after_what_they_were_sent() -> None:
-    class Sink(ClosableSink):
-        coalestra_non_blocking = False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[str] = []
-
-        def emit(self, event_type: str, **payload: Any) -> None:
-            assert not self.threads
-            self.seen.append(event_type)
-
-    sink = Sink()
-    building = builder(Single("k"), events=sink, manage_lifecycle=True)
-    await building.build([K])
-    await building.aclose()
-    assert "snapshot_built" in sink.seen
-    assert len(sink.threads) == 1
-
-
 async def test_aclose_goes_before_close_and_a_part_without_either_is_left_alone() -> None:
     calls: list[str] = []
 
@@ -391,17 +371,6 @@ async def test_aclose_goes_before_close_and_a_part_without_either_is_left_alone(
     building = builder(Both("k"), Later("l"), Single("m"), manage_lifecycle=True)
     await building.aclose()
     assert calls == ["aclose", "async close"]
-
-
-async def test_a_managed_memory_cache_is_closed_with_the_builder() -> None:
-    from coalestra import AsyncMemoryCache
-
-    cache = AsyncMemoryCache()
-    await builder(Single("k"), cache=cache, manage_lifecycle=True).aclose()
-    assert cache.copy_health_snapshot().shutdown_complete
-    kept = AsyncMemoryCache()
-    await builder(Single("k"), cache=kept).aclose()
-    assert kept.copy_health_snapshot().accepting_copies
 
 
 # From one event loop to the next
@@ -433,24 +402,6 @@ def test_a_script_may_call_asyncio_run_again_and_again(cache: Callable[[], Any])
 
     assert [asyncio.run(read(each)) for each in ("1", "2", "1")] == [("1",), ("2",), ("1",)]
     assert len(source.calls) == 2
-    asyncio.run(building.aclose())
-
-
-@pytest.mark.parametrize("cache", CACHES)
-def test_publishing_and_invalidating_work_on_the_next_loop(cache: Callable[[], Any]) -> None:
-    building = made(Single("k"), cache=cache())
-
-    async def publish(value: int) -> Any:
-        await building.publisher.publish(K, value, source="s", force=True)
-        return (await building.build([K])).value(K)
-
-    assert [asyncio.run(publish(each)) for each in (1, 2)] == [1, 2]
-
-    async def invalidate() -> Any:
-        await building.publisher.invalidate(K)
-        return (await building.build([K])).value(K)
-
-    assert asyncio.run(invalidate()) == ""
     asyncio.run(building.aclose())
 
 
@@ -728,41 +679,12 @@ async def test_a_second_loop_is_refused_while_the_first_has_work_under_way(call:
     await no_leaks(building)
 
 
-async def test_a_second_loop_is_refused_while_only_a_refresh_is_under_way() -> None:
-    gate = Gate(opened=True)
-    clock = ManualClock()
-    building = builder(Stock("k", {"k": 1}, before=gate.pass_), clock=clock, default_policy=SWR)
-    await building.build([K])
-    clock.advance(6)
-    gate.close()
-    await building.build([K])
-    await gate.wait_arrived(2)
-    error = in_another_loop(lambda: building.build([K]))
-    assert isinstance(error, RuntimeError)
-    gate.open()
-    await building.wait_for_refreshes()
-    await no_leaks(building)
-
-
 async def test_a_second_loop_is_welcome_once_the_first_has_no_work() -> None:
     building = builder(Single("k"), clock=ManualClock())
     await building.build([K])
     await settle()
     assert in_another_loop(lambda: building.build([key("k", "2")])) is None
     assert (await building.build([key("k", "3")])).complete
-
-
-async def test_closing_from_a_second_loop_is_refused_while_the_first_has_work() -> None:
-    gate = Gate()
-    building = builder(Stock("k", {"k": 1}, before=gate.pass_), clock=ManualClock())
-    reading = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived()
-    error = in_another_loop(building.aclose)
-    assert isinstance(error, RuntimeError)
-    assert "event loop" in str(error)
-    gate.open()
-    assert (await reading).complete
-    await building.aclose()
 
 
 def test_closing_that_was_cut_short_with_its_loop_is_done_by_the_next_call() -> None:

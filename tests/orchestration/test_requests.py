@@ -27,7 +27,7 @@ from coalestra import (
     SourceUnavailableError,
 )
 from tests.orchestration.scripted import builder, key
-from tests.orchestration.stock import BASE, OTHER, TOP, Shop, Stock, shown
+from tests.orchestration.stock import BASE, TOP, Shop, Stock, shown
 from tests.support import EPOCH
 
 A, B, C = key("a"), key("b"), key("c")
@@ -101,12 +101,6 @@ async def test_failed_required_keys_raise_with_the_partial_snapshot(ask: Ask) ->
     assert set(partial.errors) == {B, C}
 
 
-@both
-async def test_all_optional_keys_may_fail(ask: Ask) -> None:
-    snapshot = await ask(serving(a=DOWN), SnapshotRequest(optional=[A]))
-    assert (len(snapshot), list(snapshot.errors)) == (0, [A])
-
-
 async def test_a_build_request_takes_id_and_metadata_like_a_build() -> None:
     snapshot = await serving(a=1).build_request(
         SnapshotRequest(required=[A]), snapshot_id="mine", metadata={"user": "ann"}
@@ -123,22 +117,6 @@ async def test_a_request_in_a_session_reads_only_what_is_not_pinned() -> None:
     snapshot = await session.resolve_request(SnapshotRequest(required=[BASE, TOP]))
     assert shown(snapshot) == {BASE: 1, TOP: ((1,),)}
     assert len(shop.stock.calls) == 1
-
-
-async def test_a_request_returns_everything_that_the_session_was_asked_for() -> None:
-    shop = Shop()
-    session = await shop.session(OTHER)
-    snapshot = await session.resolve_request(SnapshotRequest(required=[BASE]))
-    assert list(snapshot) == [OTHER, BASE]
-
-
-async def test_a_failed_key_of_an_earlier_stage_does_not_fail_a_request_without_it() -> None:
-    shop = Shop()
-    shop.stock.change(other=DOWN)
-    session = await shop.session()
-    await session.resolve([OTHER], strict=False)
-    snapshot = await session.resolve_request(SnapshotRequest(required=[BASE]))
-    assert list(snapshot.errors) == [OTHER]
 
 
 async def test_a_request_retries_failed_keys_only_if_told_to() -> None:

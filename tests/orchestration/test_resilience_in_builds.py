@@ -186,15 +186,6 @@ def test_what_ends_the_program_is_not_tried_again_whatever_the_policy_says() -> 
         loop.close()
 
 
-async def test_a_time_out_of_the_source_itself_is_retried() -> None:
-    source = tuned(Single("x", fetch=latency(50), timeout=2.0), resilience_policy=retrying(2))
-    building = builder(source)
-    assert await timed(attempt(building)) == pytest.approx(2 + 1 + 2)
-    assert len(source.calls) == 2
-    assert (await building.health_snapshot()).source_timeout_count == 2
-    await no_leaks(building)
-
-
 async def test_waits_double_and_the_attempts_are_told() -> None:
     async def recovers(k: ResourceKey, context: FetchContext) -> str:
         if len(source.calls) < 4:
@@ -256,17 +247,6 @@ async def test_a_deadline_between_two_tries_ends_the_waiting_and_the_retry() -> 
     (failure,) = failures(hasty)
     assert (failure.error_type, failure.attempts) == ("SnapshotDeadlineExceededError", 1)
     assert failures(await patient)[0].attempts == 2
-    await no_leaks(building)
-
-
-async def test_nobody_left_means_no_further_retry() -> None:
-    source = stock(retrying(2, 5.0))
-    building = builder(source)
-    task = asyncio.ensure_future(building.build([X]))
-    await asyncio.sleep(1)
-    task.cancel()
-    await asyncio.sleep(100)
-    assert len(source.calls) == 1
     await no_leaks(building)
 
 
@@ -351,18 +331,6 @@ async def test_an_answer_that_is_too_old_is_a_failure() -> None:
     assert await circuits(building) == {"x": ("closed", 1)}
 
 
-async def test_an_answer_that_cannot_be_used_is_a_failure() -> None:
-    source = tuned(Batch("x"), resilience_policy=breaking(2))
-
-    async def fetch_many(keys: Any, context: FetchContext) -> Any:
-        return "nonsense"
-
-    source.fetch_many = fetch_many  # type: ignore[method-assign]
-    building = builder(source)
-    await attempt(building)
-    assert await circuits(building) == {"x": ("closed", 1)}
-
-
 # The probe
 
 
@@ -425,18 +393,6 @@ async def test_a_probe_cut_off_by_the_deadline_opens_the_circuit_again_without_c
     await opened(building)
     source.before = Gate().pass_
     await attempt(building, deadline_seconds=2)
-    assert await circuits(building) == {"x": ("open", 1)}
-    await no_leaks(building)
-
-
-async def test_a_probe_given_up_between_two_tries_opens_the_circuit_again() -> None:
-    source = stock(breaking(attempts=2))
-    building = builder(source)
-    await opened(building)
-    probe = asyncio.ensure_future(building.build([X]))
-    await settle()
-    probe.cancel()
-    await settle()
     assert await circuits(building) == {"x": ("open", 1)}
     await no_leaks(building)
 
@@ -548,16 +504,6 @@ async def test_open_groups_are_left_out_of_a_batch() -> None:
     assert await circuits(building) == {}
 
 
-async def test_a_batch_whose_groups_are_all_open_is_not_sent() -> None:
-    source = Batch("s", "x", "y", answer=answering(set()))
-    tuned(source, resilience_policy=breaking(1, CircuitScope.RESOURCE))
-    building = builder(source)
-    await attempt(building, A1, B1)
-    snapshot = await attempt(building, A1, B1)
-    assert len(source.calls) == 1
-    assert snapshot.diagnostics.batch_calls == 0
-
-
 async def test_a_batch_that_fails_counts_once_for_each_of_its_circuits() -> None:
     async def before() -> None:
         raise DOWN
@@ -589,25 +535,6 @@ async def test_the_builder_takes_policies_by_name_and_a_default_too() -> None:
     ):
         source = stock(None)
         await attempt(builder(source, **setting))
-        assert len(source.calls) == calls
-
-
-async def test_the_default_circuit_is_that_of_the_given_breaker() -> None:
-    source = stock(None)
-    breaker = CircuitBreaker(clock=LoopClock(), default_policy=breaking(1).circuit)
-    building = builder(source, circuit_breaker=breaker, retry_policy=RetryPolicy(max_attempts=1))
-    assert building.circuit_breaker is breaker
-    await attempt(building)
-    assert await circuits(building) == {"x": ("open", 1)}
-
-
-async def test_a_dynamic_policy_is_asked_anew_for_every_call() -> None:
-    attempts = iter([1, 3])
-    resolver = ResiliencePolicyResolver(dynamic=lambda name: retrying(next(attempts)))
-    source = stock(None)
-    building = builder(source, resilience_resolver=resolver)
-    for calls in (1, 1 + 3):
-        await attempt(building)
         assert len(source.calls) == calls
 
 

@@ -190,15 +190,6 @@ async def test_a_policy_of_ones_own_says_when_to_refresh_ahead() -> None:
     await shop.builder.wait_for_refreshes()
 
 
-async def test_refresh_ahead_does_not_serve_what_has_become_stale() -> None:
-    shop = Shop(default_policy=AHEAD)
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    shop.stock.change(base=2)
-    assert (await shop.builder.build([BASE])).value(BASE) == 2
-    assert len(shop.stock.calls) == 2
-
-
 # Policies
 
 
@@ -437,13 +428,6 @@ async def published_then_fetched(policy: FreshnessPolicy, wait: float) -> Snapsh
     return snapshot[BASE]
 
 
-async def test_a_value_that_lost_to_a_higher_authority_is_replaced_by_the_winner() -> None:
-    value = await published_then_fetched(BLOCKING, 20)
-    assert (value.value, value.source, value.authority_rank) == ("event", "stream", 10)
-    assert value.metadata["superseded_source"] == "stock"
-    assert (value.stale, value.from_cache) == (True, True)
-
-
 async def test_a_winner_that_may_not_be_used_any_more_does_not_replace_the_value() -> None:
     value = await published_then_fetched(BLOCKING, 101)
     assert (value.value, value.source, value.stale) == (1, "stock", False)
@@ -475,14 +459,6 @@ async def test_a_forced_read_never_gets_a_stale_winner() -> None:
     shop.stock.change(base=2)
     snapshot = await session.revalidate([BASE], force_refresh=True)
     assert (snapshot.value(BASE), snapshot[BASE].stale) == (2, False)
-
-
-async def test_an_older_dated_payload_gives_way_to_a_newer_one_in_the_cache() -> None:
-    shop, gate, reader = await asked(SourcePayload("dated", observed_at=EPOCH - 5))
-    await shop.builder.publisher.publish(BASE, "event", source="stream")
-    gate.open()
-    value = (await reader)[BASE]
-    assert (value.value, value.metadata["superseded_source"]) == ("event", "stock")
 
 
 # Refreshes
@@ -581,24 +557,6 @@ async def test_a_refresh_without_a_fresh_value_fails_and_leaves_the_cache_alone(
     await shop.builder.aclose()
 
 
-async def test_refreshes_wait_for_capacity_like_everyone_else() -> None:
-    gate = Gate(opened=True)
-    shop = Shop(policy_resolver=by_base(SWR), max_concurrency=1)
-    shop.stock.before = gate.pass_
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    gate.close()
-    other = asyncio.ensure_future(shop.builder.build([OTHER]))
-    await gate.wait_arrived(2)
-    await shop.builder.build([BASE])
-    await settle()
-    assert len(shop.stock.calls) == 2
-    gate.open()
-    await other
-    await shop.builder.wait_for_refreshes()
-    assert shop.stock.calls == [BASE, OTHER, BASE]
-
-
 async def test_a_reader_that_needs_a_refreshing_key_joins_its_refresh() -> None:
     shop, gate = await gone_stale()
     await shop.builder.build([BASE])
@@ -610,20 +568,6 @@ async def test_a_reader_that_needs_a_refreshing_key_joins_its_refresh() -> None:
     value = (await reader)[BASE]
     assert value.metadata["coalesced_request"] is True
     assert len(shop.stock.calls) == 2
-
-
-async def test_a_failed_refresh_lets_its_key_be_refreshed_again() -> None:
-    shop = Shop(default_policy=SWR)
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    shop.stock.change(base=DOWN)
-    await shop.builder.build([BASE])
-    await shop.builder.wait_for_refreshes()
-    shop.stock.change(base=3)
-    value = (await shop.builder.build([BASE]))[BASE]
-    assert value.metadata["refresh_scheduled"] is True
-    await shop.builder.wait_for_refreshes()
-    assert (await shop.builder.build([BASE])).value(BASE) == 3
 
 
 async def test_refreshes_that_one_build_asks_for_travel_together() -> None:
@@ -706,13 +650,6 @@ async def test_every_build_has_an_id_of_its_own_unless_it_is_given_one() -> None
     assert (await shop.builder.build([BASE], snapshot_id="mine")).snapshot_id == "mine"
 
 
-async def test_keys_may_come_from_any_iterable_and_repeat_themselves() -> None:
-    shop = Shop()
-    snapshot = await shop.builder.build(each for each in (OTHER, BASE, OTHER))
-    assert list(snapshot) == [OTHER, BASE]
-    assert snapshot.diagnostics.requested_resources == 2
-
-
 async def test_a_build_of_no_keys_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="keys"):
         await Shop().builder.build([])
@@ -748,15 +685,6 @@ async def test_sources_are_told_when_and_for_whom_they_are_asked(deadline: float
         context.metadata["x"] = 1  # type: ignore[index]
 
 
-async def test_a_build_that_is_cancelled_while_it_looks_leaves_nothing_behind() -> None:
-    building = builder(Single("x"))
-    reader = asyncio.ensure_future(building.build([key("x", str(i)) for i in range(1_000)]))
-    await asyncio.sleep(0)
-    reader.cancel()
-    await asyncio.gather(reader, return_exceptions=True)
-    await no_leaks(building)
-
-
 # Reads of a cache that take their time
 
 
@@ -776,21 +704,6 @@ class OneSlowRead(SingleKeyCache):
             self.slow = None
             await self.gate.pass_()
         return found
-
-
-async def test_a_reader_after_the_miss_joins_the_call_without_another_read() -> None:
-    gate = Gate()
-    cache = SingleKeyCache()
-    shop = Shop(cache=cache)
-    shop.stock.before = gate.pass_
-    first = asyncio.ensure_future(shop.builder.build([BASE]))
-    await gate.wait_arrived()
-    second = asyncio.ensure_future(shop.builder.build([BASE]))
-    await settle()
-    gate.open()
-    values = [(await each)[BASE] for each in (first, second)]
-    assert ["coalesced_request" in each.metadata for each in values] == [False, True]
-    assert len(shop.stock.calls) == 1
 
 
 async def test_a_read_that_found_nothing_usable_takes_what_a_refresh_brought_meanwhile() -> None:

@@ -165,14 +165,6 @@ async def test_a_result_says_what_the_form_that_raises_says(
 
 
 @both
-async def test_what_is_there_and_fresh_is_accepted_in_full(ask: Ask) -> None:
-    result = await ask(builder(Stock("stock", {"a": 1, "b": 2})), SnapshotRequest(required=[A, B]))
-    assert (result.outcome, result.reason) == (ACCEPTED, "accepted in full")
-    assert (dict(result.errors), result.violations, result.error) == ({}, (), None)
-    assert shown(result.snapshot) == {A: 1, B: 2}
-
-
-@both
 async def test_an_optional_key_without_a_value_degrades_a_request(ask: Ask) -> None:
     building = builder(Stock("stock", {"a": 1, "b": DOWN}))
     result = await ask(building, SnapshotRequest(required=[A], optional=[B]))
@@ -548,36 +540,6 @@ async def test_no_requests_have_no_results() -> None:
     assert await building.session().try_requests([]) == ()
 
 
-async def test_any_iterable_of_requests_will_do() -> None:
-    lazy = (each for each in asking(1, 2))
-    assert values_of(await builder(Single("x")).try_requests(lazy)) == ["1", "2"]
-
-
-async def test_equal_keys_of_many_requests_are_read_once() -> None:
-    gate = Gate()
-    stock = Stock("stock", {"a": 1, "b": 2}, before=gate.pass_)
-    building = builder(stock)
-    one = SnapshotRequest(required=[A, B])
-    pending = asyncio.ensure_future(
-        building.try_requests([one, SnapshotRequest(required=[A]), one])
-    )
-    await gate.wait_arrived(2)
-    gate.open()
-    assert [each.outcome for each in await pending] == [ACCEPTED] * 3
-    assert len(stock.calls) == 2
-
-
-async def test_no_result_shares_a_payload_with_another() -> None:
-    async def fetch(asked: ResourceKey, context: Any) -> list[int]:
-        return [1]
-
-    building = builder(Single("x", fetch=fetch))
-    request = asking(1)[0]
-    one, other = await building.try_requests([request, request])
-    one.require_accepted().value(key("x", "1")).append(2)
-    assert other.require_accepted().value(key("x", "1")) == [1]
-
-
 @pytest.mark.parametrize(
     "given, tasks, most", [(2, 8, 2), (1, 8, 1), (100, 8, 10), (None, 8, 8), (None, 3, 3)]
 )
@@ -713,22 +675,6 @@ async def test_many_requests_cancelled_at_any_await_leave_nothing_behind(in_sess
         assert len(asyncio.all_tasks()) == 1
 
     assert await cancel_at_every_await(start, check) > 10
-
-
-async def test_other_readers_of_a_cancelled_call_keep_their_flight() -> None:
-    gate = Gate()
-    source = Stock("stock", {"a": 1}, before=gate.pass_)
-    building = builder(source)
-    request = SnapshotRequest(required=[A])
-    many = asyncio.ensure_future(building.try_requests([request, request]))
-    await gate.wait_arrived()
-    other = asyncio.ensure_future(building.try_request(request))
-    await settle()
-    many.cancel()
-    await settle()
-    gate.open()
-    assert (await other).outcome is ACCEPTED
-    assert len(source.calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from coalestra import (
     InMemoryMetrics,
     ResourceAcceptanceRule,
     ResourceKey,
-    SessionClosedError,
     Snapshot,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
@@ -27,7 +26,7 @@ from coalestra import (
     SourcePayload,
     SourceUnavailableError,
 )
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key
+from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
 from tests.support import EPOCH, Gate, ThreadGate, cancel_at_every_await, no_leaks, settle
 
@@ -95,26 +94,6 @@ async def test_what_was_derived_from_a_replaced_value_is_replaced_through_chains
     assert shown(await session.resolve([MIDDLE])) == {**shown(after), MIDDLE: (2,)}
 
 
-async def test_the_new_versions_of_a_chain_refer_to_each_other() -> None:
-    shop = Shop()
-    session = await shop.session(TOP, MIDDLE, BASE)
-    shop.stock.change(base=2)
-    after = await session.revalidate([BASE], force_refresh=True)
-    assert after[TOP].dependency_versions == {MIDDLE: after[MIDDLE].version}
-    assert after[MIDDLE].dependency_versions == {BASE: after[BASE].version}
-
-
-async def test_what_was_not_named_and_is_not_derived_stays_the_very_same_revision() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, OTHER)
-    version = session.snapshot()[OTHER].version
-    shop.stock.change(base=2, other=20)
-    await shop.publish(OTHER, 30)
-    after = await session.revalidate([BASE], force_refresh=True)
-    assert after[OTHER].version == version
-    assert after.value(OTHER) == 10
-
-
 async def test_a_derived_key_revalidated_alone_agrees_with_its_pinned_dependencies() -> None:
     shop = Shop()
     session = await shop.session(BASE, MIDDLE)
@@ -134,40 +113,6 @@ async def test_a_revalidated_snapshot_keeps_the_identity_and_the_order_of_the_se
     assert (after.snapshot_id, after.created_at) == (session.snapshot_id, session.created_at)
 
 
-async def test_a_snapshot_given_out_before_does_not_change() -> None:
-    shop = Shop()
-    session = await shop.session(TOP, BASE)
-    before = session.snapshot()
-    shop.stock.change(base=2)
-    await session.revalidate([BASE], force_refresh=True)
-    assert shown(before) == {TOP: ((1,),), BASE: 1}
-
-
-async def test_revalidating_again_starts_from_the_replaced_values() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, TOP)
-    for amount in (2, 3, 4):
-        shop.stock.change(base=amount)
-        after = await session.revalidate([BASE], force_refresh=True)
-        assert shown(after) == {BASE: amount, TOP: ((amount,),)}
-
-
-async def test_keys_named_twice_count_once() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    await session.revalidate([BASE, BASE], force_refresh=True)
-    assert len(shop.stock.calls) == 2
-
-
-async def test_batch_sources_get_all_named_keys_in_one_call() -> None:
-    source = Batch("b")
-    session = builder(source).session()
-    keys = [key("b", str(n)) for n in range(5)]
-    await session.resolve(keys)
-    await session.revalidate(keys, force_refresh=True)
-    assert [len(call) for call in source.calls] == [5, 5]
-
-
 # force_refresh
 
 
@@ -176,16 +121,6 @@ async def test_force_refresh_passes_the_cache_by_though_it_is_fresh() -> None:
     session = await shop.session(BASE)
     shop.stock.change(base=2)
     assert (await session.revalidate([BASE], force_refresh=True)).value(BASE) == 2
-    assert len(shop.stock.calls) == 2
-
-
-async def test_force_refresh_tells_others_what_it_has_read() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    shop.stock.change(base=2)
-    await asyncio.sleep(1)
-    await session.revalidate([BASE], force_refresh=True)
-    assert (await shop.builder.build([BASE])).value(BASE) == 2
     assert len(shop.stock.calls) == 2
 
 
@@ -266,17 +201,6 @@ async def test_a_failed_derivation_keeps_everything_as_it_was() -> None:
     assert unchanged(session, before)
     fail = False
     assert shown(await session.revalidate([BASE], force_refresh=True)) == {BASE: 2, key("d"): (2,)}
-
-
-async def test_a_hidden_link_of_the_chain_that_fails_is_named_in_the_errors() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, TOP)
-    before = session.snapshot()
-    shop.stock.change(base=SourceUnavailableError("down"))
-    with pytest.raises(SnapshotBuildError) as caught:
-        await session.revalidate([BASE], force_refresh=True)
-    assert BASE in caught.value.errors
-    assert unchanged(session, before)
 
 
 async def test_not_strict_returns_what_is_retained_with_the_errors_of_this_call_only() -> None:
@@ -372,15 +296,6 @@ async def test_consistency_is_asked_of_the_named_keys_only() -> None:
     await asyncio.sleep(100)
     after = await session.revalidate([BASE], force_refresh=True, consistency_policy=NEAR)
     assert after[BASE].observed_at - after[OTHER].observed_at == 100
-
-
-async def test_consistent_new_values_pass() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, OTHER)
-    await asyncio.sleep(100)
-    shop.stock.change(base=2, other=20)
-    after = await session.revalidate([BASE, OTHER], force_refresh=True, consistency_policy=NEAR)
-    assert shown(after) == {BASE: 2, OTHER: 20}
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -494,33 +409,6 @@ async def test_the_deadline_while_the_source_is_asked_changes_nothing() -> None:
     assert unchanged(session, before)
     gate.open()
     await no_leaks(shop.builder)
-
-
-async def test_the_deadline_while_a_dependent_is_derived_changes_nothing() -> None:
-    gate = Gate(opened=True)
-    stock = Stock("stock", {"base": 1})
-    building = builder(stock, Derived("d", needs=lambda k: [BASE], before=gate.pass_))
-    session = building.session(deadline_seconds=5)
-    await session.resolve([BASE, key("d")])
-    before = session.snapshot()
-    gate.close()
-    stock.change(base=2)
-    retained = await session.revalidate([BASE], force_refresh=True, strict=False)
-    assert list(retained.errors) == [key("d")]
-    assert unchanged(session, before)
-    gate.open()
-    await no_leaks(building)
-
-
-async def test_the_deadline_that_has_passed_already_asks_nobody() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, deadline_seconds=5)
-    before = session.snapshot()
-    await asyncio.sleep(6)
-    retained = await session.revalidate([BASE], force_refresh=True, strict=False)
-    assert isinstance(retained.errors[BASE], SnapshotDeadlineExceededError)
-    assert unchanged(session, before)
-    assert len(shop.stock.calls) == 1
 
 
 async def test_the_deadline_during_the_delivery_copy_blames_what_was_to_be_replaced() -> None:
@@ -648,15 +536,6 @@ async def test_what_was_begun_before_the_session_was_closed_comes_to_its_end() -
     await no_leaks(shop.builder)
 
 
-async def test_a_closed_session_says_so_whatever_it_is_asked_to_revalidate() -> None:
-    session = await Shop().session(BASE)
-    await session.close()
-    asked: list[Any] = [[BASE], [], [key("never")], BASE, None]
-    for keys in asked:
-        with pytest.raises(SessionClosedError, match=session.snapshot_id):
-            await session.revalidate(keys)
-
-
 # What the session was not asked for, but rests on
 
 
@@ -715,40 +594,6 @@ async def test_what_is_asked_for_during_a_revalidation_is_no_longer_let_go() -> 
     assert shown(await session.resolve([BASE]))[BASE] == 1
     gate.open()
     assert shown(await revalidating) == {MIDDLE: (1,), BASE: 1}
-
-
-async def test_a_stage_during_a_revalidation_sees_the_old_values_until_the_commit() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    gate = Gate()
-    shop.stock.before = gate.pass_
-    shop.stock.change(base=2)
-    await asyncio.sleep(1)
-    revalidating = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
-    await gate.wait_arrived()
-    shop.stock.before = None
-    assert shown(await session.resolve([TOP])) == {BASE: 1, TOP: ((1,),)}
-    assert shown(session.snapshot()) == {BASE: 1, TOP: ((1,),)}
-    gate.open()
-    assert shown(await revalidating) == {BASE: 2, TOP: ((2,),)}
-    assert shown(session.snapshot()) == {BASE: 2, TOP: ((2,),)}
-
-
-async def test_a_stage_that_began_before_the_commit_and_ends_after_it_sees_no_mix() -> None:
-    stock = Stock("stock", {"base": 1})
-    gate = Gate()
-    slow = Derived("slow", needs=lambda k: [BASE], before=gate.pass_)
-    building = builder(stock, slow)
-    session = building.session()
-    await session.resolve([BASE])
-    resolving = asyncio.ensure_future(session.resolve([key("slow")]))
-    await gate.wait_arrived()
-    stock.change(base=2)
-    await asyncio.sleep(1)
-    assert (await session.revalidate([BASE], force_refresh=True)).value(BASE) == 2
-    gate.open()
-    assert shown(await resolving) == {BASE: 2, key("slow"): (2,)}
-    await no_leaks(building)
 
 
 async def test_a_value_derived_anew_during_the_commit_is_looked_at_again() -> None:
@@ -828,27 +673,6 @@ async def test_revalidations_of_one_session_take_turns() -> None:
     await no_leaks(shop.builder)
 
 
-async def test_two_sessions_that_revalidate_together_share_no_state() -> None:
-    shop = Shop()
-    one, two = await shop.session(BASE, TOP), await shop.session(BASE)
-    shop.stock.change(base=2)
-    await asyncio.sleep(1)
-    await one.revalidate([BASE], force_refresh=True)
-    assert shown(one.snapshot()) == {BASE: 2, TOP: ((2,),)}
-    assert shown(two.snapshot()) == {BASE: 1}
-
-
-async def test_sessions_that_force_a_refresh_of_one_key_at_once_each_get_a_value() -> None:
-    shop = Shop()
-    sessions = [await shop.session(BASE, TOP) for _ in range(3)]
-    shop.stock.change(base=2)
-    await asyncio.sleep(1)
-    forced = [each.revalidate([BASE], force_refresh=True) for each in sessions]
-    for snapshot in await asyncio.gather(*forced):
-        assert shown(snapshot) == {BASE: 2, TOP: ((2,),)}
-    await no_leaks(shop.builder)
-
-
 async def test_a_failed_revalidation_lets_the_next_one_have_its_turn() -> None:
     shop = Shop()
     session = await shop.session(BASE)
@@ -914,28 +738,6 @@ async def test_a_cancelled_revalidation_counts_as_failed() -> None:
     assert (health.revalidation_attempt_count, health.revalidation_failure_count) == (1, 1)
     gate.open()
     await no_leaks(shop.builder)
-
-
-async def test_large_chains_of_derived_keys_are_replaced_as_one() -> None:
-    stock = Stock("stock", {"base": 1})
-
-    def needs(k: ResourceKey) -> list[ResourceKey]:
-        depth = int(k.subject)
-        return [key("link", str(depth - 1))] if depth else [BASE]
-
-    class Adding(Derived):
-        async def derive(self, key: ResourceKey, dependencies: Snapshot, context: Any) -> Any:
-            (value,) = dependencies.values()
-            return value.value + 1
-
-    building = builder(stock, Adding("link", needs=needs))
-    session = building.session()
-    last = key("link", "299")
-    assert (await session.resolve([BASE, last])).value(last) == 301
-    stock.change(base=1000)
-    after = await session.revalidate([BASE], force_refresh=True)
-    assert after.value(last) == 1300
-    assert list(after) == [BASE, last]
 
 
 async def test_a_derived_value_alone_rests_on_newer_values_after_it_was_revalidated() -> None:

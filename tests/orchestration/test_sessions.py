@@ -91,15 +91,6 @@ async def test_the_deadline_of_a_session_runs_from_its_opening_over_all_stages()
     assert "5 s" in str(caught.value)
 
 
-async def test_a_stage_that_begins_after_the_deadline_asks_no_source() -> None:
-    source = Single("a")
-    session = builder(source).session(deadline_seconds=1)
-    await asyncio.sleep(2)
-    snapshot = await session.resolve([key("a")], strict=False)
-    assert source.calls == []
-    assert isinstance(snapshot.errors[key("a")], SnapshotDeadlineExceededError)
-
-
 # Pinned values
 
 
@@ -145,14 +136,6 @@ async def test_a_derived_key_is_made_from_what_the_session_pinned_before() -> No
     assert shown(await session.resolve([TOP])) == {BASE: 1, TOP: ((1,),)}
 
 
-async def test_another_session_sees_what_is_current_when_it_asks() -> None:
-    shop = Shop()
-    old = await shop.session(BASE)
-    await shop.publish(BASE, 2)
-    new = await shop.session(BASE)
-    assert (shown(old.snapshot()), shown(new.snapshot())) == ({BASE: 1}, {BASE: 2})
-
-
 # Errors
 
 
@@ -168,13 +151,6 @@ async def test_a_failed_key_is_not_tried_again_unless_retry_errors_names_it() ->
     assert len(shop.stock.calls) == 2
     assert shown(await session.resolve([BASE], retry_errors=True)) == {OTHER: 10, BASE: 2}
     assert session.snapshot().complete
-
-
-async def test_retry_errors_reads_nothing_again_that_has_a_value() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    await session.resolve([BASE], retry_errors=True)
-    assert len(shop.stock.calls) == 1
 
 
 async def test_a_retry_that_fails_again_keeps_the_new_error() -> None:
@@ -220,15 +196,6 @@ async def test_a_failed_key_that_was_read_as_a_dependency_has_a_value_and_no_err
     shop.stock.change(base=4)
     assert shown(await session.resolve([TOP])) == {BASE: 4, TOP: ((4,),)}
     assert (await session.resolve([BASE])).complete
-
-
-async def test_every_snapshot_gets_error_objects_of_its_own() -> None:
-    shop = Shop()
-    shop.stock.change(base=SourceUnavailableError("down"))
-    session = await shop.session()
-    first = await session.resolve([BASE], strict=False)
-    second = await session.resolve([BASE], strict=False)
-    assert first.errors[BASE] is not second.errors[BASE]
 
 
 @pytest.mark.parametrize("argument", ["strict", "retry_errors"])
@@ -374,20 +341,6 @@ async def test_snapshot_and_snapshot_async_show_the_same_values_and_errors() -> 
     assert now.snapshot_id == later.snapshot_id == session.snapshot_id
 
 
-async def test_a_new_session_has_an_empty_snapshot() -> None:
-    session = await Shop().session()
-    assert (len(session.snapshot()), len(await session.snapshot_async())) == (0, 0)
-
-
-async def test_snapshot_copies_at_once_however_large_a_payload() -> None:
-    building = builder(Stock("large", {"large": LARGE}))
-    session = building.session()
-    await session.resolve([key("large")])
-    snapshot = session.snapshot()
-    assert snapshot.value(key("large")) == LARGE
-    assert snapshot.value(key("large")) is not session.snapshot().value(key("large"))
-
-
 @pytest.mark.parametrize("again", [False, True])
 async def test_snapshots_of_a_session_are_bound_by_its_deadline(again: bool) -> None:
     building = builder(Stock("large", {"large": LARGE}))
@@ -420,17 +373,6 @@ async def test_diagnostics_count_what_the_whole_session_did() -> None:
 # Stages side by side
 
 
-async def test_stages_side_by_side_share_the_fetch_of_a_key() -> None:
-    gate = Gate()
-    source = Stock("a", {"a": 1}, before=gate.pass_)
-    session = builder(source).session()
-    stages = [asyncio.ensure_future(session.resolve([key("a")])) for _ in range(3)]
-    await gate.wait_arrived()
-    gate.open()
-    assert [shown(each) for each in await asyncio.gather(*stages)] == [{key("a"): 1}] * 3
-    assert len(source.calls) == 1
-
-
 async def test_a_finished_stage_does_not_wait_for_a_slow_one_beside_it() -> None:
     gate = Gate()
     slow = Stock("slow", {"slow": 1}, before=gate.pass_)
@@ -460,20 +402,6 @@ async def test_stages_side_by_side_agree_on_what_derived_keys_rest_on() -> None:
     await asyncio.gather(first, second)
     values = shown(await session.resolve([BASE]))
     assert values[key("left")] == values[key("right")] == (values[BASE],)
-
-
-async def test_two_stages_that_read_one_key_differently_end_with_one_value_for_it() -> None:
-    gate = Gate()
-    stock = Stock("stock", {"base": 1})
-    slow = Stock("slow", {"slow": 5}, before=gate.pass_)
-    building = builder(stock, slow)
-    session = building.session()
-    first = asyncio.ensure_future(session.resolve([BASE, key("slow")]))
-    await gate.wait_arrived()
-    await building.publisher.publish(BASE, 2, source="stream", observed_at=EPOCH + 1)
-    second = await session.resolve([BASE])
-    gate.open()
-    assert (await first).value(BASE) == second.value(BASE) == session.snapshot().value(BASE)
 
 
 async def test_cancelling_a_stage_at_any_await_leaves_the_session_usable() -> None:

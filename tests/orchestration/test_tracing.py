@@ -132,13 +132,6 @@ async def test_a_fetched_key_says_which_call_brought_it_and_when() -> None:
     assert [stage.name for stage in trace.stages] == ["build", "delivery"]
 
 
-async def test_keys_of_a_batch_share_one_call() -> None:
-    b = builder(Batch("a", "a", "b"))
-    trace = trace_of(await b.build([A, B], trace=True))
-    assert trace.keys[A].calls == trace.keys[B].calls
-    assert the_call(trace).keys == 2
-
-
 async def test_what_is_in_memory_came_from_the_cache_and_no_call() -> None:
     b = builder(Single("a", fetch=latency(2)))
     await b.build([A])
@@ -146,14 +139,6 @@ async def test_what_is_in_memory_came_from_the_cache_and_no_call() -> None:
     assert trace.keys[A].obtained is Obtained.CACHE
     assert trace.calls == ()
     assert trace.duration_seconds == 0
-
-
-async def test_the_general_way_through_the_cache_is_told_like_the_short_one() -> None:
-    b = builder(Single("a"), Single("b", fetch=latency(1)))
-    await b.build([A])
-    trace = trace_of(await b.build([A, B], trace=True))
-    assert trace.keys[A].obtained is Obtained.CACHE
-    assert trace.keys[B].obtained is Obtained.FETCHED
 
 
 async def test_a_cache_that_is_awaited_is_a_wait() -> None:
@@ -411,17 +396,6 @@ async def test_keys_come_in_the_order_in_which_they_were_looked_for() -> None:
     assert [each.obtained for each in trace.keys.values()] == [Obtained.FETCHED, Obtained.CACHE]
 
 
-async def test_two_stages_side_by_side_tell_of_their_own_keys() -> None:
-    b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)))
-    async with b.session(trace=True) as session:
-        await asyncio.gather(session.resolve([A]), session.resolve([B]))
-        trace = trace_of(session.snapshot())
-    assert {k: found.obtained for k, found in trace.keys.items()} == {
-        A: Obtained.FETCHED,
-        B: Obtained.FETCHED,
-    }
-
-
 async def test_what_another_stage_was_about_to_bring_is_not_told_though_it_came_since() -> None:
     b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)))
     async with b.session(trace=True) as session:
@@ -430,14 +404,6 @@ async def test_what_another_stage_was_about_to_bring_is_not_told_though_it_came_
         await slow
     found = trace_of(early).keys[A]
     assert (found.obtained, found.version, found.end) == (Obtained.FAILED, None, 1)
-
-
-async def test_what_a_derivation_needs_and_the_session_had_keeps_its_first_story() -> None:
-    b = builder(Single("a", fetch=latency(1)), Derived("d", needs=lambda _: [A]))
-    async with b.session(trace=True) as session:
-        await session.resolve([A])
-        trace = trace_of(await session.resolve([D]))
-    assert trace.keys[A].obtained is Obtained.FETCHED
 
 
 # Bounds -------------------------------------------------------------------------------------------
@@ -638,25 +604,6 @@ async def test_a_trace_keeps_no_payload_and_no_error_alive() -> None:
     assert len(seen) == 2
     assert [ref() for ref in seen] == [None, None]
     assert trace.keys[A].source == "a"
-    assert b.recent_traces()
-
-
-async def test_a_trace_keeps_no_metadata_alive() -> None:
-    class Request:
-        pass
-
-    seen: list[weakref.ref[Any]] = []
-
-    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
-        seen.append(weakref.ref(context.metadata["request"]))
-        return None
-
-    b = builder(Single("a", fetch=fetch))
-    snapshot = await b.build([A], metadata={"request": Request()}, trace=True)
-    await settle()
-    gc.collect()
-    assert [ref() for ref in seen] == [None]
-    assert trace_of(snapshot).keys[A].source == "a"
     assert b.recent_traces()
 
 
