@@ -421,8 +421,7 @@ def _origin(failures: tuple[SourceFailure, ...]) -> BaseException | None:
 class DependencyCycleError(CoalestraError):
     """A resource would have to be derived from itself.
 
-    Attributes:
-        path: the keys from the resource, along its dependencies, back to itself.
+    Its ``path`` are the keys from the resource, along its dependencies, back to itself.
     """
 
     def __init__(self, path: tuple[ResourceKey, ...]) -> None:
@@ -692,11 +691,7 @@ class CacheUnavailableError(CoalestraError):
 
 
 class CacheTimeoutError(CacheUnavailableError):
-    """A call to a cache took longer than it may; what came of it is not known.
-
-    Attributes:
-        timeout_seconds: how long it may take.
-    """
+    """A call to a cache took longer than ``timeout_seconds``; what came of it is not known."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
@@ -711,11 +706,7 @@ class CacheCircuitOpenError(CacheUnavailableError):
 
 
 class BuilderClosedError(CoalestraError, RuntimeError):
-    """A builder, or something that belongs to it, was used after it had been closed.
-
-    Attributes:
-        component: what was closed, as the text names it.
-    """
+    """A builder, or a ``component`` that belongs to it, was used after it had been closed."""
 
     def __init__(self, component: str = "the snapshot builder") -> None:
         self.component = component
@@ -725,9 +716,7 @@ class BuilderClosedError(CoalestraError, RuntimeError):
 class PayloadIsolationError(CoalestraError):
     """A payload cannot be copied, so it cannot be shared safely. ``__cause__`` says why.
 
-    Attributes:
-        context: what the copy was for.
-        value_type: the name of the payload's type.
+    The ``context`` is what the copy was for, ``value_type`` the name of the payload's type.
     """
 
     def __init__(self, *, context: str, value_type: str) -> None:
@@ -742,8 +731,7 @@ class PayloadIsolationError(CoalestraError):
 class PayloadCopySubsystemClosedError(CoalestraError):
     """A copy was asked for, waited for its turn or did not end when copying was closed.
 
-    Attributes:
-        component: whose copies: ``builder``, ``cache`` or ``publisher``.
+    The ``component`` is whose copies: ``builder``, ``cache`` or ``publisher``.
     """
 
     def __init__(self, *, component: str) -> None:
@@ -792,12 +780,7 @@ class ObservabilityShutdownTimeoutError(CoalestraError):
 
 
 class SubmissionBacklogFullError(CoalestraError):
-    """A submission was refused at once because too many are waiting already.
-
-    Attributes:
-        limit: how many may wait.
-        pending: how many did.
-    """
+    """A submission was refused at once: ``limit`` may wait, and ``pending`` did."""
 
     def __init__(self, *, limit: int, pending: int) -> None:
         self.limit = limit

@@ -107,8 +107,7 @@ def record(kind: Any = None, **options: Any) -> Any:
 def filled(kind: type[T], attributes: dict[str, Any]) -> T:
     """Return an instance of a frozen dataclass without slots, past its constructor and checks.
 
-    A frozen one fills itself through ``object.__setattr__``, one slow call for each field. It keeps
-    ``attributes``, which must be its own.
+    It keeps ``attributes``, which must be its own.
     """
     made = object.__new__(kind)
     object.__setattr__(made, "__dict__", attributes)

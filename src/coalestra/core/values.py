@@ -517,9 +517,7 @@ class Revision:
     ) -> SnapshotValue[Any]:
         """Return the value that one reader gets, around a payload and metadata of his own.
 
-        One is made for every key that is read. To be filled in as a draft takes a third of the time
-        of writing its slots from outside; but where Python runs threads side by side, changing the
-        class of an object stops all of them.
+        One is made for every key that is read, so it is filled in as a draft where that is faster.
         """
         if FREE_THREADED:
             made: SnapshotValue[Any] = object.__new__(SnapshotValue)
