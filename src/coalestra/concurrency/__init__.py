@@ -3,17 +3,12 @@
 The public names are those in ``__all__``; everything else is for the library itself.
 """
 
-# ruff: noqa: F403 - what is imported is told by the modules, in ``__all__``
+# ruff: noqa: F403, F405 - what is imported is told by the modules, in ``__all__``
 
 import typing as _typing
-from types import ModuleType as _ModuleType
 
 from coalestra.concurrency.capacity import *
 from coalestra.concurrency.copying import *
 
 if not _typing.TYPE_CHECKING:
-    __all__ = [
-        name
-        for name, value in globals().items()
-        if not (name.startswith("_") or isinstance(value, _ModuleType))
-    ]
+    __all__ = capacity.__all__ + copying.__all__
