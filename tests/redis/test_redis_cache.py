@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime as dt
 import enum
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -42,6 +44,7 @@ from coalestra.redis import (
     SharedCacheUnavailableError,
     UnstorableValueError,
 )
+from coalestra.redis.codec import is_large
 from coalestra.redis.scripts import name_of
 from tests.redis.servers import Server
 from tests.redis.stock import (
@@ -985,6 +988,19 @@ async def test_a_large_value_is_written_on_another_thread(
             assert await read(cache) == value
     assert all((each is not threading.main_thread()) is large for each in asked)
     assert len(asked) == 3
+
+
+def test_to_see_that_a_value_is_not_large_takes_less_than_to_write_it() -> None:
+    """It is looked at for each value, on the event loop."""
+    looks: list[str] = []
+    value = {"rows": list(range(2_000)), "at": [dt.date.today()] * 2_000, "by": ["a"] * 900}
+    sys.setprofile(lambda frame, event, argument: looks.append(event))
+    try:
+        large = is_large(value)
+    finally:
+        sys.setprofile(None)
+    assert not large
+    assert len(looks) < 100
 
 
 class Numpyish(float):

@@ -252,30 +252,6 @@ class MessagePackCodec:
         return _READERS[code](told)
 
 
-_SEQUENCES: Final = frozenset({list, tuple, set, frozenset})
-_MANY: Final = 5_000
-"""So many parts of a value are written on the event loop: a millisecond or two."""
-
-
-def is_large(value: Any) -> bool:
-    """Whether writing a value takes longer than an event loop may be held."""
-    parts, left = 0, [value]
-    while left:
-        each = left.pop()
-        kind, held = type(each), each
-        if kind is dict or kind is FrozenDict:
-            held = each.values()
-        elif kind not in _SEQUENCES:
-            fields = ("__struct_fields__", "__dataclass_fields__", "_fields")
-            names = next((getattr(kind, name) for name in fields if hasattr(kind, name)), ())
-            held = [getattr(each, name, None) for name in names]
-        parts += len(held)
-        if parts > _MANY:
-            return True
-        left.extend(held)
-    return False
-
-
 def _text(value: str) -> str:
     if not value.isascii():
         try:
@@ -358,6 +334,33 @@ _READERS: Final[Mapping[int, Callable[[Any], Any]]] = {
     _PAIRS: dict,
     **{tag.code: tag.read for tag in _TAGS.values()},
 }
+
+
+_SEQUENCES: Final = frozenset({list, tuple, set, frozenset})
+_LEAVES: Final = {*_PLAIN, str, int, *_TAGS}.difference(_SEQUENCES, {FrozenDict})
+_MANY: Final = 5_000
+"""So many parts of a value are written on the event loop: a millisecond or two."""
+
+
+def is_large(value: Any) -> bool:
+    """Whether writing a value takes longer than an event loop may be held."""
+    parts, left = 0, [value]
+    while left:
+        each = left.pop()
+        kind, held = type(each), each
+        if kind is dict or kind is FrozenDict:
+            held = each.values()
+        elif kind in _LEAVES:
+            continue
+        elif kind not in _SEQUENCES:
+            fields = ("__struct_fields__", "__dataclass_fields__", "_fields")
+            names = next((getattr(kind, name) for name in fields if hasattr(kind, name)), ())
+            held = [getattr(each, name, None) for name in names]
+        parts += len(held)
+        if parts > _MANY:
+            return True
+        left += [part for part in held if type(part) not in _LEAVES]
+    return False
 
 
 def _place_of(culprit: Any, value: Any, place: str) -> str:
