@@ -180,6 +180,26 @@ def test_max_pending_tasks_follows_max_concurrency_unless_given() -> None:
 # Settings that do not go together
 
 
+@pytest.mark.parametrize(
+    "setting, kind",
+    [
+        ("policy_resolver", PolicyResolver),
+        ("authority_resolver", AuthorityPolicyResolver),
+        ("resilience_resolver", ResiliencePolicyResolver),
+        ("circuit_breaker", CircuitBreaker),
+        ("observation_policy", ObservationPolicy),
+        ("retry_policy", RetryPolicy),
+        ("clock", SystemClock),
+    ],
+)
+def test_what_is_given_is_taken_however_empty_it_may_look(setting: str, kind: Any) -> None:
+    empty = type("Empty", (kind,), {"__bool__": lambda _: False})
+    resolvers = setting in ("policy_resolver", "resilience_resolver")
+    default = {"policy_resolver": FreshnessPolicy(1, 2)}.get(setting, SourceResiliencePolicy())
+    given = empty(default) if resolvers else empty()
+    assert getattr(SnapshotBuilder([], **{setting: given}), setting) is given
+
+
 def test_authority_policy_and_resolver_exclude_each_other() -> None:
     policy = SourceAuthorityPolicy({"s": 1})
     with pytest.raises(ValueError, match=r"authority_policy.*authority_resolver"):

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
@@ -65,6 +65,8 @@ from coalestra.resilience.policies import (
     SourceResiliencePolicy,
 )
 
+T = TypeVar("T")
+
 
 def _one_of(kind: type[Any]) -> Any:
     return ruled(None, instance, kind, optional=True)
@@ -106,6 +108,11 @@ class Collaborators:
                 "authority_policy and authority_resolver were both given; give the resolver alone, "
                 "with the policy as its default"
             )
+
+
+def given_or(value: T | None, default: T) -> T:
+    """Return what was given, however empty one of the application's may look, or the default."""
+    return default if value is None else value
 
 
 def _require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> None:
@@ -343,7 +350,7 @@ class SnapshotBuilder(BuilderSettings):
         cache, default_cache = _caches(given, self)
         self.sources: tuple[Source, ...] = tuple(link.source for link in chains.links)
         self.cache: AsyncCache = cache
-        self.clock: Clock = SystemClock() if given.clock is None else given.clock
+        self.clock: Clock = given_or(given.clock, SystemClock())
         self.payload_copier: PayloadCopier | None = given.payload_copier
         self.capacity: CapacityController = _capacity(chains.links, self)
         self._choose_policies(given)
@@ -378,25 +385,28 @@ class SnapshotBuilder(BuilderSettings):
         )
 
     def _choose_policies(self, given: Collaborators) -> None:
-        # What may be a subclass of the application's is taken however empty it may look.
-        freshness, authority = given.policy_resolver, given.authority_resolver
-        if freshness is None:
-            freshness = PolicyResolver(given.default_policy or FreshnessPolicy(1.0, 10.0))
-        if authority is None:
-            authority = AuthorityPolicyResolver(given.authority_policy)
-        if authority.has_rules:
-            require_authority_aware(self.cache, authority)
-        self.policy_resolver: PolicyResolver = freshness
-        self.authority_resolver: AuthorityPolicyResolver = authority
-        self.observation_policy: ObservationPolicy = given.observation_policy or ObservationPolicy()
-        breaker, resilience = given.circuit_breaker, given.resilience_resolver
-        self.circuit_breaker: CircuitBreaker = breaker or CircuitBreaker(clock=self.clock)
-        if resilience is None:
-            default = given.default_resilience or SourceResiliencePolicy(
-                given.retry_policy or RetryPolicy(), self.circuit_breaker.default_policy
-            )
-            resilience = ResiliencePolicyResolver(default, given.source_resilience)
-        self.resilience_resolver: ResiliencePolicyResolver = resilience
+        freshness = given_or(given.default_policy, FreshnessPolicy(1.0, 10.0))
+        self.policy_resolver: PolicyResolver = given_or(
+            given.policy_resolver, PolicyResolver(freshness)
+        )
+        self.authority_resolver: AuthorityPolicyResolver = given_or(
+            given.authority_resolver, AuthorityPolicyResolver(given.authority_policy)
+        )
+        if self.authority_resolver.has_rules:
+            require_authority_aware(self.cache, self.authority_resolver)
+        self.observation_policy: ObservationPolicy = given_or(
+            given.observation_policy, ObservationPolicy()
+        )
+        self.circuit_breaker: CircuitBreaker = given_or(
+            given.circuit_breaker, CircuitBreaker(clock=self.clock)
+        )
+        retry, circuit = given_or(given.retry_policy, RetryPolicy()), self.circuit_breaker
+        resilience = SourceResiliencePolicy(retry, circuit.default_policy)
+        resilience = given_or(given.default_resilience, resilience)
+        self.resilience_resolver: ResiliencePolicyResolver = given_or(
+            given.resilience_resolver,
+            ResiliencePolicyResolver(resilience, given.source_resilience),
+        )
         self.retry_policy: RetryPolicy = self.resilience_resolver.default.retry
 
     def _parts(self, chains: Chains, tracing: Tracing) -> Parts:
