@@ -833,12 +833,18 @@ async def test_of_several_values_for_one_key_the_best_is_stored(
         assert await read(cache) == 1
 
 
-async def test_two_prefixes_have_nothing_in_common(server: Server, prefix: str) -> None:
-    async with caches(server, prefix) as [one], caches(server, f"{prefix}2") as [other]:
-        await one.set(value_of(A))
-        assert await read(other) is None
+@pytest.mark.parametrize("end", ["2", ":eu", ":", ".eu"])
+async def test_two_prefixes_have_nothing_in_common(server: Server, prefix: str, end: str) -> None:
+    inner, outer = ResourceKey("shared", "thing"), ResourceKey("eu", "shared", "thing")
+    async with caches(server, prefix) as [one], caches(server, f"{prefix}{end}") as [other]:
+        await one.set(value_of(outer))
+        assert await read(other, inner) is None
+        assert await read(other, outer) is None
         await other.clear()
-        assert await read(one) == 1
+        assert await read(one, outer) == 1
+        await other.set(value_of(inner, 2))
+        await one.clear()
+        assert await read(other, inner) == 2
 
 
 # Whose it is ----------------------------------------------------------------------------------

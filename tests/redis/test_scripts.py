@@ -29,6 +29,21 @@ def test_different_keys_have_different_names(one: ResourceKey, other: ResourceKe
     assert (scripts.name_of("p", one) == scripts.name_of("p", other)) is (one == other)
 
 
+prefixes = st.text("ab:.-", min_size=1, max_size=4)
+plain_keys = st.builds(
+    ResourceKey, st.text("ab", min_size=1), st.text("ab", min_size=1), st.text("ab")
+)
+
+
+@given(prefixes, plain_keys, prefixes, plain_keys)
+def test_names_under_different_prefixes_differ(
+    one: str, its: ResourceKey, other: str, others: ResourceKey
+) -> None:
+    mine, yours = scripts.name_of(one, its), scripts.name_of(other, others)
+    assert (mine == yours) is ((one, its) == (other, others))
+    assert yours.startswith(scripts.head_of(one)) is (one == other)
+
+
 def test_a_long_key_has_a_short_name_of_its_own() -> None:
     names = {scripts.name_of("p", ResourceKey("n", "x", f"{'s' * 5000}{n}")) for n in range(100)}
     assert len(names) == 100

@@ -155,8 +155,8 @@ class RedisCache:
     Args:
         client: a client of redis-py for asyncio; it stays the application's. Or a URL
             (``redis://...``), for a client of the cache's own.
-        prefix: what the names of all its entries begin with; caches with different prefixes have
-            nothing in common. Letters, digits and ``._-:`` only.
+        prefix: what the names of all its entries begin with, with ``/`` for each ``:``; caches with
+            different prefixes have nothing in common. Letters, digits and ``._-:`` only.
         models: the application's own types that values may hold; see `MessagePackCodec`.
         codec: writes and reads values instead of `MessagePackCodec`.
         near_entries: how many entries are kept in memory as well; 0 for none.
@@ -770,7 +770,7 @@ class RedisCache:
     async def clear(self) -> None:
         """Remove everything under its prefix, whoever stored it."""
         await self._open()
-        names = iter(await self._server.names_of(f"{self._prefix}:*"))
+        names = iter(await self._server.names_of(f"{scripts.head_of(self._prefix)}*"))
         while some := tuple(islice(names, _NAMES_IN_ONE_CALL)):
             calls = [Call(part, ()) for part in self._portions(some)]
             _all(await self._server.run(scripts.UNLINK, calls), "not invalidated")

@@ -44,13 +44,18 @@ MOST_NAME_BYTES: Final = 200
 _DIGEST_MARK = "#"
 
 
+def head_of(prefix: str) -> str:
+    """Return what the names under a prefix begin with, and those under no other prefix do."""
+    return prefix.replace(":", "/") + ":"  # or "a:b" would begin like a name under "a"
+
+
 def name_of(prefix: str, key: ResourceKey) -> str:
     """Return the server's name of a key: no two keys share one, and none is long."""
     text = key.canonical
     if len(text) > MOST_NAME_BYTES:
         digest = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
         text = f"{_DIGEST_MARK}{digest}"
-    return f"{prefix}:{text}"
+    return head_of(prefix) + text
 
 
 _AS_IT_IS = KeyNormalizer(str, str, str, str, str)
