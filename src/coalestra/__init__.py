@@ -29,15 +29,9 @@ if TYPE_CHECKING:
     from coalestra.sync import *
 
 _PARTS = (
-    "core",
-    "concurrency",
-    "observability",
-    "resilience",
-    "cache",
-    "orchestration",
-    "adapters",
+    "core", "concurrency", "observability", "resilience", "cache", "orchestration", "adapters",
     "sync",
-)
+)  # fmt: skip
 
 
 if not TYPE_CHECKING:

@@ -72,25 +72,10 @@ class Link:
     """
 
     __slots__ = (
-        "asked",
-        "attempts",
-        "context",
-        "deadline_cuts",
-        "declared_resilience",
-        "failed_at",
-        "failed_attempts",
-        "guarantee",
-        "inherits",
-        "kind",
-        "last_error",
-        "latency_ms",
-        "memoized",
-        "name",
-        "protected",
-        "served",
-        "source",
-        "succeeded_at",
-    )
+        "asked", "attempts", "context", "deadline_cuts", "declared_resilience", "failed_at",
+        "failed_attempts", "guarantee", "inherits", "kind", "last_error", "latency_ms", "memoized",
+        "name", "protected", "served", "source", "succeeded_at",
+    )  # fmt: skip
 
     def __init__(self, index: int, source: Any, *, memoized: bool) -> None:
         self.asked: int = 1 << 2 * index

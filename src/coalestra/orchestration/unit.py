@@ -58,15 +58,8 @@ class UnitOfWork:
     """
 
     __slots__ = (
-        "engine",
-        "failures",
-        "lasting",
-        "pins",
-        "requested",
-        "work",
-        "_began",
-        "_undelivered",
-    )
+        "engine", "failures", "lasting", "pins", "requested", "work", "_began", "_undelivered",
+    )  # fmt: skip
 
     def __init__(self, engine: Engine, work: Work, lasting: bool) -> None:
         self.engine: Engine = engine
