@@ -102,8 +102,8 @@ async def test_a_scope_below_the_source_needs_a_key(scope: CircuitScope) -> None
 
 
 def test_the_name_of_a_scope_is_none() -> None:
-    """Its circuit would look like that of the scope, and be another."""
-    scope: Any = "resource"
+    """It would be taken for that of single resources."""
+    scope: Any = "namespace"
     with pytest.raises(TypeError, match="scope must be a CircuitScope"):
         CircuitBreaker().identity_for("rest", key=BTC, scope=scope)
 
