@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.store import EntryStore, best_per_key
+from coalestra.cache.store import EntryStore, best_per_key, outdated_among
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import Revision
@@ -161,6 +161,19 @@ def test_what_is_current_in_one_store_may_be_outdated_in_another() -> None:
         store.put(derived)
     assert one.find(B, NOW, POLICY) is derived
     assert other.find(B, NOW, POLICY) is None
+
+
+def test_a_judgement_elsewhere_does_not_make_a_store_forget_what_rests_on_what() -> None:
+    """As of one that was on its way into a cache when its reading began, and is in memory now."""
+    store = EntryStore(None)
+    base = revision_of(A)
+    derived, other = revision_of(B, rests_on=[base]), revision_of(C, rests_on=[base])
+    store.put(base)
+    store.put(derived)
+    assert found(store, B) == [B]
+    assert outdated_among({A: base, C: other}) == []
+    store.drop((A,))
+    assert found(store, B) == []
 
 
 def test_entries_that_claim_to_rest_on_each_other_are_never_current() -> None:

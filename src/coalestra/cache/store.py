@@ -245,10 +245,15 @@ def _entered(revision: Revision) -> tuple[Revision, Iterator[tuple[ResourceKey, 
 
 def outdated_among(known: Mapping[ResourceKey, Revision]) -> list[ResourceKey]:
     """Return the keys of what does not rest on current revisions; ``known`` is all there is."""
-    for revision in known.values():
+    # Whose are also in a store, that one needs the answers to know what is void without them.
+    answers = [(revision, revision.checked) for revision in known.values()]
+    for revision, _ in answers:
         revision.checked = _UNCHECKED
     holds = Currency(known).holds
-    return [key for key, revision in known.items() if not holds(revision)]
+    outdated = [key for key, revision in known.items() if not holds(revision)]
+    for revision, checked in answers:
+        revision.checked = checked
+    return outdated
 
 
 async def with_all_below(

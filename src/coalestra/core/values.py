@@ -474,8 +474,8 @@ class Revision:
         dated: whether its source or publisher said when it was true.
         began: the number of this process at which its reading began, or it was published; 0 if
             that is not known.
-        checked: the epoch of the store at which it was last seen to rest on current revisions,
-            or -1. It may be written, as may `vouched`.
+        checked: the run of answers of its store in which it was last found to rest on current
+            revisions, or what is below 0. It may be written, as may `vouched`.
         vouched: what a builder whose derivations take it in last knew of news of what it rests on.
     """
 
