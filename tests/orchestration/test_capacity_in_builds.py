@@ -322,3 +322,28 @@ async def test_a_lease_taken_by_an_application_counts_against_the_builds() -> No
     await task
     assert await in_use(building, "x") == (0, 0)
     await no_leaks(building)
+
+
+@pytest.mark.parametrize("waits", ["joined", "derived", "queued"])
+async def test_who_waited_for_capacity_until_its_deadline_is_told_who_has_it(waits: str) -> None:
+    """Also if the wait was another one's, of what it rests on, or still to come."""
+    first, second, top = key("x", "1"), key("x", "2"), key("top")
+    building = builder(
+        Single("x"),
+        Derived("top", needs=lambda k: [first]),
+        Single("holder", fetch=latency(50)),
+        max_concurrency=1,
+    )
+    holder = asyncio.ensure_future(building.build([key("holder")]))
+    await settle()
+    other = asyncio.ensure_future(
+        building.build([first, second] if waits == "joined" else [second])
+    )
+    await settle()
+    wanted = {"joined": [first], "derived": [top], "queued": [key("x", "3"), first]}[waits]
+    snapshot = await building.build(wanted, strict=False, deadline_seconds=5)
+    text = str(snapshot.error_for(wanted[-1]))
+    assert "capacity of source 'x', held by 'holder' (1)" in text
+    assert ("test:x:1: it waited" in text) is (waits == "derived")
+    await asyncio.gather(holder, other)
+    await no_leaks(building)

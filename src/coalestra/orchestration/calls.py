@@ -364,28 +364,16 @@ class Attempt:
         self._report_timeout("snapshot_deadline")
         return SnapshotDeadlineExceededError(
             f"the deadline{self._call.of_deadline()} passed while waiting for "
-            f"{self._capacity()}; raise max_concurrency or the deadline"
+            f"{self._call.lane.capacity}; raise max_concurrency or the deadline"
         )
 
     def _impatient(self, timeout: float | None) -> Exception:
         self._call.parts.counters.queue_timeout_count += 1
         self._report_timeout("queue_timeout")
         return SourceQueueTimeoutError(
-            f"waited {timeout:g} s for {self._capacity()}; raise its max_concurrency, the "
+            f"waited {timeout:g} s for {self._call.lane.capacity}; raise its max_concurrency, the "
             "builder's max_concurrency, or queue_timeout_seconds"
         )
-
-    def _capacity(self) -> str:
-        """Return in words what it waits for, and who has it."""
-        name, capacity = self._call.link.name, self._call.parts.capacity
-        holders = capacity.holders()
-        limit = capacity.limit_for(name)
-        if limit is not None and holders.get(name, 0) >= limit:
-            holders = {name: holders[name]}
-        shown = [f"{who!r} ({count})" for who, count in islice(holders.items(), _HOLDERS_SHOWN)]
-        more = ", ..." if len(holders) > _HOLDERS_SHOWN else ""
-        held = f", held by {', '.join(shown)}{more}" if shown else ""
-        return f"capacity of source {name!r}{held}"
 
     def _report_timeout(self, reason: str) -> None:
         report, name = self._call.parts.report, self._call.link.name
@@ -561,7 +549,7 @@ class Call:
     _slow: list[tuple[Flight, Any]] | None = None
 
     def __init__(self, lane: Lane, flights: Iterable[Flight]) -> None:
-        self._lane = lane
+        self.lane: Lane = lane
         self.link: Link = lane.link
         self.work: Work = lane.work
         self.dispatch: Dispatch = lane.dispatch
@@ -574,6 +562,8 @@ class Call:
     def doing(self) -> str:
         """What the call is at, to be put behind a sentence."""
         attempt = self._attempt
+        if attempt is not None and attempt.stage is Progress.WAITING:
+            return f": it waited for {self.lane.capacity}"
         was = "it rested between two attempts" if attempt is None else attempt.stage.value[0]
         return f": {was}"
 
@@ -766,7 +756,7 @@ class Call:
                             error_type=error,
                             error=error,
                         )
-                    self._retry = loop.call_later(delay, self._lane.again, self)
+                    self._retry = loop.call_later(delay, self.lane.again, self)
         finally:
             if self._retry is None:
                 late = isinstance(error, SnapshotDeadlineExceededError)
@@ -1155,7 +1145,7 @@ class Call:
                     self._slow = self._slow or []
                     self._slow.append((flight, value))
                     return None
-            gather, rank = flight.gather, self._lane.rank
+            gather, rank = flight.gather, self.lane.rank
             revision = Revision(
                 flight.key,
                 sealed[0],
@@ -1368,6 +1358,24 @@ class Lane:
         self._workers = 0
         self._calls: set[Call] = set()
         self._hurried = 0
+
+    @property
+    def capacity(self) -> str:
+        """In words, what calls to its source wait for, and who has it."""
+        name, capacity = self.link.name, self.dispatch.parts.capacity
+        holders = capacity.holders()
+        limit = capacity.limit_for(name)
+        if limit is not None and holders.get(name, 0) >= limit:
+            holders = {name: holders[name]}
+        shown = [f"{who!r} ({count})" for who, count in islice(holders.items(), _HOLDERS_SHOWN)]
+        more = ", ..." if len(holders) > _HOLDERS_SHOWN else ""
+        held = f", held by {', '.join(shown)}{more}" if shown else ""
+        return f"capacity of source {name!r}{held}"
+
+    @property
+    def doing(self) -> str:
+        """What a flight is at that is queued here, to be put behind a sentence."""
+        return f": it was queued for {self.capacity}"
 
     def add(self, flights: list[Flight]) -> None:
         """Queue calls for the flights: for a batch source in chunks of its size, else one each."""

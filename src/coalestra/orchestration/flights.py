@@ -947,17 +947,43 @@ def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> R
     return reading
 
 
-def late(key: ResourceKey, deadline: Deadline | None, flight: Flight | None) -> Failure:
-    """Return the failure of a key whose deadline passed, with what its sources had said so far."""
+_LOWEST_SAID = 8
+
+
+def doing(flight: Flight, known: dict[Call | Lane, str]) -> str:
+    """Return what a flight, or the first that it waits for, is at, to be put behind a sentence.
+
+    What is `known` of calls and lanes is not put into words again.
+    """
+    lowest, way = flight, 0
+    while lowest.phase is _GATHERING and lowest.gather is not None and way < _LOWEST_SAID:
+        awaited = next((f for f in lowest.gather.pending if isinstance(f, Flight)), None)
+        if awaited is None:
+            break
+        lowest, way = awaited, way + 1
+    whom = lowest.lane if lowest.call is None and lowest.phase is _CALLING else lowest.call
+    what = ""
+    if whom is not None:
+        what = known.get(whom) or known.setdefault(whom, whom.doing)
+    return f": it waited for {lowest.key.display}{what}" if way else what
+
+
+def late(
+    key: ResourceKey, deadline: Deadline | None, flight: Flight | None, was: str = ""
+) -> Failure:
+    """Return the failure of a key whose deadline passed, with what its sources had said so far.
+
+    `was` is what it was at; see `doing`.
+    """
     link = None if flight is None else flight.link
     failures = () if flight is None else flight.failures
     said = link is None or (flight is not None and _ended_late(flight, link.name))
     call = None if flight is None else flight.call
-    tries, doing = (0, "") if call is None else (call.attempts, call.doing)
+    tries = 0 if call is None else call.attempts
 
     def make() -> Exception:
         budget = "" if deadline is None else f" of {deadline.budget_seconds:g} s"
-        text = f"the deadline{budget} passed before {key.display} was resolved{doing}"
+        text = f"the deadline{budget} passed before {key.display} was resolved{was}"
         if link is None:
             return SnapshotDeadlineExceededError(text)
         last = SourceFailure(link.name, SnapshotDeadlineExceededError.__name__, text, tries)

@@ -45,7 +45,7 @@ from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_for, po
 from coalestra.core.trace import Obtained, WaitReason
 from coalestra.core.validation import flag, span
 from coalestra.core.values import CacheWriteStatus, Revision
-from coalestra.orchestration.calls import Call, Dispatch
+from coalestra.orchestration.calls import Call, Dispatch, Lane
 from coalestra.orchestration.deliveries import Deliveries, WarmReads
 from coalestra.orchestration.flights import (
     LOOK_SECONDS,
@@ -62,6 +62,7 @@ from coalestra.orchestration.flights import (
     asks_no_more,
     circle_of,
     current_call,
+    doing,
     instead_of_event,
     late,
     stale_candidate,
@@ -1123,14 +1124,19 @@ class SingleFlight:
     def _strike_on(self, gather: Gather) -> Steps:
         """Leave what is waited for, so that calls that end for that say so; then end the rest."""
         pending: dict[ResourceKey, Flight | Read] = {each.key: each for each in gather.pending}
+        was: dict[ResourceKey, str] = {}
+        known: dict[Call | Lane, str] = {}
         for part in portions(pending.values(), _KEYS_PER_STEP):
+            for awaited in part:
+                if isinstance(awaited, Flight):
+                    was[awaited.key] = doing(awaited, known)
             for awaited in part:
                 self._leave(gather, awaited)
             yield
         for keys in portions(gather.keys, _KEYS_PER_STEP):
             for key in keys:
                 if key not in gather.readings and key not in gather.failures:
-                    self._strike_key(gather, key, pending.pop(key, None))
+                    self._strike_key(gather, key, pending.pop(key, None), was.get(key, ""))
             if len(keys) == _KEYS_PER_STEP:
                 yield
         odd: Collection[ResourceKey] = ()
@@ -1143,12 +1149,14 @@ class SingleFlight:
             gather.failures[key] = late(key, gather.work.deadline, None)
         self._tell(gather)
 
-    def _strike_key(self, gather: Gather, key: ResourceKey, awaited: Flight | Read | None) -> None:
+    def _strike_key(
+        self, gather: Gather, key: ResourceKey, awaited: Flight | Read | None, was: str
+    ) -> None:
         flight = awaited if isinstance(awaited, Flight) else None
         if flight is not None and isinstance(flight.settlement, Reading):
             gather.receive(key, flight.settlement, joined=True)
             return
-        failure = late(key, gather.work.deadline, flight)
+        failure = late(key, gather.work.deadline, flight, was)
         if awaited is not None and gather.accepts_stale(key):
             stale = stale_candidate(awaited, failure, self.parts)
             if stale is not None:
