@@ -27,7 +27,15 @@ from typing import Any, Final, TypeVar
 from coalestra._endings import pass_on
 from coalestra.concurrency.capacity import WaitQueue, can_be_woken
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
-from coalestra.concurrency.sealing import FLAT, Seal, Sealed, seal_anyhow, seal_briefly, seal_flat
+from coalestra.concurrency.sealing import (
+    FLAT,
+    Seal,
+    Sealed,
+    copy_anyhow,
+    seal_anyhow,
+    seal_briefly,
+    seal_flat,
+)
 from coalestra.concurrency.threads import Job, WorkerThreads, threads_of_context
 from coalestra.core.errors import (
     PayloadCopySubsystemClosedError,
@@ -53,7 +61,7 @@ def deepcopy_payload(value: T) -> T:
 
     Raises whatever the classes inside ``value`` raise on being copied.
     """
-    copied: T = seal_anyhow(value)[0]
+    copied: T = copy_anyhow(value)
     return copied
 
 

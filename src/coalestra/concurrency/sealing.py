@@ -677,14 +677,19 @@ def seal_briefly(value: Any) -> Sealed | None:
 
 def seal_anyhow(value: Any) -> Sealed:
     """Seal any payload, for as long as it may take; raises what the classes inside it raise."""
-    sealed = seal_flat(value)
-    if sealed is not None:
-        return sealed
     try:
-        return _survey(value, math.inf)
+        return seal_flat(value) or _survey(value, math.inf)
     except UnknownPayload:
         seal = DeepSeal(value)
         return seal.opener(value), seal
+
+
+def copy_anyhow(value: Any) -> Any:
+    """Return a copy of any payload, of which no other will be made; raises as `seal_anyhow`."""
+    try:
+        return (seal_flat(value) or _survey(value, math.inf))[0]
+    except UnknownPayload:
+        return copy.deepcopy(value)
 
 
 def _survey(value: Any, allowed: float) -> Sealed:
