@@ -234,7 +234,10 @@ class FreshnessPolicyProvider(Protocol):
 
 def policy_for(policies: FreshnessPolicyProvider, key: ResourceKey) -> FreshnessPolicy:
     """Return the policy of ``key``; raises what it raises, or `TypeError` if that is none."""
-    return instance("policy", policies.resolve(key), FreshnessPolicy)
+    policy = policies.resolve(key)
+    if type(policy) is not FreshnessPolicy:
+        instance("policy", policy, FreshnessPolicy)
+    return policy
 
 
 def quiet_ages(
