@@ -780,7 +780,7 @@ class ObservabilityShutdownTimeoutError(CoalestraError):
 
 
 class SubmissionBacklogFullError(CoalestraError):
-    """A submission was refused at once: ``limit`` may wait, and ``pending`` did."""
+    """A submission was refused at once, as too many wait: ``limit`` may, and ``pending`` did."""
 
     def __init__(self, *, limit: int, pending: int) -> None:
         self.limit = limit
