@@ -254,13 +254,6 @@ async def test_to_look_at_the_newest_entries_counts_and_moves_nothing() -> None:
     assert await payload_of(cache, B) is None, "it is still the one used longest ago"
 
 
-async def test_the_newest_entries_are_those_used_last_however_many_are_kept() -> None:
-    cache = AsyncMemoryCache(max_entries=None)
-    await cache.set_many([value_of(key) for key in (A, B, C)])
-    await payload_of(cache, A)
-    assert [value.key for value in await cache.newest()] == [A, C, B]
-
-
 async def test_who_looks_at_the_newest_entries_gets_copies() -> None:
     cache = AsyncMemoryCache()
     await cache.set(value_of(payload={"levels": [1]}))

@@ -294,7 +294,10 @@ class EntryStore:
         self.max_entries: int | None = max_entries
         self.listeners: Listeners = Listeners()
         self.tolerance: float = future_tolerance(ObservationPolicy())
-        self._entries: OrderedDict[ResourceKey, Revision] = OrderedDict()
+        self._recency: OrderedDict[ResourceKey, Revision] | None = None
+        self._entries: dict[ResourceKey, Revision] = {}
+        if max_entries is not None:
+            self._entries = self._recency = OrderedDict()
         self._currency = Currency(self._entries)
         self._misses = self._fresh_hits = self._stale_hits = self._sets = 0
         self._invalidations = self._evictions = self._expirations = 0
@@ -335,7 +338,8 @@ class EntryStore:
                 self._invalidations += 1
                 self._discard(revision)
             elif age >= -self.tolerance:
-                self._entries.move_to_end(revision.key)
+                if self._recency is not None:
+                    self._recency.move_to_end(revision.key)
                 if age <= policy.ttl_seconds:
                     self._fresh_hits += 1
                 else:
@@ -369,12 +373,13 @@ class EntryStore:
     def count_fresh(self, revisions: Collection[Revision]) -> None:
         """Count entries as found fresh, and as used last."""
         self._fresh_hits += len(revisions)
-        move = self._entries.move_to_end
-        for revision in revisions:
-            try:
-                move(revision.key)  # the very key of the entry, which needs no comparison
-            except KeyError:  # it has left meanwhile
-                continue
+        if self._recency is not None:
+            move = self._recency.move_to_end
+            for revision in revisions:
+                try:
+                    move(revision.key)  # the very key of the entry, which needs no comparison
+                except KeyError:  # it has left meanwhile
+                    continue
 
     def lacks(self, key: ResourceKey) -> bool:
         """Whether there is no entry of ``key``; if so, a miss is counted."""
@@ -468,8 +473,8 @@ class EntryStore:
         entries[key] = revision
         revision.checked = _UNCHECKED
         self._sets += 1
-        if self.max_entries is not None and len(entries) > self.max_entries:
-            _, oldest = entries.popitem(last=False)
+        if self._recency is not None and len(entries) > (self.max_entries or 0):
+            _, oldest = self._recency.popitem(last=False)
             currency.removed(oldest)
             self._evictions += 1
         return _STORED, revision, previous
