@@ -238,3 +238,9 @@ def test_without_its_packages_the_error_says_what_to_install(missing: str) -> No
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: coalestra.redis must have the packages redis and msgspec")
     assert "'.[redis]'" in last
+
+
+@pytest.mark.parametrize("models", [Order, 5])
+def test_models_that_are_not_several_are_refused_by_name(models: Any) -> None:
+    with pytest.raises(TypeError, match="models must be an Iterable"):
+        MessagePackCodec(models)

@@ -969,6 +969,26 @@ async def test_a_damaged_lease_keeps_nobody_away(server: Server, prefix: str) ->
         assert (await fulfil(other, await lease(other), "acquired")).stored
 
 
+@pytest.mark.parametrize(
+    "field, odd, reason",
+    [
+        ("version", "v" * 1_000, "its version takes more than 999 bytes"),
+        ("version", "\udcff", "half a surrogate pair"),
+        ("source", "caf\udce9", "half a surrogate pair"),
+    ],
+)
+async def test_provenance_that_cannot_be_told_is_refused_by_name(
+    server: Server, prefix: str, field: str, odd: Any, reason: str
+) -> None:
+    async with caches(server, prefix) as [cache]:
+        changes: dict[str, Any] = {field: odd}
+        value = dataclasses.replace(value_of(), **changes)
+        with pytest.raises(UnstorableValueError, match=reason):
+            await cache.set(value)
+        assert cache.health().unstorable == 1
+        assert await read(cache) is None
+
+
 @dataclasses.dataclass
 class Rows:
     """Many of something."""

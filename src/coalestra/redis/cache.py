@@ -93,6 +93,8 @@ _STORED: Final = CacheWriteStatus.STORED
 _FOREVER: Final = 1e300
 _LONGEST_SECONDS: Final = 1e9
 """The server does not take the milliseconds of all that a float can be."""
+_MOST_VERSION_BYTES: Final = 999
+"""News tell the length of a version by three digits."""
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _MOST_RENEWED_SECONDS: Final = 60.0
 _MOST_ROUNDS: Final = 8
@@ -689,15 +691,24 @@ class RedisCache:
         except UnstorableValueError:
             self._unstorable += 1
             raise
-        known = value.source, value.latency_ms, value.attempts, value.authority_rank
-        data = _encode((_FORM, *known, payload, metadata, rests_on))
-        if len(data) > self._most_bytes:
+        known, reason = (value.source, value.latency_ms, value.attempts, value.authority_rank), ""
+        try:
+            version = value.version.encode()
+            data = _encode((_FORM, *known, payload, metadata, rests_on))
+        except UnicodeEncodeError:
+            reason = "its source or a version has half a surrogate pair, which no encoding has"
+        else:
+            if len(data) > self._most_bytes:
+                most = f"max_value_bytes is {self._most_bytes:,}"
+                reason = f"it takes {len(data):,} bytes, and {most}"
+            elif len(version) > _MOST_VERSION_BYTES:
+                reason = f"its version takes more than {_MOST_VERSION_BYTES} bytes"
+        if reason:
             self._unstorable += 1
-            limit = f"it takes {len(data):,} bytes, and max_value_bytes is {self._most_bytes:,}"
-            raise UnstorableValueError(qualified_type(value.value), "value", limit)
+            raise UnstorableValueError(qualified_type(value.value), "value", reason)
         if value.observed_at == value.fetched_at:
             flags += "u"
-        parts = [_bytes(over or ""), value.version.encode(), value.key.canonical.encode()]
+        parts = [_bytes(over or ""), version, value.key.canonical.encode()]
         head = (
             f"{token} {flags or '-'} {int(value.authority_rank)} "
             f"{_plain(value.observed_at)} {int(value.attempts)} {_plain(value.latency_ms)} "

@@ -164,7 +164,7 @@ class MessagePackCodec:
     def __init__(self, models: Iterable[type[Any] | Model] = ()) -> None:
         self._models: dict[type[Any], Model] = {}
         self._named: dict[str, Model] = {}
-        for given in models:
+        for given in instance("models", models, Iterable):
             model = given if isinstance(given, Model) else Model.of(given)
             if model.kind in self._models or model.name in self._named:
                 raise ValueError(f"models must be different, got {model.name} twice")
