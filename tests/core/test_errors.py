@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import json
 import pickle
@@ -307,6 +308,47 @@ def test_the_cause_of_a_resolution_error_is_what_the_last_source_raised() -> Non
         one, two = error.__notes__
         assert one.startswith(f"one: raised in raised ({__file__}, line ")
         assert two.startswith("two: raised in raised (")
+
+
+def lower() -> None:
+    raise KeyError("the culprit")
+
+
+@pytest.mark.parametrize("how", ["cause", "context", "group", "none"])
+def test_a_failure_tells_where_that_was_raised_that_it_was_raised_from(how: str) -> None:
+    """Clients wrap what went wrong; what they hide stays hidden."""
+    if how == "group" and sys.version_info < (3, 11):
+        pytest.skip("groups came with Python 3.11")
+
+    def upper() -> None:
+        try:
+            lower()
+        except KeyError as error:
+            if how == "cause":
+                raise ConnectionError("wrapped") from error
+            if how == "group":
+                raise vars(builtins)["ExceptionGroup"]("wrapped", [error]) from None
+            if how == "none":
+                raise ConnectionError("wrapped") from None
+            raise ConnectionError("wrapped")  # noqa: B904
+
+    with pytest.raises(Exception, match="wrapped") as caught:
+        upper()
+    failure = SourceFailure.of("one", caught.value)
+    text, notes = (
+        failure.traceback,
+        getattr(ResourceResolutionError(A, (failure,)), "__notes__", []),
+    )
+    assert "in upper" in text
+    before, led, after = text.partition("KeyError('the culprit'), which led to:\n")
+    assert bool(led) is (how != "none")
+    assert ("in lower" in before) is (how != "none")
+    assert "in lower" not in after
+    if sys.version_info >= (3, 11):
+        assert notes[0].startswith("one: raised in upper (")
+        assert [note.partition(", raised in lower (")[0] for note in notes[1:]] == (
+            [] if how == "none" else ["one: from KeyError('the culprit')"]
+        )
 
 
 def test_errors_about_many_resources_are_caused_by_the_first() -> None:

@@ -392,6 +392,18 @@ async def test_what_cannot_be_copied_out_costs_a_session_no_other_value() -> Non
         assert isinstance(snapshot.errors[K], PayloadIsolationError)
 
 
+@pytest.mark.parametrize("by", ["payload", "copier"])
+async def test_the_line_that_failed_in_copying_can_be_found_from_the_error(by: str) -> None:
+    def culprit(*_: Any) -> Any:
+        raise KeyError("no copy")
+
+    value: Any = type("Payload", (), {"__deepcopy__": culprit})()
+    building = builder(Stock("k", {"k": value}), payload_copier=culprit if by == "copier" else None)
+    error = (await building.build([K], strict=False)).errors[K]
+    assert isinstance(error, ResourceResolutionError)
+    assert "in culprit" in error.failures[0].traceback
+
+
 async def test_a_session_of_a_closed_builder_makes_no_more_copies() -> None:
     building = builder(Stock("k", {"k": [1]}))
     session = building.session()

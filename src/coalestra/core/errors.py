@@ -152,13 +152,7 @@ def without_frames(error: BaseException, spared: BaseException | None = None) ->
     Return where it was raised, as file, line and function, the innermost places last; those within
     this library are left out. Nothing that an exception refuses, as a frozen one does, is raised.
     """
-    places: tuple[_Place, ...] = ()
-    with suppress(BaseException):
-        places = getattr(error, _NOTED, ())
-        trace = _TRACEBACK.__get__(error)
-        if trace is not None:
-            places = tuple(deque(_places(trace), _PLACES_KEPT))
-            setattr(error, _NOTED, places)  # one may fail many keys, and is unframed for the first
+    places = _note_places(error)
     left, seen, spare = [error], {id(error), id(spared)}, _UNFRAMED_KEPT
     while left:
         each = left.pop()
@@ -166,12 +160,46 @@ def without_frames(error: BaseException, spared: BaseException | None = None) ->
             spare -= 1  # who has lost its frames before led on to others that have
             if spare < 0:
                 break
+        elif each is not error:
+            _note_places(each)
         _TRACEBACK.__set__(each, None)
         for one in _chained(each):
             if isinstance(one, BaseException) and id(one) not in seen:
                 seen.add(id(one))
                 left.append(one)
     return places
+
+
+def _note_places(error: BaseException) -> tuple[_Place, ...]:
+    """Let an error keep where it was raised, and return that; it may fail many keys."""
+    places: tuple[_Place, ...] = ()
+    with suppress(BaseException):
+        places = getattr(error, _NOTED, ())
+        trace = _TRACEBACK.__get__(error)
+        if trace is not None:
+            places = tuple(deque(_places(trace), _PLACES_KEPT))
+            setattr(error, _NOTED, places)
+    return places
+
+
+def _raised_from(error: BaseException) -> list[BaseException]:
+    """Return what an error was raised from, as far as it is known where that was; nearest first.
+
+    What it hides (``from None``) is left out, as Python does.
+    """
+    found, left, seen = [error], [error], {id(error)}
+    with suppress(BaseException):  # of a foreign class that is read
+        while left and len(seen) <= _UNFRAMED_KEPT:
+            each = left.pop(0)
+            cause, context, *others = _chained(each)
+            if cause is None and not each.__suppress_context__:
+                cause = context
+            for lower in (cause, *others):
+                if isinstance(lower, BaseException) and id(lower) not in seen:
+                    seen.add(id(lower))
+                    left.append(lower)
+                    found += [lower] if getattr(lower, _NOTED, ()) else []
+    return found[1:]
 
 
 def _place_text(place: _Place) -> str:
@@ -209,6 +237,10 @@ def _places(trace: TracebackType | None) -> Iterator[_Place]:
             code = trace.tb_frame.f_code
             yield code.co_filename, trace.tb_lineno, code.co_name
         trace = trace.tb_next
+
+
+def _as_traceback(places: tuple[_Place, ...]) -> str:
+    return "".join(format_list([(*place, None) for place in places]))
 
 
 class _Raised:
@@ -251,8 +283,15 @@ class SourceFailure(_Raised):
 
     @property
     def traceback(self) -> str:
-        """Where the exception was raised, as a traceback says it; empty if that is not known."""
-        return "".join(format_list([(*place, None) for place in self.places]))
+        """Where the exception was raised, as a traceback says it; empty if that is not known.
+
+        Where that was raised from which it was raised comes first.
+        """
+        parts, error = [_as_traceback(self.places)], self.exception
+        for lower in () if error is None else _raised_from(error):
+            told_of = f"{_as_traceback(getattr(lower, _NOTED))}{_named(lower)}, which led to:\n"
+            parts.insert(0, told_of)
+        return "".join(parts)
 
     @property
     def places(self) -> tuple[_Place, ...]:
@@ -377,6 +416,9 @@ class ResourceResolutionError(CoalestraError):
             for failure in self.failures:
                 for place in failure.places[-1:]:
                     self.add_note(f"{failure.source}: {_place_text(place)}")
+                error = failure.exception
+                for lower in () if error is None else _raised_from(error)[-1:]:
+                    self.add_note(f"{failure.source}: from {told(lower)}")
 
     def _sentence(self) -> str:
         return f"cannot resolve {self.key.display}: {self.format_failures()}"

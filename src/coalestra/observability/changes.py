@@ -97,7 +97,8 @@ def _record_of(subject: str, failure: SourceFailure | None) -> logging.LogRecord
     twin = _twin(failure.exception, text)
     raised = type(twin), twin, None
     record = make(logging.WARNING, __file__, 0, "%s fails: %s", said, raised)
-    head = f"Traceback (most recent call last):\n{failure.traceback}" if failure.places else ""
+    places = failure.traceback
+    head = f"Traceback (most recent call last):\n{places}" if places else ""
     record.exc_text = f"{head}{failure.error_type}: {text}"
     return record
 
