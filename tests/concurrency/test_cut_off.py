@@ -37,47 +37,6 @@ async def test_what_runs_too_long_ends_with_its_time() -> None:
     assert caught.value.when == when
 
 
-async def test_what_ends_in_time_leaves_no_timer() -> None:
-    """The test loop fails any test that does."""
-    with CutOff(soon()) as cut:
-        result = await asyncio.sleep(0.5, "in time")
-    assert result == "in time"
-    assert not cut.expired
-
-
-async def test_without_a_time_nothing_is_cut_off() -> None:
-    """None means never."""
-    with CutOff(None) as cut:
-        await asyncio.sleep(1_000)
-    assert not cut.expired
-
-
-@pytest.mark.parametrize("huge", [1e10, 1e300, 10**30])
-async def test_a_time_that_nobody_lives_to_see_is_no_trouble(huge: float) -> None:
-    """Loops wait for it a day at a time."""
-    with CutOff(huge) as cut:
-        await asyncio.sleep(1)
-    assert not cut.expired
-
-
-async def test_an_error_of_the_block_passes_through() -> None:
-    """And the timer is gone."""
-    with pytest.raises(KeyError):
-        with CutOff(soon()):
-            raise KeyError
-
-
-async def test_the_task_can_wait_again_after_it_was_cut_off() -> None:
-    """No request for cancellation is left on it."""
-    with pytest.raises(CutOffExpired):
-        with CutOff(soon()):
-            await asyncio.sleep(10)
-    await asyncio.sleep(5)
-    task = asyncio.current_task()
-    assert task is not None
-    assert not getattr(task, "cancelling", int)()
-
-
 async def test_the_callback_runs_at_the_time_before_anything_is_cancelled() -> None:
     """Whoever waits for the result learns of the expiry even if the block goes on for long."""
     order: list[str] = []
@@ -334,14 +293,6 @@ async def test_a_cancellation_with_two_cut_offs_striking_is_not_swallowed(inner:
     assert await outcome(task) == "cancelled"
 
 
-async def test_a_cut_off_inside_one_that_has_been_left_by_the_task_works_alone() -> None:
-    """The bookkeeping of one block does not leak into the next."""
-    for _ in range(3):
-        assert await nested(2, 1) == "inner"
-        with pytest.raises(CutOffExpired):
-            await cut_off_at(soon(1))
-
-
 # Moving ------------------------------------------------------------------------------------------
 
 
@@ -387,17 +338,6 @@ async def test_moving_an_expired_cut_off_comes_too_late() -> None:
             await asyncio.sleep(10)
     assert moved == [False]
     assert not cut.move(soon(1))
-
-
-async def test_moving_before_the_block_begins_sets_its_time() -> None:
-    """No timer runs before."""
-    cut = CutOff(soon(1))
-    assert cut.move(soon(3))
-    began = soon(0)
-    with pytest.raises(CutOffExpired):
-        with cut:
-            await asyncio.sleep(10)
-    assert soon(0) - began == 3
 
 
 # Misuse ------------------------------------------------------------------------------------------

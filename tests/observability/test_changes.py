@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coalestra import BufferedEventSink, BufferedMetricsSink
+from coalestra import BufferedEventSink
 from coalestra.core.errors import SourceFailure
 from coalestra.observability.changes import LOGGER, ChangeLog, Condition
 from tests.observability.recording import PATIENCE
@@ -66,29 +66,6 @@ def written(changes: ChangeLog) -> int:
 
 FAILED = "WARNING source 'a' fails: ConnectionError"
 WORKS = "INFO source 'a' works again"
-
-
-def test_each_change_of_state_is_one_line(kept: Kept) -> None:
-    changes = log()
-    changes.works("source 'a'")
-    for _ in range(2):
-        for _ in range(3):
-            changes.failed("source 'a'", ConnectionError("no route"))
-        for _ in range(3):
-            changes.works("source 'a'")
-    written(changes)
-    assert kept.lines == [FAILED, WORKS, FAILED, WORKS]
-
-
-def test_subjects_have_a_state_each(kept: Kept) -> None:
-    changes = log()
-    changes.failed("source 'a'", ConnectionError())
-    changes.works("source 'b'")
-    changes.failed("source 'b'", ValueError())
-    changes.works("source 'a'")
-    written(changes)
-    assert kept.lines == [FAILED, "WARNING source 'b' fails: ValueError", WORKS]
-    assert list(changes.troubled) == ["source 'b'"]
 
 
 def test_what_went_wrong_is_in_exc_info_with_where_it_was_raised(kept: Kept) -> None:
@@ -303,12 +280,6 @@ def test_a_forked_child_writes_its_own_lines_though_its_parents_thread_is_not_th
     assert written(changes) == 0
 
 
-def test_a_silent_log_says_nothing(kept: Kept) -> None:
-    changes = ChangeLog(silent=True)
-    changes.failed("source 'a'", ConnectionError())
-    assert (kept.lines, repr(changes)) == ([], "<ChangeLog troubled=[] pending=0>")
-
-
 def test_a_subject_is_one_line_whatever_a_source_is_called(kept: Kept) -> None:
     assert Condition("a\nb\udc00").subject.isprintable()
 
@@ -329,46 +300,6 @@ class Sink:
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         self.emit(metric)
-
-
-def report(buffer: BufferedEventSink | BufferedMetricsSink) -> None:
-    if isinstance(buffer, BufferedEventSink):
-        buffer.emit("e")
-    else:
-        buffer.increment("m")
-    assert buffer.flush(5)
-
-
-@pytest.mark.parametrize("kind", [BufferedEventSink, BufferedMetricsSink])
-def test_a_sink_behind_a_buffer_that_fails_is_named_once(kept: Kept, kind: Any) -> None:
-    sink = Sink()
-    named = f"{'event' if kind is BufferedEventSink else 'metrics'} sink Sink"
-    with kind(sink) as buffer:
-        for broken in (False, True, True, False, False, True):
-            sink.broken = broken
-            report(buffer)
-    assert kept.lines == [
-        f"WARNING {named} fails: ConnectionError",
-        f"INFO {named} works again",
-        f"WARNING {named} fails: ConnectionError",
-    ]
-
-
-@pytest.mark.parametrize("raised", [ValueError, SystemExit])
-def test_a_handler_that_raises_does_not_stop_a_buffer(
-    kept: Kept, raised: type[BaseException]
-) -> None:
-    def refuse() -> None:
-        raise raised
-
-    kept.before = refuse
-    sink = Sink()
-    with BufferedEventSink(sink) as buffer:
-        for broken in (True, False, True):
-            sink.broken = broken
-            report(buffer)
-        stats = buffer.stats()
-    assert (stats.failures, stats.delivered, stats.worker_alive) == (2, 1, True)
 
 
 def test_a_handler_that_blocks_holds_up_the_buffer_and_nobody_else(kept: Kept) -> None:

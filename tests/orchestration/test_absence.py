@@ -15,10 +15,8 @@ from coalestra import (
     AsyncMemoryCache,
     CacheLookup,
     CallableBatchSource,
-    CallableDerivedSource,
     CallableSource,
     CircuitBreakerPolicy,
-    CircuitScope,
     DependencyResolutionError,
     FetchContext,
     FreshnessPolicy,
@@ -297,29 +295,6 @@ async def test_keys_that_one_source_has_not_travel_on_together(
     assert len(snapshot) == 3000
 
 
-async def test_a_batch_is_a_success_for_its_circuit_if_one_key_is_absent() -> None:
-    scoped = SourceResiliencePolicy(
-        RetryPolicy(1), CircuitBreakerPolicy(CircuitScope.SUBJECT, 1, 1000)
-    )
-    answers: dict[str, Any] = {"absent": NONE, "old": SourcePayload(0, observed_at=0.0)}
-    source = tuned(Batch("x", answer=lambda k: answers[k.subject]), resilience_policy=scoped)
-    building = builder(source)
-    await attempt(building, key("x", "absent"), key("x", "old"))
-    assert [str(name) for name in await building.circuit_breaker.snapshot()] == ["x:subject:old"]
-
-
-async def test_a_probe_that_is_told_of_an_absence_closes_the_circuit() -> None:
-    quick = SourceResiliencePolicy(RetryPolicy(1), CircuitBreakerPolicy(failure_threshold=1))
-    source = tuned(Stock("x", {"x": DOWN}), resilience_policy=quick)
-    building = builder(source)
-    await attempt(building)
-    assert await building.circuit_breaker.snapshot()
-    source.change(x=NONE)
-    await asyncio.sleep(11)
-    absence(await attempt(building))
-    assert not await building.circuit_breaker.snapshot()
-
-
 async def test_a_deadline_that_passes_after_it_was_said_is_a_failure() -> None:
     gate = Gate()
     building, (_, second) = chain(NONE, NONE)
@@ -460,16 +435,6 @@ async def test_what_began_before_the_news_is_not_remembered(tell: Any) -> None:
     await no_leaks(building)
 
 
-async def test_an_event_that_is_old_by_now_does_not_bring_back_the_absence() -> None:
-    source = Stock("x", {"x": FOR_A_MINUTE})
-    building = builder(source, default_policy=SHORT)
-    await attempt(building)
-    await publish(building)
-    source.change(x="there")
-    await asyncio.sleep(6)
-    assert (await attempt(building)).value(X) == "there"
-
-
 async def test_a_value_that_was_fetched_since_ends_what_is_remembered() -> None:
     """A forced reading finds it; when that is old, the source is asked and not the memory."""
     source = Stock("x", {"x": FOR_A_MINUTE})
@@ -589,19 +554,6 @@ async def test_an_event_that_is_old_when_it_comes_is_newer_than_the_absence(awai
     assert (snapshot[X].value, snapshot[X].stale) == ("event", True)
 
 
-async def test_a_session_keeps_what_it_has_pinned() -> None:
-    source = Stock("x", {"x": "there"})
-    building = builder(source)
-    async with building.session() as session:
-        await session.resolve([X])
-        source.change(x=NONE)
-        kept = await session.revalidate([X], strict=False, force_refresh=True)
-        assert kept.value(X) == "there"
-        absence(kept)
-        assert (await session.resolve([X])).value(X) == "there"
-    absence(await attempt(building))
-
-
 async def test_readers_of_a_shared_cache_learn_that_the_value_has_gone() -> None:
     cache = AsyncMemoryCache()
     source = Stock("x", {"x": "there"})
@@ -616,24 +568,6 @@ async def test_readers_of_a_shared_cache_learn_that_the_value_has_gone() -> None
 
 
 # What is derived ----------------------------------------------------------------------------------
-
-
-async def test_a_derivation_may_say_that_there_is_none() -> None:
-    source = CallableDerivedSource(
-        name="y",
-        priority=1,
-        supports=lambda k: k == Y,
-        dependencies=lambda k: [X],
-        deriver=in_a_thread_from,
-        resilience_policy=FRAGILE,
-    )
-    building = builder(source, Single("x"))
-    assert sources_of(absence(await attempt(building, Y), Y)) == [("y", "ResourceAbsent")]
-    assert not await building.circuit_breaker.snapshot()
-
-
-def in_a_thread_from(k: ResourceKey, known: Snapshot, context: FetchContext) -> Any:
-    raise NONE
 
 
 async def test_what_a_derivation_says_is_not_remembered_as_what_it_rests_on_may_change() -> None:

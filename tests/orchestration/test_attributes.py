@@ -1,4 +1,4 @@
-"""What applications read off a builder, its parts and its errors (section 19)."""
+"""What applications read off a builder (section 19)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,6 @@ from tests.orchestration.stock import Stock
 from tests.support import ManualClock
 
 K = key("k")
-
-
-# The builder
 
 
 def test_collaborators_are_read_back_as_they_were_given() -> None:
@@ -80,13 +77,6 @@ def test_policies_given_alone_are_found_in_their_resolvers() -> None:
     assert building.resilience_resolver.default.retry is retry
 
 
-def test_retry_policy_is_the_one_in_force() -> None:
-    default = SourceResiliencePolicy(retry=RetryPolicy(max_attempts=9))
-    building = SnapshotBuilder([Single("k")], default_resilience=default)
-    assert building.resilience_resolver.default is default
-    assert building.retry_policy == default.retry
-
-
 def test_the_circuit_breaker_goes_by_the_clock_of_the_builder() -> None:
     clock = ManualClock()
     assert SnapshotBuilder([Single("k")], clock=clock).circuit_breaker.clock is clock
@@ -106,23 +96,6 @@ async def test_sinks_are_read_back_as_used_so_possibly_buffered() -> None:
         [Single("k")], events=events, metrics=metrics, buffer_observability=False
     )
     assert (plain.events, plain.metrics) == (events, metrics)
-
-
-async def test_the_publisher_works_with_the_parts_of_its_builder() -> None:
-    building = builder(Single("k"), max_pending_tasks=3)
-    publisher = building.publisher
-    assert publisher is building.publisher
-    assert publisher.cache is building.cache
-    assert publisher.clock is building.clock
-    assert publisher.metrics is building.metrics
-    assert publisher.events is building.events
-    assert publisher.max_pending_tasks == 3
-
-
-# Parts
-
-
-# Errors
 
 
 async def test_a_custom_source_needs_no_more_than_the_protocol_names() -> None:

@@ -164,19 +164,6 @@ async def test_a_cache_may_say_how_long_its_calls_may_take() -> None:
         builder(Single("b"), cache=cache)
 
 
-async def test_a_failing_write_does_not_keep_reads_away_nor_the_other_way_round() -> None:
-    async def act(call: str) -> None:
-        if call == "set":
-            raise LookupError("full")
-
-    cache = doing(SingleKeyCache, act)
-    cache.held[KEYS[0]] = value_of(KEYS[0], "held", observed_at=LoopClock().now())
-    building = builder(Single("b"), cache=cache)
-    await building.build([key("b", str(number)) for number in range(10, 20)])
-    assert (await building.build(KEYS[:1])).value(KEYS[0]) == "held"
-    await building.aclose()
-
-
 # Whatever it answers ------------------------------------------------------------------------------
 
 
@@ -433,19 +420,6 @@ async def test_a_write_that_fails_late_takes_the_value_out_of_sight_and_is_told(
     await building.aclose()
 
 
-async def test_closing_waits_for_what_is_on_its_way() -> None:
-    cache = BatchAtomicCache()
-
-    async def slow(*_: Any) -> None:
-        await asyncio.sleep(0.5)
-
-    vars(cache)["_travel"] = slow
-    building = builder(Batch("b"), cache=cache)
-    await building.build(KEYS)
-    await building.aclose()
-    assert set(cache.held) == set(KEYS)
-
-
 async def test_a_forced_value_waits_for_the_word_of_the_cache_where_ranks_differ() -> None:
     class Ranked(BatchAtomicCache):
         validates_source_authority = True
@@ -489,29 +463,6 @@ async def test_a_slow_older_read_overwrites_nothing_newer_in_a_shared_store(
     await asyncio.sleep(1)
     assert (await quick.build(KEYS[:1]))[KEYS[0]].version == version
     for each in (slow, quick):
-        await each.aclose()
-
-
-@KINDS
-async def test_a_later_read_that_is_over_first_stays_and_a_later_one_still_wins(
-    kind: Callable[[], SingleKeyCache],
-) -> None:
-    held: dict[ResourceKey, Any] = {}
-    one, two = (
-        builder(
-            Single("b", fetch=latency(3)),
-            cache=sharing(kind, held),
-            default_policy=FreshnessPolicy(5, 50),
-        )
-        for _ in range(2)
-    )
-    first = (await one.build(KEYS[:1]))[KEYS[0]].version
-    await asyncio.sleep(6)
-    second = (await two.build(KEYS[:1]))[KEYS[0]].version
-    await asyncio.sleep(1)
-    assert first != second
-    assert held[KEYS[0]].version == second
-    for each in (one, two):
         await each.aclose()
 
 
@@ -751,16 +702,6 @@ async def test_a_cache_that_asks_for_it_learns_the_policy_of_what_it_stores() ->
     await building.publisher.publish(key("event"), 1, source="s")
     await building.aclose()
     assert told == {"b": LASTING, "event": LASTING}
-
-
-@pytest.mark.parametrize("kind, counted", [(SingleKeyCache, 0), (BatchCache, 1), (AtomicCache, 0)])
-async def test_diagnostics_count_only_calls_that_can_carry_many_keys(
-    kind: Callable[[], SingleKeyCache], counted: int
-) -> None:
-    building: SnapshotBuilder = builder(Batch("b"), cache=kind())
-    diagnostics = (await building.build(KEYS)).diagnostics
-    assert (diagnostics.cache_batch_reads, diagnostics.cache_batch_writes) == (counted, counted)
-    await building.aclose()
 
 
 # Tasks that somebody else cancels, loops that end -------------------------------------------------

@@ -83,21 +83,6 @@ async def test_a_batch_costs_one_slot_however_many_its_keys() -> None:
     assert loop.time() - began == pytest.approx(1)
 
 
-async def test_a_derivation_holds_no_slot_while_it_waits_for_its_dependencies() -> None:
-    def needs(k: ResourceKey) -> list[ResourceKey]:
-        level = int(k.subject)
-        return [key("base")] if level == 20 else [key("d", str(level + 1))]
-
-    crowd = Crowd()
-    building = builder(
-        Single("base", fetch=crowd.fetch),
-        Derived("d", needs=needs, before=crowd.stay),
-        max_concurrency=1,
-    )
-    await building.build([key("d", "1")])
-    assert crowd.most == 1
-
-
 @pytest.mark.parametrize("given", ["queue", "source"])
 async def test_waiting_for_capacity_is_bounded_by_the_queue_or_else_the_source_timeout(
     given: str,
@@ -181,16 +166,6 @@ async def test_refreshes_in_the_background_share_the_limit_with_builds() -> None
     await no_leaks(building)
 
 
-async def test_eight_operations_run_at_once_unless_told_otherwise() -> None:
-    gate = Gate()
-    building = builder(gated(gate, "x"), gated(gate, "y"))
-    task = asyncio.ensure_future(building.build(keys("x", 7) + keys("y", 7)))
-    assert (await in_use(building))[0] == gate.waiting == 8
-    gate.open()
-    await task
-    await no_leaks(building)
-
-
 async def test_a_build_cancelled_in_the_queue_leaves_its_place_to_the_next() -> None:
     gate = Gate()
     source = gated(gate)
@@ -248,13 +223,6 @@ async def test_a_retry_joins_the_queue_behind_those_who_came_meanwhile() -> None
     await no_leaks(building)
 
 
-async def test_the_source_timeout_begins_with_the_call_and_not_with_the_queue() -> None:
-    source = tuned(Single("x", fetch=latency(3), timeout=4.0), queue_timeout_seconds=100)
-    building = builder(source, max_concurrency=1)
-    snapshots = await asyncio.gather(*(building.build([k]) for k in keys("x", 3)))
-    assert [len(snapshot) for snapshot in snapshots] == [1, 1, 1]
-
-
 @pytest.mark.parametrize(
     "queue_timeout, deadline, expected",
     [(2.0, 5.0, "SourceQueueTimeoutError"), (5.0, 2.0, "SnapshotDeadlineExceededError")],
@@ -291,20 +259,6 @@ async def test_as_many_workers_as_global_slots_serve_a_source_unless_told_otherw
     gate.open()
     await task
     await no_leaks(building)
-
-
-async def test_results_keep_the_order_of_asking_whatever_ends_first() -> None:
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await asyncio.sleep(20 - int(k.subject))
-        if k.subject in "47":
-            raise ConnectionError("down")
-        return k.subject
-
-    asked = keys("x", 10)
-    building = builder(Single("x", fetch=fetch), max_pending_tasks=3)
-    snapshot = await building.build(asked, strict=False)
-    assert list(snapshot) == [k for k in asked if k.subject not in "47"]
-    assert list(snapshot.errors) == [key("x", "4"), key("x", "7")]
 
 
 async def test_a_lease_taken_by_an_application_counts_against_the_builds() -> None:

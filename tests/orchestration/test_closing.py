@@ -11,7 +11,6 @@ import pytest
 
 from coalestra import (
     AsyncMemoryCache,
-    BufferedEventSink,
     FreshnessPolicy,
     ObservabilityShutdownTimeoutError,
     RefreshMode,
@@ -89,39 +88,6 @@ async def test_a_managed_sink_is_closed_after_its_last_record_however_late(
     await building.wait_for_observability_shutdown()
     assert sink.closed_after == [len(sink.lines)]
     assert "snapshot_built" in sink.lines
-
-
-def test_a_late_sink_is_closed_though_its_loop_is_gone() -> None:
-    sink = FileSink()
-    building = builder(Single("k"), events=sink, manage_lifecycle=True)
-
-    async def work() -> None:
-        await building.build([K])
-        with pytest.raises(ObservabilityShutdownTimeoutError):
-            await building.aclose(observability_shutdown_timeout_seconds=0)
-
-    asyncio.run(work())
-    buffer = building.events
-    assert isinstance(buffer, BufferedEventSink)
-    sink.gate.open()
-    assert buffer.close()
-    assert sink.closed_after == [len(sink.lines)]
-
-
-async def test_a_sink_that_fails_to_close_late_hinders_nobody() -> None:
-    class Failing(FileSink):
-        def close(self) -> None:
-            super().close()
-            raise OSError("already gone")
-
-    sink = Failing()
-    building = builder(Single("k"), events=sink, manage_lifecycle=True)
-    await building.build([K])
-    with pytest.raises(ObservabilityShutdownTimeoutError):
-        await building.aclose(observability_shutdown_timeout_seconds=0)
-    sink.gate.open()
-    await building.wait_for_background_shutdown()
-    assert len(sink.closed_after) == 1
 
 
 # Every wait has an end ----------------------------------------------------------------------------
@@ -234,16 +200,6 @@ async def test_a_time_for_all_of_it_is_no_time_for_each_managed_part() -> None:
         await building.aclose(shutdown_timeout_seconds=1)
     assert loop.time() - began <= 2
     assert last.ends == 1
-
-
-@pytest.mark.parametrize("seconds", [1e10, 1e300, 10**30])
-async def test_a_huge_time_is_as_long_as_it_takes(seconds: float) -> None:
-    sink = FileSink()
-    sink.gate.open()
-    building = builder(Single("k"), events=sink, observability_shutdown_timeout_seconds=seconds)
-    await building.build([K])
-    await building.aclose(copy_shutdown_timeout_seconds=seconds, shutdown_timeout_seconds=seconds)
-    assert "snapshot_built" in sink.lines
 
 
 @pytest.mark.parametrize("value, error", [(-1, ValueError), ("1", TypeError), (True, TypeError)])
@@ -404,15 +360,6 @@ async def test_a_sink_that_closes_the_builder_from_within_a_step_leaves_nothing_
     assert all(isinstance(each, RuntimeError) for each in outcomes), outcomes
     await building.aclose()
     assert building.health_snapshot_nowait().singleflight_in_flight == 0
-
-
-async def test_without_an_error_of_the_block_the_one_of_closing_is_raised() -> None:
-    sink, building = late_sink()
-    with pytest.raises(ObservabilityShutdownTimeoutError):
-        async with building:
-            await building.build([K])
-    sink.gate.open()
-    await building.wait_for_observability_shutdown()
 
 
 # What health tells --------------------------------------------------------------------------------

@@ -8,50 +8,18 @@ from typing import Any
 import pytest
 
 from coalestra import (
-    CacheLookup,
     FetchContext,
-    FreshnessPolicy,
     InMemoryMetrics,
     ResourceKey,
     SnapshotBuilder,
     SnapshotBuildError,
-    SnapshotValue,
 )
-from tests.orchestration.scripted import Batch, Single, builder, key, latency
+from tests.orchestration.scripted import Single, builder, key, latency
 from tests.support import Gate, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
 A, B = key("single", "a"), key("single", "b")
-
-
-class SlowCache:
-    """A cache with single-key methods that all pass a gate."""
-
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
-        self.values: dict[ResourceKey, SnapshotValue[Any]] = {}
-        self.reads = 0
-
-    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
-        self.reads += 1
-        await self.gate.pass_()
-        value = self.values.get(key)
-        if value is None:
-            return CacheLookup(None, fresh=False, usable_stale=False)
-        age = max(0.0, now - value.observed_at)
-        return CacheLookup(value, age <= policy.ttl_seconds, age <= policy.max_stale_seconds, age)
-
-    async def set(self, value: SnapshotValue[Any]) -> None:
-        await asyncio.sleep(0)
-        self.values[value.key] = value
-
-    async def invalidate(self, key: ResourceKey) -> None:
-        await asyncio.sleep(0)
-        self.values.pop(key, None)
-
-    async def clear(self) -> None:
-        self.values.clear()
 
 
 async def test_callers_that_arrive_together_cause_one_call() -> None:
@@ -63,68 +31,6 @@ async def test_callers_that_arrive_together_cause_one_call() -> None:
     joined = [s[A].metadata.get("coalesced_request", False) for s in snapshots]
     assert sorted(joined) == [False] + [True] * 49
     assert sum(s.diagnostics.coalesced_requests for s in snapshots) == 49
-
-
-async def test_a_caller_whose_cache_read_was_slow_does_not_repeat_the_call() -> None:
-    gate = Gate()
-    cache = SlowCache(gate)
-    source = Single("single")
-    building = builder(source, cache=cache)
-    reader = asyncio.ensure_future(building.build([A]))
-    await gate.wait_arrived()
-    late = asyncio.ensure_future(building.build([A]))
-    await settle()
-    gate.open()
-    await asyncio.gather(reader, late)
-    assert source.calls == [A]
-
-
-async def test_a_finished_key_is_delivered_while_its_owner_still_waits_for_others() -> None:
-    gate = Gate()
-
-    async def fetch(key: ResourceKey, context: FetchContext) -> str:
-        if key == B:
-            await gate.pass_()
-        return key.subject
-
-    source = Single("single", fetch=fetch)
-    building = builder(source)
-    owner = asyncio.ensure_future(building.build([A, B]))
-    await gate.wait_arrived()
-    joiner = await building.build([A])
-    assert joiner.value(A) == "a"
-    assert not owner.done()
-    gate.open()
-    await owner
-    assert source.calls == [A, B]
-
-
-async def test_a_joiner_of_a_batch_key_gets_it_when_the_batch_ends_not_when_the_owner_does() -> (
-    None
-):
-    slow = Single("slow", fetch=latency(100))
-    quick = Batch("quick")
-    building = builder(slow, quick)
-    loop = asyncio.get_running_loop()
-    owner = asyncio.ensure_future(building.build([key("slow"), key("quick", "1")]))
-    await asyncio.sleep(1)
-    began = loop.time()
-    await building.build([key("quick", "1")])
-    assert loop.time() == began
-    await owner
-
-
-async def test_a_cancelled_follower_leaves_the_shared_call_alone() -> None:
-    source = Single("single", fetch=latency(5))
-    building = builder(source)
-    owner = asyncio.ensure_future(building.build([A]))
-    await asyncio.sleep(1)
-    follower = asyncio.ensure_future(building.build([A]))
-    await asyncio.sleep(1)
-    follower.cancel()
-    assert (await owner).value(A) == "a"
-    assert source.calls == [A]
-    await no_leaks(building)
 
 
 async def test_a_cancelled_owner_leaves_the_call_to_those_who_joined() -> None:
@@ -151,20 +57,6 @@ async def test_a_joiner_with_budget_left_gets_the_value_after_the_owners_deadlin
     assert (await joiner).value(A) == "a"
     assert source.calls == [A]
     await no_leaks(building)
-
-
-async def test_a_joiner_never_waits_past_its_own_deadline() -> None:
-    source = Single("single", fetch=latency(50))
-    building = builder(source)
-    loop = asyncio.get_running_loop()
-    owner = asyncio.ensure_future(building.build([A], deadline_seconds=100))
-    await asyncio.sleep(1)
-    began = loop.time()
-    with pytest.raises(SnapshotBuildError) as caught:
-        await building.build([A], deadline_seconds=2)
-    assert loop.time() - began == pytest.approx(2)
-    assert "SnapshotDeadlineExceededError" in str(caught.value)
-    assert (await owner).value(A) == "a"
 
 
 async def test_a_joiner_goes_on_to_the_next_source_after_the_owners_deadline() -> None:

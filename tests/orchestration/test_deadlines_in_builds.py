@@ -11,20 +11,17 @@ import pytest
 from coalestra import (
     AsyncMemoryCache,
     CacheLookup,
-    CallableSource,
     FetchContext,
     FreshnessPolicy,
     InMemoryMetrics,
     ResourceKey,
     ResourceResolutionError,
-    RetryPolicy,
     SnapshotBuildError,
     SnapshotDeadlineExceededError,
     SourcePayload,
-    SourceResiliencePolicy,
 )
 from tests.observability.recording import Recorder
-from tests.orchestration.scripted import ONCE, Batch, Derived, Single, builder, key, latency
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
 from tests.support import ManualClock, ThreadGate, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
@@ -167,16 +164,6 @@ async def test_after_a_deadline_the_partial_snapshot_is_delivered_all_the_same()
     await building.aclose()
 
 
-async def test_a_clock_that_runs_ahead_of_the_loop_ends_the_session_too() -> None:
-    clock = ManualClock()
-    building = builder(Single("x"), clock=clock)
-    async with building.session(deadline_seconds=5) as session:
-        await session.resolve([key("x", "a")])
-        clock.advance(6)
-        snapshot = await session.resolve([key("x", "b")], strict=False)
-        assert says_deadline(snapshot.errors[key("x", "b")])
-
-
 async def test_a_stale_answer_of_a_source_stands_in_at_the_deadline() -> None:
     async def stale(k: ResourceKey, context: FetchContext) -> Any:
         return SourcePayload("stale", observed_at=context.requested_at - 5)
@@ -222,38 +209,6 @@ async def test_a_deadline_passed_on_the_builders_clock_ends_later_stages_at_once
     await no_leaks(building)
 
 
-@pytest.mark.parametrize("by", ["deadline", "source timeout"])
-async def test_a_worker_thread_keeps_its_slot_until_it_ends(by: str) -> None:
-    gate = ThreadGate()
-    source = CallableSource(
-        name="x",
-        priority=1,
-        supports=lambda key: True,
-        fetcher=lambda key, context: gate.pass_(),
-        timeout_seconds=30.0 if by == "deadline" else 2.0,
-        queue_timeout_seconds=1000.0,
-        blocking_io=True,
-        transport_timeout_seconds=1.0,
-        resilience_policy=ONCE,
-    )
-    building = builder(source, max_concurrency=1)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    how: dict[str, Any] = {"deadline_seconds": 2} if by == "deadline" else {}
-    snapshot = await building.build([X], strict=False, **how)
-    assert loop.time() - began == pytest.approx(2)
-    assert says_deadline(snapshot.errors[X]) is (by == "deadline")
-    assert (await building.capacity_snapshot())["__global__"].in_use == 1
-    waiting = asyncio.ensure_future(building.build([key("x", "2")]))
-    await asyncio.sleep(500)
-    assert gate.arrived == 1
-    assert not waiting.done()
-    gate.open()
-    await waiting
-    await no_leaks(building)
-    await building.aclose()
-
-
 async def test_the_copy_of_what_a_source_returned_is_bounded_too() -> None:
     gate = ThreadGate()
 
@@ -278,26 +233,6 @@ async def test_the_copy_of_what_a_source_returned_is_bounded_too() -> None:
     await building.aclose()
 
 
-async def test_a_try_that_outlasts_its_deadline_says_how_many_there_were() -> None:
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        if len(source.calls) > 1:
-            await asyncio.sleep(50)
-        raise ConnectionError("down")
-
-    source = Single("x", fetch=fetch)
-    source.resilience_policy = SourceResiliencePolicy(
-        RetryPolicy(max_attempts=2, base_delay_seconds=1, jitter_ratio=0)
-    )
-    building = builder(source)
-    snapshot = await building.build([X], strict=False, deadline_seconds=3)
-    error = snapshot.errors[X]
-    assert isinstance(error, ResourceResolutionError)
-    (failure,) = error.failures
-    assert (failure.error_type, failure.attempts) == ("SnapshotDeadlineExceededError", 2)
-    assert "of 3 s" in failure.message
-    await no_leaks(building)
-
-
 async def test_dependencies_that_cannot_be_copied_fail_the_derived_key_alone() -> None:
     class Fickle:
         def __init__(self) -> None:
@@ -320,37 +255,6 @@ async def test_dependencies_that_cannot_be_copied_fail_the_derived_key_alone() -
     (failure,) = error.failures
     assert (failure.error_type, failure.attempts) == ("PayloadIsolationError", 0)
     assert derived.calls == []
-    await no_leaks(building)
-
-
-async def test_a_caller_who_joins_between_two_tries_extends_what_is_left() -> None:
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        if len(source.calls) == 1:
-            raise ConnectionError("down")
-        await asyncio.sleep(10)
-        return "second"
-
-    source = Single("x", fetch=fetch)
-    source.resilience_policy = SourceResiliencePolicy(
-        RetryPolicy(max_attempts=2, base_delay_seconds=2, max_delay_seconds=2, jitter_ratio=0)
-    )
-    building = builder(source)
-    hasty = asyncio.ensure_future(building.build([X], strict=False, deadline_seconds=3))
-    await asyncio.sleep(1)
-    patient = asyncio.ensure_future(building.build([X], deadline_seconds=50))
-    assert says_deadline((await hasty).errors[X])
-    assert (await patient).value(X) == "second"
-    assert len(source.calls) == 2
-    await no_leaks(building)
-
-
-async def test_a_caller_with_a_deadline_does_not_bound_a_call_that_another_lets_run() -> None:
-    source = Single("x", fetch=latency(10))
-    building = builder(source)
-    patient = asyncio.ensure_future(building.build([X]))
-    await asyncio.sleep(1)
-    assert says_deadline((await building.build([X], strict=False, deadline_seconds=2)).errors[X])
-    assert (await patient).value(X) == "1"
     await no_leaks(building)
 
 

@@ -15,7 +15,6 @@ from coalestra import (
     CallableSource,
     CircuitBreakerPolicy,
     FetchContext,
-    ResiliencePolicyResolver,
     ResourceAbsent,
     ResourceAbsentError,
     ResourceKey,
@@ -93,34 +92,6 @@ async def test_an_answer_that_comes_too_late_for_its_readers_is_there_for_the_ne
     await no_leaks(building)
 
 
-async def test_without_being_told_so_a_call_ends_with_its_readers() -> None:
-    source = slow(resilience_policy=SourceResiliencePolicy())
-    building = builder(source)
-    for calls in (1, 2, 3):
-        assert cut(await hasty(building))
-        await asyncio.sleep(5)
-        assert len(source.calls) == calls
-    await no_leaks(building)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"default_resilience": LATE},
-        {"source_resilience": {"x": LATE}},
-        {"resilience_resolver": ResiliencePolicyResolver(LATE)},
-        {"resilience_resolver": ResiliencePolicyResolver(dynamic=lambda name: LATE)},
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
-async def test_the_policy_says_so_wherever_it_comes_from(settings: dict[str, Any]) -> None:
-    source = slow(resilience_policy=None)
-    building = builder(source, **settings)
-    assert cut(await hasty(building))
-    await asyncio.sleep(2)
-    assert (await hasty(building))[X].from_cache
-
-
 async def test_who_comes_meanwhile_shares_the_call() -> None:
     source = slow()
     building = builder(source)
@@ -171,20 +142,6 @@ async def test_an_error_that_comes_late_counts_against_the_circuit_and_is_not_re
     await no_leaks(building)
 
 
-async def test_who_joins_a_late_call_that_fails_gets_its_retry() -> None:
-    async def fails_first(k: ResourceKey, context: FetchContext) -> Any:
-        await asyncio.sleep(3)
-        if len(source.calls) == 1:
-            raise ConnectionError("down")
-        return "second"
-
-    source = tuned(Single("x", fetch=fails_first, timeout=10), resilience_policy=LATE)
-    building = builder(source)
-    assert cut(await hasty(building))
-    snapshot = await building.build([X])
-    assert (snapshot.value(X), snapshot[X].attempts) == ("second", 2)
-
-
 async def test_only_what_runs_goes_on_and_what_waits_for_capacity_does_not() -> None:
     source = slow()
     building = builder(source, max_concurrency=1)
@@ -193,27 +150,6 @@ async def test_only_what_runs_goes_on_and_what_waits_for_capacity_does_not() -> 
     await asyncio.sleep(10)
     assert source.calls == [X]
     await no_leaks(building)
-
-
-async def test_late_calls_keep_their_slots_so_there_are_never_more_than_capacity_allows() -> None:
-    source = slow(8.0)
-    building = builder(source, max_concurrency=2)
-    for subject in "123456":
-        await hasty(building, key("x", subject), seconds=0.5)
-    assert len(source.calls) == 2
-    await asyncio.sleep(20)
-    await no_leaks(building)
-
-
-async def test_a_source_without_a_timeout_is_cut_off_all_the_same() -> None:
-    source = Single("x", fetch=latency(3))
-    building = builder(tuned(source, resilience_policy=None), default_resilience=LATE)
-    assert cut(await hasty(building))
-    await asyncio.sleep(5)
-    assert cut(await hasty(building))
-    assert len(source.calls) == 2
-    with pytest.raises(ValueError, match="'x'; give it timeout_seconds"):
-        builder(tuned(source, resilience_policy=LATE))
 
 
 async def test_a_blocking_source_without_a_timeout_is_not_called_if_the_deadline_is_too_near() -> (
@@ -327,18 +263,6 @@ async def test_what_is_said_too_late_to_be_absent_is_remembered_all_the_same() -
     snapshot = await hasty(building)
     assert type(snapshot.errors[X]) is ResourceAbsentError
     assert len(source.calls) == 1
-
-
-async def test_what_another_source_might_have_is_not_absent_for_the_first_one_saying_so() -> None:
-    async def none(k: ResourceKey, context: FetchContext) -> Any:
-        await asyncio.sleep(3)
-        raise ResourceAbsent("no such row", ttl_seconds=60)
-
-    first = tuned(Single("x", fetch=none, timeout=10, priority=20), resilience_policy=LATE)
-    building = builder(first, Single("second", "x"))
-    await hasty(building)
-    await asyncio.sleep(2)
-    assert (await building.build([X])).value(X) == "1"
 
 
 async def test_a_cache_that_is_awaited_is_filled_as_well() -> None:

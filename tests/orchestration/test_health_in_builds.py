@@ -27,7 +27,6 @@ from coalestra import (
     ResourceKey,
     RetryPolicy,
     SnapshotBuilder,
-    SnapshotBuildError,
     SourceResiliencePolicy,
     SourceUnavailableError,
 )
@@ -35,7 +34,7 @@ from coalestra.resilience.circuit_breaker import Outcome
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import ONCE, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, Shop, Stock
-from tests.support import Gate, ThreadGate, settle
+from tests.support import Gate, settle
 
 K = key("k")
 
@@ -159,28 +158,6 @@ async def test_timeouts_of_each_kind_are_counted_and_their_growth_is_found() -> 
     await holding
 
 
-async def test_open_and_half_open_circuits_degrade() -> None:
-    gate = Gate(opened=True)
-    stock = Stock("k", {"k": SourceUnavailableError("down")}, before=gate.pass_)
-    circuit = CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=10)
-    stock.resilience_policy = SourceResiliencePolicy(retry=ONCE.retry, circuit=circuit)
-    building = builder(stock)
-    with pytest.raises(SnapshotBuildError):
-        await building.build([K])
-    assert reasons(await building.health_snapshot()) == {
-        BuilderHealthReason.CIRCUIT_OPEN: "degraded"
-    }
-    await asyncio.sleep(11)
-    gate.close()
-    probing = asyncio.ensure_future(building.build([K], strict=False))
-    await gate.wait_arrived(2)
-    assert reasons(await building.health_snapshot()) == {
-        BuilderHealthReason.CIRCUIT_HALF_OPEN: "degraded"
-    }
-    gate.open()
-    await probing
-
-
 @pytest.mark.parametrize("scope", CircuitScope)
 async def test_circuits_are_told_by_source_and_scope_and_name_no_resource(
     scope: CircuitScope,
@@ -270,31 +247,6 @@ async def test_failing_sinks_are_counted_and_never_reach_a_build() -> None:
     assert health.observability_failure_count > 0
     found = reasons(health, previous=before)
     assert BuilderHealthReason.OBSERVABILITY_FAILURES_INCREASED in found
-
-
-class HeldSink:
-    """Holds its worker."""
-
-    def __init__(self) -> None:
-        self.gate = ThreadGate()
-
-    def emit(self, event_type: str, **payload: Any) -> None:
-        self.gate.pass_()
-
-
-async def test_a_full_buffer_and_what_it_drops_are_found() -> None:
-    sink = HeldSink()
-    building = builder(Single("k"), events=sink, observability_max_pending=5)
-    before = await building.health_snapshot()
-    await building.build([key("k", str(number)) for number in range(20)])
-    health = await building.health_snapshot()
-    assert health.observability_pending >= 5
-    assert health.observability_dropped_count > 5
-    found = reasons(health, previous=before)
-    assert found[BuilderHealthReason.OBSERVABILITY_BACKLOG_HIGH] == "critical"
-    assert found[BuilderHealthReason.OBSERVABILITY_DROPS_INCREASED] == "critical"
-    sink.gate.open()
-    await building.aclose()
 
 
 async def test_a_cache_without_stats_has_none() -> None:

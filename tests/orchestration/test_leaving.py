@@ -49,20 +49,6 @@ async def test_a_build_cancelled_at_any_await_leaves_nothing_behind() -> None:
     assert await cancel_at_every_await(start, check) > 10
 
 
-async def test_a_build_with_a_deadline_cancelled_at_any_await_is_gone_by_its_deadline() -> None:
-    builders: list[SnapshotBuilder] = []
-
-    def start() -> Any:
-        builders.append(mixed())
-        return builders[-1].build([key("derived"), key("single", "2")], deadline_seconds=30)
-
-    async def check() -> None:
-        await asyncio.sleep(30)
-        await no_leaks(builders[-1])
-
-    assert await cancel_at_every_await(start, check) > 10
-
-
 async def test_who_leaves_before_his_keys_were_looked_for_starts_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -95,26 +81,6 @@ async def test_an_abandoned_call_runs_on_to_the_last_deadline_and_no_longer() ->
     assert (await building.capacity_snapshot())["__global__"].in_use == 1
     await asyncio.sleep(9)
     await no_leaks(building)
-
-
-async def test_an_abandoned_call_without_any_bound_ends_at_once() -> None:
-    building = builder(Single("x", fetch=latency(100)))
-    owner = asyncio.ensure_future(building.build([X]))
-    await asyncio.sleep(1)
-    owner.cancel()
-    await no_leaks(building)
-
-
-async def test_an_abandoned_call_that_succeeds_in_time_is_cached() -> None:
-    source = Single("x", fetch=latency(5))
-    building = builder(source)
-    owner = asyncio.ensure_future(building.build([X], deadline_seconds=10))
-    await asyncio.sleep(1)
-    owner.cancel()
-    await asyncio.sleep(5)
-    snapshot = await building.build([X])
-    assert snapshot[X].from_cache
-    assert len(source.calls) == 1
 
 
 async def test_a_source_that_ignores_its_cancellation_delays_nobody() -> None:

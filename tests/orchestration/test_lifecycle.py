@@ -26,8 +26,8 @@ from coalestra import (
     SourceUnavailableError,
 )
 from coalestra.orchestration import singleflight
-from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
-from tests.orchestration.scripted import LASTING, ONCE, Batch, Derived, Single, builder, key
+from tests.contracts.caches import SingleKeyCache
+from tests.orchestration.scripted import LASTING, ONCE, Single, builder, key
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ManualClock, ThreadGate, drop, no_leaks, run_virtual, settle
 
@@ -78,15 +78,6 @@ async def test_closing_again_does_nothing_and_closing_twice_at_once_waits_for_bo
     await asyncio.gather(*both)
     await building.aclose()
     assert source.closed == 1
-
-
-async def test_async_with_closes_the_builder_also_after_an_error() -> None:
-    building = builder(Single("k"))
-    with pytest.raises(KeyError):
-        async with building as entered:
-            assert entered is building
-            raise KeyError
-    assert building.closed
 
 
 async def test_builds_under_way_end_with_an_error_when_the_builder_is_closed() -> None:
@@ -382,29 +373,6 @@ def made(*sources: Any, **settings: Any) -> SnapshotBuilder:
     return SnapshotBuilder(sources, **settings)
 
 
-CACHES: list[Callable[[], Any]] = [lambda: None, SingleKeyCache, BatchAtomicCache]
-
-
-@pytest.mark.parametrize("cache", CACHES)
-def test_a_script_may_call_asyncio_run_again_and_again(cache: Callable[[], Any]) -> None:
-    source = Batch("b")
-    derived = Derived("d", needs=lambda k: [key("b", k.subject)])
-    building = made(source, derived, cache=cache())
-
-    async def read(subject: str) -> Any:
-        wanted, below = key("d", subject), key("b", subject)
-        value = (await building.build([wanted])).value(wanted)
-        for each in (below, wanted):  # readers do not wait for a cache that is slow to store
-            terms: Any = {"now": building.clock.now(), "policy": LASTING}
-            while (await building.cache.get(each, **terms)).value is None:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-        return value
-
-    assert [asyncio.run(read(each)) for each in ("1", "2", "1")] == [("1",), ("2",), ("1",)]
-    assert len(source.calls) == 2
-    asyncio.run(building.aclose())
-
-
 def abandoned(building: SnapshotBuilder, *, readers: int = 3, kind: str = "run") -> None:
     """Leave an event loop with readers of the builder still in the middle of their work."""
 
@@ -677,14 +645,6 @@ async def test_a_second_loop_is_refused_while_the_first_has_work_under_way(call:
     gate.open()
     assert (await reading).value(K) == 1
     await no_leaks(building)
-
-
-async def test_a_second_loop_is_welcome_once_the_first_has_no_work() -> None:
-    building = builder(Single("k"), clock=ManualClock())
-    await building.build([K])
-    await settle()
-    assert in_another_loop(lambda: building.build([key("k", "2")])) is None
-    assert (await building.build([key("k", "3")])).complete
 
 
 def test_closing_that_was_cut_short_with_its_loop_is_done_by_the_next_call() -> None:

@@ -13,17 +13,14 @@ import pytest
 from coalestra import (
     FetchContext,
     FreshnessPolicy,
-    InMemoryMetrics,
     LoggingEventSink,
-    NullEventSink,
     ObservabilityShutdownTimeoutError,
     RefreshMode,
-    ResourceAbsent,
     ResourceKey,
     SourcePayload,
 )
 from tests.contracts.caches import BatchCache
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key
+from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.support import EPOCH, ManualClock, ThreadGate
 
 A, B = key("a"), key("b")
@@ -108,16 +105,6 @@ async def test_no_key_is_named(records: list[logging.LogRecord]) -> None:
     assert "iban" not in "".join(formatter.format(record) for record in records)
 
 
-async def test_a_batch_that_fails_is_one_failure(records: list[logging.LogRecord]) -> None:
-    async def down() -> None:
-        raise ConnectionError
-
-    source = Batch("wire", "a", "b", before=down)
-    async with builder(source) as building:
-        await building.build([A, B, key("a", "2")], strict=False)
-    assert [record.getMessage() for record in records] == ["source 'wire' fails: ConnectionError"]
-
-
 async def test_what_answers_with_nothing_of_use_fails_too(records: list[logging.LogRecord]) -> None:
     answers: list[Any] = [SourcePayload(1, observed_at=EPOCH), 1, SourcePayload(1, EPOCH + 1e6), 1]
 
@@ -136,14 +123,6 @@ async def test_what_answers_with_nothing_of_use_fails_too(records: list[logging.
         "source 'wire' fails: SourceProtocolError",
         "source 'wire' works again",
     ]
-
-
-async def test_what_does_not_exist_is_no_failure(records: list[logging.LogRecord]) -> None:
-    world = World(records)
-    await world.read(error=ResourceAbsent("none"))
-    await world.read(error=ConnectionError())
-    await world.read(error=ResourceAbsent("none"))
-    assert (await world.lines())[:1] == [FAILED]
 
 
 async def test_a_failed_dependency_is_no_failure_of_what_is_derived_from_it(
@@ -168,17 +147,6 @@ async def test_a_source_that_cannot_say_what_it_serves_fails(
     async with builder(Unsure("unsure"), Single("a")) as building:
         await building.build([A])
     assert [record.getMessage() for record in records] == ["source 'unsure' fails: ValueError"]
-
-
-async def test_an_open_circuit_and_a_deadline_are_no_failures_of_their_own(
-    records: list[logging.LogRecord],
-) -> None:
-    world = World(records)
-    for _ in range(6):  # by then the circuit is open
-        await world.read(error=ConnectionError())
-    world.clock.advance(3_600)
-    await world.read()
-    assert await world.lines() == [FAILED, WORKS]
 
 
 async def test_refreshes_in_the_background_are_told_apart(
@@ -257,15 +225,6 @@ async def test_a_sink_that_fails_is_named_once(
         f"WARNING {kind} sink Sink fails: ConnectionError",
         f"INFO {kind} sink Sink works again",
     ]
-
-
-@pytest.mark.parametrize("events", [None, NullEventSink(), Sink()])
-async def test_other_sinks_do_not_silence_the_log(
-    records: list[logging.LogRecord], events: Any
-) -> None:
-    world = World(records, events=events, metrics=InMemoryMetrics())
-    await world.read(error=ConnectionError())
-    assert await world.lines() == [FAILED]
 
 
 @pytest.mark.parametrize("buffered", [False, True])

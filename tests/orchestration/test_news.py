@@ -117,9 +117,6 @@ async def test_waiters_get_the_event_when_every_source_fails_meanwhile() -> None
     assert "fallback_error" not in snapshot[BASE].metadata
 
 
-# What a source may do wrong ---------------------------------------------------------------------
-
-
 # Caches that have to be awaited -----------------------------------------------------------------
 
 

@@ -518,30 +518,6 @@ async def test_with_null_sinks_no_label_event_or_rendered_key_is_built(
 # Diagnostics --------------------------------------------------------------------------------------
 
 
-async def test_the_diagnostics_of_a_build_count_its_own_work() -> None:
-    chunked = Batch("b")
-    chunked.max_batch_size = 2
-    building = builder(
-        Single("s", fetch=latency(2)),
-        chunked,
-        Derived("d", needs=lambda k: [key("s")]),
-    )
-    keys = [key("d"), key("s"), *(key("b", str(i)) for i in range(3)), key("unknown"), key("d")]
-    cold = (await building.build(keys, strict=False)).diagnostics
-    assert cold.duration_ms == pytest.approx(2000)
-    assert (cold.requested_resources, cold.resolved_resources, cold.failed_resources) == (6, 5, 1)
-    assert (cold.cache_hits, cold.cache_misses) == (0, 7)
-    assert (cold.source_calls, cold.batch_calls, cold.derived_calls) == (4, 2, 1)
-    assert cold.batch_chunks == 2
-    assert dict(cold.source_calls_by_source) == {"s": 1, "b": 2, "d": 1}
-    assert cold.source_latency_ms_by_source["s"] == pytest.approx(2000)
-    assert cold.observation_skew_ms == pytest.approx(2000)
-    assert (cold.retries, cold.coalesced_requests, cold.stale_values) == (0, 0, 0)
-    warm = (await building.build(keys, strict=False)).diagnostics
-    assert (warm.cache_hits, warm.source_calls) == (5, 0)
-    assert warm.cache_batch_reads >= 1
-
-
 async def test_coalesced_and_stale_values_and_refreshes_count_where_they_belong() -> None:
     gate = Gate(opened=True)
 

@@ -25,8 +25,6 @@ from coalestra import (
     SnapshotAcceptancePolicy,
     SnapshotAcceptanceReason,
     SnapshotBuilder,
-    SnapshotConsistencyError,
-    SnapshotConsistencyPolicy,
     SnapshotRequest,
     SnapshotValue,
     SourcePayload,
@@ -126,17 +124,6 @@ async def test_what_lies_below_goes_stale_while_the_derived_value_is_fresh() -> 
     assert len(world.plain.calls) == 2
 
 
-async def test_what_was_stale_at_the_derivation_stays_so_if_the_clock_is_set_back() -> None:
-    world = World()
-    await world.read(MIDDLE)
-    world.clock.advance(61)
-    world.down.add("right")
-    async with world.builder.session() as session:
-        assert (await session.resolve([MIDDLE]))[MIDDLE].rests_on_stale
-        world.clock.set_wall(EPOCH + 30)
-        assert session.snapshot()[MIDDLE].rests_on_stale
-
-
 async def test_a_session_is_told_of_what_lies_below_as_it_is_when_each_stage_is_delivered() -> None:
     world = World(policies={MIDDLE: LONG})
     async with world.builder.session() as session:
@@ -144,28 +131,6 @@ async def test_a_session_is_told_of_what_lies_below_as_it_is_when_each_stage_is_
         world.clock.advance(61)
         assert session.snapshot()[MIDDLE].rests_on_stale
         assert (await session.resolve([LEFT]))[MIDDLE].oldest_observed_at == EPOCH
-
-
-async def test_a_deriver_sees_what_its_inputs_rest_on() -> None:
-    world = World()
-    world.dated["right"] = EPOCH - 30
-    seen: list[tuple[float, str, bool]] = []
-
-    def derive(k: ResourceKey, known: Snapshot, context: Any) -> None:
-        seen.append(world.below(known[MIDDLE]))
-
-    source = CallableDerivedSource(
-        name="seer",
-        priority=1,
-        supports=lambda k: k.name == "seen",
-        dependencies=lambda k: [MIDDLE],
-        deriver=derive,
-        run_sync_in_thread=False,
-    )
-    sources = [*world.builder.sources, source]
-    async with SnapshotBuilder(sources, clock=world.clock, default_policy=MINUTE) as building:
-        await building.build([key("seen")])
-    assert seen == [(30.0, "right", False)]
 
 
 @pytest.mark.parametrize(
@@ -273,16 +238,6 @@ async def test_a_long_chain_from_a_cache_of_ones_own_needs_no_stack() -> None:
     assert (value.from_cache, value.oldest_key, value.oldest_observed_at) == (True, LEFT, EPOCH)
 
 
-async def test_a_value_rests_on_nothing_if_it_is_derived_from_nothing() -> None:
-    source = tuned(Derived("lonely", needs=lambda _: []))
-    source.inherit_freshness = True  # type: ignore[attr-defined] # the protocol's optional attribute
-    clock = ManualClock()
-    async with SnapshotBuilder([source], clock=clock, default_policy=MINUTE) as building:
-        value = (await building.build([key("lonely")]))[key("lonely")]
-    assert (value.oldest_key, value.oldest_observed_at) == (key("lonely"), EPOCH)
-    assert (value.inherits_freshness, value.rests_on_stale, value.stale) == (False, False, False)
-
-
 # Freshness that is inherited -----------------------------------------------------------------
 
 
@@ -297,17 +252,6 @@ async def test_a_value_that_inherits_is_as_old_as_its_oldest_input_and_stale_if_
     value = await world.read(MIDDLE)
     assert (value.observed_at, value.age_seconds, value.stale) == (EPOCH - 30, 130.0, True)
     assert "fallback_error" not in value.metadata
-
-
-async def test_one_stale_input_is_enough_though_another_one_is_older() -> None:
-    world = World(inherits={"middle"}, policies={LEFT: LONG})
-    world.dated["left"] = EPOCH - 500
-    await world.read(MIDDLE)
-    world.down.add("right")
-    world.clock.advance(61)
-    value = await world.read(MIDDLE)
-    assert (value.age_seconds, value.stale) == (561.0, True)
-    assert (value.oldest_key, value.stale_key) == (LEFT, RIGHT)
 
 
 async def test_its_own_policy_says_how_long_it_is_kept_since_it_was_derived() -> None:
@@ -333,14 +277,6 @@ async def test_a_kept_value_goes_stale_with_its_input_and_is_derived_anew() -> N
     value = await world.read(MIDDLE)
     assert (value.from_cache, value.age_seconds, value.stale) == (False, 0.0, False)
     assert len(world.plain.calls) == 4
-
-
-async def test_without_it_the_kept_value_stays_fresh_as_ever() -> None:
-    world = World(policies={MIDDLE: LONG})
-    await world.read(MIDDLE)
-    world.clock.advance(61)
-    value = await world.read(MIDDLE)
-    assert (value.from_cache, value.age_seconds, value.stale) == (True, 61.0, False)
 
 
 async def test_levels_that_inherit_pass_on_age_and_staleness_and_others_do_not() -> None:
@@ -530,15 +466,6 @@ async def test_a_value_put_back_into_a_cache_by_hand_counts_from_its_derivation(
     assert (again.from_cache, again.age_seconds, len(world.middle.calls)) == (True, 55.0, 1)
 
 
-async def test_consistency_is_judged_by_the_inherited_dates() -> None:
-    world = World(inherits={"middle"})
-    world.dated.update(left=EPOCH - 30, right=EPOCH)
-    close = SnapshotConsistencyPolicy(max_observation_skew_seconds=10.0)
-    request = SnapshotRequest(required=[MIDDLE, RIGHT], consistency_policy=close)
-    with pytest.raises(SnapshotConsistencyError, match="test:middle"):
-        await world.builder.build_request(request)
-
-
 def test_the_adapter_keeps_the_setting_and_checks_it() -> None:
     def made(**more: Any) -> CallableDerivedSource:
         return CallableDerivedSource(
@@ -607,15 +534,6 @@ async def test_a_request_may_refuse_what_rests_on_something_stale(
     assert (violation.key, violation.input_key, violation.stale) == (TOP, RIGHT, True)
     assert violation.message == "test:top must rest on fresh values, got test:right, which is stale"
     assert len(await judged(world, TOP, allow_stale=False)) == (1 if inherits else 0)
-
-
-async def test_a_plain_value_that_is_stale_rests_on_something_stale() -> None:
-    world = World()
-    await world.read(LEFT)
-    world.down.add("left")
-    world.clock.advance(61)
-    (violation,) = await judged(world, LEFT, allow_resting_on_stale=False)
-    assert violation.input_key == LEFT
 
 
 async def test_acceptance_is_judged_now_and_not_as_of_the_delivery() -> None:

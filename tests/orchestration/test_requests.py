@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 
 from coalestra import (
-    FreshnessPolicy,
-    RefreshMode,
     ResourceAcceptanceError,
     ResourceAcceptanceRule,
-    ResourceResolutionError,
     Snapshot,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
@@ -74,21 +71,6 @@ async def test_anything_but_a_request_is_a_type_error(ask: Ask) -> None:
 
 
 @both
-async def test_the_snapshot_holds_all_keys_in_the_order_of_the_request(ask: Ask) -> None:
-    snapshot = await ask(serving(a=1, b=2, c=3), SnapshotRequest(required=[C], optional=[B, A]))
-    assert list(snapshot.items()) == [(C, snapshot[C]), (B, snapshot[B]), (A, snapshot[A])]
-    assert shown(snapshot) == {C: 3, B: 2, A: 1}
-
-
-@both
-async def test_failed_optional_keys_are_told_in_errors_and_raise_nothing(ask: Ask) -> None:
-    snapshot = await ask(serving(a=1, b=DOWN), SnapshotRequest(required=[A], optional=[B]))
-    assert shown(snapshot) == {A: 1}
-    assert isinstance(snapshot.errors[B], ResourceResolutionError)
-    assert not snapshot.complete
-
-
-@both
 async def test_failed_required_keys_raise_with_the_partial_snapshot(ask: Ask) -> None:
     request = SnapshotRequest(required=[A, B], optional=[C])
     with pytest.raises(SnapshotBuildError) as caught:
@@ -99,13 +81,6 @@ async def test_failed_required_keys_raise_with_the_partial_snapshot(ask: Ask) ->
     assert partial is not None
     assert shown(partial) == {A: 1}
     assert set(partial.errors) == {B, C}
-
-
-async def test_a_build_request_takes_id_and_metadata_like_a_build() -> None:
-    snapshot = await serving(a=1).build_request(
-        SnapshotRequest(required=[A]), snapshot_id="mine", metadata={"user": "ann"}
-    )
-    assert snapshot.snapshot_id == "mine"
 
 
 # In a session
@@ -182,16 +157,6 @@ async def test_optional_keys_take_part_in_consistency_only_if_included(
         assert len(await ask(building, request)) == 2
 
 
-async def test_other_keys_of_the_session_take_no_part_in_consistency() -> None:
-    stock = Stock("stock", {"a": at(0), "b": at(9), "c": at(9)})
-    building = builder(stock)
-    await asyncio.sleep(10)
-    session = building.session()
-    await session.resolve([A])
-    request = SnapshotRequest(required=[B, C], consistency_policy=NEAR)
-    assert len(await session.resolve_request(request)) == 3
-
-
 # Acceptance
 
 
@@ -224,18 +189,6 @@ async def test_age_is_judged_at_the_request_and_not_at_acquisition() -> None:
     await asyncio.sleep(6)
     with pytest.raises(SnapshotAcceptanceError):
         await session.resolve_request(request)
-
-
-async def test_staleness_is_judged_at_the_request_and_not_at_acquisition() -> None:
-    policy = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    shop = Shop(default_policy=policy)
-    session = await shop.session(BASE)
-    request = SnapshotRequest(required=[BASE], acceptance_policy=accepting(allow_stale=False))
-    await session.resolve_request(request)
-    await asyncio.sleep(6)
-    with pytest.raises(SnapshotAcceptanceError) as caught:
-        await session.resolve_request(request)
-    assert [each.reason for each in caught.value.violations] == [SnapshotAcceptanceReason.STALE]
 
 
 # The order of the checks

@@ -204,31 +204,6 @@ async def test_waits_double_and_the_attempts_are_told() -> None:
     assert (await attempt(building))[X].attempts == 4
 
 
-async def test_a_batch_is_retried_as_a_whole() -> None:
-    async def before() -> None:
-        if len(source.calls) == 1:
-            raise DOWN
-
-    source = tuned(Batch("x", before=before), resilience_policy=retrying(2))
-    snapshot = await attempt(builder(source), key("x", "a"), key("x", "b"))
-    assert [len(call) for call in source.calls] == [2, 2]
-    assert {value.attempts for value in snapshot.values()} == {2}
-
-
-async def test_a_derivation_is_retried_without_fetching_its_dependencies_again() -> None:
-    async def before() -> None:
-        if len(derived.calls) == 1:
-            raise DOWN
-
-    base = Single("base")
-    derived = tuned(
-        Derived("x", needs=lambda k: [key("base")], before=before), resilience_policy=retrying(2)
-    )
-    snapshot = await attempt(builder(base, derived))
-    assert snapshot.value(X) == ("",)
-    assert (len(base.calls), len(derived.calls)) == (1, 2)
-
-
 async def test_a_retry_that_would_begin_at_the_deadline_or_later_is_not_started() -> None:
     source = stock(retrying(5))
     building = builder(source)
@@ -303,14 +278,6 @@ async def test_an_open_circuit_sends_its_keys_to_the_next_source_without_delay()
     assert len(source.calls) == 1
 
 
-async def test_the_retries_of_one_call_count_once() -> None:
-    source = stock(breaking(3, attempts=5))
-    building = builder(source)
-    await attempt(building)
-    assert len(source.calls) == 5
-    assert await circuits(building) == {"x": ("closed", 1)}
-
-
 async def test_a_circuit_that_opens_does_not_stop_the_retries_of_a_call_under_way() -> None:
     source = stock(breaking(1, attempts=2))
     building = builder(source)
@@ -372,19 +339,6 @@ async def test_a_batch_is_one_probe_with_all_its_keys() -> None:
     up.update(keys)
     assert list(await attempt(building, *keys)) == keys
     assert await circuits(building) == {}
-
-
-async def test_a_cancelled_probe_opens_the_circuit_again() -> None:
-    source = stock(breaking())
-    building = builder(source)
-    await opened(building)
-    source.before = Gate().pass_
-    probe = asyncio.ensure_future(building.build([X]))
-    await settle()
-    probe.cancel()
-    await settle()
-    assert await circuits(building) == {"x": ("open", 1)}
-    await no_leaks(building)
 
 
 async def test_a_probe_cut_off_by_the_deadline_opens_the_circuit_again_without_counting() -> None:
@@ -479,15 +433,6 @@ def answering(up: set[ResourceKey]) -> Callable[[ResourceKey], Any]:
 A1, A2, B1, B2 = (ResourceKey("test", name, subject) for subject in "ab" for name in ("x", "y"))
 
 
-async def test_one_fresh_value_makes_the_group_of_a_circuit_a_success() -> None:
-    source = Batch("s", "x", "y", answer=answering({A1}))
-    tuned(source, resilience_policy=breaking(1, CircuitScope.SUBJECT))
-    building = builder(source)
-    snapshot = await attempt(building, A1, A2, B1, B2)
-    assert list(snapshot) == [A1]
-    assert await circuits(building) == {"s:subject:b": ("open", 1)}
-
-
 async def test_open_groups_are_left_out_of_a_batch() -> None:
     up = {A1, A2}
     source = Batch("s", "x", "y", answer=answering(up))
@@ -502,20 +447,6 @@ async def test_open_groups_are_left_out_of_a_batch() -> None:
     await asyncio.sleep(RECOVERY)
     assert list(await attempt(building, B1, B2)) == [B1, B2]
     assert await circuits(building) == {}
-
-
-async def test_a_batch_that_fails_counts_once_for_each_of_its_circuits() -> None:
-    async def before() -> None:
-        raise DOWN
-
-    source = Batch("s", "x", "y", before=before)
-    tuned(source, resilience_policy=breaking(3, CircuitScope.SUBJECT))
-    building = builder(source)
-    await attempt(building, A1, A2, B1, B2)
-    assert await circuits(building) == {
-        "s:subject:a": ("closed", 1),
-        "s:subject:b": ("closed", 1),
-    }
 
 
 # Which policy applies

@@ -64,11 +64,6 @@ async def failing(key: ResourceKey, context: FetchContext) -> Any:
     raise SourceUnavailableError("down")
 
 
-def by_base(policy: FreshnessPolicy) -> PolicyResolver:
-    """The policy for `base` alone; everything else lasts."""
-    return PolicyResolver(LASTING, overrides={BASE: policy})
-
-
 async def refused(building: Any, *keys: ResourceKey) -> Mapping[ResourceKey, Exception]:
     """The errors of a strict build that must fail."""
     with pytest.raises(SnapshotBuildError) as caught:
@@ -361,14 +356,6 @@ async def test_a_stand_in_tells_what_it_stands_in_for() -> None:
     await shop.builder.aclose()
 
 
-async def test_what_is_older_than_max_stale_never_stands_in() -> None:
-    shop = Shop(default_policy=BLOCKING)
-    await shop.builder.build([BASE])
-    await asyncio.sleep(101)
-    shop.stock.change(base=DOWN)
-    assert isinstance((await refused(shop.builder, BASE))[BASE], ResourceResolutionError)
-
-
 @pytest.mark.parametrize("source_answers_stale", [True, False])
 async def test_nothing_stands_in_if_the_policy_does_not_allow_it(
     source_answers_stale: bool,
@@ -382,16 +369,6 @@ async def test_nothing_stands_in_if_the_policy_does_not_allow_it(
     assert isinstance(error, ResourceResolutionError)
     wanted = "StaleSourceData" if source_answers_stale else "SourceUnavailableError"
     assert [each.error_type for each in error.failures] == [wanted]
-
-
-async def test_a_derivation_may_rest_on_a_stand_in() -> None:
-    shop = Shop(policy_resolver=by_base(BLOCKING))
-    first = await shop.builder.build([BASE])
-    await asyncio.sleep(50)
-    shop.stock.change(base=DOWN)
-    snapshot = await shop.builder.build([MIDDLE])
-    assert snapshot.value(MIDDLE) == (1,)
-    assert snapshot[MIDDLE].dependency_versions == {BASE: first[BASE].version}
 
 
 async def test_a_published_value_serves_those_who_wait_for_failing_sources() -> None:
@@ -442,15 +419,6 @@ async def test_a_fresh_event_that_came_during_the_call_replaces_its_undated_valu
     assert (value.value, value.metadata["superseded_source"]) == ("event", "stock")
 
 
-async def test_an_event_that_is_stale_when_the_call_ends_leaves_its_value_alone() -> None:
-    shop, gate, reader = await asked(default_policy=BLOCKING)
-    await shop.builder.publisher.publish(BASE, "event", source="stream")
-    await asyncio.sleep(11)
-    gate.open()
-    value = (await reader)[BASE]
-    assert (value.value, value.stale) == (1, False)
-
-
 async def test_a_forced_read_never_gets_a_stale_winner() -> None:
     shop = Shop(default_policy=BLOCKING, authority_policy=STREAM_FIRST)
     session = await shop.session(BASE)
@@ -469,24 +437,6 @@ async def served_stale(shop: Shop, *keys: ResourceKey) -> Snapshot:
     await shop.builder.build(keys)
     await asyncio.sleep(11)
     return await shop.builder.build(keys)
-
-
-async def test_there_is_one_refresh_of_a_key_at_a_time() -> None:
-    shop, gate = await gone_stale()
-    marks = []
-    for _ in range(3):
-        value = (await shop.builder.build([BASE]))[BASE]
-        marks.append(value.metadata["refresh_scheduled"])
-        await settle()
-    assert marks == [True, False, False]
-    assert len(shop.stock.calls) == 2
-    gate.open()
-    await shop.builder.wait_for_refreshes()
-    await asyncio.sleep(11)
-    again = (await shop.builder.build([BASE]))[BASE]
-    assert again.metadata["refresh_scheduled"] is True
-    await shop.builder.wait_for_refreshes()
-    await no_leaks(shop.builder)
 
 
 @pytest.mark.parametrize(
@@ -515,17 +465,6 @@ async def test_a_refresh_tells_its_source_whose_and_why_it_is(
     assert (context.deadline_at, context.deadline_monotonic) == (None, None)
     assert context.snapshot_id not in ("", None, snapshot.snapshot_id)
     assert context.requested_at == EPOCH + age
-
-
-async def test_a_refresh_is_not_bound_by_the_deadline_of_the_build_that_asked() -> None:
-    shop, gate = await gone_stale()
-    shop.stock.change(base=2)
-    await shop.builder.build([BASE], deadline_seconds=1)
-    await gate.wait_arrived(2)
-    await asyncio.sleep(5)
-    gate.open()
-    await shop.builder.wait_for_refreshes()
-    assert (await shop.builder.build([BASE])).value(BASE) == 2
 
 
 @pytest.mark.parametrize("answer", [DOWN, SourcePayload(2, observed_at=EPOCH - 20)])
@@ -557,41 +496,12 @@ async def test_a_refresh_without_a_fresh_value_fails_and_leaves_the_cache_alone(
     await shop.builder.aclose()
 
 
-async def test_a_reader_that_needs_a_refreshing_key_joins_its_refresh() -> None:
-    shop, gate = await gone_stale()
-    await shop.builder.build([BASE])
-    await gate.wait_arrived(2)
-    await asyncio.sleep(100)
-    reader = asyncio.ensure_future(shop.builder.build([BASE]))
-    await settle()
-    gate.open()
-    value = (await reader)[BASE]
-    assert value.metadata["coalesced_request"] is True
-    assert len(shop.stock.calls) == 2
-
-
 async def test_refreshes_that_one_build_asks_for_travel_together() -> None:
     shop = Shop(default_policy=SWR)
     snapshot = await served_stale(shop, BASE, OTHER)
     assert snapshot.diagnostics.refresh_scheduled == 2
     await shop.builder.wait_for_refreshes()
     assert sorted(each.name for each in shop.stock.calls[2:]) == ["base", "other"]
-
-
-async def test_waiting_for_refreshes_ends_with_those_scheduled_before() -> None:
-    shop, gate = await gone_stale(BASE, OTHER)
-    await shop.builder.build([BASE])
-    await gate.wait_arrived(3)
-    waiting = asyncio.ensure_future(shop.builder.wait_for_refreshes())
-    await settle()
-    await shop.builder.build([OTHER])
-    await gate.wait_arrived(4)
-    gate.let_through(1)
-    await waiting
-    assert gate.waiting == 1
-    gate.open()
-    await shop.builder.wait_for_refreshes()
-    await shop.builder.wait_for_refreshes()
 
 
 async def test_who_waits_for_refreshes_may_be_cancelled_and_they_go_on() -> None:
@@ -623,20 +533,6 @@ async def test_closing_gives_refreshes_up_and_counts_them(begun: bool) -> None:
     labels = {"resource_namespace": "test", "resource_name": "base"}
     assert metrics.counter("resource_refresh_total", status="cancelled", **labels) == 1
     assert (await shop.builder.health_snapshot()).background_refreshes == 0
-
-
-async def test_a_derived_key_is_refreshed_from_its_newest_dependencies() -> None:
-    resolver = PolicyResolver(LASTING, overrides={MIDDLE: SWR})
-    shop = Shop(policy_resolver=resolver)
-    await shop.builder.build([MIDDLE])
-    await asyncio.sleep(11)
-    stale = await shop.builder.build([MIDDLE])
-    assert stale[MIDDLE].stale
-    await shop.builder.wait_for_refreshes()
-    fresh = (await shop.builder.build([MIDDLE]))[MIDDLE]
-    assert (fresh.value, fresh.stale) == ((1,), False)
-    assert len(shop.stock.calls) == 1
-    assert len(shop.middle.calls) == 2
 
 
 # What a build is asked with, and what sources are told

@@ -25,12 +25,10 @@ from coalestra import (
     ResourceAbsentError,
     ResourceAcceptanceRule,
     ResourceKey,
-    ResourceResolutionError,
     SessionClosedError,
     Snapshot,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
-    SnapshotAcceptanceReason,
     SnapshotBuilder,
     SnapshotBuildError,
     SnapshotConsistencyPolicy,
@@ -165,19 +163,6 @@ async def test_a_result_says_what_the_form_that_raises_says(
 
 
 @both
-async def test_an_optional_key_without_a_value_degrades_a_request(ask: Ask) -> None:
-    building = builder(Stock("stock", {"a": 1, "b": DOWN}))
-    result = await ask(building, SnapshotRequest(required=[A], optional=[B]))
-    assert result.outcome is DEGRADED
-    assert list(result.errors) == [B]
-    assert isinstance(result.errors[B], ResourceResolutionError)
-    assert result.reason == (
-        "accepted without 1 value: test:b [stock: SourceUnavailableError(down; attempts=1)]"
-    )
-    assert shown(result.require_accepted()) == {A: 1}
-
-
-@both
 async def test_what_does_not_exist_rejects_a_request_only_if_it_is_required(ask: Ask) -> None:
     building = builder(Stock("stock", {"a": 1, "b": ResourceAbsent("no such row")}))
     result = await ask(building, SnapshotRequest(required=[A], optional=[B]))
@@ -187,20 +172,6 @@ async def test_what_does_not_exist_rejects_a_request_only_if_it_is_required(ask:
     result = await ask(building, SnapshotRequest(required=[A, B]))
     assert result.outcome is REJECTED
     assert isinstance(result.errors[B], ResourceAbsentError)
-
-
-@both
-async def test_a_stale_value_degrades_a_request(ask: Ask) -> None:
-    policy = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    building = builder(Stock("stock", {"a": 1, "b": 2}), default_policy=policy)
-    await building.build([A])
-    await asyncio.sleep(6)
-    result = await ask(building, SnapshotRequest(required=[A, B]))
-    assert result.outcome is DEGRADED
-    assert result.stale_keys == (A,)
-    assert result.reason == "accepted with 1 stale value: test:a [6 s old]"
-    assert not result.errors
-    await building.wait_for_refreshes()
 
 
 @both
@@ -223,31 +194,6 @@ async def test_a_derived_value_degrades_a_request_if_it_inherits_that_something_
     result = await ask(building, SnapshotRequest(required=[B]))
     assert result.outcome is (DEGRADED if inherits else ACCEPTED)
     await building.wait_for_refreshes()
-
-
-@both
-async def test_a_stale_value_that_a_rule_forbids_rejects_a_request(ask: Ask) -> None:
-    policy = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    building = builder(Stock("stock", {"a": 1}), default_policy=policy)
-    await building.build([A])
-    await asyncio.sleep(6)
-    fresh = SnapshotAcceptancePolicy(ResourceAcceptanceRule(allow_stale=False))
-    result = await ask(building, SnapshotRequest(required=[A], acceptance_policy=fresh))
-    assert result.outcome is REJECTED
-    assert [each.reason for each in result.violations] == [SnapshotAcceptanceReason.STALE]
-    assert list(result.errors) == [A]
-    assert shown(result.snapshot) == {A: 1}
-    await building.wait_for_refreshes()
-
-
-@both
-async def test_a_rejected_request_tells_the_errors_of_optional_keys_too(ask: Ask) -> None:
-    building = builder(Stock("stock", {"a": DOWN, "b": DOWN, "c": 3}))
-    result = await ask(building, SnapshotRequest(required=[C, A], optional=[B]))
-    assert result.outcome is REJECTED
-    assert list(result.errors) == [A, B]
-    assert list(result.error.errors) == [A]
-    assert result.reason == str(result.error)
 
 
 @both
@@ -454,16 +400,6 @@ async def test_a_builder_that_is_busy_on_another_loop_raises() -> None:
 # In a session
 
 
-async def test_the_outcome_is_about_the_request_and_not_about_the_rest_of_the_session() -> None:
-    session = builder(Stock("stock", {"a": 1, "b": DOWN, "c": 3})).session()
-    await session.resolve([B], strict=False)
-    result = await session.try_request(SnapshotRequest(required=[A], optional=[C]))
-    assert result.outcome is ACCEPTED
-    assert not result.errors
-    assert result.snapshot is not None
-    assert list(result.snapshot.errors) == [B]
-
-
 async def test_a_failed_key_is_tried_again_only_if_told_to() -> None:
     stock = Stock("stock", {"a": DOWN})
     session = builder(stock).session()
@@ -531,13 +467,6 @@ async def test_results_of_named_requests_have_their_names() -> None:
             zip(results.values(), "12", strict=True)] == ["1", "2"]  # fmt: skip
     with pytest.raises(TypeError, match="read-only"):
         results["c"] = results["a"]  # type: ignore[index]  # it cannot be
-
-
-async def test_no_requests_have_no_results() -> None:
-    building = builder(Single("x"))
-    assert await building.try_requests([]) == ()
-    assert await building.try_requests({}) == {}
-    assert await building.session().try_requests([]) == ()
 
 
 @pytest.mark.parametrize(
@@ -625,23 +554,6 @@ async def test_a_request_that_waits_for_room_has_not_begun_though_its_time_runs(
     assert told == [(first.require_accepted().created_at + 10, [])] * 2
 
 
-async def test_cancelling_the_caller_cancels_all_and_begins_no_more() -> None:
-    gate = Gate()
-    source = Single("x", fetch=lambda asked, context: gate.pass_())
-    building = builder(source)
-    for place in (building, building.session()):
-        source.calls.clear()
-        pending = asyncio.ensure_future(place.try_requests(asking(*range(9)), max_concurrency=3))
-        await settle()
-        assert len(source.calls) == 3
-        pending.cancel()
-        await asyncio.wait([pending])
-        assert pending.cancelled()
-        assert len(source.calls) == 3
-        await no_leaks(building)
-    assert len(asyncio.all_tasks()) == 1
-
-
 def mixed() -> SnapshotBuilder:
     """A builder with a source of each kind, each of which waits in the midst of its call."""
 
@@ -713,12 +625,3 @@ async def test_a_wrong_limit_is_refused_and_begins_nothing(
             with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
                 await building.try_requests(requests, **wrong)
     assert not source.calls
-
-
-async def test_requests_that_do_not_raise_tell_how_they_came_about_if_asked() -> None:
-    building = builder(Single("x"))
-    traced = await building.try_request(asking(1)[0], trace=True)
-    several = await building.try_requests(asking(2, 3), trace=True, max_concurrency=1)
-    for result in (traced, *several):
-        assert result.require_accepted().trace is not None
-    assert (await building.try_request(asking(1)[0])).require_accepted().trace is None

@@ -124,13 +124,6 @@ async def test_force_refresh_passes_the_cache_by_though_it_is_fresh() -> None:
     assert len(shop.stock.calls) == 2
 
 
-async def test_force_refresh_derives_every_affected_key_anew() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, TOP)
-    await session.revalidate([BASE], force_refresh=True)
-    assert len(shop.stock.calls) == len(shop.middle.calls) == len(shop.top.calls) == 2
-
-
 @pytest.mark.parametrize("force", [False, True])
 async def test_force_refresh_forbids_stale_values_and_without_it_they_may_stand_in(
     force: bool,
@@ -201,19 +194,6 @@ async def test_a_failed_derivation_keeps_everything_as_it_was() -> None:
     assert unchanged(session, before)
     fail = False
     assert shown(await session.revalidate([BASE], force_refresh=True)) == {BASE: 2, key("d"): (2,)}
-
-
-async def test_not_strict_returns_what_is_retained_with_the_errors_of_this_call_only() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, OTHER)
-    before = session.snapshot()
-    shop.stock.change(base=SourceUnavailableError("down"))
-    retained = await session.revalidate([BASE, OTHER], strict=False, force_refresh=True)
-    assert shown(retained) == {BASE: 1, OTHER: 10}
-    assert list(retained.errors) == [BASE]
-    assert not session.snapshot().errors
-    assert not (await session.resolve([BASE])).errors
-    assert unchanged(session, before)
 
 
 async def test_an_earlier_failure_of_another_key_stays_and_does_not_matter() -> None:
@@ -290,14 +270,6 @@ async def test_a_consistency_violation_always_raises_and_changes_nothing(strict:
     assert unchanged(session, before)
 
 
-async def test_consistency_is_asked_of_the_named_keys_only() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, OTHER)
-    await asyncio.sleep(100)
-    after = await session.revalidate([BASE], force_refresh=True, consistency_policy=NEAR)
-    assert after[BASE].observed_at - after[OTHER].observed_at == 100
-
-
 @pytest.mark.parametrize("strict", [True, False])
 async def test_an_acceptance_violation_always_raises_and_changes_nothing(strict: bool) -> None:
     shop = Shop(authority_policy=SourceAuthorityPolicy({"stock": 3}))
@@ -335,18 +307,6 @@ async def test_consistency_is_judged_before_acceptance() -> None:
             [BASE, OTHER], force_refresh=True, consistency_policy=NEAR, acceptance_policy=strict
         )
     assert shown(session.snapshot()) == {BASE: 1, OTHER: 10}
-
-
-async def test_failed_keys_come_before_policies() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, OTHER)
-    await asyncio.sleep(100)
-    shop.stock.change(other=SourceUnavailableError("down"))
-    policy = SnapshotAcceptancePolicy(ResourceAcceptanceRule(max_age_seconds=5))
-    retained = await session.revalidate(
-        [BASE, OTHER], force_refresh=True, strict=False, acceptance_policy=policy
-    )
-    assert list(retained.errors) == [OTHER]
 
 
 # What is refused
@@ -563,27 +523,6 @@ async def test_no_error_is_told_of_a_key_that_nobody_asked_for() -> None:
     assert not hidden.snapshot().errors
 
 
-async def test_a_hidden_link_that_is_needed_no_longer_does_not_matter() -> None:
-    shop = Shop()
-    session = await shop.session(TOP)
-    shop.top.needs = lambda key: [OTHER]
-    shop.stock.change(base=SourceUnavailableError("down"))
-    again = await session.revalidate([TOP], force_refresh=True)
-    assert shown(again) == {TOP: (10,)}
-
-
-async def test_policies_hold_for_named_keys_out_of_sight_too() -> None:
-    shop = Shop()
-    session = await shop.session(TOP)
-    await asyncio.sleep(5)
-    policy = SnapshotAcceptancePolicy(default_rule=ResourceAcceptanceRule(max_age_seconds=1))
-    with pytest.raises(SnapshotAcceptanceError) as caught:
-        await session.revalidate([BASE], acceptance_policy=policy)
-    assert BASE in caught.value.errors
-    fresh = await session.revalidate([BASE], force_refresh=True, acceptance_policy=policy)
-    assert list(fresh) == [TOP]
-
-
 async def test_what_is_asked_for_during_a_revalidation_is_no_longer_let_go() -> None:
     shop, gate = Shop(), Gate()
     session = await shop.session(MIDDLE)
@@ -671,17 +610,6 @@ async def test_revalidations_of_one_session_take_turns() -> None:
     assert shown(first) == {BASE: 2, OTHER: 10, TOP: ((2,),)}
     assert shown(second) == {BASE: 2, OTHER: 20, TOP: ((2,),)}
     await no_leaks(shop.builder)
-
-
-async def test_a_failed_revalidation_lets_the_next_one_have_its_turn() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    shop.stock.change(base=SourceUnavailableError("down"))
-    failing = session.revalidate([BASE], force_refresh=True)
-    waiting = session.revalidate([BASE], strict=False)
-    failed, passed = await asyncio.gather(failing, waiting, return_exceptions=True)
-    assert isinstance(failed, SnapshotBuildError)
-    assert isinstance(passed, Snapshot)
 
 
 # What is reported

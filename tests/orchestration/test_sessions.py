@@ -164,30 +164,6 @@ async def test_a_retry_that_fails_again_keeps_the_new_error() -> None:
     assert "second" in str(session.snapshot().errors[BASE])
 
 
-async def test_strict_raises_for_an_earlier_failure_among_the_keys_of_the_stage_only() -> None:
-    shop = Shop()
-    shop.stock.change(base=SourceUnavailableError("down"))
-    session = await shop.session()
-    with pytest.raises(SnapshotBuildError) as caught:
-        await session.resolve([BASE, OTHER])
-    assert list(caught.value.errors) == [BASE]
-    assert caught.value.snapshot is not None
-    assert shown(caught.value.snapshot) == {OTHER: 10}
-    later = await session.resolve([OTHER])
-    assert list(later.errors) == [BASE]
-    with pytest.raises(SnapshotBuildError):
-        await session.resolve([BASE])
-
-
-async def test_a_derived_key_can_be_retried_once_its_dependency_is_back() -> None:
-    shop = Shop()
-    shop.stock.change(base=SourceUnavailableError("down"))
-    session = await shop.session()
-    await session.resolve([TOP], strict=False)
-    shop.stock.change(base=4)
-    assert (await session.resolve([TOP], retry_errors=True)).value(TOP) == ((4,),)
-
-
 async def test_a_failed_key_that_was_read_as_a_dependency_has_a_value_and_no_error() -> None:
     shop = Shop()
     shop.stock.change(base=SourceUnavailableError("down"))
@@ -296,17 +272,6 @@ async def test_a_closed_session_refuses_every_call() -> None:
         session.snapshot()
 
 
-async def test_leaving_async_with_closes_the_session_also_after_an_error() -> None:
-    shop = Shop()
-    kept: list[SnapshotSession] = []
-    with pytest.raises(KeyError):
-        async with shop.builder.session() as session:
-            kept.append(session)
-            raise KeyError
-    assert kept[0].closed
-    await kept[0].close()
-
-
 async def test_snapshots_stay_good_after_their_session() -> None:
     shop = Shop()
     async with shop.builder.session() as session:
@@ -355,35 +320,7 @@ async def test_snapshots_of_a_session_are_bound_by_its_deadline(again: bool) -> 
     await building.aclose()
 
 
-async def test_diagnostics_count_what_the_whole_session_did() -> None:
-    shop = Shop()
-    session = await shop.session(TOP)
-    await asyncio.sleep(2)
-    diagnostics = (await session.resolve([OTHER, BASE])).diagnostics
-    assert diagnostics.requested_resources == 3
-    assert diagnostics.resolved_resources == 3
-    assert diagnostics.failed_resources == 0
-    assert diagnostics.source_calls == 4
-    assert diagnostics.derived_calls == 2
-    assert diagnostics.source_calls_by_source == {"stock": 2, "middle": 1, "top": 1}
-    assert diagnostics.observation_skew_ms == pytest.approx(2_000)
-    assert diagnostics.duration_ms == pytest.approx(2_000)
-
-
 # Stages side by side
-
-
-async def test_a_finished_stage_does_not_wait_for_a_slow_one_beside_it() -> None:
-    gate = Gate()
-    slow = Stock("slow", {"slow": 1}, before=gate.pass_)
-    building = builder(slow, Single("quick"))
-    session = building.session()
-    stage = asyncio.ensure_future(session.resolve([key("slow")]))
-    await gate.wait_arrived()
-    assert list(await session.resolve([key("quick")])) == [key("quick")]
-    gate.open()
-    assert set(await stage) == {key("slow"), key("quick")}
-    await no_leaks(building)
 
 
 async def test_stages_side_by_side_agree_on_what_derived_keys_rest_on() -> None:

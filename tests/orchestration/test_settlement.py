@@ -394,51 +394,6 @@ def test_a_program_that_ends_in_the_middle_of_work_ends_quietly(
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_the_next_event_loop_starts_workers_at_once_though_the_last_was_cancelled() -> None:
-    """The quiet at the end of a program belongs to its loop; clocks of loops may differ."""
-
-    async def forever(_key: ResourceKey, _context: FetchContext) -> Any:
-        return await asyncio.get_running_loop().create_future()
-
-    building = builder(Single("bad", fetch=forever), Single("good"))
-
-    async def main() -> None:
-        await asyncio.sleep(1000)
-        task = asyncio.ensure_future(building.build([BAD], strict=False))
-        await settle()
-        for worker in workers():
-            worker.cancel()
-        assert BAD in (await task).errors
-
-    run_virtual(main())
-    loop = VirtualLoop()
-    began = loop.time()
-
-    async def again() -> float:
-        await building.build([GOOD])
-        return loop.time()
-
-    assert run_virtual(again(), loop=loop) == began
-
-
-async def test_a_source_that_waits_for_something_cancelled_has_not_been_cancelled() -> None:
-    """That is its own failure: it is retried, and its worker serves on."""
-
-    async def fetch(wanted: ResourceKey, _context: FetchContext) -> Any:
-        if len(source.calls) == 1:
-            inner = asyncio.ensure_future(asyncio.sleep(1000))
-            inner.cancel()
-            await inner
-        return 1
-
-    source = Single("good", fetch=fetch)
-    source.resilience_policy = SourceResiliencePolicy(RetryPolicy(2, 1.0, jitter_ratio=0.0))
-    building = builder(source)
-    assert (await building.build([GOOD])).value(GOOD) == 1
-    assert len(source.calls) == 2
-    await no_leaks(building)
-
-
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="task groups come with Python 3.11")
 @pytest.mark.parametrize("by", ["its timeout", "somebody else"])
 async def test_a_swallowed_cancellation_does_not_meet_the_next_key(by: str) -> None:
@@ -496,32 +451,6 @@ async def _failing_group() -> str:
         await asyncio.sleep(0)  # where a task that is asked to end would
         return f"caught {type(error).__name__}"
     return "nothing"
-
-
-async def test_a_call_that_had_to_wait_for_capacity_is_given_up_like_any_other() -> None:
-    """The queue timeout is over once it runs, and bounds nothing any more."""
-    gate = Gate()
-
-    async def fetch(wanted: ResourceKey, _context: FetchContext) -> Any:
-        if wanted == first:
-            await gate.pass_()
-            return 1
-        return await asyncio.get_running_loop().create_future()
-
-    source = tuned(Single("good", fetch=fetch), queue_timeout_seconds=50.0)
-    building = builder(source, max_concurrency=1, max_pending_tasks=2)
-    first, second = key("good", "first"), key("good", "second")
-    holding = asyncio.ensure_future(building.build([first]))
-    await settle()
-    waiting = asyncio.ensure_future(building.build([second]))
-    await settle()
-    gate.open()
-    await holding
-    await settle()
-    assert len(source.calls) == 2
-    waiting.cancel()
-    await settle()
-    await no_leaks(building)
 
 
 # Context variables -------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from coalestra import (
     SourceUnavailableError,
 )
 from tests.orchestration.scripted import ONCE, Batch, Derived, Scripted, Single, builder, key
-from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
+from tests.orchestration.stock import BASE, MIDDLE, TOP, Shop, shown
 from tests.support import EPOCH, Gate, ThreadGate, no_leaks, settle
 
 K = key("x")
@@ -477,17 +477,6 @@ async def test_dependencies_that_are_thought_of_meanwhile_see_the_variables_of_t
     assert (seen, variable.get()) == (["of the build"] * 2, "of the build")
 
 
-async def test_a_failed_dependency_fails_the_derivation_and_the_next_source_is_tried() -> None:
-    stock = Stock("stock", {"base": SourceUnavailableError("no base"), "other": 1})
-    derived = Derived("d", "x", needs=lambda k: [BASE, OTHER])
-    failures = await failures_of(builder(stock, derived), K)
-    assert types(failures) == [("d", "DependencyResolutionError")]
-    assert "no base" in failures[0].message
-    assert derived.calls == []
-    second = Single("second", "x", priority=1)
-    assert (await builder(stock, derived, second).build([K]))[K].source == "second"
-
-
 async def test_a_cycle_is_told_with_its_path() -> None:
     building = builder(
         Derived("a", needs=lambda k: [key("b")]), Derived("b", needs=lambda k: [key("a")])
@@ -632,82 +621,6 @@ def blocking(fetcher: Callable[..., Any] = lambda k, context: 1, **more: Any) ->
     )
 
 
-@pytest.mark.parametrize(
-    "declared, status, taken, taken_if_unsafe",
-    [
-        ({}, "undeclared", False, False),
-        ({"blocking_io": False}, "non_blocking", True, True),
-        (
-            {
-                "blocking_io": True,
-                "blocking_io_offloaded": True,
-                "transport_timeout_seconds": 1.0,
-                "timeout_seconds": 2.0,
-            },
-            "protected",
-            True,
-            True,
-        ),
-        (
-            {"blocking_io": True, "blocking_io_offloaded": True, "transport_timeout_seconds": 1.0},
-            "protected",
-            True,
-            True,
-        ),
-        (
-            {"blocking_io": True, "transport_timeout_seconds": 1.0},
-            "unsafe_not_offloaded",
-            False,
-            True,
-        ),
-        (
-            {"blocking_io": True, "blocking_io_offloaded": True},
-            "unsafe_timeout_missing",
-            False,
-            True,
-        ),
-        (
-            {
-                "blocking_io": True,
-                "blocking_io_offloaded": True,
-                "transport_timeout_seconds": 2.0,
-                "timeout_seconds": 2.0,
-            },
-            "unsafe_timeout_not_within_source",
-            False,
-            True,
-        ),
-    ],
-)
-async def test_a_declaration_decides_whether_a_source_is_taken(
-    declared: dict[str, Any], status: str, taken: bool, taken_if_unsafe: bool
-) -> None:
-    class Declaring:
-        name = "declaring"
-        priority = 1
-        timeout_seconds = None
-
-        def supports(self, key: ResourceKey) -> bool:
-            return True
-
-        async def fetch(self, key: ResourceKey, context: FetchContext) -> Any:
-            return 1
-
-    source: Any = Declaring()
-    for name, value in declared.items():
-        setattr(source, name, value)
-    for unsafe_too, welcome in [(False, taken), (True, taken_if_unsafe)]:
-        if not welcome:
-            with pytest.raises(ValueError, match=f"declaring.*{status}"):
-                SnapshotBuilder([source], allow_unsafe_blocking_sources=unsafe_too)
-            continue
-        building = SnapshotBuilder([source], allow_unsafe_blocking_sources=unsafe_too)
-        health = await building.health_snapshot()
-        assert health.source_timeout_guarantees["declaring"].status.value == status
-        severity = health.assess().severity.value
-        assert severity == ("critical" if status.startswith("unsafe") else "healthy")
-
-
 def test_a_transport_timeout_of_a_source_that_does_not_block_is_an_error() -> None:
     source: Any = Single("x")
     source.transport_timeout_seconds = 1.0
@@ -846,35 +759,6 @@ async def test_a_call_that_had_to_be_cut_off_is_always_a_violation(grace: float)
     assert health.source_timeout_count == 1
     await settle()
     await building.aclose()
-
-
-async def test_violations_add_up_by_source_and_without_a_sink_too() -> None:
-    building = builder(blocking())
-    for count in (1, 2):
-        gate = ThreadGate()
-        source: Any = building.sources[0]
-        late = blocking(lambda k, context, gate=gate: gate.pass_())
-        source.fetch = late.fetch
-        reader = asyncio.ensure_future(building.build([key("x", str(count))]))
-        while not gate.arrived:
-            await settle()
-        await asyncio.sleep(2)
-        gate.open()
-        await reader
-        health = await building.health_snapshot()
-        assert health.source_transport_timeout_violations == {"blocking": count}
-    await building.aclose()
-
-
-async def test_an_async_call_is_never_a_transport_violation() -> None:
-    async def slow(key: ResourceKey, context: FetchContext) -> int:
-        await asyncio.sleep(100)
-        return 1
-
-    building = builder(Single("x", fetch=slow))
-    await building.build([K])
-    assert (await building.health_snapshot()).source_transport_timeout_violation_count == 0
-    assert math.isclose(building.clock.now(), EPOCH + 100)
 
 
 # What a source declares is asked for anew --------------------------------------------------------

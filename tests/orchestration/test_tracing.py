@@ -25,13 +25,11 @@ from coalestra import (
     Snapshot,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
-    SnapshotBuilder,
     SnapshotBuildError,
     SnapshotRequest,
     SourcePayload,
     SourceResiliencePolicy,
     SourceUnavailableError,
-    SyncSnapshotBuilder,
 )
 from coalestra.core.trace import CallTrace, KeyTrace, Obtained, Trace, WaitReason
 from coalestra.orchestration.tracing import (
@@ -76,12 +74,6 @@ async def test_a_snapshot_has_no_trace_unless_it_was_asked_for() -> None:
     assert (await b.build([A])).trace is None
     assert b.recent_traces() == ()
     assert (await b.build([A], trace=True)).trace is not None
-
-
-async def test_a_builder_that_traces_can_be_told_not_to() -> None:
-    b = builder(Single("a"), trace=True)
-    assert (await b.build([A])).trace is not None
-    assert (await b.build([A], trace=False)).trace is None
 
 
 @pytest.mark.parametrize("rate, traced", [(0, 0), (0.5, 1), (1, 2)])
@@ -269,17 +261,6 @@ async def test_a_wait_for_capacity_names_who_held_it() -> None:
     await first
 
 
-async def test_the_next_source_is_told_with_what_the_first_one_refused() -> None:
-    b = builder(Single("high", "a", fetch=down, priority=20), Single("low", "a"))
-    trace = trace_of(await b.build([A], trace=True))
-    found = trace.keys[A]
-    assert [trace.calls[number].source for number in found.calls] == ["high", "low"]
-    assert [(each.source, each.error_type) for each in found.refusals] == [
-        ("high", "SourceUnavailableError")
-    ]
-    assert (found.source, found.obtained) == ("low", Obtained.FETCHED)
-
-
 async def test_a_stale_value_that_is_served_says_that_a_refresh_was_set_off() -> None:
     b = builder(Single("a", fetch=latency(1)), default_policy=SWR)
     await b.build([A])
@@ -346,17 +327,6 @@ async def test_a_deadline_leaves_a_call_under_way_in_the_trace_that_is_made_then
     assert trace.keys[A].error_type == "ResourceResolutionError"
     (attempt,) = the_call(trace).attempts
     assert (the_call(trace).outcome, attempt.outcome, attempt.end) == ("under_way", "under_way", 1)
-
-
-async def test_an_open_circuit_is_told_without_an_attempt() -> None:
-    b = builder(Single("a", fetch=down))
-    for _ in range(20):
-        await b.build([A], strict=False)
-    trace = trace_of(await b.build([A], strict=False, trace=True))
-    call = the_call(trace)
-    assert call.outcome == "circuit_open"
-    assert all(attempt.called is None for attempt in call.attempts)
-    assert [refusal.status for refusal in trace.keys[A].refusals] == ["circuit_open"]
 
 
 async def test_a_strict_build_that_fails_has_its_trace_in_the_error() -> None:
@@ -562,18 +532,6 @@ async def test_of_the_traces_that_a_builder_keeps_only_those_that_are_looked_int
         _ = first.other  # type: ignore[attr-defined]  # there is none
 
 
-async def test_a_build_that_was_cancelled_is_among_the_recent_traces() -> None:
-    b = builder(Single("a", fetch=latency(10)), trace=True)
-    building = asyncio.ensure_future(b.build([A]))
-    await asyncio.sleep(1)
-    building.cancel()
-    await settle()
-    (trace,) = b.recent_traces()
-    assert trace.duration_seconds == 1
-    assert trace.keys[A].end == 1
-    await no_leaks(b)
-
-
 async def test_a_trace_keeps_no_payload_and_no_error_alive() -> None:
     class Payload:
         pass
@@ -605,15 +563,6 @@ async def test_a_trace_keeps_no_payload_and_no_error_alive() -> None:
     assert [ref() for ref in seen] == [None, None]
     assert trace.keys[A].source == "a"
     assert b.recent_traces()
-
-
-def test_the_threaded_facade_traces_the_same_way() -> None:
-    with SyncSnapshotBuilder(SnapshotBuilder([Single("a")], trace=True)) as b:
-        assert trace_of(b.build([A])).keys[A].obtained is Obtained.FETCHED
-        assert b.build([A], trace=False).trace is None
-        with b.session(trace=True) as session:
-            assert trace_of(session.resolve([A])).kind == "session"
-        assert [trace.kind for trace in b.recent_traces()] == ["build", "session"]
 
 
 # What follows the work while it is under way ------------------------------------------------------
@@ -728,22 +677,6 @@ async def test_a_tracer_sees_a_refresh_linked_to_what_set_it_off() -> None:
     )
     assert spans.begun[-1]["parent"] == "refresh 1"
     assert spans.ended["refresh 1"] == ({"resolved": 1, "failed": 0}, None)
-
-
-async def test_every_span_of_a_session_and_of_what_is_cut_off_ends() -> None:
-    spans = Spans()
-    b = builder(
-        Single("a", fetch=latency(5)), Single("b"), Derived("d", needs=lambda _: [B]), tracer=spans
-    )
-    async with b.session(deadline_seconds=1.0) as session:
-        await session.resolve([A, B, D], strict=False)
-    hanging = asyncio.ensure_future(b.build([A]))
-    await settle()
-    hanging.cancel()
-    await settle()
-    await b.aclose()
-    assert {each["name"] for each in spans.begun} == set(spans.ended)
-    assert {each["kind"] for each in spans.begun} == {"resolve", "call", "build"}
 
 
 @pytest.mark.parametrize("awaited", [False, True])

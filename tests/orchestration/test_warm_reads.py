@@ -15,15 +15,12 @@ from coalestra import (
     InMemoryMetrics,
     NullEventSink,
     PayloadIsolationError,
-    PolicyResolver,
-    RefreshMode,
     SnapshotBuildError,
     SnapshotDeadlineExceededError,
 )
 from tests.orchestration.scripted import Batch, builder, key
 from tests.support import ManualClock
 
-AHEAD = FreshnessPolicy(10, 20, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=4)
 MANY = [key("x", str(number)) for number in range(2_000)]
 
 
@@ -32,18 +29,6 @@ def slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the slice clock finds the slice used up."""
     ticks = itertools.count(time.perf_counter())
     monkeypatch.setattr("coalestra.concurrency.pace.time.perf_counter", lambda: next(ticks))
-
-
-async def test_an_entry_that_is_due_for_a_refresh_ahead_gets_one() -> None:
-    clock, source = ManualClock(), Batch("x")
-    building = builder(source, clock=clock, default_policy=AHEAD)
-    await building.build(MANY[:2])
-    clock.advance(5.9)
-    assert (await building.build(MANY[:2])).diagnostics.refresh_scheduled == 0
-    clock.advance(0.1)
-    assert (await building.build(MANY[:2])).diagnostics.refresh_scheduled == 2
-    await building.wait_for_refreshes()
-    assert len(source.calls) == 2
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
@@ -94,17 +79,6 @@ async def test_a_few_keys_are_reported_as_any_others(strict: bool) -> None:
     assert told[0] == told[1]
     assert counts[0] == counts[1]
     assert [name for name, _ in told[0]][::4] == ["snapshot_started", "snapshot_built"]
-
-
-async def test_each_key_is_judged_by_its_own_policy() -> None:
-    clock, source = ManualClock(), Batch("all", "x", "brief")
-    resolver = PolicyResolver(FreshnessPolicy(100, 100), {key("brief"): FreshnessPolicy(1, 1)})
-    building = builder(source, clock=clock, default_policy=None, policy_resolver=resolver)
-    await building.build([key("x"), key("brief")])
-    clock.advance(2)
-    again = await building.build([key("x"), key("brief")])
-    assert [value.from_cache for value in again.values()] == [True, False]
-    assert source.calls[1:] == [(key("brief"),)]
 
 
 async def test_hits_are_counted_once_whichever_way_is_taken_in_the_end() -> None:
@@ -172,15 +146,6 @@ async def test_the_clock_is_looked_at_after_every_payload_that_may_take_long(
         steps += 1
         await asyncio.sleep(0)
     assert steps >= len(keys)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-async def test_what_takes_a_thread_to_be_copied_is_read_warm_all_the_same(count: int) -> None:
-    large = [[number] for number in range(30_000)]
-    building = builder(Batch("x", answer=lambda _: large))
-    for _ in range(3):
-        snapshot = await building.build(MANY[:count])
-        assert [value.value for value in snapshot.values()] == [large] * count
 
 
 async def test_what_can_be_copied_no_more_fails_its_key_in_a_warm_read_too() -> None:

@@ -7,12 +7,9 @@ from typing import Any
 
 from coalestra.adapters import CallableSource
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, RefreshMode
 from coalestra.core.snapshot import FetchContext
 from coalestra.orchestration.builder import SnapshotBuilder
 from tests.sync.steps import Door
-
-SWR = FreshnessPolicy(1.0, 3600.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
 
 
 class Prices:

@@ -23,7 +23,7 @@ from coalestra.sync import (
     SyncSnapshotSession,
 )
 from tests.sync.sources import Prices, builder, source
-from tests.sync.steps import PATIENCE, PRICE, VOLUME, Door, error_of, in_a_fork, in_thread, outcome
+from tests.sync.steps import PATIENCE, PRICE, VOLUME, Door, in_a_fork, in_thread, outcome
 
 pytestmark = pytest.mark.concurrency
 
@@ -197,19 +197,6 @@ def test_many_requests_come_back_in_the_form_in_which_they_were_given(
                 several([price], max_concurrency=0)
     assert [each.request for each in sync.try_requests(lazy)] == [volume, price]
     assert read_in == [threading.current_thread()]
-
-
-def test_closing_tells_who_waits_for_many_requests(
-    sync: SyncSnapshotBuilder, prices: Prices
-) -> None:
-    prices.door = Door()
-    requests = [SnapshotRequest(required=[key]) for key in (PRICE, VOLUME)]
-    sync.shutdown_timeout_seconds = 0.02
-    waiting = in_thread(lambda: sync.try_requests(requests, max_concurrency=1))
-    prices.door.wait_reached()
-    sync.close()
-    assert isinstance(error_of(waiting), BuilderClosedError)
-    assert prices.calls == 1
 
 
 def test_a_build_that_is_not_strict_returns_the_errors() -> None:

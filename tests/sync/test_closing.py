@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from coalestra.core.policies import FreshnessPolicy
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
 from tests.support import ThreadGate
-from tests.sync.sources import SWR, Prices, builder, source
+from tests.sync.sources import Prices, builder, source
 from tests.sync.steps import (
     PATIENCE,
     PRICE,
@@ -44,11 +43,6 @@ def test_closing_ends_the_thread_and_the_builder_and_can_be_repeated() -> None:
     assert loop_threads() == []
     assert made.closed
     sync.close()
-
-
-def test_a_facade_that_was_never_used_closes_too() -> None:
-    SyncSnapshotBuilder(builder(Prices())).close()
-    assert loop_threads() == []
 
 
 def test_a_builder_that_is_left_open_can_be_used_on_another_loop() -> None:
@@ -125,43 +119,6 @@ def test_a_call_that_takes_too_long_is_told_that_the_facade_was_closed() -> None
     assert loop_threads() == []
 
 
-class StuckCache:
-    """A cache whose writes wait at a door."""
-
-    def __init__(self) -> None:
-        self.door = Door()
-
-    async def get(self, key: Any, policy: Any = None, *_: Any, **__: Any) -> Any:
-        from coalestra.core.values import CacheLookup
-
-        return CacheLookup(None, False, False, None)
-
-    async def set(self, *_: Any, **__: Any) -> None:
-        await self.door.pass_()
-
-    async def invalidate(self, *_: Any, **__: Any) -> None:
-        await self.door.pass_()
-
-    async def clear(self) -> None:
-        pass
-
-
-def test_submissions_that_take_too_long_are_cancelled() -> None:
-    cache = StuckCache()
-    made = builder(Prices(), cache=cache)
-    sync = SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01)
-    first = sync.publisher.submit_invalidate(PRICE)
-    second = sync.publisher.submit_invalidate(PRICE)
-    cache.door.wait_reached()
-    assert sync.pending_submissions == 2
-    assert sync.health_snapshot().pending_submissions == 2
-    sync.close()
-    for future in (first, second):
-        with pytest.raises(CancelledError):
-            future.result(PATIENCE)
-    assert sync.pending_submissions == 0
-
-
 def test_threads_that_close_together_wait_for_one_closing() -> None:
     prices = Prices()
     door = prices.door = Door()
@@ -176,50 +133,6 @@ def test_threads_that_close_together_wait_for_one_closing() -> None:
         outcome(closing)
     outcome(building)
     assert loop_threads() == []
-
-
-def test_refreshes_in_the_background_end_before_the_thread_does() -> None:
-    prices = Prices()
-    now = [1_000.0]
-    made = builder(prices, default_policy=SWR, clock=_Clock(now))
-    with SyncSnapshotBuilder(made) as sync:
-        sync.build([PRICE])
-        now[0] += 10
-        door = prices.door = Door()
-        assert sync.build([PRICE]).value(PRICE) == {"price": 1}
-        door.wait_reached()
-        closing = in_thread(sync.close)
-        wait_until(lambda: sync.closed)
-        door.open()
-        outcome(closing)
-    assert prices.answers == 2
-
-
-def test_refreshes_that_take_too_long_are_cancelled() -> None:
-    prices = Prices()
-    now = [1_000.0]
-    made = builder(prices, default_policy=SWR, clock=_Clock(now))
-    sync = SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01)
-    sync.build([PRICE])
-    prices.door = Door()
-    now[0] += 10
-    sync.build([PRICE])
-    prices.door.wait_reached()
-    sync.close()
-    assert loop_threads() == []
-
-
-class _Clock:
-    """A clock that stands still until the test moves it."""
-
-    def __init__(self, now: list[float]) -> None:
-        self._now = now
-
-    def now(self) -> float:
-        return self._now[0]
-
-    def monotonic(self) -> float:
-        return self._now[0]
 
 
 def test_the_loops_own_thread_cannot_close_the_facade() -> None:
@@ -310,20 +223,6 @@ def test_the_with_block_raises_its_own_error() -> None:
         with SyncSnapshotBuilder(builder(Prices(), default_policy=FreshnessPolicy(1, 2))):
             raise KeyError
     assert loop_threads() == []
-
-
-def test_closing_has_one_time_for_all_its_stages() -> None:
-    """The limits of the builder's own, five seconds each, do not come on top."""
-    events = SlowSink()
-    sync = SyncSnapshotBuilder(builder(Prices(), events=events), shutdown_timeout_seconds=0.01)
-    sync.build([PRICE])
-    events.gate.wait_arrived()
-
-    with pytest.raises(ObservabilityShutdownTimeoutError, match=r"within 0\.1 s"):
-        sync.close()
-
-    events.gate.open()
-    wait_until(lambda: not loop_threads())
 
 
 def test_an_error_of_the_block_wins_over_what_goes_wrong_in_closing(

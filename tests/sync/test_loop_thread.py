@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -29,28 +27,6 @@ def started(
     thread: LoopThread, work: Work[Any], backlog: SubmissionBacklog | None = None
 ) -> Operation[Any]:
     return thread.start(work, thread.operation(backlog))
-
-
-def test_work_that_fails_before_it_can_be_awaited_fails_all_the_same(
-    loop_thread: LoopThread,
-) -> None:
-    def fail() -> Any:
-        raise KeyError("missing")
-
-    with pytest.raises(KeyError, match="missing"):
-        loop_thread.run("fail()", fail)
-
-
-def test_work_begins_in_the_order_in_which_it_was_accepted(loop_thread: LoopThread) -> None:
-    begun: list[int] = []
-
-    async def begin(number: int) -> None:
-        begun.append(number)
-
-    operations = [started(loop_thread, functools.partial(begin, n)) for n in range(200)]
-    for operation in operations:
-        outcome(operation.future)
-    assert begun == list(range(200))
 
 
 @pytest.fixture
@@ -105,44 +81,6 @@ def test_a_wait_interrupted_before_it_began_cancels_the_work_too(
     assert cancelled.wait(PATIENCE)
 
 
-def test_work_that_cancels_itself_tells_its_caller_so(loop_thread: LoopThread) -> None:
-    async def cancel() -> None:
-        raise asyncio.CancelledError
-
-    with pytest.raises(CancelledError):
-        loop_thread.run("cancel()", cancel)
-
-
-def test_work_cancelled_before_it_began_never_begins(loop_thread: LoopThread) -> None:
-    door = threading.Event()
-    begun: list[int] = []
-
-    async def hold_the_loop() -> None:
-        door.wait(PATIENCE)
-
-    async def begin() -> None:
-        begun.append(1)
-
-    holding = started(loop_thread, hold_the_loop)
-    late = started(loop_thread, begin)
-    assert late.future.cancel()
-    door.set()
-    outcome(holding.future)
-    loop_thread.run("answer()", answer)
-    assert begun == []
-
-
-def test_only_the_first_last_operation_counts(loop_thread: LoopThread) -> None:
-    async def stop() -> None:
-        loop_thread.stop()
-
-    first = loop_thread.finish(stop)
-    assert loop_thread.finish(stop) is first
-    outcome(first.future)
-    assert loop_thread.join(PATIENCE)
-    assert not loop_thread.alive
-
-
 def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
     loop_thread: LoopThread,
 ) -> None:
@@ -171,17 +109,6 @@ def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
     assert not loop_thread.join(PATIENCE)
     assert loop_thread.alive
     door.open()
-
-
-def test_cancelling_a_future_whose_loop_is_gone_does_no_harm(loop_thread: LoopThread) -> None:
-    async def stop() -> None:
-        loop_thread.stop()
-
-    done = started(loop_thread, answer)
-    outcome(loop_thread.finish(stop).future)
-    loop_thread.join(PATIENCE)
-    assert not done.future.cancel()
-    assert done.future.result() == 42
 
 
 def test_the_representation_tells_the_state(loop_thread: LoopThread) -> None:
@@ -219,48 +146,6 @@ def test_a_thread_whose_start_is_interrupted_ends(monkeypatch: pytest.MonkeyPatc
 
 def refuse(_: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
-
-
-def test_a_generator_that_was_left_half_way_is_closed(loop_thread: LoopThread) -> None:
-    closed: list[str] = []
-    kept: list[Any] = []
-
-    async def numbers() -> Any:
-        try:
-            yield 1
-        finally:
-            closed.append("closed")
-
-    async def begin() -> None:
-        kept.append(numbers())
-        await kept[0].__anext__()
-
-    async def stop() -> None:
-        loop_thread.stop()
-
-    loop_thread.run("begin()", begin)
-    loop_thread.finish(stop)
-    assert loop_thread.join(PATIENCE)
-    assert closed == ["closed"]
-
-
-def test_an_operation_given_up_on_its_way_never_begins(loop_thread: LoopThread) -> None:
-    held = threading.Event()
-    begun: list[int] = []
-
-    async def hold_the_loop() -> None:
-        held.wait(PATIENCE)
-
-    async def begin() -> None:
-        begun.append(1)
-
-    started(loop_thread, hold_the_loop)
-    given_up = started(loop_thread, begin)
-    given_up.discard()
-    held.set()
-    loop_thread.run("answer()", answer)
-    assert begun == []
-    assert "operations=0" in repr(loop_thread)
 
 
 def test_an_error_that_comes_after_its_waiter_has_gone_is_reported_to_nobody(
@@ -310,32 +195,6 @@ def test_what_ends_the_program_goes_to_the_threads_that_wait(
     assert not submitted.future.done()
     door.open()
     outcome(submitted.future)
-
-
-def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
-    loop_thread: LoopThread, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def end_the_program() -> None:
-        asyncio.get_running_loop().call_later(0, raise_it, SystemExit(3))
-
-    submitted = started(loop_thread, end_the_program, SubmissionBacklog(1))
-    outcome(submitted.future)
-    while not caplog.records:
-        assert loop_thread.run("answer()", answer) == 42
-
-    assert "broke the event loop" in caplog.records[0].getMessage()
-
-
-def test_work_may_cancel_every_task_of_the_loop_and_the_loop_goes_on(
-    loop_thread: LoopThread,
-) -> None:
-    async def cancel_all() -> None:
-        for task in asyncio.all_tasks():
-            task.cancel()
-
-    with pytest.raises(CancelledError):  # it is one of them
-        loop_thread.run("cancel_all()", cancel_all)
-    assert loop_thread.run("answer()", answer) == 42
 
 
 def test_the_last_operation_begins_again_if_it_is_cancelled_before_its_first_step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any, cast
 
 import pytest
@@ -128,19 +128,6 @@ def hold(thread: LoopThread) -> threading.Event:
     return door
 
 
-def test_a_custom_copier_captures_values(
-    loop_thread: LoopThread, downstream: RecordingPublisher
-) -> None:
-    publisher = SyncResourcePublisher(
-        cast(ResourcePublisher, downstream),
-        loop_thread,
-        SubmissionBacklog(1),
-        PayloadIsolator(lambda value: value + 1),
-    )
-    outcome(publisher.submit_publish(PRICE, 1, source="stream"))
-    assert downstream.begun == [2]
-
-
 def test_a_value_that_cannot_be_captured_is_refused_and_takes_no_place(
     publisher: SyncResourcePublisher,
 ) -> None:
@@ -166,34 +153,6 @@ def test_one_key_is_served_in_the_order_of_the_submissions(
     assert downstream.begun == [1, 4, 2, "gap"]
 
 
-def test_several_keys_wait_for_all_that_came_before(
-    publisher: SyncResourcePublisher, downstream: RecordingPublisher
-) -> None:
-    price, volume = downstream.door(1), downstream.door(2)
-    publisher.submit_publish(PRICE, 1, source="stream")
-    publisher.submit_publish(VOLUME, 2, source="stream")
-    both = publisher.submit_publish_many([update(3, PRICE), update(4, VOLUME)])
-    price.wait_reached()
-    price.open()
-    volume.wait_reached()
-    assert not both.done()
-    volume.open()
-    outcome(both)
-    assert downstream.begun == [1, 2, (3, 4)]
-
-
-def test_a_call_that_waits_takes_its_turn_behind_submissions(
-    publisher: SyncResourcePublisher, downstream: RecordingPublisher
-) -> None:
-    slow = downstream.door(1)
-    publisher.submit_publish(PRICE, 1, source="stream")
-    slow.wait_reached()
-    waiting = in_thread(lambda: publisher.publish(PRICE, 2, source="stream"))
-    slow.open()
-    outcome(waiting)
-    assert downstream.begun == [1, 2]
-
-
 def test_a_submission_taken_back_lets_nobody_overtake(
     publisher: SyncResourcePublisher, downstream: RecordingPublisher
 ) -> None:
@@ -209,19 +168,6 @@ def test_a_submission_taken_back_lets_nobody_overtake(
     outcome(third)
     publisher.flush(timeout_seconds=10)
     assert downstream.begun == [1, 4, 3]
-
-
-def test_a_running_submission_can_be_taken_back_too(
-    publisher: SyncResourcePublisher, downstream: RecordingPublisher
-) -> None:
-    slow = downstream.door(1)
-    running = publisher.submit_publish(PRICE, 1, source="stream")
-    slow.wait_reached()
-    assert running.cancel()
-    with pytest.raises(CancelledError):
-        running.result(10)
-    publisher.flush(timeout_seconds=10)
-    assert publisher.pending_submissions == 0
 
 
 def test_a_full_backlog_refuses_before_anything_is_copied(
@@ -260,21 +206,6 @@ def test_an_error_of_the_publisher_stays_with_its_future(
     assert error_of(failed) is downstream.error
     downstream.error = None
     assert outcome(publisher.submit_publish(PRICE, 2, source="stream")) is RESULT
-
-
-def test_a_flush_waits_for_what_was_submitted_before_it_only(
-    publisher: SyncResourcePublisher, downstream: RecordingPublisher
-) -> None:
-    before, after = downstream.door(1), downstream.door(2)
-    publisher.submit_publish(PRICE, 1, source="stream")
-    before.wait_reached()
-    flushing = in_thread(publisher.flush)
-    before.open()
-    outcome(flushing)
-    publisher.submit_publish(VOLUME, 2, source="stream")
-    after.wait_reached()
-    with pytest.raises(TimeoutError, match="1 of 1 still pending"):
-        publisher.flush(timeout_seconds=0.01)
 
 
 @pytest.mark.parametrize("value, error", [(-1, ValueError), ("1", TypeError), (True, TypeError)])
