@@ -374,6 +374,20 @@ async def test_closing_lets_go_of_those_whose_copies_outlast_it(form: str) -> No
     assert not (await building.health_snapshot()).payload_copy_shutdown_incomplete
 
 
+async def test_a_deadline_while_dependencies_are_copied_is_counted_and_told_as_that() -> None:
+    stuck, building = with_stuck(Stock("k", {"k": [1]}), Derived("d", needs=lambda _: [K]))
+    await building.build([K])
+    stuck.armed = True
+    error = (await building.build([D], strict=False, deadline_seconds=3)).errors[D]
+    assert isinstance(error, ResourceResolutionError)
+    assert [each.error_type for each in error.failures] == ["SnapshotDeadlineExceededError"]
+    assert "3 s passed while what source 'd' derives from was being copied" in str(error)
+    health = await building.health_snapshot()
+    assert (health.payload_copy_timeout_count, health.deadline_exceeded_count) == (1, 1)
+    stuck.gate.open()
+    await no_leaks(building)
+
+
 async def test_what_cannot_be_copied_out_costs_a_session_no_other_value() -> None:
     class Once:
         copied = False

@@ -320,14 +320,21 @@ class Attempt:
 
     def abandon(self) -> Exception | None:
         """End the attempt, as nobody waits for it; return the error if it waited too long."""
-        waited = self.stage is Progress.WAITING and self._cut is not None
+        call, waited = self._call, self.stage is Progress.WAITING and self._cut is not None
+        prepared = self.stage is Progress.PREPARING and call.link.kind is _DERIVED
         self.write_off()
         task = self._worker.task
         if task is not None and task is not asyncio.current_task():
             task.cancel()
-        if waited and self._call.cutoff <= asyncio.get_running_loop().time():
-            return self._late_in_queue()
-        return None
+        if call.cutoff > asyncio.get_running_loop().time():
+            return None
+        if prepared:
+            call.parts.copies.count_timeouts(1)
+            return SnapshotDeadlineExceededError(
+                f"the deadline{call.of_deadline()} passed while what source {call.link.name!r} "
+                "derives from was being copied; raise the deadline or derive from less"
+            )
+        return self._late_in_queue() if waited else None
 
     def write_off(self) -> None:
         """Decide the attempt now, though its worker may take its time to end."""
