@@ -99,6 +99,9 @@ _SPARE_ROUNDS = 64
 _WOKEN_SECONDS = 0.000_01
 """What a reader of one key does at least as soon as it is told."""
 
+_LOOKED_AT = 1_000
+"""Among how many flights a circle is looked for in that time; among more, less often."""
+
 _GRACE_SECONDS = 0.25
 """How long the ends of very many keys may take at a deadline; then the reader is told anyway."""
 
@@ -1398,7 +1401,8 @@ class Stage(Gather):
         self, look: Callable[[tuple[Flight, ...]], None], seen: tuple[Flight, ...]
     ) -> None:
         """Have a look at what it waits for after a while, and be told what was seen before."""
-        self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS, look, seen)
+        seconds = LOOK_SECONDS * (1 + len(self.pending) // _LOOKED_AT)  # to look at many costs more
+        self._look = asyncio.get_running_loop().call_later(seconds, look, seen)
 
     def close(self) -> None:
         """Leave no timer behind."""
@@ -1504,10 +1508,11 @@ class Engine:
         if own is not None:
             stage.within, stage.urgent = own, True
             self.flights.board.nest(own)
-        stage.look_out(partial(self._look_for_circle, call, stage), ())
+        if own is not call:
+            stage.look_out(partial(self._look_for_circle, call, stage), ())
 
     def _look_for_circle(self, call: Call, stage: Stage, seen: tuple[Flight, ...]) -> None:
-        """Break the circle that a stage waits in; seen twice, it is one."""
+        """Break the circle over several loops that a stage waits in; seen twice, it is one."""
         circle = circle_of(call, stage)
         if circle and circle == seen and not stage.open:
             self.flights.refuse_circle(stage, circle)
