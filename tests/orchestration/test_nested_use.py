@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from coalestra import (
     SyncSnapshotBuilder,
 )
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
-from tests.support import Gate, no_leaks, settle
+from tests.support import Gate, VirtualLoop, drop, no_leaks, settle
 
 INNER = key("inner")
 OUTERS = [key("outer", str(number)) for number in range(8)]
@@ -472,41 +473,26 @@ def test_what_is_asked_for_through_another_event_loop_waits_for_no_slot(form: st
     assert snapshots[0].value(INNER) == 1
 
 
-@pytest.mark.parametrize("strikes_in", ["setdefault", "pop"])
-def test_what_one_thread_takes_back_takes_nothing_away_from_another(
-    strikes_in: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between any two steps of the one that asks, or takes back, another may do the other."""
-    call, first, second = object(), object(), object()
+def test_a_source_that_waits_on_a_loop_that_is_gone_keeps_nothing_of_it() -> None:
+    """Who waits for whom is known over all builders; what nobody runs any more is dropped."""
 
-    class Interrupted(dict[Any, Any]):
-        struck = False
+    async def broken_off() -> None:
+        async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+            if k == INNER:
+                await asyncio.sleep(1_000)
+            return (await building.build([INNER])).value(INNER)
 
-        def strike(self, where: str) -> None:
-            if where == strikes_in and flights.asks(call) and not self.struck:
-                self.struck = True
-                take_back = strikes_in == "setdefault"
-                flights.asks_no_more(call, first) if take_back else flights.ask_for(call, second)
+        building = builder(Single("outer", "outer", "inner", fetch=fetch))
+        task = asyncio.ensure_future(building.build([OUTERS[0]]))
+        await asyncio.sleep(1)
+        assert not task.done()
 
-        def setdefault(self, *item: Any) -> Any:
-            found = super().setdefault(*item)
-            self.strike("setdefault")
-            return found
-
-        def pop(self, *item: Any) -> Any:
-            self.strike("pop")
-            return super().pop(*item)
-
-    flights: Any = importlib.import_module("coalestra.orchestration.flights")
-    asked = Interrupted()
-    monkeypatch.setattr(flights, "_asked", asked)
-    asked.struck = True
-    flights.ask_for(call, first)
-    asked.struck = False
-    if strikes_in == "setdefault":
-        flights.ask_for(call, second)
-    else:
-        flights.asks_no_more(call, first)
-    assert asked == {call: {second: None}}
-    flights.asks_no_more(call, second)
-    assert not asked
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+    for _ in range(5):
+        loop = VirtualLoop()
+        loops.append(weakref.ref(loop))
+        loop.run_until_complete(broken_off())
+        drop(loop)
+        del loop
+        gc.collect()
+    assert len([True for loop in loops if loop() is not None]) <= 1

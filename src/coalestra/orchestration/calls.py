@@ -75,7 +75,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
-from coalestra.orchestration.flights import Flight, Interest, Phase, Work, asks, current_call
+from coalestra.orchestration.flights import Flight, Gather, Interest, Phase, Work, current_call
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.orchestration.tracing import CallLog
@@ -534,7 +534,8 @@ class Call:
     """A call that carries one key, or a batch of keys, to one source, retries included.
 
     `flights` are those of its keys that are not settled yet, `fresh` those that the source has
-    answered with something fresh. `rests_on` are the versions of its inputs, if it derives.
+    answered with something fresh. `rests_on` are the versions of its inputs, if it derives. `asked`
+    is what its source waits for, of whatever builder and event loop.
     """
 
     policy: SourceResiliencePolicy = _UNDECIDED
@@ -563,6 +564,7 @@ class Call:
         self.parts: Parts = lane.dispatch.parts
         self.flights: dict[Flight, None] = dict.fromkeys(flights)
         self.fresh: set[Flight] = set()
+        self.asked: dict[Gather, None] = {}
         self.cutoff: float = Flight.join_call(self.flights, self)
 
     @property
@@ -1412,7 +1414,7 @@ class Lane:
         self._queue.extendleft(reversed(queued))
         if len(self._calls) >= self.limit + self._hurried:
             # They wait for what their source asks for, or for the slot of one that does.
-            waiting = [call for call in self._calls if asks(call) or not call.urgent]
+            waiting = [call for call in self._calls if call.asked or not call.urgent]
             self._hurried += len(self._calls) - len(waiting) < self.limit
 
     def hurry(self, flight: Flight) -> None:

@@ -648,6 +648,9 @@ class FlightBoard:
     def _waits(self) -> WaitsFor[Any]:
         """Who waits for whom, over all builders of the event loop: sources may use each other's."""
         if self._graph is None:
+            for loop in [reference() for reference in _graphs.keyrefs()]:
+                if loop is not None and loop.is_closed():
+                    _graphs.pop(loop, None)  # what waited there leads back to it, and keeps it
             self._graph = _graphs.setdefault(asyncio.get_running_loop(), WaitsFor())
         return self._graph
 
@@ -768,29 +771,6 @@ class FlightBoard:
 LOOK_SECONDS = 0.1
 """How often who may wait in a circle that he cannot see come about looks for one."""
 
-_asked: dict[Call, dict[Gather, None]] = {}
-"""What the sources of calls under way wait for, of all builders and loops."""
-
-
-def ask_for(call: Call, gather: Gather) -> None:
-    """Let it be known that the source of a call waits for a gather."""
-    while gather not in (asked := _asked.setdefault(call, {})):
-        asked[gather] = None  # if another thread drops these just now, it is entered anew
-
-
-def asks_no_more(call: Call, gather: Gather) -> None:
-    """Take back `ask_for`."""
-    asked = _asked.get(call, {})
-    asked.pop(gather, None)
-    if not asked:
-        for other in _asked.pop(call, {}).copy():  # entered by another thread meanwhile
-            ask_for(call, other)
-
-
-def asks(call: Call) -> bool:
-    """Whether the source of a call waits for anything that it has asked for."""
-    return call in _asked
-
 
 def circle_of(call: Call, gather: Gather) -> tuple[Flight, ...]:
     """Return over which flights a gather waits for the very call whose source waits for it.
@@ -811,7 +791,7 @@ def circle_of(call: Call, gather: Gather) -> tuple[Flight, ...]:
             if inputs is not None:
                 stack.append((flight, inputs))
             if its is not None:
-                stack += [(flight, each) for each in _asked.get(its, {}).copy()]
+                stack += [(flight, each) for each in its.asked.copy()]
     return ()
 
 

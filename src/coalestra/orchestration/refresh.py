@@ -22,8 +22,6 @@ from coalestra.orchestration.flights import (
     LOOK_SECONDS,
     Gather,
     Work,
-    ask_for,
-    asks_no_more,
     circle_of,
     current_call,
 )
@@ -216,14 +214,13 @@ class Refresher:
             while awaited := [each for each in awaited if self._keeps(call, each)]:
                 if call is not None:
                     asked |= {each.gather: None for each in awaited if each.gather is not None}
-                    for gather in asked:
-                        ask_for(call, gather)
+                    call.asked.update(asked)
                 ended = [self._end_of(each, call) for each in awaited]
                 await asyncio.wait(ended, timeout=None if call is None else LOOK_SECONDS)
         finally:
             if call is not None:
                 for gather in asked:
-                    asks_no_more(call, gather)
+                    call.asked.pop(gather, None)
 
     def _keeps(self, call: Call | None, refresh: Refresh) -> bool:
         """Whether a refresh is under way, and does not wait, by now, for a call that waits."""

@@ -58,8 +58,6 @@ from coalestra.orchestration.flights import (
     absence_stands,
     after_failures,
     after_write,
-    ask_for,
-    asks_no_more,
     circle_of,
     current_call,
     doing,
@@ -1499,11 +1497,11 @@ class Engine:
             if stage.within is not None:
                 self.flights.board.unnest(stage.within)
             if call is not None:
-                asks_no_more(call, stage)
+                call.asked.pop(stage, None)
 
     def _run_for(self, call: Call, stage: Stage, loop: asyncio.AbstractEventLoop) -> None:
         """Let a stage be awaited by the source of a call, perhaps upon another loop."""
-        ask_for(call, stage)
+        call.asked[stage] = None
         own = call.upon(loop)
         if own is not None:
             stage.within, stage.urgent = own, True
