@@ -83,6 +83,12 @@ async def test_what_a_thread_returned_to_be_awaited_is_awaited_on_the_loop(kind:
     assert awaited == [threading.current_thread()]
 
 
+async def test_a_payload_is_passed_on_as_it_is(kind: str) -> None:
+    payload = SourcePayload("value", observed_at=5.0, metadata={"page": 3})
+    answer = await call(adapter(kind, lambda *_: answering(kind, payload)))
+    assert payload_in(kind, answer) is payload
+
+
 class Strange(BaseException):
     """Nothing that belongs into a source."""
 

@@ -291,3 +291,4 @@ def test_a_rule_that_fails_changes_nothing() -> None:
 def test_the_store_describes_itself() -> None:
     assert repr(EntryStore(5)) == "EntryStore(0 entries, max 5)"
     assert repr(EntryStore(None)) == "EntryStore(0 entries, unbounded)"
+    assert repr(EntryStore(5).listeners) == "Listeners(0)"

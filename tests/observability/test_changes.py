@@ -280,6 +280,12 @@ def test_a_forked_child_writes_its_own_lines_though_its_parents_thread_is_not_th
     assert written(changes) == 0
 
 
+def test_a_silent_log_says_nothing(kept: Kept) -> None:
+    changes = ChangeLog(silent=True)
+    changes.failed("source 'a'", ConnectionError())
+    assert (kept.lines, repr(changes)) == ([], "<ChangeLog troubled=[] pending=0>")
+
+
 def test_a_subject_is_one_line_whatever_a_source_is_called(kept: Kept) -> None:
     assert Condition("a\nb\udc00").subject.isprintable()
 

@@ -362,6 +362,15 @@ async def test_a_sink_that_closes_the_builder_from_within_a_step_leaves_nothing_
     assert building.health_snapshot_nowait().singleflight_in_flight == 0
 
 
+async def test_without_an_error_of_the_block_the_one_of_closing_is_raised() -> None:
+    sink, building = late_sink()
+    with pytest.raises(ObservabilityShutdownTimeoutError):
+        async with building:
+            await building.build([K])
+    sink.gate.open()
+    await building.wait_for_observability_shutdown()
+
+
 # What health tells --------------------------------------------------------------------------------
 
 

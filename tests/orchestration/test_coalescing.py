@@ -195,6 +195,15 @@ async def test_who_comes_after_an_invalidation_does_not_join_the_crowd() -> None
     assert source.calls == [A, A]
 
 
+async def test_closing_the_builder_ends_a_crowd_with_an_error_for_each() -> None:
+    building = builder(Single("single", fetch=latency(50)))
+    tasks = await together(building, 3)
+    await building.aclose()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(error).__name__ for error in ended} == {"BuilderClosedError"}
+    assert len({id(error) for error in ended}) == 4
+
+
 async def test_a_source_that_asks_for_what_it_serves_is_told_of_the_cycle_in_a_crowd() -> None:
     async def fetch(key: ResourceKey, context: FetchContext) -> Any:
         await asyncio.sleep(5)

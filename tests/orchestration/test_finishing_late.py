@@ -152,6 +152,17 @@ async def test_only_what_runs_goes_on_and_what_waits_for_capacity_does_not() -> 
     await no_leaks(building)
 
 
+async def test_a_source_without_a_timeout_is_cut_off_all_the_same() -> None:
+    source = Single("x", fetch=latency(3))
+    building = builder(tuned(source, resilience_policy=None), default_resilience=LATE)
+    assert cut(await hasty(building))
+    await asyncio.sleep(5)
+    assert cut(await hasty(building))
+    assert len(source.calls) == 2
+    with pytest.raises(ValueError, match="'x'; give it timeout_seconds"):
+        builder(tuned(source, resilience_policy=LATE))
+
+
 async def test_a_blocking_source_without_a_timeout_is_not_called_if_the_deadline_is_too_near() -> (
     None
 ):

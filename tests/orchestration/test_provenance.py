@@ -536,6 +536,15 @@ async def test_a_request_may_refuse_what_rests_on_something_stale(
     assert len(await judged(world, TOP, allow_stale=False)) == (1 if inherits else 0)
 
 
+async def test_a_plain_value_that_is_stale_rests_on_something_stale() -> None:
+    world = World()
+    await world.read(LEFT)
+    world.down.add("left")
+    world.clock.advance(61)
+    (violation,) = await judged(world, LEFT, allow_resting_on_stale=False)
+    assert violation.input_key == LEFT
+
+
 async def test_acceptance_is_judged_now_and_not_as_of_the_delivery() -> None:
     world = World(inherits={"middle"}, policies={MIDDLE: LONG})
     strict = SnapshotAcceptancePolicy(

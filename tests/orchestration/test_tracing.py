@@ -25,11 +25,13 @@ from coalestra import (
     Snapshot,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
+    SnapshotBuilder,
     SnapshotBuildError,
     SnapshotRequest,
     SourcePayload,
     SourceResiliencePolicy,
     SourceUnavailableError,
+    SyncSnapshotBuilder,
 )
 from coalestra.core.trace import CallTrace, KeyTrace, Obtained, Trace, WaitReason
 from coalestra.orchestration.tracing import (
@@ -563,6 +565,15 @@ async def test_a_trace_keeps_no_payload_and_no_error_alive() -> None:
     assert [ref() for ref in seen] == [None, None]
     assert trace.keys[A].source == "a"
     assert b.recent_traces()
+
+
+def test_the_threaded_facade_traces_the_same_way() -> None:
+    with SyncSnapshotBuilder(SnapshotBuilder([Single("a")], trace=True)) as b:
+        assert trace_of(b.build([A])).keys[A].obtained is Obtained.FETCHED
+        assert b.build([A], trace=False).trace is None
+        with b.session(trace=True) as session:
+            assert trace_of(session.resolve([A])).kind == "session"
+        assert [trace.kind for trace in b.recent_traces()] == ["build", "session"]
 
 
 # What follows the work while it is under way ------------------------------------------------------

@@ -148,6 +148,15 @@ async def test_the_clock_is_looked_at_after_every_payload_that_may_take_long(
     assert steps >= len(keys)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+async def test_what_takes_a_thread_to_be_copied_is_read_warm_all_the_same(count: int) -> None:
+    large = [[number] for number in range(30_000)]
+    building = builder(Batch("x", answer=lambda _: large))
+    for _ in range(3):
+        snapshot = await building.build(MANY[:count])
+        assert [value.value for value in snapshot.values()] == [large] * count
+
+
 async def test_what_can_be_copied_no_more_fails_its_key_in_a_warm_read_too() -> None:
     left = iter(range(2))
 

@@ -197,6 +197,20 @@ def test_what_ends_the_program_goes_to_the_threads_that_wait(
     outcome(submitted.future)
 
 
+def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
+    loop_thread: LoopThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def end_the_program() -> None:
+        asyncio.get_running_loop().call_later(0, raise_it, SystemExit(3))
+
+    submitted = started(loop_thread, end_the_program, SubmissionBacklog(1))
+    outcome(submitted.future)
+    while not caplog.records:
+        assert loop_thread.run("answer()", answer) == 42
+
+    assert "broke the event loop" in caplog.records[0].getMessage()
+
+
 def test_the_last_operation_begins_again_if_it_is_cancelled_before_its_first_step(
     loop_thread: LoopThread,
 ) -> None:
