@@ -135,8 +135,8 @@ class Link:
 
 def _seconds_of(source: Any, name: str, setting: str) -> float | None:
     seconds: float | None = getattr(source, setting, None)
-    if seconds is None:
-        return None
+    if seconds is None or (type(seconds) is float and 0.0 < seconds < math.inf):
+        return seconds  # without the name for a refusal
     return number(f"{setting} of source {name!r}", seconds, above=0, optional=True)
 
 
