@@ -144,9 +144,10 @@ def test_a_record_that_was_delivered_is_let_go_before_its_delivery_is_over() -> 
         def tell(self) -> None:
             told.append(None if not held else held[0]())
             super().tell()
+            heard.set()
 
     told: list[object] = []
-    put = threading.Event()
+    put, heard = threading.Event(), threading.Event()
 
     def deliver(record: Record) -> None:
         assert put.wait(PATIENCE)
@@ -157,5 +158,6 @@ def test_a_record_that_was_delivered_is_let_go_before_its_delivery_is_over() -> 
     queue.put(Record())
     put.set()
     assert queue.flush(PATIENCE)
+    assert heard.wait(PATIENCE)  # a flush may see the end before anybody is told of it
     assert held
     assert told[0] is None
