@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from coalestra.cache.store import decide
+from coalestra.cache.store import best_per_key, decide
 from coalestra.core.values import next_number, next_version, version_of
-from tests.contracts.samples import NOW, revision_of
+from tests.contracts.samples import NOW, A, B, revision_of
 
 
 def fetch(ended_at: float, seconds: float, began: int = 0) -> Any:
@@ -31,6 +31,11 @@ def event(at: float, *, dated: bool = False, known: bool = True) -> Any:
         began=number if known else 0,
         version=version_of(number) if number and known else f"elsewhere {number}",
     )
+
+
+def test_the_later_of_two_equals_wins_and_keys_keep_their_order() -> None:
+    first, second, other = revision_of(A), revision_of(A), revision_of(B)
+    assert list(best_per_key([first, other, second]).items()) == [(A, second), (B, other)]
 
 
 STORED, OLDER, DUPLICATE = "stored", "ignored_older", "ignored_duplicate"

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from coalestra.concurrency.pace import SLICE_SECONDS, Pace
+from coalestra.concurrency.pace import SLICE_SECONDS, Pace, Slices, at_once
 from tests.support import VirtualLoop
 
 pytestmark = pytest.mark.concurrency
@@ -60,3 +60,26 @@ async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(
     resting.close()
     pace.begin()
     assert not pace.due
+
+
+async def test_what_is_done_in_slices_rests_between_them_when_it_is_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, loop = 100.0, asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    steps: list[int] = []
+
+    def slices() -> Slices[str]:
+        nonlocal now
+        for _ in range(4):
+            now += SLICE_SECONDS / 2
+            steps.append(loop.steps)
+            yield
+        return "done"
+
+    pace = Pace()
+    assert await pace.through(slices()) == "done"
+    assert [step - steps[0] for step in steps] == [0, 0, 1, 1]
+    assert at_once(slices()) == "done"
+    assert len(set(steps[4:])) == 1

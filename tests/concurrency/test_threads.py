@@ -44,6 +44,19 @@ def ident() -> int:
     return threading.get_ident()
 
 
+async def test_calls_side_by_side_have_a_thread_each(threads: WorkerThreads) -> None:
+    """Nothing queues behind a blocked thread."""
+    gate = ThreadGate()
+    calls = [asyncio.create_task(threads.run(gate.pass_, label="blocked")) for _ in range(3)]
+    await settle()
+    gate.wait_arrived(3)
+    assert threads.busy == {"blocked": 3}
+    gate.open()
+    await asyncio.gather(*calls)
+    assert threads.busy == {}
+    assert threads.idle == 3
+
+
 async def test_calls_are_counted_under_the_functions_name_by_default(
     threads: WorkerThreads,
 ) -> None:

@@ -65,6 +65,16 @@ def test_counts_and_observations_arrive_as_they_were_made() -> None:
     ]
 
 
+def test_without_a_record_there_is_no_thread() -> None:
+    before = workers()
+
+    sink = BufferedEventSink(Recorder())
+
+    assert workers() <= before
+    assert sink.stats().worker_alive
+    assert sink.close(timeout=0)
+
+
 def test_a_payload_is_delivered_as_it_was_when_it_was_emitted() -> None:
     held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
     payload = {"number": 1}
@@ -147,6 +157,20 @@ def test_of_what_finds_no_room_one_is_dropped(
     assert sink.stats().dropped == 1
 
 
+def test_metrics_overflow_by_the_same_rules() -> None:
+    held = Held()
+    sink = BufferedMetricsSink(held, max_pending=1, overflow=BufferOverflowPolicy.RAISE)
+    sink.increment("first")
+    held.wait_arrived()
+    sink.increment("second")
+
+    with pytest.raises(queue.Full):
+        sink.observe("third", 1.0)
+
+    held.let_through()
+    assert sink.close(timeout=PATIENCE)
+
+
 def test_a_flooded_buffer_never_has_more_pending_than_it_may() -> None:
     held, sink = held_buffer(3, BufferOverflowPolicy.DROP_OLDEST)
     for _ in range(50):
@@ -202,6 +226,21 @@ def test_flush_and_close_in_the_worker_itself_do_not_wait_for_themselves() -> No
 
     assert sink.close(timeout=PATIENCE)
     assert answers == [False, False]
+
+
+@pytest.mark.parametrize("overflow", list(BufferOverflowPolicy))
+def test_what_comes_after_closing_is_dropped_without_an_error(
+    overflow: BufferOverflowPolicy,
+) -> None:
+    downstream = Recorder()
+    sink = BufferedEventSink(downstream, overflow=overflow)
+    sink.close()
+
+    sink.emit("too late")
+
+    stats = sink.stats()
+    assert downstream.events == []
+    assert (stats.dropped, stats.enqueued, stats.pending) == (1, 0, 0)
 
 
 # Closing

@@ -256,6 +256,29 @@ async def test_large_payloads_are_copied_in_threads_and_small_ones_are_not() -> 
         ].peak_active_copies == 1
 
 
+async def test_no_more_copies_run_at_once_than_allowed() -> None:
+    gate = ThreadGate()
+
+    def copier(value: Any) -> Any:
+        gate.pass_()
+        return value
+
+    keys = [key("b", str(n)) for n in range(5)]
+    async with closing(
+        Batch("b"),
+        payload_copier=copier,
+        run_payload_copies_in_thread=True,
+        max_copy_concurrency=2,
+    ) as building:
+        tasks = [asyncio.ensure_future(building.build(keys)) for _ in range(3)]
+        await settle()
+        gate.open()
+        await asyncio.gather(*tasks)
+        copies = (await building.health_snapshot()).payload_copy_components["builder"]
+        assert copies.peak_active_copies == 2
+        assert copies.peak_waiting_for_capacity >= 1
+
+
 class Stuck:
     """A copier that passes a gate once it is told to."""
 
