@@ -325,6 +325,82 @@ async def test_what_is_asked_for_step_by_step_takes_no_more_workers_than_there_m
     await no_leaks(building)
 
 
+async def test_what_is_asked_for_may_have_to_agree_with_what_was_read_before() -> None:
+    """So it is derived anew beside a value that others share, and waits for no slot either."""
+    version = 1
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k == OUTERS[0]:
+            await building.publisher.publish(INNER, 2, source="event")
+            return int((await session.resolve([key("derived")])).value(key("derived"))[0])
+        return version
+
+    source = Single("outer", "outer", "inner", fetch=fetch)
+    derived = Derived("derived", needs=lambda k: [INNER])
+    building = builder(derived, source, max_concurrency=1)
+    session = building.session()
+    await session.resolve([INNER])
+    assert (await building.build(OUTERS[:1])).value(OUTERS[0]) == 1
+    await no_leaks(building)
+
+
+async def test_a_worker_that_was_to_come_back_and_comes_to_wait_makes_room_for_another() -> None:
+    """For a key whose source has asked for what is queued behind this one."""
+    first, second = key("inner", "1"), key("inner", "2")
+    under_way = asyncio.Event()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k == OUTERS[0]:
+            await session.resolve([first])
+        elif k == first:
+            under_way.set()
+            await asyncio.sleep(1)  # by now the other one has asked for the second, which is queued
+            await building.build([key("other")])
+        return 1
+
+    async def ask() -> None:
+        await session.resolve([second])
+
+    source = Single("outer", "outer", "inner", fetch=fetch)
+    building = builder(source, Batch("other", before=ask), max_concurrency=3, max_pending_tasks=1)
+    session = building.session()
+    resolved = asyncio.ensure_future(session.resolve(OUTERS[:1]))
+    await under_way.wait()
+    await building.build([key("other")])
+    await resolved
+    assert source.calls == [OUTERS[0], first, second]
+    await no_leaks(building)
+
+
+async def test_what_is_asked_for_goes_before_what_is_needed_besides() -> None:
+    """Both become ready in one step, for a source that has one worker for the session."""
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k == OUTERS[0]:
+            await session.resolve([INNER])
+        return 1
+
+    asking = Single("outer", "outer", fetch=fetch)
+    gate = Gate()
+    gated = Batch("gated", before=gate.pass_)
+    inner = Derived("derived", "inner", "sum", needs=lambda k: [key("gated")])
+    building = builder(asking, gated, inner, max_concurrency=2, max_pending_tasks=1)
+    session = building.session()
+    tasks = [
+        asyncio.ensure_future(session.resolve([key("sum")])),
+        asyncio.ensure_future(session.resolve(OUTERS[:1])),
+    ]
+    await settle()
+    # From now on there is no slot but for what is asked for.
+    blocked = asyncio.ensure_future(building.capacity.acquire("someone"))
+    await settle()
+    gate.open()
+    await tasks[1]
+    (await blocked).release()
+    await tasks[0]
+    await no_leaks(building)
+
+
 @pytest.mark.parametrize("started", [True, False])
 async def test_a_source_waits_for_no_refresh_that_comes_to_wait_for_it(started: bool) -> None:
     """The refresh of what is derived from its key has not got there yet when it begins to wait."""

@@ -1348,6 +1348,11 @@ def _comes_from_outside(error: BaseException, worker: Worker) -> bool:
     return isinstance(error, asyncio.CancelledError) and worker.interrupted
 
 
+def _is_urgent(queued: Call | Flight | list[Flight]) -> bool:
+    """Whether what is queued is waited for by a call under way."""
+    return any(f.urgent for f in queued) if isinstance(queued, list) else queued.urgent
+
+
 class Lane:
     """Makes calls of ready flights and works them off, at most `limit` side by side.
 
@@ -1396,9 +1401,9 @@ class Lane:
             starts = range(0, len(flights), size)
             queued = [flights[start : start + size] for start in starts]
         if [flight for flight in flights if flight.urgent]:
-            self._put_first(queued)
-        else:
-            self._queue.extend(queued)
+            self._put_first([each for each in queued if _is_urgent(each)])
+            queued = [each for each in queued if not _is_urgent(each)]
+        self._queue.extend(queued)
         self.staff()
 
     def again(self, call: Call) -> None:
@@ -1410,10 +1415,19 @@ class Lane:
         self.staff()
 
     def _put_first(self, queued: Sequence[Call | Flight | list[Flight]]) -> None:
-        """Queue what workers may be waiting for; those that wait make room for others."""
+        """Queue what workers may be waiting for before all that is there."""
         self._queue.extendleft(reversed(queued))
+        self._make_room()
+
+    def waits(self) -> None:
+        """Learn that the source of a call waits for what it has asked for, and so a worker."""
+        if self._queue and _is_urgent(self._queue[0]):
+            self._make_room()
+            self.staff()
+
+    def _make_room(self) -> None:
+        """Let there be one worker more if too many wait for what is queued, or for a slot."""
         if len(self._calls) >= self.limit + self._hurried:
-            # They wait for what their source asks for, or for the slot of one that does.
             waiting = [call for call in self._calls if call.asked or not call.urgent]
             self._hurried += len(self._calls) - len(waiting) < self.limit
 

@@ -563,23 +563,26 @@ class SingleFlight:
         if cached is not None:
             flight.cached = cached
         flight.forced = flight.forced or forced
+        self._wait_for(gather, flight)
+        return True
+
+    def _wait_for(self, gather: Gather, flight: Flight) -> None:
         self.board.join(gather, flight)
         if gather.urgent:
             self._hurry(flight)
-        return True
 
     def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
         known = gather.pins.private.get(key)
         if known is not None:
-            self.board.join(gather, known)
+            self._wait_for(gather, known)
             return
         flight = Flight(key, policy, gather.work, self._news)
         flight.pins = gather.pins
         flight.cacheable = flight.forced = key in gather.forced
         gather.pins.private[key] = flight
         self.board.set_aside(flight)
-        self.board.join(gather, flight)
+        self._wait_for(gather, flight)
         self._later(flight)
 
     def hurry(self, gather: Gather) -> None:
@@ -1506,6 +1509,7 @@ class Engine:
         if own is not None:
             stage.within, stage.urgent = own, True
             self.flights.board.nest(own)
+            own.lane.waits()
         if own is not call:
             stage.look_out(partial(self._look_for_circle, call, stage), ())
 
