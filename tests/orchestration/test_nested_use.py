@@ -425,6 +425,27 @@ async def test_a_source_waits_for_no_refresh_that_comes_to_wait_for_it(started: 
     await no_leaks(building)
 
 
+async def test_a_source_waits_for_no_revalidation_that_comes_to_wait_for_it() -> None:
+    inside: list[Snapshot] = []
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k == INNER:
+            inside.append(await session.revalidate(OUTERS[1:2], strict=False))
+        elif k == OUTERS[0] and source.calls.count(k) == 2:
+            await asyncio.sleep(1)  # by now the other one waits for the turn of this one
+            await building.build([INNER])
+        return 1
+
+    source = Single("outer", "outer", "inner", fetch=fetch)
+    building = builder(source)
+    session = building.session()
+    await session.resolve(OUTERS[:2])
+    turn = session.revalidate(OUTERS[:1], force_refresh=True)
+    await asyncio.gather(turn, building.build([INNER]))
+    assert "must not form a cycle, got test:outer:0" in str(inside[0].error_for(OUTERS[1]))
+    await no_leaks(building)
+
+
 @pytest.mark.parametrize("started", [True, False])
 async def test_refreshes_that_a_source_waits_for_wait_for_no_slot(started: bool) -> None:
     async def fetch(k: ResourceKey, context: FetchContext) -> int:

@@ -14,6 +14,7 @@ Laws of replacing pinned values, all or none:
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
-from coalestra.orchestration.flights import Gather, circle_of, current_call
+from coalestra.orchestration.flights import LOOK_SECONDS, Gather, circle_of, current_call
 from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, beneath, hold, reach
 from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
@@ -306,14 +307,22 @@ class Revalidation:
 
     async def _in_turn(self, turn: Turn) -> Snapshot:
         deadline, call = self._unit.work.deadline, current_call.get()
-        circle = circle_of(call, turn.stage) if call and turn.stage else ()
-        if circle:  # the one whose turn it is waits for the source that waits for this one
-            path = tuple([flight.key for flight in (*circle, circle[0])])
-            return await self._retained({key: DependencyCycleError(path) for key in self._named})
-        try:
-            with CutOff(None if deadline is None else deadline.loop_time):
-                await turn.acquire()
-        except CutOffExpired:
+        end = math.inf if deadline is None else deadline.loop_time
+        now = asyncio.get_running_loop().time
+        while True:
+            circle = circle_of(call, turn.stage) if call and turn.stage else ()
+            if circle:  # the one whose turn it is waits for the source that waits for this one
+                path = tuple([flight.key for flight in (*circle, circle[0])])
+                errors = {key: DependencyCycleError(path) for key in self._named}
+                return await self._retained(errors)
+            until = end if call is None else min(end, now() + LOOK_SECONDS)
+            try:
+                with CutOff(until if until < math.inf else None):
+                    await turn.acquire()
+                break
+            except CutOffExpired:
+                if now() < end:
+                    continue  # to see if it has come to wait by now
             text = "the deadline passed while another revalidation of the session was under way"
             return await self._retained(
                 {key: SnapshotDeadlineExceededError(text) for key in self._named}
