@@ -101,12 +101,15 @@ class ThreadWatch:
             return []
         jobs += library_jobs()
         frames = sys._current_frames()
+        del frames[
+            threading.get_ident()
+        ]  # or this frame, and all that it holds, is part of a cycle
         parked = parked_threads()
         names: list[str] = []
         held = 0
         for thread in threading.enumerate():
             ident = thread.ident
-            if ident is None or ident == threading.get_ident() or ident not in frames:
+            if ident is None or ident not in frames:
                 continue
             is_worker = thread.name.startswith(_WORKER_NAMES)
             if thread in self._older and not is_worker:
