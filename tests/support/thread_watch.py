@@ -114,18 +114,20 @@ class ThreadWatch:
             is_worker = thread.name.startswith(_WORKER_NAMES)
             if thread in self._older and not is_worker:
                 continue
-            place = _own_frame(frames[ident])
+            frame = frames[ident]
+            # Who does not wait goes on meanwhile: only his innermost frame is safe to look at.
+            waiting = _is_waiting(frame)
             if thread.name == "coalestra-log":
                 idle = False  # it lives only while it has something to write
             elif thread.name.endswith("-buffer"):
-                idle = _is_at_rest(frames[ident])
+                idle = waiting and _is_at_rest(frame)
             else:
-                idle = _is_idle(place, is_worker=is_worker)
-            if _is_starting_or_ending(frames[ident]) or _is_released(frames[ident]):
+                idle = _is_idle(_own_frame(frame), is_worker=is_worker)
+            if waiting and (_is_starting_or_ending(frame) or _is_released(frame)):
                 names.append(thread.name)
             elif idle:
                 self._sightings.pop(ident, None)
-            elif ident in parked or self._is_blocked(ident, frames[ident]):
+            elif ident in parked or self._is_blocked(ident, frame):
                 held += is_worker
             else:
                 names.append(thread.name)
