@@ -11,7 +11,7 @@ class AllThatIsThere(griffe.Extension):
     """Exports whatever is public of a module that does not say it in so many words."""
 
     def on_module_members(self, *, mod: griffe.Module, **_: Any) -> None:
-        if mod.exports == []:
+        if not all(isinstance(each, str) for each in mod.exports or (None,)):
             mod.exports = None
 
 

@@ -267,7 +267,8 @@ class CircuitBreaker:
     them; half-open, `recovery_timeout_seconds` later, it lets one probe through, which decides.
 
     Args:
-        failure_threshold, recovery_timeout_seconds: of the default policy.
+        failure_threshold: of the default policy: how many failures in a row open a circuit.
+        recovery_timeout_seconds: of the default policy: how long it refuses calls then.
         clock: whose monotonic seconds count; by default the system's.
         default_policy: in place of the one made of the two numbers.
     """
@@ -285,7 +286,9 @@ class CircuitBreaker:
             failure_threshold=failure_threshold, recovery_timeout_seconds=recovery_timeout_seconds
         )
         self.clock: Clock = SystemClock() if clock is None else clock
-        self.default_policy: CircuitBreakerPolicy = default_policy or from_numbers
+        self.default_policy: CircuitBreakerPolicy = (
+            from_numbers if default_policy is None else default_policy
+        )
         self.max_circuits: int = MAX_CIRCUITS
         self.turn: int = 0
         # Plain, least used first, as other threads can copy these in one step.
