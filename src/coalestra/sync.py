@@ -45,7 +45,7 @@ from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
-from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
+from coalestra.core.validation import callable_, flag, instance, integer, number, text, wrong_type
 from coalestra.core.values import PublishResult, ResourceUpdate
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.closing import MOMENT_SECONDS, gives_way, insist
@@ -925,6 +925,7 @@ class SyncSnapshotBuilder:
         For what has no blocking method of its own: an async function that does not block.
         Cancelling the future cancels the work.
         """
+        callable_("work", work)
         operation: Operation[T] = self._thread.operation()
         return self._thread.start(partial(work, self.builder), operation).future
 

@@ -179,6 +179,38 @@ async def test_something_other_than_a_snapshot_value_is_refused() -> None:
     assert await cache.size() == 0
 
 
+async def test_values_of_which_there_is_one_look_only_are_all_stored() -> None:
+    cache = AsyncMemoryCache()
+    await cache.set_many(value_of(key=key) for key in (A, B))  # type: ignore[arg-type]
+    await cache.set_many_if_newer(iter([value_of(key=C)]))  # type: ignore[arg-type]
+    assert await cache.size() == 3
+
+
+@pytest.mark.parametrize(
+    "method, arguments",
+    [
+        ("get", {"key": "x", "now": NOW, "policy": POLICY}),
+        ("get", {"policy": None, "key": A, "now": NOW}),
+        ("get_many", {"keys": 5, "now": NOW, "policies": {}}),
+        ("get_many", {"keys": "x", "now": NOW, "policies": {"x": POLICY}}),
+        ("get_many", {"policies": 5, "keys": (A,), "now": NOW}),
+        ("get_many", {"policies": {A: 5.0}, "keys": (A,), "now": NOW}),
+        ("set_many", {"values": 5}),
+        ("set_if_newer", {"force": 1, "value": value_of()}),
+        ("set_many_if_newer", {"replace_equal": "yes", "values": ()}),
+        ("invalidate", {"key": "x"}),
+        ("invalidate_many", {"keys": "xy"}),
+        ("invalidate_many", {"keys": A}),
+        ("invalidate_namespace", {"namespace": None}),
+        ("invalidate_namespace", {"subject": 5, "namespace": "n"}),
+        ("prune", {"policy_resolver": POLICY, "now": NOW}),
+    ],
+)
+async def test_a_wrong_argument_is_refused_by_name(method: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"^{next(iter(arguments))[:3]}.* must "):
+        await getattr(AsyncMemoryCache(), method)(**arguments)
+
+
 class Slow:
     """Its copy takes as long as the test wants."""
 
@@ -266,3 +298,9 @@ async def test_who_looks_at_the_newest_entries_gets_copies() -> None:
 async def test_how_many_of_the_newest_entries_must_be_a_count(limit: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="limit must be"):
         await AsyncMemoryCache().newest(limit)
+
+
+async def test_any_number_of_the_newest_entries_may_be_asked_for() -> None:
+    cache = AsyncMemoryCache()
+    await cache.set(value_of())
+    assert len(await cache.newest(10**30)) == 1

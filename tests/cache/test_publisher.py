@@ -208,6 +208,11 @@ async def test_closing_names_copies_that_are_late() -> None:
         ({"lock_stripes": True}, TypeError),
         ({"max_copy_concurrency": 0}, ValueError),
         ({"observation_policy": 1.0}, TypeError),
+        ({"authority_resolver": {}}, TypeError),
+        ({"clock": 5}, TypeError),
+        ({"policy_resolver": POLICY}, TypeError),
+        ({"metrics": print}, TypeError),
+        ({"events": None}, TypeError),
     ],
 )
 def test_wrong_settings_are_refused_by_name(

@@ -143,6 +143,12 @@ async def test_random_arrivals_cancellations_and_releases_never_lose_a_slot(seed
 # The controller ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limits", [5, [("a", 1)], {None: 1}, {"a": 1.5}])
+def test_limits_that_are_none_are_refused_by_name(limits: Any) -> None:
+    with pytest.raises(TypeError, match="source_limits"):
+        CapacityController(global_limit=1, source_limits=limits)
+
+
 def test_an_explicit_limit_wins_over_what_the_source_declares() -> None:
     """The builder's settings are the application's word."""
     controller = CapacityController(global_limit=8, source_limits={"rest": 2})

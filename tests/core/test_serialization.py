@@ -168,6 +168,25 @@ def test_what_is_shared_is_shown_in_each_place() -> None:
     assert json_safe([shared, shared]) == [[1], [1]]
 
 
+@pytest.mark.parametrize(
+    "above", [lambda x: [x, x], lambda x: {"a": x, "b": x}, lambda x: (x,) * 9]
+)
+def test_what_is_shared_on_every_level_does_not_grow_beyond_all_bounds(above: Any) -> None:
+    shared: Any = [1]
+    for _ in range(30):
+        shared = above(shared)
+    text = json.dumps(json_safe(shared))
+    assert text.startswith(json.dumps(json_safe(above([]))).partition("[]")[0])
+    assert len(text) < 10_000_000
+
+
+def test_a_large_container_that_stands_in_many_places_is_shown_in_some() -> None:
+    large = list(range(30_000))
+    shown = json_safe([large] * 100)
+    assert shown[:4] == [large] * 4
+    assert shown[4:] == ["builtins.list"] * 96
+
+
 def test_what_is_nested_without_end_is_cut_off() -> None:
     deep: list[Any] = []
     for _ in range(100_000):

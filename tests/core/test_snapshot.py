@@ -98,6 +98,14 @@ def test_a_time_of_creation_that_is_no_number_is_a_type_error(time: Any) -> None
         Snapshot("id", time, {})
 
 
+@pytest.mark.parametrize("name", ["resources", "errors"])
+def test_what_is_no_mapping_is_refused_by_name(name: str) -> None:
+    for odd in (None, 5, "x", [A]):
+        with pytest.raises(TypeError, match=f"^{name} must be a mapping"):
+            arguments: dict[str, Any] = {"resources": {}, name: odd}
+            Snapshot("id", 1.0, **arguments)
+
+
 def test_what_a_caller_tells_sources_is_not_printed() -> None:
     context = FetchContext(1.0, metadata={"token": "secret"})
     assert "secret" not in repr(context)

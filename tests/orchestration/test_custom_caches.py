@@ -223,6 +223,27 @@ class Hanging(SingleKeyCache):
             await self.gate.pass_()
 
 
+@pytest.mark.parametrize("counts", [{}, {"calls": None}, 5, {"calls": "1", "failures": 2}])
+async def test_a_cache_that_tells_odd_things_of_itself_does_not_fail_health(counts: Any) -> None:
+    class Odd(SingleKeyCache):
+        call_counts = counts
+        asked = 0
+
+        @property
+        def is_available(self) -> bool:
+            self.asked += 1
+            if self.asked > 1:
+                raise OSError("unknown")
+            return True
+
+    shop = Shop(cache=Odd())
+    await shop.builder.build([BASE])
+    health = await shop.builder.health_snapshot()
+    assert (health.cache_left_alone, health.cache_failure_count) == (False, 0)
+    assert health.cache_call_count > 0
+    await no_leaks(shop.builder)
+
+
 async def test_a_hanging_cache_read_does_not_outlive_the_readers_who_left() -> None:
     cache = Hanging("get")
     building = builder(Single("k"), cache=cache)

@@ -227,6 +227,7 @@ def test_a_given_default_policy_replaces_the_one_made_of_numbers() -> None:
         ("recovery_timeout_seconds", -1, ValueError),
         ("recovery_timeout_seconds", float("nan"), ValueError),
         ("default_policy", "strict", TypeError),
+        ("clock", 5.0, TypeError),
     ],
 )
 def test_wrong_settings_are_refused_by_name(field: str, value: Any, error: type[Exception]) -> None:

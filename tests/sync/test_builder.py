@@ -364,6 +364,12 @@ def test_work_of_any_kind_can_be_handed_to_the_loop_without_waiting(
     assert sync.submit(work).result(PATIENCE) == (sync.builder, THREAD_NAME)
 
 
+def test_work_that_cannot_be_called_is_refused_by_name(sync: SyncSnapshotBuilder) -> None:
+    work: Any = None
+    with pytest.raises(TypeError, match="^work must be a callable"):
+        sync.submit(work)
+
+
 def test_handed_over_work_can_be_cancelled_and_is_refused_after_closing(prices: Prices) -> None:
     door = Door()
 

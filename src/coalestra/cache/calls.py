@@ -18,7 +18,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
 from functools import partial
-from typing import Any, Final, TypeGuard, TypeVar
+from typing import Any, Final, TypeGuard, TypeVar, cast
 
 from coalestra._endings import look_after
 from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
@@ -197,13 +197,14 @@ class CacheCalls:
     def counts(self) -> Mapping[str, int]:
         """How many ``calls`` were made, and of these ``failures`` and ``timeouts``."""
         own = _said(self.cache, "call_counts")
-        return own if isinstance(own, Mapping) else self._counts
+        told = isinstance(own, Mapping) and all(type(own.get(name)) is int for name in self._counts)
+        return cast("Mapping[str, int]", own) if told else self._counts
 
     @property
     def is_left_alone(self) -> bool:
         """Whether the cache has failed too often in a row to be asked just now."""
         if self._guards_itself:
-            return self.cache.is_available is False
+            return _said(self.cache, "is_available") is False
         return max(each.failures for each in self._circuits.values()) >= _FAILURES_IN_A_ROW
 
     async def get(

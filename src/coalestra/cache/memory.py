@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from coalestra.cache.store import EntryStore, best_per_key
@@ -14,7 +14,7 @@ from coalestra.core import validation
 from coalestra.core.errors import PayloadCopyShutdownTimeoutError
 from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.health import PayloadCopyHealth
-from coalestra.core.keys import ResourceKey
+from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider
 from coalestra.core.values import (
     CacheLookup,
@@ -187,6 +187,8 @@ class AsyncMemoryCache:
     async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
         """Look ``key`` up at ``now`` (wall seconds); the lookup is empty if nothing is usable."""
         self._told_now = validation.number("now", now)
+        validation.instance("key", key, ResourceKey)
+        validation.instance("policy", policy, FreshnessPolicy)
         revision = self._store.find(key, now, policy)
         return MISS if revision is None else await self._lookup(revision, now, policy)
 
@@ -199,7 +201,10 @@ class AsyncMemoryCache:
     ) -> Mapping[ResourceKey, CacheLookup]:
         """Look up every key as of one instant. Raises KeyError for a key without a policy."""
         self._told_now = validation.number("now", now)
-        wanted = {key: policies[key] for key in keys}
+        told = validation.mapping("policies", policies)
+        wanted = {key: told[key] for key in distinct_keys("keys", keys)}
+        for policy in wanted.values():
+            validation.instance("policies", policy, FreshnessPolicy)
         find = self._store.find
         held = [find(key, now, policy) for key, policy in wanted.items()]
         lookups = dict.fromkeys(wanted, MISS)
@@ -233,6 +238,8 @@ class AsyncMemoryCache:
         replace_equal: bool = False,
     ) -> Mapping[ResourceKey, CacheWriteResult]:
         """Offer values by the write order, in one step; of several for one key, the best one."""
+        validation.flag("force", force)
+        validation.flag("replace_equal", replace_equal)
         revisions = await self._sealed(values)
         now = max((each.fetched_at for each in revisions.values()), default=0.0)
         outcomes = self._store.put_many(
@@ -251,11 +258,11 @@ class AsyncMemoryCache:
 
     async def invalidate(self, key: ResourceKey) -> None:
         """Forget ``key``."""
-        self._store.drop((key,))
+        await self.invalidate_many((key,))
 
     async def invalidate_many(self, keys: Collection[ResourceKey]) -> None:
         """Forget ``keys``, in one step."""
-        await let_go(self._store.drop(keys))
+        await let_go(self._store.drop(distinct_keys("keys", keys)))
 
     async def invalidate_matching(
         self, predicate: Callable[[ResourceKey], bool]
@@ -271,6 +278,10 @@ class AsyncMemoryCache:
         self, namespace: str, *, name: str | None = None, subject: str | None = None
     ) -> tuple[ResourceKey, ...]:
         """Forget a namespace, or the part of it with this name and subject; return the keys."""
+        validation.text("namespace", namespace)
+        for part, value in (("name", name), ("subject", subject)):
+            if value is not None:
+                validation.text(part, value, empty=True)
 
         def within(key: ResourceKey) -> bool:
             named = name in (None, key.name) and subject in (None, key.subject)
@@ -283,6 +294,7 @@ class AsyncMemoryCache:
     ) -> tuple[ResourceKey, ...]:
         """Drop all that nobody can use at ``now`` (wall seconds) any more; return the keys."""
         moment = validation.number("now", now)
+        validation.require_methods("policy_resolver", policy_resolver, "resolve", plain=True)
         store = self._store
         dropped: list[ResourceKey] = []
         held = tuple(store)
@@ -336,11 +348,12 @@ class AsyncMemoryCache:
         return lookup_of(value, now, policy)
 
     async def _sealed(self, values: Collection[SnapshotValue[Any]]) -> dict[ResourceKey, Revision]:
-        for value in values:
+        captured = tuple(validation.instance("values", values, Iterable))
+        for value in captured:
             validation.instance("values", value, SnapshotValue)
         revisions = []
         pace = Pace()
-        for value in values:
+        for value in captured:
             revisions.append(await seal_value(self._copies, value, _WRITE))
             await pace.keep()
         return best_per_key(revisions)

@@ -264,6 +264,17 @@ class ResourcePublisher:
         validation.instance(
             "observation_policy", observation_policy, ObservationPolicy, optional=True
         )
+        validation.instance(
+            "authority_resolver", authority_resolver, AuthorityPolicyResolver, optional=True
+        )
+        validation.require_methods("cache", cache, "get", "set", "invalidate", "clear")
+        for name, plug, *methods in (
+            ("clock", clock, "now"),
+            ("policy_resolver", policy_resolver, "resolve"),
+            ("metrics", metrics, "increment", "observe"),
+            ("events", events, "emit"),
+        ):
+            validation.require_methods(name, plug, *methods, plain=True)
         require_authority_aware(cache, authority_resolver)
         copies = PayloadCopies(
             "publisher",

@@ -394,7 +394,7 @@ class EntryStore:
 
     def newest(self, limit: int) -> list[Revision]:
         """Return up to ``limit`` entries, those used last first, counting and moving nothing."""
-        return list(islice(reversed(self._entries.values()), limit))
+        return list(islice(reversed(self._entries.values()), min(limit, len(self))))
 
     # Writing ------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from coalestra.core.frozen import record
-from coalestra.core.validation import integer, text
+from coalestra.core.validation import integer, mapping, text
 
 __all__ = ["CapacityController", "CapacityLease", "CapacityLimiter", "CapacitySnapshot"]
 
@@ -210,7 +210,8 @@ class CapacityController:
         self._global = CapacityLimiter(integer("global_limit", global_limit, minimum=1))
         self._sources: dict[str, CapacityLimiter] = {}
         self._leases: dict[CapacityLease, None] = {}
-        for source, limit in (source_limits or {}).items():
+        for source, limit in mapping("source_limits", source_limits, optional=True).items():
+            text("source_limits key", source)
             integer(f"source_limits[{source!r}]", limit, minimum=1)
             self.register_source(source, limit)
 

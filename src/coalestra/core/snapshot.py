@@ -172,7 +172,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
     def __post_init__(self) -> None:
         number("created_at", self.created_at)
         for name in ("resources", "errors"):
-            object.__setattr__(self, name, frozen(getattr(self, name)))
+            object.__setattr__(self, name, frozen(mapping(name, getattr(self, name))))
 
     def __getitem__(self, key: ResourceKey) -> SnapshotValue[Any]:
         return self.resources[key]

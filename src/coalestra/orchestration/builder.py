@@ -609,7 +609,7 @@ class SnapshotBuilder(BuilderSettings):
         """Return where the acquisitions under way stand, the oldest first; so many at most."""
         integer("limit", limit, minimum=1)
         flights = self._engine.flights.board.flights.copy().values()
-        return tuple([flight.view() for flight in islice(flights, limit)])
+        return tuple([flight.view() for flight in islice(flights, min(limit, len(flights)))])
 
     def clear_source_support_cache(self) -> None:
         """Forget which keys the sources said to support."""

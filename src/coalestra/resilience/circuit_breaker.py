@@ -40,7 +40,16 @@ from coalestra.core.errors import CircuitOpenError
 from coalestra.core.frozen import record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Clock, SystemClock, monotonic_of
-from coalestra.core.validation import check_fields, flag, instance, integer, number, readable, ruled
+from coalestra.core.validation import (
+    check_fields,
+    flag,
+    instance,
+    integer,
+    number,
+    readable,
+    require_methods,
+    ruled,
+)
 
 __all__ = [
     "CircuitBreaker", "CircuitBreakerPolicy", "CircuitIdentity", "CircuitScope", "CircuitSnapshot",
@@ -282,6 +291,7 @@ class CircuitBreaker:
         default_policy: CircuitBreakerPolicy | None = None,
     ) -> None:
         instance("default_policy", default_policy, CircuitBreakerPolicy, optional=True)
+        require_methods("clock", clock, "monotonic", optional=True, plain=True)
         from_numbers = CircuitBreakerPolicy(
             failure_threshold=failure_threshold, recovery_timeout_seconds=recovery_timeout_seconds
         )
