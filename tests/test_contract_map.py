@@ -46,7 +46,6 @@ def test_every_test_of_the_library_belongs_to_a_section() -> None:
         "cache/test_fan_out.py",
         "cache/test_lanes.py",
         "concurrency/test_pace.py",
-        "concurrency/test_ordering.py",
         "concurrency/test_threads.py",
         "concurrency/test_waiting.py",
         "concurrency/test_waits_for.py",

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable, Hashable, Iterable
 from itertools import pairwise
 from typing import TypeVar
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coalestra.concurrency import waits_for
 from coalestra.concurrency.waits_for import WaitsFor
 from tests.support.examples import times
 
@@ -63,10 +65,18 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.parametrize("searched", [0, 2, 100])
 @times(5)
 @given(STEPS)
-def test_it_agrees_with_a_naive_search_after_any_changes(steps: list[tuple[str, int, int]]) -> None:
-    """Same edges, same refusals, and every reported cycle is one."""
+def test_it_agrees_with_a_naive_search_after_any_changes(
+    searched: int, steps: list[tuple[str, int, int]]
+) -> None:
+    """Same edges, same refusals, and every reported cycle is one, wherever a search breaks off."""
+    with mock.patch.object(waits_for, "_STEPS", searched):
+        compare_with_a_naive_graph(steps)
+
+
+def compare_with_a_naive_graph(steps: list[tuple[str, int, int]]) -> None:
     graph: WaitsFor[int] = WaitsFor()
     naive = NaiveGraph()
     for step, waiter, target in steps:

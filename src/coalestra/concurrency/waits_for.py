@@ -1,82 +1,33 @@
 """Who waits for whom: a graph that never lets a cycle in.
 
-All nodes stand in one total order in which each waiter comes before what it waits for. An edge that
-agrees with the order cannot close a cycle and costs nothing to check. One that does not is
-searched for a cycle from both ends at once, only between the two places, and only until the
-searches meet in the order; what they have visited moves there (the two-way compatible search of
-Haeupler, Kavitha, Mathew, Sen and Tarjan, "Incremental cycle detection, topological ordering, and
-strong component maintenance", 2012). Over many edges that comes to about the square root of
-their number for each, and for the usual edge, of a new node, to nothing.
+Every node has a level, and nobody waits for a lower one. An edge to a higher level therefore cannot
+close a cycle and costs nothing to check; nor does one from a node that nobody waits for, or to one
+that waits for nobody. For any other the nodes of the waiter's level are searched against the edges,
+a few steps far. If that does not settle it, the target and what it waits for are raised: to the
+level of the waiter, or above it if the search was broken off. As many edges as that take part in
+each new level, so a node is seldom raised (Bender, Fineman, Gilbert and Tarjan, "A New Approach to
+Incremental Cycle Detection and Related Problems", 2015).
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Iterator, Sequence
-from operator import attrgetter
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-_GAP = 1 << 512
-"""Between the labels of neighbours: 512 insertions at one spot use it up, and all are renewed."""
+_STEPS = 100
+"""How far a search goes against the edges: about the square root of how many there may be."""
 
 N = TypeVar("N", bound=Hashable)
 
 
-class Spot:
-    """A place in an `Order`: the greater the label, the further back."""
+class _Node(Generic[N]):
+    """A node with its edges in both directions."""
 
-    __slots__ = ("after", "before", "label")
-
-    def __init__(self) -> None:
-        self.label: int = 0
-        self.before: Spot = self
-        self.after: Spot = self
-
-
-class Order(Spot):
-    """A line of spots, closed to a ring by itself: the end of the line is also before its start."""
-
-    __slots__ = ()
-
-    def __iter__(self) -> Iterator[Spot]:
-        spot = self.after
-        while spot is not self:
-            yield spot
-            spot = spot.after
-
-    def remove(self, *spots: Spot) -> None:
-        """Take spots out."""
-        for spot in spots:
-            spot.before.after, spot.after.before = spot.after, spot.before
-
-    def put(self, spots: Sequence[Spot], left: Spot) -> None:
-        """Put spots that stand nowhere right after another one, or the order: that is in front."""
-        right = left.after
-        if right is self:
-            label, step = (0 if left is self else left.label + _GAP), _GAP
-        elif left is self:
-            label, step = right.label - _GAP * len(spots), _GAP
-        else:
-            step = (right.label - left.label) // (len(spots) + 1)
-            label = left.label + step
-        for spot in spots:
-            left.after, spot.before, spot.label = spot, left, label
-            label += step
-            left = spot
-        left.after, right.before = right, left
-        if not step:
-            for number, spot in enumerate(self):
-                spot.label = number * _GAP
-
-
-class _Node(Spot, Generic[N]):
-    """A node, its edges and its place in the order."""
-
-    __slots__ = ("name", "targets", "waiters")
+    __slots__ = ("level", "name", "targets", "waiters")
 
     def __init__(self, name: N) -> None:
-        super().__init__()
         self.name = name
+        self.level = 0
         self.targets: dict[_Node[N], None] = {}
         self.waiters: dict[_Node[N], None] = {}
 
@@ -88,11 +39,10 @@ class WaitsFor(Generic[N]):
     was added.
     """
 
-    __slots__ = ("_nodes", "_order")
+    __slots__ = ("_nodes",)
 
     def __init__(self) -> None:
         self._nodes: dict[N, _Node[N]] = {}
-        self._order = Order()
 
     def __len__(self) -> int:
         """Count the nodes that wait or are waited for."""
@@ -114,20 +64,15 @@ class WaitsFor(Generic[N]):
         """
         if waiter is target or waiter == target:
             return (waiter, target)
-        ahead, behind = self._nodes.get(waiter), self._nodes.get(target)
-        if ahead is not None and behind is not None:
-            if ahead.label > behind.label:
-                cycle = self._reorder(ahead, behind)
-                if cycle is not None:
-                    return cycle
-        else:
-            # A new target goes to the very back, a new waiter to the very front: nothing to check.
-            if behind is None:
-                behind = self._nodes[target] = _Node(target)
-                self._order.put((behind,), self._order.before)
-            if ahead is None:
-                ahead = self._nodes[waiter] = _Node(waiter)
-                self._order.put((ahead,), self._order)
+        ahead = self._nodes.get(waiter) or self._nodes.setdefault(waiter, _Node(waiter))
+        behind = self._nodes.get(target) or self._nodes.setdefault(target, _Node(target))
+        if ahead.level >= behind.level:
+            if not behind.targets:
+                behind.level = ahead.level
+            elif not ahead.waiters:
+                ahead.level = behind.level
+            elif (cycle := _cycle(ahead, behind)) is not None:
+                return cycle
         ahead.targets[behind] = None
         behind.waiters[ahead] = None
         return None
@@ -152,84 +97,43 @@ class WaitsFor(Generic[N]):
         del ahead.targets[behind], behind.waiters[ahead]
         for node in (ahead, behind):
             if not node.targets and not node.waiters:
-                self._order.remove(node)
                 del self._nodes[node.name]
 
-    def _reorder(self, waiter: _Node[N], target: _Node[N]) -> tuple[N, ...] | None:
-        """Make waiter stand before target, or return the cycle that forbids it."""
-        forward, backward = _Search(target, 1, waiter.label), _Search(waiter, -1, target.label)
-        while True:
-            low, high = forward.nearest(), backward.nearest()
-            if low is None or high is None or low.label > high.label:
-                break
-            met = forward.step(low, backward) or backward.step(high, forward)
-            if met is not None:
-                return _cycle(met, backward, forward)
-        if low is None:
-            moved = forward.visited()
-        else:
-            leading = [node for node in backward.visited() if node.label > low.label]
-            moved = leading + [node for node in forward.visited() if node.label < low.label]
-        self._order.remove(*moved)
-        self._order.put(moved, waiter if low is None else low.before)
+
+def _cycle(ahead: _Node[N], behind: _Node[N]) -> tuple[N, ...] | None:
+    """Raise `behind` so far that `ahead` may wait for it, or return the cycle that forbids it."""
+    before, steps = {ahead: ahead}, 0  # by node who leads on to `ahead`
+    line = [ahead]
+    for node in line:
+        steps += len(node.waiters)
+        if steps > _STEPS:
+            break
+        for waiter in node.waiters:
+            if waiter.level == ahead.level and waiter not in before:
+                before[waiter] = node
+                line.append(waiter)
+    if behind in before:
+        return (ahead.name, *_way(behind, before))
+    level = ahead.level + (steps > _STEPS)
+    if behind.level == level:
         return None
+    after, raised = {behind: behind}, [behind]  # by node who leads back to `behind`
+    for node in raised:
+        for target in node.targets:
+            if target in before:
+                return (ahead.name, *_way(node, after)[::-1], *_way(target, before))
+            if target.level < level and target not in after:
+                after[target] = node
+                raised.append(target)
+    for node in raised:
+        node.level = level
+    return None
 
 
-class _Search(Generic[N]):
-    """One direction of the search, nearest first and an edge at a time.
-
-    `direction` is 1 along the edges, -1 against them; `limit` is the label beyond which nothing
-    can lie on a cycle.
-    """
-
-    __slots__ = ("_direction", "_limit", "_live", "came_from")
-
-    def __init__(self, start: _Node[N], direction: int, limit: int) -> None:
-        self._direction = direction
-        self._limit = limit * direction
-        self.came_from: dict[_Node[N], _Node[N]] = {}
-        self._live: list[tuple[int, _Node[N], Iterator[_Node[N]], int]] = []
-        self._visit(start, start)
-
-    def _visit(self, node: _Node[N], came_from: _Node[N]) -> None:
-        self.came_from[node] = came_from
-        edges = node.targets if self._direction > 0 else node.waiters
-        if edges:
-            entry = (node.label * self._direction, node, iter(edges), len(edges))
-            heapq.heappush(self._live, entry)
-
-    def nearest(self) -> _Node[N] | None:
-        """Return the visited node nearest to the start that has edges left to look at."""
-        return self._live[0][1] if self._live else None
-
-    def step(self, node: _Node[N], other: _Search[N]) -> _Node[N] | None:
-        """Look at one more edge of the nearest node; return where that met the other search."""
-        place, _, edges, left = self._live[0]
-        neighbour = next(edges)
-        if left == 1:
-            heapq.heappop(self._live)
-        else:
-            self._live[0] = (place, node, edges, left - 1)
-        if neighbour not in self.came_from and neighbour.label * self._direction <= self._limit:
-            self._visit(neighbour, node)
-            if neighbour in other.came_from:
-                return neighbour
-        return None
-
-    def visited(self) -> list[_Node[N]]:
-        """Return every visited node, from the front of the order to the back."""
-        return sorted(self.came_from, key=attrgetter("label"))
-
-    def way(self, node: _Node[N]) -> list[N]:
-        """Return the nodes from `node` back to where the search began."""
-        nodes = [node.name]
-        while self.came_from[node] is not node:
-            node = self.came_from[node]
-            nodes.append(node.name)
-        return nodes
-
-
-def _cycle(met: _Node[N], backward: _Search[N], forward: _Search[N]) -> tuple[N, ...]:
-    """Join both ways where they met: waiter, target ... met ... waiter."""
-    from_target, to_waiter = forward.way(met)[::-1], backward.way(met)
-    return (to_waiter[-1], *from_target, *to_waiter[1:])
+def _way(node: _Node[N], onward: dict[_Node[N], _Node[N]]) -> list[N]:
+    """Return the nodes from `node` on to where the search began."""
+    names = [node.name]
+    while onward[node] is not node:
+        node = onward[node]
+        names.append(node.name)
+    return names
