@@ -35,6 +35,9 @@ from coalestra.core.policies import (
     FreshnessPolicyProvider,
     ObservationPolicy,
     policy_for,
+    policy_of_all,
+    quiet_for,
+    quiet_seconds,
 )
 from coalestra.core.values import CacheStats, CacheWriteStatus, Revision, SnapshotValue, number_of
 
@@ -349,23 +352,25 @@ class EntryStore:
         return None
 
     def find_all_fresh(
-        self, keys: Iterable[ResourceKey], now: float, ages: Iterable[float]
+        self, keys: Iterable[ResourceKey], now: float, policies: FreshnessPolicyProvider
     ) -> list[Revision] | None:
         """Return the entries of all ``keys``, or None if one of them needs the look of ``find``.
 
-        That is one that is missing, is derived, exceeds its age, in seconds, of ``ages``, or is
-        from the future. Nothing is dropped or counted: ``count_fresh`` counts what was of use.
+        That is one that is missing, is derived, is not quiet by its policy, or is from the future.
+        Nothing is dropped or counted: ``count_fresh`` counts what was of use.
         """
         found = []
-        get = self._entries.get
-        earliest = -self.tolerance
-        for key, age in zip(keys, ages, strict=False):
+        common: FreshnessPolicy | None = policy_of_all(policies)
+        longest = 0.0 if common is None else quiet_seconds(common)
+        get, earliest = self._entries.get, -self.tolerance
+        for key in keys:
             revision = get(key)
-            if (
-                revision is None
-                or not earliest <= now - revision.observed_at <= age
-                or revision.dependency_versions
-            ):
+            if revision is None:
+                return None
+            if common is None:
+                longest = quiet_for(policies, key)
+            age = now - revision.observed_at
+            if not earliest <= age <= longest or revision.dependency_versions:
                 return None
             found.append(revision)
         return found

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
-from itertools import repeat
 from typing import Any, Generic, Protocol, TypeVar
 
 from coalestra.core.frozen import FrozenDict, record
@@ -88,9 +87,10 @@ def policy_of_all(policies: object) -> Any:
     Those of a class of the application's, which answers in another way, may.
     """
     kind = type(policies)
-    if getattr(kind, "resolve", None) is not KeyedPolicies.resolve:
-        return None
-    if getattr(kind, "rank_for", _rank_for) is not _rank_for:
+    if kind is not PolicyResolver and (
+        getattr(kind, "resolve", None) is not KeyedPolicies.resolve
+        or getattr(kind, "rank_for", _rank_for) is not _rank_for
+    ):
         return None
     keyed: Any = policies
     return None if keyed.overrides or keyed.dynamic is not None else keyed.default
@@ -240,19 +240,14 @@ def policy_for(policies: FreshnessPolicyProvider, key: ResourceKey) -> Freshness
     return policy
 
 
-def quiet_ages(
-    policies: FreshnessPolicyProvider, keys: Iterable[ResourceKey]
-) -> Iterable[float] | None:
-    """Return `quiet_seconds` for each of the keys; None if a policy cannot be told."""
-    common: FreshnessPolicy | None = policy_of_all(policies)
-    if common is not None:
-        return repeat(quiet_seconds(common))
+def quiet_for(policies: FreshnessPolicyProvider, key: ResourceKey) -> float:
+    """Return the `quiet_seconds` of ``key``; negative too if its policy cannot be told."""
     try:
-        return [quiet_seconds(policies.resolve(key)) for key in keys]
+        return quiet_seconds(policies.resolve(key))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # it is asked again, key by key, by whoever can tell which one fails
-        return None
+    except BaseException:  # it is asked again by whoever can tell of it
+        return -math.inf
 
 
 def ttl_of(policies: FreshnessPolicyProvider, key: ResourceKey) -> float | None:

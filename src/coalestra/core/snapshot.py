@@ -288,7 +288,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
             counted = vars(self).get("_counted")
             if name != "diagnostics" or counted is None:
                 raise AttributeError(f"a snapshot has no attribute {name!r}", name=name, obj=self)
-            diagnostics = vars(self)[name] = _diagnosed(counted, self.resources)
+            diagnostics = vars(self)[name] = _diagnosed(counted, self.resources, self.errors)
             return diagnostics
 
     def __repr__(self) -> str:
@@ -298,13 +298,23 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
 
 
 def _diagnosed(
-    counted: Mapping[str, Any], values: Mapping[ResourceKey, SnapshotValue[Any]]
+    counted: Mapping[str, Any],
+    values: Mapping[ResourceKey, SnapshotValue[Any]],
+    errors: Mapping[ResourceKey, Exception],
 ) -> SnapshotDiagnostics:
     observed = [value.observed_at for value in values.values()]
     skew = max(observed) - min(observed) if observed else 0.0
     stale = [value.stale for value in values.values()].count(True)
-    facts = {"stale_values": stale, "observation_skew_ms": skew * 1000}
-    return filled(SnapshotDiagnostics, {**_NOTHING_COUNTED, **counted, **facts})
+    facts = {
+        **_NOTHING_COUNTED,
+        "requested_resources": len(values) + len(errors),
+        "resolved_resources": len(values),
+        "failed_resources": len(errors),
+        **counted,
+        "stale_values": stale,
+        "observation_skew_ms": skew * 1000,
+    }
+    return filled(SnapshotDiagnostics, facts)
 
 
 def snapshot_of(
@@ -319,13 +329,13 @@ def snapshot_of(
 
     ``counted`` are those of its diagnostics that the values themselves do not tell.
     """
-    facts = {
-        "snapshot_id": snapshot_id,
-        "created_at": created_at,
-        "resources": resources,
-        "errors": errors,
-        "_counted": counted,
-    }
+    made = object.__new__(Snapshot)
+    facts = made.__dict__
+    facts["snapshot_id"] = snapshot_id
+    facts["created_at"] = created_at
+    facts["resources"] = resources
+    facts["errors"] = errors
+    facts["_counted"] = counted
     if trace is not None:
         facts["_trace"] = trace
-    return filled(Snapshot, facts)
+    return made

@@ -56,8 +56,8 @@ def new_id() -> str:
     try:
         return _ids.pop()
     except IndexError:  # randomness is cheaper by the kilobyte
-        digits = os.urandom(1024).hex()
-        _ids.extend(digits[start : start + 32] for start in range(32, len(digits), 32))
+        digits = os.urandom(4096).hex()
+        _ids.extend([digits[start : start + 32] for start in range(32, len(digits), 32)])
         return digits[:32]
 
 

@@ -482,13 +482,12 @@ class SnapshotBuilder(BuilderSettings):
         if not wanted:
             raise ValueError("keys must name at least one resource, got none")
         if deadline_seconds is None and metadata is None and snapshot_id is None and trace is None:
-            self._engine.require_open()
-            warm = self._engine.warm_reads.snapshot(wanted, strict=strict)
-            if warm is not None:
-                return warm
             joined = self._engine.join(wanted, self._open_work)
             if joined is not None:
                 return await together(self._engine, *joined, strict)
+            warm = self._engine.warm_reads.snapshot(wanted, strict=strict)
+            if warm is not None:
+                return warm
         unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
         return await unit.resolve(wanted, strict=strict)
 

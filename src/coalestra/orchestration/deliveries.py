@@ -20,7 +20,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import gone_stale, policy_of_all, quiet_ages, ttl_of
+from coalestra.core.policies import gone_stale, policy_of_all, ttl_of
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.values import (
     Dependencies,
@@ -124,9 +124,10 @@ class Deliveries:
             payload = self._copies.open_now(revision.payload, revision.seal, context=context)
             if payload is OFFLOADED:
                 return None
-            return {key: self._presented(reading, payload, context, self._clock.now())}, {}
+            value = self._presented(reading, payload, context, self._clock.now())
         except PayloadIsolationError as error:
             return {}, {key: error}
+        return FrozenDict({key: value}), {}
 
     async def inputs(
         self, context: FetchContext, readings: Mapping[ResourceKey, Reading], *, inherits: bool
@@ -226,17 +227,15 @@ class Deliveries:
         self, reading: Reading, payload: Any, context: str, now: float
     ) -> SnapshotValue[Any]:
         """Return what a reader gets, with the age and staleness of this moment."""
-        revision = reading.revision
+        revision, notes = reading.revision, reading.notes
         metadata = revision.metadata
         if metadata:
             metadata = self._copies.open_metadata_now(metadata, context=context)
-        if reading.notes:
-            metadata = FrozenDict({**metadata, **reading.notes}) if metadata else reading.notes
-        age = now - revision.observed_at
-        ttl = reading.ttl_seconds
-        if ttl is None:
-            ttl = ttl_of(self._policies, revision.key)
-        stale, at = reading.stale or gone_stale(age, ttl), None
+        if notes:
+            metadata = FrozenDict({**metadata, **notes}) if metadata else notes
+        age, ttl, stale, at = now - revision.observed_at, reading.ttl_seconds, reading.stale, None
+        if not stale and (ttl is None or age > ttl):
+            stale = gone_stale(age, ttl_of(self._policies, revision.key) if ttl is None else ttl)
         versions = revision.dependency_versions
         if versions:
             if type(versions) is Dependencies:
@@ -247,7 +246,7 @@ class Deliveries:
                 at = min(revision.observed_at, grounds.inherited_at)
                 age, stale = now - at, stale or now > grounds.fresh_until
         age = age if age > 0.0 else 0.0
-        value = revision.presented(payload, metadata or EMPTY, age, stale, reading.from_cache)
+        value = revision.presented(payload, metadata, age, stale, reading.from_cache)
         return value if at is None else redated(value, at)
 
 
@@ -311,41 +310,36 @@ class WarmReads:
         copies, clock, store = parts.copies, parts.clock, parts.access.store
         if store is None:
             store = parts.access.near
-        if store is None or len(keys) > PORTION or not copies.is_direct:
-            return None
-        if not parts.tracing.off or next(iter(keys)) not in store:
+        if store is None or len(keys) > PORTION or not copies.is_direct or not parts.tracing.off:
             return None
         began, now = clock.monotonic(), clock.now()
-        ages = quiet_ages(parts.policies, keys)
-        revisions = None if ages is None else store.find_all_fresh(keys, now, ages)
+        revisions = store.find_all_fresh(keys, now, parts.policies)
         if revisions is None:
             return None
-        values, left = [], PORTION
-        for revision in revisions:
-            left -= revision.seal.weight
-            if left < 0 or type(revision.metadata) is not FrozenDict:
+        values, left = {}, PORTION
+        for key, revision in zip(keys, revisions):  # noqa: B905
+            payload, seal, metadata = revision.payload, revision.seal, revision.metadata
+            left -= seal.weight
+            if left < 0 or type(metadata) is not FrozenDict:
                 return None
-            try:
-                payload = copies.open_now(revision.payload, revision.seal, context=_CONTEXT)
-            except PayloadIsolationError:
-                return None
-            if payload is OFFLOADED:
-                return None
+            if seal is not _SHARED:
+                try:
+                    payload = copies.open_now(payload, seal, context=_CONTEXT)
+                except PayloadIsolationError:
+                    return None
+                if payload is OFFLOADED:
+                    return None
             age = now - revision.observed_at
-            values.append(
-                revision.presented(payload, revision.metadata, age if age > 0 else 0.0, False, True)
+            values[key] = revision.presented(
+                payload, metadata, age if age > 0 else 0.0, False, True
             )
-        count = len(values)
         store.count_fresh(revisions)
         counted = {
             "duration_ms": (clock.monotonic() - began) * 1000,
-            "requested_resources": count,
-            "resolved_resources": count,
-            "cache_hits": count,
+            "cache_hits": len(values),
             "cache_batch_reads": 1,
         }
-        resources = FrozenDict(zip(keys, values, strict=True))
-        made = snapshot_of(new_id(), now, resources, EMPTY, counted)
+        made = snapshot_of(new_id(), now, FrozenDict(values), EMPTY, counted)
         report = parts.report
         if report is not None:
             report.tell("snapshot_started", kind="build", snapshot_id=made.snapshot_id)
@@ -359,13 +353,12 @@ class WarmReads:
         store = self._parts.access.near
         if store is None or len(keys) > _KEYS_BETWEEN_LOOKS or work.expired:
             return {}
-        ages = quiet_ages(self._parts.policies, keys)
-        now = self._parts.clock.now()
-        revisions = None if ages is None else store.find_all_fresh(keys, now, ages)
+        policies = self._parts.policies
+        revisions = store.find_all_fresh(keys, self._parts.clock.now(), policies)
         if revisions is None:
             return {}
         self._count(store, work, keys, revisions)
-        common = policy_of_all(self._parts.policies)
+        common = policy_of_all(policies)
         ttl = None if common is None else common.ttl_seconds
         return {revision.key: Reading(revision, ttl, from_cache=True) for revision in revisions}
 
@@ -403,13 +396,11 @@ class WarmReads:
         """Return the revisions of all keys, if each is there, fresh, and due for nothing."""
         clock, policies = self._parts.clock, self._parts.policies
         if len(keys) <= _KEYS_AT_ONCE:
-            ages = quiet_ages(policies, keys)
-            return None if ages is None else store.find_all_fresh(keys, clock.now(), ages)
+            return store.find_all_fresh(keys, clock.now(), policies)
         found: list[Revision] = []
         rest = iter(keys)
         while part := tuple(islice(rest, _KEYS_AT_ONCE)):
-            ages = quiet_ages(policies, part)
-            some = None if ages is None else store.find_all_fresh(part, clock.now(), ages)
+            some = store.find_all_fresh(part, clock.now(), policies)
             if some is None:
                 return None
             found += some

@@ -1467,6 +1467,8 @@ class Engine:
         self.deliveries: Deliveries = self.flights.deliveries
         self.refresher: Refresher = self.flights.refresher
         self.warm_reads: WarmReads = WarmReads(parts)
+        followed = parts.report is not None or not parts.tracing.off
+        self._joining_store = None if followed else parts.access.store
         self._stages: dict[Stage, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.closed: bool = False
@@ -1527,13 +1529,19 @@ class Engine:
         """Wait for the flight of a single key together with others; return what to await.
 
         None if there is no flight to join, or anybody follows what each of them does.
+
+        Raises:
+            RuntimeError: if the builder is closed.
         """
-        parts, (key, *others), loop = self.parts, keys, self.enter()
-        store, followed = parts.access.store, parts.report is not None or not parts.tracing.off
-        if others or followed or store is None or current_call.get() is not None:
+        if self.closed:
+            raise BuilderClosedError
+        if not self.flights.board.flights or len(keys) != 1:
+            return None
+        (key,), store, loop = keys, self._joining_store, self._loop
+        if store is None or current_call.get() or asyncio.get_running_loop() is not loop:
             return None
         flight = self.flights.shared(key)
-        if flight is None or not store.lacks(key):
+        if flight is None or loop is None or not store.lacks(key):
             return None
         crowd = flight.crowd
         if crowd is None or crowd.over:

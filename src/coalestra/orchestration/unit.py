@@ -295,8 +295,6 @@ class UnitOfWork:
         counted = self.work.record.counted(
             duration_ms=(self.engine.parts.clock.monotonic() - self._began) * 1000,
             requested_resources=len(self.requested),
-            resolved_resources=len(values),
-            failed_resources=len(errors),
         )
         trace = self.work.trace
         if trace is not None and self.lasting:
@@ -314,14 +312,6 @@ class UnitOfWork:
         return f"<UnitOfWork {self.work.context.snapshot_id} pins={len(self.pins)}>"
 
 
-_TOGETHER = {
-    "requested_resources": 1,
-    "cache_misses": 1,
-    "cache_batch_reads": 1,
-    "coalesced_requests": 1,
-}
-
-
 async def together(
     engine: Engine, crowd: Crowd, told: asyncio.Future[None], strict: bool
 ) -> Snapshot:
@@ -335,17 +325,18 @@ async def together(
     crowd.require_told()
     copies = engine.deliveries.at_hand(crowd.readings)
     values, errors = copies or await engine.deliveries.values(crowd.readings, None)
-    for failure in crowd.failures.values():
-        errors[failure.key] = failure.make()
+    if crowd.failures:
+        errors.update({failure.key: failure.make() for failure in crowd.failures.values()})
     counted = {
-        **_TOGETHER,
         "duration_ms": (clock.monotonic() - began) * 1000,
-        "resolved_resources": len(values),
-        "failed_resources": len(errors),
+        "cache_misses": 1,
+        "cache_batch_reads": 1,
+        "coalesced_requests": 1,
     }
-    snapshot = snapshot_of(new_id(), created_at, FrozenDict(values), frozen(errors), counted)
-    failed = SnapshotBuildError(errors, snapshot=snapshot) if errors and strict else None
-    return accepted(snapshot, failed)
+    snapshot = snapshot_of(new_id(), created_at, frozen(values), frozen(errors), counted)
+    if errors and strict:
+        raise SnapshotBuildError(errors, snapshot=snapshot)
+    return snapshot
 
 
 def cut_short(errors: Mapping[ResourceKey, Exception]) -> bool:
