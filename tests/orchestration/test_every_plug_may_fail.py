@@ -166,7 +166,7 @@ async def test_whatever_a_plug_raises_at_whichever_call_everybody_is_told(
 @pytest.mark.parametrize("owner, method", [
     (SingleFlight, name)
     for name in ("_look_on", "_proceed", "_go_on", "_gathered", "_conclude", "_offer", "_fit",
-                 "_serve", "_acquire", "_join", "_missed", "_next_link", "strike", "_check")
+                 "_serve", "_acquire", "_join", "_missed", "_choose", "strike", "_check")
 ] + [(FlightBoard, "join"), (FlightBoard, "leave"), (Gather, "receive"),
      (Flight, "choose"), (Flight, "offer")])  # fmt: skip
 async def test_an_error_of_the_engine_itself_ends_no_readers_in_waiting(

@@ -386,10 +386,10 @@ class EntryStore:
                 except KeyError:  # it has left meanwhile
                     continue
 
-    def lacks(self, key: ResourceKey) -> bool:
-        """Whether there is no entry of ``key``; if so, a miss is counted."""
-        lacking = key not in self._entries
-        self._misses += lacking
+    def lacks(self, keys: Collection[ResourceKey]) -> bool:
+        """Whether there is no entry of any of ``keys``; if so, a miss is counted for each."""
+        lacking = not self._entries or self._entries.keys().isdisjoint(keys)
+        self._misses += lacking * len(keys)
         return lacking
 
     def peek(self, key: ResourceKey) -> Revision | None:

@@ -75,7 +75,15 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
-from coalestra.orchestration.flights import Flight, Gather, Interest, Phase, Work, current_call
+from coalestra.orchestration.flights import (
+    Flight,
+    Fresh,
+    Gather,
+    Interest,
+    Phase,
+    Work,
+    current_call,
+)
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.orchestration.tracing import CallLog
@@ -91,9 +99,6 @@ _UNDECIDED = SourceResiliencePolicy()
 
 _KEYS_AT_ONCE = 1_024
 """Of a large batch, so many keys are gone through before others may have a turn."""
-
-_HANDING_OVER = 4
-"""What it weighs beside the copying of the payload, of a `PORTION`: a few times a warm read."""
 
 _HOLDERS_SHOWN = 3
 """How many sources that hold slots a message names."""
@@ -1014,42 +1019,35 @@ class Call:
                 self.fresh.pop()
             yield
 
+    def _hand_over(self, flight: Flight, value: Any, sealed: Sealed | None = None) -> None:
+        """Hand over one value, unless sealing it takes a thread."""
+        made: deque[Fresh] = deque()
+        by_key: dict[ResourceKey, Revision] = {}
+        self._make(deque([(flight, value)]), made, by_key, sealed)
+        self._deliver(made, self.dispatch.store(self, made, by_key))
+
     async def _hand_over_all(self, answers: deque[tuple[Flight, Any]]) -> None:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
-        pace, left, many = self.parts.pace, PORTION, len(answers) > PORTION
+        pace, many = self.parts.pace, len(answers) > PORTION
         pace.begin()
-        made: dict[Revision, Flight] = {}
+        made: deque[Fresh] = deque()
         by_key: dict[ResourceKey, Revision] = {}
         self.dispatch.hold(self.work)  # what is refused goes on together
         try:
             while answers:
-                flight, value = answers.popleft()
-                revision = self._made(flight, value)
-                if revision is None:
-                    left -= 1
-                else:
-                    made[revision], by_key[flight.key] = flight, revision
-                    left -= revision.seal.weight
-                if left <= 0:
-                    left = PORTION
-                    await pace.keep()
+                self._make(answers, made, by_key)
+                await pace.keep()
         finally:
             self.dispatch.release(self.work)
-        stored: Collection[Revision] = ()
+        stored: Collection[Revision] | None = ()
         if len(made) > 1 and self.parts.access.store is not None:
             if many:
                 await pace.rest()  # all at once takes a while
             self.work.record.cache_batch_writes += 1
             stored = self.dispatch.store(self, made, by_key)
-        rest, everything = deque(made.items()), len(stored) == len(made)
-        made, stored = {}, () if everything else stored
-        portion = max(1, PORTION // _HANDING_OVER)
-        while rest:
+        while made:
+            self._deliver([made.popleft() for _ in range(min(len(made), PORTION))], stored)
             await pace.keep()
-            for _ in range(min(len(rest), portion)):
-                revision, flight = rest.popleft()
-                flight.stored = everything or revision in stored
-                self._deliver(flight, revision)
 
     async def _refuse_omitted(self, flights: Sequence[Flight]) -> None:
         """Let the keys that were left out go on, together, to where they are served next."""
@@ -1118,82 +1116,94 @@ class Call:
         self._unusable = self._failure_of(error)
         self.refuse(flight, error, "invalid_timestamp" if future else "failure")
 
-    def _hand_over(self, flight: Flight, value: Any, sealed: Sealed | None = None) -> None:
-        """Report one value, unless sealing it takes a thread."""
-        revision = self._made(flight, value, sealed)
-        if revision is not None:
-            self._deliver(flight, revision)
-
-    def _made(self, flight: Flight, value: Any, sealed: Sealed | None = None) -> Revision | None:
-        """Return what one value has become; None if that is of no use, or not to be had yet.
+    def _make(
+        self,
+        answers: deque[tuple[Flight, Any]],
+        made: deque[Fresh],
+        by_key: dict[ResourceKey, Revision],
+        sealed: Sealed | None = None,
+    ) -> None:
+        """Make revisions of values, as many as may be made before a look at the clock.
 
         What it takes a thread to seal is put with the `_slow` ones, to be made with its seal.
         """
-        if flight.call is not self:
-            return None
         parts, link, answered_at = self.parts, self.link, self.answered_at
-        metadata: Mapping[str, Any] = EMPTY
-        payload, observed_at, dated, stale = value, answered_at, False, False
-        try:
-            if type(value) is SourcePayload:
-                payload, metadata = value.value, value.metadata
-                if value.observed_at is not None:
-                    dated, observed_at = True, float(value.observed_at)
-                    stale = answered_at - observed_at > flight.policy.ttl_seconds
-                    skew = self._accepted_skew(flight.key, observed_at)
-                    if skew:
-                        metadata = {**metadata, "clock_skew_seconds": skew}
-            if isinstance(payload, ResourceAbsent) or payload is ResourceAbsent:
-                self._refuse_absent(flight, payload)
-                return None
-            if not stale:
-                self.fresh.add(flight)
-            if sealed is None:
-                sealed = parts.copies.seal_now(payload, context=link.context)
-                if sealed is None:
+        rank, seal_now, left = self.lane.rank, parts.copies.seal_now, PORTION
+        metadata: Mapping[str, Any]
+        while answers and left > 0:
+            flight, value = answers.popleft()
+            left -= 1
+            if flight.call is not self:
+                continue
+            try:
+                payload, metadata, observed_at, dated = value, EMPTY, answered_at, False
+                if type(value) is SourcePayload:
+                    payload, metadata = value.value, value.metadata
+                    if value.observed_at is not None:
+                        dated, observed_at = True, float(value.observed_at)
+                        metadata = self._with_skew(flight.key, observed_at, metadata)
+                if payload is ResourceAbsent or isinstance(payload, ResourceAbsent):
+                    self._refuse_absent(flight, payload)
+                    continue
+                stale = dated and answered_at - observed_at > flight.policy.ttl_seconds
+                if not stale:
+                    self.fresh.add(flight)
+                found = sealed or seal_now(payload, context=link.context)
+                if found is None:
                     self._slow = self._slow or []
                     self._slow.append((flight, value))
-                    return None
-            gather, rank = flight.gather, self.lane.rank
-            revision = Revision(
-                flight.key,
-                sealed[0],
-                sealed[1],
-                link.name,
-                observed_at,
-                answered_at,
-                next_version(),
-                self.latency_ms,
-                self.attempts,
-                parts.copies.seal_metadata_now(metadata, context=link.context)
-                if metadata
-                else EMPTY,
-                rank_of(parts.authority, flight.key, link.name) if rank is None else rank,
-                self.rests_on,
-                () if gather is None else gather.revisions(),
-                dated,
-                flight.began,
-            )
-        except BaseException as error:
-            self._refuse_value(flight, error)
-            return None
-        if not stale:
-            return revision
-        self._refuse_stale(flight, revision)
-        return None
+                    continue
+                gather = flight.gather
+                revision = Revision(
+                    flight.key,
+                    found[0],
+                    found[1],
+                    link.name,
+                    observed_at,
+                    answered_at,
+                    next_version(),
+                    self.latency_ms,
+                    self.attempts,
+                    parts.copies.seal_metadata_now(metadata, context=link.context)
+                    if metadata
+                    else EMPTY,
+                    rank_of(parts.authority, flight.key, link.name) if rank is None else rank,
+                    self.rests_on,
+                    () if gather is None else gather.revisions(),
+                    dated,
+                    flight.began,
+                )
+            except BaseException as error:
+                self._refuse_value(flight, error)
+                continue
+            if stale:
+                self._refuse_stale(flight, revision)
+                continue
+            made.append((flight, revision))
+            by_key[flight.key] = revision
+            left -= found[1].weight
 
-    def _deliver(self, flight: Flight, revision: Revision) -> None:
-        if flight.call is self:
+    def _deliver(self, values: Iterable[Fresh], stored: Collection[Revision] | None) -> None:
+        """Let flights have their values, of which the memory cache has those `stored`, or all."""
+        here = [each for each in values if each[0].call is self]
+        for flight, _ in here:
             del self.flights[flight]
-            self.dispatch.delivered(flight, revision)
+        if stored:
+            self.dispatch.delivered([each for each in here if each[1] in stored], True)
+            here = [each for each in here if each[1] not in stored]
+        self.dispatch.delivered(here, stored is None)
 
-    def _accepted_skew(self, key: ResourceKey, observed_at: float) -> float:
+    def _with_skew(
+        self, key: ResourceKey, observed_at: float, metadata: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Return metadata with how far an observation is ahead of the clock, if it may be."""
         try:
-            return judge_observation(observed_at, self.answered_at, self.parts.observation)
+            skew = judge_observation(observed_at, self.answered_at, self.parts.observation)
         except FutureObservation as error:
             raise SourceProtocolError(
                 f"source {self.link.name!r}, {key.display}: {error}"
             ) from error
+        return {**metadata, "clock_skew_seconds": skew} if skew else metadata
 
     def _refuse_absent(self, flight: Flight, answer: ResourceAbsent | type[ResourceAbsent]) -> None:
         """Note that the source has answered, that there is none."""
@@ -1548,7 +1558,7 @@ class Lane:
 
 
 Storing = Callable[
-    [Call, dict[Revision, Flight], dict[ResourceKey, Revision]], Collection[Revision]
+    [Call, Collection[Fresh], dict[ResourceKey, Revision]], Collection[Revision] | None
 ]
 
 
@@ -1565,19 +1575,19 @@ class Dispatch:
         self,
         parts: Parts,
         refused: Callable[[Flight, SourceFailure, str], None],
-        delivered: Callable[[Flight, Revision], None],
+        delivered: Callable[[Sequence[Fresh], bool], None],
         store: Storing,
     ) -> None:
         """Report here what becomes of keys.
 
-        `refused` is told that a source failed for a key, and with which status; `delivered` takes a
-        fresh value. `store` lets readers of the memory cache see several values before they are
-        delivered, and returns which they see.
+        `refused` is told that a source failed for a key, and with which status; `delivered` takes
+        fresh values, and whether they are stored. `store` lets readers of the memory cache see
+        several values before they are delivered, and returns which they see, or None for all.
         """
         self.parts: Parts = parts
         self.deliveries: Deliveries = Deliveries(parts)
         self.refused: Callable[[Flight, SourceFailure, str], None] = refused
-        self.delivered: Callable[[Flight, Revision], None] = delivered
+        self.delivered: Callable[[Sequence[Fresh], bool], None] = delivered
         self.store: Storing = store
         self.workers: set[asyncio.Task[Any]] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -1629,18 +1639,11 @@ class Dispatch:
         if not work.planning and work.ready:
             self._flush_soon(work)
 
-    def ready(self, flights: Sequence[Flight]) -> None:
+    def ready(self, link: Link, flights: Sequence[Flight]) -> None:
         """Group flights of one sponsor with others that are ready for the same source by then."""
-        if not flights:
-            return
         work = flights[0].living_sponsor()
-        ready = work.ready
-        for flight in flights:
-            link = flight.be_ready()
-            if link in ready:
-                ready[link].append(flight)
-            elif link is not None:
-                ready[link] = [flight]
+        Flight.be_ready(flights)
+        work.ready.setdefault(link, []).extend(flights)
         self._flush_soon(work)
 
     def hurry(self, flight: Flight) -> None:

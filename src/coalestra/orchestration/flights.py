@@ -222,35 +222,13 @@ class Flight:
     `absent_until` is until when it may be remembered, in monotonic seconds, that there is none.
     """
 
-    position: int = 0
-    phase: Phase = _CHOOSING
-    link: Link | None = None
-    failures: tuple[SourceFailure, ...] = ()
-    cycle: tuple[ResourceKey, ...] | None = None
-    cached: Revision | None = None
-    candidate: Revision | None = None
-    event: Revision | None = None
-    offered: Revision | None = None
-    cacheable: bool = True
-    began: int = 0
-    missed: bool = False
-    joinable: bool = False
-    linked: bool = False
-    gather: Gather | None = None
-    call: Call | None = None
-    lane: Lane | None = None
-    crowd: Crowd | None = None
-    settlement: Settlement | None = None
-    urgent: bool = False
-    nesting: bool = False
-    stored: bool = False
-    lease: Lease | None = None
-    log: FlightLog | None = None
-    cutoff: float = -math.inf
-    absent_until: float = math.inf
-    forced: bool = False
-    pins: Pins | None = None
-    _shares_waiters: bool = True
+    __slots__ = (
+        "__weakref__", "_shares_waiters", "absent_until", "began", "cacheable", "cached", "call",
+        "candidate", "crowd", "cutoff", "cycle", "event", "failures", "forced", "gather",
+        "joinable", "key", "lane", "lease", "link", "linked", "log", "missed", "nesting",
+        "offered", "phase", "pins", "policy", "position", "settlement", "since", "sponsor",
+        "urgent", "waiters",
+    )  # fmt: skip
 
     def __init__(
         self, key: ResourceKey, policy: FreshnessPolicy, sponsor: Work, since: int = 0
@@ -260,6 +238,34 @@ class Flight:
         self.sponsor: Work = sponsor
         self.since: int = since
         self.waiters: dict[Gather, bool] = _NOBODY
+        self.phase: Phase = _CHOOSING
+        self.position: int = 0
+        self.began: int = 0
+        self.cutoff: float = -math.inf
+        self.absent_until: float = math.inf
+        self.failures: tuple[SourceFailure, ...] = ()
+        self.cacheable: bool = True
+        self._shares_waiters: bool = True
+        self.missed: bool = False
+        self.joinable: bool = False
+        self.linked: bool = False
+        self.urgent: bool = False
+        self.nesting: bool = False
+        self.forced: bool = False
+        self.link: Link | None = None
+        self.gather: Gather | None = None
+        self.call: Call | None = None
+        self.lane: Lane | None = None
+        self.crowd: Crowd | None = None
+        self.settlement: Settlement | None = None
+        self.cycle: tuple[ResourceKey, ...] | None = None
+        self.cached: Revision | None = None
+        self.candidate: Revision | None = None
+        self.event: Revision | None = None
+        self.offered: Revision | None = None
+        self.lease: Lease | None = None
+        self.log: FlightLog | None = None
+        self.pins: Pins | None = None
 
     # Phases: nobody but these, and `take_off`, writes `phase` or what depends on it ------------
 
@@ -273,10 +279,11 @@ class Flight:
         self.phase = _GATHERING
         self.gather = gather
 
-    def be_ready(self) -> Link | None:
-        """Wait for the end of the step, to travel with others to the same source; return that."""
-        self.phase = _READY
-        return self.link
+    @staticmethod
+    def be_ready(flights: Iterable[Flight]) -> None:
+        """Let flights wait for the end of the step, to travel together to the same source."""
+        for flight in flights:
+            flight.phase = _READY
 
     @staticmethod
     def queue(flights: Iterable[Flight], lane: Lane) -> None:
@@ -375,6 +382,10 @@ class Flight:
 
     def __repr__(self) -> str:
         return f"<Flight {self.key.display} {self.phase.value}, waiters={len(self.waiters)}>"
+
+
+Fresh = tuple[Flight, Revision]
+"""A flight and the value that its source has answered with."""
 
 
 class ReadGroup:
@@ -586,21 +597,21 @@ class FlightBoard:
         self._graph: WaitsFor[Any] | None = None
         self._nested: dict[Call, int] = {}
 
-    def start(self, gather: Gather, flights: Iterable[Flight]) -> None:
+    def start(self, gather: Gather, flights: Collection[Flight]) -> None:
         """Put up new flights, and let `gather`, which brought them about, wait for them."""
-        cutoff, alone, traced = gather.cutoff, gather.alone, gather.work.trace is not None
+        board, cutoff, alone = self.flights, gather.cutoff, gather.alone
         for flight in flights:
-            self.flights[flight.key] = flight
+            board[flight.key] = flight
             flight.joinable = True
             flight.cutoff = cutoff
             if alone is None:
                 flight.wait(gather, joined=False)
             else:
                 flight.waiters = alone
-            gather.pending[flight] = None
-            if gather.urgent:
-                flight.urgent = True
-            if traced:
+        gather.pending.update(dict.fromkeys(flights))
+        if gather.urgent or gather.work.trace is not None:
+            for flight in flights:
+                flight.urgent = gather.urgent
                 gather.trace_flight(flight, joined=False)
 
     def join(self, gather: Gather, flight: Flight) -> None:
@@ -757,6 +768,38 @@ class FlightBoard:
         waiters = flight.waiters
         flight.waiters = _NOBODY
         return waiters
+
+    def land(self, values: Iterable[Fresh]) -> tuple[list[Fresh], list[Gather]]:
+        """Hand stored values to whoever started their flights, where that is all there is to do.
+
+        Return those of which there is more to be said, and the gathers that wait for nothing more.
+        """
+        board, others, complete = self.flights, [], []
+        for each in values:
+            flight, revision = each
+            if (
+                not flight.joinable  # there was news of it, or it is private
+                or not flight._shares_waiters
+                or flight.linked
+                or flight.gather is not None
+                or flight.forced
+                or flight.log is not None
+            ):
+                others.append(each)
+                continue
+            (gather,) = flight.waiters
+            key, pending = flight.key, gather.pending
+            reading = Reading(revision, flight.policy.ttl_seconds)
+            flight.joinable = False
+            flight.phase, flight.settlement = _SETTLED, reading
+            flight.call, flight.waiters = None, _NOBODY
+            gather.readings[key] = reading
+            del board[key], pending[flight]
+            if not pending:
+                complete.append(gather)
+        if not board:
+            board.clear()  # one that has held many keys would keep room for as many
+        return others, complete
 
     def __repr__(self) -> str:
         return f"<FlightBoard flights={len(self.flights)} aside={len(self.aside)}>"

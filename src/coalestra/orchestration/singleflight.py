@@ -51,6 +51,7 @@ from coalestra.orchestration.flights import (
     LOOK_SECONDS,
     Flight,
     FlightBoard,
+    Fresh,
     Gather,
     Phase,
     Read,
@@ -311,13 +312,16 @@ class SingleFlight:
         for part in portions(keys, _KEYS_AT_ONCE):
             missed: list[Wanted] = []
             now, near = self.parts.clock.now(), self.parts.access.near
-            for key in part:
-                policy = self._policy(gather, key) if common is None else common
-                if policy is None:
-                    continue
-                revision = None if near is None else near.find(key, now, policy)
-                if revision is None or not self._serve(gather, policy, revision, now):
-                    missed.append((key, policy, revision))
+            if common is not None and (near is None or near.lacks(part)):
+                missed = [(key, common, None) for key in part]
+            else:
+                for key in part:
+                    policy = self._policy(gather, key) if common is None else common
+                    if policy is None:
+                        continue
+                    revision = None if near is None else near.find(key, now, policy)
+                    if revision is None or not self._serve(gather, policy, revision, now):
+                        missed.append((key, policy, revision))
             for wanted in portions(missed, _KEYS_PER_STEP):
                 if self._store is None:
                     for key, policy, _ in wanted:
@@ -530,20 +534,20 @@ class SingleFlight:
 
     def _acquire(self, gather: Gather, wanted: Collection[Wanted]) -> None:
         """Let `gather` wait for the flights of keys; start those that there are none to join of."""
-        flights, forced, begun = self.board.flights, gather.forced, []
-        work, news = gather.work, self._news
+        flights, work, news, begun = self.board.flights, gather.work, self._news, []
         for key, policy, cached in wanted:
             flight = flights.get(key)
-            if flight is not None and self._join(gather, flight, cached):
-                continue
-            flight = Flight(key, policy, work, news)
-            if cached is not None:
-                flight.cached = cached
-            if forced and key in forced:
-                flight.forced = True
-            begun.append(flight)
+            if flight is None or not self._join(gather, flight, cached):
+                flight = Flight(key, policy, work, news)
+                if cached is not None:
+                    flight.cached = cached
+                begun.append(flight)
+        if gather.forced:
+            for flight in begun:
+                flight.forced = flight.key in gather.forced
         self.board.start(gather, begun)
-        self._proceed(begun)
+        if begun:
+            self._proceed(begun)
         if self._store is None:
             for key, _, _ in wanted:
                 read = self.reads.find(key)
@@ -658,32 +662,41 @@ class SingleFlight:
             self._proceed((flight,))
             return
         ending = Failure.of_sources(flight.key, flight.failures)
-        if ending.absent and self._next_link(flight) is None:
+        if ending.absent and not self._choose((flight,))[0]:
             self._keep_absence(flight, ending)  # said too late for whoever asked
         self._drop(flight)
 
-    def _proceed(self, flights: Iterable[Flight]) -> None:
-        """Send flights on to the next source of their chains; settle those that have none."""
-        loop = asyncio.get_running_loop()
-        ready: list[Flight] = []
-        for flight in flights:
-            try:
-                over = flight.cutoff != math.inf and flight.cutoff <= loop.time()
-                link = None if over else self._next_link(flight)
-                if link is None:
-                    self._end_of_chain(flight, over)
-                elif link.kind is _DERIVED:
+    def _proceed(self, flights: Sequence[Flight]) -> None:
+        """Send flights on to the next source of each; settle those that have none.
+
+        If there are many, they have begun together, and what is true of one is of all.
+        """
+        try:
+            over = flights[0].cutoff <= asyncio.get_running_loop().time()
+            chosen, rest = ({}, flights) if over else self._choose(flights)
+        except BaseException as error:
+            for flight in flights:
+                self.broken(flight, error)
+            return
+        for link, served in chosen.items():
+            if link.kind is not _DERIVED:
+                self._be_ready(link, served)
+                continue
+            for flight in served:
+                try:
                     self._derive(flight, link)
-                else:
-                    ready.append(flight)
+                except BaseException as error:
+                    self.broken(flight, error)
+        for flight in rest:
+            try:
+                self._end_of_chain(flight, over)
             except BaseException as error:
                 self.broken(flight, error)
-        self._be_ready(ready)
 
-    def _be_ready(self, flights: Sequence[Flight]) -> None:
-        """Hand over flights of one sponsor that are ready for their sources."""
+    def _be_ready(self, link: Link, flights: Sequence[Flight]) -> None:
+        """Hand over flights of one sponsor that are ready for a source."""
         try:
-            self.dispatch.ready(flights)
+            self.dispatch.ready(link, flights)
         except BaseException as error:
             for flight in flights:
                 self.broken(flight, error)
@@ -697,26 +710,42 @@ class SingleFlight:
             self._keep_absence(flight, ending.failure)
         self.settle(flight, ending)
 
-    def _next_link(self, flight: Flight) -> Link | None:
-        chains = self.parts.chains
-        record = flight.sponsor.record
-        for link in chains.links[flight.position :]:
-            flight.position += 1
-            try:
-                if chains.supports(link, flight.key, record, flight.sponsor.variables):
+    def _choose(
+        self, flights: Sequence[Flight]
+    ) -> tuple[dict[Link, list[Flight]], Sequence[Flight]]:
+        """Return which sources serve flights next, and for which flights there is none left."""
+        chains, work, rest = self.parts.chains, flights[0].sponsor, flights
+        chosen: dict[Link, list[Flight]] = {}
+        for position, link in enumerate(chains.links[flights[0].position :], flights[0].position):
+            keys = [flight.key for flight in rest]
+            answers = chains.supports(link, keys, work.record, work.variables)
+            served, others = [], []
+            for flight, answer in zip(rest, answers, strict=True):
+                flight.position = position + 1
+                if answer is True:
                     flight.link = link
-                    return link
-            except BaseException as error:
-                self._note(flight, self._not_called(link, error), "failure")
-        return None
+                    served.append(flight)
+                else:
+                    others.append(flight)
+                    if answer is not False:
+                        self._take_note(flight, self._not_called(link, answer), "failure")
+            if served:
+                chosen[link] = served
+            rest = others
+            if not rest:
+                break
+        return chosen, rest
 
     def refused(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         """Take note that a source failed for a key, and let the key go on to the next one."""
+        self._take_note(flight, failure, status)
+        self._later(flight)
+
+    def _take_note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         try:
             self._note(flight, failure, status)
         except BaseException as fault:
             self.broken(flight, fault)
-        self._later(flight)
 
     def _note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         flight.failures += (failure,)
@@ -821,7 +850,8 @@ class SingleFlight:
         if not gather.failures:
             if flight.pins is not None:
                 hold(flight.pins, gather.readings)
-            self._be_ready((flight,))
+            if flight.link is not None:
+                self._be_ready(flight.link, (flight,))
             return
         cycles = [f.cycle for f in gather.failures.values() if f.cycle is not None]
         if cycles:
@@ -851,8 +881,21 @@ class SingleFlight:
 
     # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
 
-    def delivered(self, flight: Flight, revision: Revision) -> None:
-        """Take a fresh value of a flight."""
+    def delivered(self, values: Sequence[Fresh], stored: bool) -> None:
+        """Take fresh values of flights; `stored` ones are seen by readers of the memory cache."""
+        known_of = self._absent or self._publishing or self.refresher.failing
+        if stored and self.parts.report is None and not known_of:
+            try:
+                values, complete = self.board.land(values)
+                for gather in complete:
+                    self._check(gather)
+            except BaseException as error:
+                for flight, _ in values:
+                    self.broken(flight, error)
+        for flight, revision in values:
+            self._take(flight, revision, stored)
+
+    def _take(self, flight: Flight, revision: Revision, stored: bool) -> None:
         try:
             report, key = self.parts.report, flight.key
             if report is not None and flight.link is not None:
@@ -869,7 +912,7 @@ class SingleFlight:
                 self._held_back.setdefault(key, []).append(flight)
                 if flight.log is not None:
                     flight.log.waits.begin(WaitReason.PUBLICATION)
-            elif flight.stored and flight.cacheable and flight.event is None:
+            elif stored and flight.cacheable and flight.event is None:
                 self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
             else:
                 flight.offer(revision)
@@ -881,9 +924,11 @@ class SingleFlight:
             self.broken(flight, error)
 
     def _store_together(
-        self, call: Call, made: Mapping[Revision, Flight], by_key: dict[ResourceKey, Revision]
-    ) -> Collection[Revision]:
-        """Write the values of one answer to the memory cache in one step; return which it took.
+        self, call: Call, made: Collection[Fresh], by_key: dict[ResourceKey, Revision]
+    ) -> Collection[Revision] | None:
+        """Write the values of one answer to the memory cache in one step.
+
+        Return which it took, or None if it took all.
 
         What there has been news of meanwhile, or was settled, is left to its delivery.
         """
@@ -891,13 +936,13 @@ class SingleFlight:
         if store is None:
             return ()
         news = publishing or self.board.aside  # where all flights are that there was any of
-        special = [None for flight in made.values() if flight.forced or flight.call is not call]
+        special = [None for flight, _ in made if flight.forced or flight.call is not call]
         if not news and not special and store.enter_many(by_key, teller=self):
-            return made
+            return None
         stored: set[Revision] = set()
         fit = [
             (flight, revision)
-            for revision, flight in made.items()
+            for flight, revision in made
             if flight.call is call
             and flight.cacheable
             and flight.event is None
@@ -1541,7 +1586,7 @@ class Engine:
         if store is None or current_call.get() or asyncio.get_running_loop() is not loop:
             return None
         flight = self.flights.shared(key)
-        if flight is None or loop is None or not store.lacks(key):
+        if flight is None or loop is None or not store.lacks(keys):
             return None
         crowd = flight.crowd
         if crowd is None or crowd.over:

@@ -186,42 +186,62 @@ class Chains:
         self.entries = 0
 
     def supports(
-        self, link: Link, key: ResourceKey, record: DiagnosticsRecorder, variables: Context
-    ) -> bool:
-        """Whether the source of `link` serves `key`; raises what the source raises."""
-        answers, known = self._answers, 0
-        if link.memoized:
-            known = answers.get(key, 0)
-            if known & link.asked:
-                record.support_cache_hits += 1
-                if self._limit < math.inf:
+        self,
+        link: Link,
+        keys: Iterable[ResourceKey],
+        record: DiagnosticsRecorder,
+        variables: Context,
+    ) -> list[bool | BaseException]:
+        """Return for each key whether the source of `link` serves it, or what it raised.
+
+        It is asked in a copy of the variables, so that nothing that it sets reaches anybody else.
+        """
+        answers, asked, served = self._answers, link.asked, link.served
+        memoized, bounded, supports = link.memoized, self._limit < math.inf, link.source.supports
+        copied = variables.copy
+        said: list[bool | BaseException] = []
+        hits = 0
+        for key in keys:
+            known = answers.get(key, 0) if memoized else 0
+            if known & asked:
+                hits += 1
+                if bounded:
                     answers.move_to_end(key)
-                return known & link.served == link.served
-            record.support_cache_misses += 1
-        # In a copy of the variables, so that nothing that a source sets there reaches anybody else.
-        try:
-            answer = variables.copy().run(link.source.supports, key)
-        except asyncio.CancelledError as error:
-            raise _cancelled_itself(link) from error
-        if answer is not True and answer is not False:
-            answer = _as_answer(link, answer)
-        if not link.memoized:
-            return answer
-        # Taken out anew: the source may have called for the answers to be forgotten.
-        known = answers.pop(key, 0) if known else 0
-        answers[key] = known | (link.served if answer else link.asked)
-        self.entries += 1
-        while self.entries > self._limit:
-            _, forgotten = answers.popitem(last=False)
-            self.entries -= (forgotten & self._asked).bit_count()
-        return answer
+                said.append(known & served == served)
+                continue
+            try:
+                answer = copied().run(supports, key)
+                if answer is not True and answer is not False:
+                    answer = _as_answer(link, answer)
+            except BaseException as error:
+                said.append(_own(link, error))
+                continue
+            said.append(answer)
+            if memoized:
+                # Taken out anew: the source may have called for the answers to be forgotten.
+                known = answers.pop(key, 0) if known else 0
+                answers[key] = known | (served if answer else asked)
+                self.entries += 1
+        if memoized:
+            record.support_cache_hits += hits
+            record.support_cache_misses += len(said) - hits
+            while self.entries > self._limit:
+                _, forgotten = answers.popitem(last=False)
+                self.entries -= (forgotten & self._asked).bit_count()
+        return said
 
     def __repr__(self) -> str:
         return f"<Chains {' > '.join(link.name for link in self.links)} entries={self.entries}>"
 
 
-def _cancelled_itself(link: Link) -> SourceUnavailableError:
-    return SourceUnavailableError(f"source {link.name!r} cancelled itself")
+def _own(link: Link, error: BaseException) -> BaseException:
+    """Return what a source raised without the frame that asked it, which has the answers."""
+    if isinstance(error, asyncio.CancelledError):
+        own = SourceUnavailableError(f"source {link.name!r} cancelled itself")
+        own.__cause__ = error
+        return own
+    traceback = error.__traceback__
+    return error.with_traceback(None if traceback is None else traceback.tb_next)
 
 
 def _as_answer(link: Link, answer: object) -> bool:
@@ -248,7 +268,7 @@ def dependencies_of(link: Link, key: ResourceKey, variables: Context) -> tuple[R
     try:
         return variables.copy().run(_declared, link, key)
     except asyncio.CancelledError as error:
-        raise _cancelled_itself(link) from error
+        raise _own(link, error) from error
 
 
 def _declared(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
