@@ -137,7 +137,8 @@ class LeasingCache(BatchAtomicCache):
         found: dict[ResourceKey, LeasedLookup] = {}
         for key in keys:
             lookup, lease = self._lookup(key, now, policies[key]), None
-            if force or not lookup.fresh:
+            of_no_use = lookup.value is not None and lookup.value.version == (unlike or {}).get(key)
+            if force or of_no_use or not lookup.fresh:
                 lease = self.leased[key] = Lease(key, f"lease {len(self.calls)}")
             found[key] = LeasedLookup(lookup, lease)
         yield found

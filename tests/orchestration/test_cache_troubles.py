@@ -19,6 +19,7 @@ from coalestra import (
     CacheUnavailableError,
     FreshnessPolicy,
     InMemoryMetrics,
+    RefreshMode,
     ResourceKey,
     ResourceUpdate,
     SnapshotBuilder,
@@ -563,6 +564,28 @@ async def test_the_lease_on_what_cannot_be_copied_into_the_cache_is_given_back()
     await asyncio.sleep(1)
     assert (cache.held, cache.leased) == ({}, {})
     assert "release_many" in cache.calls
+    await building.aclose()
+
+
+@pytest.mark.parametrize("policy", [
+    FreshnessPolicy(1.0, 1_000.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE),
+    FreshnessPolicy(
+        1_000.0, 1_000.0, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=999.0
+    ),
+])  # fmt: skip
+async def test_a_refresh_brings_a_new_value_though_the_old_one_comes_along_with_its_lease(
+    policy: FreshnessPolicy,
+) -> None:
+    source = Single("b")
+    building = builder(source, cache=LeasingCache(), default_policy=policy)
+    await building.build(KEYS[:1])
+    for calls in (2, 3):
+        await asyncio.sleep(10)
+        await building.build(KEYS[:1])
+        await building.wait_for_refreshes()
+        assert len(source.calls) == calls
+        await asyncio.sleep(0.1)
+        assert not (await building.build(KEYS[:1])).stale_keys
     await building.aclose()
 
 

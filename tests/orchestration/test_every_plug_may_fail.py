@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -11,19 +12,24 @@ from typing import Any
 import pytest
 
 from coalestra import (
+    AsyncMemoryCache,
     AuthorityPolicyResolver,
+    CacheWriteResult,
+    CacheWriteStatus,
     FreshnessPolicy,
     PolicyResolver,
     RefreshMode,
     ResourceKey,
     Snapshot,
     SnapshotBuilder,
+    SnapshotValue,
     SourceAuthorityPolicy,
     SourceFailure,
     SourcePayload,
 )
 from coalestra.orchestration.flights import Flight, FlightBoard, Gather
 from coalestra.orchestration.singleflight import SingleFlight
+from tests.contracts.caches import BatchAtomicCache, LeasingCache, SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
 from tests.support import EPOCH, LoopClock, VirtualLoop, no_leaks, run_virtual, settle
 
@@ -160,6 +166,49 @@ async def test_whatever_a_plug_raises_at_whichever_call_everybody_is_told(
         await settle()
         await no_leaks(building)
         await building.aclose()
+
+
+class Ahead(BatchAtomicCache):
+    """Has always been told something newer by others in the meantime."""
+
+    def _offer(self, value: SnapshotValue[Any], force: bool, replace_equal: bool) -> Any:
+        newer = dataclasses.replace(value, observed_at=value.observed_at + 0.5, source="others")
+        super()._offer(newer, True, replace_equal)
+        return CacheWriteResult(CacheWriteStatus.IGNORED_OLDER, newer, newer)
+
+
+@pytest.mark.expects_leaks
+@pytest.mark.parametrize(
+    "cache", [AsyncMemoryCache, SingleKeyCache, Ahead, LeasingCache], ids=lambda c: c.__name__
+)
+async def test_a_clock_that_raises_once_blocks_no_key_whatever_the_cache(cache: type[Any]) -> None:
+    """Also in what no reader waits for, as it is done later in a step of its own."""
+    clock_calls = 0
+    while True:
+        fuse = Fuse(Panic)
+        building = builder(
+            Batch("base", before=lambda: asyncio.sleep(0.1)),
+            cache=cache(),
+            clock=FusedClock(fuse),
+            default_policy=SERVED_STALE,
+        )
+        fuse.arm(clock_calls)
+        for _ in range(2):
+            with contextlib.suppress(Panic):
+                await asyncio.wait_for(building.build(BASES, strict=False), 50)
+            await asyncio.sleep(10)
+        await asyncio.wait_for(building.wait_for_refreshes(), 50)
+        if not fuse.blown:
+            break
+        await asyncio.sleep(10)
+        again = await asyncio.wait_for(building.build(BASES, strict=False), 50)
+        assert list(again) == BASES, f"after call {clock_calls} of the clock"
+        await asyncio.wait_for(building.wait_for_refreshes(), 50)
+        again = await building.build(BASES)
+        assert not again.stale_keys, f"nothing is refreshed after call {clock_calls} of the clock"
+        await building.aclose()
+        clock_calls += 1
+    assert clock_calls > 10
 
 
 @pytest.mark.expects_leaks

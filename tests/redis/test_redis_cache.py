@@ -491,6 +491,26 @@ async def test_a_version_that_is_of_no_use_is_replaced_once_by_one(
         assert told.lookup.value.value == "new"
 
 
+async def test_a_refresh_in_the_background_brings_a_new_value(server: Server, prefix: str) -> None:
+    calls = 0
+
+    async def count(key: ResourceKey, context: Any) -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    ahead = FreshnessPolicy(
+        1_000.0, 1_000.0, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=1_000.0
+    )
+    source = CallableSource(name="one", priority=1, supports=lambda key: True, fetcher=count)
+    async with caches(server, prefix) as [cache]:
+        async with SnapshotBuilder([source], cache=cache, default_policy=ahead) as builder:
+            for number in (1, 1, 2, 3):  # the value that was there before the refresh
+                assert (await builder.build([A])).value(A) == number
+                await builder.wait_for_refreshes()
+                await until(lambda: not cache.health().leases)
+
+
 async def test_a_value_that_cannot_be_stored_lets_the_others_go_on(
     server: Server, prefix: str
 ) -> None:

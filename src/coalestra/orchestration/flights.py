@@ -28,7 +28,7 @@ import enum
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from coalestra.concurrency.deadline import Deadline
 from coalestra.concurrency.waits_for import WaitsFor
@@ -427,6 +427,10 @@ class Read:
         self.policy: FreshnessPolicy = policy
         self.group: ReadGroup = group
         self.waiters: dict[Gather, None] = {}
+
+    def has_use_of(self, revision: Revision | None) -> TypeGuard[Revision]:
+        """Whether that will do; beside a lease to acquire the key with, it can but stand in."""
+        return revision is not None and self.lease is None and revision.version != self.unlike
 
     def __repr__(self) -> str:
         return f"<Read {self.key.display} waiters={len(self.waiters)}>"

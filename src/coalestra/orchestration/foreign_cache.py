@@ -238,6 +238,7 @@ class CacheWrites:
     fit: Callable[[Flight], bool]
     written: Callable[[Flight, CacheWriteStatus, Revision], None]
     _slow: bool = False
+    _now: float = math.nan
     _next: dict[Revision, Flight] = field(default_factory=dict)
     _held: dict[ResourceKey, Lease] = field(default_factory=dict)
     _writers: set[Work] = field(default_factory=set)
@@ -252,6 +253,7 @@ class CacheWrites:
             self._settle(flight, revision, alone=True)
             return
         if not self._next:
+            self._now = self.parts.clock.now()  # which may raise, and later nobody would be told
             asyncio.get_running_loop().call_soon(self._send)
         if access.calls.carries_many and flight.sponsor not in self._writers:
             self._writers.add(flight.sponsor)
@@ -284,7 +286,7 @@ class CacheWrites:
                 leases = {each.key: held[each.key] for each in part if each.key in held}
                 terms = Terms(
                     {flight.key: flight.policy for flight in part.values()},
-                    self.parts.clock.now(),
+                    self._now,
                     replace_equal=forced,
                     leases=leases if access.leases else None,
                 )

@@ -123,8 +123,15 @@ class Refresher:
 
     def _start(self, parent: Work, reason: str) -> None:
         group = [each for each in self._next.pop((parent, reason), ()) if each in self._running]
-        if not group:
-            return
+        try:
+            if group:
+                self._begin(group, parent, reason)
+        except BaseException:
+            for refresh in group:  # or it would keep all others away
+                self._end(refresh)
+            raise
+
+    def _begin(self, group: Collection[Refresh], parent: Work, reason: str) -> None:
         context = FetchContext(
             requested_at=self._parts.clock.now(),
             metadata={

@@ -498,7 +498,7 @@ class SingleFlight:
             self._pass_lease(read)
         elif read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
             self.reads.ask(gather, key, read.policy).rounds = read.rounds + 1
-        elif revision is not None and self._serve(gather, read.policy, revision, now):
+        elif read.has_use_of(revision) and self._serve(gather, read.policy, revision, now):
             return
         elif flight and (
             isinstance(settlement, Reading) or (settlement and settlement.failure.absent)
@@ -990,8 +990,11 @@ class SingleFlight:
 
     def _written(self, flight: Flight, status: CacheWriteStatus, current: Revision) -> None:
         """End a flight with what was written, or with what its value has lost to."""
-        if flight.phase is not _SETTLED:
-            self.settle(flight, after_write(flight, status, current, self.parts))
+        try:
+            if flight.phase is not _SETTLED:
+                self.settle(flight, after_write(flight, status, current, self.parts))
+        except BaseException as error:  # of its clock; others have been written with it
+            self.broken(flight, error)
 
     def _keep_candidate(self, flight: Flight, stale: Reading) -> None:
         """Cache a stale answer that readers are about to get, so that it can stand in again."""
