@@ -269,6 +269,6 @@ async def test_a_deadline_tells_what_each_call_was_at_and_whether_it_was_made() 
         error = snapshot.errors[each]
         assert isinstance(error, ResourceResolutionError)
         (failure,) = error.failures
-        told[each] = failure.attempts, "its source was running" in failure.message
+        told[each] = failure.attempts, "was running" in failure.message
     assert told == {asked: (1, True), queued: (0, False)}
     await no_leaks(building)

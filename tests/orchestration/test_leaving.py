@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +15,9 @@ from coalestra import (
     ResourceKey,
     SnapshotBuilder,
 )
-from coalestra.orchestration import singleflight
+from coalestra.orchestration import flights, singleflight
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
-from tests.support import Gate, LoopClock, cancel_at_every_await, no_leaks, settle
+from tests.support import Gate, LoopClock, cancel_at_every_await, loop_turn, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -165,3 +167,107 @@ async def test_who_joins_and_finds_that_no_clock_goes_keeps_nothing_under_way() 
         task.cancel()
     await no_leaks(building)
     await building.aclose()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+async def test_very_many_keys_are_left_over_many_turns(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither who cancels nor who closes holds the loop, and both go on to no other source."""
+    monkeypatch.setattr(singleflight, "SLICE_SECONDS", -1.0)
+    left = Counter[int]()  # in each turn
+    leave = flights.FlightBoard.leave
+
+    def counting(self: flights.FlightBoard, *who: Any) -> None:
+        left[loop_turn()] += 1
+        leave(self, *who)
+
+    monkeypatch.setattr(flights.FlightBoard, "leave", counting)
+    gate, other = Gate(), Batch("other", "x", priority=1)
+    building = builder(Batch("x", before=gate.pass_), other)
+    running = asyncio.ensure_future(building.build([key("x", str(n)) for n in range(1_000)]))
+    await asyncio.sleep(1)
+    if how == "closed":
+        await building.aclose()
+        with pytest.raises(RuntimeError):
+            await running
+        assert (await building.health_snapshot()).singleflight_in_flight == 0
+    else:
+        running.cancel()
+        await asyncio.sleep(1)
+    assert left.total() == 1_000
+    assert max(left.values()) <= 64
+    assert other.calls == []
+    await no_leaks(building)
+
+
+async def test_a_call_that_goes_on_is_not_looked_through_for_each_who_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That nobody waits for any of its keys is found by a look at each of them."""
+    looks = 0
+
+    class Counting(flights.Interest):
+        @property
+        def alive(self) -> bool:
+            nonlocal looks
+            looks += 1
+            return super().alive
+
+    monkeypatch.setattr("coalestra.orchestration.calls.Interest", Counting)
+    keys = [key("x", str(number)) for number in range(100)]
+    gate = Gate()
+    source = Batch("x", before=gate.pass_, timeout=30)
+    building = builder(source, Derived("over all", needs=lambda k: keys))
+    running = asyncio.ensure_future(building.build([key("over all")]))
+    await asyncio.sleep(1)
+    running.cancel()
+    await asyncio.sleep(1)
+    assert looks <= 1
+    gate.open()
+    await asyncio.sleep(1)
+    await building.build(keys)
+    assert len(source.calls) == 1  # it has brought what is wanted later
+
+
+@pytest.mark.parametrize("how", ["closed", "late"])
+async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how: str) -> None:
+    """Who it is acted for is found once, and not for each flight through all that wait for it."""
+
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        return [key("chain", str(int(k.subject) - 1)) if k.subject != "0" else key("base")]
+
+    gate, length = Gate(), 150
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        return 1
+
+    building = builder(Derived("chain", needs=needs), Single("base", fetch=fetch))
+    top = [key("chain", str(length))]
+    session = building.session(deadline_seconds=20 if how == "late" else None)
+    first = asyncio.ensure_future(session.resolve(top, strict=False))
+    await asyncio.sleep(5)
+    second = asyncio.ensure_future(building.build(top))
+    if how == "late":
+        assert not (await first).complete
+        await asyncio.sleep(1)
+    else:
+        await session.close()
+    lines = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace if frame.f_code.co_filename == flights.__file__ else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        gate.open()
+        assert (await second).complete
+    finally:
+        sys.settrace(before)
+    assert lines < 150 * length
+    assert (await first).complete == (how == "closed")  # what is under way comes to its end
+    await no_leaks(building)

@@ -669,7 +669,8 @@ class Call:
     def unwanted(self) -> None:
         """Learn that nobody waits for one of the flights any more; see the table."""
         attempt = self._attempt
-        if self._over or self._wanted() or (attempt is not None and attempt.goes_on):
+        # Whether it is wanted comes last: for very many that leave, to find nobody takes a while.
+        if self._over or (attempt is not None and attempt.goes_on) or self._wanted():
             return
         late = None if attempt is None else attempt.abandon()
         left = f"nobody waits for source {self.link.name!r} any more"

@@ -118,14 +118,15 @@ class Interest:
 class Work:
     """The context, deadline, counters and lanes that the stages of one unit of work share.
 
-    While stages wait, one timer watches the deadline for all of them. Once it is `over`, closed or
-    struck by its deadline, nothing is started in its name any more.
+    While stages wait, one timer watches the deadline for all of them. Once it is `over`, struck by
+    its deadline or `closed` and no stage left, nothing is started in its name any more.
     """
 
     loop: asyncio.AbstractEventLoop | None = None
     timer: asyncio.TimerHandle | None = None
     planning: int = 0
     flushing: bool = False
+    closed: bool = False
     over: bool = False
 
     def __init__(
@@ -167,20 +168,23 @@ class Work:
 
     def enter(self, stage: Gather, strike: Callable[[Any], None]) -> None:
         """Watch the deadline, if there is one, for a stage that begins to wait."""
-        if self.deadline is None:
-            return
         self.stages[stage] = strike
-        if self.timer is None:
+        if self.deadline is not None and self.timer is None:
             self.timer = asyncio.get_running_loop().call_at(self.cutoff, self._strike)
 
     def leave(self, stage: Gather) -> None:
         """Stop watching for a stage that has ended."""
-        if self.deadline is None:
-            return
         self.stages.pop(stage, None)
-        if not self.stages and self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+        if not self.stages:
+            self.over |= self.closed
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
+
+    def close(self) -> None:
+        """Begin no further stage; what is under way still comes to its end."""
+        self.closed = True
+        self.over |= not self.stages
 
     def _strike(self) -> None:
         self.timer = None
@@ -343,11 +347,24 @@ class Flight:
     def living_sponsor(self) -> Work:
         """Return the work to act for: the first that waits, directly or through derived keys.
 
-        The work that started the flight keeps it for as long as it lives.
+        The work that started the flight keeps it for as long as it lives. What lies between the two
+        is found to be acted for as well, or each flight of a chain would look through all of it.
         """
         if self.sponsor.over:
-            living = (stage.work for stage in self._stages() if not stage.work.over)
-            self.sponsor = next(living, self.sponsor)
+            below: dict[Flight, Flight | None] = {self: None}
+            stack = [self]
+            while stack:
+                flight: Flight | None = stack.pop()
+                for gather in () if flight is None else flight.waiters:
+                    owner = gather.owner
+                    work = gather.work if owner is None else owner.sponsor
+                    if not work.over:
+                        while flight is not None:
+                            flight.sponsor, flight = work, below[flight]
+                        return work
+                    if owner is not None and owner not in below:
+                        below[owner] = flight
+                        stack.append(owner)
         return self.sponsor
 
     def span_of(self, work: Work) -> Any:

@@ -234,7 +234,7 @@ class SnapshotSession:
     async def close(self) -> None:
         """Take no more calls. Snapshots that were returned stay good."""
         self._closed = True
-        self._unit.work.over = True
+        self._unit.work.close()
 
     def _require_open(self) -> None:
         if self._closed:

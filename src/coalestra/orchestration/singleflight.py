@@ -180,6 +180,12 @@ class Agenda:
         """Take up less time in this turn: tasks were woken that go on in the next one."""
         self._until -= tasks * _WOKEN_SECONDS
 
+    async def finish(self) -> None:
+        """Run the list to its end, in slices."""
+        while self._steps:
+            self.run()
+            await asyncio.sleep(0)
+
     def clear(self) -> None:
         """Forget every step: the loop they belonged to is gone."""
         self._steps.clear()
@@ -1087,7 +1093,7 @@ class SingleFlight:
 
     def _conclude(self, gather: Gather) -> Steps | None:
         """Tell the one who waits, after readings at odds with the others were derived anew."""
-        if gather.open or gather.pending or gather.struck:
+        if gather.open or gather.pending or gather.struck or gather.over:
             return None
         alone = len(gather.readings) == 1 and not gather.base and not gather.pins_beneath
         if alone or gather.agrees:
@@ -1164,8 +1170,14 @@ class SingleFlight:
 
     def abandon(self, gather: Gather) -> None:
         """End the waiting without an outcome: the one who waited has gone."""
-        gather.over = True
-        self._leave_all(gather)
+        gather.over, gather.open = True, False
+        self.agenda.add(self._leave_on, gather)
+
+    def _leave_on(self, gather: Gather) -> Steps:
+        for part in portions(tuple(gather.pending), _KEYS_PER_STEP):
+            for awaited in part:
+                self._leave(gather, awaited)
+            yield
 
     def strike(self, gather: Gather) -> None:
         """End the waiting at the deadline: what is ready, a stale value, or else a failure."""
@@ -1687,12 +1699,13 @@ class Engine:
         """
         self.refresher.cancel()
         self.parts.access.subscribers.unsubscribe(self.flights)
+        self.flights.dispatch.close()
         running = {*self.flights.dispatch.workers, *self.flights.dispatch.tasks}
         for task in running:
             task.cancel()
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
-        self.flights.dispatch.close()
+        await self.flights.agenda.finish()
         await self.parts.access.drain(timeout_seconds)
         left: dict[str, int] = {}
         for task in running:
