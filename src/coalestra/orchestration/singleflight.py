@@ -181,9 +181,10 @@ class Agenda:
         self._until -= tasks * _WOKEN_SECONDS
 
     async def finish(self) -> None:
-        """Run the list to its end, in slices."""
+        """Let the list be run to its end, in slices."""
         while self._steps:
-            self.run()
+            if self._handle is None:
+                self.run()
             await asyncio.sleep(0)
 
     def clear(self) -> None:
