@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from coalestra import (
+    CacheWriteStatus,
     CallableDerivedSource,
     CallableSource,
     FreshnessPolicy,
@@ -103,7 +104,7 @@ def test_what_was_read_before_this_process_wrote_is_not_put_in_after_it() -> Non
     near, _ = near_of(Telling())
     read, stored = revision_of(A), revision_of(A)
     with near.filling() as reading, near.filling() as writing:
-        near.wrote(writing, stored)
+        near.wrote(writing, [(CacheWriteStatus.STORED, stored, None)])
         near.put(reading, read)
         assert kept(near, stored)
 
@@ -118,7 +119,7 @@ def test_what_was_stored_while_something_else_may_have_been_is_looked_up_again(w
         else:
             near.changed(A, "other")
         put(near, old)
-        near.wrote(writing, stored)
+        near.wrote(writing, [(CacheWriteStatus.STORED, stored, None)])
         assert near.store.peek(A) is None
 
 
@@ -131,7 +132,7 @@ def test_a_value_on_its_way_keeps_out_what_it_replaces_and_is_let_in_itself() ->
         assert not kept(near, old)
         near.put(reading, old)
         assert not kept(near, old)
-        near.wrote(writing, new)
+        near.wrote(writing, [(CacheWriteStatus.STORED, new, None)])
         assert kept(near, new)
 
 

@@ -17,6 +17,7 @@ from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publisher import PublisherParts, ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION
 from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
@@ -34,7 +35,7 @@ from coalestra.core.protocols import AsyncCache
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import PublishResult, ResourceUpdate
 from coalestra.observability import NullEventSink, NullMetrics
-from tests.contracts.caches import SingleKeyCache
+from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun
 from tests.orchestration.scripted import Single, builder
 from tests.support import Gate, ManualClock, cancel_at_every_await, settle
@@ -342,6 +343,27 @@ async def test_what_was_replaced_is_let_go_bit_by_bit(monkeypatch: pytest.Monkey
         await asyncio.sleep(0)
         alive.add(sum(reference() is not None for reference in replaced))
     assert len(alive) > 3, "neither all at once nor none"
+
+
+@pytest.mark.parametrize(
+    "kind, steps", [(SingleKeyCache, 7), (AtomicCache, 4), (BatchCache, 8), (BatchAtomicCache, 5)]
+)
+async def test_over_a_foreign_cache_others_may_have_a_turn_after_each_event_in_every_step(
+    kind: Callable[[], Any], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given is copied out, read, written or offered, compared, copied in, put together."""
+    offered = []
+    keep = Pace.keep
+
+    async def kept(self: Pace) -> bool:
+        offered.append(self)
+        return await keep(self)
+
+    publisher, updates = standalone(kind()), numbered(100, lambda n: n)
+    await publisher.publish_many(updates)
+    monkeypatch.setattr(Pace, "keep", kept)
+    await publisher.publish_many(updates, force=True)
+    assert len(offered) >= steps * len(updates)
 
 
 async def test_before_the_first_is_written_all_events_are_announced(

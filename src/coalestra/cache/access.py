@@ -433,11 +433,10 @@ class CacheAccess:
             try:
                 with channel.filling() as filling:
                     outcomes = await write.run()
+                    await write.pace.keep()
                     teller = None if terms.insist else self.subscribers
                     self._tell(channel, offered, outcomes, teller)
-                    for status, current, _ in outcomes.values():
-                        keep = channel.wrote if status is _STORED else channel.put
-                        keep(filling, current)
+                    channel.wrote(filling, outcomes.values())
             finally:  # who knows whether the others have been written
                 channel.drop({key: None for key in offered if key not in outcomes})
         return outcomes, write.failures
@@ -517,6 +516,7 @@ class _Write:
     failures: Failures = field(default_factory=dict)
     values: Found = field(default_factory=dict)
     results: dict[ResourceKey, CacheWriteResult] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
 
     async def run(self) -> Outcomes:
         """Write what may be written; return what became of all but the failures."""
@@ -533,6 +533,7 @@ class _Write:
         looked_at = [key for key in self.values if self._looks_first(self.offered[key])]
         held = await self.cache.calls.held(looked_at, terms.now)
         for key, current in held.items():
+            await self.pace.keep()
             status = self._status(key, current)
             if status is not _STORED and not terms.force:
                 self.results[key] = CacheWriteResult(status, current, current)
@@ -543,8 +544,11 @@ class _Write:
                 await self._offer(some, force=terms.force, replace_equal=equal)
         else:
             await self._store(rest, held, insist=terms.insist)
-        lost = self._lost().items()
-        again = {key for key, stayed in lost if self._status(key, stayed) is _STORED}
+        again = set()
+        for key, stayed in self._lost().items():
+            await self.pace.keep()
+            if self._status(key, stayed) is _STORED:
+                again.add(key)
         again.update(await self._outdated())
         if atomic:
             await self._offer(again, force=True, replace_equal=True)
@@ -582,13 +586,12 @@ class _Write:
             del self.results[key]  # what is outdated takes nobody's place
 
     async def _open(self) -> None:
-        pace = Pace()
         for key, revision in self.offered.items():
             try:
                 self.values[key] = await open_value(self.cache.copies, revision, _WRITE)
             except Exception as error:
                 self.failures[key] = error
-            await pace.keep()
+            await self.pace.keep()
 
     def _looks_first(self, revision: Revision) -> bool:
         """Whether the library compares before it offers a value.
@@ -611,6 +614,7 @@ class _Write:
         failed = await self.cache.calls.store(values, self.terms.policies, insist=insist)
         self.failures.update(failed)
         for key, value in values.items():
+            await self.pace.keep()
             if key not in failed:
                 self.results[key] = CacheWriteResult(_STORED, value, held.get(key))
 
@@ -653,21 +657,21 @@ class _Write:
 
     async def _outdated(self) -> list[ResourceKey]:
         """Return where what stayed is outdated: it must not keep a newer revision out."""
-        stayed = {key: revision_of(value) for key, value in self._lost().items()}
+        stayed = await _bare(self._lost())
         outdated = await self.cache.outdated(dict(stayed), (), self.terms.now, _bare)
         return [key for key in outdated if key in stayed]
 
     async def _outcomes(self) -> Outcomes:
-        results, wanted = self.results, self.terms.insist
-        before = {
-            key: result.previous
-            for key, result in results.items()
-            if wanted and result.stored and is_sound(result.previous, key)
-        }
+        results, before = self.results, Found()
+        for key, result in results.items() if self.terms.insist else ():
+            await self.pace.keep()
+            if result.previous is not None and result.stored and is_sound(result.previous, key):
+                before[key] = result.previous
         current = await self.cache.sealed(self._lost())
         replaced = await self.cache.sealed(before)
         outcomes: Outcomes = {}
         for key, result in results.items():
+            await self.pace.keep()
             now_held = current.get(key, self.offered[key])
             was_held = replaced.get(key) if result.stored else now_held
             outcomes[key] = (result.status, now_held, was_held)
@@ -676,4 +680,8 @@ class _Write:
 
 async def _bare(values: Found) -> dict[ResourceKey, Revision]:
     """Return revisions that can only be compared."""
-    return {key: revision_of(value) for key, value in values.items()}
+    revisions, pace = {}, Pace()
+    for key, value in values.items():
+        await pace.keep()
+        revisions[key] = revision_of(value)
+    return revisions

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Final, TypeGuard, TypeVar, cast
 
 from coalestra._endings import look_after
+from coalestra.concurrency.pace import Pace
 from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -214,7 +215,9 @@ class CacheCalls:
         items = dict(zip(keys, keys, strict=True))
         answers, failures = await self._ask("get", items, policies, lambda told, _: told, now=now)
         values: Found = {}
+        pace = Pace()
         for key in keys:
+            await pace.keep()
             try:
                 value = _usable(answers.get(key), key)
             except Exception as error:
@@ -303,10 +306,17 @@ class CacheCalls:
         tells = method == "get" or (self._tells_policies and method != "invalidate")
 
         async def many(keys: Collection[ResourceKey]) -> dict[ResourceKey, Any]:
-            told = {"policies": {key: policies[key] for key in keys}} if tells else {}
+            more = {"policies": {key: policies[key] for key in keys}} if tells else {}
             call = getattr(self.cache, _MANY[method])
-            answers = await call(tuple([items[key] for key in keys]), **terms, **told)
-            return {} if check is None else {key: check(answers.get(key), key) for key in keys}
+            answers = await call(tuple([items[key] for key in keys]), **terms, **more)
+            if check is None:
+                return {}
+            told = {key: answers.get(key) for key in keys}  # it may be what the cache goes on with
+            pace = Pace()
+            for key, answer in told.items():
+                await pace.keep()
+                told[key] = check(answer, key)
+            return told
 
         async def one(key: ResourceKey) -> Any:
             if method == "set_if_newer" and not self._offers_one:
@@ -426,8 +436,11 @@ def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     if type(value.key) is not ResourceKey or value.key != key:
         other = shown(value.key)
         raise _odd(key, f"a value of {other}; store and return values under their own key")
-    for name, check in _CHECKS.items():
-        check(f"{name} of the cached value of {key.display}", getattr(value, name))
+    try:
+        for name, check in _CHECKS.items():
+            check(name, getattr(value, name))
+    except (TypeError, ValueError) as error:
+        raise _odd(key, f"a value whose {error}") from error
     versions = value.dependency_versions
     if type(value.version) is not str or not all(
         type(each) is ResourceKey and type(version) is str for each, version in versions.items()

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coalestra.cache.calls import has
-from coalestra.cache.store import EntryStore, Listeners
+from coalestra.cache.store import EntryStore, Listeners, Outcome
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.validation import integer, number, require_methods
-from coalestra.core.values import CacheLookup, Revision, SnapshotValue
+from coalestra.core.values import CacheLookup, CacheWriteStatus, Revision, SnapshotValue
 
 # A cache of one's own with a memory in front -----------------------------------------------------
 
@@ -208,7 +208,7 @@ class Channel:
 
     def put(self, filling: Filling, revision: Revision) -> None:
         """Keep what was read or written, unless it has changed since."""
-        if not filling.allows(revision) or not self._serves:
+        if not self._serves or not filling.allows(revision):
             return
         held = self.store.peek(revision.key)
         if held is None or held.version != revision.version:
@@ -218,17 +218,24 @@ class Channel:
         if len(self._due) > 2 * len(self.store) + _SPARE_DUE:  # most have left it since
             self._due = OrderedDict((k, due) for k, due in self._due.items() if k in self.store)
 
-    def wrote(self, filling: Filling, revision: Revision) -> None:
-        """Keep what this process has stored; what others of it have read before is not kept."""
-        certain = filling.allows(revision)  # else who knows which of the two came last
-        self.drop({revision.key: revision.version if certain else None})
-        self.put(filling, revision)
+    def wrote(self, filling: Filling, outcomes: Collection[Outcome]) -> None:
+        """Keep what this process has stored, or found; what others of it read before is not kept.
+
+        What has changed meanwhile is not, either: who knows which of the two came last.
+        """
+        if not self._serves:
+            return
+        stored = [current for status, current, _ in outcomes if status is CacheWriteStatus.STORED]
+        self.drop({each.key: each.version if filling.allows(each) else None for each in stored})
+        for _, current, _ in outcomes:
+            self.put(filling, current)
 
     def drop(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Forget keys that this process changes; only these versions may be put in after it."""
-        for filling in self._fillings:
-            filling.changed.update(versions)
-        self.store.drop(versions)
+        if self._serves:
+            for filling in self._fillings:
+                filling.changed.update(versions)
+            self.store.drop(versions)
 
     def invalidate(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Forget keys that are invalidated now, and tell; see `CacheListener.invalidating`."""

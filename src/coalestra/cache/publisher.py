@@ -482,6 +482,8 @@ class ResourcePublisher:
             terms = Terms(policies, moment, force, replace_equal, insist=True)
             with _announced(access, keys):
                 written, failures = await access.write(best, terms)
+                await pace.keep()
+            await pace.keep()
             if failures and report is not None:
                 for key, outcome in written.items():
                     report(best[key], outcome)
