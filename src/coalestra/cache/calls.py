@@ -51,46 +51,35 @@ async def call_each(
     and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
     caller's own cancellation.
     """
-    loop = asyncio.get_running_loop()
     results: dict[_I, _T] = {}
     failures: dict[_I, BaseException] = {}
     rest = iter(items)
-    running: dict[asyncio.Task[_T], tuple[_I, float]] = {}
 
     async def made(item: _I) -> _T:
         return await call(item)
 
-    try:
-        while True:
-            while len(running) < width and (item := next(rest, None)) is not None:
-                refusal = refused()
-                if refusal is None:
-                    task = loop.create_task(made(item), name="coalestra cache call")
-                    running[task] = item, math.inf if seconds is None else loop.time() + seconds
-                else:
-                    failures[item] = refusal
-            if not running:
-                return results, failures
-            _, due = next(iter(running.values()))  # the first to begin has the least time left
-            left = None if seconds is None else max(0.0, due - loop.time())
-            await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            for task, (item, due) in tuple(running.items()):
-                if task.done() or loop.time() >= due:
-                    del running[task]
-                    error: BaseException | None
-                    if task.cancelled():
-                        error = asyncio.CancelledError()
-                    else:
-                        error = task.exception() if task.done() else CacheTimeoutError(seconds or 0)
-                    if error is None:
-                        results[item] = task.result()
-                    else:
-                        failures[item] = error
+    async def work() -> None:
+        for item in rest:
+            error: BaseException | None = refused()
+            if error is None:
+                task = asyncio.create_task(made(item), name="coalestra cache call")
+                try:
+                    await asyncio.wait([task], timeout=seconds)
+                finally:
                     leave_behind(task)
-                    ended(error)
-    finally:
-        for task in running:
-            leave_behind(task)
+                if task.cancelled():
+                    error = asyncio.CancelledError()
+                else:
+                    error = task.exception() if task.done() else CacheTimeoutError(seconds or 0)
+                ended(error)
+            if error is None:
+                results[item] = task.result()
+            else:
+                failures[item] = error
+
+    workers = min(width, len(items))
+    await (work() if workers == 1 else asyncio.gather(*[work() for _ in range(workers)]))
+    return results, failures
 
 
 _left_behind: set[asyncio.Task[Any]] = set()
