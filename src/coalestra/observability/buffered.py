@@ -9,9 +9,8 @@ import dataclasses
 import queue
 import time
 import weakref
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from coalestra._lockfree import WorkerQueue
 from coalestra.core.errors import SourceFailure
@@ -76,11 +75,16 @@ def _note(condition: Condition, error: BaseException | None) -> None:
 
 
 class BufferedSink(Generic[S, R]):
-    """What the two buffered sinks have in common: a queue of records, and how to close it.
+    """A sink whose callers never wait for the sink behind it.
 
     As a context manager it closes on the way out, waiting for up to five seconds. One that is
     forgotten without being closed still delivers what it has, then its thread ends. Where no
     thread can be started, ``flush`` and ``close`` deliver themselves.
+
+    Args:
+        downstream: the sink that gets the records, in a thread, one at a time and in order.
+        max_pending: how many records may wait (at least 1).
+        overflow: what happens to one more.
 
     Attributes:
         downstream: the sink that gets the records.
@@ -89,23 +93,31 @@ class BufferedSink(Generic[S, R]):
 
     coalestra_non_blocking = True
 
+    _kind: ClassVar[str]
+    _methods: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def _replay(downstream: Any, record: Any) -> None:
+        """Give a record to the sink behind this one."""
+        raise NotImplementedError
+
     def __init__(
         self,
-        kind: str,
         downstream: S,
-        deliver: Callable[[R], object],
-        max_pending: int,
-        overflow: BufferOverflowPolicy,
+        *,
+        max_pending: int = DEFAULT_MAX_PENDING,
+        overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
+        require_methods("downstream", downstream, *self._methods, plain=True)
         self.downstream: S = downstream
         self._raises = choice("overflow", overflow, BufferOverflowPolicy) is _RAISE
         self.queue: WorkerQueue[R] = WorkerQueue(
-            deliver,
+            partial(self._replay, downstream),
             integer("max_pending", max_pending, minimum=1),
             drop_oldest=overflow is BufferOverflowPolicy.DROP_OLDEST,
-            name=f"coalestra-{kind}-buffer",
+            name=f"coalestra-{self._kind}-buffer",
             lingers=True,
-            noted=partial(_note, Condition(subject_of(kind, downstream))),
+            noted=partial(_note, Condition(subject_of(self._kind, downstream))),
         )
         # The worker holds on to the queue but not to this object, so this is reached.
         weakref.finalize(self, self.queue.refuse).atexit = False
@@ -174,27 +186,13 @@ class BufferedSink(Generic[S, R]):
 
 
 class BufferedEventSink(BufferedSink[EventSink, EventRecord]):
-    """An event sink whose callers never wait for the sink behind it.
+    """An event sink whose callers never wait for the sink behind it; see `BufferedSink`."""
 
-    Args:
-        downstream: the sink that gets the events, in a thread, one at a time and in order.
-        max_pending: how many events may wait (at least 1).
-        overflow: what happens to one more.
-    """
+    _kind, _methods = "event", ("emit",)
 
-    def __init__(
-        self,
-        downstream: EventSink,
-        *,
-        max_pending: int = DEFAULT_MAX_PENDING,
-        overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
-    ) -> None:
-        require_methods("downstream", downstream, "emit", plain=True)
-
-        def replay(record: EventRecord) -> None:
-            downstream.emit(record.event_type, **record.payload)
-
-        super().__init__("event", downstream, replay, max_pending, overflow)
+    @staticmethod
+    def _replay(downstream: EventSink, record: EventRecord) -> None:
+        downstream.emit(record.event_type, **record.payload)
 
     def emit(self, event_type: str, **payload: Any) -> None:
         """Take one event, to be delivered later with the payload it has now.
@@ -206,27 +204,13 @@ class BufferedEventSink(BufferedSink[EventSink, EventRecord]):
 
 
 class BufferedMetricsSink(BufferedSink[MetricsSink, MetricRecord]):
-    """A metrics sink whose callers never wait for the sink behind it.
+    """A metrics sink whose callers never wait for the sink behind it; see `BufferedSink`."""
 
-    Args:
-        downstream: the sink that gets the calls, in a thread, one at a time and in order.
-        max_pending: how many calls may wait (at least 1).
-        overflow: what happens to one more.
-    """
+    _kind, _methods = "metrics", ("increment", "observe")
 
-    def __init__(
-        self,
-        downstream: MetricsSink,
-        *,
-        max_pending: int = DEFAULT_MAX_PENDING,
-        overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
-    ) -> None:
-        require_methods("downstream", downstream, "increment", "observe", plain=True)
-
-        def replay(record: MetricRecord) -> None:
-            getattr(downstream, record.operation)(record.metric, record.value, **record.labels)
-
-        super().__init__("metrics", downstream, replay, max_pending, overflow)
+    @staticmethod
+    def _replay(downstream: MetricsSink, record: MetricRecord) -> None:
+        getattr(downstream, record.operation)(record.metric, record.value, **record.labels)
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
         """Take one count, to be delivered later.
