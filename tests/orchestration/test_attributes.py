@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import FrozenInstanceError
 from typing import Any
+
+import pytest
 
 from coalestra import (
     AsyncMemoryCache,
@@ -63,6 +67,16 @@ def test_defaults_stand_where_nothing_was_given() -> None:
     assert building.retry_policy == RetryPolicy()
     assert building.resilience_resolver.default.retry == RetryPolicy()
     assert building.closed is False
+
+
+def test_every_argument_is_an_attribute_that_cannot_be_changed() -> None:
+    building = SnapshotBuilder([Single("k")], default_policy=FreshnessPolicy(3, 4))
+    assert building.default_policy == FreshnessPolicy(3, 4)
+    for name in inspect.signature(SnapshotBuilder).parameters:
+        known = getattr(building, name)
+        with pytest.raises(FrozenInstanceError, match=name):
+            setattr(building, name, None)
+        assert getattr(building, name) is known
 
 
 def test_policies_given_alone_are_found_in_their_resolvers() -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextvars
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publisher import PublisherParts, ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
-from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
+from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.health import BuilderHealth, FlightSnapshot, PayloadCopyHealth
 from coalestra.core.keys import ResourceKey
@@ -22,7 +21,6 @@ from coalestra.core.policies import (
     FreshnessPolicy,
     ObservationPolicy,
     PolicyResolver,
-    SourceAuthorityPolicy,
 )
 from coalestra.core.protocols import (
     AsyncCache,
@@ -32,26 +30,15 @@ from coalestra.core.protocols import (
     MetricsSink,
     Source,
     SystemClock,
-    Tracer,
 )
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
-from coalestra.core.validation import (
-    check_fields,
-    flag,
-    instance,
-    integer,
-    number,
-    require_methods,
-    ruled,
-    text,
-)
+from coalestra.core.validation import flag, instance, integer, number
 from coalestra.observability.reports import ObservabilitySinks
-from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.flights import Work
-from coalestra.orchestration.parts import BuilderSettings, Parts
+from coalestra.orchestration.parts import BuilderArguments, Parts
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
@@ -65,57 +52,8 @@ from coalestra.resilience.policies import (
     SourceResiliencePolicy,
 )
 
-T = TypeVar("T")
 
-
-def _one_of(kind: type[Any]) -> Any:
-    return ruled(None, instance, kind, optional=True)
-
-
-def _with_methods(*methods: str, plain: bool = True) -> Any:
-    return ruled(None, require_methods, *methods, optional=True, plain=plain)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Collaborators:
-    """What an application hands to a builder; None stands for the default."""
-
-    sources: Iterable[Source] = ruled((), instance, Iterable)
-    default_policy: FreshnessPolicy | None = _one_of(FreshnessPolicy)
-    policy_resolver: PolicyResolver | None = _with_methods("resolve")
-    authority_policy: SourceAuthorityPolicy | None = _one_of(SourceAuthorityPolicy)
-    authority_resolver: AuthorityPolicyResolver | None = _one_of(AuthorityPolicyResolver)
-    cache: AsyncCache | None = _with_methods("get", "set", "invalidate", "clear", plain=False)
-    retry_policy: RetryPolicy | None = _one_of(RetryPolicy)
-    circuit_breaker: CircuitBreaker | None = _one_of(CircuitBreaker)
-    default_resilience: SourceResiliencePolicy | None = _one_of(SourceResiliencePolicy)
-    source_resilience: Mapping[str, SourceResiliencePolicy] | None = _one_of(Mapping)
-    resilience_resolver: ResiliencePolicyResolver | None = _one_of(ResiliencePolicyResolver)
-    clock: Clock | None = _with_methods("now", "monotonic")
-    metrics: MetricsSink | None = None
-    events: EventSink | None = None
-    tracer: Tracer | None = _with_methods("begin", "enter", "end", "joined")
-    observation_policy: ObservationPolicy | None = _one_of(ObservationPolicy)
-    payload_copier: PayloadCopier | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for source, policy in (self.source_resilience or {}).items():
-            text("source_resilience key", source)
-            instance(f"source_resilience[{source!r}]", policy, SourceResiliencePolicy)
-        if self.authority_policy is not None and self.authority_resolver is not None:
-            raise ValueError(
-                "authority_policy and authority_resolver were both given; give the resolver alone, "
-                "with the policy as its default"
-            )
-
-
-def given_or(value: T | None, default: T) -> T:
-    """Return what was given, however empty one of the application's may look, or the default."""
-    return default if value is None else value
-
-
-def _require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> None:
+def _require_safe_timeouts(links: Iterable[Link], settings: BuilderArguments) -> None:
     """Raise `ValueError` for a source that does not say if it blocks, or blocks unsafely."""
     for link in links:
         guarantee = link.guarantee
@@ -133,27 +71,24 @@ def _require_safe_timeouts(links: Iterable[Link], settings: BuilderSettings) -> 
             )
 
 
-def _caches(
-    given: Collaborators, settings: BuilderSettings
-) -> tuple[AsyncCache, AsyncMemoryCache | None]:
-    """Return the cache to use, and the default one if that is it."""
-    own = settings.cache_run_payload_copies_in_thread, settings.cache_max_copy_concurrency
-    if given.cache is not None:
-        if own != (None, 4):
-            raise ValueError(
-                "cache_run_payload_copies_in_thread and cache_max_copy_concurrency are settings "
-                "of the default cache; with a cache of your own, set them there"
-            )
-        return given.cache, None
-    default = AsyncMemoryCache(
-        payload_copier=given.payload_copier,
-        run_payload_copies_in_thread=own[0],
-        max_copy_concurrency=own[1],
-    )
-    return default, default
+def _default_cache(given: BuilderArguments) -> AsyncMemoryCache | None:
+    """Return the default cache, unless another one is given."""
+    own = given.cache_run_payload_copies_in_thread, given.cache_max_copy_concurrency
+    if given.cache is None:
+        return AsyncMemoryCache(
+            payload_copier=given.payload_copier,
+            run_payload_copies_in_thread=own[0],
+            max_copy_concurrency=own[1],
+        )
+    if own != (None, 4):
+        raise ValueError(
+            "cache_run_payload_copies_in_thread and cache_max_copy_concurrency are settings "
+            "of the default cache; with a cache of your own, set them there"
+        )
+    return None
 
 
-def _capacity(links: Iterable[Link], settings: BuilderSettings) -> CapacityController:
+def _capacity(links: Iterable[Link], settings: BuilderArguments) -> CapacityController:
     limits = dict(settings.source_concurrency or {})
     names = {link.name for link in links}
     for name in limits:
@@ -249,7 +184,7 @@ def _observability_facts(sinks: ObservabilitySinks, unbuffered: int) -> dict[str
     }
 
 
-class SnapshotBuilder(BuilderSettings):
+class SnapshotBuilder(BuilderArguments):
     """Builds consistent, immutable snapshots of resources from prioritized, read-only sources.
 
     Make one per process and event loop, and keep it: cache, circuits, capacity and requests under
@@ -274,13 +209,13 @@ class SnapshotBuilder(BuilderSettings):
         observation_policy: how far in the future an observation may be dated.
         payload_copier: copies payloads, instead of `copy.deepcopy` semantics.
 
-    The other arguments are described at `BuilderSettings`, and are attributes of the same name.
+    The other arguments are described at `BuilderSettings`. Each is an attribute of its name, which
+    has the default if it was not given, and cannot be changed.
 
     Attributes:
         sources: the sources, in the order in which they are asked.
         publisher: writes events straight into the cache.
         capacity: the limits on source operations under way at once.
-        cache, clock, circuit_breaker, observation_policy: what is used, given or not.
         policy_resolver, authority_resolver, resilience_resolver: the policies by key or source.
         retry_policy: how calls are repeated where no policy of the source says otherwise.
         metrics, events: the sinks as used, so possibly within a buffer.
@@ -294,79 +229,45 @@ class SnapshotBuilder(BuilderSettings):
     loop, and a `TypeError` or `ValueError` for a wrong argument.
     """
 
-    def __init__(
-        self,
-        sources: Iterable[Source],
-        *,
-        default_policy: FreshnessPolicy | None = None,
-        policy_resolver: PolicyResolver | None = None,
-        authority_policy: SourceAuthorityPolicy | None = None,
-        authority_resolver: AuthorityPolicyResolver | None = None,
-        cache: AsyncCache | None = None,
-        retry_policy: RetryPolicy | None = None,
-        circuit_breaker: CircuitBreaker | None = None,
-        default_resilience: SourceResiliencePolicy | None = None,
-        source_resilience: Mapping[str, SourceResiliencePolicy] | None = None,
-        resilience_resolver: ResiliencePolicyResolver | None = None,
-        clock: Clock | None = None,
-        metrics: MetricsSink | None = None,
-        events: EventSink | None = None,
-        tracer: Tracer | None = None,
-        max_concurrency: int = 8,
-        max_pending_tasks: int | None = None,
-        source_concurrency: Mapping[str, int] | None = None,
-        observation_policy: ObservationPolicy | None = None,
-        cache_source_support: bool = True,
-        source_support_cache_max_entries: int | None = 100_000,
-        manage_lifecycle: bool = False,
-        payload_copier: PayloadCopier | None = None,
-        run_payload_copies_in_thread: bool | None = None,
-        max_copy_concurrency: int = 4,
-        cache_run_payload_copies_in_thread: bool | None = None,
-        cache_max_copy_concurrency: int = 4,
-        copy_shutdown_timeout_seconds: float = 5.0,
-        buffer_observability: bool | None = None,
-        observability_max_pending: int = 10_000,
-        observability_overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
-        observability_shutdown_timeout_seconds: float = 5.0,
-        observability_drain_on_shutdown: bool = True,
-        require_source_timeout_declarations: bool = True,
-        allow_unsafe_blocking_sources: bool = False,
-        source_transport_timeout_grace_seconds: float = 0.05,
-        trace: bool | float = False,
-    ) -> None:
-        given = locals()
-        super().__init__(**_picked(given, BuilderSettings))
-        self._assemble(Collaborators(**_picked(given, Collaborators)))
+    sources: tuple[Source, ...]
+    default_policy: FreshnessPolicy
+    policy_resolver: PolicyResolver
+    authority_resolver: AuthorityPolicyResolver
+    cache: AsyncCache
+    retry_policy: RetryPolicy
+    circuit_breaker: CircuitBreaker
+    default_resilience: SourceResiliencePolicy
+    resilience_resolver: ResiliencePolicyResolver
+    clock: Clock
+    metrics: MetricsSink
+    events: EventSink
+    observation_policy: ObservationPolicy
 
-    def _assemble(self, given: Collaborators) -> None:
+    def __post_init__(self) -> None:
         """Choose the parts, check that they go together, and put them together."""
+        super().__post_init__()
         chains = Chains(
-            given.sources,
+            self.sources,
             memoize=self.cache_source_support,
             max_entries=self.source_support_cache_max_entries,
         )
         _require_safe_timeouts(chains.links, self)
-        cache, default_cache = _caches(given, self)
-        self.sources: tuple[Source, ...] = tuple(link.source for link in chains.links)
-        self.cache: AsyncCache = cache
-        self.clock: Clock = given_or(given.clock, SystemClock())
-        self.payload_copier: PayloadCopier | None = given.payload_copier
-        self.capacity: CapacityController = _capacity(chains.links, self)
-        self._choose_policies(given)
+        default_cache = _default_cache(self)
+        sources = tuple(link.source for link in chains.links)
+        managed = (*sources, default_cache or self.cache, self.metrics, self.events)
         self._sinks = ObservabilitySinks(
-            given.metrics,
-            given.events,
+            self.metrics,
+            self.events,
             buffer=self.buffer_observability,
             max_pending=self.observability_max_pending,
             overflow=self.observability_overflow,
         )
-        self.metrics: MetricsSink = self._sinks.metrics
-        self.events: EventSink = self._sinks.events
-        tracing = Tracing(float(self.trace), given.tracer, self._sinks.sink_log)
-        parts = self._parts(chains, tracing)
+        self._use(sources=sources, metrics=self._sinks.metrics, events=self._sinks.events)
+        self._use_unless_given(cache=default_cache, clock=SystemClock())
+        self._choose_policies()
+        self.capacity: CapacityController = _capacity(chains.links, self)
+        parts = self._parts(chains)
         self._engine = Engine(parts, contextvars.copy_context())
-        managed = (*self.sources, self.cache, given.metrics, given.events)
         self._closing = Closing(
             self._engine, default_cache, self._sinks, managed if self.manage_lifecycle else ()
         )
@@ -384,32 +285,32 @@ class SnapshotBuilder(BuilderSettings):
             )
         )
 
-    def _choose_policies(self, given: Collaborators) -> None:
-        freshness = given_or(given.default_policy, FreshnessPolicy(1.0, 10.0))
-        self.policy_resolver: PolicyResolver = given_or(
-            given.policy_resolver, PolicyResolver(freshness)
-        )
-        self.authority_resolver: AuthorityPolicyResolver = given_or(
-            given.authority_resolver, AuthorityPolicyResolver(given.authority_policy)
+    def _use(self, **chosen: Any) -> None:
+        """Have attributes tell what is used, instead of what was given."""
+        for name, value in chosen.items():
+            object.__setattr__(self, name, value)
+
+    def _use_unless_given(self, **defaults: Any) -> None:
+        self._use(**{name: each for name, each in defaults.items() if getattr(self, name) is None})
+
+    def _choose_policies(self) -> None:
+        self._use_unless_given(default_policy=FreshnessPolicy(1.0, 10.0))
+        self._use_unless_given(
+            policy_resolver=PolicyResolver(self.default_policy),
+            authority_resolver=AuthorityPolicyResolver(self.authority_policy),
+            observation_policy=ObservationPolicy(),
+            circuit_breaker=CircuitBreaker(clock=self.clock),
+            retry_policy=RetryPolicy(),
         )
         if self.authority_resolver.has_rules:
             require_authority_aware(self.cache, self.authority_resolver)
-        self.observation_policy: ObservationPolicy = given_or(
-            given.observation_policy, ObservationPolicy()
-        )
-        self.circuit_breaker: CircuitBreaker = given_or(
-            given.circuit_breaker, CircuitBreaker(clock=self.clock)
-        )
-        retry, circuit = given_or(given.retry_policy, RetryPolicy()), self.circuit_breaker
-        resilience = SourceResiliencePolicy(retry, circuit.default_policy)
-        resilience = given_or(given.default_resilience, resilience)
-        self.resilience_resolver: ResiliencePolicyResolver = given_or(
-            given.resilience_resolver,
-            ResiliencePolicyResolver(resilience, given.source_resilience),
-        )
-        self.retry_policy: RetryPolicy = self.resilience_resolver.default.retry
+        resilience = SourceResiliencePolicy(self.retry_policy, self.circuit_breaker.default_policy)
+        self._use_unless_given(default_resilience=resilience)
+        resolver = ResiliencePolicyResolver(self.default_resilience, self.source_resilience)
+        self._use_unless_given(resilience_resolver=resolver)
+        self._use(retry_policy=self.resilience_resolver.default.retry)
 
-    def _parts(self, chains: Chains, tracing: Tracing) -> Parts:
+    def _parts(self, chains: Chains) -> Parts:
         """Return what the engine works with."""
         threads = WorkerThreads()
         copies = PayloadCopies(
@@ -420,7 +321,7 @@ class SnapshotBuilder(BuilderSettings):
             threads=threads,
         )
         # As it is, now that it is known which copier it is about.
-        object.__setattr__(self, "run_payload_copies_in_thread", copies.run_in_thread)
+        self._use(run_payload_copies_in_thread=copies.run_in_thread)
         pending = self.max_pending_tasks or self.max_concurrency
         report = self._sinks.reporter()
         trusted = type(self.clock) is SystemClock
@@ -445,7 +346,7 @@ class SnapshotBuilder(BuilderSettings):
             report=report,
             log=self._sinks.log,
             threads=threads,
-            tracing=tracing,
+            tracing=Tracing(float(self.trace), self.tracer, self._sinks.sink_log),
             max_concurrency=self.max_concurrency,
             max_pending_tasks=pending,
             transport_grace_seconds=self.source_transport_timeout_grace_seconds,
@@ -703,8 +604,3 @@ class SnapshotBuilder(BuilderSettings):
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         return f"<SnapshotBuilder {state}: {self._engine.parts.chains!r}>"
-
-
-def _picked(arguments: Mapping[str, Any], record: type[Any]) -> dict[str, Any]:
-    """Return those arguments of a call that are fields of a record."""
-    return {field.name: arguments[field.name] for field in dataclasses.fields(record)}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from coalestra.cache.access import CacheAccess
 from coalestra.concurrency.capacity import CapacityController
-from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.policies import (
     AuthorityPolicyProvider,
+    AuthorityPolicyResolver,
+    FreshnessPolicy,
     FreshnessPolicyProvider,
     ObservationPolicy,
+    PolicyResolver,
+    SourceAuthorityPolicy,
 )
-from coalestra.core.protocols import Clock
+from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, Source, Tracer
 from coalestra.core.validation import (
     check_fields,
     choice,
@@ -24,6 +28,7 @@ from coalestra.core.validation import (
     instance,
     integer,
     number,
+    require_methods,
     ruled,
     text,
 )
@@ -33,9 +38,13 @@ from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.sources import Chains
 from coalestra.orchestration.tracing import Tracing
 from coalestra.resilience.circuit_breaker import CircuitBreaker
-from coalestra.resilience.policies import ResiliencePolicyResolver
+from coalestra.resilience.policies import (
+    ResiliencePolicyResolver,
+    RetryPolicy,
+    SourceResiliencePolicy,
+)
 
-# The settings of a builder: their meaning, their defaults and their rules -------------------------
+# What a builder is told: its settings and collaborators, with their defaults and rules ------------
 
 
 def _rate(name: str, value: Any) -> object:
@@ -53,7 +62,7 @@ def _limits(name: str, value: Any) -> None:
         integer(f"{name}[{source!r}]", limit, minimum=1)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class BuilderSettings:
     """The simple settings of a builder, checked, and fixed for its life. Times are seconds.
 
@@ -109,6 +118,50 @@ class BuilderSettings:
         check_fields(self)
         if self.max_pending_tasks is None:
             object.__setattr__(self, "max_pending_tasks", self.max_concurrency)
+
+
+def _one_of(kind: type[Any]) -> Any:
+    return ruled(None, instance, kind, optional=True)
+
+
+def _with_methods(*methods: str, plain: bool = True) -> Any:
+    return ruled(None, require_methods, *methods, optional=True, plain=plain)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BuilderArguments(BuilderSettings):
+    """All that an application hands to a builder; None stands for the default."""
+
+    sources: Iterable[Source]
+    _: dataclasses.KW_ONLY
+    default_policy: FreshnessPolicy | None = _one_of(FreshnessPolicy)
+    policy_resolver: PolicyResolver | None = _with_methods("resolve")
+    authority_policy: SourceAuthorityPolicy | None = _one_of(SourceAuthorityPolicy)
+    authority_resolver: AuthorityPolicyResolver | None = _one_of(AuthorityPolicyResolver)
+    cache: AsyncCache | None = _with_methods("get", "set", "invalidate", "clear", plain=False)
+    retry_policy: RetryPolicy | None = _one_of(RetryPolicy)
+    circuit_breaker: CircuitBreaker | None = _one_of(CircuitBreaker)
+    default_resilience: SourceResiliencePolicy | None = _one_of(SourceResiliencePolicy)
+    source_resilience: Mapping[str, SourceResiliencePolicy] | None = _one_of(Mapping)
+    resilience_resolver: ResiliencePolicyResolver | None = _one_of(ResiliencePolicyResolver)
+    clock: Clock | None = _with_methods("now", "monotonic")
+    metrics: MetricsSink | None = None
+    events: EventSink | None = None
+    tracer: Tracer | None = _with_methods("begin", "enter", "end", "joined")
+    observation_policy: ObservationPolicy | None = _one_of(ObservationPolicy)
+    payload_copier: PayloadCopier | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        instance("sources", self.sources, Iterable)
+        for source, policy in (self.source_resilience or {}).items():
+            text("source_resilience key", source)
+            instance(f"source_resilience[{source!r}]", policy, SourceResiliencePolicy)
+        if self.authority_policy is not None and self.authority_resolver is not None:
+            raise ValueError(
+                "authority_policy and authority_resolver were both given; give the resolver alone, "
+                "with the policy as its default"
+            )
 
 
 # What the engine of one builder works with: fixed collaborators and a few counters ---------------
