@@ -39,7 +39,15 @@ from tests.contracts.caches import (
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
-from tests.support import Gate, LoopClock, drop, loop_turn, no_leaks, settle
+from tests.support import (
+    Gate,
+    LoopClock,
+    cancel_at_every_await,
+    drop,
+    loop_turn,
+    no_leaks,
+    settle,
+)
 
 KEYS = [key("b", str(number)) for number in range(5)]
 KINDS = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
@@ -587,6 +595,20 @@ async def test_a_refresh_brings_a_new_value_though_the_old_one_comes_along_with_
         await asyncio.sleep(0.1)
         assert not (await building.build(KEYS[:1])).stale_keys
     await building.aclose()
+
+
+async def test_a_lease_that_comes_as_its_reader_leaves_is_given_back() -> None:
+    caches: list[LeasingCache] = []
+
+    def start() -> Any:
+        caches.append(LeasingCache())
+        return builder(Single("b", fetch=latency(1)), cache=caches[-1]).build(KEYS[:2])
+
+    async def check() -> None:
+        await asyncio.sleep(5)
+        assert caches[-1].leased == {}
+
+    assert await cancel_at_every_await(start, check) > 5
 
 
 async def test_the_answers_of_a_leasing_cache_are_passed_on_in_portions(

@@ -286,6 +286,17 @@ class CacheAccess:
                 yield {each.key: Answer(each) for each in held}
         if not rest:
             return
+        arrived, gone = list[Mapping[ResourceKey, LeasedLookup]](), False
+
+        async def next_part() -> Mapping[ResourceKey, LeasedLookup] | None:
+            """Ask in a task of its own, which may come to its end when nobody waits any more."""
+            part = await anext(asking, None)
+            if part is not None:
+                arrived.append(part)
+            if gone:
+                self._give_back_all_of(arrived)
+            return part
+
         with channel.filling() as filling:
             try:
                 asking = self.calls.cache.lease_many(
@@ -293,12 +304,11 @@ class CacheAccess:
                 )
                 first = True
                 while rest:
-                    part = await self.calls.once(
-                        "lease_many", lambda: anext(asking, None), patient=not first
-                    )
+                    part = await self.calls.once("lease_many", next_part, patient=not first)
                     if part is None:
                         break
                     first = False
+                    arrived.clear()
                     answers = await self._answers(part, rest, ahead + channel.loop.time(), filling)
                     for key, answer in answers.items():
                         if not answer.waiting:
@@ -306,6 +316,9 @@ class CacheAccess:
                     yield answers
             except Exception as error:
                 self.calls.tell("read", dict.fromkeys(rest, error))
+            finally:
+                gone = True
+                self._give_back_all_of(arrived)
             if rest:
                 yield dict.fromkeys(rest, Answer(None))
 
@@ -329,8 +342,7 @@ class CacheAccess:
         try:
             revisions = await self.sealed(values)
         except BaseException:
-            for told in part.values():
-                self.give_back(told.lease, failed=False)
+            self._give_back_all_of((part,))
             raise
         for key in outdated_among(revisions):
             del revisions[key]
@@ -350,6 +362,11 @@ class CacheAccess:
                 loop = asyncio.get_running_loop()
                 loop.call_soon(lambda: self._behind(self._give_back()))
             self._giving_back[lease] = failed
+
+    def _give_back_all_of(self, parts: Iterable[Mapping[ResourceKey, LeasedLookup]]) -> None:
+        for part in parts:
+            for told in part.values() if isinstance(part, Mapping) else ():
+                self.give_back(getattr(told, "lease", None), failed=False)
 
     async def _give_back(self) -> None:
         given, self._giving_back = self._giving_back, {}
