@@ -33,7 +33,7 @@ from coalestra.core.policies import (
 )
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.snapshot import FetchContext
-from coalestra.core.values import PublishResult, ResourceUpdate
+from coalestra.core.values import PublishResult, ResourceUpdate, unseen_result
 from coalestra.observability import NullEventSink, NullMetrics
 from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun
@@ -308,14 +308,57 @@ async def test_results_tell_of_what_was_published_whenever_they_are_read(value: 
         again[B]
 
 
+@pytest.mark.parametrize("value", [1.5, {"price": "1"}, [[1], [2]]])
+async def test_a_result_tells_of_what_was_published_whenever_it_is_looked_at(value: Any) -> None:
+    publisher = standalone(AsyncMemoryCache())
+    first = await publisher.publish(A, value, source="s", observed_at=NOW - 2, metadata={"a": 1})
+    twins = copy.copy(first), pickle.loads(pickle.dumps(first))
+    again = await publisher.publish(A, "new", source="s", observed_at=NOW - 1)
+    older = await publisher.publish(A, "old", source="s", observed_at=NOW - 3)
+    await publisher.publish(A, "newest", source="s", observed_at=NOW)
+    await publisher.aclose()
+    assert (first.value.value, first.previous, first.value.age_seconds) == (value, None, 2)
+    assert first.value is first.value
+    assert not first.value.from_cache
+    assert first.value.metadata == {"a": 1, "published": True}
+    assert twins == (first, first)
+    assert again.previous is not None
+    assert again.previous.from_cache
+    assert (again.value.value, again.previous.value) == ("new", value)
+    assert again.previous.value is not first.value.value or value == 1.5
+    assert not older.published
+    assert older.previous == older.value
+    assert (older.value.value, older.value is again.value) == ("new", False)
+    assert repr(older) == f"PublishResult(status={older.status!r}, value={older.value!r}, " + (
+        f"previous={older.previous!r})"
+    )
+    with pytest.raises(AttributeError, match="a result has no attribute 'values'"):
+        older.values  # type: ignore[attr-defined]  # noqa: B018
+
+
+async def test_two_threads_may_look_at_a_result_at_once() -> None:
+    known = await standalone(AsyncMemoryCache()).publish(A, [1], source="s")
+    both = threading.Barrier(2)
+
+    def look() -> Any:
+        both.wait(10)
+        return known.value, known.previous
+
+    result = unseen_result(known.status, look)
+    looks = asyncio.to_thread(lambda: result.previous), asyncio.to_thread(lambda: result.value)
+    assert await asyncio.gather(*looks) == [None, known.value]
+    assert result == known
+
+
 async def test_results_keep_no_cache_alive() -> None:
     cache = AsyncMemoryCache()
     store = weakref.ref(cache.store.listeners)
+    result = await standalone(cache).publish(A, {"a": 0}, source="s", observed_at=NOW - 1)
     results = await standalone(cache).publish_many([ResourceUpdate(A, {"a": 1}, "s", NOW)])
     del cache
     gc.collect()
     assert store() is None
-    assert results[A].value.value == {"a": 1}
+    assert (result.value.value, results[A].value.value) == ({"a": 0}, {"a": 1})
 
 
 async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event(

@@ -404,8 +404,7 @@ class CacheAccess:
             return status, current, current
         channel.on_their_way[revision.key] = revision
         channel.drop({revision.key: revision.version})
-        news = {revision.key: revision}
-        channel.listeners.tell(lambda each: each.revised(news), self.subscribers)
+        channel.listeners.revised({revision.key: revision}, self.subscribers)
         return _STORED, revision, current
 
     def write_behind(
@@ -479,9 +478,9 @@ class CacheAccess:
             if was_held or decide(current, waiting) is _STORED:
                 channel.on_their_way.pop(key, None)
         if changes:
-            channel.listeners.tell(lambda each: each.revised(changes))
+            channel.listeners.revised(changes)
         if known:
-            channel.listeners.tell(lambda each: each.revised(known), teller)
+            channel.listeners.revised(known, teller)
 
     # Invalidating and ending --------------------------------------------------------------------
 
@@ -501,7 +500,7 @@ class CacheAccess:
                 return await self.calls.remove(tuple(gone), insist=True)
             finally:
                 channel.drop(gone)
-                channel.listeners.tell(lambda each: each.revised(gone))
+                channel.listeners.revised(gone)
 
     async def drain(self, timeout_seconds: float) -> None:
         """Wait until what is on its way is written, for so long at most; then give it up."""

@@ -30,7 +30,7 @@ from coalestra.core.policies import (
     policy_of_all,
     rank_of,
 )
-from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, now_of
+from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, checked
 from coalestra.core.values import (
     CacheWriteStatus,
     PublishResult,
@@ -40,6 +40,7 @@ from coalestra.core.values import (
     SnapshotValue,
     check_update,
     next_number,
+    unseen_result,
     version_of,
 )
 from coalestra.observability.reports import Reporter, reporter_for
@@ -70,8 +71,10 @@ class PublisherParts:
     reporter: Reporter | None
     check_open: Callable[[], object] = lambda: None
     owns_copies: bool = False
+    now: Callable[[], float] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "now", checked(self.clock).now)
         resolver = self.authority_resolver
         if type(resolver) is AuthorityPolicyResolver and not resolver.has_rules:
             object.__setattr__(self, "authority_resolver", None)
@@ -142,6 +145,34 @@ def _told(status: CacheWriteStatus) -> PublishStatus:
     return _PUBLISHED if status is _STORED else PublishStatus(status.value)
 
 
+def _is_trifle(outcome: Outcome) -> bool:
+    """Whether what it tells of is copied in next to no time, whenever somebody looks at it.
+
+    What the cache holds is sealed: it never changes, and its copy is the same at any time.
+    """
+    _, current, previous = outcome
+    return current.seal.weight < PORTION and (previous is None or previous.seal.weight < PORTION)
+
+
+def _unseen(
+    copies: PayloadCopies, offered: Revision, outcome: Outcome, policy: FreshnessPolicy, now: float
+) -> PublishResult:
+    """Return the result of an event that came to trifles; these are copied when looked at."""
+
+    def shown(revision: Revision, from_cache: bool) -> SnapshotValue[Any]:
+        # Even if copying has been closed since it was published.
+        payload = revision.seal.opener(revision.payload)
+        metadata = copies.open_metadata_now(revision.metadata, context=_OUT)
+        return show_value(revision, payload, metadata, now, policy, from_cache)
+
+    def look() -> tuple[SnapshotValue[Any], SnapshotValue[Any] | None]:
+        after = shown(current, current is not offered)
+        return after, None if previous is None else shown(previous, True)
+
+    status, current, previous = outcome
+    return unseen_result(_told(status), look)
+
+
 async def _result(
     copies: PayloadCopies, offered: Revision, outcome: Outcome, policy: FreshnessPolicy, now: float
 ) -> PublishResult:
@@ -159,10 +190,7 @@ async def _result(
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Results(Mapping[ResourceKey, PublishResult]):
-    """What became of several events; trifles are copied for those who look at them.
-
-    What the cache holds is sealed: it never changes, and its copy is the same at any time.
-    """
+    """What became of several events; the results of trifles are made for those who look."""
 
     copies: PayloadCopies
     offered: Mapping[ResourceKey, Revision]
@@ -179,12 +207,11 @@ class _Results(Mapping[ResourceKey, PublishResult]):
             for offered, outcome in self.outcomes.items():
                 report(offered, outcome)
                 await pace.keep()
+        is_direct = self.copies.is_direct
         for offered in [
             offered
-            for offered, (_, current, previous) in self.outcomes.items()
-            if current.seal.weight >= PORTION
-            or (previous is not None and previous.seal.weight >= PORTION)
-            or not self.copies.is_direct
+            for offered, outcome in self.outcomes.items()
+            if not (is_direct and _is_trifle(outcome))
         ]:
             # What was replaced is let go one by one.
             outcome, policy = self.outcomes.pop(offered), self.policy_of(offered.key)
@@ -195,18 +222,10 @@ class _Results(Mapping[ResourceKey, PublishResult]):
     def __getitem__(self, key: ResourceKey) -> PublishResult:
         offered = self.offered[key]
         if offered in self.outcomes:
-            status, current, previous = self.outcomes[offered]
-            after = self.shown(current, offered)
-            before = None if previous is None else self.shown(previous, None)
-            self.results[offered] = PublishResult(_told(status), after, before)
+            outcome, policy = self.outcomes[offered], self.policy_of(offered.key)
+            self.results[offered] = _unseen(self.copies, offered, outcome, policy, self.now)
             del self.outcomes[offered]
         return self.results[offered]
-
-    def shown(self, revision: Revision, offered: Revision | None) -> SnapshotValue[Any]:
-        """Copy a trifle, even if copying has been closed since it was published."""
-        payload, policy = revision.seal.opener(revision.payload), self.policy_of(revision.key)
-        metadata = self.copies.open_metadata_now(revision.metadata, context=_OUT)
-        return show_value(revision, payload, metadata, self.now, policy, revision is not offered)
 
     def __iter__(self) -> Iterator[ResourceKey]:
         return iter(self.offered)
@@ -360,7 +379,10 @@ class ResourcePublisher:
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
         if parts.reporter is not None:
             _report(parts.reporter, force, revision, outcome)
-        return await _result(parts.access.copies, revision, outcome, policy, now)
+        copies = parts.access.copies
+        if copies.is_direct and _is_trifle(outcome):
+            return _unseen(copies, revision, outcome, policy, now)
+        return await _result(copies, revision, outcome, policy, now)
 
     async def publish_update(
         self, update: ResourceUpdate[Any], *, force: bool = False, replace_equal: bool = False
@@ -439,7 +461,7 @@ class ResourcePublisher:
         if type(force) is not bool or type(replace_equal) is not bool:
             validation.flag("force", force)
             validation.flag("replace_equal", replace_equal)
-        return now_of(self._parts.clock)
+        return self._parts.now()
 
     async def _publish(
         self,
@@ -472,7 +494,7 @@ class ResourcePublisher:
                 await pace.keep()
         best = best_per_key(judged)
         await pace.keep()
-        moment = now_of(parts.clock)
+        moment = parts.now()
         if access.store is not None:
             outcomes = access.store.put_many(
                 best, now=moment, force=force, replace_equal=replace_equal

@@ -27,7 +27,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from itertools import count, islice
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
@@ -162,16 +162,23 @@ class Listeners:
         """Remove a listener; an unknown one is ignored."""
         self.references = tuple(each for each in self.references if each() is not listener)
 
-    def tell(self, news: Callable[[CacheListener], object], teller: object = None) -> None:
-        """Tell news to all listeners but ``teller``, who knows, and to those of other groups."""
+    def tell(self, news: Callable[[CacheListener], object]) -> None:
+        """Tell news to all listeners, and to those of other groups."""
         for reference in self.references:
             listener = reference()
-            if listener is None or listener is teller:
-                continue
-            if type(listener) is Listeners:
+            if isinstance(listener, Listeners):
                 listener.tell(news)
-            else:
-                news(cast(CacheListener, listener))
+            elif listener is not None:
+                news(listener)
+
+    def revised(
+        self, changes: Mapping[ResourceKey, Revision | None], teller: object = None
+    ) -> None:
+        """Tell what is current now to all listeners but ``teller``, who knows."""
+        for reference in self.references:
+            listener = reference()
+            if listener is not None and listener is not teller:
+                listener.revised(changes)
 
     def _forget(self, dead: weakref.ref[CacheListener | Listeners]) -> None:
         self.references = tuple(each for each in self.references if each is not dead)
@@ -419,7 +426,7 @@ class EntryStore:
         outcome = self._put(revision, now + self.tolerance, force, replace_equal)
         if outcome[0] is _STORED and self.listeners.references:
             changes = {revision.key: revision}
-            self.listeners.tell(lambda each: each.revised(changes), teller)
+            self.listeners.revised(changes, teller)
         return outcome
 
     def put_many(
@@ -442,7 +449,7 @@ class EntryStore:
             all_of_them = len(stored) == len(revisions)
             changes = revisions if all_of_them else {new.key: new for new in stored}
             if changes:
-                self.listeners.tell(lambda each: each.revised(changes), teller)
+                self.listeners.revised(changes, teller)
         return outcomes
 
     def enter_many(
@@ -459,7 +466,7 @@ class EntryStore:
         self._entries.update(revisions)
         self._sets += len(revisions)
         if revisions:
-            self.listeners.tell(lambda each: each.revised(revisions), teller)
+            self.listeners.revised(revisions, teller)
         return True
 
     def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:

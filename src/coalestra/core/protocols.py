@@ -101,6 +101,11 @@ class SystemClock:
         return "SystemClock()"
 
 
+def checked(clock: Clock) -> Clock:
+    """Return a clock that tells moments only: that of the machine needs no check."""
+    return clock if type(clock) is SystemClock else CheckedClock(clock)
+
+
 # Sources ------------------------------------------------------------------------------------------
 
 

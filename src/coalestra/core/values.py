@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import count
 from math import inf, isfinite
-from typing import Any, Generic, NamedTuple, TypeVar, final
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 
 from coalestra.core.frozen import (
     EMPTY,
@@ -645,9 +645,15 @@ class PublishStatus(str, enum.Enum):
     IGNORED_LOWER_AUTHORITY = "ignored_lower_authority"
 
 
+class _Unseen:
+    """What a result has instead of values, until somebody looks at one of them."""
+
+    __slots__ = ("_look",)
+
+
 @record
-class PublishResult:
-    """What became of a published value.
+class PublishResult(_Unseen):
+    """What became of a published value; small values are copied when somebody looks at them.
 
     Attributes:
         status: whether it was published, or why not.
@@ -663,3 +669,31 @@ class PublishResult:
     def published(self) -> bool:
         """Whether the value was published."""
         return self.status is PublishStatus.PUBLISHED
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in ("value", "previous"):
+                raise AttributeError(f"a result has no attribute {name!r}", name=name, obj=self)
+            look = self._look
+            if look is not None:  # else another thread has just looked
+                value, previous = look()
+                _RESULT["value"](self, value)
+                _RESULT["previous"](self, previous)
+                _RESULT["_look"](self, None)
+            return object.__getattribute__(self, name)
+
+
+_RESULT: Any = {
+    name: getattr(PublishResult, name).__set__ for name in ("status", "value", "previous", "_look")
+}
+
+
+def unseen_result(
+    status: PublishStatus, look: Callable[[], tuple[SnapshotValue[Any], SnapshotValue[Any] | None]]
+) -> PublishResult:
+    """Return a result whose values ``look`` returns once somebody asks for one: few do."""
+    made = object.__new__(PublishResult)
+    _RESULT["status"](made, status)
+    _RESULT["_look"](made, look)
+    return made

@@ -24,12 +24,12 @@ from coalestra.core.policies import (
 )
 from coalestra.core.protocols import (
     AsyncCache,
-    CheckedClock,
     Clock,
     EventSink,
     MetricsSink,
     Source,
     SystemClock,
+    checked,
 )
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
@@ -324,9 +324,8 @@ class SnapshotBuilder(BuilderArguments):
         self._use(run_payload_copies_in_thread=copies.run_in_thread)
         pending = self.max_pending_tasks or self.max_concurrency
         report = self._sinks.reporter()
-        trusted = type(self.clock) is SystemClock
         return Parts(
-            clock=self.clock if trusted else CheckedClock(self.clock),
+            clock=checked(self.clock),
             chains=chains,
             policies=self.policy_resolver,
             authority=self.authority_resolver,
