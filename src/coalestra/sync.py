@@ -69,12 +69,14 @@ Work = Callable[[], Awaitable[T]]
 """An async function that takes nothing, called on the loop."""
 
 
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Operation(Generic[T]):
     """Some work that runs as a task of a loop thread, once it was accepted.
 
     It is claimed once: by the loop, which begins it, or by whoever gives it up before.
 
     Attributes:
+        loop, operations: where it belongs to; it is taken from the latter when it has ended.
         future: the outcome, for any thread. Cancelling it cancels the task; the future tells its
             waiters at once, without waiting for the task to end.
         backlog: where it has a place until it has ended; None if a thread only waits for it.
@@ -83,41 +85,30 @@ class Operation(Generic[T]):
         task: on the loop, once it has begun.
     """
 
-    __slots__ = (
-        "_changes", "_loop", "_operations", "_started", "_told", "_unclaimed", "accepted",
-        "backlog", "future", "last", "task",
-    )  # fmt: skip
+    loop: asyncio.AbstractEventLoop
+    operations: dict[Operation[Any], None]
+    backlog: SubmissionBacklog | None = None
+    _: dataclasses.KW_ONLY
+    last: bool = False
+    accepted: bool = False
+    task: asyncio.Task[T] | None = None
+    future: Future[T] = dataclasses.field(default_factory=Future)
+    _unclaimed: list[bool] = dataclasses.field(default_factory=lambda: [True])
+    _changes: Changes = dataclasses.field(default_factory=Changes)
+    _started: bool = False
+    _told: bool = False
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        operations: dict[Operation[Any], None],
-        backlog: SubmissionBacklog | None = None,
-        *,
-        last: bool = False,
-    ) -> None:
-        """Belong to `operations` of a loop, from which it is taken when it has ended."""
-        self.backlog = backlog
-        self.last = last
-        self.accepted = False
-        self.task: asyncio.Task[T] | None = None
-        self._loop = loop
-        self._operations = operations
-        self._unclaimed = [True]
-        self._started = self._told = False
-        self._changes = Changes() if backlog is None else None
-        self.future: Future[T] = Future()
+    def __post_init__(self) -> None:
         self.future.add_done_callback(self._tell)
 
     def begin(self, work: Work[T]) -> None:
         """Start the task, on the loop, unless it was given up."""
         if self._claim():
-            self.task = self._loop.create_task(self._perform(work))
+            self.task = self.loop.create_task(self._perform(work))
             self.task.add_done_callback(partial(self._task_ended, work if self.last else None))
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait in a thread until the future tells; return whether it does."""
-        assert self._changes is not None
         return self._changes.wait_for(lambda: self._told, seconds)
 
     def discard(self) -> None:
@@ -173,18 +164,17 @@ class Operation(Generic[T]):
 
     def _end(self) -> None:
         """Have everything taken back, before the future tells."""
-        self._operations.pop(self, None)
+        self.operations.pop(self, None)
         if self.backlog is not None:
             self.backlog.leave(self)
 
     def _tell(self, future: Future[T]) -> None:
         """Wake who waits, and pass a cancellation on to the task, from whatever thread it comes."""
         self._told = True
-        if self._changes is not None:
-            self._changes.tell()
+        self._changes.tell()
         if self.task is not None and future.cancelled():
             with contextlib.suppress(RuntimeError):  # the loop is closed, so the task has ended
-                self._loop.call_soon_threadsafe(self.task.cancel)
+                self.loop.call_soon_threadsafe(self.task.cancel)
 
     def __repr__(self) -> str:
         return f"<Operation begun={self.task is not None} done={self.future.done()}>"

@@ -255,6 +255,7 @@ class SnapshotBuilder(BuilderArguments):
         default_cache = _default_cache(self)
         sources = tuple(link.source for link in chains.links)
         managed = (*sources, default_cache or self.cache, self.metrics, self.events)
+        closed = {id(each): each for each in managed if each is not None and self.manage_lifecycle}
         self._sinks = ObservabilitySinks(
             self.metrics,
             self.events,
@@ -268,9 +269,7 @@ class SnapshotBuilder(BuilderArguments):
         self.capacity: CapacityController = _capacity(chains.links, self)
         parts = self._parts(chains)
         self._engine = Engine(parts, contextvars.copy_context())
-        self._closing = Closing(
-            self._engine, default_cache, self._sinks, managed if self.manage_lifecycle else ()
-        )
+        self._closing = Closing(self._engine, default_cache, self._sinks, [*closed.values()])
         self.publisher: ResourcePublisher = ResourcePublisher.from_parts(
             PublisherParts(
                 access=parts.access,

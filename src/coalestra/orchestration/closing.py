@@ -28,7 +28,8 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from coalestra.core.errors import (
     SourceTimeoutError,
     listed,
 )
+from coalestra.core.frozen import empty
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.orchestration.singleflight import Engine
 
@@ -89,6 +91,7 @@ class Limits(NamedTuple):
     drain: bool
 
 
+@dataclass(eq=False, repr=False)
 class Closing:
     """The parts of a builder that have to be closed, and how far that is.
 
@@ -96,29 +99,22 @@ class Closing:
     what it closes on behalf of the application.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        cache: AsyncMemoryCache | None,
-        sinks: ObservabilitySinks,
-        managed: Iterable[Any],
-    ) -> None:
-        self._engine = engine
-        self._cache = cache
-        self._sinks = sinks
-        self._managed = list({id(each): each for each in managed if each is not None}.values())
-        self._late: set[asyncio.Task[None]] = set()
-        self._task: asyncio.Task[None] | None = None
-        self._errors: list[BaseException] = []
-        self._end = math.inf
-        self._over = False
-        self.unfinished: Mapping[str, int] = {}
+    engine: Engine
+    cache: AsyncMemoryCache | None
+    sinks: ObservabilitySinks
+    managed: list[Any]
+    unfinished: Mapping[str, int] = field(default_factory=empty)
+    _late: set[asyncio.Task[None]] = field(default_factory=set)
+    _task: asyncio.Task[None] | None = None
+    _errors: list[BaseException] = field(default_factory=list)
+    _end: float = math.inf
+    _over: bool = False
 
     async def close(self, limits: Limits) -> None:
         """Close everything, or wait for the closing under way; do nothing if it is over."""
         if self._over:
             return
-        self._engine.close()
+        self.engine.close()
         loop = asyncio.get_running_loop()
         while not self._over:
             task = self._task
@@ -142,8 +138,8 @@ class Closing:
                 await _within(self._granted(seconds), stage)
             except BaseException as error:
                 self._errors.append(error)
-        if not self._managed:
-            self._engine.parts.threads.close()
+        if not self.managed:
+            self.engine.parts.threads.close()
             self._over = True
 
     def _granted(self, seconds: float) -> float:
@@ -153,7 +149,7 @@ class Closing:
     # The stages, each with the seconds that it has ---------------------------------------------
 
     async def _end_refreshes(self, cancel: bool, seconds: float) -> None:
-        refresher = self._engine.refresher
+        refresher = self.engine.refresher
         if cancel or not refresher.active:
             return
         waiting = asyncio.ensure_future(refresher.wait())
@@ -171,7 +167,7 @@ class Closing:
             )
 
     async def _end_engine(self, seconds: float) -> None:
-        self.unfinished = await self._engine.stop(seconds)
+        self.unfinished = await self.engine.stop(seconds)
         if self.unfinished:
             names = ", ".join(f"{name!r} ({n})" for name, n in self.unfinished.items())
             raise SourceTimeoutError(
@@ -182,36 +178,36 @@ class Closing:
     async def _end_copies(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
-        copies, active = self._engine.parts.copies, {}
+        copies, active = self.engine.parts.copies, {}
         copies.close()
         if left := await copies.drain(seconds):
             active[copies.component] = left
-        if self._cache is not None:
+        if self.cache is not None:
             try:
                 left_seconds = max(0.0, end - loop.time())
-                await self._cache.aclose_payload_copies(timeout_seconds=left_seconds)
+                await self.cache.aclose_payload_copies(timeout_seconds=left_seconds)
             except PayloadCopyShutdownTimeoutError as error:
                 active["cache"] = error.active_copies
         if active:
             raise PayloadCopyShutdownTimeoutError(timeout_seconds=seconds, active_components=active)
 
     async def _end_observability(self, drain: bool, seconds: float) -> None:
-        pending = await self._sinks.aclose(timeout_seconds=seconds, drain=drain)
+        pending = await self.sinks.aclose(timeout_seconds=seconds, drain=drain)
         if pending:
             raise ObservabilityShutdownTimeoutError(
                 timeout_seconds=seconds, pending_components=pending
             )
 
     async def _end_managed(self, seconds: float) -> None:
-        parts, self._managed = self._managed, []
+        parts, self.managed = self.managed, []
         for part in parts:
             late = partial(self._close_late, part, asyncio.get_running_loop())
-            if self._sinks.call_after_last_record(part, late):
+            if self.sinks.call_after_last_record(part, late):
                 continue
             try:
                 await self._close_part(part, self._granted(seconds))
             except asyncio.CancelledError:
-                self._managed.append(part)
+                self.managed.append(part)
             except BaseException as error:
                 self._errors.append(error)
 
@@ -242,7 +238,7 @@ class Closing:
 
     async def _call_in_thread(self, close: Callable[[], Any], seconds: float) -> Any:
         """Call what may block. It cannot be cut off, so a cancellation is of no use to anybody."""
-        job = self._engine.parts.threads.start(close, _name_of(close), or_here=True)
+        job = self.engine.parts.threads.start(close, _name_of(close), or_here=True)
         await _within(seconds, lambda left: asyncio.wait([job.ended], timeout=left))
         if not job.ended.done():
             raise _takes_too_long(close, seconds)
@@ -270,15 +266,15 @@ class Closing:
 
     async def wait_for_copies(self) -> None:
         """Wait until no copy of a closed builder is running."""
-        if self._engine.closed:
-            await self._engine.parts.copies.drain(None)
-            if self._cache is not None:
-                await self._cache.aclose_payload_copies(timeout_seconds=None)
+        if self.engine.closed:
+            await self.engine.parts.copies.drain(None)
+            if self.cache is not None:
+                await self.cache.aclose_payload_copies(timeout_seconds=None)
 
     async def wait_for_observability(self) -> None:
         """Wait until the buffers of a closed builder are empty and managed sinks closed."""
-        if self._engine.closed:
-            await self._sinks.aclose(timeout_seconds=None)
+        if self.engine.closed:
+            await self.sinks.aclose(timeout_seconds=None)
             await asyncio.sleep(0)  # a closing that a thread has asked for begins in this turn
             if self._late:
                 await asyncio.wait(self._late)

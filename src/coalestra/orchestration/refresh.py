@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,21 +37,23 @@ _MOST_FAILING = 1_000
 _ANEW = Demand(refresh=True)
 
 
+@dataclass(slots=True, eq=False)
 class Refresh:
-    """One revision on its way to be renewed, set off by one unit of work, its `parent`."""
+    """One revision on its way to be renewed, set off by one unit of work, its `parent`.
 
-    __slots__ = ("ended", "gather", "key", "parent", "reason", "urgent", "version")
+    Who waits for its end waits for `ended`.
+    """
 
-    def __init__(self, revision: Revision, reason: str, parent: Work) -> None:
-        self.key: ResourceKey = revision.key
-        self.version: str = revision.version
-        self.reason: str = reason
-        self.parent: Work = parent
-        self.gather: Gather | None = None
-        self.urgent: bool = False
-        self.ended: asyncio.Future[None] | None = None  # of whoever waits for it
+    key: ResourceKey
+    version: str
+    reason: str
+    parent: Work
+    gather: Gather | None = None
+    urgent: bool = False
+    ended: asyncio.Future[None] | None = None
 
 
+@dataclass(eq=False, repr=False)
 class Refresher:
     """Schedules refreshes, which share flights, capacity and retries with everybody else.
 
@@ -63,24 +66,16 @@ class Refresher:
     renew and what to say of it, until a source has given a value.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        variables: contextvars.Context,
-        look: Callable[[Gather], None],
-        abandon: Callable[[Gather], None],
-        hurry: Callable[[Gather], None],
-    ) -> None:
-        self._parts = parts
-        self._variables = variables
-        self._look = look
-        self._abandon = abandon
-        self._hurry = hurry
-        self._running: dict[Refresh, None] = {}
-        self._current: dict[ResourceKey, Refresh] = {}
-        self._next: dict[tuple[Work, str], list[Refresh]] = {}
-        self.failing: dict[ResourceKey, tuple[str, dict[str, Any]]] = {}
-        self.closed = False
+    parts: Parts
+    variables: contextvars.Context
+    look: Callable[[Gather], None]
+    abandon: Callable[[Gather], None]
+    hurry: Callable[[Gather], None]
+    failing: dict[ResourceKey, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    closed: bool = False
+    _running: dict[Refresh, None] = field(default_factory=dict)
+    _current: dict[ResourceKey, Refresh] = field(default_factory=dict)
+    _next: dict[tuple[Work, str], list[Refresh]] = field(default_factory=dict)
 
     @property
     def keys(self) -> Collection[ResourceKey]:
@@ -102,16 +97,16 @@ class Refresher:
         key = revision.key
         if self.closed or key in self._current:
             return False
-        refresh = self._current[key] = Refresh(revision, reason, parent)
+        refresh = self._current[key] = Refresh(key, revision.version, reason, parent)
         self._running[refresh] = None
         if (parent, reason) not in self._next:
             self._next[parent, reason] = []
             asyncio.get_running_loop().call_soon(self._start, parent, reason)
         self._next[parent, reason].append(refresh)
         parent.record.refresh_scheduled += 1
-        if self._parts.report is not None:
+        if self.parts.report is not None:
             facts = {"reason": reason, "snapshot_id": parent.context.snapshot_id}
-            self._parts.report.tell("resource_refresh_scheduled", resource=key, **facts)
+            self.parts.report.tell("resource_refresh_scheduled", resource=key, **facts)
         return True
 
     def outdate(self, keys: Collection[ResourceKey]) -> None:
@@ -133,7 +128,7 @@ class Refresher:
 
     def _begin(self, group: Collection[Refresh], parent: Work, reason: str) -> None:
         context = FetchContext(
-            requested_at=self._parts.clock.now(),
+            requested_at=self.parts.clock.now(),
             metadata={
                 "background_refresh": True,
                 "refresh_reason": reason,
@@ -141,12 +136,12 @@ class Refresher:
             },
             snapshot_id=new_id(),
         )
-        trace = self._parts.tracing.begin("refresh", context, None, parent.trace)
-        variables = self._variables if trace is None else self._variables.copy()
+        trace = self.parts.tracing.begin("refresh", context, None, parent.trace)
+        variables = self.variables if trace is None else self.variables.copy()
         work = Work(context, variables=variables, trace=trace)
-        if self._parts.report is not None:
+        if self.parts.report is not None:
             told = {"kind": "refresh", "snapshot_id": context.snapshot_id}
-            self._parts.report.tell("snapshot_started", **told)
+            self.parts.report.tell("snapshot_started", **told)
         if trace is not None:
             link = None if parent.trace is None else parent.trace.span
             trace.begin_stage("refresh", len(group), variables, link, reason=reason)
@@ -156,17 +151,17 @@ class Refresher:
             refresh.gather.urgent = refresh.urgent
         for refresh in group:
             if refresh.gather is not None:
-                self._look(refresh.gather)
+                self.look(refresh.gather)
 
     def _done(self, refresh: Refresh, gather: Gather) -> None:
         key, record = refresh.key, refresh.parent.record
-        report = self._parts.report
+        report = self.parts.report
         self._end(refresh)
         reading, version = gather.readings.get(key), refresh.version
         absent = reading is None and gather.failures[key].absent
         error = None if reading is not None or absent else gather.failures[key].make()
         grounds = None if reading is None else reading.revision.grounds
-        if reading and grounds and grounds.fresh_until < self._parts.clock.now():
+        if reading and grounds and grounds.fresh_until < self.parts.clock.now():
             version = reading.revision.version
             reading = None
             stale = f"{key.display} is still stale, as {grounds.perishing.display} is"
@@ -183,9 +178,9 @@ class Refresher:
             if len(self.failing) > _MOST_FAILING:
                 del self.failing[next(iter(self.failing))]
             last = error.failures[-1:] if isinstance(error, ResourceResolutionError) else ()
-            self._parts.log.failed("background refresh", *(last or (error,)))
-        elif self._parts.log.troubled:
-            self._parts.log.works("background refresh")
+            self.parts.log.failed("background refresh", *(last or (error,)))
+        elif self.parts.log.troubled:
+            self.parts.log.works("background refresh")
         if report is None:
             return
         facts: dict[str, Any] = {"resource": key, "reason": refresh.reason}
@@ -240,7 +235,7 @@ class Refresher:
         if call is not None and call.keys_under_way and not refresh.urgent:
             refresh.urgent = True
             if refresh.gather is not None:
-                self._hurry(refresh.gather)
+                self.hurry(refresh.gather)
         refresh.ended = refresh.ended or asyncio.get_running_loop().create_future()
         return refresh.ended
 
@@ -249,11 +244,11 @@ class Refresher:
         self._next.clear()
         for refresh in tuple(self._running):
             if refresh.gather is not None:
-                self._abandon(refresh.gather)
+                self.abandon(refresh.gather)
                 if refresh.gather.work.trace is not None:
                     refresh.gather.work.trace.refreshed(False)
-            if self._parts.report is not None:
-                count = self._parts.report.count
+            if self.parts.report is not None:
+                count = self.parts.report.count
                 count("resource_refresh_total", refresh.key, status="cancelled")
             self._end(refresh)
 

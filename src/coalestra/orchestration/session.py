@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -257,46 +258,39 @@ class SnapshotSession:
 # Replacing pinned values -------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class Revalidation:
     """Replaces the pinned values of what is `named`, and all derived from them; used once.
 
     With `forced`, all of these are read from the sources, past the cache, and none may be stale.
     """
 
-    def __init__(
-        self,
-        unit: UnitOfWork,
-        named: Mapping[ResourceKey, None],
-        request: SnapshotRequest,
-        forced: bool,
-        strict: bool,
-    ) -> None:
-        self._unit = unit
-        self._named = named
-        self._request = request
-        self._forced = forced
-        self._strict = strict
-        self._affected: set[ResourceKey] = set()
-        self._loose: set[ResourceKey] = set()
-        self._readings: dict[ResourceKey, Reading] = {}
-        self._failures: dict[ResourceKey, Failure] = {}
-        self._next: dict[ResourceKey, Reading] = {}
-        self._stamp = self._state()
-        self._committed = False
-        self._violated: type[BaseException] | None = None
-        self._span: Any = None
+    unit: UnitOfWork
+    named: Mapping[ResourceKey, None]
+    request: SnapshotRequest
+    forced: bool
+    strict: bool
+    _affected: set[ResourceKey] = field(default_factory=set)
+    _loose: set[ResourceKey] = field(default_factory=set)
+    _readings: dict[ResourceKey, Reading] = field(default_factory=dict)
+    _failures: dict[ResourceKey, Failure] = field(default_factory=dict)
+    _next: dict[ResourceKey, Reading] = field(default_factory=dict)
+    _stamp: tuple[int, ...] = ()
+    _committed: bool = False
+    _violated: type[BaseException] | None = None
+    _span: Any = None
 
     async def run(self, turn: Turn) -> Snapshot:
         """Wait for the turn, replace what is named, and report how it went."""
-        counters = self._unit.engine.parts.counters
+        counters = self.unit.engine.parts.counters
         counters.revalidation_attempt_count += 1
         try:
-            with self._unit.stage("revalidate", len(self._named)) as stage:
+            with self.unit.stage("revalidate", len(self.named)) as stage:
                 self._span = stage.span
                 try:
                     return await self._in_turn(turn)
                 finally:
-                    stage.resolved = len(self._named) * self._committed
+                    stage.resolved = len(self.named) * self._committed
                     stage.failed = len(self._failures)
         except (SnapshotConsistencyError, SnapshotAcceptanceError) as violation:
             self._violated = type(violation)
@@ -306,14 +300,14 @@ class Revalidation:
             self._report()
 
     async def _in_turn(self, turn: Turn) -> Snapshot:
-        deadline, call = self._unit.work.deadline, current_call.get()
+        deadline, call = self.unit.work.deadline, current_call.get()
         end = math.inf if deadline is None else deadline.loop_time
         now = asyncio.get_running_loop().time
         while True:
             circle = circle_of(call, turn.stage) if call and turn.stage else ()
             if circle:  # the one whose turn it is waits for the source that waits for this one
                 path = tuple([flight.key for flight in (*circle, circle[0])])
-                errors = {key: DependencyCycleError(path) for key in self._named}
+                errors = {key: DependencyCycleError(path) for key in self.named}
                 return await self._retained(errors)
             until = end if call is None else min(end, now() + LOOK_SECONDS)
             try:
@@ -325,7 +319,7 @@ class Revalidation:
                     continue  # to see if it has come to wait by now
             text = "the deadline passed while another revalidation of the session was under way"
             return await self._retained(
-                {key: SnapshotDeadlineExceededError(text) for key in self._named}
+                {key: SnapshotDeadlineExceededError(text) for key in self.named}
             )
         try:
             return await self._replaced(turn)
@@ -337,15 +331,15 @@ class Revalidation:
         while True:
             await self._acquire(turn)
             if self._failures:
-                return await self._retained(await self._unit.errors(self._failures.values()))
+                return await self._retained(await self.unit.errors(self._failures.values()))
             shown = await self._through(self._shown())
-            values, uncopied = await self._unit.copies(shown, self._unit.work.deadline)
+            values, uncopied = await self.unit.copies(shown, self.unit.work.deadline)
             if uncopied:
                 return await self._undelivered(uncopied)
-            known = await self._unit.errors()
+            known = await self.unit.errors()
             errors = {key: error for key, error in known.items() if key not in self._readings}
-            snapshot = self._unit.assembled(values, errors)
-            accepted(snapshot, objection(self._unit.engine.parts, self._request, snapshot))
+            snapshot = self.unit.assembled(values, errors)
+            accepted(snapshot, objection(self.unit.engine.parts, self.request, snapshot))
             visible = self._visible(snapshot)
             if await self._ready():
                 self._commit()
@@ -356,25 +350,23 @@ class Revalidation:
     async def _acquire(self, turn: Turn) -> None:
         """Read anew what is affected, under the pins that are not; failures are kept as facts."""
         self._stamp = self._state()
-        stage = await self._through(self._plan(dict(self._unit.pins)))
+        stage = await self._through(self._plan(dict(self.unit.pins)))
         stage.span = self._span
         turn.stage = stage
-        await self._unit.engine.run(stage)
+        await self.unit.engine.run(stage)
 
     def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:
         """Find out what goes with what is named, and what of it is to be read."""
-        self._affected, self._loose = yield from reach(
-            pins, self._unit.requested.copy(), self._named
-        )
+        self._affected, self._loose = yield from reach(pins, self.unit.requested.copy(), self.named)
         yield
-        forced = frozenset(self._affected) if self._forced else frozenset()
+        forced = frozenset(self._affected) if self.forced else frozenset()
         derived = (k for k, p in pins.items() if p.revision.dependency_versions and k in forced)
         demand = Demand(forced, frozenset(derived if forced else ()))
         yield
         going = self._affected | self._loose
         kept = Pins({key: pin for key, pin in pins.items() if key not in going}, demand)
         yield
-        return Stage(self._unit.work, self._wanted(), kept, self._take, demand=demand)
+        return Stage(self.unit.work, self._wanted(), kept, self._take, demand=demand)
 
     def _take(self, gather: Gather) -> None:
         self._readings = gather.readings
@@ -382,15 +374,15 @@ class Revalidation:
 
     def _wanted(self) -> dict[ResourceKey, None]:
         """Return the affected keys that somebody has asked for; the rest is read if needed."""
-        asked = {**self._unit.requested, **self._named}
+        asked = {**self.unit.requested, **self.named}
         spared = set(asked).difference(self._affected)  # which asks no key for its hash
         return {key: None for key in asked if key not in spared} if spared else asked
 
     def _shown(self) -> Slices[Mapping[ResourceKey, Reading]]:
         """Return what the session shows after the commit, and what is named out of sight."""
-        yield from self._succeed(dict(self._unit.pins))
+        yield from self._succeed(dict(self.unit.pins))
         yield
-        return {**self._unit.visible(self._next), **self._readings}
+        return {**self.unit.visible(self._next), **self._readings}
 
     def _succeed(self, pins: dict[ResourceKey, Reading]) -> Slices[None]:
         """Lay out, in the place of `pins`, what is pinned after the commit."""
@@ -403,18 +395,18 @@ class Revalidation:
 
     def _visible(self, snapshot: Snapshot) -> Snapshot:
         """Return the snapshot without what the session has not been asked for."""
-        requested = self._unit.requested
-        if len({**requested, **self._named}) == len(requested):
+        requested = self.unit.requested
+        if len({**requested, **self.named}) == len(requested):
             return snapshot
         values = {key: value for key, value in snapshot.resources.items() if key in requested}
-        return self._unit.assembled(values, snapshot.errors)
+        return self.unit.assembled(values, snapshot.errors)
 
     async def _ready(self) -> bool:
         """Be about to commit; False if more has been pinned that is derived from what goes."""
-        await self._unit.engine.parts.pace.keep()
+        await self.unit.engine.parts.pace.keep()
         while (stamp := self._state()) != self._stamp:
-            pins = dict(self._unit.pins)
-            reached = reach(pins, self._unit.requested.copy(), self._named)
+            pins = dict(self.unit.pins)
+            reached = reach(pins, self.unit.requested.copy(), self.named)
             if await self._through(reached) != (self._affected, self._loose):
                 return False
             await self._through(self._succeed(pins))
@@ -422,17 +414,17 @@ class Revalidation:
         return True
 
     async def _through(self, slices: Slices[T]) -> T:
-        pace = self._unit.engine.parts.pace
+        pace = self.unit.engine.parts.pace
         pace.begin()
         return await pace.through(slices)
 
-    def _state(self) -> tuple[int, int, int]:
+    def _state(self) -> tuple[int, ...]:
         """Return what changes with everything that the session pins, replaces or makes visible."""
-        return *self._unit.pins.stamp, len(self._unit.requested)
+        return *self.unit.pins.stamp, len(self.unit.requested)
 
     def _commit(self) -> None:
         """Put the new state in the place of the old one, in one step."""
-        pins, failures = self._unit.pins, self._unit.failures
+        pins, failures = self.unit.pins, self.unit.failures
         for key in [key for key in failures if key in self._affected or key in self._loose]:
             del failures[key]
         pins.clear()
@@ -448,35 +440,35 @@ class Revalidation:
         if not late:
             return await self._retained(uncopied)
         errors = {key: SnapshotDeadlineExceededError(str(late[0])) for key in self._wanted()}
-        if self._strict:
+        if self.strict:
             raise SnapshotBuildError(errors)
         return await self._retained(errors)
 
     async def _retained(self, errors: Mapping[ResourceKey, Exception]) -> Snapshot:
         """Return the state that stays, with the errors of this call; raise them if strict."""
-        retained, _ = await self._unit.snapshot(None, errors)
-        if self._strict:
+        retained, _ = await self.unit.snapshot(None, errors)
+        if self.strict:
             raise SnapshotBuildError(errors, snapshot=retained)
         return retained
 
     def _report(self) -> None:
-        report = self._unit.engine.parts.report
+        report = self.unit.engine.parts.report
         if report is None:
             return
-        pins = self._unit.pins if self._committed else self._readings
+        pins = self.unit.pins if self._committed else self._readings
         report.session_revalidated(
             committed=self._committed,
-            snapshot_id=self._unit.work.context.snapshot_id,
-            requested=len(self._named),
+            snapshot_id=self.unit.work.context.snapshot_id,
+            requested=len(self.named),
             affected=len(self._affected),
             refreshed=sum(key in pins for key in self._affected),
             failed=len(self._failures),
-            strict=self._strict,
-            force_refresh=self._forced,
+            strict=self.strict,
+            force_refresh=self.forced,
             consistency_failed=self._violated is SnapshotConsistencyError,
             acceptance_failed=self._violated is SnapshotAcceptanceError,
         )
 
     def __repr__(self) -> str:
         state = "committed" if self._committed else "open"
-        return f"<Revalidation {state} named={len(self._named)} of {self._unit!r}>"
+        return f"<Revalidation {state} named={len(self.named)} of {self.unit!r}>"

@@ -98,7 +98,8 @@ class Tracing:
         recording = recording or (parent is not None and parent.recording)
         if not recording and self.tracer is None:
             return None
-        return WorkTrace(self, kind, context, recording, parent)
+        above = None if parent is None else parent.snapshot_id
+        return WorkTrace(self, kind, context.snapshot_id, context.requested_at, above, recording)
 
     def keep(self, work: WorkTrace) -> None:
         """Keep what was recorded so far, in the place of what was kept of the same before."""
@@ -454,34 +455,27 @@ class StageLog(_Stretch):
     error: BaseException | None = None
 
 
+@dataclass(eq=False, repr=False)
 class WorkTrace:
     """What is noted of one unit of work: its stages, and each key that it looks for.
 
     Without `recording` nothing is kept of the keys; there is a tracer to be told of spans then.
     """
 
-    def __init__(
-        self,
-        tracing: Tracing,
-        kind: str,
-        context: FetchContext,
-        recording: bool,
-        parent: WorkTrace | None,
-    ) -> None:
-        self._tracing = tracing
-        self._kind = kind
-        self.snapshot_id: str = context.snapshot_id
-        self._started_at = context.requested_at
-        self._parent: str | None = None if parent is None else parent.snapshot_id
-        self._began = _now()
-        self._stages: list[StageLog] = []
-        self._stages_begun = 0
-        self._entries: list[KeyLog | WarmKey] = []
-        self._latest: dict[ResourceKey, KeyLog | WarmKey] | None = None
-        self._untold: set[int] = set()
-        self._joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = {}
-        self.recording: bool = recording
-        self.span: Any = None
+    tracing: Tracing
+    kind: str
+    snapshot_id: str
+    started_at: float
+    parent: str | None
+    recording: bool
+    span: Any = None
+    _began: float = field(default_factory=_now)
+    _stages: list[StageLog] = field(default_factory=list)
+    _stages_begun: int = 0
+    _entries: list[KeyLog | WarmKey] = field(default_factory=list)
+    _latest: dict[ResourceKey, KeyLog | WarmKey] | None = None
+    _untold: set[int] = field(default_factory=set)
+    _joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = field(default_factory=dict)
 
     # Stages -----------------------------------------------------------------------------------
 
@@ -494,7 +488,7 @@ class WorkTrace:
         """
         log, leave = self.begin_stage(name, keys, variables), None
         if log.span is not None:
-            leave = self._tracing.tell(self._tracing.tracer.enter, log.span)
+            leave = self.tracing.tell(self.tracing.tracer.enter, log.span)
         try:
             yield log
         except BaseException as error:
@@ -503,20 +497,20 @@ class WorkTrace:
         finally:
             self.end_stage(log)
             if leave is not None:
-                self._tracing.tell(leave)
+                self.tracing.tell(leave)
 
     def begin_stage(
         self, name: str, keys: int, variables: Context, link: Any = None, **more: Any
     ) -> StageLog:
         """Note that a stage begins, for so many keys."""
-        log, tracer = self._new_stage(name, keys), self._tracing.tracer
+        log, tracer = self._new_stage(name, keys), self.tracing.tracer
         if tracer is not None:
             facts = {"snapshot_id": self.snapshot_id, "keys": keys, **more}
-            if self._parent is not None:
-                facts["parent_snapshot_id"] = self._parent
-            self.span = log.span = self._tracing.tell(tracer.begin, name, facts, link=link)
+            if self.parent is not None:
+                facts["parent_snapshot_id"] = self.parent
+            self.span = log.span = self.tracing.tell(tracer.begin, name, facts, link=link)
             if self.span is not None:
-                self._tracing.tell(variables.run, tracer.enter, self.span)
+                self.tracing.tell(variables.run, tracer.enter, self.span)
         return log
 
     def end_stage(self, log: StageLog) -> None:
@@ -527,8 +521,8 @@ class WorkTrace:
             for key in [key for key, (waiting, *_) in self._joins.items() if waiting is log.span]:
                 self._tell_join(key)  # it has given up
             facts = {"resolved": log.resolved, "failed": log.failed}
-            self._tracing.tell(self._tracing.tracer.end, log.span, facts, error)
-        self._tracing.keep(self)
+            self.tracing.tell(self.tracing.tracer.end, log.span, facts, error)
+        self.tracing.keep(self)
 
     def refreshed(self, succeeded: bool) -> None:
         """Note that a key of a refresh has ended, and with the last one the whole."""
@@ -646,7 +640,7 @@ class WorkTrace:
             "resource_name": key.name,
         }
         call = flight.calls[-1].span if flight.calls else None
-        self._tracing.tell(self._tracing.tracer.joined, span, call, _now() - since, facts)
+        self.tracing.tell(self.tracing.tracer.joined, span, call, _now() - since, facts)
 
     # The trace --------------------------------------------------------------------------------
 
@@ -657,7 +651,7 @@ class WorkTrace:
         until = _now()
         noted = len(self._entries), self._stages_begun, len(self._untold)
         records = partial(self._records, until, values, *noted)
-        about = self.snapshot_id, self._kind, self._parent, self._started_at
+        about = self.snapshot_id, self.kind, self.parent, self.started_at
         return pending_trace(records, *about, until - self._began)
 
     def _records(
@@ -697,7 +691,7 @@ class WorkTrace:
         }
 
     def __repr__(self) -> str:
-        return f"<WorkTrace {self._kind} {self.snapshot_id} keys={len(self._entries)}>"
+        return f"<WorkTrace {self.kind} {self.snapshot_id} keys={len(self._entries)}>"
 
 
 def _facts(revision: Revision) -> Found:

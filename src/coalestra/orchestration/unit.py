@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     return found
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class UnitOfWork:
     """What one build or session has asked for, what it has pinned, and what failed.
 
@@ -57,19 +59,14 @@ class UnitOfWork:
     values rest on is pinned too, out of sight.
     """
 
-    __slots__ = (
-        "engine", "failures", "lasting", "pins", "requested", "work", "_began", "_undelivered",
-    )  # fmt: skip
-
-    def __init__(self, engine: Engine, work: Work, lasting: bool) -> None:
-        self.engine: Engine = engine
-        self.work: Work = work
-        self.lasting: bool = lasting
-        self.requested: dict[ResourceKey, None] = {}
-        self.pins: Pins = Pins()
-        self.failures: dict[ResourceKey, Failure] = {}
-        self._began = engine.parts.clock.monotonic()
-        self._undelivered = False  # whether the deadline left no time to copy anything
+    engine: Engine
+    work: Work
+    lasting: bool
+    began: float
+    requested: dict[ResourceKey, None] = field(default_factory=dict)
+    pins: Pins = field(default_factory=Pins)
+    failures: dict[ResourceKey, Failure] = field(default_factory=dict)
+    _undelivered: bool = False  # whether the deadline left no time to copy anything
 
     # Stages -----------------------------------------------------------------------------------
 
@@ -293,7 +290,7 @@ class UnitOfWork:
     ) -> Snapshot:
         """Return a snapshot of values and errors that are its own."""
         counted = self.work.record.counted(
-            duration_ms=(self.engine.parts.clock.monotonic() - self._began) * 1000,
+            duration_ms=(self.engine.parts.clock.monotonic() - self.began) * 1000,
             requested_resources=len(self.requested),
         )
         trace = self.work.trace
@@ -395,7 +392,8 @@ class Terms(NamedTuple):
         if parts.report is not None:
             told = {"kind": kind, "snapshot_id": context.snapshot_id}
             parts.report.tell("snapshot_started", **told)
-        return UnitOfWork(self.engine, Work(context, deadline=deadline, trace=noted), lasting)
+        work = Work(context, deadline=deadline, trace=noted)
+        return UnitOfWork(self.engine, work, lasting, parts.clock.monotonic())
 
 
 def _own(metadata: Mapping[str, Any]) -> FrozenDict[str, Any]:
