@@ -6,8 +6,8 @@ Laws:
    and forked children may use such state wherever they strike, and find it whole.
 2. A change is one step of the interpreter that either happens or does not, such as ``setdefault``
    on a dictionary, ``append`` or ``popleft`` on a deque.
-3. Who waits has a bell of his own and looks at the state again whenever it rings. While the
-   interpreter ends nobody waits: no other thread will ever run again.
+3. Who waits has a bell of his own, a queue that only wakes him, and looks at the state again
+   whenever it rings. While the interpreter ends nobody waits: no other thread will ever run again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from coalestra._endings import PROGRAM_ENDS
@@ -68,34 +70,6 @@ class Cell(Generic[S]):
         return f"Cell({self.value!r})"
 
 
-class Bell:
-    """Wakes one wait: who waits for it goes on once it has been rung since the last time.
-
-    Two that waited for one bell would take the ring from each other; see `Changes`.
-    """
-
-    __slots__ = ("_silent",)
-
-    def __init__(self) -> None:
-        # Used as a flag that can be waited for; it guards nothing.
-        self._silent = threading.Lock()
-        self._silent.acquire()
-
-    def ring(self) -> None:
-        """Wake who waits, or who will; any number of times is as good as once."""
-        if self._silent.locked():
-            with contextlib.suppress(RuntimeError):  # it has just been rung
-                self._silent.release()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is rung, for so long at most; return whether it was."""
-        if sys.is_finalizing():
-            return self._silent.acquire(blocking=False)
-        if seconds is None:
-            return self._silent.acquire()
-        return self._silent.acquire(timeout=min(seconds, LONGEST_WAIT_SECONDS))
-
-
 class Changes:
     """Lets threads and coroutines wait until something holds of state that others change."""
 
@@ -116,18 +90,20 @@ class Changes:
         """
         if holds():
             return True
-        bell = Bell()
-        self._ringers[bell.ring] = None
+        bell: SimpleQueue[None] = SimpleQueue()
+        ring = partial(bell.put, None)
+        self._ringers[ring] = None
         end = None if seconds is None else time.monotonic() + seconds
         try:
             while not holds():
                 left = LONGEST_WAIT_SECONDS if end is None else end - time.monotonic()
                 if left <= 0 or sys.is_finalizing():
                     return holds()
-                bell.wait(left)
+                with contextlib.suppress(Empty):
+                    bell.get(timeout=min(left, LONGEST_WAIT_SECONDS))
             return True
         finally:
-            self._ringers.pop(bell.ring, None)
+            self._ringers.pop(ring, None)
 
     async def until(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
         """Wait on the running loop until ``holds`` returns True; see `wait_for`."""
@@ -224,7 +200,7 @@ class WorkerQueue(Generic[R]):
         self._thread: threading.Thread | None = None
         # Whoever is the worker stands here, under the one name that the first one takes.
         self._role: dict[str, threading.Thread] = {}
-        self._bell = Bell()
+        self._bell: SimpleQueue[None] = SimpleQueue()
         self._changes = Changes()
 
     # Accepting --------------------------------------------------------------------------------
@@ -240,7 +216,7 @@ class WorkerQueue(Generic[R]):
             self.drop(down_to=self.max_pending)
         self._peak = max(self._peak, self.pending)
         if "worker" in self._role:
-            self._bell.ring()
+            self._wake()
         else:
             self._start()
         if self.ended:  # closed meanwhile, and the worker has gone
@@ -290,7 +266,7 @@ class WorkerQueue(Generic[R]):
                 if not self.ended:
                     if not stay:
                         break
-                    self._bell.wait()
+                    self._bell.get()
         finally:
             if not self.ended:
                 role.pop("worker", None)
@@ -386,7 +362,12 @@ class WorkerQueue(Generic[R]):
         self.closed = True
         if discard:
             self.drop()
-        self._bell.ring()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the worker look for records; any number of times is as good as once."""
+        if self._bell.empty():
+            self._bell.put(None)
 
     def call_at_end(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called after the last record of a closed queue, by its worker."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coalestra._lockfree import Bell, Cell, Changes, WorkerQueue
+from coalestra._lockfree import Cell, Changes, WorkerQueue
 from tests.support.strikes import at_every_line
 
 PATIENCE = 20.0
@@ -54,15 +54,6 @@ def test_a_step_that_raises_changes_nothing() -> None:
         cell.change(lambda number: number // 0)
 
     assert cell.value == 1
-
-
-def test_a_bell_rung_before_anybody_waits_is_heard_once() -> None:
-    bell = Bell()
-    bell.ring()
-    bell.ring()
-
-    assert bell.wait(0)
-    assert not bell.wait(0)
 
 
 def test_who_waits_for_a_change_goes_on_when_it_has_come() -> None:

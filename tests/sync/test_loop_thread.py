@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coalestra._lockfree import Bell
+from coalestra._lockfree import Changes
 from coalestra.core.errors import BuilderClosedError
 from coalestra.sync import THREAD_NAME, LoopThread, Operation, SubmissionBacklog, Work
 from tests.sync.steps import PATIENCE, Door, error_of, in_thread, loop_threads, outcome
@@ -53,7 +53,7 @@ def test_an_interrupted_wait_cancels_the_work(loop_thread: LoopThread) -> None:
 
     def caller_waits() -> bool:
         frame = sys._current_frames()[caller]
-        return frame.f_code is Bell.wait.__code__
+        return frame.f_code is Changes.wait_for.__code__
 
     caller = threading.get_ident()
     with pytest.raises(KeyboardInterrupt):
