@@ -381,9 +381,9 @@ class SnapshotBuilder(BuilderArguments):
         if not wanted:
             raise ValueError("keys must name at least one resource, got none")
         if deadline_seconds is None and metadata is None and snapshot_id is None and trace is None:
-            joined = self._engine.join(wanted, self._open_work)
-            if joined is not None:
-                return await together(self._engine, *joined, strict)
+            crowd = self._engine.crowd_of(wanted, self._open_work)
+            if crowd is not None:
+                return await together(self._engine, crowd, strict)
             warm = self._engine.warm_reads.snapshot(wanted, strict=strict)
             if warm is not None:
                 return warm

@@ -96,6 +96,7 @@ _SPARE_ROUNDS = 64
 """Rounds of deriving anew that changes from outside may cost, beyond one for each key."""
 
 _WOKEN_SECONDS = 0.000_01
+_WOKEN_AT_ONCE = 16
 """What a reader of one key does at least as soon as it is told."""
 
 _LOOKED_AT = 1_000
@@ -1502,11 +1503,17 @@ class Crowd(Stage):
         """How many wait."""
         return len(self.tasks)
 
+    def enter(self) -> asyncio.Future[None]:
+        """Return what one more has to await."""
+        told = asyncio.get_running_loop().create_future()
+        self.tasks[told] = None
+        return told
+
     def _wake(self) -> None:
         self._agenda.add(Crowd._wake_all, self)
 
     def _wake_all(self) -> Steps:
-        for part in portions(self.tasks.copy(), _STEPS_BETWEEN_LOOKS):
+        for part in portions(self.tasks.copy(), _WOKEN_AT_ONCE):
             for future in part:
                 if not future.done():
                     future.set_result(None)
@@ -1584,10 +1591,10 @@ class Engine:
         if not stage.over:
             stage.look_out(partial(self._look_for_circle, call, stage), circle)
 
-    def join(
+    def crowd_of(
         self, keys: Collection[ResourceKey], open_work: Callable[[], Work]
-    ) -> tuple[Crowd, asyncio.Future[None]] | None:
-        """Wait for the flight of a single key together with others; return what to await.
+    ) -> Crowd | None:
+        """Return those who wait for the flight of a single key together, for one more to join.
 
         None if there is no flight to join, or anybody follows what each of them does.
 
@@ -1598,20 +1605,19 @@ class Engine:
             raise BuilderClosedError
         if not self.flights.board.flights or len(keys) != 1:
             return None
-        (key,), store, loop = keys, self._joining_store, self._loop
-        if store is None or current_call.get() or asyncio.get_running_loop() is not loop:
+        store = self._joining_store
+        if store is None or current_call.get() or asyncio.get_running_loop() is not self._loop:
             return None
+        (key,) = keys
         flight = self.flights.shared(key)
-        if flight is None or loop is None or not store.lacks(keys):
+        if flight is None or not store.lacks(keys):
             return None
         crowd = flight.crowd
         if crowd is None or crowd.over:
             crowd = flight.crowd = Crowd(open_work(), flight, self.flights.agenda)
             self._stages[crowd] = None
             self.flights.board.join(crowd, flight)
-        future = loop.create_future()
-        crowd.tasks[future] = None
-        return crowd, future
+        return crowd
 
     def leave(self, crowd: Crowd, future: asyncio.Future[None]) -> None:
         """Wait no longer; what nobody waits for any more is given up."""

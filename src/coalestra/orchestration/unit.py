@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -309,11 +308,9 @@ class UnitOfWork:
         return f"<UnitOfWork {self.work.context.snapshot_id} pins={len(self.pins)}>"
 
 
-async def together(
-    engine: Engine, crowd: Crowd, told: asyncio.Future[None], strict: bool
-) -> Snapshot:
+async def together(engine: Engine, crowd: Crowd, strict: bool) -> Snapshot:
     """Wait with others for the one key of a crowd; return a snapshot of one's own."""
-    clock = engine.parts.clock
+    clock, told = engine.parts.clock, crowd.enter()
     try:
         began, created_at = clock.monotonic(), clock.now()
         await told
@@ -330,8 +327,10 @@ async def together(
         "cache_batch_reads": 1,
         "coalesced_requests": 1,
     }
+    if not errors:
+        return snapshot_of(new_id(), created_at, frozen(values), EMPTY, counted)
     snapshot = snapshot_of(new_id(), created_at, frozen(values), frozen(errors), counted)
-    if errors and strict:
+    if strict:
         raise SnapshotBuildError(errors, snapshot=snapshot)
     return snapshot
 
