@@ -404,7 +404,7 @@ class LoopThread:
         waiting = [operation for operation in working.values() if operation.backlog is None]
         if isinstance(error, PROGRAM_ENDS) and waiting:
             for operation in waiting:
-                operation.fail(copy.copy(error))
+                operation.fail(_copied(error))
             return
         message = "an error that broke the event loop of a sync snapshot builder off"
         self._loop.call_exception_handler({"message": message, "exception": error})
@@ -421,6 +421,15 @@ class LoopThread:
             self._overdue = True
             self._changes.tell()
             await asyncio.wait(left)
+
+
+def _copied(error: BaseException) -> BaseException:
+    """Return an error for one more thread to raise; the same if it cannot be copied."""
+    try:
+        copied = copy.copy(error)
+    except BaseException:  # its class takes other arguments than it keeps, for instance
+        return error
+    return copied if isinstance(copied, type(error)) else error
 
 
 class SubmissionBacklog:

@@ -394,3 +394,36 @@ def test_it_passes_on_what_the_cache_can_do() -> None:
 def test_bounds_that_make_no_sense_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="near_"):
         NearCache(SingleKeyCache(), **arguments)
+
+
+class Deaf(Telling):
+    def subscribe(self, listener: Any) -> None:
+        raise OSError("no news today")
+
+
+class Unsure(Telling):
+    def caught_up(self) -> bool:
+        raise OSError("no news today")
+
+
+class Timeless(BatchAtomicCache):
+    near_entries, near_seconds = 100, None
+
+
+@pytest.mark.parametrize("kind", [Deaf, Unsure, Timeless])
+async def test_of_a_cache_whose_news_cannot_be_had_nothing_is_kept_and_all_else_works(
+    kind: Callable[[], Any],
+) -> None:
+    async def fetch(key: ResourceKey, context: Any) -> int:
+        return 1
+
+    cache = kind()
+    source = CallableSource(name="s", priority=1, supports=lambda _: True, fetcher=fetch)
+    async with SnapshotBuilder([source], cache=cache, default_policy=POLICY) as building:
+        await building.build([A])
+        await building.publisher.publish(A, 2, source="s")
+        cache.held[B] = value_of(key=B, payload=3)
+        assert (await building.build([A])).value(A) == 2
+        del cache.held[A]  # by somebody else
+        assert (await building.build([A])).value(A) == 1
+        await building.publisher.invalidate(A)

@@ -172,7 +172,23 @@ def raise_it(error: BaseException) -> None:
     raise error
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+class Exit(SystemExit):
+    """Cannot be made of what it keeps."""
+
+    def __init__(self, code: int, *, reason: str = "") -> None:
+        super().__init__(code)
+        self.reason = reason
+
+    def __reduce__(self) -> Any:
+        return Exit, (), None
+
+
+class Interrupt(KeyboardInterrupt):
+    def __copy__(self) -> None:
+        """Be no exception."""
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, Exit, Interrupt])
 def test_what_ends_the_program_goes_to_the_threads_that_wait(
     loop_thread: LoopThread, kind: type[BaseException]
 ) -> None:

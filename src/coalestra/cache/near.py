@@ -17,7 +17,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,15 +163,19 @@ class Channel:
         self.listeners: Listeners = Listeners()
         self.on_their_way: dict[ResourceKey, Revision] = {}
         entries = getattr(cache, "near_entries", 0)
-        self._serves = type(entries) is int and entries > 0
+        self._seconds = getattr(cache, "near_seconds", 0.0)
+        counts = type(entries) is int and type(self._seconds) in (int, float)
+        self._serves = counts and entries > 0 and self._seconds > 0
         self.store: EntryStore = EntryStore(entries if self._serves else 1)
         self._cache = cache
-        self._seconds = getattr(cache, "near_seconds", 0.0)
         self._fillings: set[Filling] = set()
         self._due: OrderedDict[ResourceKey, float] = OrderedDict()
         self._tells = has(cache, "subscribe", "unsubscribe", "caught_up")
+        self._hears = False
         if self._tells:
-            cache.subscribe(self)
+            with suppress(Exception):  # what it tells is missed then, all the time
+                cache.subscribe(self)
+                self._hears = True
 
     def __repr__(self) -> str:
         return f"Channel({type(self._cache).__name__}, {self.lanes!r}, {self.listeners!r})"
@@ -179,7 +183,10 @@ class Channel:
     @property
     def is_behind(self) -> bool:
         """Whether the cache tells of changes, and some may be missing at this moment."""
-        return self._tells and not self._cache.caught_up()
+        try:
+            return self._tells and not (self._hears and self._cache.caught_up())
+        except Exception:  # it does not know
+            return True
 
     @property
     def waiting(self) -> Mapping[ResourceKey, Revision]:
