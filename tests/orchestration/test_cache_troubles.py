@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import math
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -57,6 +59,18 @@ class Panic(BaseException):
     """No ordinary exception."""
 
 
+class Held:
+    """What somebody holds as something fails."""
+
+    alive: ClassVar[weakref.WeakSet[Held]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.alive.add(self)
+
+    def __deepcopy__(self, _memo: Any) -> Held:
+        return Held()
+
+
 def doing(
     kind: Callable[[], SingleKeyCache], act: Callable[[str], Awaitable[None]]
 ) -> SingleKeyCache:
@@ -91,6 +105,46 @@ async def seconds(work: Awaitable[Any]) -> float:
 
 
 # Whatever it raises -------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("when", ["every call", "writes", "what it reads makes no sense"])
+async def test_a_failure_keeps_nothing_alive_once_it_was_told_without_a_collection(
+    kind: Callable[[], SingleKeyCache], when: str
+) -> None:
+    async def act(call: str) -> None:
+        _held = Held()
+        if when == "every call" or (when == "writes" and "get" not in call):
+            raise LookupError("no cache today")
+
+    cache = doing(kind, act)
+    building = builder(Single("k", fetch=lambda *_: _given(Held())), cache=cache)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            await building.build([key("k"), key("k", "2")])
+            for asked in (
+                building.publisher.publish_many([ResourceUpdate(key("k"), Held(), "s")]),
+                building.publisher.invalidate(key("k")),
+            ):
+                with contextlib.suppress(LookupError):
+                    await asked
+            if when == "what it reads makes no sense":
+                await building.build([key("k")])
+                odd: Any = cache.held[key("k")]
+                cache.held = {key("k", "2"): odd, key("k"): dataclasses.replace(odd, attempts="1")}
+                del odd
+        await settle()
+        cache.held.clear()
+        await settle()
+        assert not Held.alive
+    finally:
+        gc.enable()
+
+
+async def _given(value: Any) -> Any:
+    return value
 
 
 @KINDS

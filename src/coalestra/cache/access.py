@@ -43,7 +43,7 @@ from coalestra.cache.store import (
 )
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.pace import Pace
-from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError
+from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, without_frames
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
@@ -382,10 +382,18 @@ class CacheAccess:
     # Writing ------------------------------------------------------------------------------------
 
     def raise_first(self, failures: Failures) -> None:
-        """Raise the first of the failures of what an application asked for; tell of the others."""
-        for first in failures.values():
-            self.calls.tell("write", {k: each for k, each in failures.items() if each is not first})
-            raise first
+        """Raise the first of the failures of what an application asked for; tell of the others.
+
+        They are let go, as the traceback leads to whoever has them.
+        """
+        first = next(iter(failures.values()), None)
+        self.calls.tell("write", {k: each for k, each in failures.items() if each is not first})
+        failures.clear()
+        if first is not None:
+            try:
+                raise first
+            finally:
+                del first
 
     def holds(self, revision: Revision) -> bool:
         """Whether a value on its way still counts as held."""
@@ -591,6 +599,7 @@ class _Write:
             )
             told = await self.cache.calls.once("fulfil_many", fulfil, insist=True)
         except Exception as error:
+            without_frames(error)
             told = dict.fromkeys(self.values, error)
         for key in self.values:
             result = told.get(key)
@@ -606,6 +615,7 @@ class _Write:
             try:
                 self.values[key] = await open_value(self.cache.copies, revision, _WRITE)
             except Exception as error:
+                without_frames(error)
                 self.failures[key] = error
             await self.pace.keep()
 

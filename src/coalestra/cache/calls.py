@@ -22,7 +22,12 @@ from typing import Any, Final, TypeGuard, TypeVar, cast
 
 from coalestra._endings import look_after
 from coalestra.concurrency.pace import Pace
-from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
+from coalestra.core.errors import (
+    CacheCircuitOpenError,
+    CacheTimeoutError,
+    CacheUnavailableError,
+    without_frames,
+)
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.validation import integer, number, shown, text
@@ -210,6 +215,7 @@ class CacheCalls:
             try:
                 value = _usable(answers.get(key), key)
             except Exception as error:
+                without_frames(error)  # of which this one leads to it, and to all that was read
                 failures[key] = error
             else:
                 if value is not None and value.observed_at <= horizon:
@@ -252,9 +258,13 @@ class CacheCalls:
         results, failures = await self._calls(
             operation, (_ALL,), lambda _: call(), insist, None if patient else self.seconds
         )
-        for error in failures.values():
+        if not failures:
+            return results[_ALL]
+        error = failures.pop(_ALL)
+        try:
             raise error
-        return results[_ALL]
+        finally:
+            del error  # whose traceback leads here
 
     async def stats(self) -> Any | None:
         """Return what the cache says of itself; None if it says nothing, or fails to."""
