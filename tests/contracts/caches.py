@@ -8,7 +8,7 @@ from typing import Any
 
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.policies import FreshnessPolicy, RefreshMode
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
 from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
 
@@ -136,12 +136,31 @@ class LeasingCache(BatchAtomicCache):
         await self._travel("lease_many")
         found: dict[ResourceKey, LeasedLookup] = {}
         for key in keys:
-            lookup, lease = self._lookup(key, now, policies[key]), None
-            of_no_use = lookup.value is not None and lookup.value.version == (unlike or {}).get(key)
-            if force or of_no_use or not lookup.fresh:
+            lookup, lease, policy = self._lookup(key, now, policies[key]), None, policies[key]
+            behind = policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE
+            fit = lookup.usable_stale if behind else lookup.fresh
+            if lookup.value is None or not self._is_current(lookup.value):
+                lookup, fit = CacheLookup(None, False, False), False
+            elif lookup.value.version == (unlike or {}).get(key):
+                fit = False
+            if force or not fit:
                 lease = self.leased[key] = Lease(key, f"lease {len(self.calls)}")
             found[key] = LeasedLookup(lookup, lease)
+        stack = list(keys)
+        while stack:  # what they rest on comes along
+            value = self.held.get(stack.pop())
+            for below in () if value is None else value.dependency_versions:
+                if below not in found and below in self.held:
+                    found[below] = LeasedLookup(CacheLookup(self.held[below], False, False))
+                    stack.append(below)
         yield found
+
+    def _is_current(self, value: Value) -> bool:
+        held = {key: self.held.get(key) for key in value.dependency_versions}
+        return all(
+            each is not None and each.version == value.dependency_versions[key]
+            for key, each in held.items()
+        )
 
     async def fulfil_many(
         self,

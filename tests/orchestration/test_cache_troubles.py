@@ -21,6 +21,7 @@ from coalestra import (
     CacheUnavailableError,
     FreshnessPolicy,
     InMemoryMetrics,
+    PolicyResolver,
     RefreshMode,
     ResourceKey,
     ResourceUpdate,
@@ -649,6 +650,31 @@ async def test_a_refresh_brings_a_new_value_though_the_old_one_comes_along_with_
         await asyncio.sleep(0.1)
         assert not (await building.build(KEYS[:1])).stale_keys
     await building.aclose()
+
+
+@pytest.mark.parametrize("mode", list(RefreshMode), ids=lambda mode: mode.value)
+async def test_leases_change_nothing_about_what_inherits_its_freshness(mode: RefreshMode) -> None:
+    """What is served for its own age alone may rest on something stale, or be due for that."""
+    ahead = 2.0 if mode is RefreshMode.REFRESH_AHEAD else 0.0
+    stories: list[list[tuple[bool, int, int]]] = []
+    for kind in (BatchAtomicCache, LeasingCache):
+        policies = {
+            key("base"): FreshnessPolicy(5.0, 300.0, True, mode, ahead),
+            key("top"): FreshnessPolicy(100.0, 300.0, True, mode, ahead),
+        }
+        source = Single("base")
+        top = Derived("top", needs=lambda _: [key("base")])
+        top.inherit_freshness = True  # type: ignore[attr-defined]  # the protocol's optional attribute
+        resolver = PolicyResolver(LASTING, overrides=policies)
+        building = builder(source, top, cache=kind(), default_policy=None, policy_resolver=resolver)
+        stories.append([])
+        for seconds in (0.5, 4, 0.5, 4, 0.5, 4, 0.5):
+            value = (await building.build([key("top")]))[key("top")]
+            await building.wait_for_refreshes()
+            stories[-1].append((value.stale, len(source.calls), len(top.calls)))
+            await asyncio.sleep(seconds)
+        await building.aclose()
+    assert stories[1] == stories[0]
 
 
 async def test_a_lease_that_comes_as_its_reader_leaves_is_given_back() -> None:

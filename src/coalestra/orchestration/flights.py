@@ -42,7 +42,7 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import EMPTY
 from coalestra.core.health import FlightSnapshot
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, rank_of
+from coalestra.core.policies import FreshnessPolicy, RefreshMode, rank_of
 from coalestra.core.protocols import Lease
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
 from coalestra.core.values import CacheWriteStatus, Revision
@@ -448,6 +448,13 @@ class Read:
     def has_use_of(self, revision: Revision | None) -> TypeGuard[Revision]:
         """Whether that will do; beside a lease to acquire the key with, it can but stand in."""
         return revision is not None and self.lease is None and revision.version != self.unlike
+
+    def was_fit(self, revision: Revision, now: float) -> bool:
+        """Whether a cache that gives leases has given none on it, as it serves for its age."""
+        policy = self.policy
+        behind = policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE
+        most = policy.max_stale_seconds if behind else policy.ttl_seconds
+        return self.unlike is None and age_of(revision, now) <= most
 
     def __repr__(self) -> str:
         return f"<Read {self.key.display} waiters={len(self.waiters)}>"

@@ -514,6 +514,8 @@ class SingleFlight:
             if gather.logs and key in gather.logs:
                 gather.logs[key].flies(flight.note(), joined=flight.sponsor is not gather.work)
             self._hand(gather, flight, settlement, joined=True)
+        elif self._leases and read.has_use_of(revision) and read.was_fit(revision, now):
+            self.reads.ask_for_lease(gather, key, read.policy, revision.version)
         else:
             self._missed(gather, ((key, read.policy, revision),))
             flight = self.board.flights.get(key)
