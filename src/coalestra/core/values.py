@@ -267,7 +267,7 @@ _ROUNDING_SECONDS = 1e-6
 
 
 @final
-@record(init=False, repr=False)
+@record(repr=False)
 class SnapshotValue(Generic[T]):
     """A value with its provenance.
 
@@ -300,42 +300,19 @@ class SnapshotValue(Generic[T]):
     stale: bool
     from_cache: bool
     latency_ms: float
-    attempts: int
-    metadata: Mapping[str, Any]
-    authority_rank: int = field(compare=False)
-    version: str = field(compare=False)
-    dependency_versions: Mapping[ResourceKey, str] = field(compare=False)
+    attempts: int = 1
+    metadata: Mapping[str, Any] = field(default_factory=empty)
+    authority_rank: int = field(default=0, compare=False)
+    version: str = field(default_factory=next_version, compare=False)
+    dependency_versions: Mapping[ResourceKey, str] = field(default_factory=empty, compare=False)
 
-    def __init__(
-        self,
-        key: ResourceKey,
-        value: T,
-        source: str,
-        observed_at: float,
-        fetched_at: float,
-        age_seconds: float,
-        stale: bool,
-        from_cache: bool,
-        latency_ms: float,
-        attempts: int = 1,
-        metadata: Mapping[str, Any] = EMPTY,
-        authority_rank: int = 0,
-        version: str | None = None,
-        dependency_versions: Mapping[ResourceKey, str] = EMPTY,
-    ) -> None:
-        if type(metadata) is not FrozenDict:
-            metadata = frozen(mapping("metadata", metadata))
-        if not isinstance(dependency_versions, FrozenDict):
-            dependency_versions = frozen(mapping("dependency_versions", dependency_versions))
-        number("observed_at", observed_at)
-        number("fetched_at", fetched_at)
-        number("age_seconds", age_seconds)
-        number("latency_ms", latency_ms)
-        if version is None:
-            version = next_version()
-        facts = locals()
-        for name, write in _WRITE.items():
-            write(self, facts[name])
+    def __post_init__(self) -> None:
+        for name in ("metadata", "dependency_versions"):
+            given = getattr(self, name)
+            if not isinstance(given, FrozenDict):
+                _WRITE[name](self, frozen(mapping(name, given)))
+        for name in ("observed_at", "fetched_at", "age_seconds", "latency_ms"):
+            number(name, getattr(self, name))
 
     def __repr__(self) -> str:
         return concealed(self, "value", "metadata")
