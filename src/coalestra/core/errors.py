@@ -153,9 +153,8 @@ def without_frames(error: BaseException, spared: BaseException | None = None) ->
     this library are left out. Nothing that an exception refuses, as a frozen one does, is raised.
     """
     places = _note_places(error)
-    left, seen, spare = [error], {id(error), id(spared)}, _UNFRAMED_KEPT
-    while left:
-        each = left.pop()
+    spare = _UNFRAMED_KEPT
+    for each in _lineage(error, spared):
         if _TRACEBACK.__get__(each) is None:
             spare -= 1  # who has lost its frames before led on to others that have
             if spare < 0:
@@ -163,11 +162,26 @@ def without_frames(error: BaseException, spared: BaseException | None = None) ->
         elif each is not error:
             _note_places(each)
         _TRACEBACK.__set__(each, None)
-        for one in _chained(each):
+    return places
+
+
+def _lineage(
+    error: BaseException, spared: BaseException | None = None, *, hidden: bool = True
+) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from, nearest first, though not `spared`.
+
+    What is ``hidden`` (by ``from None``, or a cause) is left out, as Python does, unless asked for.
+    """
+    line, seen = [error], {id(error), id(spared)}
+    for each in line:
+        yield each
+        cause, context, *others = _chained(each)
+        if not hidden and (cause is not None or each.__suppress_context__):
+            context = None
+        for one in (cause, context, *others):
             if isinstance(one, BaseException) and id(one) not in seen:
                 seen.add(id(one))
-                left.append(one)
-    return places
+                line.append(one)
 
 
 def _note_places(error: BaseException) -> tuple[_Place, ...]:
@@ -183,23 +197,12 @@ def _note_places(error: BaseException) -> tuple[_Place, ...]:
 
 
 def _raised_from(error: BaseException) -> list[BaseException]:
-    """Return what an error was raised from, as far as it is known where that was; nearest first.
-
-    What it hides (``from None``) is left out, as Python does.
-    """
-    found, left, seen = [error], [error], {id(error)}
+    """Return what an error was raised from, as far as it is known where that was; nearest first."""
+    found = []
     with suppress(BaseException):  # of a foreign class that is read
-        while left and len(seen) <= _UNFRAMED_KEPT:
-            each = left.pop(0)
-            cause, context, *others = _chained(each)
-            if cause is None and not each.__suppress_context__:
-                cause = context
-            for lower in (cause, *others):
-                if isinstance(lower, BaseException) and id(lower) not in seen:
-                    seen.add(id(lower))
-                    left.append(lower)
-                    found += [lower] if getattr(lower, _NOTED, ()) else []
-    return found[1:]
+        for lower in islice(_lineage(error, hidden=False), 1, _UNFRAMED_KEPT):
+            found += [lower] if getattr(lower, _NOTED, ()) else []
+    return found
 
 
 def _place_text(place: _Place) -> str:

@@ -14,7 +14,7 @@ from binascii import crc32
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from coalestra.core.frozen import EMPTY
 
@@ -103,28 +103,27 @@ def number(
     if value is None and optional:
         return value
     given: Any = value
+    real = _is_real(given)
     if (
-        type(given) is float
-        and math.isfinite(given)
-        and not _outside(given, minimum, above, maximum)
+        real
+        and _is_finite(given)
+        and (minimum is None or given >= minimum)
+        and (above is None or given > above)
+        and (maximum is None or given <= maximum)
     ):
-        return value  # the usual case, without the sentence for a refusal
+        return value
     rule = _ranged("a finite number", minimum, above, maximum, optional)
-    if not _is_real(given):
-        raise wrong_type(name, rule, value)
-    if not _is_finite(given) or _outside(given, minimum, above, maximum):
-        raise ValueError(refusal(name, rule, value))
-    return value
+    raise ValueError(refusal(name, rule, value)) if real else wrong_type(name, rule, value)
 
 
 def span(name: str, value: T) -> T:
     """Return a length of time that is not negative but may be infinite."""
-    rule, given = "a number of at least 0", cast(Any, value)
-    if not _is_real(given):
-        raise wrong_type(name, rule, value)
-    if given != math.inf and not (_is_finite(given) and given >= 0):
-        raise ValueError(refusal(name, rule, value))
-    return value
+    given: Any = value
+    real = _is_real(given)
+    if real and (given == math.inf or (_is_finite(given) and given >= 0)):
+        return value
+    rule = "a number of at least 0"
+    raise ValueError(refusal(name, rule, value)) if real else wrong_type(name, rule, value)
 
 
 def integer(name: str, value: T, *, minimum: int | None = None, optional: bool = False) -> T:
@@ -271,16 +270,6 @@ def _is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int that no float can hold
         return False
-
-
-def _outside(
-    value: float, minimum: float | None, above: float | None, maximum: float | None
-) -> bool:
-    return (
-        (minimum is not None and value < minimum)
-        or (above is not None and value <= above)
-        or (maximum is not None and value > maximum)
-    )
 
 
 def _ranged(

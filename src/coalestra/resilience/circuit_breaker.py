@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
@@ -230,29 +230,19 @@ class Circuit:
             self.opened_at, self.probe_at = now, now + policy.recovery_timeout_seconds
         return opens
 
-    def view(self, now: float) -> CircuitSnapshot:
-        """Return the figures at `now`."""
-        state, opened_at = self.state(now), self.opened_at
+    def view(self, now: float, *others: Circuit) -> CircuitSnapshot:
+        """Return the figures at `now`, with those of `others` in the same state."""
+        together, state = (self, *others), self.state(now)
+        opened = [each.opened_at for each in together if each.opened_at is not None]
+        soonest = min(each.probe_at for each in together)
         return CircuitSnapshot(
             state,
-            self.failures,
-            0.0 if opened_at is None else opened_at,
-            self.probing,
-            None if opened_at is None else max(0.0, now - opened_at),
-            max(0.0, self.probe_at - now) if state is _OPEN else 0.0,
-        )
-
-    @staticmethod
-    def view_together(circuits: Sequence[Circuit], now: float) -> CircuitSnapshot:
-        """Return the figures at `now` of several in the same state."""
-        latest = max(circuits, key=lambda each: each.opened_at or 0.0).view(now)
-        soonest = min(each.probe_at for each in circuits)
-        return replace(
-            latest,
-            failures=max(each.failures for each in circuits),
-            half_open_probe_active=any(each.probing for each in circuits),
-            seconds_until_probe=max(0.0, soonest - now) if latest.state is _OPEN else 0.0,
-            count=len(circuits),
+            failures=max(each.failures for each in together),
+            opened_at=max(opened, default=0.0),
+            half_open_probe_active=any(each.probing for each in together),
+            seconds_since_opened=max(0.0, now - max(opened)) if opened else None,
+            seconds_until_probe=max(0.0, soonest - now) if state is _OPEN else 0.0,
+            count=len(together),
         )
 
     def __repr__(self) -> str:
@@ -428,8 +418,8 @@ class CircuitBreaker:
             part = "" if scope is CircuitScope.SOURCE else circuit.state(now).value
             groups.setdefault((source, scope, part), []).append(circuit)
         return {
-            CircuitIdentity(*group): Circuit.view_together(some, now)
-            for group, some in groups.items()
+            CircuitIdentity(*group): first.view(now, *others)
+            for group, (first, *others) in groups.items()
         }
 
     # The same steps by source and key, as coroutines -------------------------------------------
