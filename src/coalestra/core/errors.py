@@ -73,35 +73,30 @@ _CUT = "..."
 _EMPTY = "<no message>"
 
 
-class SerializedSourceFailure(TypedDict):
-    """One source's failure as JSON."""
-
+class _Serialized(TypedDict):
     schema: str
     schema_version: int
-    source: str
     error_type: str
     message: str
+
+
+class SerializedSourceFailure(_Serialized):
+    """One source's failure as JSON."""
+
+    source: str
     attempts: int
 
 
-class SerializedResourceError(TypedDict):
+class SerializedResourceError(_Serialized):
     """The error of one resource as JSON; ``failures`` is empty if no source was to blame."""
 
-    schema: str
-    schema_version: int
-    error_type: str
     resource: str
-    message: str
     failures: list[SerializedSourceFailure]
 
 
-class SerializedSnapshotBuildError(TypedDict):
+class SerializedSnapshotBuildError(_Serialized):
     """The error of a whole build as JSON; the two ``partial_snapshot`` flags are always equal."""
 
-    schema: str
-    schema_version: int
-    error_type: str
-    message: str
     errors: list[SerializedResourceError]
     partial_snapshot_available: bool
     has_partial_snapshot: bool
@@ -120,6 +115,15 @@ def folded_message(message: str, max_length: int = MAX_MESSAGE_LENGTH) -> str:
     if len(line) <= max_length:
         return line
     return (line[: max(0, max_length - len(_CUT))] + _CUT)[:max_length]
+
+
+def _serialized(error_type: str, message: str, max_length: int) -> _Serialized:
+    return {
+        "schema": ERROR_DIAGNOSTICS_SCHEMA,
+        "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
+        "error_type": error_type,
+        "message": folded_message(message, max_length),
+    }
 
 
 def message_of(error: BaseException) -> str:
@@ -317,14 +321,8 @@ class SourceFailure(_Raised):
 
     def to_dict(self, *, max_message_length: int = MAX_MESSAGE_LENGTH) -> SerializedSourceFailure:
         """Return the failure as JSON-safe data."""
-        return {
-            "schema": ERROR_DIAGNOSTICS_SCHEMA,
-            "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-            "source": self.source,
-            "error_type": self.error_type,
-            "message": folded_message(self.message, max_message_length),
-            "attempts": self.attempts,
-        }
+        told = _serialized(self.error_type, self.message, max_message_length)
+        return {**told, "source": self.source, "attempts": self.attempts}
 
 
 # Errors about sources and about single resources: what a key may fail with -----------------------
@@ -538,17 +536,10 @@ def serialized_error(
     key: ResourceKey, error: Exception, max_message_length: int
 ) -> SerializedResourceError:
     """Return any error of a resource as JSON-safe data."""
+    told = _serialized(type_name(error), message_of(error), max_message_length)
     failures = error.failures if isinstance(error, ResourceResolutionError) else ()
-    return {
-        "schema": ERROR_DIAGNOSTICS_SCHEMA,
-        "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-        "error_type": type_name(error),
-        "resource": key.display,
-        "message": folded_message(message_of(error), max_message_length),
-        "failures": [
-            failure.to_dict(max_message_length=max_message_length) for failure in failures
-        ],
-    }
+    shown = [failure.to_dict(max_message_length=max_message_length) for failure in failures]
+    return {**told, "resource": key.display, "failures": shown}
 
 
 _REASONS = {
@@ -613,16 +604,10 @@ class SnapshotBuildError(CoalestraError):
         self, *, max_message_length: int = MAX_MESSAGE_LENGTH
     ) -> SerializedSnapshotBuildError:
         """Return the error, with that of every resource, as JSON-safe data."""
-        partial = self.snapshot is not None
+        length, partial = max_message_length, self.snapshot is not None
         return {
-            "schema": ERROR_DIAGNOSTICS_SCHEMA,
-            "schema_version": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
-            "error_type": type(self).__name__,
-            "message": folded_message(str(self), max_message_length),
-            "errors": [
-                serialized_error(key, error, max_message_length)
-                for key, error in self.errors.items()
-            ],
+            **_serialized(type(self).__name__, str(self), length),
+            "errors": [serialized_error(key, each, length) for key, each in self.errors.items()],
             "partial_snapshot_available": partial,
             "has_partial_snapshot": partial,
         }
