@@ -65,7 +65,11 @@ class Invocation:
 
     def answer_now(self, *arguments: Any) -> Any:
         """Return the result of a callable that has to be plain; an awaitable is a `TypeError`."""
-        result = self._call_here(arguments)
+        try:
+            result = self._function(*arguments)
+        except BaseException as error:
+            self._check(error)
+            raise
         if type(result) not in _NOT_AWAITABLE and inspect.isawaitable(result):
             _discard(result)
             raise TypeError(f"{self.role} must be a plain function, got one that is async")

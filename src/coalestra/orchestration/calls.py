@@ -201,12 +201,12 @@ def _answers(link: Link, flights: Collection[Flight], result: Any) -> Slices[_An
         )
     get, answers, omitted = result.get, deque[tuple[Flight, Any]](), list[Flight]()
     for part in portions(flights, _KEYS_AT_ONCE):
-        for flight in part:
-            value = get(flight.key, _OMITTED)
-            if value is _OMITTED:
-                omitted.append(flight)
-            else:
-                answers.append((flight, value))
+        held = [(flight, get(flight.key, _OMITTED)) for flight in part]
+        lacking = [flight for flight, value in held if value is _OMITTED]
+        if lacking:
+            omitted += lacking
+            held = [each for each in held if each[1] is not _OMITTED]
+        answers += held
         if len(part) == _KEYS_AT_ONCE:
             yield
     if len(result) != len(answers):
@@ -1129,7 +1129,9 @@ class Call:
         What it takes a thread to seal is put with the `_slow` ones, to be made with its seal.
         """
         parts, link, answered_at = self.parts, self.link, self.answered_at
-        rank, seal_now, left = self.lane.rank, parts.copies.seal_now, PORTION
+        source, context, rank = link.name, link.context, self.lane.rank
+        latency_ms, attempts, rests_on = self.latency_ms, self.attempts, self.rests_on
+        seal_now, left = parts.copies.seal_now, PORTION
         metadata: Mapping[str, Any]
         while answers and left > 0:
             flight, value = answers.popleft()
@@ -1149,7 +1151,7 @@ class Call:
                 stale = dated and answered_at - observed_at > flight.policy.ttl_seconds
                 if not stale:
                     self.fresh.add(flight)
-                found = sealed or seal_now(payload, context=link.context)
+                found = sealed or seal_now(payload, context=context)
                 if found is None:
                     self._slow = self._slow or []
                     self._slow.append((flight, value))
@@ -1159,17 +1161,17 @@ class Call:
                     flight.key,
                     found[0],
                     found[1],
-                    link.name,
+                    source,
                     observed_at,
                     answered_at,
                     next_version(),
-                    self.latency_ms,
-                    self.attempts,
-                    parts.copies.seal_metadata_now(metadata, context=link.context)
+                    latency_ms,
+                    attempts,
+                    parts.copies.seal_metadata_now(metadata, context=context)
                     if metadata
                     else EMPTY,
-                    rank_of(parts.authority, flight.key, link.name) if rank is None else rank,
-                    self.rests_on,
+                    rank_of(parts.authority, flight.key, source) if rank is None else rank,
+                    rests_on,
                     () if gather is None else gather.revisions(),
                     dated,
                     flight.began,

@@ -227,12 +227,21 @@ class Flight:
     """
 
     __slots__ = (
-        "__weakref__", "_shares_waiters", "absent_until", "began", "cacheable", "cached", "call",
-        "candidate", "crowd", "cutoff", "cycle", "event", "failures", "forced", "gather",
-        "joinable", "key", "lane", "lease", "link", "linked", "log", "missed", "nesting",
-        "offered", "phase", "pins", "policy", "position", "settlement", "since", "sponsor",
+        "__dict__", "__weakref__", "_shares_waiters", "began", "cacheable", "cached", "call",
+        "cutoff", "event", "forced", "gather", "joinable", "key", "lane", "lease", "link",
+        "linked", "log", "phase", "pins", "policy", "position", "settlement", "since", "sponsor",
         "urgent", "waiters",
     )  # fmt: skip
+
+    # Few flights ever have these; the others are slots, as all of them are asked for those.
+    failures: tuple[SourceFailure, ...] = ()
+    cycle: tuple[ResourceKey, ...] | None = None
+    candidate: Revision | None = None
+    offered: Revision | None = None
+    crowd: Crowd | None = None
+    missed: bool = False
+    nesting: bool = False
+    absent_until: float = math.inf
 
     def __init__(
         self, key: ResourceKey, policy: FreshnessPolicy, sponsor: Work, since: int = 0
@@ -241,32 +250,24 @@ class Flight:
         self.policy: FreshnessPolicy = policy
         self.sponsor: Work = sponsor
         self.since: int = since
-        self.waiters: dict[Gather, bool] = _NOBODY
         self.phase: Phase = _CHOOSING
+        self.waiters: dict[Gather, bool] = _NOBODY
+        self._shares_waiters: bool = True
         self.position: int = 0
         self.began: int = 0
         self.cutoff: float = -math.inf
-        self.absent_until: float = math.inf
-        self.failures: tuple[SourceFailure, ...] = ()
         self.cacheable: bool = True
-        self._shares_waiters: bool = True
-        self.missed: bool = False
         self.joinable: bool = False
         self.linked: bool = False
         self.urgent: bool = False
-        self.nesting: bool = False
         self.forced: bool = False
         self.link: Link | None = None
         self.gather: Gather | None = None
         self.call: Call | None = None
         self.lane: Lane | None = None
-        self.crowd: Crowd | None = None
         self.settlement: Settlement | None = None
-        self.cycle: tuple[ResourceKey, ...] | None = None
         self.cached: Revision | None = None
-        self.candidate: Revision | None = None
         self.event: Revision | None = None
-        self.offered: Revision | None = None
         self.lease: Lease | None = None
         self.log: FlightLog | None = None
         self.pins: Pins | None = None
