@@ -423,7 +423,7 @@ async def test_a_worker_that_ends_in_the_middle_of_a_call_leaves_nobody_waiting(
 ) -> None:
     """However that may come about: the loop tells the lane, and the lane the call."""
 
-    async def broken(call: calls.Call, worker: calls.Worker) -> None:
+    async def broken(call: calls.Call, worker: calls.Worker, begun: object) -> None:
         raise asyncio.CancelledError
 
     building = builder(Single("good"), Batch("batch"))

@@ -50,7 +50,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.capacity import CapacityLease
@@ -73,8 +73,9 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
+from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
-from coalestra.orchestration.deliveries import Deliveries
+from coalestra.orchestration.deliveries import Deliveries, Inputs
 from coalestra.orchestration.flights import (
     Flight,
     Fresh,
@@ -82,6 +83,7 @@ from coalestra.orchestration.flights import (
     Interest,
     Phase,
     Work,
+    call_served,
     current_call,
 )
 from coalestra.orchestration.parts import Parts
@@ -136,17 +138,27 @@ _OMITTED = object()
 def _first_step(link: Link, awaitable: Any) -> tuple[Any, Any]:
     """Begin what a source returned: return it with what it waits for, or None with its answer."""
     steps = awaitable
-    if type(steps) is not types.CoroutineType:
+    try:
+        if type(steps) is types.CoroutineType:
+            return steps, steps.send(None)
         if not inspect.isawaitable(awaitable):
             raise SourceProtocolError(
                 f"source {link.name!r} returned {type(awaitable).__qualname__} where an awaitable "
                 "is needed; make the method async, or use a callable adapter"
             )
         steps = getattr(awaitable, "__await__", lambda: awaitable)()
-    try:
         return steps, _sender(steps)(None)
     except StopIteration as stop:
         return None, stop.value
+
+
+def _as_before(steps: Any, answer: Any) -> tuple[Any, Any]:
+    """Return what a first step has come to."""
+    return steps, answer
+
+
+def _raised(error: BaseException) -> NoReturn:
+    raise error
 
 
 @types.coroutine
@@ -227,6 +239,10 @@ def _refuse_unrequested(link: Link, asked: Collection[ResourceKey], result: Iter
 # One attempt: capacity, the budget of time, the call itself, and the instant that cuts it off ----
 
 
+First = Callable[[], tuple[Any, Any]]
+"""Calls a source and takes its first step: returns what it waits for, or None and its answer."""
+
+
 class Attempt:
     """One attempt of a call. `over` is set the moment its outcome is known.
 
@@ -241,15 +257,32 @@ class Attempt:
     _cut: CutOff | None = None
     _bound: float = math.inf
     _late: float = -math.inf
+    prompt: bool = True
+    _lease: CapacityLease | None = None
     _inputs: tuple[Any, ...] = ()
+    _first: First | None = None
+    _run: Callable[..., Any]
 
     def __init__(self, call: Call, worker: Worker) -> None:
-        self._call = call
-        self._worker = worker
+        self.call: Call = call
+        self.worker: Worker = worker
 
     async def run(self) -> None:
-        """Make the attempt; return when the source has really ended."""
-        call = self._call
+        """Make the attempt, or what is left of it; return when the source has really ended."""
+        try:
+            first, self._first = self._first or await self._prepare(), None
+            if first is None:
+                return
+            answer = await self._ask(first)
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+        if answer is not None:
+            await self.call.take_in(self, answer[0])
+
+    async def _prepare(self) -> First | None:
+        """Get what the source needs, a slot, and the leave of its circuits; then what calls it."""
+        call = self.call
         name = call.link.name
         if call.link.kind is _DERIVED:
             (flight,) = call.flights
@@ -259,29 +292,28 @@ class Attempt:
             inputs, call.rests_on = await preparing
             self._inputs = (inputs,)
         self.stage = Progress.WAITING
-        lease: CapacityLease | None = None
-        try:
-            lease = call.parts.capacity.try_acquire(name)
-            if lease is None and call.urgent:
-                lease = call.parts.capacity.beyond(name)
-            lease = lease or await self._wait_for_capacity(name)
-            if lease is None:
-                return
-            refusal = self._refusal() if call.link.protected else None
-            if refusal is not None:
-                call.end(refusal)
-                return
-            if call.must_ask_circuits():
-                await call.enter_circuits()
-                if self.over or not call.flights:
-                    return
-            call.count_attempt()
-            answer = await self._ask()
-        finally:
-            if lease is not None:
-                lease.release()
-        if answer is not None:
-            await call.take_in(self, answer[0])
+        lease = call.parts.capacity.try_acquire(name)
+        if lease is None and call.urgent:
+            lease = call.parts.capacity.beyond(name)
+        self._lease = lease or await self._wait_for_capacity(name)
+        if self._lease is None:
+            return None
+        refusal = self._refusal() if call.link.protected else None
+        if refusal is not None:
+            call.end(refusal)
+            return None
+        if call.must_ask_circuits():
+            await call.enter_circuits()
+            if self.over or not call.flights:
+                return None
+        call.count_attempt()
+        number = next_number()
+        for flight in call.flights:
+            flight.began = number
+        self._set_off(asyncio.get_running_loop().time(), call.parts.clock.monotonic())
+        self._run = call.work.variables.copy().run
+        call.report_start(self._run)
+        return partial(self._run, self._begin)
 
     # Its time ----------------------------------------------------------------------------------
 
@@ -295,15 +327,15 @@ class Attempt:
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop of the worker that makes it."""
-        return None if self._worker.task is None else self._worker.task.get_loop()
+        return None if self.worker.task is None else self.worker.task.get_loop()
 
     @property
     def elapsed_seconds(self) -> float:
         """How long the source has been running, on the builder's clock."""
-        return self._call.parts.clock.monotonic() - self.ticks
+        return self.call.parts.clock.monotonic() - self.ticks
 
     def _end(self) -> float | None:
-        end = min(self._bound, max(self._call.cutoff, self._late))
+        end = min(self._bound, max(self.call.cutoff, self._late))
         return None if end == math.inf else end
 
     def cut_off(self, bound: float, on_expire: Callable[[], None] | None = None) -> CutOff:
@@ -325,10 +357,10 @@ class Attempt:
 
     def abandon(self) -> Exception | None:
         """End the attempt, as nobody waits for it; return the error if it waited too long."""
-        call, waited = self._call, self.stage is Progress.WAITING and self._cut is not None
+        call, waited = self.call, self.stage is Progress.WAITING and self._cut is not None
         prepared = self.stage is Progress.PREPARING and call.link.kind is _DERIVED
         self.write_off()
-        task = self._worker.task
+        task = self.worker.task
         if task is not None and task is not asyncio.current_task():
             task.cancel()
         if call.cutoff > asyncio.get_running_loop().time():
@@ -344,13 +376,13 @@ class Attempt:
     def write_off(self) -> None:
         """Decide the attempt now, though its worker may take its time to end."""
         self.over = True
-        self._worker.leave()
+        self.worker.leave()
 
     # Capacity ----------------------------------------------------------------------------------
 
     async def _wait_for_capacity(self, name: str) -> CapacityLease | None:
         """Wait for a lease; return None, the call having ended, when that took too long."""
-        call = self._call
+        call = self.call
         clock = asyncio.get_running_loop().time
         began, timeout = clock(), call.link.queue_timeout_seconds
         if call.log is not None:
@@ -375,26 +407,26 @@ class Attempt:
     def _late_in_queue(self) -> Exception:
         self._report_timeout("snapshot_deadline")
         return SnapshotDeadlineExceededError(
-            f"the deadline{self._call.of_deadline()} passed while waiting for "
-            f"{self._call.lane.capacity}; raise max_concurrency or the deadline"
+            f"the deadline{self.call.of_deadline()} passed while waiting for "
+            f"{self.call.lane.capacity}; raise max_concurrency or the deadline"
         )
 
     def _impatient(self, timeout: float | None) -> Exception:
-        self._call.parts.counters.queue_timeout_count += 1
+        self.call.parts.counters.queue_timeout_count += 1
         self._report_timeout("queue_timeout")
         return SourceQueueTimeoutError(
-            f"waited {timeout:g} s for {self._call.lane.capacity}; raise its max_concurrency, the "
+            f"waited {timeout:g} s for {self.call.lane.capacity}; raise its max_concurrency, the "
             "builder's max_concurrency, or queue_timeout_seconds"
         )
 
     def _report_timeout(self, reason: str) -> None:
-        report, name = self._call.parts.report, self._call.link.name
+        report, name = self.call.parts.report, self.call.link.name
         if report is not None:
             report.count("source_capacity_timeout_total", source=name, reason=reason)
 
     def _refusal(self) -> Exception | None:
         """Return why a blocking call must not be started, as it could outlive its budget."""
-        call, link = self._call, self._call.link
+        call, link = self.call, self.call.link
         declared = link.guarantee.transport_timeout_seconds or 0.0
         timeout = math.inf if link.timeout_seconds is None else link.timeout_seconds
         late = call.policy.finish_late and timeout < math.inf
@@ -425,29 +457,37 @@ class Attempt:
 
     # The call ----------------------------------------------------------------------------------
 
-    async def _ask(self) -> tuple[Any] | None:
-        """Return what the source answered, or None when the call has learned of its failure."""
-        link = self._call.link
-        self.began = asyncio.get_running_loop().time()
-        self.ticks = self._call.parts.clock.monotonic()
-        self.stage = Progress.RUNNING
-        timeout = link.timeout_seconds
+    def follow(self, following: Following) -> None:
+        """Be the attempt of what has begun in the wake of another call."""
+        self._run = following.run
+        self._set_off(following.began, following.ticks)
+
+    def take_over(self, lease: CapacityLease, first: First) -> None:
+        """Go on with a slot, from what the first step of the source has come to."""
+        self._lease, self._first = lease, first
+
+    def _set_off(self, began: float, ticks: float) -> None:
+        """Have called the source at these instants."""
+        self.began, self.ticks, self.stage = began, ticks, Progress.RUNNING
+        timeout = self.call.link.timeout_seconds
         self._bound = math.inf
         if timeout is not None:
-            self._bound = self.began + timeout
-            if self._call.policy.finish_late:
+            self._bound = began + timeout
+            if self.call.policy.finish_late:
                 self._late = self._bound
-        run = self._call.work.variables.copy().run
-        self._call.report_start(run)
+
+    async def _ask(self, first: First) -> tuple[Any] | None:
+        """Return what the source answered, or None when the call has learned of its failure."""
         try:
-            steps, answer = run(self._begin)
+            steps, answer = first()
             if steps is not None:  # it waits for something, so it takes watching
+                self.prompt = False
                 with CutOff(self._end(), self._expire) as self._cut:
-                    answer = await _further_steps(steps, answer, run)
+                    answer = await _further_steps(steps, answer, self._run)
         except CutOffExpired:
             return None
         except BaseException as error:
-            if _comes_from_outside(error, self._worker):
+            if _comes_from_outside(error, self.worker):
                 raise
             if not isinstance(error, ResourceAbsent):
                 self._fail(error)
@@ -457,14 +497,14 @@ class Attempt:
             self._cut = None
         if self.over:
             return None
-        if link.protected:
+        if self.call.link.protected:
             self._watch_transport("completed_late")
         return (answer,)
 
     def _begin(self) -> tuple[Any, Any]:
         """Call the source, and take its first step."""
-        current_call.set(self._call)
-        link, context, flights = self._call.link, self._call.work.context, self._call.flights
+        current_call.set(self.call)
+        link, context, flights = self.call.link, self.call.work.context, self.call.flights
         if link.kind is _BATCH:
             keys = tuple([flight.key for flight in flights])
             return _first_step(link, link.source.fetch_many(keys, context))
@@ -478,15 +518,15 @@ class Attempt:
             without_frames(error)  # nobody will see it, and it would keep alive what failed
             return
         self.over = True
-        self._worker.closing |= isinstance(error, GeneratorExit)  # a task may have passed it on
+        self.worker.closing |= isinstance(error, GeneratorExit)  # a task may have passed it on
         self._watch_transport("failed_late")
-        self._call.failed(self, error)
+        self.call.failed(self, error)
 
     def _expire(self) -> None:
         """Decide at once what a call that ran out of time comes to; its worker may take longer."""
         if self.over:
             return
-        call, name = self._call, self._call.link.name
+        call, name = self.call, self.call.link.name
         self.write_off()
         if max(call.cutoff, self._late) < self._bound:
             call.link.deadline_cuts += 1
@@ -505,7 +545,7 @@ class Attempt:
 
     def _watch_transport(self, outcome: str) -> None:
         """Count a blocking call that outlived the transport timeout it declares."""
-        call, link = self._call, self._call.link
+        call, link = self.call, self.call.link
         declared = link.guarantee.transport_timeout_seconds
         if not link.protected or declared is None:
             return
@@ -529,7 +569,62 @@ class Attempt:
                 )
 
     def __repr__(self) -> str:
-        return f"<Attempt {self._call.link.name} {self.stage.name.lower()} over={self.over}>"
+        return f"<Attempt {self.call.link.name} {self.stage.name.lower()} over={self.over}>"
+
+
+class Following:
+    """One key that a source is asked for in the wake of another, in the same step.
+
+    Most are answered at once, which `leader` then has the answer of. It becomes a `call` of its own
+    as soon as it needs one: when the source waits, fails, or itself asks for something.
+    """
+
+    __slots__ = (
+        "_inputs",
+        "attempt",
+        "began",
+        "flight",
+        "leader",
+        "rests_on",
+        "run",
+        "ticks",
+        "turn",
+        "worker",
+    )
+
+    def __init__(
+        self, leader: Call, worker: Worker, flight: Flight, prepared: Inputs | None
+    ) -> None:
+        self._inputs: Snapshot | None = None if prepared is None else prepared[0]
+        self.rests_on: FrozenDict[ResourceKey, str] = EMPTY if prepared is None else prepared[1]
+        self.leader: Call | None = leader
+        self.attempt: Attempt | None = None
+        self.worker: Worker = worker
+        self.flight: Flight = flight
+        self.run: Callable[..., Any] = leader.work.variables.copy().run
+        self.began: float = asyncio.get_running_loop().time()
+        self.ticks: float = leader.parts.clock.monotonic()
+        self.turn: int = leader.parts.breaker.turn
+        flight.began = next_number()
+
+    def begin(self, link: Link, context: FetchContext) -> tuple[Any, Any]:
+        """Call the source, and take its first step."""
+        current_call.set(self)
+        if link.kind is _DERIVED:
+            return _first_step(link, link.source.derive(self.flight.key, self._inputs, context))
+        return _first_step(link, link.source.fetch(self.flight.key, context))
+
+    @property
+    def call(self) -> Call | None:
+        """The call that it is; None if it was answered without one."""
+        return None if self.leader is None else self.own(self.leader).call
+
+    def own(self, leader: Call) -> Attempt:
+        """Be a call of its own, under way."""
+        if self.attempt is None:
+            call = Call(leader.lane, (self.flight,) if self.flight.phase is _CALLING else ())
+            self.attempt = call.follow(self, leader.policy, self.turn)
+        return self.attempt
 
 
 # The call: its keys, its circuits, one attempt after the other, and what becomes of each key -----
@@ -588,6 +683,11 @@ class Call:
         if attempt is not None:
             return str(attempt.stage.value[1])
         return "resting between two attempts" if self.attempts else "waiting for its turn"
+
+    @property
+    def call(self) -> Call:
+        """Itself, as what a source serves that is called by it."""
+        return self
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -658,7 +758,7 @@ class Call:
         while call is not None and call.keys_under_way and call.loop is not None:
             if call.loop is loop:
                 return call
-            call = call.work.variables.get(current_call)
+            call = call_served(call.work.variables)
         return None
 
     @property
@@ -713,13 +813,22 @@ class Call:
 
     # One attempt after the other --------------------------------------------------------------
 
-    async def run(self, worker: Worker) -> None:
-        """Make one attempt; return when the source has really ended."""
+    def follow(self, following: Following, policy: SourceResiliencePolicy, turn: int) -> Attempt:
+        """Be under way already; return the attempt that is made."""
+        self.policy, self._turn, self.rests_on = policy, turn, following.rests_on
+        self._asked = tuple(self.flights) if policy.circuit.enabled else ()
+        self.count_attempt()
+        self._attempt = Attempt(self, following.worker)
+        self._attempt.follow(following)
+        return self._attempt
+
+    async def run(self, worker: Worker, begun: Attempt | None = None) -> None:
+        """Make one attempt, or what is left of it; return when the source has really ended."""
         self._retry = None
-        if self._over or not self.flights:
+        if begun is None and (self._over or not self.flights):
             return
-        attempt = self._attempt = Attempt(self, worker)
-        if self.log is not None:
+        attempt = self._attempt = begun or Attempt(self, worker)
+        if self.log is not None and begun is None:
             self.log.attempt(self.attempts + 1)
         try:
             if not self.attempts:
@@ -728,7 +837,7 @@ class Call:
                 )
                 if self.parts.breaker.circuits:
                     await self._pass_open_circuits()
-            if self.flights:
+            if self.flights or begun is not None:
                 await attempt.run()
         except BaseException as error:
             if not _comes_from_outside(error, worker):
@@ -945,6 +1054,16 @@ class Call:
         whole = self.policy.circuit.scope is CircuitScope.SOURCE
         return bool(self.fresh) if whole else len(self.fresh) == len(self._asked)
 
+    def _tell_of_refused(self, following: Following) -> None:
+        """Tell the circuit, and the log, of an answer in the wake of its own that is of no use."""
+        if self._unusable is not None:
+            self.parts.log.failed(f"source {self.link.name!r}", self._unusable)
+            self._unusable = None
+        if self.policy.circuit.enabled:
+            self._turn, self._asked = following.turn, (following.flight,)
+            for _ in self._tell_circuits(_FAILURE):
+                pass
+
     def _tell_circuits(self, outcome: Outcome) -> Iterator[None]:
         """Tell each circuit, once, how its keys fared: one fresh value makes it a success."""
         if self._circuits_need_not_know:
@@ -992,7 +1111,7 @@ class Call:
         if len(answers) > 1:
             await self._hand_over_all(answers)
         elif answers:
-            self._hand_over(*answers[0])
+            self._hand_over(*answers[0], worker=attempt.worker if attempt.prompt else None)
         if self._slow is not None:
             await self._copy_in_threads(attempt, self._slow)
         if self._over:
@@ -1020,12 +1139,115 @@ class Call:
                 self.fresh.pop()
             yield
 
-    def _hand_over(self, flight: Flight, value: Any, sealed: Sealed | None = None) -> None:
-        """Hand over one value, unless sealing it takes a thread."""
+    def _hand_over(
+        self,
+        flight: Flight,
+        value: Any,
+        sealed: Sealed | None = None,
+        worker: Worker | None = None,
+    ) -> None:
+        """Hand over one value, unless sealing it takes a thread.
+
+        If a `worker` is given, it makes the calls along with it that are answered at once.
+        """
         made: deque[Fresh] = deque()
         by_key: dict[ResourceKey, Revision] = {}
         self._make(deque([(flight, value)]), made, by_key, sealed)
+        if worker is not None and made and self._may_lead():
+            self._lead(worker, made, by_key)
         self._deliver(made, self.dispatch.store(self, made, by_key))
+
+    # What it takes along: calls that are answered at once travel together ----------------------
+
+    def _may_lead(self) -> bool:
+        """Whether the source may be asked for what is queued behind, in the same step.
+
+        Not if anybody follows what it does, or its circuits have to be asked each time.
+        """
+        return (
+            self.link.kind is not _BATCH
+            and self.attempts == 1
+            and self.log is None
+            and self.parts.report is None
+            and self._groups is None
+            and not self.link.protected
+        )
+
+    def _lead(
+        self, worker: Worker, made: deque[Fresh], by_key: dict[ResourceKey, Revision]
+    ) -> None:
+        """Ask for the keys that are queued behind, as long as the source answers each at once.
+
+        Nobody else has a turn meanwhile, so that one slot does for all of them, and their values
+        are handed over together. What takes longer goes on as a call of its own.
+        """
+        lane, breaker, pace, count, before = self.lane, self.parts.breaker, self.parts.pace, 0, 0.0
+        lease = self.parts.capacity.try_acquire(self.link.name) if lane.queued else None
+        self._asked = ()  # its own answer was fresh
+        try:
+            while lease is not None and count < PORTION and not (breaker.circuits or self._over):
+                flight = None if worker.interrupted else lane.next_flight()
+                if flight is None:
+                    break
+                prepared = self._prepared(flight)
+                if prepared is None and self.link.kind is _DERIVED:
+                    lane.put_back(flight)
+                    break
+                following = Following(self, worker, flight, prepared)
+                first = self._ask_for(following, made, by_key)
+                if first is not None:
+                    worker.begun = following.own(self)
+                    worker.begun.take_over(lease, first)
+                    lease = None
+                    break
+                following.leader = None
+                count += 1
+                before += self.latency_ms
+                if not count % _CALLS_BETWEEN_LOOKS and pace.due:
+                    break
+        finally:
+            if lease is not None:
+                lease.release()
+            if count:
+                self._count_calls(count)
+                self._count_latency(before, count)
+
+    def _prepared(self, flight: Flight) -> Inputs | None:
+        """Return what a key is derived from, if it is and that takes no waiting."""
+        if flight.gather is None:
+            return None
+        context, readings = flight.sponsor.context, flight.gather.in_order()
+        return self.dispatch.deliveries.inputs_at_hand(
+            context, readings, inherits=self.link.inherits
+        )
+
+    def _ask_for(
+        self, following: Following, made: deque[Fresh], by_key: dict[ResourceKey, Revision]
+    ) -> First | None:
+        """Ask for one more key; return what its first step has come to, unless that is the end."""
+        flight, clock = following.flight, self.parts.clock
+        try:
+            steps, answer = following.run(following.begin, self.link, self.work.context)
+            if steps is not None or following.attempt is not None:
+                return partial(_as_before, steps, answer)
+            if flight.phase is not _CALLING:
+                return None  # nobody waits for it any more
+            self.link.succeeded_at = ended_at = clock.monotonic()
+            self.latency_ms, self.answered_at = (ended_at - following.ticks) * 1000, clock.now()
+            self.extend(Flight.join_call((flight,), self))
+            self.flights[flight], self.rests_on = None, following.rests_on
+            self._make(deque([(flight, answer)]), made, by_key)
+        except BaseException as error:
+            self.flights.pop(flight, None)
+            return partial(_raised, error)
+        if self._slow is not None:
+            self._slow = None
+            self.flights.pop(flight)
+            self.fresh.discard(flight)
+            return partial(_as_before, None, answer)
+        if flight not in self.fresh:
+            self._tell_of_refused(following)
+        return None
 
     async def _hand_over_all(self, answers: deque[tuple[Flight, Any]]) -> None:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
@@ -1230,21 +1452,21 @@ class Call:
     def count_attempt(self) -> None:
         """Count an attempt, and with the first one the call."""
         if not self.attempts:
-            record, name, kind = self.work.record, self.link.name, self.link.kind
-            record.source_calls += 1
-            by_source = record.source_calls_by_source
-            by_source[name] = by_source.get(name, 0) + 1
-            if kind is _DERIVED:
-                record.derived_calls += 1
-            elif kind is _BATCH:
-                record.batch_calls += 1
+            self._count_calls(1)
+            if self.link.kind is _BATCH:
+                self.work.record.batch_calls += 1
                 if self.parts.report is not None:
                     size = len(self.flights)
-                    self.parts.report.observe("source_batch_size", size, source=name)
+                    self.parts.report.observe("source_batch_size", size, source=self.link.name)
         self.attempts += 1
-        number = next_number()
-        for flight in self.flights:
-            flight.began = number
+
+    def _count_calls(self, count: int) -> None:
+        record, name = self.work.record, self.link.name
+        record.source_calls += count
+        by_source = record.source_calls_by_source
+        by_source[name] = by_source.get(name, 0) + count
+        if self.link.kind is _DERIVED:
+            record.derived_calls += count
 
     def report_start(self, run: Callable[..., Any]) -> None:
         """Report that the source is asked; `run` runs something in the context of the call."""
@@ -1255,11 +1477,11 @@ class Call:
             told = {"keys": len(self.flights), "attempt": self.attempts}
             report.tell("source_call_started", **self.facts, **told)
 
-    def _count_latency(self, latency_ms: float) -> None:
-        """Add what one attempt took, in milliseconds."""
+    def _count_latency(self, latency_ms: float, attempts: int = 1) -> None:
+        """Add what attempts took, in milliseconds."""
         name, by_source = self.link.name, self.work.record.source_latency_ms_by_source
         by_source[name] = by_source.get(name, 0.0) + latency_ms
-        self.link.attempts += 1
+        self.link.attempts += attempts
         self.link.latency_ms += latency_ms
         if self.parts.report is not None:
             self.parts.report.observe("source_fetch_latency_ms", latency_ms, source=name)
@@ -1313,10 +1535,14 @@ def _tell_loop(error: BaseException, what: str = "the end of a call failed") -> 
 
 
 class Worker:
-    """A task that works off the queue of a lane. `gone`: the lane has stopped counting on it."""
+    """A task that works off the queue of a lane. `gone`: the lane has stopped counting on it.
+
+    `begun` is an attempt that it has to go on with at once.
+    """
 
     task: asyncio.Task[Any] | None = None
     call: Call | None = None
+    begun: Attempt | None = None
     closing: bool = False
     gone: bool = False
     _requests: OwnCancellation | None = None
@@ -1490,28 +1716,50 @@ class Lane:
         """Make one call after the other while there are any; what a worker does."""
         pace = self.dispatch.parts.pace
         pace.begin()
-        left = _CALLS_BETWEEN_LOOKS
-        while self._queue and not worker.gone:
-            call = self._next()
+        while (self._queue and not worker.gone) or worker.begun is not None:
+            begun, worker.begun = worker.begun, None
+            call = self._next() if begun is None else begun.call
             if call is None:
                 continue
             worker.call = call
             self._calls.add(call)
-            if len(call.flights) > _KEYS_AT_ONCE:
+            if begun is not None:
+                self.staff()  # it may take its time
+            elif len(call.flights) > _KEYS_AT_ONCE:
                 await pace.rest()  # it took a while to make
-            await call.run(worker)
-            if worker.gone:
+            await call.run(worker, begun)
+            if worker.begun is None and worker.gone:
                 return
             worker.call = None
             self._calls.discard(call)
+            if worker.begun is not None:
+                continue
             if worker.interrupted:
                 self.dispatch.be_quiet()
                 break
-            left -= 1
-            if not left:
-                left = _CALLS_BETWEEN_LOOKS
-                await pace.keep()
+            if pace.due:
+                await pace.rest()
         worker.leave()
+
+    @property
+    def queued(self) -> bool:
+        """Whether anything waits for a worker."""
+        return bool(self._queue)
+
+    def put_back(self, flight: Flight) -> None:
+        """Have a flight be the next one again."""
+        self._queue.appendleft(flight)
+
+    def next_flight(self) -> Flight | None:
+        """Take the next flight off the queue that nobody follows, unless something else is next."""
+        while self._queue:
+            flight = self._queue[0]
+            if not isinstance(flight, Flight) or flight.log is not None:
+                break
+            self._queue.popleft()
+            if self._still_here(flight):
+                return flight
+        return None
 
     def _next(self) -> Call | None:
         """Return the next call, of those of its keys that have not gone elsewhere meanwhile."""
@@ -1533,11 +1781,12 @@ class Lane:
         self.dispatch.workers.discard(task)
         if not worker.gone and task.cancelled():
             self.dispatch.be_quiet()
-        call = worker.call
+        calls = worker.call, None if worker.begun is None else worker.begun.call
         worker.leave()
-        worker.call = None
-        if call is not None:
-            call.lost()
+        worker.call = worker.begun = None
+        for call in calls:
+            if call is not None:
+                call.lost()
         error = None if task.cancelled() else task.exception()
         if error is not None:
             _tell_loop(error)

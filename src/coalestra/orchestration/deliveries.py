@@ -45,6 +45,9 @@ _FAILED: Any = object()
 Copies = tuple[dict[ResourceKey, SnapshotValue[Any]], dict[ResourceKey, Exception]]
 """A reader's copies, and the error for each that there is none of."""
 
+Inputs = tuple[Snapshot, FrozenDict[ResourceKey, str]]
+"""What a value is derived from, and the versions of that."""
+
 
 class Deliveries:
     """Makes the copies that readers get, and tells each how old they are at that moment."""
@@ -115,30 +118,46 @@ class Deliveries:
     def at_hand(
         self, readings: Mapping[ResourceKey, Reading], context: str = _CONTEXT
     ) -> Copies | None:
-        """Return what `values` would of a single reading, at once; None if it takes more."""
-        if len(readings) != 1:
+        """Return what `values` would of a few readings, at once; None if it takes more."""
+        values: dict[ResourceKey, SnapshotValue[Any]] = {}
+        errors: dict[ResourceKey, Exception] = {}
+        left, now = PORTION, self._clock.now()
+        if len(readings) > left:
             return None
-        ((key, reading),) = readings.items()
-        revision = reading.revision
-        try:
-            payload = self._copies.open_now(revision.payload, revision.seal, context=context)
-            if payload is OFFLOADED:
-                return None
-            value = self._presented(reading, payload, context, self._clock.now())
-        except PayloadIsolationError as error:
-            return {}, {key: error}
-        return FrozenDict({key: value}), {}
+        for key, reading in readings.items():
+            revision = reading.revision
+            left -= revision.seal.weight
+            try:
+                payload = self._copies.open_now(revision.payload, revision.seal, context=context)
+                if payload is OFFLOADED or left < 0:
+                    return None
+                values[key] = self._presented(reading, payload, context, now)
+            except PayloadIsolationError as error:
+                errors[key] = error
+        return values, errors
+
+    def inputs_at_hand(
+        self, context: FetchContext, readings: Mapping[ResourceKey, Reading], *, inherits: bool
+    ) -> Inputs | None:
+        """Return what `inputs` would of a few readings, at once; None if it takes more."""
+        values, errors = self.at_hand(readings, _DEPENDENCY) or (None, None)
+        if values is None or errors:
+            return None
+        inputs = snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
+        return inputs, at_once(self._rests_on(readings.values(), inherits))
 
     async def inputs(
         self, context: FetchContext, readings: Mapping[ResourceKey, Reading], *, inherits: bool
-    ) -> tuple[Snapshot, FrozenDict[ResourceKey, str]]:
+    ) -> Inputs:
         """Return the dependencies of a derivation, copied for it alone, and what it rests on.
 
         Raises:
             PayloadIsolationError: one of them cannot be copied.
         """
-        copies = self.at_hand(readings, _DEPENDENCY)
-        values, errors = copies or await self.values(readings, None, _DEPENDENCY)
+        found = self.inputs_at_hand(context, readings, inherits=inherits)
+        if found is not None:
+            return found
+        values, errors = await self.values(readings, None, _DEPENDENCY)
         if errors:
             raise next(iter(errors.values()))
         inputs = snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))

@@ -63,7 +63,7 @@ from coalestra.orchestration.sources import Link
 from coalestra.orchestration.tracing import FlightLog, KeyLog, WorkTrace
 
 if TYPE_CHECKING:
-    from coalestra.orchestration.calls import Call, Lane
+    from coalestra.orchestration.calls import Call, Following, Lane
     from coalestra.orchestration.singleflight import Crowd
 
 
@@ -201,11 +201,18 @@ class Work:
 # Flights and those who wait for them -------------------------------------------------------------
 
 
-current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
+current_call: contextvars.ContextVar[Call | Following | None] = contextvars.ContextVar(
     "coalestra_current_call", default=None
 )
-"""The call that a source is serving, as seen from within the source: who uses a builder there
-waits on behalf of that call."""
+
+
+def call_served(variables: Mapping[contextvars.ContextVar[Any], Any] | None = None) -> Call | None:
+    """Return the call that a source is serving, as seen from within the source.
+
+    Who uses a builder there waits on behalf of that call.
+    """
+    serving = current_call.get() if variables is None else variables.get(current_call)
+    return None if serving is None else serving.call
 
 
 _NOBODY: dict[Gather, bool] = {}

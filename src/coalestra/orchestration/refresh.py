@@ -23,8 +23,8 @@ from coalestra.orchestration.flights import (
     LOOK_SECONDS,
     Gather,
     Work,
+    call_served,
     circle_of,
-    current_call,
 )
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
@@ -210,7 +210,7 @@ class Refresher:
         A source that asks for this does not wait for what waits for it, and what it waits for
         needs no slot.
         """
-        call, awaited = current_call.get(), [*self._running]
+        call, awaited = call_served(), [*self._running]
         asked: dict[Gather, None] = {}
         try:
             while awaited := [each for each in awaited if self._keeps(call, each)]:

@@ -35,7 +35,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
-from coalestra.orchestration.flights import LOOK_SECONDS, Gather, circle_of, current_call
+from coalestra.orchestration.flights import LOOK_SECONDS, Gather, call_served, circle_of
 from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, beneath, hold, reach
 from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
@@ -300,7 +300,7 @@ class Revalidation:
             self._report()
 
     async def _in_turn(self, turn: Turn) -> Snapshot:
-        deadline, call = self.unit.work.deadline, current_call.get()
+        deadline, call = self.unit.work.deadline, call_served()
         end = math.inf if deadline is None else deadline.loop_time
         now = asyncio.get_running_loop().time
         while True:

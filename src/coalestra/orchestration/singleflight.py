@@ -59,8 +59,8 @@ from coalestra.orchestration.flights import (
     absence_stands,
     after_failures,
     after_write,
+    call_served,
     circle_of,
-    current_call,
     doing,
     instead_of_event,
     late,
@@ -1552,7 +1552,7 @@ class Engine:
         loop, work = self.enter(), stage.work
         work.settle_on(loop)
         self._stages[stage] = None
-        call = current_call.get()
+        call = call_served()
         if call is not None and call.keys_under_way:
             self._run_for(call, stage, loop)
         try:
@@ -1608,7 +1608,7 @@ class Engine:
         if not self.flights.board.flights or len(keys) != 1:
             return None
         store = self._joining_store
-        if store is None or current_call.get() or asyncio.get_running_loop() is not self._loop:
+        if store is None or call_served() or asyncio.get_running_loop() is not self._loop:
             return None
         (key,) = keys
         flight = self.flights.shared(key)
