@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, Any, TypeAlias, cast, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeAlias, cast
 
 from coalestra._endings import pass_on
 from coalestra.concurrency.pace import Pace
@@ -20,6 +20,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import (
     callable_,
+    check_fields,
     flag,
     instance,
     integer,
@@ -27,6 +28,8 @@ from coalestra.core.validation import (
     number,
     plain_function,
     refusal,
+    rule,
+    ruled,
     text,
 )
 from coalestra.core.values import SourcePayload
@@ -159,15 +162,38 @@ def _requests_to_cancel() -> int | None:
 # What the three callable adapters have in common: their settings and what these imply ------------
 
 
-_Seconds = Annotated[float | None, partial(number, above=0, optional=True)]
-_Limit = Annotated[int | None, partial(integer, minimum=1, optional=True)]
-_Flag = Annotated[bool, flag]
-_Resilience = Annotated[
-    SourceResiliencePolicy | None, partial(instance, kinds=SourceResiliencePolicy, optional=True)
-]
+SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
+"""Says whether a source can answer for a key; plain and quick."""
 
 
-class CallableAdapter:
+@dataclass(kw_only=True, eq=False, repr=False)
+class AdapterSettings:
+    """What all adapters are told; apart from the methods, one of which has a setting's name."""
+
+    name: str = field(metadata=rule(text))
+    priority: int = field(metadata=rule(integer))
+    supports: SupportsFunction
+    timeout_seconds: float | None = ruled(None, number, above=0, optional=True)
+    queue_timeout_seconds: float | None = ruled(None, number, above=0, optional=True)
+    max_concurrency: int | None = ruled(None, integer, minimum=1, optional=True)
+    resilience_policy: SourceResiliencePolicy | None = ruled(
+        None, instance, SourceResiliencePolicy, optional=True
+    )
+    cache_supports: bool = ruled(True, flag)
+    run_sync_in_thread: bool = ruled(True, flag)
+    blocking_io: bool = ruled(False, flag)
+    transport_timeout_seconds: float | None = ruled(None, number, above=0, optional=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        seconds = self.transport_timeout_seconds
+        if seconds is not None and not self.blocking_io:
+            name, wanted = "transport_timeout_seconds", "None unless blocking_io is True"
+            remedy = "set blocking_io=True if the callable blocks"
+            raise ValueError(refusal(name, wanted, seconds, remedy))
+
+
+class CallableAdapter(AdapterSettings):
     """A source made from functions; every setting is an attribute under its parameter's name.
 
     A plain function runs in a worker thread, unless ``run_sync_in_thread`` is False; a coroutine
@@ -189,39 +215,24 @@ class CallableAdapter:
             runs in a worker thread.
     """
 
-    name: Annotated[str, text]
-    priority: Annotated[int, integer]
-    timeout_seconds: _Seconds
-    queue_timeout_seconds: _Seconds
-    max_concurrency: _Limit
-    resilience_policy: _Resilience
-    cache_supports: _Flag
-    run_sync_in_thread: _Flag
-    blocking_io: _Flag
-    transport_timeout_seconds: _Seconds
-    blocking_io_offloaded: bool
+    _called: ClassVar[str] = "fetcher"
+    """The setting that is the function that gives values."""
 
-    def __init__(self, parameter: str, arguments: Mapping[str, Any]) -> None:
-        """Take the settings among the arguments of a call, and the function of that parameter."""
-        for setting, check in _CHECKS.items():
-            setattr(self, setting, check(setting, arguments[setting]))
-        seconds, rule = self.transport_timeout_seconds, "None unless blocking_io is True"
-        if seconds is not None and not self.blocking_io:
-            remedy = "set blocking_io=True if the callable blocks"
-            raise ValueError(refusal("transport_timeout_seconds", rule, seconds, remedy))
-        setattr(self, parameter, arguments[parameter])
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._invocation = Invocation(
-            arguments[parameter],
+            getattr(self, self._called),
             source=self.name,
-            parameter=parameter,
+            parameter=self._called,
             in_thread=self.run_sync_in_thread,
         )
-        self.blocking_io_offloaded = self._invocation.in_thread
-        self._supports = self._plain("supports", arguments)
+        self.blocking_io_offloaded: bool = self._invocation.in_thread
+        self._supports = self._asked_by("supports")
 
-    def _plain(self, parameter: str, arguments: Mapping[str, Any]) -> Invocation:
-        function = plain_function(parameter, arguments[parameter])
-        return Invocation(function, source=self.name, parameter=parameter, in_thread=False)
+    def _asked_by(self, method: str) -> Invocation:
+        """Return the plain function that is given under the name of the method that asks it."""
+        function = plain_function(method, vars(self).pop(method))
+        return Invocation(function, source=self.name, parameter=method, in_thread=False)
 
     def supports(self, key: ResourceKey) -> bool:
         """Return whether this source can answer for `key`: what the function says, as a bool."""
@@ -231,14 +242,6 @@ class CallableAdapter:
         return f"{type(self).__name__}(name={self.name!r}, priority={self.priority!r})"
 
 
-_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    name: hint.__metadata__[0]
-    for name, hint in get_type_hints(CallableAdapter, include_extras=True).items()
-    if get_origin(hint) is Annotated
-}
-"""What checks each setting that all adapters take: what its attribute is annotated with."""
-
-
 def as_payload(value: Any) -> SourcePayload[Any]:
     """Return `value` as a payload: itself if it is one already."""
     return value if type(value) is SourcePayload else SourcePayload(value)
@@ -246,9 +249,6 @@ def as_payload(value: Any) -> SourcePayload[Any]:
 
 # A source that fetches one resource at a time with a function ------------------------------------
 
-
-SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
-"""Says whether a source can answer for a key; plain and quick."""
 
 BatchSupportsFunction: TypeAlias = SupportsFunction
 """The same for a batch source."""
@@ -260,28 +260,11 @@ FetcherFunction: TypeAlias = Callable[[ResourceKey, FetchContext], Any]
 """Returns the value for a key, a `SourcePayload` of it, or an awaitable of either."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class CallableSource(CallableAdapter):
     """Asks a plain or async function for one resource at a time; see `CallableAdapter`."""
 
     fetcher: FetcherFunction
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        priority: int,
-        supports: SupportsFunction,
-        fetcher: FetcherFunction,
-        timeout_seconds: float | None = None,
-        queue_timeout_seconds: float | None = None,
-        max_concurrency: int | None = None,
-        resilience_policy: SourceResiliencePolicy | None = None,
-        cache_supports: bool = True,
-        run_sync_in_thread: bool = True,
-        blocking_io: bool = False,
-        transport_timeout_seconds: float | None = None,
-    ) -> None:
-        super().__init__("fetcher", locals())
 
     async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
         """Return what the fetcher returns for `key`, as a payload."""
@@ -295,6 +278,7 @@ BatchFetcherFunction: TypeAlias = Callable[[Collection[ResourceKey], FetchContex
 """Returns a mapping of keys to values or payloads, or an awaitable of it; keys may be left out."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class CallableBatchSource(CallableAdapter):
     """Asks a plain or async function for many resources at once; see `CallableAdapter`.
 
@@ -302,27 +286,7 @@ class CallableBatchSource(CallableAdapter):
     """
 
     fetcher: BatchFetcherFunction
-    max_batch_size: int | None
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        priority: int,
-        supports: BatchSupportsFunction,
-        fetcher: BatchFetcherFunction,
-        timeout_seconds: float | None = None,
-        queue_timeout_seconds: float | None = None,
-        max_concurrency: int | None = None,
-        max_batch_size: int | None = None,
-        resilience_policy: SourceResiliencePolicy | None = None,
-        cache_supports: bool = True,
-        run_sync_in_thread: bool = True,
-        blocking_io: bool = False,
-        transport_timeout_seconds: float | None = None,
-    ) -> None:
-        super().__init__("fetcher", locals())
-        self.max_batch_size = integer("max_batch_size", max_batch_size, minimum=1, optional=True)
+    max_batch_size: int | None = ruled(None, integer, minimum=1, optional=True)
 
     async def fetch_many(
         self, keys: Collection[ResourceKey], context: FetchContext
@@ -366,37 +330,27 @@ DeriverFunction: TypeAlias = Callable[[ResourceKey, Snapshot, FetchContext], Any
 """Returns the value for a key from its dependencies, a payload of it, or an awaitable of either."""
 
 
-class CallableDerivedSource(CallableAdapter):
+@dataclass(kw_only=True, eq=False, repr=False)
+class DerivedSettings(AdapterSettings):
+    """What a derived source is told besides."""
+
+    dependencies: DependenciesFunction
+    deriver: DeriverFunction
+    inherit_freshness: bool = ruled(False, flag)
+
+
+class CallableDerivedSource(CallableAdapter, DerivedSettings):
     """Has a plain or async function compute a resource from others; see `CallableAdapter`.
 
     With ``inherit_freshness`` a value is as old as the oldest of its dependencies, and stale if one
     of them is; how long it is kept, its own policy says, from when it was derived.
     """
 
-    deriver: DeriverFunction
-    inherit_freshness: bool
+    _called = "deriver"
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        priority: int,
-        supports: DerivedSupportsFunction,
-        dependencies: DependenciesFunction,
-        deriver: DeriverFunction,
-        timeout_seconds: float | None = None,
-        queue_timeout_seconds: float | None = None,
-        max_concurrency: int | None = None,
-        resilience_policy: SourceResiliencePolicy | None = None,
-        cache_supports: bool = True,
-        run_sync_in_thread: bool = True,
-        blocking_io: bool = False,
-        transport_timeout_seconds: float | None = None,
-        inherit_freshness: bool = False,
-    ) -> None:
-        super().__init__("deriver", locals())
-        self.inherit_freshness = flag("inherit_freshness", inherit_freshness)
-        self._dependencies = self._plain("dependencies", locals())
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._dependencies = self._asked_by("dependencies")
 
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
         """Return the keys that `key` is computed from; the builder checks that they are keys."""

@@ -148,7 +148,8 @@ def members_of(target: type[Any]) -> dict[str, Any]:
         for name, raw in vars(base).items():
             if not name.startswith("_") or name in PROTOCOL_METHODS:
                 members[name] = describe_member(name, raw)
-    fields = getattr(target, "__dataclass_fields__", {})
+    methods = {name for name in members if inspect.isfunction(getattr(target, name))}
+    fields = getattr(target, "__dataclass_fields__", {}).keys() - methods
     return {
         name: members[name]
         for name in sorted(members)

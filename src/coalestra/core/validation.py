@@ -179,17 +179,22 @@ def mapping(name: str, value: object, *, optional: bool = False) -> Mapping[Any,
     return value
 
 
-def ruled(default: T, check: Callable[..., object], *arguments: Any, **bounds: Any) -> T:
-    """Return a dataclass field that `check_fields` checks.
+def rule(check: Callable[..., object], *arguments: Any, **bounds: Any) -> Mapping[str, Any]:
+    """Return the metadata of a dataclass field that `check_fields` checks.
 
     By ``check(name, value, *arguments, **bounds)``, which is one of the functions of this module or
     like them.
     """
-    return field(default=default, metadata={"rule": (check, arguments, bounds)})
+    return {"rule": (check, arguments, bounds)}
+
+
+def ruled(default: T, check: Callable[..., object], *arguments: Any, **bounds: Any) -> T:
+    """Return a dataclass field with a default that `check_fields` checks; see `rule`."""
+    return field(default=default, metadata=rule(check, *arguments, **bounds))
 
 
 def check_fields(record: Any) -> None:
-    """Check every field of a dataclass that has a rule; see `ruled`."""
+    """Check every field of a dataclass that has a rule."""
     for each in fields(record):
         if "rule" in each.metadata:
             check, arguments, bounds = each.metadata["rule"]
