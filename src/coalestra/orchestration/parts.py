@@ -128,12 +128,11 @@ def _with_methods(*methods: str, plain: bool = True) -> Any:
     return ruled(None, require_methods, *methods, optional=True, plain=plain)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class BuilderArguments(BuilderSettings):
     """All that an application hands to a builder; None stands for the default."""
 
-    sources: Iterable[Source]
-    _: dataclasses.KW_ONLY
+    sources: Iterable[Source] = dataclasses.field(kw_only=False)
     default_policy: FreshnessPolicy | None = _one_of(FreshnessPolicy)
     policy_resolver: PolicyResolver | None = _with_methods("resolve")
     authority_policy: SourceAuthorityPolicy | None = _one_of(SourceAuthorityPolicy)
