@@ -42,7 +42,8 @@ _FAILED: Any = object()
 """Stands for the copy of what could not be copied."""
 
 
-Copies = tuple[dict[ResourceKey, SnapshotValue[Any]], dict[ResourceKey, Exception]]
+Values = FrozenDict[ResourceKey, SnapshotValue[Any]]
+Copies = tuple[Values, dict[ResourceKey, Exception]]
 """A reader's copies, and the error for each that there is none of."""
 
 Inputs = tuple[Snapshot, FrozenDict[ResourceKey, str]]
@@ -118,32 +119,40 @@ class Deliveries:
     def at_hand(
         self, readings: Mapping[ResourceKey, Reading], context: str = _CONTEXT
     ) -> Copies | None:
-        """Return what `values` would of a few readings, at once; None if it takes more."""
+        """Return what `values` would of one reading, or of a few trifles, if it is done at once.
+
+        None if it takes more.
+        """
+        if len(readings) > PORTION:
+            return None
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
         errors: dict[ResourceKey, Exception] = {}
-        left, now = PORTION, self._clock.now()
-        if len(readings) > left:
-            return None
+        now: float | None = None
         for key, reading in readings.items():
             revision = reading.revision
-            left -= revision.seal.weight
+            payload, seal = revision.payload, revision.seal
             try:
-                payload = self._copies.open_now(revision.payload, revision.seal, context=context)
-                if payload is OFFLOADED or left < 0:
-                    return None
+                if seal is not _SHARED:
+                    if seal.weight >= PORTION and len(readings) > 1:
+                        return None
+                    payload = self._copies.open_now(payload, seal, context=context)
+                    if payload is OFFLOADED:
+                        return None
+                if now is None:
+                    now = self._clock.now()
                 values[key] = self._presented(reading, payload, context, now)
             except PayloadIsolationError as error:
                 errors[key] = error
-        return values, errors
+        return FrozenDict(values), errors
 
     def inputs_at_hand(
         self, context: FetchContext, readings: Mapping[ResourceKey, Reading], *, inherits: bool
     ) -> Inputs | None:
-        """Return what `inputs` would of a few readings, at once; None if it takes more."""
+        """Return what `inputs` would, at once; None if it takes more."""
         values, errors = self.at_hand(readings, _DEPENDENCY) or (None, None)
         if values is None or errors:
             return None
-        inputs = snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
+        inputs = snapshot_of(context.snapshot_id, context.requested_at, values)
         return inputs, at_once(self._rests_on(readings.values(), inherits))
 
     async def inputs(
@@ -154,13 +163,11 @@ class Deliveries:
         Raises:
             PayloadIsolationError: one of them cannot be copied.
         """
-        found = self.inputs_at_hand(context, readings, inherits=inherits)
-        if found is not None:
-            return found
-        values, errors = await self.values(readings, None, _DEPENDENCY)
+        copies = self.at_hand(readings, _DEPENDENCY)
+        values, errors = copies or await self.values(readings, None, _DEPENDENCY)
         if errors:
             raise next(iter(errors.values()))
-        inputs = snapshot_of(context.snapshot_id, context.requested_at, FrozenDict(values))
+        inputs = snapshot_of(context.snapshot_id, context.requested_at, values)
         return inputs, await self._pace.through(self._rests_on(readings.values(), inherits))
 
     async def values(
@@ -216,7 +223,7 @@ class Deliveries:
                 left = PORTION
                 if await pace.keep():
                     now = self._clock.now()
-        return values, errors
+        return FrozenDict(values), errors
 
     async def _large(
         self,
@@ -247,15 +254,14 @@ class Deliveries:
     ) -> SnapshotValue[Any]:
         """Return what a reader gets, with the age and staleness of this moment."""
         revision, notes = reading.revision, reading.notes
-        metadata = revision.metadata
-        if metadata:
+        metadata, versions = revision.metadata, revision.dependency_versions
+        if type(metadata) is not FrozenDict:
             metadata = self._copies.open_metadata_now(metadata, context=context)
         if notes:
             metadata = FrozenDict({**metadata, **notes}) if metadata else notes
-        age, ttl, stale, at = now - revision.observed_at, reading.ttl_seconds, reading.stale, None
+        age, ttl, stale = now - revision.observed_at, reading.ttl_seconds, reading.stale
         if not stale and (ttl is None or age > ttl):
             stale = gone_stale(age, ttl_of(self._policies, revision.key) if ttl is None else ttl)
-        versions = revision.dependency_versions
         if versions:
             if type(versions) is Dependencies:
                 grounds: Grounds | None = versions.grounds
@@ -263,10 +269,11 @@ class Deliveries:
                 grounds = self.grounds_of(revision)
             if grounds is not None and grounds.inherited_at is not None:
                 at = min(revision.observed_at, grounds.inherited_at)
-                age, stale = now - at, stale or now > grounds.fresh_until
+                age, stale = max(now - at, 0.0), stale or now > grounds.fresh_until
+                value = revision.presented(payload, metadata, age, stale, reading.from_cache)
+                return redated(value, at)
         age = age if age > 0.0 else 0.0
-        value = revision.presented(payload, metadata, age, stale, reading.from_cache)
-        return value if at is None else redated(value, at)
+        return revision.presented(payload, metadata, age, stale, reading.from_cache)
 
 
 def _lateness(deadline: Deadline | None) -> str | None:
@@ -307,9 +314,6 @@ async def all_or_none(coroutines: Iterable[Any]) -> None:
 _KEYS_BETWEEN_LOOKS = 512
 _KEYS_AT_ONCE = 4_096
 """What is looked up in one go, so that what was written together is seen together."""
-
-
-Values = FrozenDict[ResourceKey, SnapshotValue[Any]]
 
 
 class WarmReads:
@@ -440,7 +444,7 @@ class WarmReads:
                 payload = copies.open_now(payload, seal, context=_CONTEXT)
                 if payload is OFFLOADED:
                     return None
-            if metadata:
+            if type(metadata) is not FrozenDict:
                 metadata = copies.open_metadata_now(metadata, context=_CONTEXT)
             age = now - revision.observed_at
             values.append(

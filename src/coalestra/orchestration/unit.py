@@ -261,7 +261,8 @@ class UnitOfWork:
         trace = self.work.trace
         self.engine.parts.pace.begin()
         with _UNNOTED if trace is None else trace.delivering(len(readings)):
-            values, uncopied = await self.engine.deliveries.values(readings, deadline)
+            copies = self.engine.deliveries.at_hand(readings)
+            values, uncopied = copies or await self.engine.deliveries.values(readings, deadline)
         if uncopied and cut_short(uncopied):
             parts = self.engine.parts
             parts.counters.deadline_exceeded_count += 1
@@ -328,8 +329,8 @@ async def together(engine: Engine, crowd: Crowd, strict: bool) -> Snapshot:
         "coalesced_requests": 1,
     }
     if not errors:
-        return snapshot_of(new_id(), created_at, frozen(values), EMPTY, counted)
-    snapshot = snapshot_of(new_id(), created_at, frozen(values), frozen(errors), counted)
+        return snapshot_of(new_id(), created_at, values, EMPTY, counted)
+    snapshot = snapshot_of(new_id(), created_at, values, frozen(errors), counted)
     if strict:
         raise SnapshotBuildError(errors, snapshot=snapshot)
     return snapshot
