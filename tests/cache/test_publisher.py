@@ -15,7 +15,7 @@ import pytest
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.publisher import PublisherParts, ResourcePublisher
+from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION
@@ -23,7 +23,6 @@ from coalestra.core.errors import (
     PayloadCopyShutdownTimeoutError,
     SourceProtocolError,
 )
-from coalestra.core.frozen import EMPTY
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyResolver,
@@ -41,18 +40,20 @@ from tests.orchestration.scripted import Single, builder
 from tests.support import Gate, ManualClock, cancel_at_every_await, settle
 
 
-def parts_for(cache: AsyncCache, **settings: Any) -> PublisherParts:
+def shared(
+    cache: AsyncCache, check_open: Callable[[], object] = lambda: None, **settings: Any
+) -> tuple[CacheAccess, ResourcePublisher]:
+    """A publisher as a builder makes it, and how that accesses the cache."""
+    access = CacheAccess(cache, PayloadCopies("builder"), 4, ObservationPolicy())
     defaults: dict[str, Any] = {
-        "access": CacheAccess(cache, PayloadCopies("builder"), 4, ObservationPolicy()),
         "clock": ManualClock(NOW),
         "policy_resolver": PolicyResolver(POLICY),
         "observation_policy": ObservationPolicy(),
         "authority_resolver": None,
         "metrics": NullMetrics(),
         "events": NullEventSink(),
-        "reporter": None,
     }
-    return PublisherParts(**{**defaults, **settings})
+    return access, ResourcePublisher.sharing(access, None, check_open, **{**defaults, **settings})
 
 
 def standalone(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
@@ -66,10 +67,9 @@ def standalone(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
 
 
 async def test_with_a_foreign_cache_an_event_is_announced_before_anything_is_awaited() -> None:
-    parts = parts_for(SingleKeyCache())
+    access, publisher = shared(SingleKeyCache())
     witness = Witness()
-    parts.access.subscribers.subscribe(witness)
-    publisher = ResourcePublisher.from_parts(parts)
+    access.subscribers.subscribe(witness)
     publishing = publisher.publish(A, 1, source="s")
     publishing.send(None)
     assert witness.heard == [("announced", (A,))]
@@ -93,10 +93,10 @@ async def test_an_event_whose_copy_takes_long_is_announced_when_it_is_made(
     make: Callable[[], AsyncCache], told: list[str]
 ) -> None:
     Slow.release.clear()
-    parts = parts_for(make())
+    access, publisher = shared(make())
     witness = Witness()
-    parts.access.subscribers.subscribe(witness)
-    publishing = await begun(ResourcePublisher.from_parts(parts).publish(A, Slow(), source="s"))
+    access.subscribers.subscribe(witness)
+    publishing = await begun(publisher.publish(A, Slow(), source="s"))
     heard = list(witness.heard)
     Slow.release.set()
     await publishing
@@ -138,19 +138,18 @@ async def test_a_failed_publication_is_concluded() -> None:
         raise ConnectionError("the cache is away")
 
     cache.set = refuse  # type: ignore[method-assign]
-    parts = parts_for(cache)
+    access, publisher = shared(cache)
     witness = Witness()
-    parts.access.subscribers.subscribe(witness)
+    access.subscribers.subscribe(witness)
     with pytest.raises(ConnectionError):
-        await ResourcePublisher.from_parts(parts).publish(A, 1, source="s")
+        await publisher.publish(A, 1, source="s")
     assert witness.heard == [("announced", (A,)), ("concluded", (A,))]
 
 
 async def test_cancelled_publications_leave_no_announcement_open() -> None:
-    parts = parts_for(SingleKeyCache())
+    access, publisher = shared(SingleKeyCache())
     witness = Witness()
-    parts.access.subscribers.subscribe(witness)
-    publisher = ResourcePublisher.from_parts(parts)
+    access.subscribers.subscribe(witness)
     updates = [ResourceUpdate(key, 1, "s") for key in (A, B, C)]
 
     async def check() -> None:
@@ -163,11 +162,10 @@ async def test_cancelled_publications_leave_no_announcement_open() -> None:
 
 async def test_a_publisher_shares_what_a_builder_gives_it_and_closes_none_of_it() -> None:
     cache = AsyncMemoryCache()
-    parts = parts_for(cache)
-    publisher = ResourcePublisher.from_parts(parts)
-    assert publisher.cache is cache
-    assert publisher.clock is parts.clock
-    assert (publisher.metrics, publisher.events) == (parts.metrics, parts.events)
+    sinks: dict[str, Any] = {"metrics": NullMetrics(), "events": NullEventSink()}
+    _, publisher = shared(cache, clock=(clock := ManualClock(NOW)), **sinks)
+    assert (publisher.cache, publisher.clock) == (cache, clock)
+    assert (publisher.metrics, publisher.events) == tuple(sinks.values())
     assert publisher.max_pending_tasks == 4
     await publisher.aclose()
     assert (await publisher.publish(A, [1], source="s")).published
@@ -177,7 +175,7 @@ async def test_the_owner_may_refuse_further_publications() -> None:
     def closed() -> None:
         raise RuntimeError("closed")
 
-    publisher = ResourcePublisher.from_parts(parts_for(AsyncMemoryCache(), check_open=closed))
+    _, publisher = shared(AsyncMemoryCache(), closed)
     for work in (
         publisher.publish(A, 1, source="s"),
         publisher.publish_many([]),
@@ -413,12 +411,12 @@ async def test_before_the_first_is_written_all_events_are_announced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
-    parts = parts_for(SingleKeyCache())
+    access, publisher = shared(SingleKeyCache())
     witness = Witness()
-    parts.access.subscribers.subscribe(witness)
+    access.subscribers.subscribe(witness)
     updates = numbered(2 * PORTION + 1, lambda n: n)
     keys = tuple(update.key for update in updates)
-    await ResourcePublisher.from_parts(parts).publish_many(updates)
+    await publisher.publish_many(updates)
     told = [each for each in witness.heard if each[0] != "revised"]
     assert told == [("announced", keys), ("concluded", keys)]
     assert witness.heard[1][:2] == ("revised", keys[0]), "announced before one is written"
@@ -431,13 +429,13 @@ async def test_what_comes_before_an_unfit_event_is_neither_announced_nor_written
 ) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     cache = AsyncMemoryCache()
-    parts = parts_for(cache)
+    access, publisher = shared(cache)
     witness = Witness()
-    parts.access.subscribers.subscribe(witness)
+    access.subscribers.subscribe(witness)
     updates = numbered(PORTION, lambda n: n)
     updates += [ResourceUpdate(B, 1, "s"), ResourceUpdate(A, 1, "s", NOW + 60)]
     with pytest.raises(SourceProtocolError):
-        await ResourcePublisher.from_parts(parts).publish_many(updates)
+        await publisher.publish_many(updates)
     assert witness.heard == []
     assert await cache.size() == 0
 
@@ -449,15 +447,16 @@ class Ranks(AuthorityPolicyResolver):
         return 7
 
 
-async def test_only_a_resolver_that_cannot_tell_sources_apart_is_not_asked_for_ranks() -> None:
-    def parts(resolver: AuthorityPolicyResolver) -> PublisherParts:
-        return parts_for(AsyncMemoryCache(), authority_resolver=resolver)
-
-    assert parts(AuthorityPolicyResolver()).authority_resolver is None
+async def test_only_a_resolver_that_cannot_tell_sources_apart_is_not_asked_for_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ranked = AuthorityPolicyResolver(SourceAuthorityPolicy(default_rank=2))
-    for resolver, rank in ((ranked, 2), (Ranks(), 7), (AuthorityPolicyResolver(), 0)):
-        revision = parts(resolver).revision_of(A, 1, "s", None, EMPTY, NOW)
-        assert revision.authority_rank == rank
+    for resolver, rank in ((ranked, 2), (Ranks(), 7)):
+        publisher = standalone(AsyncMemoryCache(), authority_resolver=resolver)
+        assert (await publisher.publish(A, 1, source="s")).value.authority_rank == rank
+    publisher = standalone(AsyncMemoryCache(), authority_resolver=AuthorityPolicyResolver())
+    monkeypatch.setattr("coalestra.cache.publisher.rank_of", pytest.fail)
+    assert (await publisher.publish(A, 1, source="s")).value.authority_rank == 0
 
 
 async def test_an_update_of_a_class_of_ones_own_is_published_like_any_other() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,8 @@ from coalestra.cache.store import Outcome, best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION
-from coalestra.core import validation
 from coalestra.core.errors import SourceProtocolError
-from coalestra.core.frozen import EMPTY, FrozenDict
+from coalestra.core.frozen import EMPTY, FrozenDict, filled
 from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.policies import (
     AuthorityPolicyProvider,
@@ -31,6 +30,16 @@ from coalestra.core.policies import (
     rank_of,
 )
 from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, checked
+from coalestra.core.validation import (
+    check_fields,
+    flag,
+    instance,
+    integer,
+    require_methods,
+    rule,
+    ruled,
+    text,
+)
 from coalestra.core.values import (
     CacheWriteStatus,
     PublishResult,
@@ -50,67 +59,6 @@ _OUT = "publish result"
 _STORED = CacheWriteStatus.STORED
 _PUBLISHED = PublishStatus.PUBLISHED
 _PUBLISHED_MARK: FrozenDict[str, Any] = FrozenDict({"published": True})
-
-
-@dataclasses.dataclass(frozen=True)
-class PublisherParts:
-    """What a publisher works with; a builder fills this in to share its own parts.
-
-    ``check_open`` is called first by every operation and raises if nothing may be published any
-    more. ``owns_copies`` says whether closing the publisher closes the copies. An
-    ``authority_resolver`` under which every rank is 0 is not kept.
-    """
-
-    access: CacheAccess
-    clock: Clock
-    policy_resolver: FreshnessPolicyProvider
-    observation_policy: ObservationPolicy
-    authority_resolver: AuthorityPolicyProvider | None
-    metrics: MetricsSink
-    events: EventSink
-    reporter: Reporter | None
-    check_open: Callable[[], object] = lambda: None
-    owns_copies: bool = False
-    now: Callable[[], float] = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "now", checked(self.clock).now)
-        resolver = self.authority_resolver
-        if type(resolver) is AuthorityPolicyResolver and not resolver.has_rules:
-            object.__setattr__(self, "authority_resolver", None)
-
-    def revision_of(
-        self,
-        key: ResourceKey,
-        value: Any,
-        source: str,
-        observed_at: float | None,
-        metadata: Mapping[str, Any],
-        now: float,
-    ) -> Revision:
-        """Return the revision that an event makes at ``now``; without a seal if that takes waiting.
-
-        Raises `SourceProtocolError` if it was observed further in the future than allowed.
-        """
-        resolver, number, dated = self.authority_resolver, next_number(), observed_at is not None
-        told, copies = _PUBLISHED_MARK, self.access.copies
-        observed_at = now if observed_at is None else float(observed_at)
-        if observed_at > now:
-            try:
-                judge_observation(observed_at, now, self.observation_policy)
-            except FutureObservation as rejection:
-                raise SourceProtocolError(
-                    f"{source} published {key.display} with a time in the future: {rejection}"
-                ) from rejection
-            metadata = {**metadata, "clock_skew_seconds": observed_at - now}
-        if metadata:
-            told = copies.seal_metadata_now({**metadata, "published": True}, context=_IN)
-        payload, seal = copies.seal_now(value, context=_IN) or (value, None)
-        rank = 0 if resolver is None else rank_of(resolver, key, source)
-        return Revision(
-            key, payload, seal, source, observed_at, now, version_of(number), 0.0, 0,
-            told, rank, EMPTY, (), dated, number,
-        )  # fmt: skip
 
 
 def _report(reporter: Reporter, force: bool, offered: Revision, outcome: Outcome) -> None:
@@ -188,7 +136,7 @@ async def _result(
     return PublishResult(_told(status), after, before)
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class _Results(Mapping[ResourceKey, PublishResult]):
     """What became of several events; the results of trifles are made for those who look."""
 
@@ -197,7 +145,7 @@ class _Results(Mapping[ResourceKey, PublishResult]):
     policy_of: Callable[[ResourceKey], FreshnessPolicy]
     now: float
     outcomes: dict[Revision, Outcome]
-    results: dict[Revision, PublishResult] = dataclasses.field(default_factory=dict)
+    results: dict[Revision, PublishResult] = field(default_factory=dict)
 
     async def complete(
         self, report: Callable[[Revision, Outcome], object] | None, pace: Pace
@@ -254,102 +202,102 @@ def _announced(access: CacheAccess, keys: Collection[ResourceKey]) -> Iterator[N
         listeners.tell(lambda each: each.concluded(keys))
 
 
-class ResourcePublisher:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PublisherArguments:
+    """What an application hands to a publisher; its attributes are described there."""
+
+    cache: AsyncCache = field(metadata=rule(require_methods, "get", "set", "invalidate", "clear"))
+    clock: Clock = field(metadata=rule(require_methods, "now", plain=True))
+    policy_resolver: FreshnessPolicyProvider = field(
+        metadata=rule(require_methods, "resolve", plain=True)
+    )
+    metrics: MetricsSink = field(metadata=rule(require_methods, "increment", "observe", plain=True))
+    events: EventSink = field(metadata=rule(require_methods, "emit", plain=True))
+    observation_policy: ObservationPolicy | None = ruled(
+        None, instance, ObservationPolicy, optional=True
+    )
+    lock_stripes: int = ruled(64, integer, minimum=1)
+    payload_copier: PayloadCopier | None = None
+    run_payload_copies_in_thread: bool | None = None
+    max_copy_concurrency: int = 4
+    authority_resolver: AuthorityPolicyResolver | None = ruled(
+        None, instance, AuthorityPolicyResolver, optional=True
+    )
+    max_pending_tasks: int = ruled(8, integer, minimum=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_authority_aware(self.cache, self.authority_resolver)
+
+
+class ResourcePublisher(PublisherArguments):
     """Writes what happened into a cache, by the write order: an event never undoes a later one.
 
     ``lock_stripes`` is accepted for compatibility and has no effect: writers of one key take
     turns, however many keys there are. ``max_pending_tasks`` bounds the tasks used with a cache
     that has single-key methods only.
+
+    Attributes:
+        cache: the cache published into.
+        clock: stamps publications.
+        metrics, events: are told of them.
     """
 
-    def __init__(
-        self,
-        *,
-        cache: AsyncCache,
-        clock: Clock,
-        policy_resolver: FreshnessPolicyProvider,
-        metrics: MetricsSink,
-        events: EventSink,
-        observation_policy: ObservationPolicy | None = None,
-        lock_stripes: int = 64,
-        payload_copier: PayloadCopier | None = None,
-        run_payload_copies_in_thread: bool | None = None,
-        max_copy_concurrency: int = 4,
-        authority_resolver: AuthorityPolicyResolver | None = None,
-        max_pending_tasks: int = 8,
-    ) -> None:
-        validation.integer("lock_stripes", lock_stripes, minimum=1)
-        validation.integer("max_pending_tasks", max_pending_tasks, minimum=1)
-        validation.instance(
-            "observation_policy", observation_policy, ObservationPolicy, optional=True
-        )
-        validation.instance(
-            "authority_resolver", authority_resolver, AuthorityPolicyResolver, optional=True
-        )
-        validation.require_methods("cache", cache, "get", "set", "invalidate", "clear")
-        for name, plug, *methods in (
-            ("clock", clock, "now"),
-            ("policy_resolver", policy_resolver, "resolve"),
-            ("metrics", metrics, "increment", "observe"),
-            ("events", events, "emit"),
-        ):
-            validation.require_methods(name, plug, *methods, plain=True)
-        require_authority_aware(cache, authority_resolver)
+    observation_policy: ObservationPolicy
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         copies = PayloadCopies(
             "publisher",
-            copier=payload_copier,
-            run_in_thread=run_payload_copies_in_thread,
-            max_concurrency=max_copy_concurrency,
+            copier=self.payload_copier,
+            run_in_thread=self.run_payload_copies_in_thread,
+            max_concurrency=self.max_copy_concurrency,
         )
-        observation = observation_policy or ObservationPolicy()
-        reporter = reporter_for(metrics, events)
+        if self.observation_policy is None:
+            object.__setattr__(self, "observation_policy", ObservationPolicy())
+        reporter, observation = reporter_for(self.metrics, self.events), self.observation_policy
         failed = None if reporter is None else reporter.cache_failed
-        self._parts = PublisherParts(
-            access=CacheAccess(cache, copies, max_pending_tasks, observation, failed),
-            clock=clock,
-            policy_resolver=policy_resolver,
-            observation_policy=observation,
-            authority_resolver=authority_resolver,
-            metrics=metrics,
-            events=events,
-            reporter=reporter,
-            owns_copies=True,
-        )
+        access = CacheAccess(self.cache, copies, self.max_pending_tasks, observation, failed)
+        self._begin_with(access, reporter, lambda: None, owns_copies=True)
 
     @classmethod
-    def from_parts(cls, parts: PublisherParts) -> ResourcePublisher:
-        """Return a publisher over parts that somebody else owns."""
-        publisher = cls.__new__(cls)
-        publisher._parts = parts
+    def sharing(
+        cls,
+        access: CacheAccess,
+        reporter: Reporter | None,
+        check_open: Callable[[], object],
+        **arguments: Any,
+    ) -> ResourcePublisher:
+        """Return a publisher over what a builder has, with these of its arguments.
+
+        ``check_open`` is called first by every operation and raises if nothing may be published
+        any more.
+        """
+        own = {"cache": access.cache, "max_pending_tasks": access.calls.limit}
+        publisher = filled(cls, arguments | own)
+        publisher._begin_with(access, reporter, check_open, owns_copies=False)
         return publisher
 
+    def _begin_with(
+        self,
+        access: CacheAccess,
+        reporter: Reporter | None,
+        check_open: Callable[[], object],
+        *,
+        owns_copies: bool,
+    ) -> None:
+        self._access = access
+        self._reporter = reporter
+        self._check_open = check_open
+        self._owns_copies = owns_copies
+        self._now = checked(self.clock).now
+        ranks: AuthorityPolicyProvider | None = self.authority_resolver
+        if type(ranks) is AuthorityPolicyResolver and not ranks.has_rules:
+            ranks = None  # they are all 0
+        self._ranks = ranks
+
     def __repr__(self) -> str:
-        return f"ResourcePublisher({self._parts.access!r})"
-
-    @property
-    def cache(self) -> AsyncCache:
-        """The cache published into."""
-        return self._parts.access.cache
-
-    @property
-    def clock(self) -> Clock:
-        """The clock that stamps publications."""
-        return self._parts.clock
-
-    @property
-    def metrics(self) -> MetricsSink:
-        """The sink of counters."""
-        return self._parts.metrics
-
-    @property
-    def events(self) -> EventSink:
-        """The sink of events."""
-        return self._parts.events
-
-    @property
-    def max_pending_tasks(self) -> int:
-        """The most tasks used at a time with a cache that has single-key methods only."""
-        return self._parts.access.calls.limit
+        return f"ResourcePublisher({self._access!r})"
 
     async def publish(
         self,
@@ -369,17 +317,17 @@ class ResourcePublisher:
         held before. Raises ValueError for a time that is not finite, `SourceProtocolError` for
         one too far in the future, `PayloadIsolationError` for a value that cannot be copied.
         """
-        parts, told = self._parts, EMPTY if metadata is None else metadata
+        told, access = EMPTY if metadata is None else metadata, self._access
         check_update(key, source, observed_at, told)
-        now, store = self._begin(force, replace_equal), parts.access.store
-        policy = policy_for(parts.policy_resolver, key)
-        revision = parts.revision_of(key, value, source, observed_at, told, now)
+        now, store = self._begin(force, replace_equal), access.store
+        policy = policy_for(self.policy_resolver, key)
+        revision = self._revision_of(key, value, source, observed_at, told, now)
         if store is None or revision.seal is None:
             return (await self._publish((key,), (revision,), now, force, replace_equal))[key]
         outcome = store.put(revision, now=now, force=force, replace_equal=replace_equal)
-        if parts.reporter is not None:
-            _report(parts.reporter, force, revision, outcome)
-        copies = parts.access.copies
+        if self._reporter is not None:
+            _report(self._reporter, force, revision, outcome)
+        copies = access.copies
         if copies.is_direct and _is_trifle(outcome):
             return _unseen(copies, revision, outcome, policy, now)
         return await _result(copies, revision, outcome, policy, now)
@@ -388,7 +336,7 @@ class ResourcePublisher:
         self, update: ResourceUpdate[Any], *, force: bool = False, replace_equal: bool = False
     ) -> PublishResult:
         """Publish one update; see `publish`."""
-        validation.instance("update", update, ResourceUpdate)
+        instance("update", update, ResourceUpdate)
         return await self.publish(
             update.key,
             update.value,
@@ -412,13 +360,13 @@ class ResourcePublisher:
         nothing is written. If a cache of your own fails for some keys, the first error is raised
         and the others are told as ``cache_failed``; all other keys have been published.
         """
-        captured = tuple(validation.instance("updates", updates, Iterable))
+        captured = tuple(instance("updates", updates, Iterable))
         for update in captured:
             if type(update) is not ResourceUpdate:
-                validation.instance("updates", update, ResourceUpdate)
+                instance("updates", update, ResourceUpdate)
         now = self._begin(force, replace_equal)
         made = (
-            self._parts.revision_of(
+            self._revision_of(
                 each.key, each.value, each.source, each.observed_at, each.metadata, now
             )
             for each in captured
@@ -432,19 +380,19 @@ class ResourcePublisher:
 
     async def invalidate_many(self, keys: Collection[ResourceKey], *, reason: str = "") -> None:
         """Remove ``keys`` from the cache; ``reason`` goes into the events."""
-        self._parts.check_open()
-        validation.text("reason", reason, empty=True)
+        self._check_open()
+        text("reason", reason, empty=True)
         unique = distinct_keys("keys", keys)
         if not unique:
             return
-        failures = await self._parts.access.invalidate(unique)
-        if self._parts.reporter is not None:
+        failures = await self._access.invalidate(unique)
+        if self._reporter is not None:
             pace = Pace()
             for key in unique:
                 if key not in failures:
-                    self._parts.reporter.tell("resource_invalidated", resource=key, reason=reason)
+                    self._reporter.tell("resource_invalidated", resource=key, reason=reason)
                     await pace.keep()
-        self._parts.access.raise_first(failures)
+        self._access.raise_first(failures)
 
     async def aclose(self, *, timeout_seconds: float | None = 5.0) -> None:
         """Refuse new publications and wait for running copies; shared parts are left alone.
@@ -452,16 +400,49 @@ class ResourcePublisher:
         Raises `PayloadCopyShutdownTimeoutError` if copies still run after ``timeout_seconds``
         (None: no limit).
         """
-        if self._parts.owns_copies:
-            await close_copies(self._parts.access.copies, timeout_seconds)
+        if self._owns_copies:
+            await close_copies(self._access.copies, timeout_seconds)
+
+    def _revision_of(
+        self,
+        key: ResourceKey,
+        value: Any,
+        source: str,
+        observed_at: float | None,
+        metadata: Mapping[str, Any],
+        now: float,
+    ) -> Revision:
+        """Return the revision that an event makes at ``now``; without a seal if that takes waiting.
+
+        Raises `SourceProtocolError` if it was observed further in the future than allowed.
+        """
+        ranks, number, dated = self._ranks, next_number(), observed_at is not None
+        told, copies = _PUBLISHED_MARK, self._access.copies
+        observed_at = now if observed_at is None else float(observed_at)
+        if observed_at > now:
+            try:
+                judge_observation(observed_at, now, self.observation_policy)
+            except FutureObservation as rejection:
+                raise SourceProtocolError(
+                    f"{source} published {key.display} with a time in the future: {rejection}"
+                ) from rejection
+            metadata = {**metadata, "clock_skew_seconds": observed_at - now}
+        if metadata:
+            told = copies.seal_metadata_now({**metadata, "published": True}, context=_IN)
+        payload, seal = copies.seal_now(value, context=_IN) or (value, None)
+        rank = 0 if ranks is None else rank_of(ranks, key, source)
+        return Revision(
+            key, payload, seal, source, observed_at, now, version_of(number), 0.0, 0,
+            told, rank, EMPTY, (), dated, number,
+        )  # fmt: skip
 
     def _begin(self, force: bool, replace_equal: bool) -> float:
         """Check what is asked for; return the time at which it is published."""
-        self._parts.check_open()
+        self._check_open()
         if type(force) is not bool or type(replace_equal) is not bool:
-            validation.flag("force", force)
-            validation.flag("replace_equal", replace_equal)
-        return self._parts.now()
+            flag("force", force)
+            flag("replace_equal", replace_equal)
+        return self._now()
 
     async def _publish(
         self,
@@ -475,16 +456,16 @@ class ResourcePublisher:
 
         What a cache that takes keys one by one did write before it failed is reported all the same.
         """
-        parts, pace, access = self._parts, Pace(), self._parts.access
-        report = None if parts.reporter is None else partial(_report, parts.reporter, force)
+        pace, access = Pace(), self._access
+        report = None if self._reporter is None else partial(_report, self._reporter, force)
         policies: dict[ResourceKey, FreshnessPolicy] = {}
-        common = policy_of_all(parts.policy_resolver)
+        common = policy_of_all(self.policy_resolver)
         judged: list[Revision] = []
         weighed = 0
         for revision in made:
             judged.append(revision)
             if common is None:
-                policies[revision.key] = policy_for(parts.policy_resolver, revision.key)
+                policies[revision.key] = policy_for(self.policy_resolver, revision.key)
             if revision.seal is None:
                 sealed = await access.copies.seal(revision.payload, context=_IN)
                 revision.payload, revision.seal = sealed
@@ -494,7 +475,7 @@ class ResourcePublisher:
                 await pace.keep()
         best = best_per_key(judged)
         await pace.keep()
-        moment = parts.now()
+        moment = self._now()
         if access.store is not None:
             outcomes = access.store.put_many(
                 best, now=moment, force=force, replace_equal=replace_equal

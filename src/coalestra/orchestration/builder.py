@@ -10,7 +10,7 @@ from typing import Any
 
 from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.cache.publisher import PublisherParts, ResourcePublisher, require_authority_aware
+from coalestra.cache.publisher import ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
@@ -270,18 +270,16 @@ class SnapshotBuilder(BuilderArguments):
         parts = self._parts(chains)
         self._engine = Engine(parts, contextvars.copy_context())
         self._closing = Closing(self._engine, default_cache, self._sinks, [*closed.values()])
-        self.publisher: ResourcePublisher = ResourcePublisher.from_parts(
-            PublisherParts(
-                access=parts.access,
-                clock=self.clock,
-                policy_resolver=self.policy_resolver,
-                observation_policy=self.observation_policy,
-                authority_resolver=self.authority_resolver,
-                metrics=self.metrics,
-                events=self.events,
-                reporter=parts.report,
-                check_open=self._engine.enter,
-            )
+        self.publisher: ResourcePublisher = ResourcePublisher.sharing(
+            parts.access,
+            parts.report,
+            self._engine.enter,
+            clock=self.clock,
+            policy_resolver=self.policy_resolver,
+            observation_policy=self.observation_policy,
+            authority_resolver=self.authority_resolver,
+            metrics=self.metrics,
+            events=self.events,
         )
 
     def _use(self, **chosen: Any) -> None:
