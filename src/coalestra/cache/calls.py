@@ -331,6 +331,7 @@ class CacheCalls:
                 name = f"{method} of many"
                 return await self.once(name, lambda: many(items.keys()), insist=insist), {}
             except (CacheTimeoutError, CacheCircuitOpenError) as error:
+                without_frames(error)
                 return {}, dict.fromkeys(items, error)
             except Exception:
                 pass  # which of them it was is found out
