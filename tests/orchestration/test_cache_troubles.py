@@ -16,6 +16,7 @@ import pytest
 
 from coalestra import (
     AsyncMemoryCache,
+    CacheCircuitOpenError,
     CacheLookup,
     CacheTimeoutError,
     CacheUnavailableError,
@@ -215,6 +216,69 @@ async def test_what_an_application_asks_for_ends_though_the_cache_hangs(
             await ask()
     assert (await building.build(KEYS[:1])).complete
     assert await seconds(building.aclose()) < 5
+
+
+async def test_a_reader_waits_for_the_events_before_it_however_many_come_after_it() -> None:
+    async def act(_call: str) -> None:
+        await asyncio.sleep(0.3)
+
+    shop = Shop(cache=doing(SingleKeyCache, act))
+    publish = shop.builder.publisher.publish
+    loop, events = asyncio.get_running_loop(), []
+
+    async def feed() -> None:
+        for number in range(20):
+            events.append(loop.create_task(publish(BASE, number, source="feed")))
+            await asyncio.sleep(0.5)  # each takes 0.6 s
+
+    feeding = loop.create_task(feed())
+    await asyncio.sleep(0.1)
+    assert await seconds(shop.builder.build([BASE], deadline_seconds=3.0)) < 1.5
+    await feeding
+    await asyncio.gather(*events)
+    await no_leaks(shop.builder)
+
+
+@pytest.mark.parametrize("deadline, waits", [(None, 1.0), (0.8, 0.4)])
+async def test_an_event_that_the_cache_does_not_take_holds_no_value_in_hand_back_for_long(
+    deadline: float | None, waits: float
+) -> None:
+    cache, gate = hanging(SingleKeyCache, "set")
+    shop = Shop(cache=cache)
+    publishing = asyncio.ensure_future(shop.builder.publisher.publish(BASE, 7, source="feed"))
+    await gate.wait_arrived()
+    begun = asyncio.get_running_loop().time()
+    snapshot = await shop.builder.build([BASE], deadline_seconds=deadline)
+    assert snapshot.value(BASE) == 1
+    assert asyncio.get_running_loop().time() - begun == pytest.approx(waits, abs=0.02)
+    if deadline:
+        gate.open()
+        await publishing
+        assert (await shop.builder.build([BASE])).value(BASE) == 7, "it was not stored over it"
+    else:
+        with pytest.raises(CacheTimeoutError):
+            await publishing
+        gate.open()
+    await no_leaks(shop.builder)
+
+
+@KINDS
+@pytest.mark.parametrize("what", ["publish", "invalidate"])
+async def test_what_waits_for_its_turn_at_a_hanging_cache_is_given_up_once_that_is_known(
+    kind: Callable[[], SingleKeyCache], what: str
+) -> None:
+    cache, _ = hanging(kind)
+    publisher = Shop(cache=cache).builder.publisher
+    call: Callable[[], Awaitable[Any]] = {
+        "publish": lambda: publisher.publish(BASE, 1, source="s"),
+        "invalidate": lambda: publisher.invalidate(BASE),
+    }[what]
+    began = asyncio.get_running_loop().time()
+    ended = await asyncio.gather(*(call() for _ in range(50)), return_exceptions=True)
+    assert asyncio.get_running_loop().time() - began < 20
+    assert {type(each) for each in ended} == {CacheTimeoutError, CacheCircuitOpenError}
+    again = await asyncio.gather(call(), return_exceptions=True)
+    assert type(again[0]) is CacheTimeoutError, "it is tried all the same"
 
 
 async def test_a_cache_may_say_how_long_its_calls_may_take() -> None:

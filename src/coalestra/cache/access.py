@@ -449,11 +449,13 @@ class CacheAccess:
     ) -> tuple[Outcomes, Failures]:
         """Offer values in their turn; return what became of each, and the failures."""
         channel = self.channel()
+        asked = channel.loop.time()
         # A cache may refuse what rests on something that it does not hold yet.
         below = {key for each in revisions.values() for key in each.dependency_versions}
         async with channel.lanes.turn(revisions, below):
             offered = {key: each for key, each in revisions.items() if wanted(each)}
-            write, outcomes = _Write(self, offered, terms), Outcomes()
+            insist = terms.insist and not self.calls.gave_up_since(asked)
+            write, outcomes = _Write(self, offered, terms._replace(insist=insist)), Outcomes()
             try:
                 with channel.filling() as filling:
                     outcomes = await write.run()
@@ -503,9 +505,11 @@ class CacheAccess:
         gone = dict.fromkeys(keys)
         channel = self.channel()
         channel.invalidate(gone)
+        asked = channel.loop.time()
         async with channel.lanes.turn(gone):
             try:
-                return await self.calls.remove(tuple(gone), insist=True)
+                insist = not self.calls.gave_up_since(asked)
+                return await self.calls.remove(tuple(gone), insist=insist)
             finally:
                 channel.drop(gone)
                 channel.listeners.revised(gone)

@@ -8,8 +8,9 @@ Laws:
 2. Where a call for many keys fails, they are tried one by one.
 3. A cache that failed too often in a row is left alone for a while: reads are misses at once,
    values are not stored. What an application asked for, a publication or an invalidation, is tried
-   all the same. Failed reads keep no writes away, and a write that succeeds brings reads back. A
-   cache that says whether it ``is_available`` sees to this itself.
+   all the same, unless that happened while it waited for its turn. Failed reads keep no writes
+   away, and a write that succeeds brings reads back. A cache that says whether it ``is_available``
+   sees to this itself.
 """
 
 from __future__ import annotations
@@ -131,11 +132,17 @@ class _Circuit:
     """
 
     failures = 0
+    failed_at = -math.inf
     until = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last so many calls have failed."""
+        return self.failures >= _FAILURES_IN_A_ROW
 
     def admits(self, now: float) -> bool:
         """Whether a call may be made; one that finds out if the cache is back is the only one."""
-        if self.failures < _FAILURES_IN_A_ROW:
+        if not self.is_open:
             return True
         if now < self.until:
             return False
@@ -200,7 +207,15 @@ class CacheCalls:
         """Whether the cache has failed too often in a row to be asked just now."""
         if self._guards_itself:
             return _said(self.cache, "is_available") is False
-        return max(each.failures for each in self._circuits.values()) >= _FAILURES_IN_A_ROW
+        return any(each.is_open for each in self._circuits.values())
+
+    def gave_up_since(self, asked: float) -> bool:
+        """Whether writes keep failing, and one has since then, on the loop's clock.
+
+        What was asked for by then counts as tried: one after the other, each would cost its limit.
+        """
+        circuit = self._circuits["write"]
+        return circuit.is_open and circuit.failed_at > asked
 
     async def get(
         self, keys: Collection[ResourceKey], now: float, policies: Policies, horizon: float
@@ -368,7 +383,8 @@ class CacheCalls:
                     self._log.works(self._subject(kind))
                 return
             circuit.failures += 1
-            circuit.until = loop.time() + _RECOVERY_SECONDS
+            circuit.failed_at = loop.time()
+            circuit.until = circuit.failed_at + _RECOVERY_SECONDS
             counts["failures"] += 1
             counts["timeouts"] += isinstance(error, CacheTimeoutError)
 

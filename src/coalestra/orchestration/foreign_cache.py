@@ -37,7 +37,7 @@ from coalestra.orchestration.flights import Flight, Gather, Read, ReadGroup, Wor
 from coalestra.orchestration.parts import Parts
 
 _STORED = CacheWriteStatus.STORED
-_SHARE = 0.5
+SHARE = 0.5
 """How much of the time that a reader has left the cache may take."""
 _QUICK_SECONDS = 0.01
 """What a cache that has stored within so long says of the write order is waited for."""
@@ -70,7 +70,7 @@ class CacheReads:
         if gather.cutoff != math.inf and gather not in group.hurried and not leases:
             # It goes on without the cache while there is time left for its sources.
             loop = asyncio.get_running_loop()
-            seconds = (gather.cutoff - loop.time()) * _SHARE
+            seconds = (gather.cutoff - loop.time()) * SHARE
             group.hurried[gather] = loop.call_later(seconds, self._go_on, gather, group)
         return read
 

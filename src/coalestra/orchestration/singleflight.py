@@ -66,7 +66,7 @@ from coalestra.orchestration.flights import (
     late,
     stale_candidate,
 )
-from coalestra.orchestration.foreign_cache import CacheReads, CacheWrites
+from coalestra.orchestration.foreign_cache import SHARE, CacheReads, CacheWrites
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import (
     NO_PINS,
@@ -219,7 +219,7 @@ class SingleFlight:
         self._store = parts.access.store
         self._leases = parts.access.leases
         self._publishing: dict[ResourceKey, int] = {}
-        self._held_back: dict[ResourceKey, list[Flight]] = {}
+        self._held_back: dict[ResourceKey, dict[Flight, tuple[int, asyncio.TimerHandle]]] = {}
         self._renewed: dict[ResourceKey, str] = {}
         self._absent: OrderedDict[ResourceKey, tuple[float, Failure]] = OrderedDict()
         self._news: int = 0
@@ -918,10 +918,7 @@ class SingleFlight:
             if self._absent:
                 self._absent.pop(key, None)
             if self._publishing and key in self._publishing:
-                flight.offer(revision)
-                self._held_back.setdefault(key, []).append(flight)
-                if flight.log is not None:
-                    flight.log.waits.begin(WaitReason.PUBLICATION)
+                self._hold_back(flight, revision)
             elif stored and flight.cacheable and flight.event is None:
                 self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
             else:
@@ -932,6 +929,30 @@ class SingleFlight:
                     self._offer(flight)
         except BaseException as error:
             self.broken(flight, error)
+
+    def _hold_back(self, flight: Flight, revision: Revision) -> None:
+        """Let a value wait for the publications that are under way, but not for long."""
+        flight.offer(revision)
+        if flight.log is not None:
+            flight.log.waits.begin(WaitReason.PUBLICATION)
+        loop = asyncio.get_running_loop()
+        left = [(gather.cutoff - loop.time()) * SHARE for gather in flight.waiters]
+        seconds = min([self.parts.access.calls.seconds, *left])
+        held = self._held_back.setdefault(flight.key, {})
+        held[flight] = self._publishing[flight.key], loop.call_later(seconds, self._outwait, flight)
+
+    def _outwait(self, flight: Flight) -> None:
+        """Give what was held back for too long to those who wait, and store it nowhere."""
+        del self._held_back[flight.key][flight]
+        flight.cacheable = False
+        self.agenda.add(self._offer, flight)
+
+    def hold_nothing_back(self) -> None:
+        """Forget what was held back; it has been settled, or never will be."""
+        for held in self._held_back.values():
+            for _, timer in held.values():
+                timer.cancel()
+        self._held_back.clear()
 
     def _store_together(
         self, call: Call, made: Collection[Fresh], by_key: dict[ResourceKey, Revision]
@@ -1275,9 +1296,16 @@ class SingleFlight:
             left = self._publishing.pop(key, 1) - 1
             if left:
                 self._publishing[key] = left
-                continue
-            for flight in self._held_back.pop(key, ()):
-                self.agenda.add(self._offer, flight)
+            held = self._held_back.pop(key, None) or {}
+            for flight, (before, timer) in tuple(held.items()):
+                if before > 1 and left:
+                    held[flight] = before - 1, timer
+                else:  # those that began after it was read are none of its business
+                    del held[flight]
+                    timer.cancel()
+                    self.agenda.add(self._offer, flight)
+            if held:
+                self._held_back[key] = held
 
     def invalidating(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Learn that keys are invalidated: what was read before is not cached nor joined."""
@@ -1392,7 +1420,7 @@ class SingleFlight:
         self.writes.forget()
         self.refresher.forget()
         self._publishing.clear()
-        self._held_back.clear()
+        self.hold_nothing_back()
         self._renewed.clear()
         self._changed.clear()
         self._absent.clear()
@@ -1715,6 +1743,7 @@ class Engine:
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
         await self.flights.agenda.finish()
+        self.flights.hold_nothing_back()
         await self.parts.access.drain(timeout_seconds)
         left: dict[str, int] = {}
         for task in running:
