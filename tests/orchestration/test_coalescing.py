@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from coalestra import (
     FetchContext,
     InMemoryMetrics,
     ResourceKey,
+    Snapshot,
     SnapshotBuilder,
     SnapshotBuildError,
+    SourcePayload,
 )
 from tests.orchestration.scripted import Single, builder, key, latency
 from tests.support import Gate, no_leaks, settle
@@ -108,6 +111,31 @@ async def test_a_crowd_is_told_what_each_of_them_would_be(settings: dict[str, An
     cache = (await building.health_snapshot()).cache
     assert cache is not None
     assert (cache.misses, cache.sets) == (6, 1)
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("told", [{"price": "1"}, [1], [[1]], "atom"])
+@pytest.mark.parametrize("settings", [{}, {"payload_copier": copy.deepcopy}])
+async def test_each_of_a_crowd_has_a_copy_of_its_own(told: Any, settings: dict[str, Any]) -> None:
+    """However many are told at once, and whoever leaves just then."""
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(5)
+        return SourcePayload(told, metadata={"notes": ["x"]} if told == [1] else {"note": "x"})
+
+    building = builder(Single("single", fetch=fetch), **settings)
+    first, *tasks = await together(building, 40)
+    loop = asyncio.get_running_loop()
+    loop.call_at(loop.time() + 4, lambda: [task.cancel() for task in tasks[::3]])
+    snapshots = await asyncio.gather(first, *tasks, return_exceptions=True)
+    values = [each[A] for each in snapshots if isinstance(each, Snapshot)]
+    assert len(values) == len(snapshots) - len(tasks[::3])
+    assert [value.value for value in values] == [told] * len(values)
+    assert len({id(value) for value in values}) == len(values)
+    assert len({id(value.value) for value in values}) == (1 if told == "atom" else len(values))
+    notes = [value.metadata["notes"] for value in values if "notes" in value.metadata]
+    assert len({id(each) for each in notes}) == len(notes)
+    assert {value.age_seconds for value in values} == {0.0}
     await no_leaks(building)
 
 

@@ -145,6 +145,19 @@ class Deliveries:
                 errors[key] = error
         return FrozenDict(values), errors
 
+    def alike(self, reading: Reading, number: int) -> list[SnapshotValue[Any]]:
+        """Return copies of one trifle for so many readers of this moment; none if it is not one."""
+        revision, copies = reading.revision, self._copies
+        payload, seal = revision.payload, revision.seal
+        if seal.weight >= PORTION or revision.dependency_versions or not copies.is_direct:
+            return []
+        if type(revision.metadata) is not FrozenDict:
+            return []
+        opened = [copies.open_now(payload, seal, context=_CONTEXT) for _ in range(number)]
+        told: Any = self._presented(reading, opened[0], _CONTEXT, self._clock.now())
+        facts = told.metadata, told.age_seconds, told.stale, told.from_cache
+        return [revision.presented(each, *facts) for each in opened]
+
     def inputs_at_hand(
         self, context: FetchContext, readings: Mapping[ResourceKey, Reading], *, inherits: bool
     ) -> Inputs | None:

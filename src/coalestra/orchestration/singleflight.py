@@ -40,13 +40,14 @@ from coalestra.core.errors import (
     SourceFailure,
     described,
 )
+from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_for, policy_of_all
 from coalestra.core.trace import Obtained, WaitReason
 from coalestra.core.validation import flag, span
-from coalestra.core.values import CacheWriteStatus, Revision
+from coalestra.core.values import CacheWriteStatus, Revision, SnapshotValue
 from coalestra.orchestration.calls import Call, Dispatch, Lane
-from coalestra.orchestration.deliveries import Deliveries, WarmReads
+from coalestra.orchestration.deliveries import Copies, Deliveries, WarmReads
 from coalestra.orchestration.flights import (
     LOOK_SECONDS,
     Flight,
@@ -1527,6 +1528,7 @@ class Crowd(Stage):
         super().__init__(work, (flight.key,), NO_PINS, lambda _: None)
         self._agenda = agenda
         self.tasks: dict[asyncio.Future[None], None] = {}
+        self._made: list[SnapshotValue[Any]] = []
 
     @property
     def size(self) -> int:
@@ -1550,10 +1552,22 @@ class Crowd(Stage):
             self._agenda.leave_room(len(part))
             yield
 
-    def require_told(self) -> None:
-        """Raise `RuntimeError` if the builder was closed before anything was known."""
+    def copies(self, deliveries: Deliveries) -> Copies | None:
+        """Return what one of them gets, at once; None if that takes more.
+
+        The first of those who were woken together copies a trifle for all of these.
+
+        Raises:
+            RuntimeError: if the builder was closed before anything was known.
+        """
         if self._error is not None:
             raise BuilderClosedError
+        for key, reading in self.readings.items():
+            if not self._made:
+                self._made = deliveries.alike(reading, min(len(self.tasks) + 1, _WOKEN_AT_ONCE))
+            if self._made:
+                return FrozenDict({key: self._made.pop()}), {}
+        return deliveries.at_hand(self.readings)
 
 
 class Engine:

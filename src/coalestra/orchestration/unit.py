@@ -317,8 +317,7 @@ async def together(engine: Engine, crowd: Crowd, strict: bool) -> Snapshot:
         await told
     finally:
         engine.leave(crowd, told)
-    crowd.require_told()
-    copies = engine.deliveries.at_hand(crowd.readings)
+    copies = crowd.copies(engine.deliveries)
     values, errors = copies or await engine.deliveries.values(crowd.readings, None)
     if crowd.failures:
         errors.update({failure.key: failure.make() for failure in crowd.failures.values()})
