@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from coalestra.concurrency.pace import at_once
 from coalestra.core.acceptance import (
     ResourceAcceptanceRule,
     SnapshotAcceptancePolicy,
@@ -16,6 +17,7 @@ from coalestra.core.acceptance import (
     SnapshotRequirement,
     violations_of,
 )
+from coalestra.core.errors import SnapshotAcceptanceError, not_accepted
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, PolicyResolver
 from coalestra.core.snapshot import Snapshot
@@ -56,7 +58,7 @@ def found(
     freshness: PolicyResolver | None = None,
 ) -> list[tuple[Any, ...]]:
     snapshot = Snapshot("id", NOW, {each.key: each for each in values})
-    violations = violations_of(policy, required, optional, snapshot, NOW, freshness)
+    violations = at_once(violations_of(policy, required, optional, snapshot, NOW, freshness))
     return [
         (each.reason.value, each.key, each.requirement_name) if each.requirement_name
         else (each.reason.value, each.key)
@@ -68,7 +70,7 @@ def only(
     policy: SnapshotAcceptancePolicy, *values: SnapshotValue[Any]
 ) -> SnapshotAcceptanceViolation:
     snapshot = Snapshot("id", NOW, {each.key: each for each in values})
-    (violation,) = violations_of(policy, tuple(snapshot), (), snapshot, NOW)
+    (violation,) = at_once(violations_of(policy, tuple(snapshot), (), snapshot, NOW))
     return violation
 
 
@@ -337,3 +339,34 @@ class TestMaking:
         rules.clear()
         requirements.clear()
         assert policy.referenced_keys == {A, B}
+
+
+def test_very_many_violations_are_found_and_told_in_slices() -> None:
+    keys = [ResourceKey("n", "k", str(place)) for place in range(1_000)]
+    snapshot = Snapshot("id", NOW, {key: old(key) for key in keys})
+    rule = ResourceAcceptanceRule(max_age_seconds=1.0)
+    every = SnapshotRequirement.all_of(keys, name="every")
+    policy = SnapshotAcceptancePolicy(rule, requirements=(every,))
+    judging = violations_of(policy, keys[:500], (), snapshot, NOW)
+    violations = at_once(judging)
+    assert len(violations) == 500 + 1 + 500
+    assert (
+        len(list(violations_of(policy, keys[:500], (), snapshot, NOW))) >= (500 + 2 * 1_000) / 128
+    )
+    made = not_accepted(violations, snapshot)
+    assert len(list(made)) >= (1_001 + 1_000) / 128
+    error = at_once(not_accepted(violations, snapshot))
+    same = SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
+    assert str(error) == str(same)
+    assert error.to_dict() == same.to_dict()
+    assert (error.violations, error.snapshot) == (violations, snapshot)
+    assert error.__cause__ is error.errors[keys[0]]
+
+
+def test_requirements_that_many_values_meet_are_judged_in_slices() -> None:
+    keys = [ResourceKey("n", "k", str(place)) for place in range(200)]
+    snapshot = Snapshot("id", NOW, {key: value(key) for key in keys})
+    requirements = tuple(SnapshotRequirement.any_of(keys[place:]) for place in range(200))
+    policy = SnapshotAcceptancePolicy(requirements=requirements)
+    judging = violations_of(policy, keys, (), snapshot, NOW)
+    assert len(list(judging)) == 200

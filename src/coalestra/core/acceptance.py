@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import field, replace
 from typing import Any
 
@@ -226,6 +226,9 @@ def _broken(
     )
 
 
+_PER_SLICE = 128
+
+
 # Judging a snapshot by an acceptance policy ------------------------------------------------------
 #
 # Laws:
@@ -242,15 +245,19 @@ def violations_of(
     snapshot: Mapping[ResourceKey, SnapshotValue[Any]],
     now: float,
     freshness: FreshnessPolicyProvider | None = None,
-) -> tuple[SnapshotAcceptanceViolation, ...]:
+) -> Generator[None, None, tuple[SnapshotAcceptanceViolation, ...]]:
     """Return all that ``policy`` has against ``snapshot``: single values first, then requirements.
 
-    ``now`` is wall-clock seconds since the epoch. With ``freshness``, a value that went stale since
-    it was delivered counts as stale.
+    It is found out in slices. ``now`` is wall-clock seconds since the epoch. With ``freshness``, a
+    value that went stale since it was delivered counts as stale.
     """
     values: Mapping[ResourceKey, SnapshotValue[Any]] = getattr(snapshot, "resources", snapshot)
     trial = _Trial(policy, values, now, freshness, policy_of_all(freshness))
-    if trial.is_clear():
+    clear = trial.is_clear()
+    for requirement in policy.requirements if clear else ():
+        clear = clear and values.keys() >= {*requirement.keys}
+        yield
+    if clear:
         return ()
     judged_optional = (
         key
@@ -258,10 +265,14 @@ def violations_of(
         if policy.include_optional_resources or key in policy.resource_rules
     )
     judged = (*request_required, *judged_optional)
-    found = [violation for key in judged for violation in trial.against(key)]
+    found: list[SnapshotAcceptanceViolation] = []
+    for place, key in enumerate(judged):
+        found += trial.against(key)
+        if not place % _PER_SLICE:
+            yield
     reported = {(violation.key, violation.reason) for violation in found}
     for requirement in policy.requirements:
-        for violation in trial.against_requirement(requirement):
+        for violation in (yield from trial.against_requirement(requirement)):
             if violation.key is None or (violation.key, violation.reason) not in reported:
                 reported.add((violation.key, violation.reason))
                 found.append(violation)
@@ -279,15 +290,13 @@ class _Trial:
     common: FreshnessPolicy | None
 
     def is_clear(self) -> bool:
-        """Whether the extremes of all values show that nothing speaks against any of them.
+        """Whether the extremes of all values show that no rule speaks against any of them.
 
         It may be that nothing does, and this cannot tell.
         """
         rule, values = self.policy.default_rule, self.values.values()
         if type(self.policy) is not SnapshotAcceptancePolicy or self.policy.resource_rules:
             return False  # a policy of the application's may have rules of its own
-        if not all(self.values.keys() >= {*each.keys} for each in self.policy.requirements):
-            return False
         if not values or not rule.has_constraints:
             return True
         if not (rule.judges_nothing_below or all(not v.dependency_versions for v in values)):
@@ -377,16 +386,21 @@ class _Trial:
 
     def against_requirement(
         self, requirement: SnapshotRequirement
-    ) -> Iterator[SnapshotAcceptanceViolation]:
+    ) -> Generator[None, None, list[SnapshotAcceptanceViolation]]:
         """What speaks against a requirement, and then against its rejected alternatives."""
-        present = [key for key in requirement.keys if key in self.values]
-        rejected = [broken for key in present if (broken := list(self.against(key)))]
-        accepted = len(present) - len(rejected)
+        rejected: list[SnapshotAcceptanceViolation] = []
+        accepted = 0
+        for place, key in enumerate(requirement.keys):
+            broken = list(self.against(key))
+            rejected += broken
+            accepted += key in self.values and not broken
+            if not place % _PER_SLICE:
+                yield
         if accepted >= requirement.minimum_count:
-            return
+            return []
         name = requirement.name
         titled = f"requirement {name!r}" if name else "a requirement"
-        yield SnapshotAcceptanceViolation(
+        unsatisfied = SnapshotAcceptanceViolation(
             _Reason.REQUIREMENT_UNSATISFIED,
             requirement.keys,
             f"{titled} must have {requirement.minimum_count} acceptable of "
@@ -395,6 +409,9 @@ class _Trial:
             accepted_count=accepted,
             required_count=requirement.minimum_count,
         )
-        for broken in rejected:
-            for violation in broken:
-                yield replace(violation, requirement_name=name)
+        found = [unsatisfied]
+        for place, violation in enumerate(rejected):
+            found.append(replace(violation, requirement_name=name))
+            if not place % _PER_SLICE:
+                yield
+        return found

@@ -7,7 +7,7 @@ sources and single resources, those of whole snapshots, and those of running the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from traceback import format_list
@@ -686,11 +686,26 @@ class SnapshotAcceptanceError(SnapshotBuildError):
         self, *, violations: tuple[SnapshotAcceptanceViolation, ...], snapshot: Any | None = None
     ) -> None:
         self.violations: tuple[SnapshotAcceptanceViolation, ...] = tuple(violations)
-        super().__init__(_by_resource(self.violations), snapshot=snapshot)
+        errors: dict[ResourceKey, Exception] = {}
+        for _ in _blame(self.violations, errors):
+            pass
+        super().__init__(errors, snapshot=snapshot)
 
     def _sentence(self) -> str:
         number = counted(len(self.violations), "violation")
         return f"snapshot not acceptable, {number}: {_listed(self.violations, MAX_RESOURCES_SHOWN)}"
+
+
+def not_accepted(
+    violations: tuple[SnapshotAcceptanceViolation, ...], snapshot: Any
+) -> Generator[None, None, SnapshotAcceptanceError]:
+    """Return the error of a snapshot, made in slices: there may be very many violations."""
+    error = _without_facts(SnapshotAcceptanceError, ())
+    error.violations = violations
+    errors: dict[ResourceKey, Exception] = {}
+    yield from _blame(violations, errors)
+    SnapshotBuildError.__init__(error, errors, snapshot=snapshot)
+    return error
 
 
 def _listed(violations: tuple[SnapshotAcceptanceViolation, ...], limit: int) -> str:
@@ -698,12 +713,23 @@ def _listed(violations: tuple[SnapshotAcceptanceViolation, ...], limit: int) -> 
     return enumerated(shown, len(violations), "violation")
 
 
-def _by_resource(violations: Iterable[SnapshotAcceptanceViolation]) -> dict[ResourceKey, Exception]:
+_PER_SLICE = 128
+
+
+def _blame(
+    violations: Iterable[SnapshotAcceptanceViolation], errors: dict[ResourceKey, Exception]
+) -> Generator[None, None, None]:
+    """Put in an error for each resource that violations name, in slices."""
     concerned: dict[ResourceKey, list[SnapshotAcceptanceViolation]] = {}
-    for violation in violations:
+    for number, violation in enumerate(violations):
         for key in violation.keys:
             concerned.setdefault(key, []).append(violation)
-    return {key: ResourceAcceptanceError(key, tuple(own)) for key, own in concerned.items()}
+        if not number % _PER_SLICE or len(violation.keys) > _PER_SLICE:
+            yield
+    for number, (key, own) in enumerate(concerned.items()):
+        errors[key] = ResourceAcceptanceError(key, tuple(own))
+        if not number % _PER_SLICE:
+            yield
 
 
 # Errors about running the library itself: copies, closing, backlogs and capabilities -------------

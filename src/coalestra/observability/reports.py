@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from operator import attrgetter
@@ -304,8 +305,8 @@ class Reporter:
         """Report that an acceptance policy lets a snapshot through, or each reason against it."""
         self._count_status("snapshot_acceptance_total", not violations)
         reasons = [violation.reason.value for violation in violations]
-        for reason in reasons:
-            self.count("snapshot_acceptance_violation_total", reason=reason)
+        for reason, times in Counter(reasons).items():
+            self.count("snapshot_acceptance_violation_total", None, times, reason=reason)
         if reasons:
             told = {"violations": len(reasons), "reasons": tuple(dict.fromkeys(reasons))}
             self.tell("snapshot_acceptance_failed", snapshot_id=snapshot_id, **told)

@@ -339,7 +339,8 @@ class Revalidation:
             known = await self.unit.errors()
             errors = {key: error for key, error in known.items() if key not in self._readings}
             snapshot = self.unit.assembled(values, errors)
-            accepted(snapshot, objection(self.unit.engine.parts, self.request, snapshot))
+            judged = objection(self.unit.engine.parts, self.request, snapshot)
+            accepted(snapshot, await self._through(judged))
             visible = self._visible(snapshot)
             if await self._ready():
                 self._commit()

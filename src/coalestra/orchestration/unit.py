@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 from coalestra.concurrency.copying import deepcopy_payload
@@ -74,7 +73,7 @@ class UnitOfWork:
     ) -> Snapshot:
         """Return a snapshot of all that was asked for so far; if `strict`, each key has a value."""
 
-        def objects(snapshot: Snapshot) -> SnapshotBuildError | None:
+        async def objects(snapshot: Snapshot) -> SnapshotBuildError | None:
             failed = self._failed_of(keys, snapshot) if strict else EMPTY
             partly = None if self._undelivered else snapshot
             return SnapshotBuildError(failed, snapshot=partly) if failed else None
@@ -94,13 +93,18 @@ class UnitOfWork:
         return result_of(request, *await self._answer(request, retry_errors))
 
     def _answer(self, request: SnapshotRequest, retry_errors: bool) -> Coroutine[Any, Any, Decided]:
-        objects = partial(objection, self.engine.parts, request)
+        parts = self.engine.parts
+
+        async def objects(snapshot: Snapshot) -> Exception | None:
+            parts.pace.begin()
+            return await parts.pace.through(objection(parts, request, snapshot))
+
         return self._decided(dict.fromkeys(request.keys), objects, True, retry_errors)
 
     async def _decided(
         self,
         keys: Mapping[ResourceKey, None],
-        objects: Callable[[Snapshot], Exception | None],
+        objects: Callable[[Snapshot], Awaitable[Exception | None]],
         strict: bool,
         retry_errors: bool,
     ) -> Decided:
@@ -118,7 +122,7 @@ class UnitOfWork:
                 failed = len(self._failed_of(keys, snapshot))
                 stage.resolved, stage.failed = len(keys) - failed, failed
                 try:
-                    error = objects(snapshot)
+                    error = await objects(snapshot)
                     succeeded = error is None
                     if self.work.trace is not None:  # else the stage is everybody's, and stays
                         stage.error = error

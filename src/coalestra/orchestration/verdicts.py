@@ -15,12 +15,13 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
+from coalestra.concurrency.pace import Slices
 from coalestra.core.acceptance import violations_of
 from coalestra.core.errors import (
     BuilderClosedError,
     PayloadCopySubsystemClosedError,
-    SnapshotAcceptanceError,
     SnapshotBuildError,
+    not_accepted,
     without_frames,
 )
 from coalestra.core.frozen import FrozenDict
@@ -33,7 +34,9 @@ from coalestra.orchestration.parts import Parts
 # What speaks against a snapshot ------------------------------------------------------------------
 
 
-def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exception | None:
+def objection(
+    parts: Parts, request: SnapshotRequest, snapshot: Snapshot
+) -> Slices[Exception | None]:
     """Return what speaks against a snapshot: what it lacks, then consistency, then acceptance.
 
     Both policies are reported on, as far as they are asked.
@@ -49,7 +52,7 @@ def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exc
         if found is not None:
             return found
     if request.acceptance_policy is not None:
-        violations = violations_of(
+        violations = yield from violations_of(
             request.acceptance_policy,
             required,
             optional,
@@ -60,7 +63,7 @@ def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exc
         if report is not None:
             report.acceptance_judged(snapshot.snapshot_id, violations)
         if violations:
-            return SnapshotAcceptanceError(violations=violations, snapshot=snapshot)
+            return (yield from not_accepted(violations, snapshot))
     return None
 
 
