@@ -156,10 +156,12 @@ class LeasingCache(BatchAtomicCache):
         yield found
 
     def _is_current(self, value: Value) -> bool:
-        held = {key: self.held.get(key) for key in value.dependency_versions}
+        below = [
+            (self.held.get(key), version) for key, version in value.dependency_versions.items()
+        ]
         return all(
-            each is not None and each.version == value.dependency_versions[key]
-            for key, each in held.items()
+            each is not None and each.version == version and self._is_current(each)
+            for each, version in below
         )
 
     async def fulfil_many(

@@ -29,8 +29,10 @@ from coalestra import (
     SnapshotBuilder,
     SnapshotValue,
     SourceAuthorityPolicy,
+    SourcePayload,
     SourceUnavailableError,
 )
+from coalestra.core.protocols import AsyncCache
 from coalestra.orchestration.singleflight import SingleFlight
 from tests.contracts.caches import (
     FOREIGN,
@@ -739,6 +741,54 @@ async def test_leases_change_nothing_about_what_inherits_its_freshness(mode: Ref
             await asyncio.sleep(seconds)
         await building.aclose()
     assert stories[1] == stories[0]
+
+
+@pytest.mark.parametrize(
+    "kind", [*FOREIGN, LeasingCache, AsyncMemoryCache], ids=lambda k: k.__name__
+)
+async def test_a_stale_answer_is_kept_to_stand_in_later_whatever_the_cache(
+    kind: Callable[[], AsyncCache],
+) -> None:
+    down = False
+
+    async def lag(asked: ResourceKey, context: object) -> SourcePayload[int]:
+        if down:
+            raise ConnectionError("down")
+        return SourcePayload(1, observed_at=clock.now() - 20)
+
+    clock, cache = LoopClock(), kind()
+    doubling = Derived("double", needs=lambda _: [key("b")])
+    building = builder(
+        Single("b", fetch=lag),
+        doubling,
+        cache=cache,
+        clock=clock,
+        default_policy=None,
+        policy_resolver=PolicyResolver(
+            FreshnessPolicy(10.0, 100.0), overrides={key("double"): LASTING}
+        ),
+    )
+    assert (await building.build([key("b"), key("double")]))[key("b")].stale
+    await asyncio.sleep(1)
+    down = True
+    snapshot = await building.build([key("b"), key("double")])
+    assert snapshot[key("b")].from_cache
+    assert len(doubling.calls) == 1  # as what it rests on is there
+    await building.aclose()
+    assert not getattr(cache, "leased", {})
+
+
+async def test_what_a_session_has_derived_anew_is_stored_under_leases() -> None:
+    shop = Shop(cache=LeasingCache())
+    async with await shop.session(TOP) as session:
+        shop.stock.change(base=2)
+        await session.revalidate([BASE, TOP], force_refresh=True)
+    await asyncio.sleep(1)
+    shop.middle.calls.clear()
+    assert shown(await shop.builder.build([TOP, MIDDLE])) == {TOP: ((2,),), MIDDLE: (2,)}
+    assert shop.middle.calls == []
+    await shop.builder.aclose()
+    assert shop.builder.cache.leased == {}  # type: ignore[attr-defined]  # it is the double
 
 
 async def test_a_lease_that_comes_as_its_reader_leaves_is_given_back() -> None:

@@ -450,6 +450,8 @@ class CacheAccess:
         """Offer values in their turn; return what became of each, and the failures."""
         channel = self.channel()
         asked = channel.loop.time()
+        if self._giving_back and terms.leases is None:
+            await self._give_back()  # or nobody would be told that those were in vain
         # A cache may refuse what rests on something that it does not hold yet.
         below = {key for each in revisions.values() for key in each.dependency_versions}
         async with channel.lanes.turn(revisions, below):

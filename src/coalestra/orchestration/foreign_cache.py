@@ -265,11 +265,13 @@ class CacheWrites:
         if self._slow:
             self._settle(flight, revision)
 
-    def add_stale(self, revision: Revision, policy: FreshnessPolicy) -> None:
-        """Write a stale value, for which nobody waits."""
+    def add_stale(self, flight: Flight, revision: Revision) -> None:
+        """Write a stale value, for which nobody waits; those who wait for its lease go on first."""
         access, now = self.parts.access, self.parts.clock.now()
-        if not access.leases and access.hold(revision, now)[0] is _STORED:
-            terms = Terms({revision.key: policy}, now)
+        if access.hold(revision, now)[0] is _STORED:
+            lease, flight.lease = flight.lease, None
+            access.give_back(lease, failed=True)
+            terms = Terms({revision.key: flight.policy}, now)
             access.write_behind((revision,), terms, wanted=access.holds)
 
     def forget(self) -> None:

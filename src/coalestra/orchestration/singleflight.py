@@ -378,13 +378,10 @@ class SingleFlight:
             if self.parts.report is not None:
                 told = {"reason": "force_refresh", "snapshot_id": gather.work.context.snapshot_id}
                 self.parts.report.tell("cache_bypassed", resource=key, **told)
-            # What must agree with pins is derived privately; what only has to be new is shared.
-            if key in gather.private:
-                self._acquire_privately(gather, key, policy)
-            elif self._leases:
+            if self._leases:
                 self.reads.ask_for_lease(gather, key, policy, None)
             else:
-                self._acquire(gather, ((key, policy, None),))
+                self._force(gather, key, policy)
         elif gather.refresh:
             self._renew(gather, key, policy)
         else:
@@ -395,6 +392,15 @@ class SingleFlight:
                 self._ask_cache(gather, key, policy)
             else:
                 self._missed(gather, ((key, policy, revision),))
+
+    def _force(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
+        """Acquire a key past the cache: privately what must agree with pins, else with others."""
+        if key not in gather.private:
+            self._acquire(gather, ((key, policy, None),))
+        elif key in gather.pins:
+            gather.readings[key] = gather.pins[key]
+        else:
+            self._acquire_privately(gather, key, policy)
 
     def _refresh(self, revision: Revision, mode: RefreshMode, work: Work) -> dict[str, Any]:
         """Schedule a refresh of a revision, unless one is under way; return what to say of it."""
@@ -503,8 +509,8 @@ class SingleFlight:
         flight = read.flight
         settlement = None if flight is None else flight.settlement
         if read.group.forced:
-            self._acquire(gather, ((key, read.policy, None),))
-            self._pass_lease(read)
+            self._force(gather, key, read.policy)
+            self._pass_lease(gather, read)
         elif read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
             self.reads.ask(gather, key, read.policy).rounds = read.rounds + 1
         elif read.has_use_of(revision) and self._serve(gather, read.policy, revision, now):
@@ -522,13 +528,16 @@ class SingleFlight:
             flight = self.board.flights.get(key)
             if flight is not None:
                 flight.missed = True
-            self._pass_lease(read)
+            self._pass_lease(gather, read)
 
-    def _pass_lease(self, read: Read) -> None:
-        """Give the lease that the cache gave to the flight that acquires the key."""
-        flight = self.board.flights.get(read.key)
-        if flight is not None and flight.lease is None and read.lease is not None:
-            flight.lease, read.lease = read.lease, None
+    def _pass_lease(self, gather: Gather, read: Read) -> None:
+        """Give the lease that the cache gave to the flight that acquires the key.
+
+        One that it has already is given back: the cache has taken that away for this one.
+        """
+        flight = gather.pins.private.get(read.key) or self.board.flights.get(read.key)
+        if flight is not None and read.lease is not None:
+            flight.lease, read.lease = read.lease, flight.lease
 
     # Join and leave ---------------------------------------------------------------------------
 
@@ -1038,7 +1047,7 @@ class SingleFlight:
         if self._store is not None:
             self._store.put(revision, now=self.parts.clock.now(), teller=self)
         else:
-            self.writes.add_stale(revision, flight.policy)
+            self.writes.add_stale(flight, revision)
 
     # Settle and tell --------------------------------------------------------------------------
 
