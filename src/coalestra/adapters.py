@@ -168,7 +168,7 @@ SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AdapterSettings:
-    """What all adapters are told; apart from the methods, one of which has a setting's name."""
+    """What all adapters are told; apart from the methods, some of which have a setting's name."""
 
     name: str = field(metadata=rule(text))
     priority: int = field(metadata=rule(integer))
@@ -261,10 +261,14 @@ FetcherFunction: TypeAlias = Callable[[ResourceKey, FetchContext], Any]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class CallableSource(CallableAdapter):
-    """Asks a plain or async function for one resource at a time; see `CallableAdapter`."""
+class FetchingSettings(AdapterSettings):
+    """What a source is told that fetches one resource at a time."""
 
     fetcher: FetcherFunction
+
+
+class CallableSource(CallableAdapter, FetchingSettings):
+    """Asks a plain or async function for one resource at a time; see `CallableAdapter`."""
 
     async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
         """Return what the fetcher returns for `key`, as a payload."""
@@ -279,14 +283,18 @@ BatchFetcherFunction: TypeAlias = Callable[[Collection[ResourceKey], FetchContex
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class CallableBatchSource(CallableAdapter):
+class BatchFetchingSettings(AdapterSettings):
+    """What a source is told that fetches many resources at once."""
+
+    fetcher: BatchFetcherFunction
+    max_batch_size: int | None = ruled(None, integer, minimum=1, optional=True)
+
+
+class CallableBatchSource(CallableAdapter, BatchFetchingSettings):
     """Asks a plain or async function for many resources at once; see `CallableAdapter`.
 
     ``max_batch_size`` bounds the keys of one call; None: no bound.
     """
-
-    fetcher: BatchFetcherFunction
-    max_batch_size: int | None = ruled(None, integer, minimum=1, optional=True)
 
     async def fetch_many(
         self, keys: Collection[ResourceKey], context: FetchContext

@@ -118,7 +118,7 @@ def test_a_buffer_that_has_something_to_deliver_is_working_however_long_it_gets_
     watch, sink = ThreadWatch(), Recorder()
     buffer, processor = BufferedEventSink(sink), threading.Event()
     buffer.queue._bell = SimpleNamespace(  # type: ignore[assignment]  # a bell
-        ring=int, wait=processor.wait
+        empty=bool, get=processor.wait
     )
     buffer.emit("first")
     assert buffer.flush(30)

@@ -173,7 +173,7 @@ def _is_released(frame: FrameType) -> bool:
     waits for a change of the library's state has a function that looks at it, and the bell of a
     buffer that has something to do has been rung, or is being rung.
     """
-    current: FrameType | None = frame.f_back
+    current: FrameType | None = frame
     while current is not None and _is_waiting(current):
         if current.f_code.co_name == "_work":
             return not _is_at_rest(current)
