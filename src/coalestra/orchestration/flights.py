@@ -146,6 +146,7 @@ class Work:
             contextvars.copy_context() if variables is None else variables
         )
         self.lanes: dict[Link, weakref.ref[Lane]] = {}
+        self.begun: list[Flight] = []
         self.ready: dict[Link, list[Flight]] = {}
         self.stages: dict[Gather, Callable[[Any], None]] = {}
 
@@ -162,7 +163,7 @@ class Work:
     def settle_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """Go on upon an event loop; what was under way upon another one has ended with that."""
         if self.loop is not None and self.loop is not loop:
-            self.lanes, self.ready, self.stages = {}, {}, {}
+            self.lanes, self.ready, self.stages, self.begun = {}, {}, {}, []
             self.timer, self.planning, self.flushing = None, 0, False
         self.loop = loop
 

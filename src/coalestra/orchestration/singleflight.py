@@ -565,9 +565,9 @@ class SingleFlight:
         if gather.forced:
             for flight in begun:
                 flight.forced = flight.key in gather.forced
-        self.board.start(gather, begun)
         if begun:
-            self._proceed(begun)
+            self.board.start(gather, begun)
+            self._begin(work, begun)
         if self._store is None:
             for key, _, _ in wanted:
                 read = self.reads.find(key)
@@ -686,18 +686,39 @@ class SingleFlight:
             self._keep_absence(flight, ending)  # said too late for whoever asked
         self._drop(flight)
 
-    def _proceed(self, flights: Sequence[Flight]) -> None:
-        """Send flights on to the next source of each; settle those that have none.
+    def _begin(self, work: Work, flights: Sequence[Flight]) -> None:
+        """Let flights proceed after the steps at hand, with all that others of the work begin."""
+        first = not work.begun
+        work.begun += flights
+        if first:
+            self.hold(work)
+            self.agenda.add(self._proceed_together, flights[0], work)
 
-        If there are many, they have begun together, and what is true of one is of all.
-        """
+    def _proceed_together(self, _first: Flight, work: Work) -> Steps:
+        flights, work.begun = work.begun, []
         try:
-            over = flights[0].cutoff <= asyncio.get_running_loop().time()
-            chosen, rest = ({}, flights) if over else self._choose(flights)
-        except BaseException as error:
-            for flight in flights:
-                self.broken(flight, error)
+            for part in portions(flights, _KEYS_PER_STEP):
+                here = [flight for flight in part if flight.phase is not _SETTLED]
+                try:
+                    self._proceed(here)
+                except BaseException as error:
+                    for flight in here:
+                        self.broken(flight, error)
+                if len(part) == _KEYS_PER_STEP:
+                    yield
+        finally:
+            self.release(work)
+
+    def _proceed(self, flights: Sequence[Flight]) -> None:
+        """Send flights, which are as far in their chains, on to the next source of each."""
+        now = asyncio.get_running_loop().time()
+        over = [flight for flight in flights if flight.cutoff <= now]
+        if over:
+            flights = [flight for flight in flights if flight.cutoff > now]
+            self._end_chains(over, over=True)
+        if not flights:
             return
+        chosen, rest = self._choose(flights)
         for link, served in chosen.items():
             if link.kind is not _DERIVED:
                 self._be_ready(link, served)
@@ -707,7 +728,11 @@ class SingleFlight:
                     self._derive(flight, link)
                 except BaseException as error:
                     self.broken(flight, error)
-        for flight in rest:
+        self._end_chains(rest, over=False)
+
+    def _end_chains(self, flights: Iterable[Flight], *, over: bool) -> None:
+        """Settle flights that have no source left, or no time."""
+        for flight in flights:
             try:
                 self._end_of_chain(flight, over)
             except BaseException as error:
