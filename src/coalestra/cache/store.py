@@ -377,7 +377,7 @@ class EntryStore:
             if common is None:
                 longest = quiet_for(policies, key)
             age = now - revision.observed_at
-            if not earliest <= age <= longest or revision.dependency_versions:
+            if age > longest or age < earliest or revision.dependency_versions:
                 return None
             found.append(revision)
         return found

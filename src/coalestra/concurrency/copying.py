@@ -188,6 +188,7 @@ class PayloadCopies:
     Attributes:
         uses_default_copier: False if the application brought its own.
         active: how many copies are in threads at this moment.
+        completed: how many have been made without a thread; whoever opens a trifle counts it.
         closed: whether new copies are refused.
         is_direct: whether what is brief is copied here and now, as the library does it.
     """
@@ -225,7 +226,8 @@ class PayloadCopies:
         self._awaited: dict[asyncio.Future[None], None] = {}
         self._waits = _Spell()
         self._durations = _Spell()
-        self._completed = self._failed = 0
+        self.completed: int = 0
+        self._failed = 0
         self._timeouts = self._capacity_timeouts = 0
         self._peak_active = self._peak_waiting = 0
         self._shutdown_timeouts = self._active_at_timeout = 0
@@ -249,7 +251,7 @@ class PayloadCopies:
             sealed = seal_flat(value)
             if sealed is not None:
                 if sealed[1] is not _SHARED:
-                    self._completed += 1
+                    self.completed += 1
                 return sealed
         self._require_open()
         if self.run_in_thread and self._copier is not None:
@@ -260,7 +262,7 @@ class PayloadCopies:
             raise self._failure(value, context, error) from error
         if sealed is None or (self._always_threads and sealed[1] is not _SHARED):
             return None
-        self._completed += sealed[1] is not _SHARED
+        self.completed += sealed[1] is not _SHARED
         return sealed
 
     def open_now(self, payload: Any, seal: Seal, *, context: str) -> Any:
@@ -272,7 +274,7 @@ class PayloadCopies:
                 copied = seal.opener(payload)
             except BaseException as error:
                 raise self._failure(payload, context, error) from error
-            self._completed += 1
+            self.completed += 1
             return copied
         self._require_open()
         if self._always_threads or (self.run_in_thread and not seal.brief):
@@ -308,7 +310,7 @@ class PayloadCopies:
             copied = copier(value)
         except BaseException as error:
             raise self._failure(value, context, error) from error
-        self._completed += 1
+        self.completed += 1
         return copied
 
     def _failure(self, value: Any, context: str, error: BaseException) -> PayloadIsolationError:
@@ -422,7 +424,7 @@ class PayloadCopies:
 
     def health(self) -> PayloadCopyHealth:
         """Return the state and the counts, of copies without a thread too."""
-        completed = self._completed + self._durations.count
+        completed = self.completed + self._durations.count
         return PayloadCopyHealth(
             run_in_thread=self.run_in_thread,
             max_concurrency=self.max_concurrency,

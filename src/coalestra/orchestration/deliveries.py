@@ -127,17 +127,21 @@ class Deliveries:
             return None
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
         errors: dict[ResourceKey, Exception] = {}
-        now: float | None = None
+        copies, now = self._copies, None
         for key, reading in readings.items():
             revision = reading.revision
             payload, seal = revision.payload, revision.seal
             try:
                 if seal is not _SHARED:
-                    if seal.weight >= PORTION and len(readings) > 1:
+                    if seal.weight < PORTION and copies.is_direct:
+                        payload = seal.opener(payload)
+                        copies.completed += 1
+                    elif len(readings) > 1:
                         return None
-                    payload = self._copies.open_now(payload, seal, context=context)
-                    if payload is OFFLOADED:
-                        return None
+                    else:
+                        payload = copies.open_now(payload, seal, context=context)
+                        if payload is OFFLOADED:
+                            return None
                 if now is None:
                     now = self._clock.now()
                 values[key] = self._presented(reading, payload, context, now)
@@ -153,7 +157,8 @@ class Deliveries:
             return []
         if type(revision.metadata) is not FrozenDict:
             return []
-        opened = [copies.open_now(payload, seal, context=_CONTEXT) for _ in range(number)]
+        opened = [seal.opener(payload) for _ in range(number)]
+        copies.completed += 0 if seal is _SHARED else number
         told: Any = self._presented(reading, opened[0], _CONTEXT, self._clock.now())
         facts = told.metadata, told.age_seconds, told.stale, told.from_cache
         return [revision.presented(each, *facts) for each in opened]
@@ -352,19 +357,24 @@ class WarmReads:
         revisions = store.find_all_fresh(keys, now, parts.policies)
         if revisions is None:
             return None
-        values, left = {}, PORTION
+        values = {}
         for key, revision in zip(keys, revisions):  # noqa: B905
             payload, seal, metadata = revision.payload, revision.seal, revision.metadata
-            left -= seal.weight
-            if left < 0 or type(metadata) is not FrozenDict:
+            if type(metadata) is not FrozenDict:
                 return None
             if seal is not _SHARED:
-                try:
-                    payload = copies.open_now(payload, seal, context=_CONTEXT)
-                except PayloadIsolationError:
+                if seal.weight < PORTION:
+                    payload = seal.opener(payload)
+                    copies.completed += 1
+                elif len(keys) > 1:
                     return None
-                if payload is OFFLOADED:
-                    return None
+                else:
+                    try:
+                        payload = copies.open_now(payload, seal, context=_CONTEXT)
+                    except PayloadIsolationError:
+                        return None
+                    if payload is OFFLOADED:
+                        return None
             age = now - revision.observed_at
             values[key] = revision.presented(
                 payload, metadata, age if age > 0 else 0.0, False, True
@@ -454,9 +464,13 @@ class WarmReads:
         for revision in revisions:
             payload, seal, metadata = revision.payload, revision.seal, revision.metadata
             if seal is not _SHARED:
-                payload = copies.open_now(payload, seal, context=_CONTEXT)
-                if payload is OFFLOADED:
-                    return None
+                if seal.weight < PORTION and copies.is_direct:
+                    payload = seal.opener(payload)
+                    copies.completed += 1
+                else:
+                    payload = copies.open_now(payload, seal, context=_CONTEXT)
+                    if payload is OFFLOADED:
+                        return None
             if type(metadata) is not FrozenDict:
                 metadata = copies.open_metadata_now(metadata, context=_CONTEXT)
             age = now - revision.observed_at
