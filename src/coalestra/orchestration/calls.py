@@ -1095,7 +1095,7 @@ class Call:
         self._count_latency(self.latency_ms)
         many = len(flights) > PORTION
         if many:
-            await parts.pace.rest()  # the call has had its time in this turn
+            await parts.pace.keep()  # the source may have had its time in this turn
         answers, omitted = deque([(flights[0], answer)]), list[Flight]()
         if link.kind is _BATCH:
             answers, omitted = await parts.pace.through(_answers(link, flights, answer))
@@ -1251,7 +1251,7 @@ class Call:
 
     async def _hand_over_all(self, answers: deque[tuple[Flight, Any]]) -> None:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
-        pace, many = self.parts.pace, len(answers) > PORTION
+        pace, many = self.parts.pace, len(answers) > _KEYS_AT_ONCE
         pace.begin()
         made: deque[Fresh] = deque()
         by_key: dict[ResourceKey, Revision] = {}

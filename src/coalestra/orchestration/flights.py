@@ -806,10 +806,11 @@ class FlightBoard:
         flight.waiters = _NOBODY
         return waiters
 
-    def land(self, values: Iterable[Fresh]) -> tuple[list[Fresh], list[Gather]]:
+    def land(self, values: Iterable[Fresh], news: int) -> tuple[list[Fresh], list[Gather]]:
         """Hand stored values to whoever started their flights, where that is all there is to do.
 
-        Return those of which there is more to be said, and the gathers that wait for nothing more.
+        `news` is how much has been told. Return those of which there is more to be said, and the
+        gathers that wait for nothing more.
         """
         board, others, complete = self.flights, [], []
         for each in values:
@@ -818,7 +819,7 @@ class FlightBoard:
                 not flight.joinable  # there was news of it, or it is private
                 or not flight._shares_waiters
                 or flight.linked
-                or flight.gather is not None
+                or (flight.gather is not None and flight.since < news)
                 or flight.forced
                 or flight.log is not None
             ):
@@ -827,6 +828,9 @@ class FlightBoard:
             (gather,) = flight.waiters
             key, pending = flight.key, gather.pending
             reading = Reading(revision, flight.policy.ttl_seconds)
+            if flight.gather is not None:
+                flight.gather = None
+                del self.deriving[flight]
             flight.joinable = False
             flight.phase, flight.settlement = _SETTLED, reading
             flight.call, flight.waiters = None, _NOBODY

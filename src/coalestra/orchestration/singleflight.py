@@ -931,7 +931,7 @@ class SingleFlight:
         known_of = self._absent or self._publishing or self.refresher.failing
         if stored and self.parts.report is None and not known_of:
             try:
-                values, complete = self.board.land(values)
+                values, complete = self.board.land(values, self._news)
                 for gather in complete:
                     self._check(gather)
             except BaseException as error:
