@@ -470,10 +470,10 @@ class EntryStore:
         return True
 
     def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
-        key, entries, currency = revision.key, self._entries, self._currency
-        previous = current = entries.get(key)
+        entries = self._entries
+        previous = current = entries.get(revision.key)
         if current is not None:
-            if current.dependency_versions and not currency.holds(current):
+            if current.dependency_versions and not self._currency.holds(current):
                 self._invalidations += 1
                 previous = None
             elif not force:
@@ -481,13 +481,14 @@ class EntryStore:
                 if status is not _STORED:
                     return status, current, current
             del entries[current.key]  # the new one goes to the end, under its own key object
-            currency.removed(current)
-        entries[key] = revision
+            if current.checked != _UNCHECKED:
+                self._currency.removed(current)
+        entries[revision.key] = revision
         revision.checked = _UNCHECKED
         self._sets += 1
         if self._recency is not None and len(entries) > (self.max_entries or 0):
             _, oldest = self._recency.popitem(last=False)
-            currency.removed(oldest)
+            self._currency.removed(oldest)
             self._evictions += 1
         return _STORED, revision, previous
 
