@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,15 @@ from coalestra import (
 )
 from coalestra.orchestration import flights, singleflight
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
-from tests.support import Gate, LoopClock, cancel_at_every_await, loop_turn, no_leaks, settle
+from tests.support import (
+    Gate,
+    LoopClock,
+    cancel_at_every_await,
+    lines_run,
+    loop_turn,
+    no_leaks,
+    settle,
+)
 
 pytestmark = pytest.mark.concurrency
 
@@ -254,20 +261,11 @@ async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how:
         await asyncio.sleep(1)
     else:
         await session.close()
-    lines = 0
 
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal lines
-        lines += event == "line"
-        return trace if frame.f_code.co_filename == flights.__file__ else None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    async def to_its_end() -> None:
         gate.open()
         assert (await second).complete
-    finally:
-        sys.settrace(before)
-    assert lines < 150 * length
+
+    assert await lines_run(flights, to_its_end()) < 150 * length
     assert (await first).complete == (how == "closed")  # what is under way comes to its end
     await no_leaks(building)

@@ -26,9 +26,18 @@ from coalestra import (
     SourcePayload,
     SourceUnavailableError,
 )
+from coalestra.orchestration import readings
 from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
-from tests.support import EPOCH, Gate, ThreadGate, cancel_at_every_await, no_leaks, settle
+from tests.support import (
+    EPOCH,
+    Gate,
+    ThreadGate,
+    cancel_at_every_await,
+    lines_run,
+    no_leaks,
+    settle,
+)
 
 SHORT = FreshnessPolicy(10.0, 1_000.0)
 
@@ -689,3 +698,18 @@ async def test_a_hidden_base_that_others_rest_on_too_stays_as_it_is() -> None:
         await building.publisher.publish(base, "new", source="stream")
         again = await session.revalidate([left])
         assert again.value(left) == before.value(left) == again.value(right)
+
+
+async def test_a_chain_that_is_derived_anew_takes_linear_work() -> None:
+    """Whatever is pinned already, with all that it rests on, is not looked through again."""
+
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        return [key("chain", str(int(k.subject) - 1)) if k.subject != "0" else key("base")]
+
+    length = 150
+    building = builder(Derived("chain", needs=needs), Single("base"))
+    async with building.session() as session:
+        await session.resolve([key("chain", str(length))])
+        renewing = session.revalidate([key("base")], force_refresh=True)
+        lines = await lines_run(readings, renewing)
+    assert lines < 200 * length

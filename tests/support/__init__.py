@@ -6,7 +6,7 @@ from tests.support.cancellation import cancel_at_every_await
 from tests.support.clocks import EPOCH, LoopClock, ManualClock
 from tests.support.gates import Gate, ThreadGate
 from tests.support.leaks import no_leaks, settle
-from tests.support.running import Leak, drop, run_real, run_virtual
+from tests.support.running import Leak, drop, lines_run, run_real, run_virtual
 from tests.support.virtual_loop import Deadlock, ShuffledLoop, VirtualLoop, loop_turn
 
 PUBLIC: list[str] = importlib.import_module("coalestra").__all__
@@ -25,6 +25,7 @@ __all__ = [
     "VirtualLoop",
     "cancel_at_every_await",
     "drop",
+    "lines_run",
     "loop_turn",
     "no_leaks",
     "run_real",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
 from tests.support.gates import release_threads
@@ -64,6 +66,24 @@ def run_real(coroutine: Coroutine[Any, Any, T]) -> T:
     if left:
         raise Leak("left behind at the end:" + "".join(f"\n  {line}" for line in left))
     return result
+
+
+async def lines_run(module: ModuleType, work: Awaitable[object]) -> int:
+    """Do the work, and count the lines of a module that are run: what grows as it should not."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace if frame.f_code.co_filename == module.__file__ else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        await work
+    finally:
+        sys.settrace(before)
+    return lines
 
 
 def drop(loop: asyncio.AbstractEventLoop) -> None:

@@ -603,6 +603,8 @@ class Gather:
         self.readings[key] = reading
         if self.forced and key in self.forced:
             self.pins[key] = reading
+            if reading.revision.dependency_versions:
+                hold(self.pins, {key: reading})
         return reading
 
     def __repr__(self) -> str:

@@ -232,6 +232,12 @@ def lineage(revisions: Iterable[Revision]) -> dict[int, Revision]:
     return found
 
 
+def _stands(revision: Revision, pins: Mapping[ResourceKey, Reading]) -> bool:
+    """Whether a revision is pinned, and so agrees with all that is, down to what it rests on."""
+    pin = pins.get(revision.key)
+    return pin is not None and pin.revision.version == revision.version
+
+
 def _newest_hidden(
     derived: Iterable[Revision],
     readings: Mapping[ResourceKey, Reading],
@@ -241,13 +247,16 @@ def _newest_hidden(
     hidden: dict[ResourceKey, Revision] = {}
     seen: set[int] = set()
     stack = list(derived)
+    roots = set(map(id, stack))
     while stack:
         revision = stack.pop()
         if id(revision) in seen:
             continue
         seen.add(id(revision))
-        stack += revision.dependencies
         key = revision.key
+        if id(revision) not in roots and _stands(revision, pins):
+            continue  # what it rests on is pinned with it
+        stack += revision.dependencies
         if key not in readings and key not in pins:
             known = hidden.get(key)
             if known is None or known.fetched_at < revision.fetched_at:
@@ -307,6 +316,10 @@ class _Chosen:
         self._readings = readings
         self._hidden = {key: revision.version for key, revision in hidden.items()}
 
+    def is_pinned(self, revision: Revision) -> bool:
+        """Whether a revision is what is pinned of its key."""
+        return _stands(revision, self._pins)
+
     def differs(self, revision: Revision) -> bool:
         """Whether a direct dependency differs; what is not yet chosen is now."""
         for key, version in revision.dependency_versions.items():
@@ -325,7 +338,8 @@ def _judge(root: Revision, chosen: _Chosen, wrong: dict[int, bool]) -> Slices[No
     stack = [root]
     while stack:
         revision = stack[-1]
-        if id(revision) in wrong:
+        if id(revision) in wrong or chosen.is_pinned(revision):
+            wrong.setdefault(id(revision), False)
             stack.pop()
             continue
         unknown = [each for each in revision.dependencies if id(each) not in wrong]
