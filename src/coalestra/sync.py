@@ -193,7 +193,7 @@ class LoopThread:
         self._operations: dict[Operation[Any], None] = {}
         # The last operation stands here, under the one name that the first to come takes.
         self._last: dict[str, Operation[None]] = {}
-        self._drained = self._stopped = self._overdue = self._over = False
+        self._drained = self._stopped = self._overdue = False
         self._unwound_by = 0.0
         self._changes = Changes()
         self._loop = asyncio.new_event_loop()
@@ -291,7 +291,7 @@ class LoopThread:
         except RuntimeError:  # the loop is closed
             raise BuilderClosedError(self._owner) from None
         operation.accepted = True
-        if self._over:
+        if self._loop.is_closed():
             operation.settle()
 
     def run(
@@ -333,10 +333,11 @@ class LoopThread:
 
         It has not while tasks remain that ignore their cancellation; the thread ends with them.
         """
-        self._changes.wait_for(lambda: self._over or self._overdue, seconds)
-        if self._over:
+        over = self._loop.is_closed
+        self._changes.wait_for(lambda: over() or self._overdue, seconds)
+        if over():
             self._thread.join(seconds)  # it has a few steps left
-        return self._over
+        return over()
 
     # On the loop ------------------------------------------------------------------------------
 
@@ -382,7 +383,6 @@ class LoopThread:
             self._run(lambda: self._loop.run_until_complete(self._loop.shutdown_asyncgens()))
         finally:
             self._loop.close()
-            self._over = True
             for operation in self._operations.copy():
                 operation.settle()
             self._changes.tell()

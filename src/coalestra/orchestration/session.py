@@ -71,7 +71,6 @@ class SnapshotSession:
 
     def __init__(self, unit: UnitOfWork) -> None:
         self._unit = unit
-        self._closed = False
         self._turn: tuple[asyncio.AbstractEventLoop | None, Turn] = None, Turn()
 
     @property
@@ -92,7 +91,7 @@ class SnapshotSession:
     @property
     def closed(self) -> bool:
         """Whether the session takes no more calls."""
-        return self._closed
+        return self._unit.work.closed
 
     async def resolve(
         self, keys: Iterable[ResourceKey], *, strict: bool = True, retry_errors: bool = False
@@ -234,11 +233,10 @@ class SnapshotSession:
 
     async def close(self) -> None:
         """Take no more calls. Snapshots that were returned stay good."""
-        self._closed = True
         self._unit.work.close()
 
     def _require_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise SessionClosedError(
                 f"session {self.snapshot_id} is closed; open another one with builder.session()"
             )
@@ -251,7 +249,7 @@ class SnapshotSession:
         await self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open"
+        state = "closed" if self.closed else "open"
         return f"<SnapshotSession {self.snapshot_id} {state} keys={len(self._unit.requested)}>"
 
 
