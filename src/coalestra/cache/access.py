@@ -282,15 +282,13 @@ class CacheAccess:
             held = [each for each in on_their_way if each and not each.dependency_versions]
             for each in held:
                 del rest[each.key]
-            if held:
-                yield {each.key: Answer(each) for each in held}
+            yield {each.key: Answer(each) for each in held}
         if not rest:
             return
         arrived, gone = list[Mapping[ResourceKey, LeasedLookup]](), False
 
         async def next_part() -> Mapping[ResourceKey, LeasedLookup] | None:
-            """Ask in a task of its own, which may come to its end when nobody waits any more."""
-            part = await anext(asking, None)
+            part = await anext(asking, None)  # which may come when nobody waits any more
             if part is not None:
                 arrived.append(part)
             if gone:
@@ -457,7 +455,7 @@ class CacheAccess:
         async with channel.lanes.turn(revisions, below):
             offered = {key: each for key, each in revisions.items() if wanted(each)}
             insist = terms.insist and not self.calls.gave_up_since(asked)
-            write, outcomes = _Write(self, offered, terms._replace(insist=insist)), Outcomes()
+            write, outcomes = _Write(self, offered, terms, insist), Outcomes()
             try:
                 with channel.filling() as filling:
                     outcomes = await write.run()
@@ -543,6 +541,7 @@ class _Write:
     cache: CacheAccess
     offered: Mapping[ResourceKey, Revision]
     terms: Terms
+    insist: bool
     failures: Failures = field(default_factory=dict)
     values: Found = field(default_factory=dict)
     results: dict[ResourceKey, CacheWriteResult] = field(default_factory=dict)
@@ -573,7 +572,7 @@ class _Write:
                 some = [key for key in rest if self._replaces_equal(self.offered[key]) is equal]
                 await self._offer(some, force=terms.force, replace_equal=equal)
         else:
-            await self._store(rest, held, insist=terms.insist)
+            await self._store(rest, held, insist=self.insist)
         again = set()
         for key, stayed in self._lost().items():
             await self.pace.keep()
@@ -584,7 +583,7 @@ class _Write:
             await self._offer(again, force=True, replace_equal=True)
             await self._replace_unreadable()
         else:
-            await self._store(again, held, insist=terms.insist)
+            await self._store(again, held, insist=self.insist)
 
     async def _fulfil(self, leases: Mapping[ResourceKey, Lease]) -> None:
         """Store what was acquired under leases; give those back of what cannot be stored."""
@@ -662,7 +661,7 @@ class _Write:
             self.terms.policies,
             force=force,
             replace_equal=replace_equal,
-            insist=self.terms.insist,
+            insist=self.insist,
         )
         self.results.update(results)
         self.failures.update(failed)
@@ -695,7 +694,7 @@ class _Write:
 
     async def _outcomes(self) -> Outcomes:
         results, before = self.results, Found()
-        for key, result in results.items() if self.terms.insist else ():
+        for key, result in results.items() if self.insist else ():
             await self.pace.keep()
             if result.previous is not None and result.stored and is_sound(result.previous, key):
                 before[key] = result.previous
