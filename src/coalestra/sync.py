@@ -5,7 +5,8 @@ Laws:
 1. What is handed to the loop ends: it is done, fails, or is told that it came too late. What was
    accepted begins in the order in which it was accepted.
 2. The last operation, closing, is accepted once; after it nothing is.
-3. The thread ends when every task on its loop has ended, and then closes the loop.
+3. The thread ends when every task on its loop has ended, and then closes the loop. So it does once
+   nobody can use it any more, closed or not.
 4. No lock is held and no place is lost where a signal handler, a finalizer or a fork may strike.
    While the interpreter ends, nobody waits: the loop's thread does not run any more.
 5. Closing has one budget of time for all of its stages.
@@ -23,6 +24,7 @@ import dataclasses
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from functools import partial, wraps
@@ -69,7 +71,7 @@ Work = Callable[[], Awaitable[T]]
 """An async function that takes nothing, called on the loop."""
 
 
-@dataclasses.dataclass(slots=True, eq=False, repr=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Operation(Generic[T]):
     """Some work that runs as a task of a loop thread, once it was accepted.
 
@@ -99,7 +101,8 @@ class Operation(Generic[T]):
     _told: bool = False
 
     def __post_init__(self) -> None:
-        self.future.add_done_callback(self._tell)
+        # Not held by its future: what came of it would be held by the circle of the two.
+        self.future.add_done_callback(partial(_tell, weakref.ref(self)))
 
     def begin(self, work: Work[T]) -> None:
         """Start the task, on the loop, unless it was given up."""
@@ -143,6 +146,7 @@ class Operation(Generic[T]):
         self._started = True
         if self.future.cancelled():  # while the loop was busy with something else
             raise asyncio.CancelledError
+        del self  # whom the traceback of an error would lead to, and who has the error
         return await work()
 
     def _task_ended(self, again: Work[T] | None, task: asyncio.Task[T]) -> None:
@@ -168,7 +172,7 @@ class Operation(Generic[T]):
         if self.backlog is not None:
             self.backlog.leave(self)
 
-    def _tell(self, future: Future[T]) -> None:
+    def tell(self, future: Future[T]) -> None:
         """Wake who waits, and pass a cancellation on to the task, from whatever thread it comes."""
         self._told = True
         self._changes.tell()
@@ -178,6 +182,11 @@ class Operation(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<Operation begun={self.task is not None} done={self.future.done()}>"
+
+
+def _tell(operation: weakref.ref[Operation[Any]], future: Future[Any]) -> None:
+    if (told := operation()) is not None:
+        told.tell(future)
 
 
 class LoopThread:
@@ -317,6 +326,8 @@ class LoopThread:
             if self.closing:
                 raise BuilderClosedError(self._owner) from None
             raise
+        finally:
+            del operation  # whose error's traceback leads here
 
     def finish(self, work: Work[None]) -> Operation[None]:
         """Accept the last operation; return the one accepted first if this is not the first."""
@@ -361,6 +372,14 @@ class LoopThread:
             operation.future.cancel()
         if late:
             await asyncio.wait(late, timeout=unwinding_seconds)
+
+    async def end(self, seconds: float) -> None:
+        """End the thread when all operations are done, or in so many seconds, as nobody uses it."""
+        unwinding = min(UNWIND_SECONDS, seconds)
+        try:
+            await insist(lambda: self.drain(self._loop.time() + seconds, unwinding))
+        finally:
+            self.stop(unwinding)
 
     def _working(self) -> dict[asyncio.Task[Any], Operation[Any]]:
         operations = self._operations.copy()
@@ -496,7 +515,7 @@ class SyncResourcePublisher:
     and where a call would wait on the loop's own thread, it raises a `RuntimeError`.
     """
 
-    __slots__ = ("_backlog", "_isolator", "_lanes", "_publisher", "_thread")
+    __slots__ = ("_backlog", "_isolator", "_lanes", "_lifeline", "_publisher", "_thread")
 
     def __init__(
         self,
@@ -504,7 +523,9 @@ class SyncResourcePublisher:
         thread: LoopThread,
         backlog: SubmissionBacklog,
         isolator: PayloadIsolator,
+        lifeline: object = None,
     ) -> None:
+        self._lifeline = lifeline
         self._publisher = publisher
         self._thread = thread
         self._backlog = backlog
@@ -743,9 +764,12 @@ class SyncSnapshotSession:
     Each method waits for its outcome; see `SnapshotSession` for what it means and raises.
     """
 
-    __slots__ = ("_session", "_thread")
+    __slots__ = ("_lifeline", "_session", "_thread")
 
-    def __init__(self, session: SnapshotSession, thread: LoopThread) -> None:
+    def __init__(
+        self, session: SnapshotSession, thread: LoopThread, lifeline: object = None
+    ) -> None:
+        self._lifeline = lifeline
         self._session = session
         self._thread = thread
 
@@ -801,12 +825,18 @@ class SyncSnapshotSession:
             self._thread.run("close()", self._session.close)
 
 
+class _Lifeline:
+    """What everybody holds who can still use a thread, and its thread does not."""
+
+
 class SyncSnapshotBuilder:
     """A `SnapshotBuilder` on an event loop in a thread of its own; its methods are for any thread.
 
-    Keep one for the life of the application. A method that waits refuses to be called on the
-    loop's own thread, and in a forked process, with a `RuntimeError`; so does everything once the
-    builder is closed. Breaking a wait off (Ctrl-C) cancels what it waits for.
+    Keep one for the life of the application. The thread of one that is forgotten without being
+    closed ends when what was accepted is done; the builder itself is not closed then. A method that
+    waits refuses to be called on the loop's own thread, and in a forked process, with a
+    `RuntimeError`; so does everything once the builder is closed. Breaking a wait off (Ctrl-C)
+    cancels what it waits for.
 
     Attributes:
         builder: the builder on the loop; not in use by another one.
@@ -836,8 +866,11 @@ class SyncSnapshotBuilder:
         isolator = PayloadIsolator(getattr(builder, "payload_copier", None))
         self._lingering: asyncio.Task[None] | None = None
         self._thread = LoopThread(name=THREAD_NAME, owner="the sync snapshot builder")
+        self._lifeline = _Lifeline()
+        end = partial(self._thread.end, shutdown_timeout_seconds)
+        weakref.finalize(self._lifeline, self._thread.finish, end).atexit = False
         self.publisher: SyncResourcePublisher = SyncResourcePublisher(
-            builder.publisher, self._thread, self._backlog, isolator
+            builder.publisher, self._thread, self._backlog, isolator, self._lifeline
         )
 
     def __repr__(self) -> str:
@@ -897,7 +930,7 @@ class SyncSnapshotBuilder:
                 snapshot_id=snapshot_id,
                 trace=trace,
             )
-            return SyncSnapshotSession(session, self._thread)
+            return SyncSnapshotSession(session, self._thread, self._lifeline)
 
         return self._thread.run("session()", opened)
 

@@ -106,3 +106,13 @@ def in_a_fork(function: Any) -> str:
 def loop_threads() -> list[threading.Thread]:
     """Every thread that runs the loop of a sync facade."""
     return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Let other threads go on until it holds."""
+    pause = threading.Event()
+    for _ in range(int(PATIENCE / 0.001)):
+        if condition():
+            return
+        pause.wait(0.001)
+    raise AssertionError("it never came true")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import gc
 import inspect
 import math
 import threading
+import time
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from coalestra.core.errors import BuilderClosedError, SnapshotBuildError
+from coalestra.core.errors import BuilderClosedError, SnapshotBuildError, SourceProtocolError
 from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.request import RequestOutcome, SnapshotRequest
+from coalestra.core.snapshot import FetchContext
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.sync import (
@@ -23,7 +29,16 @@ from coalestra.sync import (
     SyncSnapshotSession,
 )
 from tests.sync.sources import Prices, builder, source
-from tests.sync.steps import PATIENCE, PRICE, VOLUME, Door, in_a_fork, in_thread, outcome
+from tests.sync.steps import (
+    PATIENCE,
+    PRICE,
+    VOLUME,
+    Door,
+    in_a_fork,
+    in_thread,
+    outcome,
+    wait_until,
+)
 
 pytestmark = pytest.mark.concurrency
 
@@ -232,6 +247,47 @@ def test_health_tells_the_backlog_too(sync: SyncSnapshotBuilder) -> None:
 def test_refreshes_can_be_waited_for(sync: SyncSnapshotBuilder) -> None:
     sync.build([PRICE])
     sync.wait_for_refreshes()
+
+
+class Payload:
+    alive: ClassVar[weakref.WeakSet[Payload]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.alive.add(self)
+
+    def __deepcopy__(self, _memo: Any) -> Payload:
+        return Payload()
+
+
+async def give(key: ResourceKey, _context: FetchContext) -> Payload:
+    if key == VOLUME:
+        raise LookupError("no volume")
+    return Payload()
+
+
+def test_nothing_of_what_a_call_came_to_waits_for_a_collection() -> None:
+    policy = FreshnessPolicy(0.0, 0.0)  # nothing is of use in the cache
+    with SyncSnapshotBuilder(builder(give, default_policy=policy)) as sync:
+        gc.collect()
+        gc.disable()
+        try:
+            sync.build([PRICE])
+            for _ in range(2):
+                with contextlib.suppress(SnapshotBuildError):
+                    sync.build([PRICE, VOLUME])
+            sync.publisher.publish(PRICE, Payload(), source="s")
+            sync.publisher.submit_publish(PRICE, Payload(), source="s").result(PATIENCE)
+            with contextlib.suppress(SourceProtocolError):
+                late = time.time() + 1_000
+                sync.publisher.publish(PRICE, Payload(), source="s", observed_at=late)
+            sync.submit(lambda made: made.build([PRICE])).result(PATIENCE)
+            with sync.session() as session:
+                session.resolve([PRICE])
+            del session
+            sync.publisher.invalidate(PRICE)
+            wait_until(lambda: not Payload.alive)
+        finally:
+            gc.enable()
 
 
 def test_many_threads_build_side_by_side(sync: SyncSnapshotBuilder, prices: Prices) -> None:

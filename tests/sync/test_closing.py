@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,6 +29,7 @@ from tests.sync.steps import (
     in_thread,
     loop_threads,
     outcome,
+    wait_until,
 )
 
 pytestmark = pytest.mark.concurrency
@@ -96,16 +96,6 @@ def test_a_call_that_is_under_way_may_end_in_time() -> None:
     door.open()
     assert outcome(building).value(PRICE) == {"price": 1}
     outcome(closing)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Let other threads go on until it holds."""
-    pause = threading.Event()
-    for _ in range(int(PATIENCE / 0.001)):
-        if condition():
-            return
-        pause.wait(0.001)
-    raise AssertionError("it never came true")
 
 
 def test_a_call_that_takes_too_long_is_told_that_the_facade_was_closed() -> None:
@@ -310,3 +300,42 @@ def test_a_submission_is_copied_by_the_copier_of_the_builder() -> None:
         mine.items.append(2)
         outcome(submitted)
         assert sync.build([PRICE]).value(PRICE).items == [1]
+
+
+def test_the_thread_of_a_forgotten_facade_ends_when_what_was_accepted_is_done() -> None:
+    door = Door()
+
+    async def work(_builder: SnapshotBuilder) -> int:
+        await door.pass_()
+        return 42
+
+    made = builder(Prices())
+    sync = SyncSnapshotBuilder(made)
+    submitted = sync.submit(work)
+    door.wait_reached()
+    del sync
+    assert len(loop_threads()) == 1
+    door.open()
+    assert outcome(submitted) == 42
+    for thread in loop_threads():
+        thread.join(PATIENCE)
+    assert loop_threads() == []
+    assert not made.closed
+    again = SyncSnapshotBuilder(made)
+    assert again.build([PRICE]).complete
+    again.close()
+
+
+@pytest.mark.parametrize("kept", ["publisher", "session"])
+def test_a_facade_is_not_forgotten_as_long_as_somebody_can_use_it(kept: str) -> None:
+    held: Any = SyncSnapshotBuilder(builder(Prices()))
+    held = held.session() if kept == "session" else held.publisher
+    for _ in range(2):
+        if kept == "session":
+            assert held.resolve([PRICE]).complete
+        else:
+            assert outcome(held.submit_publish(PRICE, 1, source="s")).published
+    del held
+    for thread in loop_threads():
+        thread.join(PATIENCE)
+    assert loop_threads() == []
