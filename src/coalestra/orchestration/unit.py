@@ -188,7 +188,7 @@ class UnitOfWork:
             struck = work.expired
         else:
             engine.require_open()
-            self._pin(found)
+            self._pin(found, EMPTY)  # what is looked up at once is not derived
         snapshot, uncopied = await self.snapshot(None if struck else work.deadline)
         self._undelivered = not len(snapshot) and cut_short(uncopied)
         return snapshot
