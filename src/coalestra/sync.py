@@ -32,7 +32,7 @@ from itertools import islice
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from coalestra._endings import PROGRAM_ENDS
-from coalestra._lockfree import Changes
+from coalestra._lockfree import LONGEST_WAIT_SECONDS, Changes
 from coalestra.cache.near import KeyLanes
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
@@ -373,13 +373,13 @@ class LoopThread:
         if late:
             await asyncio.wait(late, timeout=unwinding_seconds)
 
-    async def end(self, seconds: float) -> None:
-        """End the thread when all operations are done, or in so many seconds, as nobody uses it."""
-        unwinding = min(UNWIND_SECONDS, seconds)
+    async def end(self) -> None:
+        """End the thread, which nobody can use any more, when all that was accepted is done."""
+        until = self._loop.time() + LONGEST_WAIT_SECONDS
         try:
-            await insist(lambda: self.drain(self._loop.time() + seconds, unwinding))
+            await insist(lambda: self.drain(until, UNWIND_SECONDS))
         finally:
-            self.stop(unwinding)
+            self.stop()
 
     def _working(self) -> dict[asyncio.Task[Any], Operation[Any]]:
         operations = self._operations.copy()
@@ -867,8 +867,8 @@ class SyncSnapshotBuilder:
         self._lingering: asyncio.Task[None] | None = None
         self._thread = LoopThread(name=THREAD_NAME, owner="the sync snapshot builder")
         self._lifeline = _Lifeline()
-        end = partial(self._thread.end, shutdown_timeout_seconds)
-        weakref.finalize(self._lifeline, self._thread.finish, end).atexit = False
+        forgotten = weakref.finalize(self._lifeline, self._thread.finish, self._thread.end)
+        forgotten.atexit = False
         self.publisher: SyncResourcePublisher = SyncResourcePublisher(
             builder.publisher, self._thread, self._backlog, isolator, self._lifeline
         )
