@@ -72,7 +72,7 @@ def kept(near: Channel, revision: Revision) -> bool:
 
 def put(near: Channel, revision: Revision) -> None:
     with near.filling() as filling:
-        near.put(filling, revision)
+        near.put(filling, [revision])
 
 
 def test_news_of_another_version_removes_what_is_kept_and_is_passed_on() -> None:
@@ -94,8 +94,8 @@ def test_what_was_read_before_a_change_is_not_put_in_after_it(told: str | None) 
     with near.filling() as filling:
         near.changed(A, told)
         near.changed(B, same.version)
-        near.put(filling, read)
-        near.put(filling, same)
+        near.put(filling, [read])
+        near.put(filling, [same])
     assert not kept(near, read)
     assert kept(near, same)
 
@@ -105,7 +105,7 @@ def test_what_was_read_before_this_process_wrote_is_not_put_in_after_it() -> Non
     read, stored = revision_of(A), revision_of(A)
     with near.filling() as reading, near.filling() as writing:
         near.wrote(writing, [(CacheWriteStatus.STORED, stored, None)])
-        near.put(reading, read)
+        near.put(reading, [read])
         assert kept(near, stored)
 
 
@@ -130,7 +130,7 @@ def test_a_value_on_its_way_keeps_out_what_it_replaces_and_is_let_in_itself() ->
     with near.filling() as reading, near.filling() as writing:
         near.drop({A: new.version})
         assert not kept(near, old)
-        near.put(reading, old)
+        near.put(reading, [old])
         assert not kept(near, old)
         near.wrote(writing, [(CacheWriteStatus.STORED, new, None)])
         assert kept(near, new)
@@ -154,7 +154,7 @@ def test_nor_after_a_gap_in_the_news_or_a_change_of_ones_own(what: str) -> None:
             near.missed()
         else:
             near.drop({A: None})
-        near.put(filling, read)
+        near.put(filling, [read])
         assert not kept(near, read)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from coalestra import (
     FreshnessPolicy,
+    ResourceKey,
     SnapshotBuildError,
     SourceUnavailableError,
 )
@@ -21,7 +22,7 @@ from tests.contracts.caches import (
     SingleKeyCache,
 )
 from tests.contracts.samples import value_of
-from tests.orchestration.scripted import Batch, Single, builder, key
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
 from tests.support import Gate, LoopClock, ThreadGate, cancel_at_every_await, no_leaks, settle
 
@@ -186,6 +187,28 @@ async def test_only_a_cache_that_does_not_check_dependencies_itself_is_rid_of_wh
         assert (await shop.builder.build([MIDDLE])).value(MIDDLE) == (2,)
         await asyncio.sleep(1)
         assert ("invalidate_many" in cache.calls) is (make is BatchAtomicCache)
+
+
+async def test_many_outdated_entries_are_told_from_the_others_without_comparing_each_with_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = key("base")
+    deriving = Derived("derived", needs=lambda _: [base])
+    building = builder(Single("base"), deriving, cache=BatchCache(), default_policy=SHORT)
+    wanted = [key("derived", str(number)) for number in range(300)]
+    await building.build(wanted)
+    await building.publisher.publish(base, 2, source="s")
+    compared = []
+    equals = ResourceKey.__eq__
+
+    def counted(self: ResourceKey, other: object) -> bool:
+        compared.append(other)
+        return equals(self, other)
+
+    monkeypatch.setattr(ResourceKey, "__eq__", counted)
+    assert (await building.build(wanted)).complete
+    assert len(compared) < 10 * len(wanted)
+    await no_leaks(building)
 
 
 # Caches that fail

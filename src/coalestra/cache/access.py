@@ -202,10 +202,9 @@ class CacheAccess:
             rest = [key for key in keys if key not in known]
             values = await self.calls.get(rest, now, policies, now + self.tolerance)
             known.update(await self.sealed(values))
-            outdated = await self.outdated(known, keys, now, self.sealed)
-            for key, revision in known.items():
-                if key not in outdated and key not in on_their_way:
-                    channel.put(filling, revision)
+            outdated = dict.fromkeys(await self.outdated(known, keys, now, self.sealed))
+            kept = known.keys() - outdated.keys() - on_their_way.keys()
+            channel.put(filling, [known[key] for key in known if key in kept])
         for key in outdated:
             if on_their_way.get(key) is known[key]:
                 del on_their_way[key]
@@ -344,9 +343,8 @@ class CacheAccess:
             raise
         for key in outdated_among(revisions):
             del revisions[key]
-        for key, revision in revisions.items():
-            if not part[key].waiting and part[key].lease is None:
-                self.channel().put(filling, revision)
+        kept = [k for k in revisions if not part[k].waiting and part[k].lease is None]
+        self.channel().put(filling, [revisions[key] for key in kept])
         return {
             key: Answer(revisions.get(key), told.lease, told.waiting)
             for key, told in part.items()

@@ -16,13 +16,14 @@ import asyncio
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from coalestra.cache.calls import has
-from coalestra.cache.store import EntryStore, Listeners, Outcome
+from coalestra.cache.store import UNCHECKED, EntryStore, Listeners, Outcome
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import AsyncCache
@@ -199,8 +200,11 @@ class Channel:
             return None
         if self._due:
             now = time.monotonic()
-            while self._due and next(iter(self._due.values())) <= now:
-                self.store.drop(self._due.popitem(last=False)[:1])
+            gone = [key for key, _ in takewhile(lambda due: due[1] <= now, self._due.items())]
+            if gone:
+                self.store.drop(gone)
+                for key in gone:
+                    del self._due[key]
         return self.store
 
     @contextmanager
@@ -213,15 +217,22 @@ class Channel:
         finally:
             self._fillings.discard(filling)
 
-    def put(self, filling: Filling, revision: Revision) -> None:
+    def put(self, filling: Filling, revisions: Iterable[Revision]) -> None:
         """Keep what was read or written, unless it has changed since."""
-        if not self._serves or not filling.allows(revision):
+        if not self._serves:
             return
-        held = self.store.peek(revision.key)
-        if held is None or held.version != revision.version:
-            self.store.put(revision, force=True)
-        self._due[revision.key] = time.monotonic() + self._seconds
-        self._due.move_to_end(revision.key)
+        allowed = [each for each in revisions if filling.allows(each)]
+        new: dict[ResourceKey, Revision] = {}
+        for each in allowed:
+            held = self.store.peek(each.key)
+            if held is None or held.version != each.version:
+                new[each.key] = each
+                each.checked = UNCHECKED  # it may have been here before
+        self.store.put_many(new, force=True)
+        due = time.monotonic() + self._seconds
+        for each in allowed:
+            self._due[each.key] = due
+            self._due.move_to_end(each.key)
         if len(self._due) > 2 * len(self.store) + _SPARE_DUE:  # most have left it since
             self._due = OrderedDict((k, due) for k, due in self._due.items() if k in self.store)
 
@@ -234,8 +245,7 @@ class Channel:
             return
         stored = [current for status, current, _ in outcomes if status is CacheWriteStatus.STORED]
         self.drop({each.key: each.version if filling.allows(each) else None for each in stored})
-        for _, current, _ in outcomes:
-            self.put(filling, current)
+        self.put(filling, [current for _, current, _ in outcomes])
 
     def drop(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Forget keys that this process changes; only these versions may be put in after it."""

@@ -186,7 +186,7 @@ class Listeners:
 
 # Whether a derived entry still rests on the current revisions of what it was made from -----------
 
-_UNCHECKED: Final = -1
+UNCHECKED: Final = -1
 _WALKING: Final = -2
 _OUTDATED: Final = -3
 _OF_NO_USE: Final = (_WALKING, _OUTDATED)
@@ -258,7 +258,7 @@ def outdated_among(known: Mapping[ResourceKey, Revision]) -> list[ResourceKey]:
     # Whose are also in a store, that one needs the answers to know what is void without them.
     answers = [(revision, revision.checked) for revision in known.values()]
     for revision, _ in answers:
-        revision.checked = _UNCHECKED
+        revision.checked = UNCHECKED
     holds = Currency(known).holds
     outdated = [key for key, revision in known.items() if not holds(revision)]
     for revision, checked in answers:
@@ -481,10 +481,10 @@ class EntryStore:
                 if status is not _STORED:
                     return status, current, current
             del entries[current.key]  # the new one goes to the end, under its own key object
-            if current.checked != _UNCHECKED:
+            if current.checked != UNCHECKED:
                 self._currency.removed(current)
         entries[revision.key] = revision
-        revision.checked = _UNCHECKED
+        revision.checked = UNCHECKED
         self._sets += 1
         if self._recency is not None and len(entries) > (self.max_entries or 0):
             _, oldest = self._recency.popitem(last=False)
