@@ -567,7 +567,10 @@ class SingleFlight:
                 flight.forced = flight.key in gather.forced
         if begun:
             self.board.start(gather, begun)
-            self._begin(work, begun)
+            if gather.owner is not None and len(gather.keys) == 1:
+                self._begin(work, begun)
+            else:  # what was missed together is decided together
+                self._proceed(begun)
         if self._store is None:
             for key, _, _ in wanted:
                 read = self.reads.find(key)
@@ -687,7 +690,10 @@ class SingleFlight:
         self._drop(flight)
 
     def _begin(self, work: Work, flights: Sequence[Flight]) -> None:
-        """Let flights proceed after the steps at hand, with all that others of the work begin."""
+        """Let flights proceed after the steps at hand, with what others of the work begin by then.
+
+        Each of many derived keys may begin one.
+        """
         first = not work.begun
         work.begun += flights
         if first:
