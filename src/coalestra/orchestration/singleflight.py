@@ -75,6 +75,7 @@ from coalestra.orchestration.readings import (
     Failure,
     Reading,
     Settlement,
+    View,
     at_odds,
     beneath,
     hold,
@@ -1178,9 +1179,12 @@ class SingleFlight:
         gather.open = True  # nobody else is to judge it meanwhile
         if len(gather.readings) > _KEYS_AT_ONCE:
             yield
-        seen = gather.work.view.covers(tuple(gather.readings.values()))
-        if gather.base or not (yield from seen):
+        readings, work = tuple(gather.readings.values()), gather.work
+        if gather.base or not (yield from work.view.covers(readings)):
             odd = yield from at_odds(gather.readings, gather.base)
+            if not (odd or gather.base):
+                work.view = View()  # what follows goes with these, not with what was seen before
+                yield from work.view.covers(readings)
         below = None
         if gather.pins_beneath and not odd:
             below = yield from beneath(gather.readings, gather.base)
