@@ -16,8 +16,9 @@ from coalestra import (
     Snapshot,
     SourcePayload,
 )
-from tests.orchestration.scripted import Derived, Single, builder, key
-from tests.support import Gate, LoopClock, no_leaks, settle
+from coalestra.orchestration import flights
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key
+from tests.support import Gate, LoopClock, lines_run, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -248,4 +249,32 @@ async def test_news_costs_a_chain_under_way_no_more_than_a_look_at_each_of_its_k
     gate.open()
     await asyncio.gather(early, joining)
     assert changed.asked <= 4 * len(links)
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("news", ["publish", "invalidate"])
+async def test_one_news_after_the_other_hides_what_is_hidden_only_once(news: str) -> None:
+    """What waits for a flight out of sight, directly or not, has gone out of sight with it."""
+    gate, length = Gate(), 150
+
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        number = int(k.subject)
+        below = [key("link", str(number - 1))] if number else []
+        return [*below, key("base", str(number))]
+
+    building = builder(Batch("base", before=gate.pass_), Derived("link", needs=needs))
+    early = asyncio.ensure_future(building.build([key("link", str(length))]))
+    await gate.wait_arrived()
+
+    async def tell() -> None:
+        for number in range(length):
+            about = key("base", str(number))
+            if news == "publish":
+                await building.publisher.publish(about, "event", source="stream")
+            else:
+                await building.publisher.invalidate(about)
+
+    assert await lines_run(flights, tell()) < 100 * length
+    gate.open()
+    await early
     await no_leaks(building)

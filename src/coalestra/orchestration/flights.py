@@ -752,8 +752,9 @@ class FlightBoard:
         seen: set[int] = set()
         while stack:
             each = stack.pop()
-            if id(each) in seen:
-                continue
+            hidden = each.pins is None and not each.joinable
+            if id(each) in seen or (hidden and (cacheable or not each.cacheable)):
+                continue  # and so is whoever waits for it
             seen.add(id(each))
             if each.joinable:
                 each.joinable = False
