@@ -374,6 +374,14 @@ class CallableDerivedSource(CallableAdapter, DerivedSettings):
         return as_payload(await self._invocation.call(key, dependencies, context))
 
 
+for _settings, _source in (
+    (FetchingSettings, CallableSource),
+    (BatchFetchingSettings, CallableBatchSource),
+    (DerivedSettings, CallableDerivedSource),
+):
+    # What Python says of a wrong argument names the class that was called.
+    _settings.__init__.__qualname__ = f"{_source.__qualname__}.__init__"
+
 __all__ = [
     "BatchFetcherFunction", "BatchSupportsFunction", "CallableBatchSource", "CallableDerivedSource",
     "CallableSource", "DependenciesFunction", "DerivedSupportsFunction", "DeriverFunction",

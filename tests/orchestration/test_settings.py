@@ -16,6 +16,9 @@ from coalestra import (
     BufferedEventSink,
     BufferedMetricsSink,
     BufferOverflowPolicy,
+    BuilderSettings,
+    CallableBatchSource,
+    CallableDerivedSource,
     CallableSource,
     CircuitBreaker,
     FreshnessPolicy,
@@ -26,6 +29,7 @@ from coalestra import (
     PolicyResolver,
     ResiliencePolicyResolver,
     ResourceKey,
+    ResourcePublisher,
     RetryPolicy,
     SnapshotBuilder,
     SnapshotRequest,
@@ -160,6 +164,25 @@ def test_good_values_are_taken_and_others_refused_by_the_name_of_the_parameter(n
         for value in values:
             with pytest.raises(error, match=name):
                 made(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        SnapshotBuilder,
+        CallableSource,
+        CallableBatchSource,
+        CallableDerivedSource,
+        ResourcePublisher,
+        BuilderSettings,
+    ],
+)
+def test_an_argument_that_there_is_not_is_refused_in_the_name_of_what_was_called(
+    called: Any,
+) -> None:
+    """Not of the record that has its arguments."""
+    with pytest.raises(TypeError, match=rf"^{called.__name__}\.__init__\(\) .*argument"):
+        called(no_such=1)
 
 
 @pytest.mark.parametrize("name", SIMPLE)

@@ -501,6 +501,10 @@ class ResourcePublisher(PublisherArguments):
         return results
 
 
+# What Python says of a wrong argument names the class that was called.
+PublisherArguments.__init__.__qualname__ = f"{ResourcePublisher.__qualname__}.__init__"
+
+
 def require_authority_aware(cache: AsyncCache, resolver: AuthorityPolicyResolver | None) -> None:
     """Raise ValueError if ``resolver`` has rules that the cache does not promise to enforce."""
     if resolver is None or not resolver.has_rules:

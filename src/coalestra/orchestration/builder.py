@@ -600,3 +600,7 @@ class SnapshotBuilder(BuilderArguments):
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         return f"<SnapshotBuilder {state}: {self._engine.parts.chains!r}>"
+
+
+# What Python says of a wrong argument names the class that was called.
+BuilderArguments.__init__.__qualname__ = f"{SnapshotBuilder.__qualname__}.__init__"
