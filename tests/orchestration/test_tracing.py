@@ -34,6 +34,7 @@ from coalestra import (
     SyncSnapshotBuilder,
 )
 from coalestra.core.trace import CallTrace, KeyTrace, Obtained, Trace, WaitReason
+from coalestra.orchestration import flights
 from coalestra.orchestration.tracing import (
     MOST_ATTEMPTS,
     MOST_INPUTS,
@@ -43,7 +44,7 @@ from coalestra.orchestration.tracing import (
 )
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
-from tests.support import Gate, no_leaks, settle
+from tests.support import Gate, lines_run, no_leaks, settle
 
 A, B, D = key("a"), key("b"), key("d")
 SWR = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -806,3 +807,16 @@ async def test_what_a_tracer_raises_is_counted_and_logged_once_and_stops_nothing
 def test_a_tracer_must_have_its_methods() -> None:
     with pytest.raises(TypeError, match="tracer.*joined"):
         builder(Single("a"), tracer=object())
+
+
+@pytest.mark.parametrize("followed", [False, True])
+async def test_a_chain_that_is_traced_takes_linear_work(followed: bool) -> None:
+    """Each derivation finds the span that waits for it at its reader, not through all above it."""
+
+    def needs(k: ResourceKey) -> list[ResourceKey]:
+        return [key("d", str(int(k.subject) - 1)) if k.subject != "0" else A]
+
+    length = 150
+    building = builder(Derived("d", needs=needs), Single("a"), tracer=Spans() if followed else None)
+    building_all = building.build([key("d", str(length))], trace=True)
+    assert await lines_run(flights, building_all) < 300 * length

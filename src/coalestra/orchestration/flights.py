@@ -379,6 +379,12 @@ class Flight:
     def span_of(self, work: Work) -> Any:
         """Return the span of the stage of `work` that waits, if a tracer follows it."""
         latest = None if work.trace is None else work.trace.span
+        if latest is None:
+            return None
+        spans = (gather.span for gather in self.waiters if gather.work is work)
+        near = next((span for span in spans if span is not None), None)
+        if near is not None:  # which has it from who waits for it in turn
+            return near
         return next((stage.span for stage in self._stages() if stage.work is work), latest)
 
     def _stages(self) -> Iterator[Gather]:
