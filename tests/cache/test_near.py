@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -427,3 +429,34 @@ async def test_of_a_cache_whose_news_cannot_be_had_nothing_is_kept_and_all_else_
         del cache.held[A]  # by somebody else
         assert (await building.build([A])).value(A) == 1
         await building.publisher.invalidate(A)
+
+
+def test_a_change_is_noted_once_however_many_read_or_write_meanwhile() -> None:
+    looked_at = []
+
+    class Versions(UserDict[ResourceKey, None]):
+        def __getitem__(self, key: ResourceKey) -> None:
+            looked_at.append(key)
+
+    near, _ = near_of(Telling())
+    with contextlib.ExitStack() as under_way:
+        for _ in range(100):
+            under_way.enter_context(near.filling())
+        near.drop(Versions({A: None}))
+    assert looked_at == [A]
+
+
+def test_what_changed_is_known_to_those_who_began_before_it_and_then_forgotten() -> None:
+    near, _ = near_of(Telling())
+    a, b = revision_of(A), revision_of(B)
+    with near.filling() as first:
+        near.drop({A: None})
+        with near.filling() as second:
+            near.put(first, [a, b])
+            assert (kept(near, a), kept(near, b)) == (False, True)
+            near.put(second, [a])
+            assert kept(near, a)
+            near.drop({B: b.version, A: None})
+            near.put(first, [a, b])
+            assert (kept(near, a), kept(near, b)) == (False, True)
+    assert not near._changed

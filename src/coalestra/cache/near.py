@@ -18,7 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -134,15 +134,10 @@ _SPARE_DUE = 1000
 
 @dataclass(slots=True, eq=False)
 class Filling:
-    """One reading or writing under way: what has changed since it began."""
+    """One reading or writing under way, and how many changes there had been when it began."""
 
-    changed: dict[ResourceKey, str | None] = field(default_factory=dict)
+    began: int
     void: bool = False
-
-    def allows(self, revision: Revision) -> bool:
-        """Whether a revision may still be put in."""
-        known = self.changed.get(revision.key, revision.version)
-        return known == revision.version and not self.void
 
 
 class Channel:
@@ -169,7 +164,10 @@ class Channel:
         self._serves = counts and entries > 0 and self._seconds > 0
         self.store: EntryStore = EntryStore(entries if self._serves else 1)
         self._cache = cache
-        self._fillings: set[Filling] = set()
+        self._fillings: dict[Filling, None] = {}
+        # What has changed since the oldest of them began, the latest last: the how manieth change.
+        self._changed: OrderedDict[ResourceKey, tuple[int, str | None]] = OrderedDict()
+        self._changes = 0
         self._due: OrderedDict[ResourceKey, float] = OrderedDict()
         self._tells = has(cache, "subscribe", "unsubscribe", "caught_up")
         self._hears = False
@@ -210,18 +208,34 @@ class Channel:
     @contextmanager
     def filling(self) -> Iterator[Filling]:
         """Read or write, and learn meanwhile of the changes."""
-        filling = Filling()
-        self._fillings.add(filling)
+        filling = Filling(self._changes)
+        self._fillings[filling] = None
         try:
             yield filling
         finally:
-            self._fillings.discard(filling)
+            del self._fillings[filling]
+            oldest = next(iter(self._fillings), Filling(self._changes)).began
+            while self._changed and next(iter(self._changed.values()))[0] <= oldest:
+                self._changed.popitem(last=False)
+
+    def _note(self, versions: Mapping[ResourceKey, str | None]) -> None:
+        """Let those who read or write at this moment know what has changed."""
+        if self._fillings:
+            self._changes += 1
+            for key, version in versions.items():
+                self._changed[key] = self._changes, version
+                self._changed.move_to_end(key)
+
+    def _allows(self, filling: Filling, revision: Revision) -> bool:
+        """Whether a revision may still be put in."""
+        number, version = self._changed.get(revision.key, (0, None))
+        return not filling.void and (number <= filling.began or version == revision.version)
 
     def put(self, filling: Filling, revisions: Iterable[Revision]) -> None:
         """Keep what was read or written, unless it has changed since."""
         if not self._serves:
             return
-        allowed = [each for each in revisions if filling.allows(each)]
+        allowed = [each for each in revisions if self._allows(filling, each)]
         new: dict[ResourceKey, Revision] = {}
         for each in allowed:
             held = self.store.peek(each.key)
@@ -244,14 +258,14 @@ class Channel:
         if not self._serves:
             return
         stored = [current for status, current, _ in outcomes if status is CacheWriteStatus.STORED]
-        self.drop({each.key: each.version if filling.allows(each) else None for each in stored})
+        certain = {each.key: self._allows(filling, each) for each in stored}
+        self.drop({each.key: each.version if certain[each.key] else None for each in stored})
         self.put(filling, [current for _, current, _ in outcomes])
 
     def drop(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Forget keys that this process changes; only these versions may be put in after it."""
         if self._serves:
-            for filling in self._fillings:
-                filling.changed.update(versions)
+            self._note(versions)
             self.store.drop(versions)
 
     def invalidate(self, versions: Mapping[ResourceKey, str | None]) -> None:
@@ -268,8 +282,7 @@ class Channel:
         held = self.store.peek(key)
         if version is None or held is None or held.version != version:
             self.invalidate({key: version})
-        for filling in self._fillings:
-            filling.changed[key] = version
+        self._note({key: version})
 
     def missed(self) -> None:
         """Learn that anything may have changed."""
