@@ -20,12 +20,14 @@ from coalestra import (
     CacheLookup,
     CacheTimeoutError,
     CacheUnavailableError,
+    FetchContext,
     FreshnessPolicy,
     InMemoryMetrics,
     PolicyResolver,
     RefreshMode,
     ResourceKey,
     ResourceUpdate,
+    Snapshot,
     SnapshotBuilder,
     SnapshotValue,
     SourceAuthorityPolicy,
@@ -592,6 +594,40 @@ async def test_a_slow_older_read_overwrites_nothing_newer_in_a_shared_store(
     await reading
     await asyncio.sleep(1)
     assert (await quick.build(KEYS[:1]))[KEYS[0]].version == version
+    for each in (slow, quick):
+        await each.aclose()
+
+
+@KINDS
+async def test_a_newer_derived_value_in_a_shared_store_comes_with_what_it_rests_on(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    """As whoever is given it must see whether that agrees with all else he is given."""
+    held: dict[ResourceKey, Any] = {}
+    base, top, gate = key("base"), key("top"), Gate()
+
+    class Dated(Derived):
+        async def derive(self, k: ResourceKey, inputs: Snapshot, context: FetchContext) -> Any:
+            seen_at = time()
+            return SourcePayload(await super().derive(k, inputs, context), seen_at)
+
+    def process(before: Callable[[], Awaitable[None]] | None) -> SnapshotBuilder:
+        derived = Dated("top", needs=lambda _: [base], before=before)
+        return builder(Single("base"), derived, cache=sharing(kind, held), trace=True)
+
+    time = LoopClock().now
+    slow, quick = process(gate.pass_), process(None)
+    await quick.build([base])
+    reading = asyncio.ensure_future(slow.build([top]))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    theirs = (await quick.build([top]))[top]
+    gate.open()
+    snapshot = await reading
+    assert snapshot[top].version == theirs.version
+    assert snapshot.trace is not None
+    told = {each.key: each.version for each in snapshot.trace.keys[top].rests_on}
+    assert told == theirs.dependency_versions != {}
     for each in (slow, quick):
         await each.aclose()
 

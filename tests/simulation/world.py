@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -27,7 +26,6 @@ from coalestra import (
 )
 from tests.orchestration.scripted import Batch, Derived, Single, key
 
-AWAITED = bool(os.environ.get("AWAITED"))
 TICK = 1e-6
 """How far the clock moves with every reading, so that no two readings tie."""
 

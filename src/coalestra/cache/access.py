@@ -697,6 +697,8 @@ class _Write:
             if result.previous is not None and result.stored and is_sound(result.previous, key):
                 before[key] = result.previous
         current = await self.cache.sealed(self._lost())
+        for key in await self.cache.outdated(current, (), self.terms.now, self.cache.sealed):
+            del current[key]
         replaced = await self.cache.sealed(before)
         outcomes: Outcomes = {}
         for key, result in results.items():
