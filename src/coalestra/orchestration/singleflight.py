@@ -31,7 +31,7 @@ from itertools import chain
 from typing import Any
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
-from coalestra.cache.store import EntryStore, decide
+from coalestra.cache.store import decide
 from coalestra.concurrency.pace import SLICE_SECONDS, portions
 from coalestra.core.errors import (
     BuilderClosedError,
@@ -234,21 +234,21 @@ class SingleFlight:
         try:
             self._report_broken(subject, error)
         finally:
-            self._settle_broken(subject, error)
+            if isinstance(subject, Flight):
+                self.settle(subject, Failed(Failure.of_error(subject.key, error)))
+            else:
+                self._end_broken(subject, error)
 
-    def _settle_broken(self, subject: Subject, error: BaseException) -> None:
-        if isinstance(subject, Flight):
-            self.settle(subject, Failed(Failure.of_error(subject.key, error)))
-            return
-        if subject.holds:
-            self._looked(subject)
-        self._leave_all(subject)
-        for key in subject.keys:
-            if key not in subject.readings and key not in subject.failures:
-                subject.failures[key] = Failure.of_error(key, error)
-        self._tell(subject)
-        owner = subject.owner
-        if owner is not None and owner.gather is subject and owner.phase is Phase.GATHERING:
+    def _end_broken(self, gather: Gather, error: BaseException) -> None:
+        if gather.holds:
+            self._looked(gather)
+        self._leave_all(gather)
+        for key in gather.keys:
+            if key not in gather.readings and key not in gather.failures:
+                gather.failures[key] = Failure.of_error(key, error)
+        self._tell(gather)
+        owner = gather.owner
+        if owner is not None and owner.gather is gather and owner.phase is Phase.GATHERING:
             self.settle(owner, Failed(Failure.of_error(owner.key, error)))
 
     def _report_broken(self, subject: Subject, error: BaseException) -> None:
@@ -283,56 +283,23 @@ class SingleFlight:
             if gather.span is None:
                 gather.span = trace.span if owner is None else owner.span_of(gather.work)
 
-    def _look_on(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps | None:
-        """Look for keys, until the gather is struck; then conclude what is complete, make calls."""
-        pins = gather.pins
+    def _look_on(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
+        """Look for keys, until the gather is struck; then conclude what is complete, make calls.
+
+        What memory holds of keys of which nothing else can be known is read in one go, so that what
+        was written together is seen together; the flights of what it lacks begin in steps.
+        """
         if not gather.open:
             keys = ()  # who waited has gone before it was his turn
         comes_now = gather.owner is None and gather.within is None  # not for who came before
         if comes_now and self._store is None and self.parts.access.is_cut_off():
             self._hide_what_has_begun()
-        if len(keys) > 1 and not (pins or pins.private or gather.forced or gather.refresh):
-            return self._look_in_store(gather, keys)
-        if len(keys) > _KEYS_PER_STEP:
-            return self._look_for_each(gather, keys)
-        self._look_for_all(gather, keys)
-        self._looked(gather)
-        return None
-
-    def _look_for_each(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
-        for part in portions(keys, _KEYS_PER_STEP):
-            self._look_for_all(gather, part)
-            yield
-            if not gather.open:
-                break
-        self._looked(gather)
-
-    def _look_for_all(self, gather: Gather, keys: Iterable[ResourceKey]) -> None:
-        now, near = self.parts.clock.now(), self.parts.access.near
-        for key in keys:
-            self._look_for(gather, key, now, near)
-
-    def _look_in_store(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
-        """Look for keys of which nothing can be known yet: the cache comes first for all of them.
-
-        What memory holds is read in one go, so that what was written together is seen
-        together; the flights of what it lacks are begun, or joined, in steps.
-        """
-        common: FreshnessPolicy | None = policy_of_all(self.parts.policies)
-        for part in portions(keys, _KEYS_AT_ONCE):
-            missed: list[Wanted] = []
-            now, near = self.parts.clock.now(), self.parts.access.near
-            if common is not None and (near is None or near.lacks(part)):
-                missed = [(key, common, None) for key in part]
-            else:
-                for key in part:
-                    policy = self._policy(gather, key) if common is None else common
-                    if policy is None:
-                        continue
-                    revision = None if near is None else near.find(key, now, policy)
-                    if revision is None or not self._serve(gather, policy, revision, now):
-                        missed.append((key, policy, revision))
-            for wanted in portions(missed, _KEYS_PER_STEP):
+        pins = gather.pins
+        plain = not (pins or pins.private or gather.forced or gather.refresh)
+        size = _KEYS_AT_ONCE if plain else _KEYS_PER_STEP
+        for part in portions(keys, size):
+            missed = self._look_for(gather, part, plain)
+            for wanted in portions(missed, _KEYS_PER_STEP) if missed else ():
                 if self._store is None:
                     for key, policy, _ in wanted:
                         self._ask_cache(gather, key, policy)
@@ -342,11 +309,30 @@ class SingleFlight:
                     yield
                     if not gather.open:
                         break
-            if len(part) == _KEYS_AT_ONCE:
+            if len(part) == size:
                 yield
             if not gather.open:
                 break
         self._looked(gather)
+
+    def _look_for(self, gather: Gather, keys: Collection[ResourceKey], plain: bool) -> list[Wanted]:
+        """Take what is pinned or in memory; return what has to be looked for elsewhere."""
+        common: FreshnessPolicy | None = policy_of_all(self.parts.policies)
+        now, near = self.parts.clock.now(), self.parts.access.near
+        if plain and common is not None and (near is None or near.lacks(keys)):
+            return [(key, common, None) for key in keys]
+        missed: list[Wanted] = []
+        for key in keys:
+            if not plain and key in gather.pins:
+                gather.readings[key] = gather.pins[key]
+                continue
+            policy = self._policy(gather, key) if common is None else common
+            if policy is None or not (plain or self._may_be_cached(gather, key, policy)):
+                continue
+            revision = None if near is None else near.find(key, now, policy)
+            if revision is None or not self._serve(gather, policy, revision, now):
+                missed.append((key, policy, revision))
+        return missed
 
     def _looked(self, gather: Gather) -> None:
         gather.open = gather.holds = False
@@ -363,16 +349,8 @@ class SingleFlight:
             pass_on(error)
             return None
 
-    def _look_for(
-        self, gather: Gather, key: ResourceKey, now: float, near: EntryStore | None
-    ) -> None:
-        pin = gather.pins.get(key)
-        if pin is not None:
-            gather.readings[key] = pin
-            return
-        policy = self._policy(gather, key)
-        if policy is None:
-            return
+    def _may_be_cached(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> bool:
+        """Whether a key may come from the cache; if not, it is acquired."""
         if key in gather.pins.private:
             self._acquire_privately(gather, key, policy)
         elif gather.forced and key in gather.forced:
@@ -386,13 +364,8 @@ class SingleFlight:
         elif gather.refresh:
             self._renew(gather, key, policy)
         else:
-            revision = None if near is None else near.find(key, now, policy)
-            if revision is not None and self._serve(gather, policy, revision, now):
-                return
-            if self._store is None:
-                self._ask_cache(gather, key, policy)
-            else:
-                self._missed(gather, ((key, policy, revision),))
+            return True
+        return False
 
     def _force(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Acquire a key past the cache: privately what must agree with pins, else with others."""
@@ -678,17 +651,15 @@ class SingleFlight:
             self.release(work)
 
     def _go_on(self, flight: Flight) -> None:
-        if flight.phase is _SETTLED:
-            return
         if flight.waiters:
             flight.choose()
             self.board.deriving.pop(flight, None)
             self._proceed((flight,))
-            return
-        ending = Failure.of_sources(flight.key, flight.failures)
-        if ending.absent and not self._choose((flight,))[0]:
-            self._keep_absence(flight, ending)  # said too late for whoever asked
-        self._drop(flight)
+        elif flight.phase is not _SETTLED:
+            ending = Failure.of_sources(flight.key, flight.failures)
+            if ending.absent and not self._choose((flight,))[0]:
+                self._keep_absence(flight, ending)  # said too late for whoever asked
+            self._drop(flight)
 
     def _begin(self, work: Work, flights: Sequence[Flight]) -> None:
         """Let flights proceed after the steps at hand, with what others of the work begin by then.
@@ -722,26 +693,22 @@ class SingleFlight:
         over = [flight for flight in flights if flight.cutoff <= now]
         if over:
             flights = [flight for flight in flights if flight.cutoff > now]
-            self._end_chains(over, over=True)
+            self._each(self._end_of_chain, over, True)
         if not flights:
             return
         chosen, rest = self._choose(flights)
         for link, served in chosen.items():
-            if link.kind is not _DERIVED:
+            if link.kind is _DERIVED:
+                self._each(self._derive, served, link)
+            else:
                 self._be_ready(link, served)
-                continue
-            for flight in served:
-                try:
-                    self._derive(flight, link)
-                except BaseException as error:
-                    self.broken(flight, error)
-        self._end_chains(rest, over=False)
+        self._each(self._end_of_chain, rest, False)
 
-    def _end_chains(self, flights: Iterable[Flight], *, over: bool) -> None:
-        """Settle flights that have no source left, or no time."""
+    def _each(self, do: Callable[..., None], flights: Iterable[Flight], *arguments: Any) -> None:
+        """Do something with each flight; one for which that fails is broken, not the others."""
         for flight in flights:
             try:
-                self._end_of_chain(flight, over)
+                do(flight, *arguments)
             except BaseException as error:
                 self.broken(flight, error)
 
@@ -754,6 +721,7 @@ class SingleFlight:
                 self.broken(flight, error)
 
     def _end_of_chain(self, flight: Flight, over: bool) -> None:
+        """Settle a flight that has no source left, or, if it is `over`, no time."""
         failure = late(flight.key, flight.sponsor.deadline, flight) if over else None
         ending = after_failures(flight, failure, self.parts)
         if isinstance(ending, Failed) and ending.stale is not None:
@@ -780,7 +748,7 @@ class SingleFlight:
                 else:
                     others.append(flight)
                     if answer is not False:
-                        self._take_note(flight, self._not_called(link, answer), "failure")
+                        self._each(self._note, (flight,), self._not_called(link, answer), "failure")
             if served:
                 chosen[link] = served
             rest = others
@@ -790,14 +758,8 @@ class SingleFlight:
 
     def refused(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         """Take note that a source failed for a key, and let the key go on to the next one."""
-        self._take_note(flight, failure, status)
+        self._each(self._note, (flight,), failure, status)
         self._later(flight)
-
-    def _take_note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
-        try:
-            self._note(flight, failure, status)
-        except BaseException as fault:
-            self.broken(flight, fault)
 
     def _note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         flight.failures += (failure,)
@@ -807,10 +769,8 @@ class SingleFlight:
         if flight.log is not None:
             flight.log.refused(failure, status)
         if self.parts.report is not None:
-            snapshot_id = flight.sponsor.context.snapshot_id
-            self.parts.report.source_failed(
-                flight.key, failure.source, failure, snapshot_id, status
-            )
+            source, snapshot_id = failure.source, flight.sponsor.context.snapshot_id
+            self.parts.report.source_failed(flight.key, source, failure, snapshot_id, status)
 
     # Absent: what sources have said there is none of ------------------------------------------
 
@@ -945,32 +905,24 @@ class SingleFlight:
                 for flight, _ in values:
                     self.broken(flight, error)
         for flight, revision in values:
-            self._take(flight, revision, stored)
+            self._each(self._take, (flight,), revision, stored)
 
     def _take(self, flight: Flight, revision: Revision, stored: bool) -> None:
-        try:
-            report, key = self.parts.report, flight.key
-            if report is not None and flight.link is not None:
-                snapshot_id = flight.sponsor.context.snapshot_id
-                report.resource_resolved(revision, flight.link.kind.value, snapshot_id)
-            if self._news > flight.since:
-                self._is_behind(flight)
-            if self.refresher.failing:
-                self.refresher.failing.pop(key, None)
-            if self._absent:
-                self._absent.pop(key, None)
-            if self._publishing and key in self._publishing:
-                self._hold_back(flight, revision)
-            elif stored and flight.cacheable and flight.event is None:
-                self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
-            else:
-                flight.offer(revision)
-                if flight.cacheable and flight.event is None:
-                    self._write(flight, revision)
-                else:
-                    self._offer(flight)
-        except BaseException as error:
-            self.broken(flight, error)
+        report, key = self.parts.report, flight.key
+        if report is not None and flight.link is not None:
+            snapshot_id = flight.sponsor.context.snapshot_id
+            report.resource_resolved(revision, flight.link.kind.value, snapshot_id)
+        if self._news > flight.since:
+            self._is_behind(flight)
+        self.refresher.failing.pop(key, None)
+        self._absent.pop(key, None)
+        if key in self._publishing:
+            self._hold_back(flight, revision)
+        elif stored and flight.cacheable and flight.event is None:
+            self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
+        else:
+            flight.offer(revision)
+            self._offer(flight)
 
     def _hold_back(self, flight: Flight, revision: Revision) -> None:
         """Let a value wait for the publications that are under way, but not for long."""
@@ -1029,17 +981,15 @@ class SingleFlight:
 
     def _offer(self, flight: Flight) -> None:
         """Write a value to the cache, unless something newer is known of its key."""
-        if self._fit(flight) and flight.offered is not None:
-            self._write(flight, flight.offered)
-
-    def _write(self, flight: Flight, revision: Revision) -> None:
-        store, now = self._store, self.parts.clock.now()
+        revision, store = flight.offered, self._store
+        if revision is None or not self._fit(flight):
+            return
         if store is None:
             if flight.log is not None:
                 flight.log.waits.begin(WaitReason.STORE)
             self.writes.add(flight, revision)
             return
-        replace = flight.forced
+        now, replace = self.parts.clock.now(), flight.forced
         status, current, _ = store.put(revision, now=now, replace_equal=replace, teller=self)
         self._written(flight, status, current)
 
@@ -1093,8 +1043,10 @@ class SingleFlight:
             for gather in waiters:
                 if gather.work.trace is not None:
                     gather.work.trace.handed(gather.logs.get(flight.key), flight.key)
-        if flight.lease is not None:
-            self._give_back(flight)
+        if flight.lease is not None:  # it has stored nothing
+            lease, flight.lease = flight.lease, None
+            in_vain = isinstance(settlement, Failed) and bool(flight.failures)
+            self.parts.access.give_back(lease, failed=in_vain)
         if flight.pins is not None and type(settlement) is Reading:
             flight.pins.setdefault(flight.key, settlement)
         if len(waiters) <= _WAITERS_PER_STEP:
@@ -1102,12 +1054,6 @@ class SingleFlight:
                 self._hand(gather, flight, settlement, joined)
         else:
             self.agenda.add(self._hand_on, flight, settlement, deque(waiters.items()))
-
-    def _give_back(self, flight: Flight) -> None:
-        """Let go of the lease of a flight that has stored nothing."""
-        lease, flight.lease = flight.lease, None
-        in_vain = isinstance(flight.settlement, Failed) and bool(flight.failures)
-        self.parts.access.give_back(lease, failed=in_vain)
 
     def _hand_on(
         self, flight: Flight, settlement: Settlement, waiters: deque[tuple[Gather, bool]]
@@ -1163,13 +1109,11 @@ class SingleFlight:
         if gather.open or gather.pending or gather.struck or gather.over:
             return None
         alone = len(gather.readings) == 1 and not gather.base and not gather.pins_beneath
-        if alone or gather.agrees:
-            self._tell(gather)
-            return None
-        gather.yield_to_pins()
-        readings = gather.readings.values()
-        if gather.base or [each for each in readings if each.revision.dependency_versions]:
-            return self._judge(gather)
+        if not (alone or gather.agrees):
+            gather.yield_to_pins()
+            readings = gather.readings.values()
+            if gather.base or [each for each in readings if each.revision.dependency_versions]:
+                return self._judge(gather)
         self._tell(gather)
         return None
 
@@ -1689,8 +1633,7 @@ class Engine:
         Raises:
             RuntimeError: if the builder is closed.
         """
-        if self.closed:
-            raise BuilderClosedError
+        self.require_open()
         if not self.flights.board.flights or len(keys) != 1:
             return None
         store = self._joining_store
@@ -1742,10 +1685,8 @@ class Engine:
         Raises:
             RuntimeError: if the builder is closed, or has work under way on another loop.
         """
-        if self.closed:
-            raise BuilderClosedError
-        loop = asyncio.get_running_loop()
-        return loop if self._loop is loop else self.attach()
+        self.require_open()
+        return self.attach()
 
     def attach(self) -> asyncio.AbstractEventLoop:
         """Make the running event loop the engine's own, and return it.
