@@ -119,6 +119,7 @@ SECTIONS: Mapping[int, Section] = {
             "orchestration/test_settlement.py",
             "orchestration/test_every_plug_may_fail.py",
             "orchestration/test_nested_use.py",
+            "orchestration/test_leading.py",
             "orchestration/test_terms_and_ages.py",
         ),
     ),

@@ -35,6 +35,11 @@ Laws:
 3. A call sees the context variables of the build that started it, each attempt in a copy of its
    own: nothing that it sets reaches another one.
 4. A worker whose cancellation was asked for, by whomever, serves no further call.
+5. Leading: what is queued behind a call that was answered at once may be asked for in the same
+   step, under its slot, and counts as its own call all the same. A key that cannot be told from one
+   called alone stays with the leader; one whose source waits, fails, gives what takes a thread, or
+   uses a builder is a call of its own from the beginning of its step, and goes on with the slot.
+   Which it is, is decided once (`Following`), when that step is over at the latest.
 """
 
 from __future__ import annotations
@@ -44,13 +49,14 @@ import contextlib
 import enum
 import inspect
 import math
+import threading
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.capacity import CapacityLease
@@ -75,7 +81,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
-from coalestra.orchestration.deliveries import Deliveries, Inputs
+from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import (
     Flight,
     Fresh,
@@ -104,9 +110,6 @@ _KEYS_AT_ONCE = 1_024
 
 _HOLDERS_SHOWN = 3
 """How many sources that hold slots a message names."""
-
-_CALLS_BETWEEN_LOOKS = 4
-"""Calls that never wait would otherwise all be made in one step of the event loop."""
 
 _QUIET_SECONDS = 0.05
 """How long no worker is started after one was cancelled from outside."""
@@ -152,13 +155,17 @@ def _first_step(link: Link, awaitable: Any) -> tuple[Any, Any]:
         return None, stop.value
 
 
-def _as_before(steps: Any, answer: Any) -> tuple[Any, Any]:
-    """Return what a first step has come to."""
-    return steps, answer
-
-
-def _raised(error: BaseException) -> NoReturn:
-    raise error
+def _begin(
+    serving: Call | Following,
+    link: Link,
+    key: ResourceKey,
+    inputs: tuple[Snapshot, ...],
+    context: FetchContext,
+) -> tuple[Any, Any]:
+    """Ask a source for one key, in the name of what it is served for, and take its first step."""
+    current_call.set(serving)
+    ask = link.source.derive if link.kind is _DERIVED else link.source.fetch
+    return _first_step(link, ask(key, *inputs, context))
 
 
 @types.coroutine
@@ -197,6 +204,8 @@ def _thrown_into(steps: Any, error: BaseException) -> Any:
 def _nothing() -> None:
     """Close what has nothing to close."""
 
+
+_Unpacked = tuple[Any, FrozenDict[str, Any], float, bool]
 
 _Answers = tuple[deque[tuple[Flight, Any]], list[Flight]]
 """What a batch holds for its flights, and those that it holds nothing for."""
@@ -239,8 +248,8 @@ def _refuse_unrequested(link: Link, asked: Collection[ResourceKey], result: Iter
 # One attempt: capacity, the budget of time, the call itself, and the instant that cuts it off ----
 
 
-First = Callable[[], tuple[Any, Any]]
-"""Calls a source and takes its first step: returns what it waits for, or None and its answer."""
+Begun = tuple[Any, Any] | BaseException
+"""What a first step came to: what the source waits for, or None, and its answer; or its error."""
 
 
 class Attempt:
@@ -259,8 +268,8 @@ class Attempt:
     _late: float = -math.inf
     prompt: bool = True
     _lease: CapacityLease | None = None
-    _inputs: tuple[Any, ...] = ()
-    _first: First | None = None
+    _inputs: tuple[Snapshot, ...] = ()
+    _begun: Begun | None = None
     _run: Callable[..., Any]
 
     def __init__(self, call: Call, worker: Worker) -> None:
@@ -270,18 +279,16 @@ class Attempt:
     async def run(self) -> None:
         """Make the attempt, or what is left of it; return when the source has really ended."""
         try:
-            first, self._first = self._first or await self._prepare(), None
-            if first is None:
+            if self._begun is None and not await self._prepare():
                 return
-            answer = await self._ask(first)
+            answer = await self._ask()
         finally:
-            if self._lease is not None:
-                self._lease.release()
+            self.let_go()
         if answer is not None:
             await self.call.take_in(self, answer[0])
 
-    async def _prepare(self) -> First | None:
-        """Get what the source needs, a slot, and the leave of its circuits; then what calls it."""
+    async def _prepare(self) -> bool:
+        """Get what the source needs, a slot, and the leave of its circuits; False if ended."""
         call = self.call
         name = call.link.name
         if call.link.kind is _DERIVED:
@@ -297,23 +304,23 @@ class Attempt:
             lease = call.parts.capacity.beyond(name)
         self._lease = lease or await self._wait_for_capacity(name)
         if self._lease is None:
-            return None
+            return False
         refusal = self._refusal() if call.link.protected else None
         if refusal is not None:
             call.end(refusal)
-            return None
+            return False
         if call.must_ask_circuits():
             await call.enter_circuits()
             if self.over or not call.flights:
-                return None
+                return False
         call.count_attempt()
         number = next_number()
         for flight in call.flights:
             flight.began = number
-        self._set_off(asyncio.get_running_loop().time(), call.parts.clock.monotonic())
+        self.set_off(asyncio.get_running_loop().time(), call.parts.clock.monotonic())
         self._run = call.work.variables.copy().run
         call.report_start(self._run)
-        return partial(self._run, self._begin)
+        return True
 
     # Its time ----------------------------------------------------------------------------------
 
@@ -457,16 +464,22 @@ class Attempt:
 
     # The call ----------------------------------------------------------------------------------
 
-    def follow(self, following: Following) -> None:
-        """Be the attempt of what has begun in the wake of another call."""
-        self._run = following.run
-        self._set_off(following.began, following.ticks)
+    def resume(self, begun: Begun, run: Callable[..., Any]) -> Attempt:
+        """Go on from what the first step of the source came to, each further one by `run`."""
+        self._begun, self._run = begun, run
+        return self
 
-    def take_over(self, lease: CapacityLease, first: First) -> None:
-        """Go on with a slot, from what the first step of the source has come to."""
-        self._lease, self._first = lease, first
+    def take_over(self, lease: CapacityLease) -> None:
+        """Be what the worker makes next, with a slot that is held already."""
+        self._lease, self.worker.begun = lease, self
 
-    def _set_off(self, began: float, ticks: float) -> None:
+    def let_go(self) -> None:
+        """Give back the slot, as the source has really ended."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def set_off(self, began: float, ticks: float) -> None:
         """Have called the source at these instants."""
         self.began, self.ticks, self.stage = began, ticks, Progress.RUNNING
         timeout = self.call.link.timeout_seconds
@@ -476,10 +489,10 @@ class Attempt:
             if self.call.policy.finish_late:
                 self._late = self._bound
 
-    async def _ask(self, first: First) -> tuple[Any] | None:
+    async def _ask(self) -> tuple[Any] | None:
         """Return what the source answered, or None when the call has learned of its failure."""
         try:
-            steps, answer = first()
+            steps, answer = self._first_step()
             if steps is not None:  # it waits for something, so it takes watching
                 self.prompt = False
                 with CutOff(self._end(), self._expire) as self._cut:
@@ -501,17 +514,27 @@ class Attempt:
             self._watch_transport("completed_late")
         return (answer,)
 
+    def _first_step(self) -> tuple[Any, Any]:
+        """Let the source take its first step, unless it has."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return self._run(self._begin)  # type: ignore[no-any-return]  # as `_begin` returns it
+        if isinstance(begun, BaseException):
+            try:
+                raise begun
+            finally:
+                del begun  # its traceback leads here
+        return begun
+
     def _begin(self) -> tuple[Any, Any]:
         """Call the source, and take its first step."""
-        current_call.set(self.call)
         link, context, flights = self.call.link, self.call.work.context, self.call.flights
         if link.kind is _BATCH:
+            current_call.set(self.call)
             keys = tuple([flight.key for flight in flights])
             return _first_step(link, link.source.fetch_many(keys, context))
         (flight,) = flights
-        if link.kind is _DERIVED:
-            return _first_step(link, link.source.derive(flight.key, *self._inputs, context))
-        return _first_step(link, link.source.fetch(flight.key, context))
+        return _begin(self.call, link, flight.key, self._inputs, context)
 
     def _fail(self, error: BaseException) -> None:
         if self.over:
@@ -572,59 +595,68 @@ class Attempt:
         return f"<Attempt {self.call.link.name} {self.stage.name.lower()} over={self.over}>"
 
 
+_DECIDING = threading.Lock()
+"""Held while it is decided whether a key that is asked for in the wake of another is a call."""
+
+
 class Following:
     """One key that a source is asked for in the wake of another, in the same step.
 
-    Most are answered at once, which `leader` then has the answer of. It becomes a `call` of its own
-    as soon as it needs one: when the source waits, fails, or itself asks for something.
+    Most are answered at once, and the call of the `leader` has the answer. It becomes a call of its
+    own as soon as it needs one: when the source waits, fails, or itself asks for something.
     """
 
     __slots__ = (
-        "_inputs",
-        "attempt",
-        "began",
-        "flight",
-        "leader",
-        "rests_on",
-        "run",
-        "ticks",
-        "turn",
-        "worker",
-    )
+        "_attempt", "_call", "_flight", "_leader", "began", "rests_on", "ticks", "turn", "worker",
+    )  # fmt: skip
 
     def __init__(
-        self, leader: Call, worker: Worker, flight: Flight, prepared: Inputs | None
+        self,
+        leader: Call,
+        worker: Worker,
+        flight: Flight,
+        rests_on: FrozenDict[ResourceKey, str],
     ) -> None:
-        self._inputs: Snapshot | None = None if prepared is None else prepared[0]
-        self.rests_on: FrozenDict[ResourceKey, str] = EMPTY if prepared is None else prepared[1]
-        self.leader: Call | None = leader
-        self.attempt: Attempt | None = None
+        self._leader: Call | None = leader
+        self._flight: Flight | None = flight
+        self._call: Call | None = None
+        self._attempt: Attempt | None = None
         self.worker: Worker = worker
-        self.flight: Flight = flight
-        self.run: Callable[..., Any] = leader.work.variables.copy().run
+        self.rests_on: FrozenDict[ResourceKey, str] = rests_on
         self.began: float = asyncio.get_running_loop().time()
         self.ticks: float = leader.parts.clock.monotonic()
         self.turn: int = leader.parts.breaker.turn
         flight.began = next_number()
 
-    def begin(self, link: Link, context: FetchContext) -> tuple[Any, Any]:
-        """Call the source, and take its first step."""
-        current_call.set(self)
-        if link.kind is _DERIVED:
-            return _first_step(link, link.source.derive(self.flight.key, self._inputs, context))
-        return _first_step(link, link.source.fetch(self.flight.key, context))
-
     @property
     def call(self) -> Call | None:
-        """The call that it is; None if it was answered without one."""
-        return None if self.leader is None else self.own(self.leader).call
+        """The call that it is, from now on if it was none; None if it was answered without one.
 
-    def own(self, leader: Call) -> Attempt:
-        """Be a call of its own, under way."""
-        if self.attempt is None:
-            call = Call(leader.lane, (self.flight,) if self.flight.phase is _CALLING else ())
-            self.attempt = call.follow(self, leader.policy, self.turn)
-        return self.attempt
+        What its source has begun may ask, in any thread.
+        """
+        with _DECIDING:
+            if self._leader is not None and self._flight is not None:
+                self._become(self._leader, self._flight)
+            return self._call
+
+    def led(self) -> bool:
+        """Have no call from now on, as the source has taken its step, unless it has one by now."""
+        with _DECIDING:
+            self._leader = self._flight = None  # who still knows of this keeps nothing alive
+            return self._call is None
+
+    def own(self, leader: Call, flight: Flight) -> Attempt:
+        """Be a call of its own; return the attempt that is under way."""
+        with _DECIDING:
+            attempt = self._attempt or self._become(leader, flight)
+            self._leader = self._flight = self._attempt = None
+            return attempt
+
+    def _become(self, leader: Call, flight: Flight) -> Attempt:
+        if self._call is None or self._attempt is None:
+            self._call = Call(leader.lane, (flight,) if flight.phase is _CALLING else ())
+            self._attempt = self._call.follow(self, leader.policy)
+        return self._attempt
 
 
 # The call: its keys, its circuits, one attempt after the other, and what becomes of each key -----
@@ -813,13 +845,13 @@ class Call:
 
     # One attempt after the other --------------------------------------------------------------
 
-    def follow(self, following: Following, policy: SourceResiliencePolicy, turn: int) -> Attempt:
-        """Be under way already; return the attempt that is made."""
-        self.policy, self._turn, self.rests_on = policy, turn, following.rests_on
+    def follow(self, following: Following, policy: SourceResiliencePolicy) -> Attempt:
+        """Be under way already, in the wake of another call; return the attempt that is made."""
+        self.policy, self._turn, self.rests_on = policy, following.turn, following.rests_on
         self._asked = tuple(self.flights) if policy.circuit.enabled else ()
         self.count_attempt()
         self._attempt = Attempt(self, following.worker)
-        self._attempt.follow(following)
+        self._attempt.set_off(following.began, following.ticks)
         return self._attempt
 
     async def run(self, worker: Worker, begun: Attempt | None = None) -> None:
@@ -1054,15 +1086,17 @@ class Call:
         whole = self.policy.circuit.scope is CircuitScope.SOURCE
         return bool(self.fresh) if whole else len(self.fresh) == len(self._asked)
 
-    def _tell_of_refused(self, following: Following) -> None:
+    def _tell_of_refused(self, flight: Flight, turn: int) -> None:
         """Tell the circuit, and the log, of an answer in the wake of its own that is of no use."""
         if self._unusable is not None:
             self.parts.log.failed(f"source {self.link.name!r}", self._unusable)
             self._unusable = None
-        if self.policy.circuit.enabled:
-            self._turn, self._asked = following.turn, (following.flight,)
-            for _ in self._tell_circuits(_FAILURE):
-                pass
+        breaker, policy = self.parts.breaker, self.policy.circuit
+        identity = breaker.identity_for(self.link.name, key=flight.key, scope=policy.scope)
+        try:
+            breaker.report(identity, _FAILURE, policy, turn)
+        except BaseException as error:  # of its clock
+            _tell_loop(error)
 
     def _tell_circuits(self, outcome: Outcome) -> Iterator[None]:
         """Tell each circuit, once, how its keys fared: one fresh value makes it a success."""
@@ -1102,18 +1136,16 @@ class Call:
             self._count_batch_end("success")
         del flights  # so that each may go as soon as it is settled
         self._answered = True
-        link.succeeded_at = ended_at
-        late = self.cutoff != math.inf and self.cutoff < asyncio.get_running_loop().time()
-        link.deadline_cuts = link.deadline_cuts + 1 if late else 0
-        self.answered_at = parts.clock.now()
+        self._count_answer(ended_at)
         if omitted:
             await self._refuse_omitted(omitted)
         if len(answers) > 1:
             await self._hand_over_all(answers)
         elif answers:
             self._hand_over(*answers[0], worker=attempt.worker if attempt.prompt else None)
-        if self._slow is not None:
-            await self._copy_in_threads(attempt, self._slow)
+        slow, self._slow = self._slow, None
+        if slow is not None:
+            await self._copy_in_threads(attempt, slow)
         if self._over:
             return
         if self.flights:
@@ -1129,6 +1161,8 @@ class Call:
         if many or not self._circuits_need_not_know:
             self.dispatch.hold(self.work)
             self._work_off(self._concluding())
+        else:
+            self.fresh.clear()  # what its source has begun may keep the call for long
 
     def _concluding(self) -> Iterator[None]:
         """Tell the circuits; then let go of the flights, as many at once would hold the loop."""
@@ -1189,21 +1223,18 @@ class Call:
                 flight = None if worker.interrupted else lane.next_flight()
                 if flight is None:
                     break
-                prepared = self._prepared(flight)
-                if prepared is None and self.link.kind is _DERIVED:
+                prepared = self._prepared(worker, flight)
+                if prepared is None:
                     lane.put_back(flight)
                     break
-                following = Following(self, worker, flight, prepared)
-                first = self._ask_for(following, made, by_key)
-                if first is not None:
-                    worker.begun = following.own(self)
-                    worker.begun.take_over(lease, first)
+                attempt = self._ask_for(flight, *prepared, made, by_key)
+                if attempt is not None:
+                    attempt.take_over(lease)
                     lease = None
                     break
-                following.leader = None
                 count += 1
                 before += self.latency_ms
-                if not count % _CALLS_BETWEEN_LOOKS and pace.due:
+                if pace.due:
                     break
         finally:
             if lease is not None:
@@ -1212,42 +1243,79 @@ class Call:
                 self._count_calls(count)
                 self._count_latency(before, count)
 
-    def _prepared(self, flight: Flight) -> Inputs | None:
-        """Return what a key is derived from, if it is and that takes no waiting."""
-        if flight.gather is None:
+    def _prepared(
+        self, worker: Worker, flight: Flight
+    ) -> tuple[Following, tuple[Snapshot, ...]] | None:
+        """Return how one more key is asked for, and what it is derived from, if it is.
+
+        None if that takes waiting, or fails: then it is left to a call of its own.
+        """
+        inputs: tuple[Snapshot, ...] = ()
+        rests_on: FrozenDict[ResourceKey, str] = EMPTY
+        try:
+            if self.link.kind is _DERIVED:
+                gather, context = flight.gather, flight.sponsor.context
+                readings = {} if gather is None else gather.in_order()
+                found = self.dispatch.deliveries.inputs_at_hand(
+                    context, readings, inherits=self.link.inherits
+                )
+                if found is None:
+                    return None
+                inputs, rests_on = (found[0],), found[1]
+            return Following(self, worker, flight, rests_on), inputs
+        except BaseException as error:
+            pass_on(error)
             return None
-        context, readings = flight.sponsor.context, flight.gather.in_order()
-        return self.dispatch.deliveries.inputs_at_hand(
-            context, readings, inherits=self.link.inherits
-        )
 
     def _ask_for(
-        self, following: Following, made: deque[Fresh], by_key: dict[ResourceKey, Revision]
-    ) -> First | None:
-        """Ask for one more key; return what its first step has come to, unless that is the end."""
-        flight, clock = following.flight, self.parts.clock
+        self,
+        flight: Flight,
+        following: Following,
+        inputs: tuple[Snapshot, ...],
+        made: deque[Fresh],
+        by_key: dict[ResourceKey, Revision],
+    ) -> Attempt | None:
+        """Ask for one more key; return the attempt that is under way if this is not the end."""
+        run = self.work.variables.copy().run
         try:
-            steps, answer = following.run(following.begin, self.link, self.work.context)
-            if steps is not None or following.attempt is not None:
-                return partial(_as_before, steps, answer)
-            if flight.phase is not _CALLING:
-                return None  # nobody waits for it any more
-            self.link.succeeded_at = ended_at = clock.monotonic()
-            self.latency_ms, self.answered_at = (ended_at - following.ticks) * 1000, clock.now()
+            begun = run(_begin, following, self.link, flight.key, inputs, self.work.context)
+            if following.led() and begun[0] is None:
+                taken = deque([(flight, begun[1])])
+                if self._has_taken(flight, following, taken, made, by_key):
+                    return None
+        except BaseException as error:
+            return following.own(self, flight).resume(error, run)
+        return following.own(self, flight).resume(begun, run)
+
+    def _has_taken(
+        self,
+        flight: Flight,
+        following: Following,
+        answer: deque[tuple[Flight, Any]],
+        made: deque[Fresh],
+        by_key: dict[ResourceKey, Revision],
+    ) -> bool:
+        """Take what the source answered for one more key, unless that takes a thread."""
+        ended_at = self.parts.clock.monotonic()
+        self.latency_ms = (ended_at - following.ticks) * 1000
+        if flight.phase is not _CALLING:
+            return True  # nobody waits for it any more
+        try:
             self.extend(Flight.join_call((flight,), self))
             self.flights[flight], self.rests_on = None, following.rests_on
-            self._make(deque([(flight, answer)]), made, by_key)
-        except BaseException as error:
+            self._count_answer(ended_at)
+            self._make(answer, made, by_key)
+        except BaseException:
             self.flights.pop(flight, None)
-            return partial(_raised, error)
+            raise
         if self._slow is not None:
             self._slow = None
             self.flights.pop(flight)
             self.fresh.discard(flight)
-            return partial(_as_before, None, answer)
+            return False
         if flight not in self.fresh:
-            self._tell_of_refused(following)
-        return None
+            self._tell_of_refused(flight, following.turn)
+        return True
 
     async def _hand_over_all(self, answers: deque[tuple[Flight, Any]]) -> None:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
@@ -1354,7 +1422,6 @@ class Call:
         source, context, rank = link.name, link.context, self.lane.rank
         latency_ms, attempts, rests_on = self.latency_ms, self.attempts, self.rests_on
         seal_now, left = parts.copies.seal_now, PORTION
-        metadata: Mapping[str, Any]
         while answers and left > 0:
             flight, value = answers.popleft()
             left -= 1
@@ -1363,10 +1430,7 @@ class Call:
             try:
                 payload, metadata, observed_at, dated = value, EMPTY, answered_at, False
                 if type(value) is SourcePayload:
-                    payload, metadata = value.value, value.metadata
-                    if value.observed_at is not None:
-                        dated, observed_at = True, float(value.observed_at)
-                        metadata = self._with_skew(flight.key, observed_at, metadata)
+                    payload, metadata, observed_at, dated = self._unpacked(flight.key, value)
                 if payload is ResourceAbsent or isinstance(payload, ResourceAbsent):
                     self._refuse_absent(flight, payload)
                     continue
@@ -1375,10 +1439,8 @@ class Call:
                     self.fresh.add(flight)
                 found = sealed or seal_now(payload, context=context)
                 if found is None:
-                    self._slow = self._slow or []
-                    self._slow.append((flight, value))
+                    self._put_aside(flight, value)
                     continue
-                gather = flight.gather
                 revision = Revision(
                     flight.key,
                     found[0],
@@ -1389,12 +1451,10 @@ class Call:
                     next_version(),
                     latency_ms,
                     attempts,
-                    parts.copies.seal_metadata_now(metadata, context=context)
-                    if metadata
-                    else EMPTY,
+                    metadata,
                     rank_of(parts.authority, flight.key, source) if rank is None else rank,
                     rests_on,
-                    () if gather is None else gather.revisions(),
+                    () if flight.gather is None else flight.gather.revisions(),
                     dated,
                     flight.began,
                 )
@@ -1408,6 +1468,11 @@ class Call:
             by_key[flight.key] = revision
             left -= found[1].weight
 
+    def _put_aside(self, flight: Flight, value: Any) -> None:
+        """Let a value be copied in a thread."""
+        self._slow = self._slow or []
+        self._slow.append((flight, value))
+
     def _deliver(self, values: Iterable[Fresh], stored: Collection[Revision] | None) -> None:
         """Let flights have their values, of which the memory cache has those `stored`, or all."""
         here = [each for each in values if each[0].call is self]
@@ -1418,17 +1483,24 @@ class Call:
             here = [each for each in here if each[1] not in stored]
         self.dispatch.delivered(here, stored is None)
 
-    def _with_skew(
-        self, key: ResourceKey, observed_at: float, metadata: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """Return metadata with how far an observation is ahead of the clock, if it may be."""
-        try:
-            skew = judge_observation(observed_at, self.answered_at, self.parts.observation)
-        except FutureObservation as error:
-            raise SourceProtocolError(
-                f"source {self.link.name!r}, {key.display}: {error}"
-            ) from error
-        return {**metadata, "clock_skew_seconds": skew} if skew else metadata
+    def _unpacked(self, key: ResourceKey, value: SourcePayload[Any]) -> _Unpacked:
+        """Return what a source wrapped, with how far its date is ahead of the clock, if it may be.
+
+        The payload, its metadata, when it was observed, and whether the source said so.
+        """
+        metadata, observed_at = value.metadata, self.answered_at
+        if value.observed_at is not None:
+            observed_at = float(value.observed_at)
+            try:
+                skew = judge_observation(observed_at, self.answered_at, self.parts.observation)
+            except FutureObservation as error:
+                raise SourceProtocolError(
+                    f"source {self.link.name!r}, {key.display}: {error}"
+                ) from error
+            if skew:
+                metadata = {**metadata, "clock_skew_seconds": skew}
+        sealed = self.parts.copies.seal_metadata_now(metadata, context=self.link.context)
+        return value.value, sealed, observed_at, value.observed_at is not None
 
     def _refuse_absent(self, flight: Flight, answer: ResourceAbsent | type[ResourceAbsent]) -> None:
         """Note that the source has answered, that there is none."""
@@ -1485,6 +1557,14 @@ class Call:
         self.link.latency_ms += latency_ms
         if self.parts.report is not None:
             self.parts.report.observe("source_fetch_latency_ms", latency_ms, source=name)
+
+    def _count_answer(self, ended_at: float) -> None:
+        """Note when the source answered, and whether that was too late."""
+        link = self.link
+        link.succeeded_at = ended_at
+        late = self.cutoff != math.inf and self.cutoff < asyncio.get_running_loop().time()
+        link.deadline_cuts = link.deadline_cuts + 1 if late else 0
+        self.answered_at = self.parts.clock.now()
 
     def _count_batch_end(self, status: str) -> None:
         """Count how a batch call ended; other calls are counted by their keys alone."""
@@ -1781,9 +1861,12 @@ class Lane:
         self.dispatch.workers.discard(task)
         if not worker.gone and task.cancelled():
             self.dispatch.be_quiet()
-        calls = worker.call, None if worker.begun is None else worker.begun.call
+        begun = worker.begun
+        calls = worker.call, None if begun is None else begun.call
         worker.leave()
         worker.call = worker.begun = None
+        if begun is not None:
+            begun.let_go()
         for call in calls:
             if call is not None:
                 call.lost()
