@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import Any, ClassVar
 
 import pytest
@@ -34,6 +36,7 @@ from coalestra import (
     SourcePayload,
     SourceUnavailableError,
 )
+from coalestra.concurrency import pace
 from coalestra.core.protocols import AsyncCache
 from coalestra.orchestration.singleflight import SingleFlight
 from tests.contracts.caches import (
@@ -841,8 +844,9 @@ async def test_a_lease_that_comes_as_its_reader_leaves_is_given_back() -> None:
     assert await cancel_at_every_await(start, check) > 5
 
 
-async def test_the_answers_of_a_leasing_cache_are_passed_on_in_portions(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("kind", [BatchCache, LeasingCache], ids=lambda kind: kind.__name__)
+async def test_the_answers_of_a_cache_are_passed_on_in_portions(
+    kind: Callable[[], AsyncCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered = Counter[Any]()  # of each task in each turn
     pass_on = SingleFlight._cache_answered
@@ -851,11 +855,42 @@ async def test_the_answers_of_a_leasing_cache_are_passed_on_in_portions(
         answered[loop_turn(), asyncio.current_task()] += 1
         pass_on(self, read, revision)
 
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
     monkeypatch.setattr(SingleFlight, "_cache_answered", watched)
-    building = builder(Batch("b"), cache=LeasingCache())
+    building = builder(Batch("b"), cache=kind())
     await building.build([key("b", str(number)) for number in range(1_000)])
     assert answered.total() == 1_000
-    assert max(answered.values()) <= 256
+    assert max(answered.values()) <= 32
+    await building.aclose()
+
+
+async def test_all_who_read_from_a_cache_share_one_slice_of_each_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied = Counter[int]()  # in each turn
+
+    def copier(value: Any) -> Any:
+        copied[loop_turn()] += 1
+        return value
+
+    groups = [[key("b", f"{who} {number}") for number in range(50)] for who in range(10)]
+    cache = BatchCache()
+    async with builder(Batch("b"), cache=cache) as filling:
+        await filling.build([key for group in groups for key in group])
+    monkeypatch.setattr(pace, "SLICE_SECONDS", 0.001)
+    looks = itertools.count()  # four of which use up a slice
+    began = perf_counter()
+    monkeypatch.setattr(
+        "coalestra.concurrency.pace.time.perf_counter", lambda: began + next(looks) * 0.000_3
+    )
+    building = builder(Batch("b"), cache=cache, payload_copier=copier)
+    builds = []
+    for group in groups:
+        builds.append(asyncio.ensure_future(building.build(group)))
+        await asyncio.sleep(0)
+    await asyncio.gather(*builds)
+    assert copied.total() >= 500
+    assert max(copied.values()) <= 20
     await building.aclose()
 
 

@@ -65,7 +65,7 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
     monkeypatch.setattr(singleflight, "_WAITERS_PER_STEP", 1)
     monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(foreign_cache, "_ANSWERS_PER_TURN", 1)
+    monkeypatch.setattr(foreign_cache, "_ANSWERS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(unit, "_ERRORS_BETWEEN_LOOKS", 1)
     for module in (readings, values):
         monkeypatch.setattr(module, "_PER_SLICE", 1)

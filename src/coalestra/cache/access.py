@@ -244,7 +244,8 @@ class CacheAccess:
     async def sealed(self, values: Found) -> dict[ResourceKey, Revision]:
         """Copy values in; one that cannot be copied is told and left out."""
         revisions: dict[ResourceKey, Revision] = {}
-        pace = Pace()
+        pace = self.calls.pace
+        pace.begin()
         for key, value in values.items():
             self.copying[key] = None
             try:
@@ -543,10 +544,15 @@ class _Write:
     failures: Failures = field(default_factory=dict)
     values: Found = field(default_factory=dict)
     results: dict[ResourceKey, CacheWriteResult] = field(default_factory=dict)
-    pace: Pace = field(default_factory=Pace)
+
+    @property
+    def pace(self) -> Pace:
+        """The pace of all that goes on with the cache."""
+        return self.cache.calls.pace
 
     async def run(self) -> Outcomes:
         """Write what may be written; return what became of all but the failures."""
+        self.pace.begin()
         await self._open()
         if self.terms.leases is None:
             await self._compare()

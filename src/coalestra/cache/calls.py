@@ -162,6 +162,7 @@ class CacheCalls:
         limit: how many calls there are at a time where each is for one key.
         carries_many: whether one call can carry many keys.
         is_atomic: whether it compares and stores in one step.
+        pace: of all who go through many keys for it, so that they share one slice of each turn.
         validates_dependencies, validates_order: what it promises to check itself.
     """
 
@@ -187,6 +188,7 @@ class CacheCalls:
             seconds = DEFAULT_TIMEOUT_SECONDS
         self.seconds: float = number("timeout_seconds of the cache", seconds, above=0)
         self.limit: int = limit
+        self.pace: Pace = Pace()
         self._told = told
         self._log = log
         self._circuits = {"read": _Circuit(), "write": _Circuit()}
@@ -224,9 +226,9 @@ class CacheCalls:
         items = dict(zip(keys, keys, strict=True))
         answers, failures = await self._ask("get", items, policies, lambda told, _: told, now=now)
         values: Found = {}
-        pace = Pace()
+        self.pace.begin()
         for key in keys:
-            await pace.keep()
+            await self.pace.keep()
             try:
                 value = _usable(answers.get(key), key)
             except Exception as error:
@@ -326,9 +328,9 @@ class CacheCalls:
             if check is None:
                 return {}
             told = {key: answers.get(key) for key in keys}  # it may be what the cache goes on with
-            pace = Pace()
+            self.pace.begin()
             for key, answer in told.items():
-                await pace.keep()
+                await self.pace.keep()
                 told[key] = check(answer, key)
             return told
 

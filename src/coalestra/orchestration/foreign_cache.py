@@ -43,7 +43,7 @@ _QUICK_SECONDS = 0.01
 """What a cache that has stored within so long says of the write order is waited for."""
 
 
-_ANSWERS_PER_TURN = 256
+_ANSWERS_BETWEEN_LOOKS = 32
 
 
 @dataclass(eq=False, repr=False)
@@ -175,12 +175,13 @@ class CacheReads:
         rest: dict[ResourceKey, Answer],
     ) -> None:
         """Answer the reads of a group in portions; leases that reach nobody are given back."""
+        pace = self.parts.pace
+        pace.begin()
         try:
             while rest:
-                for key in tuple(islice(rest, _ANSWERS_PER_TURN)):
+                for key in tuple(islice(rest, _ANSWERS_BETWEEN_LOOKS)):
                     self._take(group, reads.get(key, ()), rest.pop(key))
-                if rest:
-                    await asyncio.sleep(0)
+                await pace.keep()
         finally:
             for answer in rest.values():
                 self.parts.access.give_back(answer.lease, failed=False)
