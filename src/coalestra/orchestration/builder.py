@@ -41,7 +41,7 @@ from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import BuilderArguments, Parts
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
-from coalestra.orchestration.sources import Chains, Link, timeout_guarantees
+from coalestra.orchestration.sources import Chains, Link
 from coalestra.orchestration.tracing import Tracing
 from coalestra.orchestration.unit import Terms, distinct, together
 from coalestra.orchestration.verdicts import Requests, Results, in_same_form, several
@@ -114,7 +114,7 @@ def collect_health(
     if isinstance(cache, AsyncMemoryCache):
         copies["cache"] = cache.copy_health_snapshot()
     capacity = parts.capacity.view()
-    guarantees = timeout_guarantees(parts.chains.links)
+    guarantees = {link.name: link.guarantee for link in parts.chains.links}
     violations = parts.counters.source_transport_timeout_violations.copy()
     return BuilderHealth(
         closed=engine.closed,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from coalestra.cache.store import EntryStore
 from coalestra.concurrency.copying import OFFLOADED
 from coalestra.concurrency.deadline import Deadline
-from coalestra.concurrency.pace import Pace, Slices, at_once
+from coalestra.concurrency.pace import Pace, Slices, at_once, portions
 from coalestra.concurrency.sealing import PORTION, Seal
 from coalestra.core.errors import (
     PayloadCopySubsystemClosedError,
@@ -40,7 +39,6 @@ _DEPENDENCY = "derived dependency"
 _SHARED = Seal.SHARED
 _FAILED: Any = object()
 """Stands for the copy of what could not be copied."""
-
 
 Values = FrozenDict[ResourceKey, SnapshotValue[Any]]
 Copies = tuple[Values, dict[ResourceKey, Exception]]
@@ -441,11 +439,8 @@ class WarmReads:
     ) -> list[Revision] | None:
         """Return the revisions of all keys, if each is there, fresh, and due for nothing."""
         clock, policies = self._parts.clock, self._parts.policies
-        if len(keys) <= _KEYS_AT_ONCE:
-            return store.find_all_fresh(keys, clock.now(), policies)
         found: list[Revision] = []
-        rest = iter(keys)
-        while part := tuple(islice(rest, _KEYS_AT_ONCE)):
+        for part in portions(keys, _KEYS_AT_ONCE):
             some = store.find_all_fresh(part, clock.now(), policies)
             if some is None:
                 return None

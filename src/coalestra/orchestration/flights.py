@@ -11,12 +11,13 @@ that is                                                                         
 choosing   --                      `wait_for`, `be_ready`; end of the chain          it ends
 gathering  `gather`                `be_ready`: all there; `choose`: something failed it ends
 ready      `link`                  `queue`, at the end of the step                   it ends
-calling    `lane`, then `call`     `offer`: a value; `choose`: the source failed     see `Call`
+calling    `lane`, then `call`     `offer`: a value to store; `choose`: it failed    see `Call`
 writing    `offered`               being stored, superseded, or not to be stored     it goes on
 settled    `settlement`            --                                                --
 =========  ======================  ================================================  ============
 
-`FlightBoard.take_off` settles it, also what is given up, or whose step failed, from where it is.
+`FlightBoard.take_off` settles it, also what is given up, or whose step failed, from where it is;
+`FlightBoard.land` does so, quicker, for one gather and a value that is stored when it comes.
 `gather` stays while what was gathered is being derived.
 """
 
@@ -78,12 +79,7 @@ class Phase(enum.Enum):
     SETTLED = "settled"
 
 
-_CHOOSING = Phase.CHOOSING
-_GATHERING = Phase.GATHERING
-_READY = Phase.READY
-_CALLING = Phase.CALLING
-_WRITING = Phase.WRITING
-_SETTLED = Phase.SETTLED
+_CHOOSING, _GATHERING, _READY, _CALLING, _WRITING, _SETTLED = Phase
 
 
 class Interest:
@@ -280,7 +276,7 @@ class Flight:
         self.log: FlightLog | None = None
         self.pins: Pins | None = None
 
-    # Phases: nobody but these, and `take_off`, writes `phase` or what depends on it ------------
+    # Phases: nobody but these, and the board's `take_off` and `land`, writes `phase` ------------
 
     def choose(self) -> None:
         """Go back to the chain, for its next source."""
@@ -880,19 +876,15 @@ def circle_of(call: Call, gather: Gather) -> tuple[Flight, ...]:
             came_from[flight] = before
             its, inputs = flight.call, flight.gather
             if its is call:
-                return _way_to(flight, came_from)
+                way = [flight]
+                while (before := came_from[way[-1]]) is not None:
+                    way.append(before)
+                return tuple(reversed(way))
             if inputs is not None:
                 stack.append((flight, inputs))
             if its is not None:
                 stack += [(flight, each) for each in its.asked.copy()]
     return ()
-
-
-def _way_to(flight: Flight, came_from: Mapping[Flight, Flight | None]) -> tuple[Flight, ...]:
-    way = [flight]
-    while (before := came_from[way[-1]]) is not None:
-        way.append(before)
-    return tuple(reversed(way))
 
 
 # How a flight ends: which value its waiters get, by rules without any waiting --------------------

@@ -353,18 +353,18 @@ class SingleFlight:
         """Whether a key may come from the cache; if not, it is acquired."""
         if key in gather.pins.private:
             self._acquire_privately(gather, key, policy)
-        elif gather.forced and key in gather.forced:
-            if self.parts.report is not None:
-                told = {"reason": "force_refresh", "snapshot_id": gather.work.context.snapshot_id}
-                self.parts.report.tell("cache_bypassed", resource=key, **told)
-            if self._leases:
-                self.reads.ask_for_lease(gather, key, policy, None)
-            else:
-                self._force(gather, key, policy)
-        elif gather.refresh:
-            self._renew(gather, key, policy)
-        else:
+            return False
+        forced = key in gather.forced
+        if not (forced or gather.refresh):
             return True
+        if forced and self.parts.report is not None:
+            told = {"reason": "force_refresh", "snapshot_id": gather.work.context.snapshot_id}
+            self.parts.report.tell("cache_bypassed", resource=key, **told)
+        if self._leases:  # another process may be at it, or have renewed it already
+            unlike = None if forced else self._renewed.pop(key, None)
+            self.reads.ask_for_lease(gather, key, policy, unlike)
+        else:
+            self._force(gather, key, policy)
         return False
 
     def _force(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
@@ -383,13 +383,6 @@ class SingleFlight:
         if scheduled and self._leases:
             self._renewed[revision.key] = revision.version
         return {"refresh_scheduled": scheduled, **said}
-
-    def _renew(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
-        """Acquire a key anew, unless another process is at it or has done so."""
-        if self._leases:
-            self.reads.ask_for_lease(gather, key, policy, self._renewed.pop(key, None))
-        else:
-            self._acquire(gather, ((key, policy, None),))
 
     def _serve(
         self, gather: Gather, policy: FreshnessPolicy, revision: Revision, now: float
@@ -522,9 +515,7 @@ class SingleFlight:
     def _joinable(self, key: ResourceKey) -> Flight | None:
         """Return the flight that newcomers may join; one that took in old news is none."""
         flight = self.board.flights.get(key)
-        if flight is not None and self._news > flight.since and self._is_behind(flight):
-            return None
-        return flight
+        return None if flight is None or self._is_behind(flight) else flight
 
     def _acquire(self, gather: Gather, wanted: Collection[Wanted]) -> None:
         """Let `gather` wait for the flights of keys; start those that there are none to join of."""
@@ -553,7 +544,7 @@ class SingleFlight:
 
     def _join(self, gather: Gather, flight: Flight, cached: Revision | None) -> bool:
         """Let `gather` wait for a flight under way, unless that may bring what is too old."""
-        if self._news > flight.since and self._is_behind(flight):
+        if self._is_behind(flight):
             return False
         key = flight.key
         forced = bool(gather.forced) and key in gather.forced
@@ -570,7 +561,7 @@ class SingleFlight:
     def _wait_for(self, gather: Gather, flight: Flight) -> None:
         self.board.join(gather, flight)
         if gather.urgent:
-            self._hurry(flight)
+            self._hurry((flight,))
 
     def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
@@ -589,24 +580,23 @@ class SingleFlight:
     def hurry(self, gather: Gather) -> None:
         """Let all that is waited for queue for nothing, now and later."""
         gather.urgent = True
-        for awaited in gather.pending:
-            if isinstance(awaited, Flight):
-                self._hurry(awaited)
+        self._hurry(gather.pending)
 
-    def _hurry(self, flight: Flight) -> None:
-        """Let a flight, and what it waits for, queue for nothing: who holds a slot waits for it."""
-        stack, seen = [flight], {id(flight)}
+    def _hurry(self, awaited: Iterable[Flight | Read]) -> None:
+        """Let flights, and what they wait for, queue for nothing: who has a slot waits for them."""
+        stack, seen = list(awaited), set(awaited)
         while stack:
-            each = stack.pop()
-            each.urgent = True
-            if each.link is not None:
-                self.dispatch.hurry(each)
-            if each.gather is not None:
-                each.gather.urgent = True
-                for awaited in each.gather.pending:
-                    if isinstance(awaited, Flight) and id(awaited) not in seen:
-                        seen.add(id(awaited))
-                        stack.append(awaited)
+            flight = stack.pop()
+            if isinstance(flight, Read):
+                continue
+            flight.urgent = True
+            if flight.link is not None:
+                self.dispatch.hurry(flight)
+            if flight.gather is not None:
+                flight.gather.urgent = True
+                more = [each for each in flight.gather.pending if each not in seen]
+                seen.update(more)
+                stack += more
 
     def _leave_all(self, gather: Gather) -> None:
         gather.open = False
@@ -787,8 +777,7 @@ class SingleFlight:
             self._report_broken(flight, error)
         if flight.gather is not None:
             seconds = 0.0
-            if self._news > flight.since:
-                self._is_behind(flight)
+            self._is_behind(flight)
         until = self.parts.clock.monotonic() + seconds
         flight.absent_until = min(flight.absent_until, until)
         if final:
@@ -912,8 +901,7 @@ class SingleFlight:
         if report is not None and flight.link is not None:
             snapshot_id = flight.sponsor.context.snapshot_id
             report.resource_resolved(revision, flight.link.kind.value, snapshot_id)
-        if self._news > flight.since:
-            self._is_behind(flight)
+        self._is_behind(flight)
         self.refresher.failing.pop(key, None)
         self._absent.pop(key, None)
         if key in self._publishing:
@@ -1074,7 +1062,7 @@ class SingleFlight:
             if joined or gather.forced or type(settlement) is not Reading:
                 reading = gather.receive(key, settlement, joined)
                 if reading is not None and reading.fallback is not None:
-                    self._report_fallback(gather, key, reading, reading.fallback)
+                    self._report_fallback(gather, reading)
             else:
                 gather.readings[key] = settlement
         except BaseException as error:
@@ -1084,15 +1072,13 @@ class SingleFlight:
         if not gather.pending and not gather.open:
             self.agenda.add(self._conclude, gather)
 
-    def _report_fallback(
-        self, gather: Gather, key: ResourceKey, reading: Reading, error: Exception
-    ) -> None:
-        report, snapshot_id = self.parts.report, gather.work.context.snapshot_id
+    def _report_fallback(self, gather: Gather, reading: Reading) -> None:
+        report, key = self.parts.report, reading.revision.key
         if report is not None:
             if reading.from_cache:
                 report.count("cache_access_total", key, status="stale_fallback")
-            facts = {"resource": key, "error_type": error, "snapshot_id": snapshot_id}
-            report.tell("stale_fallback_used", **facts)
+            facts = {"error_type": reading.fallback, "snapshot_id": gather.work.context.snapshot_id}
+            report.tell("stale_fallback_used", resource=key, **facts)
 
     def _check(self, gather: Gather) -> None:
         """Conclude a gather that waits for nothing more, as one does that was given up meanwhile.
@@ -1239,8 +1225,7 @@ class SingleFlight:
             stale = stale_candidate(awaited, failure, self.parts)
             if stale is not None:
                 gather.readings[key] = stale
-                if stale.fallback is not None:
-                    self._report_fallback(gather, key, stale, stale.fallback)
+                self._report_fallback(gather, stale)
                 return
         gather.failures[key] = failure
 
@@ -1349,6 +1334,8 @@ class SingleFlight:
 
         If so, newcomers must not join it, and its value is not cached.
         """
+        if self._news <= flight.since:
+            return False
         if not (flight.joinable or flight.cacheable):
             return True
         if not self._has_taken_old(flight):

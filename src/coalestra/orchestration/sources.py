@@ -7,7 +7,7 @@ import enum
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
@@ -246,17 +246,12 @@ def _own(link: Link, error: BaseException) -> BaseException:
 
 def _as_answer(link: Link, answer: object) -> bool:
     if inspect.isawaitable(answer):
-        _close_coroutine(answer)
+        if inspect.iscoroutine(answer):
+            answer.close()  # nobody is going to await it
         raise SourceProtocolError(
             f"supports() of source {link.name!r} returned an awaitable; it must be a plain function"
         )
     return bool(answer)
-
-
-def _close_coroutine(answer: object) -> None:
-    """Close what nobody is going to await, if that is so."""
-    if inspect.iscoroutine(answer):
-        answer.close()
 
 
 def dependencies_of(link: Link, key: ResourceKey, variables: Context) -> tuple[ResourceKey, ...]:
@@ -281,7 +276,8 @@ def _declared(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
     keys: dict[ResourceKey, None] = {}
     for each in rest:
         if not isinstance(each, ResourceKey):
-            _close_coroutine(each)
+            if inspect.iscoroutine(each):
+                each.close()
             raise SourceProtocolError(
                 f"dependencies() of source {link.name!r} for {key.display} must be ResourceKeys, "
                 f"got {type(each).__qualname__}"
@@ -323,8 +319,3 @@ def _check_limits(name: str, source: Any) -> None:
             f"a source that may finish_late must have a timeout, got None for source {name!r}; "
             "give it timeout_seconds"
         )
-
-
-def timeout_guarantees(links: Iterable[Link]) -> Mapping[str, SourceTimeoutGuarantee]:
-    """Return what each source declares about its timeouts, by source name."""
-    return {link.name: link.guarantee for link in links}
