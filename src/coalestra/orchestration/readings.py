@@ -131,13 +131,8 @@ class Failure:
     @classmethod
     def never_agrees(cls, key: ResourceKey) -> Failure:
         """Return the failure of a derived key whose inputs do not stand still."""
-        return cls(
-            key,
-            lambda: SourceUnavailableError(
-                f"{key.display} could not be derived in agreement with the rest: its dependencies "
-                "kept changing"
-            ),
-        )
+        text = "could not be derived in agreement with the rest: its dependencies kept changing"
+        return cls(key, lambda: SourceUnavailableError(f"{key.display} {text}"))
 
     def __repr__(self) -> str:
         return f"<Failure {self.key.display}: {self.make()}>"
@@ -280,14 +275,8 @@ def at_odds(
         return odd
     hidden = yield from _newest_hidden(derived.values(), readings, pins)
     chosen = _Chosen(hidden, readings, pins)
-    wrong: dict[int, bool] = {}
     for number, (key, revision) in enumerate(derived.items(), 1):
-        if _is_shallow(revision):
-            differs = chosen.differs(revision)
-        else:
-            yield from _judge(revision, chosen, wrong)
-            differs = wrong[id(revision)]
-        if differs:
+        if (yield from chosen.differs(revision)):
             odd.add(key)
         if not number % _PER_SLICE:
             yield
@@ -296,11 +285,6 @@ def at_odds(
 
 def _derived(readings: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Revision]:
     return {k: r.revision for k, r in readings.items() if r.revision.dependency_versions}
-
-
-def _is_shallow(revision: Revision) -> bool:
-    """Whether nothing it rests on is derived itself."""
-    return not any(each.dependency_versions for each in revision.dependencies)
 
 
 class _Chosen:
@@ -315,12 +299,32 @@ class _Chosen:
         self._pins = pins
         self._readings = readings
         self._hidden = {key: revision.version for key, revision in hidden.items()}
+        self._wrong: dict[int, bool] = {}
 
-    def is_pinned(self, revision: Revision) -> bool:
-        """Whether a revision is what is pinned of its key."""
-        return _stands(revision, self._pins)
+    def differs(self, root: Revision) -> Slices[bool]:
+        """Return whether anything that a revision rests on differs from what stands."""
+        if not any(each.dependency_versions for each in root.dependencies):
+            return self._differs_at_once(root)
+        wrong, stack = self._wrong, [root]
+        while stack:
+            revision = stack[-1]
+            if id(revision) in wrong or _stands(revision, self._pins):
+                wrong.setdefault(id(revision), False)
+                stack.pop()
+                continue
+            unknown = [each for each in revision.dependencies if id(each) not in wrong]
+            if unknown:
+                stack.extend(unknown)
+                continue
+            stack.pop()
+            wrong[id(revision)] = self._differs_at_once(revision) or any(
+                wrong[id(each)] for each in revision.dependencies
+            )
+            if not len(wrong) % _PER_SLICE:
+                yield
+        return wrong[id(root)]
 
-    def differs(self, revision: Revision) -> bool:
+    def _differs_at_once(self, revision: Revision) -> bool:
         """Whether a direct dependency differs; what is not yet chosen is now."""
         for key, version in revision.dependency_versions.items():
             reading = self._pins.get(key) or self._readings.get(key)
@@ -331,27 +335,6 @@ class _Chosen:
             if stands != version:
                 return True
         return False
-
-
-def _judge(root: Revision, chosen: _Chosen, wrong: dict[int, bool]) -> Slices[None]:
-    """Enter for `root` and all it rests on whether anything below it differs from `chosen`."""
-    stack = [root]
-    while stack:
-        revision = stack[-1]
-        if id(revision) in wrong or chosen.is_pinned(revision):
-            wrong.setdefault(id(revision), False)
-            stack.pop()
-            continue
-        unknown = [each for each in revision.dependencies if id(each) not in wrong]
-        if unknown:
-            stack.extend(unknown)
-            continue
-        stack.pop()
-        wrong[id(revision)] = chosen.differs(revision) or any(
-            wrong[id(each)] for each in revision.dependencies
-        )
-        if not len(wrong) % _PER_SLICE:
-            yield
 
 
 class View:

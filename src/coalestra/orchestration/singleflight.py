@@ -107,10 +107,8 @@ _LOOKED_AT = 1_000
 _GRACE_SECONDS = 0.25
 """How long the ends of very many keys may take at a deadline; then the reader is told anyway."""
 
-_DERIVED = SourceKind.DERIVED
 _SETTLED = Phase.SETTLED
 _STORED = CacheWriteStatus.STORED
-_WRITING = Phase.WRITING
 
 Wanted = tuple[ResourceKey, FreshnessPolicy, Revision | None]
 """A key that has to be acquired, its policy, and what the cache has of it, which may stand in."""
@@ -617,7 +615,7 @@ class SingleFlight:
             return
         if flight.call is not None:
             flight.call.unwanted()
-        elif flight.phase is not _WRITING:
+        elif flight.phase is not Phase.WRITING:
             self._drop(flight)
 
     def _drop(self, flight: Flight) -> None:
@@ -688,7 +686,7 @@ class SingleFlight:
             return
         chosen, rest = self._choose(flights)
         for link, served in chosen.items():
-            if link.kind is _DERIVED:
+            if link.kind is SourceKind.DERIVED:
                 self._each(self._derive, served, link)
             else:
                 self._be_ready(link, served)
@@ -854,9 +852,8 @@ class SingleFlight:
             if flight.link is not None:
                 self._be_ready(flight.link, (flight,))
             return
-        cycles = [f.cycle for f in gather.failures.values() if f.cycle is not None]
-        if cycles:
-            flight.cycle = cycles[0]
+        cycles = (failure.cycle for failure in gather.failures.values())
+        flight.cycle = next(filter(None, cycles), flight.cycle)
         work = flight.living_sponsor()
         self.hold(work)
         self.agenda.add(self._underived, flight, gather, work)
@@ -993,7 +990,7 @@ class SingleFlight:
             return True
         # The event counts even if the cache has had to make room and holds it no longer.
         status = decide(offered, event, replace_equal=flight.forced)
-        if status is CacheWriteStatus.STORED:
+        if status is _STORED:
             return True
         held = None if self._store is None else self._store.peek(flight.key)
         self._written(flight, status, held or event)
@@ -1240,11 +1237,8 @@ class SingleFlight:
             self.refresher.outdate(changes)
             if self._store is None:
                 self.reads.hide(changes)
-            if self.board.deriving:  # who else would ask?
-                versions = {k: None if new is None else new.version for k, new in changes.items()}
-                self._note_news(versions)
-            else:
-                self._changed.clear()
+            news = changes.items()
+            self._note_news((key, None if new is None else new.version) for key, new in news)
 
     def _is_own(self, key: ResourceKey, revision: Revision | None) -> bool:
         """Tell the flights of a key of a change; return whether it is none, but one's own value."""
@@ -1290,7 +1284,7 @@ class SingleFlight:
         self._forget_absent(versions)
         self.refresher.outdate(versions)
         self.reads.hide(dict.fromkeys(versions))
-        self._note_news(versions)
+        self._note_news(versions.items())
 
     def _invalidate(self, flight: Flight) -> None:
         """Forget what a flight knows from before; its value, too, unless it is still to be read."""
@@ -1316,13 +1310,13 @@ class SingleFlight:
         self._absent.clear()
         self.reads.hide({})
 
-    def _note_news(self, versions: Mapping[ResourceKey, str | None]) -> None:
+    def _note_news(self, versions: Iterable[tuple[ResourceKey, str | None]]) -> None:
         """Remember news for those who may want to join a derivation that has read before it."""
-        if not self.board.deriving:
+        if not self.board.deriving:  # who else would ask?
             self._changed.clear()
             return
         self._news += 1
-        for key, version in versions.items():
+        for key, version in versions:
             self._changed[key] = (self._news, version)
         if len(self._changed) > _MOST_NEWS:
             self._changed.clear()
