@@ -465,12 +465,11 @@ async def test_so_many_absent_keys_are_remembered_and_no_more(
     assert len(source.calls) == 2
 
 
-async def test_what_is_remembered_belongs_to_one_event_loop_as_everything_does() -> None:
+def test_what_is_remembered_belongs_to_one_event_loop_as_everything_does() -> None:
     source = Stock("x", {"x": FOR_A_MINUTE})
     building = builder(source)
-    await attempt(building)
-    building._engine.flights.forget()
-    await attempt(building)
+    asyncio.run(attempt(building))
+    asyncio.run(attempt(building))
     assert len(source.calls) == 2
 
 

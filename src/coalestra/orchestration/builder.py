@@ -118,8 +118,8 @@ def collect_health(
     violations = parts.counters.source_transport_timeout_violations.copy()
     return BuilderHealth(
         closed=engine.closed,
-        background_refreshes=engine.refresher.active,
-        failing_refreshes=len(engine.refresher.failing),
+        background_refreshes=engine.flights.refresher.active,
+        failing_refreshes=len(engine.flights.refresher.failing),
         singleflight_in_flight=len(engine.flights.board.flights),
         source_support_cache_entries=parts.chains.entries,
         capacity=capacity,
@@ -514,7 +514,7 @@ class SnapshotBuilder(BuilderArguments):
     async def wait_for_refreshes(self) -> None:
         """Wait for the background refreshes that are scheduled at this moment."""
         self._engine.attach()
-        await self._engine.refresher.wait()
+        await self._engine.flights.refresher.wait()
 
     # The end ----------------------------------------------------------------------------------
 

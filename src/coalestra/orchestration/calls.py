@@ -1930,13 +1930,6 @@ class Dispatch:
         self._resting: dict[Lane, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def forget(self) -> None:
-        """Drop what belonged to an event loop that has ended."""
-        self.workers.clear()
-        self.tasks.clear()
-        self.close()
-        self.quiet_until = 0.0
-
     def close(self) -> None:
         """Start no worker any more."""
         self.quiet_until = math.inf

@@ -149,7 +149,7 @@ class Closing:
     # The stages, each with the seconds that it has ---------------------------------------------
 
     async def _end_refreshes(self, cancel: bool, seconds: float) -> None:
-        refresher = self.engine.refresher
+        refresher = self.engine.flights.refresher
         if cancel or not refresher.active:
             return
         waiting = asyncio.ensure_future(refresher.wait())

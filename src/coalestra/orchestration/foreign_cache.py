@@ -120,12 +120,6 @@ class CacheReads:
         for group in self._groups:
             group.changed.update(changes)
 
-    def forget(self) -> None:
-        """Drop everything: the event loop it belonged to has ended."""
-        self._open.clear()
-        self._groups.clear()
-        self._next.clear()
-
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
         for read in group.reads:
             if gather in read.waiters:
@@ -275,14 +269,10 @@ class CacheWrites:
             terms = Terms({revision.key: flight.policy}, now)
             access.write_behind((revision,), terms, wanted=access.holds)
 
-    def forget(self) -> None:
-        """Drop everything: the event loop it belonged to has ended."""
-        self._next, self._held, self._writers = {}, {}, set()
-
     def _send(self) -> None:
         loop, access = asyncio.get_running_loop(), self.parts.access
         group, held = self._next, self._held
-        self.forget()
+        self._next, self._held, self._writers = {}, {}, set()
         for forced in (False, True):
             part = {offered: each for offered, each in group.items() if each.forced is forced}
             if part:

@@ -252,12 +252,5 @@ class Refresher:
                 count("resource_refresh_total", refresh.key, status="cancelled")
             self._end(refresh)
 
-    def forget(self) -> None:
-        """Drop everything: the event loop it belonged to has ended."""
-        self._next.clear()
-        self._running.clear()
-        self._current.clear()
-        self.failing.clear()
-
     def __repr__(self) -> str:
         return f"<Refresher active={len(self._running)} closed={self.closed}>"

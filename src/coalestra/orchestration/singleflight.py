@@ -188,11 +188,6 @@ class Agenda:
                 self.run()
             await asyncio.sleep(0)
 
-    def clear(self) -> None:
-        """Forget every step: the loop they belonged to is gone."""
-        self._steps.clear()
-        self._handle = None
-
     def __repr__(self) -> str:
         return f"<Agenda steps={len(self._steps)} running={self._running}>"
 
@@ -1378,22 +1373,14 @@ class SingleFlight:
         return False
 
     def forget(self) -> None:
-        """Drop everything that belonged to an event loop which has ended."""
-        self.agenda.clear()
+        """Start nothing any more, and tell the circuits of calls: the event loop has ended."""
+        self.parts.access.subscribers.unsubscribe(self)
+        self.refresher.closed = True
+        self.dispatch.close()
+        self.hold_nothing_back()
         for flight in [*self.board.flights.values(), *chain(*self.board.aside.values())]:
-            flight.joinable = False  # should it still end, it takes no successor off the new board
             if flight.call is not None:
                 flight.call.forget()
-        self.board = FlightBoard(self.parts.report)
-        self.dispatch.forget()
-        self.reads.forget()
-        self.writes.forget()
-        self.refresher.forget()
-        self._publishing.clear()
-        self.hold_nothing_back()
-        self._renewed.clear()
-        self._changed.clear()
-        self._absent.clear()
 
     def __repr__(self) -> str:
         return f"<SingleFlight flights={len(self.board.flights)} {self.dispatch!r}>"
@@ -1544,9 +1531,8 @@ class Engine:
 
     def __init__(self, parts: Parts, variables: contextvars.Context) -> None:
         self.parts = parts
+        self._variables = variables
         self.flights: SingleFlight = SingleFlight(parts, variables)
-        self.deliveries: Deliveries = self.flights.deliveries
-        self.refresher: Refresher = self.flights.refresher
         self.warm_reads: WarmReads = WarmReads(parts)
         followed = parts.report is not None or not parts.tracing.off
         self._joining_store = None if followed else parts.access.store
@@ -1657,8 +1643,8 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether anything is under way."""
-        dispatch = self.flights.dispatch
-        return bool(self._stages or dispatch.workers or dispatch.tasks or self.refresher.active)
+        dispatch, refreshes = self.flights.dispatch, self.flights.refresher.active
+        return bool(self._stages or dispatch.workers or dispatch.tasks or refreshes)
 
     def enter(self) -> asyncio.AbstractEventLoop:
         """Begin something on the running event loop, make that loop the engine's own, return it.
@@ -1670,7 +1656,7 @@ class Engine:
         return self.attach()
 
     def attach(self) -> asyncio.AbstractEventLoop:
-        """Make the running event loop the engine's own, and return it.
+        """Make the running event loop the engine's own, with flights of its own, and return it.
 
         Raises:
             RuntimeError: if another loop still has work of this builder under way.
@@ -1688,7 +1674,10 @@ class Engine:
                     "loop, or a SyncSnapshotBuilder to share one between threads"
                 )
             self.flights.forget()
+            self.flights = SingleFlight(self.parts, self._variables)
             self._stages.clear()
+            if self.closed:
+                self.flights.forget()
         self._loop = loop
         return loop
 
@@ -1702,7 +1691,7 @@ class Engine:
     def close(self) -> None:
         """Refuse new stages, and end those under way with an error."""
         self.closed = True
-        self.refresher.closed = True
+        self.flights.refresher.closed = True
         for stage in tuple(self._stages):
             self.flights.abandon(stage)
             stage.fail(BuilderClosedError())
@@ -1714,7 +1703,7 @@ class Engine:
         What waits for a thread leaves it behind then: a program that has cancelled all tasks at
         once will not do so again, and could not end.
         """
-        self.refresher.cancel()
+        self.flights.refresher.cancel()
         self.parts.access.subscribers.unsubscribe(self.flights)
         self.flights.dispatch.close()
         running = {*self.flights.dispatch.workers, *self.flights.dispatch.tasks}

@@ -265,8 +265,10 @@ class UnitOfWork:
         trace = self.work.trace
         self.engine.parts.pace.begin()
         with _UNNOTED if trace is None else trace.delivering(len(readings)):
-            copies = self.engine.deliveries.at_hand(readings)
-            values, uncopied = copies or await self.engine.deliveries.values(readings, deadline)
+            copies = self.engine.flights.deliveries.at_hand(readings)
+            values, uncopied = copies or await self.engine.flights.deliveries.values(
+                readings, deadline
+            )
         if uncopied and cut_short(uncopied):
             parts = self.engine.parts
             parts.counters.deadline_exceeded_count += 1
@@ -282,7 +284,9 @@ class UnitOfWork:
         errors = {failure.key: failure.make() for failure in self._failed() if failure}
         for key, reading in self.visible(self.pins).items():
             try:
-                values[key] = self.engine.deliveries.value_here(reading, "snapshot delivery")
+                values[key] = self.engine.flights.deliveries.value_here(
+                    reading, "snapshot delivery"
+                )
             except PayloadIsolationError as error:
                 errors[key] = error
         return self.assembled(values, errors)
@@ -321,8 +325,8 @@ async def together(engine: Engine, crowd: Crowd, strict: bool) -> Snapshot:
         await told
     finally:
         engine.leave(crowd, told)
-    copies = crowd.copies(engine.deliveries)
-    values, errors = copies or await engine.deliveries.values(crowd.readings, None)
+    copies = crowd.copies(engine.flights.deliveries)
+    values, errors = copies or await engine.flights.deliveries.values(crowd.readings, None)
     if crowd.failures:
         errors.update({failure.key: failure.make() for failure in crowd.failures.values()})
     counted = {
