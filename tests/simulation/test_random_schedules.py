@@ -24,6 +24,7 @@ from coalestra import (
     SnapshotRequest,
 )
 from coalestra.concurrency import pace
+from coalestra.concurrency.threads import Job, WorkerThreads
 from coalestra.core import values
 from coalestra.orchestration import calls, deliveries, foreign_cache, readings, singleflight, unit
 from tests.simulation.world import PAIR, World, facts
@@ -36,9 +37,24 @@ BLOCKS = 10
 
 @pytest.fixture(autouse=True)
 def _without_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no slice of real time end early, so that a seed means the same run every time."""
+    """Let no slice end early and use no thread, so that a seed means the same run every time."""
     monkeypatch.setattr(singleflight, "SLICE_SECONDS", math.inf)
     monkeypatch.setattr(pace, "SLICE_SECONDS", math.inf)
+    monkeypatch.setattr(WorkerThreads, "_hand_over", work_later)
+
+
+def work_later(threads: WorkerThreads, job: Job[Any]) -> None:
+    """Stand in for a thread, which takes a turn of the loop, or a few."""
+    loop = asyncio.get_running_loop()
+
+    def work(turns: int) -> None:
+        if turns:
+            loop.call_soon(work, turns - 1)
+        else:
+            job.make()
+            job.end()
+
+    loop.call_soon(work, sum(threads.busy.values()) % 4)
 
 
 @pytest.fixture
@@ -99,9 +115,11 @@ async def live(seed: int) -> None:
             raise outcome
     await world.builder.wait_for_refreshes()
     await asyncio.sleep(20)
-    await no_leaks(world.builder)
+    for builder in (world.builder, world.aside):
+        await no_leaks(builder)
     assert world.calls.overlaps == []
-    await world.builder.aclose()
+    for builder in (world.builder, world.aside):
+        await builder.aclose()
     assert not world.spans.open
     health = await world.builder.health_snapshot()
     assert health.observability_failure_count == 0
@@ -213,12 +231,13 @@ async def change_both(world: World) -> None:
 
 
 async def change(world: World) -> None:
-    """Let a base key change."""
-    await world.change(world.chance.choice(world.lively))
+    """Let a base key change, or several."""
+    count = world.chance.choice((1, 1, len(world.lively)))
+    await asyncio.gather(*map(world.change, world.chance.sample(world.lively, count)))
 
 
 def wanted(world: World) -> list[ResourceKey]:
-    return world.chance.sample(world.keys, world.chance.randint(1, 6))
+    return world.chance.sample(world.keys, world.chance.randint(1, 9))
 
 
 def check(

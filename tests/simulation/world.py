@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from coalestra import (
     AsyncMemoryCache,
     CacheLookup,
+    CircuitBreakerPolicy,
+    CircuitScope,
     FetchContext,
     FreshnessPolicy,
     RefreshMode,
@@ -190,26 +192,32 @@ class World:
         self.wild = not self.calm and chance.random() < 0.4
         self.jumps = chance.random() < 0.2
         self.vanishes = chance.random() < 0.5
+        self.prompt = chance.choice((0.0, 0.5, 0.95))
+        self.nests = chance.random() < 0.3
+        self.mutable = chance.random() < 0.15
         self.clock = TickingClock()
         self.calls = Calls()
         self.bases = [
-            *(key("single", str(i)) for i in range(3)),
+            *(key("single", str(i)) for i in range(8)),
             *(key("batch", str(i)) for i in range(4)),
         ]
+        self.batched = self.bases[-4:]
         self.truth = dict.fromkeys(self.bases, 0)
         self.floor = dict.fromkeys(self.bases, 0)
         self.both = 0
         self.turn = asyncio.Lock()
         self.turns = {k: asyncio.Lock() for k in self.bases}
         self.needs: dict[ResourceKey, list[ResourceKey]] = {}
-        for i in range(6):
+        for i in range(9):
             known = [*self.bases, *self.needs]
             self.needs[key("derived", str(i))] = chance.sample(known, chance.randint(1, 3))
         self.keys = [*self.bases, *self.needs]
-        self.lively = chance.sample(self.bases, 4)
-        self.traced = seed % 2 == 0
+        self.lively = chance.sample(self.bases, 6)
+        self.traced = seed % 3 == 0
         self.spans = Spans()
         self.builder = self._builder()
+        aside = Single("aside", "single", "batch", fetch=self.fetch_aside)
+        self.aside = SnapshotBuilder([aside], clock=self.clock, max_concurrency=1)
 
     def _builder(self) -> SnapshotBuilder:
         chance = self.chance
@@ -229,15 +237,24 @@ class World:
         kind = chance.random()
         if kind < 0.4:
             cache = (AwaitedCache if kind < 0.25 else JudgingCache)(chance, self.wild)
+        circuit = chance.choice(
+            (
+                CircuitBreakerPolicy(),
+                CircuitBreakerPolicy(enabled=False),
+                CircuitBreakerPolicy(chance.choice([*CircuitScope]), 1, 0.5),
+            )
+        )
         return SnapshotBuilder(
             self._sources(),
             cache=cache,
             clock=self.clock,
             default_policy=policy,
             default_resilience=SourceResiliencePolicy(
-                retry=retry, finish_late=chance.random() < 0.5
+                retry=retry, circuit=circuit, finish_late=chance.random() < 0.5
             ),
             max_concurrency=chance.choice((1, 2, 8)),
+            max_pending_tasks=chance.choice((1, 2, 100)),
+            run_payload_copies_in_thread=True if self.mutable else None,
             trace=self.traced,
             tracer=self.spans if self.traced else None,
         )
@@ -253,6 +270,7 @@ class World:
                 return {k: v for k, v in found.items() if not world.fails()}
 
         async def single(k: ResourceKey, context: FetchContext) -> Any:
+            await world.nest(world.batched)
             answer = (await world.read("single", [k]))[k]
             if isinstance(answer, ResourceAbsent):
                 raise answer
@@ -263,7 +281,8 @@ class World:
 
         class Nested(Derived):
             async def derive(self, k: ResourceKey, inputs: Snapshot, context: FetchContext) -> Any:
-                await world.pause()
+                await world.nest(world.bases)
+                await world.work()
                 return {str(each): value.value for each, value in inputs.items()}
 
         pair = Pair("batch")
@@ -306,6 +325,25 @@ class World:
         for _ in range(self.chance.randint(0, 2)):
             await asyncio.sleep(self.chance.choice((0, 0, 0.1, 1)))
 
+    async def work(self) -> None:
+        """Take the time that a source takes, none at all where they are prompt; or fail."""
+        if self.chance.random() >= self.prompt:
+            await self.pause()
+        if self.fails():
+            raise self.trouble()
+
+    async def nest(self, keys: Sequence[ResourceKey]) -> None:
+        """Build within a source, at times, from its own builder or another one."""
+        if self.nests and self.chance.random() < 0.4:
+            builder = self.chance.choice((self.builder, self.aside))
+            await builder.build(self.chance.sample(keys, 2), strict=False)
+
+    async def fetch_aside(self, k: ResourceKey, context: FetchContext) -> Any:
+        """Answer for the other builder, by way of the first one at times."""
+        await self.nest(self.batched)
+        await self.work()
+        return str(k)
+
     async def read(self, source: str, keys: Collection[ResourceKey]) -> dict[ResourceKey, Any]:
         """Answer with the truth as it was when the call began, after a while; or fail."""
         calls = {k: self.calls.begin(source, k) for k in keys}
@@ -314,14 +352,13 @@ class World:
             found = {k: (str(k), self.truth[k]) for k in keys}
             dated = not self.jumps and self.chance.random() < 0.5
             observed_at = self.clock.now() if dated else None
-            await self.pause()
-            if self.fails():
-                raise self.trouble()
+            await self.work()
             lasting = self.chance.choice((None, 1.0, 100.0))
+            kinds = (tuple, list) if self.mutable else (tuple,)
             return {
                 k: ResourceAbsent(ttl_seconds=lasting, final=self.chance.random() < 0.3)
                 if self.is_absent(value[1])
-                else SourcePayload(value, observed_at)
+                else SourcePayload(self.chance.choice(kinds)(value), observed_at)
                 for k, value in found.items()
             }
         except asyncio.CancelledError:
@@ -377,4 +414,5 @@ def facts(payload: Any) -> Iterator[tuple[str, int]]:
         for each in payload.values():
             yield from facts(each)
     else:
-        yield payload
+        name, number = payload
+        yield name, number

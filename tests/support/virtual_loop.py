@@ -280,7 +280,7 @@ class ShuffledLoop(VirtualLoop):
     def begin_step(self, events: list[tuple[selectors.SelectorKey, int]]) -> None:
         super().begin_step(events)
         ready = self._ready
-        places = [index for index, handle in enumerate(ready) if _steps_a_task(handle)]
+        places = [index for index, handle in enumerate(ready.copy()) if _steps_a_task(handle)]
         handles = [ready[index] for index in places]
         self._random.shuffle(handles)
         for index, handle in zip(places, handles, strict=True):
