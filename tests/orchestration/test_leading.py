@@ -200,6 +200,46 @@ async def test_each_key_has_context_variables_of_its_own(tasks: str) -> None:
     await no_leaks(it.builder)
 
 
+async def test_one_that_gives_others_a_turn_has_not_answered_yet() -> None:
+    it = Told(max_concurrency=1)
+
+    @it.at(C)
+    async def give_way(k: ResourceKey) -> None:
+        await asyncio.sleep(0)
+
+    assert values(await it.builder.build(KEYS)) == ALL
+    await no_leaks(it.builder)
+
+
+class Noting:
+    """Keeps what events it is told of."""
+
+    coalestra_non_blocking = True
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        self.events.append(event_type)
+
+
+async def test_a_sink_is_told_of_each_call() -> None:
+    sink = Noting()
+    it = Told(events=sink)
+    assert values(await it.builder.build(KEYS)) == ALL
+    assert sink.events.count("source_call_started") == len(it.source.calls) == 6
+    await no_leaks(it.builder)
+
+
+async def test_a_trace_has_each_call() -> None:
+    it = Told()
+    snapshot = await it.builder.build(KEYS, trace=True)
+    assert snapshot.trace is not None
+    assert len({call for of_key in snapshot.trace.keys.values() for call in of_key.calls}) == 6
+    assert [call.keys for call in snapshot.trace.calls] == [1] * 6
+    await no_leaks(it.builder)
+
+
 # What is no good answer --------------------------------------------------------------------------
 
 
@@ -299,8 +339,31 @@ async def test_failures_in_a_row_open_the_circuit_and_the_rest_is_refused(
         it.deeds[k] = fail
     snapshot = await it.builder.build(KEYS, strict=False)
     assert values(snapshot) == {"0": "0"}
+    assert it.source.calls == KEYS[:4]
     (circuit,) = (await it.builder.circuit_breaker.snapshot()).values()
-    assert circuit.state.value == "open"
+    assert (circuit.state.value, circuit.failures) == ("open", 3)
+    await no_leaks(it.builder)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_failure_after_the_circuit_has_recovered_counts(raises: bool) -> None:
+    policy = resilience(threshold=2)
+    it = Told(policy)
+
+    @it.at(C)
+    async def fail(k: ResourceKey) -> Any:
+        if raises:
+            raise OSError("down")
+        return _stale()
+
+    for _ in range(2):
+        await it.builder.circuit_breaker.record_failure("x", policy=policy.circuit)
+    await asyncio.sleep(20.0)
+    await it.builder.build([A])
+    assert not await it.builder.circuit_breaker.snapshot()
+    await it.builder.build([B, C], strict=False)
+    (circuit,) = (await it.builder.circuit_breaker.snapshot()).values()
+    assert circuit.failures == 1
     await no_leaks(it.builder)
 
 
@@ -332,7 +395,7 @@ class StruckClock(ManualClock):
         self.readings += 1
         self.strikes_in -= 1
         if self.strikes_in == 0:
-            raise OSError("no clock")
+            raise ConnectionError("no clock")
 
     def now(self) -> float:
         self._read()
@@ -351,26 +414,29 @@ async def test_a_clock_that_raises_at_any_time_leaves_nobody_waiting() -> None:
         clock = StruckClock()
         it = Told(clock=clock)
         clock.strikes_in = number
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConnectionError):
             await asyncio.wait_for(it.builder.build(KEYS, strict=False), 60.0)
         await no_leaks(it.builder)
         assert values(await it.builder.build(KEYS)) == ALL
 
 
-@pytest.mark.parametrize("when", ["before it is asked", "after it answered"])
-async def test_a_clock_that_raises_for_one_key_costs_no_other_its_value(when: str) -> None:
+@pytest.mark.parametrize("readings", [1, 2, 3])
+async def test_a_clock_that_raises_for_one_key_costs_no_other_its_value(readings: int) -> None:
+    """As the source has answered, as the time of the answer is taken, or for the next one."""
     clock = StruckClock()
     it = Told(resilience(attempts=2), clock=clock)
 
     @it.at(B)
     async def strike(k: ResourceKey) -> None:
         if it.source.calls.count(B) == 1:
-            clock.strikes_in = 1 if when == "after it answered" else 3
+            clock.strikes_in = readings
 
     snapshot = await it.builder.build(KEYS, strict=False)
     assert {k.subject: k.subject for k in KEYS if k not in (B, C)}.items() <= values(
         snapshot
     ).items()
+    (health,) = (await it.builder.health_snapshot()).sources.values()
+    assert health.seconds_since_error is None
     await no_leaks(it.builder)
 
 
@@ -614,10 +680,12 @@ async def test_one_that_waits_is_cut_off_at_its_timeout_and_keeps_its_slot_till_
             await asyncio.sleep(100.0)
         await asyncio.sleep(0.5)
 
+    began = asyncio.get_running_loop().time()
     building = asyncio.ensure_future(it.builder.build(KEYS, strict=False))
     await asyncio.sleep(1.25)
     assert len(it.source.calls) == 3
     snapshot = await building
+    assert asyncio.get_running_loop().time() - began == pytest.approx(1.5)
     assert set(snapshot.errors) == {C}
     assert len(it.source.calls) == 6
     await no_leaks(it.builder)
@@ -678,12 +746,17 @@ async def test_whatever_one_raises_the_others_have_their_values(
     await no_leaks(it.builder)
 
 
+@pytest.mark.late_tasks  # the closing that is begun here is not carried through
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_builder_that_closes_in_a_first_step_leaves_nobody_waiting(waits: bool) -> None:
+@pytest.mark.parametrize("is_call", [False, True])
+async def test_a_builder_that_closes_in_a_first_step_leaves_nobody_waiting(
+    is_call: bool, waits: bool
+) -> None:
     it = Told(max_concurrency=1)
 
     @it.at(C)
     async def close(k: ResourceKey) -> None:
+        assert not is_call or call_served() is not None
         closing = it.builder.aclose()
         closing.send(None)
         closings.append(closing)
@@ -695,7 +768,7 @@ async def test_a_builder_that_closes_in_a_first_step_leaves_nobody_waiting(waits
         await asyncio.wait_for(it.builder.build(KEYS), 60.0)
     closings[0].close()
     await it.builder.aclose()
-    await settle()
+    await no_leaks(it.builder)
 
 
 # What is counted, and what is left behind ---------------------------------------------------------
@@ -743,28 +816,26 @@ async def test_each_answer_has_its_own_time() -> None:
     it = Told(clock=clock)
 
     async def take(k: ResourceKey) -> None:
-        clock.advance(0.5)
+        clock.advance(0.5 + int(k.subject))
 
     it.deeds = dict.fromkeys(KEYS, take)
     snapshot = await it.builder.build(KEYS)
     assert it.led()
     assert [value.fetched_at - EPOCH for value in snapshot.values()] == [
-        0.5,
-        1.0,
-        1.5,
-        2.0,
-        2.5,
-        3.0,
+        (number + 1) ** 2 / 2 for number in range(6)
     ]
-    assert {value.latency_ms for value in snapshot.values()} == {500.0}
-    assert snapshot.diagnostics.source_latency_ms_by_source == {"x": 3_000.0}
+    assert [value.latency_ms for value in snapshot.values()] == [
+        500.0 + 1_000.0 * number for number in range(6)
+    ]
+    assert snapshot.diagnostics.source_latency_ms_by_source == {"x": 18_000.0}
     (health,) = (await it.builder.health_snapshot()).sources.values()
-    assert (health.attempt_count, health.total_latency_ms) == (6, 3_000.0)
+    assert (health.attempt_count, health.total_latency_ms) == (6, 18_000.0)
     await no_leaks(it.builder)
 
 
 @pytest.mark.parametrize("needs", [0, 1, 2, 40])
-async def test_derived_keys_are_led_with_what_each_is_derived_from(needs: int) -> None:
+@pytest.mark.parametrize("waits", [False, True])
+async def test_derived_keys_are_led_with_what_each_is_derived_from(waits: bool, needs: int) -> None:
     batch = Batch("base", answer=lambda k: [k.subject])
 
     def needed(k: ResourceKey) -> list[ResourceKey]:
@@ -778,6 +849,8 @@ async def test_derived_keys_are_led_with_what_each_is_derived_from(needs: int) -
             for each in inputs.values():
                 each.value.append("its own copy")
             assert list(inputs) == needed(k)
+            if waits and k is not A:
+                await asyncio.sleep(1.0)
             return [value.value[0] for value in inputs.values()]
 
     building = builder(Watched("x", needs=needed), batch)
@@ -785,22 +858,27 @@ async def test_derived_keys_are_led_with_what_each_is_derived_from(needs: int) -
     for k in KEYS:
         assert snapshot.value(k) == [each.subject for each in needed(k)]
         assert set(snapshot[k].dependency_versions) == set(needed(k))
-    assert len(set(tasks)) == 1
+    assert waits or len(set(tasks)) == 1
     await no_leaks(building)
+
+
+class Down(ConnectionError):
+    """What a source may fail with."""
 
 
 @pytest.mark.parametrize("ends", ["at once", "waits", "fails", "asks"])
 @pytest.mark.parametrize("lasting", [False, True])
 async def test_what_was_led_is_freed_without_the_collector(ends: str, lasting: bool) -> None:
-    it, gate, tasks = Told(max_concurrency=1), Gate(), list[asyncio.Task[Any]]()
+    it = Told(resilience(attempts=2), max_concurrency=1)
+    gate, tasks = Gate(), list[asyncio.Task[Any]]()
 
     async def answer(k: ResourceKey) -> Any:
         if lasting:
             tasks.append(asyncio.ensure_future(gate.pass_()))  # it keeps the context of the key
         if ends == "waits":
             await asyncio.sleep(1.0)
-        if ends == "fails" and k is not A:
-            raise OSError("down")
+        if ends == "fails" and k is not A and it.source.calls.count(k) == 1:
+            raise Down
         if ends == "asks" and k is not F:
             await it.builder.build([F])
 
@@ -818,6 +896,7 @@ async def test_what_was_led_is_freed_without_the_collector(ends: str, lasting: b
         await it.builder.build(KEYS, strict=False)
         await settle()
         assert not alive(Flight)
+        assert not alive(Down)
         assert not alive(Attempt)
         assert lasting or not alive(Call, Following)
     finally:

@@ -951,7 +951,7 @@ class Call:
         self._over = True
         if self.log is not None:
             self.log.over(_outcome_of(error, outcome), error)
-        self._attempt = None
+        self._attempt = self._interest = None
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
@@ -1151,7 +1151,7 @@ class Call:
         if self.flights:
             self.lost()
             return
-        self._over, self._attempt = True, None
+        self._over, self._attempt, self._interest = True, None, None
         if self.log is not None:
             self.log.over("success")
         if self._unusable is not None and not self.fresh:
@@ -1311,7 +1311,6 @@ class Call:
         if self._slow is not None:
             self._slow = None
             self.flights.pop(flight)
-            self.fresh.discard(flight)
             return False
         if flight not in self.fresh:
             self._tell_of_refused(flight, following.turn)
@@ -1803,9 +1802,7 @@ class Lane:
                 continue
             worker.call = call
             self._calls.add(call)
-            if begun is not None:
-                self.staff()  # it may take its time
-            elif len(call.flights) > _KEYS_AT_ONCE:
+            if begun is None and len(call.flights) > _KEYS_AT_ONCE:
                 await pace.rest()  # it took a while to make
             await call.run(worker, begun)
             if worker.begun is None and worker.gone:
