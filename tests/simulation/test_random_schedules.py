@@ -78,6 +78,7 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     for module in (calls, deliveries):
         monkeypatch.setattr(module, "PORTION", 1)
     monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(calls, "_CALLS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
     monkeypatch.setattr(singleflight, "_WAITERS_PER_STEP", 1)
     monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)

@@ -111,6 +111,9 @@ _KEYS_AT_ONCE = 1_024
 _HOLDERS_SHOWN = 3
 """How many sources that hold slots a message names."""
 
+_CALLS_BETWEEN_LOOKS = 4
+"""Calls that never wait would otherwise all be made in one step of the event loop."""
+
 _QUIET_SECONDS = 0.05
 """How long no worker is started after one was cancelled from outside."""
 
@@ -1234,7 +1237,7 @@ class Call:
                     break
                 count += 1
                 before += self.latency_ms
-                if pace.due:
+                if not count % _CALLS_BETWEEN_LOOKS and pace.due:
                     break
         finally:
             if lease is not None:
@@ -1280,41 +1283,24 @@ class Call:
         try:
             begun = run(_begin, following, self.link, flight.key, inputs, self.work.context)
             if following.led() and begun[0] is None:
-                taken = deque([(flight, begun[1])])
-                if self._has_taken(flight, following, taken, made, by_key):
+                ended_at = self.parts.clock.monotonic()
+                self.latency_ms = (ended_at - following.ticks) * 1000
+                if flight.phase is not _CALLING:
+                    return None  # nobody waits for it any more
+                self.extend(Flight.join_call((flight,), self))
+                self.flights[flight], self.rests_on = None, following.rests_on
+                self._count_answer(ended_at)
+                self._make(deque([(flight, begun[1])]), made, by_key)
+                if self._slow is None:
+                    if flight not in self.fresh:
+                        self._tell_of_refused(flight, following.turn)
                     return None
+                self._slow = None
         except BaseException as error:
-            return following.own(self, flight).resume(error, run)
-        return following.own(self, flight).resume(begun, run)
-
-    def _has_taken(
-        self,
-        flight: Flight,
-        following: Following,
-        answer: deque[tuple[Flight, Any]],
-        made: deque[Fresh],
-        by_key: dict[ResourceKey, Revision],
-    ) -> bool:
-        """Take what the source answered for one more key, unless that takes a thread."""
-        ended_at = self.parts.clock.monotonic()
-        self.latency_ms = (ended_at - following.ticks) * 1000
-        if flight.phase is not _CALLING:
-            return True  # nobody waits for it any more
-        try:
-            self.extend(Flight.join_call((flight,), self))
-            self.flights[flight], self.rests_on = None, following.rests_on
-            self._count_answer(ended_at)
-            self._make(answer, made, by_key)
-        except BaseException:
             self.flights.pop(flight, None)
-            raise
-        if self._slow is not None:
-            self._slow = None
-            self.flights.pop(flight)
-            return False
-        if flight not in self.fresh:
-            self._tell_of_refused(flight, following.turn)
-        return True
+            return following.own(self, flight).resume(error, run)
+        self.flights.pop(flight, None)
+        return following.own(self, flight).resume(begun, run)
 
     async def _hand_over_all(self, answers: deque[tuple[Flight, Any]]) -> None:
         """Hand over many values, after readers of the memory cache see all of them in one step."""
