@@ -448,6 +448,8 @@ class Read:
     rounds: int = 0
     unlike: str | None = None
     cached: Revision | None = None
+    event: None = None
+    candidate: None = None
     lease: Lease | None = None
 
     def __init__(self, key: ResourceKey, policy: FreshnessPolicy, group: ReadGroup) -> None:
@@ -480,9 +482,9 @@ class Gather:
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
     is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces;
     `span` is that of the stage, if a tracer follows it.
-    It is `open` while its keys are being looked for or its readings judged, and `holds` back the
-    calls of its work while they are looked for; `alone` stands then for the waiters of each flight
-    that it starts, until others join. With `renews`, what is stale or due is waited for, as a
+    It is `open` while its keys are being looked for or its readings judged. While they are looked
+    for the calls of its work are held back, and `alone` stands for the waiters of each flight that
+    it starts, until others join. With `renews`, what is stale or due is waited for, as a
     refresh inherits its freshness. One that `pins_beneath` is told with what `beneath` has `below`
     its readings, if it was asked.
     """
@@ -495,7 +497,6 @@ class Gather:
     logs: Mapping[ResourceKey, KeyLog] = EMPTY
     span: Any = None
     open: bool = False
-    holds: bool = False
     struck: bool = False
     over: bool = False
     rounds: int = 0
@@ -992,11 +993,9 @@ def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> R
     policy = awaited.policy
     if not policy.allow_stale_on_error:
         return None
-    now = parts.clock.now()
-    fetched = awaited.candidate if isinstance(awaited, Flight) else None
-    event = awaited.event if isinstance(awaited, Flight) else None
-    known = [one for one in (event, awaited.cached, fetched) if one is not None]
-    usable = [one for one in known if age_of(one, now) <= policy.max_stale_seconds]
+    now, most = parts.clock.now(), policy.max_stale_seconds
+    known = (awaited.event, awaited.cached, awaited.candidate)
+    usable = [one for one in known if one is not None and age_of(one, now) <= most]
     if not usable:
         return None
     newest = max(usable, key=lambda revision: revision.observed_at)
@@ -1005,7 +1004,7 @@ def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> R
         newest,
         policy.ttl_seconds,
         stale=age_of(newest, now) > policy.ttl_seconds,
-        from_cache=newest is not fetched,
+        from_cache=newest is not awaited.candidate,
         notes={"fallback_error_type": type_name(error), "fallback_error": message_of(error)},
     )
     reading.fallback = error

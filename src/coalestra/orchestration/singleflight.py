@@ -233,7 +233,7 @@ class SingleFlight:
                 self._end_broken(subject, error)
 
     def _end_broken(self, gather: Gather, error: BaseException) -> None:
-        if gather.holds:
+        if gather.alone is not None:
             self._looked(gather)
         self._leave_all(gather)
         for key in gather.keys:
@@ -255,7 +255,7 @@ class SingleFlight:
 
     def look(self, gather: Gather) -> None:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
-        gather.open = gather.holds = True
+        gather.open = True
         gather.alone = {gather: False}
         self.hold(gather.work)
         if gather.work.trace is not None:
@@ -328,8 +328,7 @@ class SingleFlight:
         return missed
 
     def _looked(self, gather: Gather) -> None:
-        gather.open = gather.holds = False
-        gather.alone = None
+        gather.open, gather.alone = False, None
         self.release(gather.work)
         self._check(gather)
 
@@ -1033,15 +1032,14 @@ class SingleFlight:
             for gather, joined in waiters.items():
                 self._hand(gather, flight, settlement, joined)
         else:
-            self.agenda.add(self._hand_on, flight, settlement, deque(waiters.items()))
+            self.agenda.add(self._hand_on, flight, settlement, waiters.items())
 
     def _hand_on(
-        self, flight: Flight, settlement: Settlement, waiters: deque[tuple[Gather, bool]]
+        self, flight: Flight, settlement: Settlement, waiters: Collection[tuple[Gather, bool]]
     ) -> Steps:
         """Tell very many waiters portion by portion; one who has left meanwhile is passed over."""
-        while waiters:
-            for _ in range(min(_WAITERS_PER_STEP, len(waiters))):
-                gather, joined = waiters.popleft()
+        for part in portions(waiters, _WAITERS_PER_STEP):
+            for gather, joined in part:
                 if flight in gather.pending:
                     self._hand(gather, flight, settlement, joined)
             yield
