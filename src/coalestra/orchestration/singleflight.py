@@ -525,7 +525,7 @@ class SingleFlight:
         if begun:
             self.board.start(gather, begun)
             if gather.owner is not None and len(gather.keys) == 1:
-                self._begin(work, begun)
+                self._later(work, begun)
             else:  # what was missed together is decided together
                 self._proceed(begun)
         if self._store is None:
@@ -567,7 +567,7 @@ class SingleFlight:
         gather.pins.private[key] = flight
         self.board.set_aside(flight)
         self._wait_for(gather, flight)
-        self._later(flight)
+        self._later(flight.living_sponsor(), (flight,))
 
     def hurry(self, gather: Gather) -> None:
         """Let all that is waited for queue for nothing, now and later."""
@@ -620,54 +620,47 @@ class SingleFlight:
 
     # Advance ----------------------------------------------------------------------------------
 
-    def _later(self, flight: Flight) -> None:
-        """Advance a flight in a step of its own, and hold its work's calls back until then."""
-        work = flight.living_sponsor()
-        self.hold(work)
-        self.agenda.add(self._advance, flight, work)
+    def _later(self, work: Work, flights: Sequence[Flight]) -> None:
+        """Let flights go on after the steps at hand, with what else of the work does by then.
 
-    def _advance(self, flight: Flight, work: Work) -> None:
-        try:
-            self._go_on(flight)
-        finally:
-            self.release(work)
-
-    def _go_on(self, flight: Flight) -> None:
-        if flight.waiters:
-            flight.choose()
-            self.board.deriving.pop(flight, None)
-            self._proceed((flight,))
-        elif flight.phase is not _SETTLED:
-            ending = Failure.of_sources(flight.key, flight.failures)
-            if ending.absent and not self._choose((flight,))[0]:
-                self._keep_absence(flight, ending)  # said too late for whoever asked
-            self._drop(flight)
-
-    def _begin(self, work: Work, flights: Sequence[Flight]) -> None:
-        """Let flights proceed after the steps at hand, with what others of the work begin by then.
-
-        Each of many derived keys may begin one.
+        Each of many derived keys may begin one. The calls of the work are held back meanwhile.
         """
         first = not work.begun
         work.begun += flights
         if first:
             self.hold(work)
-            self.agenda.add(self._proceed_together, flights[0], work)
+            self.agenda.add(self._go_on_together, flights[0], work)
 
-    def _proceed_together(self, _first: Flight, work: Work) -> Steps:
+    def _go_on_together(self, _first: Flight, work: Work) -> Steps:
         flights, work.begun = work.begun, []
         try:
             for part in portions(flights, _KEYS_PER_STEP):
-                here = [flight for flight in part if flight.phase is not _SETTLED]
                 try:
-                    self._proceed(here)
+                    self._go_on(part)
                 except BaseException as error:
-                    for flight in here:
+                    for flight in part:
                         self.broken(flight, error)
                 if len(part) == _KEYS_PER_STEP:
                     yield
         finally:
             self.release(work)
+
+    def _go_on(self, flights: Iterable[Flight]) -> None:
+        """Go back to the chains of flights; those that are as far in them proceed together."""
+        alike: dict[int, list[Flight]] = {}
+        for flight in flights:
+            if flight.waiters:
+                if flight.failures:  # a source has refused it
+                    flight.choose()
+                    self.board.deriving.pop(flight, None)
+                alike.setdefault(flight.position, []).append(flight)
+            elif flight.phase is not _SETTLED:
+                ending = Failure.of_sources(flight.key, flight.failures)
+                if ending.absent and not self._choose((flight,))[0]:
+                    self._keep_absence(flight, ending)  # said too late for whoever asked
+                self._drop(flight)
+        for here in alike.values():
+            self._proceed(here)
 
     def _proceed(self, flights: Sequence[Flight]) -> None:
         """Send flights, which are as far in their chains, on to the next source of each."""
@@ -741,7 +734,7 @@ class SingleFlight:
     def refused(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         """Take note that a source failed for a key, and let the key go on to the next one."""
         self._each(self._note, (flight,), failure, status)
-        self._later(flight)
+        self._later(flight.living_sponsor(), (flight,))
 
     def _note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         flight.failures += (failure,)
