@@ -664,20 +664,26 @@ class SingleFlight:
 
     def _proceed(self, flights: Sequence[Flight]) -> None:
         """Send flights, which are as far in their chains, on to the next source of each."""
-        now = asyncio.get_running_loop().time()
-        over = [flight for flight in flights if flight.cutoff <= now]
-        if over:
-            flights = [flight for flight in flights if flight.cutoff > now]
-            self._each(self._end_of_chain, over, True)
+        flights = self._in_time(flights)
         if not flights:
             return
         chosen, rest = self._choose(flights)
-        for link, served in chosen.items():
+        for link, all_served in chosen.items():
+            served = self._in_time(all_served)
             if link.kind is SourceKind.DERIVED:
                 self._each(self._derive, served, link)
-            else:
+            elif served:
                 self._be_ready(link, served)
-        self._each(self._end_of_chain, rest, False)
+        self._each(self._end_of_chain, self._in_time(rest), False)
+
+    def _in_time(self, flights: Sequence[Flight]) -> Sequence[Flight]:
+        """End the flights whose time is over, as it may be once sources were asked about them."""
+        now = asyncio.get_running_loop().time()
+        over = [flight for flight in flights if flight.cutoff <= now]
+        if not over:
+            return flights
+        self._each(self._end_of_chain, over, True)
+        return [flight for flight in flights if flight.cutoff > now]
 
     def _each(self, do: Callable[..., None], flights: Iterable[Flight], *arguments: Any) -> None:
         """Do something with each flight; one for which that fails is broken, not the others."""
