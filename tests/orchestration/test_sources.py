@@ -28,6 +28,8 @@ from coalestra import (
     SourcePayload,
     SourceUnavailableError,
 )
+from coalestra.core.snapshot import DiagnosticsRecorder
+from coalestra.orchestration.sources import Chains
 from tests.orchestration.scripted import ONCE, Batch, Derived, Scripted, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, TOP, Shop, shown
 from tests.support import EPOCH, Gate, ThreadGate, no_leaks, settle
@@ -191,6 +193,24 @@ async def test_the_answers_of_all_sources_count_towards_the_bound() -> None:
     assert (await building.health_snapshot()).source_support_cache_entries == 0
     await ask_anew(building, two)
     assert second.asked == [one, two, two]
+
+
+def test_a_source_that_has_itself_asked_while_it_is_asked_is_counted_once() -> None:
+    """As one may whose build in an eager task looks for the same key."""
+    record, variables = DiagnosticsRecorder(), contextvars.copy_context()
+    first = iter((True,))
+
+    class Again(Single):
+        def supports(self, key: ResourceKey) -> bool:
+            if next(first, False):
+                assert chains.supports(link, [K], record, variables) == [True]
+            return True
+
+    chains = Chains([Again("again")], max_entries=1)
+    (link,) = chains.links
+    asked = [K, key("x", "more"), key("x", "most")]
+    assert chains.supports(link, asked, record, variables) == [True, True, True]
+    assert chains.entries == 1
 
 
 async def test_answers_without_bound_are_all_kept() -> None:

@@ -209,6 +209,7 @@ class Chains:
                     answers.move_to_end(key)
                 said.append(known & served == served)
                 continue
+            held = len(answers)
             try:
                 answer = copied().run(supports, key)
                 if answer is not True and answer is not False:
@@ -218,10 +219,10 @@ class Chains:
                 continue
             said.append(answer)
             if memoized:
-                # Taken out anew: the source may have called for the answers to be forgotten.
-                known = answers.pop(key, 0) if known else 0
+                # Looked at anew if the source may have had answers forgotten, or more remembered.
+                known = answers.pop(key, 0) if known or len(answers) != held else 0
+                self.entries += not known & asked
                 answers[key] = known | (served if answer else asked)
-                self.entries += 1
         if memoized:
             record.support_cache_hits += hits
             record.support_cache_misses += len(said) - hits
