@@ -50,7 +50,9 @@ async def call_each(
     refused: Callable[[], Exception | None] = lambda: None,
     ended: Callable[[BaseException | None], object] = lambda _: None,
 ) -> tuple[dict[_I, _T], dict[_I, BaseException]]:
-    """Make a call for every item, at most ``width`` at a time; return results and failures.
+    """Make a call for every item, at most ``width`` at a time.
+
+    Return results and failures, each in the order of the items.
 
     A call that takes longer than ``seconds`` (None: it may) is cancelled and counts as failed by a
     `CacheTimeoutError`; should it not end, it is left behind. ``refused`` is asked before each call
@@ -85,7 +87,8 @@ async def call_each(
 
     workers = min(width, len(items))
     await (work() if workers == 1 else asyncio.gather(*[work() for _ in range(workers)]))
-    return results, failures
+    failures = {item: failures[item] for item in items if item in failures}
+    return {item: results[item] for item in items if item in results}, failures
 
 
 _left_behind: set[asyncio.Task[Any]] = set()
