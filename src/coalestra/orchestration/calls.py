@@ -208,8 +208,6 @@ def _nothing() -> None:
     """Close what has nothing to close."""
 
 
-_Unpacked = tuple[Any, FrozenDict[str, Any], float, bool]
-
 _Answers = tuple[deque[tuple[Flight, Any]], list[Flight]]
 """What a batch holds for its flights, and those that it holds nothing for."""
 
@@ -1399,10 +1397,7 @@ class Call:
         by_key: dict[ResourceKey, Revision],
         sealed: Sealed | None = None,
     ) -> None:
-        """Make revisions of values, as many as may be made before a look at the clock.
-
-        What it takes a thread to seal is put with the `_slow` ones, to be made with its seal.
-        """
+        """Make revisions of values, as many as may be made before a look at the clock."""
         parts, link, answered_at = self.parts, self.link, self.answered_at
         source, context, rank = link.name, link.context, self.lane.rank
         latency_ms, attempts, rests_on = self.latency_ms, self.attempts, self.rests_on
@@ -1415,7 +1410,9 @@ class Call:
             try:
                 payload, metadata, observed_at, dated = value, EMPTY, answered_at, False
                 if type(value) is SourcePayload:
-                    payload, metadata, observed_at, dated = self._unpacked(flight.key, value)
+                    payload = value.value
+                    if value.metadata or value.observed_at is not None:
+                        metadata, observed_at, dated = self._said_of(flight.key, value)
                 if payload is ResourceAbsent or isinstance(payload, ResourceAbsent):
                     self._refuse_absent(flight, payload)
                     continue
@@ -1454,7 +1451,7 @@ class Call:
             left -= found[1].weight
 
     def _put_aside(self, flight: Flight, value: Any) -> None:
-        """Let a value be copied in a thread."""
+        """Let a value be copied in a thread, and made with the seal of that."""
         self._slow = self._slow or []
         self._slow.append((flight, value))
 
@@ -1468,10 +1465,12 @@ class Call:
             here = [each for each in here if each[1] not in stored]
         self.dispatch.delivered(here, stored is None)
 
-    def _unpacked(self, key: ResourceKey, value: SourcePayload[Any]) -> _Unpacked:
-        """Return what a source wrapped, with how far its date is ahead of the clock, if it may be.
+    def _said_of(
+        self, key: ResourceKey, value: SourcePayload[Any]
+    ) -> tuple[FrozenDict[str, Any], float, bool]:
+        """Return what a source said of a value, with how far its date is ahead, if it may be.
 
-        The payload, its metadata, when it was observed, and whether the source said so.
+        That is metadata, when it was observed, and whether the source said so.
         """
         metadata, observed_at = value.metadata, self.answered_at
         if value.observed_at is not None:
@@ -1485,7 +1484,7 @@ class Call:
             if skew:
                 metadata = {**metadata, "clock_skew_seconds": skew}
         sealed = self.parts.copies.seal_metadata_now(metadata, context=self.link.context)
-        return value.value, sealed, observed_at, value.observed_at is not None
+        return sealed, observed_at, value.observed_at is not None
 
     def _refuse_absent(self, flight: Flight, answer: ResourceAbsent | type[ResourceAbsent]) -> None:
         """Note that the source has answered, that there is none."""

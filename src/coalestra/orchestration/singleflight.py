@@ -678,6 +678,8 @@ class SingleFlight:
 
     def _in_time(self, flights: Sequence[Flight]) -> Sequence[Flight]:
         """End the flights whose time is over, as it may be once sources were asked about them."""
+        if not flights or flights[0].sponsor.deadline is None:
+            return flights
         now = asyncio.get_running_loop().time()
         over = [flight for flight in flights if flight.cutoff <= now]
         if not over:
