@@ -29,6 +29,7 @@ import enum
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from coalestra.concurrency.deadline import Deadline
@@ -1039,21 +1040,33 @@ def late(
 
     `was` is what it was at; see `doing`.
     """
-    link = None if flight is None else flight.link
+    source = None if flight is None or flight.link is None else flight.link.name
     failures = () if flight is None else flight.failures
-    said = link is None or (flight is not None and _ended_late(flight, link.name))
-    call = None if flight is None else flight.call
-    tries = 0 if call is None else call.attempts
+    tries: int | None = 0
+    if flight is not None and source is not None and _ended_late(flight, source):
+        tries = None  # that is said already
+    elif flight is not None and flight.call is not None:
+        tries = flight.call.attempts
+    # A closure over as much would be nine objects for each of very many keys.
+    return Failure(key, partial(_late_error, key, deadline, source, failures, tries, was))
 
-    def make() -> Exception:
-        budget = "" if deadline is None else f" of {deadline.budget_seconds:g} s"
-        text = f"the deadline{budget} passed before {key.display} was resolved{was}"
-        if link is None:
-            return SnapshotDeadlineExceededError(text)
-        last = SourceFailure(link.name, SnapshotDeadlineExceededError.__name__, text, tries)
-        return ResourceResolutionError(key, failures if said else (*failures, last))
 
-    return Failure(key, make)
+def _late_error(
+    key: ResourceKey,
+    deadline: Deadline | None,
+    source: str | None,
+    failures: tuple[SourceFailure, ...],
+    tries: int | None,
+    was: str,
+) -> Exception:
+    budget = "" if deadline is None else f" of {deadline.budget_seconds:g} s"
+    text = f"the deadline{budget} passed before {key.display} was resolved{was}"
+    if source is None:
+        return SnapshotDeadlineExceededError(text)
+    if tries is not None:
+        last = SourceFailure(source, SnapshotDeadlineExceededError.__name__, text, tries)
+        failures = (*failures, last)
+    return ResourceResolutionError(key, failures)
 
 
 def _ended_late(flight: Flight, source: str) -> bool:
