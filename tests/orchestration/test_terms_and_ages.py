@@ -153,6 +153,27 @@ async def test_a_deadline_that_passes_while_calls_are_planned_is_named(
     await no_leaks(building)
 
 
+async def test_a_deadline_that_passes_while_no_source_is_found_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not the lack of one, which nobody had the time to find out."""
+    loop = asyncio.get_running_loop()
+    genuine = loop.time
+
+    class Slow(Single):
+        def supports(self, k: ResourceKey) -> bool:
+            monkeypatch.setattr(loop, "time", lambda: genuine() + 5.0)
+            return False
+
+    building = builder(Slow("s"))
+    waiting = asyncio.ensure_future(building.build([X, Y], strict=False, deadline_seconds=2))
+    await settle()
+    monkeypatch.undo()
+    for error in (await waiting).errors.values():
+        assert "the deadline of 2 s passed" in str(error)
+    await no_leaks(building)
+
+
 async def test_a_derivation_that_took_in_what_was_invalidated_is_not_stored() -> None:
     """It ends for those who wait for it, and for nobody else."""
     gate = Gate()
