@@ -24,6 +24,7 @@ from coalestra import (
     SourceUnavailableError,
     SyncSnapshotBuilder,
 )
+from coalestra.orchestration.flights import Flight
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
 from tests.support import Gate, VirtualLoop, drop, no_leaks, settle
 
@@ -593,3 +594,24 @@ def test_a_source_that_waits_on_a_loop_that_is_gone_keeps_nothing_of_it() -> Non
         del loop
         gc.collect()
     assert len([True for loop in loops if loop() is not None]) <= 1
+
+
+async def test_nothing_stays_of_what_derived_from_a_key_whose_source_asked_for_another() -> None:
+    """The waits of all builders of a loop are kept as long as that, but none that is over."""
+
+    class Outer(Batch):
+        async def fetch_many(self, keys: Any, context: FetchContext) -> Any:
+            if INNER not in keys:
+                await building.build([INNER])
+                await settle()
+            return dict.fromkeys(keys, 1)
+
+    bases = [key("outer", f"mine {number}") for number in range(8)]
+    needs = {key("sum", each.subject): [each] for each in bases}
+    building = builder(Outer("outer", "outer", "inner"), Derived("sum", needs=needs.__getitem__))
+    assert len(await building.build(needs)) == len(needs)
+    await no_leaks(building)
+    await building.aclose()
+    gc.collect()
+    asked = {*needs, *bases}
+    assert not [each for each in gc.get_objects() if type(each) is Flight and each.key in asked]
