@@ -397,6 +397,28 @@ async def test_a_key_that_is_a_value_as_well_stays_one(copies: PayloadCopies) ->
     assert same is not key
 
 
+async def test_an_instance_changed_while_it_is_copied_shares_nothing_with_its_copies(
+    copies: PayloadCopies,
+) -> None:
+    """Another thread may have its turn between any two steps; here, as a class is looked at."""
+    quote, levels = Quote(1.0, []), list[int]()
+
+    class Interrupting(type):
+        def __getattribute__(cls, name: str) -> Any:
+            quote.levels = None  # type: ignore[assignment]  # not what is found in a copy now
+            return super().__getattribute__(name)
+
+    class Odd(metaclass=Interrupting):
+        pass
+
+    vars(quote).update(bid=Odd(), levels=levels)
+    payload, kind = await seal(copies, quote)
+    first, second = payload, await unseal(copies, payload, kind)
+    assert quote.levels is None
+    assert first.levels == second.levels == []
+    assert len({id(each) for each in (levels, first.levels, second.levels)}) == 3
+
+
 async def test_an_instance_that_brings_its_own_way_to_be_copied_is_asked(
     copies: PayloadCopies,
 ) -> None:

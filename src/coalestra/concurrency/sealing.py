@@ -561,10 +561,10 @@ class Survey:
         shell = InstanceShell(cls, attributes, slots)
         first = shell.copy()
         self._made.shells.append(shell)
-        # From here on a shell keeps nothing that the source may change.
+        # From here on nothing is read that the source, or another thread, may change.
         if attributes:
-            self._place(parent, _set_attribute, attributes)
             shell.attributes = first.__dict__
+            self._place(parent, _set_attribute, shell.attributes)
         if slots:
             slots.update(dict.fromkeys(self._place(parent, object.__setattr__, slots)))
         return first
