@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import (
     Job,
     WorkerThreads,
@@ -326,6 +327,16 @@ async def test_the_threads_of_a_context_are_those_set_in_it(threads: WorkerThrea
     shared = bare.run(threads_of_context)
     assert shared is not threads
     assert shared is bare.run(threads_of_context)
+
+
+async def test_a_context_that_outlives_its_threads_has_those_of_the_process() -> None:
+    """What a source has begun goes on, and copies payloads, when its builder is closed."""
+    own = WorkerThreads()
+    token = current_threads.set(own)
+    own.close()
+    copies = PayloadCopies("cache", run_in_thread=True)
+    assert (await copies.seal([1], context=""))[0] == [1]
+    current_threads.reset(token)
 
 
 async def test_jobs_in_flight_counts_all_threads_of_the_process(threads: WorkerThreads) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import threading
 import weakref
@@ -615,3 +616,33 @@ async def test_nothing_stays_of_what_derived_from_a_key_whose_source_asked_for_a
     gc.collect()
     asked = {*needs, *bases}
     assert not [each for each in gc.get_objects() if type(each) is Flight and each.key in asked]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("kind", ["single", "led", "batch", "derived"])
+async def test_what_a_source_has_begun_keeps_nothing_of_a_builder_that_is_closed(
+    kind: str, waits: bool
+) -> None:
+    """A pool of connections, say, whose tasks the first call has begun and which is kept."""
+    variables: list[contextvars.Context] = []
+
+    async def begin(*_: Any) -> Any:
+        variables.append(contextvars.copy_context())
+        if waits:
+            await settle()
+        return 1
+
+    sources: list[Any] = [Single("outer", "outer", "inner", fetch=begin)]
+    if kind == "batch":
+        sources = [Batch("outer", "outer", before=begin)]
+    elif kind == "derived":
+        sources.append(Derived("sum", before=begin, needs=lambda k: [INNER]))
+    wanted = {"led": OUTERS, "derived": [key("sum")]}.get(kind, OUTERS[:1])
+    building = builder(*sources)
+    await building.build(wanted)
+    await building.aclose()
+    assert variables
+    left = weakref.ref(building.cache)
+    del building, sources
+    gc.collect()
+    assert left() is None

@@ -302,4 +302,5 @@ current_threads: contextvars.ContextVar[WorkerThreads | None] = contextvars.Cont
 
 def threads_of_context() -> WorkerThreads:
     """Return the worker threads that blocking work started here shall use."""
-    return current_threads.get() or _shared
+    threads = current_threads.get()  # they may have ended before a task that a source has begun
+    return _shared if threads is None or threads.closed else threads

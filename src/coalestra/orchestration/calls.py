@@ -159,7 +159,7 @@ def _first_step(link: Link, awaitable: Any) -> tuple[Any, Any]:
 
 
 def _begin(
-    serving: Call | Following,
+    serving: Callable[[], Call | None],
     link: Link,
     key: ResourceKey,
     inputs: tuple[Snapshot, ...],
@@ -531,11 +531,11 @@ class Attempt:
         """Call the source, and take its first step."""
         link, context, flights = self.call.link, self.call.work.context, self.call.flights
         if link.kind is _BATCH:
-            current_call.set(self.call)
+            current_call.set(weakref.ref(self.call))
             keys = tuple([flight.key for flight in flights])
             return _first_step(link, link.source.fetch_many(keys, context))
         (flight,) = flights
-        return _begin(self.call, link, flight.key, self._inputs, context)
+        return _begin(weakref.ref(self.call), link, flight.key, self._inputs, context)
 
     def _fail(self, error: BaseException) -> None:
         if self.over:
@@ -608,7 +608,7 @@ class Following:
     """
 
     __slots__ = (
-        "_attempt", "_call", "_flight", "_leader", "began", "rests_on", "ticks", "turn", "worker",
+        "_attempt", "_call", "_flight", "_leader", "_worker", "began", "rests_on", "ticks", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -620,43 +620,43 @@ class Following:
     ) -> None:
         self._leader: Call | None = leader
         self._flight: Flight | None = flight
-        self._call: Call | None = None
+        self._worker: Worker | None = worker
+        self._call: weakref.ref[Call] | None = None
         self._attempt: Attempt | None = None
-        self.worker: Worker = worker
         self.rests_on: FrozenDict[ResourceKey, str] = rests_on
         self.began: float = asyncio.get_running_loop().time()
         self.ticks: float = leader.parts.clock.monotonic()
         self.turn: int = leader.parts.breaker.turn
         flight.began = next_number()
 
-    @property
     def call(self) -> Call | None:
-        """The call that it is, from now on if it was none; None if it was answered without one.
+        """Return the call that it is, from now on if it was none; None if it is none, or is over.
 
         What its source has begun may ask, in any thread.
         """
         with _DECIDING:
-            if self._leader is not None and self._flight is not None:
-                self._become(self._leader, self._flight)
-            return self._call
+            if self._leader and self._flight and self._worker:
+                self._become(self._leader, self._flight, self._worker)
+            return None if self._call is None else self._call()
 
     def led(self) -> bool:
         """Have no call from now on, as the source has taken its step, unless it has one by now."""
         with _DECIDING:
-            self._leader = self._flight = None  # who still knows of this keeps nothing alive
+            # Who still knows of this keeps nothing alive.
+            self._leader = self._flight = self._worker = None
             return self._call is None
 
-    def own(self, leader: Call, flight: Flight) -> Attempt:
+    def own(self, leader: Call, flight: Flight, worker: Worker) -> Attempt:
         """Be a call of its own; return the attempt that is under way."""
         with _DECIDING:
-            attempt = self._attempt or self._become(leader, flight)
-            self._leader = self._flight = self._attempt = None
+            attempt = self._attempt or self._become(leader, flight, worker)
+            self._leader = self._flight = self._worker = self._attempt = None
             return attempt
 
-    def _become(self, leader: Call, flight: Flight) -> Attempt:
-        if self._call is None or self._attempt is None:
-            self._call = Call(leader.lane, (flight,) if flight.phase is _CALLING else ())
-            self._attempt = self._call.follow(self, leader.policy)
+    def _become(self, leader: Call, flight: Flight, worker: Worker) -> Attempt:
+        if self._attempt is None:
+            call = Call(leader.lane, (flight,) if flight.phase is _CALLING else ())
+            self._call, self._attempt = weakref.ref(call), call.follow(self, worker, leader.policy)
         return self._attempt
 
 
@@ -716,11 +716,6 @@ class Call:
         if attempt is not None:
             return str(attempt.stage.value[1])
         return "resting between two attempts" if self.attempts else "waiting for its turn"
-
-    @property
-    def call(self) -> Call:
-        """Itself, as what a source serves that is called by it."""
-        return self
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -846,12 +841,14 @@ class Call:
 
     # One attempt after the other --------------------------------------------------------------
 
-    def follow(self, following: Following, policy: SourceResiliencePolicy) -> Attempt:
+    def follow(
+        self, following: Following, worker: Worker, policy: SourceResiliencePolicy
+    ) -> Attempt:
         """Be under way already, in the wake of another call; return the attempt that is made."""
         self.policy, self._turn, self.rests_on = policy, following.turn, following.rests_on
         self._asked = tuple(self.flights) if policy.circuit.enabled else ()
         self.count_attempt()
-        self._attempt = Attempt(self, following.worker)
+        self._attempt = Attempt(self, worker)
         self._attempt.set_off(following.began, following.ticks)
         return self._attempt
 
@@ -1162,8 +1159,6 @@ class Call:
         if many or not self._circuits_need_not_know:
             self.dispatch.hold(self.work)
             self._work_off(self._concluding())
-        else:
-            self.fresh.clear()  # what its source has begun may keep the call for long
 
     def _concluding(self) -> Iterator[None]:
         """Tell the circuits; then let go of the flights, as many at once would hold the loop."""
@@ -1228,7 +1223,7 @@ class Call:
                 if prepared is None:
                     lane.put_back(flight)
                     break
-                attempt = self._ask_for(flight, *prepared, made, by_key)
+                attempt = self._ask_for(worker, flight, *prepared, made, by_key)
                 if attempt is not None:
                     attempt.take_over(lease)
                     lease = None
@@ -1270,6 +1265,7 @@ class Call:
 
     def _ask_for(
         self,
+        worker: Worker,
         flight: Flight,
         following: Following,
         inputs: tuple[Snapshot, ...],
@@ -1279,7 +1275,7 @@ class Call:
         """Ask for one more key; return the attempt that is under way if this is not the end."""
         run = self.work.variables.copy().run
         try:
-            begun = run(_begin, following, self.link, flight.key, inputs, self.work.context)
+            begun = run(_begin, following.call, self.link, flight.key, inputs, self.work.context)
             if following.led() and begun[0] is None:
                 ended_at = self.parts.clock.monotonic()
                 self.latency_ms = (ended_at - following.ticks) * 1000
@@ -1296,9 +1292,9 @@ class Call:
                 self._slow = None
         except BaseException as error:
             self.flights.pop(flight, None)
-            return following.own(self, flight).resume(error, run)
+            return following.own(self, flight, worker).resume(error, run)
         self.flights.pop(flight, None)
-        return following.own(self, flight).resume(begun, run)
+        return following.own(self, flight, worker).resume(begun, run)
 
     async def _hand_over_all(self, answers: deque[tuple[Flight, Any]]) -> None:
         """Hand over many values, after readers of the memory cache see all of them in one step."""

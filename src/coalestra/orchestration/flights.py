@@ -65,7 +65,7 @@ from coalestra.orchestration.sources import Link
 from coalestra.orchestration.tracing import FlightLog, KeyLog, WorkTrace
 
 if TYPE_CHECKING:
-    from coalestra.orchestration.calls import Call, Following, Lane
+    from coalestra.orchestration.calls import Call, Lane
     from coalestra.orchestration.singleflight import Crowd
 
 
@@ -199,9 +199,11 @@ class Work:
 # Flights and those who wait for them -------------------------------------------------------------
 
 
-current_call: contextvars.ContextVar[Call | Following | None] = contextvars.ContextVar(
+current_call: contextvars.ContextVar[Callable[[], Call | None] | None] = contextvars.ContextVar(
     "coalestra_current_call", default=None
 )
+"""Gives the call that a source is serving, and keeps nothing of it: what the source has begun may
+outlive the builder."""
 
 
 def call_served(variables: Mapping[contextvars.ContextVar[Any], Any] | None = None) -> Call | None:
@@ -210,7 +212,7 @@ def call_served(variables: Mapping[contextvars.ContextVar[Any], Any] | None = No
     Who uses a builder there waits on behalf of that call.
     """
     serving = current_call.get() if variables is None else variables.get(current_call)
-    return None if serving is None else serving.call
+    return None if serving is None else serving()
 
 
 _NOBODY: dict[Gather, bool] = {}
