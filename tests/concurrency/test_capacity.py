@@ -281,3 +281,20 @@ async def test_who_holds_the_slots_is_known_by_source() -> None:
     leases[1].release()
     assert controller.holders() == {"price": 1}
     own.release()
+
+
+async def test_a_slot_is_held_from_when_it_is_handed_over() -> None:
+    """Who asks in the step in which it changes hands is to know whom it waits for."""
+    controller = CapacityController(global_limit=1, source_limits={"price": 1})
+    first = await controller.acquire("reviews")
+    second, third = (asyncio.ensure_future(controller.acquire("price")) for _ in range(2))
+    await settle()
+    assert controller.holders() == {"reviews": 1}, "the second has a slot of its source alone"
+    first.release()
+    assert controller.holders() == {"price": 1}
+    second.cancel()
+    assert controller.holders() == {"price": 1}
+    await asyncio.wait([second])
+    assert controller.holders() == {"price": 1}, "the slot of its source went to the third"
+    (await third).release()
+    assert controller.holders() == {}

@@ -122,6 +122,6 @@ async def test_any_thread_may_count_who_waits_while_others_come_and_go() -> None
             wait.close()
             return super().done()
 
-    queue._waiters[Restless()] = None
-    queue._waiters[asyncio.get_running_loop().create_future()] = None
+    queue._waiters[Restless()] = nothing
+    queue._waiters[asyncio.get_running_loop().create_future()] = nothing
     assert len(queue) == 2

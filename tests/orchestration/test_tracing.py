@@ -264,6 +264,28 @@ async def test_a_wait_for_capacity_names_who_held_it() -> None:
     await first
 
 
+async def test_a_slot_on_its_way_to_who_waited_for_it_is_held_by_that_one() -> None:
+    b = builder(Single("a", fetch=latency(1)), Single("b", fetch=latency(2)), max_concurrency=1)
+    keys = key("a", "1"), key("a", "2")
+    first = asyncio.ensure_future(b.build(keys, trace=True))
+    await settle()
+    other = asyncio.ensure_future(b.build([B]))
+    (attempt,) = the_call(trace_of(await first), keys[1]).attempts
+    assert (attempt.start, attempt.called) == (1, 3)
+    assert attempt.holders == (("b", 1),), "the first key was over, and `b` had waited for longer"
+    await other
+
+
+async def test_who_joins_a_call_that_waits_for_capacity_is_told_who_holds_it() -> None:
+    b = builder(Single("a", fetch=latency(2)), Single("b"), max_concurrency=1)
+    others = [asyncio.ensure_future(b.build([each])) for each in (A, B)]
+    await asyncio.sleep(1)
+    trace = trace_of(await b.build([B], trace=True))
+    (attempt,) = the_call(trace, B).attempts
+    assert (attempt.holders, attempt.called) == ((("a", 1),), 1)
+    await asyncio.wait(others)
+
+
 async def test_a_stale_value_that_is_served_says_that_a_refresh_was_set_off() -> None:
     b = builder(Single("a", fetch=latency(1)), default_policy=SWR)
     await b.build([A])

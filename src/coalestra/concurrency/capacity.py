@@ -21,6 +21,7 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 
 from coalestra.core.frozen import record
 from coalestra.core.validation import integer, mapping, text
@@ -29,6 +30,10 @@ __all__ = ["CapacityController", "CapacityLease", "CapacityLimiter", "CapacitySn
 
 GLOBAL = "__global__"
 """The name under which a controller reports its limit over all sources."""
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 class WaitQueue:
@@ -41,7 +46,7 @@ class WaitQueue:
     __slots__ = ("_waiters",)
 
     def __init__(self) -> None:
-        self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._waiters: OrderedDict[asyncio.Future[None], Callable[[], object]] = OrderedDict()
 
     def __len__(self) -> int:
         """Count the waiters that can still be woken."""
@@ -50,14 +55,17 @@ class WaitQueue:
     def __repr__(self) -> str:
         return f"<WaitQueue waiting={len(self)}>"
 
-    async def wait(self, give_back: Callable[[], object]) -> None:
+    async def wait(
+        self, give_back: Callable[[], object], handed: Callable[[], object] = _nothing
+    ) -> None:
         """Wait for one's turn.
 
-        ``give_back`` is called when the turn came but the task was cancelled (or dropped) before it
-        could go on; it must hand the turn to the next.
+        ``handed`` is called in the instant that the turn comes. ``give_back`` is called when it
+        came but the task was cancelled (or dropped) before it could go on; it must hand the turn
+        to the next.
         """
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters[waiter] = None
+        self._waiters[waiter] = handed
         try:
             await waiter
         except BaseException:
@@ -70,10 +78,11 @@ class WaitQueue:
     def wake_next(self, error: Exception | None = None) -> bool:
         """Wake the longest waiting, with an ``error`` of its own; return whether there was any."""
         while self._waiters:
-            waiter, _ = self._waiters.popitem(last=False)
+            waiter, handed = self._waiters.popitem(last=False)
             if can_be_woken(waiter):
                 if error is None:
                     waiter.set_result(None)
+                    handed()
                 else:
                     waiter.set_exception(error)
                 return True
@@ -175,6 +184,13 @@ class CapacityLease:
         self._leases = leases
         leases[self] = None
 
+    async def _take(self, limiter: CapacityLimiter) -> None:
+        """Hold a slot more; while it is waited for, and until it is handed over, hold up nobody."""
+        if not limiter.try_acquire():
+            self._leases.pop(self, None)
+            await limiter._queue.wait(limiter.release, partial(self._leases.setdefault, self))
+        self._held = (limiter, *self._held)
+
     @property
     def released(self) -> bool:
         """Whether the slots have been given back."""
@@ -252,7 +268,8 @@ class CapacityController:
         if own is not None and not own.try_acquire():
             return None
         if self._global.try_acquire():
-            return self._lease(source, own)
+            held = (self._global,) if own is None else (self._global, own)
+            return CapacityLease(source, held, self._leases)
         if own is not None:
             own.release()
         return None
@@ -264,15 +281,15 @@ class CapacityController:
         source hold no global slot.
         """
         own = self._sources.get(source)
-        if own is not None:
-            await own.acquire()
+        lease = CapacityLease(source, (), self._leases)
         try:
-            await self._global.acquire()
-        except BaseException:
             if own is not None:
-                own.release()
+                await lease._take(own)
+            await lease._take(self._global)
+        except BaseException:
+            lease.release()
             raise
-        return self._lease(source, own)
+        return lease
 
     def beyond(self, source: str) -> CapacityLease:
         """Return a lease beyond all limits, for what a holder of a slot waits for.
@@ -280,10 +297,6 @@ class CapacityController:
         To wait for a slot would be to wait for oneself.
         """
         return CapacityLease(source, (), self._leases)
-
-    def _lease(self, source: str, own: CapacityLimiter | None) -> CapacityLease:
-        held = (self._global,) if own is None else (self._global, own)
-        return CapacityLease(source, held, self._leases)
 
     @asynccontextmanager
     async def slot(self, source: str) -> AsyncIterator[None]:
@@ -302,7 +315,8 @@ class CapacityController:
     def holders(self) -> dict[str, int]:
         """Return how many leases each source holds, by its name, the most first.
 
-        Who waits for a slot over all sources waits for these, not for its own source.
+        A slot is held from when it is handed over, though who waited for it has yet to go on. Who
+        waits for a slot over all sources waits for these, not for its own source.
         """
         return dict(Counter([lease.source for lease in self._leases.copy()]).most_common())
 

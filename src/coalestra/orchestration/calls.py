@@ -746,6 +746,8 @@ class Call:
                 self.log.caught_up(self.attempts, self._attempt.began)
             elif self._attempt is not None:
                 self.log.attempt(self.attempts + 1)
+                if self._attempt.stage is Progress.WAITING:
+                    self.log.waits(self.parts.capacity.holders())
         return self.log
 
     # What flights tell the call ---------------------------------------------------------------
