@@ -13,6 +13,7 @@ from coalestra import (
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
+    KeyNormalizer,
     RefreshMode,
     ResourceAbsent,
     ResourceKey,
@@ -493,6 +494,13 @@ def test_a_code_says_nothing_to_who_knows_the_subject_and_another_page() -> None
 
 def test_a_subject_of_any_characters_has_a_code() -> None:
     assert Names(show=False).key(ResourceKey("n", "n", "\ud800\n")).subject.startswith("#")
+
+
+def test_a_key_whose_normalizer_keeps_white_space_is_shown_like_any_other() -> None:
+    kept = KeyNormalizer(namespace=str, name=str)
+    keys = [ResourceKey(each, "n", "s", normalizer=kept) for each in (" ", "a", " a")]
+    shown = [Names(show=False).key(each) for each in keys]
+    assert [each.namespace for each in shown] == [" ", "a", " a"]
 
 
 class Odd:

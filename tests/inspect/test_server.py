@@ -195,6 +195,22 @@ async def test_a_connection_that_closing_finds_unbegun_is_closed_too() -> None:
         await asyncio.wait(closing)
 
 
+async def test_a_connection_that_closing_comes_before_is_not_served() -> None:
+    server = serve(hello, port=0)
+    accept, closing = server._connected, []
+
+    async def closed_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await server.aclose()
+        accept(reader, writer)
+
+    server._connected = lambda *pair: closing.append(  # type: ignore[method-assign]  # as above
+        asyncio.create_task(closed_first(*pair))
+    )
+    async with server:
+        assert await spoken(server.port, LINE + b"\r\n") == b""
+        await asyncio.wait(closing)
+
+
 async def test_an_application_hears_that_its_client_has_gone() -> None:
     heard: list[str] = []
     told = asyncio.Event()

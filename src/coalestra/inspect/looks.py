@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.concurrency.capacity import GLOBAL
 from coalestra.core.health import BuilderHealth, FlightSnapshot
-from coalestra.core.keys import ResourceKey
+from coalestra.core.keys import KeyNormalizer, ResourceKey
 from coalestra.core.serialization import json_safe
 from coalestra.core.trace import CallTrace, KeyTrace, Trace
 from coalestra.core.validation import readable
@@ -56,6 +56,9 @@ _NOTABLE_SECONDS = 900.0
 
 # Names: what of a key may be seen ----------------------------------------------------------------
 
+_AS_IT_IS = KeyNormalizer(str, str, str, str, str)
+"""For parts that are normal already, by whatever normalizer an application has of its own."""
+
 
 class Names:
     """Shows keys in full, or with a code in place of subject and qualifiers.
@@ -75,7 +78,7 @@ class Names:
             return key
         parts = repr((key.subject, key.qualifiers)).encode("utf-8", "surrogatepass")
         code = blake2b(parts, digest_size=5, key=self._secret).hexdigest()
-        return ResourceKey(key.namespace, key.name, f"#{code}")
+        return ResourceKey(key.namespace, key.name, f"#{code}", normalizer=_AS_IT_IS)
 
     def trace(self, trace: Trace) -> Trace:
         """Return the trace to be shown for a trace."""

@@ -100,6 +100,9 @@ class Server:
             await asyncio.wait(tuple(self._connections))
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # closed since it was accepted
+            writer.transport.abort()
+            return
         connection = asyncio.ensure_future(self._serve(reader, writer))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
