@@ -31,7 +31,7 @@ from coalestra.inspect.asgi import MOST_VIEWERS, SEND_SECONDS, STREAM_SECONDS
 from coalestra.inspect.looks import Story
 from tests.inspect.client import Stream, get, scope_of
 from tests.orchestration.scripted import Derived, Single, builder, key
-from tests.support import LoopClock, settle
+from tests.support import LoopClock, ThreadGate, settle
 
 K = key("k", "secret-subject")
 PATHS = ("/", "/state.json", "/cache.json", "/events", "/traces/0123456789ab.html", "/nothing")
@@ -210,6 +210,8 @@ async def test_a_websocket_is_refused() -> None:
         ("::1", "[::1]:8089"),
         ("::ffff:127.0.0.1", "localhost:8089"),
         ("127.0.0.1", "farm.localhost:8089"),
+        ("127.0.0.1", "0.0.0.0:8089"),  # as a server on all addresses says where it is
+        ("::1", "[::]:8089"),
         ("127.0.0.1", "devbox"),  # nobody can have a name without a dot on the internet
         ("testclient", "testserver"),  # no address: it has not come over a network
     ],
@@ -729,6 +731,29 @@ async def test_the_repr_of_a_value_holds_up_no_loop() -> None:
     assert shown["value"] == "slow"
     assert len(asked) == 1
     assert asked != [threading.main_thread()]
+
+
+async def test_a_repr_that_does_not_end_holds_up_neither_its_viewer_nor_the_end() -> None:
+    gate = ThreadGate()
+
+    class Stuck:
+        def __repr__(self) -> str:
+            gate.pass_()
+            return "late"
+
+    async def fetch(key: Any, context: Any) -> Any:
+        return Stuck()
+
+    made = builder(Single("k", fetch=fetch))
+    await made.build([K])
+    page = app(made, show_values=True)
+    assert (await get(page, "/cache.json")).json == {"error": "TimeoutError"}
+    async with Stream(page, scope_of("/cache.json")) as stream:
+        await settle()
+        stream.task.cancel()
+        await settle()
+        assert stream.task.cancelled(), "as a server does with it at its end"
+    gate.open()
 
 
 async def test_values_in_memory_are_shown_only_if_asked_for() -> None:

@@ -10,7 +10,7 @@ from coalestra.core.errors import described_error
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
-from coalestra.core.trace import Trace, told_error, told_state, told_value
+from coalestra.core.trace import Obtained, Trace, told_error, told_state, told_value
 from coalestra.core.validation import a_kind_of, concealed, flag, mapping, number, text
 from coalestra.core.values import SnapshotValue
 
@@ -274,7 +274,10 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         trace, value = self.trace, self.resources.get(key)
         if trace is not None and key in trace.keys:
             told = trace.explain(key)
-            return told if value is None else f"{told} {told_state(value)}"
+            if value is not None:
+                return f"{told} {told_state(value)}"
+            undelivered = trace.keys[key].obtained is not Obtained.FAILED and key in self.errors
+            return f"{told} {told_error(key, self.errors[key])}" if undelivered else told
         if value is None and key not in self.errors:
             raise KeyError(f"{key.display} was not asked for")
         told = told_error(key, self.errors[key]) if value is None else told_value(value)

@@ -902,6 +902,13 @@ def age_of(revision: Revision, now: float) -> float:
     return max(0.0, now - revision.observed_at)
 
 
+def _is_fresh(revision: Revision, policy: FreshnessPolicy, now: float) -> bool:
+    """Whether a revision is fresh, and so is all that it inherits its freshness from."""
+    grounds = revision.grounds
+    inherited = grounds is None or now <= grounds.fresh_until
+    return inherited and age_of(revision, now) <= policy.ttl_seconds
+
+
 def after_write(
     flight: Flight, status: CacheWriteStatus, current: Revision, parts: Parts
 ) -> Reading:
@@ -916,11 +923,11 @@ def after_write(
     if status is CacheWriteStatus.STORED:
         return Reading(own, policy.ttl_seconds)
     if current.version != own.version and _agrees(current, flight):
-        age = age_of(current, parts.clock.now())
-        stale = age > policy.ttl_seconds
+        now = parts.clock.now()
+        stale = not _is_fresh(current, policy, now)
         usable = (
             status not in _LOST_TO_NEWER
-            and age <= policy.max_stale_seconds
+            and age_of(current, now) <= policy.max_stale_seconds
             and policy.allow_stale_on_error
             and not flight.forced
         )
@@ -947,7 +954,7 @@ def _event(flight: Flight, parts: Parts, notes: dict[str, Any] | None = None) ->
         event = store.peek(flight.key) or event
     if event is None or not _agrees(event, flight):
         return None
-    if age_of(event, parts.clock.now()) > flight.policy.ttl_seconds:
+    if not _is_fresh(event, flight.policy, parts.clock.now()):
         return None
     return Reading(event, flight.policy.ttl_seconds, from_cache=True, notes=notes)
 

@@ -161,11 +161,15 @@ class Refresher:
         absent = reading is None and gather.failures[key].absent
         error = None if reading is not None or absent else gather.failures[key].make()
         grounds = None if reading is None else reading.revision.grounds
-        if reading and grounds and grounds.fresh_until < self.parts.clock.now():
+        why = ""
+        if reading and reading.stale:
+            why = f"what {reading.revision.source!r} has said of it outranks what is fresh"
+        elif reading and grounds and grounds.fresh_until < self.parts.clock.now():
+            why = f"{grounds.perishing.display} is"
+        if reading and why:
             version = reading.revision.version
             reading = None
-            stale = f"{key.display} is still stale, as {grounds.perishing.display} is"
-            error = SourceUnavailableError(stale)
+            error = SourceUnavailableError(f"{key.display} is still stale, as {why}")
         if gather.work.trace is not None:
             gather.work.trace.refreshed(reading is not None or absent)
         record.refresh_completed += reading is not None or absent

@@ -36,7 +36,16 @@ from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, Sna
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
 from coalestra.orchestration.flights import LOOK_SECONDS, Gather, call_served, circle_of
-from coalestra.orchestration.readings import Demand, Failure, Pins, Reading, beneath, hold, reach
+from coalestra.orchestration.readings import (
+    Demand,
+    Failure,
+    Pins,
+    Reading,
+    at_odds,
+    beneath,
+    hold,
+    reach,
+)
 from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
 from coalestra.orchestration.verdicts import (
@@ -330,12 +339,12 @@ class Revalidation:
             await self._acquire(turn)
             if self._failures:
                 return await self._retained(await self.unit.errors(self._failures.values()))
+            failed = self.unit.failed()
             shown = await self._through(self._shown())
             values, uncopied = await self.unit.copies(shown, self.unit.work.deadline)
             if uncopied:
                 return await self._undelivered(uncopied)
-            known = await self.unit.errors()
-            errors = {key: error for key, error in known.items() if key not in self._readings}
+            errors = await self.unit.errors(each for each in failed if each.key not in self._next)
             snapshot = self.unit.assembled(values, errors)
             judged = objection(self.unit.engine.parts, self.request, snapshot)
             accepted(snapshot, await self._through(judged))
@@ -401,12 +410,16 @@ class Revalidation:
         return self.unit.assembled(values, snapshot.errors)
 
     async def _ready(self) -> bool:
-        """Be about to commit; False if more has been pinned that is derived from what goes."""
+        """Be about to commit; False if more has been pinned meanwhile that does not go with it."""
         await self.unit.engine.parts.pace.keep()
         while (stamp := self._state()) != self._stamp:
             pins = dict(self.unit.pins)
             reached = reach(pins, self.unit.requested.copy(), self.named)
             if await self._through(reached) != (self._affected, self._loose):
+                return False
+            going = self._affected | self._loose
+            kept = {key: pin for key, pin in pins.items() if key not in going}
+            if await self._through(at_odds(self._readings, kept)):
                 return False
             await self._through(self._succeed(pins))
             self._stamp = stamp

@@ -384,6 +384,10 @@ class KeyLog(_Stretch):
         kind = calls[-1].kind if calls else "derived" if reading.revision.dependencies else ""
         return Obtained.DERIVED if kind == "derived" else Obtained.FETCHED
 
+    def came_to(self, until: float) -> str | None:
+        """Return the version, or else the error, that it has come to by `until`, if it has."""
+        return (self.version or self.error) if self.end <= until else None
+
     def traced(self, began: float, until: float, calls: dict[CallLog, int]) -> KeyTrace:
         """Return what was noted by `until`; `calls` numbers the calls, and learns of new ones."""
         flight = self.flight or _NO_FLIGHT
@@ -427,6 +431,10 @@ class WarmKey(NamedTuple):
     def requested(self) -> bool:
         """Always: what derived values need is looked for one by one."""
         return True
+
+    def came_to(self, _until: float) -> str:
+        """Return the version of the value that was found."""
+        return self.version
 
     def traced(self, began: float, *_: object) -> KeyTrace:
         """Return it, in seconds since `began`."""
@@ -644,13 +652,17 @@ class WorkTrace:
 
     # The trace --------------------------------------------------------------------------------
 
-    def recorded(self, values: Mapping[ResourceKey, SnapshotValue[Any]] = EMPTY) -> Trace | None:
-        """Return the trace by now, if there is to be one, of a snapshot with these values."""
+    def recorded(
+        self,
+        values: Mapping[ResourceKey, SnapshotValue[Any]] = EMPTY,
+        errors: Mapping[ResourceKey, Exception] = EMPTY,
+    ) -> Trace | None:
+        """Return the trace by now, if there is to be one, of a snapshot of these."""
         if not self.recording:
             return None
         until = _now()
         noted = len(self._entries), self._stages_begun, len(self._untold)
-        records = partial(self._records, until, values, *noted)
+        records = partial(self._records, until, values, errors, *noted)
         about = self.snapshot_id, self.kind, self.parent, self.started_at
         return pending_trace(records, *about, until - self._began)
 
@@ -658,6 +670,7 @@ class WorkTrace:
         self,
         until: float,
         values: Mapping[ResourceKey, SnapshotValue[Any]],
+        errors: Mapping[ResourceKey, Exception],
         entries: int,
         stages_begun: int,
         untold: int,
@@ -665,7 +678,7 @@ class WorkTrace:
         """Return the records of what had been noted at one moment, as things were then.
 
         A key that was read more than once has the story of the version that was delivered, or none;
-        one that was not delivered the latest of which it was asked for.
+        one that was not delivered that of its error, else the latest of which it was asked for.
         """
         began = self._began
         stories: dict[ResourceKey, list[KeyLog | WarmKey]] = {}
@@ -676,9 +689,13 @@ class WorkTrace:
         calls: dict[CallLog, int] = {}
         for key, mine in stories.items():
             if key in values:
-                fitting = [each for each in mine if each.version == values[key].version]
+                fitting = [each for each in mine if each.came_to(until) == values[key].version]
             else:
-                fitting = [each for each in reversed(mine) if each.requested] or mine
+                error = _said(errors.get(key))[1]
+                asked = [each for each in reversed(mine) if each.requested] or mine
+                fitting = [
+                    each for each in asked if error and each.came_to(until) == error
+                ] or asked
             if fitting:
                 keys[key] = fitting[0].traced(began, until, calls)
         stages = [each for each in self._stages if each.start <= until]

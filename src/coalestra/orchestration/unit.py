@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -220,28 +220,24 @@ class UnitOfWork:
         get = pins.get
         return {key: reading for key in self.requested if (reading := get(key)) is not None}
 
-    def _failed(self) -> Iterator[Failure | None]:
-        """Yield, for every key that was asked for, the failure if it has nothing else."""
-        if self.failures:
-            failures, pins = self.failures.copy(), set(self.pins)
-            for key in tuple(self.requested):
-                failure = failures.get(key)
-                yield None if failure is None or key in pins else failure
+    def failed(self) -> list[Failure]:
+        """Return the failures of the keys that were asked for and have nothing else, by now.
 
-    async def errors(
-        self, failures: Iterable[Failure] | None = None
-    ) -> dict[ResourceKey, Exception]:
-        """Return a fresh error for each failure; made in slices, as they take a while.
-
-        The failures are those that were asked for, unless others are given.
+        What is shown with them is to be taken in the same step, or a key may be in neither.
         """
+        known, pins = self.failures, self.pins
+        if not known:
+            return []
+        return [known[key] for key in self.requested if key in known and key not in pins]
+
+    async def errors(self, failures: Iterable[Failure]) -> dict[ResourceKey, Exception]:
+        """Return a fresh error for each failure; made in slices, as they take a while."""
         errors: dict[ResourceKey, Exception] = {}
         pace = self.engine.parts.pace
         pace.begin()
-        for looked, failure in enumerate(self._failed() if failures is None else failures):
-            if failure is not None:
-                errors[failure.key] = failure.make()
-            if not looked % _ERRORS_BETWEEN_LOOKS:
+        for made, failure in enumerate(failures):
+            errors[failure.key] = failure.make()
+            if not made % _ERRORS_BETWEEN_LOOKS:
                 await pace.keep()
         return errors
 
@@ -252,10 +248,11 @@ class UnitOfWork:
 
         What is not copied by the deadline has that for its error.
         """
+        failed = self.failed()
         values, uncopied = await self.copies(self.visible(self.pins), deadline)
         errors: Mapping[ResourceKey, Exception] = EMPTY
-        if self.failures or uncopied or news:
-            errors = {**await self.errors(), **uncopied, **news}
+        if failed or uncopied or news:
+            errors = {**await self.errors(failed), **uncopied, **news}
         return self.assembled(values, errors), uncopied
 
     async def copies(
@@ -281,7 +278,7 @@ class UnitOfWork:
     def snapshot_now(self) -> Snapshot:
         """Return an isolated snapshot without waiting, however long the copying takes."""
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
-        errors = {failure.key: failure.make() for failure in self._failed() if failure}
+        errors = {failure.key: failure.make() for failure in self.failed()}
         for key, reading in self.visible(self.pins).items():
             try:
                 values[key] = self.engine.flights.deliveries.value_here(
@@ -310,7 +307,7 @@ class UnitOfWork:
             frozen(values),
             frozen(errors),
             counted,
-            None if trace is None else trace.recorded(values),
+            None if trace is None else trace.recorded(values, errors),
         )
 
     def __repr__(self) -> str:
