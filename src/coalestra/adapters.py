@@ -114,7 +114,10 @@ class Invocation:
             await threads_of_context().run(call, label=self._label)
         except asyncio.CancelledError:
             while ended:
-                _discard(ended.pop()[0])
+                result, error = ended.pop()
+                _discard(result)
+                if error is not None:
+                    pass_on(error)
             raise
         result, error = ended.pop()
         if error is None:

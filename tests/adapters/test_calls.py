@@ -173,6 +173,31 @@ def test_what_ends_the_program_reaches_it_after_the_call_has_failed(
     assert f"got {kind_of_error.__name__}" in failed[0]
 
 
+@pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_program_in_a_thread_reaches_it_though_its_caller_has_left(
+    kind: str, kind_of_error: type[BaseException]
+) -> None:
+    """The caller's time was up, for instance."""
+    error, gate = kind_of_error(3), ThreadGate()
+
+    def function(*_: Any) -> Any:
+        gate.pass_()
+        raise error
+
+    async def main() -> None:
+        task = asyncio.create_task(call(adapter(kind, function)))
+        await settle()
+        gate.wait_arrived()
+        task.cancel()
+        gate.open()
+        await asyncio.wait([task])
+        await settle()
+
+    with pytest.raises(kind_of_error) as ended:
+        asyncio.run(main())
+    assert ended.value is error
+
+
 class Payload:
     """Something that a function has in its hands."""
 
