@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import os
+import signal
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -31,7 +33,7 @@ from coalestra import (
 from coalestra.orchestration.calls import Attempt, Call, Following
 from coalestra.orchestration.flights import Flight, call_served
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
-from tests.support import EPOCH, Gate, ManualClock, loop_turn, no_leaks, settle
+from tests.support import EPOCH, Gate, ManualClock, VirtualLoop, loop_turn, no_leaks, settle
 
 KEYS = [key("x", str(number)) for number in range(6)]
 A, B, C, D, E, F = KEYS
@@ -556,6 +558,29 @@ async def test_an_eager_task_of_a_first_step_may_use_the_builder(asked: Resource
     snapshot = await asyncio.wait_for(found[0], 60.0)
     assert set(snapshot.errors) <= {C}
     await no_leaks(it.builder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_as_it_is_decided_what_is_a_call_decides_for_itself() -> None:
+    """It has only the thread that forked, and not the one that was deciding."""
+    ended = []
+
+    def fork() -> None:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            with contextlib.suppress(BaseException):
+                snapshot = VirtualLoop().run_until_complete(Told().builder.build(KEYS))
+                os._exit(values(snapshot) != ALL)
+            os._exit(2)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    with Following._deciding:
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+    assert ended == [0]
 
 
 async def test_a_thread_of_its_source_may_ask_the_moment_it_is_answered() -> None:

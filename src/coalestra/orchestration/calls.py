@@ -49,6 +49,7 @@ import contextlib
 import enum
 import inspect
 import math
+import os
 import threading
 import types
 import weakref
@@ -56,7 +57,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.concurrency.capacity import CapacityLease
@@ -596,10 +597,6 @@ class Attempt:
         return f"<Attempt {self.call.link.name} {self.stage.name.lower()} over={self.over}>"
 
 
-_DECIDING = threading.Lock()
-"""Held while it is decided whether a key that is asked for in the wake of another is a call."""
-
-
 class Following:
     """One key that a source is asked for in the wake of another, in the same step.
 
@@ -610,6 +607,9 @@ class Following:
     __slots__ = (
         "_attempt", "_call", "_flight", "_leader", "_worker", "began", "rests_on", "ticks", "turn",
     )  # fmt: skip
+
+    _deciding: ClassVar[threading.RLock] = threading.RLock()
+    """Held while it is decided whether a key is a call of its own."""
 
     def __init__(
         self,
@@ -634,21 +634,21 @@ class Following:
 
         What its source has begun may ask, in any thread.
         """
-        with _DECIDING:
+        with self._deciding:
             if self._leader and self._flight and self._worker:
                 self._become(self._leader, self._flight, self._worker)
             return None if self._call is None else self._call()
 
     def led(self) -> bool:
         """Have no call from now on, as the source has taken its step, unless it has one by now."""
-        with _DECIDING:
+        with self._deciding:
             # Who still knows of this keeps nothing alive.
             self._leader = self._flight = self._worker = None
             return self._call is None
 
     def own(self, leader: Call, flight: Flight, worker: Worker) -> Attempt:
         """Be a call of its own; return the attempt that is under way."""
-        with _DECIDING:
+        with self._deciding:
             attempt = self._attempt or self._become(leader, flight, worker)
             self._leader = self._flight = self._worker = self._attempt = None
             return attempt
@@ -658,6 +658,15 @@ class Following:
             call = Call(leader.lane, (flight,) if flight.phase is _CALLING else ())
             self._call, self._attempt = weakref.ref(call), call.follow(self, worker, leader.policy)
         return self._attempt
+
+    @classmethod
+    def decide_anew(cls) -> None:
+        """Decide in a forked child, which does not have the thread that may have been deciding."""
+        cls._deciding = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Following.decide_anew)
 
 
 # The call: its keys, its circuits, one attempt after the other, and what becomes of each key -----
