@@ -497,6 +497,37 @@ async def test_what_is_derived_in_the_cache_gives_way_to_an_input_on_its_way(
     assert (await shop.builder.build([TOP])).value(TOP) == ((2,),)
 
 
+@KINDS
+async def test_what_a_session_derives_from_what_it_has_pinned_defends_nothing_on_its_way(
+    kind: Callable[[], SingleKeyCache],
+) -> None:
+    cache, at_cache = hanging(kind, "set", "set_many", "set_if_newer", "set_many_if_newer")
+    vars(cache)["timeout_seconds"] = 60.0
+    at_cache.open()
+    second, d = Gate(), key("d")
+
+    async def before() -> None:
+        if len(derived.calls) == 2:
+            await second.pass_()
+
+    derived = Derived("d", needs=lambda k: [BASE], before=before)
+    building = builder(Single("base"), derived, cache=cache)
+    await building.publisher.publish(BASE, "old", source="s")
+    async with building.session() as session:
+        await session.resolve([BASE, d])
+        await building.publisher.publish(BASE, "new", source="s")
+        reader = asyncio.ensure_future(building.build([d]))
+        await second.wait_arrived()
+        await asyncio.sleep(1)
+        at_cache.close()
+        assert (await session.revalidate([d], force_refresh=True)).value(d) == ("old",)
+    second.open()
+    assert (await reader).value(d) == ("new",)
+    at_cache.open()
+    assert (await building.build([d])).value(d) == ("new",)
+    await no_leaks(building)
+
+
 async def test_a_quick_write_ends_no_patience_with_a_slow_one_of_the_same_step() -> None:
     slow, at_source = Gate(), Gate()
 

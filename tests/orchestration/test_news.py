@@ -17,6 +17,7 @@ from coalestra import (
     SourcePayload,
 )
 from coalestra.orchestration import flights
+from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.support import Gate, LoopClock, lines_run, no_leaks, settle
 
@@ -49,6 +50,27 @@ async def test_a_derivation_that_was_hidden_before_does_not_undo_an_event() -> N
     at_derived.open()
     assert (await early).value(D) == "derived event"
     assert (await building.build([D])).value(D) == "derived event"
+
+
+@pytest.mark.parametrize("cache", [AsyncMemoryCache, SingleKeyCache])
+async def test_what_a_session_derives_from_what_it_has_pinned_is_no_news_to_another_builder(
+    cache: type[Any],
+) -> None:
+    shared, gate = cache(), Gate()
+    building = builder(Single("base"), Derived("d", needs=lambda k: [BASE]), cache=shared)
+    other = builder(Single("base"), derived(gate), cache=shared)
+    await building.publisher.publish(BASE, "old", source="stream")
+    async with building.session() as session:
+        await session.resolve([BASE, D])
+        await other.publisher.publish(BASE, "new", source="stream")
+        reader = asyncio.ensure_future(other.build([D]))
+        await gate.wait_arrived()
+        await asyncio.sleep(1)
+        again = await session.revalidate([D], force_refresh=True)
+        assert again.value(D) == ("old",)
+    gate.open()
+    assert (await reader).value(D) == ("new",)
+    assert (await other.build([D])).value(D) == ("new",)
 
 
 async def test_a_dated_read_that_an_event_and_an_invalidation_overtook_is_not_cached() -> None:

@@ -399,14 +399,16 @@ class CacheAccess:
     def hold(self, revision: Revision, now: float, *, replace_equal: bool = False) -> Outcome:
         """Let a value that is being written behind count as held from now on.
 
-        One that may not replace what is on its way already does not count.
+        One that may not replace what is on its way already does not count. What is derived gives
+        way there: it may be outdated, and is then to defend nothing.
         """
         channel = self.channel()
         current = channel.on_their_way.get(revision.key)
-        horizon = now + self.tolerance
-        status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
-        if current is not None and status is not _STORED:
-            return status, current, current
+        if current is not None and not current.dependency_versions:
+            horizon = now + self.tolerance
+            status = decide(revision, current, replace_equal=replace_equal, horizon=horizon)
+            if status is not _STORED:
+                return status, current, current
         channel.on_their_way[revision.key] = revision
         channel.drop({revision.key: revision.version})
         channel.listeners.revised({revision.key: revision}, self.subscribers)

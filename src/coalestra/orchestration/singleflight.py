@@ -1242,7 +1242,7 @@ class SingleFlight:
         for flight in flights:
             if revision is None:
                 flight.cached = None  # it must not stand in for newcomers
-            else:
+            elif not revision.dependency_versions:  # news of its inputs is told by themselves
                 flight.event = revision
                 self.board.hide(flight, cacheable=True)
         return False
