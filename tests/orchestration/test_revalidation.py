@@ -532,6 +532,20 @@ async def test_no_error_is_told_of_a_key_that_nobody_asked_for() -> None:
     assert not hidden.snapshot().errors
 
 
+async def test_a_failed_key_that_a_replaced_value_comes_to_rest_on_has_no_error_any_more() -> None:
+    """The source that served in its place is not asked any more."""
+    stock = Stock("stock", {"base": SourceUnavailableError("down")})
+    reserve = Stock("reserve", {"d": "reserve"}, priority=1)
+    building = builder(stock, reserve, Derived("d", needs=lambda k: [BASE]))
+    session = building.session()
+    assert list((await session.resolve([BASE, key("d")], strict=False)).errors) == [BASE]
+    stock.change(base=5)
+    after = await session.revalidate([key("d")], force_refresh=True)
+    assert shown(after) == shown(session.snapshot()) == {BASE: 5, key("d"): (5,)}
+    assert after.complete
+    await no_leaks(building)
+
+
 async def test_what_is_asked_for_during_a_revalidation_is_no_longer_let_go() -> None:
     shop, gate = Shop(), Gate()
     session = await shop.session(MIDDLE)

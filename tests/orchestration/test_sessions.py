@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from coalestra import (
     ResourceKey,
     ResourceResolutionError,
     SessionClosedError,
+    Snapshot,
     SnapshotAcceptancePolicy,
     SnapshotBuildError,
     SnapshotDeadlineExceededError,
@@ -24,7 +26,7 @@ from coalestra import (
 )
 from tests.orchestration.scripted import Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
-from tests.support import EPOCH, Gate, cancel_at_every_await, no_leaks
+from tests.support import EPOCH, Gate, ThreadGate, cancel_at_every_await, no_leaks
 
 LARGE = [list(range(200)) for _ in range(200)]
 """A payload that takes a thread to copy."""
@@ -321,6 +323,40 @@ async def test_snapshots_of_a_session_are_bound_by_its_deadline(again: bool) -> 
 
 
 # Stages side by side
+
+
+@pytest.mark.parametrize("call", ["resolve", "snapshot_async", "revalidate"])
+async def test_what_is_tried_again_while_a_snapshot_is_copied_is_in_it_or_has_failed(
+    call: str,
+) -> None:
+    gate = ThreadGate()
+    gate.open()
+
+    def copied(payload: Any) -> Any:
+        if payload == "slow":
+            gate.pass_()
+        return payload
+
+    stock = Stock("stock", {"base": "slow", "other": SourceUnavailableError("down")})
+    building = builder(stock, payload_copier=copied, run_payload_copies_in_thread=True)
+    session = building.session()
+    await session.resolve([BASE, OTHER], strict=False)
+    stock.change(other="quick")
+    gate = ThreadGate()
+    calls: dict[str, Callable[[], Coroutine[Any, Any, Snapshot]]] = {
+        "resolve": lambda: session.resolve([BASE]),
+        "snapshot_async": session.snapshot_async,
+        "revalidate": lambda: session.revalidate([BASE]),
+    }
+    copying = asyncio.ensure_future(calls[call]())
+    await asyncio.sleep(1)
+    trying = asyncio.ensure_future(session.resolve([OTHER], retry_errors=True))
+    await asyncio.sleep(1)
+    gate.open()
+    early, late = await asyncio.gather(copying, trying)
+    assert (shown(early), list(early.errors)) == ({BASE: "slow"}, [OTHER])
+    assert (shown(late), list(late.errors)) == ({BASE: "slow", OTHER: "quick"}, [])
+    await building.aclose()
 
 
 async def test_stages_side_by_side_agree_on_what_derived_keys_rest_on() -> None:
