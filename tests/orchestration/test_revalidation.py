@@ -593,6 +593,35 @@ async def _in_vain(key: ResourceKey, context: Any) -> Any:
     raise SourceUnavailableError("no")
 
 
+@pytest.mark.parametrize("wanted", [BASE, key("beside")])
+async def test_what_is_pinned_meanwhile_agrees_with_what_a_value_comes_to_rest_on(
+    wanted: ResourceKey,
+) -> None:
+    """The value that is replaced had been published, and rested on nothing."""
+    gate = Gate()
+    building = builder(
+        Stock("stock", {"base": 1}),
+        Derived("d", needs=lambda k: [BASE], before=gate.pass_),
+        Derived("beside", needs=lambda k: [BASE]),
+    )
+    await building.publisher.publish(key("d"), "told", source="stream")
+    session = building.session()
+    await session.resolve([key("d")])
+    revalidating = asyncio.ensure_future(session.revalidate([key("d")], force_refresh=True))
+    await gate.wait_arrived()
+    await asyncio.sleep(1)
+    await building.publisher.publish(BASE, 2, source="stream")
+    await session.resolve([wanted])
+    gate.open()
+    assert (await revalidating).value(key("d")) == (2,)
+    assert shown(await session.resolve([BASE])) == {
+        key("d"): (2,),
+        wanted: 2 if wanted == BASE else (2,),
+        BASE: 2,
+    }
+    await no_leaks(building)
+
+
 @pytest.mark.parametrize("first", ["resolve", "revalidate"])
 @pytest.mark.parametrize("moment", range(12))
 async def test_at_whatever_moment_they_meet_a_stage_and_a_revalidation_never_mix(
