@@ -124,6 +124,63 @@ async def test_a_stale_winner_by_authority_is_not_delivered_where_nothing_stale_
     await no_leaks(building)
 
 
+@pytest.mark.parametrize("forced", [True, False])
+async def test_a_winner_by_authority_that_inherits_what_is_stale_is_not_delivered_there_either(
+    forced: bool,
+) -> None:
+    """By its own age it would be fresh."""
+    source = Single("source", "y", fetch=_constant(1))
+    derived = Derived("derived", "x", needs=lambda k: [Y])
+    derived.inherit_freshness = True  # type: ignore[attr-defined] # the protocol's optional attribute
+    lasting = FreshnessPolicy(1_000, 2_000, allow_stale_on_error=forced)
+    building = builder(
+        derived,
+        source,
+        Single("rest", "x", fetch=_constant("rest"), priority=1),
+        policy_resolver=PolicyResolver(lasting, {Y: FreshnessPolicy(10, 2_000)}),
+        authority_policy=SourceAuthorityPolicy(source_ranks={"derived": 10}),
+    )
+    derived.names = ()
+    async with building.session() as session:
+        if forced:
+            await session.resolve([X])
+            await building.cache.invalidate(X)
+        derived.names = ("x",)
+        building.clear_source_support_cache()
+        assert (await building.build([X]))[X].value == (1,)
+        derived.names = ()
+        building.clear_source_support_cache()
+        await asyncio.sleep(20)
+        wanted = session.revalidate([X], force_refresh=True) if forced else building.build([X])
+        value = (await wanted)[X]
+    assert (value.value, value.stale) == ("rest", False)
+    await no_leaks(building)
+
+
+async def test_a_refresh_whose_value_is_outranked_by_a_stale_one_has_failed() -> None:
+    building = builder(
+        Single("rest", "x", fetch=_constant("rest")),
+        default_policy=SWR,
+        authority_policy=SourceAuthorityPolicy(source_ranks={"stream": 10}),
+    )
+    await building.publisher.publish(X, "told", source="stream")
+    await asyncio.sleep(20)
+    async with building.session() as session:
+        assert (await session.resolve([X]))[X].refresh is RefreshState.UNDER_WAY
+        await building.wait_for_refreshes()
+        counted = session.snapshot().diagnostics
+        assert (counted.refresh_completed, counted.refresh_failed) == (0, 1)
+    value = (await building.build([X]))[X]
+    assert (value.value, value.stale, value.refresh) == ("told", True, RefreshState.FAILING)
+    assert value.metadata["refresh_error"] == (
+        "test:x is still stale, as what 'stream' has said of it outranks what is fresh"
+    )
+    await building.wait_for_refreshes()
+    await building.publisher.publish(X, "told again", source="stream")
+    assert (await building.build([X]))[X].refresh is RefreshState.NONE
+    await no_leaks(building)
+
+
 def _constant(value: Any) -> Any:
     async def fetch(k: ResourceKey, context: FetchContext) -> Any:
         return value
