@@ -401,6 +401,75 @@ async def test_what_another_stage_was_about_to_bring_is_not_told_though_it_came_
     assert (found.obtained, found.version, found.end) == (Obtained.FAILED, None, 1)
 
 
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+async def test_of_a_key_that_is_being_tried_again_is_told_how_it_failed(
+    ended: bool, fails: bool
+) -> None:
+    """That its flight has ended by then, and well, is of no account: others are waited for."""
+    seconds = 3
+
+    async def first_down(k: ResourceKey, context: FetchContext) -> Any:
+        await asyncio.sleep(seconds)
+        if fails or len(source.calls) == 1:
+            raise SourceUnavailableError(f"down {len(source.calls)}")
+        return "up"
+
+    source = Single("a", fetch=first_down)
+    b = builder(source, Single("b"), Single("slow", fetch=latency(9)))
+    async with b.session(trace=True) as session:
+        failed = await session.resolve([A], strict=False)
+        seconds = 1 if ended else 5
+        trying = session.resolve([A, key("slow")], strict=False, retry_errors=True)
+        again = asyncio.ensure_future(trying)
+        await asyncio.sleep(2)
+        early = await session.resolve([B])
+        last = await again
+    assert trace_of(early).keys[A] == trace_of(failed).keys[A]
+    assert "down 1" in early.explain(A)
+    assert trace_of(last).keys[A].start == 3, "that is where the second try begins"
+
+
+async def test_what_was_found_out_of_sight_while_it_is_being_asked_for_is_told_as_found() -> None:
+    gate = Gate()
+    b = builder(Single("a"), Derived("d", needs=lambda k: [A], before=gate.pass_), cache=Slow())
+    async with b.session(trace=True) as session:
+        deriving = asyncio.ensure_future(session.resolve([D]))
+        await gate.wait_arrived()
+        asking = asyncio.ensure_future(session.resolve([A]))
+        await settle()
+        gate.open()
+        early = await deriving
+        await asking
+    assert trace_of(early).keys[A].version == early[A].version
+    assert "has no value" not in early.explain(A)
+    await b.aclose()
+
+
+async def test_a_value_that_could_not_be_copied_is_explained_with_that() -> None:
+    def refuse(payload: Any) -> Any:
+        if len(copied) == 1:
+            raise TypeError("not to be copied")
+        copied.append(payload)
+        return payload
+
+    copied: list[Any] = []
+    b = builder(Single("a"), payload_copier=refuse)
+    snapshot = await b.build([A], trace=True, strict=False)
+    told = snapshot.explain(A)
+    assert told.startswith("test:a was fetched from 'a'")
+    assert "test:a has no value: " in told
+    assert "copyable, got str" in told
+
+
+class Slow(SingleKeyCache):
+    """A cache that takes a while to look."""
+
+    async def get(self, *arguments: Any, **named: Any) -> Any:
+        await asyncio.sleep(0.2)
+        return await super().get(*arguments, **named)
+
+
 # Bounds -------------------------------------------------------------------------------------------
 
 
