@@ -35,6 +35,7 @@ from coalestra.inspect.looks import (
     Names,
     Story,
     Traces,
+    done_in_time,
     look_at,
     look_into_cache,
     own_of,
@@ -107,7 +108,8 @@ def _is_loopback(host: str) -> bool | None:
         address = ip_address(host)
     except ValueError:
         return None
-    return bool((getattr(address, "ipv4_mapped", None) or address).is_loopback)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified  # a server on all addresses, from here
 
 
 # The page itself ----------------------------------------------------------------------------------
@@ -348,9 +350,11 @@ class Inspector:
             found, now = await look_into_cache(self.builder), own_of(self.builder).clock.now()
             told: dict[str, Any] = {"at": now, "values": None, "shows_values": shown}
             if found is not None:
-                told["values"] = await self._threads.run(
-                    told_values, found, self._names, now, shown, or_here=True
-                )
+                telling = partial(told_values, found, self._names, now, shown)
+                job = self._threads.start(telling, "told_values", or_here=True)
+                if not await done_in_time(job.ended):  # a `repr` may never end
+                    raise TimeoutError
+                told["values"] = job.outcome()
         except Exception as error:
             told = {"error": type(error).__name__}
         await exchange.answer(200, json.dumps(told), _JSON)

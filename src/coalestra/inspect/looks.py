@@ -162,7 +162,7 @@ async def look_at(builder: AnyBuilder) -> Look:
     except RuntimeError:  # it is closed, and so its loop is over
         waited = 0.0
     else:
-        inside = looking.result() if await _done_in_time(looking) else None
+        inside = looking.result() if await done_in_time(looking) else None
     health, waited, entries = inside or (own.health_snapshot_nowait(), waited, ())
     if isinstance(builder, SyncSnapshotBuilder):
         health = replace(
@@ -184,7 +184,7 @@ def _asked(
     return asyncio.ensure_future(work(builder))
 
 
-async def _done_in_time(looking: asyncio.Future[Any]) -> bool:
+async def done_in_time(looking: asyncio.Future[Any]) -> bool:
     """Wait for what looks, and cancel it if it takes too long; return whether it has an outcome."""
     try:
         await asyncio.wait((looking,), timeout=PATIENCE_SECONDS)
@@ -204,7 +204,7 @@ async def look_into_cache(builder: AnyBuilder) -> tuple[SnapshotValue[Any], ...]
     if type(cache) is not AsyncMemoryCache:
         return None
     looking = _asked(builder, lambda _: cache.newest(_MOST_VALUES))
-    if not await _done_in_time(looking):
+    if not await done_in_time(looking):
         raise TimeoutError(f"the cache did not answer within {PATIENCE_SECONDS:g} s")
     return looking.result()
 
