@@ -19,6 +19,7 @@ from coalestra import (
 )
 from coalestra.concurrency import pace
 from coalestra.orchestration import calls
+from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
 from tests.support import Gate, no_leaks, settle
 
@@ -28,7 +29,7 @@ K = key("x", "1")
 
 
 def gated(kind: str, gate: Gate) -> Scripted:
-    """A source of the given kind for keys named x, whose every call passes the gate."""
+    """A source of the given kind for keys named x (or one that is busy), which passes the gate."""
     if kind == "batch":
         return Batch("x", before=gate.pass_, answer=lambda k: "fetched")
     if kind == "derived":
@@ -38,7 +39,7 @@ def gated(kind: str, gate: Gate) -> Scripted:
         await gate.pass_()
         return "fetched"
 
-    return Single("x", fetch=fetch)
+    return Single(kind if kind == "busy" else "x", fetch=fetch)
 
 
 KINDS = ["single", "batch", "derived"]
@@ -56,6 +57,55 @@ async def test_a_read_that_began_before_a_publication_does_not_undo_it(kind: str
     gate.open()
     assert (await reader).value(K) == "event"
     assert (await building.build([K])).value(K) == "event"
+
+
+@pytest.mark.parametrize("kind", ["single", "batch"])
+@pytest.mark.parametrize("memory", [True, False])
+async def test_what_is_still_to_be_read_when_its_key_is_published_is_newer_than_the_event(
+    memory: bool, kind: str
+) -> None:
+    """And it is read once, though the event is too old to be of use to who comes next."""
+    gate, source = Gate(), gated(kind, Gate(opened=True))
+    cache = AsyncMemoryCache() if memory else SingleKeyCache()
+    building = builder(source, gated("busy", gate), max_concurrency=1, cache=cache)
+    busy = asyncio.ensure_future(building.build([key("busy")]))
+    await gate.wait_arrived()
+    readers = [asyncio.ensure_future(building.build([K]))]
+    await settle()
+    old = building.clock.now() - 1_500.0
+    await building.publisher.publish(K, "event", source="stream", observed_at=old)
+    readers.append(asyncio.ensure_future(building.build([K])))
+    await settle()
+    await asyncio.sleep(1)
+    gate.open()
+    await busy
+    assert [snapshot.value(K) for snapshot in await asyncio.gather(*readers)] == ["fetched"] * 2
+    assert (await building.build([K])).value(K) == "fetched", "and it is cached"
+    assert len(source.calls) == 1
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+async def test_what_was_published_of_a_queued_key_stands_in_for_it_while_it_may(
+    stale: bool,
+) -> None:
+    async def fail(k: ResourceKey, context: FetchContext) -> Any:
+        raise ConnectionError("down")
+
+    gate = Gate()
+    policy = FreshnessPolicy(1_000.0, 2_000.0, allow_stale_on_error=False)
+    sources = [Single("x", fetch=fail), gated("busy", gate)]
+    building = builder(*sources, max_concurrency=1, default_policy=policy)
+    busy = asyncio.ensure_future(building.build([key("busy")]))
+    await gate.wait_arrived()
+    reader = asyncio.ensure_future(building.build([K], strict=False))
+    await settle()
+    at = building.clock.now() - (1_500.0 if stale else 0.0)
+    await building.publisher.publish(K, "event", source="stream", observed_at=at)
+    gate.open()
+    await busy
+    assert (K in await reader) is not stale
+    await no_leaks(building)
 
 
 @pytest.mark.parametrize("room", [None, 1])

@@ -636,11 +636,12 @@ async def test_news_told_in_a_first_step_is_newer_than_what_was_asked_for_before
     assert {**found, concerned.subject: ...} == {**ALL, concerned.subject: ...}
     calls = len(it.source.calls)
     again = values(await it.builder.build(KEYS))
+    overtaken = concerned in (A, B, C)
     if deed == "publish":
-        assert again == {**ALL, concerned.subject: "news"}
+        assert again == {**ALL, **({concerned.subject: "news"} if overtaken else {})}
     else:
         assert again == ALL
-        assert len(it.source.calls) == calls + (concerned in (A, B, C))
+        assert len(it.source.calls) == calls + overtaken
     await no_leaks(it.builder)
 
 

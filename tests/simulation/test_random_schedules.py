@@ -118,7 +118,7 @@ async def live(seed: int) -> None:
     await asyncio.sleep(20)
     for builder in (world.builder, world.aside):
         await no_leaks(builder)
-    assert world.calls.overlaps == []
+    assert not world.calls.faults, world.calls.faults
     for builder in (world.builder, world.aside):
         await builder.aclose()
     assert not world.spans.open
@@ -137,7 +137,7 @@ async def build(world: World) -> None:
     """Build once, by a deadline at times."""
     floor = dict(world.floor)
     keys = wanted(world)
-    budget = None if world.calm or world.chance.random() < 0.6 else world.chance.uniform(0.01, 4)
+    budget = some_budget(world)
     answer = world.builder.build(keys, strict=False, deadline_seconds=budget)
     check(world, keys, await in_time(answer, budget), floor)
 
@@ -150,7 +150,7 @@ async def ask(world: World) -> None:
         for keys in (wanted(world) for _ in range(world.chance.randint(1, 4)))
         for some in [world.chance.randint(0, len(keys))]
     ]
-    budget = None if world.calm or world.chance.random() < 0.6 else world.chance.uniform(0.01, 4)
+    budget = some_budget(world)
     most = world.chance.choice((None, 1, 2))
     results = world.builder.try_requests(requests, deadline_seconds=budget, max_concurrency=most)
     for result in await in_time(results, budget):
@@ -169,6 +169,13 @@ async def build_both(world: World) -> None:
     if isinstance(cache, AsyncMemoryCache) and cache.max_entries is None and not world.wild:
         assert len(numbers) in (0, 2), "one of a pair that is published together"
         assert len(set(numbers)) <= 1, "a pair that is published together is torn"
+
+
+def some_budget(world: World) -> float | None:
+    """Return how long an answer may take: as long as it likes, or no time at all."""
+    if world.calm or world.chance.random() < 0.6:
+        return None
+    return world.chance.choice((1e-9, 0.02, world.chance.uniform(0.01, 4)))
 
 
 async def in_time(answer: Coroutine[Any, Any, T], budget: float | None) -> T:
@@ -216,10 +223,9 @@ async def revalidate(
     """
     now = world.floor.get(k, 0)
     forced = world.chance.random() < 0.5
-    if forced:
-        world.calls.changed.update(world.bases)
     try:
-        snapshot = await session.revalidate([k], force_refresh=forced)
+        with world.calls.changing(*(world.bases if forced else ())):
+            snapshot = await session.revalidate([k], force_refresh=forced)
     except SnapshotBuildError:
         assert not world.calm or world.brief or world.vanishes
     else:

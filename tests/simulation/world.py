@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -137,27 +139,58 @@ class JudgingCache(Pausing):
 
 
 class Calls:
-    """The source calls under way per source and key; knows which of them should not overlap."""
+    """The source calls under way; knows which are too many, or should not overlap.
+
+    Two of one key should not, unless the key has changed since one of the two units of work has
+    first asked for it.
+    """
 
     def __init__(self) -> None:
-        self.changed: set[ResourceKey] = set()
-        self.overlaps: list[str] = []
-        self._under_way: dict[tuple[str, ResourceKey], list[list[bool]]] = {}
+        self.faults: list[str] = []
+        self._asked: dict[ResourceKey, dict[str, bool]] = {}
+        self._changing: Counter[ResourceKey] = Counter()
+        self._under_way: dict[tuple[str, ResourceKey], dict[str, bool]] = {}
+        self._running: Counter[str] = Counter()
+        self.limits: dict[str, int] = {}
 
-    def begin(self, source: str, key: ResourceKey) -> list[bool]:
-        """Note a call; a key that nobody has changed so far must not be under way already."""
-        others = self._under_way.setdefault((source, key), [])
+    def begin(self, source: str, key: ResourceKey, work: str) -> None:
+        """Note that a key is asked for on behalf of a unit of work."""
+        asked = self._asked.setdefault(key, {})
+        outdated = asked[work] = asked.get(work, False) or self._changing[key] > 0
+        others = self._under_way.setdefault((source, key), {})
+        if work in others:
+            self.faults.append(f"{source} was asked for {key} twice at once by one")
         for other in others:
-            other[0] |= key not in self.changed
-        call = [False]
-        others.append(call)
-        return call
+            others[other] |= not (asked[other] or outdated)
+        others[work] = False
 
-    def end(self, source: str, key: ResourceKey, call: list[bool], *, cancelled: bool) -> None:
+    def end(self, source: str, key: ResourceKey, work: str, *, cancelled: bool) -> None:
         """Note the end; one that was just being cancelled when the next began did not overlap."""
-        self._under_way[source, key].remove(call)
-        if call[0] and not cancelled:
-            self.overlaps.append(f"{source} was asked for {key} twice at once")
+        if self._under_way[source, key].pop(work) and not cancelled:
+            self.faults.append(f"{source} was asked for {key} twice at once")
+
+    @contextlib.contextmanager
+    def changing(self, *keys: ResourceKey) -> Iterator[None]:
+        """Let keys change, or be asked for anew, within the block."""
+        self._changing.update(keys)
+        try:
+            yield
+        finally:
+            self._changing.subtract(keys)
+            for k in keys:
+                self._asked.setdefault(k, {}).update(dict.fromkeys(self._asked.get(k, ()), True))
+
+    @contextlib.contextmanager
+    def running(self, source: str) -> Iterator[None]:
+        """Let a source run within the block, as far as there are slots for it."""
+        for name in (source, "all"):
+            self._running[name] += 1
+            if self._running[name] > self.limits.get(name, math.inf):
+                self.faults.append(f"{self._running[name]} calls of {name} at once")
+        try:
+            yield
+        finally:
+            self._running.subtract((source, "all"))
 
 
 class Spans:
@@ -195,6 +228,8 @@ class World:
         self.prompt = chance.choice((0.0, 0.5, 0.95))
         self.nests = chance.random() < 0.3
         self.mutable = chance.random() < 0.15
+        self.odd = not self.calm and chance.random() < 0.3
+        self.narrow = not self.calm and chance.random() < 0.3
         self.clock = TickingClock()
         self.calls = Calls()
         self.bases = [
@@ -244,6 +279,9 @@ class World:
                 CircuitBreakerPolicy(chance.choice([*CircuitScope]), 1, 0.5),
             )
         )
+        most = chance.choice((1, 2, 8))
+        if not self.nests:
+            self.calls.limits["all"] = most
         return SnapshotBuilder(
             self._sources(),
             cache=cache,
@@ -252,7 +290,7 @@ class World:
             default_resilience=SourceResiliencePolicy(
                 retry=retry, circuit=circuit, finish_late=chance.random() < 0.5
             ),
-            max_concurrency=chance.choice((1, 2, 8)),
+            max_concurrency=most,
             max_pending_tasks=chance.choice((1, 2, 100)),
             run_payload_copies_in_thread=True if self.mutable else None,
             trace=self.traced,
@@ -266,37 +304,70 @@ class World:
             async def fetch_many(
                 self, keys: Collection[ResourceKey], context: FetchContext
             ) -> Mapping[ResourceKey, Any]:
-                found = await world.read("batch", keys)
+                found = await world.read("batch", keys, context)
                 return {k: v for k, v in found.items() if not world.fails()}
 
         async def single(k: ResourceKey, context: FetchContext) -> Any:
-            await world.nest(world.batched)
-            answer = (await world.read("single", [k]))[k]
+            answer = (await world.read("single", [k], context))[k]
             if isinstance(answer, ResourceAbsent):
                 raise answer
             return answer
 
         async def backup(k: ResourceKey, context: FetchContext) -> Any:
-            return (await world.read("backup", [k]))[k]
+            if k in world.needs:
+                with world.calls.running("backup"):
+                    await world.work()
+                return {}
+            return (await world.read("backup", [k], context))[k]
 
         class Nested(Derived):
             async def derive(self, k: ResourceKey, inputs: Snapshot, context: FetchContext) -> Any:
                 await world.nest(world.bases)
-                await world.work()
+                with world.calls.running("derived"):
+                    await world.work()
                 return {str(each): value.value for each, value in inputs.items()}
 
         pair = Pair("batch")
         pair.max_batch_size = self.chance.choice((None, 1, 2))
         timeout = None if self.calm else 1.5
+        served = "single", "batch"
         sources: list[Any] = [
             pair,
             Single("single", fetch=single, timeout=timeout),
-            Single("backup", "single", "batch", fetch=backup, priority=1),
-            Nested("derived", needs=self.needs.__getitem__),
+            Single("backup", *served, fetch=backup, priority=1),
+            Nested("derived", needs=self.needed_by),
         ]
         for source in sources:
             source.resilience_policy = None
+            if self.odd:
+                source.supports = self.oddly(source.supports)
+                source.cache_supports = False
+            if self.narrow:
+                source.timeout_seconds = self.chance.choice((None, 0.15, 1.5))
+                source.queue_timeout_seconds = self.chance.choice((None, 0.05, 0.3))
+                source.max_concurrency = self.chance.choice((None, 1))
+                if source.max_concurrency and not self.nests:
+                    self.calls.limits[source.name] = 1
         return sources
+
+    def oddly(self, supports: Callable[[ResourceKey], bool]) -> Callable[[ResourceKey], bool]:
+        """Raise at times when asked for support, or deny it."""
+
+        def answer(k: ResourceKey) -> bool:
+            if self.chance.random() < 0.05:
+                raise self.trouble()
+            return supports(k) and self.chance.random() < 0.9
+
+        return answer
+
+    def needed_by(self, k: ResourceKey) -> list[ResourceKey]:
+        """Return what a key is derived from; where sources are odd it changes, or is not told."""
+        needs = self.needs[k]
+        if not self.odd or self.chance.random() < 0.8:
+            return needs
+        if self.chance.random() < 0.3:
+            raise self.trouble()
+        return self.chance.sample(needs, self.chance.randint(0, len(needs)))
 
     def trouble(self) -> BaseException:
         """What a source raises: in a wild world anything at all."""
@@ -344,15 +415,21 @@ class World:
         await self.work()
         return str(k)
 
-    async def read(self, source: str, keys: Collection[ResourceKey]) -> dict[ResourceKey, Any]:
+    async def read(
+        self, source: str, keys: Collection[ResourceKey], context: FetchContext
+    ) -> dict[ResourceKey, Any]:
         """Answer with the truth as it was when the call began, after a while; or fail."""
-        calls = {k: self.calls.begin(source, k) for k in keys}
+        for k in keys:
+            self.calls.begin(source, k, context.snapshot_id)
         cancelled = False
         try:
             found = {k: (str(k), self.truth[k]) for k in keys}
             dated = not self.jumps and self.chance.random() < 0.5
             observed_at = self.clock.now() if dated else None
-            await self.work()
+            if source == "single":
+                await self.nest(self.batched)
+            with self.calls.running(source):
+                await self.work()
             lasting = self.chance.choice((None, 1.0, 100.0))
             kinds = (tuple, list) if self.mutable else (tuple,)
             return {
@@ -365,8 +442,8 @@ class World:
             cancelled = True
             raise
         finally:
-            for k, call in calls.items():
-                self.calls.end(source, k, call, cancelled=cancelled)
+            for k in keys:
+                self.calls.end(source, k, context.snapshot_id, cancelled=cancelled)
 
     async def change_both(self) -> None:
         """Let two keys that have no source change together, so that nobody sees one without."""
@@ -395,12 +472,12 @@ class World:
         async with self.turns[k]:
             self.truth[k] += 1
             value = self.truth[k]
-            self.calls.changed.add(k)
             try:
-                if self.chance.random() < 0.5 and not self.is_absent(value):
-                    await self.builder.publisher.publish(k, (str(k), value), source="news")
-                else:
-                    await self.builder.publisher.invalidate(k)
+                with self.calls.changing(k):
+                    if self.chance.random() < 0.5 and not self.is_absent(value):
+                        await self.builder.publisher.publish(k, (str(k), value), source="news")
+                    else:
+                        await self.builder.publisher.invalidate(k)
             except Exception:
                 if not self.wild:
                     raise

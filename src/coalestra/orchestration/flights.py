@@ -279,6 +279,11 @@ class Flight:
         self.log: FlightLog | None = None
         self.pins: Pins | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has read anything, so that it may be without what there is news of since."""
+        return bool(self.began) or self.gather is not None
+
     # Phases: nobody but these, and the board's `take_off` and `land`, writes `phase` ------------
 
     def choose(self) -> None:
@@ -1001,19 +1006,20 @@ def absence_stands(flight: Flight, parts: Parts) -> bool:
 def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> Reading | None:
     """Return the newest stale value that may stand in for a failed key, or None."""
     policy = awaited.policy
-    if not policy.allow_stale_on_error:
-        return None
     now, most = parts.clock.now(), policy.max_stale_seconds
     known = (awaited.event, awaited.cached, awaited.candidate)
     usable = [one for one in known if one is not None and age_of(one, now) <= most]
     if not usable:
         return None
     newest = max(usable, key=lambda revision: revision.observed_at)
+    stale = age_of(newest, now) > policy.ttl_seconds
+    if stale and not policy.allow_stale_on_error:
+        return None
     error = failure.make()
     reading = Reading(
         newest,
         policy.ttl_seconds,
-        stale=age_of(newest, now) > policy.ttl_seconds,
+        stale=stale,
         from_cache=newest is not awaited.candidate,
         notes={"fallback_error_type": type_name(error), "fallback_error": message_of(error)},
     )

@@ -1240,9 +1240,11 @@ class SingleFlight:
         if revision is not None and any(each.offered is revision for each in flights):
             return True
         for flight in flights:
-            if revision is None:
-                flight.cached = None  # it must not stand in for newcomers
-            elif not revision.dependency_versions:  # news of its inputs is told by themselves
+            if revision is not None and revision.dependency_versions:
+                continue  # news of its inputs is told by themselves
+            if revision is None or not flight.has_begun:
+                flight.cached = revision  # what is gone must not stand in for newcomers
+            else:
                 flight.event = revision
                 self.board.hide(flight, cacheable=True)
         return False
@@ -1282,7 +1284,7 @@ class SingleFlight:
 
     def _invalidate(self, flight: Flight) -> None:
         """Forget what a flight knows from before; its value, too, unless it is still to be read."""
-        if flight.began or flight.gather is not None:
+        if flight.has_begun:
             self.board.hide(flight, cacheable=False)
         else:
             flight.cached = flight.candidate = flight.event = None
@@ -1299,7 +1301,7 @@ class SingleFlight:
     def _hide_what_has_begun(self) -> None:
         """Let nobody who comes from now on join what has begun to read: news may be missing."""
         for flight in tuple(self.board.flights.values()):
-            if flight.began or flight.gather is not None:
+            if flight.has_begun:
                 self.board.hide(flight, cacheable=True)
         self._absent.clear()
         self.reads.hide({})
