@@ -114,6 +114,31 @@ async def test_a_derived_key_revalidated_alone_agrees_with_its_pinned_dependenci
     assert again[MIDDLE].dependency_versions == {BASE: again[BASE].version}
 
 
+@pytest.mark.parametrize("force", [False, True])
+async def test_what_is_derived_only_when_revalidated_agrees_with_what_is_pinned(
+    force: bool,
+) -> None:
+    """Its pinned value came from another source, as it could not be derived then."""
+    down = [True]
+
+    async def fail() -> None:
+        if down:
+            raise ConnectionError("down")
+
+    d = key("d")
+    sources = [Derived("d", needs=lambda k: [BASE], before=fail), Single("late", "d", priority=1)]
+    building = builder(*sources, Stock("stock", {"base": 1}))
+    session = building.session()
+    assert shown(await session.resolve([BASE, d])) == {BASE: 1, d: ""}
+    await building.publisher.publish(BASE, 2, source="news")
+    await building.publisher.invalidate(d)
+    down.clear()
+    after = await session.revalidate([d], force_refresh=force)
+    assert shown(after) == {BASE: 1, d: (1,)}
+    assert after[d].dependency_versions == {BASE: after[BASE].version}
+    await no_leaks(building)
+
+
 async def test_a_revalidated_snapshot_keeps_the_identity_and_the_order_of_the_session() -> None:
     shop = Shop()
     session = await shop.session(OTHER, BASE)

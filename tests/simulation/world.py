@@ -330,7 +330,7 @@ class World:
         pair = Pair("batch")
         pair.max_batch_size = self.chance.choice((None, 1, 2))
         timeout = None if self.calm else 1.5
-        served = "single", "batch"
+        served = ("single", "batch", "derived") if self.odd else ("single", "batch")
         sources: list[Any] = [
             pair,
             Single("single", fetch=single, timeout=timeout),

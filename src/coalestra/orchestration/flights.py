@@ -613,9 +613,11 @@ class Gather:
             reading = reading.joined()
         self.readings[key] = reading
         if self.forced and key in self.forced:
-            self.pins[key] = reading
-            if reading.revision.dependency_versions:
-                hold(self.pins, {key: reading})
+            derived = reading.revision.dependency_versions
+            if not derived or key in self.private:  # else it has to agree with the pins first
+                self.pins[key] = reading
+                if derived:
+                    hold(self.pins, {key: reading})
         return reading
 
     def __repr__(self) -> str:
