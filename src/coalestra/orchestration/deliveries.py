@@ -274,7 +274,7 @@ class Deliveries:
         if type(metadata) is not FrozenDict:
             metadata = self._copies.open_metadata_now(metadata, context=context)
         if notes:
-            metadata = FrozenDict({**metadata, **notes}) if metadata else notes
+            metadata = FrozenDict({**metadata, **notes} if metadata else notes)
         age, ttl, stale = now - revision.observed_at, reading.ttl_seconds, reading.stale
         if not stale and (ttl is None or age > ttl):
             stale = gone_stale(age, ttl_of(self._policies, revision.key) if ttl is None else ttl)

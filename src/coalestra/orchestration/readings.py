@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from coalestra.concurrency.pace import Slices, at_once
@@ -25,6 +26,7 @@ _MANY_TIMES = 8
 """So many pins are copied in the time in which one key tells its hash."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Reading:
     """One reader's view of a sealed revision, and how the reader came by it.
 
@@ -33,26 +35,14 @@ class Reading:
     metadata for this reader; `fallback` is the error that a stale value stands in for.
     """
 
-    __slots__ = ("_joined", "fallback", "from_cache", "notes", "revision", "stale", "ttl_seconds")
-
-    def __init__(
-        self,
-        revision: Revision,
-        ttl_seconds: float | None,
-        *,
-        stale: bool = False,
-        from_cache: bool = False,
-        notes: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.revision: Revision = revision
-        self.ttl_seconds: float | None = ttl_seconds
-        self.stale: bool = stale
-        self.from_cache: bool = from_cache
-        self.notes: FrozenDict[str, Any] | None = (
-            notes if notes is None or type(notes) is FrozenDict else FrozenDict(notes)
-        )
-        self.fallback: Exception | None = None
-        self._joined: Reading | None = None
+    revision: Revision
+    ttl_seconds: float | None
+    _: KW_ONLY
+    stale: bool = False
+    from_cache: bool = False
+    notes: Mapping[str, Any] | None = None
+    fallback: Exception | None = None
+    _joined: Reading | None = None
 
     def joined(self) -> Reading:
         """Return the same reading for all who have joined the flight of another unit of work."""
@@ -63,15 +53,16 @@ class Reading:
                 self.ttl_seconds,
                 stale=self.stale,
                 from_cache=self.from_cache,
-                notes=FrozenDict({**self.notes, **_JOINED}) if self.notes else _JOINED,
+                notes={**self.notes, **_JOINED} if self.notes else _JOINED,
+                fallback=self.fallback,
             )
-            noted.fallback = self.fallback
         return noted
 
     def __repr__(self) -> str:
         return f"<Reading {self.revision.key} from_cache={self.from_cache} stale={self.stale}>"
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Failure:
     """Why a key has no value, kept as facts.
 
@@ -79,20 +70,11 @@ class Failure:
     only those that are looked at are made. `absent` says that there is no value to be had.
     """
 
-    __slots__ = ("absent", "cycle", "key", "make")
-
-    def __init__(
-        self,
-        key: ResourceKey,
-        make: Callable[[], Exception],
-        *,
-        cycle: tuple[ResourceKey, ...] | None = None,
-        absent: bool = False,
-    ) -> None:
-        self.key: ResourceKey = key
-        self.absent: bool = absent
-        self.make: Callable[[], Exception] = make
-        self.cycle: tuple[ResourceKey, ...] | None = cycle
+    key: ResourceKey
+    make: Callable[[], Exception]
+    _: KW_ONLY
+    cycle: tuple[ResourceKey, ...] | None = None
+    absent: bool = False
 
     @classmethod
     def of_sources(cls, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> Failure:
@@ -138,14 +120,12 @@ class Failure:
         return f"<Failure {self.key.display}: {self.make()}>"
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Failed:
     """How a flight ended that brought no value: a failure, with the best stale candidate."""
 
-    __slots__ = ("failure", "stale")
-
-    def __init__(self, failure: Failure, stale: Reading | None = None) -> None:
-        self.failure: Failure = failure
-        self.stale: Reading | None = stale
+    failure: Failure
+    stale: Reading | None = None
 
     def __repr__(self) -> str:
         return f"<Failed {self.failure}>"
@@ -162,6 +142,7 @@ Settlement = Reading | Failed
 # key. The rules here find that out. They know nothing of time, tasks or sources.
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Demand:
     """What somebody who waits insists on, beyond any usable value.
 
@@ -169,17 +150,9 @@ class Demand:
     derived under the pins. A `refresh` bypasses the cache and accepts fresh values only.
     """
 
-    __slots__ = ("forced", "private", "refresh")
-
-    def __init__(
-        self,
-        forced: frozenset[ResourceKey] = frozenset(),
-        private: frozenset[ResourceKey] = frozenset(),
-        refresh: bool = False,
-    ) -> None:
-        self.forced = forced
-        self.private = private
-        self.refresh = refresh
+    forced: frozenset[ResourceKey] = frozenset()
+    private: frozenset[ResourceKey] = frozenset()
+    refresh: bool = False
 
     def __repr__(self) -> str:
         return (
@@ -274,7 +247,8 @@ def at_odds(
     if not derived or (len(readings) == 1 and not pins):
         return odd
     hidden = yield from _newest_hidden(derived.values(), readings, pins)
-    chosen = _Chosen(hidden, readings, pins)
+    versions = {key: revision.version for key, revision in hidden.items()}
+    chosen = _Chosen(versions, readings, pins)
     for number, (key, revision) in enumerate(derived.items(), 1):
         if (yield from chosen.differs(revision)):
             odd.add(key)
@@ -287,19 +261,14 @@ def _derived(readings: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Revis
     return {k: r.revision for k, r in readings.items() if r.revision.dependency_versions}
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class _Chosen:
     """Which version of each key stands, in the order in which `at_odds` gives precedence."""
 
-    def __init__(
-        self,
-        hidden: Mapping[ResourceKey, Revision],
-        readings: Mapping[ResourceKey, Reading],
-        pins: Mapping[ResourceKey, Reading],
-    ) -> None:
-        self._pins = pins
-        self._readings = readings
-        self._hidden = {key: revision.version for key, revision in hidden.items()}
-        self._wrong: dict[int, bool] = {}
+    hidden: dict[ResourceKey, str]
+    readings: Mapping[ResourceKey, Reading]
+    pins: Mapping[ResourceKey, Reading]
+    _wrong: dict[int, bool] = field(default_factory=dict)
 
     def differs(self, root: Revision) -> Slices[bool]:
         """Return whether anything that a revision rests on differs from what stands."""
@@ -308,7 +277,7 @@ class _Chosen:
         wrong, stack = self._wrong, [root]
         while stack:
             revision = stack[-1]
-            if id(revision) in wrong or _stands(revision, self._pins):
+            if id(revision) in wrong or _stands(revision, self.pins):
                 wrong.setdefault(id(revision), False)
                 stack.pop()
                 continue
@@ -327,11 +296,11 @@ class _Chosen:
     def _differs_at_once(self, revision: Revision) -> bool:
         """Whether a direct dependency differs; what is not yet chosen is now."""
         for key, version in revision.dependency_versions.items():
-            reading = self._pins.get(key) or self._readings.get(key)
+            reading = self.pins.get(key) or self.readings.get(key)
             if reading is not None:
                 stands = reading.revision.version
             else:
-                stands = self._hidden.setdefault(key, version)
+                stands = self.hidden.setdefault(key, version)
             if stands != version:
                 return True
         return False
