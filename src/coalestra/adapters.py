@@ -264,14 +264,10 @@ FetcherFunction: TypeAlias = Callable[[ResourceKey, FetchContext], Any]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class FetchingSettings(AdapterSettings):
-    """What a source is told that fetches one resource at a time."""
+class CallableSource(CallableAdapter):
+    """Asks a plain or async function for one resource at a time; see `CallableAdapter`."""
 
     fetcher: FetcherFunction
-
-
-class CallableSource(CallableAdapter, FetchingSettings):
-    """Asks a plain or async function for one resource at a time; see `CallableAdapter`."""
 
     async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
         """Return what the fetcher returns for `key`, as a payload."""
@@ -286,18 +282,14 @@ BatchFetcherFunction: TypeAlias = Callable[[Collection[ResourceKey], FetchContex
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class BatchFetchingSettings(AdapterSettings):
-    """What a source is told that fetches many resources at once."""
-
-    fetcher: BatchFetcherFunction
-    max_batch_size: int | None = ruled(None, integer, minimum=1, optional=True)
-
-
-class CallableBatchSource(CallableAdapter, BatchFetchingSettings):
+class CallableBatchSource(CallableAdapter):
     """Asks a plain or async function for many resources at once; see `CallableAdapter`.
 
     ``max_batch_size`` bounds the keys of one call; None: no bound.
     """
+
+    fetcher: BatchFetcherFunction
+    max_batch_size: int | None = ruled(None, integer, minimum=1, optional=True)
 
     async def fetch_many(
         self, keys: Collection[ResourceKey], context: FetchContext
@@ -377,13 +369,8 @@ class CallableDerivedSource(CallableAdapter, DerivedSettings):
         return as_payload(await self._invocation.call(key, dependencies, context))
 
 
-for _settings, _source in (
-    (FetchingSettings, CallableSource),
-    (BatchFetchingSettings, CallableBatchSource),
-    (DerivedSettings, CallableDerivedSource),
-):
-    # What Python says of a wrong argument names the class that was called.
-    _settings.__init__.__qualname__ = f"{_source.__qualname__}.__init__"
+# What Python says of a wrong argument names the class that was called.
+DerivedSettings.__init__.__qualname__ = f"{CallableDerivedSource.__qualname__}.__init__"
 
 __all__ = [
     "BatchFetcherFunction", "BatchSupportsFunction", "CallableBatchSource", "CallableDerivedSource",
