@@ -4,8 +4,7 @@
 
 import typing as _typing
 
-from coalestra.observability.buffered import *
 from coalestra.observability.sinks import *
 
 if not _typing.TYPE_CHECKING:
-    __all__ = buffered.__all__ + sinks.__all__
+    __all__ = sinks.__all__

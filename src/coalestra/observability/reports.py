@@ -39,14 +39,12 @@ from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.core.validation import flag, readable, require_methods
 from coalestra.core.values import Revision
-from coalestra.observability.buffered import (
-    BufferedEventSink,
-    BufferedMetricsSink,
-    BufferedSinkStats,
-)
 from coalestra.observability.changes import ChangeLog, subject_of
 from coalestra.observability.sinks import (
     DEFAULT_MAX_PENDING,
+    BufferedEventSink,
+    BufferedMetricsSink,
+    BufferedSinkStats,
     BufferOverflowPolicy,
     LoggingEventSink,
     NullEventSink,
