@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.protocols import Clock, SystemClock, monotonic_of, now_of
+from coalestra.core.protocols import Clock, SystemClock, checked
 from tests.support import ManualClock
 
 
@@ -56,10 +56,10 @@ class Telling:
 def test_a_moment_that_is_none_is_an_error_that_names_the_clock(
     moment: Any, error: type[Exception]
 ) -> None:
-    clock: Any = Telling(moment)
-    for name, read in (("now", now_of), ("monotonic", monotonic_of)):
+    clock = checked(Telling(moment))
+    for name in ("now", "monotonic"):
         with pytest.raises(error, match=rf"^{name}\(\) of the clock must be a finite number"):
-            read(clock)
+            getattr(clock, name)()
 
 
 class Moment(float):
@@ -68,6 +68,6 @@ class Moment(float):
 
 @pytest.mark.parametrize("moment", [5, 5.5, -1.0, Moment(5)])
 def test_a_clock_may_tell_whole_seconds_and_those_before_the_epoch(moment: float) -> None:
-    clock: Any = Telling(moment)
-    for told in (now_of(clock), monotonic_of(clock)):
+    clock = checked(Telling(moment))
+    for told in (clock.now(), clock.monotonic()):
         assert (type(told), told) == (float, moment)

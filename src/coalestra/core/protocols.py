@@ -40,17 +40,27 @@ class Clock(Protocol):
         """Return seconds since some fixed moment; they never run backwards."""
 
 
-def now_of(clock: Clock) -> float:
-    """Return the wall-clock time in seconds since the epoch, as a clock of somebody else's says.
+class CheckedClock:
+    """A clock of somebody else's, of which no moment is believed that is none.
 
-    NaN and infinity are a `ValueError`: values would be of that date for ever.
+    NaN and infinity are a `ValueError`: values would be of that date, and circuits open, for ever.
     """
-    return _believed("now", clock.now())
 
+    __slots__ = ("_clock",)
 
-def monotonic_of(clock: Clock) -> float:
-    """Return the monotonic time in seconds; NaN and infinity would open circuits for ever."""
-    return _believed("monotonic", clock.monotonic())
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def now(self) -> float:
+        """Return the wall-clock time in seconds since the epoch."""
+        return _believed("now", self._clock.now())
+
+    def monotonic(self) -> float:
+        """Return seconds since some fixed moment."""
+        return _believed("monotonic", self._clock.monotonic())
+
+    def __repr__(self) -> str:
+        return repr(self._clock)
 
 
 def _believed(method: str, seconds: float) -> float:
@@ -62,26 +72,6 @@ def _believed(method: str, seconds: float) -> float:
             "raise instead if it does not know"
         )
     return seconds
-
-
-class CheckedClock:
-    """A clock of somebody else's, of which no moment is believed that is none."""
-
-    __slots__ = ("_clock",)
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def now(self) -> float:
-        """Return the wall-clock time in seconds since the epoch; see `now_of`."""
-        return now_of(self._clock)
-
-    def monotonic(self) -> float:
-        """Return seconds since some fixed moment; see `monotonic_of`."""
-        return monotonic_of(self._clock)
-
-    def __repr__(self) -> str:
-        return repr(self._clock)
 
 
 class SystemClock:

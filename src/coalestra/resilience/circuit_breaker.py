@@ -39,7 +39,7 @@ from weakref import WeakKeyDictionary
 from coalestra.core.errors import CircuitOpenError
 from coalestra.core.frozen import record
 from coalestra.core.keys import ResourceKey
-from coalestra.core.protocols import Clock, SystemClock, monotonic_of
+from coalestra.core.protocols import Clock, SystemClock, checked
 from coalestra.core.validation import (
     check_fields,
     flag,
@@ -304,7 +304,7 @@ class CircuitBreaker:
         return True
 
     def __repr__(self) -> str:
-        now = monotonic_of(self.clock)
+        now = checked(self.clock).monotonic()
         states = [circuit.state(now).value for circuit in self.circuits.copy().values()]
         counts = " ".join(f"{state}={states.count(state)}" for state in sorted(set(states)))
         return f"<{type(self).__name__} {counts or 'all at rest'}>"
@@ -334,7 +334,7 @@ class CircuitBreaker:
     ) -> CircuitOpenError | None:
         """Return the error of a call that would be refused now, else None; changes nothing."""
         circuit = self.circuits.get(identity) if self.circuits and policy.enabled else None
-        if circuit is None or not circuit.refuses(now := monotonic_of(self.clock)):
+        if circuit is None or not circuit.refuses(now := checked(self.clock).monotonic()):
             return None
         if circuit.probing:
             outlook = "the one call that probes it is under way"
@@ -356,7 +356,7 @@ class CircuitBreaker:
         circuit = self.circuits.get(identity) if policy.enabled else None
         if circuit is not None:
             self._use(identity, circuit)
-            self.turn += circuit.admit(monotonic_of(self.clock), self.turn + 1)
+            self.turn += circuit.admit(checked(self.clock).monotonic(), self.turn + 1)
         return self.turn
 
     def report(
@@ -381,7 +381,7 @@ class CircuitBreaker:
         elif turn is not None and turn < circuit.turn:
             return
         try:
-            now = monotonic_of(self.clock)
+            now = checked(self.clock).monotonic()
         except BaseException:
             circuit.probing = False  # or nobody would ever be let through again
             raise
@@ -412,7 +412,7 @@ class CircuitBreaker:
     def counted(self) -> dict[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of all circuits by source, scope and state, naming no part of it."""
         groups: dict[tuple[str, CircuitScope, str], list[Circuit]] = {}
-        now = monotonic_of(self.clock)
+        now = checked(self.clock).monotonic()
         for identity, circuit in self.circuits.copy().items():  # in one step, for any thread
             source, scope = identity.source, identity.scope
             part = "" if scope is CircuitScope.SOURCE else circuit.state(now).value
@@ -434,7 +434,7 @@ class CircuitBreaker:
         """Return the state of a circuit now."""
         identity, _ = self._resolve(source, key, policy)
         circuit = self.circuits.get(identity)
-        return _CLOSED if circuit is None else circuit.state(monotonic_of(self.clock))
+        return _CLOSED if circuit is None else circuit.state(checked(self.clock).monotonic())
 
     async def before_call(
         self,
@@ -519,7 +519,7 @@ class CircuitBreaker:
 
     async def snapshot(self) -> Mapping[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of every circuit that has failures or is not closed, by its name."""
-        now = monotonic_of(self.clock)
+        now = checked(self.clock).monotonic()
         return MappingProxyType({name: each.view(now) for name, each in self.circuits.items()})
 
     def _record(
