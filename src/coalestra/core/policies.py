@@ -8,21 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, Generic, Protocol, TypeVar
 
+from coalestra.core import validation
 from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.keys import ResourceKey
-from coalestra.core.validation import (
-    check_fields,
-    choice,
-    flag,
-    instance,
-    integer,
-    mapping,
-    number,
-    plain_function,
-    ruled,
-    span,
-    text,
-)
 
 __all__ = [
     "AuthorityPolicyProvider", "AuthorityPolicyResolver", "AuthorityResolver", "FreshnessPolicy",
@@ -50,15 +38,17 @@ class KeyedPolicies(Generic[K, P]):
         dynamic: Callable[[K], P | None] | None,
     ) -> None:
         self._kind: type[P] = kind
-        self.default: P = instance("default", default, kind)
-        self.overrides: Mapping[K, P] = FrozenDict(mapping("overrides", overrides, optional=True))
-        self.dynamic = plain_function("dynamic", dynamic, optional=True)
+        self.default: P = validation.instance("default", default, kind)
+        self.overrides: Mapping[K, P] = FrozenDict(
+            validation.mapping("overrides", overrides, optional=True)
+        )
+        self.dynamic = validation.plain_function("dynamic", dynamic, optional=True)
         for key, policy in self.overrides.items():
-            instance(f"overrides[{self._named(key)}]", policy, kind)
+            validation.instance(f"overrides[{self._named(key)}]", policy, kind)
 
     def _named(self, key: Any) -> str:
         """Return how errors name a key; `TypeError` if it is none."""
-        name: str = instance("overrides key", key, ResourceKey).display
+        name: str = validation.instance("overrides key", key, ResourceKey).display
         return name
 
     def _chosen(self, key: K) -> P | None:
@@ -66,7 +56,7 @@ class KeyedPolicies(Generic[K, P]):
         override = self.overrides.get(key)
         if override is not None or self.dynamic is None:
             return override
-        return instance("dynamic result", self.dynamic(key), self._kind, optional=True)
+        return validation.instance("dynamic result", self.dynamic(key), self._kind, optional=True)
 
     def resolve(self, key: K) -> P:
         """Return the policy of ``key``; raises what the dynamic resolver raises."""
@@ -135,11 +125,11 @@ class FreshnessPolicy:
     refresh_ahead_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        ttl = span("ttl_seconds", self.ttl_seconds)
-        stale = span("max_stale_seconds", self.max_stale_seconds)
-        flag("allow_stale_on_error", self.allow_stale_on_error)
-        choice("refresh_mode", self.refresh_mode, RefreshMode)
-        ahead = number("refresh_ahead_seconds", self.refresh_ahead_seconds, minimum=0)
+        ttl = validation.span("ttl_seconds", self.ttl_seconds)
+        stale = validation.span("max_stale_seconds", self.max_stale_seconds)
+        validation.flag("allow_stale_on_error", self.allow_stale_on_error)
+        validation.choice("refresh_mode", self.refresh_mode, RefreshMode)
+        ahead = validation.number("refresh_ahead_seconds", self.refresh_ahead_seconds, minimum=0)
         if stale < ttl:
             raise ValueError(
                 f"max_stale_seconds must be at least ttl_seconds ({ttl:g}), got {stale:g}; both "
@@ -191,11 +181,11 @@ class ObservationPolicy:
         reject_future_observations: whether anything further ahead is refused.
     """
 
-    future_tolerance_seconds: float = ruled(1.0, number, minimum=0)
-    reject_future_observations: bool = ruled(True, flag)
+    future_tolerance_seconds: float = validation.ruled(1.0, validation.number, minimum=0)
+    reject_future_observations: bool = validation.ruled(True, validation.flag)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validation.check_fields(self)
 
 
 class FutureObservation(ValueError):
@@ -236,7 +226,7 @@ def policy_for(policies: FreshnessPolicyProvider, key: ResourceKey) -> Freshness
     """Return the policy of ``key``; raises what it raises, or `TypeError` if that is none."""
     policy = policies.resolve(key)
     if type(policy) is not FreshnessPolicy:
-        instance("policy", policy, FreshnessPolicy)
+        validation.instance("policy", policy, FreshnessPolicy)
     return policy
 
 
@@ -299,11 +289,11 @@ class SourceAuthorityPolicy:
     default_rank: int = 0
 
     def __post_init__(self) -> None:
-        ranks = FrozenDict(mapping("source_ranks", self.source_ranks))
+        ranks = FrozenDict(validation.mapping("source_ranks", self.source_ranks))
         for source, rank in ranks.items():
-            text("source_ranks key", source)
-            integer(f"source_ranks[{source!r}]", rank)
-        integer("default_rank", self.default_rank)
+            validation.text("source_ranks key", source)
+            validation.integer(f"source_ranks[{source!r}]", rank)
+        validation.integer("default_rank", self.default_rank)
         object.__setattr__(self, "source_ranks", ranks)
 
     def rank_for(self, source: str) -> int:
@@ -327,7 +317,7 @@ class AuthorityPolicyProvider(Protocol):
 
 def rank_of(authority: AuthorityPolicyProvider, key: ResourceKey, source: str) -> int:
     """Return the rank of a source for ``key``; raises as `policy_for` does."""
-    return integer("rank", authority.rank_for(key, source))
+    return validation.integer("rank", authority.rank_for(key, source))
 
 
 _NO_RULES = SourceAuthorityPolicy()

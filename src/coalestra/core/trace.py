@@ -15,14 +15,7 @@ from enum import Enum
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from coalestra.core.errors import (
-    ResourceAbsent,
-    ResourceAbsentError,
-    ResourceResolutionError,
-    folded_message,
-    message_of,
-    type_name,
-)
+from coalestra.core import errors
 from coalestra.core.frozen import FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
@@ -464,7 +457,7 @@ def _named(source: str | None) -> str:
 
 def _why(error_type: str | None, error: str | None) -> str:
     """Return an error as ``Type: message``, empty if there is none."""
-    parts = (error_type and readable(error_type), error and folded_message(error))
+    parts = (error_type and readable(error_type), error and errors.folded_message(error))
     return ": ".join(part for part in parts if part)
 
 
@@ -530,7 +523,7 @@ def _told_outcome(trace: Trace, found: KeyTrace) -> str:
 
 
 def _told_error(found: KeyTrace) -> str:
-    if found.refusals and found.error_type == ResourceResolutionError.__name__:
+    if found.refusals and found.error_type == errors.ResourceResolutionError.__name__:
         return _NO_SOURCE  # why is told of each
     if found.refusals and _absent(found):
         return _EXISTS_NOT
@@ -540,7 +533,7 @@ def _told_error(found: KeyTrace) -> str:
 
 
 def _absent(found: KeyTrace) -> bool:
-    return found.error_type == ResourceAbsentError.__name__
+    return found.error_type == errors.ResourceAbsentError.__name__
 
 
 def _told_waits(found: KeyTrace) -> Iterator[str]:
@@ -695,14 +688,16 @@ def _told_refresh(*, began: bool) -> str:
 
 def told_error(key: ResourceKey, error: BaseException) -> str:
     """Return in sentences what an error itself tells of why ``key`` has no value."""
-    failures = error.failures if isinstance(error, ResourceResolutionError) else ()
+    failures = error.failures if isinstance(error, errors.ResourceResolutionError) else ()
     if not failures:
-        return _ended(f"{key.display} has no value", _why(type_name(error), message_of(error)))
-    absent = isinstance(error, ResourceAbsentError)
+        return _ended(
+            f"{key.display} has no value", _why(errors.type_name(error), errors.message_of(error))
+        )
+    absent = isinstance(error, errors.ResourceAbsentError)
     sentences = [f"{key.display} has no value, as {_EXISTS_NOT if absent else _NO_SOURCE}."]
     for each in failures:
         how = f"failed in {many(each.attempts, 'attempt')}" if each.attempts else "was not called"
-        how = _SAID_NONE if each.error_type == ResourceAbsent.__name__ else how
+        how = _SAID_NONE if each.error_type == errors.ResourceAbsent.__name__ else how
         why = _why(each.error_type, each.message)
         sentences.append(_ended(f"{_named(each.source)} {how}", why))
     return " ".join(sentences)

@@ -13,20 +13,10 @@ from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 from coalestra._lockfree import Cell, WorkerQueue
+from coalestra.core import validation
 from coalestra.core.errors import SourceFailure
 from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.protocols import EventSink, MetricsSink
-from coalestra.core.validation import (
-    choice,
-    flag,
-    instance,
-    integer,
-    mapping,
-    number,
-    refusal,
-    require_methods,
-    text,
-)
 from coalestra.observability.changes import Condition, subject_of, write
 
 __all__ = [
@@ -143,11 +133,11 @@ class LoggingEventSink:
         *,
         levels: Mapping[str, int | str | None] | None = None,
     ) -> None:
-        instance("logger", logger, logging.Logger, optional=True)
+        validation.instance("logger", logger, logging.Logger, optional=True)
         self.logger: logging.Logger = logging.getLogger("coalestra") if logger is None else logger
-        given = {} if levels is None else mapping("levels", levels)
+        given = {} if levels is None else validation.mapping("levels", levels)
         self.levels: Mapping[str, int | None] = FrozenDict(
-            {text("levels", name): _level(name, level) for name, level in given.items()}
+            {validation.text("levels", name): _level(name, level) for name, level in given.items()}
         )
 
     def emit(self, event_type: str, **payload: Any) -> None:
@@ -167,10 +157,10 @@ class LoggingEventSink:
 def _level(event_type: str, level: int | str | None) -> int | None:
     name = f"levels[{event_type!r}]"
     if not isinstance(level, str):
-        return integer(name, level, minimum=0, optional=True)
+        return validation.integer(name, level, minimum=0, optional=True)
     known = logging.getLevelName(level.upper())
     if not isinstance(known, int):
-        raise ValueError(refusal(name, "a level that logging knows", level))
+        raise ValueError(validation.refusal(name, "a level that logging knows", level))
     return known
 
 
@@ -375,14 +365,15 @@ class BufferedSink(Generic[S, R]):
         max_pending: int = DEFAULT_MAX_PENDING,
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
-        require_methods("downstream", downstream, *self._methods, plain=True)
+        validation.require_methods("downstream", downstream, *self._methods, plain=True)
         self.downstream: S = downstream
         self._raises = (
-            choice("overflow", overflow, BufferOverflowPolicy) is BufferOverflowPolicy.RAISE
+            validation.choice("overflow", overflow, BufferOverflowPolicy)
+            is BufferOverflowPolicy.RAISE
         )
         self.queue: WorkerQueue[R] = WorkerQueue(
             partial(self._replay, downstream),
-            integer("max_pending", max_pending, minimum=1),
+            validation.integer("max_pending", max_pending, minimum=1),
             drop_oldest=overflow is BufferOverflowPolicy.DROP_OLDEST,
             name=f"coalestra-{self._kind}-buffer",
             lingers=True,
@@ -411,7 +402,7 @@ class BufferedSink(Generic[S, R]):
             TypeError: ``timeout`` is not a number.
             ValueError: ``timeout`` is negative or not finite.
         """
-        return self.queue.flush(number("timeout", timeout, minimum=0, optional=True))
+        return self.queue.flush(validation.number("timeout", timeout, minimum=0, optional=True))
 
     def close(self, *, timeout: float | None = 5.0, drain: bool = True) -> bool:
         """Refuse new records (they count as dropped) and wait for the worker thread to end.
@@ -430,8 +421,8 @@ class BufferedSink(Generic[S, R]):
             TypeError: an argument has the wrong type.
             ValueError: ``timeout`` is negative or not finite.
         """
-        number("timeout", timeout, minimum=0, optional=True)
-        self.queue.refuse(discard=not flag("drain", drain))
+        validation.number("timeout", timeout, minimum=0, optional=True)
+        self.queue.refuse(discard=not validation.flag("drain", drain))
         return self.queue.wait_ended(timeout)
 
     def stats(self) -> BufferedSinkStats:

@@ -7,14 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from coalestra.concurrency.pace import Slices, at_once
-from coalestra.core.errors import (
-    DependencyCycleError,
-    ResourceAbsent,
-    ResourceAbsentError,
-    ResourceResolutionError,
-    SourceFailure,
-    SourceUnavailableError,
-)
+from coalestra.core import errors
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import Revision
@@ -77,28 +70,28 @@ class Failure:
     absent: bool = False
 
     @classmethod
-    def of_sources(cls, key: ResourceKey, failures: tuple[SourceFailure, ...]) -> Failure:
+    def of_sources(cls, key: ResourceKey, failures: tuple[errors.SourceFailure, ...]) -> Failure:
         """Return the failure of a key that no source had a value of; if none failed, it is absent.
 
         A source that failed might have had it, whatever the others say.
         """
         absent = bool(failures) and all(
-            isinstance(failure.exception, ResourceAbsent) for failure in failures
+            isinstance(failure.exception, errors.ResourceAbsent) for failure in failures
         )
-        kind = ResourceAbsentError if absent else ResourceResolutionError
+        kind = errors.ResourceAbsentError if absent else errors.ResourceResolutionError
         return cls(key, lambda: kind(key, failures), absent=absent)
 
     @classmethod
     def of_cycle(cls, key: ResourceKey, path: tuple[ResourceKey, ...]) -> Failure:
         """Return the failure of a key that takes part in, or depends on, a cycle."""
-        return cls(key, lambda: DependencyCycleError(path), cycle=path)
+        return cls(key, lambda: errors.DependencyCycleError(path), cycle=path)
 
     @classmethod
     def of_error(cls, key: ResourceKey, error: BaseException, by: str = "coalestra") -> Failure:
         """Return the failure of a key that no source is to blame for, but what `by` names."""
 
         def make() -> Exception:
-            failed = ResourceResolutionError(key, (SourceFailure.of(by, error, 0),))
+            failed = errors.ResourceResolutionError(key, (errors.SourceFailure.of(by, error, 0),))
             failed.__cause__ = error
             return failed
 
@@ -108,13 +101,13 @@ class Failure:
     def unwanted(cls, key: ResourceKey) -> Failure:
         """Return the failure of a key that was given up."""
         text = f"{key.display} was given up: nobody waits for it"
-        return cls(key, lambda: SourceUnavailableError(text))
+        return cls(key, lambda: errors.SourceUnavailableError(text))
 
     @classmethod
     def never_agrees(cls, key: ResourceKey) -> Failure:
         """Return the failure of a derived key whose inputs do not stand still."""
         text = "could not be derived in agreement with the rest: its dependencies kept changing"
-        return cls(key, lambda: SourceUnavailableError(f"{key.display} {text}"))
+        return cls(key, lambda: errors.SourceUnavailableError(f"{key.display} {text}"))
 
     def __repr__(self) -> str:
         return f"<Failure {self.key.display}: {self.make()}>"

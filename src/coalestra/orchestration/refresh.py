@@ -9,13 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from coalestra.core.errors import (
-    ResourceResolutionError,
-    SourceUnavailableError,
-    folded_message,
-    message_of,
-    type_name,
-)
+from coalestra.core import errors
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import Revision, new_id
@@ -169,19 +163,19 @@ class Refresher:
         if reading and why:
             version = reading.revision.version
             reading = None
-            error = SourceUnavailableError(f"{key.display} is still stale, as {why}")
+            error = errors.SourceUnavailableError(f"{key.display} is still stale, as {why}")
         if gather.work.trace is not None:
             gather.work.trace.refreshed(reading is not None or absent)
         record.refresh_completed += reading is not None or absent
         record.refresh_failed += reading is None and not absent
         self.failing.pop(key, None)
         if error is not None:
-            said = {"refresh_error_type": type_name(error)}
-            said["refresh_error"] = folded_message(message_of(error))
+            said = {"refresh_error_type": errors.type_name(error)}
+            said["refresh_error"] = errors.folded_message(errors.message_of(error))
             self.failing[key] = version, said
             if len(self.failing) > _MOST_FAILING:
                 del self.failing[next(iter(self.failing))]
-            last = error.failures[-1:] if isinstance(error, ResourceResolutionError) else ()
+            last = error.failures[-1:] if isinstance(error, errors.ResourceResolutionError) else ()
             self.parts.log.failed("background refresh", *(last or (error,)))
         elif self.parts.log.troubled:
             self.parts.log.works("background refresh")

@@ -16,14 +16,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 from coalestra.concurrency.pace import Slices
+from coalestra.core import errors
 from coalestra.core.acceptance import violations_of
-from coalestra.core.errors import (
-    BuilderClosedError,
-    PayloadCopySubsystemClosedError,
-    SnapshotBuildError,
-    not_accepted,
-    without_frames,
-)
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.request import RequestResult, SnapshotRequest, inconsistency_of
 from coalestra.core.snapshot import Snapshot
@@ -44,7 +38,7 @@ def objection(
     report, required, optional = parts.report, request.required, request.optional
     failed = {key: e for key, e in snapshot.errors.items() if request.is_required(key)}
     if failed:
-        return SnapshotBuildError(failed, snapshot=snapshot)
+        return errors.SnapshotBuildError(failed, snapshot=snapshot)
     if request.consistency_policy is not None:
         found = inconsistency_of(request.consistency_policy, required, optional, snapshot)
         if report is not None:
@@ -63,7 +57,7 @@ def objection(
         if report is not None:
             report.acceptance_judged(snapshot.snapshot_id, violations)
         if violations:
-            return (yield from not_accepted(violations, snapshot))
+            return (yield from errors.not_accepted(violations, snapshot))
     return None
 
 
@@ -89,10 +83,10 @@ def result_of(
     request: SnapshotRequest, snapshot: Snapshot | None, error: Exception | None
 ) -> RequestResult:
     """Return what came of a request; the error loses its traceback, which keeps all alive."""
-    if isinstance(error, (BuilderClosedError, PayloadCopySubsystemClosedError)):
+    if isinstance(error, (errors.BuilderClosedError, errors.PayloadCopySubsystemClosedError)):
         accepted(snapshot, error)
     if error is not None:
-        without_frames(error, spared=sys.exc_info()[1])  # the caller's own trouble, if any
+        errors.without_frames(error, spared=sys.exc_info()[1])  # the caller's own trouble, if any
     return RequestResult(request, snapshot, error)
 
 

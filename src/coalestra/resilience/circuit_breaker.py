@@ -36,20 +36,11 @@ from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from coalestra.core import validation
 from coalestra.core.errors import CircuitOpenError
 from coalestra.core.frozen import record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Clock, SystemClock, checked
-from coalestra.core.validation import (
-    check_fields,
-    flag,
-    instance,
-    integer,
-    number,
-    readable,
-    require_methods,
-    ruled,
-)
 
 __all__ = [
     "CircuitBreaker", "CircuitBreakerPolicy", "CircuitIdentity", "CircuitScope", "CircuitSnapshot",
@@ -129,13 +120,13 @@ class CircuitBreakerPolicy:
         enabled: if False every call is let through and nothing is counted.
     """
 
-    scope: CircuitScope = ruled(CircuitScope.SOURCE, instance, CircuitScope)
-    failure_threshold: int = ruled(3, integer, minimum=1)
-    recovery_timeout_seconds: float = ruled(10.0, number, minimum=0)
-    enabled: bool = ruled(True, flag)
+    scope: CircuitScope = validation.ruled(CircuitScope.SOURCE, validation.instance, CircuitScope)
+    failure_threshold: int = validation.ruled(3, validation.integer, minimum=1)
+    recovery_timeout_seconds: float = validation.ruled(10.0, validation.number, minimum=0)
+    enabled: bool = validation.ruled(True, validation.flag)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validation.check_fields(self)
 
 
 @record
@@ -280,8 +271,8 @@ class CircuitBreaker:
         clock: Clock | None = None,
         default_policy: CircuitBreakerPolicy | None = None,
     ) -> None:
-        instance("default_policy", default_policy, CircuitBreakerPolicy, optional=True)
-        require_methods("clock", clock, "monotonic", optional=True, plain=True)
+        validation.instance("default_policy", default_policy, CircuitBreakerPolicy, optional=True)
+        validation.require_methods("clock", clock, "monotonic", optional=True, plain=True)
         from_numbers = CircuitBreakerPolicy(
             failure_threshold=failure_threshold, recovery_timeout_seconds=recovery_timeout_seconds
         )
@@ -319,7 +310,7 @@ class CircuitBreaker:
         scope = self.default_policy.scope if scope is None else scope
         if scope is CircuitScope.SOURCE:
             return _of_whole(source)
-        instance("scope", scope, CircuitScope)
+        validation.instance("scope", scope, CircuitScope)
         if key is None:
             raise ValueError(
                 f"key must be given for a circuit of scope {scope.value!r}, got None; "
@@ -340,9 +331,9 @@ class CircuitBreaker:
             outlook = "the one call that probes it is under way"
         else:
             outlook = f"it may be probed in {circuit.probe_at - now:.3g} s"
+        name, failures = validation.readable(str(identity)), circuit.failures
         return CircuitOpenError(
-            f"circuit {readable(str(identity))} is open after {circuit.failures} failures in a "
-            f"row; {outlook}"
+            f"circuit {name} is open after {failures} failures in a row; {outlook}"
         )
 
     def admit(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> int:
@@ -545,7 +536,7 @@ class CircuitBreaker:
     def _resolve(
         self, source: str, key: ResourceKey | None, policy: CircuitBreakerPolicy | None
     ) -> tuple[CircuitIdentity, CircuitBreakerPolicy]:
-        instance("policy", policy, CircuitBreakerPolicy, optional=True)
+        validation.instance("policy", policy, CircuitBreakerPolicy, optional=True)
         chosen = policy or self.default_policy
         return self.identity_for(source, key=key, scope=chosen.scope), chosen
 

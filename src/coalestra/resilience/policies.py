@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from coalestra.core import validation
 from coalestra.core.errors import (
     CircuitOpenError,
     ResourceAbsent,
@@ -17,17 +18,6 @@ from coalestra.core.errors import (
     SourceUnavailableError,
 )
 from coalestra.core.policies import KeyedPolicies
-from coalestra.core.validation import (
-    check_fields,
-    flag,
-    instance,
-    integer,
-    is_coroutine_function,
-    number,
-    ruled,
-    text,
-    wrong_type,
-)
 from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
 
 __all__ = [
@@ -70,16 +60,16 @@ class RetryPolicy:
     An open circuit, a deadline, too long a queue and what is absent are never retried.
     """
 
-    max_attempts: int = ruled(2, integer, minimum=1)
-    base_delay_seconds: float = ruled(0.05, number, minimum=0)
-    max_delay_seconds: float = ruled(1.0, number, minimum=0)
-    jitter_ratio: float = ruled(0.1, number, minimum=0, maximum=1)
+    max_attempts: int = validation.ruled(2, validation.integer, minimum=1)
+    base_delay_seconds: float = validation.ruled(0.05, validation.number, minimum=0)
+    max_delay_seconds: float = validation.ruled(1.0, validation.number, minimum=0)
+    jitter_ratio: float = validation.ruled(0.1, validation.number, minimum=0, maximum=1)
     retry_on: type[Exception] | Collection[type[Exception]] | Callable[[Any], bool] | None = field(
         default=None, kw_only=True
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validation.check_fields(self)
         object.__setattr__(self, "retry_on", _checked(self.retry_on))
 
     def retries(self, error: BaseException) -> bool:
@@ -107,7 +97,7 @@ class RetryPolicy:
         Jitter that would exceed the longest wait is mirrored below it, so that many callers at the
         limit stay spread out.
         """
-        integer("attempt", attempt, minimum=1)
+        validation.integer("attempt", attempt, minimum=1)
         exponent = min(attempt - 1, _LARGEST_EXPONENT)
         longest = float(self.max_delay_seconds)
         delay = min(self.base_delay_seconds * 2.0**exponent, longest)
@@ -125,10 +115,10 @@ def _checked(retry_on: Any) -> Any:
     if all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
         return kinds if several else retry_on
     plain = callable(retry_on) and not isinstance(retry_on, type)
-    if retry_on is None or (plain and not is_coroutine_function(retry_on)):
+    if retry_on is None or (plain and not validation.is_coroutine_function(retry_on)):
         return retry_on
     rule = "a subclass of Exception, several of them, or a plain function of the error"
-    raise wrong_type("retry_on", rule, retry_on)
+    raise validation.wrong_type("retry_on", rule, retry_on)
 
 
 # Which retry and circuit policy applies to a source ----------------------------------------------
@@ -151,9 +141,9 @@ class SourceResiliencePolicy:
     finish_late: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        instance("retry", self.retry, RetryPolicy)
-        instance("circuit", self.circuit, CircuitBreakerPolicy)
-        flag("finish_late", self.finish_late)
+        validation.instance("retry", self.retry, RetryPolicy)
+        validation.instance("circuit", self.circuit, CircuitBreakerPolicy)
+        validation.flag("finish_late", self.finish_late)
 
 
 ResilienceResolver = Callable[[str], SourceResiliencePolicy | None]
@@ -181,7 +171,7 @@ class ResiliencePolicyResolver(KeyedPolicies[str, SourceResiliencePolicy]):
         super().__init__(SourceResiliencePolicy, chosen, overrides, dynamic)
 
     def _named(self, key: Any) -> str:
-        return repr(text("overrides key", key))
+        return repr(validation.text("overrides key", key))
 
     def resolve(
         self, source: str, *, declared: SourceResiliencePolicy | None = None
@@ -189,5 +179,5 @@ class ResiliencePolicyResolver(KeyedPolicies[str, SourceResiliencePolicy]):
         """Return the policy for a source of this name, which may declare one itself."""
         chosen = self._chosen(source)
         if chosen is None and declared is not None:
-            chosen = instance("declared", declared, SourceResiliencePolicy)
+            chosen = validation.instance("declared", declared, SourceResiliencePolicy)
         return self.default if chosen is None else chosen
