@@ -94,10 +94,8 @@ bench-quick: $(VENV)/.bench ## the same with few repetitions, to see that it wor
 
 .PHONY: docs
 docs: $(VENV)/.docs ## build the documentation site into build/site, and run its recipes
-	@echo "== documentation: the recipes, each in its framework"
-	@$(PYTEST) tests/docs -k "recipe or site"
-	@echo "== documentation: build/site/index.html"
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	@echo "== documentation: build/site/index.html, and the recipes, each in its framework"
+	@COALESTRA_SITE=build/site $(PYTEST) $(PARALLEL) tests/docs -k "recipe or site"
 
 .PHONY: pictures
 pictures: $(VENV)/.dev ## renew the pictures of the live page in docs/images
