@@ -14,6 +14,7 @@ from coalestra import (
     ResourceKey,
     SnapshotBuilder,
 )
+from coalestra.concurrency import pace
 from coalestra.orchestration import flights, singleflight
 from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
 from tests.support import (
@@ -268,4 +269,39 @@ async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how:
 
     assert await lines_run(flights, to_its_end()) < 150 * length
     assert (await first).complete == (how == "closed")  # what is under way comes to its end
+    await no_leaks(building)
+
+
+@pytest.mark.parametrize("kind", ["single", "batch", "derived"])
+@pytest.mark.parametrize("ends_by", ["cancellation", "deadline"])
+@pytest.mark.parametrize("turns", range(12))
+async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
+    monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, turns: int
+) -> None:
+    """Of many keys they leave the call one after the other, and others have turns in between."""
+    monkeypatch.setattr(singleflight, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    gate = Gate()
+
+    async def wait(*_: Any) -> Any:
+        await gate.pass_()
+        return 1
+
+    sources: list[Any] = [Single("x", "x", fetch=wait)]
+    if kind == "batch":
+        sources = [Batch("x", "x", before=wait)]
+    elif kind == "derived":
+        sources = [Derived("x", "x", before=wait, needs=lambda k: [key("y")]), Single("y", "y")]
+    building = builder(*sources, max_concurrency=20)
+    keys = [key("x", str(n)) for n in range(6)]
+    limit = 10.0 if ends_by == "deadline" else None
+    first = asyncio.ensure_future(building.build(keys, strict=False, deadline_seconds=limit))
+    await asyncio.sleep(10.0 - 1e-9 if limit else 1.0)
+    first.cancel() if limit is None else await asyncio.sleep(1e-9)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    second = asyncio.ensure_future(building.build(keys, strict=False))
+    await asyncio.wait([first])
+    gate.open()
+    assert not dict((await second).errors)
     await no_leaks(building)

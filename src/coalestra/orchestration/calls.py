@@ -693,6 +693,7 @@ class Call:
     _failure: SourceFailure | None = None
     _unusable: SourceFailure | None = None
     _over: bool = False
+    _left: bool = False
     _asked: Sequence[Flight] = ()
     _groups: dict[CircuitIdentity, tuple[int, list[Flight]]] | None = None
     _turn: int = 0
@@ -763,7 +764,7 @@ class Call:
 
     def extend(self, cutoff: float) -> None:
         """Give the call more time: a flight of it is now wanted until `cutoff`."""
-        if cutoff > self.cutoff:
+        if cutoff > self.cutoff and not self._over:
             self.cutoff = cutoff
             if self._attempt is not None:
                 self._attempt.extend()
@@ -812,6 +813,7 @@ class Call:
         if self._over or (attempt is not None and attempt.goes_on) or self._wanted():
             return
         late = None if attempt is None else attempt.abandon()
+        self._left = True
         left = f"nobody waits for source {self.link.name!r} any more"
         self.end(late or SourceUnavailableError(left), _ABANDONED)
 
@@ -978,11 +980,20 @@ class Call:
             _tell_loop(broken)
         for flight in tuple(self.flights):
             try:
-                if flight in self.flights:
+                if outcome is _ABANDONED and self._is_wanted_anew(flight):
+                    self.flights.pop(flight)
+                    flight.leave_call()
+                    self.dispatch.ready(self.link, (flight,))
+                elif flight in self.flights:
                     self.refuse(flight, error, "failure")
             except BaseException as broken:
                 _tell_loop(broken)
             yield
+
+    def _is_wanted_anew(self, flight: Flight) -> bool:
+        """Whether somebody waits for a key who came when the call had ended for want of time."""
+        came = flight.waiters and (self._left or flight.cutoff > self.cutoff)
+        return bool(came) and flight in self.flights and flight.call is self
 
     def _work_off(self, steps: Iterator[None]) -> None:
         """Take small steps; others have a turn whenever a slice of time is used up."""

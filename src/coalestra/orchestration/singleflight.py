@@ -742,6 +742,8 @@ class SingleFlight:
     def refused(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         """Take note that a source failed for a key, and let the key go on to the next one."""
         self._each(self._note, (flight,), failure, status)
+        if not flight.waiters:
+            self.board.hide(flight, cacheable=True)  # who comes by now begins anew
         self._later(flight.living_sponsor(), (flight,))
 
     def _note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
