@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import Leak, ShuffledLoop, VirtualLoop, run_real, run_virtual
+from tests.support.leaks import at_rest_in_the_end
 from tests.support.running import closes_loops_and_tells, until_logged
 
 # Examples are timed on the clock of a machine that may be busy with something else. Continuous
@@ -143,7 +144,10 @@ def _plain(
             return
         loop = _loop_for(item.config)
         leaks_allowed = item.get_closest_marker("expects_leaks") is not None
-        run_virtual(function(*args, **kwargs), loop=loop, leaks_allowed=leaks_allowed)
+        test = function(*args, **kwargs)
+        if not leaks_allowed:
+            test = at_rest_in_the_end(test)
+        run_virtual(test, loop=loop, leaks_allowed=leaks_allowed)
 
     return run
 

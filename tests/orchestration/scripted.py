@@ -16,6 +16,7 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from tests.support import LoopClock
+from tests.support.leaks import look_after
 
 LASTING = FreshnessPolicy(1_000.0, 2_000.0)
 ONCE = SourceResiliencePolicy(retry=RetryPolicy(max_attempts=1))
@@ -129,10 +130,12 @@ def latency(seconds: float) -> Fetch:
 
 
 def builder(*sources: Any, **settings: Any) -> SnapshotBuilder:
-    """A builder on the loop's own time, whose values last."""
+    """A builder on the loop's own time, whose values last; at rest at the end of an async test."""
     settings.setdefault("default_policy", LASTING)
     settings.setdefault("clock", LoopClock())
-    return SnapshotBuilder(sources, **settings)
+    building = SnapshotBuilder(sources, **settings)
+    look_after(building)
+    return building
 
 
 S = TypeVar("S", bound=Scripted)

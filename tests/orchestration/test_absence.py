@@ -40,7 +40,7 @@ from coalestra.concurrency import pace
 from tests.observability.recording import Recorder
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
-from tests.support import Gate, LoopClock, no_leaks
+from tests.support import Gate, LoopClock
 
 X, Y = key("x"), key("y")
 NONE = ResourceAbsent("no such row")
@@ -172,8 +172,6 @@ async def test_every_source_can_say_that_there_is_none(source: Any) -> None:
     told = health.sources["table"]
     assert (told.last_error, told.seconds_since_error) == (None, None)
     assert told.seconds_since_success == 0
-    await no_leaks(building)
-    await building.aclose()
 
 
 async def test_applications_that_know_nothing_of_it_see_a_failed_resource() -> None:
@@ -432,7 +430,6 @@ async def test_what_began_before_the_news_is_not_remembered(tell: Any) -> None:
         absence(await early)
     source.change(x="there")
     assert (await attempt(building)).value(X) == ("event" if tell is publish else "there")
-    await no_leaks(building)
 
 
 async def test_a_value_that_was_fetched_since_ends_what_is_remembered() -> None:
@@ -655,7 +652,6 @@ async def test_nobody_joins_what_waits_on_though_something_it_lacked_has_come(
     absence(await early, Y)
     assert (await late).value(Y) == ((("event",), 1) if through else ("event", 1))
     assert len(slow.calls) == 1
-    await no_leaks(building)
 
 
 # Caches that are awaited --------------------------------------------------------------------------

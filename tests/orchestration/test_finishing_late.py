@@ -89,7 +89,6 @@ async def test_an_answer_that_comes_too_late_for_its_readers_is_there_for_the_ne
     assert snapshot[X].from_cache
     assert loop.time() - began == pytest.approx(3.5)
     assert len(source.calls) == 1
-    await no_leaks(building)
 
 
 async def test_who_comes_meanwhile_shares_the_call() -> None:
@@ -139,7 +138,6 @@ async def test_an_error_that_comes_late_counts_against_the_circuit_and_is_not_re
         await asyncio.sleep(5)
     assert len(source.calls) == 2
     assert len(await building.circuit_breaker.snapshot()) == 1
-    await no_leaks(building)
 
 
 async def test_only_what_runs_goes_on_and_what_waits_for_capacity_does_not() -> None:
@@ -149,7 +147,6 @@ async def test_only_what_runs_goes_on_and_what_waits_for_capacity_does_not() -> 
     assert cut(snapshot)
     await asyncio.sleep(10)
     assert source.calls == [X]
-    await no_leaks(building)
 
 
 async def test_a_source_without_a_timeout_is_cut_off_all_the_same() -> None:
@@ -178,7 +175,6 @@ async def test_a_blocking_source_without_a_timeout_is_not_called_if_the_deadline
     building = builder(source, default_resilience=LATE)
     assert cut(await hasty(building))
     assert calls == []
-    await building.aclose()
 
 
 def test_it_is_a_flag_and_named() -> None:
@@ -202,7 +198,6 @@ async def test_news_of_the_key_counts_more_than_what_was_asked_before_it(news: s
     snapshot = await building.build([X])
     assert snapshot.value(X) == ("event" if news == "event" else "1")
     assert len(source.calls) == (1 if news == "event" else 2)
-    await no_leaks(building)
 
 
 @pytest.mark.parametrize("batch", [False, True])
@@ -232,8 +227,6 @@ async def test_a_thread_brings_its_answer_home(batch: bool) -> None:
     await settle()
     assert (await hasty(building)).value(X) == "row"
     assert gate.arrived == 1
-    await no_leaks(building)
-    await building.aclose()
 
 
 def copied_behind_a_gate() -> tuple[ThreadGate, Single, SnapshotBuilder]:
@@ -258,8 +251,6 @@ async def test_a_late_copy_that_takes_longer_than_the_source_may_is_given_up() -
     assert (await building.health_snapshot()).singleflight_in_flight == 0
     gate.open()
     await settle()
-    await no_leaks(building)
-    await building.aclose()
 
 
 async def test_what_is_said_too_late_to_be_absent_is_remembered_all_the_same() -> None:
@@ -286,7 +277,6 @@ async def test_a_cache_that_is_awaited_is_filled_as_well() -> None:
     await asyncio.sleep(2)
     assert (await hasty(building)).value(X) == "1"
     assert len(source.calls) == 1
-    await no_leaks(building)
 
 
 # Who is too slow for its readers ------------------------------------------------------------------
@@ -337,7 +327,6 @@ async def test_health_counts_a_call_that_a_deadline_leaves_no_time_for() -> None
         assert await cuts(building) == count
     await building.build([X])
     assert await cuts(building) == 0
-    await building.aclose()
 
 
 async def test_waiting_for_capacity_and_failing_in_time_say_nothing_of_the_speed() -> None:

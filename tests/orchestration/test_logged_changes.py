@@ -300,7 +300,6 @@ async def test_without_a_listener_no_thread_is_started(monkeypatch: pytest.Monke
     before = set(threading.enumerate())
     await world.read(error=ConnectionError())
     assert not {each.name for each in threading.enumerate() if each not in before}
-    await world.builder.aclose()
 
 
 def test_a_builder_that_is_used_by_one_loop_after_the_other_logs_in_each(

@@ -57,13 +57,11 @@ async def test_as_many_calls_as_there_are_slots_may_each_ask_for_the_same_key(sl
     snapshot = await asking.builder.build(OUTERS)
     assert {value.value for value in snapshot.values()} == {1}
     assert asking.source.calls.count(INNER) == 1
-    await no_leaks(asking.builder)
 
 
 async def test_each_may_ask_for_a_key_of_its_own() -> None:
     asking = Asking(asks=lambda k: key("inner", k.subject), max_concurrency=2)
     await asking.builder.build(OUTERS)
-    await no_leaks(asking.builder)
 
 
 async def test_what_is_asked_for_may_be_queued_behind_those_who_ask() -> None:
@@ -71,7 +69,6 @@ async def test_what_is_asked_for_may_be_queued_behind_those_who_ask() -> None:
     asking = Asking(max_concurrency=2, max_pending_tasks=2)
     snapshot = await asking.builder.build([*OUTERS, INNER])
     assert len(snapshot) == 9
-    await no_leaks(asking.builder)
 
 
 async def test_what_is_asked_for_may_wait_for_capacity_in_another_build() -> None:
@@ -85,7 +82,6 @@ async def test_what_is_asked_for_may_wait_for_capacity_in_another_build() -> Non
     asking.gate.open()
     await asyncio.gather(outer, inner)
     assert asking.source.calls.count(INNER) == 1
-    await no_leaks(asking.builder)
 
 
 async def test_what_is_asked_for_may_be_derived_from_what_waits_for_capacity() -> None:
@@ -96,7 +92,6 @@ async def test_what_is_asked_for_may_be_derived_from_what_waits_for_capacity() -
     await settle()
     asking.gate.open()
     await asyncio.gather(*builds)
-    await no_leaks(asking.builder)
 
 
 async def test_a_batch_source_and_a_derivation_may_ask_as_well() -> None:
@@ -107,7 +102,6 @@ async def test_a_batch_source_and_a_derivation_may_ask_as_well() -> None:
     derived = Derived("derived", needs=lambda k: [key("batch")], before=ask)
     building = builder(batch, derived, Single("inner"), max_concurrency=1)
     await building.build([key("derived"), *(key("batch", str(number)) for number in range(5))])
-    await no_leaks(building)
 
 
 def circles() -> dict[str, Any]:
@@ -129,7 +123,6 @@ async def test_a_circle_is_an_error_that_names_the_path(circle: str) -> None:
     path = error.partition("must not form a cycle, got ")[2].partition(";")[0].split(" -> ")
     assert path[0] == path[-1]
     assert "test:outer:1" in path
-    await no_leaks(asking.builder)
 
 
 async def test_two_builds_that_meet_in_a_circle_both_end() -> None:
@@ -138,7 +131,6 @@ async def test_two_builds_that_meet_in_a_circle_both_end() -> None:
     both = [asking.builder.build([k], strict=False) for k in keys]
     ended = await asyncio.gather(*both)
     assert all(snapshot.errors for snapshot in ended)
-    await no_leaks(asking.builder)
 
 
 async def test_a_call_that_is_over_lends_nothing_to_what_its_source_left_running() -> None:
@@ -161,7 +153,6 @@ async def test_a_call_that_is_over_lends_nothing_to_what_its_source_left_running
     await building.build(OUTERS[:1])
     go.open()
     assert (await later[0])[OUTERS[0]].value == 2
-    await no_leaks(building)
 
 
 def test_a_source_in_a_thread_may_ask_through_the_facade() -> None:
@@ -216,7 +207,6 @@ async def test_a_source_that_serves_a_refresh_does_not_wait_for_that_one() -> No
     assert (await building.build([INNER]))[INNER].stale
     await building.wait_for_refreshes()
     assert waited == 2
-    await no_leaks(building)
 
 
 # Through sessions, and through refreshes ------------------------------------------------------
@@ -243,7 +233,6 @@ async def test_a_source_may_ask_the_session_that_asks_it_whose_workers_are_all_b
     session = building.session()
     snapshot = await session.resolve(OUTERS)
     assert {value.value for value in snapshot.values()} == {1}
-    await no_leaks(building)
 
 
 async def test_a_source_that_replaces_values_of_the_session_that_waits_for_it_is_told_so() -> None:
@@ -261,7 +250,6 @@ async def test_a_source_that_replaces_values_of_the_session_that_waits_for_it_is
     snapshot = await session.revalidate(OUTERS[:1], force_refresh=True)
     assert snapshot.value(OUTERS[0]) == 3
     assert "must not form a cycle, got test:outer:0" in str(inside[0].error_for(INNER))
-    await no_leaks(building)
 
 
 async def test_what_is_asked_for_is_tried_again_before_what_waits_for_the_slot_of_who_asks() -> (
@@ -280,7 +268,6 @@ async def test_what_is_asked_for_is_tried_again_before_what_waits_for_the_slot_o
     session = building.session()
     snapshot = await session.resolve(OUTERS[:4])
     assert {value.value for value in snapshot.values()} == {1}
-    await no_leaks(building)
 
 
 @pytest.mark.parametrize("through_session", [True, False])
@@ -324,7 +311,6 @@ async def test_what_is_asked_for_step_by_step_takes_no_more_workers_than_there_m
     gate.open()
     await asked
     assert most == 2
-    await no_leaks(building)
 
 
 async def test_what_is_asked_for_may_have_to_agree_with_what_was_read_before() -> None:
@@ -343,7 +329,6 @@ async def test_what_is_asked_for_may_have_to_agree_with_what_was_read_before() -
     session = building.session()
     await session.resolve([INNER])
     assert (await building.build(OUTERS[:1])).value(OUTERS[0]) == 1
-    await no_leaks(building)
 
 
 async def test_a_worker_that_was_to_come_back_and_comes_to_wait_makes_room_for_another() -> None:
@@ -371,7 +356,6 @@ async def test_a_worker_that_was_to_come_back_and_comes_to_wait_makes_room_for_a
     await building.build([key("other")])
     await resolved
     assert source.calls == [OUTERS[0], first, second]
-    await no_leaks(building)
 
 
 async def test_what_is_asked_for_goes_before_what_is_needed_besides() -> None:
@@ -400,7 +384,6 @@ async def test_what_is_asked_for_goes_before_what_is_needed_besides() -> None:
     await tasks[1]
     (await blocked).release()
     await tasks[0]
-    await no_leaks(building)
 
 
 @pytest.mark.parametrize("started", [True, False])
@@ -424,7 +407,6 @@ async def test_a_source_waits_for_no_refresh_that_comes_to_wait_for_it(started: 
     await asyncio.sleep(20)
     assert (await building.build([INNER])).value(INNER) == 2
     await building.wait_for_refreshes()
-    await no_leaks(building)
 
 
 async def test_a_source_waits_for_no_revalidation_that_comes_to_wait_for_it() -> None:
@@ -445,7 +427,6 @@ async def test_a_source_waits_for_no_revalidation_that_comes_to_wait_for_it() ->
     turn = session.revalidate(OUTERS[:1], force_refresh=True)
     await asyncio.gather(turn, building.build([INNER]))
     assert "must not form a cycle, got test:outer:0" in str(inside[0].error_for(OUTERS[1]))
-    await no_leaks(building)
 
 
 @pytest.mark.parametrize("started", [True, False])
@@ -465,7 +446,6 @@ async def test_refreshes_that_a_source_waits_for_wait_for_no_slot(started: bool)
     snapshot = await building.build([INNER, OUTERS[0]])
     assert snapshot[INNER].stale
     assert source.calls == [INNER, OUTERS[0], INNER]
-    await no_leaks(building)
 
 
 @pytest.mark.parametrize("ends", ["refresh", "build"])
@@ -491,7 +471,6 @@ async def test_refreshes_whose_sources_wait_for_each_other_all_end(ends: str) ->
     keys = [INNER, OUTERS[0]]
     assert (await building.build(keys[::-1], strict=False)).value(OUTERS[0])
     await building.wait_for_refreshes()
-    await no_leaks(building)
 
 
 # Over several event loops ---------------------------------------------------------------------

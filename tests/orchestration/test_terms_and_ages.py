@@ -26,7 +26,7 @@ from coalestra import (
 )
 from tests.contracts.caches import BatchCache
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
-from tests.support import EPOCH, Gate, ManualClock, no_leaks, settle
+from tests.support import EPOCH, Gate, ManualClock, settle
 
 X, Y, OTHER = key("x"), key("y"), key("other")
 SWR = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -64,7 +64,6 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_accepts_nothing_stale(
         assert session.snapshot()[X].value == "old", "the pinned value stays"
     await blocking
     await building.wait_for_refreshes()
-    await no_leaks(building)
 
 
 async def test_a_forced_read_that_joins_a_waiting_refresh_yields_to_no_stale_authority() -> None:
@@ -93,7 +92,6 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_yields_to_no_stale_aut
         assert (await looking)[X].value == "read"
     await blocking
     await building.wait_for_refreshes()
-    await no_leaks(building)
 
 
 @pytest.mark.late_tasks
@@ -107,7 +105,6 @@ async def test_a_key_invalidated_while_its_call_is_planned_is_asked_for_once() -
     await asyncio.gather(building.publisher.invalidate(X), building.build([X, Y]), first)
     assert [sorted(call) for call in batch.calls] == [[X, Y]]
     assert (await building.build([X]))[X].from_cache, "and what it brought was kept"
-    await no_leaks(building)
 
 
 async def test_a_stale_winner_by_authority_is_not_delivered_where_nothing_stale_may_be() -> None:
@@ -121,7 +118,6 @@ async def test_a_stale_winner_by_authority_is_not_delivered_where_nothing_stale_
     await asyncio.sleep(20)
     value = (await building.build([X]))[X]
     assert (value.value, value.stale) == ("rest", False)
-    await no_leaks(building)
 
 
 @pytest.mark.parametrize("forced", [True, False])
@@ -207,7 +203,6 @@ async def test_a_deadline_that_passes_while_calls_are_planned_is_named(
     snapshot = await waiting
     for each in (X, Y):
         assert "the deadline of 2 s passed" in str(snapshot.error_for(each))
-    await no_leaks(building)
 
 
 async def test_a_deadline_that_passes_while_no_source_is_found_is_named(
@@ -228,7 +223,6 @@ async def test_a_deadline_that_passes_while_no_source_is_found_is_named(
     monkeypatch.undo()
     for error in (await waiting).errors.values():
         assert "the deadline of 2 s passed" in str(error)
-    await no_leaks(building)
 
 
 async def test_a_derivation_that_took_in_what_was_invalidated_is_not_stored() -> None:
@@ -244,7 +238,6 @@ async def test_a_derivation_that_took_in_what_was_invalidated_is_not_stored() ->
     assert key("sum") in await waiting
     await settle()
     assert key("sum") not in cache.held
-    await building.aclose()
 
 
 # Ages -----------------------------------------------------------------------------------------
@@ -321,7 +314,6 @@ async def test_stale_stand_ins_are_kept_for_the_next_outage() -> None:
     await building.publisher.invalidate(X)
     snapshot = await building.build([X], strict=False)
     assert isinstance(snapshot.error_for(X), ResourceResolutionError)
-    await no_leaks(building)
 
 
 async def test_an_unread_policy_is_asked_for_once_more_only_for_what_is_hidden() -> None:
@@ -407,7 +399,6 @@ async def test_a_hung_refresh_keeps_no_later_one_away(how: str) -> None:
     assert (await building.build([X]))[X].metadata["refresh_scheduled"], "another one"
     hung.open()
     await building.wait_for_refreshes()
-    await no_leaks(building)
 
 
 # Whether a new value is on its way, or its source is down ------------------------------------

@@ -192,4 +192,3 @@ async def test_no_text_shows_a_payload() -> None:
         snapshot.value(key, int)
     json.dumps((await building.health_snapshot()).to_dict())
     await asyncio.sleep(0)
-    await building.aclose()

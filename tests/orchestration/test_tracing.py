@@ -44,7 +44,7 @@ from coalestra.orchestration.tracing import (
 )
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
-from tests.support import Gate, lines_run, no_leaks, settle
+from tests.support import Gate, lines_run, settle
 
 A, B, D = key("a"), key("b"), key("d")
 SWR = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -154,7 +154,6 @@ async def test_a_cache_that_is_awaited_is_a_wait() -> None:
     held = trace_of(await b.build([A], trace=True))
     assert held.keys[A].obtained in (Obtained.CACHE, Obtained.NEAR_CACHE)
     await b.aclose()
-    await no_leaks(b)
 
 
 async def test_who_still_read_a_cache_when_anothers_flight_ended_says_whose_value_it_is() -> None:
@@ -180,7 +179,6 @@ async def test_who_still_read_a_cache_when_anothers_flight_ended_says_whose_valu
     assert (found.obtained, found.joined) == (Obtained.FETCHED, "other")
     assert len(source.calls) == 2
     await b.aclose()
-    await no_leaks(b)
 
 
 async def test_the_memory_before_a_shared_cache_is_told_apart() -> None:
@@ -188,7 +186,6 @@ async def test_the_memory_before_a_shared_cache_is_told_apart() -> None:
     await b.build([A])
     await settle()
     assert trace_of(await b.build([A], trace=True)).keys[A].obtained is Obtained.NEAR_CACHE
-    await b.aclose()
 
 
 async def test_a_derived_key_says_what_it_rests_on_and_that_it_waited_for_it() -> None:
@@ -816,8 +813,6 @@ async def test_stages_of_one_session_at_the_same_time_have_each_its_own_span(awa
     ((waiting, _, seconds, _),) = spans.joins
     assert waiting in set(resolved) - {calls["a"][0], calls["d"][0]}
     assert seconds == pytest.approx(5, abs=0.01)
-    await b.aclose()
-    await no_leaks(b)
 
 
 async def test_a_tracer_sees_one_who_gave_up_waiting_for_the_call_of_another() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+from collections.abc import Awaitable
 from typing import Any
 
 from tests.support.virtual_loop import VirtualLoop
@@ -15,6 +17,27 @@ _AT_REST = (
     "active_payload_copies",
     "waiting_for_copy_capacity",
 )
+
+
+_looked_after: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "looked_after", default=None
+)
+
+
+def look_after(builder: Any) -> None:
+    """See that a builder is at rest when the async test ends that has made it."""
+    builders = _looked_after.get()
+    if builders is not None:
+        builders.append(builder)
+
+
+async def at_rest_in_the_end(test: Awaitable[None]) -> None:
+    """Run a test, and look at every builder that it has made."""
+    builders: list[Any] = []
+    _looked_after.set(builders)
+    await test
+    for builder in builders:
+        await no_leaks(builder)
 
 
 async def settle() -> None:
