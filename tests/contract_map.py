@@ -205,6 +205,6 @@ SECTIONS: Mapping[int, Section] = {
     ),
     19: Section(
         "attributes that applications read",
-        ("orchestration/test_attributes.py", "orchestration/test_settings.py"),
+        ("orchestration/test_settings.py",),
     ),
 }

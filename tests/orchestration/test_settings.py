@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import FrozenInstanceError
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from coalestra import (
     CallableSource,
     CircuitBreaker,
     FreshnessPolicy,
+    InMemoryMetrics,
     KeyNormalizer,
     LoggingEventSink,
     NullMetrics,
@@ -37,6 +39,7 @@ from coalestra import (
     SourceResiliencePolicy,
     deepcopy_payload,
 )
+from coalestra.concurrency import CapacityController
 from coalestra.core import SystemClock
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, key
@@ -185,19 +188,73 @@ def test_an_argument_that_there_is_not_is_refused_in_the_name_of_what_was_called
         called(no_such=1)
 
 
-@pytest.mark.parametrize("name", SIMPLE)
-def test_simple_settings_are_attributes_under_their_own_names(name: str) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_settings_are_attributes_under_their_own_names(name: str) -> None:
     default = inspect.signature(SnapshotBuilder).parameters[name].default
     expected = {"max_pending_tasks": 8, "run_payload_copies_in_thread": True}
-    assert getattr(made(), name) == expected.get(name, default)
-    for value in SIMPLE[name][0]:
+    if name in SIMPLE:
+        assert getattr(made(), name) == expected.get(name, default)
+    for value in ALL[name][0]:
         if value is not None:
-            assert getattr(made(**{name: value}), name) == value
+            found = getattr(made(**{name: value}), name)
+            assert getattr(found, "downstream", found) == value  # a sink may be buffered
 
 
 def test_max_pending_tasks_follows_max_concurrency_unless_given() -> None:
     assert made(max_concurrency=3).max_pending_tasks == 3
     assert made(max_concurrency=3, max_pending_tasks=5).max_pending_tasks == 5
+
+
+def test_defaults_stand_where_nothing_was_given() -> None:
+    building = made()
+    assert isinstance(building.cache, AsyncMemoryCache)
+    assert isinstance(building.publisher, ResourcePublisher)
+    assert isinstance(building.capacity, CapacityController)
+    assert isinstance(building.circuit_breaker, CircuitBreaker)
+    assert isinstance(building.clock, SystemClock)
+    assert building.policy_resolver.resolve(key("s")) == FreshnessPolicy(1.0, 10.0)
+    assert building.authority_resolver.rank_for(key("s"), "s") == 0
+    assert building.observation_policy == ObservationPolicy()
+    assert building.retry_policy == RetryPolicy()
+    assert building.resilience_resolver.default.retry == RetryPolicy()
+    assert building.closed is False
+
+
+def test_every_argument_is_an_attribute_that_cannot_be_changed() -> None:
+    building = made(default_policy=FreshnessPolicy(3, 4))
+    assert building.default_policy == FreshnessPolicy(3, 4)
+    for name in inspect.signature(SnapshotBuilder).parameters:
+        known = getattr(building, name)
+        with pytest.raises(FrozenInstanceError, match=name):
+            setattr(building, name, None)
+        assert getattr(building, name) is known
+
+
+def test_policies_given_alone_are_found_in_their_resolvers() -> None:
+    fresh, rank = FreshnessPolicy(3, 4), SourceAuthorityPolicy({"s": 7})
+    retry = RetryPolicy(max_attempts=5)
+    building = made(default_policy=fresh, authority_policy=rank, retry_policy=retry)
+    assert building.policy_resolver.resolve(key("s")) is fresh
+    assert building.authority_resolver.rank_for(key("s"), "s") == 7
+    assert building.retry_policy is retry
+    assert building.resilience_resolver.default.retry is retry
+
+
+def test_the_circuit_breaker_goes_by_the_clock_of_the_builder() -> None:
+    clock = ManualClock()
+    assert made(clock=clock).circuit_breaker.clock is clock
+
+
+async def test_sinks_are_read_back_as_used_so_possibly_buffered() -> None:
+    events, metrics = LoggingEventSink(), InMemoryMetrics()
+    forced = made(events=events, metrics=metrics, buffer_observability=True)
+    assert isinstance(forced.events, BufferedEventSink)
+    assert isinstance(forced.metrics, BufferedMetricsSink)
+    assert forced.events.downstream is events
+    assert forced.metrics.downstream is metrics
+    await forced.aclose()
+    plain = made(events=events, metrics=metrics, buffer_observability=False)
+    assert (plain.events, plain.metrics) == (events, metrics)
 
 
 # Settings that do not go together
@@ -274,7 +331,7 @@ def test_two_sources_of_one_name_are_a_value_error_that_says_which() -> None:
 
 
 @pytest.mark.parametrize("attribute", ["name", "priority", "supports"])
-def test_a_source_without_what_every_source_has_is_refused_by_name(attribute: str) -> None:
+async def test_a_source_needs_what_every_source_has_and_no_more(attribute: str) -> None:
     class Bare:
         name = "bare"
         priority = 1
@@ -285,9 +342,9 @@ def test_a_source_without_what_every_source_has_is_refused_by_name(attribute: st
             return True
 
         async def fetch(self, key: Any, context: Any) -> Any:
-            return None
+            return key.subject
 
-    SnapshotBuilder([Bare()])
+    assert (await SnapshotBuilder([Bare()]).build([key("x", "1")])).value(key("x", "1")) == "1"
     delattr(Bare, attribute)
     with pytest.raises((TypeError, ValueError), match=attribute):
         SnapshotBuilder([Bare()])
