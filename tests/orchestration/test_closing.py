@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from coalestra import (
-    AsyncMemoryCache,
     FreshnessPolicy,
     ObservabilityShutdownTimeoutError,
     RefreshMode,
@@ -138,40 +137,30 @@ async def test_a_managed_part_whose_closing_hangs_hinders_no_other_and_is_named(
     await settle()
 
 
-@pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), SystemError("odd")])
+@pytest.mark.parametrize("plain", [True, False], ids=["close", "aclose"])
+@pytest.mark.parametrize("error", [asyncio.CancelledError, GeneratorExit, SystemError])
 async def test_what_a_managed_part_raises_as_it_is_closed_hinders_no_other(
-    error: BaseException,
+    error: type[BaseException], plain: bool
 ) -> None:
-    class Raising(Parts):
+    """If it cancels itself, that is no cancellation of who closes the builder."""
+
+    class Plain(Single):
+        def close(self) -> None:
+            raise error
+
+    class Awaited(Single):
         async def aclose(self) -> None:
             raise error
 
     last = Parts("l")
-    building = builder(Raising("k"), last, manage_lifecycle=True)
-    await asyncio.gather(building.aclose(), return_exceptions=True)
+    building = builder((Plain if plain else Awaited)("k"), last, manage_lifecycle=True)
+    (told,) = await asyncio.gather(asyncio.wait_for(building.aclose(), 100), return_exceptions=True)
     assert last.ends == 1
-    await building.aclose()
-    assert building.closed
-
-
-@pytest.mark.parametrize("plain", [True, False], ids=["close", "aclose"])
-async def test_a_managed_part_that_cancels_itself_is_told_as_an_error_of_that_part(
-    plain: bool,
-) -> None:
-    """It is no cancellation of who closes the builder, who would otherwise wait or not be told."""
-
-    class Plain(Single):
-        def close(self) -> None:
-            raise asyncio.CancelledError
-
-    class Awaited(Single):
-        async def aclose(self) -> None:
-            raise asyncio.CancelledError
-
-    building = builder((Plain if plain else Awaited)("k"), manage_lifecycle=True)
-    with pytest.raises(RuntimeError, match=r"close was cancelled before it had ended"):
-        await asyncio.wait_for(building.aclose(), 100)
+    if error is asyncio.CancelledError:
+        assert isinstance(told, RuntimeError)
+        assert "close was cancelled before it had ended" in str(told)
     await asyncio.wait_for(building.aclose(), 100)
+    assert building.closed
 
 
 async def test_a_time_for_all_of_it_bounds_every_stage() -> None:
@@ -371,12 +360,3 @@ async def test_without_an_error_of_the_block_the_one_of_closing_is_raised() -> N
 
 
 # What health tells --------------------------------------------------------------------------------
-
-
-async def test_health_tells_of_the_copies_of_a_memory_cache_that_was_passed_in() -> None:
-    async with builder(Single("k"), cache=AsyncMemoryCache()) as building:
-        await building.build([K])
-        assert set((await building.health_snapshot()).payload_copy_components) == {
-            "builder",
-            "cache",
-        }

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from coalestra import (
+    AsyncMemoryCache,
     PayloadCopyShutdownTimeoutError,
     PayloadCopySubsystemClosedError,
     PayloadIsolationError,
@@ -27,7 +26,7 @@ from coalestra.orchestration.deliveries import all_or_none
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import Stock
-from tests.support import Gate, ThreadGate, no_leaks, settle
+from tests.support import Gate, ThreadGate, settle
 
 K, D = key("k"), key("d")
 LARGE = [list(range(200)) for _ in range(200)]
@@ -80,45 +79,29 @@ def cached(request: pytest.FixtureRequest, settings: dict[str, Any]) -> dict[str
     return settings
 
 
-@asynccontextmanager
-async def closing(*sources: Any, **settings: Any) -> AsyncIterator[SnapshotBuilder]:
-    building = builder(*sources, **settings)
-    try:
-        yield building
-        await no_leaks(building)
-    finally:
-        await building.aclose()
-
-
-async def test_a_source_may_change_what_it_returned(cached: dict[str, Any]) -> None:
+async def test_a_source_may_change_what_it_returned_and_a_caller_what_it_got(
+    cached: dict[str, Any],
+) -> None:
     source = Keeping()
-    async with closing(source, **cached) as building:
+    async with builder(source, **cached) as building:
         first = await building.build([K])
         spoil(source.kept)
         source.metadata["tags"].append("spoilt")
-        for snapshot in (first, await building.build([K])):
-            assert snapshot.value(K) == mutable()
-            assert snapshot[K].metadata["tags"] == ["a"]
-        assert len(source.calls) == 1
-
-
-async def test_a_caller_may_change_what_it_got(cached: dict[str, Any]) -> None:
-    source = Keeping()
-    async with closing(source, **cached) as building:
-        for _ in range(3):
-            snapshot = await building.build([K])
+        spoilt = copy.deepcopy(source.kept)
+        for snapshot in (first, await building.build([K]), await building.build([K])):
             assert snapshot.value(K) == mutable()
             assert snapshot[K].metadata["tags"] == ["a"]
             spoil(snapshot.value(K))
             snapshot[K].metadata["tags"].append("spoilt")
-        assert source.kept == mutable()
-        assert source.metadata == {"tags": ["a"]}
+        assert source.kept == spoilt
+        assert source.metadata == {"tags": ["a", "spoilt"]}
+        assert len(source.calls) == 1
 
 
 async def test_callers_who_share_one_fetch_share_no_object(cached: dict[str, Any]) -> None:
     gate = Gate()
     source = Stock("k", {"k": mutable()}, before=gate.pass_)
-    async with closing(source, **cached) as building:
+    async with builder(source, **cached) as building:
         callers = [asyncio.ensure_future(building.build([K])) for _ in range(3)]
         await gate.wait_arrived()
         gate.open()
@@ -144,7 +127,7 @@ async def test_a_derivation_may_change_its_inputs_and_keep_its_output(
             return result
 
     source = Keeping()
-    async with closing(source, Careless("d", needs=lambda k: [K]), **cached) as building:
+    async with builder(source, Careless("d", needs=lambda k: [K]), **cached) as building:
         first = await building.build([D, K])
         spoil(outputs[0])
         second = await building.build([D, K])
@@ -155,7 +138,7 @@ async def test_a_derivation_may_change_its_inputs_and_keep_its_output(
 
 
 async def test_a_publisher_keeps_what_it_gave_and_what_it_got(cached: dict[str, Any]) -> None:
-    async with closing(Single("k"), **cached) as building:
+    async with builder(Single("k"), **cached) as building:
         given, metadata = mutable(), {"tags": ["a"]}
         result = await building.publisher.publish(K, given, source="s", metadata=metadata)
         spoil(given)
@@ -175,7 +158,7 @@ async def test_a_publisher_keeps_what_it_gave_and_what_it_got(cached: dict[str, 
 async def test_a_batch_may_return_one_object_for_many_keys(cached: dict[str, Any]) -> None:
     shared = mutable()
     keys = [key("b", str(n)) for n in range(3)]
-    async with closing(Batch("b", answer=lambda k: shared), **cached) as building:
+    async with builder(Batch("b", answer=lambda k: shared), **cached) as building:
         snapshot = await building.build(keys)
         spoil(snapshot.value(keys[0]))
         assert snapshot.value(keys[1]) == snapshot.value(keys[2]) == mutable()
@@ -184,7 +167,7 @@ async def test_a_batch_may_return_one_object_for_many_keys(cached: dict[str, Any
 
 async def test_a_custom_cache_may_change_what_it_was_given(settings: dict[str, Any]) -> None:
     cache = SingleKeyCache()
-    async with closing(Keeping(), cache=cache, **settings) as building, building.session() as kept:
+    async with builder(Keeping(), cache=cache, **settings) as building, building.session() as kept:
         first = await kept.resolve([K])
         (held,) = cache.held.values()
         spoil(held.value)
@@ -196,26 +179,13 @@ async def test_a_custom_cache_may_change_what_it_was_given(settings: dict[str, A
 
 async def test_immutable_payloads_are_handed_on_as_they_are() -> None:
     payload = (1, "two", frozenset({3}))
-    async with closing(Stock("k", {"k": payload})) as building:
+    async with builder(Stock("k", {"k": payload})) as building:
         assert (await building.build([K])).value(K) is payload
         health = await building.health_snapshot()
         assert health.payload_copy_started_count == 0
 
 
 # Payloads that cannot be copied
-
-
-async def test_an_uncopyable_payload_fails_its_key_alone() -> None:
-    values = {"k": (each for each in [1]), "other": 1}
-    async with closing(Stock("stock", values)) as building:
-        snapshot = await building.build([K, key("other")], strict=False)
-        assert snapshot.value(key("other")) == 1
-        error = snapshot.errors[K]
-        assert isinstance(error, ResourceResolutionError)
-        (failure,) = error.failures
-        assert failure.error_type == "PayloadIsolationError"
-        assert "generator" in failure.message
-        assert (await building.health_snapshot()).payload_copy_failure_count >= 1
 
 
 # Copiers, threads and their bounds
@@ -228,14 +198,14 @@ async def test_a_custom_copier_runs_inline_unless_told_otherwise() -> None:
         places.append(threading.current_thread().name)
         return copy.deepcopy(value)
 
-    async with closing(Stock("k", {"k": LARGE}), payload_copier=copier) as building:
+    async with builder(Stock("k", {"k": LARGE}), payload_copier=copier) as building:
         assert building.run_payload_copies_in_thread is False
         await building.build([K])
     here = threading.current_thread().name
     assert set(places) == {here}
     places.clear()
     settings = {"payload_copier": copier, "run_payload_copies_in_thread": True}
-    async with closing(Stock("k", {"k": 1}), **settings) as building:
+    async with builder(Stock("k", {"k": 1}), **settings) as building:
         assert building.run_payload_copies_in_thread is True
         await building.build([K])
     assert here not in places
@@ -243,7 +213,7 @@ async def test_a_custom_copier_runs_inline_unless_told_otherwise() -> None:
 
 
 async def test_large_payloads_are_copied_in_threads_and_small_ones_are_not() -> None:
-    async with closing(Stock("k", {"k": LARGE, "small": [1]})) as building:
+    async with builder(Stock("k", {"k": LARGE, "small": [1]})) as building:
         assert building.run_payload_copies_in_thread is True
         small = (await building.build([key("small")])).value(key("small"))
         assert small == [1]
@@ -264,7 +234,7 @@ async def test_no_more_copies_run_at_once_than_allowed() -> None:
         return value
 
     keys = [key("b", str(n)) for n in range(5)]
-    async with closing(
+    async with builder(
         Batch("b"),
         payload_copier=copier,
         run_payload_copies_in_thread=True,
@@ -331,28 +301,6 @@ async def test_a_cancelled_reader_leaves_the_copy_slot_taken_until_the_thread_en
 # The end
 
 
-async def test_closing_that_copies_outlast_says_so_and_health_tells_when_they_end() -> None:
-    stuck, building = with_stuck(Stock("k", {"k": [1]}))
-    await building.build([K])
-    stuck.armed = True
-    reading = asyncio.ensure_future(building.build([K]))
-    await settle()
-    with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
-        await building.aclose(copy_shutdown_timeout_seconds=2)
-    assert caught.value.active_copies == 1
-    assert dict(caught.value.active_components) == {"builder": 1}
-    health = await building.health_snapshot()
-    assert health.payload_copy_shutdown_incomplete
-    assert health.payload_copy_shutdown_timeout_count == 1
-    assert health.payload_copy_active_at_last_shutdown_timeout == 1
-    stuck.gate.open()
-    await building.wait_for_payload_copy_shutdown()
-    health = await building.health_snapshot()
-    assert not health.payload_copy_shutdown_incomplete
-    assert health.payload_copy_components["builder"].shutdown_complete
-    await asyncio.gather(reading, return_exceptions=True)
-
-
 @pytest.mark.parametrize("form", ["build", "try_request", "try_requests"])
 async def test_closing_wakes_those_who_wait_for_a_copy_thread(form: str) -> None:
     stuck, building = with_stuck(Stock("k", {"k": [1]}), max_copy_concurrency=1)
@@ -375,7 +323,9 @@ async def test_closing_wakes_those_who_wait_for_a_copy_thread(form: str) -> None
 
 
 @pytest.mark.parametrize("form", ["build", "try_request", "resolve", "revalidate"])
-async def test_closing_lets_go_of_those_whose_copies_outlast_it(form: str) -> None:
+async def test_closing_says_which_copies_outlast_it_and_lets_go_of_who_waits_for_them(
+    form: str,
+) -> None:
     stuck, building = with_stuck(Stock("k", {"k": [1]}), copy_shutdown_timeout_seconds=2.0)
     session = building.session()
     await session.resolve([K])
@@ -384,13 +334,21 @@ async def test_closing_lets_go_of_those_whose_copies_outlast_it(form: str) -> No
     asked: Any = SnapshotRequest(required=[K]) if form == "try_request" else [K]
     reader = asyncio.ensure_future(getattr(unit, form)(asked))
     await settle()
-    with pytest.raises(PayloadCopyShutdownTimeoutError):
+    with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
         await building.aclose()
+    assert caught.value.active_copies == 1
+    assert dict(caught.value.active_components) == {"builder": 1}
     with pytest.raises(PayloadCopySubsystemClosedError):
         await reader
+    health = await building.health_snapshot()
+    assert health.payload_copy_shutdown_incomplete
+    assert health.payload_copy_shutdown_timeout_count == 1
+    assert health.payload_copy_active_at_last_shutdown_timeout == 1
     stuck.gate.open()
     await building.wait_for_payload_copy_shutdown()
-    assert not (await building.health_snapshot()).payload_copy_shutdown_incomplete
+    health = await building.health_snapshot()
+    assert not health.payload_copy_shutdown_incomplete
+    assert health.payload_copy_components["builder"].shutdown_complete
 
 
 async def test_a_deadline_while_dependencies_are_copied_is_counted_and_told_as_that() -> None:
@@ -425,15 +383,24 @@ async def test_what_cannot_be_copied_out_costs_a_session_no_other_value() -> Non
 
 
 @pytest.mark.parametrize("by", ["payload", "copier"])
-async def test_the_line_that_failed_in_copying_can_be_found_from_the_error(by: str) -> None:
-    def culprit(*_: Any) -> Any:
+async def test_what_cannot_be_copied_fails_alone_and_its_error_leads_to_the_line(by: str) -> None:
+    def culprit(value: Any, *_: Any) -> Any:
+        if value == 1:
+            return value
         raise KeyError("no copy")
 
     value: Any = type("Payload", (), {"__deepcopy__": culprit})()
-    building = builder(Stock("k", {"k": value}), payload_copier=culprit if by == "copier" else None)
-    error = (await building.build([K], strict=False)).errors[K]
+    copier = culprit if by == "copier" else None
+    building = builder(Stock("stock", {"k": value, "other": 1}), payload_copier=copier)
+    snapshot = await building.build([K, key("other")], strict=False)
+    assert snapshot.value(key("other")) == 1
+    error = snapshot.errors[K]
     assert isinstance(error, ResourceResolutionError)
-    assert "in culprit" in error.failures[0].traceback
+    (failure,) = error.failures
+    assert failure.error_type == "PayloadIsolationError"
+    assert "Payload" in failure.message
+    assert "in culprit" in failure.traceback
+    assert (await building.health_snapshot()).payload_copy_failure_count >= 1
 
 
 async def test_a_session_of_a_closed_builder_makes_no_more_copies() -> None:
@@ -446,13 +413,12 @@ async def test_a_session_of_a_closed_builder_makes_no_more_copies() -> None:
     assert caught.value.component == "builder"
 
 
-async def test_health_knows_the_builder_and_the_default_cache_as_components() -> None:
-    async with closing(Single("k")) as building:
-        health = await building.health_snapshot()
-        assert set(health.payload_copy_components) == {"builder", "cache"}
-    async with closing(Single("k"), cache=SingleKeyCache()) as building:
-        health = await building.health_snapshot()
-        assert set(health.payload_copy_components) == {"builder"}
+@pytest.mark.parametrize("kind", [None, AsyncMemoryCache, SingleKeyCache])
+async def test_health_knows_the_builder_and_a_memory_cache_as_components(kind: Any) -> None:
+    building = builder(Single("k"), cache=kind and kind())
+    await building.build([K])
+    known = {"builder"} if kind is SingleKeyCache else {"builder", "cache"}
+    assert set((await building.health_snapshot()).payload_copy_components) == known
 
 
 @pytest.mark.parametrize("error", [GeneratorExit, KeyError, asyncio.CancelledError])
