@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("msgspec")
 
 from tests.redis.processes import dismiss
 from tests.redis.servers import Server, running
+from tests.redis.stock import Caches, caches_of
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,3 +47,9 @@ def own_server() -> Iterator[Server]:
 def prefix() -> str:
     """A prefix that no other test uses."""
     return f"test-{os.urandom(4).hex()}"
+
+
+@pytest.fixture
+def caches(server: Server, prefix: str) -> Caches:
+    """Make so many caches over the server for all, with these settings."""
+    return partial(caches_of, server, prefix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from redis.asyncio import Redis
@@ -19,6 +19,8 @@ POLICY = FreshnessPolicy(60, 120)
 A, B, C = (ResourceKey("shared", "thing", name) for name in "ABC")
 PATIENT_SECONDS = 20.0
 """A time limit that a busy machine keeps."""
+
+Caches = Callable[..., AbstractAsyncContextManager[list[RedisCache]]]
 
 
 def value_of(
@@ -49,7 +51,7 @@ def value_of(
 
 
 @asynccontextmanager
-async def caches(
+async def caches_of(
     server: Server, prefix: str, number: int = 1, **settings: Any
 ) -> AsyncIterator[list[RedisCache]]:
     """Caches that know nothing of each other, as in different processes."""

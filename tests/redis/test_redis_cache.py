@@ -53,8 +53,9 @@ from tests.redis.stock import (
     A,
     B,
     C,
+    Caches,
     Told,
-    caches,
+    caches_of,
     fulfil,
     lease,
     leased,
@@ -74,8 +75,8 @@ LOWER = CacheWriteStatus.IGNORED_LOWER_AUTHORITY
 # What a value is like when it comes back ------------------------------------------------------
 
 
-async def test_it_has_every_ability_that_the_library_knows(server: Server, prefix: str) -> None:
-    async with caches(server, prefix) as [cache]:
+async def test_it_has_every_ability_that_the_library_knows(caches: Caches) -> None:
+    async with caches() as [cache]:
         for ability in (
             AtomicAsyncCache,
             BatchAtomicAsyncCache,
@@ -86,8 +87,8 @@ async def test_it_has_every_ability_that_the_library_knows(server: Server, prefi
             assert isinstance(cache, ability)
 
 
-async def test_a_value_comes_back_whole_in_another_process(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_a_value_comes_back_whole_in_another_process(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         sent = value_of(A, {"x": (1, b"2")}, observed_at=1000.5, rank=3, rests_on={})
         await one.set(sent)
         found = (await other.get(A, now=1001.0, policy=POLICY)).value
@@ -112,11 +113,9 @@ async def test_a_client_that_decodes_answers_does_as_well(server: Server, prefix
     await client.aclose()
 
 
-async def test_what_has_no_date_is_as_old_as_its_time_on_the_server(
-    server: Server, prefix: str
-) -> None:
+async def test_what_has_no_date_is_as_old_as_its_time_on_the_server(caches: Caches) -> None:
     """Whatever the clocks of the two processes say."""
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         await one.set(value_of(now=time.time() - 3600))
         found = await other.get(A, now=time.time() + 3600, policy=POLICY)
         assert found.value is not None
@@ -124,8 +123,10 @@ async def test_what_has_no_date_is_as_old_as_its_time_on_the_server(
         assert found.value.observed_at == pytest.approx(time.time() + 3600, abs=20)
 
 
-async def test_the_server_drops_what_nobody_may_use_any_more(server: Server, prefix: str) -> None:
-    async with caches(server, prefix) as [cache]:
+async def test_the_server_drops_what_nobody_may_use_any_more(
+    caches: Caches, server: Server, prefix: str
+) -> None:
+    async with caches() as [cache]:
         await cache.set(value_of(A), policy=FreshnessPolicy(1.0, 90.0))
         now = time.time()
         await cache.set(value_of(B, observed_at=now - 80, now=now), policy=FreshnessPolicy(1.0, 90))
@@ -158,14 +159,13 @@ async def test_the_server_drops_what_nobody_may_use_any_more(server: Server, pre
     ],
 )
 async def test_the_server_decides_by_the_write_order(
-    server: Server,
-    prefix: str,
+    caches: Caches,
     held: tuple[int, float | None],
     offered: tuple[int, float | None],
     terms: dict[str, Any],
     status: CacheWriteStatus,
 ) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         first = value_of(A, "held", rank=held[0], observed_at=held[1])
         await one.set(first)
         second = value_of(A, "offered", rank=offered[0], observed_at=offered[1])
@@ -177,19 +177,17 @@ async def test_the_server_decides_by_the_write_order(
         assert await read(one, policy=FreshnessPolicy(1e12, 1e12)) == result.value.value
 
 
-async def test_of_many_undated_values_the_last_one_stored_stays(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix, 2) as both:
+async def test_of_many_undated_values_the_last_one_stored_stays(caches: Caches) -> None:
+    async with caches(2) as both:
         for number in range(40):
             result = await both[number % 2].set_if_newer(value_of(A, number, now=1000.0 - number))
             assert result.status is STORED
         assert await read(both[0]) == 39
 
 
-async def test_a_hundred_values_are_one_round_trip(server: Server, prefix: str) -> None:
+async def test_a_hundred_values_are_one_round_trip(caches: Caches) -> None:
     keys = [ResourceKey("many", "n", str(number)) for number in range(100)]
-    async with caches(server, prefix) as [cache]:
+    async with caches() as [cache]:
         await cache.set_many([value_of(key, number) for number, key in enumerate(keys)])
         before = cache.health().calls
         found = await cache.get_many(keys, now=time.time(), policies=dict.fromkeys(keys, POLICY))
@@ -197,23 +195,21 @@ async def test_a_hundred_values_are_one_round_trip(server: Server, prefix: str) 
         assert [found[key].value.value for key in keys] == list(range(100))  # type: ignore[union-attr]  # there
 
 
-async def test_a_value_that_cannot_be_stored_keeps_all_from_being_written(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix) as [cache]:
+async def test_a_value_that_cannot_be_stored_keeps_all_from_being_written(caches: Caches) -> None:
+    async with caches() as [cache]:
         with pytest.raises(UnstorableValueError, match="builtins.object"):
             await cache.set_many([value_of(A), value_of(B, object())])
         assert await read(cache) is None
 
 
-async def test_a_value_that_is_too_large_is_refused(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, max_value_bytes=1000) as [cache]:
+async def test_a_value_that_is_too_large_is_refused(caches: Caches) -> None:
+    async with caches(max_value_bytes=1000) as [cache]:
         with pytest.raises(UnstorableValueError, match="max_value_bytes is 1,000"):
             await cache.set(value_of(A, "x" * 1000))
 
 
 async def test_reading_and_writing_many_values_gives_the_loop_back_in_between(
-    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Counted(Pace):
         kept = 0
@@ -224,7 +220,7 @@ async def test_reading_and_writing_many_values_gives_the_loop_back_in_between(
 
     monkeypatch.setattr("coalestra.redis.cache.Pace", Counted)
     keys = [ResourceKey("many", "n", str(number)) for number in range(100)]
-    async with caches(server, prefix) as [cache]:
+    async with caches() as [cache]:
         await cache.set_many([value_of(key) for key in keys])
         assert Counted.kept == 2 * len(keys)
         await cache.get_many(keys, now=time.time(), policies=dict.fromkeys(keys, POLICY))
@@ -249,9 +245,9 @@ async def test_reading_and_writing_many_values_gives_the_loop_back_in_between(
     ids=lambda damage: " ".join(damage) if isinstance(damage, tuple) else None,
 )
 async def test_a_damaged_entry_is_a_miss_for_itself_alone_and_is_replaced(
-    server: Server, prefix: str, damage: tuple[str, ...]
+    caches: Caches, server: Server, prefix: str, damage: tuple[str, ...]
 ) -> None:
-    async with caches(server, prefix) as [cache]:
+    async with caches() as [cache]:
         await cache.set_many([value_of(A, "old"), value_of(B, "well")])
         name = f"{prefix}:shared:thing:A"
         if damage[0] == "other type":
@@ -266,11 +262,11 @@ async def test_a_damaged_entry_is_a_miss_for_itself_alone_and_is_replaced(
 
 
 async def test_an_entry_of_a_model_that_is_not_known_here_is_a_miss_and_counted(
-    server: Server, prefix: str
+    caches: Caches,
 ) -> None:
-    async with caches(server, prefix, models=[RefreshMode]) as [newer]:
+    async with caches(models=[RefreshMode]) as [newer]:
         await newer.set(value_of(A, RefreshMode.BLOCKING))
-        async with caches(server, prefix) as [older]:
+        async with caches() as [older]:
             assert await read(older) is None
             assert older.health().unreadable == 1
 
@@ -290,10 +286,8 @@ class Odd(MessagePackCodec):
         return value
 
 
-async def test_whatever_a_codec_raises_concerns_one_entry_alone(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix, 2, codec=Odd()) as [one, other]:
+async def test_whatever_a_codec_raises_concerns_one_entry_alone(caches: Caches) -> None:
+    async with caches(2, codec=Odd()) as [one, other]:
         held, fine = await lease(one), await lease(one, B)
         waiting = asyncio.create_task(leased(other))
         await until(lambda: other.health().waiting)
@@ -311,8 +305,8 @@ async def test_whatever_a_codec_raises_concerns_one_entry_alone(
 # Leases ---------------------------------------------------------------------------------------
 
 
-async def test_one_gets_the_lease_and_the_others_its_value(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 4) as [one, *others]:
+async def test_one_gets_the_lease_and_the_others_its_value(caches: Caches) -> None:
+    async with caches(4) as [one, *others]:
         held = await lease(one)
         waiting = [asyncio.create_task(leased(each)) for each in others]
         await until(lambda: all(each.health().waiting for each in others))
@@ -325,8 +319,8 @@ async def test_one_gets_the_lease_and_the_others_its_value(server: Server, prefi
         assert all(not each.health().waiting for each in others)
 
 
-async def test_what_needs_no_waiting_comes_first_and_together(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_what_needs_no_waiting_comes_first_and_together(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         await one.set(value_of(A, "there"))
         held = await lease(one, B)
         asking = other.lease_many(
@@ -340,10 +334,8 @@ async def test_what_needs_no_waiting_comes_first_and_together(server: Server, pr
         await asking.aclose()
 
 
-async def test_a_lease_given_back_goes_to_one_of_those_who_wait(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix, 3) as [one, *others]:
+async def test_a_lease_given_back_goes_to_one_of_those_who_wait(caches: Caches) -> None:
+    async with caches(3) as [one, *others]:
         held = await lease(one)
         waiting = [asyncio.create_task(leased(each)) for each in others]
         await until(lambda: all(each.health().waiting for each in others))
@@ -357,9 +349,9 @@ async def test_a_lease_given_back_goes_to_one_of_those_who_wait(
         assert [each.lookup.value.value for each in told if each.lookup.value] == ["second"]
 
 
-async def test_who_has_waited_for_one_in_vain_goes_on_alone(server: Server, prefix: str) -> None:
+async def test_who_has_waited_for_one_in_vain_goes_on_alone(caches: Caches) -> None:
     """A source that fails is not asked by one process after the other."""
-    async with caches(server, prefix, 3) as [one, *others]:
+    async with caches(3) as [one, *others]:
         held = await lease(one)
         waiting = [asyncio.create_task(leased(each)) for each in others]
         await until(lambda: all(each.health().waiting for each in others))
@@ -369,8 +361,8 @@ async def test_who_has_waited_for_one_in_vain_goes_on_alone(server: Server, pref
             assert (told.lease, told.lookup.value) == (None, None)
 
 
-async def test_a_lease_that_is_not_renewed_passes_to_the_next(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2, lease_seconds=0.3) as [one, other]:
+async def test_a_lease_that_is_not_renewed_passes_to_the_next(caches: Caches) -> None:
+    async with caches(2, lease_seconds=0.3) as [one, other]:
         held = await lease(one)
         token, one_lease = held.token, held
         del held
@@ -383,10 +375,10 @@ async def test_a_lease_that_is_not_renewed_passes_to_the_next(server: Server, pr
 
 
 async def test_a_lease_lasts_while_its_holder_lives(
-    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+    caches: Caches, server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is renewed after a third of its time each; here, of a hundredth of that."""
-    async with caches(server, prefix, 2, lease_seconds=30.0) as [one, other]:
+    async with caches(2, lease_seconds=30.0) as [one, other]:
         loop, pauses = asyncio.get_running_loop(), []
         call_later = loop.call_later
 
@@ -415,8 +407,8 @@ def ends_of_lease(server: Server, prefix: str) -> float:
     return float(server.command("HGET", f"{prefix}:shared:thing:A", "x").split(b"\r\n")[1])
 
 
-async def test_closing_gives_back_leases_at_once(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_closing_gives_back_leases_at_once(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         held = await lease(one)
         waiting = asyncio.create_task(leased(other))
         await until(lambda: other.health().waiting)
@@ -426,10 +418,10 @@ async def test_closing_gives_back_leases_at_once(server: Server, prefix: str) ->
 
 
 async def test_who_waits_for_another_process_is_told_when_the_cache_is_closed(
-    server: Server, prefix: str
+    caches: Caches,
 ) -> None:
     """Else he would go on asking, and be given a lease that nobody gives back."""
-    async with caches(server, prefix, 3) as [one, other, third]:
+    async with caches(3) as [one, other, third]:
         held = await lease(one)
         waiting = asyncio.create_task(leased(other))
         await until(lambda: other.health().waiting)
@@ -440,8 +432,8 @@ async def test_who_waits_for_another_process_is_told_when_the_cache_is_closed(
         assert (await asyncio.wait_for(leased(third), 3))[A].lease is not None
 
 
-async def test_a_lease_that_reaches_nobody_is_given_back(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_a_lease_that_reaches_nobody_is_given_back(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         await leased(one, (B,))
         reading = asyncio.create_task(leased(one, (A,)))
         await asyncio.sleep(0)
@@ -450,9 +442,9 @@ async def test_a_lease_that_reaches_nobody_is_given_back(server: Server, prefix:
         assert (await asyncio.wait_for(leased(other), PATIENT_SECONDS))[A].lease is not None
 
 
-async def test_a_stale_value_comes_along_with_the_lease(server: Server, prefix: str) -> None:
+async def test_a_stale_value_comes_along_with_the_lease(caches: Caches) -> None:
     policy = FreshnessPolicy(1.0, 100.0)
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         now = time.time()
         await one.set(value_of(A, "stale", observed_at=now - 50, now=now))
         told = (await leased(other, policy=policy))[A]
@@ -465,8 +457,8 @@ async def test_a_stale_value_comes_along_with_the_lease(server: Server, prefix: 
         assert served.lookup.usable_stale
 
 
-async def test_force_takes_the_lease_from_its_holder(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_force_takes_the_lease_from_its_holder(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         before = await lease(one)
         now = await lease(other, force=True)
         assert (await fulfil(one, before, "begun before")).status is OLDER
@@ -474,11 +466,9 @@ async def test_force_takes_the_lease_from_its_holder(server: Server, prefix: str
         assert await read(one) == "begun now"
 
 
-async def test_a_version_that_is_of_no_use_is_replaced_once_by_one(
-    server: Server, prefix: str
-) -> None:
+async def test_a_version_that_is_of_no_use_is_replaced_once_by_one(caches: Caches) -> None:
     """Two processes that refresh the same version make one call."""
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         old = value_of(A, "old")
         await one.set(old)
         held = await lease(one, unlike={A: old.version})
@@ -491,7 +481,7 @@ async def test_a_version_that_is_of_no_use_is_replaced_once_by_one(
         assert told.lookup.value.value == "new"
 
 
-async def test_a_refresh_in_the_background_brings_a_new_value(server: Server, prefix: str) -> None:
+async def test_a_refresh_in_the_background_brings_a_new_value(caches: Caches) -> None:
     calls = 0
 
     async def count(key: ResourceKey, context: Any) -> int:
@@ -503,7 +493,7 @@ async def test_a_refresh_in_the_background_brings_a_new_value(server: Server, pr
         1_000.0, 1_000.0, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=1_000.0
     )
     source = CallableSource(name="one", priority=1, supports=lambda key: True, fetcher=count)
-    async with caches(server, prefix) as [cache]:
+    async with caches() as [cache]:
         async with SnapshotBuilder([source], cache=cache, default_policy=ahead) as builder:
             for number in (1, 1, 2, 3):  # the value that was there before the refresh
                 assert (await builder.build([A])).value(A) == number
@@ -511,10 +501,8 @@ async def test_a_refresh_in_the_background_brings_a_new_value(server: Server, pr
                 await until(lambda: not cache.health().leases)
 
 
-async def test_a_value_that_cannot_be_stored_lets_the_others_go_on(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_a_value_that_cannot_be_stored_lets_the_others_go_on(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         held, fine = await lease(one), await lease(one, B)
         waiting = asyncio.create_task(leased(other))
         await until(lambda: other.health().waiting)
@@ -527,11 +515,11 @@ async def test_a_value_that_cannot_be_stored_lets_the_others_go_on(
 
 
 async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
-    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = tuple(ResourceKey("many", "n", str(number)) for number in range(500))
     made: list[int] = []
-    async with caches(server, prefix, 2, lease_seconds=1.0) as [one, other]:
+    async with caches(2, lease_seconds=1.0) as [one, other]:
         run = one._server.run
 
         async def counted(script: Any, calls: Any) -> Any:
@@ -553,10 +541,8 @@ async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
 # Fences ---------------------------------------------------------------------------------------
 
 
-async def test_a_fetch_that_began_before_an_invalidation_stores_nothing(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_a_fetch_that_began_before_an_invalidation_stores_nothing(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         held = await lease(one)
         await other.invalidate(A)
         assert (await fulfil(one, held, "too old")).status is OLDER
@@ -564,10 +550,8 @@ async def test_a_fetch_that_began_before_an_invalidation_stores_nothing(
         assert (await asyncio.wait_for(leased(other), PATIENT_SECONDS))[A].lease is not None
 
 
-async def test_a_fetch_that_began_before_a_publication_does_not_undo_it(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_a_fetch_that_began_before_a_publication_does_not_undo_it(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         held = await lease(one)
         await other.set_if_newer(value_of(A, "event"))
         outcome = await fulfil(one, held, "fetched")
@@ -575,10 +559,8 @@ async def test_a_fetch_that_began_before_a_publication_does_not_undo_it(
         assert await read(one) == "event"
 
 
-async def test_a_dated_fetch_is_compared_with_a_publication_by_its_date(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_a_dated_fetch_is_compared_with_a_publication_by_its_date(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         then = time.time() - 50
         for later, stays in ((-1.0, "event"), (1.0, "fetched")):
             held = await lease(one, force=True)
@@ -590,10 +572,8 @@ async def test_a_dated_fetch_is_compared_with_a_publication_by_its_date(
 # Derived values -------------------------------------------------------------------------------
 
 
-async def test_a_derived_value_is_good_while_what_it_rests_on_is_there(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_a_derived_value_is_good_while_what_it_rests_on_is_there(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         base = value_of(A, 1)
         middle = value_of(B, 2, rests_on={A: base.version})
         top = value_of(C, 3, rests_on={B: middle.version})
@@ -617,7 +597,7 @@ async def test_a_derived_value_is_good_while_what_it_rests_on_is_there(
 
 @pytest.mark.parametrize("inherits", [False, True])
 async def test_a_derived_value_says_in_another_process_what_it_rests_on(
-    server: Server, prefix: str, inherits: bool
+    caches: Caches, inherits: bool
 ) -> None:
     source = CallableDerivedSource(
         name="derived",
@@ -629,7 +609,7 @@ async def test_a_derived_value_says_in_another_process_what_it_rests_on(
         inherit_freshness=inherits,
     )
     observed_at = time.time() - 30
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         async with SnapshotBuilder([source], cache=one, default_policy=POLICY) as builder:
             await builder.publisher.publish(A, 1, source="stream", observed_at=observed_at)
             await builder.build([C])
@@ -642,7 +622,7 @@ async def test_a_derived_value_says_in_another_process_what_it_rests_on(
 
 
 async def test_what_is_given_to_readers_before_it_is_written_is_written_all_the_same(
-    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+    caches: Caches, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that takes its time to store makes readers go on at once, with the leases kept."""
     gate = Gate()
@@ -654,7 +634,7 @@ async def test_what_is_given_to_readers_before_it_is_written_is_written_all_the_
         deriver=lambda k, known, context: k.subject,
         run_sync_in_thread=False,
     )
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         fulfil_many = one.fulfil_many
 
         async def late(*values: Any, **terms: Any) -> Any:
@@ -671,14 +651,14 @@ async def test_what_is_given_to_readers_before_it_is_written_is_written_all_the_
 
 
 async def test_while_news_may_be_missing_no_value_on_its_way_is_served(
-    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process may have replaced it, and that would not be known."""
     gate = Gate()
     source = CallableSource(
         name="plain", priority=1, supports=lambda k: True, fetcher=lambda k, context: 1
     )
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         fulfil_many = one.fulfil_many
 
         async def late(*values: Any, **terms: Any) -> Any:
@@ -699,7 +679,7 @@ async def test_while_news_may_be_missing_no_value_on_its_way_is_served(
 
 
 async def test_what_one_process_knows_not_to_exist_ends_with_the_news_of_another(
-    server: Server, prefix: str
+    caches: Caches,
 ) -> None:
     calls: list[str] = []
 
@@ -711,7 +691,7 @@ async def test_what_one_process_knows_not_to_exist_ends_with_the_news_of_another
         return CallableSource(name=name, priority=1, supports=lambda k: True, fetcher=none)
 
     async with (
-        caches(server, prefix, 2) as [one, other],
+        caches(2) as [one, other],
         SnapshotBuilder([source("one")], cache=one, default_policy=POLICY) as first,
         SnapshotBuilder([source("other")], cache=other, default_policy=POLICY) as second,
     ):
@@ -724,7 +704,7 @@ async def test_what_one_process_knows_not_to_exist_ends_with_the_news_of_another
 
 
 async def test_a_call_that_finishes_late_keeps_its_lease_and_fills_the_cache_for_all(
-    server: Server, prefix: str
+    caches: Caches,
 ) -> None:
     calls: list[str] = []
     answer = asyncio.Event()
@@ -745,7 +725,7 @@ async def test_a_call_that_finishes_late_keeps_its_lease_and_fills_the_cache_for
         )
 
     async with (
-        caches(server, prefix, 2) as [one, other],
+        caches(2) as [one, other],
         SnapshotBuilder([source("one")], cache=one, default_policy=POLICY) as first,
         SnapshotBuilder([source("other")], cache=other, default_policy=POLICY) as second,
     ):
@@ -759,17 +739,17 @@ async def test_a_call_that_finishes_late_keeps_its_lease_and_fills_the_cache_for
         assert calls == ["one"]
 
 
-async def test_an_outdated_derived_value_defends_nothing(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_an_outdated_derived_value_defends_nothing(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         await one.set(value_of(B, "outdated", rests_on={A: "gone"}, observed_at=500.0))
         result = await other.set_if_newer(value_of(B, "new", observed_at=400.0))
         assert result.status is STORED
 
 
 async def test_who_cannot_replace_an_outdated_derived_value_is_told_so(
-    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with caches(server, prefix) as [one]:
+    async with caches() as [one]:
         await one.set(value_of(B, "outdated", rests_on={A: "gone"}, observed_at=500.0))
         written, write = 0, one._write
 
@@ -788,9 +768,9 @@ async def test_who_cannot_replace_an_outdated_derived_value_is_told_so(
 # News -----------------------------------------------------------------------------------------
 
 
-async def test_every_change_is_told_before_it_is_over(server: Server, prefix: str) -> None:
+async def test_every_change_is_told_before_it_is_over(caches: Caches) -> None:
     """Who looks after the change has returned finds the news on his own machine."""
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         told = Told()
         other.subscribe(told)
         await read(other)
@@ -808,8 +788,8 @@ async def test_every_change_is_told_before_it_is_over(server: Server, prefix: st
         assert told.changes == []
 
 
-async def test_ones_own_changes_are_no_news(server: Server, prefix: str) -> None:
-    async with caches(server, prefix) as [one]:
+async def test_ones_own_changes_are_no_news(caches: Caches) -> None:
+    async with caches() as [one]:
         told = Told()
         one.subscribe(told)
         await one.set(value_of(A))
@@ -817,8 +797,8 @@ async def test_ones_own_changes_are_no_news(server: Server, prefix: str) -> None
         assert told.changes == []
 
 
-async def test_clearing_is_told_as_a_gap(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_clearing_is_told_as_a_gap(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         told = Told()
         other.subscribe(told)
         await other.set_many([value_of(A), value_of(B)])
@@ -829,12 +809,12 @@ async def test_clearing_is_told_as_a_gap(server: Server, prefix: str) -> None:
         assert [await read(other, key) for key in (A, B)] == [None, None]
 
 
-async def test_clearing_much_opens_few_connections(server: Server, prefix: str) -> None:
+async def test_clearing_much_opens_few_connections(caches: Caches, server: Server) -> None:
     def opened() -> int:
         told = server.command("INFO", "stats")
         return int(told.partition(b"total_connections_received:")[2].split()[0])
 
-    async with caches(server, prefix) as [cache]:
+    async with caches() as [cache]:
         keys = [ResourceKey("many", "n", str(number)) for number in range(12_000)]
         await cache.set_many([value_of(key) for key in keys])
         before = opened()
@@ -843,10 +823,8 @@ async def test_clearing_much_opens_few_connections(server: Server, prefix: str) 
         assert await read(cache, keys[-1]) is None
 
 
-async def test_of_several_values_for_one_key_the_best_is_stored(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix) as [cache]:
+async def test_of_several_values_for_one_key_the_best_is_stored(caches: Caches) -> None:
+    async with caches() as [cache]:
         now = time.time()
         values = [value_of(A, n, observed_at=now - n) for n in (2, 1, 3)]
         assert (await cache.set_many_if_newer(values))[A].value.value == 1
@@ -854,9 +832,11 @@ async def test_of_several_values_for_one_key_the_best_is_stored(
 
 
 @pytest.mark.parametrize("end", ["2", ":eu", ":", ".eu"])
-async def test_two_prefixes_have_nothing_in_common(server: Server, prefix: str, end: str) -> None:
+async def test_two_prefixes_have_nothing_in_common(
+    caches: Caches, server: Server, prefix: str, end: str
+) -> None:
     inner, outer = ResourceKey("shared", "thing"), ResourceKey("eu", "shared", "thing")
-    async with caches(server, prefix) as [one], caches(server, f"{prefix}{end}") as [other]:
+    async with caches() as [one], caches_of(server, f"{prefix}{end}") as [other]:
         await one.set(value_of(outer))
         assert await read(other, inner) is None
         assert await read(other, outer) is None
@@ -870,8 +850,8 @@ async def test_two_prefixes_have_nothing_in_common(server: Server, prefix: str, 
 # Whose it is ----------------------------------------------------------------------------------
 
 
-async def test_after_closing_it_is_refused(server: Server, prefix: str) -> None:
-    async with caches(server, prefix) as [cache]:
+async def test_after_closing_it_is_refused(caches: Caches) -> None:
+    async with caches() as [cache]:
         await cache.aclose()
         with pytest.raises(RuntimeError, match="closed"):
             await read(cache)
@@ -892,10 +872,8 @@ async def test_a_client_passed_in_stays_open_and_one_of_its_own_does_not(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-async def test_a_cache_made_before_a_fork_is_refused_with_the_remedy(
-    server: Server, prefix: str
-) -> None:
-    async with caches(server, prefix) as [cache]:
+async def test_a_cache_made_before_a_fork_is_refused_with_the_remedy(caches: Caches) -> None:
+    async with caches() as [cache]:
         cache._made_by -= 1
         with pytest.raises(RuntimeError, match="post_fork"):
             await read(cache)
@@ -918,8 +896,8 @@ def test_a_second_loop_may_have_it_once_the_first_is_closed(server: Server, pref
     assert asyncio.run(use(True)) == "there"
 
 
-async def test_a_loop_beside_the_first_is_refused(server: Server, prefix: str) -> None:
-    async with caches(server, prefix) as [cache]:
+async def test_a_loop_beside_the_first_is_refused(caches: Caches) -> None:
+    async with caches() as [cache]:
         await read(cache)
         with pytest.raises(RuntimeError, match="another event loop"):
             await asyncio.to_thread(asyncio.run, read(cache))
@@ -949,9 +927,9 @@ def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], matc
 @pytest.mark.parametrize("junk", [b"", b"abc", b"1 2", b"\xff\x00", None], ids=repr)
 @pytest.mark.parametrize("field", list("rowtvlx"))
 async def test_an_entry_of_damaged_fields_spoils_only_itself_and_is_replaced(
-    server: Server, prefix: str, field: str, junk: bytes | None
+    caches: Caches, server: Server, prefix: str, field: str, junk: bytes | None
 ) -> None:
-    async with caches(server, prefix, near_entries=0) as [cache], Redis.from_url(server.url) as raw:
+    async with caches(near_entries=0) as [cache], Redis.from_url(server.url) as raw:
         for key in (A, B):
             await cache.set(value_of(key, "old"))
         await lease(cache, force=True)
@@ -972,9 +950,9 @@ async def test_an_entry_of_damaged_fields_spoils_only_itself_and_is_replaced(
 
 @pytest.mark.parametrize("field", ["o", "t", "w", "r"])
 async def test_who_acquires_a_damaged_entry_holds_its_lease(
-    server: Server, prefix: str, field: str
+    caches: Caches, server: Server, prefix: str, field: str
 ) -> None:
-    async with caches(server, prefix) as [cache], Redis.from_url(server.url) as raw:
+    async with caches() as [cache], Redis.from_url(server.url) as raw:
         await cache.set(value_of())
         held = await lease(cache, force=True)
         await raw.hset(name_of(prefix, A), field, "abc")
@@ -982,8 +960,10 @@ async def test_who_acquires_a_damaged_entry_holds_its_lease(
         assert await read(cache) == "acquired"
 
 
-async def test_a_damaged_lease_keeps_nobody_away(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other], Redis.from_url(server.url) as raw:
+async def test_a_damaged_lease_keeps_nobody_away(
+    caches: Caches, server: Server, prefix: str
+) -> None:
+    async with caches(2) as [one, other], Redis.from_url(server.url) as raw:
         await lease(one)
         await raw.hset(name_of(prefix, A), "x", "abc")
         assert (await fulfil(other, await lease(other), "acquired")).stored
@@ -998,9 +978,9 @@ async def test_a_damaged_lease_keeps_nobody_away(server: Server, prefix: str) ->
     ],
 )
 async def test_provenance_that_cannot_be_told_is_refused_by_name(
-    server: Server, prefix: str, field: str, odd: Any, reason: str
+    caches: Caches, field: str, odd: Any, reason: str
 ) -> None:
-    async with caches(server, prefix) as [cache]:
+    async with caches() as [cache]:
         changes: dict[str, Any] = {field: odd}
         value = dataclasses.replace(value_of(), **changes)
         with pytest.raises(UnstorableValueError, match=reason):
@@ -1017,9 +997,7 @@ class Rows:
 
 
 @pytest.mark.parametrize("large", [False, True])
-async def test_a_large_value_is_written_on_another_thread(
-    server: Server, prefix: str, large: bool
-) -> None:
+async def test_a_large_value_is_written_on_another_thread(caches: Caches, large: bool) -> None:
     asked: list[threading.Thread] = []
 
     class Codec(MessagePackCodec):
@@ -1028,7 +1006,7 @@ async def test_a_large_value_is_written_on_another_thread(
             return super().encode(value)
 
     rows = Rows([{"n": n} for n in range(10_000 if large else 10)])
-    async with caches(server, prefix, codec=Codec([Rows])) as [cache]:
+    async with caches(codec=Codec([Rows])) as [cache]:
         for value in (rows, {"a": rows}, [(rows,)]):
             await cache.set(value_of(payload=value))
             assert await read(cache) == value
@@ -1071,7 +1049,7 @@ class Rank(int, enum.Enum):
 
 
 async def test_numbers_of_another_class_are_shared_as_the_numbers_that_they_are(
-    server: Server, prefix: str
+    caches: Caches,
 ) -> None:
     class NumpyishClock:
         def now(self) -> float:
@@ -1088,7 +1066,7 @@ async def test_numbers_of_another_class_are_shared_as_the_numbers_that_they_are(
         "default_policy": FreshnessPolicy(Numpyish(60.0), Numpyish(120.0)),
         "authority_policy": SourceAuthorityPolicy({"s": Rank.LOW, "event": Rank.HIGH}),
     }
-    async with caches(server, prefix, 2) as [one, other]:
+    async with caches(2) as [one, other]:
         first = SnapshotBuilder([source], cache=one, **settings)
         second = SnapshotBuilder([source], cache=other, **settings)
         await first.build([A])
@@ -1101,8 +1079,8 @@ async def test_numbers_of_another_class_are_shared_as_the_numbers_that_they_are(
             await each.aclose()
 
 
-async def test_nothing_is_left_after_closing(server: Server, prefix: str) -> None:
-    async with caches(server, prefix, 2) as [one, other]:
+async def test_nothing_is_left_after_closing(caches: Caches) -> None:
+    async with caches(2) as [one, other]:
         await lease(one)
         waiting = asyncio.create_task(leased(other))
         await until(lambda: other.health().waiting)
