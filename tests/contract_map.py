@@ -66,7 +66,6 @@ SECTIONS: Mapping[int, Section] = {
             "core/test_request.py",
             "orchestration/test_sessions.py",
             "orchestration/test_requests.py",
-            "orchestration/test_results.py",
             "orchestration/test_revalidation.py",
         ),
     ),

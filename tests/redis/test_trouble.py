@@ -77,6 +77,11 @@ async def value(builder: SnapshotBuilder, key: ResourceKey = A) -> Any:
     return (await builder.build([key]))[key].value
 
 
+def stored(server: Server, prefix: str) -> bool:
+    """Whether the server has a value for A."""
+    return server.command("HEXISTS", f"{prefix}:shared:thing:A", "d").startswith(b":1")
+
+
 @contextmanager
 def impatient(cache: RedisCache) -> Iterator[None]:
     """Let calls take no longer than is usual, for as long as the server is away."""
@@ -110,6 +115,9 @@ async def test_a_server_that_was_never_there_is_asked_a_few_times_only(prefix: s
             await builder.publisher.publish(A, 2, source="truth")
         with pytest.raises(CacheUnavailableError):
             await builder.publisher.invalidate(A)
+        told = await builder.health_snapshot()
+        assert told.cache_failure_count >= 3
+        assert told.assess().reasons == (BuilderHealthReason.CACHE_LEFT_ALONE,)
 
 
 @pytest.mark.parametrize("how", ["stopped", "paused"])
@@ -131,11 +139,9 @@ async def test_while_the_server_is_away_builds_go_on_with_their_sources(
         finally:
             own_server.start() if how == "stopped" else own_server.resume()
         await until(lambda: cache.health().news_connected)
-        stored = b":0"
-        while cache.health().state != "closed" or not stored.startswith(b":1"):
+        while cache.health().state != "closed" or not stored(own_server, prefix):
             await value(builder)  # the circuit tries again by itself
             await asyncio.sleep(0.05)
-            stored = own_server.command("HEXISTS", f"{prefix}:shared:thing:A", "d")
         calls = truth.calls
         for _ in range(20):
             await value(builder)
@@ -219,11 +225,9 @@ async def test_a_server_started_again_empty_is_filled_again(
         own_server.start()
         await until(lambda: cache.health().news_connected)
         truth.value = 2
-        stored = b":0"
-        while not stored.startswith(b":1"):  # what fails at first is not stored
+        while not stored(own_server, prefix):  # what fails at first is not stored
             assert await value(one) == 2
             await asyncio.sleep(0.05)
-            stored = own_server.command("HEXISTS", f"{prefix}:shared:thing:A", "d")
         async with a_process(own_server, prefix) as (other, _, other_truth):
             assert await value(other) == 2
             assert other_truth.calls == 0
@@ -233,9 +237,7 @@ async def test_a_server_without_memory_is_read_but_stores_nothing(prefix: str) -
     with running("--maxmemory-policy", "noeviction") as server:
         async with a_process(server, prefix) as (builder, cache, truth):
             await value(builder)
-            await until(
-                lambda: server.command("HEXISTS", f"{prefix}:shared:thing:A", "d") == b":1\r\n"
-            )
+            await until(lambda: stored(server, prefix))
             await until(lambda: not cache.health().leases)
             server.command("CONFIG", "SET", "maxmemory", "1")
             assert await value(builder, B) == 1
@@ -373,17 +375,6 @@ async def test_waiting_for_another_process_survives_the_loss_of_the_news(
 
 
 # One's own processes --------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("left_alone_for_long")
-async def test_health_of_the_builder_names_a_cache_that_fails(prefix: str) -> None:
-    server = Server()
-    async with a_process(server, prefix, LIMIT_SECONDS) as (builder, _, _):
-        for _ in range(8):
-            await value(builder)
-        health = await builder.health_snapshot()
-        assert health.cache_failure_count >= 3
-        assert health.assess().reasons == (BuilderHealthReason.CACHE_LEFT_ALONE,)
 
 
 def test_a_threaded_builder_works_as_well(server: Server, prefix: str) -> None:
