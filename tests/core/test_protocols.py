@@ -12,7 +12,6 @@ from typing import Any, get_origin
 
 import pytest
 
-from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import (
     AtomicAsyncCache,
@@ -130,16 +129,6 @@ class TestPublishResult:
 
 
 class TestContext:
-    def test_its_metadata_is_read_only_and_apart_from_what_was_given(self) -> None:
-        given = {"tenant": "x"}
-        context = FetchContext(1.0, metadata=given)
-        given.clear()
-        assert context.metadata == {"tenant": "x"}
-        assert type(context.metadata) is FrozenDict
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            context.snapshot_id = "other"  # type: ignore[misc]
-        assert FetchContext(1.0, metadata=context.metadata).metadata is context.metadata
-
     @pytest.mark.parametrize(
         "settings, error, name",
         [
