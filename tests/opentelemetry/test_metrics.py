@@ -33,6 +33,7 @@ from tests.docs.pages import ROOT
 from tests.opentelemetry.memory import Meters, Spans, attributes
 from tests.orchestration.scripted import Batch, Single, builder, key
 from tests.support import Gate, LoopClock
+from tests.support.leaks import look_after_none
 from tests.support.running import until_logged
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -350,6 +351,7 @@ async def test_a_builder_that_is_closed_or_gone_drops_out(meters: Meters) -> Non
         OpenTelemetryMetrics(meters.provider, builder="gone").watch(gone)
         assert set(meters.values("coalestra.builder.flights")) == {("closed",), ("gone",)}
         del gone
+        look_after_none()
         gc.collect()
         assert set(meters.values("coalestra.builder.flights")) == {("closed",)}
     assert meters.values("coalestra.builder.flights") == {}

@@ -507,7 +507,6 @@ async def test_what_a_session_derives_from_what_it_has_pinned_defends_nothing_on
     assert (await reader).value(d) == ("new",)
     at_cache.open()
     assert (await building.build([d])).value(d) == ("new",)
-    await no_leaks(building)
 
 
 async def test_a_quick_write_ends_no_patience_with_a_slow_one_of_the_same_step() -> None:

@@ -28,6 +28,7 @@ from coalestra import (
 from coalestra.orchestration.flights import Flight
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
 from tests.support import Gate, VirtualLoop, drop, no_leaks, settle
+from tests.support.leaks import look_after_none
 
 INNER = key("inner")
 OUTERS = [key("outer", str(number)) for number in range(8)]
@@ -623,5 +624,6 @@ async def test_what_a_source_has_begun_keeps_nothing_of_a_builder_that_is_closed
     assert variables
     left = weakref.ref(building.cache)
     del building, sources
+    look_after_none()
     gc.collect()
     assert left() is None

@@ -354,7 +354,6 @@ async def test_what_is_tried_again_while_a_snapshot_is_copied_is_in_it_or_has_fa
     early, late = await asyncio.gather(copying, trying)
     assert (shown(early), list(early.errors)) == ({BASE: "slow"}, [OTHER])
     assert (shown(late), list(late.errors)) == ({BASE: "slow", OTHER: "quick"}, [])
-    await building.aclose()
 
 
 async def test_stages_side_by_side_agree_on_what_derived_keys_rest_on() -> None:

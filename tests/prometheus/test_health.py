@@ -32,6 +32,7 @@ from tests.docs.pages import ROOT
 from tests.orchestration.scripted import ONCE, Batch, Single, builder, key
 from tests.prometheus.scrape import figure, metrics, series
 from tests.support import Gate, ThreadGate, settle
+from tests.support.leaks import look_after_none
 from tests.support.running import until_logged
 
 X = key("x")
@@ -243,6 +244,7 @@ async def test_builders_that_are_closed_or_gone_drop_out(registry: CollectorRegi
     assert {labels["builder"] for labels, _ in series(registry, NAMES)} == set(built)
     await built["closed"].aclose()
     gone = weakref.ref(built.pop("gone"))
+    look_after_none()
     gc.collect()
     assert gone() is None
     assert [labels["builder"] for labels, _ in series(registry, NAMES)] == ["stays"]

@@ -31,6 +31,11 @@ def look_after(builder: Any) -> None:
         builders.append(builder)
 
 
+def look_after_none() -> None:
+    """Let go of the builders made so far: the test is about what lets go of them."""
+    (_looked_after.get() or []).clear()
+
+
 async def at_rest_in_the_end(test: Awaitable[None]) -> None:
     """Run a test, and look at every builder that it has made."""
     builders: list[Any] = []
