@@ -18,7 +18,7 @@ import pytest
 from coalestra.core import values
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.protocols import FetchContext
+from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import (
     CacheLookup,
     CacheWriteResult,

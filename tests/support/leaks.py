@@ -36,7 +36,7 @@ def look_after_none() -> None:
     (_looked_after.get() or []).clear()
 
 
-async def at_rest_in_the_end(test: Awaitable[None]) -> None:
+async def at_rest_in_the_end(test: Awaitable[object]) -> None:
     """Run a test, and look at every builder that it has made."""
     builders: list[Any] = []
     _looked_after.set(builders)
