@@ -76,7 +76,9 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
 def _attributes(facts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     known = _ATTRIBUTES
     return {
-        known.get(name) or f"coalestra.{name}": readable(value) if type(value) is str else value
+        known.get(name) or f"coalestra.{name}": (
+            readable(str.__str__(value)) if isinstance(value, str) else value
+        )
         for name, value in facts
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
@@ -430,6 +431,16 @@ def test_of_many_traces_the_newest_the_slowest_and_the_worst_are_told() -> None:
     assert {1, 2, 4} < set(told)
     assert 3 not in told
     assert len(told) <= 50
+
+
+def test_names_of_any_length_are_told_in_short() -> None:
+    endless = "x" * 1_000_000
+    traces = Traces()
+    traces.take([Trace(endless, "refresh", endless, 0.0, 0.0)])
+    (trace,) = traces.told(0.0)
+    published = dataclasses.replace(value_of(key("k")), source=endless)
+    (value,) = told_values([published], Names(show=False), 0.0, show_values=True)
+    assert len(json.dumps([trace, value])) < 2_000
 
 
 def test_what_was_notable_is_let_go_after_a_quarter_of_an_hour() -> None:

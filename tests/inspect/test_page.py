@@ -656,7 +656,7 @@ async def test_an_id_that_is_no_fit_for_an_address_is_no_trouble() -> None:
     page = app(made)
     (trace,) = (await get(page, "/state.json")).json["traces"]
     assert re.fullmatch("[0-9a-f]{12}", trace["id"])
-    assert trace["snapshot_id"] == "../<script>\n?#\ud800"
+    assert trace["snapshot_id"] == "../<script>\\n?#\\ud800", "as events and logs have it"
 
 
 async def test_a_trace_is_drawn_on_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import enum
 import json
 from typing import Any
 
@@ -137,6 +138,21 @@ def test_texts_in_labels_and_events_are_single_lines_of_bounded_length() -> None
     texts += [text for event in sink.events for text in event.payload.values()]
     assert len(texts) > 10
     assert all(text.isprintable() and len(text) <= 300 for text in texts)
+
+
+class Why(str, enum.Enum):
+    RECALLED = "re\ncalled"
+
+
+def test_a_text_of_a_class_of_the_applications_is_told_as_plain_text() -> None:
+    sink = Recorder()
+    reporter(sink, sink).tell(
+        "resource_invalidated", resource=ResourceKey("a", "b"), reason=Why.RECALLED
+    )
+
+    (event,) = sink.events
+    assert type(event.payload["reason"]) is str
+    assert event.payload["reason"] == "re\\ncalled"
 
 
 def test_the_diagnostics_of_an_event_are_json_and_read_like_the_snapshots() -> None:

@@ -53,6 +53,15 @@ def test_a_span_is_named_after_what_is_done_and_to_what_kind_of_thing(
     assert [span.name for span in spans.ended] == [name]
 
 
+def test_every_text_is_one_plain_line(spans: Spans, tracer: OpenTelemetryTracer) -> None:
+    class Id(str):
+        pass
+
+    tracer.end(tracer.begin("build", {**BUILD, "snapshot_id": Id("s\n1")}), {})
+    span_id = attributes(spans.one("build snapshot"))["coalestra.snapshot.id"]
+    assert (type(span_id), span_id) == (str, "s\\n1")
+
+
 def test_attributes_have_semantic_names(spans: Spans, tracer: OpenTelemetryTracer) -> None:
     call = tracer.begin("call", {**CALL, "waited_seconds": 0.25})
     tracer.end(call, {"outcome": "success"})

@@ -370,8 +370,8 @@ def _summary(trace: Trace) -> dict[str, Any]:
     return {
         "id": trace_id(trace),
         "kind": trace.kind,
-        "snapshot_id": trace.snapshot_id,
-        "parent": trace.parent_snapshot_id,
+        "snapshot_id": readable(trace.snapshot_id),
+        "parent": trace.parent_snapshot_id and readable(trace.parent_snapshot_id),
         "started_at": trace.started_at,
         "seconds": trace.duration_seconds,
         "keys": len(trace.keys) + trace.omitted_keys,
@@ -395,7 +395,7 @@ def told_values(
     for value in values:
         shown: dict[str, Any] = {
             "key": names.key(value.key).display,
-            "source": value.source,
+            "source": readable(value.source),
             "observed_at": value.observed_at,
             "age_seconds": max(0.0, now - value.observed_at),
             "derived_from": len(value.dependency_versions),

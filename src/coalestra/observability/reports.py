@@ -185,6 +185,8 @@ class Reporter:
                     shown[name] = readable(fact)
                 elif name in _FORMS:
                     shown[name] = _FORMS[name](fact)
+                elif isinstance(fact, str):  # of a class of the application's, such as an enum
+                    shown[name] = readable(str.__str__(fact))
                 else:
                     shown[name] = fact
             getattr(sink, method)(*said, **shown)
