@@ -61,7 +61,11 @@ class Invocation:
         if self.in_thread:
             result = await self._call_in_thread(arguments)
         else:
-            result = self._call_here(arguments)
+            try:
+                result = self._function(*arguments)
+            except BaseException as error:
+                self._check(error)
+                raise
         if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
             return result
         return await self._awaited(result, asked)
@@ -92,13 +96,6 @@ class Invocation:
                 own = True
             if own:
                 self._check(error)
-            raise
-
-    def _call_here(self, arguments: tuple[Any, ...]) -> Any:
-        try:
-            return self._function(*arguments)
-        except BaseException as error:
-            self._check(error)
             raise
 
     async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:

@@ -11,7 +11,6 @@ from coalestra.cache.store import EntryStore, best_per_key
 from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.core import validation
-from coalestra.core.errors import PayloadCopyShutdownTimeoutError
 from coalestra.core.frozen import EMPTY, FrozenDict, frozen
 from coalestra.core.health import PayloadCopyHealth
 from coalestra.core.keys import ResourceKey, distinct_keys
@@ -24,23 +23,6 @@ from coalestra.core.values import (
     SnapshotValue,
     number_of,
 )
-
-# Ending the copying of a component ---------------------------------------------------------------
-
-
-async def close_copies(copies: PayloadCopies, timeout_seconds: float | None) -> None:
-    """Refuse new copies and wait for running ones, for ``timeout_seconds`` (None: no limit).
-
-    Raises `PayloadCopyShutdownTimeoutError` if some are still running then.
-    """
-    validation.number("timeout_seconds", timeout_seconds, minimum=0.0, optional=True)
-    copies.close()
-    active = await copies.drain(timeout_seconds)
-    if active and timeout_seconds is not None:
-        raise PayloadCopyShutdownTimeoutError(
-            timeout_seconds=timeout_seconds, active_components={copies.component: active}
-        )
-
 
 # Between what applications hold and what the library keeps: `SnapshotValue` and `Revision` -------
 #
@@ -337,7 +319,7 @@ class AsyncMemoryCache:
         Raises `PayloadCopyShutdownTimeoutError` if some still run after ``timeout_seconds``
         (None: wait for as long as it takes). They end by themselves later.
         """
-        await close_copies(self._copies, timeout_seconds)
+        await self._copies.aclose(timeout_seconds)
 
     async def aclose(self) -> None:
         """Close the copying, waiting up to five seconds. The entries stay."""

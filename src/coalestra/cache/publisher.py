@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from coalestra.cache.access import CacheAccess, Terms
-from coalestra.cache.memory import close_copies, open_value, show_value
+from coalestra.cache.memory import open_value, show_value
 from coalestra.cache.store import Outcome, best_per_key
-from coalestra.concurrency.copying import OFFLOADED, PayloadCopier, PayloadCopies
+from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION
 from coalestra.core.errors import SourceProtocolError
@@ -126,13 +126,10 @@ async def _result(
 ) -> PublishResult:
     """Return the result of one event; its payloads are copied here and now, or in a thread."""
     status, current, previous = outcome
-    payload, before = copies.open_now(current.payload, current.seal, context=_OUT), None
-    if payload is OFFLOADED:
-        payload = await copies.open(current.payload, current.seal, context=_OUT)
-    if previous is not None:
-        before = await open_value(copies, previous, _OUT, now, policy, True)
-    metadata = copies.open_metadata_now(current.metadata, context=_OUT)
-    after = show_value(current, payload, metadata, now, policy, current is not offered)
+    after = await open_value(copies, current, _OUT, now, policy, current is not offered)
+    if previous is None:
+        return PublishResult(_told(status), after)
+    before = await open_value(copies, previous, _OUT, now, policy, True)
     return PublishResult(_told(status), after, before)
 
 
@@ -401,7 +398,7 @@ class ResourcePublisher(PublisherArguments):
         (None: no limit).
         """
         if self._owns_copies:
-            await close_copies(self._access.copies, timeout_seconds)
+            await self._access.copies.aclose(timeout_seconds)
 
     def _revision_of(
         self,

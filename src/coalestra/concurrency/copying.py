@@ -38,13 +38,14 @@ from coalestra.concurrency.sealing import (
 )
 from coalestra.concurrency.threads import Job, WorkerThreads, threads_of_context
 from coalestra.core.errors import (
+    PayloadCopyShutdownTimeoutError,
     PayloadCopySubsystemClosedError,
     PayloadIsolationError,
     SnapshotDeadlineExceededError,
 )
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.health import PayloadCopyHealth
-from coalestra.core.validation import flag, integer, plain_function
+from coalestra.core.validation import flag, integer, number, plain_function
 from coalestra.core.values import SnapshotValue
 
 __all__ = ["PayloadCopier", "PayloadIsolator", "deepcopy_payload"]
@@ -456,6 +457,19 @@ class PayloadCopies:
         self.closed = True
         while self._slots.wake_next(self._closed()):
             pass
+
+    async def aclose(self, timeout_seconds: float | None) -> None:
+        """Refuse new copies and wait for running ones, for ``timeout_seconds`` (None: no limit).
+
+        Raises `PayloadCopyShutdownTimeoutError` if some are still running then.
+        """
+        number("timeout_seconds", timeout_seconds, minimum=0.0, optional=True)
+        self.close()
+        active = await self.drain(timeout_seconds)
+        if active and timeout_seconds is not None:
+            raise PayloadCopyShutdownTimeoutError(
+                timeout_seconds=timeout_seconds, active_components={self.component: active}
+            )
 
     async def drain(self, timeout_seconds: float | None) -> int:
         """Wait until no copy runs, for ``timeout_seconds`` at most; return how many still do."""

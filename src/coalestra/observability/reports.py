@@ -417,7 +417,8 @@ class ObservabilitySinks:
         limits: dict[str, Any] = {"max_pending": max_pending, "overflow": overflow}
         for name, kind in (("events", BufferedEventSink), ("metrics", BufferedMetricsSink)):
             sink = getattr(self, name)
-            if not isinstance(sink, kind) and _wants_buffer(sink, buffer):
+            blocks = getattr(sink, "coalestra_non_blocking", False) is not True
+            if not isinstance(sink, kind) and (blocks if buffer is None else buffer):
                 sink = self.owned[name] = kind(sink, **limits)
                 setattr(self, name, sink)
             if isinstance(sink, kind):
@@ -473,9 +474,3 @@ class ObservabilitySinks:
         if left:
             callback()
         return bool(left)
-
-
-def _wants_buffer(sink: object, buffer: bool | None) -> bool:
-    if buffer is None:
-        return getattr(sink, "coalestra_non_blocking", False) is not True
-    return buffer
