@@ -38,10 +38,6 @@ R = TypeVar("R")
 _numbers = itertools.count(1)
 
 
-def _new_future() -> asyncio.Future[None]:
-    return asyncio.get_running_loop().create_future()
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class Job(Generic[R]):
     """One call on its way through a thread and back to its loop.
@@ -56,7 +52,9 @@ class Job(Generic[R]):
     label: str
     _on_end: Callable[[Job[R]], object] | None
     _running: dict[Job[Any], None]
-    ended: asyncio.Future[None] = field(default_factory=_new_future)
+    ended: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
     error: BaseException | None = None
     _result: R | None = None
 

@@ -221,8 +221,9 @@ class Deliveries:
             left -= seal.weight
             if left <= 0:
                 left = PORTION
-                if await pace.keep():
-                    late = _lateness(deadline)
+                if await pace.keep() and deadline is not None and deadline.expired:
+                    budget = f"{deadline.budget_seconds:g} s"
+                    late = f"the deadline of {budget} passed while the snapshot was copied"
         if large:
             await self._large(large, deadline, context, opened, errors)
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
@@ -290,13 +291,6 @@ class Deliveries:
                 return redated(value, at)
         age = age if age > 0.0 else 0.0
         return revision.presented(payload, metadata, age, stale, reading.from_cache)
-
-
-def _lateness(deadline: Deadline | None) -> str | None:
-    """Return what to say of values that a deadline leaves no time for; None while there is."""
-    if deadline is None or not deadline.expired:
-        return None
-    return f"the deadline of {deadline.budget_seconds:g} s passed while the snapshot was copied"
 
 
 async def all_or_none(coroutines: Iterable[Any]) -> None:

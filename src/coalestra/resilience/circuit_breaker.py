@@ -383,8 +383,10 @@ class CircuitBreaker:
             self._put_to_rest(identity, circuit.turn)
 
     def _use(self, identity: CircuitIdentity, circuit: Circuit) -> None:
-        if self.circuits.pop(identity, None) is None:
-            self._make_room()
+        if self.circuits.pop(identity, None) is None and len(self.circuits) >= self.max_circuits:
+            # One unused for longest gives way; one with a probe under way only if all have one.
+            idle = (each for each, known in self.circuits.items() if not known.probing)
+            del self.circuits[next(idle, next(iter(self.circuits)))]
         self.circuits[identity] = circuit
 
     def _put_to_rest(self, identity: CircuitIdentity, turn: int) -> None:
@@ -393,12 +395,6 @@ class CircuitBreaker:
             self._recovered[identity] = turn
             if len(self._recovered) > _MAX_RECOVERED:
                 self._recovered.popitem(last=False)
-
-    def _make_room(self) -> None:
-        """Forget the circuit unused for longest; one with a probe under way only if all have."""
-        if len(self.circuits) >= self.max_circuits:
-            idle = (identity for identity, circuit in self.circuits.items() if not circuit.probing)
-            del self.circuits[next(idle, next(iter(self.circuits)))]
 
     def counted(self) -> dict[CircuitIdentity, CircuitSnapshot]:
         """Return the figures of all circuits by source, scope and state, naming no part of it."""
