@@ -313,6 +313,28 @@ async def test_a_fallback_says_what_it_stands_in_for() -> None:
     assert "repairs" in str(found.error)
 
 
+async def test_a_value_that_is_kept_as_its_source_fails_stands_in_from_then_on() -> None:
+    answers: list[object] = [1, SourceUnavailableError("down for repairs"), 1]
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    b = builder(Single("a", fetch=fetch), default_policy=FreshnessPolicy(10.0, 100.0))
+    async with b.session(trace=True) as session:
+        ways = [trace_of(await session.resolve([A])).keys[A].obtained]
+        await asyncio.sleep(20)
+        kept = await session.revalidate([A])
+        assert "fallback_error" in kept[A].metadata
+        found = trace_of(kept).keys[A]
+        ways.append(found.obtained)
+        assert (found.error_type, found.start) == ("ResourceResolutionError", 20)
+        ways.append(trace_of(await session.revalidate([A])).keys[A].obtained)
+    assert ways == [Obtained.FETCHED, Obtained.FALLBACK, Obtained.FETCHED]
+
+
 async def test_an_event_that_came_meanwhile_is_told_as_published() -> None:
     gate = Gate()
 

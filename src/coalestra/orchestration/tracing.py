@@ -677,7 +677,7 @@ class WorkTrace:
     ) -> dict[str, Any]:
         """Return the records of what had been noted at one moment, as things were then.
 
-        A key that was read more than once has the story of the version that was delivered, or none;
+        A key that was read more than once has the story of the value that was delivered, or none;
         one that was not delivered that of its error, else the latest of which it was asked for.
         """
         began = self._began
@@ -689,7 +689,10 @@ class WorkTrace:
         calls: dict[CallLog, int] = {}
         for key, mine in stories.items():
             if key in values:
-                fitting = [each for each in mine if each.came_to(until) == values[key].version]
+                version, stands_in = values[key].version, "fallback_error" in values[key].metadata
+                fitting = [each for each in mine if each.came_to(until) == version]
+                # One that was fetched may be kept, and stand in for a newer one, later on.
+                fitting.sort(key=lambda each: (each.obtained is Obtained.FALLBACK) is not stands_in)
             else:
                 error = _said(errors.get(key))[1]
                 asked = [each for each in reversed(mine) if each.requested] or mine
