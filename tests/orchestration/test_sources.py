@@ -142,15 +142,6 @@ async def test_support_is_asked_once_for_a_key_whatever_the_answer() -> None:
     )
 
 
-async def test_clearing_forgets_what_is_supported() -> None:
-    source = Choosy("x")
-    building = builder(source)
-    await ask_anew(building, K)
-    building.clear_source_support_cache()
-    await ask_anew(building, K)
-    assert len(source.asked) == 2
-
-
 @pytest.mark.parametrize("by", ["builder", "source"])
 async def test_support_is_asked_every_time_if_builder_or_source_says_so(by: str) -> None:
     class Fickle(Choosy):
@@ -719,55 +710,44 @@ VIOLATIONS = "source_transport_timeout_violation_total"
 
 
 @pytest.mark.parametrize(
-    "seconds, grace, late",
-    [(0.9, None, 0), (1.04, None, 0), (1.1, None, 1), (1.1, 0.5, 0), (1.6, 0.5, 1)],
+    "fails, seconds, grace, outcome",
+    [
+        (False, 0.9, None, None),
+        (False, 1.04, None, None),
+        (False, 1.1, None, "completed_late"),
+        (False, 1.1, 0.5, None),
+        (False, 1.6, 0.5, "completed_late"),
+        (True, 0.9, None, None),
+        (True, 1.5, None, "failed_late"),
+        (False, 4, None, "coalestra_timeout"),
+        (False, 4, 60.0, "coalestra_timeout"),
+    ],
 )
-async def test_a_call_that_returns_late_is_a_violation_beyond_the_grace(
-    seconds: float, grace: float | None, late: int
+async def test_a_call_that_ends_beyond_the_grace_is_a_violation_and_one_cut_off_is_always(
+    fails: bool, seconds: float, grace: float | None, outcome: str | None
 ) -> None:
-    gate = ThreadGate()
-    more = {} if grace is None else {"source_transport_timeout_grace_seconds": grace}
-    source = blocking(lambda k, context: gate.pass_())
-    building, metrics, snapshot = await violated(source, gate, seconds, **more)
-    assert K in snapshot, "late, but in time for its readers"
-    assert labels_of(metrics, VIOLATIONS, "outcome", *OUTCOMES) == [late, 0, 0]
-    health = await building.health_snapshot()
-    assert health.source_transport_timeout_violation_count == late
-    assert health.source_transport_timeout_violations == ({"blocking": 1} if late else {})
-
-
-@pytest.mark.parametrize("seconds, late", [(0.9, 0), (1.5, 1)])
-async def test_a_call_that_raises_late_is_a_violation(seconds: float, late: int) -> None:
     gate = ThreadGate()
 
     def fetcher(k: ResourceKey, context: FetchContext) -> Any:
         gate.pass_()
-        raise OSError("reset")
+        if fails:
+            raise OSError("reset")
 
-    building, metrics, snapshot = await violated(blocking(fetcher), gate, seconds)
+    more = {} if grace is None else {"source_transport_timeout_grace_seconds": grace}
+    building, metrics, snapshot = await violated(blocking(fetcher), gate, seconds, **more)
+    cut_off = outcome == "coalestra_timeout"
     error = snapshot.error_for(K)
-    assert isinstance(error, ResourceResolutionError)
-    assert types(error.failures) == [("blocking", "OSError")]
-    assert labels_of(metrics, VIOLATIONS, "outcome", *OUTCOMES) == [0, late, 0]
+    if isinstance(error, ResourceResolutionError):
+        kind = "SourceTimeoutError" if cut_off else "OSError"
+        assert types(error.failures) == [("blocking", kind)]
+    assert (K in snapshot) is not (fails or cut_off), "late, but in time for its readers"
+    counts = [int(each == outcome) for each in OUTCOMES]
+    assert labels_of(metrics, VIOLATIONS, "outcome", *OUTCOMES) == counts
     health = await building.health_snapshot()
-    assert health.source_transport_timeout_violation_count == late
+    assert health.source_transport_timeout_violation_count == sum(counts)
+    assert health.source_transport_timeout_violations == ({"blocking": 1} if outcome else {})
+    assert health.source_timeout_count == cut_off
     assert health.protected_blocking_source_count == health.blocking_source_count == 1
-
-
-@pytest.mark.parametrize("grace", [0.05, 60.0])
-async def test_a_call_that_had_to_be_cut_off_is_always_a_violation(grace: float) -> None:
-    gate = ThreadGate()
-    source = blocking(lambda k, context: gate.pass_())
-    building, metrics, snapshot = await violated(
-        source, gate, 4, source_transport_timeout_grace_seconds=grace
-    )
-    error = snapshot.error_for(K)
-    assert isinstance(error, ResourceResolutionError)
-    assert types(error.failures) == [("blocking", "SourceTimeoutError")]
-    assert labels_of(metrics, VIOLATIONS, "outcome", *OUTCOMES) == [0, 0, 1]
-    health = await building.health_snapshot()
-    assert health.source_transport_timeout_violations == {"blocking": 1}
-    assert health.source_timeout_count == 1
     await settle()
 
 
