@@ -31,12 +31,11 @@ from coalestra.core.policies import (
     SourceAuthorityPolicy,
 )
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import PublishResult, ResourceUpdate, unseen_result
 from coalestra.observability import NullEventSink, NullMetrics
 from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun
-from tests.orchestration.scripted import Single, builder
+from tests.orchestration.scripted import Single, builder, held_at
 from tests.support import Gate, ManualClock, cancel_at_every_await, settle
 
 
@@ -111,11 +110,7 @@ async def test_nobody_waits_for_a_publication_that_is_still_being_copied(
     Slow.release.clear()
     gate = Gate()
 
-    async def fetch(key: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        return "read"
-
-    building = builder(Single("price", fetch=fetch), cache=make())
+    building = builder(Single("price", fetch=held_at(gate, "read")), cache=make())
     before = await begun(building.build([A]))
     await gate.wait_arrived()
     publishing = await begun(

@@ -33,7 +33,7 @@ from coalestra.inspect.looks import (
 )
 from tests.contracts.caches import SingleKeyCache
 from tests.contracts.samples import value_of
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
+from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, latency
 from tests.support import Gate, settle
 
 
@@ -256,11 +256,7 @@ async def test_a_cache_that_does_not_answer_holds_up_no_look() -> None:
 async def test_flights_say_where_they_stand_without_subjects_unless_asked() -> None:
     gate = Gate()
 
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
-    made = builder(Single("k", fetch=fetch))
+    made = builder(Single("k", fetch=held_at(gate)))
     build = asyncio.ensure_future(made.build([key("k", "secret")]))
     await gate.wait_arrived()
     await asyncio.sleep(2)
@@ -279,11 +275,7 @@ async def test_flights_say_where_they_stand_without_subjects_unless_asked() -> N
 async def test_keys_of_any_length_are_told_in_short() -> None:
     gate, long = Gate(), "x" * 100_000
 
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
-    made = builder(Single("k", fetch=fetch))
+    made = builder(Single("k", fetch=held_at(gate)))
     build = asyncio.ensure_future(made.build([ResourceKey(long, "k", long, {long: long})]))
     await gate.wait_arrived()
     for show in (True, False):
@@ -311,12 +303,8 @@ async def test_of_very_many_flights_some_are_shown_and_all_are_counted() -> None
 async def test_refreshes_are_counted() -> None:
     gate = Gate(opened=True)
 
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
     policy = FreshnessPolicy(1.0, 1_000.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    made = builder(Single("k", fetch=fetch), default_policy=policy)
+    made = builder(Single("k", fetch=held_at(gate)), default_policy=policy)
     await made.build([key("k")])
     await asyncio.sleep(5)
     gate.opened = False

@@ -31,7 +31,7 @@ from coalestra.opentelemetry import OpenTelemetryMetrics
 from tests.architecture.source_tree import PACKAGE
 from tests.docs.pages import ROOT
 from tests.opentelemetry.memory import Meters, Spans, attributes
-from tests.orchestration.scripted import Batch, Single, builder, key
+from tests.orchestration.scripted import Batch, Single, builder, held_at, key
 from tests.support import Gate, LoopClock
 from tests.support.leaks import look_after_none
 from tests.support.running import until_logged
@@ -261,11 +261,9 @@ async def test_levels_are_read_in_the_thread_of_the_reader_while_the_loop_is_hel
 ) -> None:
     sink, gate = OpenTelemetryMetrics(meters.provider, builder="orders"), Gate()
 
-    async def held(key: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
-    async with builder(Single("slow", fetch=held), max_concurrency=2, metrics=sink) as used:
+    async with builder(
+        Single("slow", fetch=held_at(gate)), max_concurrency=2, metrics=sink
+    ) as used:
         sink.watch(used)
         builds = [asyncio.ensure_future(used.build([key("slow", str(n))])) for n in range(3)]
         await gate.wait_arrived(2)

@@ -15,7 +15,7 @@ from coalestra import (
     SnapshotBuilder,
     SourceResiliencePolicy,
 )
-from tests.support import LoopClock
+from tests.support import Gate, LoopClock
 from tests.support.leaks import look_after
 
 LASTING = FreshnessPolicy(1_000.0, 2_000.0)
@@ -125,6 +125,16 @@ def latency(seconds: float) -> Fetch:
     async def fetch(key: ResourceKey, context: FetchContext) -> Any:
         await asyncio.sleep(seconds)
         return key.subject
+
+    return fetch
+
+
+def held_at(gate: Gate, answer: Any = 1) -> Fetch:
+    """Answer so, once the gate lets the call through."""
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> Any:
+        await gate.pass_()
+        return answer
 
     return fetch
 

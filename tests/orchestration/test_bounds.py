@@ -32,7 +32,7 @@ from coalestra import (
     SnapshotRequest,
     SourceResiliencePolicy,
 )
-from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
+from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
 from tests.support import EPOCH, Gate, ManualClock, loop_turn, settle
 
 REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("REQUEST", default="nobody")
@@ -174,11 +174,7 @@ async def test_a_background_refresh_sees_the_context_of_the_builders_making() ->
 async def test_order_does_not_depend_on_a_clock_that_stands_still() -> None:
     gate = Gate()
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        return "fetched"
-
-    building = builder(Single("x", fetch=fetch), clock=ManualClock())
+    building = builder(Single("x", fetch=held_at(gate, "fetched")), clock=ManualClock())
     reader = asyncio.ensure_future(building.build([key("x")]))
     await gate.wait_arrived()
     await building.publisher.publish(key("x"), "event", source="stream")

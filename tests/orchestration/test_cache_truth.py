@@ -20,7 +20,7 @@ from coalestra import (
 from coalestra.concurrency import pace
 from coalestra.orchestration import calls
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
+from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
 from tests.support import Gate, settle
 
 pytestmark = pytest.mark.concurrency
@@ -35,11 +35,7 @@ def gated(kind: str, gate: Gate) -> Scripted:
     if kind == "derived":
         return Derived("x", needs=lambda k: [key("base")], before=gate.pass_)
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        return "fetched"
-
-    return Single(kind if kind == "busy" else "x", fetch=fetch)
+    return Single(kind if kind == "busy" else "x", fetch=held_at(gate, "fetched"))
 
 
 KINDS = ["single", "batch", "derived"]
@@ -249,13 +245,9 @@ async def test_a_build_of_base_and_derived_shows_the_derived_value_of_that_very_
 async def test_a_derivation_over_two_ways_to_one_base_sees_one_revision_of_it() -> None:
     gate = Gate()
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        return "other"
-
     lower = Derived("lower", needs=lambda k: [key("base")])
     top = Derived("top", needs=lambda k: [key("lower"), key("other"), key("base")])
-    building = builder(Single("base"), lower, top, Single("other", fetch=fetch))
+    building = builder(Single("base"), lower, top, Single("other", fetch=held_at(gate, "other")))
     reader = asyncio.ensure_future(building.build([key("top"), key("lower"), key("base")]))
     await gate.wait_arrived()
     await asyncio.sleep(1)

@@ -17,7 +17,7 @@ from coalestra import (
     SnapshotBuildError,
     SourcePayload,
 )
-from tests.orchestration.scripted import Single, builder, key, latency
+from tests.orchestration.scripted import Single, builder, held_at, key, latency
 from tests.support import Gate, settle
 
 pytestmark = pytest.mark.concurrency
@@ -176,11 +176,7 @@ async def test_one_who_leaves_a_crowd_takes_nobody_with_him_and_the_last_one_end
 async def test_who_comes_when_a_whole_crowd_has_left_joins_the_call_that_goes_on() -> None:
     gate = Gate()
 
-    async def fetch(key: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        return "value"
-
-    source = Single("single", fetch=fetch)
+    source = Single("single", fetch=held_at(gate, "value"))
     building = builder(source)
     first, *crowd = await together(building, 2)
     for task in crowd:

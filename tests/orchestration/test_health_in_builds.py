@@ -32,7 +32,7 @@ from coalestra import (
 )
 from coalestra.resilience.circuit_breaker import Outcome
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import ONCE, Derived, Single, builder, key
+from tests.orchestration.scripted import ONCE, Derived, Single, builder, held_at, key
 from tests.orchestration.stock import BASE, Shop, Stock
 from tests.support import Gate, settle
 
@@ -330,11 +330,7 @@ async def test_health_counts_the_attempts_of_each_source_and_how_long_they_took(
 async def test_flights_under_way_say_what_they_wait_for_and_who_waits_for_them() -> None:
     gate = Gate()
 
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
-    building = builder(Single("k", fetch=fetch), Derived("d", needs=lambda _: [key("k")]))
+    building = builder(Single("k", fetch=held_at(gate)), Derived("d", needs=lambda _: [key("k")]))
     assert building.flights_under_way() == ()
     first = asyncio.ensure_future(building.build([key("d")]))
     await gate.wait_arrived()
@@ -387,12 +383,8 @@ async def test_flights_whose_call_waits_or_rests_say_so() -> None:
 async def test_a_flight_that_only_refreshes_says_that_no_reader_waits() -> None:
     gate = Gate(opened=True)
 
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
     policy = FreshnessPolicy(1.0, 1_000.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    building = builder(Single("k", fetch=fetch), default_policy=policy)
+    building = builder(Single("k", fetch=held_at(gate)), default_policy=policy)
     await building.build([key("k")])
     await asyncio.sleep(5)
     gate.opened = False

@@ -16,7 +16,16 @@ from coalestra import (
 )
 from coalestra.concurrency import pace
 from coalestra.orchestration import flights, singleflight
-from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
+from tests.orchestration.scripted import (
+    Batch,
+    Derived,
+    Single,
+    builder,
+    echo,
+    held_at,
+    key,
+    latency,
+)
 from tests.support import (
     Gate,
     LoopClock,
@@ -240,11 +249,7 @@ async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how:
 
     gate, length = Gate(), 150
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
-    building = builder(Derived("chain", needs=needs), Single("base", fetch=fetch))
+    building = builder(Derived("chain", needs=needs), Single("base", fetch=held_at(gate)))
     top = [key("chain", str(length))]
     session = building.session(deadline_seconds=20 if how == "late" else None)
     first = asyncio.ensure_future(session.resolve(top, strict=False))

@@ -18,7 +18,7 @@ from coalestra import (
 )
 from coalestra.orchestration import flights
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key
+from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key
 from tests.support import Gate, LoopClock, lines_run, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
@@ -34,11 +34,7 @@ def derived(before: Gate) -> Derived:
 async def test_a_derivation_that_was_hidden_before_does_not_undo_an_event() -> None:
     at_base, at_derived = Gate(), Gate()
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await at_base.pass_()
-        return "fetched"
-
-    building = builder(Single("base", fetch=fetch), derived(at_derived))
+    building = builder(Single("base", fetch=held_at(at_base, "fetched")), derived(at_derived))
     early = asyncio.ensure_future(building.build([D]))
     await at_base.wait_arrived()
     await asyncio.sleep(1)
@@ -249,14 +245,10 @@ async def test_news_costs_a_chain_under_way_no_more_than_a_look_at_each_of_its_k
     """Whoever is derived from the next, and so on, has all of that below itself."""
     gate, links = Gate(), [key("link", str(number)) for number in range(100)]
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        return "fetched"
-
     def needs(k: ResourceKey) -> list[ResourceKey]:
         return [links[int(k.subject) - 1]] if k.subject != "0" else [BASE]
 
-    building = builder(Single("base", fetch=fetch), Derived("link", needs=needs))
+    building = builder(Single("base", fetch=held_at(gate, "fetched")), Derived("link", needs=needs))
     changed = building._engine.flights._changed = Counted()
     early = asyncio.ensure_future(building.build(links[-1:]))
     await gate.wait_arrived()

@@ -31,7 +31,16 @@ from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.observability import EventRecord
 from tests.contracts.caches import SingleKeyCache
 from tests.observability.recording import EVENTS
-from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
+from tests.orchestration.scripted import (
+    Batch,
+    Derived,
+    Single,
+    builder,
+    echo,
+    held_at,
+    key,
+    latency,
+)
 from tests.support import Gate, ThreadGate, settle
 
 X = key("x", "1")
@@ -442,7 +451,9 @@ async def test_sessions_report_each_stage_and_each_revalidation() -> None:
         (1, 0, 1),
     ]
     done, failed = seen.of("snapshot_session_revalidated")
-    assert (done["committed"], done["refreshed"], done["force_refresh"]) == (True, 1, True)
+    assert (done["committed"], done["force_refresh"]) == (True, True)
+    assert (done["requested"], done["affected"], done["refreshed"], done["failed"]) == (1, 1, 1, 0)
+    assert not done["retained_previous"]
     assert (failed["committed"], failed["retained_previous"], failed["failed"]) == (False, True, 1)
     assert seen.count("cache_access_total", status="revalidation_bypass") == 2
     bypassed = {each["reason"] for each in seen.of("cache_bypassed")}
@@ -520,12 +531,8 @@ async def test_with_null_sinks_no_label_event_or_rendered_key_is_built(
 async def test_coalesced_and_stale_values_and_refreshes_count_where_they_belong() -> None:
     gate = Gate(opened=True)
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        return ""
-
     policy = FreshnessPolicy(1, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    building = builder(Single("x", fetch=fetch), default_policy=policy)
+    building = builder(Single("x", fetch=held_at(gate, "")), default_policy=policy)
     one, two = await asyncio.gather(building.build([X]), building.build([X]))
     assert one.diagnostics.coalesced_requests + two.diagnostics.coalesced_requests == 1
     await asyncio.sleep(5)

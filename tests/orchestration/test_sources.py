@@ -30,7 +30,16 @@ from coalestra import (
 )
 from coalestra.core.snapshot import DiagnosticsRecorder
 from coalestra.orchestration.sources import Chains
-from tests.orchestration.scripted import ONCE, Batch, Derived, Scripted, Single, builder, key
+from tests.orchestration.scripted import (
+    ONCE,
+    Batch,
+    Derived,
+    Scripted,
+    Single,
+    builder,
+    held_at,
+    key,
+)
 from tests.orchestration.stock import BASE, MIDDLE, TOP, Shop, shown
 from tests.support import EPOCH, Gate, ThreadGate, settle
 
@@ -770,12 +779,8 @@ async def test_what_a_source_declares_later_and_cannot_be_meant_fails_its_keys_b
     """A timer that is set for NaN stops the others of the event loop as well."""
     gate = Gate()
 
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
     source = kind("x")
-    building = builder(source, Single("held", fetch=fetch), max_concurrency=1)
+    building = builder(source, Single("held", fetch=held_at(gate)), max_concurrency=1)
     holding = asyncio.ensure_future(building.build([key("held")]))
     await gate.wait_arrived()
     setattr(source, setting, value)

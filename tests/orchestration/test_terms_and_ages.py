@@ -25,7 +25,7 @@ from coalestra import (
     SourcePayload,
 )
 from tests.contracts.caches import BatchCache
-from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
+from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, held_at, key
 from tests.support import EPOCH, Gate, ManualClock, settle
 
 X, Y, OTHER = key("x"), key("y"), key("other")
@@ -70,11 +70,7 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_yields_to_no_stale_aut
     """Whoever insists on what is read now does not get what outranks it from before."""
     gate = Gate(opened=True)
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
-        await gate.pass_()
-        return "read"
-
-    source = Single("s", "x", "other", fetch=fetch)
+    source = Single("s", "x", "other", fetch=held_at(gate, "read"))
     source.max_concurrency = 1
     ranks = SourceAuthorityPolicy(source_ranks={"stream": 10})
     building = builder(source, default_policy=SWR, authority_policy=ranks)

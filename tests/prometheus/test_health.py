@@ -29,7 +29,7 @@ from coalestra._telemetry import FACTS
 from coalestra.prometheus import HealthCollector, PrometheusMetrics, _HealthCopies
 from tests.contracts.caches import SingleKeyCache
 from tests.docs.pages import ROOT
-from tests.orchestration.scripted import ONCE, Batch, Single, builder, key
+from tests.orchestration.scripted import ONCE, Batch, Single, builder, held_at, key
 from tests.prometheus.scrape import figure, metrics, series
 from tests.support import Gate, ThreadGate, settle
 from tests.support.leaks import look_after_none
@@ -55,11 +55,7 @@ def breaking(scope: CircuitScope = CircuitScope.SOURCE) -> SourceResiliencePolic
 async def test_work_under_way_is_seen_while_it_lasts(registry: CollectorRegistry) -> None:
     gate = Gate()
 
-    async def fetch(k: ResourceKey, context: Any) -> str:
-        await gate.pass_()
-        return "fine"
-
-    building = builder(Single("x", fetch=fetch), source_concurrency={"x": 2})
+    building = builder(Single("x", fetch=held_at(gate, "fine")), source_concurrency={"x": 2})
     HealthCollector({"shop": building}, registry=registry)
     tasks = [asyncio.ensure_future(building.build([key("x", str(n))])) for n in range(5)]
     await gate.wait_arrived(2)
