@@ -148,6 +148,20 @@ def builder(*sources: Any, **settings: Any) -> SnapshotBuilder:
     return building
 
 
+def mixed() -> SnapshotBuilder:
+    """A builder with a source of each kind, each of which waits in the midst of its call."""
+
+    async def wait() -> None:
+        await asyncio.sleep(1)
+
+    return builder(
+        Single("single", fetch=latency(1)),
+        Batch("batch", before=wait),
+        Derived("derived", needs=lambda k: [key("single"), key("batch")], before=wait),
+        max_concurrency=1,
+    )
+
+
 S = TypeVar("S", bound=Scripted)
 
 

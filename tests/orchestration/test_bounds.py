@@ -316,7 +316,7 @@ async def test_the_errors_of_many_keys_are_made_over_many_turns(
     if form == "revalidate":
         await session.resolve(keys)
     down = True
-    monkeypatch.setattr("coalestra.orchestration.readings.ResourceResolutionError", Counting)
+    monkeypatch.setattr("coalestra.core.errors.ResourceResolutionError", Counting)
     works: dict[str, Callable[[], Awaitable[Any]]] = {
         "build": lambda: building.build(keys, strict=False),
         "derived": lambda: building.build([key("d")], strict=False),

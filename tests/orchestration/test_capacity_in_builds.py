@@ -9,7 +9,6 @@ import pytest
 from coalestra import (
     FetchContext,
     FreshnessPolicy,
-    InMemoryMetrics,
     RefreshMode,
     ResourceKey,
     ResourceResolutionError,
@@ -82,25 +81,6 @@ async def test_a_batch_costs_one_slot_however_many_its_keys() -> None:
     assert loop.time() - began == pytest.approx(1)
 
 
-@pytest.mark.parametrize("given", ["queue", "source"])
-async def test_waiting_for_capacity_is_bounded_by_the_queue_or_else_the_source_timeout(
-    given: str,
-) -> None:
-    source = Single("x", timeout=100 if given == "queue" else 2)
-    source.queue_timeout_seconds = 2 if given == "queue" else None
-    building = builder(source, Single("holder", fetch=latency(50)), max_concurrency=1)
-    holder = asyncio.ensure_future(building.build([key("holder")]))
-    await settle()
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    snapshot = await building.build([key("x")], strict=False)
-    assert loop.time() - began == pytest.approx(2)
-    assert "SourceQueueTimeoutError" in str(snapshot.errors[key("x")])
-    health = await building.health_snapshot()
-    assert (health.queue_timeout_count, health.source_timeout_count) == (1, 0)
-    holder.cancel()
-
-
 async def test_the_capacity_snapshot_names_the_global_limiter() -> None:
     source = Single("a", fetch=latency(5))
     source.max_concurrency = 1
@@ -112,11 +92,6 @@ async def test_the_capacity_snapshot_names_the_global_limiter() -> None:
     assert (seen["__global__"].limit, seen["__global__"].in_use) == (4, 1)
     assert (seen["a"].limit, seen["a"].in_use, seen["a"].waiting) == (1, 1, 2)
     await running
-
-
-async def test_limits_for_unknown_sources_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="source_concurrency names 'b'"):
-        builder(Single("a"), source_concurrency={"b": 1})
 
 
 # Added: refreshes, places in the queue, order of results, leases
@@ -218,24 +193,36 @@ async def test_a_retry_joins_the_queue_behind_those_who_came_meanwhile() -> None
 
 
 @pytest.mark.parametrize(
-    "queue_timeout, deadline, expected",
-    [(2.0, 5.0, "SourceQueueTimeoutError"), (5.0, 2.0, "SnapshotDeadlineExceededError")],
+    "timeout, queue_timeout, deadline, expected",
+    [
+        (100.0, 2.0, None, "SourceQueueTimeoutError"),
+        (2.0, None, None, "SourceQueueTimeoutError"),
+        (None, 2.0, 5.0, "SourceQueueTimeoutError"),
+        (None, 5.0, 2.0, "SnapshotDeadlineExceededError"),
+    ],
 )
 async def test_waiting_for_capacity_ends_by_whichever_limit_comes_first(
-    queue_timeout: float, deadline: float, expected: str
+    timeout: float | None, queue_timeout: float | None, deadline: float | None, expected: str
 ) -> None:
-    metrics = InMemoryMetrics()
-    source = tuned(Single("x"), queue_timeout_seconds=queue_timeout, resilience_policy=None)
-    building = builder(source, max_concurrency=1, metrics=metrics)
+    """The timeout of the source is one if its queue has none."""
+    source = tuned(Single("x", timeout=timeout), resilience_policy=None)
+    source.queue_timeout_seconds = queue_timeout
+    building = builder(source, max_concurrency=1)
     lease = await building.capacity.acquire("x")
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     snapshot = await building.build([key("x")], strict=False, deadline_seconds=deadline)
+    assert loop.time() - began == pytest.approx(2)
     error = snapshot.errors[key("x")]
     assert isinstance(error, ResourceResolutionError)
     (failure,) = error.failures
     assert (failure.error_type, failure.attempts) == (expected, 0)
     assert "2 s" in failure.message
-    assert ("waited 2 s for capacity of source 'x'" in failure.message) is (queue_timeout == 2.0)
-    assert (await building.health_snapshot()).circuits == {}
+    queued = expected == "SourceQueueTimeoutError"
+    assert ("waited 2 s for capacity of source 'x'" in failure.message) is queued
+    health = await building.health_snapshot()
+    assert (health.queue_timeout_count, health.source_timeout_count) == (queued, 0)
+    assert health.circuits == {}
     lease.release()
 
 

@@ -61,14 +61,6 @@ async def test_a_slow_source_of_any_kind_is_cut_off_at_the_deadline(kind: str) -
     assert list(caught.value.snapshot) == [key("quick")]
 
 
-async def test_a_build_that_is_not_strict_returns_what_it_has_at_the_deadline() -> None:
-    building = builder(Single("x", fetch=latency(50)), Single("quick"))
-    snapshot = await building.build([X, key("quick")], strict=False, deadline_seconds=2)
-    assert list(snapshot) == [key("quick")]
-    assert says_deadline(snapshot.errors[X])
-    await settle()
-
-
 class StuckCache(AsyncMemoryCache):
     """A cache of somebody else's that never answers a question, or never takes a value."""
 
@@ -202,28 +194,6 @@ async def test_a_deadline_passed_on_the_builders_clock_ends_later_stages_at_once
         await session.resolve([key("x", "c")])
     assert says_deadline(caught.value.errors[key("x", "c")])
     assert source.calls == [key("x", "a")]
-
-
-async def test_the_copy_of_what_a_source_returned_is_bounded_too() -> None:
-    gate = ThreadGate()
-
-    def copier(value: Any) -> Any:
-        gate.pass_()
-        return list(value)
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
-        return ["value"]
-
-    building = builder(
-        Single("x", fetch=fetch), payload_copier=copier, run_payload_copies_in_thread=True
-    )
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    snapshot = await building.build([X], strict=False, deadline_seconds=2)
-    assert loop.time() - began == pytest.approx(2)
-    assert says_deadline(snapshot.errors[X])
-    gate.open()
-    await settle()
 
 
 async def test_dependencies_that_cannot_be_copied_fail_the_derived_key_alone() -> None:

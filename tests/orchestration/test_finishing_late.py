@@ -74,12 +74,17 @@ def a_derivation() -> Any:
     return Derived("x", needs=lambda _: [], before=before, timeout=10)
 
 
+class Awaited(AsyncMemoryCache):
+    """A subclass has to be awaited."""
+
+
+@pytest.mark.parametrize("cache", [AsyncMemoryCache, Awaited])
 @pytest.mark.parametrize("make", [slow, a_batch, a_derivation])
 async def test_an_answer_that_comes_too_late_for_its_readers_is_there_for_the_next(
-    make: Callable[[], Any],
+    make: Callable[[], Any], cache: Callable[[], Any]
 ) -> None:
     source = tuned(make(), resilience_policy=LATE)
-    building = builder(source)
+    building = builder(source, cache=cache())
     loop = asyncio.get_running_loop()
     began = loop.time()
     assert cut(await hasty(building))
@@ -158,23 +163,6 @@ async def test_a_source_without_a_timeout_is_cut_off_all_the_same() -> None:
     assert len(source.calls) == 2
     with pytest.raises(ValueError, match="'x'; give it timeout_seconds"):
         builder(tuned(source, resilience_policy=LATE))
-
-
-async def test_a_blocking_source_without_a_timeout_is_not_called_if_the_deadline_is_too_near() -> (
-    None
-):
-    calls: list[ResourceKey] = []
-    source = CallableSource(
-        name="x",
-        priority=1,
-        supports=lambda k: True,
-        fetcher=lambda k, context: calls.append(k),
-        blocking_io=True,
-        transport_timeout_seconds=20.0,
-    )
-    building = builder(source, default_resilience=LATE)
-    assert cut(await hasty(building))
-    assert calls == []
 
 
 def test_it_is_a_flag_and_named() -> None:
@@ -267,18 +255,6 @@ async def test_what_is_said_too_late_to_be_absent_is_remembered_all_the_same() -
     assert len(source.calls) == 1
 
 
-async def test_a_cache_that_is_awaited_is_filled_as_well() -> None:
-    class Awaited(AsyncMemoryCache):
-        """A subclass has to be awaited."""
-
-    source = slow()
-    building = builder(source, cache=Awaited())
-    assert cut(await hasty(building))
-    await asyncio.sleep(2)
-    assert (await hasty(building)).value(X) == "1"
-    assert len(source.calls) == 1
-
-
 # Who is too slow for its readers ------------------------------------------------------------------
 
 
@@ -310,23 +286,28 @@ async def test_health_counts_the_calls_in_a_row_that_were_too_slow_for_their_rea
     assert (await building.health_snapshot()).assess().reasons == ()
 
 
-async def test_health_counts_a_call_that_a_deadline_leaves_no_time_for() -> None:
+@pytest.mark.parametrize("timeout", [None, 30.0])
+async def test_a_blocking_call_that_a_deadline_leaves_no_time_for_is_not_made_and_counted(
+    timeout: float | None,
+) -> None:
+    """Unless it may finish late, for which it needs a timeout."""
+    calls: list[ResourceKey] = []
     source = CallableSource(
         name="x",
         priority=1,
         supports=lambda k: True,
-        fetcher=lambda k, context: "row",
-        timeout_seconds=30.0,
+        fetcher=lambda k, context: calls.append(k),
+        timeout_seconds=timeout,
         blocking_io=True,
         transport_timeout_seconds=20.0,
-        resilience_policy=SourceResiliencePolicy(),
+        resilience_policy=SourceResiliencePolicy() if timeout else None,
     )
-    building = builder(source)
+    building = builder(source, default_resilience=LATE)
     for count in (1, 2):
-        await hasty(building)
-        assert await cuts(building) == count
+        assert cut(await hasty(building))
+        assert (await cuts(building), calls) == (count, [])
     await building.build([X])
-    assert await cuts(building) == 0
+    assert (await cuts(building), calls) == (0, [X])
 
 
 async def test_waiting_for_capacity_and_failing_in_time_say_nothing_of_the_speed() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from tests.orchestration.scripted import (
     held_at,
     key,
     latency,
+    mixed,
 )
 from tests.support import (
     Gate,
@@ -39,20 +39,6 @@ from tests.support import (
 pytestmark = pytest.mark.concurrency
 
 X = key("x", "1")
-
-
-def mixed() -> SnapshotBuilder:
-    """A builder with a source of each kind, each of which waits in the midst of its call."""
-
-    async def wait() -> None:
-        await asyncio.sleep(1)
-
-    return builder(
-        Single("single", fetch=latency(1)),
-        Batch("batch", before=wait),
-        Derived("derived", needs=lambda k: [key("single"), key("batch")], before=wait),
-        max_concurrency=1,
-    )
 
 
 async def test_a_build_cancelled_at_any_await_leaves_nothing_behind() -> None:
@@ -121,39 +107,6 @@ async def test_a_source_that_ignores_its_cancellation_delays_nobody() -> None:
     assert snapshot[X].source == "second"
     assert (await building.capacity_snapshot())["__global__"].in_use == 1
     release.open()
-
-
-async def _cancels_itself(k: ResourceKey, context: FetchContext) -> str:
-    raise asyncio.CancelledError
-
-
-async def _cancels_itself_later(k: ResourceKey, context: FetchContext) -> str:
-    await asyncio.sleep(1)
-    raise asyncio.CancelledError
-
-
-def _raises_at_once(k: ResourceKey, context: FetchContext) -> Any:
-    raise LookupError("before the first await")
-
-
-def _returns_no_awaitable(k: ResourceKey, context: FetchContext) -> Any:
-    return 42
-
-
-@pytest.mark.parametrize(
-    "misbehave",
-    [_cancels_itself, _cancels_itself_later, _raises_at_once, _returns_no_awaitable],
-)
-async def test_a_misbehaving_source_fails_its_keys_like_any_other_error(
-    misbehave: Callable[..., Any],
-) -> None:
-    class Odd(Single):
-        def fetch(self, key: ResourceKey, context: FetchContext) -> Any:
-            return misbehave(key, context)
-
-    building = builder(Odd("first", "x", priority=20), Single("second", "x"))
-    snapshot = await building.build([X, key("x", "2")])
-    assert {value.source for value in snapshot.values()} == {"second"}
 
 
 class Stopped(LoopClock):

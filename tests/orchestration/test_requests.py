@@ -40,7 +40,7 @@ from coalestra import (
     SourcePayload,
     SourceUnavailableError,
 )
-from tests.orchestration.scripted import Batch, Derived, Single, builder, echo, key, latency
+from tests.orchestration.scripted import Derived, Single, builder, echo, key, latency, mixed
 from tests.orchestration.stock import BASE, TOP, Shop, Stock, shown
 from tests.support import EPOCH, Gate, LoopClock, cancel_at_every_await, no_leaks, settle
 
@@ -680,20 +680,6 @@ async def test_a_request_that_waits_for_room_has_not_begun_though_its_time_runs(
     assert second.require_accepted().created_at - first.require_accepted().created_at == 4
     assert second.require_accepted().diagnostics.duration_ms == 4_000
     assert told == [(first.require_accepted().created_at + 10, [])] * 2
-
-
-def mixed() -> SnapshotBuilder:
-    """A builder with a source of each kind, each of which waits in the midst of its call."""
-
-    async def wait() -> None:
-        await asyncio.sleep(1)
-
-    return builder(
-        Single("single", fetch=latency(1)),
-        Batch("batch", before=wait),
-        Derived("derived", needs=lambda k: [key("single"), key("batch")], before=wait),
-        max_concurrency=1,
-    )
 
 
 @pytest.mark.parametrize("in_session", [False, True])
