@@ -84,35 +84,6 @@ async def test_a_release_too_many_is_refused_and_changes_nothing() -> None:
     assert not limiter.try_acquire()
 
 
-async def test_a_waiter_cancelled_in_the_step_of_the_hand_over_passes_the_slot_on() -> None:
-    """The slot was its own already, yet it will never run to use it."""
-    limiter = CapacityLimiter(1)
-    await limiter.acquire()
-    first = asyncio.create_task(limiter.acquire())
-    await settle()
-    second = asyncio.create_task(limiter.acquire())
-    await settle()
-    limiter.release()
-    first.cancel()
-    await second
-    assert first.cancelled()
-    limiter.release()
-    assert limiter.view() == CapacitySnapshot(1, 0, 0)
-
-
-async def test_a_free_slot_is_taken_past_waiters_that_are_cancelled_but_still_queued() -> None:
-    """Queueing behind the dead would wait for a wake-up that never comes."""
-    limiter = CapacityLimiter(1)
-    await limiter.acquire()
-    waiter = asyncio.create_task(limiter.acquire())
-    await settle()
-    waiter.cancel()
-    limiter.release()
-    await limiter.acquire()
-    assert limiter.view() == CapacitySnapshot(1, 1, 0)
-    await asyncio.wait([waiter])
-
-
 @pytest.mark.parametrize("seed", range(20))
 async def test_random_arrivals_cancellations_and_releases_never_lose_a_slot(seed: int) -> None:
     """After any of many schedules everything is free, and the limit held throughout."""

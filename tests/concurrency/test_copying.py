@@ -49,13 +49,6 @@ class Color(enum.Flag):
     BLUE = 2
 
 
-class Willful(enum.Enum):
-    ONE = 1
-
-    def __deepcopy__(self, memo: object) -> Willful:
-        return self
-
-
 class Point(NamedTuple):
     x: Any
     y: Any
@@ -440,14 +433,6 @@ async def test_a_slotted_class_that_watches_assignments_sees_those_of_its_copies
     assert payload.level == 3
 
 
-def test_a_property_cached_by_one_reader_is_not_seen_by_another(copies: PayloadCopies) -> None:
-    """A frozen dataclass can still keep a list in its dictionary."""
-    value = {"trade": Remembering(1)}
-    first, second = opened(copies, value), opened(copies, value)
-    first["trade"].rows.append(1)
-    assert second["trade"].rows == []
-
-
 @pytest.mark.parametrize("value", [Noting("q3"), SlimNoting("q3"), {"deep": (Noting("q3"),)}])
 def test_what_a_reader_fills_into_a_frozen_dataclass_is_its_own(
     copies: PayloadCopies, value: Any
@@ -555,18 +540,6 @@ def test_a_slot_and_a_dictionary_entry_of_the_same_name_stay_apart(copies: Paylo
 
 class Key:
     """Compares by identity, and can change."""
-
-
-async def test_mutable_keys_are_found_in_a_large_dictionary_too(copies: PayloadCopies) -> None:
-    """With more than eight entries it is looked through another way."""
-    key = Key()
-    value: dict[Any, int] = {**dict.fromkeys(range(20), 1), key: 1}
-    payload, kind = await seal(copies, value)
-    result = await unseal(copies, payload, kind)
-    keys = [
-        next(each for each in mapping if type(each) is Key) for mapping in (value, payload, result)
-    ]
-    assert len({id(each) for each in keys}) == 3
 
 
 def test_tuples_nested_beyond_any_reason_are_copied_and_not_recursed_into(
@@ -811,21 +784,6 @@ async def test_a_component_with_a_copier_of_its_own_uses_it_for_payloads_others_
     assert sealed is not None
     cache = PayloadCopies("cache", copier=lambda value: ("mine", value))
     assert cache.open_now(*sealed, context="test") == ("mine", [1])
-
-
-@pytest.mark.parametrize("run_in_thread", [None, True, False])
-@pytest.mark.parametrize("copier", [None, copy.deepcopy])
-async def test_a_payload_that_cannot_be_copied_is_named(
-    copier: Any, run_in_thread: bool | None
-) -> None:
-    """The error says what was copied for what; its cause says why it failed."""
-    copies = PayloadCopies("builder", copier=copier, run_in_thread=run_in_thread)
-    with pytest.raises(PayloadIsolationError) as caught:
-        await seal(copies, Stubborn(), "value of feed")
-    assert (caught.value.context, caught.value.value_type) == ("value of feed", "Stubborn")
-    assert str(caught.value.__cause__) == "one of a kind"
-    health = copies.health()
-    assert (health.started_count, health.completed_count, health.failure_count) == (1, 0, 1)
 
 
 class Panic(BaseException):

@@ -23,7 +23,6 @@ from coalestra.concurrency.threads import (
 )
 from tests.support import ThreadGate, drop, settle
 from tests.support.strikes import at_every_line
-from tests.support.thread_watch import library_jobs
 
 pytestmark = pytest.mark.concurrency
 
@@ -337,19 +336,6 @@ async def test_a_context_that_outlives_its_threads_has_those_of_the_process() ->
     copies = PayloadCopies("cache", run_in_thread=True)
     assert (await copies.seal([1], context=""))[0] == [1]
     current_threads.reset(token)
-
-
-async def test_jobs_in_flight_counts_all_threads_of_the_process(threads: WorkerThreads) -> None:
-    """Whoever they belong to."""
-    gate, other = ThreadGate(), WorkerThreads()
-    before = library_jobs()
-    calls = [asyncio.create_task(each.run(gate.pass_)) for each in (threads, other)]
-    await settle()
-    assert library_jobs() == before + 2
-    gate.open()
-    await asyncio.gather(*calls)
-    assert library_jobs() == before
-    other.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

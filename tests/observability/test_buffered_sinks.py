@@ -40,16 +40,6 @@ def held_buffer(max_pending: int, overflow: BufferOverflowPolicy) -> tuple[Held,
 # Delivery
 
 
-def test_events_arrive_in_order_with_their_payload() -> None:
-    downstream = Recorder()
-    with BufferedEventSink(downstream) as sink:
-        for number in range(100):
-            sink.emit("counted", number=number)
-        assert sink.flush(PATIENCE)
-
-    assert [event.payload["number"] for event in downstream.events] == list(range(100))
-
-
 def test_counts_and_observations_arrive_as_they_were_made() -> None:
     downstream = Recorder()
     with BufferedMetricsSink(downstream) as sink:

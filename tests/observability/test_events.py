@@ -12,26 +12,20 @@ from coalestra.observability.sinks import FAILURES
 from tests.observability.recording import EVENTS
 
 
-def test_an_event_is_logged_at_info_to_the_logger_of_the_library(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("given", [None, logging.getLogger("tests.of.events")])
+def test_an_event_is_logged_at_info_to_the_logger_of_the_library_or_the_one_given(
+    caplog: pytest.LogCaptureFixture, given: logging.Logger | None
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="coalestra"):
-        LoggingEventSink().emit("cache_hit", resource="a:b", freshness="fresh")
+    sink = LoggingEventSink(given)
+    with caplog.at_level(logging.INFO, logger=sink.logger.name):
+        sink.emit("cache_hit", resource="a:b", freshness="fresh")
 
     (record,) = caplog.records
-    assert (record.name, record.levelno) == ("coalestra", logging.INFO)
+    assert given in (None, sink.logger)
+    assert (record.name, record.levelno) == (given.name if given else "coalestra", logging.INFO)
     assert record.getMessage() == "cache_hit {'resource': 'a:b', 'freshness': 'fresh'}"
-
-
-def test_a_log_record_has_type_and_payload_for_structured_formatters(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.INFO, logger="coalestra"):
-        LoggingEventSink().emit("cache_hit", resource="a:b")
-
-    attributes = vars(caplog.records[0])
-    assert attributes["event_type"] == "cache_hit"
-    assert attributes["event_payload"] == {"resource": "a:b"}
+    assert vars(record)["event_type"] == "cache_hit"
+    assert vars(record)["event_payload"] == {"resource": "a:b", "freshness": "fresh"}
 
 
 def test_a_payload_may_use_the_names_of_log_record_attributes(
@@ -41,17 +35,6 @@ def test_a_payload_may_use_the_names_of_log_record_attributes(
         LoggingEventSink().emit("custom", name="x", message="y", args="z")
 
     assert len(caplog.records) == 1
-
-
-def test_events_go_to_the_logger_that_was_given(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("tests.of.events")
-    sink = LoggingEventSink(logger)
-
-    with caplog.at_level(logging.INFO, logger=logger.name):
-        sink.emit("cache_hit")
-
-    assert sink.logger is logger
-    assert [record.name for record in caplog.records] == ["tests.of.events"]
 
 
 def test_what_is_no_logger_is_refused_by_name() -> None:

@@ -288,18 +288,6 @@ async def test_a_builder_that_fails_to_tell_takes_no_other_with_it(
 # Making one ---------------------------------------------------------------------------------------
 
 
-async def test_sink_and_collector_share_a_registry(registry: CollectorRegistry) -> None:
-    building = builder(Single("x"), metrics=PrometheusMetrics(registry=registry))
-    HealthCollector({"default": building}, registry=registry)
-    HealthCollector({"default": building}, registry=registry, namespace="mine")
-    await building.build([X])
-    shown = metrics(registry)
-    assert {"coalestra_snapshot_build", "coalestra_keys_in_flight", "mine_keys_in_flight"} <= set(
-        shown
-    )
-    assert all(metric.documentation for metric in shown.values())
-
-
 async def test_a_second_collector_of_the_same_names_is_refused(
     registry: CollectorRegistry,
 ) -> None:

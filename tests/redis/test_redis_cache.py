@@ -314,20 +314,6 @@ async def test_whatever_a_codec_raises_concerns_one_entry_alone(caches: Caches) 
 # Leases ---------------------------------------------------------------------------------------
 
 
-async def test_one_gets_the_lease_and_the_others_its_value(caches: Caches) -> None:
-    async with caches(4) as [one, *others]:
-        held = await lease(one)
-        waiting = [asyncio.create_task(leased(each)) for each in others]
-        await until(lambda: all(each.health().waiting for each in others))
-        assert (await fulfil(one, held, "made")).status is STORED
-        for each in waiting:
-            told = (await each)[A]
-            assert told.lease is None
-            assert told.lookup.value is not None
-            assert told.lookup.value.value == "made"
-        assert all(not each.health().waiting for each in others)
-
-
 async def test_what_needs_no_waiting_comes_first_and_together(caches: Caches) -> None:
     async with caches(2) as [one, other]:
         await one.set(value_of(A, "there"))

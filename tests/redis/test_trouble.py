@@ -215,24 +215,6 @@ async def test_what_was_fetched_while_cut_off_replaces_nothing_newer(
         assert [await value(cut), await value(other)] == [9, 9]
 
 
-async def test_a_server_started_again_empty_is_filled_again(
-    own_server: Server, prefix: str
-) -> None:
-    async with a_process(own_server, prefix) as (one, cache, truth):
-        assert await value(one) == 1
-        own_server.stop()
-        await until(lambda: not cache.health().news_connected)
-        own_server.start()
-        await until(lambda: cache.health().news_connected)
-        truth.value = 2
-        while not stored(own_server, prefix):  # what fails at first is not stored
-            assert await value(one) == 2
-            await asyncio.sleep(0.05)
-        async with a_process(own_server, prefix) as (other, _, other_truth):
-            assert await value(other) == 2
-            assert other_truth.calls == 0
-
-
 async def test_a_server_without_memory_is_read_but_stores_nothing(prefix: str) -> None:
     with running("--maxmemory-policy", "noeviction") as server:
         async with a_process(server, prefix) as (builder, cache, truth):

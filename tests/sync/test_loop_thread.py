@@ -38,12 +38,15 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupted_wait_cancels_the_work(loop_thread: LoopThread) -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_interrupted_wait_cancels_the_work_also_before_it_has_begun(
+    loop_thread: LoopThread, begun: bool
+) -> None:
     cancelled = threading.Event()
 
     async def interrupt_the_caller() -> None:
         try:
-            while not caller_waits():  # noqa: ASYNC110 - a blocked thread sets no event
+            while begun and not caller_waits():  # a blocked thread sets no event
                 await asyncio.sleep(0)
             signal.pthread_kill(caller, signal.SIGINT)
             await asyncio.Event().wait()
@@ -54,26 +57,6 @@ def test_an_interrupted_wait_cancels_the_work(loop_thread: LoopThread) -> None:
     def caller_waits() -> bool:
         frame = sys._current_frames()[caller]
         return frame.f_code is Changes.wait_for.__code__
-
-    caller = threading.get_ident()
-    with pytest.raises(KeyboardInterrupt):
-        loop_thread.run("build()", interrupt_the_caller)
-    assert cancelled.wait(PATIENCE)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_wait_interrupted_before_it_began_cancels_the_work_too(
-    loop_thread: LoopThread,
-) -> None:
-    cancelled = threading.Event()
-
-    async def interrupt_the_caller() -> None:
-        signal.pthread_kill(caller, signal.SIGINT)
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
 
     caller = threading.get_ident()
     with pytest.raises(KeyboardInterrupt):
