@@ -46,7 +46,7 @@ def test_an_interrupted_wait_cancels_the_work_also_before_it_has_begun(
 
     async def interrupt_the_caller() -> None:
         try:
-            while begun and not caller_waits():  # a blocked thread sets no event
+            while begun and not caller_waits():  # noqa: ASYNC110 - a blocked thread sets no event
                 await asyncio.sleep(0)
             signal.pthread_kill(caller, signal.SIGINT)
             await asyncio.Event().wait()
