@@ -6,7 +6,6 @@ import asyncio
 import math
 import socket
 import threading
-import time
 
 import pytest
 
@@ -19,7 +18,7 @@ from tests.support import (
     settle,
     virtual_loop,
 )
-from tests.support.virtual_loop import PATIENCE, START
+from tests.support.virtual_loop import START
 
 
 async def never() -> None:
@@ -29,39 +28,6 @@ async def never() -> None:
 
 def ring() -> None:
     """What a forgotten timer would do."""
-
-
-async def test_an_hour_of_sleep_takes_no_real_time() -> None:
-    loop = asyncio.get_running_loop()
-    before, real_before = loop.time(), time.monotonic()
-    await asyncio.sleep(3600)
-    assert loop.time() - before == 3600
-    assert time.monotonic() - real_before < PATIENCE
-
-
-async def test_timers_fire_in_order_and_at_their_exact_time() -> None:
-    loop = asyncio.get_running_loop()
-    fired: list[float] = []
-    delays = [0.3, 0.1, 0.1 + 1e-9, 0.2, 86_400.0 * 3]
-    start = loop.time()
-
-    def note(due: float) -> None:
-        fired.append(loop.time() - due)
-
-    for delay in delays:
-        loop.call_at(start + delay, note, start + delay)
-    await asyncio.sleep(86_400.0 * 4)
-    assert fired == pytest.approx([0.0] * len(delays), abs=1e-6)
-
-
-async def test_time_stands_still_while_anything_is_ready() -> None:
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(0.001, lambda: None)
-    before = loop.time()
-    for _ in range(1000):
-        await asyncio.sleep(0)
-    assert loop.time() == before
-    timer.cancel()
 
 
 def test_a_task_that_waits_for_nothing_is_a_deadlock_naming_its_innermost_line() -> None:
