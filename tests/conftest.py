@@ -54,9 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="verify the distributions in this folder instead of building some",
     )
     parser.addoption(
-        "--pictures",
-        action="store_true",
-        help="renew the pictures of the live page in docs/images",
+        "--pictures", action="store_true", help="renew the pictures of the live page in docs/images"
     )
     parser.addoption(
         "--installed",

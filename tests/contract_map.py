@@ -18,10 +18,7 @@ class Section(NamedTuple):
 
 
 SECTIONS: Mapping[int, Section] = {
-    1: Section(
-        "keys: parts, order, equality, text form and normalizers",
-        ("core/test_keys.py",),
-    ),
+    1: Section("keys: parts, order, equality, text form and normalizers", ("core/test_keys.py",)),
     2: Section(
         "freshness policies, payloads, values with provenance, snapshots, clock skew",
         (
@@ -190,10 +187,7 @@ SECTIONS: Mapping[int, Section] = {
             "sync/test_strikes.py",
         ),
     ),
-    17: Section(
-        "capabilities that applications can ask for",
-        ("core/test_capabilities.py",),
-    ),
+    17: Section("capabilities that applications can ask for", ("core/test_capabilities.py",)),
     18: Section(
         "closing a builder and what it manages",
         (
@@ -202,8 +196,5 @@ SECTIONS: Mapping[int, Section] = {
             "orchestration/test_leaving.py",
         ),
     ),
-    19: Section(
-        "attributes that applications read",
-        ("orchestration/test_settings.py",),
-    ),
+    19: Section("attributes that applications read", ("orchestration/test_settings.py",)),
 }

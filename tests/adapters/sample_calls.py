@@ -37,9 +37,7 @@ def adapter(
     return CallableDerivedSource(**{"deriver": function, "dependencies": nothing, **common})
 
 
-async def call(
-    source: CallableSource | CallableBatchSource | CallableDerivedSource,
-) -> Any:
+async def call(source: CallableSource | CallableBatchSource | CallableDerivedSource) -> Any:
     """What the source answers for PRICE."""
     if isinstance(source, CallableBatchSource):
         return await source.fetch_many((PRICE,), CONTEXT)

@@ -7,14 +7,7 @@ import json
 import re
 
 from tests.architecture.public_api import MANIFEST
-from tests.architecture.source_tree import (
-    Definition,
-    Function,
-    Module,
-    decorators,
-    length,
-    modules,
-)
+from tests.architecture.source_tree import Definition, Function, Module, decorators, length, modules
 
 FUNCTION_LINES = 60
 PARAMETERS = 6

@@ -19,14 +19,7 @@ TABLE = (
         reading.flat_payloads,
         Aim(4, floors=1.8),
     ),
-    Line(
-        "warm-floats",
-        "the same with a float payload",
-        PER_KEY,
-        "316",
-        reading.floats,
-        Aim(3),
-    ),
+    Line("warm-floats", "the same with a float payload", PER_KEY, "316", reading.floats, Aim(3)),
     Line(
         "warm-one",
         "warm snapshot of 1 key",
@@ -87,14 +80,7 @@ TABLE = (
         staging.session,
         Aim(0.3),
     ),
-    Line(
-        "facade",
-        "blocking facade, warm, 1 key",
-        MICROSECONDS,
-        "600",
-        staging.facade,
-        Aim(120),
-    ),
+    Line("facade", "blocking facade, warm, 1 key", MICROSECONDS, "600", staging.facade, Aim(120)),
     Line("memory", "memory per cached float", BYTES, "672", cached_floats, Aim(370), rounds=1),
     Line(
         "hold",

@@ -119,10 +119,7 @@ def _warm(shop: Workshop, keys: Sequence[ResourceKey], settings: Watcher) -> Cal
 
 
 def _cold(
-    shop: Workshop,
-    keys: Sequence[ResourceKey],
-    settings: Watcher,
-    make: Callable[[Maker], Any],
+    shop: Workshop, keys: Sequence[ResourceKey], settings: Watcher, make: Callable[[Maker], Any]
 ) -> Callable[[], float]:
     fresh = FreshBuilder(shop, lambda: make(price), settings=settings)
     prepare = preparing(fresh, lambda builder: builder.build(keys))

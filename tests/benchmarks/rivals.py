@@ -132,8 +132,7 @@ class Rivals:
         """Fetch keys in one batch call, and cache them."""
         if aiodataloader := installed("aiodataloader"):
             self._add_fresh(
-                "aiodataloader",
-                lambda: _calling(self._loader(aiodataloader).load_many, self._keys),
+                "aiodataloader", lambda: _calling(self._loader(aiodataloader).load_many, self._keys)
             )
 
     def _loader(self, aiodataloader: Any) -> Any:

@@ -270,10 +270,7 @@ def test_listeners_hear_of_writes_and_invalidations_in_order() -> None:
     store.put(revision)
     store.put(revision_of(A, observed_at=NOW - 1))
     store.drop([A, B])
-    assert witness.heard == [
-        ("revised", A, revision.version),
-        ("invalidating", (A, B)),
-    ]
+    assert witness.heard == [("revised", A, revision.version), ("invalidating", (A, B))]
 
 
 def test_a_rule_that_fails_changes_nothing() -> None:

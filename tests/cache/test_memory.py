@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.core.errors import (
-    PayloadCopyShutdownTimeoutError,
-    PayloadCopySubsystemClosedError,
-)
+from coalestra.core.errors import PayloadCopyShutdownTimeoutError, PayloadCopySubsystemClosedError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import PolicyResolver
 from coalestra.core.values import CacheStats

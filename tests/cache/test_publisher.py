@@ -19,10 +19,7 @@ from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION
-from coalestra.core.errors import (
-    PayloadCopyShutdownTimeoutError,
-    SourceProtocolError,
-)
+from coalestra.core.errors import PayloadCopyShutdownTimeoutError, SourceProtocolError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyResolver,

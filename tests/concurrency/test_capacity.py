@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.concurrency.capacity import (
-    CapacityController,
-    CapacityLimiter,
-    CapacitySnapshot,
-)
+from coalestra.concurrency.capacity import CapacityController, CapacityLimiter, CapacitySnapshot
 from tests.support import cancel_at_every_await, settle
 
 pytestmark = pytest.mark.concurrency

@@ -15,12 +15,7 @@ from typing import Any
 import pytest
 
 from coalestra.concurrency.copying import PayloadCopies
-from coalestra.concurrency.threads import (
-    Job,
-    WorkerThreads,
-    current_threads,
-    threads_of_context,
-)
+from coalestra.concurrency.threads import Job, WorkerThreads, current_threads, threads_of_context
 from tests.support import ThreadGate, drop, settle
 from tests.support.strikes import at_every_line
 

@@ -102,11 +102,7 @@ class BatchAtomicCache(BatchCache, AtomicCache):
     """Everything there is."""
 
     async def set_many_if_newer(
-        self,
-        values: Collection[Value],
-        *,
-        force: bool = False,
-        replace_equal: bool = False,
+        self, values: Collection[Value], *, force: bool = False, replace_equal: bool = False
     ) -> Mapping[ResourceKey, CacheWriteResult]:
         await self._travel("set_many_if_newer")
         best: dict[ResourceKey, Value] = {}

@@ -76,9 +76,7 @@ async def test_an_entry_beyond_max_stale_is_not_read(access: CacheAccess) -> Non
     assert set(await read(access, A, B)) == {B}
 
 
-async def test_an_outdated_derived_entry_keeps_no_newer_derivation_out(
-    access: CacheAccess,
-) -> None:
+async def test_an_outdated_derived_entry_keeps_no_newer_derivation_out(access: CacheAccess) -> None:
     base, newer = revision_of(A), revision_of(A, 2.0, observed_at=NOW + 1)
     await write(access, [base, revision_of(B, "old", rests_on=[base])])
     await write(access, [newer])

@@ -156,11 +156,7 @@ def test_waiting_for_capacity_is_judged_by_the_limiter_with_most_waiters_for_its
 
 @pytest.mark.parametrize(
     "waiting, expected",
-    [
-        (0, []),
-        (1, [(DEGRADED, 1, 1, "cache")]),
-        (4, [(CRITICAL, 1.0, 1.0, "cache")]),
-    ],
+    [(0, []), (1, [(DEGRADED, 1, 1, "cache")]), (4, [(CRITICAL, 1.0, 1.0, "cache")])],
 )
 def test_waiting_for_copies_is_judged_by_component(
     waiting: int, expected: list[tuple[Any, ...]]
@@ -273,10 +269,7 @@ GROWTH = [
     ("payload_copy_timeout_count", Reason.PAYLOAD_COPY_TIMEOUTS_INCREASED),
     ("payload_copy_shutdown_timeout_count", Reason.PAYLOAD_COPY_SHUTDOWN_TIMEOUTS_INCREASED),
     ("observability_dropped_count", Reason.OBSERVABILITY_DROPS_INCREASED),
-    (
-        "observability_shutdown_timeout_count",
-        Reason.OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED,
-    ),
+    ("observability_shutdown_timeout_count", Reason.OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED),
     ("observability_failure_count", Reason.OBSERVABILITY_FAILURES_INCREASED),
     ("cache_failure_count", Reason.CACHE_FAILURES_INCREASED),
 ]
@@ -318,10 +311,7 @@ def everything_at_once() -> BuilderHealth:
         waiting_for_copy_capacity=1,
         pending_submissions=10,
         max_pending_submissions=10,
-        circuits={
-            Identity("b"): Circuit(State.HALF_OPEN),
-            Identity("a"): Circuit(State.OPEN),
-        },
+        circuits={Identity("b"): Circuit(State.HALF_OPEN), Identity("a"): Circuit(State.OPEN)},
         sources={"c": Slow(3)},
         cache_left_alone=True,
         **{counter: 5 for counter, _ in GROWTH},

@@ -8,10 +8,7 @@ from typing import Any
 import pytest
 
 from coalestra.core.keys import ResourceKey
-from coalestra.core.request import (
-    SnapshotConsistencyPolicy,
-    inconsistency_of,
-)
+from coalestra.core.request import SnapshotConsistencyPolicy, inconsistency_of
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import SnapshotValue
 

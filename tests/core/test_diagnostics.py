@@ -12,12 +12,7 @@ import pytest
 
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import (
-    DiagnosticsRecorder,
-    Snapshot,
-    SnapshotDiagnostics,
-    snapshot_of,
-)
+from coalestra.core.snapshot import DiagnosticsRecorder, Snapshot, SnapshotDiagnostics, snapshot_of
 from coalestra.core.values import SnapshotValue
 
 

@@ -396,11 +396,7 @@ class TestQualifiers:
         assert KEY.without_qualifiers() == ResourceKey("market", "price", "BTC")
 
     @pytest.mark.parametrize(
-        "change",
-        [
-            lambda key: key.with_qualifiers(B=1),
-            lambda key: key.without_qualifiers("a"),
-        ],
+        "change", [lambda key: key.with_qualifiers(B=1), lambda key: key.without_qualifiers("a")]
     )
     def test_the_changed_key_keeps_the_normalizer(
         self, change: Callable[[ResourceKey], ResourceKey]

@@ -53,11 +53,7 @@ BATCH = dict.fromkeys(("get_many", "set_many", "invalidate_many"), print)
         (ResilienceConfiguredSource, {"resilience_policy": None}),
         (
             BlockingSourceTimeoutConfigured,
-            {
-                "blocking_io": True,
-                "blocking_io_offloaded": True,
-                "transport_timeout_seconds": 1.0,
-            },
+            {"blocking_io": True, "blocking_io_offloaded": True, "transport_timeout_seconds": 1.0},
         ),
         (AtomicAsyncCache, {**SINGLE, "set_if_newer": print}),
         (BatchAsyncCache, BATCH),

@@ -73,9 +73,7 @@ def test_a_key_in_both_groups_is_a_value_error() -> None:
         SnapshotAcceptancePolicy(requirements=(SnapshotRequirement.any_of([A, C]),)),
     ],
 )
-def test_a_policy_that_names_another_key_is_a_value_error(
-    policy: SnapshotAcceptancePolicy,
-) -> None:
+def test_a_policy_that_names_another_key_is_a_value_error(policy: SnapshotAcceptancePolicy) -> None:
     with pytest.raises(ValueError, match="^acceptance_policy must name keys of the request only"):
         SnapshotRequest(required=[A], optional=[B], acceptance_policy=policy)
     assert SnapshotRequest(required=[A, C], acceptance_policy=policy).acceptance_policy is policy

@@ -149,10 +149,7 @@ def test_an_optional_mapping_that_is_missing_becomes_an_empty_one() -> None:
             "delay must be a finite number of at least 0 and of at most 2, or None, got -1",
         ),
         (lambda: number("delay", 0, above=0), "delay must be a finite number above 0, got 0"),
-        (
-            lambda: span("ttl", "1"),
-            "ttl must be a number of at least 0, got '1' of type str",
-        ),
+        (lambda: span("ttl", "1"), "ttl must be a number of at least 0, got '1' of type str"),
         (
             lambda: integer("limit", True, minimum=1),
             "limit must be an integer of at least 1, got True of type bool",

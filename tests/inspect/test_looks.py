@@ -22,15 +22,7 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from coalestra.core.trace import KeyTrace, Obtained, Trace
-from coalestra.inspect.looks import (
-    Names,
-    Story,
-    Traces,
-    kind_name,
-    look_at,
-    told_values,
-    trace_id,
-)
+from coalestra.inspect.looks import Names, Story, Traces, kind_name, look_at, told_values, trace_id
 from tests.contracts.caches import SingleKeyCache
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, latency

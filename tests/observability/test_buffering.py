@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.observability import (
-    BufferedEventSink,
-    BufferedMetricsSink,
-)
+from coalestra.observability import BufferedEventSink, BufferedMetricsSink
 from coalestra.observability.reports import ObservabilitySinks, reporter_for
 from tests.observability.recording import Recorder
 

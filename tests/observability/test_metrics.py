@@ -8,11 +8,7 @@ import threading
 
 import pytest
 
-from coalestra.observability import (
-    InMemoryMetrics,
-    NullMetrics,
-    ObservationSummary,
-)
+from coalestra.observability import InMemoryMetrics, NullMetrics, ObservationSummary
 from tests.observability.recording import PATIENCE
 from tests.support.strikes import at_every_line
 

@@ -273,9 +273,7 @@ async def test_what_was_called_off_has_ended_but_not_failed(spans: Spans) -> Non
     assert {span.status.status_code for span in spans.ended} == {StatusCode.UNSET}
 
 
-async def test_a_build_that_raises_has_failed_with_the_type_of_what_it_raises(
-    spans: Spans,
-) -> None:
+async def test_a_build_that_raises_has_failed_with_the_type_of_what_it_raises(spans: Spans) -> None:
     async def fails(key: ResourceKey, context: FetchContext) -> int:
         raise ConnectionError(f"no {key}")
 

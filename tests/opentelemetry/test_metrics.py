@@ -62,9 +62,7 @@ def test_every_metric_of_the_library_has_an_instrument_with_its_labels(meters: M
     assert {name.split(".")[0] for each in kept for name in each} == {"coalestra"}
 
 
-def test_counts_add_up_by_their_labels_and_sinks_on_one_provider_share_them(
-    meters: Meters,
-) -> None:
+def test_counts_add_up_by_their_labels_and_sinks_on_one_provider_share_them(meters: Meters) -> None:
     one, other = OpenTelemetryMetrics(meters.provider), OpenTelemetryMetrics(meters.provider)
     orders = OpenTelemetryMetrics(meters.provider, builder="orders")
     one.increment("source_fetch_total", source="rates", status="success")

@@ -509,9 +509,7 @@ async def test_a_refresh_that_is_told_of_an_absence_ends_the_value(
 async def test_a_value_of_higher_authority_outlives_an_absence_of_lower_authority() -> None:
     source = Stock("x", {"x": FOR_A_MINUTE})
     building = builder(
-        source,
-        default_policy=SHORT,
-        authority_policy=SourceAuthorityPolicy({"stream": 10, "x": 1}),
+        source, default_policy=SHORT, authority_policy=SourceAuthorityPolicy({"stream": 10, "x": 1})
     )
     await publish(building)
     await asyncio.sleep(6)

@@ -50,14 +50,7 @@ from tests.contracts.caches import (
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
-from tests.support import (
-    Gate,
-    LoopClock,
-    cancel_at_every_await,
-    drop,
-    loop_turn,
-    settle,
-)
+from tests.support import Gate, LoopClock, cancel_at_every_await, drop, loop_turn, settle
 
 KEYS = [key("b", str(number)) for number in range(5)]
 KINDS = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)

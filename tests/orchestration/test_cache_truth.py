@@ -142,9 +142,7 @@ async def test_a_reader_who_comes_after_a_publication_does_not_join_an_earlier_r
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_read_that_began_before_an_invalidation_is_not_cached_nor_joined(
-    kind: str,
-) -> None:
+async def test_a_read_that_began_before_an_invalidation_is_not_cached_nor_joined(kind: str) -> None:
     gate = Gate()
     source = gated(kind, gate)
     building = builder(source, Single("base"))
@@ -312,9 +310,7 @@ async def test_an_invalidation_at_any_step_of_a_fetch_leaves_nothing_of_it_in_th
     assert len(source.calls) == 2
 
 
-async def test_others_see_all_values_of_one_answer_or_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_others_see_all_values_of_one_answer_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "SLICE_SECONDS", 0.0)
     monkeypatch.setattr(calls, "PORTION", 1)
     rounds, cache, keys = iter(range(100)), AsyncMemoryCache(), [key("b", str(n)) for n in range(9)]

@@ -8,19 +8,8 @@ from typing import Any
 
 import pytest
 
-from coalestra import (
-    FreshnessPolicy,
-    ResourceKey,
-    SnapshotBuildError,
-    SourceUnavailableError,
-)
-from tests.contracts.caches import (
-    ALL,
-    AtomicCache,
-    BatchAtomicCache,
-    BatchCache,
-    SingleKeyCache,
-)
+from coalestra import FreshnessPolicy, ResourceKey, SnapshotBuildError, SourceUnavailableError
+from tests.contracts.caches import ALL, AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown

@@ -235,10 +235,7 @@ async def test_no_more_copies_run_at_once_than_allowed() -> None:
 
     keys = [key("b", str(n)) for n in range(5)]
     async with builder(
-        Batch("b"),
-        payload_copier=copier,
-        run_payload_copies_in_thread=True,
-        max_copy_concurrency=2,
+        Batch("b"), payload_copier=copier, run_payload_copies_in_thread=True, max_copy_concurrency=2
     ) as building:
         tasks = [asyncio.ensure_future(building.build(keys)) for _ in range(3)]
         await settle()

@@ -243,9 +243,7 @@ def _raise_absent() -> Any:
 
 
 @pytest.mark.parametrize("answer", [_stale, _ahead, Uncopyable, ResourceAbsent, _raise_absent])
-async def test_an_answer_of_no_use_concerns_its_own_key_only(
-    answer: Callable[[], Any],
-) -> None:
+async def test_an_answer_of_no_use_concerns_its_own_key_only(answer: Callable[[], Any]) -> None:
     it = Told()
 
     @it.at(C)

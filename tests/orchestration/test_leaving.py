@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalestra import (
-    FetchContext,
-    ResourceKey,
-    SnapshotBuilder,
-)
+from coalestra import FetchContext, ResourceKey, SnapshotBuilder
 from coalestra.concurrency import pace
 from coalestra.orchestration import flights, singleflight
 from tests.orchestration.scripted import (

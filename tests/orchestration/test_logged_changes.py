@@ -149,9 +149,7 @@ async def test_a_source_that_cannot_say_what_it_serves_fails(
     assert [record.getMessage() for record in records] == ["source 'unsure' fails: ValueError"]
 
 
-async def test_refreshes_in_the_background_are_told_apart(
-    records: list[logging.LogRecord],
-) -> None:
+async def test_refreshes_in_the_background_are_told_apart(records: list[logging.LogRecord]) -> None:
     world = World(records, default_policy=FreshnessPolicy(
         10, 1_000, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE
     ))  # fmt: skip

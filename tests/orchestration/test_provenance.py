@@ -558,10 +558,7 @@ async def test_acceptance_is_judged_now_and_not_as_of_the_delivery() -> None:
     async with world.builder.session() as session:
         await session.resolve([MIDDLE])
         world.clock.advance(61)
-        for policy, reasons in (
-            (strict, {"oldest_too_old", "rests_on_stale"}),
-            (loose, {"stale"}),
-        ):
+        for policy, reasons in ((strict, {"oldest_too_old", "rests_on_stale"}), (loose, {"stale"})):
             request = SnapshotRequest(required=[MIDDLE], acceptance_policy=policy)
             with pytest.raises(SnapshotAcceptanceError) as caught:
                 await session.resolve_request(request)

@@ -55,8 +55,7 @@ def breaking(
 ) -> SourceResiliencePolicy:
     """Open a circuit after `threshold` failures."""
     return SourceResiliencePolicy(
-        RetryPolicy(attempts, 1.0, jitter_ratio=0),
-        CircuitBreakerPolicy(scope, threshold, RECOVERY),
+        RetryPolicy(attempts, 1.0, jitter_ratio=0), CircuitBreakerPolicy(scope, threshold, RECOVERY)
     )
 
 
@@ -145,9 +144,7 @@ async def test_a_time_out_is_tried_again_only_if_the_policy_says_so() -> None:
 @pytest.mark.parametrize(
     "fault", [ValueError("broken"), asyncio.CancelledError(), GeneratorExit(), BaseException()]
 )
-async def test_a_predicate_that_raises_leaves_the_error_of_the_source(
-    fault: BaseException,
-) -> None:
+async def test_a_predicate_that_raises_leaves_the_error_of_the_source(fault: BaseException) -> None:
     loop = asyncio.get_running_loop()
     told: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _loop, context: told.append(context))
@@ -462,10 +459,7 @@ async def test_the_builder_takes_policies_by_name_and_a_default_too() -> None:
     assert len(declared.calls) == 3
     for setting, calls in (
         ({"default_resilience": retrying(6)}, 6),
-        (
-            {"retry_policy": retrying(7).retry},
-            7,
-        ),
+        ({"retry_policy": retrying(7).retry}, 7),
     ):
         source = stock(None)
         await attempt(builder(source, **setting))

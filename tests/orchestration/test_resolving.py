@@ -280,10 +280,7 @@ async def test_a_stale_payload_is_a_failure_of_its_source_and_the_next_is_tried(
         default_policy=BLOCKING,
     )
     assert (await building.build([key("x")]))[key("x")].source == "keeps"
-    alone = builder(
-        Single("lags", "x", fetch=old("past", 200)),
-        default_policy=BLOCKING,
-    )
+    alone = builder(Single("lags", "x", fetch=old("past", 200)), default_policy=BLOCKING)
     error = (await refused(alone, key("x")))[key("x")]
     assert isinstance(error, ResourceResolutionError)
     assert [each.error_type for each in error.failures] == ["StaleSourceData"]
@@ -305,10 +302,7 @@ async def test_the_newest_stale_payload_stands_in_when_all_fail(ages: tuple[int,
     assert (await building.build([key("x")]))[key("x")].from_cache, "it is kept to stand in again"
 
 
-@pytest.mark.parametrize(
-    "age_of_payload, from_cache",
-    [(15, True), (11, False)],
-)
+@pytest.mark.parametrize("age_of_payload, from_cache", [(15, True), (11, False)])
 @pytest.mark.parametrize("make", [AsyncMemoryCache, SingleKeyCache])
 async def test_cached_and_fetched_candidates_compete_by_their_observation(
     age_of_payload: float, from_cache: bool, make: Any

@@ -6,12 +6,7 @@ import asyncio
 
 import pytest
 
-from coalestra import (
-    AsyncMemoryCache,
-    DependencyCycleError,
-    FetchContext,
-    ResourceKey,
-)
+from coalestra import AsyncMemoryCache, DependencyCycleError, FetchContext, ResourceKey
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
 from tests.support import Gate, settle
 

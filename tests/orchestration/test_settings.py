@@ -100,11 +100,7 @@ SIMPLE: Table = {
     "copy_shutdown_timeout_seconds": required(SECONDS),
     "buffer_observability": optional(FLAG),
     "observability_max_pending": required(COUNT),
-    "observability_overflow": (
-        tuple(BufferOverflowPolicy),
-        (),
-        (None, 0, True, object()),
-    ),
+    "observability_overflow": (tuple(BufferOverflowPolicy), (), (None, 0, True, object())),
     "observability_shutdown_timeout_seconds": required(SECONDS),
     "observability_drain_on_shutdown": required(FLAG),
     "require_source_timeout_declarations": required(FLAG),
@@ -114,22 +110,14 @@ SIMPLE: Table = {
 }
 COLLABORATORS: Table = {
     "default_policy": kind(FreshnessPolicy(1, 2)),
-    "policy_resolver": (
-        (None, PolicyResolver(FreshnessPolicy(1, 2))),
-        (),
-        (0, "text", object()),
-    ),
+    "policy_resolver": ((None, PolicyResolver(FreshnessPolicy(1, 2))), (), (0, "text", object())),
     "authority_policy": kind(SourceAuthorityPolicy()),
     "authority_resolver": (
         (None, AuthorityPolicyResolver(SourceAuthorityPolicy())),
         (),
         (0, "text", object()),
     ),
-    "cache": (
-        (None, AsyncMemoryCache(), SingleKeyCache()),
-        (),
-        (0, "text", {}, object()),
-    ),
+    "cache": ((None, AsyncMemoryCache(), SingleKeyCache()), (), (0, "text", {}, object())),
     "retry_policy": kind(RetryPolicy()),
     "circuit_breaker": kind(CircuitBreaker()),
     "default_resilience": kind(SourceResiliencePolicy()),
@@ -287,8 +275,7 @@ def test_authority_policy_and_resolver_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"cache_run_payload_copies_in_thread": False}, {"cache_max_copy_concurrency": 2}],
+    "settings", [{"cache_run_payload_copies_in_thread": False}, {"cache_max_copy_concurrency": 2}]
 )
 def test_the_settings_of_the_default_cache_are_refused_with_a_cache_of_ones_own(
     settings: dict[str, Any],

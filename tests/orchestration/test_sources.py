@@ -630,11 +630,7 @@ def blocking(fetcher: Callable[..., Any] = lambda k, context: 1, **more: Any) ->
         **more,
     }
     return CallableSource(
-        name="blocking",
-        priority=1,
-        supports=lambda k: k.name == "x",
-        fetcher=fetcher,
-        **settings,
+        name="blocking", priority=1, supports=lambda k: k.name == "x", fetcher=fetcher, **settings
     )
 
 

@@ -297,10 +297,7 @@ async def test_stale_stand_ins_are_kept_for_the_next_outage() -> None:
         return SourcePayload("late", observed_at=EPOCH - 20)
 
     down = False
-    building = builder(
-        Single("s", "x", fetch=fetch),
-        default_policy=FreshnessPolicy(10, 500),
-    )
+    building = builder(Single("s", "x", fetch=fetch), default_policy=FreshnessPolicy(10, 500))
     assert (await building.build([X]))[X].stale
     down = True
     value = (await building.build([X]))[X]

@@ -288,9 +288,7 @@ async def test_a_builder_that_fails_to_tell_takes_no_other_with_it(
 # Making one ---------------------------------------------------------------------------------------
 
 
-async def test_a_second_collector_of_the_same_names_is_refused(
-    registry: CollectorRegistry,
-) -> None:
+async def test_a_second_collector_of_the_same_names_is_refused(registry: CollectorRegistry) -> None:
     HealthCollector({}, registry=registry)
     with pytest.raises(ValueError, match="Duplicated timeseries"):
         HealthCollector({"shop": builder(Single("x"))}, registry=registry)

@@ -216,10 +216,6 @@ asyncio.run(main())
 """
     subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(SOURCE),
-            "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
-        },
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
         check=True,
     )

@@ -128,17 +128,7 @@ LEAVES = st.one_of(
 )
 KEYS = st.one_of(st.text(max_size=3), st.integers(0, 3), st.booleans(), st.tuples(st.integers()))
 
-KNOWN = [
-    "list",
-    "dict",
-    "tuple",
-    "set",
-    "bytearray",
-    "plain",
-    "slotted",
-    "mixed",
-    "doubled",
-]
+KNOWN = ["list", "dict", "tuple", "set", "bytearray", "plain", "slotted", "mixed", "doubled"]
 UNKNOWN = [
     "own copy",
     "ordered",

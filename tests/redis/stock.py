@@ -82,10 +82,7 @@ async def leased(
     told: dict[ResourceKey, LeasedLookup] = {}
     now = terms.pop("now", None)
     async for part in cache.lease_many(
-        keys,
-        now=time.time() if now is None else now,
-        policies=dict.fromkeys(keys, policy),
-        **terms,
+        keys, now=time.time() if now is None else now, policies=dict.fromkeys(keys, policy), **terms
     ):
         told.update(part)
     return told

@@ -578,11 +578,7 @@ async def test_a_derived_value_is_good_while_what_it_rests_on_is_there(caches: C
         assert told[C].lease is None
         assert {
             key: each.lookup.value.value for key, each in told.items() if each.lookup.value
-        } == {
-            A: 1,
-            B: 2,
-            C: 3,
-        }
+        } == {A: 1, B: 2, C: 3}
         await one.set(value_of(A, 10))
         assert [await read(other, key) for key in (A, B, C)] == [10, None, None]
         held = await lease(other, C)

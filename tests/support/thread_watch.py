@@ -21,13 +21,7 @@ BLOCKED_SECONDS = 0.05
 """A thread that sat at the same lock for so long (in real seconds) counts as parked."""
 
 _WAITING_MODULES = frozenset(
-    {
-        "threading",
-        "queue",
-        "selectors",
-        "concurrent.futures._base",
-        "coalestra._lockfree",
-    }
+    {"threading", "queue", "selectors", "concurrent.futures._base", "coalestra._lockfree"}
 )
 _WORKER_LOOPS = frozenset(
     {("concurrent.futures.thread", "_worker"), ("coalestra.concurrency.threads", "_serve")}

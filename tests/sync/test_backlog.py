@@ -75,9 +75,7 @@ def test_a_submission_that_is_still_being_made_is_not_waited_for(
     backlog.flush(None)
 
 
-def test_a_flush_that_takes_too_long_says_how_much_is_left(
-    loop: asyncio.AbstractEventLoop,
-) -> None:
+def test_a_flush_that_takes_too_long_says_how_much_is_left(loop: asyncio.AbstractEventLoop) -> None:
     backlog = SubmissionBacklog(3)
     entered(backlog, loop).discard()
     entered(backlog, loop)

@@ -64,9 +64,7 @@ def test_an_interrupted_wait_cancels_the_work_also_before_it_has_begun(
     assert cancelled.wait(PATIENCE)
 
 
-def test_the_thread_outlives_a_task_that_ignores_its_cancellation(
-    loop_thread: LoopThread,
-) -> None:
+def test_the_thread_outlives_a_task_that_ignores_its_cancellation(loop_thread: LoopThread) -> None:
     door = Door()
 
     async def stubborn() -> None:

@@ -299,10 +299,7 @@ def test_a_facade_closed_while_a_value_is_captured_takes_it_back(
 
 
 def test_a_forked_process_takes_no_submissions(publisher: SyncResourcePublisher) -> None:
-    for call in (
-        lambda: publisher.submit_publish(PRICE, 1, source="stream"),
-        publisher.flush,
-    ):
+    for call in (lambda: publisher.submit_publish(PRICE, 1, source="stream"), publisher.flush):
         assert "create a new builder" in in_a_fork(call)
 
 

@@ -68,9 +68,7 @@ def test_a_handler_that_raises_at_any_line_of_a_submission_takes_no_place(
         raise Struck
 
     at_every_line(
-        lambda: facade.publisher.submit_publish(PRICE, 1, source="main"),
-        strike,
-        errors=(Struck,),
+        lambda: facade.publisher.submit_publish(PRICE, 1, source="main"), strike, errors=(Struck,)
     )
 
     facade.publisher.flush(timeout_seconds=PATIENCE)
