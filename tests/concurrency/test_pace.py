@@ -62,6 +62,22 @@ async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(
     assert not pace.due
 
 
+async def test_a_beginner_does_not_begin_a_slice_in_a_turn_that_has_had_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace = Pace()
+    now += SLICE_SECONDS
+    assert pace.begin()
+    now += SLICE_SECONDS
+    assert not pace.begin()
+    assert pace.due
+    await asyncio.sleep(0)
+    assert pace.begin()
+    assert not pace.due
+
+
 async def test_what_is_done_in_slices_rests_between_them_when_it_is_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

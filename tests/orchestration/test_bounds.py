@@ -324,3 +324,51 @@ async def test_the_errors_of_many_keys_are_made_over_many_turns(
     }
     assert await turns.most(works[form]()) <= 128
     assert sum(turns.counts.values()) >= 500
+
+
+async def test_builds_that_begin_in_one_turn_share_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns = Turns(monkeypatch)
+
+    class Counting(Single):
+        def supports(self, key: ResourceKey) -> bool:
+            turns.count()
+            return super().supports(key)
+
+    building = builder(Counting("x"))
+    builds = [building.build([key("x", str(number))]) for number in range(100)]
+    assert await turns.most(asyncio.gather(*builds)) <= 8
+
+
+async def test_deadlines_that_strike_in_one_turn_are_seen_to_over_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    building = builder(Batch("x", before=Gate().pass_))
+    ended = Counter[int]()
+
+    async def build(number: int) -> None:
+        await building.build([key("x", str(number))], strict=False, deadline_seconds=1)
+        ended[loop_turn()] += 1
+
+    waiting = asyncio.gather(*(build(number) for number in range(100)))
+    await settle()
+    Turns(monkeypatch)
+    await waiting
+    assert max(ended.values()) <= 8
+    await building.aclose()
+
+
+async def test_very_many_workers_are_started_over_several_turns() -> None:
+    begun = Counter[int]()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        begun[loop_turn()] += 1
+        await asyncio.sleep(1)
+        return ""
+
+    building = builder(Single("x", fetch=fetch), max_concurrency=500, max_pending_tasks=500)
+    snapshot = await building.build([key("x", str(number)) for number in range(500)])
+    assert snapshot.complete
+    assert max(begun.values()) <= 64
+    assert begun.total() == 500

@@ -10,7 +10,7 @@ import pytest
 
 from coalestra import FetchContext, ResourceKey, SnapshotBuilder
 from coalestra.concurrency import pace
-from coalestra.orchestration import flights, singleflight
+from coalestra.orchestration import flights
 from tests.orchestration.scripted import (
     Batch,
     Derived,
@@ -54,7 +54,7 @@ async def test_who_leaves_before_his_keys_were_looked_for_starts_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """His turn comes late: of twenty others, who came before him, four have theirs in each step."""
-    monkeypatch.setattr(singleflight, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
     source = Batch("many", "x", "y")
     building = builder(source)
     others = [
@@ -134,7 +134,7 @@ async def test_very_many_keys_are_left_over_many_turns(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither who cancels nor who closes holds the loop, and both go on to no other source."""
-    monkeypatch.setattr(singleflight, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
     left = Counter[int]()  # in each turn
     leave = flights.FlightBoard.leave
 
@@ -225,7 +225,6 @@ async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
     monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, turns: int
 ) -> None:
     """Of many keys they leave the call one after the other, and others have turns in between."""
-    monkeypatch.setattr(singleflight, "SLICE_SECONDS", -1.0)
     monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
     gate = Gate()
 

@@ -25,6 +25,7 @@ from coalestra import (
     SourceTimeoutError,
     SourceUnavailableError,
 )
+from coalestra.concurrency import pace
 from coalestra.orchestration import singleflight
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import LASTING, ONCE, Single, builder, key
@@ -555,7 +556,7 @@ def test_a_session_whose_call_was_left_on_the_last_loop_goes_on_on_the_next(
         "revalidate": lambda: session.revalidate([K], force_refresh=True),
     }
     with monkeypatch.context() as patch:
-        patch.setattr(singleflight, "SLICE_SECONDS", -1.0)  # a turn for each key
+        patch.setattr(pace, "SLICE_SECONDS", -1.0)  # a turn for each key
         patch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
         patch.setattr(singleflight, "_KEYS_PER_STEP", 1)
         left = left_on_a_loop(calls[call])

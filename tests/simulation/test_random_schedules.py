@@ -38,7 +38,6 @@ BLOCKS = 10
 @pytest.fixture(autouse=True)
 def _without_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no slice end early and use no thread, so that a seed means the same run every time."""
-    monkeypatch.setattr(singleflight, "SLICE_SECONDS", math.inf)
     monkeypatch.setattr(pace, "SLICE_SECONDS", math.inf)
     monkeypatch.setattr(WorkerThreads, "_hand_over", work_later)
 
@@ -73,12 +72,12 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     block: int, worlds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every loop over many things that may give others a turn does so after each single thing."""
-    for module in (singleflight, pace):
-        monkeypatch.setattr(module, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
     for module in (calls, deliveries):
         monkeypatch.setattr(module, "PORTION", 1)
     monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(calls, "_CALLS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(calls, "_WORKERS_AT_ONCE", 1)
     monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
     monkeypatch.setattr(singleflight, "_WAITERS_PER_STEP", 1)
     monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)

@@ -39,24 +39,44 @@ class Pace:
     """Gives the event loop a turn whenever a slice of time is used up.
 
     Any number of tasks may share one: together they use one slice in each turn of the loop, however
-    many they are. The first one to go on after a turn begins the next slice; one who starts to work
-    calls `begin`, as the last slice may have been long ago.
+    many they are, and however soon each is done. The first one to go on after a turn begins the
+    next slice; one who starts to work calls `begin`, as the last slice may have been long ago.
 
     Real time is meant, whatever clock the application lives by: it is the thread that must not be
     held. A look at it costs about as much as copying a small value, so loops look at intervals.
     """
 
-    __slots__ = ("_resting", "_turn", "_until")
+    __slots__ = ("_had", "_resting", "_turn", "_until")
 
     def __init__(self) -> None:
         self._resting = 0
         self._turn = 0
+        self._had = False
         self._until = time.perf_counter() + SLICE_SECONDS
 
-    def begin(self) -> None:
-        """Begin a slice, unless one is under way or there are others who wait for the next."""
-        if not self._resting and self.due:
-            self._until = time.perf_counter() + SLICE_SECONDS
+    def begin(self) -> bool:
+        """Begin a slice, unless one is under way, or this turn has had one, or others wait for one.
+
+        Return whether there is time left in this turn.
+        """
+        if not self.due:
+            return True
+        if self._resting or self._had:
+            return False
+        self._renew()
+        return True
+
+    def _renew(self) -> None:
+        self._until = time.perf_counter() + SLICE_SECONDS
+        self._had = True
+        asyncio.get_running_loop().call_soon(self._turn_over)
+
+    def _turn_over(self) -> None:
+        self._had = False
+
+    def leave_room(self, seconds: float) -> None:
+        """Use so much less of this slice: others have been woken who need the time."""
+        self._until -= seconds
 
     @property
     def due(self) -> bool:
@@ -73,7 +93,7 @@ class Pace:
             self._resting -= 1
         if self._turn == turn:
             self._turn += 1
-            self._until = time.perf_counter() + SLICE_SECONDS
+            self._renew()
 
     async def keep(self) -> bool:
         """Rest if it is time to; return whether others had a turn."""

@@ -112,6 +112,9 @@ _KEYS_AT_ONCE = 1_024
 _HOLDERS_SHOWN = 3
 """How many sources that hold slots a message names."""
 
+_WORKERS_AT_ONCE = 64
+"""So many workers are started before others may have a turn."""
+
 _CALLS_BETWEEN_LOOKS = 4
 """Calls that never wait would otherwise all be made in one step of the event loop."""
 
@@ -1693,6 +1696,7 @@ class Lane:
         self._workers = 0
         self._calls: set[Call] = set()
         self._hurried = 0
+        self._more: asyncio.Handle | None = None
 
     @property
     def capacity(self) -> str:
@@ -1773,12 +1777,16 @@ class Lane:
         self.staff()
 
     def staff(self) -> None:
-        """Start as many workers as the queue keeps busy."""
+        """Start as many workers as the queue keeps busy; the rest of very many in later turns."""
         # Looked at anew each time: an eager task may have worked the queue off by now.
-        most = self.limit + self._hurried
+        most, started = self.limit + self._hurried, 0
         while self._workers < min(most, len(self._calls) + len(self._queue)):
-            if self.dispatch.quiet_until and self._is_quiet():
+            if self._more is not None or (self.dispatch.quiet_until and self._is_quiet()):
                 return
+            if started == _WORKERS_AT_ONCE:
+                self._more = asyncio.get_running_loop().call_soon(self._staff_on)
+                return
+            started += 1
             worker = Worker(self)
             self._workers += 1
             try:
@@ -1789,6 +1797,10 @@ class Lane:
                 raise
             self.dispatch.workers.add(task)
             task.add_done_callback(partial(self._ended, worker))
+
+    def _staff_on(self) -> None:
+        self._more = None
+        self.staff()
 
     def _start(self, worker: Worker) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
@@ -1876,12 +1888,12 @@ class Lane:
 
     def _is_quiet(self) -> bool:
         """Whether no worker may be started yet; if so, see to it that they are later."""
-        loop = asyncio.get_running_loop()
+        loop, queue = asyncio.get_running_loop(), self._queue
         if loop.time() >= self.dispatch.quiet_until:
             return False
-        alive = [each for each in self._queue if isinstance(each, Call) or self._still_here(each)]
-        self._queue = deque(alive)
-        if alive:
+        while queue and not (isinstance(queue[0], Call) or self._still_here(queue[0])):
+            queue.popleft()
+        if queue:
             self.dispatch.staff_later(self)
         return True
 

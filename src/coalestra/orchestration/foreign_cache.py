@@ -28,6 +28,7 @@ from typing import Any
 from coalestra._endings import look_after
 from coalestra.cache.access import Answer, Outcomes, Terms
 from coalestra.cache.store import decide
+from coalestra.concurrency.pace import portions
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import Lease
@@ -44,6 +45,7 @@ _QUICK_SECONDS = 0.01
 
 
 _ANSWERS_BETWEEN_LOOKS = 32
+_ANSWERS_AT_ONCE = 1_024
 
 
 @dataclass(eq=False, repr=False)
@@ -155,7 +157,8 @@ class CacheReads:
         unlike = {read.key: read.unlike for read in group.reads if read.unlike is not None}
         if not self.parts.access.leases:
             found = await access.read(policies, now, policies)
-            await self._pass_on(group, reads, {key: Answer(found.get(key)) for key in policies})
+            for keys in portions(policies, _ANSWERS_AT_ONCE):
+                await self._pass_on(group, reads, {key: Answer(found.get(key)) for key in keys})
             return
         asking = access.lease(policies, now, policies, force=group.forced, unlike=unlike)
         async with contextlib.aclosing(asking):

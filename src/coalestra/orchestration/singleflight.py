@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,7 +31,7 @@ from typing import Any
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.cache.store import decide
-from coalestra.concurrency.pace import SLICE_SECONDS, portions
+from coalestra.concurrency.pace import Pace, portions
 from coalestra.core.errors import (
     BuilderClosedError,
     DependencyResolutionError,
@@ -129,14 +128,15 @@ class Agenda:
 
     A step may add further steps. They run after it, in order, so a chain of ten thousand
     settling keys needs no stack. A long one is a generator: what follows a `yield` is a step of its
-    own, at the end of the list. When a run has taken `SLICE_SECONDS` the rest continues in a
-    later turn of the event loop. `broken` is told of a step that failed, and what it was about.
+    own, at the end of the list. When the steps of a turn of the event loop have used up a slice of
+    time the rest continues in a later turn. `broken` is told of a step that failed, and what it was
+    about.
     """
 
-    __slots__ = ("_broken", "_handle", "_running", "_steps", "_until")
+    __slots__ = ("_broken", "_handle", "_pace", "_running", "_steps")
 
     def __init__(self, broken: Callable[[Subject, BaseException], None]) -> None:
-        self._until = 0.0
+        self._pace = Pace()
         self._steps: deque[tuple[Step, Subject, tuple[Any, ...]]] = deque()
         self._running = False
         self._handle: asyncio.Handle | None = None
@@ -154,11 +154,10 @@ class Agenda:
             return
         self._running = True
         self._handle = None
-        steps = self._steps
-        self._until = time.perf_counter() + SLICE_SECONDS
-        looks = _STEPS_BETWEEN_LOOKS
+        steps, pace = self._steps, self._pace
+        looks, due = _STEPS_BETWEEN_LOOKS, not pace.begin()
         try:
-            while steps:
+            while steps and not due:
                 step, subject, arguments = steps.popleft()
                 try:
                     rest = step(subject, *arguments)
@@ -169,9 +168,7 @@ class Agenda:
                     self._broken(subject, error)
                 looks -= 1
                 if not looks:
-                    looks = _STEPS_BETWEEN_LOOKS
-                    if time.perf_counter() > self._until:
-                        break
+                    looks, due = _STEPS_BETWEEN_LOOKS, pace.due
         finally:
             self._running = False
             if steps:
@@ -179,7 +176,7 @@ class Agenda:
 
     def leave_room(self, tasks: int = 1) -> None:
         """Take up less time in this turn: tasks were woken that go on in the next one."""
-        self._until -= tasks * _WOKEN_SECONDS
+        self._pace.leave_room(tasks * _WOKEN_SECONDS)
 
     async def finish(self) -> None:
         """Let the list be run to its end, in slices."""

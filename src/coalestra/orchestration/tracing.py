@@ -481,7 +481,7 @@ class WorkTrace:
     _stages: list[StageLog] = field(default_factory=list)
     _stages_begun: int = 0
     _entries: list[KeyLog | WarmKey] = field(default_factory=list)
-    _latest: dict[ResourceKey, KeyLog | WarmKey] | None = None
+    _latest: dict[ResourceKey, int] | None = None
     _untold: set[int] = field(default_factory=set)
     _joins: dict[ResourceKey, tuple[Any, FlightLog, float]] = field(default_factory=dict)
 
@@ -564,10 +564,13 @@ class WorkTrace:
         What derivations need is noted once, unless it had failed.
         """
         logs: dict[ResourceKey, KeyLog] = {}
-        latest = self._known
+        latest, entries = self._places, self._entries
         for key in keys if self.recording else ():
-            known = latest.get(key)
-            if requested or known is None or known.obtained is Obtained.FAILED:
+            place = latest.get(key)
+            known = None if place is None else entries[place]
+            if known is None and len(entries) >= MOST_KEYS:
+                self._untold.add(hash(key))
+            elif requested or known is None or known.obtained is Obtained.FAILED:
                 log = self._begin(key, requested=requested)
                 if log is not None:
                     logs[key] = log
@@ -578,7 +581,8 @@ class WorkTrace:
     ) -> None:
         """Note what a session shows that was never looked for, but read out of sight."""
         for key, value in values.items() if self.recording else ():
-            known, pin = self._known.get(key), pins.get(key)
+            place, pin = self._places.get(key), pins.get(key)
+            known = None if place is None else self._entries[place]
             if known is not None and known.version == value.version:
                 if isinstance(known, KeyLog):
                     known.requested = True
@@ -590,23 +594,21 @@ class WorkTrace:
 
     def _begin(self, key: ResourceKey, *, requested: bool) -> KeyLog | None:
         """Begin the story of a key; where there is no room, in the place of its last one."""
-        known, log = self._known.get(key), KeyLog(key, requested)
+        entries, place = self._entries, self._places.get(key)
         if self._room > 0:
-            self._entries.append(log)
-        elif isinstance(known, KeyLog):
-            self._entries[self._entries.index(known)] = log
-        else:
-            if known is None:
-                self._untold.add(hash(key))
+            place = len(entries)
+        elif place is None or not isinstance(entries[place], KeyLog):
             return None
-        self._known[key] = log
+        log = KeyLog(key, requested)
+        entries[place : place + 1] = [log]
+        self._places[key] = place
         return log
 
     @property
-    def _known(self) -> dict[ResourceKey, KeyLog | WarmKey]:
-        """The latest story of each key; a build that finds all in memory never asks for it."""
+    def _places(self) -> dict[ResourceKey, int]:
+        """Where the latest story of each key is; a build that finds all in memory never asks."""
         if self._latest is None:
-            self._latest = {each.key: each for each in self._entries}
+            self._latest = {each.key: place for place, each in enumerate(self._entries)}
         return self._latest
 
     @property
