@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as ConnectionClosed
 
 from coalestra import (
     CacheWriteStatus,
@@ -435,6 +436,29 @@ async def test_a_lease_that_reaches_nobody_is_given_back(caches: Caches) -> None
         reading.cancel()
         await asyncio.wait({reading})
         assert (await asyncio.wait_for(leased(other), PATIENT_SECONDS))[A].lease is not None
+
+
+async def test_a_lease_whose_grant_was_lost_with_the_connection_is_granted_once_more(
+    server: Server, prefix: str
+) -> None:
+    """Else whoever asked would wait for himself, and all others with him."""
+
+    class Cut(Redis):
+        async def execute_command(self, *words: Any, **options: Any) -> Any:
+            answer = await super().execute_command(*words, **options)
+            if cuts:
+                raise cuts.pop()
+            return answer
+
+    cuts: list[Exception] = []
+    client = Cut.from_url(server.url)
+    cache = RedisCache(client, prefix=prefix, lease_seconds=1000, time_limit_seconds=20)
+    await lease(cache, B)
+    cuts.append(ConnectionClosed("cut off"))
+    assert (await asyncio.wait_for(leased(cache), PATIENT_SECONDS))[A].lease is not None
+    assert not cuts
+    await cache.aclose()
+    await client.aclose()
 
 
 async def test_a_stale_value_comes_along_with_the_lease(caches: Caches) -> None:

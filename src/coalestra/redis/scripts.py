@@ -162,7 +162,7 @@ for i, key in ipairs(KEYS) do
     if since - tonumber(o) <= tonumber(age) then state = 'h' end
   end
   if mode ~= 'g' and state == 'm' then
-    if l and mode ~= 'f' and tonumber(x) > now * 1000 then
+    if l and l ~= ARGV[1] and mode ~= 'f' and tonumber(x) > now * 1000 then
       state = 'w'
       left = math.ceil(tonumber(x) - now * 1000)
     else
