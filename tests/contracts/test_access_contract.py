@@ -313,3 +313,33 @@ def test_leases_left_on_a_loop_that_has_ended_keep_no_later_ones_from_being_give
 
     run_virtual(later())
     assert set(cache.leased) == {A}
+
+
+async def test_leases_that_a_write_gives_back_as_the_last_one_are_waited_for_at_the_end() -> None:
+    cache = LeasingCache()
+    access = access_over(cache)
+    access.attach()
+    leases = [Lease(A, "one"), Lease(B, "two")]
+    cache.leased = {each.key: each for each in leases}
+    terms = Terms({A: POLICY}, NOW, leases={A: leases[0]})
+    access.write_behind((revision_of(),), terms, wanted=lambda _: False)
+    access.give_back(leases[1], failed=False)
+    await access.drain(5.0)
+    assert cache.leased == {}
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_giving_back_that_is_cancelled_keeps_no_later_lease_from_being_given_back() -> None:
+    cache = LeasingCache()
+    access = access_over(cache)
+    access.attach()
+    leases = [Lease(A, "one"), Lease(B, "two")]
+    cache.leased = {each.key: each for each in leases}
+    access.give_back(leases[0], failed=False)
+    await asyncio.sleep(0)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await asyncio.sleep(1)
+    access.give_back(leases[1], failed=False)
+    await asyncio.sleep(1)
+    assert B not in cache.leased

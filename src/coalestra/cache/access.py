@@ -365,8 +365,12 @@ class CacheAccess:
             for told in part.values() if isinstance(part, Mapping) else ():
                 self.give_back(getattr(told, "lease", None), failed=False)
 
-    async def _give_back(self) -> None:
+    def _give_back(self) -> Coroutine[Any, Any, None]:
+        """Take what is to be given back, here and now; who does it may be cancelled before."""
         given, self._giving_back = self._giving_back, {}
+        return self._release(given)
+
+    async def _release(self, given: Mapping[Lease, bool]) -> None:
         for failed in (False, True):
             leases = [lease for lease, value in given.items() if value is failed]
             if leases:
@@ -519,8 +523,11 @@ class CacheAccess:
         """Wait until what is on its way is written, for so long at most; then give it up."""
         if self.store is None:
             self.channel()  # drops those of another loop
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_seconds
+        await asyncio.sleep(0)  # for what is given back at this moment, as by writes that end
+        while self._tasks and loop.time() < until:
+            await asyncio.wait(self._tasks, timeout=until - loop.time())
         for task in tuple(self._tasks):
             task.cancel()
 
