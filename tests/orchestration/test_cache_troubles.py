@@ -822,6 +822,31 @@ async def test_what_a_session_has_derived_anew_is_stored_under_leases() -> None:
     assert shop.builder.cache.leased == {}  # type: ignore[attr-defined]  # it is the double
 
 
+async def test_the_lease_on_what_waits_for_a_publication_is_given_back_by_closing() -> None:
+    at_source = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await at_source.pass_()
+        return "fetched"
+
+    cache, at_cache = hanging(LeasingCache, "set_many_if_newer")
+    building = builder(Single("k", fetch=fetch), cache=cache)
+    reading = asyncio.ensure_future(building.build([key("k")]))
+    await at_source.wait_arrived()
+    event = asyncio.ensure_future(building.publisher.publish(key("k"), "event", source="s"))
+    await at_cache.wait_arrived()
+    at_source.open()
+    await settle()
+    assert not reading.done()
+    await building.aclose()
+    assert cache.leased == {}  # type: ignore[attr-defined]  # it is the double
+    assert (await building.health_snapshot()).singleflight_in_flight == 0
+    at_cache.open()
+    for each in (reading, event):
+        with contextlib.suppress(RuntimeError):
+            await each
+
+
 async def test_a_lease_that_comes_as_its_reader_leaves_is_given_back() -> None:
     caches: list[LeasingCache] = []
 

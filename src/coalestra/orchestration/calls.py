@@ -914,7 +914,6 @@ class Call:
             if more and self._retries(error):
                 delay = retry.delay_for_attempt(self.attempts)
                 if delay < self.remaining():
-                    self.work.record.retries += 1
                     if self.log is not None:
                         self.log.rests(delay)
                     if self.parts.report is not None:
@@ -1535,6 +1534,8 @@ class Call:
                 if self.parts.report is not None:
                     size = len(self.flights)
                     self.parts.report.observe("source_batch_size", size, source=self.link.name)
+        else:
+            self.work.record.retries += 1
         self.attempts += 1
 
     def _count_calls(self, count: int) -> None:
