@@ -33,7 +33,16 @@ from coalestra import (
 from coalestra.orchestration.calls import Attempt, Call, Following
 from coalestra.orchestration.flights import Flight, call_served
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
-from tests.support import EPOCH, Gate, ManualClock, VirtualLoop, loop_turn, no_leaks, settle
+from tests.support import (
+    EPOCH,
+    Gate,
+    ManualClock,
+    ThreadGate,
+    VirtualLoop,
+    loop_turn,
+    no_leaks,
+    settle,
+)
 
 KEYS = [key("x", str(number)) for number in range(6)]
 A, B, C, D, E, F = KEYS
@@ -856,3 +865,89 @@ async def test_a_value_that_takes_a_thread_to_copy_goes_on_alone() -> None:
     assert len(snapshot.value(C)) == 200_000
     assert {**values(snapshot), "2": "2"} == ALL
     assert len(it.source.calls) == 6
+
+
+class CopiedBehind:
+    """A value that is copied in a thread, which passes a gate."""
+
+    def __init__(self, gate: ThreadGate) -> None:
+        self.gate = gate
+
+    def __deepcopy__(self, memo: Any) -> str:
+        self.gate.pass_()
+        return "copied"
+
+
+@pytest.mark.parametrize("finish_late", [False, True])
+async def test_a_copy_that_takes_a_thread_ends_by_the_cutoff_of_its_own_key(
+    finish_late: bool,
+) -> None:
+    policy = SourceResiliencePolicy(RetryPolicy(max_attempts=1), finish_late=finish_late)
+    it, gate = Told(policy, 10.0, max_concurrency=1, max_pending_tasks=2), ThreadGate()
+
+    @it.at(C)
+    async def much(k: ResourceKey) -> Any:
+        return CopiedBehind(gate)
+
+    late = asyncio.ensure_future(it.builder.build(KEYS, strict=False, deadline_seconds=1.0))
+    await asyncio.sleep(0.5)
+    others = [k for k in KEYS if k is not C]
+    assert list(await it.builder.build(others)) == others, "which have long been delivered"
+    snapshot = await late
+    assert set(snapshot.errors) == {C}
+    assert "copied" in str(snapshot.errors[C])
+    assert len(values(snapshot)) == 5
+    await asyncio.sleep(1.0)
+    gate.open()
+    await asyncio.sleep(1.0)
+    assert (await it.builder.build([C])).value(C) == "copied"
+    assert it.source.calls.count(C) == 2 - finish_late
+
+
+# What bounds a call ------------------------------------------------------------------------------
+
+
+class Blocking(Single):
+    """Blocks, it says, for a second at most, in a thread."""
+
+    blocking_io = blocking_io_offloaded = True
+    transport_timeout_seconds = 1.0
+
+
+async def test_a_blocking_source_is_asked_for_no_key_that_does_not_fit_into_what_is_left() -> None:
+    clock = ManualClock()
+
+    async def take(k: ResourceKey, context: FetchContext) -> str:
+        clock.advance(0.6)
+        return k.subject
+
+    source = tuned(Blocking("x", fetch=take, timeout=5.0), resilience_policy=NO_RETRY)
+    building = builder(source, clock=clock)
+    snapshot = await building.build(KEYS, strict=False, deadline_seconds=2.0)
+    assert source.calls == [A, B]
+    assert values(snapshot) == {"0": "0", "1": "1"}
+    assert "transport timeout" in str(snapshot.errors[C])
+    health = await building.health_snapshot()
+    assert not health.source_transport_timeout_violations
+
+
+@pytest.mark.parametrize("kind", [Single, Alone])
+@pytest.mark.parametrize("workers", [1, 4])
+async def test_what_waits_for_a_slot_that_a_led_key_keeps_waits_as_long_as_it_may(
+    workers: int, kind: type[Single]
+) -> None:
+    """Behind the only worker, nothing waits for a slot yet."""
+
+    async def stay(k: ResourceKey, context: FetchContext) -> str:
+        if k is C:
+            await asyncio.sleep(2.0)
+        return k.subject
+
+    source = tuned(kind("x", fetch=stay), resilience_policy=NO_RETRY, queue_timeout_seconds=0.5)
+    building = builder(source, max_concurrency=1, max_pending_tasks=workers)
+    snapshot = await building.build(KEYS, strict=False)
+    assert set(snapshot.errors) == (set() if workers == 1 else {D, E, F})
+    for error in snapshot.errors.values():
+        assert "waited 0.5 s for capacity" in str(error)
+    health = await building.health_snapshot()
+    assert health.queue_timeout_count == len(snapshot.errors)
