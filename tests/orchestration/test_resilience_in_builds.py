@@ -222,11 +222,13 @@ async def test_a_deadline_between_two_tries_ends_the_waiting_and_the_retry() -> 
 async def test_nobody_left_means_no_further_retry() -> None:
     source = stock(retrying(2, 5.0))
     building = builder(source)
-    task = asyncio.ensure_future(building.build([X]))
+    session = building.session()
+    task = asyncio.ensure_future(session.resolve([X]))
     await asyncio.sleep(1)
     task.cancel()
     await asyncio.sleep(100)
     assert len(source.calls) == 1
+    assert session.snapshot().diagnostics.retries == 0
 
 
 # Circuits of every scope

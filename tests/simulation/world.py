@@ -17,6 +17,7 @@ from coalestra import (
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
+    PolicyResolver,
     RefreshMode,
     ResourceAbsent,
     ResourceKey,
@@ -24,6 +25,7 @@ from coalestra import (
     RetryPolicy,
     Snapshot,
     SnapshotBuilder,
+    SnapshotDiagnostics,
     SnapshotValue,
     SourcePayload,
     SourceResiliencePolicy,
@@ -147,26 +149,28 @@ class Calls:
 
     def __init__(self) -> None:
         self.faults: list[str] = []
+        self.count = 0
         self._asked: dict[ResourceKey, dict[str, bool]] = {}
         self._changing: Counter[ResourceKey] = Counter()
-        self._under_way: dict[tuple[str, ResourceKey], dict[str, bool]] = {}
+        self._under_way: dict[tuple[str, ResourceKey], list[list[Any]]] = {}
         self._running: Counter[str] = Counter()
         self.limits: dict[str, int] = {}
 
-    def begin(self, source: str, key: ResourceKey, work: str) -> None:
+    def begin(self, source: str, key: ResourceKey, work: str) -> list[Any]:
         """Note that a key is asked for on behalf of a unit of work."""
         asked = self._asked.setdefault(key, {})
         outdated = asked[work] = asked.get(work, False) or self._changing[key] > 0
-        others = self._under_way.setdefault((source, key), {})
-        if work in others:
-            self.faults.append(f"{source} was asked for {key} twice at once by one")
+        others = self._under_way.setdefault((source, key), [])
         for other in others:
-            others[other] |= not (asked[other] or outdated)
-        others[work] = False
+            other[1] |= not (asked[other[0]] or outdated)
+        others.append([work, False])
+        return others[-1]
 
-    def end(self, source: str, key: ResourceKey, work: str, *, cancelled: bool) -> None:
+    def end(self, source: str, key: ResourceKey, call: list[Any], *, cancelled: bool) -> None:
         """Note the end; one that was just being cancelled when the next began did not overlap."""
-        if self._under_way[source, key].pop(work) and not cancelled:
+        under_way = self._under_way[source, key]
+        del under_way[[each is call for each in under_way].index(True)]
+        if call[1] and not cancelled:
             self.faults.append(f"{source} was asked for {key} twice at once")
 
     @contextlib.contextmanager
@@ -191,6 +195,18 @@ class Calls:
             yield
         finally:
             self._running.subtract((source, "all"))
+
+
+class Events:
+    """Counts the events that it is told of."""
+
+    coalestra_non_blocking = True
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+
+    def emit(self, event_type: str, **payload: Any) -> None:
+        self.count[event_type] += 1
 
 
 class Spans:
@@ -230,6 +246,10 @@ class World:
         self.mutable = chance.random() < 0.15
         self.odd = not self.calm and chance.random() < 0.3
         self.narrow = not self.calm and chance.random() < 0.3
+        self.closes = chance.random() < 0.1
+        self.closed = False
+        self.events = Events() if chance.random() < 0.2 else None
+        self.told: dict[str, SnapshotDiagnostics] = {}
         self.clock = TickingClock()
         self.calls = Calls()
         self.bases = [
@@ -266,7 +286,12 @@ class World:
                 ),
             )
         )
+        self.refreshes = policy.refresh_mode is not RefreshMode.BLOCKING
         self.brief = policy.ttl_seconds < 10
+        overrides = {}
+        if chance.random() < 0.3:
+            lasting = FreshnessPolicy(1_000, 2_000)
+            overrides = dict.fromkeys(chance.sample(self.keys, 8), lasting)
         retry = RetryPolicy(max_attempts=chance.randint(1, 2), base_delay_seconds=0.1)
         cache: Any = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
         kind = chance.random()
@@ -286,7 +311,8 @@ class World:
             self._sources(),
             cache=cache,
             clock=self.clock,
-            default_policy=policy,
+            policy_resolver=PolicyResolver(policy, overrides),
+            events=self.events,
             default_resilience=SourceResiliencePolicy(
                 retry=retry, circuit=circuit, finish_late=chance.random() < 0.5
             ),
@@ -315,13 +341,17 @@ class World:
 
         async def backup(k: ResourceKey, context: FetchContext) -> Any:
             if k in world.needs:
+                world.calls.count += 1
                 with world.calls.running("backup"):
                     await world.work()
                 return {}
             return (await world.read("backup", [k], context))[k]
 
         class Nested(Derived):
+            inherit_freshness = world.chance.random() < 0.2
+
             async def derive(self, k: ResourceKey, inputs: Snapshot, context: FetchContext) -> Any:
+                world.calls.count += 1
                 await world.nest(world.bases)
                 with world.calls.running("derived"):
                     await world.work()
@@ -407,7 +437,10 @@ class World:
         """Build within a source, at times, from its own builder or another one."""
         if self.nests and self.chance.random() < 0.4:
             builder = self.chance.choice((self.builder, self.aside))
-            await builder.build(self.chance.sample(keys, 2), strict=False)
+            if self.chance.random() < 0.2:
+                await builder.wait_for_refreshes()
+            async with builder.session() as session:
+                await session.resolve(self.chance.sample(keys, 2), strict=False)
 
     async def fetch_aside(self, k: ResourceKey, context: FetchContext) -> Any:
         """Answer for the other builder, by way of the first one at times."""
@@ -419,8 +452,8 @@ class World:
         self, source: str, keys: Collection[ResourceKey], context: FetchContext
     ) -> dict[ResourceKey, Any]:
         """Answer with the truth as it was when the call began, after a while; or fail."""
-        for k in keys:
-            self.calls.begin(source, k, context.snapshot_id)
+        self.calls.count += 1
+        calls = {k: self.calls.begin(source, k, context.snapshot_id) for k in keys}
         cancelled = False
         try:
             found = {k: (str(k), self.truth[k]) for k in keys}
@@ -442,16 +475,33 @@ class World:
             cancelled = True
             raise
         finally:
-            for k in keys:
-                self.calls.end(source, k, context.snapshot_id, cancelled=cancelled)
+            for k, call in calls.items():
+                self.calls.end(source, k, call, cancelled=cancelled)
 
     async def change_both(self) -> None:
         """Let two keys that have no source change together, so that nobody sees one without."""
         async with self.turn:
             self.both += 1
             updates = [ResourceUpdate(k, self.both, "news") for k in PAIR]
-            with contextlib.suppress(*([Exception] if self.wild else [])):
+            with contextlib.suppress(*([Exception] if self.wild or self.closed else [])):
                 await self.builder.publisher.publish_many(updates)
+
+    async def meddle(self) -> None:
+        """Say something of a derived key, or let the memory cache forget what it holds."""
+        k = self.chance.choice(list(self.needs))
+        cache = self.builder.cache
+        with (
+            self.calls.changing(*self.keys),
+            contextlib.suppress(*([Exception] if self.wild or self.closed else [])),
+        ):
+            kind = self.chance.random()
+            if kind < 0.3:
+                await self.builder.publisher.publish(k, {}, source="news")
+            elif kind < 0.6 or not isinstance(cache, AsyncMemoryCache):
+                await self.builder.publisher.invalidate(k)
+            else:
+                gone = self.chance.sample(self.bases, 3)
+                await cache.invalidate_matching(gone.__contains__)
 
     def sabotage(self) -> None:
         """Cancel a task of the library's own, as a program does that cancels every task."""
@@ -479,7 +529,7 @@ class World:
                     else:
                         await self.builder.publisher.invalidate(k)
             except Exception:
-                if not self.wild:
+                if not (self.wild or self.closed):
                     raise
             else:
                 self.floor[k] = max(self.floor[k], value)
