@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from coalestra import (
+    FetchContext,
     FreshnessPolicy,
+    ResourceAbsent,
     ResourceAcceptanceRule,
     ResourceKey,
     Snapshot,
@@ -153,6 +155,37 @@ async def test_force_refresh_passes_the_cache_by_though_it_is_fresh() -> None:
     shop.stock.change(base=2)
     assert (await session.revalidate([BASE], force_refresh=True)).value(BASE) == 2
     assert len(shop.stock.calls) == 2
+
+
+@pytest.mark.parametrize("absent", [True, False])
+async def test_what_is_derived_by_force_from_old_pins_leaves_the_current_value_to_others(
+    absent: bool,
+) -> None:
+    """Also when it comes to nothing; what is derived from a pin that is current is for everyone."""
+
+    class Doubling(Derived):
+        async def derive(self, key: ResourceKey, inputs: Snapshot, context: FetchContext) -> Any:
+            self.calls.append(inputs.value(BASE))
+            if absent and self.calls == [1, 2, 1]:
+                raise ResourceAbsent("there is no longer any")
+            return 2 * inputs.value(BASE)
+
+    doubling = Doubling("double", needs=lambda k: [BASE])
+    building = builder(Stock("stock", {"base": 1}), doubling)
+    async with building.session() as session:
+        await session.resolve([BASE, key("double")])
+        await asyncio.sleep(1)
+        await building.publisher.publish(BASE, 2, source="stream")
+        assert (await building.build([key("double")])).value(key("double")) == 4
+        again = await session.revalidate([key("double")], strict=False, force_refresh=True)
+        assert again.value(key("double")) == 2
+    assert doubling.calls == [1, 2, 1]
+    async with building.session() as session:
+        assert (await session.resolve([BASE, key("double")])).value(key("double")) == 4
+        assert doubling.calls == [1, 2, 1]
+        await session.revalidate([key("double")], force_refresh=True)
+    assert (await building.build([key("double")])).value(key("double")) == 4
+    assert doubling.calls == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("force", [False, True])

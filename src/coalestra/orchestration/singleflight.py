@@ -843,6 +843,9 @@ class SingleFlight:
         if not gather.failures:
             if flight.pins is not None:
                 hold(flight.pins, gather.readings)
+                peek = None if self._store is None else self._store.peek
+                if peek and not all(peek(each.key) is each for each in gather.revisions()):
+                    flight.cacheable = False  # what was pinned is current no longer
             if flight.link is not None:
                 self._be_ready(flight.link, (flight,))
             return
