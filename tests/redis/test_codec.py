@@ -178,6 +178,30 @@ def test_an_unknown_type_is_refused_with_its_name_and_place(
     assert (caught.value.place, caught.value.type_name) == (place, name)
 
 
+class Shy:
+    def __repr__(self) -> str:
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize("depth", range(100, 1_000, 50))
+def test_an_unknown_type_is_refused_at_whatever_depth(depth: int) -> None:
+    value: Any = object()
+    for _ in range(depth):
+        value = {"k": value}
+    with pytest.raises(UnstorableValueError):
+        CODEC.encode(value)
+
+
+def test_a_refusal_is_short_and_asks_no_key_that_cannot_be_shown() -> None:
+    for keys in (["x" * 1_000_000], ["x" * 150] * 5, [Shy()]):
+        value: Any = object()
+        for key in keys:
+            value = {key: value}
+        with pytest.raises(UnstorableValueError) as caught:
+            CODEC.encode(value)
+        assert len(str(caught.value)) < 600
+
+
 def test_the_refusal_names_the_remedy() -> None:
     with pytest.raises(UnstorableValueError, match=r"register it, RedisCache\(\.\.\., models=\["):
         MessagePackCodec().encode(Side.BUY)

@@ -29,7 +29,7 @@ from msgspec.msgpack import Decoder, Encoder, Ext
 from coalestra.core.errors import CoalestraError
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.serialization import qualified_type
-from coalestra.core.validation import instance, plain_function, text
+from coalestra.core.validation import instance, plain_function, readable, shown, text
 
 # What can go wrong -------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ class UnstorableValueError(CoalestraError, TypeError):
 
     Attributes:
         type_name: the full name of the type that is not known, or of the value that is too large.
-        place: where in the value it is, as Python would write it.
+        place: where in the value it is, as Python would write it; cut if that is long.
     """
 
     def __init__(self, type_name: str, place: str, reason: str) -> None:
@@ -187,12 +187,13 @@ class MessagePackCodec:
         Raises `UnstorableValueError` for a type that is not known, or a value within itself.
         """
         try:
-            return _encode(self._write(value))
-        except _Refused as refused:
-            culprit, reason = refused.args
-            place = _place_of(culprit, value, "value")
-            raise UnstorableValueError(qualified_type(culprit), place, reason) from None
-        except RecursionError:
+            try:
+                return _encode(self._write(value))
+            except _Refused as refused:
+                culprit, reason = refused.args
+                place = readable(_place_of(culprit, value, "value"))
+                raise UnstorableValueError(qualified_type(culprit), place, reason) from None
+        except RecursionError:  # to find a place goes deeper than to write what stands before it
             reason = "it is nested too deeply, or contains itself"
             raise UnstorableValueError(qualified_type(value), "value", reason) from None
 
@@ -370,7 +371,7 @@ def _place_of(culprit: Any, value: Any, place: str) -> str:
     within: Iterable[tuple[str, Any]] = ()
     if isinstance(value, dict):
         within = [(f"a key of {place}", key) for key in value]
-        within += [(f"{place}[{key!r}]", item) for key, item in value.items()]
+        within += [(f"{place}[{shown(key)}]", item) for key, item in value.items()]
     elif isinstance(value, (list, tuple)):
         within = ((f"{place}[{number}]", item) for number, item in enumerate(value))
     elif isinstance(value, (set, frozenset)):
