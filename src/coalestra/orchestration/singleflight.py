@@ -923,12 +923,15 @@ class SingleFlight:
         flight.cacheable = False
         self.agenda.add(self._offer, flight)
 
-    def hold_nothing_back(self) -> None:
-        """Forget what was held back; it has been settled, or never will be."""
-        for held in self._held_back.values():
-            for _, timer in held.values():
-                timer.cancel()
+    def hold_nothing_back(self) -> Collection[Flight]:
+        """Forget what was held back, and return it: it will not be written any more."""
+        held = {
+            each: timer for some in self._held_back.values() for each, (_, timer) in some.items()
+        }
+        for timer in held.values():
+            timer.cancel()
         self._held_back.clear()
+        return held
 
     def _store_together(
         self, call: Call, made: Collection[Fresh], by_key: dict[ResourceKey, Revision]
@@ -1715,7 +1718,8 @@ class Engine:
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
         await self.flights.agenda.finish()
-        self.flights.hold_nothing_back()
+        for flight in self.flights.hold_nothing_back():
+            self.flights.settle(flight, Failed(Failure.unwanted(flight.key)))
         await self.parts.access.drain(timeout_seconds)
         left: dict[str, int] = {}
         for task in running:
