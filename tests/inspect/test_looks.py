@@ -211,38 +211,36 @@ async def test_what_was_found_stale_is_not_told_as_fresh() -> None:
     assert (cache["fresh"], cache["reads"], cache["stats"]["stale_hits"]) == (0, 1, 1)
 
 
-async def test_a_cache_that_tells_nothing_of_itself_is_no_trouble() -> None:
-    made = builder(Single("k"), cache=SingleKeyCache())
+class Odd(SingleKeyCache):
+    """Tells whatever it likes of itself."""
+
+    async def stats(self) -> Any:
+        return {"hits": "many", "misses": object()}
+
+
+class Stuck(SingleKeyCache):
+    """Does not answer."""
+
+    async def stats(self) -> Any:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("kind", [SingleKeyCache, Odd, Stuck])
+async def test_a_cache_that_tells_nothing_of_use_is_no_trouble_and_holds_up_no_look(
+    kind: type[SingleKeyCache],
+) -> None:
+    made = builder(Single("k"), cache=kind())
     await made.build([key("k")])
     await settle()
-    state = await told(story_of(made), made)
-    assert state["cache"]["stats"] is None
+    story = story_of(made)
+    await told(story, made)
+    began = asyncio.get_running_loop().time()
+    state = await told(story, made)
+    assert asyncio.get_running_loop().time() - began < 5
+    assert (state["cache"]["stats"] is None) is (kind is not Odd)
     assert state["cache"]["reads"] is None
     assert state["cache"]["calls"] > 0
     assert state["graph"]["kinds"] == []
-
-
-async def test_a_cache_may_tell_whatever_it_likes_of_itself() -> None:
-    class Odd(SingleKeyCache):
-        async def stats(self) -> Any:
-            return {"hits": "many", "misses": object()}
-
-    made = builder(Single("k"), cache=Odd())
-    story = story_of(made)
-    await told(story, made)
-    assert (await told(story, made))["cache"]["reads"] is None
-
-
-async def test_a_cache_that_does_not_answer_holds_up_no_look() -> None:
-    class Stuck(SingleKeyCache):
-        async def stats(self) -> Any:
-            await asyncio.Event().wait()
-
-    made = builder(Single("k"), cache=Stuck())
-    began = asyncio.get_running_loop().time()
-    state = await told(story_of(made), made)
-    assert asyncio.get_running_loop().time() - began < 5
-    assert state["cache"]["stats"] is None
 
 
 async def test_flights_say_where_they_stand_without_subjects_unless_asked() -> None:
@@ -494,7 +492,7 @@ def test_a_key_whose_normalizer_keeps_white_space_is_shown_like_any_other() -> N
     assert [each.namespace for each in shown] == [" ", "a", " a"]
 
 
-class Odd:
+class Unruly:
     def __repr__(self) -> str:
         raise RuntimeError("not today")
 
@@ -509,7 +507,7 @@ class Rude:
     [
         (5, "5"),
         ({"a": [1, 2]}, "{'a': [1, 2]}"),
-        (Odd(), "<Odd instance at "),
+        (Unruly(), "<Unruly instance at "),
         (Rude(), "<Rude instance at "),
     ],
 )

@@ -190,24 +190,19 @@ def test_threads_are_told_of_it_as_well() -> None:
         absence(sync.build([X], strict=False))
 
 
-async def test_a_subclass_of_it_is_one() -> None:
+async def test_a_subclass_of_it_is_one_though_it_leaves_out_what_its_base_is_made_with() -> None:
     class NoSuchUser(ResourceAbsent):
         """An application's own word."""
 
-    snapshot = await attempt(builder(Stock("x", {"x": NoSuchUser("ann")})))
-    assert sources_of(absence(snapshot)) == [("x", "NoSuchUser")]
-    assert snapshot.to_dict()["errors"]["test:x"]["reason"] == "absent"
-
-
-async def test_a_subclass_may_leave_out_what_its_base_is_made_with() -> None:
-    class NoSuchUser(ResourceAbsent):
         def __init__(self, user: str) -> None:
             self.user = user
 
     error = NoSuchUser("ann")
     assert (error.final, error.ttl_seconds, str(error)) == (False, None, "ann")
     assert pickle.loads(pickle.dumps(ResourceAbsent("x", final=True))).final
-    absence(await attempt(builder(Stock("x", {"x": error}))))
+    snapshot = await attempt(builder(Stock("x", {"x": error})))
+    assert sources_of(absence(snapshot)) == [("x", "NoSuchUser")]
+    assert snapshot.to_dict()["errors"]["test:x"]["reason"] == "absent"
 
 
 @pytest.mark.parametrize("odd", ["30", math.nan, -1.0, LookupError("not known")], ids=repr)
@@ -320,14 +315,6 @@ async def test_it_is_no_failure_in_metrics_and_events() -> None:
 # What is remembered -------------------------------------------------------------------------------
 
 
-async def test_it_is_asked_again_unless_the_source_says_for_how_long_it_holds() -> None:
-    source = Stock("x", {"x": NONE})
-    building = builder(source)
-    for _ in range(3):
-        absence(await attempt(building))
-    assert len(source.calls) == 3
-
-
 async def test_it_is_remembered_for_as_long_as_the_source_says() -> None:
     source = Stock("x", {"x": FOR_A_MINUTE})
     building = builder(source, default_policy=FreshnessPolicy(0.0, 0.0))
@@ -344,6 +331,7 @@ async def test_it_is_remembered_for_as_long_as_the_source_says() -> None:
 @pytest.mark.parametrize(
     "answers, seconds",
     [
+        ((NONE,), 0),
         ((FOR_A_MINUTE, ResourceAbsent(ttl_seconds=10)), 10),
         ((ResourceAbsent(ttl_seconds=10), FOR_A_MINUTE), 10),
         ((FOR_A_MINUTE, NONE), 0),

@@ -279,8 +279,9 @@ async def worked() -> SnapshotBuilder:
     return building
 
 
-async def test_to_dict_holds_every_field_as_plain_data() -> None:
-    health = await (await worked()).health_snapshot()
+async def test_to_dict_holds_every_field_as_plain_data_of_its_moment() -> None:
+    building = await worked()
+    health = await building.health_snapshot()
     data = health.to_dict()
     assert data["schema"] == "coalestra.builder-health"
     assert data["schema_version"] == 1
@@ -290,15 +291,9 @@ async def test_to_dict_holds_every_field_as_plain_data() -> None:
     assert data["capacity"]["k"]["limit"] == 2
     assert data["assessment"]["severity"] == "degraded"
     assert health.to_dict(include_assessment=False)["assessment"] is None
-
-
-async def test_health_is_a_picture_of_its_moment() -> None:
-    building = await worked()
-    first = await building.health_snapshot()
-    data = first.to_dict()
     await building.build([key("k", "more")], strict=False)
     await building.aclose()
-    assert first.to_dict() == data
+    assert health.to_dict() == data
 
 
 # What is under way, and how each source has fared -------------------------------------------------

@@ -159,29 +159,25 @@ class GatedCache(AsyncMemoryCache):
         return await super().set_many_if_newer(values, **how)
 
 
-async def test_a_key_whose_cache_write_was_given_up_can_be_had_again() -> None:
+@pytest.mark.parametrize("given_up", ["reading", "writing"])
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_key_whose_read_or_write_of_the_cache_was_given_up_can_be_had_again(
+    given_up: str, at_once: bool
+) -> None:
     cache = GatedCache()
-    cache.writing.close()
+    gate: Gate = getattr(cache, given_up)
+    gate.close()
     building = builder(Single("x"), cache=cache)
     early = asyncio.ensure_future(building.build([key("x")]))
-    await cache.writing.wait_arrived()
+    await gate.wait_arrived()
     early.cancel()
-    await settle()
-    cache.writing.open()
-    await no_leaks(building)
-    assert (await building.build([key("x")])).value(key("x")) == ""
-
-
-async def test_a_key_whose_cache_read_was_given_up_can_be_had_at_once() -> None:
-    cache = GatedCache()
-    cache.reading.close()
-    building = builder(Single("x"), cache=cache)
-    early = asyncio.ensure_future(building.build([key("x")]))
-    await cache.reading.wait_arrived()
-    early.cancel()
+    if not at_once:
+        await settle()
+        gate.open()
+        await no_leaks(building)
     late = asyncio.ensure_future(building.build([key("x")]))
     await asyncio.sleep(0)
-    cache.reading.open()
+    gate.open()
     assert (await late).value(key("x")) == ""
 
 

@@ -62,22 +62,18 @@ async def test_it_takes_what_was_published_since() -> None:
     assert len(shop.stock.calls) == 2
 
 
-async def test_it_takes_what_others_have_read_since() -> None:
+@pytest.mark.parametrize("others", [True, False])
+async def test_it_takes_what_others_have_read_since_or_asks_if_nothing_fresh_is_cached(
+    others: bool,
+) -> None:
     shop = Shop(default_policy=SHORT)
     session = await shop.session(BASE)
     shop.stock.change(base=2)
     await asyncio.sleep(11)
-    await shop.builder.build([BASE])
+    if others:
+        await shop.builder.build([BASE])
     assert (await session.revalidate([BASE])).value(BASE) == 2
     assert len(shop.stock.calls) == 2
-
-
-async def test_it_asks_the_source_if_the_cache_has_nothing_fresh() -> None:
-    shop = Shop(default_policy=SHORT)
-    session = await shop.session(BASE)
-    shop.stock.change(base=2)
-    await asyncio.sleep(11)
-    assert (await session.revalidate([BASE])).value(BASE) == 2
 
 
 async def test_a_value_that_is_still_fresh_in_the_cache_is_kept_without_asking_anyone() -> None:

@@ -146,17 +146,6 @@ def test_a_blocking_method_says_what_the_async_one_says(sync: SyncSnapshotBuilde
         sync.build([PRICE], stict=False)  # type: ignore[call-arg]
 
 
-def test_a_request_is_built(sync: SyncSnapshotBuilder) -> None:
-    snapshot = sync.build_request(
-        SnapshotRequest(required=[PRICE], optional=[VOLUME]),
-        deadline_seconds=10,
-        metadata={},
-        snapshot_id="cycle-2",
-    )
-    assert list(snapshot) == [PRICE, VOLUME]
-    assert snapshot.snapshot_id == "cycle-2"
-
-
 def test_a_request_that_does_not_raise_says_what_came_of_it(sync: SyncSnapshotBuilder) -> None:
     result = sync.try_request(
         SnapshotRequest(required=[PRICE]), deadline_seconds=10, metadata={}, snapshot_id="cycle-3"
