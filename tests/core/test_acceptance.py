@@ -296,6 +296,19 @@ class TestMaking:
             (lambda: ResourceAcceptanceRule(math.inf), ValueError, "max_age_seconds"),
             (lambda: ResourceAcceptanceRule(True), TypeError, "max_age_seconds"),
             (lambda: ResourceAcceptanceRule(allow_stale=0), TypeError, "allow_stale"),  # type: ignore[arg-type]
+            *[
+                (
+                    lambda bound=bound: ResourceAcceptanceRule(max_oldest_age_seconds=bound),
+                    ValueError,
+                    "max_oldest_age_seconds",
+                )
+                for bound in (-1.0, math.nan)
+            ],
+            (
+                lambda: ResourceAcceptanceRule(allow_resting_on_stale=0),  # type: ignore[arg-type]
+                TypeError,
+                "allow_resting_on_stale",
+            ),
             (
                 lambda: ResourceAcceptanceRule(minimum_authority_rank=1.0),  # type: ignore[arg-type]
                 TypeError,

@@ -81,19 +81,6 @@ async def test_a_batch_costs_one_slot_however_many_its_keys() -> None:
     assert loop.time() - began == pytest.approx(1)
 
 
-async def test_the_capacity_snapshot_names_the_global_limiter() -> None:
-    source = Single("a", fetch=latency(5))
-    source.max_concurrency = 1
-    building = builder(source, Single("b"), max_concurrency=4)
-    running = asyncio.ensure_future(building.build(keys("a", 3)))
-    await settle()
-    seen = await building.capacity_snapshot()
-    assert set(seen) == {"__global__", "a"}
-    assert (seen["__global__"].limit, seen["__global__"].in_use) == (4, 1)
-    assert (seen["a"].limit, seen["a"].in_use, seen["a"].waiting) == (1, 1, 2)
-    await running
-
-
 # Added: refreshes, places in the queue, order of results, leases
 
 

@@ -22,6 +22,7 @@ from coalestra import (
 )
 from tests.observability.recording import Recorder
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
+from tests.orchestration.stock import Stock
 from tests.support import ManualClock, ThreadGate, settle
 
 pytestmark = pytest.mark.concurrency
@@ -108,11 +109,8 @@ async def test_delivery_that_does_not_fit_leaves_no_snapshot() -> None:
             gate.pass_()
         return list(value)
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
-        return ["value"]
-
     building = builder(
-        Single("x", fetch=fetch),
+        Stock("x", {"x": ["value"]}),
         cache=AsyncMemoryCache(),
         payload_copier=copier,
         run_payload_copies_in_thread=True,
@@ -138,12 +136,9 @@ async def test_after_a_deadline_the_partial_snapshot_is_delivered_all_the_same()
         copied += 1
         return list(value)
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
-        return ["value"]
-
     building = builder(
         Single("x", fetch=latency(50)),
-        Single("quick", fetch=fetch),
+        Stock("quick", {"quick": ["value"]}),
         payload_copier=slow_copier,
         run_payload_copies_in_thread=True,
     )
@@ -207,11 +202,8 @@ async def test_dependencies_that_cannot_be_copied_fail_the_derived_key_alone() -
                 raise ValueError("enough")
             return list(value)
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
-        return ["value"]
-
     derived = Derived("x", needs=lambda k: [key("base")])
-    building = builder(Single("base", fetch=fetch), derived, payload_copier=Fickle())
+    building = builder(Stock("base", {"base": ["value"]}), derived, payload_copier=Fickle())
     snapshot = await building.build([X], strict=False)
     error = snapshot.errors[X]
     assert isinstance(error, ResourceResolutionError)

@@ -217,23 +217,14 @@ async def test_a_thread_brings_its_answer_home(batch: bool) -> None:
     assert gate.arrived == 1
 
 
-def copied_behind_a_gate() -> tuple[ThreadGate, Single, SnapshotBuilder]:
+async def test_a_late_copy_that_takes_longer_than_the_source_may_is_given_up() -> None:
     gate = ThreadGate()
 
     def copier(value: Any) -> Any:
         gate.pass_()
-        return list(value)
+        return value
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> list[str]:
-        await asyncio.sleep(3)
-        return ["value"]
-
-    source = tuned(Single("x", fetch=fetch, timeout=10), resilience_policy=LATE)
-    return gate, source, builder(source, payload_copier=copier, run_payload_copies_in_thread=True)
-
-
-async def test_a_late_copy_that_takes_longer_than_the_source_may_is_given_up() -> None:
-    gate, _, building = copied_behind_a_gate()
+    building = builder(slow(), payload_copier=copier, run_payload_copies_in_thread=True)
     assert cut(await hasty(building))
     await asyncio.sleep(9)
     assert (await building.health_snapshot()).singleflight_in_flight == 0

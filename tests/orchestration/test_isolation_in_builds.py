@@ -98,20 +98,6 @@ async def test_a_source_may_change_what_it_returned_and_a_caller_what_it_got(
         assert len(source.calls) == 1
 
 
-async def test_callers_who_share_one_fetch_share_no_object(cached: dict[str, Any]) -> None:
-    gate = Gate()
-    source = Stock("k", {"k": mutable()}, before=gate.pass_)
-    async with builder(source, **cached) as building:
-        callers = [asyncio.ensure_future(building.build([K])) for _ in range(3)]
-        await gate.wait_arrived()
-        gate.open()
-        snapshots = await asyncio.gather(*callers)
-        assert len(source.calls) == 1
-        for snapshot in snapshots:
-            assert snapshot.value(K) == mutable()
-            spoil(snapshot.value(K))
-
-
 async def test_a_derivation_may_change_its_inputs_and_keep_its_output(
     cached: dict[str, Any],
 ) -> None:

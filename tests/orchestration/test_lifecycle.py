@@ -373,24 +373,13 @@ def made(*sources: Any, **settings: Any) -> SnapshotBuilder:
     return SnapshotBuilder(sources, **settings)
 
 
-def abandoned(building: SnapshotBuilder, *, readers: int = 3, kind: str = "run") -> None:
-    """Leave an event loop with readers of the builder still in the middle of their work."""
+def reading(building: SnapshotBuilder) -> Callable[[], Coroutine[Any, Any, Any]]:
+    """The work of several readers of the builder."""
 
-    async def leave() -> None:
-        tasks = [
-            asyncio.ensure_future(building.build([key("k", str(number)), K]))
-            for number in range(readers)
-        ]
-        for _ in range(30):
-            await asyncio.sleep(0)
-        assert not any(task.done() for task in tasks)
+    async def read() -> None:
+        await asyncio.gather(*(building.build([key("k", str(n)), K]) for n in range(3)))
 
-    if kind == "run":
-        asyncio.run(leave())
-        return
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(leave())
-    drop(loop)
+    return read
 
 
 class Hanging(Single):
@@ -413,7 +402,7 @@ def test_capacity_and_flights_left_over_from_a_loop_that_has_ended_are_free_agai
 ) -> None:
     source = Hanging("k")
     building = made(source, max_concurrency=2, source_concurrency={"k": 1})
-    abandoned(building, kind=kind)
+    left_on_a_loop(reading(building), kind=kind)
     source.healed = True
 
     async def read() -> Any:
@@ -437,7 +426,7 @@ def test_a_custom_cache_that_hung_on_the_first_loop_works_on_the_next(kind: str)
 
     cache = Slow()
     building = made(Single("k"), cache=cache, max_pending_tasks=1)
-    abandoned(building, kind=kind)
+    left_on_a_loop(reading(building), kind=kind)
     cache.healed = True
 
     async def read() -> Any:
@@ -470,7 +459,6 @@ def test_refreshes_left_over_from_the_first_loop_do_not_block_later_ones(kind: s
     if kind == "run":
         assert asyncio.run(read())
     else:
-        abandoned(building, readers=0, kind=kind)
         loop = asyncio.new_event_loop()
         assert loop.run_until_complete(read())
         drop(loop)

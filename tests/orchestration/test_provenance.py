@@ -570,13 +570,3 @@ async def test_an_inherited_age_beyond_its_own_time_to_live_is_not_stale_for_acc
     world = World(inherits={"middle"}, policies={LEFT: LONG, RIGHT: LONG, MIDDLE: brief})
     world.dated.update(left=EPOCH - 300, right=EPOCH - 300)
     assert await judged(world, MIDDLE, allow_stale=False) == []
-
-
-@pytest.mark.parametrize(
-    "rule", [{"max_oldest_age_seconds": -1.0}, {"max_oldest_age_seconds": float("nan")}]
-)
-def test_a_bound_that_is_no_age_is_a_value_error(rule: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="^max_oldest_age_seconds must be"):
-        ResourceAcceptanceRule(**rule)
-    with pytest.raises(TypeError, match="^allow_resting_on_stale must be"):
-        ResourceAcceptanceRule(allow_resting_on_stale=0)  # type: ignore[arg-type] # refused
