@@ -59,15 +59,16 @@ class Pace:
 
         Return whether there is time left in this turn.
         """
-        if not self.due:
+        now = time.perf_counter()
+        if now < self._until:
             return True
         if self._resting or self._had:
             return False
-        self._renew()
+        self._renew(now)
         return True
 
-    def _renew(self) -> None:
-        self._until = time.perf_counter() + SLICE_SECONDS
+    def _renew(self, now: float) -> None:
+        self._until = now + SLICE_SECONDS
         self._had = True
         asyncio.get_running_loop().call_soon(self._turn_over)
 
@@ -93,7 +94,7 @@ class Pace:
             self._resting -= 1
         if self._turn == turn:
             self._turn += 1
-            self._renew()
+            self._renew(time.perf_counter())
 
     async def keep(self) -> bool:
         """Rest if it is time to; return whether others had a turn."""
