@@ -298,6 +298,8 @@ def check(
     assert list(snapshot) == [k for k in asked if k in snapshot], "in the order asked for"
     for k, error in snapshot.errors.items():
         assert "Cycle" not in repr(error)
+        told = " ".join(map(str, getattr(error, "failures", [error])))
+        assert "nobody waits" not in told or "the deadline" in told, "somebody did wait"
         if isinstance(error, ResourceAbsentError):
             since = floor if failed_since is None else failed_since
             assert world.may_be_absent(k, since), f"{k} is said not to exist"
