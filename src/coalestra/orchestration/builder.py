@@ -321,6 +321,14 @@ class SnapshotBuilder(BuilderArguments):
         self._use(run_payload_copies_in_thread=copies.run_in_thread)
         pending = self.max_pending_tasks or self.max_concurrency
         report = self._sinks.reporter()
+        access = CacheAccess(
+            self.cache,
+            copies,
+            pending,
+            self.observation_policy,
+            None if report is None else report.cache_failed,
+            self._sinks.log,
+        )
         return Parts(
             clock=checked(self.clock),
             chains=chains,
@@ -330,19 +338,13 @@ class SnapshotBuilder(BuilderArguments):
             capacity=self.capacity,
             breaker=self.circuit_breaker,
             resilience=self.resilience_resolver,
-            access=CacheAccess(
-                self.cache,
-                copies,
-                pending,
-                self.observation_policy,
-                None if report is None else report.cache_failed,
-                self._sinks.log,
-            ),
+            access=access,
             copies=copies,
             report=report,
             log=self._sinks.log,
             threads=threads,
             tracing=Tracing(float(self.trace), self.tracer, self._sinks.sink_log),
+            pace=access.calls.pace,
             max_concurrency=self.max_concurrency,
             max_pending_tasks=pending,
             transport_grace_seconds=self.source_transport_timeout_grace_seconds,

@@ -199,5 +199,5 @@ class Parts:
     max_concurrency: int
     max_pending_tasks: int
     transport_grace_seconds: float
-    pace: Pace = dataclasses.field(default_factory=Pace)
+    pace: Pace
     counters: Counters = dataclasses.field(default_factory=Counters)
