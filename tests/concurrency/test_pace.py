@@ -78,6 +78,18 @@ async def test_a_beginner_does_not_begin_a_slice_in_a_turn_that_has_had_one(
     assert not pace.due
 
 
+def test_work_may_begin_where_no_loop_runs_as_what_is_left_by_one_is_ended_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace = Pace()
+    for _ in range(2):
+        now += SLICE_SECONDS
+        assert pace.begin()
+        assert not pace.due
+
+
 async def test_what_is_done_in_slices_rests_between_them_when_it_is_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

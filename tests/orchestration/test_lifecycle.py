@@ -645,3 +645,23 @@ def test_closing_that_was_left_on_a_loop_that_stands_still_is_done_by_the_next_c
 
     abandoned.run_until_complete(closing)
     abandoned.close()
+
+
+def test_a_build_that_is_dropped_outside_of_its_loop_leaves_the_builder_working(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)  # time has passed since anything was begun
+    building = builder(Single("x"))
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> Coroutine[Any, Any, Any]:
+        left = building.build([key("x", "left")])
+        left.send(None)
+        return left
+
+    loop.run_until_complete(begin()).close()
+    further = asyncio.wait_for(building.build([key("x", "next")]), 5)
+    (value,) = loop.run_until_complete(further).values()
+    assert value.value == "next"
+    loop.run_until_complete(building.aclose())
+    drop(loop)

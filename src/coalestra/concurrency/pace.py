@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Collection, Generator, Iterable
 from itertools import islice
@@ -69,8 +70,9 @@ class Pace:
 
     def _renew(self, now: float) -> None:
         self._until = now + SLICE_SECONDS
-        self._had = True
-        asyncio.get_running_loop().call_soon(self._turn_over)
+        with contextlib.suppress(RuntimeError):  # what is left when its loop has ended has no turns
+            asyncio.get_running_loop().call_soon(self._turn_over)
+            self._had = True
 
     def _turn_over(self) -> None:
         self._had = False
