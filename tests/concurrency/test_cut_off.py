@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -87,28 +86,12 @@ async def test_a_cancellation_from_outside_stays_one() -> None:
     assert await outcome(task) == "cancelled"
 
 
-@pytest.mark.parametrize("who", ["outside first", "expiry first"])
-async def test_a_cancellation_in_the_step_of_the_expiry_is_not_swallowed(who: str) -> None:
-    """Whichever of the two callbacks runs first."""
-    loop, when = asyncio.get_running_loop(), soon()
-    task: asyncio.Task[None] | None = None
-
-    def cancel() -> None:
-        assert task is not None
-        task.cancel()
-
-    if who == "outside first":
-        loop.call_at(when, cancel)
-    task = asyncio.create_task(cut_off_at(when))
-    await settle()
-    if who == "expiry first":
-        loop.call_at(when, cancel)
-    assert await outcome(task) == "cancelled"
-
-
-@pytest.mark.parametrize("who", ["outside first", "expiry first"])
-async def test_both_may_strike_a_task_that_was_just_about_to_go_on(who: str) -> None:
-    """What it waited for has come in the same step, so there is nothing left to cancel but it."""
+@pytest.mark.parametrize("outside_first", [True, False])
+@pytest.mark.parametrize("arrives", [False, True], ids=["waits on", "is about to go on"])
+async def test_a_cancellation_in_the_step_of_the_expiry_is_not_swallowed(
+    arrives: bool, outside_first: bool
+) -> None:
+    """Whichever of the two comes first; and if nothing but the task is left to be cancelled."""
     loop, when = asyncio.get_running_loop(), soon()
     arrived: asyncio.Future[None] = loop.create_future()
 
@@ -117,19 +100,14 @@ async def test_both_may_strike_a_task_that_was_just_about_to_go_on(who: str) -> 
             await arrived
             await asyncio.sleep(10)
 
-    task: asyncio.Task[None] | None = None
-
-    def cancel() -> None:
-        assert task is not None
-        task.cancel()
-
-    loop.call_at(when, arrived.set_result, None)
-    if who == "outside first":
-        loop.call_at(when, cancel)
+    if arrives:
+        loop.call_at(when, arrived.set_result, None)
+    if outside_first:
+        loop.call_at(when, lambda: task.cancel())  # noqa: PLW0108 - the task is made below
     task = asyncio.create_task(work())
     await settle()
-    if who == "expiry first":
-        loop.call_at(when, cancel)
+    if not outside_first:
+        loop.call_at(when, task.cancel)
     assert await outcome(task) == "cancelled"
 
 
@@ -296,16 +274,18 @@ async def test_a_cancellation_with_two_cut_offs_striking_is_not_swallowed(inner:
 # Moving ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "move,ends", [(lambda: soon(3), 3.0), (lambda: soon(0.5), 0.5), (lambda: None, 10.0)]
-)
+@pytest.mark.parametrize("first,then,ends", [(1, 3, 3), (1, 0.5, 0.5), (1, None, 10), (None, 2, 2)])
 async def test_a_cut_off_can_be_moved_while_it_runs(
-    move: Callable[[], float | None], ends: float
+    first: float | None, then: float | None, ends: float
 ) -> None:
-    """Later, earlier, and away."""
+    """Later, earlier, away, and to a first time: a later reader may bound what had no bound."""
+
+    async def move() -> bool:
+        return cut.move(then and soon(then))
+
     began = soon(0)
-    cut = CutOff(soon(1))
-    mover = asyncio.create_task(_move(cut, move))
+    cut = CutOff(first and soon(first))
+    mover = asyncio.create_task(move())
     try:
         with cut:
             await asyncio.sleep(10)
@@ -313,20 +293,6 @@ async def test_a_cut_off_can_be_moved_while_it_runs(
         pass
     assert await mover
     assert soon(0) - began == pytest.approx(ends)
-
-
-async def _move(cut: CutOff, when: Callable[[], float | None]) -> bool:
-    return cut.move(when())
-
-
-async def test_a_cut_off_without_a_time_can_be_given_one() -> None:
-    """The deadline of a later reader may bound a call that began without any."""
-    cut = CutOff(None)
-    mover = asyncio.create_task(_move(cut, lambda: soon(2)))
-    with pytest.raises(CutOffExpired):
-        with cut:
-            await asyncio.sleep(10)
-    assert await mover
 
 
 async def test_moving_an_expired_cut_off_comes_too_late() -> None:

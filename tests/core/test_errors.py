@@ -264,11 +264,6 @@ def test_an_error_is_caught_as_what_it_is_a_case_of(
     assert parents <= set(kind.__mro__)
 
 
-@KINDS
-def test_every_error_is_caught_by_the_root(error: CoalestraError) -> None:
-    assert isinstance(error, CoalestraError)
-
-
 @pytest.mark.parametrize(
     "kind", [SourceProtocolError, SessionClosedError, ResourceResolutionError, CoalestraError]
 )
@@ -304,6 +299,9 @@ def test_the_cause_of_a_resolution_error_is_what_the_last_source_raised() -> Non
     assert error.__cause__ is last
     assert error.failures[0].exception is first
     assert ResourceResolutionError(A, failures[2:]).__cause__ is None
+    never_raised = CircuitOpenError("open")
+    left_alone = SourceFailure.of("x", never_raised)
+    assert ResourceResolutionError(A, (left_alone,)).__cause__ is never_raised
     if sys.version_info >= (3, 11):
         one, two = error.__notes__
         assert one.startswith(f"one: raised in raised ({__file__}, line ")

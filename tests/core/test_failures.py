@@ -13,17 +13,10 @@ from typing import ClassVar
 import pytest
 
 from coalestra.core.errors import (
-    CircuitOpenError,
-    DependencyResolutionError,
-    ResourceResolutionError,
-    SnapshotBuildError,
     SourceFailure,
     folded_message,
     message_of,
 )
-from coalestra.core.keys import ResourceKey
-
-KEY = ResourceKey("test", "k")
 
 
 @pytest.mark.parametrize(
@@ -183,15 +176,6 @@ def fetch_price() -> None:
     raise LookupError("no price")
 
 
-def raised() -> Exception:
-    """Return an error that has been raised."""
-    try:
-        fetch_price()
-    except LookupError as error:
-        return error
-    raise AssertionError
-
-
 def raised_in_library(code: str) -> BaseException:
     """Return the error of code that runs in a module of the library, as it is caught there."""
     with pytest.raises(LookupError) as caught:
@@ -207,22 +191,6 @@ def test_the_places_within_the_library_are_left_out() -> None:
     failure = SourceFailure.of("rest", raised_in_library("def call():\n    fetch()\ncall()"))
     assert [function for _, _, function in failure.places] == ["fetch_price"]
     assert SourceFailure.of("rest", raised_in_library("raise LookupError")).places == ()
-
-
-def test_an_error_leads_to_what_its_source_raised() -> None:
-    """From the outermost error, cause by cause, to the line that failed."""
-    raised_first, raised_last = raised(), raised()
-    never_raised = CircuitOpenError("open")
-    failures = [SourceFailure.of("x", each) for each in (raised_first, raised_last, never_raised)]
-    resolution = ResourceResolutionError(KEY, tuple(failures))
-    assert resolution.__cause__ is raised_last
-    assert ResourceResolutionError(KEY, tuple(failures[2:])).__cause__ is never_raised
-    assert ResourceResolutionError(KEY, ()).__cause__ is None
-    derived = DependencyResolutionError(KEY, "sum", {KEY: resolution})
-    build = SnapshotBuildError({KEY: derived})
-    assert build.__cause__ is derived
-    assert derived.__cause__ is resolution
-    assert SnapshotBuildError({}).__cause__ is None
 
 
 @dataclasses.dataclass(frozen=True)
