@@ -94,6 +94,7 @@ async def test_a_cancellation_in_the_step_of_the_expiry_is_not_swallowed(
     """Whichever of the two comes first; and if nothing but the task is left to be cancelled."""
     loop, when = asyncio.get_running_loop(), soon()
     arrived: asyncio.Future[None] = loop.create_future()
+    task: asyncio.Task[None]
 
     async def work() -> None:
         with CutOff(when):

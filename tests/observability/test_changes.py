@@ -293,27 +293,15 @@ def test_a_subject_is_one_line_whatever_a_source_is_called(kept: Kept) -> None:
 # Sinks behind a buffer say it themselves, in their own thread ----------------------------------
 
 
-class Sink:
-    def __init__(self) -> None:
-        self.broken = False
-
+class Broken:
     def emit(self, event_type: str, **payload: Any) -> None:
-        if self.broken:
-            raise ConnectionError("broken pipe")
-
-    def increment(self, metric: str, value: int = 1, **labels: str) -> None:
-        self.emit(metric)
-
-    def observe(self, metric: str, value: float, **labels: str) -> None:
-        self.emit(metric)
+        raise ConnectionError("broken pipe")
 
 
 def test_a_handler_that_blocks_holds_up_the_buffer_and_nobody_else(kept: Kept) -> None:
     released = threading.Event()
     kept.before = lambda: released.wait(30)
-    sink = Sink()
-    sink.broken = True
-    with BufferedEventSink(sink) as buffer:
+    with BufferedEventSink(Broken()) as buffer:
         buffer.emit("e")
         buffer.emit("e")
         assert not buffer.flush(0.05)

@@ -552,15 +552,22 @@ async def test_readers_of_a_shared_cache_learn_that_the_value_has_gone() -> None
 # What is derived ----------------------------------------------------------------------------------
 
 
-async def test_what_a_derivation_says_is_not_remembered_as_what_it_rests_on_may_change() -> None:
+def judged(absent: ResourceAbsent, gate: Gate | None = None) -> Derived:
+    """Y is what X is, and raises `absent` where that is "none", once the gate lets it through."""
+
     async def judge(k: ResourceKey, known: Snapshot, context: FetchContext) -> Any:
         if known.value(X) == "none":
-            raise FOR_A_MINUTE
+            await (gate or Gate(opened=True)).pass_()
+            raise absent
         return known.value(X)
 
     derived = Derived("y", needs=lambda _: [X])
     setattr(derived, "derive", judge)  # noqa: B010 - judges what it is given
-    building = builder(derived)
+    return derived
+
+
+async def test_what_a_derivation_says_is_not_remembered_as_what_it_rests_on_may_change() -> None:
+    building = builder(judged(FOR_A_MINUTE))
     await building.publisher.publish(X, "some", source="stream")
     assert (await attempt(building, Y)).value(Y) == "some"
     await asyncio.sleep(1)
@@ -573,16 +580,7 @@ async def test_what_a_derivation_says_is_not_remembered_as_what_it_rests_on_may_
 
 async def test_an_absence_derived_from_what_has_changed_meanwhile_leaves_what_is_cached() -> None:
     gate = Gate()
-
-    async def judge(k: ResourceKey, known: Snapshot, context: FetchContext) -> Any:
-        if known.value(X) == "none":
-            await gate.pass_()
-            raise NONE
-        return known.value(X)
-
-    derived = Derived("y", needs=lambda _: [X])
-    setattr(derived, "derive", judge)  # noqa: B010 - judges what it is given
-    building = builder(derived)
+    building = builder(judged(NONE, gate))
     await building.publisher.publish(X, "none", source="stream")
     early = asyncio.ensure_future(attempt(building, Y))
     await gate.wait_arrived()

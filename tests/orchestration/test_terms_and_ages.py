@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -19,8 +21,10 @@ from coalestra import (
     ResourceResolutionError,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
+    SnapshotBuilder,
     SnapshotBuildError,
     SnapshotRequest,
+    SnapshotSession,
     SourceAuthorityPolicy,
     SourcePayload,
 )
@@ -33,6 +37,22 @@ SWR = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
 
 
 # Joining under other terms --------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def waiting_refresh(building: SnapshotBuilder, gate: Gate) -> AsyncIterator[SnapshotSession]:
+    """A session that has read X stale, while the refresh of it waits behind a read of OTHER."""
+    await asyncio.sleep(20)
+    gate.close()
+    blocking = asyncio.ensure_future(building.build([OTHER]))
+    await settle()
+    async with building.session() as session:
+        assert (await session.resolve([X]))[X].stale, "a refresh is scheduled"
+        await settle()
+        assert gate.waiting == 1, "and waits"
+        yield session
+    await blocking
+    await building.wait_for_refreshes()
 
 
 async def test_a_forced_read_that_joins_a_waiting_refresh_accepts_nothing_stale() -> None:
@@ -48,13 +68,7 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_accepts_nothing_stale(
     source.max_concurrency = 1
     building = builder(source, default_policy=SWR)
     await building.build([X])
-    await asyncio.sleep(20)
-    gate = Gate()
-    blocking = asyncio.ensure_future(building.build([OTHER]))
-    await settle()
-    async with building.session() as session:
-        assert (await session.resolve([X]))[X].stale, "a refresh is scheduled, and waits"
-        await settle()
+    async with waiting_refresh(building, gate) as session:
         answers.append(SourcePayload("older still", observed_at=EPOCH))
         looking = asyncio.ensure_future(session.revalidate([X], force_refresh=True))
         await settle()
@@ -62,32 +76,21 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_accepts_nothing_stale(
         with pytest.raises(SnapshotBuildError):
             await looking
         assert session.snapshot()[X].value == "old", "the pinned value stays"
-    await blocking
-    await building.wait_for_refreshes()
 
 
 async def test_a_forced_read_that_joins_a_waiting_refresh_yields_to_no_stale_authority() -> None:
     """Whoever insists on what is read now does not get what outranks it from before."""
     gate = Gate(opened=True)
-
     source = Single("s", "x", "other", fetch=held_at(gate, "read"))
     source.max_concurrency = 1
     ranks = SourceAuthorityPolicy(source_ranks={"stream": 10})
     building = builder(source, default_policy=SWR, authority_policy=ranks)
     await building.publisher.publish(X, "told", source="stream")
-    await asyncio.sleep(20)
-    gate = Gate()
-    blocking = asyncio.ensure_future(building.build([OTHER]))
-    await settle()
-    async with building.session() as session:
-        assert (await session.resolve([X]))[X].stale, "a refresh is scheduled, and waits"
-        await settle()
+    async with waiting_refresh(building, gate) as session:
         looking = asyncio.ensure_future(session.revalidate([X], force_refresh=True))
         await settle()
         gate.open()
         assert (await looking)[X].value == "read"
-    await blocking
-    await building.wait_for_refreshes()
 
 
 @pytest.mark.late_tasks

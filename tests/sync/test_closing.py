@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from coalestra.core.errors import (
     SnapshotBuildError,
 )
 from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
 from tests.support import ThreadGate
@@ -85,12 +87,18 @@ def test_accepted_submissions_are_done_before_the_end() -> None:
     assert all(outcome(future).published for future in futures)
 
 
-def test_a_call_that_is_under_way_may_end_in_time() -> None:
+def under_way(**settings: Any) -> tuple[SyncSnapshotBuilder, Future[Snapshot], Door]:
+    """A facade, a build of a thread that is under way on it, and the door at which it waits."""
     prices = Prices()
     door = prices.door = Door()
-    sync = SyncSnapshotBuilder(builder(prices))
+    sync = SyncSnapshotBuilder(builder(prices), **settings)
     building = in_thread(lambda: sync.build([PRICE]))
     door.wait_reached()
+    return sync, building, door
+
+
+def test_a_call_that_is_under_way_may_end_in_time() -> None:
+    sync, building, door = under_way()
     closing = in_thread(sync.close)
     wait_until(lambda: sync.closed)
     door.open()
@@ -99,22 +107,14 @@ def test_a_call_that_is_under_way_may_end_in_time() -> None:
 
 
 def test_a_call_that_takes_too_long_is_told_that_the_facade_was_closed() -> None:
-    prices = Prices()
-    door = prices.door = Door()
-    sync = SyncSnapshotBuilder(builder(prices), shutdown_timeout_seconds=0.01)
-    building = in_thread(lambda: sync.build([PRICE]))
-    door.wait_reached()
+    sync, building, _ = under_way(shutdown_timeout_seconds=0.01)
     sync.close()
     assert isinstance(error_of(building), BuilderClosedError)
     assert loop_threads() == []
 
 
 def test_threads_that_close_together_wait_for_one_closing() -> None:
-    prices = Prices()
-    door = prices.door = Door()
-    sync = SyncSnapshotBuilder(builder(prices))
-    building = in_thread(lambda: sync.build([PRICE]))
-    door.wait_reached()
+    sync, building, door = under_way()
     closings = [in_thread(sync.close) for _ in range(8)]
     wait_until(lambda: sync.closed)
     assert not any(closing.done() for closing in closings)
