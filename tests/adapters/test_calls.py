@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Generator
@@ -16,6 +15,7 @@ from coalestra.concurrency.threads import WorkerThreads, current_threads
 from coalestra.core.values import SourcePayload
 from tests.adapters.sample_calls import KINDS, adapter, answering, call, payload_in
 from tests.support import ThreadGate, settle
+from tests.support.running import without_collector
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
@@ -216,22 +216,21 @@ async def test_an_error_keeps_nothing_alive_but_what_it_leads_to(kind: str, leav
 
     threads = WorkerThreads()
     token = current_threads.set(threads)
-    gc.disable()
     try:
-        task = asyncio.create_task(call(adapter(kind, function)))
-        await settle()
-        gate.wait_arrived()
-        if leaves:
-            task.cancel()
-        gate.open()
-        await asyncio.wait([task])
-        if not leaves:
-            assert isinstance(task.exception(), ValueError)
-        del task
-        threads.close()
-        assert not alive
+        with without_collector():
+            task = asyncio.create_task(call(adapter(kind, function)))
+            await settle()
+            gate.wait_arrived()
+            if leaves:
+                task.cancel()
+            gate.open()
+            await asyncio.wait([task])
+            if not leaves:
+                assert isinstance(task.exception(), ValueError)
+            del task
+            threads.close()
+            assert not alive
     finally:
-        gc.enable()
         current_threads.reset(token)
 
 

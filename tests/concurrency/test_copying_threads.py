@@ -22,6 +22,7 @@ from coalestra.core.errors import (
     SnapshotDeadlineExceededError,
 )
 from tests.support import LoopClock, ThreadGate, VirtualLoop, cancel_at_every_await, drop, settle
+from tests.support.running import no_more_threads
 
 pytestmark = pytest.mark.concurrency
 
@@ -179,13 +180,9 @@ async def test_without_a_thread_to_be_had_payloads_are_copied_in_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As in a container at its limit of threads: late is better than not at all."""
-
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     gate, copies = ThreadGate(), PayloadCopies("builder", threads=WorkerThreads())
     gate.open()
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    no_more_threads(monkeypatch)
     payload, seal = await copies.seal(Held(gate), context="test")
     assert isinstance(await copies.open(payload, seal, context="test"), Held)
     with pytest.raises(PayloadIsolationError):

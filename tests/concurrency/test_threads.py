@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import gc
 import os
 import queue
 import sys
@@ -17,6 +16,7 @@ import pytest
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import Job, WorkerThreads, current_threads, threads_of_context
 from tests.support import ThreadGate, drop, settle
+from tests.support.running import no_more_threads, without_collector
 from tests.support.strikes import at_every_line
 
 pytestmark = pytest.mark.concurrency
@@ -131,8 +131,7 @@ async def test_an_error_that_nobody_waits_for_keeps_nothing_alive() -> None:
         gate.pass_()
         raise KeyError
 
-    gc.disable()
-    try:
+    with without_collector():
         task = asyncio.create_task(threads.run(fail))
         await settle()
         gate.wait_arrived()
@@ -142,8 +141,6 @@ async def test_an_error_that_nobody_waits_for_keeps_nothing_alive() -> None:
         del task
         threads.close()
         assert not alive
-    finally:
-        gc.enable()
 
 
 async def test_closed_threads_refuse_work_and_end(threads: WorkerThreads) -> None:
@@ -221,21 +218,11 @@ async def test_work_assigned_to_a_thread_that_is_about_to_end_is_still_done(
     assert await threads.run(ident) == first
 
 
-@pytest.fixture
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system has no more threads to give."""
-
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-
-
-@pytest.mark.usefixtures("no_threads")
 async def test_work_that_must_not_be_lost_is_done_here_where_no_thread_can_be_started(
-    threads: WorkerThreads,
+    threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a copy of the context and with every ending, as in a thread."""
+    no_more_threads(monkeypatch)
     VARIABLE.set("callers")
     assert await threads.run(ident, or_here=True) == ident()
     assert await threads.run(VARIABLE.get, or_here=True) == "callers"
@@ -249,12 +236,12 @@ async def test_work_that_must_not_be_lost_is_done_here_where_no_thread_can_be_st
 
 
 async def test_a_thread_at_rest_is_used_where_no_other_can_be_started(
-    threads: WorkerThreads, request: pytest.FixtureRequest
+    threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event loop is blocked only if there is no other way."""
     here = ident()
     at_rest = await threads.run(ident)
-    request.getfixturevalue("no_threads")
+    no_more_threads(monkeypatch)
     assert await threads.run(ident, or_here=True) == at_rest != here
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import pickle
 import weakref
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from coalestra.core.errors import (
     folded_message,
     message_of,
 )
+from tests.support.running import without_collector
 
 
 @pytest.mark.parametrize(
@@ -104,15 +104,12 @@ def test_a_failure_keeps_the_exception_and_says_where_it_was_raised() -> None:
 
 
 def test_a_failure_keeps_no_payload_alive_that_the_failed_call_had_in_hand() -> None:
-    gc.disable()
-    try:
+    with without_collector():
         failure = SourceFailure.of("rest", caught())
         assert not Payload.alive
         assert failure.exception is not None
         assert failure.exception.__cause__ is not None
         assert failure.exception.__cause__.__traceback__ is None
-    finally:
-        gc.enable()
 
 
 def test_the_places_of_a_deep_recursion_are_bounded_and_the_last_ones() -> None:

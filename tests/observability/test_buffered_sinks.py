@@ -21,6 +21,7 @@ from coalestra.observability import (
     MetricRecord,
 )
 from tests.observability.recording import PATIENCE, Held, Raising, Recorder
+from tests.support.running import no_more_threads
 from tests.support.strikes import at_every_line
 
 
@@ -253,18 +254,11 @@ def test_a_forgotten_buffer_delivers_what_it_has_and_its_thread_ends() -> None:
     assert held.emitted == ["first", "second"]
 
 
-def refuse_threads(patch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    patch.setattr(threading.Thread, "start", refuse)
-
-
 def test_a_record_waits_until_a_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     downstream = Recorder()
     sink = BufferedEventSink(downstream)
     with monkeypatch.context() as patch:
-        refuse_threads(patch)
+        no_more_threads(patch)
         sink.emit("first")
         assert sink.stats().pending == 1
 
@@ -277,7 +271,7 @@ def test_a_record_waits_until_a_thread_can_be_started(monkeypatch: pytest.Monkey
 def test_where_no_thread_can_be_started_who_waits_delivers(
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refuse_threads(monkeypatch)
+    no_more_threads(monkeypatch)
     downstream = Recorder()
     sink = BufferedEventSink(downstream)
     for number in range(80):
@@ -290,7 +284,7 @@ def test_where_no_thread_can_be_started_who_waits_delivers(
 
 
 def test_who_delivers_himself_keeps_to_his_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_threads(monkeypatch)
+    no_more_threads(monkeypatch)
     sink = BufferedEventSink(Recorder())
     sink.emit("first")
 
@@ -305,7 +299,7 @@ def test_who_delivers_himself_keeps_to_his_timeout(monkeypatch: pytest.MonkeyPat
 def test_an_interrupt_of_who_delivers_himself_reaches_him(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refuse_threads(monkeypatch)
+    no_more_threads(monkeypatch)
     sink = BufferedEventSink(Raising(error()))
     sink.emit("first")
 

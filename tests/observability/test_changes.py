@@ -17,7 +17,7 @@ from coalestra import BufferedEventSink
 from coalestra.core.errors import SourceFailure
 from coalestra.observability.changes import LOGGER, ChangeLog, Condition
 from tests.observability.recording import PATIENCE
-from tests.support.running import until_logged
+from tests.support.running import no_more_threads, until_logged
 
 
 class Kept(logging.Handler):
@@ -250,10 +250,7 @@ def test_the_thread_that_writes_ends_with_its_work_and_is_a_daemon(kept: Kept) -
 def test_where_no_thread_can_be_had_the_end_writes_itself(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    no_more_threads(monkeypatch)
     changes = log()
     changes.failed("source 'a'", ConnectionError())
     assert (kept.lines, changes.pending) == ([], 1)

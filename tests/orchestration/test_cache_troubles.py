@@ -51,6 +51,7 @@ from tests.contracts.samples import value_of
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
 from tests.support import Gate, LoopClock, cancel_at_every_await, drop, loop_turn, settle
+from tests.support.running import without_collector
 
 KEYS = [key("b", str(number)) for number in range(5)]
 KINDS = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
@@ -133,9 +134,7 @@ async def test_a_failure_keeps_nothing_alive_once_it_was_told_without_a_collecti
 
     cache = doing(kind, act)
     building = builder(Single("k", fetch=lambda *_: _given(Held())), cache=cache)
-    gc.collect()
-    gc.disable()
-    try:
+    with without_collector():
         for _ in range(2):
             await building.build([key("k"), key("k", "2")])
             for asked in (
@@ -153,8 +152,6 @@ async def test_a_failure_keeps_nothing_alive_once_it_was_told_without_a_collecti
         cache.held.clear()
         await settle()
         assert not Held.alive
-    finally:
-        gc.enable()
 
 
 async def _given(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from coalestra import (
 from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ThreadGate, run_virtual, settle
+from tests.support.running import no_more_threads
 
 K = key("k")
 SWR = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -202,16 +202,13 @@ async def test_a_bad_time_is_refused_and_closes_nothing(value: Any, error: type[
 async def test_where_no_thread_can_be_started_closing_does_its_work_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     class Blocking(Single):
         ends = 0
 
         def close(self) -> None:
             self.ends += 1
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    no_more_threads(monkeypatch)
     sink, source = FileSink(), Blocking("k")
     sink.gate.open()
     building = builder(source, events=sink, manage_lifecycle=True)

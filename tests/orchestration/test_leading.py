@@ -43,6 +43,7 @@ from tests.support import (
     no_leaks,
     settle,
 )
+from tests.support.running import without_collector
 
 KEYS = [key("x", str(number)) for number in range(6)]
 A, B, C, D, E, F = KEYS
@@ -836,20 +837,16 @@ async def test_what_was_led_is_freed_without_the_collector(ends: str, lasting: b
 
     it.deeds = dict.fromkeys(KEYS, answer)
     await settle()
-    gc.collect()
-    gc.disable()
     before: set[int] = set()
     others = alive(Flight, Attempt, Call, Following)  # of other tests; kept, as are their ids
     before.update(map(id, others))
-    try:
+    with without_collector():
         await it.builder.build(KEYS, strict=False)
         await settle()
         assert not alive(Flight)
         assert not alive(Down)
         assert not alive(Attempt)
         assert lasting or not alive(Call, Following)
-    finally:
-        gc.enable()
     gate.open()
     await asyncio.gather(*tasks)
 

@@ -39,6 +39,7 @@ from coalestra.orchestration import calls
 from tests.contracts.caches import BatchAtomicCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
 from tests.support import Gate, ThreadGate, VirtualLoop, drop, no_leaks, run_virtual, settle
+from tests.support.running import without_collector
 
 pytestmark = pytest.mark.concurrency
 
@@ -540,12 +541,8 @@ def test_an_error_keeps_no_payload_alive_once_it_is_dropped(kind: str) -> None:
         assert not alive
         await building.aclose()
 
-    gc.collect()
-    gc.disable()
-    try:
+    with without_collector():
         asyncio.run(main())
-    finally:
-        gc.enable()
 
 
 class Slow(Payload):
@@ -631,12 +628,8 @@ def test_nothing_of_a_unit_of_work_that_is_over_waits_for_the_collector(
         await building.aclose()
         return left
 
-    gc.collect()
-    gc.disable()
-    try:
+    with without_collector():
         assert run_virtual(main()) == 0
-    finally:
-        gc.enable()
 
 
 async def test_an_error_by_key_leads_to_the_line_that_failed() -> None:

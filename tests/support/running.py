@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType, ModuleType
 from typing import Any, TypeVar
+
+import pytest
 
 from tests.support.gates import release_threads
 from tests.support.virtual_loop import Deadlock, VirtualLoop, callback_of, describe
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Within the block whatever stands in a circle stays; what stood in one before is gone."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def no_more_threads(patch: pytest.MonkeyPatch) -> None:
+    """The system has none to give from now on."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    patch.setattr(threading.Thread, "start", refuse)
 
 
 class Leak(AssertionError):

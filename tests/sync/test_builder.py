@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import gc
 import inspect
 import math
 import threading
@@ -28,6 +27,7 @@ from coalestra.sync import (
     SyncSnapshotBuilder,
     SyncSnapshotSession,
 )
+from tests.support.running import without_collector
 from tests.sync.sources import Prices, builder, source
 from tests.sync.steps import (
     PATIENCE,
@@ -257,9 +257,7 @@ async def give(key: ResourceKey, _context: FetchContext) -> Payload:
 def test_nothing_of_what_a_call_came_to_waits_for_a_collection() -> None:
     policy = FreshnessPolicy(0.0, 0.0)  # nothing is of use in the cache
     with SyncSnapshotBuilder(builder(give, default_policy=policy)) as sync:
-        gc.collect()
-        gc.disable()
-        try:
+        with without_collector():
             sync.build([PRICE])
             for _ in range(2):
                 with contextlib.suppress(SnapshotBuildError):
@@ -275,8 +273,6 @@ def test_nothing_of_what_a_call_came_to_waits_for_a_collection() -> None:
             del session
             sync.publisher.invalidate(PRICE)
             wait_until(lambda: not Payload.alive)
-        finally:
-            gc.enable()
 
 
 def test_many_threads_build_side_by_side(sync: SyncSnapshotBuilder, prices: Prices) -> None:

@@ -14,6 +14,7 @@ import pytest
 from coalestra._lockfree import Changes
 from coalestra.core.errors import BuilderClosedError
 from coalestra.sync import THREAD_NAME, LoopThread, Operation, SubmissionBacklog, Work
+from tests.support.running import no_more_threads
 from tests.sync.steps import PATIENCE, Door, error_of, in_thread, loop_threads, outcome
 
 pytestmark = pytest.mark.concurrency
@@ -104,7 +105,7 @@ def test_the_representation_tells_the_state(loop_thread: LoopThread) -> None:
 def test_a_thread_that_cannot_start_leaves_no_loop_open(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.new_event_loop()
     monkeypatch.setattr(asyncio, "new_event_loop", lambda: loop)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    no_more_threads(monkeypatch)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         LoopThread(name="x", owner="the test")
     assert loop.is_closed()
@@ -123,10 +124,6 @@ def test_a_thread_whose_start_is_interrupted_ends(monkeypatch: pytest.MonkeyPatc
     for thread in loop_threads():
         thread.join(PATIENCE)
     assert loop_threads() == []
-
-
-def refuse(_: threading.Thread) -> None:
-    raise RuntimeError("can't start new thread")
 
 
 def test_an_error_that_comes_after_its_waiter_has_gone_is_reported_to_nobody(
