@@ -36,11 +36,7 @@ from coalestra._lockfree import LONGEST_WAIT_SECONDS, Changes
 from coalestra.cache.near import KeyLanes
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
-from coalestra.core.errors import (
-    BuilderClosedError,
-    PayloadIsolationError,
-    SubmissionBacklogFullError,
-)
+from coalestra.core import errors
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.health import BuilderHealth
 from coalestra.core.keys import ResourceKey, distinct_keys
@@ -263,7 +259,7 @@ class LoopThread:
         """Raise RuntimeError if nothing can be accepted: closed, or without its thread."""
         self.require_running()
         if self.closing:
-            raise BuilderClosedError(self._owner)
+            raise errors.BuilderClosedError(self._owner)
 
     def require_other_thread(self, call: str) -> None:
         """Raise RuntimeError in the loop's own thread, which would wait for itself for ever."""
@@ -298,7 +294,7 @@ class LoopThread:
         try:
             self._loop.call_soon_threadsafe(self._begin, operation, work, context=variables)
         except RuntimeError:  # the loop is closed
-            raise BuilderClosedError(self._owner) from None
+            raise errors.BuilderClosedError(self._owner) from None
         operation.accepted = True
         if self._loop.is_closed():
             operation.settle()
@@ -324,7 +320,7 @@ class LoopThread:
             return operation.future.result()
         except CancelledError:
             if self.closing:
-                raise BuilderClosedError(self._owner) from None
+                raise errors.BuilderClosedError(self._owner) from None
             raise
         finally:
             del operation  # whose error's traceback leads here
@@ -335,7 +331,7 @@ class LoopThread:
         last = self._last.setdefault("last", operation)
         # Once is enough, but an interrupt may have come between the two lines.
         if not last.accepted and not self.forked:
-            with contextlib.suppress(BuilderClosedError):
+            with contextlib.suppress(errors.BuilderClosedError):
                 self._enqueue(last, work)
         return last
 
@@ -473,7 +469,7 @@ class SubmissionBacklog:
         # Of those that came at the same time to the last place, the first one has it.
         if len(places) > self.limit and operation not in islice(places.copy(), self.limit):
             self.leave(operation)
-            raise SubmissionBacklogFullError(limit=self.limit, pending=self.pending)
+            raise errors.SubmissionBacklogFullError(limit=self.limit, pending=self.pending)
 
     def leave(self, operation: Operation[Any]) -> None:
         """Give a place back; twice does no harm."""
@@ -677,7 +673,7 @@ class SyncResourcePublisher:
                 value=self._isolator.copy(update.value, context="a submission"),
                 metadata=self._isolator.copy_metadata(update.metadata, context="a submission"),
             )
-        except PayloadIsolationError as error:
+        except errors.PayloadIsolationError as error:
             # What is no ordinary exception is meant for this thread, such as what a handler raised.
             if error.__cause__ is None or isinstance(error.__cause__, Exception):
                 raise
@@ -821,7 +817,7 @@ class SyncSnapshotSession:
         """Close the session; nothing to do if it is closed, also by its builder, or in a fork."""
         if self.closed or self._thread.forked or sys.is_finalizing():
             return
-        with contextlib.suppress(BuilderClosedError):
+        with contextlib.suppress(errors.BuilderClosedError):
             self._thread.run("close()", self._session.close)
 
 

@@ -15,16 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, final
 
+from coalestra.core import validation
 from coalestra.core.frozen import FREE_THREADED, draft_of, record, refuse_subclass
-from coalestra.core.validation import (
-    instance,
-    plain_function,
-    readable,
-    refusal,
-    shown,
-    text,
-    wrong_type,
-)
 
 __all__ = [
     "CASE_INSENSITIVE_KEY_NORMALIZER", "LEGACY_KEY_NORMALIZER", "PRESERVE_KEY_NORMALIZER",
@@ -69,7 +61,7 @@ class KeyNormalizer:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            plain_function(field.name, getattr(self, field.name))
+            validation.plain_function(field.name, getattr(self, field.name))
 
     def normalize_namespace(self, value: str) -> str:
         """Return the normal form of a namespace; `TypeError` unless it is a string."""
@@ -94,11 +86,11 @@ class KeyNormalizer:
 
 
 def _applied(transform: StringTransform, part: str, value: str) -> str:
-    result = transform(text(part, value, empty=True))
+    result = transform(validation.text(part, value, empty=True))
     if type(result) is str:
         return result
     # A plain string also out of a subclass, so that no key depends on foreign comparisons.
-    return str.__str__(text(f"normalized {part}", result, empty=True))
+    return str.__str__(validation.text(f"normalized {part}", result, empty=True))
 
 
 PRESERVE_KEY_NORMALIZER = KeyNormalizer()
@@ -190,15 +182,15 @@ class ResourceKey(_Kept):
             except TypeError:
                 parts = {"namespace": namespace, "name": name, "subject": subject}
                 part = next(part for part, value in parts.items() if not isinstance(value, str))
-                raise wrong_type(part, "a string", parts[part]) from None
+                raise validation.wrong_type(part, "a string", parts[part]) from None
         else:
-            instance("normalizer", normalizer, KeyNormalizer)
+            validation.instance("normalizer", normalizer, KeyNormalizer)
             namespace = normalizer.normalize_namespace(namespace)
             name = normalizer.normalize_name(name)
             subject = normalizer.normalize_subject(subject)
         if not namespace or not name:
             part = "name" if namespace else "namespace"
-            raise ValueError(refusal(part, "a non-empty string", ""))
+            raise ValueError(validation.refusal(part, "a non-empty string", ""))
         pairs = () if qualifiers is None else _sorted_pairs(qualifiers, normalizer)
         _fill(self, (namespace, name, subject, pairs), normalizer)
 
@@ -233,7 +225,7 @@ class ResourceKey(_Kept):
         try:
             return self._display
         except AttributeError:
-            line = readable(str(self))
+            line = validation.readable(str(self))
             object.__setattr__(self, "_display", line)
             return line
 
@@ -294,7 +286,7 @@ class ResourceKey(_Kept):
         return f"{text}?{encoded}" if encoded else text
 
     def __repr__(self) -> str:
-        form = repr if len(str(self)) <= _LONG else shown
+        form = repr if len(str(self)) <= _LONG else validation.shown
         names = ("namespace", "name", "subject", "qualifiers")
         parts = (f"{name}={form(part)}" for name, part in zip(names, self._parts, strict=True))
         return f"ResourceKey({', '.join(parts)})"
@@ -374,12 +366,10 @@ def _sorted_pairs(
         else:
             name, value = normalizer.normalize_qualifier(given, plain)
         if not name:
-            raise ValueError(refusal("qualifier name", "a non-empty string", given))
+            raise ValueError(validation.refusal("qualifier name", "a non-empty string", given))
         if name in found:
-            raise ValueError(
-                f"qualifiers must have different names, got {shown(name)} twice; leave one of them "
-                "out"
-            )
+            twice = f"got {validation.shown(name)} twice; leave one of them out"
+            raise ValueError(f"qualifiers must have different names, {twice}")
         found[name] = value
     return tuple(sorted(found.items()))
 
@@ -389,11 +379,11 @@ def _given_pairs(qualifiers: object) -> Iterable[tuple[str, Any]]:
         return qualifiers.items()
     rule = "a mapping, or pairs of name and value"
     if isinstance(qualifiers, (str, bytes)) or not isinstance(qualifiers, Iterable):
-        raise wrong_type("qualifiers", rule, qualifiers)
+        raise validation.wrong_type("qualifiers", rule, qualifiers)
     pairs = list(qualifiers)
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise wrong_type("qualifiers", rule, pair)
+            raise validation.wrong_type("qualifiers", rule, pair)
     return pairs
 
 
@@ -402,8 +392,8 @@ def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, 
     try:
         found: Collection[Any] = keys.copy() if type(keys) is dict else tuple(keys)
     except TypeError:
-        raise wrong_type(name, "a collection of ResourceKey", keys) from None
+        raise validation.wrong_type(name, "a collection of ResourceKey", keys) from None
     for key in found:
         if key.__class__ is not ResourceKey:
-            instance(name, key, ResourceKey)
+            validation.instance(name, key, ResourceKey)
     return tuple(dict.fromkeys(found))

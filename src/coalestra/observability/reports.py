@@ -39,20 +39,11 @@ from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.core.validation import flag, readable, require_methods
 from coalestra.core.values import Revision
+from coalestra.observability import sinks
 from coalestra.observability.changes import ChangeLog, subject_of
-from coalestra.observability.sinks import (
-    DEFAULT_MAX_PENDING,
-    BufferedEventSink,
-    BufferedMetricsSink,
-    BufferedSinkStats,
-    BufferOverflowPolicy,
-    LoggingEventSink,
-    NullEventSink,
-    NullMetrics,
-)
 
 if TYPE_CHECKING:
-    Buffer = BufferedEventSink | BufferedMetricsSink
+    Buffer = sinks.BufferedEventSink | sinks.BufferedMetricsSink
 
 Reported = BaseException | SourceFailure
 """What went wrong: an exception, or the record that was made of one."""
@@ -124,8 +115,8 @@ class Reporter:
         self._metrics = metrics
         self._events = events
         # Subclasses of the null sinks may listen after all.
-        self._counting = type(_innermost(metrics)) is not NullMetrics
-        self._telling = type(_innermost(events)) is not NullEventSink
+        self._counting = type(_innermost(metrics)) is not sinks.NullMetrics
+        self._telling = type(_innermost(events)) is not sinks.NullEventSink
         self._failures = Cell(0)
 
     @property
@@ -363,7 +354,7 @@ def reporter_for(
 
 
 def _innermost(sink: MetricsSink | EventSink) -> MetricsSink | EventSink:
-    while isinstance(sink, (BufferedMetricsSink, BufferedEventSink)):
+    while isinstance(sink, (sinks.BufferedMetricsSink, sinks.BufferedEventSink)):
         sink = sink.downstream
     return sink
 
@@ -400,22 +391,25 @@ class ObservabilitySinks:
         events: EventSink | None,
         *,
         buffer: bool | None = None,
-        max_pending: int = DEFAULT_MAX_PENDING,
-        overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
+        max_pending: int = sinks.DEFAULT_MAX_PENDING,
+        overflow: sinks.BufferOverflowPolicy = sinks.BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
         if buffer is not None:
             flag("buffer_observability", buffer)
-        self.metrics: MetricsSink = NullMetrics() if metrics is None else metrics
-        self.events: EventSink = NullEventSink() if events is None else events
+        self.metrics: MetricsSink = sinks.NullMetrics() if metrics is None else metrics
+        self.events: EventSink = sinks.NullEventSink() if events is None else events
         require_methods("metrics", self.metrics, "increment", "observe", plain=True)
         require_methods("events", self.events, "emit", plain=True)
         self.buffers: dict[str, Buffer] = {}
         self.owned: dict[str, Buffer] = {}
         self.log = self.sink_log = ChangeLog()
-        if isinstance(_innermost(self.events), LoggingEventSink):
+        if isinstance(_innermost(self.events), sinks.LoggingEventSink):
             self.log = ChangeLog(silent=True)
         limits: dict[str, Any] = {"max_pending": max_pending, "overflow": overflow}
-        for name, kind in (("events", BufferedEventSink), ("metrics", BufferedMetricsSink)):
+        for name, kind in (
+            ("events", sinks.BufferedEventSink),
+            ("metrics", sinks.BufferedMetricsSink),
+        ):
             sink = getattr(self, name)
             blocks = getattr(sink, "coalestra_non_blocking", False) is not True
             if not isinstance(sink, kind) and (blocks if buffer is None else buffer):
@@ -428,7 +422,7 @@ class ObservabilitySinks:
         """Return what reports to these sinks, or None if both discard what they get."""
         return reporter_for(self.metrics, self.events, self.sink_log)
 
-    def stats(self) -> dict[str, BufferedSinkStats]:
+    def stats(self) -> dict[str, sinks.BufferedSinkStats]:
         """Return the state of every buffered sink, by component."""
         return {name: buffer.stats() for name, buffer in self.buffers.items()}
 

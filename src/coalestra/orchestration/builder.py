@@ -14,6 +14,7 @@ from coalestra.cache.publisher import ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
+from coalestra.core import protocols
 from coalestra.core.health import BuilderHealth, FlightSnapshot, PayloadCopyHealth
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
@@ -21,15 +22,6 @@ from coalestra.core.policies import (
     FreshnessPolicy,
     ObservationPolicy,
     PolicyResolver,
-)
-from coalestra.core.protocols import (
-    AsyncCache,
-    Clock,
-    EventSink,
-    MetricsSink,
-    Source,
-    SystemClock,
-    checked,
 )
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
@@ -229,18 +221,18 @@ class SnapshotBuilder(BuilderArguments):
     loop, and a `TypeError` or `ValueError` for a wrong argument.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[protocols.Source, ...]
     default_policy: FreshnessPolicy
     policy_resolver: PolicyResolver
     authority_resolver: AuthorityPolicyResolver
-    cache: AsyncCache
+    cache: protocols.AsyncCache
     retry_policy: RetryPolicy
     circuit_breaker: CircuitBreaker
     default_resilience: SourceResiliencePolicy
     resilience_resolver: ResiliencePolicyResolver
-    clock: Clock
-    metrics: MetricsSink
-    events: EventSink
+    clock: protocols.Clock
+    metrics: protocols.MetricsSink
+    events: protocols.EventSink
     observation_policy: ObservationPolicy
 
     def __post_init__(self) -> None:
@@ -264,7 +256,7 @@ class SnapshotBuilder(BuilderArguments):
             overflow=self.observability_overflow,
         )
         self._use(sources=sources, metrics=self._sinks.metrics, events=self._sinks.events)
-        self._use_unless_given(cache=default_cache, clock=SystemClock())
+        self._use_unless_given(cache=default_cache, clock=protocols.SystemClock())
         self._choose_policies()
         self.capacity: CapacityController = _capacity(chains.links, self)
         parts = self._parts(chains)
@@ -330,7 +322,7 @@ class SnapshotBuilder(BuilderArguments):
             self._sinks.log,
         )
         return Parts(
-            clock=checked(self.clock),
+            clock=protocols.checked(self.clock),
             chains=chains,
             policies=self.policy_resolver,
             authority=self.authority_resolver,

@@ -35,12 +35,7 @@ from typing import Any, NamedTuple
 
 from coalestra._endings import look_after
 from coalestra.cache.memory import AsyncMemoryCache
-from coalestra.core.errors import (
-    ObservabilityShutdownTimeoutError,
-    PayloadCopyShutdownTimeoutError,
-    SourceTimeoutError,
-    listed,
-)
+from coalestra.core import errors
 from coalestra.core.frozen import empty
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.orchestration.singleflight import Engine
@@ -158,9 +153,9 @@ class Closing:
         finally:
             waiting.cancel()
         if refresher.active:
-            count, names = refresher.active, listed(tuple(refresher.keys))
+            count, names = refresher.active, errors.listed(tuple(refresher.keys))
             refresher.cancel()
-            raise SourceTimeoutError(
+            raise errors.SourceTimeoutError(
                 f"closed, but background refreshes must end within {seconds:g} s of closing, got "
                 f"{count} that were cancelled: {names}; allow more time with "
                 "copy_shutdown_timeout_seconds, or close with cancel_refreshes=True"
@@ -170,7 +165,7 @@ class Closing:
         self.unfinished = await self.engine.stop(seconds)
         if self.unfinished:
             names = ", ".join(f"{name!r} ({n})" for name, n in self.unfinished.items())
-            raise SourceTimeoutError(
+            raise errors.SourceTimeoutError(
                 f"closed, but calls to these sources still run after {seconds:g} s: "
                 f"{names}; a thread, or a coroutine that ignores cancellation, cannot be ended"
             )
@@ -186,15 +181,17 @@ class Closing:
             try:
                 left_seconds = max(0.0, end - loop.time())
                 await self.cache.aclose_payload_copies(timeout_seconds=left_seconds)
-            except PayloadCopyShutdownTimeoutError as error:
+            except errors.PayloadCopyShutdownTimeoutError as error:
                 active["cache"] = error.active_copies
         if active:
-            raise PayloadCopyShutdownTimeoutError(timeout_seconds=seconds, active_components=active)
+            raise errors.PayloadCopyShutdownTimeoutError(
+                timeout_seconds=seconds, active_components=active
+            )
 
     async def _end_observability(self, drain: bool, seconds: float) -> None:
         pending = await self.sinks.aclose(timeout_seconds=seconds, drain=drain)
         if pending:
-            raise ObservabilityShutdownTimeoutError(
+            raise errors.ObservabilityShutdownTimeoutError(
                 timeout_seconds=seconds, pending_components=pending
             )
 

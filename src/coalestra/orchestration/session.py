@@ -35,17 +35,8 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance
+from coalestra.orchestration import readings
 from coalestra.orchestration.flights import LOOK_SECONDS, Gather, call_served, circle_of
-from coalestra.orchestration.readings import (
-    Demand,
-    Failure,
-    Pins,
-    Reading,
-    at_odds,
-    beneath,
-    hold,
-    reach,
-)
 from coalestra.orchestration.singleflight import Stage
 from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
 from coalestra.orchestration.verdicts import (
@@ -279,9 +270,9 @@ class Revalidation:
     strict: bool
     _affected: set[ResourceKey] = field(default_factory=set)
     _loose: set[ResourceKey] = field(default_factory=set)
-    _readings: dict[ResourceKey, Reading] = field(default_factory=dict)
-    _failures: dict[ResourceKey, Failure] = field(default_factory=dict)
-    _next: dict[ResourceKey, Reading] = field(default_factory=dict)
+    _readings: dict[ResourceKey, readings.Reading] = field(default_factory=dict)
+    _failures: dict[ResourceKey, readings.Failure] = field(default_factory=dict)
+    _next: dict[ResourceKey, readings.Reading] = field(default_factory=dict)
     _stamp: tuple[int, ...] = ()
     _committed: bool = False
     _violated: type[BaseException] | None = None
@@ -363,16 +354,18 @@ class Revalidation:
         turn.stage = stage
         await self.unit.engine.run(stage)
 
-    def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:
+    def _plan(self, pins: Mapping[ResourceKey, readings.Reading]) -> Slices[Stage]:
         """Find out what goes with what is named, and what of it is to be read."""
-        self._affected, self._loose = yield from reach(pins, self.unit.requested.copy(), self.named)
+        self._affected, self._loose = yield from readings.reach(
+            pins, self.unit.requested.copy(), self.named
+        )
         yield
         forced = frozenset(self._affected) if self.forced else frozenset()
         derived = (k for k, p in pins.items() if p.revision.dependency_versions and k in forced)
-        demand = Demand(forced, frozenset(derived if forced else ()))
+        demand = readings.Demand(forced, frozenset(derived if forced else ()))
         yield
         going = self._affected | self._loose
-        kept = Pins({key: pin for key, pin in pins.items() if key not in going}, demand)
+        kept = readings.Pins({key: pin for key, pin in pins.items() if key not in going}, demand)
         yield
         return Stage(self.unit.work, self._wanted(), kept, self._take, demand=demand)
 
@@ -386,19 +379,19 @@ class Revalidation:
         spared = set(asked).difference(self._affected)  # which asks no key for its hash
         return {key: None for key in asked if key not in spared} if spared else asked
 
-    def _shown(self) -> Slices[Mapping[ResourceKey, Reading]]:
+    def _shown(self) -> Slices[Mapping[ResourceKey, readings.Reading]]:
         """Return what the session shows after the commit, and what is named out of sight."""
         yield from self._succeed(dict(self.unit.pins))
         yield
         return {**self.unit.visible(self._next), **self._readings}
 
-    def _succeed(self, pins: dict[ResourceKey, Reading]) -> Slices[None]:
+    def _succeed(self, pins: dict[ResourceKey, readings.Reading]) -> Slices[None]:
         """Lay out, in the place of `pins`, what is pinned after the commit."""
         for key in (self._affected | self._loose).difference(self._readings):
             pins.pop(key, None)
         yield
         pins.update(self._readings)
-        hold(pins, {}, (yield from beneath(self._readings, pins)))
+        readings.hold(pins, {}, (yield from readings.beneath(self._readings, pins)))
         self._next = pins
 
     def _visible(self, snapshot: Snapshot) -> Snapshot:
@@ -414,12 +407,12 @@ class Revalidation:
         await self.unit.engine.parts.pace.keep()
         while (stamp := self._state()) != self._stamp:
             pins = dict(self.unit.pins)
-            reached = reach(pins, self.unit.requested.copy(), self.named)
+            reached = readings.reach(pins, self.unit.requested.copy(), self.named)
             if await self._through(reached) != (self._affected, self._loose):
                 return False
             going = self._affected | self._loose
             kept = {key: pin for key, pin in pins.items() if key not in going}
-            if await self._through(at_odds(self._readings, kept)):
+            if await self._through(readings.at_odds(self._readings, kept)):
                 return False
             await self._through(self._succeed(pins))
             self._stamp = stamp
