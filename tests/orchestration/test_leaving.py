@@ -21,6 +21,7 @@ from tests.orchestration.scripted import (
     key,
     latency,
     mixed,
+    tuned,
 )
 from tests.support import (
     Gate,
@@ -249,3 +250,34 @@ async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
     await asyncio.wait([first])
     gate.open()
     assert not dict((await second).errors)
+
+
+@pytest.mark.parametrize("queue_timeout", [None, 100.0])
+@pytest.mark.parametrize("turns", range(6))
+async def test_who_comes_as_the_time_of_a_call_that_waits_for_capacity_is_up_waits_on(
+    monkeypatch: pytest.MonkeyPatch, turns: int, queue_timeout: float | None
+) -> None:
+    """Whose time is up leaves later than the call learns of it, as one of many."""
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    gate = Gate()
+    holder = Single("y", "y", fetch=lambda k, context: gate.pass_())
+    source = tuned(Single("x", "x"), queue_timeout_seconds=queue_timeout)
+    building = builder(holder, source, max_concurrency=1)
+    holding = asyncio.ensure_future(building.build([key("y")]))
+    await settle()
+    keys = [key("x", str(n)) for n in range(6)]
+
+    async def come() -> Any:
+        await asyncio.sleep(10.0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return await building.build(keys[:1])
+
+    second = asyncio.ensure_future(come())
+    first = asyncio.ensure_future(building.build(keys, strict=False, deadline_seconds=10.0))
+    await asyncio.sleep(20.0)
+    assert set((await first).errors) == set(keys)
+    gate.open()
+    await asyncio.wait([second, holding])
+    assert (await second).value(keys[0]) == keys[0].subject
+    await no_leaks(building)

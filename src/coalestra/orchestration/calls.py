@@ -401,13 +401,18 @@ class Attempt:
             call.log.waits(call.parts.capacity.holders())
         if call.parts.report is not None:
             call.parts.report.tell("source_call_queued", **call.facts, keys=len(call.flights))
+        bound, struck = math.inf if timeout is None else began + timeout, -math.inf
         try:
-            with self.cut_off(math.inf if timeout is None else began + timeout):
-                return await call.parts.capacity.acquire(name)
-        except CutOffExpired:
-            if call.urgent and call.cutoff > clock():
-                return call.parts.capacity.beyond(name)
-            late = call.cutoff < self._bound
+            # Again if somebody who has more time came at the very moment when it was up.
+            while (self._end() or math.inf) > struck:
+                try:
+                    with self.cut_off(bound):
+                        return await call.parts.capacity.acquire(name)
+                except CutOffExpired as expired:
+                    struck = expired.when
+                    if call.urgent and call.cutoff > clock():
+                        return call.parts.capacity.beyond(name)
+            late = call.urgent or call.cutoff < self._bound
             call.end(self._late_in_queue() if late else self._impatient(timeout))
             return None
         finally:
@@ -982,7 +987,7 @@ class Call:
             _tell_loop(broken)
         for flight in tuple(self.flights):
             try:
-                if outcome is _ABANDONED and self._is_wanted_anew(flight):
+                if self._is_wanted_anew(flight):
                     self.flights.pop(flight)
                     flight.leave_call()
                     self.dispatch.ready(self.link, (flight,))
