@@ -670,6 +670,55 @@ async def test_what_was_invalidated_does_not_stand_in_for_who_asks_after_that(
     await early
 
 
+class Lingering(SingleKeyCache):
+    """A cache that takes its time to answer what it has read of `base`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate(opened=True)
+
+    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        found = await super().get(key, now=now, policy=policy)
+        if key == BASE:
+            await self.gate.pass_()
+        return found
+
+
+@pytest.mark.parametrize("news", ["publish", "invalidate"])
+@pytest.mark.parametrize("wanted", [BASE, MIDDLE])
+async def test_what_was_read_before_news_does_not_stand_in_for_who_asks_after_them(
+    wanted: ResourceKey, news: str
+) -> None:
+    cache = Lingering()
+    vars(cache)["timeout_seconds"] = 60.0
+    shop = Shop(cache=cache, default_policy=FreshnessPolicy(5, 1000))
+    await shop.builder.build([wanted])
+    await asyncio.sleep(6)
+    shop.stock.change(base=SourceUnavailableError("down"))
+    at_source, before = Gate(), cache.gate.arrived
+    shop.stock.before = at_source.pass_
+    cache.gate.close()
+    early = asyncio.ensure_future(shop.builder.build([wanted], strict=False))
+    await cache.gate.wait_arrived(before + 1)
+    cache.gate.opened = True  # for all but that one
+    if news == "publish":
+        await shop.publish(BASE, "event")
+        await asyncio.sleep(0.1)
+    else:
+        await shop.builder.publisher.invalidate(BASE)
+    cache.gate.open()
+    await settle()
+    late = asyncio.ensure_future(shop.builder.build([wanted], strict=False))
+    await settle()
+    at_source.open()
+    told = await late
+    if news == "publish":
+        assert told.value(wanted) == ("event" if wanted == BASE else ("event",))
+    else:
+        assert wanted in told.errors
+    await early
+
+
 async def test_a_read_that_an_invalidation_overtook_brings_nothing() -> None:
     cache, gate = hanging(SingleKeyCache, "get", patience=60.0)
     cache.held[BASE] = value_of(BASE, "old", observed_at=LoopClock().now())

@@ -285,3 +285,40 @@ async def test_one_news_after_the_other_hides_what_is_hidden_only_once(news: str
     assert await lines_run(flights, tell()) < 100 * length
     gate.open()
     await early
+
+
+@pytest.mark.parametrize("cache", [AsyncMemoryCache, SingleKeyCache])
+@pytest.mark.parametrize("news", ["publication", "invalidation"])
+async def test_what_rests_on_something_old_does_not_stand_in_for_who_comes_after_the_news(
+    cache: type[Any], news: str
+) -> None:
+    gate = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        if k != BASE:
+            await gate.pass_()
+        return "fetched"
+
+    building = builder(
+        Single("all", "base", "slow", fetch=fetch),
+        Derived("d", needs=lambda k: [BASE]),
+        cache=cache(),
+        default_policy=FreshnessPolicy(5, 1_000),
+        max_concurrency=1,
+    )
+    await building.build([D])
+    await asyncio.sleep(6)
+    slow = asyncio.ensure_future(building.build([key("slow")]))
+    await gate.wait_arrived()
+    early = asyncio.ensure_future(building.build([D]))
+    await asyncio.sleep(0.1)
+    if news == "publication":
+        await building.publisher.publish(BASE, "event", source="stream")
+    else:
+        await building.publisher.invalidate(BASE)
+    late = await building.build([D], strict=False, deadline_seconds=1)
+    assert D not in late
+    gate.open()
+    assert (await early).value(D) in (("fetched",), ("event",))
+    await slow
+    await no_leaks(building)

@@ -480,9 +480,10 @@ class SingleFlight:
         elif self._leases and read.has_use_of(revision) and read.was_fit(revision, now):
             self.reads.ask_for_lease(gather, key, read.policy, revision.version)
         else:
-            self._missed(gather, ((key, read.policy, revision),))
+            old = _has_changed(read, revision)  # it must not stand in for newcomers
+            self._missed(gather, ((key, read.policy, None if old else revision),))
             flight = self.board.flights.get(key)
-            if flight is not None:
+            if flight is not None and key not in read.group.changed:
                 flight.missed = True
             self._pass_lease(gather, read)
 
@@ -1343,6 +1344,8 @@ class SingleFlight:
         since, news = flight.since, self._news
         if self._voucher != (since, news):
             self._voucher = since, news
+        if flight.cached is not None and self._rests_on_news((flight.cached,)):
+            flight.cached = None  # it must not stand in for newcomers
         stack, seen = [flight], {flight}
         while stack:
             gather = stack.pop().gather
@@ -1404,15 +1407,20 @@ def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
 
     Others may have joined it after the news.
     """
-    changed = read.group.changed
-    if not changed or gather.owner is None:
+    if gather.owner is None:
         return False
     if revision is None and read.flight is not None:
         settlement = read.flight.settlement
         revision = settlement.revision if isinstance(settlement, Reading) else None
-    return revision is not None and any(
-        each.key in changed for each in lineage((revision,)).values()
-    )
+    return _has_changed(read, revision)
+
+
+def _has_changed(read: Read, revision: Revision | None) -> bool:
+    """Whether there has been news of a revision, or what it rests on, since it was asked for."""
+    changed = read.group.changed
+    if not changed or revision is None:
+        return False
+    return any(each.key in changed for each in lineage((revision,)).values())
 
 
 class Stage(Gather):
