@@ -405,12 +405,8 @@ class Timeless(BatchAtomicCache):
 async def test_of_a_cache_whose_news_cannot_be_had_nothing_is_kept_and_all_else_works(
     kind: Callable[[], Any],
 ) -> None:
-    async def fetch(key: ResourceKey, context: Any) -> int:
-        return 1
-
     cache = kind()
-    source = CallableSource(name="s", priority=1, supports=lambda _: True, fetcher=fetch)
-    async with SnapshotBuilder([source], cache=cache, default_policy=POLICY) as building:
+    async with builder_over(cache, one) as building:
         await building.build([A])
         await building.publisher.publish(A, 2, source="s")
         cache.held[B] = value_of(key=B, payload=3)

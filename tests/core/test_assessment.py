@@ -294,9 +294,8 @@ def test_a_counter_is_judged_by_its_growth(
     assert found(now, previous=health(**{counter: 10})) == [(reason, *rest) for rest in expected]
 
 
-@pytest.mark.parametrize("counter, _", GROWTH)
-def test_without_an_earlier_snapshot_no_counter_is_judged(counter: str, _: object) -> None:
-    verdict = health(**{counter: 1000}).assess()
+def test_without_an_earlier_snapshot_no_counter_is_judged() -> None:
+    verdict = health(**{counter: 1000 for counter, _ in GROWTH}).assess()
     assert (verdict.severity, verdict.baseline_used) == (HEALTHY, False)
 
 
@@ -338,11 +337,6 @@ def test_findings_come_in_one_order_and_every_reason_has_its_place() -> None:
     )
     assert set(verdict.reasons) == set(BuilderHealthReason)
     assert (verdict.severity, verdict.baseline_used) == (CRITICAL, True)
-
-
-def test_no_finding_lies_below_its_threshold() -> None:
-    for finding in everything_at_once().assess(previous=health()).findings:
-        assert finding.threshold is None or finding.observed >= finding.threshold
 
 
 def test_the_worst_finding_decides() -> None:
