@@ -28,7 +28,7 @@ from coalestra.concurrency import pace
 from coalestra.concurrency.threads import Job, WorkerThreads
 from coalestra.core import values
 from coalestra.orchestration import calls, deliveries, foreign_cache, readings, singleflight, unit
-from tests.simulation.world import PAIR, World, facts
+from tests.simulation.world import PAIR, GivingLeases, World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
 
 T = TypeVar("T")
@@ -125,6 +125,8 @@ async def live(seed: int) -> None:
     for builder in (world.builder, world.aside):
         await no_leaks(builder)
     check_counts(world)
+    if isinstance(world.builder.cache, GivingLeases) and not world.wild:
+        assert not world.builder.cache.leased
     assert not world.calls.faults, world.calls.faults
     for builder in (world.builder, world.aside):
         await builder.aclose()

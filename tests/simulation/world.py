@@ -30,6 +30,7 @@ from coalestra import (
     SourcePayload,
     SourceResiliencePolicy,
 )
+from tests.contracts.caches import LeasingCache
 from tests.orchestration.scripted import Batch, Derived, Single, key
 
 TICK = 1e-6
@@ -138,6 +139,31 @@ class JudgingCache(Pausing):
             return answer
 
         return call if asyncio.iscoroutinefunction(method) else method
+
+
+class GivingLeases(Pausing, LeasingCache):
+    """A cache that says who is to acquire a key; news of it ends that."""
+
+    def __init__(self, chance: random.Random, faulty: bool) -> None:
+        Pausing.__init__(self, chance, faulty)
+        LeasingCache.__init__(self)
+
+    async def _travel(self, call: str) -> None:
+        self.calls.append(call)
+        await self._pause()
+
+    def _offer(self, value: Any, force: bool, replace_equal: bool) -> Any:
+        if not value.attempts:  # an event
+            self.leased.pop(value.key, None)
+        return super()._offer(value, force, replace_equal)
+
+    async def invalidate_many(self, keys: Collection[ResourceKey]) -> None:
+        await super().invalidate_many(keys)
+        for k in keys:
+            self.leased.pop(k, None)
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        await self.invalidate_many([key])
 
 
 class Calls:
@@ -296,7 +322,8 @@ class World:
         cache: Any = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
         kind = chance.random()
         if kind < 0.4:
-            cache = (AwaitedCache if kind < 0.25 else JudgingCache)(chance, self.wild)
+            kinds = AwaitedCache, JudgingCache, GivingLeases
+            cache = kinds[int(kind * 7.5)](chance, self.wild)
         circuit = chance.choice(
             (
                 CircuitBreakerPolicy(),
