@@ -632,6 +632,28 @@ async def test_a_dependency_wanted_late_in_a_forced_refresh_is_not_read_a_second
     assert len(stock.calls) == 2
 
 
+async def test_a_key_read_twice_in_a_forced_refresh_keeps_the_value_that_others_rest_on() -> None:
+    """It is read anew as it was invalidated under way, and the first call ends last."""
+    gate, numbers = Gate(), [1, 2, 3]
+
+    async def fetch(k: ResourceKey, context: Any) -> int:
+        number = numbers.pop(0)
+        if number == 2:
+            await gate.pass_()
+        return number
+
+    slow = Single("slow", "d", fetch=_in_vain, priority=20)
+    building = builder(slow, Single("base", fetch=fetch), Derived("d", needs=lambda k: [BASE]))
+    session = building.session()
+    await session.resolve([BASE, key("d")])
+    after = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
+    await gate.wait_arrived()
+    await building.publisher.invalidate(BASE)
+    await asyncio.sleep(10)
+    gate.open()
+    assert shown(await after) == {BASE: 3, key("d"): (3,)}
+
+
 async def _in_vain(key: ResourceKey, context: Any) -> Any:
     await asyncio.sleep(5)
     raise SourceUnavailableError("no")

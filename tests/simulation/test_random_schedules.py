@@ -366,6 +366,13 @@ def check_diagnostics(snapshot: Snapshot) -> None:
 def check_counts(world: World) -> None:
     """All calls were told of, and each was counted for one unit of work."""
     calls = world.calls.count
+    for name in ("single", "batch", "derived"):
+        labels = {"resource_namespace": "test", "resource_name": name}
+        scheduled, *ended = (
+            world.metrics.counter("resource_refresh_total", status=status, **labels)
+            for status in ("scheduled", "success", "failure", "absent", "cancelled")
+        )
+        assert scheduled == sum(ended), "each refresh ends once"
     counted = sum(told.source_calls + told.retries for told in world.told.values())
     assert counted <= calls, (counted, calls)
     if not world.nests:

@@ -17,6 +17,7 @@ from coalestra import (
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
+    InMemoryMetrics,
     PolicyResolver,
     RefreshMode,
     ResourceAbsent,
@@ -275,6 +276,7 @@ class World:
         self.closes = chance.random() < 0.1
         self.closed = False
         self.events = Events() if chance.random() < 0.2 else None
+        self.metrics = InMemoryMetrics()
         self.told: dict[str, SnapshotDiagnostics] = {}
         self.clock = TickingClock()
         self.calls = Calls()
@@ -340,6 +342,7 @@ class World:
             clock=self.clock,
             policy_resolver=PolicyResolver(policy, overrides),
             events=self.events,
+            metrics=self.metrics if self.events else None,
             default_resilience=SourceResiliencePolicy(
                 retry=retry, circuit=circuit, finish_late=chance.random() < 0.5
             ),

@@ -615,8 +615,9 @@ class Gather:
         if self.forced and key in self.forced:
             derived = reading.revision.dependency_versions
             if not derived or key in self.private:  # else it has to agree with the pins first
-                self.pins[key] = reading
-                if derived:
+                # What was read first stands: others are derived from it by now.
+                reading = self.readings[key] = self.pins.setdefault(key, reading)
+                if reading.revision.dependency_versions:
                     hold(self.pins, {key: reading})
         return reading
 
