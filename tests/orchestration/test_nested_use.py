@@ -403,6 +403,61 @@ async def test_a_source_waits_for_no_refresh_that_comes_to_wait_for_it(started: 
     await building.wait_for_refreshes()
 
 
+@pytest.mark.parametrize("settings", [{"max_concurrency": 1}, {"max_pending_tasks": 1}])
+async def test_a_source_that_waits_its_turn_has_the_slot_and_the_worker_that_others_need(
+    settings: dict[str, int],
+) -> None:
+    nested, asks = Gate(), False
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        if asks and k == OUTERS[0]:
+            await nested.pass_()
+            return (await session.revalidate([INNER])).value(INNER)
+        return k.name
+
+    building = builder(Single("s", "outer", "inner", "other", fetch=fetch), **settings)
+    session = building.session()
+    await session.resolve([INNER, key("other")])
+    asks = True
+    build = asyncio.ensure_future(session.resolve(OUTERS[:1]))
+    await nested.wait_arrived()
+    other = asyncio.ensure_future(session.revalidate([key("other")], force_refresh=True))
+    await settle()
+    nested.open()
+    await asyncio.sleep(1)
+    assert build.done(), "no longer than until the next look"
+    assert (await build).value(OUTERS[0]) == "inner"
+    assert (await other).value(key("other")) == "other"
+    await no_leaks(building)
+
+
+async def test_sources_that_wait_for_the_turn_of_each_others_sessions_wait_in_a_circle() -> None:
+    asks, errors = False, list[Exception]()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        if asks:
+            await asyncio.sleep(1)
+            answer = await sessions[k == OUTERS[0]].revalidate([INNER], strict=False)
+            errors.extend(answer.errors.values())
+        return k.name
+
+    building = builder(Single("outer", fetch=fetch), Single("inner"))
+    sessions = [building.session(), building.session()]
+    for session, k in zip(sessions, OUTERS, strict=False):
+        await session.resolve([k, INNER])
+    asks = True
+    revalidating = [
+        asyncio.ensure_future(session.revalidate([k], force_refresh=True))
+        for session, k in zip(sessions, OUTERS, strict=False)
+    ]
+    await asyncio.sleep(3)
+    assert all(each.done() for each in revalidating)
+    assert "outer:0" in str(errors[0])
+    assert "outer:1" in str(errors[0])
+    assert [type(error).__name__ for error in errors] == ["DependencyCycleError"]
+    await no_leaks(building)
+
+
 async def test_a_source_waits_for_no_revalidation_that_comes_to_wait_for_it() -> None:
     inside: list[Snapshot] = []
 

@@ -31,6 +31,7 @@ from coalestra.core.errors import (
     SnapshotConsistencyError,
     SnapshotDeadlineExceededError,
 )
+from coalestra.core.frozen import EMPTY
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import RequestResult, SnapshotConsistencyPolicy, SnapshotRequest
 from coalestra.core.snapshot import FetchContext, Snapshot
@@ -298,32 +299,50 @@ class Revalidation:
             self._report()
 
     async def _in_turn(self, turn: Turn) -> Snapshot:
-        deadline, call = self.unit.work.deadline, call_served()
-        end = math.inf if deadline is None else deadline.loop_time
-        now = asyncio.get_running_loop().time
-        while True:
-            circle = circle_of(call, turn.stage) if call and turn.stage else ()
-            if circle:  # the one whose turn it is waits for the source that waits for this one
-                path = tuple([flight.key for flight in (*circle, circle[0])])
-                errors = {key: DependencyCycleError(path) for key in self.named}
-                return await self._retained(errors)
-            until = end if call is None else min(end, now() + LOOK_SECONDS)
-            try:
-                with CutOff(until if until < math.inf else None):
-                    await turn.acquire()
-                break
-            except CutOffExpired:
-                if now() < end:
-                    continue  # to see if it has come to wait by now
-            text = "the deadline passed while another revalidation of the session was under way"
-            return await self._retained(
-                {key: SnapshotDeadlineExceededError(text) for key in self.named}
-            )
+        errors = await self._wait_for(turn)
+        if errors:
+            return await self._retained(errors)
         try:
             return await self._replaced(turn)
         finally:
             turn.stage = None
             turn.release()
+
+    async def _wait_for(self, turn: Turn) -> Mapping[ResourceKey, Exception]:
+        """Wait until it is the turn of this one; return the errors if it never will be.
+
+        If it is a source that waits so, all that is waited for needs no slot, nor a worker, which
+        the source may have; and it must not wait for that source.
+        """
+        deadline, call = self.unit.work.deadline, call_served()
+        end = math.inf if deadline is None else deadline.loop_time
+        now = asyncio.get_running_loop().time
+        asked: dict[Stage, None] = {}
+        try:
+            while True:
+                if call is not None and turn.stage is not None:
+                    circle = circle_of(call, turn.stage)
+                    if circle:
+                        path = tuple([flight.key for flight in (*circle, circle[0])])
+                        return {key: DependencyCycleError(path) for key in self.named}
+                    if turn.stage not in call.asked:
+                        call.asked[turn.stage] = asked[turn.stage] = None
+                    if call.keys_under_way and not turn.stage.urgent:
+                        self.unit.engine.flights.hurry(turn.stage)
+                until = end if call is None else min(end, now() + LOOK_SECONDS)
+                try:
+                    with CutOff(until if until < math.inf else None):
+                        await turn.acquire()
+                    return EMPTY
+                except CutOffExpired:  # to look again, unless it is the end
+                    if now() >= end:
+                        break
+        finally:
+            if call is not None:
+                for stage in asked:
+                    call.asked.pop(stage, None)
+        text = "the deadline passed while another revalidation of the session was under way"
+        return {key: SnapshotDeadlineExceededError(text) for key in self.named}
 
     async def _replaced(self, turn: Turn) -> Snapshot:
         while True:
