@@ -12,13 +12,14 @@ from coalestra import (
     CacheLookup,
     FetchContext,
     FreshnessPolicy,
+    PolicyResolver,
     ResourceKey,
     Snapshot,
     SourcePayload,
 )
 from coalestra.orchestration import flights
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key
+from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, held_at, key
 from tests.support import Gate, LoopClock, lines_run, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
@@ -322,3 +323,23 @@ async def test_what_rests_on_something_old_does_not_stand_in_for_who_comes_after
     assert (await early).value(D) in (("fetched",), ("event",))
     await slow
     await no_leaks(building)
+
+
+@pytest.mark.parametrize("cache", [AsyncMemoryCache, SingleKeyCache])
+async def test_who_comes_after_news_joins_no_derivation_from_what_its_stale_value_rests_on_too(
+    cache: type[Any],
+) -> None:
+    gate = Gate(opened=True)
+    policies = PolicyResolver(LASTING, overrides={D: FreshnessPolicy(5, 1_000)})
+    building = builder(Single("base"), derived(gate), cache=cache(), policy_resolver=policies)
+    await building.build([D])
+    await asyncio.sleep(6)
+    gate.close()
+    early = asyncio.ensure_future(building.build([D]))
+    await gate.wait_arrived(2)
+    await building.publisher.publish(BASE, "event", source="stream")
+    late = asyncio.ensure_future(building.build([D]))
+    await settle()
+    gate.open()
+    assert (await late).value(D) == ("event",)
+    await early

@@ -1346,6 +1346,7 @@ class SingleFlight:
             self._voucher = since, news
         if flight.cached is not None and self._rests_on_news((flight.cached,)):
             flight.cached = None  # it must not stand in for newcomers
+            self._voucher = since, news  # what was seen on the way is not found current
         stack, seen = [flight], {flight}
         while stack:
             gather = stack.pop().gather
