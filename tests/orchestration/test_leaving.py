@@ -10,7 +10,7 @@ import pytest
 
 from coalestra import FetchContext, ResourceKey, SnapshotBuilder
 from coalestra.concurrency import pace
-from coalestra.orchestration import flights
+from coalestra.orchestration import flights, singleflight
 from tests.orchestration.scripted import (
     Batch,
     Derived,
@@ -219,37 +219,53 @@ async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how:
     assert (await first).complete == (how == "closed")  # what is under way comes to its end
 
 
-@pytest.mark.parametrize("kind", ["single", "batch", "derived"])
+@pytest.mark.parametrize("kind", ["single", "batch", "derived", "needed"])
 @pytest.mark.parametrize("ends_by", ["cancellation", "deadline"])
-@pytest.mark.parametrize("turns", range(12))
+@pytest.mark.parametrize("is_first", [True, False])
 async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
-    monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, turns: int
+    monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, is_first: bool
 ) -> None:
     """Of many keys they leave the call one after the other, and others have turns in between."""
     monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
-    gate = Gate()
-
-    async def wait(*_: Any) -> Any:
-        await gate.pass_()
-        return 1
-
-    sources: list[Any] = [Single("x", "x", fetch=wait)]
-    if kind == "batch":
-        sources = [Batch("x", "x", before=wait)]
-    elif kind == "derived":
-        sources = [Derived("x", "x", before=wait, needs=lambda k: [key("y")]), Single("y", "y")]
-    building = builder(*sources, max_concurrency=20)
+    monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
     keys = [key("x", str(n)) for n in range(6)]
-    limit = 10.0 if ends_by == "deadline" else None
-    first = asyncio.ensure_future(building.build(keys, strict=False, deadline_seconds=limit))
-    await asyncio.sleep(10.0 - 1e-9 if limit else 1.0)
-    first.cancel() if limit is None else await asyncio.sleep(1e-9)
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    second = asyncio.ensure_future(building.build(keys, strict=False))
-    await asyncio.wait([first])
-    gate.open()
-    assert not dict((await second).errors)
+
+    async def ask(building: SnapshotBuilder, turns: int) -> Any:
+        await asyncio.sleep(10.0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return await building.build(keys, strict=False)
+
+    async def wait(*_: Any) -> None:
+        await gate.pass_()
+
+    for turns in range(12):
+        gate = Gate()
+        sources: list[Any] = [
+            {
+                "single": Single("x", "x", fetch=wait),
+                "batch": Batch("x", "x", before=gate.pass_),
+                "derived": Derived("x", "x", before=gate.pass_, needs=lambda k: [key("z")]),
+                "needed": Derived("x", "x", needs=lambda k: [key("y", k.subject)]),
+            }[kind],
+            Single("y", "y", fetch=wait),
+            Single("z", "z"),
+        ]
+        building = builder(*sources, max_concurrency=20)
+        if is_first:
+            second = asyncio.ensure_future(ask(building, turns))
+        limit = 10.0 if ends_by == "deadline" else None
+        first = asyncio.ensure_future(building.build(keys, strict=False, deadline_seconds=limit))
+        if not is_first:
+            second = asyncio.ensure_future(ask(building, turns))
+        if limit is None:
+            asyncio.get_running_loop().call_later(10.0, first.cancel)
+        await asyncio.sleep(20.0)
+        await asyncio.wait([first])
+        gate.open()
+        assert not dict((await second).errors)
+        await no_leaks(building)
 
 
 @pytest.mark.parametrize("queue_timeout", [None, 100.0])

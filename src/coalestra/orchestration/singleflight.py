@@ -36,6 +36,7 @@ from coalestra.core.errors import (
     BuilderClosedError,
     DependencyResolutionError,
     ResourceAbsent,
+    SnapshotDeadlineExceededError,
     SourceFailure,
     described,
 )
@@ -740,8 +741,8 @@ class SingleFlight:
     def refused(self, flight: Flight, failure: SourceFailure, status: str) -> None:
         """Take note that a source failed for a key, and let the key go on to the next one."""
         self._each(self._note, (flight,), failure, status)
-        if not flight.waiters:
-            self.board.hide(flight, cacheable=True)  # who comes by now begins anew
+        if not flight.waiters or isinstance(failure.exception, SnapshotDeadlineExceededError):
+            self.board.hide(flight, cacheable=True)  # who comes by now, with time, begins anew
         self._later(flight.living_sponsor(), (flight,))
 
     def _note(self, flight: Flight, failure: SourceFailure, status: str) -> None:
