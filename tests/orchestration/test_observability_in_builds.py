@@ -461,6 +461,33 @@ async def test_sessions_report_each_stage_and_each_revalidation() -> None:
     assert seen.faults == []
 
 
+async def test_a_revalidation_that_fails_but_not_by_its_sources_tells_of_as_many_keys() -> None:
+    """One cannot be delivered, and another gets its turn too late."""
+    gate, taken_in = Gate(opened=True), list[Any]()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        await gate.pass_()
+        return len(source.calls)
+
+    def refuse_again(payload: Any) -> Any:
+        if payload == 2 and payload in taken_in:
+            raise TypeError("once is enough")
+        taken_in.append(payload)
+        return payload
+
+    source = Single("x", fetch=fetch)
+    building, seen = watched(source, payload_copier=refuse_again)
+    async with building.session(deadline_seconds=5) as session:
+        await session.resolve([X])
+        await session.revalidate([X], strict=False, force_refresh=True)
+        gate.close()
+        calls = [session.revalidate([X], strict=False, force_refresh=True) for _ in range(2)]
+        await asyncio.gather(*calls)
+    reported = seen.of("snapshot_session_revalidated")
+    assert [(each["committed"], each["failed"]) for each in reported] == [(False, 1)] * 3
+    assert seen.faults == []
+
+
 async def test_policies_report_what_they_let_through_and_what_they_turn_down() -> None:
     building, seen = watched(Single("x", fetch=dated(-5)), Single("y", fetch=dated(0)))
     keys = [X, key("y", "1")]

@@ -276,6 +276,7 @@ class Revalidation:
     _next: dict[ResourceKey, readings.Reading] = field(default_factory=dict)
     _stamp: tuple[int, ...] = ()
     _committed: bool = False
+    _failed: int = 0
     _violated: type[BaseException] | None = None
     _span: Any = None
 
@@ -290,7 +291,7 @@ class Revalidation:
                     return await self._in_turn(turn)
                 finally:
                     stage.resolved = len(self.named) * self._committed
-                    stage.failed = len(self._failures)
+                    stage.failed = self._failed
         except (SnapshotConsistencyError, SnapshotAcceptanceError) as violation:
             self._violated = type(violation)
             raise
@@ -465,11 +466,13 @@ class Revalidation:
             return await self._retained(uncopied)
         errors = {key: SnapshotDeadlineExceededError(str(late[0])) for key in self._wanted()}
         if self.strict:
+            self._failed = len(errors)
             raise SnapshotBuildError(errors)
         return await self._retained(errors)
 
     async def _retained(self, errors: Mapping[ResourceKey, Exception]) -> Snapshot:
         """Return the state that stays, with the errors of this call; raise them if strict."""
+        self._failed = len(errors)
         retained, _ = await self.unit.snapshot(None, errors)
         if self.strict:
             raise SnapshotBuildError(errors, snapshot=retained)
@@ -486,7 +489,7 @@ class Revalidation:
             requested=len(self.named),
             affected=len(self._affected),
             refreshed=sum(key in pins for key in self._affected),
-            failed=len(self._failures),
+            failed=self._failed,
             strict=self.strict,
             force_refresh=self.forced,
             consistency_failed=self._violated is SnapshotConsistencyError,
