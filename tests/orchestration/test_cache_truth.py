@@ -18,7 +18,7 @@ from coalestra import (
     SourcePayload,
 )
 from coalestra.concurrency import pace
-from coalestra.orchestration import calls
+from coalestra.orchestration import calls, singleflight
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
 from tests.support import Gate, settle
@@ -206,6 +206,48 @@ async def test_a_derivation_that_took_in_a_value_replaced_since_is_not_joined() 
     assert (await early).value(key("d")) == ("",)
     assert (await late).value(key("d")) == ("new",)
     assert (await building.build([key("d")])).value(key("d")) == ("new",)
+
+
+@pytest.mark.parametrize("news", ["publish", "invalidate", "invalidate_matching"])
+async def test_a_derivation_about_to_be_handed_what_was_replaced_since_is_not_joined(
+    news: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Very many wait for the base, and are told in portions."""
+    monkeypatch.setattr(singleflight, "_WAITERS_PER_STEP", 1)
+    monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    gates, truth = {"base": Gate(), "late": Gate()}, [1]
+    base, derived = key("base"), key("derived")
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        number = truth[0]
+        if k.name in gates:
+            await gates[k.name].pass_()
+        return number
+
+    single = Single("all", "base", "late", "other", fetch=fetch)
+    cache = AsyncMemoryCache()
+    building = builder(single, Derived("derived", needs=lambda k: [base, key("late")]), cache=cache)
+    asked = [[base, key("other", str(number))] for number in range(30)]
+    readers = [asyncio.ensure_future(building.build(keys)) for keys in [*asked, [derived]]]
+    await gates["base"].wait_arrived()
+    await settle()
+    gates["base"].open()
+    await readers[0]
+    truth[0] = 2
+    if news == "publish":
+        await building.publisher.publish(base, 2, source="stream")
+    elif news == "invalidate":
+        await building.publisher.invalidate(base)
+    else:
+        await cache.invalidate_matching(base.__eq__)
+    newcomer = asyncio.ensure_future(building.build([derived]))
+    await settle()
+    gates["late"].open()
+    assert (await readers[-1]).value(derived) in ((1, 1), (2, 1))
+    assert (await newcomer).value(derived)[0] == 2
+    assert (await building.build([derived])).value(derived)[0] == 2
+    await asyncio.gather(*readers)
 
 
 async def test_a_build_of_base_and_derived_shows_the_derived_value_of_that_very_base() -> None:

@@ -560,6 +560,11 @@ class Gather:
         """Return the revisions that have been read."""
         return tuple([reading.revision for reading in self.readings.values()])
 
+    def taken(self) -> list[Settlement]:
+        """Return what it has read, and what it has yet to be handed that is known already."""
+        ended = [each.settlement for each in self.pending if isinstance(each, Flight)]
+        return [*self.readings.values(), *[each for each in ended if each is not None]]
+
     def trace_flight(self, flight: Flight, *, joined: bool) -> None:
         """Note for the trace of its work, if there is one, that it waits for a flight."""
         trace, key = self.work.trace, flight.key

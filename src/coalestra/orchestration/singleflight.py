@@ -1299,7 +1299,8 @@ class SingleFlight:
     def invalidating_where(self, matches: Callable[[ResourceKey], bool]) -> None:
         """Learn that all matching keys are invalidated, also those that derivations rest on."""
         gathers = [flight.gather for flight in self.board.deriving if flight.gather is not None]
-        taken = lineage(revision for gather in gathers for revision in gather.revisions())
+        known = [each for gather in gathers for each in gather.taken()]
+        taken = lineage(each.revision for each in known if isinstance(each, Reading))
         under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys]
         under_way += [revision.key for revision in taken.values()]
         under_way += [*self.refresher.failing, *self._absent]
@@ -1353,8 +1354,11 @@ class SingleFlight:
             gather = stack.pop().gather
             if gather is None:
                 continue
+            taken = gather.taken()
+            revisions = [each.revision for each in taken if isinstance(each, Reading)]
             # What failed, or did not exist, may rest on any of it.
-            if gather.failures or self._rests_on_news(gather.revisions()):
+            failed = gather.failures or len(revisions) < len(taken)
+            if failed or self._rests_on_news(revisions):
                 self._voucher = 0, 0
                 return True
             for awaited in gather.pending:
