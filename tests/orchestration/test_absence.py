@@ -40,7 +40,7 @@ from coalestra.concurrency import pace
 from tests.observability.recording import Recorder
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
-from tests.support import Gate, LoopClock
+from tests.support import Gate, LoopClock, settle
 
 X, Y = key("x"), key("y")
 NONE = ResourceAbsent("no such row")
@@ -687,6 +687,35 @@ async def test_a_read_that_a_flight_overtook_shares_its_answer() -> None:
         gate.open()
         absence(await reader)
     assert len(source.calls) == 2
+
+
+async def test_who_joins_a_slow_read_after_the_news_gets_no_absence_from_before_them() -> None:
+    gate, z = Gate(), key("z")
+
+    class Slow(Awaited):
+        async def get_many(self, keys: Any, **how: Any) -> Mapping[ResourceKey, CacheLookup]:
+            found = await super().get_many(keys, **how)
+            if Y in keys:
+                await gate.pass_()
+            return found
+
+    source, cache = Stock("x", {"x": NONE}), Slow()
+    vars(cache)["timeout_seconds"] = 60.0
+    rest = [Derived("y", needs=lambda _: [X]), Derived("z", needs=lambda _: [Y])]
+    building = builder(source, *rest, cache=cache)
+    first = asyncio.ensure_future(attempt(building, Y))
+    await gate.wait_arrived()
+    await building.publisher.publish(key("other"), 1, source="stream")
+    early = asyncio.ensure_future(attempt(building, z))
+    await gate.wait_arrived(2)
+    gate.let_through()
+    absence(await first, Y)
+    await building.publisher.publish(X, "there", source="stream")
+    late = asyncio.ensure_future(attempt(building, z))
+    await settle()
+    gate.open()
+    assert (await late).value(z) == (("there",),)
+    await early
 
 
 @pytest.mark.expects_leaks  # that the clock was wrong is told to the loop

@@ -473,7 +473,8 @@ class SingleFlight:
         elif read.has_use_of(revision) and self._serve(gather, read.policy, revision, now):
             return
         elif flight and (
-            isinstance(settlement, Reading) or (settlement and settlement.failure.absent)
+            isinstance(settlement, Reading)
+            or (settlement and settlement.failure.absent and not read.group.changed)
         ):
             if gather.logs and key in gather.logs:
                 gather.logs[key].flies(flight.note(), joined=flight.sponsor is not gather.work)
