@@ -27,6 +27,7 @@ from coalestra import (
     SnapshotSession,
     SourceAuthorityPolicy,
     SourcePayload,
+    SourceUnavailableError,
 )
 from tests.contracts.caches import BatchCache
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, held_at, key
@@ -117,6 +118,28 @@ async def test_a_stale_winner_by_authority_is_not_delivered_where_nothing_stale_
     await asyncio.sleep(20)
     value = (await building.build([X]))[X]
     assert (value.value, value.stale) == ("rest", False)
+
+
+async def test_what_inherits_from_something_stale_does_not_stand_in_where_nothing_stale_may() -> (
+    None
+):
+    """By its own age it would be fresh."""
+    strict = FreshnessPolicy(1_000, 2_000, allow_stale_on_error=False)
+    answers: list[Any] = [SourcePayload(1)]
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        if not answers:
+            raise SourceUnavailableError("down")
+        return answers.pop()
+
+    derived = Derived("derived", "x", needs=lambda k: [Y])
+    derived.inherit_freshness = True  # type: ignore[attr-defined] # the protocol's optional attribute
+    brief = FreshnessPolicy(10, 2_000, allow_stale_on_error=False)
+    resolver = PolicyResolver(strict, {Y: brief})
+    building = builder(Single("source", "y", fetch=fetch), derived, policy_resolver=resolver)
+    await building.build([X])
+    await asyncio.sleep(20)
+    assert X in (await building.build([X], strict=False)).errors
 
 
 @pytest.mark.parametrize("forced", [True, False])

@@ -1020,7 +1020,7 @@ def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> R
     if not usable:
         return None
     newest = max(usable, key=lambda revision: revision.observed_at)
-    stale = age_of(newest, now) > policy.ttl_seconds
+    stale = not _is_fresh(newest, policy, now)
     if stale and not policy.allow_stale_on_error:
         return None
     error = failure.make()
