@@ -90,6 +90,35 @@ def test_work_may_begin_where_no_loop_runs_as_what_is_left_by_one_is_ended_there
         assert not pace.due
 
 
+def test_work_may_begin_where_no_loop_runs_though_the_last_turn_of_one_has_had_a_slice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, loop = 100.0, asyncio.new_event_loop()
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace = Pace()
+    now += SLICE_SECONDS
+    loop.call_soon(pace.begin)
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    now += SLICE_SECONDS
+    assert pace.begin()
+    assert not pace.due
+    loop.close()
+
+
+async def test_a_clock_that_was_set_back_does_not_make_a_slice_endless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by what freezes all clocks of a process for the length of a test."""
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace = Pace()
+    now = 10.0
+    assert pace.begin()
+    now += SLICE_SECONDS
+    assert pace.due
+
+
 async def test_what_is_done_in_slices_rests_between_them_when_it_is_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -665,3 +665,21 @@ def test_a_build_that_is_dropped_outside_of_its_loop_leaves_the_builder_working(
     assert value.value == "next"
     loop.run_until_complete(building.aclose())
     drop(loop)
+
+
+async def test_an_interrupt_at_the_beginning_of_a_slice_leaves_the_builder_working(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal may come in any line."""
+
+    def interrupted(self: pace.Pace) -> bool:
+        monkeypatch.setattr(pace.Pace, "begin", begin)
+        raise KeyboardInterrupt
+
+    building = builder(Single("x"))
+    begin, first = pace.Pace.begin, building.build([key("x")])
+    monkeypatch.setattr(pace.Pace, "begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        await first
+    (value,) = (await asyncio.wait_for(building.build([key("x", "next")]), 5)).values()
+    assert value.value == "next"

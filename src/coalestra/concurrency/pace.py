@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Collection, Generator, Iterable
 from itertools import islice
@@ -61,17 +60,18 @@ class Pace:
         Return whether there is time left in this turn.
         """
         now = time.perf_counter()
-        if now < self._until:
+        if now < self._until <= now + SLICE_SECONDS:  # or else the clock has been set back
             return True
-        if self._resting or self._had:
+        if (self._resting or self._had) and asyncio._get_running_loop() is not None:
             return False
         self._renew(now)
         return True
 
     def _renew(self, now: float) -> None:
         self._until = now + SLICE_SECONDS
-        with contextlib.suppress(RuntimeError):  # what is left when its loop has ended has no turns
-            asyncio.get_running_loop().call_soon(self._turn_over)
+        loop = asyncio._get_running_loop()
+        if loop is not None:  # what is left when its loop has ended has no turns
+            loop.call_soon(self._turn_over)
             self._had = True
 
     def _turn_over(self) -> None:

@@ -156,8 +156,9 @@ class Agenda:
         self._running = True
         self._handle = None
         steps, pace = self._steps, self._pace
-        looks, due = _STEPS_BETWEEN_LOOKS, not pace.begin()
+        looks = _STEPS_BETWEEN_LOOKS
         try:
+            due = not pace.begin()
             while steps and not due:
                 step, subject, arguments = steps.popleft()
                 try:
