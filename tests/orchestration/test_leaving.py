@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalestra import FetchContext, ResourceKey, SnapshotBuilder
+from coalestra import FetchContext, ResourceKey, SnapshotBuilder, SnapshotRequest
 from coalestra.concurrency import pace
 from coalestra.orchestration import flights, singleflight
 from tests.orchestration.scripted import (
@@ -26,7 +26,9 @@ from tests.orchestration.scripted import (
 from tests.support import (
     Gate,
     LoopClock,
+    VirtualLoop,
     cancel_at_every_await,
+    drop,
     lines_run,
     loop_turn,
     no_leaks,
@@ -297,3 +299,22 @@ async def test_who_comes_as_the_time_of_a_call_that_waits_for_capacity_is_up_wai
     await asyncio.wait([second, holding])
     assert (await second).value(keys[0]) == keys[0].subject
     await no_leaks(building)
+
+
+@pytest.mark.parametrize("loop_is_closed", [True, False])
+def test_several_requests_that_are_closed_end_as_they_are_told(loop_is_closed: bool) -> None:
+    """As by the collector, where their loop was dropped."""
+    building = builder(Single("x", "x", fetch=latency(1)))
+    asked = building.try_requests([SnapshotRequest(required=[key("x", str(n))]) for n in range(3)])
+
+    async def begin() -> None:
+        asked.send(None)
+        if not loop_is_closed:
+            asked.close()
+            await settle()
+            await no_leaks(building)
+
+    loop = VirtualLoop()
+    loop.run_until_complete(begin())
+    drop(loop)
+    asked.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -303,10 +304,16 @@ async def all_or_none(coroutines: Iterable[Any]) -> None:
         tasks.extend(asyncio.ensure_future(each) for each in coroutines)
         if tasks:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    except GeneratorExit:  # it is closed, and cannot wait
+        with contextlib.suppress(RuntimeError):  # their loop is closed as well
+            while tasks:
+                tasks.pop().cancel()
+        tasks.clear()
+        raise
     finally:
         for task in tasks:
             task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        ended = await asyncio.gather(*tasks, return_exceptions=True) if tasks else []
     errors = [each for each in ended if isinstance(each, BaseException)]
     errors.sort(key=lambda error: isinstance(error, asyncio.CancelledError))  # the culprit first
     for error in errors:
