@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from coalestra import FetchContext, ResourceKey, SnapshotBuilder, SnapshotRequest
+from coalestra import (
+    CircuitBreakerPolicy,
+    CircuitScope,
+    FetchContext,
+    ResourceKey,
+    SnapshotBuilder,
+    SnapshotRequest,
+    SourceResiliencePolicy,
+)
 from coalestra.concurrency import pace
 from coalestra.orchestration import flights, singleflight
 from tests.orchestration.scripted import (
@@ -318,3 +328,30 @@ def test_several_requests_that_are_closed_end_as_they_are_told(loop_is_closed: b
     loop.run_until_complete(begin())
     drop(loop)
     asked.close()
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_call_whose_loop_is_dropped_while_it_tells_its_circuits_is_dropped_too(
+    monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    unheard: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unheard.append)
+    policy = SourceResiliencePolicy(circuit=CircuitBreakerPolicy(CircuitScope.RESOURCE))
+
+    async def begin() -> None:
+        source = tuned(Batch("x", "x", before=Gate().pass_), resilience_policy=policy)
+        building = builder(source)
+        keys = [key("x", str(n)) for n in range(6)]
+        first = asyncio.ensure_future(building.build(keys, deadline_seconds=10.0))
+        await asyncio.sleep(10.0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        first.cancel()
+
+    loop = VirtualLoop()
+    loop.run_until_complete(begin())
+    drop(loop)
+    del loop
+    gc.collect()
+    assert not unheard

@@ -983,6 +983,8 @@ class Call:
         """Tell the circuits, and refuse the keys, one after the other."""
         try:
             yield from self._tell_circuits(outcome)
+        except GeneratorExit:  # its loop was dropped
+            raise
         except BaseException as broken:
             _tell_loop(broken)
         for flight in tuple(self.flights):
