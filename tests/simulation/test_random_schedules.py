@@ -417,6 +417,6 @@ def check_trace(snapshot: Snapshot) -> None:
 
 
 DEEDS = (
-    build, build, build, flock, ask, ask, build_both, converse, converse_together, meddle, change,
-    change_both,
+    build, build, build, flock, ask, ask, build_both, converse, converse_together,
+    converse_together, meddle, change, change, change_both,
 )  # fmt: skip

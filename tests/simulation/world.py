@@ -291,11 +291,12 @@ class World:
         self.turn = asyncio.Lock()
         self.turns = {k: asyncio.Lock() for k in self.bases}
         self.needs: dict[ResourceKey, list[ResourceKey]] = {}
+        asked = self.bases if chance.random() < 0.7 else chance.sample(self.bases, 3)
         for i in range(9):
-            known = [*self.bases, *self.needs]
+            known = [*asked, *self.needs]
             self.needs[key("derived", str(i))] = chance.sample(known, chance.randint(1, 3))
-        self.keys = [*self.bases, *self.needs]
-        self.lively = chance.sample(self.bases, 6)
+        self.keys = [*asked, *self.needs]
+        self.lively = chance.sample(asked, len(asked) // 2 + 1)
         self.traced = seed % 3 == 0
         self.spans = Spans()
         self.builder = self._builder()
@@ -521,7 +522,7 @@ class World:
         k = self.chance.choice(list(self.needs))
         cache = self.builder.cache
         with (
-            self.calls.changing(*self.keys),
+            self.calls.changing(*self.bases, *self.needs),
             contextlib.suppress(*([Exception] if self.wild or self.closed else [])),
         ):
             kind = self.chance.random()
