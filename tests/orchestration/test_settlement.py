@@ -37,7 +37,7 @@ from coalestra.concurrency import pace
 from coalestra.concurrency.deadline import CutOff
 from coalestra.orchestration import calls
 from tests.contracts.caches import BatchAtomicCache
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
+from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, tuned
 from tests.support import Gate, ThreadGate, VirtualLoop, drop, no_leaks, run_virtual, settle
 from tests.support.running import without_collector
 
@@ -821,6 +821,28 @@ async def test_joining_a_large_call_with_a_longer_deadline_moves_its_end_once(
     assert not (await brief).resources
     gate.open()
     assert set(await patient) == set(wanted)
+
+
+@pytest.mark.parametrize("steps", range(4))
+async def test_no_more_workers_are_started_once_those_of_the_same_keys_are_being_ended(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that ends cancels every task once; it knows nothing of those that are to come."""
+    monkeypatch.setattr(calls, "_WORKERS_AT_ONCE", 2)
+    source = Single("good", fetch=held_at(gate := Gate()))
+    building = builder(source, max_pending_tasks=20, max_concurrency=20)
+    task = asyncio.ensure_future(building.build([key("good", str(n)) for n in range(20)]))
+    await gate.wait_arrived()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    for worker in workers():
+        worker.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not workers()
+    await building.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await task
 
 
 async def test_closing_in_the_quiet_after_a_cancellation_leaves_nothing_behind() -> None:

@@ -1791,9 +1791,6 @@ class Lane:
         while self._workers < min(most, len(self._calls) + len(self._queue)):
             if self._more is not None or (self.dispatch.quiet_until and self._is_quiet()):
                 return
-            if started == _WORKERS_AT_ONCE:
-                self._more = asyncio.get_running_loop().call_soon(self._staff_on)
-                return
             started += 1
             worker = Worker(self)
             self._workers += 1
@@ -1805,9 +1802,13 @@ class Lane:
                 raise
             self.dispatch.workers.add(task)
             task.add_done_callback(partial(self._ended, worker))
+            if started == _WORKERS_AT_ONCE:
+                self._more = asyncio.get_running_loop().call_soon(self._staff_on, worker, task)
 
-    def _staff_on(self) -> None:
+    def _staff_on(self, last: Worker, task: asyncio.Task[None]) -> None:
         self._more = None
+        if not last.gone and (last.interrupted or task.cancelled()):
+            self.dispatch.be_quiet()  # the program ends, and would not know of what is started now
         self.staff()
 
     def _start(self, worker: Worker) -> asyncio.Task[None]:
