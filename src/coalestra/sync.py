@@ -150,7 +150,8 @@ class Operation(Generic[T]):
             self._unclaimed.append(True)
             self.begin(again)
             return
-        self._end()
+        if not self._end():
+            return  # it was settled as its loop ended
         error = None if task.cancelled() else task.exception()
         if task.cancelled():
             self.future.cancel()
@@ -162,11 +163,12 @@ class Operation(Generic[T]):
         else:
             self.future.set_exception(error)
 
-    def _end(self) -> None:
-        """Have everything taken back, before the future tells."""
-        self.operations.pop(self, None)
+    def _end(self) -> bool:
+        """Have everything taken back, before the future tells; return False if it was before."""
+        is_first = self.operations.pop(self, self) is None
         if self.backlog is not None:
             self.backlog.leave(self)
+        return is_first
 
     def tell(self, future: Future[T]) -> None:
         """Wake who waits, and pass a cancellation on to the task, from whatever thread it comes."""

@@ -339,3 +339,22 @@ def test_a_facade_is_not_forgotten_as_long_as_somebody_can_use_it(kept: str) -> 
     for thread in loop_threads():
         thread.join(PATIENCE)
     assert loop_threads() == []
+
+
+def test_work_that_closing_cancels_while_it_is_being_accepted_is_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its thread has its turn again only when the loop is closed."""
+    sync = SyncSnapshotBuilder(SnapshotBuilder([]), shutdown_timeout_seconds=0)
+    loop = sync._thread._loop
+    accept = loop.call_soon_threadsafe
+
+    def hold_up(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()
+        accepted = accept(*args, **kwargs)
+        outcome(in_thread(sync.close))
+        return accepted
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", hold_up)
+    assert sync.submit(lambda _: asyncio.Event().wait()).cancelled()
+    assert loop_threads() == []
