@@ -360,12 +360,12 @@ class SingleFlight:
 
     def _force(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
         """Acquire a key past the cache: privately what must agree with pins, else with others."""
-        if key not in gather.private:
-            self._acquire(gather, ((key, policy, None),))
-        elif key in gather.pins:
+        if key in gather.pins:
             gather.readings[key] = gather.pins[key]
-        else:
+        elif key in gather.private:
             self._acquire_privately(gather, key, policy)
+        else:
+            self._acquire(gather, ((key, policy, None),))
 
     def _refresh(self, revision: Revision, mode: RefreshMode, work: Work) -> dict[str, Any]:
         """Schedule a refresh of a revision, unless one is under way; return what to say of it."""
