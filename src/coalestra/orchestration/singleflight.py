@@ -1348,9 +1348,6 @@ class SingleFlight:
         since, news = flight.since, self._news
         if self._voucher != (since, news):
             self._voucher = since, news
-        if flight.cached is not None and self._rests_on_news((flight.cached,)):
-            flight.cached = None  # it must not stand in for newcomers
-            self._voucher = since, news  # what was seen on the way is not found current
         stack, seen = [flight], {flight}
         while stack:
             gather = stack.pop().gather
@@ -1367,10 +1364,30 @@ class SingleFlight:
                 if isinstance(awaited, Flight) and awaited.since < news and awaited not in seen:
                     seen.add(awaited)
                     stack.append(awaited)
+        self._drop_old_stand_ins([each for each in seen if each.cached is not None], since)
         for each in seen:
             if each.since >= since:
                 each.since = news
         return False
+
+    def _drop_old_stand_ins(self, flights: Collection[Flight], since: int) -> None:
+        """Let nothing stand in for newcomers that rests on what there has been news of."""
+        old: dict[Revision, bool] = {}
+        stack = [each.cached for each in flights if each.cached is not None]
+        while stack:
+            revision = stack.pop()
+            if revision in old:
+                continue
+            below = [each for each in revision.dependencies if each not in old]
+            if below:
+                stack += revision, *below
+                continue
+            told, version = self._changed.get(revision.key, (0, None))
+            is_old = told > since and revision.version != version
+            old[revision] = is_old or any(old[each] for each in revision.dependencies)
+        for flight in flights:
+            if flight.cached is not None and old[flight.cached]:
+                flight.cached = None
 
     def _rests_on_news(self, revisions: Iterable[Revision]) -> bool:
         """Whether there is news of any of them, or of what they rest on; each is asked about once.
