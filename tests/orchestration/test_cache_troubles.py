@@ -860,6 +860,7 @@ async def test_what_a_session_has_derived_anew_is_stored_under_leases() -> None:
     async with await shop.session(TOP) as session:
         shop.stock.change(base=2)
         await session.revalidate([BASE, TOP], force_refresh=True)
+    assert len(shop.stock.calls) == 2, "once for the session, and once for the revalidation"
     await asyncio.sleep(1)
     shop.middle.calls.clear()
     assert shown(await shop.builder.build([TOP, MIDDLE])) == {TOP: ((2,),), MIDDLE: (2,)}

@@ -1012,7 +1012,7 @@ def absence_stands(flight: Flight, parts: Parts) -> bool:
 
 
 def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> Reading | None:
-    """Return the newest stale value that may stand in for a failed key, or None."""
+    """Return the newest value that may stand in for a failed key, stale or not, or None."""
     policy = awaited.policy
     now, most = parts.clock.now(), policy.max_stale_seconds
     known = (awaited.event, awaited.cached, awaited.candidate)
