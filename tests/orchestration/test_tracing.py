@@ -34,7 +34,7 @@ from coalestra import (
     SyncSnapshotBuilder,
 )
 from coalestra.core.trace import CallTrace, KeyTrace, Obtained, Trace, WaitReason
-from coalestra.orchestration import flights
+from coalestra.orchestration import flights, tracing
 from coalestra.orchestration.tracing import (
     MOST_ATTEMPTS,
     MOST_INPUTS,
@@ -505,6 +505,18 @@ async def test_each_key_that_there_was_no_room_for_is_counted_once() -> None:
         trace = trace_of(await session.revalidate(keys))
         assert len(trace.keys) + trace.omitted_keys == len(keys)
     assert trace_of(first).omitted_keys == 0
+
+
+async def test_a_key_that_was_read_out_of_sight_is_counted_too_if_there_is_no_room_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracing, "MOST_KEYS", 1)
+    b = builder(Single("a"), Derived("d", needs=lambda k: [A]))
+    await b.build([D])
+    async with b.session(trace=True) as session:
+        await session.resolve([D])
+        trace = trace_of(await session.resolve([A]))
+    assert (len(trace.keys), trace.omitted_keys) == (1, 1)
 
 
 async def test_what_was_in_memory_takes_the_room_of_one_key_in_a_session_too() -> None:

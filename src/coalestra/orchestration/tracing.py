@@ -568,9 +568,7 @@ class WorkTrace:
         for key in keys if self.recording else ():
             place = latest.get(key)
             known = None if place is None else entries[place]
-            if known is None and len(entries) >= MOST_KEYS:
-                self._untold.add(hash(key))
-            elif requested or known is None or known.obtained is Obtained.FAILED:
+            if requested or known is None or known.obtained is Obtained.FAILED:
                 log = self._begin(key, requested=requested)
                 if log is not None:
                     logs[key] = log
@@ -597,7 +595,10 @@ class WorkTrace:
         entries, place = self._entries, self._places.get(key)
         if self._room > 0:
             place = len(entries)
-        elif place is None or not isinstance(entries[place], KeyLog):
+        elif place is None:
+            self._untold.add(hash(key))
+            return None
+        elif not isinstance(entries[place], KeyLog):
             return None
         log = KeyLog(key, requested)
         entries[place : place + 1] = [log]
