@@ -35,6 +35,13 @@ def portions(items: Collection[T], size: int) -> Iterable[Collection[T]]:
     return iter(lambda: tuple(islice(rest, size)), ())
 
 
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 class Pace:
     """Gives the event loop a turn whenever a slice of time is used up.
 
@@ -62,14 +69,14 @@ class Pace:
         now = time.perf_counter()
         if now < self._until <= now + SLICE_SECONDS:  # or else the clock has been set back
             return True
-        if (self._resting or self._had) and asyncio._get_running_loop() is not None:
+        if (self._resting or self._had) and _running_loop() is not None:
             return False
         self._renew(now)
         return True
 
     def _renew(self, now: float) -> None:
         self._until = now + SLICE_SECONDS
-        loop = asyncio._get_running_loop()
+        loop = _running_loop()
         if loop is not None:  # what is left when its loop has ended has no turns
             loop.call_soon(self._turn_over)
             self._had = True
