@@ -215,7 +215,7 @@ class UnitOfWork:
 
     def visible(self, pins: Mapping[ResourceKey, Reading]) -> Mapping[ResourceKey, Reading]:
         """Return those of `pins` that were asked for, in the order of asking."""
-        if list(self.requested) == list(pins):
+        if not pins or list(self.requested) == list(pins):
             return dict(pins)
         get = pins.get
         return {key: reading for key in self.requested if (reading := get(key)) is not None}
@@ -225,10 +225,11 @@ class UnitOfWork:
 
         What is shown with them is to be taken in the same step, or a key may be in neither.
         """
-        known, pins = self.failures, self.pins
-        if not known:
-            return []
-        return [known[key] for key in self.requested if key in known and key not in pins]
+        known, pins, get = self.failures, self.pins, self.failures.get
+        if not pins and list(known) == list(self.requested):
+            return list(known.values())
+        asked = self.requested if known else ()
+        return [each for key in asked if (each := get(key)) is not None and key not in pins]
 
     async def errors(self, failures: Iterable[Failure]) -> dict[ResourceKey, Exception]:
         """Return a fresh error for each failure; made in slices, as they take a while."""
