@@ -274,8 +274,10 @@ async def test_a_slot_on_its_way_to_who_waited_for_it_is_held_by_that_one() -> N
 
 async def test_who_joins_a_call_that_waits_for_capacity_is_told_who_holds_it() -> None:
     b = builder(Single("a", fetch=latency(2)), Single("b"), max_concurrency=1)
-    others = [asyncio.ensure_future(b.build([each])) for each in (A, B)]
-    await asyncio.sleep(1)
+    others = []
+    for each in (A, B):
+        others.append(asyncio.ensure_future(b.build([each])))
+        await asyncio.sleep(0.5)
     trace = trace_of(await b.build([B], trace=True))
     (attempt,) = the_call(trace, B).attempts
     assert (attempt.holders, attempt.called) == ((("a", 1),), 1)
