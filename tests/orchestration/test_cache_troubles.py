@@ -956,6 +956,31 @@ async def test_all_who_read_from_a_cache_share_one_slice_of_each_turn(
     assert max(copied.values()) <= 20
 
 
+async def test_who_reads_a_cache_and_who_takes_in_an_answer_share_one_slice_of_each_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied = Counter[int]()  # in each turn
+
+    def copier(value: Any) -> Any:
+        copied[loop_turn()] += 1
+        return value
+
+    held, lacking = ([key("b", f"{what} {n}") for n in range(500)] for what in ("held", "lacking"))
+    cache = BatchCache()
+    async with builder(Batch("b"), cache=cache) as filling:
+        await filling.build(held)
+    building = builder(Batch("b"), cache=cache, payload_copier=copier)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", 0.001)
+    looks = itertools.count()  # four of which use up a slice
+    began = perf_counter()
+    monkeypatch.setattr(
+        "coalestra.concurrency.pace.time.perf_counter", lambda: began + next(looks) * 0.000_3
+    )
+    await asyncio.gather(building.build(held), building.build(lacking))
+    assert copied.total() >= 2_000
+    assert max(copied.values()) <= 10  # with a slice for each of them it were twelve
+
+
 # A cache that is right at every read --------------------------------------------------------------
 
 
