@@ -234,8 +234,9 @@ async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how:
 @pytest.mark.parametrize("kind", ["single", "batch", "derived", "needed"])
 @pytest.mark.parametrize("ends_by", ["cancellation", "deadline"])
 @pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("wanted", [1, 6])
 async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
-    monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, is_first: bool
+    monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, is_first: bool, wanted: int
 ) -> None:
     """Of many keys they leave the call one after the other, and others have turns in between."""
     monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
@@ -247,12 +248,12 @@ async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
         await asyncio.sleep(10.0)
         for _ in range(turns):
             await asyncio.sleep(0)
-        return await building.build(keys, strict=False)
+        return await building.build(keys[-wanted:], strict=False)
 
     async def wait(*_: Any) -> None:
         await gate.pass_()
 
-    for turns in range(12):
+    for turns in range(30):
         gate = Gate()
         sources: list[Any] = [
             {
