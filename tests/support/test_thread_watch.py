@@ -138,7 +138,7 @@ def test_who_waits_for_the_end_of_a_thread_is_blocked_as_long_as_that_one() -> N
     follower = threading.Thread(target=sleeper.join, name="follower")
     follower.start()
     with condition:
-        assert is_given_up(watch)
+        wait_until(lambda: is_given_up(watch))  # the follower may not have got there yet
         condition.notify()
     follower.join()
     assert watch.working(jobs=0) == []
