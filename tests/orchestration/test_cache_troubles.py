@@ -927,58 +927,52 @@ async def test_the_answers_of_a_cache_are_passed_on_in_portions(
     assert max(answered.values()) <= 32
 
 
+class Copier:
+    """Copies payloads, and counts how many in each turn, while four looks use up a slice."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.copied = Counter[int]()
+        began, looks = perf_counter(), itertools.count()
+        monkeypatch.setattr(pace, "SLICE_SECONDS", 0.001)
+        monkeypatch.setattr(
+            "coalestra.concurrency.pace.time.perf_counter", lambda: began + next(looks) * 0.000_3
+        )
+
+    def __call__(self, value: Any) -> Any:
+        self.copied[loop_turn()] += 1
+        return value
+
+
 async def test_all_who_read_from_a_cache_share_one_slice_of_each_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copied = Counter[int]()  # in each turn
-
-    def copier(value: Any) -> Any:
-        copied[loop_turn()] += 1
-        return value
-
     groups = [[key("b", f"{who} {number}") for number in range(50)] for who in range(10)]
     cache = BatchCache()
     async with builder(Batch("b"), cache=cache) as filling:
         await filling.build([key for group in groups for key in group])
-    monkeypatch.setattr(pace, "SLICE_SECONDS", 0.001)
-    looks = itertools.count()  # four of which use up a slice
-    began = perf_counter()
-    monkeypatch.setattr(
-        "coalestra.concurrency.pace.time.perf_counter", lambda: began + next(looks) * 0.000_3
-    )
+    copier = Copier(monkeypatch)
     building = builder(Batch("b"), cache=cache, payload_copier=copier)
     builds = []
     for group in groups:
         builds.append(asyncio.ensure_future(building.build(group)))
         await asyncio.sleep(0)
     await asyncio.gather(*builds)
-    assert copied.total() >= 500
-    assert max(copied.values()) <= 20
+    assert copier.copied.total() >= 500
+    assert max(copier.copied.values()) <= 20
 
 
 async def test_who_reads_a_cache_and_who_takes_in_an_answer_share_one_slice_of_each_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copied = Counter[int]()  # in each turn
-
-    def copier(value: Any) -> Any:
-        copied[loop_turn()] += 1
-        return value
-
     held, lacking = ([key("b", f"{what} {n}") for n in range(500)] for what in ("held", "lacking"))
     cache = BatchCache()
     async with builder(Batch("b"), cache=cache) as filling:
         await filling.build(held)
+    copier = Copier(monkeypatch)
     building = builder(Batch("b"), cache=cache, payload_copier=copier)
-    monkeypatch.setattr(pace, "SLICE_SECONDS", 0.001)
-    looks = itertools.count()  # four of which use up a slice
-    began = perf_counter()
-    monkeypatch.setattr(
-        "coalestra.concurrency.pace.time.perf_counter", lambda: began + next(looks) * 0.000_3
-    )
     await asyncio.gather(building.build(held), building.build(lacking))
-    assert copied.total() >= 2_000
-    assert max(copied.values()) <= 10  # with a slice for each of them it were twelve
+    assert copier.copied.total() >= 2_000
+    assert max(copier.copied.values()) <= 10  # with a slice for each of them it were twelve
 
 
 # A cache that is right at every read --------------------------------------------------------------
