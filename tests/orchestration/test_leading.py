@@ -700,6 +700,28 @@ async def test_whatever_one_raises_the_others_have_their_values(
     assert bool(told_of) is (fault in (KeyboardInterrupt, SystemExit))
 
 
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_timeout_declared_in_a_first_step_that_cannot_be_meant_keeps_nobody_waiting(
+    waits: bool,
+) -> None:
+    it = Told()
+
+    @it.at(C)
+    async def declare(k: ResourceKey) -> None:
+        it.source.timeout_seconds = -1.0
+        if waits:
+            await asyncio.sleep(1.0)
+        else:
+            raise LookupError("a fault in a source")
+
+    snapshot = await asyncio.wait_for(it.builder.build(KEYS, strict=False), 60.0)
+    assert set(values(snapshot)) == {"0", "1", "2"} if waits else {"0", "1"}
+    assert "timeout_seconds of source 'x' must be " in str(snapshot.errors[D])
+    it.source.timeout_seconds = None
+    del it.deeds[C]
+    assert values(await asyncio.wait_for(it.builder.build(KEYS), 60.0)) == ALL
+
+
 @pytest.mark.late_tasks  # the closing that is begun here is not carried through
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("is_call", [False, True])

@@ -322,6 +322,7 @@ class Attempt:
         number = next_number()
         for flight in call.flights:
             flight.began = number
+        call.timeout_seconds = call.link.timeout_seconds
         self.set_off(asyncio.get_running_loop().time(), call.parts.clock.monotonic())
         self._run = call.work.variables.copy().run
         call.report_start(self._run)
@@ -492,7 +493,7 @@ class Attempt:
     def set_off(self, began: float, ticks: float) -> None:
         """Have called the source at these instants."""
         self.began, self.ticks, self.stage = began, ticks, Progress.RUNNING
-        timeout = self.call.link.timeout_seconds
+        timeout = self.call.timeout_seconds
         self._bound = math.inf
         if timeout is not None:
             self._bound = began + timeout
@@ -664,7 +665,7 @@ class Following:
     def _become(self, leader: Call, flight: Flight, worker: Worker) -> Attempt:
         if self._attempt is None:
             call = Call(leader.lane, (flight,) if flight.phase is _CALLING else ())
-            self._call, self._attempt = weakref.ref(call), call.follow(self, worker, leader.policy)
+            self._call, self._attempt = weakref.ref(call), call.follow(self, worker, leader)
         return self._attempt
 
     @classmethod
@@ -689,6 +690,7 @@ class Call:
     """
 
     policy: SourceResiliencePolicy = _UNDECIDED
+    timeout_seconds: float | None = None
     attempts: int = 0
     answered_at: float = math.nan
     latency_ms: float = math.nan
@@ -862,12 +864,11 @@ class Call:
 
     # One attempt after the other --------------------------------------------------------------
 
-    def follow(
-        self, following: Following, worker: Worker, policy: SourceResiliencePolicy
-    ) -> Attempt:
+    def follow(self, following: Following, worker: Worker, leader: Call) -> Attempt:
         """Be under way already, in the wake of another call; return the attempt that is made."""
-        self.policy, self._turn, self.rests_on = policy, following.turn, following.rests_on
-        self._asked = tuple(self.flights) if policy.circuit.enabled else ()
+        self.policy, self.timeout_seconds = leader.policy, leader.timeout_seconds
+        self._turn, self.rests_on = following.turn, following.rests_on
+        self._asked = tuple(self.flights) if self.policy.circuit.enabled else ()
         self.count_attempt()
         self._attempt = Attempt(self, worker)
         self._attempt.set_off(following.began, following.ticks)
