@@ -24,6 +24,7 @@ from coalestra import (
     SourcePayload,
     SourceResiliencePolicy,
 )
+from coalestra.concurrency import pace
 from tests.orchestration.scripted import (
     Batch,
     Derived,
@@ -35,7 +36,7 @@ from tests.orchestration.scripted import (
     tuned,
 )
 from tests.orchestration.stock import Stock
-from tests.support import Gate, LoopClock, no_leaks, settle
+from tests.support import Gate, LoopClock, VirtualLoop, no_leaks, settle
 
 X = key("x")
 DOWN = ConnectionError("down")
@@ -392,6 +393,27 @@ async def test_a_call_never_made_leaves_the_count_alone_and_the_probe_free(by: s
     source.change(x=1)
     assert (await attempt(building)).value(X) == 1
     assert await circuits(building) == {}
+
+
+async def test_who_leaves_a_batch_that_is_being_let_through_leaves_its_probes_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Many circuits are asked in slices; the source is called when all have been."""
+    source = Batch("x", answer=answering(up := set()))
+    tuned(source, resilience_policy=breaking(1, CircuitScope.RESOURCE))
+    building = builder(source)
+    keys = [key("x", str(number)) for number in range(9)]
+    await opened(building, *keys)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", 0.0)
+    leaving = asyncio.ensure_future(attempt(building, *keys))
+    loop, known = asyncio.get_running_loop(), building.circuit_breaker.circuits.values()
+    assert isinstance(loop, VirtualLoop)
+    loop.interrupt_when(lambda: any(each.probing for each in known), leaving.cancel)
+    await asyncio.wait([leaving])
+    await settle()
+    assert (leaving.cancelled(), len(source.calls)) == (True, 1)
+    up.update(keys)
+    assert list(await attempt(building, *keys)) == keys
 
 
 async def test_a_retry_that_waits_too_long_for_capacity_counts_the_failure_before() -> None:

@@ -238,6 +238,11 @@ def future() -> asyncio.Future[bool]:
     return asyncio.get_running_loop().create_future()
 
 
+class Untraceable(Exception):
+    def with_traceback(self, tb: object) -> Any:
+        raise LookupError("has a traceback of its own")
+
+
 def raising(error: BaseException) -> Callable[[], Any]:
     def says() -> Any:
         raise error
@@ -250,6 +255,7 @@ def raising(error: BaseException) -> Callable[[], Any]:
     [
         (raising(RuntimeError("bug")), "RuntimeError"),
         (raising(asyncio.CancelledError()), "SourceUnavailableError"),
+        (raising(Untraceable()), "Untraceable"),
         (coroutine, "SourceProtocolError"),
         (future, "SourceProtocolError"),
     ],

@@ -1138,6 +1138,7 @@ class Call:
             yield from self._grouping(self._asked, at_rest)
             groups = {identity: (self._turn, group) for identity, group in at_rest.items()}
         self._asked = ()
+        outcome = outcome if self.attempts else Outcome.SKIPPED  # nobody was asked
         for identity, (turn, group) in groups.items():
             fared = outcome if self.fresh.isdisjoint(group) else _SUCCESS
             try:

@@ -242,7 +242,7 @@ def _own(link: Link, error: BaseException) -> BaseException:
         own.__cause__ = error
         return own
     traceback = error.__traceback__
-    return error.with_traceback(None if traceback is None else traceback.tb_next)
+    return BaseException.with_traceback(error, None if traceback is None else traceback.tb_next)
 
 
 def _as_answer(link: Link, answer: object) -> bool:
