@@ -48,8 +48,7 @@ from coalestra.core.values import PublishResult, ResourceUpdate
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.closing import MOMENT_SECONDS, gives_way, insist
 from coalestra.orchestration.session import SnapshotSession
-from coalestra.orchestration.unit import distinct
-from coalestra.orchestration.verdicts import Several
+from coalestra.orchestration.unit import Several, distinct
 
 __all__ = ["SyncResourcePublisher", "SyncSnapshotBuilder", "SyncSnapshotSession"]
 

@@ -35,8 +35,15 @@ from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link
 from coalestra.orchestration.tracing import Tracing
-from coalestra.orchestration.unit import Terms, distinct, together
-from coalestra.orchestration.verdicts import Requests, Results, in_same_form, several
+from coalestra.orchestration.unit import (
+    Requests,
+    Results,
+    Terms,
+    distinct,
+    in_same_form,
+    several,
+    together,
+)
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import (
     ResiliencePolicyResolver,

@@ -39,11 +39,13 @@ from coalestra.core.validation import flag, instance
 from coalestra.orchestration import readings
 from coalestra.orchestration.flights import LOOK_SECONDS, Gather, call_served, circle_of
 from coalestra.orchestration.singleflight import Stage
-from coalestra.orchestration.unit import UnitOfWork, cut_short, distinct
-from coalestra.orchestration.verdicts import (
+from coalestra.orchestration.unit import (
     Requests,
     Results,
+    UnitOfWork,
     accepted,
+    cut_short,
+    distinct,
     in_same_form,
     objection,
     several,
