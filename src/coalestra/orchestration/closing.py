@@ -64,20 +64,17 @@ def gives_way(error: BaseException | None) -> Iterator[None]:
 
 async def insist(stage: Callable[[], Awaitable[object]]) -> None:
     """Await what a stage of closing does, again if it is cut off: it is bounded by itself."""
-    for _ in range(_ATTEMPTS - 1):
+    for left in reversed(range(_ATTEMPTS)):
         try:
             await stage()
             return
         except asyncio.CancelledError:
-            continue
-    await stage()
+            if not left:
+                raise
 
 
 class Limits(NamedTuple):
-    """How long stages of one closing may take, in seconds, and how much they are to do.
-
-    Refreshes are waited for, or cancelled at once; buffers are drained, or discarded.
-    """
+    """How long stages of one closing may take, in seconds; refreshes and buffers may be let go."""
 
     copies: float
     observability: float
@@ -212,13 +209,29 @@ class Closing:
         close, on_loop = _closing_of(part)
         if close is None:
             return
-        if on_loop:
-            task = asyncio.ensure_future(_awaited(close))
-        else:
-            ended = await self._call_in_thread(close, seconds)
+        name = getattr(close, "__qualname__", type(close).__qualname__)
+        too_long = (
+            f"closing a managed part must end within {seconds:g} s, got {name} that takes longer; "
+            "bound its own closing"
+        )
+        cancelled = (
+            f"{name} was cancelled before it had ended, by nobody who closes the builder; let it "
+            "end by itself"
+        )
+        ended: Any = None
+        if not on_loop:
+            # It may block, and cannot be cut off, so a cancellation is of no use to anybody.
+            job = self.engine.parts.threads.start(close, name, or_here=True)
+            await _within(seconds, lambda left: asyncio.wait([job.ended], timeout=left))
+            if not job.ended.done():
+                raise TimeoutError(too_long)
+            try:
+                ended = job.outcome()
+            except asyncio.CancelledError as error:
+                raise RuntimeError(cancelled) from error
             if not hasattr(ended, "__await__"):
                 return
-            task = asyncio.ensure_future(_awaited(lambda: ended))
+        task = asyncio.ensure_future(_awaited(close if on_loop else lambda: ended))
         look_after(task, set())
         try:
             await asyncio.wait([task], timeout=seconds)
@@ -228,36 +241,23 @@ class Closing:
         if not task.done():
             task.cancel()
             await asyncio.wait([task], timeout=MOMENT_SECONDS)
-            raise _takes_too_long(close, seconds)
+            raise TimeoutError(too_long)
         if task.cancelled():
-            raise _cancelled_itself(close)
+            raise RuntimeError(cancelled)
         task.result()
-
-    async def _call_in_thread(self, close: Callable[[], Any], seconds: float) -> Any:
-        """Call what may block. It cannot be cut off, so a cancellation is of no use to anybody."""
-        job = self.engine.parts.threads.start(close, _name_of(close), or_here=True)
-        await _within(seconds, lambda left: asyncio.wait([job.ended], timeout=left))
-        if not job.ended.done():
-            raise _takes_too_long(close, seconds)
-        try:
-            return job.outcome()
-        except asyncio.CancelledError as error:
-            raise _cancelled_itself(close) from error
 
     def _close_late(self, sink: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close a sink that had its last record only now; in the thread that brought it."""
         close, on_loop = _closing_of(sink)
-        if close is None:
-            return
-        if not on_loop:
+        if close is not None and not on_loop:
             with gives_way(TimeoutError()):  # which is what closing the builder has raised
                 close()
-            return
-
-        with contextlib.suppress(RuntimeError):  # its loop is closed, so it is too late for that
-            loop.call_soon_threadsafe(
-                lambda: look_after(loop.create_task(_awaited(close)), self._late)
-            )
+        elif close is not None:
+            closing = partial(_awaited, close)
+            with contextlib.suppress(RuntimeError):  # its loop is closed, so it is too late
+                loop.call_soon_threadsafe(
+                    lambda: look_after(loop.create_task(closing()), self._late)
+                )
 
     # However long it takes -----------------------------------------------------------------------
 
@@ -284,13 +284,6 @@ async def _within(seconds: float, stage: Stage) -> None:
     await insist(lambda: stage(max(0.0, round(end - now(), 3))))
 
 
-def _cancelled_itself(close: Callable[[], Any]) -> RuntimeError:
-    return RuntimeError(
-        f"{_name_of(close)} was cancelled before it had ended, by nobody who closes the builder; "
-        "let it end by itself"
-    )
-
-
 def _closing_of(part: Any) -> tuple[Callable[[], Any] | None, bool]:
     """Return how a part is closed, if it is, and whether that is done on the loop."""
     close = getattr(part, "aclose", None)
@@ -302,14 +295,3 @@ def _closing_of(part: Any) -> tuple[Callable[[], Any] | None, bool]:
 
 async def _awaited(close: Callable[[], Awaitable[Any]]) -> None:
     await close()
-
-
-def _name_of(close: Callable[[], Any]) -> str:
-    return getattr(close, "__qualname__", type(close).__qualname__)
-
-
-def _takes_too_long(close: Callable[[], Any], seconds: float) -> TimeoutError:
-    return TimeoutError(
-        f"closing a managed part must end within {seconds:g} s, got {_name_of(close)} that takes "
-        "longer; bound its own closing"
-    )

@@ -67,11 +67,9 @@ class Deliveries:
         self, readings: Iterable[Reading], inherits: bool
     ) -> Slices[FrozenDict[ResourceKey, str]]:
         """Return what a value rests on that is derived from `readings`."""
+        until, never = self._until, -math.inf
         inputs = (
-            (
-                each.revision,
-                -math.inf if each.stale else self._until(each.revision, each.ttl_seconds),
-            )
+            (each.revision, never if each.stale else until(each.revision, each.ttl_seconds))
             for each in readings
         )
         return dependencies_on(inputs, inherits=inherits)
@@ -109,11 +107,11 @@ class Deliveries:
 
     # Copies ------------------------------------------------------------------------------------
 
-    def value_here(self, reading: Reading, context: str) -> SnapshotValue[Any]:
+    def value_here(self, reading: Reading) -> SnapshotValue[Any]:
         """Return a reader's copy made here and now, however large the payload."""
         revision = reading.revision
-        payload = self._copies.open_here(revision.payload, revision.seal, context=context)
-        return self._presented(reading, payload, context, self._clock.now())
+        payload = self._copies.open_here(revision.payload, revision.seal, context=_CONTEXT)
+        return self._presented(reading, payload, _CONTEXT, self._clock.now())
 
     def at_hand(
         self, readings: Mapping[ResourceKey, Reading], context: str = _CONTEXT
@@ -321,12 +319,6 @@ async def all_or_none(coroutines: Iterable[Any]) -> None:
 
 
 # The short way to a snapshot: all of it is in the memory cache, fresh, and quickly copied --------
-#
-# Such a unit of work waits for nobody and pins nothing, so it needs neither flights nor readings;
-# for a few keys there is no unit of work at all. It takes two passes over the keys, one to find the
-# revisions and one to copy them out. As soon as anything is not that plain, the general way is
-# taken, as if nothing had been tried.
-
 
 _KEYS_BETWEEN_LOOKS = 512
 _KEYS_AT_ONCE = 4_096
@@ -334,7 +326,12 @@ _KEYS_AT_ONCE = 4_096
 
 
 class WarmReads:
-    """Serves keys from the memory cache alone, all of them or none."""
+    """Serves keys from the memory cache alone, all of them or none.
+
+    Such a unit of work waits for nobody and pins nothing, so it needs neither flights nor readings;
+    for a few keys there is none at all. As soon as anything is not that plain, the general way is
+    taken, as if nothing had been tried.
+    """
 
     __slots__ = ("_parts",)
 
@@ -419,11 +416,15 @@ class WarmReads:
         store = self._parts.access.near
         if store is None or work.expired:
             return None
-        pace = self._parts.pace
+        pace, clock, policies = self._parts.pace, self._parts.clock, self._parts.policies
         pace.begin()
-        revisions = await self._find(store, keys, pace)
-        if revisions is None:
-            return None
+        revisions: list[Revision] = []
+        for part in portions(keys, _KEYS_AT_ONCE):
+            found = store.find_all_fresh(part, clock.now(), policies)
+            if found is None:
+                return None
+            revisions += found
+            await pace.keep()
         try:
             values = await self._copied(revisions, pace)
         except (PayloadIsolationError, PayloadCopySubsystemClosedError):
@@ -434,20 +435,6 @@ class WarmReads:
             return None
         self._count(store, work, keys, revisions)
         return FrozenDict(zip(keys, values, strict=True))
-
-    async def _find(
-        self, store: EntryStore, keys: Collection[ResourceKey], pace: Pace
-    ) -> list[Revision] | None:
-        """Return the revisions of all keys, if each is there, fresh, and due for nothing."""
-        clock, policies = self._parts.clock, self._parts.policies
-        found: list[Revision] = []
-        for part in portions(keys, _KEYS_AT_ONCE):
-            some = store.find_all_fresh(part, clock.now(), policies)
-            if some is None:
-                return None
-            found += some
-            await pace.keep()
-        return found
 
     async def _copied(
         self, revisions: Sequence[Revision], pace: Pace

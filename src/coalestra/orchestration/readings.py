@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from coalestra.concurrency.pace import Slices, at_once
@@ -41,14 +41,8 @@ class Reading:
         """Return the same reading for all who have joined the flight of another unit of work."""
         noted = self._joined
         if noted is None:
-            noted = self._joined = Reading(
-                self.revision,
-                self.ttl_seconds,
-                stale=self.stale,
-                from_cache=self.from_cache,
-                notes={**self.notes, **_JOINED} if self.notes else _JOINED,
-                fallback=self.fallback,
-            )
+            notes = {**self.notes, **_JOINED} if self.notes else _JOINED
+            noted = self._joined = replace(self, notes=notes)
         return noted
 
     def __repr__(self) -> str:
@@ -113,15 +107,12 @@ class Failure:
         return f"<Failure {self.key.display}: {self.make()}>"
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False)
 class Failed:
     """How a flight ended that brought no value: a failure, with the best stale candidate."""
 
     failure: Failure
     stale: Reading | None = None
-
-    def __repr__(self) -> str:
-        return f"<Failed {self.failure}>"
 
 
 Settlement = Reading | Failed
@@ -135,7 +126,7 @@ Settlement = Reading | Failed
 # key. The rules here find that out. They know nothing of time, tasks or sources.
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False)
 class Demand:
     """What somebody who waits insists on, beyond any usable value.
 
@@ -146,11 +137,6 @@ class Demand:
     forced: frozenset[ResourceKey] = frozenset()
     private: frozenset[ResourceKey] = frozenset()
     refresh: bool = False
-
-    def __repr__(self) -> str:
-        return (
-            f"<Demand forced={len(self.forced)} private={len(self.private)} refresh={self.refresh}>"
-        )
 
 
 class Pins(dict[ResourceKey, Reading]):

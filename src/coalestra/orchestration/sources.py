@@ -64,11 +64,9 @@ class Link:
     """One source in the chain, with what the engine needs to know of it.
 
     `context` names its payloads in errors. `inherits` says that what it derives is as fresh as what
-    that is derived from. `asked` is its bit among the answers that are
-    remembered of a key; `served` has one more for a yes. `succeeded_at`, `failed_at` are monotonic
-    seconds. `attempts` have come to an answer or an error, `failed_attempts` to an error;
-    `latency_ms` is the sum of both.
-    `deadline_cuts` calls in a row were of no use, as their readers' deadlines had passed.
+    that is derived from. `asked` is its bit among the answers that are remembered of a key;
+    `served` has one more for a yes. What has been counted is told by `SourceHealth`, but that
+    `succeeded_at`, `failed_at` are monotonic seconds.
     """
 
     __slots__ = (
@@ -116,15 +114,10 @@ class Link:
 
     def health(self, now: float) -> SourceHealth:
         """Return how the source has fared, at `now` in monotonic seconds."""
-        return SourceHealth(
-            None if self.succeeded_at is None else now - self.succeeded_at,
-            None if self.failed_at is None else now - self.failed_at,
-            self.last_error,
-            self.attempts,
-            self.failed_attempts,
-            self.latency_ms,
-            self.deadline_cuts,
-        )
+        answered = None if self.succeeded_at is None else now - self.succeeded_at
+        failed = None if self.failed_at is None else now - self.failed_at
+        counts = self.attempts, self.failed_attempts, self.latency_ms, self.deadline_cuts
+        return SourceHealth(answered, failed, self.last_error, *counts)
 
     def __repr__(self) -> str:
         return f"<Link {self.name} {self.kind.value}>"
@@ -290,33 +283,25 @@ def _declared(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
 def _checked(sources: Iterable[Source]) -> list[Any]:
     """Validate what every source must declare; names the source in each error."""
     found: list[Any] = list(sources)
-    names: dict[str, Any] = {}
+    names: set[str] = set()
     for source in found:
         name = text("source name", getattr(source, "name", None))
         if name in names:
             raise ValueError(f"source names must be unique, got {name!r} twice; rename one of them")
-        names[name] = source
+        names.add(name)
         integer(f"priority of source {name!r}", getattr(source, "priority", None))
         if not callable(getattr(source, "supports", None)):
             raise TypeError(f"source {name!r} has no supports(key) method; add one")
-        _check_limits(name, source)
+        timeout = _seconds_of(source, name, "timeout_seconds")
+        _seconds_of(source, name, "queue_timeout_seconds")
+        for setting in ("max_concurrency", "max_batch_size"):
+            _limit_of(source, name, setting)
+        flag(f"inherit_freshness of source {name!r}", getattr(source, "inherit_freshness", False))
+        policy, asked = getattr(source, "resilience_policy", None), "resilience_policy of source"
+        instance(f"{asked} {name!r}", policy, SourceResiliencePolicy, optional=True)
+        if policy is not None and policy.finish_late and timeout is None:
+            raise ValueError(
+                f"a source that may finish_late must have a timeout, got None for source {name!r}; "
+                "give it timeout_seconds"
+            )
     return found
-
-
-def _check_limits(name: str, source: Any) -> None:
-    for setting in ("timeout_seconds", "queue_timeout_seconds"):
-        _seconds_of(source, name, setting)
-    for setting in ("max_concurrency", "max_batch_size"):
-        _limit_of(source, name, setting)
-    flag(f"inherit_freshness of source {name!r}", getattr(source, "inherit_freshness", False))
-    policy = getattr(source, "resilience_policy", None)
-    instance(f"resilience_policy of source {name!r}", policy, SourceResiliencePolicy, optional=True)
-    if (
-        policy is not None
-        and policy.finish_late
-        and getattr(source, "timeout_seconds", None) is None
-    ):
-        raise ValueError(
-            f"a source that may finish_late must have a timeout, got None for source {name!r}; "
-            "give it timeout_seconds"
-        )

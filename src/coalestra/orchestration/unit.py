@@ -147,11 +147,12 @@ class UnitOfWork:
                     if self.work.trace is not None:  # else the stage is everybody's, and stays
                         stage.error = error
                 finally:
+                    told = snapshot.snapshot_id
                     if report is not None and self.lasting:
                         report.session_resolved(
                             succeeded=succeeded,
                             latency_ms=(clock.monotonic() - began) * 1000.0,
-                            snapshot_id=snapshot.snapshot_id,
+                            snapshot_id=told,
                             requested=len(keys),
                             resolved=len(keys) - failed,
                             failed=failed,
@@ -160,12 +161,8 @@ class UnitOfWork:
                             retry_errors=retry_errors,
                         )
                     elif report is not None:
-                        report.snapshot_built(
-                            snapshot.snapshot_id,
-                            snapshot.diagnostics,
-                            build_failed=not succeeded,
-                            strict=strict,
-                        )
+                        how = {"build_failed": not succeeded, "strict": strict}
+                        report.snapshot_built(told, snapshot.diagnostics, **how)
         except Exception as raised:
             return snapshot, raised
         return snapshot, error
@@ -219,9 +216,7 @@ class UnitOfWork:
         self.failures.update(gather.failures)
 
     def _pin(
-        self,
-        readings: Mapping[ResourceKey, Reading],
-        below: Mapping[ResourceKey, Reading] | None = None,
+        self, readings: Mapping[ResourceKey, Reading], below: Mapping[ResourceKey, Reading] | None
     ) -> None:
         if self.lasting:
             hold(self.pins, readings, below)
@@ -283,10 +278,9 @@ class UnitOfWork:
         trace = self.work.trace
         self.engine.parts.pace.begin()
         with _UNNOTED if trace is None else trace.delivering(len(readings)):
-            copies = self.engine.flights.deliveries.at_hand(readings)
-            values, uncopied = copies or await self.engine.flights.deliveries.values(
-                readings, deadline
-            )
+            deliveries = self.engine.flights.deliveries
+            copies = deliveries.at_hand(readings) or await deliveries.values(readings, deadline)
+        values, uncopied = copies
         if uncopied and cut_short(uncopied):
             parts = self.engine.parts
             parts.counters.deadline_exceeded_count += 1
@@ -302,9 +296,7 @@ class UnitOfWork:
         errors = {failure.key: failure.make() for failure in self.failed()}
         for key, reading in self.visible(self.pins).items():
             try:
-                values[key] = self.engine.flights.deliveries.value_here(
-                    reading, "snapshot delivery"
-                )
+                values[key] = self.engine.flights.deliveries.value_here(reading)
             except PayloadIsolationError as error:
                 errors[key] = error
         return self.assembled(values, errors)
@@ -347,16 +339,10 @@ async def together(engine: Engine, crowd: Crowd, strict: bool) -> Snapshot:
     values, errors = copies or await engine.flights.deliveries.values(crowd.readings, None)
     if crowd.failures:
         errors.update({failure.key: failure.make() for failure in crowd.failures.values()})
-    counted = {
-        "duration_ms": (clock.monotonic() - began) * 1000,
-        "cache_misses": 1,
-        "cache_batch_reads": 1,
-        "coalesced_requests": 1,
-    }
-    if not errors:
-        return snapshot_of(new_id(), created_at, values, EMPTY, counted)
+    once = dict.fromkeys(("cache_misses", "cache_batch_reads", "coalesced_requests"), 1)
+    counted = {"duration_ms": (clock.monotonic() - began) * 1000, **once}
     snapshot = snapshot_of(new_id(), created_at, values, frozen(errors), counted)
-    if strict:
+    if errors and strict:
         raise SnapshotBuildError(errors, snapshot=snapshot)
     return snapshot
 
