@@ -169,7 +169,12 @@ class LeasingCache(BatchAtomicCache):
     ) -> Mapping[ResourceKey, CacheWriteResult | Exception]:
         await self._travel("fulfil_many")
         self._take_back(values)
-        return {each.key: self._offer(each, False, replace_equal) for each in values.values()}
+        results: dict[ResourceKey, CacheWriteResult | Exception] = {}
+        for lease, value in values.items():
+            held = self.held.get(value.key)
+            gives_way = held is not None and held.version == lease.replaces
+            results[value.key] = self._offer(value, gives_way, replace_equal)
+        return results
 
     async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
         await self._travel("release_many")

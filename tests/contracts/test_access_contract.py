@@ -28,7 +28,7 @@ from tests.contracts.caches import (
     WrappedMemoryCache,
 )
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, revision_of, value_of
-from tests.support import cancel_at_every_await, run_virtual
+from tests.support import Gate, cancel_at_every_await, run_virtual
 
 KEYS = tuple(ResourceKey("market", "depth", str(number)) for number in range(20))
 
@@ -343,3 +343,30 @@ async def test_a_giving_back_that_is_cancelled_keeps_no_later_lease_from_being_g
     access.give_back(leases[1], failed=False)
     await asyncio.sleep(1)
     assert B not in cache.leased
+
+
+async def test_leases_given_back_before_a_publication_come_back_though_it_is_cancelled() -> None:
+    gate = Gate()
+
+    class Slow(LeasingCache):
+        async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
+            await gate.pass_()
+            await super().release_many(leases, failed=failed)
+
+    cache = Slow()
+    access = access_over(cache)
+    lease = Lease(B, "one")
+    cache.leased = {B: lease}
+
+    async def publish() -> None:
+        access.give_back(lease, failed=False)
+        await access.write({A: revision_of(A)}, Terms({A: POLICY}, NOW, insist=True))
+
+    publication = asyncio.create_task(publish())
+    await gate.wait_arrived()
+    publication.cancel()
+    await asyncio.sleep(0.1)
+    assert publication.cancelled()
+    gate.open()
+    await asyncio.sleep(0.1)
+    assert not cache.leased

@@ -18,8 +18,8 @@ from coalestra.core.policies import (
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.values import PublishStatus, ResourceUpdate, SnapshotValue
 from coalestra.observability import InMemoryMetrics
-from tests.contracts.caches import ALL, SingleKeyCache
-from tests.contracts.samples import NOW, POLICY, A, B, C
+from tests.contracts.caches import ALL, BatchAtomicCache, SingleKeyCache
+from tests.contracts.samples import NOW, POLICY, A, B, C, value_of
 from tests.support import ManualClock
 
 
@@ -294,3 +294,37 @@ async def test_outcomes_are_reported(cache: AsyncCache) -> None:
     labels = {"resource_namespace": "market", "resource_name": "price", "source": "s"}
     assert metrics.counter("resource_publish_total", status="published", **labels) == 2
     assert metrics.counter("resource_publish_total", status="ignored_older", **labels) == 1
+
+
+async def test_what_was_outdated_is_nobodys_previous_value(cache: AsyncCache) -> None:
+    base = value_of(A, 1)
+    for value in (base, value_of(B, 2, observed_at=NOW - 1, rests_on=[base]), value_of(A, 3)):
+        await cache.set(value)
+    publisher = publisher_to(cache)
+    assert (await publisher.publish(B, 4, source="s")).previous is None
+    before = (await publisher.publish(B, 5, source="s", force=True)).previous
+    assert before is not None
+    assert before.value == 4
+
+
+async def test_what_was_current_until_its_base_was_published_along_is_the_previous_value() -> None:
+    """Over a cache of one's own, which tells of both what was there in the same step."""
+    cache, base = BatchAtomicCache(), value_of(A, 1, observed_at=NOW - 1)
+    for value in (base, value_of(B, 2, observed_at=NOW - 1, rests_on=[base])):
+        await cache.set(value)
+    updates = [ResourceUpdate(key, 3, "s") for key in (A, B)]
+    results = await publisher_to(cache).publish_many(updates)
+    assert [(results[key].previous or results[key].value).value for key in (A, B)] == [1, 2]
+
+
+async def test_what_was_stored_by_a_call_with_a_senseless_answer_is_published() -> None:
+    class Odd(BatchAtomicCache):
+        async def set_many_if_newer(self, values: Any, **terms: Any) -> Any:
+            return {**await super().set_many_if_newer(values, **terms), B: "nonsense"}
+
+    cache = Odd()
+    updates = [ResourceUpdate(key, 1, "s", NOW - 1) for key in (A, B)]
+    results = await publisher_to(cache).publish_many(updates)
+    assert [results[key].status for key in (A, B)] == [PublishStatus.PUBLISHED] * 2
+    later = await publisher_to(cache).publish(A, 2, source="s", observed_at=NOW - 1)
+    assert later.status is PublishStatus.IGNORED_DUPLICATE

@@ -774,6 +774,42 @@ async def test_the_lease_on_what_cannot_be_copied_into_the_cache_is_given_back()
     assert "release_many" in cache.calls
 
 
+class NeverCopied:
+    """Fails when it is copied."""
+
+    def __deepcopy__(self, memo: object) -> NeverCopied:
+        raise LookupError("there is only one of me")
+
+
+@pytest.mark.parametrize("trouble", ["from the future", "unsound", "not to be copied", "outdated"])
+@pytest.mark.parametrize("mode", list(RefreshMode), ids=lambda mode: mode.value)
+async def test_what_a_leasing_cache_has_and_nobody_can_use_is_replaced_under_a_lease(
+    trouble: str, mode: RefreshMode
+) -> None:
+    """Else each of its readers would acquire it for himself, and store nothing."""
+    cache, clock, source = LeasingCache(), LoopClock(), Single("b")
+    value = value_of(KEYS[0], "odd", observed_at=clock.now() + 900.0, rank=1)
+    if trouble == "unsound":
+        object.__setattr__(value, "source", 5)
+    elif trouble == "not to be copied":
+        value = dataclasses.replace(value, value=NeverCopied(), observed_at=clock.now())
+    elif trouble == "outdated":
+        base = value_of(OTHER, "future", observed_at=clock.now() + 900.0)
+        await cache.set(base)
+        await cache.set(value_of(KEYS[0], "old", observed_at=clock.now(), rests_on=[base]))
+    if trouble != "outdated":
+        await cache.set(value)
+    policy = FreshnessPolicy(1_000.0, 1_000.0, refresh_mode=mode)
+    building = builder(source, cache=cache, clock=clock, default_policy=policy)
+    for _ in range(3):
+        snapshot = await building.build(KEYS[:2])
+        assert [snapshot.value(each) for each in KEYS[:2]] == ["0", "1"]
+        await asyncio.sleep(1)
+    assert sorted(source.calls) == KEYS[:2]
+    assert not cache.leased
+    assert cache.held[KEYS[0]].value == "0"
+
+
 @pytest.mark.parametrize("policy", [
     FreshnessPolicy(1.0, 1_000.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE),
     FreshnessPolicy(

@@ -24,6 +24,7 @@ from coalestra import (
     ResourceAbsent,
     ResourceAbsentError,
     ResourceKey,
+    ResourceUpdate,
     SnapshotBuilder,
     SourceAuthorityPolicy,
     SourcePayload,
@@ -294,6 +295,32 @@ class Odd(MessagePackCodec):
         if value == "unreadable":
             raise ZeroDivisionError
         return value
+
+
+async def test_a_publication_replaces_what_its_process_cannot_read(caches: Caches) -> None:
+    """Whatever rank and date that has: it counts as missing, and is replaced by the next write."""
+    async with caches(models=[Rows]) as [newer], caches() as [older]:
+        await newer.set(value_of(A, Rows([]), rank=3))
+        await newer.set(value_of(B, 1, rank=3))
+        updates = [ResourceUpdate(each, 2, "event", time.time() - 3) for each in (A, B)]
+        async with SnapshotBuilder([], cache=older, default_policy=POLICY) as builder:
+            results = await builder.publisher.publish_many(updates)
+        assert [results[each].published for each in (A, B)] == [True, False]
+        assert (await read(newer), await read(newer, B)) == (2, 1)
+
+
+async def test_an_entry_from_the_future_is_replaced_once_for_all_processes(caches: Caches) -> None:
+    """One whose clock is wrong has published it."""
+    asked: list[ResourceKey] = []
+    source = CallableSource(
+        name="s", priority=1, supports=lambda key: True, fetcher=lambda key, _: asked.append(key)
+    )
+    async with caches(2) as made:
+        await made[0].set(value_of(A, "future", observed_at=time.time() + 1000))
+        for cache in made * 2:
+            async with SnapshotBuilder([source], cache=cache, default_policy=POLICY) as builder:
+                assert (await builder.build([A])).value(A) is None
+        assert len(asked) == 1
 
 
 async def test_whatever_a_codec_raises_concerns_one_entry_alone(caches: Caches) -> None:
@@ -744,7 +771,7 @@ async def test_who_cannot_replace_an_outdated_derived_value_is_told_so(
             nonlocal written
             written += 1
             if written == 2:
-                return {B: SharedCacheUnavailableError("no memory left")}, 0
+                return {B: SharedCacheUnavailableError("no memory left")}, 0, {}
             return await write(offered, items)
 
         monkeypatch.setattr(one, "_write", failing)
@@ -953,6 +980,7 @@ async def test_a_damaged_lease_keeps_nobody_away(
         ("version", "v" * 1_000, "its version takes more than 999 bytes"),
         ("version", "\udcff", "half a surrogate pair"),
         ("source", "caf\udce9", "half a surrogate pair"),
+        ("authority_rank", 2**64, "more than 64 bits"),
     ],
 )
 async def test_provenance_that_cannot_be_told_is_refused_by_name(

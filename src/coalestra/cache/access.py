@@ -15,6 +15,7 @@ beside those of the calls to it:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -286,6 +287,7 @@ class CacheAccess:
         if not rest:
             return
         arrived, gone = list[Mapping[ResourceKey, LeasedLookup]](), False
+        unfit = dict(unlike or {})
 
         async def next_part() -> Mapping[ResourceKey, LeasedLookup] | None:
             part = await anext(asking, None)  # which may come when nobody waits any more
@@ -306,10 +308,11 @@ class CacheAccess:
                     if part is None:
                         break
                     first = False
+                    moment = ahead + channel.loop.time()
+                    answers = await self._answers(part, rest, unfit, moment, filling)
                     arrived.clear()
-                    answers = await self._answers(part, rest, ahead + channel.loop.time(), filling)
-                    for key, answer in answers.items():
-                        if not answer.waiting:
+                    for key in part:
+                        if key not in answers or not answers[key].waiting:
                             rest.pop(key, None)
                     yield answers
             except Exception as error:
@@ -319,38 +322,53 @@ class CacheAccess:
                 self._give_back_all_of(arrived)
             if rest:
                 yield dict.fromkeys(rest, Answer(None))
+        again = dict(unfit.items() - (unlike or {}).items())
+        if again:
+            asking_again = self.lease(again, ahead + channel.loop.time(), policies, unlike=again)
+            async with contextlib.aclosing(asking_again):
+                async for more in asking_again:
+                    yield more
 
     async def _answers(
         self,
         part: Mapping[ResourceKey, LeasedLookup],
         asked: Collection[ResourceKey],
+        unfit: dict[ResourceKey, str],
         now: float,
         filling: Filling,
     ) -> dict[ResourceKey, Answer]:
-        """Seal what a leasing cache gave, join what is derived, and keep what is current."""
+        """Seal what a leasing cache gave, join what is derived, and keep what is current.
+
+        What the cache takes for good, and nobody can use, is left out and entered as `unfit`; who
+        has the lease replaces it.
+        """
         values: Found = {}
         horizon = now + self.tolerance
         for key, told in part.items():
-            value = told.lookup.value
             try:
+                value = told.lookup.value
                 if value is not None and sound(value, key).observed_at <= horizon:
                     values[key] = value
             except Exception as error:
                 self.calls.tell("read", {key: error})
-        try:
-            revisions = await self.sealed(values)
-        except BaseException:
-            self._give_back_all_of((part,))
-            raise
+        revisions = await self.sealed(values)
         for key in outdated_among(revisions):
             del revisions[key]
         kept = [k for k in revisions if not part[k].waiting and part[k].lease is None]
         self.channel().put(filling, [revisions[key] for key in kept])
-        return {
-            key: Answer(revisions.get(key), told.lease, told.waiting)
-            for key, told in part.items()
-            if key in asked
-        }
+        answers: dict[ResourceKey, Answer] = {}
+        for key, told in part.items():
+            if key not in asked:
+                continue
+            value = told.lookup.value
+            if key not in revisions and isinstance(value, SnapshotValue):
+                if told.lease is not None:
+                    told.lease.replaces = value.version
+                elif not told.waiting and unfit.get(key) != value.version:
+                    unfit[key] = value.version
+                    continue
+            answers[key] = Answer(revisions.get(key), told.lease, told.waiting)
+        return answers
 
     def give_back(self, lease: Lease | None, *, failed: bool) -> None:
         """Let go of a lease, if there is one, without a value; ``failed`` if tried in vain."""
@@ -454,7 +472,8 @@ class CacheAccess:
         channel = self.channel()
         asked = channel.loop.time()
         if self._giving_back and terms.leases is None:
-            await self._give_back()  # or nobody would be told that those were in vain
+            # Or nobody would be told that those were in vain; who waits for it may leave.
+            await asyncio.wait((self._behind(self._give_back()),))
         # A cache may refuse what rests on something that it does not hold yet.
         below = {key for each in revisions.values() for key in each.dependency_versions}
         async with channel.lanes.turn(revisions, below):
@@ -589,7 +608,9 @@ class _Write:
         again = set()
         for key, stayed in self._lost().items():
             await self.pace.keep()
-            if self._status(key, stayed) is _STORED:
+            if stayed.version == self.values[key].version:  # a call that failed had stored it
+                self.results[key] = CacheWriteResult(_STORED, stayed)
+            elif self._status(key, stayed) is _STORED:
                 again.add(key)
         again.update(await self._outdated())
         if atomic:
@@ -715,6 +736,8 @@ class _Write:
         for key in await self.cache.outdated(current, (), self.terms.now, self.cache.sealed):
             del current[key]
         replaced = await self.cache.sealed(before)
+        for key in await self.cache.outdated(replaced, (), self.terms.now, self.cache.sealed):
+            del replaced[key]
         outcomes: Outcomes = {}
         for key, result in results.items():
             await self.pace.keep()

@@ -659,17 +659,18 @@ class RedisCache:
                 policy, loser = known.get(key), over.get(key)
                 items[key] = await self._offer(offered[key], policy, flags, "-", loser)
                 await pace.keep()
-            results, others = await self._write(offered, items)
+            results, others, unreadable = await self._write(offered, items)
             heard += others
             for key, answer in results.items():
                 if isinstance(answer, Exception):
                     raise answer
                 told[key] = answer
-            # What is derived and outdated defends nothing.
+            # What is derived and outdated, or cannot be read, defends nothing.
             stayed = {} if over else {k: each.value for k, each in told.items() if not each.stored}
+            stayed = {key: value for key, value in stayed.items() if key not in unreadable}
             now = max((value.fetched_at for value in stayed.values()), default=0.0)
             _, outdated = await self.judged(stayed, (), now)
-            over = {key: value.version for key, value in stayed.items() if key in outdated}
+            over = unreadable | {k: each.version for k, each in stayed.items() if k in outdated}
             rest = list(over)
         if heard:
             await self._server.barrier()
@@ -697,6 +698,8 @@ class RedisCache:
             data = _encode((_FORM, *known, payload, metadata, rests_on))
         except UnicodeEncodeError:
             reason = "its source or a version has half a surrogate pair, which no encoding has"
+        except OverflowError:
+            reason = "its authority rank or its attempts take more than 64 bits"
         else:
             if len(data) > self._most_bytes:
                 most = f"max_value_bytes is {self._most_bytes:,}"
@@ -727,8 +730,11 @@ class RedisCache:
 
     async def _write(
         self, offered: Mapping[ResourceKey, Value], items: Mapping[ResourceKey, bytes]
-    ) -> tuple[dict[ResourceKey, CacheWriteResult | Exception], int]:
-        """Offer values; return what became of each, and how many others were told."""
+    ) -> tuple[dict[ResourceKey, CacheWriteResult | Exception], int, dict[ResourceKey, str]]:
+        """Offer values; return what became of each, and how many others were told.
+
+        And the versions of what cannot be read, and has stayed nevertheless.
+        """
         versions = [value.version for value in offered.values()]
         calls = self._calls(items.items(), self._channel)
         # Who writes knows what he wrote, unless he does not know whether he did.
@@ -742,7 +748,7 @@ class RedisCache:
                 self._own.pop(version, None)
             raise
         results: dict[ResourceKey, CacheWriteResult | Exception] = {}
-        heard, pace = 0, Pace()
+        heard, unreadable, pace = 0, dict[ResourceKey, str](), Pace()
         for key, told in zip(items, answers, strict=True):
             await pace.keep()
             value = offered[key]
@@ -758,7 +764,9 @@ class RedisCache:
                 results[key] = CacheWriteResult(status, value, entry.value)
             else:
                 results[key] = CacheWriteResult(status, entry.value or value, entry.value)
-        return results, heard
+                if entry.value is None and entry.version:
+                    unreadable[key] = entry.version
+        return results, heard, unreadable
 
     # Removing ---------------------------------------------------------------------------------
 
