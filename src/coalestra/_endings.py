@@ -9,6 +9,14 @@ PROGRAM_ENDS = (KeyboardInterrupt, SystemExit)
 """What is meant for the whole program, wherever it is raised."""
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that runs in this thread, if one does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 def pass_on(error: BaseException) -> None:
     """Raise what ends the program out of the running event loop, in a turn of its own.
 
@@ -17,10 +25,7 @@ def pass_on(error: BaseException) -> None:
     """
     if not isinstance(error, PROGRAM_ENDS):
         return
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        loop = None
+    loop = running_loop()
     if loop is None:
         raise error
     loop.call_soon(_raise, error)

@@ -34,6 +34,19 @@ LONGEST_WAIT_SECONDS = 4_000_000.0
 """What every system lets a thread wait for at a time; who wants longer waits again."""
 
 
+def after_fork(begin_afresh: Callable[[Any], object]) -> weakref.WeakSet[Any]:
+    """Return a set whose members, whatever is put into it, begin afresh in a forked child."""
+    members: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def forked() -> None:
+        for each in tuple(members):
+            begin_afresh(each)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=forked)
+    return members
+
+
 class Cell(Generic[S]):
     """One immutable value that changes by steps, none of which is ever lost.
 
@@ -431,13 +444,4 @@ def _one_more(count: int) -> int:
     return count + 1
 
 
-_queues: weakref.WeakSet[WorkerQueue[Any]] = weakref.WeakSet()
-
-
-def _begin_all_afresh() -> None:
-    for each in list(_queues):
-        each.begin_afresh()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_all_afresh)
+_queues: weakref.WeakSet[WorkerQueue[Any]] = after_fork(WorkerQueue.begin_afresh)

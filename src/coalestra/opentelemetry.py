@@ -24,17 +24,9 @@ from functools import partial
 from traceback import walk_tb
 from typing import Any, Final
 
+from coalestra import _telemetry
 from coalestra._lockfree import Cell
-from coalestra._telemetry import (
-    COUNTERS,
-    FACTS,
-    OBSERVATIONS,
-    Builder,
-    Fact,
-    Reading,
-    Watched,
-    fact,
-)
+from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, Builder, Fact, Reading, Watched
 from coalestra._version import __version__
 from coalestra.core.errors import folded_message, message_of
 from coalestra.core.serialization import qualified_type
@@ -138,9 +130,6 @@ class OpenTelemetryTracer:
         tracer_provider: where spans go; the global provider by default.
         include_messages: whether the messages of errors are told, beside their types and places.
             They may name what a key is about: a URL with an account in it, say.
-
-    Raises:
-        TypeError: an argument has the wrong type.
     """
 
     __slots__ = ("_messages", "_tracer")
@@ -166,12 +155,8 @@ class OpenTelemetryTracer:
             source_kind = attributes.get("source_kind", kind)
             source = readable(attributes.get("source", ""))
             name = f"{_CALLS.get(source_kind, source_kind)} {source}"
-        span = self._tracer.start_span(
-            name,
-            context,
-            attributes=_attributes(attributes.items()),
-            links=() if link is None else (link.link,),
-        )
+        told, links = _attributes(attributes.items()), () if link is None else (link.link,)
+        span = self._tracer.start_span(name, context, attributes=told, links=links)
         return _Begun(span, context)
 
     def enter(self, span: _Begun) -> Callable[[], None] | None:
@@ -224,19 +209,15 @@ class OpenTelemetryTracer:
         join.keys += 1
 
     def _tell(self, join: _Join, parent: _Begun) -> None:
-        waited = (join.end - join.start) / 1e9
-        span = self._tracer.start_span(
-            "join flight",
-            parent.context,
-            attributes={
-                **join.attributes,
-                "coalestra.keys.requested": join.keys,
-                "coalestra.flight.wait_time": waited,
-            },
-            links=() if join.call is None else (join.call.link,),
-            start_time=join.start,
-        )
-        span.end(join.end)
+        told = {
+            **join.attributes,
+            "coalestra.keys.requested": join.keys,
+            "coalestra.flight.wait_time": (join.end - join.start) / 1e9,
+        }
+        links, began = () if join.call is None else (join.call.link,), join.start
+        self._tracer.start_span(
+            "join flight", parent.context, attributes=told, links=links, start_time=began
+        ).end(join.end)
 
     def _fail(self, span: trace.Span, error: BaseException) -> None:
         """Say what a span failed with; what was called off has not failed."""
@@ -294,13 +275,10 @@ _LEVELS: Final[Sequence[tuple[str, str, Fact]]] = (
     ("source.circuits", "{circuit}", FACTS["source_circuits"]),
     ("cache.entries", "{entry}", FACTS["cache_entries"]),
     ("submissions.pending", "{submission}", FACTS["pending_submissions"]),
-    (
-        "source.success.age",
-        "s",
-        fact("success_age", "Since a source last answered", "sources.seconds_since_success"),
-    ),
+    ("source.success.age", "s", _telemetry.fact(
+        "success_age", "Since a source last answered", "sources.seconds_since_success")),
     ("builder.severity", "1", FACTS["builder_severity"]),
-)
+)  # fmt: skip
 
 
 class _Instruments:
@@ -400,10 +378,6 @@ class OpenTelemetryMetrics:
         meter_provider: where metrics go; the global provider by default.
         builder: stands in the attribute ``coalestra.builder.name``; another one for each builder
             of a process.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: ``builder`` is empty.
     """
 
     __slots__ = ("_counts", "_instruments", "builder")
@@ -443,7 +417,6 @@ class OpenTelemetryMetrics:
         health of a `SyncSnapshotBuilder` has its backlog as well.
 
         Raises:
-            TypeError: ``builder`` is none.
             ValueError: another builder that is open goes by the name of this sink.
         """
         require_methods("builder", builder, "health_snapshot_nowait")

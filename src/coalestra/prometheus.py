@@ -251,9 +251,8 @@ class PrometheusMetrics:
             resources are called ``other``.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument has a wrong value, another sink of this namespace on this registry
-            has other buckets or another bound, or something else in the registry has such names.
+        ValueError: another sink of this namespace on this registry has other buckets or another
+            bound, or something else in the registry has such names.
     """
 
     __slots__ = ("_counts", "_families", "_observations", "builder")
@@ -354,9 +353,8 @@ class HealthCollector(Collector):
         interval_seconds: how often health is copied where several processes are scraped as one.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument has a wrong value, or the registry has such names already, perhaps
-            another collector's: let that one `watch` these builders too.
+        ValueError: the registry has such names already, perhaps another collector's: let that one
+            `watch` these builders too.
     """
 
     def __init__(

@@ -32,10 +32,6 @@ GLOBAL = "__global__"
 """The name under which a controller reports its limit over all sources."""
 
 
-def _nothing() -> None:
-    """Do nothing."""
-
-
 class WaitQueue:
     """First in, first out; for the tasks of one event loop at a time.
 
@@ -56,7 +52,7 @@ class WaitQueue:
         return f"<WaitQueue waiting={len(self)}>"
 
     async def wait(
-        self, give_back: Callable[[], object], handed: Callable[[], object] = _nothing
+        self, give_back: Callable[[], object], handed: Callable[[], object] = lambda: None
     ) -> None:
         """Wait for one's turn.
 

@@ -37,12 +37,8 @@ from coalestra.concurrency.sealing import (
     seal_flat,
 )
 from coalestra.concurrency.threads import Job, WorkerThreads, threads_of_context
-from coalestra.core.errors import (
-    PayloadCopyShutdownTimeoutError,
-    PayloadCopySubsystemClosedError,
-    PayloadIsolationError,
-    SnapshotDeadlineExceededError,
-)
+from coalestra.core import errors
+from coalestra.core.errors import PayloadCopySubsystemClosedError, PayloadIsolationError
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.health import PayloadCopyHealth
 from coalestra.core.validation import flag, integer, number, plain_function
@@ -408,11 +404,11 @@ class PayloadCopies:
             while not self.active and self._drainers.wake_next():
                 pass
 
-    def _late(self, deadline: Deadline, has_slot: bool) -> SnapshotDeadlineExceededError:
+    def _late(self, deadline: Deadline, has_slot: bool) -> errors.SnapshotDeadlineExceededError:
         self._timeouts += 1
         self._capacity_timeouts += not has_slot
         phase = "was being copied" if has_slot else "waited for a copy thread"
-        return SnapshotDeadlineExceededError(
+        return errors.SnapshotDeadlineExceededError(
             f"the deadline of {deadline.budget_seconds:g} seconds passed while a payload of "
             f"component {self.component!r} {phase}"
         )
@@ -467,7 +463,7 @@ class PayloadCopies:
         self.close()
         active = await self.drain(timeout_seconds)
         if active and timeout_seconds is not None:
-            raise PayloadCopyShutdownTimeoutError(
+            raise errors.PayloadCopyShutdownTimeoutError(
                 timeout_seconds=timeout_seconds, active_components={self.component: active}
             )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
+from coalestra._endings import running_loop
 from coalestra.core.protocols import Clock
 
 if sys.version_info >= (3, 11):
@@ -116,12 +116,9 @@ class Deadline:
         self._find_loop()
 
     def _find_loop(self) -> asyncio.AbstractEventLoop | None:
-        if self._loop is None:
-            try:
-                self._loop = asyncio.get_running_loop()
-            except RuntimeError:
-                return None
-            self._loop_at = self._loop.time() + (self.monotonic_at - self._clock.monotonic())
+        if self._loop is None and (loop := running_loop()) is not None:
+            self._loop_at = loop.time() + (self.monotonic_at - self._clock.monotonic())
+            self._loop = loop
         return self._loop
 
     @property
@@ -233,12 +230,7 @@ class CutOff:
         self._arm()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._left, self._on_expire = True, None  # it may lead to whoever keeps this
         if self._handle is not None:
             self._handle.cancel()

@@ -8,6 +8,8 @@ from collections.abc import Collection, Generator, Iterable
 from itertools import islice
 from typing import TypeVar
 
+from coalestra._endings import running_loop
+
 T = TypeVar("T")
 
 Slices = Generator[None, None, T]
@@ -33,13 +35,6 @@ def portions(items: Collection[T], size: int) -> Iterable[Collection[T]]:
         return (items,)
     rest = iter(items)
     return iter(lambda: tuple(islice(rest, size)), ())
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 class Pace:
@@ -69,14 +64,14 @@ class Pace:
         now = time.perf_counter()
         if now < self._until <= now + SLICE_SECONDS:  # or else the clock has been set back
             return True
-        if (self._resting or self._had) and _running_loop() is not None:
+        if (self._resting or self._had) and running_loop() is not None:
             return False
         self._renew(now)
         return True
 
     def _renew(self, now: float) -> None:
         self._until = now + SLICE_SECONDS
-        loop = _running_loop()
+        loop = running_loop()
         if loop is not None:  # what is left when its loop has ended has no turns
             loop.call_soon(self._turn_over)
             self._had = True
@@ -120,8 +115,7 @@ class Pace:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            if self.due:
-                await self.rest()
+            await self.keep()
 
     def __repr__(self) -> str:
         return f"<Pace {self._until - time.perf_counter():+.4f} s left>"

@@ -65,11 +65,7 @@ class Seal:
         return f"<Seal {self.name}{'' if self.brief else ', takes a thread'}>"
 
 
-def _same(payload: Any) -> Any:
-    return payload
-
-
-Seal.SHARED = Seal("shared", _same, brief=True, weight=1)
+Seal.SHARED = Seal("shared", lambda payload: payload, brief=True, weight=1)
 _COPIED: tuple[Any, ...] = (dict, list, set, bytearray)
 FLAT: dict[type, Seal] = {
     kind: Seal(f"flat {kind.__name__}", kind.copy, brief=True, weight=2) for kind in _COPIED
@@ -121,23 +117,9 @@ class DeepSeal(Seal):
 # Which types are immutable ------------------------------------------------------------------------
 
 ATOMS: set[type] = {
-    type(None),
-    type(Ellipsis),
-    type(NotImplemented),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    type,
-    property,
-    types.CodeType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    weakref.ref,
-}
+    type(None), type(Ellipsis), type(NotImplemented), bool, int, float, complex, str, bytes, range,
+    type, property, types.CodeType, types.FunctionType, types.BuiltinFunctionType, weakref.ref,
+}  # fmt: skip
 """The exact types whose instances are shared; grows as known types are met, to ``MOST_ATOMS``."""
 
 MOST_ATOMS = 1000
@@ -154,10 +136,6 @@ def _itself(holder: Collection[Any]) -> Collection[Any]:
     return holder
 
 
-def _time_zone(moment: Any) -> tuple[Any]:
-    return (moment.tzinfo,)
-
-
 _IMMUTABLE = """
     datetime.date datetime.timedelta datetime.timezone decimal.Decimal fractions.Fraction
     ipaddress.IPv4Address ipaddress.IPv6Address pathlib.PosixPath pathlib.PurePosixPath
@@ -165,7 +143,7 @@ _IMMUTABLE = """
 """
 _STANDARD: dict[str, Parts] = {
     **dict.fromkeys(_IMMUTABLE.split(), _nothing),
-    **dict.fromkeys(("datetime.datetime", "datetime.time"), _time_zone),
+    **dict.fromkeys(("datetime.datetime", "datetime.time"), lambda moment: (moment.tzinfo,)),
 }
 """Named, not imported: an instance can only exist where the module has been imported."""
 
@@ -184,7 +162,9 @@ def parts_of(cls: type) -> Parts | None:
         return parts
     if issubclass(cls, tuple):
         return _itself if hasattr(cls, "_fields") else None
-    return _parts_of_dataclass(cls)
+    if cls not in _fields:
+        _fields[cls] = _find_fields(cls)
+    return _fields[cls]
 
 
 def _known_parts(cls: type) -> Parts | None:
@@ -212,14 +192,8 @@ _GENERATED_IN = {
 _fields: weakref.WeakKeyDictionary[type, Parts | None] = weakref.WeakKeyDictionary()
 
 
-def _parts_of_dataclass(cls: type) -> Parts | None:
-    """Return how to list the fields of a frozen dataclass that can keep nothing else."""
-    if cls not in _fields:
-        _fields[cls] = _find_fields(cls)
-    return _fields[cls]
-
-
 def _find_fields(cls: type) -> Parts | None:
+    """Return how to list the fields of a frozen dataclass that can keep nothing else."""
     parameters = cls.__dict__.get("__dataclass_params__")
     if parameters is None or not parameters.frozen or cls.__new__ is not _OBJECT.__new__:
         return None

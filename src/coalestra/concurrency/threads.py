@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import contextvars
 import itertools
-import os
 import queue
 import sys
 import threading
@@ -30,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from coalestra._lockfree import LONGEST_WAIT_SECONDS
+from coalestra._lockfree import LONGEST_WAIT_SECONDS, after_fork
 from coalestra.core.validation import number
 
 R = TypeVar("R")
@@ -279,17 +278,7 @@ class WorkerThreads:
         return self._idle.pop(worker, self) is None
 
 
-_instances: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for threads in tuple(_instances):
-        threads.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
-
+_instances: weakref.WeakSet[WorkerThreads] = after_fork(WorkerThreads.forget)
 _shared = WorkerThreads()
 
 current_threads: contextvars.ContextVar[WorkerThreads | None] = contextvars.ContextVar(

@@ -7,7 +7,7 @@ sources and single resources, those of whole snapshots, and those of running the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from traceback import format_list
@@ -179,10 +179,13 @@ def _lineage(
     line, seen = [error], {id(error), id(spared)}
     for each in line:
         yield each
-        cause, context, *others = _chained(each)
+        cause, context = _CAUSE.__get__(each), _CONTEXT.__get__(each)
         if not hidden and (cause is not None or each.__suppress_context__):
             context = None
-        for one in (cause, context, *others):
+        raised: tuple[object, ...] = (cause, context)
+        with suppress(BaseException):  # of a foreign class that is read
+            raised += tuple(getattr(each, "exceptions", ()))
+        for one in raised:
             if isinstance(one, BaseException) and id(one) not in seen:
                 seen.add(id(one))
                 line.append(one)
@@ -222,13 +225,6 @@ def told(error: BaseException) -> str:
 
 def _named(error: BaseException) -> str:
     return f"{type_name(error)}({folded_message(message_of(error))})"
-
-
-def _chained(error: BaseException) -> tuple[object, ...]:
-    direct = (_CAUSE.__get__(error), _CONTEXT.__get__(error))
-    with suppress(BaseException):
-        return (*direct, *getattr(error, "exceptions", ()))
-    return direct
 
 
 def type_name(error: BaseException) -> str:
@@ -412,7 +408,10 @@ class ResourceResolutionError(CoalestraError):
         self.key = key
         self.failures: tuple[SourceFailure, ...] = tuple(failures)
         super().__init__(self._sentence())
-        self.__cause__ = _origin(self.failures)
+        # What is to be looked into first is what was raised by a source's own code.
+        errors = [failure for failure in self.failures if failure.exception is not None]
+        raised = [failure for failure in errors if failure.places] or errors
+        self.__cause__ = raised[-1].exception if raised else None
         if hasattr(self, "add_note"):
             for failure in self.failures:
                 for place in failure.places[-1:]:
@@ -452,13 +451,6 @@ class ResourceAbsentError(ResourceResolutionError):
 
     def _sentence(self) -> str:
         return f"{self.key.display} does not exist: {self.format_failures()}"
-
-
-def _origin(failures: tuple[SourceFailure, ...]) -> BaseException | None:
-    """Return the error to be looked into first: the last that was raised by a source's own code."""
-    errors = [failure for failure in failures if failure.exception is not None]
-    raised = [failure for failure in errors if failure.places] or errors
-    return raised[-1].exception if raised else None
 
 
 class DependencyCycleError(CoalestraError):
@@ -521,15 +513,14 @@ def counted(number: int, noun: str) -> str:
 
 def described(errors: Mapping[ResourceKey, Exception]) -> str:
     """Return the first errors by resource, each bounded, and how many more there are."""
-    first = islice(errors.items(), MAX_RESOURCES_SHOWN)
-    shown = [f"{key.display} [{_reason(error)}]" for key, error in first]
+    shown = []
+    for key, error in islice(errors.items(), MAX_RESOURCES_SHOWN):
+        if isinstance(error, ResourceResolutionError):
+            why = error.format_failures()
+        else:
+            why = _named(error)
+        shown.append(f"{key.display} [{why}]")
     return enumerated(shown, len(errors), "resource")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ResourceResolutionError):
-        return error.format_failures()
-    return _named(error)
 
 
 def serialized_error(
@@ -685,11 +676,27 @@ class SnapshotAcceptanceError(SnapshotBuildError):
     def __init__(
         self, *, violations: tuple[SnapshotAcceptanceViolation, ...], snapshot: Any | None = None
     ) -> None:
-        self.violations: tuple[SnapshotAcceptanceViolation, ...] = tuple(violations)
-        errors: dict[ResourceKey, Exception] = {}
-        for _ in _blame(self.violations, errors):
+        for _ in self._made(tuple(violations), snapshot):
             pass
+
+    def _made(
+        self, violations: tuple[SnapshotAcceptanceViolation, ...], snapshot: Any
+    ) -> Generator[None, None, SnapshotAcceptanceError]:
+        """Be made in slices."""
+        self.violations: tuple[SnapshotAcceptanceViolation, ...] = violations
+        concerned: dict[ResourceKey, list[SnapshotAcceptanceViolation]] = {}
+        for number, violation in enumerate(violations):
+            for key in violation.keys:
+                concerned.setdefault(key, []).append(violation)
+            if not number % _PER_SLICE or len(violation.keys) > _PER_SLICE:
+                yield
+        errors: dict[ResourceKey, Exception] = {}
+        for number, (key, own) in enumerate(concerned.items()):
+            errors[key] = ResourceAcceptanceError(key, tuple(own))
+            if not number % _PER_SLICE:
+                yield
         super().__init__(errors, snapshot=snapshot)
+        return self
 
     def _sentence(self) -> str:
         number = counted(len(self.violations), "violation")
@@ -700,12 +707,7 @@ def not_accepted(
     violations: tuple[SnapshotAcceptanceViolation, ...], snapshot: Any
 ) -> Generator[None, None, SnapshotAcceptanceError]:
     """Return the error of a snapshot, made in slices: there may be very many violations."""
-    error = _without_facts(SnapshotAcceptanceError, ())
-    error.violations = violations
-    errors: dict[ResourceKey, Exception] = {}
-    yield from _blame(violations, errors)
-    SnapshotBuildError.__init__(error, errors, snapshot=snapshot)
-    return error
+    return _without_facts(SnapshotAcceptanceError, ())._made(violations, snapshot)
 
 
 def _listed(violations: tuple[SnapshotAcceptanceViolation, ...], limit: int) -> str:
@@ -714,22 +716,6 @@ def _listed(violations: tuple[SnapshotAcceptanceViolation, ...], limit: int) -> 
 
 
 _PER_SLICE = 128
-
-
-def _blame(
-    violations: Iterable[SnapshotAcceptanceViolation], errors: dict[ResourceKey, Exception]
-) -> Generator[None, None, None]:
-    """Put in an error for each resource that violations name, in slices."""
-    concerned: dict[ResourceKey, list[SnapshotAcceptanceViolation]] = {}
-    for number, violation in enumerate(violations):
-        for key in violation.keys:
-            concerned.setdefault(key, []).append(violation)
-        if not number % _PER_SLICE or len(violation.keys) > _PER_SLICE:
-            yield
-    for number, (key, own) in enumerate(concerned.items()):
-        errors[key] = ResourceAcceptanceError(key, tuple(own))
-        if not number % _PER_SLICE:
-            yield
 
 
 # Errors about running the library itself: copies, closing, backlogs and capabilities -------------

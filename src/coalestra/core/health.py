@@ -113,26 +113,20 @@ def inspect_source_timeout_guarantee(source: Any) -> SourceTimeoutGuarantee:
             f"transport_timeout_seconds {where} must be None unless blocking_io is True, got "
             f"{transport!r}; declare blocking_io=True or leave the transport timeout out"
         )
-    status = _Status.UNDECLARED
-    if declared is not _ABSENT:
-        status = _judge(blocking, offloaded, transport, timeout)
+    status = _Status.PROTECTED
+    if declared is _ABSENT:
+        status = _Status.UNDECLARED
+    elif not blocking:
+        status = _Status.NON_BLOCKING
+    elif not offloaded:
+        status = _Status.UNSAFE_NOT_OFFLOADED
+    elif transport is None:
+        status = _Status.UNSAFE_TIMEOUT_MISSING
+    elif timeout is not None and transport >= timeout:
+        status = _Status.UNSAFE_TIMEOUT_NOT_WITHIN_SOURCE
     return SourceTimeoutGuarantee(
         name, status, declared is not _ABSENT, blocking, offloaded, transport, timeout
     )
-
-
-def _judge(
-    blocking: bool, offloaded: bool, transport: float | None, timeout: float | None
-) -> SourceTimeoutGuaranteeStatus:
-    if not blocking:
-        return _Status.NON_BLOCKING
-    if not offloaded:
-        return _Status.UNSAFE_NOT_OFFLOADED
-    if transport is None:
-        return _Status.UNSAFE_TIMEOUT_MISSING
-    if timeout is not None and transport >= timeout:
-        return _Status.UNSAFE_TIMEOUT_NOT_WITHIN_SOURCE
-    return _Status.PROTECTED
 
 
 # The facts of a builder, some of them by part ----------------------------------------------------

@@ -9,23 +9,9 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
+from coalestra.core import errors
 from coalestra.core.acceptance import SnapshotAcceptancePolicy, SnapshotAcceptanceViolation
-from coalestra.core.errors import (
-    MAX_RESOURCES_SHOWN,
-    ResourceAbsentError,
-    SnapshotAcceptanceError,
-    SnapshotBuildError,
-    SnapshotConsistencyError,
-    counted,
-    described,
-    described_error,
-    enumerated,
-    folded_message,
-    listed,
-    message_of,
-    told,
-    type_name,
-)
+from coalestra.core.errors import SnapshotBuildError, SnapshotConsistencyError
 from coalestra.core.frozen import EMPTY, frozen, record
 from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.serialization import json_safe
@@ -127,15 +113,15 @@ class SnapshotRequest:
         both = [key for key in self.optional if key in self._required]
         if both:
             raise ValueError(
-                f"required and optional must have no key in common, got {listed(both)} in both; "
-                "leave it in one of them"
+                f"required and optional must have no key in common, got {errors.listed(both)} in "
+                "both; leave it in one of them"
             )
         named = () if acceptance_policy is None else acceptance_policy.referenced_keys
         foreign = set(named).difference(self.keys) if named else ()
         if foreign:
             raise ValueError(
-                f"acceptance_policy must name keys of the request only, got "
-                f"{listed(sorted(foreign))}; ask for it, or leave it out of the policy"
+                "acceptance_policy must name keys of the request only, got "
+                f"{errors.listed(sorted(foreign))}; ask for it, or leave it out of the policy"
             )
 
     @cached_property
@@ -197,7 +183,7 @@ class RequestResult:
         if self.error is not None:
             return RequestOutcome.REJECTED
         # That something does not exist is an answer.
-        absent = [e for e in self.errors.values() if isinstance(e, ResourceAbsentError)]
+        absent = [e for e in self.errors.values() if isinstance(e, errors.ResourceAbsentError)]
         answered = len(self._values) + len(absent) == len(self.request.keys)
         full = answered and not self.stale_keys
         return RequestOutcome.ACCEPTED if full else RequestOutcome.DEGRADED
@@ -206,20 +192,19 @@ class RequestResult:
     def reason(self) -> str:
         """Why the outcome is what it is, as one sentence."""
         if isinstance(self.error, SnapshotBuildError):
-            return message_of(self.error)
+            return errors.message_of(self.error)
         if self.error is not None:
-            return f"the request failed with {told(self.error)}"
+            return f"the request failed with {errors.told(self.error)}"
         lacks = []
         if self.errors:
-            lacks.append(f"without {counted(len(self.errors), 'value')}: {described(self.errors)}")
+            without = errors.counted(len(self.errors), "value")
+            lacks.append(f"without {without}: {errors.described(self.errors)}")
         if self.stale_keys:
             stale = [self._values[key] for key in self.stale_keys]
-            ages = [
-                f"{each.key.display} [{each.age_seconds:g} s old]"
-                for each in stale[:MAX_RESOURCES_SHOWN]
-            ]
-            number = counted(len(stale), "stale value")
-            lacks.append(f"with {number}: {enumerated(ages, len(stale), 'value')}")
+            first = stale[: errors.MAX_RESOURCES_SHOWN]
+            ages = [f"{each.key.display} [{each.age_seconds:g} s old]" for each in first]
+            number = errors.counted(len(stale), "stale value")
+            lacks.append(f"with {number}: {errors.enumerated(ages, len(stale), 'value')}")
         return f"accepted {', and '.join(lacks) or 'in full'}"
 
     @cached_property
@@ -233,7 +218,8 @@ class RequestResult:
     @property
     def violations(self) -> tuple[SnapshotAcceptanceViolation, ...]:
         """Every rule and requirement of the acceptance policy that is broken."""
-        return self.error.violations if isinstance(self.error, SnapshotAcceptanceError) else ()
+        error = self.error
+        return error.violations if isinstance(error, errors.SnapshotAcceptanceError) else ()
 
     @cached_property
     def stale_keys(self) -> tuple[ResourceKey, ...]:
@@ -274,12 +260,12 @@ class RequestResult:
             "schema": _SCHEMA,
             "schema_version": _SCHEMA_VERSION,
             "outcome": self.outcome.value,
-            "reason": folded_message(self.reason),
+            "reason": errors.folded_message(self.reason),
             "required": [key.canonical for key in self.request.required],
             "optional": [key.canonical for key in self.request.optional],
             "stale": [key.canonical for key in self.stale_keys],
-            "error_type": None if self.error is None else type_name(self.error),
-            "errors": {k.canonical: described_error(k, e) for k, e in self.errors.items()},
+            "error_type": None if self.error is None else errors.type_name(self.error),
+            "errors": {k.canonical: errors.described_error(k, e) for k, e in self.errors.items()},
             "violations": [_as_data(violation) for violation in self.violations],
             "snapshot": read,
         }
@@ -291,6 +277,6 @@ class RequestResult:
 def _as_data(violation: SnapshotAcceptanceViolation) -> dict[str, Any]:
     facts = {each.name: getattr(violation, each.name) for each in fields(violation)}
     facts["keys"] = [key.canonical for key in violation.keys]
-    facts["message"] = folded_message(violation.message)
+    facts["message"] = errors.folded_message(violation.message)
     keys = {name: key.canonical for name, key in facts.items() if isinstance(key, ResourceKey)}
     return {**json_safe(facts), **keys}

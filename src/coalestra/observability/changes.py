@@ -79,14 +79,10 @@ def _listened(level: int) -> bool:
     return False
 
 
-def write(subject: str, failure: SourceFailure | None) -> None:
+def write(line: tuple[str, SourceFailure | None]) -> None:
     """Write that a subject fails, and why, or that it works again; raises no `Exception`."""
     with suppress(Exception):  # of a handler, a filter or a factory of records
-        LOGGER.handle(_record_of(subject, failure))
-
-
-def _write_line(line: tuple[str, SourceFailure | None]) -> None:
-    write(*line)
+        LOGGER.handle(_record_of(*line))
 
 
 def _record_of(subject: str, failure: SourceFailure | None) -> logging.LogRecord:
@@ -133,7 +129,7 @@ class ChangeLog:
         self._ticks = ticks
         self._conditions: dict[str, Condition] = {}
         self._lines: WorkerQueue[tuple[str, SourceFailure | None]] = WorkerQueue(
-            _write_line, _MOST_LINES, drop_oldest=False, name="coalestra-log", lingers=False
+            write, _MOST_LINES, drop_oldest=False, name="coalestra-log", lingers=False
         )
 
     def failed(self, subject: str, error: BaseException | SourceFailure) -> None:

@@ -26,14 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from coalestra._endings import pass_on
 from coalestra._lockfree import Cell
+from coalestra.core import errors
 from coalestra.core.acceptance import SnapshotAcceptanceViolation
-from coalestra.core.errors import (
-    SnapshotConsistencyError,
-    SourceFailure,
-    folded_message,
-    message_of,
-    type_name,
-)
+from coalestra.core.errors import SnapshotConsistencyError, SourceFailure
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.snapshot import SnapshotDiagnostics
@@ -326,11 +321,12 @@ _OTHER_FAILURES = {
 
 
 def _error_type_of(error: Reported) -> str:
-    return error.error_type if isinstance(error, SourceFailure) else type_name(error)
+    return error.error_type if isinstance(error, SourceFailure) else errors.type_name(error)
 
 
 def _error_text_of(error: Reported) -> str:
-    return folded_message(error.message if isinstance(error, SourceFailure) else message_of(error))
+    text = error.message if isinstance(error, SourceFailure) else errors.message_of(error)
+    return errors.folded_message(text)
 
 
 _FORMS: Mapping[str, Callable[[Any], object]] = {
@@ -363,8 +359,7 @@ class ObservabilitySinks:
     """The sinks of one builder as it uses them: behind a buffer where they need one.
 
     Args:
-        metrics: where counts and observations go; None discards them.
-        events: where events go; None discards them.
+        metrics, events: where these go; None discards them.
         buffer: True for every sink, False for none, None for those that do not say
             ``coalestra_non_blocking = True``. A buffered sink never gets a second buffer.
         max_pending: how many records may wait in each buffer (at least 1).
@@ -373,14 +368,9 @@ class ObservabilitySinks:
     Attributes:
         log: says what begins to fail, and what works again; nothing if the event sink logs it all.
         sink_log: says that of sinks, which no event sink is told of.
-        metrics: the metrics sink, buffered or not.
-        events: the event sink, buffered or not.
+        metrics, events: the sinks, buffered or not.
         buffers: every buffered sink by component, ``events`` and ``metrics``.
         owned: those of them that were put there on the builder's behalf, and are its to close.
-
-    Raises:
-        TypeError: an argument has the wrong type, or a sink lacks a method.
-        ValueError: ``max_pending`` is below 1.
     """
 
     __slots__ = ("buffers", "events", "log", "metrics", "owned", "sink_log")

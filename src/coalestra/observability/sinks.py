@@ -90,21 +90,12 @@ class EventRecord:
     payload: dict[str, Any]
 
 
-FAILURES = frozenset(
-    {
-        "cache_failed",
-        "payload_copy_deadline_exceeded",
-        "resource_refresh_failed",
-        "snapshot_acceptance_failed",
-        "snapshot_consistency_failed",
-        "source_circuit_open",
-        "source_failed",
-        "source_payload_rejected",
-        "source_transport_budget_rejected",
-        "source_transport_timeout_violated",
-        "stale_fallback_used",
-    }
-)
+FAILURES = frozenset({
+    "cache_failed", "payload_copy_deadline_exceeded", "resource_refresh_failed",
+    "snapshot_acceptance_failed", "snapshot_consistency_failed", "source_circuit_open",
+    "source_failed", "source_payload_rejected", "source_transport_budget_rejected",
+    "source_transport_timeout_violated", "stale_fallback_used",
+})  # fmt: skip
 """The events that are about a failure, whatever their payload says."""
 
 
@@ -118,11 +109,8 @@ class LoggingEventSink:
 
     Args:
         logger: where to write; the logger ``coalestra`` by default.
-        levels: levels by type of event, as numbers or names of ``logging``; None: not logged.
-
-    Raises:
-        TypeError: ``logger`` is no logger, or a level neither a number, a name nor None.
-        ValueError: ``logging`` knows no level of this name.
+        levels: levels by type of event, as numbers or names that ``logging`` knows; None: not
+            logged.
     """
 
     __slots__ = ("levels", "logger")
@@ -328,7 +316,7 @@ def _note(condition: Condition, error: BaseException | None) -> None:
     """Log that deliveries begin to fail, or work again."""
     if condition.is_news(error is not None, time.monotonic()):
         subject = condition.subject
-        write(subject, None if error is None else SourceFailure.of(subject, error))
+        write((subject, None if error is None else SourceFailure.of(subject, error)))
 
 
 class BufferedSink(Generic[S, R]):
@@ -341,11 +329,8 @@ class BufferedSink(Generic[S, R]):
     Args:
         downstream: the sink that gets the records, in a thread, one at a time and in order.
         max_pending: how many records may wait (at least 1).
-        overflow: what happens to one more.
-
-    Attributes:
-        downstream: the sink that gets the records.
-        queue: where they wait.
+        overflow: what happens to one more; `BufferOverflowPolicy.RAISE` makes reports raise
+            ``queue.Full``.
     """
 
     coalestra_non_blocking = True
@@ -366,11 +351,9 @@ class BufferedSink(Generic[S, R]):
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
         validation.require_methods("downstream", downstream, *self._methods, plain=True)
+        validation.choice("overflow", overflow, BufferOverflowPolicy)
         self.downstream: S = downstream
-        self._raises = (
-            validation.choice("overflow", overflow, BufferOverflowPolicy)
-            is BufferOverflowPolicy.RAISE
-        )
+        self._raises = overflow is BufferOverflowPolicy.RAISE
         self.queue: WorkerQueue[R] = WorkerQueue(
             partial(self._replay, downstream),
             validation.integer("max_pending", max_pending, minimum=1),
@@ -392,15 +375,8 @@ class BufferedSink(Generic[S, R]):
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was accepted before this call has been dealt with.
 
-        Args:
-            timeout: the longest wait in seconds; None waits as long as it takes.
-
-        Returns:
-            Whether it has been; a delivery that raised counts as dealt with.
-
-        Raises:
-            TypeError: ``timeout`` is not a number.
-            ValueError: ``timeout`` is negative or not finite.
+        A delivery that raised counts as dealt with. Return whether all has been in ``timeout``
+        seconds; None waits as long as it takes.
         """
         return self.queue.flush(validation.number("timeout", timeout, minimum=0, optional=True))
 
@@ -416,10 +392,6 @@ class BufferedSink(Generic[S, R]):
 
         Returns:
             Whether the worker has ended.
-
-        Raises:
-            TypeError: an argument has the wrong type.
-            ValueError: ``timeout`` is negative or not finite.
         """
         validation.number("timeout", timeout, minimum=0, optional=True)
         self.queue.refuse(discard=not validation.flag("drain", drain))
@@ -455,11 +427,7 @@ class BufferedEventSink(BufferedSink[EventSink, EventRecord]):
         downstream.emit(record.event_type, **record.payload)
 
     def emit(self, event_type: str, **payload: Any) -> None:
-        """Take one event, to be delivered later with the payload it has now.
-
-        Raises:
-            queue.Full: there is no room, and the overflow policy is to raise.
-        """
+        """Take one event, to be delivered later with the payload it has now."""
         self._put(EventRecord(event_type, payload))
 
 
@@ -473,17 +441,9 @@ class BufferedMetricsSink(BufferedSink[MetricsSink, MetricRecord]):
         getattr(downstream, record.operation)(record.metric, record.value, **record.labels)
 
     def increment(self, metric: str, value: int = 1, **labels: str) -> None:
-        """Take one count, to be delivered later.
-
-        Raises:
-            queue.Full: there is no room, and the overflow policy is to raise.
-        """
+        """Take one count, to be delivered later."""
         self._put(MetricRecord("increment", metric, value, labels))
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
-        """Take one observation, to be delivered later.
-
-        Raises:
-            queue.Full: there is no room, and the overflow policy is to raise.
-        """
+        """Take one observation, to be delivered later."""
         self._put(MetricRecord("observe", metric, value, labels))

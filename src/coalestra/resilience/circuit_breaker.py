@@ -277,9 +277,7 @@ class CircuitBreaker:
             failure_threshold=failure_threshold, recovery_timeout_seconds=recovery_timeout_seconds
         )
         self.clock: Clock = SystemClock() if clock is None else clock
-        self.default_policy: CircuitBreakerPolicy = (
-            from_numbers if default_policy is None else default_policy
-        )
+        self.default_policy: CircuitBreakerPolicy = default_policy or from_numbers
         self.max_circuits: int = MAX_CIRCUITS
         self.turn: int = 0
         # Plain, least used first, as other threads can copy these in one step.
@@ -316,7 +314,12 @@ class CircuitBreaker:
                 f"key must be given for a circuit of scope {scope.value!r}, got None; "
                 "pass the key that the call is for"
             )
-        return CircuitIdentity(source, scope, _part(key, scope))
+        part: Hashable = key
+        if scope is CircuitScope.NAMESPACE:
+            part = key.namespace
+        elif scope is CircuitScope.SUBJECT:
+            part = key.subject or (key.namespace, key.name)
+        return CircuitIdentity(source, scope, part)
 
     # What the engine does, step by step --------------------------------------------------------
 
@@ -540,12 +543,3 @@ class CircuitBreaker:
 @lru_cache(maxsize=1024)
 def _of_whole(source: str) -> CircuitIdentity:
     return CircuitIdentity(source, CircuitScope.SOURCE)
-
-
-def _part(key: ResourceKey, scope: CircuitScope) -> Hashable:
-    """Return what tells the circuits of one source apart within a scope."""
-    if scope is CircuitScope.NAMESPACE:
-        return key.namespace
-    if scope is CircuitScope.SUBJECT:
-        return key.subject or (key.namespace, key.name)
-    return key
