@@ -14,7 +14,7 @@ import pytest
 from coalestra.concurrency.threads import WorkerThreads, current_threads
 from coalestra.core.values import SourcePayload
 from tests.adapters.sample_calls import KINDS, adapter, answering, call, payload_in
-from tests.support import ThreadGate, settle
+from tests.support import ThreadGate, begun, settle
 from tests.support.running import without_collector
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
@@ -185,8 +185,7 @@ def test_what_ends_the_program_in_a_thread_reaches_it_though_its_caller_has_left
         raise error
 
     async def main() -> None:
-        task = asyncio.create_task(call(adapter(kind, function)))
-        await settle()
+        task = await begun(call(adapter(kind, function)))
         gate.wait_arrived()
         task.cancel()
         gate.open()
@@ -218,8 +217,7 @@ async def test_an_error_keeps_nothing_alive_but_what_it_leads_to(kind: str, leav
     token = current_threads.set(threads)
     try:
         with without_collector():
-            task = asyncio.create_task(call(adapter(kind, function)))
-            await settle()
+            task = await begun(call(adapter(kind, function)))
             gate.wait_arrived()
             if leaves:
                 task.cancel()
@@ -246,8 +244,7 @@ async def test_a_coroutine_that_a_cancelled_thread_still_returns_is_closed(kind:
         left.append(value())
         return left[0]
 
-    task = asyncio.create_task(call(adapter(kind, function)))
-    await settle()
+    task = await begun(call(adapter(kind, function)))
     task.cancel()
     await settle()
     gate.open()

@@ -10,8 +10,8 @@ import pytest
 from coalestra._endings import look_after
 from coalestra.cache.near import KeyLanes
 from coalestra.core.keys import ResourceKey
-from tests.contracts.samples import A, B, C, begun
-from tests.support import settle
+from tests.contracts.samples import A, B, C
+from tests.support import begun, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -59,8 +59,7 @@ async def test_ten_thousand_abandoned_turns_end_without_recursion() -> None:
         async with lanes.turn([A]):
             await asyncio.sleep(1)
 
-    first = asyncio.ensure_future(operate())
-    await settle()
+    first = await begun(operate())
     others = [asyncio.ensure_future(operate()) for _ in range(10_000)]
     await settle()
     for task in others:

@@ -15,8 +15,8 @@ from coalestra.core.errors import PayloadCopyShutdownTimeoutError, PayloadCopySu
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import PolicyResolver
 from coalestra.core.values import CacheStats
-from tests.contracts.samples import NOW, POLICY, A, B, C, begun, value_of
-from tests.support import settle
+from tests.contracts.samples import NOW, POLICY, A, B, C, value_of
+from tests.support import begun, settle
 
 
 async def payload_of(cache: AsyncMemoryCache, key: ResourceKey = A) -> Any:

@@ -28,7 +28,7 @@ from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.values import Revision
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
 from tests.contracts.samples import NOW, A, B, Witness, revision_of, value_of
-from tests.support import Gate, ManualClock
+from tests.support import Gate, ManualClock, begun
 
 POLICY = FreshnessPolicy(60.0, 120.0)
 
@@ -280,12 +280,10 @@ async def test_while_the_news_are_cut_nobody_joins_a_fetch_that_began_before(sin
         return read
 
     async with builder_over(cache, slow) as builder:
-        first = asyncio.ensure_future(builder.build([A]))
-        await gate.wait_arrived(1)
+        first = await begun(builder.build([A]), gate)
         truth[0] = 2
         cache.connected = False
-        second = asyncio.ensure_future(builder.build([A]))
-        await gate.wait_arrived(2)
+        second = await begun(builder.build([A]), gate, 2)
         gate.open()
         assert [(await first)[A].value, (await second)[A].value] == [1, 2]
 
@@ -308,12 +306,10 @@ async def test_nor_a_derivation_that_has_taken_in_what_may_be_old(since: str) ->
         deriver=derive,
     )
     async with builder_over(cache, one, derived) as builder:
-        first = asyncio.ensure_future(builder.build([B]))
-        await gate.wait_arrived(1)
+        first = await begun(builder.build([B]), gate)
         cache.held[A] = value_of(A, 2)  # by another process
         cache.connected = False
-        second = asyncio.ensure_future(builder.build([B]))
-        await gate.wait_arrived(2)
+        second = await begun(builder.build([B]), gate, 2)
         gate.open()
         assert [(await first)[B].value, (await second)[B].value] == [1, 2]
 
@@ -343,8 +339,7 @@ async def test_while_a_cache_that_tells_is_left_alone_readers_share_a_fetch() ->
         return 1
 
     async with builder_over(cache, slow) as builder:
-        first = asyncio.ensure_future(builder.build([A]))
-        await gate.wait_arrived(1)
+        first = await begun(builder.build([A]), gate)
         second = asyncio.ensure_future(builder.build([A]))
         await asyncio.sleep(0.1)
         gate.open()

@@ -31,9 +31,9 @@ from coalestra.core.protocols import AsyncCache
 from coalestra.core.values import PublishResult, ResourceUpdate, unseen_result
 from coalestra.observability import NullEventSink, NullMetrics
 from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
-from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, begun
+from tests.contracts.samples import NOW, POLICY, A, B, C, Witness
 from tests.orchestration.scripted import Single, builder, held_at
-from tests.support import Gate, ManualClock, cancel_at_every_await, settle
+from tests.support import Gate, ManualClock, begun, cancel_at_every_await, settle
 
 
 def shared(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
-from tests.support import Gate, settle
+from tests.support import Gate, begun
 
 pytestmark = pytest.mark.concurrency
 
@@ -105,8 +105,7 @@ async def test_a_cancellation_in_the_step_of_the_expiry_is_not_swallowed(
         loop.call_at(when, arrived.set_result, None)
     if outside_first:
         loop.call_at(when, lambda: task.cancel())  # noqa: PLW0108 - the task is made below
-    task = asyncio.create_task(work())
-    await settle()
+    task = await begun(work())
     if not outside_first:
         loop.call_at(when, task.cancel)
     assert await outcome(task) == "cancelled"
@@ -120,8 +119,7 @@ async def test_both_may_strike_a_task_that_waits_for_another() -> None:
         with CutOff(when):
             await asyncio.create_task(asyncio.sleep(10))
 
-    task = asyncio.create_task(work())
-    await settle()
+    task = await begun(work())
     loop.call_at(when, task.cancel)
     assert await outcome(task) == "cancelled"
 
@@ -137,8 +135,7 @@ async def test_a_cancellation_while_the_cut_off_block_cleans_up_is_not_swallowed
             finally:
                 await cleaning.pass_()
 
-    task = asyncio.create_task(work())
-    await cleaning.wait_arrived()
+    task = await begun(work(), cleaning)
     task.cancel()
     assert await outcome(task) == "cancelled"
 
@@ -168,8 +165,7 @@ async def test_a_cancellation_asked_for_earlier_and_caught_is_not_taken_for_a_ne
         except asyncio.CancelledError:
             await cut_off_at(soon(1))
 
-    task = asyncio.create_task(work())
-    await settle()
+    task = await begun(work())
     task.cancel()
     assert await outcome(task) == "CutOffExpired"
 
@@ -266,8 +262,7 @@ async def test_an_outer_cut_off_that_strikes_while_the_inner_cleans_up_reports()
 async def test_a_cancellation_with_two_cut_offs_striking_is_not_swallowed(inner: float) -> None:
     """Three requests in one step, one exception, and the one from outside must survive."""
     loop = asyncio.get_running_loop()
-    task = asyncio.create_task(nested(1, inner))
-    await settle()
+    task = await begun(nested(1, inner))
     loop.call_at(soon(1), task.cancel)
     assert await outcome(task) == "cancelled"
 

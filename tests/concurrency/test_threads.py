@@ -15,7 +15,7 @@ import pytest
 
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import Job, WorkerThreads, current_threads, threads_of_context
-from tests.support import ThreadGate, drop, settle
+from tests.support import ThreadGate, begun, drop, settle
 from tests.support.running import no_more_threads, without_collector
 from tests.support.strikes import at_every_line
 
@@ -57,8 +57,7 @@ async def test_calls_are_counted_under_the_functions_name_by_default(
 ) -> None:
     """The name that is told when a thread hangs at closing time."""
     gate = ThreadGate()
-    call = asyncio.create_task(threads.run(gate.pass_))
-    await settle()
+    call = await begun(threads.run(gate.pass_))
     assert dict(threads.busy) == {"ThreadGate.pass_": 1}
     assert repr(threads) == "<WorkerThreads busy={'ThreadGate.pass_': 1} idle=0 closed=False>"
     gate.open()
@@ -75,8 +74,7 @@ async def test_a_cancelled_caller_stays_until_its_thread_has_ended(threads: Work
         finally:
             order.append("caller left")
 
-    task = asyncio.create_task(call())
-    await settle()
+    task = await begun(call())
     for _ in range(3):
         task.cancel()
         await settle()
@@ -108,8 +106,7 @@ async def test_the_error_of_a_cancelled_call_is_dropped(threads: WorkerThreads) 
         gate.pass_()
         raise KeyError
 
-    task = asyncio.create_task(threads.run(fail))
-    await settle()
+    task = await begun(threads.run(fail))
     task.cancel()
     gate.open()
     await asyncio.wait([task])
@@ -132,8 +129,7 @@ async def test_an_error_that_nobody_waits_for_keeps_nothing_alive() -> None:
         raise KeyError
 
     with without_collector():
-        task = asyncio.create_task(threads.run(fail))
-        await settle()
+        task = await begun(threads.run(fail))
         gate.wait_arrived()
         task.cancel()
         gate.open()
@@ -164,8 +160,7 @@ async def test_a_thread_at_work_while_closing_ends_with_its_work(threads: Worker
         gate.pass_()
         return "late"
 
-    call = asyncio.create_task(threads.run(work))
-    await settle()
+    call = await begun(threads.run(work))
     gate.wait_arrived()
     threads.close()
     assert threads.busy

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coalestra.concurrency.capacity import WaitQueue
-from tests.support import drop, settle
+from tests.support import begun, drop, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -41,8 +41,7 @@ async def test_a_waiter_refused_and_cancelled_in_one_step_is_cancelled_and_gives
 ):
     """A refusal hands nothing over."""
     queue, given_back = WaitQueue(), []
-    task = asyncio.create_task(queue.wait(lambda: given_back.append(1)))
-    await settle()
+    task = await begun(queue.wait(lambda: given_back.append(1)))
     queue.wake_next(LookupError("closed"))
     task.cancel()
     assert await ended_cancelled(task)
@@ -93,8 +92,7 @@ def test_a_woken_waiter_whose_coroutine_is_dropped_gives_its_turn_back() -> None
 async def test_its_repr_tells_how_many_wait() -> None:
     """Every stateful object can be looked into."""
     queue = WaitQueue()
-    task = asyncio.create_task(queue.wait(nothing))
-    await settle()
+    task = await begun(queue.wait(nothing))
     assert repr(queue) == "<WaitQueue waiting=1>"
     queue.wake_next()
     await task

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.values import Revision, SnapshotValue, next_version
-
-_T = TypeVar("_T")
 
 NOW = 1_700_000_000.0
 POLICY = FreshnessPolicy(5.0, 30.0)
@@ -76,19 +73,6 @@ def revision_of(
         dependencies=tuple(rests_on),
         **fields,
     )
-
-
-async def begun(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-    """Start work, and return once it has come to its first await."""
-    beginning = asyncio.Event()
-
-    async def run() -> _T:
-        beginning.set()
-        return await work
-
-    task = asyncio.ensure_future(run())
-    await beginning.wait()
-    return task
 
 
 class Witness:

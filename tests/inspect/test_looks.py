@@ -26,7 +26,7 @@ from coalestra.inspect.looks import Names, Story, Traces, kind_name, look_at, to
 from tests.contracts.caches import SingleKeyCache
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, latency
-from tests.support import Gate, settle
+from tests.support import Gate, begun, settle
 
 
 async def told(story: Story, made: Any, *, late: float = 0.0) -> dict[str, Any]:
@@ -172,8 +172,7 @@ async def test_capacity_says_who_holds_the_slots_and_who_waits() -> None:
     limited.max_concurrency = 1
     made = builder(limited, Single("o", fetch=fetch), max_concurrency=2)
     keys = [key("k", "1"), key("k", "2"), key("o")]
-    build = asyncio.ensure_future(made.build(keys))
-    await gate.wait_arrived(2)
+    build = await begun(made.build(keys), gate, 2)
     await settle()
     state = await told(story_of(made), made)
     holders = state["capacity"].pop("holders")
@@ -247,8 +246,7 @@ async def test_flights_say_where_they_stand_without_subjects_unless_asked() -> N
     gate = Gate()
 
     made = builder(Single("k", fetch=held_at(gate)))
-    build = asyncio.ensure_future(made.build([key("k", "secret")]))
-    await gate.wait_arrived()
+    build = await begun(made.build([key("k", "secret")]), gate)
     await asyncio.sleep(2)
     flights = (await told(story_of(made), made))["flights"]
     (flight,) = flights["shown"]
@@ -266,8 +264,7 @@ async def test_keys_of_any_length_are_told_in_short() -> None:
     gate, long = Gate(), "x" * 100_000
 
     made = builder(Single("k", fetch=held_at(gate)))
-    build = asyncio.ensure_future(made.build([ResourceKey(long, "k", long, {long: long})]))
-    await gate.wait_arrived()
+    build = await begun(made.build([ResourceKey(long, "k", long, {long: long})]), gate)
     for show in (True, False):
         assert len(json.dumps(await told(story_of(made, show=show), made))) < 10_000
     gate.open()
@@ -282,8 +279,7 @@ async def test_keys_of_any_length_are_told_in_short() -> None:
 async def test_of_very_many_flights_some_are_shown_and_all_are_counted() -> None:
     gate = Gate()
     made = builder(Batch("k", before=gate.pass_))
-    build = asyncio.ensure_future(made.build([key("k", str(n)) for n in range(200)]))
-    await gate.wait_arrived()
+    build = await begun(made.build([key("k", str(n)) for n in range(200)]), gate)
     flights = (await told(story_of(made), made))["flights"]
     assert (flights["count"], len(flights["shown"])) == (200, 50)
     gate.open()

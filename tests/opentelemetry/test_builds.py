@@ -30,7 +30,7 @@ from coalestra.opentelemetry import OpenTelemetryMetrics, OpenTelemetryTracer
 from tests.contracts.caches import SingleKeyCache
 from tests.opentelemetry.memory import Meters, Spans, attributes, told
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
-from tests.support import Gate, settle
+from tests.support import Gate, begun, settle
 
 A, B, D = key("a", "SECRET"), key("b", "SECRET"), key("d", "SECRET")
 SWR = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -220,8 +220,7 @@ async def test_a_refresh_is_a_trace_of_its_own_linked_to_the_build_that_set_it_o
 async def test_readers_who_joined_are_linked_to_the_call_that_served_them(spans: Spans) -> None:
     used = traced(spans, Batch("b", before=lambda: asyncio.sleep(2)))
     keys = [key("b", str(number)) for number in range(50)]
-    first = asyncio.ensure_future(used.build(keys, snapshot_id="first"))
-    await settle()
+    first = await begun(used.build(keys, snapshot_id="first"))
     with client(spans).start_as_current_span("late"):
         await used.build(keys)
     await first
@@ -262,8 +261,7 @@ async def test_a_call_that_takes_too_long_has_failed_and_says_whose_time_was_up(
 
 async def test_what_was_called_off_has_ended_but_not_failed(spans: Spans) -> None:
     used = traced(spans, Single("a", fetch=latency(5)))
-    build = asyncio.ensure_future(used.build([A]))
-    await settle()
+    build = await begun(used.build([A]))
     build.cancel()
     await settle()
     await used.aclose()
@@ -318,10 +316,8 @@ async def test_the_exemplar_of_a_duration_leads_to_the_trace_of_its_own_build(
 
     sink = OpenTelemetryMetrics(meters.provider)
     used = traced(spans, Single("a", fetch=fetch), metrics=sink, max_concurrency=1)
-    first = asyncio.ensure_future(used.build([key("a", "slow")]))
-    await gate.wait_arrived()
-    second = asyncio.ensure_future(used.build([key("a", "quick")]))
-    await settle()
+    first = await begun(used.build([key("a", "slow")]), gate)
+    second = await begun(used.build([key("a", "quick")]))
     gate.open()
     await asyncio.gather(first, second)
 

@@ -40,7 +40,7 @@ from coalestra.concurrency import pace
 from tests.observability.recording import Recorder
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
-from tests.support import Gate, LoopClock, settle
+from tests.support import Gate, LoopClock, begun
 
 X, Y = key("x"), key("y")
 NONE = ResourceAbsent("no such row")
@@ -407,8 +407,7 @@ async def test_what_began_before_the_news_is_not_remembered(tell: Any) -> None:
     gate = Gate()
     source = Stock("x", {"x": FOR_A_MINUTE}, before=gate.pass_)
     building = builder(source)
-    early = asyncio.ensure_future(attempt(building))
-    await gate.wait_arrived()
+    early = await begun(attempt(building), gate)
     await asyncio.sleep(1)
     await tell(building)
     gate.open()
@@ -526,8 +525,7 @@ async def test_an_event_that_is_old_when_it_comes_is_newer_than_the_absence(awai
         default_policy=SHORT,
         cache=Awaited() if awaited else None,
     )
-    early = asyncio.ensure_future(attempt(building))
-    await gate.wait_arrived()
+    early = await begun(attempt(building), gate)
     await asyncio.sleep(20)
     then = building.clock.now() - 10
     await building.publisher.publish(X, "event", source="stream", observed_at=then)
@@ -582,8 +580,7 @@ async def test_an_absence_derived_from_what_has_changed_meanwhile_leaves_what_is
     gate = Gate()
     building = builder(judged(NONE, gate))
     await building.publisher.publish(X, "none", source="stream")
-    early = asyncio.ensure_future(attempt(building, Y))
-    await gate.wait_arrived()
+    early = await begun(attempt(building, Y), gate)
     await asyncio.sleep(1)
     await building.publisher.publish(X, "some", source="stream")
     assert (await attempt(building, Y)).value(Y) == "some"
@@ -626,8 +623,7 @@ async def test_nobody_joins_what_waits_on_though_something_it_lacked_has_come(
     needed = key("middle") if through else X
     derived = Derived("y", needs=lambda _: [needed, key("slow")])
     building = builder(stock, middle, slow, derived)
-    early = asyncio.ensure_future(attempt(building, Y))
-    await gate.wait_arrived()
+    early = await begun(attempt(building, Y), gate)
     await asyncio.sleep(1)
     await publish(building)
     late = asyncio.ensure_future(attempt(building, Y))
@@ -681,8 +677,7 @@ async def test_a_read_that_a_flight_overtook_shares_its_answer() -> None:
         await session.resolve([X])
         await building.publisher.invalidate(X)
         source.change(x=NONE)
-        reader = asyncio.ensure_future(attempt(building))
-        await gate.wait_arrived()
+        reader = await begun(attempt(building), gate)
         absence(await session.revalidate([X], strict=False, force_refresh=True))
         gate.open()
         absence(await reader)
@@ -703,16 +698,13 @@ async def test_who_joins_a_slow_read_after_the_news_gets_no_absence_from_before_
     vars(cache)["timeout_seconds"] = 60.0
     rest = [Derived("y", needs=lambda _: [X]), Derived("z", needs=lambda _: [Y])]
     building = builder(source, *rest, cache=cache)
-    first = asyncio.ensure_future(attempt(building, Y))
-    await gate.wait_arrived()
+    first = await begun(attempt(building, Y), gate)
     await building.publisher.publish(key("other"), 1, source="stream")
-    early = asyncio.ensure_future(attempt(building, z))
-    await gate.wait_arrived(2)
+    early = await begun(attempt(building, z), gate, 2)
     gate.let_through()
     absence(await first, Y)
     await building.publisher.publish(X, "there", source="stream")
-    late = asyncio.ensure_future(attempt(building, z))
-    await settle()
+    late = await begun(attempt(building, z))
     gate.open()
     assert (await late).value(z) == (("there",),)
     await early

@@ -33,7 +33,7 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
-from tests.support import EPOCH, Gate, ManualClock, loop_turn, settle
+from tests.support import EPOCH, Gate, ManualClock, begun, loop_turn, settle
 
 REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("REQUEST", default="nobody")
 
@@ -175,8 +175,7 @@ async def test_order_does_not_depend_on_a_clock_that_stands_still() -> None:
     gate = Gate()
 
     building = builder(Single("x", fetch=held_at(gate, "fetched")), clock=ManualClock())
-    reader = asyncio.ensure_future(building.build([key("x")]))
-    await gate.wait_arrived()
+    reader = await begun(building.build([key("x")]), gate)
     await building.publisher.publish(key("x"), "event", source="stream")
     gate.open()
     assert (await reader).value(key("x")) == "event"

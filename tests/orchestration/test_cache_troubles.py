@@ -50,7 +50,7 @@ from tests.contracts.caches import (
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
-from tests.support import Gate, LoopClock, cancel_at_every_await, drop, loop_turn, settle
+from tests.support import Gate, LoopClock, begun, cancel_at_every_await, drop, loop_turn, settle
 from tests.support.running import without_collector
 
 KEYS = [key("b", str(number)) for number in range(5)]
@@ -233,12 +233,11 @@ async def test_an_event_that_the_cache_does_not_take_holds_no_value_in_hand_back
 ) -> None:
     cache, gate = hanging(SingleKeyCache, "set")
     shop = Shop(cache=cache)
-    publishing = asyncio.ensure_future(shop.builder.publisher.publish(BASE, 7, source="feed"))
-    await gate.wait_arrived()
-    begun = asyncio.get_running_loop().time()
+    publishing = await begun(shop.builder.publisher.publish(BASE, 7, source="feed"), gate)
+    began = asyncio.get_running_loop().time()
     snapshot = await shop.builder.build([BASE], deadline_seconds=deadline)
     assert snapshot.value(BASE) == 1
-    assert asyncio.get_running_loop().time() - begun == pytest.approx(waits, abs=0.02)
+    assert asyncio.get_running_loop().time() - began == pytest.approx(waits, abs=0.02)
     if deadline:
         gate.open()
         await publishing
@@ -423,8 +422,7 @@ async def test_an_invalidation_reaches_what_is_on_its_way(
 ) -> None:
     shop, cache, gate = slow_to_write(kind)
     await shop.builder.build([BASE])
-    invalidation = asyncio.ensure_future(shop.builder.publisher.invalidate(BASE))
-    await settle()
+    invalidation = await begun(shop.builder.publisher.invalidate(BASE))
     shop.stock.change(base=2)
     assert (await shop.builder.build([BASE])).value(BASE) == 2
     gate.open()
@@ -488,8 +486,7 @@ async def test_what_a_session_derives_from_what_it_has_pinned_defends_nothing_on
     async with building.session() as session:
         await session.resolve([BASE, d])
         await building.publisher.publish(BASE, "new", source="s")
-        reader = asyncio.ensure_future(building.build([d]))
-        await second.wait_arrived()
+        reader = await begun(building.build([d]), second)
         await asyncio.sleep(1)
         at_cache.close()
         assert (await session.revalidate([d], force_refresh=True)).value(d) == ("old",)
@@ -618,8 +615,7 @@ async def test_a_newer_derived_value_in_a_shared_store_comes_with_what_it_rests_
     time = LoopClock().now
     slow, quick = process(gate.pass_), process(None)
     await quick.build([base])
-    reading = asyncio.ensure_future(slow.build([top]))
-    await gate.wait_arrived()
+    reading = await begun(slow.build([top]), gate)
     await asyncio.sleep(1)
     theirs = (await quick.build([top]))[top]
     gate.open()
@@ -657,14 +653,11 @@ async def test_what_was_invalidated_does_not_stand_in_for_who_asks_after_that(
     at_source = Gate()
     shop.stock.change(base=SourceUnavailableError("down"))
     shop.stock.before = at_source.pass_
-    invalidation = asyncio.ensure_future(shop.builder.publisher.invalidate(BASE))
-    await gate.wait_arrived()
-    early = asyncio.ensure_future(shop.builder.build([BASE], strict=False))
-    await at_source.wait_arrived()
+    invalidation = await begun(shop.builder.publisher.invalidate(BASE), gate)
+    early = await begun(shop.builder.build([BASE], strict=False), at_source)
     gate.open()
     await invalidation
-    late = asyncio.ensure_future(shop.builder.build([BASE], strict=False))
-    await settle()
+    late = await begun(shop.builder.build([BASE], strict=False))
     at_source.open()
     assert BASE in (await late).errors
     await early
@@ -708,8 +701,7 @@ async def test_what_was_read_before_news_does_not_stand_in_for_who_asks_after_th
         await shop.builder.publisher.invalidate(BASE)
     cache.gate.open()
     await settle()
-    late = asyncio.ensure_future(shop.builder.build([wanted], strict=False))
-    await settle()
+    late = await begun(shop.builder.build([wanted], strict=False))
     at_source.open()
     told = await late
     if news == "publish":
@@ -723,8 +715,7 @@ async def test_a_read_that_an_invalidation_overtook_brings_nothing() -> None:
     cache, gate = hanging(SingleKeyCache, "get", patience=60.0)
     cache.held[BASE] = value_of(BASE, "old", observed_at=LoopClock().now())
     shop = Shop(cache=cache)
-    reading = asyncio.ensure_future(shop.builder.build([BASE]))
-    await gate.wait_arrived()
+    reading = await begun(shop.builder.build([BASE]), gate)
     await shop.builder.publisher.invalidate(BASE)
     gate.open()
     assert (await reading).value(BASE) == 1
@@ -914,10 +905,8 @@ async def test_the_lease_on_what_waits_for_a_publication_is_given_back_by_closin
 
     cache, at_cache = hanging(LeasingCache, "set_many_if_newer")
     building = builder(Single("k", fetch=fetch), cache=cache)
-    reading = asyncio.ensure_future(building.build([key("k")]))
-    await at_source.wait_arrived()
-    event = asyncio.ensure_future(building.publisher.publish(key("k"), "event", source="s"))
-    await at_cache.wait_arrived()
+    reading = await begun(building.build([key("k")]), at_source)
+    event = await begun(building.publisher.publish(key("k"), "event", source="s"), at_cache)
     at_source.open()
     await settle()
     assert not reading.done()
@@ -1050,8 +1039,7 @@ async def test_no_value_is_made_from_two_revisions_though_each_read_was_right() 
     building = builder(shop.stock, shop.middle, shop.top, last, cache=cache)
     await shop.builder.build([TOP])
     cache.gate.close()
-    reading = asyncio.ensure_future(building.build([key("last")]))
-    await cache.gate.wait_arrived()
+    reading = await begun(building.build([key("last")]), cache.gate)
     await asyncio.sleep(0.1)
     await shop.builder.publisher.publish(BASE, "event", source="s")
     await shop.builder.build([TOP])
@@ -1067,16 +1055,14 @@ async def test_who_comes_after_news_two_levels_down_gets_no_old_derivation(chang
     last = Derived("last", needs=lambda k: [TOP], before=gate.pass_)
     building = builder(shop.stock, shop.middle, shop.top, last, cache=cache)
     await building.build([TOP])
-    early = asyncio.ensure_future(building.build([key("last")]))
-    await gate.wait_arrived()
+    early = await begun(building.build([key("last")]), gate)
     await asyncio.sleep(1)
     if change == "publish":
         await building.publisher.publish(BASE, 2, source="s")
     else:
         shop.stock.change(base=2)
         await building.publisher.invalidate(BASE)
-    late = asyncio.ensure_future(building.build([key("last")]))
-    await settle()
+    late = await begun(building.build([key("last")]))
     gate.open()
     assert (await late).value(key("last")) == (((2,),),)
     await early

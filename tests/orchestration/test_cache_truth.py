@@ -21,7 +21,7 @@ from coalestra.concurrency import pace
 from coalestra.orchestration import calls, singleflight
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
-from tests.support import Gate, settle
+from tests.support import Gate, begun, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -47,8 +47,7 @@ async def test_a_read_that_began_before_a_publication_does_not_undo_it_and_is_no
 ) -> None:
     gate = Gate()
     building = builder(gated(kind, gate), Single("base"))
-    reader = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived()
+    reader = await begun(building.build([K]), gate)
     await asyncio.sleep(1)
     await building.publisher.publish(K, "event", source="stream")
     assert (await building.build([K])).value(K) == "event"
@@ -67,8 +66,7 @@ async def test_what_is_still_to_be_read_when_its_key_is_published_is_newer_than_
     gate, source = Gate(), gated(kind, Gate(opened=True))
     cache = AsyncMemoryCache() if memory else SingleKeyCache()
     building = builder(source, gated("busy", gate), max_concurrency=1, cache=cache)
-    busy = asyncio.ensure_future(building.build([key("busy")]))
-    await gate.wait_arrived()
+    busy = await begun(building.build([key("busy")]), gate)
     readers = [asyncio.ensure_future(building.build([K]))]
     await settle()
     old = building.clock.now() - 1_500.0
@@ -94,10 +92,8 @@ async def test_what_was_published_of_a_queued_key_stands_in_for_it_while_it_may(
     policy = FreshnessPolicy(1_000.0, 2_000.0, allow_stale_on_error=False)
     sources = [Single("x", fetch=fail), gated("busy", gate)]
     building = builder(*sources, max_concurrency=1, default_policy=policy)
-    busy = asyncio.ensure_future(building.build([key("busy")]))
-    await gate.wait_arrived()
-    reader = asyncio.ensure_future(building.build([K], strict=False))
-    await settle()
+    busy = await begun(building.build([key("busy")]), gate)
+    reader = await begun(building.build([K], strict=False))
     at = building.clock.now() - (1_500.0 if stale else 0.0)
     await building.publisher.publish(K, "event", source="stream", observed_at=at)
     gate.open()
@@ -119,8 +115,7 @@ async def test_a_dated_read_does_not_undo_an_event_that_had_to_make_room(room: i
     building = builder(
         Single("all", "x", "other", fetch=fetch), cache=AsyncMemoryCache(max_entries=room)
     )
-    reader = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived()
+    reader = await begun(building.build([K]), gate)
     await asyncio.sleep(1)
     world[0] = "after"
     await building.publisher.publish(K, "after", source="stream")
@@ -135,11 +130,9 @@ async def test_a_read_that_began_before_an_invalidation_is_not_cached_nor_joined
     gate = Gate()
     source = gated(kind, gate)
     building = builder(source, Single("base"))
-    early = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived()
+    early = await begun(building.build([K]), gate)
     await building.publisher.invalidate(K)
-    late = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived(2)
+    late = await begun(building.build([K]), gate, 2)
     gate.let_through(1)
     first = await early
     assert not late.done()
@@ -155,8 +148,7 @@ async def test_an_invalidation_of_a_whole_namespace_counts_too() -> None:
     cache = AsyncMemoryCache()
     source = gated("single", gate)
     building = builder(source, cache=cache)
-    early = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived()
+    early = await begun(building.build([K]), gate)
     await cache.invalidate_namespace("test")
     gate.open()
     await early
@@ -196,12 +188,10 @@ async def test_a_derivation_that_took_in_a_value_replaced_since_is_not_joined() 
     base = Single("base")
     derived = Derived("d", needs=lambda k: [key("base")], before=gate.pass_)
     building = builder(base, derived)
-    early = asyncio.ensure_future(building.build([key("d")]))
-    await gate.wait_arrived()
+    early = await begun(building.build([key("d")]), gate)
     await asyncio.sleep(1)
     await building.publisher.publish(key("base"), "new", source="stream")
-    late = asyncio.ensure_future(building.build([key("d")]))
-    await gate.wait_arrived(2)
+    late = await begun(building.build([key("d")]), gate, 2)
     gate.open()
     assert (await early).value(key("d")) == ("",)
     assert (await late).value(key("d")) == ("new",)
@@ -241,8 +231,7 @@ async def test_a_derivation_about_to_be_handed_what_was_replaced_since_is_not_jo
         await building.publisher.invalidate(base)
     else:
         await cache.invalidate_matching(base.__eq__)
-    newcomer = asyncio.ensure_future(building.build([derived]))
-    await settle()
+    newcomer = await begun(building.build([derived]))
     gates["late"].open()
     assert (await readers[-1]).value(derived) in ((1, 1), (2, 1))
     assert (await newcomer).value(derived)[0] == 2
@@ -277,8 +266,7 @@ async def test_a_derivation_over_two_ways_to_one_base_sees_one_revision_of_it() 
     lower = Derived("lower", needs=lambda k: [key("base")])
     top = Derived("top", needs=lambda k: [key("lower"), key("other"), key("base")])
     building = builder(Single("base"), lower, top, Single("other", fetch=held_at(gate, "other")))
-    reader = asyncio.ensure_future(building.build([key("top"), key("lower"), key("base")]))
-    await gate.wait_arrived()
+    reader = await begun(building.build([key("top"), key("lower"), key("base")]), gate)
     await asyncio.sleep(1)
     await building.publisher.publish(key("base"), "new", source="stream")
     gate.open()
@@ -306,10 +294,8 @@ async def test_a_fetch_that_ends_while_a_publication_is_being_written_gives_way_
             return await super().set_if_newer(value, **how)
 
     building: SnapshotBuilder = builder(gated("single", at_source), cache=Store())
-    reader = asyncio.ensure_future(building.build([K]))
-    await at_source.wait_arrived()
-    event = asyncio.ensure_future(building.publisher.publish(K, "event", source="stream"))
-    await at_write.wait_arrived()
+    reader = await begun(building.build([K]), at_source)
+    event = await begun(building.publisher.publish(K, "event", source="stream"), at_write)
     await asyncio.sleep(0.5)
     at_source.open()
     await settle()
@@ -330,8 +316,7 @@ async def test_an_invalidation_at_any_step_of_a_fetch_leaves_nothing_of_it_in_th
     gate = Gate()
     source = gated("single", gate)
     building = builder(source, cache=Foreign())
-    reader = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived()
+    reader = await begun(building.build([K]), gate)
     gate.open()
     for _ in range(steps):
         await asyncio.sleep(0)

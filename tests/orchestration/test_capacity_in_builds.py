@@ -17,7 +17,7 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
-from tests.support import Gate, settle
+from tests.support import Gate, begun, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -145,8 +145,7 @@ async def test_who_waits_for_a_global_slot_holds_one_of_its_source_already() -> 
     building = builder(
         gated(gate, "x"), gated(gate, "y"), max_concurrency=1, source_concurrency={"y": 1}
     )
-    first = asyncio.ensure_future(building.build([key("x")]))
-    await settle()
+    first = await begun(building.build([key("x")]))
     second = asyncio.ensure_future(building.build([key("y")]))
     assert await in_use(building, "y") == (1, 0)
     assert await in_use(building) == (1, 1)
@@ -253,8 +252,7 @@ async def test_who_waited_for_capacity_until_its_deadline_is_told_who_has_it(wai
         Single("holder", fetch=latency(50)),
         max_concurrency=1,
     )
-    holder = asyncio.ensure_future(building.build([key("holder")]))
-    await settle()
+    holder = await begun(building.build([key("holder")]))
     other = asyncio.ensure_future(
         building.build([first, second] if waits == "joined" else [second])
     )

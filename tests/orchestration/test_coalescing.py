@@ -18,7 +18,7 @@ from coalestra import (
     SourcePayload,
 )
 from tests.orchestration.scripted import Single, builder, held_at, key, latency
-from tests.support import Gate, settle
+from tests.support import Gate, begun, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -160,8 +160,7 @@ async def test_who_comes_when_a_whole_crowd_has_left_joins_the_call_that_goes_on
     for task in crowd:
         task.cancel()
     await settle()
-    last = asyncio.ensure_future(building.build([A]))
-    await settle()
+    last = await begun(building.build([A]))
     gate.open()
     assert {snapshot.value(A) for snapshot in await asyncio.gather(first, last)} == {"value"}
     assert source.calls == [A]

@@ -13,7 +13,15 @@ from tests.contracts.caches import ALL, AtomicCache, BatchAtomicCache, BatchCach
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
-from tests.support import Gate, LoopClock, ThreadGate, cancel_at_every_await, no_leaks, settle
+from tests.support import (
+    Gate,
+    LoopClock,
+    ThreadGate,
+    begun,
+    cancel_at_every_await,
+    no_leaks,
+    settle,
+)
 
 Make = Callable[[], Any]
 SHORT = FreshnessPolicy(10.0, 100.0)
@@ -255,8 +263,7 @@ async def test_a_cache_that_tells_odd_things_of_itself_does_not_fail_health(coun
 async def test_a_hanging_cache_read_does_not_outlive_the_readers_who_left() -> None:
     cache = Hanging("get")
     building = builder(Single("k"), cache=cache)
-    task = asyncio.ensure_future(building.build([key("k")]))
-    await cache.gate.wait_arrived()
+    task = await begun(building.build([key("k")]), cache.gate)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await settle()
@@ -267,8 +274,7 @@ async def test_a_reader_in_a_hurry_goes_on_without_the_cache_and_others_do_not()
     cache = Hanging("get")
     cache.held[key("k")] = value_of(key("k"), "cached", observed_at=LoopClock().now())
     building = builder(Single("k"), cache=cache, clock=LoopClock())
-    patient = asyncio.ensure_future(building.build([key("k")]))
-    await cache.gate.wait_arrived()
+    patient = await begun(building.build([key("k")]), cache.gate)
     hasty = await building.build([key("k")], deadline_seconds=0.5)
     assert hasty.value(key("k")) == ""
     cache.gate.open()

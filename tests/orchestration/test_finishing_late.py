@@ -25,7 +25,7 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
-from tests.support import ThreadGate, no_leaks, settle
+from tests.support import ThreadGate, begun, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -309,8 +309,7 @@ async def test_waiting_for_capacity_and_failing_in_time_say_nothing_of_the_speed
 
     building = builder(Single("x", fetch=fails), max_concurrency=1)
     await building.build([X], strict=False, deadline_seconds=2)
-    holder = asyncio.ensure_future(building.build([key("x", "holder")], strict=False))
-    await settle()
+    holder = await begun(building.build([key("x", "holder")], strict=False))
     await hasty(building, key("x", "waits"))
     assert await cuts(building) == 0
     await holder

@@ -34,7 +34,7 @@ from coalestra.resilience.circuit_breaker import Outcome
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import ONCE, Derived, Single, builder, held_at, key
 from tests.orchestration.stock import BASE, Shop, Stock
-from tests.support import Gate, settle
+from tests.support import Gate, begun, settle
 
 K = key("k")
 
@@ -136,8 +136,7 @@ async def test_timeouts_of_each_kind_are_counted_and_their_growth_is_found() -> 
     queued.queue_timeout_seconds = 1
     building = builder(slow, queued, source_concurrency={"queued": 1})
     before = await building.health_snapshot()
-    holding = asyncio.ensure_future(building.build([key("queued", "1")]))
-    await gate.wait_arrived()
+    holding = await begun(building.build([key("queued", "1")]), gate)
     await building.build([key("slow")], strict=False)
     await building.build([key("queued", "2")], strict=False)
     await building.build([key("slow", "3")], strict=False, deadline_seconds=1)
@@ -327,8 +326,7 @@ async def test_flights_under_way_say_what_they_wait_for_and_who_waits_for_them()
 
     building = builder(Single("k", fetch=held_at(gate)), Derived("d", needs=lambda _: [key("k")]))
     assert building.flights_under_way() == ()
-    first = asyncio.ensure_future(building.build([key("d")]))
-    await gate.wait_arrived()
+    first = await begun(building.build([key("d")]), gate)
     second = asyncio.ensure_future(building.build([key("k")]))
     await asyncio.sleep(2)
     derived, fetched = building.flights_under_way(limit=10**30)
@@ -362,8 +360,7 @@ async def test_flights_whose_call_waits_or_rests_say_so() -> None:
     )
     building = builder(source, max_concurrency=1, max_pending_tasks=2)
     keys = [key("k", subject) for subject in ("fails", "waits")]
-    build = asyncio.ensure_future(building.build(keys, strict=False))
-    await gate.wait_arrived()
+    build = await begun(building.build(keys, strict=False), gate)
     running, waiting = building.flights_under_way()
     assert (running.state, waiting.state) == ("its source is running", "waiting for capacity")
     assert (waiting.source, waiting.attempts, waiting.running_seconds) == ("k", 0, None)

@@ -26,7 +26,7 @@ from coalestra.orchestration.deliveries import all_or_none
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import Stock
-from tests.support import Gate, ThreadGate, settle
+from tests.support import Gate, ThreadGate, begun, settle
 
 K, D = key("k"), key("d")
 LARGE = [list(range(200)) for _ in range(200)]
@@ -257,8 +257,7 @@ async def test_a_waiter_for_a_copy_thread_leaves_at_its_deadline() -> None:
     stuck, building = with_stuck(Stock("k", {"k": [1]}), max_copy_concurrency=1)
     await building.build([K])
     stuck.armed = True
-    first = asyncio.ensure_future(building.build([K]))
-    await settle()
+    first = await begun(building.build([K]))
     with pytest.raises(SnapshotBuildError):
         await building.build([K], deadline_seconds=3)
     copies = (await building.health_snapshot()).payload_copy_components["builder"]
@@ -271,8 +270,7 @@ async def test_a_cancelled_reader_leaves_the_copy_slot_taken_until_the_thread_en
     stuck, building = with_stuck(Stock("k", {"k": [1]}))
     await building.build([K])
     stuck.armed = True
-    task = asyncio.ensure_future(building.build([K]))
-    await settle()
+    task = await begun(building.build([K]))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -295,8 +293,7 @@ async def test_closing_wakes_those_who_wait_for_a_copy_thread(form: str) -> None
         asked: dict[str, Any] = {"build": [K], "try_request": request, "try_requests": [request]}
         readers.append(asyncio.ensure_future(getattr(building, form)(asked[form])))
         await settle()
-    closing_builder = asyncio.ensure_future(building.aclose())
-    await settle()
+    closing_builder = await begun(building.aclose())
     assert [each.done() for each in readers] == [False, True]
     error = readers[1].exception()
     assert isinstance(error, PayloadCopySubsystemClosedError)
@@ -315,8 +312,7 @@ async def test_closing_says_which_copies_outlast_it_and_lets_go_of_who_waits_for
     stuck.armed = True
     unit = building if form in ("build", "try_request") else session
     asked: Any = SnapshotRequest(required=[K]) if form == "try_request" else [K]
-    reader = asyncio.ensure_future(getattr(unit, form)(asked))
-    await settle()
+    reader = await begun(getattr(unit, form)(asked))
     with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
         await building.aclose()
     assert caught.value.active_copies == 1

@@ -39,6 +39,7 @@ from tests.support import (
     ManualClock,
     ThreadGate,
     VirtualLoop,
+    begun,
     loop_turn,
     no_leaks,
     settle,
@@ -141,12 +142,10 @@ async def test_one_that_waits_goes_on_with_the_slot_and_keeps_none_waiting(slots
         await gate.pass_()
         seen.append(asyncio.current_task())
 
-    alone = asyncio.ensure_future(it.builder.build(KEYS))
-    await settle()
+    alone = await begun(it.builder.build(KEYS))
     (limiter, *_) = (await it.builder.health_snapshot()).capacity.values()
     assert limiter.in_use == 1
-    others = asyncio.ensure_future(it.builder.build([A, B]))
-    await settle()
+    others = await begun(it.builder.build([A, B]))
     assert others.done(), "what was answered before is delivered"
     assert len(it.source.calls) == (3 if slots == 1 else 6), "the others are served meanwhile"
     gate.open()

@@ -37,6 +37,7 @@ from tests.support import (
     Gate,
     LoopClock,
     VirtualLoop,
+    begun,
     cancel_at_every_await,
     drop,
     lines_run,
@@ -292,8 +293,7 @@ async def test_who_comes_as_the_time_of_a_call_that_waits_for_capacity_is_up_wai
     holder = Single("y", "y", fetch=lambda k, context: gate.pass_())
     source = tuned(Single("x", "x"), queue_timeout_seconds=queue_timeout)
     building = builder(holder, source, max_concurrency=1)
-    holding = asyncio.ensure_future(building.build([key("y")]))
-    await settle()
+    holding = await begun(building.build([key("y")]))
     keys = [key("x", str(n)) for n in range(6)]
 
     async def come() -> Any:

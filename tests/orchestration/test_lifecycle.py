@@ -30,7 +30,7 @@ from coalestra.orchestration import singleflight
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import LASTING, ONCE, Single, builder, key
 from tests.orchestration.stock import Stock
-from tests.support import Gate, ManualClock, ThreadGate, drop, no_leaks, run_virtual, settle
+from tests.support import Gate, ManualClock, ThreadGate, begun, drop, no_leaks, run_virtual, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -84,8 +84,7 @@ async def test_closing_again_does_nothing_and_closing_twice_at_once_waits_for_bo
 async def test_builds_under_way_end_with_an_error_when_the_builder_is_closed() -> None:
     gate = Gate()
     building = builder(Stock("k", {"k": 1}, before=gate.pass_))
-    reading = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived()
+    reading = await begun(building.build([K]), gate)
     await building.aclose()
     with pytest.raises(RuntimeError, match="closed"):
         await reading
@@ -102,8 +101,7 @@ async def test_closing_waits_for_refreshes_unless_told_to_cancel_them() -> None:
         gate.close()
         await building.build([K])
         await gate.wait_arrived(2)
-        closing = asyncio.ensure_future(building.aclose(cancel_refreshes=cancel))
-        await settle()
+        closing = await begun(building.aclose(cancel_refreshes=cancel))
         assert closing.done() is cancel
         gate.open()
         await closing
@@ -136,8 +134,7 @@ async def closed_over_a_stuck_thread() -> tuple[ThreadGate, SnapshotBuilder, asy
         fetcher=lambda key, context: gate.pass_(),
     )
     building = builder(source)
-    reading = asyncio.ensure_future(building.build([K]))
-    await settle()
+    reading = await begun(building.build([K]))
     with pytest.raises(SourceTimeoutError, match="stuck"):
         await building.aclose(copy_shutdown_timeout_seconds=1)
     return gate, building, reading
@@ -236,8 +233,7 @@ async def test_a_stuck_copy_and_a_stuck_sink_hinder_no_later_stage_and_the_copy_
     )
     await building.build([K])
     armed = True
-    reading = asyncio.ensure_future(building.build([K]))
-    await settle()
+    reading = await begun(building.build([K]))
     with pytest.raises(PayloadCopyShutdownTimeoutError):
         await building.aclose(
             copy_shutdown_timeout_seconds=1, observability_shutdown_timeout_seconds=0
@@ -285,8 +281,7 @@ async def test_closing_delivers_what_waits_in_buffers_or_discards_it(drain: bool
     await building.build([K])
     await building.build([K])
     await asyncio.to_thread(sink.gate.wait_arrived)
-    closing = asyncio.ensure_future(building.aclose())
-    await settle()
+    closing = await begun(building.aclose())
     sink.gate.open()
     await closing
     assert (sink.seen.count("snapshot_built") == 2) is drain
@@ -588,8 +583,7 @@ def in_another_loop(work: Callable[[], Coroutine[Any, Any, Any]]) -> BaseExcepti
 async def test_a_second_loop_is_refused_while_the_first_has_work_under_way(call: str) -> None:
     gate = Gate()
     building = builder(Stock("k", {"k": 1}, before=gate.pass_), clock=ManualClock())
-    reading = asyncio.ensure_future(building.build([K]))
-    await gate.wait_arrived()
+    reading = await begun(building.build([K]), gate)
 
     async def intrude() -> None:
         if call == "build":
@@ -621,8 +615,7 @@ def test_closing_that_was_cut_short_with_its_loop_is_done_by_the_next_call() -> 
 
     async def cut_short() -> None:
         source.gate = Gate()
-        closing = asyncio.ensure_future(building.aclose())
-        await source.gate.wait_arrived()
+        closing = await begun(building.aclose(), source.gate)
         assert not closing.done()
 
     asyncio.run(cut_short())

@@ -27,7 +27,7 @@ from coalestra import (
 )
 from coalestra.orchestration.flights import Flight
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key
-from tests.support import Gate, VirtualLoop, drop, no_leaks, settle
+from tests.support import Gate, VirtualLoop, begun, drop, no_leaks, settle
 from tests.support.leaks import look_after_none
 
 INNER = key("inner")
@@ -68,10 +68,8 @@ async def test_as_many_calls_as_there_are_slots_may_ask_for_the_same_key_or_one_
 async def test_what_is_asked_for_may_wait_for_capacity_in_another_build() -> None:
     asking = Asking(max_concurrency=1)
     asking.gate = Gate()
-    outer = asyncio.ensure_future(asking.builder.build(OUTERS[:1]))
-    await settle()
-    inner = asyncio.ensure_future(asking.builder.build([INNER]))
-    await settle()
+    outer = await begun(asking.builder.build(OUTERS[:1]))
+    inner = await begun(asking.builder.build([INNER]))
     assert asking.source.calls == OUTERS[:1]
     asking.gate.open()
     await asyncio.gather(outer, inner)
@@ -372,8 +370,7 @@ async def test_what_is_asked_for_goes_before_what_is_needed_besides() -> None:
     ]
     await settle()
     # From now on there is no slot but for what is asked for.
-    blocked = asyncio.ensure_future(building.capacity.acquire("someone"))
-    await settle()
+    blocked = await begun(building.capacity.acquire("someone"))
     gate.open()
     await tasks[1]
     (await blocked).release()
@@ -419,10 +416,8 @@ async def test_a_source_that_waits_its_turn_has_the_slot_and_the_worker_that_oth
     session = building.session()
     await session.resolve([INNER, key("other")])
     asks = True
-    build = asyncio.ensure_future(session.resolve(OUTERS[:1]))
-    await nested.wait_arrived()
-    other = asyncio.ensure_future(session.revalidate([key("other")], force_refresh=True))
-    await settle()
+    build = await begun(session.resolve(OUTERS[:1]), nested)
+    other = await begun(session.revalidate([key("other")], force_refresh=True))
     nested.open()
     await asyncio.sleep(1)
     assert build.done(), "no longer than until the next look"

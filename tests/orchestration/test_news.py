@@ -20,7 +20,7 @@ from coalestra import (
 from coalestra.orchestration import flights
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, held_at, key
-from tests.support import Gate, LoopClock, lines_run, no_leaks, settle
+from tests.support import Gate, LoopClock, begun, lines_run, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -36,8 +36,7 @@ async def test_a_derivation_that_was_hidden_before_does_not_undo_an_event() -> N
     at_base, at_derived = Gate(), Gate()
 
     building = builder(Single("base", fetch=held_at(at_base, "fetched")), derived(at_derived))
-    early = asyncio.ensure_future(building.build([D]))
-    await at_base.wait_arrived()
+    early = await begun(building.build([D]), at_base)
     await asyncio.sleep(1)
     await building.publisher.publish(BASE, "base event", source="stream")
     at_base.open()
@@ -60,8 +59,7 @@ async def test_what_a_session_derives_from_what_it_has_pinned_is_no_news_to_anot
     async with building.session() as session:
         await session.resolve([BASE, D])
         await other.publisher.publish(BASE, "new", source="stream")
-        reader = asyncio.ensure_future(other.build([D]))
-        await gate.wait_arrived()
+        reader = await begun(other.build([D]), gate)
         await asyncio.sleep(1)
         again = await session.revalidate([D], force_refresh=True)
         assert again.value(D) == ("old",)
@@ -80,8 +78,7 @@ async def test_a_dated_read_that_an_event_and_an_invalidation_overtook_is_not_ca
 
     source = Single("base", fetch=fetch)
     building = builder(source, clock=clock)
-    early = asyncio.ensure_future(building.build([BASE]))
-    await gate.wait_arrived()
+    early = await begun(building.build([BASE]), gate)
     await building.publisher.publish(BASE, "event", source="stream")
     await building.publisher.invalidate(BASE)
     await asyncio.sleep(1)
@@ -102,8 +99,7 @@ async def test_a_forced_derivation_neither_undoes_an_event_nor_outlives_an_inval
         await session.resolve([D])
         gate.close()
         await asyncio.sleep(1)
-        forced = asyncio.ensure_future(session.revalidate([D], force_refresh=True))
-        await gate.wait_arrived(2)
+        forced = await begun(session.revalidate([D], force_refresh=True), gate, 2)
         if change == "publish":
             await building.publisher.publish(D, "event", source="stream")
         else:
@@ -127,8 +123,7 @@ async def test_waiters_get_the_event_when_every_source_fails_meanwhile() -> None
 
     policy = FreshnessPolicy(1_000, 2_000, allow_stale_on_error=False)
     building = builder(Single("base", fetch=fetch), default_policy=policy)
-    early = asyncio.ensure_future(building.build([BASE]))
-    await gate.wait_arrived()
+    early = await begun(building.build([BASE]), gate)
     await building.publisher.publish(BASE, "event", source="stream")
     gate.open()
     snapshot = await early
@@ -169,8 +164,7 @@ async def test_a_key_whose_read_or_write_of_the_cache_was_given_up_can_be_had_ag
     gate: Gate = getattr(cache, given_up)
     gate.close()
     building = builder(Single("x"), cache=cache)
-    early = asyncio.ensure_future(building.build([key("x")]))
-    await gate.wait_arrived()
+    early = await begun(building.build([key("x")]), gate)
     early.cancel()
     if not at_once:
         await settle()
@@ -192,8 +186,7 @@ async def test_a_read_that_nobody_wanted_when_its_group_was_sent_is_not_shared()
         await asyncio.sleep(0)
     early.cancel()
     await cache.reading.wait_arrived()
-    late = asyncio.ensure_future(building.build([key("x", "left")]))
-    await settle()
+    late = await begun(building.build([key("x", "left")]))
     cache.reading.open()
     await other
     assert (await late).value(key("x", "left")) == "left"
@@ -247,15 +240,13 @@ async def test_news_costs_a_chain_under_way_no_more_than_a_look_at_each_of_its_k
 
     building = builder(Single("base", fetch=held_at(gate, "fetched")), Derived("link", needs=needs))
     changed = building._engine.flights._changed = Counted()
-    early = asyncio.ensure_future(building.build(links[-1:]))
-    await gate.wait_arrived()
+    early = await begun(building.build(links[-1:]), gate)
     if news == "invalidate":
         await building.publisher.invalidate(BASE)
     else:
         about = BASE if news == "publish" else key("other")
         await building.publisher.publish(about, "event", source="stream")
-    joining = asyncio.ensure_future(building.build(links if joined else [BASE]))
-    await settle()
+    joining = await begun(building.build(links if joined else [BASE]))
     gate.open()
     await asyncio.gather(early, joining)
     assert changed.asked <= 4 * len(links)
@@ -272,8 +263,7 @@ async def test_one_news_after_the_other_hides_what_is_hidden_only_once(news: str
         return [*below, key("base", str(number))]
 
     building = builder(Batch("base", before=gate.pass_), Derived("link", needs=needs))
-    early = asyncio.ensure_future(building.build([key("link", str(length))]))
-    await gate.wait_arrived()
+    early = await begun(building.build([key("link", str(length))]), gate)
 
     async def tell() -> None:
         for number in range(length):
@@ -310,8 +300,7 @@ async def test_what_rests_on_something_old_does_not_stand_in_for_who_comes_after
     )
     await building.build([above])
     await asyncio.sleep(6)
-    slow = asyncio.ensure_future(building.build([key("slow")]))
-    await gate.wait_arrived()
+    slow = await begun(building.build([key("slow")]), gate)
     early = asyncio.ensure_future(building.build([above]))
     await asyncio.sleep(0.1)
     if news == "publication":
@@ -337,11 +326,9 @@ async def test_who_comes_after_news_joins_no_derivation_from_what_its_stale_valu
     await building.build([D])
     await asyncio.sleep(6)
     gate.close()
-    early = asyncio.ensure_future(building.build([D]))
-    await gate.wait_arrived(2)
+    early = await begun(building.build([D]), gate, 2)
     await building.publisher.publish(BASE, "event", source="stream")
-    late = asyncio.ensure_future(building.build([D]))
-    await settle()
+    late = await begun(building.build([D]))
     gate.open()
     assert (await late).value(D) == ("event",)
     await early

@@ -41,7 +41,7 @@ from tests.orchestration.scripted import (
     key,
     latency,
 )
-from tests.support import Gate, ThreadGate, settle
+from tests.support import Gate, ThreadGate, begun, settle
 
 X = key("x", "1")
 OF_RESOURCE = {"resource_namespace", "resource_name"}
@@ -262,8 +262,7 @@ async def test_batch_calls_are_counted_by_how_they_end() -> None:
     mode[0] = hang
     await building.build([key("x", "4")], strict=False, deadline_seconds=2)
     await settle()
-    holder = asyncio.ensure_future(building.build([key("x", "5")]))
-    await settle()
+    holder = await begun(building.build([key("x", "5")]))
     await building.build([key("x", "6")], strict=False)
     await building.build([key("x", "7")], strict=False, deadline_seconds=1)
     holder.cancel()

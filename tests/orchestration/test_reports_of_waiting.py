@@ -6,7 +6,7 @@ import asyncio
 
 from coalestra import InMemoryMetrics, Snapshot, SnapshotBuilder
 from tests.orchestration.scripted import Batch, Derived, builder, key
-from tests.support import Gate
+from tests.support import Gate, begun
 
 
 async def one_slot_taken() -> tuple[
@@ -17,8 +17,7 @@ async def one_slot_taken() -> tuple[
     building = builder(
         batch, source_concurrency={"batch": 1}, metrics=metrics, buffer_observability=False
     )
-    holding = asyncio.ensure_future(building.build([key("batch", "1")]))
-    await gate.wait_arrived()
+    holding = await begun(building.build([key("batch", "1")]), gate)
     return gate, metrics, building, holding
 
 

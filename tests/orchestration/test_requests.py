@@ -42,7 +42,7 @@ from coalestra import (
 )
 from tests.orchestration.scripted import Derived, Single, builder, echo, key, latency, mixed
 from tests.orchestration.stock import BASE, TOP, Shop, Stock, shown
-from tests.support import EPOCH, Gate, LoopClock, cancel_at_every_await, no_leaks, settle
+from tests.support import EPOCH, Gate, LoopClock, begun, cancel_at_every_await, no_leaks, settle
 
 A, B, C = key("a"), key("b"), key("c")
 DOWN = SourceUnavailableError("down")
@@ -505,8 +505,7 @@ async def test_a_builder_that_is_busy_on_another_loop_raises() -> None:
     gate = Gate()
     building = builder(Stock("stock", {"a": 1}, before=gate.pass_))
     request = SnapshotRequest(required=[A])
-    pending = asyncio.ensure_future(building.try_request(request))
-    await gate.wait_arrived()
+    pending = await begun(building.try_request(request), gate)
     errors: list[BaseException] = []
 
     def elsewhere() -> None:
@@ -619,8 +618,7 @@ async def test_no_more_requests_are_under_way_than_may_be(
     )
     requests = [SnapshotRequest(required=[key(f"x{number}")]) for number in range(10)]
     place = building.session() if in_session else building
-    pending = asyncio.ensure_future(place.try_requests(requests, max_concurrency=given))
-    await settle()
+    pending = await begun(place.try_requests(requests, max_concurrency=given))
     for ended in range(10):
         assert gate.arrived == min(10, most + ended)
         gate.let_through(1)

@@ -36,7 +36,7 @@ from tests.orchestration.scripted import (
     tuned,
 )
 from tests.orchestration.stock import Stock
-from tests.support import Gate, LoopClock, VirtualLoop, no_leaks, settle
+from tests.support import Gate, LoopClock, VirtualLoop, begun, no_leaks, settle
 
 X = key("x")
 DOWN = ConnectionError("down")
@@ -288,8 +288,7 @@ async def test_an_open_circuit_sends_its_keys_to_the_next_source_without_delay()
 async def test_a_circuit_that_opens_does_not_stop_the_retries_of_a_call_under_way() -> None:
     source = stock(breaking(1, attempts=2))
     building = builder(source)
-    task = asyncio.ensure_future(attempt(building, key("x", "first")))
-    await settle()
+    task = await begun(attempt(building, key("x", "first")))
     await building.circuit_breaker.record_failure("x", policy=breaking(1).circuit)
     await task
     assert len(source.calls) == 2
@@ -324,8 +323,7 @@ async def test_of_many_keys_at_a_half_open_circuit_one_is_the_probe() -> None:
     source.change(x=1)
     source.before = gate.pass_
     keys = [key("x", str(number)) for number in range(9)]
-    task = asyncio.ensure_future(attempt(building, *keys))
-    await settle()
+    task = await begun(attempt(building, *keys))
     (state,) = (await building.circuit_breaker.snapshot()).values()
     assert state.half_open_probe_active
     gate.open()
@@ -362,8 +360,7 @@ async def test_a_worker_cancelled_from_outside_fails_its_keys_and_reopens_the_ci
     building = builder(source)
     await opened(building)
     source.before = Gate().pass_
-    probe = asyncio.ensure_future(attempt(building))
-    await settle()
+    probe = await begun(attempt(building))
     (worker,) = (task for task in asyncio.all_tasks() if task.get_name() == "coalestra x")
     worker.cancel()
     (failure,) = failures(await probe)
@@ -420,8 +417,7 @@ async def test_a_retry_that_waits_too_long_for_capacity_counts_the_failure_befor
     source = stock(breaking(5, attempts=2))
     source.queue_timeout_seconds = 2.0
     building = builder(source, max_concurrency=1)
-    task = asyncio.ensure_future(attempt(building))
-    await settle()
+    task = await begun(attempt(building))
     lease = await building.capacity.acquire("other")
     (failure,) = failures(await task)
     assert (failure.error_type, failure.attempts) == ("SourceQueueTimeoutError", 1)
@@ -432,10 +428,8 @@ async def test_a_retry_that_waits_too_long_for_capacity_counts_the_failure_befor
 async def test_a_circuit_that_opens_while_a_call_waits_for_capacity_keeps_it_out() -> None:
     source = stock(breaking(), before=(gate := Gate()).pass_)
     building = builder(source, max_concurrency=1)
-    first = asyncio.ensure_future(attempt(building, key("x", "first")))
-    await settle()
-    second = asyncio.ensure_future(attempt(building, key("x", "second")))
-    await settle()
+    first = await begun(attempt(building, key("x", "first")))
+    second = await begun(attempt(building, key("x", "second")))
     gate.open()
     await first
     assert failures(await second, key("x", "second"))[0].error_type == "CircuitOpenError"

@@ -28,7 +28,7 @@ from coalestra import (
 from tests.contracts.caches import BatchCache, SingleKeyCache
 from tests.orchestration.scripted import LASTING, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, Shop, Stock, shown
-from tests.support import EPOCH, Gate, settle
+from tests.support import EPOCH, Gate, begun, settle
 
 BLOCKING = FreshnessPolicy(10.0, 100.0)
 SWR = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -75,8 +75,7 @@ async def asked(answer: Any = 1, **settings: Any) -> tuple[Shop, Gate, asyncio.F
     shop = Shop(**settings)
     shop.stock.before = gate.pass_
     shop.stock.change(base=answer)
-    reader = asyncio.ensure_future(shop.builder.build([BASE]))
-    await gate.wait_arrived()
+    reader = await begun(shop.builder.build([BASE]), gate)
     return shop, gate, reader
 
 
@@ -561,8 +560,7 @@ async def test_a_read_that_found_nothing_usable_takes_what_a_refresh_brought_mea
     await gate.wait_arrived(2)
     await asyncio.sleep(100)
     cache.slow = BASE
-    reader = asyncio.ensure_future(shop.builder.build([BASE]))
-    await cache.gate.wait_arrived()
+    reader = await begun(shop.builder.build([BASE]), cache.gate)
     gate.open()
     await shop.builder.wait_for_refreshes()
     cache.gate.open()
@@ -575,8 +573,7 @@ async def test_a_derivation_reads_again_what_was_published_while_it_read() -> No
     shop = Shop(cache=cache)
     await shop.builder.build([BASE])
     cache.slow = BASE
-    reader = asyncio.ensure_future(shop.builder.build([MIDDLE]))
-    await cache.gate.wait_arrived()
+    reader = await begun(shop.builder.build([MIDDLE]), cache.gate)
     await shop.publish(BASE, "event")
     cache.gate.open()
     assert (await reader).value(MIDDLE) == ("event",)
@@ -614,8 +611,7 @@ async def test_refreshes_may_be_given_up_at_any_step(steps: int, count: int) -> 
 async def test_waiting_for_several_refreshes_ends_with_the_last_of_them() -> None:
     shop, gate = await gone_stale(BASE, OTHER)
     await shop.builder.build([BASE, OTHER])
-    waiting = asyncio.ensure_future(shop.builder.wait_for_refreshes())
-    await gate.wait_arrived(4)
+    waiting = await begun(shop.builder.wait_for_refreshes(), gate, 4)
     gate.let_through(1)
     await settle()
     assert not waiting.done()

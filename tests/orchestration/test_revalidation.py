@@ -33,6 +33,7 @@ from tests.support import (
     EPOCH,
     Gate,
     ThreadGate,
+    begun,
     cancel_at_every_await,
     lines_run,
     no_leaks,
@@ -462,8 +463,7 @@ async def test_the_deadline_while_another_revalidation_has_its_turn_changes_noth
     before = session.snapshot()
     gate = Gate()
     shop.stock.before = gate.pass_
-    first = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
-    await gate.wait_arrived()
+    first = await begun(session.revalidate([BASE], force_refresh=True), gate)
     second = await session.revalidate([OTHER], force_refresh=True, strict=False)
     assert list(second.errors) == [OTHER]
     with pytest.raises(SnapshotBuildError):
@@ -537,8 +537,7 @@ async def test_what_was_begun_before_the_session_was_closed_comes_to_its_end() -
     gate = Gate()
     shop.stock.before = gate.pass_
     shop.stock.change(base=2)
-    first_call = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
-    await gate.wait_arrived()
+    first_call = await begun(session.revalidate([BASE], force_refresh=True), gate)
     calls = [
         first_call,
         asyncio.ensure_future(session.revalidate([BASE])),  # waits for its turn
@@ -596,8 +595,7 @@ async def test_what_is_asked_for_during_a_revalidation_is_no_longer_let_go() -> 
     session = await shop.session(MIDDLE)
     await shop.publish(BASE, 2)
     shop.middle.before = gate.pass_
-    revalidating = asyncio.ensure_future(session.revalidate([MIDDLE]))
-    await gate.wait_arrived(1)
+    revalidating = await begun(session.revalidate([MIDDLE]), gate)
     assert shown(await session.resolve([BASE]))[BASE] == 1
     gate.open()
     assert shown(await revalidating) == {MIDDLE: (1,), BASE: 1}
@@ -613,8 +611,7 @@ async def test_a_value_derived_anew_during_the_commit_is_looked_at_again() -> No
     await building.publisher.publish(BASE, 2, source="stream")
     assert (await building.build([key("d")])).value(key("d")) == (2,)
     gate.close()
-    resolving = asyncio.ensure_future(session.resolve([key("d")]))
-    await gate.wait_arrived(2)
+    resolving = await begun(session.resolve([key("d")]), gate, 2)
     assert shown(await session.revalidate([BASE])) == {BASE: 2}
     gate.open()
     assert shown(await resolving) == {BASE: 2, key("d"): (2,)}
@@ -646,8 +643,7 @@ async def test_a_key_read_twice_in_a_forced_refresh_keeps_the_value_that_others_
     building = builder(slow, Single("base", fetch=fetch), Derived("d", needs=lambda k: [BASE]))
     session = building.session()
     await session.resolve([BASE, key("d")])
-    after = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
-    await gate.wait_arrived()
+    after = await begun(session.revalidate([BASE], force_refresh=True), gate)
     await building.publisher.invalidate(BASE)
     await asyncio.sleep(10)
     gate.open()
@@ -673,8 +669,7 @@ async def test_what_is_pinned_meanwhile_agrees_with_what_a_value_comes_to_rest_o
     await building.publisher.publish(key("d"), "told", source="stream")
     session = building.session()
     await session.resolve([key("d")])
-    revalidating = asyncio.ensure_future(session.revalidate([key("d")], force_refresh=True))
-    await gate.wait_arrived()
+    revalidating = await begun(session.revalidate([key("d")], force_refresh=True), gate)
     await asyncio.sleep(1)
     await building.publisher.publish(BASE, 2, source="stream")
     await session.resolve([wanted])
@@ -717,10 +712,8 @@ async def test_revalidations_of_one_session_take_turns() -> None:
     session = await shop.session(BASE, OTHER, TOP)
     shop.stock.before = gate.pass_
     shop.stock.change(base=2, other=20)
-    one = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
-    await gate.wait_arrived()
-    two = asyncio.ensure_future(session.revalidate([OTHER], force_refresh=True))
-    await settle()
+    one = await begun(session.revalidate([BASE], force_refresh=True), gate)
+    two = await begun(session.revalidate([OTHER], force_refresh=True))
     assert gate.arrived == 1
     gate.open()
     first, second = await asyncio.gather(one, two)
@@ -739,8 +732,7 @@ async def test_health_counts_revalidations_and_those_that_failed_or_were_cancell
     await session.revalidate([BASE], force_refresh=True, strict=False)
     gate = Gate()
     shop.stock.before = gate.pass_
-    task = asyncio.ensure_future(session.revalidate([BASE], force_refresh=True))
-    await gate.wait_arrived()
+    task = await begun(session.revalidate([BASE], force_refresh=True), gate)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -8,7 +8,7 @@ import pytest
 
 from coalestra import AsyncMemoryCache, DependencyCycleError, FetchContext, ResourceKey
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
-from tests.support import Gate, settle
+from tests.support import Gate, begun, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -71,8 +71,7 @@ async def test_two_builds_that_need_each_others_plain_keys_both_finish() -> None
     right = Derived("right", needs=lambda k: [key("plain", "a")])
     building = builder(plain, left, right)
     first = asyncio.ensure_future(building.build([key("plain", "a"), key("left")]))
-    second = asyncio.ensure_future(building.build([key("plain", "b"), key("right")]))
-    await gate.wait_arrived(2)
+    second = await begun(building.build([key("plain", "b"), key("right")]), gate, 2)
     gate.open()
     one, two = await asyncio.gather(first, second)
     assert one.value(key("left")) == ("b",)
@@ -118,8 +117,7 @@ async def test_a_cycle_is_found_that_closes_when_a_key_turns_to_a_derived_source
     late, early = key("ring", "late"), key("ring", "early")
     ring = Derived("ring", needs=lambda k: [early if k == late else late])
     building = builder(Failing("first", "ring", priority=20), ring)
-    waiting = asyncio.ensure_future(building.build([early, late], strict=False))
-    await gate.wait_arrived(1)
+    waiting = await begun(building.build([early, late], strict=False), gate)
     await settle()
     gate.open()
     errors = (await waiting).errors

@@ -38,7 +38,7 @@ from coalestra.concurrency.deadline import CutOff
 from coalestra.orchestration import calls
 from tests.contracts.caches import BatchAtomicCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, tuned
-from tests.support import Gate, ThreadGate, VirtualLoop, drop, no_leaks, run_virtual, settle
+from tests.support import Gate, ThreadGate, VirtualLoop, begun, drop, no_leaks, run_virtual, settle
 from tests.support.running import without_collector
 
 pytestmark = pytest.mark.concurrency
@@ -408,8 +408,7 @@ async def test_a_swallowed_cancellation_does_not_meet_the_next_key(by: str) -> N
     source = Single("good", fetch=fetch, timeout=5.0 if by == "its timeout" else None)
     building = builder(source, max_pending_tasks=1)
     first, second = key("good", "first"), key("good", "second")
-    task = asyncio.ensure_future(building.build([first, second], strict=False))
-    await settle()
+    task = await begun(building.build([first, second], strict=False))
     if by == "somebody else":
         for worker in workers():
             worker.cancel()
@@ -812,10 +811,8 @@ async def test_joining_a_large_call_with_a_longer_deadline_moves_its_end_once(
     gate = Gate()
     building = builder(Batch("batch", before=gate.pass_))
     wanted = [key("batch", str(number)) for number in range(500)]
-    brief = asyncio.ensure_future(building.build(wanted, strict=False, deadline_seconds=5.0))
-    await settle()
-    patient = asyncio.ensure_future(building.build(wanted, deadline_seconds=50.0))
-    await settle()
+    brief = await begun(building.build(wanted, strict=False, deadline_seconds=5.0))
+    patient = await begun(building.build(wanted, deadline_seconds=50.0))
     assert len(moved) == 1
     await asyncio.sleep(10)
     assert not (await brief).resources
@@ -831,8 +828,7 @@ async def test_no_more_workers_are_started_once_those_of_the_same_keys_are_being
     monkeypatch.setattr(calls, "_WORKERS_AT_ONCE", 2)
     source = Single("good", fetch=held_at(gate := Gate()))
     building = builder(source, max_pending_tasks=20, max_concurrency=20)
-    task = asyncio.ensure_future(building.build([key("good", str(n)) for n in range(20)]))
-    await gate.wait_arrived()
+    task = await begun(building.build([key("good", str(n)) for n in range(20)]), gate)
     for _ in range(steps):
         await asyncio.sleep(0)
     for worker in workers():
@@ -849,8 +845,7 @@ async def test_closing_in_the_quiet_after_a_cancellation_leaves_nothing_behind()
     """Neither a worker that is still to be started nor the timer that would start it."""
     building = builder(Single("good", fetch=_forever), max_pending_tasks=1)
     wanted = [key("good", str(number)) for number in range(3)]
-    task = asyncio.ensure_future(building.build(wanted))
-    await settle()
+    task = await begun(building.build(wanted))
     for worker in workers():
         worker.cancel()
     await settle()

@@ -41,7 +41,7 @@ from tests.orchestration.scripted import (
     key,
 )
 from tests.orchestration.stock import BASE, MIDDLE, TOP, Shop, shown
-from tests.support import EPOCH, Gate, ThreadGate, settle
+from tests.support import EPOCH, Gate, ThreadGate, begun, settle
 
 K = key("x")
 
@@ -374,8 +374,7 @@ async def test_chunks_hold_no_more_than_the_batch_size_and_run_within_capacity()
     source.max_batch_size = 3
     building = builder(source, source_concurrency={"x": 2})
     keys = [key("x", str(i)) for i in range(8)]
-    reader = asyncio.ensure_future(building.build(keys))
-    await gate.wait_arrived(2)
+    reader = await begun(building.build(keys), gate, 2)
     await settle()
     assert gate.arrived == 2
     gate.open()
@@ -525,8 +524,7 @@ async def test_a_derivation_given_up_while_its_dependencies_are_fetched_is_not_r
     gate = Gate()
     shop = Shop()
     shop.stock.before = gate.pass_
-    reader = asyncio.ensure_future(shop.builder.build([TOP]))
-    await gate.wait_arrived()
+    reader = await begun(shop.builder.build([TOP]), gate)
     reader.cancel()
     gate.open()
     await asyncio.gather(reader, return_exceptions=True)
@@ -687,12 +685,9 @@ async def test_a_call_is_made_as_long_as_one_who_joined_has_time_for_it() -> Non
     gate = Gate()
     busy = Single("busy", fetch=lambda k, context: gate.pass_(), priority=2)
     building = builder(blocking(timeout_seconds=20.0), busy, max_concurrency=1)
-    holder = asyncio.ensure_future(building.build([key("busy")]))
-    await gate.wait_arrived()
-    short = asyncio.ensure_future(building.build([K], deadline_seconds=1.5, strict=False))
-    await settle()
-    long = asyncio.ensure_future(building.build([K], deadline_seconds=10))
-    await settle()
+    holder = await begun(building.build([key("busy")]), gate)
+    short = await begun(building.build([K], deadline_seconds=1.5, strict=False))
+    long = await begun(building.build([K], deadline_seconds=10))
     await asyncio.sleep(1)
     gate.open()
     assert (await long).value(K) == 1
@@ -783,11 +778,9 @@ async def test_what_a_source_declares_later_and_cannot_be_meant_fails_its_keys_b
 
     source = kind("x")
     building = builder(source, Single("held", fetch=held_at(gate)), max_concurrency=1)
-    holding = asyncio.ensure_future(building.build([key("held")]))
-    await gate.wait_arrived()
+    holding = await begun(building.build([key("held")]), gate)
     setattr(source, setting, value)
-    waiting = asyncio.ensure_future(building.build([K], strict=False))
-    await settle()
+    waiting = await begun(building.build([K], strict=False))
     gate.open()
     error = (await waiting).error_for(K)
     if setting == "max_batch_size" and kind is Single:

@@ -31,7 +31,7 @@ from coalestra import (
 )
 from tests.contracts.caches import BatchCache
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, held_at, key
-from tests.support import EPOCH, Gate, ManualClock, settle
+from tests.support import EPOCH, Gate, ManualClock, begun, settle
 
 X, Y, OTHER = key("x"), key("y"), key("other")
 SWR = FreshnessPolicy(10, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -45,8 +45,7 @@ async def waiting_refresh(building: SnapshotBuilder, gate: Gate) -> AsyncIterato
     """A session that has read X stale, while the refresh of it waits behind a read of OTHER."""
     await asyncio.sleep(20)
     gate.close()
-    blocking = asyncio.ensure_future(building.build([OTHER]))
-    await settle()
+    blocking = await begun(building.build([OTHER]))
     async with building.session() as session:
         assert (await session.resolve([X]))[X].stale, "a refresh is scheduled"
         await settle()
@@ -71,8 +70,7 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_accepts_nothing_stale(
     await building.build([X])
     async with waiting_refresh(building, gate) as session:
         answers.append(SourcePayload("older still", observed_at=EPOCH))
-        looking = asyncio.ensure_future(session.revalidate([X], force_refresh=True))
-        await settle()
+        looking = await begun(session.revalidate([X], force_refresh=True))
         gate.open()
         with pytest.raises(SnapshotBuildError):
             await looking
@@ -88,8 +86,7 @@ async def test_a_forced_read_that_joins_a_waiting_refresh_yields_to_no_stale_aut
     building = builder(source, default_policy=SWR, authority_policy=ranks)
     await building.publisher.publish(X, "told", source="stream")
     async with waiting_refresh(building, gate) as session:
-        looking = asyncio.ensure_future(session.revalidate([X], force_refresh=True))
-        await settle()
+        looking = await begun(session.revalidate([X], force_refresh=True))
         gate.open()
         assert (await looking)[X].value == "read"
 
@@ -218,8 +215,7 @@ async def test_a_deadline_that_passes_while_calls_are_planned_is_named(
             return found
 
     building = builder(Slow("s"))
-    waiting = asyncio.ensure_future(building.build([X, Y], strict=False, deadline_seconds=2))
-    await settle()
+    waiting = await begun(building.build([X, Y], strict=False, deadline_seconds=2))
     monkeypatch.undo()
     snapshot = await waiting
     for each in (X, Y):
@@ -232,8 +228,7 @@ async def test_a_derivation_that_took_in_what_was_invalidated_is_not_stored() ->
     derived = Derived("sum", needs=lambda k: [X], before=gate.pass_)
     cache = BatchCache()
     building = builder(Single("s", "x"), derived, cache=cache)
-    waiting = asyncio.ensure_future(building.build([key("sum")]))
-    await gate.wait_arrived()
+    waiting = await begun(building.build([key("sum")]), gate)
     await building.publisher.invalidate(X)
     gate.open()
     assert key("sum") in await waiting

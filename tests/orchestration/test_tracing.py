@@ -53,7 +53,7 @@ from tests.orchestration.scripted import (
     latency,
     tuned,
 )
-from tests.support import Gate, lines_run, settle
+from tests.support import Gate, begun, lines_run, settle
 
 A, B, D = key("a"), key("b"), key("d")
 SWR = FreshnessPolicy(10.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
@@ -174,8 +174,7 @@ async def test_who_still_read_a_cache_when_anothers_flight_ended_says_whose_valu
         await session.resolve([A])
         await b.publisher.invalidate(A)
         gate.close()
-        reader = asyncio.ensure_future(b.build([A], trace=True))
-        await settle()
+        reader = await begun(b.build([A], trace=True))
         await session.revalidate([A], force_refresh=True)
         gate.open()
         found = trace_of(await reader).keys[A]
@@ -211,11 +210,9 @@ async def test_one_who_joins_says_whose_flight_and_how_long_though_the_other_is_
     gate = Gate()
 
     b = builder(Single("a", fetch=held_at(gate)))
-    first = asyncio.ensure_future(b.build([A], snapshot_id="first"))
-    await gate.wait_arrived()
+    first = await begun(b.build([A], snapshot_id="first"), gate)
     await asyncio.sleep(1)
-    second = asyncio.ensure_future(b.build([A], trace=True))
-    await settle()
+    second = await begun(b.build([A], trace=True))
     await asyncio.sleep(2)
     gate.open()
     trace = trace_of(await second)
@@ -251,8 +248,7 @@ async def test_attempts_tell_their_errors_and_the_pause_between_them() -> None:
 
 async def test_a_wait_for_capacity_names_who_held_it() -> None:
     b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)), max_concurrency=1)
-    first = asyncio.ensure_future(b.build([A]))
-    await settle()
+    first = await begun(b.build([A]))
     trace = trace_of(await b.build([B], trace=True))
     (attempt,) = the_call(trace, B).attempts
     assert attempt.holders == (("a", 1),)
@@ -263,8 +259,7 @@ async def test_a_wait_for_capacity_names_who_held_it() -> None:
 async def test_a_slot_on_its_way_to_who_waited_for_it_is_held_by_that_one() -> None:
     b = builder(Single("a", fetch=latency(1)), Single("b", fetch=latency(2)), max_concurrency=1)
     keys = key("a", "1"), key("a", "2")
-    first = asyncio.ensure_future(b.build(keys, trace=True))
-    await settle()
+    first = await begun(b.build(keys, trace=True))
     other = asyncio.ensure_future(b.build([B]))
     (attempt,) = the_call(trace_of(await first), keys[1]).attempts
     assert (attempt.start, attempt.called) == (1, 3)
@@ -340,8 +335,7 @@ async def test_an_event_that_came_meanwhile_is_told_as_published() -> None:
     gate = Gate()
 
     b = builder(Single("a", fetch=held_at(gate)))
-    building = asyncio.ensure_future(b.build([A], trace=True))
-    await gate.wait_arrived()
+    building = await begun(b.build([A], trace=True), gate)
     await b.publisher.publish(A, 2, source="feed")
     gate.open()
     snapshot = await building
@@ -446,10 +440,8 @@ async def test_what_was_found_out_of_sight_while_it_is_being_asked_for_is_told_a
     gate = Gate()
     b = builder(Single("a"), Derived("d", needs=lambda k: [A], before=gate.pass_), cache=Slow())
     async with b.session(trace=True) as session:
-        deriving = asyncio.ensure_future(session.resolve([D]))
-        await gate.wait_arrived()
-        asking = asyncio.ensure_future(session.resolve([A]))
-        await settle()
+        deriving = await begun(session.resolve([D]), gate)
+        asking = await begun(session.resolve([A]))
         gate.open()
         early = await deriving
         await asking
@@ -774,8 +766,7 @@ async def test_a_tracer_sees_the_build_and_each_attempt_below_it_and_is_current_
 async def test_a_tracer_sees_one_who_joined_with_how_long_and_the_call_that_served() -> None:
     spans = Spans()
     b = builder(Single("a", fetch=latency(2)), tracer=spans)
-    first = asyncio.ensure_future(b.build([A], snapshot_id="first"))
-    await settle()
+    first = await begun(b.build([A], snapshot_id="first"))
     await asyncio.sleep(0.5)
     await b.build([A])
     ((parent, call, seconds, attributes),) = spans.joins
@@ -817,8 +808,7 @@ async def test_stages_of_one_session_at_the_same_time_have_each_its_own_span(awa
         tracer=spans,
         cache=SingleKeyCache() if awaited else None,
     )
-    other = asyncio.ensure_future(b.build([key("c")]))
-    await settle()
+    other = await begun(b.build([key("c")]))
     async with b.session() as session:
         stages = [[A], [D], [key("c")]]
         await asyncio.gather(*(session.resolve(keys) for keys in stages))
@@ -845,8 +835,7 @@ async def test_stages_of_one_session_at_the_same_time_have_each_its_own_span(awa
 async def test_a_tracer_sees_one_who_gave_up_waiting_for_the_call_of_another() -> None:
     spans = Spans()
     b = builder(Single("a", fetch=latency(5)), tracer=spans)
-    first = asyncio.ensure_future(b.build([A], snapshot_id="first"))
-    await settle()
+    first = await begun(b.build([A], snapshot_id="first"))
     await b.build([A], deadline_seconds=1.0, strict=False)
     ((parent, call, seconds, attributes),) = spans.joins
     assert (parent, call, attributes["snapshot_id"]) == ("build 2", "call 1", "first")
@@ -908,8 +897,7 @@ async def test_what_a_tracer_raises_is_counted_and_logged_once_and_stops_nothing
     spans = Spans()
     monkeypatch.setattr(spans, method, broken)
     b = builder(Single("a", fetch=latency(1)), tracer=spans)
-    first = asyncio.ensure_future(b.build([A]))
-    await settle()
+    first = await begun(b.build([A]))
     assert (await b.build([A])).value(A) == (await first).value(A)
     assert (await b.health_snapshot()).observability_failure_count > 0
     await b.build([A], trace=True)

@@ -26,7 +26,7 @@ from coalestra.prometheus import LATENCY_BUCKETS, HealthCollector, PrometheusMet
 from tests.docs.pages import ROOT
 from tests.orchestration.scripted import Batch, Single, builder, key
 from tests.prometheus.scrape import figure, metrics, series
-from tests.support import Gate, ThreadGate, settle
+from tests.support import Gate, ThreadGate, begun
 from tests.sync.steps import in_a_fork
 
 X = key("x", "SECRET")
@@ -59,10 +59,8 @@ async def test_calls_batches_joins_and_publications_are_shown(registry: Collecto
     building = builder(
         Batch("b", "x", before=gate.pass_), metrics=PrometheusMetrics("shop", registry=registry)
     )
-    first = asyncio.ensure_future(building.build([X, key("x", "2")]))
-    await gate.wait_arrived()
-    second = asyncio.ensure_future(building.build([X]))
-    await settle()
+    first = await begun(building.build([X, key("x", "2")]), gate)
+    second = await begun(building.build([X]))
     gate.open()
     await asyncio.gather(first, second)
     await building.publisher.publish(X, "new", source="news")

@@ -28,7 +28,7 @@ from coalestra.redis import RedisCache, SharedCacheUnavailableError
 from tests.redis.processes import SOURCE
 from tests.redis.servers import Server, running
 from tests.redis.stock import PATIENT_SECONDS, A, B, until
-from tests.support import Gate
+from tests.support import Gate, begun
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.server]
 
@@ -300,8 +300,7 @@ async def test_what_is_derived_while_the_news_are_cut_is_derived_once_and_kept(
         SnapshotBuilder([truth.source, derived], cache=cache, default_policy=POLICY) as builder,
     ):
         cache._news.catch_up = lambda: False  # type: ignore[method-assign]  # cut by the test
-        first = asyncio.create_task(value(builder, B))
-        await gate.wait_arrived()
+        first = await begun(value(builder, B), gate)
         second = asyncio.create_task(value(builder, B))
         await until(lambda: cache.health().waiting or gate.arrived > 1)
         gate.open()

@@ -5,7 +5,7 @@ import importlib
 from tests.support.cancellation import cancel_at_every_await
 from tests.support.clocks import EPOCH, LoopClock, ManualClock
 from tests.support.gates import Gate, ThreadGate
-from tests.support.leaks import no_leaks, settle
+from tests.support.leaks import begun, no_leaks, settle
 from tests.support.running import Leak, drop, lines_run, run_real, run_virtual
 from tests.support.virtual_loop import Deadlock, ShuffledLoop, VirtualLoop, loop_turn
 
@@ -23,6 +23,7 @@ __all__ = [
     "ShuffledLoop",
     "ThreadGate",
     "VirtualLoop",
+    "begun",
     "cancel_at_every_await",
     "drop",
     "lines_run",

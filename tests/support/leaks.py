@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable
-from typing import Any
+from collections.abc import Awaitable, Coroutine
+from typing import Any, TypeVar
 
+from tests.support.gates import Gate
 from tests.support.virtual_loop import VirtualLoop
+
+T = TypeVar("T")
 
 _AT_REST = (
     "background_refreshes",
@@ -53,6 +56,15 @@ async def settle() -> None:
         return
     for _ in range(100):
         await asyncio.sleep(0)
+
+
+async def begun(
+    work: Coroutine[Any, Any, T], gate: Gate | None = None, arrivals: int = 1
+) -> asyncio.Task[T]:
+    """Begin some work, and wait until it has come to the gate, or needs (virtual) time to go on."""
+    task = asyncio.ensure_future(work)
+    await (settle() if gate is None else gate.wait_arrived(arrivals))
+    return task
 
 
 async def no_leaks(builder: Any) -> None:

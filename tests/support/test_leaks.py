@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from coalestra import CallableSource, FetchContext, ResourceKey, SnapshotBuilder
-from tests.support import Gate, no_leaks
+from tests.support import Gate, begun, no_leaks
 
 
 async def test_a_builder_that_still_holds_something_is_found() -> None:
@@ -20,8 +18,7 @@ async def test_a_builder_that_still_holds_something_is_found() -> None:
     source = CallableSource(name="slow", priority=1, supports=lambda key: True, fetcher=fetch)
     async with SnapshotBuilder(sources=[source]) as builder:
         await no_leaks(builder)
-        build = asyncio.create_task(builder.build([ResourceKey("a", "b")]))
-        await gate.wait_arrived()
+        build = await begun(builder.build([ResourceKey("a", "b")]), gate)
         with pytest.raises(AssertionError, match="slots of __global__"):
             await no_leaks(builder)
         gate.open()

@@ -13,7 +13,7 @@ import pytest
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.observability import BufferedEventSink
 from tests.observability.recording import Recorder
-from tests.support import ThreadGate, settle, thread_watch
+from tests.support import ThreadGate, begun, settle, thread_watch
 from tests.support.thread_watch import BLOCKED_SECONDS, ThreadWatch, library_jobs
 from tests.support.virtual_loop import PATIENCE
 from tests.sync.steps import wait_until
@@ -31,8 +31,7 @@ async def test_a_job_counts_as_work_before_its_thread_has_woken_up() -> None:
 async def test_the_jobs_of_the_library_are_counted_until_the_loop_knows_their_end() -> None:
     threads, gate = WorkerThreads(), ThreadGate()
     before = library_jobs()
-    call = asyncio.create_task(threads.run(gate.pass_))
-    await settle()
+    call = await begun(threads.run(gate.pass_))
     assert library_jobs() - before == 1
     gate.open()
     await call
@@ -76,13 +75,13 @@ def waiting_thread(condition: threading.Condition) -> threading.Thread:
 
     def wait() -> None:
         with condition:
-            begun.set()
+            beginning.set()
             condition.wait(30)
 
-    begun = threading.Event()
+    beginning = threading.Event()
     thread = threading.Thread(target=wait, name="sleeper")
     thread.start()
-    assert begun.wait(30)
+    assert beginning.wait(30)
     return thread
 
 

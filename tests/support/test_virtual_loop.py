@@ -14,6 +14,7 @@ from tests.support import (
     Leak,
     ShuffledLoop,
     VirtualLoop,
+    begun,
     run_virtual,
     settle,
     virtual_loop,
@@ -87,8 +88,7 @@ async def test_a_socket_is_given_real_time() -> None:
     left, right = socket.socketpair()
     with left, right:
         left.setblocking(False)
-        reading = asyncio.create_task(loop.sock_recv(left, 10))
-        await settle()
+        reading = await begun(loop.sock_recv(left, 10))
         threading.Thread(target=right.sendall, args=(b"hello",)).start()
         assert await reading == b"hello"
 
@@ -117,8 +117,7 @@ async def test_settling_runs_everything_that_needs_no_time() -> None:
         await asyncio.sleep(1)
         seen.append("slept")
 
-    task = asyncio.create_task(steps())
-    await settle()
+    task = await begun(steps())
     assert seen == ["stepped"]
     assert loop.time() == START
     await task
