@@ -7,7 +7,6 @@ import contextlib
 import gc
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,15 @@ from coalestra.core.errors import (
     PayloadIsolationError,
     SnapshotDeadlineExceededError,
 )
-from tests.support import LoopClock, ThreadGate, VirtualLoop, cancel_at_every_await, drop, settle
+from tests.support import (
+    LoopClock,
+    ThreadGate,
+    VirtualLoop,
+    cancel_at_every_await,
+    drop,
+    run_virtual,
+    settle,
+)
 from tests.support.running import no_more_threads
 
 pytestmark = pytest.mark.concurrency
@@ -255,8 +262,8 @@ async def test_whoever_cancels_every_task_leaves_no_copy_active_for_ever() -> No
     assert health.started_count == health.completed_count + health.failure_count
 
 
-def test_a_copy_whose_loop_was_closed_gives_its_slot_back() -> None:
-    """Its thread ends some time; the next loop is not to wait for the last one's."""
+def test_a_copy_whose_loop_was_closed_keeps_no_slot_from_the_next_one() -> None:
+    """Its thread ends some time, and tells of that who waits for the end upon another loop."""
     gate, threads = ThreadGate(), WorkerThreads()
     copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
 
@@ -271,11 +278,21 @@ def test_a_copy_whose_loop_was_closed_gives_its_slot_back() -> None:
     drop(loop)
     assert copies.active == 1
     assert not left.done()
-    gate.open()
-    while threads.busy:
-        time.sleep(0)
+
+    async def next_one() -> None:
+        opened = ThreadGate()
+        opened.open()
+        for _ in range(2):
+            assert isinstance((await copies.seal(Held(opened), context="test"))[0], Held)
+        copies.close()
+        assert await copies.drain(1.0) == 1
+        last = asyncio.create_task(copies.drain(None))
+        await settle()
+        gate.open()
+        assert await last == 0
+
+    run_virtual(next_one())
     assert copies.active == 0
-    assert isinstance(asyncio.run(copies.seal(Held(gate), context="test"))[0], Held)
     threads.close()
 
 

@@ -10,7 +10,8 @@ now, the rest in threads. Laws:
    first come first served.
 3. Whoever stops waiting for a copy leaves at once. The slot stays taken until the thread has ended,
    since a thread cannot be stopped; it is given back in the callback of that end, so that nothing
-   hangs on a task that somebody could cancel.
+   hangs on a task that somebody could cancel. Once its loop has been closed it is nobody's: others
+   neither wait for it nor are woken by that end, which comes in the thread then.
 4. After ``close`` nothing starts; waiters are told so, and ``drain`` waits for what is running. Who
    waits for what is running longer than that is told so, too.
 5. Every copy that was started is active, or counts once as completed or as failed.
@@ -25,6 +26,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from coalestra._endings import pass_on
+from coalestra._lockfree import Changes
 from coalestra.concurrency.capacity import WaitQueue, can_be_woken
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
 from coalestra.concurrency.sealing import (
@@ -184,7 +186,6 @@ class PayloadCopies:
 
     Attributes:
         uses_default_copier: False if the application brought its own.
-        active: how many copies are in threads at this moment.
         completed: how many have been made without a thread; whoever opens a trifle counts it.
         closed: whether new copies are refused.
         is_direct: whether what is brief is copied here and now, as the library does it.
@@ -208,7 +209,6 @@ class PayloadCopies:
         self.run_in_thread: bool = (
             self.uses_default_copier if run_in_thread is None else run_in_thread
         )
-        self.active: int = 0
         self.closed: bool = False
         self._copier: PayloadCopier | None = None
         self._sealer: Callable[[Any], Sealed] = seal_anyhow
@@ -219,7 +219,10 @@ class PayloadCopies:
         self.is_direct: bool = self.uses_default_copier and not self._always_threads
         self._threads = threads
         self._slots = WaitQueue()
-        self._drainers = WaitQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # The slots that are taken, and the queue for each; threads and loops take and give.
+        self._taken: dict[object, WaitQueue] = {}
+        self._changes = Changes()
         self._awaited: dict[asyncio.Future[None], None] = {}
         self._waits = _Spell()
         self._durations = _Spell()
@@ -228,6 +231,11 @@ class PayloadCopies:
         self._timeouts = self._capacity_timeouts = 0
         self._peak_active = self._peak_waiting = 0
         self._shutdown_timeouts = self._active_at_timeout = 0
+
+    @property
+    def active(self) -> int:
+        """How many copies are in threads at this moment."""
+        return len(self._taken)
 
     def __repr__(self) -> str:
         kind = "default" if self.uses_default_copier else "custom"
@@ -334,41 +342,53 @@ class PayloadCopies:
         self, copier: Callable[[Any], T], value: Any, context: str, deadline: Deadline | None
     ) -> T:
         self._require_open()
-        has_slot = False
+        give_back = None
         try:
             if deadline is not None and deadline.expired:
                 raise CutOffExpired(deadline.loop_time)
             with CutOff(None) if deadline is None else deadline.cut_off():
-                await self._take_slot()
-                has_slot = True
-                job = await self._ended(partial(copier, value))
+                give_back = await self._take_slot()
+                job = await self._ended(partial(copier, value), give_back)
         except CutOffExpired:
             assert deadline is not None
-            raise self._late(deadline, has_slot) from None
+            raise self._late(deadline, has_slot=give_back is not None) from None
         try:
             return job.outcome()
         except BaseException as error:
             raise not_isolated(value, context) from error
 
-    async def _take_slot(self) -> None:
-        if self.active < self.max_concurrency:
-            self.active += 1
+    async def _take_slot(self) -> Callable[[], None]:
+        """Take a slot; return what gives it back, once however often it is called."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None and self._loop.is_closed():
+                self._slots = WaitQueue()
+            self._loop = loop
+        slots, slot = self._slots, object()
+        give_back = partial(self._give_back, slot)
+        if list(self._taken.values()).count(slots) < self.max_concurrency:
+            self._taken[slot] = slots
         else:
-            clock = asyncio.get_running_loop().time
-            began = clock()
-            self._peak_waiting = max(self._peak_waiting, len(self._slots) + 1)
+            began = loop.time()
+            self._peak_waiting = max(self._peak_waiting, len(slots) + 1)
             try:
-                await self._slots.wait(self._release)
+                await slots.wait(give_back, partial(self._taken.setdefault, slot, slots))
             finally:
-                self._waits.add(clock() - began)
+                self._waits.add(loop.time() - began)
             if self.closed:
-                self._release()
+                give_back()
                 self._require_open()
         self._peak_active = max(self._peak_active, self.active)
+        return give_back
 
-    async def _ended(self, work: Callable[[], T]) -> Job[T]:
+    def _give_back(self, slot: object) -> None:
+        """Hand a slot on, or tell those who wait for the end; in a thread if its loop is closed."""
+        slots = self._taken.pop(slot, None)
+        if slots is not None and not slots.wake_next():
+            self._changes.tell()
+
+    async def _ended(self, work: Callable[[], T], give_back: Callable[[], None]) -> Job[T]:
         """Use the slot that was taken for one piece of work, and wait for its end."""
-        slot = [self._release]  # given back once, by whoever comes first
         clock = asyncio.get_running_loop().time
         began = clock()
 
@@ -378,8 +398,7 @@ class PayloadCopies:
                 self._durations.add(clock() - began)
             else:
                 self._failed += 1
-            if slot:
-                slot.pop()()
+            give_back()
             if error is not None:
                 pass_on(error)
 
@@ -387,8 +406,7 @@ class PayloadCopies:
             threads = threads_of_context() if self._threads is None else self._threads
             job = threads.start(work, f"copy:{self.component}", on_end, or_here=True)
         except BaseException:
-            if slot:
-                slot.pop()()
+            give_back()
             raise
         self._awaited[job.ended] = None
         try:
@@ -397,14 +415,7 @@ class PayloadCopies:
             del self._awaited[job.ended]
         return job
 
-    def _release(self) -> None:
-        """Hand the slot on, or put it back and tell those who wait for the end."""
-        if not self._slots.wake_next():
-            self.active -= 1
-            while not self.active and self._drainers.wake_next():
-                pass
-
-    def _late(self, deadline: Deadline, has_slot: bool) -> errors.SnapshotDeadlineExceededError:
+    def _late(self, deadline: Deadline, *, has_slot: bool) -> errors.SnapshotDeadlineExceededError:
         self._timeouts += 1
         self._capacity_timeouts += not has_slot
         phase = "was being copied" if has_slot else "waited for a copy thread"
@@ -469,18 +480,12 @@ class PayloadCopies:
 
     async def drain(self, timeout_seconds: float | None) -> int:
         """Wait until no copy runs, for ``timeout_seconds`` at most; return how many still do."""
-        loop = asyncio.get_running_loop()
-        try:
-            with CutOff(None if timeout_seconds is None else loop.time() + timeout_seconds):
-                while self.active:
-                    await self._drainers.wait(lambda: None)  # there is nothing to hand on
-        except CutOffExpired:
-            if self.active:
-                self._shutdown_timeouts += 1
-                self._active_at_timeout = self.active
-                for ended in self._awaited:
-                    if can_be_woken(ended):
-                        ended.set_exception(self._closed())
+        if not await self._changes.until(lambda: not self._taken, timeout_seconds):
+            self._shutdown_timeouts += 1
+            self._active_at_timeout = self.active
+            for ended in tuple(self._awaited):
+                if can_be_woken(ended):
+                    ended.set_exception(self._closed())
         return self.active
 
     def _require_open(self) -> None:
