@@ -296,6 +296,34 @@ def test_a_copy_whose_loop_was_closed_keeps_no_slot_from_the_next_one() -> None:
     threads.close()
 
 
+def test_a_copy_that_ended_as_its_loop_was_closed_is_not_active() -> None:
+    """The loop was told of the end, and then had no turn to hear of it."""
+    gate, told, threads = ThreadGate(), threading.Event(), WorkerThreads()
+    copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
+    loop = asyncio.new_event_loop()
+    tell = loop.call_soon_threadsafe
+
+    def told_of(callback: Callable[[], object]) -> None:
+        tell(callback)
+        told.set()
+
+    loop.call_soon_threadsafe = told_of  # type: ignore[method-assign,assignment]
+
+    async def begin() -> list[asyncio.Task[Any]]:
+        return [start(copies, Held(gate)) for _ in range(2)]
+
+    left = loop.run_until_complete(begin())
+    loop.run_until_complete(asyncio.sleep(0))
+    gate.wait_arrived()
+    gate.open()
+    assert told.wait(30)
+    drop(loop)
+    assert not any(task.done() for task in left)
+    health = copies.health()
+    assert (copies.active, health.completed_count, health.started_count) == (0, 1, 1)
+    threads.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_copy_that_a_fork_has_lost_is_not_active_in_the_child() -> None:

@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -275,17 +276,30 @@ async def test_an_interrupt_while_a_call_is_handed_over_leaves_it_uncounted(
     assert threads.busy == {}
 
 
-def test_a_call_whose_loop_has_closed_is_no_longer_counted(threads: WorkerThreads) -> None:
-    """The thread ends some time, and tells nobody."""
-    gate = ThreadGate()
+@pytest.mark.parametrize("reported", [False, True])
+def test_a_call_whose_loop_has_closed_is_no_longer_counted(
+    threads: WorkerThreads, reported: bool
+) -> None:
+    """The thread ends some time, and tells nobody; or has told a loop that was then closed."""
+    gate, told = ThreadGate(), threading.Event()
     loop = asyncio.new_event_loop()
     coroutine = threads.run(gate.pass_)
     task = loop.create_task(coroutine)
     loop.run_until_complete(asyncio.sleep(0))
     gate.wait_arrived()
+    tell = loop.call_soon_threadsafe
+
+    def told_of(callback: Callable[[], object]) -> None:
+        tell(callback)
+        told.set()
+
+    if reported:
+        loop.call_soon_threadsafe = told_of  # type: ignore[method-assign,assignment]
+        gate.open()
+        assert told.wait(30)
     drop(loop)
     assert not task.done()
-    assert sum(threads.busy.values()) == 1
+    assert sum(threads.busy.values()) == (not reported)
     coroutine.close()
     gate.open()
 

@@ -10,8 +10,8 @@ now, the rest in threads. Laws:
    first come first served.
 3. Whoever stops waiting for a copy leaves at once. The slot stays taken until the thread has ended,
    since a thread cannot be stopped; it is given back in the callback of that end, so that nothing
-   hangs on a task that somebody could cancel. Once its loop has been closed it is nobody's: others
-   neither wait for it nor are woken by that end, which comes in the thread then.
+   hangs on a task that somebody could cancel. Each event loop has slots of its own: it neither
+   waits for those of one that was closed, nor is woken from their threads.
 4. After ``close`` nothing starts; waiters are told so, and ``drain`` waits for what is running. Who
    waits for what is running longer than that is told so, too.
 5. Every copy that was started is active, or counts once as completed or as failed.
@@ -220,10 +220,9 @@ class PayloadCopies:
         self._threads = threads
         self._slots = WaitQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
-        # The slots that are taken, and the queue for each; threads and loops take and give.
         self._taken: dict[object, WaitQueue] = {}
+        self._jobs: dict[Job[Any], None] = {}
         self._changes = Changes()
-        self._awaited: dict[asyncio.Future[None], None] = {}
         self._waits = _Spell()
         self._durations = _Spell()
         self.completed: int = 0
@@ -235,7 +234,9 @@ class PayloadCopies:
     @property
     def active(self) -> int:
         """How many copies are in threads at this moment."""
-        return len(self._taken)
+        for job in self._jobs.copy():
+            job.hear()
+        return len(self._jobs)
 
     def __repr__(self) -> str:
         kind = "default" if self.uses_default_copier else "custom"
@@ -361,9 +362,7 @@ class PayloadCopies:
         """Take a slot; return what gives it back, once however often it is called."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            if self._loop is not None and self._loop.is_closed():
-                self._slots = WaitQueue()
-            self._loop = loop
+            self._loop, self._slots = loop, WaitQueue()
         slots, slot = self._slots, object()
         give_back = partial(self._give_back, slot)
         if list(self._taken.values()).count(slots) < self.max_concurrency:
@@ -378,7 +377,7 @@ class PayloadCopies:
             if self.closed:
                 give_back()
                 self._require_open()
-        self._peak_active = max(self._peak_active, self.active)
+        self._peak_active = max(self._peak_active, len(self._taken))
         return give_back
 
     def _give_back(self, slot: object) -> None:
@@ -394,6 +393,7 @@ class PayloadCopies:
 
         def on_end(job: Job[T]) -> None:
             error = job.error
+            self._jobs.pop(job, None)
             if error is None:
                 self._durations.add(clock() - began)
             else:
@@ -408,11 +408,9 @@ class PayloadCopies:
         except BaseException:
             give_back()
             raise
-        self._awaited[job.ended] = None
-        try:
-            await job.ended
-        finally:
-            del self._awaited[job.ended]
+        if not job.ended.done():
+            self._jobs[job] = None
+        await job.ended
         return job
 
     def _late(self, deadline: Deadline, *, has_slot: bool) -> errors.SnapshotDeadlineExceededError:
@@ -432,15 +430,16 @@ class PayloadCopies:
 
     def health(self) -> PayloadCopyHealth:
         """Return the state and the counts, of copies without a thread too."""
+        active = self.active
         completed = self.completed + self._durations.count
         return PayloadCopyHealth(
             run_in_thread=self.run_in_thread,
             max_concurrency=self.max_concurrency,
-            active_copies=self.active,
+            active_copies=active,
             waiting_for_capacity=len(self._slots),
             peak_active_copies=self._peak_active,
             peak_waiting_for_capacity=self._peak_waiting,
-            started_count=completed + self._failed + self.active,
+            started_count=completed + self._failed + active,
             completed_count=completed,
             failure_count=self._failed,
             timeout_count=self._timeouts,
@@ -452,8 +451,8 @@ class PayloadCopies:
             max_duration_ms=self._durations.longest_ms,
             accepting_copies=not self.closed,
             shutdown_started=self.closed,
-            shutdown_complete=self.closed and not self.active,
-            shutdown_incomplete=bool(self.closed and self.active and self._shutdown_timeouts),
+            shutdown_complete=self.closed and not active,
+            shutdown_incomplete=bool(self.closed and active and self._shutdown_timeouts),
             shutdown_timeout_count=self._shutdown_timeouts,
             active_at_last_shutdown_timeout=self._active_at_timeout,
         )
@@ -480,12 +479,12 @@ class PayloadCopies:
 
     async def drain(self, timeout_seconds: float | None) -> int:
         """Wait until no copy runs, for ``timeout_seconds`` at most; return how many still do."""
-        if not await self._changes.until(lambda: not self._taken, timeout_seconds):
+        if not await self._changes.until(lambda: not self.active, timeout_seconds):
             self._shutdown_timeouts += 1
             self._active_at_timeout = self.active
-            for ended in tuple(self._awaited):
-                if can_be_woken(ended):
-                    ended.set_exception(self._closed())
+            for job in self._jobs.copy():
+                if can_be_woken(job.ended):
+                    job.ended.set_exception(self._closed())
         return self.active
 
     def _require_open(self) -> None:

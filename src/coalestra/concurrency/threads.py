@@ -8,7 +8,8 @@ Laws:
    lines. What has to be atomic is one operation of a dictionary: whoever gets a thread out of
    ``_idle`` may give it work or end it, and nobody else.
 3. A call counts as running from before a thread has it until its loop knows that it has ended. It
-   ends once, whatever it raises, also if its loop was closed or a fork has lost its thread.
+   ends once, whatever it raises, also if its loop was closed or a fork has lost its thread. If its
+   loop was closed before it could hear of the end, whoever looks does so (`hear`).
 4. Where no thread can be had, as the system has no more or the interpreter is ending, work that
    must not be lost is done in the thread that asks for it.
 """
@@ -56,6 +57,7 @@ class Job(Generic[R]):
     )
     error: BaseException | None = None
     _result: R | None = None
+    _reported: bool = False
 
     def make(self) -> None:
         """Make the call; in the thread."""
@@ -69,15 +71,22 @@ class Job(Generic[R]):
 
     def report(self) -> None:
         """Tell the loop that the call has ended; in the thread."""
+        self._reported = True
         try:
             self.ended.get_loop().call_soon_threadsafe(self.end)
-        except RuntimeError:  # the loop is closed, nobody waits any more
-            with contextlib.suppress(BaseException):
+        except RuntimeError:
+            self.hear()
+
+    def hear(self) -> None:
+        """Count the call as ended if it has, but its loop was closed before it could know."""
+        if self._reported and self.ended.get_loop().is_closed():
+            with contextlib.suppress(BaseException):  # it is nobody's any more
                 self.end()
 
     def end(self) -> None:
-        """Count the call as ended; on the loop, or in the thread if the loop has been closed."""
-        self._running.pop(self, None)
+        """Count the call as ended, once; on the loop, or anywhere if the loop has been closed."""
+        if self._running.pop(self, self) is self:
+            return
         try:
             if not self.ended.done() and not self.ended.get_loop().is_closed():
                 self.ended.set_result(None)
@@ -159,6 +168,7 @@ class WorkerThreads:
     @property
     def busy(self) -> Mapping[str, int]:
         """How many calls are at work, by label; a call counts until its caller's loop knows."""
+        self.hear()
         return Counter(job.label for job in self._running.copy())
 
     @property
@@ -168,6 +178,11 @@ class WorkerThreads:
 
     def __repr__(self) -> str:
         return f"<WorkerThreads busy={dict(self.busy)} idle={self.idle} closed={self.closed}>"
+
+    def hear(self) -> None:
+        """Count calls as ended that ended as their loops were being closed."""
+        for job in self._running.copy():
+            job.hear()
 
     async def run(
         self, function: Callable[..., R], *arguments: Any, label: str = "", or_here: bool = False

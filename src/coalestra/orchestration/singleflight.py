@@ -1707,6 +1707,7 @@ class Engine:
         if self._loop is not None:
             if self._loop.is_closed():
                 self.parts.capacity.forget()
+                self.parts.threads.hear()
             elif self.busy:
                 raise RuntimeError(
                     "this builder has work under way on another event loop; use one builder per "
