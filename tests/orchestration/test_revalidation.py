@@ -682,6 +682,26 @@ async def test_what_is_pinned_meanwhile_agrees_with_what_a_value_comes_to_rest_o
     }
 
 
+async def test_what_is_turned_down_is_in_agreement_with_what_was_pinned_meanwhile() -> None:
+    gate = Gate(opened=True)
+    shop = Shop()
+    shop.stock.before = gate.pass_
+    session = await shop.session(BASE)
+    gate.close()
+    shop.stock.change(base=2)
+    policy = SnapshotAcceptancePolicy(ResourceAcceptanceRule(minimum_authority_rank=5))
+    again = session.revalidate([BASE], force_refresh=True, acceptance_policy=policy)
+    revalidating = asyncio.ensure_future(again)
+    await gate.wait_arrived(2)
+    assert shown(await session.resolve([MIDDLE])) == {BASE: 1, MIDDLE: (1,)}
+    gate.open()
+    with pytest.raises(SnapshotAcceptanceError) as refused:
+        await revalidating
+    assert refused.value.snapshot is not None
+    assert shown(refused.value.snapshot) == {BASE: 2, MIDDLE: (2,)}
+    assert shown(session.snapshot()) == {BASE: 1, MIDDLE: (1,)}
+
+
 @pytest.mark.parametrize("first", ["resolve", "revalidate"])
 @pytest.mark.parametrize("moment", range(12))
 async def test_at_whatever_moment_they_meet_a_stage_and_a_revalidation_never_mix(

@@ -352,6 +352,8 @@ class Revalidation:
             await self._acquire(turn)
             if self._failures:
                 return await self._retained(await self.unit.errors(self._failures.values()))
+            if not await self._goes_with_all():
+                continue  # nor may it be shown as what was turned down
             failed = self.unit.failed()
             shown = await self._through(self._shown())
             values, uncopied = await self.unit.copies(shown, self.unit.work.deadline)
@@ -362,7 +364,7 @@ class Revalidation:
             judged = objection(self.unit.engine.parts, self.request, snapshot)
             accepted(snapshot, await self._through(judged))
             visible = self._visible(snapshot)
-            if await self._ready():
+            if await self._goes_with_all():
                 self._commit()
                 return visible
 
@@ -424,8 +426,8 @@ class Revalidation:
         values = {key: value for key, value in snapshot.resources.items() if key in requested}
         return self.unit.assembled(values, snapshot.errors)
 
-    async def _ready(self) -> bool:
-        """Be about to commit; False if more has been pinned meanwhile that does not go with it."""
+    async def _goes_with_all(self) -> bool:
+        """Take in what has been pinned meanwhile; False if that does not go with what was read."""
         await self.unit.engine.parts.pace.keep()
         while (stamp := self._state()) != self._stamp:
             pins = dict(self.unit.pins)
