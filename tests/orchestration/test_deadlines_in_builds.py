@@ -16,12 +16,14 @@ from coalestra import (
     InMemoryMetrics,
     ResourceKey,
     ResourceResolutionError,
+    RetryPolicy,
     SnapshotBuildError,
     SnapshotDeadlineExceededError,
     SourcePayload,
+    SourceResiliencePolicy,
 )
 from tests.observability.recording import Recorder
-from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
+from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
 from tests.orchestration.stock import Stock
 from tests.support import ManualClock, ThreadGate, settle
 
@@ -225,3 +227,31 @@ async def test_a_deadline_tells_what_each_call_was_at_and_whether_it_was_made() 
         (failure,) = error.failures
         told[each] = failure.attempts, "was running" in failure.message
     assert told == {asked: (1, True), queued: (0, False)}
+
+
+@pytest.mark.parametrize("at", ["resting between two attempts", "waiting for capacity"])
+async def test_a_deadline_tells_how_its_key_stood_though_others_had_more_time_and_left(
+    at: str,
+) -> None:
+    """Their call is ended then, as nobody waits: which is not why the key has failed."""
+
+    async def fails(k: ResourceKey, context: FetchContext) -> Any:
+        raise ConnectionError("down")
+
+    retry = SourceResiliencePolicy(RetryPolicy(2, 10, max_delay_seconds=10, jitter_ratio=0))
+    source = tuned(Single("x", fetch=fails), resilience_policy=retry)
+    building = builder(source, max_concurrency=1)
+    lease = await building.capacity.acquire("other") if "capacity" in at else None
+    first = asyncio.ensure_future(building.build([X], strict=False, deadline_seconds=5))
+    patient = asyncio.ensure_future(building.build([X], deadline_seconds=50))
+    await settle()
+    assert [flight.state for flight in building.flights_under_way()] == [at]
+    patient.cancel()
+    error = (await first).errors[X]
+    assert isinstance(error, ResourceResolutionError)
+    (failure,) = error.failures
+    assert failure.error_type == "SnapshotDeadlineExceededError"
+    assert failure.attempts == len(source.calls) == (lease is None)
+    assert ("rested" if lease is None else "waited for capacity") in failure.message
+    if lease is not None:
+        lease.release()

@@ -1066,7 +1066,7 @@ def late(
     source = None if flight is None or flight.link is None else flight.link.name
     failures = () if flight is None else flight.failures
     tries: int | None = 0
-    if flight is not None and source is not None and _ended_late(flight, source):
+    if flight is not None and ended_late(flight):
         tries = None  # that is said already
     elif flight is not None and flight.call is not None:
         tries = flight.call.attempts
@@ -1092,9 +1092,9 @@ def _late_error(
     return ResourceResolutionError(key, failures)
 
 
-def _ended_late(flight: Flight, source: str) -> bool:
-    """Whether the source has said already, in this very instant, that its deadline passed."""
-    if flight.call is not None or not flight.failures:
+def ended_late(flight: Flight) -> bool:
+    """Whether its source has said already, in this very instant, that its deadline passed."""
+    if flight.link is None or flight.call is not None or not flight.failures:
         return False
-    last = flight.failures[-1]
-    return (last.source, last.error_type) == (source, SnapshotDeadlineExceededError.__name__)
+    last, late_error = flight.failures[-1], SnapshotDeadlineExceededError.__name__
+    return (last.source, last.error_type) == (flight.link.name, late_error)

@@ -63,6 +63,7 @@ from coalestra.orchestration.flights import (
     call_served,
     circle_of,
     doing,
+    ended_late,
     instead_of_event,
     late,
     stale_candidate,
@@ -1188,19 +1189,20 @@ class SingleFlight:
     def _strike_on(self, gather: Gather) -> Steps:
         """Leave what is waited for, so that calls that end for that say so; then end the rest."""
         pending: dict[ResourceKey, Flight | Read] = {each.key: each for each in gather.pending}
-        was: dict[ResourceKey, str] = {}
+        ends: dict[ResourceKey, Failure] = {}
         known: dict[Call | Lane, str] = {}
         for part in portions(pending.values(), _KEYS_PER_STEP):
             for awaited in part:
                 if isinstance(awaited, Flight):
-                    was[awaited.key] = doing(awaited, known)
+                    was = doing(awaited, known)
+                    ends[awaited.key] = late(awaited.key, gather.work.deadline, awaited, was)
             for awaited in part:
                 self._leave(gather, awaited)
             yield
         for keys in portions(gather.keys, _KEYS_PER_STEP):
             for key in keys:
                 if key not in gather.readings and key not in gather.failures:
-                    self._strike_key(gather, key, pending.pop(key, None), was.get(key, ""))
+                    self._strike_key(gather, key, pending.pop(key, None), ends.get(key))
             if len(keys) == _KEYS_PER_STEP:
                 yield
         odd: Collection[ResourceKey] = ()
@@ -1214,13 +1216,19 @@ class SingleFlight:
         self._tell(gather)
 
     def _strike_key(
-        self, gather: Gather, key: ResourceKey, awaited: Flight | Read | None, was: str
+        self,
+        gather: Gather,
+        key: ResourceKey,
+        awaited: Flight | Read | None,
+        failure: Failure | None,
     ) -> None:
+        """End a key at the deadline, with how it stood then unless its call has said so itself."""
         flight = awaited if isinstance(awaited, Flight) else None
         if flight is not None and isinstance(flight.settlement, Reading):
             gather.receive(key, flight.settlement, joined=True)
             return
-        failure = late(key, gather.work.deadline, flight, was)
+        if failure is None or (flight is not None and ended_late(flight)):
+            failure = late(key, gather.work.deadline, flight)
         if awaited is not None and gather.accepts_stale(key):
             stale = stale_candidate(awaited, failure, self.parts)
             if stale is not None:
