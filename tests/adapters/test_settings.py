@@ -58,9 +58,7 @@ async def async_function(*_: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_setting_is_an_attribute_under_its_name_with_the_default_of_the_contract(
-    kind: str,
-) -> None:
+def test_every_setting_is_an_attribute_with_the_default_of_the_contract(kind: str) -> None:
     for given, expected in ((SETTINGS, SETTINGS), ({}, DEFAULTS)):
         made = adapter(kind, function, **given)
         assert {name: getattr(made, name) for name in expected} == expected
@@ -186,9 +184,7 @@ def test_each_adapter_is_a_source_of_its_kind_only() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("answer, expected", [(1, True), ("", False), (None, False), (True, True)])
-def test_supports_answers_true_or_false_whatever_the_function_says(
-    kind: str, answer: Any, expected: bool
-) -> None:
+def test_supports_answers_a_truth_whatever_was_said(kind: str, answer: Any, expected: bool) -> None:
     assert adapter(kind, function, supports=lambda _: answer).supports(PRICE) is expected
 
 

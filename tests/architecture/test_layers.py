@@ -158,7 +158,5 @@ def circle_in(graph: Mapping[str, Iterable[str]]) -> list[str]:
         ({"a": [], "b": ["b"]}, ["b", "b"]),
     ],
 )
-def test_a_circle_is_found_where_there_is_one(
-    graph: dict[str, list[str]], circle: list[str]
-) -> None:
+def test_a_circle_is_found_where_one_is(graph: dict[str, list[str]], circle: list[str]) -> None:
     assert circle_in(graph) == circle

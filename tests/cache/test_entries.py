@@ -35,9 +35,7 @@ def test_the_least_recently_used_entry_leaves_first() -> None:
 
 
 @pytest.mark.parametrize("max_entries", [2, None])
-def test_a_rewritten_entry_does_not_hold_on_to_the_key_it_had_before(
-    max_entries: int | None,
-) -> None:
+def test_a_rewritten_entry_does_not_hold_on_to_its_key_of_before(max_entries: int | None) -> None:
     store = EntryStore(max_entries)
     store.put(revision_of(numbered(1)))
     rewritten = revision_of(numbered(1), observed_at=NOW + 1)
@@ -45,9 +43,7 @@ def test_a_rewritten_entry_does_not_hold_on_to_the_key_it_had_before(
     assert [key is rewritten.key for key in store] == [True]
 
 
-def test_a_write_of_several_values_does_not_look_through_all_that_is_held(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_write_of_several_values_looks_through_those(monkeypatch: pytest.MonkeyPatch) -> None:
     store = EntryStore(10_000)
     store.put_many(best_per_key([revision_of(numbered(number)) for number in range(1_000)]))
     hashed: list[ResourceKey] = []
@@ -68,9 +64,7 @@ def test_a_write_of_several_values_does_not_look_through_all_that_is_held(
 
 @pytest.mark.parametrize("max_entries", [3, 5, 8, None])
 @pytest.mark.parametrize("held", [0, 1, 3])
-def test_what_is_written_together_is_stored_and_told_like_one_after_the_other(
-    max_entries: int | None, held: int
-) -> None:
+def test_what_is_written_together_is_told_as_if_singly(max_entries: int | None, held: int) -> None:
     """Also if it all is new and finds room, and so takes one step for all of it."""
     stores = EntryStore(max_entries), EntryStore(max_entries)
     witnesses = [Witness(), Witness()]

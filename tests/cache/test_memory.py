@@ -35,9 +35,7 @@ async def payload_of(cache: AsyncMemoryCache, key: ResourceKey = A) -> Any:
         (-1.0, True, True),
     ],
 )
-async def test_freshness_is_judged_by_the_age_at_reading(
-    age: float, fresh: bool, usable: bool
-) -> None:
+async def test_freshness_is_judged_by_age_at_reading(age: float, fresh: bool, usable: bool) -> None:
     cache = AsyncMemoryCache()
     await cache.set(value_of(observed_at=NOW - age))
     lookup = await cache.get(A, now=NOW, policy=POLICY)
@@ -251,9 +249,7 @@ async def test_pruning_gives_others_a_turn_after_every_portion() -> None:
     assert len(sizes) >= 4
 
 
-async def test_what_is_removed_at_once_is_let_go_bit_by_bit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_what_is_removed_at_once_is_let_go_in_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     cache = AsyncMemoryCache(max_entries=None)
     keys = [ResourceKey("t", "e", str(number)) for number in range(2_000)]

@@ -178,9 +178,7 @@ def test_it_serves_nothing_while_news_may_be_missing() -> None:
     assert not near.waiting
 
 
-def test_after_its_time_since_the_last_look_an_entry_is_looked_up_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     near, _ = near_of(SingleKeyCache(), seconds=1.0)
@@ -397,9 +395,7 @@ class Timeless(BatchAtomicCache):
 
 
 @pytest.mark.parametrize("kind", [Deaf, Unsure, Timeless])
-async def test_of_a_cache_whose_news_cannot_be_had_nothing_is_kept_and_all_else_works(
-    kind: Callable[[], Any],
-) -> None:
+async def test_of_a_cache_without_news_nothing_is_kept_all_works(kind: Callable[[], Any]) -> None:
     cache = kind()
     async with builder_over(cache, one) as building:
         await building.build([A])

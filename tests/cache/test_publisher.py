@@ -101,9 +101,7 @@ async def test_an_event_whose_copy_takes_long_is_announced_when_it_is_made(
 
 
 @pytest.mark.parametrize("make", [AsyncMemoryCache, SingleKeyCache])
-async def test_nobody_waits_for_a_publication_that_is_still_being_copied(
-    make: Callable[[], AsyncCache],
-) -> None:
+async def test_nobody_waits_for_a_publication_being_copied(make: Callable[[], AsyncCache]) -> None:
     Slow.release.clear()
     gate = Gate()
 
@@ -258,9 +256,7 @@ async def turns_for(publisher: ResourcePublisher, updates: list[ResourceUpdate[A
     return turns
 
 
-async def test_publishing_many_events_gives_the_loop_back_after_every_portion(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_publishing_many_events_gives_the_loop_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """With slices of no length: as many trifles as weigh a portion, or one event that does."""
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     for updates in (numbered(10 * PORTION, lambda n: n), numbered(10, lambda n: (n, [[n]]))):
@@ -351,9 +347,7 @@ async def test_results_keep_no_cache_alive() -> None:
     assert (result.value.value, results[A].value.value) == ({"a": 0}, {"a": 1})
 
 
-async def test_what_takes_long_to_copy_out_gives_the_loop_back_after_every_event(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_copying_out_for_long_gives_the_loop_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     publisher = standalone(AsyncMemoryCache())
     assert await turns_for(publisher, numbered(10, lambda n: [[n]])) == pytest.approx(22, abs=2)
@@ -399,9 +393,7 @@ async def test_over_a_foreign_cache_others_may_have_a_turn_after_each_event_in_e
     assert len(offered) >= steps * len(updates)
 
 
-async def test_before_the_first_is_written_all_events_are_announced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_events_are_announced_before_any_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     access, publisher = shared(SingleKeyCache())
     witness = Witness()
@@ -416,9 +408,7 @@ async def test_before_the_first_is_written_all_events_are_announced(
     assert tuple(written) == keys
 
 
-async def test_what_comes_before_an_unfit_event_is_neither_announced_nor_written(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_what_precedes_an_unfit_event_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     cache = AsyncMemoryCache()
     access, publisher = shared(cache)
@@ -439,9 +429,7 @@ class Ranks(AuthorityPolicyResolver):
         return 7
 
 
-async def test_only_a_resolver_that_cannot_tell_sources_apart_is_not_asked_for_ranks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_ranks_are_asked_of_resolvers_that_know_any(monkeypatch: pytest.MonkeyPatch) -> None:
     ranked = AuthorityPolicyResolver(SourceAuthorityPolicy(default_rank=2))
     for resolver, rank in ((ranked, 2), (Ranks(), 7)):
         publisher = standalone(AsyncMemoryCache(), authority_resolver=resolver)
@@ -470,9 +458,7 @@ class Policies:
 
 
 @pytest.mark.parametrize("answer", [None, 5, {"ttl_seconds": 5}])
-async def test_an_event_for_a_key_without_a_policy_is_refused_before_it_is_written(
-    answer: Any,
-) -> None:
+async def test_an_event_for_a_key_without_a_policy_is_refused_unwritten(answer: Any) -> None:
     cache = AsyncMemoryCache()
     publisher = standalone(cache, policy_resolver=Policies(answer))
     for publishing in (

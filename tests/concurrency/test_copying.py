@@ -308,9 +308,7 @@ def test_an_immutable_payload_is_passed_as_it_is(copies: PayloadCopies, value: A
 
 
 @pytest.mark.parametrize("value", MUTABLE, ids=lambda value: type(value).__name__)
-async def test_whatever_could_be_changed_is_a_copy_on_either_side(
-    copies: PayloadCopies, value: Any
-) -> None:
+async def test_what_could_be_changed_is_copied_both_ways(copies: PayloadCopies, value: Any) -> None:
     """In doubt, as with a subclass of ``str`` or a cached property, there is a copy."""
     payload, kind = await seal(copies, value)
     first, second = await unseal(copies, payload, kind), await unseal(copies, payload, kind)
@@ -390,9 +388,7 @@ async def test_a_key_that_is_a_value_as_well_stays_one(copies: PayloadCopies) ->
     assert same is not key
 
 
-async def test_an_instance_changed_while_it_is_copied_shares_nothing_with_its_copies(
-    copies: PayloadCopies,
-) -> None:
+async def test_an_instance_changed_meanwhile_shares_nothing_of_it(copies: PayloadCopies) -> None:
     """Another thread may have its turn between any two steps; here, as a class is looked at."""
     quote, levels = Quote(1.0, []), list[int]()
 
@@ -412,9 +408,7 @@ async def test_an_instance_changed_while_it_is_copied_shares_nothing_with_its_co
     assert len({id(each) for each in (levels, first.levels, second.levels)}) == 3
 
 
-async def test_an_instance_that_brings_its_own_way_to_be_copied_is_asked(
-    copies: PayloadCopies,
-) -> None:
+async def test_an_instance_with_its_own_way_to_be_copied_is_asked(copies: PayloadCopies) -> None:
     """Even if its class does not."""
     quote = Quote(1.0, [])
     vars(quote)["__deepcopy__"] = lambda memo: "a likeness"
@@ -423,9 +417,7 @@ async def test_an_instance_that_brings_its_own_way_to_be_copied_is_asked(
     assert isinstance(kind, DeepSeal)
 
 
-async def test_a_slotted_class_that_watches_assignments_sees_those_of_its_copies(
-    copies: PayloadCopies,
-) -> None:
+async def test_a_slotted_class_sees_the_assignments_of_its_copies(copies: PayloadCopies) -> None:
     """``copy.deepcopy`` assigns slots the ordinary way."""
     watched = Watched()
     watched.level = 1
@@ -434,9 +426,7 @@ async def test_a_slotted_class_that_watches_assignments_sees_those_of_its_copies
 
 
 @pytest.mark.parametrize("value", [Noting("q3"), SlimNoting("q3"), {"deep": (Noting("q3"),)}])
-def test_what_a_reader_fills_into_a_frozen_dataclass_is_its_own(
-    copies: PayloadCopies, value: Any
-) -> None:
+def test_what_is_filled_into_a_frozen_dataclass_stays(copies: PayloadCopies, value: Any) -> None:
     """Whether it has a place for it from the start or not."""
     first, second = opened(copies, value), opened(copies, value)
     notes = [
@@ -542,9 +532,7 @@ class Key:
     """Compares by identity, and can change."""
 
 
-def test_tuples_nested_beyond_any_reason_are_copied_and_not_recursed_into(
-    copies: PayloadCopies,
-) -> None:
+def test_tuples_nested_beyond_reason_are_copied_without_recursion(copies: PayloadCopies) -> None:
     """Whether one is immutable is asked no deeper than fifty levels: the stack has an end."""
 
     def nested(levels: int) -> Any:
@@ -590,9 +578,7 @@ def test_nesting_is_bounded_by_memory_and_not_by_the_stack() -> None:
     assert depth == 20_000
 
 
-def test_tuples_that_share_parts_many_times_over_are_judged_once_each(
-    copies: PayloadCopies,
-) -> None:
+def test_tuples_that_share_parts_many_times_are_judged_once_each(copies: PayloadCopies) -> None:
     """Without a memory for verdicts this would take two to the power of forty steps."""
     value: Any = (1, (2,))
     for _ in range(40):
@@ -612,9 +598,7 @@ def test_tuples_that_share_parts_many_times_over_are_judged_once_each(
     ],
     ids=["long list", "large dict", "many rows", "huge parts"],
 )
-async def test_a_large_payload_is_sealed_and_opened_in_a_thread(
-    copies: PayloadCopies, value: Any
-) -> None:
+async def test_a_large_payload_is_copied_in_a_thread(copies: PayloadCopies, value: Any) -> None:
     """The event loop is for everybody."""
     assert copies.seal_now(value, context="test") is None
     payload, kind = await copies.seal(value, context="test")
@@ -726,9 +710,7 @@ async def test_a_small_object_of_unknown_type_takes_no_thread_for_its_readers(
     assert result["a"] is not payload["a"]
 
 
-async def test_a_copier_that_was_sent_to_threads_stays_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_copier_once_sent_to_threads_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """However brief: it may block the next time, and the application knows."""
     monkeypatch.setattr(sealing, "BRIEF_SECONDS", 1000.0)
     own = PayloadCopies("builder", copier=copy.deepcopy, run_in_thread=True)
@@ -751,9 +733,7 @@ async def test_a_copier_that_was_sent_to_threads_stays_there(
         (copy.deepcopy, False, False),
     ],
 )
-async def test_threads_are_used_as_told_and_said(
-    copier: Any, wanted: bool | None, reads_back: bool
-) -> None:
+async def test_threads_are_used_as_told(copier: Any, wanted: bool | None, reads_back: bool) -> None:
     """None is automatic: for the default copier where it takes long, for another one never."""
     copies = PayloadCopies("cache", copier=copier, run_in_thread=wanted)
     assert copies.run_in_thread is reads_back

@@ -183,9 +183,7 @@ class TestClosing:
         await settle()
 
 
-async def test_without_a_thread_to_be_had_payloads_are_copied_in_place(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_without_threads_copies_are_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container at its limit of threads: late is better than not at all."""
     gate, copies = ThreadGate(), PayloadCopies("builder", threads=WorkerThreads())
     gate.open()

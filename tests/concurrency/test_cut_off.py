@@ -88,9 +88,7 @@ async def test_a_cancellation_from_outside_stays_one() -> None:
 
 @pytest.mark.parametrize("outside_first", [True, False])
 @pytest.mark.parametrize("arrives", [False, True], ids=["waits on", "is about to go on"])
-async def test_a_cancellation_in_the_step_of_the_expiry_is_not_swallowed(
-    arrives: bool, outside_first: bool
-) -> None:
+async def test_a_cancellation_in_its_step_is_not_lost(arrives: bool, outside_first: bool) -> None:
     """Whichever of the two comes first; and if nothing but the task is left to be cancelled."""
     loop, when = asyncio.get_running_loop(), soon()
     arrived: asyncio.Future[None] = loop.create_future()
@@ -233,9 +231,7 @@ async def nested(outer: float, inner: float) -> str:
 
 
 @pytest.mark.parametrize("outer,inner,struck", [(2, 1, "inner"), (1, 2, "outer"), (1, 1, "outer")])
-async def test_of_nested_cut_offs_the_one_whose_time_is_up_reports(
-    outer: float, inner: float, struck: str
-) -> None:
+async def test_of_nested_ones_the_first_reports(outer: float, inner: float, struck: str) -> None:
     """The outermost when both are."""
     assert await nested(outer, inner) == struck
 

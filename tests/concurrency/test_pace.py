@@ -23,9 +23,7 @@ async def test_keeping_pace_rests_only_when_it_is_time(monkeypatch: pytest.Monke
     assert not await pace.keep()
 
 
-async def test_those_who_share_a_pace_use_one_slice_in_a_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_who_share_a_pace_use_one_slice_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step takes half a slice; whoever finds the slice used up lets the loop go on."""
     now, loop = 100.0, asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
@@ -62,9 +60,7 @@ async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(
     assert not pace.due
 
 
-async def test_a_beginner_does_not_begin_a_slice_in_a_turn_that_has_had_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_beginner_begins_no_second_slice_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     pace = Pace()
@@ -78,9 +74,7 @@ async def test_a_beginner_does_not_begin_a_slice_in_a_turn_that_has_had_one(
     assert not pace.due
 
 
-def test_work_may_begin_where_no_loop_runs_as_what_is_left_by_one_is_ended_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_work_may_begin_where_no_loop_runs_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     pace = Pace()
@@ -106,9 +100,7 @@ def test_work_may_begin_where_no_loop_runs_though_the_last_turn_of_one_has_had_a
     loop.close()
 
 
-async def test_a_clock_that_was_set_back_does_not_make_a_slice_endless(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_clock_set_back_makes_no_slice_endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by what freezes all clocks of a process for the length of a test."""
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
@@ -119,9 +111,7 @@ async def test_a_clock_that_was_set_back_does_not_make_a_slice_endless(
     assert pace.due
 
 
-async def test_what_is_done_in_slices_rests_between_them_when_it_is_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_work_in_slices_rests_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now, loop = 100.0, asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     monkeypatch.setattr("time.perf_counter", lambda: now)

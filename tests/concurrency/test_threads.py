@@ -53,9 +53,7 @@ async def test_calls_side_by_side_have_a_thread_each(threads: WorkerThreads) -> 
     assert threads.idle == 3
 
 
-async def test_calls_are_counted_under_the_functions_name_by_default(
-    threads: WorkerThreads,
-) -> None:
+async def test_calls_are_counted_by_the_functions_name_at_first(threads: WorkerThreads) -> None:
     """The name that is told when a thread hangs at closing time."""
     gate = ThreadGate()
     call = await begun(threads.run(gate.pass_))

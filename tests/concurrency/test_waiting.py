@@ -36,9 +36,7 @@ async def test_refused_waiters_get_an_exception_each() -> None:
     assert isinstance(ends[1], asyncio.CancelledError)
 
 
-async def test_a_waiter_refused_and_cancelled_in_one_step_is_cancelled_and_gives_nothing_back() -> (
-    None
-):
+async def test_a_waiter_refused_and_cancelled_in_one_step_is_cancelled_and_owes_nothing() -> None:
     """A refusal hands nothing over."""
     queue, given_back = WaitQueue(), []
     task = await begun(queue.wait(lambda: given_back.append(1)))

@@ -85,9 +85,7 @@ async def test_an_outdated_derived_entry_keeps_no_newer_derivation_out(access: C
     assert (await read(access, B))[B].payload == "new"
 
 
-async def test_dependencies_read_only_to_judge_a_derived_entry_are_joined_to_it(
-    foreign: SingleKeyCache,
-) -> None:
+async def test_dependencies_read_to_judge_a_value_are_joined_to_it(foreign: SingleKeyCache) -> None:
     access = access_over(foreign)
     base = revision_of(A)
     await write(access, [base, revision_of(B, rests_on=[base])])

@@ -68,9 +68,7 @@ async def test_a_published_value_tells_its_provenance(cache: AsyncCache) -> None
     assert await payload_in(cache) == 1.5
 
 
-async def test_an_event_without_metadata_is_told_from_others_by_being_published(
-    cache: AsyncCache,
-) -> None:
+async def test_an_event_without_metadata_is_known_as_published(cache: AsyncCache) -> None:
     publisher = publisher_to(cache)
     for observed_at in (None, NOW - 1):
         result = await publisher.publish(A, 1, source="s", observed_at=observed_at)
@@ -102,9 +100,7 @@ async def test_what_was_there_before_is_as_old_as_readers_would_have_seen_it(
     assert before.from_cache
 
 
-async def test_what_stayed_comes_from_the_cache_and_is_copied_for_both_places_in_the_result(
-    cache: AsyncCache,
-) -> None:
+async def test_what_stayed_is_copied_for_both_places_in_the_result(cache: AsyncCache) -> None:
     publisher = publisher_to(cache)
     await publisher.publish(A, ["new"], source="s", metadata={"tags": ["x"]})
     result = await publisher.publish(A, ["old"], source="s", observed_at=NOW - 1)
@@ -120,9 +116,7 @@ async def test_what_stayed_comes_from_the_cache_and_is_copied_for_both_places_in
 
 
 @pytest.mark.parametrize("at", [NOW, NOW - 1])
-async def test_a_dated_duplicate_is_ignored_unless_equals_are_replaced(
-    cache: AsyncCache, at: float
-) -> None:
+async def test_a_dated_duplicate_is_ignored_unless_told(cache: AsyncCache, at: float) -> None:
     publish = publisher_to(cache).publish
     await publish(A, 1, source="s", observed_at=at)
     result = await publish(A, 2, source="s", observed_at=at)
@@ -133,9 +127,7 @@ async def test_a_dated_duplicate_is_ignored_unless_equals_are_replaced(
     assert result.previous.value == 1
 
 
-async def test_undated_events_in_one_step_of_the_clock_count_in_the_order_of_their_arrival(
-    cache: AsyncCache,
-) -> None:
+async def test_undated_events_at_one_time_count_in_order_of_arrival(cache: AsyncCache) -> None:
     publisher = publisher_to(cache)
     for number in range(3):
         assert (await publisher.publish(A, number, source="s")).published
@@ -180,9 +172,7 @@ async def test_ranks_come_from_the_resolver_and_decide(cache: AsyncCache) -> Non
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-async def test_of_many_updates_the_best_per_key_counts_whatever_their_order(
-    cache: AsyncCache, backwards: bool
-) -> None:
+async def test_of_many_updates_the_best_per_key_counts(cache: AsyncCache, backwards: bool) -> None:
     updates = [
         ResourceUpdate(A, "late", "s", NOW),
         ResourceUpdate(A, "early", "s", NOW - 1),
@@ -193,9 +183,7 @@ async def test_of_many_updates_the_best_per_key_counts_whatever_their_order(
     assert await payload_in(cache) == "late"
 
 
-async def test_an_observation_too_far_ahead_is_refused_and_nothing_written(
-    cache: AsyncCache,
-) -> None:
+async def test_an_observation_too_far_ahead_is_refused_unwritten(cache: AsyncCache) -> None:
     updates = [ResourceUpdate(B, 1, "s", NOW), ResourceUpdate(A, 1, "s", NOW + 1.5)]
     with pytest.raises(SourceProtocolError, match="future"):
         await publisher_to(cache).publish_many(updates)

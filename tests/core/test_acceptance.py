@@ -333,9 +333,7 @@ class TestMaking:
             make()
 
     @pytest.mark.parametrize("rule", [FRESH, YOUNG, RANKED, ResourceAcceptanceRule(0)])
-    def test_a_rule_that_refuses_anything_has_constraints(
-        self, rule: ResourceAcceptanceRule
-    ) -> None:
+    def test_a_rule_that_refuses_any_has_constraints(self, rule: ResourceAcceptanceRule) -> None:
         assert rule.has_constraints
         assert not ANYTHING.has_constraints
 

@@ -158,9 +158,7 @@ def test_waiting_for_capacity_is_judged_by_the_limiter_with_most_waiters_for_its
     "waiting, expected",
     [(0, []), (1, [(DEGRADED, 1, 1, "cache")]), (4, [(CRITICAL, 1.0, 1.0, "cache")])],
 )
-def test_waiting_for_copies_is_judged_by_component(
-    waiting: int, expected: list[tuple[Any, ...]]
-) -> None:
+def test_waiting_is_judged_by_component(waiting: int, expected: list[tuple[Any, ...]]) -> None:
     facts = health(
         waiting_for_copy_capacity=waiting,
         payload_copy_components={

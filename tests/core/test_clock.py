@@ -53,9 +53,7 @@ class Telling:
     + [(m, ValueError) for m in (math.nan, math.inf, 10**400)],
     ids=lambda each: str(each)[:20],
 )
-def test_a_moment_that_is_none_is_an_error_that_names_the_clock(
-    moment: Any, error: type[Exception]
-) -> None:
+def test_a_moment_that_is_none_names_the_clock(moment: Any, error: type[Exception]) -> None:
     clock = checked(Telling(moment))
     for name in ("now", "monotonic"):
         with pytest.raises(error, match=rf"^{name}\(\) of the clock must be a finite number"):

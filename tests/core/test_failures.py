@@ -214,9 +214,7 @@ class Odd(Exception, metaclass=Nameless):
 
 
 @pytest.mark.parametrize("make", [lambda: Frozen(3), lambda: Odd("x")], ids=["frozen", "odd"])
-def test_a_failure_can_be_recorded_of_an_error_that_refuses_everything(
-    make: Callable[[], Exception],
-) -> None:
+def test_a_failure_is_recorded_of_an_error_that_refuses_all(make: Callable[[], Exception]) -> None:
     error = make()
     try:
         raise error

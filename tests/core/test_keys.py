@@ -221,9 +221,7 @@ ODD = "a\nb\x1b[31m\u2028\u202e\udcff"
 
 
 @pytest.mark.parametrize("position", range(5))
-def test_no_text_of_a_key_raises_and_the_one_for_people_is_one_printable_line(
-    position: int,
-) -> None:
+def test_no_text_of_a_key_raises_and_that_for_people_is_one_printable_line(position: int) -> None:
     texts = ["n", "k", "s", "q", "v"]
     texts[position] = ODD
     namespace, name, subject, qualifier, value = texts
@@ -287,9 +285,7 @@ def test_the_canonical_text_is_one_keys_alone(one: ResourceKey, other: ResourceK
         (("a", "b?c=d"), ("a", "b", "", {"c": "d"})),
     ],
 )
-def test_keys_that_share_a_text_have_canonical_texts_of_their_own(
-    one: tuple[Any, ...], other: tuple[Any, ...]
-) -> None:
+def test_keys_of_one_text_differ_canonically(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
     assert str(ResourceKey(*one)) == str(ResourceKey(*other))
     assert ResourceKey(*one).canonical != ResourceKey(*other).canonical
 

@@ -169,9 +169,7 @@ def violation(*keys: ResourceKey, message: str = "too old") -> SnapshotAcceptanc
         ),
     ],
 )
-def test_what_is_missing_or_stale_of_the_request_degrades_it(
-    found: Snapshot, outcome: str, reason: str
-) -> None:
+def test_what_is_missing_or_stale_degrades_it(found: Snapshot, outcome: str, reason: str) -> None:
     result = RequestResult(REQUEST, found)
     assert (result.outcome.value, result.reason) == (outcome, reason)
     assert result.require_accepted() is found

@@ -85,9 +85,7 @@ def test_a_transport_timeout_is_only_for_sources_that_block(declared: Any) -> No
         ("1", TypeError),
     ],
 )
-def test_a_timeout_must_be_a_positive_number(
-    setting: str, value: Any, kind: type[Exception]
-) -> None:
+def test_a_timeout_is_a_positive_number(setting: str, value: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=f"{setting} of source 'rest'"):
         inspect_source_timeout_guarantee(blocking(**{setting: value}))
 

@@ -54,9 +54,7 @@ def _only(url: str, file: Path) -> None:
 
 
 @TRACES
-def test_a_page_fits_the_width_of_its_window(
-    browser: Browser, tmp_path: Path, trace: Trace
-) -> None:
+def test_a_page_fits_the_width_of_a_window(browser: Browser, tmp_path: Path, trace: Trace) -> None:
     page = opened(browser, tmp_path / "trace.html", trace.to_html())
     page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
     for width in (320, 720, 1280):
@@ -79,9 +77,7 @@ def test_a_row_opens_by_keyboard_and_tells_its_story(browser: Browser, tmp_path:
 
 
 @pytest.mark.parametrize("form", ["html", "svg"])
-def test_a_trace_is_light_or_dark_as_its_reader_prefers(
-    browser: Browser, tmp_path: Path, form: str
-) -> None:
+def test_a_trace_is_light_or_dark_as_preferred(browser: Browser, tmp_path: Path, form: str) -> None:
     content = EVERYTHING.to_html() if form == "html" else EVERYTHING.to_svg()
     page = opened(browser, tmp_path / f"trace.{form}", content)
     ground = "getComputedStyle(document.querySelector('.coalestra-trace')).backgroundColor"
@@ -106,9 +102,7 @@ SEEN = """
 
 
 @TRACES
-def test_no_words_of_a_picture_run_into_others(
-    browser: Browser, tmp_path: Path, trace: Trace
-) -> None:
+def test_no_words_in_pictures_run_together(browser: Browser, tmp_path: Path, trace: Trace) -> None:
     page = opened(browser, tmp_path / "trace.svg", trace.to_svg())
     boxes = page.evaluate(SEEN)
     page.close()
@@ -119,9 +113,7 @@ def test_no_words_of_a_picture_run_into_others(
             assert apart, (text, other)
 
 
-def test_what_a_picture_is_about_is_said_to_those_who_do_not_see_it(
-    browser: Browser, tmp_path: Path
-) -> None:
+def test_what_a_picture_says_is_said_to_who_cannot_see_it(browser: Browser, tmp_path: Path) -> None:
     page = opened(browser, tmp_path / "trace.svg", EVERYTHING.to_svg())
     assert page.get_by_role("img", name="build b1", exact=True).count() == 1
     page.close()

@@ -156,9 +156,7 @@ class TestValue:
         (FetchContext, "metadata", (1.0,)),
     ],
 )
-def test_a_mapping_is_kept_frozen_and_apart_from_what_was_given(
-    kind: Any, name: str, facts: Any
-) -> None:
+def test_a_mapping_is_kept_frozen_and_apart(kind: Any, name: str, facts: Any) -> None:
     given = {"a": 1}
     made = kind(*facts, **{name: given})
     given["a"] = 2
@@ -280,9 +278,7 @@ class TestVersions:
         }
 
 
-def test_a_value_is_the_same_where_threads_run_side_by_side(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_value_is_the_same_where_threads_run_freely(monkeypatch: pytest.MonkeyPatch) -> None:
     revision = TestRevision().revision(
         dependency_versions=FrozenDict({BASE: "w"}), metadata=FrozenDict(a=1)
     )

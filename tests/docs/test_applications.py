@@ -32,9 +32,7 @@ def test_a_trading_loop_decides_on_one_moment_and_looks_again(tmp_path: Path) ->
     assert told[-1] == "ok  nothing is done on a price that is no longer known"
 
 
-def test_a_batch_job_over_many_keys_is_bounded_and_survives_partial_failures(
-    tmp_path: Path,
-) -> None:
+def test_a_batch_job_over_many_keys_is_bounded_and_survives_part_failures(tmp_path: Path) -> None:
     told = told_by("batch_job.py", tmp_path)
     assert told[0].endswith("answers: {'ledger': 99900, 'archive': 90}")
     assert any(line.startswith("the last of them: cannot resolve account:") for line in told)

@@ -71,9 +71,7 @@ def test_health_goes_and_comes_with_the_service(story: str) -> None:
     assert states == ["healthy", "degraded", "degraded", "healthy"]
 
 
-def test_an_untrue_sentence_ends_the_program_with_an_error(
-    first_run: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_untrue_sentence_is_an_error(first_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     first_run.tell("the sun rises", True)
     with pytest.raises(SystemExit, match="NOT AS TOLD: the moon is made of cheese") as ended:
         first_run.tell("the moon is made of cheese", False)
@@ -107,9 +105,7 @@ def test_the_service_listens_on_loopback_only(first_run: Any, tmp_path: Path) ->
     assert port > 0
 
 
-def test_the_database_keeps_the_time_limit_that_its_source_declares(
-    first_run: Any, tmp_path: Path
-) -> None:
+def test_the_database_keeps_the_limit_its_source_declares(first_run: Any, tmp_path: Path) -> None:
     registry_class = importlib.import_module("farm.registry").Registry
     registry = registry_class(tmp_path / "farm.sqlite", seconds=0.05)
     assert registry.source().transport_timeout_seconds == 0.05

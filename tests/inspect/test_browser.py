@@ -116,9 +116,7 @@ def test_every_part_of_the_page_shows_something(farm: Farm, visit: Open) -> None
     assert page.locator("#graph g.derived").count() == 2
 
 
-def test_no_subject_and_no_text_of_an_error_is_on_it_unless_asked_for(
-    farm: Farm, visit: Open
-) -> None:
+def test_no_subject_and_no_error_text_is_on_it_unless_asked_for(farm: Farm, visit: Open) -> None:
     page = visit(farm.url)
     wait(page, "market:price", "#graph")
     page.locator("#memory summary").click()
@@ -436,9 +434,7 @@ def test_a_page_nobody_looks_at_asks_for_nothing(farm: Farm, visit: Open) -> Non
 # The pictures in the docs -------------------------------------------------------------------------
 
 
-def test_the_pictures_in_the_docs_can_be_taken(
-    visit: Open, pytestconfig: pytest.Config, tmp_path: Path
-) -> None:
+def test_pictures_can_be_taken(visit: Open, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     folder = PICTURES if pytestconfig.getoption("--pictures") else tmp_path
     with Farm().open() as farm:
         page = visit(farm.url, viewport={"width": 1280, "height": 800})

@@ -76,9 +76,7 @@ def status(port: int, path: str, **headers: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["builder", "made.plain", "made.later", "threaded"])
-def test_a_builder_or_what_makes_one_is_served_until_a_signal_comes(
-    folder: Path, name: str
-) -> None:
+def test_a_builder_or_what_makes_one_is_served_until_a_signal(folder: Path, name: str) -> None:
     with running(folder, f"farm_of_the_test:{name}") as (process, port):
         assert status(port, "/") == status(port, "/state.json") == 200
         assert status(port, "/", Host="evil.example") == 403
@@ -128,9 +126,7 @@ def test_what_cannot_be_served_is_told_in_one_line(
         main([path, "--port", "0"])
 
 
-def test_a_module_that_misses_another_one_says_which(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_says_which_one_it_misses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "needy_of_the_test.py").write_text("import no_such_driver", encoding="utf-8")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -138,9 +134,7 @@ def test_a_module_that_misses_another_one_says_which(
         main(["needy_of_the_test:builder"])
 
 
-def test_an_address_that_cannot_be_had_is_told(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_not_to_be_had_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit, match=r"cannot serve at 127\.0\.0\.1, port 70000"):

@@ -354,9 +354,7 @@ async def test_what_was_learnt_is_kept_while_the_page_lives() -> None:
     assert (await told(story, made))["graph"]["edges"] == EDGES
 
 
-async def test_an_entry_that_was_seen_before_is_not_gone_through_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_entry_seen_before_is_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
     made = layered()
     story, named = story_of(made), list[ResourceKey]()
 

@@ -115,9 +115,7 @@ def test_a_viewer_who_leaves_is_noticed_and_the_server_can_end() -> None:
     assert time.monotonic() - left < STREAM_SECONDS / 2
 
 
-def test_a_page_left_open_holds_up_the_end_of_the_server_for_a_moment_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_page_left_open_barely_holds_up_the_servers_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.inspect.asgi.STREAM_SECONDS", 0.5)
     with Served(mounted()) as served:
         with asked(served.port, "/ops/inspect/events") as events:

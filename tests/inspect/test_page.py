@@ -298,9 +298,7 @@ async def test_an_error_in_deciding_lets_nobody_in() -> None:
         ("same-site", "cors", 403),
     ],
 )
-async def test_another_site_cannot_read_through_a_persons_browser(
-    site: str, mode: str, status: int
-) -> None:
+async def test_no_other_site_can_read_through_a_browser(site: str, mode: str, status: int) -> None:
     headers = {"sec-fetch-site": site, "sec-fetch-mode": mode}
     page = page_of(authorize=lambda scope: True)
     assert (await get(page, "/state.json", headers=headers)).status == status
@@ -521,9 +519,7 @@ async def test_the_builder_of_a_thread_that_is_closed_says_so() -> None:
 
 
 @pytest.mark.real_loop
-async def test_the_builder_of_a_thread_that_is_held_is_seen_from_outside(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_builder_whose_thread_is_held_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.inspect.looks.PATIENCE_SECONDS", 0.05)
     released = threading.Event()
 
@@ -673,9 +669,7 @@ async def test_a_trace_is_drawn_on_another_thread(monkeypatch: pytest.MonkeyPatc
     assert names != [threading.main_thread()]
 
 
-async def test_what_a_look_finds_is_told_on_another_thread_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_look_is_told_on_another_thread_too(monkeypatch: pytest.MonkeyPatch) -> None:
     told = Story.told
     names = []
 

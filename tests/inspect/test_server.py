@@ -124,9 +124,7 @@ async def test_half_a_request_is_no_trouble(request_: bytes) -> None:
         assert status(await spoken(server.port, LINE + b"\r\n")) == 200
 
 
-async def test_who_has_gone_before_it_was_seen_who_it_is_is_nobody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_who_has_gone_before_he_was_seen_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     clients: list[Any] = []
 
     async def told(scope: Any, receive: Any, send: Any) -> None:
@@ -228,9 +226,7 @@ async def test_an_application_hears_that_its_client_has_gone() -> None:
     assert heard == ["http.request", "http.disconnect"]
 
 
-async def test_closing_ends_every_connection_also_one_that_takes_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_closing_ends_also_what_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.inspect.server._MOMENT_SECONDS", 0.02)
 
     async def floods(scope: Any, receive: Any, send: Any) -> None:

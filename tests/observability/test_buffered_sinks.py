@@ -129,9 +129,7 @@ def test_records_from_many_threads_all_arrive_each_threads_in_order() -> None:
     ],
     ids=["the oldest unless told otherwise", "the newest", "the newest, and the caller is told"],
 )
-def test_of_what_finds_no_room_one_is_dropped(
-    settings: dict[str, Any], delivered: list[str]
-) -> None:
+def test_of_what_lacks_room_one_is_dropped(settings: dict[str, Any], delivered: list[str]) -> None:
     held = Held()
     sink = BufferedEventSink(held, max_pending=2, **settings)
     sink.emit("first")
@@ -220,9 +218,7 @@ def test_flush_and_close_in_the_worker_itself_do_not_wait_for_themselves() -> No
 
 
 @pytest.mark.parametrize("overflow", list(BufferOverflowPolicy))
-def test_what_comes_after_closing_is_dropped_without_an_error(
-    overflow: BufferOverflowPolicy,
-) -> None:
+def test_what_comes_after_closing_is_dropped_and_no_error(overflow: BufferOverflowPolicy) -> None:
     downstream = Recorder()
     sink = BufferedEventSink(downstream, overflow=overflow)
     sink.close()
@@ -268,9 +264,7 @@ def test_a_record_waits_until_a_thread_can_be_started(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("end", ["flush", "close"])
-def test_where_no_thread_can_be_started_who_waits_delivers(
-    end: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_waits_delivers_without_threads(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     no_more_threads(monkeypatch)
     downstream = Recorder()
     sink = BufferedEventSink(downstream)

@@ -247,9 +247,7 @@ def test_the_thread_that_writes_ends_with_its_work_and_is_a_daemon(kept: Kept) -
         assert (thread.daemon, thread.is_alive()) == (True, False)
 
 
-def test_where_no_thread_can_be_had_the_end_writes_itself(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_threads_the_end_writes_itself(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     no_more_threads(monkeypatch)
     changes = log()
     changes.failed("source 'a'", ConnectionError())
@@ -260,9 +258,7 @@ def test_where_no_thread_can_be_had_the_end_writes_itself(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_writes_its_own_lines_though_its_parents_thread_is_not_there(
-    kept: Kept,
-) -> None:
+def test_a_forked_child_writes_its_own_lines_without_its_parents_thread(kept: Kept) -> None:
     released = threading.Event()
     kept.before = lambda: released.wait(30)
     changes = log()

@@ -28,9 +28,7 @@ def test_an_event_is_logged_at_info_to_the_logger_of_the_library_or_the_one_give
     assert vars(record)["event_payload"] == {"resource": "a:b", "freshness": "fresh"}
 
 
-def test_a_payload_may_use_the_names_of_log_record_attributes(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_payload_may_use_names_of_log_record_attributes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="coalestra"):
         LoggingEventSink().emit("custom", name="x", message="y", args="z")
 

@@ -103,9 +103,7 @@ def test_without_metrics_no_labels_are_built() -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_what_ends_the_program_reaches_it_after_the_step_that_reported(
-    kind: type[BaseException],
-) -> None:
+def test_what_ends_a_program_comes_after_the_step_of_its_report(kind: type[BaseException]) -> None:
     steps: list[str] = []
 
     async def program() -> None:

@@ -132,9 +132,7 @@ async def test_a_warm_build_is_one_span(spans: Spans) -> None:
     assert spans.tree() == ["build snapshot", "  fetch_many b", "build snapshot"]
 
 
-async def test_what_a_cache_asks_its_server_hangs_below_the_stage_cold_or_warm(
-    spans: Spans,
-) -> None:
+async def test_what_a_cache_asks_its_server_is_below_the_stage_cold_or_warm(spans: Spans) -> None:
     class Traced(SingleKeyCache):
         async def get(
             self, key: ResourceKey, *, now: float, policy: FreshnessPolicy
@@ -196,9 +194,7 @@ def test_a_thread_that_uses_the_facade_has_the_build_below_its_own_span(spans: S
 # What is linked -------------------------------------------------------------------------------
 
 
-async def test_a_refresh_is_a_trace_of_its_own_linked_to_the_build_that_set_it_off(
-    spans: Spans,
-) -> None:
+async def test_a_refresh_is_a_trace_linked_to_the_build_that_set_it_off(spans: Spans) -> None:
     with client(spans).start_as_current_span("start of the program"):
         used = traced(spans, Single("a"), default_policy=SWR)
     await used.build([A])
@@ -240,9 +236,7 @@ async def test_readers_who_joined_are_linked_to_the_call_that_served_them(spans:
 # How it ended ---------------------------------------------------------------------------------
 
 
-async def test_a_call_that_takes_too_long_has_failed_and_says_whose_time_was_up(
-    spans: Spans,
-) -> None:
+async def test_a_call_that_takes_too_long_failed_and_says_whose_time_was_up(spans: Spans) -> None:
     slow = latency(5)
     used = traced(spans, Single("a", fetch=slow), Single("b", fetch=slow, timeout=1.0))
     await used.build([A], deadline_seconds=2.0, strict=False)
@@ -303,9 +297,7 @@ async def test_without_sampling_a_client_still_knows_the_trace(spans: Spans) -> 
 # Metrics beside spans -------------------------------------------------------------------------
 
 
-async def test_the_exemplar_of_a_duration_leads_to_the_trace_of_its_own_build(
-    meters: Meters, spans: Spans
-) -> None:
+async def test_the_exemplar_of_a_duration_leads_to_its_trace(meters: Meters, spans: Spans) -> None:
     """Also if several builds share the source, and have to wait for each other."""
     gate = Gate()
 

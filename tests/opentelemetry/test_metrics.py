@@ -201,9 +201,7 @@ def test_a_metric_that_the_library_does_not_have_is_refused(meters: Meters) -> N
         sink.observe("nothing_like_it_ms", 1.0)
 
 
-async def test_a_build_is_counted_and_no_attribute_names_what_a_key_is_about(
-    meters: Meters,
-) -> None:
+async def test_a_build_is_counted_and_no_attribute_names_any_subject(meters: Meters) -> None:
     sink = OpenTelemetryMetrics(meters.provider)
     async with builder(Batch("batch"), Single("single"), metrics=sink) as used:
         assert used.metrics is sink, "no buffer stands between them"
@@ -239,9 +237,7 @@ async def test_a_sink_that_counts_in_vain_does_no_harm() -> None:
         assert (await used.health_snapshot()).observability_failure_count == 0
 
 
-async def test_a_duration_has_the_span_in_which_it_was_observed_for_an_exemplar(
-    meters: Meters, spans: Spans
-) -> None:
+async def test_a_duration_has_its_span_for_an_exemplar(meters: Meters, spans: Spans) -> None:
     sink = OpenTelemetryMetrics(meters.provider)
     async with builder(Single("single"), metrics=sink) as used:
         with spans.provider.get_tracer("test").start_as_current_span("request") as request:
@@ -254,9 +250,7 @@ async def test_a_duration_has_the_span_in_which_it_was_observed_for_an_exemplar(
 # Health ---------------------------------------------------------------------------------------
 
 
-async def test_levels_are_read_in_the_thread_of_the_reader_while_the_loop_is_held(
-    meters: Meters,
-) -> None:
+async def test_levels_are_read_in_the_readers_thread_while_the_loop_is_held(meters: Meters) -> None:
     sink, gate = OpenTelemetryMetrics(meters.provider, builder="orders"), Gate()
 
     async with builder(

@@ -101,9 +101,7 @@ def test_a_stage_is_begun_below_what_is_current_and_a_call_below_its_parent(
     assert spans.tree() == ["request", "  build snapshot", "    fetch_many rates"]
 
 
-def test_what_the_caller_carries_along_is_there_for_calls_as_well(
-    spans: Spans, tracer: OpenTelemetryTracer
-) -> None:
+def test_what_callers_carry_is_there_for_calls(spans: Spans, tracer: OpenTelemetryTracer) -> None:
     def begin() -> None:
         context.attach(baggage.set_baggage("tenant", "blue"))
         build = tracer.begin("build", BUILD)
@@ -131,9 +129,7 @@ def test_leaving_a_span_brings_the_callers_back_and_elsewhere_does_nothing(
 # Readers that joined ------------------------------------------------------------------------------
 
 
-def test_keys_that_waited_for_one_call_are_one_span_linked_to_it(
-    spans: Spans, tracer: OpenTelemetryTracer
-) -> None:
+def test_keys_that_join_a_call_are_a_linked_span(spans: Spans, tracer: OpenTelemetryTracer) -> None:
     build, call = tracer.begin("build", BUILD), tracer.begin("call", CALL)
     for seconds in (2.0, 3.0, 2.5):
         tracer.joined(build, call, seconds, OTHERS)
@@ -156,9 +152,7 @@ def test_keys_that_waited_for_one_call_are_one_span_linked_to_it(
     assert spans.tree() == ["build snapshot", *["  join flight"] * 3, "fetch_many rates"]
 
 
-def test_the_spans_of_joined_calls_are_bounded_and_no_key_is_lost(
-    spans: Spans, tracer: OpenTelemetryTracer
-) -> None:
+def test_the_spans_of_joined_calls_are_bounded(spans: Spans, tracer: OpenTelemetryTracer) -> None:
     build = tracer.begin("build", BUILD)
     for _ in range(1_000):
         tracer.joined(build, tracer.begin("call", CALL), 1.0, OTHERS)
@@ -173,9 +167,7 @@ def test_the_spans_of_joined_calls_are_bounded_and_no_key_is_lost(
 # What went wrong ----------------------------------------------------------------------------------
 
 
-def test_a_failure_has_a_type_and_a_place_but_no_text(
-    spans: Spans, tracer: OpenTelemetryTracer
-) -> None:
+def test_a_failure_has_a_type_and_place_no_text(spans: Spans, tracer: OpenTelemetryTracer) -> None:
     call = tracer.begin("call", CALL)
     tracer.end(call, {"outcome": "failure"}, raised(ConnectionError("no route to SECRET")))
 
@@ -191,9 +183,7 @@ def test_a_failure_has_a_type_and_a_place_but_no_text(
     assert "SECRET" not in told(spans)
 
 
-def test_a_failure_that_was_never_raised_has_no_place(
-    spans: Spans, tracer: OpenTelemetryTracer
-) -> None:
+def test_a_failure_never_raised_has_no_place(spans: Spans, tracer: OpenTelemetryTracer) -> None:
     tracer.end(tracer.begin("call", CALL), {"outcome": "timeout"}, TimeoutError())
     (event,) = spans.one("fetch_many rates").events
     assert attributes(event) == {"exception.type": "TimeoutError"}
@@ -209,9 +199,7 @@ def test_the_text_of_a_failure_is_told_if_it_is_asked_for(spans: Spans) -> None:
     assert repr(tracer) == "OpenTelemetryTracer(include_messages=True)"
 
 
-def test_no_text_is_longer_than_exporters_can_take_or_no_text_at_all(
-    spans: Spans, meters: Meters
-) -> None:
+def test_no_text_is_none_or_longer_than_exporters_take(spans: Spans, meters: Meters) -> None:
     tracer = OpenTelemetryTracer(spans.provider, include_messages=True)
     call = tracer.begin("call", {**CALL, "source": "rates\udc80", "snapshot_id": "i" * 9_000})
     tracer.end(call, {}, raised(ConnectionError("\ud800" + "x" * 90_000)))
@@ -235,9 +223,7 @@ class Unreadable(Exception):
 
 
 @pytest.mark.parametrize("include_messages", [False, True])
-def test_an_error_that_cannot_be_read_ends_its_span_all_the_same(
-    spans: Spans, include_messages: bool
-) -> None:
+def test_an_unreadable_error_ends_its_span_as_well(spans: Spans, include_messages: bool) -> None:
     tracer = OpenTelemetryTracer(spans.provider, include_messages=include_messages)
     tracer.end(tracer.begin("call", CALL), {}, raised(Unreadable()))
 
@@ -245,9 +231,7 @@ def test_an_error_that_cannot_be_read_ends_its_span_all_the_same(
     assert attributes(span)["error.type"].endswith("test_spans.Unreadable")
 
 
-def test_a_deep_traceback_is_cut_to_its_innermost_places(
-    spans: Spans, tracer: OpenTelemetryTracer
-) -> None:
+def test_a_traceback_is_cut_to_innermost_places(spans: Spans, tracer: OpenTelemetryTracer) -> None:
     def deeper(levels: int) -> None:
         if levels == 0:
             raise ValueError

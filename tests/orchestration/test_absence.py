@@ -269,9 +269,7 @@ async def test_without_any_source_nothing_is_known_of_its_absence() -> None:
     assert failure(await attempt(builder(Single("y")))).failures == ()
 
 
-async def test_keys_that_one_source_has_not_travel_on_together(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_keys_that_a_source_lacks_go_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many turns of the loop it takes to find that out."""
     monkeypatch.setattr(pace, "SLICE_SECONDS", 0.0)
     wanted = [key("x", str(number)) for number in range(3000)]
@@ -341,9 +339,7 @@ async def test_it_is_remembered_for_as_long_as_the_source_says() -> None:
     ],
     ids=repr,
 )
-async def test_of_several_sources_the_shortest_time_counts(
-    answers: tuple[Any, ...], seconds: float
-) -> None:
+async def test_of_several_the_shortest_counts(answers: tuple[Any, ...], seconds: float) -> None:
     building, sources = chain(*answers)
     await attempt(building)
     for source in sources:
@@ -435,9 +431,7 @@ async def test_a_value_that_was_fetched_since_ends_what_is_remembered() -> None:
     assert (await attempt(building)).value(X) == "still there"
 
 
-async def test_so_many_absent_keys_are_remembered_and_no_more(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_so_many_absent_keys_are_known_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.orchestration.singleflight._MOST_ABSENT", 10)
     source = Batch("x", answer=lambda _: FOR_A_MINUTE)
     building = builder(source)
@@ -473,9 +467,7 @@ async def test_nothing_stale_stands_in_for_what_does_not_exist() -> None:
 
 @pytest.mark.parametrize("answer", [NONE, FOR_A_MINUTE], ids=["once", "remembered"])
 @pytest.mark.parametrize("mode", [RefreshMode.STALE_WHILE_REVALIDATE, RefreshMode.REFRESH_AHEAD])
-async def test_a_refresh_that_is_told_of_an_absence_ends_the_value(
-    mode: RefreshMode, answer: Any
-) -> None:
+async def test_a_refresh_told_of_an_absence_ends_the_value(mode: RefreshMode, answer: Any) -> None:
     """It has completed, and nobody gets the old value any more."""
     metrics = InMemoryMetrics()
     source = Stock("x", {"x": "there"})
@@ -613,9 +605,7 @@ async def test_what_rests_on_something_absent_and_something_failed_has_failed() 
 
 
 @pytest.mark.parametrize("through", [False, True], ids=["directly", "through another"])
-async def test_nobody_joins_what_waits_on_though_something_it_lacked_has_come(
-    through: bool,
-) -> None:
+async def test_nobody_joins_what_waits_on_though_what_it_lacked_has_come(through: bool) -> None:
     gate = Gate()
     stock = Stock("stock", {"x": NONE})
     middle = Derived("middle", needs=lambda _: [X])
@@ -647,9 +637,7 @@ class Awaited(AsyncMemoryCache):
         return await super().get_many(keys, **how)
 
 
-async def test_what_an_awaited_cache_holds_is_not_served_stale_while_it_is_known_to_be_gone() -> (
-    None
-):
+async def test_what_an_awaited_cache_holds_is_not_served_while_it_is_known_to_be_gone() -> None:
     source = Stock("x", {"x": "there"})
     policy = FreshnessPolicy(5, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
     building = builder(source, cache=Awaited(), default_policy=policy)
@@ -713,9 +701,7 @@ async def test_who_joins_a_slow_read_after_the_news_gets_no_absence_from_before_
 @pytest.mark.expects_leaks  # that the clock was wrong is told to the loop
 @pytest.mark.parametrize("says", [math.nan, math.inf])
 @pytest.mark.parametrize("reading", range(1, 4))
-async def test_an_absence_that_the_clock_knows_no_time_of_is_not_remembered_for_ever(
-    reading: int, says: float
-) -> None:
+async def test_an_absence_at_no_known_time_is_not_kept_for_ever(reading: int, says: float) -> None:
     class Clock(LoopClock):
         left = 0
 

@@ -242,9 +242,7 @@ class Turns:
         return max(self.counts.values())
 
 
-async def test_calls_that_never_wait_let_others_have_a_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_calls_that_never_wait_give_others_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = Turns(monkeypatch)
 
     async def fetch(k: ResourceKey, context: FetchContext) -> str:
@@ -279,9 +277,7 @@ async def test_many_warm_requests_let_others_have_a_turn(
     assert await turns.most(place.try_requests(requests, max_concurrency=2)) <= 2
 
 
-async def test_an_answer_of_many_values_is_taken_in_over_many_turns(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_many_values_are_taken_in_over_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = Turns(monkeypatch)
 
     def copier(value: Any) -> Any:
@@ -325,9 +321,7 @@ async def test_the_errors_of_many_keys_are_made_over_many_turns(
     assert sum(turns.counts.values()) >= 500
 
 
-async def test_builds_that_begin_in_one_turn_share_its_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_builds_that_begin_in_a_turn_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = Turns(monkeypatch)
 
     class Counting(Single):
@@ -340,9 +334,7 @@ async def test_builds_that_begin_in_one_turn_share_its_time(
     assert await turns.most(asyncio.gather(*builds)) <= 8
 
 
-async def test_deadlines_that_strike_in_one_turn_are_seen_to_over_many(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_deadlines_that_strike_at_once_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     building = builder(Batch("x", before=Gate().pass_))
     ended = Counter[int]()
 

@@ -54,6 +54,7 @@ from tests.support import Gate, LoopClock, begun, cancel_at_every_await, drop, l
 from tests.support.running import without_collector
 
 KEYS = [key("b", str(number)) for number in range(5)]
+Kind = Callable[[], SingleKeyCache]
 KINDS = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
 
 
@@ -73,9 +74,7 @@ class Held:
         return Held()
 
 
-def doing(
-    kind: Callable[[], SingleKeyCache], act: Callable[[str], Awaitable[None]]
-) -> SingleKeyCache:
+def doing(kind: Kind, act: Callable[[str], Awaitable[None]]) -> SingleKeyCache:
     """Return a cache of that kind that does as told in each of its calls."""
 
     class Acting(kind):  # type: ignore[misc, valid-type]
@@ -90,9 +89,7 @@ def doing(
 WRITES = ("set", "set_many", "set_if_newer", "set_many_if_newer")
 
 
-def hanging(
-    kind: Callable[[], SingleKeyCache], *calls: str, patience: float = 1.0
-) -> tuple[SingleKeyCache, Gate]:
+def hanging(kind: Kind, *calls: str, patience: float = 1.0) -> tuple[SingleKeyCache, Gate]:
     """Return a cache that waits at a gate in these calls, or in all."""
     gate = Gate()
 
@@ -105,7 +102,7 @@ def hanging(
     return cache, gate
 
 
-def slow_to_write(kind: Callable[[], SingleKeyCache]) -> tuple[Shop, SingleKeyCache, Gate]:
+def slow_to_write(kind: Kind) -> tuple[Shop, SingleKeyCache, Gate]:
     """Return a shop over such a cache, that cache, and the gate at which what is written waits."""
     cache, gate = hanging(kind, *WRITES, patience=60.0)
     return Shop(cache=cache), cache, gate
@@ -125,7 +122,7 @@ async def seconds(work: Awaitable[Any]) -> float:
 @KINDS
 @pytest.mark.parametrize("when", ["every call", "writes", "what it reads makes no sense"])
 async def test_a_failure_keeps_nothing_alive_once_it_was_told_without_a_collection(
-    kind: Callable[[], SingleKeyCache], when: str
+    kind: Kind, when: str
 ) -> None:
     async def act(call: str) -> None:
         _held = Held()
@@ -161,7 +158,7 @@ async def _given(value: Any) -> Any:
 @KINDS
 @pytest.mark.parametrize("error", [LookupError, asyncio.CancelledError, Panic, GeneratorExit])
 async def test_whatever_a_cache_raises_builds_go_on_and_publishers_hear_of_it(
-    kind: Callable[[], SingleKeyCache], error: type[BaseException]
+    kind: Kind, error: type[BaseException]
 ) -> None:
     async def act(call: str) -> None:
         raise error("no cache today")
@@ -181,9 +178,7 @@ async def test_whatever_a_cache_raises_builds_go_on_and_publishers_hear_of_it(
 
 
 @KINDS
-async def test_a_cache_that_hangs_costs_its_limit_once_and_is_then_left_alone(
-    kind: Callable[[], SingleKeyCache],
-) -> None:
+async def test_a_cache_that_hangs_costs_its_limit_once_and_is_then_left_alone(kind: Kind) -> None:
     cache, gate = hanging(kind)
     building = builder(Batch("b"), cache=cache, max_pending_tasks=8)
     keys = [key("b", str(number)) for number in range(100)]
@@ -251,7 +246,7 @@ async def test_an_event_that_the_cache_does_not_take_holds_no_value_in_hand_back
 @KINDS
 @pytest.mark.parametrize("what", ["publish", "invalidate", "invalidate many"])
 async def test_what_waits_for_its_turn_at_a_hanging_cache_is_given_up_once_that_is_known(
-    kind: Callable[[], SingleKeyCache], what: str
+    kind: Kind, what: str
 ) -> None:
     cache, _ = hanging(kind)
     building = Shop(cache=cache).builder
@@ -403,7 +398,7 @@ async def test_entries_that_cannot_be_read_spoil_only_themselves_and_are_written
 
 @KINDS
 async def test_a_slow_write_holds_no_value_back_and_what_is_on_its_way_counts_as_cached(
-    kind: Callable[[], SingleKeyCache],
+    kind: Kind,
 ) -> None:
     shop, cache, gate = slow_to_write(kind)
     assert await seconds(shop.builder.build([TOP])) < 0.1
@@ -417,9 +412,7 @@ async def test_a_slow_write_holds_no_value_back_and_what_is_on_its_way_counts_as
 
 
 @KINDS
-async def test_an_invalidation_reaches_what_is_on_its_way(
-    kind: Callable[[], SingleKeyCache],
-) -> None:
+async def test_an_invalidation_reaches_what_is_on_its_way(kind: Kind) -> None:
     shop, cache, gate = slow_to_write(kind)
     await shop.builder.build([BASE])
     invalidation = await begun(shop.builder.publisher.invalidate(BASE))
@@ -433,9 +426,7 @@ async def test_an_invalidation_reaches_what_is_on_its_way(
 
 
 @KINDS
-async def test_an_event_reaches_what_is_on_its_way_and_what_is_derived_of_that(
-    kind: Callable[[], SingleKeyCache],
-) -> None:
+async def test_an_event_reaches_what_is_on_its_way_and_what_is_derived_of_that(kind: Kind) -> None:
     shop, cache, gate = slow_to_write(kind)
     assert (await shop.builder.build([TOP])).value(TOP) == ((1,),)
     event = asyncio.ensure_future(shop.publish(BASE, "event"))
@@ -449,9 +440,7 @@ async def test_an_event_reaches_what_is_on_its_way_and_what_is_derived_of_that(
 
 
 @KINDS
-async def test_what_is_derived_in_the_cache_gives_way_to_an_input_on_its_way(
-    kind: Callable[[], SingleKeyCache],
-) -> None:
+async def test_what_is_derived_in_the_cache_gives_way_to_an_input_on_its_way(kind: Kind) -> None:
     shop, _, gate = slow_to_write(kind)
     gate.open()
     await shop.builder.build([TOP])
@@ -469,7 +458,7 @@ async def test_what_is_derived_in_the_cache_gives_way_to_an_input_on_its_way(
 
 @KINDS
 async def test_what_a_session_derives_from_what_it_has_pinned_defends_nothing_on_its_way(
-    kind: Callable[[], SingleKeyCache],
+    kind: Kind,
 ) -> None:
     cache, at_cache = hanging(kind, "set", "set_many", "set_if_newer", "set_many_if_newer")
     vars(cache)["timeout_seconds"] = 60.0
@@ -570,7 +559,7 @@ async def test_a_forced_value_waits_for_the_word_of_the_cache_where_ranks_differ
 # The order between builders that share a store ----------------------------------------------------
 
 
-def sharing(kind: Callable[[], SingleKeyCache], held: dict[ResourceKey, Any]) -> SingleKeyCache:
+def sharing(kind: Kind, held: dict[ResourceKey, Any]) -> SingleKeyCache:
     cache = kind()
     cache.held = held
     return cache
@@ -579,7 +568,7 @@ def sharing(kind: Callable[[], SingleKeyCache], held: dict[ResourceKey, Any]) ->
 @KINDS
 @pytest.mark.parametrize("newer", ["read", "event"])
 async def test_a_slow_older_read_overwrites_nothing_newer_in_a_shared_store(
-    kind: Callable[[], SingleKeyCache], newer: str
+    kind: Kind, newer: str
 ) -> None:
     held: dict[ResourceKey, Any] = {}
     slow, quick = (
@@ -597,7 +586,7 @@ async def test_a_slow_older_read_overwrites_nothing_newer_in_a_shared_store(
 
 @KINDS
 async def test_a_newer_derived_value_in_a_shared_store_comes_with_what_it_rests_on(
-    kind: Callable[[], SingleKeyCache],
+    kind: Kind,
 ) -> None:
     """As whoever is given it must see whether that agrees with all else he is given."""
     held: dict[ResourceKey, Any] = {}
@@ -627,7 +616,7 @@ async def test_a_newer_derived_value_in_a_shared_store_comes_with_what_it_rests_
 
 
 @KINDS
-async def test_published_metadata_and_times_stay_clean(kind: Callable[[], SingleKeyCache]) -> None:
+async def test_published_metadata_and_times_stay_clean(kind: Kind) -> None:
     cache = kind()
     building = builder(Single("b", fetch=latency(3)), cache=cache)
     value = (await building.build(KEYS[:1]))[KEYS[0]]
@@ -642,9 +631,7 @@ async def test_published_metadata_and_times_stay_clean(kind: Callable[[], Single
 
 
 @KINDS
-async def test_what_was_invalidated_does_not_stand_in_for_who_asks_after_that(
-    kind: Callable[[], SingleKeyCache],
-) -> None:
+async def test_what_was_invalidated_does_not_stand_in_for_who_asks_after_that(kind: Kind) -> None:
     """Although somebody else read it while the invalidation was under way."""
     cache, gate = hanging(kind, "invalidate", "invalidate_many", patience=60.0)
     shop = Shop(cache=cache, default_policy=FreshnessPolicy(1, 1000))
@@ -850,9 +837,7 @@ async def test_leases_change_nothing_about_what_inherits_its_freshness(mode: Ref
 @pytest.mark.parametrize(
     "kind", [*FOREIGN, LeasingCache, AsyncMemoryCache], ids=lambda k: k.__name__
 )
-async def test_a_stale_answer_is_kept_to_stand_in_later_whatever_the_cache(
-    kind: Callable[[], AsyncCache],
-) -> None:
+async def test_a_stale_answer_is_kept_to_stand_in_later(kind: Callable[[], AsyncCache]) -> None:
     down = False
 
     async def lag(asked: ResourceKey, context: object) -> SourcePayload[int]:
@@ -968,9 +953,7 @@ class Copier:
         return value
 
 
-async def test_all_who_read_from_a_cache_share_one_slice_of_each_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_who_read_a_cache_share_one_slice_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [[key("b", f"{who} {number}") for number in range(50)] for who in range(10)]
     cache = BatchCache()
     async with builder(Batch("b"), cache=cache) as filling:
@@ -1118,9 +1101,7 @@ async def test_a_cache_that_asks_for_it_learns_the_policy_of_what_it_stores() ->
 
 
 @KINDS
-async def test_cancelling_every_task_at_any_step_leaves_nobody_waiting(
-    kind: Callable[[], SingleKeyCache],
-) -> None:
+async def test_cancelling_every_task_at_any_step_leaves_nobody_waiting(kind: Kind) -> None:
     for steps in range(1, 30):
         building = builder(Batch("b"), cache=kind())
         reading = asyncio.ensure_future(building.build(KEYS, strict=False))

@@ -42,9 +42,7 @@ KINDS = ["single", "batch", "derived"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_read_that_began_before_a_publication_does_not_undo_it_and_is_not_joined_after_it(
-    kind: str,
-) -> None:
+async def test_a_read_begun_before_a_publication_neither_undoes_it_nor_is_joined(kind: str) -> None:
     gate = Gate()
     building = builder(gated(kind, gate), Single("base"))
     reader = await begun(building.build([K]), gate)
@@ -59,9 +57,7 @@ async def test_a_read_that_began_before_a_publication_does_not_undo_it_and_is_no
 
 @pytest.mark.parametrize("kind", ["single", "batch"])
 @pytest.mark.parametrize("memory", [True, False])
-async def test_what_is_still_to_be_read_when_its_key_is_published_is_newer_than_the_event(
-    memory: bool, kind: str
-) -> None:
+async def test_what_is_read_after_an_event_is_newer_than_that(memory: bool, kind: str) -> None:
     """And it is read once, though the event is too old to be of use to who comes next."""
     gate, source = Gate(), gated(kind, Gate(opened=True))
     cache = AsyncMemoryCache() if memory else SingleKeyCache()
@@ -82,9 +78,7 @@ async def test_what_is_still_to_be_read_when_its_key_is_published_is_newer_than_
 
 
 @pytest.mark.parametrize("stale", [False, True])
-async def test_what_was_published_of_a_queued_key_stands_in_for_it_while_it_may(
-    stale: bool,
-) -> None:
+async def test_what_was_published_of_a_queued_key_stands_in_while_it_may(stale: bool) -> None:
     async def fail(k: ResourceKey, context: FetchContext) -> Any:
         raise ConnectionError("down")
 
@@ -157,9 +151,7 @@ async def test_an_invalidation_of_a_whole_namespace_counts_too() -> None:
 
 
 @pytest.mark.parametrize("change", ["publish", "invalidate"])
-async def test_a_refresh_that_began_before_a_change_neither_undoes_nor_outlives_it(
-    change: str,
-) -> None:
+async def test_a_refresh_begun_before_a_change_neither_undoes_nor_outlives_it(change: str) -> None:
     gate = Gate(opened=True)
     policy = FreshnessPolicy(1, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
     source = gated("single", gate)
@@ -307,9 +299,7 @@ async def test_a_fetch_that_ends_while_a_publication_is_being_written_gives_way_
 
 
 @pytest.mark.parametrize("steps", range(16))
-async def test_an_invalidation_at_any_step_of_a_fetch_leaves_nothing_of_it_in_the_cache(
-    steps: int,
-) -> None:
+async def test_an_invalidation_at_any_step_of_a_fetch_leaves_nothing_cached(steps: int) -> None:
     class Foreign(AsyncMemoryCache):
         """Any other type than the library's own is a cache that has to be awaited."""
 

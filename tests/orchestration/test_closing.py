@@ -199,9 +199,7 @@ async def test_a_bad_time_is_refused_and_closes_nothing(value: Any, error: type[
     assert not building.closed
 
 
-async def test_where_no_thread_can_be_started_closing_does_its_work_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_without_threads_closing_does_its_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
     class Blocking(Single):
         ends = 0
 
@@ -324,9 +322,7 @@ async def test_a_cancellation_wins_over_an_error_of_closing(end: str) -> None:
 
 
 @pytest.mark.parametrize("at", ["cache_access_total", "singleflight_join_total"])
-async def test_a_sink_that_closes_the_builder_from_within_a_step_leaves_nothing_under_way(
-    at: str,
-) -> None:
+async def test_a_sink_that_closes_the_builder_in_a_step_leaves_nothing_under_way(at: str) -> None:
     """As an eager task does, whose first step is taken where it is made."""
 
     class Closing(FileSink):

@@ -37,9 +37,7 @@ async def test_callers_that_arrive_together_cause_one_call() -> None:
 
 
 @pytest.mark.parametrize("deadline", [None, 2.0])
-async def test_an_owner_who_leaves_or_is_out_of_time_leaves_the_call_to_those_who_joined(
-    deadline: float | None,
-) -> None:
+async def test_an_owner_who_leaves_leaves_the_call_to_who_joined(deadline: float | None) -> None:
     source = Single("single", fetch=latency(5))
     building = builder(source)
     owner = asyncio.ensure_future(building.build([A], deadline_seconds=deadline))
@@ -130,9 +128,7 @@ async def test_each_of_a_crowd_has_an_error_of_its_own(strict: bool) -> None:
     assert source.calls == [A]
 
 
-async def test_one_who_leaves_a_crowd_takes_nobody_with_him_and_the_last_one_ends_the_call() -> (
-    None
-):
+async def test_one_who_leaves_a_crowd_takes_nobody_along_and_the_last_one_ends_the_call() -> None:
     ended = []
 
     async def fetch(key: ResourceKey, context: FetchContext) -> Any:
@@ -167,9 +163,7 @@ async def test_who_comes_when_a_whole_crowd_has_left_joins_the_call_that_goes_on
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_who_joined_goes_on_in_his_own_name_when_the_owners_deadline_has_struck(
-    count: int,
-) -> None:
+async def test_who_joined_goes_on_by_himself_when_the_owners_deadline_struck(count: int) -> None:
     async def fail_late(key: ResourceKey, context: FetchContext) -> str:
         await asyncio.sleep(3)
         raise ConnectionError("down")

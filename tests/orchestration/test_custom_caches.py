@@ -131,9 +131,7 @@ class OrderlyCache(BatchAtomicCache):
         (OrderlyCache, {"get_many", "set_many_if_newer"}),
     ],
 )
-async def test_reads_and_writes_use_the_widest_methods_there_are(
-    make: Make, expected: set[str]
-) -> None:
+async def test_reads_and_writes_use_the_widest_methods(make: Make, expected: set[str]) -> None:
     cache = make()
     await builder(Batch("b"), cache=cache).build([key("b", str(n)) for n in range(4)])
     used = set(cache.calls)
@@ -209,9 +207,7 @@ async def test_many_outdated_entries_are_told_from_the_others_without_comparing_
 
 
 @pytest.mark.parametrize("error", [ConnectionError, GeneratorExit, asyncio.CancelledError, None])
-async def test_stats_that_raise_or_hang_do_not_fail_health(
-    error: type[BaseException] | None,
-) -> None:
+async def test_stats_that_raise_or_hang_fail_no_health(error: type[BaseException] | None) -> None:
     class Odd(SingleKeyCache):
         async def stats(self) -> Any:
             if error is None:

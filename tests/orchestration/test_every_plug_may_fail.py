@@ -247,9 +247,7 @@ async def test_an_error_of_the_engine_itself_ends_no_readers_in_waiting(
 
 
 @pytest.mark.expects_leaks  # the fault is told to the loop
-async def test_an_error_that_cannot_even_be_recorded_ends_its_key(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_error_that_cannot_be_kept_ends_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes wrong in dealing with an error must not lose the key that the error is of."""
 
     def unreadable(*_: Any) -> Any:
@@ -280,9 +278,7 @@ async def test_a_key_whose_policy_is_none_has_failed_and_is_not_left_out(answer:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("plug", ["clock", "policy", "authority"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_ends_the_program_reaches_it_from_every_plug(
-    plug: str, error: type[BaseException]
-) -> None:
+def test_what_ends_programs_reaches_it_from_any_plug(plug: str, error: type[BaseException]) -> None:
     """An interrupt strikes wherever the program is: in whichever call of a plug."""
 
     async def act(building: SnapshotBuilder, fuse: Fuse) -> bool:

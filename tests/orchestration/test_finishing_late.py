@@ -278,9 +278,7 @@ async def test_health_counts_the_calls_in_a_row_that_were_too_slow_for_their_rea
 
 
 @pytest.mark.parametrize("timeout", [None, 30.0])
-async def test_a_blocking_call_that_a_deadline_leaves_no_time_for_is_not_made_and_counted(
-    timeout: float | None,
-) -> None:
+async def test_a_blocking_call_without_time_left_is_counted_unmade(timeout: float | None) -> None:
     """Unless it may finish late, for which it needs a timeout."""
     calls: list[ResourceKey] = []
     source = CallableSource(

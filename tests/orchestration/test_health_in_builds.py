@@ -158,9 +158,7 @@ async def test_timeouts_of_each_kind_are_counted_and_their_growth_is_found() -> 
 
 
 @pytest.mark.parametrize("scope", CircuitScope)
-async def test_circuits_are_told_by_source_and_scope_and_name_no_resource(
-    scope: CircuitScope,
-) -> None:
+async def test_circuits_are_told_by_source_and_scope_not_by_resource(scope: CircuitScope) -> None:
     """Subjects and qualifiers may be anybody's; who may see them asks the breaker."""
     source = Single("balance", fetch=_fail)
     source.resilience_policy = SourceResiliencePolicy(

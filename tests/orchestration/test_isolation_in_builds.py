@@ -79,9 +79,7 @@ def cached(request: pytest.FixtureRequest, settings: dict[str, Any]) -> dict[str
     return settings
 
 
-async def test_a_source_may_change_what_it_returned_and_a_caller_what_it_got(
-    cached: dict[str, Any],
-) -> None:
+async def test_sources_and_callers_may_change_what_they_have(cached: dict[str, Any]) -> None:
     source = Keeping()
     async with builder(source, **cached) as building:
         first = await building.build([K])
@@ -98,9 +96,7 @@ async def test_a_source_may_change_what_it_returned_and_a_caller_what_it_got(
         assert len(source.calls) == 1
 
 
-async def test_a_derivation_may_change_its_inputs_and_keep_its_output(
-    cached: dict[str, Any],
-) -> None:
+async def test_a_derivation_may_change_inputs_and_keep_its_output(cached: dict[str, Any]) -> None:
     outputs: list[Any] = []
 
     class Careless(Derived):
@@ -303,9 +299,7 @@ async def test_closing_wakes_those_who_wait_for_a_copy_thread(form: str) -> None
 
 
 @pytest.mark.parametrize("form", ["build", "try_request", "resolve", "revalidate"])
-async def test_closing_says_which_copies_outlast_it_and_lets_go_of_who_waits_for_them(
-    form: str,
-) -> None:
+async def test_closing_says_which_copies_outlast_it_and_lets_go_who_waits(form: str) -> None:
     stuck, building = with_stuck(Stock("k", {"k": [1]}), copy_shutdown_timeout_seconds=2.0)
     session = building.session()
     await session.resolve([K])

@@ -285,9 +285,7 @@ async def test_answers_of_no_use_count_for_the_circuit_and_an_absence_does_not(
 
 
 @pytest.mark.parametrize("fault", [OSError("down"), None])
-async def test_failures_in_a_row_open_the_circuit_and_the_rest_is_refused(
-    fault: Exception | None,
-) -> None:
+async def test_failures_in_a_row_open_the_circuit_to_the_rest(fault: Exception | None) -> None:
     it = Told(resilience(threshold=3))
 
     async def fail(k: ResourceKey) -> Any:
@@ -325,9 +323,7 @@ async def test_a_failure_after_the_circuit_has_recovered_counts(raises: bool) ->
     assert circuit.failures == 1
 
 
-async def test_supports_that_raises_for_some_keys_keeps_none_of_the_others_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_supports_that_raises_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     it = Told()
     supports = it.source.supports
 
@@ -552,9 +548,7 @@ async def test_a_thread_of_its_source_may_ask_the_moment_it_is_answered() -> Non
 
 @pytest.mark.parametrize("concerned", [A, B, C, D, F])
 @pytest.mark.parametrize("deed", ["publish", "invalidate"])
-async def test_news_told_in_a_first_step_is_newer_than_what_was_asked_for_before(
-    deed: str, concerned: ResourceKey
-) -> None:
+async def test_news_in_a_first_step_outdate_its_keys(deed: str, concerned: ResourceKey) -> None:
     it = Told()
 
     @it.at(C)
@@ -582,9 +576,7 @@ async def test_news_told_in_a_first_step_is_newer_than_what_was_asked_for_before
 
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("finish_late", [False, True])
-async def test_readers_may_leave_in_the_first_step_or_while_one_waits(
-    waits: bool, finish_late: bool
-) -> None:
+async def test_readers_may_leave_in_the_first_step_or_later(waits: bool, finish_late: bool) -> None:
     resilience_policy = SourceResiliencePolicy(RetryPolicy(max_attempts=1), finish_late=finish_late)
     it, gate = Told(resilience_policy, 10.0, max_concurrency=1), Gate()
 
@@ -605,9 +597,7 @@ async def test_readers_may_leave_in_the_first_step_or_while_one_waits(
 
 
 @pytest.mark.parametrize("finish_late", [False, True])
-async def test_a_deadline_cuts_off_the_one_that_waits_and_what_is_behind_it(
-    finish_late: bool,
-) -> None:
+async def test_a_deadline_cuts_off_one_that_waits_and_what_is_behind(finish_late: bool) -> None:
     resilience_policy = SourceResiliencePolicy(RetryPolicy(max_attempts=1), finish_late=finish_late)
     it = Told(resilience_policy, 10.0, max_concurrency=1)
 
@@ -647,9 +637,7 @@ async def test_one_that_waits_is_cut_off_at_its_timeout_and_keeps_its_slot_till_
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_worker_that_is_cancelled_in_a_first_step_serves_no_further_key(
-    waits: bool,
-) -> None:
+async def test_a_worker_cancelled_in_a_first_step_serves_no_further_key(waits: bool) -> None:
     it = Told(max_pending_tasks=1)
 
     @it.at(C)
@@ -724,9 +712,7 @@ async def test_a_timeout_declared_in_a_first_step_that_cannot_be_meant_keeps_nob
 @pytest.mark.late_tasks  # the closing that is begun here is not carried through
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("is_call", [False, True])
-async def test_a_builder_that_closes_in_a_first_step_leaves_nobody_waiting(
-    is_call: bool, waits: bool
-) -> None:
+async def test_a_builder_closed_in_a_first_step_leaves_no_one(is_call: bool, waits: bool) -> None:
     it = Told(max_concurrency=1)
 
     @it.at(C)
@@ -897,9 +883,7 @@ class CopiedBehind:
 
 
 @pytest.mark.parametrize("finish_late", [False, True])
-async def test_a_copy_that_takes_a_thread_ends_by_the_cutoff_of_its_own_key(
-    finish_late: bool,
-) -> None:
+async def test_a_copy_in_a_thread_ends_by_the_cutoff_of_its_own_key(finish_late: bool) -> None:
     policy = SourceResiliencePolicy(RetryPolicy(max_attempts=1), finish_late=finish_late)
     it, gate = Told(policy, 10.0, max_concurrency=1, max_pending_tasks=2), ThreadGate()
 
@@ -951,9 +935,7 @@ async def test_a_blocking_source_is_asked_for_no_key_that_does_not_fit_into_what
 
 @pytest.mark.parametrize("kind", [Single, Alone])
 @pytest.mark.parametrize("workers", [1, 4])
-async def test_what_waits_for_a_slot_that_a_led_key_keeps_waits_as_long_as_it_may(
-    workers: int, kind: type[Single]
-) -> None:
+async def test_what_waits_for_the_slot_of_a_led_key_may(workers: int, kind: type[Single]) -> None:
     """Behind the only worker, nothing waits for a slot yet."""
 
     async def stay(k: ResourceKey, context: FetchContext) -> str:

@@ -64,9 +64,7 @@ async def test_a_build_cancelled_at_any_await_leaves_nothing_behind() -> None:
     assert await cancel_at_every_await(start, check) > 10
 
 
-async def test_who_leaves_before_his_keys_were_looked_for_starts_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_who_leaves_unlooked_for_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """His turn comes late: of twenty others, who came before him, four have theirs in each step."""
     monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
     source = Batch("many", "x", "y")
@@ -144,9 +142,7 @@ async def test_who_joins_and_finds_that_no_clock_goes_keeps_nothing_under_way() 
 
 
 @pytest.mark.parametrize("how", ["cancelled", "closed"])
-async def test_very_many_keys_are_left_over_many_turns(
-    how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_many_keys_are_left_in_many_turns(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither who cancels nor who closes holds the loop, and both go on to no other source."""
     monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
     left = Counter[int]()  # in each turn
@@ -174,9 +170,7 @@ async def test_very_many_keys_are_left_over_many_turns(
     assert other.calls == []
 
 
-async def test_a_call_that_goes_on_is_not_looked_through_for_each_who_leaves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_call_is_looked_through_for_no_leaver(monkeypatch: pytest.MonkeyPatch) -> None:
     """That nobody waits for any of its keys is found by a look at each of them."""
     looks = 0
 

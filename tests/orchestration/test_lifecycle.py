@@ -189,9 +189,7 @@ class Parts:
             raise error
 
 
-async def test_managed_parts_are_closed_all_even_if_some_fail_and_the_first_error_is_raised() -> (
-    None
-):
+async def test_managed_parts_are_all_closed_if_some_fail_and_the_first_error_is_raised() -> None:
     parts = Parts()
     sources = [
         parts.part("a", ValueError("first")),
@@ -328,9 +326,7 @@ class ClosableSource(Single, Closable):
 
 
 @pytest.mark.parametrize("managed", [True, False])
-async def test_parts_are_closed_once_each_and_off_the_loop_if_they_are_managed(
-    managed: bool,
-) -> None:
+async def test_parts_are_closed_once_each_and_off_the_loop_if_managed(managed: bool) -> None:
     source, cache, sink = ClosableSource("k"), ClosableCache(), ClosableSink()
     building = builder(source, cache=cache, events=sink, metrics=sink, manage_lifecycle=managed)
     await building.build([K])
@@ -392,9 +388,7 @@ class Hanging(Single):
 
 @pytest.mark.parametrize("kind", ["run", "dropped"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_capacity_and_flights_left_over_from_a_loop_that_has_ended_are_free_again(
-    kind: str,
-) -> None:
+def test_capacity_and_flights_left_over_from_an_ended_loop_are_free_again(kind: str) -> None:
     source = Hanging("k")
     building = made(source, max_concurrency=2, source_concurrency={"k": 1})
     left_on_a_loop(reading(building), kind=kind)
@@ -640,9 +634,7 @@ def test_closing_that_was_left_on_a_loop_that_stands_still_is_done_by_the_next_c
     abandoned.close()
 
 
-def test_a_build_that_is_dropped_outside_of_its_loop_leaves_the_builder_working(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_build_dropped_outside_its_loop_harms_no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)  # time has passed since anything was begun
     building = builder(Single("x"))
     loop = asyncio.new_event_loop()

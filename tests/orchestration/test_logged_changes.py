@@ -24,12 +24,13 @@ from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.support import EPOCH, ManualClock, ThreadGate
 
 A, B = key("a"), key("b")
+Records = list[logging.LogRecord]
 
 
 class World:
     """A source of two keys that fails as it is told, and what was logged meanwhile."""
 
-    def __init__(self, records: list[logging.LogRecord], **settings: Any) -> None:
+    def __init__(self, records: Records, **settings: Any) -> None:
         self.records = records
         self.error: Exception | None = None
         self.source = Single("wire", "a", "b", fetch=self._fetch)
@@ -59,7 +60,7 @@ class Keeping(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.records: list[logging.LogRecord] = []
+        self.records: Records = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
@@ -79,9 +80,7 @@ def _records() -> Iterator[list[logging.LogRecord]]:
 FAILED, WORKS = "WARNING source 'wire' fails: ConnectionError", "INFO source 'wire' works again"
 
 
-async def test_a_source_that_fails_and_works_again_is_named_once_each(
-    records: list[logging.LogRecord],
-) -> None:
+async def test_a_source_that_fails_and_works_again_is_named_once_each(records: Records) -> None:
     world = World(records)
     for error in (None, ConnectionError("x"), ConnectionError("y"), None, None, OSError("z")):
         await world.read(error=error)
@@ -92,7 +91,7 @@ async def test_a_source_that_fails_and_works_again_is_named_once_each(
     assert records[1].exc_info is None
 
 
-async def test_no_key_is_named(records: list[logging.LogRecord]) -> None:
+async def test_no_key_is_named(records: Records) -> None:
     secret = key("a", "iban-42")
     world = World(records, default_policy=FreshnessPolicy(
         10, 1_000, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE
@@ -105,7 +104,7 @@ async def test_no_key_is_named(records: list[logging.LogRecord]) -> None:
     assert "iban" not in "".join(formatter.format(record) for record in records)
 
 
-async def test_what_answers_with_nothing_of_use_fails_too(records: list[logging.LogRecord]) -> None:
+async def test_what_answers_with_nothing_of_use_fails_too(records: Records) -> None:
     answers: list[Any] = [SourcePayload(1, observed_at=EPOCH), 1, SourcePayload(1, EPOCH + 1e6), 1]
 
     async def fetch(k: ResourceKey, context: FetchContext) -> Any:
@@ -126,7 +125,7 @@ async def test_what_answers_with_nothing_of_use_fails_too(records: list[logging.
 
 
 async def test_a_failed_dependency_is_no_failure_of_what_is_derived_from_it(
-    records: list[logging.LogRecord],
+    records: Records,
 ) -> None:
     async def down(k: ResourceKey, context: FetchContext) -> Any:
         raise ConnectionError
@@ -137,9 +136,7 @@ async def test_a_failed_dependency_is_no_failure_of_what_is_derived_from_it(
     assert [record.getMessage() for record in records] == ["source 'wire' fails: ConnectionError"]
 
 
-async def test_a_source_that_cannot_say_what_it_serves_fails(
-    records: list[logging.LogRecord],
-) -> None:
+async def test_a_source_that_cannot_say_what_it_serves_fails(records: Records) -> None:
     class Unsure(Single):
         def supports(self, key: ResourceKey) -> bool:
             raise ValueError("who knows")
@@ -149,7 +146,7 @@ async def test_a_source_that_cannot_say_what_it_serves_fails(
     assert [record.getMessage() for record in records] == ["source 'unsure' fails: ValueError"]
 
 
-async def test_refreshes_in_the_background_are_told_apart(records: list[logging.LogRecord]) -> None:
+async def test_refreshes_in_the_background_are_told_apart(records: Records) -> None:
     world = World(records, default_policy=FreshnessPolicy(
         10, 1_000, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE
     ))  # fmt: skip
@@ -172,7 +169,7 @@ class Cache(BatchCache):
             raise self.error
 
 
-async def test_a_cache_is_told_by_reads_and_writes(records: list[logging.LogRecord]) -> None:
+async def test_a_cache_is_told_by_reads_and_writes(records: Records) -> None:
     cache = Cache()
     async with builder(Single("a"), cache=cache) as building:
         for number, error in enumerate((None, OSError("disk"), OSError("disk"), None, None)):
@@ -208,9 +205,7 @@ class Sink:
 
 @pytest.mark.parametrize("kind", ["event", "metrics"])
 @pytest.mark.parametrize("buffered", [False, True])
-async def test_a_sink_that_fails_is_named_once(
-    records: list[logging.LogRecord], kind: str, buffered: bool
-) -> None:
+async def test_a_sink_that_fails_is_named_once(records: Records, kind: str, buffered: bool) -> None:
     sink = Sink()
     sinks: dict[str, Any] = {"events" if kind == "event" else "metrics": sink}
     world = World(records, buffer_observability=buffered, **sinks)
@@ -226,9 +221,7 @@ async def test_a_sink_that_fails_is_named_once(
 
 
 @pytest.mark.parametrize("buffered", [False, True])
-async def test_an_event_sink_that_logs_says_it_instead(
-    records: list[logging.LogRecord], buffered: bool
-) -> None:
+async def test_an_event_sink_that_logs_says_it_instead(records: Records, buffered: bool) -> None:
     world = World(records, events=LoggingEventSink(), buffer_observability=buffered)
     await world.read(error=ConnectionError())
     await world.lines()
@@ -249,9 +242,7 @@ class Blocking(logging.Handler):
         self.gate.pass_()
 
 
-async def test_a_handler_that_blocks_takes_no_build_with_it(
-    records: list[logging.LogRecord],
-) -> None:
+async def test_a_handler_that_blocks_takes_no_build_with_it(records: Records) -> None:
     gate = ThreadGate()
     handler = Blocking(gate)
     logger = logging.getLogger("coalestra")
@@ -270,9 +261,7 @@ async def test_a_handler_that_blocks_takes_no_build_with_it(
     assert threading.main_thread().name not in handler.threads
 
 
-async def test_a_handler_that_raises_takes_no_build_with_it(
-    records: list[logging.LogRecord],
-) -> None:
+async def test_a_handler_that_raises_takes_no_build_with_it(records: Records) -> None:
     class Raising(logging.Handler):
         def handle(self, record: logging.LogRecord) -> bool:
             raise ValueError("no disk")
@@ -300,9 +289,7 @@ async def test_without_a_listener_no_thread_is_started(monkeypatch: pytest.Monke
     assert not {each.name for each in threading.enumerate() if each not in before}
 
 
-def test_a_builder_that_is_used_by_one_loop_after_the_other_logs_in_each(
-    records: list[logging.LogRecord],
-) -> None:
+def test_a_builder_that_is_used_by_one_loop_after_the_other_logs_in_each(records: Records) -> None:
     async def read(world: World, error: Exception | None) -> None:
         await world.read(error=error)
         await asyncio.sleep(0.05)

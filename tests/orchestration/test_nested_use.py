@@ -205,9 +205,7 @@ async def test_a_source_that_serves_a_refresh_does_not_wait_for_that_one() -> No
 
 
 @pytest.mark.parametrize("kind", [Single, Batch])
-async def test_a_source_may_ask_the_session_that_asks_it_whose_workers_are_all_busy(
-    kind: Any,
-) -> None:
+async def test_a_source_may_ask_the_session_that_asks_it_with_workers_all_busy(kind: Any) -> None:
     """They wait for what is asked for, so that it takes another one."""
 
     class Asks(kind):  # type: ignore[misc]  # one of two
@@ -244,9 +242,7 @@ async def test_a_source_that_replaces_values_of_the_session_that_waits_for_it_is
     assert "must not form a cycle, got test:outer:0" in str(inside[0].error_for(INNER))
 
 
-async def test_what_is_asked_for_is_tried_again_before_what_waits_for_the_slot_of_who_asks() -> (
-    None
-):
+async def test_what_is_asked_for_is_tried_again_before_what_waits_for_the_askers_slot() -> None:
     async def fetch(k: ResourceKey, context: FetchContext) -> int:
         if k == OUTERS[0]:
             return int((await session.resolve([INNER])).value(INNER))
@@ -263,9 +259,7 @@ async def test_what_is_asked_for_is_tried_again_before_what_waits_for_the_slot_o
 
 
 @pytest.mark.parametrize("through_session", [True, False])
-async def test_what_is_asked_for_step_by_step_takes_no_more_workers_than_there_may_be(
-    through_session: bool,
-) -> None:
+async def test_what_is_asked_for_stepwise_takes_no_more_workers(through_session: bool) -> None:
     """One that does not wait itself comes back, and takes what has come meanwhile."""
     inners = [key("inner", str(number)) for number in range(20)]
     gate, running, most = Gate(), 0, 0
@@ -643,9 +637,7 @@ async def test_nothing_stays_of_what_derived_from_a_key_whose_source_asked_for_a
 
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("kind", ["single", "led", "batch", "derived"])
-async def test_what_a_source_has_begun_keeps_nothing_of_a_builder_that_is_closed(
-    kind: str, waits: bool
-) -> None:
+async def test_what_a_source_has_begun_keeps_none_of_a_closed_one(kind: str, waits: bool) -> None:
     """A pool of connections, say, whose tasks the first call has begun and which is kept."""
     variables: list[contextvars.Context] = []
 

@@ -49,9 +49,7 @@ async def test_a_derivation_that_was_hidden_before_does_not_undo_an_event() -> N
 
 
 @pytest.mark.parametrize("cache", [AsyncMemoryCache, SingleKeyCache])
-async def test_what_a_session_derives_from_what_it_has_pinned_is_no_news_to_another_builder(
-    cache: type[Any],
-) -> None:
+async def test_what_a_session_derives_from_its_pins_is_no_news_to_others(cache: type[Any]) -> None:
     shared, gate = cache(), Gate()
     building = builder(Single("base"), Derived("d", needs=lambda k: [BASE]), cache=shared)
     other = builder(Single("base"), derived(gate), cache=shared)
@@ -89,9 +87,7 @@ async def test_a_dated_read_that_an_event_and_an_invalidation_overtook_is_not_ca
 
 
 @pytest.mark.parametrize("change", ["publish", "invalidate"])
-async def test_a_forced_derivation_neither_undoes_an_event_nor_outlives_an_invalidation(
-    change: str,
-) -> None:
+async def test_a_forced_derivation_undoes_no_event_nor_outlives_its_end(change: str) -> None:
     gate = Gate(opened=True)
     source = derived(gate)
     building = builder(Single("base"), source)
@@ -229,9 +225,7 @@ class Counted(dict[Any, Any]):
 
 @pytest.mark.parametrize("news", ["publish", "invalidate", "other"])
 @pytest.mark.parametrize("joined", [True, False])
-async def test_news_costs_a_chain_under_way_no_more_than_a_look_at_each_of_its_keys(
-    news: str, joined: bool
-) -> None:
+async def test_news_costs_a_chain_under_way_a_look_at_each_key(news: str, joined: bool) -> None:
     """Whoever is derived from the next, and so on, has all of that below itself."""
     gate, links = Gate(), [key("link", str(number)) for number in range(100)]
 
@@ -317,9 +311,7 @@ async def test_what_rests_on_something_old_does_not_stand_in_for_who_comes_after
 
 
 @pytest.mark.parametrize("cache", [AsyncMemoryCache, SingleKeyCache])
-async def test_who_comes_after_news_joins_no_derivation_from_what_its_stale_value_rests_on_too(
-    cache: type[Any],
-) -> None:
+async def test_who_comes_after_news_joins_no_derivation_from_old_inputs(cache: type[Any]) -> None:
     gate = Gate(opened=True)
     policies = PolicyResolver(LASTING, overrides={D: FreshnessPolicy(5, 1_000)})
     building = builder(Single("base"), derived(gate), cache=cache(), policy_resolver=policies)

@@ -527,9 +527,7 @@ def test_every_event_says_which_build_it_belongs_to_unless_it_belongs_to_none() 
 # Nothing for nobody -------------------------------------------------------------------------------
 
 
-async def test_with_null_sinks_no_label_event_or_rendered_key_is_built(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_with_null_sinks_no_label_or_text_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("nobody listens, and still something was built")
 

@@ -97,9 +97,7 @@ async def test_a_plain_value_rests_on_itself() -> None:
 
 
 @pytest.mark.parametrize("wanted", [MIDDLE, TOP])
-async def test_a_derived_value_tells_of_the_oldest_and_of_anything_stale_on_any_level(
-    wanted: ResourceKey,
-) -> None:
+async def test_a_derived_value_tells_of_the_oldest_and_the_stale_below(wanted: ResourceKey) -> None:
     world = World()
     world.dated["right"] = EPOCH - 30
     assert world.below(await world.read(wanted)) == (30.0, "right", False)
@@ -394,9 +392,7 @@ async def test_refresh_ahead_goes_by_what_goes_stale_first() -> None:
 
 
 @pytest.mark.parametrize("inherits", [{"middle"}, {"middle", "top"}])
-async def test_a_refresh_waits_for_inputs_that_are_stale_and_so_brings_something_fresh(
-    inherits: Collection[str],
-) -> None:
+async def test_a_refresh_waits_for_stale_inputs_and_so_is_fresh(inherits: Collection[str]) -> None:
     """Inputs are served stale while they are refreshed, too; once is enough all the same."""
     world = World(inherits=inherits, default=SWR)
     wanted = TOP if "top" in inherits else MIDDLE
@@ -522,9 +518,7 @@ async def test_a_request_may_bound_the_age_of_the_oldest_below_and_learns_which_
 
 
 @pytest.mark.parametrize("inherits", [(), ("middle", "top")])
-async def test_a_request_may_refuse_what_rests_on_something_stale(
-    inherits: Collection[str],
-) -> None:
+async def test_a_request_may_refuse_what_rests_on_stale_data(inherits: Collection[str]) -> None:
     world = World(inherits=inherits)
     assert await judged(world, TOP, allow_resting_on_stale=False) == []
     world.down.add("right")

@@ -138,9 +138,7 @@ def place(metrics: InMemoryMetrics | None = None) -> SnapshotBuilder:
 @pytest.mark.parametrize(
     "ask, raising", [(in_a_build, raising_build), (in_a_session, raising_session)]
 )
-async def test_a_result_says_what_the_form_that_raises_says(
-    scene: str, ask: Ask, raising: Ask
-) -> None:
+async def test_a_result_says_what_the_raising_form_says(scene: str, ask: Ask, raising: Ask) -> None:
     outcome, request = SCENES[scene]
     metrics = InMemoryMetrics(), InMemoryMetrics()
     places = [place(each) for each in metrics]
@@ -226,9 +224,7 @@ async def test_observations_further_apart_raise_with_all_the_facts(ask: Ask) -> 
 
 @raising
 @pytest.mark.parametrize("included", [False, True])
-async def test_optional_keys_take_part_in_consistency_only_if_included(
-    ask: Ask, included: bool
-) -> None:
+async def test_optional_keys_count_in_consistency_if_included(ask: Ask, included: bool) -> None:
     building = serving(a=at(9), b=at(0))
     await asyncio.sleep(10)
     policy = SnapshotConsistencyPolicy(5.0, include_optional_resources=included)
@@ -302,9 +298,7 @@ async def test_what_does_not_exist_rejects_a_request_only_if_it_is_required(ask:
 
 @both
 @pytest.mark.parametrize("inherits", [False, True])
-async def test_a_derived_value_degrades_a_request_if_it_inherits_that_something_is_stale(
-    ask: Ask, inherits: bool
-) -> None:
+async def test_a_derived_value_degrades_a_request_by_stale_inputs(ask: Ask, inherits: bool) -> None:
     stale = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
     lasting = FreshnessPolicy(100.0, 100.0)
     derived = Derived("b", needs=lambda _: [A])
@@ -711,9 +705,7 @@ async def test_many_requests_cancelled_at_any_await_leave_nothing_behind(in_sess
         ([key("x")], r"requests\[0\]"),
     ],
 )
-async def test_anything_but_requests_is_a_type_error_and_begins_nothing(
-    requests: Any, message: str
-) -> None:
+async def test_anything_but_requests_is_refused_at_once(requests: Any, message: str) -> None:
     source = Single("x", fetch=echo)
     building = builder(source)
     for place in (building, building.session()):
@@ -724,9 +716,7 @@ async def test_anything_but_requests_is_a_type_error_and_begins_nothing(
 
 @pytest.mark.parametrize("limit, error", [(0, ValueError), (-1, ValueError), (1.0, TypeError),
                                           (True, TypeError)])  # fmt: skip
-async def test_a_wrong_limit_is_refused_and_begins_nothing(
-    limit: Any, error: type[Exception]
-) -> None:
+async def test_a_wrong_limit_is_refused_at_once(limit: Any, error: type[Exception]) -> None:
     source = Single("x", fetch=echo)
     building = builder(source)
     for place in (building, building.session()):

@@ -485,9 +485,7 @@ async def test_the_builder_takes_policies_by_name_and_a_default_too() -> None:
 
 
 @pytest.mark.parametrize("batch", [False, True])
-async def test_a_dynamic_resolver_that_raises_fails_that_source_and_not_the_build(
-    batch: bool,
-) -> None:
+async def test_a_resolver_that_raises_fails_that_source_and_not_the_build(batch: bool) -> None:
     def choose(name: str) -> SourceResiliencePolicy | None:
         if name == "x":
             raise LookupError("no policy today")

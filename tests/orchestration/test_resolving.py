@@ -141,9 +141,7 @@ async def test_stale_while_revalidate_serves_a_stale_value_up_to_max_stale(
 
 
 @pytest.mark.parametrize("age, ahead", [(0.0, False), (5.5, False), (6.0, True), (10.0, True)])
-async def test_refresh_ahead_serves_fresh_and_renews_inside_its_window_only(
-    age: float, ahead: bool
-) -> None:
+async def test_refresh_ahead_renews_inside_its_window_only(age: float, ahead: bool) -> None:
     shop = Shop(default_policy=AHEAD)
     await shop.builder.build([BASE])
     await asyncio.sleep(age)
@@ -254,9 +252,7 @@ async def test_a_key_that_no_source_supports_says_so() -> None:
     assert "no compatible source" in str(error)
 
 
-async def test_strict_raises_with_errors_and_the_partial_snapshot_and_lenient_returns_them() -> (
-    None
-):
+async def test_strict_raises_with_errors_and_partial_snapshot_and_lenient_returns_them() -> None:
     shop = Shop()
     shop.stock.change(other=DOWN)
     with pytest.raises(SnapshotBuildError) as caught:
@@ -329,9 +325,7 @@ async def test_a_stand_in_tells_what_it_stands_in_for() -> None:
 
 
 @pytest.mark.parametrize("source_answers_stale", [True, False])
-async def test_nothing_stands_in_if_the_policy_does_not_allow_it(
-    source_answers_stale: bool,
-) -> None:
+async def test_nothing_stands_in_where_no_policy_allows_it(source_answers_stale: bool) -> None:
     shop = Shop(default_policy=FreshnessPolicy(10.0, 100.0, allow_stale_on_error=False))
     await shop.builder.build([BASE])
     await asyncio.sleep(50)
@@ -440,9 +434,7 @@ async def test_a_refresh_tells_its_source_whose_and_why_it_is(
 
 
 @pytest.mark.parametrize("answer", [DOWN, SourcePayload(2, observed_at=EPOCH - 20)])
-async def test_a_refresh_without_a_fresh_value_fails_and_leaves_the_cache_alone(
-    answer: Any,
-) -> None:
+async def test_a_refresh_without_a_fresh_value_fails_and_leaves_the_cache(answer: Any) -> None:
     metrics = InMemoryMetrics()
     shop = Shop(default_policy=SWR, metrics=metrics)
     first = await shop.builder.build([BASE])

@@ -64,9 +64,7 @@ async def test_it_takes_what_was_published_since() -> None:
 
 
 @pytest.mark.parametrize("others", [True, False])
-async def test_it_takes_what_others_have_read_since_or_asks_if_nothing_fresh_is_cached(
-    others: bool,
-) -> None:
+async def test_it_takes_what_others_have_read_since_or_asks(others: bool) -> None:
     shop = Shop(default_policy=SHORT)
     session = await shop.session(BASE)
     shop.stock.change(base=2)
@@ -88,9 +86,7 @@ async def test_a_value_that_is_still_fresh_in_the_cache_is_kept_without_asking_a
 
 
 @pytest.mark.parametrize("force", [False, True])
-async def test_what_was_derived_from_a_replaced_value_is_replaced_through_chains(
-    force: bool,
-) -> None:
+async def test_what_was_derived_from_a_replaced_value_is_so_through_chains(force: bool) -> None:
     shop = Shop()
     session = await shop.session(BASE, TOP, OTHER)
     shop.stock.change(base=2)
@@ -112,9 +108,7 @@ async def test_a_derived_key_revalidated_alone_agrees_with_its_pinned_dependenci
 
 
 @pytest.mark.parametrize("force", [False, True])
-async def test_what_is_derived_only_when_revalidated_agrees_with_what_is_pinned(
-    force: bool,
-) -> None:
+async def test_what_is_derived_only_then_agrees_with_what_is_pinned(force: bool) -> None:
     """Its pinned value came from another source, as it could not be derived then."""
     down = [True]
 
@@ -155,9 +149,7 @@ async def test_force_refresh_passes_the_cache_by_though_it_is_fresh() -> None:
 
 
 @pytest.mark.parametrize("absent", [True, False])
-async def test_what_is_derived_by_force_from_old_pins_leaves_the_current_value_to_others(
-    absent: bool,
-) -> None:
+async def test_what_is_derived_by_force_from_old_pins_is_nobody_elses(absent: bool) -> None:
     """Also when it comes to nothing; what is derived from a pin that is current is for everyone."""
 
     class Doubling(Derived):
@@ -186,9 +178,7 @@ async def test_what_is_derived_by_force_from_old_pins_leaves_the_current_value_t
 
 
 @pytest.mark.parametrize("force", [False, True])
-async def test_force_refresh_forbids_stale_values_and_without_it_they_may_stand_in(
-    force: bool,
-) -> None:
+async def test_force_refresh_forbids_stale_values_to_stand_in(force: bool) -> None:
     shop = Shop(default_policy=SHORT)
     session = await shop.session(BASE)
     before = session.snapshot()
@@ -656,9 +646,7 @@ async def _in_vain(key: ResourceKey, context: Any) -> Any:
 
 
 @pytest.mark.parametrize("wanted", [BASE, key("beside")])
-async def test_what_is_pinned_meanwhile_agrees_with_what_a_value_comes_to_rest_on(
-    wanted: ResourceKey,
-) -> None:
+async def test_what_is_pinned_meanwhile_agrees_with_the_new_value(wanted: ResourceKey) -> None:
     """The value that is replaced had been published, and rested on nothing."""
     gate = Gate()
     building = builder(
@@ -704,9 +692,7 @@ async def test_what_is_turned_down_is_in_agreement_with_what_was_pinned_meanwhil
 
 @pytest.mark.parametrize("first", ["resolve", "revalidate"])
 @pytest.mark.parametrize("moment", range(12))
-async def test_at_whatever_moment_they_meet_a_stage_and_a_revalidation_never_mix(
-    first: str, moment: int
-) -> None:
+async def test_a_stage_and_a_revalidation_never_mix(first: str, moment: int) -> None:
     shop = Shop()
     session = await shop.session(BASE)
     shop.stock.change(base=2)

@@ -315,9 +315,7 @@ async def test_snapshots_of_a_session_are_bound_by_its_deadline(again: bool) -> 
 
 
 @pytest.mark.parametrize("call", ["resolve", "snapshot_async", "revalidate"])
-async def test_what_is_tried_again_while_a_snapshot_is_copied_is_in_it_or_has_failed(
-    call: str,
-) -> None:
+async def test_what_is_tried_again_in_a_copying_is_in_it_or_has_failed(call: str) -> None:
     gate = ThreadGate()
     gate.open()
 

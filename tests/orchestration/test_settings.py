@@ -168,9 +168,7 @@ def test_good_values_are_taken_and_others_refused_by_the_name_of_the_parameter(n
         BuilderSettings,
     ],
 )
-def test_an_argument_that_there_is_not_is_refused_in_the_name_of_what_was_called(
-    called: Any,
-) -> None:
+def test_an_unknown_argument_is_refused_in_the_name_of_what_was_called(called: Any) -> None:
     """Not of the record that has its arguments."""
     with pytest.raises(TypeError, match=rf"^{called.__name__}\.__init__\(\) .*argument"):
         called(no_such=1)
@@ -277,9 +275,7 @@ def test_authority_policy_and_resolver_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     "settings", [{"cache_run_payload_copies_in_thread": False}, {"cache_max_copy_concurrency": 2}]
 )
-def test_the_settings_of_the_default_cache_are_refused_with_a_cache_of_ones_own(
-    settings: dict[str, Any],
-) -> None:
+def test_settings_of_the_default_cache_are_refused_with_ones_own(settings: dict[str, Any]) -> None:
     made(**settings)
     with pytest.raises(ValueError, match=next(iter(settings))):
         made(cache=AsyncMemoryCache(), **settings)
@@ -467,9 +463,7 @@ async def test_a_build_of_nothing_is_a_value_error() -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, 5, object(), SnapshotRequest(required=[key("x")])])
-async def test_keys_that_cannot_be_gone_through_are_a_type_error_that_names_them(
-    wrong: Any,
-) -> None:
+async def test_keys_not_to_be_gone_through_are_a_type_error_with_names(wrong: Any) -> None:
     building = made()
     session = building.session()
     for ask in (building.build, session.resolve, session.revalidate):
@@ -498,9 +492,7 @@ async def test_what_is_raised_while_keys_are_gone_through_is_left_as_it_is() -> 
         ("observability_shutdown_timeout_seconds", "1"),
     ],
 )
-async def test_wrong_arguments_of_aclose_are_named_and_close_nothing(
-    argument: str, wrong: Any
-) -> None:
+async def test_wrong_arguments_of_aclose_are_told_and_close_none(argument: str, wrong: Any) -> None:
     building = made()
     settings: dict[str, Any] = {argument: wrong}
     with pytest.raises((TypeError, ValueError), match=argument):
@@ -542,9 +534,7 @@ LATE: Any = Late()
         (lambda: RetryPolicy(retry_on=partial(LATE.answer)), "retry_on"),
     ],
 )
-def test_what_must_answer_at_once_is_refused_if_it_is_a_coroutine_function(
-    make: Callable[[], Any], name: str
-) -> None:
+def test_what_must_answer_at_once_is_no_coroutine(make: Callable[[], Any], name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name} must be .*a plain function"):
         make()
 

@@ -232,9 +232,7 @@ PLACES: dict[str, Callable[[Raise], Any]] = {
 
 @pytest.mark.parametrize("what", ERRORS)
 @pytest.mark.parametrize("place", PLACES)
-async def test_whatever_a_source_raises_fails_its_key_alone_and_the_chain_goes_on(
-    place: str, what: str
-) -> None:
+async def test_what_a_source_raises_fails_its_key_and_no_chain(place: str, what: str) -> None:
     """The error names the source and what it raised; other keys and later builds are served."""
     if "step" in place and what == "the end of an iteration":
         pytest.skip("that is how an awaitable returns None")
@@ -306,9 +304,7 @@ def workers() -> list[asyncio.Task[Any]]:
 
 @pytest.mark.late_tasks
 @pytest.mark.parametrize("limit", [1, 3])
-async def test_a_worker_cancelled_before_its_first_step_leaves_its_keys_to_another(
-    limit: int,
-) -> None:
+async def test_a_worker_cancelled_unbegun_leaves_its_keys_to_another(limit: int) -> None:
     """Its coroutine never runs, so nothing may depend on that."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
@@ -415,9 +411,7 @@ async def test_a_swallowed_cancellation_does_not_meet_the_next_key(by: str) -> N
     assert (await task).value(second) == "caught ExceptionGroup"
 
 
-async def test_a_worker_that_ends_in_the_middle_of_a_call_leaves_nobody_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_worker_ended_in_a_call_leaves_no_waiter(monkeypatch: pytest.MonkeyPatch) -> None:
     """However that may come about: the loop tells the lane, and the lane the call."""
 
     async def broken(call: calls.Call, worker: calls.Worker, begun: object) -> None:

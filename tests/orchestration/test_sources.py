@@ -543,9 +543,7 @@ def dated(ahead: float) -> Callable[[ResourceKey, FetchContext], Any]:
 
 
 @pytest.mark.parametrize("kind", ["single", "batch"])
-async def test_an_observation_too_far_ahead_is_rejected_and_the_next_source_tried(
-    kind: str,
-) -> None:
+async def test_an_observation_too_far_ahead_is_rejected_for_the_next_source(kind: str) -> None:
     early: Scripted = Single("early", "x", fetch=dated(1.5))
     if kind == "batch":
         payload = SourcePayload("v", observed_at=EPOCH + 1.5)

@@ -117,9 +117,7 @@ async def test_a_stale_winner_by_authority_is_not_delivered_where_nothing_stale_
     assert (value.value, value.stale) == ("rest", False)
 
 
-async def test_what_inherits_from_something_stale_does_not_stand_in_where_nothing_stale_may() -> (
-    None
-):
+async def test_what_inherits_from_stale_data_does_not_stand_in_where_nothing_stale_may() -> None:
     """By its own age it would be fresh."""
     strict = FreshnessPolicy(1_000, 2_000, allow_stale_on_error=False)
     answers: list[Any] = [SourcePayload(1)]
@@ -140,9 +138,7 @@ async def test_what_inherits_from_something_stale_does_not_stand_in_where_nothin
 
 
 @pytest.mark.parametrize("forced", [True, False])
-async def test_a_winner_by_authority_that_inherits_what_is_stale_is_not_delivered_there_either(
-    forced: bool,
-) -> None:
+async def test_a_winner_that_inherits_what_is_stale_is_not_delivered_there(forced: bool) -> None:
     """By its own age it would be fresh."""
     source = Single("source", "y", fetch=_constant(1))
     derived = Derived("derived", "x", needs=lambda k: [Y])

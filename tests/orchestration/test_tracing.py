@@ -204,9 +204,7 @@ async def test_a_derived_key_says_what_it_rests_on_and_that_it_waited_for_it() -
     assert trace.keys[A].requested is False
 
 
-async def test_one_who_joins_says_whose_flight_and_how_long_though_the_other_is_not_traced() -> (
-    None
-):
+async def test_one_who_joins_says_whose_flight_and_how_long_though_that_is_not_traced() -> None:
     gate = Gate()
 
     b = builder(Single("a", fetch=held_at(gate)))
@@ -409,9 +407,7 @@ async def test_what_another_stage_was_about_to_bring_is_not_told_though_it_came_
 
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-async def test_of_a_key_that_is_being_tried_again_is_told_how_it_failed(
-    ended: bool, fails: bool
-) -> None:
+async def test_of_a_key_tried_again_is_told_how_it_failed(ended: bool, fails: bool) -> None:
     """That its flight has ended by then, and well, is of no account: others are waited for."""
     seconds = 3
 
@@ -554,9 +550,7 @@ async def test_what_many_values_rest_on_is_held_once_for_all_traces() -> None:
     assert len(held) == len(bases)
 
 
-async def test_of_very_many_inputs_the_oldest_and_the_latest_are_kept_and_the_rest_counted() -> (
-    None
-):
+async def test_of_very_many_inputs_the_oldest_and_latest_are_kept_and_the_rest_counted() -> None:
     bases = [key("a", str(n)) for n in range(MOST_INPUTS + 7)]
 
     async def fetch(key: ResourceKey, context: FetchContext) -> SourcePayload[int]:
@@ -574,9 +568,7 @@ async def test_of_very_many_inputs_the_oldest_and_the_latest_are_kept_and_the_re
         assert f"({len(bases) - 5:,} more); test:a:{len(bases) - 1} from" in trace.explain(D)
 
 
-async def test_of_a_call_that_is_tried_again_and_again_the_first_and_latest_attempts_are_kept() -> (
-    None
-):
+async def test_of_a_call_tried_again_and_again_the_first_and_latest_attempts_are_kept() -> None:
     tries = MOST_ATTEMPTS + 50
 
     async def fetch(key: ResourceKey, context: FetchContext) -> Any:
@@ -720,9 +712,7 @@ class Spans:
         self.joins.append((parent, call, seconds, attributes))
 
 
-async def test_a_tracer_sees_the_build_and_each_attempt_below_it_and_is_current_in_the_call() -> (
-    None
-):
+async def test_a_tracer_sees_the_build_and_attempts_below_it_and_is_current_in_calls() -> None:
     seen: list[str | None] = []
 
     async def fetch(key: ResourceKey, context: FetchContext) -> Any:

@@ -131,9 +131,7 @@ async def test_a_builder_that_closes_between_two_slices_ends_the_build() -> None
     await closing
 
 
-async def test_the_clock_is_looked_at_after_every_payload_that_may_take_long(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_the_clock_is_read_after_each_slow_payload(monkeypatch: pytest.MonkeyPatch) -> None:
     """A nested payload may take a millisecond to copy; two of them shall not share a slice."""
     keys = MANY[:20]
     building = builder(Batch("x", answer=lambda k: {"nested": [[k.subject]]}))

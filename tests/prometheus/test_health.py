@@ -107,9 +107,7 @@ async def test_keys_that_cannot_be_refreshed_are_counted(registry: CollectorRegi
     assert figure(registry, "coalestra_failing_refreshes", builder="shop") == 1
 
 
-async def test_a_circuit_is_a_number_and_its_failures_are_counted(
-    registry: CollectorRegistry,
-) -> None:
+async def test_a_circuit_is_a_number_with_its_failures_counted(registry: CollectorRegistry) -> None:
     source = Single("x", fetch=down)
     source.resilience_policy = breaking()
     building = builder(source, Single("calm"))
@@ -136,9 +134,7 @@ async def test_a_circuit_is_a_number_and_its_failures_are_counted(
     assert shown() == (0, 0, 0, 0)
 
 
-async def test_answers_that_come_too_late_for_their_readers_are_counted(
-    registry: CollectorRegistry,
-) -> None:
+async def test_answers_too_late_for_their_readers_are_counted(registry: CollectorRegistry) -> None:
     async def slow(k: ResourceKey, context: Any) -> str:
         await asyncio.sleep(0.3)
         return "late"
@@ -166,9 +162,7 @@ async def test_of_many_circuits_the_open_ones_are_counted(registry: CollectorReg
     assert not [each for each in shown if "SECRET" in each]
 
 
-async def test_it_is_told_when_a_source_last_answered_and_failed(
-    registry: CollectorRegistry,
-) -> None:
+async def test_it_tells_when_a_source_last_answered_and_failed(registry: CollectorRegistry) -> None:
     building = builder(Single("x"), Single("y", fetch=down))
     HealthCollector({"shop": building}, registry=registry)
     success = "coalestra_source_last_success_timestamp_seconds"
@@ -202,9 +196,7 @@ async def test_a_cache_that_has_to_be_awaited_is_not_asked(registry: CollectorRe
 # Who asks, and whom -------------------------------------------------------------------------------
 
 
-def test_a_scrape_does_not_wait_for_the_loop_of_a_threaded_builder(
-    registry: CollectorRegistry,
-) -> None:
+def test_a_scrape_waits_not_for_the_loop_of_a_threaded_builder(registry: CollectorRegistry) -> None:
     gate = ThreadGate()
 
     async def fetch(k: ResourceKey, context: Any) -> str:
@@ -249,9 +241,7 @@ async def test_builders_that_are_closed_or_gone_drop_out(registry: CollectorRegi
     assert all(not metric.samples for metric in metrics(registry).values())
 
 
-async def test_a_builder_may_join_later_and_take_the_place_of_another(
-    registry: CollectorRegistry,
-) -> None:
+async def test_a_builder_may_take_the_place_of_another_later(registry: CollectorRegistry) -> None:
     old, new = builder(Single("x")), builder(Single("x"))
     collector = HealthCollector({"shop": old}, registry=registry)
     collector.watch("shop", new)

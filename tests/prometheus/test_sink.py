@@ -119,9 +119,7 @@ async def test_no_label_tells_which_resource_it_was(registry: CollectorRegistry)
     assert not [each for each in shown if "SECRET" in str(each.labels)]
 
 
-def test_the_buckets_of_latencies_are_the_documented_ones_or_given(
-    registry: CollectorRegistry,
-) -> None:
+def test_the_buckets_of_latencies_are_as_documented_or_given(registry: CollectorRegistry) -> None:
     for name, sink, bounds in (
         ("coalestra", PrometheusMetrics(registry=registry), LATENCY_BUCKETS),
         (
@@ -184,9 +182,7 @@ async def test_what_it_shows_can_be_asked_for_by_name(registry: CollectorRegistr
 # Bounds -------------------------------------------------------------------------------------------
 
 
-def test_beyond_the_bound_what_an_application_named_becomes_other(
-    registry: CollectorRegistry,
-) -> None:
+def test_beyond_the_bound_what_applications_name_is_other(registry: CollectorRegistry) -> None:
     sink = PrometheusMetrics(registry=registry, max_series=15)
     for number in range(1000):
         sink.increment("source_fetch_total", source=f"s{number}", status="success")
@@ -204,9 +200,7 @@ def test_beyond_the_bound_what_an_application_named_becomes_other(
     assert figure(registry, "coalestra_source_fetch_latency_seconds_count", source="other") == 985
 
 
-def test_an_outcome_that_is_new_is_shown_until_there_is_no_room(
-    registry: CollectorRegistry,
-) -> None:
+def test_an_outcome_that_is_new_is_shown_while_there_is_room(registry: CollectorRegistry) -> None:
     sink = PrometheusMetrics(registry=registry, max_series=10)
     sink.increment("source_fetch_total", source="a", status="brand_new")
     assert figure(registry, "coalestra_source_fetch_total", status="brand_new") == 1
@@ -228,9 +222,7 @@ def test_memory_is_bounded_too(registry: CollectorRegistry) -> None:
     assert figure(registry, "coalestra_snapshot_build_total", status="success") == 500
 
 
-def test_a_metric_that_the_library_does_not_know_is_shown_under_its_name(
-    registry: CollectorRegistry,
-) -> None:
+def test_a_metric_unknown_to_the_library_is_shown_by_its_name(registry: CollectorRegistry) -> None:
     sink = PrometheusMetrics(registry=registry)
     sink.increment("door_total", 3, side="left")
     sink.increment("door_total", side="left", colour="red")
@@ -253,9 +245,7 @@ def test_a_metric_that_the_library_does_not_know_is_shown_under_its_name(
         lambda sink: sink.observe("", 1.0),
     ],
 )
-def test_what_makes_no_sense_is_refused_where_it_is_reported(
-    registry: CollectorRegistry, report: Any
-) -> None:
+def test_what_makes_no_sense_is_refused_in_place(registry: CollectorRegistry, report: Any) -> None:
     sink = PrometheusMetrics(registry=registry)
     before = metrics(registry).keys()
     with pytest.raises(ValueError, match="must"):
@@ -272,9 +262,7 @@ def test_what_makes_no_sense_is_refused_where_it_is_reported(
         lambda sink: sink.observe("source_fetch_latency_ms", "1", source="a"),
     ],
 )
-def test_what_is_no_number_or_text_spoils_no_other_report(
-    registry: CollectorRegistry, report: Any
-) -> None:
+def test_what_is_no_number_or_text_spoils_nothing(registry: CollectorRegistry, report: Any) -> None:
     sink: Any = PrometheusMetrics(registry=registry)
     for _ in range(2):
         sink.increment("snapshot_build_total", Decimal(2), status="success")
@@ -421,9 +409,7 @@ def told_of_an_error(sink: PrometheusMetrics, registry: CollectorRegistry) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_that_was_forked_in_the_middle_of_settling_reports_and_scrapes(
-    registry: CollectorRegistry,
-) -> None:
+def test_a_child_forked_in_the_midst_of_settling_reports_too(registry: CollectorRegistry) -> None:
     sink = PrometheusMetrics(registry=registry)
     over = threading.Event()
 

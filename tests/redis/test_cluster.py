@@ -43,9 +43,7 @@ async def caches(
             await client.aclose()
 
 
-async def test_values_travel_between_processes_whatever_their_node(
-    nodes: list[Server], prefix: str
-) -> None:
+async def test_values_travel_between_processes_and_nodes(nodes: list[Server], prefix: str) -> None:
     async with caches(nodes, prefix) as [one, other]:
         await one.set_many([value_of(key, number) for number, key in enumerate(KEYS)])
         found = await other.get_many(KEYS, now=time.time(), policies=dict.fromkeys(KEYS, POLICY))
@@ -69,9 +67,7 @@ async def test_leases_and_fences_hold(nodes: list[Server], prefix: str) -> None:
         assert await read(other, KEYS[1]) == "made"
 
 
-async def test_news_reach_those_who_listen_at_another_node(
-    nodes: list[Server], prefix: str
-) -> None:
+async def test_news_reach_who_listens_at_another_node(nodes: list[Server], prefix: str) -> None:
     async with caches(nodes, prefix, 3) as [one, *others]:
         told = [Told() for _ in others]
         for each, listener in zip(others, told, strict=True):

@@ -170,9 +170,7 @@ def test_a_struct_comes_back() -> None:
         ("half \ud800", "value", "builtins.str"),
     ],
 )
-def test_an_unknown_type_is_refused_with_its_name_and_place(
-    value: Any, place: str, name: str
-) -> None:
+def test_an_unknown_type_is_refused_by_name_and_place(value: Any, place: str, name: str) -> None:
     with pytest.raises(UnstorableValueError) as caught:
         CODEC.encode(value)
     assert (caught.value.place, caught.value.type_name) == (place, name)

@@ -91,9 +91,7 @@ def test_when_the_holder_is_killed_in_mid_fetch_the_next_one_takes_over(
         assert number(server, f"{prefix}-calls") == 2
 
 
-def test_a_reader_whose_deadline_ends_does_not_wait_for_the_holder(
-    server: Server, prefix: str
-) -> None:
+def test_a_reader_whose_deadline_ends_awaits_no_holder(server: Server, prefix: str) -> None:
     with processes(server.url, prefix, 2) as [holder, other]:
         holder.do("set", held=True)
         holder.order("read", names=["a"])
@@ -123,9 +121,7 @@ def test_a_source_that_fails_is_not_asked_in_a_row(server: Server, prefix: str) 
 
 
 @pytest.mark.parametrize("how", ["publish", "invalidate"])
-def test_what_was_changed_is_seen_by_every_process_at_once(
-    server: Server, prefix: str, how: str
-) -> None:
+def test_what_was_changed_is_seen_by_all_at_once(server: Server, prefix: str, how: str) -> None:
     with processes(server.url, prefix, 3) as workers:
         for each in workers:
             each.do("read", names=["a"])
@@ -137,9 +133,7 @@ def test_what_was_changed_is_seen_by_every_process_at_once(
 
 
 @pytest.mark.parametrize("how", ["publish", "invalidate"])
-def test_a_fetch_under_way_does_not_undo_a_change_of_another_process(
-    server: Server, prefix: str, how: str
-) -> None:
+def test_a_fetch_under_way_undoes_no_others_change(server: Server, prefix: str, how: str) -> None:
     with processes(server.url, prefix, 2) as [reader, changer]:
         reader.do("set", held=True)
         reader.order("read", names=["a"])

@@ -272,9 +272,7 @@ async def test_an_entry_of_another_type_is_a_miss_for_itself_alone_and_is_replac
         assert await read(cache) == "new"
 
 
-async def test_an_entry_of_a_model_that_is_not_known_here_is_a_miss_and_counted(
-    caches: Caches,
-) -> None:
+async def test_an_entry_of_a_model_unknown_here_is_a_miss_and_counted(caches: Caches) -> None:
     async with caches(models=[RefreshMode]) as [newer]:
         await newer.set(value_of(A, RefreshMode.BLOCKING))
         async with caches() as [older]:
@@ -440,9 +438,7 @@ async def test_closing_gives_back_leases_at_once(caches: Caches) -> None:
         assert held.key == A
 
 
-async def test_who_waits_for_another_process_is_told_when_the_cache_is_closed(
-    caches: Caches,
-) -> None:
+async def test_who_waits_for_another_process_is_told_that_the_cache_closes(caches: Caches) -> None:
     """Else he would go on asking, and be given a lease that nobody gives back."""
     async with caches(3) as [one, other, third]:
         held = await lease(one)
@@ -639,9 +635,7 @@ async def test_a_derived_value_is_good_while_what_it_rests_on_is_there(caches: C
 
 
 @pytest.mark.parametrize("inherits", [False, True])
-async def test_a_derived_value_says_in_another_process_what_it_rests_on(
-    caches: Caches, inherits: bool
-) -> None:
+async def test_a_derived_value_tells_all_what_it_rests_on(caches: Caches, inherits: bool) -> None:
     source = derived_in_steps(inherit_freshness=inherits)
     observed_at = time.time() - 30
     async with caches(2) as [one, other]:
@@ -692,9 +686,7 @@ async def test_while_news_may_be_missing_no_value_on_its_way_is_served(
             gate.open()
 
 
-async def test_what_one_process_knows_not_to_exist_ends_with_the_news_of_another(
-    caches: Caches,
-) -> None:
+async def test_what_one_knows_not_to_exist_ends_with_the_news_of_another(caches: Caches) -> None:
     calls: list[str] = []
 
     def source(name: str) -> CallableSource:
@@ -717,9 +709,7 @@ async def test_what_one_process_knows_not_to_exist_ends_with_the_news_of_another
         assert (await first.build([A])).value(A) == 1
 
 
-async def test_a_call_that_finishes_late_keeps_its_lease_and_fills_the_cache_for_all(
-    caches: Caches,
-) -> None:
+async def test_a_call_that_finishes_late_keeps_its_lease_and_serves_all(caches: Caches) -> None:
     calls: list[str] = []
     answer = asyncio.Event()
 
@@ -871,9 +861,7 @@ async def test_after_closing_it_is_refused(caches: Caches) -> None:
             await read(cache)
 
 
-async def test_a_client_passed_in_stays_open_and_one_of_its_own_does_not(
-    server: Server, prefix: str
-) -> None:
+async def test_a_client_passed_in_stays_open_unlike_its_own(server: Server, prefix: str) -> None:
     client = Redis.from_url(server.url)
     cache = RedisCache(client, prefix=prefix)
     own = RedisCache(server.url, prefix=prefix)
@@ -965,9 +953,7 @@ async def test_who_acquires_a_damaged_entry_holds_its_lease(
         assert await read(cache) == "acquired"
 
 
-async def test_a_damaged_lease_keeps_nobody_away(
-    caches: Caches, server: Server, prefix: str
-) -> None:
+async def test_a_damaged_lease_stops_nobody(caches: Caches, server: Server, prefix: str) -> None:
     async with caches(2) as [one, other], Redis.from_url(server.url) as raw:
         await lease(one)
         await raw.hset(name_of(prefix, A), "x", "abc")
@@ -1054,9 +1040,7 @@ class Rank(int, enum.Enum):
     HIGH = 2
 
 
-async def test_numbers_of_another_class_are_shared_as_the_numbers_that_they_are(
-    caches: Caches,
-) -> None:
+async def test_numbers_of_another_class_are_shared_as_the_numbers_they_are(caches: Caches) -> None:
     class NumpyishClock:
         def now(self) -> float:
             return Numpyish(time.time())

@@ -173,9 +173,7 @@ async def test_while_the_server_is_away_readers_share_a_call_under_way(
             assert truth.calls == calls + 1
 
 
-async def test_a_warm_read_does_not_wait_for_a_server_that_has_just_stalled(
-    own_server: Server, prefix: str
-) -> None:
+async def test_a_warm_read_waits_for_no_server_that_stalls(own_server: Server, prefix: str) -> None:
     async with a_process(own_server, prefix) as (builder, cache, truth):
         calls = -1
         while calls != cache.health().calls:
@@ -190,9 +188,7 @@ async def test_a_warm_read_does_not_wait_for_a_server_that_has_just_stalled(
             own_server.resume()
 
 
-async def test_what_was_fetched_while_cut_off_replaces_nothing_newer(
-    own_server: Server, prefix: str
-) -> None:
+async def test_what_is_fetched_in_a_cut_replaces_no_newer(own_server: Server, prefix: str) -> None:
     """One process loses the server; another one publishes; the first comes back."""
     async with (
         a_process(own_server, prefix) as (cut, cut_cache, cut_truth),
@@ -232,9 +228,7 @@ async def test_a_server_without_memory_is_read_but_stores_nothing(prefix: str) -
             assert (await builder.publisher.publish(A, 2, source="truth")).published
 
 
-async def test_scripts_that_the_server_has_forgotten_are_sent_again(
-    own_server: Server, prefix: str
-) -> None:
+async def test_scripts_the_server_forgot_are_sent_again(own_server: Server, prefix: str) -> None:
     async with a_process(own_server, prefix) as (builder, cache, _):
         await value(builder)
         own_server.command("SCRIPT", "FLUSH")
@@ -246,9 +240,7 @@ async def test_scripts_that_the_server_has_forgotten_are_sent_again(
 # The news are cut -----------------------------------------------------------------------------
 
 
-async def test_while_the_news_are_cut_reads_go_to_the_server(
-    own_server: Server, prefix: str
-) -> None:
+async def test_while_news_are_cut_reads_go_to_the_server(own_server: Server, prefix: str) -> None:
     async with (
         a_process(own_server, prefix) as (one, cache, truth),
         a_process(own_server, prefix) as (other, _, _),
@@ -268,9 +260,7 @@ async def test_while_the_news_are_cut_reads_go_to_the_server(
         assert cache.health().calls <= calls + 1
 
 
-async def test_while_the_news_are_cut_many_readers_still_make_one_call(
-    server: Server, prefix: str
-) -> None:
+async def test_while_news_are_cut_readers_still_share_a_call(server: Server, prefix: str) -> None:
     async with a_process(server, prefix) as (builder, cache, truth):
         await value(builder)
         cache._news.catch_up = lambda: False  # type: ignore[method-assign]  # cut by the test
@@ -278,9 +268,7 @@ async def test_while_the_news_are_cut_many_readers_still_make_one_call(
         assert truth.calls == 2
 
 
-async def test_what_is_derived_while_the_news_are_cut_is_derived_once_and_kept(
-    server: Server, prefix: str
-) -> None:
+async def test_what_is_derived_in_a_cut_is_so_once_and_kept(server: Server, prefix: str) -> None:
     """Each newcomer asks the server, and waits there for the one who has the lease."""
     gate = Gate()
 
@@ -308,9 +296,7 @@ async def test_what_is_derived_while_the_news_are_cut_is_derived_once_and_kept(
         assert gate.arrived == 1
 
 
-async def test_a_subscription_that_the_server_refuses_is_none(
-    own_server: Server, prefix: str
-) -> None:
+async def test_a_subscription_the_server_refuses_is_none(own_server: Server, prefix: str) -> None:
     own_server.command("ACL", "SETUSER", "default", "-subscribe")
     async with (
         a_process(own_server, prefix) as (one, cache, _),
@@ -327,9 +313,7 @@ async def test_a_subscription_that_the_server_refuses_is_none(
         assert not cache.health().news_connected
 
 
-async def test_waiting_for_another_process_survives_the_loss_of_the_news(
-    own_server: Server, prefix: str
-) -> None:
+async def test_waiting_for_others_survives_a_loss_of_news(own_server: Server, prefix: str) -> None:
     async with (
         a_process(own_server, prefix) as (_, one_cache, truth),
         a_process(own_server, prefix) as (other, other_cache, other_truth),

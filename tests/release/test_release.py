@@ -69,9 +69,7 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_the_wheel_holds_every_module_the_type_marker_the_page_and_nothing_else(
-    wheel: Path,
-) -> None:
+def test_the_wheel_holds_all_modules_the_type_marker_the_page_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     source = ROOT / "src"

@@ -110,9 +110,7 @@ def test_each_report_takes_each_state_where_the_table_says(
 
 
 @given(st.lists(st.sampled_from(["ask", "time", *Outcome])))
-def test_whatever_happens_there_is_at_most_one_probe_and_it_is_half_open(
-    steps: list[str | Outcome],
-) -> None:
+def test_whatever_happens_a_probe_is_the_only_one_and_half_open(steps: list[str | Outcome]) -> None:
     circuit, now, probes = Circuit(), 0.0, 0
     for step in steps:
         if step == "ask":
@@ -158,9 +156,7 @@ def test_an_identity_reads_as_source_scope_and_part(identity: CircuitIdentity, t
         ("enabled", 1, TypeError),
     ],
 )
-def test_a_wrong_value_of_a_policy_is_refused_by_name(
-    field: str, value: Any, error: type[Exception]
-) -> None:
+def test_a_wrong_value_is_refused_by_name(field: str, value: Any, error: type[Exception]) -> None:
     """A bool is not a number, and a number not a bool."""
     with pytest.raises(error, match=field):
         CircuitBreakerPolicy(**{field: value})

@@ -442,9 +442,7 @@ async def test_a_probe_whose_end_the_clock_knows_no_time_of_lets_the_next_one_th
 
 
 @pytest.mark.parametrize("says", [math.nan, math.inf, LookupError("no time")], ids=repr)
-async def test_a_failure_that_the_clock_knows_no_time_of_opens_nothing_for_ever(
-    says: float | BaseException,
-) -> None:
+async def test_a_failure_at_no_known_time_opens_none_for_ever(says: float | BaseException) -> None:
     clock, policy = FailingClock(), CircuitBreakerPolicy(failure_threshold=1)
     breaker = CircuitBreaker(clock=clock, default_policy=policy)
     clock.says = says

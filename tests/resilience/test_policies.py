@@ -66,9 +66,7 @@ def test_later_changes_to_the_given_mapping_do_not_reach_the_resolver() -> None:
         ({"dynamic": "no"}, "dynamic"),
     ],
 )
-def test_arguments_of_the_wrong_type_are_refused_by_name(
-    arguments: dict[str, Any], name: str
-) -> None:
+def test_arguments_of_a_wrong_type_are_refused(arguments: dict[str, Any], name: str) -> None:
     """At construction, not at the first call."""
     with pytest.raises(TypeError, match=name):
         ResiliencePolicyResolver(**arguments)

@@ -111,9 +111,7 @@ def test_a_thread_that_has_been_notified_is_working_however_long_it_gets_no_proc
 
 
 @pytest.mark.usefixtures("looks_far_apart")
-def test_a_buffer_that_has_something_to_deliver_is_working_however_long_it_gets_no_processor() -> (
-    None
-):
+def test_a_buffer_that_has_something_to_deliver_is_working_however_long_it_must_wait() -> None:
     """A bell that is rung and not heard stands for a machine that is busy elsewhere."""
     watch, sink = ThreadWatch(), Recorder()
     buffer, processor = BufferedEventSink(sink), threading.Event()
@@ -144,9 +142,7 @@ def test_who_waits_for_the_end_of_a_thread_is_blocked_as_long_as_that_one() -> N
 
 
 @pytest.mark.usefixtures("looks_far_apart")
-def test_a_thread_that_has_not_begun_its_work_is_working_however_long_it_gets_no_processor() -> (
-    None
-):
+def test_a_thread_that_has_not_begun_its_work_is_working_however_long_it_must_wait() -> None:
     """Holding it where it tells that it has started stands for a machine that is busy elsewhere."""
 
     class Held(threading.Event):

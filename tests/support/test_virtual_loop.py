@@ -50,9 +50,7 @@ def test_a_timer_at_infinity_is_no_way_out_of_a_deadlock() -> None:
         run_virtual(main())
 
 
-def test_a_timer_that_renews_itself_for_ever_is_a_deadlock_in_the_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_timer_renewed_for_ever_is_a_deadlock_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtual_loop, "HORIZON", START + 300 * 86_400.0)
 
     async def main() -> None:

@@ -41,9 +41,7 @@ def test_a_place_given_back_twice_counts_once(loop: asyncio.AbstractEventLoop) -
     assert backlog.pending == 1
 
 
-def test_of_two_that_come_to_the_last_place_at_once_one_has_it(
-    loop: asyncio.AbstractEventLoop,
-) -> None:
+def test_of_two_that_come_to_the_last_place_one_has_it(loop: asyncio.AbstractEventLoop) -> None:
     backlog = SubmissionBacklog(1)
     accepted: list[int] = []
 
@@ -67,9 +65,7 @@ def test_of_two_that_come_to_the_last_place_at_once_one_has_it(
     assert accepted
 
 
-def test_a_submission_that_is_still_being_made_is_not_waited_for(
-    loop: asyncio.AbstractEventLoop,
-) -> None:
+def test_a_submission_still_being_made_is_not_waited_for(loop: asyncio.AbstractEventLoop) -> None:
     backlog = SubmissionBacklog(1)
     entered(backlog, loop, accepted=False)
     backlog.flush(None)

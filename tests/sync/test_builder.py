@@ -176,9 +176,7 @@ def test_a_rejected_request_is_a_result_in_another_thread_too() -> None:
                 result.require_accepted()
 
 
-def test_many_requests_come_back_in_the_form_in_which_they_were_given(
-    sync: SyncSnapshotBuilder,
-) -> None:
+def test_many_requests_come_back_in_the_form_they_were_given(sync: SyncSnapshotBuilder) -> None:
     price, volume = (SnapshotRequest(required=[key]) for key in (PRICE, VOLUME))
     read_in: list[threading.Thread] = []
 
@@ -213,9 +211,7 @@ def test_a_build_that_is_not_strict_returns_the_errors() -> None:
             sync.build([PRICE])
 
 
-def test_published_values_are_what_later_builds_return(
-    sync: SyncSnapshotBuilder, prices: Prices
-) -> None:
+def test_what_is_published_is_what_builds_return(sync: SyncSnapshotBuilder, prices: Prices) -> None:
     sync.publisher.publish(PRICE, {"price": 100}, source="stream")
     assert sync.build([PRICE]).value(PRICE) == {"price": 100}
     future = sync.publisher.submit_publish(PRICE, {"price": 101}, source="stream", force=True)
@@ -285,9 +281,7 @@ def test_many_threads_build_side_by_side(sync: SyncSnapshotBuilder, prices: Pric
     assert prices.calls == 21
 
 
-def test_callers_that_meet_share_one_call_of_the_source(
-    sync: SyncSnapshotBuilder, prices: Prices
-) -> None:
+def test_callers_that_meet_share_one_call(sync: SyncSnapshotBuilder, prices: Prices) -> None:
     prices.door = Door()
     first = in_thread(lambda: sync.build([PRICE]))
     prices.door.wait_reached()
@@ -396,9 +390,7 @@ def test_the_representation_tells_the_state(sync: SyncSnapshotBuilder) -> None:
     )
 
 
-def test_work_of_any_kind_can_be_handed_to_the_loop_without_waiting(
-    sync: SyncSnapshotBuilder,
-) -> None:
+def test_work_of_any_kind_is_handed_to_the_loop_without_waiting(sync: SyncSnapshotBuilder) -> None:
     async def work(builder: SnapshotBuilder) -> tuple[object, str]:
         return builder, threading.current_thread().name
 

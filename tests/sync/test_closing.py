@@ -215,9 +215,7 @@ def test_the_with_block_raises_its_own_error() -> None:
     assert loop_threads() == []
 
 
-def test_an_error_of_the_block_wins_over_what_goes_wrong_in_closing(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_an_error_of_the_block_wins_over_one_in_closing(caplog: pytest.LogCaptureFixture) -> None:
     events = SlowSink()
     made = builder(Prices(), events=events)
     with pytest.raises(LookupError, match="the block's own"):
@@ -231,9 +229,7 @@ def test_an_error_of_the_block_wins_over_what_goes_wrong_in_closing(
     wait_until(lambda: not loop_threads())
 
 
-def test_closing_a_facade_whose_loop_is_held_ends_with_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_closing_a_facade_whose_loop_is_held_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.sync.UNWIND_SECONDS", 0.01)
     held, entered = threading.Event(), threading.Event()
 
@@ -341,9 +337,7 @@ def test_a_facade_is_not_forgotten_as_long_as_somebody_can_use_it(kept: str) -> 
     assert loop_threads() == []
 
 
-def test_work_that_closing_cancels_while_it_is_being_accepted_is_told_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_work_cancelled_while_it_is_accepted_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its thread has its turn again only when the loop is closed."""
     sync = SyncSnapshotBuilder(SnapshotBuilder([]), shutdown_timeout_seconds=0)
     loop = sync._thread._loop

@@ -40,9 +40,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("begun", [True, False])
-def test_an_interrupted_wait_cancels_the_work_also_before_it_has_begun(
-    loop_thread: LoopThread, begun: bool
-) -> None:
+def test_an_interrupted_wait_cancels_unbegun_work(loop_thread: LoopThread, begun: bool) -> None:
     cancelled = threading.Event()
 
     async def interrupt_the_caller() -> None:
@@ -205,9 +203,7 @@ def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
     assert "broke the event loop" in caplog.records[0].getMessage()
 
 
-def test_the_last_operation_begins_again_if_it_is_cancelled_before_its_first_step(
-    loop_thread: LoopThread,
-) -> None:
+def test_the_last_operation_begins_again_if_cancelled_unbegun(loop_thread: LoopThread) -> None:
     held, began = threading.Event(), threading.Event()
 
     async def hold() -> None:

@@ -128,9 +128,7 @@ def hold(thread: LoopThread) -> threading.Event:
     return door
 
 
-def test_a_value_that_cannot_be_captured_is_refused_and_takes_no_place(
-    publisher: SyncResourcePublisher,
-) -> None:
+def test_a_value_not_to_be_captured_takes_no_place(publisher: SyncResourcePublisher) -> None:
     with pytest.raises(PayloadIsolationError, match="a submission"):
         publisher.submit_publish(PRICE, threading.Lock(), source="stream")
     assert publisher.pending_submissions == 0

@@ -35,9 +35,7 @@ def facade() -> Iterator[SyncSnapshotBuilder]:
         yield made
 
 
-def test_a_handler_may_submit_and_read_wherever_it_strikes_a_submission(
-    facade: SyncSnapshotBuilder,
-) -> None:
+def test_a_handler_may_submit_and_read_wherever_it_strikes(facade: SyncSnapshotBuilder) -> None:
     submit = facade.publisher.submit_publish
     handled: list[Any] = []
 
@@ -61,9 +59,7 @@ def test_a_handler_may_build_wherever_it_strikes_a_build() -> None:
     assert lines > 20
 
 
-def test_a_handler_that_raises_at_any_line_of_a_submission_takes_no_place(
-    facade: SyncSnapshotBuilder,
-) -> None:
+def test_a_handler_raising_at_any_line_of_one_takes_no_place(facade: SyncSnapshotBuilder) -> None:
     def strike() -> None:
         raise Struck
 
@@ -122,9 +118,7 @@ def test_a_handler_may_close_wherever_it_strikes(call: str, raises: bool) -> Non
         outcome(in_thread(lambda number=number: struck(number)))  # type: ignore[misc]
 
 
-def test_another_thread_may_submit_while_a_handler_holds_one_up(
-    facade: SyncSnapshotBuilder,
-) -> None:
+def test_another_thread_may_submit_while_a_handler_holds_one(facade: SyncSnapshotBuilder) -> None:
     """No lock is held where a handler may strike: it may wait for who submits elsewhere."""
     submit = facade.publisher.submit_publish
 
@@ -137,9 +131,7 @@ def test_another_thread_may_submit_while_a_handler_holds_one_up(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_forked_at_any_line_of_a_submission_is_refused_and_may_close(
-    facade: SyncSnapshotBuilder,
-) -> None:
+def test_a_child_forked_at_any_line_is_refused_and_may_close(facade: SyncSnapshotBuilder) -> None:
     def fork() -> None:
         child = os.fork()
         if not child:
