@@ -14,7 +14,7 @@ import coalestra
 from coalestra import Obtained, WaitReason
 from coalestra import inspect as live_page
 from coalestra._telemetry import COUNTERS, OBSERVATIONS
-from coalestra.orchestration.parts import BuilderSettings
+from coalestra.orchestration.builder import BuilderSettings
 from tests.docs import public_names
 from tests.docs.pages import ROOT
 from tests.observability.recording import EVENTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -12,25 +13,46 @@ from coalestra.cache.access import CacheAccess
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.cache.publisher import ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
-from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
-from coalestra.core import protocols
-from coalestra.core.health import BuilderHealth, FlightSnapshot, PayloadCopyHealth
+from coalestra.core.health import BuilderHealth, FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyResolver,
     FreshnessPolicy,
     ObservationPolicy,
     PolicyResolver,
+    SourceAuthorityPolicy,
+)
+from coalestra.core.protocols import (
+    AsyncCache,
+    Clock,
+    EventSink,
+    MetricsSink,
+    Source,
+    SystemClock,
+    Tracer,
+    checked,
 )
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
-from coalestra.core.validation import flag, instance, integer, number
+from coalestra.core.validation import (
+    check_fields,
+    choice,
+    flag,
+    instance,
+    integer,
+    number,
+    require_methods,
+    ruled,
+    text,
+)
 from coalestra.observability.reports import ObservabilitySinks
+from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.flights import Work
-from coalestra.orchestration.parts import BuilderArguments, Parts
+from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link
@@ -50,6 +72,127 @@ from coalestra.resilience.policies import (
     RetryPolicy,
     SourceResiliencePolicy,
 )
+
+# What a builder is told: its settings and collaborators, with their defaults and rules ------------
+
+
+def _rate(name: str, value: Any) -> object:
+    return value if type(value) is bool else number(name, value, minimum=0, maximum=1)
+
+
+def _flag_or_none(name: str, value: Any) -> object:
+    return None if value is None else flag(name, value)
+
+
+def _limits(name: str, value: Any) -> None:
+    instance(name, value, Mapping, optional=True)
+    for source, limit in (value or {}).items():
+        text(f"{name} key", source)
+        integer(f"{name}[{source!r}]", limit, minimum=1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class BuilderSettings:
+    """The simple settings of a builder, checked, and fixed for its life. Times are seconds.
+
+    Attributes:
+        max_concurrency: source operations at once, over all builds, sessions and refreshes.
+        max_pending_tasks: workers for one source's single or derived keys; `max_concurrency` if
+            None.
+        source_concurrency: limits by source name; they win over what a source declares.
+        cache_source_support: whether answers of `supports` are remembered.
+        source_support_cache_max_entries: how many; None for any number.
+        manage_lifecycle: whether closing the builder closes its sources, cache and sinks too.
+        run_payload_copies_in_thread: True always, False never, None when it pays.
+        max_copy_concurrency: threads that copy payloads at once.
+        cache_run_payload_copies_in_thread: the same for the default cache's own copies.
+        cache_max_copy_concurrency: the same for the default cache's own copies.
+        copy_shutdown_timeout_seconds: how long closing waits for running copies.
+        buffer_observability: True buffers every sink, False none, None those that may block.
+        observability_max_pending: records that may wait in a buffer.
+        observability_overflow: what gives way when a buffer is full.
+        observability_shutdown_timeout_seconds: how long closing waits for buffers to empty.
+        observability_drain_on_shutdown: whether closing delivers what waits, or discards it.
+        require_source_timeout_declarations: whether sources must say if they block.
+        allow_unsafe_blocking_sources: whether blocking sources without a safe timeout are let in.
+        source_transport_timeout_grace_seconds: what a call may take beyond its transport timeout
+            before it counts as a violation.
+        trace: whether units of work are traced unless told otherwise, or the share of them that is.
+    """
+
+    max_concurrency: int = ruled(8, integer, minimum=1)
+    max_pending_tasks: int | None = ruled(None, integer, minimum=1, optional=True)
+    source_concurrency: Mapping[str, int] | None = ruled(None, _limits)
+    cache_source_support: bool = ruled(True, flag)
+    source_support_cache_max_entries: int | None = ruled(100_000, integer, minimum=1, optional=True)
+    manage_lifecycle: bool = ruled(False, flag)
+    run_payload_copies_in_thread: bool | None = ruled(None, _flag_or_none)
+    max_copy_concurrency: int = ruled(4, integer, minimum=1)
+    cache_run_payload_copies_in_thread: bool | None = ruled(None, _flag_or_none)
+    cache_max_copy_concurrency: int = ruled(4, integer, minimum=1)
+    copy_shutdown_timeout_seconds: float = ruled(5.0, number, minimum=0)
+    buffer_observability: bool | None = ruled(None, _flag_or_none)
+    observability_max_pending: int = ruled(10_000, integer, minimum=1)
+    observability_overflow: BufferOverflowPolicy = ruled(
+        BufferOverflowPolicy.DROP_OLDEST, choice, BufferOverflowPolicy
+    )
+    observability_shutdown_timeout_seconds: float = ruled(5.0, number, minimum=0)
+    observability_drain_on_shutdown: bool = ruled(True, flag)
+    require_source_timeout_declarations: bool = ruled(True, flag)
+    allow_unsafe_blocking_sources: bool = ruled(False, flag)
+    source_transport_timeout_grace_seconds: float = ruled(0.05, number, minimum=0)
+    trace: bool | float = ruled(False, _rate)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_pending_tasks is None:
+            object.__setattr__(self, "max_pending_tasks", self.max_concurrency)
+
+
+def _one_of(kind: type[Any]) -> Any:
+    return ruled(None, instance, kind, optional=True)
+
+
+def _with_methods(*methods: str, plain: bool = True) -> Any:
+    return ruled(None, require_methods, *methods, optional=True, plain=plain)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class BuilderArguments(BuilderSettings):
+    """All that an application hands to a builder; None stands for the default."""
+
+    sources: Iterable[Source] = dataclasses.field(kw_only=False)
+    default_policy: FreshnessPolicy | None = _one_of(FreshnessPolicy)
+    policy_resolver: PolicyResolver | None = _with_methods("resolve")
+    authority_policy: SourceAuthorityPolicy | None = _one_of(SourceAuthorityPolicy)
+    authority_resolver: AuthorityPolicyResolver | None = _one_of(AuthorityPolicyResolver)
+    cache: AsyncCache | None = _with_methods("get", "set", "invalidate", "clear", plain=False)
+    retry_policy: RetryPolicy | None = _one_of(RetryPolicy)
+    circuit_breaker: CircuitBreaker | None = _one_of(CircuitBreaker)
+    default_resilience: SourceResiliencePolicy | None = _one_of(SourceResiliencePolicy)
+    source_resilience: Mapping[str, SourceResiliencePolicy] | None = _one_of(Mapping)
+    resilience_resolver: ResiliencePolicyResolver | None = _one_of(ResiliencePolicyResolver)
+    clock: Clock | None = _with_methods("now", "monotonic")
+    metrics: MetricsSink | None = None
+    events: EventSink | None = None
+    tracer: Tracer | None = _with_methods("begin", "enter", "end", "joined")
+    observation_policy: ObservationPolicy | None = _one_of(ObservationPolicy)
+    payload_copier: PayloadCopier | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        instance("sources", self.sources, Iterable)
+        for source, policy in (self.source_resilience or {}).items():
+            text("source_resilience key", source)
+            instance(f"source_resilience[{source!r}]", policy, SourceResiliencePolicy)
+        if self.authority_policy is not None and self.authority_resolver is not None:
+            raise ValueError(
+                "authority_policy and authority_resolver were both given; give the resolver alone, "
+                "with the policy as its default"
+            )
+
+
+# How its parts are put together, and looked into --------------------------------------------------
 
 
 def _require_safe_timeouts(links: Iterable[Link], settings: BuilderArguments) -> None:
@@ -103,22 +246,31 @@ def _capacity(links: Iterable[Link], settings: BuilderArguments) -> CapacityCont
     return capacity
 
 
+_COPY_COUNTS = (
+    "started_count", "completed_count", "failure_count", "timeout_count", "capacity_timeout_count",
+    "shutdown_timeout_count", "active_at_last_shutdown_timeout",
+)  # fmt: skip
+"""Counts of every component that copies, and with ``payload_copy_`` before it of all of them."""
+
+
 def collect_health(
     engine: Engine, sinks: ObservabilitySinks, unfinished: Mapping[str, int], cache_stats: Any
 ) -> BuilderHealth:
     """Return the state of a builder and its counters; any thread may ask for it."""
-    parts = engine.parts
+    parts, refresher = engine.parts, engine.flights.refresher
     cache, calls = parts.access.cache, parts.access.calls.counts
     copies = {"builder": parts.copies.health()}
     if isinstance(cache, AsyncMemoryCache):
         copies["cache"] = cache.copy_health_snapshot()
-    capacity = parts.capacity.view()
+    capacity, buffers = parts.capacity.view(), sinks.stats()
     guarantees = {link.name: link.guarantee for link in parts.chains.links}
     violations = parts.counters.source_transport_timeout_violations.copy()
+    unbuffered = parts.tracing.failures + (0 if parts.report is None else parts.report.failures)
+    copying, blocking, buffered = copies.values(), guarantees.values(), buffers.values()
     return BuilderHealth(
         closed=engine.closed,
-        background_refreshes=engine.flights.refresher.active,
-        failing_refreshes=len(engine.flights.refresher.failing),
+        background_refreshes=refresher.active,
+        failing_refreshes=len(refresher.failing),
         singleflight_in_flight=len(engine.flights.board.flights),
         source_support_cache_entries=parts.chains.entries,
         capacity=capacity,
@@ -133,54 +285,27 @@ def collect_health(
         waiting_for_capacity=sum(each.waiting for each in capacity.values()),
         **{**vars(parts.counters), "source_transport_timeout_violations": violations},
         source_timeout_guarantees=guarantees,
-        blocking_source_count=sum(each.blocking_io for each in guarantees.values()),
-        protected_blocking_source_count=sum(each.protected for each in guarantees.values()),
-        unsafe_blocking_source_count=sum(each.unsafe for each in guarantees.values()),
-        undeclared_source_timeout_count=sum(
-            not each.declaration_present for each in guarantees.values()
-        ),
+        blocking_source_count=sum(each.blocking_io for each in blocking),
+        protected_blocking_source_count=sum(each.protected for each in blocking),
+        unsafe_blocking_source_count=sum(each.unsafe for each in blocking),
+        undeclared_source_timeout_count=sum(not each.declaration_present for each in blocking),
         source_transport_timeout_violation_count=sum(violations.values()),
-        **_copy_facts(copies),
+        payload_copy_components=copies,
+        active_payload_copies=sum(each.active_copies for each in copying),
+        waiting_for_copy_capacity=sum(each.waiting_for_capacity for each in copying),
+        payload_copy_shutdown_incomplete=any(each.shutdown_incomplete for each in copying),
+        **{f"payload_copy_{it}": sum(getattr(each, it) for each in copying) for it in _COPY_COUNTS},
         unfinished_source_calls=unfinished,
-        **_observability_facts(
-            sinks, parts.tracing.failures + (0 if parts.report is None else parts.report.failures)
+        observability_buffers=buffers,
+        observability_pending=sum(each.pending for each in buffered),
+        observability_peak_pending=sum(each.peak_pending for each in buffered),
+        observability_dropped_count=sum(each.dropped for each in buffered),
+        observability_failure_count=sum(each.failures for each in buffered) + unbuffered,
+        observability_shutdown_incomplete=any(
+            each.closed and each.worker_alive and each.shutdown_timeout_count for each in buffered
         ),
+        observability_shutdown_timeout_count=sum(each.shutdown_timeout_count for each in buffered),
     )
-
-
-def _copy_facts(components: Mapping[str, PayloadCopyHealth]) -> dict[str, Any]:
-    each = components.values()
-    return {
-        "payload_copy_components": components,
-        "active_payload_copies": sum(one.active_copies for one in each),
-        "waiting_for_copy_capacity": sum(one.waiting_for_capacity for one in each),
-        "payload_copy_started_count": sum(one.started_count for one in each),
-        "payload_copy_completed_count": sum(one.completed_count for one in each),
-        "payload_copy_failure_count": sum(one.failure_count for one in each),
-        "payload_copy_timeout_count": sum(one.timeout_count for one in each),
-        "payload_copy_capacity_timeout_count": sum(one.capacity_timeout_count for one in each),
-        "payload_copy_shutdown_incomplete": any(one.shutdown_incomplete for one in each),
-        "payload_copy_shutdown_timeout_count": sum(one.shutdown_timeout_count for one in each),
-        "payload_copy_active_at_last_shutdown_timeout": sum(
-            one.active_at_last_shutdown_timeout for one in each
-        ),
-    }
-
-
-def _observability_facts(sinks: ObservabilitySinks, unbuffered: int) -> dict[str, Any]:
-    buffers = sinks.stats()
-    each = buffers.values()
-    return {
-        "observability_buffers": buffers,
-        "observability_pending": sum(one.pending for one in each),
-        "observability_peak_pending": sum(one.peak_pending for one in each),
-        "observability_dropped_count": sum(one.dropped for one in each),
-        "observability_failure_count": sum(one.failures for one in each) + unbuffered,
-        "observability_shutdown_incomplete": any(
-            one.closed and one.worker_alive and one.shutdown_timeout_count for one in each
-        ),
-        "observability_shutdown_timeout_count": sum(one.shutdown_timeout_count for one in each),
-    }
 
 
 class SnapshotBuilder(BuilderArguments):
@@ -228,18 +353,18 @@ class SnapshotBuilder(BuilderArguments):
     loop, and a `TypeError` or `ValueError` for a wrong argument.
     """
 
-    sources: tuple[protocols.Source, ...]
+    sources: tuple[Source, ...]
     default_policy: FreshnessPolicy
     policy_resolver: PolicyResolver
     authority_resolver: AuthorityPolicyResolver
-    cache: protocols.AsyncCache
+    cache: AsyncCache
     retry_policy: RetryPolicy
     circuit_breaker: CircuitBreaker
     default_resilience: SourceResiliencePolicy
     resilience_resolver: ResiliencePolicyResolver
-    clock: protocols.Clock
-    metrics: protocols.MetricsSink
-    events: protocols.EventSink
+    clock: Clock
+    metrics: MetricsSink
+    events: EventSink
     observation_policy: ObservationPolicy
 
     def __post_init__(self) -> None:
@@ -263,7 +388,7 @@ class SnapshotBuilder(BuilderArguments):
             overflow=self.observability_overflow,
         )
         self._use(sources=sources, metrics=self._sinks.metrics, events=self._sinks.events)
-        self._use_unless_given(cache=default_cache, clock=protocols.SystemClock())
+        self._use_unless_given(cache=default_cache, clock=SystemClock())
         self._choose_policies()
         self.capacity: CapacityController = _capacity(chains.links, self)
         parts = self._parts(chains)
@@ -329,7 +454,7 @@ class SnapshotBuilder(BuilderArguments):
             self._sinks.log,
         )
         return Parts(
-            clock=protocols.checked(self.clock),
+            clock=checked(self.clock),
             chains=chains,
             policies=self.policy_resolver,
             authority=self.authority_resolver,
