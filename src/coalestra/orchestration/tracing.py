@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from math import inf
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from coalestra._endings import pass_on
 from coalestra.core.errors import SourceFailure, folded_message, message_of, type_name
@@ -135,17 +135,20 @@ class Tracing:
 R = TypeVar("R", AttemptTrace, CallTrace, KeyTrace, StageTrace, Wait)
 
 
+_UNDER_WAY = {"outcome": "under_way", "obtained": Obtained.FAILED}
+_AT_END = (
+    "source", "version", "rests_on", "omitted_inputs", "error_type", "error", "pause_seconds",
+)  # fmt: skip
+"""What only an end brings: before it, a record has its own defaults of these."""
+
+
 @dataclass(slots=True, eq=False)
 class _Stretch:
-    """What began at one time, and has ended at another or goes on.
+    """What began at one time, and has ended at another or goes on."""
 
-    `before_end` is what the record of it holds instead of facts that only its end brings.
-    """
-
-    before_end: ClassVar[Mapping[str, Any]] = {}
-
-    start: float = field(default_factory=_now, kw_only=True)
-    end: float = field(default=inf, kw_only=True)
+    _: KW_ONLY
+    start: float = field(default_factory=_now)
+    end: float = inf
 
     def told(self, record: type[R], began: float, until: float, **more: Any) -> R:
         """Return the record of what was noted by `until`, in seconds since `began`.
@@ -155,7 +158,8 @@ class _Stretch:
         names = [name for name in record.__match_args__ if name not in more]
         facts: dict[str, Any] = more | {name: getattr(self, name) for name in names}
         if self.end > until:
-            facts |= self.before_end
+            facts |= {name: getattr(record, name) for name in _AT_END if hasattr(record, name)}
+            facts |= {name: it for name, it in _UNDER_WAY.items() if name in facts}
         facts |= {"start": self.start - began, "end": min(self.end, until) - began}
         return record(**facts)
 
@@ -188,15 +192,10 @@ class _Waits(list[_Wait]):
 class _Try(_Stretch):
     """What attempts and calls have in common: an outcome, and the error that it was."""
 
-    before_end: ClassVar[Mapping[str, Any]] = {
-        "outcome": "under_way",
-        "error_type": None,
-        "error": None,
-    }
-
-    outcome: str = field(default="", kw_only=True)
-    error_type: str | None = field(default=None, kw_only=True)
-    error: str | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    outcome: str = ""
+    error_type: str | None = None
+    error: str | None = None
 
     def settle(self, outcome: str, error: BaseException | None) -> None:
         """Note how it has ended."""
@@ -207,8 +206,6 @@ class _Try(_Stretch):
 @dataclass(slots=True, eq=False)
 class AttemptLog(_Try):
     """What is noted of one attempt; see `AttemptTrace`."""
-
-    before_end: ClassVar[Mapping[str, Any]] = {**_Try.before_end, "pause_seconds": None}
 
     number: int
     called: float | None = None
@@ -316,13 +313,6 @@ class FlightLog:
 class KeyLog(_Stretch):
     """What is noted of one key for one who waits for it; see `KeyTrace`."""
 
-    before_end: ClassVar[Mapping[str, Any]] = {
-        "obtained": Obtained.FAILED,
-        **dict.fromkeys(("source", "version", "error_type", "error")),
-        "rests_on": (),
-        "omitted_inputs": 0,
-    }
-
     key: ResourceKey
     requested: bool
     obtained: Obtained | None = None
@@ -421,16 +411,12 @@ class WarmKey(NamedTuple):
     start: float
     key: ResourceKey
     found: Found
+    requested: bool = True  # what derived values need is looked for one by one
 
     @property
     def version(self) -> str:
         """Of the value that was found."""
         return self.found[1]
-
-    @property
-    def requested(self) -> bool:
-        """Always: what derived values need is looked for one by one."""
-        return True
 
     def came_to(self, _until: float) -> str:
         """Return the version of the value that was found."""
@@ -593,7 +579,7 @@ class WorkTrace:
     def _begin(self, key: ResourceKey, *, requested: bool) -> KeyLog | None:
         """Begin the story of a key; where there is no room, in the place of its last one."""
         entries, place = self._entries, self._places.get(key)
-        if self._room > 0:
+        if len(entries) < MOST_KEYS:
             place = len(entries)
         elif place is None:
             self._untold.add(hash(key))
@@ -612,16 +598,12 @@ class WorkTrace:
             self._latest = {each.key: place for place, each in enumerate(self._entries)}
         return self._latest
 
-    @property
-    def _room(self) -> int:
-        return MOST_KEYS - len(self._entries)
-
     def warm(self, revisions: Iterable[Revision], *, near: bool) -> None:
         """Note that all keys of a stage were in memory."""
         if self.recording:
             how, now = Obtained.NEAR_CACHE if near else Obtained.CACHE, _now()
             rest = iter(revisions)
-            told = islice(rest, self._room)
+            told = islice(rest, MOST_KEYS - len(self._entries))
             self._entries += [WarmKey(how, now, each.key, _facts(each)) for each in told]
             self._latest = None
             self._untold.update([hash(revision.key) for revision in rest])

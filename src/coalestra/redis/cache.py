@@ -189,7 +189,9 @@ class RedisCache:
         max_lifetime_seconds: float = 7 * 86400.0,
     ) -> None:
         self._owns_client = isinstance(client, str)
-        self._prefix = _name_part("prefix", prefix)
+        if not re.fullmatch(r"[A-Za-z0-9._:-]+", text("prefix", prefix)):
+            raise ValueError(refusal("prefix", "letters, digits and ._-: only", prefix))
+        self._prefix = prefix
         self._channel = f"{prefix}:#news"
         self.near_entries: int = integer("near_entries", near_entries, minimum=0)
         self.near_seconds: float = number("near_seconds", near_seconds, above=0)
@@ -478,41 +480,33 @@ class RedisCache:
                 observed_at, fetched_at = float(observed), now - (moment - float(stored))
                 if undated == b"1":
                     observed_at = now - (moment - observed_at)
-                value = self._value(key, version, data, now, observed_at, fetched_at)
+                if len(data) > self._most_bytes:
+                    raise UnreadableEntryError(f"it is larger than {self._most_bytes:,} bytes")
+                form, source, latency_ms, attempts, rank, payload, metadata, rests_on = _decode(
+                    data
+                )
+                if form != _FORM:
+                    raise UnreadableEntryError(f"it has form {form}, and not {_FORM}")
+                decode = self._codec.decode
+                value = SnapshotValue(
+                    key,
+                    decode(payload),
+                    source,
+                    observed_at,
+                    fetched_at,
+                    max(0.0, now - observed_at),
+                    stale=False,
+                    from_cache=True,
+                    latency_ms=latency_ms,
+                    attempts=attempts,
+                    metadata=FrozenDict(decode(metadata) if metadata else {}),
+                    authority_rank=rank,
+                    version=version,
+                    dependency_versions=FrozenDict({scripts.key_of(k): v for k, v in rests_on}),
+                )
             except Exception:  # whoever has written it, and whatever the codec makes of it
                 self._unreadable += 1
         return _Entry(state.decode().rstrip("!"), value, version, int(second))
-
-    def _value(
-        self,
-        key: ResourceKey,
-        version: str,
-        data: bytes,
-        now: float,
-        observed_at: float,
-        fetched_at: float,
-    ) -> Value:
-        if len(data) > self._most_bytes:
-            raise UnreadableEntryError(f"it is larger than {self._most_bytes:,} bytes")
-        form, source, latency_ms, attempts, rank, payload, metadata, rests_on = _decode(data)
-        if form != _FORM:
-            raise UnreadableEntryError(f"it has form {form}, and not {_FORM}")
-        return SnapshotValue(
-            key,
-            self._codec.decode(payload),
-            source,
-            observed_at,
-            fetched_at,
-            max(0.0, now - observed_at),
-            stale=False,
-            from_cache=True,
-            latency_ms=latency_ms,
-            attempts=attempts,
-            metadata=FrozenDict(self._codec.decode(metadata) if metadata else {}),
-            authority_rank=rank,
-            version=version,
-            dependency_versions=FrozenDict({scripts.key_of(text): v for text, v in rests_on}),
-        )
 
     async def judged(
         self, values: Mapping[ResourceKey, Value], absent: Collection[ResourceKey], now: float
@@ -929,9 +923,3 @@ def _bytes(text: str) -> bytes:
 def _milliseconds(name: str, seconds: float) -> int:
     """Return a time as the server counts it, if that can have it."""
     return int(number(name, seconds, minimum=0.001, maximum=_LONGEST_SECONDS) * 1000)
-
-
-def _name_part(name: str, value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:-]+", text(name, value)):
-        raise ValueError(refusal(name, "letters, digits and ._-: only", value))
-    return value
