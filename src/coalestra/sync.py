@@ -70,10 +70,9 @@ Work = Callable[[], Awaitable[T]]
 class Operation(Generic[T]):
     """Some work that runs as a task of a loop thread, once it was accepted.
 
-    It is claimed once: by the loop, which begins it, or by whoever gives it up before.
-
     Attributes:
-        loop, operations: where it belongs to; it is taken from the latter when it has ended.
+        loop, operations: where it belongs to; it is among the latter from when it is on its way
+            until it has ended, or was given up before it began.
         future: the outcome, for any thread. Cancelling it cancels the task; the future tells its
             waiters at once, without waiting for the task to end.
         backlog: where it has a place until it has ended; None if a thread only waits for it.
@@ -90,7 +89,6 @@ class Operation(Generic[T]):
     accepted: bool = False
     task: asyncio.Task[T] | None = None
     future: Future[T] = dataclasses.field(default_factory=Future)
-    _unclaimed: list[bool] = dataclasses.field(default_factory=lambda: [True])
     _changes: Changes = dataclasses.field(default_factory=Changes)
     _started: bool = False
     _told: bool = False
@@ -100,8 +98,8 @@ class Operation(Generic[T]):
         self.future.add_done_callback(partial(_tell, weakref.ref(self)))
 
     def begin(self, work: Work[T]) -> None:
-        """Start the task, on the loop, unless it was given up."""
-        if self._claim():
+        """Start the task, on the loop, once, unless it was given up."""
+        if self.task is None and self in self.operations:
             self.task = self.loop.create_task(self._perform(work))
             self.task.add_done_callback(partial(self._task_ended, work if self.last else None))
 
@@ -112,8 +110,7 @@ class Operation(Generic[T]):
     def discard(self) -> None:
         """Cancel it, from any thread, whether it has begun, is about to begin, or never will."""
         self.future.cancel()
-        if self._claim():
-            self._end()
+        if self.task is None and self._end():
             self.future.set_running_or_notify_cancel()
 
     def fail(self, error: BaseException) -> None:
@@ -131,12 +128,6 @@ class Operation(Generic[T]):
         else:
             self._task_ended(None, self.task)
 
-    def _claim(self) -> bool:
-        try:
-            return self._unclaimed.pop()
-        except IndexError:
-            return False
-
     async def _perform(self, work: Work[T]) -> T:
         self._started = True
         if self.future.cancelled():  # while the loop was busy with something else
@@ -146,7 +137,7 @@ class Operation(Generic[T]):
 
     def _task_ended(self, again: Work[T] | None, task: asyncio.Task[T]) -> None:
         if again is not None and task.cancelled() and not self._started:
-            self._unclaimed.append(True)
+            self.task = None
             self.begin(again)
             return
         if not self._end():
@@ -169,21 +160,18 @@ class Operation(Generic[T]):
             self.backlog.leave(self)
         return is_first
 
-    def tell(self, future: Future[T]) -> None:
-        """Wake who waits, and pass a cancellation on to the task, from whatever thread it comes."""
-        self._told = True
-        self._changes.tell()
-        if self.task is not None and future.cancelled():
-            with contextlib.suppress(RuntimeError):  # the loop is closed, so the task has ended
-                self.loop.call_soon_threadsafe(self.task.cancel)
-
     def __repr__(self) -> str:
         return f"<Operation begun={self.task is not None} done={self.future.done()}>"
 
 
 def _tell(operation: weakref.ref[Operation[Any]], future: Future[Any]) -> None:
+    """Wake who waits, and pass a cancellation on to the task, from whatever thread it comes."""
     if (told := operation()) is not None:
-        told.tell(future)
+        told._told = True
+        told._changes.tell()
+        if told.task is not None and future.cancelled():
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so the task has ended
+                told.loop.call_soon_threadsafe(told.task.cancel)
 
 
 class LoopThread:
@@ -407,23 +395,19 @@ class LoopThread:
         """Run the loop until it is stopped, or broken off by what is meant for the program."""
         try:
             run()
+        except asyncio.CancelledError:  # of a task that is told of by whoever waits for it
+            return
         except BaseException as error:
-            self._pass_on(error)
-
-    def _pass_on(self, error: BaseException) -> None:
-        working = self._working()
-        own = any(
-            task.done() and not task.cancelled() and task.exception() is error for task in working
-        )
-        if own or isinstance(error, asyncio.CancelledError):  # it is told of by whoever ended so
-            return
-        waiting = [operation for operation in working.values() if operation.backlog is None]
-        if isinstance(error, PROGRAM_ENDS) and waiting:
-            for operation in waiting:
-                operation.fail(_copied(error))
-            return
-        message = "an error that broke the event loop of a sync snapshot builder off"
-        self._loop.call_exception_handler({"message": message, "exception": error})
+            working = self._working()
+            if any(t.done() and not t.cancelled() and t.exception() is error for t in working):
+                return  # so is this
+            waiting = [operation for operation in working.values() if operation.backlog is None]
+            if isinstance(error, PROGRAM_ENDS) and waiting:
+                for operation in waiting:
+                    operation.fail(_copied(error))
+                return
+            message = "an error that broke the event loop of a sync snapshot builder off"
+            self._loop.call_exception_handler({"message": message, "exception": error})
 
     async def _unwind(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -501,6 +485,8 @@ class SubmissionBacklog:
 _Errand = tuple[tuple[ResourceKey, ...], Work[T]]
 """The keys that something for the publisher to do concerns, and what it is."""
 
+_Update = ResourceUpdate[Any]
+
 
 class SyncResourcePublisher:
     """Writes events into a builder's cache; its methods are for any thread.
@@ -554,7 +540,8 @@ class SyncResourcePublisher:
         replace_equal: bool = False,
     ) -> PublishResult:
         """Publish one value and return what became of it; see `ResourcePublisher.publish`."""
-        update = ResourceUpdate(key, value, source, observed_at, _given(metadata))
+        told = {} if metadata is None else metadata
+        update = ResourceUpdate(key, value, source, observed_at, told)
         return self._wait("publish()", self._one(update, force, replace_equal))
 
     def publish_update(
@@ -609,7 +596,8 @@ class SyncResourcePublisher:
             SubmissionBacklogFullError: at once, if too many submissions are under way.
             PayloadIsolationError: if the value or metadata cannot be copied.
         """
-        update = ResourceUpdate(key, value, source, observed_at, _given(metadata))
+        told = {} if metadata is None else metadata
+        update = ResourceUpdate(key, value, source, observed_at, told)
         return self.submit_publish_update(update, force=force, replace_equal=replace_equal)
 
     def submit_publish_update(
@@ -640,19 +628,17 @@ class SyncResourcePublisher:
 
     # What both kinds do: an errand is checked and made in the thread that has it ---------------
 
-    def _one(
-        self, update: ResourceUpdate[Any], force: bool, replace_equal: bool
-    ) -> _Errand[PublishResult]:
+    def _one(self, update: _Update, force: bool, replace_equal: bool) -> _Errand[PublishResult]:
         instance("update", update, ResourceUpdate)
         publish = self._publisher.publish_update
         return (update.key,), partial(publish, update, force=force, replace_equal=replace_equal)
 
     def _many(
         self,
-        updates: Iterable[ResourceUpdate[Any]],
+        updates: Iterable[_Update],
         force: bool,
         replace_equal: bool,
-        taken: Callable[[ResourceUpdate[Any]], ResourceUpdate[Any]] = lambda update: update,
+        taken: Callable[[_Update], _Update] = lambda update: update,
     ) -> _Errand[Mapping[ResourceKey, PublishResult]]:
         several = tuple(map(taken, instance("updates", updates, Iterable)))
         for update in several:
@@ -666,14 +652,13 @@ class SyncResourcePublisher:
         unique = distinct_keys("keys", keys)
         return unique, partial(self._publisher.invalidate_many, unique, reason=reason)
 
-    def _captured(self, update: ResourceUpdate[Any]) -> ResourceUpdate[Any]:
+    def _captured(self, update: _Update) -> _Update:
         instance("update", update, ResourceUpdate)
+        copies, context = self._isolator, "a submission"
         try:
-            return dataclasses.replace(
-                update,
-                value=self._isolator.copy(update.value, context="a submission"),
-                metadata=self._isolator.copy_metadata(update.metadata, context="a submission"),
-            )
+            value = copies.copy(update.value, context=context)
+            metadata = copies.copy_metadata(update.metadata, context=context)
+            return dataclasses.replace(update, value=value, metadata=metadata)
         except errors.PayloadIsolationError as error:
             # What is no ordinary exception is meant for this thread, such as what a handler raised.
             if error.__cause__ is None or isinstance(error.__cause__, Exception):
@@ -698,10 +683,6 @@ class SyncResourcePublisher:
         keys, work = errand
         async with self._lanes.turn(keys):
             return await work()
-
-
-def _given(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    return {} if metadata is None else metadata
 
 
 def blocking(
@@ -1022,18 +1003,15 @@ class SyncSnapshotBuilder:
 
     async def _end_builder(self, until: float) -> None:
         builder = self.builder
-        now = asyncio.get_running_loop().time
-        in_time = True
+        now, in_time = asyncio.get_running_loop().time, True
         if not builder.closed:
             waiting = asyncio.ensure_future(builder.wait_for_refreshes())
             done, _ = await asyncio.wait([waiting], timeout=max(0.0, until - now()))
             in_time = bool(done)
             waiting.cancel()
         if self.close_builder:
-            left_seconds = max(MOMENT_SECONDS, until - now())
-            await builder.aclose(
-                cancel_refreshes=not in_time, shutdown_timeout_seconds=left_seconds
-            )
+            left = max(MOMENT_SECONDS, until - now())
+            await builder.aclose(cancel_refreshes=not in_time, shutdown_timeout_seconds=left)
 
     async def _outlive_late_workers(self, unwinding: float) -> None:
         try:
