@@ -28,7 +28,7 @@ from coalestra.concurrency.capacity import GLOBAL
 from coalestra.core.health import BuilderHealth, FlightSnapshot
 from coalestra.core.keys import KeyNormalizer, ResourceKey
 from coalestra.core.serialization import json_safe
-from coalestra.core.trace import CallTrace, KeyTrace, Trace
+from coalestra.core.trace import Trace
 from coalestra.core.validation import readable
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.orchestration.builder import SnapshotBuilder
@@ -84,23 +84,16 @@ class Names:
         """Return the trace to be shown for a trace."""
         if self.show:
             return trace
-        keys = [self._key_trace(each) for each in trace.keys.values()]
-        calls = tuple([self._call_trace(each) for each in trace.calls])
-        return replace(trace, keys={each.key: each for each in keys}, calls=calls)
-
-    @staticmethod
-    def _call_trace(call: CallTrace) -> CallTrace:
-        attempts = tuple([replace(each, error=None) for each in call.attempts])
-        return replace(call, error=None, attempts=attempts)
-
-    def _key_trace(self, found: KeyTrace) -> KeyTrace:
-        return replace(
-            found,
-            key=self.key(found.key),
-            error=None,
-            refusals=tuple([replace(each, message="") for each in found.refusals]),
-            rests_on=tuple([replace(each, key=self.key(each.key)) for each in found.rests_on]),
-        )
+        keys, calls = {}, []
+        for found in trace.keys.values():
+            refusals = tuple([replace(each, message="") for each in found.refusals])
+            below = tuple([replace(each, key=self.key(each.key)) for each in found.rests_on])
+            key = self.key(found.key)
+            keys[key] = replace(found, key=key, error=None, refusals=refusals, rests_on=below)
+        for call in trace.calls:
+            attempts = tuple([replace(each, error=None) for each in call.attempts])
+            calls.append(replace(call, error=None, attempts=attempts))
+        return replace(trace, keys=keys, calls=tuple(calls))
 
 
 def kind_name(key: ResourceKey) -> str:
@@ -251,7 +244,13 @@ class Story:
             "sources": self._told_sources(look, before, now - then),
             "capacity": {**json_safe(health.capacity[GLOBAL]), "holders": [*look.holders.items()]},
             "cache": _told_cache(health, before),
-            "flights": self._told_flights(look),
+            "flights": {
+                "count": health.singleflight_in_flight,
+                "shown": [
+                    {**json_safe(each), "key": self._names.key(each.key).display}
+                    for each in look.flights
+                ],
+            },
             "refreshes": health.background_refreshes,
             "submissions": [health.pending_submissions, health.max_pending_submissions],
             "graph": self._graph.told(self._sources),
@@ -282,12 +281,6 @@ class Story:
             }
             for name, (source, kind) in self._sources.items()
         ]
-
-    def _told_flights(self, look: Look) -> dict[str, Any]:
-        shown = [
-            {**json_safe(each), "key": self._names.key(each.key).display} for each in look.flights
-        ]
-        return {"count": look.health.singleflight_in_flight, "shown": shown}
 
 
 def _rates(fared: Any, before: Any | None, seconds: float) -> dict[str, Any]:

@@ -340,10 +340,7 @@ class SnapshotBuilder(BuilderArguments):
         sources: the sources, in the order in which they are asked.
         publisher: writes events straight into the cache.
         capacity: the limits on source operations under way at once.
-        policy_resolver, authority_resolver, resilience_resolver: the policies by key or source.
-        retry_policy: how calls are repeated where no policy of the source says otherwise.
         metrics, events: the sinks as used, so possibly within a buffer.
-        payload_copier: what copies payloads, if not the default.
 
     Raises:
         ValueError: an argument has a wrong value, two do not go together, or a source does not
@@ -388,8 +385,23 @@ class SnapshotBuilder(BuilderArguments):
             overflow=self.observability_overflow,
         )
         self._use(sources=sources, metrics=self._sinks.metrics, events=self._sinks.events)
-        self._use_unless_given(cache=default_cache, clock=SystemClock())
-        self._choose_policies()
+        self._use_unless_given(
+            cache=default_cache, clock=SystemClock(), default_policy=FreshnessPolicy(1.0, 10.0)
+        )
+        self._use_unless_given(
+            policy_resolver=PolicyResolver(self.default_policy),
+            authority_resolver=AuthorityPolicyResolver(self.authority_policy),
+            observation_policy=ObservationPolicy(),
+            circuit_breaker=CircuitBreaker(clock=self.clock),
+            retry_policy=RetryPolicy(),
+        )
+        if self.authority_resolver.has_rules:
+            require_authority_aware(self.cache, self.authority_resolver)
+        resilience = SourceResiliencePolicy(self.retry_policy, self.circuit_breaker.default_policy)
+        self._use_unless_given(default_resilience=resilience)
+        resolver = ResiliencePolicyResolver(self.default_resilience, self.source_resilience)
+        self._use_unless_given(resilience_resolver=resolver)
+        self._use(retry_policy=self.resilience_resolver.default.retry)
         self.capacity: CapacityController = _capacity(chains.links, self)
         parts = self._parts(chains)
         self._engine = Engine(parts, contextvars.copy_context())
@@ -413,23 +425,6 @@ class SnapshotBuilder(BuilderArguments):
 
     def _use_unless_given(self, **defaults: Any) -> None:
         self._use(**{name: each for name, each in defaults.items() if getattr(self, name) is None})
-
-    def _choose_policies(self) -> None:
-        self._use_unless_given(default_policy=FreshnessPolicy(1.0, 10.0))
-        self._use_unless_given(
-            policy_resolver=PolicyResolver(self.default_policy),
-            authority_resolver=AuthorityPolicyResolver(self.authority_policy),
-            observation_policy=ObservationPolicy(),
-            circuit_breaker=CircuitBreaker(clock=self.clock),
-            retry_policy=RetryPolicy(),
-        )
-        if self.authority_resolver.has_rules:
-            require_authority_aware(self.cache, self.authority_resolver)
-        resilience = SourceResiliencePolicy(self.retry_policy, self.circuit_breaker.default_policy)
-        self._use_unless_given(default_resilience=resilience)
-        resolver = ResiliencePolicyResolver(self.default_resilience, self.source_resilience)
-        self._use_unless_given(resilience_resolver=resolver)
-        self._use(retry_policy=self.resilience_resolver.default.retry)
 
     def _parts(self, chains: Chains) -> Parts:
         """Return what the engine works with."""
