@@ -72,8 +72,7 @@ COUNTERS: Final[Metrics] = {
         {**_SOURCE, "outcome": "completed_late failed_late coalestra_timeout"}),
     "resource_publish_total": (
         "resource.publications", "{value}", "Published values",
-        {**_KIND, **_SOURCE,
-         "status": " ".join(PublishStatus)}),
+        {**_KIND, **_SOURCE, "status": " ".join(PublishStatus)}),
     "resource_invalidation_total": (
         "resource.invalidations", "{key}", "Invalidated keys", _KIND),
     "resource_refresh_total": (
@@ -98,7 +97,6 @@ OBSERVATIONS: Final[Metrics] = {
 
 
 # Builders, and what is read of their health ------------------------------------------------------
-
 
 Figures = Iterable[tuple[tuple[str, ...], float | None]]
 """The figure of each series by the values of its labels; None for what is not known."""
@@ -213,10 +211,6 @@ def _of_cache(**attributes: str) -> Read:
     ]
 
 
-def _severity(health: BuilderHealth) -> Figures:
-    return [((), list(BuilderHealthSeverity).index(health.assess().severity))]
-
-
 def _backlog(health: BuilderHealth) -> Figures:
     """Return the submissions under way; None of a builder that takes none."""
     return [((), None if health.max_pending_submissions is None else health.pending_submissions)]
@@ -258,7 +252,8 @@ UP: Final = fact(
 FACTS: Final[Mapping[str, Fact]] = {each.name: each for each in (
     UP,
     fact("builder_severity", "What its health comes to now: 0 healthy, 1 degraded, 2 critical",
-         _severity, merged="livemax"),
+         lambda health: [((), list(BuilderHealthSeverity).index(health.assess().severity))],
+         merged="livemax"),
     fact("keys_in_flight", "Keys being acquired", "singleflight_in_flight"),
     fact("background_refreshes", "Background refreshes under way", "background_refreshes"),
     fact("failing_refreshes", "Keys whose last background refresh failed", "failing_refreshes"),

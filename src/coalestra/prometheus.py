@@ -334,7 +334,6 @@ class PrometheusMetrics:
 
 # Health ------------------------------------------------------------------------------------------
 
-
 _COPYING = "copying health into the files that processes share"
 
 

@@ -17,6 +17,8 @@ import pytest
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.trace import (
+    _COLOURS,
+    LOOKS,
     Foundation,
     KeyTrace,
     Obtained,
@@ -25,8 +27,8 @@ from coalestra.core.trace import (
     Trace,
     Wait,
     WaitReason,
+    duration,
 )
-from coalestra.core.waterfall import _COLOURS, LOOKS, duration
 from tests.support.clocks import EPOCH
 from tests.support.traces import EVERYTHING, RISK, attempt, call, of_many, price, rate, traced
 

@@ -284,10 +284,32 @@ class CacheAccess:
             for each in held:
                 del rest[each.key]
             yield {each.key: Answer(each) for each in held}
-        if not rest:
-            return
+        unlike = unlike or {}
+        while rest:
+            unfit = dict(unlike)
+            moment = ahead + channel.loop.time()
+            asking = self._leased(rest, moment, policies, force, unfit)
+            async with contextlib.aclosing(asking):
+                async for answers in asking:
+                    yield answers
+            unlike, force = dict(unfit.items() - unlike.items()), False
+            rest = dict.fromkeys(unlike)
+
+    async def _leased(
+        self,
+        rest: dict[ResourceKey, None],
+        now: float,
+        policies: Policies,
+        force: bool,
+        unfit: dict[ResourceKey, str],
+    ) -> AsyncGenerator[Mapping[ResourceKey, Answer], None]:
+        """Give what the cache answers for the ``rest`` of the keys.
+
+        What has come and is of no use is added to ``unfit``, to be asked for again.
+        """
+        channel = self.channel()
+        ahead = now - channel.loop.time()
         arrived, gone = list[Mapping[ResourceKey, LeasedLookup]](), False
-        unfit = dict(unlike or {})
 
         async def next_part() -> Mapping[ResourceKey, LeasedLookup] | None:
             part = await anext(asking, None)  # which may come when nobody waits any more
@@ -300,7 +322,7 @@ class CacheAccess:
         with channel.filling() as filling:
             try:
                 asking = self.calls.cache.lease_many(
-                    tuple(rest), now=now, policies=policies, force=force, unlike=unlike
+                    tuple(rest), now=now, policies=policies, force=force, unlike=dict(unfit) or None
                 )
                 first = True
                 while rest:
@@ -322,12 +344,6 @@ class CacheAccess:
                 self._give_back_all_of(arrived)
             if rest:
                 yield dict.fromkeys(rest, Answer(None))
-        again = dict(unfit.items() - (unlike or {}).items())
-        if again:
-            asking_again = self.lease(again, ahead + channel.loop.time(), policies, unlike=again)
-            async with contextlib.aclosing(asking_again):
-                async for more in asking_again:
-                    yield more
 
     async def _answers(
         self,

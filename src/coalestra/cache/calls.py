@@ -23,12 +23,8 @@ from typing import Any, Final, TypeGuard, TypeVar, cast
 
 from coalestra._endings import look_after
 from coalestra.concurrency.pace import Pace
-from coalestra.core.errors import (
-    CacheCircuitOpenError,
-    CacheTimeoutError,
-    CacheUnavailableError,
-    without_frames,
-)
+from coalestra.core import errors
+from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.validation import integer, number, shown, text
@@ -235,7 +231,7 @@ class CacheCalls:
             try:
                 value = _usable(answers.get(key), key)
             except Exception as error:
-                without_frames(error)  # of which this one leads to it, and to all that was read
+                errors.without_frames(error)  # these lead to it, and to all that was read
                 failures[key] = error
             else:
                 if value is not None and value.observed_at <= horizon:
@@ -351,7 +347,7 @@ class CacheCalls:
                 name = f"{method} of many"
                 return await self.once(name, lambda: many(items.keys()), insist=insist), {}
             except (CacheTimeoutError, CacheCircuitOpenError) as error:
-                without_frames(error)
+                errors.without_frames(error)
                 return {}, dict.fromkeys(items, error)
             except Exception:
                 pass  # which of them it was is found out

@@ -106,7 +106,6 @@ MISS = CacheLookup(None, fresh=False, usable_stale=False)
 
 # The memory cache: an entry store behind the asynchronous cache protocols ------------------------
 
-
 _READ = "cache read"
 _WRITE = "cache write"
 _PORTION = 500

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -183,20 +182,6 @@ class _Results(Mapping[ResourceKey, PublishResult]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
-
-
-@contextmanager
-def _announced(access: CacheAccess, keys: Collection[ResourceKey]) -> Iterator[None]:
-    """Announce publications, so that no fetch slips in between an event and its writing.
-
-    Not before their payloads are sealed, which may take any time: readers would wait for that.
-    """
-    listeners = access.listeners
-    listeners.tell(lambda each: each.announced(keys))
-    try:
-        yield
-    finally:
-        listeners.tell(lambda each: each.concluded(keys))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -456,9 +441,7 @@ class ResourcePublisher(PublisherArguments):
         pace, access = Pace(), self._access
         report = None if self._reporter is None else partial(_report, self._reporter, force)
         policies: dict[ResourceKey, FreshnessPolicy] = {}
-        common = policy_of_all(self.policy_resolver)
-        judged: list[Revision] = []
-        weighed = 0
+        common, judged, weighed = policy_of_all(self.policy_resolver), list[Revision](), 0
         for revision in made:
             judged.append(revision)
             if common is None:
@@ -480,9 +463,15 @@ class ResourcePublisher(PublisherArguments):
         else:
             policies = policies or dict.fromkeys(best, common)
             terms = Terms(policies, moment, force, replace_equal, insist=True)
-            with _announced(access, keys):
+            # So that no fetch slips in between an event and its writing; not before payloads are
+            # sealed, which may take any time: readers would wait for that.
+            listeners = access.listeners
+            listeners.tell(lambda each: each.announced(keys))
+            try:
                 written, failures = await access.write(best, terms)
                 await pace.keep()
+            finally:
+                listeners.tell(lambda each: each.concluded(keys))
             await pace.keep()
             if failures and report is not None:
                 for key, outcome in written.items():

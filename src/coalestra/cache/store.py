@@ -212,9 +212,6 @@ class Currency:
         self._entries = entries
         self._run = next(_runs)
 
-    def __repr__(self) -> str:
-        return f"Currency({len(self._entries)} entries, run {self._run})"
-
     def removed(self, revision: Revision) -> None:
         """Learn that a revision has left the mapping; answers that relied on it are void."""
         if revision.checked == self._run:

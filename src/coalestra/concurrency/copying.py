@@ -27,17 +27,10 @@ from typing import Any, Final, TypeVar
 
 from coalestra._endings import pass_on
 from coalestra._lockfree import Changes
+from coalestra.concurrency import sealing
 from coalestra.concurrency.capacity import WaitQueue, can_be_woken
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
-from coalestra.concurrency.sealing import (
-    FLAT,
-    Seal,
-    Sealed,
-    copy_anyhow,
-    seal_anyhow,
-    seal_briefly,
-    seal_flat,
-)
+from coalestra.concurrency.sealing import FLAT, Seal, Sealed, seal_anyhow, seal_flat
 from coalestra.concurrency.threads import Job, WorkerThreads, threads_of_context
 from coalestra.core import errors
 from coalestra.core.errors import PayloadCopySubsystemClosedError, PayloadIsolationError
@@ -60,7 +53,7 @@ def deepcopy_payload(value: T) -> T:
 
     Raises whatever the classes inside ``value`` raise on being copied.
     """
-    copied: T = copy_anyhow(value)
+    copied: T = sealing.copy_anyhow(value)
     return copied
 
 
@@ -263,7 +256,7 @@ class PayloadCopies:
         if self.run_in_thread and self._copier is not None:
             return None
         try:
-            sealed = (seal_briefly if self.run_in_thread else self._sealer)(value)
+            sealed = (sealing.seal_briefly if self.run_in_thread else self._sealer)(value)
         except BaseException as error:
             raise self._failure(value, context, error) from error
         if sealed is None or (self._always_threads and sealed[1] is not _SHARED):

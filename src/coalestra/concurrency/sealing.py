@@ -409,9 +409,6 @@ class Blueprint:
     places: list[tuple[Put, Links]]
     classes: dict[type, list[Any]]
 
-    def __repr__(self) -> str:
-        return f"<Blueprint of {len(self.shells)} containers>"
-
     def open(self, payload: Any) -> Any:
         """Return one more copy of the sealed graph, sharing nothing that could change."""
         for cls, hooks in self.classes.items():

@@ -199,20 +199,13 @@ class WorkerThreads:
         """
         label = label or getattr(function, "__qualname__", type(function).__qualname__)
         job = self.start(partial(function, *arguments), label, or_here=or_here)
-        await self._until_ended(job)
-        return job.outcome()
-
-    async def _until_ended(self, job: Job[Any]) -> None:
-        """Wait for the end of a job; a cancellation of the caller has to wait as well.
-
-        It does not once callers were let go: who ends a program cancels all that there is, and
-        would wait for ever for a thread that never ends.
-        """
         cancellation: asyncio.CancelledError | None = None
         while not job.ended.done():
             try:
                 await asyncio.shield(job.ended)
             except asyncio.CancelledError as error:
+                # Who ends a program cancels all that there is, and lets callers go: they would wait
+                # for ever for a thread that never ends.
                 if self._let_go:
                     raise
                 cancellation = error
@@ -221,6 +214,7 @@ class WorkerThreads:
                 raise cancellation
             finally:
                 cancellation = None
+        return job.outcome()
 
     def start(
         self,

@@ -12,6 +12,7 @@ Incremental Cycle Detection and Related Problems", 2015).
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 _STEPS = 100
@@ -20,16 +21,14 @@ _STEPS = 100
 N = TypeVar("N", bound=Hashable)
 
 
+@dataclass(slots=True, eq=False)
 class _Node(Generic[N]):
     """A node with its edges in both directions."""
 
-    __slots__ = ("level", "name", "targets", "waiters")
-
-    def __init__(self, name: N) -> None:
-        self.name = name
-        self.level = 0
-        self.targets: dict[_Node[N], None] = {}
-        self.waiters: dict[_Node[N], None] = {}
+    name: N
+    level: int = 0
+    targets: dict[_Node[N], None] = field(default_factory=dict)
+    waiters: dict[_Node[N], None] = field(default_factory=dict)
 
 
 class WaitsFor(Generic[N]):

@@ -7,15 +7,10 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import field, replace
 from typing import Any
 
+from coalestra.core import policies
 from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.keys import ResourceKey, distinct_keys
-from coalestra.core.policies import (
-    FreshnessPolicy,
-    FreshnessPolicyProvider,
-    gone_stale,
-    policy_of_all,
-    ttl_of,
-)
+from coalestra.core.policies import FreshnessPolicy, FreshnessPolicyProvider
 from coalestra.core.validation import flag, instance, integer, mapping, number, refusal, text
 from coalestra.core.values import SnapshotValue, grounds_of
 
@@ -252,7 +247,7 @@ def violations_of(
     value that went stale since it was delivered counts as stale.
     """
     values: Mapping[ResourceKey, SnapshotValue[Any]] = getattr(snapshot, "resources", snapshot)
-    trial = _Trial(policy, values, now, freshness, policy_of_all(freshness))
+    trial = _Trial(policy, values, now, freshness, policies.policy_of_all(freshness))
     clear = trial.is_clear()
     for requirement in policy.requirements if clear else ():
         clear = clear and values.keys() >= {*requirement.keys}
@@ -321,7 +316,7 @@ class _Trial:
             return False
         if self.freshness is None:
             return True
-        return self.common is not None and not gone_stale(age, self.common.ttl_seconds)
+        return self.common is not None and not policies.gone_stale(age, self.common.ttl_seconds)
 
     def against(self, key: ResourceKey) -> Iterator[SnapshotAcceptanceViolation]:
         """What speaks against the value of one key; nothing if it has none."""
@@ -380,9 +375,8 @@ class _Trial:
                 return True
             age = self.now - value.fetched_at
         common = self.common
-        return gone_stale(
-            age, ttl_of(self.freshness, value.key) if common is None else common.ttl_seconds
-        )
+        ttl = policies.ttl_of(self.freshness, value.key) if common is None else common.ttl_seconds
+        return policies.gone_stale(age, ttl)
 
     def against_requirement(
         self, requirement: SnapshotRequirement

@@ -7,12 +7,9 @@ from dataclasses import field
 from typing import Any
 
 from coalestra._version import __version__
+from coalestra.core import health
 from coalestra.core.errors import ERROR_DIAGNOSTICS_SCHEMA_VERSION, CapabilityRequirementError
 from coalestra.core.frozen import FrozenDict, record
-from coalestra.core.health import (
-    BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
-    BUILDER_HEALTH_SCHEMA_VERSION,
-)
 from coalestra.core.serialization import json_safe
 from coalestra.core.validation import instance, integer, mapping, text
 
@@ -41,8 +38,8 @@ _FEATURES = (
 
 
 _SCHEMAS = {
-    "builder_health": BUILDER_HEALTH_SCHEMA_VERSION,
-    "builder_health_assessment": BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
+    "builder_health": health.BUILDER_HEALTH_SCHEMA_VERSION,
+    "builder_health_assessment": health.BUILDER_HEALTH_ASSESSMENT_SCHEMA_VERSION,
     "capabilities": COALESTRA_CAPABILITIES_SCHEMA_VERSION,
     "error_diagnostics": ERROR_DIAGNOSTICS_SCHEMA_VERSION,
 }

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # The root of every exception that the library raises on its own account --------------------------
 
-
 E = TypeVar("E", bound="CoalestraError")
 
 
@@ -322,7 +321,6 @@ class SourceFailure(_Raised):
 
 
 # Errors about sources and about single resources: what a key may fail with -----------------------
-
 
 MAX_FAILURES_SHOWN = 3
 """How many failures of one resource a text names before it counts the rest."""

@@ -131,7 +131,6 @@ def inspect_source_timeout_guarantee(source: Any) -> SourceTimeoutGuarantee:
 
 # The facts of a builder, some of them by part ----------------------------------------------------
 
-
 BUILDER_HEALTH_SCHEMA = "coalestra.builder-health"
 """The name of the JSON schema of ``BuilderHealth.to_dict``."""
 

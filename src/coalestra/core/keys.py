@@ -25,7 +25,6 @@ __all__ = [
 
 # How the parts of a key are brought into one form, so that one resource has one key --------------
 
-
 StringTransform = Callable[[str], str]
 """What turns one part of a key into its normal form."""
 
@@ -115,7 +114,6 @@ CASE_INSENSITIVE_KEY_NORMALIZER = KeyNormalizer(
 
 
 # The keys ----------------------------------------------------------------------------------------
-
 
 QualifierInput = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Qualifiers as they may be given: a mapping, or pairs of name and value."""

@@ -20,7 +20,6 @@ __all__ = [
 
 # Which policy holds for a key, or a source: what all kinds of policies have in common ------------
 
-
 K = TypeVar("K")
 P = TypeVar("P")
 
@@ -96,10 +95,8 @@ class RefreshMode(str, enum.Enum):
 
     BLOCKING = "blocking"
     """Once it is stale; the reader waits for the new one."""
-
     STALE_WHILE_REVALIDATE = "stale_while_revalidate"
     """Once it is stale; the reader gets the stale one while a refresh runs in the background."""
-
     REFRESH_AHEAD = "refresh_ahead"
     """Shortly before it goes stale, in the background; a stale one is waited for."""
 

@@ -23,7 +23,6 @@ __all__ = ["RequestOutcome", "RequestResult", "SnapshotConsistencyPolicy", "Snap
 
 # Whether values were observed close enough in time to be used together ---------------------------
 
-
 _observation = attrgetter("observed_at")
 
 
@@ -139,7 +138,6 @@ class SnapshotRequest:
 
 
 # What came of a request that does not raise ------------------------------------------------------
-
 
 _SCHEMA, _SCHEMA_VERSION = "coalestra.request-result", 1
 

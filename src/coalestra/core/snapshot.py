@@ -145,7 +145,6 @@ class FetchContext:
 
 # The result of a build or a session: values by key, and errors by key ----------------------------
 
-
 T = TypeVar("T")
 
 _SCHEMA, _SCHEMA_VERSION = "coalestra.snapshot", 1

@@ -251,10 +251,8 @@ class RefreshState(str, enum.Enum):
 
     NONE = "none"
     """Nothing, as nothing is due."""
-
     UNDER_WAY = "under_way"
     """It is being refreshed in the background."""
-
     FAILING = "failing"
     """The last refresh of this very value failed: its sources are down, or spared by a circuit.
 

@@ -38,10 +38,8 @@ class BufferOverflowPolicy(str, enum.Enum):
 
     DROP_OLDEST = "drop_oldest"
     """It takes the place of the one that waited longest."""
-
     DROP_NEWEST = "drop_newest"
     """It is dropped itself."""
-
     RAISE = "raise"
     """It is dropped, and the caller gets ``queue.Full``."""
 

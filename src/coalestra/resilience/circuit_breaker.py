@@ -242,7 +242,6 @@ class Circuit:
 
 # All circuits ------------------------------------------------------------------------------------
 
-
 MAX_CIRCUITS = 10_000
 """How many circuits that are not at rest are remembered."""
 

@@ -9,14 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coalestra.core import validation
-from coalestra.core.errors import (
-    CircuitOpenError,
-    ResourceAbsent,
-    SnapshotDeadlineExceededError,
-    SourceQueueTimeoutError,
-    SourceUnavailableError,
-)
+from coalestra.core import errors, validation
 from coalestra.core.policies import KeyedPolicies
 from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
 
@@ -32,7 +25,7 @@ _LARGEST_EXPONENT = 1000
 
 # Python 3.10 has three timeout errors that are one from 3.11 on.
 TRANSIENT_ERRORS: tuple[type[Exception], ...] = (
-    SourceUnavailableError,
+    errors.SourceUnavailableError,
     OSError,
     TimeoutError,
     asyncio.TimeoutError,
@@ -40,7 +33,12 @@ TRANSIENT_ERRORS: tuple[type[Exception], ...] = (
 )
 """What is retried by default: what says that it may pass, connections and time-outs."""
 
-_FINAL = (CircuitOpenError, ResourceAbsent, SnapshotDeadlineExceededError, SourceQueueTimeoutError)
+_FINAL = (
+    errors.CircuitOpenError,
+    errors.ResourceAbsent,
+    errors.SnapshotDeadlineExceededError,
+    errors.SourceQueueTimeoutError,
+)
 """What waiting in the same place cannot mend: no policy retries it."""
 
 
