@@ -129,6 +129,19 @@ async def test_what_is_derived_only_then_agrees_with_what_is_pinned(force: bool)
     assert after[d].dependency_versions == {BASE: after[BASE].version}
 
 
+async def test_what_is_kept_is_not_asked_for_again_to_derive_anew_from_it() -> None:
+    both = key("both")
+    stock = Stock("stock", {"base": 1, "other": 10})
+    derived = Derived("both", needs=lambda k: [BASE, OTHER])
+    building = builder(stock, derived, default_policy=SHORT)
+    session = building.session()
+    await session.resolve([BASE, OTHER, both])
+    await asyncio.sleep(2_000)
+    stock.change(base=SourceUnavailableError("down"), other=20)
+    assert shown(await session.revalidate([OTHER])) == {BASE: 1, OTHER: 20, both: (1, 20)}
+    assert [each.name for each in stock.calls] == ["base", "other", "other"]
+
+
 async def test_a_revalidated_snapshot_keeps_the_identity_and_the_order_of_the_session() -> None:
     shop = Shop()
     session = await shop.session(OTHER, BASE)

@@ -24,9 +24,10 @@ from coalestra import (
     SnapshotSession,
     SourceUnavailableError,
 )
+from coalestra.orchestration import singleflight
 from tests.orchestration.scripted import Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
-from tests.support import EPOCH, Gate, ThreadGate, cancel_at_every_await, no_leaks
+from tests.support import EPOCH, Gate, ThreadGate, cancel_at_every_await, lines_run, no_leaks
 
 LARGE = [list(range(200)) for _ in range(200)]
 """A payload that takes a thread to copy."""
@@ -137,6 +138,93 @@ async def test_a_derived_key_is_made_from_what_the_session_pinned_before() -> No
     await shop.publish(BASE, 2)
     assert (await shop.builder.build([TOP])).value(TOP) == ((2,),)
     assert shown(await session.resolve([TOP])) == {BASE: 1, TOP: ((1,),)}
+
+
+@pytest.mark.parametrize("trouble", ["fails", "hangs"])
+@pytest.mark.parametrize("loses", ["expires", "is invalidated", "is published"])
+async def test_what_is_pinned_is_not_asked_for_again_to_derive_from_it(
+    loses: str, trouble: str
+) -> None:
+    shop = Shop(default_policy=FreshnessPolicy(10, 20))
+    session = await shop.session(BASE, trace=True)
+    if loses == "expires":
+        await asyncio.sleep(30)
+    elif loses == "is invalidated":
+        await shop.builder.publisher.invalidate(BASE)
+    else:
+        await shop.publish(BASE, 2)
+    if trouble == "hangs":
+        shop.stock.before = asyncio.Event().wait  # type: ignore[assignment]  # it never comes
+    else:
+        shop.stock.change(base=SourceUnavailableError("down"))
+    began = asyncio.get_running_loop().time()
+    snapshot = await session.resolve([TOP])
+    assert shown(snapshot) == {BASE: 1, TOP: ((1,),)}
+    assert asyncio.get_running_loop().time() == began
+    assert snapshot.trace is not None
+    told = {each: record.obtained.value for each, record in snapshot.trace.keys.items()}
+    assert told == {BASE: "fetched", MIDDLE: "derived", TOP: "derived"}
+    assert len(shop.stock.calls) == len(shop.middle.calls) == len(shop.top.calls) == 1
+    await no_leaks(shop.builder)
+
+
+async def test_a_stale_value_made_from_what_is_pinned_stands_in_for_one_that_fails() -> None:
+    shop = Shop(default_policy=FreshnessPolicy(10, 1_000))
+    session = await shop.session(BASE)
+    await shop.builder.build([MIDDLE])
+    await asyncio.sleep(30)
+
+    async def fail() -> None:
+        raise ConnectionError("down")
+
+    shop.middle.before = fail
+    snapshot = await session.resolve([MIDDLE])
+    assert shown(snapshot) == {BASE: 1, MIDDLE: (1,)}
+    assert "down" in snapshot[MIDDLE].metadata["fallback_error"]
+
+
+@pytest.mark.parametrize("first", ["the session", "the other"])
+async def test_who_waits_for_what_a_session_derives_from_its_pins_gets_the_current_one(
+    first: str,
+) -> None:
+    shop = Shop(default_policy=FreshnessPolicy(10, 20))
+    gate = Gate()
+    session = await shop.session(BASE)
+    await asyncio.sleep(30)
+    shop.stock.before = gate.pass_
+    shop.stock.change(base=2)
+    asking = [session.resolve([TOP]), shop.builder.build([TOP])]
+    tasks = []
+    for each in asking if first == "the session" else reversed(asking):
+        tasks.append(asyncio.ensure_future(each))
+        await asyncio.sleep(0)
+    await asyncio.sleep(1)
+    done = [task for task in tasks if task.done()]
+    assert [shown(task.result()) for task in done] == [{BASE: 1, TOP: ((1,),)}]
+    gate.open()
+    await asyncio.wait(tasks)
+    (other,) = (task for task in tasks if task not in done)
+    assert shown(other.result()) == {TOP: ((2,),)}
+    assert shown(await shop.builder.build([TOP, BASE])) == {TOP: ((2,),), BASE: 2}
+    assert len(shop.stock.calls) == 2
+    await no_leaks(shop.builder)
+
+
+async def test_a_chain_derived_from_an_old_pin_takes_no_more_for_each_link_if_it_is_long() -> None:
+    def below(each: ResourceKey) -> list[ResourceKey]:
+        number = int(each.subject) - 1
+        return [key("step", str(number)) if number else BASE]
+
+    length = 100
+    stock, steps = Stock("stock", {"base": 1}), Derived("step", needs=below)
+    building = builder(stock, steps, default_policy=FreshnessPolicy(10, 20))
+    session = building.session()
+    await session.resolve([BASE])
+    await asyncio.sleep(30)
+    lines = await lines_run(singleflight, session.resolve([key("step", str(length))]))
+    assert lines < 1_000 * length
+    assert len(steps.calls) == length
+    assert len(stock.calls) == 1
 
 
 # Errors

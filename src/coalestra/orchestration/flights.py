@@ -485,8 +485,9 @@ class Gather:
     """A set of keys that somebody waits for, and what has become of each so far.
 
     A stage waits for its keys under the pins of its session. A derived acquisition (`owner`)
-    waits for its dependencies. Once every key has a reading or a failure, `done` is called, and it
-    is `over`, as it is if nobody waits any more.
+    waits for its dependencies; one that is shared has the pins of whoever it serves in `under`.
+    Once every key has a reading or a failure, `done` is called, and it is `over`, as it is if
+    nobody waits any more.
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
     is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces;
     `span` is that of the stage, if a tracer follows it.
@@ -510,6 +511,7 @@ class Gather:
     rounds: int = 0
     agreed: tuple[int, int] | None = None
     alone: dict[Gather, bool] | None = None
+    under: Pins = NO_PINS
     pins_beneath: bool = False
     below: dict[ResourceKey, Reading] | None = None
 
@@ -591,10 +593,14 @@ class Gather:
         A stage does so on a copy of its session's pins: they change only when the stage is over.
         """
         if self.owner is None:
-            self.pins = Pins(self.base, self.base.demand)
+            self.copy_pins()
         elif self.pins is NO_PINS:
             self.base = self.pins = Pins()
         hold(self.pins, self.readings)
+
+    def copy_pins(self) -> None:
+        """Let what is derived for a stage agree with the pins of its session, as they are now."""
+        self.pins = Pins(self.base, self.base.demand)
 
     def tell(self) -> None:
         """Tell who waits, once, what it has come to."""

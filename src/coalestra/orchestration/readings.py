@@ -143,10 +143,11 @@ class Pins(dict[ResourceKey, Reading]):
     """The readings that a unit of work, or one derivation, must stay consistent with.
 
     `demand` is what the derivations that serve these pins ask of their dependencies; `private`
-    holds those under way; `generation` counts how often pinned readings were replaced.
+    holds those under way, and `own` the keys that are to be derived so in any case; `generation`
+    counts how often pinned readings were replaced.
     """
 
-    __slots__ = ("demand", "generation", "private")
+    __slots__ = ("demand", "generation", "own", "private")
 
     def __init__(
         self, readings: Mapping[ResourceKey, Reading] | None = None, demand: Demand | None = None
@@ -155,6 +156,7 @@ class Pins(dict[ResourceKey, Reading]):
             super().__init__(readings)
         self.demand: Demand | None = demand
         self.private: dict[ResourceKey, Any] = {}
+        self.own: set[ResourceKey] = set()
         self.generation: int = 0
 
     @property

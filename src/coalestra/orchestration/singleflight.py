@@ -74,6 +74,7 @@ from coalestra.orchestration.readings import (
     NO_PINS,
     Failed,
     Failure,
+    Pins,
     Reading,
     Settlement,
     View,
@@ -343,7 +344,7 @@ class SingleFlight:
 
     def _may_be_cached(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> bool:
         """Whether a key may come from the cache; if not, it is acquired."""
-        if key in gather.pins.private:
+        if key in gather.pins.private or key in gather.pins.own:
             self._acquire_privately(gather, key, policy)
             return False
         forced = key in gather.forced
@@ -546,6 +547,10 @@ class SingleFlight:
             self.board.hide(flight, cacheable=False)
             self.refresher.outdate((key,))
             return False
+        way = self._way_to_outlived(gather.base, flight) if gather.base else None
+        if way:
+            self._derive_apart(gather, flight, way)
+            return True
         if cached is not None:
             flight.cached = cached
         flight.forced = flight.forced or forced
@@ -557,14 +562,20 @@ class SingleFlight:
         if gather.urgent:
             self._hurry((flight,))
 
-    def _acquire_privately(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
+    def _acquire_privately(
+        self,
+        gather: Gather,
+        key: ResourceKey,
+        policy: FreshnessPolicy,
+        cached: Revision | None = None,
+    ) -> None:
         """Let `gather` wait for a derivation of `key` that agrees with its pins."""
         known = gather.pins.private.get(key)
         if known is not None:
             self._wait_for(gather, known)
             return
         flight = Flight(key, policy, gather.work, self._news)
-        flight.pins = gather.pins
+        flight.pins, flight.cached = gather.pins, cached
         flight.cacheable = flight.forced = key in gather.forced
         gather.pins.private[key] = flight
         self.board.set_aside(flight)
@@ -826,9 +837,17 @@ class SingleFlight:
         except BaseException as error:
             self.refused(flight, self._not_called(link, error), "failure")
             return
-        pins = NO_PINS if flight.pins is None else flight.pins
+        pins = under = NO_PINS
+        if flight.pins is not None:
+            pins = flight.pins
+        else:
+            for each in flight.waiters:
+                under = under or each.base or each.under
+            if under and self._is_outlived(under, keys) and self._leave_to_pins(flight, keys):
+                return
         work = flight.living_sponsor()
         gather = Gather(work, keys, pins, self._gathered, demand=pins.demand, owner=flight)
+        gather.under = under
         gather.renews = link.inherits and any(
             each.refresh or each.renews for each in flight.waiters
         )
@@ -878,6 +897,74 @@ class SingleFlight:
             self.refused(flight, SourceFailure.of(name, error, 0), "failure")
         finally:
             self.release(work)
+
+    # What is pinned is not asked for again: who would have to wait for that derives on his own --
+
+    def _is_outlived(self, pins: Pins, keys: Collection[ResourceKey]) -> bool:
+        """Whether any of `keys` is pinned with a value that others are no longer given."""
+        for key in keys:
+            pin = pins.get(key)
+            if pin is None:
+                continue
+            revision = pin.revision
+            if self._store is not None and self._store.peek(key) is not revision:
+                return True
+            policy, now = policy_for(self.parts.policies, key), self.parts.clock.now()
+            age, until = now - revision.observed_at, self.deliveries.fresh_until(revision)
+            lasts = policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE
+            if age > (policy.max_stale_seconds if lasts else policy.ttl_seconds) or now > until:
+                return True
+        return False
+
+    def _way_to_outlived(self, pins: Pins, flight: Flight) -> list[ResourceKey]:
+        """Return the keys from a flight down to one that an outlived pin is needed for, if any."""
+        above: dict[Flight, Flight | None] = {flight: None}
+        for each in (below := [flight]):
+            gather, way = each.gather, list[ResourceKey]()
+            if gather is None:
+                continue
+            if self._is_outlived(pins, gather.keys):
+                at: Flight | None = each
+                while at is not None:
+                    way.append(at.key)
+                    at = above[at]
+                return way
+            for one in gather.pending:
+                if isinstance(one, Flight) and one not in above:
+                    above[one] = each
+                    below.append(one)
+        return []
+
+    def _leave_to_pins(self, flight: Flight, keys: Collection[ResourceKey]) -> bool:
+        """Let all derive apart who have pinned outlived values of the `keys` `flight` rests on.
+
+        Return whether nobody else waits; then it does not go on.
+        """
+        leaving: list[tuple[Gather, Flight]] = []
+        way, alone = {flight: flight.key}, True
+        for each in (above := [flight]):
+            for gather in each.waiters:
+                owner = gather.owner
+                if gather.base and self._is_outlived(gather.base, keys):
+                    leaving.append((gather, each))
+                elif owner is None or gather.base:
+                    alone = False
+                elif owner not in way:
+                    way[owner] = owner.key
+                    above.append(owner)
+        if alone:
+            self.board.hide(flight, cacheable=True)
+        for gather, each in leaving:
+            self._leave(gather, each)
+            self._derive_apart(gather, each, way.values())
+        return alone
+
+    def _derive_apart(self, gather: Gather, flight: Flight, way: Collection[ResourceKey]) -> None:
+        """Let `gather` wait for a private derivation in place of `flight`, as of all on the way."""
+        if gather.owner is None and gather.pins is gather.base:
+            gather.copy_pins()
+        gather.pins.own.update(way)
+        self._acquire_privately(gather, flight.key, flight.policy, flight.cached)
 
     # Offer: a fetched value on its way to the cache, where it may lose to newer knowledge -------
 
@@ -1172,6 +1259,9 @@ class SingleFlight:
     def abandon(self, gather: Gather) -> None:
         """End the waiting without an outcome: the one who waited has gone."""
         gather.over, gather.open = True, False
+        for log in gather.logs.values():
+            if log.obtained is None:  # or else who comes next would have no story of its own
+                log.settled(None, None, pinned=False)
         self.agenda.add(self._leave_on, gather)
 
     def _leave_on(self, gather: Gather) -> Steps:

@@ -680,7 +680,7 @@ class WorkTrace:
                 fitting.sort(key=lambda each: (each.obtained is Obtained.FALLBACK) is not stands_in)
             else:
                 error = _said(errors.get(key))[1]
-                asked = [each for each in reversed(mine) if each.requested] or mine
+                asked = [each for each in reversed(mine) if each.requested] or mine[::-1]
                 fitting = [
                     each for each in asked if error and each.came_to(until) == error
                 ] or asked
