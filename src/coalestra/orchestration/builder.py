@@ -53,13 +53,13 @@ from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import Parts
-from coalestra.orchestration.session import SnapshotSession
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link
 from coalestra.orchestration.tracing import Tracing
 from coalestra.orchestration.unit import (
     Requests,
     Results,
+    SnapshotSession,
     Terms,
     distinct,
     in_same_form,
