@@ -159,6 +159,27 @@ async def test_after_closing_nobody_waits_for_a_thread_without_end() -> None:
     gate.open()
 
 
+def test_a_program_that_leaves_a_builder_open_ends_though_a_thread_does_not() -> None:
+    """As it does on Ctrl-C: ``asyncio.run`` cancels all tasks that are left, and waits for them."""
+    gate = ThreadGate()
+    stuck = CallableSource(
+        name="stuck", priority=1, supports=lambda _: True, fetcher=lambda key, _: gate.pass_()
+    )
+
+    async def program() -> asyncio.Task[Any]:
+        reading = asyncio.ensure_future(builder(stuck).build([K]))
+        await asyncio.to_thread(gate.wait_arrived)
+        reading.cancel()
+        await asyncio.wait([reading])
+        # That a reader has left is no reason yet for the slot of the thread to be free.
+        (worker,) = asyncio.all_tasks() - {asyncio.current_task()}
+        return worker
+
+    worker = asyncio.run(program())
+    assert worker.done()
+    gate.open()
+
+
 # Every stage runs, and the first error is raised
 
 

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from coalestra._lockfree import LONGEST_WAIT_SECONDS, after_fork
@@ -206,7 +207,7 @@ class WorkerThreads:
             except asyncio.CancelledError as error:
                 # Who ends a program cancels all that there is, and lets callers go: they would wait
                 # for ever for a thread that never ends.
-                if self._let_go:
+                if self._let_go or _loop_is_wound_up():
                     raise
                 cancellation = error
         if cancellation is not None:
@@ -285,6 +286,17 @@ class WorkerThreads:
     def claim(self, worker: _Worker) -> bool:
         """Take a worker out of those at rest; False if somebody else was quicker."""
         return self._idle.pop(worker, self) is None
+
+
+def _loop_is_wound_up() -> bool:
+    """Whether the running loop only runs until what ``asyncio.run`` has cancelled on it is over.
+
+    It does so in a function that those have copied who run loops in its manner.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_cancel_all_tasks":
+        frame = frame.f_back
+    return frame is not None
 
 
 _instances: weakref.WeakSet[WorkerThreads] = after_fork(WorkerThreads.forget)
