@@ -162,21 +162,45 @@ async def test_who_comes_when_a_whole_crowd_has_left_joins_the_call_that_goes_on
     assert source.calls == [A]
 
 
+@pytest.mark.parametrize("goes", ["by a deadline", "cancelled", "after a crowd"])
 @pytest.mark.parametrize("count", [1, 3])
-async def test_who_joined_goes_on_by_himself_when_the_owners_deadline_struck(count: int) -> None:
+async def test_who_joined_goes_on_in_his_own_name_as_the_owner_goes(count: int, goes: str) -> None:
+    names: list[str] = []
+
     async def fail_late(key: ResourceKey, context: FetchContext) -> str:
+        names.append(context.snapshot_id)
         await asyncio.sleep(3)
         raise ConnectionError("down")
 
-    second = Single("second", "single", fetch=latency(1))
+    async def answer(key: ResourceKey, context: FetchContext) -> str:
+        names.append(context.snapshot_id)
+        return "value"
+
     first = Single("first", "single", fetch=fail_late, priority=20)
-    building = builder(first, second)
-    owner = asyncio.ensure_future(building.build([A], deadline_seconds=2, strict=False))
+    second = Single("second", "single", fetch=fail_late, priority=15)
+    building = builder(first, second, Single("third", "single", fetch=answer))
+    deadline = 5 if goes == "by a deadline" else None
+    going = [
+        asyncio.ensure_future(
+            building.build([A], deadline_seconds=deadline, snapshot_id="owner", strict=False)
+        )
+    ]
     await asyncio.sleep(1)
-    crowd = await asyncio.gather(*(building.build([A], deadline_seconds=10) for _ in range(count)))
-    assert A in (await owner).errors
-    assert [snapshot[A].source for snapshot in crowd] == ["second"] * count
-    assert (len(first.calls), len(second.calls)) == (1, 1)
+    if goes == "after a crowd":
+        going += [asyncio.ensure_future(building.build([A])) for _ in range(2)]
+        await asyncio.sleep(1)
+        going[0].cancel()
+    await asyncio.sleep(2)
+    builds = (building.build([A], deadline_seconds=10) for _ in range(count))
+    joining = [asyncio.ensure_future(build) for build in builds]
+    await settle()
+    for task in going if deadline is None else ():
+        task.cancel()
+    joined = await asyncio.gather(*joining)
+    assert [snapshot[A].source for snapshot in joined] == ["third"] * count
+    assert (names[1] == "owner") is (goes != "after a crowd")
+    assert names[2] == joined[0].snapshot_id
+    await asyncio.wait(going)
 
 
 async def test_who_comes_after_an_invalidation_does_not_join_the_crowd() -> None:

@@ -1759,6 +1759,7 @@ class Engine:
         del crowd.tasks[future]
         if not crowd.tasks:
             self._stages.pop(crowd, None)
+            crowd.work.close()
             if not crowd.over and not future.get_loop().is_closed():
                 self.flights.abandon(crowd)
 

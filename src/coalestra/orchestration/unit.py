@@ -232,6 +232,7 @@ class UnitOfWork:
         if wanted and not found:
             stage = Stage(work, wanted, self.pins, self._keep)
             stage.pins_beneath = self.lasting
+            work.closed |= not self.lasting  # this is its only stage
             await engine.run(stage)
             struck = work.expired
         else:
