@@ -47,7 +47,7 @@ from coalestra.core.validation import callable_, flag, instance, integer, number
 from coalestra.core.values import PublishResult, ResourceUpdate
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.closing import MOMENT_SECONDS, gives_way, insist
-from coalestra.orchestration.unit import Several, SnapshotSession, distinct
+from coalestra.orchestration.session import Several, SnapshotSession, distinct
 
 __all__ = ["SyncResourcePublisher", "SyncSnapshotBuilder", "SyncSnapshotSession"]
 

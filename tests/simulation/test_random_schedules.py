@@ -27,7 +27,14 @@ from coalestra import (
 from coalestra.concurrency import pace
 from coalestra.concurrency.threads import Job, WorkerThreads
 from coalestra.core import values
-from coalestra.orchestration import calls, deliveries, foreign_cache, readings, singleflight, unit
+from coalestra.orchestration import (
+    calls,
+    deliveries,
+    foreign_cache,
+    readings,
+    session,
+    singleflight,
+)
 from tests.simulation.world import PAIR, GivingLeases, World, facts
 from tests.support import ShuffledLoop, no_leaks, run_virtual
 
@@ -83,7 +90,7 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     monkeypatch.setattr(singleflight, "_WAITERS_PER_STEP", 1)
     monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(foreign_cache, "_ANSWERS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(unit, "_ERRORS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(session, "_ERRORS_BETWEEN_LOOKS", 1)
     for module in (readings, values):
         monkeypatch.setattr(module, "_PER_SLICE", 1)
     run_block(block, worlds)

@@ -20,7 +20,7 @@ from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.request import RequestOutcome, SnapshotRequest
 from coalestra.core.snapshot import FetchContext
 from coalestra.orchestration.builder import SnapshotBuilder
-from coalestra.orchestration.unit import SnapshotSession
+from coalestra.orchestration.session import SnapshotSession
 from coalestra.sync import (
     THREAD_NAME,
     SyncResourcePublisher,

@@ -2,6 +2,6 @@
 
 from coalestra.core.policies import PolicyResolver
 from coalestra.orchestration.builder import BuilderSettings, SnapshotBuilder
-from coalestra.orchestration.unit import SnapshotSession
+from coalestra.orchestration.session import SnapshotSession
 
 __all__ = ["BuilderSettings", "PolicyResolver", "SnapshotBuilder", "SnapshotSession"]

@@ -53,10 +53,7 @@ from coalestra.observability.sinks import BufferOverflowPolicy
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import Parts
-from coalestra.orchestration.singleflight import Engine
-from coalestra.orchestration.sources import Chains, Link
-from coalestra.orchestration.tracing import Tracing
-from coalestra.orchestration.unit import (
+from coalestra.orchestration.session import (
     Requests,
     Results,
     SnapshotSession,
@@ -66,6 +63,9 @@ from coalestra.orchestration.unit import (
     several,
     together,
 )
+from coalestra.orchestration.singleflight import Engine
+from coalestra.orchestration.sources import Chains, Link
+from coalestra.orchestration.tracing import Tracing
 from coalestra.resilience.circuit_breaker import CircuitBreaker
 from coalestra.resilience.policies import (
     ResiliencePolicyResolver,
