@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import itertools
 import queue
 import sys
@@ -293,7 +294,7 @@ def _loop_is_wound_up() -> bool:
 
     It does so in a function that those have copied who run loops in its manner.
     """
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None and frame.f_code.co_name != "_cancel_all_tasks":
         frame = frame.f_back
     return frame is not None
