@@ -153,6 +153,11 @@ SAMPLES: list[tuple[CoalestraError, str]] = [
         "or do not drain",
     ),
     (
+        ObservabilityShutdownTimeoutError(timeout_seconds=5.0, pending_components={"events": 1}),
+        "observability must be delivered within 5 s of closing, got 1 record still pending "
+        "(events: 1); allow more time with observability_shutdown_timeout_seconds or do not drain",
+    ),
+    (
         SubmissionBacklogFullError(limit=8, pending=8),
         "at most 8 submissions may be pending, got 8; submit more slowly, flush, or raise "
         "max_pending_submissions",

@@ -22,6 +22,7 @@ from coalestra.core.errors import (
     ResourceResolutionError,
     SnapshotDeadlineExceededError,
     SourceFailure,
+    SourceUnavailableError,
     folded_message,
 )
 from coalestra.core.frozen import FrozenDict
@@ -67,6 +68,16 @@ def test_a_missing_value_is_a_key_error_or_none() -> None:
         SNAPSHOT.value(C, int)
     assert SNAPSHOT.maybe_value(C) is None
     assert SNAPSHOT.maybe_value(C, int) is None
+
+
+def test_the_key_error_of_a_failed_key_is_told_to_come_of_its_failure() -> None:
+    error = SourceUnavailableError("down")
+    snapshot = Snapshot("id", 1.0, {}, {C: error})
+    for look in (snapshot.value, snapshot.__getitem__):
+        with pytest.raises(KeyError) as caught:
+            look(C)
+        assert caught.value.args == (C,)
+        assert caught.value.__cause__ is error
 
 
 def test_a_value_of_another_type_is_a_type_error_that_names_the_key() -> None:

@@ -303,6 +303,19 @@ def test_sources_must_be_an_iterable(sources: Any) -> None:
         SnapshotBuilder(sources)
 
 
+@pytest.mark.parametrize("wrong", [print, Single, None, "rest"])
+def test_what_is_no_source_is_shown_with_what_to_do(wrong: Any) -> None:
+    rule = "each source must be an object with a name, got .* of type .*; wrap a function in"
+    with pytest.raises(TypeError, match=rule):
+        SnapshotBuilder([Single("s"), wrong])
+
+
+def test_the_repr_of_a_builder_names_its_sources_in_order() -> None:
+    assert repr(SnapshotBuilder([])) == "<SnapshotBuilder open: no sources>"
+    named = SnapshotBuilder([Single("low", priority=1), Single("high", priority=2)])
+    assert repr(named) == "<SnapshotBuilder open: high > low>"
+
+
 def test_sources_may_come_from_any_iterable_and_be_none_at_all() -> None:
     assert SnapshotBuilder([]).sources == ()
     assert len(SnapshotBuilder(Single(name) for name in "ab").sources) == 2

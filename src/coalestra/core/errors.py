@@ -814,8 +814,9 @@ class ObservabilityShutdownTimeoutError(CoalestraError):
         self.pending_records: int = sum(self.pending_components.values())
         super().__init__(
             f"observability must be delivered within {timeout_seconds:g} s of closing, got "
-            f"{self.pending_records} records still pending ({_amounts(self.pending_components)}); "
-            "allow more time with observability_shutdown_timeout_seconds or do not drain"
+            f"{counted(self.pending_records, 'record')} still pending "
+            f"({_amounts(self.pending_components)}); allow "
+            "more time with observability_shutdown_timeout_seconds or do not drain"
         )
 
 

@@ -174,7 +174,10 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
             object.__setattr__(self, name, frozen(mapping(name, getattr(self, name))))
 
     def __getitem__(self, key: ResourceKey) -> SnapshotValue[Any]:
-        return self.resources[key]
+        try:
+            return self.resources[key]
+        except KeyError:
+            raise KeyError(key) from self.errors.get(key)
 
     def __iter__(self) -> Iterator[ResourceKey]:
         return iter(self.resources)
@@ -195,10 +198,10 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         """Return the bare value of ``key``.
 
         Raises:
-            KeyError: if it has none.
+            KeyError: if it has none; its cause is why.
             TypeError: if it is not of the expected type.
         """
-        found = self.resources[key].value
+        found = self[key].value
         if expected_type is not None and not isinstance(found, expected_type):
             raise TypeError(  # the payload itself is nobody's business
                 f"value of {key.display} must be {a_kind_of(expected_type)}, got one of type "

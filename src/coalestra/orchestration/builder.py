@@ -720,7 +720,8 @@ class SnapshotBuilder(BuilderArguments):
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
-        return f"<SnapshotBuilder {state}: {self._engine.parts.chains!r}>"
+        names = [link.name for link in self._engine.parts.chains.links]
+        return f"<SnapshotBuilder {state}: {' > '.join(names) or 'no sources'}>"
 
 
 # What Python says of a wrong argument names the class that was called.

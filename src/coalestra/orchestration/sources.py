@@ -17,7 +17,7 @@ from coalestra.core.health import SourceTimeoutGuarantee, inspect_source_timeout
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source
 from coalestra.core.snapshot import DiagnosticsRecorder
-from coalestra.core.validation import flag, instance, integer, number, text
+from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
 from coalestra.resilience.policies import SourceResiliencePolicy
 
 
@@ -285,7 +285,10 @@ def _checked(sources: Iterable[Source]) -> list[Any]:
     found: list[Any] = list(sources)
     names: set[str] = set()
     for source in found:
-        name = text("source name", getattr(source, "name", None))
+        if not hasattr(source, "name"):
+            remedy = "wrap a function in a callable adapter"
+            raise wrong_type("each source", "an object with a name", source, remedy)
+        name = text("source name", source.name)
         if name in names:
             raise ValueError(f"source names must be unique, got {name!r} twice; rename one of them")
         names.add(name)
