@@ -29,19 +29,7 @@ from urllib.parse import quote
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.trace import Trace
 from coalestra.core.validation import callable_, flag, number, text, wrong_type
-from coalestra.inspect.looks import (
-    AnyBuilder,
-    Look,
-    Names,
-    Story,
-    Traces,
-    done_in_time,
-    look_at,
-    look_into_cache,
-    own_of,
-    told_values,
-    trace_id,
-)
+from coalestra.inspect import looks
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
 
@@ -200,14 +188,14 @@ class Sampler:
     """
 
     def __init__(
-        self, builder: AnyBuilder, story: Story, threads: WorkerThreads, interval_seconds: float
+        self, builder: looks.AnyBuilder, names: looks.Names, threads: WorkerThreads, seconds: float
     ) -> None:
-        self.story: Story = story
+        self.story: looks.Story = looks.Story(builder, names)
         self.viewers: int = 0
         self.due: float = float("-inf")
         self._builder = builder
         self._threads = threads
-        self._interval = interval_seconds
+        self._interval = seconds
         self._looking = asyncio.Lock()
         self._state = b""
 
@@ -221,7 +209,7 @@ class Sampler:
             began = now()
             if began >= self.due - self._interval / 10:  # a timer may be early by a little
                 try:
-                    look = await look_at(self._builder)
+                    look = await looks.look_at(self._builder)
                     written = self._written, look, began, late
                     state = await self._threads.run(*written, or_here=True)
                 except Exception as error:
@@ -230,7 +218,7 @@ class Sampler:
                 self.due, self._state = began + self._interval, state
             return self._state
 
-    def _written(self, look: Look, now: float, late: float) -> bytes:
+    def _written(self, look: looks.Look, now: float, late: float) -> bytes:
         told = {**self.story.told(look, now, late), "interval": self._interval}
         return json.dumps(told, separators=(",", ":"), allow_nan=False).encode()
 
@@ -259,7 +247,7 @@ class Inspector:
 
     def __init__(
         self,
-        builder: AnyBuilder,
+        builder: looks.AnyBuilder,
         *,
         authorize: Authorize | None = None,
         title: str = "Coalestra",
@@ -273,7 +261,7 @@ class Inspector:
         self._authorize = callable_("authorize", authorize, optional=True)
         self._title = text("title", title)
         self._shows_values = flag("show_values", show_values)
-        self._names = Names(show=flag("show_subjects", show_subjects))
+        self._names = looks.Names(show=flag("show_subjects", show_subjects))
         self._interval = number("interval_seconds", interval_seconds, above=0)
         self._threads = WorkerThreads(idle_seconds=5.0)
         self._samplers: dict[asyncio.AbstractEventLoop, Sampler] = {}
@@ -339,20 +327,20 @@ class Inspector:
             for other in tuple(self._samplers):
                 if other.is_closed():
                     self._samplers.pop(other, None)
-            story = Story(self.builder, self._names)
-            sampler = Sampler(self.builder, story, self._threads, self._interval)
+            sampler = Sampler(self.builder, self._names, self._threads, self._interval)
             self._samplers[loop] = sampler
         return sampler
 
     async def _tell_cache(self, exchange: Exchange) -> None:
         shown = self._shows_values
         try:
-            found, now = await look_into_cache(self.builder), own_of(self.builder).clock.now()
+            found = await looks.look_into_cache(self.builder)
+            now = looks.own_of(self.builder).clock.now()
             told: dict[str, Any] = {"at": now, "values": None, "shows_values": shown}
             if found is not None:
-                telling = partial(told_values, found, self._names, now, shown)
+                telling = partial(looks.told_values, found, self._names, now, shown)
                 job = self._threads.start(telling, "told_values", or_here=True)
-                if not await done_in_time(job.ended):  # a `repr` may never end
+                if not await looks.done_in_time(job.ended):  # a `repr` may never end
                     raise TimeoutError
                 told["values"] = job.outcome()
         except Exception as error:
@@ -371,11 +359,11 @@ class Inspector:
             headers["content_disposition"] = f'attachment; filename="coalestra-{name}.json"'
         await exchange.answer(200, content, content_type, **headers)
 
-    def _drawn(self, known: Traces, name: str, draw: Callable[[Trace], str]) -> str | None:
+    def _drawn(self, known: looks.Traces, name: str, draw: Callable[[Trace], str]) -> str | None:
         trace = known.find(name)
         if trace is None:
             recent = self.builder.recent_traces()
-            trace = next((each for each in recent if trace_id(each) == name), None)
+            trace = next((each for each in recent if looks.trace_id(each) == name), None)
         return None if trace is None else draw(self._names.trace(trace))
 
     async def _stream(self, exchange: Exchange) -> None:

@@ -15,6 +15,7 @@ from coalestra.cache.publisher import ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
+from coalestra.core import protocols
 from coalestra.core.health import BuilderHealth, FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
@@ -24,16 +25,7 @@ from coalestra.core.policies import (
     PolicyResolver,
     SourceAuthorityPolicy,
 )
-from coalestra.core.protocols import (
-    AsyncCache,
-    Clock,
-    EventSink,
-    MetricsSink,
-    Source,
-    SystemClock,
-    Tracer,
-    checked,
-)
+from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, Source, Tracer
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
@@ -385,9 +377,8 @@ class SnapshotBuilder(BuilderArguments):
             overflow=self.observability_overflow,
         )
         self._use(sources=sources, metrics=self._sinks.metrics, events=self._sinks.events)
-        self._use_unless_given(
-            cache=default_cache, clock=SystemClock(), default_policy=FreshnessPolicy(1.0, 10.0)
-        )
+        self._use_unless_given(cache=default_cache, clock=protocols.SystemClock())
+        self._use_unless_given(default_policy=FreshnessPolicy(1.0, 10.0))
         self._use_unless_given(
             policy_resolver=PolicyResolver(self.default_policy),
             authority_resolver=AuthorityPolicyResolver(self.authority_policy),
@@ -449,7 +440,7 @@ class SnapshotBuilder(BuilderArguments):
             self._sinks.log,
         )
         return Parts(
-            clock=checked(self.clock),
+            clock=protocols.checked(self.clock),
             chains=chains,
             policies=self.policy_resolver,
             authority=self.authority_resolver,

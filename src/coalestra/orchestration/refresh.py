@@ -13,13 +13,8 @@ from coalestra.core import errors
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.values import Revision, new_id
-from coalestra.orchestration.flights import (
-    LOOK_SECONDS,
-    Gather,
-    Work,
-    call_served,
-    circle_of,
-)
+from coalestra.orchestration import flights
+from coalestra.orchestration.flights import Gather, Work
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Demand, Pins
 
@@ -208,7 +203,7 @@ class Refresher:
         A source that asks for this does not wait for what waits for it, and what it waits for
         needs no slot.
         """
-        call, awaited = call_served(), [*self._running]
+        call, awaited = flights.call_served(), [*self._running]
         asked: dict[Gather, None] = {}
         try:
             while awaited := [each for each in awaited if self._keeps(call, each)]:
@@ -216,7 +211,7 @@ class Refresher:
                     asked |= {each.gather: None for each in awaited if each.gather is not None}
                     call.asked.update(asked)
                 ended = [self._end_of(each, call) for each in awaited]
-                await asyncio.wait(ended, timeout=None if call is None else LOOK_SECONDS)
+                await asyncio.wait(ended, timeout=None if call is None else flights.LOOK_SECONDS)
         finally:
             if call is not None:
                 for gather in asked:
@@ -224,9 +219,9 @@ class Refresher:
 
     def _keeps(self, call: Call | None, refresh: Refresh) -> bool:
         """Whether a refresh is under way, and does not wait, by now, for a call that waits."""
-        if call is not None and refresh.gather is not None and circle_of(call, refresh.gather):
-            return False
-        return refresh in self._running
+        gather = refresh.gather
+        waits = call is not None and gather is not None and flights.circle_of(call, gather)
+        return refresh in self._running and not waits
 
     def _end_of(self, refresh: Refresh, call: Call | None) -> asyncio.Future[None]:
         """Return what tells the end of a refresh, which a call under way may be waiting for."""

@@ -58,19 +58,11 @@ from coalestra.core.request import (
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.validation import flag, instance, integer, number, shown, text, wrong_type
 from coalestra.core.values import SnapshotValue, new_id
+from coalestra.orchestration import readings
 from coalestra.orchestration.deliveries import all_or_none
 from coalestra.orchestration.flights import LOOK_SECONDS, Gather, Work, call_served, circle_of
 from coalestra.orchestration.parts import Parts
-from coalestra.orchestration.readings import (
-    Demand,
-    Failure,
-    Pins,
-    Reading,
-    at_odds,
-    beneath,
-    hold,
-    reach,
-)
+from coalestra.orchestration.readings import Failure, Pins, Reading, hold
 from coalestra.orchestration.singleflight import Crowd, Engine, Stage
 from coalestra.orchestration.tracing import StageLog
 
@@ -891,11 +883,13 @@ class Revalidation:
 
     def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:
         """Find out what goes with what is named, and what of it is to be read."""
-        self._affected, self._loose = yield from reach(pins, self.unit.requested.copy(), self.named)
+        self._affected, self._loose = yield from readings.reach(
+            pins, self.unit.requested.copy(), self.named
+        )
         yield
         forced = frozenset(self._affected) if self.forced else frozenset()
         derived = (k for k, p in pins.items() if p.revision.dependency_versions and k in forced)
-        demand = Demand(forced, frozenset(derived if forced else ()))
+        demand = readings.Demand(forced, frozenset(derived if forced else ()))
         yield
         going = self._affected | self._loose
         kept = Pins({key: pin for key, pin in pins.items() if key not in going}, demand)
@@ -924,7 +918,7 @@ class Revalidation:
             pins.pop(key, None)
         yield
         pins.update(self._readings)
-        hold(pins, {}, (yield from beneath(self._readings, pins)))
+        hold(pins, {}, (yield from readings.beneath(self._readings, pins)))
         self._next = pins
 
     def _visible(self, snapshot: Snapshot) -> Snapshot:
@@ -940,12 +934,12 @@ class Revalidation:
         await self.unit.engine.parts.pace.keep()
         while (stamp := self._state()) != self._stamp:
             pins = dict(self.unit.pins)
-            reached = reach(pins, self.unit.requested.copy(), self.named)
+            reached = readings.reach(pins, self.unit.requested.copy(), self.named)
             if await self._through(reached) != (self._affected, self._loose):
                 return False
             going = self._affected | self._loose
             kept = {key: pin for key, pin in pins.items() if key not in going}
-            if await self._through(at_odds(self._readings, kept)):
+            if await self._through(readings.at_odds(self._readings, kept)):
                 return False
             await self._through(self._succeed(pins))
             self._stamp = stamp

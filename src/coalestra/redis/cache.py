@@ -20,15 +20,7 @@ import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -453,7 +445,7 @@ class RedisCache:
         while part := tuple(islice(left, 1 if self._server.is_cluster else _KEYS_IN_ONE_STEP)):
             yield part
 
-    async def _run(self, script: str, calls: Sequence[Call]) -> tuple[float, list[Any]]:
+    async def _run(self, script: str, calls: list[Call]) -> tuple[float, list[Any]]:
         """Run a script that answers with its time first; return that, and one answer per name."""
         sent = time.time()
         answers = await self._server.run(script, calls)
