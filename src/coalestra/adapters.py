@@ -16,22 +16,10 @@ from typing import Any, ClassVar, TypeAlias, cast
 from coalestra._endings import pass_on
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.threads import threads_of_context
+from coalestra.core import validation
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext, Snapshot
-from coalestra.core.validation import (
-    callable_,
-    check_fields,
-    flag,
-    instance,
-    integer,
-    is_coroutine_function,
-    number,
-    plain_function,
-    refusal,
-    rule,
-    ruled,
-    text,
-)
+from coalestra.core.validation import flag, instance, integer, number, ruled, text
 from coalestra.core.values import SourcePayload
 from coalestra.resilience.policies import SourceResiliencePolicy
 
@@ -50,10 +38,10 @@ class Invocation:
     def __init__(
         self, function: Callable[..., Any], *, source: str, parameter: str, in_thread: bool
     ) -> None:
-        self._function = callable_(parameter, function)
+        self._function = validation.callable_(parameter, function)
         self._label = source
         self.role: str = f"{parameter} of source {source!r}"
-        self.in_thread: bool = in_thread and not is_coroutine_function(function)
+        self.in_thread: bool = in_thread and not validation.is_coroutine_function(function)
 
     async def call(self, *arguments: Any) -> Any:
         """Return the result, awaited if it is awaitable, or raise an ordinary exception."""
@@ -170,8 +158,8 @@ SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
 class AdapterSettings:
     """What all adapters are told; apart from the methods, some of which have a setting's name."""
 
-    name: str = field(metadata=rule(text))
-    priority: int = field(metadata=rule(integer))
+    name: str = field(metadata=validation.rule(text))
+    priority: int = field(metadata=validation.rule(integer))
     supports: SupportsFunction
     timeout_seconds: float | None = ruled(None, number, above=0, optional=True)
     queue_timeout_seconds: float | None = ruled(None, number, above=0, optional=True)
@@ -185,12 +173,12 @@ class AdapterSettings:
     transport_timeout_seconds: float | None = ruled(None, number, above=0, optional=True)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validation.check_fields(self)
         seconds = self.transport_timeout_seconds
         if seconds is not None and not self.blocking_io:
             name, wanted = "transport_timeout_seconds", "None unless blocking_io is True"
             remedy = "set blocking_io=True if the callable blocks"
-            raise ValueError(refusal(name, wanted, seconds, remedy))
+            raise ValueError(validation.refusal(name, wanted, seconds, remedy))
 
 
 class CallableAdapter(AdapterSettings):
@@ -231,7 +219,7 @@ class CallableAdapter(AdapterSettings):
 
     def _asked_by(self, method: str) -> Invocation:
         """Return the plain function that is given under the name of the method that asks it."""
-        function = plain_function(method, vars(self).pop(method))
+        function = validation.plain_function(method, vars(self).pop(method))
         return Invocation(function, source=self.name, parameter=method, in_thread=False)
 
     def supports(self, key: ResourceKey) -> bool:

@@ -15,7 +15,7 @@ from coalestra.cache.publisher import ResourcePublisher, require_authority_aware
 from coalestra.concurrency.capacity import CapacityController, CapacitySnapshot
 from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
-from coalestra.core import protocols
+from coalestra.core import protocols, validation
 from coalestra.core.health import BuilderHealth, FlightSnapshot
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
@@ -29,32 +29,14 @@ from coalestra.core.protocols import AsyncCache, Clock, EventSink, MetricsSink, 
 from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
-from coalestra.core.validation import (
-    check_fields,
-    choice,
-    flag,
-    instance,
-    integer,
-    number,
-    require_methods,
-    ruled,
-    text,
-)
+from coalestra.core.validation import choice, flag, instance, integer, number, ruled, text
 from coalestra.observability.reports import ObservabilitySinks
 from coalestra.observability.sinks import BufferOverflowPolicy
+from coalestra.orchestration import session as sessions
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import Parts
-from coalestra.orchestration.session import (
-    Requests,
-    Results,
-    SnapshotSession,
-    Terms,
-    distinct,
-    in_same_form,
-    several,
-    together,
-)
+from coalestra.orchestration.session import Requests, Results, SnapshotSession, Terms, distinct
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link
 from coalestra.orchestration.tracing import Tracing
@@ -136,7 +118,7 @@ class BuilderSettings:
     trace: bool | float = ruled(False, _rate)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validation.check_fields(self)
         if self.max_pending_tasks is None:
             object.__setattr__(self, "max_pending_tasks", self.max_concurrency)
 
@@ -146,7 +128,7 @@ def _one_of(kind: type[Any]) -> Any:
 
 
 def _with_methods(*methods: str, plain: bool = True) -> Any:
-    return ruled(None, require_methods, *methods, optional=True, plain=plain)
+    return ruled(None, validation.require_methods, *methods, optional=True, plain=plain)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -493,12 +475,12 @@ class SnapshotBuilder(BuilderArguments):
         if deadline_seconds is None and metadata is None and snapshot_id is None and trace is None:
             crowd = self._engine.crowd_of(wanted, self._open_work)
             if crowd is not None:
-                return await together(self._engine, crowd, strict)
+                return await sessions.together(self._engine, crowd, strict)
             warm = self._engine.warm_reads.snapshot(wanted, strict=strict)
             if warm is not None:
                 return warm
-        unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
-        return await unit.resolve(wanted, strict=strict)
+        opened = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
+        return await opened.resolve(wanted, strict=strict)
 
     def _open_work(self) -> Work:
         return Terms.of(self._engine, None, None, None).open().work
@@ -522,8 +504,8 @@ class SnapshotBuilder(BuilderArguments):
             SnapshotAcceptanceError: values are not acceptable.
         """
         instance("request", request, SnapshotRequest)
-        unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
-        return await unit.resolve_request(request)
+        opened = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
+        return await opened.resolve_request(request)
 
     async def try_request(
         self,
@@ -543,10 +525,10 @@ class SnapshotBuilder(BuilderArguments):
         """
         instance("request", request, SnapshotRequest)
         self._engine.enter()
-        unit = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
-        return await unit.try_request(request)
+        opened = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
+        return await opened.try_request(request)
 
-    @in_same_form
+    @sessions.in_same_form
     async def try_requests(
         self,
         requests: Requests,
@@ -572,7 +554,7 @@ class SnapshotBuilder(BuilderArguments):
         """
         self._engine.enter()
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
-        return await several(
+        return await sessions.several(
             self._engine.parts,
             requests,
             lambda request: terms.for_another().open().try_request(request),

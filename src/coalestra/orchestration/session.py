@@ -33,20 +33,9 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, c
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
 from coalestra.concurrency.pace import Slices
+from coalestra.core import errors
 from coalestra.core.acceptance import SnapshotAcceptancePolicy, violations_of
-from coalestra.core.errors import (
-    BuilderClosedError,
-    DependencyCycleError,
-    PayloadCopySubsystemClosedError,
-    PayloadIsolationError,
-    SessionClosedError,
-    SnapshotAcceptanceError,
-    SnapshotBuildError,
-    SnapshotConsistencyError,
-    SnapshotDeadlineExceededError,
-    not_accepted,
-    without_frames,
-)
+from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import (
@@ -317,13 +306,13 @@ class UnitOfWork:
     def snapshot_now(self) -> Snapshot:
         """Return an isolated snapshot without waiting, however long the copying takes."""
         values: dict[ResourceKey, SnapshotValue[Any]] = {}
-        errors = {failure.key: failure.make() for failure in self.failed()}
+        failed = {failure.key: failure.make() for failure in self.failed()}
         for key, reading in self.visible(self.pins).items():
             try:
                 values[key] = self.engine.flights.deliveries.value_here(reading)
-            except PayloadIsolationError as error:
-                errors[key] = error
-        return self.assembled(values, errors)
+            except errors.PayloadIsolationError as error:
+                failed[key] = error
+        return self.assembled(values, failed)
 
     def assembled(
         self,
@@ -467,7 +456,7 @@ def objection(
         if report is not None:
             report.acceptance_judged(snapshot.snapshot_id, violations)
         if violations:
-            return (yield from not_accepted(violations, snapshot))
+            return (yield from errors.not_accepted(violations, snapshot))
     return None
 
 
@@ -486,10 +475,10 @@ def result_of(
     request: SnapshotRequest, snapshot: Snapshot | None, error: Exception | None
 ) -> RequestResult:
     """Return what came of a request; the error loses its traceback, which keeps all alive."""
-    if isinstance(error, (BuilderClosedError, PayloadCopySubsystemClosedError)):
+    if isinstance(error, (errors.BuilderClosedError, errors.PayloadCopySubsystemClosedError)):
         accepted(snapshot, error)
     if error is not None:
-        without_frames(error, spared=sys.exc_info()[1])  # the caller's own trouble, if any
+        errors.without_frames(error, spared=sys.exc_info()[1])  # the caller's own trouble, if any
     return RequestResult(request, snapshot, error)
 
 
@@ -743,7 +732,7 @@ class SnapshotSession:
 
     def _require_open(self) -> None:
         if self.closed:
-            raise SessionClosedError(
+            raise errors.SessionClosedError(
                 f"session {self.snapshot_id} is closed; open another one with builder.session()"
             )
 
@@ -797,7 +786,7 @@ class Revalidation:
                 finally:
                     stage.resolved = len(self.named) * self._committed
                     stage.failed = self._failed
-        except (SnapshotConsistencyError, SnapshotAcceptanceError) as violation:
+        except (errors.SnapshotConsistencyError, errors.SnapshotAcceptanceError) as violation:
             self._violated = type(violation)
             raise
         finally:
@@ -830,7 +819,7 @@ class Revalidation:
                     circle = circle_of(call, turn.stage)
                     if circle:
                         path = tuple([flight.key for flight in (*circle, circle[0])])
-                        return {key: DependencyCycleError(path) for key in self.named}
+                        return {key: errors.DependencyCycleError(path) for key in self.named}
                     if turn.stage not in call.asked:
                         call.asked[turn.stage] = asked[turn.stage] = None
                     if call.keys_under_way and not turn.stage.urgent:
@@ -999,8 +988,8 @@ class Revalidation:
             failed=self._failed,
             strict=self.strict,
             force_refresh=self.forced,
-            consistency_failed=self._violated is SnapshotConsistencyError,
-            acceptance_failed=self._violated is SnapshotAcceptanceError,
+            consistency_failed=self._violated is errors.SnapshotConsistencyError,
+            acceptance_failed=self._violated is errors.SnapshotAcceptanceError,
         )
 
     def __repr__(self) -> str:

@@ -26,24 +26,13 @@ from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from coalestra._endings import pass_on
+from coalestra.core import trace as records
 from coalestra.core.errors import SourceFailure, folded_message, message_of, type_name
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Tracer
 from coalestra.core.snapshot import FetchContext
-from coalestra.core.trace import (
-    AttemptTrace,
-    CallTrace,
-    Foundation,
-    KeyTrace,
-    Obtained,
-    SourceRefusal,
-    StageTrace,
-    Trace,
-    Wait,
-    WaitReason,
-    pending_trace,
-)
+from coalestra.core.trace import Foundation, KeyTrace, Obtained, Trace, Wait, WaitReason
 from coalestra.core.values import Revision, SnapshotValue
 from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.readings import Failure, Reading
@@ -132,7 +121,7 @@ class Tracing:
 # What is noted of a call, of a flight and of a key ------------------------------------------------
 
 
-R = TypeVar("R", AttemptTrace, CallTrace, KeyTrace, StageTrace, Wait)
+R = TypeVar("R", records.AttemptTrace, records.CallTrace, KeyTrace, records.StageTrace, Wait)
 
 
 _UNDER_WAY = {"outcome": "under_way", "obtained": Obtained.FAILED}
@@ -213,10 +202,10 @@ class AttemptLog(_Try):
     pause_seconds: float | None = None
     span: Any = None
 
-    def traced(self, began: float, until: float) -> AttemptTrace:
+    def traced(self, began: float, until: float) -> records.AttemptTrace:
         """Return what was noted by `until`, in seconds since `began`."""
         called = None if self.called is None or self.called > until else self.called - began
-        return self.told(AttemptTrace, began, until, called=called)
+        return self.told(records.AttemptTrace, began, until, called=called)
 
 
 @dataclass(slots=True, eq=False)
@@ -287,11 +276,11 @@ class CallLog(_Try):
             self.ended(outcome, error)
             self.settle(outcome, error)
 
-    def traced(self, began: float, until: float) -> CallTrace:
+    def traced(self, began: float, until: float) -> records.CallTrace:
         """Return what was noted by `until`, in seconds since `began`."""
         begun = [each for each in self.attempts if each.start <= until]
         attempts = tuple([each.traced(began, until) for each in begun])
-        return self.told(CallTrace, began, until, attempts=attempts)
+        return self.told(records.CallTrace, began, until, attempts=attempts)
 
 
 @dataclass(slots=True, eq=False)
@@ -300,13 +289,13 @@ class FlightLog:
 
     snapshot_id: str
     calls: list[CallLog] = field(default_factory=list)
-    refusals: list[SourceRefusal] = field(default_factory=list)
+    refusals: list[records.SourceRefusal] = field(default_factory=list)
     waits: _Waits = field(default_factory=_Waits)
 
     def refused(self, failure: SourceFailure, status: str) -> None:
         """Note that a source brought nothing for the key."""
         said = failure.error_type, folded_message(failure.message)
-        self.refusals.append(SourceRefusal(failure.source, _now(), status, *said))
+        self.refusals.append(records.SourceRefusal(failure.source, _now(), status, *said))
 
 
 @dataclass(slots=True, eq=False)
@@ -647,9 +636,9 @@ class WorkTrace:
             return None
         until = _now()
         noted = len(self._entries), self._stages_begun, len(self._untold)
-        records = partial(self._records, until, values, errors, *noted)
+        made = partial(self._records, until, values, errors, *noted)
         about = self.snapshot_id, self.kind, self.parent, self.started_at
-        return pending_trace(records, *about, until - self._began)
+        return records.pending_trace(made, *about, until - self._began)
 
     def _records(
         self,
@@ -688,7 +677,7 @@ class WorkTrace:
                 keys[key] = fitting[0].traced(began, until, calls)
         stages = [each for each in self._stages if each.start <= until]
         return {
-            "stages": tuple([each.told(StageTrace, began, until) for each in stages]),
+            "stages": tuple([each.told(records.StageTrace, began, until) for each in stages]),
             "keys": FrozenDict(keys),
             "calls": tuple([call.traced(began, until) for call in calls]),
             "omitted_keys": untold + len(stories) - len(keys),

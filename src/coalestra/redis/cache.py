@@ -41,15 +41,8 @@ from coalestra.core.protocols import CacheNewsListener, Lease, LeasedLookup
 from coalestra.core.serialization import qualified_type
 from coalestra.core.validation import integer, number, refusal, require_methods, text, wrong_type
 from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
-from coalestra.redis import scripts
-from coalestra.redis.codec import (
-    MessagePackCodec,
-    Model,
-    UnreadableEntryError,
-    UnstorableValueError,
-    ValueCodec,
-    is_large,
-)
+from coalestra.redis import codec, scripts
+from coalestra.redis.codec import MessagePackCodec, Model, UnstorableValueError, ValueCodec
 from coalestra.redis.news import News
 from coalestra.redis.server import Call, Client, Server, SharedCacheUnavailableError
 from coalestra.resilience.circuit_breaker import CircuitState
@@ -473,12 +466,10 @@ class RedisCache:
                 if undated == b"1":
                     observed_at = now - (moment - observed_at)
                 if len(data) > self._most_bytes:
-                    raise UnreadableEntryError(f"it is larger than {self._most_bytes:,} bytes")
-                form, source, latency_ms, attempts, rank, payload, metadata, rests_on = _decode(
-                    data
-                )
+                    raise codec.UnreadableEntryError("it is larger than it may be")
+                form, source, latency, attempts, rank, payload, metadata, below = _decode(data)
                 if form != _FORM:
-                    raise UnreadableEntryError(f"it has form {form}, and not {_FORM}")
+                    raise codec.UnreadableEntryError(f"it has form {form}, and not {_FORM}")
                 decode = self._codec.decode
                 value = SnapshotValue(
                     key,
@@ -489,12 +480,12 @@ class RedisCache:
                     max(0.0, now - observed_at),
                     stale=False,
                     from_cache=True,
-                    latency_ms=latency_ms,
+                    latency_ms=latency,
                     attempts=attempts,
                     metadata=FrozenDict(decode(metadata) if metadata else {}),
                     authority_rank=rank,
                     version=version,
-                    dependency_versions=FrozenDict({scripts.key_of(k): v for k, v in rests_on}),
+                    dependency_versions=FrozenDict({scripts.key_of(k): v for k, v in below}),
                 )
             except Exception:  # whoever has written it, and whatever the codec makes of it
                 self._unreadable += 1
@@ -668,7 +659,7 @@ class RedisCache:
         """Return what the script is given to offer a value; raises if it cannot be encoded."""
         rests_on = [(key.canonical, version) for key, version in value.dependency_versions.items()]
         try:
-            if is_large(value.value):
+            if codec.is_large(value.value):
                 payload = await threads_of_context().run(
                     self._codec.encode, value.value, label="encode", or_here=True
                 )
