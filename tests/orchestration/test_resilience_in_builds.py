@@ -425,6 +425,30 @@ async def test_a_retry_that_waits_too_long_for_capacity_counts_the_failure_befor
     lease.release()
 
 
+@pytest.mark.parametrize("by", ["leaving", "a deadline"])
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_failure_counts_though_its_readers_go_before_it_is_tried_again(
+    by: str, waits: bool
+) -> None:
+    """A source that is down is left alone, however impatient its readers are."""
+    source = stock(breaking(2, attempts=2))
+    building = builder(source, max_concurrency=1)
+    for state in (("closed", 1), ("open", 2)):
+        patient = asyncio.ensure_future(attempt(building, deadline_seconds=50))
+        how = {"deadline_seconds": 1.5 if waits else 0.7} if by == "a deadline" else {}
+        going = [patient, asyncio.ensure_future(attempt(building, **how))]
+        await settle()
+        lease = await building.capacity.acquire("other")
+        await asyncio.sleep(1.2 if waits else 0.5)
+        for task in going if by == "leaving" else going[:1]:
+            task.cancel()
+        await asyncio.wait(going)
+        assert await circuits(building) == {"x": state}
+        lease.release()
+    assert len(source.calls) == 2
+    assert (await building.health_snapshot()).sources["x"].last_error == "ConnectionError"
+
+
 async def test_a_circuit_that_opens_while_a_call_waits_for_capacity_keeps_it_out() -> None:
     source = stock(breaking(), before=(gate := Gate()).pass_)
     building = builder(source, max_concurrency=1)

@@ -822,10 +822,16 @@ class Call:
         # Whether it is wanted comes last: for very many that leave, to find nobody takes a while.
         if self._over or (attempt is not None and attempt.goes_on) or self._wanted():
             return
+        failed: BaseException | None = None
+        if self._failure is not None and (attempt is None or attempt.stage is Progress.WAITING):
+            failed = self._failure.exception  # that of the attempt before, which counts
         late = None if attempt is None else attempt.abandon()
         self._left = True
         left = f"nobody waits for source {self.link.name!r} any more"
-        self.end(late or SourceUnavailableError(left), _ABANDONED)
+        if failed is None:
+            self.end(late or SourceUnavailableError(left), _ABANDONED)
+        else:
+            self.end(late or failed)
 
     def lost(self) -> None:
         """Learn that the worker has ended, however that came about."""
@@ -931,6 +937,7 @@ class Call:
                             error_type=error,
                             error=error,
                         )
+                    self._failure_of(error)  # which stands if it comes to no other attempt
                     self._retry = loop.call_later(delay, self.lane.again, self)
         finally:
             if self._retry is None:
