@@ -21,8 +21,6 @@ from coalestra.sync import SyncSnapshotBuilder
 
 Builder = SnapshotBuilder | SyncSnapshotBuilder
 
-# What the library counts and observes ------------------------------------------------------------
-
 Labels = Mapping[str, str]
 """The labels of a metric, each with the values it has; none where an application chooses them."""
 

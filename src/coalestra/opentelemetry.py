@@ -260,8 +260,6 @@ _OVERFLOW: Final = (("otel.metric.overflow", True),)
 """As OpenTelemetry bounds and calls what finds no room."""
 
 
-# Health, as a reader's thread finds it -----------------------------------------------------------
-
 _Labels = tuple[tuple[str, Any], ...]
 
 # What is counted in things adds up over builders and processes; the others do not.

@@ -51,8 +51,6 @@ from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
 from coalestra.core.values import CacheWriteResult, CacheWriteStatus, Revision, SnapshotValue
 from coalestra.observability.changes import ChangeLog
 
-# The view over a cache that is not the library's own ---------------------------------------------
-
 _STORED = CacheWriteStatus.STORED
 _READ = "cache read"
 _WRITE = "cache write"

@@ -31,8 +31,6 @@ from coalestra.core.validation import integer, number, shown, text
 from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
 from coalestra.observability.changes import ChangeLog
 
-# Many calls, few tasks: each bounded, each alone with its failure --------------------------------
-
 _I = TypeVar("_I", bound=Hashable)
 _T = TypeVar("_T")
 
@@ -100,8 +98,6 @@ def leave_behind(task: asyncio.Task[Any]) -> None:
         task.cancel()
         look_after(task, _left_behind)
 
-
-# The calls that a cache offers, used as widely as it allows --------------------------------------
 
 DEFAULT_TIMEOUT_SECONDS: Final = 1.0
 """How long one call may take, unless the cache has ``timeout_seconds`` of its own."""

@@ -104,8 +104,6 @@ def lookup_of(value: SnapshotValue[Any] | None, now: float, policy: FreshnessPol
 
 MISS = CacheLookup(None, fresh=False, usable_stale=False)
 
-# The memory cache: an entry store behind the asynchronous cache protocols ------------------------
-
 _READ = "cache read"
 _WRITE = "cache write"
 _PORTION = 500

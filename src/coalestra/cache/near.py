@@ -30,8 +30,6 @@ from coalestra.core.protocols import AsyncCache
 from coalestra.core.validation import integer, number, require_methods
 from coalestra.core.values import CacheLookup, CacheWriteStatus, Revision, SnapshotValue
 
-# A cache of one's own with a memory in front -----------------------------------------------------
-
 
 class NearCache:
     """Any cache, with its values kept in memory as well: a warm read waits for nothing.
@@ -80,9 +78,6 @@ class NearCache:
         await self.cache.clear()
 
 
-# Turns per key: operations on the same key run one after the other, in the order they asked ------
-
-
 class KeyLanes:
     """First-in, first-out turns for any number of keys; nothing is kept for an idle one."""
 
@@ -126,8 +121,6 @@ class KeyLanes:
             for each in tuple(ahead):
                 each.add_done_callback(passed)
 
-
-# The channel ------------------------------------------------------------------------------------
 
 _SPARE_DUE = 1000
 

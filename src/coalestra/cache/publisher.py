@@ -85,9 +85,6 @@ def _report(reporter: Reporter, force: bool, offered: Revision, outcome: Outcome
         )
 
 
-# What became of an event, with copies of what is held now and was before -------------------------
-
-
 def _told(status: CacheWriteStatus) -> PublishStatus:
     return _PUBLISHED if status is _STORED else PublishStatus(status.value)
 

@@ -284,9 +284,6 @@ async def with_all_below(
         every.update(level)
 
 
-# The entry store ---------------------------------------------------------------------------------
-
-
 class EntryStore:
     """A bounded, least-recently-used map of sealed revisions; every method is synchronous.
 

@@ -123,11 +123,7 @@ class Deadline:
 
     @property
     def loop_time(self) -> float:
-        """The instant on the event loop's clock, for timers.
-
-        Raises:
-            RuntimeError: if it has not been fixed yet and no event loop is running.
-        """
+        """The instant on the event loop's clock; RuntimeError if none runs and it is not fixed."""
         if self._find_loop() is None:
             raise RuntimeError(
                 "loop_time is not known before the deadline was used in a running event loop"

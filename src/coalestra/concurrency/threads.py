@@ -148,8 +148,7 @@ class _Worker:
 class WorkerThreads:
     """A cache of daemon threads that run blocking functions for coroutines.
 
-    Args:
-        idle_seconds: how long a thread without work waits for more before it ends.
+    One without work waits for more for ``idle_seconds``, and ends.
     """
 
     def __init__(self, *, idle_seconds: float = 10.0) -> None:

@@ -57,9 +57,8 @@ class WaitsFor(Generic[N]):
     def add(self, waiter: N, target: N) -> tuple[N, ...] | None:
         """Let `waiter` wait for `target`, unless that would close a cycle.
 
-        Returns:
-            None if the edge is in the graph now; else the cycle it would have closed, from
-            `waiter` through `target` back to `waiter`, and the graph is as before.
+        Return None if the edge is in the graph now; else it is as before, and the cycle is returned
+        that the edge would have closed, from `waiter` through `target` back to `waiter`.
         """
         if waiter is target or waiter == target:
             return (waiter, target)

@@ -64,8 +64,6 @@ def frozen(mapping: Mapping[K, V]) -> FrozenDict[K, V]:
     return FrozenDict(mapping) if mapping else EMPTY
 
 
-# Slotted dataclasses that refuse every change with the same error --------------------------------
-
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
 else:

@@ -380,9 +380,6 @@ _SCALES = (
 )
 
 
-# The facts ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class BuilderHealth:
     """The state of a builder at one moment, and its counters since it was made.
@@ -616,24 +613,15 @@ def _graded(
 
 
 def _crowds(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
-    limiters = health.capacity.items()
-    yield from _waiting(
-        _Reason.SOURCE_CAPACITY_WAITING,
-        "waiting_for_capacity",
-        health.waiting_for_capacity,
-        ((name, each.waiting, each.limit) for name, each in limiters),
-        policy.capacity_waiting_degraded,
-        policy.capacity_waiting_critical_ratio,
-    )
+    reason, metric = _Reason.SOURCE_CAPACITY_WAITING, "waiting_for_capacity"
+    loads = [(name, each.waiting, each.limit) for name, each in health.capacity.items()]
+    low, high = policy.capacity_waiting_degraded, policy.capacity_waiting_critical_ratio
+    yield from _waiting(reason, metric, health.waiting_for_capacity, loads, low, high)
+    reason, metric = _Reason.PAYLOAD_COPY_CAPACITY_WAITING, "waiting_for_copy_capacity"
     copies = health.payload_copy_components.items()
-    yield from _waiting(
-        _Reason.PAYLOAD_COPY_CAPACITY_WAITING,
-        "waiting_for_copy_capacity",
-        health.waiting_for_copy_capacity,
-        ((name, each.waiting_for_capacity, each.max_concurrency) for name, each in copies),
-        policy.copy_waiting_degraded,
-        policy.copy_waiting_critical_ratio,
-    )
+    loads = [(name, each.waiting_for_capacity, each.max_concurrency) for name, each in copies]
+    low, high = policy.copy_waiting_degraded, policy.copy_waiting_critical_ratio
+    yield from _waiting(reason, metric, health.waiting_for_copy_capacity, loads, low, high)
     reason, metric = _Reason.SUBMISSION_BACKLOG_HIGH, "pending_submissions_ratio"
     low, high = policy.submission_backlog_degraded_ratio, policy.submission_backlog_critical_ratio
     most = health.max_pending_submissions or 0

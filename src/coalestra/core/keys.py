@@ -113,8 +113,6 @@ CASE_INSENSITIVE_KEY_NORMALIZER = KeyNormalizer(
 """Makes keys equal that differ in case only, in whichever part."""
 
 
-# The keys ----------------------------------------------------------------------------------------
-
 QualifierInput = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Qualifiers as they may be given: a mapping, or pairs of name and value."""
 

@@ -22,8 +22,6 @@ __all__ = [
     "SourceBase", "SystemClock", "TellingCache", "Tracer",
 ]  # fmt: skip
 
-# What time it is, for the calendar and for measuring ---------------------------------------------
-
 
 @runtime_checkable
 class Clock(Protocol):
@@ -425,9 +423,6 @@ class TellingCache(Protocol):
         """
 
 
-# Sinks --------------------------------------------------------------------------------------------
-
-
 class EventSink(Protocol):
     """Where events go.
 
@@ -449,9 +444,6 @@ class MetricsSink(Protocol):
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
         """Take one measurement, in the unit that the name of the metric ends in."""
-
-
-# Following the work while it is under way --------------------------------------------------------
 
 
 @runtime_checkable

@@ -21,8 +21,6 @@ from coalestra.core.values import SnapshotValue
 
 __all__ = ["RequestOutcome", "RequestResult", "SnapshotConsistencyPolicy", "SnapshotRequest"]
 
-# Whether values were observed close enough in time to be used together ---------------------------
-
 _observation = attrgetter("observed_at")
 
 

@@ -16,8 +16,6 @@ from coalestra.core.values import SnapshotValue
 
 __all__ = ["FetchContext", "Snapshot", "SnapshotDiagnostics"]
 
-# What one build, session or refresh did, counted -------------------------------------------------
-
 
 @dataclass(frozen=True)
 class SnapshotDiagnostics:
@@ -111,9 +109,6 @@ for _each in fields(SnapshotDiagnostics)[:-2]:
 _NOTHING_COUNTED: Mapping[str, Any] = FrozenDict(DiagnosticsRecorder().counted())
 
 
-# What a source is told about the work it is asked for --------------------------------------------
-
-
 @dataclass(frozen=True, repr=False)
 class FetchContext:
     """The circumstances of one build, session or refresh, for the sources it calls.
@@ -142,8 +137,6 @@ class FetchContext:
     def __repr__(self) -> str:
         return concealed(self, "metadata")
 
-
-# The result of a build or a session: values by key, and errors by key ----------------------------
 
 T = TypeVar("T")
 

@@ -525,9 +525,6 @@ class Revision:
         return f"<Revision {self.key.display} {self.version} from {self.source}{derived}>"
 
 
-# What caches have counted ------------------------------------------------------------------------
-
-
 @record
 class CacheStats:
     """The counts of a cache since it was made.
@@ -553,9 +550,6 @@ class CacheStats:
     invalidations: int
     evictions: int
     expirations: int
-
-
-# What caches answer ------------------------------------------------------------------------------
 
 
 class CacheWriteStatus(str, enum.Enum):
@@ -606,9 +600,6 @@ class CacheWriteResult:
     def stored(self) -> bool:
         """Whether the value was stored."""
         return self.status is CacheWriteStatus.STORED
-
-
-# What publishers answer --------------------------------------------------------------------------
 
 
 class PublishStatus(str, enum.Enum):

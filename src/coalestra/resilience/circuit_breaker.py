@@ -47,8 +47,6 @@ __all__ = [
     "CircuitState",
 ]  # fmt: skip
 
-# Names, policies and figures ---------------------------------------------------------------------
-
 
 class CircuitScope(str, Enum):
     """Which calls of a source share a circuit."""
@@ -239,8 +237,6 @@ class Circuit:
     def __repr__(self) -> str:
         return f"<Circuit {self.stored.value} failures={self.failures} probing={self.probing}>"
 
-
-# All circuits ------------------------------------------------------------------------------------
 
 MAX_CIRCUITS = 10_000
 """How many circuits that are not at rest are remembered."""

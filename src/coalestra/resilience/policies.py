@@ -18,7 +18,6 @@ __all__ = [
     "SourceResiliencePolicy",
 ]  # fmt: skip
 
-# When a failed call is tried again, and after how long -------------------------------------------
 
 _LARGEST_EXPONENT = 1000
 """Doubling more often would overflow a float; the cap on the delay holds long before."""
@@ -117,9 +116,6 @@ def _checked(retry_on: Any) -> Any:
         return retry_on
     rule = "a subclass of Exception, several of them, or a plain function of the error"
     raise validation.wrong_type("retry_on", rule, retry_on)
-
-
-# Which retry and circuit policy applies to a source ----------------------------------------------
 
 
 @dataclass(frozen=True)
