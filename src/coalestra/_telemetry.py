@@ -16,7 +16,7 @@ from coalestra.core.validation import readable
 from coalestra.core.values import CacheStats, PublishStatus
 from coalestra.observability.changes import ChangeLog
 from coalestra.orchestration.builder import SnapshotBuilder
-from coalestra.resilience.circuit_breaker import CircuitSnapshot
+from coalestra.resilience import CircuitSnapshot
 from coalestra.sync import SyncSnapshotBuilder
 
 Builder = SnapshotBuilder | SyncSnapshotBuilder

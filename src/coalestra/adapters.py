@@ -21,7 +21,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance, integer, number, ruled, text
 from coalestra.core.values import SourcePayload
-from coalestra.resilience.policies import SourceResiliencePolicy
+from coalestra.resilience import SourceResiliencePolicy
 
 _NOT_AWAITABLE = frozenset({SourcePayload, bool, dict, float, int, list, str, tuple, type(None)})
 """What callables most often return; for others it takes a closer look."""

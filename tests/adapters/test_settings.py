@@ -20,7 +20,7 @@ from coalestra.core.health import SourceTimeoutGuaranteeStatus, inspect_source_t
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import BatchSnapshotSource, DerivedSource, SnapshotSource
 from coalestra.core.values import SourcePayload
-from coalestra.resilience.policies import SourceResiliencePolicy
+from coalestra.resilience import SourceResiliencePolicy
 from tests.adapters.sample_calls import CONTEXT, KINDS, PRICE, VOLUME, adapter, everything, nothing
 from tests.support import VirtualLoop
 

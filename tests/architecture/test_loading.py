@@ -40,7 +40,7 @@ asyncio.run(main())
 
 # Where a module may be loaded later than with its user, since not every program gets there. Never
 # for each key, and never where an error is on its way.
-LOADED_LATE = {"resilience/policies.py delay_for_attempt": {"random"}}
+LOADED_LATE = {"resilience.py delay_for_attempt": {"random"}}
 
 
 def loaded_by(program: str) -> set[str]:

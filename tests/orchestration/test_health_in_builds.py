@@ -30,7 +30,7 @@ from coalestra import (
     SourceResiliencePolicy,
     SourceUnavailableError,
 )
-from coalestra.resilience.circuit_breaker import Outcome
+from coalestra.resilience import Outcome
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import ONCE, Derived, Single, builder, held_at, key
 from tests.orchestration.stock import BASE, Shop, Stock

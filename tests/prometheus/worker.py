@@ -10,7 +10,7 @@ from typing import Any
 from coalestra import CallableSource, CircuitBreakerPolicy, ResourceKey, SnapshotBuilder
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.prometheus import HealthCollector, PrometheusMetrics
-from coalestra.resilience.policies import RetryPolicy, SourceResiliencePolicy
+from coalestra.resilience import RetryPolicy, SourceResiliencePolicy
 
 
 class Worker:

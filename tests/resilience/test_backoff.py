@@ -20,7 +20,7 @@ from coalestra.core.errors import (
     SourceTimeoutError,
     SourceUnavailableError,
 )
-from coalestra.resilience.policies import TRANSIENT_ERRORS, RetryPolicy
+from coalestra.resilience import TRANSIENT_ERRORS, RetryPolicy
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coalestra.resilience.circuit_breaker import (
+from coalestra.resilience import (
     Circuit,
     CircuitBreakerPolicy,
     CircuitIdentity,

@@ -12,7 +12,7 @@ import pytest
 from coalestra.core.errors import CircuitOpenError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import SystemClock
-from coalestra.resilience.circuit_breaker import (
+from coalestra.resilience import (
     CircuitBreaker,
     CircuitBreakerPolicy,
     CircuitIdentity,

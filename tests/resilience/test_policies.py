@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy
-from coalestra.resilience.policies import (
+from coalestra.resilience import (
+    CircuitBreakerPolicy,
     ResiliencePolicyResolver,
     RetryPolicy,
     SourceResiliencePolicy,

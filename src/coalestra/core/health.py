@@ -615,17 +615,17 @@ def _graded(
 def _crowds(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Findings:
     reason, metric = _Reason.SOURCE_CAPACITY_WAITING, "waiting_for_capacity"
     loads = [(name, each.waiting, each.limit) for name, each in health.capacity.items()]
-    low, high = policy.capacity_waiting_degraded, policy.capacity_waiting_critical_ratio
-    yield from _waiting(reason, metric, health.waiting_for_capacity, loads, low, high)
+    most, ratio = policy.capacity_waiting_degraded, policy.capacity_waiting_critical_ratio
+    yield from _waiting(reason, metric, health.waiting_for_capacity, loads, most, ratio)
     reason, metric = _Reason.PAYLOAD_COPY_CAPACITY_WAITING, "waiting_for_copy_capacity"
     copies = health.payload_copy_components.items()
     loads = [(name, each.waiting_for_capacity, each.max_concurrency) for name, each in copies]
-    low, high = policy.copy_waiting_degraded, policy.copy_waiting_critical_ratio
-    yield from _waiting(reason, metric, health.waiting_for_copy_capacity, loads, low, high)
+    most, ratio = policy.copy_waiting_degraded, policy.copy_waiting_critical_ratio
+    yield from _waiting(reason, metric, health.waiting_for_copy_capacity, loads, most, ratio)
     reason, metric = _Reason.SUBMISSION_BACKLOG_HIGH, "pending_submissions_ratio"
     low, high = policy.submission_backlog_degraded_ratio, policy.submission_backlog_critical_ratio
-    most = health.max_pending_submissions or 0
-    for component, ratio in _ratios([("", health.pending_submissions, most)]):
+    loads = [("", health.pending_submissions, health.max_pending_submissions or 0)]
+    for component, ratio in _ratios(loads):
         yield from _graded(reason, metric, ratio, low, high, component)
     reason, metric = _Reason.OBSERVABILITY_BACKLOG_HIGH, "observability_pending_ratio"
     low = policy.observability_backlog_degraded_ratio

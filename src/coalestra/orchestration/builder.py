@@ -40,8 +40,8 @@ from coalestra.orchestration.session import Requests, Results, SnapshotSession, 
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link
 from coalestra.orchestration.tracing import Tracing
-from coalestra.resilience.circuit_breaker import CircuitBreaker
-from coalestra.resilience.policies import (
+from coalestra.resilience import (
+    CircuitBreaker,
     ResiliencePolicyResolver,
     RetryPolicy,
     SourceResiliencePolicy,

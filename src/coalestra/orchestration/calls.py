@@ -96,8 +96,7 @@ from coalestra.orchestration.flights import (
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.orchestration.tracing import CallLog
-from coalestra.resilience.circuit_breaker import CircuitIdentity, CircuitScope, Outcome
-from coalestra.resilience.policies import SourceResiliencePolicy
+from coalestra.resilience import CircuitIdentity, CircuitScope, Outcome, SourceResiliencePolicy
 
 _BATCH, _DERIVED = SourceKind.BATCH, SourceKind.DERIVED
 _READY, _CALLING = Phase.READY, Phase.CALLING

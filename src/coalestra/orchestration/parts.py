@@ -19,8 +19,7 @@ from coalestra.observability.changes import ChangeLog
 from coalestra.observability.reports import Reporter
 from coalestra.orchestration.sources import Chains
 from coalestra.orchestration.tracing import Tracing
-from coalestra.resilience.circuit_breaker import CircuitBreaker
-from coalestra.resilience.policies import ResiliencePolicyResolver
+from coalestra.resilience import CircuitBreaker, ResiliencePolicyResolver
 
 
 @dataclasses.dataclass(eq=False)

@@ -18,7 +18,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source
 from coalestra.core.snapshot import DiagnosticsRecorder
 from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
-from coalestra.resilience.policies import SourceResiliencePolicy
+from coalestra.resilience import SourceResiliencePolicy
 
 
 class SourceKind(enum.Enum):

@@ -45,7 +45,7 @@ from coalestra.redis import codec, scripts
 from coalestra.redis.codec import MessagePackCodec, Model, UnstorableValueError, ValueCodec
 from coalestra.redis.news import News
 from coalestra.redis.server import Call, Client, Server, SharedCacheUnavailableError
-from coalestra.resilience.circuit_breaker import CircuitState
+from coalestra.resilience import CircuitState
 
 Policies = Mapping[ResourceKey, FreshnessPolicy]
 Value = SnapshotValue[Any]

@@ -25,8 +25,7 @@ from redis.client import NEVER_DECODE
 from coalestra._endings import look_after
 from coalestra.core.errors import CacheCircuitOpenError, CacheUnavailableError, message_of
 from coalestra.redis.scripts import whole
-from coalestra.resilience import circuit_breaker
-from coalestra.resilience.circuit_breaker import CircuitBreakerPolicy, CircuitState, Outcome
+from coalestra.resilience import Circuit, CircuitBreakerPolicy, CircuitState, Outcome
 
 Client = Redis | RedisCluster
 
@@ -74,7 +73,7 @@ class Server:
         self.time_limit_seconds: float = time_limit_seconds
         self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
         self.last_error: str | None = None
-        self._circuit = circuit_breaker.Circuit()
+        self._circuit = Circuit()
         self._turns = count(1).__next__
         self._tasks: set[asyncio.Task[Any]] = set()
         self._offset: tuple[float, float, float] | None = None
