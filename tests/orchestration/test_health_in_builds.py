@@ -139,7 +139,7 @@ async def test_timeouts_of_each_kind_are_counted_and_their_growth_is_found() -> 
     holding = await begun(building.build([key("queued", "1")]), gate)
     await building.build([key("slow")], strict=False)
     await building.build([key("queued", "2")], strict=False)
-    await building.build([key("slow", "3")], strict=False, deadline_seconds=1)
+    await building.build([key("slow", "3"), key("slow", "4")], strict=False, deadline_seconds=1)
     health = await building.health_snapshot()
     assert health.source_timeout_count == 1
     assert health.queue_timeout_count == 1

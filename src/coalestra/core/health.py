@@ -399,7 +399,8 @@ class BuilderHealth:
         waiting_for_capacity: source calls waiting for a slot.
         queue_timeout_count: waits for a slot that took too long.
         source_timeout_count: calls that took too long.
-        deadline_exceeded_count: keys that failed by a deadline.
+        deadline_exceeded_count: builds and stages that ran out of time, however many keys that
+            cost, and calls that were not begun as too little was left.
         revalidation_attempt_count, revalidation_failure_count: revalidations of sessions.
         source_timeout_guarantees: what each source declares about blocking, by its name.
         blocking_source_count: sources that declare that they block.

@@ -45,7 +45,7 @@ class SourceHealth:
         seconds_since_error: since a call of it last failed, retries included; None if none did.
         last_error: the type of that error. Its text may name a resource, and is not kept.
         attempt_count: attempts that have come to an answer or an error.
-        failed_attempt_count: those that have come to an error.
+        failed_attempt_count: those that have come to an error, or were cut off by a deadline.
         total_latency_ms: how long all of them took together, in milliseconds.
         deadline_cuts_in_a_row: calls that came to nothing, or answered too late, because of the
             deadlines of their readers, since the source last answered in time.
