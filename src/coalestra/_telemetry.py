@@ -14,7 +14,7 @@ from coalestra.core.acceptance import SnapshotAcceptanceReason
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
 from coalestra.core.validation import readable
 from coalestra.core.values import CacheStats, PublishStatus
-from coalestra.observability.changes import ChangeLog
+from coalestra.observability import ChangeLog
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.resilience import CircuitSnapshot
 from coalestra.sync import SyncSnapshotBuilder

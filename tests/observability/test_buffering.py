@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
-from coalestra.observability import BufferedEventSink, BufferedMetricsSink
-from coalestra.observability.reports import ObservabilitySinks, reporter_for
+from coalestra.observability import (
+    BufferedEventSink,
+    BufferedMetricsSink,
+    ObservabilitySinks,
+    reporter_for,
+)
 from tests.observability.recording import Recorder
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from coalestra import BufferedEventSink
 from coalestra.core.errors import SourceFailure
-from coalestra.observability.changes import LOGGER, ChangeLog, Condition
+from coalestra.observability import LOGGER, ChangeLog, Condition
 from tests.observability.recording import PATIENCE
 from tests.support.running import no_more_threads, until_logged
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.observability import LoggingEventSink, NullEventSink
-from coalestra.observability.sinks import FAILURES
+from coalestra.observability import FAILURES, LoggingEventSink, NullEventSink
 from tests.observability.recording import EVENTS
 
 

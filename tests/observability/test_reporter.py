@@ -12,8 +12,7 @@ import pytest
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.snapshot import SnapshotDiagnostics
-from coalestra.observability import NullEventSink, NullMetrics
-from coalestra.observability.reports import Reporter, reporter_for
+from coalestra.observability import NullEventSink, NullMetrics, Reporter, reporter_for
 from tests.observability.recording import Raising, Recorder
 
 PRICE = ResourceKey("market", "price", "BTC")

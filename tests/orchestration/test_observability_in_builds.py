@@ -540,7 +540,7 @@ async def test_with_null_sinks_no_label_or_text_is_built(monkeypatch: pytest.Mon
     )
     monkeypatch.setattr(ResourceKey, "__str__", refuse)
     for name in ("count", "observe", "tell", "_hand"):
-        monkeypatch.setattr(f"coalestra.observability.reports.Reporter.{name}", refuse)
+        monkeypatch.setattr(f"coalestra.observability.Reporter.{name}", refuse)
     async with building.session() as session:
         await session.resolve([key("d"), key("s")])
         await session.revalidate([key("d")], force_refresh=True)

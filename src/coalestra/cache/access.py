@@ -49,7 +49,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
 from coalestra.core.values import CacheWriteResult, CacheWriteStatus, Revision, SnapshotValue
-from coalestra.observability.changes import ChangeLog
+from coalestra.observability import ChangeLog
 
 _STORED = CacheWriteStatus.STORED
 _READ = "cache read"

@@ -29,7 +29,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.validation import integer, number, shown, text
 from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
-from coalestra.observability.changes import ChangeLog
+from coalestra.observability import ChangeLog
 
 _I = TypeVar("_I", bound=Hashable)
 _T = TypeVar("_T")

@@ -51,7 +51,7 @@ from coalestra.core.values import (
     unseen_result,
     version_of,
 )
-from coalestra.observability.reports import Reporter, reporter_for
+from coalestra.observability import Reporter, reporter_for
 
 _IN = "published value"
 _OUT = "publish result"

@@ -30,8 +30,7 @@ from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
 from coalestra.core.validation import choice, flag, instance, integer, number, ruled, text
-from coalestra.observability.reports import ObservabilitySinks
-from coalestra.observability.sinks import BufferOverflowPolicy
+from coalestra.observability import BufferOverflowPolicy, ObservabilitySinks
 from coalestra.orchestration import session as sessions
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.flights import Work

@@ -37,7 +37,7 @@ from coalestra._endings import look_after
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.core import errors
 from coalestra.core.frozen import empty
-from coalestra.observability.reports import ObservabilitySinks
+from coalestra.observability import ObservabilitySinks
 from coalestra.orchestration.singleflight import Engine
 
 MOMENT_SECONDS = 0.1

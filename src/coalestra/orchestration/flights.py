@@ -48,7 +48,7 @@ from coalestra.core.policies import FreshnessPolicy, RefreshMode, rank_of
 from coalestra.core.protocols import Lease
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
 from coalestra.core.values import CacheWriteStatus, Revision
-from coalestra.observability.reports import Reporter
+from coalestra.observability import Reporter
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import (
     NO_PINS,

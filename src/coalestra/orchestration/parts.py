@@ -15,8 +15,7 @@ from coalestra.core.policies import (
     ObservationPolicy,
 )
 from coalestra.core.protocols import Clock
-from coalestra.observability.changes import ChangeLog
-from coalestra.observability.reports import Reporter
+from coalestra.observability import ChangeLog, Reporter
 from coalestra.orchestration.sources import Chains
 from coalestra.orchestration.tracing import Tracing
 from coalestra.resilience import CircuitBreaker, ResiliencePolicyResolver

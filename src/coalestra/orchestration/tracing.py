@@ -34,7 +34,7 @@ from coalestra.core.protocols import Tracer
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.trace import Foundation, KeyTrace, Obtained, Trace, Wait, WaitReason
 from coalestra.core.values import Revision, SnapshotValue
-from coalestra.observability.changes import ChangeLog
+from coalestra.observability import ChangeLog
 from coalestra.orchestration.readings import Failure, Reading
 
 MOST_KEYS = 1_000
