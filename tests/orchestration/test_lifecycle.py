@@ -27,6 +27,7 @@ from coalestra import (
 )
 from coalestra.concurrency import pace
 from coalestra.orchestration import singleflight
+from coalestra.orchestration.flights import Work
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import LASTING, ONCE, Single, builder, key
 from tests.orchestration.stock import Stock
@@ -614,6 +615,48 @@ async def test_a_second_loop_is_refused_while_the_first_has_work_under_way(call:
     assert "SyncSnapshotBuilder" in str(error)
     gate.open()
     assert (await reading).value(K) == 1
+
+
+@pytest.mark.parametrize(
+    "where, step, refused",
+    [(Work, "settle_on", "first"), (singleflight.SingleFlight, "forget", "second")],
+)
+def test_of_two_loops_that_come_at_once_one_is_refused(
+    where: type[Any], step: str, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes as the first enters the builder, or has, and cannot be seen in it yet."""
+    gate, refusals = ThreadGate(), []
+
+    async def before() -> None:
+        if threading.current_thread() is second:
+            gate.pass_()
+
+    building = made(Stock("k", {"k": 1}, before=before))
+
+    def build(name: str) -> None:
+        try:
+            asyncio.run(building.build([key("k", name)]))
+        except RuntimeError as error:
+            refusals.append((name, "another event loop" in str(error)))
+
+    second = threading.Thread(target=build, args=["second"])
+    build("at first")
+    plain = getattr(where, step)
+
+    def struck(*arguments: Any) -> None:
+        plain(*arguments)
+        if second.ident is None:
+            second.start()
+            if refused == "first":
+                gate.wait_arrived()
+            else:
+                second.join()
+
+    monkeypatch.setattr(where, step, struck)
+    build("first")
+    gate.open()
+    second.join()
+    assert refusals == [(refused, True)]
 
 
 def test_closing_that_was_cut_short_with_its_loop_is_done_by_the_next_call() -> None:

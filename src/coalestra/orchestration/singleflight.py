@@ -1663,6 +1663,13 @@ class Crowd(Stage):
         return deliveries.at_hand(self.readings)
 
 
+def _elsewhere() -> RuntimeError:
+    return RuntimeError(
+        "this builder has work under way on another event loop; use one builder per "
+        "loop, or a SyncSnapshotBuilder to share one between threads"
+    )
+
+
 class Engine:
     """Runs the stages of units of work on one event loop, from the first one to the end."""
 
@@ -1675,6 +1682,7 @@ class Engine:
         self._joining_store = None if followed else parts.access.store
         self._stages: dict[Stage, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._moves: dict[str, asyncio.AbstractEventLoop] = {}
         self.closed: bool = False
 
     async def run(self, stage: Stage) -> None:
@@ -1690,6 +1698,8 @@ class Engine:
         if call is not None and call.keys_under_way:
             self._run_for(call, stage, loop)
         try:
+            if self._loop is not loop:  # another thread came before the stage was seen
+                raise _elsewhere()
             if work.expired:
                 self.flights.note(stage)
                 self._strike(stage)
@@ -1803,22 +1813,31 @@ class Engine:
         if self._loop is loop:
             return loop
         self.parts.access.attach()
-        if self._loop is not None:
-            if self._loop.is_closed():
-                self.parts.capacity.forget()
-                self.parts.threads.hear()
-            elif self.busy:
-                raise RuntimeError(
-                    "this builder has work under way on another event loop; use one builder per "
-                    "loop, or a SyncSnapshotBuilder to share one between threads"
-                )
-            self.flights.forget()
-            self.flights = SingleFlight(self.parts, self._variables)
-            self._stages.clear()
-            if self.closed:
-                self.flights.forget()
-        self._loop = loop
+        # Only one moves it at a time, and says so before it looks whether anything is under way.
+        if self._moves.setdefault("to", loop) is not loop:
+            raise _elsewhere()
+        before, self._loop = self._loop, loop
+        try:
+            if before is not None:
+                self._leave(before)
+        except BaseException:
+            self._loop = before
+            raise
+        finally:
+            del self._moves["to"]
         return loop
+
+    def _leave(self, before: asyncio.AbstractEventLoop) -> None:
+        if before.is_closed():
+            self.parts.capacity.forget()
+            self.parts.threads.hear()
+        elif self.busy:
+            raise _elsewhere()
+        self.flights.forget()
+        self.flights = SingleFlight(self.parts, self._variables)
+        self._stages.clear()
+        if self.closed:
+            self.flights.forget()
 
     def require_open(self) -> None:
         """Raise `RuntimeError` once the builder is closed."""
