@@ -222,7 +222,7 @@ class WorkerQueue(Generic[R]):
         """Accept a record; return False if it was dropped."""
         full = len(self._waiting) >= self.max_pending
         if self.closed or (full and not self._drop_oldest):
-            self._refused.change(_one_more)
+            self._refused.change(lambda count: count + 1)
             return False
         self._waiting.append(_Entry(record))
         if full:
@@ -241,7 +241,7 @@ class WorkerQueue(Generic[R]):
         while len(self._waiting) > down_to:
             with contextlib.suppress(IndexError):  # the worker took it
                 entry = self._waiting.popleft()
-                self._discarded.change(_one_more)
+                self._discarded.change(lambda count: count + 1)
                 entry.settled = True
         self._changes.tell()
 
@@ -438,10 +438,6 @@ class WorkerQueue(Generic[R]):
             "worker_alive": not self.ended and not (self.closed and self._thread is None),
             "shutdown_timeout_count": self._shutdown_timeouts,
         }
-
-
-def _one_more(count: int) -> int:
-    return count + 1
 
 
 _queues: weakref.WeakSet[WorkerQueue[Any]] = after_fork(WorkerQueue.begin_afresh)

@@ -42,8 +42,6 @@ SHARE = 0.5
 """How much of the time that a reader has left the cache may take."""
 _QUICK_SECONDS = 0.01
 """What a cache that has stored within so long says of the write order is waited for."""
-
-
 _ANSWERS_BETWEEN_LOOKS = 32
 _ANSWERS_AT_ONCE = 1_024
 
@@ -241,9 +239,6 @@ class CacheWrites:
     _held: dict[ResourceKey, Lease] = field(default_factory=dict)
     _writers: set[Work] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self._ranked = getattr(self.parts.authority, "has_rules", True)
-
     def add(self, flight: Flight, revision: Revision) -> None:
         """Write the value that a flight offers, together with the others of this step."""
         access = self.parts.access
@@ -296,9 +291,8 @@ class CacheWrites:
 
     def _wanted(self, part: Mapping[Revision, Flight], revision: Revision) -> bool:
         flight = part[revision]
-        if flight.settlement is None:
-            return self.fit(flight)
-        return self.parts.access.holds(revision)
+        settled = flight.settlement is not None
+        return self.parts.access.holds(revision) if settled else self.fit(flight)
 
     def _overdue(self, part: Mapping[Revision, Flight]) -> None:
         self._slow = True
@@ -312,7 +306,7 @@ class CacheWrites:
         What is got ``alone``, without a lease, is not going to be.
         """
         cached, equal = flight.cached, flight.forced
-        if equal and self._ranked and not alone:
+        if equal and not alone and getattr(self.parts.authority, "has_rules", True):
             return
         status, current = _STORED, revision
         if cached is not None and not cached.dependency_versions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from coalestra.concurrency.pace import Slices, at_once
@@ -228,37 +228,26 @@ def at_odds(
     if not derived or (len(readings) == 1 and not pins):
         return odd
     hidden = yield from _newest_hidden(derived.values(), readings, pins)
-    versions = {key: revision.version for key, revision in hidden.items()}
-    chosen = _Chosen(versions, readings, pins)
-    for number, (key, revision) in enumerate(derived.items(), 1):
-        if (yield from chosen.differs(revision)):
-            odd.add(key)
-        if not number % _PER_SLICE:
-            yield
-    return odd
+    chosen = {key: revision.version for key, revision in hidden.items()}
+    wrong: dict[int, bool] = {}
 
+    def differs_at_once(revision: Revision) -> bool:
+        """Whether a direct dependency differs; what is not yet chosen is now."""
+        for key, version in revision.dependency_versions.items():
+            known = pins.get(key) or readings.get(key)
+            stands = known.revision.version if known else chosen.setdefault(key, version)
+            if stands != version:
+                return True
+        return False
 
-def _derived(readings: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Revision]:
-    return {k: r.revision for k, r in readings.items() if r.revision.dependency_versions}
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class _Chosen:
-    """Which version of each key stands, in the order in which `at_odds` gives precedence."""
-
-    hidden: dict[ResourceKey, str]
-    readings: Mapping[ResourceKey, Reading]
-    pins: Mapping[ResourceKey, Reading]
-    _wrong: dict[int, bool] = field(default_factory=dict)
-
-    def differs(self, root: Revision) -> Slices[bool]:
+    def differs(root: Revision) -> Slices[bool]:
         """Return whether anything that a revision rests on differs from what stands."""
         if not any(each.dependency_versions for each in root.dependencies):
-            return self._differs_at_once(root)
-        wrong, stack = self._wrong, [root]
+            return differs_at_once(root)
+        stack = [root]
         while stack:
             revision = stack[-1]
-            if id(revision) in wrong or _stands(revision, self.pins):
+            if id(revision) in wrong or _stands(revision, pins):
                 wrong.setdefault(id(revision), False)
                 stack.pop()
                 continue
@@ -267,24 +256,22 @@ class _Chosen:
                 stack.extend(unknown)
                 continue
             stack.pop()
-            wrong[id(revision)] = self._differs_at_once(revision) or any(
-                wrong[id(each)] for each in revision.dependencies
-            )
+            below = any(wrong[id(each)] for each in revision.dependencies)
+            wrong[id(revision)] = differs_at_once(revision) or below
             if not len(wrong) % _PER_SLICE:
                 yield
         return wrong[id(root)]
 
-    def _differs_at_once(self, revision: Revision) -> bool:
-        """Whether a direct dependency differs; what is not yet chosen is now."""
-        for key, version in revision.dependency_versions.items():
-            reading = self.pins.get(key) or self.readings.get(key)
-            if reading is not None:
-                stands = reading.revision.version
-            else:
-                stands = self.hidden.setdefault(key, version)
-            if stands != version:
-                return True
-        return False
+    for number, (key, revision) in enumerate(derived.items(), 1):
+        if (yield from differs(revision)):
+            odd.add(key)
+        if not number % _PER_SLICE:
+            yield
+    return odd
+
+
+def _derived(readings: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Revision]:
+    return {k: r.revision for k, r in readings.items() if r.revision.dependency_versions}
 
 
 class View:
