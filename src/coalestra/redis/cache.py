@@ -43,8 +43,7 @@ from coalestra.core.validation import integer, number, refusal, require_methods,
 from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
 from coalestra.redis import codec, scripts
 from coalestra.redis.codec import MessagePackCodec, Model, UnstorableValueError, ValueCodec
-from coalestra.redis.news import News
-from coalestra.redis.server import Call, Client, Server, SharedCacheUnavailableError
+from coalestra.redis.server import Call, Client, News, Server, SharedCacheUnavailableError
 from coalestra.resilience import CircuitState
 
 Policies = Mapping[ResourceKey, FreshnessPolicy]
