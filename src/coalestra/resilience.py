@@ -333,10 +333,11 @@ class CircuitBreaker:
             outlook = "the one call that probes it is under way"
         else:
             outlook = f"it may be probed in {circuit.probe_at - now:.3g} s"
-        name, failures = validation.readable(str(identity)), circuit.failures
-        return CircuitOpenError(
-            f"circuit {name} is open after {failures} failures in a row; {outlook}"
+        name, failed = (
+            validation.readable(str(identity)),
+            errors.counted(circuit.failures, "failure"),
         )
+        return CircuitOpenError(f"circuit {name} is open after {failed} in a row; {outlook}")
 
     def admit(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> int:
         """Let a call through and return its turn, with which it must `report` once.

@@ -65,7 +65,7 @@ async def _builder_of(path: str) -> AnyBuilder:
         found = await found
     if not isinstance(found, (SnapshotBuilder, SyncSnapshotBuilder)):
         kinds = "a SnapshotBuilder or SyncSnapshotBuilder"
-        raise SystemExit(f"{path} must be {kinds}, or make one; got a {type(found).__name__}")
+        raise SystemExit(f"{path} must be {kinds}, or make one, got {type(found).__name__}")
     return found
 
 
