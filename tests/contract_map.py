@@ -82,7 +82,6 @@ SECTIONS: Mapping[int, Section] = {
             "cache/test_entries.py",
             "cache/test_write_order.py",
             "contracts/test_access_contract.py",
-            "cache/test_fan_out.py",
             "orchestration/test_custom_caches.py",
             "orchestration/test_cache_troubles.py",
         ),

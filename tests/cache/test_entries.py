@@ -13,8 +13,6 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.values import Revision
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, revision_of
 
-NOTHING: tuple[Revision, ...] = ()
-
 
 def found(store: EntryStore, *keys: ResourceKey) -> list[ResourceKey]:
     return [key for key in keys if store.find(key, NOW, POLICY) is not None]
@@ -22,16 +20,6 @@ def found(store: EntryStore, *keys: ResourceKey) -> list[ResourceKey]:
 
 def numbered(number: int) -> ResourceKey:
     return ResourceKey("test", "entry", str(number))
-
-
-def test_the_least_recently_used_entry_leaves_first() -> None:
-    store = EntryStore(2)
-    store.put(revision_of(A))
-    store.put(revision_of(B))
-    assert found(store, A) == [A]
-    store.put(revision_of(C))
-    assert found(store, A, B, C) == [A, C]
-    assert store.stats().evictions == 1
 
 
 @pytest.mark.parametrize("max_entries", [2, None])
@@ -83,30 +71,6 @@ def test_what_is_written_together_is_told_as_if_singly(max_entries: int | None, 
     assert [what for what, *_ in witnesses[0].heard] == ["revised"] * len(offered)
 
 
-def test_peeking_counts_and_moves_nothing() -> None:
-    store = EntryStore(2)
-    store.put(revision_of(A, observed_at=NOW - 999))
-    store.put(revision_of(B))
-    assert store.peek(A) is not None
-    store.put(revision_of(C))
-    assert store.peek(A) is None
-    assert (store.stats().hits, store.stats().misses) == (0, 0)
-
-
-def test_every_outcome_is_counted() -> None:
-    store = EntryStore(10)
-    store.put(revision_of(A))
-    store.put(revision_of(A, observed_at=NOW - 1))
-    store.put(revision_of(B, observed_at=NOW - 6))
-    store.put(revision_of(C, observed_at=NOW - 31))
-    assert found(store, A, B, C, numbered(1)) == [A, B]
-    store.drop([A, numbered(2)])
-    stats = store.stats()
-    assert (stats.size, stats.max_entries, stats.sets) == (1, 10, 3)
-    assert (stats.hits, stats.fresh_hits, stats.stale_hits, stats.misses) == (2, 1, 1, 2)
-    assert (stats.invalidations, stats.expirations, stats.evictions) == (1, 1, 0)
-
-
 def test_a_derived_entry_ends_when_a_dependency_is_replaced_dropped_expired_or_evicted() -> None:
     def replaced(store: EntryStore) -> None:
         store.put(revision_of(A), force=True)
@@ -130,20 +94,6 @@ def test_a_derived_entry_ends_when_a_dependency_is_replaced_dropped_expired_or_e
         assert found(store, B) == [B], ending
         ending(store)
         assert found(store, B) == [], ending
-
-
-def test_a_changed_root_ends_a_chain_of_ten_thousand() -> None:
-    store = EntryStore(None)
-    last = revision_of(A)
-    store.put(last)
-    for number in range(10_000):
-        last = revision_of(numbered(number), rests_on=[last])
-        last.dependencies = NOTHING
-        store.put(last)
-    assert store.find(last.key, NOW, POLICY) is last
-    store.put(revision_of(A), force=True)
-    assert store.find(last.key, NOW, POLICY) is None
-    assert found(store, *map(numbered, range(10_000))) == []
 
 
 def test_what_is_current_in_one_store_may_be_outdated_in_another() -> None:
@@ -253,18 +203,6 @@ def test_validity_agrees_with_looking_at_everything(seed: int) -> None:
             held.pop(key)
         for each in chance.sample(keys, 5):
             assert (store.peek(each) is not None) == current(each)
-
-
-def test_listeners_hear_of_writes_and_invalidations_in_order() -> None:
-    store = EntryStore(2)
-    witness = Witness()
-    store.listeners.subscribe(witness)
-    store.listeners.subscribe(witness)
-    revision = revision_of(A)
-    store.put(revision)
-    store.put(revision_of(A, observed_at=NOW - 1))
-    store.drop([A, B])
-    assert witness.heard == [("revised", A, revision.version), ("invalidating", (A, B))]
 
 
 def test_a_rule_that_fails_changes_nothing() -> None:

@@ -48,29 +48,6 @@ async def test_no_more_than_limit_hold_a_slot_at_once() -> None:
     assert await limiter.snapshot() == CapacitySnapshot(limit=3, in_use=0, waiting=0)
 
 
-async def test_slots_are_given_out_in_the_order_of_asking() -> None:
-    """Also to one that asks just as a slot changes hands: it may not overtake."""
-    limiter, order = CapacityLimiter(1), []
-
-    async def work(name: str) -> None:
-        await limiter.acquire()
-        order.append(name)
-
-    await limiter.acquire()
-    tasks = []
-    for name in "abc":
-        tasks.append(asyncio.create_task(work(name)))
-        await settle()
-    limiter.release()
-    assert not limiter.try_acquire()
-    tasks.append(asyncio.create_task(work("late")))
-    for _ in range(4):
-        await settle()
-        limiter.release()
-    await asyncio.gather(*tasks)
-    assert order == ["a", "b", "c", "late"]
-
-
 async def test_a_release_too_many_is_refused_and_changes_nothing() -> None:
     """Otherwise the limiter would grow."""
     limiter = CapacityLimiter(1)
@@ -130,26 +107,6 @@ def test_a_limited_source_may_not_be_named_like_the_global_limit() -> None:
     """Its figures would hide the global ones."""
     with pytest.raises(ValueError, match="__global__"):
         CapacityController(global_limit=1, source_limits={"__global__": 1})
-
-
-async def test_leases_that_wait_for_the_global_slot_get_it_in_turn() -> None:
-    """Whatever their sources are, and whether these have limits."""
-    controller = CapacityController(global_limit=1, source_limits={"a": 3, "b": 3})
-    order = []
-    held = await controller.acquire("a")
-
-    async def work(source: str) -> None:
-        lease = await controller.acquire(source)
-        order.append(source)
-        lease.release()
-
-    tasks = []
-    for source in ("a", "free", "b", "a"):
-        tasks.append(asyncio.create_task(work(source)))
-        await settle()
-    held.release()
-    await asyncio.gather(*tasks)
-    assert order == ["a", "free", "b", "a"]
 
 
 async def test_trying_without_waiting_leaves_nothing_behind_when_it_fails() -> None:

@@ -109,19 +109,6 @@ async def test_a_cancellation_in_its_step_is_not_lost(arrives: bool, outside_fir
     assert await outcome(task) == "cancelled"
 
 
-async def test_both_may_strike_a_task_that_waits_for_another() -> None:
-    """The message of a cancellation is no evidence: the inner task decides which comes out."""
-    loop, when = asyncio.get_running_loop(), soon()
-
-    async def work() -> None:
-        with CutOff(when):
-            await asyncio.create_task(asyncio.sleep(10))
-
-    task = await begun(work())
-    loop.call_at(when, task.cancel)
-    assert await outcome(task) == "cancelled"
-
-
 async def test_a_cancellation_while_the_cut_off_block_cleans_up_is_not_swallowed() -> None:
     """The block has been told to end, takes its time, and then the whole task is cancelled."""
     cleaning = Gate("clean-up")
@@ -138,22 +125,6 @@ async def test_a_cancellation_while_the_cut_off_block_cleans_up_is_not_swallowed
     assert await outcome(task) == "cancelled"
 
 
-async def test_an_expiry_while_a_cancelled_block_cleans_up_changes_nothing() -> None:
-    """The cancellation came first and stays."""
-
-    async def work() -> None:
-        with CutOff(soon(2)):
-            try:
-                await asyncio.sleep(10)
-            finally:
-                await asyncio.sleep(10)
-
-    task = asyncio.create_task(work())
-    await asyncio.sleep(1)
-    task.cancel()
-    assert await outcome(task) == "cancelled"
-
-
 async def test_a_cancellation_asked_for_earlier_and_caught_is_not_taken_for_a_new_one() -> None:
     """A task may go on after a cancellation; cut-offs then work as before."""
 
@@ -166,16 +137,6 @@ async def test_a_cancellation_asked_for_earlier_and_caught_is_not_taken_for_a_ne
     task = await begun(work())
     task.cancel()
     assert await outcome(task) == "CutOffExpired"
-
-
-async def test_a_source_that_cancels_itself_is_not_taken_for_expired() -> None:
-    """The time was not up."""
-
-    async def work() -> None:
-        with CutOff(soon(1)):
-            raise asyncio.CancelledError
-
-    assert await outcome(asyncio.create_task(work())) == "cancelled"
 
 
 async def test_a_new_cancelled_error_raised_in_answer_to_the_cut_off_counts_as_expiry() -> None:
@@ -203,17 +164,6 @@ async def test_a_block_that_survives_its_cut_off_keeps_its_result() -> None:
     await asyncio.sleep(1)
 
 
-async def test_a_block_that_answers_with_another_error_keeps_that_error() -> None:
-    """And no request for cancellation is left on the task."""
-    with pytest.raises(KeyError):
-        with CutOff(soon(1)):
-            try:
-                await asyncio.sleep(10)
-            except asyncio.CancelledError:
-                raise KeyError from None
-    await asyncio.sleep(1)
-
-
 # Nesting -----------------------------------------------------------------------------------------
 
 
@@ -234,24 +184,6 @@ async def nested(outer: float, inner: float) -> str:
 async def test_of_nested_ones_the_first_reports(outer: float, inner: float, struck: str) -> None:
     """The outermost when both are."""
     assert await nested(outer, inner) == struck
-
-
-async def test_an_outer_cut_off_that_strikes_while_the_inner_cleans_up_reports() -> None:
-    """The inner one must not claim a cancellation that both asked for."""
-    order = []
-    with pytest.raises(CutOffExpired) as caught:
-        with CutOff(soon(2)) as outer:
-            try:
-                with CutOff(soon(1)):
-                    try:
-                        await asyncio.sleep(10)
-                    finally:
-                        await asyncio.sleep(10)
-            except asyncio.CancelledError:
-                order.append("inner stays out of it")
-                raise
-    assert order == ["inner stays out of it"]
-    assert caught.value.when == outer.when
 
 
 @pytest.mark.parametrize("inner", [1.0, 2.0])

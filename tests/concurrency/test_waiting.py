@@ -10,40 +10,13 @@ from typing import Any
 import pytest
 
 from coalestra.concurrency.capacity import WaitQueue
-from tests.support import begun, drop, settle
+from tests.support import drop
 
 pytestmark = pytest.mark.concurrency
 
 
 def nothing() -> None:
     """Give nothing back."""
-
-
-async def ended_cancelled(task: asyncio.Task[Any]) -> bool:
-    await asyncio.wait([task])
-    return task.cancelled()
-
-
-async def test_refused_waiters_get_an_exception_each() -> None:
-    """Those cancelled meanwhile do not count."""
-    queue, errors = WaitQueue(), [LookupError("closed") for _ in range(3)]
-    tasks = [asyncio.create_task(queue.wait(nothing)) for _ in range(3)]
-    await settle()
-    tasks[1].cancel()
-    assert [queue.wake_next(error) for error in errors] == [True, True, False]
-    ends = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [each for each in ends if isinstance(each, LookupError)] in (errors[:2], errors[1::-1])
-    assert isinstance(ends[1], asyncio.CancelledError)
-
-
-async def test_a_waiter_refused_and_cancelled_in_one_step_is_cancelled_and_owes_nothing() -> None:
-    """A refusal hands nothing over."""
-    queue, given_back = WaitQueue(), []
-    task = await begun(queue.wait(lambda: given_back.append(1)))
-    queue.wake_next(LookupError("closed"))
-    task.cancel()
-    assert await ended_cancelled(task)
-    assert given_back == []
 
 
 def run_and_abandon(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> Any:
@@ -85,15 +58,6 @@ def test_a_woken_waiter_whose_coroutine_is_dropped_gives_its_turn_back() -> None
     del task
     gc.collect()
     assert given_back == [1]
-
-
-async def test_its_repr_tells_how_many_wait() -> None:
-    """Every stateful object can be looked into."""
-    queue = WaitQueue()
-    task = await begun(queue.wait(nothing))
-    assert repr(queue) == "<WaitQueue waiting=1>"
-    queue.wake_next()
-    await task
 
 
 async def test_leaving_ten_thousand_waiters_from_the_front_is_linear() -> None:

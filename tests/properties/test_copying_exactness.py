@@ -91,16 +91,19 @@ class Named:
 
 
 CHANGEABLE = (
-    *(dict, list, set, bytearray, collections.deque),
-    *(
-        Plain,
-        Slotted,
-        Marked,
-        OwnCopy,
-        Named,
-        Frozen,
-    ),  # a frozen one with a dictionary can fill itself
+    dict,
+    list,
+    set,
+    bytearray,
+    collections.deque,
+    Plain,
+    Slotted,
+    Marked,
+    OwnCopy,
+    Named,
+    Frozen,
 )
+"""What can be changed; a frozen one with a dictionary can fill itself."""
 UTC = datetime.timezone.utc
 
 LEAVES = st.one_of(
@@ -129,20 +132,8 @@ LEAVES = st.one_of(
 KEYS = st.one_of(st.text(max_size=3), st.integers(0, 3), st.booleans(), st.tuples(st.integers()))
 
 KNOWN = ["list", "dict", "tuple", "set", "bytearray", "plain", "slotted", "mixed", "doubled"]
-UNKNOWN = [
-    "own copy",
-    "ordered",
-    "default",
-    "deque",
-    "marked",
-    "frozen",
-    "frozen and filled",
-    "frozen slots",
-    "point",
-    "set of it",
-    "keyed",
-    "set of names",
-]
+UNKNOWN = ["own copy", "ordered", "default", "deque", "marked", "frozen", "frozen and filled"]
+UNKNOWN += ["frozen slots", "point", "set of it", "keyed", "set of names"]
 
 
 def _new(kind: str, draw: Any, earlier: list[Any]) -> Any:

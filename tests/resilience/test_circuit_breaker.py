@@ -123,20 +123,6 @@ async def test_a_disabled_policy_lets_everything_through_and_counts_nothing() ->
     assert await breaker.state_for("rest") is CircuitState.OPEN
 
 
-async def test_circuits_at_rest_are_not_remembered() -> None:
-    """State must not grow with the number of keys ever seen."""
-    clock = ManualClock()
-    breaker = breaker_at(clock)
-    policy = CircuitBreakerPolicy(scope=CircuitScope.RESOURCE)
-    for number in range(100):
-        key = ResourceKey("market", "price", str(number))
-        await breaker.before_call("rest", key=key, policy=policy)
-        await breaker.record_success("rest", key=key, policy=policy)
-        await breaker.record_failure("rest", key=key, policy=policy)
-        await breaker.record_success("rest", key=key, policy=policy)
-    assert await breaker.snapshot() == {}
-
-
 def few(clock: ManualClock, policy: CircuitBreakerPolicy) -> CircuitBreaker:
     """A breaker that remembers two circuits."""
     breaker = CircuitBreaker(default_policy=policy, clock=clock)
@@ -291,19 +277,6 @@ async def test_a_call_from_before_a_reset_does_not_open_the_circuit_again() -> N
     await breaker.reset("rest")
     await breaker.record_failure("rest", ticket=ticket)
     assert await breaker.state_for("rest") is CircuitState.CLOSED
-
-
-async def test_a_call_of_one_source_counts_whatever_another_source_went_through() -> None:
-    """Turns are counted for all, and compared for each."""
-    clock = ManualClock()
-    breaker = CircuitBreaker(failure_threshold=1, recovery_timeout_seconds=1.0, clock=clock)
-    ticket = await breaker.before_call("rest")
-    await breaker.record_failure("other")
-    clock.advance(1)
-    await breaker.before_call("other")
-    await breaker.record_success("other")
-    await breaker.record_failure("rest", ticket=ticket)
-    assert await breaker.state_for("rest") is CircuitState.OPEN
 
 
 @pytest.mark.parametrize(
