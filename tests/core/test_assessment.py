@@ -18,8 +18,6 @@ from coalestra.core.health import (
     BuilderHealthReason,
     BuilderHealthSeverity,
     PayloadCopyHealth,
-    SourceTimeoutGuarantee,
-    SourceTimeoutGuaranteeStatus,
 )
 
 HEALTHY = BuilderHealthSeverity.HEALTHY
@@ -72,11 +70,6 @@ def health(**facts: Any) -> BuilderHealth:
     )
 
 
-def guarantee(name: str, status: SourceTimeoutGuaranteeStatus) -> SourceTimeoutGuarantee:
-    blocking = status is not SourceTimeoutGuaranteeStatus.NON_BLOCKING
-    return SourceTimeoutGuarantee(name, status, True, blocking, blocking, None, None)
-
-
 def found(facts: BuilderHealth, **options: Any) -> list[tuple[Any, ...]]:
     """Each finding as (reason, severity, observed, threshold, component)."""
     return [
@@ -103,20 +96,6 @@ def test_what_is_closed_or_cannot_close_is_critical(fact: str, reason: BuilderHe
     verdict = health(**{fact: True}).assess()
     assert verdict.severity is CRITICAL
     assert verdict.findings == (BuilderHealthFinding(reason, CRITICAL, fact, True, True),)
-
-
-def test_unsafe_blocking_sources_are_critical_and_named() -> None:
-    statuses = SourceTimeoutGuaranteeStatus
-    facts = health(
-        unsafe_blocking_source_count=2,
-        source_timeout_guarantees={
-            "slow": guarantee("slow", statuses.UNSAFE_TIMEOUT_MISSING),
-            "good": guarantee("good", statuses.PROTECTED),
-            "local": guarantee("local", statuses.NON_BLOCKING),
-            "disk": guarantee("disk", statuses.UNSAFE_NOT_OFFLOADED),
-        },
-    )
-    assert found(facts) == [(Reason.UNSAFE_BLOCKING_SOURCE, CRITICAL, 2, 1, "disk, slow")]
 
 
 @pytest.mark.parametrize(

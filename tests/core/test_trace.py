@@ -175,14 +175,6 @@ def test_a_call_without_attempts_says_why() -> None:
     assert "'quotes' was not reached: SnapshotDeadlineExceededError." in told(failed, gone)
 
 
-def test_of_many_attempts_the_first_and_the_last_are_told() -> None:
-    tries = [attempt(n, outcome="failure", pause_seconds=0.1) for n in range(1, 10)]
-    text = told(KeyTrace(A, Obtained.FETCHED, 0.0, 1.0, calls=(0,)), call(*tries, attempt(10)))
-    assert "took 10 attempts: attempt 1 failed" in text
-    assert "(5 more); attempt 10, 100.0 ms later, succeeded in 10.0 ms." in text
-    assert "attempt 5" not in text
-
-
 def test_each_source_is_told_in_the_order_of_what_happened() -> None:
     found = KeyTrace(
         A,
@@ -314,13 +306,6 @@ def test_keys_that_rest_on_each_other_end_the_critical_path() -> None:
     one = KeyTrace(A, Obtained.DERIVED, 0.0, 1.0, rests_on=(Foundation(RISK, "v", "s", EPOCH),))
     other = KeyTrace(RISK, Obtained.DERIVED, 0.0, 1.0, rests_on=(Foundation(A, "v", "s", EPOCH),))
     assert "The critical path: risk" in traced(one, other).explain(A)
-
-
-def test_of_many_inputs_the_oldest_and_the_newest_are_told() -> None:
-    below = tuple(Foundation(price(str(n)), "v", "s", EPOCH + n) for n in range(100))
-    text = told(KeyTrace(A, Obtained.DERIVED, 0.0, 1.0, rests_on=below[::-1]))
-    assert "It rests on 100 values, the oldest first: price:last:0 from 's' (observed 0 ms" in text
-    assert "(95 more); price:last:99 from 's' (observed 99.0 s after the build began)." in text
 
 
 @pytest.mark.parametrize(

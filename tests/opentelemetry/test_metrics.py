@@ -30,7 +30,7 @@ from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.opentelemetry import OpenTelemetryMetrics
 from tests.architecture.source_tree import PACKAGE
 from tests.docs.pages import ROOT
-from tests.opentelemetry.memory import Meters, Spans, attributes
+from tests.opentelemetry.memory import Meters, attributes
 from tests.orchestration.scripted import Batch, Single, builder, held_at, key
 from tests.support import Gate, LoopClock
 from tests.support.leaks import look_after_none
@@ -235,16 +235,6 @@ async def test_a_sink_that_counts_in_vain_does_no_harm() -> None:
         sink.watch(used)
         await used.build([key("single")])
         assert (await used.health_snapshot()).observability_failure_count == 0
-
-
-async def test_a_duration_has_its_span_for_an_exemplar(meters: Meters, spans: Spans) -> None:
-    sink = OpenTelemetryMetrics(meters.provider)
-    async with builder(Single("single"), metrics=sink) as used:
-        with spans.provider.get_tracer("test").start_as_current_span("request") as request:
-            await used.build([key("single")])
-        (point,) = meters.points("coalestra.source.fetch.duration")
-        (exemplar,) = point.exemplars
-        assert exemplar.trace_id == request.get_span_context().trace_id
 
 
 # Health ---------------------------------------------------------------------------------------

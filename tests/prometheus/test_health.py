@@ -26,8 +26,7 @@ from coalestra import (
 )
 from coalestra._lockfree import LONGEST_WAIT_SECONDS
 from coalestra._telemetry import FACTS
-from coalestra.prometheus import HealthCollector, PrometheusMetrics, _HealthCopies
-from tests.contracts.caches import SingleKeyCache
+from coalestra.prometheus import HealthCollector, _HealthCopies
 from tests.docs.pages import ROOT
 from tests.orchestration.scripted import ONCE, Batch, Single, builder, held_at, key
 from tests.prometheus.scrape import figure, metrics, series
@@ -180,19 +179,6 @@ async def test_it_tells_when_a_source_last_answered_and_failed(registry: Collect
         assert figure(registry, sample, source=other) is None
 
 
-async def test_a_cache_that_has_to_be_awaited_is_not_asked(registry: CollectorRegistry) -> None:
-    class Cache(SingleKeyCache):
-        async def stats(self) -> Any:
-            raise AssertionError("asked")
-
-    building = builder(Single("x"), cache=Cache())
-    HealthCollector({"shop": building}, registry=registry)
-    await building.build([X])
-    assert (figure(registry, "coalestra_cache_calls_total") or 0) > 0
-    assert figure(registry, "coalestra_cache_left_alone") == 0
-    assert figure(registry, "coalestra_cache_entries") is None
-
-
 # Who asks, and whom -------------------------------------------------------------------------------
 
 
@@ -216,14 +202,6 @@ def test_a_scrape_waits_not_for_the_loop_of_a_threaded_builder(registry: Collect
             gate.open()
             building.result()
     assert figure(registry, NAMES) is None
-
-
-async def test_another_thread_may_scrape_while_the_loop_runs(registry: CollectorRegistry) -> None:
-    building = builder(Single("x"), metrics=PrometheusMetrics("shop", registry=registry))
-    HealthCollector({"shop": building}, registry=registry)
-    await building.build([X])
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(figure, registry, NAMES).result() == 1
 
 
 async def test_builders_that_are_closed_or_gone_drop_out(registry: CollectorRegistry) -> None:

@@ -8,19 +8,8 @@ import time
 import pytest
 
 from coalestra.concurrency.threads import WorkerThreads
-from tests.support import Deadlock, ThreadGate, begun, run_virtual
+from tests.support import Deadlock, ThreadGate, run_virtual
 from tests.support.virtual_loop import PATIENCE
-
-
-async def test_time_moves_while_a_worker_thread_is_held_at_a_gate() -> None:
-    threads, gate = WorkerThreads(), ThreadGate()
-    call = await begun(threads.run(gate.pass_))
-    assert gate.arrived == 1
-    await asyncio.sleep(1000)
-    assert not call.done()
-    gate.open()
-    await call
-    threads.close()
 
 
 async def test_an_idle_worker_thread_costs_no_real_time() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import socket
-import threading
 
 import pytest
 
@@ -14,7 +12,6 @@ from tests.support import (
     Leak,
     ShuffledLoop,
     VirtualLoop,
-    begun,
     run_virtual,
     settle,
     virtual_loop,
@@ -66,31 +63,6 @@ def test_a_timer_renewed_for_ever_is_a_deadlock_at_last(monkeypatch: pytest.Monk
         run_virtual(main())
 
 
-async def test_a_foreign_thread_may_finish_in_real_time() -> None:
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[int] = loop.create_future()
-
-    def work() -> None:
-        total = sum(number * number for number in range(100_000))
-        loop.call_soon_threadsafe(answer.set_result, total)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert await answer == 333328333350000
-    assert loop.time() == START
-    thread.join()
-
-
-async def test_a_socket_is_given_real_time() -> None:
-    loop = asyncio.get_running_loop()
-    left, right = socket.socketpair()
-    with left, right:
-        left.setblocking(False)
-        reading = await begun(loop.sock_recv(left, 10))
-        threading.Thread(target=right.sendall, args=(b"hello",)).start()
-        assert await reading == b"hello"
-
-
 async def test_a_call_from_another_thread_must_be_the_thread_safe_one() -> None:
     loop = asyncio.get_running_loop()
 
@@ -102,40 +74,6 @@ async def test_a_call_from_another_thread_must_be_the_thread_safe_one() -> None:
         return "refused"
 
     assert await asyncio.to_thread(stray) == "refused"
-
-
-async def test_settling_runs_everything_that_needs_no_time() -> None:
-    loop = asyncio.get_running_loop()
-    seen: list[str] = []
-
-    async def steps() -> None:
-        for _ in range(50):
-            await asyncio.sleep(0)
-        seen.append("stepped")
-        await asyncio.sleep(1)
-        seen.append("slept")
-
-    task = await begun(steps())
-    assert seen == ["stepped"]
-    assert loop.time() == START
-    await task
-
-
-def test_an_interrupt_strikes_at_the_step_asked_for() -> None:
-    struck: list[int] = []
-
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
-        begun = loop.steps
-        loop.interrupt(3, lambda: struck.append(loop.steps - begun))
-        withdraw = loop.interrupt(4, lambda: struck.append(-1))
-        withdraw()
-        for _ in range(10):
-            await asyncio.sleep(0)
-
-    run_virtual(main())
-    assert struck == [3]
 
 
 def order_of_tasks(loop: VirtualLoop) -> list[int]:

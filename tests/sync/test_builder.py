@@ -70,12 +70,6 @@ def test_what_it_is_made_of_can_be_read_back(prices: Prices) -> None:
     assert not made.closed
 
 
-def test_the_defaults_are_those_of_the_contract(sync: SyncSnapshotBuilder) -> None:
-    assert sync.close_builder is True
-    assert sync.shutdown_timeout_seconds == 5.0
-    assert sync.max_pending_submissions == 1024
-
-
 @pytest.mark.parametrize(
     "name, value, error",
     [
@@ -229,11 +223,6 @@ def test_health_tells_the_backlog_too(sync: SyncSnapshotBuilder) -> None:
     assert sync.health_snapshot_nowait() == health
 
 
-def test_refreshes_can_be_waited_for(sync: SyncSnapshotBuilder) -> None:
-    sync.build([PRICE])
-    sync.wait_for_refreshes()
-
-
 class Payload:
     alive: ClassVar[weakref.WeakSet[Payload]] = weakref.WeakSet()
 
@@ -279,15 +268,6 @@ def test_many_threads_build_side_by_side(sync: SyncSnapshotBuilder, prices: Pric
 
     assert [outcome(future) for future in [in_thread(work) for _ in range(8)]] == [40] * 8
     assert prices.calls == 21
-
-
-def test_callers_that_meet_share_one_call(sync: SyncSnapshotBuilder, prices: Prices) -> None:
-    prices.door = Door()
-    first = in_thread(lambda: sync.build([PRICE]))
-    prices.door.wait_reached()
-    second = in_thread(lambda: sync.build([PRICE]))
-    prices.door.open()
-    assert outcome(first).value(PRICE) == outcome(second).value(PRICE) == {"price": 1}
 
 
 def test_a_source_that_calls_back_on_the_loop_gets_an_error_and_not_a_deadlock() -> None:

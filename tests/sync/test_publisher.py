@@ -20,7 +20,7 @@ from coalestra.core.errors import (
 from coalestra.core.values import ResourceUpdate
 from coalestra.sync import LoopThread, SubmissionBacklog, SyncResourcePublisher
 from tests.sync.fakes import RESULT, RecordingPublisher
-from tests.sync.steps import PRICE, VOLUME, error_of, in_a_fork, in_thread, outcome
+from tests.sync.steps import PRICE, VOLUME, error_of, in_thread, outcome
 
 pytestmark = pytest.mark.concurrency
 
@@ -294,11 +294,6 @@ def test_a_facade_closed_while_a_value_is_captured_takes_it_back(
     with pytest.raises(BuilderClosedError):
         publisher.submit_publish(PRICE, 1, source="stream")
     assert publisher.pending_submissions == 0
-
-
-def test_a_forked_process_takes_no_submissions(publisher: SyncResourcePublisher) -> None:
-    for call in (lambda: publisher.submit_publish(PRICE, 1, source="stream"), publisher.flush):
-        assert "create a new builder" in in_a_fork(call)
 
 
 def test_many_threads_submit_side_by_side_and_each_keeps_its_order(
