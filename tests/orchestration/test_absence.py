@@ -31,7 +31,6 @@ from coalestra import (
     SnapshotBuilder,
     SnapshotBuildError,
     SourceAuthorityPolicy,
-    SourceFailure,
     SourcePayload,
     SourceResiliencePolicy,
     SyncSnapshotBuilder,
@@ -90,14 +89,6 @@ def test_what_a_source_says_of_an_absence_is_checked_at_once() -> None:
     for wrong in (-1.0, math.nan):
         with pytest.raises(ValueError, match="ttl_seconds"):
             ResourceAbsent(ttl_seconds=wrong)
-
-
-def test_what_readers_get_says_so_and_survives_pickling() -> None:
-    error = ResourceAbsentError(X, (SourceFailure.of("table", NONE),))
-    assert str(error) == "test:x does not exist: table: ResourceAbsent(no such row; attempts=1)"
-    assert error.__cause__ is NONE
-    assert error.to_dict()["error_type"] == "ResourceAbsentError"
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 async def raises(k: ResourceKey, context: FetchContext) -> Any:
@@ -351,13 +342,6 @@ async def test_of_several_the_shortest_counts(answers: tuple[Any, ...], seconds:
     assert (await attempt(building)).value(X) == "there"
 
 
-async def test_a_failure_beside_it_keeps_it_from_being_remembered() -> None:
-    building, (first, _) = chain(DOWN, FOR_A_MINUTE)
-    failure(await attempt(building))
-    first.change(x="there")
-    assert (await attempt(building)).value(X) == "there"
-
-
 async def publish(building: SnapshotBuilder) -> None:
     await building.publisher.publish(X, "event", source="stream")
 
@@ -596,14 +580,6 @@ async def test_what_rests_on_something_absent_is_absent() -> None:
     assert metrics.counter("source_fetch_total", source="y", status="failure") == 0
 
 
-async def test_what_rests_on_something_absent_and_something_failed_has_failed() -> None:
-    stock = Stock("stock", {"x": NONE, "z": DOWN})
-    building = builder(stock, Derived("y", needs=lambda _: [X, key("z")]))
-    assert sources_of(failure(await attempt(building, Y), Y)) == [
-        ("y", "DependencyResolutionError")
-    ]
-
-
 @pytest.mark.parametrize("through", [False, True], ids=["directly", "through another"])
 async def test_nobody_joins_what_waits_on_though_what_it_lacked_has_come(through: bool) -> None:
     gate = Gate()
@@ -647,29 +623,6 @@ async def test_what_an_awaited_cache_holds_is_not_served_while_it_is_known_to_be
     await attempt(building)
     await building.wait_for_refreshes()
     absence(await attempt(building))
-
-
-async def test_a_read_that_a_flight_overtook_shares_its_answer() -> None:
-    gate = Gate()
-
-    class Slow(Awaited):
-        async def get_many(self, keys: Any, **how: Any) -> Mapping[ResourceKey, CacheLookup]:
-            found = await super().get_many(keys, **how)
-            if self.reads > 1:
-                await gate.pass_()
-            return found
-
-    source = Stock("x", {"x": "there"})
-    building = builder(source, cache=Slow())
-    async with building.session() as session:
-        await session.resolve([X])
-        await building.publisher.invalidate(X)
-        source.change(x=NONE)
-        reader = await begun(attempt(building), gate)
-        absence(await session.revalidate([X], strict=False, force_refresh=True))
-        gate.open()
-        absence(await reader)
-    assert len(source.calls) == 2
 
 
 async def test_who_joins_a_slow_read_after_the_news_gets_no_absence_from_before_them() -> None:

@@ -266,16 +266,6 @@ async def test_what_waits_for_its_turn_at_a_hanging_cache_is_given_up_once_that_
     assert await seconds(building.aclose()) < 5
 
 
-async def test_a_cache_may_say_how_long_its_calls_may_take() -> None:
-    cache, _ = hanging(SingleKeyCache, "get", patience=0.25)
-    building = builder(Single("b"), cache=cache)
-    assert await seconds(building.build(KEYS[:1])) < 0.3
-    await building.aclose()
-    vars(cache)["timeout_seconds"] = 0
-    with pytest.raises(ValueError, match="timeout_seconds of the cache"):
-        builder(Single("b"), cache=cache)
-
-
 # Whatever it answers ------------------------------------------------------------------------------
 
 
@@ -615,18 +605,6 @@ async def test_a_newer_derived_value_in_a_shared_store_comes_with_what_it_rests_
     assert told == theirs.dependency_versions != {}
 
 
-@KINDS
-async def test_published_metadata_and_times_stay_clean(kind: Kind) -> None:
-    cache = kind()
-    building = builder(Single("b", fetch=latency(3)), cache=cache)
-    value = (await building.build(KEYS[:1]))[KEYS[0]]
-    await building.aclose()
-    stored = cache.held[KEYS[0]]
-    assert value.metadata == stored.metadata == {}
-    assert value.observed_at == stored.observed_at == value.fetched_at
-    assert stored.ordered_at == pytest.approx(value.fetched_at - 3)
-
-
 # Invalidations that take their time ---------------------------------------------------------------
 
 
@@ -696,16 +674,6 @@ async def test_what_was_read_before_news_does_not_stand_in_for_who_asks_after_th
     else:
         assert wanted in told.errors
     await early
-
-
-async def test_a_read_that_an_invalidation_overtook_brings_nothing() -> None:
-    cache, gate = hanging(SingleKeyCache, "get", patience=60.0)
-    cache.held[BASE] = value_of(BASE, "old", observed_at=LoopClock().now())
-    shop = Shop(cache=cache)
-    reading = await begun(shop.builder.build([BASE]), gate)
-    await shop.builder.publisher.invalidate(BASE)
-    gate.open()
-    assert (await reading).value(BASE) == 1
 
 
 # Leases -------------------------------------------------------------------------------------------

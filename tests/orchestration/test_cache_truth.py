@@ -11,7 +11,6 @@ from coalestra import (
     AsyncMemoryCache,
     FetchContext,
     FreshnessPolicy,
-    PolicyResolver,
     RefreshMode,
     ResourceKey,
     SnapshotBuilder,
@@ -229,27 +228,6 @@ async def test_a_derivation_about_to_be_handed_what_was_replaced_since_is_not_jo
     assert (await newcomer).value(derived)[0] == 2
     assert (await building.build([derived])).value(derived)[0] == 2
     await asyncio.gather(*readers)
-
-
-async def test_a_build_of_base_and_derived_shows_the_derived_value_of_that_very_base() -> None:
-    answers = iter("abcdef")
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        return next(answers)
-
-    policies = FreshnessPolicy(1_000, 2_000)
-    short = FreshnessPolicy(1, 2_000)
-    resolver = PolicyResolver(policies, {key("base"): short})
-    building = builder(
-        Single("base", fetch=fetch),
-        Derived("d", needs=lambda k: [key("base")]),
-        policy_resolver=resolver,
-    )
-    await building.build([key("d")])
-    await asyncio.sleep(10)
-    snapshot = await building.build([key("d"), key("base")])
-    assert snapshot.value(key("d")) == (snapshot.value(key("base")),)
-    assert snapshot[key("d")].dependency_versions[key("base")] == snapshot[key("base")].version
 
 
 async def test_a_derivation_over_two_ways_to_one_base_sees_one_revision_of_it() -> None:

@@ -8,8 +8,6 @@ import pytest
 
 from coalestra import (
     FetchContext,
-    FreshnessPolicy,
-    RefreshMode,
     ResourceKey,
     ResourceResolutionError,
     RetryPolicy,
@@ -44,20 +42,6 @@ class Crowd:
 
 def keys(name: str, count: int) -> list[ResourceKey]:
     return [key(name, str(i)) for i in range(count)]
-
-
-async def test_all_builds_sessions_and_sources_share_the_global_limit() -> None:
-    crowd = Crowd()
-    building = builder(
-        Single("a", fetch=crowd.fetch), Batch("b", before=crowd.stay), max_concurrency=3
-    )
-    async with building.session() as session:
-        await asyncio.gather(
-            building.build([*keys("a", 5), *keys("b", 5)]),
-            building.build([key("a", "x"), key("b", "x")]),
-            session.resolve([key("a", "y"), key("b", "y")]),
-        )
-    assert crowd.most == 3
 
 
 @pytest.mark.parametrize("given", ["setting", "source", "both"])
@@ -99,45 +83,6 @@ def gated(gate: Gate, name: str = "x") -> Single:
         return k.subject
 
     return Single(name, fetch=fetch)
-
-
-async def test_refreshes_in_the_background_share_the_limit_with_builds() -> None:
-    gate = Gate(opened=True)
-    source = gated(gate)
-    policy = FreshnessPolicy(10, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
-    building = builder(source, max_concurrency=2, default_policy=policy)
-    await building.build(keys("x", 2))
-    await asyncio.sleep(11)
-    gate.close()
-    stale = await building.build(keys("x", 2))
-    assert all(value.stale for value in stale.values())
-    session = building.session()
-    fresh = [
-        asyncio.ensure_future(building.build([key("x", "build")])),
-        asyncio.ensure_future(session.resolve([key("x", "session")])),
-    ]
-    assert await in_use(building) == (2, 2)
-    assert (await building.health_snapshot()).waiting_for_capacity == 2
-    assert gate.waiting == 2
-    gate.open()
-    await asyncio.gather(*fresh)
-    await building.wait_for_refreshes()
-    assert len(source.calls) == 6
-
-
-async def test_a_build_cancelled_in_the_queue_leaves_its_place_to_the_next() -> None:
-    gate = Gate()
-    source = gated(gate)
-    building = builder(source, max_concurrency=1)
-    tasks = []
-    for waiting, subject in enumerate("abc"):
-        tasks.append(asyncio.ensure_future(building.build([key("x", subject)])))
-        assert await in_use(building) == (1, waiting)
-    tasks[1].cancel()
-    assert await in_use(building) == (1, 1)
-    gate.open()
-    await asyncio.gather(tasks[0], tasks[2])
-    assert [k.subject for k in source.calls] == ["a", "c"]
 
 
 async def test_who_waits_for_a_global_slot_holds_one_of_its_source_already() -> None:
@@ -224,22 +169,6 @@ async def test_as_many_workers_as_global_slots_serve_a_source_unless_told_otherw
     assert (await building.health_snapshot()).active_dispatch_workers == workers
     gate.open()
     await task
-
-
-async def test_a_lease_taken_by_an_application_counts_against_the_builds() -> None:
-    source = tuned(Single("x"), max_concurrency=1)
-    building = builder(source, max_concurrency=3)
-    lease = await building.capacity.acquire("x")
-    assert not lease.released
-    task = asyncio.ensure_future(building.build([key("x")]))
-    assert await in_use(building, "x") == (1, 1)
-    assert await in_use(building) == (1, 0)
-    assert source.calls == []
-    lease.release()
-    lease.release()
-    assert lease.released
-    await task
-    assert await in_use(building, "x") == (0, 0)
 
 
 @pytest.mark.parametrize("waits", ["joined", "derived", "queued"])

@@ -191,14 +191,6 @@ async def test_a_time_for_all_of_it_is_no_time_for_each_managed_part() -> None:
     assert last.ends == 1
 
 
-@pytest.mark.parametrize("value, error", [(-1, ValueError), ("1", TypeError), (True, TypeError)])
-async def test_a_bad_time_is_refused_and_closes_nothing(value: Any, error: type[Exception]) -> None:
-    building = builder(Single("k"))
-    with pytest.raises(error, match="shutdown_timeout_seconds must be"):
-        await building.aclose(shutdown_timeout_seconds=value)
-    assert not building.closed
-
-
 async def test_without_threads_closing_does_its_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
     class Blocking(Single):
         ends = 0

@@ -25,17 +25,6 @@ pytestmark = pytest.mark.concurrency
 A, B = key("single", "a"), key("single", "b")
 
 
-async def test_callers_that_arrive_together_cause_one_call() -> None:
-    source = Single("single", fetch=latency(1))
-    build = builder(source).build
-    snapshots = await asyncio.gather(*(build([A]) for _ in range(50)))
-    assert source.calls == [A]
-    assert {snapshot.value(A) for snapshot in snapshots} == {"a"}
-    joined = [s[A].metadata.get("coalesced_request", False) for s in snapshots]
-    assert sorted(joined) == [False] + [True] * 49
-    assert sum(s.diagnostics.coalesced_requests for s in snapshots) == 49
-
-
 @pytest.mark.parametrize("deadline", [None, 2.0])
 async def test_an_owner_who_leaves_leaves_the_call_to_who_joined(deadline: float | None) -> None:
     source = Single("single", fetch=latency(5))
@@ -201,16 +190,6 @@ async def test_who_joined_goes_on_in_his_own_name_as_the_owner_goes(count: int, 
     assert (names[1] == "owner") is (goes != "after a crowd")
     assert names[2] == joined[0].snapshot_id
     await asyncio.wait(going)
-
-
-async def test_who_comes_after_an_invalidation_does_not_join_the_crowd() -> None:
-    source = Single("single", fetch=latency(5))
-    building = builder(source)
-    tasks = await together(building, 2)
-    await building.publisher.invalidate(A)
-    tasks += [asyncio.ensure_future(building.build([A])) for _ in range(2)]
-    await asyncio.gather(*tasks)
-    assert source.calls == [A, A]
 
 
 async def test_closing_the_builder_ends_a_crowd_with_an_error_for_each() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalestra import FreshnessPolicy, ResourceKey, SnapshotBuildError, SourceUnavailableError
+from coalestra import FreshnessPolicy, ResourceKey
 from tests.contracts.caches import ALL, AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
@@ -28,52 +28,6 @@ SHORT = FreshnessPolicy(10.0, 100.0)
 
 every_cache = pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
 # What is the same for all
-
-
-@every_cache
-async def test_a_value_is_fetched_once_and_then_read_from_the_cache(make: Make) -> None:
-    shop = Shop(cache=make())
-    first = await shop.builder.build([BASE, OTHER])
-    second = await shop.builder.build([OTHER, BASE])
-    assert shown(second) == {OTHER: 10, BASE: 1}
-    assert [value.from_cache for value in first.values()] == [False, False]
-    assert [value.from_cache for value in second.values()] == [True, True]
-    assert [second[key].version for key in first] == [first[key].version for key in first]
-    assert len(shop.stock.calls) == 2
-
-
-@every_cache
-async def test_readers_at_once_share_one_read_and_one_fetch(make: Make) -> None:
-    shop = Shop(cache=make())
-    snapshots = await asyncio.gather(*(shop.builder.build([TOP, BASE]) for _ in range(5)))
-    assert all(shown(each) == {TOP: ((1,),), BASE: 1} for each in snapshots)
-    assert len(shop.stock.calls) == len(shop.top.calls) == 1
-
-
-@every_cache
-async def test_an_expired_value_is_fetched_again_and_stands_in_if_that_fails(make: Make) -> None:
-    shop = Shop(cache=make(), default_policy=SHORT)
-    await shop.builder.build([BASE])
-    await asyncio.sleep(11)
-    shop.stock.change(base=SourceUnavailableError("down"))
-    stale = (await shop.builder.build([BASE]))[BASE]
-    assert (stale.value, stale.stale, stale.from_cache) == (1, True, True)
-    assert stale.metadata["fallback_error_type"] == "ResourceResolutionError"
-    shop.stock.change(base=2)
-    assert (await shop.builder.build([BASE])).value(BASE) == 2
-    await asyncio.sleep(101)
-    shop.stock.change(base=SourceUnavailableError("down"))
-    with pytest.raises(SnapshotBuildError):
-        await shop.builder.build([BASE])
-
-
-@every_cache
-async def test_derived_values_are_never_served_once_a_dependency_has_changed(make: Make) -> None:
-    shop = Shop(cache=make())
-    assert (await shop.builder.build([TOP])).value(TOP) == ((1,),)
-    await shop.publish(BASE, 2)
-    assert shown(await shop.builder.build([TOP, BASE])) == {TOP: ((2,),), BASE: 2}
-    assert len(shop.stock.calls) == 1
 
 
 @every_cache
@@ -139,15 +93,6 @@ async def test_reads_and_writes_use_the_widest_methods(make: Make, expected: set
     if "get_many" in expected:
         assert "get" not in used
         assert cache.calls.count("get_many") == 1 + (make is not OrderlyCache)
-
-
-async def test_a_batch_build_over_a_cache_that_knows_the_write_order_takes_two_trips() -> None:
-    cache = OrderlyCache()
-    building = builder(Batch("b"), cache=cache)
-    snapshot = await building.build([key("b", str(n)) for n in range(20)])
-    assert cache.calls == ["get_many", "set_many_if_newer"]
-    assert snapshot.diagnostics.cache_batch_reads == 1
-    assert snapshot.diagnostics.cache_batch_writes == 1
 
 
 @pytest.mark.parametrize("limit", [1, 3])

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import json
 import math
-import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +18,6 @@ from coalestra import (
     BuilderHealthSeverity,
     CacheStats,
     CircuitBreakerPolicy,
-    CircuitIdentity,
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
@@ -30,7 +28,6 @@ from coalestra import (
     SourceResiliencePolicy,
     SourceUnavailableError,
 )
-from coalestra.resilience import Outcome
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import ONCE, Derived, Single, builder, held_at, key
 from tests.orchestration.stock import BASE, Shop, Stock
@@ -57,13 +54,6 @@ async def test_a_builder_at_rest_is_healthy() -> None:
     assert set(health.source_timeout_guarantees) == {"stock", "middle", "top"}
 
 
-async def test_it_is_read_without_asking_any_source() -> None:
-    source = Single("k")
-    building = builder(source)
-    await building.health_snapshot()
-    assert source.calls == []
-
-
 async def test_any_thread_reads_it_at_once_while_the_loop_goes_on() -> None:
     shop = Shop()
     await shop.builder.build([BASE])
@@ -83,32 +73,6 @@ async def test_at_once_means_that_a_cache_that_has_to_be_awaited_is_not_asked() 
     assert (await building.health_snapshot()).cache == "asked"
     health = building.health_snapshot_nowait()
     assert (health.cache, health.cache_call_count > 0) == (None, True)
-
-
-async def test_it_is_read_while_circuits_come_and_go_in_another_thread() -> None:
-    building = builder(Single("k"))
-    breaker = building.circuit_breaker
-    breaker.max_circuits = 50
-    policy = CircuitBreakerPolicy(failure_threshold=1, scope=CircuitScope.RESOURCE)
-    began, over = threading.Event(), threading.Event()
-
-    def fail() -> None:
-        number = 0
-        while not over.is_set():
-            number += 1
-            identity = CircuitIdentity("k", CircuitScope.RESOURCE, str(number))
-            breaker.report(identity, Outcome.FAILURE, policy)
-            began.set()
-
-    with ThreadPoolExecutor(1) as elsewhere:
-        failing = elsewhere.submit(fail)
-        began.wait()
-        try:
-            for _ in range(50):
-                assert building.health_snapshot_nowait().circuits
-        finally:
-            over.set()
-        failing.result()
 
 
 async def test_work_under_way_is_seen_while_it_lasts() -> None:
@@ -198,35 +162,6 @@ async def _fail(_key: ResourceKey, _context: FetchContext) -> Any:
     raise LookupError(f"no such {_key}")
 
 
-async def test_each_source_tells_when_it_last_answered_and_last_failed() -> None:
-    """The type of the error is told; its text may name a resource."""
-    fails = False
-
-    async def fetch(wanted: ResourceKey, context: FetchContext) -> Any:
-        return await _fail(wanted, context) if fails else 1
-
-    building = builder(Single("k", fetch=fetch), Single("idle"))
-
-    async def told() -> dict[str, tuple[Any, ...]]:
-        sources = (await building.health_snapshot()).sources
-        return {name: dataclasses.astuple(each)[:3] for name, each in sources.items()}
-
-    assert await told() == {"k": (None, None, None), "idle": (None, None, None)}
-    await building.build([key("k", "1")])
-    await asyncio.sleep(2.0)
-    fails = True
-    await building.build([key("k", "2")], strict=False)
-    await asyncio.sleep(1.0)
-    assert await told() == {"k": (3.0, 1.0, "LookupError"), "idle": (None, None, None)}
-
-
-async def test_a_closed_builder_is_critical() -> None:
-    building = builder(Single("k"))
-    await building.aclose()
-    health = await building.health_snapshot()
-    assert reasons(health) == {BuilderHealthReason.BUILDER_CLOSED: "critical"}
-
-
 class FailingSink:
     """Raises whatever it is told."""
 
@@ -294,29 +229,6 @@ async def test_to_dict_holds_every_field_as_plain_data_of_its_moment() -> None:
 
 
 # What is under way, and how each source has fared -------------------------------------------------
-
-
-async def test_health_counts_the_attempts_of_each_source_and_how_long_they_took() -> None:
-    failing = iter([True, False, False])
-
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        await asyncio.sleep(0.5)
-        if next(failing):
-            raise ConnectionError
-        return 1
-
-    source = Single("k", fetch=fetch)
-    source.resilience_policy = SourceResiliencePolicy(
-        retry=RetryPolicy(max_attempts=2, base_delay_seconds=0.0)
-    )
-    building = builder(source, Single("idle"))
-    await building.build([key("k", "1")])
-    await building.build([key("k", "2")])
-    sources = (await building.health_snapshot()).sources
-    fared = sources["k"]
-    assert (fared.attempt_count, fared.failed_attempt_count) == (3, 1)
-    assert fared.total_latency_ms == pytest.approx(1500)
-    assert (sources["idle"].attempt_count, sources["idle"].total_latency_ms) == (0, 0)
 
 
 async def test_flights_under_way_say_what_they_wait_for_and_who_waits_for_them() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import threading
 from typing import Any
 
 import pytest
@@ -18,18 +17,15 @@ from coalestra import (
     ResourceResolutionError,
     Snapshot,
     SnapshotBuilder,
-    SnapshotBuildError,
     SnapshotRequest,
     SourcePayload,
 )
-from coalestra.orchestration.deliveries import all_or_none
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import Stock
-from tests.support import Gate, ThreadGate, begun, settle
+from tests.support import ThreadGate, begun, settle
 
 K, D = key("k"), key("d")
-LARGE = [list(range(200)) for _ in range(200)]
 
 
 def mutable() -> dict[str, Any]:
@@ -159,73 +155,10 @@ async def test_a_custom_cache_may_change_what_it_was_given(settings: dict[str, A
         assert spoilt.value(K) is not held.value
 
 
-async def test_immutable_payloads_are_handed_on_as_they_are() -> None:
-    payload = (1, "two", frozenset({3}))
-    async with builder(Stock("k", {"k": payload})) as building:
-        assert (await building.build([K])).value(K) is payload
-        health = await building.health_snapshot()
-        assert health.payload_copy_started_count == 0
-
-
 # Payloads that cannot be copied
 
 
 # Copiers, threads and their bounds
-
-
-async def test_a_custom_copier_runs_inline_unless_told_otherwise() -> None:
-    places: list[str] = []
-
-    def copier(value: Any) -> Any:
-        places.append(threading.current_thread().name)
-        return copy.deepcopy(value)
-
-    async with builder(Stock("k", {"k": LARGE}), payload_copier=copier) as building:
-        assert building.run_payload_copies_in_thread is False
-        await building.build([K])
-    here = threading.current_thread().name
-    assert set(places) == {here}
-    places.clear()
-    settings = {"payload_copier": copier, "run_payload_copies_in_thread": True}
-    async with builder(Stock("k", {"k": 1}), **settings) as building:
-        assert building.run_payload_copies_in_thread is True
-        await building.build([K])
-    assert here not in places
-    assert places
-
-
-async def test_large_payloads_are_copied_in_threads_and_small_ones_are_not() -> None:
-    async with builder(Stock("k", {"k": LARGE, "small": [1]})) as building:
-        assert building.run_payload_copies_in_thread is True
-        small = (await building.build([key("small")])).value(key("small"))
-        assert small == [1]
-        assert (await building.health_snapshot()).payload_copy_components[
-            "builder"
-        ].peak_active_copies == 0
-        assert (await building.build([K])).value(K) == LARGE
-        assert (await building.health_snapshot()).payload_copy_components[
-            "builder"
-        ].peak_active_copies == 1
-
-
-async def test_no_more_copies_run_at_once_than_allowed() -> None:
-    gate = ThreadGate()
-
-    def copier(value: Any) -> Any:
-        gate.pass_()
-        return value
-
-    keys = [key("b", str(n)) for n in range(5)]
-    async with builder(
-        Batch("b"), payload_copier=copier, run_payload_copies_in_thread=True, max_copy_concurrency=2
-    ) as building:
-        tasks = [asyncio.ensure_future(building.build(keys)) for _ in range(3)]
-        await settle()
-        gate.open()
-        await asyncio.gather(*tasks)
-        copies = (await building.health_snapshot()).payload_copy_components["builder"]
-        assert copies.peak_active_copies == 2
-        assert copies.peak_waiting_for_capacity >= 1
 
 
 class Stuck:
@@ -247,32 +180,6 @@ def with_stuck(*sources: Any, **settings: Any) -> tuple[Stuck, SnapshotBuilder]:
         *sources, payload_copier=stuck, run_payload_copies_in_thread=True, **settings
     )
     return stuck, building
-
-
-async def test_a_waiter_for_a_copy_thread_leaves_at_its_deadline() -> None:
-    stuck, building = with_stuck(Stock("k", {"k": [1]}), max_copy_concurrency=1)
-    await building.build([K])
-    stuck.armed = True
-    first = await begun(building.build([K]))
-    with pytest.raises(SnapshotBuildError):
-        await building.build([K], deadline_seconds=3)
-    copies = (await building.health_snapshot()).payload_copy_components["builder"]
-    assert (copies.capacity_timeout_count, copies.waiting_for_capacity) == (1, 0)
-    stuck.gate.open()
-    assert (await first).value(K) == [1]
-
-
-async def test_a_cancelled_reader_leaves_the_copy_slot_taken_until_the_thread_ends() -> None:
-    stuck, building = with_stuck(Stock("k", {"k": [1]}))
-    await building.build([K])
-    stuck.armed = True
-    task = await begun(building.build([K]))
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert (await building.health_snapshot()).active_payload_copies == 1
-    stuck.gate.open()
-    await settle()
 
 
 # The end
@@ -392,25 +299,3 @@ async def test_health_knows_the_builder_and_a_memory_cache_as_components(kind: A
     await building.build([K])
     known = {"builder"} if kind is SingleKeyCache else {"builder", "cache"}
     assert set((await building.health_snapshot()).payload_copy_components) == known
-
-
-@pytest.mark.parametrize("error", [GeneratorExit, KeyError, asyncio.CancelledError])
-async def test_of_many_that_run_side_by_side_none_goes_on_if_one_fails(error: Any) -> None:
-    gate, undone = Gate(), []
-
-    async def wait() -> None:
-        try:
-            await gate.pass_()
-        finally:
-            undone.append(gate.waiting)
-
-    async def fail() -> None:
-        await gate.wait_arrived(2)
-        if error is asyncio.CancelledError:
-            gate.open()
-        raise error
-
-    with pytest.raises(error):
-        await all_or_none([wait(), fail(), wait()])
-    assert len(undone) == 2
-    await all_or_none([])

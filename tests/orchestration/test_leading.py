@@ -216,22 +216,6 @@ class Noting:
 # What is no good answer --------------------------------------------------------------------------
 
 
-async def test_one_that_fails_at_once_is_retried_and_the_others_go_on() -> None:
-    it, failures = Told(resilience(attempts=3)), [ConnectionError("one"), ConnectionError("two")]
-
-    @it.at(C)
-    async def fail(k: ResourceKey) -> None:
-        if failures:
-            raise failures.pop()
-
-    snapshot = await it.builder.build(KEYS)
-    assert values(snapshot) == ALL
-    assert it.source.calls.count(C) == 3
-    assert len(it.source.calls) == 8
-    assert snapshot.diagnostics.source_calls == 6
-    assert snapshot.diagnostics.retries == 2
-
-
 def _stale() -> SourcePayload[Any]:
     return SourcePayload("old", observed_at=EPOCH - 5_000.0)
 
@@ -437,39 +421,6 @@ class _Passing(Single):
     async def _pass(self, k: ResourceKey, context: FetchContext) -> Any:
         asked = key("x", k.subject)
         return (await self.it.builder.build([asked])).value(asked)
-
-
-async def test_two_that_ask_for_each_other_are_a_circle_though_another_led_them() -> None:
-    it = Told(max_concurrency=1)
-
-    async def ask(k: ResourceKey) -> Any:
-        asked = D if k is C else C
-        snapshot = await it.builder.build([asked], strict=False)
-        return "circle" if snapshot.errors else snapshot.value(asked)
-
-    it.deeds = {C: ask, D: ask}
-    snapshot = await asyncio.wait_for(it.builder.build(KEYS), 60.0)
-    assert values(snapshot) == {**ALL, "2": "circle", "3": "circle"}
-
-
-@pytest.mark.parametrize("asked", [A, B, C, F])
-async def test_a_task_that_outlives_its_key_waits_on_nobodys_behalf(asked: ResourceKey) -> None:
-    it, gate, found = Told(max_concurrency=1), Gate(), list[asyncio.Task[Snapshot]]()
-
-    @it.at(C)
-    async def spawn(k: ResourceKey) -> None:
-        if not found:
-            found.append(asyncio.ensure_future(look()))
-
-    async def look() -> Snapshot:
-        await gate.pass_()
-        await it.builder.publisher.invalidate(asked)
-        return await it.builder.build([asked])
-
-    await it.builder.build(KEYS)
-    assert it.led()
-    gate.open()
-    assert (await asyncio.wait_for(found[0], 60.0)).value(asked) == asked.subject
 
 
 @pytest.mark.parametrize("asked", [A, C, F])
@@ -907,30 +858,6 @@ async def test_a_copy_in_a_thread_ends_by_the_cutoff_of_its_own_key(finish_late:
 
 
 # What bounds a call ------------------------------------------------------------------------------
-
-
-class Blocking(Single):
-    """Blocks, it says, for a second at most, in a thread."""
-
-    blocking_io = blocking_io_offloaded = True
-    transport_timeout_seconds = 1.0
-
-
-async def test_a_blocking_source_is_asked_for_no_key_that_does_not_fit_into_what_is_left() -> None:
-    clock = ManualClock()
-
-    async def take(k: ResourceKey, context: FetchContext) -> str:
-        clock.advance(0.6)
-        return k.subject
-
-    source = tuned(Blocking("x", fetch=take, timeout=5.0), resilience_policy=NO_RETRY)
-    building = builder(source, clock=clock)
-    snapshot = await building.build(KEYS, strict=False, deadline_seconds=2.0)
-    assert source.calls == [A, B]
-    assert values(snapshot) == {"0": "0", "1": "1"}
-    assert "transport timeout" in str(snapshot.errors[C])
-    health = await building.health_snapshot()
-    assert not health.source_transport_timeout_violations
 
 
 @pytest.mark.parametrize("kind", [Single, Alone])

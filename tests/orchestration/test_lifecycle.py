@@ -60,38 +60,6 @@ async def test_a_closed_builder_refuses_every_call() -> None:
     assert (await building.health_snapshot()).closed
 
 
-async def test_closing_again_does_nothing_and_closing_twice_at_once_waits_for_both() -> None:
-    gate = Gate()
-
-    class Slow(Single):
-        closed = 0
-
-        async def aclose(self) -> None:
-            self.closed += 1
-            await gate.pass_()
-
-    source = Slow("k")
-    building = builder(source, manage_lifecycle=True)
-    both = [asyncio.ensure_future(building.aclose()) for _ in range(2)]
-    await gate.wait_arrived()
-    await settle()
-    assert not any(each.done() for each in both)
-    gate.open()
-    await asyncio.gather(*both)
-    await building.aclose()
-    assert source.closed == 1
-
-
-async def test_builds_under_way_end_with_an_error_when_the_builder_is_closed() -> None:
-    gate = Gate()
-    building = builder(Stock("k", {"k": 1}, before=gate.pass_))
-    reading = await begun(building.build([K]), gate)
-    await building.aclose()
-    with pytest.raises(RuntimeError, match="closed"):
-        await reading
-    assert gate.waiting == 0
-
-
 async def test_closing_waits_for_refreshes_unless_told_to_cancel_them() -> None:
     for cancel in (False, True):
         gate = Gate(opened=True)

@@ -117,14 +117,6 @@ async def test_a_circle_is_an_error_that_names_the_path(circle: str) -> None:
     assert "test:outer:1" in path
 
 
-async def test_two_builds_that_meet_in_a_circle_both_end() -> None:
-    asking = Asking(asks=circles()["one another"])
-    keys = [key("outer", "1"), key("outer", "2")]
-    both = [asking.builder.build([k], strict=False) for k in keys]
-    ended = await asyncio.gather(*both)
-    assert all(snapshot.errors for snapshot in ended)
-
-
 async def test_a_call_that_is_over_lends_nothing_to_what_its_source_left_running() -> None:
     """A task begun by a source is on its own once the source has answered."""
     later: list[asyncio.Task[Snapshot]] = []

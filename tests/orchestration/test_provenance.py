@@ -109,19 +109,6 @@ async def test_a_derived_value_tells_of_the_oldest_and_the_stale_below(wanted: R
     assert world.below(value) == (130.0, "right", True)
 
 
-async def test_what_lies_below_goes_stale_while_the_derived_value_is_fresh() -> None:
-    """It is judged when it is delivered, as a value's own age is."""
-    world = World(policies={MIDDLE: LONG, TOP: LONG})
-    assert world.below(await world.read(TOP)) == (0.0, "left", False)
-    world.clock.advance(60)
-    assert world.below(await world.read(TOP)) == (60.0, "left", False)
-    world.clock.advance(1)
-    value = await world.read(TOP)
-    assert (value.from_cache, value.stale) == (True, False)
-    assert world.below(value) == (61.0, "left", True)
-    assert len(world.plain.calls) == 2
-
-
 async def test_a_session_is_told_of_what_lies_below_as_it_is_when_each_stage_is_delivered() -> None:
     world = World(policies={MIDDLE: LONG})
     async with world.builder.session() as session:
@@ -141,15 +128,6 @@ async def test_copies_and_pickles_keep_what_they_rest_on(copied: Callable[[Any],
     twin = copied(value)
     assert world.below(twin) == world.below(value) == (30.0, "right", False)
     assert (twin, twin.inherits_freshness) == (value, True)
-
-
-async def test_the_json_form_tells_what_a_value_rests_on() -> None:
-    world = World()
-    world.dated["right"] = EPOCH - 30
-    told = (await world.read(TOP)).to_dict()
-    assert (told["oldest_key"], told["oldest_age_seconds"]) == ("test:right", 30.0)
-    assert told["oldest_observed_at"] == "2023-11-14T22:12:50.000000+00:00"
-    assert (told["age_seconds"], told["rests_on_stale"]) == (0.0, False)
 
 
 def rebuilt(value: SnapshotValue[Any]) -> SnapshotValue[Any]:
@@ -357,21 +335,6 @@ async def test_an_event_for_the_derived_key_competes_with_when_it_was_derived() 
     assert (await world.read(MIDDLE)).value == "new"
 
 
-async def test_stale_while_revalidate_serves_what_has_inherited_staleness_and_renews_it() -> None:
-    world = World(
-        inherits={"middle"},
-        policies={MIDDLE: FreshnessPolicy(600, 600, refresh_mode=SWR.refresh_mode)},
-    )
-    await world.read(MIDDLE)
-    world.clock.advance(61)
-    value = await world.read(MIDDLE)
-    assert (value.stale, value.from_cache, value.age_seconds) == (True, True, 61.0)
-    assert value.metadata["refresh_scheduled"] is True
-    await world.builder.wait_for_refreshes()
-    value = await world.read(MIDDLE)
-    assert (value.stale, value.from_cache, value.age_seconds) == (False, True, 0.0)
-
-
 async def test_refresh_ahead_goes_by_what_goes_stale_first() -> None:
     ahead = FreshnessPolicy(
         600.0, 600.0, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=10.0
@@ -436,17 +399,6 @@ async def test_a_forced_revalidation_renews_inputs_and_what_inherits_from_them()
         assert session.snapshot()[TOP].stale
         fresh = await session.revalidate([LEFT, RIGHT], force_refresh=True)
         assert (fresh[TOP].stale, fresh[TOP].age_seconds) == (False, 0.0)
-
-
-async def test_values_of_one_snapshot_agree_and_each_has_its_inherited_age() -> None:
-    world = World(inherits={"middle", "top"})
-    await world.read(TOP)
-    world.clock.advance(30)
-    await world.builder.publisher.publish(LEFT, "new", source="stream")
-    snapshot = await world.builder.build([TOP, MIDDLE, LEFT, RIGHT])
-    ages = {k.name: value.age_seconds for k, value in snapshot.items()}
-    assert ages == {"top": 30.0, "middle": 30.0, "left": 0.0, "right": 30.0}
-    assert snapshot[TOP].value == (snapshot[MIDDLE].value,)
 
 
 async def test_a_value_put_back_into_a_cache_by_hand_counts_from_its_derivation() -> None:

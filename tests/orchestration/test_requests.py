@@ -13,7 +13,6 @@ import pytest
 
 from coalestra import (
     BuilderClosedError,
-    CoalestraError,
     FetchContext,
     FreshnessPolicy,
     InMemoryMetrics,
@@ -23,14 +22,12 @@ from coalestra import (
     RequestResult,
     ResourceAbsent,
     ResourceAbsentError,
-    ResourceAcceptanceError,
     ResourceAcceptanceRule,
     ResourceKey,
     SessionClosedError,
     Snapshot,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
-    SnapshotAcceptanceReason,
     SnapshotBuilder,
     SnapshotBuildError,
     SnapshotConsistencyError,
@@ -40,9 +37,9 @@ from coalestra import (
     SourcePayload,
     SourceUnavailableError,
 )
-from tests.orchestration.scripted import Derived, Single, builder, echo, key, latency, mixed
-from tests.orchestration.stock import BASE, TOP, Shop, Stock, shown
-from tests.support import EPOCH, Gate, LoopClock, begun, cancel_at_every_await, no_leaks, settle
+from tests.orchestration.scripted import Derived, Single, builder, echo, key, latency
+from tests.orchestration.stock import BASE, Shop, Stock, shown
+from tests.support import EPOCH, Gate, LoopClock, begun, settle
 
 A, B, C = key("a"), key("b"), key("c")
 DOWN = SourceUnavailableError("down")
@@ -185,14 +182,6 @@ async def test_failed_required_keys_raise_with_the_partial_snapshot(ask: Ask) ->
     assert set(partial.errors) == {B, C}
 
 
-async def test_a_request_in_a_session_reads_only_what_is_not_pinned() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    snapshot = await session.resolve_request(SnapshotRequest(required=[BASE, TOP]))
-    assert shown(snapshot) == {BASE: 1, TOP: ((1,),)}
-    assert len(shop.stock.calls) == 1
-
-
 async def test_what_a_refused_request_has_read_stays_pinned() -> None:
     stock = Stock("stock", {"a": at(0), "b": at(9)})
     building = builder(stock)
@@ -204,53 +193,6 @@ async def test_what_a_refused_request_has_read_stays_pinned() -> None:
     assert list(session.snapshot()) == [A, B]
     await session.resolve([A, B])
     assert len(stock.calls) == 2
-
-
-@raising
-async def test_observations_further_apart_raise_with_all_the_facts(ask: Ask) -> None:
-    building = serving(a=at(0), b=at(5.5), c=at(3))
-    await asyncio.sleep(10)
-    request = SnapshotRequest(required=[A, B, C], consistency_policy=NEAR)
-    with pytest.raises(SnapshotConsistencyError) as caught:
-        await ask(building, request)
-    error = caught.value
-    assert (error.oldest_key, error.newest_key) == (A, B)
-    assert (error.oldest_observed_at, error.newest_observed_at) == (EPOCH, EPOCH + 5.5)
-    assert (error.observation_skew_seconds, error.max_observation_skew_seconds) == (5.5, 5.0)
-    assert set(error.keys) == {A, B, C}
-    assert error.snapshot is not None
-    assert len(error.snapshot) == 3
-
-
-@raising
-@pytest.mark.parametrize("included", [False, True])
-async def test_optional_keys_count_in_consistency_if_included(ask: Ask, included: bool) -> None:
-    building = serving(a=at(9), b=at(0))
-    await asyncio.sleep(10)
-    policy = SnapshotConsistencyPolicy(5.0, include_optional_resources=included)
-    request = SnapshotRequest(required=[A], optional=[B], consistency_policy=policy)
-    if included:
-        with pytest.raises(SnapshotConsistencyError):
-            await ask(building, request)
-    else:
-        assert len(await ask(building, request)) == 2
-
-
-@raising
-async def test_values_older_than_the_rule_allows_are_refused(ask: Ask) -> None:
-    building = serving(a=at(0), b=at(9))
-    await asyncio.sleep(10)
-    request = SnapshotRequest(required=[A, B], acceptance_policy=aged(5))
-    with pytest.raises(SnapshotAcceptanceError) as caught:
-        await ask(building, request)
-    (violation,) = caught.value.violations
-    assert violation.reason is SnapshotAcceptanceReason.TOO_OLD
-    assert (violation.key, violation.keys) == (A, (A,))
-    assert (violation.current_age_seconds, violation.max_age_seconds) == (10, 5)
-    assert isinstance(caught.value.errors[A], ResourceAcceptanceError)
-    assert isinstance(caught.value, SnapshotBuildError)
-    assert caught.value.snapshot is not None
-    assert len(caught.value.snapshot) == 2
 
 
 async def test_age_is_judged_at_the_request_and_not_at_acquisition() -> None:
@@ -316,18 +258,6 @@ async def test_a_derived_value_degrades_a_request_by_stale_inputs(ask: Ask, inhe
     await building.wait_for_refreshes()
 
 
-@both
-async def test_a_deadline_is_a_result_with_what_was_there_in_time(ask: Ask) -> None:
-    gate = Gate()
-    building = builder(Stock("quick", {"a": 1}), Stock("slow", {"b": 2}, before=gate.pass_))
-    result = await ask(building, SnapshotRequest(required=[A, B]), deadline_seconds=2)
-    assert result.outcome is REJECTED
-    assert shown(result.snapshot) == {A: 1}
-    assert list(result.errors) == [B]
-    assert "SnapshotDeadlineExceededError" in result.reason
-    gate.open()
-
-
 async def test_a_result_has_the_id_and_the_metadata_of_its_build() -> None:
     told: list[Any] = []
 
@@ -343,21 +273,6 @@ async def test_a_result_has_the_id_and_the_metadata_of_its_build() -> None:
 
 
 # What a policy or a clock raises
-
-
-@both
-async def test_what_a_policy_raises_is_a_result_that_keeps_what_was_read(ask: Ask) -> None:
-    error = ZeroDivisionError("division by zero")
-    result = await ask(serving(a=1), faulty(error))
-    assert result.outcome is REJECTED
-    assert result.error is error
-    assert shown(result.snapshot) == {A: 1}
-    assert not isinstance(result.error, CoalestraError)
-    assert result.reason.startswith(
-        "the request failed with ZeroDivisionError(division by zero), raised in rule_for ("
-    )
-    with pytest.raises(ZeroDivisionError):
-        result.require_accepted()
 
 
 async def test_an_error_before_there_is_a_snapshot_is_a_result_without_one() -> None:
@@ -479,22 +394,6 @@ async def test_a_closed_builder_or_session_raises() -> None:
             await asking
 
 
-async def test_a_builder_that_is_closed_meanwhile_raises_to_everybody() -> None:
-    gate = Gate()
-    building = builder(Stock("stock", {"a": 1, "b": 2}, before=gate.pass_))
-    requests = [SnapshotRequest(required=[each]) for each in (A, B)]
-    session = building.session()
-    tasks = [
-        asyncio.ensure_future(building.try_request(requests[0])),
-        asyncio.ensure_future(building.try_requests(requests)),
-        asyncio.ensure_future(session.try_request(requests[1])),
-    ]
-    await gate.wait_arrived(2)
-    await building.aclose()
-    for ended in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(ended, BuilderClosedError)
-
-
 async def test_a_builder_that_is_busy_on_another_loop_raises() -> None:
     gate = Gate()
     building = builder(Stock("stock", {"a": 1}, before=gate.pass_))
@@ -582,16 +481,6 @@ async def test_results_come_in_the_order_of_the_requests_however_they_end() -> N
     assert len({each.snapshot.snapshot_id for each in results if each.snapshot}) == 4
 
 
-async def test_results_of_named_requests_have_their_names() -> None:
-    building = builder(Single("x"))
-    results = await building.try_requests(dict(zip("ba", asking(1, 2), strict=True)))
-    assert list(results) == ["b", "a"]
-    assert [each.require_accepted().value(key("x", n)) for each, n in
-            zip(results.values(), "12", strict=True)] == ["1", "2"]  # fmt: skip
-    with pytest.raises(TypeError, match="read-only"):
-        results["c"] = results["a"]  # type: ignore[index]  # it cannot be
-
-
 @pytest.mark.parametrize(
     "given, tasks, most", [(2, 8, 2), (1, 8, 1), (100, 8, 10), (None, 8, 8), (None, 3, 3)]
 )
@@ -672,27 +561,6 @@ async def test_a_request_that_waits_for_room_has_not_begun_though_its_time_runs(
     assert second.require_accepted().created_at - first.require_accepted().created_at == 4
     assert second.require_accepted().diagnostics.duration_ms == 4_000
     assert told == [(first.require_accepted().created_at + 10, [])] * 2
-
-
-@pytest.mark.parametrize("in_session", [False, True])
-async def test_many_requests_cancelled_at_any_await_leave_nothing_behind(in_session: bool) -> None:
-    builders: list[SnapshotBuilder] = []
-    requests = [
-        SnapshotRequest(required=[key("derived")], optional=[key("single", "2")]),
-        SnapshotRequest(required=[key("batch", "3"), key("single")]),
-        faulty(LookupError("a mistake"), key("batch", "4")),
-    ]
-
-    def start() -> Any:
-        builders.append(mixed())
-        place = builders[-1].session() if in_session else builders[-1]
-        return place.try_requests(requests, max_concurrency=2)
-
-    async def check() -> None:
-        await no_leaks(builders[-1])
-        assert len(asyncio.all_tasks()) == 1
-
-    assert await cancel_at_every_await(start, check) > 10
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from coalestra import (
     SourcePayload,
     SourceUnavailableError,
 )
-from tests.contracts.caches import BatchCache, SingleKeyCache
+from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import LASTING, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, Shop, Stock, shown
 from tests.support import EPOCH, Gate, begun, settle
@@ -184,32 +184,6 @@ class Odd:
         return LASTING
 
 
-def blames_the_policy(error: Exception | None) -> None:
-    """The error is one of the library's, says what raised, and leads to the original."""
-    assert isinstance(error, ResourceResolutionError)
-    assert [each.source for each in error.failures] == ["freshness policy"]
-    assert isinstance(error.__cause__, LookupError)
-
-
-@pytest.mark.parametrize("make", [AsyncMemoryCache, SingleKeyCache, BatchCache])
-async def test_a_policy_that_raises_fails_its_key_alone(make: Any) -> None:
-    shop = Shop(policy_resolver=PolicyResolver(LASTING, dynamic=Odd(OTHER)), cache=make())
-    for _ in range(2):
-        snapshot = await shop.builder.build([BASE, OTHER], strict=False)
-        assert shown(snapshot) == {BASE: 1}
-        blames_the_policy(snapshot.error_for(OTHER))
-    assert shop.stock.calls == [BASE]
-
-
-async def test_a_policy_that_begins_to_raise_fails_what_is_already_cached() -> None:
-    odd = Odd(OTHER)
-    shop = Shop(policy_resolver=PolicyResolver(LASTING, dynamic=odd))
-    await shop.builder.build([BASE])
-    odd.key = BASE
-    errors = await refused(shop.builder, BASE)
-    blames_the_policy(errors[BASE])
-
-
 async def test_a_policy_that_raises_for_a_dependency_fails_what_is_derived_from_it() -> None:
     shop = Shop(policy_resolver=PolicyResolver(LASTING, dynamic=Odd(BASE)))
     errors = await refused(shop.builder, MIDDLE)
@@ -228,28 +202,6 @@ async def test_the_first_fresh_value_wins_and_goes_to_the_cache() -> None:
     assert (value.source, value.value, value.from_cache) == ("second", "v", False)
     assert (await building.build([key("x", "v")]))[key("x", "v")].from_cache
     assert (len(first.calls), len(second.calls), len(third.calls)) == (1, 1, 0)
-
-
-async def test_when_all_fail_there_is_one_failure_for_each_source_tried_in_order() -> None:
-    async def broken(key: ResourceKey, context: FetchContext) -> Any:
-        raise RuntimeError("bug")
-
-    building = builder(
-        Single("one", "x", fetch=failing, priority=3),
-        Single("elsewhere", priority=2),
-        Single("two", "x", fetch=broken, priority=1),
-    )
-    error = (await refused(building, key("x")))[key("x")]
-    assert isinstance(error, ResourceResolutionError)
-    told = [(each.source, each.error_type, each.attempts) for each in error.failures]
-    assert told == [("one", "SourceUnavailableError", 1), ("two", "RuntimeError", 1)]
-
-
-async def test_a_key_that_no_source_supports_says_so() -> None:
-    error = (await refused(builder(Single("other")), key("x")))[key("x")]
-    assert isinstance(error, ResourceResolutionError)
-    assert error.failures == ()
-    assert "no compatible source" in str(error)
 
 
 async def test_strict_raises_with_errors_and_partial_snapshot_and_lenient_returns_them() -> None:
@@ -385,24 +337,7 @@ async def test_a_fresh_event_that_came_during_the_call_replaces_its_undated_valu
     assert (value.value, value.metadata["superseded_source"]) == ("event", "stock")
 
 
-async def test_a_forced_read_never_gets_a_stale_winner() -> None:
-    shop = Shop(default_policy=BLOCKING, authority_policy=STREAM_FIRST)
-    session = await shop.session(BASE)
-    await shop.publish(BASE, "event")
-    await asyncio.sleep(20)
-    shop.stock.change(base=2)
-    snapshot = await session.revalidate([BASE], force_refresh=True)
-    assert (snapshot.value(BASE), snapshot[BASE].stale) == (2, False)
-
-
 # Refreshes
-
-
-async def served_stale(shop: Shop, *keys: ResourceKey) -> Snapshot:
-    """Let the values of `keys` become stale, and read them once more."""
-    await shop.builder.build(keys)
-    await asyncio.sleep(11)
-    return await shop.builder.build(keys)
 
 
 @pytest.mark.parametrize(
@@ -451,14 +386,6 @@ async def test_a_refresh_without_a_fresh_value_fails_and_leaves_the_cache(answer
         for status in ("scheduled", "success", "failure", "cancelled")
     }
     assert counts == {"scheduled": 2, "success": 0, "failure": 2, "cancelled": 0}
-
-
-async def test_refreshes_that_one_build_asks_for_travel_together() -> None:
-    shop = Shop(default_policy=SWR)
-    snapshot = await served_stale(shop, BASE, OTHER)
-    assert snapshot.diagnostics.refresh_scheduled == 2
-    await shop.builder.wait_for_refreshes()
-    assert sorted(each.name for each in shop.stock.calls[2:]) == ["base", "other"]
 
 
 async def test_who_waits_for_refreshes_may_be_cancelled_and_they_go_on() -> None:

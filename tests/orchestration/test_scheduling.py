@@ -59,26 +59,6 @@ async def test_a_hundred_derived_keys_over_a_hundred_bases_make_one_batch_call()
     assert snapshot.diagnostics.derived_calls == 100
 
 
-async def test_two_builds_that_need_each_others_plain_keys_both_finish() -> None:
-    gate = Gate()
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        return k.subject
-
-    plain = Single("plain", fetch=fetch)
-    left = Derived("left", needs=lambda k: [key("plain", "b")])
-    right = Derived("right", needs=lambda k: [key("plain", "a")])
-    building = builder(plain, left, right)
-    first = asyncio.ensure_future(building.build([key("plain", "a"), key("left")]))
-    second = await begun(building.build([key("plain", "b"), key("right")]), gate, 2)
-    gate.open()
-    one, two = await asyncio.gather(first, second)
-    assert one.value(key("left")) == ("b",)
-    assert two.value(key("right")) == ("a",)
-    assert len(plain.calls) == 2
-
-
 @pytest.mark.parametrize("builds", [2, 3])
 async def test_a_cycle_closed_over_several_builds_is_an_error_for_all(builds: int) -> None:
     gate = Gate()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from coalestra import (
-    FetchContext,
     FreshnessPolicy,
     PolicyResolver,
     ResourceAcceptanceRule,
@@ -21,13 +20,12 @@ from coalestra import (
     SnapshotBuildError,
     SnapshotDeadlineExceededError,
     SnapshotRequest,
-    SnapshotSession,
     SourceUnavailableError,
 )
 from coalestra.orchestration import singleflight
 from tests.orchestration.scripted import Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
-from tests.support import EPOCH, Gate, ThreadGate, cancel_at_every_await, lines_run, no_leaks
+from tests.support import EPOCH, Gate, ThreadGate, lines_run, no_leaks
 
 LARGE = [list(range(200)) for _ in range(200)]
 """A payload that takes a thread to copy."""
@@ -44,39 +42,6 @@ async def test_every_stage_bears_the_id_and_the_creation_time_of_the_session() -
     second = await session.resolve([OTHER])
     assert {first.snapshot_id, second.snapshot_id, session.snapshot_id} == {"mine"}
     assert first.created_at == second.created_at == session.created_at == EPOCH
-
-
-async def test_sessions_get_unique_hex_ids_by_default() -> None:
-    shop = Shop()
-    ids = {shop.builder.session().snapshot_id for _ in range(50)}
-    assert len(ids) == 50
-    assert all(int(each, 16) >= 0 for each in ids)
-
-
-async def test_sources_are_told_the_context_that_the_session_shows() -> None:
-    seen: list[FetchContext] = []
-
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        seen.append(context)
-        return 1
-
-    building = builder(Single("a", fetch=fetch))
-    session = building.session(deadline_seconds=9, metadata={"user": "ann"}, snapshot_id="s")
-    await session.resolve([key("a")])
-    assert seen == [session.context]
-    assert session.context.metadata == {"user": "ann"}
-    assert session.context.deadline_at == EPOCH + 9
-    assert session.context.deadline_monotonic is not None
-
-
-async def test_what_a_caller_does_to_the_metadata_later_is_not_seen_by_sources() -> None:
-    shop = Shop()
-    metadata = {"tags": ["a"]}
-    session = shop.builder.session(metadata=metadata)
-    metadata["tags"].append("b")
-    assert session.context.metadata["tags"] == ["a"]
-    with pytest.raises(TypeError):
-        session.context.metadata["more"] = 1  # type: ignore[index]  # that is the point
 
 
 async def test_the_deadline_of_a_session_runs_from_its_opening_over_all_stages() -> None:
@@ -104,14 +69,6 @@ async def test_a_resolved_key_is_never_fetched_again() -> None:
     await asyncio.sleep(5_000)
     assert shown(await session.resolve([BASE, OTHER])) == {BASE: 1, OTHER: 10}
     assert [call.name for call in shop.stock.calls] == ["base", "other"]
-
-
-async def test_an_invalidation_does_not_change_what_a_session_has_pinned() -> None:
-    shop = Shop()
-    session = await shop.session(TOP)
-    await shop.builder.publisher.invalidate_many([BASE, MIDDLE, TOP])
-    assert shown(await session.resolve([TOP, BASE])) == {TOP: ((1,),), BASE: 1}
-    assert len(shop.stock.calls) == 1
 
 
 async def test_every_stage_returns_everything_requested_so_far_in_the_order_of_asking() -> None:
@@ -360,18 +317,6 @@ async def test_snapshots_stay_good_after_their_session() -> None:
     assert "closed" in repr(session)
 
 
-async def test_a_session_of_a_closed_builder_takes_no_more_stages() -> None:
-    shop = Shop()
-    session = await shop.session(BASE)
-    await shop.builder.aclose()
-    with pytest.raises(RuntimeError, match="closed"):
-        await session.resolve([OTHER])
-    with pytest.raises(RuntimeError, match="closed"):
-        await session.revalidate([BASE])
-    with pytest.raises(RuntimeError, match="closed"):
-        shop.builder.session()
-
-
 # Snapshots
 
 
@@ -449,25 +394,3 @@ async def test_stages_side_by_side_agree_on_what_derived_keys_rest_on() -> None:
     await asyncio.gather(first, second)
     values = shown(await session.resolve([BASE]))
     assert values[key("left")] == values[key("right")] == (values[BASE],)
-
-
-async def test_cancelling_a_stage_at_any_await_leaves_the_session_usable() -> None:
-    shops: list[tuple[Shop, SnapshotSession]] = []
-
-    async def work() -> None:
-        shop = Shop()
-        session = await shop.session(OTHER)
-        shops.append((shop, session))
-        await session.resolve([TOP])
-        await session.close()
-
-    async def check() -> None:
-        if not shops:
-            return
-        shop, session = shops.pop()
-        if not session.closed:
-            expected = {OTHER: 10, TOP: ((1,),), BASE: 1}
-            assert shown(await session.resolve([TOP, BASE])) == expected
-        await no_leaks(shop.builder)
-
-    assert await cancel_at_every_await(work, check) > 3

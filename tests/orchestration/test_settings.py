@@ -42,7 +42,7 @@ from coalestra import (
 from coalestra.concurrency import CapacityController
 from coalestra.core import SystemClock
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import Batch, Derived, Scripted, Single, key
+from tests.orchestration.scripted import Batch, Scripted, Single, key
 from tests.support import ManualClock
 
 NAN, INF = math.nan, math.inf
@@ -186,11 +186,6 @@ def test_settings_are_attributes_under_their_own_names(name: str) -> None:
             assert getattr(found, "downstream", found) == value  # a sink may be buffered
 
 
-def test_max_pending_tasks_follows_max_concurrency_unless_given() -> None:
-    assert made(max_concurrency=3).max_pending_tasks == 3
-    assert made(max_concurrency=3, max_pending_tasks=5).max_pending_tasks == 5
-
-
 def test_defaults_stand_where_nothing_was_given() -> None:
     building = made()
     assert isinstance(building.cache, AsyncMemoryCache)
@@ -224,11 +219,6 @@ def test_policies_given_alone_are_found_in_their_resolvers() -> None:
     assert building.authority_resolver.rank_for(key("s"), "s") == 7
     assert building.retry_policy is retry
     assert building.resilience_resolver.default.retry is retry
-
-
-def test_the_circuit_breaker_goes_by_the_clock_of_the_builder() -> None:
-    clock = ManualClock()
-    assert made(clock=clock).circuit_breaker.clock is clock
 
 
 async def test_sinks_are_read_back_as_used_so_possibly_buffered() -> None:
@@ -376,12 +366,6 @@ def test_wrong_attributes_of_a_source_are_named(attribute: str, wrong: Any) -> N
         SnapshotBuilder([source])
 
 
-def test_sources_are_ordered_by_priority_and_then_as_given() -> None:
-    sources: list[Any] = [Single("a", priority=1), Single("b", priority=5), Batch("c", priority=5)]
-    sources.append(Derived("d", needs=lambda k: [], priority=9))
-    assert [each.name for each in SnapshotBuilder(sources).sources] == ["d", "b", "c", "a"]
-
-
 # Timeout declarations
 
 
@@ -433,11 +417,6 @@ async def test_an_unsafe_source_is_refused_unless_allowed_and_then_health_is_cri
     assert health.source_timeout_guarantees["blocking"].status.value == status
     assert health.assess().severity.value == "critical"
     await building.aclose()
-
-
-def test_a_protected_source_is_taken() -> None:
-    SnapshotBuilder([blocking(timeout_seconds=2.0)])
-    SnapshotBuilder([blocking()])
 
 
 # Arguments of calls

@@ -625,24 +625,6 @@ def test_nothing_of_a_unit_of_work_that_is_over_waits_for_the_collector(
         assert run_virtual(main()) == 0
 
 
-async def test_an_error_by_key_leads_to_the_line_that_failed() -> None:
-    """Through the chain of causes, and as an attribute of the failure."""
-
-    async def fetch_price(_key: ResourceKey, _context: FetchContext) -> Any:
-        return dict[str, Any]()["price"]
-
-    building = builder(Single("bad", fetch=fetch_price), Derived("sum", needs=lambda _: [BAD]))
-    with pytest.raises(SnapshotBuildError) as caught:
-        await building.build([BAD])
-    error = caught.value.errors[BAD]
-    assert isinstance(error, ResourceResolutionError)
-    assert "fetch_price" in error.failures[0].traceback
-    assert isinstance(error.failures[0].exception, KeyError)
-    assert error.failures[0].exception in list(causes(error))
-    failed = await building.build([key("sum")], strict=False)
-    assert "KeyError" in [type(each).__name__ for each in causes(failed.errors[key("sum")])]
-
-
 # Answers that are being taken in -----------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,14 +15,12 @@ import pytest
 from coalestra import (
     CallableBatchSource,
     CallableSource,
-    DependencyCycleError,
     FetchContext,
     InMemoryMetrics,
     ResourceKey,
     ResourceResolutionError,
     Snapshot,
     SnapshotBuilder,
-    SnapshotBuildError,
     SourceFailure,
     SourcePayload,
     SourceUnavailableError,
@@ -40,7 +37,7 @@ from tests.orchestration.scripted import (
     held_at,
     key,
 )
-from tests.orchestration.stock import BASE, MIDDLE, TOP, Shop, shown
+from tests.orchestration.stock import BASE, shown
 from tests.support import EPOCH, Gate, ThreadGate, begun, settle
 
 K = key("x")
@@ -90,22 +87,6 @@ class Everything(Scripted):
 
     async def fetch_many(self, keys: Any, context: FetchContext) -> dict[ResourceKey, str]:
         return dict.fromkeys(keys, "batch")
-
-
-class EvenDerived(Everything):
-    """Can be derived as well."""
-
-    def dependencies(self, key: ResourceKey) -> tuple[ResourceKey, ...]:
-        return ()
-
-    async def derive(self, key: ResourceKey, found: Snapshot, context: FetchContext) -> str:
-        return f"derived from {len(found)}"
-
-
-async def test_derived_goes_before_batch_and_batch_before_single() -> None:
-    building = builder(Everything("x"), EvenDerived("y"))
-    snapshot = await building.build([K, key("y")])
-    assert shown(snapshot) == {K: "batch", key("y"): "derived from 0"}
 
 
 async def test_half_of_a_derived_source_is_none() -> None:
@@ -164,21 +145,6 @@ async def test_support_is_asked_every_time_if_builder_or_source_says_so(by: str)
     assert snapshot.diagnostics.support_cache_misses == 0
 
 
-async def test_the_answer_least_recently_used_is_forgotten_first() -> None:
-    source = Choosy("x")
-    building = builder(source, source_support_cache_max_entries=2)
-    one, two, three = (key("x", each) for each in "123")
-    await ask_anew(building, one)
-    await ask_anew(building, two)
-    await ask_anew(building, one)
-    await ask_anew(building, three)
-    assert source.asked == [one, two, three]
-    await ask_anew(building, one)
-    assert source.asked == [one, two, three]
-    await ask_anew(building, two)
-    assert source.asked == [one, two, three, two]
-
-
 async def test_the_answers_of_all_sources_count_towards_the_bound() -> None:
     first, second = Choosy("none", "x", says=lambda: False), Choosy("x")
     building = builder(first, second, source_support_cache_max_entries=3)
@@ -212,15 +178,6 @@ def test_a_source_that_has_itself_asked_while_it_is_asked_is_counted_once() -> N
     for keys in (asked, asked[-1:]):
         assert all(chains.supports(link, keys, record, variables))
     assert (chains.entries, record.support_cache_hits) == (1, 1)
-
-
-async def test_answers_without_bound_are_all_kept() -> None:
-    source = Choosy("x")
-    building = builder(source, source_support_cache_max_entries=None)
-    keys = [key("x", str(i)) for i in range(500)]
-    await ask_anew(building, *keys)
-    await ask_anew(building, *keys)
-    assert len(source.asked) == 500
 
 
 @pytest.mark.parametrize("answer, supported", [(1, True), ("yes", True), (0, False), (None, False)])
@@ -319,21 +276,6 @@ async def test_keys_left_out_of_a_batch_go_on_to_the_next_source() -> None:
     assert rest.calls == [(b, c)]
 
 
-async def test_a_key_left_out_everywhere_names_who_left_it_out() -> None:
-    silent = Answering("silent", "x", reply=lambda keys: {})
-    assert types(await failures_of(builder(silent), K)) == [("silent", "SourceUnavailableError")]
-
-
-async def test_a_batch_may_answer_none_for_a_key() -> None:
-    building = builder(Answering("x", reply=dict.fromkeys))
-    assert (await building.build([K]))[K].value is None
-
-
-async def test_any_mapping_is_an_answer() -> None:
-    building = builder(Answering("x", reply=lambda keys: MappingProxyType(dict.fromkeys(keys, 1))))
-    assert (await building.build([K])).value(K) == 1
-
-
 @pytest.mark.parametrize(
     "reply",
     [
@@ -383,19 +325,6 @@ async def test_chunks_hold_no_more_than_the_batch_size_and_run_within_capacity()
     assert [each for call in source.calls for each in call] == keys
 
 
-async def test_a_chunk_that_fails_leaves_the_others_alone() -> None:
-    def reply(keys: Any) -> Any:
-        if key("x", "0") in keys:
-            raise SourceUnavailableError("down")
-        return dict.fromkeys(keys, 1)
-
-    source = Answering("x", reply=reply)
-    source.max_batch_size = 1
-    snapshot = await builder(source).build([key("x", "0"), key("x", "1")], strict=False)
-    assert list(snapshot) == [key("x", "1")]
-    assert list(snapshot.errors) == [key("x", "0")]
-
-
 # Derived
 
 
@@ -415,14 +344,6 @@ async def test_dependencies_may_be_cached_fetched_batched_or_derived() -> None:
     assert list(snapshot) == [K]
     assert set(snapshot[K].dependency_versions) == set(needs)
     assert len(cached.calls) == 1
-
-
-async def test_a_derived_value_records_the_versions_it_was_made_from() -> None:
-    shop = Shop()
-    snapshot = await shop.builder.build([TOP, MIDDLE, BASE])
-    assert snapshot[TOP].dependency_versions == {MIDDLE: snapshot[MIDDLE].version}
-    assert snapshot[MIDDLE].dependency_versions == {BASE: snapshot[BASE].version}
-    assert snapshot[BASE].dependency_versions == {}
 
 
 async def test_a_dependency_named_twice_is_one() -> None:
@@ -502,34 +423,10 @@ async def test_dependencies_that_are_thought_of_meanwhile_see_the_variables_of_t
     assert (seen, variable.get()) == (["of the build"] * 2, "of the build")
 
 
-async def test_a_cycle_is_told_with_its_path() -> None:
-    building = builder(
-        Derived("a", needs=lambda k: [key("b")]), Derived("b", needs=lambda k: [key("a")])
-    )
-    with pytest.raises(SnapshotBuildError) as caught:
-        await building.build([key("a")])
-    error = caught.value.errors[key("a")]
-    assert isinstance(error, DependencyCycleError)
-    assert set(error.path) == {key("a"), key("b")}
-    assert error.path[0] == error.path[-1]
-
-
 async def test_a_key_of_a_cycle_may_come_from_another_source() -> None:
     loop = Derived("loop", "x", needs=lambda k: [K], priority=2)
     building = builder(loop, Single("way out", "x", priority=1))
     assert (await building.build([K]))[K].source == "way out"
-
-
-async def test_a_derivation_given_up_while_its_dependencies_are_fetched_is_not_run() -> None:
-    gate = Gate()
-    shop = Shop()
-    shop.stock.before = gate.pass_
-    reader = await begun(shop.builder.build([TOP]), gate)
-    reader.cancel()
-    gate.open()
-    await asyncio.gather(reader, return_exceptions=True)
-    await settle()
-    assert (shop.middle.calls, shop.top.calls) == ([], [])
 
 
 # Observations from the future
@@ -595,11 +492,6 @@ class Plain:
         return "patience"
 
 
-async def test_a_plain_source_without_a_timeout_may_take_its_time() -> None:
-    building = builder(Plain())
-    assert (await building.build([K])).value(K) == "patience"
-
-
 async def test_a_method_that_does_not_return_an_awaitable_is_a_protocol_error() -> None:
     class Hasty(Plain):
         def fetch(self, key: ResourceKey, context: FetchContext) -> Any:
@@ -607,16 +499,6 @@ async def test_a_method_that_does_not_return_an_awaitable_is_a_protocol_error() 
 
     failures = await failures_of(builder(Hasty()), K)
     assert types(failures) == [("plain", "SourceProtocolError")]
-
-
-async def test_the_source_timeout_is_a_failure_and_the_next_source_is_tried() -> None:
-    async def slow(key: ResourceKey, context: FetchContext) -> Any:
-        await asyncio.sleep(10)
-
-    source = Single("slow", "x", fetch=slow, timeout=1.0)
-    assert types(await failures_of(builder(source), K)) == [("slow", "SourceTimeoutError")]
-    second = Single("second", "x", priority=1)
-    assert (await builder(source, second).build([K]))[K].source == "second"
 
 
 # Timeout declarations
@@ -651,11 +533,6 @@ def labels_of(metrics: InMemoryMetrics, name: str, label: str, *values: str) -> 
     return [metrics.counter(name, source="blocking", **{label: each}) for each in values]
 
 
-async def test_a_call_that_fits_into_the_deadline_is_made() -> None:
-    building = builder(blocking())
-    assert (await building.build([K], deadline_seconds=1.5)).value(K) == 1
-
-
 @pytest.mark.parametrize("metrics", [InMemoryMetrics, None])
 @pytest.mark.parametrize("deadline", [None, 2.0])
 async def test_a_call_that_could_outlive_a_source_timeout_lowered_since_is_refused(
@@ -672,11 +549,6 @@ async def test_a_call_that_could_outlive_a_source_timeout_lowered_since_is_refus
     if sink is not None:
         name = "source_transport_budget_rejection_total"
         assert labels_of(sink, name, "reason", "snapshot_deadline", "source_timeout") == [0, 1]
-
-
-async def test_a_refused_call_lets_the_next_source_answer() -> None:
-    building = builder(blocking(), Single("second", "x", priority=0))
-    assert (await building.build([K], deadline_seconds=0.5))[K].source == "second"
 
 
 async def test_a_call_is_made_as_long_as_one_who_joined_has_time_for_it() -> None:

@@ -18,7 +18,6 @@ from coalestra import (
     RefreshState,
     ResourceAcceptanceRule,
     ResourceKey,
-    ResourceResolutionError,
     SnapshotAcceptanceError,
     SnapshotAcceptancePolicy,
     SnapshotBuilder,
@@ -30,7 +29,7 @@ from coalestra import (
     SourceUnavailableError,
 )
 from tests.contracts.caches import BatchCache
-from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, held_at, key
+from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key
 from tests.support import EPOCH, Gate, ManualClock, begun, settle
 
 X, Y, OTHER = key("x"), key("y"), key("other")
@@ -102,19 +101,6 @@ async def test_a_key_invalidated_while_its_call_is_planned_is_asked_for_once() -
     await asyncio.gather(building.publisher.invalidate(X), building.build([X, Y]), first)
     assert [sorted(call) for call in batch.calls] == [[X, Y]]
     assert (await building.build([X]))[X].from_cache, "and what it brought was kept"
-
-
-async def test_a_stale_winner_by_authority_is_not_delivered_where_nothing_stale_may_be() -> None:
-    strict = FreshnessPolicy(10, 500, allow_stale_on_error=False)
-    building = builder(
-        Single("rest", "x", fetch=_constant("rest")),
-        default_policy=strict,
-        authority_policy=SourceAuthorityPolicy(source_ranks={"stream": 10}),
-    )
-    await building.publisher.publish(X, "stream", source="stream", observed_at=EPOCH)
-    await asyncio.sleep(20)
-    value = (await building.build([X]))[X]
-    assert (value.value, value.stale) == ("rest", False)
 
 
 async def test_what_inherits_from_stale_data_does_not_stand_in_where_nothing_stale_may() -> None:
@@ -269,57 +255,7 @@ async def test_a_quick_value_grows_old_while_it_waits_for_a_slow_one() -> None:
         await building.build_request(request)
 
 
-async def test_what_is_read_anew_for_everyone_is_not_stale_for_whom_it_was_read() -> None:
-    """A time to live of zero rules out the cache; it does not make everything old at birth."""
-
-    async def slow(k: ResourceKey, context: FetchContext) -> int:
-        await asyncio.sleep(3)
-        return 1
-
-    never_cached = FreshnessPolicy(0, 0)
-    building = builder(
-        Single("quick", "x"), Single("slow", "y", fetch=slow), default_policy=never_cached
-    )
-    snapshot = await building.build([X, Y])
-    assert [value.stale for value in snapshot.values()] == [False, False]
-    assert snapshot[X].age_seconds == 3
-
-
 # Order and what is left of a deadline ---------------------------------------------------------
-
-
-async def test_stale_stand_ins_are_kept_for_the_next_outage() -> None:
-    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
-        if down:
-            raise ConnectionError("down")
-        return SourcePayload("late", observed_at=EPOCH - 20)
-
-    down = False
-    building = builder(Single("s", "x", fetch=fetch), default_policy=FreshnessPolicy(10, 500))
-    assert (await building.build([X]))[X].stale
-    down = True
-    value = (await building.build([X]))[X]
-    assert (value.value, value.stale, value.from_cache) == ("late", True, True)
-    await building.publisher.invalidate(X)
-    snapshot = await building.build([X], strict=False)
-    assert isinstance(snapshot.error_for(X), ResourceResolutionError)
-
-
-async def test_an_unread_policy_is_asked_for_once_more_only_for_what_is_hidden() -> None:
-    """A reading knows how long it is fresh; only what was pinned out of sight has to ask."""
-    asked: list[ResourceKey] = []
-
-    def policy(k: ResourceKey) -> FreshnessPolicy:
-        asked.append(k)
-        return LASTING
-
-    building = builder(
-        Single("s", "x"),
-        default_policy=None,
-        policy_resolver=PolicyResolver(LASTING, dynamic=policy),
-    )
-    await building.build([X])
-    assert asked == [X]
 
 
 async def test_ages_are_told_when_all_has_been_copied() -> None:
@@ -489,13 +425,16 @@ async def test_another_value_of_the_key_has_no_failed_refresh() -> None:
         assert await it.state() is UNDER_WAY
 
 
-async def test_what_is_refreshed_ahead_says_so_too() -> None:
-    ahead = FreshnessPolicy(
-        10, 500, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=5
-    )
-    it = Refreshed(ahead)
+@pytest.mark.parametrize(
+    "policy, own",
+    [(FreshnessPolicy(10, 500, True, RefreshMode.REFRESH_AHEAD, 5), False), (SWR, True)],
+)
+async def test_a_failed_refresh_ahead_or_over_a_cache_of_ones_own_is_told_too(
+    policy: FreshnessPolicy, own: bool
+) -> None:
+    it = Refreshed(policy, cache=BatchCache() if own else None)
     await it.state()
-    it.clock.advance(6)
+    it.clock.advance(20 if own else 6)
     it.down = ConnectionError("no route")
     assert await it.state() is UNDER_WAY
     assert await it.state() is FAILING
@@ -510,12 +449,3 @@ async def test_failed_refreshes_are_remembered_of_a_bounded_number_of_keys() -> 
     await it.builder.build(keys)
     await it.builder.wait_for_refreshes()
     assert await it.failing() == 1_000
-
-
-async def test_a_failed_refresh_is_told_of_a_cache_of_ones_own_too() -> None:
-    it = Refreshed(cache=BatchCache())
-    await it.state()
-    it.down = ConnectionError("no route")
-    it.clock.advance(20)
-    assert await it.state() is UNDER_WAY
-    assert await it.state() is FAILING

@@ -130,15 +130,6 @@ async def test_a_fetched_key_says_which_call_brought_it_and_when() -> None:
     assert [stage.name for stage in trace.stages] == ["build", "delivery"]
 
 
-async def test_what_is_in_memory_came_from_the_cache_and_no_call() -> None:
-    b = builder(Single("a", fetch=latency(2)))
-    await b.build([A])
-    trace = trace_of(await b.build([A], trace=True))
-    assert trace.keys[A].obtained is Obtained.CACHE
-    assert trace.calls == ()
-    assert trace.duration_seconds == 0
-
-
 async def test_a_cache_that_is_awaited_is_a_wait() -> None:
     gate = Gate(opened=True)
 
@@ -473,15 +464,6 @@ class Slow(SingleKeyCache):
 # Bounds -------------------------------------------------------------------------------------------
 
 
-async def test_a_trace_has_room_for_so_many_keys_and_counts_the_rest() -> None:
-    keys = [key("a", str(n)) for n in range(MOST_KEYS + 5)]
-    b = builder(Batch("a"))
-    trace = trace_of(await b.build(keys, trace=True))
-    assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 5)
-    trace = trace_of(await b.build(keys, trace=True))
-    assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 5)
-
-
 async def test_each_key_that_there_was_no_room_for_is_counted_once() -> None:
     keys = [key("a", str(n)) for n in range(MOST_KEYS + 5)]
     b = builder(Batch("a"), Derived("d", needs=lambda _: keys[:3]))
@@ -585,15 +567,6 @@ async def test_of_a_call_tried_again_and_again_the_first_and_latest_attempts_are
     assert f"took {tries} attempts: attempt 1 failed" in text
     assert f"; ({tries - 5} more); attempt {tries}, " in text
     assert f"{tries} attempts" in trace_of(snapshot).to_text()
-
-
-async def test_a_builder_keeps_so_many_traces_the_latest_last() -> None:
-    b = builder(Single("a"), trace=True)
-    for n in range(MOST_KEPT + 2):
-        await b.build([A], snapshot_id=str(n))
-    assert [trace.snapshot_id for trace in b.recent_traces()] == [
-        str(n) for n in range(2, MOST_KEPT + 2)
-    ]
 
 
 async def test_a_session_that_goes_on_is_among_the_latest_again() -> None:
