@@ -10,7 +10,7 @@ import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -718,6 +718,35 @@ async def test_the_lease_on_what_cannot_be_copied_into_the_cache_is_given_back()
     await asyncio.sleep(1)
     assert (cache.held, cache.leased) == ({}, {})
     assert "release_many" in cache.calls
+
+
+async def test_what_a_reader_who_left_has_asked_of_a_cache_ends_without_a_collection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asking: list[tuple[ResourceKey, ...]] = []
+
+    class Asked(LeasingCache):
+        async def lease_many(self, keys: Any, **terms: Any) -> AsyncGenerator[Any, None]:
+            asking.append(tuple(keys))
+            try:
+                async for part in super().lease_many(keys, **terms):
+                    yield part
+            finally:
+                asking.remove(tuple(keys))
+
+    building, gate = builder(Single("b"), cache=Asked()), Gate()
+    await building.build(KEYS[:1])
+    await asyncio.sleep(1)
+    monkeypatch.setattr(pace.Pace, "keep", lambda _: gate.pass_())
+    with without_collector():
+        reader = asyncio.ensure_future(building.build(KEYS[:1]))
+        await gate.wait_arrived()
+        assert asking
+        reader.cancel()
+        await asyncio.wait([reader])
+        await asyncio.sleep(1)
+        assert not asking
+    gate.open()
 
 
 class NeverCopied:

@@ -438,6 +438,26 @@ async def test_closing_gives_back_leases_at_once(caches: Caches) -> None:
         assert held.key == A
 
 
+async def test_closing_waits_for_leases_that_are_being_given_back(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with caches(2, lease_seconds=100) as [one, other]:
+        held, gate, run = await lease(one), Gate(), one._server.run
+
+        async def slow(*arguments: Any) -> Any:
+            await gate.pass_()
+            return await run(*arguments)
+
+        monkeypatch.setattr(one._server, "run", slow)
+        await fulfil(one, held, object())
+        await gate.wait_arrived()
+        closing = asyncio.ensure_future(one.aclose())
+        await asyncio.wait([closing], timeout=0.05)
+        gate.open()
+        await closing
+        assert (await asyncio.wait_for(leased(other), PATIENT_SECONDS))[A].lease is not None
+
+
 async def test_who_waits_for_another_process_is_told_that_the_cache_closes(caches: Caches) -> None:
     """Else he would go on asking, and be given a lease that nobody gives back."""
     async with caches(3) as [one, other, third]:

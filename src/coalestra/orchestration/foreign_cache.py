@@ -209,6 +209,7 @@ class CacheReads:
             if read.waiters:
                 self.answered(read, None)
         group.reads.clear()  # which lead back to it, and would keep all that was read alive
+        group.task = None  # as does what it was cancelled with
 
     def _close(self, reads: Iterable[Read]) -> None:
         """Keep newcomers from sharing reads that are over, or will not be made."""

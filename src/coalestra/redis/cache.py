@@ -280,6 +280,8 @@ class RedisCache:
         if self._loop is asyncio.get_running_loop():
             await self.release_many(tuple(self._leases))
             await self._news.close()
+            if self._tasks:  # which may be giving leases back
+                await asyncio.wait(self._tasks, timeout=self._server.time_limit_seconds)
             for task in tuple(self._tasks):
                 task.cancel()
             if self._tasks:
