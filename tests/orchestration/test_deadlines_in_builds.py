@@ -255,3 +255,18 @@ async def test_a_deadline_tells_how_its_key_stood_though_others_had_more_time_an
     assert ("rested" if lease is None else "waited for capacity") in failure.message
     if lease is not None:
         lease.release()
+
+
+async def test_a_deadline_is_told_once_of_what_is_derived_from_what_is_late() -> None:
+    """The call below may be cut off first, in the same instant: the key above fails of that."""
+    derived = Derived("x", "x", "middle", needs=lambda k: [key("base" if k != X else "middle")])
+    building = builder(Single("base", fetch=latency(50)), derived)
+    first = asyncio.ensure_future(building.build([X], strict=False, deadline_seconds=3))
+    await asyncio.sleep(2)
+    last = await building.build([X], strict=False, deadline_seconds=1)
+    for snapshot in (await first, last):
+        error = snapshot.errors[X]
+        assert isinstance(error, ResourceResolutionError)
+        (failure,) = error.failures
+        assert (failure.source, failure.attempts) == ("x", 0)
+        assert failure.error_type == "SnapshotDeadlineExceededError"

@@ -30,11 +30,13 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from coalestra.concurrency.deadline import Deadline
 from coalestra.concurrency.waits_for import WaitsFor
 from coalestra.core.errors import (
+    DependencyResolutionError,
     ResourceResolutionError,
     SnapshotDeadlineExceededError,
     SourceFailure,
@@ -1076,6 +1078,8 @@ def late(
         tries = None  # that is said already
     elif flight is not None and flight.call is not None:
         tries = flight.call.attempts
+    elif failures and failures[-1].source == source and _is_late(failures[-1]):
+        failures = failures[:-1]  # what it is derived from was late, as it is itself
     # A closure over as much would be nine objects for each of very many keys.
     return Failure(key, partial(_late_error, key, deadline, source, failures, tries, was))
 
@@ -1096,6 +1100,19 @@ def _late_error(
         last = SourceFailure(source, SnapshotDeadlineExceededError.__name__, text, tries)
         failures = (*failures, last)
     return ResourceResolutionError(key, failures)
+
+
+def _is_late(failure: SourceFailure) -> bool:
+    """Whether a deadline is why, or why inputs failed, as far as a few steps down show that."""
+    failures = [failure]
+    for each in failures:
+        if each.error_type == SnapshotDeadlineExceededError.__name__:
+            return True
+        if isinstance(each.exception, DependencyResolutionError) and len(failures) < _LOWEST_SAID:
+            below = islice(each.exception.errors.values(), _LOWEST_SAID)
+            lower = [e.failures for e in below if isinstance(e, ResourceResolutionError)]
+            failures += [each[-1] for each in lower if each]
+    return False
 
 
 def ended_late(flight: Flight) -> bool:
