@@ -33,7 +33,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from coalestra._endings import PROGRAM_ENDS
 from coalestra._lockfree import LONGEST_WAIT_SECONDS, Changes
-from coalestra.cache.near import KeyLanes
+from coalestra.cache.access import KeyLanes
 from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadIsolator
 from coalestra.core import errors

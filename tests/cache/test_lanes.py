@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from coalestra._endings import look_after
-from coalestra.cache.near import KeyLanes
+from coalestra.cache.access import KeyLanes
 from tests.contracts.samples import A
 from tests.support import begun, settle
 

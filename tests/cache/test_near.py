@@ -22,8 +22,7 @@ from coalestra import (
     SnapshotBuilder,
     SnapshotBuildError,
 )
-from coalestra.cache.access import CacheAccess
-from coalestra.cache.near import Channel
+from coalestra.cache.access import CacheAccess, Channel
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.values import Revision
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache

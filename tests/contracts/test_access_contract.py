@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.access import CacheAccess, Terms
-from coalestra.cache.near import Channel
+from coalestra.cache.access import CacheAccess, Channel, Terms
 from coalestra.cache.store import Outcome
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.errors import CacheUnavailableError

@@ -16,6 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
+import weakref
+from collections import OrderedDict
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -23,32 +27,33 @@ from collections.abc import (
     Collection,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
 )
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from itertools import takewhile
+from typing import Any, Final, NamedTuple, TypeGuard, TypeVar, cast
 
-from coalestra.cache.calls import CacheCalls, Failures, Found, Policies, has, is_sound, sound
+from coalestra._endings import look_after
+from coalestra.cache import store
 from coalestra.cache.memory import AsyncMemoryCache, let_go, open_value, revision_of, seal_value
-from coalestra.cache.near import Channel, Filling, channel_of
-from coalestra.cache.store import (
-    EntryStore,
-    Listeners,
-    Outcome,
-    best_per_key,
-    decide,
-    future_tolerance,
-    outdated_among,
-    with_all_below,
-)
+from coalestra.cache.store import EntryStore, Listeners, Outcome, decide
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.pace import Pace
-from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, without_frames
+from coalestra.core import errors, validation
+from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import ObservationPolicy
+from coalestra.core.policies import FreshnessPolicy, ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
-from coalestra.core.values import CacheWriteResult, CacheWriteStatus, Revision, SnapshotValue
+from coalestra.core.validation import number
+from coalestra.core.values import (
+    CacheLookup,
+    CacheWriteResult,
+    CacheWriteStatus,
+    Revision,
+    SnapshotValue,
+)
 from coalestra.observability import ChangeLog
 
 _STORED = CacheWriteStatus.STORED
@@ -56,6 +61,745 @@ _READ = "cache read"
 _WRITE = "cache write"
 
 _T = TypeVar("_T")
+
+_I = TypeVar("_I")
+
+
+class NearCache:
+    """Any cache, with its values kept in memory as well: a warm read waits for nothing.
+
+    What other processes change is seen after ``near_seconds`` at the latest; if the cache tells of
+    changes (`TellingCache`), at once. What this process changes it sees at once in any case.
+    `RedisCache` has such a memory by itself.
+
+    Args:
+        cache: the cache; it stays the application's.
+        near_entries: how many entries are kept in memory.
+        near_seconds: after so long an entry is looked up in the cache again.
+    """
+
+    def __init__(
+        self, cache: AsyncCache, *, near_entries: int = 10_000, near_seconds: float = 1.0
+    ) -> None:
+        validation.require_methods("cache", cache, "get", "set", "invalidate", "clear")
+        self.cache: AsyncCache = cache
+        self.near_entries: int = validation.integer("near_entries", near_entries, minimum=1)
+        self.near_seconds: float = number("near_seconds", near_seconds, above=0)
+
+    def __repr__(self) -> str:
+        return f"NearCache({self.cache!r})"
+
+    def __getattr__(self, name: str) -> Any:
+        # All that the cache itself can do, such as `get_many`, `stats` or `aclose`.
+        if name.startswith("_") or name == "cache":
+            raise AttributeError(name)
+        return getattr(self.cache, name)
+
+    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
+        """Ask the cache itself."""
+        return await self.cache.get(key, now=now, policy=policy)
+
+    async def set(self, value: SnapshotValue[Any], **terms: Any) -> None:
+        """Store in the cache itself."""
+        await self.cache.set(value, **terms)
+
+    async def invalidate(self, key: ResourceKey) -> None:
+        """Remove from the cache itself."""
+        await self.cache.invalidate(key)
+
+    async def clear(self) -> None:
+        """Empty the cache itself."""
+        await self.cache.clear()
+
+
+# Calls to a cache: bounded, counted, each alone with its failure ---------------------------------
+#
+# 1. Every call has a time limit, and whatever it raises belongs to the keys that it was about: one
+#    that cannot be read is a miss, one that cannot be written is told. What makes no sense was not
+#    read.
+# 2. Where a call for many keys fails, they are tried one by one.
+# 3. A cache that failed too often in a row is left alone for a while: reads are misses at once,
+#    values are not stored. What an application asked for, a publication or an invalidation, is
+#    tried all the same, unless that happened while it waited for its turn. Failed reads keep no
+#    writes away, and a write that succeeds brings reads back. A cache that says whether it
+#    ``is_available`` sees to this itself.
+
+
+async def call_each(
+    items: Collection[_I],
+    call: Callable[[_I], Awaitable[_T]],
+    *,
+    width: int,
+    seconds: float | None,
+    refused: Callable[[], Exception | None] = lambda: None,
+    ended: Callable[[BaseException | None], object] = lambda _: None,
+) -> tuple[dict[_I, _T], dict[_I, BaseException]]:
+    """Make a call for every item, at most ``width`` at a time.
+
+    Return results and failures, each in the order of the items.
+
+    A call that takes longer than ``seconds`` (None: it may) is cancelled and counts as failed by a
+    `CacheTimeoutError`; should it not end, it is left behind. ``refused`` is asked before each call
+    and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
+    caller's own cancellation.
+    """
+    results: dict[_I, _T] = {}
+    failures: dict[_I, BaseException] = {}
+    rest = iter(items)
+
+    async def made(item: _I) -> _T:
+        return await call(item)
+
+    async def work() -> None:
+        for item in rest:
+            error: BaseException | None = refused()
+            if error is None:
+                task = asyncio.create_task(made(item), name="coalestra cache call")
+                try:
+                    await asyncio.wait([task], timeout=seconds)
+                finally:
+                    leave_behind(task)
+                if task.cancelled():
+                    error = asyncio.CancelledError()
+                else:
+                    error = task.exception() if task.done() else CacheTimeoutError(seconds or 0)
+                ended(error)
+            if error is None:
+                results[item] = task.result()
+            else:
+                failures[item] = error
+
+    workers = min(width, len(items))
+    await (work() if workers == 1 else asyncio.gather(*[work() for _ in range(workers)]))
+    failures = {item: failures[item] for item in items if item in failures}
+    return {item: results[item] for item in items if item in results}, failures
+
+
+_left_behind: set[asyncio.Task[Any]] = set()
+"""Calls that were cancelled; some may not care. Nobody else refers to them."""
+
+
+def leave_behind(task: asyncio.Task[Any]) -> None:
+    """Cancel a call that nobody waits for any more, however it may end; one that is over is not."""
+    if task.done():
+        if not task.cancelled():
+            task.exception()  # seen
+    elif not task.get_loop().is_closed():
+        task.cancel()
+        look_after(task, _left_behind)
+
+
+DEFAULT_TIMEOUT_SECONDS: Final = 1.0
+"""How long one call may take, unless the cache has ``timeout_seconds`` of its own."""
+
+_FAILURES_IN_A_ROW = 5
+_RECOVERY_SECONDS = 5.0
+_ANY_AGE = FreshnessPolicy(math.inf, math.inf)
+_ALL: Final = "all keys"
+_READS: Final = ("get", "get of many", "lease_many")
+_MANY: Final = {
+    "get": "get_many",
+    "set": "set_many",
+    "set_if_newer": "set_many_if_newer",
+    "invalidate": "invalidate_many",
+}
+"""The methods for one key, and for many."""
+
+Found = dict[ResourceKey, SnapshotValue[Any]]
+Failures = dict[ResourceKey, Exception]
+Policies = Mapping[ResourceKey, FreshnessPolicy]
+
+
+class _Circuit:
+    """Keeps a cache that fails from costing every call its time limit; times are the loop's.
+
+    Open from the last of too many failures in a row, it lets one call through every so often.
+    """
+
+    failures = 0
+    failed_at = -math.inf
+    until = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last so many calls have failed."""
+        return self.failures >= _FAILURES_IN_A_ROW
+
+    def admits(self, now: float) -> bool:
+        """Whether a call may be made; one that finds out if the cache is back is the only one."""
+        if not self.is_open:
+            return True
+        if now < self.until:
+            return False
+        self.until = now + _RECOVERY_SECONDS
+        return True
+
+
+class CacheCalls:
+    """Reads, offers and removals over one cache, for any number of keys; none of them raises.
+
+    Nothing here keeps writers apart: comparing and setting without an atomic method is safe only
+    while the caller holds the keys' lanes.
+
+    Attributes:
+        cache: the cache; what it can do is looked up once, by attribute.
+        seconds: how long one call may take.
+        limit: how many calls there are at a time where each is for one key.
+        carries_many: whether one call can carry many keys.
+        is_atomic: whether it compares and stores in one step.
+        pace: of all who go through many keys for it, so that they share one slice of each turn.
+        validates_dependencies, validates_order: what it promises to check itself.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        limit: int,
+        told: Callable[[str, Exception], None] | None,
+        log: ChangeLog | None = None,
+    ) -> None:
+        self.cache: Any = cache
+        self.carries_many: bool = has(cache, "get_many", "set_many", "invalidate_many")
+        self._offers_many = self.carries_many and has(cache, "set_many_if_newer")
+        self._offers_one = has(cache, "set_if_newer")
+        self.is_atomic: bool = self._offers_many or self._offers_one
+        self.validates_dependencies: bool = _said(cache, "validates_dependency_versions") is True
+        self.validates_order: bool = _said(cache, "validates_write_order") is True
+        self._counts = dict.fromkeys(("calls", "failures", "timeouts"), 0)
+        self._guards_itself = type(_said(cache, "is_available")) is bool
+        self._tells_policies = _said(cache, "accepts_policies") is True
+        seconds = getattr(cache, "timeout_seconds", None)
+        if seconds is None:
+            seconds = DEFAULT_TIMEOUT_SECONDS
+        self.seconds: float = number("timeout_seconds of the cache", seconds, above=0)
+        self.limit: int = limit
+        self.pace: Pace = Pace()
+        self._told = told
+        self._log = log
+        self._circuits = {"read": _Circuit(), "write": _Circuit()}
+
+    def __repr__(self) -> str:
+        named = [name for name in ("carries_many", "is_atomic") if getattr(self, name)]
+        return f"CacheCalls({type(self.cache).__name__}: {', '.join(named) or 'single keys'})"
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many ``calls`` were made, and of these ``failures`` and ``timeouts``."""
+        own = _said(self.cache, "call_counts")
+        told = isinstance(own, Mapping) and all(type(own.get(name)) is int for name in self._counts)
+        return cast("Mapping[str, int]", own) if told else self._counts
+
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether the cache has failed too often in a row to be asked just now."""
+        if self._guards_itself:
+            return _said(self.cache, "is_available") is False
+        return any(each.is_open for each in self._circuits.values())
+
+    def gave_up_since(self, asked: float) -> bool:
+        """Whether writes keep failing, and one has since then, on the loop's clock.
+
+        What was asked for by then counts as tried: one after the other, each would cost its limit.
+        """
+        circuit = self._circuits["write"]
+        return circuit.is_open and circuit.failed_at > asked
+
+    async def get(
+        self, keys: Collection[ResourceKey], now: float, policies: Policies, horizon: float
+    ) -> Found:
+        """Return what the cache holds and calls usable, if dated no later than ``horizon``."""
+        items = dict(zip(keys, keys, strict=True))
+        answers, failures = await self._ask("get", items, policies, lambda told, _: told, now=now)
+        values: Found = {}
+        self.pace.begin()
+        for key in keys:
+            await self.pace.keep()
+            try:
+                value = _usable(answers.get(key), key)
+            except Exception as error:
+                errors.without_frames(error)  # these lead to it, and to all that was read
+                failures[key] = error
+            else:
+                if value is not None and value.observed_at <= horizon:
+                    values[key] = value
+        self.tell("read", failures)
+        return values
+
+    async def held(self, keys: Collection[ResourceKey], now: float) -> Found:
+        """Return what the cache holds for ``keys``, however old or new."""
+        return await self.get(keys, now, dict.fromkeys(keys, _ANY_AGE), math.inf)
+
+    async def store(self, values: Found, policies: Policies, *, insist: bool) -> Failures:
+        """Store values whatever is there."""
+        return (await self._ask("set", values, policies, insist=insist))[1]
+
+    async def offer(
+        self, values: Found, policies: Policies, *, force: bool, replace_equal: bool, insist: bool
+    ) -> tuple[dict[ResourceKey, CacheWriteResult], Failures]:
+        """Let the cache store what its own comparison prefers."""
+        terms: Any = {"force": force, "replace_equal": replace_equal, "insist": insist}
+        return await self._ask("set_if_newer", values, policies, _result, **terms)
+
+    async def remove(self, keys: Collection[ResourceKey], *, insist: bool) -> Failures:
+        """Remove ``keys`` from the cache."""
+        items = dict(zip(keys, keys, strict=True))
+        return (await self._ask("invalidate", items, {}, insist=insist))[1]
+
+    async def once(
+        self,
+        operation: str,
+        call: Callable[[], Awaitable[_T]],
+        *,
+        patient: bool = False,
+        insist: bool = False,
+    ) -> _T:
+        """Make a call for whatever number of keys; a ``patient`` one may take any time.
+
+        Raises what the cache raised, or why it was not asked.
+        """
+        results, failures = await self._calls(
+            operation, (_ALL,), lambda _: call(), insist, None if patient else self.seconds
+        )
+        if not failures:
+            return results[_ALL]
+        error = failures.pop(_ALL)
+        try:
+            raise error
+        finally:
+            del error  # whose traceback leads here
+
+    async def stats(self) -> Any | None:
+        """Return what the cache says of itself; None if it says nothing, or fails to."""
+        if not has(self.cache, "stats"):
+            return None
+        results, _ = await call_each(
+            (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self.seconds
+        )
+        return results.get(_ALL)
+
+    def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
+        """Report failures that the library goes on without; refusals are only counted."""
+        for error in {id(error): error for error in failures.values()}.values():
+            if isinstance(error, CacheCircuitOpenError):
+                continue
+            if self._told is not None:
+                self._told(operation, error)
+            if self._log is not None:
+                self._log.failed(self._subject("read" if operation == "read" else "write"), error)
+
+    def _subject(self, kind: str) -> str:
+        return f"{kind} of cache {type(self.cache).__name__}"
+
+    async def _ask(
+        self,
+        method: str,
+        items: Mapping[ResourceKey, Any],
+        policies: Policies,
+        check: Callable[[Any, ResourceKey], Any] | None = None,
+        *,
+        insist: bool = False,
+        **terms: Any,
+    ) -> tuple[dict[ResourceKey, Any], Failures]:
+        """Call a method for all items at once; if that is not offered, or fails, for each.
+
+        What it answers for a key, if it does, is given through ``check``.
+        """
+        tells = method == "get" or (self._tells_policies and method != "invalidate")
+
+        async def many(keys: Collection[ResourceKey]) -> dict[ResourceKey, Any]:
+            more = {"policies": {key: policies[key] for key in keys}} if tells else {}
+            call = getattr(self.cache, _MANY[method])
+            answers = await call(tuple([items[key] for key in keys]), **terms, **more)
+            if check is None:
+                return {}
+            told = {key: answers.get(key) for key in keys}  # it may be what the cache goes on with
+            self.pace.begin()
+            for key, answer in told.items():
+                await self.pace.keep()
+                told[key] = check(answer, key)
+            return told
+
+        async def one(key: ResourceKey) -> Any:
+            if method == "set_if_newer" and not self._offers_one:
+                return (await many((key,)))[key]
+            told = {"policy": policies[key]} if tells else {}
+            answer = await getattr(self.cache, method)(items[key], **terms, **told)
+            return None if check is None else check(answer, key)
+
+        if not items:
+            return {}, {}
+        if self._offers_many if method == "set_if_newer" else self.carries_many:
+            try:
+                name = f"{method} of many"
+                return await self.once(name, lambda: many(items.keys()), insist=insist), {}
+            except (CacheTimeoutError, CacheCircuitOpenError) as error:
+                errors.without_frames(error)
+                return {}, dict.fromkeys(items, error)
+            except Exception:
+                pass  # which of them it was is found out
+        return await self._calls(method, items, one, insist, self.seconds)
+
+    async def _calls(
+        self,
+        operation: str,
+        items: Collection[_I],
+        call: Callable[[_I], Awaitable[_T]],
+        insist: bool,
+        seconds: float | None,
+    ) -> tuple[dict[_I, _T], dict[_I, Exception]]:
+        loop, counts, name = asyncio.get_running_loop(), self._counts, type(self.cache).__name__
+        kind = "read" if operation in _READS else "write"
+        circuit = self._circuits[kind]
+        free = self.limit if insist else 0
+
+        def refused() -> Exception | None:
+            nonlocal free
+            free -= 1
+            if free >= 0 or self._guards_itself or circuit.admits(loop.time()):
+                counts["calls"] += 1
+                return None
+            return CacheCircuitOpenError(
+                f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is left "
+                f"alone for up to {_RECOVERY_SECONDS:g} s"
+            )
+
+        def ended(error: BaseException | None) -> None:
+            if error is None:
+                circuit.failures = self._circuits["read"].failures = 0
+                if self._log is not None and self._log.troubled:
+                    self._log.works(self._subject(kind))
+                return
+            circuit.failures += 1
+            circuit.failed_at = loop.time()
+            circuit.until = circuit.failed_at + _RECOVERY_SECONDS
+            counts["failures"] += 1
+            counts["timeouts"] += isinstance(error, CacheTimeoutError)
+
+        results, raised = await call_each(
+            items, call, width=self.limit, seconds=seconds, refused=refused, ended=ended
+        )
+        return results, {
+            item: _as_exception(error, operation, name) for item, error in raised.items()
+        }
+
+
+def has(cache: Any, *methods: str) -> bool:
+    """Whether a cache has all of these methods."""
+    return all(callable(_said(cache, name)) for name in methods)
+
+
+def _said(cache: Any, name: str) -> Any:
+    """Return what a cache says of itself by an attribute; None if it says nothing."""
+    try:
+        return getattr(cache, name, None)
+    except Exception:
+        return None
+
+
+def _as_exception(error: BaseException, operation: str, name: str) -> Exception:
+    if isinstance(error, Exception):
+        return error
+    own = CacheUnavailableError(f"{operation} of {name} ended in {type(error).__qualname__}")
+    own.__cause__ = error
+    return own
+
+
+def _usable(lookup: object, key: ResourceKey) -> SnapshotValue[Any] | None:
+    """Return the value of a lookup that may be used; raises for one that cannot be trusted."""
+    if lookup is None:
+        return None
+    if not isinstance(lookup, CacheLookup):
+        raise _odd(key, f"a {type(lookup).__qualname__} instead of a CacheLookup")
+    if lookup.value is None or not (lookup.fresh or lookup.usable_stale):
+        return None
+    return sound(lookup.value, key)
+
+
+def _result(result: object, key: ResourceKey) -> CacheWriteResult:
+    if not isinstance(result, CacheWriteResult):
+        raise _odd(key, f"a {type(result).__qualname__} instead of a CacheWriteResult")
+    if not isinstance(result.status, CacheWriteStatus):  # a bare text is equal to a member
+        raise _odd(key, f"{validation.shown(result.status)} instead of a CacheWriteStatus")
+    if result.status is not CacheWriteStatus.STORED:
+        sound(result.value, key)
+    return result
+
+
+_CHECKS: Final[Mapping[str, Callable[[str, Any], object]]] = {
+    "source": partial(validation.text, empty=True),
+    **dict.fromkeys(("observed_at", "fetched_at", "latency_ms"), number),
+    **dict.fromkeys(("attempts", "authority_rank"), validation.integer),
+}
+
+
+def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
+    """Return a value that a cache gave for a key; raises for one that cannot be trusted."""
+    if type(value) is not SnapshotValue:
+        raise _odd(key, f"a {type(value).__qualname__} instead of a SnapshotValue")
+    if type(value.key) is not ResourceKey or value.key != key:
+        other = validation.shown(value.key)
+        raise _odd(key, f"a value of {other}; store and return values under their own key")
+    try:
+        for name, check in _CHECKS.items():
+            check(name, getattr(value, name))
+    except (TypeError, ValueError) as error:
+        raise _odd(key, f"a value whose {error}") from error
+    versions = value.dependency_versions
+    if type(value.version) is not str or not all(
+        type(each) is ResourceKey and type(version) is str for each, version in versions.items()
+    ):
+        raise _odd(key, "versions that are no text")
+    return value
+
+
+def is_sound(value: object, key: ResourceKey) -> TypeGuard[SnapshotValue[Any]]:
+    """Whether a value that a cache gave for a key can be trusted."""
+    try:
+        sound(value, key)
+    except Exception:
+        return False
+    return True
+
+
+def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
+    return CacheUnavailableError(f"the cache answered {key.display} with {answer}")
+
+
+# What all users of a cache share on one event loop -----------------------------------------------
+#
+# That is turns per key, the values on their way into the cache, who hears of changes, and what is
+# kept of it in memory. Laws of that memory:
+#
+# 1. It serves only while it is trusted. Where the cache tells of changes, that is while all news
+#    that have arrived have been taken in, and none may be missing; else for a short time after
+#    reading.
+# 2. What was read before a change of its key is never put in after it: whoever reads or writes
+#    keeps a `Filling` open meanwhile, which learns of the changes.
+# 3. After a time even a trusted entry is looked up again.
+
+
+class KeyLanes:
+    """First-in, first-out turns for any number of keys; nothing is kept for an idle one."""
+
+    def __init__(self) -> None:
+        self._last: dict[ResourceKey, asyncio.Future[None]] = {}
+
+    def __repr__(self) -> str:
+        return f"KeyLanes({len(self._last)} busy)"
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    @contextlib.asynccontextmanager
+    async def turn(
+        self, keys: Collection[ResourceKey], after: Collection[ResourceKey] = ()
+    ) -> AsyncGenerator[None, None]:
+        """Hold all of ``keys`` once those who came before have let go of each, and of ``after``.
+
+        It queues for all of them in one step, so that operations over several keys cannot block
+        each other in a circle. Who breaks the wait off keeps the place until it would have come.
+        """
+        over = asyncio.get_running_loop().create_future()
+        ahead = {self._last[key] for key in (*keys, *after) if key in self._last}
+        self._last.update(dict.fromkeys(keys, over))
+
+        def passed(ended: asyncio.Future[None] | None = None) -> None:
+            ahead.discard(ended)
+            if not ahead and not over.get_loop().is_closed():
+                for key in keys:
+                    if self._last.get(key) is over:
+                        del self._last[key]
+                over.set_result(None)
+
+        try:
+            if ahead:
+                await asyncio.wait(ahead)
+                ahead.clear()
+            yield
+        finally:
+            passed()
+            for each in tuple(ahead):
+                each.add_done_callback(passed)
+
+
+_SPARE_DUE = 1000
+
+
+@dataclass(slots=True, eq=False)
+class Filling:
+    """One reading or writing under way, and how many changes there had been when it began."""
+
+    began: int
+    void: bool = False
+
+
+class Channel:
+    """What the users of one cache object have in common on one event loop.
+
+    A publisher made by the application and a builder over the same cache meet here, so the builder
+    hears of what the publisher does, and both of what the cache tells, if it does. It holds cache
+    and loop, so neither identity can be taken by another object while the channel lives.
+
+    Attributes:
+        listeners: who hears of changes.
+        on_their_way: values that count as held until they are written; of no use once changed.
+        store: what is kept in memory; see `trusted`.
+    """
+
+    def __init__(self, cache: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop: asyncio.AbstractEventLoop = loop
+        self.lanes: KeyLanes = KeyLanes()
+        self.listeners: Listeners = Listeners()
+        self.on_their_way: dict[ResourceKey, Revision] = {}
+        entries = getattr(cache, "near_entries", 0)
+        self._seconds = getattr(cache, "near_seconds", 0.0)
+        counts = type(entries) is int and type(self._seconds) in (int, float)
+        self._serves = counts and entries > 0 and self._seconds > 0
+        self.store: EntryStore = EntryStore(entries if self._serves else 1)
+        self._cache = cache
+        self._fillings: dict[Filling, None] = {}
+        # What has changed since the oldest of them began, the latest last: the how manieth change.
+        self._changed: OrderedDict[ResourceKey, tuple[int, str | None]] = OrderedDict()
+        self._changes = 0
+        self._due: OrderedDict[ResourceKey, float] = OrderedDict()
+        self._tells = has(cache, "subscribe", "unsubscribe", "caught_up")
+        self._hears = False
+        if self._tells:
+            with contextlib.suppress(Exception):  # what it tells is missed then, all the time
+                cache.subscribe(self)
+                self._hears = True
+
+    def __repr__(self) -> str:
+        return f"Channel({type(self._cache).__name__}, {self.lanes!r}, {self.listeners!r})"
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the cache tells of changes, and some may be missing at this moment."""
+        try:
+            return self._tells and not (self._hears and self._cache.caught_up())
+        except Exception:  # it does not know
+            return True
+
+    @property
+    def waiting(self) -> Mapping[ResourceKey, Revision]:
+        """The values on their way, as long as others cannot have replaced them unheard."""
+        return {} if self.is_behind else self.on_their_way
+
+    def trusted(self) -> EntryStore | None:
+        """Return the entries, if they can be trusted at this moment."""
+        if self.is_behind or not self._serves:
+            return None
+        if self._due:
+            now = time.monotonic()
+            gone = [key for key, _ in takewhile(lambda due: due[1] <= now, self._due.items())]
+            if gone:
+                self.store.drop(gone)
+                for key in gone:
+                    del self._due[key]
+        return self.store
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[Filling]:
+        """Read or write, and learn meanwhile of the changes."""
+        filling = Filling(self._changes)
+        self._fillings[filling] = None
+        try:
+            yield filling
+        finally:
+            del self._fillings[filling]
+            oldest = next(iter(self._fillings), Filling(self._changes)).began
+            while self._changed and next(iter(self._changed.values()))[0] <= oldest:
+                self._changed.popitem(last=False)
+
+    def _note(self, versions: Mapping[ResourceKey, str | None]) -> None:
+        """Let those who read or write at this moment know what has changed."""
+        if self._fillings:
+            self._changes += 1
+            for key, version in versions.items():
+                self._changed[key] = self._changes, version
+                self._changed.move_to_end(key)
+
+    def _allows(self, filling: Filling, revision: Revision) -> bool:
+        """Whether a revision may still be put in."""
+        number, version = self._changed.get(revision.key, (0, None))
+        return not filling.void and (number <= filling.began or version == revision.version)
+
+    def put(self, filling: Filling, revisions: Iterable[Revision]) -> None:
+        """Keep what was read or written, unless it has changed since."""
+        if not self._serves:
+            return
+        allowed = [each for each in revisions if self._allows(filling, each)]
+        new: dict[ResourceKey, Revision] = {}
+        for each in allowed:
+            held = self.store.peek(each.key)
+            if held is None or held.version != each.version:
+                new[each.key] = each
+                each.checked = store.UNCHECKED  # it may have been here before
+        self.store.put_many(new, force=True)
+        due = time.monotonic() + self._seconds
+        for each in allowed:
+            self._due[each.key] = due
+            self._due.move_to_end(each.key)
+        if len(self._due) > 2 * len(self.store) + _SPARE_DUE:  # most have left it since
+            self._due = OrderedDict((k, due) for k, due in self._due.items() if k in self.store)
+
+    def wrote(self, filling: Filling, outcomes: Collection[Outcome]) -> None:
+        """Keep what this process has stored, or found; what others of it read before is not kept.
+
+        What has changed meanwhile is not, either: who knows which of the two came last.
+        """
+        if not self._serves:
+            return
+        stored = [current for status, current, _ in outcomes if status is _STORED]
+        certain = {each.key: self._allows(filling, each) for each in stored}
+        self.drop({each.key: each.version if certain[each.key] else None for each in stored})
+        self.put(filling, [current for _, current, _ in outcomes])
+
+    def drop(self, versions: Mapping[ResourceKey, str | None]) -> None:
+        """Forget keys that this process changes; only these versions may be put in after it."""
+        if self._serves:
+            self._note(versions)
+            self.store.drop(versions)
+
+    def invalidate(self, versions: Mapping[ResourceKey, str | None]) -> None:
+        """Forget keys that are invalidated now, and tell; see `CacheListener.invalidating`."""
+        self.drop(versions)
+        for key in versions:
+            self.on_their_way.pop(key, None)
+        self.listeners.tell(lambda each: each.invalidating(versions))
+
+    # News -------------------------------------------------------------------------------------
+
+    def changed(self, key: ResourceKey, version: str | None) -> None:
+        """Learn that the key's value is of this version now; None for none."""
+        held = self.store.peek(key)
+        if version is None or held is None or held.version != version:
+            self.invalidate({key: version})
+        self._note({key: version})
+
+    def missed(self) -> None:
+        """Learn that anything may have changed."""
+        for filling in self._fillings:
+            filling.void = True
+        self._due.clear()
+        self.on_their_way.clear()
+        self.store.clear()
+        self.listeners.tell(lambda each: each.invalidating_where(lambda _: True))
+
+
+_channels: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
+
+
+def channel_of(cache: AsyncCache, loop: asyncio.AbstractEventLoop) -> Channel:
+    """Return the channel of ``cache`` on ``loop``; it lives while somebody uses it."""
+    identity = (id(cache), id(loop))
+    channel = _channels.get(identity)
+    if channel is None:
+        channel = _channels[identity] = Channel(cache, loop)
+    return channel
+
+
+# The view ----------------------------------------------------------------------------------------
 
 Outcomes = dict[ResourceKey, Outcome]
 
@@ -127,7 +871,7 @@ class CacheAccess:
         self.leases: bool = has(cache, "lease_many", "fulfil_many", "release_many")
         self.copies: PayloadCopies = copies
         self.copying: dict[ResourceKey, None] = {}
-        self.tolerance: float = future_tolerance(observation)
+        self.tolerance: float = store.future_tolerance(observation)
         if self.store is not None:
             self.store.tolerate(self.tolerance)
         self._channel: Channel | None = None
@@ -230,8 +974,8 @@ class CacheAccess:
             rest = [key for key in keys if key not in found]
             return found | await make(await self.calls.held(rest, now))
 
-        known.update(await with_all_below(known, absent, held))
-        return outdated_among(known)
+        known.update(await store.with_all_below(known, absent, held))
+        return store.outdated_among(known)
 
     async def _remove_outdated(self, outdated: Mapping[ResourceKey, Revision], now: float) -> None:
         """Remove entries found outdated, unless they have been replaced in the meantime."""
@@ -366,7 +1110,7 @@ class CacheAccess:
             except Exception as error:
                 self.calls.tell("read", {key: error})
         revisions = await self.sealed(values)
-        for key in outdated_among(revisions):
+        for key in store.outdated_among(revisions):
             del revisions[key]
         kept = [k for k in revisions if not part[k].waiting and part[k].lease is None]
         self.channel().put(filling, [revisions[key] for key in kept])
@@ -473,8 +1217,8 @@ class CacheAccess:
                     del channel.on_their_way[revision.key]
             ended(outcomes)
 
-        channel = self.channel()
-        self._behind(self.write(best_per_key(revisions), terms, wanted)).add_done_callback(done)
+        channel, best = self.channel(), store.best_per_key(revisions)
+        self._behind(self.write(best, terms, wanted)).add_done_callback(done)
 
     async def write(
         self,
@@ -497,7 +1241,7 @@ class CacheAccess:
             try:
                 with channel.filling() as filling:
                     outcomes = await write.run()
-                    await write.pace.keep()
+                    await self.calls.pace.keep()
                     teller = None if terms.insist else self.subscribers
                     self._tell(channel, offered, outcomes, teller)
                     channel.wrote(filling, outcomes.values())
@@ -587,14 +1331,9 @@ class _Write:
     values: Found = field(default_factory=dict)
     results: dict[ResourceKey, CacheWriteResult] = field(default_factory=dict)
 
-    @property
-    def pace(self) -> Pace:
-        """The pace of all that goes on with the cache."""
-        return self.cache.calls.pace
-
     async def run(self) -> Outcomes:
         """Write what may be written; return what became of all but the failures."""
-        self.pace.begin()
+        self.cache.calls.pace.begin()
         await self._open()
         if self.terms.leases is None:
             await self._compare()
@@ -608,7 +1347,7 @@ class _Write:
         looked_at = [key for key in self.values if self._looks_first(self.offered[key])]
         held = await self.cache.calls.held(looked_at, terms.now)
         for key, current in held.items():
-            await self.pace.keep()
+            await self.cache.calls.pace.keep()
             status = self._status(key, current)
             if status is not _STORED and not terms.force:
                 self.results[key] = CacheWriteResult(status, current, current)
@@ -621,7 +1360,7 @@ class _Write:
             await self._store(rest, held, insist=self.insist)
         again = set()
         for key, stayed in self._lost().items():
-            await self.pace.keep()
+            await self.cache.calls.pace.keep()
             if stayed.version == self.values[key].version:  # a call that failed had stored it
                 self.results[key] = CacheWriteResult(_STORED, stayed)
             elif self._status(key, stayed) is _STORED:
@@ -652,7 +1391,7 @@ class _Write:
             )
             told = await self.cache.calls.once("fulfil_many", fulfil, insist=True)
         except Exception as error:
-            without_frames(error)
+            errors.without_frames(error)
             told = dict.fromkeys(self.values, error)
         for key in self.values:
             result = told.get(key)
@@ -668,9 +1407,9 @@ class _Write:
             try:
                 self.values[key] = await open_value(self.cache.copies, revision, _WRITE)
             except Exception as error:
-                without_frames(error)
+                errors.without_frames(error)
                 self.failures[key] = error
-            await self.pace.keep()
+            await self.cache.calls.pace.keep()
 
     def _looks_first(self, revision: Revision) -> bool:
         """Whether the library compares before it offers a value.
@@ -693,7 +1432,7 @@ class _Write:
         failed = await self.cache.calls.store(values, self.terms.policies, insist=insist)
         self.failures.update(failed)
         for key, value in values.items():
-            await self.pace.keep()
+            await self.cache.calls.pace.keep()
             if key not in failed:
                 self.results[key] = CacheWriteResult(_STORED, value, held.get(key))
 
@@ -743,7 +1482,7 @@ class _Write:
     async def _outcomes(self) -> Outcomes:
         results, before = self.results, Found()
         for key, result in results.items() if self.insist else ():
-            await self.pace.keep()
+            await self.cache.calls.pace.keep()
             if result.previous is not None and result.stored and is_sound(result.previous, key):
                 before[key] = result.previous
         current = await self.cache.sealed(self._lost())
@@ -754,7 +1493,7 @@ class _Write:
             del replaced[key]
         outcomes: Outcomes = {}
         for key, result in results.items():
-            await self.pace.keep()
+            await self.cache.calls.pace.keep()
             now_held = current.get(key, self.offered[key])
             was_held = replaced.get(key) if result.stored else now_held
             outcomes[key] = (result.status, now_held, was_held)
