@@ -216,8 +216,6 @@ class WorkerQueue(Generic[R]):
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._changes = Changes()
 
-    # Accepting --------------------------------------------------------------------------------
-
     def put(self, record: R) -> bool:
         """Accept a record; return False if it was dropped."""
         full = len(self._waiting) >= self.max_pending
@@ -410,8 +408,6 @@ class WorkerQueue(Generic[R]):
             return self._waiting[-1]
         except IndexError:
             return None
-
-    # Looking in -------------------------------------------------------------------------------
 
     @property
     def pending(self) -> int:

@@ -147,9 +147,6 @@ def _requests_to_cancel() -> int | None:
     return None if cancelling is None else cancelling()
 
 
-# What the three callable adapters have in common: their settings and what these imply ------------
-
-
 SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
 """Says whether a source can answer for a key; plain and quick."""
 
@@ -235,9 +232,6 @@ def as_payload(value: Any) -> SourcePayload[Any]:
     return value if type(value) is SourcePayload else SourcePayload(value)
 
 
-# A source that fetches one resource at a time with a function ------------------------------------
-
-
 BatchSupportsFunction: TypeAlias = SupportsFunction
 """The same for a batch source."""
 
@@ -257,9 +251,6 @@ class CallableSource(CallableAdapter):
     async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
         """Return what the fetcher returns for `key`, as a payload."""
         return as_payload(await self._invocation.call(key, context))
-
-
-# A source that fetches many resources with one call of a function --------------------------------
 
 
 BatchFetcherFunction: TypeAlias = Callable[[Collection[ResourceKey], FetchContext], Any]
@@ -306,9 +297,6 @@ async def _as_payloads(
         if pace.due:
             await pace.rest()
     return payloads
-
-
-# A source that computes a resource from others with a function -----------------------------------
 
 
 DependenciesFunction: TypeAlias = Callable[[ResourceKey], Iterable[ResourceKey]]

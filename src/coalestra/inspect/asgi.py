@@ -66,9 +66,6 @@ of the page, such as a route with a login, decides that already.
 _NOT_FOR_YOU = "You may not read this page.\n"
 
 
-# Who may read -------------------------------------------------------------------------------------
-
-
 def from_this_machine(scope: Scope) -> bool:
     """Whether a request comes straight from this machine, to a name that only this one can have.
 
@@ -98,9 +95,6 @@ def _is_loopback(host: str) -> bool | None:
         return None
     address = getattr(address, "ipv4_mapped", None) or address
     return address.is_loopback or address.is_unspecified  # a server on all addresses, from here
-
-
-# The page itself ----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -173,9 +167,6 @@ class Exchange:
         encoded = content.encode("utf-8", "replace") if isinstance(content, str) else content
         await self.begin(status, content_type, content_length=str(len(encoded)), **headers)
         await self.body(b"" if self.method == "HEAD" else encoded)
-
-
-# What all viewers share ---------------------------------------------------------------------------
 
 
 class Sampler:

@@ -54,8 +54,6 @@ _NEWEST_TOLD, _NEWEST_KEPT, _NOTABLE = 20, 100, 15
 _NOTABLE_SECONDS = 900.0
 
 
-# Names: what of a key may be seen ----------------------------------------------------------------
-
 _AS_IT_IS = KeyNormalizer(str, str, str, str, str)
 """For parts that are normal already, by whatever normalizer an application has of its own."""
 
@@ -105,9 +103,6 @@ def trace_id(trace: Trace) -> str:
     """Return what a trace is called in an address: ids of snapshots may hold anything."""
     parts = repr((trace.snapshot_id, trace.kind, trace.started_at)).encode("utf-8", "replace")
     return blake2b(parts, digest_size=6).hexdigest()
-
-
-# One look, taken on the builder's own event loop --------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,9 +195,6 @@ async def look_into_cache(builder: AnyBuilder) -> tuple[SnapshotValue[Any], ...]
     if not await done_in_time(looking):
         raise TimeoutError(f"the cache did not answer within {PATIENCE_SECONDS:g} s")
     return looking.result()
-
-
-# A story of looks, and what it tells --------------------------------------------------------------
 
 
 class Story:
@@ -410,9 +402,6 @@ def _shown(value: object) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 12
-
-
-# What rests on what, by kind of resource ----------------------------------------------------------
 
 
 class Graph:

@@ -46,8 +46,6 @@ from coalestra.resilience import (
     SourceResiliencePolicy,
 )
 
-# What a builder is told: its settings and collaborators, with their defaults and rules ------------
-
 
 def _rate(name: str, value: Any) -> object:
     return value if type(value) is bool else number(name, value, minimum=0, maximum=1)
@@ -163,9 +161,6 @@ class BuilderArguments(BuilderSettings):
                 "authority_policy and authority_resolver were both given; give the resolver alone, "
                 "with the policy as its default"
             )
-
-
-# How its parts are put together, and looked into --------------------------------------------------
 
 
 def _require_safe_timeouts(links: Iterable[Link], settings: BuilderArguments) -> None:

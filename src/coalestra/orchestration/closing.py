@@ -138,8 +138,6 @@ class Closing:
         """Return how much of its own limit a stage, or a managed part, can have now."""
         return min(seconds, max(MOMENT_SECONDS, self._end - asyncio.get_running_loop().time()))
 
-    # The stages, each with the seconds that it has ---------------------------------------------
-
     async def _end_refreshes(self, cancel: bool, seconds: float) -> None:
         refresher = self.engine.flights.refresher
         if cancel or not refresher.active:
@@ -258,8 +256,6 @@ class Closing:
                 loop.call_soon_threadsafe(
                     lambda: look_after(loop.create_task(closing()), self._late)
                 )
-
-    # However long it takes -----------------------------------------------------------------------
 
     async def wait_for_copies(self) -> None:
         """Wait until no copy of a closed builder is running."""

@@ -50,8 +50,6 @@ class Deliveries:
         self._policies = parts.policies
         self._inheriting = parts.chains.inheriting
 
-    # What a derived value rests on --------------------------------------------------------------
-
     def _rests_on(
         self, readings: Iterable[Reading], inherits: bool
     ) -> Slices[FrozenDict[ResourceKey, str]]:
@@ -93,8 +91,6 @@ class Deliveries:
             return math.inf
         grounds = self.grounds_of(revision)
         return math.inf if grounds is None else grounds.fresh_until
-
-    # Copies ------------------------------------------------------------------------------------
 
     def value_here(self, reading: Reading) -> SnapshotValue[Any]:
         """Return a reader's copy made here and now, however large the payload."""
@@ -306,8 +302,6 @@ async def all_or_none(coroutines: Iterable[Any]) -> None:
     for error in errors:
         raise error
 
-
-# The short way to a snapshot: all of it is in the memory cache, fresh, and quickly copied --------
 
 _KEYS_BETWEEN_LOOKS = 512
 _KEYS_AT_ONCE = 4_096

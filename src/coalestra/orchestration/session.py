@@ -98,8 +98,6 @@ class UnitOfWork:
     failures: dict[ResourceKey, Failure] = field(default_factory=dict)
     _undelivered: bool = False  # whether the deadline left no time to copy anything
 
-    # Stages -----------------------------------------------------------------------------------
-
     async def resolve(
         self, keys: Mapping[ResourceKey, None], *, strict: bool, retry_errors: bool = False
     ) -> Snapshot:
@@ -238,8 +236,6 @@ class UnitOfWork:
         if self.failures:
             for key in readings:
                 self.failures.pop(key, None)
-
-    # Delivering -------------------------------------------------------------------------------
 
     def visible(self, pins: Mapping[ResourceKey, Reading]) -> Mapping[ResourceKey, Reading]:
         """Return those of `pins` that were asked for, in the order of asking."""
@@ -424,9 +420,6 @@ def _own(metadata: Mapping[str, Any]) -> FrozenDict[str, Any]:
     return FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY
 
 
-# Whether a snapshot will do, and telling so: by raising, or by a result ---------------------------
-
-
 def objection(
     parts: Parts, request: SnapshotRequest, snapshot: Snapshot
 ) -> Slices[Exception | None]:
@@ -480,9 +473,6 @@ def result_of(
     if error is not None:
         errors.without_frames(error, spared=sys.exc_info()[1])  # the caller's own trouble, if any
     return RequestResult(request, snapshot, error)
-
-
-# Many at once ------------------------------------------------------------------------------------
 
 
 K = TypeVar("K")
@@ -541,9 +531,6 @@ async def several(
 
     await all_or_none(work() for _ in range(min(limit, len(named))))
     return FrozenDict(results) if isinstance(requests, Mapping) else tuple(results.values())
-
-
-# Sessions ----------------------------------------------------------------------------------------
 
 
 class Turn(asyncio.Lock):
@@ -706,8 +693,6 @@ class SnapshotSession:
                 )
         return named
 
-    # Snapshots and the end --------------------------------------------------------------------
-
     def snapshot(self) -> Snapshot:
         """Return the snapshot of everything asked for so far; copies at once, however large."""
         self._require_open()
@@ -746,9 +731,6 @@ class SnapshotSession:
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         return f"<SnapshotSession {self.snapshot_id} {state} keys={len(self._unit.requested)}>"
-
-
-# Replacing pinned values -------------------------------------------------------------------------
 
 
 @dataclass(eq=False, repr=False)

@@ -118,9 +118,6 @@ class Tracing:
         return f"<Tracing rate={self.rate} tracer={self.tracer!r} kept={len(self._recent)}>"
 
 
-# What is noted of a call, of a flight and of a key ------------------------------------------------
-
-
 R = TypeVar("R", records.AttemptTrace, records.CallTrace, KeyTrace, records.StageTrace, Wait)
 
 
@@ -421,9 +418,6 @@ class WarmKey(NamedTuple):
 def _said(error: BaseException | None) -> tuple[str | None, str | None]:
     """Return the type and the text of an error, if there is one."""
     return (None, None) if error is None else (type_name(error), folded_message(message_of(error)))
-
-
-# What is noted of a unit of work ------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)

@@ -127,9 +127,6 @@ class RedisCacheHealth:
     last_error: str | None
 
 
-# The cache ---------------------------------------------------------------------------------------
-
-
 class RedisCache:
     """A cache that processes and machines share, on a Redis or Valkey server of version 7 or later.
 

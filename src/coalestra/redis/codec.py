@@ -31,8 +31,6 @@ from coalestra.core.frozen import FrozenDict
 from coalestra.core.serialization import qualified_type
 from coalestra.core.validation import instance, plain_function, readable, shown, text
 
-# What can go wrong -------------------------------------------------------------------------------
-
 
 class UnstorableValueError(CoalestraError, TypeError):
     """A value holds something that cannot be written to a shared cache.
@@ -56,9 +54,6 @@ class UnreadableEntryError(CoalestraError, ValueError):
     Another version wrote them, a model is not registered here, or they are damaged. The entry
     counts as missing and is replaced by the next write.
     """
-
-
-# Models: the application's own types -------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,9 +116,6 @@ def _of_fields(kind: type[Any], name: str, fields: list[str]) -> Model:
         return value
 
     return Model(kind, name, dump, load)
-
-
-# The codec ---------------------------------------------------------------------------------------
 
 
 class ValueCodec(Protocol):

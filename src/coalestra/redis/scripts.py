@@ -36,8 +36,6 @@ from urllib.parse import unquote_to_bytes
 
 from coalestra.core.keys import KeyNormalizer, ResourceKey
 
-# Names -------------------------------------------------------------------------------------------
-
 MOST_NAME_BYTES: Final = 200
 """A key with a longer text goes by a digest of it. No text of a key begins with the mark."""
 
@@ -75,8 +73,6 @@ def key_of(canonical: str) -> ResourceKey:
 def _unquoted(text: str) -> str:
     return unquote_to_bytes(text.replace("+", " ")).decode("utf-8", "surrogatepass")
 
-
-# News --------------------------------------------------------------------------------------------
 
 STORED: Final = b"s"
 """A value was stored, in the place of whatever was there."""

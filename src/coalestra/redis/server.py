@@ -244,8 +244,6 @@ def _out_of_reach(error: BaseException) -> SharedCacheUnavailableError:
     return SharedCacheUnavailableError(f"the server of the shared cache is out of reach: {text}")
 
 
-# News --------------------------------------------------------------------------------------------
-
 _HEARTBEAT_SECONDS: Final = 0.5
 _CONNECT_SECONDS: Final = 2.0
 _PAUSES: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
