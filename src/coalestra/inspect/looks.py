@@ -42,7 +42,6 @@ RATE_SECONDS = 10.0
 """Rates and latencies are told for about so long before now."""
 BASELINE_SECONDS = 60.0
 """A counter of failures that has grown within this time is a finding."""
-
 PATIENCE_SECONDS = 3.0
 _MOST_FLIGHTS = 50
 _MOST_ENTRIES = 300

@@ -214,66 +214,11 @@ def _capacity(links: Iterable[Link], settings: BuilderArguments) -> CapacityCont
     return capacity
 
 
-_COPY_COUNTS = (
+_COPY_SUMS = (
     "started_count", "completed_count", "failure_count", "timeout_count", "capacity_timeout_count",
     "shutdown_timeout_count", "active_at_last_shutdown_timeout",
 )  # fmt: skip
 """Counts of every component that copies, and with ``payload_copy_`` before it of all of them."""
-
-
-def collect_health(
-    engine: Engine, sinks: ObservabilitySinks, unfinished: Mapping[str, int], cache_stats: Any
-) -> BuilderHealth:
-    """Return the state of a builder and its counters; any thread may ask for it."""
-    parts, refresher = engine.parts, engine.flights.refresher
-    cache, calls = parts.access.cache, parts.access.calls.counts
-    copies = {"builder": parts.copies.health()}
-    if isinstance(cache, AsyncMemoryCache):
-        copies["cache"] = cache.copy_health_snapshot()
-    capacity, buffers = parts.capacity.view(), sinks.stats()
-    guarantees = {link.name: link.guarantee for link in parts.chains.links}
-    violations = parts.counters.source_transport_timeout_violations.copy()
-    unbuffered = parts.tracing.failures + (0 if parts.report is None else parts.report.failures)
-    copying, blocking, buffered = copies.values(), guarantees.values(), buffers.values()
-    return BuilderHealth(
-        closed=engine.closed,
-        background_refreshes=refresher.active,
-        failing_refreshes=len(refresher.failing),
-        singleflight_in_flight=len(engine.flights.board.flights),
-        source_support_cache_entries=parts.chains.entries,
-        capacity=capacity,
-        cache=cache_stats,
-        cache_left_alone=parts.access.calls.is_left_alone,
-        cache_call_count=calls["calls"],
-        cache_failure_count=calls["failures"],
-        cache_timeout_count=calls["timeouts"],
-        circuits=parts.breaker.counted(),
-        sources={link.name: link.health(parts.clock.monotonic()) for link in parts.chains.links},
-        active_dispatch_workers=engine.workers,
-        waiting_for_capacity=sum(each.waiting for each in capacity.values()),
-        **{**vars(parts.counters), "source_transport_timeout_violations": violations},
-        source_timeout_guarantees=guarantees,
-        blocking_source_count=sum(each.blocking_io for each in blocking),
-        protected_blocking_source_count=sum(each.protected for each in blocking),
-        unsafe_blocking_source_count=sum(each.unsafe for each in blocking),
-        undeclared_source_timeout_count=sum(not each.declaration_present for each in blocking),
-        source_transport_timeout_violation_count=sum(violations.values()),
-        payload_copy_components=copies,
-        active_payload_copies=sum(each.active_copies for each in copying),
-        waiting_for_copy_capacity=sum(each.waiting_for_capacity for each in copying),
-        payload_copy_shutdown_incomplete=any(each.shutdown_incomplete for each in copying),
-        **{f"payload_copy_{it}": sum(getattr(each, it) for each in copying) for it in _COPY_COUNTS},
-        unfinished_source_calls=unfinished,
-        observability_buffers=buffers,
-        observability_pending=sum(each.pending for each in buffered),
-        observability_peak_pending=sum(each.peak_pending for each in buffered),
-        observability_dropped_count=sum(each.dropped for each in buffered),
-        observability_failure_count=sum(each.failures for each in buffered) + unbuffered,
-        observability_shutdown_incomplete=any(
-            each.closed and each.worker_alive and each.shutdown_timeout_count for each in buffered
-        ),
-        observability_shutdown_timeout_count=sum(each.shutdown_timeout_count for each in buffered),
-    )
 
 
 class SnapshotBuilder(BuilderArguments):
@@ -583,7 +528,57 @@ class SnapshotBuilder(BuilderArguments):
         return self._health(None if store is None else store.stats())
 
     def _health(self, cache_stats: Any) -> BuilderHealth:
-        return collect_health(self._engine, self._sinks, self._closing.unfinished, cache_stats)
+        """Return the state of a builder and its counters; any thread may ask for it."""
+        engine, parts = self._engine, self._engine.parts
+        cache, calls = parts.access.cache, parts.access.calls.counts
+        components = {"builder": parts.copies.health()}
+        if isinstance(cache, AsyncMemoryCache):
+            components["cache"] = cache.copy_health_snapshot()
+        capacity, buffers = parts.capacity.view(), self._sinks.stats()
+        links = parts.chains.links
+        guarantees = {link.name: link.guarantee for link in links}
+        violations = parts.counters.source_transport_timeout_violations.copy()
+        unbuffered = parts.tracing.failures + (0 if parts.report is None else parts.report.failures)
+        copies, blocking, sinks = components.values(), guarantees.values(), buffers.values()
+        return BuilderHealth(
+            closed=engine.closed,
+            background_refreshes=engine.flights.refresher.active,
+            failing_refreshes=len(engine.flights.refresher.failing),
+            singleflight_in_flight=len(engine.flights.board.flights),
+            source_support_cache_entries=parts.chains.entries,
+            capacity=capacity,
+            cache=cache_stats,
+            cache_left_alone=parts.access.calls.is_left_alone,
+            cache_call_count=calls["calls"],
+            cache_failure_count=calls["failures"],
+            cache_timeout_count=calls["timeouts"],
+            circuits=parts.breaker.counted(),
+            sources={link.name: link.health(parts.clock.monotonic()) for link in links},
+            active_dispatch_workers=engine.workers,
+            waiting_for_capacity=sum(each.waiting for each in capacity.values()),
+            **{**vars(parts.counters), "source_transport_timeout_violations": violations},
+            source_timeout_guarantees=guarantees,
+            blocking_source_count=sum(each.blocking_io for each in blocking),
+            protected_blocking_source_count=sum(each.protected for each in blocking),
+            unsafe_blocking_source_count=sum(each.unsafe for each in blocking),
+            undeclared_source_timeout_count=sum(not each.declaration_present for each in blocking),
+            source_transport_timeout_violation_count=sum(violations.values()),
+            payload_copy_components=components,
+            active_payload_copies=sum(each.active_copies for each in copies),
+            waiting_for_copy_capacity=sum(each.waiting_for_capacity for each in copies),
+            payload_copy_shutdown_incomplete=any(each.shutdown_incomplete for each in copies),
+            **{f"payload_copy_{it}": sum(getattr(one, it) for one in copies) for it in _COPY_SUMS},
+            unfinished_source_calls=self._closing.unfinished,
+            observability_buffers=buffers,
+            observability_pending=sum(each.pending for each in sinks),
+            observability_peak_pending=sum(each.peak_pending for each in sinks),
+            observability_dropped_count=sum(each.dropped for each in sinks),
+            observability_failure_count=sum(each.failures for each in sinks) + unbuffered,
+            observability_shutdown_incomplete=any(
+                each.closed and each.worker_alive and each.shutdown_timeout_count for each in sinks
+            ),
+            observability_shutdown_timeout_count=sum(each.shutdown_timeout_count for each in sinks),
+        )
 
     async def capacity_snapshot(self) -> dict[str, CapacitySnapshot]:
         """Return the state of every capacity limit, the builder's own under ``__global__``."""

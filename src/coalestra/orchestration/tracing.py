@@ -39,16 +39,12 @@ from coalestra.orchestration.readings import Failure, Reading
 
 MOST_KEYS = 1_000
 """How many keys a trace has room for; of more it says how many there were."""
-
 MOST_STAGES = 500
 """How many stages a trace has room for, the latest ones; of more it says how many there were."""
-
 MOST_ATTEMPTS = 100
 """How many attempts of a call a trace has room for: the first and the latest ones."""
-
 MOST_INPUTS = 1_000
 """Of how many revisions below a value a trace has room to tell: the oldest and the latest."""
-
 MOST_KEPT = 32
 """How many traces of the recent past a builder keeps."""
 

@@ -38,7 +38,6 @@ from coalestra.core.keys import KeyNormalizer, ResourceKey
 
 MOST_NAME_BYTES: Final = 200
 """A key with a longer text goes by a digest of it. No text of a key begins with the mark."""
-
 _DIGEST_MARK = "#"
 
 
