@@ -1035,13 +1035,13 @@ class Call:
 
     def _failure_of(self, error: BaseException) -> SourceFailure:
         """Return the record of an error, one for all keys that it is the error of."""
-        failure = self._failure
-        if failure is None or failure.exception is not error:
+        failure, attempts = self._failure, self.attempts
+        if failure is None or failure.exception is not error or failure.attempts != attempts:
             try:
-                failure = SourceFailure.of(self.link.name, error, self.attempts)
+                failure = SourceFailure.of(self.link.name, error, attempts)
             except BaseException as fault:  # whatever an error refuses, its keys go on
                 _tell_loop(fault)
-                failure = SourceFailure(self.link.name, "Exception", "unreadable", self.attempts)
+                failure = SourceFailure(self.link.name, "Exception", "unreadable", attempts)
             self._failure = failure
         return failure
 
