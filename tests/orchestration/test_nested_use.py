@@ -581,6 +581,20 @@ def test_what_is_asked_for_through_another_event_loop_waits_for_no_slot(form: st
     assert snapshots[0].value(INNER) == 1
 
 
+@pytest.mark.parametrize("form", ["thread", "loop"])
+def test_two_loops_whose_only_slots_are_held_by_who_asks_the_other_wait_for_none(form: str) -> None:
+    """Neither is asked on behalf of the other: there is no circle, but for the two slots."""
+
+    def asks(facades: Facades, number: int, k: ResourceKey) -> ResourceKey | None:
+        if k != INNER:
+            return None
+        facades.meet.wait(20)
+        return OUTERS[number]
+
+    snapshots = Facades(form, asks, max_concurrency=1).build(0, 1)
+    assert [each.value(INNER) for each in snapshots] == [1, 1]
+
+
 def test_a_source_that_waits_on_a_loop_that_is_gone_keeps_nothing_of_it() -> None:
     """Who waits for whom is known over all builders; what nobody runs any more is dropped."""
 

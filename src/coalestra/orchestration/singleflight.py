@@ -1719,11 +1719,15 @@ class Engine:
                 call.asked.pop(stage, None)
 
     def _run_for(self, call: Call, stage: Stage, loop: asyncio.AbstractEventLoop) -> None:
-        """Let a stage be awaited by the source of a call, perhaps upon another loop."""
+        """Let a stage be awaited by the source of a call, perhaps upon another loop.
+
+        It queues for no slot: who holds that may wait, on its own loop, for the one of the call.
+        """
         call.asked[stage] = None
+        stage.urgent = True
         own = call.upon(loop)
         if own is not None:
-            stage.within, stage.urgent = own, True
+            stage.within = own
             self.flights.board.nest(own)
             own.lane.waits()
         if own is not call:
