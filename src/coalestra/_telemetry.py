@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
-from coalestra.core.acceptance import SnapshotAcceptanceReason
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
+from coalestra.core.request import SnapshotAcceptanceReason
 from coalestra.core.validation import readable
 from coalestra.core.values import CacheStats, PublishStatus
 from coalestra.observability import ChangeLog

@@ -30,11 +30,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 from coalestra._endings import pass_on
 from coalestra._lockfree import Cell, WorkerQueue
 from coalestra.core import errors, validation
-from coalestra.core.acceptance import SnapshotAcceptanceViolation
 from coalestra.core.errors import SnapshotConsistencyError, SourceFailure
 from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import EventSink, MetricsSink
+from coalestra.core.request import SnapshotAcceptanceViolation
 from coalestra.core.snapshot import SnapshotDiagnostics
 from coalestra.core.validation import readable
 from coalestra.core.values import Revision

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from coalestra.concurrency.pace import at_once
-from coalestra.core.acceptance import (
+from coalestra.core.errors import SnapshotAcceptanceError, not_accepted
+from coalestra.core.keys import ResourceKey
+from coalestra.core.policies import FreshnessPolicy, PolicyResolver
+from coalestra.core.request import (
     ResourceAcceptanceRule,
     SnapshotAcceptancePolicy,
     SnapshotAcceptanceReason,
@@ -17,9 +20,6 @@ from coalestra.core.acceptance import (
     SnapshotRequirement,
     violations_of,
 )
-from coalestra.core.errors import SnapshotAcceptanceError, not_accepted
-from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, PolicyResolver
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import SnapshotValue
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from coalestra.core import errors as tree
-from coalestra.core.acceptance import SnapshotAcceptanceReason, SnapshotAcceptanceViolation
 from coalestra.core.errors import (
     BuilderClosedError,
     CacheCircuitOpenError,
@@ -45,6 +44,7 @@ from coalestra.core.errors import (
     SubmissionBacklogFullError,
 )
 from coalestra.core.keys import ResourceKey
+from coalestra.core.request import SnapshotAcceptanceReason, SnapshotAcceptanceViolation
 
 PRICE = ResourceKey("market", "price", "BTC")
 DEPTH = ResourceKey("market", "depth", "BTC")

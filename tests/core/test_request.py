@@ -12,13 +12,6 @@ from typing import Any
 
 import pytest
 
-from coalestra.core.acceptance import (
-    ResourceAcceptanceRule,
-    SnapshotAcceptancePolicy,
-    SnapshotAcceptanceReason,
-    SnapshotAcceptanceViolation,
-    SnapshotRequirement,
-)
 from coalestra.core.errors import (
     ResourceAbsentError,
     ResourceResolutionError,
@@ -31,8 +24,13 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.request import (
     RequestOutcome,
     RequestResult,
+    ResourceAcceptanceRule,
+    SnapshotAcceptancePolicy,
+    SnapshotAcceptanceReason,
+    SnapshotAcceptanceViolation,
     SnapshotConsistencyPolicy,
     SnapshotRequest,
+    SnapshotRequirement,
 )
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.values import SnapshotValue

@@ -6,7 +6,6 @@ import typing as _typing
 from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
-from coalestra.core.acceptance import *
 from coalestra.core.capability import *
 from coalestra.core.errors import *
 from coalestra.core.health import *

@@ -19,7 +19,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.validation import flag, integer, printable, readable, span
 
 if TYPE_CHECKING:
-    from coalestra.core.acceptance import SnapshotAcceptanceViolation
+    from coalestra.core.request import SnapshotAcceptanceViolation
 
 
 # The root of every exception that the library raises on its own account --------------------------

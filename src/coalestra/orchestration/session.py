@@ -34,15 +34,16 @@ from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
 from coalestra.concurrency.pace import Slices
 from coalestra.core import errors
-from coalestra.core.acceptance import SnapshotAcceptancePolicy, violations_of
 from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import (
     RequestResult,
+    SnapshotAcceptancePolicy,
     SnapshotConsistencyPolicy,
     SnapshotRequest,
     inconsistency_of,
+    violations_of,
 )
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.validation import flag, instance, integer, number, shown, text, wrong_type
