@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -99,6 +100,7 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
 def run_block(block: int, worlds: int) -> None:
     """Live through the worlds of a block; the blocks share all seeds below ``worlds``."""
     for seed in range(block, worlds, BLOCKS):
+        random.seed(seed)  # of which the waits between attempts come
         try:
             run_virtual(live(seed), loop=ShuffledLoop(seed))
         except BaseException as error:
