@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import threading
@@ -137,6 +138,25 @@ async def test_a_call_that_is_over_lends_nothing_to_what_its_source_left_running
     await building.build(OUTERS[:1])
     go.open()
     assert (await later[0])[OUTERS[0]].value == 2
+
+
+async def test_a_source_that_is_late_needs_no_slot_as_it_still_has_one() -> None:
+    """As one in a thread, it does not end when it is told to, but asks for something first."""
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k != INNER:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1_000)
+            found.append((await building.build([INNER])).value(INNER))
+        return 1
+
+    found: list[int] = []
+    building = builder(Single("outer", "outer", "inner", fetch=fetch), max_concurrency=1)
+    late = await building.build(OUTERS[:1], strict=False, deadline_seconds=1)
+    assert late.errors
+    assert (await building.build([INNER])).value(INNER) == 1
+    await settle()
+    assert found == [1]
 
 
 def test_a_source_in_a_thread_may_ask_through_the_facade() -> None:

@@ -309,6 +309,7 @@ class Attempt:
         self._lease = lease or await self._wait_for_capacity(name)
         if self._lease is None:
             return False
+        call.slots += 1
         refusal = self._refusal() if call.link.protected else None
         if refusal is not None:
             call.end(refusal)
@@ -482,12 +483,14 @@ class Attempt:
     def take_over(self, lease: CapacityLease) -> None:
         """Be what the worker makes next, with a slot that is held already."""
         self._lease, self.worker.begun = lease, self
+        self.call.slots += 1
 
     def let_go(self) -> None:
         """Give back the slot, as the source has really ended."""
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+            self.call.slots -= 1
 
     def set_off(self, began: float, ticks: float) -> None:
         """Have called the source at these instants."""
@@ -685,12 +688,14 @@ class Call:
 
     `flights` are those of its keys that are not settled yet, `fresh` those that the source has
     answered with something fresh. `rests_on` are the versions of its inputs, if it derives. `asked`
-    is what its source waits for, of whatever builder and event loop.
+    is what its source waits for, of whatever builder and event loop. `slots` says how many its
+    attempts hold, also once it is over.
     """
 
     policy: SourceResiliencePolicy = _UNDECIDED
     timeout_seconds: float | None = None
     attempts: int = 0
+    slots: int = 0
     answered_at: float = math.nan
     latency_ms: float = math.nan
     log: CallLog | None = None
@@ -814,6 +819,11 @@ class Call:
     def keys_under_way(self) -> Collection[Flight]:
         """The flights that are not settled yet, none if the call is over."""
         return () if self._over else tuple(self.flights)
+
+    @property
+    def keeps_others_waiting(self) -> bool:
+        """Whether its source must not queue for anything: who has no slot may wait for it."""
+        return self.slots > 0 or bool(self.keys_under_way)
 
     def unwanted(self) -> None:
         """Learn that nobody waits for one of the flights any more; see the table."""

@@ -225,7 +225,7 @@ class Refresher:
 
     def _end_of(self, refresh: Refresh, call: Call | None) -> asyncio.Future[None]:
         """Return what tells the end of a refresh, which a call under way may be waiting for."""
-        if call is not None and call.keys_under_way and not refresh.urgent:
+        if call is not None and call.keeps_others_waiting and not refresh.urgent:
             refresh.urgent = True
             if refresh.gather is not None:
                 self.hurry(refresh.gather)

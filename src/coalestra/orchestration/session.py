@@ -805,7 +805,7 @@ class Revalidation:
                         return {key: errors.DependencyCycleError(path) for key in self.named}
                     if turn.stage not in call.asked:
                         call.asked[turn.stage] = asked[turn.stage] = None
-                    if call.keys_under_way and not turn.stage.urgent:
+                    if call.keeps_others_waiting and not turn.stage.urgent:
                         self.unit.engine.flights.hurry(turn.stage)
                 until = end if call is None else min(end, now() + LOOK_SECONDS)
                 try:

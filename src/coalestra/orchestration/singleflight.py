@@ -1695,7 +1695,7 @@ class Engine:
         work.settle_on(loop)
         self._stages[stage] = None
         call = call_served()
-        if call is not None and call.keys_under_way:
+        if call is not None and call.keeps_others_waiting:
             self._run_for(call, stage, loop)
         try:
             if self._loop is not loop:  # another thread came before the stage was seen
