@@ -48,6 +48,7 @@ from tests.contracts.caches import (
     SingleKeyCache,
 )
 from tests.contracts.samples import value_of
+from tests.observability.recording import Recorder
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
 from tests.support import Gate, LoopClock, begun, cancel_at_every_await, drop, loop_turn, settle
@@ -331,6 +332,14 @@ async def test_what_makes_no_sense_is_a_miss_for_its_key_alone(
     snapshot = await building.build(KEYS)
     assert [value.value for value in snapshot.values()] == ["held", "held", "2", "held", "held"]
     assert source.calls == [(KEYS[2],)]
+
+
+async def test_a_value_under_another_key_is_told_as_that() -> None:
+    cache, told = SingleKeyCache(), Recorder()
+    cache.held[KEYS[0]] = value_of(OTHER)
+    await builder(Single("b"), cache=cache, events=told, buffer_observability=False).build(KEYS[:1])
+    failed = next(each.payload for each in told.events if each.event_type == "cache_failed")
+    assert "store and return values under their own key" in failed["error"]
 
 
 class Pickled(SingleKeyCache):

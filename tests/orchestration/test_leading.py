@@ -860,6 +860,30 @@ async def test_a_copy_in_a_thread_ends_by_the_cutoff_of_its_own_key(finish_late:
 # What bounds a call ------------------------------------------------------------------------------
 
 
+class Blocking(Single):
+    """Blocks, it says, for a second at most, in a thread."""
+
+    blocking_io = blocking_io_offloaded = True
+    transport_timeout_seconds = 1.0
+
+
+async def test_a_blocking_source_is_asked_for_no_key_that_does_not_fit_into_what_is_left() -> None:
+    clock = ManualClock()
+
+    async def take(k: ResourceKey, context: FetchContext) -> str:
+        clock.advance(0.6)
+        return k.subject
+
+    source = tuned(Blocking("x", fetch=take, timeout=5.0), resilience_policy=NO_RETRY)
+    building = builder(source, clock=clock)
+    snapshot = await building.build(KEYS, strict=False, deadline_seconds=2.0)
+    assert source.calls == [A, B]
+    assert values(snapshot) == {"0": "0", "1": "1"}
+    assert "transport timeout" in str(snapshot.errors[C])
+    health = await building.health_snapshot()
+    assert not health.source_transport_timeout_violations
+
+
 @pytest.mark.parametrize("kind", [Single, Alone])
 @pytest.mark.parametrize("workers", [1, 4])
 async def test_what_waits_for_the_slot_of_a_led_key_may(workers: int, kind: type[Single]) -> None:
