@@ -93,22 +93,6 @@ def test_a_value_is_published_only_with_the_status_that_says_so(status: PublishS
 class TestPublishResult:
     RESULT = PublishResult(PublishStatus.PUBLISHED, VALUE)
 
-    def test_it_is_a_frozen_dataclass_like_any_other(self) -> None:
-        result = self.RESULT
-        assert result == PublishResult(status=result.status, value=VALUE, previous=None)
-        assert result != PublishResult(result.status, VALUE, VALUE)
-        assert repr(result) == (
-            f"PublishResult(status={result.status!r}, value={VALUE!r}, previous=None)"
-        )
-        assert [(each.name, each.init) for each in dataclasses.fields(result)] == [
-            ("status", True),
-            ("value", True),
-            ("previous", True),
-        ]
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            result.previous = VALUE  # type: ignore[misc]
-        assert not hasattr(result, "__dict__")
-
     def test_copies_of_it_are_equal_to_it(self) -> None:
         for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
             assert pickle.loads(pickle.dumps(self.RESULT, protocol)) == self.RESULT

@@ -230,23 +230,6 @@ async def test_a_derivation_about_to_be_handed_what_was_replaced_since_is_not_jo
     await asyncio.gather(*readers)
 
 
-async def test_a_derivation_over_two_ways_to_one_base_sees_one_revision_of_it() -> None:
-    gate = Gate()
-
-    lower = Derived("lower", needs=lambda k: [key("base")])
-    top = Derived("top", needs=lambda k: [key("lower"), key("other"), key("base")])
-    building = builder(Single("base"), lower, top, Single("other", fetch=held_at(gate, "other")))
-    reader = await begun(building.build([key("top"), key("lower"), key("base")]), gate)
-    await asyncio.sleep(1)
-    await building.publisher.publish(key("base"), "new", source="stream")
-    gate.open()
-    snapshot = await reader
-    lower_value, _, base_value = snapshot.value(key("top"))
-    assert lower_value == (base_value,)
-    assert snapshot.value(key("lower")) == (snapshot.value(key("base")),)
-    assert snapshot.value(key("base")) == base_value
-
-
 async def test_a_fetch_that_ends_while_a_publication_is_being_written_gives_way_to_it() -> None:
     at_source, at_write = Gate(), Gate()
 

@@ -25,22 +25,6 @@ pytestmark = pytest.mark.concurrency
 A, B = key("single", "a"), key("single", "b")
 
 
-@pytest.mark.parametrize("deadline", [None, 2.0])
-async def test_an_owner_who_leaves_leaves_the_call_to_who_joined(deadline: float | None) -> None:
-    source = Single("single", fetch=latency(5))
-    building = builder(source)
-    owner = asyncio.ensure_future(building.build([A], deadline_seconds=deadline))
-    await asyncio.sleep(1)
-    joiner = asyncio.ensure_future(building.build([A], deadline_seconds=10))
-    await asyncio.sleep(1)
-    if deadline is None:
-        owner.cancel()
-    await asyncio.wait([owner])
-    assert owner.cancelled() or isinstance(owner.exception(), SnapshotBuildError)
-    assert (await joiner).value(A) == "a"
-    assert source.calls == [A]
-
-
 # Many who need one key and nothing else wait as one
 
 

@@ -60,23 +60,6 @@ async def test_a_closed_builder_refuses_every_call() -> None:
     assert (await building.health_snapshot()).closed
 
 
-async def test_closing_waits_for_refreshes_unless_told_to_cancel_them() -> None:
-    for cancel in (False, True):
-        gate = Gate(opened=True)
-        stock = Stock("k", {"k": 1}, before=gate.pass_)
-        building = builder(stock, default_policy=SWR)
-        await building.build([K])
-        await asyncio.sleep(6)
-        gate.close()
-        await building.build([K])
-        await gate.wait_arrived(2)
-        closing = await begun(building.aclose(cancel_refreshes=cancel))
-        assert closing.done() is cancel
-        gate.open()
-        await closing
-        assert (await building.health_snapshot()).background_refreshes == 0
-
-
 async def test_after_closing_no_task_and_no_thread_is_left() -> None:
     threads = set(threading.enumerate())
     source = CallableSource(

@@ -24,7 +24,6 @@ from coalestra import (
     SnapshotBuildError,
     SnapshotConsistencyPolicy,
     SnapshotRequest,
-    SourceAuthorityPolicy,
     SourcePayload,
 )
 from coalestra._telemetry import COUNTERS, OBSERVATIONS
@@ -390,41 +389,6 @@ async def test_refreshes_are_reported_from_beginning_to_end() -> None:
     }
     (failed,) = seen.of("resource_refresh_failed")
     assert failed["error_type"] == "ResourceResolutionError"
-    assert seen.faults == []
-
-
-async def test_publications_are_counted_by_their_outcome() -> None:
-    ranks = SourceAuthorityPolicy({"low": -1})
-    building, seen = watched(Single("x"), authority_policy=ranks)
-    publish = building.publisher.publish
-    now = building.clock.now()
-    await publish(X, 1, source="s", observed_at=now)
-    await publish(X, 2, source="s", observed_at=now)
-    await publish(X, 3, source="s", observed_at=now - 1)
-    await publish(X, 4, source="low", observed_at=now)
-    await building.publisher.invalidate(X, reason="test")
-    statuses = {
-        ("s", "published"),
-        ("s", "ignored_duplicate"),
-        ("s", "ignored_older"),
-        ("low", "ignored_lower_authority"),
-    }
-    for source, status in statuses:
-        assert seen.count("resource_publish_total", source=source, status=status) == 1, status
-    assert seen.count("resource_invalidation_total") == 1
-    assert seen.of("resource_invalidated") == [{"resource": str(X), "reason": "test"}]
-    (published,) = seen.of("resource_published")
-    assert published == {
-        "resource": str(X),
-        "source": "s",
-        "observed_at": now,
-        "replaced": False,
-        "forced": False,
-        "authority_rank": 0,
-    }
-    *_, outranked = ignored = seen.of("resource_publish_ignored")
-    assert len(ignored) == 3
-    assert (outranked["candidate_authority_rank"], outranked["cached_authority_rank"]) == (-1, 0)
     assert seen.faults == []
 
 

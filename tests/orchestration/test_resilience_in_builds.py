@@ -212,31 +212,6 @@ async def test_nobody_left_means_no_further_retry() -> None:
 # Circuits of every scope
 
 
-@pytest.mark.parametrize(
-    "scope, left",
-    [
-        (CircuitScope.SOURCE, []),
-        (CircuitScope.NAMESPACE, []),
-        (CircuitScope.SUBJECT, [key("x", "b")]),
-        (CircuitScope.RESOURCE, [key("x", "b"), key("y", "a")]),
-    ],
-)
-async def test_an_open_circuit_keeps_out_its_own_keys_only(
-    scope: CircuitScope, left: list[ResourceKey]
-) -> None:
-    source = tuned(Stock("s", {"x": DOWN, "y": 1}), resilience_policy=breaking(scope=scope))
-    building = builder(source)
-    await attempt(building, key("x", "a"))
-    source.change(x=1)
-    snapshot = await attempt(building, key("x", "a"), key("x", "b"), key("y", "a"))
-    assert list(snapshot) == left
-    for refused in snapshot.errors:
-        (failure,) = failures(snapshot, refused)
-        assert (failure.error_type, failure.attempts) == ("CircuitOpenError", 0)
-        assert "10 s" in failure.message
-    assert len(source.calls) == 1 + len(left)
-
-
 async def test_a_circuit_that_opens_does_not_stop_the_retries_of_a_call_under_way() -> None:
     source = stock(breaking(1, attempts=2))
     building = builder(source)

@@ -13,15 +13,6 @@ from tests.support import Gate, begun, settle
 pytestmark = pytest.mark.concurrency
 
 
-async def test_sources_of_equal_latency_take_one_latency_together() -> None:
-    sources = [Single(f"s{i}", fetch=latency(1), priority=i) for i in range(5)]
-    building = builder(*sources)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    await building.build([key(f"s{i}") for i in range(5)])
-    assert loop.time() - began == pytest.approx(1)
-
-
 async def test_a_build_takes_as_long_as_its_longest_chain() -> None:
     base = Single("base", fetch=latency(2))
     middle = Derived("middle", needs=lambda k: [key("base")])

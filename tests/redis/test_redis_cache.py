@@ -544,26 +544,6 @@ async def test_a_version_that_is_of_no_use_is_replaced_once_by_one(caches: Cache
         assert told.lookup.value.value == "new"
 
 
-async def test_a_refresh_in_the_background_brings_a_new_value(caches: Caches) -> None:
-    calls = 0
-
-    async def count(key: ResourceKey, context: Any) -> int:
-        nonlocal calls
-        calls += 1
-        return calls
-
-    ahead = FreshnessPolicy(
-        1_000.0, 1_000.0, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=1_000.0
-    )
-    source = CallableSource(name="one", priority=1, supports=lambda key: True, fetcher=count)
-    async with caches() as [cache]:
-        async with SnapshotBuilder([source], cache=cache, default_policy=ahead) as builder:
-            for number in (1, 1, 2, 3):  # the value that was there before the refresh
-                assert (await builder.build([A])).value(A) == number
-                await builder.wait_for_refreshes()
-                await until(lambda: not cache.health().leases)
-
-
 async def test_a_value_that_cannot_be_stored_lets_the_others_go_on(caches: Caches) -> None:
     async with caches(2) as [one, other]:
         held, fine = await lease(one), await lease(one, B)
@@ -602,34 +582,6 @@ async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
 
 
 # Fences ---------------------------------------------------------------------------------------
-
-
-async def test_a_fetch_that_began_before_an_invalidation_stores_nothing(caches: Caches) -> None:
-    async with caches(2) as [one, other]:
-        held = await lease(one)
-        await other.invalidate(A)
-        assert (await fulfil(one, held, "too old")).status is OLDER
-        assert await read(other) is None
-        assert (await asyncio.wait_for(leased(other), PATIENT_SECONDS))[A].lease is not None
-
-
-async def test_a_fetch_that_began_before_a_publication_does_not_undo_it(caches: Caches) -> None:
-    async with caches(2) as [one, other]:
-        held = await lease(one)
-        await other.set_if_newer(value_of(A, "event"))
-        outcome = await fulfil(one, held, "fetched")
-        assert (outcome.status, outcome.value.value) == (OLDER, "event")
-        assert await read(one) == "event"
-
-
-async def test_a_dated_fetch_is_compared_with_a_publication_by_its_date(caches: Caches) -> None:
-    async with caches(2) as [one, other]:
-        then = time.time() - 50
-        for later, stays in ((-1.0, "event"), (1.0, "fetched")):
-            held = await lease(one, force=True)
-            await other.set(value_of(A, "event", observed_at=then))
-            await fulfil(one, held, "fetched", observed_at=then + later)
-            assert await read(one) == stays
 
 
 # Derived values -------------------------------------------------------------------------------
@@ -845,14 +797,6 @@ async def test_clearing_much_opens_few_connections(caches: Caches, server: Serve
         await cache.clear()
         assert opened() <= before + 3
         assert await read(cache, keys[-1]) is None
-
-
-async def test_of_several_values_for_one_key_the_best_is_stored(caches: Caches) -> None:
-    async with caches() as [cache]:
-        now = time.time()
-        values = [value_of(A, n, observed_at=now - n) for n in (2, 1, 3)]
-        assert (await cache.set_many_if_newer(values))[A].value.value == 1
-        assert await read(cache) == 1
 
 
 @pytest.mark.parametrize("end", ["2", ":eu", ":", ".eu"])
