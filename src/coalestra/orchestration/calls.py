@@ -680,9 +680,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=Following.decide_anew)
 
 
-# The call: its keys, its circuits, one attempt after the other, and what becomes of each key -----
-
-
 class Call:
     """A call that carries one key, or a batch of keys, to one source, retries included.
 
@@ -1640,9 +1637,6 @@ def _tell_loop(error: BaseException, what: str = "the end of a call failed") -> 
     pass_on(error)
     context = {"message": f"coalestra: {what}", "exception": error}
     asyncio.get_running_loop().call_exception_handler(context)
-
-
-# The calls of one unit of work to one source: a queue, and a bounded number of workers -----------
 
 
 class Worker:

@@ -111,9 +111,6 @@ class Interest:
         return self._witness is not None
 
 
-# One unit of work: what every stage of a build, a session or a refresh shares --------------------
-
-
 class Work:
     """The context, deadline, counters and lanes that the stages of one unit of work share.
 
@@ -637,9 +634,6 @@ class Gather:
     def __repr__(self) -> str:
         for_whom = "stage" if self.owner is None else str(self.owner.key)
         return f"<Gather for {for_whom}: {len(self.readings)} of {len(self.keys)}>"
-
-
-# The board of flights: who has started one, who waits for it, and who waits for whom -------------
 
 
 _graphs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, WaitsFor[Any]] = (
