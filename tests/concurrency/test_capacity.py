@@ -207,6 +207,29 @@ async def test_who_holds_the_slots_is_known_by_source() -> None:
     own.release()
 
 
+@pytest.mark.parametrize("waited", [False, True])
+async def test_who_is_handed_a_slot_of_its_source_is_not_overtaken_at_the_global_one(
+    waited: bool,
+) -> None:
+    controller = CapacityController(global_limit=1, source_limits={"a": 1})
+    first = await controller.acquire("b" if waited else "a")
+    if waited:
+        second = asyncio.ensure_future(controller.acquire("a"))
+        await settle()
+        first.release()
+        first = await second
+    waiting = [asyncio.ensure_future(controller.acquire("a")) for _ in range(2)]
+    await settle()
+    first.release()
+    assert controller.try_acquire("b") is None
+    lease = await waiting[0]
+    waiting[1].cancel()
+    lease.release()
+    await asyncio.wait(waiting)
+    assert controller.view()["__global__"].in_use == controller.view()["a"].in_use == 0
+    assert controller.holders() == {}
+
+
 async def test_a_slot_is_held_from_when_it_is_handed_over() -> None:
     """Who asks in the step in which it changes hands is to know whom it waits for."""
     controller = CapacityController(global_limit=1, source_limits={"price": 1})

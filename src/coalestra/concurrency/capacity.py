@@ -180,12 +180,20 @@ class CapacityLease:
         self._leases = leases
         leases[self] = None
 
-    async def _take(self, limiter: CapacityLimiter) -> None:
-        """Hold a slot more; while it is waited for, and until it is handed over, hold up nobody."""
+    async def _take(self, limiter: CapacityLimiter, also: CapacityLimiter | None = None) -> None:
+        """Hold a slot more; while it is waited for, and until it is handed over, hold up nobody.
+
+        One that is needed `also` is taken in the instant of handing over, if it is free then.
+        """
         if not limiter.try_acquire():
             self._leases.pop(self, None)
-            await limiter._queue.wait(limiter.release, partial(self._leases.setdefault, self))
-        self._held = (limiter, *self._held)
+            await limiter._queue.wait(limiter.release, partial(self._handed, also))
+        self._held = (*self._held, limiter)
+
+    def _handed(self, also: CapacityLimiter | None) -> None:
+        self._leases.setdefault(self)
+        if also is not None and also.try_acquire():
+            self._held = (also,)
 
     @property
     def released(self) -> bool:
@@ -276,12 +284,14 @@ class CapacityController:
         The order keeps a crowd at one source from blocking all others: those who wait for their
         source hold no global slot.
         """
-        own = self._sources.get(source)
+        own, whole = self._sources.get(source), self._global
         lease = CapacityLease(source, (), self._leases)
         try:
             if own is not None:
-                await lease._take(own)
-            await lease._take(self._global)
+                await lease._take(own, whole)
+            if whole not in lease._held:
+                await lease._take(whole)
+            lease._held = (whole,) if own is None else (whole, own)  # in which order to release
         except BaseException:
             lease.release()
             raise
