@@ -171,7 +171,7 @@ class Calls:
     """The source calls under way; knows which are too many, or should not overlap.
 
     Two of one key should not, unless the key has changed since one of the two units of work has
-    first asked for it.
+    first asked for it, or has taken over from one that had: it asks the last source first.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,8 @@ class Calls:
     def begin(self, source: str, key: ResourceKey, work: str) -> list[Any]:
         """Note that a key is asked for on behalf of a unit of work."""
         asked = self._asked.setdefault(key, {})
-        outdated = asked[work] = asked.get(work, False) or self._changing[key] > 0
+        outdated = source == "backup" and work not in asked and any(asked.values())
+        outdated = asked[work] = outdated or asked.get(work, False) or self._changing[key] > 0
         others = self._under_way.setdefault((source, key), [])
         for other in others:
             other[1] |= not (asked[other[0]] or outdated)
