@@ -125,68 +125,33 @@ class NearCache:
 #    ``is_available`` sees to this itself.
 
 
-async def call_each(
-    items: Collection[_I],
-    call: Callable[[_I], Awaitable[_T]],
-    *,
-    width: int,
-    seconds: float | None,
-    refused: Callable[[], Exception | None] = lambda: None,
-    ended: Callable[[BaseException | None], object] = lambda _: None,
-) -> tuple[dict[_I, _T], dict[_I, BaseException]]:
-    """Make a call for every item, at most ``width`` at a time.
+async def _made(
+    call: Callable[[], Awaitable[_T]], seconds: float | None
+) -> tuple[asyncio.Task[_T], BaseException | None]:
+    """Make a call, for so long at most (None: any time); return its task, and why it failed.
 
-    Return results and failures, each in the order of the items.
-
-    A call that takes longer than ``seconds`` (None: it may) is cancelled and counts as failed by a
-    `CacheTimeoutError`; should it not end, it is left behind. ``refused`` is asked before each call
-    and may give an error instead, ``ended`` is told how each ended. Nothing is raised but the
-    caller's own cancellation.
+    One that takes longer is cancelled; should it not end, it is left behind.
     """
-    results: dict[_I, _T] = {}
-    failures: dict[_I, BaseException] = {}
-    rest = iter(items)
 
-    async def made(item: _I) -> _T:
-        return await call(item)
+    async def made() -> _T:
+        return await call()
 
-    async def work() -> None:
-        for item in rest:
-            error: BaseException | None = refused()
-            if error is None:
-                task = asyncio.create_task(made(item), name="coalestra cache call")
-                try:
-                    await asyncio.wait([task], timeout=seconds)
-                finally:
-                    leave_behind(task)
-                if task.cancelled():
-                    error = asyncio.CancelledError()
-                else:
-                    error = task.exception() if task.done() else CacheTimeoutError(seconds or 0)
-                ended(error)
-            if error is None:
-                results[item] = task.result()
-            else:
-                failures[item] = error
-
-    workers = min(width, len(items))
-    await (work() if workers == 1 else asyncio.gather(*[work() for _ in range(workers)]))
-    failures = {item: failures[item] for item in items if item in failures}
-    return {item: results[item] for item in items if item in results}, failures
+    task = asyncio.create_task(made(), name="coalestra cache call")
+    try:
+        await asyncio.wait([task], timeout=seconds)
+    finally:
+        if not task.done() and not task.get_loop().is_closed():
+            task.cancel()
+            look_after(task, _left_behind)
+        elif task.done() and not task.cancelled():
+            task.exception()  # seen
+    if task.cancelled():
+        return task, asyncio.CancelledError()
+    return task, task.exception() if task.done() else CacheTimeoutError(seconds or 0)
 
 
 _left_behind: set[asyncio.Task[Any]] = set()
 """Calls that were cancelled; some may not care. Nobody else refers to them."""
-
-
-def leave_behind(task: asyncio.Task[Any]) -> None:
-    """Cancel a call that nobody waits for any more, however it may end; one that is over is not."""
-    if task.done():
-        if not task.cancelled():
-            task.exception()  # seen
-    elif not task.get_loop().is_closed():
-        task.cancel()
-        look_after(task, _left_behind)
 
 
 DEFAULT_TIMEOUT_SECONDS: Final = 1.0
@@ -372,10 +337,8 @@ class CacheCalls:
         """Return what the cache says of itself; None if it says nothing, or fails to."""
         if not has(self.cache, "stats"):
             return None
-        results, _ = await call_each(
-            (_ALL,), lambda _: self.cache.stats(), width=1, seconds=self.seconds
-        )
-        return results.get(_ALL)
+        task, error = await _made(self.cache.stats, self.seconds)
+        return task.result() if error is None else None
 
     def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
         """Report failures that the library goes on without; refusals are only counted."""
@@ -447,40 +410,51 @@ class CacheCalls:
         insist: bool,
         seconds: float | None,
     ) -> tuple[dict[_I, _T], dict[_I, Exception]]:
-        loop, counts, name = asyncio.get_running_loop(), self._counts, type(self.cache).__name__
+        """Make a call for every item, so many at a time as the limit says, in their order.
+
+        Nothing is raised but the caller's own cancellation.
+        """
+        now, name = asyncio.get_running_loop().time, type(self.cache).__name__
         kind = "read" if operation in _READS else "write"
-        circuit = self._circuits[kind]
-        free = self.limit if insist else 0
+        results: dict[_I, _T] = {}
+        failures: dict[_I, Exception] = {}
+        rest, free = iter(items), self.limit if insist else 0
 
-        def refused() -> Exception | None:
+        async def work() -> None:
             nonlocal free
-            free -= 1
-            if free >= 0 or self._guards_itself or circuit.admits(loop.time()):
-                counts["calls"] += 1
-                return None
-            return CacheCircuitOpenError(
-                f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is left "
-                f"alone for up to {_RECOVERY_SECONDS:g} s"
-            )
+            for item in rest:
+                free -= 1
+                if free < 0 and not self._guards_itself and not self._circuits[kind].admits(now()):
+                    failures[item] = CacheCircuitOpenError(
+                        f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is "
+                        f"left alone for up to {_RECOVERY_SECONDS:g} s"
+                    )
+                    continue
+                self._counts["calls"] += 1
+                task, error = await _made(partial(call, item), seconds)
+                self._note(kind, error, now())
+                if error is None:
+                    results[item] = task.result()
+                else:
+                    failures[item] = _as_exception(error, operation, name)
 
-        def ended(error: BaseException | None) -> None:
-            if error is None:
-                circuit.failures = self._circuits["read"].failures = 0
-                if self._log is not None and self._log.troubled:
-                    self._log.works(self._subject(kind))
-                return
-            circuit.failures += 1
-            circuit.failed_at = loop.time()
-            circuit.until = circuit.failed_at + _RECOVERY_SECONDS
-            counts["failures"] += 1
-            counts["timeouts"] += isinstance(error, CacheTimeoutError)
+        workers = min(self.limit, len(items))
+        await (work() if workers == 1 else asyncio.gather(*[work() for _ in range(workers)]))
+        failures = {item: failures[item] for item in items if item in failures}
+        return {item: results[item] for item in items if item in results}, failures
 
-        results, raised = await call_each(
-            items, call, width=self.limit, seconds=seconds, refused=refused, ended=ended
-        )
-        return results, {
-            item: _as_exception(error, operation, name) for item, error in raised.items()
-        }
+    def _note(self, kind: str, error: BaseException | None, now: float) -> None:
+        """Count how a call ended."""
+        circuit = self._circuits[kind]
+        if error is None:
+            circuit.failures = self._circuits["read"].failures = 0
+            if self._log is not None and self._log.troubled:
+                self._log.works(self._subject(kind))
+            return
+        circuit.failures += 1
+        circuit.failed_at, circuit.until = now, now + _RECOVERY_SECONDS
+        self._counts["failures"] += 1
+        self._counts["timeouts"] += isinstance(error, CacheTimeoutError)
 
 
 def has(cache: Any, *methods: str) -> bool:
