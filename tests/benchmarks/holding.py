@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Collection
-from time import thread_time
+from time import thread_time, time
 from typing import Any
 
 from coalestra import (
@@ -19,6 +19,7 @@ from coalestra import (
     CircuitBreakerPolicy,
     CircuitScope,
     FetchContext,
+    FreshnessPolicy,
     ResourceAcceptanceRule,
     ResourceKey,
     ResourceUpdate,
@@ -187,6 +188,15 @@ async def _published(shop: Workshop, keys: list[ResourceKey]) -> Work:
     return lambda: builder.publisher.publish_many(updates)
 
 
+async def _replaced(shop: Workshop, keys: list[ResourceKey]) -> Work:
+    policy = FreshnessPolicy(ttl_seconds=1.0, max_stale_seconds=1_000.0)
+    builder = SnapshotBuilder([_ready(keys)], default_policy=policy)
+    then = time() - 100.0
+    updates = [ResourceUpdate(key, price(key), "feed", observed_at=then) for key in keys]
+    await builder.publisher.publish_many(updates)
+    return lambda: builder.build(keys)
+
+
 async def _requested(shop: Workshop, keys: list[ResourceKey]) -> Work:
     builder = builder_of(batch_source(price))
     await builder.build(keys)
@@ -239,6 +249,7 @@ HOLDS = {
     "revalidate": ("a session that revalidates", _holds(_revalidated)),
     "invalidate": ("invalidated", _holds(_invalidated)),
     "publish": ("published", _holds(_published)),
+    "replace": ("fetched in place of stale ones", _holds(_replaced)),
     "request": ("a request with policies", _holds(_requested)),
     "callers": ("as many callers of one key", _holds(_many_callers)),
 }

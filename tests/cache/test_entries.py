@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from coalestra.cache.store import EntryStore, best_per_key, outdated_among
+from coalestra.concurrency.pace import at_once
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import Revision
@@ -71,9 +72,49 @@ def test_what_is_written_together_is_told_as_if_singly(max_entries: int | None, 
     assert [what for what, *_ in witnesses[0].heard] == ["revised"] * len(offered)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_weighed_first_is_written_as_if_it_were_not(seed: int) -> None:
+    """Whatever is held of it by then, also by somebody who has written since it was weighed."""
+    chance = random.Random(seed)
+    most = chance.choice((None, 6, 3))
+    stores = EntryStore(most), EntryStore(most)
+    weighing, plain = stores
+
+    def some(at_most: int) -> list[Revision]:
+        keys = chance.sample([numbered(number) for number in range(8)], chance.randint(0, at_most))
+        made: list[Revision] = []
+        for key in keys:
+            below = [made[-1]] if made and chance.random() < 0.2 else ()
+            at, rank = NOW - chance.choice((0, 1, 1, 2)), chance.choice((0, 0, 0, 1))
+            made.append(revision_of(key, observed_at=at, rank=rank, rests_on=below))
+        return made
+
+    for each in some(8):
+        for store in stores:
+            store.put(each)
+    offered = {each.key: each for each in some(8)}
+    rules: dict[str, Any] = {"now": NOW, "replace_equal": chance.random() < 0.5}
+    held = at_once(weighing.weigh(offered, **rules))
+    if chance.random() < 0.3:
+        for each in some(2):
+            for store in stores:
+                store.put(each)
+
+    assert weighing.put_many(offered, held=held, **rules) == plain.put_many(offered, **rules)
+    assert list(weighing) == list(plain)
+    assert weighing.stats() == plain.stats()
+    assert found(weighing, *offered) == found(plain, *offered)
+
+
 def test_a_derived_entry_ends_when_a_dependency_is_replaced_dropped_expired_or_evicted() -> None:
     def replaced(store: EntryStore) -> None:
         store.put(revision_of(A), force=True)
+
+    def replaced_once_weighed(store: EntryStore) -> None:
+        offered = {A: revision_of(A, observed_at=NOW + 1)}
+        held = at_once(store.weigh(offered, now=NOW))
+        assert held
+        store.put_many(offered, held=held)
 
     def dropped(store: EntryStore) -> None:
         store.drop([A])
@@ -86,7 +127,7 @@ def test_a_derived_entry_ends_when_a_dependency_is_replaced_dropped_expired_or_e
             store.find(B, NOW, POLICY)
             store.put(revision_of(numbered(number)))
 
-    for ending in (replaced, dropped, expired, evicted):
+    for ending in (replaced, replaced_once_weighed, dropped, expired, evicted):
         store = EntryStore(3)
         base = revision_of(A)
         store.put(base)

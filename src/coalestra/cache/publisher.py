@@ -55,6 +55,8 @@ from coalestra.observability import Reporter, reporter_for
 
 _IN = "published value"
 _OUT = "publish result"
+_MANY = 1_024
+"""What is held of more keys is looked at in slices, before it is replaced in one step."""
 _STORED = CacheWriteStatus.STORED
 _PUBLISHED = PublishStatus.PUBLISHED
 _PUBLISHED_MARK: FrozenDict[str, Any] = FrozenDict({"published": True})
@@ -435,7 +437,7 @@ class ResourcePublisher(PublisherArguments):
 
         What a cache that takes keys one by one did write before it failed is reported all the same.
         """
-        pace, access = Pace(), self._access
+        pace, access, held = Pace(), self._access, None
         report = None if self._reporter is None else partial(_report, self._reporter, force)
         policies: dict[ResourceKey, FreshnessPolicy] = {}
         common, judged, weighed = policy_of_all(self.policy_resolver), list[Revision](), 0
@@ -454,9 +456,10 @@ class ResourcePublisher(PublisherArguments):
         await pace.keep()
         moment = self._now()
         if access.store is not None:
-            outcomes = access.store.put_many(
-                best, now=moment, force=force, replace_equal=replace_equal
-            )
+            rules: dict[str, Any] = {"now": moment, "force": force, "replace_equal": replace_equal}
+            if len(best) > _MANY:
+                held = await pace.through(access.store.weigh(best, **rules))
+            outcomes = access.store.put_many(best, held=held, **rules)
         else:
             policies = policies or dict.fromkeys(best, common)
             terms = Terms(policies, moment, force, replace_equal, insist=True)

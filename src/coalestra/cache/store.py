@@ -27,8 +27,10 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from itertools import count, islice
+from operator import attrgetter
 from typing import Any, Final, Protocol, TypeVar
 
+from coalestra.concurrency.pace import Slices, portions
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     FreshnessPolicy,
@@ -45,6 +47,8 @@ from coalestra.core.values import CacheStats, CacheWriteStatus, Revision, Snapsh
 
 Outcome = tuple[CacheWriteStatus, Revision, Revision | None]
 """What became of a revision that was offered: its status, what is current now, what was before."""
+
+_KEYS_PER_SLICE = 512
 
 _STORED = CacheWriteStatus.STORED
 _LOWER = CacheWriteStatus.IGNORED_LOWER_AUTHORITY
@@ -190,6 +194,7 @@ UNCHECKED: Final = -1
 _WALKING: Final = -2
 _OUTDATED: Final = -3
 _OF_NO_USE: Final = (_WALKING, _OUTDATED)
+_checked: Final = attrgetter("checked")
 _runs: Final = count()  # no two mappings share one, though they may share revisions
 
 _Held = TypeVar("_Held", Revision, SnapshotValue[Any])
@@ -212,9 +217,9 @@ class Currency:
         self._entries = entries
         self._run = next(_runs)
 
-    def removed(self, revision: Revision) -> None:
-        """Learn that a revision has left the mapping; answers that relied on it are void."""
-        if revision.checked == self._run:
+    def removed(self, *revisions: Revision) -> None:
+        """Learn that revisions have left the mapping; answers that relied on them are void."""
+        if self._run in map(_checked, revisions):
             self._run = next(_runs)
 
     def holds(self, revision: Revision) -> bool:
@@ -282,6 +287,19 @@ async def with_all_below(
         asked.update(wanted)
         level = dict(await held(wanted))
         every.update(level)
+
+
+class Held:
+    """What is held of keys, in their order, to be replaced; None of those of which nothing is.
+
+    It `was` so when the store had counted that. `known` may be let go of bit by bit.
+    """
+
+    __slots__ = ("known", "was")
+
+    def __init__(self, was: tuple[int, ...]) -> None:
+        self.known: list[Revision | None] = []
+        self.was: tuple[int, ...] = was
 
 
 class EntryStore:
@@ -430,11 +448,15 @@ class EntryStore:
         now: float = math.inf,
         force: bool = False,
         replace_equal: bool = False,
+        held: Held | None = None,
         teller: CacheListener | None = None,
     ) -> list[Outcome]:
-        """Offer new sealed revisions by their keys, in one step; see ``put``."""
-        if self.enter_many(revisions, teller=teller):
-            return [(_STORED, revision, None) for revision in revisions.values()]
+        """Offer new sealed revisions by their keys, in one step; see ``put`` and ``weigh``."""
+        if self.enter_many(revisions, held, teller=teller):
+            before = [None] * len(revisions) if held is None else held.known
+            return [
+                (_STORED, new, old) for new, old in zip(revisions.values(), before, strict=True)
+            ]
         put, horizon = self._put, now + self.tolerance
         outcomes = [put(revision, horizon, force, replace_equal) for revision in revisions.values()]
         listening = self.listeners.references
@@ -446,22 +468,69 @@ class EntryStore:
                 self.listeners.revised(changes, teller)
         return outcomes
 
+    def weigh(
+        self,
+        revisions: dict[ResourceKey, Revision],
+        *,
+        now: float,
+        force: bool = False,
+        replace_equal: bool = False,
+    ) -> Slices[Held | None]:
+        """Find out whether very many revisions replace all that is held of their keys; see ``put``.
+
+        Return what they replace, for ``put_many`` to do so in little time, or None: some of it
+        stays, is derived, or there is nothing to replace.
+        """
+        get, horizon, held = self._entries.get, now + self.tolerance, Held(self._state)
+        if self._entries.keys().isdisjoint(revisions.keys()):
+            return None
+        for part in portions(revisions.values(), _KEYS_PER_SLICE):
+            for revision in part:
+                current = get(revision.key)
+                if current is not None and (
+                    current.dependency_versions
+                    or decide(
+                        revision, current, force=force, replace_equal=replace_equal, horizon=horizon
+                    )
+                    is not _STORED
+                ):
+                    return None
+                held.known.append(current)
+            yield
+        return held
+
     def enter_many(
-        self, revisions: dict[ResourceKey, Revision], *, teller: CacheListener | None = None
+        self,
+        revisions: dict[ResourceKey, Revision],
+        held: Held | None = None,
+        *,
+        teller: CacheListener | None = None,
     ) -> bool:
-        """Do as ``put_many``, in less time, if no key is held and there is room for all.
+        """Do as ``put_many``, in less time, if just ``held`` is held of their keys.
 
         Return whether that is so. None of them may have been here before.
         """
-        if self.max_entries is not None and len(self) + len(revisions) > self.max_entries:
+        entries, known = self._entries, () if held is None else held.known
+        before = [each for each in known if each is not None]
+        if held is not None and before:
+            if self._state != held.was and list(map(entries.get, revisions)) != known:
+                return False  # somebody has written meanwhile
+            for each in before:
+                del entries[each.key]  # the new one goes to the end, under its own key object
+            self._currency.removed(*before)
+        elif not entries.keys().isdisjoint(revisions.keys()):
             return False
-        if not self._entries.keys().isdisjoint(revisions.keys()):
-            return False
-        self._entries.update(revisions)
+        entries.update(revisions)
+        self._make_room()
         self._sets += len(revisions)
         if revisions:
             self.listeners.revised(revisions, teller)
         return True
+
+    @property
+    def _state(self) -> tuple[int, ...]:
+        """Differs from what it was if anything was written or removed since."""
+        return self._sets, self._invalidations, self._evictions, self._expirations
 
     def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
         entries = self._entries
@@ -480,11 +549,16 @@ class EntryStore:
         entries[revision.key] = revision
         revision.checked = UNCHECKED
         self._sets += 1
-        if self._recency is not None and len(entries) > (self.max_entries or 0):
-            _, oldest = self._recency.popitem(last=False)
-            self._currency.removed(oldest)
-            self._evictions += 1
+        if self.max_entries is not None and len(entries) > self.max_entries:
+            self._make_room()
         return _STORED, revision, previous
+
+    def _make_room(self) -> None:
+        if self._recency is not None:
+            while len(self._recency) > (self.max_entries or 0):
+                _, oldest = self._recency.popitem(last=False)
+                self._currency.removed(oldest)
+                self._evictions += 1
 
     # Removing -----------------------------------------------------------------------------------
 
@@ -542,12 +616,8 @@ class EntryStore:
         self._currency.removed(revision)
 
     def _remove(self, keys: Iterable[ResourceKey]) -> list[Revision]:
-        pop, removed = self._entries.pop, self._currency.removed
-        dropped = []
-        for key in keys:
-            revision = pop(key, None)
-            if revision is not None:
-                removed(revision)
-                dropped.append(revision)
+        popped = [self._entries.pop(key, None) for key in keys]
+        dropped = [revision for revision in popped if revision is not None]
+        self._currency.removed(*dropped)
         self._invalidations += len(dropped)
         return dropped

@@ -60,6 +60,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
+from coalestra.cache.store import Held
 from coalestra.concurrency.capacity import CapacityLease
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation
 from coalestra.concurrency.pace import Slices, portions
@@ -1231,7 +1232,7 @@ class Call:
         self._make(deque([(flight, value)]), made, by_key, sealed)
         if worker is not None and made and self._may_lead():
             self._lead(worker, made, by_key)
-        self._deliver(made, self.dispatch.store(self, made, by_key))
+        self._deliver(made, self.dispatch.store(self, made, by_key, None))
 
     # What it takes along: calls that are answered at once travel together ----------------------
 
@@ -1356,12 +1357,16 @@ class Call:
         finally:
             self.dispatch.release(self.work)
         stored: Collection[Revision] | None = ()
-        if len(made) > 1 and self.parts.access.store is not None:
+        store, held = self.parts.access.store, None
+        if len(made) > 1 and store is not None:
             if many:
+                held = await pace.through(store.weigh(by_key, now=self.parts.clock.now()))
                 await pace.rest()  # all at once takes a while
             self.work.record.cache_batch_writes += 1
-            stored = self.dispatch.store(self, made, by_key)
+            stored = self.dispatch.store(self, made, by_key, held)
         while made:
+            if held is not None:
+                del held.known[-PORTION:]  # to let go of all of it at once takes a while, too
             self._deliver([made.popleft() for _ in range(min(len(made), PORTION))], stored)
             await pace.keep()
 
@@ -1926,7 +1931,8 @@ class Lane:
 
 
 Storing = Callable[
-    [Call, Collection[Fresh], dict[ResourceKey, Revision]], Collection[Revision] | None
+    [Call, Collection[Fresh], dict[ResourceKey, Revision], Held | None],
+    Collection[Revision] | None,
 ]
 
 
@@ -1950,7 +1956,8 @@ class Dispatch:
 
         `refused` is told that a source failed for a key, and with which status; `delivered` takes
         fresh values, and whether they are stored. `store` lets readers of the memory cache see
-        several values before they are delivered, and returns which they see, or None for all.
+        several values before they are delivered, in place of what is known to be held, and returns
+        which they see, or None for all.
         """
         self.parts: Parts = parts
         self.deliveries: Deliveries = Deliveries(parts)

@@ -30,7 +30,7 @@ from itertools import chain
 from typing import Any
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
-from coalestra.cache.store import decide
+from coalestra.cache.store import Held, decide
 from coalestra.concurrency.pace import Pace, portions
 from coalestra.core.errors import (
     BuilderClosedError,
@@ -1026,11 +1026,15 @@ class SingleFlight:
         return held
 
     def _store_together(
-        self, call: Call, made: Collection[Fresh], by_key: dict[ResourceKey, Revision]
+        self,
+        call: Call,
+        made: Collection[Fresh],
+        by_key: dict[ResourceKey, Revision],
+        held: Held | None,
     ) -> Collection[Revision] | None:
         """Write the values of one answer to the memory cache in one step.
 
-        Return which it took, or None if it took all.
+        Return which it took, or None if it took all. `held` is what is known to give way to them.
 
         What there has been news of meanwhile, or was settled, is left to its delivery.
         """
@@ -1039,7 +1043,7 @@ class SingleFlight:
             return ()
         news = publishing or self.board.aside  # where all flights are that there was any of
         special = [None for flight, _ in made if flight.forced or flight.call is not call]
-        if not news and not special and store.enter_many(by_key, teller=self):
+        if not news and not special and store.enter_many(by_key, held, teller=self):
             return None
         stored: set[Revision] = set()
         fit = [
