@@ -44,6 +44,18 @@ async def test_every_stage_bears_the_id_and_the_creation_time_of_the_session() -
     assert first.created_at == second.created_at == session.created_at == EPOCH
 
 
+async def test_sources_are_told_the_context_that_the_session_shows() -> None:
+    seen: list[Any] = []
+
+    async def fetch(key: ResourceKey, context: Any) -> None:
+        seen.append(context)
+
+    session = builder(Single("a", fetch=fetch)).session(deadline_seconds=9, metadata={"for": "ann"})
+    await session.resolve([key("a")])
+    assert seen == [session.context]
+    assert (session.context.metadata, session.context.deadline_at) == ({"for": "ann"}, EPOCH + 9)
+
+
 async def test_the_deadline_of_a_session_runs_from_its_opening_over_all_stages() -> None:
     building = builder(Single("slow", fetch=latency(3)))
     began = asyncio.get_running_loop().time()
