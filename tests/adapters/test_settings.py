@@ -77,32 +77,18 @@ def test_functions_and_the_batch_size_can_be_read_back_too() -> None:
     assert batch.max_batch_size == 50
 
 
-@pytest.mark.parametrize(
-    "name, value, error",
-    [
-        ("name", 5, TypeError),
-        ("name", " ", ValueError),
-        ("priority", 1.5, TypeError),
-        ("priority", True, TypeError),
-        ("supports", None, TypeError),
-        ("supports", async_function, TypeError),
-        ("timeout_seconds", "2", TypeError),
-        ("timeout_seconds", True, TypeError),
-        ("timeout_seconds", 0, ValueError),
-        ("timeout_seconds", math.nan, ValueError),
-        ("timeout_seconds", math.inf, ValueError),
-        ("queue_timeout_seconds", "2", TypeError),
-        ("queue_timeout_seconds", -1, ValueError),
-        ("max_concurrency", 2.0, TypeError),
-        ("max_concurrency", 0, ValueError),
-        ("resilience_policy", object(), TypeError),
-        ("cache_supports", 1, TypeError),
-        ("run_sync_in_thread", None, TypeError),
-        ("blocking_io", "yes", TypeError),
-        ("transport_timeout_seconds", 0, ValueError),
-        ("transport_timeout_seconds", 1.0, ValueError),
-    ],
-)
+@pytest.mark.parametrize("name, value, error", [
+    ("name", 5, TypeError), ("name", " ", ValueError), ("priority", 1.5, TypeError),
+    ("priority", True, TypeError), ("supports", None, TypeError),
+    ("supports", async_function, TypeError), ("timeout_seconds", "2", TypeError),
+    ("timeout_seconds", True, TypeError), ("timeout_seconds", 0, ValueError),
+    ("timeout_seconds", math.nan, ValueError), ("timeout_seconds", math.inf, ValueError),
+    ("queue_timeout_seconds", "2", TypeError), ("queue_timeout_seconds", -1, ValueError),
+    ("max_concurrency", 2.0, TypeError), ("max_concurrency", 0, ValueError),
+    ("resilience_policy", object(), TypeError), ("cache_supports", 1, TypeError),
+    ("run_sync_in_thread", None, TypeError), ("blocking_io", "yes", TypeError),
+    ("transport_timeout_seconds", 0, ValueError), ("transport_timeout_seconds", 1.0, ValueError),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_setting_is_refused_by_name(
     kind: str, name: str, value: Any, error: type[Exception]
@@ -133,16 +119,11 @@ def test_what_one_kind_alone_takes_is_checked_too(
         adapter(kind, called, **settings)
 
 
-@pytest.mark.parametrize(
-    "called, in_thread, offloaded",
-    [
-        (function, True, True),
-        (function, False, False),
-        (async_function, True, False),
-        (functools.partial(async_function, 1), True, False),
-        (functools.partial(function, 1), True, True),
-    ],
-)
+@pytest.mark.parametrize("called, in_thread, offloaded", [
+    (function, True, True), (function, False, False), (async_function, True, False),
+    (functools.partial(async_function, 1), True, False),
+    (functools.partial(function, 1), True, True),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_work_is_offloaded_if_it_is_plain_and_may_go_to_a_thread(
     kind: str, called: Any, in_thread: bool, offloaded: bool

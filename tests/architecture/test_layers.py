@@ -149,14 +149,9 @@ def circle_in(graph: Mapping[str, Iterable[str]]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(
-    "graph,circle",
-    [
-        ({}, []),
-        ({"a": ["b", "c"], "b": ["c"], "c": []}, []),
-        ({"a": ["b"], "b": ["c"], "c": ["b"]}, ["b", "c", "b"]),
-        ({"a": [], "b": ["b"]}, ["b", "b"]),
-    ],
-)
+@pytest.mark.parametrize("graph,circle", [
+    ({}, []), ({"a": ["b", "c"], "b": ["c"], "c": []}, []),
+    ({"a": ["b"], "b": ["c"], "c": ["b"]}, ["b", "c", "b"]), ({"a": [], "b": ["b"]}, ["b", "b"]),
+])  # fmt: skip
 def test_a_circle_is_found_where_one_is(graph: dict[str, list[str]], circle: list[str]) -> None:
     assert circle_in(graph) == circle

@@ -218,21 +218,11 @@ def test_the_methods_of_every_protocol_have_types_at_runtime() -> None:
             get_type_hints(method)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "AsyncMemoryCache",
-        "CallableBatchSource",
-        "CallableDerivedSource",
-        "CallableSource",
-        "CircuitBreaker",
-        "ResourcePublisher",
-        "SnapshotBuilder",
-        "SnapshotSession",
-        "SyncResourcePublisher",
-        "SyncSnapshotBuilder",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "AsyncMemoryCache", "CallableBatchSource", "CallableDerivedSource", "CallableSource",
+    "CircuitBreaker", "ResourcePublisher", "SnapshotBuilder", "SnapshotSession",
+    "SyncResourcePublisher", "SyncSnapshotBuilder",
+])  # fmt: skip
 def test_what_is_made_by_hand_or_by_a_container_says_what_it_takes(name: str) -> None:
     """Dependency injection reads the types of constructors."""
     get_type_hints(public_classes()[name].__init__)

@@ -24,17 +24,10 @@ async def payload_of(cache: AsyncMemoryCache, key: ResourceKey = A) -> Any:
     return None if value is None else value.value
 
 
-@pytest.mark.parametrize(
-    "age, fresh, usable",
-    [
-        (0.0, True, True),
-        (5.0, True, True),
-        (5.1, False, True),
-        (30.0, False, True),
-        (30.1, False, False),
-        (-1.0, True, True),
-    ],
-)
+@pytest.mark.parametrize("age, fresh, usable", [
+    (0.0, True, True), (5.0, True, True), (5.1, False, True), (30.0, False, True),
+    (30.1, False, False), (-1.0, True, True),
+])  # fmt: skip
 async def test_freshness_is_judged_by_age_at_reading(age: float, fresh: bool, usable: bool) -> None:
     cache = AsyncMemoryCache()
     await cache.set(value_of(observed_at=NOW - age))
@@ -127,18 +120,12 @@ async def test_statistics_add_up() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "settings, error",
-    [
-        ({"max_entries": 0}, ValueError),
-        ({"max_entries": True}, TypeError),
-        ({"max_entries": 1.5}, TypeError),
-        ({"max_copy_concurrency": 0}, ValueError),
-        ({"max_copy_concurrency": "4"}, TypeError),
-        ({"run_payload_copies_in_thread": 1}, TypeError),
-        ({"payload_copier": 3}, TypeError),
-    ],
-)
+@pytest.mark.parametrize("settings, error", [
+    ({"max_entries": 0}, ValueError), ({"max_entries": True}, TypeError),
+    ({"max_entries": 1.5}, TypeError), ({"max_copy_concurrency": 0}, ValueError),
+    ({"max_copy_concurrency": "4"}, TypeError), ({"run_payload_copies_in_thread": 1}, TypeError),
+    ({"payload_copier": 3}, TypeError),
+])  # fmt: skip
 def test_wrong_settings_are_refused_by_name(
     settings: dict[str, Any], error: type[Exception]
 ) -> None:

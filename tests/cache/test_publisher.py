@@ -189,21 +189,13 @@ async def test_closing_names_copies_that_are_late() -> None:
     await settle()
 
 
-@pytest.mark.parametrize(
-    "settings, error",
-    [
-        ({"max_pending_tasks": 0}, ValueError),
-        ({"lock_stripes": 0}, ValueError),
-        ({"lock_stripes": True}, TypeError),
-        ({"max_copy_concurrency": 0}, ValueError),
-        ({"observation_policy": 1.0}, TypeError),
-        ({"authority_resolver": {}}, TypeError),
-        ({"clock": 5}, TypeError),
-        ({"policy_resolver": POLICY}, TypeError),
-        ({"metrics": print}, TypeError),
-        ({"events": None}, TypeError),
-    ],
-)
+@pytest.mark.parametrize("settings, error", [
+    ({"max_pending_tasks": 0}, ValueError), ({"lock_stripes": 0}, ValueError),
+    ({"lock_stripes": True}, TypeError), ({"max_copy_concurrency": 0}, ValueError),
+    ({"observation_policy": 1.0}, TypeError), ({"authority_resolver": {}}, TypeError),
+    ({"clock": 5}, TypeError), ({"policy_resolver": POLICY}, TypeError),
+    ({"metrics": print}, TypeError), ({"events": None}, TypeError),
+])  # fmt: skip
 def test_wrong_settings_are_refused_by_name(
     settings: dict[str, Any], error: type[Exception]
 ) -> None:

@@ -317,20 +317,11 @@ async def test_what_could_be_changed_is_copied_both_ways(copies: PayloadCopies, 
     assert repr(first) == repr(copy.deepcopy(value)) or isinstance(value, datetime.datetime)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        {Named("a"): 1},
-        {Named("a")},
-        [{Named("a")}],
-        {Named("a"): [Named("b")], "c": 1},
-        dict.fromkeys([*range(20), Named("a")]),
-        frozenset({Named("a")}),
-        {(Named("a"), 1): 1},
-        {Trade(Named("a")): 1},
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("value", [
+    {Named("a"): 1}, {Named("a")}, [{Named("a")}], {Named("a"): [Named("b")], "c": 1},
+    dict.fromkeys([*range(20), Named("a")]), frozenset({Named("a")}), {(Named("a"), 1): 1},
+    {Trade(Named("a")): 1},
+], ids=repr)  # fmt: skip
 async def test_objects_used_as_keys_are_copied_too(copies: PayloadCopies, value: Any) -> None:
     """A key that compares by value can still be changed; it is found again by its hash."""
     payload, kind = await seal(copies, value)
@@ -649,18 +640,10 @@ def test_what_is_looked_at_to_find_code_of_an_application_is_bounded() -> None:
         assert sealing.doubtful_class([large]) is not None
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        collections.deque([1]),
-        collections.OrderedDict(a=1),
-        collections.defaultdict(list, a=[1]),
-        ipaddress.ip_network("10.0.0.0/8"),
-        collections.Counter("abc"),
-        array.array("i", [1]),
-    ],
-    ids=lambda value: type(value).__name__,
-)
+@pytest.mark.parametrize("value", [
+    collections.deque([1]), collections.OrderedDict(a=1), collections.defaultdict(list, a=[1]),
+    ipaddress.ip_network("10.0.0.0/8"), collections.Counter("abc"), array.array("i", [1]),
+], ids=lambda value: type(value).__name__)  # fmt: skip
 async def test_a_small_object_of_unknown_type_takes_no_thread_for_its_readers(
     copies: PayloadCopies, monkeypatch: pytest.MonkeyPatch, value: Any
 ) -> None:
@@ -683,18 +666,10 @@ async def test_a_copier_once_sent_to_threads_stays_there(monkeypatch: pytest.Mon
         assert copies.open_now(payload, kind, context="test") is OFFLOADED
 
 
-@pytest.mark.parametrize(
-    "copier, wanted, reads_back",
-    [
-        (None, None, True),
-        (None, True, True),
-        (None, False, False),
-        (deepcopy_payload, None, True),
-        (copy.deepcopy, None, False),
-        (copy.deepcopy, True, True),
-        (copy.deepcopy, False, False),
-    ],
-)
+@pytest.mark.parametrize("copier, wanted, reads_back", [
+    (None, None, True), (None, True, True), (None, False, False), (deepcopy_payload, None, True),
+    (copy.deepcopy, None, False), (copy.deepcopy, True, True), (copy.deepcopy, False, False),
+])  # fmt: skip
 async def test_threads_are_used_as_told(copier: Any, wanted: bool | None, reads_back: bool) -> None:
     """None is automatic: for the default copier where it takes long, for another one never."""
     copies = PayloadCopies("cache", copier=copier, run_in_thread=wanted)

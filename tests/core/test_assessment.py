@@ -98,14 +98,10 @@ def test_what_is_closed_or_cannot_close_is_critical(fact: str, reason: BuilderHe
     assert verdict.findings == (BuilderHealthFinding(reason, CRITICAL, fact, True, True),)
 
 
-@pytest.mark.parametrize(
-    "buffer, stopped",
-    [
-        (Buffer(), False),
-        (Buffer(worker_alive=False), True),
-        (Buffer(worker_alive=False, closed=True), False),
-    ],
-)
+@pytest.mark.parametrize("buffer, stopped", [
+    (Buffer(), False), (Buffer(worker_alive=False), True),
+    (Buffer(worker_alive=False, closed=True), False),
+])  # fmt: skip
 def test_an_open_buffer_that_nobody_empties_is_critical(buffer: Buffer, stopped: bool) -> None:
     expected = [(Reason.OBSERVABILITY_WORKER_STOPPED, CRITICAL, False, None, "events")]
     assert found(health(observability_buffers={"events": buffer})) == expected * stopped
@@ -148,16 +144,10 @@ def test_waiting_is_judged_by_component(waiting: int, expected: list[tuple[Any, 
     assert found(facts) == [(Reason.PAYLOAD_COPY_CAPACITY_WAITING, *rest) for rest in expected]
 
 
-@pytest.mark.parametrize(
-    "pending, limit, expected",
-    [
-        (49, 100, []),
-        (50, 100, [(DEGRADED, 0.5, 0.5, "")]),
-        (89, 100, [(DEGRADED, 0.89, 0.5, "")]),
-        (90, 100, [(CRITICAL, 0.9, 0.9, "")]),
-        (5, None, []),
-    ],
-)
+@pytest.mark.parametrize("pending, limit, expected", [
+    (49, 100, []), (50, 100, [(DEGRADED, 0.5, 0.5, "")]), (89, 100, [(DEGRADED, 0.89, 0.5, "")]),
+    (90, 100, [(CRITICAL, 0.9, 0.9, "")]), (5, None, []),
+])  # fmt: skip
 def test_a_submission_backlog_is_judged_by_its_share_of_the_limit(
     pending: int, limit: int | None, expected: list[tuple[Any, ...]]
 ) -> None:
@@ -253,17 +243,10 @@ GROWTH = [
 
 
 @pytest.mark.parametrize("counter, reason", GROWTH)
-@pytest.mark.parametrize(
-    "grown, expected",
-    [
-        (-3, []),
-        (0, []),
-        (1, [(DEGRADED, 1, 1, "")]),
-        (4, [(DEGRADED, 4, 1, "")]),
-        (5, [(CRITICAL, 5, 5, "")]),
-        (9, [(CRITICAL, 9, 5, "")]),
-    ],
-)
+@pytest.mark.parametrize("grown, expected", [
+    (-3, []), (0, []), (1, [(DEGRADED, 1, 1, "")]), (4, [(DEGRADED, 4, 1, "")]),
+    (5, [(CRITICAL, 5, 5, "")]), (9, [(CRITICAL, 9, 5, "")]),
+])  # fmt: skip
 def test_a_counter_is_judged_by_its_growth(
     counter: str, reason: BuilderHealthReason, grown: int, expected: list[tuple[Any, ...]]
 ) -> None:
@@ -328,52 +311,33 @@ def test_a_reason_found_twice_is_given_once() -> None:
     assert verdict.reasons == (Reason.OBSERVABILITY_BACKLOG_HIGH,)
 
 
-@pytest.mark.parametrize(
-    "policy, facts, expected",
-    [
-        ({"capacity_waiting_degraded": 3}, {"waiting_for_capacity": 2}, HEALTHY),
-        (
-            {"capacity_waiting_critical_ratio": 2.5},
-            {"waiting_for_capacity": 4, "capacity": {"rest": Limiter(2, 4)}},
-            DEGRADED,
-        ),
-        ({"copy_waiting_degraded": 3}, {"waiting_for_copy_capacity": 2}, HEALTHY),
-        (
-            {"copy_waiting_critical_ratio": 0.25},
-            {
-                "waiting_for_copy_capacity": 1,
-                "payload_copy_components": {
-                    "cache": PayloadCopyHealth(True, 4, waiting_for_capacity=1)
-                },
-            },
-            CRITICAL,
-        ),
-        (
-            {"submission_backlog_degraded_ratio": 0.2},
-            {"pending_submissions": 2, "max_pending_submissions": 10},
-            DEGRADED,
-        ),
-        (
-            {"submission_backlog_critical_ratio": 1.0},
-            {"pending_submissions": 9, "max_pending_submissions": 10},
-            DEGRADED,
-        ),
-        (
-            {"observability_backlog_degraded_ratio": 0.2},
-            {"observability_buffers": {"events": Buffer(2)}},
-            DEGRADED,
-        ),
-        (
-            {"observability_backlog_critical_ratio": 0.6},
-            {"observability_buffers": {"events": Buffer(6)}},
-            CRITICAL,
-        ),
-        ({"counter_delta_degraded": 2}, {"queue_timeout_count": 1}, HEALTHY),
-        ({"deadline_cuts_degraded": 4}, {"sources": {"a": Slow(3)}}, HEALTHY),
-        ({"deadline_cuts_degraded": 1}, {"sources": {"a": Slow(1)}}, DEGRADED),
-        ({"counter_delta_critical": 2}, {"queue_timeout_count": 2}, CRITICAL),
-    ],
-)
+QUEUED = {"waiting_for_capacity": 4, "capacity": {"rest": Limiter(2, 4)}}
+WAITING = PayloadCopyHealth(True, 4, waiting_for_capacity=1)
+COPYING = {"waiting_for_copy_capacity": 1, "payload_copy_components": {"cache": WAITING}}
+
+
+def backlog(pending: int) -> dict[str, Any]:
+    return {"pending_submissions": pending, "max_pending_submissions": 10}
+
+
+def buffered(pending: int) -> dict[str, Any]:
+    return {"observability_buffers": {"events": Buffer(pending)}}
+
+
+@pytest.mark.parametrize("policy, facts, expected", [
+    ({"capacity_waiting_degraded": 3}, {"waiting_for_capacity": 2}, HEALTHY),
+    ({"capacity_waiting_critical_ratio": 2.5}, QUEUED, DEGRADED),
+    ({"copy_waiting_degraded": 3}, {"waiting_for_copy_capacity": 2}, HEALTHY),
+    ({"copy_waiting_critical_ratio": 0.25}, COPYING, CRITICAL),
+    ({"submission_backlog_degraded_ratio": 0.2}, backlog(2), DEGRADED),
+    ({"submission_backlog_critical_ratio": 1.0}, backlog(9), DEGRADED),
+    ({"observability_backlog_degraded_ratio": 0.2}, buffered(2), DEGRADED),
+    ({"observability_backlog_critical_ratio": 0.6}, buffered(6), CRITICAL),
+    ({"counter_delta_degraded": 2}, {"queue_timeout_count": 1}, HEALTHY),
+    ({"deadline_cuts_degraded": 4}, {"sources": {"a": Slow(3)}}, HEALTHY),
+    ({"deadline_cuts_degraded": 1}, {"sources": {"a": Slow(1)}}, DEGRADED),
+    ({"counter_delta_critical": 2}, {"queue_timeout_count": 2}, CRITICAL),
+])  # fmt: skip
 def test_every_threshold_can_be_set(
     policy: dict[str, Any], facts: dict[str, Any], expected: BuilderHealthSeverity
 ) -> None:

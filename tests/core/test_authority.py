@@ -43,17 +43,12 @@ def test_ranks_are_kept_apart_from_what_was_given() -> None:
         policy.source_ranks["exchange"] = 0  # type: ignore[index]
 
 
-@pytest.mark.parametrize(
-    "arguments, error, name",
-    [
-        (([("a", 1)],), TypeError, "source_ranks"),
-        (({1: 1},), TypeError, "source_ranks key"),
-        (({"": 1},), ValueError, "source_ranks key"),
-        (({"a": 1.0},), TypeError, r"source_ranks\['a'\]"),
-        (({"a": True},), TypeError, r"source_ranks\['a'\]"),
-        (({}, None), TypeError, "default_rank"),
-    ],
-)
+@pytest.mark.parametrize("arguments, error, name", [
+    (([("a", 1)],), TypeError, "source_ranks"), (({1: 1},), TypeError, "source_ranks key"),
+    (({"": 1},), ValueError, "source_ranks key"),
+    (({"a": 1.0},), TypeError, r"source_ranks\['a'\]"),
+    (({"a": True},), TypeError, r"source_ranks\['a'\]"), (({}, None), TypeError, "default_rank"),
+])  # fmt: skip
 def test_a_policy_is_checked(arguments: Any, error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=f"^{name} must be"):
         SourceAuthorityPolicy(*arguments)
@@ -70,18 +65,13 @@ def test_an_override_goes_before_the_dynamic_answer_and_that_before_the_default(
     assert resolver.resolve(KEY).default_rank == 2
 
 
-@pytest.mark.parametrize(
-    "resolver, ruled",
-    [
-        (AuthorityPolicyResolver(), False),
-        (AuthorityPolicyResolver(SourceAuthorityPolicy({})), False),
-        (AuthorityPolicyResolver(POLICY), True),
-        (AuthorityPolicyResolver(None, {KEY: POLICY}), True),
-        (AuthorityPolicyResolver(None, None, lambda key: None), True),
-        (Ranks(), True),
-        (Chosen(), True),
-    ],
-)
+@pytest.mark.parametrize("resolver, ruled", [
+    (AuthorityPolicyResolver(), False),
+    (AuthorityPolicyResolver(SourceAuthorityPolicy({})), False),
+    (AuthorityPolicyResolver(POLICY), True), (AuthorityPolicyResolver(None, {KEY: POLICY}), True),
+    (AuthorityPolicyResolver(None, None, lambda key: None), True), (Ranks(), True),
+    (Chosen(), True),
+])  # fmt: skip
 def test_there_are_rules_as_soon_as_a_rank_may_differ_from_zero(
     resolver: AuthorityPolicyResolver, ruled: bool
 ) -> None:
@@ -92,14 +82,10 @@ def test_a_resolver_without_rules_ranks_everybody_zero() -> None:
     assert AuthorityPolicyResolver().rank_for(KEY, "anyone") == 0
 
 
-@pytest.mark.parametrize(
-    "arguments, name",
-    [
-        (({"a": 1},), "default"),
-        ((POLICY, {KEY: 5}), r"overrides\[n:a\]"),
-        ((POLICY, {}, POLICY), "dynamic"),
-    ],
-)
+@pytest.mark.parametrize("arguments, name", [
+    (({"a": 1},), "default"), ((POLICY, {KEY: 5}), r"overrides\[n:a\]"),
+    ((POLICY, {}, POLICY), "dynamic"),
+])  # fmt: skip
 def test_a_resolver_is_checked(arguments: Any, name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be"):
         AuthorityPolicyResolver(*arguments)

@@ -71,19 +71,13 @@ def test_a_newer_schema_satisfies_an_older_requirement() -> None:
         newer.require(schemas={"builder_health": 4})
 
 
-@pytest.mark.parametrize(
-    "wrong, kind",
-    [
-        ({"features": "snapshot_requests"}, TypeError),
-        ({"features": 3}, TypeError),
-        ({"features": [3]}, TypeError),
-        ({"schemas": ["builder_health"]}, TypeError),
-        ({"schemas": {"builder_health": True}}, TypeError),
-        ({"schemas": {"builder_health": "1"}}, TypeError),
-        ({"schemas": {"builder_health": 0}}, ValueError),
-        ({"schemas": {3: 1}}, TypeError),
-    ],
-)
+@pytest.mark.parametrize("wrong, kind", [
+    ({"features": "snapshot_requests"}, TypeError), ({"features": 3}, TypeError),
+    ({"features": [3]}, TypeError), ({"schemas": ["builder_health"]}, TypeError),
+    ({"schemas": {"builder_health": True}}, TypeError),
+    ({"schemas": {"builder_health": "1"}}, TypeError),
+    ({"schemas": {"builder_health": 0}}, ValueError), ({"schemas": {3: 1}}, TypeError),
+])  # fmt: skip
 def test_a_wrong_requirement_is_named(wrong: dict[str, Any], kind: type[Exception]) -> None:
     with pytest.raises(kind, match=next(iter(wrong))):
         require_capabilities(**wrong)

@@ -19,20 +19,12 @@ from coalestra.core.errors import (
 from tests.support.running import without_collector
 
 
-@pytest.mark.parametrize(
-    "message, line",
-    [
-        ("plain", "plain"),
-        ("  two\r\n\tlines\x0b here ", "two lines here"),
-        ("", "<no message>"),
-        (" \n\t ", "<no message>"),
-        ("x" * 300, "x" * 300),
-        ("x" * 301, "x" * 297 + "..."),
-        ("a " * 5_000_000, "a " * 148 + "a..."),
-        ("\x1b[31mred\0", "\\x1b[31mred\\x00"),
-        ("half a \udcff pair", "half a \\udcff pair"),
-    ],
-)
+@pytest.mark.parametrize("message, line", [
+    ("plain", "plain"), ("  two\r\n\tlines\x0b here ", "two lines here"), ("", "<no message>"),
+    (" \n\t ", "<no message>"), ("x" * 300, "x" * 300), ("x" * 301, "x" * 297 + "..."),
+    ("a " * 5_000_000, "a " * 148 + "a..."), ("\x1b[31mred\0", "\\x1b[31mred\\x00"),
+    ("half a \udcff pair", "half a \\udcff pair"),
+])  # fmt: skip
 def test_a_message_is_folded_into_one_line_of_300_characters(message: str, line: str) -> None:
     assert folded_message(message) == line
 

@@ -71,16 +71,10 @@ def test_qualifiers_may_be_pairs_and_are_kept_as_sorted_strings() -> None:
     assert ResourceKey("n", "k", "", {}).qualifiers == ()
 
 
-@pytest.mark.parametrize(
-    "arguments, part",
-    [
-        (("", "k"), "namespace"),
-        ((" ", "k"), "namespace"),
-        (("n", ""), "name"),
-        (("n", "\n"), "name"),
-        (("n", "k", "", {" ": 1}), "qualifier name"),
-    ],
-)
+@pytest.mark.parametrize("arguments, part", [
+    (("", "k"), "namespace"), ((" ", "k"), "namespace"), (("n", ""), "name"),
+    (("n", "\n"), "name"), (("n", "k", "", {" ": 1}), "qualifier name"),
+])  # fmt: skip
 def test_an_empty_part_is_a_value_error_that_names_it(arguments: Any, part: str) -> None:
     with pytest.raises(ValueError, match=f"^{part} must be a non-empty string"):
         ResourceKey(*arguments)
@@ -93,20 +87,12 @@ def test_a_qualifier_name_given_twice_after_normalizing_is_a_value_error() -> No
         ResourceKey.legacy("n", "k", "", {"A": 1, "a": 1})
 
 
-@pytest.mark.parametrize(
-    "arguments, part",
-    [
-        ((1, "k"), "namespace"),
-        (("n", None), "name"),
-        (("n", b"k"), "name"),
-        (("n", "k", 7), "subject"),
-        (("n", "k", "", "ab"), "qualifiers"),
-        (("n", "k", "", 5), "qualifiers"),
-        (("n", "k", "", ["ab"]), "qualifiers"),
-        (("n", "k", "", [("a", 1, 2)]), "qualifiers"),
-        (("n", "k", "", {1: 2}), "qualifier name"),
-    ],
-)
+@pytest.mark.parametrize("arguments, part", [
+    ((1, "k"), "namespace"), (("n", None), "name"), (("n", b"k"), "name"),
+    (("n", "k", 7), "subject"), (("n", "k", "", "ab"), "qualifiers"),
+    (("n", "k", "", 5), "qualifiers"), (("n", "k", "", ["ab"]), "qualifiers"),
+    (("n", "k", "", [("a", 1, 2)]), "qualifiers"), (("n", "k", "", {1: 2}), "qualifier name"),
+])  # fmt: skip
 @pytest.mark.parametrize("normalizer", [None, LEGACY_KEY_NORMALIZER])
 def test_a_part_of_another_type_is_a_type_error_that_names_it(
     arguments: Any, part: str, normalizer: KeyNormalizer | None
@@ -175,17 +161,12 @@ def test_equality_and_hash_ignore_the_normalizer() -> None:
     assert {plain: 1}[legacy] == 1
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        ResourceKey("other", "price", "BTC", KEY.qualifiers),
-        ResourceKey("market", "other", "BTC", KEY.qualifiers),
-        ResourceKey("market", "price", "ETH", KEY.qualifiers),
-        ResourceKey("market", "price", "BTC"),
-        ("market", "price", "BTC", KEY.qualifiers),
-        str(KEY),
-    ],
-)
+@pytest.mark.parametrize("other", [
+    ResourceKey("other", "price", "BTC", KEY.qualifiers),
+    ResourceKey("market", "other", "BTC", KEY.qualifiers),
+    ResourceKey("market", "price", "ETH", KEY.qualifiers), ResourceKey("market", "price", "BTC"),
+    ("market", "price", "BTC", KEY.qualifiers), str(KEY),
+])  # fmt: skip
 def test_a_key_is_equal_to_nothing_that_differs_in_a_part(other: object) -> None:
     assert other != KEY
     assert KEY.__eq__(other) in (False, NotImplemented)
@@ -276,15 +257,10 @@ def test_the_canonical_text_is_one_keys_alone(one: ResourceKey, other: ResourceK
     assert (one.canonical == other.canonical) == (one == other)
 
 
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        (("a", "b:c"), ("a", "b", "c")),
-        (("a", "b", "c?d=e"), ("a", "b", "c", {"d": "e"})),
-        (("a:b", "c"), ("a", "b:c")),
-        (("a", "b?c=d"), ("a", "b", "", {"c": "d"})),
-    ],
-)
+@pytest.mark.parametrize("one, other", [
+    (("a", "b:c"), ("a", "b", "c")), (("a", "b", "c?d=e"), ("a", "b", "c", {"d": "e"})),
+    (("a:b", "c"), ("a", "b:c")), (("a", "b?c=d"), ("a", "b", "", {"c": "d"})),
+])  # fmt: skip
 def test_keys_of_one_text_differ_canonically(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
     assert str(ResourceKey(*one)) == str(ResourceKey(*other))
     assert ResourceKey(*one).canonical != ResourceKey(*other).canonical

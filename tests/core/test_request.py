@@ -299,16 +299,11 @@ def test_a_result_is_frozen_compares_and_copies_and_shows_no_payload() -> None:
     assert "must be observed within 5 s" in pickle.loads(pickle.dumps(rejected)).reason
 
 
-@pytest.mark.parametrize(
-    "arguments, name",
-    [
-        ((REQUEST, None), "snapshot"),
-        ((REQUEST, {}), "snapshot"),
-        ((REQUEST, None, KeyboardInterrupt()), "error"),
-        ((REQUEST, None, "down"), "error"),
-        ((A, None, ValueError()), "request"),
-    ],
-)
+@pytest.mark.parametrize("arguments, name", [
+    ((REQUEST, None), "snapshot"), ((REQUEST, {}), "snapshot"),
+    ((REQUEST, None, KeyboardInterrupt()), "error"), ((REQUEST, None, "down"), "error"),
+    ((A, None, ValueError()), "request"),
+])  # fmt: skip
 def test_a_result_of_another_type_is_a_type_error(arguments: Any, name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be"):
         RequestResult(*arguments)

@@ -155,17 +155,11 @@ def test_frozen_mappings_are_taken_over_as_they_are() -> None:
     assert Snapshot("id", 1.0, resources).resources is resources
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        SNAPSHOT,
-        Snapshot("id", 1.0, {A: value(A, [1])}),
-        FetchContext(1.0, 2.0, 3.0, {"a": 1}, "id"),
-        SNAPSHOT.diagnostics,
-        SnapshotDiagnostics(cache_hits=3, source_latency_ms_by_source={"rest": 1.5}),
-        SNAPSHOT[A],
-    ],
-)
+@pytest.mark.parametrize("record", [
+    SNAPSHOT, Snapshot("id", 1.0, {A: value(A, [1])}), FetchContext(1.0, 2.0, 3.0, {"a": 1}, "id"),
+    SNAPSHOT.diagnostics,
+    SnapshotDiagnostics(cache_hits=3, source_latency_ms_by_source={"rest": 1.5}), SNAPSHOT[A],
+])  # fmt: skip
 def test_every_record_of_a_snapshot_can_be_copied_pickled_and_replaced(record: Any) -> None:
     alike = [copy.copy(record), dataclasses.replace(record)]
     if record is not SNAPSHOT:  # its errors are equal to nothing but themselves

@@ -74,17 +74,10 @@ def test_a_transport_timeout_is_only_for_sources_that_block(declared: Any) -> No
 
 
 @pytest.mark.parametrize("setting", ["transport_timeout_seconds", "timeout_seconds"])
-@pytest.mark.parametrize(
-    "value, kind",
-    [
-        (0, ValueError),
-        (-1.0, ValueError),
-        (float("nan"), ValueError),
-        (float("inf"), ValueError),
-        (True, TypeError),
-        ("1", TypeError),
-    ],
-)
+@pytest.mark.parametrize("value, kind", [
+    (0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), (float("inf"), ValueError),
+    (True, TypeError), ("1", TypeError),
+])  # fmt: skip
 def test_a_timeout_is_a_positive_number(setting: str, value: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=f"{setting} of source 'rest'"):
         inspect_source_timeout_guarantee(blocking(**{setting: value}))

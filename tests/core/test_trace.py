@@ -133,18 +133,14 @@ def test_a_key_that_a_trace_does_not_hold_is_a_key_error() -> None:
         replace(EMPTY, omitted_keys=1200).explain(A)
 
 
-@pytest.mark.parametrize(
-    "outcome, words",
-    [
-        ("success", "succeeded in 10.0 ms"),
-        ("failure", "failed after 10.0 ms"),
-        ("timeout", "timed out after 10.0 ms"),
-        ("deadline", "was ended by the deadline after 10.0 ms"),
-        ("abandoned", "was given up after 10.0 ms"),
-        ("under_way", "was still under way after 10.0 ms"),
-        ("as yet unheard of", "ended as as yet unheard of after 10.0 ms"),
-    ],
-)
+@pytest.mark.parametrize("outcome, words", [
+    ("success", "succeeded in 10.0 ms"), ("failure", "failed after 10.0 ms"),
+    ("timeout", "timed out after 10.0 ms"),
+    ("deadline", "was ended by the deadline after 10.0 ms"),
+    ("abandoned", "was given up after 10.0 ms"),
+    ("under_way", "was still under way after 10.0 ms"),
+    ("as yet unheard of", "ended as as yet unheard of after 10.0 ms"),
+])  # fmt: skip
 def test_the_end_of_an_attempt_is_told(outcome: str, words: str) -> None:
     failed = KeyTrace(A, Obtained.FAILED, 0.0, 0.01, calls=(0,))
     assert f"The call of 'quotes' {words}." in told(failed, call(attempt(outcome=outcome)))
@@ -325,30 +321,13 @@ def test_a_sentence_keeps_to_one_line_whatever_an_error_says() -> None:
     assert len(text) < 800
 
 
-@pytest.mark.parametrize(
-    "seconds, words",
-    [
-        (0.0, "0 ms"),
-        (0.000_000_4, "0 ms"),
-        (0.000_001, "0.001 ms"),
-        (0.000_999_4, "0.999 ms"),
-        (0.000_999_6, "1.0 ms"),
-        (0.0421, "42.1 ms"),
-        (0.999_94, "999.9 ms"),
-        (0.999_96, "1.00 s"),
-        (9.994, "9.99 s"),
-        (9.996, "10.0 s"),
-        (99.94, "99.9 s"),
-        (99.96, "1 min 40 s"),
-        (120.0, "2 min"),
-        (5999.4, "99 min 59 s"),
-        (6000.0, "1 h 40 min"),
-        (86_400.0 * 3, "72 h"),
-        (86_400.0 * 5, "5 d"),
-        (1e300, "1e+300 s"),
-        (-0.004, "-4.0 ms"),
-    ],
-)
+@pytest.mark.parametrize("seconds, words", [
+    (0.0, "0 ms"), (0.000_000_4, "0 ms"), (0.000_001, "0.001 ms"), (0.000_999_4, "0.999 ms"),
+    (0.000_999_6, "1.0 ms"), (0.0421, "42.1 ms"), (0.999_94, "999.9 ms"), (0.999_96, "1.00 s"),
+    (9.994, "9.99 s"), (9.996, "10.0 s"), (99.94, "99.9 s"), (99.96, "1 min 40 s"),
+    (120.0, "2 min"), (5999.4, "99 min 59 s"), (6000.0, "1 h 40 min"), (86_400.0 * 3, "72 h"),
+    (86_400.0 * 5, "5 d"), (1e300, "1e+300 s"), (-0.004, "-4.0 ms"),
+])  # fmt: skip
 def test_a_length_of_time_is_written_in_words_that_suit_it(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 

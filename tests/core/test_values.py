@@ -77,17 +77,13 @@ class TestUpdate:
         assert (update.observed_at, update.metadata) == (1.0, {"a": 1})
         assert ResourceUpdate(KEY, 5, "feed").observed_at is None
 
-    @pytest.mark.parametrize(
-        "arguments, error, name",
-        [
-            (("n:a", 5, "feed"), TypeError, "key"),
-            ((KEY, 5, None), TypeError, "source"),
-            ((KEY, 5, " "), ValueError, "source"),
-            ((KEY, 5, "feed", math.nan), ValueError, "observed_at"),
-            ((KEY, 5, "feed", True), TypeError, "observed_at"),
-            ((KEY, 5, "feed", 1.0, [1]), TypeError, "metadata"),
-        ],
-    )
+    @pytest.mark.parametrize("arguments, error, name", [
+        (("n:a", 5, "feed"), TypeError, "key"), ((KEY, 5, None), TypeError, "source"),
+        ((KEY, 5, " "), ValueError, "source"),
+        ((KEY, 5, "feed", math.nan), ValueError, "observed_at"),
+        ((KEY, 5, "feed", True), TypeError, "observed_at"),
+        ((KEY, 5, "feed", 1.0, [1]), TypeError, "metadata"),
+    ])  # fmt: skip
     def test_it_is_checked(self, arguments: Any, error: type[Exception], name: str) -> None:
         with pytest.raises(error, match=f"^{name} must be"):
             ResourceUpdate(*arguments)

@@ -496,15 +496,10 @@ class Rude:
         return 5  # type: ignore[return-value]  # as some do
 
 
-@pytest.mark.parametrize(
-    "value,shown",
-    [
-        (5, "5"),
-        ({"a": [1, 2]}, "{'a': [1, 2]}"),
-        (Unruly(), "<Unruly instance at "),
-        (Rude(), "<Rude instance at "),
-    ],
-)
+@pytest.mark.parametrize("value,shown", [
+    (5, "5"), ({"a": [1, 2]}, "{'a': [1, 2]}"), (Unruly(), "<Unruly instance at "),
+    (Rude(), "<Rude instance at "),
+])  # fmt: skip
 def test_values_are_shown_by_their_repr_whatever_that_does(value: Any, shown: str) -> None:
     (each,) = told_values([value_of(payload=value)], Names(show=True), 0.0, True)
     assert each["value"].startswith(shown)

@@ -152,15 +152,10 @@ async def test_it_finds_its_paths_wherever_it_is_mounted(root: str, path: str) -
     assert (await get(page_of(), path, root_path=root)).status == 200
 
 
-@pytest.mark.parametrize(
-    "root,path,location",
-    [
-        ("/ops/inspect", "/ops/inspect", "inspect/"),
-        ("/inspect", "/inspect", "inspect/"),
-        ("/a b", "/a b", "a%20b/"),
-        ("", "", "/"),
-    ],
-)
+@pytest.mark.parametrize("root,path,location", [
+    ("/ops/inspect", "/ops/inspect", "inspect/"), ("/inspect", "/inspect", "inspect/"),
+    ("/a b", "/a b", "a%20b/"), ("", "", "/"),
+])  # fmt: skip
 async def test_without_its_last_slash_it_leads_there(root: str, path: str, location: str) -> None:
     answer = await get(page_of(), path, root_path=root)
     assert (answer.status, answer.headers["location"]) == (307, location)
@@ -686,18 +681,11 @@ async def test_a_look_is_told_on_another_thread_too(monkeypatch: pytest.MonkeyPa
 # What it is made with -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "setting,value,error",
-    [
-        ("authorize", "everyone", TypeError),
-        ("title", "", ValueError),
-        ("title", 7, TypeError),
-        ("show_values", 1, TypeError),
-        ("show_subjects", "yes", TypeError),
-        ("interval_seconds", 0, ValueError),
-        ("interval_seconds", True, TypeError),
-    ],
-)
+@pytest.mark.parametrize("setting,value,error", [
+    ("authorize", "everyone", TypeError), ("title", "", ValueError), ("title", 7, TypeError),
+    ("show_values", 1, TypeError), ("show_subjects", "yes", TypeError),
+    ("interval_seconds", 0, ValueError), ("interval_seconds", True, TypeError),
+])  # fmt: skip
 def test_a_wrong_setting_is_refused_by_name(setting: str, value: Any, error: type) -> None:
     with pytest.raises(error, match=setting):
         app(SnapshotBuilder([Single("k")]), **{setting: value})

@@ -297,17 +297,10 @@ async def test_a_port_that_is_taken_is_an_error_at_once() -> None:
             await serve(hello, port=server.port).__aenter__()
 
 
-@pytest.mark.parametrize(
-    "settings,error",
-    [
-        ({"port": -1}, ValueError),
-        ({"port": 70_000}, ValueError),
-        ({"port": "8089"}, TypeError),
-        ({"port": True}, TypeError),
-        ({"host": ""}, ValueError),
-        ({"host": None}, TypeError),
-    ],
-)
+@pytest.mark.parametrize("settings,error", [
+    ({"port": -1}, ValueError), ({"port": 70_000}, ValueError), ({"port": "8089"}, TypeError),
+    ({"port": True}, TypeError), ({"host": ""}, ValueError), ({"host": None}, TypeError),
+])  # fmt: skip
 def test_a_wrong_address_is_refused_by_name(settings: Any, error: type[Exception]) -> None:
     (name,) = settings
     with pytest.raises(error, match=name):

@@ -97,17 +97,11 @@ def test_levels_can_be_set_by_type_of_event(caplog: pytest.LogCaptureFixture) ->
     ]
 
 
-@pytest.mark.parametrize(
-    "levels, error",
-    [
-        ([("cache_hit", 10)], TypeError),
-        ({"cache_hit": 1.5}, TypeError),
-        ({"cache_hit": True}, TypeError),
-        ({"cache_hit": "loud"}, ValueError),
-        ({"cache_hit": -1}, ValueError),
-        ({"": 10}, ValueError),
-    ],
-)
+@pytest.mark.parametrize("levels, error", [
+    ([("cache_hit", 10)], TypeError), ({"cache_hit": 1.5}, TypeError),
+    ({"cache_hit": True}, TypeError), ({"cache_hit": "loud"}, ValueError),
+    ({"cache_hit": -1}, ValueError), ({"": 10}, ValueError),
+])  # fmt: skip
 def test_a_level_that_logging_does_not_know_is_refused(levels: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="^levels"):
         LoggingEventSink(levels=levels)

@@ -33,18 +33,12 @@ def raised(error: BaseException, below: Callable[[], object] = lambda: None) -> 
         return caught
 
 
-@pytest.mark.parametrize(
-    "kind, attributes, name",
-    [
-        ("build", BUILD, "build snapshot"),
-        ("resolve", BUILD, "resolve snapshot"),
-        ("revalidate", BUILD, "revalidate snapshot"),
-        ("refresh", BUILD, "refresh resources"),
-        ("call", CALL, "fetch_many rates"),
-        ("call", {**CALL, "source_kind": "single"}, "fetch rates"),
-        ("call", {**CALL, "source_kind": "derived"}, "derive rates"),
-    ],
-)
+@pytest.mark.parametrize("kind, attributes, name", [
+    ("build", BUILD, "build snapshot"), ("resolve", BUILD, "resolve snapshot"),
+    ("revalidate", BUILD, "revalidate snapshot"), ("refresh", BUILD, "refresh resources"),
+    ("call", CALL, "fetch_many rates"), ("call", {**CALL, "source_kind": "single"}, "fetch rates"),
+    ("call", {**CALL, "source_kind": "derived"}, "derive rates"),
+])  # fmt: skip
 def test_a_span_is_named_after_what_is_done_and_to_what_kind_of_thing(
     spans: Spans, tracer: OpenTelemetryTracer, kind: str, attributes: dict[str, object], name: str
 ) -> None:

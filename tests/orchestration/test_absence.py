@@ -237,17 +237,10 @@ async def test_one_that_is_final_ends_the_chain() -> None:
     assert second.calls == []
 
 
-@pytest.mark.parametrize(
-    "answers",
-    [
-        (DOWN, NONE),
-        (NONE, DOWN),
-        (DOWN, ResourceAbsent(final=True)),
-        (NONE, DOWN, NONE),
-        (SourcePayload("old", observed_at=0.0), NONE),
-    ],
-    ids=lambda answers: " ".join(type(answer).__name__ for answer in answers),
-)
+@pytest.mark.parametrize("answers", [
+    (DOWN, NONE), (NONE, DOWN), (DOWN, ResourceAbsent(final=True)), (NONE, DOWN, NONE),
+    (SourcePayload("old", observed_at=0.0), NONE),
+], ids=lambda answers: " ".join(type(answer).__name__ for answer in answers))  # fmt: skip
 async def test_a_source_that_failed_might_have_had_it(answers: tuple[Any, ...]) -> None:
     """Then nobody knows, and the absence is one of the reasons."""
     building, _ = chain(*answers)
@@ -317,19 +310,12 @@ async def test_it_is_remembered_for_as_long_as_the_source_says() -> None:
     assert (await attempt(building)).value(X) == "there"
 
 
-@pytest.mark.parametrize(
-    "answers, seconds",
-    [
-        ((NONE,), 0),
-        ((FOR_A_MINUTE, ResourceAbsent(ttl_seconds=10)), 10),
-        ((ResourceAbsent(ttl_seconds=10), FOR_A_MINUTE), 10),
-        ((FOR_A_MINUTE, NONE), 0),
-        ((NONE, FOR_A_MINUTE), 0),
-        ((FOR_A_MINUTE, ResourceAbsent(ttl_seconds=0)), 0),
-        ((ResourceAbsent(ttl_seconds=math.inf), FOR_A_MINUTE), 60),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("answers, seconds", [
+    ((NONE,), 0), ((FOR_A_MINUTE, ResourceAbsent(ttl_seconds=10)), 10),
+    ((ResourceAbsent(ttl_seconds=10), FOR_A_MINUTE), 10), ((FOR_A_MINUTE, NONE), 0),
+    ((NONE, FOR_A_MINUTE), 0), ((FOR_A_MINUTE, ResourceAbsent(ttl_seconds=0)), 0),
+    ((ResourceAbsent(ttl_seconds=math.inf), FOR_A_MINUTE), 60),
+], ids=repr)  # fmt: skip
 async def test_of_several_the_shortest_counts(answers: tuple[Any, ...], seconds: float) -> None:
     building, sources = chain(*answers)
     await attempt(building)

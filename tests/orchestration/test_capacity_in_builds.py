@@ -123,15 +123,10 @@ async def test_a_retry_joins_the_queue_behind_those_who_came_meanwhile() -> None
     assert order == ["fails", "other", "fails"]
 
 
-@pytest.mark.parametrize(
-    "timeout, queue_timeout, deadline, expected",
-    [
-        (100.0, 2.0, None, "SourceQueueTimeoutError"),
-        (2.0, None, None, "SourceQueueTimeoutError"),
-        (None, 2.0, 5.0, "SourceQueueTimeoutError"),
-        (None, 5.0, 2.0, "SnapshotDeadlineExceededError"),
-    ],
-)
+@pytest.mark.parametrize("timeout, queue_timeout, deadline, expected", [
+    (100.0, 2.0, None, "SourceQueueTimeoutError"), (2.0, None, None, "SourceQueueTimeoutError"),
+    (None, 2.0, 5.0, "SourceQueueTimeoutError"), (None, 5.0, 2.0, "SnapshotDeadlineExceededError"),
+])  # fmt: skip
 async def test_waiting_for_capacity_ends_by_whichever_limit_comes_first(
     timeout: float | None, queue_timeout: float | None, deadline: float | None, expected: str
 ) -> None:

@@ -75,16 +75,11 @@ class OrderlyCache(BatchAtomicCache):
     validates_write_order = True
 
 
-@pytest.mark.parametrize(
-    "make, expected",
-    [
-        (SingleKeyCache, {"get", "set"}),
-        (BatchCache, {"get_many", "set_many"}),
-        (AtomicCache, {"get", "set_if_newer"}),
-        (BatchAtomicCache, {"get_many", "set_many_if_newer"}),
-        (OrderlyCache, {"get_many", "set_many_if_newer"}),
-    ],
-)
+@pytest.mark.parametrize("make, expected", [
+    (SingleKeyCache, {"get", "set"}), (BatchCache, {"get_many", "set_many"}),
+    (AtomicCache, {"get", "set_if_newer"}), (BatchAtomicCache, {"get_many", "set_many_if_newer"}),
+    (OrderlyCache, {"get_many", "set_many_if_newer"}),
+])  # fmt: skip
 async def test_reads_and_writes_use_the_widest_methods(make: Make, expected: set[str]) -> None:
     cache = make()
     await builder(Batch("b"), cache=cache).build([key("b", str(n)) for n in range(4)])

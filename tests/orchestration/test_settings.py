@@ -157,17 +157,10 @@ def test_good_values_are_taken_and_others_refused_by_the_name_of_the_parameter(n
                 made(**{name: value})
 
 
-@pytest.mark.parametrize(
-    "called",
-    [
-        SnapshotBuilder,
-        CallableSource,
-        CallableBatchSource,
-        CallableDerivedSource,
-        ResourcePublisher,
-        BuilderSettings,
-    ],
-)
+@pytest.mark.parametrize("called", [
+    SnapshotBuilder, CallableSource, CallableBatchSource, CallableDerivedSource, ResourcePublisher,
+    BuilderSettings,
+])  # fmt: skip
 def test_an_unknown_argument_is_refused_in_the_name_of_what_was_called(called: Any) -> None:
     """Not of the record that has its arguments."""
     with pytest.raises(TypeError, match=rf"^{called.__name__}\.__init__\(\) .*argument"):
@@ -236,18 +229,12 @@ async def test_sinks_are_read_back_as_used_so_possibly_buffered() -> None:
 # Settings that do not go together
 
 
-@pytest.mark.parametrize(
-    "setting, kind",
-    [
-        ("policy_resolver", PolicyResolver),
-        ("authority_resolver", AuthorityPolicyResolver),
-        ("resilience_resolver", ResiliencePolicyResolver),
-        ("circuit_breaker", CircuitBreaker),
-        ("observation_policy", ObservationPolicy),
-        ("retry_policy", RetryPolicy),
-        ("clock", SystemClock),
-    ],
-)
+@pytest.mark.parametrize("setting, kind", [
+    ("policy_resolver", PolicyResolver), ("authority_resolver", AuthorityPolicyResolver),
+    ("resilience_resolver", ResiliencePolicyResolver), ("circuit_breaker", CircuitBreaker),
+    ("observation_policy", ObservationPolicy), ("retry_policy", RetryPolicy),
+    ("clock", SystemClock),
+])  # fmt: skip
 def test_what_is_given_is_taken_however_empty_it_may_look(setting: str, kind: Any) -> None:
     empty = type("Empty", (kind,), {"__bool__": lambda _: False})
     resolvers = setting in ("policy_resolver", "resilience_resolver")
@@ -342,23 +329,12 @@ def test_a_source_that_can_neither_fetch_nor_derive_is_refused_by_name() -> None
         SnapshotBuilder([made_of])
 
 
-@pytest.mark.parametrize(
-    "attribute, wrong",
-    [
-        ("timeout_seconds", 0),
-        ("timeout_seconds", NAN),
-        ("timeout_seconds", True),
-        ("queue_timeout_seconds", -1),
-        ("queue_timeout_seconds", "1"),
-        ("max_concurrency", 0),
-        ("max_concurrency", True),
-        ("max_batch_size", 0),
-        ("max_batch_size", 1.5),
-        ("priority", "high"),
-        ("priority", True),
-        ("resilience_policy", RetryPolicy()),
-    ],
-)
+@pytest.mark.parametrize("attribute, wrong", [
+    ("timeout_seconds", 0), ("timeout_seconds", NAN), ("timeout_seconds", True),
+    ("queue_timeout_seconds", -1), ("queue_timeout_seconds", "1"), ("max_concurrency", 0),
+    ("max_concurrency", True), ("max_batch_size", 0), ("max_batch_size", 1.5),
+    ("priority", "high"), ("priority", True), ("resilience_policy", RetryPolicy()),
+])  # fmt: skip
 def test_wrong_attributes_of_a_source_are_named(attribute: str, wrong: Any) -> None:
     source = Batch("b")
     setattr(source, attribute, wrong)
@@ -472,18 +448,13 @@ async def test_what_is_raised_while_keys_are_gone_through_is_left_as_it_is() -> 
         await made().build(keys())
 
 
-@pytest.mark.parametrize(
-    "argument, wrong",
-    [
-        ("cancel_refreshes", 1),
-        ("copy_shutdown_timeout_seconds", -1),
-        ("copy_shutdown_timeout_seconds", NAN),
-        ("copy_shutdown_timeout_seconds", True),
-        ("observability_shutdown_timeout_seconds", -1),
-        ("observability_shutdown_timeout_seconds", INF),
-        ("observability_shutdown_timeout_seconds", "1"),
-    ],
-)
+@pytest.mark.parametrize("argument, wrong", [
+    ("cancel_refreshes", 1), ("copy_shutdown_timeout_seconds", -1),
+    ("copy_shutdown_timeout_seconds", NAN), ("copy_shutdown_timeout_seconds", True),
+    ("observability_shutdown_timeout_seconds", -1),
+    ("observability_shutdown_timeout_seconds", INF),
+    ("observability_shutdown_timeout_seconds", "1"),
+])  # fmt: skip
 async def test_wrong_arguments_of_aclose_are_told_and_close_none(argument: str, wrong: Any) -> None:
     building = made()
     settings: dict[str, Any] = {argument: wrong}

@@ -207,16 +207,12 @@ def raising(error: BaseException) -> Callable[[], Any]:
     return says
 
 
-@pytest.mark.parametrize(
-    "says, error_type",
-    [
-        (raising(RuntimeError("bug")), "RuntimeError"),
-        (raising(asyncio.CancelledError()), "SourceUnavailableError"),
-        (raising(Untraceable()), "Untraceable"),
-        (coroutine, "SourceProtocolError"),
-        (future, "SourceProtocolError"),
-    ],
-)
+@pytest.mark.parametrize("says, error_type", [
+    (raising(RuntimeError("bug")), "RuntimeError"),
+    (raising(asyncio.CancelledError()), "SourceUnavailableError"),
+    (raising(Untraceable()), "Untraceable"), (coroutine, "SourceProtocolError"),
+    (future, "SourceProtocolError"),
+])  # fmt: skip
 async def test_support_that_raises_or_has_to_be_awaited_fails_that_source_for_that_key(
     says: Callable[[], Any], error_type: str
 ) -> None:
@@ -276,17 +272,11 @@ async def test_keys_left_out_of_a_batch_go_on_to_the_next_source() -> None:
     assert rest.calls == [(b, c)]
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
-        lambda keys: {**dict.fromkeys(keys, 1), key("x", "unasked"): 1},
-        lambda keys: {**dict.fromkeys(keys, 1), "x": 1},
-        lambda keys: [1 for _ in keys],
-        lambda keys: None,
-        lambda keys: Endless(),
-    ],
-    ids=["unrequested key", "no key", "list", "None", "endless"],
-)
+@pytest.mark.parametrize("reply", [
+    lambda keys: {**dict.fromkeys(keys, 1), key("x", "unasked"): 1},
+    lambda keys: {**dict.fromkeys(keys, 1), "x": 1}, lambda keys: [1 for _ in keys],
+    lambda keys: None, lambda keys: Endless(),
+], ids=["unrequested key", "no key", "list", "None", "endless"])  # fmt: skip
 async def test_a_malformed_batch_answer_fails_the_whole_call(reply: Callable[[Any], Any]) -> None:
     odd = Answering("odd", "x", reply=reply)
     keys = [key("x", "a"), key("x", "b")]
@@ -585,20 +575,12 @@ OUTCOMES = ("completed_late", "failed_late", "coalestra_timeout")
 VIOLATIONS = "source_transport_timeout_violation_total"
 
 
-@pytest.mark.parametrize(
-    "fails, seconds, grace, outcome",
-    [
-        (False, 0.9, None, None),
-        (False, 1.04, None, None),
-        (False, 1.1, None, "completed_late"),
-        (False, 1.1, 0.5, None),
-        (False, 1.6, 0.5, "completed_late"),
-        (True, 0.9, None, None),
-        (True, 1.5, None, "failed_late"),
-        (False, 4, None, "coalestra_timeout"),
-        (False, 4, 60.0, "coalestra_timeout"),
-    ],
-)
+@pytest.mark.parametrize("fails, seconds, grace, outcome", [
+    (False, 0.9, None, None), (False, 1.04, None, None), (False, 1.1, None, "completed_late"),
+    (False, 1.1, 0.5, None), (False, 1.6, 0.5, "completed_late"), (True, 0.9, None, None),
+    (True, 1.5, None, "failed_late"), (False, 4, None, "coalestra_timeout"),
+    (False, 4, 60.0, "coalestra_timeout"),
+])  # fmt: skip
 async def test_a_call_that_ends_beyond_the_grace_is_a_violation_and_one_cut_off_is_always(
     fails: bool, seconds: float, grace: float | None, outcome: str | None
 ) -> None:
@@ -631,15 +613,10 @@ async def test_a_call_that_ends_beyond_the_grace_is_a_violation_and_one_cut_off_
 
 
 @pytest.mark.parametrize("kind", [Single, Batch])
-@pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("timeout_seconds", math.nan),
-        ("queue_timeout_seconds", math.nan),
-        ("queue_timeout_seconds", "5"),
-        ("max_batch_size", -1),
-    ],
-)
+@pytest.mark.parametrize("setting, value", [
+    ("timeout_seconds", math.nan), ("queue_timeout_seconds", math.nan),
+    ("queue_timeout_seconds", "5"), ("max_batch_size", -1),
+])  # fmt: skip
 async def test_what_a_source_declares_later_and_cannot_be_meant_fails_its_keys_by_name(
     kind: Any, setting: str, value: Any
 ) -> None:

@@ -324,23 +324,14 @@ def test_a_registry_is_not_kept_alive(registry: CollectorRegistry) -> None:
     assert kept() is None
 
 
-@pytest.mark.parametrize(
-    "settings,error",
-    [
-        ({"builder": ""}, ValueError),
-        ({"builder": 3}, TypeError),
-        ({"registry": None}, TypeError),
-        ({"namespace": ""}, ValueError),
-        ({"namespace": "a b"}, ValueError),
-        ({"latency_buckets": ()}, ValueError),
-        ({"latency_buckets": (2.0, 1.0)}, ValueError),
-        ({"latency_buckets": (1.0, 1.0)}, ValueError),
-        ({"latency_buckets": ("1",)}, TypeError),
-        ({"latency_buckets": 5}, TypeError),
-        ({"max_series": 0}, ValueError),
-        ({"max_series": 1.5}, TypeError),
-    ],
-)
+@pytest.mark.parametrize("settings,error", [
+    ({"builder": ""}, ValueError), ({"builder": 3}, TypeError), ({"registry": None}, TypeError),
+    ({"namespace": ""}, ValueError), ({"namespace": "a b"}, ValueError),
+    ({"latency_buckets": ()}, ValueError), ({"latency_buckets": (2.0, 1.0)}, ValueError),
+    ({"latency_buckets": (1.0, 1.0)}, ValueError), ({"latency_buckets": ("1",)}, TypeError),
+    ({"latency_buckets": 5}, TypeError), ({"max_series": 0}, ValueError),
+    ({"max_series": 1.5}, TypeError),
+])  # fmt: skip
 def test_settings_are_checked(
     registry: CollectorRegistry, settings: dict[str, Any], error: type[Exception]
 ) -> None:

@@ -142,23 +142,14 @@ async def test_the_server_drops_what_nobody_may_use_any_more(
 # Order ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "held,offered,terms,status",
-    [
-        ((0, 100), (0, 101), {}, STORED),
-        ((0, 100), (0, 99), {}, OLDER),
-        ((0, 100), (0, 100), {}, DUPLICATE),
-        ((0, 100), (0, 100), {"replace_equal": True}, STORED),
-        ((0, 100), (0, 99), {"replace_equal": True}, OLDER),
-        ((1, 100), (0, 200), {}, LOWER),
-        ((1, 100), (2, 50), {}, STORED),
-        ((-1, 100), (-2, 200), {}, LOWER),
-        ((1, 100), (0, 50), {"force": True}, STORED),
-        ((0, 100.0000001), (0, 100.0000002), {}, STORED),
-        ((0, None), (0, None), {}, STORED),
-        ((1, None), (0, None), {}, LOWER),
-    ],
-)
+@pytest.mark.parametrize("held,offered,terms,status", [
+    ((0, 100), (0, 101), {}, STORED), ((0, 100), (0, 99), {}, OLDER),
+    ((0, 100), (0, 100), {}, DUPLICATE), ((0, 100), (0, 100), {"replace_equal": True}, STORED),
+    ((0, 100), (0, 99), {"replace_equal": True}, OLDER), ((1, 100), (0, 200), {}, LOWER),
+    ((1, 100), (2, 50), {}, STORED), ((-1, 100), (-2, 200), {}, LOWER),
+    ((1, 100), (0, 50), {"force": True}, STORED), ((0, 100.0000001), (0, 100.0000002), {}, STORED),
+    ((0, None), (0, None), {}, STORED), ((1, None), (0, None), {}, LOWER),
+])  # fmt: skip
 async def test_the_server_decides_by_the_write_order(
     caches: Caches,
     held: tuple[int, float | None],

@@ -23,38 +23,21 @@ from coalestra.core.errors import (
 from coalestra.resilience import TRANSIENT_ERRORS, RetryPolicy
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        SourceUnavailableError("down"),
-        SourceTimeoutError("slow"),
-        TimeoutError(),
-        asyncio.TimeoutError(),
-        concurrent.futures.TimeoutError(),
-        ConnectionResetError(),
-        OSError("disk"),
-    ],
-    ids=lambda error: type(error).__module__ + "." + type(error).__name__,
-)
+@pytest.mark.parametrize("error", [
+    SourceUnavailableError("down"), SourceTimeoutError("slow"), TimeoutError(),
+    asyncio.TimeoutError(), concurrent.futures.TimeoutError(), ConnectionResetError(),
+    OSError("disk"),
+], ids=lambda error: type(error).__module__ + "." + type(error).__name__)  # fmt: skip
 def test_what_may_pass_by_itself_is_retried(error: Exception) -> None:
     """The three time-outs of Python 3.10 are all time-outs."""
     assert RetryPolicy().retries(error)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        CircuitOpenError("open"),
-        SnapshotDeadlineExceededError("late"),
-        SourceQueueTimeoutError("full"),
-        SourceProtocolError("wrong"),
-        ValueError(),
-        KeyError(),
-        asyncio.CancelledError(),
-        KeyboardInterrupt(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
+@pytest.mark.parametrize("error", [
+    CircuitOpenError("open"), SnapshotDeadlineExceededError("late"),
+    SourceQueueTimeoutError("full"), SourceProtocolError("wrong"), ValueError(), KeyError(),
+    asyncio.CancelledError(), KeyboardInterrupt(),
+], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_what_another_try_cannot_mend_is_not_retried(error: BaseException) -> None:
     """Errors of the program, and those about waiting itself."""
     assert not RetryPolicy().retries(error)
@@ -78,19 +61,10 @@ class Judge:
         return True
 
 
-@pytest.mark.parametrize(
-    "retry_on",
-    [
-        Teapot,
-        (Teapot,),
-        [KeyError, Teapot],
-        {Teapot},
-        frozenset({Teapot, OSError}),
-        lambda error: isinstance(error, Teapot),
-        Judge(),
-    ],
-    ids=lambda retry_on: type(retry_on).__name__,
-)
+@pytest.mark.parametrize("retry_on", [
+    Teapot, (Teapot,), [KeyError, Teapot], {Teapot}, frozenset({Teapot, OSError}),
+    lambda error: isinstance(error, Teapot), Judge(),
+], ids=lambda retry_on: type(retry_on).__name__)  # fmt: skip
 def test_what_is_retried_is_told_by_types_or_by_a_predicate(retry_on: Any) -> None:
     """Kinds of a type included."""
     policy = RetryPolicy(retry_on=retry_on)
@@ -120,26 +94,11 @@ def test_nothing_makes_it_wait_again_in_the_same_place(retry_on: Any, final: Any
     assert not RetryPolicy(retry_on=retry_on).retries(final("no"))
 
 
-@pytest.mark.parametrize(
-    "retry_on",
-    [
-        503,
-        "ValueError",
-        ["ValueError"],
-        int,
-        object(),
-        ValueError("an instance"),
-        (ValueError, int),
-        (ValueError, None),
-        BaseException,
-        KeyboardInterrupt,
-        asyncio.CancelledError,
-        Judge().later,
-        iter([ValueError]),
-        True,
-    ],
-    ids=lambda retry_on: type(retry_on).__name__,
-)
+@pytest.mark.parametrize("retry_on", [
+    503, "ValueError", ["ValueError"], int, object(), ValueError("an instance"), (ValueError, int),
+    (ValueError, None), BaseException, KeyboardInterrupt, asyncio.CancelledError, Judge().later,
+    iter([ValueError]), True,
+], ids=lambda retry_on: type(retry_on).__name__)  # fmt: skip
 def test_what_no_error_can_be_compared_with_is_refused_by_name(retry_on: Any) -> None:
     """When the policy is made, not when a source has failed."""
     with pytest.raises(TypeError, match=r"^retry_on must be a subclass of Exception, several"):

@@ -66,31 +66,21 @@ def ask(circuit: Circuit, now: float = NOW) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    "start,step,state,failures,is_probing",
-    [
-        (fresh, Outcome.SUCCESS, CLOSED, 0, False),
-        (fresh, Outcome.FAILURE, CLOSED, 1, False),
-        (fresh, Outcome.ABANDONED, CLOSED, 0, False),
-        (fresh, Outcome.SKIPPED, CLOSED, 0, False),
-        (failed_once, Outcome.SUCCESS, CLOSED, 0, False),
-        (failed_once, Outcome.FAILURE, OPEN, 2, False),
-        (failed_once, Outcome.ABANDONED, CLOSED, 1, False),
-        (failed_once, Outcome.SKIPPED, CLOSED, 1, False),
-        (opened, Outcome.SUCCESS, OPEN, 2, False),
-        (opened, Outcome.FAILURE, OPEN, 2, False),
-        (opened, Outcome.ABANDONED, OPEN, 2, False),
-        (opened, Outcome.SKIPPED, OPEN, 2, False),
-        (half_open, Outcome.SUCCESS, CLOSED, 0, False),
-        (half_open, Outcome.FAILURE, OPEN, 3, False),
-        (half_open, Outcome.ABANDONED, HALF_OPEN, 2, False),
-        (half_open, Outcome.SKIPPED, HALF_OPEN, 2, False),
-        (probing, Outcome.SUCCESS, CLOSED, 0, False),
-        (probing, Outcome.FAILURE, OPEN, 3, False),
-        (probing, Outcome.ABANDONED, OPEN, 2, False),
-        (probing, Outcome.SKIPPED, HALF_OPEN, 2, False),
-    ],
-)
+@pytest.mark.parametrize("start,step,state,failures,is_probing", [
+    (fresh, Outcome.SUCCESS, CLOSED, 0, False), (fresh, Outcome.FAILURE, CLOSED, 1, False),
+    (fresh, Outcome.ABANDONED, CLOSED, 0, False), (fresh, Outcome.SKIPPED, CLOSED, 0, False),
+    (failed_once, Outcome.SUCCESS, CLOSED, 0, False),
+    (failed_once, Outcome.FAILURE, OPEN, 2, False),
+    (failed_once, Outcome.ABANDONED, CLOSED, 1, False),
+    (failed_once, Outcome.SKIPPED, CLOSED, 1, False), (opened, Outcome.SUCCESS, OPEN, 2, False),
+    (opened, Outcome.FAILURE, OPEN, 2, False), (opened, Outcome.ABANDONED, OPEN, 2, False),
+    (opened, Outcome.SKIPPED, OPEN, 2, False), (half_open, Outcome.SUCCESS, CLOSED, 0, False),
+    (half_open, Outcome.FAILURE, OPEN, 3, False),
+    (half_open, Outcome.ABANDONED, HALF_OPEN, 2, False),
+    (half_open, Outcome.SKIPPED, HALF_OPEN, 2, False),
+    (probing, Outcome.SUCCESS, CLOSED, 0, False), (probing, Outcome.FAILURE, OPEN, 3, False),
+    (probing, Outcome.ABANDONED, OPEN, 2, False), (probing, Outcome.SKIPPED, HALF_OPEN, 2, False),
+])  # fmt: skip
 def test_each_report_takes_each_state_where_the_table_says(
     start: Callable[[], Circuit],
     step: Outcome,
@@ -142,20 +132,13 @@ def test_an_identity_reads_as_source_scope_and_part(identity: CircuitIdentity, t
     assert str(identity) == text
 
 
-@pytest.mark.parametrize(
-    "field, value, error",
-    [
-        ("failure_threshold", 0, ValueError),
-        ("recovery_timeout_seconds", -1, ValueError),
-        ("recovery_timeout_seconds", float("nan"), ValueError),
-        ("recovery_timeout_seconds", float("inf"), ValueError),
-        ("scope", "source", TypeError),
-        ("failure_threshold", True, TypeError),
-        ("failure_threshold", 1.5, TypeError),
-        ("recovery_timeout_seconds", "10", TypeError),
-        ("enabled", 1, TypeError),
-    ],
-)
+@pytest.mark.parametrize("field, value, error", [
+    ("failure_threshold", 0, ValueError), ("recovery_timeout_seconds", -1, ValueError),
+    ("recovery_timeout_seconds", float("nan"), ValueError),
+    ("recovery_timeout_seconds", float("inf"), ValueError), ("scope", "source", TypeError),
+    ("failure_threshold", True, TypeError), ("failure_threshold", 1.5, TypeError),
+    ("recovery_timeout_seconds", "10", TypeError), ("enabled", 1, TypeError),
+])  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(field: str, value: Any, error: type[Exception]) -> None:
     """A bool is not a number, and a number not a bool."""
     with pytest.raises(error, match=field):

@@ -72,16 +72,11 @@ async def test_a_cancelled_probe_reopens_and_a_skipped_one_frees_its_place() -> 
     }
 
 
-@pytest.mark.parametrize(
-    "scope,key,part",
-    [
-        (CircuitScope.SOURCE, BTC, ""),
-        (CircuitScope.NAMESPACE, BTC, "market"),
-        (CircuitScope.SUBJECT, BTC, "BTC"),
-        (CircuitScope.SUBJECT, CONFIG, ("app", "config")),
-        (CircuitScope.RESOURCE, BTC, BTC),
-    ],
-)
+@pytest.mark.parametrize("scope,key,part", [
+    (CircuitScope.SOURCE, BTC, ""), (CircuitScope.NAMESPACE, BTC, "market"),
+    (CircuitScope.SUBJECT, BTC, "BTC"), (CircuitScope.SUBJECT, CONFIG, ("app", "config")),
+    (CircuitScope.RESOURCE, BTC, BTC),
+])  # fmt: skip
 def test_the_scope_decides_which_keys_share_a_circuit(
     scope: CircuitScope, key: ResourceKey, part: Hashable
 ) -> None:
@@ -205,17 +200,12 @@ def test_a_given_default_policy_replaces_the_one_made_of_numbers() -> None:
     assert breaker.clock is clock
 
 
-@pytest.mark.parametrize(
-    "field,value,error",
-    [
-        ("failure_threshold", 0, ValueError),
-        ("failure_threshold", True, TypeError),
-        ("recovery_timeout_seconds", -1, ValueError),
-        ("recovery_timeout_seconds", float("nan"), ValueError),
-        ("default_policy", "strict", TypeError),
-        ("clock", 5.0, TypeError),
-    ],
-)
+@pytest.mark.parametrize("field,value,error", [
+    ("failure_threshold", 0, ValueError), ("failure_threshold", True, TypeError),
+    ("recovery_timeout_seconds", -1, ValueError),
+    ("recovery_timeout_seconds", float("nan"), ValueError),
+    ("default_policy", "strict", TypeError), ("clock", 5.0, TypeError),
+])  # fmt: skip
 def test_wrong_settings_are_refused_by_name(field: str, value: Any, error: type[Exception]) -> None:
     """The message names the parameter."""
     with pytest.raises(error, match=field):

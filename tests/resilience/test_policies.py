@@ -25,15 +25,10 @@ def dynamic(source: str) -> SourceResiliencePolicy | None:
     return DYNAMIC if source in ("named", "dynamic") else None
 
 
-@pytest.mark.parametrize(
-    "source,declared,chosen",
-    [
-        ("named", DECLARED, BY_NAME),
-        ("dynamic", DECLARED, DYNAMIC),
-        ("other", DECLARED, DECLARED),
-        ("other", None, DEFAULT),
-    ],
-)
+@pytest.mark.parametrize("source,declared,chosen", [
+    ("named", DECLARED, BY_NAME), ("dynamic", DECLARED, DYNAMIC), ("other", DECLARED, DECLARED),
+    ("other", None, DEFAULT),
+])  # fmt: skip
 def test_a_name_beats_the_dynamic_choice_beats_the_declared_policy_beats_the_default(
     source: str, declared: SourceResiliencePolicy | None, chosen: SourceResiliencePolicy
 ) -> None:
@@ -57,15 +52,10 @@ def test_later_changes_to_the_given_mapping_do_not_reach_the_resolver() -> None:
     assert resolver.resolve("a") is BY_NAME
 
 
-@pytest.mark.parametrize(
-    "arguments,name",
-    [
-        ({"default": 3}, "default"),
-        ({"overrides": {"a": None}}, "overrides"),
-        ({"overrides": {1: BY_NAME}}, "overrides"),
-        ({"dynamic": "no"}, "dynamic"),
-    ],
-)
+@pytest.mark.parametrize("arguments,name", [
+    ({"default": 3}, "default"), ({"overrides": {"a": None}}, "overrides"),
+    ({"overrides": {1: BY_NAME}}, "overrides"), ({"dynamic": "no"}, "dynamic"),
+])  # fmt: skip
 def test_arguments_of_a_wrong_type_are_refused(arguments: dict[str, Any], name: str) -> None:
     """At construction, not at the first call."""
     with pytest.raises(TypeError, match=name):

@@ -70,22 +70,15 @@ def test_what_it_is_made_of_can_be_read_back(prices: Prices) -> None:
     assert not made.closed
 
 
-@pytest.mark.parametrize(
-    "name, value, error",
-    [
-        ("builder", None, TypeError),
-        ("builder", object(), TypeError),
-        ("close_builder", 1, TypeError),
-        ("shutdown_timeout_seconds", "5", TypeError),
-        ("shutdown_timeout_seconds", True, TypeError),
-        ("shutdown_timeout_seconds", -1, ValueError),
-        ("shutdown_timeout_seconds", math.nan, ValueError),
-        ("shutdown_timeout_seconds", math.inf, ValueError),
-        ("max_pending_submissions", 1.0, TypeError),
-        ("max_pending_submissions", True, TypeError),
-        ("max_pending_submissions", 0, ValueError),
-    ],
-)
+@pytest.mark.parametrize("name, value, error", [
+    ("builder", None, TypeError), ("builder", object(), TypeError),
+    ("close_builder", 1, TypeError), ("shutdown_timeout_seconds", "5", TypeError),
+    ("shutdown_timeout_seconds", True, TypeError), ("shutdown_timeout_seconds", -1, ValueError),
+    ("shutdown_timeout_seconds", math.nan, ValueError),
+    ("shutdown_timeout_seconds", math.inf, ValueError),
+    ("max_pending_submissions", 1.0, TypeError), ("max_pending_submissions", True, TypeError),
+    ("max_pending_submissions", 0, ValueError),
+])  # fmt: skip
 def test_a_bad_setting_is_refused_by_name_and_starts_no_thread(
     prices: Prices, name: str, value: Any, error: type[Exception]
 ) -> None:

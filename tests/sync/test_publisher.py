@@ -214,22 +214,15 @@ def test_a_bad_timeout_of_a_flush_is_refused(
         publisher.flush(timeout_seconds=value)
 
 
-@pytest.mark.parametrize(
-    "submit",
-    [
-        lambda p: p.submit_publish("price", 1, source="stream"),
-        lambda p: p.submit_publish(PRICE, 1, source=5),
-        lambda p: p.submit_publish(PRICE, 1, source="stream", metadata=0),
-        lambda p: p.submit_publish_update({"value": 1}),
-        lambda p: p.submit_publish_many([1]),
-        lambda p: p.submit_invalidate("price"),
-        lambda p: p.submit_invalidate(PRICE, reason=None),
-        lambda p: p.submit_invalidate_many(PRICE),
-        lambda p: p.publish_many([1]),
-        lambda p: p.publish_update(None),
-        lambda p: p.invalidate("price"),
-    ],
-)
+@pytest.mark.parametrize("submit", [
+    lambda p: p.submit_publish("price", 1, source="stream"),
+    lambda p: p.submit_publish(PRICE, 1, source=5),
+    lambda p: p.submit_publish(PRICE, 1, source="stream", metadata=0),
+    lambda p: p.submit_publish_update({"value": 1}), lambda p: p.submit_publish_many([1]),
+    lambda p: p.submit_invalidate("price"), lambda p: p.submit_invalidate(PRICE, reason=None),
+    lambda p: p.submit_invalidate_many(PRICE), lambda p: p.publish_many([1]),
+    lambda p: p.publish_update(None), lambda p: p.invalidate("price"),
+])  # fmt: skip
 def test_a_wrong_argument_is_refused_at_once(
     publisher: SyncResourcePublisher, submit: Callable[[SyncResourcePublisher], object]
 ) -> None:
