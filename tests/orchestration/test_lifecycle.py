@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
@@ -471,13 +473,13 @@ def test_open_circuits_are_remembered_on_the_next_loop_and_probes_are_not_lost(k
 
 
 def left_on_a_loop(
-    work: Callable[[], Coroutine[Any, Any, Any]], *, kind: str = "dropped"
+    work: Callable[[], Coroutine[Any, Any, Any]], *, kind: str = "dropped", steps: int = 20
 ) -> list[asyncio.Task[Any]]:
     """Begin work on an event loop that ends in the midst of it; return the task in a list."""
 
     async def begin() -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work())
-        for _ in range(20):
+        for _ in range(steps):
             await asyncio.sleep(0)
         assert not task.done()
         return task
@@ -519,6 +521,42 @@ def test_a_session_whose_call_was_left_on_the_last_loop_goes_on_on_the_next(
     run_virtual(go_on())
     assert left
     asyncio.run(building.aclose())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_the_last_loop_has_left_may_be_collected_while_a_session_goes_on_on_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was in the midst of letting keys go on to the next source, so that none was asked yet."""
+
+    async def fail(k: ResourceKey, context: FetchContext) -> int:
+        await asyncio.sleep(0)
+        left.clear()
+        gc.collect()
+        raise SourceUnavailableError("down")
+
+    async def serve(k: ResourceKey, context: FetchContext) -> int:
+        if not going_on:
+            await asyncio.sleep(1_000)
+        return 1
+
+    left: list[Any] = []
+    keys = [key("k", str(number)) for number in range(3)]
+    for steps in range(20):
+        going_on = False
+        sources = Single("first", "k", fetch=fail), Single("second", "k", fetch=serve, priority=1)
+        building = made(*sources, max_pending_tasks=1)
+        session = building.session()
+        with monkeypatch.context() as patch:
+            patch.setattr(pace, "SLICE_SECONDS", -1.0)  # a turn for each key
+            patch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+            patch.setattr(singleflight, "_KEYS_PER_STEP", 1)
+            resolve = partial(session.resolve, keys)
+            left += left_on_a_loop(resolve, steps=steps)
+        going_on = True
+        snapshot = run_virtual(resolve())
+        assert [value.source for value in snapshot.values()] == ["second"] * 3
+        asyncio.run(building.aclose())
 
 
 async def opened(building: SnapshotBuilder) -> SnapshotSession:

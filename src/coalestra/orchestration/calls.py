@@ -1967,6 +1967,7 @@ class Dispatch:
         self.workers: set[asyncio.Task[Any]] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.quiet_until: float = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._resting: dict[Lane, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -1999,10 +2000,16 @@ class Dispatch:
 
     def hold(self, work: Work) -> None:
         """Hold back the calls of a unit of work: more keys for them are on their way."""
+        self._loop = self._loop or asyncio.get_running_loop()
         work.planning += 1
 
     def release(self, work: Work) -> None:
-        """Take back one `hold`; after the last one the calls are made, at the end of this step."""
+        """Take back one `hold`; after the last one the calls are made, at the end of this step.
+
+        What the collector ends as its loop has is not heard: the work may go on upon another one.
+        """
+        if self._loop is not None and self._loop.is_closed():
+            return
         work.planning -= 1
         if not work.planning and work.ready:
             self._flush_soon(work)

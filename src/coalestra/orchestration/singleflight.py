@@ -1695,7 +1695,7 @@ class Engine:
         Raises:
             RuntimeError: if the builder is closed, before or meanwhile.
         """
-        loop, work = self.enter(), stage.work
+        loop, flights, work = self.enter(), self.flights, stage.work
         work.settle_on(loop)
         self._stages[stage] = None
         call = call_served()
@@ -1705,20 +1705,20 @@ class Engine:
             if self._loop is not loop:  # another thread came before the stage was seen
                 raise _elsewhere()
             if work.expired:
-                self.flights.note(stage)
+                flights.note(stage)
                 self._strike(stage)
             else:
                 work.enter(stage, self._strike)
-                self.flights.look(stage)
+                flights.look(stage)
             await stage.wait()
         finally:
             self._stages.pop(stage, None)
             work.leave(stage)
             stage.close()
             if not stage.over and not loop.is_closed():
-                self.flights.abandon(stage)
+                flights.abandon(stage)
             if stage.within is not None:
-                self.flights.board.unnest(stage.within)
+                flights.board.unnest(stage.within)
             if call is not None:
                 call.asked.pop(stage, None)
 
