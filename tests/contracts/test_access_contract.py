@@ -176,3 +176,22 @@ async def test_leases_given_back_before_a_publication_come_back_though_it_is_can
     gate.open()
     await asyncio.sleep(0.1)
     assert not cache.leased
+
+
+async def test_a_value_that_was_refused_under_a_lease_that_has_ended_is_nothing_that_is_held() -> (
+    None
+):
+    """Nothing else may be there: who has begun later would be told that it was published."""
+
+    class Late(LeasingCache):
+        async def fulfil_many(self, values: Any, **terms: Any) -> Any:
+            older = CacheWriteStatus.IGNORED_OLDER
+            return {each.key: CacheWriteResult(older, each) for each in values.values()}
+
+    access, witness, revision = access_over(Late()), Witness(), revision_of(A)
+    access.channel().listeners.subscribe(witness)
+    access.hold(revision, NOW)
+    terms = Terms({A: POLICY}, NOW, leases={A: Lease(A, "one")})
+    await access.write({A: revision}, terms)
+    assert witness.heard == [("revised", A, revision.version), ("revised", A, None)]
+    assert not access.holds(revision)

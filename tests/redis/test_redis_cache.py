@@ -575,6 +575,52 @@ async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
 # Fences ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("invalidated", [False, True])
+async def test_a_stale_fetch_that_began_before_an_invalidation_stores_nothing(
+    caches: Caches, server: Server, prefix: str, invalidated: bool
+) -> None:
+    """Else it would stand in, in all processes, for what was invalidated after it was read.
+
+    Here its process did not hear of that.
+    """
+    gate = Gate()
+
+    async def lag(key: ResourceKey, context: object) -> SourcePayload[str]:
+        await gate.pass_()
+        return SourcePayload("too old", observed_at=time.time() - 5)
+
+    source = CallableSource(name="s", priority=1, supports=lambda key: True, fetcher=lag)
+    async with caches(2) as [one, other]:
+        lagging = FreshnessPolicy(1, 1000)
+        async with SnapshotBuilder([source], cache=one, default_policy=lagging) as builder:
+            reader = asyncio.ensure_future(builder.build([A]))
+            await gate.wait_arrived()
+            if invalidated:
+                server.command("DEL", name_of(prefix, A))
+            gate.open()
+            assert (await reader).value(A) == "too old"
+        assert await read(other) == (None if invalidated else "too old")
+
+
+@pytest.mark.parametrize("seconds, stored", [(5, True), (7, False)])
+async def test_who_has_waited_for_a_stale_value_goes_on_alone(
+    caches: Caches, seconds: float, stored: bool
+) -> None:
+    """As if there had been none: a source that lags is not asked by one after the other."""
+    policy, now = FreshnessPolicy(1, 1000), time.time()
+    async with caches(3) as [one, *others]:
+        await one.set(value_of(A, "before", observed_at=now - 6))
+        held = await lease(one, policy=policy)
+        waiting = [asyncio.create_task(leased(each, policy=policy)) for each in others]
+        await until(lambda: all(each.health().waiting for each in others))
+        stale = value_of(A, "stale", observed_at=now - seconds)
+        outcome = (await one.fulfil_many({held: stale}, policies={A: policy}))[A]
+        assert (getattr(outcome, "status", None) is STORED) is stored
+        for each in waiting:
+            assert (await asyncio.wait_for(each, PATIENT_SECONDS))[A].lease is None
+        assert await read(others[0]) == ("stale" if stored else "before")
+
+
 # Derived values -------------------------------------------------------------------------------
 
 

@@ -1239,8 +1239,11 @@ class CacheAccess:
         for key, (status, current, _) in outcomes.items():
             waiting = channel.on_their_way.get(key)
             was_held = waiting is offered[key]
-            if (status is _STORED) is not was_held:
-                (known if status is _STORED else changes)[key] = current
+            if status is _STORED and not was_held:
+                known[key] = current
+            elif was_held and status is not _STORED:
+                # One that was refused, and comes back, says that nothing else is there.
+                changes[key] = None if current.version == offered[key].version else current
             if was_held or decide(current, waiting) is _STORED:
                 channel.on_their_way.pop(key, None)
         if changes:

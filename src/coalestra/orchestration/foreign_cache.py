@@ -260,12 +260,14 @@ class CacheWrites:
             self._settle(flight, revision)
 
     def add_stale(self, flight: Flight, revision: Revision) -> None:
-        """Write a stale value, for which nobody waits; those who wait for its lease go on first."""
+        """Write a stale value, for which nobody waits."""
         access, now = self.parts.access, self.parts.clock.now()
+        if flight.lease is None and access.leases:
+            return
         if access.hold(revision, now)[0] is _STORED:
-            lease, flight.lease = flight.lease, None
-            access.give_back(lease, failed=True)
-            terms = Terms({revision.key: flight.policy}, now)
+            leases = {} if flight.lease is None else {revision.key: flight.lease}
+            terms = Terms({revision.key: flight.policy}, now, leases=leases or None)
+            flight.lease = None  # it is the write's
             access.write_behind((revision,), terms, wanted=access.holds)
 
     def _send(self) -> None:

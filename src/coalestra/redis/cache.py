@@ -550,6 +550,8 @@ class RedisCache:
             for lease, value in values.items():
                 await pace.keep()
                 policy, flags = policies.get(value.key), "e" if replace_equal else ""
+                if policy and value.fetched_at - value.observed_at > policy.ttl_seconds:
+                    flags += "s"
                 try:
                     offer = self._offer(value, policy, flags, lease.token, lease.replaces)
                     items[lease.key] = await offer
@@ -800,8 +802,9 @@ class _Question:
     _rounds: int = 0
 
     def hear(self, key: ResourceKey, letter: bytes) -> None:
-        """Take note of the news of a key."""
-        self._news[key] = letter
+        """Take note of the news of a key; what is stored when all was in vain is stale."""
+        if (self._news.get(key), letter) != (scripts.FAILED, scripts.STORED):
+            self._news[key] = letter
         self._woken.set()
 
     async def news_of(self, keys: Mapping[ResourceKey, Any]) -> dict[ResourceKey, bytes]:

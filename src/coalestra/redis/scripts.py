@@ -179,8 +179,8 @@ return answers
 WRITE: Final = """
 -- ARGV: channel, then for each key: token, flags, rank, time of observation, attempts, latency and
 -- lifetime in ms, three lengths and a line's end, then the version that gives way, the version, the
--- key and the value. Flags: f(orce), e(qual ones are replaced), u(ndated), p(revious is wanted);
--- '-' is none.
+-- key and the value. Flags: f(orce), e(qual ones are replaced), u(ndated), p(revious is wanted),
+-- s(tale already, so that the next one need not try in vain as well); '-' is none.
 -- Answers the server's time, then for each key what came of it, how many were told, and the entry
 -- that is there or was there; or an error.
 local channel, now = ARGV[1], clock()
@@ -195,6 +195,7 @@ local function write(key, item)
   local got = fields(key, 'd', 'v', 'r', 'o', 't', 'u', 'l', 'w')
   local d, v, r, o, t, u, l, w = unpack(got)
   local undated, forced = flags:find('u', 1, true), flags:find('f', 1, true)
+  local stale = flags:find('s', 1, true)
   local leased = token ~= '-'
   local holds = not leased or l == token
   local when = observed
@@ -224,7 +225,7 @@ local function write(key, item)
   if status ~= 'stored' then
     if leased then
       redis.call('HDEL', key, 'l', 'x')
-      tell(channel, 'r', v, identity)
+      tell(channel, stale and 'f' or 'r', v, identity)
     end
     return entry(status, 0, o, t, u, v, d)
   end
@@ -234,6 +235,7 @@ local function write(key, item)
   if type(done) ~= 'number' then return done end
   redis.call('HDEL', key, 'l', 'x')
   redis.call('PEXPIRE', key, lifetime)
+  if stale then tell(channel, 'f', version, identity) end
   local told = tell(channel, 's', version, identity)
   if flags:find('p', 1, true) then return entry('stored', told, o, t, u, v, d) end
   return entry('stored', told)
