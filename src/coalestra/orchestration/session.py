@@ -671,7 +671,14 @@ class SnapshotSession:
         self._require_open()
         flag("strict", strict)
         flag("force_refresh", force_refresh)
-        named = self._pinned(distinct(keys))
+        named, pins = distinct(keys), self._unit.pins
+        if not named:
+            raise ValueError("keys must name at least one resolved key of the session, got none")
+        for key in named if len({**pins, **named}) > len(pins) else ():  # which asks for no hash
+            if key not in pins:
+                raise ValueError(
+                    f"keys must be resolved in this session, got {key.display}; resolve it first"
+                )
         request = SnapshotRequest(
             required=named,
             consistency_policy=consistency_policy,
@@ -682,17 +689,6 @@ class SnapshotSession:
             self._turn = loop, Turn()  # whoever had the other one has ended with its loop
         revalidation = Revalidation(self._unit, named, request, force_refresh, strict)
         return await revalidation.run(self._turn[1])
-
-    def _pinned(self, named: dict[ResourceKey, None]) -> dict[ResourceKey, None]:
-        if not named:
-            raise ValueError("keys must name at least one resolved key of the session, got none")
-        pins = self._unit.pins
-        for key in named if len({**pins, **named}) > len(pins) else ():  # which asks for no hash
-            if key not in pins:
-                raise ValueError(
-                    f"keys must be resolved in this session, got {key.display}; resolve it first"
-                )
-        return named
 
     def snapshot(self) -> Snapshot:
         """Return the snapshot of everything asked for so far; copies at once, however large."""

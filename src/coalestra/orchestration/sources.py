@@ -167,7 +167,6 @@ class Chains:
         self.inheriting: frozenset[str] = frozenset(
             each.name for each in self.links if each.inherits
         )
-        self.max_entries = max_entries
         self._limit = math.inf if max_entries is None else max_entries
         self.entries: int = 0
         self._answers: OrderedDict[ResourceKey, int] = OrderedDict()
