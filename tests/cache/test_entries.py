@@ -44,9 +44,7 @@ def test_a_write_of_several_values_looks_through_those(monkeypatch: pytest.Monke
 
     offered = [revision_of(numbered(1), observed_at=NOW + 1), revision_of(numbered(2_000))]
     monkeypatch.setattr(ResourceKey, "__hash__", hash_of)
-
     store.put_many(best_per_key(offered))
-
     assert len(store) == 1_001
     assert len(hashed) < 50
 
@@ -99,7 +97,6 @@ def test_what_is_weighed_first_is_written_as_if_it_were_not(seed: int) -> None:
         for each in some(2):
             for store in stores:
                 store.put(each)
-
     assert weighing.put_many(offered, held=held, **rules) == plain.put_many(offered, **rules)
     assert list(weighing) == list(plain)
     assert weighing.stats() == plain.stats()

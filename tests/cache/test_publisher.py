@@ -104,7 +104,6 @@ async def test_an_event_whose_copy_takes_long_is_announced_when_it_is_made(
 async def test_nobody_waits_for_a_publication_being_copied(make: Callable[[], AsyncCache]) -> None:
     Slow.release.clear()
     gate = Gate()
-
     building = builder(Single("price", fetch=held_at(gate, "read")), cache=make())
     before = await begun(building.build([A]))
     await gate.wait_arrived()

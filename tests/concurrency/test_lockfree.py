@@ -30,7 +30,6 @@ def test_no_change_of_a_cell_is_lost_between_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-
     assert cell.value == 8_000
     assert repr(cell) == "Cell(8000)"
 
@@ -42,17 +41,14 @@ def test_a_change_struck_by_another_is_made_to_the_newer_value() -> None:
         cell.change(lambda names: (*names, name))
 
     lines = at_every_line(lambda: add("struck"), lambda: add("striking"))
-
     names: Any = cell.value
     assert (names.count("struck"), names.count("striking")) == (lines + 2, lines)
 
 
 def test_a_step_that_raises_changes_nothing() -> None:
     cell = Cell(1)
-
     with pytest.raises(ZeroDivisionError):
         cell.change(lambda number: number // 0)
-
     assert cell.value == 1
 
 
@@ -72,7 +68,6 @@ def test_who_waits_for_a_change_goes_on_when_it_has_come() -> None:
         state[0] = number
         changes.tell()
     waiting.join(PATIENCE)
-
     assert seen == [True]
 
 
@@ -101,14 +96,12 @@ async def test_a_coroutine_waits_for_what_a_thread_changes() -> None:
 
     thread = threading.Thread(target=change)
     asyncio.get_running_loop().call_later(1.0, thread.start)
-
     assert await changes.until(lambda: state[0], 1_000.0)
 
 
 async def test_a_coroutine_that_waits_for_what_does_not_come_is_told_in_time() -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
-
     assert not await Changes().until(lambda: False, 3.0)
     assert loop.time() - began == pytest.approx(3.0)
 

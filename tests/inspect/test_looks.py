@@ -244,7 +244,6 @@ async def test_a_cache_that_tells_nothing_of_use_is_no_trouble_and_holds_up_no_l
 
 async def test_flights_say_where_they_stand_without_subjects_unless_asked() -> None:
     gate = Gate()
-
     made = builder(Single("k", fetch=held_at(gate)))
     build = await begun(made.build([key("k", "secret")]), gate)
     await asyncio.sleep(2)
@@ -262,7 +261,6 @@ async def test_flights_say_where_they_stand_without_subjects_unless_asked() -> N
 
 async def test_keys_of_any_length_are_told_in_short() -> None:
     gate, long = Gate(), "x" * 100_000
-
     made = builder(Single("k", fetch=held_at(gate)))
     build = await begun(made.build([ResourceKey(long, "k", long, {long: long})]), gate)
     for show in (True, False):
@@ -288,7 +286,6 @@ async def test_of_very_many_flights_some_are_shown_and_all_are_counted() -> None
 
 async def test_refreshes_are_counted() -> None:
     gate = Gate(opened=True)
-
     policy = FreshnessPolicy(1.0, 1_000.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
     made = builder(Single("k", fetch=held_at(gate)), default_policy=policy)
     await made.build([key("k")])

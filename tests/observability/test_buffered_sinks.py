@@ -48,7 +48,6 @@ def test_counts_and_observations_arrive_as_they_were_made() -> None:
         sink.observe("latency", 1.5, source="a")
         sink.increment("calls")
         assert sink.flush(PATIENCE)
-
     assert downstream.metrics == [
         MetricRecord("increment", "calls", 3, {"source": "a"}),
         MetricRecord("observe", "latency", 1.5, {"source": "a"}),
@@ -58,9 +57,7 @@ def test_counts_and_observations_arrive_as_they_were_made() -> None:
 
 def test_without_a_record_there_is_no_thread() -> None:
     before = workers()
-
     sink = BufferedEventSink(Recorder())
-
     assert workers() <= before
     assert sink.stats().worker_alive
     assert sink.close(timeout=0)
@@ -73,7 +70,6 @@ def test_a_payload_is_delivered_as_it_was_when_it_was_emitted() -> None:
     payload["number"] = 2
     held.let_through()
     assert sink.close(timeout=PATIENCE)
-
     assert held.events[1].payload == {"number": 1}
 
 
@@ -89,7 +85,6 @@ def test_a_sink_may_emit_into_the_buffer_that_feeds_it() -> None:
     sink.emit("call")
     assert sink.flush(PATIENCE)
     assert sink.flush(PATIENCE)
-
     assert downstream.emitted == ["call", "echo"]
     assert sink.close(timeout=PATIENCE)
 
@@ -110,7 +105,6 @@ def test_records_from_many_threads_all_arrive_each_threads_in_order() -> None:
         for thread in threads:
             thread.join()
         assert sink.flush(PATIENCE)
-
     for name in range(6):
         payloads = [event.payload for event in downstream.events]
         numbers = [payload["number"] for payload in payloads if payload["thread"] == name]
@@ -141,7 +135,6 @@ def test_of_what_lacks_room_one_is_dropped(settings: dict[str, Any], delivered: 
         sink.emit("fourth")
     held.let_through()
     assert sink.close(timeout=PATIENCE)
-
     assert held.emitted == delivered
     assert sink.stats().dropped == 1
 
@@ -152,10 +145,8 @@ def test_metrics_overflow_by_the_same_rules() -> None:
     sink.increment("first")
     held.wait_arrived()
     sink.increment("second")
-
     with pytest.raises(queue.Full):
         sink.observe("third", 1.0)
-
     held.let_through()
     assert sink.close(timeout=PATIENCE)
 
@@ -165,7 +156,6 @@ def test_a_flooded_buffer_never_has_more_pending_than_it_may() -> None:
     for _ in range(50):
         sink.emit("again")
         assert sink.stats().pending <= 3
-
     stats = sink.stats()
     assert (stats.pending, stats.peak_pending, stats.max_pending) == (3, 3, 3)
     held.let_through()
@@ -181,7 +171,6 @@ def test_every_record_ends_as_delivered_failed_or_dropped(overflow: BufferOverfl
     held.let_through()
     assert sink.close(timeout=PATIENCE)
     sink.emit("too late")
-
     stats = sink.stats()
     assert stats.delivered + stats.failures + stats.dropped == 1 + 5 + 1
     assert stats.pending == 0
@@ -195,7 +184,6 @@ def test_flush_waits_for_the_record_in_delivery_though_later_ones_were_dropped()
     held, sink = held_buffer(1, BufferOverflowPolicy.DROP_OLDEST)
     for _ in range(5):
         sink.emit("again")
-
     assert not sink.flush(timeout=0)
     held.let_through()
     assert sink.flush(PATIENCE)
@@ -212,7 +200,6 @@ def test_flush_and_close_in_the_worker_itself_do_not_wait_for_themselves() -> No
 
     sink = BufferedEventSink(Impatient())
     sink.emit("first")
-
     assert sink.close(timeout=PATIENCE)
     assert answers == [False, False]
 
@@ -222,9 +209,7 @@ def test_what_comes_after_closing_is_dropped_and_no_error(overflow: BufferOverfl
     downstream = Recorder()
     sink = BufferedEventSink(downstream, overflow=overflow)
     sink.close()
-
     sink.emit("too late")
-
     stats = sink.stats()
     assert downstream.events == []
     assert (stats.dropped, stats.enqueued, stats.pending) == (1, 0, 0)
@@ -239,12 +224,10 @@ def test_a_forgotten_buffer_delivers_what_it_has_and_its_thread_ends() -> None:
     sink.emit("second")
     (worker,) = workers() - before
     gone = weakref.ref(sink)
-
     del sink
     gc.collect()
     held.let_through()
     worker.join(PATIENCE)
-
     assert gone() is None
     assert not worker.is_alive()
     assert held.emitted == ["first", "second"]
@@ -257,7 +240,6 @@ def test_a_record_waits_until_a_thread_can_be_started(monkeypatch: pytest.Monkey
         no_more_threads(patch)
         sink.emit("first")
         assert sink.stats().pending == 1
-
     sink.emit("second")
     assert sink.close(timeout=PATIENCE)
     assert downstream.emitted == ["first", "second"]
@@ -270,9 +252,7 @@ def test_who_waits_delivers_without_threads(end: str, monkeypatch: pytest.Monkey
     sink = BufferedEventSink(downstream)
     for number in range(80):
         sink.emit(str(number))
-
     assert sink.flush(PATIENCE) if end == "flush" else sink.close(timeout=PATIENCE)
-
     assert downstream.emitted == [str(number) for number in range(80)]
     assert sink.stats().pending == 0
 
@@ -281,7 +261,6 @@ def test_who_delivers_himself_keeps_to_his_timeout(monkeypatch: pytest.MonkeyPat
     no_more_threads(monkeypatch)
     sink = BufferedEventSink(Recorder())
     sink.emit("first")
-
     assert not sink.flush(timeout=0)
     assert not sink.close(timeout=0)
     assert sink.stats().pending == 1
@@ -296,10 +275,8 @@ def test_an_interrupt_of_who_delivers_himself_reaches_him(
     no_more_threads(monkeypatch)
     sink = BufferedEventSink(Raising(error()))
     sink.emit("first")
-
     with pytest.raises(error):
         sink.close()
-
     assert sink.close()
     assert (sink.stats().failures, sink.stats().pending) == (1, 0)
 
@@ -316,7 +293,6 @@ def test_a_handler_that_strikes_at_any_line_of_emit_may_emit_and_flush() -> None
         lines = at_every_line(lambda: sink.emit("again"), strike)
         assert sink.flush(PATIENCE)
         stats = sink.stats()
-
     assert lines > 5
     assert (stats.delivered, stats.pending, stats.dropped) == (3 + 2 * lines, 0, 0)
     assert downstream.emitted.count("again") == 2 + lines
@@ -334,7 +310,6 @@ def test_an_exception_at_any_line_of_emit_leaves_the_counts_whole() -> None:
     with contextlib.suppress(Struck):
         at_every_line(lambda: sink.emit("again"), strike, errors=(Struck,))
     held.let_through()
-
     assert sink.close(timeout=PATIENCE)
     stats = sink.stats()
     assert stats.enqueued == stats.delivered + stats.failures + stats.dropped
@@ -360,7 +335,6 @@ def test_another_thread_may_report_while_a_handler_holds_one_up() -> None:
 def test_a_forked_child_delivers_its_own_records_and_not_the_parents() -> None:
     held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
     sink.emit("second")
-
     child = os.fork()
     if child == 0:
         status = 1
@@ -372,7 +346,6 @@ def test_a_forked_child_delivers_its_own_records_and_not_the_parents() -> None:
         finally:
             os._exit(status)
     _, result = os.waitpid(child, 0)
-
     held.let_through()
     assert sink.close(timeout=PATIENCE)
     assert os.waitstatus_to_exitcode(result) == 0
@@ -386,7 +359,6 @@ def test_a_buffer_tells_its_state() -> None:
     sink = BufferedEventSink(Recorder(), max_pending=5)
     sink.emit("first")
     sink.close()
-
     assert repr(sink) == (
         "<BufferedEventSink to Recorder closed pending=0/5 delivered=1 dropped=0 failures=0>"
     )
@@ -397,7 +369,6 @@ def test_a_buffer_tells_its_state() -> None:
 @pytest.mark.parametrize("kind", [BufferedEventSink, BufferedMetricsSink])
 def test_a_buffer_shows_the_sink_behind_it_and_says_that_it_never_blocks(kind: Any) -> None:
     downstream = Recorder()
-
     assert kind(downstream).downstream is downstream
     assert kind.coalestra_non_blocking is True
 
@@ -427,7 +398,6 @@ def test_wrong_settings_are_refused_by_name(
 @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])
 def test_a_timeout_must_be_a_finite_number_of_seconds(timeout: float) -> None:
     sink = BufferedEventSink(Recorder())
-
     with pytest.raises(ValueError, match="timeout"):
         sink.flush(timeout)
     with pytest.raises(ValueError, match="timeout"):

@@ -28,9 +28,7 @@ def test_only_true_counts_as_never_blocking() -> None:
 @pytest.mark.parametrize("buffer", [None, True, False])
 def test_a_buffered_sink_gets_no_second_buffer(buffer: bool | None) -> None:
     metrics, events = BufferedMetricsSink(Recorder()), BufferedEventSink(Recorder())
-
     sinks = ObservabilitySinks(metrics, events, buffer=buffer)
-
     assert (sinks.metrics, sinks.events) == (metrics, events)
     assert sinks.owned == {}
     assert set(sinks.stats()) == {"events", "metrics"}
@@ -38,7 +36,6 @@ def test_a_buffered_sink_gets_no_second_buffer(buffer: bool | None) -> None:
 
 def test_forced_buffers_before_null_sinks_still_cost_nothing() -> None:
     sinks = ObservabilitySinks(None, None, buffer=True)
-
     assert set(sinks.owned) == {"events", "metrics"}
     assert reporter_for(sinks.metrics, sinks.events) is None
 

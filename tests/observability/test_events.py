@@ -18,7 +18,6 @@ def test_an_event_is_logged_at_info_to_the_logger_of_the_library_or_the_one_give
     sink = LoggingEventSink(given)
     with caplog.at_level(logging.INFO, logger=sink.logger.name):
         sink.emit("cache_hit", resource="a:b", freshness="fresh")
-
     (record,) = caplog.records
     assert given in (None, sink.logger)
     assert (record.name, record.levelno) == (given.name if given else "coalestra", logging.INFO)
@@ -30,13 +29,11 @@ def test_an_event_is_logged_at_info_to_the_logger_of_the_library_or_the_one_give
 def test_a_payload_may_use_names_of_log_record_attributes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="coalestra"):
         LoggingEventSink().emit("custom", name="x", message="y", args="z")
-
     assert len(caplog.records) == 1
 
 
 def test_what_is_no_logger_is_refused_by_name() -> None:
     wrong: Any = "coalestra"
-
     with pytest.raises(TypeError, match="logger"):
         LoggingEventSink(wrong)
 
@@ -48,9 +45,7 @@ def test_logging_may_block_and_null_may_not() -> None:
 
 def test_a_null_sink_takes_everything_and_keeps_nothing() -> None:
     sink = NullEventSink()
-
     sink.emit("cache_hit", resource="a:b")
-
     assert repr(sink) == "NullEventSink()"
 
 
@@ -74,7 +69,6 @@ def test_failures_are_logged_as_warnings(
 ) -> None:
     with caplog.at_level(logging.INFO, "coalestra"):
         LoggingEventSink().emit(event_type, **payload)
-
     assert [record.levelno for record in caplog.records] == [level]
 
 

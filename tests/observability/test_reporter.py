@@ -56,10 +56,8 @@ def test_without_events_no_key_is_rendered() -> None:
     sink = Recorder()
     report = reporter(sink, NullEventSink())
     key: Any = Unrenderable()
-
     report.tell("cache_hit", resource=key, freshness="fresh", snapshot_id="s1")
     report.source_failed(key, "exchange", ValueError(), "s1")
-
     assert report.failures == 0
     assert [record.metric for record in sink.metrics] == [
         "cache_access_total",
@@ -91,9 +89,7 @@ def test_without_metrics_no_labels_are_built() -> None:
     sink = Recorder()
     report = reporter(NullMetrics(), sink)
     key: Any = Unlabelled()
-
     report.tell("cache_hit", resource=key, freshness="fresh", snapshot_id="s1")
-
     assert sink.events[0].payload == {
         "resource": "the key",
         "freshness": "fresh",
@@ -115,7 +111,6 @@ def test_what_ends_a_program_comes_after_the_step_of_its_report(kind: type[BaseE
 
     with pytest.raises(kind):
         asyncio.run(program())
-
     assert steps == ["the step goes on"]
 
 
@@ -123,11 +118,9 @@ def test_texts_in_labels_and_events_are_single_lines_of_bounded_length() -> None
     sink = Recorder()
     report = reporter(sink, sink)
     key = ResourceKey("mar\nket", "x" * 1_000_000, "y" * 10_000_000)
-
     report.source_failed(key, "ex\nchange", ValueError("a\nb"), "s1")
     report.count("cache_access_total", key, status="miss")
     report.tell("resource_invalidated", resource=key, reason="re\nason" * 1_000_000)
-
     texts = [text for record in sink.metrics for text in record.labels.values()]
     texts += [text for event in sink.events for text in event.payload.values()]
     assert len(texts) > 10
@@ -143,7 +136,6 @@ def test_a_text_of_a_class_of_the_applications_is_told_as_plain_text() -> None:
     reporter(sink, sink).tell(
         "resource_invalidated", resource=ResourceKey("a", "b"), reason=Why.RECALLED
     )
-
     (event,) = sink.events
     assert type(event.payload["reason"]) is str
     assert event.payload["reason"] == "re\\ncalled"
@@ -153,7 +145,6 @@ def test_the_diagnostics_of_an_event_are_json_and_read_like_the_snapshots() -> N
     sink = Recorder()
     diagnostics = SnapshotDiagnostics(resolved_resources=2, source_calls_by_source={"a": 1})
     reporter(NullMetrics(), sink).snapshot_built("id", diagnostics, build_failed=False, strict=True)
-
     payload = sink.events[0].payload
     told = payload["diagnostics"]
     assert json.loads(json.dumps(payload))["diagnostics"]["source_calls_by_source"] == {"a": 1}
@@ -167,5 +158,4 @@ def test_the_diagnostics_of_an_event_are_json_and_read_like_the_snapshots() -> N
 
 def test_a_reporter_tells_which_sides_it_serves() -> None:
     report = reporter(NullMetrics(), Recorder())
-
     assert repr(report) == "<Reporter metrics=off events=Recorder failures=0>"

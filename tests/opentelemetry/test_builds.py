@@ -74,7 +74,6 @@ async def test_spans_of_clients_hang_below_their_attempt_and_all_of_it_below_the
     with client(spans).start_as_current_span("request"):
         await used.build([D], snapshot_id="s1")
         assert trace.get_current_span().is_recording(), "the request's own span is current again"
-
     assert spans.tree() == [
         "request",
         "  build snapshot",
@@ -123,7 +122,6 @@ async def test_a_source_in_a_thread_has_its_span_as_the_current_one(spans: Spans
     source = CallableSource(name="db", priority=1, supports=lambda key: True, fetcher=fetch)
     async with traced(spans, source) as used:
         await used.build([A])
-
     assert spans.tree() == ["build snapshot", "  fetch db", "    SELECT"]
 
 
@@ -140,7 +138,6 @@ async def test_what_a_cache_asks_its_server_is_below_the_stage_cold_or_warm(span
         await used.build([A])
         spans.exporter.clear()
         await used.build([A])
-
     assert {line for line in spans.tree() if "GET" in line} == {"    GET"}
 
 
@@ -154,7 +151,6 @@ async def test_each_stage_of_a_session_hangs_below_what_asked_for_it(spans: Span
         await session.resolve([B])
         await session.revalidate([A], force_refresh=True)
     await session.close()
-
     assert spans.tree() == [
         "first",
         "  resolve snapshot",
@@ -171,7 +167,6 @@ async def test_each_stage_of_a_session_hangs_below_what_asked_for_it(spans: Span
 async def test_waiting_for_capacity_is_told_with_the_call(spans: Spans) -> None:
     used = traced(spans, Single("a", fetch=latency(2)), max_concurrency=1)
     await asyncio.gather(used.build([A]), used.build([key("a", "other")]))
-
     waits = [attributes(span)["coalestra.capacity.wait_time"] for span in spans.named("fetch a")]
     assert waits == [0.0, pytest.approx(2.0)]
 
@@ -182,7 +177,6 @@ def test_a_thread_that_uses_the_facade_has_the_build_below_its_own_span(spans: S
             facade.build([A])
             with facade.session() as session:
                 session.resolve([A])
-
     assert spans.tree() == ["job", "  build snapshot", "    fetch a", "  resolve snapshot"]
 
 
@@ -197,7 +191,6 @@ async def test_a_refresh_is_a_trace_linked_to_the_build_that_set_it_off(spans: S
     with client(spans).start_as_current_span("request"):
         await used.build([A], snapshot_id="cause")
         await used.wait_for_refreshes()
-
     refresh = spans.one("refresh resources")
     assert refresh.parent is None
     assert [link.context for link in refresh.links] == [spans.named("build snapshot")[1].context]
@@ -215,7 +208,6 @@ async def test_readers_who_joined_are_linked_to_the_call_that_served_them(spans:
     with client(spans).start_as_current_span("late"):
         await used.build(keys)
     await first
-
     join = spans.one("join flight")
     assert [link.context for link in join.links] == [spans.one("fetch_many b").context]
     assert attributes(join) == {
@@ -236,7 +228,6 @@ async def test_a_call_that_takes_too_long_failed_and_says_whose_time_was_up(span
     used = traced(spans, Single("a", fetch=slow), Single("b", fetch=slow, timeout=1.0))
     await used.build([A], deadline_seconds=2.0, strict=False)
     await used.build([B], strict=False)
-
     outcomes = {
         span.name: (attributes(span)["coalestra.outcome"], attributes(span)["error.type"])
         for span in (*spans.named("fetch a"), *spans.named("fetch b"))
@@ -254,7 +245,6 @@ async def test_what_was_called_off_has_ended_but_not_failed(spans: Spans) -> Non
     build.cancel()
     await settle()
     await used.aclose()
-
     assert attributes(spans.one("build snapshot"))["coalestra.outcome"] == "cancelled"
     assert attributes(spans.one("fetch a"))["coalestra.outcome"] == "abandoned"
     assert {span.status.status_code for span in spans.ended} == {StatusCode.UNSET}
@@ -278,7 +268,6 @@ async def test_the_exemplar_of_a_duration_leads_to_its_trace(meters: Meters, spa
     second = await begun(used.build([key("a", "quick")]))
     gate.open()
     await asyncio.gather(first, second)
-
     slow, quick = (span.context.trace_id for span in spans.named("fetch a") if span.context)
     read = meters.metrics()  # once: a reader forgets the exemplars that it has read
     assert exemplars(read["coalestra.source.fetch.duration"]) == {3.0: slow, 0.002: quick}

@@ -50,7 +50,6 @@ def test_every_metric_of_the_library_has_an_instrument_with_its_labels(meters: M
         sink.increment(name, 1, **labels[name])
     for name in OBSERVATIONS:
         sink.observe(name, 1.0, **labels[name])
-
     found = meters.metrics()
     assert len(found) == len(COUNTERS) + len(OBSERVATIONS)
     for metric in found.values():
@@ -70,7 +69,6 @@ def test_counts_add_up_by_their_labels_and_sinks_on_one_provider_share_them(mete
     other.increment("source_fetch_total", source="rates", status="failure")
     orders.increment("source_fetch_total", source="rates", status="failure")
     orders.observe("source_fetch_latency_ms", 500.0, source="rates")
-
     assert meters.values("coalestra.source.keys") == {
         ("default", "rates", "failure"): 1,
         ("default", "rates", "success"): 3,
@@ -83,7 +81,6 @@ def test_what_was_counted_by_a_sink_that_is_gone_stays_counted(meters: Meters) -
     OpenTelemetryMetrics(meters.provider).increment("snapshot_build_total", status="success")
     gc.collect()
     OpenTelemetryMetrics(meters.provider).increment("snapshot_build_total", status="success")
-
     assert meters.values("coalestra.snapshot.builds") == {("default", "success"): 2}
 
 
@@ -126,7 +123,6 @@ def test_kinds_without_end_do_not_make_series_without_end(meters: Meters) -> Non
 def test_two_providers_have_nothing_in_common(meters: Meters) -> None:
     OpenTelemetryMetrics(Meters().provider).increment("snapshot_build_total", status="success")
     OpenTelemetryMetrics(meters.provider)
-
     assert meters.values("coalestra.snapshot.builds") == {}
 
 
@@ -175,7 +171,6 @@ def test_a_reader_of_differences_gets_what_came_since_it_last_read() -> None:
     for more in (2, 3):
         sink.increment("snapshot_build_total", more, status="success")
         read += meters.values("coalestra.snapshot.builds").values()
-
     assert read == [2, 3]
 
 
@@ -183,7 +178,6 @@ def test_durations_are_seconds_and_fall_into_buckets_that_suit_them(meters: Mete
     sink = OpenTelemetryMetrics(meters.provider)
     sink.observe("source_fetch_latency_ms", 30.0, source="rates")
     sink.observe("source_batch_size", 30, source="rates")
-
     (duration,) = meters.points("coalestra.source.fetch.duration")
     assert duration.sum == 0.03
     assert duration.explicit_bounds[0] == 0.001
@@ -211,7 +205,6 @@ async def test_a_build_is_counted_and_no_attribute_names_any_subject(meters: Met
         await used.build([*wanted, single])
         await used.build(wanted)
         await used.publisher.publish(single, 2, source="stream")
-
         assert meters.values("coalestra.cache.lookups") == {
             ("default", "batch", "test", "miss"): 3,
             ("default", "single", "test", "miss"): 1,
@@ -242,7 +235,6 @@ async def test_a_sink_that_counts_in_vain_does_no_harm() -> None:
 
 async def test_levels_are_read_in_the_readers_thread_while_the_loop_is_held(meters: Meters) -> None:
     sink, gate = OpenTelemetryMetrics(meters.provider, builder="orders"), Gate()
-
     async with builder(
         Single("slow", fetch=held_at(gate)), max_concurrency=2, metrics=sink
     ) as used:
@@ -261,7 +253,6 @@ async def test_levels_are_read_in_the_readers_thread_while_the_loop_is_held(mete
         gate.open()
         await asyncio.gather(*builds)
         entries = meters.values("coalestra.cache.entries")
-
     assert read == {
         "capacity.limit": {("orders", "__global__"): 2},
         "capacity.usage": {("orders", "__global__"): 2},
@@ -311,7 +302,6 @@ async def test_an_open_circuit_shows_with_its_source_and_in_the_severity(meters:
         ages = meters.values("coalestra.source.success.age")
         await asyncio.sleep(30)
         later = meters.values("coalestra.source.circuits")
-
     assert severities == [{("default",): 0}, {("default",): 1}]
     assert circuits == {
         ("default", "open", "rates"): 1,
@@ -369,7 +359,6 @@ async def test_a_builder_that_cannot_say_how_it_is_hides_no_other_and_is_logged_
             read.append(set(meters.values("coalestra.builder.flights")))
         clock.broken = False
         until_logged()
-
     assert read == [{("well",)}, {("well",)}, {("ill",), ("well",)}, {("well",)}]
     assert [record.name for record in caplog.records] == ["coalestra"] * 2
     said = [f"{record.getMessage()} {record.exc_info}" for record in caplog.records]

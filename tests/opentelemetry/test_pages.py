@@ -48,7 +48,6 @@ def test_the_table_of_metrics_says_name_unit_and_attributes_of_each(
         )
         (point,) = metric.data.data_points
         told[name] = [f"`{origin}`", metric.unit, {*attributes(point)} - {"coalestra.builder.name"}]
-
     assert told == {
         name.strip("`"): [origin, unit.strip("`"), names(labels)]
         for origin, name, unit, labels in rows(title)
@@ -67,7 +66,6 @@ def test_the_table_of_levels_says_name_unit_and_attributes_of_each(meters: Meter
     }
     gauges = {name for name, metric in read.items() if isinstance(metric.data, Gauge)}
     assert gauges == {"coalestra.source.success.age", "coalestra.builder.severity"}
-
     assert told == {
         name.strip("`"): (unit.strip("`"), names(labels) | {"coalestra.builder.name"})
         for name, unit, labels, _ in (
@@ -80,7 +78,6 @@ def test_every_attribute_of_a_span_is_explained_once(spans: Spans) -> None:
     cells = rows("Spans")
     explained = [row[0].strip("`") for row in cells if len(row) == 2]
     used = {name for row in cells if len(row) == 3 for name in names(row[2])}
-
     assert len(set(explained)) == len(explained)
     assert set(explained) == used | {"error.type"}
     tracer = OpenTelemetryTracer(spans.provider)

@@ -91,7 +91,6 @@ def test_keys_that_join_a_call_are_a_linked_span(spans: Spans, tracer: OpenTelem
     tracer.joined(build, None, 0.5, OTHERS)
     tracer.end(build, DONE)
     tracer.end(call, {})
-
     first, second, third = spans.named("join flight")
     assert [link.context for link in first.links] == [spans.one("fetch_many rates").context]
     assert attributes(first)["coalestra.keys.requested"] == 3
@@ -111,7 +110,6 @@ def test_the_spans_of_joined_calls_are_bounded(spans: Spans, tracer: OpenTelemet
     for _ in range(1_000):
         tracer.joined(build, tracer.begin("call", CALL), 1.0, OTHERS)
     tracer.end(build, DONE)
-
     joins = spans.named("join flight")
     assert len(joins) == 129
     assert sum(attributes(span)["coalestra.keys.requested"] for span in joins) == 1_000
@@ -130,7 +128,6 @@ def test_a_failure_never_raised_has_no_place(spans: Spans, tracer: OpenTelemetry
 def test_the_text_of_a_failure_is_told_if_it_is_asked_for(spans: Spans) -> None:
     tracer = OpenTelemetryTracer(spans.provider, include_messages=True)
     tracer.end(tracer.begin("call", CALL), {}, raised(ConnectionError("no route\nto SECRET")))
-
     span = spans.one("fetch_many rates")
     assert span.status.description == "ConnectionError: no route to SECRET"
     assert attributes(span.events[0])["exception.message"] == "no route\nto SECRET"
@@ -144,7 +141,6 @@ def test_no_text_is_none_or_longer_than_exporters_take(spans: Spans, meters: Met
     OpenTelemetryMetrics(meters.provider, builder="b\udc80").increment(
         "source_fetch_total", source="\ud800", status="success"
     )
-
     span = spans.one("fetch_many rates\\udc80")
     said = [span.status.description, *attributes(span).values()]
     said += attributes(span.events[0]).values()
@@ -164,7 +160,6 @@ class Unreadable(Exception):
 def test_an_unreadable_error_ends_its_span_as_well(spans: Spans, include_messages: bool) -> None:
     tracer = OpenTelemetryTracer(spans.provider, include_messages=include_messages)
     tracer.end(tracer.begin("call", CALL), {}, raised(Unreadable()))
-
     span = spans.one("fetch_many rates")
     assert attributes(span)["error.type"].endswith("test_spans.Unreadable")
 
@@ -177,7 +172,6 @@ def test_a_traceback_is_cut_to_innermost_places(spans: Spans, tracer: OpenTeleme
 
     error = raised(AssertionError(), lambda: deeper(100))
     tracer.end(tracer.begin("build", BUILD), {}, error)
-
     (event,) = spans.one("build snapshot").events
     assert attributes(event)["exception.stacktrace"].count("in deeper") == 20
 
@@ -224,7 +218,6 @@ def test_without_an_sdk_the_callers_own_span_stays_current(
         current = inside.run(trace.get_current_span)
     tracer.joined(build, None, 1.0, OTHERS)
     tracer.end(build, DONE, raised(ValueError()))
-
     assert current is request  # who else would take what the caller says of it
 
 

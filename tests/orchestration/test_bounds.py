@@ -173,7 +173,6 @@ async def test_a_background_refresh_sees_the_context_of_the_builders_making() ->
 
 async def test_order_does_not_depend_on_a_clock_that_stands_still() -> None:
     gate = Gate()
-
     building = builder(Single("x", fetch=held_at(gate, "fetched")), clock=ManualClock())
     reader = await begun(building.build([key("x")]), gate)
     await building.publisher.publish(key("x"), "event", source="stream")

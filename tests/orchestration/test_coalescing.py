@@ -122,7 +122,6 @@ async def test_one_who_leaves_a_crowd_takes_nobody_along_and_the_last_one_ends_t
 
 async def test_who_comes_when_a_whole_crowd_has_left_joins_the_call_that_goes_on() -> None:
     gate = Gate()
-
     source = Single("single", fetch=held_at(gate, "value"))
     building = builder(source)
     first, *crowd = await together(building, 2)

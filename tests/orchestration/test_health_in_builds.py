@@ -233,7 +233,6 @@ async def test_to_dict_holds_every_field_as_plain_data_of_its_moment() -> None:
 
 async def test_flights_under_way_say_what_they_wait_for_and_who_waits_for_them() -> None:
     gate = Gate()
-
     building = builder(Single("k", fetch=held_at(gate)), Derived("d", needs=lambda _: [key("k")]))
     assert building.flights_under_way() == ()
     first = await begun(building.build([key("d")]), gate)
@@ -284,7 +283,6 @@ async def test_flights_whose_call_waits_or_rests_say_so() -> None:
 
 async def test_a_flight_that_only_refreshes_says_that_no_reader_waits() -> None:
     gate = Gate(opened=True)
-
     policy = FreshnessPolicy(1.0, 1_000.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
     building = builder(Single("k", fetch=held_at(gate)), default_policy=policy)
     await building.build([key("k")])

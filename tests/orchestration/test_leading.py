@@ -244,7 +244,6 @@ async def test_an_answer_of_no_use_concerns_its_own_key_only(answer: Callable[[]
         return answer()
 
     snapshot = await it.builder.build(KEYS, strict=False)
-
     assert values(snapshot) == {k.subject: k.subject for k in KEYS if k is not C}
     assert set(snapshot.errors) == {C}
     assert it.led() or answer is Uncopyable

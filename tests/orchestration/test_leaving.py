@@ -205,7 +205,6 @@ async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how:
         return [key("chain", str(int(k.subject) - 1)) if k.subject != "0" else key("base")]
 
     gate, length = Gate(), 150
-
     building = builder(Derived("chain", needs=needs), Single("base", fetch=held_at(gate)))
     top = [key("chain", str(length))]
     session = building.session(deadline_seconds=20 if how == "late" else None)

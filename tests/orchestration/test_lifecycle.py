@@ -680,9 +680,7 @@ def test_closing_that_was_left_on_a_loop_that_stands_still_is_done_by_the_next_c
     abandoned.run_forever()
     assert building.closed
     assert not closing.done()
-
     run_virtual(building.aclose())
-
     abandoned.run_until_complete(closing)
     abandoned.close()
 

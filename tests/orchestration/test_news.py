@@ -34,7 +34,6 @@ def derived(before: Gate) -> Derived:
 
 async def test_a_derivation_that_was_hidden_before_does_not_undo_an_event() -> None:
     at_base, at_derived = Gate(), Gate()
-
     building = builder(Single("base", fetch=held_at(at_base, "fetched")), derived(at_derived))
     early = await begun(building.build([D]), at_base)
     await asyncio.sleep(1)

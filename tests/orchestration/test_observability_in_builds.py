@@ -518,7 +518,6 @@ async def test_with_null_sinks_no_label_or_text_is_built(monkeypatch: pytest.Mon
 
 async def test_coalesced_and_stale_values_and_refreshes_count_where_they_belong() -> None:
     gate = Gate(opened=True)
-
     policy = FreshnessPolicy(1, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
     building = builder(Single("x", fetch=held_at(gate, "")), default_policy=policy)
     one, two = await asyncio.gather(building.build([X]), building.build([X]))

@@ -622,7 +622,6 @@ async def test_what_a_source_declares_later_and_cannot_be_meant_fails_its_keys_b
 ) -> None:
     """A timer that is set for NaN stops the others of the event loop as well."""
     gate = Gate()
-
     source = kind("x")
     building = builder(source, Single("held", fetch=held_at(gate)), max_concurrency=1)
     holding = await begun(building.build([key("held")]), gate)

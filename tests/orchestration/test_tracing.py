@@ -197,7 +197,6 @@ async def test_a_derived_key_says_what_it_rests_on_and_that_it_waited_for_it() -
 
 async def test_one_who_joins_says_whose_flight_and_how_long_though_that_is_not_traced() -> None:
     gate = Gate()
-
     b = builder(Single("a", fetch=held_at(gate)))
     first = await begun(b.build([A], snapshot_id="first"), gate)
     await asyncio.sleep(1)
@@ -322,7 +321,6 @@ async def test_a_value_that_is_kept_as_its_source_fails_stands_in_from_then_on()
 
 async def test_an_event_that_came_meanwhile_is_told_as_published() -> None:
     gate = Gate()
-
     b = builder(Single("a", fetch=held_at(gate)))
     building = await begun(b.build([A], trace=True), gate)
     await b.publisher.publish(A, 2, source="feed")
@@ -335,7 +333,6 @@ async def test_an_event_that_came_meanwhile_is_told_as_published() -> None:
 
 async def test_a_deadline_leaves_a_call_under_way_in_the_trace_that_is_made_then() -> None:
     gate = Gate()
-
     b = builder(Single("a", fetch=held_at(gate), timeout=100.0))
     patient = asyncio.ensure_future(b.build([A]))
     hasty = await b.build([A], strict=False, deadline_seconds=1.0, trace=True)

@@ -53,7 +53,6 @@ def breaking(scope: CircuitScope = CircuitScope.SOURCE) -> SourceResiliencePolic
 
 async def test_work_under_way_is_seen_while_it_lasts(registry: CollectorRegistry) -> None:
     gate = Gate()
-
     building = builder(Single("x", fetch=held_at(gate, "fine")), source_concurrency={"x": 2})
     HealthCollector({"shop": building}, registry=registry)
     tasks = [asyncio.ensure_future(building.build([key("x", str(n))])) for n in range(5)]

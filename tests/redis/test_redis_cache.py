@@ -476,7 +476,6 @@ async def test_a_lease_whose_grant_was_lost_with_the_connection_is_granted_once_
     server: Server, prefix: str
 ) -> None:
     """Else whoever asked would wait for himself, and all others with him."""
-
     client: Any = Redis.from_url(server.url)
     ask, cuts = client.execute_command, list[Exception]()
 

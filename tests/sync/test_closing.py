@@ -223,7 +223,6 @@ def test_an_error_of_the_block_wins_over_one_in_closing(caplog: pytest.LogCaptur
             sync.build([PRICE])
             events.gate.wait_arrived()
             raise LookupError("the block's own")
-
     assert "closing failed after LookupError: observability must be delivered" in caplog.text
     events.gate.open()
     wait_until(lambda: not loop_threads())
@@ -242,10 +241,8 @@ def test_closing_a_facade_whose_loop_is_held_is_an_error(monkeypatch: pytest.Mon
     sync = SyncSnapshotBuilder(made, shutdown_timeout_seconds=0.01)
     building = in_thread(lambda: sync.build([PRICE], strict=False))
     assert entered.wait(PATIENCE)
-
     with pytest.raises(TimeoutError, match="an event loop thread that is still held"):
         sync.close()
-
     held.set()
     building.exception(PATIENCE)
     sync.close()

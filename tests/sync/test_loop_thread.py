@@ -180,7 +180,6 @@ def test_what_ends_the_program_goes_to_the_threads_that_wait(
 
     with pytest.raises(kind) as caught:
         loop_thread.run("build()", end_the_program)
-
     assert caught.value.args == (3,)
     assert isinstance(error_of(waiting), kind)
     assert loop_thread.run("answer()", answer) == 42
@@ -199,7 +198,6 @@ def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
     outcome(submitted.future)
     while not caplog.records:
         assert loop_thread.run("answer()", answer) == 42
-
     assert "broke the event loop" in caplog.records[0].getMessage()
 
 

@@ -44,7 +44,6 @@ def test_a_handler_may_submit_and_read_wherever_it_strikes(facade: SyncSnapshotB
         facade.publisher.flush(timeout_seconds=PATIENCE)
 
     lines = at_every_line(lambda: submit(PRICE, 1, source="main"), strike)
-
     facade.publisher.flush(timeout_seconds=PATIENCE)
     assert lines > 20
     assert [future.done() for future in handled] == [True] * lines
@@ -66,7 +65,6 @@ def test_a_handler_raising_at_any_line_of_one_takes_no_place(facade: SyncSnapsho
     at_every_line(
         lambda: facade.publisher.submit_publish(PRICE, 1, source="main"), strike, errors=(Struck,)
     )
-
     facade.publisher.flush(timeout_seconds=PATIENCE)
     gc.collect()
     assert facade.pending_submissions == 0
