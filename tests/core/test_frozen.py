@@ -17,18 +17,11 @@ from coalestra.core.frozen import EMPTY, FrozenDict, record
 from tests.support import PUBLIC
 
 CHANGES: list[Callable[[Any], Any]] = [
-    lambda d: d.__setitem__("a", 2),
-    lambda d: d.__delitem__("a"),
-    lambda d: d.__ior__({"b": 1}),
-    lambda d: d.clear(),
-    lambda d: d.pop("a"),
-    lambda d: d.pop("z", None),
-    lambda d: d.popitem(),
-    lambda d: d.setdefault("b", 1),
-    lambda d: d.setdefault("a"),
-    lambda d: d.update({"b": 1}),
+    lambda d: d.__setitem__("a", 2), lambda d: d.__delitem__("a"), lambda d: d.__ior__({"b": 1}),
+    lambda d: d.clear(), lambda d: d.pop("a"), lambda d: d.pop("z", None), lambda d: d.popitem(),
+    lambda d: d.setdefault("b", 1), lambda d: d.setdefault("a"), lambda d: d.update({"b": 1}),
     lambda d: d.update(b=1),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)

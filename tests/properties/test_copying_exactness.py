@@ -91,18 +91,8 @@ class Named:
 
 
 CHANGEABLE = (
-    dict,
-    list,
-    set,
-    bytearray,
-    collections.deque,
-    Plain,
-    Slotted,
-    Marked,
-    OwnCopy,
-    Named,
-    Frozen,
-)
+    dict, list, set, bytearray, collections.deque, Plain, Slotted, Marked, OwnCopy, Named, Frozen,
+)  # fmt: skip
 """What can be changed; a frozen one with a dictionary can fill itself."""
 UTC = datetime.timezone.utc
 

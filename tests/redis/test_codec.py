@@ -139,19 +139,12 @@ def test_what_was_written_comes_back_with_the_same_types(value: Any) -> None:
     assert same(CODEC.decode(CODEC.encode(value)), value)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        *(2**63, 2**64, -(2**63) - 1, 10**400, -0.0, math.inf, bytearray(b"x")),
-        dt.datetime(2020, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")),
-        dt.time(1, 2, tzinfo=dt.timezone(dt.timedelta(seconds=-61))),
-        uuid.UUID(int=1),
-        Order(Side.BUY, Decimal("1.50")),
-        FrozenDict({"a": (1,)}),
-        {1: "one", "1": "text", (1,): {2}},
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("value", [
+    *(2**63, 2**64, -(2**63) - 1, 10**400, -0.0, math.inf, bytearray(b"x")),
+    dt.datetime(2020, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")),
+    dt.time(1, 2, tzinfo=dt.timezone(dt.timedelta(seconds=-61))), uuid.UUID(int=1),
+    Order(Side.BUY, Decimal("1.50")), FrozenDict({"a": (1,)}), {1: "one", "1": "text", (1,): {2}},
+], ids=repr)  # fmt: skip
 def test_the_corners_come_back_too(value: Any) -> None:
     assert same(CODEC.decode(CODEC.encode(value)), value)
 

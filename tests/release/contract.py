@@ -20,21 +20,12 @@ from functools import partial
 from typing import Any
 
 FEATURES = {
-    "automatic_observability_buffering",
-    "blocking_source_timeout_guarantees",
-    "builder_health_assessment",
-    "builder_health_serialization",
-    "controlled_payload_copy_shutdown",
-    "payload_copy_health",
-    "payload_copy_offload",
-    "snapshot_acceptance",
-    "snapshot_consistency",
-    "snapshot_requests",
-    "source_authority",
-    "sync_submission_backlog",
-    "transactional_revalidation",
-    "versioned_error_diagnostics",
-}
+    "automatic_observability_buffering", "blocking_source_timeout_guarantees",
+    "builder_health_assessment", "builder_health_serialization",
+    "controlled_payload_copy_shutdown", "payload_copy_health", "payload_copy_offload",
+    "snapshot_acceptance", "snapshot_consistency", "snapshot_requests", "source_authority",
+    "sync_submission_backlog", "transactional_revalidation", "versioned_error_diagnostics",
+}  # fmt: skip
 SCHEMAS = {
     "builder_health": 1,
     "builder_health_assessment": 1,

@@ -162,19 +162,13 @@ def test_at_the_limit_delays_stay_spread_out() -> None:
 NUMBERS = ("max_attempts", "base_delay_seconds", "max_delay_seconds", "jitter_ratio")
 
 
-@pytest.mark.parametrize(
-    "field, value, error",
-    [
-        ("max_attempts", 0, ValueError),
-        ("base_delay_seconds", -0.1, ValueError),
-        ("max_delay_seconds", -1, ValueError),
-        ("jitter_ratio", 1.1, ValueError),
-        ("jitter_ratio", -0.1, ValueError),
-        ("base_delay_seconds", float("nan"), ValueError),
-        ("max_delay_seconds", float("inf"), ValueError),
-        *[(field, value, TypeError) for field in NUMBERS for value in (True, "1", None)],
-    ],
-)
+@pytest.mark.parametrize("field, value, error", [
+    ("max_attempts", 0, ValueError), ("base_delay_seconds", -0.1, ValueError),
+    ("max_delay_seconds", -1, ValueError), ("jitter_ratio", 1.1, ValueError),
+    ("jitter_ratio", -0.1, ValueError), ("base_delay_seconds", float("nan"), ValueError),
+    ("max_delay_seconds", float("inf"), ValueError),
+    *[(field, value, TypeError) for field in NUMBERS for value in (True, "1", None)],
+])  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(field: str, value: Any, error: type[Exception]) -> None:
     """Neither NaN nor infinity is a delay, and a bool is not a number."""
     with pytest.raises(error, match=field):

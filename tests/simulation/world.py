@@ -47,13 +47,9 @@ class Panic(BaseException):
 
 
 TROUBLE: tuple[Callable[[], BaseException], ...] = (
-    lambda: ConnectionError("down"),
-    lambda: LookupError("a fault in a source"),
-    asyncio.CancelledError,
-    GeneratorExit,
-    StopAsyncIteration,
-    lambda: Panic("panic"),
-)
+    lambda: ConnectionError("down"), lambda: LookupError("a fault in a source"),
+    asyncio.CancelledError, GeneratorExit, StopAsyncIteration, lambda: Panic("panic"),
+)  # fmt: skip
 """What whatever is plugged in may raise."""
 
 

@@ -13,13 +13,9 @@ from tests.support.virtual_loop import VirtualLoop
 T = TypeVar("T")
 
 _AT_REST = (
-    "background_refreshes",
-    "singleflight_in_flight",
-    "active_dispatch_workers",
-    "waiting_for_capacity",
-    "active_payload_copies",
-    "waiting_for_copy_capacity",
-)
+    "background_refreshes", "singleflight_in_flight", "active_dispatch_workers",
+    "waiting_for_capacity", "active_payload_copies", "waiting_for_copy_capacity",
+)  # fmt: skip
 
 
 _looked_after: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
