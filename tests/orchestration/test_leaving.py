@@ -21,6 +21,7 @@ from coalestra import (
 )
 from coalestra.concurrency import pace
 from coalestra.orchestration import flights, singleflight
+from tests.observability.recording import Recorder
 from tests.orchestration.scripted import (
     Batch,
     Derived,
@@ -92,6 +93,32 @@ async def test_an_abandoned_call_runs_on_to_the_last_deadline_and_no_longer() ->
     await settle()
     assert (await building.capacity_snapshot())["__global__"].in_use == 1
     await asyncio.sleep(9)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize(
+    "source",
+    [Single("x", fetch=latency(50)), Batch("x", before=lambda: asyncio.sleep(50))],
+    ids=["single", "batch"],
+)
+async def test_a_call_that_nobody_waits_for_any_more_is_no_failure_of_its_source(
+    source: Any, waits: bool
+) -> None:
+    heard = Recorder()
+    building = builder(
+        source, metrics=heard, events=heard, buffer_observability=False, max_concurrency=1
+    )
+    lease = await building.capacity.acquire("other") if waits else None
+    leaving = await begun(building.build([X]))
+    leaving.cancel()
+    await settle()
+    assert leaving.cancelled()
+    events = {each.event_type for each in heard.events}
+    assert events == {"snapshot_started", "source_call_queued" if waits else "source_call_started"}
+    counted = {each.metric for each in heard.metrics if each.operation == "increment"}
+    assert not {"source_fetch_total", "source_batch_call_total"} & counted
+    if lease is not None:
+        lease.release()
 
 
 async def test_a_source_that_ignores_its_cancellation_delays_nobody() -> None:

@@ -1002,6 +1002,7 @@ class Call:
             raise
         except BaseException as broken:
             _tell_loop(broken)
+        status = "abandoned" if self._is_given_up(error, outcome) else "failure"
         for flight in tuple(self.flights):
             try:
                 if self._is_wanted_anew(flight):
@@ -1009,10 +1010,15 @@ class Call:
                     flight.leave_call()
                     self.dispatch.ready(self.link, (flight,))
                 elif flight in self.flights:
-                    self.refuse(flight, error, "failure")
+                    self.refuse(flight, error, status)
             except BaseException as broken:
                 _tell_loop(broken)
             yield
+
+    def _is_given_up(self, error: BaseException, outcome: Outcome) -> bool:
+        """Whether it has ended as nobody waits, in time: its source has not failed."""
+        late = isinstance(error, SnapshotDeadlineExceededError)
+        return self._left and outcome is _ABANDONED and not late
 
     def _is_wanted_anew(self, flight: Flight) -> bool:
         """Whether somebody waits for a key who came when the call had ended for want of time."""
@@ -1614,7 +1620,7 @@ class Call:
             status = "deadline_exceeded"
         elif isinstance(error, SourceQueueTimeoutError):
             status = "queue_timeout"
-        if self._answered:
+        if self._answered or self._is_given_up(error, outcome):
             return
         if self.attempts and outcome is _FAILURE:
             self.link.failed_at = self.parts.clock.monotonic()

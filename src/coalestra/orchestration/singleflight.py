@@ -753,7 +753,13 @@ class SingleFlight:
         return chosen, rest
 
     def refused(self, flight: Flight, failure: SourceFailure, status: str) -> None:
-        """Take note that a source failed for a key, and let the key go on to the next one."""
+        """Take note that a source failed for a key, and let the key go on to the next one.
+
+        If its call was abandoned, as nobody waits for it, the key is given up.
+        """
+        if status == "abandoned" and not flight.waiters:
+            self._drop(flight)
+            return
         self._each(self._note, (flight,), failure, status)
         if not flight.waiters or isinstance(failure.exception, SnapshotDeadlineExceededError):
             self.board.hide(flight, cacheable=True)  # who comes by now, with time, begins anew
