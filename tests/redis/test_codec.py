@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import coalestra
@@ -37,6 +37,21 @@ class Rights(enum.Flag):
 
 class Level(enum.IntEnum):
     LOW = 1
+
+
+class Unit(str, enum.Enum):
+    KILO = "kg"
+
+    @property
+    def name(self) -> str:
+        return "a kilo"
+
+
+class Whole(NamedTuple("Whole", [("x", int)])):
+    """Is not made of what it holds."""
+
+    def __new__(cls, text: str) -> Whole:
+        return super().__new__(cls, int(text) + 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +85,7 @@ class Money:
 
 
 MODELS: list[type[Any] | Model] = [
-    *(Side, Rights, Level, Order, Point, Quote),
+    *(Side, Rights, Level, Unit, Order, Point, Whole, Quote),
     Model(Money, "money", dump=lambda money: money.cents, load=Money),
 ]
 CODEC = MessagePackCodec(MODELS)
@@ -134,6 +149,7 @@ values = st.recursive(
 )
 
 
+@example([Unit.KILO, Whole("7")])
 @given(values)
 def test_what_was_written_comes_back_with_the_same_types(value: Any) -> None:
     assert same(CODEC.decode(CODEC.encode(value)), value)

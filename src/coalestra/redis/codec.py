@@ -20,7 +20,7 @@ import zoneinfo
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, getitem
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -88,13 +88,14 @@ class Model:
         instance("models", kind, type)
         name = f"{kind.__module__}.{kind.__qualname__}"
         if issubclass(kind, enum.Flag):
-            return cls(kind, name, attrgetter("value"), kind)
+            return cls(kind, name, attrgetter("_value_"), kind)
         if issubclass(kind, enum.Enum):
-            return cls(kind, name, attrgetter("name"), kind.__getitem__)
+            # One of strings has their ``__getitem__``, and may have a ``name`` of its own.
+            return cls(kind, name, attrgetter("_name_"), partial(getitem, kind))
         if dataclasses.is_dataclass(kind):
             return _of_fields(kind, name, [field.name for field in dataclasses.fields(kind)])
         if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-            return cls(kind, name, list, lambda parts: kind(*parts))
+            return cls(kind, name, list, attrgetter("_make")(kind))
         if issubclass(kind, msgspec.Struct):
             return cls(kind, name, msgspec.structs.asdict, lambda parts: kind(**parts))
         raise TypeError(
