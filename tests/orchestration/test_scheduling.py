@@ -95,6 +95,20 @@ async def test_a_cycle_is_found_that_closes_when_a_key_turns_to_a_derived_source
     assert all(isinstance(errors[each], DependencyCycleError) for each in (early, late))
 
 
+async def test_nothing_is_derived_from_its_own_value_of_before() -> None:
+    own = key("own")
+    building = builder(Derived("own", needs=lambda k: [key("base"), k]), Single("base"))
+    await building.publisher.publish(own, "told", source="stream")
+    session = building.session()
+    await session.resolve([own])
+    again = await session.revalidate([own], force_refresh=True, strict=False)
+    await building.publisher.invalidate(own)
+    for snapshot in (again, await building.build([own], strict=False)):
+        error = snapshot.errors[own]
+        assert isinstance(error, DependencyCycleError)
+        assert error.path == (own, own)
+
+
 async def test_a_chain_of_ten_thousand_derived_keys_resolves_cold_and_warm() -> None:
     end = 10_000
 

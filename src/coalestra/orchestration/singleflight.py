@@ -34,6 +34,7 @@ from coalestra.cache.store import Held, decide
 from coalestra.concurrency.pace import Pace, portions
 from coalestra.core.errors import (
     BuilderClosedError,
+    DependencyCycleError,
     DependencyResolutionError,
     ResourceAbsent,
     SnapshotDeadlineExceededError,
@@ -841,6 +842,8 @@ class SingleFlight:
         try:
             keys = dependencies_of(link, flight.key, flight.sponsor.variables)
         except BaseException as error:
+            if isinstance(error, DependencyCycleError):
+                flight.cycle = error.path
             self.refused(flight, self._not_called(link, error), "failure")
             return
         pins = under = NO_PINS

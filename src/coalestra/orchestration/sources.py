@@ -12,7 +12,11 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
-from coalestra.core.errors import SourceProtocolError, SourceUnavailableError
+from coalestra.core.errors import (
+    DependencyCycleError,
+    SourceProtocolError,
+    SourceUnavailableError,
+)
 from coalestra.core.health import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source
@@ -252,6 +256,7 @@ def dependencies_of(link: Link, key: ResourceKey, variables: Context) -> tuple[R
 
     Raises:
         SourceProtocolError: if that is no key.
+        DependencyCycleError: if the key itself is among them.
     """
     try:
         return variables.copy().run(_declared, link, key)
@@ -276,6 +281,8 @@ def _declared(link: Link, key: ResourceKey) -> tuple[ResourceKey, ...]:
                 f"got {type(each).__qualname__}"
             )
         keys[each] = None
+    if key in keys:  # not even from a value of it that there is
+        raise DependencyCycleError((key, key))
     return tuple(keys)
 
 
