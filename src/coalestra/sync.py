@@ -97,8 +97,8 @@ class Operation(Generic[T]):
         self.future.add_done_callback(partial(_tell, weakref.ref(self)))
 
     def begin(self, work: Work[T]) -> None:
-        """Start the task, on the loop, once, unless it was given up."""
-        if self.task is None and self in self.operations:
+        """Start the task, on the loop, once; of what was given up it ends in its first step."""
+        if self.task is None:
             self.task = self.loop.create_task(self._perform(work))
             self.task.add_done_callback(partial(self._task_ended, work if self.last else None))
 

@@ -222,6 +222,49 @@ def test_the_last_operation_begins_again_if_cancelled_unbegun(loop_thread: LoopT
     assert loop_thread.join(PATIENCE)
 
 
+def test_the_last_operation_begins_once_though_it_is_handed_over_twice(
+    loop_thread: LoopThread,
+) -> None:
+    held, begun = threading.Event(), list[int]()
+
+    async def hold() -> None:
+        held.wait(PATIENCE)
+
+    async def stop() -> None:
+        begun.append(1)
+        loop_thread.stop()
+
+    started(loop_thread, hold)
+    last = loop_thread.finish(stop)
+    last.accepted = False  # as if it had been interrupted before this was noted
+    assert loop_thread.finish(stop) is last
+    held.set()
+    assert outcome(last.future) is None
+    assert loop_thread.join(PATIENCE)
+    assert begun == [1]
+
+
+def test_what_is_broken_off_keeps_its_place_until_it_has_ended(loop_thread: LoopThread) -> None:
+    backlog, begun, door = SubmissionBacklog(1), threading.Event(), Door()
+
+    async def slow_to_end() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await door.pass_()
+
+    operation = loop_thread.operation(backlog)
+    backlog.enter(operation)
+    loop_thread.start(slow_to_end, operation)
+    assert begun.wait(PATIENCE)
+    operation.discard()
+    assert operation.future.cancelled()
+    assert backlog.pending == 1
+    door.open()
+    backlog.flush(PATIENCE)
+
+
 def test_what_is_accepted_at_the_very_moment_of_closing_is_told(loop_thread: LoopThread) -> None:
     async def stop() -> None:
         await loop_thread.drain(asyncio.get_running_loop().time(), 1.0)
