@@ -515,6 +515,10 @@ class SingleFlight:
 
     def _acquire(self, gather: Gather, wanted: Collection[Wanted]) -> None:
         """Let `gather` wait for the flights of keys; start those that there are none to join of."""
+        if gather.under and gather.owner is not None:
+            pinned = [key for key, _, _ in wanted if key in gather.under]
+            if pinned and self._leave_to_pins(gather.owner, pinned):
+                return
         flights, work, news, begun = self.board.flights, gather.work, self._news, []
         for key, policy, cached in wanted:
             flight = flights.get(key)
@@ -548,7 +552,7 @@ class SingleFlight:
             self.board.hide(flight, cacheable=False)
             self.refresher.outdate((key,))
             return False
-        way = self._way_to_outlived(gather.base, flight) if gather.base else None
+        way = self._way_to_pinned(gather.base, flight) if gather.base else None
         if way:
             self._derive_apart(gather, flight, way)
             return True
@@ -846,17 +850,11 @@ class SingleFlight:
                 flight.cycle = error.path
             self.refused(flight, self._not_called(link, error), "failure")
             return
-        pins = under = NO_PINS
-        if flight.pins is not None:
-            pins = flight.pins
-        else:
-            for each in flight.waiters:
-                under = under or each.base or each.under
-            if under and self._is_outlived(under, keys) and self._leave_to_pins(flight, keys):
-                return
+        pins = NO_PINS if flight.pins is None else flight.pins
         work = flight.living_sponsor()
         gather = Gather(work, keys, pins, self._gathered, demand=pins.demand, owner=flight)
-        gather.under = under
+        for each in flight.waiters if flight.pins is None else ():
+            gather.under = gather.under or each.base or each.under
         gather.renews = link.inherits and any(
             each.refresh or each.renews for each in flight.waiters
         )
@@ -909,52 +907,17 @@ class SingleFlight:
 
     # What is pinned is not asked for again: who would have to wait for that derives on his own --
 
-    def _is_outlived(self, pins: Pins, keys: Collection[ResourceKey]) -> bool:
-        """Whether any of `keys` is pinned with a value that others are no longer given."""
-        for key in keys:
-            pin = pins.get(key)
-            if pin is None:
-                continue
-            revision = pin.revision
-            if self._store is not None and self._store.peek(key) is not revision:
-                return True
-            policy, now = policy_for(self.parts.policies, key), self.parts.clock.now()
-            age, until = now - revision.observed_at, self.deliveries.fresh_until(revision)
-            lasts = policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE
-            if age > (policy.max_stale_seconds if lasts else policy.ttl_seconds) or now > until:
-                return True
-        return False
-
-    def _way_to_outlived(self, pins: Pins, flight: Flight) -> list[ResourceKey]:
-        """Return the keys from a flight down to one that an outlived pin is needed for, if any."""
-        above: dict[Flight, Flight | None] = {flight: None}
-        for each in (below := [flight]):
-            gather, way = each.gather, list[ResourceKey]()
-            if gather is None:
-                continue
-            if self._is_outlived(pins, gather.keys):
-                at: Flight | None = each
-                while at is not None:
-                    way.append(at.key)
-                    at = above[at]
-                return way
-            for one in gather.pending:
-                if isinstance(one, Flight) and one not in above:
-                    above[one] = each
-                    below.append(one)
-        return []
-
     def _leave_to_pins(self, flight: Flight, keys: Collection[ResourceKey]) -> bool:
-        """Let all derive apart who have pinned outlived values of the `keys` `flight` rests on.
+        """Let all derive apart who have pinned any of `keys`, which `flight` would have to acquire.
 
-        Return whether nobody else waits; then it does not go on.
+        Return whether nobody else waits; then it is given up.
         """
         leaving: list[tuple[Gather, Flight]] = []
         way, alone = {flight: flight.key}, True
         for each in (above := [flight]):
             for gather in each.waiters:
                 owner = gather.owner
-                if gather.base and self._is_outlived(gather.base, keys):
+                if any(key in gather.base for key in keys):
                     leaving.append((gather, each))
                 elif owner is None or gather.base:
                     alone = False
@@ -963,10 +926,30 @@ class SingleFlight:
                     above.append(owner)
         if alone:
             self.board.hide(flight, cacheable=True)
+            for each in way:
+                if each.gather is not None:
+                    self.abandon(each.gather)
         for gather, each in leaving:
             self._leave(gather, each)
             self._derive_apart(gather, each, way.values())
         return alone
+
+    def _way_to_pinned(self, pins: Pins, flight: Flight) -> list[ResourceKey]:
+        """Return the keys from a flight down to one that waits for what is pinned, if any does."""
+        above: dict[Flight, Flight | None] = {flight: None}
+        for each in (below := [flight]):
+            for one in () if each.gather is None else each.gather.pending:
+                if not isinstance(one, Flight) or one in above:
+                    continue
+                above[one] = each
+                below.append(one)
+                if one.key in pins:
+                    way, at = [each.key], above[each]
+                    while at is not None:
+                        way.append(at.key)
+                        at = above[at]
+                    return way
+        return []
 
     def _derive_apart(self, gather: Gather, flight: Flight, way: Collection[ResourceKey]) -> None:
         """Let `gather` wait for a private derivation in place of `flight`, as of all on the way."""
