@@ -103,6 +103,11 @@ class Condition:
         self.failing = failing
         return True
 
+    def note(self, error: BaseException | None) -> None:
+        """Write here and now that it begins to fail, or works again."""
+        if self.is_news(error is not None, time.monotonic()):
+            write((self.subject, None if error is None else SourceFailure.of(self.subject, error)))
+
 
 def _listened(level: int) -> bool:
     """Whether a handler of the application's would get a record of this level."""
@@ -495,13 +500,6 @@ class BufferedSinkStats:
     shutdown_timeout_count: int = 0
 
 
-def _note(condition: Condition, error: BaseException | None) -> None:
-    """Log that deliveries begin to fail, or work again."""
-    if condition.is_news(error is not None, time.monotonic()):
-        subject = condition.subject
-        write((subject, None if error is None else SourceFailure.of(subject, error)))
-
-
 class BufferedSink(Generic[S, R]):
     """A sink whose callers never wait for the sink behind it.
 
@@ -543,7 +541,7 @@ class BufferedSink(Generic[S, R]):
             drop_oldest=overflow is BufferOverflowPolicy.DROP_OLDEST,
             name=f"coalestra-{self._kind}-buffer",
             lingers=True,
-            noted=partial(_note, Condition(subject_of(self._kind, downstream))),
+            noted=Condition(subject_of(self._kind, downstream)).note,
         )
         # The worker holds on to the queue but not to this object, so this is reached.
         weakref.finalize(self, self.queue.refuse).atexit = False
