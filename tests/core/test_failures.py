@@ -7,7 +7,7 @@ import dataclasses
 import pickle
 import weakref
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -155,6 +155,15 @@ def test_an_exception_that_cannot_be_read_still_gives_a_message() -> None:
         def __str__(self) -> str:
             raise SystemExit
 
+    class Text(str):
+        def split(self, *_: Any, **__: Any) -> Any:
+            raise LookupError
+
+    class Odd(Exception):
+        def __str__(self) -> str:
+            return Text("odd")
+
+    assert (type(message_of(Odd())), message_of(Odd())) == (str, "odd")
     assert message_of(Mute()) == "<message unreadable: ValueError>"
     assert message_of(Frozen()) == "<message unreadable: SystemExit>"
     assert message_of(OSError("down")) == "down"

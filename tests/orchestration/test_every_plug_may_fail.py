@@ -29,6 +29,7 @@ from coalestra import (
 )
 from coalestra.orchestration.flights import Flight, FlightBoard, Gather
 from coalestra.orchestration.singleflight import SingleFlight
+from coalestra.orchestration.tracing import CallLog
 from tests.contracts.caches import BatchAtomicCache, LeasingCache, SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
 from tests.support import EPOCH, LoopClock, VirtualLoop, no_leaks, run_virtual, settle
@@ -247,11 +248,17 @@ async def test_an_error_of_the_engine_itself_ends_no_readers_in_waiting(
 
 
 @pytest.mark.expects_leaks  # the fault is told to the loop
-async def test_an_error_that_cannot_be_kept_ends_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "owner, method", [(SourceFailure, "of"), (CallLog, "ended"), (CallLog, "over")]
+)
+async def test_an_error_that_cannot_be_kept_ends_its_key(
+    owner: type[Any], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What goes wrong in dealing with an error must not lose the key that the error is of."""
 
-    def unreadable(*_: Any) -> Any:
-        raise AssertionError("a fault of our own")
+    def unreadable(*told: Any) -> None:
+        if any(isinstance(each, Exception) for each in told):
+            raise AssertionError("a fault of our own")
 
     async def fails(asked: ResourceKey, context: Any) -> Any:
         raise ConnectionError("down")
@@ -259,8 +266,8 @@ async def test_an_error_that_cannot_be_kept_ends_its_key(monkeypatch: pytest.Mon
     building = builder(
         Single("first", "x", fetch=fails, priority=2), Single("second", "x", priority=1)
     )
-    monkeypatch.setattr(SourceFailure, "of", unreadable)
-    snapshot = await asyncio.wait_for(building.build([key("x")]), 50)
+    monkeypatch.setattr(owner, method, unreadable)
+    snapshot = await asyncio.wait_for(building.build([key("x")], trace=True), 50)
     assert snapshot[key("x")].source == "second"
 
 

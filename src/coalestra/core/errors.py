@@ -126,9 +126,12 @@ def _serialized(error_type: str, message: str, max_length: int) -> _Serialized:
 
 
 def message_of(error: BaseException) -> str:
-    """Return ``str(error)``, or what went wrong with it: a foreign ``__str__`` may raise."""
+    """Return ``str(error)``, or what went wrong with it: a foreign ``__str__`` may raise.
+
+    What it returns may be of a class with methods of its own, and is taken as a plain string.
+    """
     try:
-        return str(error)
+        return str.__str__(str(error))
     except BaseException as unreadable:
         return f"<message unreadable: {type_name(unreadable)}>"
 

@@ -922,9 +922,9 @@ class Call:
         self._attempt = None
         ends_program = isinstance(error, PROGRAM_ENDS)
         error = self._own(error)
-        if self.log is not None:
-            self.log.ended(_outcome_of(error, _FAILURE), error)
         try:
+            if self.log is not None:
+                self.log.ended(_outcome_of(error, _FAILURE), error)
             loop = asyncio.get_running_loop()
             self._count_latency((loop.time() - attempt.began) * 1000)
             self.link.failed_attempts += 1
@@ -982,13 +982,13 @@ class Call:
             return
         error = self._own(error)
         self._over = True
-        if self.log is not None:
-            self.log.over(_outcome_of(error, outcome), error)
         self._attempt = self._interest = None
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
         try:
+            if self.log is not None:
+                self.log.over(_outcome_of(error, outcome), error)
             self._count_end(error, outcome)
         finally:
             self.dispatch.hold(self.work)
@@ -1041,11 +1041,11 @@ class Call:
     def refuse(self, flight: Flight, error: BaseException, status: str) -> None:
         """Report that the source has failed for a key."""
         self.flights.pop(flight, None)
-        if self.log is not None and status == "circuit_open" and not self.flights:
-            self.log.over(status, error)
         if flight.call is self:
             flight.leave_call()
             self.dispatch.refused(flight, self._failure_of(error), status)
+        if self.log is not None and status == "circuit_open" and not self.flights:
+            self.log.over(status, error)
 
     def _failure_of(self, error: BaseException) -> SourceFailure:
         """Return the record of an error, one for all keys that it is the error of."""
