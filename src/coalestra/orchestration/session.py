@@ -337,6 +337,10 @@ class UnitOfWork:
         return f"<UnitOfWork {self.work.context.snapshot_id} pins={len(self.pins)}>"
 
 
+_JOINED = dict.fromkeys(("cache_misses", "cache_batch_reads", "coalesced_requests"), 1)
+"""What each of those who wait together counts."""
+
+
 async def together(engine: Engine, crowd: Crowd, strict: bool) -> Snapshot:
     """Wait with others for the one key of a crowd; return a snapshot of one's own."""
     clock, told = engine.parts.clock, crowd.enter()
@@ -349,9 +353,9 @@ async def together(engine: Engine, crowd: Crowd, strict: bool) -> Snapshot:
     values, errors = copies or await engine.flights.deliveries.values(crowd.readings, None)
     if crowd.failures:
         errors.update({failure.key: failure.make() for failure in crowd.failures.values()})
-    once = dict.fromkeys(("cache_misses", "cache_batch_reads", "coalesced_requests"), 1)
-    counted = {"duration_ms": (clock.monotonic() - began) * 1000, **once}
-    snapshot = snapshot_of(new_id(), created_at, values, frozen(errors), counted)
+    counted = {"duration_ms": (clock.monotonic() - began) * 1000, **_JOINED}
+    kept = frozen(errors) if errors else EMPTY
+    snapshot = snapshot_of(new_id(), created_at, values, kept, counted)
     if errors and strict:
         raise SnapshotBuildError(errors, snapshot=snapshot)
     return snapshot
