@@ -143,7 +143,7 @@ class Parts:
     def __init__(self) -> None:
         self.closed: list[str] = []
 
-    def part(self, name: str, error: Exception | None = None, *, plain: bool = False) -> Any:
+    def part(self, name: str, error: BaseException | None = None, *, plain: bool = False) -> Any:
         record = self
 
         class Source(Single):
@@ -158,7 +158,7 @@ class Parts:
 
         return Source(name)
 
-    def end(self, name: str, error: Exception | None) -> None:
+    def end(self, name: str, error: BaseException | None) -> None:
         self.closed.append(name)
         if error is not None:
             raise error
@@ -186,6 +186,15 @@ class BlockingSink:
 
     def emit(self, event_type: str, **payload: Any) -> None:
         self.gate.pass_()
+
+
+async def test_what_ends_the_program_goes_before_whatever_else_closing_has_met() -> None:
+    parts = Parts()
+    sources = parts.part("a", ValueError("first")), parts.part("b", SystemExit(3), plain=True)
+    building = builder(*sources, manage_lifecycle=True)
+    with pytest.raises(SystemExit):
+        await building.aclose()
+    assert parts.closed == ["a", "b"]
 
 
 async def test_a_stuck_copy_and_a_stuck_sink_hinder_no_later_stage_and_the_copy_is_told() -> None:

@@ -28,6 +28,7 @@ from coalestra import (
     ResourceKey,
     ResourceResolutionError,
     RetryPolicy,
+    Snapshot,
     SnapshotBuilder,
     SnapshotBuildError,
     SourcePayload,
@@ -36,6 +37,8 @@ from coalestra import (
 from coalestra.concurrency import pace
 from coalestra.concurrency.deadline import CutOff
 from coalestra.orchestration import calls
+from coalestra.orchestration.calls import Call
+from coalestra.orchestration.singleflight import SingleFlight
 from tests.contracts.caches import BatchAtomicCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, tuned
 from tests.support import Gate, ThreadGate, VirtualLoop, begun, drop, no_leaks, run_virtual, settle
@@ -289,6 +292,59 @@ def test_what_ends_the_program_reaches_it_after_every_key_has_been_settled(
         snapshot = loop.run_until_complete(task)
         assert set(snapshot) == {GOOD}
         assert ending.__name__ in str(snapshot.errors[BAD])
+        loop.run_until_complete(building.aclose())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_program_reaches_it_though_the_call_was_over(
+    ending: type[BaseException],
+) -> None:
+    """Its source was given up at its timeout, and went on."""
+
+    async def fetch(k: ResourceKey, _: FetchContext) -> int:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        raise ending("stop")
+
+    building = builder(Single("bad", timeout=1, fetch=fetch))
+    loop = VirtualLoop()
+    try:
+        with pytest.raises(ending, match="stop"):
+            loop.run_until_complete(building.build([BAD], strict=False))
+        loop.run_until_complete(building.aclose())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("struck", [(Call, "_circuits_need_not_know"), (SingleFlight, "_check")])
+def test_an_interrupt_in_a_step_of_the_library_reaches_the_program_and_nobody_waits(
+    struck: tuple[type[Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C is one, where the loop leaves signals to Python: it may strike at any line."""
+    building = builder(Batch("several", "good", "bad"))
+    strikes: list[str] = []
+    plain = getattr(*struck)
+
+    def strike(*arguments: Any) -> Any:
+        if not strikes and all(gather.readings for gather in arguments[1:]):
+            strikes.append("Ctrl-C")
+            raise KeyboardInterrupt
+        return plain(*arguments) if callable(plain) else plain.fget(*arguments)
+
+    loop = VirtualLoop()
+
+    async def both() -> list[Snapshot]:
+        session = building.session()
+        return await asyncio.gather(*(session.resolve([k], strict=False) for k in (BAD, GOOD)))
+
+    task = loop.create_task(both())
+    monkeypatch.setattr(*struck, strike if callable(plain) else property(strike))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(task)
+        assert len(loop.run_until_complete(task)) == 2
         loop.run_until_complete(building.aclose())
     finally:
         loop.close()

@@ -552,7 +552,10 @@ class Attempt:
 
     def _fail(self, error: BaseException) -> None:
         if self.over:
-            without_frames(error)  # nobody will see it, and it would keep alive what failed
+            if isinstance(error, PROGRAM_ENDS):
+                pass_on(error)
+            else:
+                without_frames(error)  # nobody will see it, and it would keep alive what failed
             return
         self.over = True
         self.worker.closing |= isinstance(error, GeneratorExit)  # a task may have passed it on
@@ -979,6 +982,7 @@ class Call:
     def end(self, error: BaseException, outcome: Outcome = _FAILURE) -> None:
         """Refuse every key that is still in the call, and tell its circuits; once."""
         if self._over:
+            pass_on(error)
             return
         error = self._own(error)
         self._over = True

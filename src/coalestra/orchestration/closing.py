@@ -11,8 +11,8 @@
 
 Laws:
 
-1. Every stage runs, whatever another raises; the first error is raised at the end, to those who
-   waited for this closing.
+1. Every stage runs, whatever another raises; what ends the program, or else the first error, is
+   raised at the end, to those who waited for this closing.
 2. Cancelling who waits does not stop the closing. Cancelling the closing itself does not either:
    the stage that was cut off is done again, within its limit, and so is the closing of a managed
    part, but only by whoever closes next, or waits. That is also who begins a closing again that
@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from coalestra._endings import look_after
+from coalestra._endings import PROGRAM_ENDS, look_after
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.core import errors
 from coalestra.core.frozen import empty
@@ -114,7 +114,7 @@ class Closing:
                 task = self._task = loop.create_task(self._run(limits), name="coalestra closing")
             await asyncio.wait([task])
         if self._errors:
-            raise self._errors[0]
+            raise min(self._errors, key=lambda error: not isinstance(error, PROGRAM_ENDS))
 
     async def _run(self, limits: Limits) -> None:
         self._end = asyncio.get_running_loop().time() + limits.total

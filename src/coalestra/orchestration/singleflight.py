@@ -705,13 +705,13 @@ class SingleFlight:
         self._each(self._end_of_chain, over, True)
         return [flight for flight in flights if flight.cutoff > now]
 
-    def _each(self, do: Callable[..., None], flights: Iterable[Flight], *arguments: Any) -> None:
-        """Do something with each flight; one for which that fails is broken, not the others."""
-        for flight in flights:
+    def _each(self, do: Callable[..., None], several: Iterable[Subject], *arguments: Any) -> None:
+        """Do something with each of several; one for which that fails is broken, not the others."""
+        for each in several:
             try:
-                do(flight, *arguments)
+                do(each, *arguments)
             except BaseException as error:
-                self.broken(flight, error)
+                self.broken(each, error)
 
     def _be_ready(self, link: Link, flights: Sequence[Flight]) -> None:
         """Hand over flights of one sponsor that are ready for a source."""
@@ -964,13 +964,13 @@ class SingleFlight:
         """Take fresh values of flights; `stored` ones are seen by readers of the memory cache."""
         known_of = self._absent or self._publishing or self.refresher.failing
         if stored and self.parts.report is None and not known_of:
+            complete: list[Gather] = []
             try:
                 values, complete = self.board.land(values, self._news)
-                for gather in complete:
-                    self._check(gather)
             except BaseException as error:
                 for flight, _ in values:
                     self.broken(flight, error)
+            self._each(self._check, complete)
         for flight, revision in values:
             self._each(self._take, (flight,), revision, stored)
 
