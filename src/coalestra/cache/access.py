@@ -1360,12 +1360,8 @@ class _Write:
         offered = {leases[key]: value for key, value in self.values.items()}
         told: Mapping[ResourceKey, CacheWriteResult | Exception]
         try:
-            fulfil = partial(
-                self.cache.calls.cache.fulfil_many,
-                offered,
-                policies=terms.policies,
-                replace_equal=terms.replace_equal,
-            )
+            how = {"policies": terms.policies, "replace_equal": terms.replace_equal}
+            fulfil = partial(self.cache.calls.cache.fulfil_many, offered, **how)
             told = await self.cache.calls.once("fulfil_many", fulfil, insist=True)
         except Exception as error:
             errors.without_frames(error)
@@ -1420,24 +1416,17 @@ class _Write:
     async def _offer(
         self, keys: Iterable[ResourceKey], *, force: bool, replace_equal: bool
     ) -> None:
-        results, failed = await self.cache.calls.offer(
-            {key: self.values[key] for key in keys},
-            self.terms.policies,
-            force=force,
-            replace_equal=replace_equal,
-            insist=self.insist,
-        )
+        values = {key: self.values[key] for key in keys}
+        how = {"force": force, "replace_equal": replace_equal, "insist": self.insist}
+        results, failed = await self.cache.calls.offer(values, self.terms.policies, **how)
         self.results.update(results)
         self.failures.update(failed)
 
     async def _replace_unreadable(self) -> None:
         """Write over an entry that the cache cannot compare with as it cannot read it."""
         away = CacheTimeoutError, CacheCircuitOpenError
-        tried = [
-            key
-            for key, error in self.failures.items()
-            if key in self.values and not isinstance(error, away)
-        ]
+        failed = self.failures.items()
+        tried = [key for key, e in failed if key in self.values and not isinstance(e, away)]
         readable = await self.cache.calls.held(tried, self.terms.now)
         unreadable = [key for key in tried if key not in readable]
         # Insisting, as all that could not be compared may have made the cache look dead.

@@ -150,12 +150,8 @@ class _Results(Mapping[ResourceKey, PublishResult]):
             for offered, outcome in self.outcomes.items():
                 report(offered, outcome)
                 await pace.keep()
-        is_direct = self.copies.is_direct
-        for offered in [
-            offered
-            for offered, outcome in self.outcomes.items()
-            if not (is_direct and _is_trifle(outcome))
-        ]:
+        direct, became = self.copies.is_direct, self.outcomes.items()
+        for offered in [each for each, what in became if not (direct and _is_trifle(what))]:
             # What was replaced is let go one by one.
             outcome, policy = self.outcomes.pop(offered), self.policy_of(offered.key)
             self.results[offered] = await _result(self.copies, offered, outcome, policy, self.now)

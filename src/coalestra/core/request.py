@@ -262,12 +262,8 @@ def violations_of(
         yield
     if clear:
         return ()
-    judged_optional = (
-        key
-        for key in request_optional
-        if policy.include_optional_resources or key in policy.resource_rules
-    )
-    judged = (*request_required, *judged_optional)
+    every, rules = policy.include_optional_resources, policy.resource_rules
+    judged = (*request_required, *(key for key in request_optional if every or key in rules))
     found: list[SnapshotAcceptanceViolation] = []
     for place, key in enumerate(judged):
         found += trial.against(key)
@@ -309,11 +305,8 @@ class _Trial:
             return False
         told = max([value.age_seconds for value in values])
         age = max(told, self.now - min([value.observed_at for value in values]))
-        if any(
-            age > most
-            for most in (rule.max_age_seconds, rule.max_oldest_age_seconds)
-            if most is not None
-        ):
+        limits = rule.max_age_seconds, rule.max_oldest_age_seconds
+        if any(most is not None and age > most for most in limits):
             return False
         return (rule.allow_stale and rule.allow_resting_on_stale) or self._all_are_fresh(age)
 
