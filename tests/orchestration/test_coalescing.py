@@ -171,7 +171,7 @@ async def test_who_joined_goes_on_in_his_own_name_as_the_owner_goes(count: int, 
     joined = await asyncio.gather(*joining)
     assert [snapshot[A].source for snapshot in joined] == ["third"] * count
     assert (names[1] == "owner") is (goes != "after a crowd")
-    assert names[2] == joined[0].snapshot_id
+    assert names[2] in {snapshot.snapshot_id for snapshot in joined}
     await asyncio.wait(going)
 
 
