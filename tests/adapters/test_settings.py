@@ -90,9 +90,7 @@ def test_functions_and_the_batch_size_can_be_read_back_too() -> None:
     ("transport_timeout_seconds", 0, ValueError), ("transport_timeout_seconds", 1.0, ValueError),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_setting_is_refused_by_name(
-    kind: str, name: str, value: Any, error: type[Exception]
-) -> None:
+def test_a_bad_setting_is_refused(kind: str, name: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"^{name} must be ") as caught:
         adapter(kind, function, **{name: value})
     needs_io = (name, value) == ("transport_timeout_seconds", 1.0)

@@ -208,9 +208,7 @@ async def test_who_holds_the_slots_is_known_by_source() -> None:
 
 
 @pytest.mark.parametrize("waited", [False, True])
-async def test_who_is_handed_a_slot_of_its_source_is_not_overtaken_at_the_global_one(
-    waited: bool,
-) -> None:
+async def test_who_is_handed_a_slot_of_its_source_is_not_overtaken_globally(waited: bool) -> None:
     controller = CapacityController(global_limit=1, source_limits={"a": 1})
     first = await controller.acquire("b" if waited else "a")
     if waited:

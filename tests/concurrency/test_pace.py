@@ -44,9 +44,7 @@ async def test_who_share_a_pace_use_one_slice_in_a_turn(monkeypatch: pytest.Monk
     assert max(steps.values()) <= 2 + 2  # a slice, and one step of each of the others
 
 
-async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_beginner_begins_no_slice_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     pace = Pace()

@@ -178,9 +178,7 @@ async def test_leases_given_back_before_a_publication_come_back_though_it_is_can
     assert not cache.leased
 
 
-async def test_a_value_that_was_refused_under_a_lease_that_has_ended_is_nothing_that_is_held() -> (
-    None
-):
+async def test_a_value_refused_under_a_lease_that_has_ended_is_nothing_that_is_held() -> None:
     """Nothing else may be there: who has begun later would be told that it was published."""
 
     class Late(LeasingCache):

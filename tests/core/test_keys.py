@@ -370,9 +370,7 @@ class TestQualifiers:
     @pytest.mark.parametrize(
         "change", [lambda key: key.with_qualifiers(B=1), lambda key: key.without_qualifiers("a")]
     )
-    def test_the_changed_key_keeps_the_normalizer(
-        self, change: Callable[[ResourceKey], ResourceKey]
-    ) -> None:
+    def test_it_keeps_the_normalizer(self, change: Callable[[ResourceKey], ResourceKey]) -> None:
         changed = change(ResourceKey.legacy("n", "k", "s", {"a": 1}))
         assert changed.normalizer is LEGACY_KEY_NORMALIZER
         assert changed.with_qualifiers(C=1).qualifier("c") == "1"

@@ -221,7 +221,5 @@ def test_any_tree_becomes_json_and_stays_what_it_is_the_second_time(value: Any) 
     (-1.5, "1969-12-31T23:59:58.500000+00:00"), (1e300, None), (-1e12, None), (math.inf, None),
     (math.nan, None),
 ])  # fmt: skip
-def test_a_time_becomes_a_text_in_utc_or_none_if_no_calendar_has_it(
-    seconds: float, text: str | None
-) -> None:
+def test_a_time_becomes_a_text_in_utc_or_none_at_all(seconds: float, text: str | None) -> None:
     assert utc_text(seconds) == text

@@ -253,9 +253,7 @@ class TestVersions:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     @pytest.mark.parametrize("issue", [next_version, new_id])
-    def test_a_forked_child_issues_none_that_its_parent_does(
-        self, issue: Callable[[], str]
-    ) -> None:
+    def test_a_forked_child_issues_none_of_its_parents(self, issue: Callable[[], str]) -> None:
         issue()
         read, write = os.pipe()
         child = os.fork()

@@ -225,9 +225,7 @@ class Stuck(SingleKeyCache):
 
 
 @pytest.mark.parametrize("kind", [SingleKeyCache, Odd, Stuck])
-async def test_a_cache_that_tells_nothing_of_use_is_no_trouble_and_holds_up_no_look(
-    kind: type[SingleKeyCache],
-) -> None:
+async def test_a_cache_that_tells_nothing_holds_up_no_look(kind: type[SingleKeyCache]) -> None:
     made = builder(Single("k"), cache=kind())
     await made.build([key("k")])
     await settle()

@@ -53,9 +53,7 @@ def test_it_is_what_a_builder_takes_for_a_tracer(spans: Spans) -> None:
 # What hangs below what ------------------------------------------------------------------------
 
 
-async def test_spans_of_clients_hang_below_their_attempt_and_all_of_it_below_the_request(
-    spans: Spans,
-) -> None:
+async def test_spans_of_clients_are_below_attempts_and_those_below_requests(spans: Spans) -> None:
     calls = 0
 
     async def fetch(key: ResourceKey, context: FetchContext) -> int:

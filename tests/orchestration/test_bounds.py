@@ -289,9 +289,7 @@ async def test_many_values_are_taken_in_over_many_turns(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("form", ["build", "derived", "revalidate"])
-async def test_the_errors_of_many_keys_are_made_over_many_turns(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_errors_are_made_over_many_turns(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     turns, down = Turns(monkeypatch), False
 
     class Counting(ResourceResolutionError):

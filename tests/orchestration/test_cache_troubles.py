@@ -122,9 +122,7 @@ async def seconds(work: Awaitable[Any]) -> float:
 
 @KINDS
 @pytest.mark.parametrize("when", ["every call", "writes", "what it reads makes no sense"])
-async def test_a_failure_keeps_nothing_alive_once_it_was_told_without_a_collection(
-    kind: Kind, when: str
-) -> None:
+async def test_a_failure_that_was_told_keeps_nothing_alive(kind: Kind, when: str) -> None:
     async def act(call: str) -> None:
         _held = Held()
         if when == "every call" or (when == "writes" and "get" not in call):
@@ -246,9 +244,7 @@ async def test_an_event_that_the_cache_does_not_take_holds_no_value_in_hand_back
 
 @KINDS
 @pytest.mark.parametrize("what", ["publish", "invalidate", "invalidate many"])
-async def test_what_waits_for_its_turn_at_a_hanging_cache_is_given_up_once_that_is_known(
-    kind: Kind, what: str
-) -> None:
+async def test_what_waits_at_a_hanging_cache_is_given_up_in_time(kind: Kind, what: str) -> None:
     cache, _ = hanging(kind)
     building = Shop(cache=cache).builder
     publisher = building.publisher
@@ -396,9 +392,7 @@ async def test_entries_that_cannot_be_read_spoil_only_themselves_and_are_written
 
 
 @KINDS
-async def test_a_slow_write_holds_no_value_back_and_what_is_on_its_way_counts_as_cached(
-    kind: Kind,
-) -> None:
+async def test_a_slow_write_holds_no_value_back_and_its_value_counts_as_cached(kind: Kind) -> None:
     shop, cache, gate = slow_to_write(kind)
     assert await seconds(shop.builder.build([TOP])) < 0.1
     first = (await shop.builder.build([TOP]))[TOP]
@@ -456,9 +450,7 @@ async def test_what_is_derived_in_the_cache_gives_way_to_an_input_on_its_way(kin
 
 
 @KINDS
-async def test_what_a_session_derives_from_what_it_has_pinned_defends_nothing_on_its_way(
-    kind: Kind,
-) -> None:
+async def test_what_a_session_derives_from_its_pins_defends_nothing_on_its_way(kind: Kind) -> None:
     cache, at_cache = hanging(kind, "set", "set_many", "set_if_newer", "set_many_if_newer")
     vars(cache)["timeout_seconds"] = 60.0
     at_cache.open()
@@ -584,9 +576,7 @@ async def test_a_slow_older_read_overwrites_nothing_newer_in_a_shared_store(
 
 
 @KINDS
-async def test_a_newer_derived_value_in_a_shared_store_comes_with_what_it_rests_on(
-    kind: Kind,
-) -> None:
+async def test_a_newer_derived_value_in_a_shared_store_tells_what_it_rests_on(kind: Kind) -> None:
     """As whoever is given it must see whether that agrees with all else he is given."""
     held: dict[ResourceKey, Any] = {}
     base, top, gate = key("base"), key("top"), Gate()
@@ -800,9 +790,7 @@ async def test_what_a_leasing_cache_has_and_nobody_can_use_is_replaced_under_a_l
         1_000.0, 1_000.0, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=999.0
     ),
 ])  # fmt: skip
-async def test_a_refresh_brings_a_new_value_though_the_old_one_comes_along_with_its_lease(
-    policy: FreshnessPolicy,
-) -> None:
+async def test_a_refresh_brings_a_new_value_under_its_lease(policy: FreshnessPolicy) -> None:
     source = Single("b")
     building = builder(source, cache=LeasingCache(), default_policy=policy)
     await building.build(KEYS[:1])

@@ -72,9 +72,7 @@ class Parts(Single):
 
 @pytest.mark.parametrize("kind", [FileSink, LoopSink])
 @pytest.mark.parametrize("both", [True, False])
-async def test_a_managed_sink_is_closed_after_its_last_record_however_late(
-    kind: type[FileSink], both: bool
-) -> None:
+async def test_a_managed_sink_is_closed_after_all_records(kind: type[FileSink], both: bool) -> None:
     sink, source = kind(), Parts("k")
     metrics = {"metrics": sink} if both else {}
     building = builder(source, events=sink, manage_lifecycle=True, **metrics)

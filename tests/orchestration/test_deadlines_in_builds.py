@@ -230,9 +230,7 @@ async def test_a_deadline_tells_what_each_call_was_at_and_whether_it_was_made() 
 
 
 @pytest.mark.parametrize("at", ["resting between two attempts", "waiting for capacity"])
-async def test_a_deadline_tells_how_its_key_stood_though_others_had_more_time_and_left(
-    at: str,
-) -> None:
+async def test_a_deadline_tells_how_its_key_stood_though_others_had_time_and_left(at: str) -> None:
     """Their call is ended then, as nobody waits: which is not why the key has failed."""
 
     async def fails(k: ResourceKey, context: FetchContext) -> Any:

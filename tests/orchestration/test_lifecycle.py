@@ -712,9 +712,7 @@ def test_a_build_dropped_outside_its_loop_harms_no_builder(monkeypatch: pytest.M
     drop(loop)
 
 
-async def test_an_interrupt_at_the_beginning_of_a_slice_leaves_the_builder_working(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_interrupt_at_a_slice_harms_no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal may come in any line."""
 
     def interrupted(self: pace.Pace) -> bool:

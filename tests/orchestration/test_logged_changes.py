@@ -124,9 +124,7 @@ async def test_what_answers_with_nothing_of_use_fails_too(records: Records) -> N
     ]
 
 
-async def test_a_failed_dependency_is_no_failure_of_what_is_derived_from_it(
-    records: Records,
-) -> None:
+async def test_a_failed_dependency_is_no_failure_of_what_derives_from_it(records: Records) -> None:
     async def down(k: ResourceKey, context: FetchContext) -> Any:
         raise ConnectionError
 

@@ -152,9 +152,7 @@ class GatedCache(AsyncMemoryCache):
 
 @pytest.mark.parametrize("given_up", ["reading", "writing"])
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_a_key_whose_read_or_write_of_the_cache_was_given_up_can_be_had_again(
-    given_up: str, at_once: bool
-) -> None:
+async def test_a_key_whose_call_was_given_up_can_be_had_again(given_up: str, at_once: bool) -> None:
     cache = GatedCache()
     gate: Gate = getattr(cache, given_up)
     gate.close()

@@ -289,9 +289,7 @@ async def test_a_call_never_made_leaves_the_count_alone_and_the_probe_free(by: s
     assert await circuits(building) == {}
 
 
-async def test_who_leaves_a_batch_that_is_being_let_through_leaves_its_probes_free(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_who_leaves_a_batch_let_through_frees_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many circuits are asked in slices; the source is called when all have been."""
     source = Batch("x", answer=answering(up := set()))
     tuned(source, resilience_policy=breaking(1, CircuitScope.RESOURCE))
@@ -324,9 +322,7 @@ async def test_a_retry_that_waits_too_long_for_capacity_counts_the_failure_befor
 
 @pytest.mark.parametrize("by", ["leaving", "a deadline"])
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_failure_counts_though_its_readers_go_before_it_is_tried_again(
-    by: str, waits: bool
-) -> None:
+async def test_a_failure_counts_though_its_readers_go_before_a_retry(by: str, waits: bool) -> None:
     """A source that is down is left alone, however impatient its readers are."""
     source = stock(breaking(2, attempts=2))
     building = builder(source, max_concurrency=1)

@@ -119,9 +119,7 @@ async def test_a_stale_value_is_a_miss_unless_the_policy_revalidates_in_the_back
 
 @pytest.mark.parametrize("age, served", [(10.5, True), (100.0, True), (100.5, False)])
 @pytest.mark.parametrize("make", [AsyncMemoryCache, KeepingCache])
-async def test_stale_while_revalidate_serves_a_stale_value_up_to_max_stale(
-    age: float, served: bool, make: Any
-) -> None:
+async def test_stale_while_revalidate_has_its_bounds(age: float, served: bool, make: Any) -> None:
     shop = Shop(default_policy=SWR, cache=make())
     await shop.builder.build([BASE])
     await asyncio.sleep(age)

@@ -157,9 +157,7 @@ async def test_a_stale_value_made_from_what_is_pinned_stands_in_for_one_that_fai
 
 
 @pytest.mark.parametrize("first", ["the session", "the other"])
-async def test_who_waits_for_what_a_session_derives_from_its_pins_gets_the_current_one(
-    first: str,
-) -> None:
+async def test_who_waits_for_what_a_session_derives_from_pins_gets_the_current(first: str) -> None:
     shop = Shop(default_policy=FreshnessPolicy(10, 20))
     gate = Gate()
     session = await shop.session(BASE)
@@ -261,9 +259,7 @@ class Panic(BaseException):
     "error", [KeyError("x"), Panic("x"), asyncio.CancelledError("x")], ids=repr
 )
 @pytest.mark.parametrize("warm", [False, True])
-async def test_a_policy_that_cannot_be_told_fails_its_key_alone_and_by_name(
-    error: BaseException, warm: bool
-) -> None:
+async def test_a_policy_that_cannot_be_told_fails_its_key(error: BaseException, warm: bool) -> None:
     lost = False
 
     def policy(of: ResourceKey) -> FreshnessPolicy | None:

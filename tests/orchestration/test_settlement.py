@@ -828,9 +828,7 @@ async def test_keys_that_go_on_in_slices_travel_together(
     assert second.calls == [tuple(wanted)]
 
 
-async def test_joining_a_large_call_with_a_longer_deadline_moves_its_end_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_joining_a_large_call_moves_its_end_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not once for each key, each time looking at all of them."""
     moved: list[float | None] = []
     move = CutOff.move

@@ -429,9 +429,7 @@ async def test_another_value_of_the_key_has_no_failed_refresh() -> None:
     "policy, own",
     [(FreshnessPolicy(10, 500, True, RefreshMode.REFRESH_AHEAD, 5), False), (SWR, True)],
 )
-async def test_a_failed_refresh_ahead_or_over_a_cache_of_ones_own_is_told_too(
-    policy: FreshnessPolicy, own: bool
-) -> None:
+async def test_a_failed_refresh_of_any_kind_is_told_too(policy: FreshnessPolicy, own: bool) -> None:
     it = Refreshed(policy, cache=BatchCache() if own else None)
     await it.state()
     it.clock.advance(20 if own else 6)

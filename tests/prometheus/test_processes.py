@@ -165,9 +165,7 @@ def test_counters_of_health_grow_by_what_is_new_and_outlive_their_process(farm: 
     assert farm.figure("cache_lookups_total", result="miss") == 2
 
 
-def test_a_builder_that_is_closed_leaves_zeros_and_what_it_counted(
-    farm: Farm, registry: CollectorRegistry
-) -> None:
+def test_a_closed_builder_leaves_zeros_and_counts(farm: Farm, registry: CollectorRegistry) -> None:
     farm.each("build", "a")
     farm.each("renew")
     assert (farm.figure("builder_up"), farm.figure("cache_entries")) == (2, 2)

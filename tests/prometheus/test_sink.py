@@ -88,9 +88,7 @@ def test_every_outcome_that_the_library_can_tell_begins_at_zero(
     assert shown == {each.value: float(each.value == first) for each in kind}
 
 
-async def test_a_failure_is_an_increase_from_a_zero_that_was_shown_before(
-    registry: CollectorRegistry,
-) -> None:
+async def test_a_failure_is_an_increase_from_a_zero_of_before(registry: CollectorRegistry) -> None:
     failing = [False]
 
     async def fetch(k: ResourceKey, context: Any) -> Any:

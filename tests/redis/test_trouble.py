@@ -362,9 +362,7 @@ def test_a_threaded_builder_works_as_well(server: Server, prefix: str) -> None:
     assert truth.calls == 1
 
 
-async def test_a_builder_over_a_cache_made_before_a_fork_is_refused_with_the_remedy(
-    server: Server, prefix: str
-) -> None:
+async def test_a_builder_over_a_cache_of_before_a_fork_is_told(server: Server, prefix: str) -> None:
     async with a_process(server, prefix) as (builder, cache, _):
         cache._made_by -= 1
         with pytest.raises(RuntimeError, match="post_fork"):

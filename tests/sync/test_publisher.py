@@ -186,9 +186,7 @@ def test_a_full_backlog_refuses_before_anything_is_copied(
     outcome(publisher.submit_publish(PRICE, 3, source="stream"))
 
 
-def test_a_place_is_free_before_its_future_tells(
-    loop_thread: LoopThread, downstream: RecordingPublisher
-) -> None:
+def test_a_place_is_free_at_once(loop_thread: LoopThread, downstream: RecordingPublisher) -> None:
     publisher = make(loop_thread, downstream, limit=1)
     for number in range(200):
         outcome(publisher.submit_publish(PRICE, number, source="stream"))
@@ -237,9 +235,7 @@ def test_empty_collections_are_allowed(publisher: SyncResourcePublisher) -> None
     publisher.invalidate_many([])
 
 
-def test_the_loop_itself_may_submit_but_not_wait(
-    publisher: SyncResourcePublisher, loop_thread: LoopThread
-) -> None:
+def test_the_loop_may_not_wait(publisher: SyncResourcePublisher, loop_thread: LoopThread) -> None:
     refusals: list[str] = []
 
     async def source() -> Future[Any]:
