@@ -12,12 +12,14 @@ from coalestra import (
     FreshnessPolicy,
     ObservabilityShutdownTimeoutError,
     RefreshMode,
+    RetryPolicy,
     SnapshotBuilder,
+    SourceResiliencePolicy,
     SourceTimeoutError,
 )
-from tests.orchestration.scripted import Derived, Single, builder, key
+from tests.orchestration.scripted import Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
-from tests.support import Gate, ThreadGate, run_virtual, settle
+from tests.support import Gate, ThreadGate, VirtualLoop, run_virtual, settle
 from tests.support.running import no_more_threads
 
 K = key("k")
@@ -331,6 +333,34 @@ async def test_a_sink_that_closes_the_builder_in_a_step_leaves_nothing_under_way
     assert all(isinstance(each, RuntimeError) for each in outcomes), outcomes
     await building.aclose()
     assert building.health_snapshot_nowait().singleflight_in_flight == 0
+
+
+@pytest.mark.parametrize("by", ["predicate", "sink"])
+async def test_who_closes_the_builder_as_a_call_is_to_be_tried_again_leaves_no_timer(
+    by: str,
+) -> None:
+    class Closing(FileSink):
+        coalestra_non_blocking = True
+
+        def write(self, line: str) -> None:
+            if by == "sink" and line == "source_call_retried":
+                building.aclose().send(None)
+
+    def is_passing(error: Exception) -> bool:
+        if by == "predicate":
+            building.aclose().send(None)
+        return True
+
+    retry = RetryPolicy(2, 50.0, max_delay_seconds=50.0, retry_on=is_passing)
+    source = Stock("k", {"k": ConnectionError("down")})
+    tuned(source, resilience_policy=SourceResiliencePolicy(retry))
+    building = builder(source, events=Closing())
+    with pytest.raises(RuntimeError):
+        await building.build([K])
+    await building.aclose()
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    assert not [*loop.live_timers()]
 
 
 async def test_without_an_error_of_the_block_the_one_of_closing_is_raised() -> None:

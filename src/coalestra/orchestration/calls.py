@@ -935,7 +935,10 @@ class Call:
             more = self.attempts < retry.max_attempts and not ends_program and self._wanted()
             if more and self._retries(error):
                 delay = retry.delay_for_attempt(self.attempts)
-                if delay < self.remaining():
+                self._failure_of(error)  # which stands if it comes to no other attempt
+                # What was asked here may have closed the builder; so may who is told.
+                if delay < self.remaining() and not self._over:
+                    self._retry = loop.call_later(delay, self.lane.again, self)
                     if self.log is not None:
                         self.log.rests(delay)
                     if self.parts.report is not None:
@@ -947,8 +950,6 @@ class Call:
                             error_type=error,
                             error=error,
                         )
-                    self._failure_of(error)  # which stands if it comes to no other attempt
-                    self._retry = loop.call_later(delay, self.lane.again, self)
         finally:
             if self._retry is None:
                 late = isinstance(error, SnapshotDeadlineExceededError)
