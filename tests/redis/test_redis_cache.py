@@ -574,6 +574,23 @@ async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
 # Fences ---------------------------------------------------------------------------------------
 
 
+async def test_what_arrives_after_its_time_limit_is_not_stored(caches: Caches) -> None:
+    """Its key may have been invalidated since; here, as the clock is an hour ahead of what it was.
+
+    That is known from then on.
+    """
+    async with caches() as [cache]:
+        held = await lease(cache, B)
+        cache._server._offset = -3600.0, 0.0, time.monotonic()
+        with pytest.raises(SharedCacheUnavailableError, match="LATE nobody waits"):
+            await cache.set(value_of(A))
+        assert await read(cache) is None
+        assert (await fulfil(cache, held)).stored
+        cache._server._offset = -3600.0, 0.0, time.monotonic()
+        assert isinstance(await fulfil(cache, held, 2), SharedCacheUnavailableError)
+        assert await read(cache, B) == 1
+
+
 @pytest.mark.parametrize("invalidated", [False, True])
 async def test_a_stale_fetch_that_began_before_an_invalidation_stores_nothing(
     caches: Caches, server: Server, prefix: str, invalidated: bool

@@ -713,7 +713,7 @@ class RedisCache:
         And the versions of what cannot be read, and has stayed nevertheless.
         """
         versions = [value.version for value in offered.values()]
-        calls = self._calls(items.items(), self._channel)
+        calls = self._calls(items.items(), self._channel, _plain(self._server.latest))
         # Who writes knows what he wrote, unless he does not know whether he did.
         self._own.update(dict.fromkeys(versions))
         while len(self._own) > _MOST_OWN:

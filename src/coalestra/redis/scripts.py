@@ -25,6 +25,7 @@ Laws:
 4. A value that is stored without a lease (a publication), and an invalidation, remove the lease.
 5. Every change is told on the channel of its prefix within the same step.
 6. An entry whose numbers are none counts as missing, for its key alone.
+7. A value that arrives after its time limit is not stored: its key may have been invalidated since.
 """
 
 from __future__ import annotations
@@ -177,15 +178,17 @@ return answers
 """
 
 WRITE: Final = """
--- ARGV: channel, then for each key: token, flags, rank, time of observation, attempts, latency and
--- lifetime in ms, three lengths and a line's end, then the version that gives way, the version, the
--- key and the value. Flags: f(orce), e(qual ones are replaced), u(ndated), p(revious is wanted),
--- s(tale already, so that the next one need not try in vain as well); '-' is none.
+-- ARGV: channel, until when anything is stored, then for each key: token, flags, rank, time of
+-- observation, attempts, latency and lifetime in ms, three lengths and a line's end, then the
+-- version that gives way, the version, the key and the value. Flags: f(orce), e(qual ones are
+-- replaced), u(ndated), p(revious is wanted), s(tale already, so that the next one need not try in
+-- vain as well); '-' is none.
 -- Answers the server's time, then for each key what came of it, how many were told, and the entry
 -- that is there or was there; or an error.
-local channel, now = ARGV[1], clock()
+local channel, latest, now = ARGV[1], tonumber(ARGV[2]), clock()
 
 local function write(key, item)
+  if now > latest then return {err = 'LATE nobody waits for it any more'} end
   local stop = item:find('\\n', 1, true)
   local token, flags, rank, observed, attempts, latency, lifetime, a, b, c = item:sub(1, stop - 1)
     :match('^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%d+) (%d+) (%d+)$')
@@ -243,7 +246,7 @@ end
 
 local answers = {text(now)}
 for i, key in ipairs(KEYS) do
-  answers[#answers + 1] = write(key, ARGV[i + 1])
+  answers[#answers + 1] = write(key, ARGV[i + 2])
 end
 return answers
 """

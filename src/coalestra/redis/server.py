@@ -135,12 +135,28 @@ class Server:
         return await self._limited(self.client.execute_command(*arguments, **_BYTES))
 
     def note_clock(self, server_time: float, sent: float, answered: float) -> None:
-        """Learn from an answer how far the clocks are apart; the quickest answer tells best."""
+        """Learn from an answer how far the clocks are apart.
+
+        The quickest answer tells best, until one shows that a clock has been set since.
+        """
         error = max(0.0, answered - sent) / 2
-        now = time.monotonic()
-        known = self._offset
-        if known is None or error <= known[1] or now - known[2] > _MEASUREMENT_HOLDS_SECONDS:
-            self._offset = (server_time - (sent + answered) / 2, error, now)
+        offset, now = server_time - (sent + answered) / 2, time.monotonic()
+        known, known_error, known_at = self._offset or (offset, error, now)
+        is_old = now - known_at > _MEASUREMENT_HOLDS_SECONDS
+        if error <= known_error or is_old or abs(offset - known) > error + known_error:
+            self._offset = offset, error, now
+
+    @property
+    def latest(self) -> float:
+        """Until when, by the server's clock, it may do what is sent to it now.
+
+        After that nobody waits for it, and what has been done since must not be undone. The servers
+        of a cluster may each have a clock of their own.
+        """
+        if self._offset is None or self.is_cluster:
+            return 1e300  # which every server can read
+        offset, error, _ = self._offset
+        return time.time() + offset + error + self.time_limit_seconds
 
     async def _send(self, script: str, calls: Sequence[Call]) -> list[Any]:
         text, digest = whole(script)
