@@ -18,7 +18,8 @@ from coalestra import (
 )
 from coalestra.concurrency import pace
 from coalestra.orchestration import calls, singleflight
-from tests.contracts.caches import SingleKeyCache
+from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
+from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
 from tests.support import Gate, begun, settle
 
@@ -74,6 +75,40 @@ async def test_what_is_read_after_an_event_is_newer_than_that(memory: bool, kind
     assert [snapshot.value(K) for snapshot in await asyncio.gather(*readers)] == ["fetched"] * 2
     assert (await building.build([K])).value(K) == "fetched", "and it is cached"
     assert len(source.calls) == 1
+
+
+async def test_what_is_read_after_another_process_has_stored_a_value_is_newer_than_that() -> None:
+    """It comes out under way, as what had been read before that is written only then."""
+
+    class Slow(BatchAtomicCache):
+        timeout_seconds = 60.0
+
+        async def _travel(self, call: str) -> None:
+            await super()._travel(call)
+            if call.startswith("set"):
+                await writing.pass_()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        if len(source.calls) == 1:
+            return SourcePayload("old", observed_at=context.requested_at - 3)
+        await reading.pass_()
+        return "new"
+
+    writing, reading, source = Gate(), Gate(), Single("x", fetch=fetch)
+    cache = Slow()
+    building = builder(source, cache=cache)
+    session = building.session()
+    assert (await session.resolve([K])).value(K) == "old"
+    cache.held[K] = value_of(K, "elsewhere", observed_at=building.clock.now() - 1)
+    await asyncio.sleep(1)
+    forced = await begun(session.revalidate([K], force_refresh=True), reading)
+    writing.open()
+    await settle()
+    assert (await building.build([K])).value(K) == "elsewhere"
+    reading.open()
+    assert (await forced).value(K) == "new"
+    assert (await building.build([K])).value(K) == "new"
+    await building.aclose()
 
 
 @pytest.mark.parametrize("stale", [False, True])

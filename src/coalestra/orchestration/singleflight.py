@@ -46,7 +46,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_for, policy_of_all
 from coalestra.core.trace import Obtained, WaitReason
 from coalestra.core.validation import flag, span
-from coalestra.core.values import CacheWriteStatus, Revision, SnapshotValue
+from coalestra.core.values import CacheWriteStatus, Revision, SnapshotValue, number_of
 from coalestra.orchestration.calls import Call, Dispatch, Lane
 from coalestra.orchestration.deliveries import Copies, Deliveries, WarmReads
 from coalestra.orchestration.flights import (
@@ -1071,7 +1071,9 @@ class SingleFlight:
         offered, event = flight.offered, flight.event
         if offered is None or flight.phase is _SETTLED:
             return False
-        if not flight.cacheable or (event is not None and not offered.dated):
+        published_here = event is not None and not event.attempts and number_of(event.version)
+        # Else it may have been there before: what it has come out behind was written only now.
+        if not flight.cacheable or (published_here and not offered.dated):
             self.settle(flight, instead_of_event(flight, offered, self.parts))
             return False
         if event is None:
