@@ -302,15 +302,11 @@ class _Instruments:
             create: Callable[..., object] = gauge if unit in ("s", "1") else additive
             read = partial(self._levels, level)
             create(f"coalestra.{name}", [read], unit, level.description)
-        self.histograms = {
-            metric: meter.create_histogram(
-                f"coalestra.{name}",
-                unit,
-                meaning,
-                explicit_bucket_boundaries_advisory=_SECONDS if unit == "s" else _SIZES,
+        for metric, (name, unit, meaning, _) in OBSERVATIONS.items():
+            bounds = _SECONDS if unit == "s" else _SIZES
+            self.histograms[metric] = meter.create_histogram(
+                f"coalestra.{name}", unit, meaning, explicit_bucket_boundaries_advisory=bounds
             )
-            for metric, (name, unit, meaning, _) in OBSERVATIONS.items()
-        }
 
     def count(self, metric: str, labels: Mapping[str, str]) -> Cell[int]:
         """Return where a counter with these labels is kept; KeyError if there is no such metric."""
