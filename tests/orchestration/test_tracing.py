@@ -384,13 +384,15 @@ async def test_keys_come_in_the_order_in_which_they_were_looked_for() -> None:
 
 
 async def test_what_another_stage_was_about_to_bring_is_not_told_though_it_came_since() -> None:
-    b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)))
+    derived = Derived("d", needs=lambda _: [A])
+    b = builder(Single("a", fetch=latency(2)), Single("b", fetch=latency(1)), derived)
     async with b.session(trace=True) as session:
-        slow = asyncio.ensure_future(session.resolve([A]))
+        slow = asyncio.ensure_future(session.resolve([D]))
         early = await session.resolve([B])
         await slow
-    found = trace_of(early).keys[A]
-    assert (found.obtained, found.version, found.end) == (Obtained.FAILED, None, 1)
+    for found in map(trace_of(early).keys.__getitem__, [A, D]):
+        assert (found.obtained, found.version, found.end) == (Obtained.FAILED, None, 1)
+        assert (found.source, found.rests_on) == (None, ())
 
 
 @pytest.mark.parametrize("ended", [True, False])
