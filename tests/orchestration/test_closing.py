@@ -17,6 +17,7 @@ from coalestra import (
     SourceResiliencePolicy,
     SourceTimeoutError,
 )
+from coalestra.orchestration.closing import insist
 from tests.orchestration.scripted import Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ThreadGate, VirtualLoop, run_virtual, settle
@@ -373,3 +374,16 @@ async def test_without_an_error_of_the_block_the_one_of_closing_is_raised() -> N
 
 
 # What health tells --------------------------------------------------------------------------------
+
+
+async def test_a_stage_that_is_cut_off_again_and_again_is_given_up_in_the_end() -> None:
+    attempts = 0
+
+    async def cut_off() -> None:
+        nonlocal attempts
+        attempts += 1
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await insist(cut_off)
+    assert attempts == 10
