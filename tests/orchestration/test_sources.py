@@ -19,10 +19,12 @@ from coalestra import (
     InMemoryMetrics,
     ResourceKey,
     ResourceResolutionError,
+    RetryPolicy,
     Snapshot,
     SnapshotBuilder,
     SourceFailure,
     SourcePayload,
+    SourceResiliencePolicy,
     SourceUnavailableError,
 )
 from coalestra.core.snapshot import DiagnosticsRecorder
@@ -539,6 +541,25 @@ async def test_a_call_that_could_outlive_a_source_timeout_lowered_since_is_refus
     if sink is not None:
         name = "source_transport_budget_rejection_total"
         assert labels_of(sink, name, "reason", "snapshot_deadline", "source_timeout") == [0, 1]
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_blocking_call_that_would_find_too_little_time_is_not_tried_again(
+    late: bool,
+) -> None:
+    """What it has failed with stands, unless it may outlive the deadline."""
+    called: list[ResourceKey] = []
+
+    def fail(k: ResourceKey, context: FetchContext) -> None:
+        called.append(k)
+        raise ConnectionError("down")
+
+    retry = RetryPolicy(2, 1.5, max_delay_seconds=1.5, jitter_ratio=0)
+    policy = SourceResiliencePolicy(retry, finish_late=late)
+    building = builder(blocking(fail, resilience_policy=policy))
+    failures = await failures_of(building, K, deadline_seconds=2.0)
+    assert types(failures) == [("blocking", "ConnectionError")]
+    assert len(called) == 1 + late
 
 
 async def test_a_call_is_made_as_long_as_one_who_joined_has_time_for_it() -> None:

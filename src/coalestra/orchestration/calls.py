@@ -937,7 +937,7 @@ class Call:
                 delay = retry.delay_for_attempt(self.attempts)
                 self._failure_of(error)  # which stands if it comes to no other attempt
                 # What was asked here may have closed the builder; so may who is told.
-                if delay < self.remaining() and not self._over:
+                if delay + self._needed_seconds < self.remaining() and not self._over:
                     self._retry = loop.call_later(delay, self.lane.again, self)
                     if self.log is not None:
                         self.log.rests(delay)
@@ -954,6 +954,13 @@ class Call:
             if self._retry is None:
                 late = isinstance(error, SnapshotDeadlineExceededError)
                 self.end(error, _ABANDONED if late else _FAILURE)
+
+    @property
+    def _needed_seconds(self) -> float:
+        """How much time an attempt must have left, or it is refused before it is made."""
+        late = self.policy.finish_late and self.timeout_seconds is not None
+        declared = self.link.guarantee.transport_timeout_seconds
+        return 0.0 if late or declared is None or not self.link.protected else declared
 
     def _retries(self, error: BaseException) -> bool:
         """Whether the policy retries an error: not if it cannot say so."""
