@@ -149,7 +149,8 @@ def members_of(target: type[Any]) -> dict[str, Any]:
             if not name.startswith("_") or name in PROTOCOL_METHODS:
                 members[name] = describe_member(name, raw)
     methods = {name for name in members if inspect.isfunction(getattr(target, name))}
-    fields = getattr(target, "__dataclass_fields__", {}).keys() - methods
+    data = dataclasses.fields(target) if dataclasses.is_dataclass(target) else ()
+    fields = {field.name for field in data} - methods
     return {
         name: members[name]
         for name in sorted(members)

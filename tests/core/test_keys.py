@@ -396,3 +396,12 @@ def test_distinct_keys_come_once_and_in_order() -> None:
 def test_distinct_keys_refuse_anything_but_keys(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"^wanted must be "):
         distinct_keys("wanted", wrong)
+
+
+def test_a_key_with_a_part_replaced_is_brought_into_the_form_of_its_own_normalizer() -> None:
+    legacy = ResourceKey("Market", "Price", "abc", {"Venue": "x"}, normalizer=LEGACY_KEY_NORMALIZER)
+    other = dataclasses.replace(legacy, subject=" xyz ")
+    assert other == ResourceKey("market", "price", "XYZ", {"venue": "x"})
+    assert other.normalizer is LEGACY_KEY_NORMALIZER
+    assert dataclasses.replace(ResourceKey("a", "b"), name=" C ") == ResourceKey("a", "C")
+    assert [field.name for field in dataclasses.fields(legacy)] == list(ResourceKey.__match_args__)

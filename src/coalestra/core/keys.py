@@ -12,8 +12,8 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import fields
-from typing import Any, final
+from dataclasses import KW_ONLY, InitVar, fields
+from typing import TYPE_CHECKING, Any, final
 
 from coalestra.core import validation
 from coalestra.core.frozen import FREE_THREADED, draft_of, record, refuse_subclass
@@ -161,6 +161,9 @@ class ResourceKey(_Kept):
     name: str
     subject: str
     qualifiers: tuple[tuple[str, str], ...]
+    if not TYPE_CHECKING:  # what is read off and handed on by `dataclasses.replace`
+        _: KW_ONLY
+        normalizer: InitVar[KeyNormalizer]
 
     def __init__(
         self,
