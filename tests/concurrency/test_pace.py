@@ -109,6 +109,22 @@ async def test_a_clock_set_back_makes_no_slice_endless(monkeypatch: pytest.Monke
     assert pace.due
 
 
+async def test_a_turn_whose_end_was_lost_to_an_interrupt_keeps_nobody_waiting_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr(Pace, "_turn_over", lambda pace: None)
+    pace = Pace()
+    now += SLICE_SECONDS
+    assert pace.begin()
+    await asyncio.sleep(0)
+    now += SLICE_SECONDS
+    assert not pace.begin()
+    now += 1.0
+    assert pace.begin()
+
+
 async def test_work_in_slices_rests_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now, loop = 100.0, asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)

@@ -538,3 +538,19 @@ def test_policy_errors_are_reported_under_their_own_type(error: SnapshotBuildErr
     assert report["error_type"] == type(error).__name__
     assert report["message"] == str(error)
     assert json.loads(json.dumps(report)) == report
+
+
+def test_what_ends_the_program_as_an_error_is_read_reaches_it() -> None:
+    """Ctrl-C may strike there; whatever else a foreign class raises is nothing to anybody."""
+
+    class Foreign(Exception):
+        raises: type[BaseException] = KeyError
+
+        @property
+        def exceptions(self) -> tuple[Exception, ...]:
+            raise self.raises
+
+    tree.without_frames(Foreign())
+    Foreign.raises = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        tree.without_frames(Foreign())

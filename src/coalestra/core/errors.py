@@ -152,6 +152,15 @@ _CONTEXT: Any = BaseException.__dict__["__context__"]
 _NAME: Any = type.__dict__["__name__"]
 
 
+class _Reading(suppress):
+    """Reads foreign classes: whatever they raise is suppressed, but what ends the program."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> bool:
+        return error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit))
+
+
 def without_frames(error: BaseException, spared: BaseException | None = None) -> tuple[_Place, ...]:
     """Take the traceback off ``error`` and off all that it was raised from, up to ``spared``.
 
@@ -185,7 +194,7 @@ def _lineage(
         if not hidden and (cause is not None or each.__suppress_context__):
             context = None
         raised: tuple[object, ...] = (cause, context)
-        with suppress(BaseException):  # of a foreign class that is read
+        with _Reading():
             raised += tuple(getattr(each, "exceptions", ()))
         for one in raised:
             if isinstance(one, BaseException) and id(one) not in seen:
@@ -196,7 +205,7 @@ def _lineage(
 def _note_places(error: BaseException) -> tuple[_Place, ...]:
     """Let an error keep where it was raised, and return that; it may fail many keys."""
     places: tuple[_Place, ...] = ()
-    with suppress(BaseException):
+    with _Reading():
         places = getattr(error, _NOTED, ())
         trace = _TRACEBACK.__get__(error)
         if trace is not None:
@@ -208,7 +217,7 @@ def _note_places(error: BaseException) -> tuple[_Place, ...]:
 def _raised_from(error: BaseException) -> list[BaseException]:
     """Return what an error was raised from, as far as it is known where that was; nearest first."""
     found = []
-    with suppress(BaseException):  # of a foreign class that is read
+    with _Reading():
         for lower in islice(_lineage(error, hidden=False), 1, _UNFRAMED_KEPT):
             found += [lower] if getattr(lower, _NOTED, ()) else []
     return found
