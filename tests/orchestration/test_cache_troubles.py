@@ -719,6 +719,26 @@ async def test_the_lease_on_what_cannot_be_copied_into_the_cache_is_given_back()
     assert "release_many" in cache.calls
 
 
+@pytest.mark.parametrize("rank, given", [(0, "fetched"), (1, "future")])
+async def test_what_comes_from_the_future_while_a_lease_is_held_wins_by_rank_alone(
+    rank: int, given: str
+) -> None:
+    """Another process, whose clock is wrong, has published it."""
+    gate, cache, clock = Gate(), LeasingCache(), LoopClock()
+
+    async def fetch(key: ResourceKey, context: object) -> str:
+        await gate.pass_()
+        return "fetched"
+
+    building = builder(Single("b", fetch=fetch), cache=cache, clock=clock)
+    reader = asyncio.ensure_future(building.build(KEYS[:1]))
+    await gate.wait_arrived()
+    future = value_of(KEYS[0], "future", observed_at=clock.now() + 900.0, rank=rank)
+    cache.held[KEYS[0]] = future
+    gate.open()
+    assert (await reader).value(KEYS[0]) == given
+
+
 async def test_what_a_reader_who_left_has_asked_of_a_cache_ends_without_a_collection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

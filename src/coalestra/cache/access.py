@@ -1372,8 +1372,14 @@ class _Write:
                 self.results[key] = result
             elif isinstance(result, Exception):
                 self.failures[key] = result
-        for key in await self._outdated():
-            del self.results[key]  # what is outdated takes nobody's place
+        horizon = terms.now + self.cache.tolerance
+        future = [
+            key
+            for key, stayed in self._lost().items()
+            if stayed.observed_at > horizon and self._status(key, stayed) is _STORED
+        ]
+        for key in {*future, *await self._outdated()}:
+            del self.results[key]  # what is of no use takes nobody's place
 
     async def _open(self) -> None:
         for key, revision in self.offered.items():

@@ -295,6 +295,7 @@ class AsyncMemoryCache:
     async def newest(self, limit: int = 50) -> tuple[SnapshotValue[Any], ...]:
         """Return up to ``limit`` entries as they were fetched, those used last first.
 
+        Of a cache without a bound, those written last: it does not know which were used.
         To look into the cache: nothing is counted, and to look does not count as use.
         """
         revisions = self._store.newest(validation.integer("limit", limit, minimum=1))
