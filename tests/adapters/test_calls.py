@@ -110,20 +110,6 @@ async def test_an_error_that_would_end_more_than_the_call_becomes_an_ordinary_on
     assert kind_of_error.__name__ in str(caught.value)
 
 
-@pytest.mark.parametrize("kind_of_error", [GeneratorExit, StopAsyncIteration, Strange])
-async def test_the_same_holds_for_an_error_that_was_awaited(
-    kind: str, kind_of_error: type[BaseException]
-) -> None:
-    async def function(*_: Any) -> Any:
-        await asyncio.sleep(0)
-        raise kind_of_error("odd")
-
-    expected = kind_of_error if issubclass(kind_of_error, Exception) else RuntimeError
-    with pytest.raises(expected) as caught:
-        await call(adapter(kind, function))
-    assert kind_of_error in (type(caught.value), type(caught.value.__cause__))
-
-
 async def test_a_coroutine_that_is_closed_ends_as_it_is_told(kind: str) -> None:
     """Its ``GeneratorExit`` is not the function's, and no error of the source."""
     closed: list[bool] = []

@@ -12,30 +12,42 @@ from tests.support import VirtualLoop
 pytestmark = pytest.mark.concurrency
 
 
-async def test_keeping_pace_rests_only_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+class Time:
+    """The time that paces go by, in slices."""
+
     now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
+
+    def go_on(self, slices: float = 1.0) -> None:
+        self.now += slices * SLICE_SECONDS
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    passing = Time()
+    monkeypatch.setattr("time.perf_counter", lambda: passing.now)
+    return passing
+
+
+async def test_keeping_pace_rests_only_when_it_is_time(time: Time) -> None:
     pace = Pace()
     assert repr(pace) == "<Pace +0.0015 s left>"
     assert not await pace.keep()
-    now += SLICE_SECONDS
+    time.go_on()
     assert await pace.keep()
     assert not await pace.keep()
 
 
-async def test_who_share_a_pace_use_one_slice_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_share_a_pace_use_one_slice_in_a_turn(time: Time) -> None:
     """Each step takes half a slice; whoever finds the slice used up lets the loop go on."""
-    now, loop = 100.0, asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
-    monkeypatch.setattr("time.perf_counter", lambda: now)
     pace = Pace()
     steps: dict[int, int] = {}
 
     async def work() -> None:
-        nonlocal now
         pace.begin()
         for _ in range(6):
-            now += SLICE_SECONDS / 2
+            time.go_on(0.5)
             steps[loop.steps] = steps.get(loop.steps, 0) + 1
             await pace.keep()
 
@@ -44,11 +56,9 @@ async def test_who_share_a_pace_use_one_slice_in_a_turn(monkeypatch: pytest.Monk
     assert max(steps.values()) <= 2 + 2  # a slice, and one step of each of the others
 
 
-async def test_a_beginner_begins_no_slice_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
+async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(time: Time) -> None:
     pace = Pace()
-    now += SLICE_SECONDS
+    time.go_on()
     resting = pace.keep()
     resting.send(None)
     pace.begin()
@@ -58,13 +68,11 @@ async def test_a_beginner_begins_no_slice_others_wait_for(monkeypatch: pytest.Mo
     assert not pace.due
 
 
-async def test_a_beginner_begins_no_second_slice_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
+async def test_a_beginner_begins_no_second_slice_in_a_turn(time: Time) -> None:
     pace = Pace()
-    now += SLICE_SECONDS
+    time.go_on()
     assert pace.begin()
-    now += SLICE_SECONDS
+    time.go_on()
     assert not pace.begin()
     assert pace.due
     await asyncio.sleep(0)
@@ -72,69 +80,50 @@ async def test_a_beginner_begins_no_second_slice_in_a_turn(monkeypatch: pytest.M
     assert not pace.due
 
 
-def test_work_may_begin_where_no_loop_runs_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
+def test_work_may_begin_where_no_loop_runs_any_more(time: Time) -> None:
+    loop = asyncio.new_event_loop()
     pace = Pace()
-    for _ in range(2):
-        now += SLICE_SECONDS
-        assert pace.begin()
-        assert not pace.due
-
-
-def test_work_may_begin_where_no_loop_runs_though_the_last_turn_of_one_has_had_a_slice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now, loop = 100.0, asyncio.new_event_loop()
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    pace = Pace()
-    now += SLICE_SECONDS
+    time.go_on()
     loop.call_soon(pace.begin)
     loop.call_soon(loop.stop)
     loop.run_forever()
-    now += SLICE_SECONDS
+    time.go_on()
     assert pace.begin()
     assert not pace.due
     loop.close()
 
 
-async def test_a_clock_set_back_makes_no_slice_endless(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_clock_set_back_makes_no_slice_endless(time: Time) -> None:
     """As by what freezes all clocks of a process for the length of a test."""
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
     pace = Pace()
-    now = 10.0
+    time.now = 10.0
     assert pace.begin()
-    now += SLICE_SECONDS
+    time.go_on()
     assert pace.due
 
 
 async def test_a_turn_whose_end_was_lost_to_an_interrupt_keeps_nobody_waiting_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
+    time: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
     monkeypatch.setattr(Pace, "_turn_over", lambda pace: None)
     pace = Pace()
-    now += SLICE_SECONDS
+    time.go_on()
     assert pace.begin()
     await asyncio.sleep(0)
-    now += SLICE_SECONDS
+    time.go_on()
     assert not pace.begin()
-    now += 1.0
+    time.now += 1.0
     assert pace.begin()
 
 
-async def test_work_in_slices_rests_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, loop = 100.0, asyncio.get_running_loop()
+async def test_work_in_slices_rests_when_it_is_time(time: Time) -> None:
+    loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
-    monkeypatch.setattr("time.perf_counter", lambda: now)
     steps: list[int] = []
 
     def slices() -> Slices[str]:
-        nonlocal now
         for _ in range(4):
-            now += SLICE_SECONDS / 2
+            time.go_on(0.5)
             steps.append(loop.steps)
             yield
         return "done"

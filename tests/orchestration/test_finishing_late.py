@@ -25,7 +25,7 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency, tuned
-from tests.support import ThreadGate, begun, no_leaks, settle
+from tests.support import ThreadGate, no_leaks, settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -297,18 +297,3 @@ async def test_a_blocking_call_without_time_left_is_counted_unmade(timeout: floa
         assert (await cuts(building), calls) == (count, [])
     await building.build([X])
     assert (await cuts(building), calls) == (0, [X])
-
-
-async def test_waiting_for_capacity_and_failing_in_time_say_nothing_of_the_speed() -> None:
-    async def fails(k: ResourceKey, context: FetchContext) -> Any:
-        if k.subject == "holder":
-            await asyncio.sleep(50)
-        raise ConnectionError("down")
-
-    building = builder(Single("x", fetch=fails), max_concurrency=1)
-    await building.build([X], strict=False, deadline_seconds=2)
-    holder = await begun(building.build([key("x", "holder")], strict=False))
-    await hasty(building, key("x", "waits"))
-    assert await cuts(building) == 0
-    await holder
-    assert await cuts(building) == 0

@@ -155,9 +155,6 @@ async def test_a_custom_cache_may_change_what_it_was_given(settings: dict[str, A
         assert spoilt.value(K) is not held.value
 
 
-# Payloads that cannot be copied
-
-
 # Copiers, threads and their bounds
 
 

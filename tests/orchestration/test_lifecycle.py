@@ -62,22 +62,6 @@ async def test_a_closed_builder_refuses_every_call() -> None:
     assert (await building.health_snapshot()).closed
 
 
-async def test_after_closing_no_task_and_no_thread_is_left() -> None:
-    threads = set(threading.enumerate())
-    source = CallableSource(
-        name="k",
-        priority=1,
-        supports=lambda key: True,
-        fetcher=lambda key, context: [list(range(300)) for _ in range(100)],
-    )
-    building = builder(source)
-    await building.build([K])
-    await building.aclose()
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-    left = set(threading.enumerate()) - threads
-    assert not [each for each in left if each.name.startswith("coalestra")]
-
-
 async def closed_over_a_stuck_thread() -> tuple[ThreadGate, SnapshotBuilder, asyncio.Task[Any]]:
     """A gate at which a thread waits for a source, its closed builder, and who reads from it."""
     gate = ThreadGate()
