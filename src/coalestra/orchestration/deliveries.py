@@ -13,13 +13,24 @@ from coalestra.concurrency.copying import OFFLOADED
 from coalestra.concurrency.deadline import Deadline
 from coalestra.concurrency.pace import Pace, Slices, at_once, portions
 from coalestra.concurrency.sealing import PORTION, Seal
-from coalestra.core import errors, values
-from coalestra.core.errors import PayloadIsolationError, SnapshotDeadlineExceededError
+from coalestra.core.errors import (
+    PayloadCopySubsystemClosedError,
+    PayloadIsolationError,
+    SnapshotDeadlineExceededError,
+)
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import gone_stale, policy_of_all, ttl_of
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
-from coalestra.core.values import Dependencies, Grounds, Revision, SnapshotValue, new_id, redated
+from coalestra.core.values import (
+    Dependencies,
+    Grounds,
+    Revision,
+    SnapshotValue,
+    dependencies_on,
+    new_id,
+    redated,
+)
 from coalestra.orchestration.flights import Work
 from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.readings import Reading
@@ -59,7 +70,7 @@ class Deliveries:
             (each.revision, never if each.stale else until(each.revision, each.ttl_seconds))
             for each in readings
         )
-        return values.dependencies_on(inputs, inherits=inherits)
+        return dependencies_on(inputs, inherits=inherits)
 
     def _until(self, revision: Revision, ttl: float | None) -> float:
         """Return until when a revision is fresh by itself; see `gone_stale`."""
@@ -82,7 +93,7 @@ class Deliveries:
             del stack[-1]
             inputs = [(one, self._until(one, None)) for one in each.dependencies]
             inherits = each.source in self._inheriting
-            each.dependency_versions = at_once(values.dependencies_on(inputs, inherits=inherits))
+            each.dependency_versions = at_once(dependencies_on(inputs, inherits=inherits))
         return revision.grounds
 
     def fresh_until(self, revision: Revision) -> float:
@@ -410,7 +421,7 @@ class WarmReads:
             await pace.keep()
         try:
             values = await self._copied(revisions, pace)
-        except (PayloadIsolationError, errors.PayloadCopySubsystemClosedError):
+        except (PayloadIsolationError, PayloadCopySubsystemClosedError):
             return None
         if values is not None and len(values) > _KEYS_BETWEEN_LOOKS:
             await pace.rest()  # putting them together takes a while, too
