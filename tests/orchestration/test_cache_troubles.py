@@ -943,7 +943,7 @@ async def test_the_answers_of_a_cache_are_passed_on_in_portions(
         answered[loop_turn(), asyncio.current_task()] += 1
         pass_on(self, read, revision)
 
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     monkeypatch.setattr(SingleFlight, "_cache_answered", watched)
     building = builder(Batch("b"), cache=kind())
     await building.build([key("b", str(number)) for number in range(1_000)])

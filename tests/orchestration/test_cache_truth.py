@@ -231,7 +231,7 @@ async def test_a_derivation_about_to_be_handed_what_was_replaced_since_is_not_jo
     """Very many wait for the base, and are told in portions."""
     monkeypatch.setattr(singleflight, "_WAITERS_PER_STEP", 1)
     monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     gates, truth = {"base": Gate(), "late": Gate()}, [1]
     base, derived = key("base"), key("derived")
 

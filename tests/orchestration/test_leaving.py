@@ -67,7 +67,7 @@ async def test_a_build_cancelled_at_any_await_leaves_nothing_behind() -> None:
 
 async def test_who_leaves_unlooked_for_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """His turn comes late: of twenty others, who came before him, four have theirs in each step."""
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     source = Batch("many", "x", "y")
     building = builder(source)
     others = [
@@ -171,7 +171,7 @@ async def test_who_joins_and_finds_that_no_clock_goes_keeps_nothing_under_way() 
 @pytest.mark.parametrize("how", ["cancelled", "closed"])
 async def test_many_keys_are_left_in_many_turns(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither who cancels nor who closes holds the loop, and both go on to no other source."""
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     left = Counter[int]()  # in each turn
     leave = flights.FlightBoard.leave
 
@@ -260,7 +260,7 @@ async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
     monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, is_first: bool, wanted: int
 ) -> None:
     """Of many keys they leave the call one after the other, and others have turns in between."""
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
     keys = [key("x", str(n)) for n in range(6)]
@@ -308,7 +308,7 @@ async def test_who_comes_as_the_time_of_a_call_that_waits_for_capacity_is_up_wai
     monkeypatch: pytest.MonkeyPatch, turns: int, queue_timeout: float | None
 ) -> None:
     """Whose time is up leaves later than the call learns of it, as one of many."""
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     gate = Gate()
     holder = Single("y", "y", fetch=lambda k, context: gate.pass_())
     source = tuned(Single("x", "x"), queue_timeout_seconds=queue_timeout)
@@ -355,7 +355,7 @@ def test_several_requests_that_are_closed_end_as_they_are_told(loop_is_closed: b
 def test_a_call_whose_loop_is_dropped_while_it_tells_its_circuits_is_dropped_too(
     monkeypatch: pytest.MonkeyPatch, turns: int
 ) -> None:
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     unheard: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", unheard.append)
     policy = SourceResiliencePolicy(circuit=CircuitBreakerPolicy(CircuitScope.RESOURCE))

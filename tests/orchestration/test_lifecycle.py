@@ -501,7 +501,7 @@ def test_a_session_whose_call_was_left_on_the_last_loop_goes_on_on_the_next(
         "revalidate": lambda: session.revalidate([K], force_refresh=True),
     }
     with monkeypatch.context() as patch:
-        patch.setattr(pace, "SLICE_SECONDS", -1.0)  # a turn for each key
+        patch.setattr(pace, "SLICE_SECONDS", -0.5)  # a turn for each key
         patch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
         patch.setattr(singleflight, "_KEYS_PER_STEP", 1)
         left = left_on_a_loop(calls[call])
@@ -541,7 +541,7 @@ def test_what_the_last_loop_has_left_may_be_collected_while_a_session_goes_on_on
         building = made(*sources, max_pending_tasks=1)
         session = building.session()
         with monkeypatch.context() as patch:
-            patch.setattr(pace, "SLICE_SECONDS", -1.0)  # a turn for each key
+            patch.setattr(pace, "SLICE_SECONDS", -0.5)  # a turn for each key
             patch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
             patch.setattr(singleflight, "_KEYS_PER_STEP", 1)
             resolve = partial(session.resolve, keys)
@@ -679,7 +679,7 @@ def test_closing_that_was_left_on_a_loop_that_stands_still_is_done_by_the_next_c
 
 
 def test_a_build_dropped_outside_its_loop_harms_no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)  # time has passed since anything was begun
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)  # time has passed since anything was begun
     building = builder(Single("x"))
     loop = asyncio.new_event_loop()
 

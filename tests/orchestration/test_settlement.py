@@ -801,7 +801,7 @@ async def test_keys_that_go_on_in_slices_travel_together(
     how: str, scope: CircuitScope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever becomes of a call, its keys are asked of the next source in one more call."""
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)  # each single step uses its slice up
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)  # each single step uses its slice up
 
     async def forever() -> None:
         if how == "is cut off":

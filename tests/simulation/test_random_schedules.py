@@ -81,7 +81,7 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
     block: int, worlds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every loop over many things that may give others a turn does so after each single thing."""
-    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     for module in (calls, deliveries):
         monkeypatch.setattr(module, "PORTION", 1)
     monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
