@@ -67,7 +67,8 @@ class Pace:
         now = time.perf_counter()
         if now < self._until <= now + SLICE_SECONDS:  # or else the clock has been set back
             return True
-        waits = (self._resting or self._had) and now < self._until + _LONGEST_TURN_SECONDS
+        began = self._until - SLICE_SECONDS
+        waits = (self._resting or self._had) and now < began + _LONGEST_TURN_SECONDS
         if waits and running_loop() is not None:
             return False
         self._renew(now)
