@@ -102,20 +102,6 @@ async def test_a_clock_set_back_makes_no_slice_endless(time: Time) -> None:
     assert pace.due
 
 
-async def test_a_turn_whose_end_was_lost_to_an_interrupt_keeps_nobody_waiting_for_ever(
-    time: Time, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Pace, "_turn_over", lambda pace: None)
-    pace = Pace()
-    time.go_on()
-    assert pace.begin()
-    await asyncio.sleep(0)
-    time.go_on()
-    assert not pace.begin()
-    time.now += 1.0
-    assert pace.begin()
-
-
 async def test_work_in_slices_rests_when_it_is_time(time: Time) -> None:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)

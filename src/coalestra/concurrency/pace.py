@@ -18,9 +18,6 @@ Slices = Generator[None, None, T]
 SLICE_SECONDS = 0.001_5
 """How long the library works before the event loop gets a turn."""
 
-_LONGEST_TURN_SECONDS = 1.0
-"""After that a turn is over though it was not told: an interrupt may strike at that very line."""
-
 
 def at_once(slices: Slices[T]) -> T:
     """Do what could be done in slices, now; return the result."""
@@ -67,9 +64,7 @@ class Pace:
         now = time.perf_counter()
         if now < self._until <= now + SLICE_SECONDS:  # or else the clock has been set back
             return True
-        began = self._until - SLICE_SECONDS
-        waits = (self._resting or self._had) and now < began + _LONGEST_TURN_SECONDS
-        if waits and running_loop() is not None:
+        if (self._resting or self._had) and running_loop() is not None:
             return False
         self._renew(now)
         return True
