@@ -151,6 +151,18 @@ async def test_a_giving_back_that_is_cancelled_keeps_no_later_lease_from_being_g
     assert B not in cache.leased
 
 
+async def test_an_invalidation_overtakes_no_publication_that_leases_are_given_back_before() -> None:
+    cache = LeasingCache()
+    access = access_over(cache)
+    access.attach()
+    writing = asyncio.ensure_future(write(access, revision_of(A)))
+    access.give_back(Lease(B, "one"), failed=True)
+    invalidating = asyncio.ensure_future(access.invalidate([A]))
+    await asyncio.gather(writing, invalidating)
+    assert cache.calls[0] == "release_many"
+    assert not cache.held
+
+
 async def test_leases_given_back_before_a_publication_come_back_though_it_is_cancelled() -> None:
     gate = Gate()
 

@@ -1203,12 +1203,12 @@ class CacheAccess:
         """Offer values in their turn; return what became of each, and the failures."""
         channel = self.channel()
         asked = channel.loop.time()
-        if self._giving_back and terms.leases is None:
-            # Or nobody would be told that those were in vain; who waits for it may leave.
-            await asyncio.wait((self._behind(self._give_back()),))
         # A cache may refuse what rests on something that it does not hold yet.
         below = {key for each in revisions.values() for key in each.dependency_versions}
         async with channel.lanes.turn(revisions, below):
+            if self._giving_back and terms.leases is None:
+                # Or nobody would be told that those were in vain; who waits for it may leave.
+                await asyncio.wait((self._behind(self._give_back()),))
             offered = {key: each for key, each in revisions.items() if wanted(each)}
             insist = terms.insist and not self.calls.gave_up_since(asked)
             write, outcomes = _Write(self, offered, terms, insist), Outcomes()
