@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import uuid
+from collections import namedtuple
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,6 +233,15 @@ def test_damaged_bytes_are_unreadable(data: bytes) -> None:
 def test_bytes_that_name_an_unregistered_model_are_unreadable_and_call_nothing() -> None:
     with pytest.raises(UnreadableEntryError, match="Side"):
         MessagePackCodec().decode(CODEC.encode(Side.BUY))
+
+
+def test_a_named_tuple_of_before_its_last_fields_has_their_defaults() -> None:
+    kind: Any = namedtuple  # which mypy reads as a declaration
+    before, now, longer = kind("P", "x"), kind("P", "x y", defaults=[2]), kind("P", "x y")
+    written = MessagePackCodec([before]).encode(before(1))
+    assert MessagePackCodec([now]).decode(written) == now(1)
+    with pytest.raises(UnreadableEntryError):
+        MessagePackCodec([longer]).decode(written)
 
 
 def test_a_model_that_has_lost_a_field_is_unreadable() -> None:

@@ -95,13 +95,21 @@ class Model:
         if dataclasses.is_dataclass(kind):
             return _of_fields(kind, name, [field.name for field in dataclasses.fields(kind)])
         if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-            return cls(kind, name, list, attrgetter("_make")(kind))
+            return _of_named_tuple(kind, name)
         if issubclass(kind, msgspec.Struct):
             return cls(kind, name, msgspec.structs.asdict, lambda parts: kind(**parts))
         raise TypeError(
             f"models must be enums, dataclasses, named tuples or msgspec.Structs, got {name}; for "
             "another type give Model(kind, name, dump=..., load=...)"
         )
+
+
+def _of_named_tuple(kind: Any, name: str) -> Model:
+    def load(parts: list[Any]) -> Any:
+        # What was written before the class had its last fields has their defaults.
+        return kind._make([*parts, *(kind._field_defaults[e] for e in kind._fields[len(parts) :])])
+
+    return Model(kind, name, list, load)
 
 
 def _of_fields(kind: type[Any], name: str, fields: list[str]) -> Model:
