@@ -216,8 +216,10 @@ async def test_who_is_handed_a_slot_of_its_source_is_not_overtaken_globally(wait
         await settle()
         first.release()
         first = await second
-    waiting = [asyncio.ensure_future(controller.acquire("a")) for _ in range(2)]
-    await settle()
+    waiting = []
+    for _ in range(2):
+        waiting.append(asyncio.ensure_future(controller.acquire("a")))
+        await settle()
     first.release()
     assert controller.try_acquire("b") is None
     lease = await waiting[0]
