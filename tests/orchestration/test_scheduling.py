@@ -7,8 +7,12 @@ import asyncio
 import pytest
 
 from coalestra import AsyncMemoryCache, DependencyCycleError, FetchContext, ResourceKey
+from coalestra.concurrency import pace
+from coalestra.concurrency.pace import Pace
+from coalestra.orchestration.singleflight import Agenda
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
 from tests.support import Gate, begun, settle
+from tests.support.virtual_loop import VirtualLoop, callback_of
 
 pytestmark = pytest.mark.concurrency
 
@@ -159,3 +163,35 @@ async def test_a_diamond_of_thirty_layers_takes_linear_work_cold_and_warm() -> N
     assert len(nodes.calls) == 61
     await building.build([top])
     assert len(nodes.calls) == 61
+
+
+@pytest.mark.parametrize("lost", ["the end of a turn", "the next turn", "the end of a step"])
+async def test_what_an_interrupt_has_left_behind_keeps_no_builder_from_closing(
+    lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may strike between any two lines, also those that see to it that more is done later."""
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
+    gate = Gate()
+    building = builder(Batch("x", before=gate.pass_))
+    running = await begun(building.build([key("x", str(n)) for n in range(1_000)]), gate)
+    agenda = building._engine.flights.agenda
+    running.cancel()
+    await asyncio.wait([running])
+    assert agenda._steps, "there is more to do than fits into a turn"
+    if lost == "the end of a step":
+        agenda._running = True
+    else:
+        hit = Pace.turn_over if lost == "the end of a turn" else Agenda.run
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        pending = [each for each in loop._ready if method_of(each) is hit]
+        assert pending
+        for handle in pending:
+            handle.cancel()
+    await building.aclose()
+    await settle()
+    assert (await building.health_snapshot()).singleflight_in_flight == 0
+
+
+def method_of(handle: asyncio.Handle) -> object:
+    return getattr(callback_of(handle), "__func__", None)

@@ -73,10 +73,11 @@ class Pace:
         self._until = now + SLICE_SECONDS
         loop = running_loop()
         if loop is not None:  # what is left when its loop has ended has no turns
-            loop.call_soon(self._turn_over)
+            loop.call_soon(self.turn_over)
             self._had = True
 
-    def _turn_over(self) -> None:
+    def turn_over(self) -> None:
+        """Let there be another slice: the turn of the loop that had one is over."""
         self._had = False
 
     def leave_room(self, seconds: float) -> None:

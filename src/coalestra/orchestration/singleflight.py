@@ -157,8 +157,11 @@ class Agenda:
         if self._running:
             return
         self._running = True
-        self._handle = None
         steps, pace = self._steps, self._pace
+        if self._handle is not None:  # the turn is another one, though an interrupt hid its end
+            self._handle.cancel()
+            self._handle = None
+            pace.turn_over()
         looks = _STEPS_BETWEEN_LOOKS
         try:
             due = not pace.begin()
@@ -186,9 +189,9 @@ class Agenda:
     async def finish(self) -> None:
         """Let the list be run to its end, in slices."""
         while self._steps:
-            if self._handle is None:
-                self.run()
             await asyncio.sleep(0)
+            self._running = False  # no step is being run, though an interrupt may have left it so
+            self.run()
 
     def __repr__(self) -> str:
         return f"<Agenda steps={len(self._steps)} running={self._running}>"
