@@ -304,6 +304,9 @@ class ResourceKey(_Kept):
         refuse_subclass("ResourceKey")
 
 
+# These are no attributes, and Python 3.10 cannot read them as types.
+del ResourceKey.__annotations__["_"], ResourceKey.__annotations__["normalizer"]
+
 _become: Any = object.__dict__["__class__"].__set__
 _Draft = draft_of(ResourceKey)
 _NAMES = (*ResourceKey.__slots__, "_parts", "_hash", "_text", "_normalizer")
