@@ -333,10 +333,8 @@ class CircuitBreaker:
             outlook = "the one call that probes it is under way"
         else:
             outlook = f"it may be probed in {circuit.probe_at - now:.3g} s"
-        name, failed = (
-            validation.readable(str(identity)),
-            errors.counted(circuit.failures, "failure"),
-        )
+        name = validation.readable(str(identity))
+        failed = errors.counted(circuit.failures, "failure")
         return CircuitOpenError(f"circuit {name} is open after {failed} in a row; {outlook}")
 
     def admit(self, identity: CircuitIdentity, policy: CircuitBreakerPolicy) -> int:
