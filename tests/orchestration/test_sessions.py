@@ -10,6 +10,7 @@ import pytest
 
 from coalestra import (
     AsyncMemoryCache,
+    FetchContext,
     FreshnessPolicy,
     PolicyResolver,
     ResourceAcceptanceRule,
@@ -27,7 +28,16 @@ from coalestra.orchestration import singleflight
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import Derived, Single, builder, key, latency
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, Stock, shown
-from tests.support import EPOCH, Gate, ManualClock, ThreadGate, lines_run, no_leaks
+from tests.support import (
+    EPOCH,
+    Gate,
+    ManualClock,
+    ThreadGate,
+    begun,
+    lines_run,
+    no_leaks,
+    settle,
+)
 
 LARGE = [list(range(200)) for _ in range(200)]
 """A payload that takes a thread to copy."""
@@ -139,6 +149,73 @@ async def test_what_is_pinned_is_not_asked_for_again_to_derive_from_it(
     assert told == {BASE: "fetched", MIDDLE: "derived", TOP: "derived"}
     assert len(shop.stock.calls) == len(shop.middle.calls) == len(shop.top.calls) == 1
     await no_leaks(shop.builder)
+
+
+@pytest.mark.parametrize("comes", ["with another session", "before a look", "from above"])
+async def test_what_is_pinned_is_not_waited_for_through_what_others_began(comes: str) -> None:
+    class Slow(SingleKeyCache):
+        async def get(self, key: ResourceKey, *arguments: Any, **more: Any) -> Any:
+            if key == BASE:
+                await look.pass_()
+            return await super().get(key, *arguments, **more)
+
+    async def fail(key: ResourceKey, context: FetchContext) -> Any:
+        await look.pass_()
+        raise SourceUnavailableError("not here")
+
+    look, fetch = Gate(opened=True), Gate()
+    stock = Stock("stock", {"base": 1, "other": 10})
+    sources: list[Any] = [stock, Derived("middle", needs=lambda key: [BASE])]
+    sources.append(Derived("top", needs=lambda key: [MIDDLE]))
+    if comes == "with another session":
+        sources.append(Single("first", "middle", fetch=fail, priority=100))
+    building = builder(*sources, cache=Slow() if comes == "before a look" else None)
+    session, other = building.session(), building.session()
+    await session.resolve([BASE])
+    await other.resolve([OTHER])
+    await building.publisher.invalidate(BASE)
+    stock.before = fetch.pass_
+    look.close()
+    before = asyncio.ensure_future(other.resolve([MIDDLE]))
+    await settle()
+    asking = asyncio.ensure_future(session.resolve([TOP if comes == "from above" else MIDDLE]))
+    await settle()
+    look.open()
+    await asyncio.wait([asking], timeout=1)
+    assert (asking.done(), before.done()) == (True, False)
+    assert BASE in asking.result()
+    fetch.open()
+    assert (await before).value(MIDDLE) == (1,)
+    await no_leaks(building)
+
+
+async def test_a_session_with_pins_joins_much_that_is_under_way_in_linear_time() -> None:
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        if k.subject:
+            await gate.pass_()
+        return 1
+
+    async def joining(count: int) -> int:
+        leaves = [key("leaf", str(number)) for number in range(count)]
+        middle = Derived("middle", needs=lambda key: leaves)
+        top = Derived("top", needs=lambda key: [MIDDLE])
+        building = builder(Single("leaf", fetch=fetch), middle, top)
+        session = building.session()
+        await session.resolve([key("leaf")])
+        tops = [key("top", str(number)) for number in range(count)]
+        first = await begun(building.build(tops))
+        await settle()
+        joined = asyncio.ensure_future(session.resolve(tops))
+        lines = await lines_run(singleflight, settle())
+        gate.open()
+        await asyncio.wait([first, joined])
+        gate.close()
+        await no_leaks(building)
+        return lines
+
+    gate = Gate()
+    few = await joining(100)
+    assert await joining(400) < 6 * few
 
 
 async def test_a_stale_value_made_from_what_is_pinned_stands_in_for_one_that_fails() -> None:

@@ -484,9 +484,9 @@ class Gather:
     """A set of keys that somebody waits for, and what has become of each so far.
 
     A stage waits for its keys under the pins of its session. A derived acquisition (`owner`)
-    waits for its dependencies; one that is shared has the pins of whoever it serves in `under`.
-    Once every key has a reading or a failure, `done` is called, and it is `over`, as it is if
-    nobody waits any more.
+    waits for its dependencies; one that is shared has the pins of all whom it serves in `under`, by
+    identity. Once every key has a reading or a failure, `done` is called, and it is `over`, as it
+    is if nobody waits any more.
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
     is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces;
     `span` is that of the stage, if a tracer follows it.
@@ -510,7 +510,7 @@ class Gather:
     rounds: int = 0
     agreed: tuple[int, int] | None = None
     alone: dict[Gather, bool] | None = None
-    under: Pins = NO_PINS
+    under: Mapping[int, Pins] = EMPTY
     pins_beneath: bool = False
     below: dict[ResourceKey, Reading] | None = None
 

@@ -519,8 +519,9 @@ class SingleFlight:
     def _acquire(self, gather: Gather, wanted: Collection[Wanted]) -> None:
         """Let `gather` wait for the flights of keys; start those that there are none to join of."""
         if gather.under and gather.owner is not None:
-            pinned = [key for key, _, _ in wanted if key in gather.under]
-            if pinned and self._leave_to_pins(gather.owner, pinned):
+            keys = [key for key, _, _ in wanted]
+            those = {id(pins): pins for pins in gather.under.values() if self._lacks(pins, keys)}
+            if those and self._leave_to_pins(gather.owner, those):
                 return
         flights, work, news, begun = self.board.flights, gather.work, self._news, []
         for key, policy, cached in wanted:
@@ -555,7 +556,7 @@ class SingleFlight:
             self.board.hide(flight, cacheable=False)
             self.refresher.outdate((key,))
             return False
-        way = self._way_to_pinned(gather.base, flight) if gather.base else None
+        way = self._way_to_pinned(gather.base, flight, gather.pins.own) if gather.base else None
         if way:
             self._derive_apart(gather, flight, way)
             return True
@@ -857,7 +858,9 @@ class SingleFlight:
         work = flight.living_sponsor()
         gather = Gather(work, keys, pins, self._gathered, demand=pins.demand, owner=flight)
         for each in flight.waiters if flight.pins is None else ():
-            gather.under = gather.under or each.base or each.under
+            if each.base or each.under:
+                its = {id(each.base): each.base} if each.base else each.under
+                gather.under = {**gather.under, **its}
         gather.renews = link.inherits and any(
             each.refresh or each.renews for each in flight.waiters
         )
@@ -910,8 +913,8 @@ class SingleFlight:
 
     # What is pinned is not asked for again: who would have to wait for that derives on his own --
 
-    def _leave_to_pins(self, flight: Flight, keys: Collection[ResourceKey]) -> bool:
-        """Let all derive apart who have pinned any of `keys`, which `flight` would have to acquire.
+    def _leave_to_pins(self, flight: Flight, those: Mapping[int, Pins]) -> bool:
+        """Let all derive apart who have pinned what `flight` would have to wait for, by `those`.
 
         Return whether nobody else waits; then it is given up.
         """
@@ -920,7 +923,7 @@ class SingleFlight:
         for each in (above := [flight]):
             for gather in each.waiters:
                 owner = gather.owner
-                if any(key in gather.base for key in keys):
+                if id(gather.base) in those and not gather.struck:
                     leaving.append((gather, each))
                 elif owner is None or gather.base:
                     alone = False
@@ -929,29 +932,52 @@ class SingleFlight:
                     above.append(owner)
         if alone:
             self.board.hide(flight, cacheable=True)
-            for each in way:
-                if each.gather is not None:
-                    self.abandon(each.gather)
+        for each in way:
+            if each.gather is not None and alone:
+                self.abandon(each.gather)
+            elif each.gather is not None:
+                under = each.gather.under.items()
+                each.gather.under = {of: pins for of, pins in under if of not in those}
         for gather, each in leaving:
             self._leave(gather, each)
             self._derive_apart(gather, each, way.values())
         return alone
 
-    def _way_to_pinned(self, pins: Pins, flight: Flight) -> list[ResourceKey]:
-        """Return the keys from a flight down to one that waits for what is pinned, if any does."""
+    def _lacks(self, pins: Pins, keys: Collection[ResourceKey]) -> bool:
+        """Whether to acquire `keys` is to acquire anything that is pinned, or to wait for it."""
+        under_way = map(self.board.flights.get, keys)
+        return not pins.keys().isdisjoint(keys) or any(
+            each is not None and self._way_to_pinned(pins, each) for each in under_way
+        )
+
+    def _way_to_pinned(
+        self, pins: Pins, flight: Flight, own: Collection[ResourceKey] = ()
+    ) -> list[ResourceKey]:
+        """Return the keys from a flight down to one that waits for what is pinned, if any does.
+
+        `own` are known to be such keys. If none does, all those are told whose pins they serve, for
+        what they have yet to acquire; who is told already need not be looked at again.
+        """
         above: dict[Flight, Flight | None] = {flight: None}
+        told: list[Gather] = []
         for each in (below := [flight]):
-            for one in () if each.gather is None else each.gather.pending:
+            gather = each.gather
+            if gather is None or id(pins) in gather.under:
+                continue
+            told.append(gather)
+            for one in gather.pending:
                 if not isinstance(one, Flight) or one in above:
                     continue
                 above[one] = each
                 below.append(one)
-                if one.key in pins:
+                if one.key in pins or one.key in own:
                     way, at = [each.key], above[each]
                     while at is not None:
                         way.append(at.key)
                         at = above[at]
                     return way
+        for gather in told:
+            gather.under = {**gather.under, id(pins): pins}
         return []
 
     def _derive_apart(self, gather: Gather, flight: Flight, way: Collection[ResourceKey]) -> None:
