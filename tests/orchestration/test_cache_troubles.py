@@ -38,6 +38,7 @@ from coalestra import (
 )
 from coalestra.concurrency import pace
 from coalestra.core.protocols import AsyncCache
+from coalestra.core.values import next_version
 from coalestra.orchestration.singleflight import SingleFlight
 from tests.contracts.caches import (
     FOREIGN,
@@ -737,6 +738,27 @@ async def test_what_comes_from_the_future_while_a_lease_is_held_wins_by_rank_alo
     cache.held[KEYS[0]] = future
     gate.open()
     assert (await reader).value(KEYS[0]) == given
+
+
+async def test_a_leasing_cache_that_gives_what_is_of_no_use_another_version_each_time_is_left() -> (
+    None
+):
+    """It keeps no version, and the library makes a new one for each value that is read."""
+
+    class Forgetful(LeasingCache):
+        def _lookup(self, *asked: Any) -> CacheLookup:
+            found = super()._lookup(*asked)
+            if found.value is None:
+                return found
+            return dataclasses.replace(
+                found, value=dataclasses.replace(found.value, version=next_version())
+            )
+
+    cache, clock, source = Forgetful(), LoopClock(), Single("b")
+    cache.held[KEYS[0]] = value_of(KEYS[0], "future", observed_at=clock.now() + 900.0)
+    building = builder(source, cache=cache, clock=clock)
+    await asyncio.wait_for(building.build(KEYS[:1]), 5)
+    assert source.calls == KEYS[:1]
 
 
 async def test_what_a_reader_who_left_has_asked_of_a_cache_ends_without_a_collection(

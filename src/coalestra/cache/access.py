@@ -159,6 +159,7 @@ DEFAULT_TIMEOUT_SECONDS: Final = 1.0
 
 _FAILURES_IN_A_ROW = 5
 _RECOVERY_SECONDS = 5.0
+_MOST_ROUNDS = 8
 _ANY_AGE = FreshnessPolicy(math.inf, math.inf)
 _ALL: Final = "all keys"
 _READS: Final = ("get", "get of many", "lease_many")
@@ -1000,8 +1001,9 @@ class CacheAccess:
             for each in held:
                 del rest[each.key]
             yield {each.key: Answer(each) for each in held}
-        unlike = unlike or {}
-        while rest:
+        unlike, rounds = unlike or {}, 0
+        while rest and rounds < _MOST_ROUNDS:  # it may call one value by ever new versions
+            rounds += 1
             unfit = dict(unlike)
             moment = ahead + channel.loop.time()
             asking = self._leased(rest, moment, policies, force, unfit)
@@ -1010,6 +1012,8 @@ class CacheAccess:
                     yield answers
             unlike, force = dict(unfit.items() - unlike.items()), False
             rest = dict.fromkeys(unlike)
+        if rest:
+            yield dict.fromkeys(rest, Answer(None))
 
     async def _leased(
         self,
