@@ -189,7 +189,6 @@ async def test_what_an_interrupt_has_left_behind_keeps_no_builder_from_closing(
         for handle in pending:
             handle.cancel()
     await building.aclose()
-    await settle()
     assert (await building.health_snapshot()).singleflight_in_flight == 0
 
 

@@ -1003,8 +1003,7 @@ class Call:
                 self.log.over(_outcome_of(error, outcome), error)
             self._count_end(error, outcome)
         finally:
-            self.dispatch.hold(self.work)
-            self._work_off(self._ending(error, outcome))
+            self.work_off(self._ending(error, outcome))
 
     def _ending(self, error: BaseException, outcome: Outcome) -> Iterator[None]:
         """Tell the circuits, and refuse the keys, one after the other."""
@@ -1037,18 +1036,22 @@ class Call:
         came = flight.waiters and (self._left or flight.cutoff > self.cutoff)
         return bool(came) and flight in self.flights and flight.call is self
 
-    def _work_off(self, steps: Iterator[None]) -> None:
+    def work_off(self, steps: Iterator[None]) -> None:
         """Take small steps; others have a turn whenever a slice of time is used up."""
-        pace = self.parts.pace
+        pace, endings = self.parts.pace, self.dispatch.endings
+        if steps not in endings:
+            endings[steps] = self
+            self.dispatch.hold(self.work)
         pace.begin()
         try:
             for _ in steps:
                 if pace.due:
-                    asyncio.get_running_loop().call_soon(self._work_off, steps)
+                    asyncio.get_running_loop().call_soon(self.work_off, steps)
                     return
         except BaseException as broken:
             _tell_loop(broken)
-        self.dispatch.release(self.work)
+        if endings.pop(steps, None) is not None:
+            self.dispatch.release(self.work)
 
     def refuse(self, flight: Flight, error: BaseException, status: str) -> None:
         """Report that the source has failed for a key."""
@@ -1222,8 +1225,7 @@ class Call:
         elif parts.log.troubled:
             parts.log.works(f"source {link.name!r}")
         if many or not self._circuits_need_not_know:
-            self.dispatch.hold(self.work)
-            self._work_off(self._concluding())
+            self.work_off(self._concluding())
 
     def _concluding(self) -> Iterator[None]:
         """Tell the circuits; then let go of the flights, as many at once would hold the loop."""
@@ -1960,7 +1962,7 @@ class Dispatch:
     While a unit of work is on hold, more of its keys are on their way, and none is sent. After a
     worker was cancelled from outside, as at the end of a program, it is quiet for a while: what is
     started then would be destroyed before it has begun. `tasks` are those that copy in threads, or
-    read an awaited cache.
+    read an awaited cache; `endings` is what calls that are over have yet to tell of.
     """
 
     def __init__(
@@ -1984,6 +1986,7 @@ class Dispatch:
         self.store: Storing = store
         self.workers: set[asyncio.Task[Any]] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.endings: dict[Iterator[None], Call] = {}
         self.quiet_until: float = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resting: dict[Lane, None] = {}

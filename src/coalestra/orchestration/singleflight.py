@@ -1901,6 +1901,12 @@ class Engine:
         if running:
             _, running = await asyncio.wait(running, timeout=timeout_seconds)
         await self.flights.agenda.finish()
+        endings = self.flights.dispatch.endings
+        while endings:
+            await asyncio.sleep(0)
+            for steps, call in tuple(endings.items()):
+                call.work_off(steps)
+            await self.flights.agenda.finish()
         for flight in self.flights.hold_nothing_back():
             self.flights.settle(flight, Failed(Failure.unwanted(flight.key)))
         await self.parts.access.drain(timeout_seconds)
