@@ -15,6 +15,7 @@ from coalestra import (
     CircuitScope,
     FetchContext,
     ResourceKey,
+    RetryPolicy,
     SnapshotBuilder,
     SnapshotRequest,
     SourceResiliencePolicy,
@@ -119,6 +120,31 @@ async def test_a_call_that_nobody_waits_for_any_more_is_no_failure_of_its_source
     assert not {"source_fetch_total", "source_batch_call_total"} & counted
     if lease is not None:
         lease.release()
+
+
+async def test_who_leaves_a_batch_hears_nothing_of_a_circuit_that_has_kept_out_another_key() -> (
+    None
+):
+    async def fail() -> None:
+        raise ConnectionError("down")
+
+    heard, circuit = Recorder(), CircuitBreakerPolicy(CircuitScope.RESOURCE, 1, 50)
+    policy = SourceResiliencePolicy(RetryPolicy(max_attempts=1), circuit)
+    source = tuned(Batch("x", before=fail), resilience_policy=policy)
+    building = builder(
+        source, metrics=heard, events=heard, buffer_observability=False, max_concurrency=1
+    )
+    await building.build([X], strict=False)
+    lease = await building.capacity.acquire("other")
+    leaving = await begun(building.build([X, key("x", "2")]))
+    heard.events.clear()
+    heard.metrics.clear()
+    leaving.cancel()
+    await settle()
+    assert not heard.events
+    assert {each.metric for each in heard.metrics} <= {"source_capacity_wait_ms"}
+    lease.release()
+    await no_leaks(building)
 
 
 async def test_a_source_that_ignores_its_cancellation_delays_nobody() -> None:

@@ -833,7 +833,8 @@ class Call:
         if self._over or (attempt is not None and attempt.goes_on) or self._wanted():
             return
         failed: BaseException | None = None
-        if self._failure is not None and (attempt is None or attempt.stage is Progress.WAITING):
+        waits = attempt is None or attempt.stage is Progress.WAITING
+        if self._failure is not None and self.attempts and waits:
             failed = self._failure.exception  # that of the attempt before, which counts
         late = None if attempt is None else attempt.abandon()
         self._left = True
