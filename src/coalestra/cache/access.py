@@ -1362,20 +1362,23 @@ class _Write:
         if not self.values:
             return
         offered = {leases[key]: value for key, value in self.values.items()}
-        told: Mapping[ResourceKey, CacheWriteResult | Exception]
         try:
             how = {"policies": terms.policies, "replace_equal": terms.replace_equal}
             fulfil = partial(self.cache.calls.cache.fulfil_many, offered, **how)
-            told = await self.cache.calls.once("fulfil_many", fulfil, insist=True)
+            answers = await self.cache.calls.once("fulfil_many", fulfil, insist=True)
+            told = {key: answers.get(key) for key in self.values}
         except Exception as error:
             errors.without_frames(error)
             told = dict.fromkeys(self.values, error)
-        for key in self.values:
-            result = told.get(key)
-            if isinstance(result, CacheWriteResult):
-                self.results[key] = result
-            elif isinstance(result, Exception):
+        for key, result in told.items():
+            if isinstance(result, Exception):
                 self.failures[key] = result
+                continue
+            try:
+                self.results[key] = _result(result, key)
+            except CacheUnavailableError as error:
+                errors.without_frames(error)
+                self.failures[key] = error
         horizon = terms.now + self.cache.tolerance
         future = [
             key
