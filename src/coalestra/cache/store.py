@@ -453,10 +453,10 @@ class EntryStore:
     ) -> list[Outcome]:
         """Offer new sealed revisions by their keys, in one step; see ``put`` and ``weigh``."""
         if self.enter_many(revisions, held, teller=teller):
-            before = [None] * len(revisions) if held is None else held.known
-            return [
-                (_STORED, new, old) for new, old in zip(revisions.values(), before, strict=True)
-            ]
+            if held is None:
+                return [(_STORED, new, None) for new in revisions.values()]
+            replaced = zip(revisions.values(), held.known, strict=True)
+            return [(_STORED, new, old) for new, old in replaced]
         put, horizon = self._put, now + self.tolerance
         outcomes = [put(revision, horizon, force, replace_equal) for revision in revisions.values()]
         listening = self.listeners.references
