@@ -88,12 +88,8 @@ def test_nobody_reaches_into_another_objects_private_names() -> None:
     assert not foreign
 
 
-NAMED_TUPLES = {"_field_defaults", "_fields", "_make"}
-"""What every named tuple offers, with an underscore so that fields may have any other name."""
-
-
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in NAMED_TUPLES
+    return name.startswith("_") and not name.startswith("__")
 
 
 def is_self(node: ast.expr) -> bool:

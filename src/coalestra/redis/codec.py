@@ -105,9 +105,11 @@ class Model:
 
 
 def _of_named_tuple(kind: Any, name: str) -> Model:
+    make, fields, defaults = attrgetter("_make", "_fields", "_field_defaults")(kind)
+
     def load(parts: list[Any]) -> Any:
         # What was written before the class had its last fields has their defaults.
-        return kind._make([*parts, *(kind._field_defaults[e] for e in kind._fields[len(parts) :])])
+        return make([*parts, *(defaults[each] for each in fields[len(parts) :])])
 
     return Model(kind, name, list, load)
 
