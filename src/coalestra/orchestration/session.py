@@ -33,8 +33,19 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, c
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
 from coalestra.concurrency.pace import Slices
-from coalestra.core import errors
-from coalestra.core.errors import SnapshotBuildError, SnapshotDeadlineExceededError
+from coalestra.core.errors import (
+    BuilderClosedError,
+    DependencyCycleError,
+    PayloadCopySubsystemClosedError,
+    PayloadIsolationError,
+    SessionClosedError,
+    SnapshotAcceptanceError,
+    SnapshotBuildError,
+    SnapshotConsistencyError,
+    SnapshotDeadlineExceededError,
+    not_accepted,
+    without_frames,
+)
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.request import (
@@ -307,7 +318,7 @@ class UnitOfWork:
         for key, reading in self.visible(self.pins).items():
             try:
                 values[key] = self.engine.flights.deliveries.value_here(reading)
-            except errors.PayloadIsolationError as error:
+            except PayloadIsolationError as error:
                 failed[key] = error
         return self.assembled(values, failed)
 
@@ -454,7 +465,7 @@ def objection(
         if report is not None:
             report.acceptance_judged(snapshot.snapshot_id, violations)
         if violations:
-            return (yield from errors.not_accepted(violations, snapshot))
+            return (yield from not_accepted(violations, snapshot))
     return None
 
 
@@ -473,10 +484,10 @@ def result_of(
     request: SnapshotRequest, snapshot: Snapshot | None, error: Exception | None
 ) -> RequestResult:
     """Return what came of a request; the error loses its traceback, which keeps all alive."""
-    if isinstance(error, (errors.BuilderClosedError, errors.PayloadCopySubsystemClosedError)):
+    if isinstance(error, (BuilderClosedError, PayloadCopySubsystemClosedError)):
         accepted(snapshot, error)
     if error is not None:
-        errors.without_frames(error, spared=sys.exc_info()[1])  # the caller's own trouble, if any
+        without_frames(error, spared=sys.exc_info()[1])  # the caller's own trouble, if any
     return RequestResult(request, snapshot, error)
 
 
@@ -718,7 +729,7 @@ class SnapshotSession:
 
     def _require_open(self) -> None:
         if self.closed:
-            raise errors.SessionClosedError(
+            raise SessionClosedError(
                 f"session {self.snapshot_id} is closed; open another one with builder.session()"
             )
 
@@ -769,7 +780,7 @@ class Revalidation:
                 finally:
                     stage.resolved = len(self.named) * self._committed
                     stage.failed = self._failed
-        except (errors.SnapshotConsistencyError, errors.SnapshotAcceptanceError) as violation:
+        except (SnapshotConsistencyError, SnapshotAcceptanceError) as violation:
             self._violated = type(violation)
             raise
         finally:
@@ -802,7 +813,7 @@ class Revalidation:
                     circle = circle_of(call, turn.stage)
                     if circle:
                         path = tuple([flight.key for flight in (*circle, circle[0])])
-                        return {key: errors.DependencyCycleError(path) for key in self.named}
+                        return {key: DependencyCycleError(path) for key in self.named}
                     if turn.stage not in call.asked:
                         call.asked[turn.stage] = asked[turn.stage] = None
                     if call.keeps_others_waiting and not turn.stage.urgent:
@@ -971,8 +982,8 @@ class Revalidation:
             failed=self._failed,
             strict=self.strict,
             force_refresh=self.forced,
-            consistency_failed=self._violated is errors.SnapshotConsistencyError,
-            acceptance_failed=self._violated is errors.SnapshotAcceptanceError,
+            consistency_failed=self._violated is SnapshotConsistencyError,
+            acceptance_failed=self._violated is SnapshotAcceptanceError,
         )
 
     def __repr__(self) -> str:
