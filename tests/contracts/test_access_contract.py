@@ -171,10 +171,16 @@ async def test_an_invalidation_overtakes_no_publication_that_leases_are_given_ba
     cache = LeasingCache()
     access = access_over(cache)
     access.attach()
-    writing = asyncio.ensure_future(write(access, revision_of(A)))
-    access.give_back(Lease(B, "one"), failed=True)
-    invalidating = asyncio.ensure_future(access.invalidate([A]))
-    await asyncio.gather(writing, invalidating)
+    begun = asyncio.Event()
+
+    async def publish() -> None:
+        access.give_back(Lease(B, "one"), failed=True)
+        begun.set()
+        await write(access, revision_of(A))
+
+    publishing = asyncio.ensure_future(publish())
+    await begun.wait()
+    await asyncio.gather(publishing, access.invalidate([A]))
     assert cache.calls[0] == "release_many"
     assert not cache.held
 

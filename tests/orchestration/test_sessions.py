@@ -205,10 +205,15 @@ async def test_a_session_with_pins_joins_much_that_is_under_way_in_linear_time()
         tops = [key("top", str(number)) for number in range(count)]
         first = await begun(building.build(tops))
         await settle()
-        joined = asyncio.ensure_future(session.resolve(tops))
-        lines = await lines_run(singleflight, settle())
+        joined: list[asyncio.Future[Any]] = []
+
+        async def join() -> None:
+            joined.append(asyncio.ensure_future(session.resolve(tops)))
+            await settle()
+
+        lines = await lines_run(singleflight, join())
         gate.open()
-        await asyncio.wait([first, joined])
+        await asyncio.wait([first, *joined])
         gate.close()
         await no_leaks(building)
         return lines
