@@ -192,3 +192,18 @@ async def test_a_source_that_asks_for_what_it_serves_is_told_of_the_cycle_in_a_c
     building = builder(Single("single", fetch=fetch))
     snapshots = await asyncio.gather(*await together(building, 3))
     assert all("Cycle" in repr(snapshot.value(A)) for snapshot in snapshots)
+
+
+async def test_a_call_that_begins_when_its_first_reader_has_gone_counts_for_the_next() -> None:
+    gate = Gate()
+    building = builder(Single("x", fetch=held_at(gate)), max_concurrency=1)
+    ahead = await begun(building.build([key("x", "ahead")]), gate)
+    first = asyncio.ensure_future(
+        building.build([key("x", "1")], strict=False, deadline_seconds=1.0)
+    )
+    await settle()
+    second = asyncio.ensure_future(building.build([key("x", "1"), key("x", "2")]))
+    assert (await first).diagnostics.source_calls == 0
+    gate.open()
+    assert (await second).diagnostics.source_calls == 2
+    await ahead

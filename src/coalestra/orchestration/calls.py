@@ -81,7 +81,7 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
-from coalestra.core.snapshot import FetchContext, Snapshot
+from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext, Snapshot
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import (
@@ -1578,16 +1578,24 @@ class Call:
         if not self.attempts:
             self._count_calls(1)
             if self.link.kind is _BATCH:
-                self.work.record.batch_calls += 1
+                self._record.batch_calls += 1
                 if self.parts.report is not None:
                     size = len(self.flights)
                     self.parts.report.observe("source_batch_size", size, source=self.link.name)
         else:
-            self.work.record.retries += 1
+            self._record.retries += 1
         self.attempts += 1
 
+    @property
+    def _record(self) -> DiagnosticsRecorder:
+        """Where an attempt counts: for a reader who is left once the one who queued it has gone."""
+        if self.work.over:
+            for flight in self.flights:
+                return flight.living_sponsor().record
+        return self.work.record
+
     def _count_calls(self, count: int) -> None:
-        record, name = self.work.record, self.link.name
+        record, name = self._record, self.link.name
         record.source_calls += count
         by_source = record.source_calls_by_source
         by_source[name] = by_source.get(name, 0) + count
