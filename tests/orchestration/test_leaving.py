@@ -227,14 +227,14 @@ async def test_a_call_is_looked_through_for_no_leaver(monkeypatch: pytest.Monkey
     """That nobody waits for any of its keys is found by a look at each of them."""
     looks = 0
 
-    class Counting(flights.Interest):
+    class Counting(flights.Liveness):
         @property
         def alive(self) -> bool:
             nonlocal looks
             looks += 1
             return super().alive
 
-    monkeypatch.setattr("coalestra.orchestration.calls.Interest", Counting)
+    monkeypatch.setattr("coalestra.orchestration.calls.Liveness", Counting)
     keys = [key("x", str(number)) for number in range(100)]
     gate = Gate()
     source = Batch("x", before=gate.pass_, timeout=30)

@@ -88,7 +88,7 @@ from coalestra.orchestration.flights import (
     Flight,
     Fresh,
     Gather,
-    Interest,
+    Liveness,
     Phase,
     Work,
     call_served,
@@ -260,11 +260,11 @@ Begun = tuple[Any, Any] | BaseException
 class Attempt:
     """One attempt of a call. `over` is set the moment its outcome is known.
 
-    That may be before the source has ended. `bound` is when the present stage ends by itself, on
+    That may be before the source has ended. `bound` is when the present step ends by itself, on
     the loop's clock, whoever waits; `late` is until when it may go on past the cutoff.
     """
 
-    stage: Progress = Progress.PREPARING
+    progress: Progress = Progress.PREPARING
     over: bool = False
     began: float = math.nan
     ticks: float = math.nan
@@ -303,7 +303,7 @@ class Attempt:
             preparing = call.dispatch.deliveries.inputs(context, readings, inherits=inherits)
             inputs, call.rests_on = await preparing
             self._inputs = (inputs,)
-        self.stage = Progress.WAITING
+        self.progress = Progress.WAITING
         lease = call.parts.capacity.try_acquire(name)
         if lease is None and call.urgent:
             lease = call.parts.capacity.beyond(name)
@@ -334,9 +334,9 @@ class Attempt:
     @property
     def goes_on(self) -> bool:
         """Whether it goes on though nobody waits: what it brings may still find a taker."""
-        if self.stage is Progress.RUNNING:
+        if self.progress is Progress.RUNNING:
             return self._end() is not None
-        return self.stage is Progress.TAKING_IN
+        return self.progress is Progress.TAKING_IN
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -353,26 +353,26 @@ class Attempt:
         return None if end == math.inf else end
 
     def cut_off(self, bound: float, on_expire: Callable[[], None] | None = None) -> CutOff:
-        """Return what ends the present stage at its bound, or at the cutoff of the call."""
+        """Return what ends the present step at its bound, or at the cutoff of the call."""
         self._bound = bound
         self._cut = CutOff(self._end(), on_expire)
         return self._cut
 
     def extend(self) -> None:
-        """Move the instant that ends the stage: some key is wanted for longer."""
+        """Move the instant that ends the step: some key is wanted for longer."""
         if self._cut is not None:
             self._cut.move(self._end())
 
     def hurry(self) -> None:
         """Wait for capacity no longer, and go without: who holds it waits for this attempt."""
-        if self._cut is not None and self.stage is Progress.WAITING:
+        if self._cut is not None and self.progress is Progress.WAITING:
             self._bound = asyncio.get_running_loop().time()
             self._cut.move(self._end())
 
     def abandon(self) -> Exception | None:
         """End the attempt, as nobody waits for it; return the error if it waited too long."""
-        call, waited = self.call, self.stage is Progress.WAITING and self._cut is not None
-        prepared = self.stage is Progress.PREPARING and call.link.kind is _DERIVED
+        call, waited = self.call, self.progress is Progress.WAITING and self._cut is not None
+        prepared = self.progress is Progress.PREPARING and call.link.kind is _DERIVED
         self.write_off()
         task = self.worker.task
         if task is not None and task is not asyncio.current_task():
@@ -495,7 +495,7 @@ class Attempt:
 
     def set_off(self, began: float, ticks: float) -> None:
         """Have called the source at these instants."""
-        self.began, self.ticks, self.stage = began, ticks, Progress.RUNNING
+        self.began, self.ticks, self.progress = began, ticks, Progress.RUNNING
         timeout = self.call.timeout_seconds
         self._bound = math.inf
         if timeout is not None:
@@ -609,7 +609,7 @@ class Attempt:
                 )
 
     def __repr__(self) -> str:
-        return f"<Attempt {self.call.link.name} {self.stage.name.lower()} over={self.over}>"
+        return f"<Attempt {self.call.link.name} {self.progress.name.lower()} over={self.over}>"
 
 
 class Following:
@@ -701,7 +701,7 @@ class Call:
     latency_ms: float = math.nan
     log: CallLog | None = None
     rests_on: FrozenDict[ResourceKey, str] = EMPTY
-    _interest: Interest | None = None
+    _liveness: Liveness | None = None
     _attempt: Attempt | None = None
     _retry: asyncio.TimerHandle | None = None
     _answered: bool = False
@@ -729,9 +729,9 @@ class Call:
     def doing(self) -> str:
         """What the call is at, to be put behind a sentence."""
         attempt = self._attempt
-        if attempt is not None and attempt.stage is Progress.WAITING:
+        if attempt is not None and attempt.progress is Progress.WAITING:
             return f": it waited for {self.lane.capacity}"
-        was = "it rested between two attempts" if attempt is None else attempt.stage.value[0]
+        was = "it rested between two attempts" if attempt is None else attempt.progress.value[0]
         return f": {was}"
 
     @property
@@ -739,7 +739,7 @@ class Call:
         """Where the call stands, in a few words."""
         attempt = self._attempt
         if attempt is not None:
-            return str(attempt.stage.value[1])
+            return str(attempt.progress.value[1])
         return "resting between two attempts" if self.attempts else "waiting for its turn"
 
     @property
@@ -751,7 +751,7 @@ class Call:
     def running_seconds(self) -> float | None:
         """How long its source has been running, on the builder's clock; None if it is not."""
         attempt = self._attempt
-        if attempt is None or attempt.stage is not Progress.RUNNING:
+        if attempt is None or attempt.progress is not Progress.RUNNING:
             return None
         return max(0.0, attempt.elapsed_seconds)
 
@@ -771,7 +771,7 @@ class Call:
                 self.log.caught_up(self.attempts, self._attempt.began)
             elif self._attempt is not None:
                 self.log.attempt(self.attempts + 1)
-                if self._attempt.stage is Progress.WAITING:
+                if self._attempt.progress is Progress.WAITING:
                     self.log.waits(self.parts.capacity.holders())
         return self.log
 
@@ -833,7 +833,7 @@ class Call:
         if self._over or (attempt is not None and attempt.goes_on) or self._wanted():
             return
         failed: BaseException | None = None
-        waits = attempt is None or attempt.stage is Progress.WAITING
+        waits = attempt is None or attempt.progress is Progress.WAITING
         if self._failure is not None and self.attempts and waits:
             failed = self._failure.exception  # that of the attempt before, which counts
         late = None if attempt is None else attempt.abandon()
@@ -858,9 +858,9 @@ class Call:
                     pass
 
     def _wanted(self) -> bool:
-        if self._interest is None:
-            self._interest = Interest(self.flights)
-        return self._interest.alive
+        if self._liveness is None:
+            self._liveness = Liveness(self.flights)
+        return self._liveness.alive
 
     # Its time ---------------------------------------------------------------------------------
 
@@ -995,7 +995,7 @@ class Call:
             return
         error = self._own(error)
         self._over = True
-        self._attempt = self._interest = None
+        self._attempt = self._liveness = None
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
@@ -1187,7 +1187,7 @@ class Call:
 
     async def take_in(self, attempt: Attempt, answer: Any) -> None:
         """Hand over what the source answered, without holding the loop for long."""
-        attempt.stage = Progress.TAKING_IN
+        attempt.progress = Progress.TAKING_IN
         parts, link, flights = self.parts, self.link, tuple(self.flights)
         if self.log is not None:
             self.log.ended("success")
@@ -1218,7 +1218,7 @@ class Call:
         if self.flights:
             self.lost()
             return
-        self._over, self._attempt, self._interest = True, None, None
+        self._over, self._attempt, self._liveness = True, None, None
         if self.log is not None:
             self.log.over("success")
         if self._unusable is not None and not self.fresh:

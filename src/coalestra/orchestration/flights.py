@@ -61,7 +61,7 @@ from coalestra.orchestration.readings import (
     Reading,
     Settlement,
     View,
-    hold,
+    pin_all,
 )
 from coalestra.orchestration.sources import Link
 from coalestra.orchestration.tracing import FlightLog, KeyLog, WorkTrace
@@ -85,7 +85,7 @@ class Phase(enum.Enum):
 _CHOOSING, _GATHERING, _READY, _CALLING, _WRITING, _SETTLED = Phase
 
 
-class Interest:
+class Liveness:
     """Finds out cheaply, again and again, whether anyone still waits for any of many things.
 
     It remembers one that was wanted, and looks for another only when that one no longer is.
@@ -431,14 +431,14 @@ class ReadGroup:
     lease on the key, whatever the cache has.
     """
 
-    __slots__ = ("changed", "forced", "hurried", "interest", "reads", "task")
+    __slots__ = ("changed", "forced", "hurried", "liveness", "reads", "task")
 
     def __init__(self, forced: bool = False) -> None:
         self.forced: bool = forced
         self.changed: dict[ResourceKey, Revision | None] = {}
         self.hurried: dict[Gather, asyncio.TimerHandle] = {}
         self.reads: list[Read] = []
-        self.interest: Interest = Interest(self.reads)
+        self.liveness: Liveness = Liveness(self.reads)
         self.task: asyncio.Task[Any] | None = None
 
 
@@ -595,7 +595,7 @@ class Gather:
             self.copy_pins()
         elif self.pins is NO_PINS:
             self.base = self.pins = Pins()
-        hold(self.pins, self.readings)
+        pin_all(self.pins, self.readings)
 
     def copy_pins(self) -> None:
         """Let what is derived for a stage agree with the pins of its session, as they are now."""
@@ -628,7 +628,7 @@ class Gather:
                 # What was read first stands: others are derived from it by now.
                 reading = self.readings[key] = self.pins.setdefault(key, reading)
                 if reading.revision.dependency_versions:
-                    hold(self.pins, {key: reading})
+                    pin_all(self.pins, {key: reading})
         return reading
 
     def __repr__(self) -> str:

@@ -110,7 +110,7 @@ class CacheReads:
         """Let `gather` wait no longer; a group of reads that nobody waits for is given up."""
         gather.pending.pop(read, None)
         read.waiters.pop(gather, None)
-        if not read.waiters and read.group.task is not None and not read.group.interest.alive:
+        if not read.waiters and read.group.task is not None and not read.group.liveness.alive:
             self._close(read.group.reads)
             read.group.task.cancel()
 

@@ -337,7 +337,7 @@ def beneath(
     return found
 
 
-def hold(
+def pin_all(
     pins: dict[ResourceKey, Reading],
     readings: Mapping[ResourceKey, Reading],
     below: Mapping[ResourceKey, Reading] | None = None,

@@ -63,7 +63,7 @@ from coalestra.orchestration import readings
 from coalestra.orchestration.deliveries import all_or_none
 from coalestra.orchestration.flights import LOOK_SECONDS, Gather, Work, call_served, circle_of
 from coalestra.orchestration.parts import Parts
-from coalestra.orchestration.readings import Failure, Pins, Reading, hold
+from coalestra.orchestration.readings import Failure, Pins, Reading, pin_all
 from coalestra.orchestration.singleflight import Crowd, Engine, Stage
 from coalestra.orchestration.tracing import StageLog
 
@@ -242,7 +242,7 @@ class UnitOfWork:
         self, readings: Mapping[ResourceKey, Reading], below: Mapping[ResourceKey, Reading] | None
     ) -> None:
         if self.lasting:
-            hold(self.pins, readings, below)
+            pin_all(self.pins, readings, below)
         else:
             self.pins.update(readings)
         if self.failures:
@@ -901,7 +901,7 @@ class Revalidation:
             pins.pop(key, None)
         yield
         pins.update(self._readings)
-        hold(pins, {}, (yield from readings.beneath(self._readings, pins)))
+        pin_all(pins, {}, (yield from readings.beneath(self._readings, pins)))
         self._next = pins
 
     def _visible(self, snapshot: Snapshot) -> Snapshot:

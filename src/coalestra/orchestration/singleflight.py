@@ -81,8 +81,8 @@ from coalestra.orchestration.readings import (
     View,
     at_odds,
     beneath,
-    hold,
     lineage,
+    pin_all,
 )
 from coalestra.orchestration.refresh import Refresher
 from coalestra.orchestration.sources import Link, SourceKind, dependencies_of
@@ -879,7 +879,7 @@ class SingleFlight:
             flight.log.waits.end()
         if not gather.failures:
             if flight.pins is not None:
-                hold(flight.pins, gather.readings)
+                pin_all(flight.pins, gather.readings)
                 peek = None if self._store is None else self._store.peek
                 if peek and not all(peek(each.key) is each for each in gather.revisions()):
                     flight.cacheable = False  # what was pinned is current no longer
