@@ -16,8 +16,6 @@ import sys as _sys
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from coalestra._version import __version__ as __version__
-
 if TYPE_CHECKING:
     from coalestra.adapters import *
     from coalestra.cache import *
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
     from coalestra.orchestration import *
     from coalestra.resilience import *
     from coalestra.sync import *
+
+__version__ = "0.6.0"
+"""The version, as in the metadata of the package."""
 
 _PARTS = (
     "core", "concurrency", "observability", "resilience", "cache", "orchestration", "adapters",

@@ -24,10 +24,9 @@ from functools import partial
 from traceback import walk_tb
 from typing import Any, Final
 
-from coalestra import _telemetry
+from coalestra import __version__, _telemetry
 from coalestra._lockfree import Cell
 from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, Builder, Fact, Reading, Watched
-from coalestra._version import __version__
 from coalestra.core.errors import folded_message, message_of
 from coalestra.core.serialization import qualified_type
 from coalestra.core.validation import flag, readable, require_methods, text

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coalestra._version import __version__
+from coalestra import __version__
 from coalestra.core.capability import CoalestraCapabilities, capabilities, require_capabilities
 from coalestra.core.errors import CapabilityRequirementError
 from tests.release.contract import DEFAULTS, FEATURES, SCHEMAS

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Any
 
-from coalestra._version import __version__
+from coalestra import __version__
 from coalestra.core import health
 from coalestra.core.errors import ERROR_DIAGNOSTICS_SCHEMA_VERSION, CapabilityRequirementError
 from coalestra.core.frozen import FrozenDict, record

@@ -33,8 +33,7 @@ from coalestra.core.validation import choice, flag, instance, integer, number, r
 from coalestra.observability import BufferOverflowPolicy, ObservabilitySinks
 from coalestra.orchestration import session as sessions
 from coalestra.orchestration.closing import Closing, Limits, gives_way
-from coalestra.orchestration.flights import Work
-from coalestra.orchestration.parts import Parts
+from coalestra.orchestration.flights import Parts, Work
 from coalestra.orchestration.session import Requests, Results, SnapshotSession, Terms, distinct
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link

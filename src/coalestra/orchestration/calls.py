@@ -89,12 +89,12 @@ from coalestra.orchestration.flights import (
     Fresh,
     Gather,
     Liveness,
+    Parts,
     Phase,
     Work,
     call_served,
     current_call,
 )
-from coalestra.orchestration.parts import Parts
 from coalestra.orchestration.sources import Link, SourceKind
 from coalestra.orchestration.tracing import CallLog
 from coalestra.resilience import CircuitIdentity, CircuitScope, Outcome, SourceResiliencePolicy

@@ -31,8 +31,7 @@ from coalestra.core.values import (
     new_id,
     redated,
 )
-from coalestra.orchestration.flights import Work
-from coalestra.orchestration.parts import Parts
+from coalestra.orchestration.flights import Parts, Work
 from coalestra.orchestration.readings import Reading
 
 _CONTEXT = "snapshot delivery"

@@ -1,4 +1,4 @@
-"""Flights and those who wait for them.
+"""Flights, those who wait for them, and what all of these share.
 
 A `Flight` is one key on its way through its chain of sources, shared by everyone who needs
 the key. A `Gather` is somebody who waits for a set of keys: a stage of a build, or a derivation.
@@ -29,11 +29,17 @@ import enum
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from coalestra.cache.access import CacheAccess
+from coalestra.concurrency.capacity import CapacityController
+from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.deadline import Deadline
+from coalestra.concurrency.pace import Pace
+from coalestra.concurrency.threads import WorkerThreads
 from coalestra.concurrency.waits_for import WaitsFor
 from coalestra.core.errors import (
     DependencyResolutionError,
@@ -46,12 +52,18 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import EMPTY
 from coalestra.core.health import FlightSnapshot
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy, RefreshMode, rank_of
-from coalestra.core.protocols import Lease
+from coalestra.core.policies import (
+    AuthorityPolicyProvider,
+    FreshnessPolicy,
+    FreshnessPolicyProvider,
+    ObservationPolicy,
+    RefreshMode,
+    rank_of,
+)
+from coalestra.core.protocols import Clock, Lease
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
 from coalestra.core.values import CacheWriteStatus, Revision
-from coalestra.observability import Reporter
-from coalestra.orchestration.parts import Parts
+from coalestra.observability import ChangeLog, Reporter
 from coalestra.orchestration.readings import (
     NO_PINS,
     Demand,
@@ -63,8 +75,9 @@ from coalestra.orchestration.readings import (
     View,
     pin_all,
 )
-from coalestra.orchestration.sources import Link
-from coalestra.orchestration.tracing import FlightLog, KeyLog, WorkTrace
+from coalestra.orchestration.sources import Chains, Link
+from coalestra.orchestration.tracing import FlightLog, KeyLog, Tracing, WorkTrace
+from coalestra.resilience import CircuitBreaker, ResiliencePolicyResolver
 
 if TYPE_CHECKING:
     from coalestra.orchestration.calls import Call, Lane
@@ -109,6 +122,43 @@ class Liveness:
         self._rest = rest
         self._witness = next((each for each in rest if each.waiters), None)
         return self._witness is not None
+
+
+@dataclass(eq=False)
+class Counters:
+    """Cumulative counts since the builder was made, under their names in `BuilderHealth`."""
+
+    queue_timeout_count: int = 0
+    source_timeout_count: int = 0
+    deadline_exceeded_count: int = 0
+    revalidation_attempt_count: int = 0
+    revalidation_failure_count: int = 0
+    source_transport_timeout_violations: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class Parts:
+    """What everything below shares for the life of a builder."""
+
+    clock: Clock
+    chains: Chains
+    policies: FreshnessPolicyProvider
+    authority: AuthorityPolicyProvider
+    observation: ObservationPolicy
+    capacity: CapacityController
+    breaker: CircuitBreaker
+    resilience: ResiliencePolicyResolver
+    access: CacheAccess
+    copies: PayloadCopies
+    report: Reporter | None
+    log: ChangeLog
+    threads: WorkerThreads
+    tracing: Tracing
+    max_concurrency: int
+    max_pending_tasks: int
+    transport_grace_seconds: float
+    pace: Pace
+    counters: Counters = field(default_factory=Counters)
 
 
 class Work:

@@ -34,8 +34,7 @@ from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.protocols import Lease
 from coalestra.core.trace import WaitReason
 from coalestra.core.values import CacheWriteStatus, Revision
-from coalestra.orchestration.flights import Flight, Gather, Read, ReadGroup, Work
-from coalestra.orchestration.parts import Parts
+from coalestra.orchestration.flights import Flight, Gather, Parts, Read, ReadGroup, Work
 
 _STORED = CacheWriteStatus.STORED
 SHARE = 0.5

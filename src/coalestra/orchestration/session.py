@@ -61,8 +61,14 @@ from coalestra.core.validation import flag, instance, integer, number, shown, te
 from coalestra.core.values import SnapshotValue, new_id
 from coalestra.orchestration import readings
 from coalestra.orchestration.deliveries import all_or_none
-from coalestra.orchestration.flights import LOOK_SECONDS, Gather, Work, call_served, circle_of
-from coalestra.orchestration.parts import Parts
+from coalestra.orchestration.flights import (
+    LOOK_SECONDS,
+    Gather,
+    Parts,
+    Work,
+    call_served,
+    circle_of,
+)
 from coalestra.orchestration.readings import Failure, Pins, Reading, pin_all
 from coalestra.orchestration.singleflight import Crowd, Engine, Stage
 from coalestra.orchestration.tracing import StageLog
