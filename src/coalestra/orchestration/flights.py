@@ -894,7 +894,6 @@ class FlightBoard:
                 or not flight._shares_waiters
                 or flight.linked
                 or (flight.gather is not None and flight.since < news)
-                or flight.forced
                 or flight.log is not None
             ):
                 others.append(each)
@@ -908,7 +907,10 @@ class FlightBoard:
             flight.joinable = False
             flight.phase, flight.settlement = _SETTLED, reading
             flight.call, flight.waiters = None, _NOBODY
-            gather.readings[key] = reading
+            if gather.forced:
+                gather.receive(key, reading, joined=False)
+            else:
+                gather.readings[key] = reading
             del board[key], pending[flight]
             if not pending:
                 complete.append(gather)

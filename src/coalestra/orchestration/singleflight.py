@@ -330,16 +330,25 @@ class SingleFlight:
         if plain and common is not None and (near is None or near.lacks(keys)):
             return [(key, common, None) for key in keys]
         missed: list[Wanted] = []
+        past: list[Wanted] = []
+        pins, apart = gather.pins, {*gather.pins.private, *gather.pins.own}
         for key in keys:
-            if not plain and key in gather.pins:
-                gather.readings[key] = gather.pins[key]
+            if not plain and key in pins:
+                gather.readings[key] = pins[key]
                 continue
             policy = self._policy(gather, key) if common is None else common
-            if policy is None or not (plain or self._may_be_cached(gather, key, policy)):
+            if policy is None:
                 continue
-            revision = None if near is None else near.find(key, now, policy)
-            if revision is None or not self._serve(gather, policy, revision, now):
-                missed.append((key, policy, revision))
+            if apart and key in apart:
+                self._acquire_privately(gather, key, policy)
+            elif gather.refresh or (gather.forced and key in gather.forced):
+                past.append((key, policy, None))
+            else:
+                revision = None if near is None else near.find(key, now, policy)
+                if revision is None or not self._serve(gather, policy, revision, now):
+                    missed.append((key, policy, revision))
+        if past:
+            self._bypass(gather, past)
         return missed
 
     def _looked(self, gather: Gather) -> None:
@@ -356,32 +365,32 @@ class SingleFlight:
             pass_on(error)
             return None
 
-    def _may_be_cached(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> bool:
-        """Whether a key may come from the cache; if not, it is acquired."""
-        if key in gather.pins.private or key in gather.pins.own:
-            self._acquire_privately(gather, key, policy)
-            return False
-        forced = key in gather.forced
-        if not (forced or gather.refresh):
-            return True
-        if forced and self.parts.report is not None:
+    def _bypass(self, gather: Gather, wanted: Collection[Wanted]) -> None:
+        """Acquire what may not come from the cache; it may grant leases for that."""
+        if self.parts.report is not None:
             told = {"reason": "force_refresh", "snapshot_id": gather.work.context.snapshot_id}
-            self.parts.report.tell("cache_bypassed", resource=key, **told)
-        if self._leases:  # another process may be at it, or have renewed it already
-            unlike = None if forced else self._renewed.pop(key, None)
+            for key, _, _ in wanted:
+                if key in gather.forced:
+                    self.parts.report.tell("cache_bypassed", resource=key, **told)
+        if not self._leases:
+            self._force(gather, wanted)
+            return
+        for key, policy, _ in wanted:  # another process may be at it, or have renewed it already
+            unlike = None if key in gather.forced else self._renewed.pop(key, None)
             self.reads.ask_for_lease(gather, key, policy, unlike)
-        else:
-            self._force(gather, key, policy)
-        return False
 
-    def _force(self, gather: Gather, key: ResourceKey, policy: FreshnessPolicy) -> None:
-        """Acquire a key past the cache: privately what must agree with pins, else with others."""
-        if key in gather.pins:
-            gather.readings[key] = gather.pins[key]
-        elif key in gather.private:
-            self._acquire_privately(gather, key, policy)
-        else:
-            self._acquire(gather, ((key, policy, None),))
+    def _force(self, gather: Gather, wanted: Collection[Wanted]) -> None:
+        """Acquire keys past the cache: privately what must agree with pins, else with others."""
+        others: list[Wanted] = []
+        for each in wanted:
+            key, policy, _ = each
+            if key in gather.pins:
+                gather.readings[key] = gather.pins[key]
+            elif key in gather.private:
+                self._acquire_privately(gather, key, policy)
+            else:
+                others.append(each)
+        self._acquire(gather, others)
 
     def _refresh(self, revision: Revision, mode: RefreshMode, work: Work) -> dict[str, Any]:
         """Schedule a refresh of a revision, unless one is under way; return what to say of it."""
@@ -483,7 +492,7 @@ class SingleFlight:
         flight = read.flight
         settlement = None if flight is None else flight.settlement
         if read.group.forced:
-            self._force(gather, key, read.policy)
+            self._force(gather, ((key, read.policy, None),))
             self._pass_lease(gather, read)
         elif read.rounds < _MOST_READS and _is_outdated(gather, read, revision):
             self.reads.ask(gather, key, read.policy).rounds = read.rounds + 1
@@ -1076,17 +1085,17 @@ class SingleFlight:
         special = [None for flight, _ in made if flight.forced or flight.call is not call]
         if not news and not special and store.enter_many(by_key, held, teller=self):
             return None
+        fit: dict[bool, dict[ResourceKey, Revision]] = {False: {}, True: {}}
+        for flight, revision in made:
+            if (
+                flight.call is call
+                and flight.cacheable
+                and flight.event is None
+                and flight.key not in publishing
+            ):
+                fit[flight.forced][flight.key] = revision
         stored: set[Revision] = set()
-        fit = [
-            (flight, revision)
-            for flight, revision in made
-            if flight.call is call
-            and flight.cacheable
-            and flight.event is None
-            and flight.key not in publishing
-        ]
-        for forced in (False, True):
-            revisions = {each.key: new for each, new in fit if each.forced is forced}
+        for forced, revisions in fit.items():
             outcomes = store.put_many(revisions, now=now, replace_equal=forced, teller=self)
             stored.update([new for status, new, _ in outcomes if status is _STORED])
         return stored
