@@ -9,8 +9,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
-import os
-import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -38,7 +37,6 @@ from tests.support import (
     Gate,
     ManualClock,
     ThreadGate,
-    VirtualLoop,
     begun,
     loop_turn,
     no_leaks,
@@ -440,27 +438,38 @@ async def test_an_eager_task_of_a_first_step_may_use_the_builder(asked: Resource
     assert set(snapshot.errors) <= {C}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_forked_as_it_is_decided_what_is_a_call_decides_for_itself() -> None:
-    """It has only the thread that forked, and not the one that was deciding."""
-    ended = []
+@pytest.mark.parametrize("at, own", [("follow", False), ("running_loop", True)])
+async def test_a_thread_that_stops_short_as_it_decides_holds_nobody_back(
+    at: str, own: bool
+) -> None:
+    """What strikes a thread, as a finalizer does, may wait for the loop: no lock is held there."""
+    stops, ended, seen = threading.Event(), threading.Event(), list[Any]()
+    it = Told()
 
-    def fork() -> None:
-        child = os.fork()
-        if not child:
-            signal.alarm(20)
-            with contextlib.suppress(BaseException):
-                snapshot = VirtualLoop().run_until_complete(Told().builder.build(KEYS))
-                os._exit(values(snapshot) != ALL)
-            os._exit(2)
-        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    def stop(frame: Any, event: str, arg: Any) -> None:
+        if frame.f_code.co_name == at and not stops.is_set():
+            stops.set()
+            assert ended.wait(10.0)
 
-    with Following._deciding:
-        thread = threading.Thread(target=fork)
-        thread.start()
-        thread.join()
-    assert ended == [0]
+    def in_a_thread() -> None:
+        sys.settrace(stop)
+        seen.append(call_served())
+
+    @it.at(C)
+    async def start(k: ResourceKey) -> None:
+        context = contextvars.copy_context()
+        threads.append(threading.Thread(target=context.run, args=(in_a_thread,)))
+        threads[0].start()
+        assert stops.wait(10.0)
+
+    threads: list[threading.Thread] = []
+    snapshot = await asyncio.wait_for(it.builder.build(KEYS), 60.0)
+    ended.set()
+    threads[0].join()
+    assert values(snapshot) == ALL
+    assert len(it.source.calls) == snapshot.diagnostics.source_calls == len(KEYS)
+    assert [isinstance(each, Call) for each in seen] == [own]
+    assert not it.builder.flights_under_way()
 
 
 async def test_a_thread_of_its_source_may_ask_the_moment_it_is_answered() -> None:

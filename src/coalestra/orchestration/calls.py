@@ -49,17 +49,15 @@ import contextlib
 import enum
 import inspect
 import math
-import os
-import threading
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
-from coalestra._endings import PROGRAM_ENDS, pass_on
+from coalestra._endings import PROGRAM_ENDS, pass_on, running_loop
 from coalestra.cache.store import Held
 from coalestra.concurrency.capacity import CapacityLease
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation
@@ -616,15 +614,11 @@ class Following:
     """One key that a source is asked for in the wake of another, in the same step.
 
     Most are answered at once, and the call of the `leader` has the answer. It becomes a call of its
-    own as soon as it needs one: when the source waits, fails, or itself asks for something.
+    own as soon as it needs one: when the source waits, fails, or itself asks for something. Of two
+    threads that want to know which it is, the first decides, by what it puts into `_decided`.
     """
 
-    __slots__ = (
-        "_attempt", "_call", "_flight", "_leader", "_worker", "began", "rests_on", "ticks", "turn",
-    )  # fmt: skip
-
-    _deciding: ClassVar[threading.RLock] = threading.RLock()
-    """Held while it is decided whether a key is a call of its own."""
+    __slots__ = ("_call", "_decided", "_whom", "began", "rests_on", "ticks", "turn")
 
     def __init__(
         self,
@@ -633,11 +627,9 @@ class Following:
         flight: Flight,
         rests_on: FrozenDict[ResourceKey, str],
     ) -> None:
-        self._leader: Call | None = leader
-        self._flight: Flight | None = flight
-        self._worker: Worker | None = worker
+        self._whom: tuple[Call, Flight, Worker] | None = leader, flight, worker
+        self._decided: dict[str, Attempt | None] = {}
         self._call: weakref.ref[Call] | None = None
-        self._attempt: Attempt | None = None
         self.rests_on: FrozenDict[ResourceKey, str] = rests_on
         self.began: float = asyncio.get_running_loop().time()
         self.ticks: float = leader.parts.clock.monotonic()
@@ -649,39 +641,38 @@ class Following:
 
         What its source has begun may ask, in any thread.
         """
-        with self._deciding:
-            if self._leader and self._flight and self._worker:
-                self._become(self._leader, self._flight, self._worker)
-            return None if self._call is None else self._call()
+        whom, decided = self._whom, self._decided
+        if whom is not None:
+            attempt = decided["as"] if "as" in decided else self._decide(self._own_of(*whom))
+            if attempt is not None:
+                if running_loop() is attempt.loop:  # another thread may be too late to
+                    attempt.call.join()
+                return attempt.call
+        return None if self._call is None else self._call()
 
     def led(self) -> bool:
         """Have no call from now on, as the source has taken its step, unless it has one by now."""
-        with self._deciding:
-            # Who still knows of this keeps nothing alive.
-            self._leader = self._flight = self._worker = None
-            return self._call is None
+        if self._decide(None) is not None:
+            return False
+        self._whom = None  # who still knows of this keeps nothing alive
+        return True
 
     def own(self, leader: Call, flight: Flight, worker: Worker) -> Attempt:
         """Be a call of its own; return the attempt that is under way."""
-        with self._deciding:
-            attempt = self._attempt or self._become(leader, flight, worker)
-            self._leader = self._flight = self._worker = self._attempt = None
-            return attempt
+        made = self._own_of(leader, flight, worker)
+        attempt = self._decide(made) or made  # it was led, and its answer is of no use
+        self._call, self._whom = weakref.ref(attempt.call), None
+        self._decided["as"] = None
+        attempt.call.join()
+        attempt.call.count_attempt()
+        return attempt
 
-    def _become(self, leader: Call, flight: Flight, worker: Worker) -> Attempt:
-        if self._attempt is None:
-            call = Call(leader.lane, (flight,) if flight.phase is _CALLING else ())
-            self._call, self._attempt = weakref.ref(call), call.follow(self, worker, leader)
-        return self._attempt
+    def _decide(self, attempt: Attempt | None) -> Attempt | None:
+        """Return what it is: the attempt of a call of its own, or None for led; once for all."""
+        return self._decided.setdefault("as", attempt)
 
-    @classmethod
-    def decide_anew(cls) -> None:
-        """Decide in a forked child, which does not have the thread that may have been deciding."""
-        cls._deciding = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=Following.decide_anew)
+    def _own_of(self, leader: Call, flight: Flight, worker: Worker) -> Attempt:
+        return Call(leader.lane, ()).follow(self, flight, worker, leader)
 
 
 class Call:
@@ -881,15 +872,24 @@ class Call:
 
     # One attempt after the other --------------------------------------------------------------
 
-    def follow(self, following: Following, worker: Worker, leader: Call) -> Attempt:
-        """Be under way already, in the wake of another call; return the attempt that is made."""
+    def follow(self, following: Following, flight: Flight, worker: Worker, leader: Call) -> Attempt:
+        """Be under way already, in the wake of another call, but for what `join` does.
+
+        Return the attempt that is made.
+        """
+        if flight.phase is _CALLING:
+            self.flights, self.cutoff = {flight: None}, flight.cutoff
         self.policy, self.timeout_seconds = leader.policy, leader.timeout_seconds
         self._turn, self.rests_on = following.turn, following.rests_on
         self._asked = tuple(self.flights) if self.policy.circuit.enabled else ()
-        self.count_attempt()
         self._attempt = Attempt(self, worker)
         self._attempt.set_off(following.began, following.ticks)
         return self._attempt
+
+    def join(self) -> None:
+        """Let the flights know that it is their call."""
+        if any(flight.call is not self for flight in self.flights):
+            self.extend(Flight.join_call(self.flights, self))
 
     async def run(self, worker: Worker, begun: Attempt | None = None) -> None:
         """Make one attempt, or what is left of it; return when the source has really ended."""
