@@ -33,7 +33,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from typing import Any, Final, NamedTuple, TypeGuard, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from coalestra._endings import look_after
 from coalestra.cache import store
@@ -525,15 +525,6 @@ def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     ):
         raise _odd(key, "versions that are no text")
     return value
-
-
-def is_sound(value: object, key: ResourceKey) -> TypeGuard[SnapshotValue[Any]]:
-    """Whether a value that a cache gave for a key can be trusted."""
-    try:
-        sound(value, key)
-    except Exception:
-        return False
-    return True
 
 
 def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
@@ -1462,8 +1453,9 @@ class _Write:
         results, before = self.results, Found()
         for key, result in results.items() if self.insist else ():
             await self.cache.calls.pace.keep()
-            if result.previous is not None and result.stored and is_sound(result.previous, key):
-                before[key] = result.previous
+            if result.previous is not None and result.stored:
+                with contextlib.suppress(Exception):  # one that cannot be trusted is none
+                    before[key] = sound(result.previous, key)
         current = await self.cache.sealed(self._lost())
         for key in await self.cache.outdated(current, (), self.terms.now, self.cache.sealed):
             del current[key]

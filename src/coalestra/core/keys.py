@@ -112,6 +112,9 @@ CASE_INSENSITIVE_KEY_NORMALIZER = KeyNormalizer(
 )
 """Makes keys equal that differ in case only, in whichever part."""
 
+AS_IT_IS = KeyNormalizer(str, str, str, str, str)
+"""For parts that are normal already, by whatever normalizer an application has of its own."""
+
 
 QualifierInput = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Qualifiers as they may be given: a mapping, or pairs of name and value."""

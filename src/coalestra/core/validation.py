@@ -67,13 +67,9 @@ def readable(text: str) -> str:
 def printable(text: str, max_length: int) -> str:
     """Return at most ``max_length`` characters of ``text``, and more if some must be escaped."""
     head = text[:max_length]
-    return head if head.isprintable() else "".join(map(_escaped, head))
-
-
-def _escaped(character: str) -> str:
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape").decode("ascii")
+    if head.isprintable():
+        return head
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in head)
 
 
 def refusal(name: str, rule: str, value: object, remedy: str = "", kind: str = "") -> str:

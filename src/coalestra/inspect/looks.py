@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.concurrency.capacity import GLOBAL
 from coalestra.core.health import BuilderHealth, FlightSnapshot
-from coalestra.core.keys import KeyNormalizer, ResourceKey
+from coalestra.core.keys import AS_IT_IS, ResourceKey
 from coalestra.core.serialization import json_safe
 from coalestra.core.trace import Trace
 from coalestra.core.validation import readable
@@ -53,10 +53,6 @@ _NEWEST_TOLD, _NEWEST_KEPT, _NOTABLE = 20, 100, 15
 _NOTABLE_SECONDS = 900.0
 
 
-_AS_IT_IS = KeyNormalizer(str, str, str, str, str)
-"""For parts that are normal already, by whatever normalizer an application has of its own."""
-
-
 class Names:
     """Shows keys in full, or with a code in place of subject and qualifiers.
 
@@ -75,7 +71,7 @@ class Names:
             return key
         parts = repr((key.subject, key.qualifiers)).encode("utf-8", "surrogatepass")
         code = blake2b(parts, digest_size=5, key=self._secret).hexdigest()
-        return ResourceKey(key.namespace, key.name, f"#{code}", normalizer=_AS_IT_IS)
+        return ResourceKey(key.namespace, key.name, f"#{code}", normalizer=AS_IT_IS)
 
     def trace(self, trace: Trace) -> Trace:
         """Return the trace to be shown for a trace."""

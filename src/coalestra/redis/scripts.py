@@ -35,7 +35,7 @@ from functools import cache
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from coalestra.core.keys import KeyNormalizer, ResourceKey
+from coalestra.core.keys import AS_IT_IS, ResourceKey
 
 MOST_NAME_BYTES: Final = 200
 """A key with a longer text goes by a digest of it. No text of a key begins with the mark."""
@@ -56,18 +56,14 @@ def name_of(prefix: str, key: ResourceKey) -> str:
     return head_of(prefix) + text
 
 
-_AS_IT_IS = KeyNormalizer(str, str, str, str, str)
-
-
 def key_of(canonical: str) -> ResourceKey:
     """Return the key with this canonical text."""
     parts, _, pairs = canonical.partition("?")
     namespace, name, *subject = map(_unquoted, parts.split(":"))
     split = (pair.split("=") for pair in pairs.split("&") if pair)
     qualifiers = [(_unquoted(name), _unquoted(value)) for name, value in split]
-    return ResourceKey(
-        namespace, name, subject[0] if subject else "", qualifiers, normalizer=_AS_IT_IS
-    )
+    which = subject[0] if subject else ""
+    return ResourceKey(namespace, name, which, qualifiers, normalizer=AS_IT_IS)
 
 
 def _unquoted(text: str) -> str:
