@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -45,8 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--worlds",
         type=int,
-        default=40,
-        help="how many random worlds each test of the simulation lives through (default: 40)",
+        default=20,
+        help="how many random worlds each test of the simulation lives through (default: 20)",
     )
     parser.addoption(
         "--distributions",
@@ -71,6 +72,12 @@ def pytest_configure(config: pytest.Config) -> None:
         origin = "nowhere" if found is None or found.origin is None else found.origin
         if "site-packages" not in origin:
             raise pytest.UsageError(f"--installed, but coalestra comes from {origin}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """With `-n auto`, one more than there are processors: some tests wait for other processes."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

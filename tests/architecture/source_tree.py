@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,6 +31,11 @@ class Module:
         return ast.parse(self.text, filename=str(self.path))
 
     @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """All of the tree, outer nodes before inner ones."""
+        return tuple(ast.walk(self.tree))
+
+    @cached_property
     def where(self) -> str:
         """The path inside the package, as ``core/keys.py``."""
         return self.path.relative_to(PACKAGE).as_posix()
@@ -49,7 +55,7 @@ class Module:
     def imports(self) -> tuple[tuple[int, str, str], ...]:
         """Every import in the file, at any depth: line, module, name taken from it or empty."""
         found = []
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 found += [(node.lineno, alias.name, "") for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -62,7 +68,7 @@ class Module:
         """The lines that only a type checker reads."""
         return frozenset(
             line
-            for node in ast.walk(self.tree)
+            for node in self.nodes
             if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
             for each in node.body
             for line in range(each.lineno, (each.end_lineno or each.lineno) + 1)
@@ -70,15 +76,17 @@ class Module:
 
     def definitions(self) -> Iterator[Definition]:
         """Every class and function, at any depth."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, Definition):
-                yield node
+        return (node for node in self.nodes if isinstance(node, Definition))
 
 
 @cache
 def modules() -> tuple[Module, ...]:
     """Every module of the library, read and parsed once."""
-    return tuple(Module(path) for path in sorted(PACKAGE.rglob("*.py")))
+    found = tuple(Module(path) for path in sorted(PACKAGE.rglob("*.py")))
+    assert all(module.nodes for module in found)
+    gc.collect()
+    gc.freeze()  # no collection of a later test goes through the trees
+    return found
 
 
 def length(node: Definition) -> int:

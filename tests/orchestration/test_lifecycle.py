@@ -34,6 +34,7 @@ from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import LASTING, ONCE, Single, builder, key
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ManualClock, ThreadGate, begun, drop, no_leaks, run_virtual, settle
+from tests.support.running import without_collector
 
 pytestmark = pytest.mark.concurrency
 
@@ -516,6 +517,7 @@ def test_a_session_whose_call_was_left_on_the_last_loop_goes_on_on_the_next(
     asyncio.run(building.aclose())
 
 
+@without_collector()
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_the_last_loop_has_left_may_be_collected_while_a_session_goes_on_on_the_next(
     monkeypatch: pytest.MonkeyPatch,

@@ -186,7 +186,7 @@ async def test_what_comes_out_of_a_cache_of_ones_own_knows_what_it_rests_on(
 
 
 async def test_a_long_chain_from_a_cache_of_ones_own_needs_no_stack() -> None:
-    clock, depth = ManualClock(), 1_500  # more than Python lets calls nest
+    clock, depth = ManualClock(), 1_100  # more than Python lets calls nest
     cache = ForgetfulBatchCache()
 
     def needs(k: ResourceKey) -> list[ResourceKey]:

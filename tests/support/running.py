@@ -22,8 +22,12 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Within the block whatever stands in a circle stays; what stood in one before is gone."""
+    """Within the block whatever stands in a circle stays; what stood in one before is gone.
+
+    What is there by then is looked at by no collection any more, and is not among `get_objects`.
+    """
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
