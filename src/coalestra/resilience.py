@@ -628,7 +628,7 @@ class RetryPolicy:
         import random
 
         delay *= 1.0 + random.uniform(-self.jitter_ratio, self.jitter_ratio)
-        return max(0.0, longest - abs(longest - delay))
+        return delay if delay <= longest else max(0.0, 2 * longest - delay)
 
 
 def _checked(retry_on: Any) -> Any:

@@ -125,7 +125,9 @@ def test_without_jitter_the_delay_doubles_up_to_its_limit() -> None:
     """From the base, with the first attempt; without overflowing, and not from nothing."""
     policy = RetryPolicy(base_delay_seconds=0.1, max_delay_seconds=0.5, jitter_ratio=0.0)
     delays = [policy.delay_for_attempt(attempt) for attempt in (1, 2, 3, 4, 5, 1_000_000)]
-    assert delays == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.5, 0.5])
+    assert delays == [0.1, 0.2, 0.4, 0.5, 0.5, 0.5]  # to the last bit, as it was asked for
+    plain = RetryPolicy(jitter_ratio=0.0)
+    assert [plain.delay_for_attempt(attempt) for attempt in (1, 2, 3)] == [0.05, 0.1, 0.2]
     assert RetryPolicy(base_delay_seconds=0).delay_for_attempt(9) == 0.0
 
 
