@@ -123,7 +123,7 @@ COLLABORATORS: Table = {
     "default_resilience": kind(SourceResiliencePolicy()),
     "source_resilience": (
         (None, {}, {"s": SourceResiliencePolicy()}),
-        (),
+        ({"unknown": SourceResiliencePolicy()}, {"": SourceResiliencePolicy()}),
         (0, "text", ["s"], {"s": RetryPolicy()}, {"s": None}),
     ),
     "resilience_resolver": kind(ResiliencePolicyResolver(SourceResiliencePolicy())),
@@ -247,6 +247,37 @@ def test_authority_policy_and_resolver_exclude_each_other() -> None:
     policy = SourceAuthorityPolicy({"s": 1})
     with pytest.raises(ValueError, match=r"authority_policy.*authority_resolver"):
         made(authority_policy=policy, authority_resolver=AuthorityPolicyResolver(policy))
+
+
+POLICY, RETRIES, RESILIENCE = FreshnessPolicy(1, 2), RetryPolicy(), SourceResiliencePolicy()
+
+
+@pytest.mark.parametrize("used, unused", [
+    ({"policy_resolver": PolicyResolver(POLICY)}, {"default_policy": POLICY}),
+    ({"default_resilience": RESILIENCE}, {"retry_policy": RETRIES}),
+    ({"resilience_resolver": ResiliencePolicyResolver()}, {"retry_policy": RETRIES}),
+    ({"resilience_resolver": ResiliencePolicyResolver()}, {"default_resilience": RESILIENCE}),
+    ({"resilience_resolver": ResiliencePolicyResolver()}, {"source_resilience": {"s": RESILIENCE}}),
+], ids=str)  # fmt: skip
+def test_what_another_argument_takes_the_place_of_is_told_and_not_just_ignored(
+    used: dict[str, Any], unused: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has always been taken, so it is not refused; alone, either is fine."""
+    made(**used)
+    made(**unused)
+    assert not caplog.messages
+    made(**used, **unused)
+    (name,), (other,) = unused, used
+    assert caplog.messages == [f"{name} is not used, as {other} takes its place"]
+
+
+def test_a_setting_by_name_of_source_that_names_none_says_which_there_are() -> None:
+    """A misspelt name would be without effect; that there is no source at all is said, too."""
+    for setting, of_source in (("source_concurrency", 1), ("source_resilience", RESILIENCE)):
+        with pytest.raises(ValueError, match=f"{setting} names 'S', .* known are s$"):
+            made(**{setting: {"S": of_source}})
+        with pytest.raises(ValueError, match="known are none"):
+            SnapshotBuilder([], **{setting: {"s": of_source}})
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from coalestra.core.request import RequestResult, SnapshotRequest
 from coalestra.core.snapshot import Snapshot
 from coalestra.core.trace import Trace
 from coalestra.core.validation import choice, flag, instance, integer, number, ruled, text
-from coalestra.observability import BufferOverflowPolicy, ObservabilitySinks
+from coalestra.observability import LOGGER, BufferOverflowPolicy, ObservabilitySinks
 from coalestra.orchestration import session as sessions
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.flights import Parts, Work
@@ -119,6 +119,14 @@ class BuilderSettings:
             object.__setattr__(self, "max_pending_tasks", self.max_concurrency)
 
 
+_IN_PLACE_OF = {
+    "policy_resolver": ("default_policy",),
+    "default_resilience": ("retry_policy",),
+    "resilience_resolver": ("retry_policy", "default_resilience", "source_resilience"),
+}
+"""Arguments of a builder, and those that say nothing any more where one of them is given."""
+
+
 def _one_of(kind: type[Any]) -> Any:
     return ruled(None, instance, kind, optional=True)
 
@@ -160,6 +168,10 @@ class BuilderArguments(BuilderSettings):
                 "authority_policy and authority_resolver were both given; give the resolver alone, "
                 "with the policy as its default"
             )
+        for chosen, others in _IN_PLACE_OF.items():
+            for name in others if getattr(self, chosen) is not None else ():
+                if getattr(self, name) is not None:
+                    LOGGER.warning("%s is not used, as %s takes its place", name, chosen)
 
 
 def _require_safe_timeouts(links: Iterable[Link], settings: BuilderArguments) -> None:
@@ -197,15 +209,20 @@ def _default_cache(given: BuilderArguments) -> AsyncMemoryCache | None:
     return None
 
 
+def _require_known(links: Iterable[Link], settings: BuilderArguments) -> None:
+    """Raise `ValueError` for a setting by name of source that names none."""
+    known = {link.name for link in links}
+    for setting in ("source_concurrency", "source_resilience"):
+        for name in getattr(settings, setting) or ():
+            if name not in known:
+                raise ValueError(
+                    f"{setting} names {name!r}, but there is no such source; known are "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+
+
 def _capacity(links: Iterable[Link], settings: BuilderArguments) -> CapacityController:
-    limits = dict(settings.source_concurrency or {})
-    names = {link.name for link in links}
-    for name in limits:
-        if name not in names:
-            raise ValueError(
-                f"source_concurrency names {name!r}, but there is no such source; known are "
-                f"{', '.join(sorted(names))}"
-            )
+    limits = settings.source_concurrency or {}
     capacity = CapacityController(global_limit=settings.max_concurrency, source_limits=limits)
     for link in links:
         if link.name not in limits:
@@ -284,6 +301,7 @@ class SnapshotBuilder(BuilderArguments):
             memoize=self.cache_source_support,
             max_entries=self.source_support_cache_max_entries,
         )
+        _require_known(chains.links, self)
         _require_safe_timeouts(chains.links, self)
         default_cache = _default_cache(self)
         sources = tuple(link.source for link in chains.links)
