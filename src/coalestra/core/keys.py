@@ -395,10 +395,12 @@ def _given_pairs(qualifiers: object) -> Iterable[tuple[str, Any]]:
 def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
     """Return each of ``keys`` once, in the order given; a `TypeError` says ``name``."""
     try:
-        found: Collection[Any] = keys.copy() if type(keys) is dict else tuple(keys)
+        given = iter(keys)
     except TypeError:
-        raise validation.wrong_type(name, "a collection of ResourceKey", keys) from None
+        remedy = "put a single one in a list" if isinstance(keys, ResourceKey) else ""
+        raise validation.wrong_type(name, "a collection of ResourceKey", keys, remedy) from None
+    found: Collection[Any] = keys.copy() if type(keys) is dict else tuple(given)
     for key in found:
-        if key.__class__ is not ResourceKey:
-            validation.instance(name, key, ResourceKey)
+        if type(key) is not ResourceKey:
+            raise validation.wrong_type(name, "a ResourceKey", key)
     return tuple(dict.fromkeys(found))

@@ -47,7 +47,7 @@ from coalestra.core.errors import (
     without_frames,
 )
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
-from coalestra.core.keys import ResourceKey
+from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.request import (
     RequestResult,
     SnapshotAcceptancePolicy,
@@ -82,20 +82,21 @@ _UNNOTED: AbstractContextManager[Any] = nullcontext(StageLog("", 0))
 """Stands for the notes of a stage that nobody wants; what is written into it is never read."""
 
 
+_HELD = (list, tuple, dict)
+"""What can be gone through again, to say what is wrong with it."""
+
+
 def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     """Return the keys without repetitions, in order; `TypeError` for anything but keys."""
+    if type(keys) not in _HELD:
+        return dict.fromkeys(distinct_keys("keys", keys))
     try:
         found = dict.fromkeys(keys)
-    except TypeError:
-        if isinstance(keys, ResourceKey):
-            raise TypeError(
-                "keys must be an iterable of ResourceKey, got a single one; put it in a list"
-            ) from None
-        instance("keys", keys, Iterable)
-        raise
+    except TypeError:  # something has no hash
+        found = dict.fromkeys(distinct_keys("keys", keys))
     for key in found:
         if type(key) is not ResourceKey:
-            raise TypeError(f"keys must be ResourceKeys, got {type(key).__qualname__}")
+            distinct_keys("keys", keys)
     return found
 
 
