@@ -813,9 +813,9 @@ def test_metadata_with_mutable_values_is_copied_for_every_reader(copies: Payload
 
 
 def test_metadata_that_cannot_be_copied_is_named(copies: PayloadCopies) -> None:
-    """It fails like a payload."""
-    with pytest.raises(PayloadIsolationError, match="while copying for metadata of feed"):
-        copies.seal_metadata_now({"it": Stubborn()}, context="metadata of feed")
+    """It fails like a payload, but nobody has to guess which mapping is meant."""
+    with pytest.raises(PayloadIsolationError, match="while copying for metadata of payload of s"):
+        copies.seal_metadata_now({"it": Stubborn()}, context="payload of s")
 
 
 def test_a_seal_and_its_owner_can_be_looked_at(copies: PayloadCopies) -> None:

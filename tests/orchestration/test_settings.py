@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import FrozenInstanceError
 from functools import partial
@@ -451,6 +452,19 @@ async def test_wrong_arguments_of_a_build_are_named(argument: str, wrong: Any) -
     settings: dict[str, Any] = {argument: wrong}
     with pytest.raises((TypeError, ValueError), match=argument):
         await made().build([key("s")], **settings)
+
+
+async def test_metadata_that_cannot_be_copied_is_named_with_what_to_do() -> None:
+    """Every unit of work has its own; a client or a lock is no metadata."""
+    building, metadata = made(), {"lock": threading.Lock()}
+    must = r"^metadata must be copyable, got one that is not \(cannot pickle.*context variable$"
+    with pytest.raises(TypeError, match=must) as raised:
+        await building.build([key("s")], metadata=metadata)
+    assert isinstance(raised.value.__cause__, TypeError)
+    with pytest.raises(TypeError, match=must):
+        building.session(metadata=metadata)
+    with pytest.raises(TypeError, match=must):
+        await building.try_requests([SnapshotRequest(required=[key("s")])], metadata=metadata)
 
 
 async def test_a_build_of_nothing_is_a_value_error() -> None:

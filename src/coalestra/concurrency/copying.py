@@ -293,7 +293,7 @@ class PayloadCopies:
         """Return metadata to keep. It is small by nature, so this never takes a thread."""
         if not metadata:
             return EMPTY
-        payload, seal = self._copied(seal_anyhow, dict(metadata), context)
+        payload, seal = self._copied(seal_anyhow, dict(metadata), f"metadata of {context}")
         return FrozenDict(payload) if seal is FLAT[dict] else SealedMetadata(payload)
 
     def open_metadata_now(
@@ -302,7 +302,8 @@ class PayloadCopies:
         """Return one reader's copy of metadata that ``seal_metadata_now`` returned."""
         if type(metadata) is FrozenDict:
             return metadata
-        return FrozenDict(self._copied(deepcopy_payload, dict(metadata), context))
+        opened = self._copied(deepcopy_payload, dict(metadata), f"metadata of {context}")
+        return FrozenDict(opened)
 
     def _copied(self, copier: Callable[[Any], T], value: Any, context: str) -> T:
         try:

@@ -43,6 +43,7 @@ from coalestra.core.errors import (
     SnapshotBuildError,
     SnapshotConsistencyError,
     SnapshotDeadlineExceededError,
+    message_of,
     not_accepted,
     without_frames,
 )
@@ -440,7 +441,13 @@ class Terms(NamedTuple):
 
 
 def _own(metadata: Mapping[str, Any]) -> FrozenDict[str, Any]:
-    return FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY
+    try:
+        return FrozenDict(deepcopy_payload(dict(metadata))) if metadata else EMPTY
+    except Exception as error:
+        raise TypeError(
+            f"metadata must be copyable, got one that is not ({message_of(error)}); hand over what "
+            "cannot be copied in a context variable"
+        ) from error
 
 
 def objection(
