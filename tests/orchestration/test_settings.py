@@ -275,11 +275,12 @@ def test_what_another_argument_takes_the_place_of_is_told_and_not_just_ignored(
 
 def test_a_setting_by_name_of_source_that_names_none_says_which_there_are() -> None:
     """A misspelt name would be without effect; that there is no source at all is said, too."""
-    for setting, of_source in (("source_concurrency", 1), ("source_resilience", RESILIENCE)):
-        with pytest.raises(ValueError, match=f"{setting} names 'S', .* known are s$"):
-            made(**{setting: {"S": of_source}})
+    misspelt: dict[str, Any]
+    for misspelt in ({"source_concurrency": {"S": 1}}, {"source_resilience": {"S": RESILIENCE}}):
+        with pytest.raises(ValueError, match=f"{next(iter(misspelt))} names 'S', .* known are s$"):
+            made(**misspelt)
         with pytest.raises(ValueError, match="known are none"):
-            SnapshotBuilder([], **{setting: {"s": of_source}})
+            SnapshotBuilder([], **misspelt)
 
 
 @pytest.mark.parametrize(
