@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import pytest
@@ -18,9 +20,10 @@ from coalestra import (
     SourceTimeoutError,
 )
 from coalestra.orchestration.closing import insist
+from tests.contracts.caches import BatchCache, LeasingCache
 from tests.orchestration.scripted import Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
-from tests.support import Gate, ThreadGate, VirtualLoop, run_virtual, settle
+from tests.support import Gate, ThreadGate, VirtualLoop, begun, run_virtual, settle
 from tests.support.running import no_more_threads
 
 K = key("k")
@@ -387,3 +390,79 @@ async def test_a_stage_that_is_cut_off_again_and_again_is_given_up_in_the_end() 
     with pytest.raises(asyncio.CancelledError):
         await insist(cut_off)
     assert attempts == 10
+
+
+# Calls to a cache ---------------------------------------------------------------------------------
+
+
+class Untidy(BatchCache):
+    """A cache whose reads never answer, and take their time to end once they are cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    async def _travel(self, call: str) -> None:
+        try:
+            await Gate().pass_()
+        finally:
+            await self.gate.pass_()
+
+
+class Asking(LeasingCache):
+    """Takes its time to tidy up when nobody wants to hear more of leases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    async def lease_many(self, *keys: Any, **more: Any) -> AsyncGenerator[Mapping[Any, Any], None]:
+        try:
+            async for part in super().lease_many(*keys, **more):
+                yield part
+        finally:
+            await self.gate.pass_()
+
+
+@pytest.mark.parametrize("kind", [Untidy, Asking])
+async def test_closing_waits_for_calls_to_a_cache_that_tidy_up(kind: type[Untidy | Asking]) -> None:
+    building = builder(Single("k"), cache=(cache := kind()))
+    reading = await begun(building.build([K]))
+    reading.cancel()
+    closing = await begun(building.aclose())
+    assert cache.gate.waiting
+    cache.gate.open()
+    await closing
+    assert not cache.gate.waiting
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_calls_to_a_cache_that_do_not_end_are_named() -> None:
+    building = builder(Single("k"), cache=(cache := Untidy()))
+    reading = await begun(building.build([K]))
+    reading.cancel()
+    with pytest.raises(SourceTimeoutError, match=r"after 3 s: 'cache call' \(1\)"):
+        await building.aclose(copy_shutdown_timeout_seconds=3)
+    assert (await building.health_snapshot()).unfinished_source_calls == {"cache call": 1}
+    cache.gate.open()
+
+
+async def test_a_source_and_a_cache_that_do_not_end_take_no_longer_than_one() -> None:
+    gate, cache = Gate(), Untidy()
+
+    async def stubborn(*_: Any) -> Any:
+        while not gate.opened:
+            with contextlib.suppress(asyncio.CancelledError):
+                await gate.pass_()
+
+    building = builder(Single("k", fetch=stubborn), cache=cache)
+    reading = await begun(building.build([K]))
+    await asyncio.sleep(2)  # which is more than the cache may take
+    now = asyncio.get_running_loop().time
+    began = now()
+    with pytest.raises(SourceTimeoutError, match="'k'"):
+        await building.aclose(copy_shutdown_timeout_seconds=3)
+    assert now() - began < 4
+    gate.open()
+    cache.gate.open()
+    await asyncio.gather(reading, return_exceptions=True)

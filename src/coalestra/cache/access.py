@@ -35,7 +35,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
-from coalestra._endings import look_after
+from coalestra._endings import look_after, running_loop
 from coalestra.cache import store
 from coalestra.cache.memory import AsyncMemoryCache, let_go, open_value, revision_of, seal_value
 from coalestra.cache.store import EntryStore, Listeners, Outcome, decide
@@ -125,37 +125,15 @@ class NearCache:
 #    ``is_available`` sees to this itself.
 
 
-async def _made(
-    call: Callable[[], Awaitable[_T]], seconds: float | None
-) -> tuple[asyncio.Task[_T], BaseException | None]:
-    """Make a call, for so long at most (None: any time); return its task, and why it failed.
-
-    One that takes longer is cancelled; should it not end, it is left behind.
-    """
-
-    async def made() -> _T:
-        return await call()
-
-    task = asyncio.create_task(made(), name="coalestra cache call")
-    try:
-        await asyncio.wait([task], timeout=seconds)
-    finally:
-        if not task.done() and not task.get_loop().is_closed():
-            task.cancel()
-            look_after(task, _left_behind)
-        elif task.done() and not task.cancelled():
-            task.exception()  # seen
-    if task.cancelled():
-        return task, asyncio.CancelledError()
-    return task, task.exception() if task.done() else CacheTimeoutError(seconds or 0)
-
-
 _left_behind: set[asyncio.Task[Any]] = set()
-"""Calls that were cancelled; some may not care. Nobody else refers to them."""
+"""Calls that were cancelled; some may not care. Nobody else may refer to them."""
 
 
 DEFAULT_TIMEOUT_SECONDS: Final = 1.0
 """How long one call may take, unless the cache has ``timeout_seconds`` of its own."""
+
+_MOMENT_SECONDS = 0.1
+"""How long what is given up at closing may take to end."""
 
 _FAILURES_IN_A_ROW = 5
 _RECOVERY_SECONDS = 5.0
@@ -211,6 +189,7 @@ class CacheCalls:
         cache: the cache; what it can do is looked up once, by attribute.
         seconds: how long one call may take.
         limit: how many calls there are at a time where each is for one key.
+        left_behind: calls that were cancelled, and have not ended yet.
         carries_many: whether one call can carry many keys.
         is_atomic: whether it compares and stores in one step.
         pace: of all who go through many keys for it, so that they share one slice of each turn.
@@ -240,6 +219,7 @@ class CacheCalls:
         self.seconds: float = number("timeout_seconds of the cache", seconds, above=0)
         self.limit: int = limit
         self.pace: Pace = Pace()
+        self.left_behind: set[asyncio.Task[Any]] = set()
         self._told = told
         self._log = log
         self._circuits = {"read": _Circuit(), "write": _Circuit()}
@@ -334,11 +314,36 @@ class CacheCalls:
         finally:
             del error  # whose traceback leads here
 
+    async def made(
+        self, call: Callable[[], Awaitable[_T]], seconds: float | None
+    ) -> tuple[asyncio.Task[_T], BaseException | None]:
+        """Make a call, for so long at most (None: any time); return its task, and why it failed.
+
+        One that takes longer is cancelled; should it not end, it is left behind.
+        """
+
+        async def made() -> _T:
+            return await call()
+
+        task = asyncio.create_task(made(), name="coalestra cache call")
+        try:
+            await asyncio.wait([task], timeout=seconds)
+        finally:
+            if not task.done() and not task.get_loop().is_closed():
+                task.cancel()
+                look_after(task, _left_behind)
+                look_after(task, self.left_behind)
+            elif task.done() and not task.cancelled():
+                task.exception()  # seen
+        if task.cancelled():
+            return task, asyncio.CancelledError()
+        return task, task.exception() if task.done() else CacheTimeoutError(seconds or 0)
+
     async def stats(self) -> Any | None:
         """Return what the cache says of itself; None if it says nothing, or fails to."""
         if not has(self.cache, "stats"):
             return None
-        task, error = await _made(self.cache.stats, self.seconds)
+        task, error = await self.made(self.cache.stats, self.seconds)
         return task.result() if error is None else None
 
     def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
@@ -432,7 +437,7 @@ class CacheCalls:
                     )
                     continue
                 self._counts["calls"] += 1
-                task, error = await _made(partial(call, item), seconds)
+                task, error = await self.made(partial(call, item), seconds)
                 self._note(kind, error, now())
                 if error is None:
                     results[item] = task.result()
@@ -853,8 +858,8 @@ class CacheAccess:
         if channel is None or channel.loop is not loop:
             if channel is not None:
                 channel.listeners.unsubscribe(self.subscribers)
-                self._tasks.clear()
-                self._giving_back.clear()  # they end by themselves
+                for theirs in (self._tasks, self.calls.left_behind, self._giving_back):
+                    theirs.clear()  # they end by themselves
             self._channel = channel = channel_of(self.cache, loop)
             channel.listeners.subscribe(self.subscribers)
             channel.store.tolerate(self.tolerance)
@@ -1020,7 +1025,7 @@ class CacheAccess:
         """
         channel = self.channel()
         ahead = now - channel.loop.time()
-        arrived, gone = list[Mapping[ResourceKey, LeasedLookup]](), False
+        arrived, gone, ended = list[Mapping[ResourceKey, LeasedLookup]](), False, False
 
         async def next_part() -> Mapping[ResourceKey, LeasedLookup] | None:
             part = await anext(asking, None)  # which may come when nobody waits any more
@@ -1029,6 +1034,9 @@ class CacheAccess:
             if gone:
                 self._give_back_all_of(arrived)
             return part
+
+        async def close() -> None:
+            await asking.aclose()
 
         with channel.filling() as filling:
             try:
@@ -1039,6 +1047,7 @@ class CacheAccess:
                 while rest:
                     part = await self.calls.once("lease_many", next_part, patient=not first)
                     if part is None:
+                        ended = True
                         break
                     first = False
                     moment = ahead + channel.loop.time()
@@ -1053,6 +1062,8 @@ class CacheAccess:
             finally:
                 gone = True
                 self._give_back_all_of(arrived)
+                if not ended and running_loop() is channel.loop:  # else the collector does so
+                    self._behind(self.calls.made(close, self.calls.seconds))
             if rest:
                 yield dict.fromkeys(rest, Answer(None))
 
@@ -1268,17 +1279,22 @@ class CacheAccess:
                 channel.drop(gone)
                 channel.listeners.revised(gone)
 
-    async def drain(self, timeout_seconds: float) -> None:
-        """Wait until what is on its way is written, for so long at most; then give it up."""
+    async def drain(self, timeout_seconds: float) -> set[asyncio.Task[Any]]:
+        """Wait until what is on its way is written, for so long or a moment; then give it up.
+
+        Return the calls that go on though they were cancelled.
+        """
         if self.store is None:
             self.channel()  # drops those of another loop
-        loop = asyncio.get_running_loop()
-        until = loop.time() + timeout_seconds
+        now = asyncio.get_running_loop().time
         await asyncio.sleep(0)  # for what is given back at this moment, as by writes that end
-        while self._tasks and loop.time() < until:
-            await asyncio.wait(self._tasks, timeout=until - loop.time())
-        for task in tuple(self._tasks):
-            task.cancel()
+        for seconds in (timeout_seconds, 0.0):
+            until = now() + max(seconds, _MOMENT_SECONDS)
+            while (busy := self._tasks | self.calls.left_behind) and now() < until:
+                await asyncio.wait(busy, timeout=until - now())
+            for task in tuple(self._tasks):
+                task.cancel()
+        return self.calls.left_behind.copy()
 
     def _behind(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.get_running_loop().create_task(work, name="coalestra cache write")

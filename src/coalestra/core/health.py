@@ -429,7 +429,8 @@ class BuilderHealth:
             as the sink raised.
         observability_shutdown_incomplete: whether records were left over by the closing.
         observability_shutdown_timeout_count: closings that left records over.
-        unfinished_source_calls: calls that outlived the closing of the builder, by source.
+        unfinished_source_calls: calls that outlived the closing of the builder, by source; those to
+            a cache as ``cache call``.
         sources: when each source last answered and last failed, and with what type of error.
         cache_left_alone: whether a cache that has to be awaited has failed so often in a row that
             it is not asked for a while.

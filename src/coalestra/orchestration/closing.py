@@ -3,7 +3,7 @@
 | stage | waits for | at most | what is left then |
 | --- | --- | --- | --- |
 | refreshes | background refreshes under way | copy limit | is cancelled, and named in the error |
-| engine | calls to sources, after cancelling them | copy limit | is named in error and health |
+| engine | calls to sources and cache, cancelled | copy limit | is named in error and health |
 | copies | payloads being copied in threads | copy limit | is counted in error and health |
 | observability | the records in buffers | its own limit | is counted in error and health |
 | managed | each managed part's own closing | the longer of both | is cancelled, and named |

@@ -2125,7 +2125,7 @@ class Engine:
             stage.fail(BuilderClosedError())
 
     async def stop(self, timeout_seconds: float) -> Mapping[str, int]:
-        """End every task; return how many calls of each source are still running after that long.
+        """End every task; return how many calls of each source, or to the cache, still run then.
 
         A source that runs in a thread, or ignores its cancellation, cannot be ended from outside.
         What waits for a thread leaves it behind then: a program that has cancelled all tasks at
@@ -2134,6 +2134,8 @@ class Engine:
         self.flights.refresher.cancel()
         self.parts.access.subscribers.unsubscribe(self.flights)
         self.flights.dispatch.close()
+        now = asyncio.get_running_loop().time
+        until = now() + timeout_seconds
         running = {*self.flights.dispatch.workers, *self.flights.dispatch.tasks}
         for task in running:
             task.cancel()
@@ -2148,7 +2150,7 @@ class Engine:
             await self.flights.agenda.finish()
         for flight in self.flights.hold_nothing_back():
             self.flights.settle(flight, Failed(Failure.unwanted(flight.key)))
-        await self.parts.access.drain(timeout_seconds)
+        running |= await self.parts.access.drain(until - now())
         left: dict[str, int] = {}
         for task in running:
             name = task.get_name().removeprefix("coalestra ")
