@@ -630,7 +630,7 @@ class SyncResourcePublisher:
     def _one(self, update: _Update, force: bool, replace_equal: bool) -> _Errand[PublishResult]:
         instance("update", update, ResourceUpdate)
         publish = self._publisher.publish_update
-        return (update.key,), partial(publish, update, force=force, replace_equal=replace_equal)
+        return (update.key,), partial(publish, update, **_terms(force, replace_equal))
 
     def _many(
         self,
@@ -644,7 +644,7 @@ class SyncResourcePublisher:
             instance("updates", update, ResourceUpdate)
         publish = self._publisher.publish_many
         keys = tuple(dict.fromkeys(update.key for update in several))
-        return keys, partial(publish, several, force=force, replace_equal=replace_equal)
+        return keys, partial(publish, several, **_terms(force, replace_equal))
 
     def _removal(self, keys: Iterable[ResourceKey], reason: str) -> _Errand[None]:
         text("reason", reason, empty=True)
@@ -657,7 +657,8 @@ class SyncResourcePublisher:
         try:
             value = copies.copy(update.value, context=context)
             metadata = copies.copy_metadata(update.metadata, context=context)
-            return dataclasses.replace(update, value=value, metadata=metadata)
+            # Anew, as a class of the application's may be made of something else.
+            return ResourceUpdate(update.key, value, update.source, update.observed_at, metadata)
         except errors.PayloadIsolationError as error:
             # What is no ordinary exception is meant for this thread, such as what a handler raised.
             if error.__cause__ is None or isinstance(error.__cause__, Exception):
@@ -682,6 +683,13 @@ class SyncResourcePublisher:
         keys, work = errand
         async with self._lanes.turn(keys):
             return await work()
+
+
+def _terms(force: bool, replace_equal: bool) -> dict[str, bool]:
+    return {
+        "force": flag("force", force),
+        "replace_equal": flag("replace_equal", replace_equal),
+    }
 
 
 def blocking(
@@ -854,6 +862,7 @@ class SyncSnapshotBuilder:
         return f"<SyncSnapshotBuilder closed={self.closed} {self._backlog!r} over {self.builder!r}>"
 
     def __enter__(self) -> SyncSnapshotBuilder:
+        self._thread.require_usable()
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:

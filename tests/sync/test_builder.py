@@ -300,6 +300,7 @@ def test_a_closed_facade_refuses_every_call(sync: SyncSnapshotBuilder) -> None:
         sync.session,
         sync.health_snapshot,
         sync.wait_for_refreshes,
+        sync.__enter__,
         lambda: session.resolve([PRICE]),
         lambda: sync.publisher.publish(PRICE, 1, source="stream"),
         lambda: sync.publisher.submit_invalidate(PRICE),

@@ -117,6 +117,24 @@ def test_what_was_submitted_cannot_be_changed_any_more(
     assert downstream.arguments[3]["keys"] == (PRICE,)
 
 
+class PriceUpdate(ResourceUpdate[int]):
+    """An update that the application makes of what it knows."""
+
+    def __init__(self, price: int) -> None:
+        super().__init__(PRICE, price, "stream", 7.0, {"unit": "EUR"})
+
+
+def test_an_update_of_a_class_of_the_application_s_is_captured(
+    publisher: SyncResourcePublisher, downstream: RecordingPublisher
+) -> None:
+    """However that is made: its fields are what counts."""
+    plain = ResourceUpdate(PRICE, 3, "stream", 7.0, {"unit": "EUR"})
+    assert outcome(publisher.submit_publish_update(PriceUpdate(3))) is RESULT
+    assert outcome(publisher.submit_publish_many([PriceUpdate(3)])) == {PRICE: RESULT}
+    (one,) = downstream.arguments[1]["updates"]
+    assert downstream.arguments[0]["update"] == one == plain
+
+
 def hold(thread: LoopThread) -> threading.Event:
     """Keep the loop itself from doing anything until the event is set."""
     door = threading.Event()
@@ -220,6 +238,9 @@ def test_a_bad_timeout_of_a_flush_is_refused(
     lambda p: p.submit_invalidate("price"), lambda p: p.submit_invalidate(PRICE, reason=None),
     lambda p: p.submit_invalidate_many(PRICE), lambda p: p.publish_many([1]),
     lambda p: p.publish_update(None), lambda p: p.invalidate("price"),
+    lambda p: p.submit_publish(PRICE, 1, source="stream", force=1),
+    lambda p: p.submit_publish_update(update(1), replace_equal=None),
+    lambda p: p.submit_publish_many([update(1)], force="yes"),
 ])  # fmt: skip
 def test_a_wrong_argument_is_refused_at_once(
     publisher: SyncResourcePublisher, submit: Callable[[SyncResourcePublisher], object]
