@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -607,12 +606,7 @@ class RetryPolicy:
             return False
         if isinstance(on, (type, tuple)):
             return isinstance(error, on)
-        answer = on(error)
-        if inspect.isawaitable(answer):
-            if hasattr(answer, "close"):
-                answer.close()
-            raise TypeError("retry_on must answer at once, got an awaitable; use a plain function")
-        return bool(answer)
+        return bool(validation.at_once("retry_on", on(error)))
 
     def delay_for_attempt(self, attempt: int) -> float:
         """Return the seconds to wait after the failure of an attempt; the first is number 1.

@@ -385,6 +385,9 @@ def test_a_key_normalized_anew_keeps_the_new_normalizer() -> None:
     key = ResourceKey("N", "K", "s").normalized(LEGACY_KEY_NORMALIZER)
     assert (key.namespace, key.name, key.subject) == ("n", "k", "S")
     assert key.normalizer is LEGACY_KEY_NORMALIZER
+    for wrong in (None, str.lower):  # there is no default for what it is all about
+        with pytest.raises(TypeError, match="normalizer must be a KeyNormalizer"):
+            key.normalized(wrong)  # type: ignore[arg-type]  # that is the point
 
 
 def test_distinct_keys_come_once_and_in_order() -> None:

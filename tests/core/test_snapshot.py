@@ -97,6 +97,15 @@ def test_the_error_about_a_type_names_every_type_that_would_do_and_never_the_pay
         assert "4111" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [list[int], "int", (str, None), 5])
+def test_what_is_no_type_is_not_taken_for_a_value_of_the_wrong_one(kind: Any) -> None:
+    for read in (SNAPSHOT.value, SNAPSHOT.maybe_value):
+        with pytest.raises(
+            TypeError, match="^expected_type must be a type, or several of them, got"
+        ):
+            read(A, kind)
+
+
 @pytest.mark.parametrize(
     "wrong, error, rule",
     [
@@ -380,5 +389,7 @@ def test_without_a_trace_an_error_tells_what_it_knows_itself() -> None:
 
 def test_what_was_not_asked_for_is_a_key_error() -> None:
     for snapshot in (SNAPSHOT, with_trace(A_TRACE)):
+        with pytest.raises(TypeError, match="key must be a ResourceKey, got 'n:d'"):
+            snapshot.explain("n:d")  # type: ignore[arg-type]  # that is the point
         with pytest.raises(KeyError, match="n:d was not asked for"):
             snapshot.explain(ResourceKey("n", "d"))

@@ -581,4 +581,6 @@ async def test_a_predicate_that_would_be_true_of_everything_invalidates_nothing(
     await building.build([key("s")])
     with pytest.raises(TypeError, match="predicate must be a plain function"):
         await cache.invalidate_matching(LATE.answer)
+    with pytest.raises(TypeError, match="predicate must answer at once, got an awaitable"):
+        await cache.invalidate_matching(lambda it: LATE.answer(it, "hidden"))
     assert await cache.size() == 1

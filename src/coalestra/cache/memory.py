@@ -250,7 +250,11 @@ class AsyncMemoryCache:
 
         The predicate may also be asked about keys that are being fetched at the moment.
         """
-        matches = validation.plain_function("predicate", predicate)
+        says = validation.plain_function("predicate", predicate)
+
+        def matches(key: ResourceKey) -> bool:
+            return bool(validation.at_once("predicate", says(key)))
+
         return await _gone(self._store.drop_where(matches))
 
     async def invalidate_namespace(

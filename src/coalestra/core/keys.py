@@ -261,6 +261,7 @@ class ResourceKey(_Kept):
         Raises:
             ValueError: if that leaves a part empty, or makes two qualifier names equal.
         """
+        validation.instance("normalizer", normalizer, KeyNormalizer)
         return ResourceKey(
             self.namespace, self.name, self.subject, self.qualifiers, normalizer=normalizer
         )

@@ -11,7 +11,16 @@ from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.trace import Obtained, Trace, told_error, told_state, told_value
-from coalestra.core.validation import a_kind_of, concealed, flag, mapping, number, text
+from coalestra.core.validation import (
+    a_kind_of,
+    concealed,
+    flag,
+    instance,
+    mapping,
+    number,
+    text,
+    wrong_type,
+)
 from coalestra.core.values import SnapshotValue
 
 __all__ = ["FetchContext", "Snapshot", "SnapshotDiagnostics"]
@@ -192,10 +201,15 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
 
         Raises:
             KeyError: if it has none; its cause is why.
-            TypeError: if it is not of the expected type.
+            TypeError: if it is not of the expected type, or that is none.
         """
         found = self[key].value
-        if expected_type is not None and not isinstance(found, expected_type):
+        try:
+            fits = expected_type is None or isinstance(found, expected_type)
+        except TypeError as error:
+            rule, remedy = "a type, or several of them", "leave out what a type is parametrized by"
+            raise wrong_type("expected_type", rule, expected_type, remedy) from error
+        if not fits:
             raise TypeError(  # the payload itself is nobody's business
                 f"value of {key.display} must be {a_kind_of(expected_type)}, got one of type "
                 f"{type(found).__name__}"
@@ -266,6 +280,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         Raises:
             KeyError: if it was not asked for.
         """
+        instance("key", key, ResourceKey)
         trace, value = self.trace, self.resources.get(key)
         if trace is not None and key in trace.keys:
             told = trace.explain(key)

@@ -212,6 +212,15 @@ def plain_function(name: str, value: T, *, optional: bool = False) -> T:
     return value
 
 
+def at_once(name: str, answer: Any) -> Any:
+    """Return what a function has answered; `TypeError` if that has yet to be awaited."""
+    if type(answer) is not bool and inspect.isawaitable(answer):
+        if hasattr(answer, "close"):
+            answer.close()
+        raise TypeError(f"{name} must answer at once, got an awaitable; use a plain function")
+    return answer
+
+
 def is_coroutine_function(function: Any) -> bool:
     """Whether calling ``function`` only makes a coroutine, so that it has not answered yet."""
     while isinstance(function, partial):
