@@ -118,9 +118,8 @@ R = TypeVar("R", records.AttemptTrace, records.CallTrace, KeyTrace, records.Stag
 
 
 _UNDER_WAY = {"outcome": "under_way", "obtained": Obtained.FAILED}
-_AT_END = (
-    "source", "version", "rests_on", "omitted_inputs", "error_type", "error", "pause_seconds",
-)  # fmt: skip
+_FOUND = ("source", "version", "rests_on", "omitted_inputs")
+_AT_END = (*_FOUND, "error_type", "error", "pause_seconds")
 """What only an end brings: before it, a record has its own defaults of these."""
 
 
@@ -291,6 +290,10 @@ class FlightLog:
         self.refusals.append(records.SourceRefusal(failure.source, _now(), status, *said))
 
 
+Found = tuple[str | None, str | None, tuple[Foundation, ...], int]
+"""Of a value its source, its version, what it rests on, and on how many more."""
+
+
 @dataclass(slots=True, eq=False)
 class KeyLog(_Stretch):
     """What is noted of one key for one who waits for it; see `KeyTrace`."""
@@ -302,10 +305,7 @@ class KeyLog(_Stretch):
     joined: str | None = None
     waits: _Waits = field(default_factory=_Waits)
     refresh: str | None = None
-    source: str | None = None
-    version: str | None = None
-    rests_on: tuple[Foundation, ...] = ()
-    omitted_inputs: int = 0
+    found: Found = (None, None, (), 0)
     error_type: str | None = None
     error: str | None = None
 
@@ -334,20 +334,16 @@ class KeyLog(_Stretch):
         if self.end == inf:
             self.handed()
         if reading is None:
-            self.obtained, self.version = Obtained.FAILED, None
+            self.obtained, self.found = Obtained.FAILED, (None, None, (), 0)
             self.error_type, self.error = _said(None if failure is None else failure.make())
             return
-        self.found(reading.revision)
+        self.found = _facts(reading.revision)
         self.error_type, self.error = _said(reading.fallback)
         if reading.fallback is not None:
             self.obtained = Obtained.FALLBACK
         elif self.obtained is None:
             known = pinned and self.flight is None
             self.obtained = Obtained.PINNED if known else self._how(reading)
-
-    def found(self, revision: Revision) -> None:
-        """Note which revision it is."""
-        self.source, self.version, self.rests_on, self.omitted_inputs = _facts(revision)
 
     def _how(self, reading: Reading) -> Obtained:
         if reading.from_cache:
@@ -358,7 +354,7 @@ class KeyLog(_Stretch):
 
     def came_to(self, until: float) -> str | None:
         """Return the version, or else the error, that it has come to by `until`, if it has."""
-        return (self.version or self.error) if self.end <= until else None
+        return (self.found[1] or self.error) if self.end <= until else None
 
     def traced(self, began: float, until: float, calls: dict[CallLog, int]) -> KeyTrace:
         """Return what was noted by `until`; `calls` numbers the calls, and learns of new ones."""
@@ -371,6 +367,7 @@ class KeyLog(_Stretch):
             KeyTrace,
             began,
             until,
+            **dict(zip(_FOUND, self.found, strict=True)),
             obtained=self.obtained or Obtained.FAILED,
             waits=tuple([each.told(Wait, began, until) for each in waits]),
             calls=tuple([calls.setdefault(call, len(calls)) for call in mine]),
@@ -382,10 +379,6 @@ _NO_FLIGHT = FlightLog("")
 """Stands for the flight of a key that none acquired; nothing is written into it."""
 
 
-Found = tuple[str, str, tuple[Foundation, ...], int]
-"""Of a value its source, its version, what it rests on, and on how many more."""
-
-
 class WarmKey(NamedTuple):
     """What is noted of a key that was in memory with all others: how, when, and what was found."""
 
@@ -395,19 +388,13 @@ class WarmKey(NamedTuple):
     found: Found
     requested: bool = True  # what derived values need is looked for one by one
 
-    @property
-    def version(self) -> str:
-        """Of the value that was found."""
-        return self.found[1]
-
-    def came_to(self, _until: float) -> str:
+    def came_to(self, _until: float) -> str | None:
         """Return the version of the value that was found."""
-        return self.version
+        return self.found[1]
 
     def traced(self, began: float, *_: object) -> KeyTrace:
         """Return it, in seconds since `began`."""
-        at, names = self.start - began, ("source", "version", "rests_on", "omitted_inputs")
-        found: dict[str, Any] = dict(zip(names, self.found, strict=True))
+        at, found = self.start - began, dict[str, Any](zip(_FOUND, self.found, strict=True))
         return KeyTrace(self.key, self.obtained, at, at, **found)
 
 
@@ -546,14 +533,14 @@ class WorkTrace:
         for key, value in values.items() if self.recording else ():
             place, pin = self._places.get(key), pins.get(key)
             known = None if place is None else self._entries[place]
-            if known is not None and known.version == value.version:
+            if known is not None and known.found[1] == value.version:
                 if isinstance(known, KeyLog):
                     known.requested = True
             elif pin is not None and pin.revision.version == value.version:
                 log = self._begin(key, requested=True)
                 if log is not None:
                     log.obtained, log.end = Obtained.PINNED, log.start
-                    log.found(pin.revision)
+                    log.found = _facts(pin.revision)
 
     def _begin(self, key: ResourceKey, *, requested: bool) -> KeyLog | None:
         """Begin the story of a key; where there is no room, in the place of its last one."""
