@@ -5,11 +5,13 @@ A watched builder is not kept alive, nor does one that fails to tell its health 
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
+from coalestra._endings import pass_on
 from coalestra.core.health import BuilderHealth, BuilderHealthSeverity
 from coalestra.core.request import SnapshotAcceptanceReason
 from coalestra.core.validation import readable
@@ -158,9 +160,11 @@ class Watched:
             try:
                 health = builder.health_snapshot_nowait()
                 found = [(fact.name, [*fact.read(health)]) for fact in facts]
-            except Exception as error:
+            except BaseException as error:
                 self.changes.failed(subject, error)
                 found = [(UP.name, [((), 0)])] if UP in facts else []
+                if threading.current_thread() is threading.main_thread():
+                    pass_on(error)  # to an exporter's thread it would be the end
             else:
                 self.changes.works(subject)
             for about, figures in found:

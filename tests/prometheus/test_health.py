@@ -252,6 +252,26 @@ async def test_a_builder_that_fails_to_tell_takes_no_other_with_it(
     assert caplog.records[0].exc_info is not None
 
 
+@pytest.mark.parametrize("end", [SystemExit, asyncio.CancelledError])
+def test_a_builder_that_ends_whoever_asks_it_takes_no_other_with_it(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    """Or else the thread of an exporter would be gone for good."""
+    sick, well = builder(Single("x")), builder(Single("x"))
+    HealthCollector({"sick": sick, "well": well}, registry=registry)
+
+    def fail() -> Any:
+        raise end
+
+    monkeypatch.setattr(sick.circuit_breaker, "counted", fail)
+    with ThreadPoolExecutor(1) as scraper:
+        scraped = scraper.submit(series, registry, NAMES).result()
+    assert {labels["builder"]: each for labels, each in scraped} == {"sick": 0, "well": 1}
+    if end is SystemExit:
+        with pytest.raises(SystemExit):
+            series(registry, NAMES)
+
+
 # Making one ---------------------------------------------------------------------------------------
 
 
