@@ -21,7 +21,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -156,6 +156,7 @@ class _Entry:
     settled: bool = False
 
 
+@dataclass(eq=False, repr=False)
 class WorkerQueue(Generic[R]):
     """Takes records from any thread and hands them to ``deliver`` in a thread of its own.
 
@@ -180,22 +181,15 @@ class WorkerQueue(Generic[R]):
         noted: is told what each delivery raised, or None.
     """
 
-    def __init__(
-        self,
-        deliver: Callable[[R], object],
-        max_pending: int,
-        *,
-        drop_oldest: bool,
-        name: str,
-        lingers: bool,
-        noted: Callable[[BaseException | None], object] = lambda _: None,
-    ) -> None:
-        self.max_pending: int = max_pending
-        self._drop_oldest = drop_oldest
-        self._deliver = deliver
-        self._noted = noted
-        self._name = name
-        self._lingers = lingers
+    deliver: Callable[[R], object]
+    max_pending: int
+    _: KW_ONLY
+    drop_oldest: bool
+    name: str
+    lingers: bool
+    noted: Callable[[BaseException | None], object] = lambda _: None
+
+    def __post_init__(self) -> None:
         self._waiting: deque[_Entry] = deque()
         self._refused, self._discarded = Cell(0), Cell(0)
         self._delivered = self._failures = self._disowned = 0
@@ -219,7 +213,7 @@ class WorkerQueue(Generic[R]):
     def put(self, record: R) -> bool:
         """Accept a record; return False if it was dropped."""
         full = len(self._waiting) >= self.max_pending
-        if self.closed or (full and not self._drop_oldest):
+        if self.closed or (full and not self.drop_oldest):
             self._refused.change(lambda count: count + 1)
             return False
         self._waiting.append(_Entry(record))
@@ -247,8 +241,8 @@ class WorkerQueue(Generic[R]):
         """Start a worker thread unless one is on its way, or none can be had."""
         if sys.is_finalizing() or (self._thread is not None and self._thread.is_alive()):
             return
-        stay = {"stay": self._lingers}
-        thread = threading.Thread(target=self._work, kwargs=stay, name=self._name, daemon=True)
+        stay = {"stay": self.lingers}
+        thread = threading.Thread(target=self._work, kwargs=stay, name=self.name, daemon=True)
         self._thread = thread
         try:
             thread.start()
@@ -296,7 +290,7 @@ class WorkerQueue(Generic[R]):
         entry = None
         try:
             entry = self._waiting.popleft()
-            self._deliver(entry.record)
+            self.deliver(entry.record)
             self._delivered += 1
             self._note(None)
         except BaseException as error:
@@ -316,7 +310,7 @@ class WorkerQueue(Generic[R]):
 
     def _note(self, error: BaseException | None) -> None:
         with contextlib.suppress(BaseException if self._is_own_thread else Exception):
-            self._noted(error)
+            self.noted(error)
 
     @property
     def _is_own_thread(self) -> bool:

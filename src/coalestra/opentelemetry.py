@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from traceback import walk_tb
 from typing import Any, Final
@@ -99,18 +99,16 @@ class _Join:
     keys: int = 0
 
 
+@dataclass(slots=True, eq=False)
 class _Begun:
     """A span under way, and the context in which it is the current one.
 
     `joins` are told when it ends, each of them as one span.
     """
 
-    __slots__ = ("context", "joins", "span")
-
-    def __init__(self, span: trace.Span, context: Context) -> None:
-        self.span = span
-        self.context: Context = trace.set_span_in_context(span, context)
-        self.joins: dict[Any, _Join] = {}
+    span: trace.Span
+    context: Context
+    joins: dict[Any, _Join] = field(default_factory=dict)
 
     @property
     def link(self) -> trace.Link:
@@ -156,7 +154,7 @@ class OpenTelemetryTracer:
             name = f"{_CALLS.get(source_kind, source_kind)} {source}"
         told, links = _attributes(attributes.items()), () if link is None else (link.link,)
         span = self._tracer.start_span(name, context, attributes=told, links=links)
-        return _Begun(span, context)
+        return _Begun(span, trace.set_span_in_context(span, context))
 
     def enter(self, span: _Begun) -> Callable[[], None] | None:
         """Make a span current in the present context; see `Tracer.enter`."""

@@ -464,6 +464,11 @@ _WAITS = {
     WaitReason.STORE: "to be stored in the cache",
 }
 
+_REFRESHES = {
+    "scheduled": "It set off a refresh in the background.",
+    "under_way": "A refresh of it was under way already.",
+}
+
 _NO_SOURCE, _EXISTS_NOT = "no source had one", "it does not exist"
 
 _LISTED = 5
@@ -518,7 +523,7 @@ def _told(trace: Trace, found: KeyTrace) -> Iterator[str]:
     if found.rests_on:
         yield from _told_foundations(trace, found)
     if found.refresh is not None:
-        yield _told_refresh(began=found.refresh == "scheduled")
+        yield _REFRESHES[found.refresh]
 
 
 def _missed(trace: Trace, found: KeyTrace) -> bool:
@@ -675,7 +680,7 @@ def told_value(value: SnapshotValue[Any]) -> str:
     if facts.get("coalesced_request"):
         sentences.append("It was being acquired for another unit of work already.")
     if value.refresh is not RefreshState.NONE:
-        sentences.append(_told_refresh(began=bool(facts["refresh_scheduled"])))
+        sentences.append(_REFRESHES["scheduled" if facts["refresh_scheduled"] else "under_way"])
     if value.dependency_versions:
         below = [key.display for key in value.dependency_versions]
         sentences.append(_sentence(f"It rests on {many(len(below), 'value')}", _listed(below)))
@@ -700,12 +705,6 @@ def told_state(value: SnapshotValue[Any]) -> str:
         why = _why(str(facts["refresh_error_type"]), str(facts.get("refresh_error")))
         sentences.append(_sentence("The last refresh of it has failed", why))
     return " ".join(sentences)
-
-
-def _told_refresh(*, began: bool) -> str:
-    if began:
-        return "It set off a refresh in the background."
-    return "A refresh of it was under way already."
 
 
 def told_error(key: ResourceKey, error: BaseException) -> str:
@@ -737,8 +736,10 @@ def _pictured(trace: Trace, limit: int) -> Waterfall:
         Section("Calls", [_call_row(trace, call) for call in trace.calls]),
         Section("Keys", keys, trace.omitted_keys),
     )
-    title, facts = f"{readable(trace.kind)} {readable(trace.snapshot_id)}", [*_facts(trace)]
-    return Waterfall(title, facts, trace.duration_seconds, sections).fitting(limit)
+    integer("limit", limit, minimum=1)
+    shown = [each.fitting(limit) for each in sections if each.rows or each.omitted]
+    title = f"{readable(trace.kind)} {readable(trace.snapshot_id)}"
+    return Waterfall(title, [*_facts(trace)], trace.duration_seconds, shown)
 
 
 def _facts(trace: Trace) -> Iterator[str]:
@@ -971,12 +972,6 @@ class Waterfall(NamedTuple):
     seconds: float
     sections: Sequence[Section]
 
-    def fitting(self, limit: int) -> Waterfall:
-        """Return it with at most ``limit`` rows in each section."""
-        integer("limit", limit, minimum=1)
-        there = [section for section in self.sections if section.rows or section.omitted]
-        return self._replace(sections=[section.fitting(limit) for section in there])
-
     @property
     def legend(self) -> list[tuple[str, Look]]:
         """The kinds of bars that can be seen."""
@@ -1132,9 +1127,9 @@ def _style() -> str:
     return f"{rules(0)}@media (prefers-color-scheme:dark){{{rules(1)}}}"
 
 
-def _marks(row: Row, whole: float) -> Iterator[str]:
-    """Yield the bars of one row: in per cent of whatever they are put into, 20 pixels high."""
-    for kind, start, end in row.bars:
+def _marks(bars: Iterable[Bar], whole: float) -> Iterator[str]:
+    """Yield bars: in per cent of whatever they are put into, 20 pixels high."""
+    for kind, start, end in bars:
         look = LOOKS[kind]
         left = _share(start, whole) * 100
         wide = max(_share(end, whole) * 100 - left, 0.6 if kind == "at_once" else 0.25)
@@ -1157,7 +1152,7 @@ def _marks(row: Row, whole: float) -> Iterator[str]:
 
 
 def _sample(kind: str) -> str:
-    return "".join(_marks(Row("", "", 0, 1, (Bar(kind, 0, 1),)), 1))
+    return "".join(_marks([Bar(kind, 0, 1)], 1))
 
 
 def _tone(row: Row) -> str:
@@ -1237,7 +1232,7 @@ def _svg_row(row: Row, whole: float, top: int) -> str:
         f"<g><title>{_safe(f'{row.label}{row.others}: {took}. {row.note}')}</title>"
         f"{_svg_text(16, top, _LABEL - 26, name)}"
         f'<svg x="{_LABEL}" y="{top + 2}" width="{_TRACK}" height="20">'
-        f"{''.join(_marks(row, whole))}</svg>"
+        f"{''.join(_marks(row.bars, whole))}</svg>"
         f'<text x="{_LABEL + _TRACK + _TOOK - 14}" y="{top + 17}" text-anchor="end">{took}</text>'
         f"{_svg_text(_WIDE - _NOTE, top, _NOTE, _fitted(row.note, _NOTE // 8), _tone(row))}</g>"
     )
@@ -1318,7 +1313,7 @@ def _html_section(whole: float, section: Section) -> str:
 def _html_row(row: Row, whole: float) -> str:
     line = (
         f'<span class="label">{_safe(row.label)}{row.others}</span> '
-        f'<span class="track"><svg aria-hidden="true">{_LINES}{"".join(_marks(row, whole))}'
+        f'<span class="track"><svg aria-hidden="true">{_LINES}{"".join(_marks(row.bars, whole))}'
         f'</svg></span> <span class="took">{duration(row.end - row.start)}</span> '
         f'<span class="note {_tone(row)}">{_safe(row.note)}</span>'
     )

@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 import re
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from hashlib import sha256
 from html import escape
@@ -169,6 +171,7 @@ class Exchange:
         await self.body(b"" if self.method == "HEAD" else encoded)
 
 
+@dataclass(eq=False, repr=False)
 class Sampler:
     """Looks at the builder when a viewer wants a state, unless there is one that is young enough.
 
@@ -178,17 +181,14 @@ class Sampler:
         due: when the state is too old, on the clock of the event loop.
     """
 
-    def __init__(
-        self, builder: looks.AnyBuilder, names: looks.Names, threads: WorkerThreads, seconds: float
-    ) -> None:
-        self.story: looks.Story = looks.Story(builder, names)
-        self.viewers: int = 0
-        self.due: float = float("-inf")
-        self._builder = builder
-        self._threads = threads
-        self._interval = seconds
-        self._looking = asyncio.Lock()
-        self._state = b""
+    story: looks.Story
+    _builder: looks.AnyBuilder
+    _threads: WorkerThreads
+    _interval: float
+    viewers: int = 0
+    due: float = -math.inf
+    _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _state: bytes = b""
 
     async def state(self, late: float = 0.0) -> bytes:
         """Return a state that is no older than the interval.
@@ -318,7 +318,8 @@ class Inspector:
             for other in tuple(self._samplers):
                 if other.is_closed():
                     self._samplers.pop(other, None)
-            sampler = Sampler(self.builder, self._names, self._threads, self._interval)
+            story = looks.Story(self.builder, self._names)
+            sampler = Sampler(story, self.builder, self._threads, self._interval)
             self._samplers[loop] = sampler
         return sampler
 
