@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import math
 import queue
 import time
 import weakref
@@ -76,13 +77,12 @@ def subject_of(kind: str, sink: object) -> str:
 class Condition:
     """Whether one subject works or fails, as it was last said."""
 
-    __slots__ = ("_left", "_since", "failing", "subject")
+    __slots__ = ("_said_until", "failing", "subject")
 
     def __init__(self, subject: str) -> None:
         self.subject: str = readable(subject)
         self.failing: bool = False
-        self._left = _AT_ONCE
-        self._since = 0.0
+        self._said_until = -math.inf  # each line takes up one pause
 
     def is_news(self, failing: bool, now: float) -> bool:
         """Whether this has to be said, at ``now`` (monotonic seconds); then it counts as said."""
@@ -91,16 +91,10 @@ class Condition:
         if not _listened(logging.WARNING if failing else logging.INFO):
             self.failing = self.failing and failing
             return False
-        if self._left < _AT_ONCE:
-            gained = int((now - self._since) / _PAUSE_SECONDS)
-            self._left = min(_AT_ONCE, self._left + gained)
-            self._since += gained * _PAUSE_SECONDS
-        if not self._left:
+        until = max(self._said_until, now) + _PAUSE_SECONDS
+        if round(until - now, 3) > _AT_ONCE * _PAUSE_SECONDS:
             return False
-        if self._left == _AT_ONCE:
-            self._since = now
-        self._left -= 1
-        self.failing = failing
+        self._said_until, self.failing = until, failing
         return True
 
     def note(self, error: BaseException | None) -> None:

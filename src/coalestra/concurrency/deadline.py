@@ -15,9 +15,6 @@ if sys.version_info >= (3, 11):
     def _counting(task: asyncio.Task[Any]) -> asyncio.Task[Any]:
         return task
 
-    def _end_counting(task: asyncio.Task[Any]) -> None:
-        pass
-
 else:
     _SHADOWED = "cancel"
 
@@ -49,17 +46,17 @@ else:
             self._requests -= 1
             return self._requests
 
+        def end(self) -> None:
+            self.parties -= 1
+            if not self.parties:
+                delattr(self.task, _SHADOWED)
+
     def _counting(task: asyncio.Task[Any]) -> _Counting:
         present: object = task.cancel
         counting = present if isinstance(present, _Counting) else _Counting(task)
         setattr(task, _SHADOWED, counting)
         counting.parties += 1
         return counting
-
-    def _end_counting(counting: _Counting) -> None:
-        counting.parties -= 1
-        if not counting.parties:
-            delattr(counting.task, _SHADOWED)
 
 
 class OwnCancellation:
@@ -86,7 +83,8 @@ class OwnCancellation:
 
     def end(self) -> None:
         """Stop telling requests apart."""
-        _end_counting(self._task)
+        if sys.version_info < (3, 11):
+            self._task.end()
 
 
 _NOTHING_LEFT_SECONDS = 1e-6
