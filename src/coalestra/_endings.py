@@ -17,6 +17,11 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
+def running_task() -> asyncio.Task[Any] | None:
+    """Return the task that runs in this thread, if one does."""
+    return None if running_loop() is None else asyncio.current_task()
+
+
 def pass_on(error: BaseException) -> None:
     """Raise what ends the program out of the running event loop, in a turn of its own.
 

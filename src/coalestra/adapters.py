@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, TypeAlias, cast
 
-from coalestra._endings import pass_on
+from coalestra._endings import pass_on, running_task
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.threads import threads_of_context
 from coalestra.core import validation
@@ -79,7 +79,7 @@ class Invocation:
                 # Before Python 3.11 a task does not say who asked, so there the caller must judge.
                 own = asked is not None and _requests_to_cancel() == asked
             elif isinstance(error, GeneratorExit):
-                own = _runs(task)  # or else the coroutine is being closed
+                own = running_task() is task  # or else the coroutine is being closed
             else:
                 own = True
             if own:
@@ -131,14 +131,6 @@ def _discard(result: Any) -> None:
     """Close a coroutine that nobody is going to await."""
     if inspect.iscoroutine(result):
         result.close()
-
-
-def _runs(task: asyncio.Task[Any] | None) -> bool:
-    """Whether `task` is at work right now, so that nobody throws anything into it from outside."""
-    try:
-        return asyncio.current_task() is task
-    except RuntimeError:  # no loop runs
-        return False
 
 
 def _requests_to_cancel() -> int | None:

@@ -37,6 +37,7 @@ from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from coalestra._endings import running_task
 from coalestra.core import errors, validation
 from coalestra.core.errors import CircuitOpenError
 from coalestra.core.frozen import record
@@ -523,10 +524,7 @@ class CircuitBreaker:
 
     def _turns_of_task(self) -> dict[CircuitIdentity, int]:
         """Return in which turns the running task was admitted; outside of one, nothing is known."""
-        try:
-            task = asyncio.current_task()
-        except RuntimeError:  # no loop runs
-            task = None
+        task = running_task()
         return {} if task is None else self._admitted.setdefault(task, {})
 
     def _resolve(

@@ -485,7 +485,6 @@ _Errand = tuple[tuple[ResourceKey, ...], Work[T]]
 _Update = ResourceUpdate[Any]
 
 
-@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class SyncResourcePublisher:
     """Writes events into a builder's cache; its methods are for any thread.
 
@@ -496,12 +495,22 @@ class SyncResourcePublisher:
     and where a call would wait on the loop's own thread, it raises a `RuntimeError`.
     """
 
-    _publisher: ResourcePublisher
-    _thread: LoopThread
-    _backlog: SubmissionBacklog
-    _isolator: PayloadIsolator
-    _lifeline: object = None
-    _lanes: KeyLanes = dataclasses.field(default_factory=KeyLanes)
+    __slots__ = ("_backlog", "_isolator", "_lanes", "_lifeline", "_publisher", "_thread")
+
+    def __init__(
+        self,
+        publisher: ResourcePublisher,
+        thread: LoopThread,
+        backlog: SubmissionBacklog,
+        isolator: PayloadIsolator,
+        lifeline: object = None,
+    ) -> None:
+        self._lifeline = lifeline
+        self._publisher = publisher
+        self._thread = thread
+        self._backlog = backlog
+        self._isolator = isolator
+        self._lanes = KeyLanes()
 
     def __repr__(self) -> str:
         return f"<SyncResourcePublisher {self._backlog!r} over {self._publisher!r}>"
@@ -732,16 +741,20 @@ def _collected(requests: Any) -> Any:
     return tuple(requests) if isinstance(requests, Iterable) else requests
 
 
-@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class SyncSnapshotSession:
     """Several stages of one piece of work that share an id, a deadline and pinned values.
 
     Each method waits for its outcome; see `SnapshotSession` for what it means and raises.
     """
 
-    _session: SnapshotSession
-    _thread: LoopThread
-    _lifeline: object = None
+    __slots__ = ("_lifeline", "_session", "_thread")
+
+    def __init__(
+        self, session: SnapshotSession, thread: LoopThread, lifeline: object = None
+    ) -> None:
+        self._lifeline = lifeline
+        self._session = session
+        self._thread = thread
 
     def __repr__(self) -> str:
         return f"<SyncSnapshotSession {self.snapshot_id!r} closed={self.closed}>"

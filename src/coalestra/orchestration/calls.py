@@ -57,7 +57,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from coalestra._endings import PROGRAM_ENDS, pass_on, running_loop
+from coalestra._endings import PROGRAM_ENDS, pass_on, running_loop, running_task
 from coalestra.cache.store import Held
 from coalestra.concurrency.capacity import CapacityLease
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, OwnCancellation
@@ -1697,10 +1697,7 @@ class Worker:
     @property
     def runs(self) -> bool:
         """Whether its task takes a step just now, and its coroutine is not merely being closed."""
-        try:
-            return asyncio.current_task() is self.task
-        except RuntimeError:
-            return False
+        return running_task() is self.task
 
     async def run(self) -> None:
         """Serve the lane; the coroutine of the task."""

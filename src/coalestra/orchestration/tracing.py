@@ -12,7 +12,6 @@ Laws:
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +24,7 @@ from math import inf
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
-from coalestra._endings import pass_on
+from coalestra._endings import pass_on, running_loop
 from coalestra.core import trace as records
 from coalestra.core.errors import SourceFailure, folded_message, message_of, type_name
 from coalestra.core.frozen import EMPTY, FrozenDict
@@ -51,10 +50,8 @@ MOST_KEPT = 32
 
 def _now() -> float:
     """Return the time of the event loop; outside of one, of the clock that loops go by."""
-    try:
-        return asyncio.get_running_loop().time()
-    except RuntimeError:
-        return time.monotonic()
+    loop = running_loop()
+    return time.monotonic() if loop is None else loop.time()
 
 
 class Tracing:
