@@ -116,7 +116,8 @@ class Pace:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            await self.keep()
+            if self.due:
+                await self.rest()
 
     def __repr__(self) -> str:
         return f"<Pace {self._until - time.perf_counter():+.4f} s left>"

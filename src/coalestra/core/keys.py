@@ -401,7 +401,7 @@ def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, 
         remedy = "put a single one in a list" if isinstance(keys, ResourceKey) else ""
         raise validation.wrong_type(name, "a collection of ResourceKey", keys, remedy) from None
     found: Collection[Any] = keys.copy() if type(keys) is dict else tuple(given)
-    for key in found:
-        if type(key) is not ResourceKey:
-            raise validation.wrong_type(name, "a ResourceKey", key)
+    if set(map(type, found)).difference((ResourceKey,)):
+        other = next(key for key in found if type(key) is not ResourceKey)
+        raise validation.wrong_type(name, "a ResourceKey", other)
     return tuple(dict.fromkeys(found))

@@ -197,6 +197,7 @@ class Deliveries:
         large: list[tuple[int, ResourceKey, Revision]] = []
         open_now, pace, left = self._copies.open_now, self._pace, PORTION
         late: str | None = None
+        pace.begin()
         for key, reading in readings.items():
             if late is not None:
                 errors[key] = SnapshotDeadlineExceededError(late)

@@ -671,14 +671,14 @@ class Gather:
             return None
         if joined:
             reading = reading.joined()
-        self.readings[key] = reading
         if self.forced and key in self.forced:
             derived = reading.revision.dependency_versions
             if not derived or key in self.private:  # else it has to agree with the pins first
                 # What was read first stands: others are derived from it by now.
-                reading = self.readings[key] = self.pins.setdefault(key, reading)
+                reading = self.pins.setdefault(key, reading)
                 if reading.revision.dependency_versions:
                     pin_all(self.pins, {key: reading})
+        self.readings[key] = reading
         return reading
 
     def __repr__(self) -> str:

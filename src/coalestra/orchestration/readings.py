@@ -358,30 +358,30 @@ def reach(
     pins: Mapping[ResourceKey, Reading],
     visible: Collection[ResourceKey],
     keys: Collection[ResourceKey],
-) -> Slices[tuple[set[ResourceKey], set[ResourceKey]]]:
-    """Return what goes when `keys` are replaced, and what is then needed no longer.
+) -> Slices[tuple[dict[ResourceKey, None], dict[ResourceKey, None]]]:
+    """Return what goes when `keys` are replaced, in order, and what is then needed no longer.
 
     The first are `keys` and every pinned key that was derived from one of them, directly or not;
     the second is what is pinned out of sight and serves nothing but these.
     """
     used_by: dict[ResourceKey, list[ResourceKey]] = {}
-    for number, (key, reading) in enumerate(pins.items(), 1):
-        for name in reading.revision.dependency_versions:
+    for number, (key, revision) in enumerate(_derived(pins).items(), 1):
+        for name in revision.dependency_versions:
             used_by.setdefault(name, []).append(key)
         if not number % _PER_SLICE:
             yield
-    going = set(keys)
+    going = dict.fromkeys(keys)
     stack = [key for key in keys if key in used_by] if used_by else []
     while stack:
         for key in used_by.get(stack.pop(), ()):
             if key not in going:
-                going.add(key)
+                going[key] = None
                 stack.append(key)
                 if not len(going) % _PER_SLICE:
                     yield
     hidden = set(pins).difference(visible)
     if not hidden:
-        return going, hidden
+        return going, {}
     yield
     needed: set[ResourceKey] = set()
     stack = [key for key in visible if key in pins and key not in going]
@@ -392,4 +392,4 @@ def reach(
             stack.extend(pins[key].revision.dependency_versions)
             if not len(needed) % _PER_SLICE:
                 yield
-    return going, {key for key in hidden if key not in needed and key not in going}
+    return going, dict.fromkeys(hidden.difference(needed, going))

@@ -47,7 +47,7 @@ from coalestra.core.errors import (
     not_accepted,
     without_frames,
 )
-from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
+from coalestra.core.frozen import EMPTY, FrozenDict, empty, filled, frozen
 from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.request import (
     RequestResult,
@@ -95,9 +95,8 @@ def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
         found = dict.fromkeys(keys)
     except TypeError:  # something has no hash
         found = dict.fromkeys(distinct_keys("keys", keys))
-    for key in found:
-        if type(key) is not ResourceKey:
-            distinct_keys("keys", keys)
+    if set(map(type, found)).difference((ResourceKey,)):
+        distinct_keys("keys", keys)
     return found
 
 
@@ -122,13 +121,7 @@ class UnitOfWork:
         self, keys: Mapping[ResourceKey, None], *, strict: bool, retry_errors: bool = False
     ) -> Snapshot:
         """Return a snapshot of all that was asked for so far; if `strict`, each key has a value."""
-
-        async def objects(snapshot: Snapshot) -> SnapshotBuildError | None:
-            failed = self._failed_of(keys, snapshot) if strict else EMPTY
-            partly = None if self._undelivered else snapshot
-            return SnapshotBuildError(failed, snapshot=partly) if failed else None
-
-        return accepted(*await self._decided(keys, objects, strict, retry_errors))
+        return accepted(*await self._decided(keys, None, strict, retry_errors))
 
     async def resolve_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -143,36 +136,36 @@ class UnitOfWork:
         return result_of(request, *await self._answer(request, retry_errors))
 
     def _answer(self, request: SnapshotRequest, retry_errors: bool) -> Coroutine[Any, Any, Decided]:
-        parts = self.engine.parts
-
-        async def objects(snapshot: Snapshot) -> Exception | None:
-            parts.pace.begin()
-            return await parts.pace.through(objection(parts, request, snapshot))
-
-        return self._decided(dict.fromkeys(request.keys), objects, True, retry_errors)
+        return self._decided(dict.fromkeys(request.keys), request, True, retry_errors)
 
     async def _decided(
         self,
         keys: Mapping[ResourceKey, None],
-        objects: Callable[[Snapshot], Awaitable[Exception | None]],
+        request: SnapshotRequest | None,
         strict: bool,
         retry_errors: bool,
     ) -> Decided:
         """Settle further keys, and report how that went.
 
-        Return the snapshot of all that was asked for so far, and what `objects` says against it or
-        what kept it from being made.
+        Return the snapshot of all that was asked for so far, and what speaks against it, by the
+        rules of a request if it is for one, or what kept it from being made.
         """
-        report, clock = self.engine.parts.report, self.engine.parts.clock
+        parts = self.engine.parts
+        report, clock = parts.report, parts.clock
         began = 0.0 if report is None else clock.monotonic()
-        snapshot, succeeded = None, False
+        snapshot, succeeded, error = None, False, None
         try:
             with self.stage("resolve" if self.lasting else "build", len(keys)) as stage:
                 snapshot = await self._settled(keys, retry_errors)
-                failed = len(self._failed_of(keys, snapshot))
+                errors = self._failed_of(keys, snapshot)
+                failed = len(errors)
                 stage.resolved, stage.failed = len(keys) - failed, failed
                 try:
-                    error = await objects(snapshot)
+                    if request is not None:
+                        error = await objection(parts, request, snapshot)
+                    elif strict and errors:
+                        partly = None if self._undelivered else snapshot
+                        error = SnapshotBuildError(errors, snapshot=partly)
                     succeeded = error is None
                     if self.work.trace is not None:  # else the stage is everybody's, and stays
                         stage.error = error
@@ -222,7 +215,8 @@ class UnitOfWork:
         found: Mapping[ResourceKey, Reading] = EMPTY
         wanted, struck = keys, False
         if self.pins or self.failures:
-            known = self.pins if retry_errors else {**self.pins, **self.failures}
+            failed = EMPTY if retry_errors else self.failures
+            known = {**self.pins, **failed} if failed else self.pins
             if len({**known, **keys}) < len(known) + len(keys):
                 wanted = {key: None for key in keys if key not in known}
         self.requested.update(keys)
@@ -270,9 +264,9 @@ class UnitOfWork:
         What is shown with them is to be taken in the same step, or a key may be in neither.
         """
         known, pins, get = self.failures, self.pins, self.failures.get
-        if not pins and list(known) == list(self.requested):
+        if not known or (not pins and list(known) == list(self.requested)):
             return list(known.values())
-        asked = self.requested if known else ()
+        asked = self.requested
         return [each for key in asked if (each := get(key)) is not None and key not in pins]
 
     async def errors(self, failures: Iterable[Failure]) -> dict[ResourceKey, Exception]:
@@ -305,7 +299,6 @@ class UnitOfWork:
     ) -> tuple[Mapping[ResourceKey, SnapshotValue[Any]], Mapping[ResourceKey, Exception]]:
         """Return a reader's copies, and the error for each that there is none of."""
         trace = self.work.trace
-        self.engine.parts.pace.begin()
         with _UNNOTED if trace is None else trace.delivering(len(readings)):
             deliveries = self.engine.flights.deliveries
             copies = deliveries.at_hand(readings) or await deliveries.values(readings, deadline)
@@ -450,9 +443,7 @@ def _own(metadata: Mapping[str, Any]) -> FrozenDict[str, Any]:
         ) from error
 
 
-def objection(
-    parts: Parts, request: SnapshotRequest, snapshot: Snapshot
-) -> Slices[Exception | None]:
+async def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exception | None:
     """Return what speaks against a snapshot: what it lacks, then consistency, then acceptance.
 
     Both policies are reported on, as far as they are asked.
@@ -468,18 +459,14 @@ def objection(
         if found is not None:
             return found
     if request.acceptance_policy is not None:
-        violations = yield from violations_of(
-            request.acceptance_policy,
-            required,
-            optional,
-            snapshot,
-            parts.clock.now(),
-            parts.policies,
-        )
+        policy, now = request.acceptance_policy, parts.clock.now()
+        judged = violations_of(policy, required, optional, snapshot, now, parts.policies)
+        parts.pace.begin()
+        violations = await parts.pace.through(judged)
         if report is not None:
             report.acceptance_judged(snapshot.snapshot_id, violations)
         if violations:
-            return (yield from not_accepted(violations, snapshot))
+            return await parts.pace.through(not_accepted(violations, snapshot))
     return None
 
 
@@ -564,9 +551,13 @@ async def several(
 
 
 class Turn(asyncio.Lock):
-    """Is had by one who replaces values after the other; `stage` is what he waits for."""
+    """Is had, on a loop, by one who replaces values after the other; `stage` is his, if any."""
 
     stage: Stage | None = None
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self.loop: asyncio.AbstractEventLoop = loop
 
 
 class SnapshotSession:
@@ -583,7 +574,7 @@ class SnapshotSession:
 
     def __init__(self, unit: UnitOfWork) -> None:
         self._unit = unit
-        self._turn: tuple[asyncio.AbstractEventLoop | None, Turn] = None, Turn()
+        self._turn: Turn | None = None
 
     @property
     def snapshot_id(self) -> str:
@@ -714,10 +705,10 @@ class SnapshotSession:
             acceptance_policy=acceptance_policy,
         )
         loop = self._unit.engine.enter()
-        if self._turn[0] is not loop:
-            self._turn = loop, Turn()  # whoever had the other one has ended with its loop
+        if self._turn is None or self._turn.loop is not loop:
+            self._turn = Turn(loop)  # whoever had the other one has ended with its loop
         revalidation = Revalidation(self._unit, named, request, force_refresh, strict)
-        return await revalidation.run(self._turn[1])
+        return await revalidation.run(self._turn)
 
     def snapshot(self) -> Snapshot:
         """Return the snapshot of everything asked for so far; copies at once, however large."""
@@ -771,8 +762,8 @@ class Revalidation:
     request: SnapshotRequest
     forced: bool
     strict: bool
-    _affected: set[ResourceKey] = field(default_factory=set)
-    _loose: set[ResourceKey] = field(default_factory=set)
+    _affected: Mapping[ResourceKey, None] = field(default_factory=empty)
+    _loose: Mapping[ResourceKey, None] = field(default_factory=empty)
     _readings: dict[ResourceKey, Reading] = field(default_factory=dict)
     _failures: dict[ResourceKey, Failure] = field(default_factory=dict)
     _next: dict[ResourceKey, Reading] = field(default_factory=dict)
@@ -849,7 +840,9 @@ class Revalidation:
 
     async def _replaced(self, turn: Turn) -> Snapshot:
         while True:
-            await self._acquire(turn)
+            self._stamp = self._state()
+            turn.stage = await self._through(self._plan(dict(self.unit.pins)))
+            await self.unit.engine.run(turn.stage)
             if self._failures:
                 return await self._retained(await self.unit.errors(self._failures.values()))
             if not await self._goes_with_all():
@@ -861,8 +854,7 @@ class Revalidation:
                 return await self._undelivered(uncopied)
             errors = await self.unit.errors(each for each in failed if each.key not in self._next)
             snapshot = self.unit.assembled(values, errors)
-            judged = objection(self.unit.engine.parts, self.request, snapshot)
-            accepted(snapshot, await self._through(judged))
+            accepted(snapshot, await objection(self.unit.engine.parts, self.request, snapshot))
             visible = self._visible(snapshot)
             if await self._goes_with_all():
                 self._commit()
@@ -870,38 +862,39 @@ class Revalidation:
 
     # The new state, beside the old one --------------------------------------------------------
 
-    async def _acquire(self, turn: Turn) -> None:
-        """Read anew what is affected, under the pins that are not; failures are kept as facts."""
-        self._stamp = self._state()
-        stage = await self._through(self._plan(dict(self.unit.pins)))
-        stage.span = self._span
-        turn.stage = stage
-        await self.unit.engine.run(stage)
-
     def _plan(self, pins: Mapping[ResourceKey, Reading]) -> Slices[Stage]:
-        """Find out what goes with what is named, and what of it is to be read."""
+        """Find out what goes with what is named, and what of it is read anew, under the rest."""
         self._affected, self._loose = yield from readings.reach(
             pins, self.unit.requested.copy(), self.named
         )
         yield
-        forced = frozenset(self._affected) if self.forced else frozenset()
-        derived = (k for k, p in pins.items() if p.revision.dependency_versions and k in forced)
-        demand = readings.Demand(forced, frozenset(derived if forced else ()))
+        forced = frozenset(self._affected if self.forced else ())
+        pinned = ((key, pins.get(key)) for key in forced)
+        derived = frozenset(key for key, pin in pinned if pin and pin.revision.dependency_versions)
+        demand = readings.Demand(forced, derived)
         yield
-        going = self._affected | self._loose
-        kept = Pins({key: pin for key, pin in pins.items() if key not in going}, demand)
+        kept = Pins(self._left(pins), demand)
         yield
-        return Stage(self.unit.work, self._wanted(), kept, self._take, demand=demand)
+        stage = Stage(self.unit.work, self._wanted(), kept, self._take, demand=demand)
+        stage.span = self._span
+        return stage
+
+    def _left(self, pins: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Reading]:
+        """Return `pins` without all that goes."""
+        left = dict(pins)
+        for key in (*self._affected, *self._loose):
+            left.pop(key, None)
+        return left
 
     def _take(self, gather: Gather) -> None:
         self._readings = gather.readings
         self._failures = gather.failures
 
-    def _wanted(self) -> dict[ResourceKey, None]:
+    def _wanted(self) -> Mapping[ResourceKey, None]:
         """Return the affected keys that somebody has asked for; the rest is read if needed."""
-        asked = {**self.unit.requested, **self.named}
-        spared = set(asked).difference(self._affected)  # which asks no key for its hash
-        return {key: None for key in asked if key not in spared} if spared else asked
+        affected = self._affected
+        unasked = set(affected).difference(self.unit.requested, self.named)  # asks for no hash
+        return {key: None for key in affected if key not in unasked} if unasked else affected
 
     def _shown(self) -> Slices[Mapping[ResourceKey, Reading]]:
         """Return what the session shows after the commit, and what is named out of sight."""
@@ -911,7 +904,7 @@ class Revalidation:
 
     def _succeed(self, pins: dict[ResourceKey, Reading]) -> Slices[None]:
         """Lay out, in the place of `pins`, what is pinned after the commit."""
-        for key in (self._affected | self._loose).difference(self._readings):
+        for key in {*self._affected, *self._loose}.difference(self._readings):
             pins.pop(key, None)
         yield
         pins.update(self._readings)
@@ -934,18 +927,16 @@ class Revalidation:
             reached = readings.reach(pins, self.unit.requested.copy(), self.named)
             if await self._through(reached) != (self._affected, self._loose):
                 return False
-            going = self._affected | self._loose
-            kept = {key: pin for key, pin in pins.items() if key not in going}
-            if await self._through(readings.at_odds(self._readings, kept)):
+            if await self._through(readings.at_odds(self._readings, self._left(pins))):
                 return False
             await self._through(self._succeed(pins))
             self._stamp = stamp
         return True
 
-    async def _through(self, slices: Slices[T]) -> T:
+    def _through(self, slices: Slices[T]) -> Coroutine[Any, Any, T]:
         pace = self.unit.engine.parts.pace
         pace.begin()
-        return await pace.through(slices)
+        return pace.through(slices)
 
     def _state(self) -> tuple[int, ...]:
         """Return what changes with everything that the session pins, replaces or makes visible."""

@@ -386,7 +386,7 @@ class SingleFlight:
             key, policy, _ = each
             if key in gather.pins:
                 gather.readings[key] = gather.pins[key]
-            elif key in gather.private:
+            elif gather.private and key in gather.private:
                 self._acquire_privately(gather, key, policy)
             else:
                 others.append(each)
@@ -1232,7 +1232,7 @@ class SingleFlight:
         if not (alone or gather.agrees):
             gather.yield_to_pins()
             readings = gather.readings.values()
-            if gather.base or [each for each in readings if each.revision.dependency_versions]:
+            if [each for each in readings if each.revision.dependency_versions]:
                 return self._judge(gather)
         self._tell(gather)
         return None
