@@ -69,3 +69,15 @@ def test_a_clock_may_tell_whole_seconds_and_those_before_the_epoch(moment: float
     clock = checked(Telling(moment))
     for told in (clock.now(), clock.monotonic()):
         assert (type(told), told) == (float, moment)
+
+
+def test_monotonic_seconds_that_run_back_go_on_from_where_they_were() -> None:
+    """So that no latency is negative, and nothing stands still until the clock has caught up."""
+    theirs = Telling(10.0)
+    clock = checked(theirs)
+    told = []
+    for moment in (10.0, 12.0, 4.0, 5.0, 5.0, 1.0, 2.5):
+        theirs.moment = moment
+        told.append(clock.monotonic())
+        assert clock.now() == moment  # which may be corrected
+    assert told == [10.0, 12.0, 12.0, 13.0, 13.0, 13.0, 14.5]

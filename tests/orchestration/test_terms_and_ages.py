@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from coalestra import (
+    CallableSource,
     FetchContext,
     FreshnessPolicy,
+    InMemoryMetrics,
     PolicyResolver,
     RefreshMode,
     RefreshState,
@@ -295,6 +297,28 @@ async def test_a_clock_that_is_at_a_loss_dates_no_value(nonsense: float) -> None
     clock.set_wall(sane)
     value = (await building.build([X]))[X]
     assert (value.observed_at, value.from_cache) == (sane, False)
+
+
+async def test_nothing_takes_less_than_no_time_where_the_monotonic_clock_runs_back() -> None:
+    """As one does that is no such clock; neither a value, nor the snapshot, nor health says so."""
+    clock, metrics = ManualClock(), InMemoryMetrics()
+
+    def back(asked: ResourceKey, _: FetchContext) -> str:
+        clock.advance(-3)
+        return asked.name
+
+    source = CallableSource(
+        name="s", priority=1, supports=lambda _: True, fetcher=back, run_sync_in_thread=False
+    )
+    building = builder(source, clock=clock, metrics=metrics)
+    snapshot = await building.build([X])
+    assert snapshot[X].latency_ms == snapshot.diagnostics.duration_ms == 0.0
+    assert snapshot.diagnostics.source_latency_ms_by_source == {"s": 0.0}
+    taken = metrics.summary("source_fetch_latency_ms", source="s")
+    assert taken is not None
+    assert taken.minimum == 0.0
+    health = await building.health_snapshot()
+    assert health.sources["s"].seconds_since_success == 0.0
 
 
 @pytest.mark.parametrize("how", ["publish", "force"])

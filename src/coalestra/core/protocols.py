@@ -42,12 +42,15 @@ class CheckedClock:
     """A clock of somebody else's, of which no moment is believed that is none.
 
     NaN and infinity are a `ValueError`: values would be of that date, and circuits open, for ever.
+    If its monotonic seconds run back, these go on from where they were: no time took less than 0.
     """
 
-    __slots__ = ("_clock",)
+    __slots__ = ("_ahead", "_clock", "_last")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._last = -math.inf
+        self._ahead = 0.0
 
     def now(self) -> float:
         """Return the wall-clock time in seconds since the epoch."""
@@ -55,7 +58,11 @@ class CheckedClock:
 
     def monotonic(self) -> float:
         """Return seconds since some fixed moment."""
-        return _believed("monotonic", self._clock.monotonic())
+        seconds = _believed("monotonic", self._clock.monotonic())
+        if seconds < self._last:
+            self._ahead += self._last - seconds
+        self._last = seconds
+        return seconds + self._ahead
 
     def __repr__(self) -> str:
         return repr(self._clock)
