@@ -124,8 +124,8 @@ COLLABORATORS: Table = {
     "circuit_breaker": kind(CircuitBreaker()),
     "default_resilience": kind(SourceResiliencePolicy()),
     "source_resilience": (
-        (None, {}, {"s": SourceResiliencePolicy()}),
-        ({"unknown": SourceResiliencePolicy()}, {"": SourceResiliencePolicy()}),
+        (None, {}, {"s": SourceResiliencePolicy()}, {"unknown": SourceResiliencePolicy()}),
+        ({"": SourceResiliencePolicy()},),
         (0, "text", ["s"], {"s": RetryPolicy()}, {"s": None}),
     ),
     "resilience_resolver": kind(ResiliencePolicyResolver(SourceResiliencePolicy())),
@@ -273,14 +273,22 @@ def test_what_another_argument_takes_the_place_of_is_told_and_not_just_ignored(
     assert caplog.messages == [f"{name} is not used, as {other} takes its place"]
 
 
-def test_a_setting_by_name_of_source_that_names_none_says_which_there_are() -> None:
+def test_a_limit_of_a_source_that_there_is_not_says_which_there_are() -> None:
     """A misspelt name would be without effect; that there is no source at all is said, too."""
-    misspelt: dict[str, Any]
-    for misspelt in ({"source_concurrency": {"S": 1}}, {"source_resilience": {"S": RESILIENCE}}):
-        with pytest.raises(ValueError, match=f"{next(iter(misspelt))} names 'S', .* known are s$"):
-            made(**misspelt)
-        with pytest.raises(ValueError, match="known are none"):
-            SnapshotBuilder([], **misspelt)
+    with pytest.raises(ValueError, match="source_concurrency names 'S', .* known are s$"):
+        made(source_concurrency={"S": 1})
+    with pytest.raises(ValueError, match="known are none"):
+        SnapshotBuilder([], source_concurrency={"S": 1})
+
+
+def test_a_misspelt_name_of_source_among_policies_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Others may be those of a whole application, and are nothing to speak of."""
+    policies = {"orders": RESILIENCE, "Prices": RESILIENCE}
+    SnapshotBuilder([Single("prices")], source_resilience=policies)
+    told = "source_resilience names 'Prices', but there is no such source; is 'prices' meant?"
+    assert caplog.messages == [told]
+    SnapshotBuilder([Single("prices")], source_resilience={**policies, "prices": RESILIENCE})
+    assert caplog.messages == [told]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
@@ -210,15 +211,21 @@ def _default_cache(given: BuilderArguments) -> AsyncMemoryCache | None:
 
 
 def _require_known(links: Iterable[Link], settings: BuilderArguments) -> None:
-    """Raise `ValueError` for a setting by name of source that names none."""
-    known = {link.name for link in links}
-    for setting in ("source_concurrency", "source_resilience"):
-        for name in getattr(settings, setting) or ():
-            if name not in known:
-                raise ValueError(
-                    f"{setting} names {name!r}, but there is no such source; known are "
-                    f"{', '.join(sorted(known)) or 'none'}"
-                )
+    """Raise `ValueError` for a limit of a source that there is not, and tell of misspelt policies.
+
+    Policies may be those of a whole application, of whose sources a builder has a few.
+    """
+    known, named = {link.name for link in links}, set(settings.source_resilience or ())
+    for name in settings.source_concurrency or ():
+        if name not in known:
+            raise ValueError(
+                f"source_concurrency names {name!r}, but there is no such source; known are "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+    for name in sorted(named - known):
+        for meant in get_close_matches(name, known - named, 1):
+            told = "source_resilience names %r, but there is no such source; is %r meant?"
+            LOGGER.warning(told, name, meant)
 
 
 def _capacity(links: Iterable[Link], settings: BuilderArguments) -> CapacityController:
