@@ -47,7 +47,7 @@ from coalestra.core.validation import callable_, flag, instance, integer, number
 from coalestra.core.values import PublishResult, ResourceUpdate
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.closing import MOMENT_SECONDS, gives_way, insist
-from coalestra.orchestration.session import Several, SnapshotSession, distinct
+from coalestra.orchestration.session import Several, SnapshotSession
 
 __all__ = ["SyncResourcePublisher", "SyncSnapshotBuilder", "SyncSnapshotSession"]
 
@@ -646,7 +646,7 @@ class SyncResourcePublisher:
 
     def _removal(self, keys: Iterable[ResourceKey], reason: str) -> _Errand[None]:
         text("reason", reason, empty=True)
-        unique = distinct_keys("keys", keys)
+        unique = tuple(distinct_keys("keys", keys))
         return unique, partial(self._publisher.invalidate_many, unique, reason=reason)
 
     def _captured(self, update: _Update) -> _Update:
@@ -694,7 +694,7 @@ def blocking(
     of: str,
     method: Callable[Concatenate[Any, P], Awaitable[T]],
     first: str = "",
-    read: Callable[[Any], object] = distinct,
+    read: Callable[[str, Any], object] = distinct_keys,
 ) -> Callable[Concatenate[Any, P], T]:
     """Return a method that has an async one done on the loop, and waits for what it returns.
 
@@ -705,9 +705,9 @@ def blocking(
 
     def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
         if first and args:
-            args = read(args[0]), *args[1:]
+            args = read(first, args[0]), *args[1:]
         elif first in kwargs:
-            kwargs[first] = read(kwargs[first])
+            kwargs[first] = read(first, kwargs[first])
         return self._thread.run(call, getattr(getattr(self, of), name), *args, **kwargs)
 
     made: Callable[Concatenate[Any, P], T] = cast(Any, wraps(method)(wait))
@@ -735,7 +735,7 @@ def several_blocking(of: str, method: Several[P]) -> SeveralBlocking[P]:
     return cast("SeveralBlocking[P]", made)
 
 
-def _collected(requests: Any) -> Any:
+def _collected(_name: str, requests: Any) -> Any:
     if isinstance(requests, Mapping):
         return FrozenDict(requests)
     return tuple(requests) if isinstance(requests, Iterable) else requests

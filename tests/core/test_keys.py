@@ -392,7 +392,7 @@ def test_a_key_normalized_anew_keeps_the_new_normalizer() -> None:
 
 def test_distinct_keys_come_once_and_in_order() -> None:
     a, b = ResourceKey("n", "a"), ResourceKey("n", "b")
-    assert distinct_keys("keys", iter([b, a, ResourceKey("n", "b")])) == (b, a)
+    assert list(distinct_keys("keys", iter([b, a, ResourceKey("n", "b")]))) == [b, a]
 
 
 @pytest.mark.parametrize("wrong", ["n:k", [KEY, "n:k"], KEY, None, 5])

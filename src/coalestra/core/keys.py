@@ -393,7 +393,7 @@ def _given_pairs(qualifiers: object) -> Iterable[tuple[str, Any]]:
     return pairs
 
 
-def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, ...]:
+def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     """Return each of ``keys`` once, in the order given; a `TypeError` says ``name``."""
     try:
         given = iter(keys)
@@ -404,4 +404,4 @@ def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> tuple[ResourceKey, 
     if set(map(type, found)).difference((ResourceKey,)):
         other = next(key for key in found if type(key) is not ResourceKey)
         raise validation.wrong_type(name, "a ResourceKey", other)
-    return tuple(dict.fromkeys(found))
+    return dict.fromkeys(found)

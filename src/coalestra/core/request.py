@@ -90,7 +90,7 @@ class SnapshotRequirement:
     name: str = ""
 
     def __init__(self, keys: Iterable[ResourceKey], *, minimum_count: int, name: str = "") -> None:
-        alternatives = distinct_keys("keys", keys)
+        alternatives = tuple(distinct_keys("keys", keys))
         if not alternatives:
             raise ValueError(refusal("keys", "at least one key", alternatives))
         if integer("minimum_count", minimum_count, minimum=1) > len(alternatives):
@@ -494,8 +494,8 @@ class SnapshotRequest:
     ) -> None:
         instance("consistency_policy", consistency_policy, SnapshotConsistencyPolicy, optional=True)
         instance("acceptance_policy", acceptance_policy, SnapshotAcceptancePolicy, optional=True)
-        object.__setattr__(self, "required", distinct_keys("required", required))
-        object.__setattr__(self, "optional", distinct_keys("optional", optional))
+        object.__setattr__(self, "required", tuple(distinct_keys("required", required)))
+        object.__setattr__(self, "optional", tuple(distinct_keys("optional", optional)))
         object.__setattr__(self, "consistency_policy", consistency_policy)
         object.__setattr__(self, "acceptance_policy", acceptance_policy)
         if not self.keys:

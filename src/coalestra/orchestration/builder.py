@@ -18,7 +18,7 @@ from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core import protocols, validation
 from coalestra.core.health import BuilderHealth, FlightSnapshot
-from coalestra.core.keys import ResourceKey
+from coalestra.core.keys import ResourceKey, distinct_keys
 from coalestra.core.policies import (
     AuthorityPolicyResolver,
     FreshnessPolicy,
@@ -35,7 +35,7 @@ from coalestra.observability import LOGGER, BufferOverflowPolicy, ObservabilityS
 from coalestra.orchestration import session as sessions
 from coalestra.orchestration.closing import Closing, Limits, gives_way
 from coalestra.orchestration.flights import Parts, Work
-from coalestra.orchestration.session import Requests, Results, SnapshotSession, Terms, distinct
+from coalestra.orchestration.session import Requests, Results, SnapshotSession, Terms
 from coalestra.orchestration.singleflight import Engine
 from coalestra.orchestration.sources import Chains, Link
 from coalestra.orchestration.tracing import Tracing
@@ -432,7 +432,7 @@ class SnapshotBuilder(BuilderArguments):
         """
         if type(strict) is not bool:
             flag("strict", strict)
-        wanted = distinct(keys)
+        wanted = distinct_keys("keys", keys)
         if not wanted:
             raise ValueError("keys must name at least one resource, got none")
         if deadline_seconds is None and metadata is None and snapshot_id is None and trace is None:

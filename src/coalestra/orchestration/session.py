@@ -83,23 +83,6 @@ _UNNOTED: AbstractContextManager[Any] = nullcontext(StageLog("", 0))
 """Stands for the notes of a stage that nobody wants; what is written into it is never read."""
 
 
-_HELD = (list, tuple, dict)
-"""What can be gone through again, to say what is wrong with it."""
-
-
-def distinct(keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
-    """Return the keys without repetitions, in order; `TypeError` for anything but keys."""
-    if type(keys) not in _HELD:
-        return dict.fromkeys(distinct_keys("keys", keys))
-    try:
-        found = dict.fromkeys(keys)
-    except TypeError:  # something has no hash
-        found = dict.fromkeys(distinct_keys("keys", keys))
-    if set(map(type, found)).difference((ResourceKey,)):
-        distinct_keys("keys", keys)
-    return found
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class UnitOfWork:
     """What one build or session has asked for, what it has pinned, and what failed.
@@ -612,7 +595,8 @@ class SnapshotSession:
         self._require_open()
         flag("strict", strict)
         flag("retry_errors", retry_errors)
-        return await self._unit.resolve(distinct(keys), strict=strict, retry_errors=retry_errors)
+        named = distinct_keys("keys", keys)
+        return await self._unit.resolve(named, strict=strict, retry_errors=retry_errors)
 
     async def resolve_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -691,7 +675,7 @@ class SnapshotSession:
         self._require_open()
         flag("strict", strict)
         flag("force_refresh", force_refresh)
-        named, pins = distinct(keys), self._unit.pins
+        named, pins = distinct_keys("keys", keys), self._unit.pins
         if not named:
             raise ValueError("keys must name at least one resolved key of the session, got none")
         for key in named if len({**pins, **named}) > len(pins) else ():  # which asks for no hash
