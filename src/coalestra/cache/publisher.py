@@ -63,7 +63,6 @@ _PUBLISHED_MARK: FrozenDict[str, Any] = FrozenDict({"published": True})
 
 
 def _report(reporter: Reporter, force: bool, offered: Revision, outcome: Outcome) -> None:
-    """Report what became of a revision."""
     status, current, previous = outcome
     facts = {"resource": offered.key, "source": offered.source}
     if status is _STORED:

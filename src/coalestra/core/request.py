@@ -530,7 +530,7 @@ class SnapshotRequest:
 
 # What came of a request that does not raise ------------------------------------------------------
 
-_SCHEMA, _SCHEMA_VERSION = "coalestra.request-result", 1
+_SCHEMA = {"schema": "coalestra.request-result", "schema_version": 1}
 
 
 class RequestOutcome(str, enum.Enum):
@@ -646,8 +646,7 @@ class RequestResult:
         if self.snapshot is not None:
             read = self.snapshot.to_dict(include_values=include_values)
         return {
-            "schema": _SCHEMA,
-            "schema_version": _SCHEMA_VERSION,
+            **_SCHEMA,
             "outcome": self.outcome.value,
             "reason": errors.folded_message(self.reason),
             "required": [key.canonical for key in self.request.required],

@@ -149,7 +149,7 @@ class FetchContext:
 
 T = TypeVar("T")
 
-_SCHEMA, _SCHEMA_VERSION = "coalestra.snapshot", 1
+_SCHEMA = {"schema": "coalestra.snapshot", "schema_version": 1}
 
 
 @dataclass(frozen=True, repr=False)
@@ -261,8 +261,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         flag("include_values", include_values)
         values = self.resources.items()
         return {
-            "schema": _SCHEMA,
-            "schema_version": _SCHEMA_VERSION,
+            **_SCHEMA,
             "snapshot_id": self.snapshot_id,
             "created_at": utc_text(self.created_at),
             "complete": self.complete,
