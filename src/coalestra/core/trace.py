@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coalestra.core import errors
@@ -1014,12 +1015,8 @@ def _fitted(text: str, room: int, ending: str = "…") -> str:
     """Return ``text``, cut if it takes more cells than there are."""
     if _size(text) <= room:
         return text
-    left = room - len(ending)
-    for index, character in enumerate(text):
-        left -= _cells(character)
-        if left < 0:
-            return (text[:index] + ending)[: max(room, 0)]
-    return text
+    kept = sum(cells <= room - len(ending) for cells in accumulate(map(_cells, text)))
+    return (text[:kept] + ending)[: max(room, 0)]
 
 
 class Text:
