@@ -275,12 +275,9 @@ class SingleFlight:
         self.hold(gather.work)
         if gather.work.trace is not None:
             self.note(gather)
-        keys: Collection[ResourceKey] = gather.keys
-        if gather.readings:
-            keys = [key for key in gather.keys if key not in gather.readings]
-        if keys and self._store is not None and not (gather.forced or gather.refresh):
+        if gather.keys and self._store is not None and not (gather.forced or gather.refresh):
             gather.work.record.cache_batch_reads += 1
-        self.agenda.add(self._look_on, gather, keys)
+        self.agenda.add(self._look_on, gather)
 
     @staticmethod
     def note(gather: Gather) -> None:
@@ -291,14 +288,13 @@ class SingleFlight:
             if gather.span is None:
                 gather.span = trace.span if owner is None else owner.span_of(gather.work)
 
-    def _look_on(self, gather: Gather, keys: Collection[ResourceKey]) -> Steps:
+    def _look_on(self, gather: Gather) -> Steps:
         """Look for keys, until the gather is struck; then conclude what is complete, make calls.
 
         What memory holds of keys of which nothing else can be known is read in one go, so that what
         was written together is seen together; the flights of what it lacks begin in steps.
         """
-        if not gather.open:
-            keys = ()  # who waited has gone before it was his turn
+        keys = gather.keys if gather.open else ()  # or who waited has gone before it was his turn
         comes_now = gather.owner is None and gather.within is None  # not for who came before
         if comes_now and self._store is None and self.parts.access.is_cut_off():
             self._hide_what_has_begun()
