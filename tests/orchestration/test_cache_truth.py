@@ -13,11 +13,13 @@ from coalestra import (
     FreshnessPolicy,
     RefreshMode,
     ResourceKey,
+    ResourceUpdate,
     SnapshotBuilder,
+    SnapshotRequest,
     SourcePayload,
 )
 from coalestra.concurrency import pace
-from coalestra.orchestration import calls, singleflight
+from coalestra.orchestration import calls, deliveries, singleflight
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
@@ -310,6 +312,79 @@ async def test_an_invalidation_at_any_step_of_a_fetch_leaves_nothing_cached(step
     await reader
     await building.build([K])
     assert len(source.calls) == 2
+
+
+@pytest.mark.parametrize("way", ["build", "request", "session", "further stage", "derivation"])
+async def test_a_reader_of_very_much_sees_all_of_a_publication_or_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+    for module, name in (
+        (deliveries, "_KEYS_AT_ONCE"),
+        (deliveries, "_KEYS_BETWEEN_LOOKS"),
+        (singleflight, "_KEYS_AT_ONCE"),
+        (singleflight, "_KEYS_PER_STEP"),
+    ):
+        monkeypatch.setattr(module, name, 2)
+    some = [key("b", str(number)) for number in range(6)]
+    double, total, further = key("double"), key("total"), key("further")
+    needs = {double: some[-1:], total: some, further: [key("b", "apart")]}
+    keys = [double, *some]
+
+    async def found_after(turns: int) -> set[int]:
+        derived = Derived("derived", "double", "total", "further", needs=needs.__getitem__)
+        building = builder(Batch("b"), derived)
+        first, second = (
+            [ResourceUpdate(each, number, "news") for each in some] for number in (1, 2)
+        )
+        await building.publisher.publish_many(first)
+        await building.build([double])
+        session = building.session()
+        if way == "further stage":
+            await session.resolve([further])
+        reading: dict[str, Any] = {
+            "build": lambda: building.build(keys),
+            "request": lambda: building.build_request(SnapshotRequest(required=keys)),
+            "derivation": lambda: building.build([total]),
+        }
+        reader = asyncio.ensure_future(reading.get(way, lambda: session.resolve(keys))())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await building.publisher.publish_many(second)
+        values = [value.value for k, value in (await reader).items() if k != further]
+        return {n for each in values for n in (each if isinstance(each, tuple) else (each,))}
+
+    found = [await found_after(turns) for turns in range(1, 12)]
+    assert {1} in found
+    assert all(each in ({1}, {2}) for each in found), found
+
+
+@pytest.mark.parametrize("further", [False, True])
+async def test_a_reader_of_very_much_without_sources_sees_all_of_a_first_publication_or_nothing(
+    monkeypatch: pytest.MonkeyPatch, further: bool
+) -> None:
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(singleflight, "_KEYS_AT_ONCE", 2)
+    monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 2)
+    some, known = [key("news", str(number)) for number in range(6)], key("news", "known")
+    seen = set()
+    for turns in range(1, 12):
+        building = builder()
+        session = building.session()
+        await building.publisher.publish(known, 0, source="news")
+        if further:
+            await session.resolve([known])
+        reader = asyncio.ensure_future(session.resolve(some, strict=False))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await building.publisher.publish_many([ResourceUpdate(each, 1, "news") for each in some])
+        snapshot = await reader
+        found = len([each for each in some if each in snapshot])
+        assert found in (0, len(some)), f"torn after {turns} turns"
+        seen.add(found)
+    assert seen == {0, len(some)}
 
 
 async def test_others_see_all_values_of_one_answer_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -420,6 +420,21 @@ class EntryStore:
         """Return up to ``limit`` entries, those used last first, counting and moving nothing."""
         return list(islice(reversed(self._entries.values()), min(limit, len(self))))
 
+    @property
+    def state(self) -> tuple[int, ...]:
+        """Differs from what it was if anything was written or removed since."""
+        return self._sets, self._invalidations, self._evictions, self._expirations
+
+    def replaced(self, revisions: Iterable[Revision]) -> list[ResourceKey]:
+        """Return the keys of what has been replaced, or rests on what has been."""
+        get, holds = self._entries.get, self._currency.holds
+        held = [(each, get(each.key)) for each in revisions]
+        return [
+            each.key
+            for each, now in held
+            if now is not None and (now is not each or not holds(now))
+        ]
+
     # Writing ------------------------------------------------------------------------------------
 
     def put(
@@ -481,7 +496,7 @@ class EntryStore:
         Return what they replace, for ``put_many`` to do so in little time, or None: some of it
         stays, is derived, or there is nothing to replace.
         """
-        get, horizon, held = self._entries.get, now + self.tolerance, Held(self._state)
+        get, horizon, held = self._entries.get, now + self.tolerance, Held(self.state)
         if self._entries.keys().isdisjoint(revisions.keys()):
             return None
         for part in portions(revisions.values(), _KEYS_PER_SLICE):
@@ -513,7 +528,7 @@ class EntryStore:
         entries, known = self._entries, () if held is None else held.known
         before = [each for each in known if each is not None]
         if held is not None and before:
-            if self._state != held.was and list(map(entries.get, revisions)) != known:
+            if self.state != held.was and list(map(entries.get, revisions)) != known:
                 return False  # somebody has written meanwhile
             for each in before:
                 del entries[each.key]  # the new one goes to the end, under its own key object
@@ -526,11 +541,6 @@ class EntryStore:
         if revisions:
             self.listeners.revised(revisions, teller)
         return True
-
-    @property
-    def _state(self) -> tuple[int, ...]:
-        """Differs from what it was if anything was written or removed since."""
-        return self._sets, self._invalidations, self._evictions, self._expirations
 
     def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
         entries = self._entries

@@ -316,7 +316,7 @@ async def all_or_none(coroutines: Iterable[Any]) -> None:
 
 _KEYS_BETWEEN_LOOKS = 512
 _KEYS_AT_ONCE = 4_096
-"""What is looked up in one go, so that what was written together is seen together."""
+"""What is looked up in one go; more of it too, if it is written to meanwhile."""
 
 
 class WarmReads:
@@ -413,12 +413,18 @@ class WarmReads:
         pace, clock, policies = self._parts.pace, self._parts.clock, self._parts.policies
         pace.begin()
         revisions: list[Revision] = []
-        for part in portions(keys, _KEYS_AT_ONCE):
-            found = store.find_all_fresh(part, clock.now(), policies)
-            if found is None:
-                return None
-            revisions += found
-            await pace.keep()
+        size, state = _KEYS_AT_ONCE, None
+        while state != store.state:  # else somebody has written in between
+            revisions, state = [], store.state
+            for part in portions(keys, size):
+                if revisions:
+                    await pace.keep()
+                found = store.find_all_fresh(part, clock.now(), policies)
+                if found is None:
+                    return None
+                revisions += found
+            size = len(keys)
+        await pace.keep()
         try:
             values = await self._copied(revisions, pace)
         except (PayloadIsolationError, PayloadCopySubsystemClosedError):

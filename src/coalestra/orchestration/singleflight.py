@@ -291,8 +291,7 @@ class SingleFlight:
     def _look_on(self, gather: Gather) -> Steps:
         """Look for keys, until the gather is struck; then conclude what is complete, make calls.
 
-        What memory holds of keys of which nothing else can be known is read in one go, so that what
-        was written together is seen together; the flights of what it lacks begin in steps.
+        Much is looked for in portions, and the flights of what memory lacks begin in steps.
         """
         keys = gather.keys if gather.open else ()  # or who waited has gone before it was his turn
         comes_now = gather.owner is None and gather.within is None  # not for who came before
@@ -301,7 +300,7 @@ class SingleFlight:
         pins = gather.pins
         plain = not (pins or pins.private or gather.forced or gather.refresh)
         size = _KEYS_AT_ONCE if plain else _KEYS_PER_STEP
-        for part in portions(keys, size):
+        for part in (keys,) if len(keys) <= size else self._in_portions(gather, keys, size):
             missed = self._look_for(gather, part, plain)
             for wanted in portions(missed, _KEYS_PER_STEP) if missed else ():
                 if self._store is None:
@@ -318,6 +317,26 @@ class SingleFlight:
             if not gather.open:
                 break
         self._looked(gather)
+
+    def _in_portions(
+        self, gather: Gather, keys: Collection[ResourceKey], size: int
+    ) -> Iterator[Collection[ResourceKey]]:
+        """Yield keys to look for; at last again those of which others have written meanwhile.
+
+        So what was written together is seen together, however much it is.
+        """
+        near = self.parts.access.near
+        state = None if near is None else near.state
+        yield from portions(keys, size)
+        if near is None or near.state == state or gather.forced or gather.refresh:
+            return
+        read = [each.revision for each in gather.readings.values() if each.from_cache]
+        again = [key for key in near.replaced(read) if key not in gather.pins]
+        again += [key for key in gather.failures if near.peek(key) is not None]
+        for key in again:
+            gather.readings.pop(key, None)
+            gather.failures.pop(key, None)
+        yield again
 
     def _look_for(self, gather: Gather, keys: Collection[ResourceKey], plain: bool) -> list[Wanted]:
         """Take what is pinned or in memory; return what has to be looked for elsewhere."""
