@@ -396,12 +396,13 @@ def _given_pairs(qualifiers: object) -> Iterable[tuple[str, Any]]:
 def distinct_keys(name: str, keys: Iterable[ResourceKey]) -> dict[ResourceKey, None]:
     """Return each of ``keys`` once, in the order given; a `TypeError` says ``name``."""
     try:
-        given = iter(keys)
+        found: Collection[Any] = keys.copy() if type(keys) is dict else tuple(keys)
     except TypeError:
+        if isinstance(keys, Iterable):
+            raise  # which is its own
         remedy = "put a single one in a list" if isinstance(keys, ResourceKey) else ""
         raise validation.wrong_type(name, "a collection of ResourceKey", keys, remedy) from None
-    found: Collection[Any] = keys.copy() if type(keys) is dict else tuple(given)
-    if set(map(type, found)).difference((ResourceKey,)):
-        other = next(key for key in found if type(key) is not ResourceKey)
-        raise validation.wrong_type(name, "a ResourceKey", other)
+    for key in found:
+        if type(key) is not ResourceKey:
+            raise validation.wrong_type(name, "a ResourceKey", key)
     return dict.fromkeys(found)
