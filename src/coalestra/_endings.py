@@ -28,7 +28,7 @@ def pass_on(error: BaseException) -> None:
     Whoever catches everything, so that nobody is left waiting, calls this with what was caught.
     Where no loop runs it is raised here. Any other error is the caller's to report, and stays here.
     """
-    if not isinstance(error, PROGRAM_ENDS):
+    if not issubclass(type(error), PROGRAM_ENDS):  # asking the error itself may fail
         return
     loop = running_loop()
     if loop is None:

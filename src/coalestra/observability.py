@@ -178,7 +178,7 @@ class ChangeLog:
             condition = self._conditions[subject] = Condition(subject)
         if condition.is_news(True, self._ticks()):
             self.troubled[subject] = condition
-            if not isinstance(error, SourceFailure):
+            if isinstance(error, BaseException):
                 error = SourceFailure.of(subject, error)
             self._lines.put((condition.subject, error))
 
@@ -911,11 +911,11 @@ _OTHER_FAILURES = {
 
 
 def _error_type_of(error: Reported) -> str:
-    return error.error_type if isinstance(error, SourceFailure) else errors.type_name(error)
+    return errors.type_name(error) if isinstance(error, BaseException) else error.error_type
 
 
 def _error_text_of(error: Reported) -> str:
-    text = error.message if isinstance(error, SourceFailure) else errors.message_of(error)
+    text = errors.message_of(error) if isinstance(error, BaseException) else error.message
     return errors.folded_message(text)
 
 

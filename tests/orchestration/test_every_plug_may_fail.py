@@ -19,6 +19,7 @@ from coalestra import (
     FreshnessPolicy,
     PolicyResolver,
     RefreshMode,
+    ResiliencePolicyResolver,
     ResourceKey,
     Snapshot,
     SnapshotBuilder,
@@ -306,3 +307,57 @@ def test_what_ends_programs_reaches_it_from_any_plug(plug: str) -> None:
     else:
         raise AssertionError("more calls than were tried")
     gc.collect()  # what the program has broken off
+
+
+class Illegible(Exception):
+    """Lets nobody ask anything, not even what kind of error it is."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+def illegible(*asked: Any) -> Any:
+    """Raise for whatever is asked, unless that is about one of the other keys."""
+    if asked[0] not in BASES[1:]:
+        raise Illegible("x")
+
+
+class Supports(Batch):
+    """Cannot say whether it has a key."""
+
+    def supports(self, key: ResourceKey) -> bool:
+        return illegible(key) is None
+
+
+class Sink:
+    """A sink and a tracer that can take nothing."""
+
+    coalestra_non_blocking = True
+    emit = increment = observe = begin = enter = end = joined = staticmethod(
+        lambda *facts, **_: illegible(*facts)
+    )
+
+
+SERVED_BY_RULE = PolicyResolver(SERVED_STALE, dynamic=illegible)
+RANKED_BY_RULE = AuthorityPolicyResolver(dynamic=illegible)
+TRIED_BY_RULE = ResiliencePolicyResolver(dynamic=illegible)
+
+
+@pytest.mark.parametrize("source, settings, values", [
+    (Supports("base"), {}, 2),
+    (Derived("base", needs=lambda key: illegible(key) or ()), {}, 2),
+    (Batch("base"), {"policy_resolver": SERVED_BY_RULE}, 2),
+    (Batch("base"), {"authority_resolver": RANKED_BY_RULE}, 2),
+    (Batch("base"), {"resilience_resolver": TRIED_BY_RULE}, 0),
+    (Batch("base"), {"metrics": Sink(), "events": Sink()}, 3),
+    (Batch("base"), {"tracer": Sink()}, 3),
+], ids=["supports", "needs", "policy", "authority", "resilience", "sinks", "tracer"])  # fmt: skip
+async def test_an_error_that_cannot_be_asked_anything_fails_no_more_than_any_other(
+    source: Any, settings: dict[str, Any], values: int
+) -> None:
+    """Neither other keys of the build, nor all of it; and the key that fails says what it was."""
+    building = builder(source, **{"default_policy": None, **settings})
+    snapshot = await building.build(BASES, strict=False)
+    assert len(snapshot) == values
+    told = [str(error) for error in snapshot.errors.values()]
+    assert all("Illegible(x" in each for each in told), told

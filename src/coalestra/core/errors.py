@@ -238,6 +238,14 @@ def _named(error: BaseException) -> str:
     return f"{type_name(error)}({folded_message(message_of(error))})"
 
 
+def legible(error: BaseException) -> BaseException:
+    """Return an error, or one in its place if its class lets nobody ask what kind it is of."""
+    with _Reading():
+        if not isinstance(error, _Raised):
+            return error
+    return RuntimeError(f"{_named(error)} cannot be read")
+
+
 def type_name(error: BaseException) -> str:
     """Return the name of the type of an exception, whatever its metaclass makes of that."""
     name: str = _NAME.__get__(type(error))
@@ -286,7 +294,7 @@ class SourceFailure(_Raised):
     def of(cls, source: str, error: BaseException, attempts: int = 1) -> SourceFailure:
         """Record ``error``, raised by or on behalf of ``source``; it loses its traceback."""
         failure = cls(source, type_name(error), message_of(error), attempts)
-        object.__setattr__(failure, "_exception", error)
+        object.__setattr__(failure, "_exception", legible(error))
         object.__setattr__(failure, "_places", without_frames(error))
         return failure
 

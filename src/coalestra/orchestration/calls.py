@@ -73,6 +73,7 @@ from coalestra.core.errors import (
     SourceQueueTimeoutError,
     SourceTimeoutError,
     SourceUnavailableError,
+    legible,
     type_name,
     without_frames,
 )
@@ -976,7 +977,7 @@ class Call:
 
         It is a cancellation that nobody asked for, or what ends the program: that is passed on.
         """
-        name = self.link.name
+        name, error = self.link.name, legible(error)
         if isinstance(error, asyncio.CancelledError):
             own: Exception = SourceUnavailableError(f"source {name!r} cancelled itself")
         elif isinstance(error, PROGRAM_ENDS):
@@ -1451,6 +1452,7 @@ class Call:
         )
 
     def _refuse_value(self, flight: Flight, error: BaseException) -> None:
+        error = legible(error)
         pass_on(error)
         self.fresh.discard(flight)
         future = isinstance(error.__cause__, FutureObservation)
@@ -1718,9 +1720,10 @@ class Worker:
 
 def _comes_from_outside(error: BaseException, worker: Worker) -> bool:
     """Whether an error is how a worker is ended. Whatever is plugged in may raise the same."""
-    if isinstance(error, GeneratorExit):
+    kind = type(error)  # asking the error itself may fail
+    if issubclass(kind, GeneratorExit):
         return not worker.runs  # its loop has ended, and with it whoever waited
-    return isinstance(error, asyncio.CancelledError) and worker.interrupted
+    return issubclass(kind, asyncio.CancelledError) and worker.interrupted
 
 
 def _is_urgent(queued: Call | Flight | list[Flight]) -> bool:

@@ -44,6 +44,7 @@ from coalestra.core.errors import (
     SourceUnavailableError,
     described,
     folded_message,
+    legible,
     message_of,
     type_name,
 )
@@ -883,7 +884,8 @@ class SingleFlight:
         """Ask for what `flight` is derived from; it goes on when all of it is settled."""
         try:
             keys = dependencies_of(link, flight.key, flight.sponsor.variables)
-        except BaseException as error:
+        except BaseException as raised:
+            error = legible(raised)
             if isinstance(error, DependencyCycleError):
                 flight.cycle = error.path
             self.refused(flight, self._not_called(link, error), "failure")

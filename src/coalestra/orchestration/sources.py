@@ -16,6 +16,7 @@ from coalestra.core.errors import (
     DependencyCycleError,
     SourceProtocolError,
     SourceUnavailableError,
+    legible,
 )
 from coalestra.core.health import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
 from coalestra.core.keys import ResourceKey
@@ -233,6 +234,7 @@ class Chains:
 
 def _own(link: Link, error: BaseException) -> BaseException:
     """Return what a source raised without the frame that asked it, which has the answers."""
+    error = legible(error)
     if isinstance(error, asyncio.CancelledError):
         own = SourceUnavailableError(f"source {link.name!r} cancelled itself")
         own.__cause__ = error
