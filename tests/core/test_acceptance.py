@@ -21,7 +21,7 @@ from coalestra.core.request import (
     violations_of,
 )
 from coalestra.core.snapshot import Snapshot
-from coalestra.core.values import SnapshotValue
+from coalestra.core.values import Dependencies, Grounds, SnapshotValue
 
 A, B, C = (ResourceKey("n", name) for name in "abc")
 NOW = 1_700_000_000.0
@@ -175,6 +175,16 @@ class TestRules:
         for ttl, expected in ((2.9, [("stale", A)]), (3.0, [])):
             freshness = PolicyResolver(FreshnessPolicy(ttl, 60.0))
             assert found(policy, delivered, freshness=freshness) == expected
+
+    @pytest.mark.parametrize("until, verdict", [(NOW - 1.0, [("stale", A)]), (NOW + 1.0, [])])
+    def test_a_value_that_inherits_counts_as_stale_as_soon_as_an_input_does(
+        self, until: float, verdict: list[tuple[str, ResourceKey]]
+    ) -> None:
+        grounds = Grounds(B, NOW - 9.0, B, until, inherited_at=NOW - 9.0, fresh_until=until)
+        derived = value(A, dependency_versions=Dependencies({B: "1"}, grounds))
+        policy = SnapshotAcceptancePolicy(FRESH)
+        lasting = PolicyResolver(FreshnessPolicy(99.0, 99.0))
+        assert found(policy, derived, freshness=lasting) == verdict
 
     def test_what_must_be_read_anew_for_everyone_is_fresh_for_whom_it_was_read(self) -> None:
         freshness = PolicyResolver(FreshnessPolicy(0.0, 60.0))

@@ -954,6 +954,66 @@ async def test_a_lease_that_comes_as_its_reader_leaves_is_given_back() -> None:
     assert await cancel_at_every_await(start, check) > 5
 
 
+async def test_a_lease_that_comes_when_its_reader_has_long_left_is_given_back() -> None:
+    gate = Gate()
+
+    class Deaf(LeasingCache):
+        async def lease_many(self, keys: Any, **terms: Any) -> AsyncGenerator[Any, None]:
+            answering = asyncio.ensure_future(gate.pass_())
+            while not answering.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([answering])
+            async for part in super().lease_many(keys, **terms):
+                yield part
+
+    cache = Deaf()
+    reader = await begun(builder(Single("b"), cache=cache).build(KEYS[:1]), gate)
+    reader.cancel()
+    await asyncio.wait([reader])
+    await asyncio.sleep(5)
+    gate.open()
+    await asyncio.sleep(5)
+    assert cache.calls == ["lease_many", "release_many"]
+    assert cache.leased == {}
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+async def test_a_leasing_cache_that_ends_before_it_has_told_all_keeps_nobody_waiting(
+    answered: int,
+) -> None:
+    class Brief(LeasingCache):
+        async def lease_many(self, keys: Any, **terms: Any) -> AsyncGenerator[Any, None]:
+            if answered:
+                async for part in super().lease_many(tuple(keys)[:answered], **terms):
+                    yield part
+
+    cache, source = Brief(), Single("b")
+    assert await seconds(builder(source, cache=cache).build(KEYS[:2])) < 0.1
+    assert source.calls == KEYS[:2]
+    await asyncio.sleep(1)
+    assert [*cache.held] == KEYS[:answered]
+
+
+async def test_what_a_leasing_cache_has_not_told_waits_for_nothing_that_is_asked_again() -> None:
+    gate = Gate()
+
+    class Brief(LeasingCache):
+        async def lease_many(self, keys: Any, **terms: Any) -> AsyncGenerator[Any, None]:
+            if terms["unlike"]:
+                await gate.pass_()
+            async for part in super().lease_many({*KEYS[:1]}.intersection(keys), **terms):
+                yield part
+
+    cache, clock = Brief(), LoopClock()
+    cache.held[KEYS[0]] = value_of(KEYS[0], "future", observed_at=clock.now() + 900.0)
+    building = builder(Single("b"), cache=cache, clock=clock)
+    asked_again = asyncio.ensure_future(building.build(KEYS[:1]))
+    assert await seconds(building.build(KEYS[1:2])) < 0.1
+    assert not asked_again.done()
+    gate.open()
+    await asked_again
+
+
 @pytest.mark.parametrize("kind", [BatchCache, LeasingCache], ids=lambda kind: kind.__name__)
 async def test_the_answers_of_a_cache_are_passed_on_in_portions(
     kind: Callable[[], AsyncCache], monkeypatch: pytest.MonkeyPatch

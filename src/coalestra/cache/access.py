@@ -1008,8 +1008,6 @@ class CacheAccess:
                     yield answers
             unlike, force = dict(unfit.items() - unlike.items()), False
             rest = dict.fromkeys(unlike)
-        if rest:
-            yield dict.fromkeys(rest, Answer(None))
 
     async def _leased(
         self,
