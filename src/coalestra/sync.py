@@ -114,9 +114,8 @@ class Operation(Generic[T]):
 
     def fail(self, error: BaseException) -> None:
         """Tell who waits of an error that is not its own, and cancel it; on the loop."""
-        with contextlib.suppress(InvalidStateError):  # it was cancelled at this moment
-            if not self.future.done():
-                self.future.set_exception(error)
+        with contextlib.suppress(InvalidStateError):  # it was cancelled, or has told something
+            self.future.set_exception(error)
         if self.task is not None:
             self.task.cancel()
 
@@ -216,16 +215,11 @@ class LoopThread:
         """Whether this process is a fork of the one that has the thread."""
         return os.getpid() != self._process
 
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs, in this process."""
-        return not self.forked and self._thread.is_alive()
-
     def __repr__(self) -> str:
-        return (
-            f"<LoopThread {self._thread.name} alive={self.alive} closing={self.closing} "
-            f"operations={sum(each.task is not None for each in self._operations.copy())}>"
-        )
+        alive = not self.forked and self._thread.is_alive()
+        begun = sum(each.task is not None for each in self._operations.copy())
+        about = f"alive={alive} closing={self.closing} operations={begun}"
+        return f"<LoopThread {self._thread.name} {about}>"
 
     # For other threads ------------------------------------------------------------------------
 
@@ -262,14 +256,17 @@ class LoopThread:
         """Return an operation that has yet to be started; see `Operation`."""
         return Operation(self._loop, self._operations, backlog)
 
-    def start(self, work: Work[T], operation: Operation[T]) -> Operation[T]:
-        """Accept an operation that is to do `work`, in a copy of the caller's context; return it.
+    def start(self, operation: Operation[T], prepare: Callable[[], Work[T]]) -> Operation[T]:
+        """Accept an operation, in a copy of the caller's context, and return it.
 
-        If nothing can be accepted any more it is discarded, and a RuntimeError raised.
+        It is to do the work that `prepare` returns, once there is a place for it. If nothing can be
+        accepted any more it is discarded, and a RuntimeError raised.
         """
         try:
             self.require_usable()
-            self._enqueue(operation, work)
+            if operation.backlog is not None:
+                operation.backlog.enter(operation)
+            self._enqueue(operation, prepare())
         except BaseException:  # an interrupt may come when it is on its way already
             operation.discard()
             raise
@@ -299,7 +296,7 @@ class LoopThread:
         self.require_other_thread(call)
         operation: Operation[T] = self.operation()
         try:
-            self.start(partial(work, *args, **kwargs), operation)
+            self.start(operation, lambda: partial(work, *args, **kwargs))
             operation.wait()
         except BaseException:  # this thread was interrupted, by Ctrl-C for instance
             operation.discard()
@@ -667,14 +664,8 @@ class SyncResourcePublisher:
         return self._thread.run(call, self._in_turn, errand)
 
     def _submit(self, capture: Callable[[], _Errand[T]]) -> Future[T]:
-        self._thread.require_usable()
         operation: Operation[T] = self._thread.operation(self._backlog)
-        try:
-            self._backlog.enter(operation)
-            self._thread.start(partial(self._in_turn, capture()), operation)
-        except BaseException:  # refused, or interrupted at any moment
-            operation.discard()
-            raise
+        self._thread.start(operation, lambda: partial(self._in_turn, capture()))
         return operation.future
 
     async def _in_turn(self, errand: _Errand[T]) -> T:
@@ -943,7 +934,7 @@ class SyncSnapshotBuilder:
         """
         callable_("work", work)
         operation: Operation[T] = self._thread.operation()
-        return self._thread.start(partial(work, self.builder), operation).future
+        return self._thread.start(operation, lambda: partial(work, self.builder)).future
 
     def recent_traces(self) -> tuple[Trace, ...]:
         """Return the last traces at once, on any thread; see `SnapshotBuilder.recent_traces`."""

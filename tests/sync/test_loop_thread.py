@@ -27,7 +27,7 @@ async def answer() -> int:
 def started(
     thread: LoopThread, work: Work[Any], backlog: SubmissionBacklog | None = None
 ) -> Operation[Any]:
-    return thread.start(work, thread.operation(backlog))
+    return thread.start(thread.operation(backlog), lambda: work)
 
 
 @pytest.fixture
@@ -87,7 +87,6 @@ def test_the_thread_outlives_a_task_that_ignores_its_cancellation(loop_thread: L
     door.wait_reached()
     loop_thread.finish(stop)
     assert not loop_thread.join(PATIENCE)
-    assert loop_thread.alive
     door.open()
 
 
@@ -255,8 +254,7 @@ def test_what_is_broken_off_keeps_its_place_until_it_has_ended(loop_thread: Loop
             await door.pass_()
 
     operation = loop_thread.operation(backlog)
-    backlog.enter(operation)
-    loop_thread.start(slow_to_end, operation)
+    loop_thread.start(operation, lambda: slow_to_end)
     assert begun.wait(PATIENCE)
     operation.discard()
     assert operation.future.cancelled()

@@ -142,7 +142,7 @@ def hold(thread: LoopThread) -> threading.Event:
     async def wait() -> None:
         door.wait(10)
 
-    thread.start(wait, thread.operation())
+    thread.start(thread.operation(), lambda: wait)
     return door
 
 

@@ -959,14 +959,7 @@ class Section(NamedTuple):
 
 
 class Waterfall(NamedTuple):
-    """What can be shown as text, SVG or HTML.
-
-    Attributes:
-        title: what it is about.
-        facts: the most important about it, a few words each.
-        seconds: how long it took.
-        sections: what happened.
-    """
+    """What can be shown as text, SVG or HTML; each fact is a few words."""
 
     title: str
     facts: Sequence[str]
