@@ -1009,7 +1009,9 @@ class Rows:
 
 
 @pytest.mark.parametrize("large", [False, True])
-async def test_a_large_value_is_written_on_another_thread(caches: Caches, large: bool) -> None:
+async def test_a_large_value_is_written_and_read_on_another_thread(
+    caches: Caches, large: bool
+) -> None:
     asked: list[threading.Thread] = []
 
     class Codec(MessagePackCodec):
@@ -1017,13 +1019,17 @@ async def test_a_large_value_is_written_on_another_thread(caches: Caches, large:
             asked.append(threading.current_thread())
             return super().encode(value)
 
+        def decode(self, data: bytes) -> Any:
+            asked.append(threading.current_thread())
+            return super().decode(data)
+
     rows = Rows([{"n": n} for n in range(10_000 if large else 10)])
     async with caches(codec=Codec([Rows])) as [cache]:
         for value in (rows, {"a": rows}, [(rows,)]):
             await cache.set(value_of(payload=value))
             assert await read(cache) == value
     assert all((each is not threading.main_thread()) is large for each in asked)
-    assert len(asked) == 3
+    assert len(asked) == 8  # what was there before is told, too
 
 
 def test_to_see_that_a_value_is_not_large_takes_less_than_to_write_it() -> None:

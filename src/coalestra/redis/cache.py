@@ -79,6 +79,8 @@ _LONGEST_SECONDS: Final = 1e9
 """The server does not take the milliseconds of all that a float can be."""
 _MOST_VERSION_BYTES: Final = 999
 """News tell the length of a version by three digits."""
+_MOST_READ_HERE: Final = 32_768
+"""So many bytes of a value are read on the event loop: a millisecond or two."""
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _MOST_RENEWED_SECONDS: Final = 60.0
 _MOST_ROUNDS: Final = 8
@@ -415,7 +417,7 @@ class RedisCache:
         _all(answers, "the shared cache could not be read")
         for key, told in zip(ages, answers, strict=True):
             await pace.keep()
-            found[key] = self._entry(key, told, moment, now)
+            found[key] = await self._entry(key, told, moment, now)
         return found
 
     def _calls(self, items: Iterable[tuple[Any, ...]], *shared: Any) -> list[Call]:
@@ -452,7 +454,7 @@ class RedisCache:
             self._server.note_clock(moment, sent, answered)
         return moment, found
 
-    def _entry(self, key: ResourceKey, told: bytes, moment: float, now: float) -> _Entry:
+    async def _entry(self, key: ResourceKey, told: bytes, moment: float, now: float) -> _Entry:
         """Return an entry as the server tells it, with times on the reader's clock."""
         state, second, observed, stored, undated, size, rest = told.split(b" ", 6)
         value = version = None
@@ -468,10 +470,14 @@ class RedisCache:
                 form, source, latency, attempts, rank, payload, metadata, below = _decode(data)
                 if form != _FORM:
                     raise codec.UnreadableEntryError(f"it has form {form}, and not {_FORM}")
-                decode = self._codec.decode
+                decode, run = self._codec.decode, threads_of_context().run
+                if len(payload) <= _MOST_READ_HERE:
+                    content = decode(payload)
+                else:
+                    content = await run(decode, payload, label="decode", or_here=True)
                 value = SnapshotValue(
                     key,
-                    decode(payload),
+                    content,
                     source,
                     observed_at,
                     fetched_at,
@@ -734,7 +740,7 @@ class RedisCache:
                 error.__cause__ = told
                 results[key] = error
                 continue
-            entry = self._entry(key, told, moment, value.fetched_at)
+            entry = await self._entry(key, told, moment, value.fetched_at)
             status = CacheWriteStatus(entry.state)
             if status is _STORED:
                 heard += entry.number
