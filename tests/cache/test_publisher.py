@@ -265,8 +265,12 @@ def test_one_event_that_is_brief_to_copy_is_published_without_a_turn_of_others(v
         assert (result.published, result.value.value) == (True, value)
 
 
+@pytest.mark.parametrize("many", [0, 1_024], ids=["weighed first", "at once"])
 @pytest.mark.parametrize("value", [1.5, {"price": "1"}, [[1], [2]]])
-async def test_results_tell_of_what_was_published_whenever_they_are_read(value: Any) -> None:
+async def test_results_tell_of_what_was_published_whenever_they_are_read(
+    value: Any, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coalestra.cache.publisher._MANY", many)
     publisher = standalone(AsyncMemoryCache())
     first = await publisher.publish_many([ResourceUpdate(A, value, "s", NOW - 2, {"a": 1})])
     again = await publisher.publish_many([ResourceUpdate(A, "new", "s", NOW - 1)])
