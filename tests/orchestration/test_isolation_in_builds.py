@@ -259,6 +259,31 @@ async def test_what_cannot_be_copied_out_costs_a_session_no_other_value() -> Non
         assert isinstance(snapshot.errors[K], PayloadIsolationError)
 
 
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("payload", ["small", ["large"] * 100])
+async def test_what_can_be_copied_no_longer_costs_a_build_no_other_value(
+    payload: Any, threads: bool
+) -> None:
+    broken: list[Any] = []
+
+    def copier(value: Any) -> Any:
+        if value in broken:
+            raise LookupError("no copy today")
+        return copy.deepcopy(value)
+
+    settings = {"payload_copier": copier, "run_payload_copies_in_thread": threads}
+    building = builder(Stock("k", {"k": payload, "l": 1}), **settings)
+    wanted = [K, key("l")]
+    assert (await building.build(wanted)).value(K) == payload
+    broken.append(payload)
+    for keys in (wanted, wanted[:1]):
+        snapshot = await building.build(keys, strict=False)
+        assert list(snapshot) == keys[1:]
+        assert isinstance(snapshot.errors[K], PayloadIsolationError)
+    broken.clear()
+    assert (await building.build(wanted)).value(K) == payload
+
+
 @pytest.mark.parametrize("by", ["payload", "copier"])
 async def test_what_cannot_be_copied_fails_alone_and_its_error_leads_to_the_line(by: str) -> None:
     def culprit(value: Any, *_: Any) -> Any:
