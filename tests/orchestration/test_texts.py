@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
 import logging
 from typing import Any
@@ -21,6 +22,7 @@ from coalestra import (
     SnapshotBuilder,
     SnapshotConsistencyPolicy,
     SnapshotRequest,
+    SourceAuthorityPolicy,
     SourcePayload,
     SourceResiliencePolicy,
 )
@@ -192,3 +194,34 @@ async def test_no_text_shows_a_payload() -> None:
         snapshot.value(key, int)
     json.dumps((await building.health_snapshot()).to_dict())
     await asyncio.sleep(0)
+
+
+class Feed(str, enum.Enum):
+    """Names of sources as an application may keep them; what ``format`` makes of one varies."""
+
+    REST = "rest"
+    STREAM = "stream"
+
+
+async def test_a_name_that_is_an_enum_is_read_as_the_string_that_it_is() -> None:
+    """In values, errors, health and diagnostics, on every Python."""
+
+    async def fetch(asked: ResourceKey, context: Any) -> Any:
+        return {"good": 1}[asked.subject]
+
+    good, bad = ResourceKey("test", "rest", "good"), ResourceKey("test", "rest", "bad")
+    building = builder(
+        Single(Feed.REST, fetch=fetch), authority_policy=SourceAuthorityPolicy({Feed.REST: 3})
+    )
+    snapshot = await building.build([good, bad], strict=False, snapshot_id=Feed.STREAM)
+    assert snapshot[good].authority_rank == 3
+    assert "cannot resolve test:rest:bad: rest: KeyError" in str(snapshot.errors[bad])
+    published = await building.publisher.publish(good, 2, source=Feed.STREAM, force=True)
+    names = [snapshot.snapshot_id, snapshot[good].source, published.value.source]
+    names += [
+        *snapshot.diagnostics.source_calls_by_source,
+        *(await building.health_snapshot()).sources,
+    ]
+    assert [(type(name), str(name)) for name in names] == [
+        (str, name) for name in ("stream", "rest", "stream", "rest", "rest")
+    ]

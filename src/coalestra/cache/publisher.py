@@ -394,6 +394,7 @@ class ResourcePublisher(PublisherArguments):
         """
         ranks, number, dated = self._ranks, next_number(), observed_at is not None
         told, copies = _PUBLISHED_MARK, self._access.copies
+        source = str.__str__(source)  # as it is read, also where it is an enum's
         observed_at = now if observed_at is None else float(observed_at)
         if observed_at > now:
             try:

@@ -142,12 +142,12 @@ def flag(name: str, value: object) -> bool:
 
 
 def text(name: str, value: object, *, empty: bool = False) -> str:
-    """Return a string; unless ``empty``, one with more in it than white space."""
+    """Return a plain string; unless ``empty``, one with more in it than white space."""
     if not isinstance(value, str):
         raise wrong_type(name, "a string" if empty else "a non-empty string", value)
     if not empty and not value.strip():
         raise ValueError(refusal(name, "a non-empty string", value))
-    return value
+    return str.__str__(value)  # a class of the application's, such as an enum, may read otherwise
 
 
 def instance(

@@ -84,8 +84,8 @@ class Link:
         self.asked: int = 1 << 2 * index
         self.served: int = 3 << 2 * index
         self.source: Any = source
-        self.name: str = source.name
-        self.context: str = f"payload of {source.name}"
+        self.name: str = text("source name", source.name)
+        self.context: str = f"payload of {self.name}"
         self.kind: SourceKind = kind_of(source)
         derived = self.kind is SourceKind.DERIVED
         self.inherits: bool = derived and getattr(source, "inherit_freshness", False)
