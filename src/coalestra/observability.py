@@ -974,8 +974,7 @@ class ObservabilitySinks:
         max_pending: int = DEFAULT_MAX_PENDING,
         overflow: BufferOverflowPolicy = BufferOverflowPolicy.DROP_OLDEST,
     ) -> None:
-        if buffer is not None:
-            validation.flag("buffer_observability", buffer)
+        validation.flag("buffer_observability", buffer, optional=True)
         self.metrics: MetricsSink = NullMetrics() if metrics is None else metrics
         self.events: EventSink = NullEventSink() if events is None else events
         validation.require_methods("metrics", self.metrics, "increment", "observe", plain=True)

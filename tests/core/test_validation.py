@@ -49,6 +49,7 @@ ACCEPTED: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = [
     (number, 1, {"maximum": 1}), (number, None, {"optional": True}), (span, 0, {}),
     (span, math.inf, {}), (integer, -3, {}), (integer, 1, {"minimum": 1}),
     (integer, None, {"optional": True}), (flag, False, {}), (text, "a", {}),
+    (flag, None, {"optional": True}),
     (text, "", {"empty": True}), (instance, "a", {"kinds": str}),
     (instance, None, {"kinds": str, "optional": True}), (instance, 1, {"kinds": (str, int)}),
     (mapping, {"a": 1}, {}), (callable_, len, {}), (plain_function, len, {}),

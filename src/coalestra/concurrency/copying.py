@@ -194,8 +194,7 @@ class PayloadCopies:
         threads: WorkerThreads | None = None,
     ) -> None:
         plain_function("payload_copier", copier, optional=True)
-        if run_in_thread is not None:
-            flag("run_payload_copies_in_thread", run_in_thread)
+        flag("run_payload_copies_in_thread", run_in_thread, optional=True)
         self.component: str = component
         self.max_concurrency: int = integer("max_copy_concurrency", max_concurrency, minimum=1)
         self.uses_default_copier: bool = copier is None or copier is deepcopy_payload

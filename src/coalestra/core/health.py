@@ -99,7 +99,7 @@ def inspect_source_timeout_guarantee(source: Any) -> SourceTimeoutGuarantee:
     """
     name = str(getattr(source, "name", type(source).__name__))
     where = f"of source {name!r}"
-    declared = getattr(source, "blocking_io", _ABSENT)
+    declared: Any = getattr(source, "blocking_io", _ABSENT)
     blocking = False if declared is _ABSENT else flag(f"blocking_io {where}", declared)
     offloaded = flag(
         f"blocking_io_offloaded {where}", getattr(source, "blocking_io_offloaded", False)

@@ -134,11 +134,11 @@ def integer(name: str, value: T, *, minimum: int | None = None, optional: bool =
     raise ValueError(refusal(name, rule, value)) if whole else wrong_type(name, rule, value)
 
 
-def flag(name: str, value: object) -> bool:
-    """Return a bool; nothing else counts as one."""
-    if not isinstance(value, bool):
-        raise wrong_type(name, "True or False", value)
-    return value
+def flag(name: str, value: T, *, optional: bool = False) -> T:
+    """Return a bool, for which nothing else counts, or None if that is allowed."""
+    if isinstance(value, bool) or (value is None and optional):
+        return value
+    raise wrong_type(name, "True, False or None" if optional else "True or False", value)
 
 
 def text(name: str, value: object, *, empty: bool = False) -> str:

@@ -51,10 +51,6 @@ def _rate(name: str, value: Any) -> object:
     return value if type(value) is bool else number(name, value, minimum=0, maximum=1)
 
 
-def _flag_or_none(name: str, value: Any) -> object:
-    return None if value is None else flag(name, value)
-
-
 def _limits(name: str, value: Any) -> None:
     instance(name, value, Mapping, optional=True)
     for source, limit in (value or {}).items():
@@ -97,12 +93,12 @@ class BuilderSettings:
     cache_source_support: bool = ruled(True, flag)
     source_support_cache_max_entries: int | None = ruled(100_000, integer, minimum=1, optional=True)
     manage_lifecycle: bool = ruled(False, flag)
-    run_payload_copies_in_thread: bool | None = ruled(None, _flag_or_none)
+    run_payload_copies_in_thread: bool | None = ruled(None, flag, optional=True)
     max_copy_concurrency: int = ruled(4, integer, minimum=1)
-    cache_run_payload_copies_in_thread: bool | None = ruled(None, _flag_or_none)
+    cache_run_payload_copies_in_thread: bool | None = ruled(None, flag, optional=True)
     cache_max_copy_concurrency: int = ruled(4, integer, minimum=1)
     copy_shutdown_timeout_seconds: float = ruled(5.0, number, minimum=0)
-    buffer_observability: bool | None = ruled(None, _flag_or_none)
+    buffer_observability: bool | None = ruled(None, flag, optional=True)
     observability_max_pending: int = ruled(10_000, integer, minimum=1)
     observability_overflow: BufferOverflowPolicy = ruled(
         BufferOverflowPolicy.DROP_OLDEST, choice, BufferOverflowPolicy

@@ -389,7 +389,7 @@ class Terms(NamedTuple):
         if metadata is not None:
             instance("metadata", metadata, Mapping)
         if trace is not None:
-            flag("trace", trace)
+            flag("trace", trace, optional=True)
         return cls(engine, deadline, deadline_at, _own(metadata or EMPTY), trace)
 
     def for_another(self) -> Terms:
