@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from coalestra import FreshnessPolicy, ResourceKey
-from tests.contracts.caches import ALL, AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
+from coalestra import FreshnessPolicy, ResourceKey, ResourceUpdate
+from coalestra.concurrency import pace
+from coalestra.orchestration import singleflight
+from tests.contracts.caches import (
+    ALL,
+    AtomicCache,
+    BatchAtomicCache,
+    BatchCache,
+    LeasingCache,
+    SingleKeyCache,
+)
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
@@ -87,6 +96,28 @@ async def test_reads_and_writes_use_the_widest_methods(make: Make, expected: set
     if "get_many" in expected:
         assert "get" not in used
         assert cache.calls.count("get_many") == 1 + (make is not OrderlyCache)
+
+
+@pytest.mark.parametrize("make", [BatchAtomicCache, LeasingCache])
+@pytest.mark.parametrize("further", [False, True])
+async def test_a_stage_asks_for_all_that_it_needs_in_one_call(
+    monkeypatch: pytest.MonkeyPatch, make: Make, further: bool
+) -> None:
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+    for name in ("_KEYS_AT_ONCE", "_KEYS_PER_STEP"):
+        monkeypatch.setattr(singleflight, name, 2)
+    building = builder(Batch("b"), cache=make())
+    some = [key("b", str(number)) for number in range(9)]
+    await building.publisher.publish_many([ResourceUpdate(each, 1, "news") for each in some])
+    session = building.session()
+    if further:
+        await session.resolve([key("b", "further")])
+    reader = asyncio.ensure_future(session.resolve(some))
+    await asyncio.sleep(0)
+    await building.publisher.publish_many([ResourceUpdate(each, 2, "news") for each in some])
+    assert len({value.value for value in (await reader).values()} - {"further"}) == 1
+    assert (await reader).diagnostics.cache_batch_reads == 1 + further
 
 
 @pytest.mark.parametrize("limit", [1, 3])

@@ -130,6 +130,14 @@ class CacheReads:
                 self.answered(alone, None)
 
     def _send(self, group: ReadGroup) -> None:
+        """Send what is asked by now, once who was the first to ask has asked for everything.
+
+        So what was written together is seen together; of very much, only what goes in one call.
+        """
+        waits = any(gather.open for gather in group.reads[0].waiters)
+        if waits and len(group.reads) < _ANSWERS_AT_ONCE:
+            asyncio.get_running_loop().call_soon(self._send, group)
+            return
         del self._next[group.forced]
         work = self._read(group)
         task = asyncio.get_running_loop().create_task(work, name="coalestra cache read")
